@@ -1,0 +1,122 @@
+# Every target prepares .venv by itself; a second run starts at once.
+#   PYTHON=python3.12                 the interpreter for .venv (only when it is first made)
+#   PIP_FLAGS="--extra-index-url ..." passed to every pip call
+#   DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS   passed to lipcore demo, pytest, pytest bench
+#   LIPCORE_CUDA=AUTO|ON|OFF          see CMakeLists.txt
+PYTHON ?= python3
+PIP_FLAGS ?=
+DEMO_FLAGS ?= --force
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt $(PIP_FLAGS)
+# Editable: Python sources are used where they lie, and `import lipcore` finds the compiled module from the clone's root
+# too, where a plain install would be hidden by ./lipcore. No isolation: the build tools of .venv keep builds incremental.
+INSTALL := $(PIP) --quiet --no-build-isolation --editable
+CORE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
+CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(CORE_SOURCES))
+
+STAMPS := $(VENV)/stamps
+CORE := $(STAMPS)/core
+BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPCORE_WERROR) cxx=$(CXX)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # two pips in one .venv
+
+.PHONY: help demo test test-all test-asan test-tsan bench clean distclean check FORCE
+.PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
+
+help: ## list the targets
+	@sed -n 's/^\([a-z][a-z -]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "make %-22s %s\n", $$1, $$2 }'
+
+demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figure.png (2 minutes)
+	$(BIN)/lipcore demo $(DEMO_FLAGS)
+
+test: $(STAMPS)/test $(CORE) ## run the tests (a minute or two)
+	$(BIN)/pytest $(PYTEST_FLAGS)
+
+test-all: $(STAMPS)/test $(CORE) ## the slow tests too
+	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
+
+bench: $(STAMPS)/bench $(CORE) ## run the benchmarks
+	$(BIN)/pytest bench $(BENCH_FLAGS)
+
+# The instrumented module takes the place of the ordinary one until the next build; Python and torch themselves are not
+# instrumented, so the sanitizer has to be loaded before them, and Python's own leaks are left out.
+test-asan test-tsan: test-%: $(STAMPS)/test $(CORE) ## run the tests with sanitizers in the core
+	PATH="$(abspath $(BIN)):$$PATH" && cmake --preset $* && cmake --build --preset $* && rm -f $(CORE) && \
+	cmake --install build/$* --prefix "$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+	LD_PRELOAD="$$($(CXX) -print-file-name=lib$*.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(PYTEST_FLAGS)
+
+lint: lint-ruff lint-mypy lint-cpp lint-includes lint-spelling ## everything CI checks apart from the tests
+
+lint-ruff: $(STAMPS)/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lint-mypy: $(STAMPS)/dev
+	$(BIN)/mypy
+
+lint-cpp: $(STAMPS)/dev
+	$(BIN)/clang-format --dry-run -Werror $(CPP_SOURCES)
+
+# One build of the core serves every torch: its headers stay out of csrc/, and pybind11 stays in one file.
+lint-includes:
+	@! grep -nE '#[[:space:]]*include[[:space:]]*[<"](torch|ATen|c10|caffe2)/' $(CPP_SOURCES) || \
+	{ echo "torch headers are not allowed in csrc/" >&2; exit 1; }
+	@! grep -nE '#[[:space:]]*include[[:space:]]*[<"]pybind11/' $(filter-out csrc/bindings.cpp,$(CPP_SOURCES)) || \
+	{ echo "pybind11 is allowed in csrc/bindings.cpp only" >&2; exit 1; }
+
+lint-spelling: $(STAMPS)/dev
+	$(BIN)/codespell
+
+clean: ## remove what was built; the packages in .venv stay
+	rm -rf build dist $(STAMPS)/core .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+# ---- set-up. A stamp is written after its step has succeeded, so an interrupted step is simply taken again.
+$(STAMPS)/venv:
+	@$(MAKE) --no-print-directory check
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) "pip>=22.3"
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/base: $(STAMPS)/venv constraints.txt
+	$(PIP) torch numpy scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/base pyproject.toml | $(STAMPS)/settings
+	$(INSTALL) ".[$*]"
+	@touch $@ $(CORE)
+
+$(CORE): $(STAMPS)/base $(STAMPS)/settings $(CORE_SOURCES)
+	$(INSTALL) . --no-deps
+	@touch $@
+
+# Changes when the build settings do, and with it the core.
+$(STAMPS)/settings: FORCE | $(STAMPS)/venv
+	@echo '$(BUILD_SETTINGS)' | cmp -s - $@ || echo '$(BUILD_SETTINGS)' > $@
+
+check: ## say what is missing on this machine
+	@missing=; note() { missing=yes; echo "missing: $$1" >&2; }; \
+	has() { $(PYTHON) -c "$$1" > /dev/null 2>&1; }; \
+	if ! command -v $(firstword $(PYTHON)) > /dev/null; then note "Python 3.10 or later ($(PYTHON) is not a command)"; \
+	elif ! has 'import sys; sys.exit(sys.version_info < (3, 10))'; then \
+	  note "Python 3.10 or later ($(PYTHON) is $$($(PYTHON) -V 2>&1); another one: make PYTHON=python3.12)"; \
+	else \
+	  has 'import os, sysconfig; os.stat(os.path.join(sysconfig.get_path("include"), "Python.h"))' || \
+	    note "the headers of $(PYTHON) (Python.h)"; \
+	  has 'import venv, ensurepip' || note "the venv module of $(PYTHON)"; \
+	fi; \
+	command -v $(firstword $(CXX)) > /dev/null || note "a C++17 compiler ($(CXX); another one: make CXX=clang++)"; \
+	if [ "$$missing" ]; then \
+	  echo "Debian, Ubuntu:  sudo apt install python3 python3-dev python3-venv g++ make" >&2; \
+	  echo "Fedora:          sudo dnf install python3 python3-devel gcc-c++ make" >&2; \
+	  exit 1; \
+	fi

@@ -1,0 +1,271 @@
+// The only file that sees pybind11: view, check, call. The module loads without torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <sys/mman.h>
+
+#include <cmath>
+
+#include "distribution.h"
+#include "ops/ops.h"
+#include "parallel.h"
+#include "single_sample.h"
+#include "tensor_view.h"
+#include "trajectory_plan.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
+
+namespace py = pybind11;
+
+namespace lipcore {
+namespace {
+
+void check(bool fine) {
+  if (!fine) throw py::error_already_set();
+}
+
+TensorView view_of(py::handle object, const char* name, Access access = Access::kRead, int64_t index = -1) {
+  TensorView view;
+  check(view_tensor(object.ptr(), {name, index}, access, &view));
+  return view;
+}
+
+// A list or tuple of tensors; anything else is a TypeError that says what it was.
+std::vector<TensorView> views_of(py::handle list, const char* name, Access access = Access::kRead) {
+  if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr()))
+    throw py::type_error(std::string(name) + ": expected a list or tuple of tensors, got " +
+                         Py_TYPE(list.ptr())->tp_name);
+  const Py_ssize_t n = PySequence_Fast_GET_SIZE(list.ptr());
+  std::vector<TensorView> views;
+  views.reserve(static_cast<size_t>(n));
+  for (Py_ssize_t i = 0; i < n; ++i) views.push_back(view_of(PySequence_Fast_GET_ITEM(list.ptr(), i), name, access, i));
+  return views;
+}
+
+// Hot ops are plain C functions: pybind11's dispatcher would cost as much as the kernel.
+PyObject* py_sample_norms(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 2) return PyErr_Format(PyExc_TypeError, "sample_norms(x, out): expected 2 arguments, got %zd", count);
+  TensorView x, out;
+  if (!view_tensor(arguments[0], {"x"}, Access::kRead, &x) ||
+      !view_tensor(arguments[1], {"out"}, Access::kWrite, &out) || !sample_norms(x, out))
+    return nullptr;
+  Py_RETURN_NONE;
+}
+
+PyObject* py_normalized_norms(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3)
+    return PyErr_Format(PyExc_TypeError, "normalized_norms(delta, output_grad, r): expected 3 arguments, got %zd",
+                        count);
+  TensorView delta, output_grad, r;
+  int64_t skipped = 0;
+  if (!view_tensor(arguments[0], {"delta"}, Access::kRead, &delta) ||
+      !view_tensor(arguments[1], {"output_grad"}, Access::kRead, &output_grad) ||
+      !view_tensor(arguments[2], {"r"}, Access::kWrite, &r) || !normalized_norms(delta, output_grad, r, &skipped))
+    return nullptr;
+  return PyLong_FromLongLong(skipped);
+}
+
+// name is only built on the slow path, so it comes as a Python string.
+PyObject* py_check_storage(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  const char* name = count >= 2 ? PyUnicode_AsUTF8(arguments[1]) : nullptr;
+  if (!name) return PyErr_Format(PyExc_TypeError, "check_storage(tensor, name[, index]): expected a tensor and a name");
+  const long long index = count > 2 ? PyLong_AsLongLong(arguments[2]) : -1;
+  if (index == -1 && PyErr_Occurred()) return nullptr;
+  const int negative = check_storage(arguments[0], {name, index});
+  if (negative < 0) return nullptr;
+  return PyBool_FromLong(negative);
+}
+
+PyMethodDef kHotMethods[] = {
+    {"sample_norms", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_sample_norms)), METH_FASTCALL,
+     "sample_norms(x, out, /)\n--\n\nout[b] = ||x[b]||_2; x [B, ...], out float64 [B]."},
+    {"normalized_norms", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_normalized_norms)),
+     METH_FASTCALL,
+     "normalized_norms(delta, output_grad, r, /)\n--\n\nr[b] = ||delta[b]||_2 / |output_grad[b]|; returns how many "
+     "were skipped."},
+    {"check_storage", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_check_storage)), METH_FASTCALL,
+     "check_storage(tensor, name, index=-1, /)\n--\n\nTrue if the negative bit is set; ValueError if the storage is "
+     "too small."},
+    {nullptr, nullptr, 0, nullptr}};
+
+void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::handle mean, int64_t count,
+                        py::handle out) {
+  check(trajectory_step(views_of(params, "params"), views_of(prev, "prev", Access::kWrite), views_of(ref, "ref"),
+                        views_of(mean, "mean", Access::kWrite), count, view_of(out, "out", Access::kWrite)));
+}
+
+// The two hooks of the batch-1 shortcut, as torch calls them. Neither raises: errors go to on_error(exception).
+struct SingleSampleHooks {
+  SingleSampleHooks(py::handle first, py::handle last, py::object ratios, py::object lambdas, py::object grad_enabled,
+                    py::object on_change, py::object on_error)
+      : shortcut(first.ptr(), last.ptr()),
+        ratios(std::move(ratios)),
+        lambdas(std::move(lambdas)),
+        grad_enabled(std::move(grad_enabled)),
+        on_change(std::move(on_change)),
+        on_error(std::move(on_error)),
+        ratios_core(this->ratios.cast<Distribution*>()),
+        lambdas_core(this->lambdas.cast<Distribution*>()) {}
+
+  void before_forward(py::handle, const py::tuple& arguments) {
+    if (arguments.empty() || grad_enabled().ptr() != Py_True) return;
+    const int now = shortcut.begin(py::handle(PyTuple_GET_ITEM(arguments.ptr(), 0)).ptr());
+    if (now < 0) {
+      report();
+    } else if (now != serving) {
+      serving = now;
+      on_change(now == 1);
+    }
+  }
+
+  void after_backward(py::handle) {
+    if (!shortcut.finish(ratios_core, lambdas_core)) report();
+  }
+
+  void report() {
+    py::error_already_set error;  // takes the exception that is set
+    on_error(error.value());
+  }
+
+  SingleSampleShortcut shortcut;
+  py::object ratios, lambdas, grad_enabled, on_change, on_error;
+  Distribution *ratios_core, *lambdas_core;
+  int serving = -1;  // unknown
+};
+
+// numerators[k, b] / |output_grad[b]| into distribution k; NaN ("missing") where output_grad is 0 or not finite.
+void observe_ratios(py::handle numerators, py::handle output_grad, const std::vector<Distribution*>& distributions) {
+  const TensorView n = view_of(numerators, "numerators"), g = view_of(output_grad, "output_grad");
+  if (n.dtype != DType::kFloat64 || g.dtype != DType::kFloat64 || n.ndim != 2 || g.ndim != 1 || !n.on_cpu() ||
+      !g.on_cpu() || n.shape[1] != g.shape[0] || n.shape[0] < static_cast<int64_t>(distributions.size()))
+    throw py::value_error("numerators: expected float64 [columns, B] beside output_grad float64 [B] on the CPU, got " +
+                          std::string(ShapeText(n).text) + " and " + ShapeText(g).text);
+  const auto* x = static_cast<const double*>(n.data);
+  const auto* gradient = static_cast<const double*>(g.data);
+  for (int64_t b = 0; b < g.numel; ++b) {
+    const double eps = std::abs(gradient[b * g.strides[0]]);
+    const bool usable = eps > 0 && std::isfinite(eps);
+    for (size_t k = 0; k < distributions.size(); ++k)
+      distributions[k]->observe(usable ? x[static_cast<int64_t>(k) * n.strides[0] + b * n.strides[1]] / eps
+                                       : std::nan(""));
+  }
+}
+
+void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {
+  check(first_layer_norms(view_of(delta, "delta"), view_of(weight, "weight"), view_of(out, "out", Access::kWrite)));
+}
+
+void observe_values(Distribution& distribution, py::handle values) {
+  const TensorView v = view_of(values, "values");
+  if (v.dtype != DType::kFloat64 || v.ndim != 1 || !v.on_cpu())
+    throw py::value_error("values: expected a 1-dimensional float64 CPU tensor, got " +
+                          std::string(dtype_name(v.dtype)) + " " + ShapeText(v).text);
+  const auto* x = static_cast<const double*>(v.data);
+  for (int64_t i = 0; i < v.numel; ++i) distribution.observe(x[i * v.strides[0]]);
+}
+
+std::unique_ptr<TrajectoryPlan> make_plan(const std::vector<py::tuple>& entries, int64_t groups, py::handle ledger) {
+  auto plan = std::make_unique<TrajectoryPlan>();
+  std::vector<TrajectoryEntry> list;
+  for (const py::tuple& entry : entries) {
+    if (entry.size() != 7 || !PyDict_Check(py::object(entry[0]).ptr()))
+      throw py::type_error("entries: expected tuples (owner dict, key, name, prev, ref, mean, group)");
+    auto own = [&](size_t i) { return py::object(entry[i]).release().ptr(); };
+    list.push_back({own(0), own(1), entry[2].cast<std::string>(), own(3), own(4), own(5), entry[6].cast<int64_t>()});
+  }
+  check(plan->capture(std::move(list), groups, ledger.ptr()));
+  return plan;
+}
+
+// Large state is read once per step from end to end: huge pages save most of the page walks.
+void advise_huge_pages(py::handle tensor) {
+  const TensorView view = view_of(tensor, "tensor", Access::kWrite);
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(view.data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end =
+      reinterpret_cast<uintptr_t>(view.data) + static_cast<uintptr_t>(view.numel * item_size(view.dtype));
+  if (view.on_cpu() && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+void register_types(py::handle tensor, py::handle parameter, py::handle refuse, py::handle accepts) {
+  check(register_torch(tensor.ptr(), parameter.ptr(), refuse.ptr(), accepts.ptr()));
+}
+
+void use_isa(const std::string& name) {
+  if (const char* message = select_isa(name.c_str())) throw py::value_error(message);
+}
+
+void bind_distribution(py::module_& m) {
+  py::class_<Distribution>(m, "Distribution", "Moments and quantile histogram of a stream of values >= 0.")
+      .def(py::init<>())
+      .def("observe", &Distribution::observe, py::arg("value"))
+      .def("observe_all", &observe_values, py::arg("values"))
+      .def("merge", &Distribution::merge, py::arg("other"))
+      .def("reset", &Distribution::reset)
+      .def("quantile", &Distribution::quantile, py::arg("q"))
+      .def_property_readonly("count", [](const Distribution& d) { return static_cast<int64_t>(d.moments().count); })
+      .def_property_readonly("mean", [](const Distribution& d) { return d.moments().mean; })
+      .def_property_readonly("m2", [](const Distribution& d) { return d.moments().m2; })
+      .def_property_readonly("min", [](const Distribution& d) { return d.moments().min; })
+      .def_property_readonly("max", [](const Distribution& d) { return d.moments().max; })
+      .def_property_readonly("missing", &Distribution::missing)
+      .def_property_readonly("invalid", &Distribution::invalid)
+      .def("bins", &Distribution::bins)
+      .def(
+          "set_state",
+          [](Distribution& d, double count, double mean, double m2, double min, double max, int64_t missing,
+             int64_t invalid, const std::vector<int64_t>& bins) {
+            if (!d.set_state({count, mean, m2, min, max}, missing, invalid, bins))
+              throw py::value_error("bins: counts do not add up to the number of values, or a bin is out of range");
+          },
+          py::arg("count"), py::arg("mean"), py::arg("m2"), py::arg("min"), py::arg("max"), py::arg("missing"),
+          py::arg("invalid"), py::arg("bins"));
+  m.attr("BINS") = kBins;
+  m.def("bin_middle", &bin_middle, py::arg("bin"));
+  m.def("bin_of", &bin_of, py::arg("value"));
+}
+
+}  // namespace
+}  // namespace lipcore
+
+PYBIND11_MODULE(_core, m) {
+  using namespace lipcore;
+  m.doc() = "Compiled core of lipcore.";
+  if (const char* message = select_isa_from_environment()) throw py::import_error(message);
+  if (PyModule_AddFunctions(m.ptr(), kHotMethods) != 0) throw py::error_already_set();
+  m.def("register_torch", &register_types, py::arg("tensor"), py::arg("parameter"), py::arg("refuse"),
+        py::arg("accepts"));
+  m.def("use_torch_threads", [](const std::string& path) { return use_torch_threads(path.c_str()); }, py::arg("path"));
+  m.def("pool_size", &pool_size);
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("float16_to_float", &float16_to_float, py::arg("bits"));
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("tensor"));
+  m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
+        py::arg("count"), py::arg("out"));
+  bind_distribution(m);
+  py::class_<SingleSampleHooks>(m, "SingleSampleHooks", "r and lambda of single samples from two bias gradients.")
+      .def(py::init<py::handle, py::handle, py::object, py::object, py::object, py::object, py::object>(),
+           py::arg("first"), py::arg("last"), py::arg("ratios"), py::arg("lambdas"), py::arg("grad_enabled"),
+           py::arg("on_change"), py::arg("on_error"))
+      .def("before_forward", &SingleSampleHooks::before_forward, py::arg("module"), py::arg("arguments"))
+      .def("after_backward", &SingleSampleHooks::after_backward, py::arg("bias"))
+      .def_property_readonly("served", [](const SingleSampleHooks& hooks) { return hooks.shortcut.served; })
+      .def_property(
+          "own_hooks", [](const SingleSampleHooks& hooks) { return hooks.shortcut.own_hooks; },
+          [](SingleSampleHooks& hooks, Py_ssize_t count) { hooks.shortcut.own_hooks = count; });
+  m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
+  m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
+  py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their state and the ledger of their movement.")
+      .def(py::init(&make_plan), py::arg("entries"), py::arg("groups"), py::arg("ledger"))
+      .def("step", [](TrajectoryPlan& plan) { check(plan.step()); });
+  m.attr("STEP_COLUMNS") = kStepSums;
+  m.attr("LEDGER_COLUMNS") = kTrajectoryColumns;
+#if defined(LIPCORE_WITH_CUDA)
+  m.attr("cuda_built") = true;
+  m.def("cuda_device_count", &cuda::device_count);
+#else
+  m.attr("cuda_built") = false;
+  m.def("cuda_device_count", [] { return 0; });
+#endif
+}

@@ -1,0 +1,259 @@
+// Sixteen virtual lanes on every instruction set: F32x16 and F64x16 with the handful of operations the statistics
+// kernels use. Every operation is one IEEE operation per lane and nothing is fused, so base, AVX2 and AVX-512 give the
+// same bits. Included once by each kernel source, inside its own namespace (see isa.h): nothing here may have external
+// linkage.
+
+#if defined(__AVX512F__)
+
+struct F32x16 {
+  __m512 v;
+};
+struct F64x16 {
+  __m512d lo, hi;
+};
+using U16x16 = __m256i;
+
+LIPCORE_INLINE F32x16 f32(float x) { return {_mm512_set1_ps(x)}; }
+LIPCORE_INLINE F32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+LIPCORE_INLINE void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a.v); }
+LIPCORE_INLINE F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v, b.v)}; }
+LIPCORE_INLINE F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+LIPCORE_INLINE F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
+LIPCORE_INLINE F32x16 max_abs(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, _mm512_abs_ps(b.v))}; }
+
+LIPCORE_INLINE F64x16 f64(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
+LIPCORE_INLINE F64x16 load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+LIPCORE_INLINE void store(double* p, F64x16 a) {
+  _mm512_storeu_pd(p, a.lo);
+  _mm512_storeu_pd(p + 8, a.hi);
+}
+LIPCORE_INLINE F64x16 operator+(F64x16 a, F64x16 b) { return {_mm512_add_pd(a.lo, b.lo), _mm512_add_pd(a.hi, b.hi)}; }
+LIPCORE_INLINE F64x16 operator-(F64x16 a, F64x16 b) { return {_mm512_sub_pd(a.lo, b.lo), _mm512_sub_pd(a.hi, b.hi)}; }
+LIPCORE_INLINE F64x16 operator*(F64x16 a, F64x16 b) { return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)}; }
+LIPCORE_INLINE F64x16 max_abs(F64x16 a, F64x16 b) {
+  return {_mm512_max_pd(a.lo, _mm512_abs_pd(b.lo)), _mm512_max_pd(a.hi, _mm512_abs_pd(b.hi))};
+}
+
+LIPCORE_INLINE F64x16 widen(F32x16 a) {
+  return {_mm512_cvtps_pd(_mm512_castps512_ps256(a.v)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(a.v, 1))};
+}
+LIPCORE_INLINE F32x16 widen_bfloat16(const uint16_t* p) {
+  const U16x16 bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+LIPCORE_INLINE F32x16 widen_float16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+
+#elif defined(__AVX2__)
+
+struct F32x16 {
+  __m256 v[2];
+};
+struct F64x16 {
+  __m256d v[4];
+};
+
+LIPCORE_INLINE F32x16 f32(float x) { return {{_mm256_set1_ps(x), _mm256_set1_ps(x)}}; }
+LIPCORE_INLINE F32x16 load(const float* p) { return {{_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}}; }
+LIPCORE_INLINE void store(float* p, F32x16 a) {
+  _mm256_storeu_ps(p, a.v[0]);
+  _mm256_storeu_ps(p + 8, a.v[1]);
+}
+LIPCORE_INLINE F64x16 f64(double x) {
+  const __m256d a = _mm256_set1_pd(x);
+  return {{a, a, a, a}};
+}
+LIPCORE_INLINE F64x16 load(const double* p) {
+  return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8), _mm256_loadu_pd(p + 12)}};
+}
+LIPCORE_INLINE void store(double* p, F64x16 a) {
+  for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, a.v[i]);
+}
+
+#define LIPCORE_BINARY(symbol, name)                                                   \
+  LIPCORE_INLINE F32x16 operator symbol(F32x16 a, F32x16 b) {                          \
+    return {{_mm256_##name##_ps(a.v[0], b.v[0]), _mm256_##name##_ps(a.v[1], b.v[1])}}; \
+  }                                                                                    \
+  LIPCORE_INLINE F64x16 operator symbol(F64x16 a, F64x16 b) {                          \
+    return {{_mm256_##name##_pd(a.v[0], b.v[0]), _mm256_##name##_pd(a.v[1], b.v[1]),   \
+             _mm256_##name##_pd(a.v[2], b.v[2]), _mm256_##name##_pd(a.v[3], b.v[3])}}; \
+  }
+LIPCORE_BINARY(+, add)
+LIPCORE_BINARY(-, sub)
+LIPCORE_BINARY(*, mul)
+#undef LIPCORE_BINARY
+
+LIPCORE_INLINE F32x16 max_abs(F32x16 a, F32x16 b) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {
+      {_mm256_max_ps(a.v[0], _mm256_andnot_ps(sign, b.v[0])), _mm256_max_ps(a.v[1], _mm256_andnot_ps(sign, b.v[1]))}};
+}
+LIPCORE_INLINE F64x16 max_abs(F64x16 a, F64x16 b) {
+  const __m256d sign = _mm256_set1_pd(-0.0);
+  for (int i = 0; i < 4; ++i) a.v[i] = _mm256_max_pd(a.v[i], _mm256_andnot_pd(sign, b.v[i]));
+  return a;
+}
+
+LIPCORE_INLINE F64x16 widen(F32x16 a) {
+  return {{_mm256_cvtps_pd(_mm256_castps256_ps128(a.v[0])), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v[0], 1)),
+           _mm256_cvtps_pd(_mm256_castps256_ps128(a.v[1])), _mm256_cvtps_pd(_mm256_extractf128_ps(a.v[1], 1))}};
+}
+LIPCORE_INLINE __m256 widen_8_bfloat16(const uint16_t* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+LIPCORE_INLINE F32x16 widen_bfloat16(const uint16_t* p) { return {{widen_8_bfloat16(p), widen_8_bfloat16(p + 8)}}; }
+LIPCORE_INLINE F32x16 widen_float16(const uint16_t* p) {
+  return {{_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
+           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))}};
+}
+
+#else  // base: plain loops, which the compiler turns into whatever the platform's baseline has
+
+struct F32x16 {
+  float v[16];
+};
+struct F64x16 {
+  double v[16];
+};
+
+#define LIPCORE_LANES for (int i = 0; i < 16; ++i)
+
+LIPCORE_INLINE F32x16 f32(float x) {
+  F32x16 a;
+  LIPCORE_LANES a.v[i] = x;
+  return a;
+}
+LIPCORE_INLINE F64x16 f64(double x) {
+  F64x16 a;
+  LIPCORE_LANES a.v[i] = x;
+  return a;
+}
+LIPCORE_INLINE F32x16 load(const float* p) {
+  F32x16 a;
+  LIPCORE_LANES a.v[i] = p[i];
+  return a;
+}
+LIPCORE_INLINE F64x16 load(const double* p) {
+  F64x16 a;
+  LIPCORE_LANES a.v[i] = p[i];
+  return a;
+}
+LIPCORE_INLINE void store(float* p, F32x16 a) { LIPCORE_LANES p[i] = a.v[i]; }
+LIPCORE_INLINE void store(double* p, F64x16 a) { LIPCORE_LANES p[i] = a.v[i]; }
+
+#define LIPCORE_BINARY(symbol)                                \
+  LIPCORE_INLINE F32x16 operator symbol(F32x16 a, F32x16 b) { \
+    LIPCORE_LANES a.v[i] = a.v[i] symbol b.v[i];              \
+    return a;                                                 \
+  }                                                           \
+  LIPCORE_INLINE F64x16 operator symbol(F64x16 a, F64x16 b) { \
+    LIPCORE_LANES a.v[i] = a.v[i] symbol b.v[i];              \
+    return a;                                                 \
+  }
+LIPCORE_BINARY(+)
+LIPCORE_BINARY(-)
+LIPCORE_BINARY(*)
+#undef LIPCORE_BINARY
+
+LIPCORE_INLINE F32x16 max_abs(F32x16 a, F32x16 b) {
+  LIPCORE_LANES {
+    const float x = b.v[i] < 0 ? -b.v[i] : b.v[i];
+    a.v[i] = a.v[i] > x ? a.v[i] : x;
+  }
+  return a;
+}
+LIPCORE_INLINE F64x16 max_abs(F64x16 a, F64x16 b) {
+  LIPCORE_LANES {
+    const double x = b.v[i] < 0 ? -b.v[i] : b.v[i];
+    a.v[i] = a.v[i] > x ? a.v[i] : x;
+  }
+  return a;
+}
+LIPCORE_INLINE F64x16 widen(F32x16 a) {
+  F64x16 b;
+  LIPCORE_LANES b.v[i] = a.v[i];
+  return b;
+}
+LIPCORE_INLINE F32x16 widen_bfloat16(const uint16_t* p) {
+  F32x16 a;
+  LIPCORE_LANES a.v[i] = bfloat16_to_float(p[i]);
+  return a;
+}
+LIPCORE_INLINE F32x16 widen_float16(const uint16_t* p) {
+  F32x16 a;
+  LIPCORE_LANES a.v[i] = float16_to_float(p[i]);
+  return a;
+}
+#undef LIPCORE_LANES
+
+#endif
+
+LIPCORE_INLINE F64x16 widen(F64x16 a) { return a; }
+
+// Fixed tree: the order of the last additions is part of the result.
+LIPCORE_INLINE double sum_lanes(F64x16 a) {
+  double t[16];
+  store(t, a);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) t[i] += t[i + width];
+  return t[0];
+}
+LIPCORE_INLINE double max_lane(F64x16 a) {
+  double t[16];
+  store(t, a);
+  for (int i = 1; i < 16; ++i) t[0] = t[i] > t[0] ? t[i] : t[0];
+  return t[0];
+}
+
+// How elements of a type are read into lanes and kept in memory.
+template <DType>
+struct Element;
+template <>
+struct Element<DType::kFloat32> {
+  using Stored = float;
+  using Lanes = F32x16;
+  using Mean = float;
+  LIPCORE_INLINE F32x16 read(const float* p) { return load(p); }
+  LIPCORE_INLINE F32x16 set(double x) { return f32(static_cast<float>(x)); }
+};
+template <>
+struct Element<DType::kFloat64> {
+  using Stored = double;
+  using Lanes = F64x16;
+  using Mean = double;
+  LIPCORE_INLINE F64x16 read(const double* p) { return load(p); }
+  LIPCORE_INLINE F64x16 set(double x) { return f64(x); }
+};
+template <>
+struct Element<DType::kBfloat16> {
+  using Stored = uint16_t;
+  using Lanes = F32x16;
+  using Mean = float;
+  LIPCORE_INLINE F32x16 read(const uint16_t* p) { return widen_bfloat16(p); }
+  LIPCORE_INLINE F32x16 set(double x) { return f32(static_cast<float>(x)); }
+};
+template <>
+struct Element<DType::kFloat16> {
+  using Stored = uint16_t;
+  using Lanes = F32x16;
+  using Mean = float;
+  LIPCORE_INLINE F32x16 read(const uint16_t* p) { return widen_float16(p); }
+  LIPCORE_INLINE F32x16 set(double x) { return f32(static_cast<float>(x)); }
+};
+
+// Calls body.template operator()<dtype>() for the run-time dtype.
+template <class Body>
+LIPCORE_INLINE auto with_dtype(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return body(Element<DType::kFloat64>{});
+    case DType::kBfloat16:
+      return body(Element<DType::kBfloat16>{});
+    case DType::kFloat16:
+      return body(Element<DType::kFloat16>{});
+    default:
+      return body(Element<DType::kFloat32>{});
+  }
+}

@@ -1,0 +1,76 @@
+// One optimizer step of one run of a parameter: reads w, w_prev, w0 and the mean, writes w_prev and the mean, 24 bytes
+// per float32 element and nothing twice. Built once per instruction set. Differences and the mean in the working type
+// (float32, or float64 for float64 parameters); every product and sum in float64, in 16 lanes that are added in a fixed
+// order: error of a sum <= 1e-13, of M2 <= 1e-7, relative.
+#include "cpu/isa.h"
+
+namespace lipcore::LIPCORE_ISA {
+namespace {
+
+#include "cpu/simd.h"
+
+template <class E>
+struct Sums {
+  F64x16 dw_sq = f64(0), dist_sq = f64(0), m2 = f64(0);
+  typename E::Lanes max_dw = E::set(0);
+};
+
+template <class E, bool kRestart>
+LIPCORE_INLINE void observe_16(const typename E::Stored* w, typename E::Stored* w_prev, const typename E::Stored* w0,
+                               typename E::Mean* mean, typename E::Lanes inv_count, Sums<E>* sums) {
+  const auto now = E::read(w), before = E::read(w_prev), origin = E::read(w0);
+  const auto old_mean = kRestart ? before - origin : load(mean);
+  const auto m = observe_movement(now, before, origin, old_mean, inv_count);
+  memcpy(w_prev, w, 16 * sizeof *w);
+  store(mean, m.mean);
+  const F64x16 step = widen(m.step), offset = widen(m.offset);
+  sums->dw_sq = sums->dw_sq + step * step;
+  sums->dist_sq = sums->dist_sq + offset * offset;
+  sums->m2 = sums->m2 + widen(m.deviation) * widen(m.deviation_after);
+  sums->max_dw = max_abs(sums->max_dw, m.step);
+}
+
+template <class E, bool kRestart>
+LIPCORE_INLINE void observe_run(const TrajectoryChunk& chunk, StepSums* out) {
+  const auto* w = static_cast<const typename E::Stored*>(chunk.w);
+  auto* w_prev = static_cast<typename E::Stored*>(chunk.w_prev);
+  const auto* w0 = static_cast<const typename E::Stored*>(chunk.w0);
+  auto* mean = static_cast<typename E::Mean*>(chunk.mean);
+  const auto inv_count = E::set(chunk.inv_count);
+  Sums<E> sums;
+  int64_t i = 0;
+  for (; i + 16 <= chunk.count; i += 16) observe_16<E, kRestart>(w + i, w_prev + i, w0 + i, mean + i, inv_count, &sums);
+  if (const size_t rest = static_cast<size_t>(chunk.count - i)) {
+    // The tail runs through the same lanes, padded with zeros that add nothing.
+    typename E::Stored now[16] = {}, before[16] = {}, origin[16] = {};
+    typename E::Mean tail_mean[16] = {};
+    memcpy(now, w + i, rest * sizeof *w);
+    memcpy(before, w_prev + i, rest * sizeof *w);
+    memcpy(origin, w0 + i, rest * sizeof *w);
+    memcpy(tail_mean, mean + i, rest * sizeof *mean);
+    observe_16<E, kRestart>(now, before, origin, tail_mean, inv_count, &sums);
+    memcpy(w_prev + i, before, rest * sizeof *w);
+    memcpy(mean + i, tail_mean, rest * sizeof *mean);
+  }
+  out->dw_sq = sum_lanes(sums.dw_sq);
+  out->dist_sq = sum_lanes(sums.dist_sq);
+  out->m2_increment = sum_lanes(sums.m2);
+  out->max_abs_dw = max_lane(widen(sums.max_dw));
+}
+
+void chunk(const TrajectoryChunk& chunk, StepSums* sums) {
+  with_dtype(chunk.dtype, [&](auto element) {
+    using E = decltype(element);
+    if (chunk.restart)
+      observe_run<E, true>(chunk, sums);
+    else
+      observe_run<E, false>(chunk, sums);
+  });
+}
+
+}  // namespace
+
+extern const TrajectoryStepKernels trajectory_step;
+const TrajectoryStepKernels trajectory_step = {&chunk};
+
+}  // namespace lipcore::LIPCORE_ISA

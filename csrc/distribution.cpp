@@ -1,0 +1,99 @@
+#include "distribution.h"
+
+#include <cmath>
+#include <limits>
+
+namespace lipcore {
+
+Distribution::Page& Distribution::page(int index) {
+  if (!pages_[index]) pages_[index] = std::make_unique<Page>(Page{});
+  return *pages_[index];
+}
+
+void Distribution::observe(double x) {
+  if (std::isnan(x)) {
+    ++missing_;
+    return;
+  }
+  if (!(x >= 0) || std::isinf(x)) {
+    ++invalid_;
+    return;
+  }
+  lipcore::observe(&moments_, x);
+  const int bin = bin_of(x);
+  ++page(bin / kBinsPerPage)[bin % kBinsPerPage];
+}
+
+void Distribution::merge(const Distribution& other) {
+  lipcore::merge(&moments_, other.moments_);
+  missing_ += other.missing_;
+  invalid_ += other.invalid_;
+  for (int p = 0; p < kPages; ++p) {
+    if (!other.pages_[p]) continue;
+    Page& mine = page(p);
+    for (int i = 0; i < kBinsPerPage; ++i) mine[i] += (*other.pages_[p])[i];
+  }
+}
+
+double Distribution::quantile(double q) const {
+  if (moments_.count == 0) return std::numeric_limits<double>::quiet_NaN();
+  // The rank of numpy's default rule, rounded to an observed value: interpolating inside a bin would claim more than
+  // the bin knows.
+  const double rank = q * (moments_.count - 1);
+  if (rank <= 0) return moments_.min;
+  if (rank >= moments_.count - 1) return moments_.max;
+  const auto target = static_cast<int64_t>(std::floor(rank + 0.5));
+  int64_t below = 0;
+  for (int p = 0; p < kPages; ++p) {
+    if (!pages_[p]) continue;
+    for (int i = 0; i < kBinsPerPage; ++i) {
+      below += (*pages_[p])[i];
+      if (below > target) return std::fmin(std::fmax(bin_middle(p * kBinsPerPage + i), moments_.min), moments_.max);
+    }
+  }
+  return moments_.max;
+}
+
+void Distribution::reset() {
+  moments_ = {};
+  missing_ = invalid_ = 0;
+  // Pages stay: the next window touches the same powers of two, and the hot path allocates nothing then.
+  for (auto& p : pages_)
+    if (p) p->fill(0);
+}
+
+std::vector<int64_t> Distribution::bins() const {
+  std::vector<int64_t> out;
+  for (int p = 0; p < kPages; ++p) {
+    if (!pages_[p]) continue;
+    for (int i = 0; i < kBinsPerPage; ++i) {
+      if (const int64_t count = (*pages_[p])[i]) {
+        out.push_back(p * kBinsPerPage + i);
+        out.push_back(count);
+      }
+    }
+  }
+  return out;
+}
+
+bool Distribution::set_state(const Moments& moments, int64_t missing, int64_t invalid,
+                             const std::vector<int64_t>& bins) {
+  if (bins.size() % 2 || missing < 0 || invalid < 0 || !(moments.count >= 0)) return false;
+  int64_t total = 0;
+  for (size_t i = 0; i < bins.size(); i += 2) {
+    if (bins[i] < 0 || bins[i] >= kBins || bins[i + 1] <= 0) return false;
+    total += bins[i + 1];
+  }
+  if (static_cast<double>(total) != moments.count) return false;
+  reset();
+  moments_ = moments;
+  missing_ = missing;
+  invalid_ = invalid;
+  for (size_t i = 0; i < bins.size(); i += 2) {
+    const int bin = static_cast<int>(bins[i]);
+    page(bin / kBinsPerPage)[bin % kBinsPerPage] = bins[i + 1];
+  }
+  return true;
+}
+
+}  // namespace lipcore

@@ -1,0 +1,42 @@
+// The distribution of a stream of values >= 0: moments beside a quantile histogram, mergeable without loss. Memory is 2
+// KiB and another KiB for every power of two the values touch.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "math/log_bins.h"
+#include "math/moments.h"
+
+namespace lipcore {
+
+class Distribution {
+ public:
+  // NaN means "no value" and is counted apart; infinite and negative values are counted apart too and enter nothing
+  // else.
+  void observe(double x);
+  void merge(const Distribution& other);
+  // The value below which a share q of the values lies, to half a bin (0.4 %); exact at q = 0 and 1. NaN when empty.
+  double quantile(double q) const;
+  void reset();
+
+  const Moments& moments() const { return moments_; }
+  int64_t missing() const { return missing_; }  // NaN
+  int64_t invalid() const { return invalid_; }  // infinite or negative
+
+  // State: six scalars (moments, missing, invalid ...) and the used bins as pairs.
+  std::vector<int64_t> bins() const;  // bin, count, bin, count, ...
+  bool set_state(const Moments& moments, int64_t missing, int64_t invalid, const std::vector<int64_t>& bins);
+
+ private:
+  using Page = std::array<int64_t, kBinsPerPage>;
+  Page& page(int index);
+
+  Moments moments_;
+  int64_t missing_ = 0, invalid_ = 0;
+  std::array<std::unique_ptr<Page>, kPages> pages_;
+};
+
+}  // namespace lipcore

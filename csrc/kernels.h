@@ -1,0 +1,50 @@
+// The kernel inventory. One struct of function pointers per CPU instruction set; cuda/launch.h has the CUDA twins.
+// A kernel sees flat runs of memory: shapes, strides, threads and errors are dealt with above it (csrc/ops).
+#pragma once
+
+#include <cstdint>
+
+#include "math/dtype.h"
+#include "math/trajectory.h"
+
+namespace lipcore {
+
+// Work is cut into runs of at most this many elements. Fixed, so that results do not depend on the number of threads.
+constexpr int64_t kChunk = 65536;
+
+struct TrajectoryChunk {
+  const void* w;   // the parameter
+  void* w_prev;    // in the parameter's dtype: lossless; overwritten with w
+  const void* w0;  // reference point, in the parameter's dtype
+  void* mean;      // running mean of w - w0: float32 (float64 for a float64 parameter); updated
+  int64_t count;
+  DType dtype;
+  bool restart;      // take w_prev - w0 as the old mean: the first step of a window, whose start point counts
+  double inv_count;  // 1 / (points averaged, this one included)
+};
+
+struct SampleNormsKernels {
+  double (*sum_squares)(const void* x, DType dtype, int64_t count);       // in float64
+  int64_t (*count_nonfinite)(const void* x, DType dtype, int64_t count);  // NaN or infinite
+};
+
+struct TrajectoryStepKernels {
+  void (*chunk)(const TrajectoryChunk& chunk, StepSums* sums);  // writes dw_sq, dist_sq, m2_increment, max_abs_dw
+};
+
+struct Kernels {
+  const char* name;  // "base", "avx2" or "avx512"
+  const SampleNormsKernels* sample_norms;
+  const TrajectoryStepKernels* trajectory_step;
+};
+
+// The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.
+const Kernels& kernels();
+
+// Selects by name; null on success, else what is wrong with the name (static storage, lists the choices).
+const char* select_isa(const char* name);
+
+// Reads LIPCORE_ISA; called once when the module is loaded. Same result as select_isa.
+const char* select_isa_from_environment();
+
+}  // namespace lipcore

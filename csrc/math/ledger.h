@@ -1,0 +1,70 @@
+// What is remembered of a parameter's (or a group's) movement from step to step: a row of float64 scalars. Host and
+// device. A zeroed row is the identity of merge and the state before the first step.
+#pragma once
+
+#include <cmath>
+
+#include "math/trajectory.h"
+
+namespace lipcore {
+
+struct TrajectoryRow {
+  // Of the open window.
+  double steps;        // steps observed, the non-finite ones not among them
+  double path;         // sum of ||dw||
+  double m2;           // sum over the window's points (its start included) of ||offset - mean||^2
+  double update_last;  // ||dw||
+  double update_max;
+  double max_abs_last;  // max |dw|
+  double max_abs_max;
+  double ratio_last;  // ||dw|| / ||w||, w after the step
+  double ratio_sum;
+  double ratio_max;
+  double nonfinite_steps;     // steps left out because of NaN or infinite elements
+  double nonfinite_elements;  // how many elements that were, over those steps
+  // Since the reference point.
+  double total_steps;
+  double total_path;
+  double distance;  // ||w - w0|| after the last finite step
+  double weight;    // ||w||
+};
+constexpr int kTrajectoryColumns = 16;
+static_assert(sizeof(TrajectoryRow) == kTrajectoryColumns * sizeof(double), "a row of the ledger tensor");
+
+LIPCORE_INLINE double larger(double a, double b) { return b > a ? b : a; }
+
+LIPCORE_INLINE void observe(TrajectoryRow* row, const StepSums& step) {
+  if (step.nonfinite > 0) {
+    row->nonfinite_steps += 1;
+    row->nonfinite_elements += step.nonfinite;
+    if (!(step.dw_sq == step.dw_sq)) return;  // a tensor; a group goes on with its finite members
+  }
+  const double update = sqrt(step.dw_sq);
+  const double weight = sqrt(step.weight_sq);
+  // A weight of norm zero that did not move has ratio 0; one that moved has no finite ratio, and infinity says so.
+  const double ratio = update > 0 ? update / weight : 0;
+  row->steps += 1;
+  row->path += update;
+  row->m2 += step.m2_increment;
+  row->update_last = update;
+  row->update_max = larger(row->update_max, update);
+  row->max_abs_last = step.max_abs_dw;
+  row->max_abs_max = larger(row->max_abs_max, step.max_abs_dw);
+  row->ratio_last = ratio;
+  row->ratio_sum += ratio;
+  row->ratio_max = larger(row->ratio_max, ratio);
+  row->total_steps += 1;
+  row->total_path += update;
+  row->distance = sqrt(step.dist_sq);
+  row->weight = weight;
+}
+
+// Sums of a group's step from its members'. A non-finite member adds only its count, so the rest goes on.
+LIPCORE_INLINE void merge_member(StepSums* group, const StepSums& member) {
+  if (member.dw_sq == member.dw_sq)
+    merge(group, member);
+  else
+    group->nonfinite += member.nonfinite;
+}
+
+}  // namespace lipcore

@@ -1,0 +1,341 @@
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+
+#include "ops/ops.h"
+#include "parallel.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
+
+namespace lipcore {
+namespace {
+
+// The rows of a [B, ...] tensor: dense rows are flat runs of memory; others are gathered chunk by chunk.
+struct Rows {
+  const char* data;
+  DType dtype;
+  int64_t count, length, stride;  // stride between rows, in elements
+  bool dense;
+  int ndim;  // of a row, without dimensions of size 1 and with mergeable ones merged, innermost last
+  int64_t shape[8], strides[8];
+};
+
+// False when a row has more than 8 dimensions that cannot be merged.
+bool describe_rows(const TensorView& x, Rows* rows) {
+  rows->data = static_cast<const char*>(x.data);
+  rows->dtype = x.dtype;
+  rows->count = x.shape[0];
+  rows->length = rows->count ? x.numel / rows->count : 0;
+  rows->stride = x.strides[0];
+  TensorView row = x;
+  row.ndim = x.ndim - 1;
+  row.shape = x.shape + 1;
+  row.strides = x.strides + 1;
+  row.numel = rows->length;
+  rows->dense = row.is_dense();
+  rows->ndim = 0;
+  if (rows->dense) return true;
+  for (int d = 0; d < row.ndim; ++d) {
+    if (row.shape[d] == 1) continue;
+    const int last = rows->ndim - 1;
+    if (last >= 0 && rows->strides[last] == row.strides[d] * row.shape[d]) {
+      rows->shape[last] *= row.shape[d];
+      rows->strides[last] = row.strides[d];
+      continue;
+    }
+    if (rows->ndim == 8) return false;
+    rows->shape[rows->ndim] = row.shape[d];
+    rows->strides[rows->ndim++] = row.strides[d];
+  }
+  return true;
+}
+
+template <class T>
+void gather_as(const Rows& rows, const char* row, int64_t begin, int64_t count, T* to) {
+  const T* from = reinterpret_cast<const T*>(row);
+  const int inner = rows.ndim - 1;
+  int64_t index[8], rest = begin;
+  for (int d = inner; d >= 0; --d) {
+    index[d] = rest % rows.shape[d];
+    rest /= rows.shape[d];
+  }
+  for (int64_t done = 0; done < count;) {
+    int64_t offset = 0;
+    for (int d = 0; d <= inner; ++d) offset += index[d] * rows.strides[d];
+    const int64_t left = rows.shape[inner] - index[inner];
+    const int64_t run = left < count - done ? left : count - done;
+    for (int64_t i = 0; i < run; ++i) to[done + i] = from[offset + i * rows.strides[inner]];
+    done += run;
+    index[inner] += run;
+    for (int d = inner; d > 0 && index[d] == rows.shape[d]; --d) {
+      index[d] = 0;
+      ++index[d - 1];
+    }
+  }
+}
+
+// Elements [begin, begin + count) of a row as a flat run: in place, or gathered into a buffer of this thread.
+const void* row_run(const Rows& rows, int64_t row, int64_t begin, int64_t count) {
+  const char* start = rows.data + row * rows.stride * item_size(rows.dtype);
+  if (rows.dense) return start + begin * item_size(rows.dtype);
+  static thread_local std::vector<double> buffer;
+  buffer.resize(kChunk);
+  switch (item_size(rows.dtype)) {
+    case 8:
+      gather_as(rows, start, begin, count, buffer.data());
+      break;
+    case 4:
+      gather_as(rows, start, begin, count, reinterpret_cast<uint32_t*>(buffer.data()));
+      break;
+    default:
+      gather_as(rows, start, begin, count, reinterpret_cast<uint16_t*>(buffer.data()));
+  }
+  return buffer.data();
+}
+
+// For float64 rows whose squares overflow or underflow: scaled by a power of two first. Rare, so plain.
+double scaled_norm(const Rows& rows, int64_t row) {
+  double largest = 0;
+  for (int pass = 0; pass < 2; ++pass) {
+    const int exponent = pass ? std::ilogb(largest) : 0;
+    double sum = 0;
+    for (int64_t begin = 0; begin < rows.length; begin += kChunk) {
+      const int64_t count = rows.length - begin < kChunk ? rows.length - begin : kChunk;
+      const auto* x = static_cast<const double*>(row_run(rows, row, begin, count));
+      for (int64_t i = 0; i < count; ++i) {
+        if (!std::isfinite(x[i])) return std::isnan(x[i]) ? x[i] : std::abs(x[i]);
+        if (!pass) {
+          largest = std::fmax(largest, std::abs(x[i]));
+        } else {
+          const double scaled = std::ldexp(x[i], -exponent);
+          sum += scaled * scaled;
+        }
+      }
+    }
+    if (largest == 0) return 0;
+    if (pass) return std::ldexp(std::sqrt(sum), exponent);
+  }
+  return 0;
+}
+
+double finish_norm(const Rows& rows, int64_t row, double sum) {
+  // Not std::isfinite alone: a subnormal sum has lost digits too. A float32 square never gets there.
+  if (rows.dtype == DType::kFloat64 && !(sum >= 1e-280 && sum <= 1e300)) return scaled_norm(rows, row);
+  return std::sqrt(sum);
+}
+
+void row_norms(const Rows& rows, double* out) {
+  const auto& kernel = *kernels().sample_norms;
+  const bool parallel = rows.count * rows.length >= kSerialElements;
+  if (rows.length <= kChunk) {
+    const int64_t per_task = rows.length ? (kChunk + rows.length - 1) / rows.length : rows.count + 1;
+    parallel_for((rows.count + per_task - 1) / per_task, parallel, [&](int64_t task) {
+      const int64_t end = (task + 1) * per_task < rows.count ? (task + 1) * per_task : rows.count;
+      for (int64_t row = task * per_task; row < end; ++row)
+        out[row] =
+            finish_norm(rows, row, kernel.sum_squares(row_run(rows, row, 0, rows.length), rows.dtype, rows.length));
+    });
+    return;
+  }
+  const int64_t per_row = (rows.length + kChunk - 1) / kChunk;
+  std::vector<double> partials(static_cast<size_t>(rows.count * per_row));
+  parallel_for(rows.count * per_row, parallel, [&](int64_t task) {
+    const int64_t row = task / per_row, begin = task % per_row * kChunk;
+    const int64_t count = rows.length - begin < kChunk ? rows.length - begin : kChunk;
+    partials[task] = kernel.sum_squares(row_run(rows, row, begin, count), rows.dtype, count);
+  });
+  for (int64_t row = 0; row < rows.count; ++row) {
+    double sum = 0;
+    for (int64_t k = 0; k < per_row; ++k) sum += partials[row * per_row + k];
+    out[row] = finish_norm(rows, row, sum);
+  }
+}
+
+double read_element(const TensorView& view, int64_t offset) {
+  switch (view.dtype) {
+    case DType::kFloat64:
+      return static_cast<const double*>(view.data)[offset];
+    case DType::kFloat32:
+      return static_cast<const float*>(view.data)[offset];
+    case DType::kBfloat16:
+      return bfloat16_to_float(static_cast<const uint16_t*>(view.data)[offset]);
+    default:
+      return float16_to_float(static_cast<const uint16_t*>(view.data)[offset]);
+  }
+}
+
+// The single element of each of B samples: [B], [B, 1], [1, B]... one dimension of size B, the others of size 1.
+int64_t sample_stride(const TensorView& view) {
+  for (int d = 0; d < view.ndim; ++d)
+    if (view.shape[d] > 1) return view.strides[d];
+  return 0;
+}
+
+bool check_result(const TensorView& out, const char* name, int64_t rows, const TensorView& input) {
+  if (out.dtype != DType::kFloat64)
+    return fail({name}, "expected dtype float64, got %s; lipcore's results are float64", dtype_name(out.dtype));
+  if (out.ndim != 1 || out.shape[0] != rows)
+    return fail({name}, "expected shape [%lld], one value per row, got %s", static_cast<long long>(rows),
+                ShapeText(out).text);
+  if (!out.same_device(input)) return fail({name}, "is on another device than the input; put both on one device");
+  const char* begin = static_cast<const char*>(out.data);
+  const char* end = begin + out.numel * 8;
+  const char* first = static_cast<const char*>(input.data);
+  int64_t last = 0;
+  for (int d = 0; d < input.ndim; ++d) last += (input.shape[d] - 1) * input.strides[d];
+  const char* input_end = first + (last + 1) * item_size(input.dtype);
+  if (input.numel && out.numel && begin < input_end && first < end)
+    return fail({name}, "shares memory with the input; pass separate tensors");
+  return true;
+}
+
+bool check_rows(const TensorView& x, const char* name) {
+  if (x.ndim >= 1) return true;
+  return fail({name},
+              "expected shape [B, ...] with one row per sample, got a 0-dimensional tensor; use x.reshape(1) for "
+              "one sample");
+}
+
+bool refuse_dimensions(const char* name) {
+  return fail({name}, "has more than 8 dimensions that cannot be merged; pass a contiguous tensor");
+}
+
+// Runs without the GIL when there is enough work for another thread to gain from it. The tensors stay alive: the caller
+// of the Python function holds them.
+template <class Body>
+void without_gil(int64_t elements, const Body& body) {
+  if (elements < kSerialElements) {
+    body();
+    return;
+  }
+  PyThreadState* state = PyEval_SaveThread();
+  body();
+  PyEval_RestoreThread(state);
+}
+
+}  // namespace
+
+bool sample_norms(const TensorView& x, const TensorView& out) {
+  if (!check_rows(x, "x") || !check_result(out, "out", x.shape[0], x)) return false;
+  Rows rows;
+  if (!describe_rows(x, &rows)) return refuse_dimensions("x");
+#if defined(LIPCORE_WITH_CUDA)
+  if (!x.on_cpu()) return cuda::sample_norms(x, out);
+#endif
+  if (!x.on_cpu())
+    return fail({"x"},
+                "is on a CUDA device, but this lipcore was built without CUDA; rebuild with "
+                "LIPCORE_CUDA=ON or pass x.cpu()");
+  without_gil(x.numel, [&] { row_norms(rows, static_cast<double*>(out.data)); });
+  return true;
+}
+
+bool normalized_norms(const TensorView& delta, const TensorView& output_grad, const TensorView& r, int64_t* skipped) {
+  if (!check_rows(delta, "delta") || !check_result(r, "r", delta.shape[0], delta)) return false;
+  if (output_grad.numel != delta.shape[0])
+    return fail({"output_grad"},
+                "expected one value per sample, %lld for delta of shape %s, got shape %s; for outputs "
+                "with several values per sample pass the row norms of their gradient (the one-sided quantity)",
+                static_cast<long long>(delta.shape[0]), ShapeText(delta).text, ShapeText(output_grad).text);
+  if (!output_grad.same_device(delta)) return fail({"output_grad"}, "is on another device than delta; put both on one");
+  Rows rows;
+  if (!describe_rows(delta, &rows)) return refuse_dimensions("delta");
+  if (!delta.on_cpu())
+    return fail({"delta"},
+                "normalized_norms' core runs on the CPU; lipcore.functional divides on the "
+                "device");
+  without_gil(delta.numel, [&] {
+    auto* out = static_cast<double*>(r.data);
+    row_norms(rows, out);
+    const int64_t stride = sample_stride(output_grad);
+    *skipped = 0;
+    for (int64_t b = 0; b < rows.count; ++b) {
+      const double eps = std::abs(read_element(output_grad, b * stride));
+      const bool usable = eps > 0 && std::isfinite(eps);
+      out[b] = usable ? out[b] / eps : std::numeric_limits<double>::quiet_NaN();
+      *skipped += !usable;
+    }
+  });
+  return true;
+}
+
+namespace {
+
+// ||W^T delta|| of one sample, in float64; delta starts at `offset` of its view.
+double pulled_back_norm(const TensorView& delta, int64_t offset, int64_t stride, const TensorView& weight) {
+  double total = 0;
+  for (int64_t i = 0; i < weight.shape[1]; ++i) {
+    double dot = 0;
+    for (int64_t o = 0; o < weight.shape[0]; ++o)
+      dot += read_element(delta, offset + o * stride) *
+             read_element(weight, o * weight.strides[0] + i * weight.strides[1]);
+    total += dot * dot;
+  }
+  return std::sqrt(total);
+}
+
+bool check_weight(const TensorView& weight, int64_t outputs, const TensorView& delta) {
+  if (weight.ndim == 2 && weight.shape[0] == outputs && weight.on_cpu() && delta.on_cpu()) return true;
+  return fail({"weight"}, "expected shape [%lld, I] on the CPU for delta of shape %s, got %s",
+              static_cast<long long>(outputs), ShapeText(delta).text, ShapeText(weight).text);
+}
+
+}  // namespace
+
+bool sample_ratio(const TensorView& delta, const TensorView& output_grad, const TensorView& weight, double* r,
+                  double* lambda) {
+  if (output_grad.numel != 1 || !output_grad.on_cpu())
+    return fail({"output_grad"}, "expected one value on the CPU, got shape %s", ShapeText(output_grad).text);
+  if (delta.ndim != 1) return fail({"delta"}, "expected shape [O], got %s", ShapeText(delta).text);
+  if (!check_weight(weight, delta.numel, delta)) return false;
+  const double eps = std::abs(read_element(output_grad, 0));
+  *r = *lambda = std::numeric_limits<double>::quiet_NaN();
+  if (!(eps > 0 && std::isfinite(eps))) return true;
+  double sum = 0;
+  for (int64_t o = 0; o < delta.numel; ++o) {
+    const double x = read_element(delta, o * delta.strides[0]);
+    sum += x * x;
+  }
+  *r = std::sqrt(sum) / eps;
+  *lambda = pulled_back_norm(delta, 0, delta.strides[0], weight) / eps;
+  return true;
+}
+
+bool first_layer_norms(const TensorView& delta, const TensorView& weight, const TensorView& out) {
+  if (delta.ndim != 2) return fail({"delta"}, "expected shape [B, O], got %s", ShapeText(delta).text);
+  const int64_t rows = delta.shape[0], outputs = delta.shape[1];
+  if (!check_weight(weight, outputs, delta)) return false;
+  if (out.dtype != DType::kFloat64 || out.ndim != 2 || out.shape[0] != 2 || out.shape[1] != rows || !out.on_cpu() ||
+      (rows > 1 && out.strides[1] != 1) || (rows && out.strides[0] != rows))
+    return fail({"out"}, "expected a contiguous float64 tensor of shape [2, %lld], got %s",
+                static_cast<long long>(rows), ShapeText(out).text);
+  auto* norms = static_cast<double*>(out.data);
+  for (int64_t b = 0; b < rows; ++b) {
+    double sum = 0;
+    for (int64_t o = 0; o < outputs; ++o) {
+      const double x = read_element(delta, b * delta.strides[0] + o * delta.strides[1]);
+      sum += x * x;
+    }
+    norms[b] = std::sqrt(sum);
+    norms[rows + b] = pulled_back_norm(delta, b * delta.strides[0], delta.strides[1], weight);
+  }
+  return true;
+}
+
+ShapeText::ShapeText(const TensorView& view) {
+  size_t used = 1;
+  std::strcpy(text, "[");
+  for (int d = 0; d < view.ndim && used < sizeof text - 32; ++d)
+    used += static_cast<size_t>(
+        std::snprintf(text + used, sizeof text - used, d ? ", %lld" : "%lld", static_cast<long long>(view.shape[d])));
+  std::strcpy(text + used, "]");
+}
+
+const char* dtype_name(DType dtype) {
+  static const char* const names[] = {"float32", "float64", "bfloat16", "float16"};
+  return names[static_cast<int>(dtype)];
+}
+
+}  // namespace lipcore

@@ -1,0 +1,237 @@
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "ops/ops.h"
+#include "parallel.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
+
+namespace lipcore {
+namespace {
+
+constexpr int64_t kSoloElements = 4 * kChunk;        // 1 MiB of float32: stays in a core's second-level cache
+constexpr int64_t kGroupElements = 2 * 1024 * 1024;  // 8 MiB of float32: stays in the shared cache
+
+const char* at(const void* base, int64_t element, DType dtype) {
+  return static_cast<const char*>(base) + element * item_size(dtype);
+}
+
+}  // namespace
+
+void TrajectoryRunner::plan(const std::vector<int64_t>& counts) {
+  first_chunk_.clear();
+  chunks_.clear();
+  solo_.clear();
+  groups_.clear();
+  total_ = 0;
+  int64_t in_group = 0;
+  for (int64_t item = 0; item < static_cast<int64_t>(counts.size()); ++item) {
+    const auto first = static_cast<int64_t>(chunks_.size());
+    first_chunk_.push_back(first);
+    for (int64_t begin = 0; begin < counts[item]; begin += kChunk)
+      chunks_.push_back({item, begin, std::min(kChunk, counts[item] - begin)});
+    const auto last = static_cast<int64_t>(chunks_.size());
+    total_ += counts[item];
+    if (counts[item] <= kSoloElements) {
+      solo_.push_back(item);
+      continue;
+    }
+    const bool adjacent = !groups_.empty() && groups_.back().last_item == item;
+    if (adjacent && in_group + counts[item] <= kGroupElements) {
+      groups_.back().last_item = item + 1;
+      groups_.back().last_chunk = last;
+      in_group += counts[item];
+    } else {
+      groups_.push_back({item, item + 1, first, last});
+      in_group = counts[item];
+    }
+  }
+  first_chunk_.push_back(static_cast<int64_t>(chunks_.size()));
+  partials_.resize(chunks_.size());
+}
+
+void TrajectoryRunner::check(const TrajectoryItem& item, int64_t chunk) {
+  const Chunk& c = chunks_[chunk];
+  const void* w = at(item.w, c.begin, item.dtype);
+  const auto& kernel = *kernels().sample_norms;
+  StepSums& sums = partials_[chunk];
+  sums = {};
+  sums.weight_sq = kernel.sum_squares(w, item.dtype, c.count);
+  // A float64 sum of float32 squares cannot overflow, so it is finite exactly when every element is.
+  if (!std::isfinite(sums.weight_sq))
+    sums.nonfinite = static_cast<double>(kernel.count_nonfinite(w, item.dtype, c.count));
+}
+
+void TrajectoryRunner::step(const TrajectoryItem& item, int64_t chunk) {
+  const Chunk& c = chunks_[chunk];
+  const DType mean_dtype = item.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  TrajectoryChunk work;
+  work.w = at(item.w, c.begin, item.dtype);
+  work.w_prev = const_cast<char*>(at(item.w_prev, c.begin, item.dtype));
+  work.w0 = at(item.w0, c.begin, item.dtype);
+  work.mean = const_cast<char*>(at(item.mean, c.begin, mean_dtype));
+  work.count = c.count;
+  work.dtype = item.dtype;
+  work.restart = item.restart;
+  work.inv_count = item.inv_count;
+  kernels().trajectory_step->chunk(work, &partials_[chunk]);
+}
+
+bool TrajectoryRunner::settle(int64_t item) {
+  double nonfinite = 0;
+  for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) nonfinite += partials_[c].nonfinite;
+  if (nonfinite == 0) return true;
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c)
+    partials_[c] = {nan, nan, nan, nan, nan, partials_[c].nonfinite};
+  return false;
+}
+
+void TrajectoryRunner::run(const TrajectoryItem* items, StepSums* sums) {
+  const bool parallel = total_ >= kSerialElements;
+  parallel_for(static_cast<int64_t>(solo_.size()), parallel, [&](int64_t i) {
+    const int64_t item = solo_[i];
+    for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) check(items[item], c);
+    if (!settle(item)) return;
+    for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) step(items[item], c);
+  });
+  for (const Group& group : groups_) {
+    const int64_t chunks = group.last_chunk - group.first_chunk;
+    parallel_for(chunks, parallel, [&](int64_t i) {
+      const int64_t chunk = group.first_chunk + i;
+      check(items[chunks_[chunk].item], chunk);
+    });
+    for (int64_t item = group.first_item; item < group.last_item; ++item) settle(item);
+    parallel_for(chunks, parallel, [&](int64_t i) {
+      const int64_t chunk = group.first_chunk + i;
+      if (!std::isnan(partials_[chunk].dw_sq)) step(items[chunks_[chunk].item], chunk);
+    });
+  }
+  for (size_t item = 0; item + 1 < first_chunk_.size(); ++item) {
+    sums[item] = {};
+    for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) merge(&sums[item], partials_[c]);
+    if (std::isnan(sums[item].dw_sq)) sums[item].max_abs_dw = sums[item].dw_sq;  // merge's comparison drops NaN
+  }
+}
+
+namespace {
+
+// Same elements in the same order of memory: equal strides wherever a dimension has more than one element.
+bool same_layout(const TensorView& a, const TensorView& b) {
+  if (a.ndim != b.ndim) return false;
+  for (int d = 0; d < a.ndim; ++d)
+    if (a.shape[d] != b.shape[d] || (a.shape[d] > 1 && a.strides[d] != b.strides[d])) return false;
+  return true;
+}
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+bool check_state(const TensorView& state, const TensorView& param, ArgumentName name, DType dtype) {
+  const auto index = static_cast<long long>(name.index);
+  if (!same_shape(state, param))
+    return fail(name, "expected shape %s of params[%lld], got %s", ShapeText(param).text, index, ShapeText(state).text);
+  if (state.dtype != dtype)
+    return fail(name, "expected dtype %s for params[%lld] of dtype %s, got %s", dtype_name(dtype), index,
+                dtype_name(param.dtype), dtype_name(state.dtype));
+  if (!state.same_device(param)) return fail(name, "is on another device than params[%lld]; put all on one", index);
+  if (!same_layout(state, param))
+    return fail(name, "its memory layout differs from that of params[%lld]; make both contiguous", index);
+  return true;
+}
+
+struct Interval {
+  const char* begin;
+  const char* end;
+  bool written;
+  ArgumentName name;
+};
+
+// What is written must not overlap anything else that is read or written.
+bool check_overlap(std::vector<Interval>& intervals) {
+  std::sort(intervals.begin(), intervals.end(), [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+  Interval reach{nullptr, nullptr, false, {"", -1}}, reach_written = reach;
+  for (const Interval& now : intervals) {
+    for (const Interval* other : {&reach, &reach_written}) {
+      if (other->end <= now.begin || !(other->written || now.written)) continue;
+      return fail(now.written ? now.name : other->name,
+                  "is written to but shares memory with %s[%lld]; pass separate "
+                  "tensors (clone one of them)",
+                  now.written ? other->name.name : now.name.name,
+                  static_cast<long long>(now.written ? other->name.index : now.name.index));
+    }
+    if (now.end > reach.end) reach = now;
+    if (now.written && now.end > reach_written.end) reach_written = now;
+  }
+  return true;
+}
+
+}  // namespace
+
+bool trajectory_step(const std::vector<TensorView>& params, const std::vector<TensorView>& prev,
+                     const std::vector<TensorView>& ref, const std::vector<TensorView>& mean, int64_t count,
+                     const TensorView& out) {
+  const size_t n = params.size();
+  if (count < 1)
+    return fail({"count"}, "expected the number of points averaged, this one included, >= 1, got %lld",
+                static_cast<long long>(count));
+  for (const auto& [name, list] : {std::pair{"prev", &prev}, {"ref", &ref}, {"mean", &mean}})
+    if (list->size() != n) return fail({name}, "expected %zu tensors, one per parameter, got %zu", n, list->size());
+  if (out.dtype != DType::kFloat64 || out.ndim != 2 || out.shape[0] != static_cast<int64_t>(n) ||
+      out.shape[1] != kStepSums || (n > 1 && out.strides[0] != kStepSums) || (n && out.strides[1] != 1))
+    return fail({"out"}, "expected a contiguous float64 tensor of shape [%zu, %d], got %s %s", n, kStepSums,
+                dtype_name(out.dtype), ShapeText(out).text);
+  std::vector<TrajectoryItem> items(n);
+  std::vector<int64_t> counts(n);
+  std::vector<Interval> intervals;
+  for (size_t i = 0; i < n; ++i) {
+    const auto index = static_cast<int64_t>(i);
+    const TensorView& w = params[i];
+    const DType mean_dtype = w.dtype == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+    if (!w.is_dense()) return fail({"params", index}, "is not dense memory; pass a contiguous copy");
+    if (!w.same_device(params[0]))
+      return fail({"params", index}, "is on another device than params[0]; put all on one");
+    if (!check_state(prev[i], w, {"prev", index}, w.dtype) || !check_state(ref[i], w, {"ref", index}, w.dtype) ||
+        !check_state(mean[i], w, {"mean", index}, mean_dtype))
+      return false;
+    items[i] = {w.data,  prev[i].data, ref[i].data, mean[i].data,
+                w.numel, w.dtype,      false,       1.0 / static_cast<double>(count)};
+    counts[i] = w.numel;
+    if (!w.numel) continue;
+    auto add = [&](const TensorView& view, bool written, const char* name) {
+      const auto* begin = static_cast<const char*>(view.data);
+      intervals.push_back({begin, begin + view.numel * item_size(view.dtype), written, {name, index}});
+    };
+    add(w, false, "params");
+    add(prev[i], true, "prev");
+    add(ref[i], false, "ref");
+    add(mean[i], true, "mean");
+  }
+  if (n && !out.same_device(params[0])) return fail({"out"}, "is on another device than params; put all on one device");
+  if (n) {
+    const auto* begin = static_cast<const char*>(out.data);
+    intervals.push_back({begin, begin + out.numel * 8, true, {"out", 0}});
+  }
+  if (!check_overlap(intervals)) return false;
+  auto* sums = static_cast<StepSums*>(out.data);
+  if (n && !params[0].on_cpu()) {
+#if defined(LIPCORE_WITH_CUDA)
+    return cuda::trajectory_step(items, params[0].device, sums);
+#else
+    return fail({"params"},
+                "are on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON "
+                "or pass CPU tensors");
+#endif
+  }
+  TrajectoryRunner runner;
+  runner.plan(counts);
+  PyThreadState* state = runner.total() >= kSerialElements ? PyEval_SaveThread() : nullptr;
+  runner.run(items.data(), sums);
+  if (state) PyEval_RestoreThread(state);
+  return true;
+}
+
+}  // namespace lipcore

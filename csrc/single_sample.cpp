@@ -1,0 +1,101 @@
+#include "single_sample.h"
+
+#include <initializer_list>
+#include <utility>
+
+#include "ops/ops.h"
+
+namespace lipcore {
+namespace {
+
+struct Names {
+  PyObject* bias = PyUnicode_InternFromString("bias");
+  PyObject* weight = PyUnicode_InternFromString("weight");
+  PyObject* grad = PyUnicode_InternFromString("grad");
+  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+  PyObject* backward_hooks = PyUnicode_InternFromString("_backward_hooks");
+};
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+// object.<name> is <wanted>? 1, 0, or -1 with a Python exception set.
+int attribute_is(PyObject* object, PyObject* name, PyObject* wanted) {
+  PyObject* value = PyObject_GetAttr(object, name);
+  if (!value) return -1;
+  const bool same = value == wanted;
+  Py_DECREF(value);
+  return same;
+}
+
+}  // namespace
+
+SingleSampleShortcut::SingleSampleShortcut(PyObject* first, PyObject* last) {
+  for (const auto& [layer, module] : {std::pair{&first_, first}, {&last_, last}}) {
+    layer->parameters = PyObject_GetAttrString(module, "_parameters");
+    layer->forward_hooks = PyObject_GetAttrString(module, "_forward_hooks");
+    layer->bias = PyObject_GetAttrString(module, "bias");
+  }
+}
+
+SingleSampleShortcut::~SingleSampleShortcut() {
+  for (const Layer& layer : {first_, last_})
+    for (PyObject* object : {layer.parameters, layer.forward_hooks, layer.bias}) Py_XDECREF(object);
+}
+
+// The bias is the one we know, trainable, without a gradient yet, and nobody rewrites its gradient or the layer's
+// output.
+int SingleSampleShortcut::layer_ready(const Layer& layer, Py_ssize_t expected_hooks) const {
+  if (PyDict_GetItemWithError(layer.parameters, names().bias) != layer.bias) return PyErr_Occurred() ? -1 : 0;
+  if (PyDict_Size(layer.forward_hooks) != expected_hooks) return 0;
+  for (const auto& [name, wanted] :
+       {std::pair{names().grad, Py_None}, {names().requires_grad, Py_True}, {names().backward_hooks, Py_None}}) {
+    const int same = attribute_is(layer.bias, name, wanted);
+    if (same != 1) return same;
+  }
+  return 1;
+}
+
+int SingleSampleShortcut::begin(PyObject* input) {
+  // A forward pass whose backward has not come yet: taps can tell the two apart, bias gradients cannot.
+  const bool ambiguous = waiting_;
+  waiting_ = false;
+  TensorView x;
+  if (!view_tensor(input, {"input"}, Access::kRead, &x)) {
+    PyErr_Clear();  // whatever it is, the model's forward will say so
+    return 0;
+  }
+  if (ambiguous || x.ndim != 2 || x.shape[0] != 1) return 0;
+  int ready = layer_ready(first_, own_hooks);
+  if (ready == 1) ready = layer_ready(last_, 0);
+  waiting_ = ready == 1;
+  return ready;
+}
+
+bool SingleSampleShortcut::finish(Distribution* ratios, Distribution* lambdas) {
+  if (!waiting_) return true;
+  waiting_ = false;
+  PyObject* weight = PyDict_GetItemWithError(first_.parameters, names().weight);
+  PyObject* delta = PyObject_GetAttr(first_.bias, names().grad);
+  PyObject* output_grad = delta ? PyObject_GetAttr(last_.bias, names().grad) : nullptr;
+  bool fine = weight && output_grad;
+  if (fine) {
+    TensorView d, g, w;
+    double r, lambda;
+    fine = view_tensor(delta, {"delta"}, Access::kRead, &d) &&
+           view_tensor(output_grad, {"output_grad"}, Access::kRead, &g) &&
+           view_tensor(weight, {"weight"}, Access::kRead, &w) && sample_ratio(d, g, w, &r, &lambda);
+    if (fine) {
+      ratios->observe(r);
+      lambdas->observe(lambda);
+    }
+  }
+  Py_XDECREF(delta);
+  Py_XDECREF(output_grad);
+  served += fine;
+  return fine;
+}
+
+}  // namespace lipcore

@@ -1,0 +1,57 @@
+// The stateful hot path: which parameters, where their state lives, and what is remembered of them. Parameters are
+// looked up by (owner's _parameters dict, key) at every step, so objects that were replaced are seen.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "math/ledger.h"
+#include "ops/ops.h"
+
+namespace lipcore {
+
+struct TrajectoryEntry {
+  PyObject* owner;   // dict; strong reference
+  PyObject* key;     // str; strong reference
+  std::string name;  // canonical, for messages
+  PyObject* prev;    // state tensors with the parameter's layout; strong references
+  PyObject* ref;
+  PyObject* mean;
+  int64_t group;  // index of the ledger row it adds to, after the tensors' rows
+};
+
+class TrajectoryPlan {
+ public:
+  TrajectoryPlan() = default;
+  TrajectoryPlan(const TrajectoryPlan&) = delete;
+  TrajectoryPlan& operator=(const TrajectoryPlan&) = delete;
+  ~TrajectoryPlan();
+
+  // Takes over the entries' references. `ledger` is float64 [tensors + groups + 1, kTrajectoryColumns], contiguous, on
+  // the CPU; the last row is the total. False with a Python exception set.
+  bool capture(std::vector<TrajectoryEntry> entries, int64_t groups, PyObject* ledger);
+
+  // One optimizer step: reads every parameter, updates state and ledger. False with a Python exception set, nothing
+  // written, when a parameter is gone or no longer fits its state.
+  bool step();
+
+ private:
+  struct Seen {  // what a parameter looked like when it was last checked in full
+    const void* data = nullptr;
+    uint64_t geometry = 0;
+  };
+  bool look_up(size_t i, std::vector<PyObject*>* held);
+  bool admit(size_t i, PyObject* parameter, const TensorView& view, uint64_t geometry);
+
+  std::vector<TrajectoryEntry> entries_;
+  std::vector<Seen> seen_;
+  std::vector<TrajectoryItem> items_;
+  std::vector<StepSums> sums_;
+  std::vector<StepSums> group_sums_;
+  std::vector<PyObject*> held_;
+  PyObject* ledger_ = nullptr;
+  TrajectoryRow* rows_ = nullptr;
+  TrajectoryRunner runner_;
+};
+
+}  // namespace lipcore

@@ -1,0 +1,175 @@
+"""Stateless operations on tensors, one per row of ``csrc/kernels.h``; the float64 twins are in :mod:`lipcore.reference`.
+
+They take tensors of any strides and of dtype float32, float64, bfloat16 or float16, never touch autograd (results are
+detached), and return float64: the results are small and enter sums over millions of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lipcore import _core, _library
+
+_float64 = torch.float64
+
+
+def sample_norms(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    r"""Euclidean norm of every sample, :math:`n_b = \|x_b\|_2`, with x of shape [B, ...].
+
+    Squares are taken and summed in float64, so nothing overflows or underflows and the order of threads does not matter.
+    The number is what x is: of a gradient under a mean-reduced loss it carries that loss's 1/B.
+
+    Args:
+        x: [B, ...], one sample per row, any strides. [0, ...] gives [0]; rows without elements give 0.
+        out: float64 [B] to write into; it must not share memory with x.
+
+    Returns:
+        float64 [B], detached.
+
+    Raises:
+        TypeError, ValueError: x or out is not a tensor lipcore can use; the message names it and the remedy.
+
+    >>> sample_norms(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
+    tensor([5., 0.], dtype=torch.float64)
+    """
+    if torch.compiler.is_compiling():
+        return _library.sample_norms(x.detach())
+    if _core.check_storage(x, "x"):
+        x = x.resolve_neg()
+    if out is None:
+        if not x.dim():
+            raise ValueError(
+                "x: expected shape [B, ...] with one row per sample, got a 0-dimensional tensor; use x.reshape(1)"
+            )
+        out = torch.empty(x.shape[0], dtype=_float64) if x.is_cpu else x.new_empty(x.shape[0], dtype=_float64)
+    else:
+        _check_state(out, "out")
+    _core.sample_norms(x, out)
+    return out
+
+
+def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Normalised first-layer gradient norms :math:`r_b = \|\partial L/\partial u_b\|_2 \,/\, |\partial L/\partial\hat y_b|`.
+
+    Both factors come from the same backward pass, so the loss reduction, a factor 1/2, an AMP loss scale and gradient
+    accumulation all cancel: r_b is the norm of the gradient of the network's output with respect to u_b, the summand of
+    Theorem 1 of Loukas, Poiitis and Jegelka (NeurIPS 2021).
+
+    Args:
+        delta: [B, ...], gradient of the loss with respect to the first layer's output before its activation.
+        output_grad: B values, gradient of the loss with respect to the network's output, one value per sample.
+
+    Returns:
+        r, float64 [B], NaN where output_grad is 0 or not finite (such a sample says nothing about the network), and how many
+        those are, int64 of shape [].
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use, or shapes that do not belong together.
+
+    >>> normalized_norms(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([0.5, 0.0]))
+    (tensor([10., nan], dtype=torch.float64), tensor(1))
+    """
+    if torch.compiler.is_compiling():
+        return _library.normalized_norms(delta.detach(), output_grad.detach())
+    if _core.check_storage(delta, "delta"):
+        delta = delta.resolve_neg()
+    if _core.check_storage(output_grad, "output_grad"):
+        output_grad = output_grad.resolve_neg()
+    if not delta.dim():
+        raise ValueError("delta: expected shape [B, ...] with one row per sample, got a 0-dimensional tensor")
+    if not delta.is_cpu:
+        return _normalized_norms_on_device(delta, output_grad)
+    r = torch.empty(delta.shape[0], dtype=_float64)
+    skipped = _core.normalized_norms(delta, output_grad, r)
+    return r, torch.tensor(skipped)
+
+
+def _normalized_norms_on_device(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
+    if output_grad.numel() != delta.shape[0] or output_grad.device != delta.device:
+        raise ValueError(
+            f"output_grad: expected {delta.shape[0]} values on {delta.device}, one per sample of delta, got shape "
+            f"{list(output_grad.shape)} on {output_grad.device}"
+        )
+    eps = output_grad.detach().reshape(-1).to(_float64).abs()
+    usable = (eps > 0) & eps.isfinite()
+    return torch.where(usable, sample_norms(delta) / eps, torch.nan), (~usable).sum()
+
+
+def trajectory_step(
+    params: Sequence[Tensor],
+    prev: Sequence[Tensor],
+    ref: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    count: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""One step of trajectory statistics for a list of tensors, in one pass over their memory.
+
+    With dw = w - prev and x = w - ref, the columns of the result are :math:`\sum dw^2`, :math:`\sum x^2`, the Welford
+    increment :math:`\sum (x - \bar x_{old})(x - \bar x_{new})`, :math:`\max |dw|`, :math:`\sum w^2` and the number of
+    non-finite elements of w. Then prev becomes w and mean becomes the mean of x over `count` points. A tensor with
+    non-finite elements gets a row of NaN with their number and keeps its prev and mean; the other tensors are unaffected.
+
+    Args:
+        params: the tensors as they are now.
+        prev: as they were a step ago, same shapes and dtypes; updated in place.
+        ref: the reference point (the initialisation, say), same shapes and dtypes.
+        mean: running mean of w - ref, float32 (float64 for float64 tensors); updated in place.
+        count: number of points averaged, this one included; at 1 the mean starts here.
+        out: float64 [n, 6] to write into.
+
+    Returns:
+        float64 [n, 6].
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use, state that is not dense or shares memory, or lists that do
+            not belong together. Nothing has been written then.
+
+    >>> w, state = [torch.tensor([3.0, 4.0])], [[torch.zeros(2)] for _ in range(3)]
+    >>> trajectory_step(w, *state, count=1)
+    tensor([[25., 25.,  0.,  4., 25.,  0.]], dtype=torch.float64)
+    """
+    lists = {"params": params, "prev": prev, "ref": ref, "mean": mean}
+    for name, tensors in lists.items():
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(tensors).__name__}")
+    readable = [_readable(tensor, "params", i) for i, tensor in enumerate(params)]
+    reference = [_readable(tensor, "ref", i) for i, tensor in enumerate(ref)]
+    for name in ("prev", "mean"):
+        for i, tensor in enumerate(lists[name]):
+            _check_state(tensor, name, i)
+    if len(prev) == len(params) and len(ref) == len(params):
+        readable = [_in_layout_of(a, b) for a, b in zip(readable, prev, strict=True)]
+        reference = [_in_layout_of(a, b) for a, b in zip(reference, prev, strict=True)]
+    if out is None:
+        device = readable[0].device if readable else None
+        out = torch.empty(len(params), _core.STEP_COLUMNS, dtype=_float64, device=device)
+    else:
+        _check_state(out, "out")
+    _core.trajectory_step(readable, prev, reference, mean, count, out)
+    return out
+
+
+def _readable(tensor: Tensor, name: str, index: int) -> Tensor:
+    return tensor.resolve_neg() if _core.check_storage(tensor, name, index) else tensor
+
+
+def _check_state(tensor: Tensor, name: str, index: int = -1) -> None:
+    if _core.check_storage(tensor, name, index):
+        argument = f"{name}[{index}]" if index >= 0 else name
+        raise ValueError(
+            f"{argument}: carries the negative bit, so writing to its memory would flip signs; pass a plain tensor"
+        )
+
+
+def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor's values in the memory order of `like`; a copy only where strides differ. Misfits are left to the core."""
+    if tensor.stride() == like.stride() or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        return tensor
+    if tensor.device != like.device:
+        return tensor
+    return torch.empty_like(like).copy_(tensor.detach())

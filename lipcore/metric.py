@@ -1,0 +1,112 @@
+"""The protocol of a metric: what it needs, what it observes, how windows merge, and torchmetrics' verbs on top.
+
+A metric never hooks a model. It says what it needs; :mod:`lipcore.capture` brings it; the Monitor (or the metric's own
+private one, when it stands alone) keeps the clock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipcore.results import MetricResult
+
+
+class Tap(ABC):
+    """A request for numbers out of the backward pass, per sample, from the gradient at one module's output.
+
+    `reduce` must be a pure function of tensors (and of what `save` returned beside them), so that it can be traced.
+    """
+
+    key: str  #: under which the record holds the numbers
+    columns: int  #: how many numbers per sample
+    in_place_after = False  #: set directly behind a parametrised leaf module, where an in-place activation may follow
+
+    def resolve(self, name: str, module: nn.Module) -> None:  # noqa: B027
+        """The module that was found for it; raises ValueError when it will not do."""
+
+    def check(self, output: Any) -> None:
+        """ValueError when this output cannot be tapped."""
+        if not isinstance(output, Tensor):
+            raise ValueError(f"a {type(output).__name__} cannot be tapped, only a tensor")
+
+    def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
+        """Tensors that reduce() needs beside the gradient, and anything else it needs."""
+        return (), None
+
+    @abstractmethod
+    def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
+        """float64 [columns, B]."""
+
+
+@dataclass
+class Record:
+    """What one micro-batch (one backward pass) brought: per tap key, float64 [columns, B]."""
+
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PlanLine:
+    """One line of `plan()`: what is measured where, by which rule, and what it costs in persistent bytes."""
+
+    what: str
+    rule: str
+    bytes: int = 0
+
+
+FIRST_LAYER = "<first layer>"  #: stands for the first Linear, convolution or Embedding that is executed
+
+
+class Metric(ABC):
+    """Base of all metrics. Subclasses implement the abstract part; users call update, compute, reset and state_dict."""
+
+    name: str  #: first part of every key
+    optional: bool = False  #: where it does not apply it turns itself off instead of raising
+    off: str = ""  #: why it is off; an off metric observes nothing and has no results
+
+    @abstractmethod
+    def bind(self, model: nn.Module) -> None:
+        """Look at the model (parameters, layers); called once, before the first step."""
+
+    def taps(self) -> dict[Tap, str]:
+        """What it needs of the backward pass: taps and the modules they go to (a canonical name, FIRST_LAYER or "")."""
+        return {}
+
+    @property
+    def single_sample(self) -> tuple[Any, Any] | None:
+        """Compiled distributions of r and lambda that the batch-1 shortcut may fill instead of the taps; None: always tap."""
+        return None
+
+    @abstractmethod
+    def plan(self) -> list[PlanLine]:
+        """What will be measured, by which rule, for how many bytes."""
+
+    def observe_record(self, record: Record) -> None:  # noqa: B027
+        """One micro-batch's tapped values. No host synchronisation here."""
+
+    def observe_step(self) -> None:  # noqa: B027
+        """One optimizer step has been made. No host synchronisation here."""
+
+    @abstractmethod
+    def finalize(self) -> MetricResult:
+        """The open window's results; changes nothing."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Start a new window; what counts since the start of training goes on."""
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to continue bit for bit: tensors, numbers and strings only."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; nothing changes when it does not fit."""
+
+    def compute(self) -> MetricResult:
+        """The open window's results; changes nothing."""
+        return self.finalize()

@@ -1,0 +1,299 @@
+"""The Monitor: metrics on one model, the clock that drives them, and the windows their results come in."""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lipcore.capture import Capture
+from lipcore.lipschitz import Lipschitz
+from lipcore.metric import Metric, PlanLine, Record
+from lipcore.results import History, Window
+from lipcore.trajectory import Trajectory
+
+
+class Plan:
+    """What a Monitor measures, by which rule, and what it costs; print it before step 0."""
+
+    def __init__(self, lines: dict[str, list[PlanLine]], window_steps: int | None, clock: str) -> None:
+        self.lines = lines  #: per metric
+        self.window_steps = window_steps
+        self.clock = clock
+
+    @property
+    def bytes(self) -> int:
+        """Persistent state of all metrics."""
+        return sum(line.bytes for lines in self.lines.values() for line in lines)
+
+    def __str__(self) -> str:
+        window = f"closed every {self.window_steps} steps" if self.window_steps else "open since the start"
+        out = [f"lipcore plan: {_size(self.bytes)} of state; window {window}; clock: {self.clock}"]
+        for metric, lines in self.lines.items():
+            out.append(f"  {metric}")
+            width = max((len(line.what) for line in lines), default=0)
+            for line in lines:
+                cost = f"  {_size(line.bytes)}" if line.bytes else ""
+                out.append(f"    {line.what:<{width}}  {line.rule}{cost}")
+        return "\n".join(out)
+
+
+class Monitor:
+    """Watches a model while it trains: hooks only, the model and the loop stay as they are.
+
+    The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by itself, or by
+    :meth:`close_window`. Nothing is raised inside your forward or backward pass: an error stops the recording, warns, and is raised by
+    the next call of a method of this class or at the end of the with block.
+
+    Args:
+        model: the module your loop calls (pass torch.compile's or DDP's result when there is one).
+        optimizer: one or several; the first one's step is the clock. Without: call :meth:`step` after every step.
+        metrics: default [Trajectory(), Lipschitz()], the latter only where the output has one value per sample.
+        window_steps: close a window every so many steps; None: only by close_window().
+        history_limit: how many closed windows are kept.
+
+    >>> model = nn.Linear(3, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> with Monitor(model, optimizer, window_steps=2) as monitor:
+    ...     for _ in range(4):
+    ...         loss = model(torch.ones(5, 3)).square().mean()
+    ...         loss.backward(); optimizer.step(); optimizer.zero_grad()
+    >>> [window.steps for window in monitor.history]
+    [2, 2]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        metrics: Iterable[Metric] | None = None,
+        *,
+        window_steps: int | None = None,
+        history_limit: int = 1000,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        for name, number in (("window_steps", window_steps), ("history_limit", history_limit)):
+            if number is not None and (not isinstance(number, int) or number < 1):
+                raise ValueError(f"{name}: expected an integer >= 1, got {number!r}")
+        chosen = [Trajectory(), Lipschitz(optional=True)] if metrics is None else list(metrics)
+        self.metrics = _by_name(chosen)
+        self.model = model
+        self.window_steps = window_steps
+        self.history = History(maxlen=history_limit)
+        self._unread: deque[Window] = deque(maxlen=history_limit)
+        self._step = 0
+        self._window_start = 0
+        self._windows = 0
+        self._closed = False
+        self._error: Exception | None = None
+        self._failed = False
+        optimizers = _optimizers(optimizer)
+        for metric in chosen:
+            metric.bind(model)
+        self._tapping = [metric for metric in chosen if metric.taps()]
+        self._stepping = [metric for metric in chosen if type(metric).observe_step is not Metric.observe_step]
+        taps = [tap for metric in self._tapping for tap in metric.taps().items()]
+        self._capture = Capture(model, taps, self._observe_record, self._stop)
+        self._counted = (0, 0)  # forward passes and records before the open window
+        try:
+            # The shortcut is for the one metric that can do with two bias gradients.
+            self._capture.attach(self._tapping[0].single_sample if len(self._tapping) == 1 else None)
+        except ValueError as error:
+            self._capture.close()
+            if not self._turn_off(error):
+                raise
+        self._clock = f"{type(optimizers[0]).__name__}.step" if optimizers else "monitor.step()"
+        self._handles = [optimizers[0].register_step_post_hook(self._after_step)] if optimizers else []
+
+    # ---- errors: kept inside hooks, raised by the user's next call
+
+    def _turn_off(self, error: Exception) -> bool:
+        """Whether all that needs the hooks can do without them."""
+        optional = isinstance(error, ValueError) and all(metric.optional for metric in self._tapping)
+        for metric in self._tapping if optional else ():
+            metric.off = str(error)
+        return optional
+
+    def _stop(self, error: Exception) -> None:
+        if not self._turn_off(error):
+            self._stop_all(error)
+
+    def _stop_all(self, error: Exception) -> None:
+        self._failed = True
+        self._error = error
+        warnings.warn(f"lipcore stopped recording: {error}", RuntimeWarning, stacklevel=4)
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    # ---- the clock
+
+    def _observe_record(self, record: Record) -> None:
+        for metric in self._tapping:
+            metric.observe_record(record)
+
+    def _after_step(self, *_: Any) -> None:
+        if self._failed:
+            return
+        self._capture.tick()
+        try:
+            for metric in self._stepping:
+                metric.observe_step()
+        except Exception as error:
+            self._stop_all(error)
+            return
+        self._step += 1
+        if self._step == 2 and self._tapping:
+            self._check_that_something_came()
+        if self.window_steps is not None and self._step - self._window_start >= self.window_steps:
+            self._close()
+
+    def _check_that_something_came(self) -> None:
+        if not self._capture.nothing_came:
+            return
+        self._capture.fail(
+            ValueError(
+                "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very object that "
+                "was passed as model, in grad mode; attach the Monitor to torch.compile's result, before its first call (or "
+                "torch._dynamo.reset()); name input= and output= when the model's own first layer and output are not used"
+            )
+        )
+
+    def step(self) -> None:
+        """Tick the clock by hand, after the parameters were updated; for loops without an optimizer object."""
+        self._raise_error()
+        self._after_step()
+        self._raise_error()
+
+    def flush(self) -> None:
+        """Take in backward passes that are complete but have not been followed by a step yet."""
+        self._raise_error()
+        self._capture.flush()
+        self._raise_error()
+
+    # ---- windows
+
+    def plan(self) -> Plan:
+        """What is measured, by which rule, for how many bytes."""
+        return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self.window_steps, self._clock)
+
+    def compute(self) -> Window:
+        """The open window so far; closes and resets nothing."""
+        self.flush()
+        return self._window(closed=False)
+
+    def close_window(self) -> Window:
+        """Close the open window now (the end of an epoch, say), append it to the history and start the next one."""
+        self.flush()
+        window = self._close()
+        self._unread.remove(window)
+        return window
+
+    def pop_window(self) -> Window | None:
+        """The oldest window that closed by itself and was not popped yet; None when there is none."""
+        self._raise_error()
+        return self._unread.popleft() if self._unread else None
+
+    def _close(self) -> Window:
+        window = self._window(closed=True)
+        self.history.append(window)
+        self._unread.append(window)
+        self._windows += 1
+        self._window_start = self._step
+        self._counted = self._capture.forwards, self._capture.records
+        for metric in self.metrics.values():
+            metric.reset()
+        return window
+
+    def _window(self, *, closed: bool) -> Window:
+        results = {name: metric.finalize() for name, metric in self.metrics.items() if not metric.off}
+        forwards, records = self._counted
+        unrecorded = max(0, self._capture.forwards - forwards - (self._capture.records - records))
+        for metric in self._tapping:
+            if not metric.off:
+                results[metric.name].details["unrecorded_forwards"] = unrecorded
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        local = distributed and torch.distributed.get_world_size() > 1
+        return Window(self._windows, self._window_start + 1, self._step, closed, local, results)
+
+    # ---- state and end
+
+    def state_dict(self) -> dict[str, Any]:
+        """Clock and metrics; closed windows are results, not state."""
+        metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
+        return {
+            "version": 1,
+            "step": self._step,
+            "window_start": self._window_start,
+            "windows": self._windows,
+            "metrics": metrics,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of a Monitor with the same metrics on the same model."""
+        if state.get("version") != 1 or set(state.get("metrics", {})) != set(self.metrics):
+            raise ValueError(
+                f"metrics: the state has {sorted(state.get('metrics', {}))}, this monitor has {sorted(self.metrics)}"
+            )
+        for name, metric in self.metrics.items():
+            metric.load_state_dict(state["metrics"][name])
+        self._step, self._window_start, self._windows = state["step"], state["window_start"], state["windows"]
+
+    def close(self) -> None:
+        """Remove every hook and raise an error that was kept; results stay readable."""
+        if not self._closed:
+            self._closed = True
+            for handle in self._handles:
+                handle.remove()
+            self._capture.close()
+        self._raise_error()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._error = None  # the user's own exception goes first
+        self.close()
+
+
+def _by_name(metrics: list[Metric]) -> dict[str, Metric]:
+    named: dict[str, Metric] = {}
+    for metric in metrics:
+        if not isinstance(metric, Metric):
+            raise TypeError(f"metrics: expected lipcore metrics, got {type(metric).__name__}")
+        if metric.name in named:
+            raise ValueError(f"metrics: two of them are called {metric.name!r}")
+        named[metric.name] = metric
+    return named
+
+
+def _optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                f"optimizer: expected a torch.optim.Optimizer (or a sequence of them), got {type(one).__name__}"
+            )
+    return given
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

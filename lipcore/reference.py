@@ -1,0 +1,62 @@
+"""The specification: what every operation computes, in float64 and as plainly as possible.
+
+Same signatures as :mod:`lipcore.functional` (state is returned instead of updated). Oracle of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def sample_norms(x: Tensor) -> Tensor:
+    """||x_b||_2 of every row of x [B, ...]."""
+    return torch.linalg.vector_norm(x.detach().double().reshape(x.shape[0], x[:1].numel()), dim=1)
+
+
+def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
+    """r_b = ||delta_b||_2 / |output_grad_b|, NaN where output_grad_b is 0 or not finite; and how many those are."""
+    eps = output_grad.detach().double().abs().reshape(delta.shape[0])
+    usable = (eps > 0) & eps.isfinite()
+    return torch.where(usable, sample_norms(delta) / eps, torch.nan), (~usable).sum()
+
+
+def trajectory_step(
+    params: Sequence[Tensor], prev: Sequence[Tensor], ref: Sequence[Tensor], mean: Sequence[Tensor], count: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Rows (dw_sq, dist_sq, m2_increment, max_abs_dw, weight_sq, nonfinite) and the new prev and mean.
+
+    mean is the running mean of w - ref over `count` points, this one included. A tensor with a non-finite element has a
+    row of NaN with the number of such elements, and keeps its prev and mean.
+    """
+    rows, new_prev, new_mean = [], [], []
+    for w, p, z, m in zip(params, prev, ref, mean, strict=True):
+        w, p, z, m = (t.detach().double() for t in (w, p, z, m))
+        nonfinite = (~w.isfinite()).sum().double()
+        step, offset = w - p, w - z
+        after = m + (offset - m) / count
+        largest = step.abs().max() if w.numel() else torch.tensor(0.0)
+        m2_increment = ((offset - m) * (offset - after)).sum()
+        row = [step.pow(2).sum(), offset.pow(2).sum(), m2_increment, largest, w.pow(2).sum(), nonfinite]
+        bad = bool(nonfinite)
+        rows.append(
+            torch.tensor([torch.nan] * 5 + [float(nonfinite)] if bad else [float(v) for v in row], dtype=torch.float64)
+        )
+        new_prev.append(p if bad else w)
+        new_mean.append(m if bad else after)
+    return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64), new_prev, new_mean
+
+
+def normalized_length(r: Tensor) -> Tensor:
+    """sum_t r_t: the normalised first-layer gradient length over a window (Theorem 1's middle term times |T|)."""
+    return r.double().nansum()
+
+
+def sandwich(local_lipschitz: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Theorem 1: lambda_avg / sigma_1(W_1), lambda_avg / sigma_min(W_1), and whether the second is an upper bound."""
+    outputs, inputs = weight.shape
+    sigma = torch.linalg.svdvals(weight.detach().double())
+    average = local_lipschitz.double().nanmean()
+    return average / sigma[0], average / sigma[-1], outputs <= inputs and bool(sigma[-1] > 0)
