@@ -192,19 +192,34 @@ LIPCORE_INLINE F32x16 widen_float16(const uint16_t* p) {
 
 LIPCORE_INLINE F64x16 widen(F64x16 a) { return a; }
 
-// Fixed tree: the order of the last additions is part of the result.
+// Fixed tree, the same on every instruction set: lane i takes lane i + 8, then i + 4, i + 2, i + 1.
 LIPCORE_INLINE double sum_lanes(F64x16 a) {
-  double t[16];
-  store(t, a);
+#if defined(__AVX512F__)
+  const __m512d eight = _mm512_add_pd(a.lo, a.hi);
+  const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(eight), _mm512_extractf64x4_pd(eight, 1));
+#elif defined(__AVX2__)
+  const __m256d four = _mm256_add_pd(_mm256_add_pd(a.v[0], a.v[2]), _mm256_add_pd(a.v[1], a.v[3]));
+#endif
+#if defined(__AVX2__)
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+#else
   for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) t[i] += t[i + width];
-  return t[0];
+    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
+  return a.v[0];
+#endif
 }
+
+
 LIPCORE_INLINE double max_lane(F64x16 a) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_pd(_mm512_max_pd(a.lo, a.hi));
+#else
   double t[16];
   store(t, a);
   for (int i = 1; i < 16; ++i) t[0] = t[i] > t[0] ? t[i] : t[0];
   return t[0];
+#endif
 }
 
 // How elements of a type are read into lanes and kept in memory.
