@@ -133,17 +133,17 @@ struct SingleSampleHooks {
   int serving = -1;  // unknown
 };
 
-// numerators[k, b] / |output_grad[b]| into distribution k; NaN ("missing") where output_grad is 0 or not finite.
+// numerators[k, b] / |output_grad[0, b]| into distribution k; NaN ("missing") where output_grad is 0 or not finite.
 void observe_ratios(py::handle numerators, py::handle output_grad, const std::vector<Distribution*>& distributions) {
   const TensorView n = view_of(numerators, "numerators"), g = view_of(output_grad, "output_grad");
-  if (n.dtype != DType::kFloat64 || g.dtype != DType::kFloat64 || n.ndim != 2 || g.ndim != 1 || !n.on_cpu() ||
-      !g.on_cpu() || n.shape[1] != g.shape[0] || n.shape[0] < static_cast<int64_t>(distributions.size()))
-    throw py::value_error("numerators: expected float64 [columns, B] beside output_grad float64 [B] on the CPU, got " +
+  if (n.dtype != DType::kFloat64 || g.dtype != DType::kFloat64 || n.ndim != 2 || g.ndim != 2 || g.shape[0] != 1 || !n.on_cpu() ||
+      !g.on_cpu() || n.shape[1] != g.shape[1] || n.shape[0] < static_cast<int64_t>(distributions.size()))
+    throw py::value_error("numerators: expected float64 [columns, B] beside output_grad float64 [1, B] on the CPU, got " +
                           std::string(ShapeText(n).text) + " and " + ShapeText(g).text);
   const auto* x = static_cast<const double*>(n.data);
   const auto* gradient = static_cast<const double*>(g.data);
   for (int64_t b = 0; b < g.numel; ++b) {
-    const double eps = std::abs(gradient[b * g.strides[0]]);
+    const double eps = std::abs(gradient[b * g.strides[1]]);
     const bool usable = eps > 0 && std::isfinite(eps);
     for (size_t k = 0; k < distributions.size(); ++k)
       distributions[k]->observe(usable ? x[static_cast<int64_t>(k) * n.strides[0] + b * n.strides[1]] / eps

@@ -6,10 +6,11 @@ _setup.connect()
 
 from lipcore import functional, reference  # noqa: E402
 from lipcore.distribution import Distribution  # noqa: E402
-from lipcore.lipschitz import Lipschitz, local_lipschitz  # noqa: E402
+from lipcore.lipschitz import Lipschitz  # noqa: E402
 from lipcore.metric import Metric  # noqa: E402
 from lipcore.monitor import Monitor  # noqa: E402
 from lipcore.names import by_block  # noqa: E402
+from lipcore.pointwise import local_lipschitz  # noqa: E402
 from lipcore.trajectory import Trajectory  # noqa: E402
 
 __version__ = "0.1.0"

@@ -40,11 +40,11 @@ for _key in ("CPU", "CUDA"):
     _library.impl("normalized_norms", _normalized_norms_kernel, _key)
 
 
-@torch.library.register_fake("lipcore::sample_norms", lib=_library)
+@torch.library.register_fake("lipcore::sample_norms", lib=_library)  # type: ignore[untyped-decorator]
 def _sample_norms_fake(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:1], dtype=torch.float64)
 
 
-@torch.library.register_fake("lipcore::normalized_norms", lib=_library)
+@torch.library.register_fake("lipcore::normalized_norms", lib=_library)  # type: ignore[untyped-decorator]
 def _normalized_norms_fake(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
     return delta.new_empty(delta.shape[:1], dtype=torch.float64), delta.new_empty((), dtype=torch.int64)

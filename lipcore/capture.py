@@ -2,13 +2,16 @@
 
 A forward hook on each tapped module asks for the gradient at its output, in one of two ways:
 
-* in eager mode by a hook on the output tensor: no node in the graph, nothing kept alive, right behind in-place activations and
-  activation checkpointing;
-* inside torch.compile, and where the output does not require a gradient of its own, by an identity autograd.Function with a
-  *probe*, a fresh leaf of shape [columns, B] whose "gradient" is the per-sample numbers: a pure function that can be traced.
+* in eager mode by a hook on the node that made the output: nothing is added to the graph, nothing kept alive, right
+  behind in-place activations and activation checkpointing;
+* inside torch.compile, and where the output does not require a gradient of its own, by an identity autograd.Function
+  with a
+  *probe*, a fresh leaf of shape [columns, B] whose "gradient" is the per-sample numbers: a pure function that can be
+  traced.
 
-Full backward hooks would cost three times as much and fail behind in-place activations. Nothing is raised inside hooks (it
-would leave half of the gradients set): errors are kept for the user's next call. Training is bit for bit what it was.
+Full backward hooks would cost three times as much and fail behind in-place activations. Nothing is raised inside hooks
+(it would leave half of the gradients set): errors are kept for the user's next call. Training is bit for bit what it
+was.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core
-from lipcore.metric import FIRST_LAYER, Record, Tap
+from lipcore.metric import FIRST_LAYER, Record, SingleSample, Tap
 from lipcore.names import chain_of, find_module, named_modules, unwrap
 
 FIRST_LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -37,14 +40,14 @@ class _Probe(torch.autograd.Function):
         ctx.site, ctx.extra = site, extra
         ctx.save_for_backward(*saved)
         if site.in_place_after:
-            # A view would make the in-place activation that may follow an error. This bumps the version counter, so it is
-            # only right behind a module that does not need its output for its own backward.
+            # A view would make the in-place activation that may follow an error. This bumps the version counter, so it
+            # is only right behind a module that does not need its output for its own backward.
             ctx.mark_dirty(output)
             return output
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         columns = ctx.site.reduce(grad, ctx.extra, ctx.saved_tensors)
         return (grad, columns, None, None, *(None for _ in ctx.saved_tensors))
 
@@ -105,18 +108,21 @@ class _Site:
         if not micro.entered:
             capture.forwards += 1
         micro.entered.append(self)
-        if output.requires_grad:
+        node = output.grad_fn
+        if node is not None:
             saved, extra = self._save(module, arguments)
-            output.register_hook(lambda grad: self._came_back(micro, grad, extra, saved))
+            index = output.output_nr
+            # On the node and not on the tensor: a fifth of the cost, and an in-place activation cannot get between.
+            node.register_prehook(lambda grads: self._came_back(micro, grads[index], extra, saved))
             return None
         probe = _new_probe(self, output)
         micro.probes = {**(micro.probes or {}), self: probe}
         capture.wait_for(micro)
         return self._through_probe(module, arguments, output, probe)
 
-    def _came_back(self, micro: _MicroBatch, grad: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> None:
+    def _came_back(self, micro: _MicroBatch, grad: Tensor | None, extra: Any, saved: tuple[Tensor, ...]) -> None:
         capture = self.capture
-        if self in micro.columns or not capture.recording:
+        if grad is None or self in micro.columns or not capture.recording:
             return  # a second backward through the same graph brings the same ratios again
         columns = self.reduce(grad, extra, saved)
         if columns is None:
@@ -128,7 +134,7 @@ class _Site:
 
     def _through_probe(self, module: nn.Module, arguments: tuple[Any, ...], output: Tensor, probe: Tensor) -> Tensor:
         saved, extra = self._save(module, arguments)
-        result: Tensor = _Probe.apply(output, probe, self, extra, *saved)
+        result: Tensor = _Probe.apply(output, probe, self, extra, *saved)  # type: ignore[no-untyped-call]
         return result
 
     def _save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
@@ -196,11 +202,11 @@ class Capture:
 
     # ---- hooks
 
-    def attach(self, single_sample: tuple[Any, Any] | None = None) -> None:
+    def attach(self, single_sample: SingleSample | None = None) -> None:
         """Register the hooks.
 
-        With `single_sample`, the distributions of r and lambda, batches of one are served from bias gradients where that is
-        sure to be right; then the taps are hooked when the first batch comes that the shortcut cannot serve.
+        With `single_sample` batches of one are served from bias gradients where
+        that is sure to be right; then the taps are hooked when the first batch comes that the shortcut cannot serve.
         """
         if not self._sites:
             return
@@ -212,18 +218,20 @@ class Capture:
         self._resolve()
         ends = _ends_of_chain(self.model) if single_sample is not None else None
         if ends is not None and single_sample is not None:
-            self._use_shortcut(*ends, *single_sample)
+            self._use_shortcut(*ends, single_sample)
         else:
             self.hook_taps()
 
-    def _use_shortcut(self, first: nn.Linear, last: nn.Linear, ratios: Any, lambdas: Any) -> None:
+    def _use_shortcut(self, first: nn.Linear, last: nn.Linear, into: SingleSample) -> None:
         def served(yes: bool) -> None:
             self.tapping = self.recording and not yes
-            if self.tapping:
+            if yes:
+                into.on_served()
+            elif self.tapping:
                 self.hook_taps()
 
         self._shortcut = _core.SingleSampleHooks(
-            first, last, ratios, lambdas, torch.is_grad_enabled, on_change=served, on_error=self.fail
+            first, last, into.ratios, into.lambdas, torch.is_grad_enabled, on_change=served, on_error=self.fail
         )
         self._handles += [
             self.model.register_forward_pre_hook(self._shortcut.before_forward),
@@ -263,12 +271,14 @@ class Capture:
         """Hook every candidate; the first that runs is it."""
         if self._compiled:
             raise ValueError(
-                "input: the first layer of a compiled model cannot be found by watching it run; name it: input='<module>'"
+                "input: the first layer of a compiled model cannot be found by watching it run; name it: "
+                "input='<module>'"
             )
         candidates = [(n, m) for n, m in named_modules(self.model) if isinstance(m, FIRST_LAYER_TYPES)]
         if not candidates:
             raise ValueError(
-                "input: the model has no Linear, Conv1d, Conv2d, Conv3d or Embedding to be its first layer; name a module "
+                "input: the model has no Linear, Conv1d, Conv2d, Conv3d or Embedding to be its first layer; name a "
+                "module "
                 "with input='<module>'"
             )
 
@@ -328,16 +338,18 @@ class Capture:
         return result
 
     def enter_again(self, site: _Site) -> _MicroBatch | None:
-        """The micro-batch of a call that is not the first of its site in a forward pass; None when it is not part of one."""
+        """The micro-batch of a call that is not the first of its site in a forward pass; None when it is not part of
+        one."""
         if _in_backward() != -1:
-            # Activation checkpointing runs the forward again. Where the first run was recorded, this is not another call;
-            # where it ran without grad (reentrant), this one belongs to the backward pass under way.
+            # Activation checkpointing runs the forward again. Where the first run was recorded, this is not another
+            # call; where it ran without grad (reentrant), this one belongs to the backward pass under way.
             micro = self.returning
             return None if micro is None or site in micro.entered else micro
         if self.micro is not None:
             self.fail(
                 ValueError(
-                    f"module '{site.name}' is called twice in one forward pass; per-sample numbers of a reused module are "
+                    f"module '{site.name}' is called twice in one forward pass; per-sample numbers of a reused "
+                    "module are "
                     "not defined here: name another one with input= or output="
                 )
             )
@@ -346,11 +358,14 @@ class Capture:
     def deliver(self, micro: _MicroBatch) -> None:
         """All its numbers are there."""
         self.returning = None
-        record = Record()
+        record: Record = {}
         for site, numbers in micro.columns.items():
+            if len(site.taps) == 1:
+                record[site.taps[0].key] = numbers
+                continue
             start = 0
             for tap in site.taps:
-                record.columns[tap.key] = numbers if len(site.taps) == 1 else numbers[start : start + tap.columns]
+                record[tap.key] = numbers[start : start + tap.columns]
                 start += tap.columns
         self.records += 1
         try:
@@ -361,7 +376,8 @@ class Capture:
     # ---- probes
 
     def _arm_probes(self, arguments: list[Any]) -> None:
-        """Probes for a compiled region, which cannot make leaves itself: outside it, from the batch size of the input."""
+        """Probes for a compiled region, which cannot make leaves itself: outside it, from the batch size of the
+        input."""
         for site in self._sites.values():
             site.probe = None
         if not torch.is_grad_enabled() or not self.tapping:
@@ -423,7 +439,8 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _ends_of_chain(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
-    """First and last Linear of a plain chain whose biases' gradients tell all about a single sample; None when not sure."""
+    """First and last Linear of a plain chain whose biases' gradients tell all about a single sample; None when not
+    sure."""
     modules = [module for _, module in chain_of(model)]
     if len(modules) < 2 or model._forward_hooks or model._forward_pre_hooks:
         return None

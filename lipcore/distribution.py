@@ -16,7 +16,8 @@ class Distribution:
     """Count, mean, variance, minimum, maximum and quantiles (to 0.4 %) of values >= 0.
 
     Merging two of them gives exactly the counts, minima, maxima and quantiles of observing everything in one. NaN means
-    "no value": it is counted in `missing` and enters nothing else; infinite and negative values are counted in `invalid`.
+    "no value": it is counted in `missing` and enters nothing else; infinite and negative values are counted in
+    `invalid`.
     Values on a CUDA device are binned there and fetched when a number is asked for, so observing never synchronises.
 
     >>> d = Distribution()

@@ -1,4 +1,5 @@
-"""Stateless operations on tensors, one per row of ``csrc/kernels.h``; the float64 twins are in :mod:`lipcore.reference`.
+"""Stateless operations on tensors, one per row of ``csrc/kernels.h``; the float64 twins are in
+:mod:`lipcore.reference`.
 
 They take tensors of any strides and of dtype float32, float64, bfloat16 or float16, never touch autograd (results are
 detached), and return float64: the results are small and enter sums over millions of steps.
@@ -19,7 +20,8 @@ _float64 = torch.float64
 def sample_norms(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     r"""Euclidean norm of every sample, :math:`n_b = \|x_b\|_2`, with x of shape [B, ...].
 
-    Squares are taken and summed in float64, so nothing overflows or underflows and the order of threads does not matter.
+    Squares are taken and summed in float64, so nothing overflows or underflows and the order of threads does not
+    matter.
     The number is what x is: of a gradient under a mean-reduced loss it carries that loss's 1/B.
 
     Args:
@@ -52,7 +54,8 @@ def sample_norms(x: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Normalised first-layer gradient norms :math:`r_b = \|\partial L/\partial u_b\|_2 \,/\, |\partial L/\partial\hat y_b|`.
+    r"""Normalised first-layer gradient norms :math:`r_b = \|\partial L/\partial u_b\|_2 \,/\, |\partial L/\partial\hat
+    y_b|`.
 
     Both factors come from the same backward pass, so the loss reduction, a factor 1/2, an AMP loss scale and gradient
     accumulation all cancel: r_b is the norm of the gradient of the network's output with respect to u_b, the summand of
@@ -63,8 +66,8 @@ def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor
         output_grad: B values, gradient of the loss with respect to the network's output, one value per sample.
 
     Returns:
-        r, float64 [B], NaN where output_grad is 0 or not finite (such a sample says nothing about the network), and how many
-        those are, int64 of shape [].
+        r, float64 [B], NaN where output_grad is 0 or not finite (such a sample says nothing about the network), and how
+        many those are, int64 of shape [].
 
     Raises:
         TypeError, ValueError: an argument lipcore cannot use, or shapes that do not belong together.
@@ -112,7 +115,8 @@ def trajectory_step(
     With dw = w - prev and x = w - ref, the columns of the result are :math:`\sum dw^2`, :math:`\sum x^2`, the Welford
     increment :math:`\sum (x - \bar x_{old})(x - \bar x_{new})`, :math:`\max |dw|`, :math:`\sum w^2` and the number of
     non-finite elements of w. Then prev becomes w and mean becomes the mean of x over `count` points. A tensor with
-    non-finite elements gets a row of NaN with their number and keeps its prev and mean; the other tensors are unaffected.
+    non-finite elements gets a row of NaN with their number and keeps its prev and mean; the other tensors are
+    unaffected.
 
     Args:
         params: the tensors as they are now.
@@ -126,8 +130,8 @@ def trajectory_step(
         float64 [n, 6].
 
     Raises:
-        TypeError, ValueError: an argument lipcore cannot use, state that is not dense or shares memory, or lists that do
-            not belong together. Nothing has been written then.
+        TypeError, ValueError: an argument lipcore cannot use, state that is not dense or shares memory, or lists that
+            do not belong together. Nothing has been written then.
 
     >>> w, state = [torch.tensor([3.0, 4.0])], [[torch.zeros(2)] for _ in range(3)]
     >>> trajectory_step(w, *state, count=1)
@@ -167,7 +171,8 @@ def _check_state(tensor: Tensor, name: str, index: int = -1) -> None:
 
 
 def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor's values in the memory order of `like`; a copy only where strides differ. Misfits are left to the core."""
+    """The tensor's values in the memory order of `like`; a copy only where strides differ. Misfits are left to the
+    core."""
     if tensor.stride() == like.stride() or tensor.shape != like.shape or tensor.dtype != like.dtype:
         return tensor
     if tensor.device != like.device:

@@ -7,7 +7,8 @@ private one, when it stands alone) keeps the clock.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,11 +43,18 @@ class Tap(ABC):
         """float64 [columns, B]."""
 
 
-@dataclass
-class Record:
-    """What one micro-batch (one backward pass) brought: per tap key, float64 [columns, B]."""
+#: What one micro-batch (one backward pass) brought: per tap key, float64 [columns, B].
+Record = dict[str, Tensor]
 
-    columns: dict[str, Tensor] = field(default_factory=dict)
+
+@dataclass(frozen=True)
+class SingleSample:
+    """Where the batch-1 shortcut puts a sample's r and lambda (compiled distributions), and whom it tells when it
+    starts."""
+
+    ratios: Any
+    lambdas: Any
+    on_served: Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -77,8 +85,8 @@ class Metric(ABC):
         return {}
 
     @property
-    def single_sample(self) -> tuple[Any, Any] | None:
-        """Compiled distributions of r and lambda that the batch-1 shortcut may fill instead of the taps; None: always tap."""
+    def single_sample(self) -> SingleSample | None:
+        """What the batch-1 shortcut may fill instead of the taps; None: always tap."""
         return None
 
     @abstractmethod

@@ -47,9 +47,9 @@ class Plan:
 class Monitor:
     """Watches a model while it trains: hooks only, the model and the loop stay as they are.
 
-    The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by itself, or by
-    :meth:`close_window`. Nothing is raised inside your forward or backward pass: an error stops the recording, warns, and is raised by
-    the next call of a method of this class or at the end of the with block.
+    The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by
+    itself, or by :meth:`close_window`. Nothing is raised inside your forward or backward pass: an error stops the
+    recording, warns, and is raised by the next call of a method of this class or at the end of the with block.
 
     Args:
         model: the module your loop calls (pass torch.compile's or DDP's result when there is one).
@@ -162,9 +162,12 @@ class Monitor:
             return
         self._capture.fail(
             ValueError(
-                "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very object that "
-                "was passed as model, in grad mode; attach the Monitor to torch.compile's result, before its first call (or "
-                "torch._dynamo.reset()); name input= and output= when the model's own first layer and output are not used"
+                "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
+                "object that "
+                "was passed as model, in grad mode; attach the Monitor to torch.compile's result, before its first "
+                "call (or "
+                "torch._dynamo.reset()); name input= and output= when the model's own first layer and output are not "
+                "used"
             )
         )
 

@@ -27,7 +27,8 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(canonical name, module) of every module that is not a wrapper, each once, in registration order; the root is ''."""
+    """(canonical name, module) of every module that is not a wrapper, each once, in registration order; the root is
+    ''."""
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -55,7 +56,8 @@ def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
     hint = f"; did you mean {', '.join(repr(c) for c in close[:3])}?" if close else ""
     known_names = ", ".join(repr(known) for known in list(modules)[1:9])
     raise ValueError(
-        f"{argument}: the model has no module named {name!r}{hint} It has {known_names}{', ...' if len(modules) > 9 else ''}"
+        f"{argument}: the model has no module named {name!r}{hint} It has "
+        f"{known_names}{', ...' if len(modules) > 9 else ''}"
     )
 
 

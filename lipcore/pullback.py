@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.grad
 from torch import Tensor, nn
 
 _CONV_INPUT: dict[type, Any] = {
@@ -28,7 +29,7 @@ def pull_back(module: nn.Module, weight: Tensor, delta: Tensor, input_shape: tup
         # Padding by name or by the input's own values: the layer is linear, so its derivative anywhere will do.
         with torch.enable_grad():
             x = torch.zeros(input_shape, dtype=delta.dtype, device=delta.device, requires_grad=True)
-            return torch.autograd.grad(module._conv_forward(x, weight, None), x, delta)[0]
+            return torch.autograd.grad(module._conv_forward(x, weight, None), x, delta)[0]  # type: ignore[operator]
     raise TypeError(f"no linear map for {type(module).__name__}")
 
 
@@ -37,6 +38,6 @@ def push_forward(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return x @ weight.T
     if isinstance(module, tuple(_CONV_INPUT)):
-        result: Tensor = module._conv_forward(x, weight, None)
+        result: Tensor = module._conv_forward(x, weight, None)  # type: ignore[operator]
         return result
     raise TypeError(f"no linear map for {type(module).__name__}")

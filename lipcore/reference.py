@@ -13,7 +13,8 @@ from torch import Tensor
 
 def sample_norms(x: Tensor) -> Tensor:
     """||x_b||_2 of every row of x [B, ...]."""
-    return torch.linalg.vector_norm(x.detach().double().reshape(x.shape[0], x[:1].numel()), dim=1)
+    norms: Tensor = torch.linalg.vector_norm(x.detach().double().reshape(x.shape[0], x[:1].numel()), dim=1)
+    return norms
 
 
 def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:

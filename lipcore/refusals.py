@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 _DTYPES = "float32, float64, bfloat16 or float16"
 

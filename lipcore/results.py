@@ -194,7 +194,8 @@ class History(deque[Window]):
         return [window[metric][quantity][place][reducer].value for window in self]
 
     def steadiness(self, place: str, metric: str = "lipschitz") -> list[float]:
-        r"""Definition 1 of Loukas et al. per window: :math:`\varphi(\tau) = \max_{t \ge \tau} r_t`, tau = each window's start.
+        r"""Definition 1 of Loukas et al. per window: :math:`\varphi(\tau) = \max_{t \ge \tau} r_t`, tau = each window's
+        start.
 
         A suffix maximum over the windows kept; the last entry is the last window's own maximum.
         """

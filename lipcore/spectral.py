@@ -23,12 +23,13 @@ class SingularValues:
     rule: str  #: how they were found
 
 
-def singular_values(module: nn.Module, input_shape: tuple[int, ...] | None) -> SingularValues | None:
-    """Of the map x -> W_1 x for one sample of `input_shape`; None for an Embedding, whose input is not a vector.
+def singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> SingularValues | None:
+    """Of the map x -> W_1 x for one sample of a batch of this shape; None for an Embedding, whose input is not a
+    vector.
 
-    Linear: by SVD, or by power iteration (then without the smallest) above 512 x 512. Convolution: power iteration with the
-    convolution and its transpose, to 1e-6; its smallest value is not estimated, since iteration approaches it from above
-    and would give an invalid bound.
+    Linear: by SVD, or by power iteration (then without the smallest) above 512 x 512. Convolution: power iteration with
+    the convolution and its transpose, to 1e-6; its smallest value is not estimated, since iteration approaches it from
+    above and would give an invalid bound.
     """
     if isinstance(module, nn.Linear):
         weight = module.weight.detach()
@@ -38,15 +39,15 @@ def singular_values(module: nn.Module, input_shape: tuple[int, ...] | None) -> S
             smallest = float(values[-1])
             return SingularValues(float(values[0]), smallest if smallest > 1e-14 * float(values[0]) else 0.0, "SVD")
         return SingularValues(_power_iteration(module, (1, weight.shape[1])), None, "power iteration")
-    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and input_shape is not None:
-        return SingularValues(_power_iteration(module, (1, *input_shape)), None, "power iteration")
+    if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and batch_shape is not None:
+        return SingularValues(_power_iteration(module, (1, *batch_shape[1:])), None, "power iteration")
     return None
 
 
 @torch.no_grad()
 def _power_iteration(module: nn.Module, shape: tuple[int, ...]) -> float:
     generator = torch.Generator().manual_seed(0)
-    weight = module.weight.detach().to(torch.float64)  # type: ignore[union-attr,operator]
+    weight = module.weight.detach().to(torch.float64)  # type: ignore[operator]
     x: Tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device)
     previous = 0.0
     for _ in range(_ITERATIONS):

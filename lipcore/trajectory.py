@@ -43,22 +43,22 @@ class Trajectory(Metric):
 
     * ``update_norm`` :math:`\|w_t - w_{t-1}\|` (last, mean, max, sum); ``update_ratio``
       :math:`\|w_t - w_{t-1}\| / \|w_t\|` (last, mean, max); ``max_abs_update`` (last, max)
-    * ``path_length`` :math:`\sum_t \|w_t - w_{t-1}\|` over the window (sum) and since the reference (cumulative); called
-      ``chord_length`` when `every_steps` > 1, because it then is a lower bound that no factor corrects
+    * ``path_length`` :math:`\sum_t \|w_t - w_{t-1}\|` over the window (sum) and since the reference (cumulative);
+      called ``chord_length`` when `every_steps` > 1, because it then is a lower bound that no factor corrects
     * ``distance`` :math:`\|w_t - w_0\|` and ``directness`` = distance / cumulative path length (last)
-    * ``variance`` :math:`\frac{1}{n+1} \sum_{t=0}^{n} \|w_t - \bar w\|^2` over the window's n + 1 points, its start included
-      (Corollary 2 of Loukas et al., NeurIPS 2021)
+    * ``variance`` :math:`\frac{1}{n+1} \sum_{t=0}^{n} \|w_t - \bar w\|^2` over the window's n + 1 points, its start
+      included (Corollary 2 of Loukas et al., NeurIPS 2021)
     * ``weight_norm`` (last); ``nonfinite_steps`` and ``nonfinite_elements`` (sum)
 
-    A group's norm is that of its parameters taken together. A parameter with NaN or infinite elements is left out of that
-    step and counted; its statistics go on from its last finite values. Nothing is divided by a learning rate, and the loss
-    reduction enters only as far as it changes the updates.
+    A group's norm is that of its parameters taken together. A parameter with NaN or infinite elements is left out of
+    that step and counted; its statistics go on from its last finite values. Nothing is divided by a learning rate, and
+    the loss reduction enters only as far as it changes the updates.
 
     State: three copies per parameter (previous and reference in its own dtype, mean in float32). Sums are float64.
 
     Args:
-        model: a module, whose trainable parameters are looked up at every step (so replaced ones are seen), or an iterable of
-            (name, tensor): then only those very tensor objects are seen, not what replaces them.
+        model: a module, whose trainable parameters are looked up at every step (so replaced ones are seen), or an
+            iterable of (name, tensor): then only those very tensor objects are seen, not what replaces them.
         groups: name -> group name; default :func:`lipcore.names.by_block`.
         every_steps: look only at every k-th step.
 
@@ -111,7 +111,8 @@ class Trajectory(Metric):
         devices = {tensor.device for tensor in tensors}
         if len(devices) > 1:
             raise ValueError(
-                f"model: parameters on several devices ({', '.join(sorted(map(str, devices)))}); make one Trajectory per "
+                f"model: parameters on several devices ({', '.join(sorted(map(str, devices)))}); make one Trajectory "
+                "per "
                 "device from (name, tensor) pairs"
             )
         self._state = _State(tensors)
@@ -225,7 +226,8 @@ class Trajectory(Metric):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of the same model; ValueError naming the first difference, and nothing changed, otherwise."""
+        """Continue from a state of the same model; ValueError naming the first difference, and nothing changed,
+        otherwise."""
         self._require_bound()
         expected = self.state_dict()
         for key, mine in expected.items():

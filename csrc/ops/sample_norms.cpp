@@ -176,7 +176,8 @@ int64_t sample_stride(const TensorView& view) {
 bool check_result(const TensorView& out, const char* name, int64_t rows, const TensorView& input) {
   if (out.dtype != DType::kFloat64)
     return fail({name}, "expected dtype float64, got %s; lipcore's results are float64", dtype_name(out.dtype));
-  if (out.ndim != 1 || out.shape[0] != rows)
+  const bool fits = (out.ndim == 1 || (out.ndim == 2 && out.shape[0] == 1)) && out.shape[out.ndim - 1] == rows;
+  if (!fits)
     return fail({name}, "expected shape [%lld], one value per row, got %s", static_cast<long long>(rows),
                 ShapeText(out).text);
   if (!out.same_device(input)) return fail({name}, "is on another device than the input; put both on one device");

@@ -1,0 +1,109 @@
+"""What Lipschitz takes from a backward pass: gradients at the first layer's output and at the model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore import _core, functional
+from lipcore.capture import FIRST_LAYER_TYPES
+from lipcore.metric import Tap
+from lipcore.pullback import pull_back
+
+_SMALL = 4096  # multiplications below which one compiled loop beats torch's matrix product and what surrounds it
+INPUT_KEY, OUTPUT_KEY = "lipschitz.input", "lipschitz.output"
+
+
+class FirstLayerTap(Tap):
+    """Per sample: ||delta|| and ||W_1^T delta||, delta the gradient at the first layer's output before its
+    activation."""
+
+    key = INPUT_KEY
+    columns = 2
+    in_place_after = True
+
+    def __init__(self, on_resolved: Callable[[], None]) -> None:
+        self._on_resolved = on_resolved
+        self.name = ""
+        self.module: nn.Module | None = None
+        self.batch_shape: tuple[int, ...] | None = None  # of the layer's input, as last seen
+
+    def resolve(self, name: str, module: nn.Module) -> None:
+        if not isinstance(module, FIRST_LAYER_TYPES):
+            raise ValueError(
+                f"input: module '{name}' is a {type(module).__name__}; the first layer must be a Linear, Conv1d, "
+                "Conv2d, Conv3d or Embedding"
+            )
+        self.name, self.module = name, module
+        self._on_resolved()
+
+    def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
+        shape = self.batch_shape = arguments[0].shape if arguments else None
+        if shape is None or isinstance(module, nn.Embedding):
+            return (), None
+        weight: Tensor = module._parameters.get("weight", None)  # type: ignore[assignment]
+        return (module.weight if weight is None else weight,), shape  # type: ignore[return-value]
+
+    def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
+        if not saved:  # an Embedding's input is not a vector, so there is no lambda
+            norms = functional.sample_norms(grad_output)
+            return torch.stack([norms, torch.full_like(norms, math.nan)])
+        (weight,) = saved
+        small = grad_output.dim() == 2 and grad_output.shape[0] * weight.numel() <= _SMALL
+        if small and grad_output.is_cpu and not torch.compiler.is_compiling():
+            out = torch.empty(2, grad_output.shape[0], dtype=torch.float64)
+            _core.first_layer_norms(grad_output, weight, out)
+            return out
+        # At least float32, whatever autocast made of the gradient: bfloat16 products would carry 4e-3.
+        precise = torch.promote_types(grad_output.dtype, torch.float32)
+        assert self.module is not None
+        pulled = pull_back(self.module, weight.detach().to(precise), grad_output.detach().to(precise), extra)
+        return torch.stack([functional.sample_norms(grad_output), functional.sample_norms(pulled)])
+
+
+class OutputTap(Tap):
+    """Per sample: |dL/dyhat|, or ||dL/dz|| for quantity="residual"."""
+
+    key = OUTPUT_KEY
+    columns = 1
+
+    def __init__(self, check: Callable[[Tensor], None]) -> None:
+        self._check = check
+        self.name = ""
+        self.module: nn.Module | None = None
+        self.kind = ""  # what made the output, as far as it can be seen
+
+    def resolve(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        last = module
+        while isinstance(last, nn.Sequential) and len(last):
+            last = last[-1]
+        self.kind = type(last).__name__ if not list(last.children()) else ""
+
+    def check(self, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"output: {self.place} returns a {type(output).__name__}, not a tensor; name the module whose output "
+                "is meant: output='<module>'"
+            )
+        if not self.kind and output.grad_fn is not None and output.grad_fn.name().startswith("Sigmoid"):
+            self.kind = "Sigmoid"
+        self._check(output)
+
+    @property
+    def place(self) -> str:
+        """Last part of the keys: which output the numbers refer to, since a probability and a logit give different
+        ones."""
+        name = self.name or "model"
+        return f"{name}:{self.kind}" if self.kind else name
+
+    def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
+        if grad_output.is_cpu and not torch.compiler.is_compiling():
+            out = torch.empty(1, grad_output.shape[0], dtype=torch.float64)
+            _core.sample_norms(grad_output, out)
+            return out
+        return functional.sample_norms(grad_output).reshape(1, -1)
