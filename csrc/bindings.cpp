@@ -96,16 +96,18 @@ void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::
 
 // The two hooks of the batch-1 shortcut, as torch calls them. Neither raises: errors go to on_error(exception).
 struct SingleSampleHooks {
-  SingleSampleHooks(py::handle first, py::handle last, py::object ratios, py::object lambdas, py::object grad_enabled,
+  SingleSampleHooks(py::handle first, py::handle last, py::object ratios, py::object lambdas, py::object paired, py::object grad_enabled,
                     py::object on_change, py::object on_error)
       : shortcut(first.ptr(), last.ptr()),
         ratios(std::move(ratios)),
         lambdas(std::move(lambdas)),
+        paired(std::move(paired)),
         grad_enabled(std::move(grad_enabled)),
         on_change(std::move(on_change)),
         on_error(std::move(on_error)),
         ratios_core(this->ratios.cast<Distribution*>()),
-        lambdas_core(this->lambdas.cast<Distribution*>()) {}
+        lambdas_core(this->lambdas.cast<Distribution*>()),
+        paired_core(this->paired.cast<Distribution*>()) {}
 
   void before_forward(py::handle, const py::tuple& arguments) {
     if (arguments.empty() || grad_enabled().ptr() != Py_True) return;
@@ -119,7 +121,7 @@ struct SingleSampleHooks {
   }
 
   void after_backward(py::handle) {
-    if (!shortcut.finish(ratios_core, lambdas_core)) report();
+    if (!shortcut.finish(ratios_core, lambdas_core, paired_core)) report();
   }
 
   void report() {
@@ -128,8 +130,8 @@ struct SingleSampleHooks {
   }
 
   SingleSampleShortcut shortcut;
-  py::object ratios, lambdas, grad_enabled, on_change, on_error;
-  Distribution *ratios_core, *lambdas_core;
+  py::object ratios, lambdas, paired, grad_enabled, on_change, on_error;
+  Distribution *ratios_core, *lambdas_core, *paired_core;
   int serving = -1;  // unknown
 };
 
@@ -245,8 +247,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("count"), py::arg("out"));
   bind_distribution(m);
   py::class_<SingleSampleHooks>(m, "SingleSampleHooks", "r and lambda of single samples from two bias gradients.")
-      .def(py::init<py::handle, py::handle, py::object, py::object, py::object, py::object, py::object>(),
-           py::arg("first"), py::arg("last"), py::arg("ratios"), py::arg("lambdas"), py::arg("grad_enabled"),
+      .def(py::init<py::handle, py::handle, py::object, py::object, py::object, py::object, py::object, py::object>(),
+           py::arg("first"), py::arg("last"), py::arg("ratios"), py::arg("lambdas"), py::arg("paired"), py::arg("grad_enabled"),
            py::arg("on_change"), py::arg("on_error"))
       .def("before_forward", &SingleSampleHooks::before_forward, py::arg("module"), py::arg("arguments"))
       .def("after_backward", &SingleSampleHooks::after_backward, py::arg("bias"))

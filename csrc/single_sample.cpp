@@ -74,7 +74,7 @@ int SingleSampleShortcut::begin(PyObject* input) {
   return ready;
 }
 
-bool SingleSampleShortcut::finish(Distribution* ratios, Distribution* lambdas) {
+bool SingleSampleShortcut::finish(Distribution* ratios, Distribution* lambdas, Distribution* paired) {
   if (!waiting_) return true;
   waiting_ = false;
   PyObject* weight = PyDict_GetItemWithError(first_.parameters, names().weight);
@@ -90,6 +90,7 @@ bool SingleSampleShortcut::finish(Distribution* ratios, Distribution* lambdas) {
     if (fine) {
       ratios->observe(r);
       lambdas->observe(lambda);
+      paired->observe(r);
     }
   }
   Py_XDECREF(delta);

@@ -22,7 +22,7 @@ class SingleSampleShortcut {
   int begin(PyObject* input);
 
   // After the first bias' gradient was accumulated: false with a Python exception set.
-  bool finish(Distribution* ratios, Distribution* lambdas);
+  bool finish(Distribution* ratios, Distribution* lambdas, Distribution* paired);
 
   Py_ssize_t own_hooks = 0;  // forward hooks on the first module that are lipcore's
   int64_t served = 0;

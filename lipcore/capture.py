@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core
+from lipcore.bypass import BypassWatch, watchable
 from lipcore.metric import FIRST_LAYER, Record, SingleSample, Tap
 from lipcore.names import chain_of, find_module, named_modules, unwrap
 
@@ -108,6 +109,8 @@ class _Site:
         if not micro.entered:
             capture.forwards += 1
         micro.entered.append(self)
+        if capture.watch is not None:
+            capture.follow(self, output)
         node = output.grad_fn
         if node is not None:
             saved, extra = self._save(module, arguments)
@@ -198,6 +201,9 @@ class Capture:
             self._sites.setdefault(target, _Site(self, target)).taps.append(tap)
         self.size = len(self._sites)
         self._last = self._sites.get("")
+        self.watch: BypassWatch | None = None  # the input is followed through one forward pass
+        self._followers: list[Tap] = []
+        self._wants_watch = True
         self._compiled = any(_is_compiled(module) for module in model.modules())
 
     # ---- hooks
@@ -231,7 +237,14 @@ class Capture:
                 self.hook_taps()
 
         self._shortcut = _core.SingleSampleHooks(
-            first, last, into.ratios, into.lambdas, torch.is_grad_enabled, on_change=served, on_error=self.fail
+            first,
+            last,
+            into.ratios,
+            into.lambdas,
+            into.paired,
+            torch.is_grad_enabled,
+            on_change=served,
+            on_error=self.fail,
         )
         self._handles += [
             self.model.register_forward_pre_hook(self._shortcut.before_forward),
@@ -263,7 +276,7 @@ class Capture:
                 self._handles.append(site.module.register_forward_hook(site.hook))
             else:
                 self._look_for_first_layer(site)
-        self._handles.append(self.model.register_forward_hook(self._end_forward))
+        self._handles.append(self.model.register_forward_hook(self._end_forward, always_call=True))
         if not self._compiled:
             self.micro = _MicroBatch(self._generation)  # the shortcut calls this when a forward pass has begun
 
@@ -322,14 +335,38 @@ class Capture:
             return
         if self._compiled:
             self._arm_probes([*arguments, *(keywords or {}).values()])
-        else:
-            self.micro = _MicroBatch(self._generation)
+            return
+        self.micro = _MicroBatch(self._generation)
+        if self._wants_watch and self.tapping and torch.is_grad_enabled():
+            self._start_watch(arguments)
+
+    def _start_watch(self, arguments: tuple[Any, ...]) -> None:
+        """Follow the input through this one forward pass; the next ones run unwatched."""
+        self._wants_watch = False
+        if watchable(arguments):
+            self.watch = BypassWatch(arguments)
+            self.watch.__enter__()
+
+    def follow(self, site: _Site, output: Tensor) -> None:
+        """A site has been reached in the forward pass that is watched."""
+        assert self.watch is not None
+        followers = [tap for tap in site.taps if tap.follows_input]
+        if followers:
+            self.watch.first_layer_done(output)
+            self._followers += followers
+        elif self.watch.bypasses(output):
+            for tap in self._followers:
+                tap.bypassed()
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        last = self._last
-        result = last.hook(module, arguments, output) if last is not None else None
+        result = None
+        if output is not None and self._last is not None:  # None: the forward pass raised
+            result = self._last.hook(module, arguments, output)
         if torch.compiler.is_compiling():
             return result
+        if self.watch is not None:
+            self.watch.__exit__(None, None, None)
+            self.watch = None
         if self._candidates and self._sites[FIRST_LAYER].module is not None:
             for handle in self._candidates:
                 handle.remove()

@@ -59,6 +59,9 @@ class Lipschitz(Metric):
         quantity: "scalar" (default) needs one output value per sample. "residual" takes outputs with several values z_i
             and gives :math:`\|\partial L/\partial u_i\| / \|\partial L/\partial z_i\|` and :math:`\|\partial L/\partial
             x_i\| / \|\partial L/\partial z_i\|`, lower bounds of the Jacobians' spectral norms, labelled one-sided.
+        lambda_every: compute local Lipschitz constants at every k-th micro-batch. Default: at every one where that is
+            cheap, else at every 16th (W_1^T delta costs as much as the layer's forward); r is always taken at every
+            one. The count of each value says how many samples are in it.
         shortcut: at batch 1 read r and lambda from the gradients of the first and last bias where the model is an
             nn.Sequential between two Linear layers (same numbers, a third of the time); False: always tap.
         optional: turn off with a line in the plan, instead of an error, where the model has no such output or first
@@ -75,22 +78,28 @@ class Lipschitz(Metric):
         input: str | None = None,
         output: str | None = None,
         quantity: Literal["scalar", "residual"] = "scalar",
+        lambda_every: int | None = None,
         optional: bool = False,
         shortcut: bool = True,
     ) -> None:
         if quantity not in ("scalar", "residual"):
             raise ValueError(f"quantity: expected 'scalar' or 'residual', got {quantity!r}")
+        if lambda_every is not None and (not isinstance(lambda_every, int) or lambda_every < 1):
+            raise ValueError(f"lambda_every: expected an integer >= 1 or None, got {lambda_every!r}")
         self._input, self._output, self._quantity = input, output, quantity
         self.optional = optional
         self._shortcut = shortcut
         self._weight_before: Tensor | None = None
-        self._first = FirstLayerTap(self._remember_weight)
+        self._first = FirstLayerTap(self._remember_weight, self._bypassed, lambda_every)
         self._last = OutputTap(self._check_output)
         self._ratios, self._lambdas = Distribution(), Distribution()
-        self._core_distributions = [self._ratios.core, self._lambdas.core]
+        self._paired = Distribution()  # r of the samples that have a lambda, for the sandwich
+        self._all = (self._ratios, self._lambdas, self._paired)
+        self._core_distributions = [distribution.core for distribution in self._all]
         self._record: Record | None = None
         self._batchnorms: list[nn.Module] = []
         self._mixed = False  # a BatchNorm in train mode was seen in this window
+        self._skips = False  # the output depends on the input past the first layer
         self._monitor: Any = None
         if model is not None:
             from lipcore.monitor import Monitor
@@ -105,7 +114,7 @@ class Lipschitz(Metric):
         named = self._input is not None or self._output is not None
         if named or not self._shortcut or self._quantity != "scalar":
             return None
-        return SingleSample(self._ratios.core, self._lambdas.core, on_served=self._forget_record)
+        return SingleSample(self._core_distributions, on_served=self._forget_record)
 
     def _forget_record(self) -> None:
         self._record = None
@@ -137,7 +146,8 @@ class Lipschitz(Metric):
         if numerators.shape[1] != output_grad.shape[1]:
             raise ValueError(
                 f"input: first layer '{self._first.name}' has {numerators.shape[1]} rows, {self._last.place} has "
-                f"{output_grad.shape[1]}; both must have the batch as first dimension (was it flattened with another one?)"
+                f"{output_grad.shape[1]}; both must have the batch as first dimension (was it flattened with another "
+                "one?)"
             )
         if self._batchnorms:
             self._check_mixing()
@@ -146,8 +156,8 @@ class Lipschitz(Metric):
             _core.observe_ratios(numerators, output_grad, self._core_distributions)
         else:
             ratios = _ratios(record)
-            self._ratios.observe(ratios[0])
-            self._lambdas.observe(ratios[1])
+            for distribution, values in zip(self._all, ratios, strict=True):
+                distribution.observe(values)
 
     def _check_mixing(self) -> None:
         if any(module.training for module in self._batchnorms):
@@ -164,6 +174,17 @@ class Lipschitz(Metric):
 
     def _seen(self) -> int:
         return int(self._ratios.count + self._ratios.missing + self._ratios.invalid)
+
+    def _bypassed(self) -> None:
+        self._skips = True
+        warnings.warn(
+            f"the model's output depends on its input past the first layer '{self._first.name}' (an input skip?): "
+            "normalized_gradient_norm is exact, but local_lipschitz is only the part of the gradient that goes "
+            "through that "
+            "layer, labelled heuristic",
+            UserWarning,
+            stacklevel=2,
+        )
 
     def update(self) -> None:
         """Call after every optimizer step when the metric stands alone."""
@@ -201,12 +222,12 @@ class Lipschitz(Metric):
             else "found at the first step"
         )
         what = "one value per sample" if self._quantity == "scalar" else "any shape, one-sided bound"
-        size = 2 * 2048
+        size = 3 * 2048
         if isinstance(self._first.module, nn.Module):
             weight: Tensor = self._first.module.weight  # type: ignore[assignment]
             size += weight.numel() * weight.element_size() if isinstance(weight, Tensor) else 0
         return [
-            PlanLine("first layer", first, size),
+            PlanLine("first layer", f"{first}, {self._first.rule}", size),
             PlanLine("output", f"{self._last.place}: {what}"),
         ]
 
@@ -225,16 +246,18 @@ class Lipschitz(Metric):
             label, note = "heuristic", "BatchNorm in train mode mixes samples"
         place = self._last.place
         result.add("normalized_gradient_norm", place, "total", **self._ratios.reduced(label, total=True, note=note))
-        if not isinstance(self._first.module, nn.Embedding):
-            result.add("local_lipschitz", place, "total", **self._lambdas.reduced(label, note=note))
-            self._add_sandwich(result, place, label, note)
         count = self._ratios.count
         result.add("steadiness", place, "total", max=Value(self._ratios.max, count, label, count > 0, note))
         result.add("skipped", place, "total", sum=Value(float(self._seen() - count), self._seen()))
+        if not isinstance(self._first.module, nn.Embedding):
+            if self._skips:
+                label, note = "heuristic", f"{note}; " * bool(note) + "the input also goes past the first layer"
+            result.add("local_lipschitz", place, "total", **self._lambdas.reduced(label, note=note))
+            self._add_sandwich(result, place, label, note)
         return result
 
     def _add_sandwich(self, result: MetricResult, place: str, label: Label, note: str) -> None:
-        module, count = self._first.module, self._ratios.count
+        module, count = self._first.module, self._paired.count
         if module is None or not count or self._quantity != "scalar":
             return
         sigma = singular_values(module, self._first.batch_shape)
@@ -265,14 +288,14 @@ class Lipschitz(Metric):
             place,
             "total",
             lower=Value(average / sigma.largest if sigma.largest else math.nan, count, label, sigma.largest > 0, note),
-            middle=Value(self._ratios.mean, count, label, True, note),
+            middle=Value(self._paired.mean, count, label, True, note),
             upper=Value(upper, count, label, valid, why),
         )
 
     def reset(self) -> None:
         """Start a new window."""
-        self._ratios.reset()
-        self._lambdas.reset()
+        for distribution in self._all:
+            distribution.reset()
         self._mixed = False
         self._remember_weight()
 
@@ -283,8 +306,8 @@ class Lipschitz(Metric):
 
     def merge(self, other: Lipschitz) -> None:
         """Add another one's open window (of another rank, say) to this one's."""
-        self._ratios.merge(other._ratios)
-        self._lambdas.merge(other._lambdas)
+        for mine, theirs in zip(self._all, other._all, strict=True):
+            mine.merge(theirs)
         self._mixed |= other._mixed
 
     def state_dict(self) -> dict[str, Any]:
@@ -292,8 +315,7 @@ class Lipschitz(Metric):
         return {
             "version": self._version,
             "quantity": self._quantity,
-            "ratios": self._ratios.state_dict(),
-            "lambdas": self._lambdas.state_dict(),
+            "distributions": [distribution.state_dict() for distribution in self._all],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -301,16 +323,15 @@ class Lipschitz(Metric):
         for key, expected in (("version", self._version), ("quantity", self._quantity)):
             if state.get(key) != expected:
                 raise ValueError(f"{key}: the state has {state.get(key)!r}, this metric has {expected!r}")
-        ratios = Distribution()
-        ratios.load_state_dict(state["ratios"])
-        lambdas = Distribution()
-        lambdas.load_state_dict(state["lambdas"])
-        for mine, theirs in ((self._ratios, ratios), (self._lambdas, lambdas)):
+        loaded = [Distribution() for _ in self._all]
+        for distribution, part in zip(loaded, state["distributions"], strict=True):
+            distribution.load_state_dict(part)
+        for mine, theirs in zip(self._all, loaded, strict=True):
             mine.reset()  # the compiled objects stay: the shortcut holds them
             mine.merge(theirs)
 
 
 def _ratios(record: Record) -> Tensor:
-    """r and lambda [2, B]; NaN where the output's gradient is 0 or not finite."""
+    """r, lambda and r where there is a lambda, [3, B]; NaN where the output's gradient is 0 or not finite."""
     eps = record[OUTPUT_KEY].abs()
     return torch.where((eps > 0) & eps.isfinite(), record[INPUT_KEY] / eps, math.nan)

@@ -15,19 +15,29 @@ from lipcore.metric import Tap
 from lipcore.pullback import pull_back
 
 _SMALL = 4096  # multiplications below which one compiled loop beats torch's matrix product and what surrounds it
+_CHEAP = 1 << 20  # multiplications that no training step with a batch worth them would notice
+_SPARSE = 16  # above, W_1^T delta costs what the layer's own forward does: once in so many micro-batches, 1 % or less
 INPUT_KEY, OUTPUT_KEY = "lipschitz.input", "lipschitz.output"
 
 
 class FirstLayerTap(Tap):
-    """Per sample: ||delta|| and ||W_1^T delta||, delta the gradient at the first layer's output before its
-    activation."""
+    """Per sample, delta being the gradient at the first layer's output before its activation: ||delta||, ||W_1^T
+    delta||,
+    and ||delta|| once more where the second was computed (NaN elsewhere), so that both can be averaged over the same
+    samples."""
 
     key = INPUT_KEY
-    columns = 2
+    columns = 3
     in_place_after = True
+    follows_input = True
 
-    def __init__(self, on_resolved: Callable[[], None]) -> None:
+    def __init__(
+        self, on_resolved: Callable[[], None], on_bypassed: Callable[[], None], pull_back_every: int | None
+    ) -> None:
         self._on_resolved = on_resolved
+        self.bypassed = on_bypassed  # type: ignore[method-assign]
+        self._every = pull_back_every
+        self._calls = 0
         self.name = ""
         self.module: nn.Module | None = None
         self.batch_shape: tuple[int, ...] | None = None  # of the layer's input, as last seen
@@ -45,24 +55,42 @@ class FirstLayerTap(Tap):
         shape = self.batch_shape = arguments[0].shape if arguments else None
         if shape is None or isinstance(module, nn.Embedding):
             return (), None
-        weight: Tensor = module._parameters.get("weight", None)  # type: ignore[assignment]
-        return (module.weight if weight is None else weight,), shape  # type: ignore[return-value]
+        self._calls += 1
+        weight = module._parameters.get("weight")
+        return (module.weight if weight is None else weight,), (shape, self._calls)  # type: ignore[return-value]
+
+    @property
+    def rule(self) -> str:
+        """How often lambda is computed, in words."""
+        if self._every is not None:
+            return f"lambda every {self._every} micro-batches" if self._every > 1 else "lambda every micro-batch"
+        return f"lambda every micro-batch, every {_SPARSE} where W_1^T delta takes over {_CHEAP:,} multiplications"
 
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
         if not saved:  # an Embedding's input is not a vector, so there is no lambda
-            norms = functional.sample_norms(grad_output)
-            return torch.stack([norms, torch.full_like(norms, math.nan)])
-        (weight,) = saved
-        small = grad_output.dim() == 2 and grad_output.shape[0] * weight.numel() <= _SMALL
-        if small and grad_output.is_cpu and not torch.compiler.is_compiling():
-            out = torch.empty(2, grad_output.shape[0], dtype=torch.float64)
+            return _columns(functional.sample_norms(grad_output))
+        (weight,), (shape, call) = saved, extra
+        work = grad_output.numel() * weight[0].numel()
+        every = self._every or (1 if work <= _CHEAP or compiling else _SPARSE)
+        if every > 1 and call % every != 1:
+            return _columns(functional.sample_norms(grad_output))
+        if work <= _SMALL and grad_output.dim() == 2 and grad_output.is_cpu and not compiling:
+            out = torch.empty(3, grad_output.shape[0], dtype=torch.float64)
             _core.first_layer_norms(grad_output, weight, out)
             return out
         # At least float32, whatever autocast made of the gradient: bfloat16 products would carry 4e-3.
         precise = torch.promote_types(grad_output.dtype, torch.float32)
         assert self.module is not None
-        pulled = pull_back(self.module, weight.detach().to(precise), grad_output.detach().to(precise), extra)
-        return torch.stack([functional.sample_norms(grad_output), functional.sample_norms(pulled)])
+        pulled = pull_back(self.module, weight.detach().to(precise), grad_output.detach().to(precise), shape)
+        return _columns(functional.sample_norms(grad_output), functional.sample_norms(pulled))
+
+
+def _columns(norms: Tensor, pulled: Tensor | None = None) -> Tensor:
+    if pulled is not None:
+        return torch.stack([norms, pulled, norms])
+    missing = torch.full_like(norms, math.nan)
+    return torch.stack([norms, missing, missing])
 
 
 class OutputTap(Tap):
@@ -82,7 +110,7 @@ class OutputTap(Tap):
         last = module
         while isinstance(last, nn.Sequential) and len(last):
             last = last[-1]
-        self.kind = type(last).__name__ if not list(last.children()) else ""
+        self.kind = "" if list(last.children()) else type(last).__name__
 
     def check(self, output: Any) -> None:
         if not isinstance(output, Tensor):

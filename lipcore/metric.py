@@ -24,6 +24,7 @@ class Tap(ABC):
 
     key: str  #: under which the record holds the numbers
     columns: int  #: how many numbers per sample
+    follows_input = False  #: wants to know when the output depends on the model's input past its module
     in_place_after = False  #: set directly behind a parametrised leaf module, where an in-place activation may follow
 
     def resolve(self, name: str, module: nn.Module) -> None:  # noqa: B027
@@ -33,6 +34,9 @@ class Tap(ABC):
         """ValueError when this output cannot be tapped."""
         if not isinstance(output, Tensor):
             raise ValueError(f"a {type(output).__name__} cannot be tapped, only a tensor")
+
+    def bypassed(self) -> None:  # noqa: B027
+        """The model's output turned out to depend on its input past the first layer, which this tap is on."""
 
     def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
         """Tensors that reduce() needs beside the gradient, and anything else it needs."""
@@ -49,11 +53,10 @@ Record = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class SingleSample:
-    """Where the batch-1 shortcut puts a sample's r and lambda (compiled distributions), and whom it tells when it
-    starts."""
+    """Where the batch-1 shortcut puts a sample's r, lambda and r again (compiled distributions), and whom it tells when
+    it starts."""
 
-    ratios: Any
-    lambdas: Any
+    distributions: list[Any]
     on_served: Callable[[], None]
 
 

@@ -308,9 +308,9 @@ bool first_layer_norms(const TensorView& delta, const TensorView& weight, const 
   if (delta.ndim != 2) return fail({"delta"}, "expected shape [B, O], got %s", ShapeText(delta).text);
   const int64_t rows = delta.shape[0], outputs = delta.shape[1];
   if (!check_weight(weight, outputs, delta)) return false;
-  if (out.dtype != DType::kFloat64 || out.ndim != 2 || out.shape[0] != 2 || out.shape[1] != rows || !out.on_cpu() ||
+  if (out.dtype != DType::kFloat64 || out.ndim != 2 || out.shape[0] != 3 || out.shape[1] != rows || !out.on_cpu() ||
       (rows > 1 && out.strides[1] != 1) || (rows && out.strides[0] != rows))
-    return fail({"out"}, "expected a contiguous float64 tensor of shape [2, %lld], got %s",
+    return fail({"out"}, "expected a contiguous float64 tensor of shape [3, %lld], got %s",
                 static_cast<long long>(rows), ShapeText(out).text);
   auto* norms = static_cast<double*>(out.data);
   for (int64_t b = 0; b < rows; ++b) {
@@ -319,7 +319,7 @@ bool first_layer_norms(const TensorView& delta, const TensorView& weight, const 
       const double x = read_element(delta, b * delta.strides[0] + o * delta.strides[1]);
       sum += x * x;
     }
-    norms[b] = std::sqrt(sum);
+    norms[b] = norms[2 * rows + b] = std::sqrt(sum);
     norms[rows + b] = pulled_back_norm(delta, b * delta.strides[0], delta.strides[1], weight);
   }
   return true;
