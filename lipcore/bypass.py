@@ -20,7 +20,7 @@ class BypassWatch(TorchDispatchMode):
     """
 
     def __init__(self, inputs: Any) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._of_input = {_storage(leaf) for leaf in tree_leaves(inputs) if _carries_gradient(leaf)}
         self._past_first: set[StorageWeakRef] = set()
         self._reached = False

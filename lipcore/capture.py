@@ -237,12 +237,8 @@ class Capture:
                 self.hook_taps()
 
         self._shortcut = _core.SingleSampleHooks(
-            first,
-            last,
-            into.ratios,
-            into.lambdas,
-            into.paired,
-            torch.is_grad_enabled,
+            *(first, last, *into.distributions),
+            grad_enabled=torch.is_grad_enabled,
             on_change=served,
             on_error=self.fail,
         )
@@ -345,7 +341,7 @@ class Capture:
         self._wants_watch = False
         if watchable(arguments):
             self.watch = BypassWatch(arguments)
-            self.watch.__enter__()
+            self.watch.__enter__()  # type: ignore[no-untyped-call]
 
     def follow(self, site: _Site, output: Tensor) -> None:
         """A site has been reached in the forward pass that is watched."""
@@ -365,7 +361,7 @@ class Capture:
         if torch.compiler.is_compiling():
             return result
         if self.watch is not None:
-            self.watch.__exit__(None, None, None)
+            self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.watch = None
         if self._candidates and self._sites[FIRST_LAYER].module is not None:
             for handle in self._candidates:

@@ -49,7 +49,9 @@ class Lipschitz(Metric):
       ``unrecorded``: forward passes whose backward never came
 
     Loss reduction, constant factors, AMP scaling, class weights and gradient accumulation cancel in the ratio. The
-    lemma :math:`\nabla_x f = W_1^\top \nabla_u f` needs every path from x to pass through the first layer.
+    lemma :math:`\nabla_x f = W_1^\top \nabla_u f` needs every path from x to pass through the first layer (an input
+    skip is looked for in the first forward pass, and warned of). x is what enters that layer, after any preprocessing
+    in the model.
 
     Args:
         model: a module, to use the metric alone (call update() after every optimizer step); leave out inside a Monitor.
