@@ -96,8 +96,8 @@ void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::
 
 // The two hooks of the batch-1 shortcut, as torch calls them. Neither raises: errors go to on_error(exception).
 struct SingleSampleHooks {
-  SingleSampleHooks(py::handle first, py::handle last, py::object ratios, py::object lambdas, py::object paired, py::object grad_enabled,
-                    py::object on_change, py::object on_error)
+  SingleSampleHooks(py::handle first, py::handle last, py::object ratios, py::object lambdas, py::object paired,
+                    py::object grad_enabled, py::object on_change, py::object on_error)
       : shortcut(first.ptr(), last.ptr()),
         ratios(std::move(ratios)),
         lambdas(std::move(lambdas)),
@@ -138,10 +138,11 @@ struct SingleSampleHooks {
 // numerators[k, b] / |output_grad[0, b]| into distribution k; NaN ("missing") where output_grad is 0 or not finite.
 void observe_ratios(py::handle numerators, py::handle output_grad, const std::vector<Distribution*>& distributions) {
   const TensorView n = view_of(numerators, "numerators"), g = view_of(output_grad, "output_grad");
-  if (n.dtype != DType::kFloat64 || g.dtype != DType::kFloat64 || n.ndim != 2 || g.ndim != 2 || g.shape[0] != 1 || !n.on_cpu() ||
-      !g.on_cpu() || n.shape[1] != g.shape[1] || n.shape[0] < static_cast<int64_t>(distributions.size()))
-    throw py::value_error("numerators: expected float64 [columns, B] beside output_grad float64 [1, B] on the CPU, got " +
-                          std::string(ShapeText(n).text) + " and " + ShapeText(g).text);
+  if (n.dtype != DType::kFloat64 || g.dtype != DType::kFloat64 || n.ndim != 2 || g.ndim != 2 || g.shape[0] != 1 ||
+      !n.on_cpu() || !g.on_cpu() || n.shape[1] != g.shape[1] || n.shape[0] < static_cast<int64_t>(distributions.size()))
+    throw py::value_error(
+        "numerators: expected float64 [columns, B] beside output_grad float64 [1, B] on the CPU, got " +
+        std::string(ShapeText(n).text) + " and " + ShapeText(g).text);
   const auto* x = static_cast<const double*>(n.data);
   const auto* gradient = static_cast<const double*>(g.data);
   for (int64_t b = 0; b < g.numel; ++b) {
@@ -248,8 +249,8 @@ PYBIND11_MODULE(_core, m) {
   bind_distribution(m);
   py::class_<SingleSampleHooks>(m, "SingleSampleHooks", "r and lambda of single samples from two bias gradients.")
       .def(py::init<py::handle, py::handle, py::object, py::object, py::object, py::object, py::object, py::object>(),
-           py::arg("first"), py::arg("last"), py::arg("ratios"), py::arg("lambdas"), py::arg("paired"), py::arg("grad_enabled"),
-           py::arg("on_change"), py::arg("on_error"))
+           py::arg("first"), py::arg("last"), py::arg("ratios"), py::arg("lambdas"), py::arg("paired"),
+           py::arg("grad_enabled"), py::arg("on_change"), py::arg("on_error"))
       .def("before_forward", &SingleSampleHooks::before_forward, py::arg("module"), py::arg("arguments"))
       .def("after_backward", &SingleSampleHooks::after_backward, py::arg("bias"))
       .def_property_readonly("served", [](const SingleSampleHooks& hooks) { return hooks.shortcut.served; })

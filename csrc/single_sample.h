@@ -17,8 +17,8 @@ class SingleSampleShortcut {
   SingleSampleShortcut& operator=(const SingleSampleShortcut&) = delete;
   ~SingleSampleShortcut();
 
-  // Before the chain's forward pass on `input` in grad mode: 1 it will be served from the biases, 0 it must be tapped, -1
-  // a Python exception is set.
+  // Before the chain's forward pass on `input` in grad mode: 1 it will be served from the biases, 0 it must be tapped,
+  // -1 a Python exception is set.
   int begin(PyObject* input);
 
   // After the first bias' gradient was accumulated: false with a Python exception set.

@@ -17,20 +17,17 @@ LIPCORE_INLINE double sum_squares_of(E, const void* data, int64_t count) {
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
     for (int k = 0; k < 4; ++k) {
-      const F64x16 v = widen(E::read(x + i + 16 * k));
-      sums[k] = sums[k] + v * v;
+      sums[k] = add_square(sums[k], E::read(x + i + 16 * k));
     }
   }
   for (int k = 0; i < count; i += 16, k = (k + 1) % 4) {
-    F64x16 v;
     if (i + 16 <= count) {
-      v = widen(E::read(x + i));
+      sums[k] = add_square(sums[k], E::read(x + i));
     } else {
       typename E::Stored tail[16] = {};
       memcpy(tail, x + i, static_cast<size_t>(count - i) * sizeof tail[0]);
-      v = widen(E::read(tail));
+      sums[k] = add_square(sums[k], E::read(tail));
     }
-    sums[k] = sums[k] + v * v;
   }
   return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }

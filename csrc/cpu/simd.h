@@ -192,6 +192,18 @@ LIPCORE_INLINE F32x16 widen_float16(const uint16_t* p) {
 
 LIPCORE_INLINE F64x16 widen(F64x16 a) { return a; }
 
+// sum + v * v for a v that was widened from float32 or less: the square is exact in float64, so that a fused operation,
+// where there is one, gives the bits of multiply-then-add.
+LIPCORE_INLINE F64x16 add_exact_square(F64x16 sum, F64x16 v) {
+#if defined(__AVX512F__)
+  return {_mm512_fmadd_pd(v.lo, v.lo, sum.lo), _mm512_fmadd_pd(v.hi, v.hi, sum.hi)};
+#else
+  return sum + v * v;
+#endif
+}
+LIPCORE_INLINE F64x16 add_square(F64x16 sum, F32x16 v) { return add_exact_square(sum, widen(v)); }
+LIPCORE_INLINE F64x16 add_square(F64x16 sum, F64x16 v) { return sum + v * v; }
+
 // Fixed tree, the same on every instruction set: lane i takes lane i + 8, then i + 4, i + 2, i + 1.
 LIPCORE_INLINE double sum_lanes(F64x16 a) {
 #if defined(__AVX512F__)
@@ -209,7 +221,6 @@ LIPCORE_INLINE double sum_lanes(F64x16 a) {
   return a.v[0];
 #endif
 }
-
 
 LIPCORE_INLINE double max_lane(F64x16 a) {
 #if defined(__AVX512F__)

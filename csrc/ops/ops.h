@@ -26,8 +26,9 @@ bool normalized_norms(const TensorView& delta, const TensorView& output_grad, co
 bool sample_ratio(const TensorView& delta, const TensorView& output_grad, const TensorView& weight, double* r,
                   double* lambda);
 
-// out[0, b] = out[2, b] = ||delta[b]||, out[1, b] = ||W^T delta[b]||, in float64; delta [B, O], weight [O, I]. A plain loop that
-// beats the calls around a matrix product up to a few thousand multiplications; larger ones belong to torch.mm.
+// out[0, b] = out[2, b] = ||delta[b]||, out[1, b] = ||W^T delta[b]||, in float64; delta [B, O], weight [O, I]. A plain
+// loop that beats the calls around a matrix product up to a few thousand multiplications; larger ones belong to
+// torch.mm.
 bool first_layer_norms(const TensorView& delta, const TensorView& weight, const TensorView& out);
 
 // One tensor of a trajectory step: flat memory throughout.

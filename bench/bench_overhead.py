@@ -1,0 +1,61 @@
+"""What a Monitor costs a training loop: fresh processes, a plain loop against itself as control beside every ratio."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lipcore
+
+_WORKER = Path(__file__).parent / "overhead_worker.py"
+_PROCESSES = 5
+
+
+def _check_numbers(model_name: str, metrics: str) -> None:
+    """Correctness first: lambda of the monitored step is that of autograd."""
+    from overhead_worker import METRICS, MODELS
+
+    torch.manual_seed(0)
+    model, x = MODELS[model_name]()
+    expected = lipcore.local_lipschitz(model, x).mean()
+    with lipcore.Monitor(model, metrics=METRICS[metrics]()) as monitor:
+        model(x).square().mean().backward()
+        (place,) = monitor.compute()["lipschitz"].local_lipschitz
+        found = monitor.compute()["lipschitz"].local_lipschitz[place].mean.value
+    assert abs(found - float(expected)) <= 1e-5 * float(expected)
+
+
+@pytest.mark.parametrize(
+    ("model", "metrics", "target", "title"),
+    [
+        ("mlp", "default", 1.05, "Monitor on the paper's MLP, batch 1, by the shortcut"),
+        ("mlp", "taps", 1.25, "Monitor on the paper's MLP, batch 1, by taps"),
+        ("cnn", "default", 1.02, "Monitor on a small CNN, batch 64"),
+    ],
+)
+def bench_monitor(benchmark: Any, report: Any, model: str, metrics: str, target: float, title: str) -> None:
+    _check_numbers(model, metrics)
+
+    def once() -> dict[str, float]:
+        run = subprocess.run(
+            [sys.executable, str(_WORKER), model, metrics],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=_WORKER.parent,
+        )
+        result: dict[str, float] = json.loads(run.stdout.splitlines()[-1])
+        return result
+
+    found = [once() for _ in range(_PROCESSES - 1)] + [benchmark.pedantic(once, rounds=1, iterations=1)]
+    median = statistics.median(f["monitored"] for f in found)
+    control = statistics.median(f["control"] for f in found)
+    details = {"control": control, "processes": [f["monitored"] for f in found], "step_us": found[-1]["step_us"]}
+    report.add(title, median, "x plain", target=target, better="lower", **details)

@@ -1,0 +1,58 @@
+"""Timing by ratio: ours and the baselines interleaved in one process, medians of many rounds."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+Call = Callable[[], object]
+
+
+def _time(call: Call, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
+
+
+def interleave(calls: Mapping[str, Call], *, seconds: float = 2.0, rounds: int = 7) -> dict[str, list[float]]:
+    """Seconds per call of each, measured in turns so that a slow spell of the machine hits all of them."""
+    repeats: dict[str, int] = {}
+    for name, call in calls.items():
+        call()
+        once = max(_time(call, 1), 1e-7)
+        repeats[name] = max(1, int(seconds / rounds / len(calls) / once))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(_time(call, repeats[name]))
+    return times
+
+
+def ratios(times: Mapping[str, list[float]], ours: str) -> dict[str, float]:
+    """Median over rounds of baseline time / our time in the same round."""
+    mine = times[ours]
+    return {n: statistics.median(t / m for t, m in zip(ts, mine, strict=True)) for n, ts in times.items() if n != ours}
+
+
+def fastest(call: Call, *, number: int = 20000, repeats: int = 7) -> float:
+    """Seconds per call of a call too short for a ratio: the least of several means, as timeit does."""
+    call()
+    return min(_time(call, number) for _ in range(repeats))
+
+
+class threads:
+    """with threads(1): torch uses one thread."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self.before)
