@@ -63,7 +63,8 @@ def _lipcore(params: list[Tensor]) -> Callable[[], None]:
 
 def _check(params: list[Tensor]) -> None:
     small = [p.flatten()[:5000].clone() for p in params[:3]]
-    state = [[torch.randn_like(p) for p in small] for _ in range(3)]
+    prev, ref = [[torch.randn_like(p) for p in small] for _ in range(2)]
+    state = [prev, ref, [torch.randn(p.shape) for p in small]]
     expected, *_ = reference.trajectory_step(small, *state, count=3)
     out = torch.empty(len(small), 6, dtype=torch.float64)
     _core.trajectory_step(small, *state, 3, out)
