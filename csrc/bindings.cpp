@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include <array>
 #include <cmath>
 
 #include "distribution.h"
@@ -96,32 +97,42 @@ void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::
 
 // The two hooks of the batch-1 shortcut, as torch calls them. Neither raises: errors go to on_error(exception).
 struct SingleSampleHooks {
-  SingleSampleHooks(py::handle first, py::handle last, py::object ratios, py::object lambdas, py::object paired,
-                    py::object grad_enabled, py::object on_change, py::object on_error)
+  SingleSampleHooks(py::handle first, py::handle last, std::vector<py::object> distributions, py::object grad_enabled,
+                    py::object on_change, py::object on_check, py::object on_error)
       : shortcut(first.ptr(), last.ptr()),
-        ratios(std::move(ratios)),
-        lambdas(std::move(lambdas)),
-        paired(std::move(paired)),
+        distributions(std::move(distributions)),
         grad_enabled(std::move(grad_enabled)),
         on_change(std::move(on_change)),
-        on_error(std::move(on_error)),
-        ratios_core(this->ratios.cast<Distribution*>()),
-        lambdas_core(this->lambdas.cast<Distribution*>()),
-        paired_core(this->paired.cast<Distribution*>()) {}
+        on_check(std::move(on_check)),
+        on_error(std::move(on_error)) {
+    if (this->distributions.size() != cores.size())
+      throw py::value_error("distributions: expected those of r, lambda and r where there is a lambda");
+    for (size_t i = 0; i < cores.size(); ++i) cores[i] = this->distributions[i].cast<Distribution*>();
+  }
 
   void before_forward(py::handle, const py::tuple& arguments) {
-    if (arguments.empty() || grad_enabled().ptr() != Py_True) return;
-    const int now = shortcut.begin(py::handle(PyTuple_GET_ITEM(arguments.ptr(), 0)).ptr());
-    if (now < 0) {
+    if (grad_enabled().ptr() != Py_True) return;
+    const auto now = shortcut.begin(arguments.empty() ? nullptr : PyTuple_GET_ITEM(arguments.ptr(), 0));
+    if (now == SingleSampleShortcut::kError) {
       report();
     } else if (now != serving) {
       serving = now;
-      on_change(now == 1);
+      on_change(static_cast<int>(now));
     }
   }
 
   void after_backward(py::handle) {
-    if (!shortcut.finish(ratios_core, lambdas_core, paired_core)) report();
+    double r, lambda;
+    const auto way = shortcut.finish(&r, &lambda);
+    if (way == SingleSampleShortcut::kServed) {
+      cores[0]->observe(r);
+      cores[1]->observe(lambda);
+      cores[2]->observe(r);
+    } else if (way == SingleSampleShortcut::kChecked) {
+      if (on_check(r, lambda).ptr() != Py_True) shortcut.distrust();
+    } else if (way == SingleSampleShortcut::kError) {
+      report();
+    }
   }
 
   void report() {
@@ -129,11 +140,41 @@ struct SingleSampleHooks {
     on_error(error.value());
   }
 
+  template <typename Visit>
+  void for_each_object(Visit visit) {
+    for (py::object& object : distributions) visit(object);
+    for (py::object* object : {&grad_enabled, &on_change, &on_check, &on_error}) visit(*object);
+  }
+
   SingleSampleShortcut shortcut;
-  py::object ratios, lambdas, paired, grad_enabled, on_change, on_error;
-  Distribution *ratios_core, *lambdas_core, *paired_core;
-  int serving = -1;  // unknown
+  std::vector<py::object> distributions;
+  py::object grad_enabled, on_change, on_check, on_error;
+  std::array<Distribution*, 3> cores{};
+  SingleSampleShortcut::Way serving = SingleSampleShortcut::kError;  // unknown
 };
+
+// Model, hooks and this object refer to each other in a circle, which only Python's garbage collector can undo.
+void make_collectable(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    if (!py::detail::is_holder_constructed(self)) return 0;
+    auto& hooks = py::cast<SingleSampleHooks&>(py::handle(self));
+    int stop = hooks.shortcut.traverse(visit, arg);
+    hooks.for_each_object([&](py::object& object) {
+      if (!stop && object) stop = visit(object.ptr(), arg);
+    });
+    return stop;
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (!py::detail::is_holder_constructed(self)) return 0;
+    auto& hooks = py::cast<SingleSampleHooks&>(py::handle(self));
+    hooks.shortcut.clear();
+    hooks.for_each_object([](py::object& object) { object = py::none(); });
+    return 0;
+  };
+}
 
 // numerators[k, b] / |output_grad[0, b]| into distribution k; NaN ("missing") where output_grad is 0 or not finite.
 void observe_ratios(py::handle numerators, py::handle output_grad, const std::vector<Distribution*>& distributions) {
@@ -247,16 +288,20 @@ PYBIND11_MODULE(_core, m) {
   m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
         py::arg("count"), py::arg("out"));
   bind_distribution(m);
-  py::class_<SingleSampleHooks>(m, "SingleSampleHooks", "r and lambda of single samples from two bias gradients.")
-      .def(py::init<py::handle, py::handle, py::object, py::object, py::object, py::object, py::object, py::object>(),
-           py::arg("first"), py::arg("last"), py::arg("ratios"), py::arg("lambdas"), py::arg("paired"),
-           py::arg("grad_enabled"), py::arg("on_change"), py::arg("on_error"))
+  py::class_<SingleSampleHooks>(m, "SingleSampleHooks", py::custom_type_setup(&make_collectable),
+                                "r and lambda of single samples from two bias gradients.")
+      .def(py::init<py::handle, py::handle, std::vector<py::object>, py::object, py::object, py::object, py::object>(),
+           py::arg("first"), py::arg("last"), py::arg("distributions"), py::arg("grad_enabled"), py::arg("on_change"),
+           py::arg("on_check"), py::arg("on_error"))
       .def("before_forward", &SingleSampleHooks::before_forward, py::arg("module"), py::arg("arguments"))
       .def("after_backward", &SingleSampleHooks::after_backward, py::arg("bias"))
       .def_property_readonly("served", [](const SingleSampleHooks& hooks) { return hooks.shortcut.served; })
+      .def_property_readonly("abandoned", [](const SingleSampleHooks& hooks) { return hooks.shortcut.abandoned; })
       .def_property(
           "own_hooks", [](const SingleSampleHooks& hooks) { return hooks.shortcut.own_hooks; },
           [](SingleSampleHooks& hooks, Py_ssize_t count) { hooks.shortcut.own_hooks = count; });
+  m.attr("SERVED") = static_cast<int>(SingleSampleShortcut::kServed);
+  m.attr("CHECKED") = static_cast<int>(SingleSampleShortcut::kChecked);
   m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
   m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
   py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their state and the ledger of their movement.")

@@ -41,10 +41,20 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
+// Owned by whoever holds it, who ends it by calling deleter.
+struct ManagedTensor {
+  Version version;
+  void* manager_context;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
+
 struct ExchangeApi {
   Version version;
   const ExchangeApi* previous;  // older table for consumers of an older major version, or null
-  void* managed_tensor_allocator;
+  int (*managed_tensor_allocator)(Tensor* prototype, ManagedTensor** out, void* error_context,
+                                  void (*set_error)(void* error_context, const char* kind, const char* message));
   void* managed_tensor_from_py_object_no_sync;
   void* managed_tensor_to_py_object_no_sync;
   int (*tensor_from_py_object_no_sync)(void* py_object, Tensor* out);  // may be null
@@ -56,6 +66,8 @@ static_assert(sizeof(Device) == 8 && sizeof(DataType) == 4 && sizeof(Version) ==
 static_assert(sizeof(Tensor) == 48);
 static_assert(offsetof(Tensor, device) == 8 && offsetof(Tensor, ndim) == 16 && offsetof(Tensor, dtype) == 20);
 static_assert(offsetof(Tensor, shape) == 24 && offsetof(Tensor, strides) == 32 && offsetof(Tensor, byte_offset) == 40);
+static_assert(sizeof(ManagedTensor) == 80 && offsetof(ManagedTensor, deleter) == 16);
+static_assert(offsetof(ManagedTensor, tensor) == 32);
 static_assert(sizeof(ExchangeApi) == 56);
 static_assert(offsetof(ExchangeApi, previous) == 8 && offsetof(ExchangeApi, managed_tensor_allocator) == 16);
 static_assert(offsetof(ExchangeApi, tensor_from_py_object_no_sync) == 40);

@@ -19,7 +19,7 @@ struct TrajectoryChunk {
   void* mean;      // running mean of w - w0: float32 (float64 for a float64 parameter); updated
   int64_t count;
   DType dtype;
-  bool restart;      // take w_prev - w0 as the old mean: the first step of a window, whose start point counts
+  bool restart;      // take w_prev - w0 as the old mean: the first step of a block
   double inv_count;  // 1 / (points averaged, this one included)
 };
 

@@ -166,6 +166,8 @@ bool current_stream(dlpack::Device device, void** stream) {
   return false;
 }
 
+const dlpack::ExchangeApi* torch_exchange_api() { return g_accepted[0].api; }
+
 bool fail(ArgumentName name, const char* format, ...) {
   char message[768];
   va_list arguments;

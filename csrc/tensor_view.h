@@ -55,6 +55,9 @@ int check_storage(PyObject* object, ArgumentName name);
 // The stream torch works on, for a CUDA device; false with a Python exception set.
 bool current_stream(dlpack::Device device, void** stream);
 
+// Torch's DLPack table; null before register_torch.
+const dlpack::ExchangeApi* torch_exchange_api();
+
 // Raises ValueError "<argument>: <message>"; always returns false, so that callers can `return fail(...)`.
 bool fail(ArgumentName name, const char* format, ...) __attribute__((format(printf, 2, 3)));
 

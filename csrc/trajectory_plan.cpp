@@ -37,20 +37,32 @@ bool TrajectoryPlan::capture(std::vector<TrajectoryEntry> entries, int64_t group
   held_.reserve(n);
   TensorView view;
   if (!view_tensor(ledger, {"ledger"}, Access::kWrite, &view)) return false;
-  if (view.dtype != DType::kFloat64 || view.ndim != 2 || view.shape[1] != kTrajectoryColumns || !view.on_cpu() ||
+  if (view.dtype != DType::kFloat64 || view.ndim != 2 || view.shape[1] != kTrajectoryColumns ||
       view.shape[0] != static_cast<int64_t>(n) + groups + 1)
-    return fail({"ledger"}, "expected a float64 CPU tensor of shape [%lld, %d], got %s %s",
+    return fail({"ledger"}, "expected a float64 tensor of shape [%lld, %d], got %s %s",
                 static_cast<long long>(static_cast<int64_t>(n) + groups + 1), kTrajectoryColumns,
                 dtype_name(view.dtype), ShapeText(view).text);
   Py_INCREF(ledger);
   ledger_ = ledger;
   rows_ = static_cast<TrajectoryRow*>(view.data);
-  std::vector<int64_t> counts;
+  device_ = view.device;
+  std::vector<int64_t> counts, item_groups;
   for (size_t i = 0; i < n; ++i) {
     if (entries_[i].group < 0 || entries_[i].group >= groups)
       return fail({"group", static_cast<int64_t>(i)}, "out of range");
     if (!look_up(i, &held_)) return false;
     counts.push_back(items_[i].count);
+    item_groups.push_back(entries_[i].group);
+  }
+  if (device_.type != dlpack::kCPU) {
+#if defined(LIPCORE_WITH_CUDA)
+    moved_ = false;  // the tables get the pointers as they are now
+    return cuda_runner_.plan(items_, item_groups, groups, device_, rows_);
+#else
+    return fail({"ledger"},
+                "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON "
+                "or keep the model on the CPU");
+#endif
   }
   runner_.plan(counts);
   return true;
@@ -76,7 +88,10 @@ bool TrajectoryPlan::admit(size_t i, PyObject* parameter, const TensorView& view
   if (geometry_of(prev) != geometry || geometry_of(ref) != geometry || mean.dtype != mean_dtype ||
       mean.numel != view.numel || !mean.same_device(view))
     return fail_named(entry.name, "does not match its state's shape, dtype, device or memory layout");
-  items_[i] = {view.data, prev.data, ref.data, mean.data, view.numel, view.dtype, true, 0.5};
+  const TrajectoryItem item{view.data, prev.data, ref.data, mean.data, view.numel, view.dtype, true, 0.5};
+  moved_ = moved_ || item.w != items_[i].w || item.w_prev != items_[i].w_prev || item.w0 != items_[i].w0 ||
+           item.mean != items_[i].mean;
+  items_[i] = item;
   seen_[i] = {view.data, geometry};
   return true;
 }
@@ -91,7 +106,10 @@ bool TrajectoryPlan::look_up(size_t i, std::vector<PyObject*>* held) {
   }
   TensorView view;
   if (!view_tensor(parameter, {entry.name.c_str()}, Access::kRead, &view)) return false;
-  if (!view.on_cpu()) return fail_named(entry.name, "is not on the CPU; this plan's state is");
+  if (view.device.type != device_.type || view.device.id != device_.id)
+    return fail_named(entry.name,
+                      "is on another device than the state of its trajectory; make a new Trajectory (or Monitor) after "
+                      "moving a model, and one per device for a model on several");
   const uint64_t geometry = geometry_of(view);
   if ((view.data != seen_[i].data || geometry != seen_[i].geometry || !view.data) &&
       !admit(i, parameter, view, geometry))
@@ -100,14 +118,25 @@ bool TrajectoryPlan::look_up(size_t i, std::vector<PyObject*>* held) {
   return true;
 }
 
+bool TrajectoryPlan::step_on_device() {
+#if defined(LIPCORE_WITH_CUDA)
+  held_.clear();
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (!look_up(i, &held_)) return false;
+  if (!cuda_runner_.step(items_, moved_)) return false;
+  moved_ = false;
+#endif
+  return true;
+}
+
 bool TrajectoryPlan::step() {
+  if (device_.type != dlpack::kCPU) return step_on_device();
   const size_t n = entries_.size();
   held_.clear();
   for (size_t i = 0; i < n; ++i) {
     if (!look_up(i, &held_)) return false;
-    // The window's start is its first point, so the first step of a window makes two.
-    items_[i].restart = rows_[i].steps == 0;
-    items_[i].inv_count = 1.0 / (rows_[i].steps + 2.0);
+    items_[i].restart = starts_block(rows_[i]);
+    items_[i].inv_count = 1.0 / points_after_step(rows_[i]);
   }
   if (runner_.total() >= kSerialElements) {
     // Without the GIL another thread could replace a parameter in its module: hold what is being read.

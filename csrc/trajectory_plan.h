@@ -5,6 +5,9 @@
 #include <string>
 #include <vector>
 
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
 #include "math/ledger.h"
 #include "ops/ops.h"
 
@@ -27,12 +30,13 @@ class TrajectoryPlan {
   TrajectoryPlan& operator=(const TrajectoryPlan&) = delete;
   ~TrajectoryPlan();
 
-  // Takes over the entries' references. `ledger` is float64 [tensors + groups + 1, kTrajectoryColumns], contiguous, on
-  // the CPU; the last row is the total. False with a Python exception set.
+  // Takes over the entries' references. `ledger` is float64 [tensors + groups + 1, kTrajectoryColumns], contiguous; its
+  // last row is the total. Parameters and state must be where it is. False with a Python exception set.
   bool capture(std::vector<TrajectoryEntry> entries, int64_t groups, PyObject* ledger);
 
   // One optimizer step: reads every parameter, updates state and ledger. False with a Python exception set, nothing
-  // written, when a parameter is gone or no longer fits its state.
+  // written, when a parameter is gone or no longer fits its state. On a CUDA device the step is queued on torch's
+  // current stream, and nothing about it is known here: restarts and counts come from the ledger there.
   bool step();
 
  private:
@@ -41,6 +45,7 @@ class TrajectoryPlan {
     uint64_t geometry = 0;
   };
   bool look_up(size_t i, std::vector<PyObject*>* held);
+  bool step_on_device();
   bool admit(size_t i, PyObject* parameter, const TensorView& view, uint64_t geometry);
 
   std::vector<TrajectoryEntry> entries_;
@@ -51,7 +56,12 @@ class TrajectoryPlan {
   std::vector<PyObject*> held_;
   PyObject* ledger_ = nullptr;
   TrajectoryRow* rows_ = nullptr;
+  dlpack::Device device_{dlpack::kCPU, 0};
+  bool moved_ = false;  // a pointer in items_ has changed since the last step on a CUDA device
   TrajectoryRunner runner_;
+#if defined(LIPCORE_WITH_CUDA)
+  cuda::StepRunner cuda_runner_;
+#endif
 };
 
 }  // namespace lipcore

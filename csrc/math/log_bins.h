@@ -15,7 +15,8 @@ constexpr int kBins = kPages * kBinsPerPage;
 // x >= 0. Values under the smallest float32 subnormal share bin 0 with zero; values above its range share the last
 // page.
 LIPCORE_INLINE int bin_of(double x) {
-  const float rounded = x < 3.4028234663852886e38 ? static_cast<float>(x) : float_from_bits(0x7f800000u);
+  // + 0 takes the sign off -0, which would be a bin far outside.
+  const float rounded = x < 3.4028234663852886e38 ? static_cast<float>(x) + 0.0f : float_from_bits(0x7f800000u);
   uint32_t bits;
   memcpy(&bits, &rounded, sizeof bits);
   return static_cast<int>(bits >> (23 - kBinBits));

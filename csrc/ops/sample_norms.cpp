@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "ops/ops.h"
+#include "ops/rows.h"
 #include "parallel.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
@@ -12,17 +13,7 @@
 namespace lipcore {
 namespace {
 
-// The rows of a [B, ...] tensor: dense rows are flat runs of memory; others are gathered chunk by chunk.
-struct Rows {
-  const char* data;
-  DType dtype;
-  int64_t count, length, stride;  // stride between rows, in elements
-  bool dense;
-  int ndim;  // of a row, without dimensions of size 1 and with mergeable ones merged, innermost last
-  int64_t shape[8], strides[8];
-};
-
-// False when a row has more than 8 dimensions that cannot be merged.
+// False when a row has more than kRowDims dimensions that cannot be merged.
 bool describe_rows(const TensorView& x, Rows* rows) {
   rows->data = static_cast<const char*>(x.data);
   rows->dtype = x.dtype;
@@ -45,7 +36,7 @@ bool describe_rows(const TensorView& x, Rows* rows) {
       rows->strides[last] = row.strides[d];
       continue;
     }
-    if (rows->ndim == 8) return false;
+    if (rows->ndim == kRowDims) return false;
     rows->shape[rows->ndim] = row.shape[d];
     rows->strides[rows->ndim++] = row.strides[d];
   }
@@ -56,7 +47,7 @@ template <class T>
 void gather_as(const Rows& rows, const char* row, int64_t begin, int64_t count, T* to) {
   const T* from = reinterpret_cast<const T*>(row);
   const int inner = rows.ndim - 1;
-  int64_t index[8], rest = begin;
+  int64_t index[kRowDims], rest = begin;
   for (int d = inner; d >= 0; --d) {
     index[d] = rest % rows.shape[d];
     rest /= rows.shape[d];
@@ -223,7 +214,7 @@ bool sample_norms(const TensorView& x, const TensorView& out) {
   Rows rows;
   if (!describe_rows(x, &rows)) return refuse_dimensions("x");
 #if defined(LIPCORE_WITH_CUDA)
-  if (!x.on_cpu()) return cuda::sample_norms(x, out);
+  if (!x.on_cpu()) return cuda::sample_norms(rows, x.device, static_cast<double*>(out.data));
 #endif
   if (!x.on_cpu())
     return fail({"x"},

@@ -1,0 +1,82 @@
+// What the .cu files offer: plain data and pointers, no Python and no CUDA headers, so that either side compiles
+// without the other's. Every pointer to memory is a device pointer unless it says host; a stream is a cudaStream_t.
+// Nothing here allocates, synchronises or changes the current device.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "math/ledger.h"
+#include "ops/rows.h"
+
+namespace lipcore::cuda {
+
+// One block of threads works on one chunk. A quarter of the CPU's: at 65536 a million parameters would keep 16 of a
+// large GPU's 132 multiprocessors busy. Fixed, so that results do not depend on the GPU.
+constexpr int64_t kCudaChunk = 16384;
+
+// What a CUDA call said. code is a cudaError_t, 0 for success; doing completes "failed while ...".
+struct Status {
+  int code;
+  const char* doing;
+};
+
+// ---- sample_norms
+
+// How many float64 of scratch memory the call needs.
+int64_t sample_norms_scratch(const Rows& rows);
+Status sample_norms(const Rows& rows, double* out, double* scratch, void* stream);
+
+// ---- trajectory_step
+
+struct TensorEntry {
+  const void* w;
+  void* w_prev;
+  const void* w0;
+  void* mean;
+  int64_t count;
+  int64_t first_chunk;  // of its row of chunks in the chunk table; schedule_steps() sets it
+  DType dtype;
+  int32_t group;  // the group whose row of the ledger it adds to
+};
+
+struct ChunkEntry {
+  int32_t tensor;
+  int32_t index;  // elements from index * kCudaChunk on
+};
+
+// One launch over a run of chunks: the first `steps` are stepped, the `checks` after them are checked, and where a
+// chunk is a whole tensor it is stepped right after.
+struct StepLaunch {
+  int64_t first, steps, checks;
+};
+
+// Lays out the chunks and cuts a step into launches. Whether a tensor is finite must be known before any of it is
+// written, so it is read twice; tensors are therefore checked in groups of at most group_bytes of parameters (or one
+// tensor), each while the group before it is stepped, and the second reading comes from the GPU's second-level cache.
+std::vector<StepLaunch> schedule_steps(std::vector<TensorEntry>* tensors, int64_t group_bytes, int64_t* chunks);
+
+struct StepTables {
+  TensorEntry* tensors;
+  ChunkEntry* chunks;
+  StepSums* partials;     // per chunk
+  int32_t* not_finite;    // per tensor: 1 once a chunk with NaN or infinite elements was seen in this step
+  StepSums* sums;         // per tensor: the result
+  TrajectoryRow* ledger;  // rows of the tensors, the groups and the total; null for the stateless form
+  int64_t tensor_count;
+  int64_t groups;
+};
+
+// Writes the tensor table from host memory, which may be reused at once: the entries travel as kernel parameters. With
+// lay_out, the chunk table too. That needs no pinned memory and no event, orders itself in the stream, and a captured
+// graph carries its own copy.
+Status upload_tensors(const StepTables& tables, const TensorEntry* host, bool lay_out, void* stream);
+
+// One of the launches of a step. Restart and the mean's factor come from the ledger, or without one are false and
+// inv_count.
+Status launch_step(const StepTables& tables, const StepLaunch& launch, double inv_count, void* stream);
+
+// Reduces the partials in fixed order into sums, and into the ledger if there is one.
+Status finish_step(const StepTables& tables, void* stream);
+
+}  // namespace lipcore::cuda

@@ -1,0 +1,165 @@
+#include "cuda/launch.h"
+
+#include <cuda_runtime_api.h>
+
+namespace lipcore::cuda {
+namespace {
+
+// Where the second-level cache is smaller than this, nothing of a group would be left in it for the second reading, and
+// more launches would only cost.
+constexpr int64_t kSmallCache = 16 << 20;
+
+bool fail_cuda(cudaError_t error, const char* operation, const char* doing, int device) {
+  if (!PyErr_Occurred())
+    PyErr_Format(PyExc_RuntimeError, "%s: failed while %s on cuda:%d: %s (%s)", operation, doing, device,
+                 cudaGetErrorString(error), cudaGetErrorName(error));
+  return false;
+}
+
+// Makes a device current, and at its end the one before it; finds torch's stream there.
+class OnDevice {
+ public:
+  explicit OnDevice(const char* operation) : operation_(operation) {}
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+  ~OnDevice() {
+    if (before_ >= 0 && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
+  }
+
+  bool enter(dlpack::Device device) {
+    device_ = device.id;
+    int now = -1;
+    if (!check(cudaGetDevice(&now), "asking for the current device")) return false;
+    if (now != device_) {
+      if (!check(cudaSetDevice(device_), "making the device current")) return false;
+      before_ = now;
+    }
+    return current_stream(device, &stream_);
+  }
+
+  bool check(cudaError_t error, const char* doing) const {
+    if (error == cudaSuccess) return true;
+    cudaGetLastError();  // reported here: the next one who asks must not find it
+    return fail_cuda(error, operation_, doing, device_);
+  }
+  bool check(Status status) const { return check(static_cast<cudaError_t>(status.code), status.doing); }
+
+  void* stream() const { return stream_; }
+
+ private:
+  const char* operation_;
+  int device_ = -1;
+  int before_ = -1;
+  void* stream_ = nullptr;
+};
+
+bool group_bytes(const OnDevice& on, int device, int64_t* bytes) {
+  int cache = 0;
+  if (!on.check(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device), "asking for the cache's size"))
+    return false;
+  // Half: the other half is for what streams through while the group waits.
+  *bytes = cache >= kSmallCache ? cache / 2 : INT64_MAX / 2;
+  return true;
+}
+
+TensorEntry entry_of(const TrajectoryItem& item, int64_t group) {
+  return {item.w, item.w_prev, item.w0, item.mean, item.count, 0, item.dtype, static_cast<int32_t>(group)};
+}
+
+// Device memory for the tables; `sums` when the caller has none of its own for the results.
+bool make_tables(dlpack::Device device, int64_t tensors, int64_t chunks, bool sums, TorchMemory* memory,
+                 StepTables* tables) {
+  using Memory = TorchMemory;
+  const int64_t bytes = Memory::size_of<TensorEntry>(tensors) + Memory::size_of<ChunkEntry>(chunks) +
+                        Memory::size_of<StepSums>(chunks) + Memory::size_of<int32_t>(tensors) +
+                        (sums ? Memory::size_of<StepSums>(tensors) : 0);
+  if (!memory->allocate(device, bytes)) return false;
+  tables->tensors = memory->take<TensorEntry>(tensors);
+  tables->chunks = memory->take<ChunkEntry>(chunks);
+  tables->partials = memory->take<StepSums>(chunks);
+  tables->not_finite = memory->take<int32_t>(tensors);
+  if (sums) tables->sums = memory->take<StepSums>(tensors);
+  tables->tensor_count = tensors;
+  return true;
+}
+
+bool run(const OnDevice& on, const StepTables& tables, const std::vector<StepLaunch>& launches, double inv_count) {
+  for (const StepLaunch& launch : launches)
+    if (!on.check(launch_step(tables, launch, inv_count, on.stream()))) return false;
+  return on.check(finish_step(tables, on.stream()));
+}
+
+}  // namespace
+
+int device_count() {
+  int count = 0;
+  if (cudaGetDeviceCount(&count) == cudaSuccess) return count;
+  cudaGetLastError();
+  return 0;
+}
+
+bool sample_norms(const Rows& rows, dlpack::Device device, double* out) {
+  OnDevice on("sample_norms");
+  if (!on.enter(device)) return false;
+  TorchMemory memory;
+  const int64_t scratch = sample_norms_scratch(rows);
+  if (scratch && !memory.allocate(device, TorchMemory::size_of<double>(scratch))) return false;
+  return on.check(sample_norms(rows, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
+}
+
+bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out) {
+  if (items.empty()) return true;
+  OnDevice on("trajectory_step");
+  int64_t bytes, chunks;
+  if (!on.enter(device) || !group_bytes(on, device.id, &bytes)) return false;
+  std::vector<TensorEntry> entries;
+  entries.reserve(items.size());
+  for (const TrajectoryItem& item : items) entries.push_back(entry_of(item, 0));
+  const std::vector<StepLaunch> launches = schedule_steps(&entries, bytes, &chunks);
+  TorchMemory memory;
+  StepTables tables{};
+  if (!make_tables(device, static_cast<int64_t>(items.size()), chunks, false, &memory, &tables)) return false;
+  tables.sums = out;
+  return on.check(upload_tensors(tables, entries.data(), true, on.stream())) &&
+         run(on, tables, launches, items[0].inv_count);
+}
+
+bool StepRunner::plan(const std::vector<TrajectoryItem>& items, const std::vector<int64_t>& groups, int64_t group_count,
+                      dlpack::Device device, TrajectoryRow* ledger) {
+  OnDevice on("trajectory");
+  int64_t bytes, chunks;
+  if (!on.enter(device) || !group_bytes(on, device.id, &bytes)) return false;
+  device_ = device;
+  entries_.clear();
+  for (size_t i = 0; i < items.size(); ++i) entries_.push_back(entry_of(items[i], groups[i]));
+  launches_ = schedule_steps(&entries_, bytes, &chunks);
+  if (!make_tables(device, static_cast<int64_t>(items.size()), chunks, true, &memory_, &tables_)) return false;
+  tables_.ledger = ledger;
+  tables_.groups = group_count;
+  return on.check(upload_tensors(tables_, entries_.data(), true, on.stream()));
+}
+
+bool StepRunner::step(const std::vector<TrajectoryItem>& items, bool moved) {
+  OnDevice on("trajectory");
+  if (!on.enter(device_)) return false;
+  auto capturing = cudaStreamCaptureStatusNone;
+  if (!on.check(cudaStreamIsCapturing(static_cast<cudaStream_t>(on.stream()), &capturing), "asking about its stream"))
+    return false;
+  // A captured step must bring its pointers along, because steps outside the graph may leave others in the table; and
+  // it will leave its own there whenever the graph is replayed, which nobody tells us.
+  captured_ = captured_ || capturing != cudaStreamCaptureStatusNone;
+  stale_ = stale_ || moved || captured_;
+  if (stale_) {
+    for (size_t i = 0; i < items.size(); ++i) {
+      entries_[i].w = items[i].w;
+      entries_[i].w_prev = items[i].w_prev;
+      entries_[i].w0 = items[i].w0;
+      entries_[i].mean = items[i].mean;
+    }
+    if (!on.check(upload_tensors(tables_, entries_.data(), false, on.stream()))) return false;
+    stale_ = false;
+  }
+  return run(on, tables_, launches_, 1.0);
+}
+
+}  // namespace lipcore::cuda

@@ -1,0 +1,44 @@
+// The CUDA twins of csrc/ops: checked arguments in, kernels queued on torch's current stream, nothing waited for. Every
+// function returns false with a Python exception set that says what was being done, on which device, and CUDA's words.
+// Squares and sums are float64; results depend neither on the GPU nor on alignment (cuda/*.cu say more).
+#pragma once
+
+#include <vector>
+
+#include "cuda/kernels.h"
+#include "cuda/torch_memory.h"
+#include "ops/ops.h"
+
+namespace lipcore::cuda {
+
+// 0 without a GPU or a driver.
+int device_count();
+
+bool sample_norms(const Rows& rows, dlpack::Device device, double* out);
+
+bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out);
+
+// The stateful form: tables on the device are made once, and the ledger, which is there too, tells each step whether it
+// is the first of a window. So a step depends on nothing on the host but the pointers: it can be captured in a CUDA
+// graph.
+class StepRunner {
+ public:
+  // groups[i] is the group that item i adds to; ledger has a row per item, per group and for the total.
+  bool plan(const std::vector<TrajectoryItem>& items, const std::vector<int64_t>& groups, int64_t group_count,
+            dlpack::Device device, TrajectoryRow* ledger);
+
+  // `moved` when a pointer in items has changed since the last call (restart and inv_count are not looked at).
+  // Allocates nothing.
+  bool step(const std::vector<TrajectoryItem>& items, bool moved);
+
+ private:
+  dlpack::Device device_{};
+  std::vector<TensorEntry> entries_;
+  std::vector<StepLaunch> launches_;
+  StepTables tables_{};
+  TorchMemory memory_;
+  bool stale_ = false;  // the tables on the device may hold other pointers than entries_
+  bool captured_ = false;
+};
+
+}  // namespace lipcore::cuda

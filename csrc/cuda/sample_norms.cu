@@ -1,0 +1,239 @@
+// Row norms. Every element is squared in float64 (a float32 square is exact there and neither overflows nor underflows,
+// so a gradient of 1e-24 keeps its norm); float64 rows whose squares leave float64's range are scaled by a power of two
+// first. Error <= 1e-13 relative. The order of additions depends on a row's length and dtype alone.
+#include <cub/block/block_reduce.cuh>
+
+#include "cuda/common.cuh"
+
+namespace lipcore::cuda {
+namespace {
+
+// A row is summed by a team of threads: a few lanes, a warp or a block, by its length.
+constexpr int64_t kLanesRow = 32;
+constexpr int64_t kWarpRow = 2048;
+constexpr int64_t kMaxBlocks = 1 << 20;  // more rows than that: blocks take several
+// Outside, the sum of float64 squares has overflowed or lost digits to subnormals. A float32 square never gets there.
+constexpr double kSmallestSum = 1e-280;
+constexpr double kLargestSum = 1e300;
+
+template <int kSize>
+struct Lanes {  // kSize neighbouring lanes of a warp
+  __device__ int rank() const { return static_cast<int>(threadIdx.x) % kSize; }
+  __device__ static constexpr int size() { return kSize; }
+  __device__ unsigned mask() const {
+    return kSize == 32 ? 0xffffffffu : ((1u << kSize % 32) - 1) << (threadIdx.x % 32 / kSize * kSize);
+  }
+  // All lanes of the team get the same bits: at every level both partners add the same two numbers.
+  __device__ double sum(double x) const {
+#pragma unroll
+    for (int distance = kSize / 2; distance; distance /= 2) x += __shfl_xor_sync(mask(), x, distance);
+    return x;
+  }
+  __device__ double max(double x) const {
+#pragma unroll
+    for (int distance = kSize / 2; distance; distance /= 2) {
+      const double other = __shfl_xor_sync(mask(), x, distance);
+      x = other > x ? other : x;
+    }
+    return x;
+  }
+};
+
+struct Larger {
+  __device__ double operator()(double a, double b) const { return b > a ? b : a; }
+};
+
+struct Block {
+  using Reduce = cub::BlockReduce<double, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  struct Storage {
+    typename Reduce::TempStorage reduce;
+    double result;
+  };
+  Storage* storage;
+
+  __device__ int rank() const { return static_cast<int>(threadIdx.x); }
+  __device__ static constexpr int size() { return kThreads; }
+  __device__ double share(double x) const {
+    if (threadIdx.x == 0) storage->result = x;
+    __syncthreads();
+    x = storage->result;
+    __syncthreads();  // the storage may be used again
+    return x;
+  }
+  __device__ double sum(double x) const { return share(Reduce(storage->reduce).Sum(x)); }
+  __device__ double max(double x) const { return share(Reduce(storage->reduce).Reduce(x, Larger{})); }
+};
+
+// A quotient and what is left, with the divisor's reciprocal at hand: a 64-bit division is a call of 70 instructions,
+// around which registers spill. Exact for 0 <= a < 2^53: the product is off by less than one.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t divisor, double reciprocal, int64_t* rest) {
+  auto quotient = static_cast<int64_t>(static_cast<double>(a) * reciprocal);
+  *rest = a - quotient * divisor;
+  if (*rest < 0) {
+    *rest += divisor;
+    --quotient;
+  } else if (*rest >= divisor) {
+    *rest -= divisor;
+    ++quotient;
+  }
+  return quotient;
+}
+
+struct Work {
+  Rows rows;
+  int64_t per_row;  // chunks
+  double per_row_reciprocal;
+  double reciprocals[kRowDims];  // of the shape
+};
+
+__device__ __forceinline__ int64_t strided_offset(const Work& work, int64_t element) {
+  int64_t offset = 0;
+  for (int d = work.rows.ndim - 1; d > 0; --d) {
+    int64_t index;
+    element = divide(element, work.rows.shape[d], work.reciprocals[d], &index);
+    offset += index * work.rows.strides[d];
+  }
+  return offset + element * work.rows.strides[0];
+}
+
+// Calls fold(x) for this thread's share of elements [begin, begin + count) of a row: a pack for each thread in turn,
+// then one element each. The same share whether the row is aligned, dense or strided.
+template <class E, int kUnroll, bool kAligned, class Team, class Fold>
+__device__ __forceinline__ void fold_dense(const typename E::Stored* x, int64_t count, Team team, const Fold& fold) {
+  const int64_t packs = count / kLanes<E>;
+#pragma unroll kUnroll
+  for (int64_t i = team.rank(); i < packs; i += team.size()) {
+    Pack<typename E::Stored, kLanes<E>> pack;
+    load_pack<kAligned, Keep::kCached>(x + i * kLanes<E>, &pack);
+#pragma unroll
+    for (int k = 0; k < kLanes<E>; ++k) fold(E::widen(pack.lane[k]));
+  }
+  for (int64_t i = packs * kLanes<E> + team.rank(); i < count; i += team.size()) fold(E::widen(x[i]));
+}
+
+template <class E, int kUnroll, class Team, class Fold>
+__device__ __forceinline__ void fold_row(const Work& work, int64_t row, int64_t begin, int64_t count, Team team,
+                                         const Fold& fold) {
+  const Rows& rows = work.rows;
+  const auto* x = reinterpret_cast<const typename E::Stored*>(rows.data) + row * rows.stride;
+  if (!rows.dense) {
+    const int64_t packs = count / kLanes<E>;
+    for (int64_t i = team.rank(); i < packs; i += team.size())
+      for (int k = 0; k < kLanes<E>; ++k) fold(E::widen(x[strided_offset(work, begin + i * kLanes<E> + k)]));
+    for (int64_t i = packs * kLanes<E> + team.rank(); i < count; i += team.size())
+      fold(E::widen(x[strided_offset(work, begin + i)]));
+  } else if (is_aligned(x + begin)) {
+    fold_dense<E, kUnroll, true>(x + begin, count, team, fold);
+  } else {
+    fold_dense<E, kUnroll, false>(x + begin, count, team, fold);
+  }
+}
+
+template <class E, class Team>
+__device__ __forceinline__ double sum_squares(const Work& work, int64_t row, int64_t begin, int64_t count, Team team) {
+  constexpr int kUnroll = Team::size() < 32 ? 1 : 4;  // short rows have nothing to unroll
+  double sum = 0;
+  fold_row<E, kUnroll>(work, row, begin, count, team, [&](typename E::Work x) { sum = add_product(sum, x, x); });
+  return team.sum(sum);
+}
+
+// The norm from the sum of squares of the whole row. Called by all threads of the team.
+template <class E, class Team>
+__device__ __forceinline__ double norm_of(const Work& work, int64_t row, double sum, Team team) {
+  if constexpr (sizeof(typename E::Work) == 8) {
+    if (!(sum >= kSmallestSum && sum <= kLargestSum)) {
+      if (sum != sum) return sum;  // an element is NaN
+      double largest = 0;
+      fold_row<E, 1>(work, row, 0, work.rows.length, team, [&](double x) { largest = Larger{}(largest, fabs(x)); });
+      largest = team.max(largest);
+      if (largest == 0 || !isfinite(largest)) return largest;
+      const int exponent = ilogb(largest);
+      double scaled = 0;
+      fold_row<E, 1>(work, row, 0, work.rows.length, team, [&](double x) {
+        x = ldexp(x, -exponent);
+        scaled = add_product(scaled, x, x);
+      });
+      return ldexp(sqrt(team.sum(scaled)), exponent);
+    }
+  }
+  return sqrt(sum);
+}
+
+// A team of lanes per row.
+template <int kSize>
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) lane_norms(const __grid_constant__ Work work, double* out) {
+  const Lanes<kSize> team;
+  const int64_t teams = kThreads / kSize;
+  for (int64_t row = blockIdx.x * teams + threadIdx.x / kSize; row < work.rows.count; row += gridDim.x * teams) {
+    with_dtype(work.rows.dtype, [&](auto element) {
+      using E = decltype(element);
+      const double norm = norm_of<E>(work, row, sum_squares<E>(work, row, 0, work.rows.length, team), team);
+      if (team.rank() == 0) out[row] = norm;
+    });
+  }
+}
+
+// A block per chunk of a row; a row of one chunk is finished here, the chunks of longer ones go to partials.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    chunk_norms(const __grid_constant__ Work work, double* partials, double* out) {
+  __shared__ Block::Storage storage;
+  const Block team{&storage};
+  for (int64_t task = blockIdx.x; task < work.rows.count * work.per_row; task += gridDim.x) {
+    int64_t index;
+    const int64_t row = divide(task, work.per_row, work.per_row_reciprocal, &index);
+    const int64_t begin = index * kCudaChunk, left = work.rows.length - begin;
+    const int64_t count = left < kCudaChunk ? left : kCudaChunk;
+    with_dtype(work.rows.dtype, [&](auto element) {
+      using E = decltype(element);
+      const double sum = sum_squares<E>(work, row, begin, count, team);
+      const double result = work.per_row == 1 ? norm_of<E>(work, row, sum, team) : sum;
+      if (threadIdx.x == 0) (work.per_row == 1 ? out : partials)[task] = result;
+    });
+  }
+}
+
+// A block per row.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    finish_norms(const __grid_constant__ Work work, const double* partials, double* out) {
+  __shared__ Block::Storage storage;
+  const Block team{&storage};
+  for (int64_t row = blockIdx.x; row < work.rows.count; row += gridDim.x) {
+    double sum = 0;
+    for (int64_t i = threadIdx.x; i < work.per_row; i += kThreads) sum += partials[row * work.per_row + i];
+    sum = team.sum(sum);
+    with_dtype(work.rows.dtype, [&](auto element) {
+      const double norm = norm_of<decltype(element)>(work, row, sum, team);
+      if (threadIdx.x == 0) out[row] = norm;
+    });
+  }
+}
+
+int64_t chunks_of(const Rows& rows) { return (rows.length + kCudaChunk - 1) / kCudaChunk; }
+
+int64_t blocks_for(int64_t work) { return work < kMaxBlocks ? work : kMaxBlocks; }
+
+template <int kSize>
+Status launch_lanes(const Work& work, double* out, void* stream) {
+  constexpr int64_t kTeams = kThreads / kSize;
+  const int64_t blocks = blocks_for((work.rows.count + kTeams - 1) / kTeams);
+  return launch("taking row norms", &lane_norms<kSize>, blocks, stream, work, out);
+}
+
+}  // namespace
+
+int64_t sample_norms_scratch(const Rows& rows) { return rows.length > kCudaChunk ? rows.count * chunks_of(rows) : 0; }
+
+Status sample_norms(const Rows& rows, double* out, double* scratch, void* stream) {
+  if (rows.count == 0) return {0, ""};
+  Work work{rows, chunks_of(rows), 1.0 / static_cast<double>(chunks_of(rows)), {}};
+  for (int d = 0; d < rows.ndim; ++d) work.reciprocals[d] = 1.0 / static_cast<double>(rows.shape[d]);
+  if (rows.length <= kLanesRow) return launch_lanes<4>(work, out, stream);
+  if (rows.length <= kWarpRow) return launch_lanes<32>(work, out, stream);
+  const int64_t blocks = blocks_for(rows.count * work.per_row);
+  const Status status = launch("taking row norms", &chunk_norms, blocks, stream, work, scratch, out);
+  if (status.code || work.per_row == 1) return status;
+  const double* partials = scratch;
+  return launch("adding up row norms", &finish_norms, blocks_for(rows.count), stream, work, partials, out);
+}
+
+}  // namespace lipcore::cuda

@@ -1,0 +1,282 @@
+// One optimizer step of every parameter: reads w, w_prev, w0 and the mean, writes w_prev and the mean, 24 bytes per
+// float32 element, and 4 more for the check wherever the second reading of w is not served by the cache.
+// Differences and the mean in the working type (float32, or float64 for float64 parameters), multiplied then added, so
+// w_prev, the mean and max |dw| have the CPU's bits. Every product and sum is float64 (error of a sum <= 1e-13
+// relative): float32 squares would lose everything below 1e-19. Even a GPU with 1/64 of the float64 rate does those 9
+// operations in less time than it moves the 24 bytes. Chunks, threads and reductions come in a fixed order, so results
+// do not depend on the GPU or on alignment.
+#include <algorithm>
+#include <cub/block/block_reduce.cuh>
+#include <limits>
+
+#include "cuda/common.cuh"
+#include "math/ledger.h"
+
+namespace lipcore::cuda {
+namespace {
+
+// Packs of each array in flight per thread: 128 bytes in all (80 for 16-bit elements). With three blocks per
+// multiprocessor that hides the latency of memory; twice as many spill.
+template <class E>
+constexpr int kUnroll = sizeof(typename E::Stored) == 2 ? 1 : 2;
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+struct Merge {
+  __device__ StepSums operator()(StepSums a, const StepSums& b) const {
+    merge(&a, b);
+    return a;
+  }
+};
+using Reduce = cub::BlockReduce<StepSums, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+
+template <class E>
+__device__ __forceinline__ void check_element(typename E::Stored stored, double* weight_sq, int* nonfinite) {
+  const auto w = E::widen(stored);
+  *weight_sq = add_product(*weight_sq, w, w);
+  *nonfinite += !isfinite(w);
+}
+
+// Cached: the step reads w again.
+template <class E, bool kAligned>
+__device__ __forceinline__ void check_run(const typename E::Stored* w, int count, double* weight_sq, int* nonfinite) {
+  const int packs = count / kLanes<E>;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < packs; i += kThreads) {
+    Pack<typename E::Stored, kLanes<E>> now;
+    load_pack<kAligned, Keep::kCached>(w + i * kLanes<E>, &now);
+#pragma unroll
+    for (int k = 0; k < kLanes<E>; ++k) check_element<E>(now.lane[k], weight_sq, nonfinite);
+  }
+  const int rest = packs * kLanes<E> + static_cast<int>(threadIdx.x);
+  if (rest < count) check_element<E>(w[rest], weight_sq, nonfinite);
+}
+
+template <class E>
+struct Sums {
+  double dw_sq = 0, dist_sq = 0, m2 = 0;
+  typename E::Work max_dw = 0;
+};
+
+// Takes the old mean, gives the new one.
+template <class E>
+__device__ __forceinline__ void step_element(typename E::Stored w, typename E::Stored w_prev, typename E::Stored w0,
+                                             typename E::Work* mean, bool restart, typename E::Work inv_count,
+                                             Sums<E>* sums) {
+  const auto now = E::widen(w), before = E::widen(w_prev), origin = E::widen(w0);
+  const auto m = observe_movement(now, before, origin, restart ? before - origin : *mean, inv_count);
+  *mean = m.mean;
+  sums->dw_sq = add_product(sums->dw_sq, m.step, m.step);
+  sums->dist_sq = add_product(sums->dist_sq, m.offset, m.offset);
+  sums->m2 = add_product(sums->m2, m.deviation, m.deviation_after);
+  const typename E::Work size = fabs(m.step);
+  if (size > sums->max_dw) sums->max_dw = size;
+}
+
+template <class E, bool kAligned>
+__device__ __forceinline__ void step_run(const typename E::Stored* w, typename E::Stored* w_prev,
+                                         const typename E::Stored* w0, typename E::Work* mean, int count, bool restart,
+                                         typename E::Work inv_count, Sums<E>* sums) {
+  constexpr int kLane = kLanes<E>, kPacks = kAligned ? kUnroll<E> : 1;
+  const int packs = count / kLane;
+  for (int i = static_cast<int>(threadIdx.x); i < packs; i += kPacks * kThreads) {
+    Pack<typename E::Stored, kLane> now[kPacks], before[kPacks], origin[kPacks];
+    Pack<typename E::Work, kLane> means[kPacks];
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+      const int at = (i + u * kThreads) * kLane;
+      if (i + u * kThreads >= packs) break;
+      load_pack<kAligned, Keep::kStream>(w + at, &now[u]);
+      load_pack<kAligned, Keep::kStream>(w_prev + at, &before[u]);
+      load_pack<kAligned, Keep::kStream>(w0 + at, &origin[u]);
+      if (!restart) load_pack<kAligned, Keep::kStream>(mean + at, &means[u]);
+    }
+#pragma unroll
+    for (int u = 0; u < kPacks; ++u) {
+      const int at = (i + u * kThreads) * kLane;
+      if (i + u * kThreads >= packs) break;
+#pragma unroll
+      for (int k = 0; k < kLane; ++k)
+        step_element<E>(now[u].lane[k], before[u].lane[k], origin[u].lane[k], &means[u].lane[k], restart, inv_count,
+                        sums);
+      store_pack<kAligned>(now[u], w_prev + at);
+      store_pack<kAligned>(means[u], mean + at);
+    }
+  }
+  const int rest = packs * kLane + static_cast<int>(threadIdx.x);
+  if (rest < count) {
+    auto old_mean = restart ? typename E::Work{0} : mean[rest];
+    step_element<E>(w[rest], w_prev[rest], w0[rest], &old_mean, restart, inv_count, sums);
+    w_prev[rest] = w[rest];
+    mean[rest] = old_mean;
+  }
+}
+
+// One chunk of a tensor.
+struct Chunk {
+  const TensorEntry& tensor;
+  int64_t begin;
+  int count;
+
+  __device__ Chunk(const StepTables& tables, const ChunkEntry& entry)
+      : tensor(tables.tensors[entry.tensor]), begin(entry.index * kCudaChunk) {
+    const int64_t left = tensor.count - begin;
+    count = static_cast<int>(left < kCudaChunk ? left : kCudaChunk);
+  }
+};
+
+__device__ __forceinline__ StepSums check(const Chunk& chunk) {
+  double weight_sq = 0;
+  int nonfinite = 0;
+  with_dtype(chunk.tensor.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto* w = static_cast<const typename E::Stored*>(chunk.tensor.w) + chunk.begin;
+    if (is_aligned(w))
+      check_run<E, true>(w, chunk.count, &weight_sq, &nonfinite);
+    else
+      check_run<E, false>(w, chunk.count, &weight_sq, &nonfinite);
+  });
+  return {0, 0, 0, 0, weight_sq, static_cast<double>(nonfinite)};
+}
+
+__device__ __forceinline__ StepSums step(const Chunk& chunk, bool restart, double inv_count) {
+  StepSums result{};
+  with_dtype(chunk.tensor.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto* w = static_cast<const typename E::Stored*>(chunk.tensor.w) + chunk.begin;
+    auto* w_prev = static_cast<typename E::Stored*>(chunk.tensor.w_prev) + chunk.begin;
+    const auto* w0 = static_cast<const typename E::Stored*>(chunk.tensor.w0) + chunk.begin;
+    auto* mean = static_cast<typename E::Work*>(chunk.tensor.mean) + chunk.begin;
+    const auto factor = static_cast<typename E::Work>(inv_count);
+    Sums<E> sums;
+    if (is_aligned(w) && is_aligned(w_prev) && is_aligned(w0) && is_aligned(mean))
+      step_run<E, true>(w, w_prev, w0, mean, chunk.count, restart, factor, &sums);
+    else
+      step_run<E, false>(w, w_prev, w0, mean, chunk.count, restart, factor, &sums);
+    result = {sums.dw_sq, sums.dist_sq, sums.m2, static_cast<double>(sums.max_dw), 0, 0};
+  });
+  return result;
+}
+
+// One block per chunk.
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm)
+    step_chunks(const __grid_constant__ StepTables tables, const __grid_constant__ StepLaunch work, double inv_count) {
+  __shared__ typename Reduce::TempStorage storage;
+  __shared__ bool skip;
+  const int64_t block = blockIdx.x;
+  const bool only_step = block < work.steps;
+  // Backwards: of a tensor larger than the cache, the end was checked last and is still there.
+  const int64_t index = only_step ? work.first + work.steps - 1 - block : work.first + block;
+  const ChunkEntry entry = tables.chunks[index];
+  const Chunk chunk(tables, entry);
+  const bool whole = chunk.tensor.count <= kCudaChunk;
+  if (only_step) {
+    if (tables.not_finite[entry.tensor]) return;
+  } else {
+    const StepSums sums = Reduce(storage).Reduce(check(chunk), Merge{});
+    if (threadIdx.x == 0) {
+      tables.partials[index].weight_sq = sums.weight_sq;
+      tables.partials[index].nonfinite = sums.nonfinite;
+      skip = sums.nonfinite > 0;
+      if (skip) tables.not_finite[entry.tensor] = 1;  // every chunk that finds some writes the same
+    }
+    if (!whole) return;
+    __syncthreads();  // for skip, and because the reduction's memory is used again
+    if (skip) return;
+  }
+  bool restart = false;
+  if (tables.ledger) {
+    restart = starts_block(tables.ledger[entry.tensor]);
+    inv_count = 1.0 / points_after_step(tables.ledger[entry.tensor]);
+  }
+  const StepSums sums = Reduce(storage).Reduce(step(chunk, restart, inv_count), Merge{});
+  if (threadIdx.x == 0) {
+    tables.partials[index].dw_sq = sums.dw_sq;
+    tables.partials[index].dist_sq = sums.dist_sq;
+    tables.partials[index].m2_increment = sums.m2_increment;
+    tables.partials[index].max_abs_dw = sums.max_abs_dw;
+  }
+}
+
+// One block per tensor.
+__global__ void __launch_bounds__(kThreads) finish_tensors(const __grid_constant__ StepTables tables) {
+  __shared__ typename Reduce::TempStorage storage;
+  const int64_t tensor = blockIdx.x;
+  const int64_t first = tables.tensors[tensor].first_chunk;
+  const int64_t last = first + (tables.tensors[tensor].count + kCudaChunk - 1) / kCudaChunk;
+  StepSums sums{};
+  for (int64_t i = first + threadIdx.x; i < last; i += kThreads) merge(&sums, tables.partials[i]);
+  sums = Reduce(storage).Reduce(sums, Merge{});
+  if (threadIdx.x != 0) return;
+  if (sums.nonfinite > 0) {
+    // What the partials hold beside the count is left from an earlier step.
+    sums = {kNaN, kNaN, kNaN, kNaN, kNaN, sums.nonfinite};
+  }
+  if (sums.dw_sq != sums.dw_sq) sums.max_abs_dw = sums.dw_sq;  // comparisons drop NaN
+  tables.sums[tensor] = sums;
+  tables.not_finite[tensor] = 0;
+  if (tables.ledger) observe(&tables.ledger[tensor], sums);
+}
+
+// One block per group, and one for the total.
+__global__ void __launch_bounds__(kThreads) finish_groups(const __grid_constant__ StepTables tables) {
+  __shared__ typename Reduce::TempStorage storage;
+  const int64_t group = blockIdx.x;
+  StepSums sums{};
+  for (int64_t i = threadIdx.x; i < tables.tensor_count; i += kThreads)
+    if (group == tables.groups || tables.tensors[i].group == group) merge_member(&sums, tables.sums[i]);
+  sums = Reduce(storage).Reduce(sums, Merge{});
+  if (threadIdx.x == 0) observe(&tables.ledger[tables.tensor_count + group], sums);
+}
+
+// As many entries as fit into the 4 KiB that every driver allows for a kernel's parameters.
+constexpr int kBatch = 64;
+struct Batch {
+  TensorEntry entries[kBatch];
+};
+static_assert(sizeof(Batch) + sizeof(StepTables) + 16 <= 4096, "kernel parameters");
+
+// One block per entry.
+__global__ void __launch_bounds__(kThreads)
+    write_entries(const __grid_constant__ StepTables tables, const __grid_constant__ Batch batch, int64_t first,
+                  bool lay_out) {
+  const int64_t tensor = first + blockIdx.x;
+  const TensorEntry& entry = batch.entries[blockIdx.x];
+  if (threadIdx.x == 0) tables.tensors[tensor] = entry;
+  if (!lay_out) return;
+  if (threadIdx.x == 0) tables.not_finite[tensor] = 0;
+  const int64_t chunks = (entry.count + kCudaChunk - 1) / kCudaChunk;
+  for (int64_t i = threadIdx.x; i < chunks; i += kThreads)
+    tables.chunks[entry.first_chunk + i] = {static_cast<int32_t>(tensor), static_cast<int32_t>(i)};
+}
+
+}  // namespace
+
+Status upload_tensors(const StepTables& tables, const TensorEntry* host, bool lay_out, void* stream) {
+  for (int64_t first = 0; first < tables.tensor_count; first += kBatch) {
+    const int64_t left = tables.tensor_count - first;
+    const int64_t count = left < kBatch ? left : kBatch;
+    Batch batch{};
+    std::copy(host + first, host + first + count, batch.entries);
+    const Status status =
+        launch("writing the tensor table", &write_entries, count, stream, tables, batch, first, lay_out);
+    if (status.code) return status;
+  }
+  return {0, ""};
+}
+
+Status launch_step(const StepTables& tables, const StepLaunch& work, double inv_count, void* stream) {
+  const int64_t blocks = work.steps + work.checks;
+  if (blocks == 0) return {0, ""};
+  return launch("stepping the tensors", &step_chunks, blocks, stream, tables, work, inv_count);
+}
+
+Status finish_step(const StepTables& tables, void* stream) {
+  if (tables.tensor_count) {
+    const Status status = launch("adding up the tensors", &finish_tensors, tables.tensor_count, stream, tables);
+    if (status.code) return status;
+  }
+  if (!tables.ledger) return {0, ""};
+  return launch("adding up the groups", &finish_groups, tables.groups + 1, stream, tables);
+}
+
+}  // namespace lipcore::cuda
