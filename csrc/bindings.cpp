@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cmath>
+#include <memory>
 
 #include "distribution.h"
 #include "ops/ops.h"
@@ -96,7 +97,7 @@ void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::
 }
 
 // The two hooks of the batch-1 shortcut, as torch calls them. Neither raises: errors go to on_error(exception).
-struct SingleSampleHooks {
+struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
   SingleSampleHooks(py::handle first, py::handle last, std::vector<py::object> distributions, py::object grad_enabled,
                     py::object on_change, py::object on_check, py::object on_error)
       : shortcut(first.ptr(), last.ptr()),
@@ -121,7 +122,7 @@ struct SingleSampleHooks {
     }
   }
 
-  void after_backward(py::handle) {
+  void after_backward() {
     double r, lambda;
     const auto way = shortcut.finish(&r, &lambda);
     if (way == SingleSampleShortcut::kServed) {
@@ -151,6 +152,14 @@ struct SingleSampleHooks {
   py::object grad_enabled, on_change, on_check, on_error;
   std::array<Distribution*, 3> cores{};
   SingleSampleShortcut::Way serving = SingleSampleShortcut::kError;  // unknown
+};
+
+// What the first bias calls. The collector does not see a tensor's hooks, so that one must not keep anything alive.
+struct AfterBackward {
+  std::weak_ptr<SingleSampleHooks> hooks;
+  void operator()(py::handle) const {
+    if (const auto alive = hooks.lock()) alive->after_backward();
+  }
 };
 
 // Model, hooks and this object refer to each other in a circle, which only Python's garbage collector can undo.
@@ -288,13 +297,16 @@ PYBIND11_MODULE(_core, m) {
   m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
         py::arg("count"), py::arg("out"));
   bind_distribution(m);
-  py::class_<SingleSampleHooks>(m, "SingleSampleHooks", py::custom_type_setup(&make_collectable),
-                                "r and lambda of single samples from two bias gradients.")
+  py::class_<AfterBackward>(m, "AfterBackward").def("__call__", &AfterBackward::operator(), py::arg("bias"));
+  py::class_<SingleSampleHooks, std::shared_ptr<SingleSampleHooks>>(
+      m, "SingleSampleHooks", py::custom_type_setup(&make_collectable),
+      "r and lambda of single samples from two bias gradients.")
       .def(py::init<py::handle, py::handle, std::vector<py::object>, py::object, py::object, py::object, py::object>(),
            py::arg("first"), py::arg("last"), py::arg("distributions"), py::arg("grad_enabled"), py::arg("on_change"),
            py::arg("on_check"), py::arg("on_error"))
       .def("before_forward", &SingleSampleHooks::before_forward, py::arg("module"), py::arg("arguments"))
-      .def("after_backward", &SingleSampleHooks::after_backward, py::arg("bias"))
+      .def_property_readonly("after_backward",
+                             [](SingleSampleHooks& hooks) { return AfterBackward{hooks.weak_from_this()}; })
       .def_property_readonly("served", [](const SingleSampleHooks& hooks) { return hooks.shortcut.served; })
       .def_property_readonly("abandoned", [](const SingleSampleHooks& hooks) { return hooks.shortcut.abandoned; })
       .def_property(

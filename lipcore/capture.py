@@ -2,12 +2,11 @@
 
 A forward hook on each tapped module asks for the gradient at its output, in one of two ways:
 
-* in eager mode by a hook on the node that made the output: nothing is added to the graph, nothing kept alive, right
-  behind in-place activations and activation checkpointing;
-* inside torch.compile, and where the output does not require a gradient of its own, by an identity autograd.Function
-  with a
-  *probe*, a fresh leaf of shape [columns, B] whose "gradient" is the per-sample numbers: a pure function that can be
-  traced.
+* in eager mode by a hook on the node that made the output: nothing is added to the graph (but an identity where the
+  output does not require a gradient of its own), nothing kept alive, right behind in-place activations and activation
+  checkpointing;
+* inside torch.compile by an identity autograd.Function with a *probe*, a fresh leaf of shape [columns, B] whose
+  "gradient" is the per-sample numbers: a pure function that can be traced.
 
 Full backward hooks would cost three times as much and fail behind in-place activations. Nothing is raised inside hooks
 (it would leave half of the gradients set): errors are kept for the user's next call. Training is bit for bit what it
@@ -16,7 +15,13 @@ was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import copyreg
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +37,11 @@ _MAX_PENDING = 1024  # forward passes whose probes may wait for their backward
 
 _in_backward = torch._C._current_graph_task_id  # -1 outside
 
+# Probes of the compiled forward pass under way, by site. As an attribute of a hook a probe would belong to the module
+# in torch.compile's eyes, and its size be compiled in: one graph for every size of the batch.
+_armed: dict[int, Tensor] = {}
+_numbers = itertools.count()
+
 
 class _Probe(torch.autograd.Function):
     """Passes the output on; gives the probe the reduced gradient as its own."""
@@ -40,12 +50,7 @@ class _Probe(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, probe: Tensor, site: _Site, extra: Any, *saved: Tensor) -> Tensor:
         ctx.site, ctx.extra = site, extra
         ctx.save_for_backward(*saved)
-        if site.in_place_after:
-            # A view would make the in-place activation that may follow an error. This bumps the version counter, so it
-            # is only right behind a module that does not need its output for its own backward.
-            ctx.mark_dirty(output)
-            return output
-        return output.view_as(output)
+        return _passed_on(ctx, output, site.in_place_after)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -53,16 +58,41 @@ class _Probe(torch.autograd.Function):
         return (grad, columns, None, None, *(None for _ in ctx.saved_tensors))
 
 
+class _Anchored(torch.autograd.Function):
+    """Passes an output on that requires no gradient, so that one is computed: for a frozen first layer."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, in_place_after: bool) -> Tensor:
+        return _passed_on(ctx, output, in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        return None, None, None
+
+
+def _passed_on(ctx: Any, output: Tensor, in_place_after: bool) -> Tensor:
+    if in_place_after:
+        # A view would make the in-place activation that may follow an error. This bumps the version counter, so it is
+        # only right behind a module that does not need its output for its own backward.
+        if not torch.compiler.is_compiling() and output._is_view():
+            return output.clone()
+        ctx.mark_dirty(output)
+        return output
+    return output.view_as(output)
+
+
 class _MicroBatch:
     """One forward pass: its sites and the numbers that have come back from them."""
 
-    __slots__ = ("columns", "entered", "generation", "probes")
+    __slots__ = ("columns", "delivered", "entered", "generation", "probes", "task")
 
     def __init__(self, generation: int) -> None:
         self.entered: list[_Site] = []
         self.columns: dict[_Site, Tensor] = {}
         self.probes: dict[_Site, Tensor] | None = None
         self.generation = generation
+        self.task = -1  # the backward pass that the columns came from
+        self.delivered = False
 
 
 class _Site:
@@ -74,7 +104,7 @@ class _Site:
         self.taps: list[Tap] = []
         self.name = target
         self.module: nn.Module | None = None  # the first layer is None until it has run
-        self.probe: Tensor | None = None  # made ahead of a compiled region
+        self.number = next(_numbers)
 
     @property
     def in_place_after(self) -> bool:
@@ -89,9 +119,13 @@ class _Site:
             tap.resolve(name, module)
         self.name, self.module = name, module
 
+    def __reduce__(self) -> tuple[Callable[[], _Site], tuple[()]]:
+        return _inert_site, ()  # for pickle and deepcopy: a copied model is not watched
+
     def hook(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling():
-            return self._through_probe(module, arguments, output, self.probe) if self.probe is not None else None
+            probe = _armed.get(self.number)
+            return None if probe is None else self._through_probe(module, arguments, output, probe)
         capture = self.capture
         if not capture.tapping or not torch.is_grad_enabled():
             return None
@@ -106,31 +140,44 @@ class _Site:
         except ValueError as error:
             capture.fail(error)
             return None
-        if not micro.entered:
+        if not micro.entered and micro.probes is None:
             capture.forwards += 1
         micro.entered.append(self)
         if capture.watch is not None:
             capture.follow(self, output)
-        node = output.grad_fn
-        if node is not None:
-            saved, extra = self._save(module, arguments)
-            index = output.output_nr
-            # On the node and not on the tensor: a fifth of the cost, and an in-place activation cannot get between.
-            node.register_prehook(lambda grads: self._came_back(micro, grads[index], extra, saved))
-            return None
-        probe = _new_probe(self, output)
-        micro.probes = {**(micro.probes or {}), self: probe}
-        capture.wait_for(micro)
-        return self._through_probe(module, arguments, output, probe)
+        result = None
+        if output.grad_fn is None:
+            output = result = _Anchored.apply(output, capture.anchor, self.in_place_after)  # type: ignore[no-untyped-call]
+        saved, extra = self._save(module, arguments)
+        made, inner = output, _in_backward() != -1
+        if self.in_place_after and output._is_view():
+            made = output._base  # an in-place activation would put a node of its own in the place of the view's
+        index, shape = made.output_nr, None if made is output else output.shape
+        # On the node and not on the tensor: a fifth of the cost, and an in-place activation cannot get between.
+        made.grad_fn.register_prehook(lambda grads: self._came_back(micro, grads[index], shape, extra, saved, inner))
+        return result
 
-    def _came_back(self, micro: _MicroBatch, grad: Tensor | None, extra: Any, saved: tuple[Tensor, ...]) -> None:
+    def _came_back(
+        self,
+        micro: _MicroBatch,
+        grad: Tensor | None,
+        shape: torch.Size | None,
+        extra: Any,
+        saved: tuple[Tensor, ...],
+        inner: bool,
+    ) -> None:
         capture = self.capture
-        if grad is None or self in micro.columns or not capture.recording:
+        if grad is None or micro.delivered or not capture.recording:
             return  # a second backward through the same graph brings the same ratios again
-        columns = self.reduce(grad, extra, saved)
+        # A checkpoint's inner backward belongs to the one around it; probes add up over several.
+        if not inner and micro.probes is None and micro.task != _in_backward():
+            micro.task = _in_backward()
+            micro.columns.clear()  # left by a backward pass that did not reach every site
+        columns = self.reduce(grad if shape is None else grad.reshape(shape), extra, saved)
         if columns is None:
             return
-        micro.columns[self] = columns
+        before = micro.columns.get(self)
+        micro.columns[self] = columns if before is None else before + columns
         capture.returning = micro
         if len(micro.columns) == capture.size:
             capture.deliver(micro)
@@ -186,11 +233,14 @@ class Capture:
         self.recording = True  # False after an error
         self.tapping = True  # False too during a forward pass that the shortcut serves
         self.tapped = False  # whether the taps' hooks are there
+        self.anchor = torch.empty(0, requires_grad=True)
         self.forwards = 0  # tapped forward passes in grad mode
         self.records = 0  # how many of them came back
         self._on_record, self._on_error = on_record, on_error
         self._handles: list[Any] = []
+        self._tap_handles: list[Any] = []
         self._candidates: list[Any] = []
+        self._early: tuple[str, nn.Module] | None = None  # the first candidate of a forward pass that ran without grad
         self.micro: _MicroBatch | None = None  # the forward pass under way
         self.returning: _MicroBatch | None = None  # the backward pass under way
         self._pending: list[_MicroBatch] = []  # with probes, which are read when the clock ticks
@@ -205,6 +255,9 @@ class Capture:
         self._followers: list[Tap] = []
         self._wants_watch = True
         self._compiled = any(_is_compiled(module) for module in model.modules())
+
+    def __reduce__(self) -> tuple[Callable[[], Capture], tuple[()]]:
+        return _inert_capture, ()
 
     # ---- hooks
 
@@ -229,17 +282,27 @@ class Capture:
             self.hook_taps()
 
     def _use_shortcut(self, first: nn.Linear, last: nn.Linear, into: SingleSample) -> None:
-        def served(yes: bool) -> None:
-            self.tapping = self.recording and not yes
-            if yes:
+        before = -1
+
+        def changed(way: int) -> None:
+            nonlocal before
+            self.tapping = self.recording and way != _core.SERVED
+            if way == _core.SERVED:
+                if before == _core.CHECKED:
+                    self._unhook_taps()  # they were there for one sample
                 into.on_served()
             elif self.tapping:
                 self.hook_taps()
+            before = way
+
+        def checked(r: float, local_lipschitz: float) -> bool:
+            return self.recording and into.agrees(r, local_lipschitz)
 
         self._shortcut = _core.SingleSampleHooks(
-            *(first, last, *into.distributions),
-            grad_enabled=torch.is_grad_enabled,
-            on_change=served,
+            *(first, last, into.distributions),
+            grad_enabled=_may_record,
+            on_change=changed,
+            on_check=checked,
             on_error=self.fail,
         )
         self._handles += [
@@ -254,27 +317,36 @@ class Capture:
                 chain = chain_of(unwrap(self.model))
                 if chain and isinstance(chain[0][1], FIRST_LAYER_TYPES):
                     site.resolve(*chain[0])
+            elif target:
+                site.resolve(*find_module(self.model, target, site.taps[0].argument))
             else:
-                site.resolve(target, find_module(self.model, target, "module") if target else unwrap(self.model))
+                site.resolve("", unwrap(self.model))
 
     def hook_taps(self) -> None:
         """Register the forward hooks of all taps, once."""
         if self.tapped:
             return
         self.tapped = True
-        if self._shortcut is not None:
-            self._shortcut.own_hooks = 1
-        self._handles.append(self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=self._compiled))
+        handles = self._tap_handles
+        handles.append(self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=self._compiled))
         for target, site in self._sites.items():
             if not target:
                 continue
             if site.module is not None:
-                self._handles.append(site.module.register_forward_hook(site.hook))
+                handles.append(site.module.register_forward_hook(site.hook))
             else:
                 self._look_for_first_layer(site)
-        self._handles.append(self.model.register_forward_hook(self._end_forward, always_call=True))
-        if not self._compiled:
-            self.micro = _MicroBatch(self._generation)  # the shortcut calls this when a forward pass has begun
+        handles.append(self.model.register_forward_hook(self._end_forward, always_call=True))
+        if self._shortcut is not None:  # it calls this when a forward pass has begun
+            self._shortcut.own_hooks = 1
+            self.micro = _MicroBatch(self._generation)
+
+    def _unhook_taps(self) -> None:
+        for handle in self._tap_handles:
+            handle.remove()
+        self._tap_handles = []
+        self.tapped = False
+        self._shortcut.own_hooks = 0
 
     def _look_for_first_layer(self, site: _Site) -> None:
         """Hook every candidate; the first that runs is it."""
@@ -287,32 +359,42 @@ class Capture:
         if not candidates:
             raise ValueError(
                 "input: the model has no Linear, Conv1d, Conv2d, Conv3d or Embedding to be its first layer; name a "
-                "module "
-                "with input='<module>'"
+                "module with input='<module>'"
             )
+        self._candidates = [
+            module.register_forward_hook(functools.partial(self._found, site, name)) for name, module in candidates
+        ]
 
-        def candidate_hook(name: str) -> Callable[..., Any]:
-            def found(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-                if site.module is not None or not self.tapping or not torch.is_grad_enabled():
-                    return None
-                try:
-                    site.resolve(name, module)
-                except ValueError as error:
-                    self.fail(error)
-                    return None
-                self._handles.append(module.register_forward_hook(site.hook))
-                return site.hook(module, arguments, output)
-
-            return found
-
-        self._candidates = [module.register_forward_hook(candidate_hook(name)) for name, module in candidates]
+    def _found(self, site: _Site, name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        if site.module is not None or not self.tapping:
+            return None
+        inside = self.micro is not None
+        if not torch.is_grad_enabled():
+            if inside and self._early is None:
+                self._early = name, module
+            return None
+        first = name, module
+        if self._early is not None:
+            # A reentrant checkpoint runs without grad and again in the backward pass; what is under no_grad does not.
+            recomputed = _in_backward() != -1 or any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+            first = self._early if recomputed else first
+        elif not inside and _in_backward() == -1:
+            return None
+        try:
+            site.resolve(*first)
+        except ValueError as error:
+            self.fail(error)
+            return None
+        self._tap_handles.append(first[1].register_forward_hook(site.hook))
+        return site.hook(module, arguments, output) if first[1] is module else None
 
     def close(self) -> None:
         """Remove every hook; what was recorded stays."""
+        self.flush()
         self.recording = self.tapping = False
-        for handle in [*self._handles, *self._candidates]:
+        for handle in [*self._handles, *self._tap_handles, *self._candidates]:
             handle.remove()
-        self._handles, self._candidates, self._pending = [], [], []
+        self._handles, self._tap_handles, self._candidates, self._pending = [], [], [], []
 
     # ---- errors
 
@@ -329,11 +411,11 @@ class Capture:
     ) -> None:
         if torch.compiler.is_compiling():
             return
+        self._early = None
+        self.micro = _MicroBatch(self._generation) if _may_record() else None
         if self._compiled:
             self._arm_probes([*arguments, *(keywords or {}).values()])
-            return
-        self.micro = _MicroBatch(self._generation)
-        if self._wants_watch and self.tapping and torch.is_grad_enabled():
+        elif self._wants_watch and self.tapping and self.micro is not None:
             self._start_watch(arguments)
 
     def _start_watch(self, arguments: tuple[Any, ...]) -> None:
@@ -360,6 +442,8 @@ class Capture:
             result = self._last.hook(module, arguments, output)
         if torch.compiler.is_compiling():
             return result
+        for site in self._sites.values() if self._compiled else ():
+            _armed.pop(site.number, None)
         if self.watch is not None:
             self.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             self.watch = None
@@ -382,8 +466,7 @@ class Capture:
             self.fail(
                 ValueError(
                     f"module '{site.name}' is called twice in one forward pass; per-sample numbers of a reused "
-                    "module are "
-                    "not defined here: name another one with input= or output="
+                    "module are not defined here: name another one with input= or output="
                 )
             )
         return None
@@ -391,6 +474,7 @@ class Capture:
     def deliver(self, micro: _MicroBatch) -> None:
         """All its numbers are there."""
         self.returning = None
+        micro.delivered = True
         record: Record = {}
         for site, numbers in micro.columns.items():
             if len(site.taps) == 1:
@@ -411,9 +495,8 @@ class Capture:
     def _arm_probes(self, arguments: list[Any]) -> None:
         """Probes for a compiled region, which cannot make leaves itself: outside it, from the batch size of the
         input."""
-        for site in self._sites.values():
-            site.probe = None
-        if not torch.is_grad_enabled() or not self.tapping:
+        micro = self.micro
+        if micro is None or not self.tapping:
             return
         first = next((a for a in arguments if isinstance(a, Tensor) and a.dim()), None)
         if first is None:
@@ -421,11 +504,9 @@ class Capture:
                 ValueError("model: a compiled model's first tensor argument must have the batch dimension; found none")
             )
             return
-        micro = _MicroBatch(self._generation)
         self.forwards += 1
         micro.probes = {site: _new_probe(site, first) for site in self._sites.values()}
-        for site, probe in micro.probes.items():
-            site.probe = probe
+        _armed.update((site.number, probe) for site, probe in micro.probes.items())
         self.wait_for(micro)
 
     def wait_for(self, micro: _MicroBatch) -> None:
@@ -441,6 +522,11 @@ class Capture:
             self._generation += 1
 
     @property
+    def unrecorded(self) -> int:
+        """Forward passes in grad mode whose backward has not come, or was not one that could be recorded."""
+        return self.forwards - self.records + (self._shortcut.abandoned if self._shortcut is not None else 0)
+
+    @property
     def nothing_came(self) -> bool:
         """Whether it should have recorded something by now, and has not."""
         served = self._shortcut.served if self._shortcut is not None else 0
@@ -452,7 +538,9 @@ class Capture:
 
     def _read_probes(self, *, forget: bool) -> None:
         pending, self._pending = self._pending, []
-        for micro in dict.fromkeys(pending):
+        for micro in pending:
+            if micro.delivered:
+                continue
             for site, probe in (micro.probes or {}).items():
                 if probe.grad is not None:
                     micro.columns[site] = probe.grad
@@ -461,6 +549,50 @@ class Capture:
             elif not forget or micro.generation == self._generation:
                 # Its backward may still come: in a pipeline a step can lie between a forward pass and its backward.
                 self._pending.append(micro)
+
+
+class _Paused(threading.local):
+    depth = 0
+
+
+_paused = _Paused()
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Forward passes of this thread are not recorded: lipcore's own, which are no part of the training."""
+    _paused.depth += 1
+    try:
+        yield
+    finally:
+        _paused.depth -= 1
+
+
+def _may_record() -> bool:
+    return torch.is_grad_enabled() and not _paused.depth
+
+
+def _inert_capture() -> Capture:
+    """What a copied model has in the place of the hooks of the original's capture."""
+    inert = Capture(nn.Identity(), [], lambda record: None, lambda error: None)
+    inert.recording = inert.tapping = False
+    return inert
+
+
+def _inert_site() -> _Site:
+    return _Site(_inert_capture(), "")
+
+
+def _inert_shortcut() -> Any:
+    layer = SimpleNamespace(_parameters={}, _forward_hooks={}, bias=None)
+    never = functools.partial(bool, False)
+    distributions = [_core.Distribution() for _ in range(3)]
+    return _core.SingleSampleHooks(
+        layer, layer, distributions, grad_enabled=never, on_change=never, on_check=never, on_error=never
+    )
+
+
+copyreg.pickle(_core.SingleSampleHooks, lambda hooks: (_inert_shortcut, ()))
 
 
 def _new_probe(site: _Site, batch: Tensor) -> Tensor:
@@ -480,7 +612,7 @@ def _ends_of_chain(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
     first, last = modules[0], modules[-1]
     if type(first) is not nn.Linear or type(last) is not nn.Linear or last.out_features != 1:
         return None
-    if first.bias is None or last.bias is None:
-        return None
+    if first.bias is None or last.bias is None or not first.bias.requires_grad:
+        return None  # a frozen bias has no gradient to hook
     uses = [p for module in modules for p in module.parameters() if p is first.bias or p is last.bias]
     return (first, last) if len(uses) == 2 else None

@@ -99,13 +99,34 @@ class Distribution:
         return {"version": self._version, "moments": moments, "missing": c.missing, "invalid": c.invalid, "bins": bins}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; ValueError, and nothing changed, when it is not one."""
+        """Take over a state; ValueError naming what is wrong, and nothing changed, when it is not one."""
         if state.get("version") != self._version:
             raise ValueError(f"version: expected {self._version}, got {state.get('version')!r}")
-        self._core.set_state(
-            *state["moments"].tolist(), missing=state["missing"], invalid=state["invalid"], bins=state["bins"].tolist()
+        moments, bins = (
+            _tensor(state, key, dtype) for key, dtype in (("moments", torch.float64), ("bins", torch.int64))
         )
+        if len(moments) != 5:
+            raise ValueError(f"moments: expected count, mean, m2, min and max, got {len(moments)} numbers")
+        count, mean, m2, low, high = moments.tolist()
+        if not (count >= 0 and 0 <= m2 < math.inf and 0 <= low <= mean * (1 + 1e-9) and mean <= high * (1 + 1e-9) < math.inf):
+            raise ValueError(
+                f"moments: count {count}, mean {mean}, m2 {m2}, min {low}, max {high} are not those of values"
+            )
+        missing, invalid = (state.get(key) for key in ("missing", "invalid"))
+        if not (isinstance(missing, int) and isinstance(invalid, int) and missing >= 0 and invalid >= 0):
+            raise ValueError(f"missing, invalid: expected counts, got {missing!r} and {invalid!r}")
+        if len(bins[::2].unique()) != len(bins[::2]):
+            raise ValueError("bins: a bin stands there twice")
+        self._core.set_state(count, mean, m2, low, high, missing=missing, invalid=invalid, bins=bins.tolist())
         self._device = None
+
+
+def _tensor(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+    value = state.get(key)
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != 1:
+        what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{key}: expected a 1-dimensional tensor of {dtype}, got {what}")
+    return value
 
 
 class _DeviceAccumulator:
@@ -117,9 +138,13 @@ class _DeviceAccumulator:
         self.moments = torch.tensor([0, 0, 0, math.inf, -math.inf, 0, 0], dtype=torch.float64, device=device)
 
     def observe(self, values: Tensor) -> None:
+        if not values.numel():
+            return
         usable = values.isfinite() & (values >= 0)
         kept = torch.where(usable, values, 0.0)
-        bits = kept.clamp(max=3.4028234663852886e38).float().view(torch.int32) >> 16
+        # As bin_of() in csrc/math/log_bins.h; adding 0.0 turns -0.0 into 0.0.
+        in_range = torch.where(kept < 3.4028234663852886e38, kept + 0.0, math.inf)
+        bits = in_range.float().view(torch.int32) >> 16
         self.bins.index_add_(0, bits.long(), usable.long())
         n = usable.sum().double()
         mean = kept.sum() / n.clamp(min=1)

@@ -147,8 +147,11 @@ def trajectory_step(
         for i, tensor in enumerate(lists[name]):
             _check_state(tensor, name, i)
     if len(prev) == len(params) and len(ref) == len(params):
-        readable = [_in_layout_of(a, b) for a, b in zip(readable, prev, strict=True)]
-        reference = [_in_layout_of(a, b) for a, b in zip(reference, prev, strict=True)]
+        laid_out = [[_in_layout_of(a, b) for a, b in zip(t, prev, strict=True)] for t in (readable, reference)]
+        written = [("prev", prev), ("mean", mean), ("out", [] if out is None else [out])]
+        for name, before, after in zip(("params", "ref"), (readable, reference), laid_out, strict=True):
+            _check_copies(name, before, after, written)
+        readable, reference = laid_out
     if out is None:
         device = readable[0].device if readable else None
         out = torch.empty(len(params), _core.STEP_COLUMNS, dtype=_float64, device=device)
@@ -178,3 +181,31 @@ def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
     if tensor.device != like.device:
         return tensor
     return torch.empty_like(like).copy_(tensor.detach())
+
+
+def _check_copies(
+    name: str, before: Sequence[Tensor], after: Sequence[Tensor], written: list[tuple[str, Sequence[Tensor]]]
+) -> None:
+    """The core refuses state that shares memory with an argument, but of one that had to be copied it sees the copy."""
+    for i, (original, used) in enumerate(zip(before, after, strict=True)):
+        if used is original:
+            continue
+        for state, tensors in written:
+            for j, tensor in enumerate(tensors):
+                if _overlap(original, tensor):
+                    raise ValueError(
+                        f"{state}[{j}]: is written to but shares memory with {name}[{i}]; pass separate tensors"
+                    )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the spans of memory from first to last element meet."""
+    if not a.numel() or not b.numel():
+        return False
+    (a_first, a_last), (b_first, b_last) = _span(a), _span(b)
+    return a_first < b_last and b_first < a_last
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()

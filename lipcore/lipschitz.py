@@ -13,9 +13,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lipcore import _core
 from lipcore.distribution import Distribution
-from lipcore.lipschitz_taps import INPUT_KEY, OUTPUT_KEY, FirstLayerTap, OutputTap
+from lipcore.lipschitz_taps import FirstLayerTap, OutputTap
 from lipcore.metric import FIRST_LAYER, Metric, PlanLine, Record, SingleSample, Tap
 from lipcore.names import named_modules, unwrap
+from lipcore.pointwise import mixes_samples
 from lipcore.results import Label, MetricResult, Value
 from lipcore.spectral import singular_values
 
@@ -68,6 +69,13 @@ class Lipschitz(Metric):
             nn.Sequential between two Linear layers (same numbers, a third of the time); False: always tap.
         optional: turn off with a line in the plan, instead of an error, where the model has no such output or first
         layer.
+
+    >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> lipschitz = Lipschitz(model)
+    >>> model(torch.randn(8, 2)).square().mean().backward()
+    >>> lipschitz.update()
+    >>> lipschitz.compute().local_lipschitz["model:Linear"].mean.count
+    8
     """
 
     name = "lipschitz"
@@ -92,15 +100,18 @@ class Lipschitz(Metric):
         self.optional = optional
         self._shortcut = shortcut
         self._weight_before: Tensor | None = None
-        self._first = FirstLayerTap(self._remember_weight, self._bypassed, lambda_every)
-        self._last = OutputTap(self._check_output)
+        self._moved = False  # W_1 had moved within the window before its state was loaded
+        self._first = FirstLayerTap(f"{self.name}.input", self._remember_weight, self._bypassed, lambda_every)
+        self._last = OutputTap(f"{self.name}.output", self._check_output)
         self._ratios, self._lambdas = Distribution(), Distribution()
         self._paired = Distribution()  # r of the samples that have a lambda, for the sandwich
         self._all = (self._ratios, self._lambdas, self._paired)
         self._core_distributions = [distribution.core for distribution in self._all]
-        self._record: Record | None = None
+        self._record: tuple[Tensor, Tensor] | None = None  # the last one's numerators and output gradients
         self._batchnorms: list[nn.Module] = []
         self._mixed = False  # a BatchNorm in train mode was seen in this window
+        self._warned = False
+        self._served = False  # the shortcut has been used
         self._skips = False  # the output depends on the input past the first layer
         self._monitor: Any = None
         if model is not None:
@@ -116,10 +127,27 @@ class Lipschitz(Metric):
         named = self._input is not None or self._output is not None
         if named or not self._shortcut or self._quantity != "scalar":
             return None
-        return SingleSample(self._core_distributions, on_served=self._forget_record)
+        return SingleSample(self._core_distributions, on_served=self._forget_record, agrees=self._agrees)
 
     def _forget_record(self) -> None:
-        self._record = None
+        self._record, self._served = None, True
+
+    def _agrees(self, r: float, local_lipschitz: float) -> bool:
+        """Whether the shortcut reads what the taps have just brought."""
+        if self._record is None or self._record[1].shape[1] != 1:
+            return False
+        tapped = _ratios(*self._record)[:2, 0]
+        read = torch.tensor([r, local_lipschitz], dtype=torch.float64)
+        agrees = torch.allclose(read, tapped, rtol=1e-6, atol=0, equal_nan=True)
+        if not agrees and self._served:
+            warnings.warn(
+                "the gradients of the first and last bias have come to hold more than the loss of one sample (a "
+                "penalty "
+                "on parameters?): up to 63 earlier values were read from them; from here on they are not used",
+                UserWarning,
+                stacklevel=2,
+            )
+        return agrees
 
     def bind(self, model: nn.Module) -> None:
         """Look for layers in which samples mix."""
@@ -131,20 +159,20 @@ class Lipschitz(Metric):
 
     def _check_output(self, output: Tensor) -> None:
         """ValueError when this output does not have the one value per sample it should."""
-        if self._quantity == "residual" or (output.dim() and output.numel() == output.shape[0]):
+        values, rows = output.numel(), output.shape[0] if output.dim() else 1
+        if self._quantity == "residual" or values == rows:
             return
         raise ValueError(
             f"output: {self._last.place} has shape {list(output.shape)}, but one value per sample is needed, [B] or "
-            "[B, 1]. "
-            "Choose: output='<module>' with such an output, or quantity='residual' for a one-sided bound on vector "
-            "outputs"
+            "[B, 1]. Choose: output='<module>' with such an output, or quantity='residual' for a one-sided bound on "
+            "vector outputs"
         )
 
     # ---- what it observes
 
     def observe_record(self, record: Record) -> None:
         """One micro-batch through the taps."""
-        numerators, output_grad = record[INPUT_KEY], record[OUTPUT_KEY]
+        numerators, output_grad = record[self._first.key], record[self._last.key]
         if numerators.shape[1] != output_grad.shape[1]:
             raise ValueError(
                 f"input: first layer '{self._first.name}' has {numerators.shape[1]} rows, {self._last.place} has "
@@ -153,22 +181,22 @@ class Lipschitz(Metric):
             )
         if self._batchnorms:
             self._check_mixing()
-        self._record = record
+        self._record = numerators, output_grad
         if numerators.is_cpu:
             _core.observe_ratios(numerators, output_grad, self._core_distributions)
         else:
-            ratios = _ratios(record)
+            ratios = _ratios(numerators, output_grad)
             for distribution, values in zip(self._all, ratios, strict=True):
                 distribution.observe(values)
 
     def _check_mixing(self) -> None:
-        if any(module.training for module in self._batchnorms):
-            if not self._mixed:
+        if any(mixes_samples(module) for module in self._batchnorms):
+            if not self._warned:
+                self._warned = True
                 warnings.warn(
                     "BatchNorm in train mode mixes samples, so per-sample gradients are not those of single samples: "
                     "lipschitz values are heuristic (directly behind the first layer they lose their meaning). Use "
-                    "GroupNorm or "
-                    "LayerNorm for exact ones",
+                    "GroupNorm or LayerNorm for exact ones",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -182,8 +210,7 @@ class Lipschitz(Metric):
         warnings.warn(
             f"the model's output depends on its input past the first layer '{self._first.name}' (an input skip?): "
             "normalized_gradient_norm is exact, but local_lipschitz is only the part of the gradient that goes "
-            "through that "
-            "layer, labelled heuristic",
+            "through that layer, labelled heuristic",
             UserWarning,
             stacklevel=2,
         )
@@ -209,7 +236,7 @@ class Lipschitz(Metric):
             raise RuntimeError(
                 "no micro-batch at hand: none was recorded yet, or the last one was served by the batch-1 shortcut"
             )
-        ratios = _ratios(self._record)
+        ratios = _ratios(*self._record)
         return PerSample(ratios[0], ratios[1])
 
     # ---- results
@@ -266,7 +293,7 @@ class Lipschitz(Metric):
         if sigma is None:
             return
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if self._weight_before is not None and not torch.equal(self._weight_before, weight.detach()):
+        if self._weight_moved():
             label, note = (
                 "heuristic",
                 f"{note}; " * bool(note) + "W_1 of the window's close, but it moved within the window",
@@ -298,13 +325,18 @@ class Lipschitz(Metric):
         """Start a new window."""
         for distribution in self._all:
             distribution.reset()
-        self._mixed = False
+        self._mixed = self._moved = False
         self._remember_weight()
 
     def _remember_weight(self) -> None:
         """W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
         weight = getattr(self._first.module, "weight", None)
         self._weight_before = weight.detach().clone() if isinstance(weight, Tensor) else None
+
+    def _weight_moved(self) -> bool:
+        weight = getattr(self._first.module, "weight", None)
+        before = self._weight_before
+        return self._moved or (before is not None and weight is not None and not torch.equal(before, weight.detach()))
 
     def merge(self, other: Lipschitz) -> None:
         """Add another one's open window (of another rank, say) to this one's."""
@@ -317,6 +349,8 @@ class Lipschitz(Metric):
         return {
             "version": self._version,
             "quantity": self._quantity,
+            "mixed": self._mixed,
+            "weight_moved": self._weight_moved(),
             "distributions": [distribution.state_dict() for distribution in self._all],
         }
 
@@ -331,9 +365,11 @@ class Lipschitz(Metric):
         for mine, theirs in zip(self._all, loaded, strict=True):
             mine.reset()  # the compiled objects stay: the shortcut holds them
             mine.merge(theirs)
+        self._mixed, self._moved = bool(state["mixed"]), bool(state["weight_moved"])
+        self._remember_weight()
 
 
-def _ratios(record: Record) -> Tensor:
+def _ratios(numerators: Tensor, output_grad: Tensor) -> Tensor:
     """r, lambda and r where there is a lambda, [3, B]; NaN where the output's gradient is 0 or not finite."""
-    eps = record[OUTPUT_KEY].abs()
-    return torch.where((eps > 0) & eps.isfinite(), record[INPUT_KEY] / eps, math.nan)
+    eps = output_grad.abs()
+    return torch.where((eps > 0) & eps.isfinite(), numerators / eps, math.nan)

@@ -17,7 +17,6 @@ from lipcore.pullback import pull_back
 _SMALL = 4096  # multiplications below which one compiled loop beats torch's matrix product and what surrounds it
 _CHEAP = 1 << 20  # multiplications that no training step with a batch worth them would notice
 _SPARSE = 16  # above, W_1^T delta costs what the layer's own forward does: once in so many micro-batches, 1 % or less
-INPUT_KEY, OUTPUT_KEY = "lipschitz.input", "lipschitz.output"
 
 
 class FirstLayerTap(Tap):
@@ -26,14 +25,15 @@ class FirstLayerTap(Tap):
     and ||delta|| once more where the second was computed (NaN elsewhere), so that both can be averaged over the same
     samples."""
 
-    key = INPUT_KEY
+    argument = "input"
     columns = 3
     in_place_after = True
     follows_input = True
 
     def __init__(
-        self, on_resolved: Callable[[], None], on_bypassed: Callable[[], None], pull_back_every: int | None
+        self, key: str, on_resolved: Callable[[], None], on_bypassed: Callable[[], None], pull_back_every: int | None
     ) -> None:
+        self.key = key
         self._on_resolved = on_resolved
         self.bypassed = on_bypassed  # type: ignore[method-assign]
         self._every = pull_back_every
@@ -52,10 +52,14 @@ class FirstLayerTap(Tap):
         self._on_resolved()
 
     def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
-        shape = self.batch_shape = arguments[0].shape if arguments else None
-        if shape is None or isinstance(module, nn.Embedding):
+        shape = arguments[0].shape if arguments else None
+        if torch.compiler.is_compiling():  # the batch's size and a counter would be compiled in
+            shape = None if shape is None else (1, *shape[1:])
+        else:
+            self._calls += 1
+        self.batch_shape = shape
+        if isinstance(module, nn.Embedding) or (shape is None and not isinstance(module, nn.Linear)):
             return (), None
-        self._calls += 1
         weight = module._parameters.get("weight")
         return (module.weight if weight is None else weight,), (shape, self._calls)  # type: ignore[return-value]
 
@@ -68,11 +72,11 @@ class FirstLayerTap(Tap):
 
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        if not saved:  # an Embedding's input is not a vector, so there is no lambda
+        if not saved:  # an Embedding's input is not a vector, and a keyword argument is not seen: there is no lambda
             return _columns(functional.sample_norms(grad_output))
         (weight,), (shape, call) = saved, extra
         work = grad_output.numel() * weight[0].numel()
-        every = self._every or (1 if work <= _CHEAP or compiling else _SPARSE)
+        every = 1 if compiling else self._every or (1 if work <= _CHEAP else _SPARSE)
         if every > 1 and call % every != 1:
             return _columns(functional.sample_norms(grad_output))
         if work <= _SMALL and grad_output.dim() == 2 and grad_output.is_cpu and not compiling:
@@ -96,10 +100,11 @@ def _columns(norms: Tensor, pulled: Tensor | None = None) -> Tensor:
 class OutputTap(Tap):
     """Per sample: |dL/dyhat|, or ||dL/dz|| for quantity="residual"."""
 
-    key = OUTPUT_KEY
+    argument = "output"
     columns = 1
 
-    def __init__(self, check: Callable[[Tensor], None]) -> None:
+    def __init__(self, key: str, check: Callable[[Tensor], None]) -> None:
+        self.key = key
         self._check = check
         self.name = ""
         self.module: nn.Module | None = None
@@ -130,6 +135,8 @@ class OutputTap(Tap):
         return f"{name}:{self.kind}" if self.kind else name
 
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
+        if not grad_output.dim():
+            grad_output = grad_output.reshape(1)  # squeezed, so it is the value of a single sample
         if grad_output.is_cpu and not torch.compiler.is_compiling():
             out = torch.empty(1, grad_output.shape[0], dtype=torch.float64)
             _core.sample_norms(grad_output, out)

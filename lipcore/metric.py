@@ -22,7 +22,8 @@ class Tap(ABC):
     `reduce` must be a pure function of tensors (and of what `save` returned beside them), so that it can be traced.
     """
 
-    key: str  #: under which the record holds the numbers
+    argument = "module"  #: of the metric, which named the module
+    key: str  #: under which the record holds the numbers; no two taps of a Monitor share one
     columns: int  #: how many numbers per sample
     follows_input = False  #: wants to know when the output depends on the model's input past its module
     in_place_after = False  #: set directly behind a parametrised leaf module, where an in-place activation may follow
@@ -58,6 +59,7 @@ class SingleSample:
 
     distributions: list[Any]
     on_served: Callable[[], None]
+    agrees: Callable[[float, float], bool]  #: whether this r and lambda are what the taps have just brought
 
 
 @dataclass(frozen=True)

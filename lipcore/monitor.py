@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -80,8 +81,10 @@ class Monitor:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         for name, number in (("window_steps", window_steps), ("history_limit", history_limit)):
-            if number is not None and (not isinstance(number, int) or number < 1):
+            if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
                 raise ValueError(f"{name}: expected an integer >= 1, got {number!r}")
+        if not (metrics is None or isinstance(metrics, Iterable)) or isinstance(metrics, type):
+            raise TypeError(f"metrics: expected a list of lipcore metrics, got {metrics!r}")
         chosen = [Trajectory(), Lipschitz(optional=True)] if metrics is None else list(metrics)
         self.metrics = _by_name(chosen)
         self.model = model
@@ -89,9 +92,11 @@ class Monitor:
         self.history = History(maxlen=history_limit)
         self._unread: deque[Window] = deque(maxlen=history_limit)
         self._step = 0
+        self._steps_here = 0  # since this object was made; _step goes on from a loaded state
         self._window_start = 0
         self._windows = 0
         self._closed = False
+        self._final: Window | None = None  # the open window when the Monitor was closed
         self._error: Exception | None = None
         self._failed = False
         optimizers = _optimizers(optimizer)
@@ -101,7 +106,7 @@ class Monitor:
         self._stepping = [metric for metric in chosen if type(metric).observe_step is not Metric.observe_step]
         taps = [tap for metric in self._tapping for tap in metric.taps().items()]
         self._capture = Capture(model, taps, self._observe_record, self._stop)
-        self._counted = (0, 0)  # forward passes and records before the open window
+        self._unrecorded = 0  # before the open window
         try:
             # The shortcut is for the one metric that can do with two bias gradients.
             self._capture.attach(self._tapping[0].single_sample if len(self._tapping) == 1 else None)
@@ -148,14 +153,14 @@ class Monitor:
         try:
             for metric in self._stepping:
                 metric.observe_step()
+            self._step += 1
+            self._steps_here += 1
+            if self._steps_here == 2 and self._tapping:
+                self._check_that_something_came()
+            if self.window_steps is not None and self._step - self._window_start >= self.window_steps:
+                self._close()
         except Exception as error:
             self._stop_all(error)
-            return
-        self._step += 1
-        if self._step == 2 and self._tapping:
-            self._check_that_something_came()
-        if self.window_steps is not None and self._step - self._window_start >= self.window_steps:
-            self._close()
 
     def _check_that_something_came(self) -> None:
         if not self._capture.nothing_came:
@@ -163,13 +168,14 @@ class Monitor:
         self._capture.fail(
             ValueError(
                 "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
-                "object that "
-                "was passed as model, in grad mode; attach the Monitor to torch.compile's result, before its first "
-                "call (or "
-                "torch._dynamo.reset()); name input= and output= when the model's own first layer and output are not "
-                "used"
+                "object that was passed as model, in grad mode; attach the Monitor to torch.compile's result, before "
+                "its first call (or torch._dynamo.reset()); name input= and output= when the model's own first layer "
+                "and output are not used"
             )
         )
+        for metric in self._tapping:
+            if metric.off:
+                warnings.warn(f"lipcore turned {metric.name} off: {metric.off}", RuntimeWarning, stacklevel=4)
 
     def step(self) -> None:
         """Tick the clock by hand, after the parameters were updated; for loops without an optimizer object."""
@@ -190,9 +196,9 @@ class Monitor:
         return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self.window_steps, self._clock)
 
     def compute(self) -> Window:
-        """The open window so far; closes and resets nothing."""
+        """The open window so far; closes and resets nothing. After close(): as it was then."""
         self.flush()
-        return self._window(closed=False)
+        return self._final or self._window(closed=False)
 
     def close_window(self) -> Window:
         """Close the open window now (the end of an epoch, say), append it to the history and start the next one."""
@@ -207,20 +213,20 @@ class Monitor:
         return self._unread.popleft() if self._unread else None
 
     def _close(self) -> Window:
-        window = self._window(closed=True)
+        window = self._window(closed=True) if self._final is None else replace(self._final, closed=True)
+        self._final = None
         self.history.append(window)
         self._unread.append(window)
         self._windows += 1
         self._window_start = self._step
-        self._counted = self._capture.forwards, self._capture.records
+        self._unrecorded = self._capture.unrecorded
         for metric in self.metrics.values():
             metric.reset()
         return window
 
     def _window(self, *, closed: bool) -> Window:
         results = {name: metric.finalize() for name, metric in self.metrics.items() if not metric.off}
-        forwards, records = self._counted
-        unrecorded = max(0, self._capture.forwards - forwards - (self._capture.records - records))
+        unrecorded = max(0, self._capture.unrecorded - self._unrecorded)
         for metric in self._tapping:
             if not metric.off:
                 results[metric.name].details["unrecorded_forwards"] = unrecorded
@@ -247,8 +253,14 @@ class Monitor:
             raise ValueError(
                 f"metrics: the state has {sorted(state.get('metrics', {}))}, this monitor has {sorted(self.metrics)}"
             )
-        for name, metric in self.metrics.items():
-            metric.load_state_dict(state["metrics"][name])
+        before = {name: metric.state_dict() for name, metric in self.metrics.items()}
+        try:
+            for name, metric in self.metrics.items():
+                metric.load_state_dict(state["metrics"][name])
+        except Exception:
+            for name, metric in self.metrics.items():  # all or nothing
+                metric.load_state_dict(before[name])
+            raise
         self._step, self._window_start, self._windows = state["step"], state["window_start"], state["windows"]
 
     def close(self) -> None:
@@ -258,6 +270,8 @@ class Monitor:
             for handle in self._handles:
                 handle.remove()
             self._capture.close()
+            if not self._failed:
+                self._final = self._window(closed=False)  # results refer to parameters, which may go on moving
         self._raise_error()
 
     def __enter__(self) -> Monitor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 
 from torch import nn
@@ -44,16 +45,17 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk(model, "")
 
 
-def find_module(model: nn.Module, name: str, argument: str) -> nn.Module:
-    """The module with this canonical name (wrappers' prefixes in the name are accepted too)."""
+def find_module(model: nn.Module, name: str, argument: str) -> tuple[str, nn.Module]:
+    """Canonical name and module of what is called so (wrappers' prefixes in the name are accepted too)."""
     modules = dict(named_modules(model))
     parts = [part for part in name.split(".") if part not in _WRAPPER_ATTRIBUTES]
     for start in range(len(parts) + 1):  # "module.fc1" of a DDP model is "fc1" here
         candidate = ".".join(parts[start:])
         if candidate in modules and all(part == "module" for part in parts[:start]):
-            return modules[candidate]
+            return candidate, modules[candidate]
     close = [known for known in modules if known and known.split(".")[-1] == parts[-1]]
-    hint = f"; did you mean {', '.join(repr(c) for c in close[:3])}?" if close else ""
+    close += difflib.get_close_matches(name, set(modules) - set(close))
+    hint = f"; did you mean {', '.join(repr(c) for c in close[:3])}?" if close else "."
     known_names = ", ".join(repr(known) for known in list(modules)[1:9])
     raise ValueError(
         f"{argument}: the model has no module named {name!r}{hint} It has "

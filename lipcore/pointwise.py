@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lipcore import functional
+from lipcore.capture import paused
 from lipcore.names import named_modules
+
+
+def mixes_samples(module: nn.Module) -> bool:
+    """Whether this BatchNorm normalises by the statistics of the batch."""
+    return module.training or getattr(module, "running_mean", None) is None
 
 
 def local_lipschitz(
@@ -54,14 +60,14 @@ def local_lipschitz(
     if not x.dim():
         raise ValueError("x: expected shape [B, ...], got a 0-dimensional tensor")
     for name, module in named_modules(model):
-        if isinstance(module, _BatchNorm) and module.training:
+        if isinstance(module, _BatchNorm) and mixes_samples(module):
+            mode = "in train mode" if module.training else "without running statistics"
             raise ValueError(
-                f"model: module '{name}' is a {type(module).__name__} in train mode, which mixes samples; call "
-                "model.eval()"
+                f"model: module '{name}' is a {type(module).__name__} {mode}, which mixes samples; call model.eval()"
             )
     if quantity not in ("scalar", "jacobian"):
         raise ValueError(f"quantity: expected 'scalar' or 'jacobian', got {quantity!r}")
-    with torch.enable_grad():
+    with torch.enable_grad(), paused():
         point = x.detach().clone().requires_grad_()
         result = model(point)
         if quantity == "jacobian":

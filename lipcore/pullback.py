@@ -16,21 +16,41 @@ _CONV_INPUT: dict[type, Any] = {
 
 
 def pull_back(module: nn.Module, weight: Tensor, delta: Tensor, input_shape: tuple[int, ...]) -> Tensor:
-    """W_1^T delta for a batch: the gradient with respect to the layer's input, of shape `input_shape`."""
+    """W_1^T delta for a batch: the gradient with respect to the layer's input, whose shape but for the batch is
+    given."""
     if isinstance(module, nn.Linear):
         return delta @ weight
+    input_shape = (delta.shape[0], *input_shape[1:])
     if isinstance(module, tuple(_CONV_INPUT)):
+        transpose = next(f for kind, f in _CONV_INPUT.items() if isinstance(module, kind))
         if module.padding_mode == "zeros" and not isinstance(module.padding, str):
-            transpose = next(f for kind, f in _CONV_INPUT.items() if isinstance(module, kind))
             result: Tensor = transpose(
                 input_shape, weight, delta, module.stride, module.padding, module.dilation, module.groups
             )
             return result
-        # Padding by name or by the input's own values: the layer is linear, so its derivative anywhere will do.
-        with torch.enable_grad():
-            x = torch.zeros(input_shape, dtype=delta.dtype, device=delta.device, requires_grad=True)
-            return torch.autograd.grad(module._conv_forward(x, weight, None), x, delta)[0]  # type: ignore[operator]
+        # Padding by name or by the input's own values: of the padded input first.
+        # Left and right, the last dimension first.
+        sides: list[int] = module._reversed_padding_repeated_twice  # type: ignore[assignment]
+        padded = list(input_shape)
+        for i in range(len(sides) // 2):
+            padded[-1 - i] += sides[2 * i] + sides[2 * i + 1]
+        result = transpose(tuple(padded), weight, delta, module.stride, 0, module.dilation, module.groups)
+        for i in range(len(sides) // 2):
+            left, right = sides[2 * i], sides[2 * i + 1]
+            result = _unpadded(result, -1 - i, input_shape[-1 - i], left, right, str(module.padding_mode))
+        return result
     raise TypeError(f"no linear map for {type(module).__name__}")
+
+
+def _unpadded(grad: Tensor, dim: int, size: int, left: int, right: int, mode: str) -> Tensor:
+    """The transpose of padding one dimension of this size: every padded element's gradient goes where it came from."""
+    if mode == "zeros":
+        return grad.narrow(dim, left, size)
+    places = torch.arange(size, dtype=torch.float64, device=grad.device)[None, None]
+    source = nn.functional.pad(places, (left, right), mode=mode)[0, 0].long()
+    shape = list(grad.shape)
+    shape[dim] = size
+    return grad.new_zeros(shape).index_add(dim, source, grad)
 
 
 def push_forward(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:

@@ -138,7 +138,14 @@ class MetricResult(Mapping[str, Quantity]):
             name: {place: {r: v.to_dict() for r, v in reduced.items()} for place, reduced in quantity.items()}
             for name, quantity in self._quantities.items()
         }
-        return {"quantities": numbers, "details": self.details}
+        return {"quantities": numbers, "details": _finite(self.details)}
+
+
+def _finite(value: Any) -> Any:
+    """With None for what is not finite, which JSON has no word for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)

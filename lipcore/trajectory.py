@@ -115,6 +115,10 @@ class Trajectory(Metric):
         tensors = [part.owner[part.key] for part in parts]
         for part, tensor in zip(parts, tensors, strict=True):
             _core.check_storage(tensor, part.name)  # says what is wrong with a lazy, meta or sharded parameter
+            if not bool(tensor.detach().isfinite().all()):
+                raise ValueError(
+                    f"model: parameter '{part.name}' has NaN or infinite values, so nothing can be measured from it"
+                )
         devices = {tensor.device for tensor in tensors}
         if len(devices) > 1:
             raise ValueError(
@@ -125,10 +129,9 @@ class Trajectory(Metric):
         self._state = TrajectoryState(tensors)
         rows = len(parts) + len(self._groups) + 1
         self._ledger = torch.zeros(rows, _core.LEDGER_COLUMNS, dtype=torch.float64, device=tensors[0].device)
-        entries = [
-            (part.owner, part.key, part.name, *self._state.views(i), self._groups.index(part.group))
-            for i, part in enumerate(parts)
-        ]
+        groups = [self._groups.index(part.group) for part in parts]
+        self._group_index = torch.tensor(groups, device=tensors[0].device)
+        entries = [(part.owner, part.key, part.name, *self._state.views(i), groups[i]) for i, part in enumerate(parts)]
         self._plan = _core.TrajectoryPlan(entries, len(self._groups), self._ledger)
         self._parts = parts
 
@@ -146,14 +149,15 @@ class Trajectory(Metric):
     def _parts_of_pairs(self, pairs: Iterable[tuple[str, Tensor]]) -> list[_Part]:
         owner: dict[str, Tensor] = {}
         try:
-            for name, tensor in pairs:
-                if name in owner:
-                    raise ValueError(f"model: two tensors are called {name!r}")
-                owner[name] = tensor
-        except TypeError:
+            named = [(name, tensor) for name, tensor in pairs]
+        except (TypeError, ValueError):
             raise TypeError(
                 f"model: expected a module or an iterable of (name, tensor), got {type(pairs).__name__}"
             ) from None
+        for name, tensor in named:
+            if not isinstance(name, str) or not name or name in owner:
+                raise ValueError(f"model: expected different, non-empty names, got {name!r}")
+            owner[name] = tensor
         return [_Part(owner, name, name, self._group_name(name)) for name in owner]
 
     def _group_name(self, name: str) -> str:
@@ -166,34 +170,30 @@ class Trajectory(Metric):
 
     def observe_step(self) -> None:
         """Take the parameters as they are now for the next point of the trajectory."""
-        self._steps_seen += 1
-        if self.every_steps == 1 or self._steps_seen % self.every_steps == 0:
-            self._plan.step()
+        if self.every_steps == 1 or (self._steps_seen + 1) % self.every_steps == 0:
+            self._plan.step()  # raises before anything has changed
             self._block += 1
             if self._block == _BLOCK:
                 self._fold()
+        self._steps_seen += 1
 
     def _fold(self) -> None:
-        """Close the open block of every parameter: its mean joins the earlier ones', its spread about them joins M2."""
+        """Close the open block of every parameter: its mean joins the earlier ones', its distance from them joins
+        M2."""
         self._block = 0
-        rows = self._ledger.tolist()
-        between = self._between(rows)
-        for i, row in enumerate(rows[: len(self._parts)]):
-            points, folded = row[_POINTS], row[_FOLDED]
-            if points:
-                self._state.fold(i, points, folded)
-        self._ledger[:, _M2] += torch.tensor(between, dtype=torch.float64, device=self._ledger.device)
-        self._ledger[:, _FOLDED] += self._ledger[:, _POINTS]
-        self._ledger[:, _POINTS] = 0
+        self._ledger[:, _M2] += self._between()
+        points, folded = self._ledger[:, _POINTS], self._ledger[:, _FOLDED]
+        n = len(self._parts)
+        self._state.fold(points[:n], folded[:n])
+        folded += points
+        points.zero_()
 
-    def _between(self, rows: list[list[float]]) -> list[float]:
+    def _between(self) -> Tensor:
         """Per row of the ledger: what the open block's mean adds to M2 when it is merged with the earlier ones."""
-        out = [0.0] * len(rows)
-        for i, part in enumerate(self._parts):
-            added = self._state.between(i, rows[i][_POINTS], rows[i][_FOLDED])
-            for row in (i, len(self._parts) + self._groups.index(part.group), len(rows) - 1):
-                out[row] += added
-        return out
+        n = len(self._parts)
+        added = self._state.between(self._ledger[:n, _POINTS], self._ledger[:n, _FOLDED])
+        groups = added.new_zeros(len(self._groups)).index_add_(0, self._group_index, added)
+        return torch.cat([added, groups, added.sum().reshape(1)])
 
     def update(self) -> None:
         """Call after every optimizer step when the metric stands alone.
@@ -229,10 +229,11 @@ class Trajectory(Metric):
         """The open window's numbers; see the class for what they are."""
         self._require_bound()
         result = MetricResult(self.name, every_steps=self.every_steps)
-        rows = self._ledger.tolist()
+        ledger = self._ledger
         if self._state.has_earlier:
-            for row, added in zip(rows, self._between(rows), strict=True):
-                row[_M2] += added
+            ledger = ledger.clone()
+            ledger[:, _M2] += self._between()
+        rows = ledger.tolist()
         places: list[tuple[str, Level]] = [(part.name, "tensor") for part in self._parts]
         places += [(group, "group") for group in self._groups]
         places.append(("total", "total"))
@@ -279,6 +280,11 @@ class Trajectory(Metric):
                 raise ValueError(
                     f"{key}: the state has {_shorten(state[key])}, this trajectory has {_shorten(mine[key])}"
                 )
+        for key in ("steps_seen", "block"):
+            if not isinstance(state[key], int) or state[key] < 0:
+                raise ValueError(f"{key}: expected a number of steps, got {state[key]!r}")
+        if not isinstance(state["state"], dict):
+            raise ValueError(f"state: expected a dict of tensors, got {type(state['state']).__name__}")
         tensors = self._state.tensors(earlier="earlier.0" in state["state"])
         if set(state["state"]) != set(tensors):
             raise ValueError(f"state: has {_shorten(sorted(state['state']))}, expected {_shorten(sorted(tensors))}")

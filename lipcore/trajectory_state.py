@@ -56,20 +56,18 @@ class TrajectoryState:
 
     # ---- blocks of a long window
 
-    def between(self, i: int, points: float, folded: float) -> float:
-        """What lies between the open block's mean and that of the earlier blocks: Chan's n m / (n + m) ||a - b||^2."""
-        if not points or not folded or not self.counts[i]:
-            return 0.0
-        difference = (self._views[i][2] - self._earlier[i]).reshape(1, -1)
-        norm = float(functional.sample_norms(difference))
-        return points * folded / (points + folded) * norm * norm
+    def between(self, points: Tensor, folded: Tensor) -> Tensor:
+        """Per parameter what lies between the open block's mean and the earlier blocks': Chan's n m / (n + m) ||a -
+        b||^2."""
+        differences = [mean - earlier for (_, _, mean), earlier in zip(self._views, self._earlier, strict=True)]
+        norms = torch.cat([functional.sample_norms(d.reshape(1, d.numel())) for d in differences])
+        return points * folded / (points + folded).clamp(min=1) * norms * norms
 
-    def fold(self, i: int, points: float, folded: float) -> None:
-        """Merge the open block's mean into that of the earlier blocks."""
-        if folded:
-            self._earlier[i].lerp_(self._views[i][2], points / (points + folded))
-        else:
-            self._earlier[i].copy_(self._views[i][2])
+    def fold(self, points: Tensor, folded: Tensor) -> None:
+        """Merge the open block's means into those of the earlier blocks; nothing waits for a device."""
+        share = points / (points + folded).clamp(min=1)
+        for i, earlier in enumerate(self._earlier):
+            earlier.lerp_(self._views[i][2], share[i].to(earlier.dtype))
 
     @cached_property
     def _earlier(self) -> list[Tensor]:

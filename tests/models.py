@@ -46,7 +46,13 @@ def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool =
 
 def cnn() -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 1)
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 3),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(16, 1),
     )
 
 
@@ -125,5 +131,6 @@ def train(
 def batches(count: int, size: int, features: int = 5, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(size, features, generator=generator), torch.randn(size, 1, generator=generator)) for _ in range(count)
+        (torch.randn(size, features, generator=generator), torch.randn(size, 1, generator=generator))
+        for _ in range(count)
     ]

@@ -86,29 +86,33 @@ const void* row_run(const Rows& rows, int64_t row, int64_t begin, int64_t count)
   return buffer.data();
 }
 
-// For float64 rows whose squares overflow or underflow: scaled by a power of two first. Rare, so plain.
+template <class Visit>
+void for_each_in_row(const Rows& rows, int64_t row, const Visit& visit) {
+  for (int64_t begin = 0; begin < rows.length; begin += kChunk) {
+    const int64_t count = rows.length - begin < kChunk ? rows.length - begin : kChunk;
+    const auto* x = static_cast<const double*>(row_run(rows, row, begin, count));
+    for (int64_t i = 0; i < count; ++i) visit(x[i]);
+  }
+}
+
+// For float64 rows whose squares overflow or underflow: scaled by a power of two first. Rare, so plain. NaN wins over
+// infinity, as in a sum of squares.
 double scaled_norm(const Rows& rows, int64_t row) {
   double largest = 0;
-  for (int pass = 0; pass < 2; ++pass) {
-    const int exponent = pass ? std::ilogb(largest) : 0;
-    double sum = 0;
-    for (int64_t begin = 0; begin < rows.length; begin += kChunk) {
-      const int64_t count = rows.length - begin < kChunk ? rows.length - begin : kChunk;
-      const auto* x = static_cast<const double*>(row_run(rows, row, begin, count));
-      for (int64_t i = 0; i < count; ++i) {
-        if (!std::isfinite(x[i])) return std::isnan(x[i]) ? x[i] : std::abs(x[i]);
-        if (!pass) {
-          largest = std::fmax(largest, std::abs(x[i]));
-        } else {
-          const double scaled = std::ldexp(x[i], -exponent);
-          sum += scaled * scaled;
-        }
-      }
-    }
-    if (largest == 0) return 0;
-    if (pass) return std::ldexp(std::sqrt(sum), exponent);
-  }
-  return 0;
+  bool has_nan = false;
+  for_each_in_row(rows, row, [&](double x) {
+    has_nan = has_nan || std::isnan(x);
+    largest = std::fmax(largest, std::abs(x));
+  });
+  if (has_nan) return std::numeric_limits<double>::quiet_NaN();
+  if (largest == 0 || std::isinf(largest)) return largest;
+  const int exponent = std::ilogb(largest);
+  double sum = 0;
+  for_each_in_row(rows, row, [&](double x) {
+    const double scaled = std::ldexp(x, -exponent);
+    sum += scaled * scaled;
+  });
+  return std::ldexp(std::sqrt(sum), exponent);
 }
 
 double finish_norm(const Rows& rows, int64_t row, double sum) {

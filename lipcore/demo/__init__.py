@@ -1,4 +1,4 @@
-"""``lipcore demo``: networks that fit a harder task have larger local Lipschitz constants and a longer normalised length."""
+"""``lipcore demo``: fitting a harder task takes larger local Lipschitz constants and a longer normalised length."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -40,8 +40,6 @@ def staging(out: Path, *, force: bool) -> Iterator[Path]:
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        try:
+    with suppress(OSError):  # one that is not there, or no longer empty, stays, and so do those above it
+        for folder in folders:
             folder.rmdir()
-        except OSError:  # not there, or no longer empty: it stays
-            return

@@ -13,7 +13,7 @@ from lipcore.demo.tasks import Task
 
 @dataclass
 class Run:
-    """One value per epoch; the numbers of lipcore are those of the epoch's window, at the samples as they were visited."""
+    """One value per epoch; lipcore's numbers are those of the epoch's window, at the samples as they were visited."""
 
     level: float
     seed: int

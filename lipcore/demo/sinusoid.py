@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 TRAIN, TEST, DIMENSIONS = 100, 30, 10
 DESCRIPTION = (
     f"y = cos(2 pi f s1) cos(2 pi f s2), s uniform in [-1, 1]^2, {TRAIN} training and {TEST} test points, embedded by "
-    f"x = (10 Q)[:, :2] s with Q a random orthogonal {DIMENSIONS} x {DIMENSIONS} matrix; MLP 10-10-32-32-32-1, ReLU, first "
-    "weight frozen at the identity"
+    f"x = (10 Q)[:, :2] s with Q a random orthogonal {DIMENSIONS} x {DIMENSIONS} matrix; MLP 10-10-32-32-32-1, ReLU, "
+    "first weight frozen at the identity"
 )
 
 
@@ -33,10 +34,11 @@ def data(frequency: float, random: np.random.Generator) -> tuple[Tensor, Tensor,
 def model(seed: int) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
     """The network and its loss. With W_1 = I the normalised length and the local Lipschitz constants coincide."""
     torch.manual_seed(seed)
-    sizes = (DIMENSIONS, DIMENSIONS, 32, 32, 32)
-    hidden = [layer for i, o in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(i, o), nn.ReLU())]
-    network = nn.Sequential(*hidden, nn.Linear(sizes[-1], 1))
-    nn.init.eye_(network[0].weight).requires_grad_(False)
+    first = nn.Linear(DIMENSIONS, DIMENSIONS)
+    widths = (DIMENSIONS, 32, 32, 32)
+    hidden = [layer for i, o in pairwise(widths) for layer in (nn.Linear(i, o), nn.ReLU())]
+    network = nn.Sequential(first, nn.ReLU(), *hidden, nn.Linear(widths[-1], 1))
+    nn.init.eye_(first.weight).requires_grad_(False)
     return network, half_squared_error
 
 

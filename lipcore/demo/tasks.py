@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from lipcore.demo import digits, sinusoid
 
-FIRST_SEED = 20  # no setting was chosen on this seed or a later one
+FIRST_SEED = 30  # no setting was chosen on this seed or a later one
 HOW_CHOSEN = (
-    "The sinusoid row is a shorter setting (Adam, batches of 10, 300 epochs) than the paper's own (SGD, batches of 1, 3000 "
-    "epochs), chosen among 6 on seeds 0-9 and confirmed on 20 fresh seeds (lowest < highest in 20 of 20); the digits network is "
-    f"the one of 5 that fitted corrupted labels best on seed 10; the seeds shown start at {FIRST_SEED}."
+    "the sinusoid row is a shorter setting (Adam, batches of 10, 300 epochs) than the paper's own (SGD, batches of 1, "
+    "3000 epochs), chosen among 6 on seeds 0-9 and confirmed on 20 fresh seeds (lowest < highest in 20 of 20), and the "
+    "digits network was chosen among 8 for fitting corrupted labels quickly, on seeds 10 and 11; the seeds shown start "
+    f"at {FIRST_SEED}."
 )
 
 
@@ -99,7 +100,7 @@ TASKS = (
         description=digits.DESCRIPTION,
         build=_digits,
         epochs=30,
-        batch_size=20,
+        batch_size=16,
         learning_rate=2e-3,
         seeds=3,
         quick_epochs=3,

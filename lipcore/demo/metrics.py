@@ -1,0 +1,97 @@
+"""metrics.json: every run's values per epoch, with the settings, versions and machine they came from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy
+import sklearn
+import torch
+
+import lipcore
+from lipcore import _core
+from lipcore.demo import summary
+from lipcore.demo.runs import TaskResult
+from lipcore.demo.tasks import HOW_CHOSEN
+
+_SCHEMA = 1
+_UNITS = {
+    "train_loss": "mean over the epoch, each batch before its update",
+    "test_loss": "at the end of the epoch",
+    "normalized_length": "sum over the epoch of ||dL/du|| / |dL/dyhat|, divided by the number of training samples",
+    "lipschitz_mean": "||grad_x f|| at the training samples as visited in the epoch, mean",
+    "lipschitz_p99": "the same, 99th percentile",
+    "skipped": "samples of the epoch whose dL/dyhat was exactly 0",
+}
+
+
+def write(results: list[TaskResult], path: Path, *, quick: bool, seconds: float) -> None:
+    document = {
+        "schema": _SCHEMA,
+        "quick": quick,
+        "how_chosen": HOW_CHOSEN,
+        "training_seconds": seconds,
+        "versions": _versions(),
+        "machine": _machine(),
+        "values_per_epoch": _UNITS,
+        "tasks": [_task(result) for result in results],
+    }
+    path.write_text(
+        json.dumps(_rounded(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def _task(result: TaskResult) -> dict[str, Any]:
+    return {
+        "settings": result.task.settings(),
+        "summary": [asdict(row) for row in summary.rows(result)],
+        "in_order": asdict(summary.order(result)),
+        "runs": [asdict(run) | {"cumulative_length": run.cumulative_length} for run in result.runs],
+    }
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "lipcore": lipcore.__version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "scikit-learn": sklearn.__version__,
+    }
+
+
+def _machine() -> dict[str, Any]:
+    return {
+        "system": platform.system(),
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "lipcore_isa": _core.isa(),
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def _rounded(value: Any) -> Any:
+    """Seven digits, and None for what is not finite, all the way down."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(part) for part in value]
+    return value
