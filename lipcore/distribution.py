@@ -117,7 +117,7 @@ class Distribution:
             raise ValueError(f"missing, invalid: expected counts, got {missing!r} and {invalid!r}")
         if len(bins[::2].unique()) != len(bins[::2]):
             raise ValueError("bins: a bin stands there twice")
-        self._core.set_state(count, mean, m2, low, high, missing=missing, invalid=invalid, bins=bins.tolist())
+        self._core.set_state(count, mean, m2, low, high, missing, invalid, bins.tolist())
         self._device = None
 
 
@@ -174,7 +174,8 @@ class _DeviceAccumulator:
         used = bins.nonzero().flatten()
         pairs = torch.stack([used, bins[used]], dim=1).flatten().tolist()
         other = _core.Distribution()
-        bounds = (low, high) if count else (0.0, 0.0)
-        other.set_state(count, mean, m2, *bounds, missing=int(missing), invalid=int(invalid), bins=pairs)
+        if not count:
+            low = high = 0.0
+        other.set_state(count, mean, m2, low, high, int(missing), int(invalid), pairs)
         core.merge(other)
         self.__init__(self.bins.device)  # type: ignore[misc]

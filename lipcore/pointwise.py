@@ -99,7 +99,8 @@ def _one_per_sample(result: Any, output: int | Callable[[Any], Tensor] | None, b
             "sample is needed; pass "
             "output=<index or callable>, or quantity='jacobian' for the Jacobian's spectral norm"
         )
-    return result
+    value: Tensor = result
+    return value
 
 
 def _jacobian_norms(result: Any, point: Tensor) -> Tensor:

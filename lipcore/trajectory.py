@@ -46,7 +46,7 @@ class Trajectory(Metric):
     For every parameter, every group and the total, with w_t the parameters after step t, w_0 the reference point (their
     values when the metric was bound) and a window of n steps:
 
-    * ``update_norm`` :math:`\|w_t - w_{t-1}\|` (last, mean, max, sum); ``update_ratio``
+    * ``update_norm`` :math:`\|w_t - w_{t-1}\|` (last, mean, max); ``update_ratio``
       :math:`\|w_t - w_{t-1}\| / \|w_t\|` (last, mean, max); ``max_abs_update`` (last, max)
     * ``path_length`` :math:`\sum_t \|w_t - w_{t-1}\|` over the window (sum) and since the reference (cumulative);
       called ``chord_length`` when `every_steps` > 1, because it then is a lower bound that no factor corrects

@@ -161,11 +161,16 @@ double read_element(const TensorView& view, int64_t offset) {
   }
 }
 
-// The single element of each of B samples: [B], [B, 1], [1, B]... one dimension of size B, the others of size 1.
+// The stride between the single elements of B samples: [B], [B, 1], [1, B]... one dimension of size B, the others of size
+// 1. -1 where more than one dimension has several elements.
 int64_t sample_stride(const TensorView& view) {
-  for (int d = 0; d < view.ndim; ++d)
-    if (view.shape[d] > 1) return view.strides[d];
-  return 0;
+  int64_t stride = 0;
+  for (int d = 0, found = 0; d < view.ndim; ++d) {
+    if (view.shape[d] <= 1) continue;
+    if (found++) return -1;
+    stride = view.strides[d];
+  }
+  return stride;
 }
 
 bool check_result(const TensorView& out, const char* name, int64_t rows, const TensorView& input) {
@@ -230,7 +235,8 @@ bool sample_norms(const TensorView& x, const TensorView& out) {
 
 bool normalized_norms(const TensorView& delta, const TensorView& output_grad, const TensorView& r, int64_t* skipped) {
   if (!check_rows(delta, "delta") || !check_result(r, "r", delta.shape[0], delta)) return false;
-  if (output_grad.numel != delta.shape[0])
+  const int64_t stride = sample_stride(output_grad);
+  if (output_grad.numel != delta.shape[0] || stride < 0)
     return fail({"output_grad"},
                 "expected one value per sample, %lld for delta of shape %s, got shape %s; for outputs "
                 "with several values per sample pass the row norms of their gradient (the one-sided quantity)",
@@ -245,7 +251,6 @@ bool normalized_norms(const TensorView& delta, const TensorView& output_grad, co
   without_gil(delta.numel, [&] {
     auto* out = static_cast<double*>(r.data);
     row_norms(rows, out);
-    const int64_t stride = sample_stride(output_grad);
     *skipped = 0;
     for (int64_t b = 0; b < rows.count; ++b) {
       const double eps = std::abs(read_element(output_grad, b * stride));
