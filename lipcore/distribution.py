@@ -108,7 +108,9 @@ class Distribution:
         if len(moments) != 5:
             raise ValueError(f"moments: expected count, mean, m2, min and max, got {len(moments)} numbers")
         count, mean, m2, low, high = moments.tolist()
-        if not (count >= 0 and 0 <= m2 < math.inf and 0 <= low <= mean * (1 + 1e-9) and mean <= high * (1 + 1e-9) < math.inf):
+        if not (
+            count >= 0 and 0 <= m2 < math.inf and 0 <= low <= mean * (1 + 1e-9) and mean <= high * (1 + 1e-9) < math.inf
+        ):
             raise ValueError(
                 f"moments: count {count}, mean {mean}, m2 {m2}, min {low}, max {high} are not those of values"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +40,7 @@ class Wrapper(nn.Module):
 def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
     """Linear layers with activations between them; the output has sizes[-1] values."""
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(sizes, sizes[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(sizes):
         layers += [nn.Linear(inputs, outputs, bias=bias), activation()]
     return nn.Sequential(*layers[:-1])
 
@@ -66,7 +67,8 @@ def mse(output: Tensor, target: Tensor) -> Tensor:
 
 
 def reference(model: nn.Module, x: Tensor, *, first: str = "0", head: str = "") -> tuple[Tensor, Tensor | None]:
-    """(||grad_u f||, ||grad_x f||) of every sample; the latter None for integer inputs. Call before anything hooks the model."""
+    """(||grad_u f||, ||grad_x f||) of every sample; the latter None for integer inputs. Call before anything hooks the
+    model."""
     twin = copy.deepcopy(model).double()
     kept: dict[str, Tensor] = {}
 

@@ -1,4 +1,5 @@
-"""The operations inside compiled graphs: torch.ops.lipcore.* pass torch's own checks, and functional ops trace into them."""
+"""The operations inside compiled graphs: torch.ops.lipcore.* pass torch's own checks, and functional ops trace into
+them."""
 
 from __future__ import annotations
 

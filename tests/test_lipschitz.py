@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -529,7 +530,8 @@ def test_largest_singular_value_of_a_convolution(name: str) -> None:
         found = singular_values(layer, (1, *shape))
         assert found is not None
         assert found.smallest is None
-        # From below by nature of the iteration; the lower side of the sandwich must not be overstated by more than this.
+        # From below by nature of the iteration; the lower side of the sandwich must not be overstated by more than
+        # this.
         assert found.largest == pytest.approx(expected, rel=1e-8)
         assert found.largest <= expected * (1 + 1e-9)
 
@@ -570,7 +572,7 @@ def test_steadiness_is_the_suffix_maximum_of_r() -> None:
     assert within == pytest.approx(largest, rel=1e-5)
     curve = monitor.history.steadiness("model:Linear")
     assert curve == pytest.approx([max(largest[i:]) for i in range(6)], rel=1e-5)
-    assert all(a >= b for a, b in zip(curve, curve[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(curve))
 
 
 def reference_outside(model: nn.Sequential, x: Tensor) -> Tensor:

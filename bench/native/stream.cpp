@@ -1,5 +1,5 @@
-// The memory limit for a kernel with the trajectory step's traffic: four streams read, two of them written in place, nothing
-// computed but one addition each. Built by bench/stream.py for the machine it runs on.
+// The memory limit for a kernel with the trajectory step's traffic: four streams read, two of them written in place,
+// nothing computed but one addition each. Built by bench/stream.py for the machine it runs on.
 #include <cstdint>
 #include <thread>
 #include <vector>

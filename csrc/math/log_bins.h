@@ -12,8 +12,8 @@ constexpr int kBinsPerPage = 1 << kBinBits;  // a page is one power of two
 constexpr int kPages = 256;                  // float32 exponents; page 255 holds what is above float32's range
 constexpr int kBins = kPages * kBinsPerPage;
 
-// x >= 0. Values above float32's range share the last page. Below 2^-126 a bin is as wide as the smallest bin above it, so
-// that its middle is no longer within 0.4 %; values below 2^-133 share bin 0 with zero.
+// x >= 0. Values above float32's range share the last page. Below 2^-126 a bin is as wide as the smallest bin above it,
+// so that its middle is no longer within 0.4 %; values below 2^-133 share bin 0 with zero.
 LIPCORE_INLINE int bin_of(double x) {
   // + 0 takes the sign off -0, which would be a bin far outside.
   const float rounded = x < 3.4028234663852886e38 ? static_cast<float>(x) + 0.0f : float_from_bits(0x7f800000u);
