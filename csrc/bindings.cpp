@@ -96,6 +96,8 @@ void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::
                         views_of(mean, "mean", Access::kWrite), count, view_of(out, "out", Access::kWrite)));
 }
 
+thread_local int paused = 0;  // > 0: forward passes of this thread are not recorded
+
 // The two hooks of the batch-1 shortcut, as torch calls them. Neither raises: errors go to on_error(exception).
 struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
   SingleSampleHooks(py::handle first, py::handle last, std::vector<py::object> distributions, py::object grad_enabled,
@@ -112,7 +114,7 @@ struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
   }
 
   void before_forward(py::handle, const py::tuple& arguments) {
-    if (grad_enabled().ptr() != Py_True) return;
+    if (paused || grad_enabled().ptr() != Py_True) return;
     const auto now = shortcut.begin(arguments.empty() ? nullptr : PyTuple_GET_ITEM(arguments.ptr(), 0));
     if (now == SingleSampleShortcut::kError) {
       report();
@@ -154,13 +156,26 @@ struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
   SingleSampleShortcut::Way serving = SingleSampleShortcut::kError;  // unknown
 };
 
-// What the first bias calls. The collector does not see a tensor's hooks, so that one must not keep anything alive.
-struct AfterBackward {
-  std::weak_ptr<SingleSampleHooks> hooks;
-  void operator()(py::handle) const {
-    if (const auto alive = hooks.lock()) alive->after_backward();
-  }
-};
+// What the first bias calls: a plain C function, since pybind11's dispatcher costs a microsecond when its code is cold.
+// The collector does not see a tensor's hooks, so that one must not keep anything alive.
+PyObject* after_backward_hook(const std::weak_ptr<SingleSampleHooks>& hooks) {
+  static PyMethodDef definition = {
+      "after_backward",
+      [](PyObject* self, PyObject*) -> PyObject* {
+        auto* weak = static_cast<std::weak_ptr<SingleSampleHooks>*>(PyCapsule_GetPointer(self, nullptr));
+        try {
+          if (const auto alive = weak->lock()) alive->after_backward();
+        } catch (py::error_already_set& error) {
+          error.restore();
+          return nullptr;
+        }
+        Py_RETURN_NONE;
+      },
+      METH_O, nullptr};
+  const py::capsule self(new std::weak_ptr<SingleSampleHooks>(hooks),
+                         [](void* weak) { delete static_cast<std::weak_ptr<SingleSampleHooks>*>(weak); });
+  return PyCFunction_New(&definition, self.ptr());
+}
 
 // Model, hooks and this object refer to each other in a circle, which only Python's garbage collector can undo.
 void make_collectable(PyHeapTypeObject* heap_type) {
@@ -297,7 +312,6 @@ PYBIND11_MODULE(_core, m) {
   m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
         py::arg("count"), py::arg("out"));
   bind_distribution(m);
-  py::class_<AfterBackward>(m, "AfterBackward").def("__call__", &AfterBackward::operator(), py::arg("bias"));
   py::class_<SingleSampleHooks, std::shared_ptr<SingleSampleHooks>>(
       m, "SingleSampleHooks", py::custom_type_setup(&make_collectable),
       "r and lambda of single samples from two bias gradients.")
@@ -306,12 +320,16 @@ PYBIND11_MODULE(_core, m) {
            py::arg("on_check"), py::arg("on_error"))
       .def("before_forward", &SingleSampleHooks::before_forward, py::arg("module"), py::arg("arguments"))
       .def_property_readonly("after_backward",
-                             [](SingleSampleHooks& hooks) { return AfterBackward{hooks.weak_from_this()}; })
+                             [](SingleSampleHooks& hooks) {
+                               return py::reinterpret_steal<py::object>(after_backward_hook(hooks.weak_from_this()));
+                             })
       .def_property_readonly("served", [](const SingleSampleHooks& hooks) { return hooks.shortcut.served; })
       .def_property_readonly("abandoned", [](const SingleSampleHooks& hooks) { return hooks.shortcut.abandoned; })
       .def_property(
           "own_hooks", [](const SingleSampleHooks& hooks) { return hooks.shortcut.own_hooks; },
           [](SingleSampleHooks& hooks, Py_ssize_t count) { hooks.shortcut.own_hooks = count; });
+  m.def("pause", [](int by) { paused += by; }, py::arg("by"));
+  m.def("paused", [] { return paused > 0; });
   m.attr("SERVED") = static_cast<int>(SingleSampleShortcut::kServed);
   m.attr("CHECKED") = static_cast<int>(SingleSampleShortcut::kChecked);
   m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));

@@ -4,7 +4,7 @@
 // C++ because at batch 1 the whole training step takes 200 us, and a cold Python function 3 of them.
 //
 // What cannot be seen from here (a penalty on the biases in the loss, a module that makes several rows of one sample,
-// two forward passes for one backward) is found by tapping the first sample and then every 64th beside it: one
+// two forward passes for one backward) is found by tapping the first sample and then every 256th beside it: one
 // difference, and all later samples are tapped.
 #pragma once
 

@@ -19,7 +19,6 @@ import contextlib
 import copyreg
 import functools
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -300,7 +299,7 @@ class Capture:
 
         self._shortcut = _core.SingleSampleHooks(
             *(first, last, into.distributions),
-            grad_enabled=_may_record,
+            grad_enabled=torch.is_grad_enabled,
             on_change=changed,
             on_check=checked,
             on_error=self.fail,
@@ -551,25 +550,18 @@ class Capture:
                 self._pending.append(micro)
 
 
-class _Paused(threading.local):
-    depth = 0
-
-
-_paused = _Paused()
-
-
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
     """Forward passes of this thread are not recorded: lipcore's own, which are no part of the training."""
-    _paused.depth += 1
+    _core.pause(1)
     try:
         yield
     finally:
-        _paused.depth -= 1
+        _core.pause(-1)
 
 
 def _may_record() -> bool:
-    return torch.is_grad_enabled() and not _paused.depth
+    return torch.is_grad_enabled() and not _core.paused()
 
 
 def _inert_capture() -> Capture:

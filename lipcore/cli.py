@@ -35,7 +35,10 @@ def _parser() -> argparse.ArgumentParser:
     about = "Train small networks on harder and harder tasks, measured by lipcore; draw a figure and print a table."
     demo = commands.add_parser("demo", help=about, description=about)
     demo.add_argument(
-        *("--seeds",), type=_count, metavar="N", help="runs per task and difficulty (default: 5 sinusoids, 3 digits)"
+        *("--seeds",),
+        type=_count,
+        metavar="N",
+        help="runs per task and difficulty (default: 5 sinusoids, 3 digits; --quick: 2)",
     )
     demo.add_argument(
         *("--out",),

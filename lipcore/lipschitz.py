@@ -143,7 +143,7 @@ class Lipschitz(Metric):
             warnings.warn(
                 "the gradients of the first and last bias have come to hold more than the loss of one sample (a "
                 "penalty "
-                "on parameters?): up to 63 earlier values were read from them; from here on they are not used",
+                "on parameters?): up to 255 earlier values were read from them; from here on they are not used",
                 UserWarning,
                 stacklevel=2,
             )

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullFormatter
 
 from lipcore.demo.runs import TaskResult
@@ -27,7 +28,7 @@ _CAPTION = (
 def draw(results: list[TaskResult], path: Path, *, quick: bool) -> None:
     """Draw all rows and save them as a PNG."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(13.5, 7.9), layout="constrained")
+        figure = Figure(figsize=(13.5, 7.9), layout=ConstrainedLayoutEngine(w_pad=0.1))
         parts: Any = figure.subfigures(len(results) + 1, 1, height_ratios=[1.0] * len(results) + [0.13])
         for result, part in zip(results, parts, strict=False):
             _draw_row(part, result)

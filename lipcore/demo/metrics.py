@@ -27,7 +27,8 @@ _UNITS = {
     "normalized_length": "sum over the epoch of ||dL/du|| / |dL/dyhat|, divided by the number of training samples",
     "lipschitz_mean": "||grad_x f|| at the training samples as visited in the epoch, mean",
     "lipschitz_p99": "the same, 99th percentile",
-    "skipped": "samples of the epoch whose dL/dyhat was exactly 0",
+    "skipped": "samples whose dL/dyhat was exactly 0: they add nothing to the length and are left out of the "
+    "Lipschitz constants",
 }
 
 

@@ -45,7 +45,7 @@ class TaskResult:
 
 
 def train(task: Task, level: float, seed: int, after_epoch: Callable[[], None]) -> Run:
-    """Train one network; `after_epoch` may raise to stop."""
+    """Train one network, calling `after_epoch` after every epoch."""
     problem = task.build(level, seed)
     model, loss_function, count = problem.model, problem.loss, len(problem.x)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -16,81 +16,80 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from lipcore.demo.runs import Run, TaskResult, train
 from lipcore.demo.tasks import Task
 
-_MOST_WORKERS = 4  # each starts by importing torch; the runs of the default demo keep no more of them busy
-_shared: Any = None  # in a worker: (epochs done per task, whether to stop)
-
-
-class _StopError(Exception):
-    """Raised in a worker whose result nobody wants any more."""
+_MOST_WORKERS = 4  # each costs an import of torch, which more of them would not win back
+_epochs_done: Any = None  # in a worker: per task, shared with the process that shows the progress
 
 
 def train_all(tasks: Sequence[Task]) -> list[TaskResult]:
     """Every task at every level and seed; the numbers do not depend on how many processes share the work."""
-    # Spawned, as torch's threads do not survive a fork.
-    context = multiprocessing.get_context("spawn")
-    done, stop = context.Array("q", len(tasks)), context.Event()
+    context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
+    epochs_done = context.Array("q", len(tasks))
     jobs = [(i, level, seed) for i, task in enumerate(tasks) for level in task.levels for seed in task.seed_numbers]
     workers = min(_available_cores(), len(jobs), _MOST_WORKERS)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=((done, stop),))
-    try:
-        with _uninterrupted():  # workers inherit it: Ctrl-C is for this process, which tells them to stop
+    with _pool(ProcessPoolExecutor(workers, context, _begin, (epochs_done,))) as pool:
+        with _interrupts_ignored():  # which workers inherit: Ctrl-C is for this process alone, and it ends them
             futures = [pool.submit(_work, tasks[i], i, level, seed) for i, level, seed in jobs]
-        _follow(futures, tasks, done)
+        _show_progress(futures, tasks, epochs_done)
         runs = [future.result() for future in futures]
-    finally:
-        stop.set()
-        pool.shutdown(cancel_futures=True)
     return [
         TaskResult(task, [run for (j, _, _), run in zip(jobs, runs, strict=True) if j == i])
         for i, task in enumerate(tasks)
     ]
 
 
-def _follow(futures: list[Future[Run]], tasks: Sequence[Task], done: Any) -> None:
+def _show_progress(futures: list[Future[Run]], tasks: Sequence[Task], epochs_done: Any) -> None:
+    """Until all are done, or one has failed."""
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
+        *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
+        *(TextColumn("epochs"), TimeElapsedColumn()),
     )
     with Progress(*columns) as progress:
         bars = [progress.add_task(task.title, total=task.epochs * len(task.levels) * task.seeds) for task in tasks]
         pending: set[Future[Run]] = set(futures)
         while pending:
             finished, pending = wait(pending, timeout=0.2)
-            for bar, epochs in zip(bars, done, strict=True):
+            for bar, epochs in zip(bars, epochs_done, strict=True):
                 progress.update(bar, completed=epochs)
             if any(future.exception() is not None for future in finished):
                 return
 
 
-def _begin(shared: Any) -> None:
-    global _shared
-    _shared = shared
+def _begin(epochs_done: Any) -> None:
+    global _epochs_done
+    _epochs_done = epochs_done
     torch.set_num_threads(1)  # these networks are too small to be worth a second one
 
 
 def _work(task: Task, index: int, level: float, seed: int) -> Run:
-    done, stop = _shared
-
     def after_epoch() -> None:
-        if stop.is_set():
-            raise _StopError
-        with done.get_lock():
-            done[index] += 1
+        with _epochs_done.get_lock():
+            _epochs_done[index] += 1
 
     return train(task, level, seed, after_epoch)
 
 
-def _available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+@contextmanager
+def _pool(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """Ends the workers at once when the block is left by an exception; shutdown() alone would wait for their runs."""
+    others = set(multiprocessing.active_children())
+    try:
+        yield pool
+    except BaseException:
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _interrupts_ignored() -> Iterator[None]:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
