@@ -336,7 +336,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
   py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their state and the ledger of their movement.")
       .def(py::init(&make_plan), py::arg("entries"), py::arg("groups"), py::arg("ledger"))
-      .def("step", [](TrajectoryPlan& plan) { check(plan.step()); });
+      .def("step",
+           [](TrajectoryPlan& plan) {
+             check(plan.step());
+             return plan.block == kTrajectoryBlock;
+           })
+      .def_readwrite("block", &TrajectoryPlan::block);
   m.attr("STEP_COLUMNS") = kStepSums;
   m.attr("LEDGER_COLUMNS") = kTrajectoryColumns;
 #if defined(LIPCORE_WITH_CUDA)

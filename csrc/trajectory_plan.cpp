@@ -130,7 +130,12 @@ bool TrajectoryPlan::step_on_device() {
 }
 
 bool TrajectoryPlan::step() {
-  if (device_.type != dlpack::kCPU) return step_on_device();
+  const bool fine = device_.type == dlpack::kCPU ? step_on_cpu() : step_on_device();
+  block += fine;
+  return fine;
+}
+
+bool TrajectoryPlan::step_on_cpu() {
   const size_t n = entries_.size();
   held_.clear();
   for (size_t i = 0; i < n; ++i) {

@@ -39,12 +39,15 @@ class TrajectoryPlan {
   // current stream, and nothing about it is known here: restarts and counts come from the ledger there.
   bool step();
 
+  int64_t block = 0;  // steps in the open block; whoever calls step() folds it when it is full
+
  private:
   struct Seen {  // what a parameter looked like when it was last checked in full
     const void* data = nullptr;
     uint64_t geometry = 0;
   };
   bool look_up(size_t i, std::vector<PyObject*>* held);
+  bool step_on_cpu();
   bool step_on_device();
   bool admit(size_t i, PyObject* parameter, const TensorView& view, uint64_t geometry);
 

@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['AfterBackward', 'BINS', 'CHECKED', 'Distribution', 'LEDGER_COLUMNS', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'isa', 'normalized_norms', 'observe_ratios', 'pool_size', 'register_torch', 'sample_norms', 'trajectory_step', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'CHECKED', 'Distribution', 'LEDGER_COLUMNS', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'isa', 'normalized_norms', 'observe_ratios', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'trajectory_step', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -47,9 +47,6 @@ class Distribution:
     @property
     def missing(self) -> int:
         ...
-class AfterBackward:
-    def __call__(self, bias: typing.Any) -> None:
-        ...
 class SingleSampleHooks:
     """
     r and lambda of single samples from two bias gradients.
@@ -62,7 +59,7 @@ class SingleSampleHooks:
     def abandoned(self) -> int:
         ...
     @property
-    def after_backward(self) -> AfterBackward:
+    def after_backward(self) -> typing.Any:
         ...
     @property
     def own_hooks(self) -> int:
@@ -79,7 +76,13 @@ class TrajectoryPlan:
     """
     def __init__(self, entries: collections.abc.Sequence[tuple], groups: typing.SupportsInt | typing.SupportsIndex, ledger: typing.Any) -> None:
         ...
-    def step(self) -> None:
+    def step(self) -> bool:
+        ...
+    @property
+    def block(self) -> int:
+        ...
+    @block.setter
+    def block(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
 def advise_huge_pages(tensor: typing.Any) -> None:
     ...
@@ -104,6 +107,10 @@ def normalized_norms(delta: typing.Any, output_grad: typing.Any, r: typing.Any) 
     r[b] = ||delta[b]||_2 / |output_grad[b]|; returns how many were skipped.
     """
 def observe_ratios(numerators: typing.Any, output_grad: typing.Any, distributions: collections.abc.Sequence[Distribution]) -> None:
+    ...
+def pause(by: typing.SupportsInt | typing.SupportsIndex) -> None:
+    ...
+def paused() -> bool:
     ...
 def pool_size() -> int:
     ...

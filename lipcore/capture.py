@@ -242,7 +242,7 @@ class Capture:
         self._early: tuple[str, nn.Module] | None = None  # the first candidate of a forward pass that ran without grad
         self.micro: _MicroBatch | None = None  # the forward pass under way
         self.returning: _MicroBatch | None = None  # the backward pass under way
-        self._pending: list[_MicroBatch] = []  # with probes, which are read when the clock ticks
+        self.pending: list[_MicroBatch] = []  # with probes, which are read when the clock ticks
         self._generation = 0
         self._sites: dict[str, _Site] = {}
         self._shortcut: Any = None
@@ -393,7 +393,7 @@ class Capture:
         self.recording = self.tapping = False
         for handle in [*self._handles, *self._tap_handles, *self._candidates]:
             handle.remove()
-        self._handles, self._tap_handles, self._candidates, self._pending = [], [], [], []
+        self._handles, self._tap_handles, self._candidates, self.pending = [], [], [], []
 
     # ---- errors
 
@@ -510,13 +510,13 @@ class Capture:
 
     def wait_for(self, micro: _MicroBatch) -> None:
         """Its probes are read when the clock ticks."""
-        self._pending.append(micro)
-        if len(self._pending) > _MAX_PENDING:
-            self._pending = self._pending[1:]
+        self.pending.append(micro)
+        if len(self.pending) > _MAX_PENDING:
+            self.pending = self.pending[1:]
 
     def tick(self) -> None:
         """The optimizer has stepped: read the probes; forget forward passes that never came back."""
-        if self._pending:
+        if self.pending:
             self._read_probes(forget=True)
             self._generation += 1
 
@@ -536,7 +536,7 @@ class Capture:
         self._read_probes(forget=False)
 
     def _read_probes(self, *, forget: bool) -> None:
-        pending, self._pending = self._pending, []
+        pending, self.pending = self.pending, []
         for micro in pending:
             if micro.delivered:
                 continue
@@ -547,7 +547,7 @@ class Capture:
                 self.deliver(micro)
             elif not forget or micro.generation == self._generation:
                 # Its backward may still come: in a pipeline a step can lie between a forward pass and its backward.
-                self._pending.append(micro)
+                self.pending.append(micro)
 
 
 @contextlib.contextmanager

@@ -136,14 +136,18 @@ class Lipschitz(Metric):
         """Whether the shortcut reads what the taps have just brought."""
         if self._record is None or self._record[1].shape[1] != 1:
             return False
-        tapped = _ratios(*self._record)[:2, 0]
-        read = torch.tensor([r, local_lipschitz], dtype=torch.float64)
-        agrees = torch.allclose(read, tapped, rtol=1e-6, atol=0, equal_nan=True)
+        numerators, eps = self._record[0].tolist(), abs(self._record[1].item())
+        if eps > 0 and math.isfinite(eps):
+            tapped = numerators[0][0] / eps, numerators[1][0] / eps
+            agrees = math.isclose(r, tapped[0], rel_tol=1e-6)
+            # NaN: the taps take lambda less often.
+            agrees &= math.isnan(tapped[1]) or math.isclose(local_lipschitz, tapped[1], rel_tol=1e-6)
+        else:
+            agrees = math.isnan(r)
         if not agrees and self._served:
             warnings.warn(
                 "the gradients of the first and last bias have come to hold more than the loss of one sample (a "
-                "penalty "
-                "on parameters?): up to 255 earlier values were read from them; from here on they are not used",
+                "penalty on parameters?): up to 255 earlier values were read from them; from here on they are not used",
                 UserWarning,
                 stacklevel=2,
             )

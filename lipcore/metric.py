@@ -104,6 +104,14 @@ class Metric(ABC):
     def observe_step(self) -> None:  # noqa: B027
         """One optimizer step has been made. No host synchronisation here."""
 
+    @property
+    def step_call(self) -> Callable[[], object]:
+        """What the clock calls at every step; when it returns True, settle() is called too."""
+        return self.observe_step
+
+    def settle(self) -> None:  # noqa: B027
+        """Rare housekeeping between steps."""
+
     @abstractmethod
     def finalize(self) -> MetricResult:
         """The open window's results; changes nothing."""

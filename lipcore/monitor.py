@@ -103,7 +103,8 @@ class Monitor:
         for metric in chosen:
             metric.bind(model)
         self._tapping = [metric for metric in chosen if metric.taps()]
-        self._stepping = [metric for metric in chosen if type(metric).observe_step is not Metric.observe_step]
+        stepping = [metric for metric in chosen if type(metric).observe_step is not Metric.observe_step]
+        self._step_calls = [(metric.step_call, metric.settle) for metric in stepping]
         taps = [tap for metric in self._tapping for tap in metric.taps().items()]
         self._capture = Capture(model, taps, self._observe_record, self._stop)
         self._unrecorded = 0  # before the open window
@@ -149,10 +150,12 @@ class Monitor:
     def _after_step(self, *_: Any) -> None:
         if self._failed:
             return
-        self._capture.tick()
+        if self._capture.pending:
+            self._capture.tick()
         try:
-            for metric in self._stepping:
-                metric.observe_step()
+            for call, settle in self._step_calls:
+                if call():
+                    settle()
             self._step += 1
             self._steps_here += 1
             if self._steps_here == 2 and self._tapping:

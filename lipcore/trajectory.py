@@ -25,9 +25,6 @@ _COLUMNS = (
 _WINDOW_COLUMNS = _COLUMNS.index("total_steps")
 _POINTS, _FOLDED, _M2 = (_COLUMNS.index(name) for name in ("points", "folded", "m2"))
 assert len(_COLUMNS) == _core.LEDGER_COLUMNS
-# Points in one running float32 mean; a longer window's blocks are merged by Chan's formula. A mean that grows with a
-# drifting weight loses its increments: 5e-5 of the variance after 1e5 steps in one block, 4e-7 in two hundred.
-_BLOCK = 512
 
 
 @dataclass
@@ -96,7 +93,6 @@ class Trajectory(Metric):
         self.every_steps = every_steps
         self._parts: list[_Part] = []
         self._steps_seen = 0
-        self._block = 0  # steps in the open block
         if model is not None:
             self.bind(model)
 
@@ -170,17 +166,21 @@ class Trajectory(Metric):
 
     def observe_step(self) -> None:
         """Take the parameters as they are now for the next point of the trajectory."""
-        if self.every_steps == 1 or (self._steps_seen + 1) % self.every_steps == 0:
-            self._plan.step()  # raises before anything has changed
-            self._block += 1
-            if self._block == _BLOCK:
-                self._fold()
+        due = (self._steps_seen + 1) % self.every_steps == 0
+        if due and self._plan.step():  # raises before anything has changed
+            self.settle()
         self._steps_seen += 1
 
-    def _fold(self) -> None:
+    @property
+    def step_call(self) -> Callable[[], object]:
+        """The compiled step itself where every step is looked at."""
+        self._require_bound()
+        return self._plan.step if self.every_steps == 1 else self.observe_step
+
+    def settle(self) -> None:
         """Close the open block of every parameter: its mean joins the earlier ones', its distance from them joins
         M2."""
-        self._block = 0
+        self._plan.block = 0
         self._ledger[:, _M2] += self._between()
         points, folded = self._ledger[:, _POINTS], self._ledger[:, _FOLDED]
         n = len(self._parts)
@@ -245,7 +245,7 @@ class Trajectory(Metric):
         """Start a new window at the parameters' last observed values; cumulative path and reference stay."""
         self._require_bound()
         self._ledger[:, :_WINDOW_COLUMNS] = 0
-        self._block = 0
+        self._plan.block = 0
 
     # ---- state
 
@@ -258,7 +258,7 @@ class Trajectory(Metric):
             "groups": [part.group for part in self._parts],
             "every_steps": self.every_steps,
             "steps_seen": self._steps_seen,
-            "block": self._block,
+            "block": self._plan.block,
             "ledger": self._ledger.clone(),
             "state": {k: t.clone() for k, t in self._state.tensors(earlier=self._state.has_earlier).items()},
         }
@@ -294,7 +294,7 @@ class Trajectory(Metric):
         self._ledger.copy_(state["ledger"])
         for key, tensor in tensors.items():
             tensor.copy_(state["state"][key])
-        self._steps_seen, self._block = int(state["steps_seen"]), int(state["block"])
+        self._steps_seen, self._plan.block = int(state["steps_seen"]), int(state["block"])
 
 
 def _check_same_kind(key: str, theirs: Any, mine: Tensor) -> None:

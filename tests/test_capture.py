@@ -592,12 +592,14 @@ def test_the_shortcut_is_taken_where_it_can_be() -> None:
         train(model, batches(2, 4), optimizer)
         assert served(monitor) == 4
         train(model, batches(60, 1), optimizer)
-        assert served(monitor) == 63  # the 65th is checked
+        assert served(monitor) == 64
         assert ratios_of(monitor.compute())[0] == 73
+        train(model, batches(200, 1), optimizer)
+        assert served(monitor) == 263  # the 257th was checked too
 
 
 @pytest.mark.parametrize("scenario", ["late_penalty", "two_forwards_late"])
-def test_a_loop_that_changes_is_found_out_within_64_steps(scenario: str) -> None:
+def test_a_loop_that_changes_is_found_out_within_256_steps(scenario: str) -> None:
     def two_forwards_late(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, step: int) -> None:
         (plain if step < 70 else two_forwards_one_backward)(model, optimizer, x, y, step)
 
@@ -611,10 +613,10 @@ def test_a_loop_that_changes_is_found_out_within_64_steps(scenario: str) -> None
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
-        for step, (x, y) in enumerate(batches(200, 1)):
+        for step, (x, y) in enumerate(batches(400, 1)):
             step_of(model, optimizers[0], x, y, step)
             step_of(twin, optimizers[1], x, y, step)
-            if step in (69, 140):
+            if step in (69, 340):
                 window, expected = monitor.close_window(), taps.close_window()
                 if step == 69:
                     assert ratios_of(window) == pytest.approx(ratios_of(expected), rel=1e-9)

@@ -35,9 +35,10 @@ static_assert(sizeof(TrajectoryRow) == kTrajectoryColumns * sizeof(double), "a r
 
 LIPCORE_INLINE double larger(double a, double b) { return b > a ? b : a; }
 
-// A float32 mean that grows with a drifting weight loses its increments (5e-5 of M2 after 1e5 steps), so it is kept per
+// A float32 mean that grows with a drifting weight loses its increments, so it is kept per
 // block and blocks are merged by Chan's formula. A window's first block counts the point it starts from; a later one
 // begins with its first step, since the point before belongs to the block before.
+constexpr int kTrajectoryBlock = 512;  // 5e-5 of the variance after 1e5 steps in one block, 4e-7 in two hundred
 LIPCORE_INLINE bool starts_block(const TrajectoryRow& row) { return row.points == 0; }
 LIPCORE_INLINE double points_after_step(const TrajectoryRow& row) {
   return starts_block(row) ? (row.steps == 0 ? 2 : 1) : row.points + 1;
