@@ -49,6 +49,9 @@ class Lipschitz(Metric):
     * ``skipped``: samples with :math:`\partial L/\partial\hat y_i` zero or not finite, which say nothing;
       ``unrecorded``: forward passes whose backward never came
 
+    dL/du and dL/dyhat are those of the whole loss: a term that reaches u past the output (an auxiliary head, an
+    activation penalty) enters r. A saturated sigmoid whose dL/dyhat rounds to zero is skipped.
+
     Loss reduction, constant factors, AMP scaling, class weights and gradient accumulation cancel in the ratio. The
     lemma :math:`\nabla_x f = W_1^\top \nabla_u f` needs every path from x to pass through the first layer (an input
     skip is looked for in the first forward pass, and warned of). x is what enters that layer, after any preprocessing
@@ -64,7 +67,8 @@ class Lipschitz(Metric):
             x_i\| / \|\partial L/\partial z_i\|`, lower bounds of the Jacobians' spectral norms, labelled one-sided.
         lambda_every: compute local Lipschitz constants at every k-th micro-batch. Default: at every one where that is
             cheap, else at every 16th (W_1^T delta costs as much as the layer's forward); r is always taken at every
-            one. The count of each value says how many samples are in it.
+            one. The count of each value says how many samples are in it. Samples served by the shortcut always have
+            one.
         shortcut: at batch 1 read r and lambda from the gradients of the first and last bias where the model is an
             nn.Sequential between two Linear layers (same numbers, a third of the time); False: always tap.
         optional: turn off with a line in the plan, instead of an error, where the model has no such output or first

@@ -30,9 +30,9 @@ def singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> S
     """Of the map x -> W_1 x for one sample of a batch of this shape; None for an Embedding, whose input is not a
     vector.
 
-    Linear: by SVD, or by Lanczos iteration (then without the smallest) above 512 x 512. Convolution: Lanczos iteration
-    with the convolution and its transpose, to 1e-4 or better; its smallest value is not estimated, since iteration
-    approaches it from above and would give an invalid bound.
+    Linear: by SVD, or by Lanczos iteration (then without the smallest) above 512 x 512. Convolution: from its matrix up
+    to 512 inputs, else Lanczos iteration with the convolution and its transpose, to 1e-4 or better. The smallest value
+    of a convolution is not estimated: iteration approaches it from above and would give an invalid bound.
     """
     if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return None
@@ -47,8 +47,21 @@ def singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> S
             return SingularValues(float(values[0]), smallest if smallest > 1e-14 * float(values[0]) else 0.0, "SVD")
         return SingularValues(_lanczos(module, (1, weight.shape[1])), None, "Lanczos")
     if batch_shape is not None:
-        return SingularValues(_lanczos(module, (1, *batch_shape[1:])), None, "Lanczos")
+        shape = (1, *batch_shape[1:])
+        if math.prod(shape) <= _SVD_LIMIT:
+            return SingularValues(_of_matrix(module, shape), None, "eigenvalues of W_1^T W_1")
+        return SingularValues(_lanczos(module, shape), None, "Lanczos")
     return None
+
+
+@torch.no_grad()
+def _of_matrix(module: nn.Module, shape: tuple[int, ...]) -> float:
+    """Of a map of few inputs, written out: a handful of operations where Lanczos takes hundreds of small ones."""
+    weight = module.weight.detach().to(torch.float64)  # type: ignore[operator]
+    inputs = math.prod(shape)
+    unit = torch.eye(inputs, dtype=torch.float64, device=weight.device).reshape(inputs, *shape[1:])
+    columns = push_forward(module, weight, unit).reshape(inputs, -1)
+    return math.sqrt(max(float(torch.linalg.eigvalsh(columns @ columns.T)[-1]), 0.0))
 
 
 @torch.no_grad()

@@ -114,6 +114,7 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest |found - expected| / |expected|; infinite when one is NaN where the other is not."""
     if found.shape != expected.shape or not torch.equal(found.isnan(), expected.isnan()):
         return float("inf")
+    found, expected = found.detach(), expected.detach()
     scale = expected.abs().clamp(min=1e-300)
     return float(((found - expected).abs() / scale).nan_to_num(0.0).max()) if found.numel() else 0.0
 

@@ -516,6 +516,8 @@ CONVOLUTIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv2d_circular": (lambda: nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular"), (1, 6, 6)),
     "conv2d_groups": (lambda: nn.Conv2d(4, 4, 3, groups=2), (4, 5, 5)),
     "conv3d": (lambda: nn.Conv3d(1, 2, 2, dilation=2), (1, 4, 4, 4)),
+    "conv2d_many_inputs": (lambda: nn.Conv2d(3, 2, 3), (3, 15, 15)),
+    "conv1d_many_inputs": (lambda: nn.Conv1d(2, 1, 5, padding=2, padding_mode="reflect"), (2, 300)),
 }
 
 
@@ -532,9 +534,8 @@ def test_largest_singular_value_of_a_convolution(name: str) -> None:
         found = singular_values(layer, (1, *shape))
         assert found is not None
         assert found.smallest is None
-        # From below by nature of the iteration; the lower side of the sandwich must not be overstated by more than
-        # this.
-        assert found.largest == pytest.approx(expected, rel=1e-8)
+        # Iteration approaches it from below; the sandwich's lower side is overstated by no more than this.
+        assert found.largest == pytest.approx(expected, rel=1e-4 if "many_inputs" in name else 1e-12)
         assert found.largest <= expected * (1 + 1e-9)
 
 
