@@ -161,7 +161,8 @@ double read_element(const TensorView& view, int64_t offset) {
   }
 }
 
-// The stride between the single elements of B samples: [B], [B, 1], [1, B]... one dimension of size B, the others of size
+// The stride between the single elements of B samples: [B], [B, 1], [1, B]... one dimension of size B, the others of
+// size
 // 1. -1 where more than one dimension has several elements.
 int64_t sample_stride(const TensorView& view) {
   int64_t stride = 0;
