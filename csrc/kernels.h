@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "math/dtype.h"
+#include "math/sketch.h"
 #include "math/trajectory.h"
 
 namespace lipcore {
@@ -23,6 +24,15 @@ struct TrajectoryChunk {
   double inv_count;  // 1 / (points averaged, this one included)
 };
 
+struct SketchRun {
+  const void* w;        // consecutive elements of a parameter
+  int64_t first_index;  // global index of the first, >= 0
+  int64_t count;
+  DType dtype;
+  uint64_t key;     // sketch_key(seed)
+  int64_t buckets;  // a power of two, kMinBuckets ... kMaxBuckets
+};
+
 struct SampleNormsKernels {
   double (*sum_squares)(const void* x, DType dtype, int64_t count);       // in float64
   int64_t (*count_nonfinite)(const void* x, DType dtype, int64_t count);  // NaN or infinite
@@ -32,10 +42,15 @@ struct TrajectoryStepKernels {
   void (*chunk)(const TrajectoryChunk& chunk, StepSums* sums);  // writes dw_sq, dist_sq, m2_increment, max_abs_dw
 };
 
+struct SketchKernels {
+  double (*add)(const SketchRun& run, double* buckets);  // adds the run to its buckets; returns sum w^2
+};
+
 struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
   const SampleNormsKernels* sample_norms;
   const TrajectoryStepKernels* trajectory_step;
+  const SketchKernels* sketch;
 };
 
 // The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.
