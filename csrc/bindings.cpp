@@ -8,6 +8,7 @@
 #include <memory>
 
 #include "distribution.h"
+#include "ledger.h"
 #include "ops/ops.h"
 #include "parallel.h"
 #include "single_sample.h"
@@ -232,17 +233,44 @@ void observe_values(Distribution& distribution, py::handle values) {
   for (int64_t i = 0; i < v.numel; ++i) distribution.observe(x[i * v.strides[0]]);
 }
 
-std::unique_ptr<TrajectoryPlan> make_plan(const std::vector<py::tuple>& entries, int64_t groups, py::handle ledger) {
+std::unique_ptr<Ledger> make_ledger(py::handle rows, py::handle recent, py::handle cursor, int64_t tensors) {
+  auto ledger = std::make_unique<Ledger>();
+  check(ledger->open(rows.ptr(), recent.ptr(), cursor.ptr(), tensors));
+  return ledger;
+}
+
+std::unique_ptr<TrajectoryPlan> make_plan(const std::vector<py::tuple>& entries, Ledger& ledger) {
   auto plan = std::make_unique<TrajectoryPlan>();
-  std::vector<TrajectoryEntry> list;
+  std::vector<ParameterEntry> list;
+  std::vector<TrajectoryCopies> copies;
   for (const py::tuple& entry : entries) {
     if (entry.size() != 7 || !PyDict_Check(py::object(entry[0]).ptr()))
-      throw py::type_error("entries: expected tuples (owner dict, key, name, prev, ref, mean, group)");
+      throw py::type_error("entries: expected tuples (owner dict, key, name, prev, ref, mean, m2 or None)");
     auto own = [&](size_t i) { return py::object(entry[i]).release().ptr(); };
-    list.push_back({own(0), own(1), entry[2].cast<std::string>(), own(3), own(4), own(5), entry[6].cast<int64_t>()});
+    list.push_back({own(0), own(1), entry[2].cast<std::string>()});
+    copies.push_back({own(3), own(4), own(5), own(6)});
   }
-  check(plan->capture(std::move(list), groups, ledger.ptr()));
+  check(plan->capture(std::move(list), std::move(copies), &ledger));
   return plan;
+}
+
+// Update norm and update/weight ratio of steps [begin, end) of a ring on the CPU, row by row into distributions 2i and
+// 2i + 1. What was left out is NaN, "missing" there.
+void observe_recent(py::handle recent, int64_t begin, int64_t end, const std::vector<Distribution*>& distributions) {
+  const TensorView view = view_of(recent, "recent");
+  if (view.dtype != DType::kFloat64 || view.ndim != 3 || !view.on_cpu() || view.shape[2] != 2 ||
+      static_cast<size_t>(view.shape[1]) * 2 != distributions.size() || begin < 0 || end - begin > view.shape[0])
+    throw py::value_error("recent: expected a float64 CPU tensor [ring, rows, 2] and two distributions per row, got " +
+                          std::string(ShapeText(view).text));
+  const auto* steps = static_cast<const RecentStep*>(view.data);
+  for (int64_t row = 0; row < view.shape[1]; ++row) {
+    Distribution &updates = *distributions[2 * row], &ratios = *distributions[2 * row + 1];
+    for (int64_t t = begin; t < end; ++t) {
+      const RecentStep& step = steps[t % view.shape[0] * view.shape[1] + row];
+      updates.observe(std::sqrt(step.dw_sq));
+      ratios.observe(update_ratio(std::sqrt(step.dw_sq), std::sqrt(step.weight_sq)));
+    }
+  }
 }
 
 // Large state is read once per step from end to end: huge pages save most of the page walks.
@@ -334,14 +362,22 @@ PYBIND11_MODULE(_core, m) {
   m.attr("CHECKED") = static_cast<int>(SingleSampleShortcut::kChecked);
   m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
   m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
-  py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their state and the ledger of their movement.")
-      .def(py::init(&make_plan), py::arg("entries"), py::arg("groups"), py::arg("ledger"))
+  py::class_<Ledger>(m, "Ledger", "Scalars of a trajectory: tensors, groups and the total.")
+      .def(py::init(&make_ledger), py::arg("rows"), py::arg("recent"), py::arg("cursor"), py::arg("tensors"))
+      .def(
+          "observe", [](Ledger& ledger, py::handle sums) { check(ledger.observe_tensor(sums.ptr())); },
+          py::arg("sums"));
+  m.def("observe_recent", &observe_recent, py::arg("recent"), py::arg("begin"), py::arg("end"),
+        py::arg("distributions"));
+  py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their copies and the ledger of their movement.")
+      .def(py::init(&make_plan), py::arg("entries"), py::arg("ledger"), py::keep_alive<1, 3>())
       .def("step",
            [](TrajectoryPlan& plan) {
              check(plan.step());
              return plan.block == kTrajectoryBlock;
            })
       .def_readwrite("block", &TrajectoryPlan::block);
+  m.attr("CONTINUES") = kContinues;
   m.attr("STEP_COLUMNS") = kStepSums;
   m.attr("LEDGER_COLUMNS") = kTrajectoryColumns;
 #if defined(LIPCORE_WITH_CUDA)

@@ -17,6 +17,7 @@ struct TrajectoryChunk {
   void* w_prev;    // in the parameter's dtype: lossless; overwritten with w
   const void* w0;  // reference point, in the parameter's dtype
   void* mean;      // running mean of w - w0: float32 (float64 for a float64 parameter); updated
+  void* m2;        // per element, in the mean's type: sum of squared deviations from the mean; updated. May be null
   int64_t count;
   DType dtype;
   bool restart;      // take w_prev - w0 as the old mean: the first step of a block
