@@ -10,6 +10,7 @@
 #include "distribution.h"
 #include "ledger.h"
 #include "ops/ops.h"
+#include "ops/update_sums.h"
 #include "parallel.h"
 #include "single_sample.h"
 #include "tensor_view.h"
@@ -95,6 +96,58 @@ void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::
                         py::handle out) {
   check(trajectory_step(views_of(params, "params"), views_of(prev, "prev", Access::kWrite), views_of(ref, "ref"),
                         views_of(mean, "mean", Access::kWrite), count, view_of(out, "out", Access::kWrite)));
+}
+
+// A list or tuple of as many objects as there are parameters.
+PyObject** objects_of(py::handle list, const char* name, const char* what, Py_ssize_t n) {
+  if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr()))
+    throw py::type_error(std::string(name) + ": expected a list or tuple of " + what + ", got " +
+                         Py_TYPE(list.ptr())->tp_name);
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(list.ptr());
+  if (size != n) check(fail({name}, "expected %zd %s, one per parameter, got %zd", n, what, size));
+  return PySequence_Fast_ITEMS(list.ptr());
+}
+
+// The fields of lipcore.update_rules.UpdateRule, in its order.
+void read_rule(PyObject* rule, int64_t index, UpdateItem* item) {
+  double fields[7];
+  const bool shaped = PyTuple_Check(rule) && PyTuple_GET_SIZE(rule) == 7;
+  for (Py_ssize_t k = 0; shaped && k < 7; ++k) {
+    fields[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(rule, k));
+    if (fields[k] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  if (!shaped) {
+    PyErr_Format(PyExc_TypeError, "rules[%lld]: expected a lipcore.update_rules.UpdateRule, got %s",
+                 static_cast<long long>(index), Py_TYPE(rule)->tp_name);
+    throw py::error_already_set();
+  }
+  item->scalars = {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
+  item->adaptive = fields[6] != 0;
+}
+
+// None stands for a tensor that the rule has no use for.
+bool view_or_none(PyObject* object, const char* name, int64_t index, bool needed, TensorView* view) {
+  if (object == Py_None && !needed) return false;
+  check(view_tensor(object, {name, index}, Access::kRead, view));
+  return true;
+}
+
+void update_sums_of(py::handle params, py::handle first, py::handle second, py::handle rules, py::handle rows,
+                    py::handle normalized) {
+  const std::vector<TensorView> views = views_of(params, "params");
+  const auto n = static_cast<Py_ssize_t>(views.size());
+  PyObject** firsts = objects_of(first, "first", "tensors", n);
+  PyObject** seconds = objects_of(second, "second", "tensors", n);
+  PyObject** given = objects_of(rules, "rules", "rules", n);
+  std::vector<UpdateItem> items(views.size());
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    UpdateItem& item = items[i];
+    item.w = views[i];
+    read_rule(given[i], i, &item);
+    item.has_second = view_or_none(seconds[i], "second", i, item.adaptive || item.scalars.mix != 0, &item.second);
+    item.has_first = view_or_none(firsts[i], "first", i, item.has_second || item.scalars.rate != 0, &item.first);
+  }
+  check(update_sums(items, view_of(rows, "rows", Access::kWrite), view_of(normalized, "normalized", Access::kWrite)));
 }
 
 thread_local int paused = 0;  // > 0: forward passes of this thread are not recorded
@@ -339,6 +392,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("tensor"));
   m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
         py::arg("count"), py::arg("out"));
+  m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
+        py::arg("rows"), py::arg("normalized"));
   bind_distribution(m);
   py::class_<SingleSampleHooks, std::shared_ptr<SingleSampleHooks>>(
       m, "SingleSampleHooks", py::custom_type_setup(&make_collectable),

@@ -14,6 +14,7 @@ namespace lipcore {
   namespace isa {                                     \
   extern const SampleNormsKernels sample_norms;       \
   extern const TrajectoryStepKernels trajectory_step; \
+  extern const UpdateSumsKernels update_sums;         \
   }
 
 LIPCORE_DECLARE_ISA(base)
@@ -24,12 +25,12 @@ LIPCORE_DECLARE_ISA(avx512)
 
 namespace {
 
-const Kernels kBase = {"base", &base::sample_norms, &base::trajectory_step};
+const Kernels kBase = {"base", &base::sample_norms, &base::trajectory_step, &base::update_sums};
 const Kernels* g_kernels = &kBase;
 
 #if defined(LIPCORE_X86_ISAS)
-const Kernels kAvx2 = {"avx2", &avx2::sample_norms, &avx2::trajectory_step};
-const Kernels kAvx512 = {"avx512", &avx512::sample_norms, &avx512::trajectory_step};
+const Kernels kAvx2 = {"avx2", &avx2::sample_norms, &avx2::trajectory_step, &avx2::update_sums};
+const Kernels kAvx512 = {"avx512", &avx512::sample_norms, &avx512::trajectory_step, &avx512::update_sums};
 
 bool has_f16c() {  // not in every compiler's __builtin_cpu_supports
   unsigned eax, ebx, ecx, edx;

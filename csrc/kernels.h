@@ -6,6 +6,7 @@
 
 #include "math/dtype.h"
 #include "math/trajectory.h"
+#include "math/update.h"
 
 namespace lipcore {
 
@@ -24,6 +25,20 @@ struct TrajectoryChunk {
   double inv_count;  // 1 / (points averaged, this one included)
 };
 
+struct UpdateScalars {  // of update_of(), see math/update.h
+  double rate, mix, decay, first_scale, second_scale, eps;
+};
+
+struct UpdateChunk {
+  const void* w;      // the parameter after the step
+  const void* first;  // the optimizer's tensors, of any dtype; null where the form reads none
+  const void* second;
+  DType dtype, first_dtype, second_dtype;
+  int64_t count;
+  UpdateForm form;
+  UpdateScalars scalars;
+};
+
 struct SampleNormsKernels {
   double (*sum_squares)(const void* x, DType dtype, int64_t count);       // in float64
   int64_t (*count_nonfinite)(const void* x, DType dtype, int64_t count);  // NaN or infinite
@@ -33,10 +48,16 @@ struct TrajectoryStepKernels {
   void (*chunk)(const TrajectoryChunk& chunk, StepSums* sums);  // writes dw_sq, dist_sq, m2_increment, max_abs_dw
 };
 
+struct UpdateSumsKernels {
+  void (*chunk)(const UpdateChunk& chunk, UpdateSums* sums);  // writes all but nonfinite, dist_sq and m2_increment
+  int64_t (*count_nonfinite)(const UpdateChunk& chunk);       // elements whose parameter or update is not finite
+};
+
 struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
   const SampleNormsKernels* sample_norms;
   const TrajectoryStepKernels* trajectory_step;
+  const UpdateSumsKernels* update_sums;
 };
 
 // The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.

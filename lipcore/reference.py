@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lipcore.update_rules import UpdateRule
+
 
 def sample_norms(x: Tensor) -> Tensor:
     """||x_b||_2 of every row of x [B, ...]."""
@@ -48,6 +50,27 @@ def trajectory_step(
         new_prev.append(p if bad else w)
         new_mean.append(m if bad else after)
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64), new_prev, new_mean
+
+
+def update_sums(
+    params: Sequence[Tensor],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    rules: Sequence[UpdateRule],
+) -> tuple[Tensor, Tensor]:
+    """Rows (dw_sq, 0, 0, max_abs_dw, weight_sq, nonfinite) of dw = -(decay w + rate u + mix b), u = a or, adaptive,
+    first_scale a / (second_scale sqrt(b) + eps); and mean u^2 of adaptive rules. NaN but for nonfinite where w or dw
+    is not finite."""
+    rows, mean_squares = [], []
+    for w, a, b, r in zip(params, first, second, rules, strict=True):
+        w, a, b = (torch.zeros_like(w).double() if t is None else t.detach().double() for t in (w, a, b))
+        u = r.first_scale * a / (r.second_scale * b.sqrt() + r.eps) if r.adaptive else a
+        dw = -(r.decay * w + r.rate * u + (0 if r.adaptive else r.mix * b))
+        bad = float((~(w.isfinite() & dw.isfinite())).sum())
+        row = [float(dw.square().sum()), 0.0, 0.0, float(dw.abs().sum() and dw.abs().max()), float(w.square().sum())]
+        rows.append(torch.tensor([*([torch.nan] * 5 if bad else row), bad], dtype=torch.float64))
+        mean_squares.append(u.square().mean() if r.adaptive and not bad else torch.tensor(torch.nan).double())
+    return torch.stack(rows or [torch.zeros(6).double()])[: len(rows)], torch.tensor(mean_squares).double()
 
 
 def normalized_length(r: Tensor) -> Tensor:
