@@ -7,6 +7,7 @@
 #include "math/dtype.h"
 #include "math/sketch.h"
 #include "math/trajectory.h"
+#include "math/update.h"
 
 namespace lipcore {
 
@@ -18,6 +19,7 @@ struct TrajectoryChunk {
   void* w_prev;    // in the parameter's dtype: lossless; overwritten with w
   const void* w0;  // reference point, in the parameter's dtype
   void* mean;      // running mean of w - w0: float32 (float64 for a float64 parameter); updated
+  void* m2;        // per element, in the mean's type: sum of squared deviations from the mean; updated. May be null
   int64_t count;
   DType dtype;
   bool restart;      // take w_prev - w0 as the old mean: the first step of a block
@@ -33,6 +35,20 @@ struct SketchRun {
   int64_t buckets;  // a power of two, kMinBuckets ... kMaxBuckets
 };
 
+struct UpdateScalars {  // of update_of(), see math/update.h
+  double rate, mix, decay, first_scale, second_scale, eps;
+};
+
+struct UpdateChunk {
+  const void* w;      // the parameter after the step
+  const void* first;  // the optimizer's tensors, of any dtype; null where the form reads none
+  const void* second;
+  DType dtype, first_dtype, second_dtype;
+  int64_t count;
+  UpdateForm form;
+  UpdateScalars scalars;
+};
+
 struct SampleNormsKernels {
   double (*sum_squares)(const void* x, DType dtype, int64_t count);       // in float64
   int64_t (*count_nonfinite)(const void* x, DType dtype, int64_t count);  // NaN or infinite
@@ -46,11 +62,17 @@ struct SketchKernels {
   double (*add)(const SketchRun& run, double* buckets);  // adds the run to its buckets; returns sum w^2
 };
 
+struct UpdateSumsKernels {
+  void (*chunk)(const UpdateChunk& chunk, UpdateSums* sums);  // writes all but nonfinite, dist_sq and m2_increment
+  int64_t (*count_nonfinite)(const UpdateChunk& chunk);       // elements whose parameter or update is not finite
+};
+
 struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
   const SampleNormsKernels* sample_norms;
   const TrajectoryStepKernels* trajectory_step;
   const SketchKernels* sketch;
+  const UpdateSumsKernels* update_sums;
 };
 
 // The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.

@@ -1,26 +1,23 @@
-// The stateful hot path: which parameters, where their state lives, and what is remembered of them. Parameters are
-// looked up by (owner's _parameters dict, key) at every step, so objects that were replaced are seen.
+// The stateful hot path: parameters, the copies kept of them, and the ledger of their movement.
 #pragma once
 
-#include <string>
 #include <vector>
 
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif
-#include "math/ledger.h"
+#include "ledger.h"
 #include "ops/ops.h"
+#include "parameter_list.h"
 
 namespace lipcore {
 
-struct TrajectoryEntry {
-  PyObject* owner;   // dict; strong reference
-  PyObject* key;     // str; strong reference
-  std::string name;  // canonical, for messages
-  PyObject* prev;    // state tensors with the parameter's layout; strong references
+// State tensors of one parameter, with its layout; strong references. m2 is None where no variance per element is kept.
+struct TrajectoryCopies {
+  PyObject* prev;
   PyObject* ref;
   PyObject* mean;
-  int64_t group;  // index of the ledger row it adds to, after the tensors' rows
+  PyObject* m2;
 };
 
 class TrajectoryPlan {
@@ -30,9 +27,9 @@ class TrajectoryPlan {
   TrajectoryPlan& operator=(const TrajectoryPlan&) = delete;
   ~TrajectoryPlan();
 
-  // Takes over the entries' references. `ledger` is float64 [tensors + groups + 1, kTrajectoryColumns], contiguous; its
-  // last row is the total. Parameters and state must be where it is. False with a Python exception set.
-  bool capture(std::vector<TrajectoryEntry> entries, int64_t groups, PyObject* ledger);
+  // Takes over the references of entries and copies; `ledger` must outlive the plan. Parameters and state must be where
+  // the ledger is. False with a Python exception set.
+  bool capture(std::vector<ParameterEntry> entries, std::vector<TrajectoryCopies> copies, Ledger* ledger);
 
   // One optimizer step: reads every parameter, updates state and ledger. False with a Python exception set, nothing
   // written, when a parameter is gone or no longer fits its state. On a CUDA device the step is queued on torch's
@@ -42,24 +39,16 @@ class TrajectoryPlan {
   int64_t block = 0;  // steps in the open block; whoever calls step() folds it when it is full
 
  private:
-  struct Seen {  // what a parameter looked like when it was last checked in full
-    const void* data = nullptr;
-    uint64_t geometry = 0;
-  };
-  bool look_up(size_t i, std::vector<PyObject*>* held);
-  bool step_on_cpu();
+  bool look_up_all();
+  bool admit(size_t i, const TensorView& view);
+  void step_on_cpu();
   bool step_on_device();
-  bool admit(size_t i, PyObject* parameter, const TensorView& view, uint64_t geometry);
 
-  std::vector<TrajectoryEntry> entries_;
-  std::vector<Seen> seen_;
+  ParameterList parameters_;
+  std::vector<TrajectoryCopies> copies_;
   std::vector<TrajectoryItem> items_;
   std::vector<StepSums> sums_;
-  std::vector<StepSums> group_sums_;
-  std::vector<PyObject*> held_;
-  PyObject* ledger_ = nullptr;
-  TrajectoryRow* rows_ = nullptr;
-  dlpack::Device device_{dlpack::kCPU, 0};
+  Ledger* ledger_ = nullptr;
   bool moved_ = false;  // a pointer in items_ has changed since the last step on a CUDA device
   TrajectoryRunner runner_;
 #if defined(LIPCORE_WITH_CUDA)

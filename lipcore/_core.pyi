@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'CHECKED', 'Distribution', 'LEDGER_COLUMNS', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'isa', 'normalized_norms', 'observe_ratios', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'trajectory_step', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'isa', 'normalized_norms', 'observe_ratios', 'observe_recent', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -70,11 +70,19 @@ class SingleSampleHooks:
     @property
     def served(self) -> int:
         ...
+class Ledger:
+    """
+    Scalars of a trajectory: tensors, groups and the total.
+    """
+    def __init__(self, rows: typing.Any, recent: typing.Any, cursor: typing.Any, tensors: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def observe(self, sums: typing.Any) -> None:
+        ...
 class TrajectoryPlan:
     """
-    Parameters, their state and the ledger of their movement.
+    Parameters, their copies and the ledger of their movement.
     """
-    def __init__(self, entries: collections.abc.Sequence[tuple], groups: typing.SupportsInt | typing.SupportsIndex, ledger: typing.Any) -> None:
+    def __init__(self, entries: collections.abc.Sequence[tuple], ledger: Ledger) -> None:
         ...
     def step(self) -> bool:
         ...
@@ -108,6 +116,8 @@ def normalized_norms(delta: typing.Any, output_grad: typing.Any, r: typing.Any) 
     """
 def observe_ratios(numerators: typing.Any, output_grad: typing.Any, distributions: collections.abc.Sequence[Distribution]) -> None:
     ...
+def observe_recent(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, distributions: collections.abc.Sequence[Distribution]) -> None:
+    ...
 def pause(by: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def paused() -> bool:
@@ -122,13 +132,16 @@ def sample_norms(x: typing.Any, out: typing.Any) -> None:
     """
 def trajectory_step(params: typing.Any, prev: typing.Any, ref: typing.Any, mean: typing.Any, count: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
+def update_sums(params: typing.Any, first: typing.Any, second: typing.Any, rules: typing.Any, rows: typing.Any, normalized: typing.Any) -> None:
+    ...
 def use_isa(name: str) -> None:
     ...
 def use_torch_threads(path: str) -> bool:
     ...
 BINS: int = 32768
 CHECKED: int = 2
-LEDGER_COLUMNS: int = 18
+CONTINUES: float = -1.0
+LEDGER_COLUMNS: int = 20
 SERVED: int = 1
 STEP_COLUMNS: int = 6
 cuda_built: bool = False

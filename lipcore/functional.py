@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lipcore import _core, _library
+from lipcore.update_rules import UpdateRule, sums_on_device
 
 _float64, _int64 = torch.float64, torch.int64
+_BUCKETS = [2**n for n in range(8, 17)]
 
 
 def sample_norms(x: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -159,6 +161,161 @@ def trajectory_step(
         _check_state(out, "out")
     _core.trajectory_step(readable, prev, reference, mean, count, out)
     return out
+
+
+def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: int, seed: int) -> Tensor:
+    r"""CountSketch of a list of tensors: a short vector whose norm estimates theirs, in one pass over their memory.
+
+    .. math:: y_b = \sum_{i\,:\,h(i) = b} s(i)\, w_i, \qquad E\|y\|^2 = \|w\|^2, \qquad
+        \mathrm{sd}(\|y\|^2) \le \|w\|^2 \sqrt{2 / k}
+
+    with k buckets; bucket h(i) and sign s(i) of an element are hashed from its global index i and the seed. The map is
+    linear: the difference of two sketches is the sketch of the difference, and inner products are estimated as well as
+    norms. Sketches of parts of w, each with its own first index, add up to the sketch of w wherever the cuts are. Sums
+    are float64, the same bits for every instruction set and number of threads.
+
+    Args:
+        tensors: any shapes, dense; elements are taken in the order in which they lie in memory.
+        first_index: global index of each tensor's first element, >= 0. Different elements need different indices.
+        buckets: k, a power of two from 256 to 65536.
+        seed: chooses the hash, 0 <= seed < 2**64; only sketches with the same k and seed belong together.
+
+    Returns:
+        float64 [k], detached; NaN from end to end when an element is not finite.
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use; a strided tensor is one.
+
+    Source: Charikar, Chen, Farach-Colton, "Finding frequent items in data streams" (2002); Thorup, Zhang, "Tabulation
+    based 4-universal hashing with applications to second moment estimation" (2004).
+
+    >>> w = torch.linspace(-1, 1, 1000)
+    >>> parts = sketch([w[:300]], [0], buckets=256, seed=7) + sketch([w[300:]], [300], buckets=256, seed=7)
+    >>> torch.allclose(parts, sketch([w], [0], buckets=256, seed=7), rtol=0, atol=1e-12)
+    True
+    """
+    for name, entries in (("tensors", tensors), ("first_index", first_index)):
+        if not isinstance(entries, (list, tuple)):
+            of = "tensors" if name == "tensors" else "integers"
+            raise TypeError(f"{name}: expected a list or tuple of {of}, got {type(entries).__name__}")
+    if len(first_index) != len(tensors):
+        raise ValueError(f"first_index: expected {len(tensors)} indices, one per tensor, got {len(first_index)}")
+    if buckets not in _BUCKETS:
+        raise ValueError(f"buckets: expected a power of two from {_BUCKETS[0]} to {_BUCKETS[-1]}, got {buckets!r}")
+    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {seed!r}")
+    if torch.compiler.is_compiling() and tensors:
+        return _library.sketch([tensor.detach() for tensor in tensors], first_index, buckets, seed)
+    for i, index in enumerate(first_index):
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 2**63:
+            raise ValueError(
+                f"first_index[{i}]: expected the global index of the tensor's first element, an integer from 0 to "
+                f"2**63 - 1, got {index!r}"
+            )
+    readable = [_readable(tensor, "tensors", i) for i, tensor in enumerate(tensors)]
+    out = torch.empty(buckets, dtype=_float64, device=readable[0].device if readable else None)
+    _core.sketch(readable, first_index, seed, out)
+    return out
+
+
+def update_sums(
+    params: Sequence[Tensor],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    rules: Sequence[UpdateRule],
+) -> tuple[Tensor, Tensor]:
+    r"""Sums of the updates of one optimizer step for a list of tensors, from the optimizer's state after the step.
+
+    With dw as the rules say it (:class:`lipcore.update_rules.UpdateRule`) and w the tensors as they are now, the
+    columns of the result are those of :func:`trajectory_step`: :math:`\sum dw^2`, 0, 0, :math:`\max |dw|`,
+    :math:`\sum w^2` and the number of elements where w or dw is not finite; distance and Welford increment are 0,
+    because nothing is remembered. A tensor with such an element gets a row of NaN with their number; the other tensors
+    are unaffected. Nothing is written.
+
+    The arithmetic is that of float32, of float64 as soon as one of w, a, b is float64, whatever the mixture of dtypes;
+    sums are float64. On the CPU one compiled pass over all tensors, the same bits for every instruction set and number
+    of threads. CUDA tensors go through torch's operations one at a time: no host synchronisation, and about four
+    copies of one tensor, in the working type, at a time.
+
+    Args:
+        params: the parameters after the step, any strides.
+        first: the optimizer's tensors a (gradient, momentum buffer or first moment), of the same shapes; None where a
+            rule has no use for one.
+        second: its tensors b (second moment, or the buffer of Nesterov's momentum).
+        rules: one per parameter. Their scalars may be 0-dimensional CUDA tensors where the parameters are on the GPU.
+
+    Returns:
+        float64 [n, 6], and the mean square of the normalised update u, float64 [n]: NaN where a rule normalises
+        nothing, or where there are no elements.
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use, or lists that do not belong together.
+
+    >>> adam = UpdateRule(rate=0.1, adaptive=True)
+    >>> update_sums([torch.zeros(2)], [torch.tensor([3.0, -2.0])], [torch.tensor([9.0, 4.0])], [adam])[1]
+    tensor([1.], dtype=torch.float64)
+    """
+    lists = {"params": params, "first": first, "second": second, "rules": rules}
+    for name, entries in lists.items():
+        if not isinstance(entries, (list, tuple)):
+            of = "rules" if name == "rules" else "tensors"
+            raise TypeError(f"{name}: expected a list or tuple of {of}, got {type(entries).__name__}")
+    for name in ("first", "second", "rules"):
+        if len(lists[name]) != len(params):
+            of = "rules" if name == "rules" else "tensors"
+            raise ValueError(f"{name}: expected {len(params)} {of}, one per parameter, got {len(lists[name])}")
+    weights = [_dense(_readable(tensor, "params", i)) for i, tensor in enumerate(params)]
+    states = []
+    for name, tensors in (("first", first), ("second", second)):
+        readable = [t if t is None else _readable(t, name, i) for i, t in enumerate(tensors)]
+        states.append([t if t is None else _laid_out_as(w, t) for t, w in zip(readable, weights, strict=True)])
+    if weights and not weights[0].is_cpu:
+        return _update_sums_on_device(weights, states[0], states[1], rules)
+    rows = torch.empty(len(params), _core.STEP_COLUMNS, dtype=_float64)
+    normalized = torch.empty(len(params), dtype=_float64)
+    _core.update_sums(weights, states[0], states[1], rules, rows, normalized)
+    return rows, normalized
+
+
+def _update_sums_on_device(
+    params: Sequence[Tensor],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    rules: Sequence[UpdateRule],
+) -> tuple[Tensor, Tensor]:
+    rows, normalized = [], []
+    for i, (w, a, b, rule) in enumerate(zip(params, first, second, rules, strict=True)):
+        if not isinstance(rule, UpdateRule):
+            raise TypeError(f"rules[{i}]: expected a lipcore.update_rules.UpdateRule, got {type(rule).__name__}")
+        if w.device != params[0].device:
+            raise ValueError(f"params[{i}]: is on another device than params[0]; put all on one")
+        for name, tensor, scalar in (("first", a, rule.rate), ("second", b, rule.mix)):
+            if tensor is None:
+                if rule.adaptive or isinstance(scalar, Tensor) or scalar != 0:
+                    _core.check_storage(tensor, name, i)  # says what None is instead of a tensor
+            elif tensor.shape != w.shape:
+                raise ValueError(
+                    f"{name}[{i}]: expected shape {list(w.shape)} of params[{i}], got {list(tensor.shape)}"
+                )
+            elif tensor.device != w.device:
+                raise ValueError(f"{name}[{i}]: is on another device than params[{i}]; put all on one")
+        row, mean_square = sums_on_device(w, a, b, rule)
+        rows.append(row)
+        normalized.append(mean_square)
+    return torch.stack(rows), torch.stack(normalized)
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return tensor
+    return tensor.detach().contiguous()
+
+
+def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
+    """The tensor's values in the memory order of `like`; a copy only where strides differ."""
+    if tensor.stride() == like.stride() or tensor.shape != like.shape or tensor.device != like.device:
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor.detach())
 
 
 def _readable(tensor: Tensor, name: str, index: int) -> Tensor:

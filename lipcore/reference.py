@@ -7,8 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from lipcore.update_rules import UpdateRule
 
 
 def sample_norms(x: Tensor) -> Tensor:
@@ -48,6 +52,53 @@ def trajectory_step(
         new_prev.append(p if bad else w)
         new_mean.append(m if bad else after)
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64), new_prev, new_mean
+
+
+def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: int, seed: int) -> Tensor:
+    """y_b = sum of s(i) w_i over the elements with h(i) = b; NaN when an element is not finite.
+
+    32 bits per group of 16 elements, from one hash for two groups: element j of a group goes to bucket (upper 16 bits
+    mod k) ^ j, negated when bit j is set.
+    """
+    y = torch.zeros(buckets, dtype=torch.float64)
+    for w, first in zip(tensors, first_index, strict=True):
+        flat = w.detach().as_strided((w.numel(),), (1,)).double().cpu()  # in the order of memory
+        i = np.arange(first, first + w.numel(), dtype=np.uint64)
+        bits = _splitmix64(_splitmix64(np.array([seed], np.uint64), 1), i // 32) >> i // 16 % 2 * 32 & 0xFFFFFFFF
+        bucket = torch.from_numpy(((bits >> 16) % buckets ^ i % 16).astype(np.int64))
+        y.index_add_(0, bucket, flat * torch.from_numpy(1.0 - 2.0 * (bits >> i % 16 & 1)))
+        if not flat.isfinite().all():
+            y += torch.nan
+    return y
+
+
+def _splitmix64(start: NDArray[np.uint64], steps: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
+    """The output of splitmix64 (Steele, Lea, Flood 2014) after so many steps from a state, modulo 2**64."""
+    z = start + np.asarray(steps, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> 30) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> 27) * np.uint64(0x94D049BB133111EB)
+    return z ^ z >> 31
+
+
+def update_sums(
+    params: Sequence[Tensor],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    rules: Sequence[UpdateRule],
+) -> tuple[Tensor, Tensor]:
+    """Rows (dw_sq, 0, 0, max_abs_dw, weight_sq, nonfinite) of dw = -(decay w + rate u + mix b), u = a or, adaptive,
+    first_scale a / (second_scale sqrt(b) + eps); and mean u^2 of adaptive rules. NaN but for nonfinite where w or dw
+    is not finite."""
+    rows, mean_squares = [], []
+    for w, a, b, r in zip(params, first, second, rules, strict=True):
+        w, a, b = (torch.zeros_like(w).double() if t is None else t.detach().double() for t in (w, a, b))
+        u = r.first_scale * a / (r.second_scale * b.sqrt() + r.eps) if r.adaptive else a
+        dw = -(r.decay * w + r.rate * u + (0 if r.adaptive else r.mix * b))
+        bad = float((~(w.isfinite() & dw.isfinite())).sum())
+        row = [float(dw.square().sum()), 0.0, 0.0, float(dw.abs().sum() and dw.abs().max()), float(w.square().sum())]
+        rows.append(torch.tensor([*([torch.nan] * 5 if bad else row), bad], dtype=torch.float64))
+        mean_squares.append(u.square().mean() if r.adaptive and not bad else torch.tensor(torch.nan).double())
+    return torch.stack(rows or [torch.zeros(6).double()])[: len(rows)], torch.tensor(mean_squares).double()
 
 
 def normalized_length(r: Tensor) -> Tensor:

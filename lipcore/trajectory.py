@@ -16,11 +16,11 @@ from lipcore.names import by_block, named_modules
 from lipcore.results import Level, MetricResult, Value
 from lipcore.trajectory_state import TrajectoryState
 
-# Columns of the ledger, in the order of struct TrajectoryRow (csrc/math/ledger.h).
+# Columns of the ledger, in the order of struct TrajectoryRow (csrc/math/trajectory_row.h).
 _COLUMNS = (
     *("steps", "path", "points", "folded", "m2", "update_last", "update_max", "max_abs_last", "max_abs_max"),
-    *("ratio_last", "ratio_sum", "ratio_max", "nonfinite_steps", "nonfinite_elements"),
-    *("total_steps", "total_path", "distance", "weight"),
+    *("ratio_last", "ratio_sum", "ratio_max", "nonfinite_steps", "nonfinite_elements", "zero_steps"),
+    *("total_steps", "total_path", "distance", "weight", "group"),
 )
 _WINDOW_COLUMNS = _COLUMNS.index("total_steps")
 _POINTS, _FOLDED, _M2 = (_COLUMNS.index(name) for name in ("points", "folded", "m2"))
@@ -127,8 +127,12 @@ class Trajectory(Metric):
         self._ledger = torch.zeros(rows, _core.LEDGER_COLUMNS, dtype=torch.float64, device=tensors[0].device)
         groups = [self._groups.index(part.group) for part in parts]
         self._group_index = torch.tensor(groups, device=tensors[0].device)
-        entries = [(part.owner, part.key, part.name, *self._state.views(i), groups[i]) for i, part in enumerate(parts)]
-        self._plan = _core.TrajectoryPlan(entries, len(self._groups), self._ledger)
+        self._ledger[: len(parts), _COLUMNS.index("group")] = self._group_index.double()
+        self._recent = self._ledger.new_zeros(1024, rows, 2)
+        self._cursor = self._ledger.new_zeros(2)
+        self._core_ledger = _core.Ledger(self._ledger, self._recent, self._cursor, len(parts))
+        entries = [(part.owner, part.key, part.name, *self._state.views(i), None) for i, part in enumerate(parts)]
+        self._plan = _core.TrajectoryPlan(entries, self._core_ledger)
         self._parts = parts
 
     def _parts_of_module(self, model: nn.Module) -> list[_Part]:

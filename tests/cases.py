@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lipcore
 from lipcore import _core
 from lipcore import functional as F
+from lipcore.update_rules import UpdateRule
 
 ODD_SIZES = (0, 1, 2, 3, 7, 15, 16, 17, 63, 64, 65, 129)
 CHUNK = 65536  # elements of one unit of work (kChunk); four of them are one task (kSoloElements)
@@ -114,6 +115,19 @@ def _step_arguments() -> dict[str, Any]:
     return lists | {"mean": [torch.zeros(s) for s in shapes], "count": 2, "out": _float64(2, 6)}
 
 
+def _update_arguments() -> dict[str, Any]:
+    shapes = [(4, 6), (5,)]
+    lists = {
+        n: [values(s, torch.float32, i).abs() for s in shapes] for i, n in enumerate(("params", "first", "second"))
+    }
+    rules = [UpdateRule(0.1, eps=1e-8, adaptive=True), UpdateRule(0.1, 0.09)]
+    return lists | {"rules": rules, "rows": _float64(2, 6), "normalized": _float64(2)}
+
+
+def _update_sums_of_core(a: dict[str, Any]) -> None:
+    _core.update_sums(a["params"], a["first"], a["second"], a["rules"], a["rows"], a["normalized"])
+
+
 def _step_of_core(a: dict[str, Any]) -> None:
     _core.trajectory_step(a["params"], a["prev"], a["ref"], a["mean"], a["count"], a["out"])
 
@@ -164,6 +178,12 @@ OPS = [
         state=("prev[0]", "prev[1]", "mean[0]", "mean[1]", "out"),
     ),
     Op(
+        "update_sums",
+        _update_arguments,
+        lambda a: F.update_sums(a["params"], a["first"], a["second"], a["rules"]),
+        lists=("params", "first", "second"),
+    ),
+    Op(
         "Distribution.observe_all",
         lambda: {"values": _float64(3)},
         lambda a: _core.Distribution().observe_all(a["values"]),
@@ -196,6 +216,14 @@ OPS = [
         _step_of_core,
         tensors=("out",),
         lists=("params", "prev", "ref", "mean"),
+        full_check=False,
+    ),
+    Op(
+        "core.update_sums",
+        _update_arguments,
+        _update_sums_of_core,
+        tensors=("rows", "normalized"),
+        lists=("params", "first", "second"),
         full_check=False,
     ),
     Op(

@@ -37,6 +37,18 @@ class Wrapper(nn.Module):
         return self.module(*arguments)
 
 
+class Custom(nn.Module):
+    """Its first layer is found by running it; picklable."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(7, 1)
+        self.first = nn.Linear(5, 7)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).relu())
+
+
 def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, bias: bool = True) -> nn.Sequential:
     """Linear layers with activations between them; the output has sizes[-1] values."""
     layers: list[nn.Module] = []
@@ -55,6 +67,29 @@ def cnn() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(16, 1),
     )
+
+
+def frozen_first() -> nn.Sequential:
+    model = mlp(5, 7, 6, 1)
+    model[0].requires_grad_(False)
+    return model
+
+
+def with_batchnorm(**settings: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7, **settings), nn.ReLU(), nn.Linear(7, 1))
+
+
+def found_by_running() -> Graph:
+    """Its first layer is not the one registered first."""
+    return Graph(lambda m, x: m.b(m.drop(m.a(x).relu_())), b=nn.Linear(7, 1), a=nn.Linear(5, 7), drop=nn.Dropout(0.3))
+
+
+def two_headed() -> Graph:
+    def rule(m: Any, x: Tensor) -> dict[str, Tensor]:
+        h = m.body(m.stem(x)).relu()
+        return {"value": m.value(h), "policy": m.policy(h)}
+
+    return Graph(rule, stem=nn.Linear(5, 6), body=nn.Linear(6, 7), value=nn.Linear(7, 1), policy=nn.Linear(7, 3))
 
 
 def seeded(build: Callable[[], nn.Module], seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -131,9 +166,21 @@ def train(
         optimizer.step()
 
 
-def batches(count: int, size: int, features: int = 5, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def adam(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
+
+
+def batches(count: int, size: int, shape: tuple[int, ...] = (5,), seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(size, features, generator=generator), torch.randn(size, 1, generator=generator))
+        (torch.randn(size, *shape, generator=generator), torch.randn(size, 1, generator=generator))
         for _ in range(count)
     ]
+
+
+def images(count: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    return batches(count, size, (1, 8, 8), seed=2)

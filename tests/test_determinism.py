@@ -15,6 +15,7 @@ from oracle import DTYPES, same_bits
 from torch import nn
 
 from lipcore import Trajectory, _core, functional
+from lipcore.update_rules import UpdateRule
 
 WAYS = [(isa, threads) for isa in ISAS for threads in (1, 2)]
 
@@ -81,6 +82,16 @@ def test_trajectory_step(dtype):
         return [first, functional.trajectory_step(moved, prev, ref, mean, 2), *prev, *mean]
 
     assert_same_in_all_ways(compute)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", [UpdateRule.of_step(0.1, 0.09, 1e-3), UpdateRule(0.1, eps=1e-8, adaptive=True)])
+def test_update_sums(rule, dtype):
+    sizes = SIZES if dtype == "f32" else SIZES[:-1]
+    params, first, second = ([values((n,), DTYPES[dtype], i).abs() for n in sizes] for i in (1, 2, 3))
+    first[6][5] = torch.nan
+    second[7] = second[7].float()
+    assert_same_in_all_ways(lambda: list(functional.update_sums(params, first, second, [rule] * len(sizes))))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

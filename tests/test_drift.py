@@ -39,23 +39,17 @@ def run(make, steps, n):
     owner = {"w": parameter}
     trajectory = Trajectory(owner.items())
     # The plan alone, beside it, so that the norm of every step can be read where it is reported.
-    state = [parameter.clone(), parameter.clone(), torch.zeros(n)]
-    ledger = torch.zeros(3, _core.LEDGER_COLUMNS, dtype=torch.float64)
-    plan = _core.TrajectoryPlan([(owner, "w", "w", *state, 0)], 1, ledger)
-    memory, reported, row = parameter.numpy(), np.empty(steps), ledger[0].numpy()
-    last = trajectory_column("update_last")
+    state = [parameter.clone(), parameter.clone(), torch.zeros(n), None]
+    rows = torch.zeros(3, _core.LEDGER_COLUMNS, dtype=torch.float64)
+    recent, cursor = torch.zeros(1, 3, 2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    plan = _core.TrajectoryPlan([(owner, "w", "w", *state)], _core.Ledger(rows, recent, cursor, 1))
+    memory, reported, row = parameter.numpy(), np.empty(steps), recent[0, 0].numpy()
     for t in range(steps):
         memory[:] = points[t + 1]
         trajectory.update()
         plan.step()
-        reported[t] = row[last]
+        reported[t] = np.sqrt(row[0])
     return points, trajectory.compute(), reported
-
-
-def trajectory_column(name):
-    from lipcore import trajectory
-
-    return trajectory._COLUMNS.index(name)
 
 
 def two_pass_variance(points):

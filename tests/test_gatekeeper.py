@@ -296,6 +296,22 @@ def misfits() -> list[Any]:
                 (op, f"{name}[1]", torch.zeros(5, dtype=f64), "float32.*float64"),
                 (op, f"{name}[1]", torch.zeros(5, dtype=torch.bfloat16), "float32.*bfloat16"),
             ]
+    for op in ("update_sums", "core.update_sums"):
+        for name in ("first", "second"):
+            rows += [
+                (op, name, [torch.zeros(4, 6)], "2 tensors.*got 1"),
+                (op, f"{name}[0]", torch.zeros(6, 4), r"\[4, 6\].*\[6, 4\]"),
+                (op, f"{name}[1]", torch.zeros(5, 1), r"\[5\].*\[5, 1\]"),
+            ]
+    rows += [
+        ("core.update_sums", "params[0]", torch.zeros(4, 12)[:, ::2], "dense"),
+        ("core.update_sums", "first[0]", torch.zeros(6, 4).t(), "layout"),
+        ("core.update_sums", "rows", torch.zeros(2, 5, dtype=f64), r"\[2, 6\].*\[2, 5\]"),
+        ("core.update_sums", "rows", torch.zeros(2, 6), "float64.*float32"),
+        ("core.update_sums", "rows", torch.zeros(6, 2, dtype=f64).t(), "contiguous"),
+        ("core.update_sums", "normalized", torch.zeros(3, dtype=f64), r"\[2\].*\[3\]"),
+        ("core.update_sums", "normalized", torch.zeros(2), "float64.*float32"),
+    ]
     return [pytest.param(*row, id=f"{row[0]}-{row[1]}-{i}") for i, row in enumerate(rows)]
 
 
@@ -381,6 +397,17 @@ def test_overlap_in_a_step(op, overlap, transposed):
         op.call(bad)
     assert str(caught.value).split("[")[0].split(":")[0] in ("prev", "mean", "out", "params", "ref")
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(bad), strict=True))
+
+
+@pytest.mark.parametrize("name", ["params", "first", "second"])
+@pytest.mark.parametrize("result", ["rows", "normalized"])
+def test_results_of_update_sums_inside_an_argument(result, name):
+    good = next(op for op in OPS if op.name == "core.update_sums").arguments()
+    memory = torch.zeros(24, dtype=f64)
+    good[name][0] = memory.view(f32)[24:].view(4, 6)
+    inside = memory[12:].view(2, 6) if result == "rows" else memory[22:]
+    with pytest.raises(ValueError, match=rf"^{result}: .*memory with {name}\[0\]"):
+        next(op for op in OPS if op.name == "core.update_sums").call(good | {result: inside})
 
 
 @pytest.mark.parametrize("where", [slice(0, 4), slice(8, 12)], ids=["start", "end"])

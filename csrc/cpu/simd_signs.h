@@ -49,8 +49,7 @@ LIPCORE_INLINE F64x16 xor_lanes(F64x16 a, uint32_t by) {
   const __m256i lanes = _mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(2 * (by & 3)));
   double t[16];
   for (int i = 0; i < 4; ++i)
-    _mm256_storeu_pd(t + 4 * i,
-                     _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(a.v[i]), lanes)));
+    _mm256_storeu_pd(t + 4 * i, _mm256_castps_pd(_mm256_permutevar8x32_ps(_mm256_castpd_ps(a.v[i]), lanes)));
   for (uint32_t i = 0; i < 4; ++i) a.v[i] = _mm256_loadu_pd(t + 4 * (i ^ by >> 2));
   return a;
 }

@@ -1,7 +1,7 @@
-// CountSketch of one run of a parameter: reads every element once, adds it to its bucket and returns the sum of squares.
-// Built once per instruction set. Widened to float64 before anything is added: a bucket's error is that of a float64
-// sum, and a movement of 1e-6 of the weights' norm survives in the difference of two sketches (float32 buckets would be
-// 13 % off there). Squares in 32 lanes, added in a fixed order.
+// CountSketch of one run of a parameter: reads every element once, adds it to its bucket and returns the sum of
+// squares. Built once per instruction set. Widened to float64 before anything is added: a bucket's error is that of a
+// float64 sum, and a movement of 1e-6 of the weights' norm survives in the difference of two sketches (float32 buckets
+// would be 13 % off there). Squares in 32 lanes, added in a fixed order.
 #include "cpu/isa.h"
 
 namespace lipcore::LIPCORE_ISA {

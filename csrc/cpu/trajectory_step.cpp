@@ -18,26 +18,29 @@ struct Sums {
   typename E::Lanes max_dw = E::set(0);
 };
 
-template <class E, bool kRestart>
+template <class E, bool kRestart, bool kElements>
 LIPCORE_INLINE void observe_16(const typename E::Stored* w, typename E::Stored* w_prev, const typename E::Stored* w0,
-                               typename E::Mean* mean, typename E::Lanes inv_count, Sums<E>* sums) {
+                               typename E::Mean* mean, typename E::Mean* m2, typename E::Lanes inv_count,
+                               Sums<E>* sums) {
   const auto now = E::read(w), before = E::read(w_prev), origin = E::read(w0);
   const auto old_mean = kRestart ? before - origin : load(mean);
   const auto m = observe_movement(now, before, origin, old_mean, inv_count);
   memcpy(w_prev, w, 16 * sizeof *w);
   store(mean, m.mean);
+  if (kElements) store(m2, (kRestart ? E::set(0) : load(m2)) + m.deviation * m.deviation_after);
   sums->dw_sq = add_square(sums->dw_sq, m.step);
   sums->dist_sq = add_square(sums->dist_sq, m.offset);
   sums->m2 = sums->m2 + widen(m.deviation) * widen(m.deviation_after);
   sums->max_dw = max_abs(sums->max_dw, m.step);
 }
 
-template <class E, bool kRestart>
+template <class E, bool kRestart, bool kElements>
 LIPCORE_INLINE void observe_run(const TrajectoryChunk& chunk, StepSums* out) {
   const auto* w = static_cast<const typename E::Stored*>(chunk.w);
   auto* w_prev = static_cast<typename E::Stored*>(chunk.w_prev);
   const auto* w0 = static_cast<const typename E::Stored*>(chunk.w0);
   auto* mean = static_cast<typename E::Mean*>(chunk.mean);
+  auto* m2 = static_cast<typename E::Mean*>(chunk.m2);
   const auto inv_count = E::set(chunk.inv_count);
   Sums<E> sums;
   int64_t i = 0;
@@ -46,17 +49,20 @@ LIPCORE_INLINE void observe_run(const TrajectoryChunk& chunk, StepSums* out) {
     __builtin_prefetch(w_prev + i + kPrefetch, 1);
     __builtin_prefetch(w0 + i + kPrefetch);
     __builtin_prefetch(mean + i + kPrefetch, 1);
-    observe_16<E, kRestart>(w + i, w_prev + i, w0 + i, mean + i, inv_count, &sums);
+    observe_16<E, kRestart, kElements>(w + i, w_prev + i, w0 + i, mean + i, kElements ? m2 + i : nullptr, inv_count,
+                                       &sums);
   }
   if (const size_t rest = static_cast<size_t>(chunk.count - i)) {
     // The tail runs through the same lanes, padded with zeros that add nothing.
     typename E::Stored now[16] = {}, before[16] = {}, origin[16] = {};
-    typename E::Mean tail_mean[16] = {};
+    typename E::Mean tail_mean[16] = {}, tail_m2[16] = {};
     memcpy(now, w + i, rest * sizeof *w);
     memcpy(before, w_prev + i, rest * sizeof *w);
     memcpy(origin, w0 + i, rest * sizeof *w);
     memcpy(tail_mean, mean + i, rest * sizeof *mean);
-    observe_16<E, kRestart>(now, before, origin, tail_mean, inv_count, &sums);
+    if (kElements) memcpy(tail_m2, m2 + i, rest * sizeof *m2);
+    observe_16<E, kRestart, kElements>(now, before, origin, tail_mean, tail_m2, inv_count, &sums);
+    if (kElements) memcpy(m2 + i, tail_m2, rest * sizeof *m2);
     memcpy(w_prev + i, before, rest * sizeof *w);
     memcpy(mean + i, tail_mean, rest * sizeof *mean);
   }
@@ -69,10 +75,10 @@ LIPCORE_INLINE void observe_run(const TrajectoryChunk& chunk, StepSums* out) {
 void chunk(const TrajectoryChunk& chunk, StepSums* sums) {
   with_dtype(chunk.dtype, [&](auto element) {
     using E = decltype(element);
-    if (chunk.restart)
-      observe_run<E, true>(chunk, sums);
+    if (chunk.m2)
+      chunk.restart ? observe_run<E, true, true>(chunk, sums) : observe_run<E, false, true>(chunk, sums);
     else
-      observe_run<E, false>(chunk, sums);
+      chunk.restart ? observe_run<E, true, false>(chunk, sums) : observe_run<E, false, false>(chunk, sums);
   });
 }
 

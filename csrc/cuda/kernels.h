@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "math/ledger.h"
+#include "math/trajectory_row.h"
 #include "ops/rows.h"
 
 namespace lipcore::cuda {
@@ -34,10 +34,10 @@ struct TensorEntry {
   void* w_prev;
   const void* w0;
   void* mean;
+  void* m2;  // may be null
   int64_t count;
   int64_t first_chunk;  // of its row of chunks in the chunk table; schedule_steps() sets it
   DType dtype;
-  int32_t group;  // the group whose row of the ledger it adds to
 };
 
 struct ChunkEntry {
@@ -59,12 +59,11 @@ std::vector<StepLaunch> schedule_steps(std::vector<TensorEntry>* tensors, int64_
 struct StepTables {
   TensorEntry* tensors;
   ChunkEntry* chunks;
-  StepSums* partials;     // per chunk
-  int32_t* not_finite;    // per tensor: 1 once a chunk with NaN or infinite elements was seen in this step
-  StepSums* sums;         // per tensor: the result
-  TrajectoryRow* ledger;  // rows of the tensors, the groups and the total; null for the stateless form
+  StepSums* partials;   // per chunk
+  int32_t* not_finite;  // per tensor: 1 once a chunk with NaN or infinite elements was seen in this step
+  StepSums* sums;       // per tensor: the result
   int64_t tensor_count;
-  int64_t groups;
+  LedgerTables ledger;  // rows == null for the stateless form
 };
 
 // Writes the tensor table from host memory, which may be reused at once: the entries travel as kernel parameters. With
@@ -78,5 +77,8 @@ Status launch_step(const StepTables& tables, const StepLaunch& launch, double in
 
 // Reduces the partials in fixed order into sums, and into the ledger if there is one.
 Status finish_step(const StepTables& tables, void* stream);
+
+// One step of all tensors into the ledger, from sums that were made elsewhere.
+Status observe_sums(const LedgerTables& ledger, const StepSums* sums, void* stream);
 
 }  // namespace lipcore::cuda

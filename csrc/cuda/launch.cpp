@@ -62,8 +62,8 @@ bool group_bytes(const OnDevice& on, int device, int64_t* bytes) {
   return true;
 }
 
-TensorEntry entry_of(const TrajectoryItem& item, int64_t group) {
-  return {item.w, item.w_prev, item.w0, item.mean, item.count, 0, item.dtype, static_cast<int32_t>(group)};
+TensorEntry entry_of(const TrajectoryItem& item) {
+  return {item.w, item.w_prev, item.w0, item.mean, item.m2, item.count, 0, item.dtype};
 }
 
 // Device memory for the tables; `sums` when the caller has none of its own for the results.
@@ -114,7 +114,7 @@ bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device de
   if (!on.enter(device) || !group_bytes(on, device.id, &bytes)) return false;
   std::vector<TensorEntry> entries;
   entries.reserve(items.size());
-  for (const TrajectoryItem& item : items) entries.push_back(entry_of(item, 0));
+  for (const TrajectoryItem& item : items) entries.push_back(entry_of(item));
   const std::vector<StepLaunch> launches = schedule_steps(&entries, bytes, &chunks);
   TorchMemory memory;
   StepTables tables{};
@@ -124,18 +124,21 @@ bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device de
          run(on, tables, launches, items[0].inv_count);
 }
 
-bool StepRunner::plan(const std::vector<TrajectoryItem>& items, const std::vector<int64_t>& groups, int64_t group_count,
-                      dlpack::Device device, TrajectoryRow* ledger) {
+bool observe_sums(const LedgerTables& ledger, const StepSums* sums, dlpack::Device device) {
+  OnDevice on("trajectory");
+  return on.enter(device) && on.check(observe_sums(ledger, sums, on.stream()));
+}
+
+bool StepRunner::plan(const std::vector<TrajectoryItem>& items, dlpack::Device device, const LedgerTables& ledger) {
   OnDevice on("trajectory");
   int64_t bytes, chunks;
   if (!on.enter(device) || !group_bytes(on, device.id, &bytes)) return false;
   device_ = device;
   entries_.clear();
-  for (size_t i = 0; i < items.size(); ++i) entries_.push_back(entry_of(items[i], groups[i]));
+  for (const TrajectoryItem& item : items) entries_.push_back(entry_of(item));
   launches_ = schedule_steps(&entries_, bytes, &chunks);
   if (!make_tables(device, static_cast<int64_t>(items.size()), chunks, true, &memory_, &tables_)) return false;
   tables_.ledger = ledger;
-  tables_.groups = group_count;
   return on.check(upload_tensors(tables_, entries_.data(), true, on.stream()));
 }
 
@@ -155,6 +158,7 @@ bool StepRunner::step(const std::vector<TrajectoryItem>& items, bool moved) {
       entries_[i].w_prev = items[i].w_prev;
       entries_[i].w0 = items[i].w0;
       entries_[i].mean = items[i].mean;
+      entries_[i].m2 = items[i].m2;
     }
     if (!on.check(upload_tensors(tables_, entries_.data(), false, on.stream()))) return false;
     stale_ = false;

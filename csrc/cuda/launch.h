@@ -18,14 +18,14 @@ bool sample_norms(const Rows& rows, dlpack::Device device, double* out);
 
 bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out);
 
+bool observe_sums(const LedgerTables& ledger, const StepSums* sums, dlpack::Device device);
+
 // The stateful form: tables on the device are made once, and the ledger, which is there too, tells each step whether it
 // is the first of a window. So a step depends on nothing on the host but the pointers: it can be captured in a CUDA
 // graph.
 class StepRunner {
  public:
-  // groups[i] is the group that item i adds to; ledger has a row per item, per group and for the total.
-  bool plan(const std::vector<TrajectoryItem>& items, const std::vector<int64_t>& groups, int64_t group_count,
-            dlpack::Device device, TrajectoryRow* ledger);
+  bool plan(const std::vector<TrajectoryItem>& items, dlpack::Device device, const LedgerTables& ledger);
 
   // `moved` when a pointer in items has changed since the last call (restart and inv_count are not looked at).
   // Allocates nothing.

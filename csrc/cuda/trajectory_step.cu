@@ -10,7 +10,7 @@
 #include <limits>
 
 #include "cuda/common.cuh"
-#include "math/ledger.h"
+#include "math/trajectory_row.h"
 
 namespace lipcore::cuda {
 namespace {
@@ -61,7 +61,7 @@ struct Sums {
 template <class E>
 __device__ __forceinline__ void step_element(typename E::Stored w, typename E::Stored w_prev, typename E::Stored w0,
                                              typename E::Work* mean, bool restart, typename E::Work inv_count,
-                                             Sums<E>* sums) {
+                                             Sums<E>* sums, typename E::Work* squared_deviation = nullptr) {
   const auto now = E::widen(w), before = E::widen(w_prev), origin = E::widen(w0);
   const auto m = observe_movement(now, before, origin, restart ? before - origin : *mean, inv_count);
   *mean = m.mean;
@@ -70,6 +70,7 @@ __device__ __forceinline__ void step_element(typename E::Stored w, typename E::S
   sums->m2 = add_product(sums->m2, m.deviation, m.deviation_after);
   const typename E::Work size = fabs(m.step);
   if (size > sums->max_dw) sums->max_dw = size;
+  if (squared_deviation) *squared_deviation = m.deviation * m.deviation_after;
 }
 
 template <class E, bool kAligned>
@@ -111,6 +112,22 @@ __device__ __forceinline__ void step_run(const typename E::Stored* w, typename E
   }
 }
 
+// With a variance per element: one element at a time, which is enough for what is asked rarely.
+template <class E>
+__device__ __forceinline__ void step_elements(const typename E::Stored* w, typename E::Stored* w_prev,
+                                              const typename E::Stored* w0, typename E::Work* mean,
+                                              typename E::Work* m2, int count, bool restart, typename E::Work inv_count,
+                                              Sums<E>* sums) {
+  for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
+    auto old_mean = restart ? typename E::Work{0} : mean[i];
+    typename E::Work added;
+    step_element<E>(w[i], w_prev[i], w0[i], &old_mean, restart, inv_count, sums, &added);
+    w_prev[i] = w[i];
+    mean[i] = old_mean;
+    m2[i] = (restart ? typename E::Work{0} : m2[i]) + added;
+  }
+}
+
 // One chunk of a tensor.
 struct Chunk {
   const TensorEntry& tensor;
@@ -148,7 +165,10 @@ __device__ __forceinline__ StepSums step(const Chunk& chunk, bool restart, doubl
     auto* mean = static_cast<typename E::Work*>(chunk.tensor.mean) + chunk.begin;
     const auto factor = static_cast<typename E::Work>(inv_count);
     Sums<E> sums;
-    if (is_aligned(w) && is_aligned(w_prev) && is_aligned(w0) && is_aligned(mean))
+    if (chunk.tensor.m2)
+      step_elements<E>(w, w_prev, w0, mean, static_cast<typename E::Work*>(chunk.tensor.m2) + chunk.begin, chunk.count,
+                       restart, factor, &sums);
+    else if (is_aligned(w) && is_aligned(w_prev) && is_aligned(w0) && is_aligned(mean))
       step_run<E, true>(w, w_prev, w0, mean, chunk.count, restart, factor, &sums);
     else
       step_run<E, false>(w, w_prev, w0, mean, chunk.count, restart, factor, &sums);
@@ -184,9 +204,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     if (skip) return;
   }
   bool restart = false;
-  if (tables.ledger) {
-    restart = starts_block(tables.ledger[entry.tensor]);
-    inv_count = 1.0 / points_after_step(tables.ledger[entry.tensor]);
+  if (tables.ledger.rows) {
+    restart = starts_block(tables.ledger.rows[entry.tensor]);
+    inv_count = 1.0 / points_after_step(tables.ledger.rows[entry.tensor]);
   }
   const StepSums sums = Reduce(storage).Reduce(step(chunk, restart, inv_count), Merge{});
   if (threadIdx.x == 0) {
@@ -195,6 +215,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
     tables.partials[index].m2_increment = sums.m2_increment;
     tables.partials[index].max_abs_dw = sums.max_abs_dw;
   }
+}
+
+__device__ __forceinline__ RecentStep* recent_of(const LedgerTables& ledger, double step) {
+  return ledger.recent + static_cast<int64_t>(step) % ledger.ring * ledger.row_count();
+}
+
+// The cursor is read by every thread of this launch and by every one of the next, so neither may move what it reads:
+// this one copies it, the next one counts it on.
+__device__ __forceinline__ void observe_tensor(const LedgerTables& ledger, int64_t tensor, const StepSums& sums) {
+  observe_row(&ledger.rows[tensor], &recent_of(ledger, ledger.cursor[0])[tensor], sums);
+  if (tensor == 0) ledger.cursor[1] = ledger.cursor[0];
 }
 
 // One block per tensor.
@@ -214,22 +245,33 @@ __global__ void __launch_bounds__(kThreads) finish_tensors(const __grid_constant
   if (sums.dw_sq != sums.dw_sq) sums.max_abs_dw = sums.dw_sq;  // comparisons drop NaN
   tables.sums[tensor] = sums;
   tables.not_finite[tensor] = 0;
-  if (tables.ledger) observe(&tables.ledger[tensor], sums);
+  if (tables.ledger.rows) observe_tensor(tables.ledger, tensor, sums);
+}
+
+// One thread per tensor.
+__global__ void __launch_bounds__(kThreads)
+    observe_tensors(const __grid_constant__ LedgerTables ledger, const StepSums* sums) {
+  const int64_t tensor = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (tensor < ledger.tensors) observe_tensor(ledger, tensor, sums[tensor]);
 }
 
 // One block per group, and one for the total.
-__global__ void __launch_bounds__(kThreads) finish_groups(const __grid_constant__ StepTables tables) {
+__global__ void __launch_bounds__(kThreads)
+    finish_groups(const __grid_constant__ LedgerTables ledger, const StepSums* tensors) {
   __shared__ typename Reduce::TempStorage storage;
   const int64_t group = blockIdx.x;
   StepSums sums{};
-  for (int64_t i = threadIdx.x; i < tables.tensor_count; i += kThreads)
-    if (group == tables.groups || tables.tensors[i].group == group) merge_member(&sums, tables.sums[i]);
+  for (int64_t i = threadIdx.x; i < ledger.tensors; i += kThreads)
+    if (group == ledger.groups || ledger.rows[i].group == static_cast<double>(group)) merge_member(&sums, tensors[i]);
   sums = Reduce(storage).Reduce(sums, Merge{});
-  if (threadIdx.x == 0) observe(&tables.ledger[tables.tensor_count + group], sums);
+  if (threadIdx.x != 0) return;
+  const int64_t row = ledger.tensors + group;
+  observe_row(&ledger.rows[row], &recent_of(ledger, ledger.cursor[1])[row], sums);
+  if (group == ledger.groups) ledger.cursor[0] = ledger.cursor[1] + 1;
 }
 
 // As many entries as fit into the 4 KiB that every driver allows for a kernel's parameters.
-constexpr int kBatch = 64;
+constexpr int kBatch = 56;
 struct Batch {
   TensorEntry entries[kBatch];
 };
@@ -275,8 +317,15 @@ Status finish_step(const StepTables& tables, void* stream) {
     const Status status = launch("adding up the tensors", &finish_tensors, tables.tensor_count, stream, tables);
     if (status.code) return status;
   }
-  if (!tables.ledger) return {0, ""};
-  return launch("adding up the groups", &finish_groups, tables.groups + 1, stream, tables);
+  if (!tables.ledger.rows) return {0, ""};
+  return launch("adding up the groups", &finish_groups, tables.ledger.groups + 1, stream, tables.ledger, tables.sums);
+}
+
+Status observe_sums(const LedgerTables& ledger, const StepSums* sums, void* stream) {
+  const int64_t blocks = (ledger.tensors + kThreads - 1) / kThreads;
+  const Status status = launch("taking in the tensors", &observe_tensors, blocks, stream, ledger, sums);
+  if (status.code) return status;
+  return launch("adding up the groups", &finish_groups, ledger.groups + 1, stream, ledger, sums);
 }
 
 }  // namespace lipcore::cuda

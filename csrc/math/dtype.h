@@ -7,8 +7,10 @@
 
 #if defined(__CUDACC__)
 #define LIPCORE_INLINE __host__ __device__ __forceinline__ static
+#define LIPCORE_MEMBER __host__ __device__ __forceinline__
 #else
 #define LIPCORE_INLINE __attribute__((always_inline)) static inline
+#define LIPCORE_MEMBER __attribute__((always_inline)) inline
 #endif
 
 namespace lipcore {

@@ -1,9 +1,9 @@
 // Where an element goes in a CountSketch: a bucket and a sign, from its global index and the seed. Host and device.
 //
 // Sixteen consecutive elements (a group, index / 16) share 32 hashed bits h: element j of the group goes to bucket
-// ((h >> 16) mod buckets) ^ j with the sign of bit j. So the group fills sixteen neighbouring buckets, in an order permuted
-// by XOR: two elements of a group never meet, two others meet with probability 1 / buckets, as in the textbook sketch,
-// while a kernel moves whole vectors. The tempting shortcuts, bucket = index mod buckets or groups that are not
+// ((h >> 16) mod buckets) ^ j with the sign of bit j. So the group fills sixteen neighbouring buckets, in an order
+// permuted by XOR: two elements of a group never meet, two others meet with probability 1 / buckets, as in the textbook
+// sketch, while a kernel moves whole vectors. The tempting shortcuts, bucket = index mod buckets or groups that are not
 // permuted, keep a hot column of a matrix in few buckets: errors 3 and 28 times wider.
 #pragma once
 

@@ -37,6 +37,7 @@ struct TrajectoryItem {
   void* w_prev;
   const void* w0;
   void* mean;
+  void* m2;  // may be null
   int64_t count;
   DType dtype;
   bool restart;

@@ -72,6 +72,7 @@ void TrajectoryRunner::step(const TrajectoryItem& item, int64_t chunk) {
   work.w_prev = const_cast<char*>(at(item.w_prev, c.begin, item.dtype));
   work.w0 = at(item.w0, c.begin, item.dtype);
   work.mean = const_cast<char*>(at(item.mean, c.begin, mean_dtype));
+  work.m2 = item.m2 ? const_cast<char*>(at(item.m2, c.begin, mean_dtype)) : nullptr;
   work.count = c.count;
   work.dtype = item.dtype;
   work.restart = item.restart;
@@ -197,8 +198,9 @@ bool trajectory_step(const std::vector<TensorView>& params, const std::vector<Te
     if (!check_state(prev[i], w, {"prev", index}, w.dtype) || !check_state(ref[i], w, {"ref", index}, w.dtype) ||
         !check_state(mean[i], w, {"mean", index}, mean_dtype))
       return false;
-    items[i] = {w.data,  prev[i].data, ref[i].data, mean[i].data,
-                w.numel, w.dtype,      false,       1.0 / static_cast<double>(count)};
+    items[i] = {w.data,       prev[i].data, ref[i].data,
+                mean[i].data, nullptr,      w.numel,
+                w.dtype,      false,        1.0 / static_cast<double>(count)};
     counts[i] = w.numel;
     if (!w.numel) continue;
     auto add = [&](const TensorView& view, bool written, const char* name) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,20 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from lipcore.metric import Tap
+
+
+def watch_input(arguments: Any) -> BypassWatch | None:
+    """Begin to follow the input through a forward pass; None where it cannot be: not eager, or no plain floating
+    input."""
+    leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+    plain = all(type(leaf) is Tensor and leaf.layout == torch.strided for leaf in leaves)
+    if not plain or not any(_carries_gradient(leaf) for leaf in leaves):
+        return None
+    watch = BypassWatch(arguments)
+    watch.__enter__()  # type: ignore[no-untyped-call]
+    return watch
 
 
 class BypassWatch(TorchDispatchMode):
@@ -23,16 +38,17 @@ class BypassWatch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._of_input = {_storage(leaf) for leaf in tree_leaves(inputs) if _carries_gradient(leaf)}
         self._past_first: set[StorageWeakRef] = set()
-        self._reached = False
+        self._followers: list[Tap] = []  # on the first layer, once it has run
 
-    def first_layer_done(self, output: Tensor) -> None:
-        """From here on, whatever still uses the input goes past the first layer."""
-        self._reached = True
-        self._of_input.discard(_storage(output))
-
-    def bypasses(self, output: Tensor) -> bool:
-        """Whether this output depends on the input past the first layer."""
-        return self._reached and _storage(output) in self._past_first
+    def reached(self, taps: Iterable[Tap], output: Tensor) -> None:
+        """A tapped module has run; tells those on the first layer when a later output bypasses them."""
+        followers = [tap for tap in taps if tap.follows_input]
+        if followers:  # from here on, whatever still uses the input goes past the first layer
+            self._of_input.discard(_storage(output))
+            self._followers += followers
+        elif self._followers and _storage(output) in self._past_first:
+            for tap in self._followers:
+                tap.bypassed()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -41,7 +57,7 @@ class BypassWatch(TorchDispatchMode):
         of_input = any(s in self._of_input for s in storages)
         if past or of_input:
             made = {_storage(leaf) for leaf in tree_leaves(result) if _carries_gradient(leaf)}
-            (self._past_first if past or self._reached else self._of_input).update(made)
+            (self._past_first if past or self._followers else self._of_input).update(made)
         return result
 
 
@@ -52,10 +68,3 @@ def _carries_gradient(value: Any) -> bool:
 def _storage(tensor: Tensor) -> StorageWeakRef:
     # A weak reference keeps the address from being reused while we remember it, but not the memory from being freed.
     return StorageWeakRef(tensor.untyped_storage())
-
-
-def watchable(arguments: Any) -> bool:
-    """Whether this forward pass can be watched: eager, with a plain floating input."""
-    leaves = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-    plain = all(type(leaf) is Tensor and leaf.layout == torch.strided for leaf in leaves)
-    return plain and any(_carries_gradient(leaf) for leaf in leaves)

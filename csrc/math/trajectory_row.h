@@ -24,13 +24,16 @@ struct TrajectoryRow {
   double ratio_max;
   double nonfinite_steps;     // steps left out because of NaN or infinite elements
   double nonfinite_elements;  // how many elements that were, over those steps
+  double zero_steps;          // steps in which nothing moved
   // Since the reference point.
   double total_steps;
   double total_path;
   double distance;  // ||w - w0|| after the last finite step
   double weight;    // ||w||
+  // Of the row itself.
+  double group;  // of a tensor: which group it adds to
 };
-constexpr int kTrajectoryColumns = 18;
+constexpr int kTrajectoryColumns = 20;
 static_assert(sizeof(TrajectoryRow) == kTrajectoryColumns * sizeof(double), "a row of the ledger tensor");
 
 LIPCORE_INLINE double larger(double a, double b) { return b > a ? b : a; }
@@ -39,10 +42,15 @@ LIPCORE_INLINE double larger(double a, double b) { return b > a ? b : a; }
 // block and blocks are merged by Chan's formula. A window's first block counts the point it starts from; a later one
 // begins with its first step, since the point before belongs to the block before.
 constexpr int kTrajectoryBlock = 512;  // 5e-5 of the variance after 1e5 steps in one block, 4e-7 in two hundred
-LIPCORE_INLINE bool starts_block(const TrajectoryRow& row) { return row.points == 0; }
+constexpr double kContinues = -1;  // `points` before a window that goes on where another one ended: its start is that
+                                   // one's last point, and merging the two must not count it twice
+LIPCORE_INLINE bool starts_block(const TrajectoryRow& row) { return row.points <= 0; }
 LIPCORE_INLINE double points_after_step(const TrajectoryRow& row) {
-  return starts_block(row) ? (row.steps == 0 ? 2 : 1) : row.points + 1;
+  return starts_block(row) ? (row.points == 0 && row.steps == 0 ? 2 : 1) : row.points + 1;
 }
+
+// A weight of norm zero that did not move has ratio 0; one that moved has no finite ratio, and infinity says so.
+LIPCORE_INLINE double update_ratio(double update, double weight) { return update == 0 ? 0 : update / weight; }
 
 LIPCORE_INLINE void observe(TrajectoryRow* row, const StepSums& step) {
   if (step.nonfinite > 0) {
@@ -52,10 +60,10 @@ LIPCORE_INLINE void observe(TrajectoryRow* row, const StepSums& step) {
   }
   const double update = sqrt(step.dw_sq);
   const double weight = sqrt(step.weight_sq);
-  // A weight of norm zero that did not move has ratio 0; one that moved has no finite ratio, and infinity says so.
-  const double ratio = update > 0 ? update / weight : 0;
+  const double ratio = update_ratio(update, weight);
   row->points = points_after_step(*row);
   row->steps += 1;
+  row->zero_steps += update == 0;
   row->path += update;
   row->m2 += step.m2_increment;
   row->update_last = update;
@@ -71,6 +79,17 @@ LIPCORE_INLINE void observe(TrajectoryRow* row, const StepSums& step) {
   row->weight = weight;
 }
 
+// What is kept of a single step, for histories and quantiles: squares, because those of shards add up.
+struct RecentStep {
+  double dw_sq;  // NaN for a step that was left out
+  double weight_sq;
+};
+
+LIPCORE_INLINE void observe_row(TrajectoryRow* row, RecentStep* recent, const StepSums& step) {
+  observe(row, step);
+  *recent = {step.dw_sq, step.weight_sq};
+}
+
 // Sums of a group's step from its members'. A non-finite member adds only its count, so the rest goes on.
 LIPCORE_INLINE void merge_member(StepSums* group, const StepSums& member) {
   if (member.dw_sq == member.dw_sq)
@@ -78,5 +97,15 @@ LIPCORE_INLINE void merge_member(StepSums* group, const StepSums& member) {
   else
     group->nonfinite += member.nonfinite;
 }
+
+// The ledger as a kernel sees it; on a CUDA device, device pointers.
+struct LedgerTables {
+  TrajectoryRow* rows;  // of the tensors, then the groups, then the total
+  int64_t tensors, groups;
+  RecentStep* recent;  // [ring, rows]
+  int64_t ring;
+  double* cursor;  // [2]: how many steps were written to the ring; and for a CUDA kernel to keep it in
+  LIPCORE_MEMBER int64_t row_count() const { return tensors + groups + 1; }
+};
 
 }  // namespace lipcore

@@ -1,0 +1,149 @@
+#include "ops/update_sums.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "ops/ops.h"
+#include "parallel.h"
+
+namespace lipcore {
+namespace {
+
+struct Chunk {
+  int64_t item;
+  UpdateChunk work;
+};
+
+bool same_shape(const TensorView& a, const TensorView& b) {
+  return a.ndim == b.ndim && std::equal(a.shape, a.shape + a.ndim, b.shape);
+}
+
+bool same_strides(const TensorView& a, const TensorView& b) {
+  for (int d = 0; d < a.ndim; ++d)
+    if (a.shape[d] > 1 && a.strides[d] != b.strides[d]) return false;
+  return true;
+}
+
+bool overlap(const TensorView& a, const TensorView& b) {  // of dense ones
+  const auto* a_begin = static_cast<const char*>(a.data);
+  const auto* b_begin = static_cast<const char*>(b.data);
+  return a_begin < b_begin + b.numel * item_size(b.dtype) && b_begin < a_begin + a.numel * item_size(a.dtype);
+}
+
+bool check_state(const TensorView& state, const TensorView& w, ArgumentName name) {
+  const auto index = static_cast<long long>(name.index);
+  if (!same_shape(state, w))
+    return fail(name, "expected shape %s of params[%lld], got %s", ShapeText(w).text, index, ShapeText(state).text);
+  if (!state.same_device(w)) return fail(name, "is on another device than params[%lld]; put all on one", index);
+  if (!same_strides(state, w))
+    return fail(name, "its memory layout differs from that of params[%lld]; make both contiguous", index);
+  return true;
+}
+
+bool check_written(const TensorView& out, ArgumentName name, const std::vector<UpdateItem>& items) {
+  for (size_t i = 0; i < items.size(); ++i) {
+    const UpdateItem& item = items[i];
+    const char* with = overlap(out, item.w)                           ? "params"
+                       : item.has_first && overlap(out, item.first)   ? "first"
+                       : item.has_second && overlap(out, item.second) ? "second"
+                                                                      : nullptr;
+    if (with) return fail(name, "is written to but shares memory with %s[%zu]; pass separate tensors", with, i);
+  }
+  return true;
+}
+
+bool check_all(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& normalized) {
+  const auto n = static_cast<int64_t>(items.size());
+  for (int64_t i = 0; i < n; ++i) {
+    const UpdateItem& item = items[i];
+    if (!item.w.on_cpu())
+      return fail({"params", i},
+                  "is on a CUDA device; lipcore.functional.update_sums takes it, this CPU kernel cannot");
+    if (!item.w.is_dense()) return fail({"params", i}, "is not dense memory; pass a contiguous copy");
+    if (item.has_first && !check_state(item.first, item.w, {"first", i})) return false;
+    if (item.has_second && !check_state(item.second, item.w, {"second", i})) return false;
+  }
+  if (rows.dtype != DType::kFloat64 || rows.ndim != 2 || rows.shape[0] != n || rows.shape[1] != kStepSums ||
+      (n > 1 && rows.strides[0] != kStepSums) || (n && rows.strides[1] != 1) || !rows.on_cpu())
+    return fail({"rows"}, "expected a contiguous float64 CPU tensor of shape [%lld, %d], got %s %s",
+                static_cast<long long>(n), kStepSums, dtype_name(rows.dtype), ShapeText(rows).text);
+  if (normalized.dtype != DType::kFloat64 || normalized.ndim != 1 || normalized.numel != n || !normalized.on_cpu())
+    return fail({"normalized"}, "expected a float64 CPU tensor of shape [%lld], got %s %s", static_cast<long long>(n),
+                dtype_name(normalized.dtype), ShapeText(normalized).text);
+  if (n && overlap(rows, normalized))
+    return fail({"normalized"}, "is written to but shares memory with rows; pass separate tensors");
+  return check_written(rows, {"rows"}, items) && check_written(normalized, {"normalized"}, items);
+}
+
+UpdateForm form_of(const UpdateItem& item) {
+  if (item.adaptive) return UpdateForm::kAdaptive;
+  return item.has_second ? UpdateForm::kTwo : item.has_first ? UpdateForm::kOne : UpdateForm::kHeld;
+}
+
+const void* at(const TensorView& view, int64_t element) {
+  return static_cast<const char*>(view.data) + element * item_size(view.dtype);
+}
+
+std::vector<Chunk> chunks_of(const std::vector<UpdateItem>& items) {
+  std::vector<Chunk> chunks;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const UpdateItem& item = items[i];
+    for (int64_t begin = 0; begin < item.w.numel; begin += kChunk) {
+      const UpdateForm form = form_of(item);
+      UpdateChunk work{};
+      work.w = at(item.w, begin);
+      work.dtype = item.w.dtype;
+      if (item.has_first) work.first = at(item.first, begin), work.first_dtype = item.first.dtype;
+      if (item.has_second) work.second = at(item.second, begin), work.second_dtype = item.second.dtype;
+      work.count = std::min(kChunk, item.w.numel - begin);
+      work.form = form;
+      work.scalars = item.scalars;
+      chunks.push_back({static_cast<int64_t>(i), work});
+    }
+  }
+  return chunks;
+}
+
+// A chunk's sums, with the number of its non-finite elements where a sum is not finite.
+void sum_chunk(const UpdateChunk& work, UpdateSums* sums) {
+  const auto& kernel = *kernels().update_sums;
+  *sums = {};
+  kernel.chunk(work, sums);
+  // A float64 sum of float32 squares cannot overflow, so it is finite exactly when every element is; of float64 it can,
+  // and then the count is 0 and the infinite sum is the truth.
+  if (!std::isfinite(sums->step.weight_sq) || !std::isfinite(sums->step.dw_sq))
+    sums->step.nonfinite = static_cast<double>(kernel.count_nonfinite(work));
+}
+
+}  // namespace
+
+bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& normalized) {
+  if (!check_all(items, rows, normalized)) return false;
+  const std::vector<Chunk> chunks = chunks_of(items);
+  std::vector<UpdateSums> partials(chunks.size());
+  int64_t total = 0;
+  for (const UpdateItem& item : items) total += item.w.numel;
+  const bool parallel = total >= kSerialElements;
+  // The caller's lists hold the tensors, so their memory stays while other threads of Python run.
+  PyThreadState* state = parallel ? PyEval_SaveThread() : nullptr;
+  parallel_for(static_cast<int64_t>(chunks.size()), parallel,
+               [&](int64_t i) { sum_chunk(chunks[i].work, &partials[i]); });
+  if (state) PyEval_RestoreThread(state);
+
+  const double nan = std::numeric_limits<double>::quiet_NaN();
+  auto* row = static_cast<StepSums*>(rows.data);
+  auto* mean_square = static_cast<double*>(normalized.data);
+  size_t c = 0;
+  for (size_t i = 0; i < items.size(); ++i) {
+    UpdateSums sums{};
+    for (; c < chunks.size() && chunks[c].item == static_cast<int64_t>(i); ++c) merge(&sums, partials[c]);
+    const bool finite = sums.step.nonfinite == 0;
+    row[i] = finite ? sums.step : StepSums{nan, nan, nan, nan, nan, sums.step.nonfinite};
+    const auto count = static_cast<double>(items[i].w.numel);
+    mean_square[i] = finite && items[i].adaptive && count > 0 ? sums.direction_sq / count : nan;
+  }
+  return true;
+}
+
+}  // namespace lipcore

@@ -1,0 +1,18 @@
+"""Forward passes that are lipcore's own."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from lipcore import _core
+
+
+@contextlib.contextmanager
+def paused() -> Iterator[None]:
+    """Forward passes of this thread are not recorded: lipcore's own, which are no part of the training."""
+    _core.pause(1)
+    try:
+        yield
+    finally:
+        _core.pause(-1)

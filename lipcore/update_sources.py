@@ -1,0 +1,318 @@
+"""Where the update dw of a step comes from: the optimizer's own state, a copy of a moment, or the caller.
+
+All sources give the same: a row of :func:`lipcore.functional.update_sums` per parameter, and the mean square of the
+normalised update where the optimizer normalises. None keeps anything per element between steps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.optim import SGD, Adam, AdamW, Optimizer
+
+from lipcore import _core, functional
+from lipcore.update_closed_forms import CLOSED_FORMS, HELD, Part, part_of, why_not_fused
+from lipcore.update_rules import DIFFERENCE, GIVEN, UpdateRule
+
+Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
+Sums = tuple[Tensor, Tensor]  #: float64 [n, 6], and float64 [n]
+
+
+def supported(optimizer: Any) -> str | None:
+    """Why an optimizer's updates cannot be had from its state; None when they can.
+
+    Closed forms are of exactly torch.optim.SGD, Adam and AdamW. What a subclass's step does nobody knows.
+    """
+    kind = type(optimizer)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if not isinstance(optimizer, Optimizer):
+        return f"{name} is not a torch.optim.Optimizer"
+    if kind not in CLOSED_FORMS:
+        base = next((known.__name__ for known in (AdamW, Adam, SGD) if isinstance(optimizer, known)), None)
+        derived = f", a subclass of {base} whose step may do anything," if base else ""
+        return f"{name}{derived} has no closed form here (torch.optim.SGD, Adam and AdamW do, unless subclassed)"
+    for i, group in enumerate(optimizer.param_groups):
+        for parameter in group["params"] if group["fused"] else ():
+            if (reason := why_not_fused(kind, parameter)) is not None:
+                return f"{name}: parameter group {i}: {reason}"
+        decay = group["weight_decay"]
+        if isinstance(decay, Tensor) and (decay.requires_grad or decay.device.type != "cpu"):
+            return (
+                f"{name}: weight_decay of parameter group {i} is a tensor that "
+                f"{'requires gradients' if decay.requires_grad else f'lies on {decay.device}'}; pass a number"
+            )
+    return None
+
+
+class OptimizerSource:
+    """The update of every step, computed from the optimizer's state and hyper-parameters right after it.
+
+    It is the step the optimizer meant. What the rounding of the parameter to its dtype swallows (a bfloat16 parameter
+    does not move below half an ulp), what another hook or clipping of the weights does afterwards, and an assignment
+    from outside are not in it; a difference of parameters would show them. Momentum and moments are taken as they are
+    stored: with bfloat16 state the number carries that state's 3 digits.
+
+    Call :meth:`sums` in a post-step hook of the optimizer: there gradients, hyper-parameters and a GradScaler's verdict
+    are still those of the step. A parameter whose `.grad` is None then, or which has no state, was not stepped: its
+    update is 0. (Hence gradients must not be cleared earlier: SGD without momentum knows its step from `.grad` alone.)
+    Everything is looked up afresh at every call, so load_state_dict(), add_param_group() and a schedule are seen.
+
+    Args:
+        optimizers: exactly torch.optim.SGD, Adam or AdamW each, in whatever implementation (for-loop, foreach, fused,
+            capturable, differentiable).
+        parameters: (name, owner, key) with owner[key] the parameter; each tensor once.
+
+    Raises:
+        ValueError: an optimizer without a closed form, a parameter in none of the optimizers or in two, one that is
+            listed twice.
+    """
+
+    def __init__(self, optimizers: Optimizer | Sequence[Optimizer], parameters: Sequence[Parameter]) -> None:
+        self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
+        self._parameters = list(parameters)
+        for i, optimizer in enumerate(self._optimizers):
+            if (reason := supported(optimizer)) is not None:
+                raise ValueError(f"optimizers[{i}]: {reason}; use snapshots or pass the updates yourself")
+        tensors = _look_up(self._parameters)
+        _refuse_twins(self._parameters, tensors)
+        for (name, _, _), tensor in zip(self._parameters, tensors, strict=True):
+            _core.check_storage(tensor, name)
+        places = self._places()
+        absent = [name for (name, _, _), t in zip(self._parameters, tensors, strict=True) if id(t) not in places]
+        if absent:
+            shown = ", ".join(repr(name) for name in absent[:5]) + (", ..." if len(absent) > 5 else "")
+            raise ValueError(
+                f"optimizers: {len(absent)} of {len(tensors)} parameters are in none of them ({shown}), so their "
+                "updates are unknown; pass every optimizer that moves them, or leave those parameters out"
+            )
+        device = tensors[0].device if tensors else None
+        self._rows = torch.zeros(len(tensors), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
+        self._normalized = torch.full((len(tensors),), torch.nan, dtype=torch.float64, device=device)
+
+    def describe(self) -> list[str]:
+        """Per parameter the optimizer that moves it, as a plan says it: "AdamW, closed form"."""
+        places = self._places()
+        tensors = _look_up(self._parameters)
+        return [f"{type(places[id(t)][0]).__name__}, closed form" for t in tensors]
+
+    def sums(self, only: Optimizer | None = None) -> Sums:
+        """Rows and mean squares of the step that was just made; valid until the next call.
+
+        Args:
+            only: where several optimizers step one after the other, the one whose hook this is. The rows of the others'
+                parameters keep the values of their own call. Without it, of all.
+
+        Raises:
+            ValueError: a parameter was removed, or replaced by one that is not the optimizer's; a shape, device or
+                layout that does not fit.
+        """
+        places = self._places()
+        weights = _look_up(self._parameters)
+        skipped = {id(optimizer): _found_inf(optimizer) for optimizer in self._optimizers}
+        memo: dict[Any, Any] = {}
+        chosen: list[int] = []
+        parts: list[Part] = []
+        for i, w in enumerate(weights):
+            place = places.get(id(w))
+            if place is None:
+                self._refuse_stranger(i)
+            optimizer, group = place
+            if only is not None and optimizer is not only:
+                continue
+            chosen.append(i)
+            try:
+                parts.append(HELD if skipped[id(optimizer)] is True else part_of(optimizer, group, w, memo))
+            except ValueError as error:
+                raise ValueError(f"trajectory: parameter {self._parameters[i][0]!r}: {error}") from None
+        names = [self._parameters[i][0] for i in chosen]
+        params = [weights[i] for i in chosen]
+        if len(chosen) == len(weights) and self._rows.is_cpu:
+            return _sums(names, params, parts, (self._rows, self._normalized))
+        if chosen:
+            rows, normalized = _sums(names, params, parts)
+            for k, i in enumerate(chosen):
+                self._put(i, rows[k], normalized[k], skipped[id(places[id(weights[i])][0])])
+        return self._rows, self._normalized
+
+    def _put(self, i: int, row: Tensor, normalized: Tensor, found_inf: bool | Tensor) -> None:
+        """One parameter's result; where only the GPU knows whether the step was skipped, it chooses."""
+        if isinstance(found_inf, Tensor):
+            tensor = self._parameters[i][1][self._parameters[i][2]]
+            held, nothing = _sums([self._parameters[i][0]], [tensor], [HELD])
+            row = torch.where(found_inf != 0, held[0], row)
+            normalized = torch.where(found_inf != 0, nothing[0], normalized)
+        self._rows[i].copy_(row)
+        self._normalized[i].copy_(normalized.reshape(()))
+
+    def _refuse_stranger(self, i: int) -> NoReturn:
+        raise ValueError(
+            f"trajectory: parameter {self._parameters[i][0]!r} of the model is not the optimizer's any more: it was "
+            "replaced in its module or taken out of the optimizer; build the optimizer anew from the model's "
+            "parameters, then this metric"
+        )
+
+    def _places(self) -> dict[int, tuple[Optimizer, dict[str, Any]]]:
+        """id of a parameter -> the optimizer and group it is in, as things are now."""
+        places: dict[int, tuple[Optimizer, dict[str, Any]]] = {}
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if id(parameter) in places:
+                        self._refuse_shared(parameter)
+                    places[id(parameter)] = (optimizer, group)
+        return places
+
+    def _refuse_shared(self, parameter: Tensor) -> None:
+        name = next((n for n, owner, key in self._parameters if owner.get(key) is parameter), None)
+        what = f"parameter {name!r}" if name else f"a parameter of shape {list(parameter.shape)}"
+        raise ValueError(
+            f"optimizers: {what} is in two of them (or twice in one), and what one step moved cannot be told from the "
+            "other's; give every parameter to one optimizer"
+        )
+
+
+class SnapshotSource:
+    """The update of a step whatever the optimizer is: a copy of the parameters before it, gone after it.
+
+    Peak memory: the parameters' bytes once more, from :meth:`before` to :meth:`sums`; nothing in between steps. Unlike
+    the optimizer's own numbers this is what the parameters did, their rounding included; nothing is normalised, so the
+    mean squares are NaN.
+
+    Args:
+        parameters: (name, owner, key) with owner[key] the parameter; each tensor once.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self._parameters = list(parameters)
+        _refuse_twins(self._parameters, _look_up(self._parameters))
+        self._before: list[tuple[Tensor, Tensor]] | None = None
+
+    def describe(self) -> list[str]:
+        """Per parameter what is done with it."""
+        return ["difference to a copy made before the step"] * len(self._parameters)
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the copies take while a step runs."""
+        return sum(t.numel() * t.element_size() for t in _look_up(self._parameters))
+
+    def before(self) -> None:
+        """Copy the parameters: in a pre-step hook, on steps that are looked at."""
+        self._before = None  # the old copies go before new ones come
+        self._before = [(t, t.detach().clone()) for t in _look_up(self._parameters)]
+
+    def sums(self) -> Sums:
+        """Rows and mean squares of the step since before(); the copies are freed, also when this raises.
+
+        Raises:
+            RuntimeError: no before() since the last call.
+            ValueError: a parameter was removed or replaced.
+        """
+        before, self._before = self._before, None
+        if before is None:
+            raise RuntimeError("SnapshotSource.sums() needs before() ahead of the same step (a pre-step hook)")
+        tensors = _look_up(self._parameters)
+        names = [name for name, _, _ in self._parameters]
+        for name, tensor, (original, _) in zip(names, tensors, before, strict=True):
+            if tensor is not original:
+                raise ValueError(
+                    f"trajectory: parameter {name!r} was replaced during the step, so nothing was measured"
+                )
+        return _sums(names, tensors, [(copy, None, DIFFERENCE) for _, copy in before])
+
+
+class GivenSource:
+    """Updates that the caller has: dw itself, tensor by tensor.
+
+    Args:
+        parameters: (name, owner, key) with owner[key] the parameter.
+    """
+
+    def __init__(self, parameters: Sequence[Parameter]) -> None:
+        self._parameters = list(parameters)
+
+    def describe(self) -> list[str]:
+        """Per parameter what is done with it."""
+        return ["updates given"] * len(self._parameters)
+
+    def sums(self, updates: Mapping[str, Tensor | None]) -> Sums:
+        """Rows of the updates w - w_prev by parameter name; None for a parameter that did not move. The mean squares
+        are NaN.
+
+        Raises:
+            TypeError, ValueError: names that are not the parameters', or tensors that do not fit them.
+        """
+        if not isinstance(updates, Mapping):
+            raise TypeError(
+                f"updates: expected a mapping from parameter names to tensors, got {type(updates).__name__}"
+            )
+        names = [name for name, _, _ in self._parameters]
+        for what, wrong in (("lacks", set(names) - set(updates)), ("has no parameter", set(updates) - set(names))):
+            if wrong:
+                shown = ", ".join(repr(name) for name in sorted(wrong)[:5])
+                raise ValueError(
+                    f"updates: {what} {shown}{', ...' if len(wrong) > 5 else ''}; pass one tensor per parameter of the "
+                    "trajectory, None for one that did not move"
+                )
+        parts = [HELD if updates[n] is None else (updates[n], None, GIVEN) for n in names]
+        return _sums(names, _look_up(self._parameters), parts)
+
+
+def _look_up(parameters: Sequence[Parameter]) -> list[Tensor]:
+    tensors = []
+    for name, owner, key in parameters:
+        tensor = owner.get(key)
+        if tensor is None:
+            raise ValueError(f"trajectory: parameter {name!r} was removed from its module; make this metric anew")
+        tensors.append(tensor)
+    return tensors
+
+
+def _refuse_twins(parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> None:
+    seen: dict[int, str] = {}
+    for (name, _, _), tensor in zip(parameters, tensors, strict=True):
+        if id(tensor) in seen:
+            raise ValueError(f"parameters: {seen[id(tensor)]!r} and {name!r} are one tensor (tied); list it once")
+        seen[id(tensor)] = name
+
+
+def _found_inf(optimizer: Optimizer) -> bool | Tensor:
+    """Whether a GradScaler told a fused optimizer to leave its parameters alone; a tensor where the GPU knows."""
+    found: Any = getattr(optimizer, "found_inf", None)
+    if not isinstance(found, Tensor):
+        return False
+    return bool(found) if found.is_cpu else found
+
+
+def _sums(names: Sequence[str], params: list[Tensor], parts: Sequence[Part], out: Sums | None = None) -> Sums:
+    first, second = [part[0] for part in parts], [part[1] for part in parts]
+    rules: list[UpdateRule] = [part[2] for part in parts]
+    if out is not None:
+        try:
+            _core.update_sums(params, first, second, rules, *out)
+            return out
+        except (TypeError, ValueError):
+            pass  # a layout that has to be copied; what is wrong for good is said below
+    try:
+        rows, normalized = functional.update_sums(params, first, second, rules)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_in_words(str(error), names)) from None
+    if out is None:
+        return rows, normalized
+    out[0].copy_(rows)
+    out[1].copy_(normalized)
+    return out
+
+
+def _in_words(message: str, names: Sequence[str]) -> str:
+    """The message about an argument of the op, said of the parameter."""
+    found = re.match(r"(params|first|second|rules)\[(\d+)\]: ", message)
+    if not found:
+        return f"trajectory: {message}"
+    tensor = {"params": "", "first": ": its gradient, momentum or update", "second": ": its second state", "rules": ""}
+    what = message[found.end() :]
+    return f"trajectory: parameter {names[int(found.group(2))]!r}{tensor[found.group(1)]} {what}"

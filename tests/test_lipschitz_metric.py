@@ -1,0 +1,66 @@
+"""Lipschitz by itself: per_sample, its own clock, merging."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import mlp, reference, seeded
+
+from lipcore import Lipschitz, Monitor
+
+
+def test_per_sample_says_when_it_has_nothing() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    metric = Lipschitz()
+    with Monitor(model, metrics=[metric]):
+        with pytest.raises(RuntimeError, match="none was recorded yet"):
+            _ = metric.per_sample
+        model(torch.randn(3, 5)).sum().backward()
+        assert metric.per_sample.local_lipschitz.shape == (3,)
+        for _ in range(2):  # the second is served by the shortcut, which keeps nothing
+            model.zero_grad()
+            model(torch.randn(1, 5)).sum().backward()
+        with pytest.raises(RuntimeError, match="batch-1 shortcut"):
+            _ = metric.per_sample
+
+
+# ---- the metric alone
+
+
+def test_a_metric_alone_keeps_its_own_clock() -> None:
+    model = seeded(lambda: mlp(5, 7, 1), dtype=torch.float64)
+    x = torch.randn(4, 5, dtype=torch.float64)
+    expected, _ = reference(model, x)
+    metric = Lipschitz(model)
+    for _ in range(3):
+        model(x).sum().backward()
+        metric.update()
+    result = metric.compute()
+    assert result.normalized_gradient_norm["model:Linear"].sum.count == 12
+    assert result.normalized_gradient_norm["model:Linear"].mean.value == pytest.approx(
+        float(expected.mean()), rel=1e-12
+    )
+    metric.reset()
+    assert metric.compute().normalized_gradient_norm["model:Linear"].mean.count == 0
+    metric.close()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with pytest.raises(RuntimeError, match="no model of its own"):
+        Lipschitz().update()
+
+
+def test_merging_two_windows_gives_the_distribution_of_both() -> None:
+    model = seeded(lambda: mlp(5, 7, 1), dtype=torch.float64)
+    x = torch.randn(10, 5, dtype=torch.float64)
+    parts = []
+    for rows in (x, x[:3], x[3:]):
+        metric = Lipschitz()
+        with Monitor(model, metrics=[metric]):
+            model(rows).sum().backward()
+        parts.append(metric)
+    whole, first, second = parts
+    first.merge(second)
+    for quantity in ("normalized_gradient_norm", "local_lipschitz"):
+        expected, found = (metric.finalize()[quantity]["model:Linear"] for metric in (whole, first))
+        for reducer in expected:
+            assert found[reducer].count == 10
+            assert found[reducer].value == pytest.approx(expected[reducer].value, rel=1e-14)
