@@ -1,4 +1,4 @@
-"""The stream limit of this machine: bench/native/stream.cpp, built once and called through ctypes."""
+"""Limits of this machine and textbook methods: bench/native/*.cpp, built once and called through ctypes."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 
 import lipcore._core as core
 
-_SOURCE = Path(__file__).parent / "native" / "stream.cpp"
+_NATIVE = Path(__file__).parent / "native"
 
 
 @cache
-def _library() -> ctypes.CDLL:
+def _library(name: str) -> ctypes.CDLL:
     folder = Path(tempfile.mkdtemp(prefix="lipcore-bench-"))
-    target = folder / "stream.so"
+    target = folder / f"{name}.so"
     compiler = os.environ.get("CXX", "g++")
     flags = ["-O3", "-march=native", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([compiler, *flags, str(_SOURCE), "-o", str(target)], check=True)
+    subprocess.run([compiler, *flags, str(_NATIVE / f"{name}.cpp"), "-o", str(target)], check=True)
     return ctypes.CDLL(str(target))
 
 
@@ -32,11 +32,35 @@ def stream_4r2w(elements: int, threads: int) -> Callable[[], None]:
     arrays = [torch.rand(elements) for _ in range(4)]
     for array in arrays:
         core.advise_huge_pages(array)
-    function = _library().stream_4r2w
+    function = _library("stream").stream_4r2w
     pointers = [ctypes.c_void_p(array.data_ptr()) for array in arrays]
 
     def call() -> None:
         function(*pointers, ctypes.c_int64(elements), ctypes.c_int(threads))
 
     call.arrays = arrays  # type: ignore[attr-defined]  # they must live as long as the pointers
+    return call
+
+
+_TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+
+
+def read_once(x: torch.Tensor, threads: int) -> Callable[[], float]:
+    """A call that reads x once for its sum of squares."""
+    function = getattr(_library("sketch"), f"read_{_TYPES[x.dtype]}")
+    function.restype = ctypes.c_double
+    arguments = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), ctypes.c_int(threads)
+    return lambda: float(function(*arguments))
+
+
+def textbook_sketch(x: torch.Tensor, buckets: int, threads: int) -> Callable[[], torch.Tensor]:
+    """A call that gives the CountSketch of x by a hash and an addition per element."""
+    function, y = getattr(_library("sketch"), f"scatter_{_TYPES[x.dtype]}"), torch.empty(buckets, dtype=torch.float64)
+    first = ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel()), ctypes.c_uint32(7), ctypes.c_int64(buckets)
+    last = ctypes.c_void_p(y.data_ptr()), ctypes.c_int(threads)
+
+    def call() -> torch.Tensor:
+        function(*first, *last)
+        return y
+
     return call

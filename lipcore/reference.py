@@ -58,15 +58,16 @@ def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: in
     """y_b = sum of s(i) w_i over the elements with h(i) = b; NaN when an element is not finite.
 
     32 bits per group of 16 elements, from one hash for two groups: element j of a group goes to bucket (upper 16 bits
-    mod k) ^ j, negated when bit j is set.
+    mod k) ^ j =: b, negated when bit b mod 16 is set.
     """
     y = torch.zeros(buckets, dtype=torch.float64)
     for w, first in zip(tensors, first_index, strict=True):
         flat = w.detach().as_strided((w.numel(),), (1,)).double().cpu()  # in the order of memory
         i = np.arange(first, first + w.numel(), dtype=np.uint64)
         bits = _splitmix64(_splitmix64(np.array([seed], np.uint64), 1), i // 32) >> i // 16 % 2 * 32 & 0xFFFFFFFF
-        bucket = torch.from_numpy(((bits >> 16) % buckets ^ i % 16).astype(np.int64))
-        y.index_add_(0, bucket, flat * torch.from_numpy(1.0 - 2.0 * (bits >> i % 16 & 1)))
+        bucket = (bits >> 16) % buckets ^ i % 16
+        sign = 1.0 - 2.0 * (bits >> bucket % 16 & 1)
+        y.index_add_(0, torch.from_numpy(bucket.astype(np.int64)), flat * torch.from_numpy(sign))
         if not flat.isfinite().all():
             y += torch.nan
     return y
@@ -74,10 +75,12 @@ def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: in
 
 def _splitmix64(start: NDArray[np.uint64], steps: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
     """The output of splitmix64 (Steele, Lea, Flood 2014) after so many steps from a state, modulo 2**64."""
-    z = start + np.asarray(steps, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ z >> 30) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ z >> 27) * np.uint64(0x94D049BB133111EB)
-    return z ^ z >> 31
+    u = np.uint64
+    z: NDArray[np.uint64]
+    z = start + np.asarray(steps, u) * u(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> u(30))) * u(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> u(27))) * u(0x94D049BB133111EB)
+    return z ^ (z >> u(31))
 
 
 def update_sums(

@@ -149,6 +149,11 @@ def _step_of_trajectory(a: dict[str, Any]) -> None:
         raise
 
 
+def _sketch_arguments() -> dict[str, Any]:
+    tensors = [values((4, 6), torch.float32), values((5,), torch.float32, 1)]
+    return {"tensors": tensors, "first_index": [0, 24], "out": _float64(256)}
+
+
 _ROWS = {"arguments": lambda: {"x": values((4, 6), torch.float32), "out": _float64(4)}, "tensors": ("x", "out")}
 _RATIOS = {"delta": lambda: values((4, 6), torch.float32), "output_grad": lambda: values((4,), torch.float32, 3)}
 
@@ -182,6 +187,12 @@ OPS = [
         _update_arguments,
         lambda a: F.update_sums(a["params"], a["first"], a["second"], a["rules"]),
         lists=("params", "first", "second"),
+    ),
+    Op(
+        "sketch",
+        _sketch_arguments,
+        lambda a: F.sketch(a["tensors"], a["first_index"], buckets=256, seed=1),
+        lists=("tensors",),
     ),
     Op(
         "Distribution.observe_all",
@@ -224,6 +235,14 @@ OPS = [
         _update_sums_of_core,
         tensors=("rows", "normalized"),
         lists=("params", "first", "second"),
+        full_check=False,
+    ),
+    Op(
+        "core.sketch",
+        _sketch_arguments,
+        lambda a: _core.sketch(a["tensors"], a["first_index"], 1, a["out"]),
+        tensors=("out",),
+        lists=("tensors",),
         full_check=False,
     ),
     Op(

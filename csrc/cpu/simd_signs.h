@@ -2,16 +2,19 @@
 
 #if defined(__AVX512F__)
 
-struct LanePermutations {
+struct Permutations {
   alignas(64) int32_t lanes[16][16];
+  alignas(64) int16_t upper_halves[16][32];
 };
-constexpr LanePermutations xor_permutations() {
-  LanePermutations all{};
-  for (int by = 0; by < 16; ++by)
+constexpr Permutations xor_permutations() {
+  Permutations all{};
+  for (int by = 0; by < 16; ++by) {
     for (int i = 0; i < 16; ++i) all.lanes[by][i] = i ^ by;
+    for (int i = 0; i < 16; ++i) all.upper_halves[by][2 * i + 1] = static_cast<int16_t>(i ^ by);
+  }
   return all;
 }
-constexpr LanePermutations kXor = xor_permutations();  // a load is cheaper than a broadcast from a general register
+constexpr Permutations kXor = xor_permutations();  // a load is cheaper than a broadcast from a general register
 
 // Lane i takes lane i ^ by.
 LIPCORE_INLINE F32x16 xor_lanes(F32x16 a, uint32_t by) {
@@ -22,6 +25,13 @@ LIPCORE_INLINE F64x16 xor_lanes(F64x16 a, uint32_t by) {
   const __m512i lo = _mm512_xor_si512(lanes, _mm512_set1_epi64(static_cast<int>(by)));
   const __m512i hi = _mm512_xor_si512(lo, _mm512_set1_epi64(8));
   return {_mm512_permutex2var_pd(a.lo, lo, a.hi), _mm512_permutex2var_pd(a.lo, hi, a.hi)};
+}
+
+// Widens and permutes bfloat16 in one instruction.
+LIPCORE_INLINE F32x16 widen_bfloat16_xor(const uint16_t* p, uint32_t by) {
+  const __m512i bits = _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  const __m512i from = _mm512_load_si512(kXor.upper_halves[by]);
+  return {_mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, from, bits))};
 }
 
 // Lane i changes its sign when bit i is set.
@@ -86,4 +96,15 @@ LIPCORE_INLINE Lanes flip_signs(Lanes a, uint32_t bits) {
   return a;
 }
 
+#endif
+
+// Sixteen elements from memory, lane i that of place i ^ by.
+template <class E>
+LIPCORE_INLINE typename E::Lanes read_xor(E, const typename E::Stored* p, uint32_t by) {
+  return xor_lanes(E::read(p), by);
+}
+#if defined(__AVX512F__)
+LIPCORE_INLINE F32x16 read_xor(Element<DType::kBfloat16>, const uint16_t* p, uint32_t by) {
+  return widen_bfloat16_xor(p, by);
+}
 #endif

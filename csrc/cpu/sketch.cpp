@@ -16,7 +16,7 @@ constexpr int64_t kPrefetch = 12288;
 template <class E>
 LIPCORE_INLINE void add_group(const typename E::Stored* w, uint32_t h, int64_t bucket_count, double* buckets,
                               F64x16* squares) {
-  const auto x = xor_lanes(flip_signs(E::read(w), sign_bits(h)), bucket_xor(h));
+  const auto x = flip_signs(read_xor(E{}, w, bucket_xor(h)), sign_bits(h));
   double* at = buckets + first_bucket(h, bucket_count);
   *squares = add_square(*squares, x);
   store(at, load(at) + widen(x));

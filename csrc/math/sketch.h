@@ -1,10 +1,10 @@
 // Where an element goes in a CountSketch: a bucket and a sign, from its global index and the seed. Host and device.
 //
 // Sixteen consecutive elements (a group, index / 16) share 32 hashed bits h: element j of the group goes to bucket
-// ((h >> 16) mod buckets) ^ j with the sign of bit j. So the group fills sixteen neighbouring buckets, in an order
-// permuted by XOR: two elements of a group never meet, two others meet with probability 1 / buckets, as in the textbook
-// sketch, while a kernel moves whole vectors. The tempting shortcuts, bucket = index mod buckets or groups that are not
-// permuted, keep a hot column of a matrix in few buckets: errors 3 and 28 times wider.
+// b = ((h >> 16) mod buckets) ^ j, negated when bit b mod 16 of h is set. So the group fills sixteen neighbouring
+// buckets in an order permuted by XOR: two elements of a group never meet, two others meet with probability 1 /
+// buckets, as in the textbook sketch, while a kernel moves whole vectors. The tempting shortcuts, bucket = index mod
+// buckets or groups that are not permuted, keep a hot column of a matrix in few buckets: errors 3 and 28 times wider.
 #pragma once
 
 #include "math/dtype.h"
@@ -33,7 +33,7 @@ LIPCORE_INLINE uint64_t sketch_bits(uint64_t key, int64_t pair) {
   return mix_bits(key + static_cast<uint64_t>(pair) * kSketchStep);
 }
 
-// The first of the group's sixteen buckets, the XOR that permutes them, and the sign bits.
+// The first of the group's sixteen buckets, the XOR of elements to buckets, and the sign bits, one per bucket.
 LIPCORE_INLINE uint32_t first_bucket(uint32_t h, int64_t buckets) {
   return (h >> 16) & static_cast<uint32_t>(buckets - kSketchGroup);
 }

@@ -18,8 +18,10 @@ namespace {
 // Enough that setting a task's buckets to zero and adding them up costs a tenth of reading its elements, few enough
 // that two threads finish together.
 constexpr int64_t kTaskElements = 1 << 20;
-constexpr int64_t kTaskElementsPerBucket = 32;
-constexpr size_t kWave = 64;               // tasks with buckets of their own at a time: bounds the memory
+constexpr int64_t kTaskElementsPerBucket = 64;
+// Tasks at a time, and what their buckets may take: small enough to stay in the shared cache until they are added up.
+constexpr int64_t kWave = 64;
+constexpr int64_t kWaveBytes = 8 << 20;
 constexpr int64_t kReducedTogether = 512;  // buckets, added up by one thread
 
 int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
@@ -68,11 +70,12 @@ void SketchRunner::plan(const std::vector<SketchItem>& items, int64_t rows, int6
   for (const SketchItem& item : items) total_ += item.count;
   schedule_ = schedule_sketch(items, std::max(kTaskElements, kTaskElementsPerBucket * buckets));
   partials_.resize(schedule_.pieces.size());
+  wave_ = static_cast<size_t>(std::min(kWave, kWaveBytes / (buckets * static_cast<int64_t>(sizeof(double)))));
   places_.clear();
   int64_t places = 0, most = 0;
   std::vector<bool> seen(static_cast<size_t>(rows));
   for (const SketchTask& task : schedule_.tasks) {
-    if (places_.size() % kWave == 0) places = 0;
+    if (places_.size() % wave_ == 0) places = 0;
     places_.push_back(task.opens_row ? -1 : places++);
     most = std::max(most, places);
     seen[task.row] = true;
@@ -117,8 +120,8 @@ void SketchRunner::reduce(size_t first, size_t last, double* sketches) {
 
 void SketchRunner::run(const SketchItem* items, double* sketches, SketchWeight* weights) {
   const size_t tasks = schedule_.tasks.size();
-  for (size_t first = 0; first < tasks; first += kWave) {
-    const size_t last = std::min(first + kWave, tasks);
+  for (size_t first = 0; first < tasks; first += wave_) {
+    const size_t last = std::min(first + wave_, tasks);
     parallel_for(static_cast<int64_t>(last - first), total_ >= kSerialElements, [&](int64_t i) {
       const size_t t = first + static_cast<size_t>(i);
       const SketchTask& task = schedule_.tasks[t];

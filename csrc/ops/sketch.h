@@ -60,7 +60,7 @@ class SketchRunner {
   std::vector<SketchWeight> partials_;  // per piece
   std::vector<double> memory_;
   double* private_ = nullptr;  // in memory_, aligned
-  size_t item_count_ = 0;
+  size_t item_count_ = 0, wave_ = 1;
   int64_t buckets_ = 0, total_ = 0;
   uint64_t key_ = 0;
 };
