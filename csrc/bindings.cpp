@@ -286,6 +286,16 @@ void observe_values(Distribution& distribution, py::handle values) {
   for (int64_t i = 0; i < v.numel; ++i) distribution.observe(x[i * v.strides[0]]);
 }
 
+void square_sums_of(py::handle tensors, py::handle out) {
+  const auto views = views_of(tensors, "tensors");
+  const TensorView table = view_of(out, "out", Access::kWrite);
+  if (table.dtype != DType::kFloat64 || table.ndim != 2 || table.shape[0] != static_cast<int64_t>(views.size()) ||
+      table.shape[1] != kStepSums || !table.on_cpu())
+    throw py::value_error("out: expected a float64 CPU tensor with a row per tensor and " + std::to_string(kStepSums) +
+                          " columns, got " + ShapeText(table).text);
+  check(square_sums(views, static_cast<StepSums*>(table.data)));
+}
+
 std::unique_ptr<Ledger> make_ledger(py::handle rows, py::handle recent, py::handle cursor, int64_t tensors) {
   auto ledger = std::make_unique<Ledger>();
   check(ledger->open(rows.ptr(), recent.ptr(), cursor.ptr(), tensors));
@@ -422,6 +432,7 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "observe", [](Ledger& ledger, py::handle sums) { check(ledger.observe_tensor(sums.ptr())); },
           py::arg("sums"));
+  m.def("square_sums", &square_sums_of, py::arg("tensors"), py::arg("out"));
   m.def("observe_recent", &observe_recent, py::arg("recent"), py::arg("begin"), py::arg("end"),
         py::arg("distributions"));
   py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their copies and the ledger of their movement.")
@@ -433,6 +444,7 @@ PYBIND11_MODULE(_core, m) {
            })
       .def_readwrite("block", &TrajectoryPlan::block);
   m.attr("CONTINUES") = kContinues;
+  m.attr("BLOCK_STEPS") = kTrajectoryBlock;
   m.attr("STEP_COLUMNS") = kStepSums;
   m.attr("LEDGER_COLUMNS") = kTrajectoryColumns;
 #if defined(LIPCORE_WITH_CUDA)

@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'isa', 'normalized_norms', 'observe_ratios', 'observe_recent', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'isa', 'normalized_norms', 'observe_ratios', 'observe_recent', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'square_sums', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -130,6 +130,8 @@ def sample_norms(x: typing.Any, out: typing.Any) -> None:
     """
     out[b] = ||x[b]||_2; x [B, ...], out float64 [B].
     """
+def square_sums(tensors: typing.Any, out: typing.Any) -> None:
+    ...
 def trajectory_step(params: typing.Any, prev: typing.Any, ref: typing.Any, mean: typing.Any, count: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def update_sums(params: typing.Any, first: typing.Any, second: typing.Any, rules: typing.Any, rows: typing.Any, normalized: typing.Any) -> None:
@@ -139,6 +141,7 @@ def use_isa(name: str) -> None:
 def use_torch_threads(path: str) -> bool:
     ...
 BINS: int = 32768
+BLOCK_STEPS: int = 512
 CHECKED: int = 2
 CONTINUES: float = -1.0
 LEDGER_COLUMNS: int = 20

@@ -31,6 +31,11 @@ bool sample_ratio(const TensorView& delta, const TensorView& output_grad, const 
 // torch.mm.
 bool first_layer_norms(const TensorView& delta, const TensorView& weight, const TensorView& out);
 
+// out[i] = the step of a tensor that moved by tensors[i] (of gradients: their norms in the columns of a trajectory):
+// dw_sq and weight_sq its sum of squares, NaN with the count where there are NaN or infinite elements. Dense, on the
+// CPU.
+bool square_sums(const std::vector<TensorView>& tensors, StepSums* out);
+
 // One tensor of a trajectory step: flat memory throughout.
 struct TrajectoryItem {
   const void* w;

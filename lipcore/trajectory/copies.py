@@ -1,0 +1,119 @@
+"""The copies that exact statistics need of every tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipcore import _core, functional
+
+_ALIGNMENT = 64  # elements; every tensor's state starts on a cache line
+
+
+def distances(ones: list[Tensor], others: list[Tensor]) -> Tensor:
+    """||one - other|| of every pair, as float64."""
+    norms = []
+    for one, other in zip(ones, others, strict=True):
+        dtype = mean_dtype(one.dtype)
+        norms.append(functional.sample_norms((one.to(dtype) - other.to(dtype)).reshape(1, one.numel())))
+    return torch.cat(norms)
+
+
+def mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the mean of a tensor is kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bytes_of(count: int, dtype: torch.dtype, *, per_element: bool = False, blocks: int = 1) -> dict[str, int]:
+    """Persistent bytes per kind of state of a tensor; `blocks` is how many blocks' means are kept."""
+    mean = count * mean_dtype(dtype).itemsize
+    size = {"previous values": count * dtype.itemsize, "reference": count * dtype.itemsize, "mean": mean}
+    size["means of earlier blocks (windows longer than 512 steps)" if blocks == 1 else "means of blocks"] = (
+        mean * blocks
+    )
+    if per_element:
+        size["variance per element"] = mean * (1 + blocks)
+    return size
+
+
+class Copies:
+    """Previous values, reference point and running mean of every tensor: one flat allocation per kind and dtype, so
+    that only the tensors themselves are scattered.
+
+    The mean is that of the offset from the reference, over the open block of at most 512 steps; `earlier` holds the
+    mean over the window's blocks before it. `m2` and `earlier_m2` are sums of squared deviations per element, where
+    they were asked for.
+    """
+
+    def __init__(self, tensors: list[Tensor], *, per_element: bool) -> None:
+        self.dtypes = [tensor.dtype for tensor in tensors]
+        self.counts = [tensor.numel() for tensor in tensors]
+        self._layouts = [(tensor.shape, tensor.stride()) for tensor in tensors]
+        self._offsets: list[int] = []
+        self._sizes: dict[torch.dtype, int] = {}
+        self._device = tensors[0].device
+        for tensor in tensors:
+            self._offsets.append(self._sizes.get(tensor.dtype, 0))
+            self._sizes[tensor.dtype] = self._offsets[-1] + -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+        self.prev, self.ref = self._allocate(mean=False), self._allocate(mean=False)
+        self.mean = self._allocate(mean=True)
+        self.per_element = per_element
+        self.m2 = self._allocate(mean=True) if per_element else []
+        self.earlier: list[Tensor] = []  # made when a window outgrows its first block
+        self.earlier_m2: list[Tensor] = []
+        for i, tensor in enumerate(tensors):
+            if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
+                self.prev[i].copy_(tensor.detach())
+                self.ref[i].copy_(tensor.detach())
+            else:  # refused by name when the plan is captured
+                self.prev[i] = torch.empty(0)
+
+    def _allocate(self, *, mean: bool) -> list[Tensor]:
+        """Zeros with every tensor's own layout: a dense parameter's state lies in memory as the parameter does."""
+        flats = {}
+        for dtype, size in self._sizes.items():
+            flats[dtype] = torch.zeros(size, dtype=mean_dtype(dtype) if mean else dtype, device=self._device)
+            _core.advise_huge_pages(flats[dtype])  # pages come when they are written first
+        layouts = zip(self.dtypes, self._layouts, self._offsets, strict=True)
+        return [flats[dtype].as_strided(*layout, offset) for dtype, layout, offset in layouts]
+
+    def make_earlier(self) -> None:
+        """Make sure that there are means of earlier blocks."""
+        if not self.earlier:
+            self.earlier = self._allocate(mean=True)
+            self.earlier_m2 = self._allocate(mean=True) if self.per_element else []
+
+    def take_earlier(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Hands over the earlier blocks' means (and per-element sums); the next ones start anew."""
+        taken = self.earlier, self.earlier_m2
+        self.earlier, self.earlier_m2 = [], []
+        return taken
+
+    def entry(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What a compiled plan writes to."""
+        return self.prev[i], self.ref[i], self.mean[i], self.m2[i] if self.per_element else None
+
+    def fold(self, points: Tensor, folded: Tensor) -> None:
+        """Merge the open block's means into those of the earlier blocks; nothing waits for a device."""
+        self.make_earlier()
+        share = points / (points + folded).clamp(min=1)
+        for i, earlier in enumerate(self.earlier):
+            weight = share[i].to(earlier.dtype)
+            if self.per_element:
+                apart = (self.mean[i] - earlier).square_().mul_(folded[i].to(earlier.dtype) * weight)
+                open_block = torch.where(points[i] > 0, self.m2[i], torch.zeros_like(weight))
+                self.earlier_m2[i].add_(apart).add_(open_block)
+            earlier.lerp_(self.mean[i], weight)
+
+    def shift(self, means: list[Tensor], reference: list[Tensor]) -> None:
+        """Means of offsets from the present reference become those of offsets from another one."""
+        for mean, old, new in zip(means, self.ref, reference, strict=True):
+            mean.add_((old.double() - new.double()).to(mean.dtype))
+
+    # ---- what a checkpoint holds
+
+    def state(self, i: int) -> dict[str, Tensor]:
+        """Tensor i's copies by kind."""
+        kinds = {"prev": self.prev, "ref": self.ref, "mean": self.mean, "m2": self.m2}
+        kinds |= {"earlier": self.earlier, "earlier_m2": self.earlier_m2}
+        return {kind: tensors[i] for kind, tensors in kinds.items() if tensors}
