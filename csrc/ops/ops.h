@@ -36,6 +36,11 @@ bool first_layer_norms(const TensorView& delta, const TensorView& weight, const 
 // CPU.
 bool square_sums(const std::vector<TensorView>& tensors, StepSums* out);
 
+// Merges blocks of a long window: earlier[i] becomes the mean of both, mean[i] weighing share[i], and gap_sq[i] is how
+// far apart they were, squared. float32 or float64, dense, on the CPU; every 512 steps, so one plain loop is enough.
+bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, const double* share,
+                double* gap_sq);
+
 // One tensor of a trajectory step: flat memory throughout.
 struct TrajectoryItem {
   const void* w;

@@ -93,17 +93,23 @@ class Copies:
         """What a compiled plan writes to."""
         return self.prev[i], self.ref[i], self.mean[i], self.m2[i] if self.per_element else None
 
-    def fold(self, points: Tensor, folded: Tensor) -> None:
-        """Merge the open block's means into those of the earlier blocks; nothing waits for a device."""
+    def fold(self, points: Tensor, folded: Tensor) -> Tensor:
+        """Merge the open block's means into those of the earlier blocks; how far apart they were, squared, per tensor.
+        Nothing waits for a device."""
         self.make_earlier()
         share = points / (points + folded).clamp(min=1)
+        for i in range(len(self.m2)):
+            weight = share[i].to(self.mean[i].dtype)
+            apart = (self.mean[i] - self.earlier[i]).square_().mul_(folded[i].to(weight) * weight)
+            self.earlier_m2[i].add_(apart).add_(torch.where(points[i] > 0, self.m2[i], torch.zeros_like(weight)))
+        if share.is_cpu:
+            gap_sq = torch.empty_like(share)
+            _core.fold_means(self.mean, self.earlier, share, gap_sq)
+            return gap_sq
+        gap_sq = distances(self.mean, self.earlier).square()
         for i, earlier in enumerate(self.earlier):
-            weight = share[i].to(earlier.dtype)
-            if self.per_element:
-                apart = (self.mean[i] - earlier).square_().mul_(folded[i].to(earlier.dtype) * weight)
-                open_block = torch.where(points[i] > 0, self.m2[i], torch.zeros_like(weight))
-                self.earlier_m2[i].add_(apart).add_(open_block)
-            earlier.lerp_(self.mean[i], weight)
+            earlier.lerp_(self.mean[i], share[i].to(earlier.dtype))
+        return gap_sq
 
     def shift(self, means: list[Tensor], reference: list[Tensor]) -> None:
         """Means of offsets from the present reference become those of offsets from another one."""

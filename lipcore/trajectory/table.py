@@ -66,6 +66,6 @@ def points_of(rows: Tensor) -> Tensor:
     return rows[:, FOLDED] + rows[:, POINTS].clamp(min=0)
 
 
-def between(points: Tensor, other_points: Tensor, distance: Tensor) -> Tensor:
-    """What Chan's formula adds to M2 when two blocks are merged whose means lie `distance` apart."""
-    return points * other_points / (points + other_points).clamp(min=1) * distance * distance
+def between(points: Tensor, other_points: Tensor, gap_sq: Tensor) -> Tensor:
+    """What Chan's formula adds to M2 when two blocks are merged whose means lie sqrt(gap_sq) apart."""
+    return points * other_points / (points + other_points).clamp(min=1) * gap_sq

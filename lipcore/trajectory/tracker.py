@@ -179,7 +179,7 @@ class Tracker(TrackerBase):
                 other.copies.shift(other.copies.earlier, self.copies.ref)
             other._leave_out_start(self.copies.prev, self.copies.ref)
             points, more = points_of(rows)[: len(self.parts)], points_of(theirs)[: len(self.parts)]
-            apart = distances(other.copies.earlier, self.copies.earlier)
+            apart = distances(other.copies.earlier, self.copies.earlier).square()
             added = self.table.with_groups(between(points, more, apart))
             for i, prev in enumerate(self.copies.prev):
                 share = (more[i] / (points[i] + more[i]).clamp(min=1)).to(self.copies.earlier[i].dtype)

@@ -128,22 +128,14 @@ class TrackerBase:
         self.recent.absorb(self._settled)
         if not self.copies:
             return
-        self.copies.make_earlier()
-        rows, n = self.table.rows, len(self.parts)
-        rows[:, M2] += self._between_earlier_and_open()
-        self.copies.fold(rows[:n, POINTS].clamp(min=0), rows[:n, FOLDED])
+        rows = self.table.rows
+        points, folded = rows[: len(self.parts), POINTS].clamp(min=0), rows[: len(self.parts), FOLDED]
+        rows[:, M2] += self.table.with_groups(between(points, folded, self.copies.fold(points, folded)))
         rows[:, FOLDED] += rows[:, POINTS].clamp(min=0)
         rows[:, POINTS].clamp_(max=0)  # a window that continues another stays one until its first step
 
     def _end_block(self) -> None:
         self._settled, self.open_steps = self.seen, 0
-
-    def _between_earlier_and_open(self) -> Tensor:
-        """Per row, what merging the open block with the earlier ones adds to M2."""
-        assert self.copies
-        rows = self.table.rows[: len(self.parts)]
-        apart = distances(self.copies.mean, self.copies.earlier)
-        return self.table.with_groups(between(rows[:, POINTS].clamp(min=0), rows[:, FOLDED], apart))
 
     # ---- the window
 
@@ -201,7 +193,7 @@ class TrackerBase:
         blocks.append((open_points, self.copies.mean[i], open_m2))
         points, mean, elements = blocks[0]
         for other_points, other, other_elements in blocks[1:]:
-            added = added + between(points, other_points, distances([mean], [other])[0])
+            added = added + between(points, other_points, distances([mean], [other])[0].square())
             share = (other_points / (points + other_points).clamp(min=1)).to(mean.dtype)
             if elements is not None and other_elements is not None:
                 elements = elements + other_elements + (other - mean).square_().mul_(points.to(mean.dtype) * share)
