@@ -48,7 +48,7 @@ def bench_scaling(benchmark: Any, report: Any, elements: int, tensors: int, coun
     check(params)
     with threads(count), torch.no_grad():
         calls = {name: CONTENDERS[name](params) for name in _contenders(tensors)}
-        if elements >= 10**6:  # below, the limit would be that of starting its threads
+        if count == 1 or elements >= 10**7:  # the stream starts threads at every call, which has to be lost in it
             calls["stream"] = stream_4r2w(elements * _BYTES_PER_STEP[dtype] // 24, count)
         large = elements >= 10**8
         times = interleave(calls, seconds=2 if large else 1.2, rounds=3 if large else 7)
