@@ -17,7 +17,7 @@ from measure import needs_memory
 from numpy.typing import NDArray
 
 import lipcore
-from lipcore import trajectory as implementation
+from lipcore.trajectory.table import COLUMN
 
 Block = NDArray[np.float32]
 Make = Callable[[np.random.Generator, int, NDArray[np.float64]], NDArray[np.float64]]
@@ -99,14 +99,14 @@ class _Run:
 
     def __init__(self, make: Make, steps: int, elements: int, *, norms: bool = False) -> None:
         truth, reported, measured = _Truth(elements), [], None
-        column = implementation._COLUMNS.index("update_last")
+        column = COLUMN["update_last"]
         for block in _blocks(make, steps, elements):
             truth.observe(block)
             points: Any = block
             if measured is None:
                 parameter = torch.from_numpy(block[0].copy())
                 memory, measured = parameter.numpy(), lipcore.Trajectory([("w", parameter)])
-                step, row, points = measured.step_call, measured._ledger[0].numpy(), block[1:]
+                step, row, points = measured.step_call, measured._trackers["exact"].table.rows[0].numpy(), block[1:]
             found = []
             for point in points:
                 memory[:] = point

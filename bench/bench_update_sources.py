@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lipcore import functional, reference
 from lipcore.trajectory import Trajectory
+from lipcore.trajectory.sources import OptimizerSource
 from lipcore.update_rules import UpdateRule
-from lipcore.update_sources import OptimizerSource
 
 _BYTES = 12  # per float32 element and step: the parameter and two moments
 _LR, _BETAS, _EPS, _DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01

@@ -17,8 +17,8 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
 from lipcore import functional, reference
+from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
 from lipcore.update_rules import GIVEN
-from lipcore.update_sources import GivenSource, OptimizerSource, SnapshotSource, supported
 
 OPTIMIZERS = {
     "sgd": (SGD, {"lr": 0.1}),

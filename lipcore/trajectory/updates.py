@@ -12,8 +12,8 @@ from torch.optim import Optimizer
 from lipcore.results import MetricResult, Value
 from lipcore.trajectory.describe import MOVES
 from lipcore.trajectory.parts import Part
+from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
 from lipcore.trajectory.tracker import Tracker
-from lipcore.update_sources import GivenSource, OptimizerSource, SnapshotSource, supported
 
 #: From the optimizer's state alone.
 NORMALIZED = ("normalized_update_rms",)
