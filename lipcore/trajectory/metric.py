@@ -19,6 +19,7 @@ from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.gradients import Gradients
 from lipcore.trajectory.parts import Groups, Masters, Model, Part, find_parts, unwatched, values_of
 from lipcore.trajectory.recent import StepHistory
+from lipcore.trajectory.shards import gather
 from lipcore.trajectory.sketched import ANGLES, SketchHistory, SketchTracker
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
@@ -500,8 +501,24 @@ class Trajectory(Metric):
         if self._gradients and twin._gradients:
             theirs = twin._gradients.trackers
             merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
-        continues = all([merge() for merge in merges])
-        self._steps_seen = twin._steps_seen + (0 if continues else self._steps_seen)
+        answers = [merge() for merge in merges]
+        self._steps_seen = twin._steps_seen + (0 if all(answers) else self._steps_seen)
+
+    def sync(self, group: Any = None) -> MetricResult:
+        """The open window of whole parameters from the shards on all ranks (FSDP2, tensor parallelism, DDP): every rank
+        calls it, every rank gets the same. Replicated parameters count once. A collective; needs the default process
+        group. The window must fit the `ring`, since only the squares of single steps add up over shards.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            ValueError: the window is longer than the ring, or ranks have seen different numbers of steps.
+        """
+        self._require_bound()
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
+        if "sketch" in self._trackers:
+            raise RuntimeError("sync: sketches of shards are not merged yet; use mode 'exact' or 'updates'")
+        return gather(self.summary(), group)
 
     def summary(self) -> dict[str, Any]:
         """What :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lipcore import _core
@@ -29,8 +30,27 @@ class Part:
 
     @property
     def tensor(self) -> Tensor:
-        """As it is now."""
-        return self.owner[self.key]
+        """As it is now; of a sharded one (DTensor), this rank's part."""
+        return local_part(self.owner[self.key])
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this rank is the one that counts this part: of replicated ones only the first is."""
+        tensor: Any = self.owner[self.key]
+        if type(tensor).__name__ != "DTensor":
+            return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        coordinate = tensor.device_mesh.get_coordinate()
+        pairs = zip(tensor.placements, coordinate or (), strict=False)
+        return coordinate is not None and all(at == 0 or not placement.is_replicate() for placement, at in pairs)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    if type(tensor).__name__ != "DTensor":
+        return tensor  # type: ignore[no-any-return]
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError("a DTensor with partial sums has no values of its own; redistribute it first")
+    return tensor._local_tensor  # type: ignore[no-any-return]
 
 
 def group_names(groups: Groups) -> Callable[[str], str]:

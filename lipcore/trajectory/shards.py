@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore.distribution import Distribution
-from lipcore.results import MetricResult
+from lipcore.results import Level, MetricResult
 from lipcore.trajectory.describe import Row
 from lipcore.trajectory.table import COLUMN, COLUMNS, FOLDED, M2, POINTS, STEPS
 
@@ -38,33 +38,53 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
             raise ValueError(
                 f"summaries[{i}]: {len(other['steps'])} steps in the window, summaries[0] has {len(first['steps'])}"
             )
-    places = list(dict.fromkeys(place for s in summaries for place in s["places"]))
-    order = {"tensor": 0, "group": 1, "total": 2}
-    level_of = {place: level for s in summaries for place, level in zip(s["places"], s["levels"], strict=True)}
-    places.sort(key=lambda place: order[level_of[place]])
     result = MetricResult("trajectory", every_steps=first["every_steps"], shards=len(summaries))
+    places: list[tuple[str, Level, Tensor, Tensor]] = []
+    members: dict[str, list[int]] = {}
+    for i, (name, group) in enumerate(_names_and_groups(summaries)):
+        shards = [(s, s["names"].index(name)) for s in summaries if name in s["names"]]
+        steps = torch.stack([s["steps"][:, k] for s, k in shards]).sum(dim=0)  # NaN where one of them has it
+        places.append((name, "tensor", torch.stack([s["rows"][k] for s, k in shards]), steps))
+        members.setdefault(group, []).append(i)
+    tensors = len(places)
+    for group, level, indices in (*((g, "group", m) for g, m in members.items()), ("total", "total", range(tensors))):
+        rows = torch.cat([places[i][2] for i in indices])
+        steps = torch.stack([places[i][3] for i in indices])
+        # A group goes on with its finite members.
+        places.append((group, level, rows, steps.nansum(dim=0)))  # type: ignore[arg-type]
     length = "path_length" if first["every_steps"] == 1 else "chord_length"
-    for place in places:
-        members = [(s, s["places"].index(place)) for s in summaries if place in s["places"]]
-        rows = torch.stack([s["rows"][i] for s, i in members])
-        steps = torch.stack([s["steps"][:, i] for s, i in members]).sum(dim=0)
-        row = _merged(rows, steps)
-        updates, ratios = Distribution(), Distribution()
+    for place, level, rows, steps in places:
         norms = steps.sqrt()
+        updates, ratios = Distribution(), Distribution()
         updates.observe(norms[:, 0])
         ratios.observe(_ratios(norms))
-        described = Row(dict(zip(COLUMNS, row.tolist(), strict=True)), updates, ratios)
-        described.add_to(result, place, level_of[place], frozenset(first["quantities"]), length=length)
+        row = Row(dict(zip(COLUMNS, _merged(rows, norms).tolist(), strict=True)), updates, ratios)
+        row.add_to(result, place, level, frozenset(first["quantities"]), length=length)
     return result
+
+
+def gather(summary: dict[str, Any], group: Any) -> MetricResult:
+    """Every rank's summary as one result; each rank's parts are those it counts (`mine`). A collective."""
+    mine = [i for i, is_mine in enumerate(summary["mine"]) if is_mine]
+    part = {key: [summary[key][i] for i in mine] for key in ("names", "groups", "mine")}
+    part |= {"rows": summary["rows"][mine], "steps": summary["steps"][:, mine]}
+    gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(gathered, summary | part, group=group)
+    return merge_shards(gathered)
+
+
+def _names_and_groups(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Of all shards, in their order."""
+    found = {name: group for s in summaries for name, group in zip(s["names"], s["groups"], strict=True)}
+    return list(found.items())
 
 
 def _ratios(norms: Tensor) -> Tensor:
     return torch.where(norms[:, 0] == 0, 0.0, norms[:, 0] / norms[:, 1])
 
 
-def _merged(rows: Tensor, steps: Tensor) -> Tensor:
-    """One row from a parameter's shards and the squared norms of its single steps."""
-    norms = steps.sqrt()
+def _merged(rows: Tensor, norms: Tensor) -> Tensor:
+    """One row from a parameter's shards (or a group's members) and the norms of its single steps."""
     counted = norms[:, 0].isfinite()
     finite, ratios = norms[counted, 0], _ratios(norms[counted])
     row = rows[0].clone()

@@ -246,8 +246,9 @@ class Tracker(TrackerBase):
             "version": 1,
             "every_steps": every_steps,
             "quantities": [q for q in self.quantities if q in (*MOVES, *OFFSETS)],
-            "places": [place for place, _ in self.places],
-            "levels": [level for _, level in self.places],
-            "rows": rows[-len(self.places) :],
-            "steps": self.recent.steps(count)[:, -len(self.places) :],
+            "names": [part.name for part in self.parts],
+            "groups": [part.group for part in self.parts],
+            "mine": [part.is_mine for part in self.parts],
+            "rows": rows[: len(self.parts)],
+            "steps": self.recent.steps(count)[:, : len(self.parts)],
         }
