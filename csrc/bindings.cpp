@@ -10,9 +10,11 @@
 #include "distribution.h"
 #include "ledger.h"
 #include "ops/ops.h"
+#include "ops/sketch.h"
 #include "ops/update_sums.h"
 #include "parallel.h"
 #include "single_sample.h"
+#include "sketch_plan.h"
 #include "tensor_view.h"
 #include "trajectory_plan.h"
 #if defined(LIPCORE_WITH_CUDA)
@@ -130,6 +132,10 @@ bool view_or_none(PyObject* object, const char* name, int64_t index, bool needed
   if (object == Py_None && !needed) return false;
   check(view_tensor(object, {name, index}, Access::kRead, view));
   return true;
+}
+
+void sketch_of(py::handle tensors, const std::vector<int64_t>& first_index, uint64_t seed, py::handle out) {
+  check(sketch(views_of(tensors, "tensors"), first_index, seed, view_of(out, "out", Access::kWrite)));
 }
 
 void update_sums_of(py::handle params, py::handle first, py::handle second, py::handle rules, py::handle rows,
@@ -328,6 +334,23 @@ std::unique_ptr<TrajectoryPlan> make_plan(const std::vector<py::tuple>& entries,
   return plan;
 }
 
+std::unique_ptr<SketchPlan> make_sketch_plan(const std::vector<py::tuple>& entries, py::handle sketches,
+                                             py::handle weights, uint64_t seed) {
+  auto plan = std::make_unique<SketchPlan>();
+  std::vector<ParameterEntry> list;
+  std::vector<SketchPlace> places;
+  for (const py::tuple& entry : entries) {
+    if (entry.size() != 5 || !PyDict_Check(py::object(entry[0]).ptr()))
+      throw py::type_error("entries: expected tuples (owner dict, key, name, first_index, row)");
+    places.push_back({entry[3].cast<int64_t>(), entry[4].cast<int64_t>()});
+  }
+  for (const py::tuple& entry : entries)
+    list.push_back(
+        {py::object(entry[0]).release().ptr(), py::object(entry[1]).release().ptr(), entry[2].cast<std::string>()});
+  check(plan->capture(std::move(list), std::move(places), sketches.ptr(), weights.ptr(), seed));
+  return plan;
+}
+
 // Update norm and update/weight ratio of steps [begin, end) of a ring on the CPU, row by row into distributions 2i and
 // 2i + 1. What was left out is NaN, "missing" there.
 void observe_recent(py::handle recent, int64_t begin, int64_t end, const std::vector<Distribution*>& distributions) {
@@ -413,6 +436,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("tensor"));
   m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
         py::arg("count"), py::arg("out"));
+  m.def("sketch", &sketch_of, py::arg("tensors"), py::arg("first_index"), py::arg("seed"), py::arg("out"));
   m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
         py::arg("rows"), py::arg("normalized"));
   bind_distribution(m);
@@ -455,6 +479,9 @@ PYBIND11_MODULE(_core, m) {
              return plan.block == kTrajectoryBlock;
            })
       .def_readwrite("block", &TrajectoryPlan::block);
+  py::class_<SketchPlan>(m, "SketchPlan", "Parameters and the tensors that their sketches and weights are written to.")
+      .def(py::init(&make_sketch_plan), py::arg("entries"), py::arg("sketches"), py::arg("weights"), py::arg("seed"))
+      .def("step", [](SketchPlan& plan) { check(plan.step()); });
   m.attr("CONTINUES") = kContinues;
   m.attr("BLOCK_STEPS") = kTrajectoryBlock;
   m.attr("STEP_COLUMNS") = kStepSums;

@@ -14,6 +14,7 @@ namespace lipcore {
   namespace isa {                                     \
   extern const SampleNormsKernels sample_norms;       \
   extern const TrajectoryStepKernels trajectory_step; \
+  extern const SketchKernels sketch;                  \
   extern const UpdateSumsKernels update_sums;         \
   }
 
@@ -25,12 +26,13 @@ LIPCORE_DECLARE_ISA(avx512)
 
 namespace {
 
-const Kernels kBase = {"base", &base::sample_norms, &base::trajectory_step, &base::update_sums};
+const Kernels kBase = {"base", &base::sample_norms, &base::trajectory_step, &base::sketch, &base::update_sums};
 const Kernels* g_kernels = &kBase;
 
 #if defined(LIPCORE_X86_ISAS)
-const Kernels kAvx2 = {"avx2", &avx2::sample_norms, &avx2::trajectory_step, &avx2::update_sums};
-const Kernels kAvx512 = {"avx512", &avx512::sample_norms, &avx512::trajectory_step, &avx512::update_sums};
+const Kernels kAvx2 = {"avx2", &avx2::sample_norms, &avx2::trajectory_step, &avx2::sketch, &avx2::update_sums};
+const Kernels kAvx512 = {"avx512", &avx512::sample_norms, &avx512::trajectory_step, &avx512::sketch,
+                         &avx512::update_sums};
 
 bool has_f16c() {  // not in every compiler's __builtin_cpu_supports
   unsigned eax, ebx, ecx, edx;

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "math/dtype.h"
+#include "math/sketch.h"
 #include "math/trajectory.h"
 #include "math/update.h"
 
@@ -23,6 +24,15 @@ struct TrajectoryChunk {
   DType dtype;
   bool restart;      // take w_prev - w0 as the old mean: the first step of a block
   double inv_count;  // 1 / (points averaged, this one included)
+};
+
+struct SketchRun {
+  const void* w;        // consecutive elements of a parameter
+  int64_t first_index;  // global index of the first, >= 0
+  int64_t count;
+  DType dtype;
+  uint64_t key;     // sketch_key(seed)
+  int64_t buckets;  // a power of two, kMinBuckets ... kMaxBuckets
 };
 
 struct UpdateScalars {  // of update_of(), see math/update.h
@@ -48,6 +58,10 @@ struct TrajectoryStepKernels {
   void (*chunk)(const TrajectoryChunk& chunk, StepSums* sums);  // writes dw_sq, dist_sq, m2_increment, max_abs_dw
 };
 
+struct SketchKernels {
+  double (*add)(const SketchRun& run, double* buckets);  // adds the run to its buckets; returns sum w^2
+};
+
 struct UpdateSumsKernels {
   void (*chunk)(const UpdateChunk& chunk, UpdateSums* sums);  // writes all but nonfinite, dist_sq and m2_increment
   int64_t (*count_nonfinite)(const UpdateChunk& chunk);       // elements whose parameter or update is not finite
@@ -57,6 +71,7 @@ struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
   const SampleNormsKernels* sample_norms;
   const TrajectoryStepKernels* trajectory_step;
+  const SketchKernels* sketch;
   const UpdateSumsKernels* update_sums;
 };
 

@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'normalized_norms', 'observe_ratios', 'observe_recent', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'square_sums', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'normalized_norms', 'observe_ratios', 'observe_recent', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -92,6 +92,14 @@ class TrajectoryPlan:
     @block.setter
     def block(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+class SketchPlan:
+    """
+    Parameters and the tensors that their sketches and weights are written to.
+    """
+    def __init__(self, entries: collections.abc.Sequence[tuple], sketches: typing.Any, weights: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def step(self) -> None:
+        ...
 def advise_huge_pages(tensor: typing.Any) -> None:
     ...
 def bin_middle(bin: typing.SupportsInt | typing.SupportsIndex) -> float:
@@ -132,6 +140,8 @@ def sample_norms(x: typing.Any, out: typing.Any) -> None:
     """
     out[b] = ||x[b]||_2; x [B, ...], out float64 [B].
     """
+def sketch(tensors: typing.Any, first_index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], seed: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
+    ...
 def square_sums(tensors: typing.Any, out: typing.Any) -> None:
     ...
 def trajectory_step(params: typing.Any, prev: typing.Any, ref: typing.Any, mean: typing.Any, count: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lipcore.update_rules import UpdateRule
@@ -50,6 +52,33 @@ def trajectory_step(
         new_prev.append(p if bad else w)
         new_mean.append(m if bad else after)
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64), new_prev, new_mean
+
+
+def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: int, seed: int) -> Tensor:
+    """y_b = sum of s(i) w_i over the elements with h(i) = b; NaN when an element is not finite.
+
+    32 bits per group of 16 elements, from one hash for two groups: element j of a group goes to bucket (upper 16 bits
+    mod k) ^ j, negated when bit j is set.
+    """
+    y = torch.zeros(buckets, dtype=torch.float64)
+    for w, first in zip(tensors, first_index, strict=True):
+        flat = w.detach().as_strided((w.numel(),), (1,)).double().cpu()  # in the order of memory
+        i = np.arange(first, first + w.numel(), dtype=np.uint64)
+        bits = _splitmix64(_splitmix64(np.array([seed], np.uint64), 1), i // 32) >> i // 16 % 2 * 32 & 0xFFFFFFFF
+        bucket = torch.from_numpy(((bits >> 16) % buckets ^ i % 16).astype(np.int64))
+        y.index_add_(0, bucket, flat * torch.from_numpy(1.0 - 2.0 * (bits >> i % 16 & 1)))
+        if not flat.isfinite().all():
+            y += torch.nan
+    return y
+
+
+def _splitmix64(start: NDArray[np.uint64], steps: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
+    """The output of splitmix64 (Steele, Lea, Flood 2014) after so many steps from a state, modulo 2**64."""
+    z = start + np.asarray(steps, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> 30) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> 27) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = z ^ z >> 31
+    return mixed
 
 
 def update_sums(

@@ -40,6 +40,10 @@ class SketchHistory:
         """Add a row."""
         self._rows.append((step, sketch))
 
+    def rows(self) -> list[tuple[int, Tensor]]:
+        """Step and sketch, oldest first."""
+        return list(self._rows)
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -246,6 +250,22 @@ class SketchTracker(Tracker):
                 del numbers["mean"]
             values = {k: Value(v if n else math.nan, n, "estimate", n > 0, note, error) for k, v in numbers.items()}
             result.add("update_cosine", place, level, **values)
+
+    def _merge_next(self, other: Tracker, continues: bool) -> bool:
+        assert isinstance(other, SketchTracker)
+        before = int(self.table.cursor[0])
+        super()._merge_next(other, continues)
+        moved = other._cosine[2] > 0
+        self._cosine[0] = torch.where(moved, other._cosine[0], self._cosine[0])
+        self._cosine[1:] += other._cosine[1:]
+        self._nonfinite += other._nonfinite
+        for name in ("_weight_sq", "_before", "_update"):
+            getattr(self, name).copy_(getattr(other, name))
+        for step, sketch in other.history.rows():
+            number = step if continues else before + step
+            if number > before:
+                self.history.keep(number, sketch)
+        return continues
 
     # ---- state
 

@@ -197,7 +197,7 @@ class Tracker(TrackerBase):
             self._measure_distance()
         for into, distribution in zip(self.recent.distributions, other.recent.distributions, strict=True):
             into.merge(distribution)
-        self._append_recent(other)
+        self._append_recent(other, int(other.table.cursor[0]) - (int(self.table.cursor[0]) if continues else 0))
         return continues
 
     def _leave_out_start(self, start: list[Tensor], reference: list[Tensor]) -> None:
@@ -221,9 +221,9 @@ class Tracker(TrackerBase):
         rows[:, FOLDED] -= counted.to(rows.dtype)
         rows[:, POINTS] = 0
 
-    def _append_recent(self, other: Tracker) -> None:
+    def _append_recent(self, other: Tracker, theirs: int) -> None:
+        """The last `theirs` steps of the other one's ring come after this one's."""
         ring = self.table.recent.shape[0]
-        theirs = int(other.table.cursor[0])
         kept = min(theirs, ring)
         end = int(self.table.cursor[0]) + theirs
         index = torch.arange(end - kept, end) % ring
