@@ -16,6 +16,7 @@ class Clock:
 
     Args:
         before: called before the first of them steps.
+        each: where there are several, called after every one's step, while its gradients are still there.
         after: called when the last one has.
         skipped: called instead when a GradScaler kept a fused optimizer from stepping.
         fail: gets what would have been raised in a hook.
@@ -25,12 +26,14 @@ class Clock:
         self,
         optimizers: Sequence[Optimizer],
         before: Callable[[], None] | None,
+        each: Callable[[Optimizer], None],
         after: Callable[[], None],
         skipped: Callable[[], None],
         fail: Callable[[Exception], None],
     ) -> None:
         self._optimizers = list(optimizers)
-        self._before, self._after, self._skipped, self._fail = before, after, skipped, fail
+        self._before, self._each, self._after = before, each, after
+        self._skipped, self._fail = skipped, fail
         self._stepped: set[int] = set()
         self._started = False
         self._handles: list[Any] = []
@@ -49,8 +52,10 @@ class Clock:
             self._before()
 
     def _on_after(self, optimizer: Optimizer, *_: Any) -> None:
-        if len(self._optimizers) > 1 and not self._all_stepped(optimizer):
-            return
+        if len(self._optimizers) > 1:
+            self._each(optimizer)
+            if not self._all_stepped(optimizer):
+                return
         self._started = False
         found_inf = getattr(optimizer, "found_inf", None)  # there while a GradScaler steps a fused optimizer
         if isinstance(found_inf, Tensor) and found_inf.is_cpu and bool(found_inf):

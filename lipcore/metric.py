@@ -115,6 +115,9 @@ class Metric(ABC):
     def before_step(self) -> None:  # noqa: B027
         """The optimizer is about to step. No host synchronisation here."""
 
+    def after_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """One of several optimizers has stepped; the step is over when all have. No host synchronisation here."""
+
     def rebase(self) -> None:  # noqa: B027
         """The parameters were changed by something else than a step: load_state_dict(), an EMA swapped in."""
 

@@ -141,7 +141,9 @@ class Monitor:
             if not self._turn_off(error):
                 raise
         before = self._before_step if any(metric.wants_before_step for metric in chosen) else None
-        self._clock = Clock(optimizers, before, self._after_step, self._after_skipped_step, self._stop_all)
+        self._clock = Clock(
+            optimizers, before, self._after_optimizer, self._after_step, self._after_skipped_step, self._stop_all
+        )
         self._watches: list[LoadWatch | GradientWatch] = [LoadWatch(model, self._rebase)]
         if any(metric.wants_gradients for metric in chosen):
             self._watches.append(GradientWatch(model.parameters(), self._after_backward))
@@ -181,6 +183,9 @@ class Monitor:
 
     def _before_step(self) -> None:
         self._call(lambda metric: metric.before_step() if metric.wants_before_step else None)
+
+    def _after_optimizer(self, optimizer: Optimizer) -> None:
+        self._call(lambda metric: metric.after_optimizer(optimizer))
 
     def _after_backward(self) -> None:
         self._call(lambda metric: metric.observe_gradients() if metric.wants_gradients else None)

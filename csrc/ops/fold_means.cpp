@@ -9,14 +9,13 @@ namespace {
 
 // Returns sum (mean - earlier)^2; earlier becomes their mean, `mean` with this share.
 template <class T>
-double fold(const T* mean, T* earlier, int64_t count, double share) {
-  const T weight = static_cast<T>(share), rest = static_cast<T>(1 - share);
+double fold(const T* mean, double* earlier, int64_t count, double share) {
   double sum = 0;
   for (int64_t i = 0; i < count; ++i) {
-    const T gap = mean[i] - earlier[i];
-    sum += static_cast<double>(gap) * static_cast<double>(gap);
+    const double gap = mean[i] - earlier[i];
+    sum += gap * gap;
     // From the nearer end, so that a share of one gives the mean itself.
-    earlier[i] = share < 0.5 ? earlier[i] + weight * gap : mean[i] - gap * rest;
+    earlier[i] = share < 0.5 ? earlier[i] + share * gap : mean[i] - gap * (1 - share);
   }
   return sum;
 }
@@ -33,7 +32,7 @@ bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorVie
   std::vector<Chunk> chunks;
   int64_t total = 0;
   for (size_t i = 0; i < mean.size(); ++i) {
-    if (mean[i].dtype != earlier[i].dtype || mean[i].numel != earlier[i].numel || !mean[i].on_cpu() ||
+    if (earlier[i].dtype != DType::kFloat64 || mean[i].numel != earlier[i].numel || !mean[i].on_cpu() ||
         (mean[i].dtype != DType::kFloat32 && mean[i].dtype != DType::kFloat64))
       return fail({"earlier", static_cast<int64_t>(i)}, "does not fit mean[%zu]", i);
     for (int64_t begin = 0; begin < mean[i].numel; begin += kChunk) chunks.push_back({i, begin, 0});
@@ -45,7 +44,7 @@ bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorVie
     const auto of = [&](auto type) {
       using T = decltype(type);
       c.sum = fold(static_cast<const T*>(mean[c.tensor].data) + c.begin,
-                   static_cast<T*>(earlier[c.tensor].data) + c.begin, count, share[c.tensor]);
+                   static_cast<double*>(earlier[c.tensor].data) + c.begin, count, share[c.tensor]);
     };
     mean[c.tensor].dtype == DType::kFloat32 ? of(0.0f) : of(0.0);
   };

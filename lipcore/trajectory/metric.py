@@ -54,7 +54,7 @@ class Trajectory(Metric):
     Three ways to keep what is needed (`mode`), :meth:`plan` says for how many bytes:
 
     * ``"exact"``: three copies per parameter (previous and reference in its own dtype, mean in float32), and a fourth
-      (float32) once a window is longer than 512 steps.
+      (float64) once a window is longer than 512 steps.
     * ``"sketch"``: a CountSketch of `buckets` float64 numbers per group. Norms, path length, distance, variance and
       ``update_cosine``, the cosine between successive updates, follow from it with a standard error (``Value.error``);
       per group and in total, not per parameter.
@@ -239,6 +239,11 @@ class Trajectory(Metric):
             self._gradients.observe_step(1.0 if scale is None else scale)
         for tracker in self._trackers.values():
             tracker.before_step()
+
+    def after_optimizer(self, optimizer: Optimizer) -> None:
+        """Its part of the step, where updates come from the optimizers' states: gradients may be gone at the next."""
+        if self._due and self._chosen.source == "optimizer":
+            self._trackers["updates"].collect(optimizer)  # type: ignore[attr-defined]
 
     def observe_step(self) -> None:
         """Take the parameters as they are now for the next point of the trajectory."""

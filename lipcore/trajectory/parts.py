@@ -157,7 +157,7 @@ def _with_masters(parts: list[Part], masters: Masters) -> list[Part]:
 def _check(parts: list[Part]) -> None:
     for part in parts:
         _core.check_storage(part.tensor, part.name)  # says what is wrong with a lazy, meta or sharded parameter
-        if not bool(part.tensor.detach().isfinite().all()):
+        if not _is_finite(part.tensor.detach()):
             raise ValueError(
                 f"model: parameter '{part.name}' has NaN or infinite values, so nothing can be measured from it"
             )
@@ -167,6 +167,15 @@ def _check(parts: list[Part]) -> None:
             f"model: parameters on several devices ({', '.join(sorted(map(str, devices)))}); make one Trajectory per "
             "device from (name, tensor) pairs"
         )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a mask as large as the tensor where that can be had."""
+    if not tensor.is_cpu or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return bool(tensor.isfinite().all())
+    sums = torch.empty(1, _core.STEP_COLUMNS, dtype=torch.float64)
+    _core.square_sums([tensor], sums)
+    return bool(sums[0, 5] == 0) if sums[0, 0].isfinite() else bool(tensor.isfinite().all())
 
 
 def unwatched(model: nn.Module, parts: list[Part]) -> list[str]:
@@ -194,7 +203,7 @@ def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument
             raise ValueError(
                 f"{argument}: '{part.name}' has shape {list(value.shape)}, expected {list(part.tensor.shape)}"
             )
-        if not bool(value.detach().isfinite().all()):
+        if not _is_finite(value.detach()):
             raise ValueError(f"{argument}: '{part.name}' has NaN or infinite values")
         values.append(value.detach().to(device=part.tensor.device, dtype=part.tensor.dtype))
     return values

@@ -123,7 +123,7 @@ class Tracker(TrackerBase):
             kinds.pop("earlier", None)
             kinds.pop("earlier_m2", None)
             if has_earlier:
-                kinds["earlier"] = kinds["mean"]
+                kinds["earlier"] = kinds["mean"].double()
                 if self.copies.per_element:
                     kinds["earlier_m2"] = kinds["mean"]
         check_like("tensors", theirs, mine)

@@ -187,7 +187,7 @@ class TrackerBase:
         blocks = [(points_of(b.rows[i : i + 1])[0], b.means[i], b.m2[i] if b.m2 else None) for b in self.closed]
         if self.copies.earlier:
             m2 = self.copies.earlier_m2[i] if self.copies.per_element else None
-            blocks.append((row[FOLDED], self.copies.earlier[i], m2))
+            blocks.append((row[FOLDED], self.copies.earlier[i].to(self.copies.mean[i].dtype), m2))
         open_points = row[POINTS].clamp(min=0)
         open_m2 = self.copies.m2[i] * (open_points > 0) if self.copies.per_element else None
         blocks.append((open_points, self.copies.mean[i], open_m2))

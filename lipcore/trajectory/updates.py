@@ -35,6 +35,7 @@ class UpdateTracker(Tracker):
         named = [(part.name, part.owner, part.key) for part in parts]
         self.source: OptimizerSource | SnapshotSource | GivenSource
         self._given: Mapping[str, Tensor] | None = None
+        self._collected: tuple[Tensor, Tensor] | None = None
         if source == "optimizer":
             if not optimizers:
                 raise ValueError("optimizer: source 'optimizer' needs the optimizer; pass optimizer=, or a Monitor one")
@@ -49,6 +50,11 @@ class UpdateTracker(Tracker):
         """What the next step has added to every parameter."""
         self._given = updates
 
+    def collect(self, optimizer: Optimizer) -> None:
+        """One optimizer's part of the step."""
+        assert isinstance(self.source, OptimizerSource)
+        self._collected = self.source.sums(only=optimizer)
+
     def before_step(self) -> None:
         """The snapshot, where it is one."""
         if isinstance(self.source, SnapshotSource):
@@ -60,7 +66,8 @@ class UpdateTracker(Tracker):
             given, self._given = self._given, None
             sums, mean_square = self.source.sums(given)  # type: ignore[arg-type]
         else:
-            sums, mean_square = self.source.sums()
+            sums, mean_square = self._collected or self.source.sums()
+            self._collected = None
         if self._rms is not None:
             rms = mean_square.sqrt()
             counted = rms.isfinite()
