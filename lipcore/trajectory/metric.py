@@ -305,9 +305,8 @@ class Trajectory(Metric):
         tracker = self._tracker
         if tracker.copies is None:
             raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
-        source = self._parts if reference is None else reference
-        values = [part.tensor.detach() for part in self._parts] if reference is None else None
-        tracker.set_reference(values if values is not None else values_of(source, self._parts, "reference"))  # type: ignore[arg-type]
+        source = {part.name: part.tensor for part in self._parts} if reference is None else reference
+        tracker.set_reference(values_of(source, self._parts, "reference"))
 
     def _require_bound(self) -> None:
         if not self._parts:
