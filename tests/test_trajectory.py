@@ -2,120 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import math
 
 import pytest
 import torch
 from oracle import DTYPES, assert_same_state, same_bits
+from paths import OPTIMIZERS, Path, check, cnn, mlp, observe, train
 from torch import nn
 
 import lipcore
 from lipcore import Trajectory
 from lipcore.names import by_block
-
-# ---- the specification: a list of points, and everything by its definition
-
-
-class Path:
-    """Every parameter's values after every step, in float64."""
-
-    def __init__(self, tensors):
-        self.tensors = dict(tensors)
-        self.points = []
-        self.look()
-
-    def look(self):
-        self.points.append({n: t.detach().double().flatten().clone() for n, t in self.tensors.items()})
-
-    def expected(self, names, start=0, every=1):
-        """What the parameters in `names`, taken together, did since point `start`."""
-        points = [torch.cat([p[n] for n in names]) for p in self.points[::every]]
-        start //= every
-        window = torch.stack(points[start:])
-        steps, before = window.diff(dim=0), torch.stack(points).diff(dim=0)
-        norms, weights = steps.norm(dim=1), window[1:].norm(dim=1)
-        ratios, largest = norms / weights, steps.abs().amax(dim=1)
-        distance, cumulative = (points[-1] - points[0]).norm(), before.norm(dim=1).sum()
-        return {
-            "update_norm": reduced(norms),
-            "update_ratio": reduced(ratios),
-            "max_abs_update": {"last": largest[-1], "max": largest.max()},
-            "path_length" if every == 1 else "chord_length": {"sum": norms.sum(), "cumulative": cumulative},
-            "distance": {"last": distance},
-            "directness": {"last": distance / cumulative},
-            "variance": {"last": (window - window.mean(dim=0)).square().sum() / len(window)},
-            "weight_norm": {"last": weights[-1]},
-            "unmoved_steps": {"sum": (norms == 0).sum()},
-            "nonfinite_steps": {"sum": 0},
-            "nonfinite_elements": {"sum": 0},
-        }
-
-
-def reduced(values):
-    in_order = values.sort().values
-    quantiles = {f"p{q}": in_order[math.floor(q / 100 * (len(values) - 1) + 0.5)] for q in (50, 99)}
-    return {"last": values[-1], "mean": values.mean(), "max": values.max()} | quantiles
-
-
-def check(result, path, groups=by_block, start=0, every=1, tolerance=1e-6):
-    names = list(path.tensors)
-    places = {name: [name] for name in names} | {"total": names}
-    for name in names:
-        places.setdefault(groups(name), []).append(name)
-    expected = {place: path.expected(members, start, every) for place, members in places.items()}
-    assert set(result) == set(expected["total"])
-    for quantity in result:
-        assert set(result[quantity]) == set(places)
-        for place, reducers in result[quantity].items():
-            assert set(reducers) == set(expected[place][quantity])
-            for reducer, value in reducers.items():
-                truth = float(expected[place][quantity][reducer])
-                near = 0.01 if reducer in ("p50", "p99") else tolerance
-                assert value.value == pytest.approx(truth, rel=near), f"{quantity}.{reducer} of {place}"
-                assert value.valid
-                assert value.label == "exact"
-
-
-def mlp(dtype=torch.float32, seed=0):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)).to(dtype)
-
-
-def cnn(dtype=torch.float32):
-    torch.manual_seed(0)
-    layers = [nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 3, groups=1), nn.Flatten(), nn.Linear(12, 1)]
-    return nn.Sequential(*layers).to(dtype).to(memory_format=torch.channels_last)
-
-
-OPTIMIZERS = {
-    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
-    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-4),  # float16 rounds 1e-8 to 0
-}
-
-
-def train(model, steps, after_step, optimizer="sgd", shape=(6,), seed=1):
-    """Regression on noise; after_step() is called after every optimizer step."""
-    generator = torch.Generator().manual_seed(seed)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    step = OPTIMIZERS[optimizer](parameters)
-    dtype = parameters[0].dtype
-    for _ in range(steps):
-        x, y = (torch.randn(s, generator=generator).to(dtype) for s in ((4, *shape), (4, 1)))
-        step.zero_grad()
-        (model(x) - y).square().mean().backward()
-        step.step()
-        after_step()
-
-
-def observe(trajectory, path):
-    def after_step():
-        trajectory.update()
-        path.look()
-
-    return after_step
-
 
 # ---- numbers
 
@@ -574,131 +471,7 @@ def test_plan_names_every_group_and_its_bytes():
     assert [half[kind] for kind in ("previous values", "reference", "mean")] == [2 * 137, 2 * 137, 4 * 137]
 
 
-# ---- state
-
-
-def some_steps(trajectory, model, seed=1):
-    train(model, 4, trajectory.update, seed=seed)
-    trajectory.reset()
-    train(model, 3, trajectory.update, seed=seed + 1)
-
-
-def test_state_does_not_alias_live_parameters():
-    model = mlp()
-    trajectory = Trajectory(model)
-    some_steps(trajectory, model)
-    state, numbers = trajectory.state_dict(), trajectory.compute().to_dict()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(777)
-    assert_same_state(trajectory.state_dict(), state)
-    assert trajectory.compute().to_dict() == numbers
-    tracker = state["trackers"]["exact"]
-    for tensor in (tracker["rows"], *(t for kinds in tracker["tensors"].values() for t in kinds.values())):
-        tensor.fill_(55)  # nor does a state that was handed out alias the trajectory
-    assert trajectory.compute().to_dict() == numbers
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["direct", "file"])
-def test_save_and_restart_continue_bit_for_bit(way, dtype):
-    model = mlp(DTYPES[dtype])
-    trajectory = Trajectory(model, every_steps=2)
-    some_steps(trajectory, model)
-    state = trajectory.state_dict()
-    if way == "file":
-        file = io.BytesIO()
-        torch.save(state, file)
-        file.seek(0)
-        state = torch.load(file, weights_only=True)  # tensors, numbers and strings only
-    twin = copy.deepcopy(model)
-    restarted = Trajectory(twin, every_steps=2)
-    restarted.load_state_dict(state)
-    assert_same_state(restarted.state_dict(), trajectory.state_dict())
-    some_steps(trajectory, model, seed=9)
-    some_steps(restarted, twin, seed=9)
-    assert_same_state(restarted.state_dict(), trajectory.state_dict())
-    assert restarted.compute().to_dict() == trajectory.compute().to_dict()
-
-
-def without(key):
-    return lambda state: state.pop(key)
-
-
-def with_(key, value):
-    return lambda state: state.__setitem__(key, value)
-
-
-def exact(change):
-    """A change of what the tracker of exact mode has saved."""
-    return lambda state: change(state["trackers"]["exact"])
-
-
-def tensor(kind, value):
-    """A change of one parameter's copies."""
-    return exact(lambda tracker: tracker["tensors"]["0.weight"].__setitem__(kind, value))
-
-
-CORRUPT = {
-    **{f"without_{key}": (without(key), key) for key in ("version", "names", "groups", "every_steps", "steps_seen")},
-    "without_trackers": (without("trackers"), "trackers"),
-    "version": (with_("version", 99), "version"),
-    "names": (with_("names", ["a", "b"]), "names"),
-    "groups": (with_("groups", ["a", "b"]), "groups"),
-    "every_steps": (with_("every_steps", 3), "every_steps"),
-    "ring": (with_("ring", 3), "ring"),
-    "mode": (with_("mode", "sketch"), "mode"),
-    "steps_seen_text": (with_("steps_seen", "many"), "steps_seen"),
-    "steps_seen_none": (with_("steps_seen", None), "steps_seen"),
-    "trackers_list": (with_("trackers", []), "trackers"),
-    "trackers_none": (with_("trackers", None), "trackers"),
-    "tracker_none": (lambda s: s["trackers"].update(exact=None), "exact"),
-    "tracker_unknown": (lambda s: s["trackers"].update(other={}), "other"),
-    "rows_shape": (exact(with_("rows", torch.zeros(2, 2, dtype=torch.float64))), "exact.rows"),
-    "rows_dtype": (exact(lambda t: t.update(rows=t["rows"].float())), "exact.rows"),
-    "rows_list": (exact(lambda t: t.update(rows=t["rows"].tolist())), "exact.rows"),
-    "without_rows": (exact(without("rows")), "rows"),
-    "settled": (exact(with_("settled", -1)), "settled"),
-    "closed": (exact(with_("closed", [{}])), "closed"),
-    "recent": (exact(with_("recent", {})), "recent"),
-    "distributions": (exact(with_("distributions", [])), "distributions"),
-    "distribution": (exact(lambda t: t["distributions"][3].update(version=7)), r"distributions\[3\]: version"),
-    "tensors_list": (exact(with_("tensors", [])), "tensors"),
-    "tensors_none": (exact(with_("tensors", None)), "tensors"),
-    "tensor_missing": (exact(lambda t: t["tensors"].pop("0.bias")), r"0\.bias"),
-    "copies_missing": (exact(lambda t: t["tensors"]["0.bias"].pop("mean")), r"0\.bias.*mean"),
-    "copies_unknown": (tensor("median", torch.zeros(3)), r"0\.weight.*median"),
-    "copies_shape": (tensor("prev", torch.zeros(3)), r"0\.weight\.prev"),
-    "copies_dtype": (tensor("ref", torch.zeros(8, 6, dtype=torch.float64)), r"0\.weight\.ref"),
-    "copies_none": (tensor("ref", None), r"0\.weight\.ref"),
-}
-
-
-@pytest.mark.parametrize("case", CORRUPT)
-def test_a_state_that_does_not_fit_changes_nothing(case):
-    corrupt, words = CORRUPT[case]
-    model = mlp()
-    trajectory = Trajectory(model)
-    some_steps(trajectory, model)
-    before, numbers = trajectory.state_dict(), trajectory.compute().to_dict()
-    other = mlp(seed=3)
-    source = Trajectory(other)
-    some_steps(source, other, seed=5)
-    state = source.state_dict()
-    corrupt(state)
-    with pytest.raises(ValueError, match=words):
-        trajectory.load_state_dict(state)
-    assert_same_state(trajectory.state_dict(), before)
-    assert trajectory.compute().to_dict() == numbers
-
-
-def test_state_of_another_model_is_refused():
-    with pytest.raises(ValueError, match="names"):
-        Trajectory(mlp()).load_state_dict(Trajectory(nn.Linear(3, 3)).state_dict())
-    with pytest.raises(ValueError, match=r"weight\.prev: .*float32.*float64"):
-        Trajectory(nn.Linear(6, 8)).load_state_dict(Trajectory(nn.Linear(6, 8).double()).state_dict())
-    with pytest.raises(ValueError, match="prev"):
-        Trajectory(nn.Linear(60, 80)).load_state_dict(Trajectory(nn.Linear(6, 8)).state_dict())
+# ---- what it leaves alone
 
 
 def test_training_is_bitwise_the_same_with_and_without():

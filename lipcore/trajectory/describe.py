@@ -68,14 +68,15 @@ class Row:
         row, steps, total = self.row, self.steps, self.total_steps
         mean = 1 / steps if steps else math.nan
         seen = steps + self.skipped
+        known = max(steps, total)  # a new reference starts the total anew
         return {
             "update_norm": self._norms("update", row["path"] * mean, self.updates),
             "update_ratio": self._norms("ratio", row["ratio_sum"] * mean, self.ratios),
             "max_abs_update": {"last": (row["max_abs_last"], steps), "max": (row["max_abs_max"], steps)},
             "path_length": {"sum": (row["path"], steps), "cumulative": (row["total_path"], total)},
-            "distance": {"last": (row["distance"], total)},
+            "distance": {"last": (row["distance"], known)},
             "variance": {"last": (row["m2"] / max(self.points, 1), steps)},
-            "weight_norm": {"last": (row["weight"], total)},
+            "weight_norm": {"last": (row["weight"], known)},
             "unmoved_steps": {"sum": (row["zero_steps"], steps)},
             "nonfinite_steps": {"sum": (row["nonfinite_steps"], seen)},
             "nonfinite_elements": {"sum": (row["nonfinite_elements"], seen)},

@@ -42,7 +42,8 @@ class Trajectory(Metric):
       called ``chord_length`` when `every_steps` > 1, because it then is a lower bound that no factor corrects
     * ``distance`` :math:`\|w_t - w_0\|` and ``directness`` = distance / cumulative path length (last)
     * ``variance`` :math:`\frac{1}{n+1} \sum_{t=0}^{n} \|w_t - \bar w\|^2` over the window's n + 1 points, its start
-      included (Corollary 2 of Loukas et al., NeurIPS 2021); of a sliding window, over the n points after its steps
+      included (Corollary 2 of Loukas et al., NeurIPS 2021); of a sliding window that has lost its first block, over the
+      n points after its steps
     * ``unmoved_steps``, in which not one element changed; ``nonfinite_steps``, ``nonfinite_elements`` (sum)
     * on request ``grad_norm`` of the batch's gradient as backward left it, ``clipped_grad_norm`` as the optimizer got
       it, and ``element_variance`` (see :meth:`element_variance`)
@@ -310,9 +311,8 @@ class Trajectory(Metric):
         tracker = self._tracker
         if tracker.copies is None:
             raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
-        source = self._parts if reference is None else reference
-        values = [part.tensor.detach() for part in self._parts] if reference is None else None
-        tracker.set_reference(values if values is not None else values_of(source, self._parts, "reference"))  # type: ignore[arg-type]
+        source = {part.name: part.tensor for part in self._parts} if reference is None else reference
+        tracker.set_reference(values_of(source, self._parts, "reference"))
 
     def _require_bound(self) -> None:
         if not self._parts:
@@ -392,8 +392,8 @@ class Trajectory(Metric):
             warnings.warn(f"trajectory: {message}", UserWarning, stacklevel=4)
 
     def element_variance(self) -> dict[str, Tensor]:
-        """Variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by parameter name;
-        for ``stats=[..., "element_variance"]``. Two more numbers per element are kept then, four in long windows."""
+        """Variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by parameter name
+        (NaN before the first step); for ``stats=[..., "element_variance"]``. Two more numbers per element are kept then, four in long windows."""
         self._require_bound()
         copies = self._tracker.copies
         if copies is None or not copies.per_element:
@@ -403,7 +403,8 @@ class Trajectory(Metric):
         for i, part in enumerate(self._parts):
             m2 = self._tracker.merged(i)[1]
             assert m2 is not None
-            out[part.name] = m2 / max(rows[i].points, 1)
+            points = rows[i].points
+            out[part.name] = m2 / points if points else torch.full_like(m2, torch.nan)
         return out
 
     def drain(self) -> StepHistory:

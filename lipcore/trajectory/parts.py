@@ -185,7 +185,8 @@ def unwatched(model: nn.Module, parts: list[Part]) -> list[str]:
 
 
 def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument: str) -> list[Tensor]:
-    """Every part's values in another model or state_dict, whatever wrappers' prefixes its names have."""
+    """Every part's values in another model or state_dict, in the part's own dtype, whatever wrappers' prefixes its
+    names have."""
     if isinstance(source, nn.Module):
         named = {f"{prefix}.{key}" if prefix else key: p for prefix, m in named_modules(source)
                  for key, p in m._parameters.items() if p is not None}  # fmt: skip
@@ -203,7 +204,7 @@ def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument
             raise ValueError(
                 f"{argument}: '{part.name}' has shape {list(value.shape)}, expected {list(part.tensor.shape)}"
             )
-        if not _is_finite(value.detach()):
-            raise ValueError(f"{argument}: '{part.name}' has NaN or infinite values")
         values.append(value.detach().to(device=part.tensor.device, dtype=part.tensor.dtype))
+        if not _is_finite(values[-1]):
+            raise ValueError(f"{argument}: '{part.name}' has values that are not finite in {part.tensor.dtype}")
     return values

@@ -146,6 +146,8 @@ class TrackerBase:
         self.recent.take_distributions()
         self.closed.clear()
         self.table.rows[:, :WINDOW_COLUMNS] = 0
+        for m2 in self.copies.earlier_m2 if self.copies else ():
+            m2.zero_()  # sums; the means beside them are overwritten by the first block
 
     def advance(self) -> None:
         """The window slides by a block: the open one is closed, and the oldest goes when there are too many."""
