@@ -82,9 +82,11 @@ class Metric(ABC):
     optional: bool = False  #: where it does not apply it turns itself off instead of raising
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 
-    #: Whether observe_gradients() should be called after every backward pass, and before_step() before every step.
+    #: Which of observe_gradients(), before_step(), observe_used_gradients() and after_step_of() should be called.
     wants_gradients: bool = False
     wants_before_step: bool = False
+    wants_used_gradients: bool = False
+    wants_each_step: bool = False
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:  # noqa: B027
         """What the Monitor was given; called once, before bind()."""
@@ -115,8 +117,11 @@ class Metric(ABC):
     def before_step(self) -> None:  # noqa: B027
         """The optimizer is about to step. No host synchronisation here."""
 
-    def after_optimizer(self, optimizer: Optimizer) -> None:  # noqa: B027
-        """One of several optimizers has stepped; the step is over when all have. No host synchronisation here."""
+    def observe_used_gradients(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """The gradients of this optimizer are as its step uses them. No host synchronisation here."""
+
+    def after_step_of(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """This one of the optimizers has stepped; called before observe_step(). No host synchronisation here."""
 
     def rebase(self) -> None:  # noqa: B027
         """The parameters were changed by something else than a step: load_state_dict(), an EMA swapped in."""

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lipcore.capture import Capture
 from lipcore.capture.parameters import GradientWatch, LoadWatch
-from lipcore.clock import Clock
+from lipcore.clock import Calls, Clock, ScaledSteps
 from lipcore.lipschitz import Lipschitz
 from lipcore.metric import Metric, PlanLine, Record
 from lipcore.results import History, Window
@@ -120,9 +120,10 @@ class Monitor:
         self._final: Window | None = None  # the open window when the Monitor was closed
         self._error: Exception | None = None
         self._failed = False
-        optimizers = _optimizers(optimizer)
+        self._optimizers = _optimizers(optimizer)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
-            metric.prepare(optimizers, scaler, window_blocks)
+            metric.prepare(self._optimizers, scaler, window_blocks)
             metric.bind(model)
         self._tapping = [metric for metric in chosen if metric.taps()]
         if parts and self._tapping:
@@ -140,13 +141,32 @@ class Monitor:
             self._capture.close()
             if not self._turn_off(error):
                 raise
-        before = self._before_step if any(metric.wants_before_step for metric in chosen) else None
-        self._clock = Clock(
-            optimizers, before, self._after_optimizer, self._after_step, self._after_skipped_step, self._stop_all
-        )
-        self._watches: list[LoadWatch | GradientWatch] = [LoadWatch(model, self._rebase)]
-        if any(metric.wants_gradients for metric in chosen):
-            self._watches.append(GradientWatch(model.parameters(), self._after_backward))
+        self._watch()
+
+    def _watch(self) -> None:
+        """Hooks on optimizers and parameters, as the metrics want them."""
+        metrics = self.metrics.values()
+        calls = Calls(self._after_step, self._after_skipped_step, self._stop_all)
+        if any(metric.wants_before_step for metric in metrics):
+            calls.before = self._before_step
+        if any(metric.wants_used_gradients for metric in metrics):
+            calls.uses = self._before_step_of
+        if any(metric.wants_each_step for metric in metrics):
+            calls.each = self._after_step_of
+        self._clock = Clock(self._optimizers, calls)
+        self._load_watch = LoadWatch(self.model, self._loaded)
+        self._scaled = None
+        if self._scaler is not None and self._optimizers:
+            self._scaled = ScaledSteps(self._scaler, self._optimizers, self._clock, self._after_skipped_step)
+        self._watch_gradients()
+
+    def _watch_gradients(self) -> None:
+        wanted = self._scaled is not None or any(metric.wants_gradients for metric in self.metrics.values())
+        self._gradient_watch = GradientWatch(self.model.parameters() if wanted else (), self._after_backward)
+
+    def _unwatch(self) -> None:
+        for watch in (self._clock, self._load_watch, self._gradient_watch):
+            watch.close()
 
     def _find_step_calls(self) -> None:
         stepping = [m for m in self.metrics.values() if type(m).observe_step is not Metric.observe_step]
@@ -184,14 +204,21 @@ class Monitor:
     def _before_step(self) -> None:
         self._call(lambda metric: metric.before_step() if metric.wants_before_step else None)
 
-    def _after_optimizer(self, optimizer: Optimizer) -> None:
-        self._call(lambda metric: metric.after_optimizer(optimizer))
+    def _before_step_of(self, optimizer: Optimizer) -> None:
+        self._call(lambda metric: metric.observe_used_gradients(optimizer) if metric.wants_used_gradients else None)
+
+    def _after_step_of(self, optimizer: Optimizer) -> None:
+        self._call(lambda metric: metric.after_step_of(optimizer) if metric.wants_each_step else None)
 
     def _after_backward(self) -> None:
+        if self._scaled is not None:
+            self._scaled.look()
         self._call(lambda metric: metric.observe_gradients() if metric.wants_gradients else None)
 
-    def _rebase(self) -> None:
+    def _loaded(self) -> None:
         self._call(lambda metric: metric.rebase())
+        self._gradient_watch.close()  # load_state_dict(assign=True) makes new parameters
+        self._watch_gradients()
 
     def _call(self, call: Callable[[Metric], None]) -> None:
         """From a hook, in which nothing may be raised."""
@@ -205,9 +232,13 @@ class Monitor:
 
     def _after_skipped_step(self) -> None:
         self._skipped += 1
+        if self._scaled is not None:
+            self._scaled.ticked = True
         self._capture.tick()
 
     def _after_step(self) -> None:
+        if self._scaled is not None:
+            self._scaled.ticked = True
         if self._failed:
             return
         if self._capture.pending:
@@ -253,6 +284,8 @@ class Monitor:
     def flush(self) -> None:
         """Take in backward passes that are complete but have not been followed by a step yet."""
         self._raise_error()
+        if self._scaled is not None and not self._closed:
+            self._scaled.look()
         self._capture.flush()
         self._raise_error()
 
@@ -307,6 +340,9 @@ class Monitor:
         for metric in self.metrics.values():
             metric.rebind()
         self._find_step_calls()
+        if not self._closed:
+            self._unwatch()  # there may be other parameters, and the metrics may want other things
+            self._watch()
 
     def _window(self, *, closed: bool) -> Window:
         results = {name: metric.finalize() for name, metric in self.metrics.items() if not metric.off}
@@ -361,10 +397,10 @@ class Monitor:
     def close(self) -> None:
         """Remove every hook and raise an error that was kept; results stay readable."""
         if not self._closed:
+            if self._scaled is not None:
+                self._scaled.look()
             self._closed = True
-            self._clock.close()
-            for watch in self._watches:
-                watch.close()
+            self._unwatch()
             self._capture.close()
             if not self._failed:
                 self._final = self._window(closed=False)  # results refer to parameters, which may go on moving

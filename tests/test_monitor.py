@@ -476,7 +476,7 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
             monitor.load_state_dict(bad)
         assert monitor.compute().to_dict() == before
     for bad in ({}, {"version": 2, "metrics": good["metrics"]}):
-        with pytest.raises(ValueError, match="metrics|version"):
+        with pytest.raises(ValueError, match="metrics|version|step"):
             monitor.load_state_dict(bad)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from lipcore import _core, functional
 from lipcore.results import MetricResult
@@ -22,23 +23,41 @@ class Gradients:
         self._parts = parts
         self.trackers = {stage: Tracker(parts, ring=ring, copies=False) for stage in GRADIENTS}
         self._before: Tensor | None = None  # what the last backward pass left
+        self._used: Tensor | None = None  # what the optimizers found
+        self.missed = 0  #: steps with gradients of which nobody said that backward had ended
 
     def observe_before_clipping(self, scale: Tensor | float = 1.0) -> None:
         """After backward; `scale` is what the loss was multiplied by."""
         self._before = self._sums(scale)
 
-    def observe_step(self, scale: Tensor | float = 1.0) -> None:
-        """Right before (or right after) the optimizer's step, while the gradients are there."""
-        stages = [(self.trackers["clipped_grad_norm"], self._sums(scale))]
-        if self._before is not None:
-            stages.append((self.trackers["grad_norm"], self._before))
-        self._before = None
+    def observe_used(self, optimizer: Optimizer | None = None) -> None:
+        """Right before the optimizer's step. Without one: what all of them use."""
+        # A fused optimizer takes the scale out of the gradients itself.
+        scale = getattr(optimizer, "grad_scale", None)
+        sums = self._sums(1.0 if scale is None else scale)
+        if self._used is None or optimizer is None:
+            self._used = sums  # others' parameters too, until their own call
+            return
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        rows = [i for i, part in enumerate(self._parts) if id(part.tensor) in own or id(part.shadow) in own]
+        self._used[rows] = sums[rows]
+
+    def observe_step(self) -> None:
+        """The step was made."""
+        before, used, self._before, self._used = self._before, self._used, None, None
+        stages = []
+        if used is not None:
+            stages.append((self.trackers["clipped_grad_norm"], used))
+        if before is not None:
+            stages.append((self.trackers["grad_norm"], before))
+        elif any(_gradient(part) is not None for part in self._parts):
+            self.missed += 1
         for tracker, sums in stages:
             if tracker.observe(sums):
                 tracker.settle()
 
     def _sums(self, scale: Tensor | float) -> Tensor:
-        gradients = [(part.tensor if part.shadow is None else part.shadow).grad for part in self._parts]
+        gradients = [_gradient(part) for part in self._parts]
         sums = torch.zeros(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64)
         there = [i for i, gradient in enumerate(gradients) if gradient is not None]
         dense = [_dense(gradients[i]) for i in there]  # type: ignore[arg-type]
@@ -66,6 +85,10 @@ class Gradients:
     def state_dict(self) -> dict[str, Any]:
         """Both stages'."""
         return {stage: tracker.state_dict() for stage, tracker in self.trackers.items()}
+
+
+def _gradient(part: Part) -> Tensor | None:
+    return (part.tensor if part.shadow is None else part.shadow).grad
 
 
 def _dense(gradient: Tensor) -> Tensor:

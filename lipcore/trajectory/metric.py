@@ -17,7 +17,7 @@ from lipcore.trajectory.checkpoint import check_like, check_same
 from lipcore.trajectory.choice import Choice, choose
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.gradients import Gradients
-from lipcore.trajectory.parts import Groups, Masters, Model, Part, find_parts, unwatched, values_of
+from lipcore.trajectory.parts import Groups, Masters, Model, Part, find_parts, of_modules, unwatched, values_of
 from lipcore.trajectory.recent import StepHistory
 from lipcore.trajectory.shards import gather
 from lipcore.trajectory.sketched import ANGLES, SketchHistory, SketchTracker
@@ -161,7 +161,7 @@ class Trajectory(Metric):
             given = self._given_optimizer
             self._optimizers = [given] if isinstance(given, Optimizer) else list(given)
         # An iterator is read once, a rebind() later must find the same pairs.
-        self._model = list(model) if isinstance(model, Iterator) else model
+        self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
         self._build(find_parts(self._model, self._groups, self._masters))
 
     def _build(self, parts: list[Part]) -> None:
@@ -205,6 +205,7 @@ class Trajectory(Metric):
             if key in before:
                 tracker.inherit(before[key])
         self._steps_seen, self._rebased = steps, rebased
+        self._warned.clear()
 
     # ---- the hot path
 
@@ -216,7 +217,17 @@ class Trajectory(Metric):
     @property
     def wants_before_step(self) -> bool:  # type: ignore[override]
         """Whether somebody should call before_step() before the optimizer's step."""
-        return self._gradients is not None or self._chosen.source == "snapshot"
+        return self._chosen.source == "snapshot"
+
+    @property
+    def wants_used_gradients(self) -> bool:  # type: ignore[override]
+        """Whether somebody should call observe_used_gradients() before an optimizer's step."""
+        return self._gradients is not None
+
+    @property
+    def wants_each_step(self) -> bool:  # type: ignore[override]
+        """Whether somebody should call after_step_of()."""
+        return self._chosen.source == "optimizer" and len(self._optimizers) > 1
 
     def observe_gradients(self) -> None:
         """Take the gradients as they are now, after backward and before clipping, for ``grad_norm``. A Monitor with an
@@ -231,20 +242,20 @@ class Trajectory(Metric):
         return (self._steps_seen + 1) % self.every_steps == 0
 
     def before_step(self) -> None:
-        """Right before the optimizer's step: clipped gradients, and the snapshot where there is one."""
-        if not self._due:
-            return
-        if self._gradients:
-            # A fused optimizer takes the scale out of the gradients itself.
-            scale = getattr(self._optimizers[0], "grad_scale", None) if self._optimizers else None
-            self._gradients.observe_step(1.0 if scale is None else scale)
-        for tracker in self._trackers.values():
+        """Right before the optimizer's step: the snapshot where there is one."""
+        for tracker in self._trackers.values() if self._due else ():
             tracker.before_step()
 
-    def after_optimizer(self, optimizer: Optimizer) -> None:
-        """Its part of the step, where updates come from the optimizers' states: gradients may be gone at the next."""
-        if self._due and self._chosen.source == "optimizer":
-            self._trackers["updates"].collect(optimizer)  # type: ignore[attr-defined]
+    def observe_used_gradients(self, optimizer: Optimizer) -> None:
+        """For ``clipped_grad_norm``."""
+        if self._gradients and self._due:
+            self._gradients.observe_used(optimizer)
+
+    def after_step_of(self, optimizer: Optimizer) -> None:
+        """One of several optimizers has stepped."""
+        tracker = self._trackers.get("updates")
+        if isinstance(tracker, UpdateTracker) and self._due:
+            tracker.after_step_of(optimizer)
 
     def observe_step(self) -> None:
         """Take the parameters as they are now for the next point of the trajectory."""
@@ -252,13 +263,15 @@ class Trajectory(Metric):
             for tracker in self._trackers.values():
                 if tracker.step():  # raises before anything has changed
                     tracker.settle()
+            if self._gradients:
+                self._gradients.observe_step()
         self._steps_seen += 1
 
     @property
     def step_call(self) -> Callable[[], object]:
         """The compiled step itself where nothing else is to be done."""
         self._require_bound()
-        alone = self.every_steps == 1 and list(self._trackers) == ["exact"]
+        alone = self.every_steps == 1 and list(self._trackers) == ["exact"] and not self._gradients
         return self._tracker.step if alone else self.observe_step
 
     def settle(self) -> None:
@@ -286,7 +299,7 @@ class Trajectory(Metric):
         if updates is not None:
             self._trackers["updates"].give(updates)  # type: ignore[attr-defined]
         if self._gradients and self._due:
-            self._gradients.observe_step()
+            self._gradients.observe_used()
         self.observe_step()
 
     def rebase(self) -> None:
@@ -370,6 +383,12 @@ class Trajectory(Metric):
                     f"parameter '{name}' is trainable but was not when this Trajectory was bound (added, unfrozen or "
                     "untied since?), so it is not in its numbers; call rebind()",
                 )
+        if self.wants_gradients and self._gradients and self._gradients.missed:
+            self._warn(
+                "grad_norm",
+                f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "
+                "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
+            )
         rows = self._tracker.named_rows()
         for part in self._parts:
             shadow = part.tensor if part.shadow is None else part.shadow
@@ -507,24 +526,9 @@ class Trajectory(Metric):
         if self._gradients and twin._gradients:
             theirs = twin._gradients.trackers
             merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
-        answers = [merge() for merge in merges]
-        self._steps_seen = twin._steps_seen + (0 if all(answers) else self._steps_seen)
-
-    def sync(self, group: Any = None) -> MetricResult:
-        """The open window of whole parameters from the shards on all ranks (FSDP2, tensor parallelism, DDP): every rank
-        calls it, every rank gets the same. Replicated parameters count once. A collective; needs the default process
-        group. The window must fit the `ring`, since only the squares of single steps add up over shards.
-
-        Raises:
-            RuntimeError: torch.distributed is not initialised.
-            ValueError: the window is longer than the ring, or ranks have seen different numbers of steps.
-        """
-        self._require_bound()
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-            raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
-        if "sketch" in self._trackers:
-            raise RuntimeError("sync: sketches of shards are not merged yet; use mode 'exact' or 'updates'")
-        return gather(self.summary(), group)
+        continued = [merge() for merge in merges]
+        continues = all(continued)
+        self._steps_seen = twin._steps_seen + (0 if continues else self._steps_seen)
 
     def summary(self) -> dict[str, Any]:
         """What :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""

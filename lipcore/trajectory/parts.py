@@ -77,8 +77,7 @@ def find_parts(model: Model, groups: Groups, masters: Masters | None) -> list[Pa
     Raises:
         TypeError, ValueError: the model, a group or a master copy is not usable; the message names it.
     """
-    if isinstance(model, Mapping) and all(isinstance(part, nn.Module) for part in model.values()):
-        model = nn.ModuleDict(model)
+    model = of_modules(model)
     name_group = group_names(groups)
     found = _of_module(model) if isinstance(model, nn.Module) else _of_pairs(model)  # type: ignore[arg-type]
     if not found:
@@ -95,6 +94,13 @@ def find_parts(model: Model, groups: Groups, masters: Masters | None) -> list[Pa
             )
     _check(parts)
     return parts
+
+
+def of_modules(model: Model) -> Model:
+    """A dict of modules as one module."""
+    if isinstance(model, Mapping) and model and all(isinstance(part, nn.Module) for part in model.values()):
+        return nn.ModuleDict(model)
+    return model
 
 
 def _of_module(model: nn.Module) -> list[tuple[dict[str, Tensor], str, str]]:

@@ -54,6 +54,7 @@ class TrackerBase:
         self.parts = parts
         self.groups = list(dict.fromkeys(part.group for part in parts))
         tensors = [part.tensor for part in parts]
+        self.shapes = [tensor.shape for tensor in tensors]  # the parameters' may change until rebind()
         group_of = [self.groups.index(part.group) for part in parts]
         self.table = Table(group_of, len(self.groups), ring, tensors[0].device)
         self.recent = Recent(self.table)
@@ -213,7 +214,9 @@ class TrackerBase:
         """The tensors as they are now are where the next step starts: what changed them was not a step."""
         if self.copies:
             for part, prev in zip(self.parts, self.copies.prev, strict=True):
-                prev.copy_(part.tensor.detach())
+                values = part.tensor.detach()
+                # Of values that are not finite the difference never would be either.
+                prev.copy_(torch.where(values.isfinite().all(), values, prev))
 
     def set_reference(self, reference: list[Tensor]) -> None:
         """Distances, and the path since the reference, count from these values."""
@@ -232,8 +235,14 @@ class TrackerBase:
         """After a change of the model: in every row that was there, the path since the reference goes on, and so does
         the reference of tensors of the same shape."""
         rows, totals = before.named_rows(), slice(WINDOW_COLUMNS, COLUMN["group"])
+        shapes = {part.name: part.tensor.shape for part in self.parts}
+        resized = {
+            (part.name, "tensor")
+            for part, shape in zip(before.parts, before.shapes, strict=True)
+            if shapes.get(part.name, shape) != shape
+        }
         for place, row in self.named_rows().items():
-            if place in rows:
+            if place in rows and place not in resized:
                 row[totals] = rows[place][totals]
         if not self.copies or not before.copies:
             return

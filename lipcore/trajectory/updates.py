@@ -14,6 +14,7 @@ from lipcore.trajectory.describe import MOVES
 from lipcore.trajectory.parts import Part
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
 from lipcore.trajectory.tracker import Tracker
+from lipcore.update_sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
 
 #: From the optimizer's state alone.
 NORMALIZED = ("normalized_update_rms",)
@@ -35,7 +36,7 @@ class UpdateTracker(Tracker):
         named = [(part.name, part.owner, part.key) for part in parts]
         self.source: OptimizerSource | SnapshotSource | GivenSource
         self._given: Mapping[str, Tensor] | None = None
-        self._collected: tuple[Tensor, Tensor] | None = None
+        self._each: Sums | None = None
         if source == "optimizer":
             if not optimizers:
                 raise ValueError("optimizer: source 'optimizer' needs the optimizer; pass optimizer=, or a Monitor one")
@@ -60,14 +61,19 @@ class UpdateTracker(Tracker):
         if isinstance(self.source, SnapshotSource):
             self.source.before()
 
+    def after_step_of(self, optimizer: Optimizer) -> None:
+        """Where several step in turn: each one's own state, gradients and skipped steps are there in its hook alone."""
+        if isinstance(self.source, OptimizerSource):
+            self._each = self.source.sums(only=optimizer)
+
     def step(self) -> bool:
         """Take in what the source says; True when settle() is due."""
         if isinstance(self.source, GivenSource):
             given, self._given = self._given, None
             sums, mean_square = self.source.sums(given)  # type: ignore[arg-type]
         else:
-            sums, mean_square = self._collected or self.source.sums()
-            self._collected = None
+            each, self._each = self._each, None
+            sums, mean_square = each or self.source.sums()
         if self._rms is not None:
             rms = mean_square.sqrt()
             counted = rms.isfinite()
