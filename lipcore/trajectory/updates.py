@@ -12,9 +12,8 @@ from torch.optim import Optimizer
 from lipcore.results import MetricResult, Value
 from lipcore.trajectory.describe import MOVES
 from lipcore.trajectory.parts import Part
-from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
+from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
 from lipcore.trajectory.tracker import Tracker
-from lipcore.update_sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
 
 #: From the optimizer's state alone.
 NORMALIZED = ("normalized_update_rms",)
@@ -50,11 +49,6 @@ class UpdateTracker(Tracker):
     def give(self, updates: Mapping[str, Tensor]) -> None:
         """What the next step has added to every parameter."""
         self._given = updates
-
-    def collect(self, optimizer: Optimizer) -> None:
-        """One optimizer's part of the step."""
-        assert isinstance(self.source, OptimizerSource)
-        self._collected = self.source.sums(only=optimizer)
 
     def before_step(self) -> None:
         """The snapshot, where it is one."""
