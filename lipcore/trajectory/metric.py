@@ -412,7 +412,8 @@ class Trajectory(Metric):
 
     def element_variance(self) -> dict[str, Tensor]:
         """Variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by parameter name
-        (NaN before the first step); for ``stats=[..., "element_variance"]``. Two more numbers per element are kept then, four in long windows."""
+        (NaN before the first step); for ``stats=[..., "element_variance"]``. One more number per element is kept then,
+        two in long windows."""
         self._require_bound()
         copies = self._tracker.copies
         if copies is None or not copies.per_element:
@@ -438,7 +439,7 @@ class Trajectory(Metric):
         """Sketches that were kept, for distances and angles between any two steps."""
         self._require_bound()
         tracker = self._trackers.get("sketch")
-        if not isinstance(tracker, SketchTracker):
+        if not isinstance(tracker, SketchTracker) or self._keep_every is None:
             raise RuntimeError('sketches: kept only with mode="sketch" and keep_every=')
         return tracker.history
 
@@ -529,6 +530,22 @@ class Trajectory(Metric):
         continued = [merge() for merge in merges]
         continues = all(continued)
         self._steps_seen = twin._steps_seen + (0 if continues else self._steps_seen)
+
+    def sync(self, group: Any = None) -> MetricResult:
+        """The open window of whole parameters from the shards on all ranks (FSDP2, tensor parallelism, DDP): every rank
+        calls it, every rank gets the same. Replicated parameters count once. A collective; needs the default process
+        group. The window must fit the `ring`, since only the squares of single steps add up over shards.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            ValueError: the window is longer than the ring, or ranks have seen different numbers of steps.
+        """
+        self._require_bound()
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
+        if "sketch" in self._trackers:
+            raise RuntimeError("sync: sketches of shards are not merged yet; use mode 'exact' or 'updates'")
+        return gather(self.summary(), group)
 
     def summary(self) -> dict[str, Any]:
         """What :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""
