@@ -387,7 +387,8 @@ class Trajectory(Metric):
 
     def element_variance(self) -> dict[str, Tensor]:
         """Variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by parameter name
-        (NaN before the first step); for ``stats=[..., "element_variance"]``. Two more numbers per element are kept then, four in long windows."""
+        (NaN before the first step); for ``stats=[..., "element_variance"]``. Two more numbers per element are kept
+        then, four in long windows."""
         self._require_bound()
         copies = self._tracker.copies
         if copies is None or not copies.per_element:
@@ -467,7 +468,8 @@ class Trajectory(Metric):
             check_like(key, state.get(key), 0)
         loads = []
         for key, trackers in groups.items():
-            check_like(key, dict.fromkeys(state.get(key) or ()), dict.fromkeys(trackers))
+            given = state.get(key)
+            check_like(key, dict.fromkeys(given) if isinstance(given, dict) else given, dict.fromkeys(trackers))
             for name, tracker in trackers.items():
                 try:
                     loads.append(tracker.prepare(state[key][name]))
