@@ -18,6 +18,7 @@ from lipcore.capture.parameters import GradientWatch, LoadWatch
 from lipcore.clock import Calls, Clock, ScaledSteps
 from lipcore.lipschitz import Lipschitz
 from lipcore.metric import Metric, PlanLine, Record
+from lipcore.monitor_state import checked_starts
 from lipcore.results import History, Window
 from lipcore.trajectory import Trajectory
 
@@ -74,6 +75,8 @@ class Monitor:
     >>> [window.steps for window in monitor.history]
     [2, 2]
     """
+
+    _version = 2
 
     def __init__(
         self,
@@ -363,7 +366,7 @@ class Monitor:
         """Clock and metrics; closed windows are results, not state."""
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
         return {
-            "version": 2,
+            "version": self._version,
             "step": self._step,
             "starts": [list(start) for start in self._starts],
             "windows": self._windows,
@@ -371,17 +374,9 @@ class Monitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of a Monitor with the same metrics on the same model."""
-        if state.get("version") != 2 or set(state.get("metrics", {})) != set(self.metrics):
-            raise ValueError(
-                f"metrics: the state has {sorted(state.get('metrics', {}))}, this monitor has {sorted(self.metrics)}"
-            )
-        for key in ("step", "windows", "starts"):
-            if key not in state:
-                raise ValueError(f"{key}: missing from the monitor's state")
-        starts = state["starts"]
-        if not isinstance(starts, list) or not 1 <= len(starts) <= self._window_blocks:
-            raise ValueError(f"starts: expected those of 1 to {self._window_blocks} blocks, got {starts!r}")
+        """Continue from a state of a Monitor with the same metrics on the same model; ValueError naming the first key
+        that does not fit, and nothing changed, otherwise."""
+        starts = checked_starts(state, self._version, sorted(self.metrics), self._window_blocks)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         try:
             for name, metric in self.metrics.items():
@@ -392,7 +387,7 @@ class Monitor:
             raise
         self._step, self._windows = state["step"], state["windows"]
         self._starts.clear()
-        self._starts.extend((int(step), 0) for step, _ in starts)
+        self._starts.extend((step, 0) for step in starts)
 
     def close(self) -> None:
         """Remove every hook and raise an error that was kept; results stay readable."""

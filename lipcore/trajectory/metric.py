@@ -493,7 +493,8 @@ class Trajectory(Metric):
             check_like(key, state.get(key), 0)
         loads = []
         for key, trackers in groups.items():
-            check_like(key, dict.fromkeys(state.get(key) or ()), dict.fromkeys(trackers))
+            given = state.get(key)
+            check_like(key, dict.fromkeys(given) if isinstance(given, dict) else given, dict.fromkeys(trackers))
             for name, tracker in trackers.items():
                 try:
                     loads.append(tracker.prepare(state[key][name]))

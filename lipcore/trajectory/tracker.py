@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lipcore import functional
 from lipcore.results import MetricResult
-from lipcore.trajectory.checkpoint import check_like, loaded_distributions
+from lipcore.trajectory.checkpoint import check_counters, check_like, loaded_distributions
 from lipcore.trajectory.copies import distances
 from lipcore.trajectory.describe import MOVES, OFFSETS, Row
 from lipcore.trajectory.table import (
@@ -86,6 +86,7 @@ class Tracker(TrackerBase):
         loose = ("distributions", "closed", "tensors")  # checked below
         check_like("", {k: v for k, v in theirs.items() if k not in loose} if isinstance(theirs, dict) else theirs,
                    {k: v for k, v in mine.items() if k not in loose})  # fmt: skip
+        check_counters(theirs, self.table.rows, COLUMN["group"])
         count = len(self.recent.distributions)
         distributions = loaded_distributions("distributions", theirs.get("distributions"), count)
         has_earlier = self._check_tensors(theirs.get("tensors"), mine.get("tensors"))
