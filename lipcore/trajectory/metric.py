@@ -395,8 +395,8 @@ class Trajectory(Metric):
             if shadow.dtype not in _HALF:
                 continue
             row = rows.get((part.name, "tensor"))
-            steps, still = (0, 0) if row is None else (int(row[COLUMN[c]]) for c in ("steps", "zero_steps"))
-            if part.shadow is None and steps == still >= 10:
+            steps = 0 if row is None else _steps_without_moving(row.tolist())
+            if part.shadow is None and steps >= 10:
                 self._warn(
                     part.name,
                     f"parameter '{part.name}' is {str(shadow.dtype)[6:]} and did not move in {steps} steps: updates "
@@ -552,6 +552,13 @@ class Trajectory(Metric):
         """What :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""
         self._require_bound()
         return next(iter(self._trackers.values())).summary(self.every_steps)
+
+
+def _steps_without_moving(row: list[float]) -> int:
+    """In the window, or since the reference: windows may be short."""
+    steps, still, total = (int(row[COLUMN[c]]) for c in ("steps", "zero_steps", "total_steps"))
+    since_reference = total if row[COLUMN["total_path"]] == 0 else 0
+    return max(since_reference, steps if steps == still else 0)
 
 
 def _checked_stats(stats: Iterable[str]) -> tuple[str, ...]:
