@@ -26,7 +26,7 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one .venv
 
-.PHONY: help demo test test-all test-asan test-tsan bench clean distclean check FORCE
+.PHONY: help demo test test-all test-asan test-tsan bench bench-peers plots clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -41,8 +41,14 @@ test: $(STAMPS)/test $(CORE) ## run the tests (a minute or two)
 test-all: $(STAMPS)/test $(CORE) ## the slow tests too
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
 
-bench: $(STAMPS)/bench $(CORE) ## run the benchmarks
+bench: $(STAMPS)/bench $(CORE) ## run the benchmarks (10 minutes)
 	$(BIN)/pytest bench $(BENCH_FLAGS)
+
+bench-peers: $(STAMPS)/peers $(CORE) ## those against other published tools, which this installs
+	$(BIN)/pytest bench/bench_cockpit.py $(BENCH_FLAGS)
+
+plots: $(STAMPS)/bench ## draw bench/results/*.png from the results there
+	$(BIN)/python bench/plots.py
 
 # The instrumented module takes the place of the ordinary one until the next build; Python and torch themselves are not
 # instrumented, so the sanitizer has to be loaded before them, and Python's own leaks are left out.
@@ -91,7 +97,7 @@ $(STAMPS)/base: $(STAMPS)/venv constraints.txt
 	$(PIP) torch numpy scikit-build-core pybind11 cmake ninja
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/base pyproject.toml | $(STAMPS)/settings
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/base pyproject.toml | $(STAMPS)/settings
 	$(INSTALL) ".[$*]"
 	@touch $@ $(CORE)
 

@@ -6,6 +6,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 
+import psutil
+import pytest
 import torch
 
 Call = Callable[[], object]
@@ -56,3 +58,10 @@ class threads:
 
     def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self.before)
+
+
+def needs_memory(size: float) -> None:
+    """Skip the benchmark, visibly, where fewer bytes are free."""
+    free = psutil.virtual_memory().available
+    if free < size + 1e9:  # for what else runs
+        pytest.skip(f"needs {size / 1e9 + 1:.1f} GB of memory, {free / 1e9:.1f} GB are free")

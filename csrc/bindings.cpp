@@ -292,6 +292,27 @@ void observe_values(Distribution& distribution, py::handle values) {
   for (int64_t i = 0; i < v.numel; ++i) distribution.observe(x[i * v.strides[0]]);
 }
 
+// share and gap_sq float64 [n]; see fold_means().
+void fold_means_of(py::handle mean, py::handle earlier, py::handle share, py::handle gap_sq) {
+  const auto means = views_of(mean, "mean"), earliers = views_of(earlier, "earlier", Access::kWrite);
+  const TensorView s = view_of(share, "share", Access::kWrite), out = view_of(gap_sq, "gap_sq", Access::kWrite);
+  for (const TensorView* vector : {&s, &out})
+    if (vector->dtype != DType::kFloat64 || !vector->on_cpu() || vector->numel != static_cast<int64_t>(means.size()))
+      throw py::value_error("share, gap_sq: expected float64 CPU tensors with one number per tensor");
+  if (means.size() != earliers.size()) throw py::value_error("earlier: expected one tensor per mean");
+  check(fold_means(means, earliers, static_cast<const double*>(s.data), static_cast<double*>(out.data)));
+}
+
+void square_sums_of(py::handle tensors, py::handle out) {
+  const auto views = views_of(tensors, "tensors");
+  const TensorView table = view_of(out, "out", Access::kWrite);
+  if (table.dtype != DType::kFloat64 || table.ndim != 2 || table.shape[0] != static_cast<int64_t>(views.size()) ||
+      table.shape[1] != kStepSums || !table.on_cpu())
+    throw py::value_error("out: expected a float64 CPU tensor with a row per tensor and " + std::to_string(kStepSums) +
+                          " columns, got " + ShapeText(table).text);
+  check(square_sums(views, static_cast<StepSums*>(table.data)));
+}
+
 std::unique_ptr<Ledger> make_ledger(py::handle rows, py::handle recent, py::handle cursor, int64_t tensors) {
   auto ledger = std::make_unique<Ledger>();
   check(ledger->open(rows.ptr(), recent.ptr(), cursor.ptr(), tensors));
@@ -446,6 +467,8 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "observe", [](Ledger& ledger, py::handle sums) { check(ledger.observe_tensor(sums.ptr())); },
           py::arg("sums"));
+  m.def("fold_means", &fold_means_of, py::arg("mean"), py::arg("earlier"), py::arg("share"), py::arg("gap_sq"));
+  m.def("square_sums", &square_sums_of, py::arg("tensors"), py::arg("out"));
   m.def("observe_recent", &observe_recent, py::arg("recent"), py::arg("begin"), py::arg("end"),
         py::arg("distributions"));
   py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their copies and the ledger of their movement.")
@@ -460,6 +483,7 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init(&make_sketch_plan), py::arg("entries"), py::arg("sketches"), py::arg("weights"), py::arg("seed"))
       .def("step", [](SketchPlan& plan) { check(plan.step()); });
   m.attr("CONTINUES") = kContinues;
+  m.attr("BLOCK_STEPS") = kTrajectoryBlock;
   m.attr("STEP_COLUMNS") = kStepSums;
   m.attr("LEDGER_COLUMNS") = kTrajectoryColumns;
 #if defined(LIPCORE_WITH_CUDA)

@@ -46,7 +46,7 @@ bool Ledger::open(PyObject* rows, PyObject* recent, PyObject* cursor, int64_t te
 }
 
 void Ledger::observe(const StepSums* sums) {
-  for (StepSums& group : group_sums_) group = {};
+  for (StepSums& group : group_sums_) group = no_member();
   StepSums& total = group_sums_.back();
   RecentStep* recent = tables_.recent + static_cast<int64_t>(*tables_.cursor) % tables_.ring * tables_.row_count();
   for (int64_t i = 0; i < tables_.tensors; ++i) {
@@ -56,7 +56,7 @@ void Ledger::observe(const StepSums* sums) {
     merge_member(&total, sums[i]);
   }
   for (size_t g = 0; g < group_sums_.size(); ++g)
-    observe_row(&tables_.rows[tables_.tensors + static_cast<int64_t>(g)], recent++, group_sums_[g]);
+    observe_group(&tables_.rows[tables_.tensors + static_cast<int64_t>(g)], recent++, group_sums_[g]);
   *tables_.cursor += 1;
 }
 

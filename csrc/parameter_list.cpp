@@ -1,5 +1,7 @@
 #include "parameter_list.h"
 
+#include <cstring>
+
 namespace lipcore {
 
 uint64_t geometry_of(const TensorView& view) {
@@ -31,13 +33,27 @@ bool ParameterList::refuse(size_t i, const char* what) const {
   return false;
 }
 
+namespace {
+
+// This rank's part of a sharded parameter (FSDP2, tensor parallelism); the DTensor in the module keeps it alive.
+PyObject* local_part(PyObject* parameter) {
+  if (std::strcmp(Py_TYPE(parameter)->tp_name, "DTensor") != 0) return parameter;
+  PyObject* local = PyObject_GetAttrString(parameter, "_local_tensor");
+  Py_XDECREF(local);
+  return local;
+}
+
+}  // namespace
+
 ParameterList::Look ParameterList::look_up(size_t i, TensorView* view) {
   const ParameterEntry& entry = entries_[i];
   PyObject* parameter = PyDict_GetItemWithError(entry.owner, entry.key);
-  if (!parameter || parameter == Py_None) {
+  if (!parameter) {
     if (!PyErr_Occurred()) refuse(i, "was removed from its module; call rebind() after such a change");
     return Look::kError;
   }
+  parameter = local_part(parameter);
+  if (!parameter) return Look::kError;
   if (!view_tensor(parameter, {entry.name.c_str()}, Access::kRead, view)) return Look::kError;
   if (view->device.type != device_.type || view->device.id != device_.id) {
     refuse(i,

@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'isa', 'normalized_norms', 'observe_ratios', 'observe_recent', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'normalized_norms', 'observe_ratios', 'observe_recent', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -78,14 +78,6 @@ class Ledger:
         ...
     def observe(self, sums: typing.Any) -> None:
         ...
-class SketchPlan:
-    """
-    Parameters and the tensors that their sketches and weights are written to.
-    """
-    def __init__(self, entries: collections.abc.Sequence[tuple], sketches: typing.Any, weights: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def step(self) -> None:
-        ...
 class TrajectoryPlan:
     """
     Parameters, their copies and the ledger of their movement.
@@ -99,6 +91,14 @@ class TrajectoryPlan:
         ...
     @block.setter
     def block(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+class SketchPlan:
+    """
+    Parameters and the tensors that their sketches and weights are written to.
+    """
+    def __init__(self, entries: collections.abc.Sequence[tuple], sketches: typing.Any, weights: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def step(self) -> None:
         ...
 def advise_huge_pages(tensor: typing.Any) -> None:
     ...
@@ -115,6 +115,8 @@ def cuda_device_count() -> int:
 def first_layer_norms(delta: typing.Any, weight: typing.Any, out: typing.Any) -> None:
     ...
 def float16_to_float(bits: typing.SupportsInt | typing.SupportsIndex) -> float:
+    ...
+def fold_means(mean: typing.Any, earlier: typing.Any, share: typing.Any, gap_sq: typing.Any) -> None:
     ...
 def isa() -> str:
     ...
@@ -140,6 +142,8 @@ def sample_norms(x: typing.Any, out: typing.Any) -> None:
     """
 def sketch(tensors: typing.Any, first_index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], seed: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
+def square_sums(tensors: typing.Any, out: typing.Any) -> None:
+    ...
 def trajectory_step(params: typing.Any, prev: typing.Any, ref: typing.Any, mean: typing.Any, count: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def update_sums(params: typing.Any, first: typing.Any, second: typing.Any, rules: typing.Any, rows: typing.Any, normalized: typing.Any) -> None:
@@ -149,6 +153,7 @@ def use_isa(name: str) -> None:
 def use_torch_threads(path: str) -> bool:
     ...
 BINS: int = 32768
+BLOCK_STEPS: int = 512
 CHECKED: int = 2
 CONTINUES: float = -1.0
 LEDGER_COLUMNS: int = 20

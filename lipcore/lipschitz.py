@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from lipcore import _core
 from lipcore.distribution import Distribution
@@ -117,6 +120,7 @@ class Lipschitz(Metric):
         self._warned = False
         self._served = False  # the shortcut has been used
         self._skips = False  # the output depends on the input past the first layer
+        self._closed: deque[list[Distribution]] = deque(maxlen=0)  # blocks of a sliding window
         self._monitor: Any = None
         if model is not None:
             from lipcore.monitor import Monitor
@@ -156,6 +160,10 @@ class Lipschitz(Metric):
                 stacklevel=2,
             )
         return agrees
+
+    def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
+        """How many blocks a window has."""
+        self._closed = deque(maxlen=window_blocks - 1)
 
     def bind(self, model: nn.Module) -> None:
         """Look for layers in which samples mix."""
@@ -209,9 +217,6 @@ class Lipschitz(Metric):
                     stacklevel=2,
                 )
             self._mixed = True
-
-    def _seen(self) -> int:
-        return int(self._ratios.count + self._ratios.missing + self._ratios.invalid)
 
     def _bypassed(self) -> None:
         self._skips = True
@@ -282,19 +287,32 @@ class Lipschitz(Metric):
         if self._mixed:
             label, note = "heuristic", "BatchNorm in train mode mixes samples"
         place = self._last.place
-        result.add("normalized_gradient_norm", place, "total", **self._ratios.reduced(label, total=True, note=note))
-        count = self._ratios.count
-        result.add("steadiness", place, "total", max=Value(self._ratios.max, count, label, count > 0, note))
-        result.add("skipped", place, "total", sum=Value(float(self._seen() - count), self._seen()))
+        ratios, lambdas, paired = self._window()
+        result.add("normalized_gradient_norm", place, "total", **ratios.reduced(label, total=True, note=note))
+        count, skipped = ratios.count, ratios.missing + ratios.invalid
+        result.add("steadiness", place, "total", max=Value(ratios.max, count, label, count > 0, note))
+        result.add("skipped", place, "total", sum=Value(float(skipped), count + skipped))
         if not isinstance(self._first.module, nn.Embedding):
             if self._skips:
                 label, note = "heuristic", f"{note}; " * bool(note) + "the input also goes past the first layer"
-            result.add("local_lipschitz", place, "total", **self._lambdas.reduced(label, note=note))
-            self._add_sandwich(result, place, label, note)
+            result.add("local_lipschitz", place, "total", **lambdas.reduced(label, note=note))
+            self._add_sandwich(result, place, label, note, lambdas.mean, paired)
         return result
 
-    def _add_sandwich(self, result: MetricResult, place: str, label: Label, note: str) -> None:
-        module, count = self._first.module, self._paired.count
+    def _window(self) -> list[Distribution]:
+        """r, lambda, and r where there is a lambda, over all blocks of the window."""
+        if not self._closed:
+            return list(self._all)
+        merged = [Distribution() for _ in self._all]
+        for block in (*self._closed, self._all):
+            for into, distribution in zip(merged, block, strict=True):
+                into.merge(distribution)
+        return merged
+
+    def _add_sandwich(
+        self, result: MetricResult, place: str, label: Label, note: str, average: float, paired: Distribution
+    ) -> None:
+        module, count = self._first.module, paired.count
         if module is None or not count or self._quantity != "scalar":
             return
         sigma = singular_values(module, self._first.batch_shape)
@@ -306,7 +324,6 @@ class Lipschitz(Metric):
                 "heuristic",
                 f"{note}; " * bool(note) + "W_1 of the window's close, but it moved within the window",
             )
-        average = self._lambdas.mean
         result.details["singular_values"] = {"largest": sigma.largest, "smallest": sigma.smallest, "rule": sigma.rule}
         if sigma.smallest is None:
             upper, valid, why = math.nan, False, "the smallest singular value is not known"
@@ -325,16 +342,33 @@ class Lipschitz(Metric):
             place,
             "total",
             lower=Value(average / sigma.largest if sigma.largest else math.nan, count, label, sigma.largest > 0, note),
-            middle=Value(self._paired.mean, count, label, True, note),
+            middle=Value(paired.mean, count, label, True, note),
             upper=Value(upper, count, label, valid, why),
         )
 
     def reset(self) -> None:
         """Start a new window."""
-        for distribution in self._all:
-            distribution.reset()
+        self._closed.clear()
+        self._start_block()
         self._mixed = self._moved = False
         self._remember_weight()
+
+    def advance(self) -> None:
+        """Slide the window by a block. What labels it (mixed samples, a first layer that moved) counts from the first
+        block in which it was so."""
+        if self._closed.maxlen == 0:
+            self.reset()
+            return
+        block = [Distribution() for _ in self._all]
+        for into, distribution in zip(block, self._all, strict=True):
+            into.merge(distribution)
+        self._closed.append(block)
+        self._moved = self._weight_moved()
+        self._start_block()
+
+    def _start_block(self) -> None:
+        for distribution in self._all:
+            distribution.reset()  # the compiled objects stay: the shortcut holds them
 
     def _remember_weight(self) -> None:
         """W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
@@ -360,6 +394,7 @@ class Lipschitz(Metric):
             "mixed": self._mixed,
             "weight_moved": self._weight_moved(),
             "distributions": [distribution.state_dict() for distribution in self._all],
+            "closed": [[distribution.state_dict() for distribution in block] for block in self._closed],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -367,14 +402,22 @@ class Lipschitz(Metric):
         for key, expected in (("version", self._version), ("quantity", self._quantity)):
             if state.get(key) != expected:
                 raise ValueError(f"{key}: the state has {state.get(key)!r}, this metric has {expected!r}")
-        loaded = [Distribution() for _ in self._all]
-        for distribution, part in zip(loaded, state["distributions"], strict=True):
-            distribution.load_state_dict(part)
+        loaded, *closed = (self._loaded(block) for block in (state["distributions"], *state["closed"]))
+        if len(closed) > (self._closed.maxlen or 0):
+            raise ValueError(f"closed: the state has {len(closed)} blocks, this window {self._closed.maxlen}")
+        self._closed.clear()
+        self._closed.extend(closed)
         for mine, theirs in zip(self._all, loaded, strict=True):
             mine.reset()  # the compiled objects stay: the shortcut holds them
             mine.merge(theirs)
         self._mixed, self._moved = bool(state["mixed"]), bool(state["weight_moved"])
         self._remember_weight()
+
+    def _loaded(self, states: Any) -> list[Distribution]:
+        loaded = [Distribution() for _ in self._all]
+        for distribution, state in zip(loaded, states, strict=True):
+            distribution.load_state_dict(state)
+        return loaded
 
 
 def _ratios(numerators: Tensor, output_grad: Tensor) -> Tensor:

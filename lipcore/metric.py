@@ -7,11 +7,12 @@ private one, when it stands alone) keeps the clock.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lipcore.results import MetricResult
 
@@ -81,6 +82,15 @@ class Metric(ABC):
     optional: bool = False  #: where it does not apply it turns itself off instead of raising
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 
+    #: Which of observe_gradients(), before_step(), observe_used_gradients() and after_step_of() should be called.
+    wants_gradients: bool = False
+    wants_before_step: bool = False
+    wants_used_gradients: bool = False
+    wants_each_step: bool = False
+
+    def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:  # noqa: B027
+        """What the Monitor was given; called once, before bind()."""
+
     @abstractmethod
     def bind(self, model: nn.Module) -> None:
         """Look at the model (parameters, layers); called once, before the first step."""
@@ -101,6 +111,24 @@ class Metric(ABC):
     def observe_record(self, record: Record) -> None:  # noqa: B027
         """One micro-batch's tapped values. No host synchronisation here."""
 
+    def observe_gradients(self) -> None:  # noqa: B027
+        """A backward pass has ended. No host synchronisation here."""
+
+    def before_step(self) -> None:  # noqa: B027
+        """The optimizer is about to step. No host synchronisation here."""
+
+    def observe_used_gradients(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """The gradients of this optimizer are as its step uses them. No host synchronisation here."""
+
+    def after_step_of(self, optimizer: Optimizer) -> None:  # noqa: B027
+        """This one of the optimizers has stepped; called before observe_step(). No host synchronisation here."""
+
+    def rebase(self) -> None:  # noqa: B027
+        """The parameters were changed by something else than a step: load_state_dict(), an EMA swapped in."""
+
+    def rebind(self) -> None:  # noqa: B027
+        """Parameters were added, removed or reshaped: look at the model anew."""
+
     def observe_step(self) -> None:  # noqa: B027
         """One optimizer step has been made. No host synchronisation here."""
 
@@ -119,6 +147,10 @@ class Metric(ABC):
     @abstractmethod
     def reset(self) -> None:
         """Start a new window; what counts since the start of training goes on."""
+
+    def advance(self) -> None:
+        """Slide the window by one of the `window_blocks` it consists of; the same as reset() when that is one."""
+        raise NotImplementedError(f"{type(self).__name__} has no sliding windows")
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

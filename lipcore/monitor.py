@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -14,8 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lipcore.capture import Capture
+from lipcore.capture.parameters import GradientWatch, LoadWatch
+from lipcore.clock import Calls, Clock, ScaledSteps
 from lipcore.lipschitz import Lipschitz
 from lipcore.metric import Metric, PlanLine, Record
+from lipcore.monitor_state import checked_starts
 from lipcore.results import History, Window
 from lipcore.trajectory import Trajectory
 
@@ -23,9 +26,9 @@ from lipcore.trajectory import Trajectory
 class Plan:
     """What a Monitor measures, by which rule, and what it costs; print it before step 0."""
 
-    def __init__(self, lines: dict[str, list[PlanLine]], window_steps: int | None, clock: str) -> None:
+    def __init__(self, lines: dict[str, list[PlanLine]], window: str, clock: str) -> None:
         self.lines = lines  #: per metric
-        self.window_steps = window_steps
+        self.window = window
         self.clock = clock
 
     @property
@@ -34,8 +37,7 @@ class Plan:
         return sum(line.bytes for lines in self.lines.values() for line in lines)
 
     def __str__(self) -> str:
-        window = f"closed every {self.window_steps} steps" if self.window_steps else "open since the start"
-        out = [f"lipcore plan: {_size(self.bytes)} of state; window {window}; clock: {self.clock}"]
+        out = [f"lipcore plan: {_size(self.bytes)} of state; {self.window}; clock: {self.clock}"]
         for metric, lines in self.lines.items():
             out.append(f"  {metric}")
             width = max((len(line.what) for line in lines), default=0)
@@ -53,10 +55,15 @@ class Monitor:
     recording, warns, and is raised by the next call of a method of this class or at the end of the with block.
 
     Args:
-        model: the module your loop calls (pass torch.compile's or DDP's result when there is one).
-        optimizer: one or several; the first one's step is the clock. Without: call :meth:`step` after every step.
+        model: the module your loop calls (pass torch.compile's or DDP's result when there is one), or a dict of modules
+            when nothing is wanted of their outputs.
+        optimizer: one, or several that step in turn; a step is over when all have. Without: call :meth:`step` after
+            every step.
         metrics: default [Trajectory(), Lipschitz()], the latter only where the output has one value per sample.
-        window_steps: close a window every so many steps; None: only by close_window().
+        window_steps: steps in a window; None: it is closed only by close_window().
+        window_blocks: with more than one, windows slide: every window_steps / window_blocks steps one closes that
+            covers the last window_steps steps (fewer at the start).
+        scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
         history_limit: how many closed windows are kept.
 
     >>> model = nn.Linear(3, 1)
@@ -69,45 +76,67 @@ class Monitor:
     [2, 2]
     """
 
+    _version = 2
+
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Mapping[str, nn.Module],
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         metrics: Iterable[Metric] | None = None,
         *,
         window_steps: int | None = None,
+        window_blocks: int = 1,
         history_limit: int = 1000,
+        scaler: Any = None,
     ) -> None:
+        parts = isinstance(model, Mapping)
+        if isinstance(model, Mapping) and all(isinstance(part, nn.Module) for part in model.values()):
+            model = nn.ModuleDict(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        for name, number in (("window_steps", window_steps), ("history_limit", history_limit)):
+        for name, number in (
+            *(("window_steps", window_steps), ("window_blocks", window_blocks), ("history_limit", history_limit)),
+        ):
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
                 raise ValueError(f"{name}: expected an integer >= 1, got {number!r}")
         if not (metrics is None or isinstance(metrics, Iterable)) or isinstance(metrics, type):
             raise TypeError(f"metrics: expected a list of lipcore metrics, got {metrics!r}")
-        chosen = [Trajectory(), Lipschitz(optional=True)] if metrics is None else list(metrics)
+        if window_blocks > 1 and (window_steps is None or window_steps % window_blocks):
+            raise ValueError(f"window_blocks: {window_blocks} blocks of equal length do not make {window_steps} steps")
+        default: list[Metric] = [Trajectory()] if parts else [Trajectory(), Lipschitz(optional=True)]
+        chosen = default if metrics is None else list(metrics)
         self.metrics = _by_name(chosen)
+        for metric in chosen if window_blocks > 1 else ():
+            if type(metric).advance is Metric.advance:
+                raise ValueError(f"window_blocks: {metric.name} has no sliding windows")
         self.model = model
         self.window_steps = window_steps
         self.history = History(maxlen=history_limit)
         self._unread: deque[Window] = deque(maxlen=history_limit)
         self._step = 0
         self._steps_here = 0  # since this object was made; _step goes on from a loaded state
-        self._window_start = 0
+        self._window_blocks = window_blocks
+        self._starts: deque[tuple[int, int]] = deque([(0, 0)], maxlen=window_blocks)  # step, unrecorded of each block
+        self._skipped = 0
         self._windows = 0
         self._closed = False
         self._final: Window | None = None  # the open window when the Monitor was closed
         self._error: Exception | None = None
         self._failed = False
-        optimizers = _optimizers(optimizer)
+        self._optimizers = _optimizers(optimizer)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
+            metric.prepare(self._optimizers, scaler, window_blocks)
             metric.bind(model)
         self._tapping = [metric for metric in chosen if metric.taps()]
-        stepping = [metric for metric in chosen if type(metric).observe_step is not Metric.observe_step]
-        self._step_calls = [(metric.step_call, metric.settle) for metric in stepping]
+        if parts and self._tapping:
+            raise ValueError(
+                f"model: {self._tapping[0].name} watches the forward pass of one module, not of a dict of them; pass "
+                "the module your loop calls"
+            )
+        self._find_step_calls()
         taps = [tap for metric in self._tapping for tap in metric.taps().items()]
         self._capture = Capture(model, taps, self._observe_record, self._stop)
-        self._unrecorded = 0  # before the open window
         try:
             # The shortcut is for the one metric that can do with two bias gradients.
             self._capture.attach(self._tapping[0].single_sample if len(self._tapping) == 1 else None)
@@ -115,8 +144,36 @@ class Monitor:
             self._capture.close()
             if not self._turn_off(error):
                 raise
-        self._clock = f"{type(optimizers[0]).__name__}.step" if optimizers else "monitor.step()"
-        self._handles = [optimizers[0].register_step_post_hook(self._after_step)] if optimizers else []
+        self._watch()
+
+    def _watch(self) -> None:
+        """Hooks on optimizers and parameters, as the metrics want them."""
+        metrics = self.metrics.values()
+        calls = Calls(self._after_step, self._after_skipped_step, self._stop_all)
+        if any(metric.wants_before_step for metric in metrics):
+            calls.before = self._before_step
+        if any(metric.wants_used_gradients for metric in metrics):
+            calls.uses = self._before_step_of
+        if any(metric.wants_each_step for metric in metrics):
+            calls.each = self._after_step_of
+        self._clock = Clock(self._optimizers, calls)
+        self._load_watch = LoadWatch(self.model, self._loaded)
+        self._scaled = None
+        if self._scaler is not None and self._optimizers:
+            self._scaled = ScaledSteps(self._scaler, self._optimizers, self._clock, self._after_skipped_step)
+        self._watch_gradients()
+
+    def _watch_gradients(self) -> None:
+        wanted = self._scaled is not None or any(metric.wants_gradients for metric in self.metrics.values())
+        self._gradient_watch = GradientWatch(self.model.parameters() if wanted else (), self._after_backward)
+
+    def _unwatch(self) -> None:
+        for watch in (self._clock, self._load_watch, self._gradient_watch):
+            watch.close()
+
+    def _find_step_calls(self) -> None:
+        stepping = [m for m in self.metrics.values() if type(m).observe_step is not Metric.observe_step]
+        self._step_calls = [(metric.step_call, metric.settle) for metric in stepping]
 
     # ---- errors: kept inside hooks, raised by the user's next call
 
@@ -147,7 +204,44 @@ class Monitor:
         for metric in self._tapping:
             metric.observe_record(record)
 
-    def _after_step(self, *_: Any) -> None:
+    def _before_step(self) -> None:
+        self._call(lambda metric: metric.before_step() if metric.wants_before_step else None)
+
+    def _before_step_of(self, optimizer: Optimizer) -> None:
+        self._call(lambda metric: metric.observe_used_gradients(optimizer) if metric.wants_used_gradients else None)
+
+    def _after_step_of(self, optimizer: Optimizer) -> None:
+        self._call(lambda metric: metric.after_step_of(optimizer) if metric.wants_each_step else None)
+
+    def _after_backward(self) -> None:
+        if self._scaled is not None:
+            self._scaled.look()
+        self._call(lambda metric: metric.observe_gradients() if metric.wants_gradients else None)
+
+    def _loaded(self) -> None:
+        self._call(lambda metric: metric.rebase())
+        self._gradient_watch.close()  # load_state_dict(assign=True) makes new parameters
+        self._watch_gradients()
+
+    def _call(self, call: Callable[[Metric], None]) -> None:
+        """From a hook, in which nothing may be raised."""
+        if self._failed:
+            return
+        try:
+            for metric in self.metrics.values():
+                call(metric)
+        except Exception as error:
+            self._stop_all(error)
+
+    def _after_skipped_step(self) -> None:
+        self._skipped += 1
+        if self._scaled is not None:
+            self._scaled.ticked = True
+        self._capture.tick()
+
+    def _after_step(self) -> None:
+        if self._scaled is not None:
+            self._scaled.ticked = True
         if self._failed:
             return
         if self._capture.pending:
@@ -160,7 +254,7 @@ class Monitor:
             self._steps_here += 1
             if self._steps_here == 2 and self._tapping:
                 self._check_that_something_came()
-            if self.window_steps is not None and self._step - self._window_start >= self.window_steps:
+            if self.window_steps is not None and self._block_steps >= self.window_steps // self._window_blocks:
                 self._close()
         except Exception as error:
             self._stop_all(error)
@@ -180,6 +274,10 @@ class Monitor:
             if metric.off:
                 warnings.warn(f"lipcore turned {metric.name} off: {metric.off}", RuntimeWarning, stacklevel=4)
 
+    @property
+    def _block_steps(self) -> int:
+        return self._step - self._starts[-1][0]
+
     def step(self) -> None:
         """Tick the clock by hand, after the parameters were updated; for loops without an optimizer object."""
         self._raise_error()
@@ -189,6 +287,8 @@ class Monitor:
     def flush(self) -> None:
         """Take in backward passes that are complete but have not been followed by a step yet."""
         self._raise_error()
+        if self._scaled is not None and not self._closed:
+            self._scaled.look()
         self._capture.flush()
         self._raise_error()
 
@@ -196,7 +296,15 @@ class Monitor:
 
     def plan(self) -> Plan:
         """What is measured, by which rule, for how many bytes."""
-        return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self.window_steps, self._clock)
+        return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self._window_rule, str(self._clock))
+
+    @property
+    def _window_rule(self) -> str:
+        if self.window_steps is None:
+            return "window open since the start"
+        every = self.window_steps // self._window_blocks
+        of = f" of the last {self.window_steps} steps" if self._window_blocks > 1 else ""
+        return f"window{of} closed every {every} steps"
 
     def compute(self) -> Window:
         """The open window so far; closes and resets nothing. After close(): as it was then."""
@@ -221,21 +329,36 @@ class Monitor:
         self.history.append(window)
         self._unread.append(window)
         self._windows += 1
-        self._window_start = self._step
-        self._unrecorded = self._capture.unrecorded
+        self._starts.append((self._step, self._capture.unrecorded))
         for metric in self.metrics.values():
-            metric.reset()
+            metric.advance() if self._window_blocks > 1 else metric.reset()
         return window
+
+    def rebind(self) -> None:
+        """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
+        device: the open window is closed, statistics of parameters that stayed the same go on, others start now."""
+        self._error, self._failed = None, False
+        if self._block_steps:
+            self._close()
+        for metric in self.metrics.values():
+            metric.rebind()
+        self._find_step_calls()
+        if not self._closed:
+            self._unwatch()  # there may be other parameters, and the metrics may want other things
+            self._watch()
 
     def _window(self, *, closed: bool) -> Window:
         results = {name: metric.finalize() for name, metric in self.metrics.items() if not metric.off}
-        unrecorded = max(0, self._capture.unrecorded - self._unrecorded)
+        start, unrecorded_before = self._starts[0]
+        unrecorded = max(0, self._capture.unrecorded - unrecorded_before)
+        if self._skipped and "trajectory" in results:
+            results["trajectory"].details["skipped_steps"] = self._skipped
         for metric in self._tapping:
             if not metric.off:
                 results[metric.name].details["unrecorded_forwards"] = unrecorded
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         local = distributed and torch.distributed.get_world_size() > 1
-        return Window(self._windows, self._window_start + 1, self._step, closed, local, results)
+        return Window(self._windows, start + 1, self._step, closed, local, results)
 
     # ---- state and end
 
@@ -243,19 +366,17 @@ class Monitor:
         """Clock and metrics; closed windows are results, not state."""
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
         return {
-            "version": 1,
+            "version": self._version,
             "step": self._step,
-            "window_start": self._window_start,
+            "starts": [list(start) for start in self._starts],
             "windows": self._windows,
             "metrics": metrics,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of a Monitor with the same metrics on the same model."""
-        if state.get("version") != 1 or set(state.get("metrics", {})) != set(self.metrics):
-            raise ValueError(
-                f"metrics: the state has {sorted(state.get('metrics', {}))}, this monitor has {sorted(self.metrics)}"
-            )
+        """Continue from a state of a Monitor with the same metrics on the same model; ValueError naming the first key
+        that does not fit, and nothing changed, otherwise."""
+        starts = checked_starts(state, self._version, sorted(self.metrics), self._window_blocks)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         try:
             for name, metric in self.metrics.items():
@@ -264,14 +385,17 @@ class Monitor:
             for name, metric in self.metrics.items():  # all or nothing
                 metric.load_state_dict(before[name])
             raise
-        self._step, self._window_start, self._windows = state["step"], state["window_start"], state["windows"]
+        self._step, self._windows = state["step"], state["windows"]
+        self._starts.clear()
+        self._starts.extend((step, 0) for step in starts)
 
     def close(self) -> None:
         """Remove every hook and raise an error that was kept; results stay readable."""
         if not self._closed:
+            if self._scaled is not None:
+                self._scaled.look()
             self._closed = True
-            for handle in self._handles:
-                handle.remove()
+            self._unwatch()
             self._capture.close()
             if not self._failed:
                 self._final = self._window(closed=False)  # results refer to parameters, which may go on moving

@@ -66,8 +66,8 @@ def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: in
         i = np.arange(first, first + w.numel(), dtype=np.uint64)
         bits = _splitmix64(_splitmix64(np.array([seed], np.uint64), 1), i // 32) >> i // 16 % 2 * 32 & 0xFFFFFFFF
         bucket = (bits >> 16) % buckets ^ i % 16
-        sign = 1.0 - 2.0 * (bits >> bucket % 16 & 1)
-        y.index_add_(0, torch.from_numpy(bucket.astype(np.int64)), flat * torch.from_numpy(sign))
+        sign = torch.from_numpy(1.0 - 2.0 * (bits >> bucket % 16 & 1))
+        y.index_add_(0, torch.from_numpy(bucket.astype(np.int64)), flat * sign)
         if not flat.isfinite().all():
             y += torch.nan
     return y
@@ -75,12 +75,11 @@ def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: in
 
 def _splitmix64(start: NDArray[np.uint64], steps: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
     """The output of splitmix64 (Steele, Lea, Flood 2014) after so many steps from a state, modulo 2**64."""
-    u = np.uint64
-    z: NDArray[np.uint64]
-    z = start + np.asarray(steps, u) * u(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> u(30))) * u(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> u(27))) * u(0x94D049BB133111EB)
-    return z ^ (z >> u(31))
+    z = start + np.asarray(steps, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ z >> 30) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ z >> 27) * np.uint64(0x94D049BB133111EB)
+    mixed: NDArray[np.uint64] = z ^ z >> 31
+    return mixed
 
 
 def update_sums(

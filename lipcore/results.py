@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Label = Literal["exact", "one-sided", "heuristic"]
+Label = Literal["exact", "one-sided", "heuristic", "estimate"]
 Level = Literal["tensor", "group", "total"]
 _LEVELS = ("tensor", "group", "total")
 
@@ -19,9 +19,10 @@ class Value:
 
     value: float
     count: int  #: how many observations it was reduced from
-    label: Label = "exact"  #: exact; one-sided (a bound); heuristic (no theorem says what it is)
+    label: Label = "exact"  #: exact; one-sided (a bound); heuristic (no theorem says what it is); estimate (see error)
     valid: bool = True  #: False when the number does not mean what its key says; `note` says why
     note: str = ""
+    error: float | None = None  #: standard error of an estimate
 
     def __float__(self) -> float:
         return self.value
@@ -30,6 +31,8 @@ class Value:
         """JSON-ready: a value that is not finite becomes None."""
         value = self.value if math.isfinite(self.value) else None
         out: dict[str, Any] = {"value": value, "count": self.count, "label": self.label, "valid": self.valid}
+        if self.error is not None:
+            out["error"] = self.error if math.isfinite(self.error) else None
         return out | {"note": self.note} if self.note else out
 
 

@@ -144,8 +144,7 @@ def _step_of_trajectory(a: dict[str, Any]) -> None:
         trajectory.update()
     except Exception:
         after = trajectory.state_dict()
-        assert_same_state(after["state"], before["state"])
-        assert_same_state(after["ledger"], before["ledger"])
+        assert_same_state(after, before)
         raise
 
 

@@ -65,6 +65,10 @@ def assert_same_state(a: object, b: object, path: str = "state") -> None:
         assert a.keys() == b.keys(), path
         for key in a:
             assert_same_state(a[key], b[key], f"{path}[{key!r}]")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same_state(x, y, f"{path}[{i}]")
     elif isinstance(a, Tensor):
         assert same_bits(a, b), f"{path} differs"
     else:

@@ -264,10 +264,11 @@ def move(models: tuple[nn.Module, ...], seed: int) -> None:
 
 
 def assert_same_trajectory(a: lipcore.Trajectory, b: lipcore.Trajectory, error: float = 1e-12) -> None:
-    left, right = a.state_dict(), b.state_dict()
-    assert_relative(left["ledger"], right["ledger"], error)
-    for key, tensor in left["state"].items():
-        assert same_bits(tensor, right["state"][key]), key
+    left, right = (t.state_dict()["trackers"]["exact"] for t in (a, b))
+    assert_relative(left["rows"], right["rows"], error)
+    for name, kinds in left["tensors"].items():
+        for kind, tensor in kinds.items():
+            assert same_bits(tensor, right["tensors"][name][kind]), f"{name}.{kind}"
 
 
 @pytest.mark.gpu
@@ -411,10 +412,10 @@ def test_a_model_that_was_moved_is_refused_by_name(models: tuple[nn.Module, nn.M
     model = models[1]
     trajectory = lipcore.Trajectory(model)
     model.narrow.cpu()
-    before = trajectory.state_dict()["ledger"]
+    before = trajectory.state_dict()["trackers"]["exact"]["rows"]
     with pytest.raises(ValueError, match=r"narrow\.weight.*device"):
         trajectory.update()
-    assert torch.equal(trajectory.state_dict()["ledger"], before)
+    assert torch.equal(trajectory.state_dict()["trackers"]["exact"]["rows"], before)
 
 
 @pytest.mark.gpu

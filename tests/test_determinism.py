@@ -112,7 +112,8 @@ def test_trajectory_metric(dtype):
             if step == 1:
                 trajectory.reset()
         state = trajectory.state_dict()
-        return [state["ledger"], *state["state"].values()]
+        tracker = state["trackers"]["exact"]
+        return [tracker["rows"], *(t for kinds in tracker["tensors"].values() for t in kinds.values())]
 
     assert_same_in_all_ways(compute)
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from models import Graph, batches, cnn, mlp, mse, seeded, train
+from oracle import assert_same_state
 from torch import Tensor, nn
 
 from lipcore import Lipschitz, Metric, Monitor, Trajectory
@@ -475,9 +476,50 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         with pytest.raises(ValueError, match=f"{key}: the state has"):
             monitor.load_state_dict(bad)
         assert monitor.compute().to_dict() == before
-    for bad in ({}, {"version": 2, "metrics": good["metrics"]}):
-        with pytest.raises(ValueError, match="metrics|version"):
-            monitor.load_state_dict(bad)
+
+
+MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    **{f"without_{key}": ((lambda s, key=key: s.pop(key)), f"{key}: missing from the monitor's state")
+       for key in ("version", "step", "windows", "starts", "metrics")},
+    "version": (lambda s: s.update(version=1), "version: the state has 1, this monitor has 2"),
+    "step_text": (lambda s: s.update(step="3"), "step: expected a count >= 0, got '3'"),
+    "step_negative": (lambda s: s.update(step=-1), "step: expected a count >= 0, got -1"),
+    "windows": (lambda s: s.update(windows=None), "windows: expected a count >= 0, got None"),
+    "metrics_list": (lambda s: s.update(metrics=[]), "metrics: the state has list"),
+    "metrics_more": (lambda s: s["metrics"].update(other={}), r"metrics: the state has \['lipschitz', 'other', "),
+    "starts_empty": (lambda s: s.update(starts=[]), "starts: expected .* 1 to 2 blocks"),
+    "starts_many": (lambda s: s.update(starts=[[0, 0]] * 3), "starts: expected .* 1 to 2 blocks"),
+    "starts_flat": (lambda s: s.update(starts=[0]), "starts: expected"),
+    "starts_text": (lambda s: s.update(starts=[["0", 0]]), "starts: expected"),
+    "starts_later": (lambda s: s.update(starts=[[9, 0]]), r"starts: blocks begin after steps \[9\], but .* step 3"),
+    "a_metric": (lambda s: s["metrics"]["lipschitz"].update(version=99), "version: the state has 99"),
+    "another_metric": (lambda s: s["metrics"]["trajectory"]["trackers"].clear(), "trackers: 'exact' is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MONITOR_STATES)
+def test_a_bad_key_is_named_and_nothing_changes(case: str) -> None:
+    corrupt, words = MONITOR_STATES[case]
+    _, optimizer, source = watched(window_steps=4, window_blocks=2)
+    train(source.model, batches(3, 2), optimizer)
+    model, optimizer, monitor = watched(window_steps=4, window_blocks=2)
+    train(model, batches(5, 2), optimizer)
+    before, numbers = copy.deepcopy(monitor.state_dict()), monitor.compute().to_dict()
+    bad = copy.deepcopy(source.state_dict())
+    corrupt(bad)
+    with pytest.raises(ValueError, match=words):
+        monitor.load_state_dict(bad)
+    assert_same_state(monitor.state_dict(), before)
+    assert monitor.compute().to_dict() == numbers
+    monitor.load_state_dict(source.state_dict())
+    assert_same_state(monitor.state_dict(), source.state_dict())
+
+
+@pytest.mark.parametrize("bad", [None, [], "state"])
+def test_a_state_must_be_a_dict(bad: Any) -> None:
+    _, _, monitor = watched()
+    with pytest.raises(ValueError, match="state: expected a dict, got "):
+        monitor.load_state_dict(bad)
 
 
 def test_a_state_that_does_not_fit_changes_no_metric_at_all() -> None:

@@ -1,4 +1,4 @@
-"""What the documentation says runs: every ```python block of the README, and the examples in public docstrings."""
+"""What the documentation says runs: every ```python block of the README and of docs/, and the examples in public docstrings."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ import torch
 
 import lipcore
 
-README = Path(__file__).parents[1] / "README.md"
+_ROOT = Path(__file__).parents[1]
+PAGES = [_ROOT / "README.md", *sorted((_ROOT / "docs").glob("*.md"))]
 # An info string beyond "python" ("```python no-run") keeps a block from being executed.
 _FENCE = re.compile(r"^```python[ \t]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 
 
-def blocks():
-    text = README.read_text() if README.exists() else ""
+def blocks(page):
+    text = page.read_text()
     return [(text.count("\n", 0, match.start(1)) + 1, match.group(1)) for match in _FENCE.finditer(text)]
 
 
-def test_readme_blocks_run_in_order(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_blocks_of_a_page_run_in_order(page, tmp_path, monkeypatch, capsys):
     """Top to bottom in one namespace, as a reader would paste them."""
-    if not README.exists():
-        pytest.skip("there is no README.md")
-    found = blocks()
-    assert found, "README.md has no ```python block"
+    found = blocks(page)
+    assert found, f"{page.name} has no ```python block"
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace = {"__name__": "__main__"}
     for line, source in found:
-        # Blank lines in front make a traceback point at the README's own line.
-        code = compile("\n" * (line - 1) + source, str(README), "exec")
+        # Blank lines in front make a traceback point at the page's own line.
+        code = compile("\n" * (line - 1) + source, str(page), "exec")
         exec(code, namespace)
 
 

@@ -260,13 +260,13 @@ __global__ void __launch_bounds__(kThreads)
     finish_groups(const __grid_constant__ LedgerTables ledger, const StepSums* tensors) {
   __shared__ typename Reduce::TempStorage storage;
   const int64_t group = blockIdx.x;
-  StepSums sums{};
+  StepSums sums = no_member();
   for (int64_t i = threadIdx.x; i < ledger.tensors; i += kThreads)
     if (group == ledger.groups || ledger.rows[i].group == static_cast<double>(group)) merge_member(&sums, tensors[i]);
   sums = Reduce(storage).Reduce(sums, Merge{});
   if (threadIdx.x != 0) return;
   const int64_t row = ledger.tensors + group;
-  observe_row(&ledger.rows[row], &recent_of(ledger, ledger.cursor[1])[row], sums);
+  observe_group(&ledger.rows[row], &recent_of(ledger, ledger.cursor[1])[row], sums);
   if (group == ledger.groups) ledger.cursor[0] = ledger.cursor[1] + 1;
 }
 

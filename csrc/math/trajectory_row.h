@@ -90,12 +90,24 @@ LIPCORE_INLINE void observe_row(TrajectoryRow* row, RecentStep* recent, const St
   *recent = {step.dw_sq, step.weight_sq};
 }
 
+// A group before its first finite member: the largest of no absolute values.
+LIPCORE_INLINE StepSums no_member() { return {0, 0, 0, -1, 0, 0}; }
+
 // Sums of a group's step from its members'. A non-finite member adds only its count, so the rest goes on.
 LIPCORE_INLINE void merge_member(StepSums* group, const StepSums& member) {
   if (member.dw_sq == member.dw_sq)
     merge(group, member);
   else
     group->nonfinite += member.nonfinite;
+}
+
+// A group none of whose members is finite is left out of the step as a tensor is: it has not stood still at norm zero.
+LIPCORE_INLINE void observe_group(TrajectoryRow* row, RecentStep* recent, StepSums sums) {
+  if (sums.max_abs_dw < 0) {
+    sums.max_abs_dw = 0;
+    if (sums.nonfinite > 0) sums.dw_sq = NAN;
+  }
+  observe_row(row, recent, sums);
 }
 
 // The ledger as a kernel sees it; on a CUDA device, device pointers.

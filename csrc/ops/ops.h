@@ -31,6 +31,17 @@ bool sample_ratio(const TensorView& delta, const TensorView& output_grad, const 
 // torch.mm.
 bool first_layer_norms(const TensorView& delta, const TensorView& weight, const TensorView& out);
 
+// out[i] = the step of a tensor that moved by tensors[i] (of gradients: their norms in the columns of a trajectory):
+// dw_sq and weight_sq its sum of squares, NaN with the count where there are NaN or infinite elements. Dense, on the
+// CPU.
+bool square_sums(const std::vector<TensorView>& tensors, StepSums* out);
+
+// Merges blocks of a long window: earlier[i] becomes the mean of both, mean[i] weighing share[i], and gap_sq[i] is how
+// far apart they were, squared. mean is float32 or float64, earlier float64: in float32 the roundings of two thousand
+// merges would be 8e-6 of the variance. Dense, on the CPU; every 512 steps, so a plain loop is enough.
+bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, const double* share,
+                double* gap_sq);
+
 // One tensor of a trajectory step: flat memory throughout.
 struct TrajectoryItem {
   const void* w;

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore import _core, functional
-from lipcore.update_closed_forms import CLOSED_FORMS, HELD, Part, part_of, why_not_fused
+from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Part, part_of, why_not_fused
 from lipcore.update_rules import DIFFERENCE, GIVEN, UpdateRule
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step

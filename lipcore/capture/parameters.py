@@ -1,0 +1,87 @@
+"""Hooks for metrics of parameters: gradients after every backward pass, weights loaded from outside."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+
+class _Call:
+    """A hook that keeps nothing alive, and that does nothing in a copied or pickled model."""
+
+    def __init__(self, method: Callable[..., None] | None = None) -> None:
+        self._method = weakref.WeakMethod(method) if method is not None else lambda: None
+
+    def __call__(self, *arguments: Any) -> None:
+        if (method := self._method()) is not None:
+            method(*arguments)
+
+    def __reduce__(self) -> tuple[type[_Call], tuple[()]]:
+        return _Call, ()
+
+
+class LoadWatch:
+    """Calls `on_load` once after load_state_dict() of the model or of any module in it, which runs through all the
+    modules below it."""
+
+    def __init__(self, model: nn.Module, on_load: Callable[[], None]) -> None:
+        self._on_load = on_load
+        self._loading: list[int] = []
+        begin, end = _Call(self._begin), _Call(self._end)
+        self._handles: list[Any] = []
+        for module in model.modules():
+            self._handles.append(module.register_load_state_dict_pre_hook(begin))
+            self._handles.append(module.register_load_state_dict_post_hook(end))
+
+    def _begin(self, module: nn.Module, *_: Any) -> None:
+        self._forget(module)  # an earlier load was broken off by an exception
+        self._loading.append(id(module))
+
+    def _end(self, module: nn.Module, *_: Any) -> None:
+        self._forget(module)
+        if not self._loading:
+            self._on_load()
+
+    def _forget(self, module: nn.Module) -> None:
+        if id(module) in self._loading:
+            del self._loading[self._loading.index(id(module)) :]
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+
+
+class GradientWatch:
+    """Calls `on_gradients` once at the end of every backward pass that reached one of the parameters."""
+
+    def __init__(self, parameters: Iterable[Tensor], on_gradients: Callable[[], None]) -> None:
+        self._on_gradients = on_gradients
+        self._task = -1  # the backward pass at whose end there is a call
+        call = _Call(self._accumulated)
+        self._handles = [p.register_post_accumulate_grad_hook(call) for p in parameters if p.requires_grad]
+
+    def _accumulated(self, _: Tensor) -> None:
+        # A flag would stay set after a backward pass that ends in an exception: callbacks are not called then.
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            self._task = task
+            Variable._execution_engine.queue_callback(self._end)
+
+    def _end(self) -> None:
+        # DDP finishes its all-reduce in a callback of its own, which may stand behind this one.
+        Variable._execution_engine.queue_callback(self._finish)
+
+    def _finish(self) -> None:
+        self._task = -1
+        self._on_gradients()
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()

@@ -1,0 +1,129 @@
+"""The copies that exact statistics need of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lipcore import _core, functional
+
+_ALIGNMENT = 64  # elements; every tensor's state starts on a cache line
+
+
+def distances(ones: list[Tensor], others: list[Tensor]) -> Tensor:
+    """||one - other|| of every pair, as float64."""
+    norms = []
+    for one, other in zip(ones, others, strict=True):
+        dtype = mean_dtype(one.dtype)
+        norms.append(functional.sample_norms((one.to(dtype) - other.to(dtype)).reshape(1, one.numel())))
+    return torch.cat(norms)
+
+
+def mean_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What the mean of a tensor is kept in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bytes_of(count: int, dtype: torch.dtype, *, per_element: bool = False, blocks: int = 1) -> dict[str, int]:
+    """Persistent bytes per kind of state of a tensor; `blocks` is how many blocks' means are kept."""
+    mean = count * mean_dtype(dtype).itemsize
+    size = {"previous values": count * dtype.itemsize, "reference": count * dtype.itemsize, "mean": mean}
+    size["means of earlier blocks (windows longer than 512 steps)" if blocks == 1 else "means of blocks"] = (
+        mean * blocks
+    )
+    if per_element:
+        size["variance per element"] = mean * (1 + blocks)
+    return size
+
+
+class Copies:
+    """Previous values, reference point and running mean of every tensor: one flat allocation per kind and dtype, so
+    that only the tensors themselves are scattered.
+
+    The mean is that of the offset from the reference, over the open block of at most 512 steps; `earlier` holds the
+    mean over the window's blocks before it, in float64: a float32 one would lose 8e-6 of the variance by rounding in
+    1e6 drifting steps. `m2` and `earlier_m2` are sums of squared deviations per element, where
+    they were asked for.
+    """
+
+    def __init__(self, tensors: list[Tensor], *, per_element: bool) -> None:
+        self.dtypes = [tensor.dtype for tensor in tensors]
+        self.counts = [tensor.numel() for tensor in tensors]
+        self._layouts = [(tensor.shape, tensor.stride()) for tensor in tensors]
+        self._offsets: list[int] = []
+        self._sizes: dict[torch.dtype, int] = {}
+        self._device = tensors[0].device
+        for tensor in tensors:
+            self._offsets.append(self._sizes.get(tensor.dtype, 0))
+            self._sizes[tensor.dtype] = self._offsets[-1] + -(-tensor.numel() // _ALIGNMENT) * _ALIGNMENT
+        self.prev, self.ref = self._allocate(lambda dtype: dtype), self._allocate(lambda dtype: dtype)
+        self.mean = self._allocate(mean_dtype)
+        self.per_element = per_element
+        self.m2 = self._allocate(mean_dtype) if per_element else []
+        self.earlier: list[Tensor] = []  # made when a window outgrows its first block
+        self.earlier_m2: list[Tensor] = []
+        for i, tensor in enumerate(tensors):
+            if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
+                self.prev[i].copy_(tensor.detach())
+                self.ref[i].copy_(tensor.detach())
+            else:  # refused by name when the plan is captured
+                self.prev[i] = torch.empty(0)
+
+    def _allocate(self, kept_in: Callable[[torch.dtype], torch.dtype]) -> list[Tensor]:
+        """Zeros with every tensor's own layout: a dense parameter's state lies in memory as the parameter does."""
+        flats = {}
+        for dtype, size in self._sizes.items():
+            flats[dtype] = torch.zeros(size, dtype=kept_in(dtype), device=self._device)
+            _core.advise_huge_pages(flats[dtype])  # pages come when they are written first
+        layouts = zip(self.dtypes, self._layouts, self._offsets, strict=True)
+        return [flats[dtype].as_strided(*layout, offset) for dtype, layout, offset in layouts]
+
+    def make_earlier(self) -> None:
+        """Make sure that there are means of earlier blocks."""
+        if not self.earlier:
+            self.earlier = self._allocate(lambda _: torch.float64)
+            self.earlier_m2 = self._allocate(mean_dtype) if self.per_element else []
+
+    def take_earlier(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Hands over the earlier blocks' means (and per-element sums); the next ones start anew."""
+        means = [earlier.to(mean.dtype) for earlier, mean in zip(self.earlier, self.mean, strict=False)]
+        taken = means, self.earlier_m2
+        self.earlier, self.earlier_m2 = [], []
+        return taken
+
+    def entry(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """What a compiled plan writes to."""
+        return self.prev[i], self.ref[i], self.mean[i], self.m2[i] if self.per_element else None
+
+    def fold(self, points: Tensor, folded: Tensor) -> Tensor:
+        """Merge the open block's means into those of the earlier blocks; how far apart they were, squared, per tensor.
+        Nothing waits for a device."""
+        self.make_earlier()
+        share = points / (points + folded).clamp(min=1)
+        for i in range(len(self.m2)):
+            weight = share[i].to(self.mean[i].dtype)
+            apart = (self.mean[i] - self.earlier[i].to(weight)).square_().mul_(folded[i].to(weight) * weight)
+            self.earlier_m2[i].add_(apart).add_(torch.where(points[i] > 0, self.m2[i], torch.zeros_like(weight)))
+        if share.is_cpu:
+            gap_sq = torch.empty_like(share)
+            _core.fold_means(self.mean, self.earlier, share, gap_sq)
+            return gap_sq
+        gap_sq = distances(self.mean, self.earlier).square()
+        for i, earlier in enumerate(self.earlier):
+            earlier.lerp_(self.mean[i].double(), share[i])
+        return gap_sq
+
+    def shift(self, means: list[Tensor], reference: list[Tensor]) -> None:
+        """Means of offsets from the present reference become those of offsets from another one."""
+        for mean, old, new in zip(means, self.ref, reference, strict=True):
+            mean.add_((old.double() - new.double()).to(mean.dtype))
+
+    # ---- what a checkpoint holds
+
+    def state(self, i: int) -> dict[str, Tensor]:
+        """Tensor i's copies by kind."""
+        kinds = {"prev": self.prev, "ref": self.ref, "mean": self.mean, "m2": self.m2}
+        kinds |= {"earlier": self.earlier, "earlier_m2": self.earlier_m2}
+        return {kind: tensors[i] for kind, tensors in kinds.items() if tensors}

@@ -1,0 +1,571 @@
+"""The Trajectory metric: what users see."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lipcore.metric import Metric, PlanLine
+from lipcore.names import by_block
+from lipcore.results import MetricResult
+from lipcore.trajectory.checkpoint import check_like, check_same
+from lipcore.trajectory.choice import Choice, choose
+from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
+from lipcore.trajectory.gradients import Gradients
+from lipcore.trajectory.parts import Groups, Masters, Model, Part, find_parts, of_modules, unwatched, values_of
+from lipcore.trajectory.recent import StepHistory
+from lipcore.trajectory.shards import gather
+from lipcore.trajectory.sketched import ANGLES, SketchHistory, SketchTracker
+from lipcore.trajectory.table import COLUMN
+from lipcore.trajectory.tracker import Tracker
+from lipcore.trajectory.updates import NORMALIZED, UpdateTracker
+
+_EXTRA = (*GRADIENTS, "element_variance")
+_ALL = (*MOVES, *OFFSETS, *ANGLES, *NORMALIZED, *_EXTRA)
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Trajectory(Metric):
+    r"""Streaming statistics of the path that parameters take through training.
+
+    For every parameter, every group and the total, with w_t the parameters after step t, w_0 the reference point (their
+    values when the metric was bound, or :meth:`set_reference`) and a window of n steps:
+
+    * ``update_norm`` :math:`\|w_t - w_{t-1}\|` and ``update_ratio`` :math:`\|w_t - w_{t-1}\| / \|w_t\|` (last, mean,
+      max, p50, p99); ``max_abs_update`` (last, max); ``weight_norm`` (last)
+    * ``path_length`` :math:`\sum_t \|w_t - w_{t-1}\|` over the window (sum) and since the reference (cumulative);
+      called ``chord_length`` when `every_steps` > 1, because it then is a lower bound that no factor corrects
+    * ``distance`` :math:`\|w_t - w_0\|` and ``directness`` = distance / cumulative path length (last)
+    * ``variance`` :math:`\frac{1}{n+1} \sum_{t=0}^{n} \|w_t - \bar w\|^2` over the window's n + 1 points, its start
+      included (Corollary 2 of Loukas et al., NeurIPS 2021); of a sliding window that has lost its first block, over the
+      n points after its steps
+    * ``unmoved_steps``, in which not one element changed; ``nonfinite_steps``, ``nonfinite_elements`` (sum)
+    * on request ``grad_norm`` of the batch's gradient as backward left it, ``clipped_grad_norm`` as the optimizer got
+      it, and ``element_variance`` (see :meth:`element_variance`)
+
+    A group's norm is that of its parameters taken together. A parameter with NaN or infinite elements is left out of
+    that step and counted; its statistics go on from its last finite values. Nothing is divided by a learning rate, and
+    the loss reduction enters only as far as it changes the updates.
+
+    Three ways to keep what is needed (`mode`), :meth:`plan` says for how many bytes:
+
+    * ``"exact"``: three copies per parameter (previous and reference in its own dtype, mean in float32), and a fourth
+      (float64) once a window is longer than 512 steps.
+    * ``"sketch"``: a CountSketch of `buckets` float64 numbers per group. Norms, path length, distance, variance and
+      ``update_cosine``, the cosine between successive updates, follow from it with a standard error (``Value.error``);
+      per group and in total, not per parameter.
+    * ``"updates"``: nothing. The update comes from `source`; distance, directness and variance are not known.
+    * ``"auto"``: exact where it fits `memory_budget`, else the largest sketch that does.
+
+    Args:
+        model: a module, whose trainable parameters are looked up at every step (so replaced ones are seen), a dict of
+            modules, or an iterable of (name, tensor): then only those very tensor objects are seen, not what replaces
+            them.
+        groups: name -> group name, default :func:`lipcore.by_block`; or a dict {group: regular expression}, in which
+            the first that is found in the name counts, and "other" is what matches none.
+        stats: which quantities to report; default all but those on request.
+        every_steps: look only at every k-th step.
+        window_blocks: of how many blocks a sliding window consists; :meth:`advance` slides it by one. Each keeps a mean
+            (float32) per parameter.
+        ring: how many recent steps are kept one by one for :meth:`drain`.
+        mode: see above; default "exact", or "updates" when `source` is one that needs no copies.
+        source: where updates come from: "difference" of stored copies or sketches; "optimizer", recomputed from the
+            state of torch.optim.SGD, Adam or AdamW; "snapshot", a copy that lives only during the steps looked at;
+            "explicit", given to :meth:`update`; "auto": the difference, or in mode "updates" the optimizer, or a
+            snapshot where that has no closed form.
+        optimizer: for a metric that stands alone; a Monitor passes its own.
+        masters: float32 master copies of half-precision parameters, {name: tensor} or a function of (name, parameter);
+            they are measured in place of the parameters.
+        buckets, seed: of the sketch; a power of two from 256 to 65536. The relative standard deviation of a squared
+            norm is sqrt(2 / (buckets * groups)) at most.
+        keep_every, keep_limit: keep the sketch of every so many steps, at most so many: see :attr:`sketches`.
+        memory_budget: bytes, for mode "auto".
+
+    >>> layer = nn.Linear(2, 1, bias=False)
+    >>> trajectory = Trajectory(layer)
+    >>> with torch.no_grad():
+    ...     _ = layer.weight.add_(torch.tensor([3.0, 4.0]))
+    >>> trajectory.update()
+    >>> round(trajectory.compute().path_length["total"].sum.value, 5)
+    5.0
+    """
+
+    name = "trajectory"
+    _version = 2
+
+    def __init__(
+        self,
+        model: Model | None = None,
+        *,
+        groups: Groups = by_block,
+        stats: Iterable[str] | None = None,
+        every_steps: int = 1,
+        window_blocks: int = 1,
+        ring: int = 1024,
+        mode: str | None = None,
+        source: str = "auto",
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        masters: Masters | None = None,
+        buckets: int = 4096,
+        seed: int = 0,
+        keep_every: int | None = None,
+        keep_limit: int = 1000,
+        memory_budget: int | None = None,
+    ) -> None:
+        for key, number, least in (
+            *(("every_steps", every_steps, 1), ("window_blocks", window_blocks, 1), ("ring", ring, 512)),
+            *(("keep_limit", keep_limit, 1), ("keep_every", keep_every or 1, 1)),
+        ):
+            if not isinstance(number, int) or isinstance(number, bool) or number < least:
+                raise ValueError(f"{key}: expected an integer >= {least}, got {number!r}")
+        if not (callable(groups) or isinstance(groups, Mapping)):
+            raise TypeError(f"groups: expected a callable or a dict of expressions, got {type(groups).__name__}")
+        self._stats = None if stats is None else _checked_stats(stats)
+        self._choice = Choice(mode, source, buckets, seed, memory_budget)
+        self._choice.check()
+        self._groups, self._masters = groups, masters
+        self.every_steps, self._window_blocks, self._ring = every_steps, window_blocks, ring
+        self._keep_every, self._keep_limit = keep_every, keep_limit
+        self._optimizers: list[Optimizer] = []
+        self._given_optimizer = optimizer
+        self._scaler: Any = None
+        self._parts: list[Part] = []
+        self._trackers: dict[str, Tracker] = {}
+        self._gradients: Gradients | None = None
+        self._steps_seen = self._rebased = 0
+        self._warned: set[str] = set()
+        if model is not None:
+            self.bind(model)
+
+    # ---- binding
+
+    def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
+        """The optimizers, the GradScaler and the blocks per window of the Monitor it belongs to."""
+        if self._window_blocks not in (1, window_blocks):
+            raise ValueError(
+                f"window_blocks: the Monitor slides its windows, with {window_blocks} blocks; set it there alone, not "
+                f"to {self._window_blocks} here"
+            )
+        self._optimizers, self._scaler, self._window_blocks = list(optimizers), scaler, window_blocks
+
+    def bind(self, model: Model) -> None:
+        """Take the reference point."""
+        if self._parts:
+            raise RuntimeError("this Trajectory is bound to a model already; make one Trajectory per model")
+        if self._given_optimizer is not None:
+            given = self._given_optimizer
+            self._optimizers = [given] if isinstance(given, Optimizer) else list(given)
+        # An iterator is read once, a rebind() later must find the same pairs.
+        self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
+        self._build(find_parts(self._model, self._groups, self._masters))
+
+    def _build(self, parts: list[Part]) -> None:
+        wanted = self._stats or ()
+        choice = choose(self._choice, parts, self._optimizers, self._window_blocks)
+        trackers: dict[str, Tracker] = {}
+        settings: dict[str, Any] = {"ring": self._ring, "window_blocks": self._window_blocks}
+        if choice.mode == "exact":
+            per_element = "element_variance" in wanted
+            trackers["exact"] = Tracker(parts, per_element=per_element, **settings)
+        elif choice.mode == "sketch":
+            trackers["sketch"] = SketchTracker(
+                parts, choice.buckets, choice.seed, keep_every=self._keep_every, keep_limit=self._keep_limit, **settings
+            )
+        if choice.source != "difference":
+            trackers = {"updates": UpdateTracker(parts, choice.source, self._optimizers, **settings), **trackers}
+        known = [name for tracker in trackers.values() for name in tracker.quantities]
+        for name in wanted:
+            if name not in known and name not in GRADIENTS:
+                raise ValueError(
+                    f"stats: {name!r} is not known in mode {choice.mode!r} with source {choice.source!r}, which has "
+                    f"{', '.join(dict.fromkeys(known))}"
+                )
+        self._gradients = Gradients(parts, self._ring) if set(wanted) & set(GRADIENTS) else None
+        self._parts, self._trackers, self._chosen = parts, trackers, choice
+
+    @property
+    def _tracker(self) -> Tracker:
+        """The one that knows where the parameters are; without one, the updates'."""
+        return list(self._trackers.values())[-1]
+
+    def rebind(self) -> None:
+        """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
+        device. A new window starts; the path since the reference, and the reference and statistics of parameters that
+        kept their shape and dtype, go on; others start from now."""
+        self._require_bound()
+        before = self._trackers
+        steps, rebased = self._steps_seen, self._rebased
+        self._build(find_parts(self._model, self._groups, self._masters))
+        for key, tracker in self._trackers.items():
+            if key in before:
+                tracker.inherit(before[key])
+        self._steps_seen, self._rebased = steps, rebased
+        self._warned.clear()
+
+    # ---- the hot path
+
+    @property
+    def wants_gradients(self) -> bool:  # type: ignore[override]
+        """Whether somebody should call observe_gradients() after backward."""
+        return self._gradients is not None and "grad_norm" in (self._stats or ())
+
+    @property
+    def wants_before_step(self) -> bool:  # type: ignore[override]
+        """Whether somebody should call before_step() before the optimizer's step."""
+        return self._chosen.source == "snapshot"
+
+    @property
+    def wants_used_gradients(self) -> bool:  # type: ignore[override]
+        """Whether somebody should call observe_used_gradients() before an optimizer's step."""
+        return self._gradients is not None
+
+    @property
+    def wants_each_step(self) -> bool:  # type: ignore[override]
+        """Whether somebody should call after_step_of()."""
+        return self._chosen.source == "optimizer" and len(self._optimizers) > 1
+
+    def observe_gradients(self) -> None:
+        """Take the gradients as they are now, after backward and before clipping, for ``grad_norm``. A Monitor with an
+        optimizer calls it; stand-alone, call it yourself."""
+        self._require_bound()
+        if self._gradients and self._due:
+            scale = self._scaler._scale if self._scaler is not None and self._scaler.is_enabled() else None
+            self._gradients.observe_before_clipping(1.0 if scale is None else scale)
+
+    @property
+    def _due(self) -> bool:
+        return (self._steps_seen + 1) % self.every_steps == 0
+
+    def before_step(self) -> None:
+        """Right before the optimizer's step: the snapshot where there is one."""
+        for tracker in self._trackers.values() if self._due else ():
+            tracker.before_step()
+
+    def observe_used_gradients(self, optimizer: Optimizer) -> None:
+        """For ``clipped_grad_norm``."""
+        if self._gradients and self._due:
+            self._gradients.observe_used(optimizer)
+
+    def after_step_of(self, optimizer: Optimizer) -> None:
+        """One of several optimizers has stepped."""
+        tracker = self._trackers.get("updates")
+        if isinstance(tracker, UpdateTracker) and self._due:
+            tracker.after_step_of(optimizer)
+
+    def observe_step(self) -> None:
+        """Take the parameters as they are now for the next point of the trajectory."""
+        if self._due:
+            for tracker in self._trackers.values():
+                if tracker.step():  # raises before anything has changed
+                    tracker.settle()
+            if self._gradients:
+                self._gradients.observe_step()
+        self._steps_seen += 1
+
+    @property
+    def step_call(self) -> Callable[[], object]:
+        """The compiled step itself where nothing else is to be done."""
+        self._require_bound()
+        alone = self.every_steps == 1 and list(self._trackers) == ["exact"] and not self._gradients
+        return self._tracker.step if alone else self.observe_step
+
+    def settle(self) -> None:
+        """Close the open block of every parameter."""
+        self._tracker.settle()
+
+    def update(self, updates: Mapping[str, Tensor] | None = None) -> None:
+        """Call after every optimizer step (and before zero_grad) when the metric stands alone.
+
+        Args:
+            updates: with ``source="explicit"``, what was added to every parameter, by name.
+
+        Raises:
+            RuntimeError: not bound to a model.
+            ValueError: a parameter was removed, or no longer fits its state (shape, dtype, device, layout); nothing was
+                updated then.
+        """
+        self._require_bound()
+        explicit = self._chosen.source == "explicit"
+        if explicit != (updates is not None):
+            raise ValueError(
+                f"updates: {'expected a dict of update tensors' if explicit else 'only for source=explicit'}, got "
+                f"{type(updates).__name__}"
+            )
+        if updates is not None:
+            self._trackers["updates"].give(updates)  # type: ignore[attr-defined]
+        if self._gradients and self._due:
+            self._gradients.observe_used()
+        self.observe_step()
+
+    def rebase(self) -> None:
+        """The parameters were changed by something else than a step (weights loaded, an EMA swapped in): their path
+        goes on from where they are now. A Monitor does this by itself after `load_state_dict`."""
+        self._require_bound()
+        for tracker in self._trackers.values():
+            tracker.rebase()
+        self._rebased += 1
+
+    def set_reference(self, reference: nn.Module | Mapping[str, Tensor] | None = None) -> None:
+        """Measure distance, and path length since the reference, from another point: now, or another model's parameters
+        or those in a state_dict.
+
+        Offsets are kept in float32 from the reference: the variance of a trajectory that stays x standard deviations
+        away from it has a relative error of about 1e-7 x.
+
+        Raises:
+            ValueError: in mode "updates"; or a parameter is missing there, of another shape or not finite.
+        """
+        self._require_bound()
+        tracker = self._tracker
+        if tracker.copies is None:
+            raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
+        source = {part.name: part.tensor for part in self._parts} if reference is None else reference
+        tracker.set_reference(values_of(source, self._parts, "reference"))
+
+    def _require_bound(self) -> None:
+        if not self._parts:
+            raise RuntimeError(
+                "this Trajectory has no model; pass one to Trajectory(model) or to Monitor(model, metrics=[...])"
+            )
+
+    # ---- results
+
+    def plan(self) -> list[PlanLine]:
+        """What was chosen, the groups, and the bytes of every kind of state."""
+        self._require_bound()
+        lines = [PlanLine("mode", self._chosen.why)]
+        groups: dict[str, list[Part]] = {}
+        for part in self._parts:
+            groups.setdefault(part.group, []).append(part)
+        for group, members in groups.items():
+            elements = sum(part.tensor.numel() for part in members)
+            lines.append(PlanLine(group, f"{len(members)} parameters, {elements:,} elements"))
+        for tracker in self._trackers.values():
+            lines += [PlanLine(kind, "", size) for kind, size in tracker.bytes().items()]
+        if self._gradients:
+            size = sum(tracker.table.bytes for tracker in self._gradients.trackers.values())
+            lines.append(PlanLine("gradient norms", "read after backward and before the step", size))
+        return lines
+
+    def finalize(self) -> MetricResult:
+        """The open window's numbers; see the class for what they are."""
+        self._require_bound()
+        result = MetricResult(self.name, every_steps=self.every_steps, mode=self._chosen.mode)
+        result.details["source"] = self._chosen.source
+        if self._rebased:
+            result.details["rebased"] = self._rebased
+        left = set(self._stats if self._stats is not None else _ALL)
+        for tracker in self._trackers.values():
+            wanted = left & set(tracker.quantities)
+            single = self._chosen.source != "difference" and self.every_steps > 1
+            if tracker is self._trackers.get("updates") and single:
+                wanted.discard("path_length")  # single steps out of many make neither a path nor a chord
+            tracker.describe(
+                result, frozenset(wanted), length="path_length" if self.every_steps == 1 else "chord_length"
+            )
+            left -= wanted
+        if self._gradients:
+            self._gradients.describe(result, frozenset(left))
+        self._look_for_trouble()
+        return result
+
+    def _look_for_trouble(self) -> None:
+        """Warns, once per parameter, of what would otherwise be missing or zero without a word."""
+        if isinstance(self._model, nn.Module):
+            for name in unwatched(self._model, self._parts):
+                self._warn(
+                    name,
+                    f"parameter '{name}' is trainable but was not when this Trajectory was bound (added, unfrozen or "
+                    "untied since?), so it is not in its numbers; call rebind()",
+                )
+        if self.wants_gradients and self._gradients and self._gradients.missed:
+            self._warn(
+                "grad_norm",
+                f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "
+                "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
+            )
+        rows = self._tracker.named_rows()
+        for part in self._parts:
+            shadow = part.tensor if part.shadow is None else part.shadow
+            if shadow.dtype not in _HALF:
+                continue
+            row = rows.get((part.name, "tensor"))
+            steps = 0 if row is None else _steps_without_moving(row.tolist())
+            if part.shadow is None and steps >= 10:
+                self._warn(
+                    part.name,
+                    f"parameter '{part.name}' is {str(shadow.dtype)[6:]} and did not move in {steps} steps: updates "
+                    "below its resolution are lost. If an optimizer keeps float32 master copies, pass masters=",
+                )
+            elif part.shadow is not None and not torch.equal(part.tensor.detach().to(shadow.dtype), shadow.detach()):
+                self._warn(part.name, f"parameter '{part.name}' does not hold the values of its master copy")
+
+    def _warn(self, name: str, message: str) -> None:
+        if name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(f"trajectory: {message}", UserWarning, stacklevel=4)
+
+    def element_variance(self) -> dict[str, Tensor]:
+        """Variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by parameter name
+        (NaN before the first step); for ``stats=[..., "element_variance"]``. One more number per element is kept then,
+        two in long windows."""
+        self._require_bound()
+        copies = self._tracker.copies
+        if copies is None or not copies.per_element:
+            raise RuntimeError('element_variance: ask for it with stats=["element_variance", ...] in mode "exact"')
+        rows = self._tracker.described_rows()
+        out = {}
+        for i, part in enumerate(self._parts):
+            m2 = self._tracker.merged(i)[1]
+            assert m2 is not None
+            points = rows[i].points
+            out[part.name] = m2 / points if points else torch.full_like(m2, torch.nan)
+        return out
+
+    def drain(self) -> StepHistory:
+        """Update and weight norms of every single step since the last call, as far as the ring still has them. The only
+        wait for a device is here."""
+        self._require_bound()
+        tracker = next(iter(self._trackers.values()))
+        return tracker.drain()
+
+    @property
+    def sketches(self) -> SketchHistory:
+        """Sketches that were kept, for distances and angles between any two steps."""
+        self._require_bound()
+        tracker = self._trackers.get("sketch")
+        if not isinstance(tracker, SketchTracker) or self._keep_every is None:
+            raise RuntimeError('sketches: kept only with mode="sketch" and keep_every=')
+        return tracker.history
+
+    def reset(self) -> None:
+        """Start a new window at the parameters' last observed values; cumulative path and reference stay."""
+        self._require_bound()
+        for tracker in self._all_trackers:
+            tracker.reset()
+
+    def advance(self) -> None:
+        """Slide the window by a block."""
+        self._require_bound()
+        for tracker in self._all_trackers:
+            tracker.advance()
+
+    @property
+    def _all_trackers(self) -> list[Tracker]:
+        return [*self._trackers.values(), *(self._gradients.trackers.values() if self._gradients else ())]
+
+    # ---- state
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "version": self._version,
+            "mode": self._chosen.mode,
+            "source": self._chosen.source,
+            "sketch": [self._chosen.buckets, self._chosen.seed] if self._chosen.mode == "sketch" else [],
+            "names": [part.name for part in self._parts],
+            "groups": [part.group for part in self._parts],
+            "every_steps": self.every_steps,
+            "window_blocks": self._window_blocks,
+            "ring": self._ring,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
+        self._require_bound()
+        trackers = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
+        gradients = self._gradients.state_dict() if self._gradients else {}
+        counts = {"steps_seen": self._steps_seen, "rebased": self._rebased}
+        return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of the same model; ValueError naming the first difference, and nothing changed,
+        otherwise."""
+        self._require_bound()
+        check_same(state, self._settings())
+        groups: dict[str, dict[str, Tracker]] = {"trackers": self._trackers}
+        groups["gradients"] = self._gradients.trackers if self._gradients else {}
+        for key in ("steps_seen", "rebased"):
+            check_like(key, state.get(key), 0)
+        loads = []
+        for key, trackers in groups.items():
+            given = state.get(key)
+            check_like(key, dict.fromkeys(given) if isinstance(given, dict) else given, dict.fromkeys(trackers))
+            for name, tracker in trackers.items():
+                try:
+                    loads.append(tracker.prepare(state[key][name]))
+                except ValueError as error:  # noqa: PERF203
+                    raise ValueError(f"{key}.{name}.{error}") from None
+        for load in loads:
+            load()
+        self._steps_seen, self._rebased = state["steps_seen"], state["rebased"]
+
+    def merge(self, other: Trajectory | dict[str, Any]) -> None:
+        """Add the window of the interval that follows this one (another Trajectory of the same parameters, or its
+        state): the result is that of one window over both. Shards are merged by :func:`merge_shards`.
+
+        The other one must go on where this one ended: continued from this one's state, or started anew there.
+
+        Raises:
+            ValueError: another kind of trajectory, or not the next interval; nothing was changed.
+        """
+        self._require_bound()
+        state = other.state_dict() if isinstance(other, Trajectory) else other
+        check_same(state, self._settings())
+        twin = Trajectory(
+            groups=self._groups, stats=self._stats, every_steps=self.every_steps, window_blocks=self._window_blocks,
+            ring=self._ring, mode=self._chosen.mode, source=self._chosen.source, masters=self._masters,
+            buckets=self._chosen.buckets, seed=self._chosen.seed,
+        )  # fmt: skip
+        twin.prepare(self._optimizers, None, self._window_blocks)
+        twin.bind(self._model)
+        twin.load_state_dict(state)
+        merges = [mine.prepare_merge(twin._trackers[key]) for key, mine in self._trackers.items()]
+        if self._gradients and twin._gradients:
+            theirs = twin._gradients.trackers
+            merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
+        continued = [merge() for merge in merges]
+        continues = all(continued)
+        self._steps_seen = twin._steps_seen + (0 if continues else self._steps_seen)
+
+    def sync(self, group: Any = None) -> MetricResult:
+        """The open window of whole parameters from the shards on all ranks (FSDP2, tensor parallelism, DDP): every rank
+        calls it, every rank gets the same. Replicated parameters count once. A collective; needs the default process
+        group. The window must fit the `ring`, since only the squares of single steps add up over shards.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            ValueError: the window is longer than the ring, or ranks have seen different numbers of steps.
+        """
+        self._require_bound()
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
+        if "sketch" in self._trackers:
+            raise RuntimeError("sync: sketches of shards are not merged yet; use mode 'exact' or 'updates'")
+        return gather(self.summary(), group)
+
+    def summary(self) -> dict[str, Any]:
+        """What :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""
+        self._require_bound()
+        return next(iter(self._trackers.values())).summary(self.every_steps)
+
+
+def _steps_without_moving(row: list[float]) -> int:
+    """In the window, or since the reference: windows may be short."""
+    steps, still, total = (int(row[COLUMN[c]]) for c in ("steps", "zero_steps", "total_steps"))
+    since_reference = total if row[COLUMN["total_path"]] == 0 else 0
+    return max(since_reference, steps if steps == still else 0)
+
+
+def _checked_stats(stats: Iterable[str]) -> tuple[str, ...]:
+    names = (stats,) if isinstance(stats, str) else tuple(stats)
+    for name in names:
+        if name not in _ALL:
+            raise ValueError(f"stats: {name!r} is not a quantity of Trajectory; it has {', '.join(_ALL)}")
+    if not names:
+        raise ValueError(f"stats: expected at least one of {', '.join(_ALL)}")
+    return names

@@ -1,0 +1,260 @@
+"""Takes in the steps of a list of tensors: rows, blocks, windows and the reference point."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lipcore import _core
+from lipcore.distribution import Distribution
+from lipcore.results import Level
+from lipcore.trajectory.copies import Copies, bytes_of, distances
+from lipcore.trajectory.parts import Part
+from lipcore.trajectory.recent import Recent, StepHistory
+from lipcore.trajectory.table import (
+    COLUMN,
+    FOLDED,
+    M2,
+    POINTS,
+    WINDOW_COLUMNS,
+    Table,
+    between,
+    merge_rows,
+    points_of,
+)
+
+
+@dataclass
+class Block:
+    """A closed part of a sliding window."""
+
+    rows: Tensor
+    means: list[Tensor]
+    m2: list[Tensor]  # per element, or none
+    distributions: list[Distribution]
+
+
+class TrackerBase:
+    """Rows for tensors, groups and the total. With copies of the tensors it measures everything; without, a source
+    brings every step's sums (:meth:`observe`), and offsets from a reference and variances are not known."""
+
+    def __init__(
+        self,
+        parts: list[Part],
+        *,
+        ring: int = 1024,
+        window_blocks: int = 1,
+        copies: bool = True,
+        per_element: bool = False,
+    ) -> None:
+        self.parts = parts
+        self.groups = list(dict.fromkeys(part.group for part in parts))
+        tensors = [part.tensor for part in parts]
+        self.shapes = [tensor.shape for tensor in tensors]  # the parameters' may change until rebind()
+        group_of = [self.groups.index(part.group) for part in parts]
+        self.table = Table(group_of, len(self.groups), ring, tensors[0].device)
+        self.recent = Recent(self.table)
+        self.closed: deque[Block] = deque(maxlen=window_blocks - 1)
+        self.copies = Copies(tensors, per_element=per_element) if copies else None
+        self._plan: _core.TrajectoryPlan | None = None
+        self._settled = 0  # steps up to the last settle()
+        self._observed = 0  # steps since then that were not the plan's
+        if self.copies:
+            entries = [(part.owner, part.key, part.name, *self.copies.entry(i)) for i, part in enumerate(parts)]
+            self._plan = _core.TrajectoryPlan(entries, self.table.core)
+
+    @property
+    def places(self) -> list[tuple[str, Level]]:
+        """What every row is of."""
+        places: list[tuple[str, Level]] = [(part.name, "tensor") for part in self.parts]
+        return [*places, *((group, "group") for group in self.groups), ("total", "total")]
+
+    def named_rows(self) -> dict[tuple[str, Level], Tensor]:
+        """Every place's row of the open block."""
+        places = self.places
+        return dict(zip(places, self.table.rows[-len(places) :], strict=True))
+
+    def bytes(self) -> dict[str, int]:
+        """Persistent state by kind."""
+        out: dict[str, int] = {}
+        blocks = (self.closed.maxlen or 0) + 1
+        for part in self.parts if self.copies else ():
+            count, dtype, per_element = part.tensor.numel(), part.tensor.dtype, bool(self.copies and self.copies.m2)
+            for kind, size in bytes_of(count, dtype, per_element=per_element, blocks=blocks).items():
+                out[kind] = out.get(kind, 0) + size
+        return out | {"scalars and recent steps": self.table.bytes}
+
+    # ---- steps
+
+    def before_step(self) -> None:
+        """Right before the optimizer's step."""
+
+    @property
+    def step(self) -> Callable[[], bool]:
+        """The compiled step: takes the tensors as they are now; True when settle() is due."""
+        assert self._plan is not None
+        return self._plan.step
+
+    def observe(self, sums: Tensor) -> bool:
+        """A step from sums made elsewhere, float64 [tensors, 6] as `trajectory_step` returns them; True when settle()
+        is due."""
+        self.table.core.observe(sums)
+        self._observed += 1
+        return bool(self._observed == _core.BLOCK_STEPS)
+
+    @property
+    def open_steps(self) -> int:
+        """Steps since the last settle()."""
+        return self._plan.block if self._plan else self._observed
+
+    @open_steps.setter
+    def open_steps(self, count: int) -> None:
+        if self._plan:
+            self._plan.block = count
+        self._observed = count
+
+    @property
+    def seen(self) -> int:
+        """All steps so far; those in a replayed CUDA graph are not known here."""
+        return self._settled + self.open_steps
+
+    def settle(self) -> None:
+        """Close the open block: its mean joins that of the earlier ones, its distance from it joins M2, its steps the
+        quantiles. Nothing waits for a device."""
+        self._end_block()
+        self.recent.absorb(self._settled)
+        if not self.copies:
+            return
+        rows = self.table.rows
+        points, folded = rows[: len(self.parts), POINTS].clamp(min=0), rows[: len(self.parts), FOLDED]
+        rows[:, M2] += self.table.with_groups(between(points, folded, self.copies.fold(points, folded)))
+        rows[:, FOLDED] += rows[:, POINTS].clamp(min=0)
+        rows[:, POINTS].clamp_(max=0)  # a window that continues another stays one until its first step
+
+    def _end_block(self) -> None:
+        self._settled, self.open_steps = self.seen, 0
+
+    # ---- the window
+
+    def reset(self) -> None:
+        """A new window, which starts at the tensors' last observed values."""
+        self._end_block()
+        self.recent.flush(self._settled)
+        self.recent.take_distributions()
+        self.closed.clear()
+        self.table.rows[:, :WINDOW_COLUMNS] = 0
+        for m2 in self.copies.earlier_m2 if self.copies else ():
+            m2.zero_()  # sums; the means beside them are overwritten by the first block
+
+    def advance(self) -> None:
+        """The window slides by a block: the open one is closed, and the oldest goes when there are too many."""
+        if self.closed.maxlen == 0:
+            self.reset()
+            return
+        self.settle()
+        self.recent.flush(self._settled)
+        means, m2 = self.copies.take_earlier() if self.copies else ([], [])
+        self.closed.append(Block(self.table.rows.clone(), means, m2, self.recent.take_distributions()))
+        self.table.rows[:, :WINDOW_COLUMNS] = 0
+        self.table.rows[:, POINTS] = _core.CONTINUES
+
+    def window_rows(self) -> Tensor:
+        """Rows of the whole window; changes nothing."""
+        rows = self.table.rows.clone()
+        for block in reversed(self.closed):
+            rows = merge_rows(block.rows, rows)
+        if self.copies and (self.closed or self.copies.earlier):
+            rows[:, M2] += self.table.with_groups(torch.stack([self.merged(i)[0] for i in range(len(self.parts))]))
+        return rows
+
+    def window_distributions(self) -> list[Distribution]:
+        """Update norm and ratio of every row over the whole window."""
+        self.recent.flush(self.seen)
+        if not self.closed:
+            return self.recent.distributions
+        merged = [Distribution() for _ in self.recent.distributions]
+        for block in (*(closed.distributions for closed in self.closed), self.recent.distributions):
+            for into, distribution in zip(merged, block, strict=True):
+                into.merge(distribution)
+        return merged
+
+    def merged(self, i: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """All blocks of tensor i merged by Chan's formula: what that adds to M2, M2 per element (where it is kept), and
+        the mean. One tensor's at a time, so that memory stays bounded."""
+        assert self.copies
+        row, added = self.table.rows[i], self.table.rows.new_zeros(())
+        blocks = [(points_of(b.rows[i : i + 1])[0], b.means[i], b.m2[i] if b.m2 else None) for b in self.closed]
+        if self.copies.earlier:
+            m2 = self.copies.earlier_m2[i] if self.copies.per_element else None
+            blocks.append((row[FOLDED], self.copies.earlier[i].to(self.copies.mean[i].dtype), m2))
+        open_points = row[POINTS].clamp(min=0)
+        open_m2 = self.copies.m2[i] * (open_points > 0) if self.copies.per_element else None
+        blocks.append((open_points, self.copies.mean[i], open_m2))
+        points, mean, elements = blocks[0]
+        for other_points, other, other_elements in blocks[1:]:
+            added = added + between(points, other_points, distances([mean], [other])[0].square())
+            share = (other_points / (points + other_points).clamp(min=1)).to(mean.dtype)
+            if elements is not None and other_elements is not None:
+                elements = elements + other_elements + (other - mean).square_().mul_(points.to(mean.dtype) * share)
+            mean = torch.lerp(mean, other, share)
+            points = points + other_points
+        return added, elements, mean
+
+    def drain(self) -> StepHistory:
+        """Single steps that were not drained yet."""
+        return self.recent.drain([place for place, _ in self.places])
+
+    # ---- reference
+
+    def rebase(self) -> None:
+        """The tensors as they are now are where the next step starts: what changed them was not a step."""
+        if self.copies:
+            for part, prev in zip(self.parts, self.copies.prev, strict=True):
+                values = part.tensor.detach()
+                # Of values that are not finite the difference never would be either.
+                prev.copy_(torch.where(values.isfinite().all(), values, prev))
+
+    def set_reference(self, reference: list[Tensor]) -> None:
+        """Distances, and the path since the reference, count from these values."""
+        assert self.copies
+        copies, rows = self.copies, self.table.rows
+        for means in (copies.mean, copies.earlier, *(block.means for block in self.closed)):
+            if means:
+                copies.shift(means, reference)
+        for mine, new in zip(copies.ref, reference, strict=True):
+            mine.copy_(new)
+        rows[:, COLUMN["total_steps"]] = 0
+        rows[:, COLUMN["total_path"]] = 0
+        self._measure_distance()
+
+    def inherit(self, before: TrackerBase) -> None:
+        """After a change of the model: in every row that was there, the path since the reference goes on, and so does
+        the reference of tensors of the same shape."""
+        rows, totals = before.named_rows(), slice(WINDOW_COLUMNS, COLUMN["group"])
+        shapes = {part.name: part.tensor.shape for part in self.parts}
+        resized = {
+            (part.name, "tensor")
+            for part, shape in zip(before.parts, before.shapes, strict=True)
+            if shapes.get(part.name, shape) != shape
+        }
+        for place, row in self.named_rows().items():
+            if place in rows and place not in resized:
+                row[totals] = rows[place][totals]
+        if not self.copies or not before.copies:
+            return
+        places = {part.name: i for i, part in enumerate(before.parts)}
+        for i, part in enumerate(self.parts):
+            j = places.get(part.name)
+            if j is None or before.copies.ref[j].shape != part.tensor.shape:
+                continue
+            self.copies.ref[i].copy_(before.copies.ref[j])
+        self._measure_distance()
+
+    def _measure_distance(self) -> None:
+        assert self.copies
+        squares = distances(self.copies.prev, self.copies.ref).square()
+        self.table.rows[:, COLUMN["distance"]] = self.table.with_groups(squares).sqrt()

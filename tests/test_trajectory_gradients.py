@@ -1,0 +1,340 @@
+"""Norms of the batch's gradient as backward left it and as the optimizer got it, against float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from models import batches, mlp, mse, seeded
+from points import counted_hooks
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lipcore import Monitor, Trajectory
+from lipcore.names import by_block
+from lipcore.results import MetricResult
+
+STATS = ["grad_norm", "clipped_grad_norm"]
+DATA = batches(6, 4)
+
+
+def norms_of(model: nn.Module, scale: float = 1.0) -> dict[str, float]:
+    """Of what lies in .grad: per parameter, group and in total."""
+    squares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            gradient = gradient.to_dense()
+        square = 0.0 if gradient is None else float((gradient.double() / scale).square().sum())
+        for place in (name, by_block(name), "total"):
+            squares[place] = squares.get(place, 0.0) + square
+    return {place: math.sqrt(square) for place, square in squares.items()}
+
+
+def check(result: MetricResult, stage: str, steps: list[dict[str, float]], rel: float = 1e-6) -> None:
+    quantity = result[stage]
+    assert set(quantity) == set(steps[0])
+    for place in quantity:
+        truth = [step[place] for step in steps]
+        assert quantity[place].last.value == pytest.approx(truth[-1], rel=rel), f"{stage} of {place}"
+        assert quantity[place].mean.value == pytest.approx(sum(truth) / len(truth), rel=rel), f"{stage} of {place}"
+        assert quantity[place].max.value == pytest.approx(max(truth), rel=rel), f"{stage} of {place}"
+        assert quantity[place].last.count == len(truth)
+
+
+def watched(model: nn.Module, optimizer: Any, **settings: Any) -> Monitor:
+    return Monitor(model, optimizer, [Trajectory(stats=STATS)], **settings)
+
+
+def sgd(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, **settings)
+
+
+CLIPS: dict[str, Callable[[nn.Module], Any]] = {
+    "none": lambda model: None,
+    "norm": lambda model: nn.utils.clip_grad_norm_(model.parameters(), 0.3),
+    "value": lambda model: nn.utils.clip_grad_value_(model.parameters(), 0.02),
+}
+
+
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("clip", CLIPS)
+def test_clipping_and_accumulation(clip: str, micro: int) -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = sgd(model)
+    before, after = [], []
+    with watched(model, optimizer) as monitor:
+        for x, y in DATA:
+            optimizer.zero_grad()
+            for part in range(micro):
+                (mse(model(x + part), y) / micro).backward()
+            before.append(norms_of(model))
+            CLIPS[clip](model)
+            after.append(norms_of(model))
+            optimizer.step()
+        result = monitor.compute()["trajectory"]
+    check(result, "grad_norm", before)
+    check(result, "clipped_grad_norm", after)
+    assert (before == after) == (clip == "none")
+    assert counted_hooks(model) == 0
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scale_of_a_gradscaler_is_taken_out(fused: bool, unscale: bool) -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = sgd(model, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    before, after = [], []
+    with watched(model, optimizer, scaler=scaler) as monitor:
+        for x, y in DATA:
+            optimizer.zero_grad()
+            scaler.scale(mse(model(x), y)).backward()
+            before.append(norms_of(model, scaler.get_scale()))
+            if unscale:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            after.append(norms_of(model) if unscale else before[-1])
+            scaler.step(optimizer)
+            scaler.update()
+        result = monitor.compute()["trajectory"]
+    assert scaler.get_scale() > 1024
+    check(result, "grad_norm", before)
+    check(result, "clipped_grad_norm", after)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_optimizers_under_one_scaler(fused: bool, order: tuple[int, int]) -> None:
+    """The scaler takes its scale out of one optimizer's gradients after the other's step."""
+    model = seeded(lambda: mlp(5, 7, 1))
+    pair = [torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters(), fused=fused)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    truth = []
+    with watched(model, pair, scaler=scaler) as monitor:
+        for x, y in DATA:
+            for optimizer in pair:
+                optimizer.zero_grad()
+            scaler.scale(mse(model(x), y)).backward()
+            truth.append(norms_of(model, scaler.get_scale()))
+            for i in order:
+                scaler.step(pair[i])
+            scaler.update()
+        result = monitor.compute()["trajectory"]
+    for stage in STATS:
+        check(result, stage, truth)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_a_skipped_step_are_left_out(fused: bool) -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = sgd(model, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    truth = []
+    with watched(model, optimizer, scaler=scaler) as monitor:
+        for i, (x, y) in enumerate(DATA):
+            optimizer.zero_grad()
+            scaler.scale(mse(model(x), y) * (math.inf if i == 2 else 1)).backward()
+            if i != 2:
+                truth.append(norms_of(model, scaler.get_scale()))
+            scaler.step(optimizer)
+            scaler.update()
+        result = monitor.compute()["trajectory"]
+    assert result.details["skipped_steps"] == 1
+    for stage in STATS:
+        check(result, stage, truth)
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, 4, sparse=True)
+        self.head = nn.Linear(4, 1)
+        self.unused = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x).mean(dim=1))
+
+
+def test_sparse_gradients_and_parameters_without_one() -> None:
+    model = seeded(Tokens)
+    optimizer = sgd(model)
+    truth = []
+    with watched(model, optimizer) as monitor:
+        for i, (_, y) in enumerate(DATA):
+            optimizer.zero_grad()
+            tokens = torch.tensor([[1, 2, 2], [3, 1, 1], [i, i, 4], [0, 9, 10]])  # rows repeat: not coalesced
+            mse(model(tokens), y).backward()
+            truth.append(norms_of(model))
+            optimizer.step()
+        result = monitor.compute()["trajectory"]
+    assert truth[-1]["unused.weight"] == 0
+    for stage in STATS:
+        check(result, stage, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_gradients_of_other_dtypes_are_measured_exactly(dtype: torch.dtype) -> None:
+    model = seeded(lambda: mlp(5, 7, 1), dtype=dtype)
+    optimizer = sgd(model)
+    truth = []
+    with watched(model, optimizer) as monitor:
+        for x, y in DATA:
+            optimizer.zero_grad()
+            mse(model(x.to(dtype)), y.to(dtype)).backward()
+            truth.append(norms_of(model))
+            optimizer.step()
+        for stage in STATS:
+            check(monitor.compute()["trajectory"], stage, truth, rel=1e-12 if dtype == torch.float64 else 1e-6)
+
+
+def test_nan_gradients_are_flagged_and_the_rest_is_not() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = sgd(model)
+    truth = []
+    trajectory = Trajectory(model, stats=STATS)
+    for i, (x, y) in enumerate(DATA):
+        optimizer.zero_grad()
+        mse(model(x), y).backward()
+        truth.append(norms_of(model))
+        if i == 1:
+            model[0].weight.grad[0, 0] = math.nan
+        trajectory.observe_gradients()
+        trajectory.update()
+    result = trajectory.compute()
+    for stage in STATS:
+        bad = result[stage]["0.weight"].last
+        assert (bad.count, bad.value) == (5, pytest.approx(truth[-1]["0.weight"]))
+        assert "1 steps had non-finite values" in bad.note
+        for place in ("0.bias", "2.weight", "2.bias", "2"):
+            assert result[stage][place].mean.value == pytest.approx(sum(t[place] for t in truth) / len(truth))
+            assert not result[stage][place].last.note
+        assert math.isfinite(result[stage]["total"].mean.value)
+
+
+def test_two_backward_passes_of_one_graph() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = sgd(model)
+    truth = []
+    with watched(model, optimizer) as monitor:
+        for x, y in DATA:
+            optimizer.zero_grad()
+            loss = mse(model(x), y)
+            loss.backward(retain_graph=True)
+            loss.backward()
+            truth.append(norms_of(model))
+            optimizer.step()
+        check(monitor.compute()["trajectory"], "grad_norm", truth)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    model = seeded(lambda: mlp(5, 7, 6, 1))
+    optimizer = sgd(model)
+    truth = []
+    with watched(model, optimizer) as monitor:
+        for x, y in DATA:
+            optimizer.zero_grad()
+            h = checkpoint(model[:3], x.clone().requires_grad_(), use_reentrant=reentrant)
+            mse(checkpoint(model[3:], h, use_reentrant=reentrant), y).backward()
+            truth.append(norms_of(model))
+            optimizer.step()
+        check(monitor.compute()["trajectory"], "grad_norm", truth)
+
+
+def test_a_backward_pass_that_raises_does_not_end_the_recording() -> None:
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            raise ArithmeticError("as expected")
+
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = sgd(model)
+    truth = []
+    with watched(model, optimizer) as monitor:
+        with pytest.raises(ArithmeticError, match="as expected"):
+            model[2](Raises.apply(model[:2](DATA[0][0]))).sum().backward()
+        assert model[2].bias.grad is not None
+        for x, y in DATA:
+            optimizer.zero_grad()
+            mse(model(x), y).backward()
+            truth.append(norms_of(model))
+            optimizer.step()
+        check(monitor.compute()["trajectory"], "grad_norm", truth)
+
+
+def test_a_closure_is_read_after_the_step() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = sgd(model)
+    truth = []
+    with watched(model, optimizer) as monitor:
+        for x, y in DATA:
+
+            def closure() -> Tensor:
+                optimizer.zero_grad()
+                loss = mse(model(x), y)
+                loss.backward()
+                truth.append(norms_of(model))
+                return loss
+
+            optimizer.step(closure)
+        for stage in STATS:
+            check(monitor.compute()["trajectory"], stage, truth)
+
+
+def test_gradients_nobody_announced_are_missed_aloud() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    trajectory = Trajectory(model, stats=STATS)
+    mse(model(DATA[0][0]), DATA[0][1]).backward()
+    trajectory.update()
+    with pytest.warns(UserWarning, match=r"grad_norm lacks 1 steps.*observe_gradients\(\)"):
+        result = trajectory.compute()
+    assert list(result) == ["clipped_grad_norm"]
+    check(result, "clipped_grad_norm", [norms_of(model)])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_gradients_after_weights_were_loaded(assign: bool) -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    with watched(model, optimizer := sgd(model)) as monitor:
+        model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=assign)
+        mse(model(DATA[0][0]), DATA[0][1]).backward()
+        optimizer.step()  # after assign=True it owns nothing any more
+        check(monitor.compute()["trajectory"], "grad_norm", [norms_of(model)])
+    assert counted_hooks(model) == 0
+
+
+def _rank(rank: int, path: str) -> None:
+    """Every rank's own half of the batch; the averaged gradient is that of the whole one."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(path, 2), rank=rank, world_size=2)
+    model = seeded(lambda: mlp(5, 7, 1))
+    twin = seeded(lambda: mlp(5, 7, 1))
+    wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=1e-4)
+    optimizer = sgd(wrapped)
+    truth = []
+    with watched(wrapped, optimizer) as monitor:
+        for x, y in DATA:
+            optimizer.zero_grad()
+            half = slice(2 * rank, 2 * rank + 2)
+            mse(wrapped(x[half]), y[half]).backward()
+            twin.load_state_dict(model.state_dict())
+            twin.zero_grad()
+            mse(twin(x), y).backward()
+            truth.append(norms_of(twin))
+            optimizer.step()
+        for stage in STATS:
+            check(monitor.compute()["trajectory"], stage, truth, rel=1e-5)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)

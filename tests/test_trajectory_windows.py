@@ -1,0 +1,366 @@
+"""Windows of a Trajectory: tumbling, sliding and open since the start, shorter and longer than a block of 512 steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import Graph, seeded
+from oracle import DTYPES
+from paths import Path, check, mlp, observe, tensors_of, walk
+from torch import nn
+
+from lipcore import Lipschitz, Metric, Monitor, Trajectory
+from lipcore.distribution import Distribution
+
+# The mean is float32: relative to the variance, blocks of 512 steps keep 1e-6 of it over these lengths.
+LONG = 2e-6
+
+
+def check_elements(trajectory: Trajectory, path: Path, start: int = 0, from_start: bool = True) -> None:
+    found = trajectory.element_variance()
+    for name in path.tensors:
+        truth = path.element_variance(name, start, from_start)
+        assert found[name].shape == truth.shape
+        assert torch.allclose(found[name].double(), truth, rtol=2e-4, atol=0), name
+        assert float(found[name].double().sum()) == pytest.approx(float(truth.sum()), rel=1e-5), name
+
+
+# ---- since the start
+
+
+@pytest.mark.parametrize("steps", [511, 512, 513, 1024, 1300])
+def test_open_since_the_start(steps: int) -> None:
+    tensors = tensors_of()
+    trajectory, path = Trajectory(tensors.items()), Path(tensors)
+    walk(tensors, steps, observe(trajectory, path))
+    check(trajectory.compute(), path, tolerance=LONG)
+    check(trajectory.compute(), path, tolerance=LONG)  # compute() changes nothing
+    walk(tensors, 3, observe(trajectory, path))
+    check(trajectory.compute(), path, tolerance=LONG)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_windows_of_every_dtype(dtype: str) -> None:
+    tensors = tensors_of(DTYPES[dtype])
+    trajectory, path = Trajectory(tensors.items(), stats=[*STATS, "element_variance"]), Path(tensors)
+    walk(tensors, 700, observe(trajectory, path))
+    check_some(trajectory, path, 1e-11 if dtype == "f64" else LONG)
+    check_elements(trajectory, path)
+
+
+STATS = ("update_norm", "path_length", "variance", "distance")
+
+
+def check_some(trajectory: Trajectory, path: Path, tolerance: float, start: int = 0, from_start: bool = True) -> None:
+    result = trajectory.compute()
+    for place, names in {"a": ["a.weight", "a.bias"], "b.weight": ["b.weight"], "total": list(path.tensors)}.items():
+        truth = path.expected(names, start, from_start=from_start)
+        for quantity in STATS:
+            for reducer, value in result[quantity][place].items():
+                near = 0.01 if reducer in ("p50", "p99") else tolerance
+                assert value.value == pytest.approx(float(truth[quantity][reducer]), rel=near), (quantity, place)
+
+
+def test_a_drift_without_noise() -> None:
+    """The variance of points on a line, n (n + 2) / 12 of a step's square: nothing of it may get lost in the mean."""
+    tensor = torch.zeros(100)
+    trajectory = Trajectory([("w", tensor)])
+    for _ in range(2000):
+        tensor.add_(2**-10)
+        trajectory.update()
+    variance = trajectory.compute().variance["w"].last.value
+    assert variance == pytest.approx(100 * 2000 * 2002 / 12 * 2.0**-20, rel=1e-6)
+
+
+# ---- tumbling
+
+
+@pytest.mark.parametrize("length", [1, 7, 512, 700, 1300])
+def test_tumbling(length: int) -> None:
+    """Of a Monitor: each window starts where the one before ended."""
+    model = nn.Linear(5, 3)
+    path = Path(model.named_parameters())
+    windows = 3 if length < 1300 else 2
+    with Monitor(model, metrics=[Trajectory()], window_steps=length) as monitor:
+
+        def step() -> None:
+            monitor.step()
+            path.look()
+            if len(monitor.history) > len(checked):
+                checked.append(monitor.history[-1].last_step)
+                start = checked[-1] - length
+                check(monitor.history[-1]["trajectory"], path, start=start, tolerance=LONG)
+
+        checked: list[int] = []
+        walk(dict(model.named_parameters()), windows * length, step)
+    assert checked == [length * i for i in range(1, windows + 1)]
+    assert [w.steps for w in monitor.history] == [length] * windows
+
+
+@pytest.mark.parametrize("lengths", [(700, 700, 40), (40, 700, 520), (1300, 3, 600)])
+def test_variance_per_element_starts_anew_with_a_window(lengths: tuple[int, ...]) -> None:
+    tensors = tensors_of()
+    trajectory, path = Trajectory(tensors.items(), stats=[*STATS, "element_variance"]), Path(tensors)
+    for i, length in enumerate(lengths):
+        start = len(path.points) - 1
+        walk(tensors, length, observe(trajectory, path), seed=i)
+        check_some(trajectory, path, LONG, start)
+        check_elements(trajectory, path, start)
+        trajectory.reset()
+
+
+def test_variance_per_element_of_an_empty_window() -> None:
+    tensors = tensors_of()
+    trajectory = Trajectory(tensors.items(), stats=["element_variance"])
+    for _ in range(2):
+        assert all(v.isnan().all() for v in trajectory.element_variance().values())
+        walk(tensors, 600, trajectory.update)
+        assert all((v > 0).all() for v in trajectory.element_variance().values())
+        trajectory.reset()
+    plain = Trajectory(tensors.items())
+    with pytest.raises(RuntimeError, match="element_variance: ask for it with stats="):
+        plain.element_variance()
+
+
+# ---- sliding
+
+
+@pytest.mark.parametrize(("length", "blocks"), [(6, 3), (4, 4), (1200, 2), (900, 3)])
+def test_sliding(length: int, blocks: int) -> None:
+    """The last `length` points; before there are as many, all of them and the start."""
+    tensors = tensors_of()
+    model = Graph(lambda m, x: x)
+    for name, tensor in tensors.items():
+        module, _, key = name.partition(".")
+        if not hasattr(model, module):
+            model.add_module(module, nn.Module())
+        getattr(model, module).register_parameter(key, nn.Parameter(tensor))
+    path, block, checked = Path(model.named_parameters()), length // blocks, []
+    metric = Trajectory(stats=[*ALL, "element_variance"])
+    with Monitor(model, metrics=[metric], window_steps=length, window_blocks=blocks) as monitor:
+
+        def step() -> None:
+            closed = len(monitor.history)
+            path.look()
+            monitor.step()
+            if len(monitor.history) > closed:
+                t = len(path.points) - 1
+                start = max(0, t - length)
+                window = monitor.history[-1]
+                assert (window.first_step, window.last_step) == (start + 1, t)
+                check(window["trajectory"], path, start=start, from_start=start == 0, tolerance=LONG)
+                checked.append(t)
+
+        walk(dict(model.named_parameters()), length + 2 * block + block // 2, step)
+    steps = length + 2 * block + block // 2
+    assert checked == list(range(block, steps + 1, block))
+    start = steps // block * block - (blocks - 1) * block  # blocks - 1 closed ones, and the open one
+    check(monitor.compute()["trajectory"], path, start=start, from_start=start == 0, tolerance=LONG)
+    check_elements(metric, path, start, from_start=start == 0)
+
+
+ALL = (
+    *("update_norm", "update_ratio", "max_abs_update", "path_length", "weight_norm", "unmoved_steps"),
+    *("nonfinite_steps", "nonfinite_elements", "distance", "directness", "variance"),
+)
+
+
+def test_sliding_by_hand() -> None:
+    """advance() of a metric that stands alone, after blocks of any length; with one block it is reset()."""
+    tensors = tensors_of()
+    sliding, tumbling = Trajectory(tensors.items(), window_blocks=3), Trajectory(tensors.items())
+    path, ends = Path(tensors), [0]
+
+    def step() -> None:
+        sliding.update()
+        tumbling.update()
+        path.look()
+
+    for i, length in enumerate((600, 3, 530, 1, 40)):
+        walk(tensors, length, step, seed=i)
+        start = ends[max(0, len(ends) - 3)]
+        check(sliding.compute(), path, start=start, from_start=start == 0, tolerance=LONG)
+        check(tumbling.compute(), path, start=ends[-1], tolerance=LONG)
+        sliding.advance()
+        tumbling.advance()
+        ends.append(len(path.points) - 1)
+
+
+def test_blocks_without_a_step() -> None:
+    tensors = tensors_of()
+    trajectory, path = Trajectory(tensors.items(), window_blocks=2), Path(tensors)
+    trajectory.advance()
+    walk(tensors, 4, observe(trajectory, path))
+    trajectory.advance()
+    check(trajectory.compute(), path, from_start=False, start=0)
+    trajectory.advance()
+    assert not trajectory.compute().update_norm["total"].last.valid
+    assert math.isnan(trajectory.compute().variance["total"].last.value)
+    assert trajectory.compute().path_length["total"].cumulative.valid
+
+
+def test_reset_forgets_the_blocks() -> None:
+    tensors = tensors_of()
+    trajectory, path = Trajectory(tensors.items(), window_blocks=3), Path(tensors)
+    for seed in range(3):
+        walk(tensors, 4, observe(trajectory, path), seed=seed)
+        trajectory.advance()
+    trajectory.reset()
+    walk(tensors, 5, observe(trajectory, path), seed=7)
+    check(trajectory.compute(), path, start=12)
+
+
+# ---- steps that were left out
+
+BROKEN = {3: ("a.bias",), 515: ("a.bias", "b.weight"), 516: ("b.weight",), 1100: ("a.weight",)}
+
+
+@pytest.mark.parametrize("steps", [6, 520, 1300])
+def test_steps_that_were_left_out(steps: int) -> None:
+    tensors = tensors_of()
+    trajectory, path = Trajectory(tensors.items()), Path(tensors)
+    walk(tensors, steps, observe(trajectory, path), nan_at=BROKEN)
+    check(trajectory.compute(), path, tolerance=LONG)
+
+
+def test_left_out_steps_in_sliding_windows() -> None:
+    tensors = tensors_of()
+    trajectory = Trajectory(tensors.items(), window_blocks=3, stats=[*ALL, "element_variance"])
+    path = Path(tensors)
+    for block in range(6):
+        # A tensor may be missing from a block's first steps, from its last, or from a whole block.
+        nan = {0: {0: ("a.bias",)}, 2: {599: ("b.weight",)}, 3: dict.fromkeys(range(600), ("b.weight",))}.get(block, {})
+        walk(tensors, 600, observe(trajectory, path), seed=block, nan_at=nan)
+        start = max(0, 600 * (block - 2))
+        if block != 3:  # else: the last step of a group is that of its finite members alone
+            check(trajectory.compute(), path, start=start, from_start=start == 0, tolerance=LONG)
+        check_elements(trajectory, path, start, from_start=start == 0)
+        trajectory.advance()
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_step_without_any_finite_parameter_is_left_out_everywhere(first: bool) -> None:
+    """Of groups and of the total too: they neither stood still nor have they norm zero."""
+    tensors = tensors_of()
+    trajectory, path = Trajectory(tensors.items()), Path(tensors)
+    at = {0 if first else 5: tuple(tensors), 3: ("b.weight",)}
+    walk(tensors, 6, observe(trajectory, path), nan_at=at)
+    result = trajectory.compute()
+    assert result.unmoved_steps["total"].sum.value == 0
+    assert result.weight_norm["total"].last.value == pytest.approx(
+        float(torch.cat([(path.points[6] if first else path.points[5])[n] for n in tensors]).norm()), rel=1e-6
+    )
+    assert result.nonfinite_steps["total"].sum.value == 2
+    assert result.update_norm["total"].last.count == 5
+    truth = path.expected(list(tensors))
+    for quantity in ("update_norm", "path_length", "update_ratio", "variance"):
+        for reducer, value in result[quantity]["total"].items():
+            near = 0.01 if reducer in ("p50", "p99") else 1e-6
+            assert value.value == pytest.approx(float(truth[quantity][reducer]), rel=near), (quantity, reducer)
+    assert trajectory.drain().update_norm[:, -1].isnan().sum() == 1
+
+
+# ---- quantiles
+
+
+@pytest.mark.parametrize("ring", [512, 1024])
+def test_quantiles_over_more_steps_than_the_ring_holds(ring: int) -> None:
+    tensors = tensors_of()
+    trajectory, path = Trajectory(tensors.items(), ring=ring, stats=["update_norm", "update_ratio"]), Path(tensors)
+    walk(tensors, 2500, observe(trajectory, path))
+    result = trajectory.compute()
+    for name in tensors:
+        points = torch.stack([p[name] for p in path.points])
+        norms = points.diff(dim=0).norm(dim=1)
+        ratios = norms / points[1:].norm(dim=1)
+        for quantity, values in (("update_norm", norms), ("update_ratio", ratios)):
+            in_order = values.sort().values
+            for reducer, q in (("p50", 0.5), ("p99", 0.99)):
+                truth = float(in_order[math.floor(q * 2499 + 0.5)])
+                assert result[quantity][name][reducer].value == pytest.approx(truth, rel=0.01)
+
+
+# ---- Lipschitz
+
+
+def test_sliding_windows_of_lipschitz_hold_the_samples_of_their_steps() -> None:
+    model = seeded(mlp)
+    found: dict[str, list[float]] = {"normalized_gradient_norm": [], "local_lipschitz": []}
+    generator = torch.Generator().manual_seed(0)
+    with Monitor(model, metrics=[Lipschitz()], window_steps=24, window_blocks=3) as monitor:
+        for _ in range(60):
+            x = torch.randn(1, 6, generator=generator)
+            with Monitor(model, metrics=[Lipschitz()]) as alone:  # sees this one sample
+                model(x).square().sum().backward()
+                single = alone.close_window()["lipschitz"]
+            for quantity, values in found.items():
+                (place,) = single[quantity]
+                values.append(single[quantity][place].mean.value)
+            model.zero_grad()
+            monitor.step()
+    assert [(w.first_step, w.last_step) for w in monitor.history][:4] == [(1, 8), (1, 16), (1, 24), (9, 32)]
+    for window in monitor.history:
+        for quantity, values in found.items():
+            (place,) = window["lipschitz"][quantity]
+            reducers = window["lipschitz"][quantity][place]
+            truth = Distribution()
+            truth.observe(torch.tensor(values[window.first_step - 1 : window.last_step], dtype=torch.float64))
+            assert reducers.mean.count == window.steps
+            assert reducers.mean.value == pytest.approx(truth.mean, rel=1e-12)
+            for reducer, number in (("min", truth.min), ("max", truth.max)):
+                assert reducers[reducer].value == number
+            for reducer, q in (("p50", 0.5), ("p99", 0.99)):
+                assert reducers[reducer].value == truth.quantile(q)
+
+
+# ---- refusals
+
+
+class Endless(Metric):
+    """Has no advance()."""
+
+    name = "endless"
+
+    def bind(self, model: nn.Module) -> None: ...
+    def plan(self) -> list[Any]:
+        return []
+
+    def finalize(self) -> Any: ...
+    def reset(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"window_steps": 7, "window_blocks": 2}, "window_blocks: 2 blocks of equal length do not make 7 steps"),
+        ({"window_blocks": 2}, "window_blocks: 2 blocks of equal length do not make None steps"),
+        ({"window_steps": 4, "window_blocks": 0}, "window_blocks: expected an integer >= 1, got 0"),
+        ({"window_steps": 4, "window_blocks": 2, "metrics": [Endless()]}, "window_blocks: endless has no sliding"),
+        (
+            {"window_steps": 4, "window_blocks": 2, "metrics": [Trajectory(window_blocks=4)]},
+            "window_blocks: the Monitor slides its windows, with 2 blocks; .* 4 here",
+        ),
+        (
+            {"window_steps": 4, "metrics": [Trajectory(window_blocks=4)]},
+            "window_blocks: the Monitor slides its windows, with 1 blocks; .* 4 here",
+        ),
+    ],
+)
+def test_windows_that_are_refused(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Monitor(mlp(), **settings)
+
+
+@pytest.mark.parametrize("blocks", [0, -1, 1.5, True, None])
+def test_window_blocks_that_are_refused(blocks: Any) -> None:
+    with pytest.raises(ValueError, match=r"window_blocks: expected an integer >= 1"):
+        Trajectory(mlp(), window_blocks=blocks)
+    with pytest.raises(NotImplementedError, match="Endless has no sliding windows"):
+        Endless().advance()
