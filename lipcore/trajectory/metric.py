@@ -503,8 +503,8 @@ class Trajectory(Metric):
         if self._gradients and twin._gradients:
             theirs = twin._gradients.trackers
             merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
-        continues = all([merge() for merge in merges])
-        self._steps_seen = twin._steps_seen + (0 if continues else self._steps_seen)
+        continued = [merge() for merge in merges]  # every one of them, whatever the first says
+        self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
     def summary(self) -> dict[str, Any]:
         """What :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""

@@ -92,6 +92,15 @@ class UpdateTracker(Tracker):
             values = {k: Value(v if count else torch.nan, count, "exact", count > 0) for k, v in numbers.items()}
             result.add(NORMALIZED[0], part.name, "tensor", **values)
 
+    def _merge_next(self, other: Tracker, continues: bool) -> bool:
+        if self._rms is not None:
+            assert isinstance(other, UpdateTracker)
+            assert other._rms is not None
+            mine, theirs = self._rms, other._rms
+            last = torch.where(theirs[3] > 0, theirs[0], mine[0])
+            mine.copy_(torch.stack([last, mine[1] + theirs[1], torch.maximum(mine[2], theirs[2]), mine[3] + theirs[3]]))
+        return super()._merge_next(other, continues)
+
     def state_dict(self) -> dict[str, Any]:
         extra = {} if self._rms is None else {"rms": self._rms.clone()}
         return super().state_dict() | extra
