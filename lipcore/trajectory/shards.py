@@ -44,11 +44,26 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
     places.sort(key=lambda place: order[level_of[place]])
     result = MetricResult("trajectory", every_steps=first["every_steps"], shards=len(summaries))
     length = "path_length" if first["every_steps"] == 1 else "chord_length"
+    whole: dict[str, dict[str, Tensor]] = {}  # single steps of whole tensors, per group they add to
     for place in places:
         members = [(s, s["places"].index(place)) for s in summaries if place in s["places"]]
         rows = torch.stack([s["rows"][i] for s, i in members])
         steps = torch.stack([s["steps"][:, i] for s, i in members]).sum(dim=0)
+        if level_of[place] == "tensor":
+            for s, i in members:
+                for group in (_group_of(s, i), "total"):
+                    whole.setdefault(group, {})[place] = steps
+        left_out: Tensor | None = None
+        if (
+            level_of[place] != "tensor" and place in whole
+        ):  # a tensor that is left out in one shard is left out of its group as a whole
+            tensors = torch.stack(list(whole[place].values()))
+            left_out = tensors[..., :1].isnan()
+            steps = torch.where(left_out, 0.0, tensors).sum(dim=0)
+            steps[left_out.all(dim=0).flatten()] = torch.nan
         row = _merged(rows, steps)
+        if left_out is not None:
+            row[COLUMN["nonfinite_steps"]] = left_out.any(dim=0).sum()
         updates, ratios = Distribution(), Distribution()
         norms = steps.sqrt()
         updates.observe(norms[:, 0])
@@ -56,6 +71,11 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
         described = Row(dict(zip(COLUMNS, row.tolist(), strict=True)), updates, ratios)
         described.add_to(result, place, level_of[place], frozenset(first["quantities"]), length=length)
     return result
+
+
+def _group_of(summary: dict[str, Any], i: int) -> str:
+    groups = [place for place, level in zip(summary["places"], summary["levels"], strict=True) if level == "group"]
+    return str(groups[int(summary["rows"][i, COLUMN["group"]])])
 
 
 def _ratios(norms: Tensor) -> Tensor:
