@@ -16,6 +16,12 @@ from lipcore.results import MetricResult
 
 Point = dict[str, Tensor]
 
+#: Every quantity of the default.
+ALL = (
+    *("update_norm", "update_ratio", "max_abs_update", "path_length", "weight_norm", "unmoved_steps"),
+    *("nonfinite_steps", "nonfinite_elements", "distance", "directness", "variance"),
+)
+
 
 class Path:
     """Every parameter's values after every step, in float64. Where they are not finite, the step is left out."""
@@ -132,6 +138,15 @@ def check(
                 assert value.value == pytest.approx(truth, rel=near), f"{quantity}.{reducer} of {place}"
                 assert value.valid
                 assert value.label == "exact"
+
+
+def check_elements(trajectory: Trajectory, path: Path, start: int = 0, from_start: bool = True) -> None:
+    found = trajectory.element_variance()
+    for name in path.tensors:
+        truth = path.element_variance(name, start, from_start)
+        assert found[name].shape == truth.shape
+        assert torch.allclose(found[name].double(), truth, rtol=2e-4, atol=0), name
+        assert float(found[name].double().sum()) == pytest.approx(float(truth.sum()), rel=1e-5), name
 
 
 def assert_same_numbers(one: MetricResult, other: MetricResult, tolerance: float = 1e-6) -> None:

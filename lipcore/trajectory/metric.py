@@ -528,9 +528,8 @@ class Trajectory(Metric):
         if self._gradients and twin._gradients:
             theirs = twin._gradients.trackers
             merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
-        continued = [merge() for merge in merges]
-        continues = all(continued)
-        self._steps_seen = twin._steps_seen + (0 if continues else self._steps_seen)
+        continued = [merge() for merge in merges]  # every one of them, whatever the first says
+        self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
     def sync(self, group: Any = None) -> MetricResult:
         """The open window of whole parameters from the shards on all ranks (FSDP2, tensor parallelism, DDP): every rank

@@ -11,7 +11,7 @@ from torch import Tensor
 from lipcore.distribution import Distribution
 from lipcore.results import Level, MetricResult
 from lipcore.trajectory.describe import Row
-from lipcore.trajectory.table import COLUMN, COLUMNS, FOLDED, M2, POINTS, STEPS
+from lipcore.trajectory.table import COLUMN, COLUMNS, FOLDED, M2, POINTS, STEPS, points_of
 
 _SQUARED = [COLUMN["distance"], COLUMN["weight"]]
 _LARGEST = [COLUMN["max_abs_last"], COLUMN["max_abs_max"]]
@@ -39,26 +39,33 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
                 f"summaries[{i}]: {len(other['steps'])} steps in the window, summaries[0] has {len(first['steps'])}"
             )
     result = MetricResult("trajectory", every_steps=first["every_steps"], shards=len(summaries))
-    places: list[tuple[str, Level, Tensor, Tensor]] = []
+    places: list[tuple[str, Level, Tensor, Tensor, Tensor]] = []  # rows, steps, whether something was left out of each
     members: dict[str, list[int]] = {}
     for i, (name, group) in enumerate(_names_and_groups(summaries)):
         shards = [(s, s["names"].index(name)) for s in summaries if name in s["names"]]
         steps = torch.stack([s["steps"][:, k] for s, k in shards]).sum(dim=0)  # NaN where one of them has it
-        places.append((name, "tensor", torch.stack([s["rows"][k] for s, k in shards]), steps))
+        rows = torch.stack([s["rows"][k] for s, k in shards])
+        rows[:, FOLDED] = points_of(rows).min()
+        places.append((name, "tensor", rows, steps, steps[:, 0].isnan()))
         members.setdefault(group, []).append(i)
     tensors = len(places)
     for group, level, indices in (*((g, "group", m) for g, m in members.items()), ("total", "total", range(tensors))):
         rows = torch.cat([places[i][2] for i in indices])
-        steps = torch.stack([places[i][3] for i in indices])
-        # A group goes on with its finite members.
-        places.append((group, level, rows, steps.nansum(dim=0)))  # type: ignore[arg-type]
+        each = torch.stack([places[i][3] for i in indices])
+        left_out = each[..., 0].isnan()
+        # A group goes on with its finite members; without any it is left out too.
+        steps = torch.where(left_out[..., None], 0.0, each).sum(dim=0)
+        steps[left_out.all(dim=0)] = torch.nan
+        places.append((group, level, rows, steps, left_out.any(dim=0)))  # type: ignore[arg-type]
     length = "path_length" if first["every_steps"] == 1 else "chord_length"
-    for place, level, rows, steps in places:
+    for place, level, rows, steps, left_out in places:
         norms = steps.sqrt()
         updates, ratios = Distribution(), Distribution()
         updates.observe(norms[:, 0])
         ratios.observe(_ratios(norms))
-        row = Row(dict(zip(COLUMNS, _merged(rows, norms).tolist(), strict=True)), updates, ratios)
+        merged = _merged(rows, norms)
+        merged[COLUMN["nonfinite_steps"]] = left_out.sum()
+        row = Row(dict(zip(COLUMNS, merged.tolist(), strict=True)), updates, ratios)
         row.add_to(result, place, level, frozenset(first["quantities"]), length=length)
     return result
 
@@ -89,11 +96,10 @@ def _merged(rows: Tensor, norms: Tensor) -> Tensor:
     finite, ratios = norms[counted, 0], _ratios(norms[counted])
     row = rows[0].clone()
     row[STEPS] = len(finite)
-    row[COLUMN["nonfinite_steps"]] = len(norms) - len(finite)
     row[COLUMN["nonfinite_elements"]] = rows[:, COLUMN["nonfinite_elements"]].sum()
     row[COLUMN["zero_steps"]] = (finite == 0).sum()
     row[M2] = rows[:, M2].sum()
-    row[FOLDED] = (rows[:, FOLDED] + rows[:, POINTS].clamp(min=0)).min()
+    row[FOLDED] = rows[:, FOLDED].max()
     row[POINTS] = 0
     row[_SQUARED] = rows[:, _SQUARED].square().sum(dim=0).sqrt()
     row[_LARGEST] = rows[:, _LARGEST].amax(dim=0)

@@ -178,7 +178,7 @@ class Tracker(TrackerBase):
         if self.copies and other.copies:
             if not continues:
                 other.copies.shift(other.copies.earlier, self.copies.ref)
-            other._leave_out_start(self.copies.prev, self.copies.ref)
+            other._leave_out_start(self.copies.prev, self.copies.ref, points_of(rows) > 0)
             points, more = points_of(rows)[: len(self.parts)], points_of(theirs)[: len(self.parts)]
             apart = distances(other.copies.earlier, self.copies.earlier).square()
             added = self.table.with_groups(between(points, more, apart))
@@ -190,7 +190,10 @@ class Tracker(TrackerBase):
                 self.copies.earlier[i].lerp_(other.copies.earlier[i], share)
                 prev.copy_(other.copies.prev[i])
         before = rows[:, WINDOW_COLUMNS : WINDOW_COLUMNS + 2].clone()
-        rows.copy_(merge_rows(rows, theirs))
+        merged = merge_rows(rows, theirs)
+        weight = COLUMN["weight"]  # one that was started anew and made no step knows none
+        merged[:, weight] = torch.where(theirs[:, STEPS] == 0, rows[:, weight], theirs[:, weight])
+        rows.copy_(merged)
         if not continues:
             rows[:, WINDOW_COLUMNS : WINDOW_COLUMNS + 2] += before
         if self.copies:
@@ -198,15 +201,15 @@ class Tracker(TrackerBase):
             self._measure_distance()
         for into, distribution in zip(self.recent.distributions, other.recent.distributions, strict=True):
             into.merge(distribution)
-        self._append_recent(other, int(other.table.cursor[0]) - (int(self.table.cursor[0]) if continues else 0))
+        self._append_recent(other)
         return continues
 
-    def _leave_out_start(self, start: list[Tensor], reference: list[Tensor]) -> None:
-        """Take the point it starts from out of M2 and the mean, where it is among them: it is the last point of the
-        interval before. A merged M2 is larger than what goes, so nothing cancels in it."""
+    def _leave_out_start(self, start: list[Tensor], reference: list[Tensor], had_points: Tensor) -> None:
+        """Take the point it starts from out of M2 and the mean, where it is among them and (`had_points`) the last
+        point of the interval before. A merged M2 is larger than what goes, so nothing cancels in it."""
         assert self.copies
         rows = self.table.rows
-        counted = (points_of(rows) == rows[:, STEPS] + 1) & (rows[:, STEPS] > 0)
+        counted = had_points & (points_of(rows) == rows[:, STEPS] + 1) & (rows[:, STEPS] > 0)
         left = rows[:, STEPS].clamp(min=1)
         removed = rows.new_zeros(len(self.parts))
         for i, mean in enumerate(self.copies.earlier):
@@ -222,9 +225,10 @@ class Tracker(TrackerBase):
         rows[:, FOLDED] -= counted.to(rows.dtype)
         rows[:, POINTS] = 0
 
-    def _append_recent(self, other: Tracker, theirs: int) -> None:
-        """The last `theirs` steps of the other one's ring come after this one's."""
+    def _append_recent(self, other: Tracker) -> None:
+        """The steps of the other one's window come after this one's."""
         ring = self.table.recent.shape[0]
+        theirs = other._window_steps()  # its ring goes back further where it was continued from this one's state
         kept = min(theirs, ring)
         end = int(self.table.cursor[0]) + theirs
         index = torch.arange(end - kept, end) % ring
@@ -233,11 +237,15 @@ class Tracker(TrackerBase):
         self._settled += theirs
         self.recent.skip_to(self._settled)
 
+    def _window_steps(self) -> int:
+        """All steps of the open block; a group counts one with finite and other members as both kinds."""
+        rows = self.table.rows[: len(self.parts)]
+        return int((rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max())
+
     def summary(self, every_steps: int) -> dict[str, Any]:
         """The window's rows, and its steps one by one."""
         rows = self.window_rows().cpu()
-        seen = (rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max()
-        count, ring = int(seen), self.table.recent.shape[0]
+        count, ring = self._window_steps(), self.table.recent.shape[0]
         if count > ring:
             raise ValueError(
                 f"ring: the window has {count} steps, the ring keeps {ring}; path lengths of shards do not add up, "

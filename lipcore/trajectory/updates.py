@@ -100,13 +100,12 @@ class UpdateTracker(Tracker):
             result.add(NORMALIZED[0], part.name, "tensor", **values)
 
     def _merge_next(self, other: Tracker, continues: bool) -> bool:
-        assert isinstance(other, UpdateTracker)
-        if self._rms is not None and other._rms is not None:
+        if self._rms is not None:
+            assert isinstance(other, UpdateTracker)
+            assert other._rms is not None
             mine, theirs = self._rms, other._rms
-            mine[0] = torch.where(theirs[3] > 0, theirs[0], mine[0])
-            mine[1] += theirs[1]
-            mine[2] = torch.maximum(mine[2], theirs[2])
-            mine[3] += theirs[3]
+            last = torch.where(theirs[3] > 0, theirs[0], mine[0])
+            mine.copy_(torch.stack([last, mine[1] + theirs[1], torch.maximum(mine[2], theirs[2]), mine[3] + theirs[3]]))
         return super()._merge_next(other, continues)
 
     def state_dict(self) -> dict[str, Any]:
