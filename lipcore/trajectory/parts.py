@@ -29,8 +29,18 @@ class Part:
 
     @property
     def tensor(self) -> Tensor:
-        """As it is now."""
-        return self.owner[self.key]
+        """As it is now; ValueError when it is not there any more."""
+        tensor = self.owner.get(self.key)
+        if tensor is None:
+            raise ValueError(
+                f"trajectory: parameter '{self.name}' was removed from its module; call rebind() after such a change"
+            )
+        return tensor
+
+    @property
+    def there(self) -> bool:
+        """Whether it still is."""
+        return self.owner.get(self.key) is not None
 
 
 def group_names(groups: Groups) -> Callable[[str], str]:
@@ -142,7 +152,9 @@ def _with_masters(parts: list[Part], masters: Masters) -> list[Part]:
 
 def _check(parts: list[Part]) -> None:
     for part in parts:
-        _core.check_storage(part.tensor, part.name)  # says what is wrong with a lazy, meta or sharded parameter
+        _core.check_storage(
+            part.owner[part.key], part.name
+        )  # says what is wrong with a lazy, meta or sharded parameter
         if not bool(part.tensor.detach().isfinite().all()):
             raise ValueError(
                 f"model: parameter '{part.name}' has NaN or infinite values, so nothing can be measured from it"
