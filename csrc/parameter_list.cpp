@@ -48,7 +48,7 @@ PyObject* local_part(PyObject* parameter) {
 ParameterList::Look ParameterList::look_up(size_t i, TensorView* view) {
   const ParameterEntry& entry = entries_[i];
   PyObject* parameter = PyDict_GetItemWithError(entry.owner, entry.key);
-  if (!parameter) {
+  if (!parameter || parameter == Py_None) {  // register_parameter(name, None) leaves the key
     if (!PyErr_Occurred()) refuse(i, "was removed from its module; call rebind() after such a change");
     return Look::kError;
   }

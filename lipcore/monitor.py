@@ -339,7 +339,9 @@ class Monitor:
         device: the open window is closed, statistics of parameters that stayed the same go on, others start now."""
         self._error, self._failed = None, False
         if self._block_steps:
-            self._close()
+            with warnings.catch_warnings():  # of parameters that are not watched: this is what is done about them
+                warnings.simplefilter("ignore", UserWarning)
+                self._close()
         for metric in self.metrics.values():
             metric.rebind()
         self._find_step_calls()

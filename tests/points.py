@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lipcore.names import by_block
 from lipcore.results import MetricResult, Window
 
 
@@ -63,3 +65,27 @@ def counted_hooks(model: nn.Module) -> int:
         count += len(parameter._backward_hooks or ())
         count += len(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
     return count
+
+
+def gradient_norms(model: nn.Module, scale: float = 1.0) -> dict[str, float]:
+    """Of what lies in .grad: per parameter, group and in total."""
+    squares: dict[str, float] = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if gradient is not None and gradient.is_sparse:
+            gradient = gradient.to_dense()
+        square = 0.0 if gradient is None else float((gradient.double() / scale).square().sum())
+        for place in (name, by_block(name), "total"):
+            squares[place] = squares.get(place, 0.0) + square
+    return {place: math.sqrt(square) for place, square in squares.items()}
+
+
+def check_gradients(result: MetricResult, stage: str, steps: list[dict[str, float]], rel: float = 1e-6) -> None:
+    quantity = result[stage]
+    assert set(quantity) == set(steps[0])
+    for place in quantity:
+        truth = [step[place] for step in steps]
+        assert quantity[place].last.value == pytest.approx(truth[-1], rel=rel), f"{stage} of {place}"
+        assert quantity[place].mean.value == pytest.approx(sum(truth) / len(truth), rel=rel), f"{stage} of {place}"
+        assert quantity[place].max.value == pytest.approx(max(truth), rel=rel), f"{stage} of {place}"
+        assert quantity[place].last.count == len(truth)

@@ -9,40 +9,14 @@ from typing import Any
 import pytest
 import torch
 from models import batches, mlp, mse, seeded
-from points import counted_hooks
+from points import check_gradients, counted_hooks, gradient_norms
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lipcore import Monitor, Trajectory
-from lipcore.names import by_block
-from lipcore.results import MetricResult
 
 STATS = ["grad_norm", "clipped_grad_norm"]
 DATA = batches(6, 4)
-
-
-def norms_of(model: nn.Module, scale: float = 1.0) -> dict[str, float]:
-    """Of what lies in .grad: per parameter, group and in total."""
-    squares: dict[str, float] = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        if gradient is not None and gradient.is_sparse:
-            gradient = gradient.to_dense()
-        square = 0.0 if gradient is None else float((gradient.double() / scale).square().sum())
-        for place in (name, by_block(name), "total"):
-            squares[place] = squares.get(place, 0.0) + square
-    return {place: math.sqrt(square) for place, square in squares.items()}
-
-
-def check(result: MetricResult, stage: str, steps: list[dict[str, float]], rel: float = 1e-6) -> None:
-    quantity = result[stage]
-    assert set(quantity) == set(steps[0])
-    for place in quantity:
-        truth = [step[place] for step in steps]
-        assert quantity[place].last.value == pytest.approx(truth[-1], rel=rel), f"{stage} of {place}"
-        assert quantity[place].mean.value == pytest.approx(sum(truth) / len(truth), rel=rel), f"{stage} of {place}"
-        assert quantity[place].max.value == pytest.approx(max(truth), rel=rel), f"{stage} of {place}"
-        assert quantity[place].last.count == len(truth)
 
 
 def watched(model: nn.Module, optimizer: Any, **settings: Any) -> Monitor:
@@ -71,81 +45,15 @@ def test_clipping_and_accumulation(clip: str, micro: int) -> None:
             optimizer.zero_grad()
             for part in range(micro):
                 (mse(model(x + part), y) / micro).backward()
-            before.append(norms_of(model))
+            before.append(gradient_norms(model))
             CLIPS[clip](model)
-            after.append(norms_of(model))
+            after.append(gradient_norms(model))
             optimizer.step()
         result = monitor.compute()["trajectory"]
-    check(result, "grad_norm", before)
-    check(result, "clipped_grad_norm", after)
+    check_gradients(result, "grad_norm", before)
+    check_gradients(result, "clipped_grad_norm", after)
     assert (before == after) == (clip == "none")
     assert counted_hooks(model) == 0
-
-
-@pytest.mark.parametrize("unscale", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
-def test_the_scale_of_a_gradscaler_is_taken_out(fused: bool, unscale: bool) -> None:
-    model = seeded(lambda: mlp(5, 7, 1))
-    optimizer = sgd(model, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    before, after = [], []
-    with watched(model, optimizer, scaler=scaler) as monitor:
-        for x, y in DATA:
-            optimizer.zero_grad()
-            scaler.scale(mse(model(x), y)).backward()
-            before.append(norms_of(model, scaler.get_scale()))
-            if unscale:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), 0.3)
-            after.append(norms_of(model) if unscale else before[-1])
-            scaler.step(optimizer)
-            scaler.update()
-        result = monitor.compute()["trajectory"]
-    assert scaler.get_scale() > 1024
-    check(result, "grad_norm", before)
-    check(result, "clipped_grad_norm", after)
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("fused", [False, True])
-def test_two_optimizers_under_one_scaler(fused: bool, order: tuple[int, int]) -> None:
-    """The scaler takes its scale out of one optimizer's gradients after the other's step."""
-    model = seeded(lambda: mlp(5, 7, 1))
-    pair = [torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters(), fused=fused)]
-    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
-    truth = []
-    with watched(model, pair, scaler=scaler) as monitor:
-        for x, y in DATA:
-            for optimizer in pair:
-                optimizer.zero_grad()
-            scaler.scale(mse(model(x), y)).backward()
-            truth.append(norms_of(model, scaler.get_scale()))
-            for i in order:
-                scaler.step(pair[i])
-            scaler.update()
-        result = monitor.compute()["trajectory"]
-    for stage in STATS:
-        check(result, stage, truth)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_gradients_of_a_skipped_step_are_left_out(fused: bool) -> None:
-    model = seeded(lambda: mlp(5, 7, 1))
-    optimizer = sgd(model, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-    truth = []
-    with watched(model, optimizer, scaler=scaler) as monitor:
-        for i, (x, y) in enumerate(DATA):
-            optimizer.zero_grad()
-            scaler.scale(mse(model(x), y) * (math.inf if i == 2 else 1)).backward()
-            if i != 2:
-                truth.append(norms_of(model, scaler.get_scale()))
-            scaler.step(optimizer)
-            scaler.update()
-        result = monitor.compute()["trajectory"]
-    assert result.details["skipped_steps"] == 1
-    for stage in STATS:
-        check(result, stage, truth)
 
 
 class Tokens(nn.Module):
@@ -168,12 +76,12 @@ def test_sparse_gradients_and_parameters_without_one() -> None:
             optimizer.zero_grad()
             tokens = torch.tensor([[1, 2, 2], [3, 1, 1], [i, i, 4], [0, 9, 10]])  # rows repeat: not coalesced
             mse(model(tokens), y).backward()
-            truth.append(norms_of(model))
+            truth.append(gradient_norms(model))
             optimizer.step()
         result = monitor.compute()["trajectory"]
     assert truth[-1]["unused.weight"] == 0
     for stage in STATS:
-        check(result, stage, truth)
+        check_gradients(result, stage, truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -185,10 +93,12 @@ def test_gradients_of_other_dtypes_are_measured_exactly(dtype: torch.dtype) -> N
         for x, y in DATA:
             optimizer.zero_grad()
             mse(model(x.to(dtype)), y.to(dtype)).backward()
-            truth.append(norms_of(model))
+            truth.append(gradient_norms(model))
             optimizer.step()
         for stage in STATS:
-            check(monitor.compute()["trajectory"], stage, truth, rel=1e-12 if dtype == torch.float64 else 1e-6)
+            check_gradients(
+                monitor.compute()["trajectory"], stage, truth, rel=1e-12 if dtype == torch.float64 else 1e-6
+            )
 
 
 def test_nan_gradients_are_flagged_and_the_rest_is_not() -> None:
@@ -199,7 +109,7 @@ def test_nan_gradients_are_flagged_and_the_rest_is_not() -> None:
     for i, (x, y) in enumerate(DATA):
         optimizer.zero_grad()
         mse(model(x), y).backward()
-        truth.append(norms_of(model))
+        truth.append(gradient_norms(model))
         if i == 1:
             model[0].weight.grad[0, 0] = math.nan
         trajectory.observe_gradients()
@@ -225,9 +135,9 @@ def test_two_backward_passes_of_one_graph() -> None:
             loss = mse(model(x), y)
             loss.backward(retain_graph=True)
             loss.backward()
-            truth.append(norms_of(model))
+            truth.append(gradient_norms(model))
             optimizer.step()
-        check(monitor.compute()["trajectory"], "grad_norm", truth)
+        check_gradients(monitor.compute()["trajectory"], "grad_norm", truth)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -240,9 +150,9 @@ def test_activation_checkpointing(reentrant: bool) -> None:
             optimizer.zero_grad()
             h = checkpoint(model[:3], x.clone().requires_grad_(), use_reentrant=reentrant)
             mse(checkpoint(model[3:], h, use_reentrant=reentrant), y).backward()
-            truth.append(norms_of(model))
+            truth.append(gradient_norms(model))
             optimizer.step()
-        check(monitor.compute()["trajectory"], "grad_norm", truth)
+        check_gradients(monitor.compute()["trajectory"], "grad_norm", truth)
 
 
 def test_a_backward_pass_that_raises_does_not_end_the_recording() -> None:
@@ -265,9 +175,9 @@ def test_a_backward_pass_that_raises_does_not_end_the_recording() -> None:
         for x, y in DATA:
             optimizer.zero_grad()
             mse(model(x), y).backward()
-            truth.append(norms_of(model))
+            truth.append(gradient_norms(model))
             optimizer.step()
-        check(monitor.compute()["trajectory"], "grad_norm", truth)
+        check_gradients(monitor.compute()["trajectory"], "grad_norm", truth)
 
 
 def test_a_closure_is_read_after_the_step() -> None:
@@ -281,12 +191,12 @@ def test_a_closure_is_read_after_the_step() -> None:
                 optimizer.zero_grad()
                 loss = mse(model(x), y)
                 loss.backward()
-                truth.append(norms_of(model))
+                truth.append(gradient_norms(model))
                 return loss
 
             optimizer.step(closure)
         for stage in STATS:
-            check(monitor.compute()["trajectory"], stage, truth)
+            check_gradients(monitor.compute()["trajectory"], stage, truth)
 
 
 def test_gradients_nobody_announced_are_missed_aloud() -> None:
@@ -297,7 +207,7 @@ def test_gradients_nobody_announced_are_missed_aloud() -> None:
     with pytest.warns(UserWarning, match=r"grad_norm lacks 1 steps.*observe_gradients\(\)"):
         result = trajectory.compute()
     assert list(result) == ["clipped_grad_norm"]
-    check(result, "clipped_grad_norm", [norms_of(model)])
+    check_gradients(result, "clipped_grad_norm", [gradient_norms(model)])
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -307,7 +217,7 @@ def test_gradients_after_weights_were_loaded(assign: bool) -> None:
         model.load_state_dict({k: v + 1 for k, v in model.state_dict().items()}, assign=assign)
         mse(model(DATA[0][0]), DATA[0][1]).backward()
         optimizer.step()  # after assign=True it owns nothing any more
-        check(monitor.compute()["trajectory"], "grad_norm", [norms_of(model)])
+        check_gradients(monitor.compute()["trajectory"], "grad_norm", [gradient_norms(model)])
     assert counted_hooks(model) == 0
 
 
@@ -328,10 +238,10 @@ def _rank(rank: int, path: str) -> None:
             twin.load_state_dict(model.state_dict())
             twin.zero_grad()
             mse(twin(x), y).backward()
-            truth.append(norms_of(twin))
+            truth.append(gradient_norms(twin))
             optimizer.step()
         for stage in STATS:
-            check(monitor.compute()["trajectory"], stage, truth, rel=1e-5)
+            check_gradients(monitor.compute()["trajectory"], stage, truth, rel=1e-5)
     torch.distributed.destroy_process_group()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import batches, mlp, mse, seeded, train
-from points import Points, counted_hooks
+from points import Points
 from torch import Tensor, nn
 
 from lipcore import Lipschitz, Monitor, Trajectory
@@ -59,82 +59,6 @@ def test_implementations_of_a_step(implementation: str, optimizer: Any) -> None:
     plain.register_step_post_hook(lambda *_: trajectory.update())
     train(twin, DATA, plain)
     assert trajectory.compute().path_length["total"].sum.value == pytest.approx(float(points.norms().sum()), rel=1e-4)
-
-
-# ---- GradScaler
-
-
-@pytest.mark.parametrize("bad", [{0}, {2}, {2, 3, 4}, {7}, {0, 3, 7}])
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("every", [1, 2])
-def test_steps_that_a_gradscaler_skips(every: int, fused: bool, bad: set[int]) -> None:
-    model = model_of()
-    # torch's fused SGD, skipped in its very first step, goes on from a momentum buffer that nobody has initialised.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
-    points = Points(model.named_parameters())
-    made = 0
-    with Monitor(model, optimizer, [Trajectory(every_steps=every)], scaler=scaler) as monitor:
-        for i, (x, y) in enumerate(DATA):
-            optimizer.zero_grad()
-            loss = mse(model(x), y) * (math.inf if i in bad else 1.0)
-            for _ in range(2):  # accumulated
-                (scaler.scale(loss) / 2).backward(retain_graph=True)
-            scaler.step(optimizer)
-            scaler.update()
-            made += i not in bad
-            if i not in bad and made % every == 0:
-                points.look()
-            if i == 4:
-                monitor.compute()  # looking changes nothing
-        window = monitor.compute()
-    assert window.steps == made
-    assert window["trajectory"].details["skipped_steps"] == len(bad)
-    assert window["trajectory"].nonfinite_steps["total"].sum.value == 0
-    points.check(window)
-
-
-def test_no_step_skipped_is_not_mentioned() -> None:
-    model = model_of()
-    optimizer = sgd(model)
-    scaler = torch.amp.GradScaler("cpu")
-    with Monitor(model, optimizer, [Trajectory()], scaler=scaler) as monitor:
-        for x, y in DATA:
-            optimizer.zero_grad()
-            scaler.scale(mse(model(x), y)).backward()
-            scaler.step(optimizer)
-            scaler.update()
-        assert "skipped_steps" not in monitor.compute()["trajectory"].details
-    assert counted_hooks(model) == 0
-
-
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-@pytest.mark.parametrize("fused", [False, True])
-def test_a_scaler_that_skips_one_of_two_optimizers(fused: bool, order: tuple[int, int]) -> None:
-    """What the other one did is a step."""
-    model = model_of()
-    pair = [torch.optim.SGD(m.parameters(), lr=0.1, fused=fused) for m in (model[0], model[2])]
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    points = Points(model.named_parameters())
-    with Monitor(model, pair, [Trajectory()], scaler=scaler) as monitor:
-        for i, (x, y) in enumerate(DATA):
-            for optimizer in pair:
-                optimizer.zero_grad()
-            scaler.scale(mse(model(x), y)).backward()
-            if i in (2, 5):
-                model[0].weight.grad[0, 0] = math.inf
-            if i == 5:
-                model[2].weight.grad[0, 0] = math.inf
-            for j in order:
-                scaler.step(pair[j])
-            scaler.update()
-            if i != 5:
-                points.look()
-        window = monitor.compute()
-    assert window.steps == 7
-    assert window["trajectory"].details["skipped_steps"] == 1
-    points.check(window)
-    assert window["trajectory"].unmoved_steps["0.weight"].sum.value == 1
 
 
 def test_nan_steps_are_flagged_and_left_out() -> None:

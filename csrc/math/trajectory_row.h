@@ -52,11 +52,18 @@ LIPCORE_INLINE double points_after_step(const TrajectoryRow& row) {
 // A weight of norm zero that did not move has ratio 0; one that moved has no finite ratio, and infinity says so.
 LIPCORE_INLINE double update_ratio(double update, double weight) { return update == 0 ? 0 : update / weight; }
 
+// NaN everywhere is a tensor with non-finite elements; zeros beside a count of them, a group of nothing but such
+// tensors.
+LIPCORE_INLINE bool is_counted(const StepSums& step) {
+  const bool anything = step.weight_sq > 0 || step.dw_sq > 0 || step.dist_sq > 0;
+  return step.nonfinite > 0 ? anything : step.dw_sq == step.dw_sq;
+}
+
 LIPCORE_INLINE void observe(TrajectoryRow* row, const StepSums& step) {
   if (step.nonfinite > 0) {
     row->nonfinite_steps += 1;
     row->nonfinite_elements += step.nonfinite;
-    if (!(step.dw_sq == step.dw_sq)) return;  // a tensor; a group goes on with its finite members
+    if (!is_counted(step)) return;  // a group goes on with its finite members
   }
   const double update = sqrt(step.dw_sq);
   const double weight = sqrt(step.weight_sq);
@@ -87,7 +94,8 @@ struct RecentStep {
 
 LIPCORE_INLINE void observe_row(TrajectoryRow* row, RecentStep* recent, const StepSums& step) {
   observe(row, step);
-  *recent = {step.dw_sq, step.weight_sq};
+  const double left_out = static_cast<double>(NAN);
+  *recent = is_counted(step) ? RecentStep{step.dw_sq, step.weight_sq} : RecentStep{left_out, left_out};
 }
 
 // A group before its first finite member: the largest of no absolute values.

@@ -390,7 +390,7 @@ class Trajectory(Metric):
                 "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
             )
         rows = self._tracker.named_rows()
-        for part in self._parts:
+        for part in (part for part in self._parts if part.there):
             shadow = part.tensor if part.shadow is None else part.shadow
             if shadow.dtype not in _HALF:
                 continue

@@ -30,8 +30,18 @@ class Part:
 
     @property
     def tensor(self) -> Tensor:
-        """As it is now; of a sharded one (DTensor), this rank's part."""
-        return local_part(self.owner[self.key])
+        """As it is now (of a sharded one, this rank's part); ValueError when it is not there any more."""
+        tensor = self.owner.get(self.key)
+        if tensor is None:
+            raise ValueError(
+                f"trajectory: parameter '{self.name}' was removed from its module; call rebind() after such a change"
+            )
+        return local_part(tensor)
+
+    @property
+    def there(self) -> bool:
+        """Whether it still is."""
+        return self.owner.get(self.key) is not None
 
     @property
     def is_mine(self) -> bool:
@@ -162,7 +172,9 @@ def _with_masters(parts: list[Part], masters: Masters) -> list[Part]:
 
 def _check(parts: list[Part]) -> None:
     for part in parts:
-        _core.check_storage(part.tensor, part.name)  # says what is wrong with a lazy, meta or sharded parameter
+        _core.check_storage(
+            local_part(part.owner[part.key]), part.name
+        )  # says what is wrong with a lazy, meta or sharded parameter
         if not _is_finite(part.tensor.detach()):
             raise ValueError(
                 f"model: parameter '{part.name}' has NaN or infinite values, so nothing can be measured from it"

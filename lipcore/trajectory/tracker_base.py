@@ -214,6 +214,8 @@ class TrackerBase:
         """The tensors as they are now are where the next step starts: what changed them was not a step."""
         if self.copies:
             for part, prev in zip(self.parts, self.copies.prev, strict=True):
+                if not part.there or part.tensor.shape != prev.shape or part.tensor.device != prev.device:
+                    continue  # the next step will say so
                 values = part.tensor.detach()
                 # Of values that are not finite the difference never would be either.
                 prev.copy_(torch.where(values.isfinite().all(), values, prev))

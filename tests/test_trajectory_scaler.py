@@ -1,0 +1,170 @@
+"""Steps under a GradScaler: the skipped ones are dropped and counted, its scale is no part of a gradient's norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from models import batches, mlp, mse, seeded
+from points import Points, check_gradients, counted_hooks, gradient_norms
+from torch import nn
+
+from lipcore import Monitor, Trajectory
+
+STATS = ["grad_norm", "clipped_grad_norm"]
+DATA = batches(8, 4)
+
+
+def model_of() -> nn.Module:
+    return seeded(lambda: mlp(5, 7, 1))
+
+
+def sgd(model: nn.Module, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, **settings)
+
+
+# ---- GradScaler
+
+
+@pytest.mark.parametrize("bad", [{0}, {2}, {2, 3, 4}, {7}, {0, 3, 7}])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("every", [1, 2])
+def test_steps_that_a_gradscaler_skips(every: int, fused: bool, bad: set[int]) -> None:
+    model = model_of()
+    # torch's fused SGD, skipped in its very first step, goes on from a momentum buffer that nobody has initialised.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    points = Points(model.named_parameters())
+    made = 0
+    with Monitor(model, optimizer, [Trajectory(every_steps=every)], scaler=scaler) as monitor:
+        for i, (x, y) in enumerate(DATA):
+            optimizer.zero_grad()
+            loss = mse(model(x), y) * (math.inf if i in bad else 1.0)
+            for _ in range(2):  # accumulated
+                (scaler.scale(loss) / 2).backward(retain_graph=True)
+            scaler.step(optimizer)
+            scaler.update()
+            made += i not in bad
+            if i not in bad and made % every == 0:
+                points.look()
+            if i == 4:
+                monitor.compute()  # looking changes nothing
+        window = monitor.compute()
+    assert window.steps == made
+    assert window["trajectory"].details["skipped_steps"] == len(bad)
+    assert window["trajectory"].nonfinite_steps["total"].sum.value == 0
+    points.check(window)
+
+
+def test_no_step_skipped_is_not_mentioned() -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu")
+    with Monitor(model, optimizer, [Trajectory()], scaler=scaler) as monitor:
+        for x, y in DATA:
+            optimizer.zero_grad()
+            scaler.scale(mse(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        assert "skipped_steps" not in monitor.compute()["trajectory"].details
+    assert counted_hooks(model) == 0
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_scaler_that_skips_one_of_two_optimizers(fused: bool, order: tuple[int, int]) -> None:
+    """What the other one did is a step."""
+    model = model_of()
+    pair = [torch.optim.SGD(m.parameters(), lr=0.1, fused=fused) for m in (model[0], model[2])]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    points = Points(model.named_parameters())
+    with Monitor(model, pair, [Trajectory()], scaler=scaler) as monitor:
+        for i, (x, y) in enumerate(DATA):
+            for optimizer in pair:
+                optimizer.zero_grad()
+            scaler.scale(mse(model(x), y)).backward()
+            if i in (2, 5):
+                model[0].weight.grad[0, 0] = math.inf
+            if i == 5:
+                model[2].weight.grad[0, 0] = math.inf
+            for j in order:
+                scaler.step(pair[j])
+            scaler.update()
+            if i != 5:
+                points.look()
+        window = monitor.compute()
+    assert window.steps == 7
+    assert window["trajectory"].details["skipped_steps"] == 1
+    points.check(window)
+    assert window["trajectory"].unmoved_steps["0.weight"].sum.value == 1
+
+
+# ---- norms of gradients
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scale_of_a_gradscaler_is_taken_out(fused: bool, unscale: bool) -> None:
+    model = model_of()
+    optimizer = sgd(model, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    before, after = [], []
+    with Monitor(model, optimizer, [Trajectory(stats=STATS)], scaler=scaler) as monitor:
+        for x, y in DATA:
+            optimizer.zero_grad()
+            scaler.scale(mse(model(x), y)).backward()
+            before.append(gradient_norms(model, scaler.get_scale()))
+            if unscale:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            after.append(gradient_norms(model) if unscale else before[-1])
+            scaler.step(optimizer)
+            scaler.update()
+        result = monitor.compute()["trajectory"]
+    assert scaler.get_scale() > 1024
+    check_gradients(result, "grad_norm", before)
+    check_gradients(result, "clipped_grad_norm", after)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("fused", [False, True])
+def test_two_optimizers_under_one_scaler(fused: bool, order: tuple[int, int]) -> None:
+    """The scaler takes its scale out of one optimizer's gradients after the other's step."""
+    model = model_of()
+    pair = [torch.optim.SGD(model[0].parameters(), lr=0.1), torch.optim.AdamW(model[2].parameters(), fused=fused)]
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    truth = []
+    with Monitor(model, pair, [Trajectory(stats=STATS)], scaler=scaler) as monitor:
+        for x, y in DATA:
+            for optimizer in pair:
+                optimizer.zero_grad()
+            scaler.scale(mse(model(x), y)).backward()
+            truth.append(gradient_norms(model, scaler.get_scale()))
+            for i in order:
+                scaler.step(pair[i])
+            scaler.update()
+        result = monitor.compute()["trajectory"]
+    for stage in STATS:
+        check_gradients(result, stage, truth)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_gradients_of_a_skipped_step_are_left_out(fused: bool) -> None:
+    model = model_of()
+    optimizer = sgd(model, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    truth = []
+    with Monitor(model, optimizer, [Trajectory(stats=STATS)], scaler=scaler) as monitor:
+        for i, (x, y) in enumerate(DATA):
+            optimizer.zero_grad()
+            scaler.scale(mse(model(x), y) * (math.inf if i == 2 else 1)).backward()
+            if i != 2:
+                truth.append(gradient_norms(model, scaler.get_scale()))
+            scaler.step(optimizer)
+            scaler.update()
+        result = monitor.compute()["trajectory"]
+    assert result.details["skipped_steps"] == 1
+    for stage in STATS:
+        check_gradients(result, stage, truth)
