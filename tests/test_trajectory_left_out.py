@@ -12,7 +12,7 @@ from paths import ALL, Path, check, check_elements, mlp, observe, tensors_of, wa
 from lipcore import Lipschitz, Monitor, Trajectory
 from lipcore.distribution import Distribution
 
-LONG = 2e-6  # of the variance, over blocks of 512 steps
+LONG = 5e-6  # of the variance, over blocks of 512 steps
 
 
 # ---- steps that were left out

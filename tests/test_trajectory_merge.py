@@ -39,13 +39,13 @@ def test_intervals_are_one_window(lengths: tuple[int, ...], way: str) -> None:
         following = next_of(trajectory, tensors, way)
         walk(tensors, length, observe(following, path), seed=10 + i)
         trajectory.merge(following if i % 2 else following.state_dict())
-    check(trajectory.compute(), path, tolerance=2e-6)
+    check(trajectory.compute(), path, tolerance=5e-6)
     drained = trajectory.drain()
     truth = torch.stack([torch.cat(list(p.values())) for p in path.points]).diff(dim=0).norm(dim=1)[-1024:]
     assert drained.steps.tolist() == list(range(sum(lengths) - len(truth) + 1, sum(lengths) + 1))
     assert torch.allclose(drained.update_norm[:, -1], truth, rtol=1e-6)
     walk(tensors, 3, observe(trajectory, path), seed=30)  # and goes on from there
-    check(trajectory.compute(), path, tolerance=2e-6)
+    check(trajectory.compute(), path, tolerance=5e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)

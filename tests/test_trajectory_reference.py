@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lipcore import Trajectory
 
 WINDOW = ("update_norm", "update_ratio", "max_abs_update", "path_length", "variance", "weight_norm")
-LONG = 2e-6
+LONG = 5e-6
 
 
 def values(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
