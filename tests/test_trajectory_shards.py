@@ -109,7 +109,7 @@ def squares_of(parts: list[Trajectory], members: list[str], steps: int) -> list[
     drained = [part.summary() for part in parts]
     out = []
     for t in range(steps):
-        per_member = [sum(s["steps"][t, s["places"].index(name), 0] for s in drained) for name in members]
+        per_member = [sum(s["steps"][t, s["names"].index(name), 0] for s in drained) for name in members]
         out.append([square for square in per_member if math.isfinite(square)])  # type: ignore[arg-type,misc]
     return out  # type: ignore[return-value]
 

@@ -30,9 +30,9 @@ def bytes_of(count: int, dtype: torch.dtype, *, per_element: bool = False, block
     """Persistent bytes per kind of state of a tensor; `blocks` is how many blocks' means are kept."""
     mean = count * mean_dtype(dtype).itemsize
     size = {"previous values": count * dtype.itemsize, "reference": count * dtype.itemsize, "mean": mean}
-    size["means of earlier blocks (windows longer than 512 steps)" if blocks == 1 else "means of blocks"] = (
-        mean * blocks
-    )
+    size["mean of earlier blocks (in windows longer than 512 steps)"] = 8 * count
+    if blocks > 1:
+        size["means of closed blocks"] = mean * (blocks - 1)
     if per_element:
         size["variance per element"] = mean * (1 + blocks)
     return size
