@@ -19,6 +19,10 @@ from torch.utils._pytree import tree_map
 
 from lipcore import functional
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.*deprecated:DeprecationWarning"),  # torch.func.jvp's own
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
+]
 Call = Callable[[Any], None]
 
 
@@ -224,6 +228,7 @@ def combinations() -> list[Any]:
         if not (bad is NONE and slot in op.optional)
         and not (bad.storage and not op.full_check)
         and not (bad.name == "uninitialised_buffer" and op.name == "Trajectory.bind")
+        and not (bad is NONE and op.name == "Trajectory.update")  # a parameter that was removed
     ]
 
 
