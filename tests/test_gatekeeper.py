@@ -229,6 +229,7 @@ def combinations() -> list[Any]:
         and not (bad.storage and not op.full_check)
         and not (bad.name == "uninitialised_buffer" and op.name == "Trajectory.bind")
         and not (bad is NONE and op.name == "Trajectory.update")  # a parameter that was removed
+        and not (bad.name == "DTensor" and op.name.startswith("Trajectory"))  # this rank's part is measured
     ]
 
 

@@ -1,4 +1,4 @@
-"""What the documentation says runs: every ```python block of the README and of docs/, and the examples in public docstrings."""
+"""What the documentation says runs: every ```python block of README and docs/, and examples in public docstrings."""
 
 from __future__ import annotations
 
