@@ -412,3 +412,59 @@ def test_plan_refuses_what_does_not_fit(change, words):
 def test_plan_wants_entries_of_five():
     with pytest.raises(TypeError, match="entries: "):
         _core.SketchPlan([({}, "w", "w", 0)], torch.zeros(1, 256).double(), torch.zeros(1, 2).double(), 1)
+
+
+# ---- CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buckets", BUCKETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_on_cuda(dtype, buckets):
+    sizes = [*ODD_SIZES, 16384 + 1, CHUNK + 3, 5 * CHUNK + 17]
+    tensors = [values((n,), DTYPES[dtype], n).cuda() for n in sizes]
+    first_index = [2**33 + 10**6 * i + n for i, n in enumerate(sizes)]
+    got = check(tensors, first_index, buckets)
+    assert same_bits(got, functional.sketch(tensors, first_index, buckets=buckets, seed=1))
+    tensors[-1][7] = math.nan
+    assert functional.sketch(tensors, first_index, buckets=buckets, seed=1).isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("buckets", BUCKETS)
+def test_parts_add_up_on_cuda(buckets):
+    w = values((3 * TASK + 5,), torch.float32).cuda()
+    whole = functional.sketch([w], [3], buckets=buckets, seed=1)
+    for cut in (1, 16, 31, TASK + 7):
+        parts = [functional.sketch([t], [i], buckets=buckets, seed=1) for t, i in ((w[:cut], 3), (w[cut:], 3 + cut))]
+        assert_sketch(sum(parts), whole, w.double().norm())
+
+
+@pytest.mark.gpu
+def test_plan_on_cuda():
+    """The CPU's sketches, also after a parameter was replaced and after a step that was not finite; captured steps."""
+    model, other = Model(), Model().cuda()
+    other.load_state_dict(model.state_dict())
+    plan, _, sketches, weights = bind(model)
+    _, entries, *_ = bind(other)
+    on_device = [torch.full_like(t, 7.0, device="cuda") for t in (sketches, weights)]
+    cuda_plan = _core.SketchPlan(entries, *on_device, 11)
+    for step in range(4):
+        with torch.no_grad():
+            for m in (model, other):
+                m.wide.bias[3] = math.nan if step == 1 else 0.5
+            if step == 2:
+                other.wide.weight = nn.Parameter(other.wide.weight.detach().clone())
+        plan.step()
+        cuda_plan.step()
+        torch.testing.assert_close(on_device[0].cpu(), sketches, rtol=0, atol=1e-11, equal_nan=True)
+        torch.testing.assert_close(on_device[1].cpu(), weights, rtol=1e-12, atol=0, equal_nan=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        cuda_plan.step()
+    with torch.no_grad():
+        for m in (model, other):
+            m.wide.weight.mul_(0.5)
+    graph.replay()
+    plan.step()
+    torch.testing.assert_close(on_device[0].cpu(), sketches, rtol=0, atol=1e-11)

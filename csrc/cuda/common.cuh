@@ -103,16 +103,24 @@ __device__ __forceinline__ void store_pack(const Pack<T, kCount>& pack, T* to) {
   }
 }
 
+// `shared_bytes` of dynamic shared memory per block.
 template <class... Parameters, class... Arguments>
-Status launch(const char* doing, void (*kernel)(Parameters...), int64_t blocks, void* stream,
-              Arguments&&... arguments) {
+Status launch_shaped(const char* doing, void (*kernel)(Parameters...), int64_t blocks, int threads,
+                     int64_t shared_bytes, void* stream, Arguments&&... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = static_cast<cudaStream_t>(stream);
   const cudaError_t error = cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...);
   if (error != cudaSuccess) cudaGetLastError();  // reported here: the next one who asks must not find it
   return {static_cast<int>(error), doing};
+}
+
+template <class... Parameters, class... Arguments>
+Status launch(const char* doing, void (*kernel)(Parameters...), int64_t blocks, void* stream,
+              Arguments&&... arguments) {
+  return launch_shaped(doing, kernel, blocks, kThreads, 0, stream, std::forward<Arguments>(arguments)...);
 }
 
 }  // namespace lipcore::cuda

@@ -8,6 +8,7 @@
 
 #include "math/trajectory_row.h"
 #include "ops/rows.h"
+#include "ops/sketch_schedule.h"
 
 namespace lipcore::cuda {
 
@@ -80,5 +81,44 @@ Status finish_step(const StepTables& tables, void* stream);
 
 // One step of all tensors into the ledger, from sums that were made elsewhere.
 Status observe_sums(const LedgerTables& ledger, const StepSums* sums, void* stream);
+
+// ---- sketch
+
+struct SketchTensor {
+  const void* w;
+  int64_t first_index;
+  int64_t first_piece, last_piece;  // [first, last), all its own
+  int64_t dtype;
+};
+
+struct SketchRow {
+  int64_t first_place, last_place;  // of its tasks but the first
+  int64_t empty;                    // 1: it has no task
+};
+
+struct SketchTables {
+  SketchTensor* tensors;
+  SketchPiece* pieces;
+  SketchTask* tasks;
+  SketchRow* row_table;
+  SketchWeight* partials;  // per piece and slice
+  double* private_;        // per place, `buckets` each
+  int64_t* not_finite;     // per row: 1 once a NaN or infinite element was seen in this step; 0 between steps
+  double* sketches;        // [rows, buckets]: the result
+  SketchWeight* weights;   // per tensor: the result
+  int64_t tensor_count, piece_count, task_count, place_count, rows, buckets, slices;
+  uint64_t key;
+};
+
+// Into how many slices the buckets are cut, each of which fits into a block's shared memory.
+int64_t sketch_slices(int64_t buckets);
+
+// Elements per task: fixed by the sizes alone.
+int64_t sketch_task_elements(int64_t total, int64_t buckets);
+
+// Copies from host memory, which may be reused at once: the words travel as kernel parameters, see upload_tensors.
+Status upload_words(const void* host, int64_t bytes, void* device, void* stream);
+
+Status run_sketch(const SketchTables& tables, void* stream);
 
 }  // namespace lipcore::cuda

@@ -2,56 +2,14 @@
 
 #include <cuda_runtime_api.h>
 
+#include "cuda/on_device.h"
+
 namespace lipcore::cuda {
 namespace {
 
 // Where the second-level cache is smaller than this, nothing of a group would be left in it for the second reading, and
 // more launches would only cost.
 constexpr int64_t kSmallCache = 16 << 20;
-
-bool fail_cuda(cudaError_t error, const char* operation, const char* doing, int device) {
-  if (!PyErr_Occurred())
-    PyErr_Format(PyExc_RuntimeError, "%s: failed while %s on cuda:%d: %s (%s)", operation, doing, device,
-                 cudaGetErrorString(error), cudaGetErrorName(error));
-  return false;
-}
-
-// Makes a device current, and at its end the one before it; finds torch's stream there.
-class OnDevice {
- public:
-  explicit OnDevice(const char* operation) : operation_(operation) {}
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-  ~OnDevice() {
-    if (before_ >= 0 && cudaSetDevice(before_) != cudaSuccess) cudaGetLastError();
-  }
-
-  bool enter(dlpack::Device device) {
-    device_ = device.id;
-    int now = -1;
-    if (!check(cudaGetDevice(&now), "asking for the current device")) return false;
-    if (now != device_) {
-      if (!check(cudaSetDevice(device_), "making the device current")) return false;
-      before_ = now;
-    }
-    return current_stream(device, &stream_);
-  }
-
-  bool check(cudaError_t error, const char* doing) const {
-    if (error == cudaSuccess) return true;
-    cudaGetLastError();  // reported here: the next one who asks must not find it
-    return fail_cuda(error, operation_, doing, device_);
-  }
-  bool check(Status status) const { return check(static_cast<cudaError_t>(status.code), status.doing); }
-
-  void* stream() const { return stream_; }
-
- private:
-  const char* operation_;
-  int device_ = -1;
-  int before_ = -1;
-  void* stream_ = nullptr;
-};
 
 bool group_bytes(const OnDevice& on, int device, int64_t* bytes) {
   int cache = 0;

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cuda/kernels.h"
+#include "cuda/sketch_runner.h"
 #include "cuda/torch_memory.h"
 #include "ops/ops.h"
 

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
 
 #include "ops/ops.h"
 #include "parallel.h"
@@ -24,43 +23,7 @@ constexpr int64_t kWave = 64;
 constexpr int64_t kWaveBytes = 8 << 20;
 constexpr int64_t kReducedTogether = 512;  // buckets, added up by one thread
 
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
 }  // namespace
-
-SketchSchedule schedule_sketch(const std::vector<SketchItem>& items, int64_t task_elements) {
-  SketchSchedule schedule;
-  std::vector<int64_t> order(items.size());
-  std::iota(order.begin(), order.end(), 0);
-  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return items[a].row < items[b].row; });
-  for (size_t first = 0, last = 0; first < order.size(); first = last) {
-    const int64_t row = items[order[first]].row;
-    int64_t total = 0;
-    for (last = first; last < order.size() && items[order[last]].row == row; ++last) total += items[order[last]].count;
-    const int64_t tasks = std::max<int64_t>((total + task_elements - 1) / task_elements, 1);
-    const int64_t size = round_up((total + tasks - 1) / tasks, kSketchPair);
-    int64_t room = 0;
-    bool opens = true;
-    for (size_t i = first; i < last; ++i) {
-      const SketchItem& item = items[order[i]];
-      for (int64_t begin = 0, count; begin < item.count; begin += count) {
-        if (room <= 0) {
-          const auto next = static_cast<int64_t>(schedule.pieces.size());
-          schedule.tasks.push_back({row, next, next, opens});
-          opens = false;
-          room = size;
-        }
-        // Cut between pairs of groups, so that only a tensor's own ends are partial.
-        const int64_t cut = round_up(item.first_index % kSketchPair + begin + room, kSketchPair);
-        count = std::min(cut - item.first_index % kSketchPair, item.count) - begin;
-        schedule.pieces.push_back({order[i], begin, count});
-        ++schedule.tasks.back().last_piece;
-        room -= count;
-      }
-    }
-  }
-  return schedule;
-}
 
 void SketchRunner::plan(const std::vector<SketchItem>& items, int64_t rows, int64_t buckets, uint64_t seed) {
   buckets_ = buckets;
@@ -68,23 +31,16 @@ void SketchRunner::plan(const std::vector<SketchItem>& items, int64_t rows, int6
   item_count_ = items.size();
   total_ = 0;
   for (const SketchItem& item : items) total_ += item.count;
-  schedule_ = schedule_sketch(items, std::max(kTaskElements, kTaskElementsPerBucket * buckets));
+  wave_ = std::min(kWave, kWaveBytes / (buckets * static_cast<int64_t>(sizeof(double))));
+  schedule_ = schedule_sketch(items, std::max(kTaskElements, kTaskElementsPerBucket * buckets), wave_);
   partials_.resize(schedule_.pieces.size());
-  wave_ = static_cast<size_t>(std::min(kWave, kWaveBytes / (buckets * static_cast<int64_t>(sizeof(double)))));
-  places_.clear();
-  int64_t places = 0, most = 0;
   std::vector<bool> seen(static_cast<size_t>(rows));
-  for (const SketchTask& task : schedule_.tasks) {
-    if (places_.size() % wave_ == 0) places = 0;
-    places_.push_back(task.opens_row ? -1 : places++);
-    most = std::max(most, places);
-    seen[task.row] = true;
-  }
+  for (const SketchTask& task : schedule_.tasks) seen[task.row] = true;
   empty_rows_.clear();
   for (int64_t row = 0; row < rows; ++row)
     if (!seen[row]) empty_rows_.push_back(row);
   constexpr size_t kLine = 64;
-  memory_.assign(most ? static_cast<size_t>(most * buckets) + kLine / sizeof(double) : 0, 0.0);
+  memory_.assign(static_cast<size_t>(schedule_.places * buckets) + kLine / sizeof(double), 0.0);
   private_ = memory_.data() + (kLine - reinterpret_cast<uintptr_t>(memory_.data()) % kLine) % kLine / sizeof(double);
 }
 
@@ -103,29 +59,29 @@ void SketchRunner::sketch(const SketchItem* items, const SketchTask& task, doubl
   }
 }
 
-void SketchRunner::reduce(size_t first, size_t last, double* sketches) {
+void SketchRunner::reduce(int64_t first, int64_t last, double* sketches) {
   int64_t work = 0;
-  for (size_t t = first; t < last; ++t) work += places_[t] >= 0 ? buckets_ : 0;
+  for (int64_t t = first; t < last; ++t) work += schedule_.tasks[t].place >= 0 ? buckets_ : 0;
   if (!work) return;
   const int64_t together = std::min(kReducedTogether, buckets_);
   parallel_for(buckets_ / together, work >= kSerialElements, [&](int64_t part) {
-    for (size_t t = first; t < last; ++t) {
-      if (places_[t] < 0) continue;
-      double* to = sketches + schedule_.tasks[t].row * buckets_ + part * together;
-      const double* from = private_ + places_[t] * buckets_ + part * together;
+    for (int64_t t = first; t < last; ++t) {
+      const SketchTask& task = schedule_.tasks[t];
+      if (task.place < 0) continue;
+      double* to = sketches + task.row * buckets_ + part * together;
+      const double* from = private_ + task.place * buckets_ + part * together;
       for (int64_t i = 0; i < together; ++i) to[i] += from[i];
     }
   });
 }
 
 void SketchRunner::run(const SketchItem* items, double* sketches, SketchWeight* weights) {
-  const size_t tasks = schedule_.tasks.size();
-  for (size_t first = 0; first < tasks; first += wave_) {
-    const size_t last = std::min(first + wave_, tasks);
-    parallel_for(static_cast<int64_t>(last - first), total_ >= kSerialElements, [&](int64_t i) {
-      const size_t t = first + static_cast<size_t>(i);
-      const SketchTask& task = schedule_.tasks[t];
-      sketch(items, task, places_[t] < 0 ? sketches + task.row * buckets_ : private_ + places_[t] * buckets_);
+  const auto tasks = static_cast<int64_t>(schedule_.tasks.size());
+  for (int64_t first = 0; first < tasks; first += wave_) {
+    const int64_t last = std::min(first + wave_, tasks);
+    parallel_for(last - first, total_ >= kSerialElements, [&](int64_t i) {
+      const SketchTask& task = schedule_.tasks[first + i];
+      sketch(items, task, task.place < 0 ? sketches + task.row * buckets_ : private_ + task.place * buckets_);
     });
     reduce(first, last, sketches);
   }
