@@ -114,3 +114,90 @@ def sandwich(local_lipschitz: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, b
     sigma = torch.linalg.svdvals(weight.detach().double())
     average = local_lipschitz.double().nanmean()
     return average / sigma[0], average / sigma[-1], outputs <= inputs and bool(sigma[-1] > 0)
+
+
+# ---- squared norms of per-sample gradients
+#
+# Samples are the first dimension, or, packed, the runs of rows [offsets[b], offsets[b + 1]) of the first dimension.
+
+
+def _samples(x: Tensor, offsets: Tensor | None) -> list[Tensor]:
+    """Per sample [T, features], in float64; the dimensions between are flattened into T."""
+    x = x.detach().double()
+    if offsets is not None:
+        return [x[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
+    return [row.reshape(-1, row.shape[-1]) if row.dim() > 1 else row.reshape(1, -1) for row in x]
+
+
+def _stack(values: list[Tensor]) -> Tensor:
+    return torch.stack(values) if values else torch.zeros(0, dtype=torch.float64)
+
+
+def outer_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
+    """[layers, B]: ||grad_b x_b^T||_F^2 = ||x_b||^2 ||grad_b||^2 of layers that see one row per sample."""
+    return _stack([sample_norms(a).square() * sample_norms(g).square() for a, g in zip(x, grad, strict=True)])
+
+
+def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> Tensor:
+    """||sum_t grad_bt x_bt^T||_F^2: of the weight of y = x W^T, given the gradient at y."""
+    pairs = zip(_samples(x, offsets), _samples(grad, offsets), strict=True)
+    return _stack([(g.T @ a).square().sum() for a, g in pairs])
+
+
+def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The batch's weight gradient sum_b grad_b^T x_b, and linear_norms_sq() of the same."""
+    weight_grad = grad.double().reshape(-1, grad.shape[-1]).T @ x.double().reshape(-1, x.shape[-1])
+    return weight_grad, linear_norms_sq(x, grad, offsets=offsets)
+
+
+def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:
+    """||sum_t grad_bt||^2 (of a bias), or ||sum_t grad_bt * x_bt||^2 (of an element-wise scale)."""
+    terms = grad.double() if x is None else grad.double() * x.double()
+    return _stack([sample.sum(0).square().sum() for sample in _samples(terms, offsets)])
+
+
+def embedding_norms_sq(
+    indices: Tensor, grad: Tensor, *, padding_idx: int | None = None, offsets: Tensor | None = None
+) -> Tensor:
+    """sum over tokens v of ||sum of grad_bt over t with indices_bt = v||^2; indices [B, T], grad [B, T, D]."""
+    out = []
+    for ids, g in zip(_samples(indices.unsqueeze(-1), offsets), _samples(grad, offsets), strict=True):
+        same = (ids == ids.T) & (ids != (torch.nan if padding_idx is None else padding_idx))
+        out.append((same * (g @ g.T)).sum())
+    return _stack(out)
+
+
+def tied_cross(
+    indices: Tensor, grad_embedding: Tensor, x: Tensor, grad_head: Tensor, *, padding_idx: int | None = None
+) -> Tensor:
+    """<E_b, H_b> of an embedding whose weight [V, D] is also the head's: E_b its gradient as an embedding (indices
+    [B, T], gradient [B, T, D]), H_b as the head's weight (x [B, S, D], gradient [B, S, V])."""
+    out = []
+    for ids, e, a, g in zip(indices, *(_samples(t, None) for t in (grad_embedding, x, grad_head)), strict=True):
+        kept = (ids != (-1 if padding_idx is None else padding_idx)).flatten()
+        out.append(((a @ e.T) * g[:, ids.flatten()] * kept).sum())
+    return _stack(out)
+
+
+def conv_norms_sq(
+    x: Tensor,
+    grad: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int = 1,
+) -> Tensor:
+    """||dL_b/dW||_F^2 of a convolution, x [B, C, *spatial], grad [B, O, *spatial of the output, or fewer]."""
+    out, n = [], len(kernel_size)
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[n - 1]
+    for a, g in zip(x.detach().double(), grad.detach().double(), strict=True):
+        weight = torch.zeros(g.shape[0], a.shape[0] // groups, *kernel_size, dtype=torch.float64, requires_grad=True)
+        with torch.enable_grad():
+            y = conv(a[None], weight, None, list(stride), list(padding), list(dilation), groups)
+            for d, size in enumerate(g.shape[1:], 2):
+                y = y.narrow(d, 0, size)
+            (weight_grad,) = torch.autograd.grad((y[0] * g).sum(), weight)
+        out.append(weight_grad.square().sum())
+    return _stack(out)

@@ -1,0 +1,56 @@
+"""Per-sample gradients of one parameter in factored form: small beside the gradients themselves, exact when joined."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+
+class Factor(ABC):
+    """What one call of a layer contributes to the per-sample gradients of one of its parameters.
+
+    A parameter that is used more than once in a forward pass (a module called twice, a tied weight) gets several: their
+    gradients add up before the norm is taken, so squares must never be added; :meth:`join` makes one of two.
+    """
+
+    @property
+    @abstractmethod
+    def samples(self) -> int:
+        """B."""
+
+    @abstractmethod
+    def norms_sq(self) -> Tensor:
+        """float64 [B]: squared norm of every sample's gradient. Pure, so that it can be traced."""
+
+    @abstractmethod
+    def dense(self, sample: int) -> Tensor:
+        """The gradient of one sample, float64, in the parameter's shape."""
+
+    def join(self, other: Factor) -> Factor:
+        """The sum of both gradients; of the same kind where there is a closed form."""
+        return Sum([self, other])
+
+
+class Sum(Factor):
+    """A sum of factors for which there is no closed form: one sample's gradient at a time, exact and slow."""
+
+    def __init__(self, parts: list[Factor]) -> None:
+        self.parts = parts
+
+    @property
+    def samples(self) -> int:
+        return self.parts[0].samples
+
+    def norms_sq(self) -> Tensor:
+        return torch.stack([self.dense(sample).square().sum() for sample in range(self.samples)])
+
+    def dense(self, sample: int) -> Tensor:
+        total = self.parts[0].dense(sample)
+        for part in self.parts[1:]:
+            total = total + part.dense(sample)
+        return total
+
+    def join(self, other: Factor) -> Factor:
+        return Sum([*self.parts, other])

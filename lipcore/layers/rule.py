@@ -1,0 +1,62 @@
+"""The contract of a layer rule: from a module's input and the gradient at its output to per-sample gradient factors."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipcore.layers.factor import Factor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Where the samples are in the activations of one forward pass."""
+
+    size: int  #: B
+    dim: int = 0  #: batch dimension of activations whose features come last; channel layouts always have it first
+    offsets: Tensor | None = None  #: packed sequences: int64 [B + 1], sample b is the rows offsets[b]:offsets[b + 1]
+
+    def tokens(self, x: Tensor, features: int = 1) -> Tensor:
+        """[B, T, *features] with the batch first (T = 1 where there is no sequence), or packed [N, *features].
+
+        Raises:
+            ValueError: there are not B samples at the batch dimension.
+        """
+        shape = x.shape[x.dim() - features :]
+        if self.offsets is not None:
+            return x.reshape(-1, *shape)
+        dim = self.dim if x.dim() > features + self.dim else 0
+        if x.dim() <= features or x.shape[dim] != self.size:
+            raise ValueError(
+                f"expected {self.size} samples at dimension {dim}, got shape {list(x.shape)}; pass batch_dim= where the "
+                "batch is not first, cu_seqlens= for packed sequences, and do not flatten batch and sequence into one"
+            )
+        return x.movedim(dim, 0).reshape(self.size, -1, *shape)
+
+
+class Rule(ABC):
+    """Per-sample gradients of one type of layer. Stateless: one object serves every module of the type."""
+
+    def refuses(self, module: nn.Module) -> str:
+        """Why this module, as it is configured now, has no per-sample gradients that could be measured; "" if it has."""
+        return ""
+
+    @abstractmethod
+    def save(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """From a call's arguments: tensors that factors() needs beside the gradient, and anything else it needs.
+
+        Raises:
+            ValueError: this call cannot be measured.
+        """
+
+    @abstractmethod
+    def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
+        """Per own trainable parameter (its key in the module) the factor of its per-sample gradient.
+
+        Pure in its tensors; of the module only configuration is read. `extra` is what save() returned.
+        """
