@@ -31,8 +31,8 @@ class Batch:
         dim = self.dim if x.dim() > features + self.dim else 0
         if x.dim() <= features or x.shape[dim] != self.size:
             raise ValueError(
-                f"expected {self.size} samples at dimension {dim}, got shape {list(x.shape)}; pass batch_dim= where the "
-                "batch is not first, cu_seqlens= for packed sequences, and do not flatten batch and sequence into one"
+                f"expected {self.size} samples at dimension {dim}, got shape {list(x.shape)}; pass batch_dim= where "
+                "the batch is not first, cu_seqlens= for packed sequences, and do not flatten batch and sequence into one"
             )
         return x.movedim(dim, 0).reshape(self.size, -1, *shape)
 
@@ -41,7 +41,7 @@ class Rule(ABC):
     """Per-sample gradients of one type of layer. Stateless: one object serves every module of the type."""
 
     def refuses(self, module: nn.Module) -> str:
-        """Why this module, as it is configured now, has no per-sample gradients that could be measured; "" if it has."""
+        """Why this module, configured as it is, has no per-sample gradients that could be measured; "" if it has."""
         return ""
 
     @abstractmethod
