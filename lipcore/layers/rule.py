@@ -32,7 +32,7 @@ class Batch:
         if x.dim() <= features or x.shape[dim] != self.size:
             raise ValueError(
                 f"expected {self.size} samples at dimension {dim}, got shape {list(x.shape)}; pass batch_dim= where "
-                "the batch is not first, cu_seqlens= for packed sequences, and do not flatten batch and sequence into one"
+                "the batch is not first, cu_seqlens= for packed sequences, and never flatten batch and sequence"
             )
         return x.movedim(dim, 0).reshape(self.size, -1, *shape)
 
