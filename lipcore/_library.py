@@ -5,7 +5,8 @@ Registered with torch.library.Library and not with custom_op, whose wrapper cost
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,15 @@ _library = torch.library.Library("lipcore", "DEF")
 _library.define("sample_norms(Tensor x) -> Tensor")
 _library.define("normalized_norms(Tensor delta, Tensor output_grad) -> (Tensor, Tensor)")
 _library.define("sketch(Tensor[] tensors, SymInt[] first_index, int buckets, int seed) -> Tensor")
+
+
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Define torch.ops.lipcore.<name of the schema>: `kernel` runs on CPU and CUDA tensors, `fake` gives shapes."""
+    name = schema.split("(")[0]
+    _library.define(schema)
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, kernel, key)
+    torch.library.register_fake(f"lipcore::{name}", fake, lib=_library)
 
 
 def sample_norms(x: Tensor) -> Tensor:

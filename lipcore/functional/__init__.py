@@ -1,10 +1,29 @@
-"""Stateless operations on tensors, one per row of ``csrc/kernels.h``; the float64 twins are in
+"""Stateless operations on tensors, most of them one per row of ``csrc/kernels.h``; the float64 twins are in
 :mod:`lipcore.reference`.
 
 They take tensors of any strides and of dtype float32, float64, bfloat16 or float16, never touch autograd (results are
 detached), and return float64: the results are small and enter sums over millions of steps.
 """
 
+from lipcore.functional.convolution import conv_norms_sq
+from lipcore.functional.embedding import embedding_norms_sq, tied_cross
+from lipcore.functional.linear import linear_norms_sq, linear_weight_grad
+from lipcore.functional.outer import outer_norms_sq
+from lipcore.functional.row_sum import channel_sum_norms_sq, row_sum_norms_sq
 from lipcore.functional.statistics import normalized_norms, sample_norms, sketch, trajectory_step, update_sums
 
-__all__ = ["normalized_norms", "sample_norms", "sketch", "trajectory_step", "update_sums"]
+__all__ = [
+    "channel_sum_norms_sq",
+    "conv_norms_sq",
+    "embedding_norms_sq",
+    "linear_norms_sq",
+    "linear_weight_grad",
+    "normalized_norms",
+    "outer_norms_sq",
+    "row_sum_norms_sq",
+    "sample_norms",
+    "sketch",
+    "tied_cross",
+    "trajectory_step",
+    "update_sums",
+]

@@ -1,0 +1,155 @@
+"""The per-sample norms in torch's own operations, for devices and cases that no kernel serves: exact, no host
+synchronisation but where sequences are packed, in memory that is bounded.
+
+Operands are scaled by their largest entry per sample, so that nothing under- or overflows in float32; sums are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_float64 = torch.float64
+_CHUNK = 1 << 24  # elements of the gradients that are held at a time
+
+
+def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [B, ...] in its working type with max |x_b| = 1, and the squares of what was divided by, float64 [B]."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if not x.numel():
+        return x, x.new_ones(x.shape[0], dtype=_float64)
+    largest = x.flatten(1).abs().amax(1)
+    largest = torch.where(largest > 0, largest, torch.ones_like(largest))
+    return x / largest.reshape(-1, *[1] * (x.dim() - 1)), largest.to(_float64).square()
+
+
+def squares(x: Tensor) -> Tensor:
+    """Sum of squares per sample, float64."""
+    return x.flatten(1).to(_float64).square().sum(1)
+
+
+def pieces(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+    """The samples of packed rows."""
+    return x.detach().tensor_split(offsets[1:-1].cpu()) if len(offsets) > 1 else ()
+
+
+def per_piece(values: list[Tensor], like: Tensor) -> Tensor:
+    return torch.cat(values) if values else like.new_zeros(0, dtype=_float64)
+
+
+def three_dimensional(x: Tensor) -> Tensor:
+    """[B, T, features]."""
+    return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+
+def linear_norms_sq(x: Tensor, grad: Tensor, offsets: Tensor | None) -> Tensor:
+    if offsets is not None:
+        pairs = zip(pieces(x, offsets), pieces(grad, offsets), strict=True)
+        return per_piece([linear_norms_sq(a[None], g[None], None) for a, g in pairs], grad)
+    dtype = torch.promote_types(x.dtype, grad.dtype)
+    (a, a_scale), (g, g_scale) = (scaled(three_dimensional(t).to(dtype)) for t in (x, grad))
+    step = max(1, _CHUNK // max(1, a.shape[-1] * g.shape[-1]))
+    parts = [squares(h.transpose(1, 2) @ b) for b, h in zip(a.split(step), g.split(step), strict=True)]
+    return (torch.cat(parts) if parts else a.new_zeros(0, dtype=_float64)) * a_scale * g_scale
+
+
+def linear_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    x, grad = x.detach(), grad.detach()
+    weight_grad = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    return weight_grad, linear_norms_sq(x, grad, offsets)
+
+
+def row_sum_norms_sq(grad: Tensor, x: Tensor | None, offsets: Tensor | None) -> Tensor:
+    if offsets is not None:
+        pairs = zip(pieces(grad, offsets), pieces(grad if x is None else x, offsets), strict=True)
+        return per_piece([row_sum_norms_sq(g[None], None if x is None else a[None], None) for g, a in pairs], grad)
+    g = three_dimensional(grad.detach())
+    # Products and sums in float64: a sum over a sequence cancels.
+    terms = g.sum(1, dtype=_float64) if x is None else (g.to(_float64) * three_dimensional(x.detach())).sum(1)
+    return terms.square().sum(1)
+
+
+def channel_sum_norms_sq(grad: Tensor, x: Tensor | None) -> Tensor:
+    g = grad.detach().flatten(2) if grad.dim() > 2 else grad.detach().unsqueeze(2)
+    terms = g.sum(2, dtype=_float64) if x is None else (g.to(_float64) * x.detach().reshape(g.shape)).sum(2)
+    return terms.square().sum(1)
+
+
+def embedding_norms_sq(
+    indices: Tensor, grad: Tensor, weights: Tensor | None, padding_idx: int | None, offsets: Tensor | None
+) -> Tensor:
+    if offsets is not None:
+        parts = zip(
+            pieces(indices, offsets),
+            pieces(grad, offsets),
+            pieces(indices if weights is None else weights, offsets),
+            strict=True,
+        )
+        return per_piece(
+            [
+                embedding_norms_sq(i[None], g[None], None if weights is None else w[None], padding_idx, None)
+                for i, g, w in parts
+            ],
+            grad,
+        )
+    ids = indices.flatten(1)
+    samples, length = ids.shape
+    g = grad.detach().reshape(samples, length, grad.shape[-1]).to(_float64)
+    if weights is not None:
+        g = g * weights.detach().reshape(samples, length, 1)
+    if padding_idx is not None:
+        g = g * (ids != padding_idx).unsqueeze(-1)
+    if not ids.numel():
+        return g.new_zeros(samples)
+    # Equal tokens of a sample become runs, which are summed into the place of their first element.
+    order = ids.argsort(dim=1, stable=True)
+    sorted_ids = ids.gather(1, order)
+    fresh = torch.ones_like(sorted_ids, dtype=torch.bool)
+    fresh[:, 1:] = sorted_ids[:, 1:] != sorted_ids[:, :-1]
+    run = fresh.cumsum(1) - 1
+    g = g.gather(1, order.unsqueeze(-1).expand_as(g))
+    return torch.zeros_like(g).scatter_add_(1, run.unsqueeze(-1).expand_as(g), g).square().sum((1, 2))
+
+
+def tied_cross(
+    indices: Tensor, grad_embedding: Tensor, x: Tensor, grad_head: Tensor, padding_idx: int | None
+) -> Tensor:
+    samples = indices.shape[0]
+    ids = indices.flatten(1)
+    e, a, g = (three_dimensional(t.detach()) for t in (grad_embedding, x, grad_head))
+    e = e.to(_float64)
+    if padding_idx is not None:
+        e = e * (ids != padding_idx).unsqueeze(-1)
+    parts = [(a[b].to(_float64) @ e[b].T * g[b][:, ids[b]]).sum() for b in range(samples)]
+    return torch.stack(parts) if parts else e.new_zeros(0)
+
+
+def conv_norms_sq(
+    x: Tensor,
+    grad: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    dtype = torch.promote_types(x.dtype, grad.dtype)
+    (a, a_scale), (g, g_scale) = (scaled(t.to(dtype)) for t in (x, grad))
+    spatial = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, p, d, k, s in zip(x.shape[2:], padding, dilation, kernel_size, stride, strict=True)
+    ]
+    fill = [n for have, want in zip(g.shape[:1:-1], reversed(spatial), strict=True) for n in (0, want - have)]
+    g = torch.nn.functional.pad(g, fill) if any(fill) else g
+    weight = a.new_empty(g.shape[1], a.shape[1] // groups, *kernel_size)
+    zeros = [0] * len(kernel_size)
+    parts = [
+        torch.ops.aten.convolution_backward(
+            h, b, weight, None, stride, padding, dilation, False, zeros, groups, [False, True, False]
+        )[1]
+        for b, h in zip(a.split(1), g.split(1), strict=True)
+    ]
+    norms = torch.cat([squares(part[None]) for part in parts]) if parts else a.new_zeros(0, dtype=_float64)
+    return norms * a_scale * g_scale
