@@ -16,7 +16,7 @@ from test_determinism import assert_same_in_all_ways
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from lipcore import functional, reference
+from lipcore import reference
 from lipcore.functional import statistics
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
 from lipcore.update_rules import GIVEN
