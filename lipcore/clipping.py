@@ -15,8 +15,9 @@ def clip_factors(
     eps: float = 0.0,
     missing: Literal["nan", "zero", "raise"] = "nan",
 ) -> Tensor:
-    r"""The factor per sample that shortens its gradient to at most `max_norm`: :math:`\min(1, C / (\|g_i\| + \epsilon))`
-    (Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1).
+    r"""The factor per sample that shortens its gradient to at most `max_norm`,
+    :math:`\min(1, C / (\|g_i\| + \epsilon))` (Abadi et al. 2016, "Deep Learning with Differential Privacy",
+    algorithm 1).
 
     The sum of :math:`c_i g_i` is the gradient of :math:`\sum_i c_i l_i` with the factors held constant: weight the
     samples' losses with them in a second backward pass. The norms must be of l_i itself (not of l_i / B) and over all

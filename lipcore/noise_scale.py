@@ -35,8 +35,8 @@ class NoiseScale:
     ``gradient_sq`` (:math:`|G|^2`), each with
 
     * ``mean``: over the window's steps (of the noise scale: the ratio of means), with its standard error;
-    * ``lower``, ``upper``: the ends of a confidence interval for it, by Student's t; by Fieller's theorem for the ratio,
-      so that `upper` is infinite when the interval of |G|^2 includes 0. NaN below 8 steps;
+    * ``lower``, ``upper``: the ends of a confidence interval for it, by Student's t; by Fieller's theorem for the
+      ratio, so that `upper` is infinite when the interval of |G|^2 includes 0. NaN below 8 steps;
     * ``ema``: bias-corrected exponential averages over all steps, not only the window's;
 
     and ``skipped_steps`` (sum): steps of fewer than 2 samples, and steps in which this place's numbers were NaN,
@@ -112,8 +112,9 @@ class NoiseScale:
         step = torch.stack([torch.ones_like(mean), batch - excess, excess * samples])
         usable = step.isfinite().all(0) & (mean >= 0) & (batch >= 0)
         step = torch.where(usable, step, 0.0)
-        self._sums[self._open_block()] += step
-        self._ema[:3] += (step - self._ema[:3]) * (usable * (1 - self.decay))
+        block = self._open_block()  # which may put another tensor in place of _sums
+        self._sums[block] += step
+        self._ema[:3] += (step - self._ema[:3]) * usable.double() * (1 - self.decay)
         self._ema[3] += usable
 
     def _open_block(self) -> int:
@@ -267,19 +268,22 @@ def _reduced(sums: Numbers, ema: Numbers, steps: int, skipped: int, confidence: 
         covariance = residuals.T @ residuals * (blocks / (blocks - 1)) / count**2
         t = t_quantile(confidence, blocks - 1)
     ema_signal, ema_noise = ema[1:3] / weight if seen else (math.nan, math.nan)
-    why = "" if blocks >= _FEWEST else f"no error below {_FEWEST} steps"
+    why = "" if blocks >= _FEWEST else f"no interval below {_FEWEST} steps"
     out = {}
     for name, i, mean, average in (("gradient_sq", 0, signal, ema_signal), ("gradient_noise", 1, noise, ema_noise)):
         error = math.sqrt(covariance[i, i])
         out[name] = _values(mean, error, (mean - t * error, mean + t * error), average, count, seen, why)
     ratio, average = (_ratio(*pair) for pair in ((noise, signal), (ema_noise, ema_signal)))
-    error = math.sqrt(max(0.0, covariance[1, 1] - 2 * ratio * covariance[0, 1] + ratio**2 * covariance[0, 0]))
+    error = math.nan
+    if blocks >= _FEWEST and math.isfinite(ratio):  # the delta method
+        gradient = np.array([-ratio, 1.0])
+        error = math.sqrt(max(0.0, gradient @ covariance @ gradient)) / signal
     interval = _fieller(noise, signal, covariance, t)
     if signal <= 0:
         why = "the estimate of gradient_sq is not above 0: more steps, or a larger batch, are needed"
     elif interval[1] == math.inf:
         why = "the interval of gradient_sq includes 0: more steps, or a larger batch, are needed for an upper bound"
-    out["noise_scale"] = _values(ratio, error / abs(signal or math.nan), interval, average, count, seen, why)
+    out["noise_scale"] = _values(ratio, error, interval, average, count, seen, why)
     if noise < 0:
         why = (
             "the mean gradient is longer than the mean square of its samples' gradients: rounding, or the loss "
