@@ -14,6 +14,7 @@ from lipcore.results import Value
 from lipcore.student import t_quantile
 
 _BLOCKS = 32  # even; between 16 and 31 are left when they have been joined in pairs
+_PENDING = 32  # steps that are taken in together
 _FEWEST = 8  # blocks that have a standard error worth stating
 
 
@@ -70,10 +71,16 @@ class NoiseScale:
         self.places, self.decay, self.confidence = places, float(decay), float(confidence)
         # Rows 0-2: the steps' total weight, |G|^2 and tr(Sigma), decaying; row 3: how many steps, not decaying.
         self._ema = torch.zeros(4, places, dtype=torch.float64)
-        self.reset()
+        self._pending: list[Tensor] = []  # [2, P] of steps that are not yet in the sums
+        self._samples = 0  # B of these steps
+        self._start()
 
     def reset(self) -> None:
         """Start a new window; the exponential averages go on."""
+        self._fold()
+        self._start()
+
+    def _start(self) -> None:
         # Per block and place: steps used, sum of |G|^2, sum of tr(Sigma). A tensor of its own, as take() gives it away.
         self._sums = torch.zeros(_BLOCKS, 3, self.places, dtype=torch.float64, device=self._ema.device)
         self._sizes: list[int] = []  # steps of each block in use, the last one open
@@ -83,7 +90,7 @@ class NoiseScale:
     @property
     def steps(self) -> int:
         """Of this window, those of fewer than 2 samples left out."""
-        return sum(self._sizes)
+        return sum(self._sizes) + len(self._pending)
 
     @torch.no_grad()
     def observe(self, mean_norm_sq: Tensor, batch_grad_sq: Tensor, samples: int) -> None:
@@ -105,28 +112,47 @@ class NoiseScale:
         if samples < 2:
             self.skipped += 1
             return
-        if mean_norm_sq.device != self._ema.device:
-            self._ema, self._sums = self._ema.to(mean_norm_sq.device), self._sums.to(mean_norm_sq.device)
-        mean, batch = mean_norm_sq.double(), batch_grad_sq.double()
-        excess = (mean - batch) / (samples - 1)  # of the single samples' squares: tr(Sigma) / B
-        step = torch.stack([torch.ones_like(mean), batch - excess, excess * samples])
-        usable = step.isfinite().all(0) & (mean >= 0) & (batch >= 0)
-        step = torch.where(usable, step, 0.0)
-        block = self._open_block()  # which may put another tensor in place of _sums
-        self._sums[block] += step
-        self._ema[:3] += (step - self._ema[:3]) * usable.double() * (1 - self.decay)
-        self._ema[3] += usable
+        if self._pending and (samples != self._samples or mean_norm_sq.device != self._pending[0].device):
+            self._fold()
+        self._samples = samples
+        self._pending.append(torch.stack([mean_norm_sq.double(), batch_grad_sq.double()]))
+        if len(self._pending) >= _PENDING:
+            self._fold()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        """Take in the pending steps, which are of one size and on one device, together: tens of small operations per
+        step would cost more than the numbers are worth."""
+        if not self._pending:
+            return
+        mean, batch = torch.stack(self._pending, dim=1)  # [steps, P]
+        self._pending.clear()
+        if mean.device != self._ema.device:
+            self._ema, self._sums = self._ema.to(mean.device), self._sums.to(mean.device)
+        excess = (mean - batch) / (self._samples - 1)  # of the mean gradient's square over |G|^2: tr(Sigma) / B
+        steps = torch.stack([torch.ones_like(mean), batch - excess, excess * self._samples], dim=1)
+        usable = steps.isfinite().all(1) & (mean >= 0) & (batch >= 0)
+        steps = torch.where(usable.unsqueeze(1), steps, 0.0)
+        passed = usable.double().cumsum(0)
+        # decay ** 0 is 1, also for decay 0.
+        weights = (1 - self.decay) * self.decay ** (passed[-1] - passed)
+        faded = self._ema[:3] * self.decay ** passed[-1] + (steps * weights.unsqueeze(1)).sum(0)
+        self._ema = torch.cat([faded, self._ema[3:] + passed[-1:]])
+        while len(steps):
+            room = self._open_block()
+            self._sums[len(self._sizes) - 1] += steps[:room].sum(0)
+            self._sizes[-1] += len(steps[:room])
+            steps = steps[room:]
 
     def _open_block(self) -> int:
-        """Index of the block that the next step belongs to."""
+        """For how many steps the last block has room; a new one when it has none."""
         if not self._sizes or self._sizes[-1] >= self._block_steps:
             if len(self._sizes) == _BLOCKS:
                 self._sizes, sums = _in_pairs(self._sizes, self._sums)
                 self._set_blocks(sums)
                 self._block_steps *= 2
             self._sizes.append(0)
-        self._sizes[-1] += 1
-        return len(self._sizes) - 1
+        return self._block_steps - self._sizes[-1]
 
     def _set_blocks(self, sums: Tensor) -> None:
         self._sums = torch.zeros(_BLOCKS, 3, self.places, dtype=torch.float64, device=sums.device)
@@ -139,6 +165,8 @@ class NoiseScale:
         observe it once.
         """
         self._check_same({"version": other._version, "places": other.places, "decay": other.decay}, "the other one")
+        self._fold()
+        other._fold()
         device = self._ema.device
         sums, sizes, block_steps = self._sums[: len(self._sizes)], self._sizes, self._block_steps
         added, added_sizes, added_steps = other._sums[: len(other._sizes)].to(device), other._sizes, other._block_steps
@@ -153,7 +181,6 @@ class NoiseScale:
             sizes, sums = _in_pairs(sizes, sums)
             block_steps *= 2
         theirs = other._ema.to(device)
-        # decay ** 0 is 1, also for decay 0.
         faded = self._ema[:3] * self.decay ** theirs[3] + theirs[:3]
         self._ema = torch.cat([faded, self._ema[3:] + theirs[3:]])
         self._sizes, self._block_steps = sizes, block_steps
@@ -162,11 +189,12 @@ class NoiseScale:
 
     def take(self) -> NoiseScale:
         """This window without the exponential averages, for :meth:`finalize` of a later one; then reset()."""
+        self._fold()
         taken = NoiseScale(self.places, decay=self.decay, confidence=self.confidence)
         taken._ema = torch.zeros_like(self._ema)
         taken._sums, taken._sizes, taken._block_steps = self._sums, self._sizes, self._block_steps
         taken.skipped = self.skipped
-        self.reset()
+        self._start()
         return taken
 
     def finalize(self, earlier: Sequence[NoiseScale] = ()) -> list[dict[str, dict[str, Value]]]:
@@ -175,6 +203,7 @@ class NoiseScale:
         Args:
             earlier: from :meth:`take`, oldest first: the window is these and the open one (a sliding window).
         """
+        self._fold()
         window = self
         if earlier:
             window = NoiseScale(self.places, decay=self.decay, confidence=self.confidence)
@@ -189,6 +218,7 @@ class NoiseScale:
 
     def state_dict(self) -> dict[str, Any]:
         """Version, settings, the window's blocks and the exponential averages, on the CPU."""
+        self._fold()
         return {
             "version": self._version,
             "places": self.places,
@@ -221,6 +251,7 @@ class NoiseScale:
         if not bool(((ema[0] >= 0) & (ema[0] <= 1) & (ema[3] >= 0) & ((ema[0] > 0) == (ema[3] > 0))).all()):
             raise ValueError("ema: the weights and counts are not those of exponential averages")
         device = self._ema.device
+        self._pending.clear()
         self._sizes, self._block_steps, self.skipped = list(sizes), block_steps, skipped
         self._ema = ema.to(device, copy=True)
         self._set_blocks(sums.to(device))

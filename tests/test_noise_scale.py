@@ -71,6 +71,24 @@ def test_the_intervals_hold_the_truth_as_often_as_they_say(steps, confidence):
         assert confidence - slack - 0.3 / steps <= covered <= confidence + slack, quantity
 
 
+def test_reading_between_steps_changes_nothing():
+    plain, read = NoiseScale(3, decay=0.9), NoiseScale(3, decay=0.9)
+    for i, (mean, batch, _) in enumerate(steps_for(150)):
+        mean = torch.where(torch.tensor([i % 7 == 1, False, i < 40]), NAN, mean)
+        for noise in (plain, read):
+            noise.observe(mean, batch, 4 + i // 20 % 2)
+        if i % 11 == 0:
+            read.finalize()
+        if i == 70:
+            plain.reset()
+            read.reset()
+        assert plain.steps == read.steps
+    ours, theirs = plain.state_dict(), read.state_dict()
+    for key in ("sums", "ema"):
+        torch.testing.assert_close(ours.pop(key), theirs.pop(key), rtol=1e-13, atol=1e-300)
+    assert ours == theirs
+
+
 def test_standard_errors_are_those_between_replicates():
     noise = simulated(1500, 200, 16)
     for quantity in ("gradient_sq", "gradient_noise", "noise_scale"):
