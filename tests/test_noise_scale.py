@@ -10,7 +10,8 @@ import pytest
 import torch
 from oracle import assert_same_state
 
-from lipcore.noise_scale import _BLOCKS, _FEWEST, NoiseScale, _fieller
+from lipcore.noise_estimates import FEWEST, fieller
+from lipcore.noise_scale import _BLOCKS, NoiseScale
 from lipcore.student import t_quantile
 
 NAN, INF = math.nan, math.inf
@@ -168,7 +169,7 @@ def test_means_of_long_windows_are_over_all_steps():
         place = noise.finalize()[0]
         assert place["gradient_sq"]["mean"].value == pytest.approx(values[:, 0].mean(), rel=1e-11)
         assert place["gradient_noise"]["mean"].value == pytest.approx(values[:, 1].mean(), rel=1e-11)
-        if _FEWEST <= steps <= _BLOCKS:
+        if FEWEST <= steps <= _BLOCKS:
             error = values[:, 0].std(ddof=1) / math.sqrt(steps)
             assert place["gradient_sq"]["mean"].error == pytest.approx(error, rel=1e-9)
             t = t_quantile(0.95, steps - 1)
@@ -176,8 +177,20 @@ def test_means_of_long_windows_are_over_all_steps():
             assert upper == pytest.approx(values[:, 0].mean() + t * error, rel=1e-9)
 
 
+@pytest.mark.parametrize("exponent", [-900, -200, 200, 900])
+def test_very_small_and_large_gradients(exponent):
+    noise, scaled = NoiseScale(3), NoiseScale(3)
+    for mean, batch, samples in steps_for(40):
+        noise.observe(mean, batch, samples)
+        scaled.observe(mean * 2.0**exponent, batch * 2.0**exponent, samples)
+    for ours, theirs in zip(scaled.finalize(), noise.finalize(), strict=True):
+        assert ours["noise_scale"] == theirs["noise_scale"]
+        for reducer, value in theirs["gradient_sq"].items():
+            assert ours["gradient_sq"][reducer].value == value.value * 2.0**exponent
+
+
 def test_few_steps_have_no_interval():
-    noise = simulated(1, _FEWEST - 1)
+    noise = simulated(1, FEWEST - 1)
     for quantity in ("gradient_sq", "gradient_noise", "noise_scale"):
         reduced = noise.finalize()[0][quantity]
         assert math.isfinite(reduced["mean"].value)
@@ -432,7 +445,7 @@ def test_fiellers_interval_is_the_set_it_should_be(seed):
     noise, signal = rng.lognormal(0.5, 1), rng.normal(0.3, 1)
     root = rng.normal(0, 0.3, (2, 2))
     covariance, t = root @ root.T, 2.0
-    low, high = _fieller(noise, signal, covariance, t)
+    low, high = fieller(noise, signal, covariance, t)
     ratios = np.concatenate([[0], np.geomspace(1e-4, 1e6, 20_001)])
     spread = covariance[1, 1] - 2 * ratios * covariance[0, 1] + ratios**2 * covariance[0, 0]
     inside = (noise - ratios * signal) ** 2 <= t**2 * spread
