@@ -158,6 +158,15 @@ def test_exponential_averages_are_corrected_and_go_on():
         assert place["gradient_sq"]["mean"].count == len(window)
 
 
+def test_without_decay_the_average_is_the_last_step():
+    noise = NoiseScale(1, decay=0.0)
+    for i in range(40):
+        noise.observe(*step_of(1.0 + i, 3.0))
+    assert noise.finalize()[0]["gradient_sq"]["ema"].value == 40
+    noise.observe(*step_of(2.0, 3.0))
+    assert noise.finalize()[0]["noise_scale"]["ema"].value == 1.5
+
+
 def test_means_of_long_windows_are_over_all_steps():
     """Joining blocks loses nothing."""
     for steps in (1, 7, 8, 31, 32, 33, 64, 65, 129, 1000):
@@ -306,9 +315,10 @@ def test_merging_is_observing_everything(first, second, decay):
         (one if i < first else two).observe(*step)
     two.observe(*steps_for(1)[0][:2], 0)
     whole.observe(*steps_for(1)[0][:2], 1)
+    pending = copy.deepcopy(two)  # two itself is folded by reading its state
     untouched = two.state_dict()
-    one.merge(two)
-    assert_same_state(two.state_dict(), untouched)
+    one.merge(pending)
+    assert_same_state(pending.state_dict(), untouched)
     assert (one.steps, one.skipped) == (whole.steps, whole.skipped) == (first + second, 1)
     assert len(one._sizes) <= _BLOCKS
     for quantity in ("gradient_sq", "gradient_noise", "noise_scale"):
