@@ -5,12 +5,14 @@ from lipcore import _setup
 _setup.connect()
 
 from lipcore import functional, reference  # noqa: E402
+from lipcore.clipping import clip_factors  # noqa: E402
 from lipcore.distribution import Distribution  # noqa: E402
 from lipcore.lipschitz import Lipschitz  # noqa: E402
 from lipcore.metric import Metric  # noqa: E402
 from lipcore.monitor import Monitor  # noqa: E402
 from lipcore.names import by_block  # noqa: E402
 from lipcore.pointwise import local_lipschitz  # noqa: E402
+from lipcore.sample_scores import SampleScores  # noqa: E402
 from lipcore.trajectory import Trajectory  # noqa: E402
 
 __version__ = "0.1.0"
@@ -19,8 +21,10 @@ __all__ = [
     "Lipschitz",
     "Metric",
     "Monitor",
+    "SampleScores",
     "Trajectory",
     "by_block",
+    "clip_factors",
     "functional",
     "local_lipschitz",
     "reference",
