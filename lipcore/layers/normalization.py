@@ -103,10 +103,10 @@ class _WithStatistics(_Channels):
 
 
 class InstanceNormRule(_WithStatistics):
-    _dimensions = {nn.InstanceNorm1d: 3, nn.InstanceNorm2d: 4, nn.InstanceNorm3d: 5}
+    _dimensions = ((nn.InstanceNorm1d, 3), (nn.InstanceNorm2d, 4), (nn.InstanceNorm3d, 5))
 
     def dimensions(self, module: nn.Module) -> int | None:
-        return next((n for kind, n in self._dimensions.items() if isinstance(module, kind)), None)
+        return next((n for kind, n in self._dimensions if isinstance(module, kind)), None)
 
     def normalized(self, module: Any, x: Tensor) -> Tensor:
         if module.training or not module.track_running_stats:
