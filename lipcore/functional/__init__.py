@@ -7,7 +7,7 @@ detached), and return float64: the results are small and enter sums over million
 
 from lipcore.functional.convolution import conv_norms_sq
 from lipcore.functional.embedding import embedding_norms_sq, tied_cross
-from lipcore.functional.linear import linear_norms_sq, linear_weight_grad
+from lipcore.functional.linear import linear_method, linear_norms_sq, linear_norms_sq_estimate, linear_weight_grad
 from lipcore.functional.outer import outer_norms_sq
 from lipcore.functional.row_sum import channel_sum_norms_sq, row_sum_norms_sq
 from lipcore.functional.statistics import normalized_norms, sample_norms, sketch, trajectory_step, update_sums
@@ -16,7 +16,9 @@ __all__ = [
     "channel_sum_norms_sq",
     "conv_norms_sq",
     "embedding_norms_sq",
+    "linear_method",
     "linear_norms_sq",
+    "linear_norms_sq_estimate",
     "linear_weight_grad",
     "normalized_norms",
     "outer_norms_sq",
