@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lipcore.capture.broadcasting import check_expanded, without_batch
 from lipcore.layers import Rule, rule_for
 from lipcore.names import named_modules
 
@@ -137,6 +138,15 @@ def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: b
                 f"is used {used} times in the forward pass, but only {calls[name]} times by its own layer's call "
                 "(a function such as F.linear is given it directly)",
             )
+    check_expanded(output)
+    for layer in without_batch(output):
+        for name, covering in coverage.covered.copy().items():
+            if covering.startswith(f"{layer} ("):
+                coverage.uncover(
+                    name,
+                    f"layer '{layer}' is called without the batch dimension, and its output is broadcast; name it in "
+                    f"broadcast=['{layer}']",
+                )
     if not skip:
         coverage.check()
 

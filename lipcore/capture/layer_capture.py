@@ -16,7 +16,7 @@ from lipcore.capture.accumulation import Leaves, accumulates_everything
 from lipcore.capture.audit import Coverage, audit_graph, cover
 from lipcore.capture.collector import in_backward
 from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord
-from lipcore.capture.layer_site import LayerSite
+from lipcore.capture.layer_site import OTHER_OUTPUT, LayerSite
 from lipcore.capture.probes import armed, is_compiled
 from lipcore.capture.single_gradient import gradient_squares, on_backward, served_by_gradients
 from lipcore.layers import Batch, Factor
@@ -60,6 +60,7 @@ class LayerCapture:
         self.fused, self.normalized = fused, normalized
         self.recording = True  # False after an error
         self.active = True  # False in steps that are not to be recorded
+        self.as_long_as_large = False  # a compiled model's input has as many positions as samples
         self.current: LayerPass | None = None  # the forward pass under way
         self.records = 0
         self.forwards = 0
@@ -321,7 +322,9 @@ class LayerCapture:
     # ---- compiled regions
 
     def _arm(self, run: LayerPass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        device = next(leaf.device for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor))
+        first = next(leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor))
+        device = first.device
+        self.as_long_as_large = first.shape.count(run.batch.size) > 1
         for site in self.sites:
             probe = torch.empty(
                 len(site.columns), run.batch.size, dtype=torch.float64, device=device, requires_grad=True
@@ -344,6 +347,8 @@ class LayerCapture:
                 continue
             *rows, calls = probe.grad.unbind()
             probe.grad = None
+            if bool(calls.isnan().any()):
+                raise ValueError(f"module '{site.name}' ({type(site.module).__name__}): {OTHER_OUTPUT}")
             if bool((calls > 1).any()):
                 raise ValueError(
                     f"module '{site.name}' is called more than once in a compiled forward pass; its squares cannot be "

@@ -10,16 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import functional
-from lipcore.capture.accumulation import anything
+from lipcore.capture.accumulation import accumulates_everything, anything
 from lipcore.capture.collector import in_backward
 from lipcore.capture.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layer_pass import DELTA, LayerPass
+from lipcore.capture.other_outputs import watch, watch_probed
 from lipcore.capture.probes import armed
 from lipcore.layers import Batch, Factor, Rule
 
 if TYPE_CHECKING:
     from lipcore.capture.layer_capture import LayerCapture
+
+OTHER_OUTPUT = (
+    "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
+    "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
+)
 
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
@@ -77,15 +83,25 @@ class LayerSite:
             tensor_out = tensor
             if self.broadcast:
                 batch, arguments, tensor_out = self._expanded(batch, arguments, tensor)
-            saved, extra = self.rule.save(module, arguments, keywords, batch)
+            saved, extra = self._saved(module, arguments, keywords, batch)
         except ValueError as error:
             capture.fail(ValueError(f"module '{self.name}' ({type(module).__name__}): {error}"))
             return None
+        watch(output, self._other_output_used)
         if capture.fused and can_fuse(module, arguments, run):
             bias = module.bias if isinstance(module.bias, Tensor) else None
             fused = FusedLinear.apply(arguments[0], module.weight, bias, tensor.detach(), anything, self, run, inner)  # type: ignore[no-untyped-call]
             return _with_tensor(output, fused)
         return _with_tensor(output, _Tapped.apply(tensor_out, anything, self, run, extra, inner, *saved))  # type: ignore[no-untyped-call]
+
+    def _saved(self, module: nn.Module, arguments: Any, keywords: Any, batch: Batch) -> tuple[list[Tensor], Any]:
+        saved, extra = self.rule.save(module, arguments, keywords, batch)
+        # No edges of the graph: a saved parameter would seem to be used once more.
+        return [t.detach() for t in saved], extra
+
+    def _other_output_used(self) -> None:
+        if self._capture.recording and accumulates_everything():
+            self._capture.fail(ValueError(f"module '{self.name}' ({type(self.module).__name__}): {OTHER_OUTPUT}"))
 
     def _expanded(
         self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
@@ -146,8 +162,15 @@ class LayerSite:
         batch = Batch(probe.shape[1], self._capture.batch_dim)
         if self.broadcast:
             batch, arguments, tensor = self._expanded(batch, arguments, tensor)
-        saved, extra = self.rule.save(module, arguments, keywords, batch)
-        return _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
+        elif self._capture.as_long_as_large and _may_be_positions(arguments):
+            raise ValueError(
+                f"module '{self.name}' ({type(module).__name__}): is called on shape {list(arguments[0].shape)}, "
+                "and the model's input has as many positions as samples, so which of them these are cannot be told "
+                "inside torch.compile; name the layer in broadcast= if they are positions, or use another batch size"
+            )
+        saved, extra = self._saved(module, arguments, keywords, batch)
+        tapped = _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
+        return watch_probed(tapped, probe)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
         """The probe's gradient: float64 [columns, B]."""
@@ -210,6 +233,11 @@ class _Strayed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.site._capture.strayed(ctx.site)
         return grad, None, None
+
+
+def _may_be_positions(arguments: tuple[Any, ...]) -> bool:
+    first = arguments[0] if arguments else None
+    return isinstance(first, Tensor) and not first.is_floating_point() and first.dim() == 1
 
 
 def _tensor_of(output: Any) -> Tensor | None:
