@@ -78,6 +78,13 @@ def test_layouts(layout, dtype):
     torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("size", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
+def test_nothing_in_any_strides(size):
+    x, grad = (in_layout(t, "transposed") for t in pair(*size))
+    assert (functional.linear_norms_sq(x, grad) == 0).all()
+    assert (functional.linear_weight_grad(x, grad)[1] == 0).all()
+
+
 def test_more_dimensions_are_more_rows():
     x, grad = randn(2, 3, 4, 5), randn(2, 3, 4, 7, seed=1)
     flat = functional.linear_norms_sq(x.flatten(1, 2), grad.flatten(1, 2))

@@ -198,8 +198,14 @@ def _for_the_core(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tens
     """One dtype, contiguous features, and dimensions [B, T, features] or [N, features]."""
     dtype = torch.promote_types(x.dtype, grad.dtype)
     x, grad = (t.to(dtype) if offsets is not None else portable.three_dimensional(t.to(dtype)) for t in (x, grad))
-    x, grad = (t if t.shape[-1] <= 1 or t.stride(-1) == 1 else t.contiguous() for t in (x, grad))
+    x, grad = (_with_dense_rows(t) for t in (x, grad))
     return x, grad, [] if offsets is None else offsets.tolist()
+
+
+def _with_dense_rows(x: Tensor) -> Tensor:
+    if x.shape[-1] <= 1 or x.stride(-1) == 1:
+        return x
+    return x.contiguous() if x.numel() else x.new_empty(x.shape)  # contiguous() does nothing to an empty tensor
 
 
 def _samples(x: Tensor, offsets: Tensor | None) -> int:
