@@ -126,7 +126,7 @@ def _samples(x: Tensor, offsets: Tensor | None) -> list[Tensor]:
     x = x.detach().double()
     if offsets is not None:
         return [x[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
-    return [row.reshape(-1, row.shape[-1]) if row.dim() > 1 else row.reshape(1, -1) for row in x]
+    return [row.flatten(0, -2) if row.dim() > 1 else row.reshape(1, -1) for row in x]
 
 
 def _stack(values: list[Tensor]) -> Tensor:
