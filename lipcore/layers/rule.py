@@ -36,6 +36,30 @@ class Batch:
             )
         return x.movedim(dim, 0).reshape(self.size, -1, *shape)
 
+    def check_first(self, x: Tensor, dimensions: int | None) -> None:
+        """ValueError unless the first dimension of a channel layout [B, C, *space] has the samples."""
+        if self.offsets is not None:
+            raise ValueError("packed sequences (cu_seqlens=) have no channel layout")
+        if (dimensions is not None and x.dim() != dimensions) or x.dim() < 1 or x.shape[0] != self.size:
+            of = "" if dimensions is None else f" of {dimensions} dimensions"
+            raise ValueError(f"expected an input{of} with {self.size} samples first, got shape {list(x.shape)}")
+
+
+_required: Any = object()
+
+
+def argument(
+    arguments: tuple[Any, ...], keywords: dict[str, Any], place: int, name: str, default: Any = _required
+) -> Any:
+    """A call's argument, given by place or by name."""
+    if len(arguments) > place:
+        return arguments[place]
+    if name in keywords:
+        return keywords[name]
+    if default is not _required:
+        return default
+    raise ValueError(f"was called without its argument '{name}'")
+
 
 class Rule(ABC):
     """Per-sample gradients of one type of layer. Stateless: one object serves every module of the type."""
