@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -68,3 +69,23 @@ def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def flat_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def within_range(found: Tensor, compute: Callable[..., Tensor], tensors: tuple[Tensor, ...], power: int) -> Tensor:
+    """What compute(*tensors), of degree `power` in each of them, found; once more with scaled tensors where float64
+    overflowed on the way, so that finite input gives no NaN. What is not finite then was not finite in the input, or
+    is too large. float32 and less cannot get there."""
+    if all(t.dtype != torch.float64 for t in tensors) or bool(found.isfinite().all()):
+        return found
+    exponents, scaled = 0, []
+    for tensor in tensors:
+        largest = torch.where(tensor.isfinite(), tensor, 0).abs().amax() if tensor.numel() else tensor.new_zeros(())
+        exponent = max(-1000, int(torch.frexp(largest.to(torch.float64)).exponent))
+        scaled.append(tensor.to(torch.float64) * 2.0**-exponent)
+        exponents += exponent
+    again, exponents = compute(*scaled), power * exponents
+    # In steps: the factor alone may be outside float64's range.
+    while exponents:
+        step = max(-512, min(512, exponents))
+        again, exponents = again * 2.0**step, exponents - step
+    return torch.where(found.isfinite(), found, again)

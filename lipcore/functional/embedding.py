@@ -9,7 +9,16 @@ from torch import Tensor
 
 from lipcore import _core, _library
 from lipcore.functional import portable
-from lipcore.functional.arguments import bits, flat_rows, integers, packed_offsets, readable, rows, same_place
+from lipcore.functional.arguments import (
+    bits,
+    flat_rows,
+    integers,
+    packed_offsets,
+    readable,
+    rows,
+    same_place,
+    within_range,
+)
 
 
 def embedding_norms_sq(
@@ -48,6 +57,7 @@ def embedding_norms_sq(
         weights = None if weights is None else weights.detach()
         traced: Tensor = torch.ops.lipcore.embedding_norms_sq(indices, grad.detach(), weights, padding_idx, offsets)
         return traced
+    _check_padding(padding_idx)
     grad, indices = readable(grad, "grad"), integers(indices, "indices")
     same_place(indices, "indices", grad, "grad")
     offsets = packed_offsets(offsets, grad)
@@ -64,9 +74,15 @@ def embedding_norms_sq(
         return portable.embedding_norms_sq(indices, grad, weights, padding_idx, offsets)
     weights = None if weights is None else weights.to(torch.float64).contiguous()
     packed = None if offsets is None else bits(offsets)
-    out = torch.empty(len(g) if offsets is None else len(offsets) - 1, dtype=torch.float64)
-    _core.embedding_norms(bits(indices), flat_rows(g), weights, padding_idx, packed, out)
-    return out
+    samples, ids = len(g) if offsets is None else len(offsets) - 1, bits(indices)
+
+    def compute(grad: Tensor, weights: Tensor | None = None) -> Tensor:
+        out = torch.empty(samples, dtype=torch.float64)
+        _core.embedding_norms(ids, grad, weights, padding_idx, packed, out)
+        return out
+
+    tensors = (flat_rows(g),) if weights is None else (flat_rows(g), weights)
+    return within_range(compute(*tensors), compute, tensors, 2)
 
 
 def tied_cross(
@@ -97,9 +113,10 @@ def tied_cross(
     tensor([6.], dtype=torch.float64)
     """
     if torch.compiler.is_compiling():
-        tensors = (t.detach() for t in (grad_embedding, x, grad_head))
-        traced: Tensor = torch.ops.lipcore.tied_cross(indices, *tensors, padding_idx)
+        detached = (t.detach() for t in (grad_embedding, x, grad_head))
+        traced: Tensor = torch.ops.lipcore.tied_cross(indices, *detached, padding_idx)
         return traced
+    _check_padding(padding_idx)
     indices = integers(indices, "indices")
     e, a, g = (
         readable(t, name) for t, name in ((grad_embedding, "grad_embedding"), (x, "x"), (grad_head, "grad_head"))
@@ -111,9 +128,20 @@ def tied_cross(
         return portable.tied_cross(indices, e, a, g, padding_idx)
     e, a, g = rows(e, "grad_embedding", False), rows(a, "x", False), rows(g, "grad_head", False)
     ids = bits(indices.reshape(e.shape[:2]))
-    out = torch.empty(len(e), dtype=torch.float64)
-    _core.tied_cross(ids, flat_rows(e), flat_rows(a), flat_rows(g), padding_idx, out)
-    return out
+
+    def compute(e: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        out = torch.empty(len(e), dtype=torch.float64)
+        _core.tied_cross(ids, e, a, g, padding_idx, out)
+        return out
+
+    tensors = flat_rows(e), flat_rows(a), flat_rows(g)
+    return within_range(compute(*tensors), compute, tensors, 1)
+
+
+def _check_padding(padding_idx: int | None) -> None:
+    whole = isinstance(padding_idx, int) and not isinstance(padding_idx, bool) and -(2**63) <= padding_idx < 2**63
+    if padding_idx is not None and not whole:
+        raise TypeError(f"padding_idx: expected an integer of 64 bits or None, got {padding_idx!r}")
 
 
 def _check_tokens(indices: Tensor, grad: Tensor, name: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipcore import _core, _library
+from lipcore.functional.arguments import readable
 from lipcore.functional.statistics import sample_norms
 
 
@@ -65,11 +66,19 @@ def outer_and_bias_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> tupl
 
 def _outer(x: Sequence[Tensor], grad: Sequence[Tensor], parts: int) -> Tensor:
     first = x[0] if isinstance(x, (list, tuple)) and x else None
-    if not isinstance(first, Tensor) or first.is_cpu:
-        samples = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
-        out = torch.empty(parts, len(x) if first is not None else 0, samples, dtype=torch.float64)
-        _core.outer_norms(x, grad, out)
-        return out
+    if isinstance(first, Tensor):
+        readable(first, "x[0]")  # before its shape is asked for
+        if not first.is_cpu:
+            return _portable(x, grad, parts)
+    samples = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
+    out = torch.empty(parts, 0 if first is None else len(x), samples, dtype=torch.float64)
+    _core.outer_norms(x, grad, out)
+    return out
+
+
+def _portable(x: Sequence[Tensor], grad: Sequence[Tensor], parts: int) -> Tensor:
+    if len(x) != len(grad):
+        raise ValueError(f"grad: expected {len(x)} tensors, one per tensor of x, got {len(grad)}")
     norms = [(sample_norms(a), sample_norms(g)) for a, g in zip(x, grad, strict=True)]
     weight = torch.stack([(a * g).square() for a, g in norms])
     return weight[None] if parts == 1 else torch.stack([weight, torch.stack([g.square() for _, g in norms])])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lipcore import _core, _library
 from lipcore.functional import portable
-from lipcore.functional.arguments import bits, of_one_dtype, packed_offsets, readable, rows, same_place
+from lipcore.functional.arguments import bits, of_one_dtype, packed_offsets, readable, rows, same_place, within_range
 
 _SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/per_sample.h: Terms
 
@@ -156,15 +156,27 @@ def _space_first(t: Tensor) -> Tensor:
 
 
 def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Tensor:
-    tensors = [g] if x is None else list(of_one_dtype(g, x))
+    tensors = (g,) if x is None else of_one_dtype(g, x)
     # The kernel reads flat rows or flat columns, of both tensors alike.
     if not any(all(_is_flat(t, d) for t in tensors) for d in (2, 1)):
-        tensors = [t if _is_flat(t, 2) else t.contiguous() for t in tensors]
+        tensors = tuple(t if _is_flat(t, 2) else t.contiguous() for t in tensors)
+    packed = None if offsets is None else bits(offsets)
     samples = len(g) if offsets is None else len(offsets) - 1
-    out = torch.empty(2 * samples if terms == _BOTH else samples, dtype=torch.float64)
-    other = tensors[1] if len(tensors) > 1 else None
-    _core.term_sums(tensors[0], other, None if offsets is None else bits(offsets), terms, out)
-    return out.view(2, samples) if terms == _BOTH else out
+
+    def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
+        out = torch.empty(2 * samples if terms == _BOTH else samples, dtype=torch.float64)
+        _core.term_sums(g, x, packed, terms, out)
+        return out
+
+    found = compute(*tensors)
+    if terms != _BOTH:
+        return within_range(found, compute, tensors, 2)
+    scale, shift = found.view(2, samples)
+    if g.dtype == torch.float64:
+        scale = within_range(scale, lambda g, x: compute(g, x, terms=_SCALE), tensors, 2)
+        shift = within_range(shift, lambda g: compute(g, terms=_SHIFT), tensors[:1], 2)
+        return torch.stack([scale, shift])
+    return found.view(2, samples)
 
 
 def _is_flat(t: Tensor, dim: int) -> bool:
