@@ -96,6 +96,33 @@ struct LinearNormsKernels {
   double (*largest)(const void* rows, DType dtype, int64_t stride, int64_t count, int64_t length);  // |element|, or NaN
 };
 
+// A block of a sample's rows: columns are summed over rows, for g itself (shift) and for g * x (scale).
+struct TermBlock {
+  const void* g;
+  const void* x;  // of g's dtype; null when only the shift is wanted
+  DType dtype;
+  int64_t rows, columns;  // columns <= kTermColumns
+  // In elements; columns follow each other when row_runs is set (then g_step, x_step lead from row to row), else rows
+  // do (then they lead from column to column).
+  int64_t g_step, x_step;
+  bool row_runs;
+};
+constexpr int kTermColumns = 1024;
+
+struct TermSumsKernels {
+  // Adds to the sums of kTermColumns columns; either may be null.
+  void (*add)(const TermBlock& block, double* shift, double* scale);
+};
+
+constexpr int kCrossTokens = 8, kCrossLanes = 16;
+
+struct TokenSumsKernels {
+  void (*add_row)(const void* row, DType dtype, int64_t count, double weight, double* sums);  // sums += weight * row
+  // sum_{j,d} e[j][d] sum_s c[s][j] a[s][d], c [rows][kCrossTokens], a [rows][kCrossLanes], e [kCrossTokens] rows of
+  // kCrossLanes, e_step apart. `narrow`: c and a were widened from float32 or less.
+  double (*cross)(const double* c, const double* a, int64_t rows, const double* e, int64_t e_step, bool narrow);
+};
+
 struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
   const SampleNormsKernels* sample_norms;
@@ -103,6 +130,8 @@ struct Kernels {
   const SketchKernels* sketch;
   const UpdateSumsKernels* update_sums;
   const LinearNormsKernels* linear_norms;
+  const TermSumsKernels* term_sums;
+  const TokenSumsKernels* token_sums;
 };
 
 // The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.

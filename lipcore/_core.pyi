@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'outer_norms', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -112,6 +112,8 @@ def check_storage(tensor: typing.Any, name: str, index: int = -1) -> bool:
     """
 def cuda_device_count() -> int:
     ...
+def embedding_norms(indices: typing.Any, grad: typing.Any, weights: typing.Any, padding: typing.SupportsInt | typing.SupportsIndex | None, offsets: typing.Any, out: typing.Any) -> None:
+    ...
 def first_layer_norms(delta: typing.Any, weight: typing.Any, out: typing.Any) -> None:
     ...
 def float16_to_float(bits: typing.SupportsInt | typing.SupportsIndex) -> float:
@@ -134,6 +136,10 @@ def observe_ratios(numerators: typing.Any, output_grad: typing.Any, distribution
     ...
 def observe_recent(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, distributions: collections.abc.Sequence[Distribution]) -> None:
     ...
+def outer_norms(x: typing.Any, grad: typing.Any, out: typing.Any) -> None:
+    """
+    out[0, l, b] = ||x_l[b]||^2 ||grad_l[b]||^2, out[1, l, b] = ||grad_l[b]||^2.
+    """
 def pause(by: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def paused() -> bool:
@@ -149,6 +155,10 @@ def sample_norms(x: typing.Any, out: typing.Any) -> None:
 def sketch(tensors: typing.Any, first_index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], seed: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def square_sums(tensors: typing.Any, out: typing.Any) -> None:
+    ...
+def term_sums(grad: typing.Any, x: typing.Any, offsets: typing.Any, terms: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
+    ...
+def tied_cross(indices: typing.Any, grad_embedding: typing.Any, x: typing.Any, grad_head: typing.Any, padding: typing.SupportsInt | typing.SupportsIndex | None, out: typing.Any) -> None:
     ...
 def trajectory_step(params: typing.Any, prev: typing.Any, ref: typing.Any, mean: typing.Any, count: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...

@@ -138,6 +138,11 @@ def outer_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
     return _stack([sample_norms(a).square() * sample_norms(g).square() for a, g in zip(x, grad, strict=True)])
 
 
+def outer_and_bias_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """outer_norms_sq(), and [layers, B]: ||grad_b||^2 of the biases."""
+    return outer_norms_sq(x, grad), _stack([sample_norms(g).square() for g in grad])
+
+
 def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> Tensor:
     """||sum_t grad_bt x_bt^T||_F^2: of the weight of y = x W^T, given the gradient at y."""
     pairs = zip(_samples(x, offsets), _samples(grad, offsets), strict=True)
@@ -162,10 +167,37 @@ def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor |
     return _stack([sample.sum(0).square().sum() for sample in _samples(terms, offsets)])
 
 
+def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -> Tensor:
+    """[2, B]: row_sum_norms_sq() with x (of the scale) and without (of the shift)."""
+    return torch.stack([row_sum_norms_sq(grad, x, offsets=offsets), row_sum_norms_sq(grad, offsets=offsets)])
+
+
+def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:
+    """row_sum_norms_sq() of channels first, [B, C, *space]: sums are over space."""
+    return row_sum_norms_sq(_channels_last(grad), None if x is None else _channels_last(x))
+
+
+def channel_affine_norms_sq(grad: Tensor, x: Tensor) -> Tensor:
+    """affine_norms_sq() of channels first, [B, C, *space]."""
+    return affine_norms_sq(_channels_last(grad), _channels_last(x))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1).flatten(2).transpose(1, 2)
+
+
 def embedding_norms_sq(
-    indices: Tensor, grad: Tensor, *, padding_idx: int | None = None, offsets: Tensor | None = None
+    indices: Tensor,
+    grad: Tensor,
+    *,
+    weights: Tensor | None = None,
+    padding_idx: int | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """sum over tokens v of ||sum of grad_bt over t with indices_bt = v||^2; indices [B, T], grad [B, T, D]."""
+    """sum over tokens v of ||sum of weights_bt grad_bt over t with indices_bt = v||^2; indices and weights [B, T],
+    grad [B, T, D]."""
+    if weights is not None:
+        grad = grad.double() * weights.double().unsqueeze(-1)
     out = []
     for ids, g in zip(_samples(indices.unsqueeze(-1), offsets), _samples(grad, offsets), strict=True):
         same = (ids == ids.T) & (ids != (torch.nan if padding_idx is None else padding_idx))
