@@ -29,7 +29,6 @@ class Coverage:
         self.covered: dict[str, str] = {}  #: parameter -> "layer (Type)", or several of them for a tied one
         self.frozen: list[str] = []
         self.uncovered: dict[str, str] = {}  #: parameter -> why
-        self.used: list[Tensor] = []  #: parameters in the graph of the first forward pass
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -129,8 +128,6 @@ def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: b
         if not parameter.requires_grad or name not in coverage.covered:
             continue
         used = uses.get(id(parameter), 0)
-        if used:
-            coverage.used.append(parameter)
         if used > max(1, calls[name]) or (used and not calls[name]):
             coverage.uncover(
                 name,

@@ -22,6 +22,10 @@ from lipcore.capture.single_gradient import gradient_squares, on_backward, serve
 from lipcore.layers import Batch, Factor
 
 _NOT_ACCUMULATED = "the backward pass did not accumulate all gradients (autograd.grad, or backward(inputs=))"
+_NOT_ALL_REACHED = (
+    "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; from "
+    "now on batches of one are tapped"
+)
 _MAX_PENDING = 64
 
 
@@ -193,7 +197,6 @@ class LayerCapture:
         if not self._audited and not self._compiled:
             try:
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
-                self._leaves.of(self.coverage.used)
             except ValueError as error:
                 self.fail(error)
         return self._tap_output(run, output) if self.normalized else None
@@ -244,8 +247,10 @@ class LayerCapture:
         if torch.is_grad_enabled():
             run.broken = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
             return False
-        if not (self._leaves.all_accumulate() if run.single else accumulates_everything()):
-            self._count(_NOT_ACCUMULATED)
+        if not (self._all_accumulate(run) if run.single else accumulates_everything()):
+            if run.refused_task != task:
+                run.refused_task = task
+                self._count(_NOT_ALL_REACHED if run.single else _NOT_ACCUMULATED)
             return False
         if run.begin_task(task):
             self._returning.add(run)
@@ -300,6 +305,14 @@ class LayerCapture:
         if any(other.finished_task == -1 for other in self._open):
             return False  # its backward may come together with this one's
         return served_by_gradients(list(self._measured().values()))
+
+    def _all_accumulate(self, run: LayerPass) -> bool:
+        measured = self._measured()
+        called = {name: measured[name] for name in run.calls if name in measured}
+        if called and self._leaves.all_accumulate(called):
+            return True
+        self._shortcut = False
+        return False
 
     def _single_came_back(self, run: LayerPass) -> None:
         """The backward pass begins."""

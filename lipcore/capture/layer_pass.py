@@ -40,6 +40,7 @@ class LayerPass:
         self.alone = False  # ... and when its backward pass began there were no others in them
         self.task = -1  # the backward pass that the rows came from
         self.finished_task = -1
+        self.refused_task = -1  # a backward pass that does not count
         self.broken = ""
         self._rows: dict[str, Tensor] = {}
         self._held: dict[str, Factor] = {}

@@ -59,6 +59,8 @@ class LayerSite:
         inner = in_backward() != -1
         run = capture.pass_of_recomputation() if inner else capture.current
         if run is not None and run.single:
+            if torch.is_grad_enabled() and not inner:
+                run.calls.update(self.names.values())
             return None
         if run is not None and not inner:
             run.calls.update(self.names.values())
@@ -78,8 +80,8 @@ class LayerSite:
             if self.broadcast:
                 batch, arguments, tensor_out = self._expanded(batch, arguments, tensor)
             saved, extra = self.rule.save(module, arguments, keywords, batch)
-        except ValueError as error:
-            capture.fail(ValueError(f"module '{self.name}' ({type(module).__name__}): {error}"))
+        except Exception as error:
+            capture.fail(_named(error, self))
             return None
         if capture.fused and can_fuse(module, arguments, run):
             bias = module.bias if isinstance(module.bias, Tensor) else None
@@ -110,7 +112,7 @@ class LayerSite:
                 if capture.normalized:
                     run.add_row(DELTA + self.name, _row_norms_sq(grad, run.batch))
         except Exception as error:
-            capture.fail(_named(error, self.name))
+            capture.fail(_named(error, self))
 
     def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
         """The weight gradient, with the norms taken on the way; None where the layer has to do it itself."""
@@ -133,7 +135,7 @@ class LayerSite:
                 run.add_row(weight, norms_sq)
                 return weight_grad
         except Exception as error:
-            capture.fail(_named(error, self.name))
+            capture.fail(_named(error, self))
             return None
 
     # ---- compiled regions: a probe takes the place of the pass
@@ -229,6 +231,6 @@ def _row_norms_sq(grad: Tensor, batch: Batch) -> Tensor:
     return torch.stack([part.sum() for part in rows.tensor_split(batch.offsets[1:-1].cpu())])
 
 
-def _named(error: Exception, name: str) -> Exception:
-    text = f"module '{name}': {error}"
+def _named(error: Exception, site: LayerSite) -> Exception:
+    text = f"module '{site.name}' ({type(site.module).__name__}): {error}"
     return type(error)(text) if isinstance(error, (ValueError, TypeError)) else RuntimeError(text)
