@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Coverage:
         self.tapped: list[tuple[str, nn.Module, Rule, dict[str, str]]] = []
         self.covered: dict[str, str] = {}  #: parameter -> "layer (Type)", or several of them for a tied one
         self.frozen: list[str] = []
+        self.batch_statistics: list[tuple[str, nn.Module, Rule]] = []  #: BatchNorms, which may change to train mode
         self.uncovered: dict[str, str] = {}  #: parameter -> why
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
 
@@ -85,6 +86,8 @@ def cover(model: nn.Module) -> Coverage:
         rule = None if id(module) in inside_rule else rule_for(module)
         if rule is None:
             continue
+        if isinstance(module, _BATCH_STATISTICS):
+            coverage.batch_statistics.append((module_name, module, rule))
         parametrized = getattr(module, "parametrizations", None) is not None
         own: dict[str, str] = {}
         for key, parameter in module.named_parameters():
@@ -136,6 +139,12 @@ def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: b
             )
     if not skip:
         coverage.check()
+
+
+def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> bool:
+    """Whether a forward pass's input was computed from one of these."""
+    inputs = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor) and leaf.grad_fn]
+    return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
 
 
 def _uses(output: Any) -> dict[int, int]:

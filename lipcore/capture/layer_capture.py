@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
 from lipcore.capture.accumulation import Leaves, accumulates_everything
-from lipcore.capture.audit import Coverage, audit_graph, cover
+from lipcore.capture.audit import Coverage, audit_graph, cover, depends_on
 from lipcore.capture.collector import in_backward
 from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord
 from lipcore.capture.layer_site import LayerSite
@@ -23,8 +23,12 @@ from lipcore.layers import Batch, Factor
 
 _NOT_ACCUMULATED = "the backward pass did not accumulate all gradients (autograd.grad, or backward(inputs=))"
 _NOT_ALL_REACHED = (
-    "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; from "
-    "now on batches of one are tapped"
+    "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; "
+    "from now on batches of one are tapped"
+)
+_CHAINED = (
+    "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
+    "samples' gradients are spread over several passes; detach() it where that is not meant"
 )
 _MAX_PENDING = 64
 
@@ -85,6 +89,7 @@ class LayerCapture:
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
         self._pending: list[LayerPass] = []  # whose probes may have come back
         self._audited = False
+        self._trainable = [p.requires_grad for _, p in self.coverage.parameters()]
         self._leaves = Leaves()
         self._shortcut = True  # batches of one may be served from the gradients
         self._grads_before: dict[str, bool] = {}
@@ -120,7 +125,8 @@ class LayerCapture:
         begin, end = _Weak(self._begin_forward), _Weak(self._end_forward)
         self._handles.append(self.model.register_forward_pre_hook(begin, with_kwargs=True))
         for site in self.sites:
-            self._handles.append(site.module.register_forward_hook(site, with_kwargs=True))
+            # Before hooks that were there already: what they return may not be the layer's own output.
+            self._handles.append(site.module.register_forward_hook(site, with_kwargs=True, prepend=True))
         self._handles.append(self.model.register_forward_hook(end, always_call=True))
 
     def close(self) -> None:
@@ -151,18 +157,21 @@ class LayerCapture:
     # ---- the forward pass
 
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_aside():
             return
         self.current = None
-        if not self.tapping or not torch.is_grad_enabled() or _core.paused() or in_backward() != -1:
-            return
-        try:
-            batch = self._batch(arguments, keywords)
-        except ValueError as error:
-            self.fail(error)
+        if not self.tapping:
             return
         self.flush()
-        run = LayerPass(batch)
+        self._stray.clear()
+        try:
+            run = LayerPass(self._batch(arguments, keywords), self._frozen())
+            self._check_batch_statistics()
+        except Exception as error:
+            self.fail(error)
+            return
+        if any(other.finished_task == -1 for other in self._open):
+            run.chained = depends_on(arguments, keywords, self._measured().values())
         run.single = self._may_be_single(run)
         self.current = self._last = run
         self._open.add(run)
@@ -171,6 +180,28 @@ class LayerCapture:
             self._arm(run, arguments, keywords)
         if not self._audited:
             self._grads_before = {name: p.grad is not None for name, p in self.coverage.parameters()}
+
+    def _frozen(self) -> frozenset[str]:
+        """Measured parameters that are frozen at present."""
+        if [p.requires_grad for _, p in self.coverage.parameters()] == self._trainable:
+            return frozenset()
+        frozen = set()
+        for (name, parameter), before in zip(self.coverage.parameters(), self._trainable, strict=False):
+            if parameter.requires_grad and not before:
+                raise ValueError(
+                    f"model: parameter '{name}' was frozen when the model was looked at, and is trained now; call "
+                    "Monitor.rebind(), or make a new metric"
+                )
+            if before and not parameter.requires_grad:
+                frozen.add(name)
+        return frozenset(frozen)
+
+    def _check_batch_statistics(self) -> None:
+        if self._skip_uncovered:
+            return
+        for name, module, rule in self.coverage.batch_statistics:
+            if reason := rule.refuses(module):
+                raise ValueError(f"module '{name}' ({type(module).__name__}): {reason}")
 
     def _batch(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Batch:
         if self._offsets_of is not None:
@@ -184,7 +215,7 @@ class LayerCapture:
         )
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_aside():
             return None
         run, self.current = self.current, None
         for site in self.sites if self._compiled else ():
@@ -194,7 +225,7 @@ class LayerCapture:
         if run.single:
             on_backward(output, lambda: self._single_came_back(run))
             return None
-        if not self._audited and not self._compiled:
+        if not self._audited and not self._compiled and not run.chained:
             try:
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
             except ValueError as error:
@@ -245,8 +276,7 @@ class LayerCapture:
             return True
         task = in_backward()
         if torch.is_grad_enabled():
-            run.broken = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
-            return False
+            run.spoiled = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
         if not (self._all_accumulate(run) if run.single else accumulates_everything()):
             if run.refused_task != task:
                 run.refused_task = task
@@ -255,7 +285,7 @@ class LayerCapture:
         if run.begin_task(task):
             self._returning.add(run)
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
-        return True
+        return not run.spoiled
 
     def strayed(self, site: LayerSite) -> None:
         """A layer called outside the model's forward pass gets a gradient."""
@@ -271,13 +301,18 @@ class LayerCapture:
             return
         try:
             self._read_probes(run)
-            if run.single and not run.broken:
+            if any(other.chained and other.task == task for other in self._open):
+                run.broken = _CHAINED
+            if run.single and not run.broken and not run.spoiled:
                 self._read_gradients(run)
             stray = self._stray.pop(task, set())
             for name in stray:
                 run.broken = f"the layer of parameter '{name}' was also called outside the model's forward pass"
             record = run.record()
-            if not self._audited:
+            if run.frozen and not record.norms_sq and not record.broken:
+                self._count("all of the parameters that it reached were frozen")
+                return
+            if not self._audited and not record.broken:
                 self._audited = True
                 self._audit(record)
             self.records += 1
@@ -297,10 +332,13 @@ class LayerCapture:
     # ---- batches of one
 
     def _measured(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.coverage.parameters() if name in self.coverage.covered}
+        covered = self.coverage.covered
+        return {name: p for name, p in self.coverage.parameters() if name in covered and p.requires_grad}
 
     def _may_be_single(self, run: LayerPass) -> bool:
         if run.batch.size != 1 or self.normalized or self._compiled or not self._audited or not self._shortcut:
+            return False
+        if run.chained:
             return False
         if any(other.finished_task == -1 for other in self._open):
             return False  # its backward may come together with this one's
@@ -376,6 +414,11 @@ class LayerCapture:
         if run is not None and run.task == 0 and in_backward() == -1:
             self._deliver(run, 0)
             run.task = -1
+
+
+def _is_aside() -> bool:
+    """Whether a forward pass begins or ends that is none of the training's: it leaves the pass under way alone."""
+    return not torch.is_grad_enabled() or _core.paused() or in_backward() != -1
 
 
 class _Weak:

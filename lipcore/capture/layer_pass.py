@@ -32,8 +32,9 @@ class LayerPass:
     where a parameter is used again in this pass: then they wait until the backward pass ends, and are joined first.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, frozen: frozenset[str] = frozenset()) -> None:
         self.batch = batch
+        self.frozen = frozen  # parameters that are not measured in this pass
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.single = False  # a batch of one, served from the gradients
@@ -41,7 +42,9 @@ class LayerPass:
         self.task = -1  # the backward pass that the rows came from
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count
+        self.chained = False  # its input depends on the model's parameters
         self.broken = ""
+        self.spoiled = ""  # the same, for every backward pass to come
         self._rows: dict[str, Tensor] = {}
         self._held: dict[str, Factor] = {}
         self._reasons: dict[str, str] = {}
@@ -57,6 +60,8 @@ class LayerPass:
         return True
 
     def add_factor(self, name: str, factor: Factor) -> None:
+        if name in self.frozen:
+            return
         if self.calls[name] > 1:
             held = self._held.get(name)
             self._held[name] = factor if held is None else held.join(factor)
@@ -64,6 +69,8 @@ class LayerPass:
             self.add_row(name, factor.norms_sq())
 
     def add_row(self, name: str, norms_sq: Tensor) -> None:
+        if name in self.frozen:
+            return
         if name in self._rows and not name.startswith((DELTA, OUTPUT)):
             self.broken = (
                 f"parameter '{name}' was used again in a part of the forward pass that could not be followed, so the "
@@ -81,10 +88,12 @@ class LayerPass:
                 self._rows[name] = factor.norms_sq()
         self._held.clear()
         rows = {name: row for name, row in self._rows.items() if name not in self._reasons}
+        broken = self.broken or self.spoiled
         for name in self.calls:
             if name not in rows:
-                self._reasons.setdefault(name, "no gradient reached it in this backward pass")
-        record = LayerRecord(self.batch.size, rows, dict(self._reasons), self.broken)
+                why = "is frozen" if name in self.frozen else "no gradient reached it in this backward pass"
+                self._reasons.setdefault(name, broken or why)
+        record = LayerRecord(self.batch.size, rows, dict(self._reasons), broken)
         self._rows, self._reasons, self.broken = {}, {}, ""
         self.finished_task = self.task
         return record

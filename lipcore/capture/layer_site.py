@@ -21,6 +21,10 @@ from lipcore.layers import Batch, Factor, Rule
 if TYPE_CHECKING:
     from lipcore.capture.layer_capture import LayerCapture
 
+_PREPENDED = (
+    "another forward hook was registered with prepend=True after lipcore's and may change the output before it is seen; "
+    "register it before the metric is attached, or without prepend"
+)
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 
@@ -68,6 +72,9 @@ class LayerSite:
             return None
         tensor = _tensor_of(output)
         if tensor is None or not tensor.requires_grad:
+            return None
+        if _precedes(module, self):
+            capture.fail(_named(ValueError(_PREPENDED), self))
             return None
         if run is None:
             return _with_tensor(output, _Strayed.apply(tensor, anything, self)) if not inner else None  # type: ignore[no-untyped-call]
@@ -212,6 +219,16 @@ class _Strayed(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.site._capture.strayed(ctx.site)
         return grad, None, None
+
+
+def _precedes(module: nn.Module, site: LayerSite) -> bool:
+    """Whether a hook that is not of this kind runs before this one, and may have changed the output."""
+    for hook in module._forward_hooks.values():
+        if hook is site:
+            return False
+        if not isinstance(hook, LayerSite):
+            return True
+    return False
 
 
 def _tensor_of(output: Any) -> Tensor | None:
