@@ -31,6 +31,7 @@ class Coverage:
         self.batch_statistics: list[tuple[str, nn.Module, Rule]] = []  #: BatchNorms, which may change to train mode
         self.uncovered: dict[str, str] = {}  #: parameter -> why
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
+        self._trainable: list[bool] = []  # of these, when the model was looked at
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters as they are now, by canonical name."""
@@ -38,6 +39,32 @@ class Coverage:
             parameter = owner._parameters.get(key)
             if parameter is not None:
                 yield name, parameter
+
+    def measured(self) -> dict[str, nn.Parameter]:
+        """Parameters that are covered and not frozen at present."""
+        return {name: p for name, p in self.parameters() if name in self.covered and p.requires_grad}
+
+    def frozen_since(self) -> frozenset[str]:
+        """Parameters that were frozen after the model was looked at; ValueError for one that was unfrozen."""
+        now = [parameter.requires_grad for _, parameter in self.parameters()]
+        if now == self._trainable:
+            return frozenset()
+        frozen = set()
+        for (name, parameter), before in zip(self.parameters(), self._trainable, strict=False):
+            if parameter.requires_grad and not before:
+                raise ValueError(
+                    f"model: parameter '{name}' was frozen when the model was looked at, and is trained now; call "
+                    "Monitor.rebind(), or make a new metric"
+                )
+            if before and not parameter.requires_grad:
+                frozen.add(name)
+        return frozenset(frozen)
+
+    def check_batch_statistics(self) -> None:
+        """ValueError when a BatchNorm has been put in train mode since."""
+        for name, module, rule in self.batch_statistics:
+            if reason := rule.refuses(module):
+                raise ValueError(f"module '{name}' ({type(module).__name__}): {reason}")
 
     def uncover(self, name: str, reason: str) -> None:
         self.covered.pop(name, None)
@@ -113,6 +140,7 @@ def cover(model: nn.Module) -> Coverage:
         elif name not in coverage.covered and name not in coverage.uncovered:
             owner, _ = coverage._parameters[name]
             coverage.uncovered[name] = _why(owner)
+    coverage._trainable = [parameter.requires_grad for _, parameter in coverage.parameters()]
     return coverage
 
 

@@ -12,13 +12,14 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
-from lipcore.capture.accumulation import Leaves, accumulates_everything
+from lipcore.capture.accumulation import accumulates_everything
 from lipcore.capture.audit import Coverage, audit_graph, cover, depends_on
 from lipcore.capture.collector import in_backward
-from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord
+from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord, Recomputation
+from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
-from lipcore.capture.probes import armed, is_compiled
-from lipcore.capture.single_gradient import gradient_squares, on_backward, served_by_gradients
+from lipcore.capture.probes import is_compiled
+from lipcore.capture.single_gradient import SingleBatches, on_backward
 from lipcore.layers import Batch, Factor
 
 _NOT_ACCUMULATED = "the backward pass did not accumulate all gradients (autograd.grad, or backward(inputs=))"
@@ -30,7 +31,6 @@ _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
 )
-_MAX_PENDING = 64
 
 
 class LayerCapture:
@@ -76,35 +76,40 @@ class LayerCapture:
         self._offsets_of = offsets_of
         self._methods = dict(methods or {})
         self._skip_uncovered = skip_uncovered
+        self._broadcast = broadcast
         self._compiled = any(is_compiled(module) for module in model.modules())
-        self.coverage: Coverage = cover(model)
-        self.sites = [LayerSite(self, name, module, rule, names) for name, module, rule, names in self.coverage.tapped]
-        self._broadcast(broadcast)
-        for name in self._methods:
-            if name not in {site.name for site in self.sites}:
-                raise ValueError(f"methods: the model has no tapped layer {name!r}; it has {self._known()}")
         self._open: weakref.WeakSet[LayerPass] = weakref.WeakSet()
         self._last: LayerPass | None = None
         self._returning: set[LayerPass] = set()  # passes of the backward pass under way
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
-        self._pending: list[LayerPass] = []  # whose probes may have come back
-        self._audited = False
-        self._trainable = [p.requires_grad for _, p in self.coverage.parameters()]
-        self._leaves = Leaves()
-        self._shortcut = True  # batches of one may be served from the gradients
         self._grads_before: dict[str, bool] = {}
         self._handles: list[Any] = []
+        self._look()
 
-    def _known(self) -> str:
-        names = [repr(site.name) for site in self.sites]
-        return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-    def _broadcast(self, names: tuple[str, ...]) -> None:
+    def _look(self) -> None:
+        """At the model's layers and parameters."""
+        self.coverage: Coverage = cover(self.model)
+        self.sites = [LayerSite(self, name, module, rule, names) for name, module, rule, names in self.coverage.tapped]
         sites = {site.name: site for site in self.sites}
-        for name in names:
-            if name not in sites:
-                raise ValueError(f"broadcast: the model has no tapped layer {name!r}; it has {self._known()}")
+        known = ", ".join(map(repr, list(sites)[:8])) + (", ..." if len(sites) > 8 else "")
+        for argument, names in (("methods", self._methods), ("broadcast", self._broadcast)):
+            for name in names:
+                if name not in sites:
+                    raise ValueError(f"{argument}: the model has no tapped layer {name!r}; it has {known}")
+        for name in self._broadcast:
             sites[name].broadcast = True
+        self._audited = False
+        self._single = SingleBatches(self.coverage.measured)
+        self._probes = LayerProbes(self.sites, self._probe_came_back)
+
+    def rebind(self) -> None:
+        """Look at the model anew; what was under way does not count."""
+        self._unhook()
+        self._open.clear()
+        self.current = self._last = None
+        self._look()
+        self.recording = True
+        self.attach()
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()  # a copied or pickled model is not watched
@@ -133,6 +138,9 @@ class LayerCapture:
         """Remove every hook; what was recorded stays."""
         self.flush()
         self.recording = False
+        self._unhook()
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -164,44 +172,26 @@ class LayerCapture:
             return
         self.flush()
         self._stray.clear()
+        self._returning.clear()  # of a backward pass that raised
         try:
-            run = LayerPass(self._batch(arguments, keywords), self._frozen())
-            self._check_batch_statistics()
+            run = LayerPass(self._batch(arguments, keywords), self.coverage.frozen_since())
+            if not self._skip_uncovered:
+                self.coverage.check_batch_statistics()
         except Exception as error:
             self.fail(error)
             return
         if any(other.finished_task == -1 for other in self._open):
-            run.chained = depends_on(arguments, keywords, self._measured().values())
-        run.single = self._may_be_single(run)
+            run.chained = depends_on(arguments, keywords, self.coverage.measured().values())
+        if self._audited and not self.normalized and not self._compiled:
+            run.single = self._single.may_serve(run, self._open)
         self.current = self._last = run
         self._open.add(run)
         self.forwards += 1
         if self._compiled:
-            self._arm(run, arguments, keywords)
+            leaves = tree_leaves((arguments, keywords))
+            self._probes.arm(run, next(leaf.device for leaf in leaves if isinstance(leaf, Tensor)))
         if not self._audited:
             self._grads_before = {name: p.grad is not None for name, p in self.coverage.parameters()}
-
-    def _frozen(self) -> frozenset[str]:
-        """Measured parameters that are frozen at present."""
-        if [p.requires_grad for _, p in self.coverage.parameters()] == self._trainable:
-            return frozenset()
-        frozen = set()
-        for (name, parameter), before in zip(self.coverage.parameters(), self._trainable, strict=False):
-            if parameter.requires_grad and not before:
-                raise ValueError(
-                    f"model: parameter '{name}' was frozen when the model was looked at, and is trained now; call "
-                    "Monitor.rebind(), or make a new metric"
-                )
-            if before and not parameter.requires_grad:
-                frozen.add(name)
-        return frozenset(frozen)
-
-    def _check_batch_statistics(self) -> None:
-        if self._skip_uncovered:
-            return
-        for name, module, rule in self.coverage.batch_statistics:
-            if reason := rule.refuses(module):
-                raise ValueError(f"module '{name}' ({type(module).__name__}): {reason}")
 
     def _batch(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Batch:
         if self._offsets_of is not None:
@@ -218,8 +208,7 @@ class LayerCapture:
         if torch.compiler.is_compiling() or _is_aside():
             return None
         run, self.current = self.current, None
-        for site in self.sites if self._compiled else ():
-            armed.pop(site.number, None)
+        self._probes.disarm()
         if run is None or output is None:  # None: the forward pass raised
             return None
         if run.single:
@@ -230,6 +219,8 @@ class LayerCapture:
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
             except ValueError as error:
                 self.fail(error)
+        for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+            on_backward(leaf, lambda: self._begin_backward(run))
         return self._tap_output(run, output) if self.normalized else None
 
     def _tap_output(self, run: LayerPass, output: Any) -> Any:
@@ -261,23 +252,32 @@ class LayerCapture:
 
     def pass_of_recomputation(self) -> LayerPass | None:
         """The pass that a forward pass inside the backward belongs to (activation checkpointing)."""
-        candidates = self._returning or {run for run in self._open if run.finished_task != in_backward()}
-        if len(candidates) == 1:
-            return next(iter(candidates))
-        for run in candidates:
-            run.broken = "several forward passes with reentrant checkpoints went into one backward pass"
-        return None
+        self._single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
+        candidates = self._returning or {run for run in self._open if run.finished_task == -1} or set(self._open)
+        tapped = {run for run in candidates if not run.single}
+        if len(tapped) <= 1:
+            return next(iter(tapped or candidates), None)
+        return Recomputation(tapped)
+
+    def _begin_backward(self, run: LayerPass) -> None:
+        if self.recording:
+            self._returning.add(run)
 
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
         """Whether what comes back now counts."""
         if inner:  # a checkpoint's own backward belongs to the one around it
+            if isinstance(run, Recomputation):
+                run.spoil("several forward passes with reentrant checkpoints wait for their backward pass")
+                return False
             if run.task == -1:
                 run.begin_task(0)
             return True
         task = in_backward()
+        if isinstance(run, Recomputation):
+            return False
         if torch.is_grad_enabled():
             run.spoiled = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
-        if not (self._all_accumulate(run) if run.single else accumulates_everything()):
+        if not (self._single.all_accumulate(run) if run.single else accumulates_everything()):
             if run.refused_task != task:
                 run.refused_task = task
                 self._count(_NOT_ALL_REACHED if run.single else _NOT_ACCUMULATED)
@@ -300,11 +300,11 @@ class LayerCapture:
         if not self.recording or run.task != task or run.finished_task == task:
             return
         try:
-            self._read_probes(run)
+            self._probes.read(run)
             if any(other.chained and other.task == task for other in self._open):
                 run.broken = _CHAINED
             if run.single and not run.broken and not run.spoiled:
-                self._read_gradients(run)
+                self._single.read(run, self._open)
             stray = self._stray.pop(task, set())
             for name in stray:
                 run.broken = f"the layer of parameter '{name}' was also called outside the model's forward pass"
@@ -329,82 +329,15 @@ class LayerCapture:
         if not self._skip_uncovered:
             self.coverage.check()
 
-    # ---- batches of one
-
-    def _measured(self) -> dict[str, nn.Parameter]:
-        covered = self.coverage.covered
-        return {name: p for name, p in self.coverage.parameters() if name in covered and p.requires_grad}
-
-    def _may_be_single(self, run: LayerPass) -> bool:
-        if run.batch.size != 1 or self.normalized or self._compiled or not self._audited or not self._shortcut:
-            return False
-        if run.chained:
-            return False
-        if any(other.finished_task == -1 for other in self._open):
-            return False  # its backward may come together with this one's
-        return served_by_gradients(list(self._measured().values()))
-
-    def _all_accumulate(self, run: LayerPass) -> bool:
-        measured = self._measured()
-        called = {name: measured[name] for name in run.calls if name in measured}
-        if called and self._leaves.all_accumulate(called):
-            return True
-        self._shortcut = False
-        return False
-
     def _single_came_back(self, run: LayerPass) -> None:
-        """The backward pass begins."""
+        """The backward pass of a batch of one begins."""
         if self.recording and self.comes_back(run, inner=False):
-            run.alone = served_by_gradients(list(self._measured().values()))
-
-    def _read_gradients(self, run: LayerPass) -> None:
-        if not run.alone or any(other is not run and other.task == run.task for other in self._open):
-            self._shortcut = False
-            run.broken = (
-                "a batch of one was served from the gradients, and another backward pass added to them; from now on "
-                "batches of one are tapped"
-            )
-            return
-        for name, square in gradient_squares(self._measured()).items():
-            run.calls[name] = 1
-            run.add_row(name, square)
-
-    # ---- compiled regions
-
-    def _arm(self, run: LayerPass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        device = next(leaf.device for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor))
-        for site in self.sites:
-            probe = torch.empty(
-                len(site.columns), run.batch.size, dtype=torch.float64, device=device, requires_grad=True
-            )
-            probe.register_post_accumulate_grad_hook(_ProbeHook(self, run))
-            run.probes[site.number] = probe
-            armed[site.number] = probe
-        self._pending.append(run)
-        del self._pending[:-_MAX_PENDING]
+            self._single.begin(run)
 
     def _probe_came_back(self, run: LayerPass) -> None:
         task = in_backward()
         if self.recording and run.begin_task(task):
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
-
-    def _read_probes(self, run: LayerPass) -> None:
-        for site in self.sites if run.probes else ():
-            probe = run.probes[site.number]
-            if probe.grad is None:
-                continue
-            *rows, calls = probe.grad.unbind()
-            probe.grad = None
-            if bool((calls > 1).any()):
-                raise ValueError(
-                    f"module '{site.name}' is called more than once in a compiled forward pass; its squares cannot be "
-                    "joined there. Run it in eager mode, or leave it out with on_unsupported='skip'"
-                )
-            for name, row in zip(site.columns, rows, strict=False):
-                run.calls[name] += 0
-                run.add_row(name, row)
-        if run in self._pending:
-            self._pending.remove(run)
 
     # ---- passes whose end no callback tells
 
@@ -433,16 +366,6 @@ class _Weak:
 
     def __reduce__(self) -> tuple[type[_Weak], tuple[()]]:
         return _Weak, ()
-
-
-class _ProbeHook:
-    def __init__(self, capture: LayerCapture, run: LayerPass) -> None:
-        self._capture, self._run = capture, weakref.ref(run)
-
-    def __call__(self, probe: Tensor) -> None:
-        run = self._run()
-        if run is not None:
-            self._capture._probe_came_back(run)
 
 
 def _nothing() -> None:

@@ -97,3 +97,16 @@ class LayerPass:
         self._rows, self._reasons, self.broken = {}, {}, ""
         self.finished_task = self.task
         return record
+
+
+class Recomputation(LayerPass):
+    """What an activation checkpoint runs again while several passes may be meant. One that keeps its tensors for the
+    first run's backward only needs them to be as many; one with a backward pass of its own cannot be told apart."""
+
+    def __init__(self, passes: set[LayerPass]) -> None:
+        super().__init__(next(iter(passes)).batch)
+        self.passes = passes
+
+    def spoil(self, reason: str) -> None:
+        for run in self.passes:
+            run.spoiled = reason

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lipcore import functional
+from lipcore import _core, functional
 from lipcore.capture.accumulation import anything
 from lipcore.capture.collector import in_backward
 from lipcore.capture.fused_linear import FusedLinear, can_fuse
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from lipcore.capture.layer_capture import LayerCapture
 
 _PREPENDED = (
-    "another forward hook was registered with prepend=True after lipcore's and may change the output before it is seen; "
-    "register it before the metric is attached, or without prepend"
+    "another forward hook was registered with prepend=True after lipcore's and may change the output before it is "
+    "seen; register it before the metric is attached, or without prepend"
 )
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
@@ -58,8 +58,6 @@ class LayerSite:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
         capture = self._capture
-        if not capture.tapping:
-            return None
         inner = in_backward() != -1
         run = capture.pass_of_recomputation() if inner else capture.current
         if run is not None and run.single:
@@ -77,7 +75,9 @@ class LayerSite:
             capture.fail(_named(ValueError(_PREPENDED), self))
             return None
         if run is None:
-            return _with_tensor(output, _Strayed.apply(tensor, anything, self)) if not inner else None  # type: ignore[no-untyped-call]
+            if inner or not capture.tapping or _core.paused():
+                return None
+            return _with_tensor(output, _Strayed.apply(tensor, anything, self))  # type: ignore[no-untyped-call]
         try:
             refusal = self.rule.refuses(module)
             if refusal:

@@ -144,12 +144,21 @@ class PerSampleGradNorms(Metric):
         for site in capture.sites:
             for parameter in site.names.values():
                 self._layer_of.setdefault(parameter, site.name)
-        self._layers = list(dict.fromkeys(self._layer_of.values()))
-        if len(self._open) != len(self._layers) + 1:
-            self._open = self._block()
+        before, self._layers = self._layers, list(dict.fromkeys(self._layer_of.values()))
+        if self._layers != before or not self._open:
+            self._open, self._noise = self._block(), None
+            self._closed.clear()
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
             self._step_sums = StepSums(self._layers, self._layer_of, capture.coverage.parameters)
+
+    def rebind(self) -> None:
+        """Parameters were frozen or unfrozen, layers added or removed; statistics start anew where the layers are
+        others than before."""
+        self._waiting.clear()
+        if self._capture is not None:
+            self._capture.rebind()
+            self.tapped(self._capture)
 
     @property
     def wants_gradients(self) -> bool:  # type: ignore[override]
