@@ -282,8 +282,11 @@ class Monitor:
                     settle()
             self._step += 1
             self._steps_here += 1
-            if self._steps_here == 2 and self._tapping:
-                self._check_that_something_came()
+            if self._steps_here == 2:
+                for capture in self._layer_captures:
+                    capture.check_that_something_came()
+                if self._tapping:
+                    self._check_that_something_came()
             if self.window_steps is not None and self._block_steps >= self.window_steps // self._window_blocks:
                 self._close()
         except Exception as error:

@@ -242,8 +242,11 @@ class LayerCapture:
         out = output.view_as(output)
 
         def keep(grad: Tensor) -> None:
-            if self.recording and self.comes_back(run, inner=False):
-                run.add_row(OUTPUT, grad.detach().reshape(-1).double().square())
+            squares = grad.detach().reshape(-1).double().square()
+            if run.probes:
+                run.output_sq = squares
+            elif self.recording and self.comes_back(run, inner=False):
+                run.add_row(OUTPUT, squares)
 
         out.register_hook(keep)
         return out
@@ -338,6 +341,17 @@ class LayerCapture:
         task = in_backward()
         if self.recording and run.begin_task(task):
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
+
+    def check_that_something_came(self) -> None:
+        """After some steps: an error is kept when no backward pass has come through the hooks."""
+        if not self.records and not self.unrecorded:
+            self.fail(
+                ValueError(
+                    "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
+                    "object that was passed as model, in grad mode; attach the Monitor to torch.compile's result, "
+                    "before its first call (or torch._dynamo.reset())"
+                )
+            )
 
     # ---- passes whose end no callback tells
 

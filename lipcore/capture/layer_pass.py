@@ -37,6 +37,7 @@ class LayerPass:
         self.frozen = frozen  # parameters that are not measured in this pass
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
+        self.output_sq: Tensor | None = None  # beside probes: of the model's output
         self.single = False  # a batch of one, served from the gradients
         self.alone = False  # ... and when its backward pass began there were no others in them
         self.task = -1  # the backward pass that the rows came from

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lipcore.capture.layer_pass import LayerPass
+from lipcore.capture.layer_pass import OUTPUT, LayerPass
 from lipcore.capture.layer_site import LayerSite
 from lipcore.capture.probes import armed
 
@@ -61,6 +61,8 @@ class LayerProbes:
             for name, row in zip(site.columns, rows, strict=False):
                 run.calls[name] += 0
                 run.add_row(name, row)
+        if run.output_sq is not None:
+            run.add_row(OUTPUT, run.output_sq)
         if run in self._pending:
             self._pending.remove(run)
 

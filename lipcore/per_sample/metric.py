@@ -226,7 +226,8 @@ class PerSampleGradNorms(Metric):
                 + (
                     f" ({why})"
                     if why
-                    else "; call the very object that was passed as model, in grad mode, and backward()"
+                    else "; call the very object that was passed as model, in grad mode, and backward(); attach the "
+                    "metric to torch.compile's result, before its first call (or torch._dynamo.reset())"
                 )
             )
         return self._last
