@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from lipcore import _core
 from lipcore.capture.accumulation import accumulates_everything
 from lipcore.capture.audit import Coverage, audit_graph, cover, depends_on
+from lipcore.capture.broadcast import check_broadcast
 from lipcore.capture.collector import in_backward
 from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord, Recomputation
 from lipcore.capture.layer_probes import LayerProbes
@@ -27,6 +28,7 @@ _NOT_ALL_REACHED = (
     "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; "
     "from now on batches of one are tapped"
 )
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -195,7 +197,7 @@ class LayerCapture:
 
     def _batch(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Batch:
         if self._offsets_of is not None:
-            offsets = self._offsets_of(arguments, keywords)
+            offsets = _checked(self._offsets_of(arguments, keywords))
             return Batch(len(offsets) - 1, self.batch_dim, offsets)
         for leaf in tree_leaves((arguments, keywords)):
             if isinstance(leaf, Tensor) and leaf.dim() > self.batch_dim:
@@ -216,6 +218,7 @@ class LayerCapture:
             return None
         if not self._audited and not self._compiled and not run.chained:
             try:
+                check_broadcast(output, run.batch.size)
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
             except ValueError as error:
                 self.fail(error)
@@ -361,6 +364,17 @@ class LayerCapture:
         if run is not None and run.task == 0 and in_backward() == -1:
             self._deliver(run, 0)
             run.task = -1
+
+
+def _checked(offsets: Any) -> Tensor:
+    """Boundaries of packed sequences as int64; values are looked at where that does not wait for a device."""
+    if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _INTEGERS:
+        got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise ValueError(f"cu_seqlens: expected boundaries, integers of shape [B + 1], got {got}")
+    boundaries: Tensor = offsets.detach().to(torch.int64)
+    if boundaries.is_cpu and (boundaries[0] != 0 or bool((boundaries.diff() < 0).any())):
+        raise ValueError(f"cu_seqlens: expected boundaries from 0 in ascending order, got {boundaries.tolist()[:16]}")
+    return boundaries
 
 
 def _is_aside() -> bool:

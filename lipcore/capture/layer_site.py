@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from lipcore.layers import Batch, Factor, Rule
 if TYPE_CHECKING:
     from lipcore.capture.layer_capture import LayerCapture
 
+_BROADCAST = "; broadcast= names layers that are called without the batch dimension"
 _PREPENDED = (
     "another forward hook was registered with prepend=True after lipcore's and may change the output before it is "
     "seen; register it before the metric is attached, or without prepend"
@@ -87,12 +89,17 @@ class LayerSite:
             if self.broadcast:
                 batch, arguments, tensor_out = self._expanded(batch, arguments, tensor)
             saved, extra = self.rule.save(module, arguments, keywords, batch)
+            if batch.offsets is not None:
+                _check_rows(module, tensor, batch.offsets)
         except Exception as error:
-            capture.fail(_named(error, self))
+            hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
+            capture.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         if capture.fused and can_fuse(module, arguments, run):
             bias = module.bias if isinstance(module.bias, Tensor) else None
-            fused = FusedLinear.apply(arguments[0], module.weight, bias, tensor.detach(), anything, self, run, inner)  # type: ignore[no-untyped-call]
+            fused = FusedLinear.apply(
+                arguments[0], module.weight, bias, tensor_out.detach(), anything, self, run, inner
+            )  # type: ignore[no-untyped-call]
             return _with_tensor(output, fused)
         return _with_tensor(output, _Tapped.apply(tensor_out, anything, self, run, extra, inner, *saved))  # type: ignore[no-untyped-call]
 
@@ -239,6 +246,13 @@ def _tensor_of(output: Any) -> Tensor | None:
 
 def _with_tensor(output: Any, tensor: Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
+def _check_rows(module: nn.Module, output: Tensor, offsets: Tensor) -> None:
+    """ValueError unless packed sequences end with the last row."""
+    rows = math.prod(output.shape[: output.dim() - len(getattr(module, "normalized_shape", (0,)))])
+    if offsets.is_cpu and rows != int(offsets[-1]):
+        raise ValueError(f"cu_seqlens: the boundaries end at {int(offsets[-1])}, but there are {rows} rows")
 
 
 def _row_norms_sq(grad: Tensor, batch: Batch) -> Tensor:
