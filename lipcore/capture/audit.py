@@ -31,7 +31,7 @@ class Coverage:
         self.batch_statistics: list[tuple[str, nn.Module, Rule]] = []  #: BatchNorms, which may change to train mode
         self.uncovered: dict[str, str] = {}  #: parameter -> why
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
-        self._trainable: list[bool] = []  # of these, when the model was looked at
+        self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters as they are now, by canonical name."""
@@ -46,17 +46,18 @@ class Coverage:
 
     def frozen_since(self) -> frozenset[str]:
         """Parameters that were frozen after the model was looked at; ValueError for one that was unfrozen."""
-        now = [parameter.requires_grad for _, parameter in self.parameters()]
+        now = {name: parameter.requires_grad for name, parameter in self.parameters()}
         if now == self._trainable:
             return frozenset()
         frozen = set()
-        for (name, parameter), before in zip(self.parameters(), self._trainable, strict=False):
-            if parameter.requires_grad and not before:
+        for name, before in self._trainable.items():
+            if name not in now or now[name] > before:
+                what = "was frozen when the model was looked at, and is trained now"
+                what = what if name in now else "is not there any more (parametrized, pruned, removed)"
                 raise ValueError(
-                    f"model: parameter '{name}' was frozen when the model was looked at, and is trained now; call "
-                    "Monitor.rebind(), or make a new metric"
+                    f"model: parameter '{name}' {what}; call Monitor.rebind(), or make a new metric afterwards"
                 )
-            if before and not parameter.requires_grad:
+            if before and not now[name]:
                 frozen.add(name)
         return frozenset(frozen)
 
@@ -120,6 +121,9 @@ def cover(model: nn.Module) -> Coverage:
         for key, parameter in module.named_parameters():
             if parametrized or not parameter.requires_grad:
                 continue
+            if _makes_another(module, key):
+                coverage.uncovered[names[id(parameter)]] = _why(module, key)
+                continue
             own[key] = names[id(parameter)]
         if len(list(module.children())) and not parametrized:
             inside_rule.update(id(child) for child in module.modules() if child is not module)
@@ -138,14 +142,20 @@ def cover(model: nn.Module) -> Coverage:
         if not parameter.requires_grad:
             coverage.frozen.append(name)
         elif name not in coverage.covered and name not in coverage.uncovered:
-            owner, _ = coverage._parameters[name]
-            coverage.uncovered[name] = _why(owner)
-    coverage._trainable = [parameter.requires_grad for _, parameter in coverage.parameters()]
+            coverage.uncovered[name] = _why(*coverage._parameters[name])
+    coverage._trainable = {name: parameter.requires_grad for name, parameter in coverage.parameters()}
     return coverage
 
 
-def _why(owner: nn.Module) -> str:
+def _makes_another(module: nn.Module, key: str) -> bool:
+    """Whether it is what pruning or the older weight_norm left of a parameter, which is a plain tensor now."""
+    return any(isinstance(value, Tensor) and key.startswith(f"{name}_") for name, value in module.__dict__.items())
+
+
+def _why(owner: nn.Module, key: str) -> str:
     kind = type(owner).__name__
+    if _makes_another(owner, key):
+        return f"is not used by {kind} itself, which has a tensor that is computed from it (pruning, weight_norm)"
     if kind == "ParametrizationList":
         return "is behind a parametrization (weight_norm, spectral_norm), whose gradient is not the layer's"
     return f"there is no rule for {kind}"

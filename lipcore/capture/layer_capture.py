@@ -314,7 +314,7 @@ class LayerCapture:
             stray = self._stray.pop(task, set())
             for name in stray:
                 run.broken = f"the layer of parameter '{name}' was also called outside the model's forward pass"
-            record = run.record()
+            record = run.record(self.coverage.covered)
             if run.frozen and not record.norms_sq and not record.broken:
                 self._count("all of the parameters that it reached were frozen")
                 return

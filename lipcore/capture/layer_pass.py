@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
@@ -48,7 +49,6 @@ class LayerPass:
         self.spoiled = ""  # the same, for every backward pass to come
         self._rows: dict[str, Tensor] = {}
         self._held: dict[str, Factor] = {}
-        self._reasons: dict[str, str] = {}
 
     def begin_task(self, task: int) -> bool:
         """A number comes back in this backward pass; True when it is the first."""
@@ -57,7 +57,6 @@ class LayerPass:
         self.task = task
         self._rows.clear()  # left by a backward pass that broke off
         self._held.clear()
-        self._reasons.clear()
         return True
 
     def add_factor(self, name: str, factor: Factor) -> None:
@@ -79,23 +78,21 @@ class LayerPass:
             )
         self._rows[name] = norms_sq
 
-    def refuse(self, name: str, reason: str) -> None:
-        self._reasons[name] = reason
-
-    def record(self) -> LayerRecord:
-        """Everything that came back, and why the rest did not."""
+    def record(self, covered: Container[str]) -> LayerRecord:
+        """Everything that came back of these parameters, and why the rest did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
                 self._rows[name] = factor.norms_sq()
         self._held.clear()
-        rows = {name: row for name, row in self._rows.items() if name not in self._reasons}
+        rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith((DELTA, OUTPUT))}
         broken = self.broken or self.spoiled
+        reasons = {}
         for name in self.calls:
-            if name not in rows:
+            if name not in rows and name in covered:
                 why = "is frozen" if name in self.frozen else "no gradient reached it in this backward pass"
-                self._reasons.setdefault(name, broken or why)
-        record = LayerRecord(self.batch.size, rows, dict(self._reasons), broken)
-        self._rows, self._reasons, self.broken = {}, {}, ""
+                reasons[name] = broken or why
+        record = LayerRecord(self.batch.size, rows, reasons, broken)
+        self._rows, self.broken = {}, ""
         self.finished_task = self.task
         return record
 
