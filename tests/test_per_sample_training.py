@@ -71,6 +71,7 @@ def test_the_outputs_and_the_gradients_of_inputs_are_bitwise_unchanged(build: An
     assert_equal(*found)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
 def test_full_backward_hooks_of_someone_else() -> None:
     def run(watched: bool) -> list[Tensor]:
         model = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
