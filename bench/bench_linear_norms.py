@@ -1,4 +1,4 @@
-"""Per-sample norms of Linear layers with sequences: kernels against two batched products, and their share of the peak."""
+"""Per-sample norms of Linear layers with sequences: kernels against two batched products and the peak."""
 
 from __future__ import annotations
 

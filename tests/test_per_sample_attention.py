@@ -69,7 +69,7 @@ def test_attention_weights_in_the_loss_are_refused(compiled: bool) -> None:
 def test_positions_that_are_as_many_as_samples_are_refused_or_named(positions: str) -> None:
     with seeded(2):
         model, tokens = Block(positions), _tokens(6, 6)
-        with pytest.raises(ValueError, match=r"broadcast=\['position'\]"):
+        with pytest.raises(ValueError, match="'position' .*broadcast="):
             with lipcore.PerSampleGradNorms(model, loss_reduction="sum") as metric:
                 weighted_sum(model(tokens)).backward()
                 _ = metric.per_sample
