@@ -52,7 +52,7 @@ class LayerSite:
     def in_place_after(self) -> bool:
         """Whether an in-place activation may follow: not behind a tuple's view, nor behind an expanded output."""
         # A layer of the user's may keep its output for its own backward pass, which a changed version would refuse.
-        ours = type(self.module).__module__.startswith("torch.nn.modules.")
+        ours = type(self.module).forward.__module__.startswith("torch.nn.modules.")
         return ours and not (self.broadcast or isinstance(self.module, nn.MultiheadAttention))
 
     @property
@@ -89,6 +89,8 @@ class LayerSite:
             refusal = self.rule.refuses(module)
             if refusal:
                 raise ValueError(refusal)
+            if hasattr(tensor, "placements"):
+                raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
             batch = run.batch
             tensor_out = tensor
             if self.broadcast:

@@ -319,6 +319,8 @@ class PerSampleGradNorms(Metric):
                 result.add(quantity, layer or "model", level, **reducers)  # type: ignore[arg-type]
         assert self._step_sums is not None
         result.details["noise_scale_unequal_steps"] = self._step_sums.skipped
+        if self._step_sums.off:
+            result.details["noise_scale_off"] = self._step_sums.off
 
     def _window(self) -> list[Distribution]:
         if not self._closed:
