@@ -154,7 +154,7 @@ class LayerSite:
         try:
             with torch.no_grad():
                 tokens, grads = batch.tokens(x), batch.tokens(grad)
-                factors = self.rule.factors(self.module, grad, self.rule.save(self.module, (x,), {}, batch)[1], tokens)
+                factors = self.rule.factors(self.module, grad, batch, x)
                 if "bias" in self.names:
                     run.add_factor(self.names["bias"], factors["bias"])
                 if capture.normalized:
