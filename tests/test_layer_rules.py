@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from rule_cases import CASES, Case
 from oracle import DTYPES
+from rule_cases import CASES, Case
 from rule_oracle import norms_sq
 from torch import Tensor
 
