@@ -20,10 +20,11 @@ LIPCORE_INLINE double sum_squares_of(E, const void* data, int64_t count) {
       sums[k] = add_square(sums[k], E::read(x + i + 16 * k));
     }
   }
-  for (int k = 0; i < count; i += 16, k = (k + 1) % 4) {
+  // Unrolled, so that the sums stay in registers: through memory they would cost a short row as much as its elements.
+  for (int k = 0; k < 4; ++k, i += 16) {
     if (i + 16 <= count) {
       sums[k] = add_square(sums[k], E::read(x + i));
-    } else {
+    } else if (i < count) {
       typename E::Stored tail[16] = {};
       memcpy(tail, x + i, static_cast<size_t>(count - i) * sizeof tail[0]);
       sums[k] = add_square(sums[k], E::read(tail));

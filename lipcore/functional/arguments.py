@@ -62,6 +62,8 @@ def packed_offsets(offsets: Tensor | None, like: Tensor) -> Tensor | None:
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast left in different types becomes their common one."""
     dtype = tensors[0].dtype
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)
