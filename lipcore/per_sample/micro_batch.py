@@ -74,7 +74,9 @@ class MicroBatch:
     @property
     def per_layer(self) -> Norms:
         rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
-        missing = {self._places.layer_of[n]: why for n, why in self.record.reasons.items() if n in self._places.layer_of}
+        missing = {
+            self._places.layer_of[n]: why for n, why in self.record.reasons.items() if n in self._places.layer_of
+        }
         return Norms("layer", rows, {name: why for name, why in missing.items() if name not in rows}, self.samples)
 
     @property
