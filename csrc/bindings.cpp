@@ -11,6 +11,7 @@
 
 #include "distribution.h"
 #include "ledger.h"
+#include "ops/linear_norms.h"
 #include "ops/ops.h"
 #include "ops/per_sample.h"
 #include "ops/sketch.h"
@@ -346,6 +347,18 @@ void square_sums_of(py::handle tensors, py::handle out) {
   check(square_sums(views, static_cast<StepSums*>(table.data)));
 }
 
+void linear_norms_of(py::handle x, py::handle grad, const std::vector<int64_t>& offsets, int method, py::handle out) {
+  check(linear_norms(view_of(x, "x"), view_of(grad, "grad"), offsets, static_cast<LinearMethod>(method),
+                     view_of(out, "out", Access::kWrite), nullptr));
+}
+
+void linear_weight_grad_of(py::handle x, py::handle grad, const std::vector<int64_t>& offsets, py::handle total,
+                           py::handle out) {
+  const TensorView weight_grad = view_of(total, "total", Access::kWrite);
+  check(linear_norms(view_of(x, "x"), view_of(grad, "grad"), offsets, LinearMethod::kChoose,
+                     view_of(out, "out", Access::kWrite), &weight_grad));
+}
+
 // A float64 result of `count` elements, as lipcore.functional makes it.
 TensorView result_of(py::handle out, int64_t count) {
   const TensorView view = view_of(out, "out", Access::kWrite);
@@ -531,6 +544,13 @@ PYBIND11_MODULE(_core, m) {
   m.def("sketch", &sketch_of, py::arg("tensors"), py::arg("first_index"), py::arg("seed"), py::arg("out"));
   m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
         py::arg("rows"), py::arg("normalized"));
+  m.def("linear_norms", &linear_norms_of, py::arg("x"), py::arg("grad"), py::arg("offsets"), py::arg("method"),
+        py::arg("out"));
+  m.def("linear_weight_grad", &linear_weight_grad_of, py::arg("x"), py::arg("grad"), py::arg("offsets"),
+        py::arg("total"), py::arg("out"));
+  m.def(
+      "linear_uses_gram", [](int64_t t, int64_t i, int64_t o) { return linear_method(t, i, o) == LinearMethod::kGram; },
+      py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
   m.def("term_sums", &term_sums_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
         py::arg("out"));
   m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("grad"), py::arg("weights"),

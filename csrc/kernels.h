@@ -67,6 +67,35 @@ struct UpdateSumsKernels {
   int64_t (*count_nonfinite)(const UpdateChunk& chunk);       // elements whose parameter or update is not finite
 };
 
+struct LinearSample {                     // the tokens of one sample at a Linear layer
+  const void *x, *grad;                   // rows of inputs and outputs elements, each row contiguous
+  int64_t tokens, x_stride, grad_stride;  // strides between tokens, in elements
+  DType dtype;                            // of both
+  bool in_float64;                        // always for float64
+  double x_scale, grad_scale;             // powers of two that the elements are multiplied with; in float64 only
+};
+
+struct LinearBlock {
+  int64_t row, rows, column, columns;  // of the weight gradient [outputs, inputs], or of the Gram matrix of tokens
+  int64_t inputs, outputs;
+};
+
+struct GramSums {
+  double total;              // of the products of both Gram matrices over the block, elements off the diagonal twice
+  double diagonal, x, grad;  // over the diagonal alone: of the products and of each matrix
+};
+
+struct LinearNormsKernels {
+  int64_t block;    // rows and columns of a LinearBlock at most
+  int64_t scratch;  // bytes that a call needs
+  double (*direct)(const LinearSample& sample, const LinearBlock& block, void* scratch);  // sum of squares
+  void (*gram)(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums);
+  // out [outputs, inputs] in float32 (float64 when the samples are) and norms[b * norms_stride]: of the block
+  void (*weight_grad)(const LinearSample* samples, int64_t count, const LinearBlock& block, void* scratch, void* out,
+                      double* norms, int64_t norms_stride);
+  double (*largest)(const void* rows, DType dtype, int64_t stride, int64_t count, int64_t length);  // |element|, or NaN
+};
+
 // A block of a sample's rows: columns are summed over rows, for g itself (shift) and for g * x (scale).
 struct TermBlock {
   const void* g;
@@ -100,6 +129,7 @@ struct Kernels {
   const TrajectoryStepKernels* trajectory_step;
   const SketchKernels* sketch;
   const UpdateSumsKernels* update_sums;
+  const LinearNormsKernels* linear_norms;
   const TermSumsKernels* term_sums;
   const TokenSumsKernels* token_sums;
 };

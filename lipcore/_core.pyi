@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'normalized_norms', 'observe_ratios', 'observe_recent', 'outer_norms', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'outer_norms', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -121,6 +121,12 @@ def float16_to_float(bits: typing.SupportsInt | typing.SupportsIndex) -> float:
 def fold_means(mean: typing.Any, earlier: typing.Any, share: typing.Any, gap_sq: typing.Any) -> None:
     ...
 def isa() -> str:
+    ...
+def linear_norms(x: typing.Any, grad: typing.Any, offsets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], method: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
+    ...
+def linear_uses_gram(tokens: typing.SupportsInt | typing.SupportsIndex, inputs: typing.SupportsInt | typing.SupportsIndex, outputs: typing.SupportsInt | typing.SupportsIndex) -> bool:
+    ...
+def linear_weight_grad(x: typing.Any, grad: typing.Any, offsets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], total: typing.Any, out: typing.Any) -> None:
     ...
 def normalized_norms(delta: typing.Any, output_grad: typing.Any, r: typing.Any) -> int:
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -160,7 +161,8 @@ class Monitor:
                     f"model: {metric.name} watches the forward pass of one module, not of a dict of them; pass the "
                     "module your loop calls"
                 )
-            capture = LayerCapture(self.model, metric.observe_layers, self._stop_all, **options)
+            observe = functools.partial(self._observe_layers, metric)
+            capture = LayerCapture(self.model, observe, self._stop_all, **options)
             metric.tapped(capture)
             capture.attach()
             captures.append(capture)
@@ -224,6 +226,11 @@ class Monitor:
         for metric in self._tapping:
             metric.observe_record(record)
 
+    def _observe_layers(self, metric: Metric, record: Any) -> None:
+        if self._scaled is not None:
+            self._scaled.look()  # whether the step before this backward pass was skipped
+        metric.observe_layers(record)
+
     def _before_step(self) -> None:
         self._call(lambda metric: metric.before_step() if metric.wants_before_step else None)
 
@@ -275,8 +282,11 @@ class Monitor:
                     settle()
             self._step += 1
             self._steps_here += 1
-            if self._steps_here == 2 and self._tapping:
-                self._check_that_something_came()
+            if self._steps_here == 2:
+                for capture in self._layer_captures:
+                    capture.check_that_something_came()
+                if self._tapping:
+                    self._check_that_something_came()
             if self.window_steps is not None and self._block_steps >= self.window_steps // self._window_blocks:
                 self._close()
         except Exception as error:

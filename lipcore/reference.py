@@ -151,8 +151,14 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -
 
 def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The batch's weight gradient sum_b grad_b^T x_b, and linear_norms_sq() of the same."""
-    weight_grad = grad.double().reshape(-1, grad.shape[-1]).T @ x.double().reshape(-1, x.shape[-1])
+    weight_grad = grad.double().flatten(0, -2).T @ x.double().flatten(0, -2)
     return weight_grad, linear_norms_sq(x, grad, offsets=offsets)
+
+
+def linear_norms_sq_estimate(x: Tensor, grad: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over probes v (columns of signs [I, k]) of ||sum_t grad_bt (x_bt . v)||^2, and its standard error."""
+    each = (grad.double().mT @ (x.double() @ signs.double())).square().sum(1)
+    return each.mean(1), each.std(1) / signs.shape[1] ** 0.5
 
 
 def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:

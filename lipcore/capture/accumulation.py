@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,19 +26,22 @@ def accumulates_everything() -> bool:
 
 
 class Leaves:
-    """The nodes of parameters that stand in the graph of a forward pass, for passes without taps."""
+    """The nodes of parameters, for passes without taps."""
 
     def __init__(self) -> None:
-        self._nodes: list[Any] = []
+        self._nodes: dict[str, tuple[Any, Tensor, torch.dtype]] = {}
 
-    def of(self, parameters: list[Tensor]) -> None:
-        """Remember these."""
-        with torch.enable_grad():
-            self._nodes = [_node_of(parameter) for parameter in parameters]
-
-    def all_accumulate(self) -> bool:
-        """Whether the backward pass under way accumulates the gradients of all of them."""
+    def all_accumulate(self, parameters: Mapping[str, Tensor]) -> bool:
+        """Whether the backward pass under way accumulates the gradients of all of these."""
         try:
-            return bool(self._nodes) and all(map(torch._C._will_engine_execute_node, self._nodes))
+            return all(torch._C._will_engine_execute_node(self._node(*item)) for item in parameters.items())
         except RuntimeError:  # autograd.grad() of leaves
             return False
+
+    def _node(self, name: str, parameter: Tensor) -> Any:
+        node, known, dtype = self._nodes.get(name, (None, None, None))
+        if known is not parameter or dtype != parameter.dtype:  # Module.to() gives a parameter another node
+            with torch.enable_grad():
+                node = _node_of(parameter)
+            self._nodes[name] = node, parameter, parameter.dtype
+        return node

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,9 +28,10 @@ class Coverage:
         self.tapped: list[tuple[str, nn.Module, Rule, dict[str, str]]] = []
         self.covered: dict[str, str] = {}  #: parameter -> "layer (Type)", or several of them for a tied one
         self.frozen: list[str] = []
+        self.batch_statistics: list[tuple[str, nn.Module, Rule]] = []  #: BatchNorms, which may change to train mode
         self.uncovered: dict[str, str] = {}  #: parameter -> why
-        self.used: list[Tensor] = []  #: parameters in the graph of the first forward pass
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
+        self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters as they are now, by canonical name."""
@@ -38,6 +39,33 @@ class Coverage:
             parameter = owner._parameters.get(key)
             if parameter is not None:
                 yield name, parameter
+
+    def measured(self) -> dict[str, nn.Parameter]:
+        """Parameters that are covered and not frozen at present."""
+        return {name: p for name, p in self.parameters() if name in self.covered and p.requires_grad}
+
+    def frozen_since(self) -> frozenset[str]:
+        """Parameters that were frozen after the model was looked at; ValueError for one that was unfrozen."""
+        now = {name: parameter.requires_grad for name, parameter in self.parameters()}
+        if now == self._trainable:
+            return frozenset()
+        frozen = set()
+        for name, before in self._trainable.items():
+            if name not in now or now[name] > before:
+                what = "was frozen when the model was looked at, and is trained now"
+                what = what if name in now else "is not there any more (parametrized, pruned, removed)"
+                raise ValueError(
+                    f"model: parameter '{name}' {what}; call Monitor.rebind(), or make a new metric afterwards"
+                )
+            if before and not now[name]:
+                frozen.add(name)
+        return frozenset(frozen)
+
+    def check_batch_statistics(self) -> None:
+        """ValueError when a BatchNorm has been put in train mode since."""
+        for name, module, rule in self.batch_statistics:
+            if reason := rule.refuses(module):
+                raise ValueError(f"module '{name}' ({type(module).__name__}): {reason}")
 
     def uncover(self, name: str, reason: str) -> None:
         self.covered.pop(name, None)
@@ -86,10 +114,15 @@ def cover(model: nn.Module) -> Coverage:
         rule = None if id(module) in inside_rule else rule_for(module)
         if rule is None:
             continue
+        if isinstance(module, _BATCH_STATISTICS):
+            coverage.batch_statistics.append((module_name, module, rule))
         parametrized = getattr(module, "parametrizations", None) is not None
         own: dict[str, str] = {}
         for key, parameter in module.named_parameters():
             if parametrized or not parameter.requires_grad:
+                continue
+            if _makes_another(module, key):
+                coverage.uncovered[names[id(parameter)]] = _why(module, key)
                 continue
             own[key] = names[id(parameter)]
         if len(list(module.children())) and not parametrized:
@@ -109,13 +142,20 @@ def cover(model: nn.Module) -> Coverage:
         if not parameter.requires_grad:
             coverage.frozen.append(name)
         elif name not in coverage.covered and name not in coverage.uncovered:
-            owner, _ = coverage._parameters[name]
-            coverage.uncovered[name] = _why(owner)
+            coverage.uncovered[name] = _why(*coverage._parameters[name])
+    coverage._trainable = {name: parameter.requires_grad for name, parameter in coverage.parameters()}
     return coverage
 
 
-def _why(owner: nn.Module) -> str:
+def _makes_another(module: nn.Module, key: str) -> bool:
+    """Whether it is what pruning or the older weight_norm left of a parameter, which is a plain tensor now."""
+    return any(isinstance(value, Tensor) and key.startswith(f"{name}_") for name, value in module.__dict__.items())
+
+
+def _why(owner: nn.Module, key: str) -> str:
     kind = type(owner).__name__
+    if _makes_another(owner, key):
+        return f"is not used by {kind} itself, which has a tensor that is computed from it (pruning, weight_norm)"
     if kind == "ParametrizationList":
         return "is behind a parametrization (weight_norm, spectral_norm), whose gradient is not the layer's"
     return f"there is no rule for {kind}"
@@ -129,8 +169,6 @@ def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: b
         if not parameter.requires_grad or name not in coverage.covered:
             continue
         used = uses.get(id(parameter), 0)
-        if used:
-            coverage.used.append(parameter)
         if used > max(1, calls[name]) or (used and not calls[name]):
             coverage.uncover(
                 name,
@@ -139,6 +177,12 @@ def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: b
             )
     if not skip:
         coverage.check()
+
+
+def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> bool:
+    """Whether a forward pass's input was computed from one of these."""
+    inputs = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor) and leaf.grad_fn]
+    return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
 
 
 def _uses(output: Any) -> dict[int, int]:

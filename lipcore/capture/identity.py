@@ -41,8 +41,9 @@ class Anchored(torch.autograd.Function):
 def passed_on(ctx: Any, output: Tensor, in_place_after: bool) -> Tensor:
     if in_place_after:
         # A view would make the in-place activation that may follow an error. This bumps the version counter, so it is
-        # only right behind a module that does not need its output for its own backward.
-        if not torch.compiler.is_compiling() and output._is_view():
+        # only right behind a module that does not need its output for its own backward. A compiler removes the copy;
+        # what it makes of a view that was marked is wrong once sizes are symbols.
+        if torch.compiler.is_compiling() or output._is_view():
             return output.clone()
         ctx.mark_dirty(output)
         return output

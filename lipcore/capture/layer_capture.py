@@ -12,17 +12,27 @@ from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
-from lipcore.capture.accumulation import Leaves, accumulates_everything
-from lipcore.capture.audit import Coverage, audit_graph, cover
+from lipcore.capture.accumulation import accumulates_everything
+from lipcore.capture.audit import Coverage, audit_graph, cover, depends_on
+from lipcore.capture.broadcast import check_broadcast
 from lipcore.capture.collector import in_backward
-from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord
+from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord, Recomputation
+from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
-from lipcore.capture.probes import armed, is_compiled
-from lipcore.capture.single_gradient import gradient_squares, on_backward, served_by_gradients
+from lipcore.capture.probes import is_compiled
+from lipcore.capture.single_gradient import SingleBatches, on_backward
 from lipcore.layers import Batch, Factor
 
 _NOT_ACCUMULATED = "the backward pass did not accumulate all gradients (autograd.grad, or backward(inputs=))"
-_MAX_PENDING = 64
+_NOT_ALL_REACHED = (
+    "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; "
+    "from now on batches of one are tapped"
+)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_CHAINED = (
+    "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
+    "samples' gradients are spread over several passes; detach() it where that is not meant"
+)
 
 
 class LayerCapture:
@@ -60,6 +70,7 @@ class LayerCapture:
         self.fused, self.normalized = fused, normalized
         self.recording = True  # False after an error
         self.active = True  # False in steps that are not to be recorded
+        self.as_long_as_large = False  # a compiled model's input has as many positions as samples
         self.current: LayerPass | None = None  # the forward pass under way
         self.records = 0
         self.forwards = 0
@@ -68,34 +79,40 @@ class LayerCapture:
         self._offsets_of = offsets_of
         self._methods = dict(methods or {})
         self._skip_uncovered = skip_uncovered
+        self._broadcast = broadcast
         self._compiled = any(is_compiled(module) for module in model.modules())
-        self.coverage: Coverage = cover(model)
-        self.sites = [LayerSite(self, name, module, rule, names) for name, module, rule, names in self.coverage.tapped]
-        self._broadcast(broadcast)
-        for name in self._methods:
-            if name not in {site.name for site in self.sites}:
-                raise ValueError(f"methods: the model has no tapped layer {name!r}; it has {self._known()}")
         self._open: weakref.WeakSet[LayerPass] = weakref.WeakSet()
         self._last: LayerPass | None = None
         self._returning: set[LayerPass] = set()  # passes of the backward pass under way
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
-        self._pending: list[LayerPass] = []  # whose probes may have come back
-        self._audited = False
-        self._leaves = Leaves()
-        self._shortcut = True  # batches of one may be served from the gradients
         self._grads_before: dict[str, bool] = {}
         self._handles: list[Any] = []
+        self._look()
 
-    def _known(self) -> str:
-        names = [repr(site.name) for site in self.sites]
-        return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-
-    def _broadcast(self, names: tuple[str, ...]) -> None:
+    def _look(self) -> None:
+        """At the model's layers and parameters."""
+        self.coverage: Coverage = cover(self.model)
+        self.sites = [LayerSite(self, name, module, rule, names) for name, module, rule, names in self.coverage.tapped]
         sites = {site.name: site for site in self.sites}
-        for name in names:
-            if name not in sites:
-                raise ValueError(f"broadcast: the model has no tapped layer {name!r}; it has {self._known()}")
+        known = ", ".join(map(repr, list(sites)[:8])) + (", ..." if len(sites) > 8 else "")
+        for argument, names in (("methods", self._methods), ("broadcast", self._broadcast)):
+            for name in names:
+                if name not in sites:
+                    raise ValueError(f"{argument}: the model has no tapped layer {name!r}; it has {known}")
+        for name in self._broadcast:
             sites[name].broadcast = True
+        self._audited = False
+        self._single = SingleBatches(self.coverage.measured)
+        self._probes = LayerProbes(self.sites, self._probe_came_back)
+
+    def rebind(self) -> None:
+        """Look at the model anew; what was under way does not count."""
+        self._unhook()
+        self._open.clear()
+        self.current = self._last = None
+        self._look()
+        self.recording = True
+        self.attach()
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()  # a copied or pickled model is not watched
@@ -116,13 +133,17 @@ class LayerCapture:
         begin, end = _Weak(self._begin_forward), _Weak(self._end_forward)
         self._handles.append(self.model.register_forward_pre_hook(begin, with_kwargs=True))
         for site in self.sites:
-            self._handles.append(site.module.register_forward_hook(site, with_kwargs=True))
+            # Before hooks that were there already: what they return may not be the layer's own output.
+            self._handles.append(site.module.register_forward_hook(site, with_kwargs=True, prepend=True))
         self._handles.append(self.model.register_forward_hook(end, always_call=True))
 
     def close(self) -> None:
         """Remove every hook; what was recorded stays."""
         self.flush()
         self.recording = False
+        self._unhook()
+
+    def _unhook(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -147,30 +168,40 @@ class LayerCapture:
     # ---- the forward pass
 
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_aside():
             return
         self.current = None
-        if not self.tapping or not torch.is_grad_enabled() or _core.paused() or in_backward() != -1:
-            return
-        try:
-            batch = self._batch(arguments, keywords)
-        except ValueError as error:
-            self.fail(error)
+        if not self.tapping:
             return
         self.flush()
-        run = LayerPass(batch)
-        run.single = self._may_be_single(run)
+        self._stray.clear()
+        self._returning.clear()  # of a backward pass that raised
+        try:
+            run = LayerPass(self._batch(arguments, keywords), self.coverage.frozen_since())
+            if not self._skip_uncovered:
+                self.coverage.check_batch_statistics()
+        except Exception as error:
+            self.fail(error)
+            return
+        if any(other.finished_task == -1 for other in self._open):
+            run.chained = depends_on(arguments, keywords, self.coverage.measured().values())
+        if self._audited and not self.normalized and not self._compiled:
+            run.single = self._single.may_serve(run, self._open)
         self.current = self._last = run
         self._open.add(run)
         self.forwards += 1
         if self._compiled:
-            self._arm(run, arguments, keywords)
+            leaves = tree_leaves((arguments, keywords))
+            first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            square = list(first.shape[:2]).count(run.batch.size) == 2
+            self.as_long_as_large = square and not first.is_floating_point()
+            self._probes.arm(run, first.device)
         if not self._audited:
             self._grads_before = {name: p.grad is not None for name, p in self.coverage.parameters()}
 
     def _batch(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Batch:
         if self._offsets_of is not None:
-            offsets = self._offsets_of(arguments, keywords)
+            offsets = _checked(self._offsets_of(arguments, keywords))
             return Batch(len(offsets) - 1, self.batch_dim, offsets)
         for leaf in tree_leaves((arguments, keywords)):
             if isinstance(leaf, Tensor) and leaf.dim() > self.batch_dim:
@@ -180,22 +211,23 @@ class LayerCapture:
         )
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _is_aside():
             return None
         run, self.current = self.current, None
-        for site in self.sites if self._compiled else ():
-            armed.pop(site.number, None)
+        self._probes.disarm()
         if run is None or output is None:  # None: the forward pass raised
             return None
         if run.single:
             on_backward(output, lambda: self._single_came_back(run))
             return None
-        if not self._audited and not self._compiled:
+        if not self._audited and not self._compiled and not run.chained:
             try:
+                check_broadcast(output, run.batch.size)
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
-                self._leaves.of(self.coverage.used)
             except ValueError as error:
                 self.fail(error)
+        for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+            on_backward(leaf, lambda: self._begin_backward(run))
         return self._tap_output(run, output) if self.normalized else None
 
     def _tap_output(self, run: LayerPass, output: Any) -> Any:
@@ -217,8 +249,11 @@ class LayerCapture:
         out = output.view_as(output)
 
         def keep(grad: Tensor) -> None:
-            if self.recording and self.comes_back(run, inner=False):
-                run.add_row(OUTPUT, grad.detach().reshape(-1).double().square())
+            squares = grad.detach().reshape(-1).double().square()
+            if run.probes:
+                run.output_sq = squares
+            elif self.recording and self.comes_back(run, inner=False):
+                run.add_row(OUTPUT, squares)
 
         out.register_hook(keep)
         return out
@@ -227,30 +262,40 @@ class LayerCapture:
 
     def pass_of_recomputation(self) -> LayerPass | None:
         """The pass that a forward pass inside the backward belongs to (activation checkpointing)."""
-        candidates = self._returning or {run for run in self._open if run.finished_task != in_backward()}
-        if len(candidates) == 1:
-            return next(iter(candidates))
-        for run in candidates:
-            run.broken = "several forward passes with reentrant checkpoints went into one backward pass"
-        return None
+        self._single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
+        candidates = self._returning or {run for run in self._open if run.finished_task == -1} or set(self._open)
+        tapped = {run for run in candidates if not run.single}
+        if len(tapped) <= 1:
+            return next(iter(tapped or candidates), None)
+        return Recomputation(tapped)
+
+    def _begin_backward(self, run: LayerPass) -> None:
+        if self.recording:
+            self._returning.add(run)
 
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
         """Whether what comes back now counts."""
         if inner:  # a checkpoint's own backward belongs to the one around it
+            if isinstance(run, Recomputation):
+                run.spoil("several forward passes with reentrant checkpoints wait for their backward pass")
+                return False
             if run.task == -1:
                 run.begin_task(0)
             return True
         task = in_backward()
-        if torch.is_grad_enabled():
-            run.broken = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
+        if isinstance(run, Recomputation):
             return False
-        if not (self._leaves.all_accumulate() if run.single else accumulates_everything()):
-            self._count(_NOT_ACCUMULATED)
+        if torch.is_grad_enabled():
+            run.spoiled = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
+        if not (self._single.all_accumulate(run) if run.single else accumulates_everything()):
+            if run.refused_task != task:
+                run.refused_task = task
+                self._count(_NOT_ALL_REACHED if run.single else _NOT_ACCUMULATED)
             return False
         if run.begin_task(task):
             self._returning.add(run)
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
-        return True
+        return not run.spoiled
 
     def strayed(self, site: LayerSite) -> None:
         """A layer called outside the model's forward pass gets a gradient."""
@@ -265,14 +310,19 @@ class LayerCapture:
         if not self.recording or run.task != task or run.finished_task == task:
             return
         try:
-            self._read_probes(run)
-            if run.single and not run.broken:
-                self._read_gradients(run)
+            self._probes.read(run)
+            if any(other.chained and other.task == task for other in self._open):
+                run.broken = _CHAINED
+            if run.single and not run.broken and not run.spoiled:
+                self._single.read(run, self._open)
             stray = self._stray.pop(task, set())
             for name in stray:
                 run.broken = f"the layer of parameter '{name}' was also called outside the model's forward pass"
-            record = run.record()
-            if not self._audited:
+            record = run.record(self.coverage.covered)
+            if run.frozen and not record.norms_sq and not record.broken:
+                self._count("all of the parameters that it reached were frozen")
+                return
+            if not self._audited and not record.broken:
                 self._audited = True
                 self._audit(record)
             self.records += 1
@@ -289,71 +339,26 @@ class LayerCapture:
         if not self._skip_uncovered:
             self.coverage.check()
 
-    # ---- batches of one
-
-    def _measured(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.coverage.parameters() if name in self.coverage.covered}
-
-    def _may_be_single(self, run: LayerPass) -> bool:
-        if run.batch.size != 1 or self.normalized or self._compiled or not self._audited or not self._shortcut:
-            return False
-        if any(other.finished_task == -1 for other in self._open):
-            return False  # its backward may come together with this one's
-        return served_by_gradients(list(self._measured().values()))
-
     def _single_came_back(self, run: LayerPass) -> None:
-        """The backward pass begins."""
+        """The backward pass of a batch of one begins."""
         if self.recording and self.comes_back(run, inner=False):
-            run.alone = served_by_gradients(list(self._measured().values()))
-
-    def _read_gradients(self, run: LayerPass) -> None:
-        if not run.alone or any(other is not run and other.task == run.task for other in self._open):
-            self._shortcut = False
-            run.broken = (
-                "a batch of one was served from the gradients, and another backward pass added to them; from now on "
-                "batches of one are tapped"
-            )
-            return
-        for name, square in gradient_squares(self._measured()).items():
-            run.calls[name] = 1
-            run.add_row(name, square)
-
-    # ---- compiled regions
-
-    def _arm(self, run: LayerPass, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        device = next(leaf.device for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor))
-        for site in self.sites:
-            probe = torch.empty(
-                len(site.columns), run.batch.size, dtype=torch.float64, device=device, requires_grad=True
-            )
-            probe.register_post_accumulate_grad_hook(_ProbeHook(self, run))
-            run.probes[site.number] = probe
-            armed[site.number] = probe
-        self._pending.append(run)
-        del self._pending[:-_MAX_PENDING]
+            self._single.begin(run)
 
     def _probe_came_back(self, run: LayerPass) -> None:
         task = in_backward()
         if self.recording and run.begin_task(task):
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
 
-    def _read_probes(self, run: LayerPass) -> None:
-        for site in self.sites if run.probes else ():
-            probe = run.probes[site.number]
-            if probe.grad is None:
-                continue
-            *rows, calls = probe.grad.unbind()
-            probe.grad = None
-            if bool((calls > 1).any()):
-                raise ValueError(
-                    f"module '{site.name}' is called more than once in a compiled forward pass; its squares cannot be "
-                    "joined there. Run it in eager mode, or leave it out with on_unsupported='skip'"
+    def check_that_something_came(self) -> None:
+        """After some steps: an error is kept when no backward pass has come through the hooks."""
+        if not self.records and not self.unrecorded:
+            self.fail(
+                ValueError(
+                    "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
+                    "object that was passed as model, in grad mode; attach the Monitor to torch.compile's result, "
+                    "before its first call (or torch._dynamo.reset())"
                 )
-            for name, row in zip(site.columns, rows, strict=False):
-                run.calls[name] += 0
-                run.add_row(name, row)
-        if run in self._pending:
-            self._pending.remove(run)
+            )
 
     # ---- passes whose end no callback tells
 
@@ -363,6 +368,22 @@ class LayerCapture:
         if run is not None and run.task == 0 and in_backward() == -1:
             self._deliver(run, 0)
             run.task = -1
+
+
+def _checked(offsets: Any) -> Tensor:
+    """Boundaries of packed sequences as int64; values are looked at where that does not wait for a device."""
+    if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _INTEGERS:
+        got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise ValueError(f"cu_seqlens: expected boundaries, integers of shape [B + 1], got {got}")
+    boundaries: Tensor = offsets.detach().to(torch.int64)
+    if boundaries.is_cpu and (boundaries[0] != 0 or bool((boundaries.diff() < 0).any())):
+        raise ValueError(f"cu_seqlens: expected boundaries from 0 in ascending order, got {boundaries.tolist()[:16]}")
+    return boundaries
+
+
+def _is_aside() -> bool:
+    """Whether a forward pass begins or ends that is none of the training's: it leaves the pass under way alone."""
+    return not torch.is_grad_enabled() or _core.paused() or in_backward() != -1
 
 
 class _Weak:
@@ -377,16 +398,6 @@ class _Weak:
 
     def __reduce__(self) -> tuple[type[_Weak], tuple[()]]:
         return _Weak, ()
-
-
-class _ProbeHook:
-    def __init__(self, capture: LayerCapture, run: LayerPass) -> None:
-        self._capture, self._run = capture, weakref.ref(run)
-
-    def __call__(self, probe: Tensor) -> None:
-        run = self._run()
-        if run is not None:
-            self._capture._probe_came_back(run)
 
 
 def _nothing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
@@ -32,18 +33,22 @@ class LayerPass:
     where a parameter is used again in this pass: then they wait until the backward pass ends, and are joined first.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, frozen: frozenset[str] = frozenset()) -> None:
         self.batch = batch
+        self.frozen = frozen  # parameters that are not measured in this pass
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
+        self.output_sq: Tensor | None = None  # beside probes: of the model's output
         self.single = False  # a batch of one, served from the gradients
         self.alone = False  # ... and when its backward pass began there were no others in them
         self.task = -1  # the backward pass that the rows came from
         self.finished_task = -1
+        self.refused_task = -1  # a backward pass that does not count
+        self.chained = False  # its input depends on the model's parameters
         self.broken = ""
+        self.spoiled = ""  # the same, for every backward pass to come
         self._rows: dict[str, Tensor] = {}
         self._held: dict[str, Factor] = {}
-        self._reasons: dict[str, str] = {}
 
     def begin_task(self, task: int) -> bool:
         """A number comes back in this backward pass; True when it is the first."""
@@ -52,7 +57,6 @@ class LayerPass:
         self.task = task
         self._rows.clear()  # left by a backward pass that broke off
         self._held.clear()
-        self._reasons.clear()
         return True
 
     def add_factor(self, name: str, factor: Factor) -> None:
@@ -62,6 +66,8 @@ class LayerPass:
         """What one call of a layer brought."""
         at_once = {}
         for name, factor in factors.items():
+            if name in self.frozen:
+                continue
             if self.calls[name] > 1:
                 held = self._held.get(name)
                 self._held[name] = factor if held is None else held.join(factor)
@@ -71,6 +77,8 @@ class LayerPass:
             self.add_row(name, norms_sq)
 
     def add_row(self, name: str, norms_sq: Tensor) -> None:
+        if name in self.frozen:
+            return
         if name in self._rows and not name.startswith((DELTA, OUTPUT)):
             self.broken = (
                 f"parameter '{name}' was used again in a part of the forward pass that could not be followed, so the "
@@ -78,20 +86,33 @@ class LayerPass:
             )
         self._rows[name] = norms_sq
 
-    def refuse(self, name: str, reason: str) -> None:
-        self._reasons[name] = reason
-
-    def record(self) -> LayerRecord:
-        """Everything that came back, and why the rest did not."""
+    def record(self, covered: Container[str]) -> LayerRecord:
+        """Everything that came back of these parameters, and why the rest did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
                 self._rows[name] = factor.norms_sq()
         self._held.clear()
-        rows = {name: row for name, row in self._rows.items() if name not in self._reasons}
+        rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith((DELTA, OUTPUT))}
+        broken = self.broken or self.spoiled
+        reasons = {}
         for name in self.calls:
-            if name not in rows:
-                self._reasons.setdefault(name, "no gradient reached it in this backward pass")
-        record = LayerRecord(self.batch.size, rows, dict(self._reasons), self.broken)
-        self._rows, self._reasons, self.broken = {}, {}, ""
+            if name not in rows and name in covered:
+                why = "is frozen" if name in self.frozen else "no gradient reached it in this backward pass"
+                reasons[name] = broken or why
+        record = LayerRecord(self.batch.size, rows, reasons, broken)
+        self._rows, self.broken = {}, ""
         self.finished_task = self.task
         return record
+
+
+class Recomputation(LayerPass):
+    """What an activation checkpoint runs again while several passes may be meant. One that keeps its tensors for the
+    first run's backward only needs them to be as many; one with a backward pass of its own cannot be told apart."""
+
+    def __init__(self, passes: set[LayerPass]) -> None:
+        super().__init__(next(iter(passes)).batch)
+        self.passes = passes
+
+    def spoil(self, reason: str) -> None:
+        for run in self.passes:
+            run.spoiled = reason

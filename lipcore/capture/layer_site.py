@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lipcore import functional
-from lipcore.capture.accumulation import anything
+from lipcore import _core, functional
+from lipcore.capture.accumulation import accumulates_everything, anything
 from lipcore.capture.collector import in_backward
 from lipcore.capture.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layer_pass import DELTA, LayerPass
+from lipcore.capture.other_outputs import watch, watch_probed
 from lipcore.capture.probes import armed
 from lipcore.layers import Batch, Factor, Rule, norms_sq_of
 
 if TYPE_CHECKING:
     from lipcore.capture.layer_capture import LayerCapture
 
+_BROADCAST = "; broadcast= names layers that are called without the batch dimension"
+_PREPENDED = (
+    "another forward hook was registered with prepend=True after lipcore's and may change the output before it is "
+    "seen; register it before the metric is attached, or without prepend"
+)
+OTHER_OUTPUT = (
+    "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
+    "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
+)
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 
@@ -41,7 +52,7 @@ class LayerSite:
     def in_place_after(self) -> bool:
         """Whether an in-place activation may follow: not behind a tuple's view, nor behind an expanded output."""
         # A layer of the user's may keep its output for its own backward pass, which a changed version would refuse.
-        ours = type(self.module).__module__.startswith("torch.nn.modules.")
+        ours = type(self.module).forward.__module__.startswith("torch.nn.modules.")
         return ours and not (self.broadcast or isinstance(self.module, nn.MultiheadAttention))
 
     @property
@@ -54,11 +65,11 @@ class LayerSite:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
         capture = self._capture
-        if not capture.tapping:
-            return None
         inner = in_backward() != -1
         run = capture.pass_of_recomputation() if inner else capture.current
         if run is not None and run.single:
+            if torch.is_grad_enabled() and not inner:
+                run.calls.update(self.names.values())
             return None
         if run is not None and not inner:
             run.calls.update(self.names.values())
@@ -67,25 +78,47 @@ class LayerSite:
         tensor = _tensor_of(output)
         if tensor is None or not tensor.requires_grad:
             return None
+        if _precedes(module, self):
+            capture.fail(_named(ValueError(_PREPENDED), self))
+            return None
         if run is None:
-            return _with_tensor(output, _Strayed.apply(tensor, anything, self)) if not inner else None  # type: ignore[no-untyped-call]
+            if inner or not capture.tapping or _core.paused():
+                return None
+            return _with_tensor(output, _Strayed.apply(tensor, anything, self))  # type: ignore[no-untyped-call]
         try:
             refusal = self.rule.refuses(module)
             if refusal:
                 raise ValueError(refusal)
+            if hasattr(tensor, "placements"):
+                raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
             batch = run.batch
             tensor_out = tensor
             if self.broadcast:
                 batch, arguments, tensor_out = self._expanded(batch, arguments, tensor)
-            saved, extra = self.rule.save(module, arguments, keywords, batch)
-        except ValueError as error:
-            capture.fail(ValueError(f"module '{self.name}' ({type(module).__name__}): {error}"))
+            saved, extra = self._saved(module, arguments, keywords, batch)
+            if batch.offsets is not None:
+                _check_rows(module, tensor, batch.offsets)
+        except Exception as error:
+            hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
+            capture.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
+        watch(output, self._other_output_used)
         if capture.fused and can_fuse(module, arguments, run):
             bias = module.bias if isinstance(module.bias, Tensor) else None
-            fused = FusedLinear.apply(arguments[0], module.weight, bias, tensor.detach(), anything, self, run, inner)  # type: ignore[no-untyped-call]
+            fused = FusedLinear.apply(
+                arguments[0], module.weight, bias, tensor_out.detach(), anything, self, run, inner
+            )  # type: ignore[no-untyped-call]
             return _with_tensor(output, fused)
         return _with_tensor(output, _Tapped.apply(tensor_out, anything, self, run, extra, inner, *saved))  # type: ignore[no-untyped-call]
+
+    def _saved(self, module: nn.Module, arguments: Any, keywords: Any, batch: Batch) -> tuple[list[Tensor], Any]:
+        saved, extra = self.rule.save(module, arguments, keywords, batch)
+        # No edges of the graph: a saved parameter would seem to be used once more.
+        return [t.detach() for t in saved], extra
+
+    def _other_output_used(self) -> None:
+        if self._capture.recording and accumulates_everything():
+            self._capture.fail(_named(ValueError(OTHER_OUTPUT), self))
 
     def _expanded(
         self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
@@ -115,7 +148,7 @@ class LayerSite:
                 if capture.normalized:
                     run.add_row(DELTA + self.name, _row_norms_sq(grad, run.batch))
         except Exception as error:
-            capture.fail(_named(error, self.name))
+            capture.fail(_named(error, self))
 
     def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
         """The weight gradient, with the norms taken on the way; None where the layer has to do it itself."""
@@ -126,7 +159,7 @@ class LayerSite:
         try:
             with torch.no_grad():
                 tokens, grads = batch.tokens(x), batch.tokens(grad)
-                factors = self.rule.factors(self.module, grad, self.rule.save(self.module, (x,), {}, batch)[1], tokens)
+                factors = self.rule.factors(self.module, grad, batch, x)
                 if "bias" in self.names:
                     run.add_factor(self.names["bias"], factors["bias"])
                 if capture.normalized:
@@ -138,7 +171,7 @@ class LayerSite:
                 run.add_row(weight, norms_sq)
                 return weight_grad
         except Exception as error:
-            capture.fail(_named(error, self.name))
+            capture.fail(_named(error, self))
             return None
 
     # ---- compiled regions: a probe takes the place of the pass
@@ -151,8 +184,15 @@ class LayerSite:
         batch = Batch(probe.shape[1], self._capture.batch_dim)
         if self.broadcast:
             batch, arguments, tensor = self._expanded(batch, arguments, tensor)
-        saved, extra = self.rule.save(module, arguments, keywords, batch)
-        return _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
+        elif self._capture.as_long_as_large and _may_be_positions(arguments):
+            raise ValueError(
+                f"module '{self.name}' ({type(module).__name__}): is called on shape {list(arguments[0].shape)}, "
+                "and the model's input has as many positions as samples, so which of them these are cannot be told "
+                "inside torch.compile; name the layer in broadcast= if they are positions, or use another batch size"
+            )
+        saved, extra = self._saved(module, arguments, keywords, batch)
+        tapped = _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
+        return watch_probed(tapped, probe)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
         """The probe's gradient: float64 [columns, B]."""
@@ -218,6 +258,21 @@ class _Strayed(torch.autograd.Function):
         return grad, None, None
 
 
+def _precedes(module: nn.Module, site: LayerSite) -> bool:
+    """Whether a hook that is not of this kind runs before this one, and may have changed the output."""
+    for hook in module._forward_hooks.values():
+        if hook is site:
+            return False
+        if not isinstance(hook, LayerSite):
+            return True
+    return False
+
+
+def _may_be_positions(arguments: tuple[Any, ...]) -> bool:
+    first = arguments[0] if arguments else None
+    return isinstance(first, Tensor) and not first.is_floating_point() and first.dim() == 1
+
+
 def _tensor_of(output: Any) -> Tensor | None:
     if isinstance(output, tuple) and output:
         output = output[0]
@@ -228,6 +283,13 @@ def _with_tensor(output: Any, tensor: Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
 
 
+def _check_rows(module: nn.Module, output: Tensor, offsets: Tensor) -> None:
+    """ValueError unless packed sequences end with the last row."""
+    rows = math.prod(output.shape[: output.dim() - len(getattr(module, "normalized_shape", (0,)))])
+    if offsets.is_cpu and rows != int(offsets[-1]):
+        raise ValueError(f"cu_seqlens: the boundaries end at {int(offsets[-1])}, but there are {rows} rows")
+
+
 def _row_norms_sq(grad: Tensor, batch: Batch) -> Tensor:
     if batch.offsets is None:
         return functional.sample_norms(grad.movedim(batch.dim if grad.dim() > 2 else 0, 0)).square()
@@ -235,6 +297,6 @@ def _row_norms_sq(grad: Tensor, batch: Batch) -> Tensor:
     return torch.stack([part.sum() for part in rows.tensor_split(batch.offsets[1:-1].cpu())])
 
 
-def _named(error: Exception, name: str) -> Exception:
-    text = f"module '{name}': {error}"
+def _named(error: Exception, site: LayerSite) -> Exception:
+    text = f"module '{site.name}' ({type(site.module).__name__}): {error}"
     return type(error)(text) if isinstance(error, (ValueError, TypeError)) else RuntimeError(text)

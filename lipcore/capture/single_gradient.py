@@ -2,21 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipcore import _core
+from lipcore.capture.accumulation import Leaves
+from lipcore.capture.layer_pass import LayerPass
 from lipcore.capture.parameters import GradientWatch
 
 _float64 = torch.float64
 
 
-def served_by_gradients(parameters: list[nn.Parameter]) -> bool:
+class SingleBatches:
+    """Passes of one sample that are served from the gradients.
+
+    Args:
+        measured: returns the parameters that are measured, by name.
+    """
+
+    def __init__(self, measured: Callable[[], dict[str, nn.Parameter]]) -> None:
+        self.enabled = True
+        self._measured = measured
+        self._leaves = Leaves()
+
+    def may_serve(self, run: LayerPass, others: Iterable[LayerPass]) -> bool:
+        """Before the forward pass; `others` are those whose backward pass may come together with this one's."""
+        if run.batch.size != 1 or not self.enabled or run.chained or any(run.finished_task == -1 for run in others):
+            return False
+        return _is_served(self._measured())
+
+    def all_accumulate(self, run: LayerPass) -> bool:
+        """Whether the backward pass under way reaches all the parameters of layers that were called."""
+        measured = self._measured()
+        called = {name: measured[name] for name in run.calls if name in measured}
+        if called and self._leaves.all_accumulate(called):
+            return True
+        self.enabled = False
+        return False
+
+    def begin(self, run: LayerPass) -> None:
+        """The backward pass begins."""
+        run.alone = _is_served(self._measured())
+
+    def read(self, run: LayerPass, others: Iterable[LayerPass]) -> None:
+        """The backward pass has ended."""
+        if not run.alone or any(other is not run and other.task == run.task for other in others):
+            self.enabled = False
+            run.broken = (
+                "a batch of one was served from the gradients, and another backward pass added to them; from now on "
+                "batches of one are tapped"
+            )
+            return
+        for name, square in gradient_squares(self._measured()).items():
+            run.calls[name] = 1
+            run.add_row(name, square)
+
+
+def _is_served(parameters: dict[str, nn.Parameter]) -> bool:
     """Whether what a backward pass leaves in .grad will be the gradient of one sample, and still be there."""
-    for parameter in parameters:
+    for parameter in parameters.values():
         if parameter.grad is not None or parameter._backward_hooks or not parameter.is_cpu:
             return False
         hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)

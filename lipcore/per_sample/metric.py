@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,6 +24,7 @@ from lipcore.results import MetricResult, Value
 from lipcore.sample_scores import SampleScores
 
 _TOTAL = "total"
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class PerSampleGradNorms(Metric):
@@ -57,7 +59,8 @@ class PerSampleGradNorms(Metric):
         cu_seqlens: packed sequences of different lengths, [total, features]: name of the model's keyword argument that
             has the boundaries (int [B + 1]), or a function of (arguments, keywords) that returns them. Norms are per
             document then.
-        broadcast: names of layers that are called without the batch dimension (position embeddings on [T]).
+        broadcast: names of layers that are called without the batch dimension (position embeddings on [T] or [1, T]).
+            Their output is expanded to [B, T, ...] at once; nothing may be put in front of it then (unsqueeze(0)).
         methods: {layer name: "gram" or "direct"} to override the cost rule.
         fused: norms are taken inside Linear's weight gradient, which lipcore then computes itself: nearly free on long
             sequences, but the gradient is summed in another order.
@@ -144,12 +147,21 @@ class PerSampleGradNorms(Metric):
         for site in capture.sites:
             for parameter in site.names.values():
                 self._layer_of.setdefault(parameter, site.name)
-        self._layers = list(dict.fromkeys(self._layer_of.values()))
-        if len(self._open) != len(self._layers) + 1:
-            self._open = self._block()
+        before, self._layers = self._layers, list(dict.fromkeys(self._layer_of.values()))
+        if self._layers != before or not self._open:
+            self._open, self._noise = self._block(), None
+            self._closed.clear()
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
             self._step_sums = StepSums(self._layers, self._layer_of, capture.coverage.parameters)
+
+    def rebind(self) -> None:
+        """Parameters were frozen or unfrozen, layers added or removed; statistics start anew where the layers are
+        others than before."""
+        self._waiting.clear()
+        if self._capture is not None:
+            self._capture.rebind()
+            self.tapped(self._capture)
 
     @property
     def wants_gradients(self) -> bool:  # type: ignore[override]
@@ -217,7 +229,8 @@ class PerSampleGradNorms(Metric):
                 + (
                     f" ({why})"
                     if why
-                    else "; call the very object that was passed as model, in grad mode, and backward()"
+                    else "; call the very object that was passed as model, in grad mode, and backward(); attach the "
+                    "metric to torch.compile's result, before its first call (or torch._dynamo.reset())"
                 )
             )
         return self._last
@@ -251,7 +264,12 @@ class PerSampleGradNorms(Metric):
 
     def set_ids(self, ids: Any) -> None:
         """The sample ids (integers [B]) of the next backward pass; its norms are kept in :attr:`scores`."""
-        self._ids = torch.as_tensor(ids)
+        given = ids if isinstance(ids, Tensor) else np.asarray(ids)
+        found = given if isinstance(given, Tensor) else torch.from_numpy(given) if given.dtype.kind in "iu" else None
+        if found is None or found.dim() != 1 or found.dtype not in _INTEGERS:
+            what = list(given.shape)
+            raise ValueError(f"ids: expected integers of shape [B], got {given.dtype} of shape {what}")
+        self._ids = found
 
     def coverage(self) -> Any:
         """Which parameters are measured by which layer's rule, which are frozen, which are not covered and why."""
@@ -301,6 +319,8 @@ class PerSampleGradNorms(Metric):
                 result.add(quantity, layer or "model", level, **reducers)  # type: ignore[arg-type]
         assert self._step_sums is not None
         result.details["noise_scale_unequal_steps"] = self._step_sums.skipped
+        if self._step_sums.off:
+            result.details["noise_scale_off"] = self._step_sums.off
 
     def _window(self) -> list[Distribution]:
         if not self._closed:
@@ -412,12 +432,12 @@ def _offsets_of(cu_seqlens: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], 
 
     def offsets(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
         found = keywords.get(name)
-        if not isinstance(found, Tensor) or found.dim() != 1 or found.is_floating_point() or len(found) < 1:
+        if not isinstance(found, Tensor):
             raise ValueError(
                 f"cu_seqlens: the model must be called with a keyword argument {name!r}, int [B + 1]; got "
                 f"{type(found).__name__}"
             )
-        return found.detach().to(torch.int64)
+        return found
 
     return offsets
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +39,8 @@ class MicroBatch:
         self.record, self.factor = record, factor
         self._layer_of = layer_of
         square = factor * factor
-        self.squares = {
-            name: row * square for name, row in record.norms_sq.items() if not name.startswith((DELTA, OUTPUT))
-        }
+        # In the model's order; backward passes bring them from the end.
+        self.squares = {name: record.norms_sq[name] * square for name in layer_of if name in record.norms_sq}
         layers: dict[str, list[Tensor]] = {}
         for name, row in self.squares.items():
             layers.setdefault(layer_of[name], []).append(row)
@@ -77,7 +75,7 @@ class MicroBatch:
     @property
     def normalized(self) -> Norms:
         """r of every layer: the loss's factors cancel."""
-        record: Any = self.record.norms_sq
+        record = self.record.norms_sq
         if OUTPUT not in record:
             raise RuntimeError("normalized: nothing was recorded; pass normalized=True and run a backward pass")
         eps_sq = record[OUTPUT]

@@ -30,30 +30,18 @@ class Reduction:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
         self.reduction, self.terms, self.scale = reduction, terms, scale
-        self._check(terms)
-
-    def _check(self, terms: Terms) -> None:
-        if isinstance(terms, (bool, str)) or not (
-            terms is None or isinstance(terms, (int, float, Tensor)) or callable(terms)
-        ):
-            raise TypeError(
-                f"loss_terms: expected the number of averaged terms, a tensor with it, or a function that returns it, "
-                f"got {type(terms).__name__}"
-            )
+        if terms is not None and not _is_function(terms):
+            _check(terms)
 
     def factor(self, samples: int, scaler: Any) -> float | Tensor:
         """f of a micro-batch of so many samples; a tensor where reading it would synchronise."""
-        terms = self.terms
-        if callable(terms) and not isinstance(terms, Tensor):
+        terms: Any = self.terms
+        if _is_function(terms):
             terms = terms()
-            self._check(terms)
+            _check(terms)
         count: Any = 1 if self.reduction == "sum" else samples if terms is None else terms
         if isinstance(count, Tensor):
-            if count.numel() != 1:
-                raise ValueError(f"loss_terms: expected one number, got a tensor of shape {list(count.shape)}")
             count = count.detach().reshape(()).to(torch.float64)
-        elif not count > 0 and samples:
-            raise ValueError(f"loss_terms: expected a number > 0, got {count!r}")
         scale = getattr(scaler, "_scale", None) if scaler is not None else None
         factor = count / self.scale
         unscaled: float | Tensor = factor / scale.double() if isinstance(scale, Tensor) else factor
@@ -62,3 +50,21 @@ class Reduction:
     def __str__(self) -> str:
         terms = "" if self.terms is None else " over loss_terms"
         return f"loss reduction '{self.reduction}'{terms}" + (f", scale {self.scale:g}" if self.scale != 1 else "")
+
+
+def _is_function(terms: Any) -> bool:
+    return callable(terms) and not isinstance(terms, Tensor)
+
+
+def _check(terms: Any) -> None:
+    """Of a tensor's value nothing is asked: it may be on a device that has not finished."""
+    if isinstance(terms, bool) or not isinstance(terms, (int, float, Tensor)):
+        raise TypeError(
+            f"loss_terms: expected the number of averaged terms, a tensor with it, or a function that returns it, "
+            f"got {type(terms).__name__}"
+        )
+    if isinstance(terms, Tensor):
+        if terms.numel() != 1:
+            raise ValueError(f"loss_terms: expected one number, got a tensor of shape {list(terms.shape)}")
+    elif not 0 < terms < float("inf"):
+        raise ValueError(f"loss_terms: expected a finite number > 0, got {terms!r}")

@@ -22,6 +22,7 @@ class StepSums:
         self._layer_of = layer_of
         self._parameters = parameters
         self.skipped = 0  #: steps whose gradient is not the mean over its samples
+        self.off = ""  #: why there are no estimates
         self._start()
 
     def _start(self) -> None:
@@ -49,9 +50,11 @@ class StepSums:
         names, gradients = [], []
         for name, parameter in self._parameters():
             if parameter.grad is not None and name in self._layer_of:
+                if _is_sharded(parameter.grad):
+                    self.off = "gradients are sharded, and a rank knows the norm of its shard only"
                 names.append(self._layers[self._layer_of[name]])
                 gradients.append(_dense(parameter.grad))
-        if not gradients:
+        if not gradients or self.off:
             return
         if gradients[0].is_cpu:
             rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64)
@@ -78,6 +81,10 @@ class StepSums:
     def drop(self) -> None:
         """The step was skipped."""
         self._start()
+
+
+def _is_sharded(gradient: Tensor) -> bool:
+    return any(not placement.is_replicate() for placement in getattr(gradient, "placements", ()))
 
 
 def _dense(gradient: Tensor) -> Tensor:

@@ -1,0 +1,260 @@
+"""Per-sample norms of compiled models: the same numbers, no graph break, bounded recompiles, the same training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from per_sample_models import Transformer, assert_equal, cnn, floats, made, mlp, sum_loss, tokens, train, weights
+from per_sample_oracle import assert_norms, norms_sq, samples_of
+from torch import Tensor, nn
+
+from lipcore import Monitor, PerSampleGradNorms
+
+
+@pytest.fixture
+def counters() -> Iterator[Any]:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch._dynamo.reset()
+
+
+def embedded() -> nn.Module:
+    return Transformer(tied=False)
+
+
+COMPILED: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "mlp": (mlp, floats(5)),
+    "cnn": (cnn, floats(1, 6, 6)),
+    "transformer": (embedded, tokens),
+}
+each_model = pytest.mark.parametrize(("build", "inputs"), list(COMPILED.values()), ids=list(COMPILED))
+
+
+def compare(
+    model: nn.Module, inner: nn.Module, inputs: Callable[[int], Tensor], sizes: tuple[int, ...], **options: Any
+) -> None:
+    optimizer = torch.optim.SGD(inner.parameters(), lr=1e-4)
+    metric = PerSampleGradNorms(loss_reduction="mean", **options)
+    every = []
+    with Monitor(model, optimizer, metrics=[metric]) as monitor:
+        for size in sizes:
+            x = inputs(size)
+            expected = norms_sq(inner, samples_of((x,), size), sum_loss)
+            every.append(torch.stack(list(expected.values())).sum(0).sqrt())
+            train(model, optimizer, [x])
+            assert_norms(metric, expected)
+            with torch.no_grad():
+                model(x)
+        result = monitor.compute()["per_sample_grad_norm"].grad_norm["total"]
+        assert result.mean.count == sum(sizes)
+        assert result.mean.value == pytest.approx(float(torch.cat(every).mean()), rel=1e-5)
+
+
+@each_model
+def test_aot_eager(build: Any, inputs: Any, counters: Any) -> None:
+    inner = made(build)
+    compare(torch.compile(inner, fullgraph=True, backend="aot_eager"), inner, inputs, (4, 4, 3, 1, 6))
+    assert sum(counters["graph_break"].values()) == 0
+    assert counters["stats"]["unique_graphs"] <= 6  # training and evaluation: this size, any size, size one
+
+
+def test_inductor(counters: Any) -> None:
+    inner = made(mlp)
+    compare(torch.compile(inner, fullgraph=True), inner, floats(5), (4, 4))
+    assert sum(counters["graph_break"].values()) == 0
+
+
+@pytest.mark.slow
+@each_model
+def test_inductor_on_every_model(build: Any, inputs: Any, counters: Any) -> None:
+    inner = made(build)
+    compare(torch.compile(inner, fullgraph=True), inner, inputs, (4, 4, 3, 1, 6))
+    assert sum(counters["graph_break"].values()) == 0
+
+
+def test_training_is_bitwise_unchanged_and_recompiles_are_bounded(counters: Any) -> None:
+    graphs = {}
+
+    def run(watched: bool, every_steps: int = 1) -> list[Tensor]:
+        torch._dynamo.reset()
+        counters.clear()
+        inner = made(mlp)
+        model = torch.compile(inner, fullgraph=True, backend="aot_eager")
+        optimizer = torch.optim.SGD(inner.parameters(), lr=1e-2)
+        metric = PerSampleGradNorms(loss_reduction="mean", every_steps=every_steps)
+        monitor = Monitor(model, optimizer, metrics=[metric]) if watched else None
+        torch.manual_seed(1)
+        train(model, optimizer, [torch.randn(size, 5) for size in (4, 4, 3, 5, 6, 2, 4)])
+        if monitor is not None:
+            count = monitor.compute()["per_sample_grad_norm"].grad_norm["total"].mean.count
+            assert count == (28 if every_steps == 1 else 4 + 3 + 6 + 4)
+            monitor.close()
+        graphs[watched, every_steps] = counters["stats"]["unique_graphs"]
+        return weights(inner)
+
+    plain = run(False)
+    assert_equal(run(True), plain)
+    assert_equal(run(True, 2), plain)
+    assert graphs[True, 1] == graphs[False, 1]
+    assert graphs[True, 2] <= 2 * graphs[False, 1]  # with taps and without
+
+
+def test_accumulation_interleaved_passes_and_autograd_grad(counters: Any) -> None:
+    inner = made(mlp)
+    model = torch.compile(inner, fullgraph=True, backend="aot_eager")
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        xs = [torch.randn(3, 5) for _ in range(3)]
+        expected = [norms_sq(inner, samples_of((x,), 3), sum_loss) for x in xs]
+        for x, wanted in zip(xs, expected, strict=True):
+            sum_loss(model(x)).backward()
+            assert_norms(metric, wanted)
+        losses = [sum_loss(model(x)) for x in xs]
+        torch.autograd.grad(sum_loss(model(xs[1])), list(inner.parameters()))
+        assert_norms(metric, expected[2])
+        for i in (1, 0, 2):
+            losses[i].backward()
+            assert_norms(metric, expected[i])
+        assert metric._capture is not None
+        assert metric._capture.records == 6
+
+
+def test_an_evaluation_between_forward_and_backward(counters: Any) -> None:
+    inner = made(mlp)
+    model = torch.compile(inner, fullgraph=True, backend="aot_eager")
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        x = torch.randn(3, 5)
+        loss = sum_loss(model(x))
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                model(torch.randn(7, 5))
+        loss.backward()
+        assert_norms(metric, norms_sq(inner, samples_of((x,), 3), sum_loss))
+
+
+def test_normalized_and_methods(counters: Any) -> None:
+    inner = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)))
+    model, x = torch.compile(inner, fullgraph=True, backend="aot_eager"), torch.randn(3, 5)
+    found = []
+    for watched in (inner, model):
+        with PerSampleGradNorms(watched, loss_reduction="sum", normalized=True, methods={"0": "direct"}) as metric:
+            inner.zero_grad()
+            watched(x).square().sum().backward()
+            found.append(metric.normalized)
+    assert sorted(found[0]) == sorted(found[1]) == ["0", "2"]
+    for layer in found[0]:
+        assert torch.allclose(found[0][layer], found[1][layer], rtol=1e-6)
+
+
+def test_packed_sequences_with_batch_dim(counters: Any) -> None:
+    """Sequence first: [T, B, features]."""
+    inner = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)))
+    model, x = torch.compile(inner, fullgraph=True, backend="aot_eager"), torch.randn(6, 3, 5)
+
+    def loss(y: Tensor) -> Tensor:
+        return (y.sin() * torch.arange(1.0, 3.0)).sum()
+
+    expected = norms_sq(inner, samples_of((x,), 3, 1), loss)
+    with PerSampleGradNorms(model, loss_reduction="sum", batch_dim=1) as metric:
+        loss(model(x)).backward()
+        assert_norms(metric, expected)
+
+
+def test_a_compiled_part_of_an_eager_model(counters: Any) -> None:
+    """Its hooks are traced without a probe in the pass of an outer module that is not compiled."""
+    inner = made(mlp)
+    model = nn.Sequential(torch.compile(inner, backend="aot_eager"), nn.Linear(4, 2))
+    x = torch.randn(3, 5)
+    expected = norms_sq(nn.Sequential(inner, model[1]), samples_of((x,), 3), sum_loss)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(2):
+            model.zero_grad()
+            sum_loss(model(x)).backward()
+            total = torch.stack(list(expected.values())).sum(0).sqrt()
+            assert torch.allclose(metric.per_sample, total, rtol=1e-5)
+
+
+# ---- what cannot be done is said
+
+
+def test_compiled_in_place_is_refused() -> None:
+    model = made(mlp)
+    model.compile(backend="eager")
+    with pytest.raises(ValueError, match=r"compiled in place by model\.compile\(\)"):
+        PerSampleGradNorms(model, loss_reduction="sum")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_tied_weight_is_refused() -> None:
+    model = torch.compile(made(Transformer), backend="eager")
+    with pytest.raises(ValueError, match=r"'embedding.weight' is shared by .* inside torch.compile"):
+        PerSampleGradNorms(model, loss_reduction="sum")
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class Reused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(self.linear(x).tanh())
+        return y
+
+
+def test_a_module_that_is_called_twice_is_an_error(counters: Any) -> None:
+    model = torch.compile(made(Reused), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"module 'linear' .*is called more than once in a compiled forward pass"):
+        with PerSampleGradNorms(model, loss_reduction="sum"):
+            with pytest.warns(RuntimeWarning, match="stopped recording"):
+                sum_loss(model(torch.randn(3, 5))).backward()
+
+
+class Direct(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.a(x), self.b.weight, self.b.bias)
+
+
+def test_a_layer_whose_weight_is_used_without_it_is_an_error(counters: Any) -> None:
+    model = torch.compile(made(Direct), fullgraph=True, backend="aot_eager")
+    with pytest.raises(ValueError, match="'b.weight': has a gradient, but its layer's call did not come through"):
+        with PerSampleGradNorms(model, loss_reduction="sum"):
+            with pytest.warns(RuntimeWarning, match="stopped recording"):
+                sum_loss(model(torch.randn(3, 5))).backward()
+
+
+def test_wrong_shapes_inside_a_region_are_an_error_and_training_goes_on(counters: Any) -> None:
+    inner = made(lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 4)))
+    model = torch.compile(inner, backend="aot_eager")
+    with pytest.raises(ValueError, match=r"module '1' \(Linear\): expected 3 samples at dimension 0, got shape"):
+        with PerSampleGradNorms(model, loss_reduction="sum"):
+            with pytest.warns(RuntimeWarning, match="stopped recording"):
+                sum_loss(model(torch.randn(3, 2, 5))).backward()
+            assert all(p.grad is not None for p in inner.parameters())
+
+
+def test_hooks_that_come_after_the_first_compiled_call_say_so(counters: Any) -> None:
+    inner = made(mlp)
+    model = torch.compile(inner, backend="eager")
+    optimizer = torch.optim.SGD(inner.parameters(), lr=1e-2)
+    train(model, optimizer, [torch.randn(4, 5)] * 2)
+    with pytest.raises(ValueError, match=r"before its first call \(or torch\._dynamo\.reset\(\)\)"):
+        with Monitor(model, optimizer, metrics=[PerSampleGradNorms(loss_reduction="mean")]):
+            with pytest.warns(RuntimeWarning, match="stopped recording"):
+                train(model, optimizer, [torch.randn(4, 5)] * 3)
+
+
+def test_hooks_that_come_too_late_for_a_metric_that_stands_alone(counters: Any) -> None:
+    model = torch.compile(made(mlp), backend="eager")
+    sum_loss(model(torch.randn(4, 5))).backward()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        sum_loss(model(torch.randn(4, 5))).backward()
+        with pytest.raises(RuntimeError, match=r"before its first call \(or torch\._dynamo\.reset\(\)\)"):
+            _ = metric.per_sample
