@@ -50,6 +50,9 @@ def embedding_norms_sq(
     Raises:
         TypeError, ValueError: an argument lipcore cannot use, or shapes that do not fit; the message names it.
 
+    Source: the sum that Li, Tramer, Liang, Hashimoto, "Large language models can be strong differentially private
+    learners" (ICLR 2022), write with a T x T mask of equal tokens.
+
     >>> embedding_norms_sq(torch.tensor([[7, 7, 1]]), torch.tensor([[[1.0], [2.0], [4.0]]]))
     tensor([25.], dtype=torch.float64)
     """

@@ -28,6 +28,8 @@ def outer_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
     Raises:
         TypeError, ValueError: a tensor lipcore cannot use, lists or batches of different length; the message names it.
 
+    Source: Goodfellow, "Efficient per-example gradient computations", arXiv:1510.01799 (2015).
+
     >>> outer_norms_sq([torch.tensor([[1.0, 2.0]])], [torch.tensor([[3.0]])])
     tensor([[45.]], dtype=torch.float64)
     """
