@@ -49,6 +49,21 @@ struct UpdateChunk {
   UpdateScalars scalars;
 };
 
+struct ConvShape {          // of a convolution in three dimensions: depth, height, width; 1 where there are fewer
+  int64_t groups;           // at least 1
+  int64_t inputs, outputs;  // channels per group
+  int64_t size[3], out[3];  // of the image, and of the gradient (at most the full output)
+  int64_t kernel[3], stride[3], padding[3], dilation[3];
+};
+
+struct ConvSample {
+  const void *x, *grad;  // inputs and output gradients of one sample
+  DType x_dtype, grad_dtype;
+  int64_t x_stride[4], grad_stride[4];  // in elements: channel, depth, height, width
+  bool in_float64;                      // always where one of them is float64
+  double x_scale, grad_scale;           // powers of two that the elements are multiplied with; in float64 only
+};
+
 struct SampleNormsKernels {
   double (*sum_squares)(const void* x, DType dtype, int64_t count);       // in float64
   int64_t (*count_nonfinite)(const void* x, DType dtype, int64_t count);  // NaN or infinite
@@ -67,12 +82,20 @@ struct UpdateSumsKernels {
   int64_t (*count_nonfinite)(const UpdateChunk& chunk);       // elements whose parameter or update is not finite
 };
 
+struct ConvNormsKernels {
+  int64_t tile_rows;  // rows of the weight gradient [inputs x kernel, outputs] that are worked on together, at most
+  int64_t (*scratch)(const ConvShape& shape, bool in_float64);  // bytes that a call needs, on a 64-byte boundary
+  // Sum of squares of the weight gradient of one sample; of part `part` of its rows, where they are cut in parts.
+  double (*direct)(const ConvShape& shape, const ConvSample& sample, int64_t part, int64_t parts, void* scratch);
+};
+
 struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
   const SampleNormsKernels* sample_norms;
   const TrajectoryStepKernels* trajectory_step;
   const SketchKernels* sketch;
   const UpdateSumsKernels* update_sums;
+  const ConvNormsKernels* conv_norms;
 };
 
 // The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.
