@@ -108,6 +108,20 @@ class Metric(ABC):
     def plan(self) -> list[PlanLine]:
         """What will be measured, by which rule, for how many bytes."""
 
+    @property
+    def layer_options(self) -> dict[str, Any] | None:
+        """How it wants all layers tapped (arguments of capture.LayerCapture); None: not at all."""
+        return None
+
+    def tapped(self, capture: Any) -> None:  # noqa: B027
+        """The LayerCapture that taps the layers for it; called before its hooks are registered."""
+
+    def observe_layers(self, record: Any) -> None:  # noqa: B027
+        """One backward pass's LayerRecord. No host synchronisation here."""
+
+    def observe_skipped_step(self) -> None:  # noqa: B027
+        """A GradScaler skipped the step: what the backward passes since the last one brought does not count."""
+
     def observe_record(self, record: Record) -> None:  # noqa: B027
         """One micro-batch's tapped values. No host synchronisation here."""
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lipcore.capture import Capture
+from lipcore.capture.layer_capture import LayerCapture
 from lipcore.capture.parameters import GradientWatch, LoadWatch
 from lipcore.clock import Calls, Clock, ScaledSteps
 from lipcore.lipschitz import Lipschitz
@@ -137,6 +138,7 @@ class Monitor:
         self._find_step_calls()
         taps = [tap for metric in self._tapping for tap in metric.taps().items()]
         self._capture = Capture(model, taps, self._observe_record, self._stop)
+        self._layer_captures = self._tap_layers(chosen, parts)
         try:
             # The shortcut is for the one metric that can do with two bias gradients.
             self._capture.attach(self._tapping[0].single_sample if len(self._tapping) == 1 else None)
@@ -145,6 +147,24 @@ class Monitor:
             if not self._turn_off(error):
                 raise
         self._watch()
+
+    def _tap_layers(self, metrics: list[Metric], parts: bool) -> list[LayerCapture]:
+        """One capture of all layers for each metric that wants them tapped."""
+        captures = []
+        for metric in metrics:
+            options = metric.layer_options
+            if options is None:
+                continue
+            if parts:
+                raise ValueError(
+                    f"model: {metric.name} watches the forward pass of one module, not of a dict of them; pass the "
+                    "module your loop calls"
+                )
+            capture = LayerCapture(self.model, metric.observe_layers, self._stop_all, **options)
+            metric.tapped(capture)
+            capture.attach()
+            captures.append(capture)
+        return captures
 
     def _watch(self) -> None:
         """Hooks on optimizers and parameters, as the metrics want them."""
@@ -238,6 +258,7 @@ class Monitor:
         if self._scaled is not None:
             self._scaled.ticked = True
         self._capture.tick()
+        self._call(lambda metric: metric.observe_skipped_step())
 
     def _after_step(self) -> None:
         if self._scaled is not None:
@@ -246,6 +267,8 @@ class Monitor:
             return
         if self._capture.pending:
             self._capture.tick()
+        for capture in self._layer_captures:
+            capture.flush()
         try:
             for call, settle in self._step_calls:
                 if call():
@@ -290,6 +313,8 @@ class Monitor:
         if self._scaled is not None and not self._closed:
             self._scaled.look()
         self._capture.flush()
+        for capture in self._layer_captures:
+            capture.flush()
         self._raise_error()
 
     # ---- windows
@@ -399,6 +424,8 @@ class Monitor:
             self._closed = True
             self._unwatch()
             self._capture.close()
+            for capture in self._layer_captures:
+                capture.close()
             if not self._failed:
                 self._final = self._window(closed=False)  # results refer to parameters, which may go on moving
         self._raise_error()

@@ -16,7 +16,8 @@ from test_determinism import assert_same_in_all_ways
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 
-from lipcore import functional, reference
+from lipcore import reference
+from lipcore.functional import statistics
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
 from lipcore.update_rules import GIVEN
 
@@ -673,6 +674,6 @@ def test_the_torch_form_gives_the_same(monkeypatch):
     lists = []
     monkeypatch.setattr("lipcore._core.update_sums", lambda *arguments: lists.append(arguments[:4]))
     source.sums()
-    torch_form = functional._update_sums_on_device(*lists[0])
+    torch_form = statistics._update_sums_on_device(*lists[0])
     for a, b in zip(compiled, torch_form, strict=True):
         assert torch.allclose(a, b, rtol=1e-6, atol=0)

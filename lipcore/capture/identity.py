@@ -17,7 +17,7 @@ class Probed(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, probe: Tensor, site: Site, extra: Any, *saved: Tensor) -> Tensor:
         ctx.site, ctx.extra = site, extra
         ctx.save_for_backward(*saved)
-        return _passed_on(ctx, output, site.in_place_after)
+        return passed_on(ctx, output, site.in_place_after)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -31,14 +31,14 @@ class Anchored(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, in_place_after: bool) -> Tensor:
-        return _passed_on(ctx, output, in_place_after)
+        return passed_on(ctx, output, in_place_after)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         return None, None, None
 
 
-def _passed_on(ctx: Any, output: Tensor, in_place_after: bool) -> Tensor:
+def passed_on(ctx: Any, output: Tensor, in_place_after: bool) -> Tensor:
     if in_place_after:
         # A view would make the in-place activation that may follow an error. This bumps the version counter, so it is
         # only right behind a module that does not need its output for its own backward.

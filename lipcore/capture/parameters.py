@@ -66,6 +66,11 @@ class GradientWatch:
         call = _Call(self._accumulated)
         self._handles = [p.register_post_accumulate_grad_hook(call) for p in parameters if p.requires_grad]
 
+    @staticmethod
+    def is_ours(hook: Any) -> bool:
+        """Whether a parameter's hook is of such a watch, and so leaves the gradient alone."""
+        return isinstance(hook, _Call)
+
     def _accumulated(self, _: Tensor) -> None:
         # A flag would stay set after a backward pass that ends in an exception: callbacks are not called then.
         task = torch._C._current_graph_task_id()

@@ -1,0 +1,234 @@
+"""One tapped layer: its rule, its parameters' names, and the two ways in which its gradient comes back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore import functional
+from lipcore.capture.accumulation import anything
+from lipcore.capture.collector import in_backward
+from lipcore.capture.fused_linear import FusedLinear, can_fuse
+from lipcore.capture.identity import passed_on
+from lipcore.capture.layer_pass import DELTA, LayerPass
+from lipcore.capture.probes import armed
+from lipcore.layers import Batch, Factor, Rule
+
+if TYPE_CHECKING:
+    from lipcore.capture.layer_capture import LayerCapture
+
+_numbers = itertools.count(1 << 40)  # apart from those of capture.site
+
+
+class LayerSite:
+    """A module with a rule, hooked; brings the factors of its parameters' gradients to the pass they belong to."""
+
+    def __init__(self, capture: LayerCapture, name: str, module: nn.Module, rule: Rule, names: dict[str, str]) -> None:
+        self.name, self.module, self.rule = name, module, rule
+        self.names = names  # the parameter's key in the module -> its canonical name
+        self.broadcast = False  # its output has no batch dimension and is expanded here
+        self.number = next(_numbers)
+        self._capture = capture
+
+    def __reduce__(self) -> tuple[Callable[[], _InertHook], tuple[()]]:
+        return _InertHook, ()  # a copied or pickled model is not watched
+
+    @property
+    def in_place_after(self) -> bool:
+        """Whether an in-place activation may follow: not behind a tuple's view, nor behind an expanded output."""
+        # A layer of the user's may keep its output for its own backward pass, which a changed version would refuse.
+        ours = type(self.module).__module__.startswith("torch.nn.modules.")
+        return ours and not (self.broadcast or isinstance(self.module, nn.MultiheadAttention))
+
+    @property
+    def columns(self) -> list[str]:
+        """What a probe's rows hold: the parameters' norms and, last, how often the layer was called."""
+        deltas = [DELTA + self.name] if self._capture.normalized else []
+        return [*self.names.values(), *deltas, "calls"]
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._trace(module, arguments, keywords, output)
+        capture = self._capture
+        if not capture.tapping:
+            return None
+        inner = in_backward() != -1
+        run = capture.pass_of_recomputation() if inner else capture.current
+        if run is not None and run.single:
+            return None
+        if run is not None and not inner:
+            run.calls.update(self.names.values())
+        if not torch.is_grad_enabled():
+            return None
+        tensor = _tensor_of(output)
+        if tensor is None or not tensor.requires_grad:
+            return None
+        if run is None:
+            return _with_tensor(output, _Strayed.apply(tensor, anything, self)) if not inner else None  # type: ignore[no-untyped-call]
+        try:
+            refusal = self.rule.refuses(module)
+            if refusal:
+                raise ValueError(refusal)
+            batch = run.batch
+            tensor_out = tensor
+            if self.broadcast:
+                batch, arguments, tensor_out = self._expanded(batch, arguments, tensor)
+            saved, extra = self.rule.save(module, arguments, keywords, batch)
+        except ValueError as error:
+            capture.fail(ValueError(f"module '{self.name}' ({type(module).__name__}): {error}"))
+            return None
+        if capture.fused and can_fuse(module, arguments, run):
+            bias = module.bias if isinstance(module.bias, Tensor) else None
+            fused = FusedLinear.apply(arguments[0], module.weight, bias, tensor.detach(), anything, self, run, inner)  # type: ignore[no-untyped-call]
+            return _with_tensor(output, fused)
+        return _with_tensor(output, _Tapped.apply(tensor_out, anything, self, run, extra, inner, *saved))  # type: ignore[no-untyped-call]
+
+    def _expanded(
+        self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
+    ) -> tuple[Batch, tuple[Any, ...], Tensor]:
+        """Of a layer that is called without the batch dimension (positions): what it would be with it. The values
+        and, by the very sum over the batch that broadcasting makes, the gradients stay the same."""
+        first = arguments[0]
+        shape = (batch.size, *first.shape) if first.shape[0] != 1 else (batch.size, *first.shape[1:])
+        out = (batch.size, *(output.shape if first.shape[0] != 1 else output.shape[1:]))
+        return Batch(batch.size), (first.expand(shape), *arguments[1:]), output.expand(out)
+
+    def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
+        """In the backward pass, in which nothing may be raised."""
+        capture = self._capture
+        if not capture.recording or not capture.comes_back(run, inner):
+            return
+        try:
+            with torch.no_grad():
+                for key, factor in self.rule.factors(self.module, grad, extra, *saved).items():
+                    if key in self.names:
+                        run.add_factor(self.names[key], capture.tuned(factor, self.name))
+                if capture.normalized:
+                    run.add_row(DELTA + self.name, _row_norms_sq(grad, run.batch))
+        except Exception as error:
+            capture.fail(_named(error, self.name))
+
+    def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
+        """The weight gradient, with the norms taken on the way; None where the layer has to do it itself."""
+        capture, batch = self._capture, run.batch
+        weight = self.names["weight"]
+        if not capture.recording or not capture.comes_back(run, inner):
+            return None
+        try:
+            with torch.no_grad():
+                tokens, grads = batch.tokens(x), batch.tokens(grad)
+                factors = self.rule.factors(self.module, grad, self.rule.save(self.module, (x,), {}, batch)[1], tokens)
+                if "bias" in self.names:
+                    run.add_factor(self.names["bias"], factors["bias"])
+                if capture.normalized:
+                    run.add_row(DELTA + self.name, _row_norms_sq(grad, batch))
+                if run.calls[weight] > 1:  # to be joined
+                    run.add_factor(weight, factors["weight"])
+                    return None
+                weight_grad, norms_sq = functional.linear_weight_grad(tokens, grads, offsets=batch.offsets)
+                run.add_row(weight, norms_sq)
+                return weight_grad
+        except Exception as error:
+            capture.fail(_named(error, self.name))
+            return None
+
+    # ---- compiled regions: a probe takes the place of the pass
+
+    def _trace(self, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        probe = armed.get(self.number)
+        tensor = _tensor_of(output)
+        if probe is None or tensor is None:
+            return None
+        batch = Batch(probe.shape[1], self._capture.batch_dim)
+        if self.broadcast:
+            batch, arguments, tensor = self._expanded(batch, arguments, tensor)
+        saved, extra = self.rule.save(module, arguments, keywords, batch)
+        return _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
+
+    def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
+        """The probe's gradient: float64 [columns, B]."""
+        factors: dict[str, Factor] = self.rule.factors(self.module, grad, extra, *saved)
+        nothing = torch.full((samples,), torch.nan, dtype=torch.float64, device=grad.device)
+        rows = [factors[key].norms_sq() if key in factors else nothing for key in self.names]
+        if self._capture.normalized:
+            rows.append(_row_norms_sq(grad, Batch(samples, self._capture.batch_dim)))
+        return torch.stack([*rows, torch.ones_like(nothing)])
+
+
+class _InertHook:
+    """What a copied model has in the place of a hook."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+class _Tapped(torch.autograd.Function):
+    """Passes an output on; keeps the activations as saved tensors, so that checkpointing and offloading apply."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, _: Tensor, site: LayerSite, run: LayerPass, extra: Any, inner: bool, *saved: Tensor
+    ) -> Tensor:
+        ctx.site, ctx.run, ctx.extra, ctx.inner = site, run, extra, inner
+        ctx.save_for_backward(*saved)
+        return passed_on(ctx, output, site.in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.site.came_back(ctx.run, grad, ctx.extra, ctx.inner, ctx.saved_tensors)
+        return (grad, *(None for _ in range(len(ctx.needs_input_grad) - 1)))
+
+
+class _Probed(torch.autograd.Function):
+    """The same inside a compiled region, where the numbers leave as the gradient of a probe."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite, extra: Any, *saved: Tensor) -> Tensor:
+        ctx.site, ctx.extra, ctx.samples = site, extra, probe.shape[1]
+        ctx.save_for_backward(*saved)
+        return passed_on(ctx, output, site.in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        columns = ctx.site.reduce(grad, ctx.extra, ctx.saved_tensors, ctx.samples)
+        return (grad, columns, None, None, *(None for _ in ctx.saved_tensors))
+
+
+class _Strayed(torch.autograd.Function):
+    """On the output of a layer that was called outside the model's forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, _: Tensor, site: LayerSite) -> Tensor:
+        ctx.site = site
+        return passed_on(ctx, output, site.in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.site._capture.strayed(ctx.site)
+        return grad, None, None
+
+
+def _tensor_of(output: Any) -> Tensor | None:
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def _with_tensor(output: Any, tensor: Tensor) -> Any:
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
+def _row_norms_sq(grad: Tensor, batch: Batch) -> Tensor:
+    if batch.offsets is None:
+        return functional.sample_norms(grad.movedim(batch.dim if grad.dim() > 2 else 0, 0)).square()
+    rows = functional.sample_norms(grad.reshape(-1, grad.shape[-1])).square()
+    return torch.stack([part.sum() for part in rows.tensor_split(batch.offsets[1:-1].cpu())])
+
+
+def _named(error: Exception, name: str) -> Exception:
+    text = f"module '{name}': {error}"
+    return type(error)(text) if isinstance(error, (ValueError, TypeError)) else RuntimeError(text)

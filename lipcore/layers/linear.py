@@ -1,0 +1,36 @@
+r"""Linear layers, :math:`y = x W^T + b` over the last dimension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipcore.layers.calls import is_trainable, tensor_argument
+from lipcore.layers.factor import Factor
+from lipcore.layers.factor_outer import Outer
+from lipcore.layers.factor_sums import RowSum
+from lipcore.layers.registry import register
+from lipcore.layers.rule import Batch, Rule
+
+
+class LinearRule(Rule):
+    def save(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        x = tensor_argument(arguments, keywords)
+        batch.check(x)
+        return ((x,) if is_trainable(module, "weight") else ()), batch
+
+    def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
+        batch: Batch = extra
+        grad = batch.tokens(grad_output)
+        factors: dict[str, Factor] = {}
+        if saved:
+            factors["weight"] = Outer(batch.tokens(saved[0]), grad, batch.offsets)
+        if is_trainable(module, "bias"):
+            factors["bias"] = RowSum(grad, None, batch.offsets)
+        return factors
+
+
+register(nn.Linear, LinearRule())

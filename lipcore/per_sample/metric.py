@@ -1,0 +1,427 @@
+"""PerSampleGradNorms: exact per-sample gradient norms during ordinary training."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lipcore.capture.layer_capture import LayerCapture
+from lipcore.capture.layer_pass import LayerRecord
+from lipcore.distribution import Distribution
+from lipcore.metric import Metric, PlanLine
+from lipcore.noise_scale import NoiseScale
+from lipcore.per_sample.micro_batch import MicroBatch, Norms
+from lipcore.per_sample.reduction import Reduction, Terms
+from lipcore.per_sample.step import StepSums
+from lipcore.results import MetricResult, Value
+from lipcore.sample_scores import SampleScores
+
+_TOTAL = "total"
+
+
+class PerSampleGradNorms(Metric):
+    r"""Norms :math:`n_i = \|\nabla_\theta\, l_i\|_2` of single samples' gradients, from the ordinary backward pass.
+
+    :math:`l_i` is the sum of sample i's unreduced loss terms. What comes back in a backward pass is a multiple of
+    :math:`\nabla l_i` that depends on the loss reduction, so that has to be named: with ``loss_reduction="sum"`` it is
+    taken as it is, with ``"mean"`` multiplied by B, or by `loss_terms` where the mean is over something else (tokens).
+    One record is made per backward pass; a sample is a row of the batch in one forward pass. Weights used more than
+    once (a module called twice, an embedding tied to the head) are joined before the norm is taken. Training stays bit
+    for bit the same, but with ``fused=True``.
+
+    Alone, it needs the model and nothing else::
+
+        with lipcore.PerSampleGradNorms(model, loss_reduction="mean") as norms:
+            loss_fn(model(x), y).backward()
+            norms.per_sample
+
+    In a Monitor it makes windows: distributions of the norms in total and per layer (``grad_norm``), and the gradient
+    noise scale :math:`B_{simple} = \mathrm{tr}\,\Sigma / |G|^2` of McCandlish et al. (2018) with its two unbiased
+    estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a step.
+
+    Args:
+        model: only when it stands alone.
+        loss_reduction: "mean" or "sum": what your loss does over the batch.
+        loss_terms: with "mean": how many terms were averaged, when not B: a number, a tensor, or a function called
+            after every backward pass. For cross-entropy over tokens: how many targets are not ignored.
+        scale: what else the loss was multiplied by (1/k under gradient accumulation over k micro-batches).
+        every_steps: record in every so many optimizer steps (of a Monitor's clock); the others cost next to nothing.
+        on_unsupported: "error", or "skip" to measure the parameters that are covered and leave out the others.
+        batch_dim: batch dimension of the model's input and of activations [T, B, features]; 0 or 1.
+        cu_seqlens: packed sequences of different lengths, [total, features]: name of the model's keyword argument that
+            has the boundaries (int [B + 1]), or a function of (arguments, keywords) that returns them. Norms are per
+            document then.
+        broadcast: names of layers that are called without the batch dimension (position embeddings on [T]).
+        methods: {layer name: "gram" or "direct"} to override the cost rule.
+        fused: norms are taken inside Linear's weight gradient, which lipcore then computes itself: nearly free on long
+            sequences, but the gradient is summed in another order.
+        normalized: also :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
+        noise_scale: also the gradient noise scale.
+        scaler: a torch.amp.GradScaler, when it stands alone (a Monitor has its own).
+
+    Raises:
+        ValueError: a trainable parameter that no rule covers, named with the ways out; an argument that will not do.
+    """
+
+    name = "per_sample_grad_norm"
+    _version = 1
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        *,
+        loss_reduction: str,
+        loss_terms: Terms = None,
+        scale: float = 1.0,
+        every_steps: int = 1,
+        on_unsupported: str = "error",
+        batch_dim: int = 0,
+        cu_seqlens: str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
+        broadcast: Sequence[str] = (),
+        methods: Mapping[str, str] | None = None,
+        fused: bool = False,
+        normalized: bool = False,
+        noise_scale: bool = True,
+        scaler: Any = None,
+    ) -> None:
+        self._reduction = Reduction(loss_reduction, loss_terms, scale)
+        _check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods)
+        self._every = every_steps
+        self._options: dict[str, Any] = {
+            "batch_dim": batch_dim,
+            "offsets_of": _offsets_of(cu_seqlens),
+            "broadcast": tuple(broadcast),
+            "methods": methods,
+            "fused": fused,
+            "normalized": normalized,
+            "skip_uncovered": on_unsupported == "skip",
+        }
+        self._wants_noise = noise_scale
+        self._capture: LayerCapture | None = None
+        self._scaler = scaler
+        self._alone = model is not None
+        self._steps = 0
+        self._last: MicroBatch | None = None
+        self._ids: Tensor | None = None
+        self.scores = SampleScores()  #: per sample id, when `ids` are given
+        self._layers: list[str] = []
+        self._layer_of: dict[str, str] = {}
+        self._waiting: list[tuple[MicroBatch, Tensor | None]] = []  # of the open step, which may yet be skipped
+        self._closed: deque[list[Distribution]] = deque(maxlen=0)
+        self._open: list[Distribution] = []
+        self._dropped = 0
+        self._noise: NoiseScale | None = None
+        self._step_sums: StepSums | None = None
+        self._monitor: Any = None
+        if model is not None:
+            from lipcore.monitor import Monitor  # which imports this
+
+            self._monitor = Monitor(model, metrics=[self], scaler=scaler)
+
+    # ---- the protocol
+
+    def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
+        self._closed = deque(maxlen=window_blocks - 1)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+
+    def bind(self, model: nn.Module) -> None:
+        """Layers and parameters are found when the layers are tapped."""
+
+    @property
+    def layer_options(self) -> dict[str, Any]:
+        return self._options
+
+    def tapped(self, capture: LayerCapture) -> None:
+        """The layers are tapped by this."""
+        self._capture = capture
+        self._layer_of = {}
+        for site in capture.sites:
+            for parameter in site.names.values():
+                self._layer_of.setdefault(parameter, site.name)
+        self._layers = list(dict.fromkeys(self._layer_of.values()))
+        if len(self._open) != len(self._layers) + 1:
+            self._open = self._block()
+        if self._wants_noise:
+            self._noise = self._noise or NoiseScale(len(self._layers) + 1)
+            self._step_sums = StepSums(self._layers, self._layer_of, capture.coverage.parameters)
+
+    @property
+    def wants_gradients(self) -> bool:  # type: ignore[override]
+        return self._wants_noise and not self._alone
+
+    def _block(self) -> list[Distribution]:
+        return [Distribution() for _ in range(len(self._layers) + 1)]
+
+    def observe_layers(self, record: LayerRecord) -> None:
+        """One backward pass."""
+        micro = MicroBatch(record, self._reduction.factor(record.samples, self._scaler), self._layer_of)
+        self._last = micro
+        ids, self._ids = self._ids, None
+        if ids is not None and len(ids) != record.samples:
+            raise ValueError(f"ids: {len(ids)} ids were given for a micro-batch of {record.samples} samples")
+        if self._alone:
+            self._take_in(micro, ids)
+        else:
+            self._waiting.append((micro, ids))
+
+    def observe_gradients(self) -> None:
+        if self._step_sums is not None and self._waiting:
+            self._step_sums.read_gradients()
+
+    def _take_in(self, micro: MicroBatch, ids: Tensor | None) -> None:
+        for distribution, layer in zip(self._open, [*self._layers, None], strict=True):
+            row = micro.total_sq if layer is None else micro.layer_squares.get(layer)
+            if row is not None:
+                distribution.observe(row.sqrt())
+        if ids is not None:
+            self.scores.observe(ids, micro.per_sample)
+
+    def observe_step(self) -> None:
+        """The optimizer has stepped: what its backward passes brought counts."""
+        waiting, self._waiting = self._waiting, []
+        for micro, ids in waiting:
+            self._take_in(micro, ids)
+        if self._step_sums is not None and self._noise is not None and waiting:
+            for micro, _ in waiting:
+                self._step_sums.add(micro)
+            self._step_sums.finish(self._noise.observe, _ranks())
+        self._steps += 1
+        if self._capture is not None:
+            self._capture.active = self._steps % self._every == 0
+
+    def observe_skipped_step(self) -> None:
+        """A GradScaler skipped the step: what its backward passes brought does not count."""
+        self._dropped += sum(micro.samples for micro, _ in self._waiting)
+        self._waiting.clear()
+        if self._step_sums is not None:
+            self._step_sums.drop()
+
+    # ---- the last micro-batch
+
+    def _micro(self) -> MicroBatch:
+        if self._monitor is not None:
+            self._monitor.flush()
+        elif self._capture is not None:
+            self._capture.flush()
+        if self._last is None:
+            unrecorded = self._capture.unrecorded if self._capture is not None else {}
+            why = "; ".join(f"{count} times: {reason}" for reason, count in unrecorded.items())
+            raise RuntimeError(
+                "no backward pass was recorded yet"
+                + (
+                    f" ({why})"
+                    if why
+                    else "; call the very object that was passed as model, in grad mode, and backward()"
+                )
+            )
+        return self._last
+
+    @property
+    def per_sample(self) -> Tensor:
+        """float64 [B]: n_i over all measured parameters, of the last recorded backward pass."""
+        micro = self._micro()
+        return micro.per_sample
+
+    @property
+    def per_layer(self) -> Norms:
+        """Per layer float64 [B]; NaN, with a reason in ``.reasons``, where nothing was recorded."""
+        return self._micro().per_layer
+
+    @property
+    def per_parameter(self) -> Norms:
+        """Per parameter float64 [B]; NaN, with a reason in ``.reasons``, where nothing was recorded."""
+        return self._micro().per_parameter
+
+    @property
+    def normalized(self) -> Norms:
+        r"""Per layer float64 [B]: :math:`r_i = \|\partial L/\partial u_i\| / |\partial L/\partial\hat y_i|` with u the
+        layer's output; every factor of the loss cancels. NaN where the output's gradient is 0 or not finite."""
+        return self._micro().normalized
+
+    @property
+    def broken(self) -> str:
+        """Why the last total is NaN; empty when it is not."""
+        return self._micro().record.broken
+
+    def set_ids(self, ids: Any) -> None:
+        """The sample ids (integers [B]) of the next backward pass; its norms are kept in :attr:`scores`."""
+        self._ids = torch.as_tensor(ids)
+
+    def coverage(self) -> Any:
+        """Which parameters are measured by which layer's rule, which are frozen, which are not covered and why."""
+        if self._capture is None:
+            raise RuntimeError("this metric watches no model yet; pass one, or give it to a Monitor")
+        return self._capture.coverage
+
+    # ---- results
+
+    def plan(self) -> list[PlanLine]:
+        """Per layer: what is measured, by which rule."""
+        every = f" in every {self._every}th step" if self._every > 1 else ""
+        lines = [PlanLine("all", f"{self._reduction}{every}", 2048 * (len(self._layers) + 1))]
+        if self._capture is None:
+            return lines
+        for site in self._capture.sites:
+            method = self._options["methods"]
+            asked = f", method '{method[site.name]}'" if method and site.name in method else ""
+            keys = ", ".join(site.names)
+            lines.append(PlanLine(site.name or "model", f"{type(site.module).__name__}: {keys}{asked}"))
+        lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
+        return lines
+
+    def finalize(self) -> MetricResult:
+        """Distributions over the window, in total and per layer; the noise scale."""
+        capture = self._capture
+        result = MetricResult(self.name, dropped_samples=self._dropped)
+        if capture is not None:
+            result.details["unrecorded"] = dict(capture.unrecorded)
+            if capture.coverage.uncovered:
+                result.details["not_covered"] = dict(capture.coverage.uncovered)
+        note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""
+        for layer, distribution in zip([*self._layers, _TOTAL], self._window(), strict=False):
+            total = layer == _TOTAL
+            reduced = distribution.reduced("exact", note=note if total else "")
+            missing = distribution.missing + distribution.invalid
+            reduced["missing"] = Value(float(missing), distribution.count + missing)
+            result.add("grad_norm", layer or "model", "total" if total else "group", **reduced)
+        if self._noise is not None:
+            self._add_noise(result, self._noise)
+        return result
+
+    def _add_noise(self, result: MetricResult, noise: NoiseScale) -> None:
+        for layer, found in zip([*self._layers, _TOTAL], noise.finalize(), strict=True):
+            level = "total" if layer == _TOTAL else "group"
+            for quantity, reducers in found.items():
+                result.add(quantity, layer or "model", level, **reducers)  # type: ignore[arg-type]
+        assert self._step_sums is not None
+        result.details["noise_scale_unequal_steps"] = self._step_sums.skipped
+
+    def _window(self) -> list[Distribution]:
+        if not self._closed:
+            return self._open
+        merged = self._block()
+        for block in (*self._closed, self._open):
+            for into, distribution in zip(merged, block, strict=True):
+                into.merge(distribution)
+        return merged
+
+    def reset(self) -> None:
+        """Start a new window."""
+        self._closed.clear()
+        self._open = self._block()
+        if self._noise is not None:
+            self._noise.reset()
+
+    def advance(self) -> None:
+        """Slide the window by a block; the noise scale's window is the open block, its moving average goes on."""
+        self._closed.append(self._open)
+        self._open = self._block()
+        if self._noise is not None:
+            self._noise.reset()
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Version, layers, distributions of the window, noise scale and scores."""
+        return {
+            "version": self._version,
+            "layers": list(self._layers),
+            "steps": self._steps,
+            "dropped": self._dropped,
+            "open": [distribution.state_dict() for distribution in self._open],
+            "closed": [[distribution.state_dict() for distribution in block] for block in self._closed],
+            "noise": self._noise.state_dict() if self._noise is not None else {},
+            "scores": self.scores.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state; ValueError, and nothing changed, when it does not fit."""
+        for key, expected in (("version", self._version), ("layers", list(self._layers))):
+            if state.get(key) != expected:
+                raise ValueError(f"{key}: the state has {state.get(key)!r}, this metric has {expected!r}")
+        if bool(state["noise"]) != (self._noise is not None):
+            raise ValueError("noise: the state was made with the other setting of noise_scale=")
+        loaded, *closed = (self._loaded(block) for block in (state["open"], *state["closed"]))
+        if len(closed) > (self._closed.maxlen or 0):
+            raise ValueError(f"closed: the state has {len(closed)} blocks, this window {self._closed.maxlen}")
+        scores = SampleScores()
+        scores.load_state_dict(state["scores"])
+        if self._noise is not None:
+            self._noise.load_state_dict(state["noise"])
+        self._open, self.scores = loaded, scores
+        self._closed.clear()
+        self._closed.extend(closed)
+        self._steps, self._dropped = int(state["steps"]), int(state["dropped"])
+        if self._capture is not None:
+            self._capture.active = self._steps % self._every == 0
+
+    def _loaded(self, states: Any) -> list[Distribution]:
+        loaded = self._block()
+        for distribution, state in zip(loaded, states, strict=True):
+            distribution.load_state_dict(state)
+        return loaded
+
+    # ---- standing alone
+
+    def close(self) -> None:
+        """Remove the hooks of a metric that stands alone, and raise an error that was kept; numbers stay readable."""
+        if self._monitor is None:
+            raise RuntimeError("this metric belongs to a Monitor; close that")
+        self._monitor.close()
+
+    def __enter__(self) -> PerSampleGradNorms:
+        if self._monitor is None:
+            raise RuntimeError("pass the model to use this metric alone: PerSampleGradNorms(model, loss_reduction=...)")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._monitor.__exit__(kind, error, trace)
+
+
+def _check_arguments(every_steps: Any, on_unsupported: Any, batch_dim: Any, broadcast: Any, methods: Any) -> None:
+    if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
+        raise ValueError(f"every_steps: expected an integer >= 1, got {every_steps!r}")
+    if on_unsupported not in ("error", "skip"):
+        raise ValueError(f"on_unsupported: expected 'error' or 'skip', got {on_unsupported!r}")
+    if batch_dim not in (0, 1) or isinstance(batch_dim, bool):
+        raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
+    if isinstance(broadcast, str):
+        raise TypeError(f"broadcast: expected a sequence of layer names, got the string {broadcast!r}")
+    for layer, method in dict(methods or {}).items():
+        if method not in ("gram", "direct"):
+            raise ValueError(f"methods[{layer!r}]: expected 'gram' or 'direct', got {method!r}")
+
+
+def _offsets_of(cu_seqlens: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None:
+    if cu_seqlens is None or (callable(cu_seqlens) and not isinstance(cu_seqlens, Tensor)):
+        return cu_seqlens
+    if not isinstance(cu_seqlens, str):
+        raise TypeError(
+            "cu_seqlens: expected the name of the model's keyword argument that has the boundaries, or a function, got "
+            f"{type(cu_seqlens).__name__}"
+        )
+    name = cu_seqlens
+
+    def offsets(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+        found = keywords.get(name)
+        if not isinstance(found, Tensor) or found.dim() != 1 or found.is_floating_point() or len(found) < 1:
+            raise ValueError(
+                f"cu_seqlens: the model must be called with a keyword argument {name!r}, int [B + 1]; got "
+                f"{type(found).__name__}"
+            )
+        return found.detach().to(torch.int64)
+
+    return offsets
+
+
+def _ranks() -> int:
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
