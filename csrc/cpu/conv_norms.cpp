@@ -124,28 +124,47 @@ double direct_of(const ConvShape& shape, const ConvSample& sample, int64_t part,
   return sum_of(sums, kLanes);
 }
 
+#include "cpu/conv_gram.h"
+
+#include "cpu/conv_lanes.h"
+
+void lanes(const ConvShape& shape, const ConvSample& sample, int64_t first, int64_t count, void* scratch,
+           double* sums) {
+  if (sample.in_float64) return lanes_of<double>(shape, sample, first, count, scratch, sums);
+  lanes_of<float>(shape, sample, first, count, scratch, sums);
+}
+
+double gram(const ConvShape& shape, const ConvSample& sample, void* scratch, double* bound) {
+  return sample.in_float64 ? gram_of<double>(shape, sample, scratch, bound)
+                           : gram_of<float>(shape, sample, scratch, bound);
+}
+
 double direct(const ConvShape& shape, const ConvSample& sample, int64_t part, int64_t parts, void* scratch) {
   return sample.in_float64 ? direct_of<double>(shape, sample, part, parts, scratch)
                            : direct_of<float>(shape, sample, part, parts, scratch);
 }
 
-int64_t scratch(const ConvShape& shape, bool in_float64) {
-  int64_t most = 0;
-  for (int interleaved = 0; interleaved < 2; ++interleaved) {
-    Pieces pieces{nullptr};
-    if (in_float64) {
-      lay_out_direct<double>(shape, interleaved, &pieces);
-    } else {
-      lay_out_direct<float>(shape, interleaved, &pieces);
-    }
-    most = most < pieces.used ? pieces.used : most;
+template <class T>
+int64_t scratch_of(const ConvShape& shape, ConvMethod method) {
+  Pieces pieces{nullptr}, interleaved{nullptr};
+  if (method == ConvMethod::kGram) {
+    lay_out_gram<T>(shape, &pieces);
+  } else if (method == ConvMethod::kLanes) {
+    lay_out_lanes<T>(shape, &pieces);
+  } else {
+    lay_out_direct<T>(shape, false, &pieces);
+    lay_out_direct<T>(shape, true, &interleaved);
   }
-  return most;
+  return pieces.used < interleaved.used ? interleaved.used : pieces.used;
+}
+
+int64_t scratch(const ConvShape& shape, bool in_float64, ConvMethod method) {
+  return in_float64 ? scratch_of<double>(shape, method) : scratch_of<float>(shape, method);
 }
 
 }  // namespace
 
 extern const ConvNormsKernels conv_norms;
-const ConvNormsKernels conv_norms = {kTileRows, &scratch, &direct};
+const ConvNormsKernels conv_norms = {Vector<float>::kLanes, kTileRows, &scratch, &direct, &lanes, &gram};
 
 }  // namespace lipcore::LIPCORE_ISA

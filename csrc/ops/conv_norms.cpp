@@ -16,7 +16,11 @@ constexpr int64_t kSerialProducts = 1 << 18;  // fewer multiplications are not w
 // Float32 sums are only believed in this range: below it products and squares may have been rounded to nothing, above
 // it they may have overflowed.
 constexpr double kSmallest = 1e-20, kLargest = 1e36;
+// A Gram result below this share of its bound has lost digits (its error there is 1e-5) and is done again directly.
+constexpr double kCancelled = 5e-3;
 constexpr double kSmallest64 = 1e-280, kLargest64 = 1e300;
+
+constexpr int64_t kLanesMemory = 4 << 20;
 
 // Memory that a thread keeps from call to call.
 char* scratch(int64_t bytes) {
@@ -77,22 +81,35 @@ struct Work {
   const ConvNormsKernels* kernel;
   ConvShape shape;
   ConvSample first;  // sample 0
-  int64_t x_step, grad_step;
-  bool gram;
+  ConvMethod method;
   std::atomic<bool> out_of_memory{false};
 
   ConvSample sample(int64_t b) const {
     ConvSample s = first;
-    s.x = static_cast<const char*>(first.x) + b * x_step * item_size(first.x_dtype);
-    s.grad = static_cast<const char*>(first.grad) + b * grad_step * item_size(first.grad_dtype);
+    s.x = static_cast<const char*>(first.x) + b * first.x_step * item_size(first.x_dtype);
+    s.grad = static_cast<const char*>(first.grad) + b * first.grad_step * item_size(first.grad_dtype);
     return s;
   }
 
+  // Memory for one call of a kernel; null when there is none, which conv_norms_sq() reports in the end.
+  char* memory(bool in_float64, ConvMethod needed) {
+    char* data = scratch(kernel->scratch(shape, in_float64, needed));
+    if (!data) out_of_memory = true;
+    return data;
+  }
+
   double direct(const ConvSample& s, int64_t part, int64_t parts) {
-    char* memory = scratch(kernel->scratch(shape, s.in_float64));
-    if (memory) return kernel->direct(shape, s, part, parts, memory);
-    out_of_memory = true;
-    return 0;
+    char* data = memory(s.in_float64, ConvMethod::kDirect);
+    return data ? kernel->direct(shape, s, part, parts, data) : 0;
+  }
+
+  double gram(const ConvSample& s) {
+    char* data = memory(s.in_float64, ConvMethod::kGram);
+    double bound = 0;
+    const double total = data ? kernel->gram(shape, s, data, &bound) : 0;
+    const double smallest = s.in_float64 ? kSmallest64 : kSmallest, most = s.in_float64 ? kLargest64 : kLargest;
+    const bool sound = total >= kCancelled * bound && total >= smallest && bound <= most;
+    return sound ? total : direct(s, 0, 1);
   }
 
   // What float32 could not hold is done again in float64, where the product of four float32 numbers always fits;
@@ -162,8 +179,9 @@ void describe(const TensorView& x, const TensorView& grad, const ConvGeometry& g
   shape.groups = g.groups;
   shape.inputs = x.shape[1] / g.groups;
   shape.outputs = grad.shape[1] / g.groups;
-  sample = {x.data, grad.data, x.dtype, grad.dtype, {x.strides[1]}, {grad.strides[1]}, false, 1, 1};
-  sample.in_float64 = x.dtype == DType::kFloat64 || grad.dtype == DType::kFloat64;
+  const bool in_float64 = x.dtype == DType::kFloat64 || grad.dtype == DType::kFloat64;
+  sample = {x.data,          grad.data,  x.dtype, grad.dtype, {x.strides[1]}, {grad.strides[1]}, x.strides[0],
+            grad.strides[0], in_float64, 1,       1};
   const int missing = 5 - x.ndim;
   for (int d = 0; d < 3; ++d) {
     const bool there = d >= missing;
@@ -177,8 +195,23 @@ void describe(const TensorView& x, const TensorView& grad, const ConvGeometry& g
     sample.x_stride[d + 1] = there ? x.strides[from + 2] : 0;
     sample.grad_stride[d + 1] = there ? grad.strides[from + 2] : 0;
   }
-  work->x_step = x.strides[0];
-  work->grad_step = grad.strides[0];
+}
+
+// Whether lanes are better filled with groups and samples than with outputs. Rearranging memory for it costs about a
+// third more, and the rearranged images should stay in a core's cache.
+bool lanes_pay(const Work& work, int64_t samples) {
+  const ConvShape& s = work.shape;
+  const int64_t lanes = work.first.in_float64 ? work.kernel->lanes / 2 : work.kernel->lanes, units = samples * s.groups;
+  const auto vectors = [&](int64_t count) { return static_cast<double>((count + lanes - 1) / lanes); };
+  const double by_lanes = vectors(units) / static_cast<double>(units) * static_cast<double>(s.outputs);
+  return 1.3 * by_lanes < vectors(s.outputs) &&
+         work.kernel->scratch(s, work.first.in_float64, ConvMethod::kLanes) <= kLanesMemory;
+}
+
+// A few samples are cut in parts, as many as their shape says and not as there are threads.
+int64_t parts_of(int64_t tiles, int64_t samples) {
+  const int64_t most = tiles / 4;
+  return samples >= 8 || most < 2 ? 1 : most < 8 ? most : 8;
 }
 
 }  // namespace
@@ -188,7 +221,6 @@ bool conv_norms_sq(const TensorView& x, const TensorView& grad, const ConvGeomet
   if (!check(x, grad, geometry, out)) return false;
   Work work;
   work.kernel = kernels().conv_norms;
-  work.gram = gram;
   describe(x, grad, geometry, &work);
   auto* norms = static_cast<double*>(out.data);
   const int64_t samples = x.shape[0];
@@ -198,14 +230,26 @@ bool conv_norms_sq(const TensorView& x, const TensorView& grad, const ConvGeomet
   }
   const ConvShape& shape = work.shape;
   const int64_t rows = shape.inputs * shape.kernel[0] * shape.kernel[1] * shape.kernel[2];
-  // A few samples are cut in parts, as many as their shape says and not as there are threads.
-  const int64_t most = rows / (4 * work.kernel->tile_rows);
-  const int64_t parts = samples >= 8 || most < 2 ? 1 : most < 8 ? most : 8;
   const bool parallel = rows * grad.numel >= kSerialProducts;
+  work.method = gram ? ConvMethod::kGram : lanes_pay(work, samples) ? ConvMethod::kLanes : ConvMethod::kDirect;
+  const int64_t lanes = work.first.in_float64 ? work.kernel->lanes / 2 : work.kernel->lanes;
+  const int64_t parts = work.method == ConvMethod::kLanes    ? shape.groups
+                        : work.method == ConvMethod::kDirect ? parts_of(rows / work.kernel->tile_rows, samples)
+                                                             : 1;
   std::vector<double> sums(static_cast<size_t>(samples * parts));
   PyThreadState* state = parallel ? PyEval_SaveThread() : nullptr;
-  parallel_for(samples * parts, parallel,
-               [&](int64_t task) { sums[task] = work.direct(work.sample(task / parts), task % parts, parts); });
+  if (work.method == ConvMethod::kLanes) {
+    parallel_for((samples * parts + lanes - 1) / lanes, parallel, [&](int64_t block) {
+      const int64_t first = block * lanes, left = samples * parts - first;
+      if (char* data = work.memory(work.first.in_float64, ConvMethod::kLanes))
+        work.kernel->lanes_direct(shape, work.first, first, left < lanes ? left : lanes, data, &sums[first]);
+    });
+  } else {
+    parallel_for(samples * parts, parallel, [&](int64_t task) {
+      const ConvSample sample = work.sample(task / parts);
+      sums[task] = gram ? work.gram(sample) : work.direct(sample, task % parts, parts);
+    });
+  }
   parallel_for(samples, parallel, [&](int64_t b) {
     double sum = 0;
     for (int64_t part = 0; part < parts; ++part) sum += sums[b * parts + part];
