@@ -11,6 +11,7 @@
 
 #include "distribution.h"
 #include "ledger.h"
+#include "ops/conv_norms.h"
 #include "ops/linear_norms.h"
 #include "ops/ops.h"
 #include "ops/per_sample.h"
@@ -170,6 +171,13 @@ bool view_or_none(PyObject* object, const char* name, int64_t index, bool needed
 
 void sketch_of(py::handle tensors, const std::vector<int64_t>& first_index, uint64_t seed, py::handle out) {
   check(sketch(views_of(tensors, "tensors"), first_index, seed, view_of(out, "out", Access::kWrite)));
+}
+
+void conv_norms_sq_of(py::handle x, py::handle grad, const std::vector<int64_t>& kernel_size,
+                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                      const std::vector<int64_t>& dilation, int64_t groups, bool gram, py::handle out) {
+  check(conv_norms_sq(view_of(x, "x"), view_of(grad, "grad"), {kernel_size, stride, padding, dilation, groups}, gram,
+                      view_of(out, "out", Access::kWrite)));
 }
 
 void update_sums_of(py::handle params, py::handle first, py::handle second, py::handle rules, py::handle rows,
@@ -555,6 +563,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
         py::arg("count"), py::arg("out"));
   m.def("sketch", &sketch_of, py::arg("tensors"), py::arg("first_index"), py::arg("seed"), py::arg("out"));
+  m.def("conv_norms_sq", &conv_norms_sq_of, py::arg("x"), py::arg("grad"), py::arg("kernel_size"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("gram"), py::arg("out"));
   m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
         py::arg("rows"), py::arg("normalized"));
   m.def("linear_norms", &linear_norms_of, py::arg("x"), py::arg("grad"), py::arg("offsets"), py::arg("method"),

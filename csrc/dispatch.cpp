@@ -19,6 +19,7 @@ namespace lipcore {
   extern const LinearNormsKernels linear_norms;       \
   extern const TermSumsKernels term_sums;             \
   extern const TokenSumsKernels token_sums;           \
+  extern const ConvNormsKernels conv_norms;           \
   }
 
 LIPCORE_DECLARE_ISA(base)
@@ -37,7 +38,8 @@ namespace {
    &isa::update_sums,      \
    &isa::linear_norms,     \
    &isa::term_sums,        \
-   &isa::token_sums}
+   &isa::token_sums,       \
+   &isa::conv_norms}
 
 const Kernels kBase = LIPCORE_TABLE(base);
 const Kernels* g_kernels = &kBase;

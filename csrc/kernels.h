@@ -49,6 +49,25 @@ struct UpdateChunk {
   UpdateScalars scalars;
 };
 
+struct ConvShape {          // of a convolution in three dimensions: depth, height, width; 1 where there are fewer
+  int64_t groups;           // at least 1
+  int64_t inputs, outputs;  // channels per group
+  int64_t size[3], out[3];  // of the image, and of the gradient (at most the full output)
+  int64_t kernel[3], stride[3], padding[3], dilation[3];
+};
+
+// What fills a vector: outputs of one group, groups of some samples, or pairs of pixels.
+enum class ConvMethod { kDirect, kLanes, kGram };
+
+struct ConvSample {
+  const void *x, *grad;  // inputs and output gradients of one sample
+  DType x_dtype, grad_dtype;
+  int64_t x_stride[4], grad_stride[4];  // in elements: channel, depth, height, width
+  int64_t x_step, grad_step;            // to the next sample, in elements
+  bool in_float64;                      // always where one of them is float64
+  double x_scale, grad_scale;           // powers of two that the elements are multiplied with; in float64 only
+};
+
 struct SampleNormsKernels {
   double (*sum_squares)(const void* x, DType dtype, int64_t count);       // in float64
   int64_t (*count_nonfinite)(const void* x, DType dtype, int64_t count);  // NaN or infinite
@@ -123,6 +142,21 @@ struct TokenSumsKernels {
   double (*cross)(const double* c, const double* a, int64_t rows, const double* e, int64_t e_step, bool narrow);
 };
 
+struct ConvNormsKernels {
+  int64_t lanes;      // of a float32 vector: units that lanes_direct() takes, half as many in float64
+  int64_t tile_rows;  // rows of the weight gradient [inputs x kernel, outputs] that are worked on together, at most
+  // Bytes that a call needs, on a 64-byte boundary.
+  int64_t (*scratch)(const ConvShape& shape, bool in_float64, ConvMethod method);
+  // Sum of squares of the weight gradient of one sample; of part `part` of its rows, where they are cut in parts.
+  double (*direct)(const ConvShape& shape, const ConvSample& sample, int64_t part, int64_t parts, void* scratch);
+  // sums[u], of units [first, first + count) of all samples from `sample` on: of group u % groups of sample u / groups.
+  void (*lanes_direct)(const ConvShape& shape, const ConvSample& sample, int64_t first, int64_t count, void* scratch,
+                       double* sums);
+  // The same as direct by the Gram matrices of pixels and gradients. Rounding errors are relative to *bound, the sum of
+  // |patch_t|^2 |grad_t|^2 and what float32 may have lost.
+  double (*gram)(const ConvShape& shape, const ConvSample& sample, void* scratch, double* bound);
+};
+
 struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
   const SampleNormsKernels* sample_norms;
@@ -132,6 +166,7 @@ struct Kernels {
   const LinearNormsKernels* linear_norms;
   const TermSumsKernels* term_sums;
   const TokenSumsKernels* token_sums;
+  const ConvNormsKernels* conv_norms;
 };
 
 // The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.

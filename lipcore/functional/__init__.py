@@ -5,7 +5,7 @@ They take tensors of any strides and of dtype float32, float64, bfloat16 or floa
 detached), and return float64: the results are small and enter sums over millions of steps.
 """
 
-from lipcore.functional.convolution import conv_norms_sq
+from lipcore.functional.convolution import conv_method, conv_norms_sq
 from lipcore.functional.embedding import embedding_norms_sq, tied_cross
 from lipcore.functional.linear import linear_method, linear_norms_sq, linear_norms_sq_estimate, linear_weight_grad
 from lipcore.functional.outer import outer_and_bias_norms_sq, outer_norms_sq
@@ -21,6 +21,7 @@ __all__ = [
     "affine_norms_sq",
     "channel_affine_norms_sq",
     "channel_sum_norms_sq",
+    "conv_method",
     "conv_norms_sq",
     "embedding_norms_sq",
     "linear_method",

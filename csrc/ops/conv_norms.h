@@ -1,0 +1,20 @@
+#pragma once
+
+#include <vector>
+
+#include "tensor_view.h"
+
+namespace lipcore {
+
+// A convolution's sizes as Python has them: one number per spatial dimension of x.
+struct ConvGeometry {
+  std::vector<int64_t> kernel, stride, padding, dilation;
+  int64_t groups;
+};
+
+// out[b] = squared norm of the weight gradient of sample b; x [B, C, ...], grad [B, O, ...] with at most the output's
+// spatial sizes, out float64 [B]. All on the CPU, any strides.
+bool conv_norms_sq(const TensorView& x, const TensorView& grad, const ConvGeometry& geometry, bool gram,
+                   const TensorView& out);
+
+}  // namespace lipcore
