@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
 from lipcore.capture.accumulation import accumulates_everything
-from lipcore.capture.audit import Coverage, audit_graph, cover, depends_on
+from lipcore.capture.audit import Coverage, audit_gradients, audit_graph, cover, depends_on
 from lipcore.capture.broadcast import check_broadcast
 from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord, Recomputation
@@ -232,7 +232,7 @@ class LayerCapture:
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
             except ValueError as error:
                 self.fail(error)
-        on_backward(output, lambda: self._returning.add(run))
+        on_backward(output, lambda: self._begin_backward(run))
         return self._tap_output(run, output) if self.normalized else None
 
     def _tap_output(self, run: LayerPass, output: Any) -> Any:
@@ -275,6 +275,11 @@ class LayerCapture:
         if len(tapped) <= 1:
             return next(iter(tapped or candidates), None)
         return Recomputation(tapped)
+
+    def _begin_backward(self, run: LayerPass) -> None:
+        self._returning.add(run)
+        if run.fresh[0] != in_backward():
+            run.fresh = in_backward(), all(p.grad is None for p in self.coverage.measured().values())
 
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
         """Whether what comes back now counts."""
@@ -328,7 +333,7 @@ class LayerCapture:
                 return
             if not self._audited and not record.broken:
                 self._audited = True
-                self._audit(record)
+                audit_gradients(self.coverage, self._grads_before, record.norms_sq, skip=self._skip_uncovered)
             if run.proves and not record.broken:
                 self._single.prove(run, record.norms_sq, self._open)
             self.records += 1
@@ -336,18 +341,9 @@ class LayerCapture:
         except Exception as error:
             self.fail(error)
 
-    def _audit(self, record: LayerRecord) -> None:
-        """The first record: is there a parameter with a gradient that nothing brought?"""
-        for name, parameter in self.coverage.parameters():
-            fresh = parameter.grad is not None and not self._grads_before.get(name, False)
-            if fresh and parameter.requires_grad and name not in record.norms_sq and name in self.coverage.covered:
-                self.coverage.uncover(name, "has a gradient, but its layer's call did not come through the hooks")
-        if not self._skip_uncovered:
-            self.coverage.check()
-
     def _single_came_back(self, run: LayerPass) -> None:
         """The backward pass of a batch of one begins."""
-        self._returning.add(run)
+        self._begin_backward(run)
         if self.recording and run.task != in_backward() and self.comes_back(run, inner=False):
             self._single.begin(run)
 

@@ -26,6 +26,7 @@ class StepSums:
         self._start()
 
     def _start(self) -> None:
+        self._task = -1  # the last backward pass
         self._sum: Tensor | None = None
         self._samples = 0
         self._factor: float | Tensor | None = None
@@ -35,6 +36,11 @@ class StepSums:
 
     def add(self, micro: MicroBatch) -> None:
         """Another micro-batch of the step."""
+        if micro.record.fresh and micro.record.task != self._task:
+            gradient_sq = self._gradient_sq
+            self._start()  # gradients were zeroed in mid-step (a closure, two passes a step): the earlier ones are gone
+            self._gradient_sq = gradient_sq
+        self._task = micro.record.task
         nothing = torch.zeros((), dtype=torch.float64, device=micro.total_sq.device)
         rows = [micro.layer_squares.get(layer) for layer in self._layers]
         sums = torch.stack([nothing if row is None else row.sum() for row in (*rows, micro.total_sq)])
