@@ -58,6 +58,13 @@ def stream_4r2w(elements: int, threads: int) -> Callable[[], None]:
     return call
 
 
+def multiply_add(threads: int, rounds: int = 1 << 18) -> Callable[[], float]:
+    """A call that does float32 multiply-adds from registers to registers, and says how many operations these were."""
+    function = _library("fma").fma_rounds
+    function.restype = ctypes.c_double
+    return lambda: float(function(ctypes.c_int64(rounds), ctypes.c_int(threads)))
+
+
 _TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
 

@@ -3,13 +3,17 @@
 #include <pybind11/stl.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <memory>
+#include <optional>
 
 #include "distribution.h"
 #include "ledger.h"
+#include "ops/linear_norms.h"
 #include "ops/ops.h"
+#include "ops/per_sample.h"
 #include "ops/sketch.h"
 #include "ops/update_sums.h"
 #include "parallel.h"
@@ -82,7 +86,37 @@ PyObject* py_check_storage(PyObject*, PyObject* const* arguments, Py_ssize_t cou
   return PyBool_FromLong(negative);
 }
 
+// The sign of elements does not matter to a norm, so a negative bit is no obstacle.
+bool view_list(PyObject* list, const char* name, std::vector<TensorView>* views) {
+  if (!PyList_Check(list) && !PyTuple_Check(list)) {
+    PyErr_Format(PyExc_TypeError, "%s: expected a list or tuple of tensors, got %s", name, Py_TYPE(list)->tp_name);
+    return false;
+  }
+  views->resize(static_cast<size_t>(PySequence_Fast_GET_SIZE(list)));
+  for (size_t i = 0; i < views->size(); ++i) {
+    const ArgumentName argument = {name, static_cast<int64_t>(i)};
+    PyObject* tensor = PySequence_Fast_GET_ITEM(list, static_cast<Py_ssize_t>(i));
+    if (check_storage(tensor, argument) < 0 || !view_tensor(tensor, argument, Access::kRead, &(*views)[i]))
+      return false;
+  }
+  return true;
+}
+
+PyObject* py_outer_norms(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  if (count != 3)
+    return PyErr_Format(PyExc_TypeError, "outer_norms(x, grad, out): expected 3 arguments, got %zd", count);
+  static thread_local std::vector<TensorView> x, grad;
+  TensorView out;
+  if (!view_list(arguments[0], "x", &x) || !view_list(arguments[1], "grad", &grad) ||
+      !view_tensor(arguments[2], {"out"}, Access::kWrite, &out) || !outer_norms(x, grad, out))
+    return nullptr;
+  Py_RETURN_NONE;
+}
+
 PyMethodDef kHotMethods[] = {
+    {"outer_norms", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_outer_norms)), METH_FASTCALL,
+     "outer_norms(x, grad, out, /)\n--\n\nout[0, l, b] = ||x_l[b]||^2 ||grad_l[b]||^2, out[1, l, b] = "
+     "||grad_l[b]||^2."},
     {"sample_norms", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_sample_norms)), METH_FASTCALL,
      "sample_norms(x, out, /)\n--\n\nout[b] = ||x[b]||_2; x [B, ...], out float64 [B]."},
     {"normalized_norms", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_normalized_norms)),
@@ -313,6 +347,77 @@ void square_sums_of(py::handle tensors, py::handle out) {
   check(square_sums(views, static_cast<StepSums*>(table.data)));
 }
 
+void linear_norms_of(py::handle x, py::handle grad, const std::vector<int64_t>& offsets, int method, py::handle out) {
+  check(linear_norms(view_of(x, "x"), view_of(grad, "grad"), offsets, static_cast<LinearMethod>(method),
+                     view_of(out, "out", Access::kWrite), nullptr));
+}
+
+void linear_weight_grad_of(py::handle x, py::handle grad, const std::vector<int64_t>& offsets, py::handle total,
+                           py::handle out) {
+  const TensorView weight_grad = view_of(total, "total", Access::kWrite);
+  check(linear_norms(view_of(x, "x"), view_of(grad, "grad"), offsets, LinearMethod::kChoose,
+                     view_of(out, "out", Access::kWrite), &weight_grad));
+}
+
+// A float64 result of `count` elements, as lipcore.functional makes it.
+TensorView result_of(py::handle out, int64_t count) {
+  const TensorView view = view_of(out, "out", Access::kWrite);
+  if (view.dtype != DType::kFloat64 || !view.on_cpu() || view.numel != count)
+    throw py::value_error("out: expected " + std::to_string(count) + " float64 numbers on the CPU, got " +
+                          ShapeText(view).text);
+  return view;
+}
+
+int64_t count_samples(py::handle offsets, const TensorView& grad, Offsets* packed) {
+  if (!offsets.is_none()) {
+    check(read_offsets(view_of(offsets, "offsets"), grad.ndim == 3 ? grad.shape[1] : 0, packed));
+    return packed->samples;
+  }
+  return grad.ndim ? grad.shape[0] : 0;
+}
+
+void term_sums_of(py::handle grad, py::handle x, py::handle offsets, int terms, py::handle out) {
+  const TensorView g = view_of(grad, "grad");
+  TensorView other;
+  if (!x.is_none()) other = view_of(x, "x");
+  const bool fits = x.is_none() ? terms == 0
+                                : other.ndim == 3 && g.ndim == 3 && terms >= 0 && terms <= 2 &&
+                                      std::equal(g.shape, g.shape + 3, other.shape);
+  if (!fits) throw py::value_error("x: expected the shape of grad, got " + std::string(ShapeText(g).text));
+  Offsets packed;
+  const int64_t samples = count_samples(offsets, g, &packed);
+  check(term_sums(g, x.is_none() ? nullptr : &other, packed, static_cast<Terms>(terms),
+                  result_of(out, terms == 2 ? 2 * samples : samples)));
+}
+
+// int64 tensors come as the float64 view of their bits: see Offsets.
+TensorView flat_of(py::handle tensor, const char* name, int64_t count) {
+  const TensorView view = view_of(tensor, name, Access::kWrite);
+  if (view.dtype != DType::kFloat64 || view.numel != count || !view.on_cpu())
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(count) + " numbers, got " +
+                          ShapeText(view).text);
+  return view;
+}
+
+void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std::optional<int64_t> padding,
+                        py::handle offsets, py::handle out) {
+  const TensorView g = view_of(grad, "grad");
+  Offsets packed;
+  const int64_t samples = count_samples(offsets, g, &packed), rows = g.ndim == 3 ? g.shape[0] * g.shape[1] : 0;
+  TensorView w;
+  if (!weights.is_none()) w = flat_of(weights, "weights", rows);
+  check(embedding_norms(flat_of(ids, "indices", rows), g, weights.is_none() ? nullptr : &w,
+                        padding ? &*padding : nullptr, packed, result_of(out, samples)));
+}
+
+void tied_cross_of(py::handle ids, py::handle grad_embedding, py::handle x, py::handle grad_head,
+                   std::optional<int64_t> padding, py::handle out) {
+  TensorView i = view_of(ids, "indices", Access::kWrite);
+  i = flat_of(ids, "indices", i.numel);
+  check(tied_cross(i, view_of(grad_embedding, "grad_embedding"), view_of(x, "x"), view_of(grad_head, "grad_head"),
+                   padding ? &*padding : nullptr, result_of(out, i.ndim ? i.shape[0] : 0)));
+}
+
 std::unique_ptr<Ledger> make_ledger(py::handle rows, py::handle recent, py::handle cursor, int64_t tensors) {
   auto ledger = std::make_unique<Ledger>();
   check(ledger->open(rows.ptr(), recent.ptr(), cursor.ptr(), tensors));
@@ -439,6 +544,19 @@ PYBIND11_MODULE(_core, m) {
   m.def("sketch", &sketch_of, py::arg("tensors"), py::arg("first_index"), py::arg("seed"), py::arg("out"));
   m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
         py::arg("rows"), py::arg("normalized"));
+  m.def("linear_norms", &linear_norms_of, py::arg("x"), py::arg("grad"), py::arg("offsets"), py::arg("method"),
+        py::arg("out"));
+  m.def("linear_weight_grad", &linear_weight_grad_of, py::arg("x"), py::arg("grad"), py::arg("offsets"),
+        py::arg("total"), py::arg("out"));
+  m.def(
+      "linear_uses_gram", [](int64_t t, int64_t i, int64_t o) { return linear_method(t, i, o) == LinearMethod::kGram; },
+      py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
+  m.def("term_sums", &term_sums_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
+        py::arg("out"));
+  m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("grad"), py::arg("weights"),
+        py::arg("padding"), py::arg("offsets"), py::arg("out"));
+  m.def("tied_cross", &tied_cross_of, py::arg("indices"), py::arg("grad_embedding"), py::arg("x"), py::arg("grad_head"),
+        py::arg("padding"), py::arg("out"));
   bind_distribution(m);
   py::class_<SingleSampleHooks, std::shared_ptr<SingleSampleHooks>>(
       m, "SingleSampleHooks", py::custom_type_setup(&make_collectable),

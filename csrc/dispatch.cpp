@@ -16,6 +16,9 @@ namespace lipcore {
   extern const TrajectoryStepKernels trajectory_step; \
   extern const SketchKernels sketch;                  \
   extern const UpdateSumsKernels update_sums;         \
+  extern const LinearNormsKernels linear_norms;       \
+  extern const TermSumsKernels term_sums;             \
+  extern const TokenSumsKernels token_sums;           \
   }
 
 LIPCORE_DECLARE_ISA(base)
@@ -26,13 +29,22 @@ LIPCORE_DECLARE_ISA(avx512)
 
 namespace {
 
-const Kernels kBase = {"base", &base::sample_norms, &base::trajectory_step, &base::sketch, &base::update_sums};
+#define LIPCORE_TABLE(isa) \
+  {#isa,                   \
+   &isa::sample_norms,     \
+   &isa::trajectory_step,  \
+   &isa::sketch,           \
+   &isa::update_sums,      \
+   &isa::linear_norms,     \
+   &isa::term_sums,        \
+   &isa::token_sums}
+
+const Kernels kBase = LIPCORE_TABLE(base);
 const Kernels* g_kernels = &kBase;
 
 #if defined(LIPCORE_X86_ISAS)
-const Kernels kAvx2 = {"avx2", &avx2::sample_norms, &avx2::trajectory_step, &avx2::sketch, &avx2::update_sums};
-const Kernels kAvx512 = {"avx512", &avx512::sample_norms, &avx512::trajectory_step, &avx512::sketch,
-                         &avx512::update_sums};
+const Kernels kAvx2 = LIPCORE_TABLE(avx2);
+const Kernels kAvx512 = LIPCORE_TABLE(avx512);
 
 bool has_f16c() {  // not in every compiler's __builtin_cpu_supports
   unsigned eax, ebx, ecx, edx;
@@ -41,7 +53,7 @@ bool has_f16c() {  // not in every compiler's __builtin_cpu_supports
 
 bool has_avx2() {
   __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && has_f16c();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 
 bool has_avx512() {

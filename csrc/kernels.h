@@ -67,12 +67,71 @@ struct UpdateSumsKernels {
   int64_t (*count_nonfinite)(const UpdateChunk& chunk);       // elements whose parameter or update is not finite
 };
 
+struct LinearSample {                     // the tokens of one sample at a Linear layer
+  const void *x, *grad;                   // rows of inputs and outputs elements, each row contiguous
+  int64_t tokens, x_stride, grad_stride;  // strides between tokens, in elements
+  DType dtype;                            // of both
+  bool in_float64;                        // always for float64
+  double x_scale, grad_scale;             // powers of two that the elements are multiplied with; in float64 only
+};
+
+struct LinearBlock {
+  int64_t row, rows, column, columns;  // of the weight gradient [outputs, inputs], or of the Gram matrix of tokens
+  int64_t inputs, outputs;
+};
+
+struct GramSums {
+  double total;              // of the products of both Gram matrices over the block, elements off the diagonal twice
+  double diagonal, x, grad;  // over the diagonal alone: of the products and of each matrix
+};
+
+struct LinearNormsKernels {
+  int64_t block;    // rows and columns of a LinearBlock at most
+  int64_t scratch;  // bytes that a call needs
+  double (*direct)(const LinearSample& sample, const LinearBlock& block, void* scratch);  // sum of squares
+  void (*gram)(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums);
+  // out [outputs, inputs] in float32 (float64 when the samples are) and norms[b * norms_stride]: of the block
+  void (*weight_grad)(const LinearSample* samples, int64_t count, const LinearBlock& block, void* scratch, void* out,
+                      double* norms, int64_t norms_stride);
+  double (*largest)(const void* rows, DType dtype, int64_t stride, int64_t count, int64_t length);  // |element|, or NaN
+};
+
+// A block of a sample's rows: columns are summed over rows, for g itself (shift) and for g * x (scale).
+struct TermBlock {
+  const void* g;
+  const void* x;  // of g's dtype; null when only the shift is wanted
+  DType dtype;
+  int64_t rows, columns;  // columns <= kTermColumns
+  // In elements; columns follow each other when row_runs is set (then g_step, x_step lead from row to row), else rows
+  // do (then they lead from column to column).
+  int64_t g_step, x_step;
+  bool row_runs;
+};
+constexpr int kTermColumns = 1024;
+
+struct TermSumsKernels {
+  // Adds to the sums of kTermColumns columns; either may be null.
+  void (*add)(const TermBlock& block, double* shift, double* scale);
+};
+
+constexpr int kCrossTokens = 8, kCrossLanes = 16;
+
+struct TokenSumsKernels {
+  void (*add_row)(const void* row, DType dtype, int64_t count, double weight, double* sums);  // sums += weight * row
+  // sum_{j,d} e[j][d] sum_s c[s][j] a[s][d], c [rows][kCrossTokens], a [rows][kCrossLanes], e [kCrossTokens] rows of
+  // kCrossLanes, e_step apart. `narrow`: c and a were widened from float32 or less.
+  double (*cross)(const double* c, const double* a, int64_t rows, const double* e, int64_t e_step, bool narrow);
+};
+
 struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
   const SampleNormsKernels* sample_norms;
   const TrajectoryStepKernels* trajectory_step;
   const SketchKernels* sketch;
   const UpdateSumsKernels* update_sums;
+  const LinearNormsKernels* linear_norms;
+  const TermSumsKernels* term_sums;
+  const TokenSumsKernels* token_sums;
 };
 
 // The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.

@@ -126,7 +126,7 @@ def _samples(x: Tensor, offsets: Tensor | None) -> list[Tensor]:
     x = x.detach().double()
     if offsets is not None:
         return [x[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
-    return [row.reshape(-1, row.shape[-1]) if row.dim() > 1 else row.reshape(1, -1) for row in x]
+    return [row.flatten(0, -2) if row.dim() > 1 else row.reshape(1, -1) for row in x]
 
 
 def _stack(values: list[Tensor]) -> Tensor:
@@ -138,6 +138,11 @@ def outer_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
     return _stack([sample_norms(a).square() * sample_norms(g).square() for a, g in zip(x, grad, strict=True)])
 
 
+def outer_and_bias_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """outer_norms_sq(), and [layers, B]: ||grad_b||^2 of the biases."""
+    return outer_norms_sq(x, grad), _stack([sample_norms(g).square() for g in grad])
+
+
 def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> Tensor:
     """||sum_t grad_bt x_bt^T||_F^2: of the weight of y = x W^T, given the gradient at y."""
     pairs = zip(_samples(x, offsets), _samples(grad, offsets), strict=True)
@@ -146,8 +151,14 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -
 
 def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The batch's weight gradient sum_b grad_b^T x_b, and linear_norms_sq() of the same."""
-    weight_grad = grad.double().reshape(-1, grad.shape[-1]).T @ x.double().reshape(-1, x.shape[-1])
+    weight_grad = grad.double().flatten(0, -2).T @ x.double().flatten(0, -2)
     return weight_grad, linear_norms_sq(x, grad, offsets=offsets)
+
+
+def linear_norms_sq_estimate(x: Tensor, grad: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean over probes v (columns of signs [I, k]) of ||sum_t grad_bt (x_bt . v)||^2, and its standard error."""
+    each = (grad.double().mT @ (x.double() @ signs.double())).square().sum(1)
+    return each.mean(1), each.std(1) / signs.shape[1] ** 0.5
 
 
 def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:
@@ -156,10 +167,37 @@ def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor |
     return _stack([sample.sum(0).square().sum() for sample in _samples(terms, offsets)])
 
 
+def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -> Tensor:
+    """[2, B]: row_sum_norms_sq() with x (of the scale) and without (of the shift)."""
+    return torch.stack([row_sum_norms_sq(grad, x, offsets=offsets), row_sum_norms_sq(grad, offsets=offsets)])
+
+
+def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:
+    """row_sum_norms_sq() of channels first, [B, C, *space]: sums are over space."""
+    return row_sum_norms_sq(_channels_last(grad), None if x is None else _channels_last(x))
+
+
+def channel_affine_norms_sq(grad: Tensor, x: Tensor) -> Tensor:
+    """affine_norms_sq() of channels first, [B, C, *space]."""
+    return affine_norms_sq(_channels_last(grad), _channels_last(x))
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.unsqueeze(-1).flatten(2).transpose(1, 2)
+
+
 def embedding_norms_sq(
-    indices: Tensor, grad: Tensor, *, padding_idx: int | None = None, offsets: Tensor | None = None
+    indices: Tensor,
+    grad: Tensor,
+    *,
+    weights: Tensor | None = None,
+    padding_idx: int | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
-    """sum over tokens v of ||sum of grad_bt over t with indices_bt = v||^2; indices [B, T], grad [B, T, D]."""
+    """sum over tokens v of ||sum of weights_bt grad_bt over t with indices_bt = v||^2; indices and weights [B, T],
+    grad [B, T, D]."""
+    if weights is not None:
+        grad = grad.double() * weights.double().unsqueeze(-1)
     out = []
     for ids, g in zip(_samples(indices.unsqueeze(-1), offsets), _samples(grad, offsets), strict=True):
         same = (ids == ids.T) & (ids != (torch.nan if padding_idx is None else padding_idx))

@@ -153,6 +153,17 @@ def _sketch_arguments() -> dict[str, Any]:
     return {"tensors": tensors, "first_index": [0, 24], "out": _float64(256)}
 
 
+def _token_arguments() -> dict[str, Any]:
+    names = ("grad", "x", "grad_embedding", "grad_head")
+    return {"ids": torch.tensor([[1, 1, 0]] * 2)} | {
+        name: values((2, 3, 4), torch.float32, seed) for seed, name in enumerate(names)
+    }
+
+
+def _pair_arguments() -> dict[str, Any]:
+    return {name: [values((2, n), torch.float32, n) for n in (3, 5)] for name in ("x", "grad")}
+
+
 _ROWS = {"arguments": lambda: {"x": values((4, 6), torch.float32), "out": _float64(4)}, "tensors": ("x", "out")}
 _RATIOS = {"delta": lambda: values((4, 6), torch.float32), "output_grad": lambda: values((4,), torch.float32, 3)}
 
@@ -192,6 +203,47 @@ OPS = [
         _sketch_arguments,
         lambda a: F.sketch(a["tensors"], a["first_index"], buckets=256, seed=1),
         lists=("tensors",),
+    ),
+    Op(
+        "outer_norms_sq",
+        _pair_arguments,
+        lambda a: F.outer_norms_sq(a["x"], a["grad"]),
+        lists=("x", "grad"),
+    ),
+    Op(
+        "affine_norms_sq",
+        _token_arguments,
+        lambda a: F.affine_norms_sq(a["grad"], a["x"]),
+        tensors=("grad", "x"),
+        at_least_1d=("grad",),
+    ),
+    Op(
+        "row_sum_norms_sq",
+        _token_arguments,
+        lambda a: F.row_sum_norms_sq(a["grad"], a["x"]),
+        tensors=("grad", "x"),
+        optional=("x",),
+        at_least_1d=("grad",),
+    ),
+    Op(
+        "channel_affine_norms_sq",
+        _token_arguments,
+        lambda a: F.channel_affine_norms_sq(a["grad"], a["x"]),
+        tensors=("grad", "x"),
+        at_least_1d=("grad",),
+    ),
+    Op(
+        "embedding_norms_sq",
+        _token_arguments,
+        lambda a: F.embedding_norms_sq(a["ids"], a["grad"]),
+        tensors=("grad",),
+        at_least_1d=("grad",),
+    ),
+    Op(
+        "tied_cross",
+        _token_arguments,
+        lambda a: F.tied_cross(a["ids"], a["grad_embedding"], a["x"], a["grad_head"]),
+        tensors=("grad_embedding", "x", "grad_head"),
     ),
     Op(
         "Distribution.observe_all",

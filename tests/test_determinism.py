@@ -58,6 +58,29 @@ def test_sample_norms(layout, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["dense", "strided"])
+def test_per_sample_norms_without_matrices(layout, dtype):
+    shapes = [(3, 5, 17), (1, 3 * CHUNK // 64 + 1, 64), (2, 700, 1030), (300, 9, 33), (1, 9, CHUNK + 1)]
+    pairs = [tuple(values(s, DTYPES[dtype], seed) for seed in (0, 1)) for s in shapes]
+    if layout == "strided":
+        pairs = [(g[:, :, ::2], x[:, :, ::2]) for g, x in pairs]
+    ids = [torch.arange(g.shape[0] * g.shape[1]).reshape(g.shape[:2]) ** 2 % 37 for g, _ in pairs]
+
+    def compute():
+        found = []
+        for (g, x), tokens in zip(pairs, ids, strict=True):
+            offsets = torch.tensor([0, 1, 1, g.shape[1]])
+            found += [functional.affine_norms_sq(g, x), functional.channel_affine_norms_sq(g, x)]
+            found += [functional.affine_norms_sq(g[0], x[0], offsets=offsets)]
+            found += [functional.embedding_norms_sq(tokens, g), functional.outer_norms_sq([x, g], [g, g])]
+            found += [functional.embedding_norms_sq(tokens, g, weights=x[..., 0], padding_idx=1)]
+        g, x = (t[..., :40] for t in pairs[2])
+        return [*found, functional.tied_cross(ids[2], g, x, g)]
+
+    assert_same_in_all_ways(compute)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_normalized_norms(dtype):
     delta, output_grad = values((700, 301), DTYPES[dtype]), values((700,), DTYPES[dtype], 1)
     assert_same_in_all_ways(lambda: list(functional.normalized_norms(delta, output_grad)))

@@ -60,10 +60,10 @@ STRUCTURE: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "raw parameter": (Scaled, ["'scale': there is no rule for Scaled"]),
     "LSTM": (lambda: Recurrent(nn.LSTM), ["'rnn.weight_ih_l0': there is no rule for LSTM", "4 trainable parameters"]),
     "GRU": (lambda: Recurrent(nn.GRU), ["'rnn.bias_hh_l0': there is no rule for GRU"]),
-    "batch norm": (with_statistics, ["'1.weight': its statistics are over the batch", "use GroupNorm"]),
+    "batch norm": (with_statistics, ["'1.weight': normalises by the statistics of the batch", "or GroupNorm"]),
     "batch norm, not affine": (
         lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False)),
-        ["'1': its statistics are over the batch"],
+        ["'1': normalises by the statistics of the batch"],
     ),
     "weight norm": (
         lambda: nn.Sequential(nn.Linear(5, 4), parametrizations.weight_norm(nn.Linear(4, 3))),

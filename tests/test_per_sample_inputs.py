@@ -199,7 +199,9 @@ def test_rows_that_are_left_out_are_refused() -> None:
 
 def test_a_channel_layout_without_a_batch_is_refused() -> None:
     model = made(lambda: Graph(lambda m, x: m.a(x), a=nn.Conv2d(3, 4, 3)))
-    refused(r"module 'a' \(Conv2d\): expected an input of 4 dimensions with 3 samples", model, torch.randn(3, 5, 5))
+    refused(
+        r"module 'a' \(Conv2d\): expected \[B, C, \*space\] with 4 dimensions, got shape", model, torch.randn(3, 5, 5)
+    )
 
 
 def test_no_tensor_among_the_arguments_is_refused() -> None:

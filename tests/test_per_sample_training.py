@@ -577,7 +577,7 @@ def test_a_frozen_parameter_that_is_trained_later_is_an_error(size: int) -> None
 @pytest.mark.parametrize("affine", [True, False])
 def test_batch_norm_that_goes_into_train_mode_is_an_error(affine: bool, size: int) -> None:
     model = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=affine), nn.Linear(4, 3))).eval()
-    with pytest.raises(ValueError, match=r"module '1' \(BatchNorm1d\): its statistics are over the batch"):
+    with pytest.raises(ValueError, match=r"module '1' \(BatchNorm1d\): normalises by the statistics of the batch"):
         with PerSampleGradNorms(model, loss_reduction="sum") as metric:
             sum_loss(model(torch.randn(2, 5))).backward()
             assert metric.per_sample.isfinite().all()

@@ -4,16 +4,14 @@
 #include <limits>
 
 #include "ops/ops.h"
-#include "ops/rows.h"
+#include "ops/row_norms.h"
 #include "parallel.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif
 
 namespace lipcore {
-namespace {
 
-// False when a row has more than kRowDims dimensions that cannot be merged.
 bool describe_rows(const TensorView& x, Rows* rows) {
   rows->data = static_cast<const char*>(x.data);
   rows->dtype = x.dtype;
@@ -42,6 +40,8 @@ bool describe_rows(const TensorView& x, Rows* rows) {
   }
   return true;
 }
+
+namespace {
 
 template <class T>
 void gather_as(const Rows& rows, const char* row, int64_t begin, int64_t count, T* to) {
@@ -120,6 +120,21 @@ double finish_norm(const Rows& rows, int64_t row, double sum) {
   if (rows.dtype == DType::kFloat64 && !(sum >= 1e-280 && sum <= 1e300)) return scaled_norm(rows, row);
   return std::sqrt(sum);
 }
+
+}  // namespace
+
+double row_sum_squares(const Rows& rows, int64_t row) {
+  double sum = 0;
+  for (int64_t begin = 0; begin < rows.length; begin += kChunk) {
+    const int64_t count = rows.length - begin < kChunk ? rows.length - begin : kChunk;
+    sum += kernels().sample_norms->sum_squares(row_run(rows, row, begin, count), rows.dtype, count);
+  }
+  return sum;
+}
+
+double norm_of_row(const Rows& rows, int64_t row, double sum) { return finish_norm(rows, row, sum); }
+
+namespace {
 
 void row_norms(const Rows& rows, double* out) {
   const auto& kernel = *kernels().sample_norms;

@@ -15,11 +15,11 @@ from torch.utils._pytree import tree_leaves
 from lipcore.capture.layer_site import LayerSite
 
 _SPREADING = frozenset({"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "ExpandBackward0"})
-_KEEPING = frozenset({"ToCopyBackward0", "NativeDropoutBackward0", "CloneBackward0", "MulBackward0"})
 
 
 def check_broadcast(output: Any, samples: int) -> None:
-    """ValueError that names a layer whose output was spread over the batch, in the graph behind a model's output."""
+    """ValueError that names a layer whose output was spread over the batch, in the graph behind a model's output; or
+    one named in broadcast= whose expanded output got one more dimension in front."""
     if samples < 2:
         return
     consumers: defaultdict[Any, list[Any]] = defaultdict(list)
@@ -29,7 +29,7 @@ def check_broadcast(output: Any, samples: int) -> None:
     while todo:
         node = todo.pop()
         site = getattr(node, "site", None)
-        if isinstance(site, LayerSite) and not site.broadcast:
+        if isinstance(site, LayerSite):
             tapped.append(node)
         for child, _ in node.next_functions:
             if child is None:
@@ -39,7 +39,9 @@ def check_broadcast(output: Any, samples: int) -> None:
                 seen.add(child)
                 todo.append(child)
     for node in tapped:
-        if node.run.batch.dim == 0 and node.run.batch.offsets is None and _is_spread(node, consumers, samples):
+        if node.site.broadcast:
+            _check_expanded(node, consumers)
+        elif node.run.batch.dim == 0 and node.run.batch.offsets is None and _is_spread(node, consumers, samples):
             raise ValueError(
                 f"module '{node.site.name}' ({type(node.site.module).__name__}): its output {list(_shape(node))} is "
                 "spread over the batch, so it is called without the batch dimension; name it in broadcast="
@@ -50,9 +52,18 @@ def _shape(node: Any) -> tuple[int, ...]:
     return tuple(node._input_metadata[0].shape)
 
 
+def _check_expanded(node: Any, consumers: dict[Any, list[Any]]) -> None:
+    shape = _shape(node)
+    if any(_shape(consumer) == (1, *shape) for consumer in consumers.get(node, ())):
+        raise ValueError(
+            f"broadcast: the output of layer '{node.site.name}' is expanded to {list(shape)}, and the model then puts "
+            "a dimension in front of it (unsqueeze(0), [None]); give the layer an input of shape [1, T] instead"
+        )
+
+
 def _is_spread(node: Any, consumers: dict[Any, list[Any]], samples: int) -> bool:
     dimensions = len(_shape(node))
-    todo = [node]
+    todo, seen = [node], {node}
     while todo:
         current = todo.pop()
         shape = _shape(current)
@@ -61,6 +72,8 @@ def _is_spread(node: Any, consumers: dict[Any, list[Any]], samples: int) -> bool
             in_front = len(made) > dimensions and made[0] == samples and (len(made) > len(shape) or shape[0] == 1)
             if consumer.name() in _SPREADING and in_front:
                 return True
-            if made == (1, *shape) or (made == shape and consumer.name() in _KEEPING):
+            # Another layer that is tapped answers for itself.
+            if made in (shape, (1, *shape)) and consumer not in seen and not hasattr(consumer, "site"):
+                seen.add(consumer)
                 todo.append(consumer)
     return False

@@ -71,6 +71,7 @@ class LayerCapture:
         self.fused, self.normalized = fused, normalized
         self.recording = True  # False after an error
         self.active = True  # False in steps that are not to be recorded
+        self.as_long_as_large = False  # a compiled model's input has as many positions as samples
         self._thread = threading.local()
         self.records = 0
         self.forwards = 0
@@ -201,7 +202,10 @@ class LayerCapture:
         self.forwards += 1
         if self._compiled:
             leaves = tree_leaves((arguments, keywords))
-            self._probes.arm(run, next(leaf.device for leaf in leaves if isinstance(leaf, Tensor)))
+            first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
+            square = list(first.shape[:2]).count(run.batch.size) == 2
+            self.as_long_as_large = square and not first.is_floating_point()
+            self._probes.arm(run, first.device)
         if not self._audited:
             self._grads_before = {name: p.grad is not None for name, p in self.coverage.parameters()}
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.layer_pass import OUTPUT, LayerPass
-from lipcore.capture.layer_site import LayerSite
+from lipcore.capture.layer_site import OTHER_OUTPUT, LayerSite
 from lipcore.capture.probes import armed
 
 _MAX_PENDING = 64  # forward passes whose probes may wait for their backward
@@ -53,6 +53,8 @@ class LayerProbes:
                 continue
             *rows, calls = probe.grad.unbind()
             probe.grad = None
+            if bool(calls.isnan().any()):
+                raise ValueError(f"module '{site.name}' ({type(site.module).__name__}): {OTHER_OUTPUT}")
             if bool((calls > 1).any()):
                 raise ValueError(
                     f"module '{site.name}' is called more than once in a compiled forward pass; its squares cannot be "

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core, functional
-from lipcore.capture.accumulation import anything
+from lipcore.capture.accumulation import accumulates_everything, anything
 from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layer_pass import DELTA, LayerPass
+from lipcore.capture.other_outputs import watch, watch_probed
 from lipcore.capture.packed import check_rows
 from lipcore.capture.probes import armed
 from lipcore.layers import Batch, Factor, Rule
@@ -26,6 +27,10 @@ _BROADCAST = "; broadcast= names layers that are called without the batch dimens
 _PREPENDED = (
     "another forward hook was registered with prepend=True after lipcore's and may change the output before it is "
     "seen; register it before the metric is attached, or without prepend"
+)
+OTHER_OUTPUT = (
+    "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
+    "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
 )
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
@@ -92,13 +97,14 @@ class LayerSite:
             tensor_out = tensor
             if self.broadcast:
                 batch, arguments, tensor_out = self._expanded(batch, arguments, tensor)
-            saved, extra = self.rule.save(module, arguments, keywords, batch)
+            saved, extra = self._saved(module, arguments, keywords, batch)
             if batch.offsets is not None:
                 check_rows(module, tensor, batch.offsets)
         except Exception as error:
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             capture.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
+        watch(output, self._other_output_used)
         if capture.fused and can_fuse(module, arguments, run):
             bias = module.bias if isinstance(module.bias, Tensor) else None
             fused = FusedLinear.apply(
@@ -106,6 +112,15 @@ class LayerSite:
             )  # type: ignore[no-untyped-call]
             return _with_tensor(output, fused)
         return _with_tensor(output, _Tapped.apply(tensor_out, anything, self, run, extra, inner, *saved))  # type: ignore[no-untyped-call]
+
+    def _saved(self, module: nn.Module, arguments: Any, keywords: Any, batch: Batch) -> tuple[list[Tensor], Any]:
+        saved, extra = self.rule.save(module, arguments, keywords, batch)
+        # No edges of the graph: a saved parameter would seem to be used once more.
+        return [t.detach() for t in saved], extra
+
+    def _other_output_used(self) -> None:
+        if self._capture.recording and accumulates_everything():
+            self._capture.fail(_named(ValueError(OTHER_OUTPUT), self))
 
     def _expanded(
         self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
@@ -141,7 +156,7 @@ class LayerSite:
         try:
             with torch.no_grad():
                 tokens, grads = batch.tokens(x), batch.tokens(grad)
-                factors = self.rule.factors(self.module, grad, self.rule.save(self.module, (x,), {}, batch)[1], tokens)
+                factors = self.rule.factors(self.module, grad, batch, x)
                 if "bias" in self.names:
                     run.add_factor(self.names["bias"], factors["bias"])
                 if capture.normalized:
@@ -166,8 +181,15 @@ class LayerSite:
         batch = Batch(probe.shape[1], self._capture.batch_dim)
         if self.broadcast:
             batch, arguments, tensor = self._expanded(batch, arguments, tensor)
-        saved, extra = self.rule.save(module, arguments, keywords, batch)
-        return _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
+        elif self._capture.as_long_as_large and _may_be_positions(arguments):
+            raise ValueError(
+                f"module '{self.name}' ({type(module).__name__}): is called on shape {list(arguments[0].shape)}, "
+                "and the model's input has as many positions as samples, so which of them these are cannot be told "
+                "inside torch.compile; name the layer in broadcast= if they are positions, or use another batch size"
+            )
+        saved, extra = self._saved(module, arguments, keywords, batch)
+        tapped = _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
+        return watch_probed(tapped, probe)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
         """The probe's gradient: float64 [columns, B]."""
@@ -240,6 +262,11 @@ def _precedes(module: nn.Module, site: LayerSite) -> bool:
         if not isinstance(hook, LayerSite):
             return True
     return False
+
+
+def _may_be_positions(arguments: tuple[Any, ...]) -> bool:
+    first = arguments[0] if arguments else None
+    return isinstance(first, Tensor) and not first.is_floating_point() and first.dim() == 1
 
 
 def _tensor_of(output: Any) -> Tensor | None:

@@ -7,18 +7,28 @@ detached), and return float64: the results are small and enter sums over million
 
 from lipcore.functional.convolution import conv_norms_sq
 from lipcore.functional.embedding import embedding_norms_sq, tied_cross
-from lipcore.functional.linear import linear_norms_sq, linear_weight_grad
-from lipcore.functional.outer import outer_norms_sq
-from lipcore.functional.row_sum import channel_sum_norms_sq, row_sum_norms_sq
+from lipcore.functional.linear import linear_method, linear_norms_sq, linear_norms_sq_estimate, linear_weight_grad
+from lipcore.functional.outer import outer_and_bias_norms_sq, outer_norms_sq
+from lipcore.functional.row_sum import (
+    affine_norms_sq,
+    channel_affine_norms_sq,
+    channel_sum_norms_sq,
+    row_sum_norms_sq,
+)
 from lipcore.functional.statistics import normalized_norms, sample_norms, sketch, trajectory_step, update_sums
 
 __all__ = [
+    "affine_norms_sq",
+    "channel_affine_norms_sq",
     "channel_sum_norms_sq",
     "conv_norms_sq",
     "embedding_norms_sq",
+    "linear_method",
     "linear_norms_sq",
+    "linear_norms_sq_estimate",
     "linear_weight_grad",
     "normalized_norms",
+    "outer_and_bias_norms_sq",
     "outer_norms_sq",
     "row_sum_norms_sq",
     "sample_norms",

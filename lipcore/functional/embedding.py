@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from lipcore import _library
+from lipcore import _core, _library
 from lipcore.functional import portable
+from lipcore.functional.arguments import (
+    bits,
+    flat_rows,
+    integers,
+    packed_offsets,
+    readable,
+    rows,
+    same_place,
+    within_range,
+)
 
 
 def embedding_norms_sq(
@@ -17,24 +29,127 @@ def embedding_norms_sq(
     padding_idx: int | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    r"""Sum over tokens v of :math:`\|\sum_{t: i_{bt} = v} w_{bt} g_{bt}\|^2`; indices [B, T], grad [B, T, D]."""
+    r"""Squared norms of the per-sample gradients of an embedding's weight, repeated tokens added before squaring.
+
+    .. math:: n_b^2 = \sum_v \|\sum_{t:\,i_{bt}=v} w_{bt}\,g_{bt}\|_2^2
+
+    A hash per sample finds the repeated tokens, so the cost is one read of grad. Sums are float64. The number is what
+    grad is: under a mean-reduced loss it carries 1/B^2.
+
+    Args:
+        indices: int64 or int32 [B, ...] of T tokens per sample, or with offsets the packed tokens [N].
+        grad: [B, ..., D], the gradient at the embedding's output, a row per token, or packed [N, D].
+        weights: of the shape of indices, what each row is multiplied by (per_sample_weights of an embedding bag); 1
+            without.
+        padding_idx: the token that gets no gradient.
+        offsets: int [B + 1], ascending from 0 to N: sample b has the tokens offsets[b] ... offsets[b + 1] - 1.
+
+    Returns:
+        float64 [B], detached.
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use, or shapes that do not fit; the message names it.
+
+    >>> embedding_norms_sq(torch.tensor([[7, 7, 1]]), torch.tensor([[[1.0], [2.0], [4.0]]]))
+    tensor([25.], dtype=torch.float64)
+    """
     if torch.compiler.is_compiling():
         weights = None if weights is None else weights.detach()
         traced: Tensor = torch.ops.lipcore.embedding_norms_sq(indices, grad.detach(), weights, padding_idx, offsets)
         return traced
-    return portable.embedding_norms_sq(indices, grad, weights, padding_idx, offsets)
+    _check_padding(padding_idx)
+    grad, indices = readable(grad, "grad"), integers(indices, "indices")
+    same_place(indices, "indices", grad, "grad")
+    offsets = packed_offsets(offsets, grad)
+    _check_tokens(indices, grad, "grad")
+    if weights is not None:
+        weights = readable(weights, "weights")
+        same_place(weights, "weights", grad, "grad")
+        if weights.shape != indices.shape:
+            raise ValueError(
+                f"weights: expected the shape of indices, {list(indices.shape)}, got {list(weights.shape)}"
+            )
+    g = rows(grad, "grad", offsets is not None)
+    if not grad.is_cpu:
+        return portable.embedding_norms_sq(indices, grad, weights, padding_idx, offsets)
+    weights = None if weights is None else weights.to(torch.float64).contiguous()
+    packed = None if offsets is None else bits(offsets)
+    samples, ids = len(g) if offsets is None else len(offsets) - 1, bits(indices)
+
+    def compute(grad: Tensor, weights: Tensor | None = None) -> Tensor:
+        out = torch.empty(samples, dtype=torch.float64)
+        _core.embedding_norms(ids, grad, weights, padding_idx, packed, out)
+        return out
+
+    tensors = (flat_rows(g),) if weights is None else (flat_rows(g), weights)
+    return within_range(compute(*tensors), compute, tensors, 2)
 
 
 def tied_cross(
     indices: Tensor, grad_embedding: Tensor, x: Tensor, grad_head: Tensor, *, padding_idx: int | None = None
 ) -> Tensor:
-    r"""Inner product of the gradients that a weight gets as an embedding (indices [B, T], gradient [B, T, D]) and as a
-    head (x [B, S, D], gradient [B, S, V])."""
+    r"""Inner product of the two gradients that a tied weight gets per sample, as an embedding and as the head.
+
+    .. math:: \langle E_b, H_b\rangle = \sum_{s,t} G_{b,s,i_{bt}}\,\langle x_{bs}, e_{bt}\rangle
+
+    The squared norm of the tied weight's gradient is then :math:`\|E_b\|^2 + \|H_b\|^2 + 2\langle E_b, H_b\rangle`.
+    Sums are float64 and nothing of size S x T is written.
+
+    Args:
+        indices: int64 or int32 [B, ...] of T tokens per sample.
+        grad_embedding: e, [B, ..., D], the gradient at the embedding's output, a row per token.
+        x: [B, ..., D] of S rows per sample, the head's input.
+        grad_head: G, [B, ..., V], the gradient at the head's output, a row per row of x.
+        padding_idx: the token that gets no gradient as an embedding.
+
+    Returns:
+        float64 [B], detached. It may be negative.
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use, shapes that do not fit, or on the CPU a token outside
+            [0, V); the message names it.
+
+    >>> tied_cross(torch.tensor([[1]]), torch.ones(1, 1, 2), torch.ones(1, 1, 2), torch.tensor([[[5.0, 3.0]]]))
+    tensor([6.], dtype=torch.float64)
+    """
     if torch.compiler.is_compiling():
-        tensors = (t.detach() for t in (grad_embedding, x, grad_head))
-        traced: Tensor = torch.ops.lipcore.tied_cross(indices, *tensors, padding_idx)
+        detached = (t.detach() for t in (grad_embedding, x, grad_head))
+        traced: Tensor = torch.ops.lipcore.tied_cross(indices, *detached, padding_idx)
         return traced
-    return portable.tied_cross(indices, grad_embedding, x, grad_head, padding_idx)
+    _check_padding(padding_idx)
+    indices = integers(indices, "indices")
+    e, a, g = (
+        readable(t, name) for t, name in ((grad_embedding, "grad_embedding"), (x, "x"), (grad_head, "grad_head"))
+    )
+    for tensor, name in ((e, "grad_embedding"), (a, "x"), (g, "grad_head")):
+        same_place(tensor, name, indices, "indices")
+    _check_tokens(indices, e, "grad_embedding")
+    if not e.is_cpu:
+        return portable.tied_cross(indices, e, a, g, padding_idx)
+    e, a, g = rows(e, "grad_embedding", False), rows(a, "x", False), rows(g, "grad_head", False)
+    ids = bits(indices.reshape(e.shape[:2]))
+
+    def compute(e: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        out = torch.empty(len(e), dtype=torch.float64)
+        _core.tied_cross(ids, e, a, g, padding_idx, out)
+        return out
+
+    tensors = flat_rows(e), flat_rows(a), flat_rows(g)
+    return within_range(compute(*tensors), compute, tensors, 1)
+
+
+def _check_padding(padding_idx: int | None) -> None:
+    whole = isinstance(padding_idx, int) and not isinstance(padding_idx, bool) and -(2**63) <= padding_idx < 2**63
+    if padding_idx is not None and not whole:
+        raise TypeError(f"padding_idx: expected an integer of 64 bits or None, got {padding_idx!r}")
+
+
+def _check_tokens(indices: Tensor, grad: Tensor, name: str) -> None:
+    """A row of the gradient for every token; a sample may have lost or gained dimensions of size 1."""
+    if not indices.dim():
+        raise ValueError("indices: expected shape [B, ...], got a 0-dimensional tensor; use indices.reshape(1, 1)")
+    if grad.dim() < 2 or grad.shape[0] != indices.shape[0] or math.prod(grad.shape[:-1]) != indices.numel():
+        raise ValueError(f"{name}: expected a row per token, {[*indices.shape, 'D']}, got {list(grad.shape)}")
 
 
 _library.register(

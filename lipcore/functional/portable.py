@@ -57,7 +57,7 @@ def linear_norms_sq(x: Tensor, grad: Tensor, offsets: Tensor | None) -> Tensor:
 
 def linear_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     x, grad = x.detach(), grad.detach()
-    weight_grad = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    weight_grad = grad.flatten(0, -2).T @ x.flatten(0, -2)
     return weight_grad, linear_norms_sq(x, grad, offsets)
 
 

@@ -2,39 +2,215 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from lipcore import _library
+from lipcore import _core, _library
 from lipcore.functional import portable
+from lipcore.functional.arguments import bits, of_one_dtype, packed_offsets, readable, rows, same_place, within_range
+
+_SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/per_sample.h: Terms
 
 
 def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:
-    r"""Squared norms of :math:`\sum_t g_{bt}` (a bias), or of :math:`\sum_t g_{bt} \odot x_{bt}` (a scale)."""
+    r"""Squared norms of per-sample gradients of a bias, or with x of an element-wise scale.
+
+    .. math:: n_b^2 = \|\sum_t g_{bt}\|_2^2 \quad\text{or}\quad n_b^2 = \|\sum_t g_{bt}\odot x_{bt}\|_2^2
+
+    Products and sums are float64: what a sum over a sequence leaves after cancelling is exact to 1e-13 of its terms.
+    The number is what grad is: under a mean-reduced loss it carries 1/B^2.
+
+    Args:
+        grad: [B, ..., F], the gradient at the layer's output; the dimensions between are summed over. With offsets the
+            packed rows [N, F] of all samples.
+        x: of the shape of grad, what the scale multiplies: of a norm layer the normalised input.
+        offsets: int [B + 1], ascending from 0 to N: sample b has the rows offsets[b] ... offsets[b + 1] - 1.
+
+    Returns:
+        float64 [B], detached.
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use, or shapes that do not fit; the message names it.
+
+    >>> row_sum_norms_sq(torch.tensor([[[1.0, 2.0], [2.0, 2.0]]]))
+    tensor([25.], dtype=torch.float64)
+    """
     if torch.compiler.is_compiling():
         x = None if x is None else x.detach()
         traced: Tensor = torch.ops.lipcore.row_sum_norms_sq(grad.detach(), x, offsets)
         return traced
-    return portable.row_sum_norms_sq(grad, x, offsets)
+    return _row_sums(grad, x, offsets, _SHIFT if x is None else _SCALE)
+
+
+def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -> Tensor:
+    r"""Both squared norms of a norm layer's affine parameters, scale and shift, in one pass.
+
+    .. math:: \|\sum_t g_{bt}\odot x_{bt}\|_2^2, \quad \|\sum_t g_{bt}\|_2^2
+
+    Args:
+        grad: [B, ..., F], the gradient at the layer's output, or packed [N, F]; see :func:`row_sum_norms_sq`.
+        x: of the shape of grad, the normalised input.
+        offsets: int [B + 1] of packed rows.
+
+    Returns:
+        float64 [2, B]: of the scale, of the shift; detached.
+
+    Raises:
+        TypeError, ValueError: as for row_sum_norms_sq.
+
+    >>> affine_norms_sq(torch.tensor([[[1.0], [2.0]]]), torch.tensor([[[3.0], [1.0]]]))
+    tensor([[25.],
+            [ 9.]], dtype=torch.float64)
+    """
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.ops.lipcore.affine_norms_sq(grad.detach(), x.detach(), offsets)
+        return traced
+    return _row_sums(grad, x, offsets, _BOTH)
 
 
 def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:
-    r"""Squared norms of :math:`\sum_s g_{bcs}` or :math:`\sum_s g_{bcs} x_{bcs}` over the space of [B, C, \*space]."""
+    r"""As :func:`row_sum_norms_sq` for channels first: squared norms of sums over space.
+
+    .. math:: n_b^2 = \sum_c(\sum_s g_{bcs})^2 \quad\text{or}\quad n_b^2 = \sum_c(\sum_s g_{bcs}\,x_{bcs})^2
+
+    Args:
+        grad: [B, C, \*space], contiguous or channels_last without a copy.
+        x: of the shape of grad: of a batch, group or instance norm the normalised input.
+
+    Returns:
+        float64 [B], detached.
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use, or shapes that do not fit; the message names it.
+
+    >>> channel_sum_norms_sq(torch.ones(1, 2, 3))
+    tensor([18.], dtype=torch.float64)
+    """
     if torch.compiler.is_compiling():
         traced: Tensor = torch.ops.lipcore.channel_sum_norms_sq(grad.detach(), None if x is None else x.detach())
         return traced
-    return portable.channel_sum_norms_sq(grad, x)
+    return _channel_sums(grad, x, _SHIFT if x is None else _SCALE)
+
+
+def channel_affine_norms_sq(grad: Tensor, x: Tensor) -> Tensor:
+    r"""As :func:`affine_norms_sq` for channels first.
+
+    Args:
+        grad: [B, C, \*space].
+        x: of the shape of grad, the normalised input.
+
+    Returns:
+        float64 [2, B]: of the scale, of the shift; detached.
+
+    Raises:
+        TypeError, ValueError: as for channel_sum_norms_sq.
+
+    >>> channel_affine_norms_sq(torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0))
+    tensor([[72.],
+            [18.]], dtype=torch.float64)
+    """
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.ops.lipcore.channel_affine_norms_sq(grad.detach(), x.detach())
+        return traced
+    return _channel_sums(grad, x, _BOTH)
+
+
+def _checked(grad: Tensor, x: Tensor | None, terms: int) -> tuple[Tensor, Tensor | None]:
+    grad = readable(grad, "grad")
+    if terms == _SHIFT or x is None:
+        return grad, None if terms == _SHIFT else readable(x, "x")  # type: ignore[arg-type]  # None is refused in words
+    x = readable(x, "x")
+    same_place(x, "x", grad, "grad")
+    if x.shape != grad.shape:
+        raise ValueError(f"x: expected the shape of grad, {list(grad.shape)}, got {list(x.shape)}")
+    return grad, x
+
+
+def _row_sums(grad: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Tensor:
+    grad, x = _checked(grad, x, terms)
+    offsets = packed_offsets(offsets, grad)
+    g = rows(grad, "grad", offsets is not None)
+    if not grad.is_cpu:
+        return _portable(portable.row_sum_norms_sq, terms, grad.reshape(-1, 1) if grad.dim() == 1 else grad, x, offsets)
+    return _sums(g, None if x is None else rows(x, "x", offsets is not None), offsets, terms)
+
+
+def _channel_sums(grad: Tensor, x: Tensor | None, terms: int) -> Tensor:
+    grad, x = _checked(grad, x, terms)
+    if grad.dim() < 2:
+        raise ValueError(f"grad: expected shape [B, C, *space], got {list(grad.shape)}")
+    if not grad.is_cpu:
+        return _portable(portable.channel_sum_norms_sq, terms, grad, x)
+    return _sums(_space_first(grad), None if x is None else _space_first(x), None, terms)
+
+
+def _space_first(t: Tensor) -> Tensor:
+    """[B, S, C] of [B, C, *space]: columns that are flat runs, or of channels_last memory rows."""
+    by_row = t.movedim(1, -1)
+    space = math.prod(t.shape[2:])
+    if t.stride(1) == 1 and t.shape[1] > 1:
+        return by_row.reshape(t.shape[0], space, t.shape[1])
+    return t.reshape(t.shape[0], t.shape[1], space).transpose(1, 2)
+
+
+def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Tensor:
+    tensors = (g,) if x is None else of_one_dtype(g, x)
+    # The kernel reads flat rows or flat columns, of both tensors alike.
+    if not any(all(_is_flat(t, d) for t in tensors) for d in (2, 1)):
+        tensors = tuple(t if _is_flat(t, 2) else t.contiguous() for t in tensors)
+    packed = None if offsets is None else bits(offsets)
+    samples = len(g) if offsets is None else len(offsets) - 1
+
+    def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
+        out = torch.empty(2 * samples if terms == _BOTH else samples, dtype=torch.float64)
+        _core.term_sums(g, x, packed, terms, out)
+        return out
+
+    found = compute(*tensors)
+    if terms != _BOTH:
+        return within_range(found, compute, tensors, 2)
+    scale, shift = found.view(2, samples)
+    if g.dtype == torch.float64:
+        scale = within_range(scale, lambda g, x: compute(g, x, terms=_SCALE), tensors, 2)
+        shift = within_range(shift, lambda g: compute(g, terms=_SHIFT), tensors[:1], 2)
+        return torch.stack([scale, shift])
+    return found.view(2, samples)
+
+
+def _is_flat(t: Tensor, dim: int) -> bool:
+    return t.shape[dim] <= 1 or t.stride(dim) == 1
+
+
+def _portable(function, terms: int, grad: Tensor, x: Tensor | None, *offsets: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
+    if terms != _BOTH:
+        result: Tensor = function(grad, x, *offsets)
+        return result
+    return torch.stack([function(grad, x, *offsets), function(grad, None, *offsets)])
+
+
+def _fake(grad: Tensor, offsets: Tensor | None, *parts: int) -> Tensor:
+    return grad.new_empty(*parts, grad.shape[0] if offsets is None else offsets.shape[0] - 1, dtype=torch.float64)
 
 
 _library.register(
     "row_sum_norms_sq(Tensor grad, Tensor? x=None, Tensor? offsets=None) -> Tensor",
     lambda grad, x=None, offsets=None: row_sum_norms_sq(grad, x, offsets=offsets),
-    lambda grad, x=None, offsets=None: grad.new_empty(
-        grad.shape[0] if offsets is None else offsets.shape[0] - 1, dtype=torch.float64
-    ),
+    lambda grad, x=None, offsets=None: _fake(grad, offsets),
+)
+_library.register(
+    "affine_norms_sq(Tensor grad, Tensor x, Tensor? offsets=None) -> Tensor",
+    lambda grad, x, offsets=None: affine_norms_sq(grad, x, offsets=offsets),
+    lambda grad, x, offsets=None: _fake(grad, offsets, 2),
 )
 _library.register(
     "channel_sum_norms_sq(Tensor grad, Tensor? x=None) -> Tensor",
     lambda grad, x=None: channel_sum_norms_sq(grad, x),
-    lambda grad, x=None: grad.new_empty(grad.shape[0], dtype=torch.float64),
+    lambda grad, x=None: _fake(grad, None),
+)
+_library.register(
+    "channel_affine_norms_sq(Tensor grad, Tensor x) -> Tensor",
+    lambda grad, x: channel_affine_norms_sq(grad, x),
+    lambda grad, x: _fake(grad, None, 2),
 )

@@ -1,80 +1,61 @@
-"""Conv1d to Conv3d, ConvTranspose1d to ConvTranspose3d."""
+"""Convolutions of one to three dimensions, with every stride, dilation, padding, padding mode and number of groups."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
+from lipcore.layers.calls import check_channels, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
-from lipcore.layers.factors import ChannelSum, Patches
+from lipcore.layers.factor_patches import Patches
+from lipcore.layers.factor_sums import ChannelSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import Batch, Rule, argument
+from lipcore.layers.rule import Batch, Rule
 
 
-class _ConvolutionRule(Rule):
+class ConvRule(Rule):
     def save(
-        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
+        self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
-        x = argument(arguments, keywords, 0, "input")
-        batch.check_first(x, len(module.kernel_size) + 2)  # type: ignore[arg-type]
-        return (x,), None
+        x = tensor_argument(arguments, keywords)
+        check_channels(x, batch, 2 + len(module.kernel_size))
+        return ((x,) if is_trainable(module, "weight") else ()), None
 
-    def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
-        found = {"weight": self.patches(module, grad_output, saved[0])}
-        if module.bias is not None:
-            found["bias"] = ChannelSum(grad_output)
-        return found
-
-    def patches(self, module: Any, grad: Tensor, x: Tensor) -> Factor:
-        raise NotImplementedError
-
-
-class ConvRule(_ConvolutionRule):
-    """Padding that is not zeros, or not the same on both sides, is put around the input first, as torch does."""
-
-    def patches(self, module: Any, grad: Tensor, x: Tensor) -> Factor:
-        padding: Any = module.padding
-        sides = list(module._reversed_padding_repeated_twice)  # last dimension first: left, right
-        if module.padding_mode != "zeros":
-            x = torch.nn.functional.pad(x, sides, mode=module.padding_mode)
-            padding = [0] * len(module.kernel_size)
-        elif isinstance(padding, str):
-            if sides[::2] == sides[1::2]:
-                padding = sides[::-2]
-            else:
-                x = torch.nn.functional.pad(x, sides)
-                padding = [0] * len(module.kernel_size)
-        return Patches(
-            x,
-            grad,
-            module.weight.shape,
-            kernel_size=list(module.kernel_size),
-            stride=list(module.stride),
-            padding=list(padding),
-            dilation=list(module.dilation),
-            groups=module.groups,
-        )
+    def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
+        factors: dict[str, Factor] = {}
+        if saved:
+            x, padding = _padded(module, saved[0])
+            factors["weight"] = Patches(
+                x,
+                grad_output,
+                module.kernel_size,
+                stride=module.stride,
+                padding=padding,
+                dilation=module.dilation,
+                groups=module.groups,
+            )
+        if is_trainable(module, "bias"):
+            factors["bias"] = ChannelSum(grad_output)
+        return factors
 
 
-class ConvTransposeRule(_ConvolutionRule):
-    """The transpose of a convolution: input and gradient change roles."""
+def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+    """The input that the convolution proper sees, and the zeros that it pads on both sides itself."""
+    none = (0,) * len(module.kernel_size)
+    if module.padding_mode != "zeros":
+        return nnf.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), none
+    if module.padding == "valid":
+        return x, none
+    if module.padding != "same":
+        return x, module.padding
+    reach = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+    if all(n % 2 == 0 for n in reach):
+        return x, tuple(n // 2 for n in reach)
+    # An odd number of zeros goes behind.
+    return nnf.pad(x, [n for total in reversed(reach) for n in (total // 2, total - total // 2)]), none
 
-    def patches(self, module: Any, grad: Tensor, x: Tensor) -> Factor:
-        return Patches(
-            grad,
-            x,
-            module.weight.shape,
-            kernel_size=list(module.kernel_size),
-            stride=list(module.stride),
-            padding=list(module.padding),
-            dilation=list(module.dilation),
-            groups=module.groups,
-        )
 
-
-for _conv in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-    register(_conv, ConvRule())
-for _transposed in (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d):
-    register(_transposed, ConvTransposeRule())
+for _type in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    register(_type, ConvRule())

@@ -1,4 +1,4 @@
-"""Linear and Bilinear."""
+r"""Linear layers, :math:`y = x W^T + b` over the last dimension."""
 
 from __future__ import annotations
 
@@ -6,46 +6,31 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lipcore.layers.calls import is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
-from lipcore.layers.factors import Outer, RowSum
+from lipcore.layers.factor_outer import Outer
+from lipcore.layers.factor_sums import RowSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import Batch, Rule, argument
+from lipcore.layers.rule import Batch, Rule
 
 
 class LinearRule(Rule):
-    """y = x W^T + b on inputs [B, features] to [B, ..., features]."""
-
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
-        return (batch.tokens(argument(arguments, keywords, 0, "input")),), batch
+        x = tensor_argument(arguments, keywords)
+        batch.check(x)
+        return ((x,) if is_trainable(module, "weight") else ()), batch
 
     def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
-        grad = extra.tokens(grad_output)
-        found: dict[str, Factor] = {"weight": Outer(saved[0], grad, offsets=extra.offsets)}
-        if module.bias is not None:
-            found["bias"] = RowSum(grad, offsets=extra.offsets)
-        return found
-
-
-class BilinearRule(Rule):
-    """y_o = x_1^T W_o x_2 + b_o: a Linear on the products of the entries of both inputs."""
-
-    def save(
-        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
-    ) -> tuple[tuple[Tensor, ...], Any]:
-        first, second = (argument(arguments, keywords, i, f"input{i + 1}") for i in (0, 1))
-        return (batch.tokens(first), batch.tokens(second)), batch
-
-    def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
-        grad, (first, second) = extra.tokens(grad_output), saved
-        products = (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2)
-        shape = module.weight.shape
-        found: dict[str, Factor] = {"weight": Outer(products, grad, offsets=extra.offsets, shape=shape)}
-        if module.bias is not None:
-            found["bias"] = RowSum(grad, offsets=extra.offsets)
-        return found
+        batch: Batch = extra
+        grad = batch.tokens(grad_output)
+        factors: dict[str, Factor] = {}
+        if saved:
+            factors["weight"] = Outer(batch.tokens(saved[0]), grad, batch.offsets)
+        if is_trainable(module, "bias"):
+            factors["bias"] = RowSum(grad, None, batch.offsets)
+        return factors
 
 
 register(nn.Linear, LinearRule())
-register(nn.Bilinear, BilinearRule())

@@ -1,34 +1,42 @@
-"""PReLU."""
+r"""PReLU, :math:`y = \max(0, x) + a \min(0, x)`, with one slope or one per channel."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lipcore.layers.calls import check_channels, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
-from lipcore.layers.factors import ChannelSum, Dense
+from lipcore.layers.factor_sums import ChannelSum, RowSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import Batch, Rule, argument
+from lipcore.layers.rule import Batch, Rule
 
 
 class PReLURule(Rule):
-    """a * min(x, 0): one slope, or one per channel of [B, C, ...]."""
-
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
-        x = argument(arguments, keywords, 0, "input")
-        batch.check_first(x, None)
-        return (x,), None
+        x = tensor_argument(arguments, keywords)
+        if module.num_parameters > 1:  # channels are the second dimension, wherever the batch of other layers is
+            check_channels(x, batch)
+        else:
+            batch.check(x, 0)
+        return ((x,) if is_trainable(module, "weight") else ()), batch
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
-        negative = saved[0].clamp(max=0)
+        if not saved:
+            return {}
+        batch: Batch = extra
+        negative = saved[0].detach().clamp(max=0)
         if module.num_parameters > 1:
             return {"weight": ChannelSum(grad_output, negative)}
-        terms = grad_output.to(torch.float64) * negative
-        return {"weight": Dense(terms.reshape(terms.shape[0], -1).sum(1, keepdim=True))}
+        if batch.offsets is None:
+            grad, negative = (batch.tokens(t, 0).unsqueeze(-1) for t in (grad_output, negative))
+            return {"weight": RowSum(grad, negative)}
+        # Every element is a row of one feature: the width of a row lengthens the documents.
+        width = grad_output.shape[-1] if grad_output.dim() > 1 else 1
+        return {"weight": RowSum(grad_output.reshape(-1, 1), negative.reshape(-1, 1), batch.offsets * width)}
 
 
-register(torch.nn.PReLU, PReLURule())
+register(nn.PReLU, PReLURule())

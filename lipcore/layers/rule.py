@@ -25,40 +25,24 @@ class Batch:
         Raises:
             ValueError: there are not B samples at the batch dimension.
         """
-        shape = x.shape[x.dim() - features :]
+        self.check(x, features)
+        middle = x.dim() - features - 1
         if self.offsets is not None:
-            return x.reshape(-1, *shape)
+            return x.flatten(0, middle) if middle else x
+        if not middle:
+            return x.unsqueeze(1)
+        return x.movedim(self.dim if middle >= self.dim else 0, 0).flatten(1, middle)
+
+    def check(self, x: Tensor, features: int = 1) -> None:
+        """Raises ValueError where :meth:`tokens` would."""
+        if self.offsets is not None and x.dim() > features:
+            return
         dim = self.dim if x.dim() > features + self.dim else 0
         if x.dim() <= features or x.shape[dim] != self.size:
             raise ValueError(
                 f"expected {self.size} samples at dimension {dim}, got shape {list(x.shape)}; pass batch_dim= where "
                 "the batch is not first, cu_seqlens= for packed sequences, and never flatten batch and sequence"
             )
-        return x.movedim(dim, 0).reshape(self.size, -1, *shape)
-
-    def check_first(self, x: Tensor, dimensions: int | None) -> None:
-        """ValueError unless the first dimension of a channel layout [B, C, *space] has the samples."""
-        if self.offsets is not None:
-            raise ValueError("packed sequences (cu_seqlens=) have no channel layout")
-        if (dimensions is not None and x.dim() != dimensions) or x.dim() < 1 or x.shape[0] != self.size:
-            of = "" if dimensions is None else f" of {dimensions} dimensions"
-            raise ValueError(f"expected an input{of} with {self.size} samples first, got shape {list(x.shape)}")
-
-
-_required: Any = object()
-
-
-def argument(
-    arguments: tuple[Any, ...], keywords: dict[str, Any], place: int, name: str, default: Any = _required
-) -> Any:
-    """A call's argument, given by place or by name."""
-    if len(arguments) > place:
-        return arguments[place]
-    if name in keywords:
-        return keywords[name]
-    if default is not _required:
-        return default
-    raise ValueError(f"was called without its argument '{name}'")
 
 
 class Rule(ABC):

@@ -59,7 +59,8 @@ class PerSampleGradNorms(Metric):
         cu_seqlens: packed sequences of different lengths, [total, features]: name of the model's keyword argument that
             has the boundaries (int [B + 1]), or a function of (arguments, keywords) that returns them. Norms are per
             document then.
-        broadcast: names of layers that are called without the batch dimension (position embeddings on [T]).
+        broadcast: names of layers that are called without the batch dimension (position embeddings on [T] or [1, T]).
+            Their output is expanded to [B, T, ...] at once; nothing may be put in front of it then (unsqueeze(0)).
         methods: {layer name: "gram" or "direct"} to override the cost rule.
         fused: norms are taken inside Linear's weight gradient, which lipcore then computes itself: nearly free on long
             sequences, but the gradient is summed in another order.

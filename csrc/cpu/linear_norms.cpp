@@ -1,0 +1,301 @@
+// Blocks of per-sample weight gradients of Linear layers and of Gram matrices of their tokens. Built once per
+// instruction set. Products and the sums along tokens or features are float32 (float64 for float64 input and for
+// samples that need it), fused; squares are summed in float64 after each tile. Error of a squared norm: about
+// 1e-7 sqrt(T), in the Gram form divided by its cancellation ratio.
+#include "cpu/isa.h"
+
+namespace lipcore::LIPCORE_ISA {
+namespace {
+
+#include "cpu/simd.h"
+
+#include "cpu/matrix_tile.h"
+
+template <class T>
+struct Scratch {
+  T *a, *b, *first, *second;
+  explicit Scratch(void* memory)
+      : a(static_cast<T*>(memory)),
+        b(a + kPadded * kDepth),
+        first(b + kPadded * kDepth),
+        second(first + kPadded * kPadded) {}
+};
+constexpr int64_t kScratchBytes = 8 * (2 * kPadded * kDepth + 2 * kPadded * kPadded);
+
+template <class T, int kRows, int kVectors, class Lanes>
+LIPCORE_INLINE F64x16 sum_squares_of(const Lanes (&c)[kRows][kVectors]) {
+  Lanes sum[kVectors];
+  for (int v = 0; v < kVectors; ++v) sum[v] = c[0][v] * c[0][v];
+  for (int r = 1; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) sum[v] = fma(c[r][v], c[r][v], sum[v]);
+  F64x16 total = widened(sum[0]);
+  for (int v = 1; v < kVectors; ++v) total = total + widened(sum[v]);
+  return total;
+}
+
+// At the edge of a block zeros were packed, and 0 * infinity would turn a sample's infinite norm into NaN.
+template <class T, int kRows, int kVectors, class Lanes>
+LIPCORE_INLINE F64x16 sum_edge_squares(const Lanes (&c)[kRows][kVectors], int64_t rows, int64_t columns) {
+  T tile[kRows * Tile<T>::kWidth];
+  store_tile(tile, c);
+  double lanes[16] = {};
+  for (int64_t r = 0; r < rows && r < kRows; ++r)
+    for (int64_t j = 0; j < columns && j < 16 * kVectors; ++j) {
+      const double value = tile[r * Tile<T>::kWidth + j];
+      lanes[j % 16] += value * value;
+    }
+  return load(lanes);
+}
+
+template <class T, class E>
+LIPCORE_INLINE double direct_of(E element, const LinearSample& sample, const LinearBlock& block, void* memory) {
+  constexpr int kRows = Tile<T>::kRows, kWidth = Tile<T>::kWidth;
+  const Scratch<T> scratch(memory);
+  const auto* x = static_cast<const typename E::Stored*>(sample.x) + block.column;
+  const auto* g = static_cast<const typename E::Stored*>(sample.grad) + block.row;
+  F64x16 sum = f64(0);
+  for (int64_t t = 0; t < sample.tokens; t += kDepth) {
+    const int64_t steps = sample.tokens - t < kDepth ? sample.tokens - t : kDepth;
+    const bool resume = t > 0, last = t + steps == sample.tokens;
+    pack_columns<T, kRows>(steps, block.rows, steps, 0, scratch.a, [&](int64_t k, T* to) {
+      convert(element, g + (t + k) * sample.grad_stride, block.rows, sample.grad_scale, to);
+    });
+    pack_columns<T, kWidth>(steps, block.columns, steps, 0, scratch.b, [&](int64_t k, T* to) {
+      convert(element, x + (t + k) * sample.x_stride, block.columns, sample.x_scale, to);
+    });
+    const Segment all{0, steps};
+    multiply<T, kRows, kRows>(
+        block.rows, block.columns, steps, &all, 1, scratch.a, scratch.b,
+        [&](int64_t, int64_t j) { return block.columns - j; },
+        [&](int64_t i, int64_t j, int64_t, auto& c) {
+          if (resume) {
+            load_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
+          } else {
+            clear(c);
+          }
+        },
+        [&](int64_t i, int64_t j, int64_t, auto& c) {
+          if (!last) {
+            store_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
+          } else if (sizeof(T) == 4 || (i + kRows <= block.rows && j + kWidth <= block.columns)) {
+            sum = sum + sum_squares_of<T>(c);
+          } else {
+            sum = sum + sum_edge_squares<T>(c, block.rows - i, block.columns - j);
+          }
+        });
+  }
+  return sum_lanes(sum);
+}
+
+double direct(const LinearSample& sample, const LinearBlock& block, void* scratch) {
+  return with_dtype(sample.dtype, [&](auto element) {
+    if (sample.in_float64) return direct_of<double>(element, sample, block, scratch);
+    return direct_of<float>(element, sample, block, scratch);
+  });
+}
+
+// Weight of element (row i, column j) of a lower triangle that counts twice: ramp[kRamp + j - i].
+constexpr int kRamp = 256 + 64;
+template <class T>
+struct Ramps {
+  T weight[2 * kRamp], diagonal[2 * kRamp];
+};
+template <class T>
+constexpr Ramps<T> make_ramps() {
+  Ramps<T> ramps{};
+  for (int i = 0; i < 2 * kRamp; ++i) {
+    ramps.weight[i] = i < kRamp ? T(2) : i == kRamp ? T(1) : T(0);
+    ramps.diagonal[i] = i == kRamp ? T(1) : T(0);
+  }
+  return ramps;
+}
+template <class T>
+constexpr Ramps<T> kRamps = make_ramps<T>();
+
+template <class T, class E>
+LIPCORE_INLINE void gram_of(E element, const LinearSample& sample, const LinearBlock& block, void* memory,
+                            GramSums* sums) {
+  using Lanes = typename Tile<T>::Lanes;
+  constexpr int kRows = Tile<T>::kSharedRows, kWidth = Tile<T>::kWidth;
+  const Scratch<T> scratch(memory);
+  const bool diagonal = block.row == block.column;
+  F64x16 total = f64(0), both = f64(0), x_diagonal = f64(0), grad_diagonal = f64(0);
+  for (int operand = 0; operand < 2; ++operand) {
+    const int64_t features = operand ? block.outputs : block.inputs;
+    const int64_t stride = operand ? sample.grad_stride : sample.x_stride;
+    const auto* tokens = static_cast<const typename E::Stored*>(operand ? sample.grad : sample.x);
+    T* sums_of = operand ? scratch.second : scratch.first;
+    for (int64_t f = 0; f < features; f += kDepth) {
+      const int64_t steps = features - f < kDepth ? features - f : kDepth;
+      const bool resume = f > 0, last = f + steps == features;
+      const auto pack = [&](int64_t first_token, int64_t count, T* to) {
+        pack_rows<T, kWidth>(steps, count, to, [&](int64_t i, T* row) {
+          convert(element, tokens + (first_token + i) * stride + f, steps, operand ? sample.grad_scale : sample.x_scale,
+                  row);
+        });
+      };
+      pack(block.row, block.rows, scratch.a);
+      if (!diagonal) pack(block.column, block.columns, scratch.b);
+      const Segment all{0, steps};
+      multiply<T, kWidth, kRows>(
+          block.rows, block.columns, steps, &all, 1, scratch.a, diagonal ? scratch.a : scratch.b,
+          [&](int64_t i, int64_t j) {
+            return diagonal && i + kRows - j < block.columns - j ? i + kRows - j : block.columns - j;
+          },
+          [&](int64_t i, int64_t j, int64_t, auto& c) {
+            if (resume) {
+              load_tile(tile_at<T, kRows>(sums_of, block.rows, i, j), c);
+            } else {
+              clear(c);
+            }
+          },
+          [&](int64_t i, int64_t j, int64_t, auto& c) {
+            constexpr int kVectors = sizeof c[0] / sizeof(Lanes);
+            T* tile = tile_at<T, kRows>(scratch.first, block.rows, i, j);
+            if (!last || !operand) return store_tile(operand ? tile_at<T, kRows>(sums_of, block.rows, i, j) : tile, c);
+            Lanes sum[kVectors] = {};
+            if (!diagonal || i >= j + kWidth) {
+              for (int r = 0; r < kRows; ++r)
+                for (int v = 0; v < kVectors; ++v) sum[v] = fma(c[r][v], load(tile + r * kWidth + 16 * v), sum[v]);
+              for (int v = 0; v < kVectors; ++v) total = total + (widened(sum[v]) + widened(sum[v]));
+              return;
+            }
+            Lanes product[kVectors] = {}, of_x[kVectors] = {}, of_grad[kVectors] = {};
+            for (int r = 0; r < kRows; ++r)
+              for (int v = 0; v < kVectors; ++v) {
+                const int64_t at = kRamp + j - i - r + 16 * v;
+                const Lanes k = load(tile + r * kWidth + 16 * v), on = load(kRamps<T>.diagonal + at);
+                sum[v] = fma(c[r][v] * k, load(kRamps<T>.weight + at), sum[v]);
+                product[v] = fma(c[r][v] * k, on, product[v]);
+                of_x[v] = fma(k, on, of_x[v]);
+                of_grad[v] = fma(c[r][v], on, of_grad[v]);
+              }
+            for (int v = 0; v < kVectors; ++v) {
+              total = total + widened(sum[v]);
+              both = both + widened(product[v]);
+              x_diagonal = x_diagonal + widened(of_x[v]);
+              grad_diagonal = grad_diagonal + widened(of_grad[v]);
+            }
+          });
+    }
+  }
+  *sums = {sum_lanes(total), sum_lanes(both), sum_lanes(x_diagonal), sum_lanes(grad_diagonal)};
+}
+
+void gram(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums) {
+  with_dtype(sample.dtype, [&](auto element) {
+    if (sample.in_float64) return gram_of<double>(element, sample, block, scratch, sums);
+    return gram_of<float>(element, sample, block, scratch, sums);
+  });
+}
+
+// Whole samples are packed together as long as they fit, so that the block's running total is touched while it is in
+// the first-level cache; a longer sample goes by kDepth tokens at a time.
+template <class T, class E>
+LIPCORE_INLINE void weight_grad_of(E element, const LinearSample* samples, int64_t count, const LinearBlock& block,
+                                   void* memory, void* out, double* norms, int64_t norms_stride) {
+  constexpr int kRows = Tile<T>::kRows, kWidth = Tile<T>::kWidth;
+  const Scratch<T> scratch(memory);
+  memset(scratch.second, 0, sizeof(T) * kPadded * kPadded);
+  Segment segments[kDepth];
+  F64x16 sums[kDepth];
+  int64_t owners[kDepth];
+  int64_t token = 0;  // of samples[s], the next to pack
+  for (int64_t s = 0; s < count;) {
+    int64_t packed = 0, parts = 0;
+    bool last = true;
+    const bool resume = token > 0;
+    const auto room = [&](int64_t steps) { return !packed || packed + steps <= kDepth; };
+    while (s < count && last && parts < kDepth && room(samples[s].tokens - token) && !(resume && packed)) {
+      const int64_t left = samples[s].tokens - token, steps = left < kDepth ? left : kDepth;
+      segments[parts] = {packed, steps};
+      sums[parts] = f64(0);
+      owners[parts++] = s;
+      packed += steps;
+      last = steps == left;
+      token = last ? 0 : token + steps;
+      s += last;
+    }
+    for (int64_t p = 0; p < parts; ++p) {
+      const LinearSample& sample = samples[owners[p]];
+      const int64_t from = last ? (resume ? sample.tokens - segments[p].count : 0) : token - segments[p].count;
+      const auto* x = static_cast<const typename E::Stored*>(sample.x) + block.column;
+      const auto* g = static_cast<const typename E::Stored*>(sample.grad) + block.row;
+      pack_columns<T, kRows>(
+          segments[p].count, block.rows, packed, segments[p].begin, scratch.a,
+          [&](int64_t k, T* to) { convert(element, g + (from + k) * sample.grad_stride, block.rows, 1.0, to); });
+      pack_columns<T, kWidth>(
+          segments[p].count, block.columns, packed, segments[p].begin, scratch.b,
+          [&](int64_t k, T* to) { convert(element, x + (from + k) * sample.x_stride, block.columns, 1.0, to); });
+    }
+    multiply<T, kRows, kRows>(
+        block.rows, block.columns, packed, segments, parts, scratch.a, scratch.b,
+        [&](int64_t, int64_t j) { return block.columns - j; },
+        [&](int64_t i, int64_t j, int64_t, auto& c) {
+          if (resume) {
+            load_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
+          } else {
+            clear(c);
+          }
+        },
+        [&](int64_t i, int64_t j, int64_t p, auto& c) {
+          constexpr int kVectors = sizeof c[0] / sizeof c[0][0];
+          if (!last) return store_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
+          sums[p] = sums[p] + sum_squares_of<T>(c);
+          T* tile = tile_at<T, kRows>(scratch.second, block.rows, i, j);
+          for (int r = 0; r < kRows; ++r)
+            for (int v = 0; v < kVectors; ++v) {
+              T* at = tile + r * kWidth + 16 * v;
+              store(at, load(at) + c[r][v]);
+            }
+        });
+    if (last)
+      for (int64_t p = 0; p < parts; ++p) norms[owners[p] * norms_stride] = sum_lanes(sums[p]);
+  }
+  for (int64_t i = 0; i < block.rows; ++i) {
+    T* row = static_cast<T*>(out) + (block.row + i) * block.inputs + block.column;
+    for (int64_t j = 0; j < block.columns; j += kWidth) {
+      const int64_t width = block.columns - j < kWidth ? block.columns - j : kWidth;
+      memcpy(row + j, tile_at<T, kRows>(scratch.second, block.rows, i, j) + i % kRows * kWidth,
+             sizeof(T) * static_cast<size_t>(width));
+    }
+  }
+}
+
+void weight_grad(const LinearSample* samples, int64_t count, const LinearBlock& block, void* scratch, void* out,
+                 double* norms, int64_t norms_stride) {
+  with_dtype(samples[0].dtype, [&](auto element) {
+    if (samples[0].in_float64)
+      return weight_grad_of<double>(element, samples, count, block, scratch, out, norms, norms_stride);
+    return weight_grad_of<float>(element, samples, count, block, scratch, out, norms, norms_stride);
+  });
+}
+
+// On the bits, where NaN and infinity are larger than every number.
+double largest(const void* rows, DType dtype, int64_t stride, int64_t count, int64_t length) {
+  return with_dtype(dtype, [&](auto element) {
+    using E = decltype(element);
+    double found = 0;
+    for (int64_t r = 0; r < count; ++r) {
+      const auto* row = static_cast<const typename E::Stored*>(rows) + r * stride;
+      for (int64_t i = 0; i < length; i += 256) {
+        double values[256];
+        const int64_t run = length - i < 256 ? length - i : 256;
+        convert(element, row + i, run, 1.0, values);
+        for (int64_t k = 0; k < run; ++k) {
+          const double magnitude = values[k] < 0 ? -values[k] : values[k];
+          found = found >= magnitude ? found : magnitude;
+          if (found != found) return found;
+        }
+      }
+    }
+    return found;
+  });
+}
+
+}  // namespace
+
+extern const LinearNormsKernels linear_norms;
+const LinearNormsKernels linear_norms = {kBlock, kScratchBytes, &direct, &gram, &weight_grad, &largest};
+
+}  // namespace lipcore::LIPCORE_ISA

@@ -1,0 +1,137 @@
+#include <algorithm>
+#include <cstring>
+
+#include "ops/ops.h"
+#include "ops/per_sample.h"
+#include "parallel.h"
+
+namespace lipcore {
+namespace {
+
+constexpr int64_t kFewUnits = 16;         // fewer than this many (sample, block of columns), and rows are cut as well
+constexpr int64_t kTaskElements = 16384;  // small samples share a task
+
+// A sample's block of columns, or one of the parts of its rows.
+struct Unit {
+  int64_t sample, first_row, rows, column, columns;
+};
+
+double sum_squares(const double* x, int64_t count) {
+  return kernels().sample_norms->sum_squares(x, DType::kFloat64, count);
+}
+
+}  // namespace
+
+bool read_offsets(const TensorView& offsets, int64_t rows, Offsets* out) {
+  const auto* at = static_cast<const int64_t*>(offsets.data);
+  const int64_t last = offsets.numel - 1;
+  if (offsets.ndim != 1 || last < 0 || offsets.dtype != DType::kFloat64 || !offsets.on_cpu())
+    return fail({"offsets"}, "expected shape [B + 1] on the CPU, got %s", ShapeText(offsets).text);
+  if (at[0] != 0 || at[last] != rows)
+    return fail({"offsets"}, "expected to go from 0 to the number of rows, %lld, got %lld to %lld",
+                static_cast<long long>(rows), static_cast<long long>(at[0]), static_cast<long long>(at[last]));
+  for (int64_t i = 0; i < last; ++i)
+    if (at[i] > at[i + 1])
+      return fail({"offsets"}, "expected ascending values, got %lld before %lld at index %lld",
+                  static_cast<long long>(at[i]), static_cast<long long>(at[i + 1]), static_cast<long long>(i));
+  *out = {at, last};
+  return true;
+}
+
+bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out) {
+  if (grad.ndim != 3 || (x && (x->ndim != 3 || x->dtype != grad.dtype || !x->on_cpu())) || !grad.on_cpu())
+    return fail({"grad"}, "expected [B, T, F] and x of the same dtype on the CPU, got %s", ShapeText(grad).text);
+  const int64_t length = grad.shape[1], features = grad.shape[2];
+  const int64_t samples = offsets.begin ? offsets.samples : grad.shape[0];
+  const auto flat = [&](int d) {
+    return (grad.shape[d] <= 1 || grad.strides[d] == 1) && (!x || x->shape[d] <= 1 || x->strides[d] == 1);
+  };
+  const bool row_runs = flat(2);
+  if (!row_runs && !flat(1)) return fail({"grad"}, "expected flat rows or columns, and those of x alike");
+  static thread_local std::vector<Unit> unit_memory;
+  static thread_local std::vector<double> partial_memory;
+  auto& units = unit_memory;  // the threads of the pool must see this thread's
+  auto& partials = partial_memory;
+  units.clear();
+  const int64_t blocks = (features + kTermColumns - 1) / kTermColumns;
+  // The cuts depend on shapes alone, so that any number of threads adds in the same order.
+  const bool few = samples * blocks < kFewUnits;
+  int64_t total = 0;
+  for (int64_t b = 0; b < samples; ++b) {
+    const int64_t begin = offsets.begin ? offsets.begin[b] : 0;
+    const int64_t rows = offsets.begin ? offsets.begin[b + 1] - begin : length;
+    for (int64_t column = 0; column < features; column += kTermColumns) {
+      const int64_t columns = std::min<int64_t>(kTermColumns, features - column);
+      const int64_t parts = few ? std::clamp<int64_t>(rows * columns / kChunk, 1, kFewUnits) : 1;
+      const int64_t per_part = std::max<int64_t>(1, (rows + parts - 1) / parts);
+      int64_t row = 0;
+      do {
+        units.push_back({b, begin + row, std::min(per_part, rows - row), column, columns});
+        row += per_part;
+      } while (row < rows);
+    }
+    total += rows * features;
+  }
+  const bool shifts = terms != Terms::kScale, scales = terms != Terms::kShift;
+  const auto count = static_cast<int64_t>(units.size());
+  // With cut rows the sums of all parts are kept, else only the squares of a unit's columns.
+  partials.resize(static_cast<size_t>(few ? 2 * count * kTermColumns : 2 * count));
+  const auto* g_data = static_cast<const char*>(grad.data);
+  const auto* x_data = x ? static_cast<const char*>(x->data) : nullptr;
+  const int64_t size = item_size(grad.dtype), run_dim = row_runs ? 1 : 2;
+  const auto do_unit = [&](int64_t i) {
+    const Unit& unit = units[i];
+    double local[2 * kTermColumns];
+    double* shift = few ? &partials[2 * i * kTermColumns] : local;
+    double* scale = shift + kTermColumns;
+    const auto padded = static_cast<size_t>((unit.columns + 15) / 16 * 16) * sizeof(double);
+    std::memset(shift, 0, padded);
+    std::memset(scale, 0, padded);
+    const auto start = [&](const TensorView& t) {
+      const int64_t sample = offsets.begin ? 0 : unit.sample * t.strides[0];
+      return (sample + unit.first_row * t.strides[1] + unit.column * t.strides[2]) * size;
+    };
+    if (unit.rows) {
+      const TermBlock block = {
+          g_data + start(grad),  x ? x_data + start(*x) : nullptr, grad.dtype, unit.rows, unit.columns,
+          grad.strides[run_dim], x ? x->strides[run_dim] : 0,      row_runs};
+      kernels().term_sums->add(block, shifts ? shift : nullptr, scales ? scale : nullptr);
+    }
+    if (few) return;
+    partials[2 * i] = sum_squares(scale, unit.columns);
+    partials[2 * i + 1] = sum_squares(shift, unit.columns);
+  };
+  const int64_t each = std::max<int64_t>(1, total / std::max<int64_t>(1, count));
+  const int64_t per_task = few ? 1 : std::max<int64_t>(1, kTaskElements / each);
+  const bool parallel = total >= kSerialElements;
+  PyThreadState* state = parallel ? PyEval_SaveThread() : nullptr;
+  parallel_for((count + per_task - 1) / per_task, parallel, [&](int64_t task) {
+    for (int64_t i = task * per_task; i < std::min(count, (task + 1) * per_task); ++i) do_unit(i);
+  });
+  if (state) PyEval_RestoreThread(state);
+  auto* norms = static_cast<double*>(out.data);
+  std::fill(norms, norms + out.numel, 0.0);
+  double* scale_norms = scales ? norms : nullptr;
+  double* shift_norms = shifts ? norms + (scales ? samples : 0) : nullptr;
+  for (int64_t i = 0; i < count;) {
+    const int64_t first = i, b = units[i].sample;
+    double squares[2] = {0, 0};
+    if (few) {
+      double* sums = &partials[2 * first * kTermColumns];
+      for (++i; i < count && units[i].sample == b && units[i].column == units[first].column; ++i)
+        for (int64_t c = 0; c < 2 * kTermColumns; ++c)
+          if (c % kTermColumns < units[i].columns) sums[c] += partials[2 * i * kTermColumns + c];
+      squares[0] = sum_squares(sums + kTermColumns, units[first].columns);
+      squares[1] = sum_squares(sums, units[first].columns);
+    } else {
+      squares[0] = partials[2 * i];
+      squares[1] = partials[2 * i + 1];
+      ++i;
+    }
+    if (scale_norms) scale_norms[b] += squares[0];
+    if (shift_norms) shift_norms[b] += squares[1];
+  }
+  return true;
+}
+
+}  // namespace lipcore

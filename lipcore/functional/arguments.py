@@ -1,0 +1,91 @@
+"""What the per-sample operations ask of their arguments, and the shapes their kernels read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lipcore import _core
+
+_INTEGERS = (torch.int64, torch.int32)
+
+
+def readable(tensor: Tensor, name: str) -> Tensor:
+    """The tensor, detached, once the gatekeeper has passed it."""
+    tensor = tensor.resolve_neg() if _core.check_storage(tensor, name) else tensor
+    return tensor.detach()
+
+
+def same_place(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name}: is on {tensor.device} but {other_name} is on {other.device}; put both on one device")
+
+
+def rows(tensor: Tensor, name: str, packed: bool) -> Tensor:
+    """[B, T, F] of [B, ..., F] or [B], [1, N, F] of packed rows [N, F]."""
+    if packed:
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: expected packed rows [N, F] beside offsets, got {list(tensor.shape)}")
+        return tensor[None]
+    if not tensor.dim():
+        raise ValueError(f"{name}: expected shape [B, ..., F], got a 0-dimensional tensor; use x.reshape(1, 1)")
+    last = tensor.shape[-1] if tensor.dim() > 1 else 1
+    return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), last)
+
+
+def integers(tensor: Tensor, name: str) -> Tensor:
+    """An integer tensor as int64, the negative bit and gradients not being possible."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS or tensor.layout != torch.strided:
+        what = f"dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected an int64 or int32 tensor, got {what}")
+    return tensor.to(torch.int64)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """int64 as the core takes it: dense, under the name of a floating type, which is all the gatekeeper knows."""
+    return tensor.contiguous().view(torch.float64)
+
+
+def packed_offsets(offsets: Tensor | None, like: Tensor) -> Tensor | None:
+    """Checked int64 [B + 1]; whether they ascend from 0 to N is for the core to see."""
+    if offsets is None:
+        return None
+    offsets = integers(offsets, "offsets")
+    if offsets.dim() != 1 or not len(offsets):
+        raise ValueError(f"offsets: expected shape [B + 1], from 0 to the number of rows, got {list(offsets.shape)}")
+    return offsets.cpu() if like.is_cpu else offsets
+
+
+def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """What autocast left in different types becomes their common one."""
+    dtype = tensors[0].dtype
+    for tensor in tensors[1:]:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def flat_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def within_range(found: Tensor, compute: Callable[..., Tensor], tensors: tuple[Tensor, ...], power: int) -> Tensor:
+    """What compute(*tensors), of degree `power` in each of them, found; once more with scaled tensors where float64
+    overflowed on the way, so that finite input gives no NaN. What is not finite then was not finite in the input, or
+    is too large. float32 and less cannot get there."""
+    if all(t.dtype != torch.float64 for t in tensors) or bool(found.isfinite().all()):
+        return found
+    exponents, scaled = 0, []
+    for tensor in tensors:
+        largest = torch.where(tensor.isfinite(), tensor, 0).abs().amax() if tensor.numel() else tensor.new_zeros(())
+        exponent = max(-1000, int(torch.frexp(largest.to(torch.float64)).exponent))
+        scaled.append(tensor.to(torch.float64) * 2.0**-exponent)
+        exponents += exponent
+    again, exponents = compute(*scaled), power * exponents
+    # In steps: the factor alone may be outside float64's range.
+    while exponents:
+        step = max(-512, min(512, exponents))
+        again, exponents = again * 2.0**step, exponents - step
+    return torch.where(found.isfinite(), found, again)

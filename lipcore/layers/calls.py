@@ -1,0 +1,63 @@
+"""What rules share: the arguments of a call, and what they must look like."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.layers.rule import Batch
+
+
+def argument(
+    arguments: tuple[Any, ...], keywords: dict[str, Any], position: int, name: str, default: Any = None
+) -> Any:
+    """An argument of a module's forward, given by position or by name."""
+    return arguments[position] if len(arguments) > position else keywords.get(name, default)
+
+
+def tensor_argument(
+    arguments: tuple[Any, ...], keywords: dict[str, Any], position: int = 0, name: str = "input"
+) -> Tensor:
+    """
+    Raises:
+        ValueError: it is missing, not a tensor, or a nested one.
+    """
+    value = argument(arguments, keywords, position, name)
+    if not isinstance(value, Tensor) or value.is_nested:
+        got = "a nested tensor" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{name}: expected a tensor of equal samples, got {got}; use packed rows with cu_seqlens=")
+    return value
+
+
+def is_trainable(module: nn.Module, name: str) -> bool:
+    """Whether the module has a parameter of its own by that name which gets a gradient."""
+    parameter = module._parameters.get(name)
+    return parameter is not None and parameter.requires_grad
+
+
+def check_channels(x: Tensor, batch: Batch, dims: int | None = None) -> None:
+    r"""x must be [B, C, \*space], of `dims` dimensions where given.
+
+    Raises:
+        ValueError: it is not, or the samples are packed rows.
+    """
+    if batch.offsets is not None:
+        raise ValueError(f"expected [B, C, *space], got packed rows of shape {list(x.shape)}: space cannot be packed")
+    if x.dim() < 2 or (dims is not None and x.dim() != dims):
+        wanted = "at least 2" if dims is None else str(dims)
+        raise ValueError(
+            f"expected [B, C, *space] with {wanted} dimensions, got shape {list(x.shape)}; "
+            "add a batch dimension in front"
+        )
+    if x.shape[0] != batch.size:
+        raise ValueError(
+            f"expected {batch.size} samples at dimension 0, got shape {list(x.shape)}; "
+            "channel layouts have the batch first, and never flatten it with another dimension"
+        )
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """bfloat16 and float16 as float32, which is what layers compute in."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))

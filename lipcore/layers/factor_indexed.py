@@ -1,0 +1,108 @@
+"""Embeddings: the per-sample gradient has a row per token that occurs; and the same weight as a head's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipcore import functional as F
+from lipcore.layers.factor import Factor
+from lipcore.layers.factor_outer import Outer
+from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
+
+
+class Indexed(Factor):
+    r"""Row v is :math:`\sum_{t: i_{bt} = v} w_{bt} g_{bt}`: indices [B, T], grad [B, T, D], weights [B, T] (1 where
+    None), or packed [N], [N, D], [N] with offsets; the row `padding_idx` has no gradient. `num` rows in all."""
+
+    def __init__(
+        self,
+        indices: Tensor,
+        grad: Tensor,
+        num: int,
+        *,
+        weights: Tensor | None = None,
+        padding_idx: int | None = None,
+        offsets: Tensor | None = None,
+    ) -> None:
+        self.indices, self.grad, self.num = indices, grad, num
+        self.weights, self.padding_idx, self.offsets = weights, padding_idx, offsets
+
+    @property
+    def samples(self) -> int:
+        return number_of_samples(self.indices, self.offsets)
+
+    def norms_sq(self) -> Tensor:
+        return F.embedding_norms_sq(
+            self.indices, self.grad, weights=self.weights, padding_idx=self.padding_idx, offsets=self.offsets
+        )
+
+    def dense(self, sample: int) -> Tensor:
+        indices, grad = (rows(t, self.offsets, sample) for t in (self.indices, self._weighted()))
+        out = torch.zeros(self.num, grad.shape[-1], dtype=torch.float64, device=grad.device)
+        out.index_add_(0, indices, grad.double())
+        if self.padding_idx is not None:
+            out[self.padding_idx] = 0
+        return out
+
+    def join(self, other: Factor) -> Factor:
+        if isinstance(other, Outer) and other.shape == (self.num, self.grad.shape[-1]):
+            return Tied(self, other)
+        if not isinstance(other, Indexed) or other.num != self.num:
+            return super().join(other)
+        # Uses of one weight may have different padding_idx: then it goes into the weights.
+        same = self.padding_idx == other.padding_idx
+        mine, theirs = (f._parts(fold_padding=not same) for f in (self, other))
+        (indices, grad, weights), offsets = concatenate(mine, self.offsets, theirs, other.offsets)
+        padding_idx = self.padding_idx if same else None
+        return Indexed(indices, grad, self.num, weights=weights, padding_idx=padding_idx, offsets=offsets)
+
+    def _parts(self, *, fold_padding: bool) -> tuple[Tensor, Tensor, Tensor]:
+        weights = self.grad.new_ones(self.indices.shape) if self.weights is None else self.weights
+        if fold_padding and self.padding_idx is not None:
+            weights = weights * (self.indices != self.padding_idx)
+        return self.indices, self.grad, weights
+
+    def _weighted(self) -> Tensor:
+        return self.grad if self.weights is None else self.grad.double() * self.weights.unsqueeze(-1)
+
+
+class Tied(Factor):
+    r"""An embedding's weight that is also a head's: :math:`\|E + H\|^2 = \|E\|^2 + \|H\|^2 + 2 \langle E, H\rangle`."""
+
+    def __init__(self, embedding: Indexed, head: Outer) -> None:
+        self.embedding, self.head = embedding, head
+
+    @property
+    def samples(self) -> int:
+        return self.embedding.samples
+
+    def norms_sq(self) -> Tensor:
+        squares = self.embedding.norms_sq() + self.head.norms_sq()
+        total: Tensor = (squares + 2 * self._cross()).clamp(min=0)  # clamp keeps NaN
+        if not torch.compiler.is_compiling() and total.is_cpu:
+            # Where both uses nearly cancel, the difference of float32 squares has no digits left.
+            for sample in (total < 5e-3 * squares).nonzero().flatten().tolist():
+                total[sample] = self.dense(sample).square().sum()
+        return total
+
+    def dense(self, sample: int) -> Tensor:
+        return self.embedding.dense(sample) + self.head.dense(sample)
+
+    def join(self, other: Factor) -> Factor:
+        for mine, theirs in ((self.embedding, self.head), (self.head, self.embedding)):
+            if isinstance(other, type(mine)) and isinstance(joined := mine.join(other), type(mine)):
+                return theirs.join(joined)
+        return super().join(other)
+
+    def _cross(self) -> Tensor:
+        e, h = self.embedding, self.head
+        parts, padding_idx = (e.indices, e._weighted(), h.x, h.grad), e.padding_idx
+        if e.offsets is None and h.offsets is None:
+            return F.tied_cross(*parts, padding_idx=padding_idx)
+        offsets = (e.offsets, e.offsets, h.offsets, h.offsets)
+        out = [torch.zeros(0, dtype=torch.float64, device=h.x.device)]
+        for b in range(self.samples):
+            sample = (rows(t, o, b)[None] for t, o in zip(parts, offsets, strict=True))
+            out.append(F.tied_cross(*sample, padding_idx=padding_idx))
+        return torch.cat(out)

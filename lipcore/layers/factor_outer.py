@@ -1,0 +1,51 @@
+"""Weights that multiply a row: the per-sample gradient is a sum of outer products of output gradients and inputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lipcore import functional as F
+from lipcore.layers.factor import Factor
+from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
+
+
+class Outer(Factor):
+    r""":math:`\sum_t g_{bt} x_{bt}^T`: x [B, T, I] and grad [B, T, O], or packed [N, I] and [N, O] with offsets.
+
+    Args:
+        method: how a sequence is contracted, None for the cost rule of :func:`lipcore.functional.linear_norms_sq`.
+        shape: of the parameter, where it is not [O, I].
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        offsets: Tensor | None = None,
+        method: str | None = None,
+        shape: torch.Size | None = None,
+    ) -> None:
+        self.x, self.grad, self.offsets, self.method = x, grad, offsets, method
+        self.shape = torch.Size((grad.shape[-1], x.shape[-1])) if shape is None else shape
+
+    @property
+    def samples(self) -> int:
+        return number_of_samples(self.x, self.offsets)
+
+    def norms_sq(self) -> Tensor:
+        if self.offsets is None and self.x.shape[1] == 1:
+            return F.outer_norms_sq([self.x[:, 0]], [self.grad[:, 0]])[0]
+        return F.linear_norms_sq(self.x, self.grad, offsets=self.offsets, method=self.method)
+
+    def dense(self, sample: int) -> Tensor:
+        x, grad = (rows(t, self.offsets, sample).double() for t in (self.x, self.grad))
+        return (grad.T @ x).reshape(self.shape)
+
+    def join(self, other: Factor) -> Factor:
+        if isinstance(other, Outer) and other.shape == self.shape:
+            pair = (self.x, self.grad), self.offsets, (other.x, other.grad), other.offsets
+            (x, grad), offsets = concatenate(*pair)
+            return Outer(x, grad, offsets, self.method or other.method, self.shape)
+        # An embedding knows how it meets a head, a sum how it takes one more.
+        return super().join(other) if type(other).join in (Factor.join, Outer.join) else other.join(self)

@@ -1,0 +1,75 @@
+"""Convolutions: the per-sample gradient correlates input and output gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lipcore import functional as F
+from lipcore.layers.factor import Factor
+
+
+class Patches(Factor):
+    r"""The weight gradient of a convolution of x [B, C, \*space] with gradient grad [B, O, \*space] at its output.
+
+    Args:
+        method: as of :func:`lipcore.functional.conv_norms_sq`, None for its cost rule.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        grad: Tensor,
+        kernel_size: Sequence[int],
+        *,
+        stride: Sequence[int],
+        padding: Sequence[int],
+        dilation: Sequence[int],
+        groups: int = 1,
+        method: str | None = None,
+    ) -> None:
+        self.x, self.grad, self.kernel_size = x, grad, tuple(kernel_size)
+        self.stride, self.padding, self.dilation = tuple(stride), tuple(padding), tuple(dilation)
+        self.groups, self.method = groups, method
+
+    @property
+    def samples(self) -> int:
+        return self.x.shape[0]
+
+    def norms_sq(self) -> Tensor:
+        return F.conv_norms_sq(
+            self.x,
+            self.grad,
+            kernel_size=self.kernel_size,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            method=self.method,
+        )
+
+    def dense(self, sample: int) -> Tensor:
+        x, grad = (t[sample : sample + 1].detach().double() for t in (self.x, self.grad))
+        # A transposed convolution may have fewer output gradients than its stride leaves room for: the rest are zero.
+        fill = []
+        for d in reversed(range(len(self.kernel_size))):
+            reach = x.shape[2 + d] + 2 * self.padding[d] - self.dilation[d] * (self.kernel_size[d] - 1) - 1
+            fill += [0, reach // self.stride[d] + 1 - grad.shape[2 + d]]
+        weight = x.new_empty(grad.shape[1], x.shape[1] // self.groups, *self.kernel_size)
+        grads = torch.ops.aten.convolution_backward(
+            torch.nn.functional.pad(grad, fill) if any(fill) else grad,
+            x,
+            weight,
+            None,
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * len(fill[::2]),
+            self.groups,
+            [False, True, False],
+        )
+        gradient: Tensor = grads[1]
+        return gradient

@@ -1,0 +1,78 @@
+r"""What normalising layers share: :math:`y = \hat x \odot \gamma + \beta`.
+
+xhat is computed from the input once more: (y - beta) / gamma has no answer where gamma is 0, and few digits near it.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipcore.layers.calls import at_least_float32, check_channels, is_trainable, tensor_argument
+from lipcore.layers.factor import Factor
+from lipcore.layers.factor_sums import ChannelSum, RowSum
+from lipcore.layers.rule import Batch, Rule
+
+
+class FeatureNormRule(Rule):
+    """Scale and bias of the last dimensions, module.normalized_shape."""
+
+    @abstractmethod
+    def normalized(self, module: Any, x: Tensor) -> Tensor:
+        """xhat of x, in x's type."""
+
+    def save(
+        self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        x = tensor_argument(arguments, keywords)
+        batch.check(x, len(module.normalized_shape))
+        return ((x,) if is_trainable(module, "weight") else ()), batch
+
+    def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
+        batch: Batch = extra
+        shape = grad_output.shape[grad_output.dim() - len(module.normalized_shape) :]
+        factors: dict[str, Factor] = {}
+
+        def rows(x: Tensor) -> Tensor:
+            return batch.tokens(x, len(shape)).flatten(-len(shape))
+
+        if saved:
+            xhat = self.normalized(module, at_least_float32(saved[0]))
+            factors["weight"] = RowSum(rows(grad_output), rows(xhat), batch.offsets, shape)
+        if is_trainable(module, "bias"):
+            factors["bias"] = RowSum(rows(grad_output), None, batch.offsets, shape)
+        return factors
+
+
+class ChannelNormRule(Rule):
+    """Scale and bias of the second dimension."""
+
+    @abstractmethod
+    def normalized(self, module: Any, x: Tensor, *statistics: Tensor) -> Tensor:
+        """xhat of x, in x's type, by the statistics of save_statistics()."""
+
+    def save_statistics(self, module: Any) -> tuple[Tensor, ...]:
+        """Buffers that the call reads."""
+        return ()
+
+    def dims(self, module: Any) -> int | None:
+        """How many dimensions an input with a batch has, where that is certain."""
+        return None
+
+    def save(
+        self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        x = tensor_argument(arguments, keywords)
+        check_channels(x, batch, self.dims(module))
+        return ((x, *self.save_statistics(module)) if is_trainable(module, "weight") else ()), None
+
+    def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
+        factors: dict[str, Factor] = {}
+        if saved:
+            xhat = self.normalized(module, at_least_float32(saved[0]), *saved[1:])
+            factors["weight"] = ChannelSum(grad_output, xhat)
+        if is_trainable(module, "bias"):
+            factors["bias"] = ChannelSum(grad_output)
+        return factors
