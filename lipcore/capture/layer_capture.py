@@ -21,6 +21,7 @@ from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord, Recomputa
 from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
 from lipcore.capture.packed import boundaries
+from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
 from lipcore.capture.single_gradient import SingleBatches, on_backward
 from lipcore.layers import Batch, Factor
@@ -30,6 +31,7 @@ _NOT_ALL_REACHED = (
     "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; "
     "from now on batches of one are tapped"
 )
+_MAX_STRAY = 64
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -131,7 +133,7 @@ class LayerCapture:
             self.coverage.check()
         if self._compiled:
             self.coverage.check_single_use()
-        begin, end = _Weak(self._begin_forward), _Weak(self._end_forward)
+        begin, end = WeakCall(self._begin_forward), WeakCall(self._end_forward)
         self._handles.append(self.model.register_forward_pre_hook(begin, with_kwargs=True))
         for site in self.sites:
             # Before hooks that were there already: what they return may not be the layer's own output.
@@ -314,6 +316,8 @@ class LayerCapture:
         """A layer called outside the model's forward pass gets a gradient."""
         if self.recording and accumulates_everything():
             self._stray.setdefault(in_backward(), set()).update(site.names.values())
+            if len(self._stray) > _MAX_STRAY:  # backward passes that reached no forward pass of the model
+                del self._stray[next(iter(self._stray))]
 
     def _count(self, reason: str) -> None:
         self.unrecorded[reason] = self.unrecorded.get(reason, 0) + 1
@@ -380,20 +384,6 @@ class LayerCapture:
 def _is_aside() -> bool:
     """Whether a forward pass begins or ends that is none of the training's: it leaves the pass under way alone."""
     return not torch.is_grad_enabled() or _core.paused() or in_backward() != -1 or in_transform() is not None
-
-
-class _Weak:
-    """A hook that keeps nothing alive, and does nothing in a copied or pickled model."""
-
-    def __init__(self, method: Callable[..., Any] | None = None) -> None:
-        self._method = weakref.WeakMethod(method) if method is not None else lambda: None
-
-    def __call__(self, *arguments: Any) -> Any:
-        method = self._method()
-        return method(*arguments) if method is not None else None
-
-    def __reduce__(self) -> tuple[type[_Weak], tuple[()]]:
-        return _Weak, ()
 
 
 def _nothing() -> None:
