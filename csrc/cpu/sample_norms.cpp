@@ -11,25 +11,34 @@ namespace {
 
 template <class E>
 LIPCORE_INLINE double sum_squares_of(E, const void* data, int64_t count) {
-  const auto* x = static_cast<const typename E::Stored*>(data);
-  // Four independent sums hide the latency of the addition.
-  F64x16 sums[4] = {f64(0), f64(0), f64(0), f64(0)};
+  using Stored = typename E::Stored;
+  const auto* x = static_cast<const Stored*>(data);
+  const int64_t full = count & ~int64_t{15};
+  Stored tail[16];
+  if (full < count) {  // first of all: a call below would drive the sums out of their registers
+    memset(tail, 0, sizeof tail);
+    memcpy(tail, x + full, static_cast<size_t>(count - full) * sizeof tail[0]);
+  }
+  // Four independent sums hide the latency of the addition. Not an array, which would live in memory.
+  F64x16 a = f64(0), b = f64(0), c = f64(0), d = f64(0);
   int64_t i = 0;
   for (; i + 64 <= count; i += 64) {
-    for (int k = 0; k < 4; ++k) {
-      sums[k] = add_square(sums[k], E::read(x + i + 16 * k));
-    }
+    a = add_square(a, E::read(x + i));
+    b = add_square(b, E::read(x + i + 16));
+    c = add_square(c, E::read(x + i + 32));
+    d = add_square(d, E::read(x + i + 48));
   }
-  for (int k = 0; i < count; i += 16, k = (k + 1) % 4) {
-    if (i + 16 <= count) {
-      sums[k] = add_square(sums[k], E::read(x + i));
-    } else {
-      typename E::Stored tail[16] = {};
-      memcpy(tail, x + i, static_cast<size_t>(count - i) * sizeof tail[0]);
-      sums[k] = add_square(sums[k], E::read(tail));
-    }
+  const auto rest = [&](F64x16 sum, int64_t at) {
+    if (at < full) return add_square(sum, E::read(x + at));
+    return at < count ? add_square(sum, E::read(tail)) : sum;
+  };
+  if (i < count) {
+    a = rest(a, i);
+    b = rest(b, i + 16);
+    c = rest(c, i + 32);
+    d = rest(d, i + 48);
   }
-  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  return sum_lanes((a + b) + (c + d));
 }
 
 double sum_squares(const void* x, DType dtype, int64_t count) {

@@ -24,29 +24,50 @@ LIPCORE_INLINE F64x16 add_product(E, F64x16 sum, F64x16 a, F64x16 b) {
   return sum + a * b;
 }
 
-// Several rows at a time, so that the sums travel between cache and registers once per group of rows.
+constexpr int kAhead = 8;
+
+// Columns [c, c + 16) of several rows, so that the sums travel between cache and registers once per group of rows. The
+// rows of a later group are fetched on the way: too many short streams at once for the hardware to foresee.
+template <int kRows, bool kShift, bool kScale, class E, class Read>
+LIPCORE_INLINE void add_sixteen(E element, const typename E::Stored* const* g, const typename E::Stored* const* x,
+                                int64_t c, int64_t g_ahead, int64_t x_ahead, double* shift, double* scale,
+                                const Read& read) {
+  F64x16 plain = f64(0), product = f64(0);
+  if (kShift) plain = load(shift + c);
+  if (kScale) product = load(scale + c);
+  for (int k = 0; k < kRows; ++k) {
+    __builtin_prefetch(g[k] + (c + g_ahead));
+    if (kScale) __builtin_prefetch(x[k] + (c + x_ahead));
+    const F64x16 v = read(g[k] + c);
+    if (kShift) plain = plain + v;
+    if (kScale) product = add_product(element, product, v, read(x[k] + c));
+  }
+  if (kShift) store(shift + c, plain);
+  if (kScale) store(scale + c, product);
+}
+
 template <int kRows, bool kShift, bool kScale, class E>
 LIPCORE_INLINE void add_row_group(E element, const TermBlock& b, int64_t row, double* shift, double* scale) {
-  const auto* g = static_cast<const typename E::Stored*>(b.g) + row * b.g_step;
-  const auto* x = kScale ? static_cast<const typename E::Stored*>(b.x) + row * b.x_step : nullptr;
-  for (int64_t c = 0; c < b.columns; c += 16) {
-    F64x16 plain = f64(0), product = f64(0);
-    if (kShift) plain = load(shift + c);
-    if (kScale) product = load(scale + c);
-    for (int k = 0; k < kRows; ++k) {
-      const F64x16 v = read_wide<E>(g + k * b.g_step + c, b.columns - c);
-      if (kShift) plain = plain + v;
-      if (kScale) product = add_product(element, product, v, read_wide<E>(x + k * b.x_step + c, b.columns - c));
-    }
-    if (kShift) store(shift + c, plain);
-    if (kScale) store(scale + c, product);
+  using Stored = typename E::Stored;
+  const Stored *g[kRows], *x[kRows];
+  for (int k = 0; k < kRows; ++k) {
+    g[k] = static_cast<const Stored*>(b.g) + (row + k) * b.g_step;
+    x[k] = kScale ? static_cast<const Stored*>(b.x) + (row + k) * b.x_step : nullptr;
   }
+  const int64_t columns = b.columns, g_ahead = kAhead * b.g_step, x_ahead = kAhead * b.x_step;
+  int64_t c = 0;
+  for (; c + 16 <= columns; c += 16)
+    add_sixteen<kRows, kShift, kScale>(element, g, x, c, g_ahead, x_ahead, shift, scale,
+                                       [](const Stored* p) { return widen(E::read(p)); });
+  if (c < columns)
+    add_sixteen<kRows, kShift, kScale>(element, g, x, c, g_ahead, x_ahead, shift, scale,
+                                       [&](const Stored* p) { return read_wide<E>(p, columns - c); });
 }
 
 template <bool kShift, bool kScale, class E>
 LIPCORE_INLINE void add_rows(E element, const TermBlock& b, double* shift, double* scale) {
   int64_t row = 0;
-  for (; row + 8 <= b.rows; row += 8) add_row_group<8, kShift, kScale>(element, b, row, shift, scale);
+  for (; row + 4 <= b.rows; row += 4) add_row_group<4, kShift, kScale>(element, b, row, shift, scale);
   for (; row < b.rows; ++row) add_row_group<1, kShift, kScale>(element, b, row, shift, scale);
 }
 

@@ -84,13 +84,17 @@ bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Ter
     double local[2 * kTermColumns];
     double* shift = few ? &partials[2 * i * kTermColumns] : local;
     double* scale = shift + kTermColumns;
-    const auto padded = static_cast<size_t>((unit.columns + 15) / 16 * 16) * sizeof(double);
-    std::memset(shift, 0, padded);
-    std::memset(scale, 0, padded);
     const auto start = [&](const TensorView& t) {
       const int64_t sample = offsets.begin ? 0 : unit.sample * t.strides[0];
       return (sample + unit.first_row * t.strides[1] + unit.column * t.strides[2]) * size;
     };
+    if (!few && !scales && unit.rows == 1 && row_runs) {  // a row is its own sum: the same bits, five times as fast
+      partials[2 * i + 1] = kernels().sample_norms->sum_squares(g_data + start(grad), grad.dtype, unit.columns);
+      return;
+    }
+    const auto padded = static_cast<size_t>((unit.columns + 15) / 16 * 16) * sizeof(double);
+    std::memset(shift, 0, padded);
+    std::memset(scale, 0, padded);
     if (unit.rows) {
       const TermBlock block = {
           g_data + start(grad),  x ? x_data + start(*x) : nullptr, grad.dtype, unit.rows, unit.columns,

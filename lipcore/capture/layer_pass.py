@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lipcore.layers import Batch, Factor
+from lipcore.layers import Batch, Factor, norms_sq_of
 
 #: Rows that are no parameter's: the gradient at a layer's output ("delta/<layer>") and at the model's.
 DELTA = "delta/"
@@ -64,13 +64,21 @@ class LayerPass:
         return True
 
     def add_factor(self, name: str, factor: Factor) -> None:
-        if name in self.frozen:
-            return
-        if self.calls[name] > 1:
-            held = self._held.get(name)
-            self._held[name] = factor if held is None else held.join(factor)
-        else:
-            self.add_row(name, factor.norms_sq())
+        self.add_factors({name: factor})
+
+    def add_factors(self, factors: dict[str, Factor]) -> None:
+        """What one call of a layer brought."""
+        at_once = {}
+        for name, factor in factors.items():
+            if name in self.frozen:
+                continue
+            if self.calls[name] > 1:
+                held = self._held.get(name)
+                self._held[name] = factor if held is None else held.join(factor)
+            else:
+                at_once[name] = factor
+        for name, norms_sq in norms_sq_of(at_once).items():
+            self.add_row(name, norms_sq)
 
     def add_row(self, name: str, norms_sq: Tensor) -> None:
         if name in self.frozen:

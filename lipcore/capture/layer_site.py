@@ -18,7 +18,7 @@ from lipcore.capture.layer_pass import DELTA, LayerPass
 from lipcore.capture.other_outputs import watch, watch_probed
 from lipcore.capture.packed import check_rows
 from lipcore.capture.probes import armed
-from lipcore.layers import Batch, Factor, Rule
+from lipcore.layers import Batch, Factor, Rule, norms_sq_of
 
 if TYPE_CHECKING:
     from lipcore.capture.layer_capture import LayerCapture
@@ -139,9 +139,14 @@ class LayerSite:
             return
         try:
             with torch.no_grad():
-                for key, factor in self.rule.factors(self.module, grad, extra, *saved).items():
-                    if key in self.names:
-                        run.add_factor(self.names[key], capture.tuned(factor, self.name))
+                factors = self.rule.factors(self.module, grad, extra, *saved)
+                run.add_factors(
+                    {
+                        self.names[key]: capture.tuned(factor, self.name)
+                        for key, factor in factors.items()
+                        if key in self.names
+                    }
+                )
                 if capture.normalized:
                     run.add_row(DELTA + self.name, _row_norms_sq(grad, run.batch))
         except Exception as error:
@@ -195,7 +200,8 @@ class LayerSite:
         """The probe's gradient: float64 [columns, B]."""
         factors: dict[str, Factor] = self.rule.factors(self.module, grad, extra, *saved)
         nothing = torch.full((samples,), torch.nan, dtype=torch.float64, device=grad.device)
-        rows = [factors[key].norms_sq() if key in factors else nothing for key in self.names]
+        norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
+        rows = [norms_sq.get(key, nothing) for key in self.names]
         if self._capture.normalized:
             rows.append(_row_norms_sq(grad, Batch(samples, self._capture.batch_dim)))
         return torch.stack([*rows, torch.ones_like(nothing)])

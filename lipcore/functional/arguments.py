@@ -16,7 +16,7 @@ _INTEGERS = (torch.int64, torch.int32)
 def readable(tensor: Tensor, name: str) -> Tensor:
     """The tensor, detached, once the gatekeeper has passed it."""
     tensor = tensor.resolve_neg() if _core.check_storage(tensor, name) else tensor
-    return tensor.detach()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def same_place(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:
@@ -26,11 +26,14 @@ def same_place(tensor: Tensor, name: str, other: Tensor, other_name: str) -> Non
 
 def rows(tensor: Tensor, name: str, packed: bool) -> Tensor:
     """[B, T, F] of [B, ..., F] or [B], [1, N, F] of packed rows [N, F]."""
+    dimensions = tensor.dim()
     if packed:
-        if tensor.dim() != 2:
+        if dimensions != 2:
             raise ValueError(f"{name}: expected packed rows [N, F] beside offsets, got {list(tensor.shape)}")
         return tensor[None]
-    if not tensor.dim():
+    if dimensions == 3:
+        return tensor
+    if not dimensions:
         raise ValueError(f"{name}: expected shape [B, ..., F], got a 0-dimensional tensor; use x.reshape(1, 1)")
     last = tensor.shape[-1] if tensor.dim() > 1 else 1
     return tensor.reshape(tensor.shape[0], math.prod(tensor.shape[1:-1]), last)
@@ -62,6 +65,8 @@ def packed_offsets(offsets: Tensor | None, like: Tensor) -> Tensor | None:
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     """What autocast left in different types becomes their common one."""
     dtype = tensors[0].dtype
+    if all(tensor.dtype == dtype for tensor in tensors):
+        return tensors
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)

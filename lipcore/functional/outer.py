@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from lipcore import _core, _library
-from lipcore.functional.arguments import readable
 from lipcore.functional.statistics import sample_norms
 
 
@@ -67,7 +66,7 @@ def outer_and_bias_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> tupl
 def _outer(x: Sequence[Tensor], grad: Sequence[Tensor], parts: int) -> Tensor:
     first = x[0] if isinstance(x, (list, tuple)) and x else None
     if isinstance(first, Tensor):
-        readable(first, "x[0]")  # before its shape is asked for
+        _core.check_storage(first, "x[0]")  # before its shape is asked for
         if not first.is_cpu:
             return _portable(x, grad, parts)
     samples = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0

@@ -156,27 +156,29 @@ def _space_first(t: Tensor) -> Tensor:
 
 
 def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Tensor:
-    tensors = (g,) if x is None else of_one_dtype(g, x)
+    if x is not None and x.dtype != g.dtype:
+        g, x = of_one_dtype(g, x)
     # The kernel reads flat rows or flat columns, of both tensors alike.
-    if not any(all(_is_flat(t, d) for t in tensors) for d in (2, 1)):
-        tensors = tuple(t if _is_flat(t, 2) else t.contiguous() for t in tensors)
+    if not (g.is_contiguous() and (x is None or x.is_contiguous())):
+        tensors = [t for t in (g, x) if t is not None]
+        if not any(all(_is_flat(t, d) for t in tensors) for d in (2, 1)):
+            g = g if _is_flat(g, 2) else g.contiguous()
+            x = x if x is None or _is_flat(x, 2) else x.contiguous()
     packed = None if offsets is None else bits(offsets)
-    samples = len(g) if offsets is None else len(offsets) - 1
+    samples = g.shape[0] if offsets is None else len(offsets) - 1
 
     def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
-        out = torch.empty(2 * samples if terms == _BOTH else samples, dtype=torch.float64)
+        out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64)
         _core.term_sums(g, x, packed, terms, out)
         return out
 
-    found = compute(*tensors)
-    if terms != _BOTH:
-        return within_range(found, compute, tensors, 2)
-    scale, shift = found.view(2, samples)
-    if g.dtype == torch.float64:
-        scale = within_range(scale, lambda g, x: compute(g, x, terms=_SCALE), tensors, 2)
-        shift = within_range(shift, lambda g: compute(g, terms=_SHIFT), tensors[:1], 2)
-        return torch.stack([scale, shift])
-    return found.view(2, samples)
+    found = compute(g, x)
+    if g.dtype != torch.float64:
+        return found
+    if terms != _BOTH or x is None:
+        return within_range(found, compute, (g,) if x is None else (g, x), 2)
+    scale = within_range(found[0], lambda g, x: compute(g, x, terms=_SCALE), (g, x), 2)
+    return torch.stack([scale, within_range(found[1], lambda g: compute(g, terms=_SHIFT), (g,), 2)])
 
 
 def _is_flat(t: Tensor, dim: int) -> bool:

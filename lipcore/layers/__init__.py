@@ -41,7 +41,7 @@ from lipcore.layers import (
     rms_norm,
     transposed_convolution,
 )
-from lipcore.layers.factor import Factor, Sum
+from lipcore.layers.factor import Factor, Sum, norms_sq_of
 from lipcore.layers.factor_dense import Blocks, Dense
 from lipcore.layers.factor_indexed import Indexed, Tied
 from lipcore.layers.factor_outer import Outer
@@ -73,6 +73,7 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "linear",
+    "norms_sq_of",
     "prelu",
     "register",
     "registered",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ class Factor(ABC):
     @abstractmethod
     def norms_sq(self) -> Tensor:
         """float64 [B]: squared norm of every sample's gradient. Pure, so that it can be traced."""
+
+    def norms_sq_with(self, other: Factor) -> tuple[Tensor, Tensor] | None:
+        """Both norms_sq() in one pass over what the two have in common; None where they share nothing."""
+        return None
 
     @abstractmethod
     def dense(self, sample: int) -> Tensor:
@@ -54,3 +59,16 @@ class Sum(Factor):
 
     def join(self, other: Factor) -> Factor:
         return Sum([*self.parts, other])
+
+
+def norms_sq_of(factors: Mapping[str, Factor]) -> dict[str, Tensor]:
+    """norms_sq() of each: a weight and a bias, or a scale and a shift, that read one gradient do so together."""
+    found: dict[str, Tensor] = {}
+    for key, factor in factors.items():
+        for other, partner in factors.items():
+            if partner is factor or key in found or other in found:
+                continue
+            pair = factor.norms_sq_with(partner)
+            if pair is not None:
+                found[key], found[other] = pair
+    return {key: found[key] if key in found else factor.norms_sq() for key, factor in factors.items()}

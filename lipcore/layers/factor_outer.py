@@ -8,6 +8,7 @@ from torch import Tensor
 from lipcore import functional as F
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
+from lipcore.layers.factor_sums import is_sum_of
 
 
 class Outer(Factor):
@@ -34,9 +35,18 @@ class Outer(Factor):
         return number_of_samples(self.x, self.offsets)
 
     def norms_sq(self) -> Tensor:
-        if self.offsets is None and self.x.shape[1] == 1:
+        if self._has_one_row():
             return F.outer_norms_sq([self.x[:, 0]], [self.grad[:, 0]])[0]
         return F.linear_norms_sq(self.x, self.grad, offsets=self.offsets, method=self.method)
+
+    def norms_sq_with(self, other: Factor) -> tuple[Tensor, Tensor] | None:
+        if type(self) is not Outer or not self._has_one_row() or not is_sum_of(other, self.grad, None):
+            return None
+        weight, bias = F.outer_and_bias_norms_sq([self.x[:, 0]], [self.grad[:, 0]])
+        return weight[0], bias[0]
+
+    def _has_one_row(self) -> bool:
+        return self.offsets is None and self.x.shape[1] == 1
 
     def dense(self, sample: int) -> Tensor:
         x, grad = (rows(t, self.offsets, sample).double() for t in (self.x, self.grad))

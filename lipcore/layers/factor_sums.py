@@ -29,6 +29,12 @@ class RowSum(Factor):
     def norms_sq(self) -> Tensor:
         return F.row_sum_norms_sq(self.grad, self.x, offsets=self.offsets)
 
+    def norms_sq_with(self, other: Factor) -> tuple[Tensor, Tensor] | None:
+        if type(self) is not RowSum or self.x is None or not is_sum_of(other, self.grad, self.offsets):
+            return None
+        scale, shift = F.affine_norms_sq(self.grad, self.x, offsets=self.offsets)
+        return scale, shift
+
     def dense(self, sample: int) -> Tensor:
         terms = rows(self.grad, self.offsets, sample).double()
         if self.x is not None:
@@ -46,6 +52,11 @@ class RowSum(Factor):
         return RowSum(grad, x, offsets, self.shape)
 
 
+def is_sum_of(factor: Factor, grad: Tensor, offsets: Tensor | None) -> bool:
+    """Whether it sums the rows of this very gradient."""
+    return type(factor) is RowSum and factor.x is None and factor.grad is grad and factor.offsets is offsets
+
+
 class ChannelSum(Factor):
     r""":math:`\sum_s g_{bcs}`, or with x :math:`\sum_s g_{bcs} x_{bcs}`: [B, C, \*space], the space may be missing."""
 
@@ -58,6 +69,14 @@ class ChannelSum(Factor):
 
     def norms_sq(self) -> Tensor:
         return F.channel_sum_norms_sq(self.grad, self.x)
+
+    def norms_sq_with(self, other: Factor) -> tuple[Tensor, Tensor] | None:
+        if not (type(self) is type(other) is ChannelSum):
+            return None
+        if self.x is None or other.x is not None or other.grad is not self.grad:
+            return None
+        scale, shift = F.channel_affine_norms_sq(self.grad, self.x)
+        return scale, shift
 
     def dense(self, sample: int) -> Tensor:
         terms = self.grad[sample].detach().double()

@@ -38,11 +38,12 @@ class FeatureNormRule(Rule):
         def rows(x: Tensor) -> Tensor:
             return batch.tokens(x, len(shape)).flatten(-len(shape))
 
+        grad = rows(grad_output)
         if saved:
             xhat = self.normalized(module, at_least_float32(saved[0]))
-            factors["weight"] = RowSum(rows(grad_output), rows(xhat), batch.offsets, shape)
+            factors["weight"] = RowSum(grad, rows(xhat), batch.offsets, shape)
         if is_trainable(module, "bias"):
-            factors["bias"] = RowSum(rows(grad_output), None, batch.offsets, shape)
+            factors["bias"] = RowSum(grad, None, batch.offsets, shape)
         return factors
 
 
