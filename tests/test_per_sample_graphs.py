@@ -268,6 +268,19 @@ def test_a_layer_called_outside_the_forward_pass_is_no_wrong_number(size: int) -
         assert_norms(metric, expected_of(model, x))
 
 
+def test_layers_that_are_only_called_outside_leave_nothing_behind() -> None:
+    model = made(mlp)
+    with watched(model) as metric:
+        for _ in range(200):
+            model[0](torch.randn(3, 5)).sum().backward()
+        assert metric._capture is not None
+        assert len(metric._capture._stray) < 100
+        x = torch.randn(3, 5)
+        model.zero_grad()
+        sum_loss(model(x)).backward()
+        assert_norms(metric, expected_of(model, x))
+
+
 @SIZES
 def test_a_chain_of_forward_passes_is_no_wrong_number(size: int) -> None:
     """The output of one pass is the input of the next: its gradient reaches both, and neither alone is a sample's."""

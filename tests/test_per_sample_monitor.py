@@ -264,6 +264,26 @@ def test_micro_batches_of_different_sizes_have_no_noise_scale_under_a_mean() -> 
     assert result.grad_norm["total"].mean.count == 5
 
 
+@pytest.mark.parametrize("size", [2, 5])
+def test_gradients_that_are_zeroed_in_mid_step_are_no_part_of_its_noise_scale(size: int) -> None:
+    """Two backward passes a step, of which the second counts (SAM), or a closure that is called often."""
+    model = made(mlp)
+    optimizer = sgd(model)
+    with Monitor(model, optimizer, metrics=[PerSampleGradNorms(loss_reduction="mean")]) as monitor:
+        for _ in range(2):
+            x = torch.randn(size, 5)
+            optimizer.zero_grad()
+            (sum_loss(model(x)) / size).backward()
+        expected = oracle(model, x)["total"]
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()]).double()
+        signal, trace = noise([expected], gradient, size)
+        optimizer.step()
+        result = monitor.compute()[NAME]
+    assert result.gradient_sq["total"].mean.value == pytest.approx(signal, rel=1e-4)
+    assert result.gradient_noise["total"].mean.value == pytest.approx(trace, rel=1e-4)
+    assert result.grad_norm["total"].mean.count == 2 * size
+
+
 def test_no_noise_scale() -> None:
     model = made(mlp)
     metric = PerSampleGradNorms(loss_reduction="sum", noise_scale=False)

@@ -227,6 +227,26 @@ def test_a_model_in_bfloat16(size: int) -> None:
             assert torch.allclose(metric.per_sample, expected, rtol=3e-2)
 
 
+@SIZES
+def test_optimizers_that_step_inside_the_backward_pass(size: int) -> None:
+    """They take the gradients away, and parameters move while others still wait for theirs."""
+    model = made(mlp)
+    optimizers = {p: torch.optim.SGD([p], lr=1e-3) for p in model.parameters()}
+
+    def step(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(4):
+            x = torch.randn(size, 5)
+            expected = norms_sq(model, samples_of((x,), size), sum_loss)
+            sum_loss(model(x)).backward()
+            assert_norms(metric, expected)
+
+
 # ---- activation checkpointing
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -175,6 +175,16 @@ def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: b
                 f"is used {used} times in the forward pass, but only {calls[name]} times by its own layer's call "
                 "(a function such as F.linear is given it directly)",
             )
+    if not skip:
+        coverage.check()
+
+
+def audit_gradients(coverage: Coverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool) -> None:
+    """After the first record: a parameter that has got a gradient, which no layer's call has brought. `before`: whether
+    it had one before the pass."""
+    for name, parameter in coverage.measured().items():
+        if parameter.grad is not None and not before.get(name, False) and name not in recorded:
+            coverage.uncover(name, "has a gradient, but its layer's call did not come through the hooks")
     if not skip:
         coverage.check()
 

@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
 from lipcore.capture.accumulation import accumulates_everything
-from lipcore.capture.audit import Coverage, audit_graph, cover, depends_on
+from lipcore.capture.audit import Coverage, audit_gradients, audit_graph, cover, depends_on
 from lipcore.capture.broadcast import check_broadcast
 from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord, Recomputation
 from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
 from lipcore.capture.packed import boundaries
+from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
 from lipcore.capture.single_gradient import SingleBatches, on_backward
 from lipcore.layers import Batch, Factor
@@ -30,6 +31,7 @@ _NOT_ALL_REACHED = (
     "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; "
     "from now on batches of one are tapped"
 )
+_MAX_STRAY = 64
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -131,7 +133,7 @@ class LayerCapture:
             self.coverage.check()
         if self._compiled:
             self.coverage.check_single_use()
-        begin, end = _Weak(self._begin_forward), _Weak(self._end_forward)
+        begin, end = WeakCall(self._begin_forward), WeakCall(self._end_forward)
         self._handles.append(self.model.register_forward_pre_hook(begin, with_kwargs=True))
         for site in self.sites:
             # Before hooks that were there already: what they return may not be the layer's own output.
@@ -236,7 +238,7 @@ class LayerCapture:
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
             except ValueError as error:
                 self.fail(error)
-        on_backward(output, lambda: self._returning.add(run))
+        on_backward(output, lambda: self._begin_backward(run))
         return self._tap_output(run, output) if self.normalized else None
 
     def _tap_output(self, run: LayerPass, output: Any) -> Any:
@@ -280,6 +282,11 @@ class LayerCapture:
             return next(iter(tapped or candidates), None)
         return Recomputation(tapped)
 
+    def _begin_backward(self, run: LayerPass) -> None:
+        self._returning.add(run)
+        if run.fresh[0] != in_backward():
+            run.fresh = in_backward(), all(p.grad is None for p in self.coverage.measured().values())
+
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
         """Whether what comes back now counts."""
         if inner:  # a checkpoint's own backward belongs to the one around it
@@ -309,6 +316,8 @@ class LayerCapture:
         """A layer called outside the model's forward pass gets a gradient."""
         if self.recording and accumulates_everything():
             self._stray.setdefault(in_backward(), set()).update(site.names.values())
+            if len(self._stray) > _MAX_STRAY:  # backward passes that reached no forward pass of the model
+                del self._stray[next(iter(self._stray))]
 
     def _count(self, reason: str) -> None:
         self.unrecorded[reason] = self.unrecorded.get(reason, 0) + 1
@@ -332,7 +341,7 @@ class LayerCapture:
                 return
             if not self._audited and not record.broken:
                 self._audited = True
-                self._audit(record)
+                audit_gradients(self.coverage, self._grads_before, record.norms_sq, skip=self._skip_uncovered)
             if run.proves and not record.broken:
                 self._single.prove(run, record.norms_sq, self._open)
             self.records += 1
@@ -340,18 +349,9 @@ class LayerCapture:
         except Exception as error:
             self.fail(error)
 
-    def _audit(self, record: LayerRecord) -> None:
-        """The first record: is there a parameter with a gradient that nothing brought?"""
-        for name, parameter in self.coverage.parameters():
-            fresh = parameter.grad is not None and not self._grads_before.get(name, False)
-            if fresh and parameter.requires_grad and name not in record.norms_sq and name in self.coverage.covered:
-                self.coverage.uncover(name, "has a gradient, but its layer's call did not come through the hooks")
-        if not self._skip_uncovered:
-            self.coverage.check()
-
     def _single_came_back(self, run: LayerPass) -> None:
         """The backward pass of a batch of one begins."""
-        self._returning.add(run)
+        self._begin_backward(run)
         if self.recording and run.task != in_backward() and self.comes_back(run, inner=False):
             self._single.begin(run)
 
@@ -384,20 +384,6 @@ class LayerCapture:
 def _is_aside() -> bool:
     """Whether a forward pass begins or ends that is none of the training's: it leaves the pass under way alone."""
     return not torch.is_grad_enabled() or _core.paused() or in_backward() != -1 or in_transform() is not None
-
-
-class _Weak:
-    """A hook that keeps nothing alive, and does nothing in a copied or pickled model."""
-
-    def __init__(self, method: Callable[..., Any] | None = None) -> None:
-        self._method = weakref.WeakMethod(method) if method is not None else lambda: None
-
-    def __call__(self, *arguments: Any) -> Any:
-        method = self._method()
-        return method(*arguments) if method is not None else None
-
-    def __reduce__(self) -> tuple[type[_Weak], tuple[()]]:
-        return _Weak, ()
 
 
 def _nothing() -> None:

@@ -24,6 +24,8 @@ class LayerRecord:
     norms_sq: dict[str, Tensor]  #: per parameter, float64 [B]: squared norm of the backpropagated per-sample gradient
     reasons: dict[str, str] = field(default_factory=dict)  #: why a parameter is not among them
     broken: str = ""  #: why not even the total is known
+    task: int = 0  #: of the backward pass, different from those of others in the same step
+    fresh: bool = False  #: no gradient was there when the backward pass began: it accumulates on nothing
 
 
 class LayerPass:
@@ -40,6 +42,7 @@ class LayerPass:
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.output_sq: Tensor | None = None  # beside probes: of the model's output
         self.single = False  # a batch of one, served from the gradients
+        self.fresh = (-1, False)  # in which backward pass, and whether no gradients were there when it began
         self.proves = False  # a batch of one that is tapped to see whether the gradients tell the same
         self.alone = False  # ... and when its backward pass began there were no others in them
         self.task = -1  # the backward pass that the rows came from
@@ -100,7 +103,8 @@ class LayerPass:
             if name not in rows and name in covered:
                 why = "is frozen" if name in self.frozen else "no gradient reached it in this backward pass"
                 reasons[name] = broken or why
-        record = LayerRecord(self.batch.size, rows, reasons, broken)
+        fresh = self.fresh == (self.task, True)
+        record = LayerRecord(self.batch.size, rows, reasons, broken, self.task, fresh)
         self._rows, self.broken = {}, ""
         self.finished_task = self.task
         return record

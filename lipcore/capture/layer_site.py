@@ -64,10 +64,10 @@ class LayerSite:
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
-        if in_transform() is not None:
-            return None
         capture = self._capture
         inner = in_backward() != -1
+        if in_transform() is not None or not (inner or capture.tapping or capture.current is not None):
+            return None
         run = capture.pass_of_recomputation() if inner else capture.current
         if run is not None and run.single:
             if torch.is_grad_enabled() and not inner:
@@ -84,7 +84,7 @@ class LayerSite:
             capture.fail(_named(ValueError(_PREPENDED), self))
             return None
         if run is None:
-            if inner or not capture.tapping or _core.paused():
+            if inner or _core.paused():
                 return None
             return _with_tensor(output, _Strayed.apply(tensor, anything, self))  # type: ignore[no-untyped-call]
         try:

@@ -11,18 +11,18 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 
-class _Call:
+class WeakCall:
     """A hook that keeps nothing alive, and that does nothing in a copied or pickled model."""
 
-    def __init__(self, method: Callable[..., None] | None = None) -> None:
+    def __init__(self, method: Callable[..., Any] | None = None) -> None:
         self._method = weakref.WeakMethod(method) if method is not None else lambda: None
 
-    def __call__(self, *arguments: Any) -> None:
-        if (method := self._method()) is not None:
-            method(*arguments)
+    def __call__(self, *arguments: Any) -> Any:
+        method = self._method()
+        return method(*arguments) if method is not None else None
 
-    def __reduce__(self) -> tuple[type[_Call], tuple[()]]:
-        return _Call, ()
+    def __reduce__(self) -> tuple[type[WeakCall], tuple[()]]:
+        return WeakCall, ()
 
 
 class LoadWatch:
@@ -32,7 +32,7 @@ class LoadWatch:
     def __init__(self, model: nn.Module, on_load: Callable[[], None]) -> None:
         self._on_load = on_load
         self._loading: list[int] = []
-        begin, end = _Call(self._begin), _Call(self._end)
+        begin, end = WeakCall(self._begin), WeakCall(self._end)
         self._handles: list[Any] = []
         for module in model.modules():
             self._handles.append(module.register_load_state_dict_pre_hook(begin))
@@ -63,13 +63,13 @@ class GradientWatch:
     def __init__(self, parameters: Iterable[Tensor], on_gradients: Callable[[], None]) -> None:
         self._on_gradients = on_gradients
         self._task = -1  # the backward pass at whose end there is a call
-        call = _Call(self._accumulated)
+        call = WeakCall(self._accumulated)
         self._handles = [p.register_post_accumulate_grad_hook(call) for p in parameters if p.requires_grad]
 
     @staticmethod
     def is_ours(hook: Any) -> bool:
         """Whether a parameter's hook is of such a watch, and so leaves the gradient alone."""
-        return isinstance(hook, _Call)
+        return isinstance(hook, WeakCall)
 
     def _accumulated(self, _: Tensor) -> None:
         # A flag would stay set after a backward pass that ends in an exception: callbacks are not called then.

@@ -24,6 +24,7 @@ class StepSums:
         self._start()
 
     def _start(self) -> None:
+        self._task = -1  # the last backward pass
         self._sum: Tensor | None = None
         self._samples = 0
         self._factor: float | Tensor | None = None
@@ -33,6 +34,11 @@ class StepSums:
 
     def add(self, micro: MicroBatch) -> None:
         """Another micro-batch of the step."""
+        if micro.record.fresh and micro.record.task != self._task:
+            gradient_sq = self._gradient_sq
+            self._start()  # gradients were zeroed in mid-step (a closure, two passes a step): the earlier ones are gone
+            self._gradient_sq = gradient_sq
+        self._task = micro.record.task
         sums = micro.squares.sum(1)
         if len(micro.layers) < len(self._places.layers):
             numbers = [self._places.number[layer] for layer in micro.layers]
