@@ -317,6 +317,19 @@ void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {
   check(first_layer_norms(view_of(delta, "delta"), view_of(weight, "weight"), view_of(out, "out", Access::kWrite)));
 }
 
+// The roots of squares[k] into distribution k.
+void observe_norms(py::handle squares, const std::vector<Distribution*>& distributions) {
+  const TensorView s = view_of(squares, "squares");
+  if (s.dtype != DType::kFloat64 || s.ndim != 2 || !s.on_cpu() ||
+      s.shape[0] != static_cast<int64_t>(distributions.size()))
+    throw py::value_error("squares: expected float64 [distributions, B] on the CPU, got " +
+                          std::string(dtype_name(s.dtype)) + " " + ShapeText(s).text);
+  const auto* x = static_cast<const double*>(s.data);
+  for (int64_t k = 0; k < s.shape[0]; ++k)
+    for (int64_t b = 0; b < s.shape[1]; ++b)
+      distributions[static_cast<size_t>(k)]->observe(std::sqrt(x[k * s.strides[0] + b * s.strides[1]]));
+}
+
 void observe_values(Distribution& distribution, py::handle values) {
   const TensorView v = view_of(values, "values");
   if (v.dtype != DType::kFloat64 || v.ndim != 1 || !v.on_cpu())
@@ -578,6 +591,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("paused", [] { return paused > 0; });
   m.attr("SERVED") = static_cast<int>(SingleSampleShortcut::kServed);
   m.attr("CHECKED") = static_cast<int>(SingleSampleShortcut::kChecked);
+  m.def("observe_norms", &observe_norms, py::arg("squares"), py::arg("distributions"));
   m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
   m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
   py::class_<Ledger>(m, "Ledger", "Scalars of a trajectory: tensors, groups and the total.")

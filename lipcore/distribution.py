@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -129,6 +130,15 @@ def _tensor(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
         what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"{key}: expected a 1-dimensional tensor of {dtype}, got {what}")
     return value
+
+
+def observe_norms(distributions: Sequence[Distribution], squares: Tensor) -> None:
+    """The square roots of squares[k], a row of float64 [len(distributions), B], into distribution k."""
+    if squares.is_cpu:
+        _core.observe_norms(squares, [distribution._core for distribution in distributions])
+        return
+    for distribution, row in zip(distributions, squares.sqrt(), strict=True):
+        distribution.observe(row)
 
 
 class _DeviceAccumulator:

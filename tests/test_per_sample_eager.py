@@ -127,14 +127,15 @@ class Fancy(nn.Module):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_dictionaries_and_keywords(size: int) -> None:
-    model, x = made(Fancy), torch.randn(size, 5)
+    model = made(Fancy)
 
     def loss(output: Any) -> Tensor:
         return sum_loss(output["logits"]) + sum_loss(output["hidden"][1]["again"])
 
-    expected = norms_sq(model, [({"x": row.double()},) for row in x.split(1)], loss)
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
-        for _ in range(3):
+        for _ in range(4):
+            x = torch.randn(size, 5)
+            expected = norms_sq(model, [({"x": row.double()},) for row in x.split(1)], loss)
             model.zero_grad()
             loss(model(batch={"x": x}, flip=False)).backward()
             assert metric.per_sample.allclose(torch.stack(list(expected.values())).sum(0).sqrt(), rtol=1e-5)

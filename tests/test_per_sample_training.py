@@ -334,6 +334,58 @@ def test_checkpointed_training_is_bitwise_unchanged(reentrant: bool) -> None:
 
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+def test_checkpoints_in_steps_that_are_not_recorded(reentrant: bool, size: int) -> None:
+    """Losses that somebody keeps keep the graphs of recorded passes, too."""
+    model = made(lambda: Checkpointed(reentrant, block))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    metric = PerSampleGradNorms(loss_reduction="sum", every_steps=3)
+    losses, kept = [], []
+    with Monitor(model, optimizer, metrics=[metric]) as monitor:
+        for step in range(7):
+            x = torch.randn(size, 5)
+            kept.append(model(x))  # never comes back
+            expected = totals(model, x)
+            optimizer.zero_grad()
+            losses.append(sum_loss(model(x)))
+            losses[-1].backward()
+            if step % 3 == 0:
+                assert torch.allclose(metric.per_sample, expected, rtol=1e-5)
+            optimizer.step()
+        assert monitor.compute()["per_sample_grad_norm"].grad_norm["total"].mean.count == 3 * size
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+def test_an_error_under_a_checkpoint_does_not_reach_the_training(reentrant: bool) -> None:
+    class Flattened(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.c(self.b(torch.cat([self.a(x)] * 2)).tanh()[: len(x)])
+            return y
+
+    def run(watched: bool) -> list[Tensor]:
+        model = made(lambda: Checkpointed(reentrant, Flattened))
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        metric = PerSampleGradNorms(loss_reduction="sum")
+        monitor = Monitor(model, optimizer, metrics=[metric]) if watched else None
+        torch.manual_seed(3)
+        data = [torch.randn(3, 5) for _ in range(3)]
+        if monitor is None:
+            train(model, optimizer, data)
+            return weights(model)
+        with pytest.warns(RuntimeWarning, match="expected 3 samples"):
+            train(model, optimizer, data)
+        with pytest.raises(ValueError, match=r"module 'blocks.[02].b' \(Linear\): expected 3 samples"):
+            monitor.close()
+        return weights(model)
+
+    assert_equal(run(True), run(False))
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
 def test_the_whole_model_under_a_checkpoint(reentrant: bool, size: int) -> None:
     """A reentrant one runs the model without grad first: there is no pass, which is said and not guessed."""
     model, x = made(mlp), torch.randn(size, 5)

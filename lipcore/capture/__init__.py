@@ -7,6 +7,13 @@ site.py         the taps that share one module: what is saved for them, what com
 forward_hook.py asks for the gradient at a site's output: by a node's hook in eager mode, else by a probe
 collector.py    the forward and the backward pass under way; hands on what came back from all sites
 probes.py       probes for the compiled regions, read when the clock ticks
+layer_*.py      the same for all layers at once: per-sample squared norms of their parameters' gradients
+audit.py        which parameters have a rule, and which were used without their layer
+broadcast.py    layers that were called without the batch dimension
+packed.py       boundaries of packed sequences
+accumulation.py does a backward pass leave its gradients in all parameters?
+single_*.py     batches of one, served from the gradients
+fused_linear.py a Linear whose weight gradient brings the norms
 identity.py     the two autograd Functions that pass an output on
 shortcut.py     batches of one, served from two bias gradients without any tap
 bypass.py       does the output depend on the input past the first layer?

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,10 +16,11 @@ from lipcore import _core
 from lipcore.capture.accumulation import accumulates_everything
 from lipcore.capture.audit import Coverage, audit_graph, cover, depends_on
 from lipcore.capture.broadcast import check_broadcast
-from lipcore.capture.collector import in_backward
+from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord, Recomputation
 from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
+from lipcore.capture.packed import boundaries
 from lipcore.capture.probes import is_compiled
 from lipcore.capture.single_gradient import SingleBatches, on_backward
 from lipcore.layers import Batch, Factor
@@ -28,7 +30,6 @@ _NOT_ALL_REACHED = (
     "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; "
     "from now on batches of one are tapped"
 )
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -71,7 +72,7 @@ class LayerCapture:
         self.recording = True  # False after an error
         self.active = True  # False in steps that are not to be recorded
         self.as_long_as_large = False  # a compiled model's input has as many positions as samples
-        self.current: LayerPass | None = None  # the forward pass under way
+        self._thread = threading.local()
         self.records = 0
         self.forwards = 0
         self.unrecorded: dict[str, int] = {}  # why backward passes were not recorded, and how many
@@ -155,6 +156,15 @@ class LayerCapture:
             self._on_error(error)
 
     @property
+    def current(self) -> LayerPass | None:
+        """The forward pass under way in this thread."""
+        return getattr(self._thread, "run", None)
+
+    @current.setter
+    def current(self, run: LayerPass | None) -> None:
+        self._thread.run = run
+
+    @property
     def tapping(self) -> bool:
         return self.recording and self.active
 
@@ -171,11 +181,11 @@ class LayerCapture:
         if torch.compiler.is_compiling() or _is_aside():
             return
         self.current = None
+        self._stray.clear()
+        self._returning.clear()  # of a backward pass that raised
         if not self.tapping:
             return
         self.flush()
-        self._stray.clear()
-        self._returning.clear()  # of a backward pass that raised
         try:
             run = LayerPass(self._batch(arguments, keywords), self.coverage.frozen_since())
             if not self._skip_uncovered:
@@ -201,7 +211,7 @@ class LayerCapture:
 
     def _batch(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Batch:
         if self._offsets_of is not None:
-            offsets = _checked(self._offsets_of(arguments, keywords))
+            offsets = boundaries(self._offsets_of(arguments, keywords))
             return Batch(len(offsets) - 1, self.batch_dim, offsets)
         for leaf in tree_leaves((arguments, keywords)):
             if isinstance(leaf, Tensor) and leaf.dim() > self.batch_dim:
@@ -226,8 +236,7 @@ class LayerCapture:
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
             except ValueError as error:
                 self.fail(error)
-        for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
-            on_backward(leaf, lambda: self._begin_backward(run))
+        on_backward(output, lambda: self._returning.add(run))
         return self._tap_output(run, output) if self.normalized else None
 
     def _tap_output(self, run: LayerPass, output: Any) -> Any:
@@ -263,15 +272,13 @@ class LayerCapture:
     def pass_of_recomputation(self) -> LayerPass | None:
         """The pass that a forward pass inside the backward belongs to (activation checkpointing)."""
         self._single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
-        candidates = self._returning or {run for run in self._open if run.finished_task == -1} or set(self._open)
+        candidates = self._returning
+        if not candidates and self.tapping:
+            candidates = {run for run in self._open if run.finished_task == -1} or set(self._open)
         tapped = {run for run in candidates if not run.single}
         if len(tapped) <= 1:
             return next(iter(tapped or candidates), None)
         return Recomputation(tapped)
-
-    def _begin_backward(self, run: LayerPass) -> None:
-        if self.recording:
-            self._returning.add(run)
 
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
         """Whether what comes back now counts."""
@@ -294,6 +301,7 @@ class LayerCapture:
             return False
         if run.begin_task(task):
             self._returning.add(run)
+            self._single.another_begins(run)
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
         return not run.spoiled
 
@@ -325,6 +333,8 @@ class LayerCapture:
             if not self._audited and not record.broken:
                 self._audited = True
                 self._audit(record)
+            if run.proves and not record.broken:
+                self._single.prove(run, record.norms_sq, self._open)
             self.records += 1
             self._on_record(record)
         except Exception as error:
@@ -341,7 +351,8 @@ class LayerCapture:
 
     def _single_came_back(self, run: LayerPass) -> None:
         """The backward pass of a batch of one begins."""
-        if self.recording and self.comes_back(run, inner=False):
+        self._returning.add(run)
+        if self.recording and run.task != in_backward() and self.comes_back(run, inner=False):
             self._single.begin(run)
 
     def _probe_came_back(self, run: LayerPass) -> None:
@@ -370,20 +381,9 @@ class LayerCapture:
             run.task = -1
 
 
-def _checked(offsets: Any) -> Tensor:
-    """Boundaries of packed sequences as int64; values are looked at where that does not wait for a device."""
-    if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _INTEGERS:
-        got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
-        raise ValueError(f"cu_seqlens: expected boundaries, integers of shape [B + 1], got {got}")
-    boundaries: Tensor = offsets.detach().to(torch.int64)
-    if boundaries.is_cpu and (boundaries[0] != 0 or bool((boundaries.diff() < 0).any())):
-        raise ValueError(f"cu_seqlens: expected boundaries from 0 in ascending order, got {boundaries.tolist()[:16]}")
-    return boundaries
-
-
 def _is_aside() -> bool:
     """Whether a forward pass begins or ends that is none of the training's: it leaves the pass under way alone."""
-    return not torch.is_grad_enabled() or _core.paused() or in_backward() != -1
+    return not torch.is_grad_enabled() or _core.paused() or in_backward() != -1 or in_transform() is not None
 
 
 class _Weak:

@@ -40,6 +40,7 @@ class LayerPass:
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.output_sq: Tensor | None = None  # beside probes: of the model's output
         self.single = False  # a batch of one, served from the gradients
+        self.proves = False  # a batch of one that is tapped to see whether the gradients tell the same
         self.alone = False  # ... and when its backward pass began there were no others in them
         self.task = -1  # the backward pass that the rows came from
         self.finished_task = -1

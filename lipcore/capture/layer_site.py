@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 
 from lipcore import _core, functional
 from lipcore.capture.accumulation import accumulates_everything, anything
-from lipcore.capture.collector import in_backward
+from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layer_pass import DELTA, LayerPass
 from lipcore.capture.other_outputs import watch, watch_probed
+from lipcore.capture.packed import check_rows
 from lipcore.capture.probes import armed
 from lipcore.layers import Batch, Factor, Rule, norms_sq_of
 
@@ -64,6 +64,8 @@ class LayerSite:
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
+        if in_transform() is not None:
+            return None
         capture = self._capture
         inner = in_backward() != -1
         run = capture.pass_of_recomputation() if inner else capture.current
@@ -97,7 +99,7 @@ class LayerSite:
                 batch, arguments, tensor_out = self._expanded(batch, arguments, tensor)
             saved, extra = self._saved(module, arguments, keywords, batch)
             if batch.offsets is not None:
-                _check_rows(module, tensor, batch.offsets)
+                check_rows(module, tensor, batch.offsets)
         except Exception as error:
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             capture.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
@@ -281,13 +283,6 @@ def _tensor_of(output: Any) -> Tensor | None:
 
 def _with_tensor(output: Any, tensor: Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
-
-
-def _check_rows(module: nn.Module, output: Tensor, offsets: Tensor) -> None:
-    """ValueError unless packed sequences end with the last row."""
-    rows = math.prod(output.shape[: output.dim() - len(getattr(module, "normalized_shape", (0,)))])
-    if offsets.is_cpu and rows != int(offsets[-1]):
-        raise ValueError(f"cu_seqlens: the boundaries end at {int(offsets[-1])}, but there are {rows} rows")
 
 
 def _row_norms_sq(grad: Tensor, batch: Batch) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
 from lipcore.capture.accumulation import Leaves
@@ -16,8 +17,12 @@ from lipcore.capture.parameters import GradientWatch
 _float64 = torch.float64
 
 
+_PROOF_EVERY = 64  # passes that are served, until one is tapped again and compared
+
+
 class SingleBatches:
-    """Passes of one sample that are served from the gradients.
+    """Passes of one sample that are served from the gradients, where these have proved to be what taps bring: a penalty
+    on the parameters, say, is in the gradients and is no part of a sample's loss.
 
     Args:
         measured: returns the parameters that are measured, by name.
@@ -27,12 +32,32 @@ class SingleBatches:
         self.enabled = True
         self._measured = measured
         self._leaves = Leaves()
+        self._until_proof = 0
+        self._reading: LayerPass | None = None  # whose backward pass is under way
 
     def may_serve(self, run: LayerPass, others: Iterable[LayerPass]) -> bool:
         """Before the forward pass; `others` are those whose backward pass may come together with this one's."""
         if run.batch.size != 1 or not self.enabled or run.chained or any(run.finished_task == -1 for run in others):
             return False
-        return _is_served(self._measured())
+        if not _is_served(self._measured()):
+            return False
+        self._until_proof -= 1
+        run.proves = self._until_proof < 0
+        return not run.proves
+
+    def prove(self, run: LayerPass, norms_sq: dict[str, Tensor], others: Iterable[LayerPass]) -> None:
+        """A pass that was tapped has come back: whether the gradients would have told the same."""
+        run.proves = False
+        found = gradient_squares(self._measured())
+        total = sum(float(row) for row in norms_sq.values())
+        together = any(other is not run and other.task == run.task for other in others)
+        if together or any(
+            not abs(float(square) - float(norms_sq.get(name, 0))) <= 1e-3 * float(square) + 1e-9 * total
+            for name, square in found.items()
+        ):
+            self.enabled = False
+        else:
+            self._until_proof = _PROOF_EVERY
 
     def all_accumulate(self, run: LayerPass) -> bool:
         """Whether the backward pass under way reaches all the parameters of layers that were called."""
@@ -46,9 +71,17 @@ class SingleBatches:
     def begin(self, run: LayerPass) -> None:
         """The backward pass begins."""
         run.alone = _is_served(self._measured())
+        self._reading = run
+
+    def another_begins(self, run: LayerPass) -> None:
+        """The backward pass of another, maybe in another thread, which adds to the same gradients."""
+        reading = self._reading
+        if reading is not None and reading is not run:
+            reading.alone = False
 
     def read(self, run: LayerPass, others: Iterable[LayerPass]) -> None:
         """The backward pass has ended."""
+        self._reading = None
         if not run.alone or any(other is not run and other.task == run.task for other in others):
             self.enabled = False
             run.broken = (
@@ -92,10 +125,8 @@ def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     return dict(zip(names, rows[:, :1].unbind(), strict=True))
 
 
-def on_backward(output: Any, hook: Callable[[], None]) -> bool:
-    """Call the hook when the backward pass enters the graph behind the output; False when there is no one place."""
-    node = output.grad_fn if isinstance(output, Tensor) else None
-    if node is None:
-        return False
-    node.register_prehook(lambda _: hook())
-    return True
+def on_backward(output: Any, hook: Callable[[], None]) -> None:
+    """Call the hook when the backward pass enters the graph behind one of the output's tensors, at each of them."""
+    for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+            leaf.grad_fn.register_prehook(lambda _: hook())

@@ -14,10 +14,11 @@ from torch.optim import Optimizer
 
 from lipcore.capture.layer_capture import LayerCapture
 from lipcore.capture.layer_pass import LayerRecord
-from lipcore.distribution import Distribution
+from lipcore.distribution import Distribution, observe_norms
 from lipcore.metric import Metric, PlanLine
 from lipcore.noise_scale import NoiseScale
 from lipcore.per_sample.micro_batch import MicroBatch, Norms
+from lipcore.per_sample.places import Places
 from lipcore.per_sample.reduction import Reduction, Terms
 from lipcore.per_sample.step import StepSums
 from lipcore.results import MetricResult, Value
@@ -113,8 +114,7 @@ class PerSampleGradNorms(Metric):
         self._last: MicroBatch | None = None
         self._ids: Tensor | None = None
         self.scores = SampleScores()  #: per sample id, when `ids` are given
-        self._layers: list[str] = []
-        self._layer_of: dict[str, str] = {}
+        self._places = Places({})
         self._waiting: list[tuple[MicroBatch, Tensor | None]] = []  # of the open step, which may yet be skipped
         self._closed: deque[list[Distribution]] = deque(maxlen=0)
         self._open: list[Distribution] = []
@@ -143,17 +143,17 @@ class PerSampleGradNorms(Metric):
     def tapped(self, capture: LayerCapture) -> None:
         """The layers are tapped by this."""
         self._capture = capture
-        self._layer_of = {}
+        layer_of: dict[str, str] = {}
         for site in capture.sites:
             for parameter in site.names.values():
-                self._layer_of.setdefault(parameter, site.name)
-        before, self._layers = self._layers, list(dict.fromkeys(self._layer_of.values()))
+                layer_of.setdefault(parameter, site.name)
+        before, self._places = self._layers, Places(layer_of)
         if self._layers != before or not self._open:
             self._open, self._noise = self._block(), None
             self._closed.clear()
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
-            self._step_sums = StepSums(self._layers, self._layer_of, capture.coverage.parameters)
+            self._step_sums = StepSums(self._places, capture.coverage.parameters)
 
     def rebind(self) -> None:
         """Parameters were frozen or unfrozen, layers added or removed; statistics start anew where the layers are
@@ -167,12 +167,16 @@ class PerSampleGradNorms(Metric):
     def wants_gradients(self) -> bool:  # type: ignore[override]
         return self._wants_noise and not self._alone
 
+    @property
+    def _layers(self) -> list[str]:
+        return self._places.layers
+
     def _block(self) -> list[Distribution]:
         return [Distribution() for _ in range(len(self._layers) + 1)]
 
     def observe_layers(self, record: LayerRecord) -> None:
         """One backward pass."""
-        micro = MicroBatch(record, self._reduction.factor(record.samples, self._scaler), self._layer_of)
+        micro = MicroBatch(record, self._reduction.factor(record.samples, self._scaler), self._places)
         self._last = micro
         ids, self._ids = self._ids, None
         if ids is not None and len(ids) != record.samples:
@@ -187,10 +191,8 @@ class PerSampleGradNorms(Metric):
             self._step_sums.read_gradients()
 
     def _take_in(self, micro: MicroBatch, ids: Tensor | None) -> None:
-        for distribution, layer in zip(self._open, [*self._layers, None], strict=True):
-            row = micro.total_sq if layer is None else micro.layer_squares.get(layer)
-            if row is not None:
-                distribution.observe(row.sqrt())
+        layers = [self._open[self._places.number[layer]] for layer in micro.layers]
+        observe_norms([*layers, self._open[-1]], micro.squares)
         if ids is not None:
             self.scores.observe(ids, micro.per_sample)
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.layer_pass import DELTA, OUTPUT, LayerRecord
+from lipcore.per_sample.places import Places
+
+_float64 = torch.float64
 
 
 class Norms(Mapping[str, Tensor]):
@@ -20,7 +23,7 @@ class Norms(Mapping[str, Tensor]):
         if name in self._rows:
             return self._rows[name]
         if name in self.reasons:
-            return torch.full((self._samples,), torch.nan, dtype=torch.float64)
+            return torch.full((self._samples,), torch.nan, dtype=_float64)
         known = ", ".join(repr(n) for n in list(self)[:8])
         raise KeyError(f"no {self._what} {name!r} was measured; there are {known}")
 
@@ -33,43 +36,47 @@ class Norms(Mapping[str, Tensor]):
 
 
 class MicroBatch:
-    """One record with its factor f: norms are f times the backpropagated ones."""
+    """One record with its factor f: norms are f times the backpropagated ones.
 
-    def __init__(self, record: LayerRecord, factor: float | Tensor, layer_of: Mapping[str, str]) -> None:
+    Attributes:
+        layers: the layers that brought numbers.
+        squares: float64 [layers + 1, B], squared norms per layer and, last, in total.
+    """
+
+    def __init__(self, record: LayerRecord, factor: float | Tensor, places: Places) -> None:
         self.record, self.factor = record, factor
-        self._layer_of = layer_of
-        square = factor * factor
+        self._places = places
         # In the model's order; backward passes bring them from the end.
-        self.squares = {name: record.norms_sq[name] * square for name in layer_of if name in record.norms_sq}
-        layers: dict[str, list[Tensor]] = {}
-        for name, row in self.squares.items():
-            layers.setdefault(layer_of[name], []).append(row)
-        self.layer_squares = {layer: rows[0] if len(rows) == 1 else sum_of(rows) for layer, rows in layers.items()}
-        self.total_sq = self._total()
+        self._names, self.layers, index = places.of(record.norms_sq)
+        self.squares = torch.zeros(len(self.layers) + 1, record.samples, dtype=_float64)
+        if self._names:
+            self._rows = torch.stack([record.norms_sq[name] for name in self._names])
+            if factor != 1:
+                self._rows *= factor * factor
+            self.squares = self.squares.to(self._rows.device).index_add_(0, index.to(self._rows.device), self._rows)
+            self.squares[-1] = self._rows.sum(0)
+        if record.broken or not self._names:
+            self.squares[-1] = torch.nan
 
     @property
     def samples(self) -> int:
         return self.record.samples
 
-    def _total(self) -> Tensor:
-        rows = list(self.layer_squares.values())
-        if self.record.broken or not rows:
-            return torch.full((self.samples,), torch.nan, dtype=torch.float64)
-        return sum_of(rows)
-
     @property
     def per_sample(self) -> Tensor:
-        return self.total_sq.sqrt()
+        return self.squares[-1].sqrt()
 
     @property
     def per_parameter(self) -> Norms:
-        rows = {name: row.sqrt() for name, row in self.squares.items()}
+        rows = dict(zip(self._names, self._rows.sqrt(), strict=True)) if self._names else {}
         return Norms("parameter", rows, self.record.reasons, self.samples)
 
     @property
     def per_layer(self) -> Norms:
-        rows = {name: row.sqrt() for name, row in self.layer_squares.items()}
-        missing = {self._layer_of[name]: why for name, why in self.record.reasons.items() if name in self._layer_of}
+        rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
+        missing = {
+            self._places.layer_of[n]: why for n, why in self.record.reasons.items() if n in self._places.layer_of
+        }
         return Norms("layer", rows, {name: why for name, why in missing.items() if name not in rows}, self.samples)
 
     @property
@@ -86,7 +93,3 @@ class MicroBatch:
             if name.startswith(DELTA)
         }
         return Norms("layer", rows, {}, self.samples)
-
-
-def sum_of(rows: list[Tensor]) -> Tensor:
-    return torch.stack(rows).sum(0)

@@ -9,17 +9,15 @@ from torch import Tensor, nn
 
 from lipcore import _core, functional
 from lipcore.per_sample.micro_batch import MicroBatch
+from lipcore.per_sample.places import Places
 
 
 class StepSums:
     """Per place (layers, then the total): sum of ||grad l_i||^2 over the step's samples, and ||mean of grad l_i||^2
     from the accumulated gradients."""
 
-    def __init__(
-        self, layers: list[str], layer_of: dict[str, str], parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]
-    ) -> None:
-        self._layers = {layer: i for i, layer in enumerate(layers)}
-        self._layer_of = layer_of
+    def __init__(self, places: Places, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
+        self._places = places
         self._parameters = parameters
         self.skipped = 0  #: steps whose gradient is not the mean over its samples
         self.off = ""  #: why there are no estimates
@@ -35,9 +33,12 @@ class StepSums:
 
     def add(self, micro: MicroBatch) -> None:
         """Another micro-batch of the step."""
-        nothing = torch.zeros((), dtype=torch.float64, device=micro.total_sq.device)
-        rows = [micro.layer_squares.get(layer) for layer in self._layers]
-        sums = torch.stack([nothing if row is None else row.sum() for row in (*rows, micro.total_sq)])
+        sums = micro.squares.sum(1)
+        if len(micro.layers) < len(self._places.layers):
+            numbers = [self._places.number[layer] for layer in micro.layers]
+            every = sums.new_zeros(len(self._places.layers) + 1)
+            every[[*numbers, -1]] = sums
+            sums = every
         self._sum = sums if self._sum is None else self._sum + sums
         self._samples += micro.samples
         # Tensors are not compared: that would synchronise. A scaler's scale is the same within a step.
@@ -49,10 +50,10 @@ class StepSums:
         """After a backward pass, before anything clips: the squared norm of what has accumulated so far, per place."""
         names, gradients = [], []
         for name, parameter in self._parameters():
-            if parameter.grad is not None and name in self._layer_of:
+            if parameter.grad is not None and name in self._places.layer_of:
                 if _is_sharded(parameter.grad):
                     self.off = "gradients are sharded, and a rank knows the norm of its shard only"
-                names.append(self._layers[self._layer_of[name]])
+                names.append(self._places.number[self._places.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
         if not gradients or self.off:
             return
@@ -62,7 +63,7 @@ class StepSums:
             squares = rows[:, 0]
         else:
             squares = torch.cat([functional.sample_norms(g.reshape(1, -1)) for g in gradients]).square()
-        places = torch.zeros(len(self._layers) + 1, dtype=torch.float64, device=squares.device)
+        places = torch.zeros(len(self._places.layers) + 1, dtype=torch.float64, device=squares.device)
         places.index_add_(0, torch.tensor(names, device=squares.device), squares)
         places[-1] = squares.sum()
         self._gradient_sq = places

@@ -1,0 +1,29 @@
+"""Boundaries of packed sequences: whether they fit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def boundaries(offsets: Any) -> Tensor:
+    """As int64 [B + 1]; values are looked at where that does not wait for a device."""
+    if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _INTEGERS:
+        got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise ValueError(f"cu_seqlens: expected boundaries, integers of shape [B + 1], got {got}")
+    found: Tensor = offsets.detach().to(torch.int64)
+    if found.is_cpu and (found[0] != 0 or bool((found.diff() < 0).any())):
+        raise ValueError(f"cu_seqlens: expected boundaries from 0 in ascending order, got {found.tolist()[:16]}")
+    return found
+
+
+def check_rows(module: nn.Module, output: Tensor, offsets: Tensor) -> None:
+    """ValueError unless they end with the last row of a layer's output."""
+    rows = math.prod(output.shape[: output.dim() - len(getattr(module, "normalized_shape", (0,)))])
+    if offsets.is_cpu and rows != int(offsets[-1]):
+        raise ValueError(f"cu_seqlens: the boundaries end at {int(offsets[-1])}, but there are {rows} rows")
