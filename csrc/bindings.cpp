@@ -325,17 +325,30 @@ void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {
   check(first_layer_norms(view_of(delta, "delta"), view_of(weight, "weight"), view_of(out, "out", Access::kWrite)));
 }
 
-// The roots of squares[k] into distribution k.
-void observe_norms(py::handle squares, const std::vector<Distribution*>& distributions) {
+// The roots of the sums over squares[p, b] with index[p] = k into distribution k, and over all p into the last one; NaN
+// there unless they are known.
+void observe_sums(py::handle squares, const std::vector<int64_t>& index,
+                  const std::vector<Distribution*>& distributions, bool known) {
   const TensorView s = view_of(squares, "squares");
-  if (s.dtype != DType::kFloat64 || s.ndim != 2 || !s.on_cpu() ||
-      s.shape[0] != static_cast<int64_t>(distributions.size()))
-    throw py::value_error("squares: expected float64 [distributions, B] on the CPU, got " +
+  const auto last = static_cast<int64_t>(distributions.size()) - 1;
+  if (s.dtype != DType::kFloat64 || s.ndim != 2 || !s.on_cpu() || s.shape[0] != static_cast<int64_t>(index.size()))
+    throw py::value_error("squares: expected float64 [len(index), B] on the CPU, got " +
                           std::string(dtype_name(s.dtype)) + " " + ShapeText(s).text);
+  for (const int64_t k : index)
+    if (k < 0 || k >= last) throw py::value_error("index: expected places of distributions but the last one");
+  if (last < 0) throw py::value_error("distributions: expected at least one");
   const auto* x = static_cast<const double*>(s.data);
-  for (int64_t k = 0; k < s.shape[0]; ++k)
-    for (int64_t b = 0; b < s.shape[1]; ++b)
-      distributions[static_cast<size_t>(k)]->observe(std::sqrt(x[k * s.strides[0] + b * s.strides[1]]));
+  std::vector<double> sums(distributions.size());
+  for (int64_t b = 0; b < s.shape[1]; ++b) {
+    std::fill(sums.begin(), sums.end(), 0.0);
+    for (size_t p = 0; p < index.size(); ++p) {
+      const double value = x[static_cast<int64_t>(p) * s.strides[0] + b * s.strides[1]];
+      sums[static_cast<size_t>(index[p])] += value;
+      sums.back() += value;
+    }
+    if (!known) sums.back() = std::nan("");
+    for (size_t k = 0; k < sums.size(); ++k) distributions[k]->observe(std::sqrt(sums[k]));
+  }
 }
 
 void observe_values(Distribution& distribution, py::handle values) {
@@ -601,7 +614,8 @@ PYBIND11_MODULE(_core, m) {
   m.def("paused", [] { return paused > 0; });
   m.attr("SERVED") = static_cast<int>(SingleSampleShortcut::kServed);
   m.attr("CHECKED") = static_cast<int>(SingleSampleShortcut::kChecked);
-  m.def("observe_norms", &observe_norms, py::arg("squares"), py::arg("distributions"));
+  m.def("observe_sums", &observe_sums, py::arg("squares"), py::arg("index"), py::arg("distributions"),
+        py::arg("known"));
   m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
   m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
   py::class_<Ledger>(m, "Ledger", "Scalars of a trajectory: tensors, groups and the total.")

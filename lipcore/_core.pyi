@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_norms', 'observe_ratios', 'observe_recent', 'outer_norms', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_sums', 'outer_norms', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -134,11 +134,11 @@ def normalized_norms(delta: typing.Any, output_grad: typing.Any, r: typing.Any) 
     """
     r[b] = ||delta[b]||_2 / |output_grad[b]|; returns how many were skipped.
     """
-def observe_norms(squares: typing.Any, distributions: collections.abc.Sequence[Distribution]) -> None:
-    ...
 def observe_ratios(numerators: typing.Any, output_grad: typing.Any, distributions: collections.abc.Sequence[Distribution]) -> None:
     ...
 def observe_recent(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, distributions: collections.abc.Sequence[Distribution]) -> None:
+    ...
+def observe_sums(squares: typing.Any, index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], distributions: collections.abc.Sequence[Distribution], known: bool) -> None:
     ...
 def outer_norms(x: typing.Any, grad: typing.Any, out: typing.Any) -> None:
     """

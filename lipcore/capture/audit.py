@@ -46,9 +46,13 @@ class Coverage:
 
     def frozen_since(self) -> frozenset[str]:
         """Parameters that were frozen after the model was looked at; ValueError for one that was unfrozen."""
-        now = {name: parameter.requires_grad for name, parameter in self.parameters()}
-        if now == self._trainable:
+        for name, (owner, key) in self._parameters.items():
+            parameter = owner._parameters.get(key)
+            if parameter is None or parameter.requires_grad is not self._trainable.get(name):
+                break
+        else:
             return frozenset()
+        now = {name: parameter.requires_grad for name, parameter in self.parameters()}
         frozen = set()
         for name, before in self._trainable.items():
             if name not in now or now[name] > before:

@@ -39,7 +39,8 @@ class SingleBatches:
         """Before the forward pass; `others` are those whose backward pass may come together with this one's."""
         if run.batch.size != 1 or not self.enabled or run.chained or any(run.finished_task == -1 for run in others):
             return False
-        if not _is_served(self._measured()):
+        run.measured = self._measured()
+        if not _is_served(run.measured):
             return False
         self._until_proof -= 1
         run.proves = self._until_proof < 0
@@ -61,8 +62,7 @@ class SingleBatches:
 
     def all_accumulate(self, run: LayerPass) -> bool:
         """Whether the backward pass under way reaches all the parameters of layers that were called."""
-        measured = self._measured()
-        called = {name: measured[name] for name in run.calls if name in measured}
+        called = {name: run.measured[name] for name in run.calls if name in run.measured}
         if called and self._leaves.all_accumulate(called):
             return True
         self.enabled = False
@@ -70,7 +70,7 @@ class SingleBatches:
 
     def begin(self, run: LayerPass) -> None:
         """The backward pass begins."""
-        run.alone = _is_served(self._measured())
+        run.alone = _is_served(run.measured)
         self._reading = run
 
     def another_begins(self, run: LayerPass) -> None:
@@ -89,7 +89,7 @@ class SingleBatches:
                 "batches of one are tapped"
             )
             return
-        for name, square in gradient_squares(self._measured()).items():
+        for name, square in gradient_squares(run.measured).items():
             run.calls[name] = 1
             run.add_row(name, square)
 
@@ -118,7 +118,7 @@ def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
         if gradient.is_sparse:
             gradient = gradient.coalesce().values()
         names.append(name)
-        gradients.append(gradient if torch.ops.aten.is_non_overlapping_and_dense(gradient) else gradient.contiguous())
+        gradients.append(gradient if gradient.is_contiguous() else gradient.contiguous())
     rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=_float64)
     if gradients:
         _core.square_sums(gradients, rows)

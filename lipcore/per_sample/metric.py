@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lipcore.capture.layer_capture import LayerCapture
 from lipcore.capture.layer_pass import LayerRecord
-from lipcore.distribution import Distribution, observe_norms
+from lipcore.distribution import Distribution
 from lipcore.metric import Metric, PlanLine
 from lipcore.noise_scale import NoiseScale
 from lipcore.per_sample.micro_batch import MicroBatch, Norms
@@ -191,8 +191,7 @@ class PerSampleGradNorms(Metric):
             self._step_sums.read_gradients()
 
     def _take_in(self, micro: MicroBatch, ids: Tensor | None) -> None:
-        layers = [self._open[self._places.number[layer]] for layer in micro.layers]
-        observe_norms([*layers, self._open[-1]], micro.squares)
+        micro.observe(self._open)
         if ids is not None:
             self.scores.observe(ids, micro.per_sample)
 

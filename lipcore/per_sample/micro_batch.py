@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lipcore.capture.layer_pass import DELTA, OUTPUT, LayerRecord
+from lipcore.distribution import Distribution, observe_sums
 from lipcore.per_sample.places import Places
 
 _float64 = torch.float64
@@ -40,23 +42,38 @@ class MicroBatch:
 
     Attributes:
         layers: the layers that brought numbers.
-        squares: float64 [layers + 1, B], squared norms per layer and, last, in total.
     """
 
     def __init__(self, record: LayerRecord, factor: float | Tensor, places: Places) -> None:
         self.record, self.factor = record, factor
         self._places = places
         # In the model's order; backward passes bring them from the end.
-        self._names, self.layers, index = places.of(record.norms_sq)
-        self.squares = torch.zeros(len(self.layers) + 1, record.samples, dtype=_float64)
+        self._names, self.layers, self._index = places.of(record.norms_sq)
         if self._names:
             self._rows = torch.stack([record.norms_sq[name] for name in self._names])
             if factor != 1:
                 self._rows *= factor * factor
-            self.squares = self.squares.to(self._rows.device).index_add_(0, index.to(self._rows.device), self._rows)
-            self.squares[-1] = self._rows.sum(0)
-        if record.broken or not self._names:
-            self.squares[-1] = torch.nan
+        else:
+            self._rows = torch.empty(0, record.samples, dtype=_float64)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """float64 [layers + 1, B]: squared norms per layer and, last, in total."""
+        index = torch.tensor(self._index, device=self._rows.device)
+        squares = self._rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index.long(), self._rows)
+        squares[-1] = self._rows.sum(0) if self._known else torch.nan
+        return squares
+
+    @property
+    def _known(self) -> bool:
+        """Whether there is a total."""
+        return bool(self._names) and not self.record.broken
+
+    def observe(self, distributions: list[Distribution]) -> None:
+        """The norms per layer of the model and, last, in total."""
+        numbers = self._places.number
+        used = [distributions[numbers[layer]] for layer in self.layers]
+        observe_sums(self._rows, self._index, [*used, distributions[-1]], known=self._known)
 
     @property
     def samples(self) -> int:

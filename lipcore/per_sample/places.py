@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
-from torch import Tensor
-
 
 class Places:
     """The layers of a model in its order, and the parameters of each.
@@ -20,16 +17,16 @@ class Places:
         self.layer_of = dict(layer_of)
         self.layers = list(dict.fromkeys(layer_of.values()))
         self.number = {layer: i for i, layer in enumerate(self.layers)}
-        self._of: dict[frozenset[str], tuple[list[str], list[str], Tensor]] = {}
+        self._of: dict[frozenset[str], tuple[list[str], list[str], list[int]]] = {}
 
-    def of(self, names: Collection[str]) -> tuple[list[str], list[str], Tensor]:
-        """Of the parameters among `names`: they, their layers, and int64 the place of each among these layers."""
+    def of(self, names: Collection[str]) -> tuple[list[str], list[str], list[int]]:
+        """Of the parameters among `names`: they, their layers, and the place of each among these layers."""
         key = frozenset(names)
         found = self._of.get(key)
         if found is None:
             parameters = [name for name in self.layer_of if name in key]
             layers = list(dict.fromkeys(self.layer_of[name] for name in parameters))
-            index = torch.tensor([layers.index(self.layer_of[name]) for name in parameters], dtype=torch.int64)
+            index = [layers.index(self.layer_of[name]) for name in parameters]
             if len(self._of) > 64:  # layers that come and go at random
                 self._of.clear()
             found = self._of[key] = parameters, layers, index
