@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,25 +22,3 @@ _any_node = _node_of(anything)
 def accumulates_everything() -> bool:
     """Asked in the backward of a Function that has `anything` as an input."""
     return bool(torch._C._will_engine_execute_node(_any_node))
-
-
-class Leaves:
-    """The nodes of parameters, for passes without taps."""
-
-    def __init__(self) -> None:
-        self._nodes: dict[str, tuple[Any, Tensor, torch.dtype]] = {}
-
-    def all_accumulate(self, parameters: Mapping[str, Tensor]) -> bool:
-        """Whether the backward pass under way accumulates the gradients of all of these."""
-        try:
-            return all(torch._C._will_engine_execute_node(self._node(*item)) for item in parameters.items())
-        except RuntimeError:  # autograd.grad() of leaves
-            return False
-
-    def _node(self, name: str, parameter: Tensor) -> Any:
-        node, known, dtype = self._nodes.get(name, (None, None, None))
-        if known is not parameter or dtype != parameter.dtype:  # Module.to() gives a parameter another node
-            with torch.enable_grad():
-                node = _node_of(parameter)
-            self._nodes[name] = node, parameter, parameter.dtype
-        return node

@@ -40,6 +40,13 @@ class Coverage:
             if parameter is not None:
                 yield name, parameter
 
+    def places(self) -> Iterator[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]]:
+        """Every parameter as it is now, and the dict and the key it is found by."""
+        for owner, key in self._parameters.values():
+            parameter = owner._parameters.get(key)
+            if parameter is not None:
+                yield owner._parameters, key, parameter
+
     def measured(self) -> dict[str, nn.Parameter]:
         """Parameters that are covered and not frozen at present."""
         return {name: p for name, p in self.parameters() if name in self.covered and p.requires_grad}

@@ -23,14 +23,9 @@ from lipcore.capture.layer_site import LayerSite
 from lipcore.capture.packed import boundaries
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
-from lipcore.capture.single_gradient import SingleBatches, on_backward
+from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, on_backward
 from lipcore.layers import Batch, Factor
 
-_NOT_ACCUMULATED = "the backward pass did not accumulate all gradients (autograd.grad, or backward(inputs=))"
-_NOT_ALL_REACHED = (
-    "the backward pass of a batch of one, which was to be served from the gradients, did not accumulate all of them; "
-    "from now on batches of one are tapped"
-)
 _MAX_STRAY = 64
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
@@ -90,6 +85,7 @@ class LayerCapture:
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
         self._grads_before: dict[str, bool] = {}
         self._handles: list[Any] = []
+        self._layer_handles: list[Any] = []
         self._look()
 
     def _look(self) -> None:
@@ -105,7 +101,9 @@ class LayerCapture:
         for name in self._broadcast:
             sites[name].broadcast = True
         self._audited = False
-        self._single = SingleBatches(self.coverage.measured)
+        self._single = SingleBatches(
+            self.coverage, self._hook_layers, self._unhook_layers, self._single_came_back, self._count
+        )
         self._probes = LayerProbes(self.sites, self._probe_came_back)
 
     def rebind(self) -> None:
@@ -135,10 +133,19 @@ class LayerCapture:
             self.coverage.check_single_use()
         begin, end = WeakCall(self._begin_forward), WeakCall(self._end_forward)
         self._handles.append(self.model.register_forward_pre_hook(begin, with_kwargs=True))
-        for site in self.sites:
-            # Before hooks that were there already: what they return may not be the layer's own output.
-            self._handles.append(site.module.register_forward_hook(site, with_kwargs=True, prepend=True))
+        self._hook_layers()
         self._handles.append(self.model.register_forward_hook(end, always_call=True))
+
+    def _hook_layers(self) -> None:
+        # Before hooks that were there already: what they return may not be the layer's own output.
+        self._layer_handles = [
+            site.module.register_forward_hook(site, with_kwargs=True, prepend=True) for site in self.sites
+        ]
+
+    def _unhook_layers(self) -> None:
+        for handle in self._layer_handles:
+            handle.remove()
+        self._layer_handles = []
 
     def close(self) -> None:
         """Remove every hook; what was recorded stays."""
@@ -150,6 +157,7 @@ class LayerCapture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._unhook_layers()
 
     def fail(self, error: Exception) -> None:
         """Stop capturing and hand the error on; never raises."""
@@ -183,6 +191,14 @@ class LayerCapture:
         if torch.compiler.is_compiling() or _is_aside():
             return
         self.current = None
+        if self._single.serving:
+            if not self.tapping:
+                return
+            others = (*arguments[1:], *keywords.values())
+            if arguments and self._offsets_of is None and self._single.takes(arguments[0], self.batch_dim, others):
+                self.forwards += 1
+                return
+            self._single.stop()
         self._stray.clear()
         self._returning.clear()  # of a backward pass that raised
         if not self.tapping:
@@ -197,8 +213,8 @@ class LayerCapture:
             return
         if any(other.finished_task == -1 for other in self._open):
             run.chained = depends_on(arguments, keywords, self.coverage.measured().values())
-        if self._audited and not self.normalized and not self._compiled:
-            run.single = self._single.may_serve(run, self._open)
+        if run.batch.size == 1 and self._may_serve and not run.chained:
+            run.proves = not any(other.finished_task == -1 for other in self._open) and self._single.may_prove()
         self.current = self._last = run
         self._open.add(run)
         self.forwards += 1
@@ -210,6 +226,12 @@ class LayerCapture:
             self._probes.arm(run, first.device)
         if not self._audited:
             self._grads_before = {name: p.grad is not None for name, p in self.coverage.parameters()}
+
+    @property
+    def _may_serve(self) -> bool:
+        """Whether batches of one might be served from the gradients."""
+        one_way = self.normalized or self._compiled or self.coverage.batch_statistics or self._offsets_of
+        return self._audited and not one_way
 
     def _batch(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Batch:
         if self._offsets_of is not None:
@@ -227,11 +249,11 @@ class LayerCapture:
         if torch.compiler.is_compiling() or _is_aside():
             return None
         run, self.current = self.current, None
-        self._probes.disarm()
+        if self._compiled:
+            self._probes.disarm()
+        if run is None and self._single.serving:
+            self._single.forward_ended(output)
         if run is None or output is None:  # None: the forward pass raised
-            return None
-        if run.single:
-            on_backward(output, lambda: self._single_came_back(run))
             return None
         if not self._audited and not self._compiled and not run.chained:
             try:
@@ -278,16 +300,14 @@ class LayerCapture:
         candidates = self._returning
         if not candidates and self.tapping:
             candidates = {run for run in self._open if run.finished_task == -1} or set(self._open)
-        tapped = {run for run in candidates if not run.single}
-        if len(tapped) <= 1:
-            return next(iter(tapped or candidates), None)
-        return Recomputation(tapped)
+        if len(candidates) <= 1:
+            return next(iter(candidates), None)
+        return Recomputation(candidates)
 
     def _begin_backward(self, run: LayerPass) -> None:
         self._returning.add(run)
         if run.fresh[0] != in_backward():
-            measured = run.measured or self.coverage.measured()
-            run.fresh = in_backward(), all(p.grad is None for p in measured.values())
+            run.fresh = in_backward(), all(p.grad is None for p in self.coverage.measured().values())
 
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
         """Whether what comes back now counts."""
@@ -303,14 +323,13 @@ class LayerCapture:
             return False
         if torch.is_grad_enabled():
             run.spoiled = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
-        if not (self._single.all_accumulate(run) if run.single else accumulates_everything()):
+        if not accumulates_everything():
             if run.refused_task != task:
                 run.refused_task = task
-                self._count(_NOT_ALL_REACHED if run.single else _NOT_ACCUMULATED)
+                self._count(NOT_ACCUMULATED)
             return False
         if run.begin_task(task):
             self._returning.add(run)
-            self._single.another_begins(run)
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
         return not run.spoiled
 
@@ -332,8 +351,6 @@ class LayerCapture:
             self._probes.read(run)
             if any(other.chained and other.task == task for other in self._open):
                 run.broken = _CHAINED
-            if run.single and not run.broken and not run.spoiled:
-                self._single.read(run, self._open)
             stray = self._stray.pop(task, set())
             for name in stray:
                 run.broken = f"the layer of parameter '{name}' was also called outside the model's forward pass"
@@ -344,18 +361,26 @@ class LayerCapture:
             if not self._audited and not record.broken:
                 self._audited = True
                 audit_gradients(self.coverage, self._grads_before, record.norms_sq, skip=self._skip_uncovered)
-            if run.proves and not record.broken:
-                self._single.prove(run, record.norms_sq, self._open)
+            together = any(other is not run and other.task == task for other in self._open)
+            if run.proves and record.fresh and not record.broken and not together:
+                self._single.prove(record.norms_sq)
+            run.proves = False
             self.records += 1
             self._on_record(record)
         except Exception as error:
             self.fail(error)
 
-    def _single_came_back(self, run: LayerPass) -> None:
-        """The backward pass of a batch of one begins."""
-        self._begin_backward(run)
-        if self.recording and run.task != in_backward() and self.comes_back(run, inner=False):
-            self._single.begin(run)
+    def _single_came_back(self, record: LayerRecord) -> None:
+        """A batch of one was served from its gradients."""
+        if not self.recording:
+            return
+        try:
+            for name in self._stray.pop(record.task, ()):
+                record.broken = f"the layer of parameter '{name}' was also called outside the model's forward pass"
+            self.records += 1
+            self._on_record(record)
+        except Exception as error:
+            self.fail(error)
 
     def _probe_came_back(self, run: LayerPass) -> None:
         task = in_backward()

@@ -7,7 +7,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipcore.layers import Batch, Factor, norms_sq_of
 
@@ -41,11 +41,8 @@ class LayerPass:
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.output_sq: Tensor | None = None  # beside probes: of the model's output
-        self.single = False  # a batch of one, served from the gradients
         self.fresh = (-1, False)  # in which backward pass, and whether no gradients were there when it began
-        self.measured: dict[str, nn.Parameter] = {}  # the parameters, of a batch of one
         self.proves = False  # a batch of one that is tapped to see whether the gradients tell the same
-        self.alone = False  # ... and when its backward pass began there were no others in them
         self.task = -1  # the backward pass that the rows came from
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count

@@ -69,10 +69,6 @@ class LayerSite:
         if in_transform() is not None or not (inner or capture.tapping or capture.current is not None):
             return None
         run = capture.pass_of_recomputation() if inner else capture.current
-        if run is not None and run.single:
-            if torch.is_grad_enabled() and not inner:
-                run.calls.update(self.names.values())
-            return None
         if run is not None and not inner:
             run.calls.update(self.names.values())
         if not torch.is_grad_enabled():

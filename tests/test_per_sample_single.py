@@ -1,0 +1,175 @@
+"""Batches of one: served from the gradients after these have proved right, and never when they are something else."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from per_sample_oracle import seeded
+from torch import Tensor, nn
+
+from lipcore import PerSampleGradNorms
+
+_SERVED_AFTER = 5  # the audit, and the proofs
+
+
+def made() -> nn.Module:
+    with seeded(0):
+        return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3), nn.Linear(3, 1))
+
+
+def x(seed: int) -> Tensor:
+    return torch.randn(1, 5, generator=torch.Generator().manual_seed(seed))
+
+
+def truth(model: nn.Module, inputs: Tensor) -> float:
+    model = copy.deepcopy(model)  # which is not watched
+    grads = torch.autograd.grad(model(inputs).sum(), [p for p in model.parameters() if p.requires_grad])
+    return float(torch.stack([g.square().sum() for g in grads]).sum().sqrt())
+
+
+def hooked(model: nn.Module) -> bool:
+    return any(module._forward_hooks for module in list(model.modules())[1:])
+
+
+def serve(model: nn.Module, metric: PerSampleGradNorms) -> None:
+    for seed in range(_SERVED_AFTER):
+        model.zero_grad()
+        model(x(seed)).sum().backward()
+        assert float(metric.per_sample) == pytest.approx(truth(model, x(seed)), rel=1e-5)
+    model.zero_grad()
+    assert not hooked(model)
+
+
+def test_numbers_stay_right_and_proofs_come_back() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        tapped = 0
+        for seed in range(150):
+            model.zero_grad()
+            tapped += hooked(model)
+            model(x(seed)).sum().backward()
+            assert metric.per_parameter.reasons == {}
+            assert float(metric.per_sample) == pytest.approx(truth(model, x(seed)), rel=1e-5)
+        assert 4 <= tapped <= 10
+    assert not hooked(model)
+
+
+def test_a_larger_batch_in_between_is_tapped() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        both = torch.cat([x(0), x(1)])
+        model(both).sum().backward()
+        expected = torch.tensor([truth(model, x(0)), truth(model, x(1))], dtype=torch.float64)
+        torch.testing.assert_close(metric.per_sample, expected, rtol=1e-5, atol=0)
+        model.zero_grad()
+        serve(model, metric)
+
+
+def twice(model: nn.Module) -> None:
+    first, second = model(x(0)), model(x(1))
+    (first + second).sum().backward()
+
+
+def again(model: nn.Module) -> None:
+    out = model(x(0)).sum()
+    out.backward(retain_graph=True)
+    out.backward()
+
+
+def added(model: nn.Module) -> None:
+    out = model(x(0)).sum()
+    sum(p.square().sum() for p in model.parameters()).backward()
+    out.backward()
+
+
+def some(model: nn.Module) -> None:
+    model(x(0)).sum().backward(inputs=list(model[0].parameters()))
+
+
+def graph(model: nn.Module) -> None:
+    model(x(0)).sum().backward(create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize("surprise", [again, added, some, graph])
+def test_gradients_that_are_something_else_give_nan_with_a_reason(surprise: Callable[[nn.Module], None]) -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        surprise(model)
+        assert metric.per_sample.isnan().all()
+        assert metric.broken
+        model.zero_grad()
+        model(x(3)).sum().backward()
+        assert float(metric.per_sample) == pytest.approx(truth(model, x(3)), rel=1e-5)
+        assert hooked(model)  # from now on
+
+
+def test_two_forward_passes_for_one_backward() -> None:
+    model = made()
+    records: list[Tensor] = []
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        observe = metric.observe_layers
+
+        def keep(record: object) -> None:
+            observe(record)  # type: ignore[arg-type]
+            assert metric._last is not None
+            records.append(metric._last.per_sample)
+
+        metric._capture._on_record = keep  # type: ignore[union-attr]
+        twice(model)
+    assert len(records) == 2
+    numbers = [float(r) for r in records]
+    assert sum(n != n for n in numbers) == 1
+    assert any(n == pytest.approx(truth(model, x(1)), rel=1e-5) for n in numbers)
+
+
+def test_autograd_grad_is_not_recorded_and_the_backward_after_it_is() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        out = model(x(7)).sum()
+        torch.autograd.grad(out, list(model.parameters()), retain_graph=True)
+        out.backward()
+        assert float(metric.per_sample) == pytest.approx(truth(model, x(7)), rel=1e-5)
+
+
+def test_what_changes_while_passes_are_served_is_seen() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        model[0].requires_grad_(False)
+        model(x(0)).sum().backward()
+        assert float(metric.per_sample) == pytest.approx(truth(model, x(0)), rel=1e-5)
+        model[0].requires_grad_(True)
+        model.zero_grad()
+        serve(model, metric)
+        model[0].weight = nn.Parameter(model[0].weight.detach() * 2)
+        model(x(0)).sum().backward()
+        assert float(metric.per_sample) == pytest.approx(truth(model, x(0)), rel=1e-5)
+
+
+def test_a_penalty_on_the_parameters_is_never_served() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for seed in range(10):
+            model.zero_grad()
+            (model(x(seed)).sum() + sum(p.square().sum() for p in model.parameters())).backward()
+            assert float(metric.per_sample) == pytest.approx(truth(model, x(seed)), rel=1e-5)
+            assert hooked(model)
+
+
+def test_a_backward_pass_that_never_comes() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        for seed in range(8):
+            model(x(20 + seed))  # in grad mode, and thrown away
+            model.zero_grad()
+            model(x(seed)).sum().backward()
+            assert float(metric.per_sample) == pytest.approx(truth(model, x(seed)), rel=1e-5)
