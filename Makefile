@@ -26,7 +26,7 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one .venv
 
-.PHONY: help demo test test-all test-asan test-tsan bench bench-peers plots clean distclean check FORCE
+.PHONY: help demo test test-all test-asan test-tsan test-peers bench bench-peers plots clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -45,7 +45,10 @@ bench: $(STAMPS)/bench $(CORE) ## run the benchmarks (10 minutes)
 	$(BIN)/pytest bench $(BENCH_FLAGS)
 
 bench-peers: $(STAMPS)/peers $(CORE) ## those against other published tools, which this installs
-	$(BIN)/pytest bench/bench_cockpit.py $(BENCH_FLAGS)
+	$(BIN)/pytest bench/bench_cockpit.py bench/bench_per_sample.py $(BENCH_FLAGS)
+
+test-peers: $(STAMPS)/peers $(CORE) ## Opacus's shipped layer tests against lipcore; counts go to bench/results
+	OPACUS_RESULTS=bench/results/opacus-layer-tests.json $(BIN)/pytest -m slow tests/peers $(PYTEST_FLAGS)
 
 plots: $(STAMPS)/bench ## draw bench/results/*.png from the results there
 	$(BIN)/python bench/plots.py

@@ -1,0 +1,73 @@
+"""A training step with the gradient norm of every sample, against the plain step: fresh processes, one thread."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from per_sample_contenders import CONTENDERS
+from per_sample_models import MODELS
+
+_WORKER = Path(__file__).parent / "per_sample_worker.py"
+_TITLES = {
+    "paper": "the paper's MLP, batch 1",
+    "mlp": "MLP 784-1024-1024-10, batch 256",
+    "cnn": "CNN with GroupNorm, 3x32x32, batch 64",
+    "gpt": "GPT-like, 4 layers of 256, T=256, batch 8",
+    "gpt-long": "GPT-like, 4 layers of 256, T=2048, batch 2",
+}
+_TARGETS = {
+    ("paper", "lipcore"): 1.05,
+    ("mlp", "lipcore"): 1.05,
+    ("cnn", "lipcore"): 1.3,
+    ("gpt", "lipcore"): 1.35,
+    ("gpt", "lipcore fused"): 1.05,
+}
+_OURS, _PROCESSES, _SECONDS = ("lipcore", "lipcore fused"), 3, 4
+
+
+def _run(what: str, model: str, contender: str) -> dict[str, Any]:
+    command = [sys.executable, str(_WORKER), what, model, contender, str(_SECONDS)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, cwd=_WORKER.parent)
+    found: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    if "cannot" in found:
+        pytest.skip(f"{contender}, {_TITLES[model]}: {found['cannot']}")
+    return found
+
+
+@pytest.mark.parametrize("contender", [name for name in CONTENDERS if name != "plain"])
+@pytest.mark.parametrize("model", MODELS)
+def bench_step(benchmark: Any, report: Any, model: str, contender: str) -> None:
+    ours = contender in _OURS
+    found = [benchmark.pedantic(_run, ("time", model, contender), rounds=1)]
+    found += [_run("time", model, contender) for _ in range(_PROCESSES - 1 if ours else 0)]
+    error = max(f["error"] for f in found)
+    if ours:
+        assert error <= 1e-5
+    details = {
+        "error": error,
+        "control": statistics.median(f["control"] for f in found),
+        "processes": [f["ratio"] for f in found],
+        "plain_ms": 1e3 * statistics.median(f["plain"] for f in found),
+    }
+    target = _TARGETS.get((model, contender))
+    better = None if target is None else "lower"
+    ratio = statistics.median(f["ratio"] for f in found)
+    title = f"per-sample norms by {contender}: {_TITLES[model]}"
+    report.add(title, ratio, "x plain", target=target, better=better, **details)
+
+
+@pytest.mark.parametrize("contender", [*_OURS, "Opacus ghost"])
+@pytest.mark.parametrize("model", ["mlp", "cnn", "gpt", "gpt-long"])
+def bench_memory(benchmark: Any, report: Any, model: str, contender: str) -> None:
+    """Growth of resident memory by the steps, over that of the plain one. At batch 1 both are lost in the noise."""
+    theirs = benchmark.pedantic(_run, ("memory", model, contender), rounds=1)["growth"]
+    plain = _run("memory", model, "plain")["growth"]
+    target, better = (1.05, "lower") if contender in _OURS else (None, None)
+    title = f"per-sample norms by {contender}: {_TITLES[model]}: peak memory of steps"
+    report.add(title, theirs / plain, "x plain", target=target, better=better, plain_mib=plain / 2**20)
