@@ -16,7 +16,7 @@ from per_sample_models import assert_equal, made, mlp, sum_loss, train, weights
 from per_sample_oracle import assert_norms, norms_sq, samples_of
 from torch import Tensor, nn
 
-from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory, functional
 from lipcore.results import Window
 
 NAME = "per_sample_grad_norm"
@@ -146,6 +146,16 @@ def test_the_plan() -> None:
         text = str(monitor.plan())
     for words in ("loss reduction 'mean', scale 0.25 in every 4th step", "Linear: weight, bias, method 'direct'"):
         assert words in text
+
+
+def test_the_plan_names_the_way_that_was_chosen() -> None:
+    model = nn.Sequential(nn.Linear(5, 64), nn.Linear(64, 64), nn.Flatten(), nn.Linear(64 * 9, 2))
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        assert ", by " not in str(metric.plan())
+        model(torch.randn(3, 9, 5)).sum().backward()
+        text = [str(line) for line in metric.plan()]
+    ways = [functional.linear_method(9, 5, 64), functional.linear_method(9, 64, 64), "product of norms"]
+    assert [way for way, line in zip(ways, text[1:], strict=True) if f", by {way}" in line] == ways
 
 
 # ---- sample ids

@@ -41,6 +41,7 @@ class LayerSite:
     def __init__(self, capture: LayerCapture, name: str, module: nn.Module, rule: Rule, names: dict[str, str]) -> None:
         self.name, self.module, self.rule = name, module, rule
         self.names = names  # the parameter's key in the module -> its canonical name
+        self.how = ""  # the way in which the weight's norms are computed, once that is known
         self.broadcast = False  # its output has no batch dimension and is expanded here
         self.number = next(_numbers)
         self._capture = capture
@@ -136,13 +137,13 @@ class LayerSite:
         try:
             with torch.no_grad():
                 factors = self.rule.factors(self.module, grad, extra, *saved)
-                run.add_factors(
-                    {
-                        self.names[key]: capture.tuned(factor, self.name)
-                        for key, factor in factors.items()
-                        if key in self.names
-                    }
-                )
+                own = {
+                    self.names[key]: capture.tuned(factor, self.name)
+                    for key, factor in factors.items()
+                    if key in self.names
+                }
+                self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")
+                run.add_factors(own)
                 if capture.normalized:
                     run.add_row(DELTA + self.name, _row_norms_sq(grad, run.batch))
         except Exception as error:
@@ -165,6 +166,7 @@ class LayerSite:
                 if run.calls[weight] > 1:  # to be joined
                     run.add_factor(weight, factors["weight"])
                     return None
+                self.how = "inside the weight gradient"
                 weight_grad, norms_sq = functional.linear_weight_grad(tokens, grads, offsets=batch.offsets)
                 run.add_row(weight, norms_sq)
                 return weight_grad

@@ -29,6 +29,11 @@ class Factor(ABC):
         """Both norms_sq() in one pass over what the two have in common; None where they share nothing."""
         return None
 
+    @property
+    def how(self) -> str:
+        """The way in which norms_sq() is computed, where there are several: "gram", "direct", ..."""
+        return ""
+
     @abstractmethod
     def dense(self, sample: int) -> Tensor:
         """The gradient of one sample, float64, in the parameter's shape."""

@@ -34,6 +34,18 @@ class Outer(Factor):
     def samples(self) -> int:
         return number_of_samples(self.x, self.offsets)
 
+    @property
+    def how(self) -> str:
+        if self.offsets is None:
+            tokens = self.x.shape[1]
+            if tokens == 1:
+                return "product of norms"
+        else:
+            tokens = self.x.shape[0] // max(1, self.samples)  # on average
+        if not self.x.is_cpu:
+            return "torch"
+        return self.method or F.linear_method(tokens, self.x.shape[-1], self.grad.shape[-1])
+
     def norms_sq(self) -> Tensor:
         if self._has_one_row():
             return F.outer_norms_sq([self.x[:, 0]], [self.grad[:, 0]])[0]

@@ -38,6 +38,14 @@ class Patches(Factor):
     def samples(self) -> int:
         return self.x.shape[0]
 
+    @property
+    def how(self) -> str:
+        if not self.x.is_cpu:
+            return "torch"
+        return self.method or F.conv_method(
+            self.x.shape, self.grad.shape, kernel_size=self.kernel_size, padding=self.padding, groups=self.groups
+        )
+
     def norms_sq(self) -> Tensor:
         return F.conv_norms_sq(
             self.x,

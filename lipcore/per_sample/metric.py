@@ -281,7 +281,7 @@ class PerSampleGradNorms(Metric):
     # ---- results
 
     def plan(self) -> list[PlanLine]:
-        """Per layer: what is measured, by which rule."""
+        """Per layer: what is measured, by which rule; and in which way, once a backward pass has shown the sizes."""
         every = f" in every {self._every}th step" if self._every > 1 else ""
         lines = [PlanLine("all", f"{self._reduction}{every}", 2048 * (len(self._layers) + 1))]
         if self._capture is None:
@@ -289,6 +289,7 @@ class PerSampleGradNorms(Metric):
         for site in self._capture.sites:
             method = self._options["methods"]
             asked = f", method '{method[site.name]}'" if method and site.name in method else ""
+            asked = asked or (f", by {site.how}" if site.how else "")
             keys = ", ".join(site.names)
             lines.append(PlanLine(site.name or "model", f"{type(site.module).__name__}: {keys}{asked}"))
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
