@@ -66,15 +66,10 @@ LIPCORE_INLINE double direct_of(E element, const LinearSample& sample, const Lin
     const Segment all{0, steps};
     multiply<T, kRows, kRows>(
         block.rows, block.columns, steps, &all, 1, scratch.a, scratch.b,
-        [&](int64_t, int64_t j) { return block.columns - j; },
+        [&](int64_t, int64_t j) { return block.columns - j; }, [&](int64_t, int64_t, int64_t, auto& c) { clear(c); },
         [&](int64_t i, int64_t j, int64_t, auto& c) {
-          if (resume) {
-            load_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
-          } else {
-            clear(c);
-          }
-        },
-        [&](int64_t i, int64_t j, int64_t, auto& c) {
+          // Sums of panels are added up, which rounds less than one long sum.
+          if (resume) add_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
           if (!last) {
             store_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
           } else if (sizeof(T) == 4 || (i + kRows <= block.rows && j + kWidth <= block.columns)) {
@@ -230,16 +225,11 @@ LIPCORE_INLINE void weight_grad_of(E element, const LinearSample* samples, int64
     }
     multiply<T, kRows, kRows>(
         block.rows, block.columns, packed, segments, parts, scratch.a, scratch.b,
-        [&](int64_t, int64_t j) { return block.columns - j; },
-        [&](int64_t i, int64_t j, int64_t, auto& c) {
-          if (resume) {
-            load_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
-          } else {
-            clear(c);
-          }
-        },
+        [&](int64_t, int64_t j) { return block.columns - j; }, [&](int64_t, int64_t, int64_t, auto& c) { clear(c); },
         [&](int64_t i, int64_t j, int64_t p, auto& c) {
           constexpr int kVectors = sizeof c[0] / sizeof c[0][0];
+          // Sums of panels are added up, which rounds less than one long sum.
+          if (resume) add_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
           if (!last) return store_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
           sums[p] = sums[p] + sum_squares_of<T>(c);
           T* tile = tile_at<T, kRows>(scratch.second, block.rows, i, j);

@@ -137,6 +137,12 @@ LIPCORE_INLINE void load_tile(const T* tile, Lanes (&c)[kRows][kVectors]) {
   for (int r = 0; r < kRows; ++r)
     for (int v = 0; v < kVectors; ++v) c[r][v] = load(tile + r * Tile<T>::kWidth + 16 * v);
 }
+
+template <class T, class Lanes, int kRows, int kVectors>
+LIPCORE_INLINE void add_tile(const T* tile, Lanes (&c)[kRows][kVectors]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < kVectors; ++v) c[r][v] = c[r][v] + load(tile + r * Tile<T>::kWidth + 16 * v);
+}
 template <class T, class Lanes, int kRows, int kVectors>
 LIPCORE_INLINE void store_tile(T* tile, const Lanes (&c)[kRows][kVectors]) {
   for (int r = 0; r < kRows; ++r)
