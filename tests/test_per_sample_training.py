@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -588,3 +589,18 @@ def test_batch_norm_that_goes_into_train_mode_is_an_error(affine: bool, size: in
 
 def test_float64_arguments_reach_the_oracle() -> None:
     assert to_float64(torch.ones(1)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_in_place_activation_behind_a_linear_that_returns_a_view(fused: bool) -> None:
+    """A Linear of three dimensions does: its output is passed on without a copy, and may be overwritten."""
+    model = made(lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(inplace=True), nn.Linear(6, 3)))
+    x = torch.randn(2, 50, 5)
+    plain = copy.deepcopy(model)
+    sum_loss(plain(x)).backward()
+    expected = norms_sq(model, samples_of((x,), 2), sum_loss)
+    with PerSampleGradNorms(model, loss_reduction="sum", fused=fused) as metric:
+        sum_loss(model(x)).backward()
+        assert_norms(metric, expected)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5 if fused else 0, atol=1e-6 if fused else 0)
