@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from models import Wrapper
 from per_sample_models import Block, assert_equal, made, sum_loss, train, weights
 from per_sample_oracle import norms_sq, samples_of
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -207,7 +207,7 @@ def work(rank: int, folder: str, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["DDP", "FSDP"])
 def test_two_ranks(name: str, tmp_path: Path) -> None:
-    mp.spawn(work, args=(str(tmp_path), name), nprocs=2, join=True)
+    run_ranks(work, str(tmp_path), name)
     for rank in range(2):
         assert not Path(tmp_path, f"failures{rank}").read_text()
 

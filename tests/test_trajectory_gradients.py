@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import batches, mlp, mse, seeded
 from points import check_gradients, counted_hooks, gradient_norms
+from ranks import run_ranks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -247,4 +248,4 @@ def _rank(rank: int, path: str) -> None:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 def test_distributed_data_parallel(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(_rank, (str(tmp_path / "store"),), nprocs=2)
+    run_ranks(_rank, str(tmp_path / "store"))

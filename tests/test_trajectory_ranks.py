@@ -8,7 +8,7 @@ import socket
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import run_ranks
 from torch import nn
 
 import lipcore
@@ -75,7 +75,7 @@ def test_ranks_together_give_the_whole(kind: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(sharded, args=(2, port, kind), nprocs=2, join=True)
+    run_ranks(sharded, 2, port, kind)
 
 
 def test_without_a_process_group() -> None:
