@@ -1,0 +1,7 @@
+"""Linear regions of piecewise linear networks: activation patterns, how many there are, how they change, and what those
+of the training points say about other inputs (Theorem 2 of Loukas, Poiitis and Jegelka, NeurIPS 2021)."""
+
+from lipcore.regions.coverage import Coverage, CoverageResult
+from lipcore.regions.patterns import Patterns, activation_patterns
+
+__all__ = ["Coverage", "CoverageResult", "Patterns", "activation_patterns"]

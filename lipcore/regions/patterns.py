@@ -1,0 +1,164 @@
+"""Activation patterns of many inputs, packed to bits: regions, their number, and how they change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from lipcore.regions.gates import Gate, Kind, check_model, record_gates
+
+
+@dataclass(frozen=True)
+class PackedGate:
+    """One activation's pattern for N inputs, a bit for every unit."""
+
+    name: str
+    kind: Kind
+    width: int  #: units
+    slope: NDArray[np.uint8]  #: [N, ceil(width / 8)]; for kind "index" [N, 4 width], the indices' bytes
+    above: NDArray[np.uint8] | None = None
+
+    def bits(self, rows: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.uint8]:
+        """[rows, width]: 1 where the unit has slope 1; for kind "index" the indices, int32."""
+        if self.kind == "index":
+            return np.ascontiguousarray(self.slope[rows]).view(np.int32)
+        return np.unpackbits(self.slope[rows], axis=1, count=self.width)
+
+    def take(self, rows: NDArray[np.int64]) -> PackedGate:
+        above = None if self.above is None else self.above[rows]
+        return PackedGate(self.name, self.kind, self.width, self.slope[rows], above)
+
+
+@dataclass(frozen=True)
+class Patterns:
+    r"""Activation patterns :math:`s(x) = (s_1(x), \ldots, s_{d-1}(x))` of N inputs; two inputs with the same one lie in
+    the same linear region (the same affine function; a region of inputs with the same pattern is convex)."""
+
+    layers: tuple[PackedGate, ...]
+    head: str = ""  #: an operation at the end that is not piecewise linear (a sigmoid); patterns do not see it
+
+    def __len__(self) -> int:
+        return len(self.layers[0].slope)
+
+    @property
+    def codes(self) -> NDArray[np.void]:
+        """One opaque value per input; equal where all bits are."""
+        parts = [part for gate in self.layers for part in (gate.slope, gate.above) if part is not None]
+        joined = np.ascontiguousarray(np.concatenate(parts, axis=1))
+        return joined.view(np.dtype((np.void, joined.shape[1])))[:, 0]
+
+    @property
+    def regions(self) -> int:
+        """Distinct regions that hold at least one of the inputs."""
+        return len(np.unique(self.codes))
+
+    def region_ids(self) -> NDArray[np.int64]:
+        """[N]: inputs of the same region share a number, 0 ... regions - 1."""
+        return np.unique(self.codes, return_inverse=True)[1].reshape(-1).astype(np.int64)
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Patterns:
+        """The patterns of some inputs."""
+        index = np.asarray(rows, dtype=np.int64)
+        return Patterns(tuple(gate.take(index) for gate in self.layers), self.head)
+
+    def churn(self, later: Patterns) -> float:
+        """Share of the inputs whose region is another one in `later`: patterns of the same inputs, at another time."""
+        self._check_same(later)
+        return float(np.mean(self.codes != later.codes)) if len(self) else float("nan")
+
+    def flipped(self, later: Patterns) -> dict[str, float]:
+        """Per activation, the share of (input, unit) pairs whose piece changed."""
+        self._check_same(later)
+        out = {}
+        for mine, theirs in zip(self.layers, later.layers, strict=True):
+            changed = mine.bits() != theirs.bits()
+            if mine.above is not None and theirs.above is not None:
+                changed = changed | np.unpackbits(mine.above ^ theirs.above, axis=1, count=mine.width).astype(bool)
+            out[mine.name] = float(changed.mean()) if changed.size else float("nan")
+        return out
+
+    def activity(self) -> dict[str, NDArray[np.float64]]:
+        """Per activation [n_l]: the share of inputs on which each unit is active; pooling is left out."""
+        return {gate.name: gate.bits().mean(axis=0) for gate in self.layers if gate.kind != "index"}
+
+    def _check_same(self, other: Patterns) -> None:
+        mine = [(gate.name, gate.width) for gate in self.layers]
+        theirs = [(gate.name, gate.width) for gate in other.layers]
+        if mine != theirs or len(self) != len(other):
+            raise ValueError(
+                f"later: expected patterns of the same {len(self)} inputs and activations {mine}, got {len(other)} "
+                f"inputs and {theirs}"
+            )
+
+    def __repr__(self) -> str:
+        layers = ", ".join(f"{gate.name}[{gate.width}]" for gate in self.layers)
+        return f"Patterns({len(self)} inputs in {self.regions} regions; {layers})"
+
+
+def activation_patterns(model: nn.Module, x: Tensor, *, batch_size: int = 1024) -> Patterns:
+    """Packed activation patterns of inputs x [N, ...] of any network with ReLU-family activations.
+
+    Recorded are ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Threshold, clamp, abs (one or two bits per unit: on which
+    linear piece its input lies; exactly on a kink counts as the lower piece, the slope torch takes there) and max
+    pooling (which element was the largest), whether called as modules or functions. A head without linear pieces
+    (a sigmoid) is allowed at the very end and named in ``head``. The model is run, not changed.
+
+    Args:
+        model: any wiring (chains, convolutions, residual connections); in eval mode where it has BatchNorm or Dropout.
+        x: [N, ...], N >= 1.
+        batch_size: inputs per forward pass.
+
+    Raises:
+        ValueError: x is empty; BatchNorm or Dropout in train mode; another activation or normalisation (named).
+        TypeError: x is not a tensor.
+
+    >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
+    >>> _ = nn.init.ones_(model[0].weight), nn.init.zeros_(model[0].bias)
+    >>> activation_patterns(model, torch.tensor([[-1.0], [1.0], [2.0]]))
+    Patterns(3 inputs in 2 regions; 1[2])
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    if not x.dim() or not len(x):
+        raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {list(x.shape)}")
+    check_model(model)
+    _check_device(model, x)
+    parts: list[list[PackedGate]] = []
+    head = ""
+    for batch in x.split(batch_size):
+        gates, head = record_gates(model, batch)
+        packed = [_packed(gate) for gate in gates]
+        if parts and [(gate.name, gate.width) for gate in packed] != [(gate.name, gate.width) for gate in parts[0]]:
+            raise ValueError("model: its activations differ from batch to batch; patterns need the same ones each time")
+        parts.append(packed)
+    layers = []
+    for pieces in zip(*parts, strict=True):
+        above = [piece.above for piece in pieces if piece.above is not None]
+        first = pieces[0]
+        slope = np.concatenate([piece.slope for piece in pieces])
+        layers.append(PackedGate(first.name, first.kind, first.width, slope, np.concatenate(above) if above else None))
+    return Patterns(tuple(layers), head)
+
+
+def _check_device(model: nn.Module, x: Tensor) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.device != x.device:
+            raise ValueError(
+                f"x: it is on {x.device}, but parameter '{name}' of the model is on {parameter.device}; move one"
+            )
+
+
+def _packed(gate: Gate) -> PackedGate:
+    width = gate.slope.shape[1]
+    if gate.kind == "index":
+        indices = np.ascontiguousarray(gate.slope.to(torch.int32).cpu().numpy())
+        return PackedGate(gate.name, gate.kind, width, indices.view(np.uint8).reshape(len(indices), -1))
+    above = None if gate.above is None else np.packbits(gate.above.cpu().numpy(), axis=1)
+    return PackedGate(gate.name, gate.kind, width, np.packbits(gate.slope.cpu().numpy(), axis=1), above)

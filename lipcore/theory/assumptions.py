@@ -1,0 +1,93 @@
+"""The constants that Theorems 2 and 3 assume: gamma and tau of Assumption 1, mu and xi of a sigmoid head."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lipcore.results import Value
+from lipcore.theory.finding import Finding
+
+
+@dataclass(frozen=True, repr=False)
+class Slack(Finding):
+    """Assumption 1, measured at some points in some passes."""
+
+    gamma: Value  #: max over points and pairs of passes from tau on of lambda / lambda' - 1
+    median: Value  #: over points, of the same
+    tau: int  #: step of the pass from which on it was measured
+    constant: int  #: points whose lambda was 0 in one of the passes: no ratio
+
+
+def slack(passes: Sequence[Tensor], steps: Sequence[int] | None = None, *, tau: int | None = None) -> Slack:
+    r"""gamma of Assumption 1 of Loukas et al.: after step tau the Lipschitz constant of a region changes by at most a
+    factor 1 + gamma.
+
+    Measured from two or more passes over the same points, :math:`\lambda_i` of each from
+    :func:`lipcore.local_lipschitz` (or a monitor's probe): :math:`1 + \gamma = \max_i \max_t \lambda_i(t) / \min_t
+    \lambda_i(t)`. Heuristic: between the passes and off the points it may be larger.
+
+    Args:
+        passes: tensors [N] of local Lipschitz constants, in the order of training.
+        steps: when each pass was made; default 0, 1, ....
+        tau: only passes from this step on; default the first.
+
+    Raises:
+        ValueError: fewer than two passes from tau on; different lengths; empty, negative or not finite values.
+    """
+    steps = list(range(len(passes))) if steps is None else list(steps)
+    if len(steps) != len(passes):
+        raise ValueError(f"steps: expected one for each of {len(passes)} passes, got {len(steps)}")
+    chosen = [(s, torch.as_tensor(p).double()) for s, p in zip(steps, passes, strict=True) if tau is None or s >= tau]
+    if len(chosen) < 2:
+        raise ValueError(f"passes: expected at least two from step {tau} on, got {len(chosen)}")
+    shapes = {tuple(p.shape) for _, p in chosen}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 1 or not next(iter(shapes))[0]:
+        raise ValueError(f"passes: expected tensors [N] of the same N >= 1, got shapes {sorted(shapes)}")
+    values = torch.stack([p for _, p in chosen])
+    if not bool((values.isfinite() & (values >= 0)).all()):
+        raise ValueError("passes: expected finite values >= 0, got others")
+    low, high = values.amin(0), values.amax(0)
+    usable = low > 0
+    ratios = high[usable] / low[usable] - 1
+    count = len(ratios)
+    flat = int(((high == 0) | ~usable).sum())
+    note = "at these points and passes only" + (f"; {flat} points with lambda = 0 left out" if flat else "")
+    numbers = (float(ratios.max()), float(ratios.median())) if count else (math.nan, math.nan)
+    gamma, median = (Value(v, count, "heuristic", count > 0, note) for v in numbers)
+    return Slack(gamma, median, chosen[0][0], flat)
+
+
+@dataclass(frozen=True, repr=False)
+class SigmoidHead(Finding):
+    """How far a probability stays from 0 and 1."""
+
+    mu: Value  #: min over samples of min(f, 1 - f)
+    xi: Value  #: 0.25 / (mu (1 - mu)); 1 for a linear head
+
+
+def sigmoid_head(probabilities: Tensor) -> SigmoidHead:
+    r"""mu and xi of Theorems 2 and 3 for a network that ends in a sigmoid: :math:`f(x) \in [\mu, 1-\mu]`,
+    :math:`\xi = 0.25 / (\mu(1-\mu))`, the ratio of the sigmoid's largest slope to its smallest.
+
+    Exact for the given samples; heuristic for the whole input space, which the theorems speak of.
+
+    Raises:
+        ValueError: empty; values outside [0, 1]. At mu = 0 (a saturated sigmoid) xi is infinite and not valid.
+    """
+    f = torch.as_tensor(probabilities).double().flatten()
+    if not len(f):
+        raise ValueError("probabilities: expected at least one value, got none")
+    if not bool(((f >= 0) & (f <= 1)).all()):
+        raise ValueError(
+            f"probabilities: expected values in [0, 1], got {float(f.min()):.6g} to {float(f.max()):.6g}; was this the "
+            "logit?"
+        )
+    mu = float(torch.minimum(f, 1 - f).min())
+    note = "over the given samples" if mu > 0 else "a probability is 0 or 1 exactly: no slope is left there"
+    xi = 0.25 / (mu * (1 - mu)) if mu > 0 else math.inf
+    return SigmoidHead(Value(mu, len(f), "heuristic", True, note), Value(xi, len(f), "heuristic", mu > 0, note))

@@ -1,0 +1,57 @@
+"""Covering numbers, and an estimate of the dimension data have."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lipcore.results import Value
+
+_BLOCK = 1 << 24
+
+
+def log_covering_number(radius: float, *, extent: float, dimension: float) -> float:
+    r"""Natural logarithm of an upper bound of the covering number of a ball of radius `extent` by balls of `radius` in
+    `dimension` dimensions: :math:`N \le (1 + 2R/r)^k`, and 1 where r >= R (Vershynin, High-Dimensional Probability,
+    Corollary 4.2.13). At radius 0 it is infinite.
+
+    >>> round(log_covering_number(0.5, extent=1.0, dimension=2), 4)
+    3.2189
+    """
+    for name, number in (("radius", radius), ("extent", extent), ("dimension", dimension)):
+        if not number >= 0:
+            raise ValueError(f"{name}: expected a number >= 0, got {number!r}")
+    if radius >= extent:
+        return 0.0
+    return dimension * math.log1p(2 * extent / radius) if radius > 0 else math.inf
+
+
+def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
+    r"""Maximum-likelihood estimate of the dimension of the set the points x [N, ...] lie on (Levina and Bickel 2004,
+    averaged as MacKay and Ghahramani 2005 propose):
+    :math:`\hat k^{-1} = \frac{1}{N(m-1)} \sum_i \sum_{j<m} \log (T_m(x_i) / T_j(x_i))`, T_j the distance to the j-th
+    neighbour.
+
+    Heuristic: biased downwards in high dimensions, and distances are Euclidean ones of the raw inputs.
+
+    Raises:
+        ValueError: fewer than neighbors + 2 points; neighbors < 2; too many duplicates.
+    """
+    if not isinstance(neighbors, int) or neighbors < 2:
+        raise ValueError(f"neighbors: expected an integer >= 2, got {neighbors!r}")
+    points = torch.as_tensor(x).detach().double()
+    if points.dim() < 1 or len(points) < neighbors + 2:
+        raise ValueError(f"x: expected at least {neighbors + 2} points for {neighbors} neighbours, got {len(points)}")
+    points = torch.unique(points.flatten(1) if points.dim() > 1 else points[:, None], dim=0)  # duplicates say nothing
+    if len(points) < neighbors + 2:
+        raise ValueError(f"x: only {len(points)} of its points differ; expected at least {neighbors + 2}")
+    rows = max(1, _BLOCK // len(points))
+    logs = []
+    for block in points.split(rows):
+        distance = torch.cdist(block, points, compute_mode="donot_use_mm_for_euclid_dist")
+        nearest = distance.topk(neighbors + 1, largest=False).values[:, 1:]
+        logs.append((nearest[:, -1:] / nearest[:, :-1]).log().mean(1))
+    inverse = float(torch.cat(logs).mean())
+    return Value(1 / inverse if inverse > 0 else math.inf, len(points), "heuristic", inverse > 0, "Levina-Bickel")

@@ -1,0 +1,50 @@
+"""What the functions of lipcore.theory return."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lipcore.results import Value
+
+
+@dataclass(frozen=True, repr=False)
+class Finding:
+    """Base: a few values with their labels; ``print`` it, or take ``to_dict()``."""
+
+    def __repr__(self) -> str:
+        rows = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Value):
+                worth = value.label if value.valid else f"not valid: {value.note}"
+                note = f" ({value.note})" if value.valid and value.note else ""
+                rows.append((field.name, f"{value.value:.6g}", worth + note))
+            elif isinstance(value, (bool, int, str)):
+                rows.append((field.name, str(value), ""))
+            elif isinstance(value, float):
+                rows.append((field.name, f"{value:.6g}", ""))
+            elif isinstance(value, (list, tuple)):
+                rows.append((field.name, f"{len(value)} values", ""))
+            else:
+                rows.append((field.name, str(value), ""))
+        width = max(len(name) for name, _, _ in rows)
+        lines = [f"  {name:<{width}}  {number:>12}  {worth}".rstrip() for name, number, worth in rows]
+        return "\n".join([type(self).__name__, *lines])
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready: values as dictionaries, None for what is not finite."""
+        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Value):
+        return value.to_dict()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return value

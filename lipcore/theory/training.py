@@ -1,0 +1,137 @@
+"""Theorem 1 and Definition 1: what the first layer's gradients said about the function while it was trained."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from lipcore.results import Label, Value, Window
+from lipcore.theory.finding import Finding
+from lipcore.theory.windows import one_place, quantity, select
+
+_WORTH: dict[Label, int] = {"exact": 0, "estimate": 1, "one-sided": 2, "heuristic": 3}
+
+
+def weakest(labels: Iterable[Label]) -> Label:
+    """The label of a number made from several."""
+    return max(labels, key=_WORTH.__getitem__)
+
+
+@dataclass(frozen=True, repr=False)
+class Sandwich(Finding):
+    """Theorem 1 over an interval of training: lower <= middle <= upper."""
+
+    lower: Value  #: mean of lambda_i / sigma_1(W_1)
+    middle: Value  #: mean of r_i, the normalised first-layer gradient norm
+    upper: Value  #: mean of lambda_i / sigma_min(W_1); valid only where W_1 has n_1 <= n and full rank
+    length: Value  #: sum of r_i over all samples visited: the normalised length
+    first_step: int
+    last_step: int
+
+    @property
+    def upper_valid(self) -> bool:
+        """Whether the upper side is a theorem here."""
+        return self.upper.valid
+
+
+def sandwich(
+    history: Iterable[Window],
+    *,
+    first_step: int | None = None,
+    last_step: int | None = None,
+    place: str | None = None,
+    metric: str = "lipschitz",
+) -> Sandwich:
+    r"""Theorem 1 of Loukas et al. over any interval of windows:
+
+    .. math:: \frac{1}{n}\sum_t \frac{\lambda_t}{\sigma_1(W_1)} \le \frac{1}{n}\sum_t r_t \le
+              \frac{1}{n}\sum_t \frac{\lambda_t}{\sigma_{\min}(W_1)}
+
+    over the samples t at which both r and lambda were taken. W_1 is that of each window's close, so shorter windows
+    come nearer to the exact form with W_1 at every t; a window within which it moved makes the sides heuristic. The
+    lower side holds always, the upper one where W_1 has no more outputs than inputs and full rank.
+
+    Args:
+        history: ``monitor.history``, or any windows with a Lipschitz metric.
+        first_step, last_step: only windows within these steps (inclusive).
+        place: the output the numbers refer to; default the only one.
+
+    Raises:
+        ValueError: no window; no Lipschitz metric; no sandwich in a window (an Embedding, or nothing recorded).
+    """
+    windows = select(history, metric, first_step, last_step)
+    why = "it needs a Linear or convolution as first layer, a scalar output, and recorded samples with a lambda"
+    place = one_place(quantity(windows[0][metric], "sandwich", why), place)
+    rows = [quantity(window[metric], "sandwich", why)[place] for window in windows]
+    lengths = [window[metric]["normalized_gradient_norm"][place]["sum"] for window in windows]
+    lower, middle, upper = (_mean([row[side] for row in rows]) for side in ("lower", "middle", "upper"))
+    length = Value(
+        math.fsum(value.value for value in lengths if value.valid),
+        sum(value.count for value in lengths),
+        weakest(value.label for value in lengths),
+    )
+    return Sandwich(lower, middle, upper, length, windows[0].first_step, windows[-1].last_step)
+
+
+def _mean(values: list[Value]) -> Value:
+    """Over all samples of all windows; not valid where one is not."""
+    count = sum(value.count for value in values)
+    total = math.fsum(value.value * value.count for value in values)
+    notes = sorted({value.note for value in values if value.note})
+    valid = all(value.valid for value in values)
+    label = weakest(value.label for value in values)
+    return Value(total / count if count else math.nan, count, label, valid, "; ".join(notes))
+
+
+@dataclass(frozen=True, repr=False)
+class Steadiness(Finding):
+    """phi(tau) = max of r_t over t >= tau, tau at the start of each window."""
+
+    steps: tuple[int, ...]  #: tau: first step of each window
+    phi: tuple[float, ...]  #: suffix maximum, never rising
+    median: tuple[float, ...]  #: of r within each window, to 1 %
+    p99: tuple[float, ...]  #: of r within each window, to 1 %
+    label: Label
+
+    def at(self, step: int) -> float:
+        """phi(tau) of the first window that starts at `step` or later; NaN after the last one."""
+        return next((phi for tau, phi in zip(self.steps, self.phi, strict=True) if tau >= step), math.nan)
+
+    def earliest(self, phi: float) -> int | None:
+        """The earliest tau from which on training is (tau, phi)-steady; None when it never became so."""
+        return next((tau for tau, value in zip(self.steps, self.phi, strict=True) if value <= phi), None)
+
+
+def steadiness(
+    history: Iterable[Window],
+    *,
+    first_step: int | None = None,
+    last_step: int | None = None,
+    place: str | None = None,
+    metric: str = "lipschitz",
+) -> Steadiness:
+    r"""Definition 1 of Loukas et al.: training is :math:`(\tau, \varphi)`-steady when :math:`r_t \le \varphi` for all
+    :math:`t \ge \tau`; the curve is :math:`\varphi(\tau) = \max_{t \ge \tau} r_t`.
+
+    Exact for the samples that were recorded; windows without any are passed over (NaN at the end).
+
+    Raises:
+        ValueError: no window, or no Lipschitz metric.
+    """
+    windows = select(history, metric, first_step, last_step)
+    name = "normalized_gradient_norm"
+    place = one_place(quantity(windows[0][metric], name, "nothing was recorded"), place)
+    rows = [window[metric][name][place] for window in windows]
+    phi: list[float] = []
+    highest = -math.inf
+    for row in reversed(rows):
+        highest = max(highest, row["max"].value)  # NaN, of an empty window, never wins here
+        phi.append(highest if highest > -math.inf else math.nan)
+    return Steadiness(
+        tuple(window.first_step for window in windows),
+        tuple(reversed(phi)),
+        tuple(row["p50"].value for row in rows),
+        tuple(row["p99"].value for row in rows),
+        weakest(row["max"].label for row in rows),
+    )

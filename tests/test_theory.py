@@ -1,0 +1,323 @@
+"""lipcore.theory against formulas evaluated by hand on recorded runs."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lipcore import Lipschitz, Monitor, Trajectory, local_lipschitz, theory
+from lipcore.regions import activation_patterns
+
+EPOCHS, SIZE, RATE = 4, 12, 1e-2
+
+
+class Run:
+    """SGD at batch 1, squared error / 2, with everything written down by autograd."""
+
+    def __init__(self, inputs: int = 4, width: int = 3, frozen: bool = True, epochs: int = EPOCHS) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(inputs, width), nn.ReLU(), nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, 1))
+        self.model.double()
+        self.model[0].weight.requires_grad_(not frozen)
+        self.x, self.y = torch.randn(SIZE, inputs).double(), torch.randn(SIZE, 1).double()
+        optimizer = torch.optim.SGD([p for p in self.model.parameters() if p.requires_grad], lr=RATE)
+        bias = self.model[0].bias
+        self.r: list[list[float]] = []
+        self.lam: list[list[float]] = []
+        self.eps: list[list[float]] = []
+        self.bias: list[list[Tensor]] = []
+        self.sigma: list[Tensor] = []
+        with Monitor(self.model, optimizer, [Trajectory(), Lipschitz()]) as monitor:
+            for _ in range(epochs):
+                r, lam, eps, path = [], [], [], [bias.detach().clone()]
+                for i in range(SIZE):
+                    optimizer.zero_grad()
+                    x = self.x[i : i + 1]
+                    u = self.model[0](x).detach().requires_grad_()
+                    r.append(float(torch.autograd.grad(self.model[1:](u).sum(), u)[0].norm()))
+                    lam.append(float(local_lipschitz(self.model, x)))
+                    f = self.model(x)
+                    eps.append(float((f - self.y[i : i + 1]).abs().detach()))
+                    ((f - self.y[i : i + 1]).square().sum() / 2).backward()
+                    optimizer.step()
+                    path.append(bias.detach().clone())
+                self.r.append(r)
+                self.lam.append(lam)
+                self.eps.append(eps)
+                self.bias.append(path)
+                self.sigma.append(torch.linalg.svdvals(self.model[0].weight.detach()))
+                monitor.close_window()
+        self.history = monitor.history
+
+
+@pytest.fixture(scope="module")
+def run() -> Run:
+    return Run()
+
+
+def test_sandwich_over_any_interval(run: Run) -> None:
+    found = theory.sandwich(run.history, first_step=SIZE + 1, last_step=3 * SIZE)
+    r, lam = (np.array(values[1:3]).ravel() for values in (run.r, run.lam))
+    sigma = run.sigma[0]
+    assert (found.first_step, found.last_step) == (SIZE + 1, 3 * SIZE)
+    assert found.middle.value == pytest.approx(r.mean(), rel=1e-6)
+    assert found.lower.value == pytest.approx(lam.mean() / float(sigma[0]), rel=1e-6)
+    assert found.upper.value == pytest.approx(lam.mean() / float(sigma[-1]), rel=1e-6)
+    assert found.length.value == pytest.approx(r.sum(), rel=1e-6)
+    assert found.upper_valid
+    assert found.lower.value <= found.middle.value <= found.upper.value
+    assert {found.lower.label, found.upper.label} == {"exact"}
+
+
+def test_sandwich_of_a_first_layer_that_moves_or_widens() -> None:
+    moving = theory.sandwich(Run(frozen=False, epochs=2).history)
+    assert moving.lower.label == moving.upper.label == "heuristic"
+    wide = theory.sandwich(Run(inputs=3, width=5, epochs=2).history)
+    assert not wide.upper_valid
+    assert "more outputs than inputs" in wide.upper.note
+    assert wide.lower.valid
+
+
+def test_steadiness(run: Run) -> None:
+    curve = theory.steadiness(run.history)
+    expected = [max(max(r) for r in run.r[i:]) for i in range(EPOCHS)]
+    assert curve.phi == pytest.approx(expected, rel=1e-6)
+    assert curve.steps == tuple(1 + SIZE * i for i in range(EPOCHS))
+    assert curve.median == pytest.approx([np.quantile(r, 0.5, method="inverted_cdf") for r in run.r], rel=0.1)
+    assert curve.at(2) == curve.phi[1]
+    assert math.isnan(curve.at(10**6))
+    assert curve.earliest(curve.phi[0]) == 1
+    assert curve.earliest(0.0) is None
+
+
+def test_corollary_1(run: Run) -> None:
+    found = theory.lipschitz_bound(run.history, run.model, run.x)
+    assert found.beta.value == pytest.approx(float(run.sigma[0][0]))
+    assert found.bound.value == pytest.approx(float(run.sigma[0][0]) * max(max(r) for r in run.r), rel=1e-6)
+    assert found.bound.value >= max(max(lam) for lam in run.lam)
+    assert found.largest.value == pytest.approx(float(local_lipschitz(run.model, run.x).max()))
+    product = math.prod(float(torch.linalg.matrix_norm(run.model[i].weight.detach(), ord=2)) for i in (0, 2, 4))
+    assert found.spectral_product.value == pytest.approx(product)
+    assert not theory.lipschitz_bound(run.history).largest.valid
+
+
+def test_corollary_2(run: Run) -> None:
+    found = theory.bias_variance(run.history, "0.bias", learning_rate=RATE, eps=run.eps[-1])
+    path = torch.stack(run.bias[-1])
+    variance = float((path - path.mean(0)).square().sum() / (SIZE + 1))
+    moves = path.diff(dim=0).norm(dim=1)
+    shrink = SIZE / (4 * (SIZE + 1))
+    assert found.variance.value == pytest.approx(variance, rel=1e-6)
+    assert found.variance_over_lr_sq.value == pytest.approx(variance / RATE**2, rel=1e-6)
+    assert found.lower.value == pytest.approx(shrink * float(moves.mean()) ** 2, rel=1e-6)
+    lam = np.mean(run.lam[-1]) / float(run.sigma[0][0])
+    assert found.printed.value == pytest.approx(shrink * (RATE * lam) ** 2, rel=1e-6)
+    inverse = np.mean(np.array(run.eps[-1]) ** -2.0)
+    assert found.lower_lipschitz.value == pytest.approx(shrink * (RATE * lam) ** 2 / inverse, rel=1e-6)
+    assert found.lower_lipschitz.value <= found.lower.value <= found.variance.value
+    assert found.printed.label == "heuristic"
+
+
+def test_corollary_3(run: Run) -> None:
+    eps_max = max(max(eps) for eps in run.eps)
+    found = theory.bias_distance(run.history, "0.bias", learning_rate=RATE, eps_max=eps_max)
+    distance = float((run.bias[-1][-1] - run.bias[0][0]).norm())
+    length = sum(float(torch.stack(path).diff(dim=0).norm(dim=1).sum()) for path in run.bias)
+    assert found.distance.value == pytest.approx(distance, rel=1e-6)
+    assert found.length.value == pytest.approx(length, rel=1e-6)
+    assert found.directness.value == pytest.approx(distance / length, rel=1e-6)
+    assert found.bound.value == pytest.approx(RATE * eps_max * np.sum(run.lam) / float(run.sigma[0][-1]), rel=1e-6)
+    assert found.bound.valid
+    assert found.bound.value >= distance
+    assert not theory.bias_distance(Run(inputs=3, width=5, epochs=1).history, "0.bias").bound.valid
+
+
+def test_assumption_1() -> None:
+    passes = [torch.tensor(values) for values in ([9.0, 9.0, 9.0], [1.0, 2.0, 0.0], [1.5, 1.0, 3.0])]
+    found = theory.slack(passes, steps=[0, 10, 20], tau=10)
+    assert found.gamma.value == pytest.approx(1.0)
+    assert found.median.value in (pytest.approx(0.5), pytest.approx(0.75))
+    assert (found.tau, found.constant, found.gamma.label) == (10, 1, "heuristic")
+
+
+def test_sigmoid_head() -> None:
+    found = theory.sigmoid_head(torch.tensor([[0.5], [0.9], [0.2]]))
+    assert found.mu.value == pytest.approx(0.1)
+    assert found.xi.value == pytest.approx(0.25 / 0.09)
+    assert not theory.sigmoid_head(torch.tensor([0.0, 0.3])).xi.valid
+
+
+def test_theorem_3() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 1), nn.Sigmoid())
+    x = torch.randn(200, 3)
+    y = (x[:, :1] > 0).float()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, [Lipschitz()]) as monitor:
+        for _ in range(50):
+            optimizer.zero_grad()
+            nn.functional.binary_cross_entropy(model(x), y).backward()
+            optimizer.step()
+        monitor.close_window()
+    found = theory.generalization(monitor.history, model, x, gamma=0.5, dimension=3.0, delta=0.1)
+    f = model(x).detach().double()
+    mu = float(torch.minimum(f, 1 - f).min())
+    shares = np.concatenate(list(activation_patterns(model, x).activity().values()))
+    assert (found.units, found.dead_units) == (11, int((shares == 0).sum()))
+    p_min = shares[shares > 0].min()
+    c = 1.5 * found.beta.value / (mu * (1 - mu) * p_min)
+    radius = float((1 - 2 * f).abs().min()) / (c * math.log(11) * found.phi.value)
+    assert found.c.value == pytest.approx(c)
+    assert found.radius.value == pytest.approx(radius)
+    assert found.lambda_steady.value == pytest.approx(found.phi.value * c / 4 * math.log(11))
+    assert math.prod(found.factors.values()) == pytest.approx(1 / radius)
+    assert found.killed_by == max(found.factors, key=found.factors.__getitem__)
+    extent = float((x - x.mean(0)).double().norm(dim=1).max())
+    cover = (1 + 2 * extent / radius) ** 3
+    expected = math.sqrt((4 * math.log(2) * cover + 2 * math.log(10)) / 200)
+    assert found.bound.value == pytest.approx(expected, rel=1e-3)
+    assert found.vacuous
+    assert found.dimension.note == "given"
+    estimated = theory.generalization(monitor.history, model, x, gamma=0.5)
+    assert estimated.dimension.label == "heuristic"
+    with pytest.raises(ValueError, match="gamma"):
+        theory.generalization(monitor.history, model, x, gamma=-1.0)
+    with pytest.raises(ValueError, match="values in \\[0, 1\\].*logit"):
+        theory.generalization(monitor.history, model[:-1], x, gamma=0.0)
+
+
+@pytest.mark.parametrize("dimension", [1, 2, 5])
+def test_intrinsic_dimension(dimension: int) -> None:
+    torch.manual_seed(0)
+    flat = torch.randn(1500, dimension) @ torch.randn(dimension, 20)
+    found = theory.intrinsic_dimension(torch.cat([flat, flat[:50]]))
+    assert found.value == pytest.approx(dimension, rel=0.15)
+    assert found.label == "heuristic"
+
+
+def test_covering_number() -> None:
+    assert theory.log_covering_number(2.0, extent=1.0, dimension=3) == 0
+    assert theory.log_covering_number(0.0, extent=1.0, dimension=3) == math.inf
+    # An interval of length 2 needs 2 balls of radius 1/2: the bound is above.
+    assert theory.log_covering_number(0.5, extent=1.0, dimension=1) >= math.log(2)
+
+
+def test_spectral_norm_product_bounds_every_gradient() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1),
+        nn.BatchNorm2d(3),
+        nn.LeakyReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Sequential(nn.AvgPool2d(2), nn.Dropout(), nn.Flatten(), nn.Linear(3, 4), nn.GELU()),
+        nn.Linear(4, 1),
+        nn.Sigmoid(),
+    ).eval()
+    x = torch.randn(50, 1, 6, 6)
+    product = theory.spectral_norm_product(model, x)
+    assert product.label == "one-sided"
+    assert product.value >= float(local_lipschitz(model, x).max())
+    with pytest.raises(ValueError, match="module 1 of the chain, LayerNorm, has no known"):
+        theory.spectral_norm_product(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2)), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="module 1 of the chain, BatchNorm1d.*eval"):
+        theory.spectral_norm_product(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), torch.ones(1, 2))
+    with pytest.raises(ValueError, match="Bilinear|not a chain"):
+        theory.spectral_norm_product(nn.Transformer(4, 1, 1, 1), torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size", "maximum"),
+    [(2, 2, 6, True), (3, 2, 7, True), (3, 1, 5, False), (2, 2, 6, False), (3, 2, 7, False)],
+)
+def test_pooling_constants_hold(kernel: int, stride: int, size: int, maximum: bool) -> None:
+    pool = (nn.MaxPool1d if maximum else nn.AvgPool1d)(kernel, stride)
+    bound = theory.spectral_norm_product(nn.Sequential(pool), torch.ones(1, 1, size)).value
+    for seed in range(20):
+        x = torch.randn(1, 1, size, generator=torch.Generator().manual_seed(seed))
+        jacobian = torch.autograd.functional.jacobian(lambda p: pool(p).flatten(), x).reshape(-1, size)
+        assert float(torch.linalg.matrix_norm(jacobian, ord=2)) <= bound * (1 + 1e-6)
+
+
+def test_findings_print_and_become_json(run: Run) -> None:
+    for found in (theory.sandwich(run.history), theory.steadiness(run.history), theory.lipschitz_bound(run.history)):
+        text = repr(found)
+        assert text.startswith(type(found).__name__ + "\n  ")
+        json.dumps(found.to_dict(), allow_nan=False)
+    assert "not valid: pass model and x" in repr(theory.lipschitz_bound(run.history))
+
+
+def vectors() -> list[Any]:
+    """A run whose outputs have several values: no sandwich."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    with Monitor(model, metrics=[Lipschitz(quantity="residual")]) as monitor:
+        model(torch.randn(5, 3)).square().mean().backward()
+        monitor.step()
+        monitor.close_window()
+    return list(monitor.history)
+
+
+BAD = {
+    "no windows": (lambda run: theory.sandwich([]), ValueError, "no window was closed yet"),
+    "no such steps": (lambda run: theory.sandwich(run.history, first_step=999), ValueError, "steps in it: 1 to 48"),
+    "not windows": (lambda run: theory.steadiness([1.0]), TypeError, "got a float in it"),
+    "vector outputs": (lambda run: theory.sandwich(vectors()), ValueError, "scalar output"),
+    "no singular values": (lambda run: theory.lipschitz_bound(vectors()), ValueError, "no singular values"),
+    "no such metric": (lambda run: theory.bias_variance(vectors(), "0.bias"), ValueError, "no metric 'trajectory'"),
+    "no such place": (lambda run: theory.sandwich(run.history, place="x"), ValueError, "place: .*'x'.*'model:Linear'"),
+    "no such parameter": (lambda run: theory.bias_distance(run.history, "b"), ValueError, "parameter: .*'0.bias'"),
+    "eps of 0": (
+        lambda run: theory.bias_variance(run.history, "0.bias", learning_rate=1.0, eps=[0.0] * SIZE),
+        ValueError,
+        "eps: expected positive numbers, got 0.0 at step 0",
+    ),
+    "too few eps": (
+        lambda run: theory.bias_variance(run.history, "0.bias", learning_rate=1.0, eps=[1.0]),
+        ValueError,
+        "eps: expected one value for each of the window's 12 steps, got 1",
+    ),
+    "learning rate": (
+        lambda run: theory.bias_distance(run.history, "0.bias", learning_rate=-1.0),
+        ValueError,
+        "positive",
+    ),
+    "one pass": (lambda run: theory.slack([torch.ones(3)]), ValueError, "at least two"),
+    "other lengths": (lambda run: theory.slack([torch.ones(3), torch.ones(2)]), ValueError, "same N"),
+    "logits": (lambda run: theory.sigmoid_head(torch.tensor([3.0])), ValueError, "was this the logit"),
+    "no samples": (lambda run: theory.sigmoid_head(torch.empty(0)), ValueError, "at least one value"),
+    "few points": (lambda run: theory.intrinsic_dimension(torch.ones(5, 2)), ValueError, "at least 12 points"),
+    "equal points": (
+        lambda run: theory.intrinsic_dimension(torch.ones(50, 2)),
+        ValueError,
+        "only 1 of its points differ",
+    ),
+    "half of it": (lambda run: theory.lipschitz_bound(run.history, run.model), ValueError, "both or neither"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_in_words(run: Run, name: str) -> None:
+    call, kind, message = BAD[name]
+    with pytest.raises(kind, match=message):
+        call(run)
+
+
+def test_a_rank_deficient_first_layer_has_no_upper_side() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    with torch.no_grad():
+        model[0].weight[1] = model[0].weight[0]
+        model[0].bias.fill_(5.0)
+    with Monitor(model, metrics=[Lipschitz()]) as monitor:
+        model(torch.randn(5, 3)).square().mean().backward()
+        monitor.step()
+        monitor.close_window()
+    upper = theory.sandwich(monitor.history).upper
+    assert not upper.valid
+    assert "rank-deficient" in upper.note
+    assert math.isinf(upper.value)
