@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.capture import Capture
@@ -21,6 +21,7 @@ from lipcore.clock import Calls, Clock, ScaledSteps
 from lipcore.lipschitz import Lipschitz
 from lipcore.metric import Metric, PlanLine, Record
 from lipcore.monitor_state import checked_starts
+from lipcore.probes import Probe, Probes
 from lipcore.results import History, Window
 from lipcore.trajectory import Trajectory
 
@@ -123,6 +124,7 @@ class Monitor:
         self._windows = 0
         self._closed = False
         self._final: Window | None = None  # the open window when the Monitor was closed
+        self._probes = Probes()
         self._error: Exception | None = None
         self._failed = False
         self._optimizers = _optimizers(optimizer)
@@ -359,7 +361,7 @@ class Monitor:
         return self._unread.popleft() if self._unread else None
 
     def _close(self) -> Window:
-        window = self._window(closed=True) if self._final is None else replace(self._final, closed=True)
+        window = self._window(closed=True) if self._final is None else self._probed(replace(self._final, closed=True))
         self._final = None
         self.history.append(window)
         self._unread.append(window)
@@ -368,6 +370,54 @@ class Monitor:
         for metric in self.metrics.values():
             metric.advance() if self._window_blocks > 1 else metric.reset()
         return window
+
+    def _probed(self, window: Window) -> Window:
+        return replace(window, results=window.results | {"probes": self._probes.finalize()}) if self._probes else window
+
+    def probe(
+        self,
+        x: Tensor,
+        name: str,
+        *,
+        output: int | Callable[[Any], Tensor] | None = None,
+        regions: bool = False,
+        batch_size: int = 1024,
+    ) -> Probe:
+        """Measure the exact local Lipschitz constants at fixed points at every window's close: held-out inputs, inputs
+        off the data's manifold, any.
+
+        They come as ``window["probes"].local_lipschitz[name]`` (mean, min, max, p50, p99), a curve beside that of the
+        training samples. The model is run in eval mode for it, forward and backward once per window; no parameter's
+        gradient is touched.
+
+        Args:
+            x: [N, ...] on the model's device; a copy is kept.
+            name: where the numbers stand.
+            output: as in :func:`lipcore.local_lipschitz`.
+            regions: also count the linear regions that hold the points, and the share of points whose region is another
+                one than at the last close (ReLU-family activations only).
+            batch_size: points per forward pass.
+
+        Returns:
+            the probe: its ``values`` are the constants of every point as last measured, at first those of now.
+
+        Raises:
+            ValueError: the name is taken; what :func:`lipcore.local_lipschitz` and, with regions, activation_patterns
+                refuse.
+            TypeError: x is not a floating tensor; the Monitor watches a dict of modules.
+
+        >>> model = nn.Linear(3, 1)
+        >>> monitor = Monitor(model)
+        >>> probe = monitor.probe(10 * torch.ones(4, 3), "far")
+        >>> monitor.step(); monitor.close_window()["probes"].local_lipschitz["far"].mean.count
+        4
+        """
+        if isinstance(self.model, nn.ModuleDict):
+            raise TypeError("model: probe() needs a module that can be called, not a dict of modules")
+        self._probes.check_name(name)
+        probe = Probe(self.model, x, name, output, regions, batch_size)
+        self._probes.add(probe)
+        return probe
 
     def rebind(self) -> None:
         """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
@@ -393,6 +443,8 @@ class Monitor:
         for metric in self._tapping:
             if not metric.off:
                 results[metric.name].details["unrecorded_forwards"] = unrecorded
+        if closed and self._probes:
+            results["probes"] = self._probes.finalize()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         local = distributed and torch.distributed.get_world_size() > 1
         return Window(self._windows, start + 1, self._step, closed, local, results)

@@ -3,5 +3,14 @@ of the training points say about other inputs (Theorem 2 of Loukas, Poiitis and 
 
 from lipcore.regions.coverage import Coverage, CoverageResult
 from lipcore.regions.patterns import Patterns, activation_patterns
+from lipcore.regions.slices import Plane, SliceMap, slice_map
 
-__all__ = ["Coverage", "CoverageResult", "Patterns", "activation_patterns"]
+__all__ = [
+    "Coverage",
+    "CoverageResult",
+    "Patterns",
+    "Plane",
+    "SliceMap",
+    "activation_patterns",
+    "slice_map",
+]

@@ -1,0 +1,105 @@
+"""Fixed points at which the local Lipschitz constant is measured at every window's close: far from the data, say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.distribution import Distribution
+from lipcore.names import unwrap
+from lipcore.pointwise import local_lipschitz
+from lipcore.regions.patterns import Patterns, activation_patterns
+from lipcore.results import MetricResult, Value
+
+
+class Probe:
+    """One set of points; made by :meth:`lipcore.Monitor.probe`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        name: str,
+        output: int | Callable[[Any], Tensor] | None,
+        regions: bool,
+        batch_size: int,
+    ) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+        if not x.dim() or not len(x):
+            raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {list(x.shape)}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+        self.name, self.x = name, x.detach().clone()
+        self._model, self._output, self._regions, self._batch_size = unwrap(model), output, regions, batch_size
+        self.patterns: Patterns | None = None  #: as last measured, with regions=True
+        self.values = torch.empty(0)  #: local Lipschitz constant of every point, as last measured; float64 [N]
+        self._churn = math.nan
+        self.measure()
+        self._churn = math.nan
+
+    def measure(self) -> None:
+        """Take the model as it is now, in eval mode."""
+        with in_eval_mode(self._model):
+            parts = self.x.split(self._batch_size)
+            self.values = torch.cat([local_lipschitz(self._model, part, output=self._output) for part in parts])
+            if self._regions:
+                patterns = activation_patterns(self._model, self.x, batch_size=self._batch_size)
+                self._churn = math.nan if self.patterns is None else self.patterns.churn(patterns)
+                self.patterns = patterns
+
+    def add_to(self, result: MetricResult) -> None:
+        """Measure, and write the numbers down."""
+        self.measure()
+        distribution = Distribution()
+        distribution.observe(self.values)
+        result.add("local_lipschitz", self.name, "total", **distribution.reduced("exact", note="in eval mode"))
+        if self.patterns is not None:
+            count = len(self.x)
+            result.add("regions", self.name, "total", last=Value(float(self.patterns.regions), count))
+            changed = Value(self._churn, count, "exact", not math.isnan(self._churn))
+            result.add("region_churn", self.name, "total", last=changed)
+
+
+class Probes:
+    """All probes of a Monitor."""
+
+    def __init__(self) -> None:
+        self._probes: dict[str, Probe] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._probes)
+
+    def add(self, probe: Probe) -> None:
+        self._probes[probe.name] = probe
+
+    def check_name(self, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: expected a word for the probe, got {name!r}")
+        if name in self._probes:
+            raise ValueError(f"name: there is a probe {name!r} already; choose another name")
+
+    def finalize(self) -> MetricResult:
+        """Measured now."""
+        result = MetricResult("probes", points={name: len(probe.x) for name, probe in self._probes.items()})
+        for probe in self._probes.values():
+            probe.add_to(result)
+        return result
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Every module in eval mode while it lasts; each gets its own mode back."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,69 @@
+"""Slice maps as pictures. Colours are told apart by lightness too (viridis, cividis, and grey to orange for status)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from lipcore.regions.slices import SliceMap
+
+_STATUS = ("train", "combination", "uncovered")
+_STATUS_COLORS = ("#003f5c", "#56b4e9", "#f5e6c8")
+
+
+def draw(found: SliceMap, path: str | Path | None, title: str) -> Any:
+    """One row of panels, in the order of the paper's Figure 6."""
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("drawing needs matplotlib; run: pip install matplotlib") from None
+    panels = _panels(found)
+    figure = Figure(figsize=(3.6 * len(panels), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
+    box = (found.s[0], found.s[-1], found.t[0], found.t[-1])
+    for axis, (name, values, options, note) in zip(axes, panels, strict=True):
+        image = axis.imshow(values, origin="lower", extent=box, aspect="auto", interpolation="nearest", **options)
+        if note == "bar":
+            figure.colorbar(image, ax=axis, shrink=0.85)
+        elif note:
+            axis.set_xlabel(note)
+        if found.points is not None:
+            axis.scatter(*found.points.T, s=7, c="white", edgecolors="black", linewidths=0.5)
+        axis.set_title(name, fontsize=10)
+        axis.set(xlim=box[:2], ylim=box[2:])
+    if title:
+        figure.suptitle(title)
+    if path is not None:
+        figure.savefig(path, dpi=110)
+    return figure
+
+
+def _panels(found: SliceMap) -> list[tuple[str, Any, dict[str, Any], str]]:
+    panels: list[tuple[str, Any, dict[str, Any], str]] = []
+    scale = [values for values in (found.target, found.output) if values is not None]
+    same = {"vmin": min(v.min() for v in scale), "vmax": max(v.max() for v in scale), "cmap": "cividis"}
+    if found.target is not None:
+        panels.append(("target", found.target, same, "bar"))
+    panels.append(("output", found.output, same, "bar"))
+    if found.regions is not None:
+        order = np.random.default_rng(0).permutation(int(found.regions.max()) + 1)
+        count = f"{len(order)} regions seen"
+        panels.append(("linear regions", order[found.regions], {"cmap": "cividis"}, count))
+    top = float(found.local_lipschitz.max())
+    shown: dict[str, Any] = {"cmap": "viridis", "vmin": 0.0, "vmax": top}
+    panels.append(("local Lipschitz constant (exact)", found.local_lipschitz, shown, "bar"))
+    if found.coverage is not None:
+        from matplotlib.colors import ListedColormap
+
+        square = found.local_lipschitz.shape
+        number = np.select([found.coverage.status == name for name in _STATUS], range(3)).reshape(square)
+        colors = {"cmap": ListedColormap(_STATUS_COLORS), "vmin": -0.5, "vmax": 2.5}
+        shares = ", ".join(f"{name} {np.mean(found.coverage.status == name):.0%}" for name in _STATUS)
+        panels.append(("coverage (dark to light)", number, colors, shares))
+        bound = np.where(np.isfinite(found.coverage.bound), found.coverage.bound, np.nan).reshape(square)
+        if np.isfinite(bound).any():
+            panels.append(("bound of Theorem 2 (white: none)", bound, shown | {"vmax": np.nanmax(bound)}, "bar"))
+    return panels
