@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import json
 import math
 import resource
@@ -594,10 +595,11 @@ def test_memory_does_not_grow(build: Callable[[], nn.Module], size: int) -> None
         gc.collect()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, len(gc.get_objects())
 
-    kib, objects = run(1200)  # past the first block of 512 steps and once round the ring
-    kib_after, objects_after = run(2000)
-    assert objects_after - objects <= 50
-    assert kib_after - kib <= 4096
+    rounds = [run(steps) for steps in (1200, 800, 800, 800)]  # past the first 512 steps and once round the ring
+    kib, objects = zip(*rounds, strict=True)
+    assert objects[-1] - objects[0] <= 50
+    # A leak grows in every round; torch and the allocator take what they keep in some of them, megabytes at a time.
+    assert min(after - before for before, after in itertools.pairwise(kib)) <= 256
     assert isinstance(monitor.history[-1], Window)
     monitor.close()
 
