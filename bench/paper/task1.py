@@ -1,0 +1,132 @@
+"""Task 1 of Loukas, Poiitis and Jegelka (NeurIPS 2021): Figures 1a-c and 2a-b, with bands over seeds.
+
+    python bench/paper/task1.py             # 10 seeds x 4 frequencies x 3000 epochs, a few minutes on 2 cores
+    python bench/paper/task1.py --epochs 20 --seeds 2 --out somewhere
+
+Goes on where it was when it is interrupted. Ends with exit status 1 when the curves are not those of the golden file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import golden
+import task1_figures
+from store import load_arrays, save_arrays, write_json
+from task1_training import CURVES, LEARNING_RATE, TRAIN, Training, build
+
+FREQUENCIES = [0.25, 0.5, 0.75, 1.0]
+_KEEP_EVERY = 250
+
+
+def train(seeds: list[int], epochs: int, state: Path) -> dict[str, np.ndarray]:
+    """Curves [frequencies, seeds, epochs]."""
+    from rich.progress import Progress
+
+    torch.set_num_threads(1)  # the matrices are too small to be worth a second one
+    training = Training(build(FREQUENCIES, seeds))
+    curves = {name: np.full((len(FREQUENCIES), len(seeds), epochs), np.nan) for name in CURVES}
+    kept = load_arrays(state)
+    if kept is not None and kept["traj_grad"].shape[1] == len(seeds) and int(kept["epochs"]) <= epochs:
+        training.restore(kept)
+        for name in CURVES:
+            curves[name][:, :, : training.epochs] = kept[name]
+    with Progress() as progress:
+        bar = progress.add_task("epochs of all runs", total=epochs, completed=training.epochs)
+        while training.epochs < epochs:
+            found = training.epoch()
+            for name in CURVES:
+                curves[name][:, :, training.epochs - 1] = found[name].reshape(len(FREQUENCIES), len(seeds))
+            progress.advance(bar)
+            if training.epochs % _KEEP_EVERY == 0 or training.epochs == epochs:
+                made = {name: curve[:, :, : training.epochs] for name, curve in curves.items()}
+                save_arrays(state, training.arrays() | made)
+    return curves
+
+
+#: What theory.md of the design and the paper's figures give for 10 seeds: mean cumulative length / N per frequency.
+PUBLISHED = "the order of the frequencies, .25 < .5 < .75 < 1, in length, variance and test loss at the end"
+
+
+def table(curves: dict[str, np.ndarray]) -> list[dict[str, Any]]:
+    """One row per frequency, at the last epoch."""
+    length = curves["traj_grad"].sum(axis=2) / TRAIN
+    last = slice(-10, None)
+    rows = []
+    for i, frequency in enumerate(FREQUENCIES):
+        rows.append(
+            {
+                "frequency": frequency,
+                "cumulative_length_mean": length[i].mean(),
+                "cumulative_length_std": length[i].std(ddof=1) if length.shape[1] > 1 else 0.0,
+                "per_epoch_length": curves["traj_grad"][i, :, -1].mean() / TRAIN,
+                "lipschitz_mean": curves["lam_avg_end"][i, :, -1].mean(),
+                "variance_over_lr_sq_median": float(np.median(curves["var"][i, :, last]) / LEARNING_RATE**2),
+                "distance": curves["dist"][i, :, -1].mean(),
+                "train_loss": curves["train"][i, :, -1].mean(),
+                "test_loss": curves["test"][i, :, -1].mean(),
+            }
+        )
+    return rows
+
+
+def order(curves: dict[str, np.ndarray]) -> dict[str, Any]:
+    """In how many seeds the cumulative lengths are ordered as the frequencies."""
+    length = curves["traj_grad"].sum(axis=2)
+    ends = length[0] < length[-1]
+    everywhere = (np.diff(length, axis=0) > 0).all(axis=0)
+    return {"seeds": length.shape[1], "first_below_last": int(ends.sum()), "all_in_order": int(everywhere.sum())}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--epochs", type=int, default=3000)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--state", type=Path, default=Path(__file__).parents[2] / "build" / "paper")
+    options = parser.parse_args(arguments)
+    if options.epochs < 1 or options.seeds < 1:
+        parser.error("--epochs and --seeds: expected numbers >= 1")
+    seeds = list(range(options.seeds))
+    began = time.perf_counter()
+    curves = train(seeds, options.epochs, options.state / f"task1-{options.seeds}-seeds.npz")
+    seconds = time.perf_counter() - began
+    check = golden.compare(curves, FREQUENCIES, seeds)
+    rows, found = table(curves), order(curves)
+    task1_figures.figure1(curves, FREQUENCIES, options.out / "task1-figure1.png")
+    task1_figures.figure2(curves, FREQUENCIES, LEARNING_RATE, options.out / "task1-figure2.png")
+    every = np.unique(np.geomspace(1, options.epochs, 60).round().astype(int)) - 1
+    document = {
+        "what": "Task 1: 10-10-32-32-32-1 ReLU, W_1 = I frozen, SGD lr 1e-3, batch 1, squared error / 2",
+        "frequencies": FREQUENCIES,
+        "seeds": seeds,
+        "epochs": options.epochs,
+        "seconds_of_this_call": seconds,
+        "torch": str(torch.__version__),
+        "golden": check,
+        "published_trend": PUBLISHED,
+        "table": rows,
+        "order": found,
+        "curve_epochs": every + 1,
+        "curves": {name: curves[name][:, :, every] for name in ("traj_grad", "train", "test", "var", "dist")},
+    }
+    write_json(options.out / "task1.json", document)
+    for row in rows:
+        print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
+    print(f"order {found}; golden: {check['checked']} values checked, {len(check['wrong'])} wrong; {seconds:.0f} s")
+    for line in check["wrong"][:20]:
+        print("  " + line)
+    return 1 if check["wrong"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
