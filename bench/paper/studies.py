@@ -2,9 +2,10 @@
 
     python bench/paper/studies.py
 
-1. At the same weights: the normalised gradient norm r_i and the displacement form ||db|| / (lr eps) for batches of 1 to 64.
-2. Over all runs: Spearman's rank correlation of the final test loss with the cumulative length, and with predictors that
-   cost nothing (training loss, mean gradient norm, weight norm, distance of the first bias), with bootstrap intervals.
+1. At the same weights: the normalised gradient norm r_i and the displacement form ||db|| / (lr eps), batches of 1 to 64.
+2. Over all runs: Spearman's rank correlation of the final test loss with the cumulative length, and with predictors
+   that cost nothing (training loss, mean gradient norm, weight norm, distance of the first bias), with intervals by
+   bootstrap.
 
 One run per file in the state folder: an interrupted call goes on with the next run. Task 2's runs are taken from its
 results file.
@@ -102,7 +103,7 @@ def run(setting: str, frequency: float, seed: int, epochs: int) -> dict[str, flo
 
 
 def invariance(seed: int = 0, frequency: float = 0.5) -> dict[str, dict[str, float]]:
-    """At the same (initial) weights, per batch size: mean r_i, and the mean of what a step's displacement would give."""
+    """At the same (initial) weights, per batch size: mean r_i, and what the displacement of a step would give."""
     problem = build([frequency], [seed])
     x, y = problem.x[0], problem.y[0]
     model = network(seed, False)
@@ -117,7 +118,7 @@ def invariance(seed: int = 0, frequency: float = 0.5) -> dict[str, dict[str, flo
             lipschitz.update()
             bias = model[0].bias
             assert bias.grad is not None
-            eps = float((output[:, 0] - y[batch]).abs().mean())
+            eps = float((output[:, 0] - y[batch]).detach().abs().mean())
             shifts.append(float(bias.grad.norm()) / eps)  # ||lr grad|| / (lr eps)
         r = lipschitz.compute().normalized_gradient_norm["model:Linear"].mean.value
         lipschitz.close()
