@@ -84,7 +84,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(finished: Path) -> None:
 
 
 def test_a_wrong_curve_is_noticed() -> None:
-    curves = {"train": np.ones((1, 1, 10))}
+    curves = {name: np.ones((1, 1, 10)) for name in ("train", "traj_grad")}
     assert golden.compare(curves, [0.25], [0])["wrong"]
 
 

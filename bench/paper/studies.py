@@ -2,7 +2,7 @@
 
     python bench/paper/studies.py
 
-1. At the same weights: the normalised gradient norm r_i and the displacement form ||db|| / (lr eps), batches of 1 to 64.
+1. At the same weights: normalised gradient norm r_i and displacement form ||db|| / (lr eps), for batches of 1 to 64.
 2. Over all runs: Spearman's rank correlation of the final test loss with the cumulative length, and with predictors
    that cost nothing (training loss, mean gradient norm, weight norm, distance of the first bias), with intervals by
    bootstrap.
