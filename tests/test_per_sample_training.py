@@ -39,7 +39,7 @@ def test_training_is_bitwise_unchanged(build: Any, inputs: Any, options: dict[st
 
     def run(watched: bool) -> list[Tensor]:
         model = Graph(lambda m, x: m.body(x).flatten(1).mean(1), body=made(build))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
         metric = PerSampleGradNorms(loss_reduction="mean", **options)
         monitor = Monitor(model, optimizer, metrics=[metric]) if watched else None
         torch.manual_seed(1)
@@ -122,7 +122,7 @@ def test_in_place_activations(layer: Any, name: str, size: int) -> None:
 def test_accumulation(build: Any, inputs: Any, sizes: tuple[int, ...]) -> None:
     """One record per micro-batch and sample, whatever has accumulated before."""
     model = made(build)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     metric = PerSampleGradNorms(loss_reduction="mean", scale=1 / len(sizes))
     expected = []
     with Monitor(model, optimizer, metrics=[metric]) as monitor:
@@ -151,7 +151,7 @@ def test_a_scale_by_hand() -> None:
 @SIZES
 def test_a_scaler_and_its_skipped_steps(size: int) -> None:
     model = made(mlp)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     metric = PerSampleGradNorms(loss_reduction="mean")
     expected = []
