@@ -346,7 +346,7 @@ class Monitor:
     def compute(self) -> Window:
         """The open window so far; closes and resets nothing. After close(): as it was then."""
         self.flush()
-        return self._final or self._window(closed=False)
+        return self._final or self._window()
 
     def close_window(self) -> Window:
         """Close the open window now (the end of an epoch, say), append it to the history and start the next one."""
@@ -361,8 +361,10 @@ class Monitor:
         return self._unread.popleft() if self._unread else None
 
     def _close(self) -> Window:
-        window = self._window(closed=True) if self._final is None else self._probed(replace(self._final, closed=True))
+        window = self._final or self._window()
         self._final = None
+        probes = {"probes": self._probes.finalize()} if self._probes else {}
+        window = replace(window, closed=True, results=window.results | probes)
         self.history.append(window)
         self._unread.append(window)
         self._windows += 1
@@ -370,9 +372,6 @@ class Monitor:
         for metric in self.metrics.values():
             metric.advance() if self._window_blocks > 1 else metric.reset()
         return window
-
-    def _probed(self, window: Window) -> Window:
-        return replace(window, results=window.results | {"probes": self._probes.finalize()}) if self._probes else window
 
     def probe(
         self,
@@ -434,7 +433,8 @@ class Monitor:
             self._unwatch()  # there may be other parameters, and the metrics may want other things
             self._watch()
 
-    def _window(self, *, closed: bool) -> Window:
+    def _window(self) -> Window:
+        """The open window as it is now."""
         results = {name: metric.finalize() for name, metric in self.metrics.items() if not metric.off}
         start, unrecorded_before = self._starts[0]
         unrecorded = max(0, self._capture.unrecorded - unrecorded_before)
@@ -443,11 +443,9 @@ class Monitor:
         for metric in self._tapping:
             if not metric.off:
                 results[metric.name].details["unrecorded_forwards"] = unrecorded
-        if closed and self._probes:
-            results["probes"] = self._probes.finalize()
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         local = distributed and torch.distributed.get_world_size() > 1
-        return Window(self._windows, start + 1, self._step, closed, local, results)
+        return Window(self._windows, start + 1, self._step, False, local, results)
 
     # ---- state and end
 
@@ -489,7 +487,7 @@ class Monitor:
             for capture in self._layer_captures:
                 capture.close()
             if not self._failed:
-                self._final = self._window(closed=False)  # results refer to parameters, which may go on moving
+                self._final = self._window()  # results refer to parameters, which may go on moving
         self._raise_error()
 
     def __enter__(self) -> Monitor:

@@ -19,6 +19,16 @@ def mixes_samples(module: nn.Module) -> bool:
     return module.training or getattr(module, "running_mean", None) is None
 
 
+def refuse_mixing(model: nn.Module) -> None:
+    """ValueError where one sample's output depends on the others'."""
+    for name, module in named_modules(model):
+        if isinstance(module, _BatchNorm) and mixes_samples(module):
+            mode = "in train mode" if module.training else "without running statistics"
+            raise ValueError(
+                f"model: module '{name}' is a {type(module).__name__} {mode}, which mixes samples; call model.eval()"
+            )
+
+
 def local_lipschitz(
     model: nn.Module,
     x: Tensor,
@@ -59,12 +69,7 @@ def local_lipschitz(
         )
     if not x.dim():
         raise ValueError("x: expected shape [B, ...], got a 0-dimensional tensor")
-    for name, module in named_modules(model):
-        if isinstance(module, _BatchNorm) and mixes_samples(module):
-            mode = "in train mode" if module.training else "without running statistics"
-            raise ValueError(
-                f"model: module '{name}' is a {type(module).__name__} {mode}, which mixes samples; call model.eval()"
-            )
+    refuse_mixing(model)
     if quantity not in ("scalar", "jacobian"):
         raise ValueError(f"quantity: expected 'scalar' or 'jacobian', got {quantity!r}")
     with torch.enable_grad(), paused():

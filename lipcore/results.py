@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+import numpy as np
 
 Label = Literal["exact", "one-sided", "heuristic", "estimate"]
 Level = Literal["tensor", "group", "total"]
@@ -34,6 +36,41 @@ class Value:
         if self.error is not None:
             out["error"] = self.error if math.isfinite(self.error) else None
         return out | {"note": self.note} if self.note else out
+
+
+def json_ready(value: Any, digits: int | None = None) -> Any:
+    """Numbers, arrays, Values, and dicts and lists of them, as JSON has them: None for what is not finite.
+
+    >>> json_ready({"a": [1.23456, float("inf")], "b": (True, "c")}, digits=3)
+    {'a': [1.23, None], 'b': [True, 'c']}
+    """
+    if isinstance(value, Value):
+        return json_ready(value.to_dict(), digits)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return json_ready(value.tolist(), digits)
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return value if digits is None else float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: json_ready(part, digits) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(part, digits) for part in value]
+    return value
+
+
+def suffix_maximum(values: Sequence[float]) -> list[float]:
+    """max of values[i:] for every i; NaN counts for nothing, and stands where no number follows.
+
+    >>> suffix_maximum([1.0, 3.0, float("nan"), 2.0, float("nan")])
+    [3.0, 3.0, 2.0, 2.0, nan]
+    """
+    highest, curve = math.nan, []
+    for value in reversed(values):
+        if not value <= highest and not math.isnan(value):
+            highest = value
+        curve.append(highest)
+    return curve[::-1]
 
 
 class Reduced(Mapping[str, Value]):
@@ -141,14 +178,7 @@ class MetricResult(Mapping[str, Quantity]):
             name: {place: {r: v.to_dict() for r, v in reduced.items()} for place, reduced in quantity.items()}
             for name, quantity in self._quantities.items()
         }
-        return {"quantities": numbers, "details": _finite(self.details)}
-
-
-def _finite(value: Any) -> Any:
-    """With None for what is not finite, which JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return {"quantities": numbers, "details": json_ready(self.details)}
 
 
 @dataclass(frozen=True)
@@ -209,12 +239,7 @@ class History(deque[Window]):
 
         A suffix maximum over the windows kept; the last entry is the last window's own maximum.
         """
-        curve: list[float] = []
-        highest = -math.inf
-        for value in reversed(self.series(metric, "normalized_gradient_norm", place, "max")):
-            highest = max(highest, value)  # a window in which nothing was recorded has NaN, which max() leaves out here
-            curve.append(highest if highest > -math.inf else math.nan)
-        return curve[::-1]
+        return suffix_maximum(self.series(metric, "normalized_gradient_norm", place, "max"))
 
     def to_dict(self) -> dict[str, Any]:
         """{"windows": [...]}, JSON-ready."""

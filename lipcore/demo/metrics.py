@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 from dataclasses import asdict
@@ -19,6 +18,7 @@ from lipcore import _core
 from lipcore.demo import summary
 from lipcore.demo.runs import TaskResult
 from lipcore.demo.tasks import HOW_CHOSEN
+from lipcore.results import json_ready
 
 _SCHEMA = 1
 _UNITS = {
@@ -44,7 +44,8 @@ def write(results: list[TaskResult], path: Path, *, quick: bool, seconds: float)
         "tasks": [_task(result) for result in results],
     }
     path.write_text(
-        json.dumps(_rounded(document), indent=1, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+        json.dumps(json_ready(document, digits=7), indent=1, allow_nan=False, ensure_ascii=False) + "\n",
+        encoding="utf-8",
     )
 
 
@@ -85,14 +86,3 @@ def _processor() -> str:
     return next(
         (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
     )
-
-
-def _rounded(value: Any) -> Any:
-    """Seven digits, and None for what is not finite, all the way down."""
-    if isinstance(value, float):
-        return float(f"{value:.7g}") if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(part) for part in value]
-    return value

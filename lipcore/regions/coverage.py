@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from lipcore.pointwise import local_lipschitz
 from lipcore.regions.kernel import log_kernel, log_norms
 from lipcore.regions.least_cost import LeastCost
 from lipcore.regions.patterns import Patterns, activation_patterns
+from lipcore.results import json_ready
 
 _RANK = 1e-11  # eigenvalues of the normalised Gram matrix under this share of the largest are rounding
 _SPAN = 1e-8  # squared sine of the angle to the span under which a pattern lies in it
@@ -43,9 +44,8 @@ class CoverageResult:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready lists; what is not finite becomes None."""
-        numbers = {name: getattr(self, name) for name in ("bound", "relaxed", "nearest")}
-        finite = {name: [float(v) if math.isfinite(v) else None for v in array] for name, array in numbers.items()}
-        return {"status": self.status.tolist(), "k": self.k.tolist()} | finite
+        found: dict[str, Any] = json_ready({field.name: getattr(self, field.name) for field in fields(self)})
+        return found
 
 
 class Coverage:
@@ -59,7 +59,7 @@ class Coverage:
 
     with the training points' own constants :math:`\lambda_i` of this moment (so the theorem's gamma is 0 and its
     beta phi xi is replaced by what it bounds). Neither s(x) nor the programme with prod(n_l) rows is formed: the Gram
-    matrix :math:`\prod_l \langle s_l(x_i), s_l(x_j)\rangle` leaves rank(K) rows. The linear programme is scipy's HiGHS.
+    matrix :math:`\prod_l \langle s_l(x_i), s_l(x_j)\rangle` leaves rank(K) rows. Solutions are certified by their dual.
 
     Beside it a relaxation that is always finite, for chains of Linear and ReLU: for any k,
     :math:`\lambda(x) \le \sum_i |k_i|\lambda_i + \|M\|\,\|s(x) - Sk\|`, M the map from patterns to gradients. Its
@@ -106,20 +106,22 @@ class Coverage:
         plain = modules_in_order(model) is not None and all(gate.kind != "leaky" for gate in patterns.layers)
         self._affine = not plain
         self._gradient_map = _gradient_map_norm(model) if plain and output is None else math.nan
-        self._log_norm = log_norms(self._patterns, affine=self._affine)
-        self._alive = np.isfinite(self._log_norm)  # all off in some layer: the pattern is zero, and so is the gradient
-        self._used = np.flatnonzero(self._alive)
-        self._costs = self.local_lipschitz[self._used] * np.exp(-self._log_norm[self._used])
-        log_norm = self._log_norm[self._used]
-        alive = self._patterns.take(self._used)
-        gram = np.exp(log_kernel(alive, alive, affine=self._affine) - log_norm[:, None] - log_norm[None])
-        values_, vectors = np.linalg.eigh(gram) if len(gram) else (np.zeros(0), np.zeros((0, 0)))
-        kept = values_ > _RANK * (values_[-1] if len(values_) else 0.0)
+        log_norm = log_norms(self._patterns, affine=self._affine)
+        # Where all units of a layer are off the pattern is zero, and so is the gradient: no help for other inputs.
+        used = np.flatnonzero(np.isfinite(log_norm))
+        self._used, self._log_norm = self._patterns.take(used), log_norm[used]
+        self._slopes = self.local_lipschitz[used]
+        self._costs = self._slopes * np.exp(-self._log_norm)
+        gram = np.exp(
+            log_kernel(self._used, self._used, affine=self._affine) - self._log_norm[:, None] - self._log_norm
+        )
+        eigenvalues, vectors = np.linalg.eigh(gram) if len(gram) else (np.zeros(0), np.zeros((0, 0)))
+        kept = eigenvalues > _RANK * (eigenvalues[-1] if len(eigenvalues) else 0.0)
         #: rows of the linear programme: the patterns' own coordinates in their span
         self.rank = int(kept.sum())
-        self._whiten = vectors[:, kept] / np.sqrt(values_[kept])
-        self._columns = (vectors[:, kept] * np.sqrt(values_[kept])).T
-        self._programme = LeastCost(self._columns, self._costs)
+        roots = np.sqrt(eigenvalues[kept])
+        self._whiten = vectors[:, kept] / roots
+        self._programme = LeastCost((vectors[:, kept] * roots).T, self._costs)
 
     def __repr__(self) -> str:
         kind = "multi-affine" if self._affine else "chain"
@@ -165,25 +167,23 @@ class Coverage:
         log_norm = log_norms(queried, affine=self._affine)
         zero = ~np.isfinite(log_norm)
         safe = np.where(zero, 0.0, log_norm)
-        used = self._patterns.take(self._used)
-        kappa = np.exp(log_kernel(queried, used, affine=self._affine) - safe[:, None] - self._log_norm[self._used])
+        kappa = np.exp(log_kernel(queried, self._used, affine=self._affine) - safe[:, None] - self._log_norm)
         inside = kappa @ self._whiten  # coordinates in the span, of patterns scaled to length 1
         outside_sq = np.clip(1.0 - np.square(inside).sum(axis=1), 0.0, None)
         spanned = (outside_sq <= _SPAN) & ~zero
-        costs = self._costs
         status = np.where(spanned | zero, "combination", "uncovered").astype("<U11")
         k = np.zeros(len(queried), dtype=np.int64)
         bound = np.where(zero, 0.0, np.where(spanned, np.nan, np.inf))
         slack = self._gradient_map * np.exp(safe)  # of k = 0
         near = self._nearest(kappa, safe)
         # Every candidate is a bound: the least one counts. NaN stays where ||M|| is not known.
-        squares = np.abs(inside @ self._whiten.T) @ costs * np.exp(safe) + slack * np.sqrt(outside_sq)
+        squares = np.abs(inside @ self._whiten.T) @ self._costs * np.exp(safe) + slack * np.sqrt(outside_sq)
         relaxed = np.fmin(np.fmin(slack, near), squares)
         relaxed[zero] = near[zero] = 0.0
         for i in range(len(queried)):
             if solve and spanned[i]:
-                scaled = self._programme.least(inside[i], kappa[i])
-                bound[i] = float(np.abs(scaled) @ costs) * math.exp(safe[i])
+                columns, scaled = self._programme.least(inside[i])
+                bound[i] = float(np.abs(scaled) @ self._costs[columns]) * math.exp(safe[i])
                 k[i] = int((np.abs(scaled) > 1e-9).sum())
                 relaxed[i] = np.fmin(relaxed[i], bound[i])
             advance()
@@ -191,11 +191,11 @@ class Coverage:
 
     def _nearest(self, kappa: NDArray[np.float64], log_norm: NDArray[np.float64]) -> NDArray[np.float64]:
         """min over regions of lambda_j + ||M|| ||s - s_j||."""
-        if not len(self._used) or math.isnan(self._gradient_map):
+        if not len(self._slopes) or math.isnan(self._gradient_map):
             return np.full(len(kappa), np.nan)
-        mine, theirs = np.exp(log_norm)[:, None], np.exp(self._log_norm[self._used])[None]
+        mine, theirs = np.exp(log_norm)[:, None], np.exp(self._log_norm)
         distance = np.sqrt(np.clip(mine**2 + theirs**2 - 2 * kappa * mine * theirs, 0.0, None))
-        nearest: NDArray[np.float64] = (self.local_lipschitz[self._used] + self._gradient_map * distance).min(axis=1)
+        nearest: NDArray[np.float64] = (self._slopes + self._gradient_map * distance).min(axis=1)
         return nearest
 
 

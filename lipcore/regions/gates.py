@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipcore.capture import paused
 from lipcore.names import named_modules, unwrap
-from lipcore.pointwise import mixes_samples
+from lipcore.pointwise import refuse_mixing
 
 #: step: slope 0 or 1, one bit. leaky: slope a or 1, one bit. bend: as step, with a second bit for the upper flat piece.
 #: index: which element of a pooling window was the largest.
@@ -126,12 +125,8 @@ class _Recorder(TorchDispatchMode):
 
 def check_model(model: nn.Module) -> None:
     """ValueError where a sample's pattern would depend on other samples or on chance."""
+    refuse_mixing(model)
     for name, module in named_modules(model):
-        if isinstance(module, _BatchNorm) and mixes_samples(module):
-            raise ValueError(
-                f"model: module '{name}' is a {type(module).__name__} in train mode (or without running statistics), "
-                "which mixes samples; call model.eval()"
-            )
         if isinstance(module, (_DropoutNd, nn.RReLU)) and module.training and getattr(module, "p", 1) > 0:
             raise ValueError(
                 f"model: module '{name}' is a {type(module).__name__} in train mode, whose pattern is random; call "

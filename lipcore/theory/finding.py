@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lipcore.results import Value
+from lipcore.results import Value, json_ready
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,16 +34,4 @@ class Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: values as dictionaries, None for what is not finite."""
-        return {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Value):
-        return value.to_dict()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(inner) for inner in value]
-    return value
+        return {field.name: json_ready(getattr(self, field.name)) for field in fields(self)}

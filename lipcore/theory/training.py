@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lipcore.results import Label, Value, Window
+from lipcore.results import Label, Value, Window, suffix_maximum
 from lipcore.theory.finding import Finding
 from lipcore.theory.windows import one_place, quantity, select
 
@@ -123,14 +123,9 @@ def steadiness(
     name = "normalized_gradient_norm"
     place = one_place(quantity(windows[0][metric], name, "nothing was recorded"), place)
     rows = [window[metric][name][place] for window in windows]
-    phi: list[float] = []
-    highest = -math.inf
-    for row in reversed(rows):
-        highest = max(highest, row["max"].value)  # NaN, of an empty window, never wins here
-        phi.append(highest if highest > -math.inf else math.nan)
     return Steadiness(
         tuple(window.first_step for window in windows),
-        tuple(reversed(phi)),
+        tuple(suffix_maximum([row["max"].value for row in rows])),
         tuple(row["p50"].value for row in rows),
         tuple(row["p99"].value for row in rows),
         weakest(row["max"].label for row in rows),
