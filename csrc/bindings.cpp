@@ -18,6 +18,7 @@
 #include "ops/sketch.h"
 #include "ops/update_sums.h"
 #include "parallel.h"
+#include "single_batch.h"
 #include "single_sample.h"
 #include "sketch_plan.h"
 #include "tensor_view.h"
@@ -325,30 +326,71 @@ void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {
   check(first_layer_norms(view_of(delta, "delta"), view_of(weight, "weight"), view_of(out, "out", Access::kWrite)));
 }
 
-// The roots of the sums over squares[p, b] with index[p] = k into distribution k, and over all p into the last one; NaN
-// there unless they are known.
-void observe_sums(py::handle squares, const std::vector<int64_t>& index,
-                  const std::vector<Distribution*>& distributions, bool known) {
-  const TensorView s = view_of(squares, "squares");
-  const auto last = static_cast<int64_t>(distributions.size()) - 1;
-  if (s.dtype != DType::kFloat64 || s.ndim != 2 || !s.on_cpu() || s.shape[0] != static_cast<int64_t>(index.size()))
-    throw py::value_error("squares: expected float64 [len(index), B] on the CPU, got " +
-                          std::string(dtype_name(s.dtype)) + " " + ShapeText(s).text);
+// out[k, b] = the sum over squares[p, b] with index[p] = k; out's last row the sum over all p, NaN unless they are
+// known.
+void place_sums(py::handle squares, const std::vector<int64_t>& index, bool known, py::handle out) {
+  const TensorView s = view_of(squares, "squares"), sums = view_of(out, "out", Access::kWrite);
+  for (const TensorView* table : {&s, &sums})
+    if (table->dtype != DType::kFloat64 || table->ndim != 2 || !table->on_cpu())
+      throw py::value_error("squares, out: expected float64 [rows, B] on the CPU, got " +
+                            std::string(dtype_name(table->dtype)) + " " + ShapeText(*table).text);
+  const int64_t samples = s.shape[1], last = sums.shape[0] - 1;
+  if (s.shape[0] != static_cast<int64_t>(index.size()) || sums.shape[1] != samples || last < 0)
+    throw py::value_error("squares: expected [len(index), B] beside out [places + 1, B], got " +
+                          std::string(ShapeText(s).text) + " and " + ShapeText(sums).text);
   for (const int64_t k : index)
-    if (k < 0 || k >= last) throw py::value_error("index: expected places of distributions but the last one");
-  if (last < 0) throw py::value_error("distributions: expected at least one");
+    if (k < 0 || k >= last) throw py::value_error("index: expected places of out but the last one");
   const auto* x = static_cast<const double*>(s.data);
-  std::vector<double> sums(distributions.size());
-  for (int64_t b = 0; b < s.shape[1]; ++b) {
-    std::fill(sums.begin(), sums.end(), 0.0);
+  auto* y = static_cast<double*>(sums.data);
+  const int64_t row = sums.strides[0], column = sums.strides[1];
+  for (int64_t b = 0; b < samples; ++b) {
+    for (int64_t k = 0; k <= last; ++k) y[k * row + b * column] = 0;
+    double total = 0;
     for (size_t p = 0; p < index.size(); ++p) {
       const double value = x[static_cast<int64_t>(p) * s.strides[0] + b * s.strides[1]];
-      sums[static_cast<size_t>(index[p])] += value;
-      sums.back() += value;
+      y[index[p] * row + b * column] += value;
+      total += value;
     }
-    if (!known) sums.back() = std::nan("");
-    for (size_t k = 0; k < sums.size(); ++k) distributions[k]->observe(std::sqrt(sums[k]));
+    y[last * row + b * column] = known ? total : std::nan("");
   }
+}
+
+// The roots of squares[k, b] into distribution k.
+void observe_roots(py::handle squares, const std::vector<Distribution*>& distributions) {
+  const TensorView s = view_of(squares, "squares");
+  if (s.dtype != DType::kFloat64 || s.ndim != 2 || !s.on_cpu() ||
+      s.shape[0] != static_cast<int64_t>(distributions.size()))
+    throw py::value_error("squares: expected float64 [len(distributions), B] on the CPU, got " +
+                          std::string(dtype_name(s.dtype)) + " " + ShapeText(s).text);
+  const auto* x = static_cast<const double*>(s.data);
+  for (int64_t b = 0; b < s.shape[1]; ++b)
+    for (size_t k = 0; k < distributions.size(); ++k)
+      distributions[k]->observe(std::sqrt(x[static_cast<int64_t>(k) * s.strides[0] + b * s.strides[1]]));
+}
+
+// places: (owner's dict, key, parameter, measured, read); calls as SingleBatchCalls has them.
+std::shared_ptr<SingleBatch> make_single_batch(
+    const std::vector<std::tuple<py::dict, py::str, py::object, bool, bool>>& places,
+    const std::vector<py::object>& calls, Py_ssize_t batch_dim, int passes) {
+  std::vector<GradientReader::Place> list;
+  for (const auto& [owner, key, parameter, measured, read] : places)
+    list.push_back({owner.ptr(), key.ptr(), parameter.ptr(), measured, read});
+  if (calls.size() != kSingleBatchCalls) throw py::value_error("calls: expected one object per member");
+  SingleBatchCalls objects;
+  for (size_t i = 0; i < calls.size(); ++i) reinterpret_cast<PyObject**>(&objects)[i] = calls[i].ptr();
+  auto batch = std::make_shared<SingleBatch>();
+  check(batch->start(list, objects, batch_dim, passes));
+  return batch;
+}
+
+void set_single_batch_sink(SingleBatch& batch, std::vector<int64_t> index,
+                           const std::vector<Distribution*>& distributions, double factor_sq) {
+  if (distributions.size() < 2 || index.size() != batch.squares().size())
+    throw py::value_error("index: expected a place per gradient that is read, and a distribution per place and one");
+  for (const int64_t k : index)
+    if (k < 0 || k + 1 >= static_cast<int64_t>(distributions.size()))
+      throw py::value_error("index: expected places of distributions but the last one");
+  batch.set_sink({std::move(index), distributions, factor_sq});
 }
 
 void observe_values(Distribution& distribution, py::handle values) {
@@ -614,8 +656,39 @@ PYBIND11_MODULE(_core, m) {
   m.def("paused", [] { return paused > 0; });
   m.attr("SERVED") = static_cast<int>(SingleSampleShortcut::kServed);
   m.attr("CHECKED") = static_cast<int>(SingleSampleShortcut::kChecked);
-  m.def("observe_sums", &observe_sums, py::arg("squares"), py::arg("index"), py::arg("distributions"),
-        py::arg("known"));
+  m.def("place_sums", &place_sums, py::arg("squares"), py::arg("index"), py::arg("known"), py::arg("out"));
+  m.def("observe_roots", &observe_roots, py::arg("squares"), py::arg("distributions"));
+  py::class_<SingleBatch, std::shared_ptr<SingleBatch>>(
+      m, "SingleBatch", "Hooks of a model whose batches of one are read from gradients.")
+      .def(py::init(&make_single_batch), py::arg("places"), py::arg("calls"), py::arg("batch_dim"), py::arg("passes"))
+      .def(
+          "before_forward",
+          [](SingleBatch& batch, py::handle module, const py::tuple& arguments, const py::dict& keywords) {
+            check(batch.before_forward(module.ptr(), arguments.ptr(), keywords.ptr(), paused > 0));
+          },
+          py::arg("module"), py::arg("arguments"), py::arg("keywords"))
+      .def(
+          "after_forward",
+          [](SingleBatch& batch, py::handle, py::handle, py::handle output) {
+            check(batch.after_forward(output.ptr(), paused > 0));
+          },
+          py::arg("module"), py::arg("arguments"), py::arg("output"))
+      .def("set_sink", &set_single_batch_sink, py::arg("index"), py::arg("distributions"), py::arg("factor_sq"),
+           py::keep_alive<1, 3>())
+      .def("remove_sink", &SingleBatch::remove_sink)
+      .def("take", &SingleBatch::take)
+      .def_property_readonly("pending", &SingleBatch::pending)
+      .def_property_readonly("total", &SingleBatch::total)
+      .def_property_readonly("task", &SingleBatch::task)
+      .def_property_readonly("squares", &SingleBatch::squares)
+      .def("stop", &SingleBatch::stop)
+      .def_readwrite("active", &SingleBatch::active);
+  m.attr("SINGLE_ADDED") = static_cast<int>(SingleBatch::kAdded);
+  m.attr("SINGLE_GRAPH") = static_cast<int>(SingleBatch::kGraph);
+  m.attr("GRADIENTS_NOTHING") = static_cast<int>(GradientReader::Found::kNothing);
+  m.attr("GRADIENTS_EXPECTED") = static_cast<int>(GradientReader::Found::kExpected);
+  m.attr("GRADIENTS_OTHERS") = static_cast<int>(GradientReader::Found::kOthers);
+  m.attr("GRADIENTS_STRIDED") = static_cast<int>(GradientReader::Found::kStrided);
   m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
   m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
   py::class_<Ledger>(m, "Ledger", "Scalars of a trajectory: tensors, groups and the total.")

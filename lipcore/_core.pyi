@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'STEP_COLUMNS', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_sums', 'outer_norms', 'pause', 'paused', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_GRAPH', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -69,6 +69,37 @@ class SingleSampleHooks:
         ...
     @property
     def served(self) -> int:
+        ...
+class SingleBatch:
+    """
+    Hooks of a model whose batches of one are read from gradients.
+    """
+    active: bool
+    def __init__(self, places: collections.abc.Sequence[tuple[dict, str, typing.Any, bool, bool]], calls: collections.abc.Sequence[typing.Any], batch_dim: typing.SupportsInt | typing.SupportsIndex, passes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def after_forward(self, module: typing.Any, arguments: typing.Any, output: typing.Any) -> None:
+        ...
+    def before_forward(self, module: typing.Any, arguments: tuple, keywords: dict) -> None:
+        ...
+    def remove_sink(self) -> None:
+        ...
+    def set_sink(self, index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], distributions: collections.abc.Sequence[Distribution], factor_sq: typing.SupportsFloat | typing.SupportsIndex) -> None:
+        ...
+    def stop(self) -> bool:
+        ...
+    def take(self) -> None:
+        ...
+    @property
+    def pending(self) -> bool:
+        ...
+    @property
+    def squares(self) -> list[float]:
+        ...
+    @property
+    def task(self) -> int:
+        ...
+    @property
+    def total(self) -> float:
         ...
 class Ledger:
     """
@@ -138,7 +169,7 @@ def observe_ratios(numerators: typing.Any, output_grad: typing.Any, distribution
     ...
 def observe_recent(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, distributions: collections.abc.Sequence[Distribution]) -> None:
     ...
-def observe_sums(squares: typing.Any, index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], distributions: collections.abc.Sequence[Distribution], known: bool) -> None:
+def observe_roots(squares: typing.Any, distributions: collections.abc.Sequence[Distribution]) -> None:
     ...
 def outer_norms(x: typing.Any, grad: typing.Any, out: typing.Any) -> None:
     """
@@ -147,6 +178,8 @@ def outer_norms(x: typing.Any, grad: typing.Any, out: typing.Any) -> None:
 def pause(by: typing.SupportsInt | typing.SupportsIndex) -> None:
     ...
 def paused() -> bool:
+    ...
+def place_sums(squares: typing.Any, index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], known: bool, out: typing.Any) -> None:
     ...
 def pool_size() -> int:
     ...
@@ -176,7 +209,13 @@ BINS: int = 32768
 BLOCK_STEPS: int = 512
 CHECKED: int = 2
 CONTINUES: float = -1.0
+GRADIENTS_EXPECTED: int = 1
+GRADIENTS_NOTHING: int = 0
+GRADIENTS_OTHERS: int = 2
+GRADIENTS_STRIDED: int = 3
 LEDGER_COLUMNS: int = 20
 SERVED: int = 1
+SINGLE_ADDED: int = 1
+SINGLE_GRAPH: int = 2
 STEP_COLUMNS: int = 6
 cuda_built: bool = False

@@ -132,16 +132,12 @@ def _tensor(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
     return value
 
 
-def observe_sums(squares: Tensor, index: list[int], distributions: Sequence[Distribution], *, known: bool) -> None:
-    """The square roots of the columns' sums over squares, float64 [P, B]: of the rows with index[p] = k into
-    distribution k, and of all rows into the last one, or NaN where not `known`."""
+def observe_roots(squares: Tensor, distributions: Sequence[Distribution]) -> None:
+    """The square roots of row k of squares, float64 [K, B], into distribution k."""
     if squares.is_cpu:
-        _core.observe_sums(squares, index, [distribution._core for distribution in distributions], known)
+        _core.observe_roots(squares, [distribution._core for distribution in distributions])
         return
-    places = torch.tensor(index, dtype=torch.int64, device=squares.device)
-    sums = squares.new_zeros(len(distributions), squares.shape[1]).index_add_(0, places, squares)
-    sums[-1] = squares.sum(0) if known else torch.nan
-    for distribution, row in zip(distributions, sums.sqrt(), strict=True):
+    for distribution, row in zip(distributions, squares.sqrt(), strict=True):
         distribution.observe(row)
 
 

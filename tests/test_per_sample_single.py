@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -114,6 +117,7 @@ def test_two_forward_passes_for_one_backward() -> None:
     records: list[Tensor] = []
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
         serve(model, metric)
+        assert metric.per_layer  # the record of the last pass is made when it is asked for
         observe = metric.observe_layers
 
         def keep(record: object) -> None:
@@ -173,3 +177,79 @@ def test_a_backward_pass_that_never_comes() -> None:
             model.zero_grad()
             model(x(seed)).sum().backward()
             assert float(metric.per_sample) == pytest.approx(truth(model, x(seed)), rel=1e-5)
+
+
+def test_windows_have_the_passes_that_made_no_record() -> None:
+    """Alone, served norms go into the distributions without a record; a surprise in between does not lose any."""
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="mean", scale=0.5) as metric:
+        total: list[float] = []
+        last: list[float] = []
+        for seed in range(40):
+            model.zero_grad()
+            if seed == 30:
+                added(model)
+                continue
+            (0.5 * model(x(seed)).sum()).backward()
+            total.append(truth(model, x(seed)))
+            if seed % 7 == 0:
+                last.append(float(metric.per_layer["3"]))
+        window = metric._monitor.close_window()["per_sample_grad_norm"].grad_norm
+        assert window["total"].mean.count == 39
+        assert window["total"].mean.value == pytest.approx(sum(total) / 39, rel=1e-6)
+        assert window["total"]["missing"].value == 1.0
+        assert window["3"].max.value >= max(last)
+        model.zero_grad()
+        (0.5 * model(x(3)).sum()).backward()
+        again = metric._monitor.compute()["per_sample_grad_norm"].grad_norm
+        assert again["total"].mean.count == 1
+        assert again["total"].mean.value == pytest.approx(truth(model, x(3)), rel=1e-6)
+
+
+def test_ids_of_served_passes_reach_the_scores() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        for seed in (4, 5, 6):
+            model.zero_grad()
+            metric.set_ids([seed])
+            model(x(seed)).sum().backward()
+        found = metric.scores.lookup([4, 5, 6])
+        assert found.count.tolist() == [1, 1, 1]
+        assert found.mean.tolist() == pytest.approx([truth(model, x(seed)) for seed in (4, 5, 6)])
+
+
+def test_a_copied_model_is_not_watched_while_passes_are_served() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        model(x(1)).sum().backward()
+        for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            other.zero_grad()
+            other(x(2)).sum().backward()
+        assert float(metric.per_sample) == pytest.approx(truth(model, x(1)), rel=1e-5)
+
+
+def test_the_metric_can_go_while_passes_are_served() -> None:
+    model = made()
+    metric = PerSampleGradNorms(model, loss_reduction="sum")
+    serve(model, metric)
+    out = model(x(0)).sum()
+    watched = weakref.ref(metric)
+    del metric
+    gc.collect()
+    assert watched() is None
+    out.backward()
+    model(x(0)).sum().backward()
+
+
+def test_an_exception_in_a_served_forward_pass() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        for _ in range(3):
+            with pytest.raises(RuntimeError):
+                model(torch.randn(1, 4))
+        model(x(0)).sum().backward()
+        assert float(metric.per_sample) == pytest.approx(truth(model, x(0)), rel=1e-5)
+        assert not hooked(model)

@@ -23,7 +23,7 @@ from lipcore.capture.layer_site import LayerSite
 from lipcore.capture.packed import boundaries
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
-from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, on_backward
+from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, Sink, on_backward
 from lipcore.layers import Batch, Factor
 
 _MAX_STRAY = 64
@@ -67,11 +67,10 @@ class LayerCapture:
         self.batch_dim = batch_dim
         self.fused, self.normalized = fused, normalized
         self.recording = True  # False after an error
-        self.active = True  # False in steps that are not to be recorded
+        self._active = True  # False in steps that are not to be recorded
         self.as_long_as_large = False  # a compiled model's input has as many positions as samples
         self._thread = threading.local()
         self.records = 0
-        self.forwards = 0
         self.unrecorded: dict[str, int] = {}  # why backward passes were not recorded, and how many
         self._on_record, self._on_error = on_record, on_error
         self._offsets_of = offsets_of
@@ -102,7 +101,8 @@ class LayerCapture:
             sites[name].broadcast = True
         self._audited = False
         self._single = SingleBatches(
-            self.coverage, self._hook_layers, self._unhook_layers, self._single_came_back, self._count
+            *(self.coverage, self.batch_dim, self._serve, self._tap),
+            *(self._begin_forward, self._single_came_back, self._count),
         )
         self._probes = LayerProbes(self.sites, self._probe_came_back)
 
@@ -131,10 +131,25 @@ class LayerCapture:
             self.coverage.check()
         if self._compiled:
             self.coverage.check_single_use()
-        begin, end = WeakCall(self._begin_forward), WeakCall(self._end_forward)
+        self._hooks = begin, end = WeakCall(self._begin_forward), WeakCall(self._end_forward)
         self._handles.append(self.model.register_forward_pre_hook(begin, with_kwargs=True))
         self._hook_layers()
         self._handles.append(self.model.register_forward_hook(end, always_call=True))
+
+    def _serve(self, hooks: Any) -> None:
+        """These hooks in the place of the model's own, in their order among others', and none on the layers."""
+        self._replace_hooks(hooks.before_forward, hooks.after_forward)
+        self._unhook_layers()
+
+    def _tap(self) -> None:
+        self._replace_hooks(*self._hooks)
+        self._hook_layers()
+
+    def _replace_hooks(self, begin: Any, end: Any) -> None:
+        if self._handles:
+            before, after = self._handles
+            self.model._forward_pre_hooks[before.id] = begin
+            self.model._forward_hooks[after.id] = end
 
     def _hook_layers(self) -> None:
         # Before hooks that were there already: what they return may not be the layer's own output.
@@ -163,6 +178,7 @@ class LayerCapture:
         """Stop capturing and hand the error on; never raises."""
         if self.recording:
             self.recording = False
+            self._single.set_active(False)
             self._on_error(error)
 
     @property
@@ -175,8 +191,18 @@ class LayerCapture:
         self._thread.run = run
 
     @property
+    def active(self) -> bool:
+        """False in steps that are not to be recorded."""
+        return self._active
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self._active = active
+        self._single.set_active(active)
+
+    @property
     def tapping(self) -> bool:
-        return self.recording and self.active
+        return self.recording and self._active
 
     def tuned(self, factor: Factor, layer: str) -> Factor:
         """The factor with the method that was asked for."""
@@ -191,14 +217,6 @@ class LayerCapture:
         if torch.compiler.is_compiling() or _is_aside():
             return
         self.current = None
-        if self._single.serving:
-            if not self.tapping:
-                return
-            others = (*arguments[1:], *keywords.values())
-            if arguments and self._offsets_of is None and self._single.takes(arguments[0], self.batch_dim, others):
-                self.forwards += 1
-                return
-            self._single.stop()
         self._stray.clear()
         self._returning.clear()  # of a backward pass that raised
         if not self.tapping:
@@ -217,7 +235,6 @@ class LayerCapture:
             run.proves = not any(other.finished_task == -1 for other in self._open) and self._single.may_prove()
         self.current = self._last = run
         self._open.add(run)
-        self.forwards += 1
         if self._compiled:
             leaves = tree_leaves((arguments, keywords))
             first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -251,8 +268,6 @@ class LayerCapture:
         run, self.current = self.current, None
         if self._compiled:
             self._probes.disarm()
-        if run is None and self._single.serving:
-            self._single.forward_ended(output)
         if run is None or output is None:  # None: the forward pass raised
             return None
         if not self._audited and not self._compiled and not run.chained:
@@ -375,12 +390,23 @@ class LayerCapture:
         if not self.recording:
             return
         try:
-            for name in self._stray.pop(record.task, ()):
-                record.broken = f"the layer of parameter '{name}' was also called outside the model's forward pass"
-            self.records += 1
             self._on_record(record)
         except Exception as error:
             self.fail(error)
+
+    def sink_for_single(self, sink: Callable[[tuple[str, ...]], Sink | None]) -> None:
+        """Norms of batches of one that are served go where `sink` says, when their names are given; None: into
+        records."""
+        self._single.sink = sink
+        self._single.renew_sink()
+
+    def renew_sink(self) -> None:
+        """What the sink says has changed."""
+        self._single.renew_sink()
+
+    def single_total(self) -> float | None:
+        """The squared norm of a batch of one whose record has not been delivered yet."""
+        return self._single.total() if self.recording else None
 
     def _probe_came_back(self, run: LayerPass) -> None:
         task = in_backward()
@@ -401,7 +427,9 @@ class LayerCapture:
     # ---- passes whose end no callback tells
 
     def flush(self) -> None:
-        """Deliver passes whose every number came back from inner backward passes (reentrant checkpoints)."""
+        """Deliver passes whose every number came back from inner backward passes (reentrant checkpoints), and one whose
+        numbers are in the sink."""
+        self._single.flush()
         run, self._last = self._last, None
         if run is not None and run.task == 0 and in_backward() == -1:
             self._deliver(run, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,16 +16,37 @@ DELTA = "delta/"
 OUTPUT = "output/"
 
 
+class Rows(Mapping[str, Tensor]):
+    """Rows by name that lie in one table, float64 [P, B]."""
+
+    def __init__(self, names: tuple[str, ...], table: Tensor) -> None:
+        self.names, self.table = names, table
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        return self.table[self.names.index(name)]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
 @dataclass
 class LayerRecord:
     """What one backward pass brought, before the loss reduction is taken out."""
 
     samples: int  #: B
-    norms_sq: dict[str, Tensor]  #: per parameter, float64 [B]: squared norm of the backpropagated per-sample gradient
+    norms_sq: Mapping[
+        str, Tensor
+    ]  #: per parameter, float64 [B]: squared norm of the backpropagated per-sample gradient
     reasons: dict[str, str] = field(default_factory=dict)  #: why a parameter is not among them
     broken: str = ""  #: why not even the total is known
     task: int = 0  #: of the backward pass, different from those of others in the same step
     fresh: bool = False  #: no gradient was there when the backward pass began: it accumulates on nothing
+    observed: bool = False  #: its norms are in the distributions already
 
 
 class LayerPass:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copyreg
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
 from lipcore.capture.audit import Coverage
-from lipcore.capture.collector import in_backward
-from lipcore.capture.layer_pass import LayerRecord
-from lipcore.capture.parameters import GradientWatch
+from lipcore.capture.collector import in_backward, in_transform
+from lipcore.capture.layer_pass import LayerRecord, Rows
+from lipcore.capture.parameters import GradientWatch, WeakCall
 
 _PROOFS = 3  # tapped passes in a row that the gradients agree with, before any is served
 _PROOF_EVERY = 64  # passes that are served, until one is tapped again and compared
@@ -24,10 +27,22 @@ _ADDED = (
     "a batch of one was served from the gradients, and another backward pass added to them; from now on batches of one "
     "are tapped"
 )
+_UNREADABLE = (
+    "a batch of one was to be served from the gradients, and one of them is of another kind than before; from now on "
+    "batches of one are tapped"
+)
+_TROUBLE = {
+    _core.SINGLE_ADDED: _ADDED,
+    _core.SINGLE_GRAPH: "its graph was differentiated with create_graph=True, so gradients flow along other ways too",
+}
 _OTHERS = (
     "a batch of one was served from the gradients, and others of them were reached than before; from now on batches of "
     "one are tapped"
 )
+
+
+#: Of a sink: place of each norm, distribution of each place and of the total, square of the loss's factor.
+Sink = tuple[list[int], list[Any], float]
 
 
 class SingleBatches:
@@ -35,12 +50,15 @@ class SingleBatches:
 
     Only after these have proved to be what taps bring, and with a proof every 64 passes: a penalty on the parameters or
     a layer called outside the model, say, is in the gradients and is no part of a sample's loss. While passes are
-    served, what changes is found here (parameters, hooks, gradients that were there before, others reached) or by the
-    next proof.
+    served, what changes is found (parameters, hooks, gradients that were there before, others reached) or by the next
+    proof. The hooks that serve are compiled (csrc/single_batch.h).
 
     Args:
         coverage: the model's parameters.
-        hook, unhook: put the layers' hooks on, and take them off.
+        batch_dim: batch dimension of the model's input.
+        serve: put the compiled hooks in the place of the model's, and take the layers' off.
+        tap: undo that.
+        not_served: gets the (module, arguments, keywords) of a forward pass that has to be tapped, after `tap`.
         deliver: gets the record of a served pass.
         count: told why a backward pass was not recorded.
     """
@@ -48,26 +66,22 @@ class SingleBatches:
     def __init__(
         self,
         coverage: Coverage,
-        hook: Callable[[], None],
-        unhook: Callable[[], None],
+        batch_dim: int,
+        serve: Callable[[Any], None],
+        tap: Callable[[], None],
+        not_served: Callable[..., None],
         deliver: Callable[[LayerRecord], None],
         count: Callable[[str], None],
     ) -> None:
         self.enabled = True
-        self.serving = False  #: the layers' hooks are off
-        self._coverage, self._hook, self._unhook = coverage, hook, unhook
+        self.sink: Callable[[tuple[str, ...]], Sink | None] | None = None  #: asked where the norms of these may go
+        self._coverage, self._batch_dim = coverage, batch_dim
+        self._serve, self._tap, self._not_served = serve, tap, not_served
         self._deliver, self._count = deliver, count
-        self._proofs = self._until_proof = self._abandoned = 0
+        self._proofs = self._abandoned = 0
         self._reached: frozenset[str] = frozenset()  # parameters that had a gradient at the last proof
-        # Every parameter of the model: where it is, itself, whether it is trained, how many hooks it has.
-        self._known: list[tuple[dict[str, Any], str, nn.Parameter, bool, int]] = []
-        self._all: list[nn.Parameter] = []  # those measured
-        self._names: list[str] = []  # of these, those reached
-        self._parameters: list[nn.Parameter] = []
-        self._rows = torch.empty(0)
-        self._pass: object | None = None  # a served pass without its backward pass
-        self._watched = True  # that pass has an output
-        self._task = -1
+        self._names: tuple[str, ...] = ()  # those of the gradients that are read
+        self._core: Any = None  # while passes are served
 
     # ---- proofs, by passes that are tapped
 
@@ -75,7 +89,7 @@ class SingleBatches:
         """Before a tapped pass of one sample: whether its gradients will be its own."""
         return self.enabled and _are_fresh(self._coverage.measured())
 
-    def prove(self, norms_sq: dict[str, Tensor]) -> None:
+    def prove(self, norms_sq: Mapping[str, Tensor]) -> None:
         """A tapped pass has come back, alone: whether the gradients tell the same."""
         measured = self._coverage.measured()
         found = gradient_squares(measured)
@@ -92,103 +106,91 @@ class SingleBatches:
             self._open(measured)
 
     def _open(self, measured: dict[str, nn.Parameter]) -> None:
-        self._names = [name for name in measured if name in self._reached]
-        self._parameters = [measured[name] for name in self._names]
-        if any(p.grad is None or p.grad.layout != torch.strided for p in self._parameters):
+        self._names = tuple(name for name in measured if name in self._reached)
+        gradients = [measured[name].grad for name in self._names]
+        if any(g is None or g.layout != torch.strided for g in gradients):
             self.enabled = False
             return
-        self._rows = torch.empty(len(self._names), _core.STEP_COLUMNS, dtype=torch.float64)
-        self._all = list(measured.values())
-        self._known = [(o, key, p, p.requires_grad, _hooks_of(p)) for o, key, p in self._coverage.places()]
-        self._until_proof = _PROOF_EVERY
-        self.serving = True
-        self._unhook()
+        names = {id(parameter): name for name, parameter in measured.items()}
+        order = {name: i for i, name in enumerate(self._names)}
+        places = [
+            (owner, key, p, id(p) in names, names.get(id(p)) in order) for owner, key, p in self._coverage.places()
+        ]
+        places.sort(key=lambda place: order.get(names.get(id(place[2]), ""), len(order)))
+        queue = Variable._execution_engine.queue_callback
+        calls = [
+            *(Tensor, torch.is_grad_enabled, in_backward, in_transform, queue),
+            *(WeakCall(self._stopped), on_backward, WeakCall(self._came_back)),
+        ]
+        self._core = _core.SingleBatch(places, calls, self._batch_dim, _PROOF_EVERY)
+        self.renew_sink()
+        self._serve(self._core)
 
     def stop(self) -> None:
-        """Put the layers' hooks back on; the next passes are tapped, and prove."""
-        if not self.serving:
+        """Put the other hooks back on; the next passes are tapped, and prove."""
+        if self._core is None:
             return
-        self.serving = False
-        if self._pass is not None:
-            self._pass = None
-            self._abandoned += 1
-            self.enabled &= self._abandoned < _MOST_ABANDONED
-        self._hook()
+        self.flush()
+        self._abandoned += self._core.stop()
+        self.enabled &= self._abandoned < _MOST_ABANDONED
+        self._core = None
+        self._tap()
 
     # ---- passes that are served
 
-    def takes(self, sample: Any, batch_dim: int, others: tuple[Any, ...]) -> bool:
-        """Before a forward pass on `sample`, the first argument, and `others`: whether it will be served."""
-        if self._pass is not None or self._until_proof <= 0 or type(sample) is not Tensor:
-            return False
-        if sample.dim() <= batch_dim or sample.shape[batch_dim] != 1 or sample.grad_fn is not None:
-            return False
-        if any(isinstance(other, Tensor) and other.grad_fn is not None for other in others):
-            return False  # the output of another pass, maybe
-        for owner, key, p, trained, hooks in self._known:
-            if owner.get(key) is not p or p.requires_grad is not trained or p.grad is not None:
-                return False
-            if (hooks or p._backward_hooks or p._post_accumulate_grad_hooks) and _hooks_of(p) != hooks:
-                return False
-        self._until_proof -= 1
-        self._pass, self._watched, self._task = object(), False, -1
-        return True
-
-    def forward_ended(self, output: Any) -> None:
-        """Of the forward pass under way."""
-        if self._watched:
+    def renew_sink(self) -> None:
+        """Where norms go has changed."""
+        if self._core is None:
             return
-        self._watched = True
-        if output is None:  # it raised
-            self._pass = None
-            return
-        this = self._pass
-        on_backward(output, lambda: self._begin(this))
-
-    def _begin(self, this: object | None) -> None:
-        """A backward pass enters the graph of a served forward pass."""
-        task = in_backward()
-        if self._task == task:
-            return  # at another of its outputs
-        self._task = task
-        if this is not self._pass or this is None or any(p.grad is not None for p in self._all):
-            broken = _ADDED
-        elif torch.is_grad_enabled():
-            broken = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
+        self.flush()
+        sink = self.sink(self._names) if self.sink is not None else None
+        if sink is None:
+            self._core.remove_sink()
         else:
-            broken = ""
-        Variable._execution_engine.queue_callback(lambda: self._finish(this, task, broken))
+            self._core.set_sink(*sink)
 
-    def _finish(self, this: object | None, task: int, broken: str) -> None:
-        """That backward pass has ended."""
-        gradients = [p.grad for p in self._parameters]
-        if not broken and all(g is None for g in gradients):
-            self._task = -1
+    def set_active(self, active: bool) -> None:
+        """Whether passes are recorded."""
+        if self._core is not None:
+            self._core.active = active
+
+    def total(self) -> float | None:
+        """The squared norm of the pass that was served last, when nobody has seen its record."""
+        return self._core.total if self._core is not None and self._core.pending else None
+
+    def flush(self) -> None:
+        """Deliver the record of a pass whose numbers have gone into the sink."""
+        if self._core is not None and self._core.pending:
+            self._core.take()
+            self._deliver(replace(self._record(self._core.task), observed=True))
+
+    def _stopped(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.stop()
+        self._not_served(module, arguments, keywords)
+
+    def _record(self, task: int) -> LayerRecord:
+        squares = torch.tensor(self._core.squares, dtype=torch.float64)[:, None]
+        return LayerRecord(1, Rows(self._names, squares), {}, "", task, True)
+
+    def _came_back(self, found: int, trouble: int, task: int) -> None:
+        """The end of a backward pass through the graph of a served forward pass, whose norms no sink took in."""
+        broken = _TROUBLE.get(trouble, "" if self._core is not None else _ADDED)
+        if not broken and found == _core.GRADIENTS_NOTHING:
             self._count(NOT_ACCUMULATED)
             return
-        if this is self._pass:
-            self._pass = None
-        more = len(self._all) > len(gradients) and sum(p.grad is not None for p in self._all) > len(gradients)
-        present = [g for g in gradients if g is not None]
-        if not broken and (more or len(present) < len(gradients)):
-            broken = _OTHERS
-        if not broken:
-            try:
-                _core.square_sums([g if g.is_contiguous() else g.contiguous() for g in present], self._rows)
-            except (ValueError, TypeError) as error:  # a gradient of another layout than before
-                broken = f"a batch of one was to be served from the gradients: {error}"
-        if broken:
+        record = None
+        if not broken and found == _core.GRADIENTS_EXPECTED:
+            record = self._record(task)
+        elif not broken and found == _core.GRADIENTS_STRIDED:
+            rows = gradient_squares(self._coverage.measured())
+            record = LayerRecord(1, {name: rows[name] for name in self._names}, {}, "", task, True)
+        elif not broken:
+            broken = _OTHERS if found == _core.GRADIENTS_OTHERS else _UNREADABLE
+        if record is None:
             self.enabled = False
             self.stop()
-            self._deliver(LayerRecord(1, {}, dict.fromkeys(self._names, broken), broken, task))
-            return
-        rows = dict(zip(self._names, self._rows[:, :1].clone().unbind(), strict=True))
-        self._deliver(LayerRecord(1, rows, {}, "", task, True))
-
-
-def _hooks_of(parameter: nn.Parameter) -> int:
-    after = parameter._post_accumulate_grad_hooks
-    return len(parameter._backward_hooks or ()) + len(after or ())
+            record = LayerRecord(1, {}, dict.fromkeys(self._names, broken), broken, task)
+        self._deliver(record)
 
 
 def _are_fresh(parameters: dict[str, nn.Parameter]) -> bool:
@@ -227,3 +229,13 @@ def on_backward(output: Any, hook: Callable[[], None]) -> None:
     for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
             leaf.grad_fn.register_prehook(lambda _: hook())
+
+
+def _inert_hooks() -> Any:
+    """What a copied model has in the place of the compiled hooks."""
+    never = functools.partial(bool, False)
+    calls = [Tensor, *(never for _ in range(7))]
+    return _core.SingleBatch([], calls, 0, 0)
+
+
+copyreg.pickle(_core.SingleBatch, lambda hooks: (_inert_hooks, ()))

@@ -8,8 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lipcore.capture.layer_pass import DELTA, OUTPUT, LayerRecord
-from lipcore.distribution import Distribution, observe_sums
+from lipcore import _core
+from lipcore.capture.layer_pass import DELTA, OUTPUT, LayerRecord, Rows
+from lipcore.distribution import Distribution, observe_roots
 from lipcore.per_sample.places import Places
 
 _float64 = torch.float64
@@ -48,20 +49,28 @@ class MicroBatch:
         self.record, self.factor = record, factor
         self._places = places
         # In the model's order; backward passes bring them from the end.
-        self._names, self.layers, self._index = places.of(record.norms_sq)
-        if self._names:
-            self._rows = torch.stack([record.norms_sq[name] for name in self._names])
-            if factor != 1:
-                self._rows *= factor * factor
+        found = record.norms_sq
+        self._names, self.layers, self._index = places.of(found)
+        if isinstance(found, Rows) and found.names == self._names:
+            self._rows = found.table
+        elif self._names:
+            self._rows = torch.stack([found[name] for name in self._names])
         else:
             self._rows = torch.empty(0, record.samples, dtype=_float64)
+        if factor != 1:
+            self._rows = self._rows * (factor * factor)
 
     @cached_property
     def squares(self) -> Tensor:
         """float64 [layers + 1, B]: squared norms per layer and, last, in total."""
-        index = torch.tensor(self._index, device=self._rows.device)
-        squares = self._rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index.long(), self._rows)
-        squares[-1] = self._rows.sum(0) if self._known else torch.nan
+        rows, known = self._rows, self._known
+        if rows.is_cpu:
+            squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64)
+            _core.place_sums(rows, self._index, known, squares)
+            return squares
+        index = torch.tensor(self._index, dtype=torch.int64, device=rows.device)
+        squares = rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index, rows)
+        squares[-1] = rows.sum(0) if known else torch.nan
         return squares
 
     @property
@@ -73,7 +82,7 @@ class MicroBatch:
         """The norms per layer of the model and, last, in total."""
         numbers = self._places.number
         used = [distributions[numbers[layer]] for layer in self.layers]
-        observe_sums(self._rows, self._index, [*used, distributions[-1]], known=self._known)
+        observe_roots(self.squares, [*used, distributions[-1]])
 
     @property
     def samples(self) -> int:

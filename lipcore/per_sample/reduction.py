@@ -33,6 +33,11 @@ class Reduction:
         if terms is not None and not _is_function(terms):
             _check(terms)
 
+    @property
+    def is_constant(self) -> bool:
+        """Whether f of a micro-batch of one, without a scaler, is a number that stays the same."""
+        return not (_is_function(self.terms) or isinstance(self.terms, Tensor))
+
     def factor(self, samples: int, scaler: Any) -> float | Tensor:
         """f of a micro-batch of so many samples; a tensor where reading it would synchronise."""
         terms: Any = self.terms

@@ -1,0 +1,234 @@
+#include "single_batch.h"
+
+#include <cmath>
+
+namespace lipcore {
+namespace {
+
+// One reference, given back at the end of its scope.
+class Ref {
+ public:
+  explicit Ref(PyObject* object) : object_(object) {}
+  Ref(const Ref&) = delete;
+  Ref& operator=(const Ref&) = delete;
+  ~Ref() { Py_XDECREF(object_); }
+  explicit operator bool() const { return object_ != nullptr; }
+  PyObject* get() const { return object_; }
+
+ private:
+  PyObject* object_;
+};
+
+struct Names {
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* grad_fn = PyUnicode_InternFromString("grad_fn");
+  PyObject* register_prehook = PyUnicode_InternFromString("register_prehook");
+};
+
+const Names& names() {
+  static const Names all;
+  return all;
+}
+
+// call() is <wanted>: 1, 0, or -1 with a Python exception set.
+int returns(PyObject* call, PyObject* wanted) {
+  const Ref result(PyObject_CallNoArgs(call));
+  return result ? result.get() == wanted : -1;
+}
+
+// The number call() returns; false with a Python exception set.
+bool number_of(PyObject* call, int64_t* number) {
+  const Ref result(PyObject_CallNoArgs(call));
+  if (!result) return false;
+  *number = PyLong_AsLongLong(result.get());
+  return *number != -1 || !PyErr_Occurred();
+}
+
+// Whether a tensor has a history: 1, 0, or -1 with a Python exception set. 0 for what is no tensor.
+int has_history(PyObject* object, PyObject* tensor_type) {
+  const int tensor = PyObject_IsInstance(object, tensor_type);
+  if (tensor != 1) return tensor;
+  const Ref history(PyObject_GetAttr(object, names().grad_fn));
+  return history ? history.get() != Py_None : -1;
+}
+
+PyObject* const* all(const SingleBatchCalls& calls) { return reinterpret_cast<PyObject* const*>(&calls); }
+static_assert(sizeof(SingleBatchCalls) == kSingleBatchCalls * sizeof(PyObject*), "one reference after the other");
+
+}  // namespace
+
+// What a hook of the backward pass knows. It keeps the batch alive, which may have stopped serving by then.
+struct SingleBatch::Backward {
+  std::shared_ptr<SingleBatch> batch;
+  int64_t pass, task;
+  Trouble trouble;
+};
+
+SingleBatch::~SingleBatch() {
+  for (int i = 0; i < kSingleBatchCalls; ++i) Py_XDECREF(all(calls_)[i]);
+}
+
+bool SingleBatch::start(const std::vector<GradientReader::Place>& places, const SingleBatchCalls& calls,
+                        Py_ssize_t batch_dim, int passes) {
+  if (!reader_.capture(places)) return false;
+  calls_ = calls;
+  for (int i = 0; i < kSingleBatchCalls; ++i) Py_INCREF(all(calls_)[i]);
+  batch_dim_ = batch_dim;
+  left_ = passes;
+  squares_.assign(reader_.count(), 0.0);
+  read_ = squares_;
+  return true;
+}
+
+int SingleBatch::aside() const {
+  const int recorded = returns(calls_.grad_enabled, Py_True);
+  if (recorded != 1) return recorded < 0 ? -1 : 1;
+  int64_t task;
+  if (!number_of(calls_.backward_task, &task)) return -1;
+  if (task != -1) return 1;
+  const int plain = returns(calls_.transform, Py_None);
+  return plain < 0 ? -1 : !plain;
+}
+
+int SingleBatch::takes(PyObject* arguments, PyObject* keywords) const {
+  if (pass_ != 0 || left_ <= 0 || PyTuple_GET_SIZE(arguments) == 0) return 0;
+  PyObject* sample = PyTuple_GET_ITEM(arguments, 0);
+  if (reinterpret_cast<PyObject*>(Py_TYPE(sample)) != calls_.tensor_type) return 0;
+  const Ref shape(PyObject_GetAttr(sample, names().shape));
+  if (!shape) return -1;
+  if (PyTuple_Size(shape.get()) <= batch_dim_) return 0;
+  const int64_t samples = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.get(), batch_dim_));
+  if (samples != 1) return samples == -1 && PyErr_Occurred() ? -1 : 0;
+  // With a history it may be the output of another pass.
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(arguments); ++i) {
+    const int history = has_history(PyTuple_GET_ITEM(arguments, i), calls_.tensor_type);
+    if (history != 0) return history < 0 ? -1 : 0;
+  }
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; keywords && PyDict_Next(keywords, &at, &key, &value);) {
+    const int history = has_history(value, calls_.tensor_type);
+    if (history != 0) return history < 0 ? -1 : 0;
+  }
+  return reader_.unchanged();
+}
+
+bool SingleBatch::before_forward(PyObject* module, PyObject* arguments, PyObject* keywords, bool paused) {
+  const int none_of_ours = paused ? 1 : aside();
+  if (none_of_ours != 0 || !active) return none_of_ours >= 0;
+  const int taken = takes(arguments, keywords);
+  if (taken < 0) return false;
+  if (taken) {
+    --left_;
+    pass_ = ++passes_;
+    watched_ = false;
+    entered_ = -1;
+    return true;
+  }
+  const Ref result(PyObject_CallFunctionObjArgs(calls_.not_served, module, arguments, keywords, nullptr));
+  return static_cast<bool>(result);
+}
+
+PyObject* SingleBatch::hook(PyMethodDef* definition, int64_t pass, int64_t task, Trouble trouble) {
+  auto* backward = new Backward{shared_from_this(), pass, task, trouble};
+  const Ref capsule(PyCapsule_New(
+      backward, nullptr, [](PyObject* self) { delete static_cast<Backward*>(PyCapsule_GetPointer(self, nullptr)); }));
+  if (!capsule) {
+    delete backward;
+    return nullptr;
+  }
+  return PyCFunction_New(definition, capsule.get());
+}
+
+bool SingleBatch::after_forward(PyObject* output, bool paused) {
+  const int none_of_ours = paused ? 1 : aside();
+  if (none_of_ours != 0 || watched_) return none_of_ours >= 0;
+  watched_ = true;
+  if (output == Py_None) {  // the forward pass raised
+    pass_ = 0;
+    return true;
+  }
+  static PyMethodDef begin = {"begin_backward", &SingleBatch::begin_backward, METH_O, nullptr};
+  const Ref callback(hook(&begin, pass_, -1, kNone));
+  if (!callback) return false;
+  if (reinterpret_cast<PyObject*>(Py_TYPE(output)) != calls_.tensor_type)
+    return static_cast<bool>(Ref(PyObject_CallFunctionObjArgs(calls_.watch_outputs, output, callback.get(), nullptr)));
+  const Ref history(PyObject_GetAttr(output, names().grad_fn));
+  if (!history || history.get() == Py_None) return static_cast<bool>(history);
+  return static_cast<bool>(Ref(PyObject_CallMethodOneArg(history.get(), names().register_prehook, callback.get())));
+}
+
+// What torch calls: nothing may be raised inside a backward pass, so an exception is printed as one that was ignored.
+PyObject* SingleBatch::begin_backward(PyObject* capsule, PyObject*) {
+  const auto* backward = static_cast<Backward*>(PyCapsule_GetPointer(capsule, nullptr));
+  if (!backward->batch->begin(backward->pass)) PyErr_WriteUnraisable(nullptr);
+  Py_RETURN_NONE;
+}
+
+PyObject* SingleBatch::end_backward(PyObject* capsule, PyObject*) {
+  const auto* backward = static_cast<Backward*>(PyCapsule_GetPointer(capsule, nullptr));
+  if (!backward->batch->end(*backward)) PyErr_WriteUnraisable(nullptr);
+  Py_RETURN_NONE;
+}
+
+bool SingleBatch::begin(int64_t pass) {
+  int64_t task;
+  if (!number_of(calls_.backward_task, &task)) return false;
+  if (entered_ == task) return true;  // at another output of the same pass
+  entered_ = task;
+  Trouble trouble = kNone;
+  if (pass != pass_) {
+    trouble = kAdded;
+  } else {
+    const int empty = reader_.empty();
+    const int graph = empty < 0 ? -1 : returns(calls_.grad_enabled, Py_True);
+    if (graph < 0) return false;
+    trouble = !empty ? kAdded : graph ? kGraph : kNone;
+  }
+  // queue_callback() calls without an argument; METH_NOARGS passes a null one.
+  static PyMethodDef end = {"end_backward", &SingleBatch::end_backward, METH_NOARGS, nullptr};
+  const Ref callback(hook(&end, pass, task, trouble));
+  return callback && Ref(PyObject_CallOneArg(calls_.queue_callback, callback.get()));
+}
+
+bool SingleBatch::end(const Backward& backward) {
+  const auto found = reader_.read(read_.data());
+  if (found == GradientReader::Found::kError) {
+    if (!PyErr_ExceptionMatches(PyExc_ValueError) && !PyErr_ExceptionMatches(PyExc_TypeError)) return false;
+    PyErr_Clear();  // a gradient of another kind than before: Python says so
+  }
+  if (found == GradientReader::Found::kNothing && backward.trouble == kNone) {
+    entered_ = -1;  // it accumulated nothing: the pass is still to come back
+  } else if (backward.pass == pass_) {
+    pass_ = 0;
+  }
+  if (found == GradientReader::Found::kExpected && backward.trouble == kNone) {
+    squares_.swap(read_);
+    task_ = backward.task;
+    if (!sink_.distributions.empty()) {
+      take_in();
+      return true;
+    }
+  }
+  const Ref result(PyObject_CallFunction(calls_.came_back, "iiL", static_cast<int>(found),
+                                         static_cast<int>(backward.trouble), static_cast<long long>(backward.task)));
+  return static_cast<bool>(result);
+}
+
+void SingleBatch::set_sink(Sink sink) {
+  sink_ = std::move(sink);
+  sums_.resize(sink_.distributions.size());
+}
+
+void SingleBatch::take_in() {
+  std::fill(sums_.begin(), sums_.end(), 0.0);
+  for (size_t i = 0; i < squares_.size(); ++i) {
+    const double square = sink_.factor_sq * squares_[i];
+    sums_[static_cast<size_t>(sink_.index[i])] += square;
+    sums_.back() += square;
+  }
+  for (size_t k = 0; k < sums_.size(); ++k) sink_.distributions[k]->observe(std::sqrt(sums_[k]));
+  total_ = sums_.back();
+  pending_ = true;
+}
+
+}  // namespace lipcore

@@ -1,0 +1,97 @@
+// Batches of one while their norms are read from the gradients (lipcore/capture/single_gradient.py): what happens
+// before and after the model's forward pass, and at the beginning and the end of the backward pass. In C++ because at
+// batch one a step takes 200 us, and each cold Python function 3 to 5 of them.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "distribution.h"
+#include "gradient_reader.h"
+
+namespace lipcore {
+
+// References to Python objects that a SingleBatch calls.
+struct SingleBatchCalls {
+  PyObject* tensor_type;     // torch.Tensor
+  PyObject* grad_enabled;    // torch.is_grad_enabled
+  PyObject* backward_task;   // torch's number of the backward pass under way, -1 outside
+  PyObject* transform;       // torch.func's innermost transform, or None
+  PyObject* queue_callback;  // of autograd: at the end of the backward pass
+  PyObject* not_served;      // (module, arguments, keywords): a forward pass that has to be tapped
+  PyObject* watch_outputs;   // (output, hook): of outputs that are no tensor
+  PyObject* came_back;       // (found, trouble, task): a backward pass whose numbers were not taken in here
+};
+constexpr int kSingleBatchCalls = 8;
+
+class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
+ public:
+  enum Trouble { kNone, kAdded, kGraph };  // a gradient was there already; create_graph=True
+
+  SingleBatch() = default;
+  SingleBatch(const SingleBatch&) = delete;
+  SingleBatch& operator=(const SingleBatch&) = delete;
+  ~SingleBatch();
+
+  // Serves so many forward passes; the places as GradientReader has them. Takes new references. False with a Python
+  // exception set, as from every function here that returns bool.
+  bool start(const std::vector<GradientReader::Place>& places, const SingleBatchCalls& calls, Py_ssize_t batch_dim,
+             int passes);
+
+  // The model's hooks. `paused`: this forward pass is not to be recorded.
+  bool before_forward(PyObject* module, PyObject* arguments, PyObject* keywords, bool paused);
+  bool after_forward(PyObject* output, bool paused);
+
+  // Where norms go without a call: the roots of factor_sq times the sums of squares of the gradients with index[i] = k
+  // into distribution k, and of all of them into the last one.
+  struct Sink {
+    std::vector<int64_t> index;
+    std::vector<Distribution*> distributions;  // the caller keeps them alive
+    double factor_sq = 1;
+  };
+  void set_sink(Sink sink);
+  void remove_sink() { sink_ = {}; }
+  bool pending() const { return pending_; }  // the sink took in a pass that take() has not been called for
+  double total() const { return total_; }    // its squared norm
+  void take() { pending_ = false; }
+  // Of the last backward pass that brought what was expected.
+  int64_t task() const { return task_; }
+  const std::vector<double>& squares() const { return squares_; }
+
+  // Serves no more: true when a forward pass waits for its backward pass, whose numbers will not count.
+  bool stop() {
+    const bool waiting = pass_ != 0;
+    pass_ = 0;
+    watched_ = true;
+    remove_sink();
+    return waiting;
+  }
+  bool active = true;  // false in steps that are not recorded
+
+ private:
+  struct Backward;
+  static PyObject* begin_backward(PyObject* capsule, PyObject*);
+  static PyObject* end_backward(PyObject* capsule, PyObject*);
+  PyObject* hook(PyMethodDef* definition, int64_t pass, int64_t task, Trouble trouble);
+  bool begin(int64_t pass);
+  bool end(const Backward& backward);
+  void take_in();
+  int aside() const;  // a pass that is none of the training's; -1 with a Python exception set
+  int takes(PyObject* arguments, PyObject* keywords) const;
+
+  GradientReader reader_;
+  SingleBatchCalls calls_{};
+  Py_ssize_t batch_dim_ = 0;
+  int left_ = 0;      // passes until the next proof
+  int64_t pass_ = 0;  // the served pass without its backward pass; 0: none
+  int64_t passes_ = 0;
+  bool watched_ = true;   // that pass has an output
+  int64_t entered_ = -1;  // the backward pass that entered its graph
+  int64_t task_ = -1;
+  std::vector<double> squares_, read_, sums_;
+  Sink sink_;
+  bool pending_ = false;
+  double total_ = 0;
+};
+
+}  // namespace lipcore
