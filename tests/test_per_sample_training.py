@@ -479,7 +479,8 @@ def test_checkpoints_still_free_their_activations(reentrant: bool) -> None:
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
         output = model(torch.randn(4, 5))
         gc.collect()
-        assert [ref() for ref in alive] == [None] * 6
+        assert len(alive) >= 6
+        assert all(ref() is None for ref in alive)
         sum_loss(output).backward()
         assert metric.per_sample.isfinite().all()
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from lipcore.capture.outputs import tensors_of
 from lipcore.layers import Rule, rule_for
 from lipcore.names import named_modules
 
@@ -18,6 +18,7 @@ _WAYS_OUT = (
     "own layer; requires_grad_(False) freezes what is not trained"
 )
 
+UNSEEN = "has a gradient, but its layer's call did not come through the hooks"
 _BATCH_STATISTICS = torch.nn.modules.batchnorm._BatchNorm
 
 
@@ -52,13 +53,20 @@ class Coverage:
         return {name: p for name, p in self.parameters() if name in self.covered and p.requires_grad}
 
     def frozen_since(self) -> frozenset[str]:
-        """Parameters that were frozen after the model was looked at; ValueError for one that was unfrozen."""
+        """Parameters that were frozen after the model was looked at; ValueError for one that was unfrozen, or that is
+        computed from others."""
         for name, (owner, key) in self._parameters.items():
             parameter = owner._parameters.get(key)
-            if parameter is None or parameter.requires_grad is not self._trainable.get(name):
+            if parameter is None or parameter.requires_grad is not self._trainable.get(name) or not parameter.is_leaf:
                 break
         else:
             return frozenset()
+        for name, parameter in self.parameters():
+            if not parameter.is_leaf:
+                raise ValueError(
+                    f"model: parameter '{name}' is computed from other tensors in this call (functional_call), whose "
+                    "gradients are others than its own; call the model itself, or run that call under torch.no_grad()"
+                )
         now = {name: parameter.requires_grad for name, parameter in self.parameters()}
         frozen = set()
         for name, before in self._trainable.items():
@@ -195,14 +203,14 @@ def audit_gradients(coverage: Coverage, before: Mapping[str, bool], recorded: Co
     it had one before the pass."""
     for name, parameter in coverage.measured().items():
         if parameter.grad is not None and not before.get(name, False) and name not in recorded:
-            coverage.uncover(name, "has a gradient, but its layer's call did not come through the hooks")
+            coverage.uncover(name, UNSEEN)
     if not skip:
         coverage.check()
 
 
 def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> bool:
     """Whether a forward pass's input was computed from one of these."""
-    inputs = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor) and leaf.grad_fn]
+    inputs = [tensor for tensor in tensors_of((arguments, keywords)) if tensor.grad_fn]
     return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
 
 
@@ -211,7 +219,7 @@ def _uses(output: Any) -> dict[int, int]:
     edges: Counter[Any] = Counter()
     casts: list[tuple[Any, Any]] = []
     leaves: dict[Any, Tensor] = {}
-    todo = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    todo = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
     seen = set(todo)
     while todo:
         node = todo.pop()

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-from torch import Tensor
-from torch.utils._pytree import tree_leaves
-
 from lipcore.capture.layer_site import LayerSite
+from lipcore.capture.outputs import tensors_of
 
 _SPREADING = frozenset({"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "ExpandBackward0"})
 
@@ -24,7 +22,7 @@ def check_broadcast(output: Any, samples: int) -> None:
         return
     consumers: defaultdict[Any, list[Any]] = defaultdict(list)
     tapped: list[Any] = []
-    todo = [leaf.grad_fn for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+    todo = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
     seen = set(todo)
     while todo:
         node = todo.pop()

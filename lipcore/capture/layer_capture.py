@@ -17,16 +17,19 @@ from lipcore.capture.accumulation import accumulates_everything
 from lipcore.capture.audit import Coverage, audit_gradients, audit_graph, cover, depends_on
 from lipcore.capture.broadcast import check_broadcast
 from lipcore.capture.collector import in_backward, in_transform
-from lipcore.capture.layer_pass import OUTPUT, LayerPass, LayerRecord, Recomputation
+from lipcore.capture.layer_pass import INNER, OUTPUT, LayerPass, LayerRecord, Recomputation
 from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
+from lipcore.capture.outputs import on_backward
 from lipcore.capture.packed import boundaries
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
-from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, Sink, on_backward
+from lipcore.capture.proof import disproved
+from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, Sink
 from lipcore.layers import Batch, Factor
 
 _MAX_STRAY = 64
+_PROOF_EVERY = 1024  # passes: a thousandth of a backward pass for each
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -100,6 +103,7 @@ class LayerCapture:
         for name in self._broadcast:
             sites[name].broadcast = True
         self._audited = False
+        self._until_proof = 0
         self._single = SingleBatches(
             *(self.coverage, self.batch_dim, self._serve, self._tap),
             *(self._begin_forward, self._single_came_back, self._count),
@@ -276,8 +280,25 @@ class LayerCapture:
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
             except ValueError as error:
                 self.fail(error)
+        if run.batch.size > 1 and self.recording and not run.chained:
+            self._prove(run, output)
         on_backward(output, lambda: self._begin_backward(run))
         return self._tap_output(run, output) if self.normalized else None
+
+    def _prove(self, run: LayerPass, output: Any) -> None:
+        """The first pass, and every 1024th after it: the model may do other things by then."""
+        if self._until_proof:
+            self._until_proof -= 1
+            return
+        self._until_proof = _PROOF_EVERY
+        try:
+            wrong = disproved(self.model, run, output, self.coverage, self.sites) or {}
+            for name, why in wrong.items():
+                self.coverage.uncover(name, why)
+            if not self._skip_uncovered or not self.coverage.covered:
+                self.coverage.check()
+        except Exception as error:
+            self.fail(error)
 
     def _tap_output(self, run: LayerPass, output: Any) -> Any:
         if not isinstance(output, Tensor):
@@ -321,6 +342,7 @@ class LayerCapture:
 
     def _begin_backward(self, run: LayerPass) -> None:
         self._returning.add(run)
+        run.entered = in_backward()
         if run.fresh[0] != in_backward():
             run.fresh = in_backward(), all(p.grad is None for p in self.coverage.measured().values())
 
@@ -330,8 +352,8 @@ class LayerCapture:
             if isinstance(run, Recomputation):
                 run.spoil("several forward passes with reentrant checkpoints wait for their backward pass")
                 return False
-            if run.task == -1:
-                run.begin_task(0)
+            if run.begin_task(run.entered):
+                run.inner_only = True
             return True
         task = in_backward()
         if isinstance(run, Recomputation):
@@ -343,7 +365,8 @@ class LayerCapture:
                 run.refused_task = task
                 self._count(NOT_ACCUMULATED)
             return False
-        if run.begin_task(task):
+        if run.begin_task(task) or run.inner_only:
+            run.inner_only = False
             self._returning.add(run)
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
         return not run.spoiled
@@ -431,9 +454,10 @@ class LayerCapture:
         numbers are in the sink."""
         self._single.flush()
         run, self._last = self._last, None
-        if run is not None and run.task == 0 and in_backward() == -1:
-            self._deliver(run, 0)
-            run.task = -1
+        if run is not None and run.inner_only and in_backward() == -1:
+            run.inner_only = False
+            self._deliver(run, run.task)
+            run.entered = INNER
 
 
 def _is_aside() -> bool:

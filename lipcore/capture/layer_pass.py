@@ -14,6 +14,8 @@ from lipcore.layers import Batch, Factor, norms_sq_of
 #: Rows that are no parameter's: the gradient at a layer's output ("delta/<layer>") and at the model's.
 DELTA = "delta/"
 OUTPUT = "output/"
+#: The number of a backward pass that was not seen to come into a graph: it did so in a reentrant checkpoint.
+INNER = -2
 
 
 class Rows(Mapping[str, Tensor]):
@@ -65,8 +67,11 @@ class LayerPass:
         self.fresh = (-1, False)  # in which backward pass, and whether no gradients were there when it began
         self.proves = False  # a batch of one that is tapped to see whether the gradients tell the same
         self.task = -1  # the backward pass that the rows came from
+        self.entered = INNER  # the backward pass that came into its graph last
+        self.inner_only = False  # whose end nobody will tell: its rows came from a checkpoint's own backward passes
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count
+        self.proof: LayerPass | None = None  # while it proves itself: what its layers bring goes there
         self.chained = False  # its input depends on the model's parameters
         self.broken = ""
         self.spoiled = ""  # the same, for every backward pass to come

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -25,13 +26,15 @@ if TYPE_CHECKING:
 
 _BROADCAST = "; broadcast= names layers that are called without the batch dimension"
 _PREPENDED = (
-    "another forward hook was registered with prepend=True after lipcore's and may change the output before it is "
-    "seen; register it before the metric is attached, or without prepend"
+    "another forward hook runs before lipcore's and may change the output before it is seen (one registered with "
+    "prepend=True after lipcore's, or by register_module_forward_hook()); register it on the module, before the metric "
+    "is attached or without prepend"
 )
 OTHER_OUTPUT = (
     "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
     "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
 )
+_global_hooks = torch.nn.modules.module._global_forward_hooks  # run before a module's own
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 
@@ -101,7 +104,7 @@ class LayerSite:
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             capture.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
-        watch(output, self._other_output_used)
+        watch(output, functools.partial(self._other_output_used, run))
         if capture.fused and can_fuse(module, arguments, run):
             bias = module.bias if isinstance(module.bias, Tensor) else None
             fused = FusedLinear.apply(
@@ -115,8 +118,10 @@ class LayerSite:
         # No edges of the graph: a saved parameter would seem to be used once more.
         return [t.detach() for t in saved], extra
 
-    def _other_output_used(self) -> None:
-        if self._capture.recording and accumulates_everything():
+    def _other_output_used(self, run: LayerPass) -> None:
+        if run.proof is not None:
+            run.proof.spoiled = OTHER_OUTPUT
+        elif self._capture.recording and accumulates_everything():
             self._capture.fail(_named(ValueError(OTHER_OUTPUT), self))
 
     def _expanded(
@@ -125,6 +130,12 @@ class LayerSite:
         """Of a layer that is called without the batch dimension (positions): what it would be with it. The values
         and, by the very sum over the batch that broadcasting makes, the gradients stay the same."""
         first = arguments[0]
+        positions = first.dim() - first.is_floating_point()  # dimensions that are no features
+        if positions > 1 and first.shape[0] == batch.size > 1:
+            raise ValueError(
+                f"broadcast: names this layer, which is called on shape {list(first.shape)}, with the batch dimension; "
+                "leave it out of broadcast="
+            )
         shape = (batch.size, *first.shape) if first.shape[0] != 1 else (batch.size, *first.shape[1:])
         out = (batch.size, *(output.shape if first.shape[0] != 1 else output.shape[1:]))
         return Batch(batch.size), (first.expand(shape), *arguments[1:]), output.expand(out)
@@ -132,7 +143,9 @@ class LayerSite:
     def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
         """In the backward pass, in which nothing may be raised."""
         capture = self._capture
-        if not capture.recording or not capture.comes_back(run, inner):
+        if run.proof is not None:
+            run = run.proof
+        elif not capture.recording or not capture.comes_back(run, inner):
             return
         try:
             with torch.no_grad():
@@ -153,7 +166,9 @@ class LayerSite:
         """The weight gradient, with the norms taken on the way; None where the layer has to do it itself."""
         capture, batch = self._capture, run.batch
         weight = self.names["weight"]
-        if not capture.recording or not capture.comes_back(run, inner):
+        if run.proof is not None:
+            run = run.proof
+        elif not capture.recording or not capture.comes_back(run, inner):
             return None
         try:
             with torch.no_grad():
@@ -260,6 +275,8 @@ class _Strayed(torch.autograd.Function):
 
 def _precedes(module: nn.Module, site: LayerSite) -> bool:
     """Whether a hook that is not of this kind runs before this one, and may have changed the output."""
+    if _global_hooks:
+        return True
     for hook in module._forward_hooks.values():
         if hook is site:
             return False

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
 from lipcore.capture.audit import Coverage
 from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.layer_pass import LayerRecord, Rows
+from lipcore.capture.outputs import on_backward
 from lipcore.capture.parameters import GradientWatch, WeakCall
 
 _PROOFS = 3  # tapped passes in a row that the gradients agree with, before any is served
@@ -222,13 +222,6 @@ def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     if gradients:
         _core.square_sums(gradients, rows)
     return dict(zip(names, rows[:, :1].unbind(), strict=True))
-
-
-def on_backward(output: Any, hook: Callable[[], None]) -> None:
-    """Call the hook when the backward pass enters the graph behind one of the output's tensors, at each of them."""
-    for leaf in (output,) if isinstance(output, Tensor) else tree_leaves(output):
-        if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-            leaf.grad_fn.register_prehook(lambda _: hook())
 
 
 def _inert_hooks() -> Any:

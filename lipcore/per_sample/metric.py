@@ -447,6 +447,11 @@ def _check_arguments(every_steps: Any, on_unsupported: Any, batch_dim: Any, broa
         raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
     if isinstance(broadcast, str):
         raise TypeError(f"broadcast: expected a sequence of layer names, got the string {broadcast!r}")
+    if broadcast and batch_dim == 1:
+        raise ValueError(
+            "broadcast: layers without the batch dimension are expanded in front, which batch_dim=1 does not allow; give "
+            "them inputs of shape [T, B], or put the batch first"
+        )
     for layer, method in dict(methods or {}).items():
         if method not in ("gram", "direct"):
             raise ValueError(f"methods[{layer!r}]: expected 'gram' or 'direct', got {method!r}")

@@ -1,0 +1,136 @@
+"""The first pass proves itself: of one sample's outputs alone, every layer must bring that sample's exact gradient and
+nothing for the others.
+
+Shapes cannot tell positions [T] from samples where T = B, and hooks do not see what a function does with a layer's
+weight, what a hook did to an output, or that the model sorts or mixes its samples. One more backward pass, from one
+sample's outputs, shows all of these.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.capture.audit import UNSEEN, Coverage
+from lipcore.capture.layer_pass import LayerPass
+from lipcore.capture.layer_site import LayerSite
+from lipcore.capture.outputs import tensors_of
+from lipcore.layers import Batch
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a norm, relative
+_TOLERANCE_HALF = 5e-2  # where activations are of half precision
+_LEAST = 1e-3  # gradients under this share of the whole are compared with it: rounding is as large
+_MIXED = (
+    "of one sample's outputs alone, its gradient has parts at other samples ({0:.3g} of its norm). Either the layer is "
+    "called without the batch dimension (name it in broadcast=), or the batch dimension is not where it is looked for "
+    "(batch_dim=), or the model mixes its samples (statistics over the batch, sorting), and then there are no "
+    "gradients per sample"
+)
+_OTHER = (
+    "of one sample, its layer's calls bring a gradient of norm {0:.6g}, and autograd one of {1:.6g}: it is also used "
+    "by something other than its layer's call (F.linear with its weight, functional_call with other tensors), or a "
+    "hook changes what the layer returns"
+)
+
+
+def disproved(
+    model: nn.Module, run: LayerPass, output: Any, coverage: Coverage, sites: list[LayerSite]
+) -> dict[str, str] | None:
+    """Parameters whose norms are wrong, and why; None where this pass can prove nothing: no output has a batch
+    dimension, its graph allows no other backward pass (reentrant checkpoints, compiled regions that reuse memory), or
+    others would see it.
+    """
+    if not _is_private(model):
+        return None
+    sample = run.batch.size // 2
+    outputs, seeds = _of_sample(output, run.batch, sample)
+    parameters = coverage.measured()
+    while outputs:
+        run.proof = proof = LayerPass(run.batch, run.frozen)
+        proof.calls = run.calls
+        wanted = [*parameters.values(), *run.probes.values()]
+        try:
+            with torch.autocast(outputs[0].device.type, enabled=False):
+                found = torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True)
+        except RuntimeError:
+            return None
+        finally:
+            run.proof = None
+        probed = [columns for columns in found[len(parameters) :] if columns is not None]
+        calls = torch.stack([columns[-1].max() for columns in probed]) if probed else torch.ones(1)  # NaN wins
+        if bool((calls > 1).any()):
+            return None  # refused when they are read
+        if not proof.spoiled and not bool(calls.isnan().any()):
+            gradients: dict[str, Tensor | None] = dict(zip(parameters, found, strict=False))
+            rows = dict(proof.record(coverage.covered).norms_sq)
+            for site, columns in zip(sites, found[len(parameters) :], strict=False):
+                if columns is not None:
+                    rows.update(zip(site.columns, columns[:-1], strict=False))
+            if not rows:
+                return None  # compiled before the hooks were there: refused after two steps
+            half = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*outputs, *parameters.values()))
+            half |= torch.is_autocast_enabled(outputs[0].device.type)
+            return _wrong(rows, gradients, sample, half)
+        # A layer's second output (attention weights) is among these, which need not enter the loss.
+        outputs, seeds = outputs[: len(outputs) - 1], seeds[: len(outputs) - 1]
+    return None
+
+
+def _is_private(model: nn.Module) -> bool:
+    """Whether nobody would take this for the training's backward pass: not with hooks on modules' backward passes, nor
+    those of sharded models. (Hooks on tensors cannot be asked for: they see one more pass.)"""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return False
+    everywhere = nn.modules.module
+    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
+        return False
+    return not any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
+
+
+def _of_sample(output: Any, batch: Batch, sample: int) -> tuple[list[Tensor], list[Tensor]]:
+    """The outputs with a batch dimension, and for each random gradients at this sample alone."""
+    outputs, seeds = [], []
+    generator = torch.Generator().manual_seed(0)
+    rows, begin, end = batch.size, sample, sample + 1
+    if batch.offsets is not None:
+        rows, begin, end = (int(n) for n in (batch.offsets[-1], batch.offsets[sample], batch.offsets[sample + 1]))
+    for tensor in tensors_of(output):
+        dim = batch.dim if batch.offsets is None and tensor.dim() > batch.dim else 0
+        if not tensor.requires_grad or not tensor.is_floating_point() or not tensor.dim() or tensor.shape[dim] != rows:
+            continue
+        if dim and tensor.dim() == 2 and tensor.shape[0] == rows:
+            continue  # [B, B]: which of them is the batch?
+        seed = torch.zeros_like(tensor)
+        part = seed.narrow(dim, begin, end - begin)
+        part.copy_(torch.randn(part.shape, generator=generator))
+        outputs.append(tensor)
+        seeds.append(seed)
+    return outputs, seeds
+
+
+def _wrong(rows: dict[str, Tensor], gradients: dict[str, Tensor | None], sample: int, half: bool) -> dict[str, str]:
+    exact = {name: 0.0 if g is None else _norm(g) for name, g in gradients.items()}
+    total = max(exact.values(), default=0.0)
+    wrong = {}
+    for name, norm in exact.items():
+        row = rows[name].sqrt().cpu() if name in rows else torch.zeros(0)
+        mine = float(row[sample]) if len(row) else 0.0
+        others = float(row.sum()) - mine if len(row) else 0.0
+        gradient = gradients[name]
+        precision = torch.float32 if gradient is None else gradient.dtype
+        tolerance = _TOLERANCE_HALF if half else _TOLERANCE.get(precision, _TOLERANCE_HALF)
+        slack = tolerance * max(norm, mine, _LEAST * total)
+        if name not in rows and not norm <= slack:
+            wrong[name] = UNSEEN
+        elif not others <= slack:
+            wrong[name] = _MIXED.format(others / max(mine + others, 1e-300))
+        elif not abs(mine - norm) <= slack:
+            wrong[name] = _OTHER.format(mine, norm)
+    return wrong
+
+
+def _norm(gradient: Tensor) -> float:
+    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
+    return float(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64))
