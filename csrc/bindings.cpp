@@ -685,6 +685,7 @@ PYBIND11_MODULE(_core, m) {
       .def_readwrite("active", &SingleBatch::active);
   m.attr("SINGLE_ADDED") = static_cast<int>(SingleBatch::kAdded);
   m.attr("SINGLE_GRAPH") = static_cast<int>(SingleBatch::kGraph);
+  m.attr("SINGLE_ELSEWHERE") = static_cast<int>(SingleBatch::kElsewhere);
   m.attr("GRADIENTS_NOTHING") = static_cast<int>(GradientReader::Found::kNothing);
   m.attr("GRADIENTS_EXPECTED") = static_cast<int>(GradientReader::Found::kExpected);
   m.attr("GRADIENTS_OTHERS") = static_cast<int>(GradientReader::Found::kOthers);

@@ -75,13 +75,13 @@ int GradientReader::unchanged() const {
   return 1;
 }
 
-int GradientReader::empty() const {
+int64_t GradientReader::index_of(PyObject* parameter) const {
+  int64_t index = 0;
   for (const Place& place : places_) {
-    if (!place.measured) continue;
-    const int empty = attribute_is(place.parameter, names().grad, Py_None);
-    if (empty != 1) return empty;
+    if (place.read && place.parameter == parameter) return index;
+    index += place.read;
   }
-  return 1;
+  return -1;
 }
 
 GradientReader::Found GradientReader::read(double* out) const {

@@ -33,13 +33,13 @@ class GradientReader {
   // Every parameter is the object that it was, trained or not as before, with as many hooks, and no gradient: 1 or 0;
   // -1 with a Python exception set.
   int unchanged() const;
-  // No measured parameter has a gradient.
-  int empty() const;
   // kExpected: just the gradients to be read are there, and out[i] is the i-th one's sum of squares (NaN where one is
   // not finite). kStrided: one of them is not dense memory.
   Found read(double* out) const;
 
   size_t count() const { return read_; }
+  // Among the gradients that are read; -1 where it is none.
+  int64_t index_of(PyObject* parameter) const;
 
  private:
   void clear();

@@ -1,6 +1,10 @@
 #include "single_batch.h"
 
+#include <algorithm>
 #include <cmath>
+#include <cstring>
+
+#include "ops/ops.h"
 
 namespace lipcore {
 namespace {
@@ -23,6 +27,8 @@ struct Names {
   PyObject* shape = PyUnicode_InternFromString("shape");
   PyObject* grad_fn = PyUnicode_InternFromString("grad_fn");
   PyObject* register_prehook = PyUnicode_InternFromString("register_prehook");
+  PyObject* next_functions = PyUnicode_InternFromString("next_functions");
+  PyObject* variable = PyUnicode_InternFromString("variable");
 };
 
 const Names& names() {
@@ -51,6 +57,8 @@ int has_history(PyObject* object, PyObject* tensor_type) {
   const Ref history(PyObject_GetAttr(object, names().grad_fn));
   return history ? history.get() != Py_None : -1;
 }
+
+constexpr double kAgreement = 1e-5;  // of squares, which float32 rounds to 1e-6
 
 PyObject* const* all(const SingleBatchCalls& calls) { return reinterpret_cast<PyObject* const*>(&calls); }
 static_assert(sizeof(SingleBatchCalls) == kSingleBatchCalls * sizeof(PyObject*), "one reference after the other");
@@ -154,13 +162,29 @@ bool SingleBatch::after_forward(PyObject* output, bool paused) {
     return static_cast<bool>(Ref(PyObject_CallFunctionObjArgs(calls_.watch_outputs, output, callback.get(), nullptr)));
   const Ref history(PyObject_GetAttr(output, names().grad_fn));
   if (!history || history.get() == Py_None) return static_cast<bool>(history);
+  if (last_bias_ == kUnknown && !find_last_bias(history.get())) return false;
   return static_cast<bool>(Ref(PyObject_CallMethodOneArg(history.get(), names().register_prehook, callback.get())));
 }
 
+// bias + x W^T, as the output of a Linear: the bias is the first thing it was made of.
+bool SingleBatch::find_last_bias(PyObject* history) {
+  last_bias_ = -1;
+  if (!std::strstr(Py_TYPE(history)->tp_name, "AddmmBackward")) return true;
+  const Ref next(PyObject_GetAttr(history, names().next_functions));
+  const Ref first(next ? PySequence_GetItem(next.get(), 0) : nullptr);
+  const Ref node(first ? PySequence_GetItem(first.get(), 0) : nullptr);
+  if (!node) return false;
+  const Ref leaf(PyObject_HasAttr(node.get(), names().variable) ? PyObject_GetAttr(node.get(), names().variable)
+                                                                : Py_NewRef(Py_None));
+  if (!leaf) return false;
+  last_bias_ = reader_.index_of(leaf.get());
+  return true;
+}
+
 // What torch calls: nothing may be raised inside a backward pass, so an exception is printed as one that was ignored.
-PyObject* SingleBatch::begin_backward(PyObject* capsule, PyObject*) {
+PyObject* SingleBatch::begin_backward(PyObject* capsule, PyObject* output_grads) {
   const auto* backward = static_cast<Backward*>(PyCapsule_GetPointer(capsule, nullptr));
-  if (!backward->batch->begin(backward->pass)) PyErr_WriteUnraisable(nullptr);
+  if (!backward->batch->begin(backward->pass, output_grads)) PyErr_WriteUnraisable(nullptr);
   Py_RETURN_NONE;
 }
 
@@ -170,7 +194,7 @@ PyObject* SingleBatch::end_backward(PyObject* capsule, PyObject*) {
   Py_RETURN_NONE;
 }
 
-bool SingleBatch::begin(int64_t pass) {
+bool SingleBatch::begin(int64_t pass, PyObject* output_grads) {
   int64_t task;
   if (!number_of(calls_.backward_task, &task)) return false;
   if (entered_ == task) return true;  // at another output of the same pass
@@ -179,10 +203,19 @@ bool SingleBatch::begin(int64_t pass) {
   if (pass != pass_) {
     trouble = kAdded;
   } else {
-    const int empty = reader_.empty();
-    const int graph = empty < 0 ? -1 : returns(calls_.grad_enabled, Py_True);
+    const int unchanged = reader_.unchanged();  // a hook on a parameter may be there since, too
+    const int graph = unchanged < 0 ? -1 : returns(calls_.grad_enabled, Py_True);
     if (graph < 0) return false;
-    trouble = !empty ? kAdded : graph ? kGraph : kNone;
+    trouble = !unchanged ? kAdded : graph ? kGraph : kNone;
+  }
+  expected_sq_ = std::nan("");
+  if (trouble == kNone && last_bias_ >= 0 && PyTuple_Check(output_grads) && PyTuple_GET_SIZE(output_grads) == 1) {
+    TensorView grad;
+    StepSums sums;
+    if (view_tensor(PyTuple_GET_ITEM(output_grads, 0), {"grad"}, Access::kRead, &grad) && grad.is_dense() &&
+        square_sums({grad}, &sums))
+      expected_sq_ = sums.dw_sq;
+    PyErr_Clear();  // a gradient that is no tensor, or of another kind: nothing is known then
   }
   // queue_callback() calls without an argument; METH_NOARGS passes a null one.
   static PyMethodDef end = {"end_backward", &SingleBatch::end_backward, METH_NOARGS, nullptr};
@@ -201,7 +234,11 @@ bool SingleBatch::end(const Backward& backward) {
   } else if (backward.pass == pass_) {
     pass_ = 0;
   }
-  if (found == GradientReader::Found::kExpected && backward.trouble == kNone) {
+  Trouble trouble = backward.trouble;
+  if (found == GradientReader::Found::kExpected && trouble == kNone &&
+      std::abs(read_[static_cast<size_t>(std::max<int64_t>(last_bias_, 0))] - expected_sq_) > kAgreement * expected_sq_)
+    trouble = kElsewhere;
+  if (found == GradientReader::Found::kExpected && trouble == kNone) {
     squares_.swap(read_);
     task_ = backward.task;
     if (!sink_.distributions.empty()) {
@@ -209,8 +246,8 @@ bool SingleBatch::end(const Backward& backward) {
       return true;
     }
   }
-  const Ref result(PyObject_CallFunction(calls_.came_back, "iiL", static_cast<int>(found),
-                                         static_cast<int>(backward.trouble), static_cast<long long>(backward.task)));
+  const Ref result(PyObject_CallFunction(calls_.came_back, "iiL", static_cast<int>(found), static_cast<int>(trouble),
+                                         static_cast<long long>(backward.task)));
   return static_cast<bool>(result);
 }
 

@@ -26,7 +26,9 @@ constexpr int kSingleBatchCalls = 8;
 
 class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
  public:
-  enum Trouble { kNone, kAdded, kGraph };  // a gradient was there already; create_graph=True
+  // kAdded: a gradient was there already. kGraph: create_graph=True. kElsewhere: the last layer's gradient is not what
+  // came to the output, so something else than the output reached the parameters (a penalty in the loss, say).
+  enum Trouble { kNone, kAdded, kGraph, kElsewhere };
 
   SingleBatch() = default;
   SingleBatch(const SingleBatch&) = delete;
@@ -73,7 +75,8 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   static PyObject* begin_backward(PyObject* capsule, PyObject*);
   static PyObject* end_backward(PyObject* capsule, PyObject*);
   PyObject* hook(PyMethodDef* definition, int64_t pass, int64_t task, Trouble trouble);
-  bool begin(int64_t pass);
+  bool begin(int64_t pass, PyObject* output_grads);
+  bool find_last_bias(PyObject* history);
   bool end(const Backward& backward);
   void take_in();
   int aside() const;  // a pass that is none of the training's; -1 with a Python exception set
@@ -88,6 +91,11 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   bool watched_ = true;   // that pass has an output
   int64_t entered_ = -1;  // the backward pass that entered its graph
   int64_t task_ = -1;
+  // Where the output comes from a Linear: its bias among the gradients that are read, -1 where it does not, and the
+  // squared norm that the bias' gradient must have in the backward pass under way, NaN where that is not known.
+  int64_t last_bias_ = kUnknown;
+  static constexpr int64_t kUnknown = -2;
+  double expected_sq_ = 0;
   std::vector<double> squares_, read_, sums_;
   Sink sink_;
   bool pending_ = false;

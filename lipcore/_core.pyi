@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_GRAPH', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -216,6 +216,7 @@ GRADIENTS_STRIDED: int = 3
 LEDGER_COLUMNS: int = 20
 SERVED: int = 1
 SINGLE_ADDED: int = 1
+SINGLE_ELSEWHERE: int = 3
 SINGLE_GRAPH: int = 2
 STEP_COLUMNS: int = 6
 cuda_built: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copyreg
 import functools
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,7 +21,9 @@ from lipcore.capture.outputs import on_backward
 from lipcore.capture.parameters import GradientWatch, WeakCall
 
 _PROOFS = 3  # tapped passes in a row that the gradients agree with, before any is served
-_PROOF_EVERY = 64  # passes that are served, until one is tapped again and compared
+# Passes that are served, until one is tapped again and compared: drawn, since a loss may have a rhythm of its own.
+_PROOF_EVERY = (33, 95)
+_AGREEMENT = 1e-5  # of squares: float32 rounds them to 1e-6
 _MOST_ABANDONED = 3  # served passes without a backward pass; then a forward pass is no sign that one follows
 NOT_ACCUMULATED = "the backward pass did not accumulate all gradients (autograd.grad, or backward(inputs=))"
 _ADDED = (
@@ -31,7 +34,12 @@ _UNREADABLE = (
     "a batch of one was to be served from the gradients, and one of them is of another kind than before; from now on "
     "batches of one are tapped"
 )
+_ELSEWHERE = (
+    "a batch of one was served from the gradients, and something beside the model's output reached them (a penalty in "
+    "the loss, a layer's weight used outside the model); from now on batches of one are tapped"
+)
 _TROUBLE = {
+    _core.SINGLE_ELSEWHERE: _ELSEWHERE,
     _core.SINGLE_ADDED: _ADDED,
     _core.SINGLE_GRAPH: "its graph was differentiated with create_graph=True, so gradients flow along other ways too",
 }
@@ -48,10 +56,11 @@ Sink = tuple[list[int], list[Any], float]
 class SingleBatches:
     """Serves passes of one sample from the gradients that its backward pass leaves, with the layers' hooks taken off.
 
-    Only after these have proved to be what taps bring, and with a proof every 64 passes: a penalty on the parameters or
-    a layer called outside the model, say, is in the gradients and is no part of a sample's loss. While passes are
-    served, what changes is found (parameters, hooks, gradients that were there before, others reached) or by the next
-    proof. The hooks that serve are compiled (csrc/single_batch.h).
+    Only after these have proved to be what taps bring, and with a proof every 64 passes or so: a penalty on the
+    parameters or a layer called outside the model, say, is in the gradients and is no part of a sample's loss. While
+    passes are served, what changes is found at once (parameters, hooks, gradients that were there before, others
+    reached; behind a Linear at the end, a gradient of its bias that did not come from the output) or by the next proof.
+    The hooks that serve are compiled (csrc/single_batch.h).
 
     Args:
         coverage: the model's parameters.
@@ -79,6 +88,7 @@ class SingleBatches:
         self._serve, self._tap, self._not_served = serve, tap, not_served
         self._deliver, self._count = deliver, count
         self._proofs = self._abandoned = 0
+        self._random = random.Random(0)
         self._reached: frozenset[str] = frozenset()  # parameters that had a gradient at the last proof
         self._names: tuple[str, ...] = ()  # those of the gradients that are read
         self._core: Any = None  # while passes are served
@@ -95,7 +105,7 @@ class SingleBatches:
         found = gradient_squares(measured)
         total = sum(float(row) for row in norms_sq.values())
         if found.keys() != norms_sq.keys() or any(
-            not abs(float(square) - float(norms_sq[name])) <= 1e-3 * float(square) + 1e-9 * total
+            not abs(float(square) - float(norms_sq[name])) <= _AGREEMENT * float(square) + 1e-9 * total
             for name, square in found.items()
         ):
             self.enabled = False
@@ -122,7 +132,7 @@ class SingleBatches:
             *(Tensor, torch.is_grad_enabled, in_backward, in_transform, queue),
             *(WeakCall(self._stopped), on_backward, WeakCall(self._came_back)),
         ]
-        self._core = _core.SingleBatch(places, calls, self._batch_dim, _PROOF_EVERY)
+        self._core = _core.SingleBatch(places, calls, self._batch_dim, self._random.randint(*_PROOF_EVERY))
         self.renew_sink()
         self._serve(self._core)
 

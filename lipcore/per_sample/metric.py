@@ -449,8 +449,8 @@ def _check_arguments(every_steps: Any, on_unsupported: Any, batch_dim: Any, broa
         raise TypeError(f"broadcast: expected a sequence of layer names, got the string {broadcast!r}")
     if broadcast and batch_dim == 1:
         raise ValueError(
-            "broadcast: layers without the batch dimension are expanded in front, which batch_dim=1 does not allow; give "
-            "them inputs of shape [T, B], or put the batch first"
+            "broadcast: layers without the batch dimension are expanded in front, which batch_dim=1 does not allow; "
+            "give them inputs of shape [T, B], or put the batch first"
         )
     for layer, method in dict(methods or {}).items():
         if method not in ("gram", "direct"):
