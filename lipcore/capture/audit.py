@@ -123,6 +123,11 @@ def cover(model: nn.Module) -> Coverage:
     names: dict[int, str] = {}
     modules = list(named_modules(model))
     for module_name, module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model: module '{module_name}' is a TorchScript module, whose calls no hook sees; use the Python "
+                "module that it was made of"
+            )
         for key, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in names:
                 name = f"{module_name}.{key}" if module_name else key

@@ -40,7 +40,8 @@ class FusedLinear(torch.autograd.Function):
         inner: bool,
     ) -> Tensor:
         ctx.site, ctx.run, ctx.inner, ctx.x_dtype = site, run, inner, x.dtype
-        ctx.save_for_backward(x.to(output.dtype), weight)  # the output's dtype is autocast's
+        # The output's dtype is autocast's. Without a gradient for x the weight may change before the backward pass.
+        ctx.save_for_backward(x.to(output.dtype), weight if x.requires_grad else None)
         return passed_on(ctx, output, True)
 
     @staticmethod

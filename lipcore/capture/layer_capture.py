@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
@@ -259,6 +260,11 @@ class LayerCapture:
             offsets = boundaries(self._offsets_of(arguments, keywords))
             return Batch(len(offsets) - 1, self.batch_dim, offsets)
         first = arguments[0] if arguments else None  # mostly it, and looking for others takes 10 us
+        if any(isinstance(argument, PackedSequence) for argument in (*arguments, *keywords.values())):
+            raise ValueError(
+                "model: is called with a PackedSequence, whose rows are single steps of many samples; pass padded "
+                "sequences, or rows with cu_seqlens="
+            )
         for leaf in (first,) if isinstance(first, Tensor) else tree_leaves((arguments, keywords)):
             if isinstance(leaf, Tensor) and leaf.dim() > self.batch_dim:
                 return Batch(leaf.shape[self.batch_dim], self.batch_dim)

@@ -112,6 +112,8 @@ class LayerPass:
                 f"parameter '{name}' was used again in a part of the forward pass that could not be followed, so the "
                 "squares cannot be joined"
             )
+        elif name in self._rows:  # a layer's second call: which of its outputs would it be?
+            norms_sq = torch.full_like(norms_sq, torch.nan)
         self._rows[name] = norms_sq
 
     def record(self, covered: Container[str]) -> LayerRecord:

@@ -158,7 +158,7 @@ class LayerSite:
                 self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")
                 run.add_factors(own)
                 if capture.normalized:
-                    run.add_row(DELTA + self.name, _row_norms_sq(grad, run.batch))
+                    run.add_row(DELTA + self.name, self._row_norms_sq(grad, run.batch))
         except Exception as error:
             capture.fail(_named(error, self))
 
@@ -177,7 +177,7 @@ class LayerSite:
                 if "bias" in self.names:
                     run.add_factor(self.names["bias"], factors["bias"])
                 if capture.normalized:
-                    run.add_row(DELTA + self.name, _row_norms_sq(grad, batch))
+                    run.add_row(DELTA + self.name, self._row_norms_sq(grad, batch))
                 if run.calls[weight] > 1:  # to be joined
                     run.add_factor(weight, factors["weight"])
                     return None
@@ -188,6 +188,12 @@ class LayerSite:
         except Exception as error:
             capture.fail(_named(error, self))
             return None
+
+    def _row_norms_sq(self, grad: Tensor, batch: Batch) -> Tensor:
+        if batch.offsets is None:
+            return functional.sample_norms(grad.movedim(self.rule.sample_dim(self.module, grad, batch), 0)).square()
+        rows = functional.sample_norms(grad.reshape(-1, grad.shape[-1])).square()
+        return torch.stack([part.sum() for part in rows.tensor_split(batch.offsets[1:-1].cpu())])
 
     # ---- compiled regions: a probe takes the place of the pass
 
@@ -216,7 +222,7 @@ class LayerSite:
         norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
         rows = [norms_sq.get(key, nothing) for key in self.names]
         if self._capture.normalized:
-            rows.append(_row_norms_sq(grad, Batch(samples, self._capture.batch_dim)))
+            rows.append(self._row_norms_sq(grad, Batch(samples, self._capture.batch_dim)))
         return torch.stack([*rows, torch.ones_like(nothing)])
 
 
@@ -298,13 +304,6 @@ def _tensor_of(output: Any) -> Tensor | None:
 
 def _with_tensor(output: Any, tensor: Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
-
-
-def _row_norms_sq(grad: Tensor, batch: Batch) -> Tensor:
-    if batch.offsets is None:
-        return functional.sample_norms(grad.movedim(batch.dim if grad.dim() > 2 else 0, 0)).square()
-    rows = functional.sample_norms(grad.reshape(-1, grad.shape[-1])).square()
-    return torch.stack([part.sum() for part in rows.tensor_split(batch.offsets[1:-1].cpu())])
 
 
 def _named(error: Exception, site: LayerSite) -> Exception:

@@ -29,6 +29,9 @@ class MultiheadAttentionRule(Rule):
             return f"its dropout of {module.dropout} cannot be repeated in the backward pass; use dropout=0 or eval()"
         return ""
 
+    def sample_dim(self, module: Any, grad_output: Tensor, batch: Batch) -> int:
+        return 0 if module.batch_first else 1
+
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
@@ -47,6 +50,8 @@ class MultiheadAttentionRule(Rule):
         if causal:
             masks["attn_mask"] = None
         own = {name: module._parameters.get(name) for name in _TENSORS[3:-1]}
+        # A mask may be filled anew before the backward pass: torch's own keeps none.
+        masks = {name: mask if mask is None else mask.clone() for name, mask in masks.items()}
         every = found | own | {"out_proj.weight": module.out_proj.weight} | masks
         present = {name: t for name, t in every.items() if t is not None}
         return tuple(present.values()), (tuple(present), causal, bool(need_weights))

@@ -16,6 +16,9 @@ from lipcore.layers.rule import Batch, Rule
 
 
 class ConvRule(Rule):
+    def sample_dim(self, module: nn.Module, grad_output: Tensor, batch: Batch) -> int:
+        return 0
+
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:

@@ -30,7 +30,10 @@ class EmbeddingBagRule(Rule):
         weights = argument(arguments, keywords, 2, "per_sample_weights")
         bags = indices.shape[0] if starts is None else starts.shape[0] - bool(module.include_last_offset)
         if bags != batch.size or batch.offsets is not None:
-            raise ValueError(f"expected one bag per sample, {batch.size}, got {bags}; samples cannot be told apart")
+            raise ValueError(
+                f"expected one bag per sample, {batch.size}, got {bags}; samples cannot be told apart. The number of "
+                "samples is that of the model's first tensor argument: let that be the offsets, or pass indices [B, n]"
+            )
         readable = starts is not None and starts.is_cpu and not torch.compiler.is_compiling()
         if module.include_last_offset and readable and starts[-1] != indices.numel():
             # torch drops the rest for mode="sum" and adds it to the last bag for mode="mean".

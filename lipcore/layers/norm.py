@@ -62,6 +62,9 @@ class ChannelNormRule(Rule):
         """How many dimensions an input with a batch has, where that is certain."""
         return None
 
+    def sample_dim(self, module: nn.Module, grad_output: Tensor, batch: Batch) -> int:
+        return 0
+
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:

@@ -52,6 +52,10 @@ class Rule(ABC):
         """Why this module, configured as it is, has no per-sample gradients that could be measured; "" if it has."""
         return ""
 
+    def sample_dim(self, module: nn.Module, grad_output: Tensor, batch: Batch) -> int:
+        """Where the samples are in the gradient at the output."""
+        return batch.dim if grad_output.dim() > 2 else 0
+
     @abstractmethod
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch

@@ -118,4 +118,6 @@ class MicroBatch:
             for name, row in record.items()
             if name.startswith(DELTA)
         }
-        return Norms("layer", rows, {}, self.samples)
+        several = "is called several times in a pass, and has an output gradient for each"
+        reasons = {name: several for name, row in rows.items() if row.isnan().all() and not eps_sq.isnan().all()}
+        return Norms("layer", rows, reasons, self.samples)
