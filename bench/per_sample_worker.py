@@ -62,7 +62,9 @@ def _time(model: str, contender: str, seconds: float) -> dict[str, float]:
 
 
 def _memory(model: str, contender: str) -> dict[str, float]:
-    """Peak of resident memory over what there was before the first step."""
+    """Peak of resident memory over what there was before the first step. A small model's step comes before, so that
+    code which is loaded then is not counted as memory of the steps."""
+    _made("paper", contender)[1]()
     _, step = _made(model, contender)
     gc.collect()
     with open("/proc/self/statm") as file:

@@ -74,7 +74,7 @@ class _Run:
                     module(x)
             except ValueError as error:
                 return self._refuses(module, error)
-            return "not compared: a PackedSequence of one row"
+            raise AssertionError("a PackedSequence was taken, which has its samples in no dimension")
         if isinstance(x, tuple):  # bags: indices of any number come first, and the number of samples with the offsets
             module, x = _OffsetsFirst(module), x[::-1]
             metric.close()
