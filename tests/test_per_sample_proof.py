@@ -186,13 +186,20 @@ def test_the_proof_changes_nothing() -> None:
     assert_equal(run(True), run(False))
 
 
-def test_a_use_that_begins_later_is_found_by_a_later_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lipcore.capture.layer_capture._PROOF_EVERY", 2)
-    model = made(lambda: Model(lambda m, x: m.b(m.a(x))))
-    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=r"'a.weight': of one sample"):
-        with PerSampleGradNorms(model, loss_reduction="sum") as metric:
-            for step in range(4):
-                model(torch.randn(SIZE, SIZE)).sum().backward()
-                assert metric.per_sample.isfinite().all()
-                if step == 0:
-                    model.way = lambda m, x: F.linear(m.b(m.a(x)), m.a.weight)
+@pytest.mark.parametrize("prove", [True, False])
+def test_the_first_pass_of_several_samples_is_the_one_that_is_proved(prove: bool) -> None:
+    seen: list[Tensor] = []
+
+    def way(model: Any, x: Tensor) -> Tensor:
+        hidden = model.a(x)
+        hidden.register_hook(lambda grad: seen.append(grad))
+        result: Tensor = model.b(hidden)
+        return result
+
+    model = made(lambda: Model(way))
+    with PerSampleGradNorms(model, loss_reduction="sum", prove=prove):
+        for size in (1, 3, 5):
+            model(torch.randn(size, SIZE))
+    assert [len(grad) for grad in seen] == ([3] if prove else [])
+    for grad in seen:  # of one sample alone
+        assert grad.any(1).tolist() == [False, True, False]

@@ -30,7 +30,6 @@ from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, Sink
 from lipcore.layers import Batch, Factor
 
 _MAX_STRAY = 64
-_PROOF_EVERY = 1024  # passes: a thousandth of a backward pass for each
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -51,6 +50,7 @@ class LayerCapture:
         fused: take over the weight gradient of Linears that see sequences.
         normalized: also bring the norms of the gradients at the layers' outputs and at the model's.
         skip_uncovered: leave out parameters that no rule covers instead of failing.
+        prove: run a backward pass of one sample through the first pass's graph, and compare.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class LayerCapture:
         fused: bool = False,
         normalized: bool = False,
         skip_uncovered: bool = False,
+        prove: bool = True,
     ) -> None:
         self.model = model
         self.batch_dim = batch_dim
@@ -80,6 +81,7 @@ class LayerCapture:
         self._offsets_of = offsets_of
         self._methods = dict(methods or {})
         self._skip_uncovered = skip_uncovered
+        self._wants_proof = prove
         self._broadcast = broadcast
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._open: weakref.WeakSet[LayerPass] = weakref.WeakSet()
@@ -104,7 +106,7 @@ class LayerCapture:
         for name in self._broadcast:
             sites[name].broadcast = True
         self._audited = False
-        self._until_proof = 0
+        self._proved = not self._wants_proof
         self._single = SingleBatches(
             *(self.coverage, self.batch_dim, self._serve, self._tap),
             *(self._begin_forward, self._single_came_back, self._count),
@@ -286,17 +288,15 @@ class LayerCapture:
                 audit_graph(output, self.coverage, run.calls, skip=self._skip_uncovered)
             except ValueError as error:
                 self.fail(error)
-        if run.batch.size > 1 and self.recording and not run.chained:
+        if not self._proved and run.batch.size > 1 and self.recording and not run.chained:
             self._prove(run, output)
         on_backward(output, lambda: self._begin_backward(run))
         return self._tap_output(run, output) if self.normalized else None
 
     def _prove(self, run: LayerPass, output: Any) -> None:
-        """The first pass, and every 1024th after it: the model may do other things by then."""
-        if self._until_proof:
-            self._until_proof -= 1
-            return
-        self._until_proof = _PROOF_EVERY
+        """The first pass of several samples. Not later ones: beside all that is kept for the backward pass, another
+        one's gradients could be the largest memory of the training."""
+        self._proved = True
         try:
             wrong = disproved(self.model, run, output, self.coverage, self.sites) or {}
             for name, why in wrong.items():

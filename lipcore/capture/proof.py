@@ -8,11 +8,13 @@ sample's outputs, shows all of these.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lipcore import functional
 from lipcore.capture.audit import UNSEEN, Coverage
 from lipcore.capture.layer_pass import LayerPass
 from lipcore.capture.layer_site import LayerSite
@@ -46,36 +48,69 @@ def disproved(
         return None
     sample = run.batch.size // 2
     outputs, seeds = _of_sample(output, run.batch, sample)
-    parameters = coverage.measured()
+    # A hook on a parameter rewrites its gradient, and no sample's.
+    parameters = {name: p for name, p in coverage.measured().items() if not p._backward_hooks}
     while outputs:
-        run.proof = proof = LayerPass(run.batch, run.frozen)
-        proof.calls = run.calls
-        wanted = [*parameters.values(), *run.probes.values()]
-        try:
-            with torch.autocast(outputs[0].device.type, enabled=False):
-                found = torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True)
-        except RuntimeError:
+        found = _backward(run, outputs, seeds, parameters)
+        if found is None:
             return None
-        finally:
-            run.proof = None
-        probed = [columns for columns in found[len(parameters) :] if columns is not None]
-        calls = torch.stack([columns[-1].max() for columns in probed]) if probed else torch.ones(1)  # NaN wins
+        norms, probed, proof = found
+        calls = torch.stack([columns[-1].max() for columns in probed.values()] or [torch.ones(())])  # NaN wins
         if bool((calls > 1).any()):
             return None  # refused when they are read
         if not proof.spoiled and not bool(calls.isnan().any()):
-            gradients: dict[str, Tensor | None] = dict(zip(parameters, found, strict=False))
             rows = dict(proof.record(coverage.covered).norms_sq)
-            for site, columns in zip(sites, found[len(parameters) :], strict=False):
-                if columns is not None:
-                    rows.update(zip(site.columns, columns[:-1], strict=False))
+            for site in sites:
+                if site.number in probed:
+                    rows.update(zip(site.columns, probed[site.number][:-1], strict=False))
             if not rows:
                 return None  # compiled before the hooks were there: refused after two steps
             half = any(t.dtype in (torch.float16, torch.bfloat16) for t in (*outputs, *parameters.values()))
             half |= torch.is_autocast_enabled(outputs[0].device.type)
-            return _wrong(rows, gradients, sample, half)
+            return _wrong(rows, norms, sample, half)
         # A layer's second output (attention weights) is among these, which need not enter the loss.
-        outputs, seeds = outputs[: len(outputs) - 1], seeds[: len(outputs) - 1]
+        outputs, seeds = outputs[:-1], seeds[:-1]
     return None
+
+
+def _backward(
+    run: LayerPass, outputs: list[Tensor], seeds: list[Tensor], parameters: dict[str, nn.Parameter]
+) -> tuple[dict[str, Norm], dict[int, Tensor], LayerPass] | None:
+    """The norm of each parameter's gradient, what came to the probes, and what the layers brought; None where the graph
+    does not allow it."""
+    norms: dict[str, Norm] = {}
+
+    def taken(name: str, gradient: Tensor) -> Tensor:
+        # All gradients at once, beside all activations, would be the largest memory of the training.
+        norms[name] = Norm(gradient.dtype, functional.sample_norms(_values(gradient)[None])[0])
+        return gradient if gradient.is_sparse else gradient.new_zeros(()).expand(gradient.shape)
+
+    handles = [p.register_hook(functools.partial(taken, name)) for name, p in parameters.items()]
+    run.proof = proof = LayerPass(run.batch, run.frozen)
+    proof.calls = run.calls
+    wanted = [*parameters.values(), *run.probes.values()]
+    try:
+        with torch.autocast(outputs[0].device.type, enabled=False):
+            found = torch.autograd.grad(outputs, wanted, seeds, retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        return None
+    finally:
+        run.proof = None
+        for handle in handles:
+            handle.remove()
+    columns = dict(zip(run.probes, found[len(parameters) :], strict=True))
+    for name in parameters:
+        norms.setdefault(name, Norm(torch.float64, torch.zeros((), dtype=torch.float64)))
+    return norms, {number: rows for number, rows in columns.items() if rows is not None}, proof
+
+
+class Norm(NamedTuple):
+    dtype: torch.dtype
+    value: Tensor
+
+
+def _values(gradient: Tensor) -> Tensor:
+    return gradient.coalesce().values() if gradient.is_sparse else gradient
 
 
 def _is_private(model: nn.Module) -> bool:
@@ -110,17 +145,15 @@ def _of_sample(output: Any, batch: Batch, sample: int) -> tuple[list[Tensor], li
     return outputs, seeds
 
 
-def _wrong(rows: dict[str, Tensor], gradients: dict[str, Tensor | None], sample: int, half: bool) -> dict[str, str]:
-    exact = {name: 0.0 if g is None else _norm(g) for name, g in gradients.items()}
+def _wrong(rows: dict[str, Tensor], norms: dict[str, Norm], sample: int, half: bool) -> dict[str, str]:
+    exact = {name: float(norm.value) for name, norm in norms.items()}
     total = max(exact.values(), default=0.0)
     wrong = {}
     for name, norm in exact.items():
         row = rows[name].sqrt().cpu() if name in rows else torch.zeros(0)
         mine = float(row[sample]) if len(row) else 0.0
         others = float(row.sum()) - mine if len(row) else 0.0
-        gradient = gradients[name]
-        precision = torch.float32 if gradient is None else gradient.dtype
-        tolerance = _TOLERANCE_HALF if half else _TOLERANCE.get(precision, _TOLERANCE_HALF)
+        tolerance = _TOLERANCE_HALF if half else _TOLERANCE.get(norms[name].dtype, _TOLERANCE_HALF)
         slack = tolerance * max(norm, mine, _LEAST * total)
         if name not in rows and not norm <= slack:
             wrong[name] = UNSEEN
@@ -129,8 +162,3 @@ def _wrong(rows: dict[str, Tensor], gradients: dict[str, Tensor | None], sample:
         elif not abs(mine - norm) <= slack:
             wrong[name] = _OTHER.format(mine, norm)
     return wrong
-
-
-def _norm(gradient: Tensor) -> float:
-    gradient = gradient.coalesce().values() if gradient.is_sparse else gradient
-    return float(torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64))

@@ -69,6 +69,10 @@ class PerSampleGradNorms(Metric):
             sequences, but the gradient is summed in another order.
         normalized: also :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
         noise_scale: also the gradient noise scale.
+        prove: let the first pass of several samples prove itself: one more backward pass through its graph, from one
+            sample's outputs, must bring that sample's exact gradient at every parameter and nothing for the others.
+            It finds samples that are mixed or looked for in the wrong dimension, and weights that are used outside
+            their layers. Hooks on tensors see that pass too. Not done in distributed training.
         scaler: a torch.amp.GradScaler, when it stands alone (a Monitor has its own).
 
     Raises:
@@ -94,6 +98,7 @@ class PerSampleGradNorms(Metric):
         fused: bool = False,
         normalized: bool = False,
         noise_scale: bool = True,
+        prove: bool = True,
         scaler: Any = None,
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
@@ -107,6 +112,7 @@ class PerSampleGradNorms(Metric):
             "fused": fused,
             "normalized": normalized,
             "skip_uncovered": on_unsupported == "skip",
+            "prove": prove,
         }
         self._wants_noise = noise_scale
         self._capture: LayerCapture | None = None
