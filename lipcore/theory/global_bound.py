@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from lipcore.chain import modules_in_order
 from lipcore.names import unwrap
 from lipcore.pointwise import local_lipschitz, mixes_samples
-from lipcore.results import Value, Window
+from lipcore.results import Value, Window, weakest
 from lipcore.spectral import singular_values
 from lipcore.theory.finding import Finding
-from lipcore.theory.training import steadiness, weakest
+from lipcore.theory.training import steadiness
 from lipcore.theory.windows import select
 
 #: Global Lipschitz constants of torch's element-wise activations.

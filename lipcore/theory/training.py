@@ -6,16 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lipcore.results import Label, Value, Window, suffix_maximum
+from lipcore.results import Label, Value, Window, suffix_maximum, weakest
 from lipcore.theory.finding import Finding
 from lipcore.theory.windows import one_place, quantity, select
-
-_WORTH: dict[Label, int] = {"exact": 0, "estimate": 1, "one-sided": 2, "heuristic": 3}
-
-
-def weakest(labels: Iterable[Label]) -> Label:
-    """The label of a number made from several."""
-    return max(labels, key=_WORTH.__getitem__)
 
 
 @dataclass(frozen=True, repr=False)
