@@ -5,10 +5,12 @@ Every number is a :class:`lipcore.results.Value` with its label: exact, one-side
 """
 
 from lipcore.theory.assumptions import SigmoidHead, Slack, sigmoid_head, slack
-from lipcore.theory.bias_motion import BiasDistance, BiasVariance, bias_distance, bias_variance
+from lipcore.theory.bias_motion import BiasVariance, bias_variance
+from lipcore.theory.bias_path import BiasDistance, bias_distance
 from lipcore.theory.dimension import intrinsic_dimension, log_covering_number
 from lipcore.theory.generalization import Generalization, generalization
-from lipcore.theory.global_bound import GlobalBound, lipschitz_bound, spectral_norm_product
+from lipcore.theory.global_bound import GlobalBound, lipschitz_bound
+from lipcore.theory.spectral_product import spectral_norm_product
 from lipcore.theory.training import Sandwich, Steadiness, sandwich, steadiness
 
 __all__ = [

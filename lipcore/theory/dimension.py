@@ -37,13 +37,15 @@ def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
     Heuristic: biased downwards in high dimensions, and distances are Euclidean ones of the raw inputs.
 
     Raises:
-        ValueError: fewer than neighbors + 2 points; neighbors < 2; too many duplicates.
+        ValueError: fewer than neighbors + 2 points; neighbors < 2; too many duplicates; points that are not finite.
     """
     if not isinstance(neighbors, int) or neighbors < 2:
         raise ValueError(f"neighbors: expected an integer >= 2, got {neighbors!r}")
     points = torch.as_tensor(x).detach().double()
-    if points.dim() < 1 or len(points) < neighbors + 2:
+    if not points.dim() or len(points) < neighbors + 2:
         raise ValueError(f"x: expected at least {neighbors + 2} points for {neighbors} neighbours, got {len(points)}")
+    if not bool(points.isfinite().all()):
+        raise ValueError("x: expected finite points, got some that are not; leave them out")
     points = torch.unique(points.flatten(1) if points.dim() > 1 else points[:, None], dim=0)  # duplicates say nothing
     if len(points) < neighbors + 2:
         raise ValueError(f"x: only {len(points)} of its points differ; expected at least {neighbors + 2}")
@@ -54,4 +56,7 @@ def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
         nearest = distance.topk(neighbors + 1, largest=False).values[:, 1:]
         logs.append((nearest[:, -1:] / nearest[:, :-1]).log().mean(1))
     inverse = float(torch.cat(logs).mean())
-    return Value(1 / inverse if inverse > 0 else math.inf, len(points), "heuristic", inverse > 0, "Levina-Bickel")
+    if not inverse > 0:
+        why = f"all {neighbors} nearest distances are equal (a grid, a simplex?): the estimate needs them to grow"
+        return Value(math.inf, len(points), "heuristic", False, why)
+    return Value(1 / inverse, len(points), "heuristic", True, "Levina-Bickel")
