@@ -43,7 +43,8 @@ def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
         raise ValueError(f"neighbors: expected an integer >= 2, got {neighbors!r}")
     points = torch.as_tensor(x).detach().double()
     if not points.dim() or len(points) < neighbors + 2:
-        raise ValueError(f"x: expected at least {neighbors + 2} points for {neighbors} neighbours, got {len(points)}")
+        seen = len(points) if points.dim() else "a single number"
+        raise ValueError(f"x: expected at least {neighbors + 2} points for {neighbors} neighbours, got {seen}")
     if not bool(points.isfinite().all()):
         raise ValueError("x: expected finite points, got some that are not; leave them out")
     points = torch.unique(points.flatten(1) if points.dim() > 1 else points[:, None], dim=0)  # duplicates say nothing
