@@ -15,6 +15,7 @@ _STEPS = 100
 _MEMORY = 1 << 25  # numbers that Lanczos may keep
 _SMALL = 1 << 14  # elements of one sample
 _TOLERANCE, _TOLERANCE_LARGE = 1e-6, 1e-3  # of the residual; the value's own error is about its square
+_ROOM = 1.05  # iterated until this multiple of the Ritz value is above all eigenvalues: 2.5 % of sigma_1
 _FAILURE = 1e-9  # share of the start vectors for which the bound behind Lanczos may fail
 
 
@@ -107,10 +108,8 @@ def _lanczos(module: nn.Module, shape: tuple[int, ...]) -> _Iteration:
     singular values of a convolution lie close together.
 
     Ritz value plus residual bounds the eigenvalue *nearest* to it, and no residual tells whether that is the largest.
-    `upper` is therefore also no less than what Kuczynski and Wozniakowski (1992, Theorem 4.2) give for a random start:
-    after k steps in n dimensions :math:`\theta \ge (1 - \epsilon)\lambda_1` but for a share of
-    :math:`1.648 \sqrt n\, e^{-\sqrt\epsilon (2k - 1)}` of the starts, here 1e-9. It is some percent above sigma_1, and
-    infinite after few steps.
+    `upper` is therefore also no less than :func:`_largest_eigenvalue`, which holds for all but 1e-9 of the random
+    starts.
     """
     generator = torch.Generator().manual_seed(0)
     weight = module.weight.detach().to(torch.float64)  # type: ignore[operator]
@@ -120,7 +119,8 @@ def _lanczos(module: nn.Module, shape: tuple[int, ...]) -> _Iteration:
     basis: list[Tensor] = [q.reshape(-1)]
     diagonal: list[float] = []
     beside: list[float] = []
-    theta = residual = 0.0
+    theta = residual = step = 0.0
+    values = torch.zeros(1, dtype=torch.float64)
     for _ in range(min(_STEPS, _MEMORY // q.numel() + 2, q.numel())):
         w = pull_back(module, weight, push_forward(module, weight, q), shape).reshape(-1)
         diagonal.append(float(w @ basis[-1]))
@@ -133,12 +133,41 @@ def _lanczos(module: nn.Module, shape: tuple[int, ...]) -> _Iteration:
             tridiagonal[i, i + 1] = tridiagonal[i + 1, i] = value
         values, eigenvectors = torch.linalg.eigh(tridiagonal)
         theta, residual = max(float(values[-1]), 0.0), step * abs(float(eigenvectors[-1, -1]))
-        if residual <= tolerance * theta:
+        if not theta:
+            break
+        if residual <= tolerance * theta and _is_above(_ROOM * theta, values, [*beside, step], q.numel()):
             break
         beside.append(step)
         basis.append(w / step)
         q = basis[-1].reshape(shape)
     steps = len(diagonal)
-    missed = (math.log(1.648 * math.sqrt(q.numel()) / _FAILURE) / (2 * steps - 1)) ** 2
-    upper = max(theta + residual, theta / (1 - missed) if missed < 1 else math.inf)
+    bound = _largest_eigenvalue(values, [*beside[: steps - 1], step], q.numel())
+    upper = max(theta + residual, bound)
     return _Iteration(math.sqrt(theta), math.sqrt(upper), steps, residual <= tolerance * theta)
+
+
+def _is_above(value: float, ritz: Tensor, beside: list[float], dimension: int) -> bool:
+    r"""Whether a value is above all eigenvalues, from k Lanczos steps (van Dorsselaer, Hochstenbach and van der Vorst
+    2000). With p the monic polynomial whose roots are the Ritz values, :math:`p(A) q_1 = \beta_1 \cdots \beta_k
+    q_{k+1}`, so :math:`p(\lambda_1) \le \beta_1 \cdots \beta_k / |v_1 \cdot q_1|`, and p rises beyond its roots. The
+    component :math:`|v_1 \cdot q_1|` of a random start is below eta with a probability of at most :math:`\eta \sqrt{2 n
+    / \pi}`.
+    """
+    theta = float(ritz[-1])
+    smallest = math.log(_FAILURE / math.sqrt(2 * dimension / math.pi))
+    # A beta below the rounding of the iteration says no more than that.
+    product = sum(math.log(max(beta, 1e-15 * theta)) for beta in beside)
+    return value > theta and float((value - ritz).log().sum()) > product - smallest
+
+
+def _largest_eigenvalue(ritz: Tensor, beside: list[float], dimension: int) -> float:
+    """An upper bound of the largest eigenvalue, by bisection; infinite where it is beyond 100 times the Ritz value."""
+    low, high = float(ritz[-1]), 100 * float(ritz[-1])
+    if low <= 0:
+        return 0.0
+    if not _is_above(high, ritz, beside, dimension):
+        return math.inf
+    for _ in range(40):
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if _is_above(middle, ritz, beside, dimension) else (middle, high)
+    return high

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from theory_runs import EPOCHS, RATE, SIZE, Run
-from torch import Tensor, nn
+from theory_runs import EPOCHS, SIZE, Run
+from torch import nn
 
-from lipcore import Lipschitz, Monitor, Trajectory, local_lipschitz, theory
-from lipcore.regions import activation_patterns
+from lipcore import Lipschitz, Monitor, local_lipschitz, theory
+
 
 @pytest.fixture(scope="module")
 def run() -> Run:
@@ -49,7 +49,7 @@ def test_steadiness(run: Run) -> None:
     assert curve.phi == pytest.approx(expected, rel=1e-6)
     assert curve.steps == tuple(1 + SIZE * i for i in range(EPOCHS))
     assert curve.median == pytest.approx([np.quantile(r, 0.5, method="inverted_cdf") for r in run.r], rel=0.1)
-    assert curve.at(2) == curve.phi[1]
+    assert curve.at(2) == curve.phi[0]
     assert math.isnan(curve.at(10**6))
     assert curve.earliest(curve.phi[0]) == 1
     assert curve.earliest(0.0) is None
@@ -64,14 +64,34 @@ def test_corollary_1(run: Run) -> None:
     product = math.prod(float(torch.linalg.matrix_norm(run.model[i].weight.detach(), ord=2)) for i in (0, 2, 4))
     assert found.spectral_product.value == pytest.approx(product)
     assert not theory.lipschitz_bound(run.history).largest.valid
+    assert "of the model as it is now" in found.largest.note
+    assert "above the bound" not in found.largest.note
 
 
 def test_assumption_1() -> None:
-    passes = [torch.tensor(values) for values in ([9.0, 9.0, 9.0], [1.0, 2.0, 0.0], [1.5, 1.0, 3.0])]
+    passes = [torch.tensor(values) for values in ([9.0, 9.0, 9.0], [1.0, 2.0, 0.0], [1.5, 1.0, 0.0])]
     found = theory.slack(passes, steps=[0, 10, 20], tau=10)
     assert found.gamma.value == pytest.approx(1.0)
     assert found.median.value in (pytest.approx(0.5), pytest.approx(0.75))
-    assert (found.tau, found.constant, found.gamma.label) == (10, 1, "heuristic")
+    assert (found.tau, found.constant, found.gamma.label, found.gamma.valid) == (10, 1, "heuristic", True)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "gamma", "median", "reason"),
+    [
+        ([0.0, 1.0, 2.0], [5.0, 1.5, 2.0], math.inf, 0.5, "1 points with lambda = 0 in some passes only"),
+        ([0.0, 0.0], [0.0, 5.0], math.inf, math.inf, "1 points with lambda = 0 left out"),
+        ([0.0, 0.0], [0.0, 0.0], math.nan, math.nan, "lambda is 0 at all points"),
+    ],
+)
+def test_no_factor_takes_a_constant_from_zero(
+    first: list[float], second: list[float], gamma: float, median: float, reason: str
+) -> None:
+    found = theory.slack([torch.tensor(first), torch.tensor(second)])
+    assert found.gamma.value == pytest.approx(gamma, nan_ok=True)
+    assert found.median.value == pytest.approx(median, nan_ok=True)
+    assert (found.gamma.valid, found.median.valid) == (False, math.isfinite(median))
+    assert reason in found.gamma.note
 
 
 def test_sigmoid_head() -> None:
@@ -148,6 +168,16 @@ BAD = {
         lambda run: theory.intrinsic_dimension(torch.ones(50, 2)),
         ValueError,
         "only 1 of its points differ",
+    ),
+    "points that are not finite": (
+        lambda run: theory.intrinsic_dimension(torch.full((50, 2), math.nan)),
+        ValueError,
+        "x: expected finite points",
+    ),
+    "a number of points": (
+        lambda run: theory.intrinsic_dimension(torch.tensor(1.0)),
+        ValueError,
+        "got a single number",
     ),
     "half of it": (lambda run: theory.lipschitz_bound(run.history, run.model), ValueError, "both or neither"),
 }
