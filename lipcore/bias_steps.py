@@ -33,7 +33,8 @@ class BiasSteps:
         self._holders = 0
         self._shared = False
         self._closed: deque[_Rates] = deque(maxlen=0)  # blocks of a sliding window
-        self._steps, self._last = 0, math.nan
+        self._steps = 0
+        self._seen: float | None = None  # the very object, which is cheaper to compare than the number
         self._low, self._high = math.inf, -math.inf
 
     def prepare(self, optimizers: Sequence[Optimizer], window_blocks: int) -> None:
@@ -58,20 +59,28 @@ class BiasSteps:
         self._shared = sum(own is bias for owner in owners for own in owner._parameters.values()) > 1
 
     def observe(self) -> None:
-        """After a step. A rate that is a tensor on a device is not read: that would wait for the device."""
+        """After a step."""
         self._steps += 1
         if self._holder is None:
             return
         # Not the group itself: the optimizer's load_state_dict() makes new ones.
         rate = self._holder.param_groups[self._index]["lr"]
+        if rate is not self._seen:
+            self._observe_rate(rate)
+
+    def _observe_rate(self, rate: Any) -> None:
+        """A rate that is a tensor on a device is not read: that would wait for the device. One on the CPU may change in
+        place, so it is read at every step."""
         if isinstance(rate, Tensor):
-            rate = float(rate) if rate.is_cpu else math.nan
-        if rate != self._last:
-            self._last = rate
-            self._low, self._high = min(self._low, rate), max(self._high, rate)
+            if not rate.is_cpu:
+                return
+            rate = float(rate)
+        else:
+            self._seen = rate
+        self._low, self._high = min(self._low, rate), max(self._high, rate)
 
     def _start(self) -> None:
-        self._steps, self._last = 0, math.nan
+        self._steps, self._seen = 0, None
         self._low, self._high = math.inf, -math.inf
 
     def reset(self) -> None:

@@ -1,5 +1,5 @@
 """What a training run says about the learned function: the quantities of Loukas, Poiitis and Jegelka, "What training
-reveals about neural network complexity" (NeurIPS 2021), from the windows of a Monitor.
+reveals about neural network complexity" (NeurIPS 2021, arXiv 2106.04186), from the windows of a Monitor.
 
 Every number is a :class:`lipcore.results.Value` with its label: exact, one-sided (a bound) or heuristic.
 """

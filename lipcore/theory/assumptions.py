@@ -79,8 +79,8 @@ class SigmoidHead(Finding):
 
 
 def sigmoid_head(probabilities: Tensor) -> SigmoidHead:
-    r"""mu and xi of Theorems 2 and 3 for a network that ends in a sigmoid: :math:`f(x) \in [\mu, 1-\mu]`,
-    :math:`\xi = 0.25 / (\mu(1-\mu))`, the ratio of the sigmoid's largest slope to its smallest.
+    r"""mu and xi of Theorems 2 and 3 of Loukas et al. for a network that ends in a sigmoid: :math:`f(x) \in [\mu,
+    1-\mu]`, :math:`\xi = 0.25 / (\mu(1-\mu))`, the ratio of the sigmoid's largest slope to its smallest.
 
     Exact for the given samples; heuristic for the whole input space, which the theorems speak of.
 
