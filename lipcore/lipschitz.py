@@ -308,6 +308,7 @@ class Lipschitz(Metric):
         count, skipped = ratios.count, ratios.missing + ratios.invalid
         result.add("steadiness", place, "total", max=Value(ratios.max, count, label, count > 0, note))
         result.add("skipped", place, "total", sum=Value(float(skipped), count + skipped))
+        result.details["infinite_ratios"] = ratios.invalid
         if not isinstance(self._first.module, nn.Embedding):
             if self._skips:
                 label, note = "heuristic", f"{note}; " * bool(note) + "the input also goes past the first layer"

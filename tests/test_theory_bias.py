@@ -225,6 +225,23 @@ def test_a_schedule() -> None:
     with pytest.raises(ValueError, match="learning_rate: got 0.01, but the optimizer's was 0.00478297 to 0.01"):
         theory.bias_distance(windows, "0.bias", learning_rate=1e-2, eps_max=10.0)
 
+    unasked = theory.bias_variance(windows, "0.bias")
+    assert unasked.variance.valid
+    assert unasked.variance_over_lr_sq.note == "the learning rate changed within the window"
+
+
+@pytest.mark.parametrize("kind", ["number", "tensor"])
+def test_rates_of_0_and_rates_that_are_tensors(kind: str) -> None:
+    def warm(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=torch.tensor(1e-2) if kind == "tensor" else 1e-2)
+
+    windows = history(make=warm, schedule=0.5)
+    rates = windows[0]["lipschitz"].details["first_bias"]["learning_rate"]
+    assert rates == pytest.approx([1e-2 * 0.5**7, 1e-2], rel=1e-6)
+    given = [0.0] * 24
+    with pytest.raises(ValueError, match="learning_rate: got 0, but the optimizer's was 7.8125e-05 to 0.01"):
+        theory.bias_distance(windows, "0.bias", learning_rate=given, eps_max=10.0)
+
 
 def test_the_rate_survives_a_checkpoint() -> None:
     """Also where the optimizer's own load_state_dict() has made new parameter groups."""

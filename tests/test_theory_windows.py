@@ -14,6 +14,7 @@ from torch import nn
 
 from lipcore import Lipschitz, Monitor, local_lipschitz, theory
 from lipcore.results import Window
+from lipcore.theory.training import joined
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +158,31 @@ def test_an_empty_window_is_not_valid() -> None:
     assert math.isnan(curve.phi[0])
     with pytest.raises(ValueError, match="has no sandwich.*recorded samples"):
         theory.sandwich(monitor.history[1])
+
+
+def test_infinite_and_skipped_samples_are_said_to_be() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1)).double()
+    with Monitor(model, metrics=[Lipschitz()]) as monitor:
+        for scale in (0.0, 1.0):
+            (scale * model(torch.randn(5, 3).double())).sum().backward()
+            monitor.step()
+        monitor.close_window()
+        with torch.no_grad():
+            model[0].bias.fill_(10.0)
+            model[2].weight.fill_(1e308)
+        model(torch.randn(5, 3).double()).sum().backward()
+        monitor.step()
+        monitor.close_window()
+    skipped = theory.lipschitz_bound(monitor.history[0]).phi
+    assert (skipped.valid, skipped.note) == (True, "5 samples skipped, whose loss gradient was 0 or not finite")
+    assert "r was infinite at 5 samples" in theory.steadiness(monitor.history).note
+    with pytest.raises(ValueError, match="no singular values"):
+        theory.lipschitz_bound(monitor.history)
+
+
+def test_notes_of_many_windows_stay_short() -> None:
+    assert joined(str(i) for i in range(100)) == "0; 1; 2; 3; 4; 5; and 94 more"
+    assert joined(["a", "", "a", "b"]) == "a; b"
 
 
 # ---- what is refused

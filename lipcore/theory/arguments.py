@@ -28,8 +28,9 @@ def real(name: str, value: Any, expected: str = "a number") -> float:
         raise ValueError(f"{name}: expected {expected}, got {_what(value)}") from None
 
 
-def per_step(name: str, values: Any, steps: int, of: str, hint: str = "") -> list[float]:
-    """One finite number above 0 for each of the steps; ValueError naming the argument and the step otherwise."""
+def per_step(name: str, values: Any, steps: int, of: str, hint: str = "", *, zero: bool = False) -> list[float]:
+    """One finite number above 0 (or 0, with zero=True) for each of the steps; ValueError naming the argument and the
+    step otherwise."""
     expected = f"{name}: expected one value for each of {of}'s {steps} steps"
     if isinstance(values, (str, bytes, dict)) or not (isinstance(values, Sequence) or hasattr(values, "__len__")):
         raise ValueError(f"{expected}, got {values!r}; pass a sequence or a tensor [{steps}]")
@@ -38,7 +39,9 @@ def per_step(name: str, values: Any, steps: int, of: str, hint: str = "") -> lis
     numbers = [real(f"{name}[{i}]", value) for i, value in enumerate(values)]
     if len(numbers) != steps:
         raise ValueError(f"{expected}, got {len(numbers)}")
-    bad = [i for i, number in enumerate(numbers) if not (number > 0 and math.isfinite(number))]
+    bad = [
+        i for i, number in enumerate(numbers) if not ((number > 0 or (zero and not number)) and math.isfinite(number))
+    ]
     if bad:
         raise ValueError(
             f"{name}: expected positive numbers, got {numbers[bad[0]]} at step {bad[0]} of {of}{hint and f' ({hint})'}"

@@ -11,7 +11,7 @@ from torch import Tensor
 from lipcore.results import Quantity, Value, Window, weakest
 from lipcore.theory.arguments import per_step, positive
 from lipcore.theory.finding import Finding
-from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps
+from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
 from lipcore.theory.training import joined
 from lipcore.theory.windows import quantity, select, span
 
@@ -64,7 +64,7 @@ def bias_variance(
     Raises:
         ValueError: no window; the parameter is not in it; learning_rate or an eps is not positive (at eps = 0 a step
             says nothing about lambda: leave it out), or eps has another length than the window has steps; learning_rate
-            is not the recorded one, or that was not constant within the window.
+            is not the recorded one, or that was not constant within the window (and a rate or eps was given).
     """
     window = select(history, "trajectory", first_step, last_step)[-1]
     moved, measured = known(window, "update_norm", parameter), known(window, "variance", parameter)
@@ -73,7 +73,10 @@ def bias_variance(
     inverse = None if eps is None else _mean_inverse_square(eps, steps)
     rate = None if learning_rate is None else positive("learning_rate", learning_rate)
     found = literal_steps(window, parameter, "lower", place) if has_sides(window) else None
-    if found is not None:
+    why = "needs learning_rate"
+    if found is not None and _changes(found, parameter, window) and rate is None and inverse is None:
+        why = "the learning rate changed within the window"
+    elif found is not None:
         rate = _constant_rate(rate, found, parameter, window)
     shrink = steps / (4 * (steps + 1))
     empty = "" if steps else "no step in the window"
@@ -87,7 +90,7 @@ def bias_variance(
         printed = Value(number, found.side.count, "heuristic", found.side.valid, "lacks the mean of 1/eps^2; no bound")
         if inverse is not None:
             second = _second(number / inverse, lower, found)
-    scaled = Value(math.nan, 0, "exact", False, "needs learning_rate")
+    scaled = Value(math.nan, 0, "exact", False, why)
     if rate is not None:
         scaled = Value(variance.value / rate**2, variance.count, variance.label, variance.valid, variance.note)
     return BiasVariance(variance, lower, second, printed, scaled, window.first_step, window.last_step)
@@ -118,13 +121,17 @@ def known(window: Window, name: str, parameter: str) -> Quantity:
     return found
 
 
+def _changes(found: LiteralSteps, parameter: str, window: Window) -> bool:
+    """Whether the recorded rate, which is of the first layer's bias alone, did not stay the same."""
+    return own_bias(window) == parameter and found.learning_rate is not None and len(set(found.learning_rate)) > 1
+
+
 def _constant_rate(given: float | None, found: LiteralSteps, parameter: str, window: Window) -> float | None:
     """The rate that was given or recorded; a record is of the first layer's bias alone."""
-    own = parameter == window["lipschitz"].details.get("first_bias", {}).get("parameter")
-    if found.learning_rate is None or not own:
+    if found.learning_rate is None or own_bias(window) != parameter:
         return given
     low, high = found.learning_rate
-    if low != high:
+    if _changes(found, parameter, window):
         raise ValueError(
             f"learning_rate: Corollary 2 needs a constant one, but in {span(window)} it went from {low:.6g} to "
             f"{high:.6g}; choose a window in which it stays"

@@ -12,7 +12,7 @@ from lipcore.results import Value, Window, weakest
 from lipcore.theory.arguments import per_step, positive
 from lipcore.theory.bias_motion import CONTRADICTED, LITERAL, known, unchecked
 from lipcore.theory.finding import Finding
-from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps
+from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
 from lipcore.theory.training import joined
 from lipcore.theory.windows import missing_steps, select, span
 
@@ -102,7 +102,7 @@ def _given_rates(given: float | Sequence[float] | Tensor | None, windows: list[W
     if isinstance(given, (str, bool)) or single or not hasattr(given, "__len__"):
         return [[positive("learning_rate", given)]] * len(windows)
     steps = sum(window.steps for window in windows)
-    values, start, out = per_step("learning_rate", given, steps, "the history"), 0, []
+    values, start, out = per_step("learning_rate", given, steps, "the history", zero=True), 0, []
     for window in windows:
         out.append(values[start : start + window.steps])
         start += window.steps
@@ -112,7 +112,7 @@ def _given_rates(given: float | Sequence[float] | Tensor | None, windows: list[W
 def _rate(window: Window, found: LiteralSteps, given: list[float] | None, parameter: str) -> float | None:
     """The largest rate of the window. A record is of the first layer's bias alone."""
     recorded = found.learning_rate
-    if parameter != window["lipschitz"].details.get("first_bias", {}).get("parameter"):
+    if parameter != own_bias(window):
         recorded = None
     if given is None:
         return None if recorded is None else recorded[1]

@@ -61,16 +61,16 @@ def lipschitz_bound(
     windows = select(history, metric, first_step, last_step)
     curve = steadiness(windows, place=place, metric=metric)
     beta = _beta(windows, metric)
-    phi = Value(curve.phi[0], len(windows), curve.label, math.isfinite(curve.phi[0]) and not curve.note, curve.note)
-    if not phi.valid and not curve.note:
-        phi = Value(phi.value, 0, phi.label, False, "no sample was recorded")
+    recorded = math.isfinite(curve.phi[0])
+    why = curve.note or ("" if recorded else "no sample was recorded")
+    phi = Value(curve.phi[0], len(windows), curve.label, not why, why or _skipped(windows, metric))
     number = beta.value * phi.value
     bound = Value(
         number,
         len(windows),
         weakest([phi.label, beta.label, "one-sided"]),
         beta.valid and phi.valid and math.isfinite(number),
-        joined([beta.note, phi.note]),
+        joined([beta.note, "" if phi.valid else phi.note]),
     )
     largest = product = Value(math.nan, 0, "exact", False, "pass model and x")
     if model is not None and x is not None:
@@ -80,6 +80,12 @@ def lipschitz_bound(
         except ValueError as error:
             product = Value(math.nan, 0, "one-sided", False, str(error))
     return GlobalBound(bound, beta, phi, largest, product)
+
+
+def _skipped(windows: list[Window], metric: str) -> str:
+    """phi is over recorded samples: how many there were besides."""
+    count = sum(row["sum"].value for window in windows for row in window[metric]["skipped"].values())
+    return f"{count:.0f} samples skipped, whose loss gradient was 0 or not finite" if count else ""
 
 
 def _beta(windows: list[Window], metric: str) -> Value:

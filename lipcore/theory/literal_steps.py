@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lipcore.results import Value, Window
-from lipcore.theory.windows import one_place, quantity, span
+from lipcore.theory.windows import one_place, quantity
 
 _WHY = "it needs a Linear or convolution as first layer, a scalar output, and recorded samples with a lambda"
 _NOTHING: Mapping[str, Any] = {}
@@ -26,6 +26,12 @@ class LiteralSteps:
 def has_sides(window: Window) -> bool:
     """Whether there is a sandwich to state a corollary with."""
     return "sandwich" in window.results.get("lipschitz", ())
+
+
+def own_bias(window: Window) -> str | None:
+    """Name of the first layer's bias, whose steps were recorded."""
+    facts: Mapping[str, Any] = window["lipschitz"].details.get("first_bias", _NOTHING)
+    return facts.get("parameter")
 
 
 def literal_steps(window: Window, parameter: str, side: str, place: str | None) -> LiteralSteps:
@@ -49,7 +55,7 @@ def literal_steps(window: Window, parameter: str, side: str, place: str | None) 
     if not facts.get("samples") == measured == value.count == window.steps:
         against.append(
             f"{facts.get('samples')} samples and {value.count} with a lambda in the {window.steps} steps of "
-            f"{span(window)}: it takes batch 1 and lambda_every=1, and no sample without a loss gradient"
+            "a window: it takes batch 1 and lambda_every=1, and no sample without a loss gradient"
         )
     if window.local:
         against.append("other ranks hold parts of the batches")

@@ -73,8 +73,10 @@ def sandwich(
 
 
 def joined(notes: Iterable[str]) -> str:
-    """The different notes of several values."""
-    return "; ".join(dict.fromkeys(note for note in notes if note))
+    """The different notes of several values; the first six, since a run can have a thousand windows."""
+    different = list(dict.fromkeys(note for note in notes if note))
+    more = [f"and {len(different) - 6} more"] if len(different) > 6 else []
+    return "; ".join([*different[:6], *more])
 
 
 def _mean(values: list[Value], gaps: str) -> Value:
@@ -97,7 +99,7 @@ class Steadiness(Finding):
     p99: tuple[float, ...]  #: of r within each window, to 1 %
     label: Label
     ends: tuple[int, ...]  #: last step of each window
-    note: str = ""  #: steps that lie in no window: phi before them does not know their r
+    note: str = ""  #: what phi does not know: steps that lie in no window, infinite r
 
     def at(self, step: int) -> float:
         """phi of the window that contains `step`: an upper bound of phi(tau) within a window, exact at its first step.
@@ -110,7 +112,7 @@ class Steadiness(Finding):
     def __repr__(self) -> str:
         at = f"from step {self.steps[0]}: {self.phi[0]:.6g}; from step {self.steps[-1]}: {self.phi[-1]:.6g}"
         lines = [type(self).__name__, f"  phi      {at}", f"  windows  {len(self.phi)}, {self.label}"]
-        return "\n".join(lines + ([f"  missing  {self.note}"] if self.note else []))
+        return "\n".join(lines + ([f"  unknown  {self.note}"] if self.note else []))
 
     def earliest(self, phi: float) -> int | None:
         """The earliest tau from which on training is (tau, phi)-steady; None when it never became so."""
@@ -138,6 +140,7 @@ def steadiness(
     name = "normalized_gradient_norm"
     place = one_place(quantity(windows[0][metric], name, "nothing was recorded"), place)
     rows = [window[metric][name][place] for window in windows]
+    infinite = sum(window[metric].details.get("infinite_ratios", 0) for window in windows)
     return Steadiness(
         tuple(window.first_step for window in windows),
         tuple(suffix_maximum([row["max"].value for row in rows])),
@@ -145,5 +148,5 @@ def steadiness(
         tuple(row["p99"].value for row in rows),
         weakest(row["max"].label for row in rows),
         tuple(window.last_step for window in windows),
-        missing_steps(windows),
+        joined([missing_steps(windows), f"r was infinite at {infinite} samples" if infinite else ""]),
     )
