@@ -42,11 +42,9 @@ class BiasSteps:
         self._closed = deque(maxlen=window_blocks - 1)
 
     def find(self, model: nn.Module | None, layer: nn.Module | None) -> None:
-        """Look where the layer's bias is; it may be another object than before (moved, loaded, rebound)."""
+        """Look where the layer's bias is: it may be another object than before (moved, loaded, rebound), or have been
+        given to an optimizer since."""
         bias = getattr(layer, "bias", None)
-        if bias is self._bias:
-            return
-        self._bias = bias if isinstance(bias, Tensor) else None
         places = [
             (optimizer, i)
             for optimizer in self._optimizers
@@ -55,8 +53,10 @@ class BiasSteps:
         ]
         self._holders = len(places)
         self._holder, self._index = places[0] if len(places) == 1 else (None, 0)
-        owners = model.modules() if model is not None else ()
-        self._shared = sum(own is bias for owner in owners for own in owner._parameters.values()) > 1
+        if bias is not self._bias:
+            owners = model.modules() if model is not None else ()
+            self._shared = sum(own is bias for owner in owners for own in owner._parameters.values()) > 1
+        self._bias = bias if isinstance(bias, Tensor) else None
 
     def observe(self) -> None:
         """After a step."""

@@ -55,6 +55,9 @@ class Lipschitz(Metric):
     * ``skipped``: samples with :math:`\partial L/\partial\hat y_i` zero or not finite, which say nothing;
       ``unrecorded``: forward passes whose backward never came
 
+    ``details`` of its result hold what Corollaries 2 and 3 ask of the steps (``first_bias``: rows per sample, samples,
+    the optimizer of the first layer's bias, its settings and its lowest and highest learning rate within the window).
+
     dL/du and dL/dyhat are those of the whole loss: a term that reaches u past the output (an auxiliary head, an
     activation penalty) enters r. A saturated sigmoid whose dL/dyhat rounds to zero is skipped.
 
@@ -378,6 +381,7 @@ class Lipschitz(Metric):
         self._closed.append(block)
         self._moved = self._weight_moved()
         self._bias.advance()
+        self._bias.find(self._model, self._first.module)
         self._start_block()
 
     def _start_block(self) -> None:

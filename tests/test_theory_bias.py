@@ -109,6 +109,7 @@ def history(
     between: Callable[[nn.Module], None] = lambda model: None,
     frozen: bool = True,
     manual: bool = False,
+    every: int = 1,
     **settings: Any,
 ) -> History:
     """Three windows of eight steps."""
@@ -118,7 +119,7 @@ def history(
     layer.weight.requires_grad_(not frozen)
     optimizer = (make or sgd())([p for p in model.parameters() if p.requires_grad])
     rates = torch.optim.lr_scheduler.ExponentialLR(optimizer, schedule)
-    metrics = [Trajectory(), Lipschitz(**settings)]
+    metrics = [Trajectory(every_steps=every), Lipschitz(**settings)]
     with Monitor(model, None if manual else optimizer, metrics, window_steps=8) as monitor:
         for _ in range(24):
             optimizer.zero_grad()
@@ -181,6 +182,29 @@ def test_steps_that_only_the_motion_contradicts() -> None:
     bound = theory.bias_distance(history(), "0.bias", eps_max=1e-9).bound
     assert not bound.valid
     assert "wrong eps" in bound.note
+
+
+def test_a_trajectory_that_was_not_looked_at_in_every_step() -> None:
+    second = theory.bias_variance(history(every=2), "0.bias", eps=[10.0] * 4).lower_lipschitz
+    assert not second.valid
+    assert "looked at in 4 of 8 steps" in second.note
+
+
+def test_a_bias_that_is_given_to_the_optimizer_later() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model[2].parameters(), lr=1e-2)
+    with Monitor(model, optimizer, [Lipschitz()]) as monitor:
+        for _ in range(2):
+            model(torch.randn(1, 4)).sum().backward()
+            optimizer.step()
+            if not monitor.history:
+                monitor.close_window()
+                optimizer.add_param_group({"params": [model[0].bias], "lr": 0.5})
+                monitor.close_window()  # groups are looked at when a window starts
+        monitor.close_window()
+    facts = [window["lipschitz"].details["first_bias"] for window in monitor.history]
+    assert facts[0]["optimizer"] == "none of them"
+    assert (facts[-1]["optimizer"], facts[-1]["learning_rate"]) == ("torch.optim.sgd.SGD", [0.5, 0.5])
 
 
 def test_a_first_weight_that_moves_makes_them_heuristic() -> None:

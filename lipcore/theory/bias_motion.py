@@ -89,16 +89,18 @@ def bias_variance(
         number = shrink * (rate * found.side.value) ** 2
         printed = Value(number, found.side.count, "heuristic", found.side.valid, "lacks the mean of 1/eps^2; no bound")
         if inverse is not None:
-            second = _second(number / inverse, lower, found)
+            second = _second(number / inverse, lower, found, window.steps)
     scaled = Value(math.nan, 0, "exact", False, why)
     if rate is not None:
         scaled = Value(variance.value / rate**2, variance.count, variance.label, variance.valid, variance.note)
     return BiasVariance(variance, lower, second, printed, scaled, window.first_step, window.last_step)
 
 
-def _second(number: float, lower: Value, found: LiteralSteps) -> Value:
+def _second(number: float, lower: Value, found: LiteralSteps, steps: int) -> Value:
     """The bound by lambda; it cannot be above the one by the motion itself where the steps were as it assumes."""
     against = list(found.against)
+    if lower.count != steps:
+        against.append(f"the trajectory was looked at in {lower.count} of {steps} steps: it takes every_steps=1")
     if lower.valid and number > lower.value * _ROUNDING:
         against.append(CONTRADICTED)
     if not found.side.valid:

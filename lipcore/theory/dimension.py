@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipcore.results import Value
+from lipcore.theory.arguments import real
 
 _BLOCK = 1 << 24
 
@@ -21,7 +22,7 @@ def log_covering_number(radius: float, *, extent: float, dimension: float) -> fl
     3.2189
     """
     for name, number in (("radius", radius), ("extent", extent), ("dimension", dimension)):
-        if not number >= 0:
+        if not real(name, number) >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {number!r}")
     if radius >= extent:
         return 0.0

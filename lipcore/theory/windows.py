@@ -16,7 +16,7 @@ def select(history: Iterable[Window], metric: str, first_step: int | None, last_
     ValueError when there is none, one stands there twice, or one has no such metric.
     """
     for name, step in (("first_step", first_step), ("last_step", last_step)):
-        if step is not None and (not isinstance(step, int) or isinstance(step, bool)):
+        if step is not None and (not hasattr(step, "__index__") or isinstance(step, bool)):
             raise ValueError(f"{name}: expected a step (an integer) or None, got {step!r}")
     windows = sorted(_checked(history), key=lambda window: (window.first_step, window.last_step))
     chosen = [
