@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
@@ -15,12 +15,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lipcore import _core
+from lipcore.bias_steps import BiasSteps
 from lipcore.distribution import Distribution
 from lipcore.lipschitz_taps import FirstLayerTap, OutputTap
 from lipcore.metric import FIRST_LAYER, Metric, PlanLine, Record, SingleSample, Tap
 from lipcore.names import named_modules, unwrap
 from lipcore.pointwise import mixes_samples
 from lipcore.results import Label, MetricResult, Value
+from lipcore.sandwich_sides import sandwich_sides
 from lipcore.spectral import singular_values
 
 
@@ -47,10 +49,14 @@ class Lipschitz(Metric):
     * ``sandwich``: lower :math:`\bar\lambda/\sigma_1(W_1)`, middle :math:`\bar r`, upper
       :math:`\bar\lambda/\sigma_{\min}(W_1)` (Theorem 1). The upper side holds only when W_1 has no more outputs than
       inputs and full rank; `upper.valid` says so. W_1 is taken at the window's close; when it moved within the window
-      both sides are labelled heuristic
+      both sides are labelled heuristic. Where sigma_1 had to be iterated (large layers, convolutions) the lower side
+      divides by a bound of it and is one-sided
     * ``steadiness``: max of r over the window (Definition 1; over several windows :meth:`History.steadiness`)
     * ``skipped``: samples with :math:`\partial L/\partial\hat y_i` zero or not finite, which say nothing;
       ``unrecorded``: forward passes whose backward never came
+
+    ``details`` of its result hold what Corollaries 2 and 3 ask of the steps (``first_bias``: rows per sample, samples,
+    the optimizer of the first layer's bias, its settings and its lowest and highest learning rate within the window).
 
     dL/du and dL/dyhat are those of the whole loss: a term that reaches u past the output (an auxiliary head, an
     activation penalty) enters r. A saturated sigmoid whose dL/dyhat rounds to zero is skipped.
@@ -121,6 +127,8 @@ class Lipschitz(Metric):
         self._served = False  # the shortcut has been used
         self._skips = False  # the output depends on the input past the first layer
         self._closed: deque[list[Distribution]] = deque(maxlen=0)  # blocks of a sliding window
+        self._bias = BiasSteps()
+        self._model: nn.Module | None = None
         self._monitor: Any = None
         if model is not None:
             from lipcore.monitor import Monitor
@@ -162,11 +170,13 @@ class Lipschitz(Metric):
         return agrees
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
-        """How many blocks a window has."""
+        """How many blocks a window has, and whose steps move the first bias."""
         self._closed = deque(maxlen=window_blocks - 1)
+        self._bias.prepare(optimizers, window_blocks)
 
     def bind(self, model: nn.Module) -> None:
         """Look for layers in which samples mix."""
+        self._model = model
         self._batchnorms = [module for _, module in named_modules(unwrap(model)) if isinstance(module, _BatchNorm)]
 
     def taps(self) -> dict[Tap, str]:
@@ -204,6 +214,15 @@ class Lipschitz(Metric):
             ratios = _ratios(numerators, output_grad)
             for distribution, values in zip(self._all, ratios, strict=True):
                 distribution.observe(values)
+
+    def observe_step(self) -> None:
+        """One optimizer step has been made."""
+        self._bias.observe()
+
+    @property
+    def step_call(self) -> Callable[[], object]:
+        """The counting itself, at every step of loops whose steps take microseconds."""
+        return self._bias.observe
 
     def _check_mixing(self) -> None:
         if any(mixes_samples(module) for module in self._batchnorms):
@@ -292,11 +311,14 @@ class Lipschitz(Metric):
         count, skipped = ratios.count, ratios.missing + ratios.invalid
         result.add("steadiness", place, "total", max=Value(ratios.max, count, label, count > 0, note))
         result.add("skipped", place, "total", sum=Value(float(skipped), count + skipped))
+        result.details["infinite_ratios"] = ratios.invalid
         if not isinstance(self._first.module, nn.Embedding):
             if self._skips:
                 label, note = "heuristic", f"{note}; " * bool(note) + "the input also goes past the first layer"
             result.add("local_lipschitz", place, "total", **lambdas.reduced(label, note=note))
             self._add_sandwich(result, place, label, note, lambdas.mean, paired)
+            if self._first.module is not None:
+                result.details["first_bias"] = self._first_bias(count + skipped)
         return result
 
     def _window(self) -> list[Distribution]:
@@ -324,33 +346,27 @@ class Lipschitz(Metric):
                 "heuristic",
                 f"{note}; " * bool(note) + "W_1 of the window's close, but it moved within the window",
             )
-        result.details["singular_values"] = {"largest": sigma.largest, "smallest": sigma.smallest, "rule": sigma.rule}
-        if sigma.smallest is None:
-            upper, valid, why = math.nan, False, "the smallest singular value is not known"
-        elif weight.shape[0] > weight.shape[1]:
-            upper, valid, why = (
-                math.nan,
-                False,
-                "W_1 has more outputs than inputs: Theorem 1's upper side is false then",
-            )
-        elif sigma.smallest == 0:
-            upper, valid, why = math.inf, False, "W_1 is rank-deficient"
-        else:
-            upper, valid, why = average / sigma.smallest, True, note
-        result.add(
-            "sandwich",
-            place,
-            "total",
-            lower=Value(average / sigma.largest if sigma.largest else math.nan, count, label, sigma.largest > 0, note),
-            middle=Value(paired.mean, count, label, True, note),
-            upper=Value(upper, count, label, valid, why),
-        )
+        result.details["singular_values"] = asdict(sigma)
+        sides = sandwich_sides(sigma, tuple(weight.shape), average, paired.mean, count, label, note)
+        result.add("sandwich", place, "total", **sides)
+
+    def _first_bias(self, samples: int) -> dict[str, Any]:
+        """What Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check."""
+        shape = self._first.batch_shape
+        return {
+            "parameter": f"{self._first.name}.bias" if self._first.name else "bias",
+            "layer": type(self._first.module).__name__,
+            "rows_per_sample": None if shape is None else math.prod(shape[1:-1]),
+            "samples": samples,
+            **self._bias.details(),
+        }
 
     def reset(self) -> None:
         """Start a new window."""
         self._closed.clear()
         self._start_block()
         self._mixed = self._moved = False
+        self._bias.reset()
         self._remember_weight()
 
     def advance(self) -> None:
@@ -364,6 +380,8 @@ class Lipschitz(Metric):
             into.merge(distribution)
         self._closed.append(block)
         self._moved = self._weight_moved()
+        self._bias.advance()
+        self._bias.find(self._model, self._first.module)
         self._start_block()
 
     def _start_block(self) -> None:
@@ -374,6 +392,7 @@ class Lipschitz(Metric):
         """W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
         weight = getattr(self._first.module, "weight", None)
         self._weight_before = weight.detach().clone() if isinstance(weight, Tensor) else None
+        self._bias.find(self._model, self._first.module)
 
     def _weight_moved(self) -> bool:
         weight = getattr(self._first.module, "weight", None)
@@ -395,6 +414,7 @@ class Lipschitz(Metric):
             "weight_moved": self._weight_moved(),
             "distributions": [distribution.state_dict() for distribution in self._all],
             "closed": [[distribution.state_dict() for distribution in block] for block in self._closed],
+            "bias_steps": self._bias.state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -405,12 +425,16 @@ class Lipschitz(Metric):
         loaded, *closed = (self._loaded(block) for block in (state["distributions"], *state["closed"]))
         if len(closed) > (self._closed.maxlen or 0):
             raise ValueError(f"closed: the state has {len(closed)} blocks, this window {self._closed.maxlen}")
+        bias_steps = state.get("bias_steps", [])
+        if not all(isinstance(block, (list, tuple)) and len(block) == 3 for block in bias_steps):
+            raise ValueError(f"bias_steps: expected [steps, lowest, highest rate] per block, got {bias_steps!r}")
         self._closed.clear()
         self._closed.extend(closed)
         for mine, theirs in zip(self._all, loaded, strict=True):
             mine.reset()  # the compiled objects stay: the shortcut holds them
             mine.merge(theirs)
         self._mixed, self._moved = bool(state["mixed"]), bool(state["weight_moved"])
+        self._bias.load(bias_steps)
         self._remember_weight()
 
     def _loaded(self, states: Any) -> list[Distribution]:

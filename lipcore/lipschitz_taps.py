@@ -97,6 +97,14 @@ def _columns(norms: Tensor, pulled: Tensor | None = None) -> Tensor:
     return torch.stack([norms, missing, missing])
 
 
+def last_kind(module: nn.Module) -> str:
+    """Class of the module that makes the output of (nested) nn.Sequentials; "" where other wiring hides it."""
+    last = module
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    return "" if list(last.children()) else type(last).__name__
+
+
 class OutputTap(Tap):
     """Per sample: |dL/dyhat|, or ||dL/dz|| for quantity="residual"."""
 
@@ -112,10 +120,7 @@ class OutputTap(Tap):
 
     def resolve(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
-        last = module
-        while isinstance(last, nn.Sequential) and len(last):
-            last = last[-1]
-        self.kind = "" if list(last.children()) else type(last).__name__
+        self.kind = last_kind(module)
 
     def check(self, output: Any) -> None:
         if not isinstance(output, Tensor):

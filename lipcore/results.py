@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,6 +13,12 @@ import numpy as np
 Label = Literal["exact", "one-sided", "heuristic", "estimate"]
 Level = Literal["tensor", "group", "total"]
 _LEVELS = ("tensor", "group", "total")
+_WORTH: dict[Label, int] = {"exact": 0, "estimate": 1, "one-sided": 2, "heuristic": 3}
+
+
+def weakest(labels: Iterable[Label]) -> Label:
+    """The label of a number made from several."""
+    return max(labels, key=_WORTH.__getitem__)
 
 
 @dataclass(frozen=True)

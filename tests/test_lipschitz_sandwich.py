@@ -12,8 +12,8 @@ from models import batches, cnn, mlp, reference, seeded, train
 from torch import Tensor, nn
 from windows import window_of
 
-from lipcore import Lipschitz, Monitor
-from lipcore.spectral import singular_values
+from lipcore import Lipschitz, Monitor, spectral
+from lipcore.spectral import norm_bound, singular_values
 
 
 @pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh, nn.GELU, nn.LeakyReLU], ids=lambda a: a.__name__)
@@ -117,6 +117,54 @@ def test_largest_singular_value_of_a_convolution(name: str) -> None:
         # Iteration approaches it from below; the sandwich's lower side is overstated by no more than this.
         assert found.largest == pytest.approx(expected, rel=1e-4 if "many_inputs" in name else 1e-12)
         assert found.largest <= expected * (1 + 1e-9)
+        assert expected * (1 - 1e-12) <= found.upper <= expected * (1.05 if "many_inputs" in name else 1 + 1e-12)
+        assert found.exact == ("many_inputs" not in name)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_bound_of_sigma_1_without_iteration(name: str) -> None:
+    build, shape = CONVOLUTIONS[name]
+    layer = seeded(build, 0, torch.float64)
+    layer.bias.detach().zero_()
+    with torch.no_grad():
+        matrix = layer(torch.eye(math.prod(shape), dtype=torch.float64).reshape(-1, *shape)).flatten(1)
+    bound = norm_bound(layer, (1, *shape))
+    assert float(torch.linalg.svdvals(matrix)[0]) <= bound * (1 + 1e-12)
+    assert bound <= math.sqrt(float(matrix.abs().sum(0).max() * matrix.abs().sum(1).max())) * (1 + 1e-12) or (
+        layer.padding_mode != "zeros"  # padded copies add up in absolute value
+    )
+
+
+@pytest.mark.parametrize("gap", [1e-1, 1e-3, 1e-6, 0.0])
+def test_the_upper_value_holds_where_lanczos_has_not_converged(gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many singular values side by side, and one of them a little larger; also with too few steps for any."""
+    layer = nn.Linear(520, 520, bias=False, dtype=torch.float64)
+    q = torch.linalg.qr(torch.randn(520, 520, generator=torch.Generator().manual_seed(1), dtype=torch.float64))[0]
+    values = torch.linspace(0.999, 1.0, 520, dtype=torch.float64)
+    values[-1] += gap
+    layer.weight.data.copy_((q * values) @ q.T)
+    for steps in (100, 5, 1):
+        monkeypatch.setattr(spectral, "_STEPS", steps)
+        found = singular_values(layer, None)
+        assert found is not None
+        truth = 1.0 + gap
+        assert found.largest <= truth * (1 + 1e-12)
+        assert found.upper >= truth * (1 - 1e-12)
+        if steps == 1:
+            assert "not converged in 1 steps" in found.rule
+        if steps == 100:
+            assert found.upper <= truth * 1.025
+
+
+def test_the_lower_side_divides_by_the_bound_of_an_iterated_sigma_1() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 169, 1)).double()
+    result = window_of(model, torch.randn(3, 3, 15, 15, dtype=torch.float64))
+    lower = result.sandwich["model:Linear"].lower
+    sigma = result.details["singular_values"]
+    assert lower.value == pytest.approx(result.local_lipschitz["model:Linear"].mean.value / sigma["upper"])
+    assert (lower.label, result.sandwich["model:Linear"].middle.label) == ("one-sided", "exact")
+    assert "Lanczos" in lower.note
+    assert sigma["upper"] > sigma["largest"]
 
 
 def test_sandwich_of_a_convolution_has_only_its_lower_side() -> None:

@@ -61,9 +61,23 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import task1
 
     folder = tmp_path_factory.mktemp("paper")
-    where = ["--out", str(folder / "out"), "--state", str(folder / "state"), "--seeds", "2"]
-    assert task1.main(["--epochs", "6", *where]) == 0
-    assert task1.main(["--epochs", "10", *where]) == 0  # goes on
+
+    class Interrupted(Exception):
+        pass
+
+    class Stopping(Training):
+        def epoch(self) -> dict[str, np.ndarray]:
+            if self.epochs == 7:
+                raise Interrupted
+            return super().epoch()
+
+    where = ["--out", str(folder / "out"), "--state", str(folder / "state"), "--seeds", "2", "--epochs", "10"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(task1, "_KEEP_EVERY", 3)
+        patch.setattr(task1, "Training", Stopping)
+        with pytest.raises(Interrupted):
+            task1.main(where)
+    assert task1.main(where) == 0  # goes on
     return folder
 
 
@@ -78,7 +92,7 @@ def test_the_script_in_a_reduced_size_is_the_golden_file(finished: Path) -> None
 def test_an_interrupted_run_goes_on_bit_for_bit(finished: Path) -> None:
     training = Training(build([0.25, 0.5, 0.75, 1.0], [0, 1]))
     curves = [training.epoch() for _ in range(10)]
-    with np.load(finished / "state" / "task1-2-seeds.npz") as kept:
+    with np.load(finished / "state" / "task1-10-epochs-2-seeds.npz") as kept:
         for name in CURVES:
             assert np.array_equal(kept[name].reshape(8, 10), np.stack([c[name] for c in curves], axis=1)), name
 
@@ -95,16 +109,21 @@ def test_committed_results_are_those_of_a_full_run() -> None:
     assert document["golden"]["checked"] > 1000
 
 
-def test_figure_6_in_a_reduced_size(tmp_path: Path) -> None:
+def test_figure_6_in_a_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")
     import figure6
 
-    assert figure6.main(["--epochs", "5", "--resolution", "12", "--out", str(tmp_path)]) == 0
-    document = json.loads((tmp_path / "figure6.json").read_text())
+    where = ["--out", str(tmp_path / "out"), "--state", str(tmp_path / "state"), "--epochs", "5", "--resolution", "12"]
+    assert figure6.main(where) == 0
+    document = json.loads((tmp_path / "out" / "figure6.json").read_text())
     assert document["bounds_below_truth"] == 0
     assert sum(document["share"].values()) == pytest.approx(1)
-    assert (tmp_path / "figure6.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "figure6.png").stat().st_size > 10_000
+    monkeypatch.setattr(figure6, "train", lambda *_: pytest.fail("a trained network was trained again"))
+    assert figure6.main(where) == 0
+    again = json.loads((tmp_path / "out" / "figure6.json").read_text())
+    assert again | {"seconds": 0} == document | {"seconds": 0}
 
 
 def test_task_2_in_a_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

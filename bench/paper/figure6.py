@@ -1,14 +1,15 @@
 """Figure 6 of Loukas, Poiitis and Jegelka (NeurIPS 2021): a slice through the inputs, near the training points and far.
 
     python bench/paper/figure6.py
+    python bench/paper/figure6.py --resolution 40       # smaller: writes to a folder in build/paper, unless --out says
 
 A 10-10-32-1 ReLU network (W_1 = I, frozen) is trained on Task 1's data; the slice is the plane the data lie on.
-The bounds are those of Theorem 2, checked against the exact constant at every point of the grid.
+The bounds are those of Theorem 2, checked against the exact constant at every point of the grid. The trained network
+is kept in the state folder: an interrupted call goes on with the grid.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from store import write_json
+from options import at_least, finite, folder_of, parser_of
+from store import load_arrays, save_arrays, write_json
 from task1_training import build
 
 from lipcore.regions import Coverage, Plane, slice_map
@@ -45,19 +47,35 @@ def train(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int) -> flo
         return float((model(x)[:, 0] - y).square().mean() / 2)
 
 
+def trained(model: nn.Module, x: Tensor, y: Tensor, epochs: int, seed: int, state: Path) -> float:
+    """As train(), or from the file in which that was kept."""
+    parameters = dict(model.named_parameters())
+    shapes: dict[str, tuple[int | None, ...]] = {name: tuple(p.shape) for name, p in parameters.items()}
+    kept = load_arrays(state, shapes | {"loss": ()})
+    if kept is None:
+        loss = train(model, x, y, epochs, seed)
+        save_arrays(state, {name: p.detach().numpy() for name, p in parameters.items()} | {"loss": np.array(loss)})
+        return loss
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(kept[name]))
+    return float(kept["loss"])
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=1000)
-    parser.add_argument("--resolution", type=int, default=150)
-    parser.add_argument("--frequency", type=float, default=0.5)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser = parser_of(__doc__)
+    parser.add_argument("--epochs", type=at_least(1), default=1000)
+    parser.add_argument("--resolution", type=at_least(2), default=150)
+    parser.add_argument("--frequency", type=finite, default=0.5)
+    parser.add_argument("--seed", type=at_least(0), default=0)
     options = parser.parse_args(arguments)
+    out = folder_of(parser, options, "epochs", "resolution", "frequency", "seed")
     torch.set_num_threads(1)
     problem = build([options.frequency], [options.seed])
     x, y, basis = problem.x[0], problem.y[0], problem.basis[0]
     model = network(options.seed)
-    loss = train(model, x, y, options.epochs, options.seed)
+    state = options.state / f"figure6-{options.epochs}-epochs-{options.frequency:g}-{options.seed}.npz"
+    loss = trained(model, x, y, options.epochs, options.seed, state)
     model.double()
     x = x.double()
     coverage = Coverage(model, x)
@@ -79,10 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
     quantiles = {q: float(np.quantile(ratio, float(q))) if len(ratio) else None for q in ("0", "0.5", "0.9")}
     below = int((found.coverage.bound < truth * (1 - 1e-6) - 1e-12).sum())
     below += int((found.coverage.relaxed < truth * (1 - 1e-6) - 1e-12).sum())
-    options.out.mkdir(parents=True, exist_ok=True)
-    found.draw(options.out / "figure6.png")
+    out.mkdir(parents=True, exist_ok=True)
+    found.draw(out / "figure6.png")
     write_json(
-        options.out / "figure6.json",
+        out / "figure6.json",
         {
             "what": "10-10-32-1 ReLU on Task 1's data; Theorem 2 on the plane of the data",
             "settings": {name: getattr(options, name) for name in ("epochs", "resolution", "frequency", "seed")},
@@ -100,6 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
     )
     print(f"{coverage}; {found.coverage}; bounds below the truth: {below}; {seconds:.0f} s")
+    print(f"written to {out}")
     return 1 if below else 0
 
 

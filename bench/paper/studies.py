@@ -8,13 +8,12 @@
    bootstrap.
 
 One run per file in the state folder: an interrupted call goes on with the next run. Task 2's runs are taken from its
-results file.
+results file in the folder that is written to: bench/paper/results for the full size, a folder in build/paper for a
+smaller one, or --out.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -29,7 +28,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from store import write_json
+from options import at_least, folder_of, parser_of
+from store import read_json, write_json
 from task1_training import SIZES, TRAIN, build
 
 from lipcore import Lipschitz, Monitor, Trajectory
@@ -158,7 +158,7 @@ def task2_runs(folder: Path) -> list[dict[str, float]]:
             "weight_norm": r["weight_norm"][-1],
             "distance": r["distance"][-1],
         }
-        for r in json.loads(file.read_text())["runs"]
+        for r in read_json(file, ("runs",))["runs"]
     ]
 
 
@@ -181,15 +181,12 @@ def draw(groups: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=300)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--state", type=Path, default=Path(__file__).parents[2] / "build" / "paper")
+    parser = parser_of(__doc__)
+    parser.add_argument("--epochs", type=at_least(1), default=300)
+    parser.add_argument("--seeds", type=at_least(1), default=3)
+    parser.add_argument("--workers", type=at_least(1), default=2)
     options = parser.parse_args(arguments)
-    if min(options.epochs, options.seeds, options.workers) < 1:
-        parser.error("--epochs, --seeds and --workers: expected numbers >= 1")
+    out = folder_of(parser, options, "epochs", "seeds")
     jobs = [(s, f, seed) for s in SETTINGS for f in FREQUENCIES for seed in range(options.seeds)]
     files = [options.state / f"study-{list(SETTINGS).index(s)}-{f}-{seed}-{options.epochs}.json" for s, f, seed in jobs]
     left = [(job, file) for job, file in zip(jobs, files, strict=True) if not file.exists()]
@@ -198,13 +195,13 @@ def main(arguments: list[str] | None = None) -> int:
         for future, file in futures:
             write_json(file, future.result())
     runs: list[dict[str, Any]] = [
-        {"setting": s, "frequency": f, "seed": seed} | json.loads(file.read_text())
+        {"setting": s, "frequency": f, "seed": seed} | read_json(file, ("test_loss", *PREDICTORS))
         for (s, f, seed), file in zip(jobs, files, strict=True)
     ]
     diverged = [row for row in runs if any(row[name] is None for name in ("test_loss", *PREDICTORS))]
     usable = [row for row in runs if row not in diverged]
     groups = {"Task 1 studies": correlations(usable)}
-    others = task2_runs(options.out)
+    others = task2_runs(out)
     if others:
         groups["Task 2, digits"] = correlations(others)
     per_setting = {}
@@ -217,9 +214,9 @@ def main(arguments: list[str] | None = None) -> int:
         per_setting[setting] = {"runs": len(rows), "mean_cumulative_length": means}
         if len(rows) > 4:
             per_setting[setting]["rank_correlation"] = correlations(rows)["cumulative_length"]
-    draw(groups, options.out / "studies.png")
+    draw(groups, out / "studies.png")
     write_json(
-        options.out / "studies.json",
+        out / "studies.json",
         {
             "what": (__doc__ or "").splitlines()[0],
             "epochs": options.epochs,
@@ -234,6 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, found in groups.items():
         for predictor, row in found.items():
             print(f"{name}, {predictor}: rho {row['rho']:.2f} [{row['low']:.2f}, {row['high']:.2f}], n {row['n']}")
+    print(f"written to {out}")
     return 0
 
 

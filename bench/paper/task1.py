@@ -1,14 +1,15 @@
 """Task 1 of Loukas, Poiitis and Jegelka (NeurIPS 2021): Figures 1a-c and 2a-b, with bands over seeds.
 
     python bench/paper/task1.py             # 10 seeds x 4 frequencies x 3000 epochs, a few minutes on 2 cores
-    python bench/paper/task1.py --epochs 20 --seeds 2 --out somewhere
+    python bench/paper/task1.py --epochs 20 --seeds 2
 
-Goes on where it was when it is interrupted. Ends with exit status 1 when the curves are not those of the golden file.
+The full size writes to bench/paper/results, a smaller one to a folder in build/paper (and says so), unless --out is
+given. Goes on where it was when it is interrupted. Ends with exit status 1 when the curves are not those of the golden
+file.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -22,7 +23,8 @@ sys.path.insert(1, str(Path(__file__).parents[2] / "tests"))  # the golden file 
 
 import golden
 import task1_figures
-from store import load_arrays, save_arrays, write_json
+from options import at_least, folder_of, parser_of
+from store import BadState, load_arrays, save_arrays, write_json
 from task1_training import CURVES, LEARNING_RATE, TRAIN, Training, build
 
 FREQUENCIES = [0.25, 0.5, 0.75, 1.0]
@@ -36,8 +38,13 @@ def train(seeds: list[int], epochs: int, state: Path) -> dict[str, np.ndarray]:
     torch.set_num_threads(1)  # the matrices are too small to be worth a second one
     training = Training(build(FREQUENCIES, seeds))
     curves = {name: np.full((len(FREQUENCIES), len(seeds), epochs), np.nan) for name in CURVES}
-    kept = load_arrays(state)
-    if kept is not None and kept["traj_grad"].shape[1] == len(seeds) and int(kept["epochs"]) <= epochs:
+    arrays = training.arrays()
+    shapes: dict[str, tuple[int | None, ...]] = {name: array.shape for name, array in arrays.items()}
+    kept = load_arrays(state, shapes | dict.fromkeys(CURVES, (len(FREQUENCIES), len(seeds), None)))
+    if kept is not None:
+        made = int(kept["epochs"])
+        if not 0 < made <= epochs or any(kept[name].shape[2] != made for name in CURVES):
+            raise BadState(state, f"{made} epochs, but curves of others")
         training.restore(kept)
         for name in CURVES:
             curves[name][:, :, : training.epochs] = kept[name]
@@ -89,22 +96,19 @@ def order(curves: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=3000)
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--state", type=Path, default=Path(__file__).parents[2] / "build" / "paper")
+    parser = parser_of(__doc__)
+    parser.add_argument("--epochs", type=at_least(1), default=3000)
+    parser.add_argument("--seeds", type=at_least(1), default=10)
     options = parser.parse_args(arguments)
-    if options.epochs < 1 or options.seeds < 1:
-        parser.error("--epochs and --seeds: expected numbers >= 1")
+    out = folder_of(parser, options, "epochs", "seeds")
     seeds = list(range(options.seeds))
     began = time.perf_counter()
-    curves = train(seeds, options.epochs, options.state / f"task1-{options.seeds}-seeds.npz")
+    curves = train(seeds, options.epochs, options.state / f"task1-{options.epochs}-epochs-{options.seeds}-seeds.npz")
     seconds = time.perf_counter() - began
     check = golden.compare(curves, FREQUENCIES, seeds)
     rows, found = table(curves), order(curves)
-    task1_figures.figure1(curves, FREQUENCIES, options.out / "task1-figure1.png")
-    task1_figures.figure2(curves, FREQUENCIES, LEARNING_RATE, options.out / "task1-figure2.png")
+    task1_figures.figure1(curves, FREQUENCIES, out / "task1-figure1.png")
+    task1_figures.figure2(curves, FREQUENCIES, LEARNING_RATE, out / "task1-figure2.png")
     every = np.unique(np.geomspace(1, options.epochs, 60).round().astype(int)) - 1
     document = {
         "what": "Task 1: 10-10-32-32-32-1 ReLU, W_1 = I frozen, SGD lr 1e-3, batch 1, squared error / 2",
@@ -120,10 +124,11 @@ def main(arguments: list[str] | None = None) -> int:
         "curve_epochs": every + 1,
         "curves": {name: curves[name][:, :, every] for name in ("traj_grad", "train", "test", "var", "dist")},
     }
-    write_json(options.out / "task1.json", document)
+    write_json(out / "task1.json", document)
     for row in rows:
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     print(f"order {found}; golden: {check['checked']} values checked, {len(check['wrong'])} wrong; {seconds:.0f} s")
+    print(f"written to {out}")
     for line in check["wrong"][:20]:
         print("  " + line)
     return 1 if check["wrong"] else 0

@@ -5,13 +5,12 @@
     python bench/paper/task2.py --data cifar --folder ...
 
 CNN 16-32 with a sigmoid head, Adam 2e-3, batch 20; the share of training labels drawn anew is the difficulty. One run
-per file in the state folder: an interrupted call goes on with the next run.
+per file in the state folder: an interrupted call goes on with the next run. The full size writes to
+bench/paper/results, a smaller one to a folder in build/paper (and says so), unless --out is given.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,8 @@ from torch.nn.functional import binary_cross_entropy
 sys.path.insert(0, str(Path(__file__).parent))
 
 import figures
-from store import write_json
+from options import at_least, folder_of, parser_of
+from store import read_json, write_json
 from task2_data import SOURCES, Images, split
 
 from lipcore import Lipschitz, Monitor, Trajectory
@@ -79,16 +79,13 @@ def run(images: Images, count: int, corrupted: float, seed: int, epochs: int) ->
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = parser_of(__doc__)
     parser.add_argument("--data", choices=sorted(SOURCES), default="digits")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--state", type=Path, default=Path(__file__).parents[2] / "build" / "paper")
+    parser.add_argument("--epochs", type=at_least(1), default=30)
+    parser.add_argument("--seeds", type=at_least(1), default=5)
     options = parser.parse_args(arguments)
-    if options.epochs < 1 or options.seeds < 1:
-        parser.error("--epochs and --seeds: expected numbers >= 1")
+    out = folder_of(parser, options, "epochs", "seeds")
     torch.set_num_threads(1)
     load, count = SOURCES[options.data]
     images = load(options.folder)
@@ -98,7 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
             file = options.state / f"task2-{options.data}-{options.epochs}-{share}-{seed}.json"
             if not file.exists():
                 write_json(file, run(images, count, share, seed, options.epochs))
-            runs.append({"corrupted": share, "seed": seed} | json.loads(file.read_text()))
+            runs.append({"corrupted": share, "seed": seed} | read_json(file, CURVES, options.epochs))
             print(
                 f"{options.data}, {share:.0%} corrupted, seed {seed}: length {sum(runs[-1]['length']):.3g}", flush=True
             )
@@ -114,7 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
             figures.Panel("2c: variance of the bias / lr²", "epoch", epochs, curves["variance"] / RATE**2, True),
         ],
         labels,
-        options.out / f"task2-{options.data}.png",
+        out / f"task2-{options.data}.png",
     )
     table = [
         {
@@ -128,7 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     ]
     ordered = int((np.diff(lengths, axis=0) > 0).all(axis=0).sum())
     write_json(
-        options.out / f"task2-{options.data}.json",
+        out / f"task2-{options.data}.json",
         {
             "what": (__doc__ or "").splitlines()[0],
             "data": (load.__doc__ or "").strip(),
@@ -143,6 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     for row in table:
         print("  ".join(f"{key} {value:.4g}" for key, value in row.items()))
     print(f"all four in order in {ordered} of {options.seeds} seeds")
+    print(f"written to {out}")
     return 0
 
 

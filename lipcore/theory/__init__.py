@@ -1,14 +1,16 @@
 """What a training run says about the learned function: the quantities of Loukas, Poiitis and Jegelka, "What training
-reveals about neural network complexity" (NeurIPS 2021), from the windows of a Monitor.
+reveals about neural network complexity" (NeurIPS 2021, arXiv 2106.04186), from the windows of a Monitor.
 
 Every number is a :class:`lipcore.results.Value` with its label: exact, one-sided (a bound) or heuristic.
 """
 
 from lipcore.theory.assumptions import SigmoidHead, Slack, sigmoid_head, slack
-from lipcore.theory.bias_motion import BiasDistance, BiasVariance, bias_distance, bias_variance
+from lipcore.theory.bias_motion import BiasVariance, bias_variance
+from lipcore.theory.bias_path import BiasDistance, bias_distance
 from lipcore.theory.dimension import intrinsic_dimension, log_covering_number
 from lipcore.theory.generalization import Generalization, generalization
-from lipcore.theory.global_bound import GlobalBound, lipschitz_bound, spectral_norm_product
+from lipcore.theory.global_bound import GlobalBound, lipschitz_bound
+from lipcore.theory.spectral_product import spectral_norm_product
 from lipcore.theory.training import Sandwich, Steadiness, sandwich, steadiness
 
 __all__ = [

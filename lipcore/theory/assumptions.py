@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lipcore.results import Value
 from lipcore.theory.finding import Finding
+from lipcore.theory.training import joined
 
 
 @dataclass(frozen=True, repr=False)
@@ -20,16 +21,17 @@ class Slack(Finding):
     gamma: Value  #: max over points and pairs of passes from tau on of lambda / lambda' - 1
     median: Value  #: over points, of the same
     tau: int  #: step of the pass from which on it was measured
-    constant: int  #: points whose lambda was 0 in one of the passes: no ratio
+    constant: int  #: points whose lambda was 0 in all of the passes: no ratio
 
 
 def slack(passes: Sequence[Tensor], steps: Sequence[int] | None = None, *, tau: int | None = None) -> Slack:
     r"""gamma of Assumption 1 of Loukas et al.: after step tau the Lipschitz constant of a region changes by at most a
-    factor 1 + gamma.
+    factor 1 + gamma, which Theorems 2 and 3 need.
 
     Measured from two or more passes over the same points, :math:`\lambda_i` of each from
     :func:`lipcore.local_lipschitz` (or a monitor's probe): :math:`1 + \gamma = \max_i \max_t \lambda_i(t) / \min_t
-    \lambda_i(t)`. Heuristic: between the passes and off the points it may be larger.
+    \lambda_i(t)`. Heuristic: between the passes and off the points it may be larger. Where lambda is 0 in one pass and
+    not in another no factor is enough: gamma is infinite and not valid. Points at 0 in all passes are left out.
 
     Args:
         passes: tensors [N] of local Lipschitz constants, in the order of training.
@@ -52,13 +54,19 @@ def slack(passes: Sequence[Tensor], steps: Sequence[int] | None = None, *, tau: 
     if not bool((values.isfinite() & (values >= 0)).all()):
         raise ValueError("passes: expected finite values >= 0, got others")
     low, high = values.amin(0), values.amax(0)
-    usable = low > 0
+    usable = high > 0
     ratios = high[usable] / low[usable] - 1
     count = len(ratios)
-    flat = int(((high == 0) | ~usable).sum())
-    note = "at these points and passes only" + (f"; {flat} points with lambda = 0 left out" if flat else "")
+    flat, risen = int((~usable).sum()), int(ratios.isinf().sum())
+    note = joined(
+        [
+            "at these points and passes only" if count else "lambda is 0 at all points",
+            f"{flat} points with lambda = 0 left out" if flat else "",
+            f"{risen} points with lambda = 0 in some passes only: no factor bounds their change" if risen else "",
+        ]
+    )
     numbers = (float(ratios.max()), float(ratios.median())) if count else (math.nan, math.nan)
-    gamma, median = (Value(v, count, "heuristic", count > 0, note) for v in numbers)
+    gamma, median = (Value(v, count, "heuristic", math.isfinite(v), note) for v in numbers)
     return Slack(gamma, median, chosen[0][0], flat)
 
 
@@ -71,8 +79,8 @@ class SigmoidHead(Finding):
 
 
 def sigmoid_head(probabilities: Tensor) -> SigmoidHead:
-    r"""mu and xi of Theorems 2 and 3 for a network that ends in a sigmoid: :math:`f(x) \in [\mu, 1-\mu]`,
-    :math:`\xi = 0.25 / (\mu(1-\mu))`, the ratio of the sigmoid's largest slope to its smallest.
+    r"""mu and xi of Theorems 2 and 3 of Loukas et al. for a network that ends in a sigmoid: :math:`f(x) \in [\mu,
+    1-\mu]`, :math:`\xi = 0.25 / (\mu(1-\mu))`, the ratio of the sigmoid's largest slope to its smallest.
 
     Exact for the given samples; heuristic for the whole input space, which the theorems speak of.
 
@@ -83,6 +91,8 @@ def sigmoid_head(probabilities: Tensor) -> SigmoidHead:
     if not len(f):
         raise ValueError("probabilities: expected at least one value, got none")
     if not bool(((f >= 0) & (f <= 1)).all()):
+        if not bool(f.isfinite().all()):
+            raise ValueError("probabilities: expected values in [0, 1], got some that are not finite")
         raise ValueError(
             f"probabilities: expected values in [0, 1], got {float(f.min()):.6g} to {float(f.max()):.6g}; was this the "
             "logit?"

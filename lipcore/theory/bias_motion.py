@@ -1,4 +1,4 @@
-"""Corollaries 2 and 3: how far and how unsteadily the first bias moved, against the Lipschitz constants."""
+"""Corollary 2: how unsteadily the first bias moved, against the Lipschitz constants."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lipcore.results import Value, Window
+from lipcore.results import Quantity, Value, Window, weakest
+from lipcore.theory.arguments import per_step, positive
 from lipcore.theory.finding import Finding
-from lipcore.theory.windows import quantity, select
+from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
+from lipcore.theory.training import joined
+from lipcore.theory.windows import quantity, select, span
 
-_LITERAL = "literal for plain SGD at batch 1 with this constant learning rate"
+LITERAL = "literal for plain SGD at batch 1"
+CONTRADICTED = "the recorded motion contradicts it: a step was not alpha eps r (clipped or kept gradients? wrong eps?)"
+_ZERO = "a loss gradient of 0 says nothing about lambda"
+_ROUNDING = 1 + 1e-4  # of float32 parameters, whose motion is recorded as they are
 
 
 @dataclass(frozen=True, repr=False)
@@ -44,114 +50,103 @@ def bias_variance(
     .. math:: \mathrm{Var} \ge \frac{n}{4(n+1)}\Big(\frac1n\sum_t\|b_t - b_{t-1}\|\Big)^2
               \ge \frac{n}{4(n+1)} \frac{(\alpha \bar\lambda / \sigma_1(W_1))^2}{\mathrm{avg}(1/\varepsilon_t^2)}
 
-    The first bound holds for any optimizer. The second is for plain SGD at batch 1, where a step is
-    :math:`\alpha\varepsilon_t r_t`; it needs learning_rate and eps. Both are 2 to 5 orders of magnitude loose. The
-    printed form lacks the mean of :math:`1/\varepsilon^2` and is no bound.
+    The first bound holds for any optimizer. The second is for plain SGD at batch 1 with a constant rate, where a step
+    of the first layer's own bias is :math:`\alpha\varepsilon_t r_t`; it needs eps. It is not valid, and its note says
+    why, where the window shows another kind of step, and as heuristic as the lower side of Theorem 1 where W_1 moved.
+    Both are 2 to 5 orders of magnitude loose. The printed form lacks the mean of :math:`1/\varepsilon^2`: no bound.
 
     Args:
         history: windows with a Trajectory metric (and a Lipschitz metric for the second bound); resetting windows.
         parameter: canonical name, "0.bias" say.
-        learning_rate: constant over the window.
+        learning_rate: constant over the window; default the one that was recorded for the first layer's bias.
         eps: |dl/dyhat| at each of the window's steps.
 
     Raises:
         ValueError: no window; the parameter is not in it; learning_rate or an eps is not positive (at eps = 0 a step
-            says nothing about lambda: leave it out), or eps has another length than the window has steps.
+            says nothing about lambda: leave it out), or eps has another length than the window has steps; learning_rate
+            is not the recorded one, or that was not constant within the window (and a rate or eps was given).
     """
     window = select(history, "trajectory", first_step, last_step)[-1]
-    result = window["trajectory"]
-    why = "Trajectory takes it in mode='exact' by default (stats=)"
-    moved, measured = quantity(result, "update_norm", why), quantity(result, "variance", why)
-    for known in (moved, measured):
-        if parameter not in known:
-            raise ValueError(f"parameter: {known.name} has no {parameter!r}; expected one of {list(known)[:12]}")
-    steps, variance = moved[parameter]["mean"].count, measured[parameter]["last"]
-    if learning_rate is not None and not (learning_rate > 0 and math.isfinite(learning_rate)):
-        raise ValueError(f"learning_rate: expected a positive number, got {learning_rate!r}")
+    moved, measured = known(window, "update_norm", parameter), known(window, "variance", parameter)
+    step, variance = moved[parameter]["mean"], measured[parameter]["last"]
+    steps = step.count
+    inverse = None if eps is None else _mean_inverse_square(eps, steps)
+    rate = None if learning_rate is None else positive("learning_rate", learning_rate)
+    found = literal_steps(window, parameter, "lower", place) if has_sides(window) else None
+    why = "needs learning_rate"
+    if found is not None and _changes(found, parameter, window) and rate is None and inverse is None:
+        why = "the learning rate changed within the window"
+    elif found is not None:
+        rate = _constant_rate(rate, found, parameter, window)
     shrink = steps / (4 * (steps + 1))
-    lower = Value(shrink * moved[parameter]["mean"].value ** 2, steps, "one-sided")
+    empty = "" if steps else "no step in the window"
+    lower = Value(
+        shrink * step.value**2, steps, weakest([step.label, "one-sided"]), step.valid and steps > 0, step.note or empty
+    )
     missing = Value(math.nan, 0, "one-sided", False, "needs learning_rate, eps and a Lipschitz metric")
     second = printed = missing
-    side = _lower_side(window, place)
-    if learning_rate is not None and side is not None:
-        number = shrink * (learning_rate * side.value) ** 2
-        printed = Value(number, side.count, "heuristic", True, "lacks the mean of 1/eps^2; no bound")
-        if eps is not None:
-            second = Value(number / _mean_inverse_square(eps, steps), side.count, "one-sided", True, _LITERAL)
-    scaled = Value(math.nan, 0, "exact", False, "needs learning_rate")
-    if learning_rate is not None:
-        scaled = Value(variance.value / learning_rate**2, variance.count, variance.label, variance.valid)
+    if rate is not None and found is not None:
+        number = shrink * (rate * found.side.value) ** 2
+        printed = Value(number, found.side.count, "heuristic", found.side.valid, "lacks the mean of 1/eps^2; no bound")
+        if inverse is not None:
+            second = _second(number / inverse, lower, found, window.steps)
+    scaled = Value(math.nan, 0, "exact", False, why)
+    if rate is not None:
+        scaled = Value(variance.value / rate**2, variance.count, variance.label, variance.valid, variance.note)
     return BiasVariance(variance, lower, second, printed, scaled, window.first_step, window.last_step)
 
 
-def _lower_side(window: Window, place: str | None) -> Value | None:
-    if "lipschitz" not in window or "sandwich" not in window["lipschitz"]:
-        return None
-    sides = window["lipschitz"]["sandwich"]
-    return sides[place if place is not None else next(iter(sides))]["lower"]
+def _second(number: float, lower: Value, found: LiteralSteps, steps: int) -> Value:
+    """The bound by lambda; it cannot be above the one by the motion itself where the steps were as it assumes."""
+    against = list(found.against)
+    if lower.count != steps:
+        against.append(f"the trajectory was looked at in {lower.count} of {steps} steps: it takes every_steps=1")
+    if lower.valid and number > lower.value * _ROUNDING:
+        against.append(CONTRADICTED)
+    if not found.side.valid:
+        against.append(found.side.note or "Theorem 1's lower side is not valid")
+    label = weakest([found.side.label, "one-sided"])
+    if against or not math.isfinite(number):
+        return Value(number, found.side.count, label, False, joined(against) or "not finite")
+    return Value(number, found.side.count, label, True, joined([LITERAL, *unchecked(found), found.side.note]))
 
 
-def _mean_inverse_square(eps: Sequence[float] | Tensor, steps: int) -> float:
-    values = [float(value) for value in eps]
-    if len(values) != steps:
-        raise ValueError(f"eps: expected one value for each of the window's {steps} steps, got {len(values)}")
-    bad = [i for i, value in enumerate(values) if not (value > 0 and math.isfinite(value))]
-    if bad:
+def unchecked(found: LiteralSteps) -> list[str]:
+    return [f"not checked: {', '.join(found.unchecked)}"] if found.unchecked else []
+
+
+def known(window: Window, name: str, parameter: str) -> Quantity:
+    """A quantity of the trajectory that has this parameter."""
+    found = quantity(window["trajectory"], name, "Trajectory takes it in mode='exact' by default (stats=)")
+    if parameter not in list(found):
+        raise ValueError(f"parameter: {name} has no {parameter!r}; expected one of {list(found)[:12]}")
+    return found
+
+
+def _changes(found: LiteralSteps, parameter: str, window: Window) -> bool:
+    """Whether the recorded rate, which is of the first layer's bias alone, did not stay the same."""
+    return own_bias(window) == parameter and found.learning_rate is not None and len(set(found.learning_rate)) > 1
+
+
+def _constant_rate(given: float | None, found: LiteralSteps, parameter: str, window: Window) -> float | None:
+    """The rate that was given or recorded; a record is of the first layer's bias alone."""
+    if found.learning_rate is None or own_bias(window) != parameter:
+        return given
+    low, high = found.learning_rate
+    if _changes(found, parameter, window):
         raise ValueError(
-            f"eps: expected positive numbers, got {values[bad[0]]} at step {bad[0]} of the window (a loss gradient "
-            "of 0 says nothing about lambda; choose a window without it)"
+            f"learning_rate: Corollary 2 needs a constant one, but in {span(window)} it went from {low:.6g} to "
+            f"{high:.6g}; choose a window in which it stays"
         )
-    return math.fsum(value**-2 for value in values) / len(values)
+    if given is not None and not math.isclose(given, low, rel_tol=1e-6):
+        raise ValueError(
+            f"learning_rate: got {given:.6g}, but the optimizer's was {low:.6g} in {span(window)}; leave it out to "
+            "take that"
+        )
+    return low if low > 0 else given
 
 
-@dataclass(frozen=True, repr=False)
-class BiasDistance(Finding):
-    """Corollary 3: how far a parameter went from its reference."""
-
-    distance: Value  #: ||b - b_0||
-    length: Value  #: sum of ||b_t - b_{t-1}||
-    directness: Value  #: distance / length, 1 for a straight line
-    bound: Value  #: sum over steps of lr eps_max mean(lambda) / sigma_min; not valid without both, or for n_1 > n
-
-
-def bias_distance(
-    history: Iterable[Window],
-    parameter: str,
-    *,
-    learning_rate: float | None = None,
-    eps_max: float | None = None,
-    last_step: int | None = None,
-    place: str | None = None,
-) -> BiasDistance:
-    r"""Corollary 3 of Loukas et al.:
-    :math:`\|b_\tau - b_0\| \le \sum_t \alpha_t\,\varepsilon_{\max}\,\bar\lambda_t / \sigma_{\min}(W_1)`.
-
-    For plain SGD at batch 1 and squared error, all windows from the start; the same condition as the upper side of
-    Theorem 1 (n_1 <= n, full rank). Distance, length and directness hold for any training.
-
-    Raises:
-        ValueError: no window; the parameter is not in it; learning_rate or eps_max is not positive.
-    """
-    windows = select(history, "trajectory", None, last_step)
-    result = windows[-1]["trajectory"]
-    why = "Trajectory takes it in mode='exact' by default (stats=)"
-    distance = quantity(result, "distance", why)
-    if parameter not in distance:
-        raise ValueError(f"parameter: distance has no {parameter!r}; expected one of {list(distance)[:12]}")
-    for name, number in (("learning_rate", learning_rate), ("eps_max", eps_max)):
-        if number is not None and not (number > 0 and math.isfinite(number)):
-            raise ValueError(f"{name}: expected a positive number, got {number!r}")
-    length = quantity(result, "path_length", why)[parameter]["cumulative"]
-    directness = quantity(result, "directness", why)[parameter]["last"]
-    bound = Value(math.nan, 0, "one-sided", False, "needs learning_rate, eps_max and a Lipschitz metric")
-    sides = [window["lipschitz"]["sandwich"] for window in windows if "sandwich" in window.results.get("lipschitz", ())]
-    if learning_rate is not None and eps_max is not None and len(sides) == len(windows):
-        uppers = [side[place if place is not None else next(iter(side))]["upper"] for side in sides]
-        total = math.fsum(upper.value * window.steps for upper, window in zip(uppers, windows, strict=True))
-        complete = windows[0].first_step == 1
-        notes = {upper.note for upper in uppers if not upper.valid}
-        notes |= set() if complete else {"windows before the first one kept are missing (history_limit)"}
-        valid = complete and all(upper.valid for upper in uppers)
-        note = "; ".join(sorted(notes)) if notes else f"squared error; {_LITERAL}"
-        bound = Value(learning_rate * eps_max * total, sum(u.count for u in uppers), "one-sided", valid, note)
-    return BiasDistance(distance[parameter]["last"], length, directness, bound)
+def _mean_inverse_square(eps: Sequence[float] | Tensor, steps: int) -> float | None:
+    """None for a window without steps."""
+    values = per_step("eps", eps, steps, "the window", f"{_ZERO}; choose a window without it")
+    return math.fsum(value**-2 for value in values) / len(values) if values else None

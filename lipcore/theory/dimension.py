@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipcore.results import Value
+from lipcore.theory.arguments import real
 
 _BLOCK = 1 << 24
 
@@ -21,7 +22,7 @@ def log_covering_number(radius: float, *, extent: float, dimension: float) -> fl
     3.2189
     """
     for name, number in (("radius", radius), ("extent", extent), ("dimension", dimension)):
-        if not number >= 0:
+        if not real(name, number) >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {number!r}")
     if radius >= extent:
         return 0.0
@@ -37,13 +38,16 @@ def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
     Heuristic: biased downwards in high dimensions, and distances are Euclidean ones of the raw inputs.
 
     Raises:
-        ValueError: fewer than neighbors + 2 points; neighbors < 2; too many duplicates.
+        ValueError: fewer than neighbors + 2 points; neighbors < 2; too many duplicates; points that are not finite.
     """
     if not isinstance(neighbors, int) or neighbors < 2:
         raise ValueError(f"neighbors: expected an integer >= 2, got {neighbors!r}")
     points = torch.as_tensor(x).detach().double()
-    if points.dim() < 1 or len(points) < neighbors + 2:
-        raise ValueError(f"x: expected at least {neighbors + 2} points for {neighbors} neighbours, got {len(points)}")
+    if not points.dim() or len(points) < neighbors + 2:
+        seen = len(points) if points.dim() else "a single number"
+        raise ValueError(f"x: expected at least {neighbors + 2} points for {neighbors} neighbours, got {seen}")
+    if not bool(points.isfinite().all()):
+        raise ValueError("x: expected finite points, got some that are not; leave them out")
     points = torch.unique(points.flatten(1) if points.dim() > 1 else points[:, None], dim=0)  # duplicates say nothing
     if len(points) < neighbors + 2:
         raise ValueError(f"x: only {len(points)} of its points differ; expected at least {neighbors + 2}")
@@ -54,4 +58,7 @@ def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
         nearest = distance.topk(neighbors + 1, largest=False).values[:, 1:]
         logs.append((nearest[:, -1:] / nearest[:, :-1]).log().mean(1))
     inverse = float(torch.cat(logs).mean())
-    return Value(1 / inverse if inverse > 0 else math.inf, len(points), "heuristic", inverse > 0, "Levina-Bickel")
+    if not inverse > 0:
+        why = f"all {neighbors} nearest distances are equal (a grid, a simplex?): the estimate needs them to grow"
+        return Value(math.inf, len(points), "heuristic", False, why)
+    return Value(1 / inverse, len(points), "heuristic", True, "Levina-Bickel")

@@ -11,10 +11,15 @@ from torch import Tensor, nn
 
 from lipcore.regions.patterns import activation_patterns
 from lipcore.results import Value, Window
+from lipcore.theory.arguments import positive, real
 from lipcore.theory.assumptions import sigmoid_head
 from lipcore.theory.dimension import intrinsic_dimension, log_covering_number
 from lipcore.theory.finding import Finding
 from lipcore.theory.global_bound import lipschitz_bound
+from lipcore.theory.heads import refuse_other_head
+from lipcore.theory.windows import select
+
+_OF_C = ("1 + gamma", "beta", "1 / (mu (1 - mu))", "1 / p_min")  #: the factors of c
 
 
 @dataclass(frozen=True, repr=False)
@@ -22,7 +27,7 @@ class Generalization(Finding):
     """Theorem 3 and all that goes into it."""
 
     bound: Value  #: of |er_emp - er_exp|, with probability 1 - delta
-    vacuous: bool  #: bound >= 1
+    vacuous: bool  #: bound >= 1, or not known to be less
     radius: Value  #: r(X) = min |1 - 2 f| / (c log(sum n_l) phi)
     margin: Value  #: min over samples of |1 - 2 f|
     c: Value  #: (1 + gamma) beta / (mu (1 - mu) p_min)
@@ -59,7 +64,9 @@ def generalization(
               c = \frac{(1+\gamma)\beta}{\mu(1-\mu)p_{\min}}
 
     On real networks it is numerically vacuous (1e4 and more): the factors, and which of them is to blame, are the
-    result. The label is heuristic, since gamma, mu, p_min and the dimension are measured at the samples.
+    result. The label is heuristic, since gamma, mu, p_min and the dimension are measured at the samples. Where a factor
+    is infinite or not known (a sample on the decision boundary, a saturated sigmoid, a run that diverged) the radius is
+    0 and the bound infinite, not valid, with the factor named.
 
     Args:
         history: windows with a Lipschitz metric; steadiness is taken from the first of them on.
@@ -70,15 +77,20 @@ def generalization(
         delta: the bound holds with probability 1 - delta.
 
     Raises:
-        ValueError: gamma < 0, delta outside (0, 1), outputs that are not probabilities, every unit dead, and what
-            :func:`lipschitz_bound` and :func:`activation_patterns` refuse.
+        ValueError: gamma < 0, delta outside (0, 1), outputs that are not probabilities, x not finite, every unit dead
+            or only one there, windows of another output than the model's (a logit), and what :func:`lipschitz_bound`
+            and :func:`activation_patterns` refuse.
     """
-    if not (gamma >= 0 and math.isfinite(gamma)):
-        raise ValueError(f"gamma: expected a number >= 0, got {gamma!r}")
-    if not 0 < delta < 1:
+    slack = real("gamma", gamma)
+    if not (slack >= 0 and math.isfinite(slack)):
+        raise ValueError(f"gamma: expected a finite number >= 0, got {gamma!r}")
+    if not 0 < real("delta", delta) < 1:
         raise ValueError(f"delta: expected a number between 0 and 1, got {delta!r}")
-    if dimension is not None and not dimension > 0:
-        raise ValueError(f"dimension: expected a number > 0, got {dimension!r}")
+    given = None if dimension is None else positive("dimension", dimension)
+    if not isinstance(x, Tensor) or not x.dim() or not len(x) or not bool(x.isfinite().all()):
+        seen = "values that are not" if isinstance(x, Tensor) and x.numel() else x
+        raise ValueError(f"x: expected finite inputs [N, ...] with N >= 1, got {seen}")
+    global_bound = lipschitz_bound(history, first_step=first_step, last_step=last_step, place=place)
     patterns = activation_patterns(model, x)
     with torch.no_grad():
         f = model(x)
@@ -86,50 +98,84 @@ def generalization(
         shape = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
         raise ValueError(f"model: expected one probability per sample, got {shape} for {len(x)} samples")
     head = sigmoid_head(f)
-    global_bound = lipschitz_bound(history, first_step=first_step, last_step=last_step, place=place)
+    refuse_other_head(select(history, "lipschitz", first_step, last_step), model, place)
     activity = [share for shares in patterns.activity().values() for share in shares]
     live = [share for share in activity if share > 0]
     if not live:
         raise ValueError("model: no unit is active on any of the samples, so p_min is not defined")
     count, units, mu = len(x), len(activity), head.mu.value
+    if units < 2:
+        raise ValueError("model: it has one unit, and Theorem 3 divides by log(sum n_l) = 0; expected two or more")
     margin = float((1 - 2 * f.double()).abs().min())
     beta, phi, p_min = global_bound.beta.value, global_bound.phi.value, float(min(live))
-    inverse = [1 + gamma, beta, math.inf if mu == 0 else 1 / (mu * (1 - mu)), 1 / p_min]
-    c = math.prod(inverse)
-    names = ("1 + gamma", "beta", "1 / (mu (1 - mu))", "1 / p_min", "log(sum n_l)", "phi", "1 / margin")
-    logarithm = math.log(units)
-    numbers = [*inverse, logarithm, phi, math.inf if margin == 0 else 1 / margin]
-    factors = {name: float(number) for name, number in zip(names, numbers, strict=True)}
-    shrinking = math.prod(numbers)
-    radius = 1 / shrinking if shrinking > 0 else math.inf
-    estimate = intrinsic_dimension(x) if dimension is None else Value(float(dimension), count, "exact", True, "given")
-    flat = x.detach().double().flatten(1) if x.dim() > 1 else x.detach().double()[:, None]
-    extent = float((flat - flat.mean(0)).norm(dim=1).max())
-    log_cover = log_covering_number(radius, extent=extent, dimension=estimate.value)
-    log_sum = max(math.log(4 * math.log(2)) + log_cover, math.log(2 * math.log(1 / delta)))
-    log_sum += math.log1p(math.exp(-abs(math.log(4 * math.log(2)) + log_cover - math.log(2 * math.log(1 / delta)))))
-    log_bound = 0.5 * (log_sum - math.log(count))
-    bound = math.exp(log_bound) if log_bound < 700 else math.inf
+    factors = {
+        "1 + gamma": 1 + slack,
+        "beta": beta,
+        "1 / (mu (1 - mu))": 1 / (mu * (1 - mu)) if mu * (1 - mu) > 0 else math.inf,
+        "1 / p_min": 1 / p_min,
+        "log(sum n_l)": math.log(units),
+        "phi": phi,
+        "1 / margin": 1 / margin if margin > 0 else math.inf,
+    }
+    c = math.prod(factors[name] for name in _OF_C)
+    steady = phi * c / 4 * factors["log(sum n_l)"]
+    radius, killed_by, why = _radius(factors)
+    why = why or ("" if global_bound.bound.valid else global_bound.bound.note)
+    estimate = intrinsic_dimension(x) if given is None else Value(given, count, "exact", True, "given")
+    why = why or ("" if estimate.valid else f"dimension: {estimate.note}")
+    log_cover = bound = math.inf
+    if radius > 0 and estimate.valid:
+        flat = x.detach().double().flatten(1) if x.dim() > 1 else x.detach().double()[:, None]
+        extent = float((flat - flat.mean(0)).norm(dim=1).max())
+        log_cover = log_covering_number(radius, extent=extent, dimension=estimate.value)
+        bound = _bound(log_cover, count, delta)
+    elif not estimate.valid:
+        killed_by = killed_by if radius == 0 else "dimension"
 
-    def value(number: float, note: str = "", valid: bool = True) -> Value:
-        return Value(number, count, "heuristic", valid, note)
+    def value(number: float, against: str, note: str = "") -> Value:
+        return Value(number, count, "heuristic", not against, against or note)
+
+    _, _, of_c = _radius({name: factors[name] for name in _OF_C})
+    of_c = of_c or ("" if global_bound.beta.valid else global_bound.beta.note)
+    of_steady = of_c or ("" if global_bound.phi.valid else global_bound.phi.note)
 
     return Generalization(
-        bound=value(bound, "beyond the largest float" if math.isinf(bound) else ""),
-        vacuous=bound >= 1,
-        radius=value(radius),
+        bound=value(bound, why, "beyond the largest float" if math.isinf(bound) else ""),
+        vacuous=not bound < 1,
+        radius=value(radius, why),
         margin=Value(margin, count),
-        c=value(c),
-        lambda_steady=value(phi * c / 4 * logarithm),
+        c=value(c, of_c),
+        lambda_steady=value(steady, of_steady),
         beta=global_bound.beta,
         phi=global_bound.phi,
         mu=head.mu,
         p_min=Value(p_min, count),
         dead_units=len(activity) - len(live),
         units=units,
-        gamma=gamma,
+        gamma=slack,
         dimension=estimate,
-        log10_covering_number=value(log_cover / math.log(10)),
-        killed_by=max(factors, key=factors.__getitem__),
+        log10_covering_number=value(log_cover / math.log(10), why),
+        killed_by=killed_by,
         factors=factors,
     )
+
+
+def _radius(factors: dict[str, float]) -> tuple[float, str, str]:
+    """1 / product of the factors, the largest of them, and why the radius is not defined (then it is 0, the bound
+    infinite): a factor that is not finite says nothing about the others, not even where one of them is 0."""
+    for name, number in factors.items():
+        if math.isnan(number):
+            return 0.0, name, f"{name} is not known, so the radius is not defined"
+    largest = max(factors, key=factors.__getitem__)
+    if math.isinf(factors[largest]):
+        return 0.0, largest, f"{largest} is infinite, so the radius is 0"
+    product = math.prod(factors.values())
+    return (1 / product if product > 0 else math.inf), largest, ""
+
+
+def _bound(log_cover: float, count: int, delta: float) -> float:
+    """The right side of Theorem 3, in logarithms: covering numbers leave the range of floats."""
+    terms = (math.log(4 * math.log(2)) + log_cover, math.log(2 * math.log(1 / delta)))
+    log_sum = max(terms) + math.log1p(math.exp(-abs(terms[0] - terms[1])))
+    log_bound = 0.5 * (log_sum - math.log(count))
+    return math.exp(log_bound) if log_bound < 700 else math.inf

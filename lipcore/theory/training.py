@@ -6,16 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lipcore.results import Label, Value, Window, suffix_maximum
+from lipcore.results import Label, Value, Window, suffix_maximum, weakest
 from lipcore.theory.finding import Finding
-from lipcore.theory.windows import one_place, quantity, select
-
-_WORTH: dict[Label, int] = {"exact": 0, "estimate": 1, "one-sided": 2, "heuristic": 3}
-
-
-def weakest(labels: Iterable[Label]) -> Label:
-    """The label of a number made from several."""
-    return max(labels, key=_WORTH.__getitem__)
+from lipcore.theory.windows import missing_steps, one_place, quantity, select
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,9 +41,10 @@ def sandwich(
     .. math:: \frac{1}{n}\sum_t \frac{\lambda_t}{\sigma_1(W_1)} \le \frac{1}{n}\sum_t r_t \le
               \frac{1}{n}\sum_t \frac{\lambda_t}{\sigma_{\min}(W_1)}
 
-    over the samples t at which both r and lambda were taken. W_1 is that of each window's close, so shorter windows
-    come nearer to the exact form with W_1 at every t; a window within which it moved makes the sides heuristic. The
-    lower side holds always, the upper one where W_1 has no more outputs than inputs and full rank.
+    over the samples t at which both r and lambda were taken. Overlapping (sliding) windows are thinned to ones that do
+    not overlap; steps that lie in no window are named in the notes. W_1 is that of each window's close, so shorter
+    windows come nearer to the exact form with W_1 at every t; a window within which it moved makes the sides heuristic.
+    The lower side holds always, the upper one where W_1 has no more outputs than inputs and full rank.
 
     Args:
         history: ``monitor.history``, or any windows with a Lipschitz metric.
@@ -65,23 +59,34 @@ def sandwich(
     place = one_place(quantity(windows[0][metric], "sandwich", why), place)
     rows = [quantity(window[metric], "sandwich", why)[place] for window in windows]
     lengths = [window[metric]["normalized_gradient_norm"][place]["sum"] for window in windows]
-    lower, middle, upper = (_mean([row[side] for row in rows]) for side in ("lower", "middle", "upper"))
+    gaps = missing_steps(windows)
+    lower, middle, upper = (_mean([row[side] for row in rows], gaps) for side in ("lower", "middle", "upper"))
+    count = sum(value.count for value in lengths)
     length = Value(
         math.fsum(value.value for value in lengths if value.valid),
-        sum(value.count for value in lengths),
+        count,
         weakest(value.label for value in lengths),
+        count > 0,
+        joined([*(value.note for value in lengths if value.valid), gaps]) if count else "nothing recorded",
     )
     return Sandwich(lower, middle, upper, length, windows[0].first_step, windows[-1].last_step)
 
 
-def _mean(values: list[Value]) -> Value:
+def joined(notes: Iterable[str]) -> str:
+    """The different notes of several values; the first six, since a run can have a thousand windows."""
+    different = list(dict.fromkeys(note for note in notes if note))
+    more = [f"and {len(different) - 6} more"] if len(different) > 6 else []
+    return "; ".join([*different[:6], *more])
+
+
+def _mean(values: list[Value], gaps: str) -> Value:
     """Over all samples of all windows; not valid where one is not."""
     count = sum(value.count for value in values)
     total = math.fsum(value.value * value.count for value in values)
-    notes = sorted({value.note for value in values if value.note})
+    notes = joined([*(value.note for value in values), gaps])
     valid = all(value.valid for value in values)
     label = weakest(value.label for value in values)
-    return Value(total / count if count else math.nan, count, label, valid, "; ".join(notes))
+    return Value(total / count if count else math.nan, count, label, valid, notes)
 
 
 @dataclass(frozen=True, repr=False)
@@ -93,10 +98,21 @@ class Steadiness(Finding):
     median: tuple[float, ...]  #: of r within each window, to 1 %
     p99: tuple[float, ...]  #: of r within each window, to 1 %
     label: Label
+    ends: tuple[int, ...]  #: last step of each window
+    note: str = ""  #: what phi does not know: steps that lie in no window, infinite r
 
     def at(self, step: int) -> float:
-        """phi(tau) of the first window that starts at `step` or later; NaN after the last one."""
-        return next((phi for tau, phi in zip(self.steps, self.phi, strict=True) if tau >= step), math.nan)
+        """phi of the window that contains `step`: an upper bound of phi(tau) within a window, exact at its first step.
+        NaN before the first window, after the last one, and in steps that lie in no window."""
+        for tau, end, phi in zip(self.steps, self.ends, self.phi, strict=True):
+            if tau <= max(step, 1) <= end:
+                return phi
+        return math.nan
+
+    def __repr__(self) -> str:
+        at = f"from step {self.steps[0]}: {self.phi[0]:.6g}; from step {self.steps[-1]}: {self.phi[-1]:.6g}"
+        lines = [type(self).__name__, f"  phi      {at}", f"  windows  {len(self.phi)}, {self.label}"]
+        return "\n".join(lines + ([f"  unknown  {self.note}"] if self.note else []))
 
     def earliest(self, phi: float) -> int | None:
         """The earliest tau from which on training is (tau, phi)-steady; None when it never became so."""
@@ -114,7 +130,8 @@ def steadiness(
     r"""Definition 1 of Loukas et al.: training is :math:`(\tau, \varphi)`-steady when :math:`r_t \le \varphi` for all
     :math:`t \ge \tau`; the curve is :math:`\varphi(\tau) = \max_{t \ge \tau} r_t`.
 
-    Exact for the samples that were recorded; windows without any are passed over (NaN at the end).
+    tau is each window's first step. Exact for the samples that were recorded; windows without any are passed over (NaN
+    at the end). Overlapping windows are thinned, and steps that lie in no window named in `note`.
 
     Raises:
         ValueError: no window, or no Lipschitz metric.
@@ -123,10 +140,13 @@ def steadiness(
     name = "normalized_gradient_norm"
     place = one_place(quantity(windows[0][metric], name, "nothing was recorded"), place)
     rows = [window[metric][name][place] for window in windows]
+    infinite = sum(window[metric].details.get("infinite_ratios", 0) for window in windows)
     return Steadiness(
         tuple(window.first_step for window in windows),
         tuple(suffix_maximum([row["max"].value for row in rows])),
         tuple(row["p50"].value for row in rows),
         tuple(row["p99"].value for row in rows),
         weakest(row["max"].label for row in rows),
+        tuple(window.last_step for window in windows),
+        joined([missing_steps(windows), f"r was infinite at {infinite} samples" if infinite else ""]),
     )

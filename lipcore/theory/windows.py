@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import pairwise
+from typing import Any
 
 from lipcore.results import MetricResult, Quantity, Window
 
 
 def select(history: Iterable[Window], metric: str, first_step: int | None, last_step: int | None) -> list[Window]:
-    """The windows within [first_step, last_step], oldest first; ValueError when there is none, or not this metric."""
-    if isinstance(history, Window):
-        history = [history]
-    windows = list(history)
-    for window in windows:
-        if not isinstance(window, Window):
-            raise TypeError(
-                f"history: expected windows of a Monitor (monitor.history), got a {type(window).__name__} in it"
-            )
+    """The windows within [first_step, last_step], oldest first and without overlap: each step counts once.
+
+    Of overlapping (sliding) windows the last one is kept and, going back from it, the next that ends before it began.
+    ValueError when there is none, one stands there twice, or one has no such metric.
+    """
+    for name, step in (("first_step", first_step), ("last_step", last_step)):
+        if step is not None and (not hasattr(step, "__index__") or isinstance(step, bool)):
+            raise ValueError(f"{name}: expected a step (an integer) or None, got {step!r}")
+    windows = sorted(_checked(history), key=lambda window: (window.first_step, window.last_step))
     chosen = [
         window
         for window in windows
@@ -25,17 +27,58 @@ def select(history: Iterable[Window], metric: str, first_step: int | None, last_
     ]
     if not chosen:
         seen = f"{windows[0].first_step} to {windows[-1].last_step}" if windows else "none: no window was closed yet"
+        start = "the start" if first_step is None else first_step
+        end = "the end" if last_step is None else last_step
         raise ValueError(
-            f"history: no window lies within steps {first_step or 'the start'} to {last_step or 'the end'}; steps in "
-            f"it: {seen}. Close one with monitor.close_window()"
+            f"history: no window lies within steps {start} to {end}; steps in it: {seen}. Close one with "
+            "monitor.close_window()"
         )
-    for window in chosen:
-        if metric not in window:
+    for window, following in pairwise(chosen):
+        same = (window.first_step, window.last_step) == (following.first_step, following.last_step)
+        if window is following or (same and window.steps):
             raise ValueError(
-                f"history: the window of steps {window.first_step} to {window.last_step} has no metric {metric!r}; "
-                "give the Monitor one (metrics=[...])"
+                f"history: {span(window)} stands in it twice; pass every window once, of one run (monitor.history)"
             )
-    return chosen
+    kept: list[Window] = []
+    for window in reversed(chosen):
+        if not kept or window.last_step < kept[-1].first_step:
+            kept.append(window)
+    for window in kept:
+        if metric not in window:
+            raise ValueError(f"history: {span(window)} has no metric {metric!r}; give the Monitor one (metrics=[...])")
+    return kept[::-1]
+
+
+def _checked(history: Any) -> list[Window]:
+    if isinstance(history, Window):
+        return [history]
+    expected = "history: expected windows of a Monitor (monitor.history)"
+    if not isinstance(history, Iterable):
+        hint = "; pass its history: monitor.history" if hasattr(history, "history") else ""
+        raise TypeError(f"{expected}, got {history if history is None else f'a {type(history).__name__}'}{hint}")
+    windows = list(history)
+    for window in windows:
+        if not isinstance(window, Window):
+            raise TypeError(f"{expected}, got a {type(window).__name__} in it")
+    return windows
+
+
+def span(window: Window) -> str:
+    """How messages name a window."""
+    return f"the window of steps {window.first_step} to {window.last_step}"
+
+
+def missing_steps(windows: list[Window], start: int | None = None) -> str:
+    """Which steps lie between the windows (and before the first one, from `start` on) in none of them; "" if none."""
+    ends = [window.last_step for window in windows]
+    starts = [window.first_step for window in windows]
+    before = [*ends[:-1]] if start is None else [start - 1, *ends[:-1]]
+    gaps = [
+        f"{end + 1} to {first - 1}"
+        for end, first in zip(before, starts[1:] if start is None else starts, strict=True)
+        if first > end + 1
+    ]
+    return f"steps {', '.join(gaps)} are in no window" if gaps else ""
 
 
 def one_place(quantity: Quantity, place: str | None) -> str:
@@ -45,7 +88,7 @@ def one_place(quantity: Quantity, place: str | None) -> str:
         if len(places) == 1:
             return places[0]
         raise ValueError(f"place: {quantity.name} has several; choose one of {places}")
-    if place not in quantity:
+    if place not in places:
         raise ValueError(f"place: {quantity.name} has no place {place!r}; expected one of {places}")
     return place
 

@@ -1,0 +1,128 @@
+"""What the optimizer does to the first layer's bias: Corollaries 2 and 3 are about one kind of step only."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+_SETTINGS = ("momentum", "nesterov", "weight_decay")
+
+
+class _Rates(NamedTuple):
+    """Least and largest learning rate of some steps; not finite where none could be read."""
+
+    steps: int
+    low: float
+    high: float
+
+
+class BiasSteps:
+    """Finds the bias' parameter group and reads its learning rate after every step, before a scheduler changes it."""
+
+    def __init__(self) -> None:
+        self._optimizers: Sequence[Optimizer] = ()
+        self._model: nn.Module | None = None
+        self._bias: Tensor | None = None
+        self._holder: Optimizer | None = None
+        self._index = 0
+        self._holders = 0
+        self._shared = False
+        self._closed: deque[_Rates] = deque(maxlen=0)  # blocks of a sliding window
+        self._steps = 0
+        self._seen: float | None = None  # the very object, which is cheaper to compare than the number
+        self._low, self._high = math.inf, -math.inf
+
+    def prepare(self, optimizers: Sequence[Optimizer], window_blocks: int) -> None:
+        self._optimizers = optimizers
+        self._closed = deque(maxlen=window_blocks - 1)
+
+    def find(self, model: nn.Module | None, layer: nn.Module | None) -> None:
+        """Look where the layer's bias is: it may be another object than before (moved, loaded, rebound), or have been
+        given to an optimizer since."""
+        bias = getattr(layer, "bias", None)
+        places = [
+            (optimizer, i)
+            for optimizer in self._optimizers
+            for i, group in enumerate(optimizer.param_groups)
+            if any(parameter is bias for parameter in group["params"])
+        ]
+        self._holders = len(places)
+        self._holder, self._index = places[0] if len(places) == 1 else (None, 0)
+        if bias is not self._bias:
+            owners = model.modules() if model is not None else ()
+            self._shared = sum(own is bias for owner in owners for own in owner._parameters.values()) > 1
+        self._bias = bias if isinstance(bias, Tensor) else None
+
+    def observe(self) -> None:
+        """After a step."""
+        self._steps += 1
+        if self._holder is None:
+            return
+        # Not the group itself: the optimizer's load_state_dict() makes new ones.
+        rate = self._holder.param_groups[self._index]["lr"]
+        if rate is not self._seen:
+            self._observe_rate(rate)
+
+    def _observe_rate(self, rate: Any) -> None:
+        """A rate that is a tensor on a device is not read: that would wait for the device. One on the CPU may change in
+        place, so it is read at every step."""
+        if isinstance(rate, Tensor):
+            if not rate.is_cpu:
+                return
+            rate = float(rate)
+        else:
+            self._seen = rate
+        self._low, self._high = min(self._low, rate), max(self._high, rate)
+
+    def _start(self) -> None:
+        self._steps, self._seen = 0, None
+        self._low, self._high = math.inf, -math.inf
+
+    def reset(self) -> None:
+        """Start a new window."""
+        self._closed.clear()
+        self._start()
+
+    def advance(self) -> None:
+        """Slide the window by a block."""
+        self._closed.append(_Rates(self._steps, self._low, self._high))
+        self._start()
+
+    def state(self) -> list[list[float]]:
+        """The window's blocks, the open one last."""
+        return [list(block) for block in self._blocks()]
+
+    def load(self, state: list[list[float]]) -> None:
+        """Continue from a state; one without blocks (of an earlier lipcore) leaves these steps unrecorded."""
+        self.reset()
+        blocks = [_Rates(int(steps), low, high) for steps, low, high in state]
+        *closed, (steps, self._low, self._high) = blocks or [_Rates(0, math.inf, -math.inf)]
+        self._steps = steps
+        self._closed.extend(closed)
+
+    def _blocks(self) -> list[_Rates]:
+        return [*self._closed, _Rates(self._steps, self._low, self._high)]
+
+    def details(self) -> dict[str, Any]:
+        """Plain values for the window's details; `optimizer` is None where there was no optimizer object to look at."""
+        blocks = self._blocks()
+        low, high = min(block.low for block in blocks), max(block.high for block in blocks)
+        known = math.isfinite(low) and math.isfinite(high)
+        found: dict[str, Any] = {
+            "shared": self._shared,
+            "optimizer": None,
+            "steps": sum(block.steps for block in blocks),
+            "learning_rate": [low, high] if known else None,
+        }
+        if self._optimizers and self._holder is None:
+            found["optimizer"] = "several of them" if self._holders else "none of them"
+        elif self._holder is not None:
+            kind, group = type(self._holder), self._holder.param_groups[self._index]
+            found["optimizer"] = f"{kind.__module__}.{kind.__qualname__}"
+            found |= {name: group[name] for name in _SETTINGS if isinstance(group.get(name), (bool, int, float))}
+        return found

@@ -1,0 +1,129 @@
+"""Corollary 3: how far the first bias went, against the Lipschitz constants."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from lipcore.results import Value, Window, weakest
+from lipcore.theory.arguments import per_step, positive
+from lipcore.theory.bias_motion import CONTRADICTED, LITERAL, known, unchecked
+from lipcore.theory.finding import Finding
+from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
+from lipcore.theory.training import joined
+from lipcore.theory.windows import missing_steps, select, span
+
+_ROUNDING = 1 - 1e-4  # of float32 parameters, whose motion is recorded as they are
+_NEEDS = "needs learning_rate (or a recorded one), eps_max and a Lipschitz metric"
+
+
+@dataclass(frozen=True, repr=False)
+class BiasDistance(Finding):
+    """Corollary 3: how far a parameter went from its reference."""
+
+    distance: Value  #: ||b - b_0||
+    length: Value  #: sum of ||b_t - b_{t-1}||
+    directness: Value  #: distance / length, 1 for a straight line
+    bound: Value  #: sum over steps of lr eps_max mean(lambda) / sigma_min; not valid without both, or for n_1 > n
+
+
+def bias_distance(
+    history: Iterable[Window],
+    parameter: str,
+    *,
+    learning_rate: float | Sequence[float] | Tensor | None = None,
+    eps_max: float | None = None,
+    last_step: int | None = None,
+    place: str | None = None,
+) -> BiasDistance:
+    r"""Corollary 3 of Loukas et al.:
+    :math:`\|b_\tau - b_0\| \le \sum_t \alpha_t\,\varepsilon_{\max}\,\bar\lambda_t / \sigma_{\min}(W_1)`.
+
+    For plain SGD at batch 1 and squared error, the first layer's own bias and all windows from step 1 on; the same
+    condition as the upper side of Theorem 1 (n_1 <= n, full rank). The bound is not valid, and its note says why, where
+    the windows show something else, and heuristic where W_1 moved. Where the learning rate changed within a window, its
+    largest counts for all of the window's steps. Distance, length and directness hold for any training.
+
+    Args:
+        history: windows with a Trajectory metric (and a Lipschitz metric for the bound), from the start of training on.
+        parameter: canonical name, "0.bias" say.
+        learning_rate: a number, or one for each step; default what was recorded for the first layer's bias.
+        eps_max: largest |dl/dyhat| of all steps.
+
+    Raises:
+        ValueError: no window; the parameter is not in it; learning_rate or eps_max is not positive, or there are more
+            or fewer rates than steps; the rates are not the recorded ones.
+    """
+    windows = select(history, "trajectory", None, last_step)
+    last = windows[-1]
+    distance = known(last, "distance", parameter)[parameter]["last"]
+    length = known(last, "path_length", parameter)[parameter]["cumulative"]
+    directness = known(last, "directness", parameter)[parameter]["last"]
+    stepping = [window for window in windows if window.steps]
+    given = _given_rates(learning_rate, stepping)
+    largest = None if eps_max is None else positive("eps_max", eps_max)
+    bound = Value(math.nan, 0, "one-sided", False, _NEEDS if stepping else "no step in the windows")
+    if stepping and all(has_sides(window) for window in stepping):
+        found = [literal_steps(window, parameter, "upper", place) for window in stepping]
+        rates = [_rate(*row, parameter) for row in zip(stepping, found, given, strict=True)]
+        if largest is not None and None not in rates:
+            total = math.fsum(
+                (rate or 0.0) * row.side.value * window.steps
+                for rate, row, window in zip(rates, found, stepping, strict=True)
+            )
+            bound = _bound(largest * total, found, stepping, length)
+    return BiasDistance(distance, length, directness, bound)
+
+
+def _bound(number: float, found: list[LiteralSteps], windows: list[Window], length: Value) -> Value:
+    """It bounds the length of the path too, so a longer path says that the steps were not as it assumes."""
+    sides = [row.side for row in found]
+    against = [reason for row in found for reason in row.against]
+    against += [side.note or "Theorem 1's upper side is not valid" for side in sides if not side.valid]
+    against.append(missing_steps(windows, start=1))
+    if length.valid and number < length.value * _ROUNDING:
+        against.append(CONTRADICTED)
+    label = weakest([*(side.label for side in sides), "one-sided"])
+    count, reasons = sum(side.count for side in sides), joined(against)
+    if reasons or not math.isfinite(number):
+        return Value(number, count, label, False, reasons or "not finite")
+    notes = [f"squared error; {LITERAL}", *(note for row in found for note in unchecked(row))]
+    return Value(number, count, label, True, joined([*notes, *(side.note for side in sides)]))
+
+
+def _given_rates(given: float | Sequence[float] | Tensor | None, windows: list[Window]) -> list[list[float] | None]:
+    """Per window: its steps' rates, one that holds for all of them, or None."""
+    if given is None:
+        return [None] * len(windows)
+    single = isinstance(given, Tensor) and not given.dim()
+    if isinstance(given, (str, bool)) or single or not hasattr(given, "__len__"):
+        return [[positive("learning_rate", given)]] * len(windows)
+    steps = sum(window.steps for window in windows)
+    values, start, out = per_step("learning_rate", given, steps, "the history", zero=True), 0, []
+    for window in windows:
+        out.append(values[start : start + window.steps])
+        start += window.steps
+    return list(out)
+
+
+def _rate(window: Window, found: LiteralSteps, given: list[float] | None, parameter: str) -> float | None:
+    """The largest rate of the window. A record is of the first layer's bias alone."""
+    recorded = found.learning_rate
+    if parameter != own_bias(window):
+        recorded = None
+    if given is None:
+        return None if recorded is None else recorded[1]
+    low, high = min(given), max(given)
+    if recorded is not None and not all(
+        math.isclose(mine, theirs, rel_tol=1e-6) for mine, theirs in zip((low, high), recorded, strict=True)
+    ):
+        theirs = f"{recorded[0]:.6g}" if recorded[0] == recorded[1] else f"{recorded[0]:.6g} to {recorded[1]:.6g}"
+        mine = f"{low:.6g}" if low == high else f"{low:.6g} to {high:.6g}"
+        raise ValueError(
+            f"learning_rate: got {mine}, but the optimizer's was {theirs} in {span(window)}; pass one value per step, "
+            "or leave it out to take what was recorded"
+        )
+    return high
