@@ -27,6 +27,7 @@ from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, Sink
 from lipcore.layers import Batch, Factor
 
 _MAX_STRAY = 64
+ROOT = "model"  #: what the model itself is called where it is a layer
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -40,6 +41,8 @@ class LayerCapture:
         model: the module the training loop calls.
         on_record: gets one record per backward pass that accumulates parameter gradients.
         on_error: gets what would have been raised inside a hook; capturing has stopped then.
+        on_unrecorded: gets the number of samples and the reason when a backward pass through trained layers is not
+            recorded.
         batch_dim: batch dimension of the model's input, and of activations whose features come last.
         offsets_of: takes the model's arguments and keywords to the document boundaries of packed sequences.
         broadcast: names of layers that are called without the batch dimension.
@@ -54,6 +57,7 @@ class LayerCapture:
         model: nn.Module,
         on_record: Callable[[LayerRecord], None],
         on_error: Callable[[Exception], None],
+        on_unrecorded: Callable[[int, str], None],
         *,
         batch_dim: int = 0,
         offsets_of: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
@@ -72,7 +76,7 @@ class LayerCapture:
         self._thread = threading.local()
         self.records = 0
         self.unrecorded: dict[str, int] = {}  # why backward passes were not recorded, and how many
-        self._on_record, self._on_error = on_record, on_error
+        self._on_record, self._on_error, self._on_unrecorded = on_record, on_error, on_unrecorded
         self._offsets_of = offsets_of
         self._methods = dict(methods or {})
         self._skip_uncovered = skip_uncovered
@@ -90,7 +94,9 @@ class LayerCapture:
     def _look(self) -> None:
         """At the model's layers and parameters."""
         self.coverage: Coverage = cover(self.model)
-        self.sites = [LayerSite(self, name, module, rule, names) for name, module, rule, names in self.coverage.tapped]
+        self.sites = [
+            LayerSite(self, name or ROOT, module, rule, names) for name, module, rule, names in self.coverage.tapped
+        ]
         sites = {site.name: site for site in self.sites}
         known = ", ".join(map(repr, list(sites)[:8])) + (", ..." if len(sites) > 8 else "")
         for argument, names in (("methods", self._methods), ("broadcast", self._broadcast)):
@@ -102,7 +108,7 @@ class LayerCapture:
         self._audited = False
         self._single = SingleBatches(
             *(self.coverage, self.batch_dim, self._serve, self._tap),
-            *(self._begin_forward, self._single_came_back, self._count),
+            *(self._begin_forward, self._single_came_back, lambda: self._not_accumulated(1)),
         )
         self._probes = LayerProbes(self.sites, self._probe_came_back)
 
@@ -341,7 +347,7 @@ class LayerCapture:
         if not accumulates_everything():
             if run.refused_task != task:
                 run.refused_task = task
-                self._count(NOT_ACCUMULATED)
+                self._not_accumulated(run.batch.size)
             return False
         if run.begin_task(task):
             self._returning.add(run)
@@ -357,6 +363,11 @@ class LayerCapture:
 
     def _count(self, reason: str) -> None:
         self.unrecorded[reason] = self.unrecorded.get(reason, 0) + 1
+
+    def _not_accumulated(self, samples: int) -> None:
+        self._single.flush()  # an earlier pass's record comes first
+        self._count(NOT_ACCUMULATED)
+        self._on_unrecorded(samples, NOT_ACCUMULATED)
 
     def _deliver(self, run: LayerPass, task: int) -> None:
         self._returning.discard(run)
@@ -390,6 +401,8 @@ class LayerCapture:
         if not self.recording:
             return
         try:
+            if len(record.norms_sq) < len(self.coverage.covered):
+                record.explain(self.coverage.covered)
             self._on_record(record)
         except Exception as error:
             self.fail(error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,15 @@ class LayerRecord:
     broken: str = ""  #: why not even the total is known
     task: int = 0  #: of the backward pass, different from those of others in the same step
     fresh: bool = False  #: no gradient was there when the backward pass began: it accumulates on nothing
+    repeated: bool = False  #: not the first of its forward pass (retain_graph=True)
     observed: bool = False  #: its norms are in the distributions already
+
+    def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
+        """A reason for every covered parameter that is not among the norms."""
+        for name in covered:
+            if name not in self.norms_sq and name not in self.reasons:
+                why = "is frozen" if name in frozen else "no gradient reached it in this backward pass"
+                self.reasons[name] = self.broken or why
 
 
 class LayerPass:
@@ -109,7 +117,7 @@ class LayerPass:
             )
         self._rows[name] = norms_sq
 
-    def record(self, covered: Container[str]) -> LayerRecord:
+    def record(self, covered: Collection[str]) -> LayerRecord:
         """Everything that came back of these parameters, and why the rest did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
@@ -117,13 +125,9 @@ class LayerPass:
         self._held.clear()
         rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith((DELTA, OUTPUT))}
         broken = self.broken or self.spoiled
-        reasons = {}
-        for name in self.calls:
-            if name not in rows and name in covered:
-                why = "is frozen" if name in self.frozen else "no gradient reached it in this backward pass"
-                reasons[name] = broken or why
-        fresh = self.fresh == (self.task, True)
-        record = LayerRecord(self.batch.size, rows, reasons, broken, self.task, fresh)
+        fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
+        record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)
+        record.explain(covered, self.frozen)
         self._rows, self.broken = {}, ""
         self.finished_task = self.task
         return record
