@@ -24,7 +24,8 @@ from lipcore.capture.packed import boundaries
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
 from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, Sink, on_backward
-from lipcore.layers import Batch, Factor
+from lipcore.layers import Batch, Factor, Outer
+from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 
 _MAX_STRAY = 64
 ROOT = "model"  #: what the model itself is called where it is a layer
@@ -79,6 +80,7 @@ class LayerCapture:
         self._on_record, self._on_error, self._on_unrecorded = on_record, on_error, on_unrecorded
         self._offsets_of = offsets_of
         self._methods = dict(methods or {})
+        self._signs = Signs()
         self._skip_uncovered = skip_uncovered
         self._broadcast = broadcast
         self._compiled = any(is_compiled(module) for module in model.modules())
@@ -103,6 +105,11 @@ class LayerCapture:
             for name in names:
                 if name not in sites:
                     raise ValueError(f"{argument}: the model has no tapped layer {name!r}; it has {known}")
+        if self._compiled and "estimate" in self._methods.values():
+            raise ValueError(
+                "methods: a compiled model has no 'estimate', whose random numbers would be part of its graph; leave "
+                "it out, or run the model in eager mode"
+            )
         for name in self._broadcast:
             sites[name].broadcast = True
         self._audited = False
@@ -213,6 +220,8 @@ class LayerCapture:
     def tuned(self, factor: Factor, layer: str) -> Factor:
         """The factor with the method that was asked for."""
         method = self._methods.get(layer)
+        if method == "estimate":
+            return EstimatedOuter(factor, self._signs) if isinstance(factor, Outer) else factor
         if method is not None and hasattr(factor, "method"):
             factor.method = method
         return factor

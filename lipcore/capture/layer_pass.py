@@ -10,10 +10,14 @@ import torch
 from torch import Tensor
 
 from lipcore.layers import Batch, Factor, norms_sq_of
+from lipcore.layers.factor_estimate import EstimatedOuter
 
-#: Rows that are no parameter's: the gradient at a layer's output ("delta/<layer>") and at the model's.
+#: Rows that are no parameter's norms: the gradient at a layer's output ("delta/<layer>") and at the model's, and the
+#: standard error of an estimated squared norm ("error/<parameter>").
 DELTA = "delta/"
 OUTPUT = "output/"
+ERROR = "error/"
+_BESIDE = (DELTA, OUTPUT, ERROR)
 
 
 class Rows(Mapping[str, Tensor]):
@@ -106,11 +110,17 @@ class LayerPass:
                 at_once[name] = factor
         for name, norms_sq in norms_sq_of(at_once).items():
             self.add_row(name, norms_sq)
+            self._add_error(name, at_once[name])
+
+    def _add_error(self, name: str, factor: Factor) -> None:
+        error = factor.standard_error if isinstance(factor, EstimatedOuter) else None
+        if error is not None:
+            self.add_row(ERROR + name, error)
 
     def add_row(self, name: str, norms_sq: Tensor) -> None:
         if name in self.frozen:
             return
-        if name in self._rows and not name.startswith((DELTA, OUTPUT)):
+        if name in self._rows and not name.startswith(_BESIDE):
             self.broken = (
                 f"parameter '{name}' was used again in a part of the forward pass that could not be followed, so the "
                 "squares cannot be joined"
@@ -122,8 +132,9 @@ class LayerPass:
         with torch.no_grad():
             for name, factor in self._held.items():
                 self._rows[name] = factor.norms_sq()
+                self._add_error(name, factor)
         self._held.clear()
-        rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith((DELTA, OUTPUT))}
+        rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith(_BESIDE)}
         broken = self.broken or self.spoiled
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
         record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)

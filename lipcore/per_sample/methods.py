@@ -10,7 +10,7 @@ from lipcore.capture.layer_site import LayerSite
 
 _EITHER = ("gram", "direct")
 _CHOICE: dict[type[nn.Module], tuple[str, ...]] = {
-    nn.Linear: _EITHER,
+    nn.Linear: (*_EITHER, "estimate"),
     nn.Bilinear: _EITHER,
     nn.MultiheadAttention: _EITHER,
     nn.modules.conv._ConvNd: _EITHER,
@@ -34,7 +34,7 @@ def _of(site: LayerSite) -> tuple[str, ...] | None:
     return next((ways for kind, ways in _CHOICE.items() if isinstance(site.module, kind) and weighs), ())
 
 
-def check_methods(methods: Mapping[str, str], sites: Sequence[LayerSite]) -> None:
+def check_methods(methods: Mapping[str, str], sites: Sequence[LayerSite], fused: bool) -> None:
     """ValueError for a method that is none, and for a layer that has no choice."""
     by_name = {site.name: site for site in sites}
     for layer, method in methods.items():
@@ -46,6 +46,11 @@ def check_methods(methods: Mapping[str, str], sites: Sequence[LayerSite]) -> Non
             raise ValueError(
                 f"methods[{layer!r}]: {type(site.module).__name__} has one way to compute its norms and no choice; "
                 f"{which}"
+            )
+        if fused and isinstance(site.module, nn.Linear):
+            raise ValueError(
+                f"methods[{layer!r}]: with fused=True a Linear's norms are taken inside its weight gradient; leave out "
+                "one of the two"
             )
         allowed = ways or _EITHER
         if method not in allowed:

@@ -44,6 +44,10 @@ class PerSampleGradNorms(Metric):
     once (a module called twice, an embedding tied to the head) are joined before the norm is taken. Training stays bit
     for bit the same, but with ``fused=True``.
 
+    No penalty belongs in the loss; use the optimizer's weight decay. It is no sample's, so the norms are without it, but
+    the noise scale is wrong by it: a large one is found and its steps are counted, a small one cannot be told. Nor can
+    losses and models that mix samples.
+
     Alone, it needs the model and nothing else::
 
         with lipcore.PerSampleGradNorms(model, loss_reduction="mean") as norms:
@@ -52,7 +56,9 @@ class PerSampleGradNorms(Metric):
 
     In a Monitor it makes windows: distributions of the norms in total and per layer (``grad_norm``), and the gradient
     noise scale :math:`B_{simple} = \mathrm{tr}\,\Sigma / |G|^2` of McCandlish et al. (2018) with its two unbiased
-    estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a step.
+    estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a step. Steps
+    whose gradient is not the mean of their samples' are counted, with the reason, in
+    ``details["noise_scale_skipped"]``.
 
     Args:
         model: only when it stands alone.
@@ -68,7 +74,9 @@ class PerSampleGradNorms(Metric):
             document then.
         broadcast: names of layers that are called without the batch dimension (position embeddings on [T] or [1, T]).
             Their output is expanded to [B, T, ...] at once; nothing may be put in front of it then (unsqueeze(0)).
-        methods: {layer name: "gram" or "direct"} to override the cost rule.
+        methods: {layer name: "gram" or "direct"} to override the cost rule; "estimate" for a Linear on sequences: its
+            squared norms from 16 random probes (:func:`lipcore.functional.linear_norms_sq_estimate`), unbiased, with
+            :attr:`standard_error`.
         fused: norms are taken inside Linear's weight gradient, which lipcore then computes itself: nearly free on long
             sequences, but the gradient is summed in another order.
         normalized: also :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
@@ -149,7 +157,7 @@ class PerSampleGradNorms(Metric):
 
     def tapped(self, capture: LayerCapture) -> None:
         """The layers are tapped by this."""
-        check_methods(self._methods, capture.sites)
+        check_methods(self._methods, capture.sites, fused=self._options["fused"])
         if self._capture is None and not capture.coverage.covered:
             if not self._options["skip_uncovered"]:
                 capture.coverage.check()
@@ -296,6 +304,12 @@ class PerSampleGradNorms(Metric):
         return self._micro().per_parameter
 
     @property
+    def standard_error(self) -> Norms:
+        """Per layer with ``methods={layer: "estimate"}`` float64 [B]: the standard error of :attr:`per_layer`, which
+        the probes show; and ``["total"]``, that of :attr:`per_sample`. Empty where all is exact."""
+        return self._micro().standard_error
+
+    @property
     def normalized(self) -> Norms:
         r"""Per layer float64 [B]: :math:`r_i = \|\partial L/\partial u_i\| / |\partial L/\partial\hat y_i|` with u the
         layer's output; every factor of the loss cancels. NaN where the output's gradient is 0 or not finite."""
@@ -349,7 +363,8 @@ class PerSampleGradNorms(Metric):
         note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""
         for layer, distribution in zip([*self._layers, _TOTAL], self._window(), strict=False):
             total = layer == _TOTAL
-            reduced = distribution.reduced("exact", note=note if total else "")
+            estimated = "estimate" in self._methods.values() if total else self._methods.get(layer) == "estimate"
+            reduced = distribution.reduced("estimate" if estimated else "exact", note=note if total else "")
             missing = distribution.missing + distribution.invalid
             reduced["missing"] = Value(float(missing), distribution.count + missing)
             result.add("grad_norm", layer, "total" if total else "group", **reduced)

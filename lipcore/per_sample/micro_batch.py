@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.capture.layer_pass import DELTA, OUTPUT, LayerRecord, Rows
+from lipcore.capture.layer_pass import DELTA, ERROR, OUTPUT, LayerRecord, Rows
 from lipcore.distribution import Distribution, observe_roots
 from lipcore.per_sample.factor import LossFactor
 from lipcore.per_sample.places import Places
@@ -113,6 +113,21 @@ class MicroBatch:
         for name, layer in self._places.layer_of.items():
             reasons[layer] = self.record.reasons.get(name, reasons[layer])
         return Norms("layer", rows, {name: why for name, why in reasons.items() if name not in rows}, self.samples)
+
+    @property
+    def standard_error(self) -> Norms:
+        """Of the estimated norms among per_layer, and of the total: that of the square over twice the norm."""
+        variance: dict[str, Tensor] = {}
+        for name, error in self.record.norms_sq.items():
+            if name.startswith(ERROR):
+                for place in (self._places.layer_of[name[len(ERROR) :]], "total"):
+                    variance[place] = variance.get(place, 0.0) + error.square()
+        norms = dict(zip([*self.layers, "total"], self.squares.sqrt(), strict=True))
+        factor_sq = self.factor.value * self.factor.value
+        rows = {place: factor_sq * total.sqrt() / (2 * norms[place]) for place, total in variance.items()}
+        # Where the estimate is 0, so is what it estimates but for probability 0.
+        rows = {place: row.masked_fill(norms[place] == 0, 0.0) for place, row in rows.items()}
+        return Norms("layer", rows, {}, self.samples)
 
     @property
     def normalized(self) -> Norms:
