@@ -11,13 +11,15 @@ import torch
 from per_sample_models import made, mlp, sum_loss
 from torch import Tensor, nn
 
-from lipcore import Monitor, PerSampleGradNorms
+from lipcore import Distribution, Monitor, PerSampleGradNorms
 from lipcore.capture.layer_pass import LayerRecord
+from lipcore.noise_scale import NoiseScale
 from lipcore.per_sample import step as steps
 from lipcore.per_sample.factor import LossFactor
 from lipcore.per_sample.micro_batch import MicroBatch
 from lipcore.per_sample.open_step import _MOST
 from lipcore.per_sample.places import Places
+from lipcore.per_sample.reduction import Reduction
 from lipcore.results import MetricResult
 
 Loop = Callable[[nn.Module, PerSampleGradNorms], None]
@@ -211,3 +213,24 @@ def test_nothing_grows_without_steps_and_a_skipped_step_counts_what_it_drops() -
         result = monitor.compute()["per_sample_grad_norm"]
     assert result.details["dropped_samples"] == 2 * (2 * _MOST + 3)
     assert result.grad_norm["total"].mean.count == 0
+
+
+def test_nothing_waits_for_a_device() -> None:
+    """Tensors on the meta device have no values: reading one raises."""
+    meta = torch.device("meta")
+    places = Places({"0.weight": "0", "1.weight": "1"})
+    layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
+    sums = steps.StepSums(places, lambda: [(f"{i}.weight", layer.weight) for i, layer in enumerate(layers)])
+    reduction = Reduction("mean", lambda: torch.tensor(4, device=meta), 0.5)
+    distributions = [Distribution() for _ in range(3)]
+    for task in range(2):
+        rows = {"0.weight": torch.ones(2, dtype=torch.float64, device=meta)}
+        micro = MicroBatch(LayerRecord(2, rows, task=task), reduction.factor(2, None), places)
+        micro.observe(distributions)
+        sums.add(micro)
+    sums._gradient_sq = torch.ones(3, dtype=torch.float64, device=meta)
+    noise = NoiseScale(3)
+    sums.finish(noise.observe, 1)
+    assert noise.steps == 1
+    with pytest.raises(RuntimeError, match="meta"):
+        sums.skipped()  # which is asked for results, and may wait

@@ -44,9 +44,9 @@ class PerSampleGradNorms(Metric):
     once (a module called twice, an embedding tied to the head) are joined before the norm is taken. Training stays bit
     for bit the same, but with ``fused=True``.
 
-    No penalty belongs in the loss; use the optimizer's weight decay. It is no sample's, so the norms are without it, but
-    the noise scale is wrong by it: a large one is found and its steps are counted, a small one cannot be told. Nor can
-    losses and models that mix samples.
+    No penalty belongs in the loss; use the optimizer's weight decay. It is no sample's, so the norms are without it,
+    but the noise scale is wrong by it: a large one is found and its steps are counted, a small one cannot be told. Nor
+    can losses and models that mix samples.
 
     Alone, it needs the model and nothing else::
 

@@ -69,7 +69,7 @@ class MicroBatch:
             squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64)
             _core.place_sums(rows, self._index, known, squares)
             return squares
-        index = torch.tensor(self._index, dtype=torch.int64, device=rows.device)
+        index = self._places.on(rows.device, self._index)
         squares = rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index, rows)
         squares[-1] = rows.sum(0) if known else torch.nan
         return squares

@@ -86,14 +86,14 @@ class StepSums:
 
     def read_gradients(self) -> None:
         """After a backward pass, before anything clips: the squared norm of what has accumulated so far, per place."""
-        names, gradients = [], []
+        index, gradients = [], []
         self._hooked = False
         for name, parameter in self._parameters():
             if parameter.grad is not None and name in self._places.layer_of:
                 if _is_sharded(parameter.grad):
                     self.off = "gradients are sharded, and a rank knows the norm of its shard only"
                 self._hooked |= _is_hooked(parameter)
-                names.append(self._places.number[self._places.layer_of[name]])
+                index.append(self._places.number[self._places.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
         if not gradients or self.off:
             return
@@ -104,7 +104,7 @@ class StepSums:
         else:
             squares = torch.cat([functional.sample_norms(g.reshape(1, -1)) for g in gradients]).square()
         places = torch.zeros(len(self._places.layers) + 1, dtype=torch.float64, device=squares.device)
-        places.index_add_(0, torch.tensor(names, device=squares.device), squares)
+        places.index_add_(0, self._places.on(squares.device, index), squares)
         places[-1] = squares.sum()
         self._gradient_sq = places
 
