@@ -253,11 +253,13 @@ bool SingleBatch::end(const Backward& backward) {
 
 void SingleBatch::set_sink(Sink sink) {
   sink_ = std::move(sink);
-  sums_.resize(sink_.distributions.size());
+  nothing_.assign(sink_.distributions.size(), std::nan(""));
+  for (const int64_t k : sink_.index) nothing_[static_cast<size_t>(k)] = 0.0;
+  if (!nothing_.empty()) nothing_.back() = 0.0;
 }
 
 void SingleBatch::take_in() {
-  std::fill(sums_.begin(), sums_.end(), 0.0);
+  sums_ = nothing_;
   for (size_t i = 0; i < squares_.size(); ++i) {
     const double square = sink_.factor_sq * squares_[i];
     sums_[static_cast<size_t>(sink_.index[i])] += square;

@@ -45,7 +45,8 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   bool after_forward(PyObject* output, bool paused);
 
   // Where norms go without a call: the roots of factor_sq times the sums of squares of the gradients with index[i] = k
-  // into distribution k, and of all of them into the last one.
+  // into distribution k, and of all of them into the last one. A distribution that no gradient goes to counts a missing
+  // value: a layer that the pass did not reach.
   struct Sink {
     std::vector<int64_t> index;
     std::vector<Distribution*> distributions;  // the caller keeps them alive
@@ -97,6 +98,7 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   static constexpr int64_t kUnknown = -2;
   double expected_sq_ = 0;
   std::vector<double> squares_, read_, sums_;
+  std::vector<double> nothing_;  // what the sums begin with: 0, or NaN where no gradient goes
   Sink sink_;
   bool pending_ = false;
   double total_ = 0;

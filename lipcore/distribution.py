@@ -123,6 +123,13 @@ class Distribution:
         self._core.set_state(count, mean, m2, low, high, missing, invalid, bins.tolist())
         self._device = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.state_dict()  # the compiled object cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._core, self._device = _core.Distribution(), None
+        self.load_state_dict(state)
+
 
 def _tensor(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
     value = state.get(key)

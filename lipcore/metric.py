@@ -119,6 +119,9 @@ class Metric(ABC):
     def observe_layers(self, record: Any) -> None:  # noqa: B027
         """One backward pass's LayerRecord. No host synchronisation here."""
 
+    def observe_unrecorded(self, samples: int, reason: str) -> None:  # noqa: B027
+        """A backward pass of so many samples through the tapped layers, which could not be recorded. In that pass."""
+
     def observe_skipped_step(self) -> None:  # noqa: B027
         """A GradScaler skipped the step: what the backward passes since the last one brought does not count."""
 

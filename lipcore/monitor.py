@@ -164,7 +164,7 @@ class Monitor:
                     "module your loop calls"
                 )
             observe = functools.partial(self._observe_layers, metric)
-            capture = LayerCapture(self.model, observe, self._stop_all, **options)
+            capture = LayerCapture(self.model, observe, self._stop_all, metric.observe_unrecorded, **options)
             metric.tapped(capture)
             capture.attach()
             captures.append(capture)

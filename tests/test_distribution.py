@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -311,3 +313,12 @@ def test_a_corrupt_state_changes_nothing(case):
     with pytest.raises(ValueError, match=r"\w+: "):
         d.load_state_dict(state)
     assert_same_state(d.state_dict(), before)
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda d: pickle.loads(pickle.dumps(d))])
+def test_a_copy_goes_on_alone(again):
+    distribution = observed([1.0, 2.0, math.nan, math.inf])
+    copied = again(distribution)
+    assert_same_state(copied.state_dict(), distribution.state_dict())
+    copied.observe(torch.ones(3))
+    assert (copied.count, copied.missing, copied.invalid, distribution.count) == (5, 1, 1, 2)

@@ -154,6 +154,11 @@ def test_normalized_and_methods(counters: Any) -> None:
         assert torch.allclose(found[0][layer], found[1][layer], rtol=1e-6)
 
 
+def test_there_is_no_estimate() -> None:
+    with pytest.raises(ValueError, match="methods: a compiled model has no 'estimate'"):
+        PerSampleGradNorms(torch.compile(nn.Linear(2, 2)), loss_reduction="sum", methods={"model": "estimate"})
+
+
 def test_packed_sequences_with_batch_dim(counters: Any) -> None:
     """Sequence first: [T, B, features]."""
     inner = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from models import Graph
@@ -99,18 +102,35 @@ def test_terms_that_change_from_pass_to_pass() -> None:
         ({"loss_reduction": "mean", "loss_terms": -2.0}, ValueError, "loss_terms: expected a finite number > 0"),
         ({"loss_reduction": "mean", "loss_terms": float("nan")}, ValueError, "loss_terms: expected a finite number"),
         ({"loss_reduction": "mean", "loss_terms": torch.ones(2)}, ValueError, "loss_terms: expected one number"),
+        (
+            {"loss_reduction": "mean", "loss_terms": torch.tensor(0)},
+            ValueError,
+            "> 0, got 0; a mean over",
+        ),
+        ({"loss_reduction": "mean", "loss_terms": torch.tensor(-1.0)}, ValueError, "finite number > 0, got -1.0"),
+        ({"loss_reduction": "mean", "loss_terms": torch.tensor(torch.inf)}, ValueError, "finite number > 0, got inf"),
+        ({"loss_reduction": "mean", "loss_terms": torch.tensor(True)}, TypeError, "got a tensor of torch.bool"),
+        ({"loss_reduction": "mean", "loss_terms": np.bool_(True)}, TypeError, "loss_terms: expected the number"),
+        ({"loss_reduction": "mean", "loss_terms": np.int64(0)}, ValueError, "loss_terms: expected a finite number > 0"),
         ({"loss_reduction": "sum", "scale": 0}, ValueError, "scale: expected a finite number > 0, got 0"),
         ({"loss_reduction": "sum", "scale": True}, ValueError, "scale: expected a finite number > 0"),
         ({"loss_reduction": "sum", "scale": float("inf")}, ValueError, "scale: expected a finite number > 0"),
         ({"loss_reduction": "sum", "scale": "1"}, ValueError, "scale: expected a finite number > 0"),
         ({"loss_reduction": "sum", "every_steps": 0}, ValueError, "every_steps: expected an integer >= 1"),
         ({"loss_reduction": "sum", "every_steps": 1.0}, ValueError, "every_steps: expected an integer >= 1"),
+        (
+            {"loss_reduction": "sum", "every_steps": 3},
+            ValueError,
+            r"every_steps: 3 counts .* Monitor\(model, op",
+        ),
         ({"loss_reduction": "sum", "on_unsupported": "warn"}, ValueError, "on_unsupported: expected 'error' or 'skip'"),
         ({"loss_reduction": "sum", "batch_dim": 2}, ValueError, "batch_dim: expected 0 or 1, got 2"),
         ({"loss_reduction": "sum", "batch_dim": True}, ValueError, "batch_dim: expected 0 or 1"),
         ({"loss_reduction": "sum", "broadcast": "0"}, TypeError, "broadcast: expected a sequence of layer names"),
         ({"loss_reduction": "sum", "broadcast": ["x"]}, ValueError, "broadcast: the model has no tapped layer 'x'"),
         ({"loss_reduction": "sum", "methods": {"0": "fast"}}, ValueError, r"methods\['0'\]: expected 'gram'"),
+        ({"loss_reduction": "sum", "methods": ["gram"]}, TypeError, r"methods: expected a dict .* got \['gram'\]"),
+        ({"loss_reduction": "sum", "methods": {"2": "gram"}}, ValueError, "no choice; those that have are '0', '3'"),
         ({"loss_reduction": "sum", "methods": {"x": "gram"}}, ValueError, "methods: the model has no tapped layer 'x'"),
         ({"loss_reduction": "sum", "cu_seqlens": torch.ones(2)}, TypeError, "cu_seqlens: expected the name"),
         ({"loss_reduction": "sum", "cu_seqlens": 3}, TypeError, "cu_seqlens: expected the name"),
@@ -140,6 +160,48 @@ def test_functions_that_return_nonsense(terms: Any, match: str) -> None:
         with pytest.warns(RuntimeWarning, match="stopped recording"):
             sum_loss(model(torch.randn(3, 5))).backward()
         assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "terms", [np.int64(6), np.float32(6), np.uint8(6), torch.tensor(6), torch.tensor(6.0)], ids=repr
+)
+@pytest.mark.parametrize("function", [False, True], ids=["given", "returned"])
+def test_numbers_of_terms_of_all_kinds(terms: Any, function: bool) -> None:
+    model, x = made(mlp), torch.randn(3, 5)
+    given: Any = (lambda: terms) if function else terms
+    with PerSampleGradNorms(model, loss_reduction="mean", loss_terms=given) as metric:
+        (sum_loss(model(x)) / 6).backward()
+        assert_norms(metric, norms_sq(model, samples_of((x,), 3), sum_loss))
+
+
+# ---- models that cannot be measured at all
+
+
+def quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch announces that it moves this function
+        return torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(2, 2)), {nn.Linear})
+
+
+@pytest.mark.parametrize("skip", [False, True], ids=["error", "skip"])
+@pytest.mark.parametrize(
+    "build",
+    [nn.ReLU, lambda: nn.Linear(2, 2).requires_grad_(False), quantized],
+    ids=["no parameters", "frozen", "quantized"],
+)
+def test_a_model_with_nothing_to_train(build: Callable[[], nn.Module], skip: bool) -> None:
+    model = build()
+    with pytest.raises(ValueError, match="model: nothing in it is trainable"):
+        PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip" if skip else "error")
+    with pytest.raises(ValueError, match="model: nothing in it is trainable"):
+        Monitor(model, metrics=[PerSampleGradNorms(loss_reduction="sum")])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("ask", [lambda m: m.per_sample, lambda m: m.per_layer, lambda m: m.coverage()])
+def test_a_metric_without_a_model(ask: Callable[[PerSampleGradNorms], Any]) -> None:
+    with pytest.raises(RuntimeError, match="watches no model yet: pass model=, or give it to a Monitor"):
+        ask(PerSampleGradNorms(loss_reduction="mean"))
 
 
 # ---- where the batch is

@@ -151,11 +151,44 @@ def test_the_plan() -> None:
 def test_the_plan_names_the_way_that_was_chosen() -> None:
     model = nn.Sequential(nn.Linear(5, 64), nn.Linear(64, 64), nn.Flatten(), nn.Linear(64 * 9, 2))
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
-        assert ", by " not in str(metric.plan())
+        assert str(metric.plan()).count("Gram or direct: chosen at the first backward pass") == 3
         model(torch.randn(3, 9, 5)).sum().backward()
         text = [str(line) for line in metric.plan()]
     ways = [functional.linear_method(9, 5, 64), functional.linear_method(9, 64, 64), "product of norms"]
     assert [way for way, line in zip(ways, text[1:], strict=True) if f", by {way}" in line] == ways
+
+
+def test_the_plan_names_what_needs_no_choice() -> None:
+    with PerSampleGradNorms(nn.Sequential(nn.Embedding(5, 4), nn.LayerNorm(4)), loss_reduction="sum") as metric:
+        rules = [line.rule for line in metric.plan()]
+    assert rules[1:] == [
+        "Embedding: weight, by sums over equal indices",
+        "LayerNorm: weight, bias, by sums over positions",
+    ]
+
+
+# ---- copies
+
+
+@pytest.mark.parametrize("again", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copied", "pickled"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_copy_has_the_numbers_and_no_model(again: Callable[[Any], Any], alone: bool) -> None:
+    model = made(mlp)
+    optimizer = sgd(model)
+    metric = PerSampleGradNorms(model if alone else None, loss_reduction="mean", cu_seqlens=None)
+    with metric._monitor if alone else Monitor(model, optimizer, metrics=[metric]):
+        metric.set_ids([0, 1, 2])
+        train(model, optimizer, [torch.randn(3, 5)])
+        copied = again(metric)
+        assert torch.equal(copied.per_sample, metric.per_sample)
+        train(model, optimizer, [torch.randn(2, 5)])
+    assert copied.finalize().grad_norm["total"].mean.count == 3 == len(copied.scores)
+    with pytest.raises(RuntimeError, match="watches no model yet"):
+        copied.coverage()
+    with Monitor(model, sgd(model), metrics=[copied]) as monitor:  # it can be given another one
+        train(model, monitor._optimizers[0], [torch.randn(4, 5)])
+    assert copied.finalize().grad_norm["total"].mean.count == 7
+    assert metric.finalize().grad_norm["total"].mean.count == 5
 
 
 # ---- sample ids
@@ -259,7 +292,7 @@ def test_the_noise_scale_takes_in_all_micro_batches_of_a_step(reduction: str, si
     signal, trace = (sum(e[i] for e in estimates) / 3 for i in (0, 1))
     assert result.gradient_sq["total"].mean.value == pytest.approx(signal, rel=1e-4)
     assert result.gradient_noise["total"].mean.value == pytest.approx(trace, rel=1e-4)
-    assert result.details["noise_scale_unequal_steps"] == 0
+    assert result.details["noise_scale_skipped"] == {}
 
 
 def test_micro_batches_of_different_sizes_have_no_noise_scale_under_a_mean() -> None:
@@ -270,7 +303,8 @@ def test_micro_batches_of_different_sizes_have_no_noise_scale_under_a_mean() -> 
             (sum_loss(model(torch.randn(size, 5))) / size / 2).backward()
         optimizer.step()
         result = monitor.compute()[NAME]
-    assert result.details["noise_scale_unequal_steps"] == 1
+    assert list(result.details["noise_scale_skipped"].values()) == [1]
+    assert result.skipped_steps["total"]["sum"].value == 1
     assert result.grad_norm["total"].mean.count == 5
 
 

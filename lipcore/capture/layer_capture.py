@@ -27,9 +27,11 @@ from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
 from lipcore.capture.proof import disproved
 from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, Sink
-from lipcore.layers import Batch, Factor
+from lipcore.layers import Batch, Factor, Outer
+from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 
 _MAX_STRAY = 64
+ROOT = "model"  #: what the model itself is called where it is a layer
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -43,6 +45,8 @@ class LayerCapture:
         model: the module the training loop calls.
         on_record: gets one record per backward pass that accumulates parameter gradients.
         on_error: gets what would have been raised inside a hook; capturing has stopped then.
+        on_unrecorded: gets the number of samples and the reason when a backward pass through trained layers is not
+            recorded.
         batch_dim: batch dimension of the model's input, and of activations whose features come last.
         offsets_of: takes the model's arguments and keywords to the document boundaries of packed sequences.
         broadcast: names of layers that are called without the batch dimension.
@@ -58,6 +62,7 @@ class LayerCapture:
         model: nn.Module,
         on_record: Callable[[LayerRecord], None],
         on_error: Callable[[Exception], None],
+        on_unrecorded: Callable[[int, str], None],
         *,
         batch_dim: int = 0,
         offsets_of: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
@@ -77,9 +82,10 @@ class LayerCapture:
         self._thread = threading.local()
         self.records = 0
         self.unrecorded: dict[str, int] = {}  # why backward passes were not recorded, and how many
-        self._on_record, self._on_error = on_record, on_error
+        self._on_record, self._on_error, self._on_unrecorded = on_record, on_error, on_unrecorded
         self._offsets_of = offsets_of
         self._methods = dict(methods or {})
+        self._signs = Signs()
         self._skip_uncovered = skip_uncovered
         self._wants_proof = prove
         self._broadcast = broadcast
@@ -96,20 +102,27 @@ class LayerCapture:
     def _look(self) -> None:
         """At the model's layers and parameters."""
         self.coverage: Coverage = cover(self.model)
-        self.sites = [LayerSite(self, name, module, rule, names) for name, module, rule, names in self.coverage.tapped]
+        self.sites = [
+            LayerSite(self, name or ROOT, module, rule, names) for name, module, rule, names in self.coverage.tapped
+        ]
         sites = {site.name: site for site in self.sites}
         known = ", ".join(map(repr, list(sites)[:8])) + (", ..." if len(sites) > 8 else "")
         for argument, names in (("methods", self._methods), ("broadcast", self._broadcast)):
             for name in names:
                 if name not in sites:
                     raise ValueError(f"{argument}: the model has no tapped layer {name!r}; it has {known}")
+        if self._compiled and "estimate" in self._methods.values():
+            raise ValueError(
+                "methods: a compiled model has no 'estimate', whose random numbers would be part of its graph; leave "
+                "it out, or run the model in eager mode"
+            )
         for name in self._broadcast:
             sites[name].broadcast = True
         self._audited = False
         self._proved = not self._wants_proof
         self._single = SingleBatches(
             *(self.coverage, self.batch_dim, self._serve, self._tap),
-            *(self._begin_forward, self._single_came_back, self._count),
+            *(self._begin_forward, self._single_came_back, lambda: self._not_accumulated(1)),
         )
         self._probes = LayerProbes(self.sites, self._probe_came_back)
 
@@ -214,6 +227,8 @@ class LayerCapture:
     def tuned(self, factor: Factor, layer: str) -> Factor:
         """The factor with the method that was asked for."""
         method = self._methods.get(layer)
+        if method == "estimate":
+            return EstimatedOuter(factor, self._signs) if isinstance(factor, Outer) else factor
         if method is not None and hasattr(factor, "method"):
             factor.method = method
         return factor
@@ -369,7 +384,7 @@ class LayerCapture:
         if not accumulates_everything():
             if run.refused_task != task:
                 run.refused_task = task
-                self._count(NOT_ACCUMULATED)
+                self._not_accumulated(run.batch.size)
             return False
         if run.begin_task(task) or run.inner_only:
             run.inner_only = False
@@ -386,6 +401,11 @@ class LayerCapture:
 
     def _count(self, reason: str) -> None:
         self.unrecorded[reason] = self.unrecorded.get(reason, 0) + 1
+
+    def _not_accumulated(self, samples: int) -> None:
+        self._single.flush()  # an earlier pass's record comes first
+        self._count(NOT_ACCUMULATED)
+        self._on_unrecorded(samples, NOT_ACCUMULATED)
 
     def _deliver(self, run: LayerPass, task: int) -> None:
         self._returning.discard(run)
@@ -419,6 +439,8 @@ class LayerCapture:
         if not self.recording:
             return
         try:
+            if len(record.norms_sq) < len(self.coverage.covered):
+                record.explain(self.coverage.covered)
             self._on_record(record)
         except Exception as error:
             self.fail(error)

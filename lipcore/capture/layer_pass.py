@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from lipcore.layers import Batch, Factor, norms_sq_of
+from lipcore.layers.factor_estimate import EstimatedOuter
 
-#: Rows that are no parameter's: the gradient at a layer's output ("delta/<layer>") and at the model's.
+#: Rows that are no parameter's norms: the gradient at a layer's output ("delta/<layer>") and at the model's, and the
+#: standard error of an estimated squared norm ("error/<parameter>").
 DELTA = "delta/"
 OUTPUT = "output/"
+ERROR = "error/"
+_BESIDE = (DELTA, OUTPUT, ERROR)
 #: The number of a backward pass that was not seen to come into a graph: it did so in a reentrant checkpoint.
 INNER = -2
 
@@ -48,7 +52,15 @@ class LayerRecord:
     broken: str = ""  #: why not even the total is known
     task: int = 0  #: of the backward pass, different from those of others in the same step
     fresh: bool = False  #: no gradient was there when the backward pass began: it accumulates on nothing
+    repeated: bool = False  #: not the first of its forward pass (retain_graph=True)
     observed: bool = False  #: its norms are in the distributions already
+
+    def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
+        """A reason for every covered parameter that is not among the norms."""
+        for name in covered:
+            if name not in self.norms_sq and name not in self.reasons:
+                why = "is frozen" if name in frozen else "no gradient reached it in this backward pass"
+                self.reasons[name] = self.broken or why
 
 
 class LayerPass:
@@ -103,11 +115,17 @@ class LayerPass:
                 at_once[name] = factor
         for name, norms_sq in norms_sq_of(at_once).items():
             self.add_row(name, norms_sq)
+            self._add_error(name, at_once[name])
+
+    def _add_error(self, name: str, factor: Factor) -> None:
+        error = factor.standard_error if isinstance(factor, EstimatedOuter) else None
+        if error is not None:
+            self.add_row(ERROR + name, error)
 
     def add_row(self, name: str, norms_sq: Tensor) -> None:
         if name in self.frozen:
             return
-        if name in self._rows and not name.startswith((DELTA, OUTPUT)):
+        if name in self._rows and not name.startswith(_BESIDE):
             self.broken = (
                 f"parameter '{name}' was used again in a part of the forward pass that could not be followed, so the "
                 "squares cannot be joined"
@@ -116,21 +134,18 @@ class LayerPass:
             norms_sq = torch.full_like(norms_sq, torch.nan)
         self._rows[name] = norms_sq
 
-    def record(self, covered: Container[str]) -> LayerRecord:
+    def record(self, covered: Collection[str]) -> LayerRecord:
         """Everything that came back of these parameters, and why the rest did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
                 self._rows[name] = factor.norms_sq()
+                self._add_error(name, factor)
         self._held.clear()
-        rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith((DELTA, OUTPUT))}
+        rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith(_BESIDE)}
         broken = self.broken or self.spoiled
-        reasons = {}
-        for name in self.calls:
-            if name not in rows and name in covered:
-                why = "is frozen" if name in self.frozen else "no gradient reached it in this backward pass"
-                reasons[name] = broken or why
-        fresh = self.fresh == (self.task, True)
-        record = LayerRecord(self.batch.size, rows, reasons, broken, self.task, fresh)
+        fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
+        record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)
+        record.explain(covered, self.frozen)
         self._rows, self.broken = {}, ""
         self.finished_task = self.task
         return record

@@ -69,7 +69,7 @@ class SingleBatches:
         tap: undo that.
         not_served: gets the (module, arguments, keywords) of a forward pass that has to be tapped, after `tap`.
         deliver: gets the record of a served pass.
-        count: told why a backward pass was not recorded.
+        not_accumulated: told of a served pass whose backward pass did not accumulate its gradients.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class SingleBatches:
         tap: Callable[[], None],
         not_served: Callable[..., None],
         deliver: Callable[[LayerRecord], None],
-        count: Callable[[str], None],
+        not_accumulated: Callable[[], None],
     ) -> None:
         self.enabled = True
         self.sink: Callable[[tuple[str, ...]], Sink | None] | None = None  #: asked where the norms of these may go
         self._coverage, self._batch_dim = coverage, batch_dim
         self._serve, self._tap, self._not_served = serve, tap, not_served
-        self._deliver, self._count = deliver, count
+        self._deliver, self._not_accumulated = deliver, not_accumulated
         self._proofs = self._abandoned = 0
         self._random = random.Random(0)
         self._reached: frozenset[str] = frozenset()  # parameters that had a gradient at the last proof
@@ -186,7 +186,7 @@ class SingleBatches:
         """The end of a backward pass through the graph of a served forward pass, whose norms no sink took in."""
         broken = _TROUBLE.get(trouble, "" if self._core is not None else _ADDED)
         if not broken and found == _core.GRADIENTS_NOTHING:
-            self._count(NOT_ACCUMULATED)
+            self._not_accumulated()
             return
         record = None
         if not broken and found == _core.GRADIENTS_EXPECTED:

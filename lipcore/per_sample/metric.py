@@ -19,7 +19,11 @@ from lipcore.capture.single_gradient import Sink
 from lipcore.distribution import Distribution
 from lipcore.metric import Metric, PlanLine
 from lipcore.noise_scale import NoiseScale
+from lipcore.per_sample.arguments import check_arguments, offsets_of
+from lipcore.per_sample.factor import LossFactor
+from lipcore.per_sample.methods import check_methods, how
 from lipcore.per_sample.micro_batch import MicroBatch, Norms
+from lipcore.per_sample.open_step import OpenStep, take_in
 from lipcore.per_sample.places import Places
 from lipcore.per_sample.reduction import Reduction, Terms
 from lipcore.per_sample.step import StepSums
@@ -40,6 +44,10 @@ class PerSampleGradNorms(Metric):
     once (a module called twice, an embedding tied to the head) are joined before the norm is taken. Training stays bit
     for bit the same, but with ``fused=True``.
 
+    No penalty belongs in the loss; use the optimizer's weight decay. It is no sample's, so the norms are without it,
+    but the noise scale is wrong by it: a large one is found and its steps are counted, a small one cannot be told. Nor
+    can losses and models that mix samples.
+
     Alone, it needs the model and nothing else::
 
         with lipcore.PerSampleGradNorms(model, loss_reduction="mean") as norms:
@@ -48,7 +56,9 @@ class PerSampleGradNorms(Metric):
 
     In a Monitor it makes windows: distributions of the norms in total and per layer (``grad_norm``), and the gradient
     noise scale :math:`B_{simple} = \mathrm{tr}\,\Sigma / |G|^2` of McCandlish et al. (2018) with its two unbiased
-    estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a step.
+    estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a step. Steps
+    whose gradient is not the mean of their samples' are counted, with the reason, in
+    ``details["noise_scale_skipped"]``.
 
     Args:
         model: only when it stands alone.
@@ -64,7 +74,9 @@ class PerSampleGradNorms(Metric):
             document then.
         broadcast: names of layers that are called without the batch dimension (position embeddings on [T] or [1, T]).
             Their output is expanded to [B, T, ...] at once; nothing may be put in front of it then (unsqueeze(0)).
-        methods: {layer name: "gram" or "direct"} to override the cost rule.
+        methods: {layer name: "gram" or "direct"} to override the cost rule; "estimate" for a Linear on sequences: its
+            squared norms from 16 random probes (:func:`lipcore.functional.linear_norms_sq_estimate`), unbiased, with
+            :attr:`standard_error`.
         fused: norms are taken inside Linear's weight gradient, which lipcore then computes itself: nearly free on long
             sequences, but the gradient is summed in another order.
         normalized: also :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
@@ -102,13 +114,14 @@ class PerSampleGradNorms(Metric):
         scaler: Any = None,
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
-        _check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods)
+        check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
         self._every = every_steps
+        self._methods = dict(methods or {})
         self._options: dict[str, Any] = {
             "batch_dim": batch_dim,
-            "offsets_of": _offsets_of(cu_seqlens),
+            "offsets_of": offsets_of(cu_seqlens),
             "broadcast": tuple(broadcast),
-            "methods": methods,
+            "methods": self._methods,
             "fused": fused,
             "normalized": normalized,
             "skip_uncovered": on_unsupported == "skip",
@@ -124,12 +137,11 @@ class PerSampleGradNorms(Metric):
         self._takes_ids = False
         self.scores = SampleScores()  #: per sample id, when `ids` are given
         self._places = Places({})
-        self._waiting: list[tuple[MicroBatch, Tensor | None]] = []  # of the open step, which may yet be skipped
+        self._open_step = OpenStep(None)
         self._closed: deque[list[Distribution]] = deque(maxlen=0)
         self._open: list[Distribution] = []
         self._dropped = 0
         self._noise: NoiseScale | None = None
-        self._step_sums: StepSums | None = None
         self._monitor: Any = None
         if model is not None:
             from lipcore.monitor import Monitor  # which imports this
@@ -151,6 +163,14 @@ class PerSampleGradNorms(Metric):
 
     def tapped(self, capture: LayerCapture) -> None:
         """The layers are tapped by this."""
+        check_methods(self._methods, capture.sites, fused=self._options["fused"])
+        if self._capture is None and not capture.coverage.covered:
+            if not self._options["skip_uncovered"]:
+                capture.coverage.check()
+            raise ValueError(
+                "model: nothing in it is trainable and covered by a rule, so there are no gradients to measure; "
+                "unfreeze what is trained (requires_grad_(True)) first, or name a rule with lipcore.layers.register()"
+            )
         self._capture = capture
         layer_of: dict[str, str] = {}
         for site in capture.sites:
@@ -160,9 +180,11 @@ class PerSampleGradNorms(Metric):
         if self._layers != before or not self._open:
             self._open, self._noise = self._block(), None
             self._closed.clear()
+        sums = None
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
-            self._step_sums = StepSums(self._places, capture.coverage.parameters)
+            sums = StepSums(self._places, capture.coverage.parameters)
+        self._open_step = OpenStep(sums)
         if self._alone:
             capture.sink_for_single(self._single_sink)
 
@@ -170,12 +192,9 @@ class PerSampleGradNorms(Metric):
         """The distributions, for norms that nothing else is asked about."""
         if self._takes_ids or self._scaler is not None or not self._reduction.is_constant:
             return None
-        _, layers, _ = self._places.of(names)
-        index = [layers.index(self._places.layer_of[name]) for name in names]
-        used = [self._open[self._places.number[layer]] for layer in layers]
-        factor = self._reduction.factor(1, None)
-        assert not isinstance(factor, Tensor)
-        return index, [distribution.core for distribution in (*used, self._open[-1])], factor * factor
+        index = [self._places.number[self._places.layer_of[name]] for name in names]
+        factor = self._reduction.factor(1, None).number
+        return index, [distribution.core for distribution in self._open], factor * factor
 
     def _renew_sink(self) -> None:
         if self._capture is not None:
@@ -184,7 +203,8 @@ class PerSampleGradNorms(Metric):
     def rebind(self) -> None:
         """Parameters were frozen or unfrozen, layers added or removed; statistics start anew where the layers are
         others than before."""
-        self._waiting.clear()
+        self._open_step.drop()
+        self._ids = None
         if self._capture is not None:
             self._capture.rebind()
             self.tapped(self._capture)
@@ -212,38 +232,44 @@ class PerSampleGradNorms(Metric):
         if self._alone:
             self._take_in(micro, ids)
         else:
-            self._waiting.append((micro, ids))
-
-    def observe_gradients(self) -> None:
-        if self._step_sums is not None and self._waiting:
-            self._step_sums.read_gradients()
+            self._open_step.add(micro, ids, len(self._open))
 
     def _take_in(self, micro: MicroBatch, ids: Tensor | None) -> None:
-        micro.observe(self._open)
-        if ids is not None:
-            self.scores.observe(ids, micro.per_sample)
+        take_in(micro, ids, self._open, self.scores)
+
+    def observe_unrecorded(self, samples: int, reason: str) -> None:
+        """A backward pass without a record: the numbers of the one before are not its numbers, nor are the ids set for
+        it those of the next."""
+        self._ids = None
+        self._last = MicroBatch(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._places)
+        self._last.record.explain(self._places.layer_of)
+
+    def observe_gradients(self) -> None:
+        if self._open_step.sums is not None and self._open_step:
+            self._open_step.sums.read_gradients()
 
     def observe_step(self) -> None:
         """The optimizer has stepped: what its backward passes brought counts."""
-        waiting, self._waiting = self._waiting, []
-        for micro, ids in waiting:
-            self._take_in(micro, ids)
-        if self._step_sums is not None and self._noise is not None and waiting:
-            for micro, _ in waiting:
-                self._step_sums.add(micro)
-            self._step_sums.finish(self._noise.observe, _ranks())
+        self._ids = None  # set for a backward pass that did not come, or that was in a step without records
+        recorded = bool(self._open_step)
+        self._open_step.take_into(self._open, self.scores)
+        if self._open_step.sums is not None and self._noise is not None and recorded:
+            self._open_step.sums.finish(self._noise.observe, _ranks())
         self._steps += 1
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
 
     def observe_skipped_step(self) -> None:
-        """A GradScaler skipped the step: what its backward passes brought does not count."""
-        self._dropped += sum(micro.samples for micro, _ in self._waiting)
-        self._waiting.clear()
-        if self._step_sums is not None:
-            self._step_sums.drop()
+        """A GradScaler skipped the step: what its backward passes brought does not count. Found out when the next one
+        comes, whose ids are there already."""
+        self._dropped += self._open_step.drop()
 
     # ---- the last micro-batch
+
+    def _watched(self) -> LayerCapture:
+        if self._capture is None:
+            raise RuntimeError("this metric watches no model yet: pass model=, or give it to a Monitor")
+        return self._capture
 
     def _micro(self) -> MicroBatch:
         if self._monitor is not None:
@@ -251,7 +277,7 @@ class PerSampleGradNorms(Metric):
         elif self._capture is not None:
             self._capture.flush()
         if self._last is None:
-            unrecorded = self._capture.unrecorded if self._capture is not None else {}
+            unrecorded = self._watched().unrecorded
             why = "; ".join(f"{count} times: {reason}" for reason, count in unrecorded.items())
             raise RuntimeError(
                 "no backward pass was recorded yet"
@@ -266,7 +292,8 @@ class PerSampleGradNorms(Metric):
 
     @property
     def per_sample(self) -> Tensor:
-        """float64 [B]: n_i over all measured parameters, of the last recorded backward pass."""
+        """float64 [B]: n_i over all measured parameters, of the last backward pass in a recorded step; NaN, with the
+        reason in :attr:`broken`, where that could not be recorded (autograd.grad, backward(inputs=))."""
         square = self._capture.single_total() if self._alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64)
@@ -283,6 +310,12 @@ class PerSampleGradNorms(Metric):
         return self._micro().per_parameter
 
     @property
+    def standard_error(self) -> Norms:
+        """Per layer with ``methods={layer: "estimate"}`` float64 [B]: the standard error of :attr:`per_layer`, which
+        the probes show; and ``["total"]``, that of :attr:`per_sample`. Empty where all is exact."""
+        return self._micro().standard_error
+
+    @property
     def normalized(self) -> Norms:
         r"""Per layer float64 [B]: :math:`r_i = \|\partial L/\partial u_i\| / |\partial L/\partial\hat y_i|` with u the
         layer's output; every factor of the loss cancels. NaN where the output's gradient is 0 or not finite."""
@@ -294,7 +327,8 @@ class PerSampleGradNorms(Metric):
         return self._micro().record.broken
 
     def set_ids(self, ids: Any) -> None:
-        """The sample ids (integers [B]) of the next backward pass; its norms are kept in :attr:`scores`."""
+        """The sample ids (integers [B]) of the next backward pass; its norms are kept in :attr:`scores`. They are
+        forgotten when that pass is not recorded, and at the end of the optimizer step."""
         given = ids if isinstance(ids, Tensor) else np.asarray(ids)
         found = given if isinstance(given, Tensor) else torch.from_numpy(given) if given.dtype.kind in "iu" else None
         if found is None or found.dim() != 1 or found.dtype not in _INTEGERS:
@@ -307,9 +341,7 @@ class PerSampleGradNorms(Metric):
 
     def coverage(self) -> Any:
         """Which parameters are measured by which layer's rule, which are frozen, which are not covered and why."""
-        if self._capture is None:
-            raise RuntimeError("this metric watches no model yet; pass one, or give it to a Monitor")
-        return self._capture.coverage
+        return self._watched().coverage
 
     # ---- results
 
@@ -320,11 +352,9 @@ class PerSampleGradNorms(Metric):
         if self._capture is None:
             return lines
         for site in self._capture.sites:
-            method = self._options["methods"]
-            asked = f", method '{method[site.name]}'" if method and site.name in method else ""
-            asked = asked or (f", by {site.how}" if site.how else "")
-            keys = ", ".join(site.names)
-            lines.append(PlanLine(site.name or "model", f"{type(site.module).__name__}: {keys}{asked}"))
+            way = how(site, self._methods)
+            rule = f"{type(site.module).__name__}: {', '.join(site.names)}" + (f", {way}" if way else "")
+            lines.append(PlanLine(site.name, rule))
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
         return lines
 
@@ -339,10 +369,11 @@ class PerSampleGradNorms(Metric):
         note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""
         for layer, distribution in zip([*self._layers, _TOTAL], self._window(), strict=False):
             total = layer == _TOTAL
-            reduced = distribution.reduced("exact", note=note if total else "")
+            estimated = "estimate" in self._methods.values() if total else self._methods.get(layer) == "estimate"
+            reduced = distribution.reduced("estimate" if estimated else "exact", note=note if total else "")
             missing = distribution.missing + distribution.invalid
             reduced["missing"] = Value(float(missing), distribution.count + missing)
-            result.add("grad_norm", layer or "model", "total" if total else "group", **reduced)
+            result.add("grad_norm", layer, "total" if total else "group", **reduced)
         if self._noise is not None:
             self._add_noise(result, self._noise)
         return result
@@ -351,11 +382,12 @@ class PerSampleGradNorms(Metric):
         for layer, found in zip([*self._layers, _TOTAL], noise.finalize(), strict=True):
             level = "total" if layer == _TOTAL else "group"
             for quantity, reducers in found.items():
-                result.add(quantity, layer or "model", level, **reducers)  # type: ignore[arg-type]
-        assert self._step_sums is not None
-        result.details["noise_scale_unequal_steps"] = self._step_sums.skipped
-        if self._step_sums.off:
-            result.details["noise_scale_off"] = self._step_sums.off
+                result.add(quantity, layer, level, **reducers)  # type: ignore[arg-type]
+        sums = self._open_step.sums
+        if sums is not None:
+            result.details["noise_scale_skipped"] = sums.skipped()
+            if sums.off:
+                result.details["noise_scale_off"] = sums.off
 
     def _window(self) -> list[Distribution]:
         if not self._closed:
@@ -370,17 +402,20 @@ class PerSampleGradNorms(Metric):
         """Start a new window."""
         self._closed.clear()
         self._open = self._block()
-        self._renew_sink()
-        if self._noise is not None:
-            self._noise.reset()
+        self._start_block()
 
     def advance(self) -> None:
         """Slide the window by a block; the noise scale's window is the open block, its moving average goes on."""
         self._closed.append(self._open)
         self._open = self._block()
+        self._start_block()
+
+    def _start_block(self) -> None:
         self._renew_sink()
         if self._noise is not None:
             self._noise.reset()
+        if self._open_step.sums is not None:
+            self._open_step.sums.reset()
 
     # ---- state
 
@@ -425,11 +460,19 @@ class PerSampleGradNorms(Metric):
             distribution.load_state_dict(state)
         return loaded
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy: the settings and all numbers, and no model. What the open step brought stays with the original."""
+        if self._last is not None:
+            self._micro()  # takes in what has not been delivered yet
+        attached = {"_capture": None, "_monitor": None, "_scaler": None, "_alone": False, "_ids": None}
+        return self.__dict__ | attached | {"_open_step": OpenStep(None)}
+
     # ---- standing alone
 
     def close(self) -> None:
         """Remove the hooks of a metric that stands alone, and raise an error that was kept; numbers stay readable."""
         if self._monitor is None:
+            self._watched()
             raise RuntimeError("this metric belongs to a Monitor; close that")
         self._monitor.close()
 
@@ -442,47 +485,6 @@ class PerSampleGradNorms(Metric):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._monitor.__exit__(kind, error, trace)
-
-
-def _check_arguments(every_steps: Any, on_unsupported: Any, batch_dim: Any, broadcast: Any, methods: Any) -> None:
-    if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
-        raise ValueError(f"every_steps: expected an integer >= 1, got {every_steps!r}")
-    if on_unsupported not in ("error", "skip"):
-        raise ValueError(f"on_unsupported: expected 'error' or 'skip', got {on_unsupported!r}")
-    if batch_dim not in (0, 1) or isinstance(batch_dim, bool):
-        raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
-    if isinstance(broadcast, str):
-        raise TypeError(f"broadcast: expected a sequence of layer names, got the string {broadcast!r}")
-    if broadcast and batch_dim == 1:
-        raise ValueError(
-            "broadcast: layers without the batch dimension are expanded in front, which batch_dim=1 does not allow; "
-            "give them inputs of shape [T, B], or put the batch first"
-        )
-    for layer, method in dict(methods or {}).items():
-        if method not in ("gram", "direct"):
-            raise ValueError(f"methods[{layer!r}]: expected 'gram' or 'direct', got {method!r}")
-
-
-def _offsets_of(cu_seqlens: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None:
-    if cu_seqlens is None or (callable(cu_seqlens) and not isinstance(cu_seqlens, Tensor)):
-        return cu_seqlens
-    if not isinstance(cu_seqlens, str):
-        raise TypeError(
-            "cu_seqlens: expected the name of the model's keyword argument that has the boundaries, or a function, got "
-            f"{type(cu_seqlens).__name__}"
-        )
-    name = cu_seqlens
-
-    def offsets(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
-        found = keywords.get(name)
-        if not isinstance(found, Tensor):
-            raise ValueError(
-                f"cu_seqlens: the model must be called with a keyword argument {name!r}, int [B + 1]; got "
-                f"{type(found).__name__}"
-            )
-        return found
-
-    return offsets
 
 
 def _ranks() -> int:

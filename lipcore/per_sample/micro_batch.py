@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.capture.layer_pass import DELTA, OUTPUT, LayerRecord, Rows
+from lipcore.capture.layer_pass import DELTA, ERROR, OUTPUT, LayerRecord, Rows
 from lipcore.distribution import Distribution, observe_roots
+from lipcore.per_sample.factor import LossFactor
 from lipcore.per_sample.places import Places
 
 _float64 = torch.float64
@@ -45,7 +46,7 @@ class MicroBatch:
         layers: the layers that brought numbers.
     """
 
-    def __init__(self, record: LayerRecord, factor: float | Tensor, places: Places) -> None:
+    def __init__(self, record: LayerRecord, factor: LossFactor, places: Places) -> None:
         self.record, self.factor = record, factor
         self._places = places
         # In the model's order; backward passes bring them from the end.
@@ -57,8 +58,8 @@ class MicroBatch:
             self._rows = torch.stack([found[name] for name in self._names])
         else:
             self._rows = torch.empty(0, record.samples, dtype=_float64)
-        if factor != 1:
-            self._rows = self._rows * (factor * factor)
+        if factor.tensor is not None or factor.number != 1:
+            self._rows = self._rows * (factor.value * factor.value)
 
     @cached_property
     def squares(self) -> Tensor:
@@ -68,7 +69,7 @@ class MicroBatch:
             squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64)
             _core.place_sums(rows, self._index, known, squares)
             return squares
-        index = torch.tensor(self._index, dtype=torch.int64, device=rows.device)
+        index = self._places.on(rows.device, self._index)
         squares = rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index, rows)
         squares[-1] = rows.sum(0) if known else torch.nan
         return squares
@@ -78,11 +79,19 @@ class MicroBatch:
         """Whether there is a total."""
         return bool(self._names) and not self.record.broken
 
+    @property
+    def places_squares(self) -> Tensor:
+        """The same with a row for every layer of the model, NaN where it brought no numbers."""
+        every, squares = len(self._places.layers), self.squares
+        if len(self.layers) == every:
+            return squares
+        missing = squares.new_full((self.samples,), torch.nan)
+        found = dict(zip(self.layers, squares[:-1], strict=True))
+        return torch.stack([*(found.get(layer, missing) for layer in self._places.layers), squares[-1]])
+
     def observe(self, distributions: list[Distribution]) -> None:
-        """The norms per layer of the model and, last, in total."""
-        numbers = self._places.number
-        used = [distributions[numbers[layer]] for layer in self.layers]
-        observe_roots(self.squares, [*used, distributions[-1]])
+        """The norms per layer of the model and, last, in total; a layer without numbers counts B missing ones."""
+        observe_roots(self.places_squares, distributions)
 
     @property
     def samples(self) -> int:
@@ -100,10 +109,25 @@ class MicroBatch:
     @property
     def per_layer(self) -> Norms:
         rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
-        missing = {
-            self._places.layer_of[n]: why for n, why in self.record.reasons.items() if n in self._places.layer_of
-        }
-        return Norms("layer", rows, {name: why for name, why in missing.items() if name not in rows}, self.samples)
+        reasons = dict.fromkeys(self._places.layers, "no rule covers its parameters here: see coverage()")
+        for name, layer in self._places.layer_of.items():
+            reasons[layer] = self.record.reasons.get(name, reasons[layer])
+        return Norms("layer", rows, {name: why for name, why in reasons.items() if name not in rows}, self.samples)
+
+    @property
+    def standard_error(self) -> Norms:
+        """Of the estimated norms among per_layer, and of the total: that of the square over twice the norm."""
+        variance: dict[str, Tensor] = {}
+        for name, error in self.record.norms_sq.items():
+            if name.startswith(ERROR):
+                for place in (self._places.layer_of[name[len(ERROR) :]], "total"):
+                    variance[place] = variance.get(place, 0.0) + error.square()
+        norms = dict(zip([*self.layers, "total"], self.squares.sqrt(), strict=True))
+        factor_sq = self.factor.value * self.factor.value
+        rows = {place: factor_sq * total.sqrt() / (2 * norms[place]) for place, total in variance.items()}
+        # Where the estimate is 0, so is what it estimates but for probability 0.
+        rows = {place: row.masked_fill(norms[place] == 0, 0.0) for place, row in rows.items()}
+        return Norms("layer", rows, {}, self.samples)
 
     @property
     def normalized(self) -> Norms:

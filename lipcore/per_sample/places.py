@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+_MOST = 64  # of what is kept: layers may come and go at random
 
 
 class Places:
@@ -17,6 +22,7 @@ class Places:
         self.layer_of = dict(layer_of)
         self.layers = list(dict.fromkeys(layer_of.values()))
         self.number = {layer: i for i, layer in enumerate(self.layers)}
+        self._on: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
         self._of: dict[frozenset[str], tuple[tuple[str, ...], list[str], list[int]]] = {}
 
     def of(self, names: Collection[str]) -> tuple[tuple[str, ...], list[str], list[int]]:
@@ -27,7 +33,17 @@ class Places:
             parameters = tuple(name for name in self.layer_of if name in key)
             layers = list(dict.fromkeys(self.layer_of[name] for name in parameters))
             index = [layers.index(self.layer_of[name]) for name in parameters]
-            if len(self._of) > 64:  # layers that come and go at random
+            if len(self._of) > _MOST:
                 self._of.clear()
             found = self._of[key] = parameters, layers, index
+        return found
+
+    def on(self, device: torch.device, index: Sequence[int]) -> Tensor:
+        """An index on a device. Kept, since copying it there waits for all that the device was told before."""
+        key = device, tuple(index)
+        found = self._on.get(key)
+        if found is None:
+            if len(self._on) > _MOST:
+                self._on.clear()
+            found = self._on[key] = torch.tensor(index, dtype=torch.int64, device=device)
         return found

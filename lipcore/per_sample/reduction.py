@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-Terms = int | float | Tensor | Callable[[], Any] | None
+from lipcore.per_sample.factor import LossFactor, of_host, product
+
+Terms = Real | int | float | Tensor | Callable[[], Any] | None
 
 
 class Reduction:
@@ -38,19 +41,17 @@ class Reduction:
         """Whether f of a micro-batch of one, without a scaler, is a number that stays the same."""
         return not (_is_function(self.terms) or isinstance(self.terms, Tensor))
 
-    def factor(self, samples: int, scaler: Any) -> float | Tensor:
-        """f of a micro-batch of so many samples; a tensor where reading it would synchronise."""
-        terms: Any = self.terms
-        if _is_function(terms):
-            terms = terms()
-            _check(terms)
-        count: Any = 1 if self.reduction == "sum" else samples if terms is None else terms
-        if isinstance(count, Tensor):
-            count = count.detach().reshape(()).to(torch.float64)
+    def factor(self, samples: int, scaler: Any) -> LossFactor:
+        """f of a micro-batch of so many samples."""
+        given: Any = self.terms
+        terms: Any = 1 if self.reduction == "sum" else samples
+        if given is not None:
+            terms = given() if _is_function(given) else given
+            _check(terms)  # a tensor may have changed since the last time
+            terms = of_host(terms) if isinstance(terms, Tensor) else float(terms)
         scale = getattr(scaler, "_scale", None) if scaler is not None else None
-        factor = count / self.scale
-        unscaled: float | Tensor = factor / scale.double() if isinstance(scale, Tensor) else factor
-        return unscaled
+        unscale = of_host(scale.double().reciprocal()) if isinstance(scale, Tensor) else 1.0
+        return product(1 / self.scale, terms, unscale)
 
     def __str__(self) -> str:
         terms = "" if self.terms is None else " over loss_terms"
@@ -62,14 +63,22 @@ def _is_function(terms: Any) -> bool:
 
 
 def _check(terms: Any) -> None:
-    """Of a tensor's value nothing is asked: it may be on a device that has not finished."""
-    if isinstance(terms, bool) or not isinstance(terms, (int, float, Tensor)):
-        raise TypeError(
-            f"loss_terms: expected the number of averaged terms, a tensor with it, or a function that returns it, "
-            f"got {type(terms).__name__}"
-        )
+    """A tensor's value is looked at on the CPU only: another device may not have finished it."""
+    expected = "the number of averaged terms, a tensor with it, or a function that returns it"
     if isinstance(terms, Tensor):
         if terms.numel() != 1:
             raise ValueError(f"loss_terms: expected one number, got a tensor of shape {list(terms.shape)}")
-    elif not 0 < terms < float("inf"):
-        raise ValueError(f"loss_terms: expected a finite number > 0, got {terms!r}")
+        if terms.is_complex() or terms.dtype == torch.bool:
+            raise TypeError(
+                f"loss_terms: expected {expected}, got a tensor of {terms.dtype}; count a mask by its sum()"
+            )
+        if not terms.is_cpu:
+            return
+        terms = terms.item()
+    elif isinstance(terms, bool) or not isinstance(terms, Real):
+        raise TypeError(f"loss_terms: expected {expected}, got {type(terms).__name__}")
+    if not 0 < terms < float("inf"):
+        raise ValueError(
+            f"loss_terms: expected a finite number > 0, got {terms!r}; a mean over no terms has no gradient: leave "
+            "that batch out"
+        )

@@ -8,58 +8,92 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core, functional
+from lipcore.capture.parameters import GradientWatch
+from lipcore.per_sample.factor import LossFactor
 from lipcore.per_sample.micro_batch import MicroBatch
 from lipcore.per_sample.places import Places
+
+UNEQUAL = "the loss divides a sample's terms by another number from micro-batch to micro-batch"
+TWICE = "two backward passes came from one forward pass, so that its samples are in the gradient twice"
+HOOKED = "parameters have hooks, which may have changed the gradient before it was accumulated"
+NO_SAMPLES = (
+    "the gradient is longer than the mean of its samples' gradients can be, so it has parts that are no sample's "
+    "(a penalty in the loss), or the loss reduction is not what was declared"
+)
+_JENSEN = 1 + 1 / 64  # a few units in the last place of bfloat16, in which gradients may have been computed
 
 
 class StepSums:
     """Per place (layers, then the total): sum of ||grad l_i||^2 over the step's samples, and ||mean of grad l_i||^2
-    from the accumulated gradients."""
+    from the accumulated gradients.
+
+    The step enters as NaN, and is counted with the reason, where the gradient is not the mean over its samples.
+    """
 
     def __init__(self, places: Places, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
         self._places = places
         self._parameters = parameters
-        self.skipped = 0  #: steps whose gradient is not the mean over its samples
         self.off = ""  #: why there are no estimates
+        self.reset()
         self._start()
+
+    def reset(self) -> None:
+        """Start counting skipped steps anew."""
+        self._skipped: dict[str, int] = {}
+        self._on_device: dict[str, Tensor] = {}  # of the reasons that only the device knows
 
     def _start(self) -> None:
         self._task = -1  # the last backward pass
         self._sum: Tensor | None = None
         self._samples = 0
-        self._factor: float | Tensor | None = None
-        self._unequal = False
-        self._whole = True
+        self._factor: LossFactor | None = None
+        self._same: Tensor | None = None  # whether all micro-batches have one factor, where only the device knows
+        self._wrong = ""  # why the gradient is not the mean over the samples
+        self._hooked = False
         self._gradient_sq: Tensor | None = None
+
+    def skipped(self) -> dict[str, int]:
+        """How many steps were left out, by reason. Waits for the device."""
+        found = dict(self._skipped)
+        for reason, count in self._on_device.items():
+            if steps := int(count):
+                found[reason] = found.get(reason, 0) + steps
+        return found
 
     def add(self, micro: MicroBatch) -> None:
         """Another micro-batch of the step."""
-        if micro.record.fresh and micro.record.task != self._task:
-            gradient_sq = self._gradient_sq
+        record, factor = micro.record, micro.factor
+        if record.fresh and record.task != self._task:
+            gradient_sq, hooked = self._gradient_sq, self._hooked
             self._start()  # gradients were zeroed in mid-step (a closure, two passes a step): the earlier ones are gone
-            self._gradient_sq = gradient_sq
-        self._task = micro.record.task
+            self._gradient_sq, self._hooked = gradient_sq, hooked
+        elif record.repeated:
+            self._wrong = TWICE
+        self._task = record.task
         sums = micro.squares.sum(1)
-        if len(micro.layers) < len(self._places.layers):
-            numbers = [self._places.number[layer] for layer in micro.layers]
-            every = sums.new_zeros(len(self._places.layers) + 1)
-            every[[*numbers, -1]] = sums
-            sums = every
+        if len(micro.layers) < len(self._places.layers):  # a layer that was not reached has no gradient: 0
+            found = dict(zip(micro.layers, sums[:-1].unbind(), strict=True))
+            nothing = torch.zeros_like(sums[-1])
+            sums = torch.stack([*(found.get(layer, nothing) for layer in self._places.layers), sums[-1]])
         self._sum = sums if self._sum is None else self._sum + sums
         self._samples += micro.samples
-        # Tensors are not compared: that would synchronise. A scaler's scale is the same within a step.
-        if not isinstance(micro.factor, Tensor) and not isinstance(self._factor, Tensor):
-            self._unequal |= self._factor is not None and self._factor != micro.factor
-        self._factor = micro.factor
+        if self._factor is None:
+            self._factor = factor
+        elif self._factor.differs(factor):
+            self._wrong = self._wrong or UNEQUAL
+        elif (same := self._factor.equals(factor)) is not None:
+            self._same = same if self._same is None else self._same & same
 
     def read_gradients(self) -> None:
         """After a backward pass, before anything clips: the squared norm of what has accumulated so far, per place."""
-        names, gradients = [], []
+        index, gradients = [], []
+        self._hooked = False
         for name, parameter in self._parameters():
             if parameter.grad is not None and name in self._places.layer_of:
                 if _is_sharded(parameter.grad):
                     self.off = "gradients are sharded, and a rank knows the norm of its shard only"
-                names.append(self._places.number[self._places.layer_of[name]])
+                self._hooked |= _is_hooked(parameter)
+                index.append(self._places.number[self._places.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
         if not gradients or self.off:
             return
@@ -70,24 +104,48 @@ class StepSums:
         else:
             squares = torch.cat([functional.sample_norms(g.reshape(1, -1)) for g in gradients]).square()
         places = torch.zeros(len(self._places.layers) + 1, dtype=torch.float64, device=squares.device)
-        places.index_add_(0, torch.tensor(names, device=squares.device), squares)
+        places.index_add_(0, self._places.on(squares.device, index), squares)
         places[-1] = squares.sum()
         self._gradient_sq = places
 
     def finish(self, observe: Callable[[Tensor, Tensor, int], None], ranks: int) -> None:
         """The step was made: (mean ||grad l_i||^2, ||mean grad l_i||^2, samples), and start the next."""
         if self._sum is not None and self._gradient_sq is not None and self._factor is not None and self._samples:
-            if self._unequal:
-                self.skipped += 1
-            else:
-                # All micro-batches have the factor f, so f * (accumulated gradient) is the sum over the samples.
-                scale = self._factor / self._samples
-                observe(self._sum / self._samples, self._gradient_sq * scale * scale, self._samples * ranks)
+            # All micro-batches have the factor f, so f * (accumulated gradient) is the sum over the samples.
+            scale = self._factor.value / self._samples
+            mean = self._sum / self._samples
+            batch = self._checked(mean, self._gradient_sq * (scale * scale), alone=ranks == 1)
+            observe(mean, batch, self._samples * ranks)
         self._start()
+
+    def _checked(self, mean: Tensor, batch: Tensor, alone: bool) -> Tensor:
+        """The squared norm of the mean gradient; NaN where it is not that."""
+        wrong = self._wrong or (HOOKED if self._hooked else "")
+        if wrong:
+            self._skipped[wrong] = self._skipped.get(wrong, 0) + 1
+            return torch.full_like(batch, torch.nan)
+        if self._same is not None:
+            self._count(UNEQUAL, ~self._same)
+            batch = torch.where(self._same, batch, torch.nan)
+        if not alone:  # the gradient is that of all ranks' samples, the norms are of this rank's
+            return batch
+        impossible = batch > mean * _JENSEN  # by Jensen's inequality: the mean's square, the mean of the squares
+        impossible[-1] = impossible.any()
+        self._count(NO_SAMPLES, impossible[-1])
+        return batch.masked_fill(impossible, torch.nan)
+
+    def _count(self, reason: str, skipped: Tensor) -> None:
+        count = self._on_device.get(reason)
+        self._on_device[reason] = skipped.long() if count is None else count + skipped
 
     def drop(self) -> None:
         """The step was skipped."""
         self._start()
+
+
+def _is_hooked(parameter: nn.Parameter) -> bool:
+    after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return bool(parameter._backward_hooks) or not all(GradientWatch.is_ours(hook) for hook in after.values())
 
 
 def _is_sharded(gradient: Tensor) -> bool:

@@ -1,0 +1,65 @@
+"""What PerSampleGradNorms can be told, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+Offsets = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+def check_arguments(
+    every_steps: Any, on_unsupported: Any, batch_dim: Any, broadcast: Any, methods: Any, alone: bool
+) -> None:
+    """TypeError or ValueError that names the argument. `alone`: without a Monitor."""
+    if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
+        raise ValueError(f"every_steps: expected an integer >= 1, got {every_steps!r}")
+    if every_steps > 1 and alone:
+        raise ValueError(
+            f"every_steps: {every_steps} counts an optimizer's steps, which a metric that stands alone does not see; "
+            "leave out model= and give the metric to Monitor(model, optimizer, metrics=[...])"
+        )
+    if on_unsupported not in ("error", "skip"):
+        raise ValueError(f"on_unsupported: expected 'error' or 'skip', got {on_unsupported!r}")
+    if batch_dim not in (0, 1) or isinstance(batch_dim, bool):
+        raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
+    if isinstance(broadcast, str):
+        raise TypeError(f"broadcast: expected a sequence of layer names, got the string {broadcast!r}")
+    if broadcast and batch_dim == 1:
+        raise ValueError(
+            "broadcast: layers without the batch dimension are expanded in front, which batch_dim=1 does not allow; "
+            "give them inputs of shape [T, B], or put the batch first"
+        )
+    if methods is not None and not isinstance(methods, Mapping):
+        raise TypeError(f"methods: expected a dict of layer names to methods, got {methods!r}")
+
+
+def offsets_of(cu_seqlens: Any) -> Offsets | None:
+    """The function that finds the boundaries of packed sequences."""
+    if cu_seqlens is None or (callable(cu_seqlens) and not isinstance(cu_seqlens, Tensor)):
+        function: Offsets | None = cu_seqlens
+        return function
+    if not isinstance(cu_seqlens, str):
+        raise TypeError(
+            "cu_seqlens: expected the name of the model's keyword argument that has the boundaries, or a function, got "
+            f"{type(cu_seqlens).__name__}"
+        )
+    return _Keyword(cu_seqlens)
+
+
+class _Keyword:
+    """Takes the boundaries from a keyword argument; a class, since a function in a function cannot be pickled."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+        found = keywords.get(self._name)
+        if not isinstance(found, Tensor):
+            raise ValueError(
+                f"cu_seqlens: the model must be called with a keyword argument {self._name!r}, int [B + 1]; got "
+                f"{type(found).__name__}"
+            )
+        return found

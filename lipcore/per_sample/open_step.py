@@ -1,0 +1,74 @@
+"""The micro-batches since the last optimizer step, until it is known whether that step is made or skipped."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lipcore.distribution import Distribution
+from lipcore.per_sample.micro_batch import MicroBatch
+from lipcore.per_sample.step import StepSums
+from lipcore.sample_scores import SampleScores
+
+# As many are kept as they are: then they are summed up, so that nothing grows in a loop that never steps. Summing up
+# may wait for the device, which is why it is rare.
+_MOST = 256
+
+
+class OpenStep:
+    """Takes micro-batches; gives them all away, or forgets them.
+
+    Args:
+        sums: of the noise scale, if it is wanted.
+    """
+
+    def __init__(self, sums: StepSums | None) -> None:
+        self.sums = sums
+        self._forget()
+
+    def _forget(self) -> None:
+        self.samples = 0
+        self._waiting: list[tuple[MicroBatch, Tensor | None]] = []
+        self._held: list[Distribution] = []
+        self._scores = SampleScores()
+
+    def __bool__(self) -> bool:
+        return bool(self._waiting or self._held)
+
+    def add(self, micro: MicroBatch, ids: Tensor | None, places: int) -> None:
+        """Another one, and the ids of its samples."""
+        self._waiting.append((micro, ids))
+        self.samples += micro.samples
+        if len(self._waiting) >= _MOST:
+            self._held = self._held or [Distribution() for _ in range(places)]
+            self._hand_on(self._held, self._scores)
+
+    def _hand_on(self, distributions: list[Distribution], scores: SampleScores) -> None:
+        waiting, self._waiting = self._waiting, []
+        for micro, ids in waiting:
+            take_in(micro, ids, distributions, scores)
+            if self.sums is not None:
+                self.sums.add(micro)
+
+    def take_into(self, distributions: list[Distribution], scores: SampleScores) -> None:
+        """The step was made: everything counts."""
+        for into, held in zip(distributions, self._held, strict=False):
+            into.merge(held)
+        if self._held:
+            scores.merge(self._scores)
+        self._hand_on(distributions, scores)
+        self._forget()
+
+    def drop(self) -> int:
+        """The step was skipped, or is none: how many samples do not count."""
+        samples = self.samples
+        self._forget()
+        if self.sums is not None:
+            self.sums.drop()
+        return samples
+
+
+def take_in(micro: MicroBatch, ids: Tensor | None, distributions: list[Distribution], scores: SampleScores) -> None:
+    """The norms of a micro-batch, per layer, in total and per sample id."""
+    micro.observe(distributions)
+    if ids is not None:
+        scores.observe(ids, micro.per_sample)
