@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lipcore.pointwise import local_lipschitz
-from lipcore.regions.coverage import Coverage, CoverageResult
+from lipcore.regions.coverage import Coverage
+from lipcore.regions.coverage_result import CoverageResult
 from lipcore.regions.patterns import activation_patterns
 
 
