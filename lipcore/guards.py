@@ -94,14 +94,12 @@ def check_rows(finite: Tensor, argument: str, what: str) -> None:
 
 @contextmanager
 def own_pass(model: nn.Module) -> Iterator[None]:
-    """A pass, with gradients, that training does not notice: no metric records it, and in train mode the buffers that
-    it changes (spectral_norm's vectors, InstanceNorm's running statistics) get their values back when it ends.
+    """A pass, with gradients, that training does not notice: no metric records it, and buffers that it changes
+    (spectral_norm's vectors, InstanceNorm's running statistics, counters) get their values back when it ends.
 
     Running in eval mode instead would measure another function where spectral_norm is in train mode.
     """
-    # A module in eval mode changes no buffer of its own; copies of all of them at every pass would be for nothing.
-    owners = [module for module in model.modules() if module.training and module._buffers]
-    kept = [(owner, dict(owner._buffers)) for owner in owners]
+    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [
         (buffer, buffer._version, buffer.detach().clone())
         for _, buffers in kept

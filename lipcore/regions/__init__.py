@@ -4,7 +4,8 @@ of the training points say about other inputs (Theorem 2 of Loukas, Poiitis and 
 from lipcore.regions.coverage import Coverage
 from lipcore.regions.coverage_result import CoverageResult
 from lipcore.regions.patterns import Patterns, activation_patterns
-from lipcore.regions.slices import Plane, SliceMap, slice_map
+from lipcore.regions.plane import Plane
+from lipcore.regions.slices import SliceMap, slice_map
 
 __all__ = [
     "Coverage",

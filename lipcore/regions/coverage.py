@@ -69,7 +69,7 @@ class Coverage:
         output: Output = None,
         batch_size: int = 1024,
     ) -> None:
-        self.model, self.output = unwrap(model), output
+        self.model, self.output = unwrap(model), output  #: what it is of
         self._batch_size = batch_size
         patterns = activation_patterns(model, x, output=output, batch_size=batch_size)
         if patterns.head:

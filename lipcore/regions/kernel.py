@@ -58,7 +58,8 @@ def _own_counts(a: Patterns, affine: bool) -> Iterator[NDArray[np.float64]]:
 
 def _common(a: PackedGate, b: PackedGate) -> NDArray[np.float64]:
     """How many units are active (or pick the same element) in both, exact."""
-    mine, theirs = a.bits(), b.bits()
+    mine = a.bits()
+    theirs = mine if a is b else b.bits()
     if a.kind != "index":
         return _product(mine, theirs)
     out = np.zeros((len(mine), len(theirs)))
@@ -66,14 +67,17 @@ def _common(a: PackedGate, b: PackedGate) -> NDArray[np.float64]:
         return out
     width = max(1, _BLOCK_BYTES // (4 * (len(mine) + len(theirs))))
     for start in range(0, a.width, width):
-        part = slice(start, start + width)
-        out += _same(mine[:, part], theirs[:, part])
+        part = mine[:, start : start + width]
+        out += _same(part, part if a is b else theirs[:, start : start + width])
     return out
 
 
 def _product(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.float64]:
-    # A matrix product of zeros and ones is exact in float32 up to 2^24 units, and BLAS is quicker than popcounts.
-    return (mine.astype(np.float32) @ theirs.astype(np.float32).T).astype(np.float64)
+    # A matrix product of zeros and ones is exact in float32 up to 2^24 units, and BLAS is quicker than popcounts; of one
+    # matrix with itself it computes only half.
+    left = mine.astype(np.float32)
+    right = left if mine is theirs else theirs.astype(np.float32)
+    return (left @ right.T).astype(np.float64)
 
 
 def _same(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.float64]:
@@ -83,16 +87,18 @@ def _same(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.float64]:
     columns, and each is one product of zeros and ones.
     """
     least = np.minimum(mine.min(axis=0), theirs.min(axis=0))
-    mine, theirs = mine - least, theirs - least
-    places = np.union1d(np.unique(mine), np.unique(theirs))
-    out = np.zeros((len(mine), len(theirs)))
+    left = mine - least
+    right = left if mine is theirs else theirs - least
+    places = np.union1d(np.unique(left), np.unique(right))
+    out = np.zeros((len(left), len(right)))
     if len(places) <= _FEW:
         for place in places:
-            out += _product(mine == place, theirs == place)
+            chosen = left == place
+            out += _product(chosen, chosen if left is right else right == place)
         return out
-    rows = max(1, _BLOCK_BYTES // max(1, theirs.size))
-    for start in range(0, len(mine), rows):
-        out[start : start + rows] = (mine[start : start + rows, None, :] == theirs[None]).sum(axis=2)
+    rows = max(1, _BLOCK_BYTES // max(1, right.size))
+    for start in range(0, len(left), rows):
+        out[start : start + rows] = (left[start : start + rows, None, :] == right[None]).sum(axis=2)
     return out
 
 

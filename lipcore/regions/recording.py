@@ -117,5 +117,6 @@ def _same_row(mine: Tensor, theirs: Tensor) -> bool:
     if mine.shape != theirs.shape or not mine.numel():
         return mine.shape == theirs.shape
     # Another kernel may round otherwise, but mixing shows in the leading digits.
-    slack = 100 * torch.finfo(mine.dtype).eps * float(torch.maximum(mine.abs().max(), theirs.abs().max()))
-    return float((mine[0] - theirs[0]).abs().max()) <= slack
+    largest = max(float(torch.nan_to_num(part, 0.0, 0.0, 0.0).abs().max()) for part in (mine, theirs))
+    slack = 100 * torch.finfo(mine.dtype).eps * largest
+    return bool(torch.isclose(mine[0], theirs[0], rtol=0.0, atol=slack, equal_nan=True).all())
