@@ -22,7 +22,8 @@ _JOINTLY = _words(
     view _unsafe_view reshape _reshape_alias t transpose permute squeeze unsqueeze expand alias clone detach contiguous
     _to_copy copy lift lift_fresh slice select narrow split split_with_sizes unsafe_split unsafe_split_with_sizes chunk
     unsafe_chunk unbind cat stack as_strided unfold im2col col2im diagonal diag_embed tril triu view_as_real
-    view_as_complex real imag _conj _neg_view affine_grid_generator constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
+    view_as_complex real imag _conj _neg_view affine_grid_generator
+    constant_pad_nd reflection_pad1d reflection_pad2d reflection_pad3d
     replication_pad1d replication_pad2d replication_pad3d flip roll rot90 repeat pixel_shuffle pixel_unshuffle
     channel_shuffle native_channel_shuffle slice_scatter select_scatter diagonal_scatter as_strided_scatter
     sum mean cumsum add sub rsub neg positive trace fill zero

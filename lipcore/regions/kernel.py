@@ -73,8 +73,8 @@ def _common(a: PackedGate, b: PackedGate) -> NDArray[np.float64]:
 
 
 def _product(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.float64]:
-    # A matrix product of zeros and ones is exact in float32 up to 2^24 units, and BLAS is quicker than popcounts; of one
-    # matrix with itself it computes only half.
+    # A matrix product of zeros and ones is exact in float32 up to 2^24 units, and BLAS is quicker than popcounts; of
+    # one matrix with itself it computes only half.
     left = mine.astype(np.float32)
     right = left if mine is theirs else theirs.astype(np.float32)
     return (left @ right.T).astype(np.float64)
