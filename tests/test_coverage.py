@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lipcore import local_lipschitz
 from lipcore.regions import Coverage, Patterns, activation_patterns
@@ -141,6 +142,61 @@ def test_refusals() -> None:
         Coverage(mlp(2, 3, 1), torch.empty(0, 2))
     coverage = Coverage(mlp(2, 3, 2), x, output=1)
     assert np.isnan(coverage.query(9 * x).relaxed[coverage.query(9 * x).status == "uncovered"]).all()
+
+
+class Exchange(nn.Module):
+    """Two nodes that hear of one another, by indices that are fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(2, 2), nn.Linear(2, 1)
+        self.register_buffer("ends", torch.tensor([[0, 1], [1, 0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.reshape(-1, 2, 2)).relu()
+        heard = torch.zeros_like(h).index_add(1, self.ends[1], h[:, self.ends[0]])
+        return self.head((h - heard).relu()).sum((1, 2))
+
+
+class Bends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.head = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).clamp(-0.5, 0.7)
+        h = h + F.threshold(self.mix(h), 0.1, 0.0)
+        return self.head(h.abs() + F.relu6(h))
+
+
+FUNCTIONS = {
+    "indices": (Exchange, None),
+    "clamp, threshold, abs": (Bends, None),
+    "difference": (lambda: mlp(4, 4, 2), lambda z: z[:, 0] - z[:, 1]),
+    "margin": (lambda: mlp(4, 4, 2), lambda z: (z[:, 0] - z[:, 1]).abs()),
+    "past an activation": (lambda: mlp(4, 4, 2), lambda z: z[:, 0].relu() + z[:, 1]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bounds_of_functions_and_chosen_outputs(name: str) -> None:
+    make, output = FUNCTIONS[name]
+    statuses: set[str] = set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = make().double()
+        for parameter in model.parameters():
+            parameter.data.mul_(2.5)
+        x = torch.randn(40, 4).double()
+        queries = torch.cat([x[:5], torch.randn(30, 4).double(), 8 * torch.randn(20, 4).double()])
+        result = Coverage(model, x, output=output).query(queries)
+        truth = local_lipschitz(model, queries, output=output).numpy()
+        for bound in (result.bound, result.relaxed, result.nearest):
+            assert (np.isnan(bound) | (bound >= truth * (1 - 1e-6) - 1e-9)).all()
+        train = result.status == "train"
+        assert np.allclose(result.bound[train], truth[train])
+        statuses |= set(result.status)
+    assert {"train", "combination"} <= statuses
 
 
 def test_labels_say_which_bounds_are_exact() -> None:

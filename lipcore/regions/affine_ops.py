@@ -100,7 +100,9 @@ SMOOTH = frozenset(
         expm1 log log1p log2 log10 sin cos tan asin acos atan sinh cosh asinh acosh atanh erf erfc erfinv sqrt rsqrt
         reciprocal pow square mul div addcmul addcdiv mm bmm addmm baddbmm addbmm mv addmv addr dot vdot linear
         convolution _trilinear lerp native_layer_norm native_group_norm native_batch_norm _fused_rms_norm var std
-        var_mean std_mean prod cumprod mse_loss
+        var_mean std_mean prod cumprod mse_loss _scaled_dot_product_flash_attention
+        _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention
+        _scaled_dot_product_cudnn_attention _scaled_dot_product_attention_math
         """
     )
 )
