@@ -387,10 +387,11 @@ class Monitor:
 
         They come as ``window["probes"].local_lipschitz[name]`` (mean, min, max, p50, p99), a curve beside that of the
         training samples. The model is run in eval mode for it, forward and backward once per window; no parameter's
-        gradient is touched.
+        gradient is touched. Where training diverged, constants that are not finite are left out of the numbers and the
+        regions are NaN; the run goes on.
 
         Args:
-            x: [N, ...] on the model's device; a copy is kept.
+            x: [N, ...] on the model's device, finite; a copy is kept.
             name: where the numbers stand.
             output: as in :func:`lipcore.local_lipschitz`.
             regions: also count the linear regions that hold the points, and the share of points whose region is another

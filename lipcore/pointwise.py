@@ -7,26 +7,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lipcore import functional
-from lipcore.capture import paused
-from lipcore.names import named_modules
+from lipcore.guards import check_input, check_model, finite_rows, fresh, mixes_samples, own_pass, run
 
-
-def mixes_samples(module: nn.Module) -> bool:
-    """Whether this BatchNorm normalises by the statistics of the batch."""
-    return module.training or getattr(module, "running_mean", None) is None
-
-
-def refuse_mixing(model: nn.Module) -> None:
-    """ValueError where one sample's output depends on the others'."""
-    for name, module in named_modules(model):
-        if isinstance(module, _BatchNorm) and mixes_samples(module):
-            mode = "in train mode" if module.training else "without running statistics"
-            raise ValueError(
-                f"model: module '{name}' is a {type(module).__name__} {mode}, which mixes samples; call model.eval()"
-            )
+__all__ = ["local_lipschitz", "mixes_samples", "one_per_sample"]
 
 
 def local_lipschitz(
@@ -39,7 +24,8 @@ def local_lipschitz(
     r"""Local Lipschitz constants at given points, :math:`\lambda_i = \|\nabla_x f(x_i)\|_2`, by one backward pass.
 
     For a network with piecewise linear activations this is the Lipschitz constant of the linear region around x_i.
-    Parameters' gradients are not touched.
+    Parameters' gradients are not touched, nor are buffers. A row whose input or output is NaN or infinite gets NaN:
+    ReLU passes no gradient at NaN, so that the number would be finite and mean nothing.
 
     Args:
         model: maps x [B, ...] to one value per sample, [B] or [B, 1].
@@ -52,8 +38,9 @@ def local_lipschitz(
         float64 [B], detached.
 
     Raises:
-        ValueError: the output has several values per sample and nothing says which; x is empty of dimensions; BatchNorm
-            in train mode (samples mix; call model.eval()); the output does not depend on x.
+        ValueError: the output has several values per sample and nothing says which; x is empty of dimensions, or its
+            device or dtype are not the model's; BatchNorm in train mode (samples mix), Dropout or RReLU in train mode
+            (chance): call model.eval(); the output does not depend on x.
         TypeError: x is not a floating tensor.
 
     >>> line = nn.Linear(2, 1)
@@ -61,30 +48,33 @@ def local_lipschitz(
     >>> local_lipschitz(line, torch.zeros(1, 2))
     tensor([5.], dtype=torch.float64)
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    check_input(model, x)
     if not x.is_floating_point():
         raise TypeError(
             f"x: expected a floating tensor, got {x.dtype}; the gradient with respect to integers is not defined"
         )
-    if not x.dim():
-        raise ValueError("x: expected shape [B, ...], got a 0-dimensional tensor")
-    refuse_mixing(model)
+    check_model(model)
     if quantity not in ("scalar", "jacobian"):
         raise ValueError(f"quantity: expected 'scalar' or 'jacobian', got {quantity!r}")
-    with torch.enable_grad(), paused():
-        point = x.detach().clone().requires_grad_()
-        result = model(point)
+    with own_pass(model):
+        point, given = fresh(x)
+        result = run(model, given)
         if quantity == "jacobian":
-            return _jacobian_norms(result, point)
-        value = _one_per_sample(result, output, len(x))
-        if not len(x):
-            return torch.empty(0, dtype=torch.float64, device=x.device)
-        (gradient,) = _grad(value.sum(), point)
-    return functional.sample_norms(gradient)
+            values = _flat_output(result, len(x))
+            norms = _jacobian_norms(values, point)
+        else:
+            values = one_per_sample(result, output, len(x))
+            norms = functional.sample_norms(_grad(values.sum(), point)[0]) if len(x) else _none(x)
+        finite = finite_rows(point.detach()) & finite_rows(values.detach())
+        return norms.masked_fill(~finite, float("nan"))
 
 
-def _one_per_sample(result: Any, output: int | Callable[[Any], Tensor] | None, batch: int) -> Tensor:
+def _none(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float64, device=x.device)
+
+
+def one_per_sample(result: Any, output: int | Callable[[Any], Tensor] | None, batch: int) -> Tensor:
+    """Of what a model returned, the one value for each sample, [B] or [B, 1]."""
     if callable(output):
         result = output(result)
     if not isinstance(result, Tensor):
@@ -98,6 +88,8 @@ def _one_per_sample(result: Any, output: int | Callable[[Any], Tensor] | None, b
                 f"output: index {output} does not fit the model's output of shape {list(result.shape)}; expected [B, K]"
             )
         result = result[:, output]
+    if result.dim() == 0 and batch == 1:  # squeezed
+        result = result.reshape(1)
     if result.dim() == 0 or result.shape[0] != batch or result.numel() != batch:
         raise ValueError(
             f"output: the model's output has shape {list(result.shape)} for {batch} samples, but one value per "
@@ -108,15 +100,22 @@ def _one_per_sample(result: Any, output: int | Callable[[Any], Tensor] | None, b
     return value
 
 
-def _jacobian_norms(result: Any, point: Tensor) -> Tensor:
-    if not isinstance(result, Tensor) or result.dim() < 1 or result.shape[0] != point.shape[0]:
+def _flat_output(result: Any, batch: int) -> Tensor:
+    if not isinstance(result, Tensor) or result.dim() < 1 or result.shape[0] != batch:
         raise ValueError("quantity: 'jacobian' needs a tensor output of shape [B, ...]")
+    flat: Tensor = result.reshape(batch, result.numel() // max(1, batch))
+    return flat
+
+
+def _jacobian_norms(values: Tensor, point: Tensor) -> Tensor:
     if not len(point):
-        return torch.empty(0, dtype=torch.float64, device=point.device)
-    flat = result.reshape(len(point), -1)
-    rows = [_grad(column.sum(), point, retain=True)[0].reshape(len(point), -1) for column in flat.unbind(1)]
-    norms: Tensor = torch.linalg.matrix_norm(torch.stack(rows, 1).double(), ord=2)
-    return norms
+        return _none(point)
+    rows = [_grad(column.sum(), point, retain=True)[0].reshape(len(point), -1) for column in values.unbind(1)]
+    jacobians = torch.stack(rows, 1).double()
+    finite = finite_rows(jacobians)
+    # An SVD refuses the whole batch for one row that is not finite.
+    norms: Tensor = torch.linalg.matrix_norm(torch.nan_to_num(jacobians), ord=2)
+    return norms.masked_fill(~finite, float("nan"))
 
 
 def _grad(value: Tensor, point: Tensor, *, retain: bool = False) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.distribution import Distribution
+from lipcore.guards import check_batch_size, check_input, check_rows, finite_rows
 from lipcore.names import unwrap
 from lipcore.pointwise import local_lipschitz
 from lipcore.regions.patterns import Patterns, activation_patterns
@@ -29,12 +30,11 @@ class Probe:
         regions: bool,
         batch_size: int,
     ) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-        if not x.dim() or not len(x):
+        check_input(model, x)
+        if not len(x):
             raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {list(x.shape)}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+        check_batch_size(batch_size)
+        check_rows(finite_rows(x), "x", "it")
         self.name, self.x = name, x.detach().clone()
         self._model, self._output, self._regions, self._batch_size = unwrap(model), output, regions, batch_size
         self.patterns: Patterns | None = None  #: as last measured, with regions=True
@@ -48,8 +48,11 @@ class Probe:
         with in_eval_mode(self._model):
             parts = self.x.split(self._batch_size)
             self.values = torch.cat([local_lipschitz(self._model, part, output=self._output) for part in parts])
-            if self._regions:
-                patterns = activation_patterns(self._model, self.x, batch_size=self._batch_size)
+            self._churn = math.nan
+            if self._regions and not bool(torch.isfinite(self.values).all()):
+                self.patterns = None  # training diverged, which a probe reports and does not stop
+            elif self._regions:
+                patterns = activation_patterns(self._model, self.x, output=self._output, batch_size=self._batch_size)
                 self._churn = math.nan if self.patterns is None else self.patterns.churn(patterns)
                 self.patterns = patterns
 
@@ -59,9 +62,12 @@ class Probe:
         distribution = Distribution()
         distribution.observe(self.values)
         result.add("local_lipschitz", self.name, "total", **distribution.reduced("exact", note="in eval mode"))
-        if self.patterns is not None:
+        if self._regions:
             count = len(self.x)
-            result.add("regions", self.name, "total", last=Value(float(self.patterns.regions), count))
+            known = self.patterns is not None
+            regions = float(self.patterns.regions) if self.patterns is not None else math.nan
+            note = "" if known else "constants at the points are not finite"
+            result.add("regions", self.name, "total", last=Value(regions, count, "exact", known, note))
             changed = Value(self._churn, count, "exact", not math.isnan(self._churn))
             result.add("region_churn", self.name, "total", last=changed)
 

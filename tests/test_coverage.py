@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lipcore import local_lipschitz
-from lipcore.regions import Coverage, activation_patterns
+from lipcore.regions import Coverage, Patterns, activation_patterns
+from lipcore.regions.kernel import kernel
+from lipcore.regions.patterns import PackedGate
 
 linprog = pytest.importorskip("scipy.optimize").linprog
 
@@ -139,3 +142,169 @@ def test_refusals() -> None:
         Coverage(mlp(2, 3, 1), torch.empty(0, 2))
     coverage = Coverage(mlp(2, 3, 2), x, output=1)
     assert np.isnan(coverage.query(9 * x).relaxed[coverage.query(9 * x).status == "uncovered"]).all()
+
+
+class Exchange(nn.Module):
+    """Two nodes that hear of one another, by indices that are fixed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(2, 2), nn.Linear(2, 1)
+        self.register_buffer("ends", torch.tensor([[0, 1], [1, 0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.reshape(-1, 2, 2)).relu()
+        heard = torch.zeros_like(h).index_add(1, self.ends[1], h[:, self.ends[0]])
+        return self.head((h - heard).relu()).sum((1, 2))
+
+
+class Bends(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.head = nn.Linear(4, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).clamp(-0.5, 0.7)
+        h = h + F.threshold(self.mix(h), 0.1, 0.0)
+        return self.head(h.abs() + F.relu6(h))
+
+
+FUNCTIONS = {
+    "indices": (Exchange, None),
+    "clamp, threshold, abs": (Bends, None),
+    "difference": (lambda: mlp(4, 4, 2), lambda z: z[:, 0] - z[:, 1]),
+    "margin": (lambda: mlp(4, 4, 2), lambda z: (z[:, 0] - z[:, 1]).abs()),
+    "past an activation": (lambda: mlp(4, 4, 2), lambda z: z[:, 0].relu() + z[:, 1]),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_bounds_of_functions_and_chosen_outputs(name: str) -> None:
+    make, output = FUNCTIONS[name]
+    statuses: set[str] = set()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = make().double()
+        for parameter in model.parameters():
+            parameter.data.mul_(2.5)
+        x = torch.randn(40, 4).double()
+        queries = torch.cat([x[:5], torch.randn(30, 4).double(), 8 * torch.randn(20, 4).double()])
+        result = Coverage(model, x, output=output).query(queries)
+        truth = local_lipschitz(model, queries, output=output).numpy()
+        for bound in (result.bound, result.relaxed, result.nearest):
+            assert (np.isnan(bound) | (bound >= truth * (1 - 1e-6) - 1e-9)).all()
+        train = result.status == "train"
+        assert np.allclose(result.bound[train], truth[train])
+        statuses |= set(result.status)
+    assert {"train", "combination"} <= statuses
+
+
+def test_labels_say_which_bounds_are_exact() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(30, 2)
+    found = Coverage(mlp(2, 8, 1), x).query(torch.cat([x[:3], 9 * x]))
+    assert (found.labels[:3] == "exact").all()
+    assert ((found.labels == "exact") == (found.status == "train")).all()
+    assert found.to_dict()["labels"] == found.labels.tolist()
+    assert set(found.labels) == {"exact", "one-sided"}
+
+
+def step(model: nn.Module) -> None:
+    """One step of an optimizer that leaves version counters alone."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    model(torch.ones(4, 2)).sum().backward()
+    optimizer.step()
+
+
+CHANGES = {
+    "fused step": step,
+    "swapped entries": lambda m: m[0].weight.data.copy_(m[0].weight.data.flip(0)),
+    "buffer": lambda m: m[1].running_mean.add_(1),
+    "data replaced": lambda m: setattr(m[0].weight, "data", m[0].weight.data * 2),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_model_that_changed_is_refused(name: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 1)).eval()
+    x = torch.randn(9, 2)
+    coverage = Coverage(model, x)
+    coverage.query(x)
+    CHANGES[name](model)
+    with pytest.raises(ValueError, match=r"it changed since this Coverage was built \(\d parameters .*build it anew"):
+        coverage.query(x)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(2, 8, 1), torch.randn(6, 2)
+    bad = x.clone()
+    bad[1], bad[4] = float("nan"), float("inf")
+    for call in (lambda: Coverage(model, bad), lambda: Coverage(model, x).query(bad)):
+        with pytest.raises(ValueError, match=r"x: it has NaN or infinity in 2 of 6 rows \(row 1, 4\)"):
+            call()
+    for value, message in ((float("nan"), "its output has NaN"), (-float("inf"), "parameter '0.bias' has NaN")):
+        with torch.no_grad():
+            model[0].bias[0] = value  # minus infinity: a unit that is off, and an output that is finite
+        with pytest.raises(ValueError, match=message):
+            Coverage(model, x)
+
+
+def tokens(last: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(last, 1))
+
+
+def dead_pooling() -> nn.Sequential:
+    model = nn.Sequential(nn.Conv1d(1, 2, 3), nn.ReLU(), nn.MaxPool1d(2), nn.Flatten(), nn.Linear(4, 1))
+    torch.nn.init.constant_(model[0].bias, -100.0)
+    return model
+
+
+def deep(width: int, layers: int) -> nn.Sequential:
+    """All units on, so that the pattern is as long as it can be."""
+    model = mlp(2, *[width] * layers, 1)
+    with torch.no_grad():
+        for i, parameter in enumerate(model.parameters()):
+            parameter.copy_(torch.rand_like(parameter) * 2 / width if parameter.dim() > 1 and i else parameter)
+            if parameter.dim() == 1:
+                parameter.fill_(0.01)
+    return model
+
+
+ODD_MODELS = {
+    "tokens": (lambda: tokens(8), (2, 3)),
+    "one token": (lambda: tokens(4), (1, 3)),
+    "flattened first": (lambda: nn.Sequential(nn.Flatten(), *mlp(6, 4, 1)), (2, 3)),
+    "dead pooling": (dead_pooling, (1, 7)),
+    "very deep": (lambda: deep(40, 400), (2,)),
+}
+
+
+@pytest.mark.parametrize("name", ODD_MODELS)
+def test_models_at_the_edge(name: str) -> None:
+    torch.manual_seed(0)
+    make, shape = ODD_MODELS[name]
+    model, x, queries = make().double(), torch.randn(12, *shape).double(), 3 * torch.randn(30, *shape).double()
+    found, truth = Coverage(model, x).query(queries), local_lipschitz(model, queries).numpy()
+    for bound in (found.bound, found.relaxed, found.nearest):
+        assert (np.isnan(bound) | (bound >= truth * (1 - 1e-6) - 1e-9)).all()
+    unknown = (found.status != "train") & (name == "tokens")  # ||M||: no chain of the layers' own widths
+    assert np.array_equal(np.isnan(found.nearest), unknown)
+    assert unknown.any() == (name == "tokens")
+
+
+@pytest.mark.parametrize("places", [3, 40])
+@pytest.mark.parametrize("rows", [(0, 5), (1, 1), (23, 17)])
+def test_pooling_kernels_count_the_same_elements(places: int, rows: tuple[int, int]) -> None:
+    random = np.random.default_rng(0)
+    windows = 100 * np.arange(13)
+    gates = []
+    for count in rows:
+        indices = (windows + random.integers(0, places, (count, 13))).astype(np.int32)
+        gates.append(Patterns((PackedGate("pool", "index", 13, indices.view(np.uint8).reshape(count, 52)),)))
+    mine, theirs = (gate.layers[0].bits() for gate in gates)
+    truth = (mine[:, None] == theirs[None]).sum(2)
+    log, whole = kernel(*gates, affine=True)
+    assert np.allclose(np.exp(log), truth + 1)
+    assert all(np.array_equal(part, truth + 1) for part in whole)

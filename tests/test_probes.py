@@ -75,6 +75,21 @@ def test_a_window_closed_after_the_monitor_was() -> None:
     assert monitor.close_window()["probes"].local_lipschitz["ones"].mean.count == 3
 
 
+def test_diverged_training_is_reported_and_not_stopped() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    with Monitor(model, sgd(model)) as monitor:
+        probe = monitor.probe(torch.ones(3, 5), "ones", regions=True)
+        with torch.no_grad():
+            next(model.parameters()).fill_(math.nan)
+        monitor.step()
+        window = monitor.close_window()["probes"]
+    assert probe.values.isnan().all()
+    assert window.local_lipschitz["ones"].mean.count == 0
+    for found in (window.regions["ones"].last, window.region_churn["ones"].last):
+        assert math.isnan(found.value)
+        assert not found.valid
+
+
 def test_refusals() -> None:
     model = seeded(lambda: mlp(5, 7, 1))
     monitor = Monitor(model, sgd(model))
@@ -83,6 +98,8 @@ def test_refusals() -> None:
         monitor.probe(torch.ones(1, 5), "one")
     with pytest.raises(ValueError, match="N >= 1"):
         monitor.probe(torch.ones(0, 5), "none")
+    with pytest.raises(ValueError, match=r"x: it has NaN or infinity in 1 of 2 rows \(row 1\)"):
+        monitor.probe(torch.tensor([[1.0] * 5, [math.nan] * 5]), "nan")
     with pytest.raises(TypeError, match="x: expected a floating tensor"):
         monitor.probe(torch.ones(1, 5, dtype=torch.int64), "integers")
     with pytest.raises(ValueError, match="one value per sample is needed"):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from models import Graph
 from torch import nn
 
 from lipcore import local_lipschitz
@@ -69,3 +72,60 @@ def test_refusals() -> None:
         slice_map(MODEL, plane, extent=(1, 0, 0, 1))
     with pytest.raises(ValueError, match="resolution: expected an integer >= 2, got 1"):
         slice_map(MODEL, plane, resolution=1)
+
+
+def wrong(**settings: Any) -> Callable[[], Any]:
+    plane = Plane(torch.zeros(4), torch.eye(4)[0], torch.eye(4)[1])
+    return lambda: slice_map(MODEL, plane, **({"resolution": 3} | settings))
+
+
+def other_coverage(**settings: Any) -> Callable[[], Any]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2 if settings else 1))
+    return wrong(coverage=Coverage(model, torch.randn(9, 4), **settings))
+
+
+TWO_HEADED = Graph(lambda m, x: {"a": m.a(x).relu()}, a=nn.Linear(4, 1))
+A, B, C = torch.eye(4)[:3].clone()
+ERRORS: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
+    "dict": (
+        lambda: slice_map(TWO_HEADED, Plane.through(A, B, C), resolution=3),
+        ValueError,
+        "output: the model returns a dict; pass output=",
+    ),
+    "batch size": (wrong(batch_size=0), ValueError, "batch_size: expected an integer >= 1, got 0"),
+    "three numbers": (wrong(extent=(0, 1, 2)), ValueError, r"extent: expected four numbers .*, got \(0, 1, 2\)"),
+    "infinite extent": (wrong(extent=(0, 1, 0, float("inf"))), ValueError, "extent: expected four numbers"),
+    "short target": (
+        wrong(target=lambda p: p[:2, 0]),
+        ValueError,
+        r"target: expected a tensor of one value for each of the 9 points, got shape \[2\]",
+    ),
+    "numpy target": (wrong(target=lambda p: p.numpy()), ValueError, "target: .* got a ndarray"),
+    "numpy x": (wrong(x=np.zeros((3, 4))), TypeError, "x: expected a tensor, got ndarray"),
+    "narrow x": (wrong(x=torch.zeros(3, 2)), ValueError, r"x: expected shape \[N, 4\], got \[3, 2\]"),
+    "coverage of another model": (other_coverage(), ValueError, "coverage: it was built of another model"),
+    "coverage of another output": (other_coverage(output=1), ValueError, "coverage: it was built of another model"),
+    "integers": (lambda: Plane.through(A.long(), B, C), TypeError, "a: expected a floating tensor, got torch.int64"),
+    "numpy": (lambda: Plane.through(A, B.numpy(), C), TypeError, "b: expected a floating tensor, got ndarray"),
+    "nan": (lambda: Plane.through(A, B * float("nan"), C), ValueError, "b: it has NaN or infinity"),
+    "nan in u": (lambda: Plane(A, B * float("nan"), C), ValueError, "u: it has NaN or infinity"),
+    "broadcast": (lambda: Plane.through(A, B[:1], C), ValueError, r"a, b, c: they need the shape of one input"),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_bad_arguments_are_named(name: str) -> None:
+    call, error, message = ERRORS[name]
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_plane_through_inputs_of_any_precision(dtype: torch.dtype) -> None:
+    """Orthogonal in float32 at least; a model in half precision gets points of its own dtype."""
+    torch.manual_seed(0)
+    plane = Plane.through(*torch.randn(3, 4).to(dtype))
+    assert plane.u.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 1)).to(dtype)
+    assert np.isfinite(slice_map(model, plane, resolution=3).local_lipschitz).all()

@@ -10,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lipcore.regions.gates import Gate, Kind, check_model, record_gates
+from lipcore.guards import check_batch_size, check_input, check_model, check_rows, finite_rows
+from lipcore.regions.gates import Gate, Kind
+from lipcore.regions.recording import Output, check_batch_axis, record_gates
 
 
 @dataclass(frozen=True)
@@ -100,21 +102,25 @@ class Patterns:
         return f"Patterns({len(self)} inputs in {self.regions} regions; {layers})"
 
 
-def activation_patterns(model: nn.Module, x: Tensor, *, batch_size: int = 1024) -> Patterns:
+def activation_patterns(model: nn.Module, x: Tensor, *, output: Output = None, batch_size: int = 1024) -> Patterns:
     """Packed activation patterns of inputs x [N, ...] of any network with ReLU-family activations.
 
     Recorded are ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Threshold, clamp, abs (one or two bits per unit: on which
     linear piece its input lies; exactly on a kink counts as the lower piece, the slope torch takes there) and max
-    pooling (which element was the largest), whether called as modules or functions. A head without linear pieces
-    (a sigmoid) is allowed at the very end and named in ``head``. The model is run, not changed.
+    pooling (which element was the largest), whether called as modules or functions. All other operations on values that
+    depend on x must be known to be affine in them: a product of two such values, a mask from a comparison or a
+    normalisation is refused by name. A smooth head (a sigmoid) is allowed at the very end and named in ``head``. That
+    samples do not mix is checked on two of them. The model is run, not changed: buffers get their values back.
 
     Args:
         model: any wiring (chains, convolutions, residual connections); in eval mode where it has BatchNorm or Dropout.
         x: [N, ...], N >= 1.
+        output: which value counts, as in :func:`lipcore.local_lipschitz`; it decides what is the head.
         batch_size: inputs per forward pass.
 
     Raises:
-        ValueError: x is empty; BatchNorm or Dropout in train mode; another activation or normalisation (named).
+        ValueError: x is empty, not finite, or not on the model's device; the model's output is not finite; BatchNorm or
+            Dropout in train mode; another activation or normalisation (named); samples that mix.
         TypeError: x is not a tensor.
 
     >>> model = nn.Sequential(nn.Linear(1, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -122,22 +128,25 @@ def activation_patterns(model: nn.Module, x: Tensor, *, batch_size: int = 1024) 
     >>> activation_patterns(model, torch.tensor([[-1.0], [1.0], [2.0]]))
     Patterns(3 inputs in 2 regions; 1[2])
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
-    if not x.dim() or not len(x):
+    check_input(model, x)
+    check_batch_size(batch_size)
+    if not len(x):
         raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {list(x.shape)}")
     check_model(model)
-    _check_device(model, x)
+    check_rows(finite_rows(x), "x", "it")
     parts: list[list[PackedGate]] = []
+    finite = []
     head = ""
     for batch in x.split(batch_size):
-        gates, head = record_gates(model, batch)
-        packed = [_packed(gate) for gate in gates]
+        recording = record_gates(model, batch, output)
+        head = recording.head
+        finite.append(recording.finite)
+        packed = [_packed(gate) for gate in recording.gates]
         if parts and [(gate.name, gate.width) for gate in packed] != [(gate.name, gate.width) for gate in parts[0]]:
             raise ValueError("model: its activations differ from batch to batch; patterns need the same ones each time")
         parts.append(packed)
+    check_rows(torch.cat(finite), "model", "its output")
+    check_batch_axis(model, x, output)
     layers = []
     for pieces in zip(*parts, strict=True):
         above = [piece.above for piece in pieces if piece.above is not None]
@@ -145,14 +154,6 @@ def activation_patterns(model: nn.Module, x: Tensor, *, batch_size: int = 1024) 
         slope = np.concatenate([piece.slope for piece in pieces])
         layers.append(PackedGate(first.name, first.kind, first.width, slope, np.concatenate(above) if above else None))
     return Patterns(tuple(layers), head)
-
-
-def _check_device(model: nn.Module, x: Tensor) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.device != x.device:
-            raise ValueError(
-                f"x: it is on {x.device}, but parameter '{name}' of the model is on {parameter.device}; move one"
-            )
 
 
 def _packed(gate: Gate) -> PackedGate:

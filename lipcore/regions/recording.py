@@ -1,0 +1,122 @@
+"""The pieces of every activation in one forward pass, and whether samples stay apart in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from lipcore.guards import finite_rows, fresh, own_pass, run
+from lipcore.names import named_modules, unwrap
+from lipcore.pointwise import one_per_sample
+from lipcore.regions.gates import Gate
+from lipcore.regions.recorder import Recorder, is_continuous
+
+Output = int | Callable[[Any], Tensor] | None
+
+
+@contextmanager
+def _following(model: nn.Module, path: list[str]) -> Iterator[None]:
+    """While it lasts, `path` ends with the name of the module that runs."""
+
+    def leave(*_: Any) -> None:  # what a hook returns would be taken for the module's output
+        path.pop()
+
+    handles = []
+    try:
+        for name, module in named_modules(model):
+            handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One forward pass."""
+
+    gates: list[Gate]  #: in the order they ran
+    head: str  #: the operation without linear pieces that the output went through at the end, or ""
+    finite: Tensor  #: bool [B]: the output is
+    inputs: list[Tensor]  #: of the gates, then the outputs, where asked for
+
+
+def record_gates(model: nn.Module, x: Tensor, output: Output = None, *, keep_inputs: bool = False) -> Recording:
+    """The gates of one forward pass, `output` included; ValueError where other operations come before the head."""
+    model = unwrap(model)
+    path: list[str] = []
+    recorder = Recorder(path, keep_inputs)
+    # With gradients on: without them max_pool1d runs a kernel that keeps no indices.
+    with own_pass(model), _following(model, path):
+        _, given = fresh(x)
+        recorder.followed.add(given, None)
+        with recorder:
+            result = run(model, given)
+            if output is not None:
+                result = one_per_sample(result, output, len(x))
+    outputs = [leaf.detach() for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and is_continuous(leaf)]
+    if not outputs:
+        raise ValueError(
+            f"output: no floating tensor was found in the {type(result).__name__} that the model returns; pass "
+            "output=<callable that gives one value per sample>"
+        )
+    states = [recorder.followed[leaf] for leaf in outputs if leaf in recorder.followed]
+    bent = min((state for state in states if state is not None), key=lambda state: state.smooth, default=None)
+    if bent is not None and not bent.smooth:
+        raise ValueError(bent.refusal())
+    head = "" if bent is None else f"{bent.op} in {bent.where}"
+    if not recorder.gates:
+        raise ValueError(
+            "model: no ReLU-family activation ran in its forward pass"
+            + (f" ({head} did)" if head else "")
+            + ", so it has no linear regions to tell apart"
+        )
+    for gate in recorder.gates:
+        if len(gate.slope) != len(x):
+            raise ValueError(
+                f"model: activation '{gate.name}' has {len(gate.slope)} rows for {len(x)} samples; the batch must stay "
+                "the first dimension"
+            )
+    finite = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    for leaf in outputs:
+        if leaf.dim() and len(leaf) == len(x):
+            finite &= finite_rows(leaf).to(x.device)
+    return Recording(recorder.gates, head, finite, [*recorder.inputs, *outputs] if keep_inputs else [])
+
+
+def check_batch_axis(model: nn.Module, x: Tensor, output: Output = None) -> None:
+    """ValueError where what the first sample does depends on the second, by two passes of two samples."""
+    first = x[:1]
+    other = 1 - first if x.is_floating_point() else x[-1:]
+    try:
+        alone, together = (
+            record_gates(model, torch.cat([first, second]), output, keep_inputs=True) for second in (first, other)
+        )
+    except RuntimeError as error:
+        raise ValueError(
+            f"model: it runs with {len(x)} samples but not with two; the batch must be the first dimension and of any "
+            "size"
+        ) from error
+    places = [*(f"activation '{gate.name}'" for gate in alone.gates), *["its output"] * len(alone.inputs)]
+    for where, mine, theirs in zip(places, alone.inputs, together.inputs, strict=False):
+        if mine.dim() and len(mine) == 2 and not _same_row(mine, theirs):
+            raise ValueError(
+                f"model: {where} of one sample depends on the other samples of the batch; the batch must be the first "
+                "dimension, and samples must not mix"
+            )
+
+
+def _same_row(mine: Tensor, theirs: Tensor) -> bool:
+    if mine.shape != theirs.shape or not mine.numel():
+        return mine.shape == theirs.shape
+    # Another kernel may round otherwise, but mixing shows in the leading digits.
+    largest = max(float(torch.nan_to_num(part, 0.0, 0.0, 0.0).abs().max()) for part in (mine, theirs))
+    slack = 100 * torch.finfo(mine.dtype).eps * largest
+    return bool(torch.isclose(mine[0], theirs[0], rtol=0.0, atol=slack, equal_nan=True).all())
