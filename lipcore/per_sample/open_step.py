@@ -28,19 +28,18 @@ class OpenStep:
     def _forget(self) -> None:
         self.samples = 0
         self._waiting: list[tuple[MicroBatch, Tensor | None]] = []
-        self._held: list[Distribution] = []
-        self._scores = SampleScores()
+        self._held: tuple[list[Distribution], SampleScores] | None = None
 
     def __bool__(self) -> bool:
-        return bool(self._waiting or self._held)
+        return bool(self._waiting) or self._held is not None
 
     def add(self, micro: MicroBatch, ids: Tensor | None, places: int) -> None:
         """Another one, and the ids of its samples."""
         self._waiting.append((micro, ids))
         self.samples += micro.samples
         if len(self._waiting) >= _MOST:
-            self._held = self._held or [Distribution() for _ in range(places)]
-            self._hand_on(self._held, self._scores)
+            self._held = self._held or ([Distribution() for _ in range(places)], SampleScores())
+            self._hand_on(*self._held)
 
     def _hand_on(self, distributions: list[Distribution], scores: SampleScores) -> None:
         waiting, self._waiting = self._waiting, []
@@ -51,10 +50,10 @@ class OpenStep:
 
     def take_into(self, distributions: list[Distribution], scores: SampleScores) -> None:
         """The step was made: everything counts."""
-        for into, held in zip(distributions, self._held, strict=False):
-            into.merge(held)
-        if self._held:
-            scores.merge(self._scores)
+        if self._held is not None:
+            for into, held in zip(distributions, self._held[0], strict=True):
+                into.merge(held)
+            scores.merge(self._held[1])
         self._hand_on(distributions, scores)
         self._forget()
 

@@ -130,6 +130,8 @@ class StepSums:
         if not alone:  # the gradient is that of all ranks' samples, the norms are of this rank's
             return batch
         impossible = batch > mean * _JENSEN  # by Jensen's inequality: the mean's square, the mean of the squares
+        if impossible.is_cpu and not bool(impossible.any()):
+            return batch  # as nearly always; another device is not waited for
         impossible[-1] = impossible.any()
         self._count(NO_SAMPLES, impossible[-1])
         return batch.masked_fill(impossible, torch.nan)
