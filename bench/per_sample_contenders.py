@@ -28,9 +28,9 @@ def plain(task: Task, optimizer: Optimizer) -> Step:
     return step
 
 
-def _lipcore(fused: bool) -> Callable[[Task, Optimizer], Step]:
+def _lipcore(fused: bool = False, prove: bool = True) -> Callable[[Task, Optimizer], Step]:
     def make(task: Task, optimizer: Optimizer) -> Step:
-        metric = lipcore.PerSampleGradNorms(task.model, loss_reduction="mean", fused=fused)
+        metric = lipcore.PerSampleGradNorms(task.model, loss_reduction="mean", fused=fused, prove=prove)
 
         def step() -> Tensor:
             task.losses(task.model(task.x), task.y).mean().backward()
@@ -139,10 +139,15 @@ def loop(task: Task, optimizer: Optimizer) -> Step:
 
 CONTENDERS: dict[str, Callable[[Task, Optimizer], Step]] = {
     "plain": plain,
-    "lipcore": _lipcore(False),
-    "lipcore fused": _lipcore(True),
+    "lipcore": _lipcore(),
+    "lipcore fused": _lipcore(fused=True),
     "Opacus ghost": opacus,
     "BackPACK": backpack,
     "vmap(grad)": vmap,
     "loop": loop,
+}
+#: Its first pass keeps everything for two backward passes, of which the first is the proof.
+UNPROVED = {
+    "lipcore without proof": _lipcore(prove=False),
+    "lipcore fused without proof": _lipcore(fused=True, prove=False),
 }

@@ -12,7 +12,7 @@ import time
 
 import torch
 from measure import interleave
-from per_sample_contenders import CONTENDERS, Cannot, Step
+from per_sample_contenders import CONTENDERS, UNPROVED, Cannot, Step
 from per_sample_models import MODELS, Task
 
 _CHECKED = 2  # samples that are compared with the truth
@@ -21,7 +21,7 @@ _CHECKED = 2  # samples that are compared with the truth
 def _made(model: str, contender: str) -> tuple[Task, Step]:
     torch.manual_seed(0)
     task = MODELS[model]()
-    return task, CONTENDERS[contender](task, torch.optim.SGD(task.model.parameters(), lr=1e-4))
+    return task, (CONTENDERS | UNPROVED)[contender](task, torch.optim.SGD(task.model.parameters(), lr=1e-4))
 
 
 def _error(model: str, contender: str) -> float:
