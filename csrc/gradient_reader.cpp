@@ -1,5 +1,6 @@
 #include "gradient_reader.h"
 
+#include "attributes.h"
 #include "ops/ops.h"
 
 namespace lipcore {
@@ -15,15 +16,6 @@ struct Names {
 const Names& names() {
   static const Names all;
   return all;
-}
-
-// parameter.<name> is <wanted>: 1, 0, or -1 with a Python exception set.
-int attribute_is(PyObject* parameter, PyObject* name, PyObject* wanted) {
-  PyObject* value = PyObject_GetAttr(parameter, name);
-  if (!value) return -1;
-  const bool same = value == wanted;
-  Py_DECREF(value);
-  return same;
 }
 
 Py_ssize_t hooks_of(PyObject* parameter) {

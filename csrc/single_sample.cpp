@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <utility>
 
+#include "attributes.h"
 #include "ops/ops.h"
 
 namespace lipcore {
@@ -21,15 +22,6 @@ struct Names {
 const Names& names() {
   static const Names all;
   return all;
-}
-
-// object.<name> is <wanted>? 1, 0, or -1 with a Python exception set.
-int attribute_is(PyObject* object, PyObject* name, PyObject* wanted) {
-  PyObject* value = PyObject_GetAttr(object, name);
-  if (!value) return -1;
-  const bool same = value == wanted;
-  Py_DECREF(value);
-  return same;
 }
 
 }  // namespace
