@@ -86,11 +86,13 @@ def test_normalized_norms(dtype):
     assert_same_in_all_ways(lambda: list(functional.normalized_norms(delta, output_grad)))
 
 
+# Each takes several seconds: processes with other instruction sets and numbers of threads.
+MOST_DTYPES_SLOW = [name if name in ("f32", "bf16") else pytest.param(name, marks=pytest.mark.slow) for name in DTYPES]
 # Tensors of one task, of several chunks of one task, of several tasks, and groups of those; one with a NaN.
 SIZES = (1, 17, CHUNK, CHUNK + 1, 4 * CHUNK, 4 * CHUNK + 1, 9 * CHUNK + 7, 300_003, 5, 40 * CHUNK)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST_DTYPES_SLOW)
 def test_trajectory_step(dtype):
     sizes = SIZES if dtype == "f32" else SIZES[:-1]
     ref = [values((n,), DTYPES[dtype], 1) for n in sizes]
@@ -117,7 +119,7 @@ def test_update_sums(rule, dtype):
     assert_same_in_all_ways(lambda: list(functional.update_sums(params, first, second, [rule] * len(sizes))))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST_DTYPES_SLOW)
 def test_trajectory_metric(dtype):
     sizes = SIZES[:-1]
 

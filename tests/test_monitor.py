@@ -580,9 +580,16 @@ def test_an_exception_in_the_with_block_comes_through() -> None:
     assert monitor.compute().steps == 2
 
 
-@pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize(
-    "build", [lambda: mlp(5, 7, 1), lambda: frozen_mlp(), lambda: found_mlp()], ids=["mlp", "frozen", "found"]
+    ("build", "size"),
+    [
+        pytest.param(lambda: mlp(5, 7, 1), 1, id="mlp-1"),  # by the shortcut
+        pytest.param(lambda: mlp(5, 7, 1), 4, id="mlp-4"),
+        pytest.param(lambda: frozen_mlp(), 1, id="frozen-1", marks=pytest.mark.slow),
+        pytest.param(lambda: frozen_mlp(), 4, id="frozen-4", marks=pytest.mark.slow),
+        pytest.param(lambda: found_mlp(), 1, id="found-1", marks=pytest.mark.slow),
+        pytest.param(lambda: found_mlp(), 4, id="found-4", marks=pytest.mark.slow),
+    ],
 )
 def test_memory_does_not_grow(build: Callable[[], nn.Module], size: int) -> None:
     model, optimizer, monitor = watched(build, window_steps=50, history_limit=3)

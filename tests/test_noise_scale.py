@@ -59,7 +59,7 @@ def test_the_noise_scale_is_the_ratio_of_means():
     assert all(place["noise_scale"]["mean"].label == "estimate" for place in noise.finalize())
 
 
-@pytest.mark.parametrize("steps", [10, 30, 100, 300])
+@pytest.mark.parametrize("steps", [10, 30, *(pytest.param(steps, marks=pytest.mark.slow) for steps in (100, 300))])
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
 def test_the_intervals_hold_the_truth_as_often_as_they_say(steps, confidence):
     places = 800
