@@ -229,12 +229,13 @@ bool SingleBatch::end(const Backward& backward) {
     if (!PyErr_ExceptionMatches(PyExc_ValueError) && !PyErr_ExceptionMatches(PyExc_TypeError)) return false;
     PyErr_Clear();  // a gradient of another kind than before: Python says so
   }
-  if (found == GradientReader::Found::kNothing && backward.trouble == kNone) {
+  Trouble trouble = backward.trouble;
+  if (trouble == kNone && backward.pass != pass_) trouble = kAdded;  // stopped meanwhile, by another thread's pass
+  if (found == GradientReader::Found::kNothing && trouble == kNone) {
     entered_ = -1;  // it accumulated nothing: the pass is still to come back
   } else if (backward.pass == pass_) {
     pass_ = 0;
   }
-  Trouble trouble = backward.trouble;
   if (found == GradientReader::Found::kExpected && trouble == kNone &&
       std::abs(read_[static_cast<size_t>(std::max<int64_t>(last_bias_, 0))] - expected_sq_) > kAgreement * expected_sq_)
     trouble = kElsewhere;

@@ -90,7 +90,7 @@ class LayerCapture:
         self._wants_proof = prove
         self._broadcast = broadcast
         self._compiled = any(is_compiled(module) for module in model.modules())
-        self._open: weakref.WeakSet[LayerPass] = weakref.WeakSet()
+        self._forgettable: weakref.WeakValueDictionary[int, LayerPass] = weakref.WeakValueDictionary()
         self._last: LayerPass | None = None
         self._returning: set[LayerPass] = set()  # passes of the backward pass under way
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
@@ -129,7 +129,7 @@ class LayerCapture:
     def rebind(self) -> None:
         """Look at the model anew; what was under way does not count."""
         self._unhook()
-        self._open.clear()
+        self._forgettable.clear()
         self.current = self._last = None
         self._look()
         self.recording = True
@@ -160,10 +160,13 @@ class LayerCapture:
         """These hooks in the place of the model's own, in their order among others', and none on the layers."""
         self._replace_hooks(hooks.before_forward, hooks.after_forward)
         self._unhook_layers()
+        for run in self._open():
+            if run.finished_task == -1:
+                run.spoiled = "another thread's passes were being served from the gradients"
 
     def _tap(self) -> None:
+        self._hook_layers()  # first: another thread's pass may begin at once
         self._replace_hooks(*self._hooks)
-        self._hook_layers()
 
     def _replace_hooks(self, begin: Any, end: Any) -> None:
         if self._handles:
@@ -251,12 +254,13 @@ class LayerCapture:
         except Exception as error:
             self.fail(error)
             return
-        if any(other.finished_task == -1 for other in self._open):
+        if any(other.finished_task == -1 for other in self._open()):
             run.chained = depends_on(arguments, keywords, self.coverage.measured().values())
         if run.batch.size == 1 and self._may_serve and not run.chained:
-            run.proves = not any(other.finished_task == -1 for other in self._open) and self._single.may_prove()
+            run.proves = not any(other.finished_task == -1 for other in self._open()) and self._single.may_prove()
         self.current = self._last = run
-        self._open.add(run)
+        self._forgettable[id(run)] = run
+        self._single.stop()  # where another thread has made it serve meanwhile
         if self._compiled:
             leaves = tree_leaves((arguments, keywords))
             first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -349,6 +353,10 @@ class LayerCapture:
         out.register_hook(keep)
         return out
 
+    def _open(self) -> list[LayerPass]:
+        """Passes whose graph still lives, of every thread."""
+        return [run for alive in self._forgettable.valuerefs() if (run := alive()) is not None]
+
     # ---- the backward pass, in which nothing may be raised
 
     def pass_of_recomputation(self) -> LayerPass | None:
@@ -356,7 +364,7 @@ class LayerCapture:
         self._single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
         candidates = self._returning
         if not candidates and self.tapping:
-            candidates = {run for run in self._open if run.finished_task == -1} or set(self._open)
+            candidates = {run for run in self._open() if run.finished_task == -1} or set(self._open())
         if len(candidates) <= 1:
             return next(iter(candidates), None)
         return Recomputation(candidates)
@@ -413,7 +421,7 @@ class LayerCapture:
             return
         try:
             self._probes.read(run)
-            if any(other.chained and other.task == task for other in self._open):
+            if any(other.chained and other.task == task for other in self._open()):
                 run.broken = _CHAINED
             stray = self._stray.pop(task, set())
             for name in stray:
@@ -425,8 +433,10 @@ class LayerCapture:
             if not self._audited and not record.broken:
                 self._audited = True
                 audit_gradients(self.coverage, self._grads_before, record.norms_sq, skip=self._skip_uncovered)
-            together = any(other is not run and other.task == task for other in self._open)
-            if run.proves and record.fresh and not record.broken and not together:
+            # Nothing else may add to the gradients that are compared, or later to those that are served.
+            others = (other for other in self._open() if other is not run)
+            alone = not any(other.task == task or other.finished_task == -1 for other in others)
+            if run.proves and record.fresh and not record.broken and alone:
                 self._single.prove(record.norms_sq)
             run.proves = False
             self.records += 1

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lipcore import functional
 from lipcore.capture.audit import UNSEEN, Coverage
+from lipcore.capture.collector import in_backward
 from lipcore.capture.layer_pass import ERROR, LayerPass
 from lipcore.capture.layer_site import LayerSite
 from lipcore.capture.outputs import tensors_of
@@ -79,13 +80,17 @@ def _backward(
     """The norm of each parameter's gradient, what came to the probes, and what the layers brought; None where the graph
     does not allow it."""
     norms: dict[str, Norm] = {}
+    task = []  # of this backward pass: others, in other threads, go through the parameters' hooks meanwhile
 
     def taken(name: str, gradient: Tensor) -> Tensor:
+        if in_backward() not in task:
+            return gradient
         # All gradients at once, beside all activations, would be the largest memory of the training.
         norms[name] = Norm(gradient.dtype, functional.sample_norms(_values(gradient)[None])[0])
         return gradient if gradient.is_sparse else gradient.new_zeros(()).expand(gradient.shape)
 
-    handles = [p.register_hook(functools.partial(taken, name)) for name, p in parameters.items()]
+    handles = [output.register_hook(lambda _: task.append(in_backward())) for output in outputs]
+    handles += [p.register_hook(functools.partial(taken, name)) for name, p in parameters.items()]
     run.proof = proof = LayerPass(run.batch, run.frozen)
     proof.calls = run.calls
     wanted = [*parameters.values(), *run.probes.values()]
@@ -133,7 +138,7 @@ def _of_sample(output: Any, batch: Batch, sample: int) -> tuple[list[Tensor], li
         rows, begin, end = (int(n) for n in (batch.offsets[-1], batch.offsets[sample], batch.offsets[sample + 1]))
     for tensor in tensors_of(output):
         dim = batch.dim if batch.offsets is None and tensor.dim() > batch.dim else 0
-        if not tensor.requires_grad or not tensor.is_floating_point() or not tensor.dim() or tensor.shape[dim] != rows:
+        if tensor.is_leaf or not tensor.is_floating_point() or not tensor.dim() or tensor.shape[dim] != rows:
             continue
         if dim and tensor.dim() == 2 and tensor.shape[0] == rows:
             continue  # [B, B]: which of them is the batch?

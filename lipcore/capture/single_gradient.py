@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 import functools
 import random
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -92,6 +93,7 @@ class SingleBatches:
         self._reached: frozenset[str] = frozenset()  # parameters that had a gradient at the last proof
         self._names: tuple[str, ...] = ()  # those of the gradients that are read
         self._core: Any = None  # while passes are served
+        self._turning = threading.RLock()  # threads that train one model turn the hooks one after the other
 
     # ---- proofs, by passes that are tapped
 
@@ -132,19 +134,23 @@ class SingleBatches:
             *(Tensor, torch.is_grad_enabled, in_backward, in_transform, queue),
             *(WeakCall(self._stopped), on_backward, WeakCall(self._came_back)),
         ]
-        self._core = _core.SingleBatch(places, calls, self._batch_dim, self._random.randint(*_PROOF_EVERY))
-        self.renew_sink()
-        self._serve(self._core)
+        with self._turning:
+            self._core = _core.SingleBatch(places, calls, self._batch_dim, self._random.randint(*_PROOF_EVERY))
+            self.renew_sink()
+            self._serve(self._core)
 
     def stop(self) -> None:
         """Put the other hooks back on; the next passes are tapped, and prove."""
         if self._core is None:
             return
-        self.flush()
-        self._abandoned += self._core.stop()
-        self.enabled &= self._abandoned < _MOST_ABANDONED
-        self._core = None
-        self._tap()
+        with self._turning:
+            if self._core is None:
+                return
+            self.flush()
+            self._abandoned += self._core.stop()
+            self.enabled &= self._abandoned < _MOST_ABANDONED
+            self._tap()
+            self._core = None  # last: who finds nothing to stop relies on the layers' hooks
 
     # ---- passes that are served
 
