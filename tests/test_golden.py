@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
@@ -120,8 +123,23 @@ QUANTITIES = (
 )
 
 
-def check(frequency: float, seed: int, epochs: int) -> None:
-    curves = run(frequency, seed, epochs)
+Run = Callable[[float, int, int], dict[str, list[float]]]
+
+
+@pytest.fixture(scope="module")
+def run_rounded_alike() -> Iterator[Run]:
+    """run() in a process in which MKL rounds alike on every CPU.
+
+    A bias of 0.3 takes steps of 1e-6 here, so one step that is rounded to the other side, 3e-8, moves a variance of
+    3e-9 by more than its band. On CPUs with the newest instructions MKL's own choice does that in 2 of 40 runs.
+    """
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MKL_CBWR", "COMPATIBLE")  # read once, by a process's first product
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            yield lambda *arguments: process.submit(run, *arguments).result()
+
+
+def check(curves: dict[str, list[float]], frequency: float, seed: int, epochs: int) -> None:
     f, s = RECORDED["freqs"].index(frequency), RECORDED["seeds"].index(seed)
     wrong = []
     for name in QUANTITIES:
@@ -134,18 +152,18 @@ def check(frequency: float, seed: int, epochs: int) -> None:
 
 @pytest.mark.parametrize("frequency", RECORDED["freqs"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_ten_epochs(seed: int, frequency: float) -> None:
-    check(frequency, seed, 10)
+def test_ten_epochs(seed: int, frequency: float, run_rounded_alike: Run) -> None:
+    check(run_rounded_alike(frequency, seed, 10), frequency, seed, 10)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frequency", RECORDED["freqs"])
 @pytest.mark.parametrize("seed", RECORDED["seeds"])
-def test_hundred_epochs(seed: int, frequency: float) -> None:
-    check(frequency, seed, 100)
+def test_hundred_epochs(seed: int, frequency: float, run_rounded_alike: Run) -> None:
+    check(run_rounded_alike(frequency, seed, 100), frequency, seed, 100)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frequency", RECORDED["freqs"])
-def test_three_thousand_epochs(frequency: float) -> None:
-    check(frequency, 1, 3000)
+def test_three_thousand_epochs(frequency: float, run_rounded_alike: Run) -> None:
+    check(run_rounded_alike(frequency, 1, 3000), frequency, 1, 3000)
