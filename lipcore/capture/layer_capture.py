@@ -10,24 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
-from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves
 
 from lipcore import _core
 from lipcore.capture.accumulation import accumulates_everything
 from lipcore.capture.audit import Coverage, audit_gradients, audit_graph, cover, depends_on
+from lipcore.capture.batch_of import OffsetsOf, batch_of
 from lipcore.capture.broadcast import check_broadcast
 from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.layer_pass import INNER, OUTPUT, LayerPass, LayerRecord, Recomputation
 from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
+from lipcore.capture.model_hooks import ModelHooks
+from lipcore.capture.model_output import tap_output
 from lipcore.capture.outputs import on_backward
-from lipcore.capture.packed import boundaries
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
 from lipcore.capture.proof import disproved
-from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches, Sink
-from lipcore.layers import Batch, Factor, Outer
+from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches
+from lipcore.layers import Factor, Outer
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 
 _MAX_STRAY = 64
@@ -65,7 +66,7 @@ class LayerCapture:
         on_unrecorded: Callable[[int, str], None],
         *,
         batch_dim: int = 0,
-        offsets_of: Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
+        offsets_of: OffsetsOf | None = None,
         broadcast: tuple[str, ...] = (),
         methods: Mapping[str, str] | None = None,
         fused: bool = False,
@@ -95,8 +96,7 @@ class LayerCapture:
         self._returning: set[LayerPass] = set()  # passes of the backward pass under way
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
         self._grads_before: dict[str, bool] = {}
-        self._handles: list[Any] = []
-        self._layer_handles: list[Any] = []
+        self._hooks: ModelHooks | None = None
         self._look()
 
     def _look(self) -> None:
@@ -120,7 +120,7 @@ class LayerCapture:
             sites[name].broadcast = True
         self._audited = False
         self._proved = not self._wants_proof
-        self._single = SingleBatches(
+        self.single = SingleBatches(
             *(self.coverage, self.batch_dim, self._serve, self._tap),
             *(self._begin_forward, self._single_came_back, lambda: self._not_accumulated(1)),
         )
@@ -151,39 +151,19 @@ class LayerCapture:
             self.coverage.check()
         if self._compiled:
             self.coverage.check_single_use()
-        self._hooks = begin, end = WeakCall(self._begin_forward), WeakCall(self._end_forward)
-        self._handles.append(self.model.register_forward_pre_hook(begin, with_kwargs=True))
-        self._hook_layers()
-        self._handles.append(self.model.register_forward_hook(end, always_call=True))
+        begin, end = WeakCall(self._begin_forward), WeakCall(self._end_forward)
+        self._hooks = ModelHooks(self.model, self.sites, begin, end)
 
-    def _serve(self, hooks: Any) -> None:
-        """These hooks in the place of the model's own, in their order among others', and none on the layers."""
-        self._replace_hooks(hooks.before_forward, hooks.after_forward)
-        self._unhook_layers()
+    def _serve(self, before_forward: Any, after_forward: Any) -> None:
+        if self._hooks is not None:
+            self._hooks.serve(before_forward, after_forward)
         for run in self._open():
             if run.finished_task == -1:
                 run.spoiled = "another thread's passes were being served from the gradients"
 
     def _tap(self) -> None:
-        self._hook_layers()  # first: another thread's pass may begin at once
-        self._replace_hooks(*self._hooks)
-
-    def _replace_hooks(self, begin: Any, end: Any) -> None:
-        if self._handles:
-            before, after = self._handles
-            self.model._forward_pre_hooks[before.id] = begin
-            self.model._forward_hooks[after.id] = end
-
-    def _hook_layers(self) -> None:
-        # Before hooks that were there already: what they return may not be the layer's own output.
-        self._layer_handles = [
-            site.module.register_forward_hook(site, with_kwargs=True, prepend=True) for site in self.sites
-        ]
-
-    def _unhook_layers(self) -> None:
-        for handle in self._layer_handles:
-            handle.remove()
-        self._layer_handles = []
+        if self._hooks is not None:
+            self._hooks.tap()
 
     def close(self) -> None:
         """Remove every hook; what was recorded stays."""
@@ -192,16 +172,15 @@ class LayerCapture:
         self._unhook()
 
     def _unhook(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._unhook_layers()
+        if self._hooks is not None:
+            self._hooks.remove()
+        self._hooks = None
 
     def fail(self, error: Exception) -> None:
         """Stop capturing and hand the error on; never raises."""
         if self.recording:
             self.recording = False
-            self._single.set_active(False)
+            self.single.set_active(False)
             self._on_error(error)
 
     @property
@@ -221,7 +200,7 @@ class LayerCapture:
     @active.setter
     def active(self, active: bool) -> None:
         self._active = active
-        self._single.set_active(active)
+        self.single.set_active(active)
 
     @property
     def tapping(self) -> bool:
@@ -248,7 +227,9 @@ class LayerCapture:
             return
         self.flush()
         try:
-            run = LayerPass(self._batch(arguments, keywords), self.coverage.frozen_since())
+            run = LayerPass(
+                batch_of(arguments, keywords, self.batch_dim, self._offsets_of), self.coverage.frozen_since()
+            )
             if not self._skip_uncovered:
                 self.coverage.check_batch_statistics()
         except Exception as error:
@@ -257,10 +238,10 @@ class LayerCapture:
         if any(other.finished_task == -1 for other in self._open()):
             run.chained = depends_on(arguments, keywords, self.coverage.measured().values())
         if run.batch.size == 1 and self._may_serve and not run.chained:
-            run.proves = not any(other.finished_task == -1 for other in self._open()) and self._single.may_prove()
+            run.proves = not any(other.finished_task == -1 for other in self._open()) and self.single.may_prove()
         self.current = self._last = run
         self._forgettable[id(run)] = run
-        self._single.stop()  # where another thread has made it serve meanwhile
+        self.single.stop()  # where another thread has made it serve meanwhile
         if self._compiled:
             leaves = tree_leaves((arguments, keywords))
             first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
@@ -275,23 +256,6 @@ class LayerCapture:
         """Whether batches of one might be served from the gradients."""
         one_way = self.normalized or self._compiled or self.coverage.batch_statistics or self._offsets_of
         return self._audited and not one_way
-
-    def _batch(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Batch:
-        if self._offsets_of is not None:
-            offsets = boundaries(self._offsets_of(arguments, keywords))
-            return Batch(len(offsets) - 1, self.batch_dim, offsets)
-        first = arguments[0] if arguments else None  # mostly it, and looking for others takes 10 us
-        if any(isinstance(argument, PackedSequence) for argument in (*arguments, *keywords.values())):
-            raise ValueError(
-                "model: is called with a PackedSequence, whose rows are single steps of many samples; pass padded "
-                "sequences, or rows with cu_seqlens="
-            )
-        for leaf in (first,) if isinstance(first, Tensor) else tree_leaves((arguments, keywords)):
-            if isinstance(leaf, Tensor) and leaf.dim() > self.batch_dim:
-                return Batch(leaf.shape[self.batch_dim], self.batch_dim)
-        raise ValueError(
-            f"model: none of its arguments is a tensor with a dimension {self.batch_dim}, so there is no batch size"
-        )
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling() or _is_aside():
@@ -325,33 +289,18 @@ class LayerCapture:
         except Exception as error:
             self.fail(error)
 
-    def _tap_output(self, run: LayerPass, output: Any) -> Any:
-        if not isinstance(output, Tensor):
-            self.fail(
-                ValueError(f"model: normalized=True needs an output that is a tensor, got {type(output).__name__}")
-            )
-            return None
-        if not output.requires_grad:
-            return None
-        if output.numel() != run.batch.size:
-            self.fail(
-                ValueError(
-                    f"model: normalized=True needs one output per sample, {run.batch.size} of them; the output has "
-                    f"shape {list(output.shape)}"
-                )
-            )
-            return None
-        out = output.view_as(output)
-
-        def keep(grad: Tensor) -> None:
-            squares = grad.detach().reshape(-1).double().square()
+    def _tap_output(self, run: LayerPass, output: Any) -> Tensor | None:
+        def keep(squares: Tensor) -> None:
             if run.probes:
                 run.output_sq = squares
             elif self.recording and self.comes_back(run, inner=False):
                 run.add_row(OUTPUT, squares)
 
-        out.register_hook(keep)
-        return out
+        try:
+            return tap_output(output, run.batch.size, keep)
+        except ValueError as error:
+            self.fail(error)
+            return None
 
     def _open(self) -> list[LayerPass]:
         """Passes whose graph still lives, of every thread."""
@@ -361,7 +310,7 @@ class LayerCapture:
 
     def pass_of_recomputation(self) -> LayerPass | None:
         """The pass that a forward pass inside the backward belongs to (activation checkpointing)."""
-        self._single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
+        self.single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
         candidates = self._returning
         if not candidates and self.tapping:
             candidates = {run for run in self._open() if run.finished_task == -1} or set(self._open())
@@ -411,7 +360,7 @@ class LayerCapture:
         self.unrecorded[reason] = self.unrecorded.get(reason, 0) + 1
 
     def _not_accumulated(self, samples: int) -> None:
-        self._single.flush()  # an earlier pass's record comes first
+        self.single.flush()  # an earlier pass's record comes first
         self._count(NOT_ACCUMULATED)
         self._on_unrecorded(samples, NOT_ACCUMULATED)
 
@@ -437,7 +386,7 @@ class LayerCapture:
             others = (other for other in self._open() if other is not run)
             alone = not any(other.task == task or other.finished_task == -1 for other in others)
             if run.proves and record.fresh and not record.broken and alone:
-                self._single.prove(record.norms_sq)
+                self.single.prove(record.norms_sq)
             run.proves = False
             self.records += 1
             self._on_record(record)
@@ -454,20 +403,6 @@ class LayerCapture:
             self._on_record(record)
         except Exception as error:
             self.fail(error)
-
-    def sink_for_single(self, sink: Callable[[tuple[str, ...]], Sink | None]) -> None:
-        """Norms of batches of one that are served go where `sink` says, when their names are given; None: into
-        records."""
-        self._single.sink = sink
-        self._single.renew_sink()
-
-    def renew_sink(self) -> None:
-        """What the sink says has changed."""
-        self._single.renew_sink()
-
-    def single_total(self) -> float | None:
-        """The squared norm of a batch of one whose record has not been delivered yet."""
-        return self._single.total() if self.recording else None
 
     def _probe_came_back(self, run: LayerPass) -> None:
         task = in_backward()
@@ -490,7 +425,7 @@ class LayerCapture:
     def flush(self) -> None:
         """Deliver passes whose every number came back from inner backward passes (reentrant checkpoints), and one whose
         numbers are in the sink."""
-        self._single.flush()
+        self.single.flush()
         run, self._last = self._last, None
         if run is not None and run.inner_only and in_backward() == -1:
             run.inner_only = False

@@ -66,7 +66,8 @@ class SingleBatches:
     Args:
         coverage: the model's parameters.
         batch_dim: batch dimension of the model's input.
-        serve: put the compiled hooks in the place of the model's, and take the layers' off.
+        serve: put the compiled hooks (before and after the forward pass) in the place of the model's, and take the
+            layers' off.
         tap: undo that.
         not_served: gets the (module, arguments, keywords) of a forward pass that has to be tapped, after `tap`.
         deliver: gets the record of a served pass.
@@ -77,14 +78,14 @@ class SingleBatches:
         self,
         coverage: Coverage,
         batch_dim: int,
-        serve: Callable[[Any], None],
+        serve: Callable[[Any, Any], None],
         tap: Callable[[], None],
         not_served: Callable[..., None],
         deliver: Callable[[LayerRecord], None],
         not_accumulated: Callable[[], None],
     ) -> None:
         self.enabled = True
-        self.sink: Callable[[tuple[str, ...]], Sink | None] | None = None  #: asked where the norms of these may go
+        self._sink: Callable[[tuple[str, ...]], Sink | None] | None = None
         self._coverage, self._batch_dim = coverage, batch_dim
         self._serve, self._tap, self._not_served = serve, tap, not_served
         self._deliver, self._not_accumulated = deliver, not_accumulated
@@ -137,7 +138,7 @@ class SingleBatches:
         with self._turning:
             self._core = _core.SingleBatch(places, calls, self._batch_dim, self._random.randint(*_PROOF_EVERY))
             self.renew_sink()
-            self._serve(self._core)
+            self._serve(self._core.before_forward, self._core.after_forward)
 
     def stop(self) -> None:
         """Put the other hooks back on; the next passes are tapped, and prove."""
@@ -154,12 +155,17 @@ class SingleBatches:
 
     # ---- passes that are served
 
+    def send_to(self, sink: Callable[[tuple[str, ...]], Sink | None]) -> None:
+        """Norms of these parameters go where `sink` says; None: into records."""
+        self._sink = sink
+        self.renew_sink()
+
     def renew_sink(self) -> None:
-        """Where norms go has changed."""
+        """What the sink says has changed."""
         if self._core is None:
             return
         self.flush()
-        sink = self.sink(self._names) if self.sink is not None else None
+        sink = self._sink(self._names) if self._sink is not None else None
         if sink is None:
             self._core.remove_sink()
         else:

@@ -186,7 +186,7 @@ class PerSampleGradNorms(Metric):
             sums = StepSums(self._places, capture.coverage.parameters)
         self._open_step = OpenStep(sums)
         if self._alone:
-            capture.sink_for_single(self._single_sink)
+            capture.single.send_to(self._single_sink)
 
     def _single_sink(self, names: tuple[str, ...]) -> Sink | None:
         """The distributions, for norms that nothing else is asked about."""
@@ -198,7 +198,7 @@ class PerSampleGradNorms(Metric):
 
     def _renew_sink(self) -> None:
         if self._capture is not None:
-            self._capture.renew_sink()
+            self._capture.single.renew_sink()
 
     def rebind(self) -> None:
         """Parameters were frozen or unfrozen, layers added or removed; statistics start anew where the layers are
@@ -294,7 +294,7 @@ class PerSampleGradNorms(Metric):
     def per_sample(self) -> Tensor:
         """float64 [B]: n_i over all measured parameters, of the last backward pass in a recorded step; NaN, with the
         reason in :attr:`broken`, where that could not be recorded (autograd.grad, backward(inputs=))."""
-        square = self._capture.single_total() if self._alone and self._capture is not None else None
+        square = self._capture.single.total() if self._alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64)
         return self._micro().per_sample
