@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -16,7 +15,6 @@ from torch.optim import Optimizer
 from lipcore.capture.layer_capture import LayerCapture
 from lipcore.capture.layer_pass import LayerRecord
 from lipcore.capture.single_gradient import Sink
-from lipcore.distribution import Distribution
 from lipcore.metric import Metric, PlanLine
 from lipcore.noise_scale import NoiseScale
 from lipcore.per_sample.arguments import check_arguments, offsets_of
@@ -26,11 +24,12 @@ from lipcore.per_sample.micro_batch import MicroBatch, Norms
 from lipcore.per_sample.open_step import OpenStep, take_in
 from lipcore.per_sample.places import Places
 from lipcore.per_sample.reduction import Reduction, Terms
+from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.step import StepSums
-from lipcore.results import MetricResult, Value
+from lipcore.per_sample.window import NormWindow
+from lipcore.results import MetricResult
 from lipcore.sample_scores import SampleScores
 
-_TOTAL = "total"
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -138,8 +137,8 @@ class PerSampleGradNorms(Metric):
         self.scores = SampleScores()  #: per sample id, when `ids` are given
         self._places = Places({})
         self._open_step = OpenStep(None)
-        self._closed: deque[list[Distribution]] = deque(maxlen=0)
-        self._open: list[Distribution] = []
+        self._blocks = 1
+        self._window = NormWindow(0, 1)  # until the layers are known
         self._dropped = 0
         self._noise: NoiseScale | None = None
         self._monitor: Any = None
@@ -151,7 +150,7 @@ class PerSampleGradNorms(Metric):
     # ---- the protocol
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
-        self._closed = deque(maxlen=window_blocks - 1)
+        self._blocks = window_blocks
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
     def bind(self, model: nn.Module) -> None:
@@ -177,9 +176,8 @@ class PerSampleGradNorms(Metric):
             for parameter in site.names.values():
                 layer_of.setdefault(parameter, site.name)
         before, self._places = self._layers, Places(layer_of)
-        if self._layers != before or not self._open:
-            self._open, self._noise = self._block(), None
-            self._closed.clear()
+        if self._layers != before or not self._window.open:
+            self._window, self._noise = NormWindow(len(self._layers) + 1, self._blocks), None
         sums = None
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
@@ -194,7 +192,7 @@ class PerSampleGradNorms(Metric):
             return None
         index = [self._places.number[self._places.layer_of[name]] for name in names]
         factor = self._reduction.factor(1, None).number
-        return index, [distribution.core for distribution in self._open], factor * factor
+        return index, self._window.cores, factor * factor
 
     def _renew_sink(self) -> None:
         if self._capture is not None:
@@ -217,9 +215,6 @@ class PerSampleGradNorms(Metric):
     def _layers(self) -> list[str]:
         return self._places.layers
 
-    def _block(self) -> list[Distribution]:
-        return [Distribution() for _ in range(len(self._layers) + 1)]
-
     def observe_layers(self, record: LayerRecord) -> None:
         """One backward pass."""
         micro = MicroBatch(record, self._reduction.factor(record.samples, self._scaler), self._places)
@@ -232,10 +227,10 @@ class PerSampleGradNorms(Metric):
         if self._alone:
             self._take_in(micro, ids)
         else:
-            self._open_step.add(micro, ids, len(self._open))
+            self._open_step.add(micro, ids, len(self._window.open))
 
     def _take_in(self, micro: MicroBatch, ids: Tensor | None) -> None:
-        take_in(micro, ids, self._open, self.scores)
+        take_in(micro, ids, self._window.open, self.scores)
 
     def observe_unrecorded(self, samples: int, reason: str) -> None:
         """A backward pass without a record: the numbers of the one before are not its numbers, nor are the ids set for
@@ -252,7 +247,7 @@ class PerSampleGradNorms(Metric):
         """The optimizer has stepped: what its backward passes brought counts."""
         self._ids = None  # set for a backward pass that did not come, or that was in a step without records
         recorded = bool(self._open_step)
-        self._open_step.take_into(self._open, self.scores)
+        self._open_step.take_into(self._window.open, self.scores)
         if self._open_step.sums is not None and self._noise is not None and recorded:
             self._open_step.sums.finish(self._noise.observe, _ranks())
         self._steps += 1
@@ -367,47 +362,20 @@ class PerSampleGradNorms(Metric):
             if capture.coverage.uncovered:
                 result.details["not_covered"] = dict(capture.coverage.uncovered)
         note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""
-        for layer, distribution in zip([*self._layers, _TOTAL], self._window(), strict=False):
-            total = layer == _TOTAL
-            estimated = "estimate" in self._methods.values() if total else self._methods.get(layer) == "estimate"
-            reduced = distribution.reduced("estimate" if estimated else "exact", note=note if total else "")
-            missing = distribution.missing + distribution.invalid
-            reduced["missing"] = Value(float(missing), distribution.count + missing)
-            result.add("grad_norm", layer, "total" if total else "group", **reduced)
+        estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
+        add_norms(result, self._layers, self._window.merged(), estimated, note)
         if self._noise is not None:
-            self._add_noise(result, self._noise)
+            add_noise(result, self._layers, self._noise, self._open_step.sums)
         return result
-
-    def _add_noise(self, result: MetricResult, noise: NoiseScale) -> None:
-        for layer, found in zip([*self._layers, _TOTAL], noise.finalize(), strict=True):
-            level = "total" if layer == _TOTAL else "group"
-            for quantity, reducers in found.items():
-                result.add(quantity, layer, level, **reducers)  # type: ignore[arg-type]
-        sums = self._open_step.sums
-        if sums is not None:
-            result.details["noise_scale_skipped"] = sums.skipped()
-            if sums.off:
-                result.details["noise_scale_off"] = sums.off
-
-    def _window(self) -> list[Distribution]:
-        if not self._closed:
-            return self._open
-        merged = self._block()
-        for block in (*self._closed, self._open):
-            for into, distribution in zip(merged, block, strict=True):
-                into.merge(distribution)
-        return merged
 
     def reset(self) -> None:
         """Start a new window."""
-        self._closed.clear()
-        self._open = self._block()
+        self._window.reset()
         self._start_block()
 
     def advance(self) -> None:
         """Slide the window by a block; the noise scale's window is the open block, its moving average goes on."""
-        self._closed.append(self._open)
-        self._open = self._block()
+        self._window.advance()
         self._start_block()
 
     def _start_block(self) -> None:
@@ -426,8 +394,7 @@ class PerSampleGradNorms(Metric):
             "layers": list(self._layers),
             "steps": self._steps,
             "dropped": self._dropped,
-            "open": [distribution.state_dict() for distribution in self._open],
-            "closed": [[distribution.state_dict() for distribution in block] for block in self._closed],
+            **self._window.state_dict(),
             "noise": self._noise.state_dict() if self._noise is not None else {},
             "scores": self.scores.state_dict(),
         }
@@ -439,26 +406,16 @@ class PerSampleGradNorms(Metric):
                 raise ValueError(f"{key}: the state has {state.get(key)!r}, this metric has {expected!r}")
         if bool(state["noise"]) != (self._noise is not None):
             raise ValueError("noise: the state was made with the other setting of noise_scale=")
-        loaded, *closed = (self._loaded(block) for block in (state["open"], *state["closed"]))
-        if len(closed) > (self._closed.maxlen or 0):
-            raise ValueError(f"closed: the state has {len(closed)} blocks, this window {self._closed.maxlen}")
+        window = self._window.loaded(state)
         scores = SampleScores()
         scores.load_state_dict(state["scores"])
         if self._noise is not None:
             self._noise.load_state_dict(state["noise"])
-        self._open, self.scores = loaded, scores
-        self._closed.clear()
-        self._closed.extend(closed)
+        self._window, self.scores = window, scores
         self._steps, self._dropped = int(state["steps"]), int(state["dropped"])
         self._renew_sink()
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
-
-    def _loaded(self, states: Any) -> list[Distribution]:
-        loaded = self._block()
-        for distribution, state in zip(loaded, states, strict=True):
-            distribution.load_state_dict(state)
-        return loaded
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: the settings and all numbers, and no model. What the open step brought stays with the original."""
