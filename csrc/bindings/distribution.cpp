@@ -1,0 +1,119 @@
+// Distributions, and what is put into several of them at once.
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "bindings/bind.h"
+#include "bindings/views.h"
+#include "distribution.h"
+#include "ops/ops.h"
+
+namespace lipcore {
+namespace {
+
+void observe_values(Distribution& distribution, py::handle values) {
+  const TensorView v = view_of(values, "values");
+  if (v.dtype != DType::kFloat64 || v.ndim != 1 || !v.on_cpu())
+    throw py::value_error("values: expected a 1-dimensional float64 CPU tensor, got " +
+                          std::string(dtype_name(v.dtype)) + " " + ShapeText(v).text);
+  const auto* x = static_cast<const double*>(v.data);
+  for (int64_t i = 0; i < v.numel; ++i) distribution.observe(x[i * v.strides[0]]);
+}
+
+// numerators[k, b] / |output_grad[0, b]| into distribution k; NaN ("missing") where output_grad is 0 or not finite.
+void observe_ratios(py::handle numerators, py::handle output_grad, const std::vector<Distribution*>& distributions) {
+  const TensorView n = view_of(numerators, "numerators"), g = view_of(output_grad, "output_grad");
+  if (n.dtype != DType::kFloat64 || g.dtype != DType::kFloat64 || n.ndim != 2 || g.ndim != 2 || g.shape[0] != 1 ||
+      !n.on_cpu() || !g.on_cpu() || n.shape[1] != g.shape[1] || n.shape[0] < static_cast<int64_t>(distributions.size()))
+    throw py::value_error(
+        "numerators: expected float64 [columns, B] beside output_grad float64 [1, B] on the CPU, got " +
+        std::string(ShapeText(n).text) + " and " + ShapeText(g).text);
+  const auto* x = static_cast<const double*>(n.data);
+  const auto* gradient = static_cast<const double*>(g.data);
+  for (int64_t b = 0; b < g.numel; ++b) {
+    const double eps = std::abs(gradient[b * g.strides[1]]);
+    const bool usable = eps > 0 && std::isfinite(eps);
+    for (size_t k = 0; k < distributions.size(); ++k)
+      distributions[k]->observe(usable ? x[static_cast<int64_t>(k) * n.strides[0] + b * n.strides[1]] / eps
+                                       : std::nan(""));
+  }
+}
+
+// The roots of squares[k, b] into distribution k.
+void observe_roots(py::handle squares, const std::vector<Distribution*>& distributions) {
+  const TensorView s = view_of(squares, "squares");
+  if (s.dtype != DType::kFloat64 || s.ndim != 2 || !s.on_cpu() ||
+      s.shape[0] != static_cast<int64_t>(distributions.size()))
+    throw py::value_error("squares: expected float64 [len(distributions), B] on the CPU, got " +
+                          std::string(dtype_name(s.dtype)) + " " + ShapeText(s).text);
+  const auto* x = static_cast<const double*>(s.data);
+  for (int64_t b = 0; b < s.shape[1]; ++b)
+    for (size_t k = 0; k < distributions.size(); ++k)
+      distributions[k]->observe(std::sqrt(x[static_cast<int64_t>(k) * s.strides[0] + b * s.strides[1]]));
+}
+
+// out[k, b] = the sum over squares[p, b] with index[p] = k; out's last row the sum over all p, NaN unless they are
+// known.
+void place_sums(py::handle squares, const std::vector<int64_t>& index, bool known, py::handle out) {
+  const TensorView s = view_of(squares, "squares"), sums = view_of(out, "out", Access::kWrite);
+  for (const TensorView* table : {&s, &sums})
+    if (table->dtype != DType::kFloat64 || table->ndim != 2 || !table->on_cpu())
+      throw py::value_error("squares, out: expected float64 [rows, B] on the CPU, got " +
+                            std::string(dtype_name(table->dtype)) + " " + ShapeText(*table).text);
+  const int64_t samples = s.shape[1], last = sums.shape[0] - 1;
+  if (s.shape[0] != static_cast<int64_t>(index.size()) || sums.shape[1] != samples || last < 0)
+    throw py::value_error("squares: expected [len(index), B] beside out [places + 1, B], got " +
+                          std::string(ShapeText(s).text) + " and " + ShapeText(sums).text);
+  for (const int64_t k : index)
+    if (k < 0 || k >= last) throw py::value_error("index: expected places of out but the last one");
+  const auto* x = static_cast<const double*>(s.data);
+  auto* y = static_cast<double*>(sums.data);
+  const int64_t row = sums.strides[0], column = sums.strides[1];
+  for (int64_t b = 0; b < samples; ++b) {
+    for (int64_t k = 0; k <= last; ++k) y[k * row + b * column] = 0;
+    double total = 0;
+    for (size_t p = 0; p < index.size(); ++p) {
+      const double value = x[static_cast<int64_t>(p) * s.strides[0] + b * s.strides[1]];
+      y[index[p] * row + b * column] += value;
+      total += value;
+    }
+    y[last * row + b * column] = known ? total : std::nan("");
+  }
+}
+
+}  // namespace
+
+void bind_distribution(py::module_& m) {
+  py::class_<Distribution>(m, "Distribution", "Moments and quantile histogram of a stream of values >= 0.")
+      .def(py::init<>())
+      .def("observe", &Distribution::observe, py::arg("value"))
+      .def("observe_all", &observe_values, py::arg("values"))
+      .def("merge", &Distribution::merge, py::arg("other"))
+      .def("reset", &Distribution::reset)
+      .def("quantile", &Distribution::quantile, py::arg("q"))
+      .def_property_readonly("count", [](const Distribution& d) { return static_cast<int64_t>(d.moments().count); })
+      .def_property_readonly("mean", [](const Distribution& d) { return d.moments().mean; })
+      .def_property_readonly("m2", [](const Distribution& d) { return d.moments().m2; })
+      .def_property_readonly("min", [](const Distribution& d) { return d.moments().min; })
+      .def_property_readonly("max", [](const Distribution& d) { return d.moments().max; })
+      .def_property_readonly("missing", &Distribution::missing)
+      .def_property_readonly("invalid", &Distribution::invalid)
+      .def("bins", &Distribution::bins)
+      .def(
+          "set_state",
+          [](Distribution& d, double count, double mean, double m2, double min, double max, int64_t missing,
+             int64_t invalid, const std::vector<int64_t>& bins) {
+            if (!d.set_state({count, mean, m2, min, max}, missing, invalid, bins))
+              throw py::value_error("bins: counts do not add up to the number of values, or a bin is out of range");
+          },
+          py::arg("count"), py::arg("mean"), py::arg("m2"), py::arg("min"), py::arg("max"), py::arg("missing"),
+          py::arg("invalid"), py::arg("bins"));
+  m.attr("BINS") = kBins;
+  m.def("bin_middle", &bin_middle, py::arg("bin"));
+  m.def("bin_of", &bin_of, py::arg("value"));
+  m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
+  m.def("observe_roots", &observe_roots, py::arg("squares"), py::arg("distributions"));
+  m.def("place_sums", &place_sums, py::arg("squares"), py::arg("index"), py::arg("known"), py::arg("out"));
+}
+
+}  // namespace lipcore

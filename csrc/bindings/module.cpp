@@ -1,0 +1,72 @@
+// The module's table of contents. pybind11 is seen in this folder only: view, check, call. The module loads without
+// torch.
+#include <sys/mman.h>
+
+#include <string>
+
+#include "bindings/bind.h"
+#include "bindings/views.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "tensor_view.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
+
+namespace lipcore {
+namespace {
+
+thread_local int paused = 0;
+
+// Large state is read once per step from end to end: huge pages save most of the page walks.
+void advise_huge_pages(py::handle tensor) {
+  const TensorView view = view_of(tensor, "tensor", Access::kWrite);
+  constexpr uintptr_t kPage = 4096;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(view.data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end =
+      reinterpret_cast<uintptr_t>(view.data) + static_cast<uintptr_t>(view.numel * item_size(view.dtype));
+  if (view.on_cpu() && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+void register_types(py::handle tensor, py::handle parameter, py::handle refuse, py::handle accepts) {
+  check(register_torch(tensor.ptr(), parameter.ptr(), refuse.ptr(), accepts.ptr()));
+}
+
+void use_isa(const std::string& name) {
+  if (const char* message = select_isa(name.c_str())) throw py::value_error(message);
+}
+
+}  // namespace
+
+bool is_paused() { return paused > 0; }
+
+}  // namespace lipcore
+
+PYBIND11_MODULE(_core, m) {
+  using namespace lipcore;
+  m.doc() = "Compiled core of lipcore.";
+  if (const char* message = select_isa_from_environment()) throw py::import_error(message);
+  m.def("register_torch", &register_types, py::arg("tensor"), py::arg("parameter"), py::arg("refuse"),
+        py::arg("accepts"));
+  m.def("use_torch_threads", [](const std::string& path) { return use_torch_threads(path.c_str()); }, py::arg("path"));
+  m.def("pool_size", &pool_size);
+  m.def("isa", [] { return std::string(kernels().name); });
+  m.def("use_isa", &use_isa, py::arg("name"));
+  m.def("float16_to_float", &float16_to_float, py::arg("bits"));
+  m.def("advise_huge_pages", &advise_huge_pages, py::arg("tensor"));
+  m.def("pause", [](int by) { paused += by; }, py::arg("by"));
+  m.def("paused", [] { return is_paused(); });
+  bind_hot_functions(m);
+  bind_distribution(m);
+  bind_trajectory(m);
+  bind_per_sample(m);
+  bind_single_sample(m);
+  bind_single_batch(m);
+#if defined(LIPCORE_WITH_CUDA)
+  m.attr("cuda_built") = true;
+  m.def("cuda_device_count", &cuda::device_count);
+#else
+  m.attr("cuda_built") = false;
+  m.def("cuda_device_count", [] { return 0; });
+#endif
+}

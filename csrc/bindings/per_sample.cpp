@@ -1,0 +1,120 @@
+// Norms of per-sample gradients, one function per kind of layer.
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "bindings/bind.h"
+#include "bindings/views.h"
+#include "ops/conv_norms.h"
+#include "ops/linear_norms.h"
+#include "ops/ops.h"
+#include "ops/per_sample.h"
+
+namespace lipcore {
+namespace {
+
+// A float64 result of `count` elements, as lipcore.functional makes it.
+TensorView result_of(py::handle out, int64_t count) {
+  const TensorView view = view_of(out, "out", Access::kWrite);
+  if (view.dtype != DType::kFloat64 || !view.on_cpu() || view.numel != count)
+    throw py::value_error("out: expected " + std::to_string(count) + " float64 numbers on the CPU, got " +
+                          ShapeText(view).text);
+  return view;
+}
+
+int64_t count_samples(py::handle offsets, const TensorView& grad, Offsets* packed) {
+  if (!offsets.is_none()) {
+    check(read_offsets(view_of(offsets, "offsets"), grad.ndim == 3 ? grad.shape[1] : 0, packed));
+    return packed->samples;
+  }
+  return grad.ndim ? grad.shape[0] : 0;
+}
+
+// int64 tensors come as the float64 view of their bits: see Offsets.
+TensorView flat_of(py::handle tensor, const char* name, int64_t count) {
+  const TensorView view = view_of(tensor, name, Access::kWrite);
+  if (view.dtype != DType::kFloat64 || view.numel != count || !view.on_cpu())
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(count) + " numbers, got " +
+                          ShapeText(view).text);
+  return view;
+}
+
+void conv_norms_sq_of(py::handle x, py::handle grad, const std::vector<int64_t>& kernel_size,
+                      const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                      const std::vector<int64_t>& dilation, int64_t groups, bool gram, py::handle out) {
+  check(conv_norms_sq(view_of(x, "x"), view_of(grad, "grad"), {kernel_size, stride, padding, dilation, groups}, gram,
+                      view_of(out, "out", Access::kWrite)));
+}
+
+void linear_norms_of(py::handle x, py::handle grad, const std::vector<int64_t>& offsets, int method, py::handle out) {
+  check(linear_norms(view_of(x, "x"), view_of(grad, "grad"), offsets, static_cast<LinearMethod>(method),
+                     view_of(out, "out", Access::kWrite), nullptr));
+}
+
+void linear_weight_grad_of(py::handle x, py::handle grad, const std::vector<int64_t>& offsets, py::handle total,
+                           py::handle out) {
+  const TensorView weight_grad = view_of(total, "total", Access::kWrite);
+  check(linear_norms(view_of(x, "x"), view_of(grad, "grad"), offsets, LinearMethod::kChoose,
+                     view_of(out, "out", Access::kWrite), &weight_grad));
+}
+
+void term_sums_of(py::handle grad, py::handle x, py::handle offsets, int terms, py::handle out) {
+  const TensorView g = view_of(grad, "grad");
+  TensorView other;
+  if (!x.is_none()) other = view_of(x, "x");
+  const bool fits = x.is_none() ? terms == 0
+                                : other.ndim == 3 && g.ndim == 3 && terms >= 0 && terms <= 2 &&
+                                      std::equal(g.shape, g.shape + 3, other.shape);
+  if (!fits) throw py::value_error("x: expected the shape of grad, got " + std::string(ShapeText(g).text));
+  Offsets packed;
+  const int64_t samples = count_samples(offsets, g, &packed);
+  check(term_sums(g, x.is_none() ? nullptr : &other, packed, static_cast<Terms>(terms),
+                  result_of(out, terms == 2 ? 2 * samples : samples)));
+}
+
+void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std::optional<int64_t> padding,
+                        py::handle offsets, py::handle out) {
+  const TensorView g = view_of(grad, "grad");
+  Offsets packed;
+  const int64_t samples = count_samples(offsets, g, &packed), rows = g.ndim == 3 ? g.shape[0] * g.shape[1] : 0;
+  TensorView w;
+  if (!weights.is_none()) w = flat_of(weights, "weights", rows);
+  check(embedding_norms(flat_of(ids, "indices", rows), g, weights.is_none() ? nullptr : &w,
+                        padding ? &*padding : nullptr, packed, result_of(out, samples)));
+}
+
+void tied_cross_of(py::handle ids, py::handle grad_embedding, py::handle x, py::handle grad_head,
+                   std::optional<int64_t> padding, py::handle out) {
+  TensorView i = view_of(ids, "indices", Access::kWrite);
+  i = flat_of(ids, "indices", i.numel);
+  check(tied_cross(i, view_of(grad_embedding, "grad_embedding"), view_of(x, "x"), view_of(grad_head, "grad_head"),
+                   padding ? &*padding : nullptr, result_of(out, i.ndim ? i.shape[0] : 0)));
+}
+
+void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {
+  check(first_layer_norms(view_of(delta, "delta"), view_of(weight, "weight"), view_of(out, "out", Access::kWrite)));
+}
+
+}  // namespace
+
+void bind_per_sample(py::module_& m) {
+  m.def("conv_norms_sq", &conv_norms_sq_of, py::arg("x"), py::arg("grad"), py::arg("kernel_size"), py::arg("stride"),
+        py::arg("padding"), py::arg("dilation"), py::arg("groups"), py::arg("gram"), py::arg("out"));
+  m.def("linear_norms", &linear_norms_of, py::arg("x"), py::arg("grad"), py::arg("offsets"), py::arg("method"),
+        py::arg("out"));
+  m.def("linear_weight_grad", &linear_weight_grad_of, py::arg("x"), py::arg("grad"), py::arg("offsets"),
+        py::arg("total"), py::arg("out"));
+  m.def(
+      "linear_uses_gram", [](int64_t t, int64_t i, int64_t o) { return linear_method(t, i, o) == LinearMethod::kGram; },
+      py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
+  m.def("term_sums", &term_sums_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
+        py::arg("out"));
+  m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("grad"), py::arg("weights"),
+        py::arg("padding"), py::arg("offsets"), py::arg("out"));
+  m.def("tied_cross", &tied_cross_of, py::arg("indices"), py::arg("grad_embedding"), py::arg("x"), py::arg("grad_head"),
+        py::arg("padding"), py::arg("out"));
+  m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
+}
+
+}  // namespace lipcore

@@ -1,0 +1,194 @@
+// How parameters move: steps, their ledger, sketches, and the rules of optimizers.
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "bindings/bind.h"
+#include "bindings/views.h"
+#include "distribution.h"
+#include "ledger.h"
+#include "ops/ops.h"
+#include "ops/sketch.h"
+#include "ops/update_sums.h"
+#include "sketch_plan.h"
+#include "trajectory_plan.h"
+
+namespace lipcore {
+namespace {
+
+void trajectory_step_of(py::handle params, py::handle prev, py::handle ref, py::handle mean, int64_t count,
+                        py::handle out) {
+  check(trajectory_step(views_of(params, "params"), views_of(prev, "prev", Access::kWrite), views_of(ref, "ref"),
+                        views_of(mean, "mean", Access::kWrite), count, view_of(out, "out", Access::kWrite)));
+}
+
+void sketch_of(py::handle tensors, const std::vector<int64_t>& first_index, uint64_t seed, py::handle out) {
+  check(sketch(views_of(tensors, "tensors"), first_index, seed, view_of(out, "out", Access::kWrite)));
+}
+
+// A list or tuple of as many objects as there are parameters.
+PyObject** objects_of(py::handle list, const char* name, const char* what, Py_ssize_t n) {
+  if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr()))
+    throw py::type_error(std::string(name) + ": expected a list or tuple of " + what + ", got " +
+                         Py_TYPE(list.ptr())->tp_name);
+  const Py_ssize_t size = PySequence_Fast_GET_SIZE(list.ptr());
+  if (size != n) check(fail({name}, "expected %zd %s, one per parameter, got %zd", n, what, size));
+  return PySequence_Fast_ITEMS(list.ptr());
+}
+
+// The fields of lipcore.update_rules.UpdateRule, in its order.
+void read_rule(PyObject* rule, int64_t index, UpdateItem* item) {
+  double fields[7];
+  const bool shaped = PyTuple_Check(rule) && PyTuple_GET_SIZE(rule) == 7;
+  for (Py_ssize_t k = 0; shaped && k < 7; ++k) {
+    fields[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(rule, k));
+    if (fields[k] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+  if (!shaped) {
+    PyErr_Format(PyExc_TypeError, "rules[%lld]: expected a lipcore.update_rules.UpdateRule, got %s",
+                 static_cast<long long>(index), Py_TYPE(rule)->tp_name);
+    throw py::error_already_set();
+  }
+  item->scalars = {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
+  item->adaptive = fields[6] != 0;
+}
+
+// None stands for a tensor that the rule has no use for.
+bool view_or_none(PyObject* object, const char* name, int64_t index, bool needed, TensorView* view) {
+  if (object == Py_None && !needed) return false;
+  check(view_tensor(object, {name, index}, Access::kRead, view));
+  return true;
+}
+
+void update_sums_of(py::handle params, py::handle first, py::handle second, py::handle rules, py::handle rows,
+                    py::handle normalized) {
+  const std::vector<TensorView> views = views_of(params, "params");
+  const auto n = static_cast<Py_ssize_t>(views.size());
+  PyObject** firsts = objects_of(first, "first", "tensors", n);
+  PyObject** seconds = objects_of(second, "second", "tensors", n);
+  PyObject** given = objects_of(rules, "rules", "rules", n);
+  std::vector<UpdateItem> items(views.size());
+  for (Py_ssize_t i = 0; i < n; ++i) {
+    UpdateItem& item = items[i];
+    item.w = views[i];
+    read_rule(given[i], i, &item);
+    item.has_second = view_or_none(seconds[i], "second", i, item.adaptive || item.scalars.mix != 0, &item.second);
+    item.has_first = view_or_none(firsts[i], "first", i, item.has_second || item.scalars.rate != 0, &item.first);
+  }
+  check(update_sums(items, view_of(rows, "rows", Access::kWrite), view_of(normalized, "normalized", Access::kWrite)));
+}
+
+// share and gap_sq float64 [n]; see fold_means().
+void fold_means_of(py::handle mean, py::handle earlier, py::handle share, py::handle gap_sq) {
+  const auto means = views_of(mean, "mean"), earliers = views_of(earlier, "earlier", Access::kWrite);
+  const TensorView s = view_of(share, "share", Access::kWrite), out = view_of(gap_sq, "gap_sq", Access::kWrite);
+  for (const TensorView* vector : {&s, &out})
+    if (vector->dtype != DType::kFloat64 || !vector->on_cpu() || vector->numel != static_cast<int64_t>(means.size()))
+      throw py::value_error("share, gap_sq: expected float64 CPU tensors with one number per tensor");
+  if (means.size() != earliers.size()) throw py::value_error("earlier: expected one tensor per mean");
+  check(fold_means(means, earliers, static_cast<const double*>(s.data), static_cast<double*>(out.data)));
+}
+
+void square_sums_of(py::handle tensors, py::handle out) {
+  const auto views = views_of(tensors, "tensors");
+  const TensorView table = view_of(out, "out", Access::kWrite);
+  if (table.dtype != DType::kFloat64 || table.ndim != 2 || table.shape[0] != static_cast<int64_t>(views.size()) ||
+      table.shape[1] != kStepSums || !table.on_cpu())
+    throw py::value_error("out: expected a float64 CPU tensor with a row per tensor and " + std::to_string(kStepSums) +
+                          " columns, got " + ShapeText(table).text);
+  check(square_sums(views, static_cast<StepSums*>(table.data)));
+}
+
+std::unique_ptr<Ledger> make_ledger(py::handle rows, py::handle recent, py::handle cursor, int64_t tensors) {
+  auto ledger = std::make_unique<Ledger>();
+  check(ledger->open(rows.ptr(), recent.ptr(), cursor.ptr(), tensors));
+  return ledger;
+}
+
+std::unique_ptr<TrajectoryPlan> make_plan(const std::vector<py::tuple>& entries, Ledger& ledger) {
+  auto plan = std::make_unique<TrajectoryPlan>();
+  std::vector<ParameterEntry> list;
+  std::vector<TrajectoryCopies> copies;
+  for (const py::tuple& entry : entries) {
+    if (entry.size() != 7 || !PyDict_Check(py::object(entry[0]).ptr()))
+      throw py::type_error("entries: expected tuples (owner dict, key, name, prev, ref, mean, m2 or None)");
+    auto own = [&](size_t i) { return py::object(entry[i]).release().ptr(); };
+    list.push_back({own(0), own(1), entry[2].cast<std::string>()});
+    copies.push_back({own(3), own(4), own(5), own(6)});
+  }
+  check(plan->capture(std::move(list), std::move(copies), &ledger));
+  return plan;
+}
+
+std::unique_ptr<SketchPlan> make_sketch_plan(const std::vector<py::tuple>& entries, py::handle sketches,
+                                             py::handle weights, uint64_t seed) {
+  auto plan = std::make_unique<SketchPlan>();
+  std::vector<ParameterEntry> list;
+  std::vector<SketchPlace> places;
+  for (const py::tuple& entry : entries) {
+    if (entry.size() != 5 || !PyDict_Check(py::object(entry[0]).ptr()))
+      throw py::type_error("entries: expected tuples (owner dict, key, name, first_index, row)");
+    places.push_back({entry[3].cast<int64_t>(), entry[4].cast<int64_t>()});
+  }
+  for (const py::tuple& entry : entries)
+    list.push_back(
+        {py::object(entry[0]).release().ptr(), py::object(entry[1]).release().ptr(), entry[2].cast<std::string>()});
+  check(plan->capture(std::move(list), std::move(places), sketches.ptr(), weights.ptr(), seed));
+  return plan;
+}
+
+// Update norm and update/weight ratio of steps [begin, end) of a ring on the CPU, row by row into distributions 2i and
+// 2i + 1. What was left out is NaN, "missing" there.
+void observe_recent(py::handle recent, int64_t begin, int64_t end, const std::vector<Distribution*>& distributions) {
+  const TensorView view = view_of(recent, "recent");
+  if (view.dtype != DType::kFloat64 || view.ndim != 3 || !view.on_cpu() || view.shape[2] != 2 ||
+      static_cast<size_t>(view.shape[1]) * 2 != distributions.size() || begin < 0 || end - begin > view.shape[0])
+    throw py::value_error("recent: expected a float64 CPU tensor [ring, rows, 2] and two distributions per row, got " +
+                          std::string(ShapeText(view).text));
+  const auto* steps = static_cast<const RecentStep*>(view.data);
+  for (int64_t row = 0; row < view.shape[1]; ++row) {
+    Distribution &updates = *distributions[2 * row], &ratios = *distributions[2 * row + 1];
+    for (int64_t t = begin; t < end; ++t) {
+      const RecentStep& step = steps[t % view.shape[0] * view.shape[1] + row];
+      updates.observe(std::sqrt(step.dw_sq));
+      ratios.observe(update_ratio(std::sqrt(step.dw_sq), std::sqrt(step.weight_sq)));
+    }
+  }
+}
+
+}  // namespace
+
+void bind_trajectory(py::module_& m) {
+  m.def("trajectory_step", &trajectory_step_of, py::arg("params"), py::arg("prev"), py::arg("ref"), py::arg("mean"),
+        py::arg("count"), py::arg("out"));
+  m.def("sketch", &sketch_of, py::arg("tensors"), py::arg("first_index"), py::arg("seed"), py::arg("out"));
+  m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
+        py::arg("rows"), py::arg("normalized"));
+  m.def("fold_means", &fold_means_of, py::arg("mean"), py::arg("earlier"), py::arg("share"), py::arg("gap_sq"));
+  m.def("square_sums", &square_sums_of, py::arg("tensors"), py::arg("out"));
+  py::class_<Ledger>(m, "Ledger", "Scalars of a trajectory: tensors, groups and the total.")
+      .def(py::init(&make_ledger), py::arg("rows"), py::arg("recent"), py::arg("cursor"), py::arg("tensors"))
+      .def(
+          "observe", [](Ledger& ledger, py::handle sums) { check(ledger.observe_tensor(sums.ptr())); },
+          py::arg("sums"));
+  py::class_<TrajectoryPlan>(m, "TrajectoryPlan", "Parameters, their copies and the ledger of their movement.")
+      .def(py::init(&make_plan), py::arg("entries"), py::arg("ledger"), py::keep_alive<1, 3>())
+      .def("step",
+           [](TrajectoryPlan& plan) {
+             check(plan.step());
+             return plan.block == kTrajectoryBlock;
+           })
+      .def_readwrite("block", &TrajectoryPlan::block);
+  py::class_<SketchPlan>(m, "SketchPlan", "Parameters and the tensors that their sketches and weights are written to.")
+      .def(py::init(&make_sketch_plan), py::arg("entries"), py::arg("sketches"), py::arg("weights"), py::arg("seed"))
+      .def("step", [](SketchPlan& plan) { check(plan.step()); });
+  m.def("observe_recent", &observe_recent, py::arg("recent"), py::arg("begin"), py::arg("end"),
+        py::arg("distributions"));
+  m.attr("CONTINUES") = kContinues;
+  m.attr("BLOCK_STEPS") = kTrajectoryBlock;
+  m.attr("STEP_COLUMNS") = kStepSums;
+  m.attr("LEDGER_COLUMNS") = kTrajectoryColumns;
+}
+
+}  // namespace lipcore
