@@ -68,6 +68,8 @@ void SingleSampleShortcut::abandon() {
 SingleSampleShortcut::Way SingleSampleShortcut::begin(PyObject* input) {
   // A forward pass whose backward has not come yet: taps can tell the two apart, bias gradients cannot.
   if (waiting_) abandon();
+  if (!thread_) thread_ = PyThread_get_thread_ident();
+  if (thread_ != PyThread_get_thread_ident()) trusted_ = false;
   if (!trusted_ || !input) return kTapped;
   TensorView x;
   if (!view_tensor(input, {"input"}, Access::kRead, &x)) {

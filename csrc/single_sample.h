@@ -30,6 +30,9 @@ class SingleSampleShortcut {
   // nothing to observe here.
   Way finish(double* r, double* lambda);
 
+  // The pass that begin() would observe is tapped as the one before it.
+  void refuse() { waiting_ = false; }
+
   // The biases' gradients turned out to be something else.
   void distrust() { trusted_ = false; }
 
@@ -55,6 +58,7 @@ class SingleSampleShortcut {
   bool waiting_ = false;  // for the backward of a forward pass that is served or checked
   bool checking_ = false;
   int until_check_ = 0;
+  unsigned long thread_ = 0;  // of the first forward pass; gradients of several threads' passes mix in the biases
 };
 
 }  // namespace lipcore

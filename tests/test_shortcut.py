@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from windows import assert_same, ratios_of, served
 
-from lipcore import Lipschitz, Monitor
+from lipcore import Lipschitz, Monitor, local_lipschitz
 from lipcore.results import Window
 
 
@@ -165,3 +167,74 @@ def test_shortcut_on_unusual_chains(build: Callable[[], nn.Module]) -> None:
         assert count == 3
         assert total == pytest.approx(float(expected_r.sum()), rel=1e-12)
         assert mean == pytest.approx(float(expected_lambda.mean()), rel=1e-12)
+
+
+@pytest.mark.parametrize("order", ["together", "batch first", "sample first"])
+def test_a_batch_that_has_not_come_back_keeps_the_next_sample_from_being_served(order: str) -> None:
+    """Both would add to the biases' gradients that a served sample is read from."""
+    model = seeded(lambda: mlp(5, 7, 6, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    (batch, _), (sample, _) = *batches(1, 3), *batches(1, 1)
+    with Monitor(model, optimizer, metrics=[Lipschitz()]) as monitor:
+        train(model, batches(4, 1), optimizer)
+        assert served(monitor) == 3
+        monitor.close_window()
+        of_batch, of_sample = model(batch).sum(), model(sample).sum()
+        if order == "together":
+            (of_batch + of_sample).backward()
+        else:
+            for loss in (of_batch, of_sample) if order == "batch first" else (of_sample, of_batch):
+                loss.backward()
+        optimizer.step()
+        found = monitor.close_window()["lipschitz"].local_lipschitz["model:Linear"]
+        train(model, batches(1, 1), optimizer)
+        assert served(monitor) == 4  # and serves again
+    expected = local_lipschitz(model, torch.cat([batch, sample]))
+    assert found.mean.count == 4
+    assert found.mean.value == pytest.approx(float(expected.mean()), rel=1e-6)
+    assert found.max.value == pytest.approx(float(expected.max()), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_one_model_trained_by_several_threads(size: int) -> None:
+    """As Hogwild does: nothing is raised inside a forward pass, and no sample's number is another's."""
+    interval = sys.getswitchinterval()
+    for seed in range(10):
+        torch.manual_seed(seed)
+        model = mlp(5, 4, 1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        xs = [torch.randn(size, 5) for _ in range(3)]
+        start, raised = threading.Barrier(len(xs)), list[BaseException]()
+
+        def work(
+            x: Tensor,
+            model: nn.Module = model,
+            start: threading.Barrier = start,
+            raised: list[BaseException] = raised,
+        ) -> None:
+            start.wait()
+            try:
+                for _ in range(40):
+                    model(x).square().sum().backward()
+            except BaseException as error:
+                raised.append(error)
+
+        with Monitor(model, optimizer, metrics=[Lipschitz()]) as monitor:
+            train(model, [(xs[0][:1], torch.zeros(1, 1))] * (seed % 3), optimizer)
+            monitor.close_window()
+            sys.setswitchinterval(1e-5)
+            try:
+                threads = [threading.Thread(target=work, args=(x,)) for x in xs]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+            finally:
+                sys.setswitchinterval(interval)
+            optimizer.step()
+            found = monitor.close_window()["lipschitz"].local_lipschitz["model:Linear"]
+        expected = torch.cat([local_lipschitz(model, x) for x in xs])
+        assert not raised
+        assert found.mean.count >= 100 * size
+        assert found.min.value >= float(expected.min()) * (1 - 1e-5)
+        assert found.max.value <= float(expected.max()) * (1 + 1e-5)

@@ -32,8 +32,11 @@ struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
     if (now == SingleSampleShortcut::kError) {
       report();
     } else if (now != serving) {
-      serving = now;
-      on_change(static_cast<int>(now));
+      if (on_change(static_cast<int>(now)).ptr() == Py_True) {
+        serving = now;
+      } else {
+        shortcut.refuse();
+      }
     }
   }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import nn
 
 from lipcore import _core
 from lipcore.capture.bypass import watch_input
-from lipcore.capture.collector import Collector, MicroBatch
+from lipcore.capture.collector import Collector
 from lipcore.capture.first_layer import FirstLayerFinder, first_of_chain
 from lipcore.capture.forward_hook import ForwardHook
 from lipcore.capture.probes import Probes, is_compiled
@@ -53,6 +54,7 @@ class Capture:
         self._shortcut: Any = None
         self._handles: list[Any] = []
         self._tap_handles: list[Any] = []
+        self._hooking = threading.Lock()  # threads that train one model hook the taps one after the other
 
     def __reduce__(self) -> tuple[Callable[[], Capture], tuple[()]]:
         return _inert_capture, ()  # for pickle and deepcopy: a copied model is not watched
@@ -97,9 +99,15 @@ class Capture:
 
     def _hook_taps(self) -> None:
         """Register the forward hooks of all taps, once."""
+        with self._hooking:
+            if not self._tap_handles:
+                self._register_taps()
+        if self._shortcut is not None:  # it calls this when a forward pass has begun
+            self._shortcut.own_hooks = 1
+            self._collector.begin()
+
+    def _register_taps(self) -> None:
         handles = self._tap_handles
-        if handles:
-            return
         handles.append(self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=self._compiled))
         for target, hook in self._hooks.items():
             if not target:
@@ -109,14 +117,12 @@ class Capture:
             else:
                 self._look_for_first_layer(hook)
         handles.append(self.model.register_forward_hook(self._end_forward, always_call=True))
-        if self._shortcut is not None:  # it calls this when a forward pass has begun
-            self._shortcut.own_hooks = 1
-            self._collector.micro = MicroBatch()
 
     def _unhook_taps(self) -> None:
-        for handle in self._tap_handles:
-            handle.remove()
-        self._tap_handles.clear()
+        with self._hooking:
+            for handle in self._tap_handles:
+                handle.remove()
+            self._tap_handles.clear()
         self._shortcut.own_hooks = 0
 
     def _look_for_first_layer(self, hook: ForwardHook) -> None:
@@ -148,7 +154,8 @@ class Capture:
         if torch.compiler.is_compiling():
             return
         collector = self._collector
-        collector.micro = micro = MicroBatch() if torch.is_grad_enabled() and not _core.paused() else None
+        collector.under_way.micro = None
+        micro = collector.begin() if torch.is_grad_enabled() and not _core.paused() else None
         if self._finder is not None:
             self._finder.begin_forward()
         if micro is None or not collector.tapping:
@@ -157,7 +164,7 @@ class Capture:
             self._probes.arm(micro, [*arguments, *(keywords or {}).values()])
         elif self._wants_watch:
             self._wants_watch = False  # the next ones run unwatched
-            collector.watch = watch_input(arguments)
+            collector.under_way.watch = watch_input(arguments)
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         result = None
@@ -167,14 +174,14 @@ class Capture:
             return result
         if self._compiled:
             self._probes.disarm()
-        collector = self._collector
-        if collector.watch is not None:
-            collector.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            collector.watch = None
+        under_way = self._collector.under_way
+        if under_way.watch is not None:
+            under_way.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            under_way.watch = None
         if self._finder is not None and self._finder.found:
             self._finder.close()
             self._finder = None
-        collector.micro = None
+        under_way.micro = None
         return result
 
     # ---- the clock, and what came of it all

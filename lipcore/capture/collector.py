@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -18,7 +20,7 @@ in_transform = torch._C._functorch.peek_interpreter_stack  # None outside of tor
 class MicroBatch:
     """One forward pass: its sites and the numbers that have come back from them."""
 
-    __slots__ = ("columns", "delivered", "entered", "generation", "probes", "task")
+    __slots__ = ("__weakref__", "columns", "delivered", "entered", "generation", "probes", "task")
 
     def __init__(self) -> None:
         self.entered: list[Site] = []
@@ -27,6 +29,13 @@ class MicroBatch:
         self.generation = 0  # of the probes
         self.task = -1  # the backward pass that the columns came from
         self.delivered = False
+
+
+class _UnderWay(threading.local):
+    """The forward pass of this thread."""
+
+    micro: MicroBatch | None = None
+    watch: BypassWatch | None = None  # the input is followed through it
 
 
 class Collector:
@@ -39,8 +48,8 @@ class Collector:
         self.recording = True  # False after an error
         self.tapping = True  # False too during a forward pass that the shortcut serves
         self.size = 0  # number of sites
-        self.micro: MicroBatch | None = None  # the forward pass under way
-        self.watch: BypassWatch | None = None  # the input is followed through this forward pass
+        self.under_way = _UnderWay()
+        self._begun: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
         self.returning: MicroBatch | None = None  # the backward pass under way
         self.forwards = 0  # tapped forward passes in grad mode
         self.records = 0  # how many of them came back
@@ -52,6 +61,18 @@ class Collector:
             self.recording = self.tapping = False
             self._on_error(error)
 
+    def begin(self) -> MicroBatch:
+        """A forward pass."""
+        micro = self.under_way.micro = MicroBatch()
+        self._begun[id(micro)] = micro
+        return micro
+
+    @property
+    def waits(self) -> bool:
+        """Whether a tapped forward pass has not come back yet, and still can."""
+        alive = (reference() for reference in self._begun.valuerefs())
+        return any(micro is not None and micro.entered and not micro.delivered for micro in alive)
+
     def enter_again(self, site: Site) -> MicroBatch | None:
         """The micro-batch of a call that is not the first of its site in a forward pass; None when it is not part of
         one."""
@@ -60,7 +81,7 @@ class Collector:
             # call; where it ran without grad (reentrant), this one belongs to the backward pass under way.
             micro = self.returning
             return None if micro is None or site in micro.entered else micro
-        if self.micro is not None:
+        if self.under_way.micro is not None:
             self.fail(
                 ValueError(
                     f"module '{site.name}' is called twice in one forward pass; per-sample numbers of a reused "

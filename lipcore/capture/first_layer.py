@@ -63,7 +63,7 @@ class FirstLayerFinder:
         collector = self._collector
         if self.found or not collector.tapping:
             return None
-        inside = collector.micro is not None
+        inside = collector.under_way.micro is not None
         if not torch.is_grad_enabled():
             if inside and self._early is None:
                 self._early = name, module

@@ -43,7 +43,7 @@ class ForwardHook:
         collector = self._collector
         if not collector.tapping or not torch.is_grad_enabled():
             return None
-        micro = collector.micro
+        micro = collector.under_way.micro
         if micro is None or site in micro.entered or in_backward() != -1:
             micro = collector.enter_again(site)
             if micro is None:
@@ -57,8 +57,9 @@ class ForwardHook:
         if not micro.entered and micro.probes is None:
             collector.forwards += 1
         micro.entered.append(site)
-        if collector.watch is not None:
-            collector.watch.reached(site.taps, output)
+        watch = collector.under_way.watch
+        if watch is not None:
+            watch.reached(site.taps, output)
         result = None
         if output.grad_fn is None:
             output = result = Anchored.apply(output, self._anchor, site.in_place_after)  # type: ignore[no-untyped-call]

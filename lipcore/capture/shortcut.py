@@ -46,8 +46,11 @@ def shortcut_hooks(
     """The compiled hooks, yet to be registered; they call for the taps when a batch comes that they cannot serve."""
     before = -1
 
-    def changed(way: int) -> None:
+    def changed(way: int) -> bool:
+        """False: not this one, since gradients of an earlier pass are still to come to the same biases."""
         nonlocal before
+        if way in (_core.SERVED, _core.CHECKED) and collector.waits:
+            return False
         collector.tapping = collector.recording and way != _core.SERVED
         if way == _core.SERVED:
             if before == _core.CHECKED:
@@ -56,6 +59,7 @@ def shortcut_hooks(
         elif collector.tapping:
             hook_taps()
         before = way
+        return True
 
     def checked(r: float, local_lipschitz: float) -> bool:
         return collector.recording and into.agrees(r, local_lipschitz)
