@@ -221,7 +221,6 @@ class LayerCapture:
         if torch.compiler.is_compiling() or _is_aside():
             return
         self.current = None
-        self._stray.clear()
         self._returning.clear()  # of a backward pass that raised
         if not self.tapping:
             return
@@ -354,7 +353,7 @@ class LayerCapture:
         if self.recording and accumulates_everything():
             self._stray.setdefault(in_backward(), set()).update(site.names.values())
             if len(self._stray) > _MAX_STRAY:  # backward passes that reached no forward pass of the model
-                del self._stray[next(iter(self._stray))]
+                self._stray.pop(next(iter(self._stray), -1), None)
 
     def _count(self, reason: str) -> None:
         self.unrecorded[reason] = self.unrecorded.get(reason, 0) + 1
