@@ -33,8 +33,12 @@ Py_ssize_t hooks_of(PyObject* parameter) {
 
 }  // namespace
 
-bool GradientReader::capture(const std::vector<Place>& places) {
+bool GradientReader::capture(const std::vector<Place>& places, const std::vector<Link>& links) {
   clear();
+  for (const Link& link : links) {
+    for (PyObject* object : {link.owner, link.key, link.value}) Py_XINCREF(object);
+    links_.push_back(link);
+  }
   for (Place place : places) {
     const int trained = attribute_is(place.parameter, names().requires_grad, Py_True);
     place.hooks = hooks_of(place.parameter);
@@ -50,11 +54,19 @@ bool GradientReader::capture(const std::vector<Place>& places) {
 void GradientReader::clear() {
   for (Place& place : places_)
     for (PyObject* object : {place.owner, place.key, place.parameter}) Py_DECREF(object);
+  for (Link& link : links_)
+    for (PyObject* object : {link.owner, link.key, link.value}) Py_XDECREF(object);
   places_.clear();
+  links_.clear();
   read_ = 0;
 }
 
 int GradientReader::unchanged() const {
+  for (const Link& link : links_) {
+    const bool same =
+        link.key ? PyDict_GetItemWithError(link.owner, link.key) == link.value : PyDict_Size(link.owner) == link.size;
+    if (!same) return PyErr_Occurred() ? -1 : 0;
+  }
   for (const Place& place : places_) {
     if (PyDict_GetItemWithError(place.owner, place.key) != place.parameter) return PyErr_Occurred() ? -1 : 0;
     const int trained = attribute_is(place.parameter, names().requires_grad, place.trained ? Py_True : Py_False);

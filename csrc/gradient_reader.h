@@ -20,6 +20,12 @@ class GradientReader {
     bool trained = false;
     Py_ssize_t hooks = 0;
   };
+  struct Link {
+    PyObject* owner;  // a dict
+    PyObject* key;    // null: how many entries it has
+    PyObject* value;
+    Py_ssize_t size = 0;
+  };
   enum class Found { kError = -1, kNothing, kExpected, kOthers, kStrided };
 
   GradientReader() = default;
@@ -28,10 +34,10 @@ class GradientReader {
   ~GradientReader() { clear(); }
 
   // Takes new references; false with a Python exception set.
-  bool capture(const std::vector<Place>& places);
+  bool capture(const std::vector<Place>& places, const std::vector<Link>& links);
 
-  // Every parameter is the object that it was, trained or not as before, with as many hooks, and no gradient: 1 or 0;
-  // -1 with a Python exception set.
+  // Every link is as it was, every parameter trained or not as before, with as many hooks, and no gradient: 1 or 0; -1
+  // with a Python exception set.
   int unchanged() const;
   // kExpected: just the gradients to be read are there, and out[i] is the i-th one's sum of squares (NaN where one is
   // not finite). kStrided: one of them is not dense memory.
@@ -44,6 +50,7 @@ class GradientReader {
  private:
   void clear();
   std::vector<Place> places_;
+  std::vector<Link> links_;  // of the model's modules
   size_t read_ = 0;
 };
 

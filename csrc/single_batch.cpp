@@ -76,9 +76,10 @@ SingleBatch::~SingleBatch() {
   for (int i = 0; i < kSingleBatchCalls; ++i) Py_XDECREF(all(calls_)[i]);
 }
 
-bool SingleBatch::start(const std::vector<GradientReader::Place>& places, const SingleBatchCalls& calls,
+bool SingleBatch::start(const std::vector<GradientReader::Place>& places,
+                        const std::vector<GradientReader::Link>& links, const SingleBatchCalls& calls,
                         Py_ssize_t batch_dim, int passes) {
-  if (!reader_.capture(places)) return false;
+  if (!reader_.capture(places, links)) return false;
   calls_ = calls;
   for (int i = 0; i < kSingleBatchCalls; ++i) Py_INCREF(all(calls_)[i]);
   batch_dim_ = batch_dim;
@@ -201,7 +202,7 @@ bool SingleBatch::begin(int64_t pass, PyObject* output_grads) {
   entered_ = task;
   Trouble trouble = kNone;
   if (pass != pass_) {
-    trouble = kAdded;
+    trouble = stopped_ ? kStopped : kAdded;
   } else {
     const int unchanged = reader_.unchanged();  // a hook on a parameter may be there since, too
     const int graph = unchanged < 0 ? -1 : returns(calls_.grad_enabled, Py_True);
@@ -230,7 +231,7 @@ bool SingleBatch::end(const Backward& backward) {
     PyErr_Clear();  // a gradient of another kind than before: Python says so
   }
   Trouble trouble = backward.trouble;
-  if (trouble == kNone && backward.pass != pass_) trouble = kAdded;  // stopped meanwhile, by another thread's pass
+  if (trouble == kNone && backward.pass != pass_) trouble = kStopped;  // meanwhile, by another thread's pass
   if (found == GradientReader::Found::kNothing && trouble == kNone) {
     entered_ = -1;  // it accumulated nothing: the pass is still to come back
   } else if (backward.pass == pass_) {

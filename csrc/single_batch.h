@@ -28,7 +28,8 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
  public:
   // kAdded: a gradient was there already. kGraph: create_graph=True. kElsewhere: the last layer's gradient is not what
   // came to the output, so something else than the output reached the parameters (a penalty in the loss, say).
-  enum Trouble { kNone, kAdded, kGraph, kElsewhere };
+  // kStopped: another forward pass began before its backward pass.
+  enum Trouble { kNone, kAdded, kGraph, kElsewhere, kStopped };
 
   SingleBatch() = default;
   SingleBatch(const SingleBatch&) = delete;
@@ -37,8 +38,8 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
 
   // Serves so many forward passes; the places as GradientReader has them. Takes new references. False with a Python
   // exception set, as from every function here that returns bool.
-  bool start(const std::vector<GradientReader::Place>& places, const SingleBatchCalls& calls, Py_ssize_t batch_dim,
-             int passes);
+  bool start(const std::vector<GradientReader::Place>& places, const std::vector<GradientReader::Link>& links,
+             const SingleBatchCalls& calls, Py_ssize_t batch_dim, int passes);
 
   // The model's hooks. `paused`: this forward pass is not to be recorded.
   bool before_forward(PyObject* module, PyObject* arguments, PyObject* keywords, bool paused);
@@ -65,6 +66,7 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   bool stop() {
     const bool waiting = pass_ != 0;
     pass_ = 0;
+    stopped_ = true;
     watched_ = true;
     remove_sink();
     return waiting;
@@ -89,6 +91,7 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   int left_ = 0;      // passes until the next proof
   int64_t pass_ = 0;  // the served pass without its backward pass; 0: none
   int64_t passes_ = 0;
+  bool stopped_ = false;
   bool watched_ = true;   // that pass has an output
   int64_t entered_ = -1;  // the backward pass that entered its graph
   int64_t task_ = -1;

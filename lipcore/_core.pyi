@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -47,60 +47,6 @@ class Distribution:
     @property
     def missing(self) -> int:
         ...
-class SingleSampleHooks:
-    """
-    r and lambda of single samples from two bias gradients.
-    """
-    def __init__(self, first: typing.Any, last: typing.Any, distributions: collections.abc.Sequence[typing.Any], grad_enabled: typing.Any, on_change: typing.Any, on_check: typing.Any, on_error: typing.Any) -> None:
-        ...
-    def before_forward(self, module: typing.Any, arguments: tuple) -> None:
-        ...
-    @property
-    def abandoned(self) -> int:
-        ...
-    @property
-    def after_backward(self) -> typing.Any:
-        ...
-    @property
-    def own_hooks(self) -> int:
-        ...
-    @own_hooks.setter
-    def own_hooks(self, arg1: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    @property
-    def served(self) -> int:
-        ...
-class SingleBatch:
-    """
-    Hooks of a model whose batches of one are read from gradients.
-    """
-    active: bool
-    def __init__(self, places: collections.abc.Sequence[tuple[dict, str, typing.Any, bool, bool]], calls: collections.abc.Sequence[typing.Any], batch_dim: typing.SupportsInt | typing.SupportsIndex, passes: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def after_forward(self, module: typing.Any, arguments: typing.Any, output: typing.Any) -> None:
-        ...
-    def before_forward(self, module: typing.Any, arguments: tuple, keywords: dict) -> None:
-        ...
-    def remove_sink(self) -> None:
-        ...
-    def set_sink(self, index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], distributions: collections.abc.Sequence[Distribution], factor_sq: typing.SupportsFloat | typing.SupportsIndex) -> None:
-        ...
-    def stop(self) -> bool:
-        ...
-    def take(self) -> None:
-        ...
-    @property
-    def pending(self) -> bool:
-        ...
-    @property
-    def squares(self) -> list[float]:
-        ...
-    @property
-    def task(self) -> int:
-        ...
-    @property
-    def total(self) -> float:
-        ...
 class Ledger:
     """
     Scalars of a trajectory: tensors, groups and the total.
@@ -130,6 +76,60 @@ class SketchPlan:
     def __init__(self, entries: collections.abc.Sequence[tuple], sketches: typing.Any, weights: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def step(self) -> None:
+        ...
+class SingleSampleHooks:
+    """
+    r and lambda of single samples from two bias gradients.
+    """
+    def __init__(self, first: typing.Any, last: typing.Any, distributions: collections.abc.Sequence[typing.Any], grad_enabled: typing.Any, on_change: typing.Any, on_check: typing.Any, on_error: typing.Any) -> None:
+        ...
+    def before_forward(self, module: typing.Any, arguments: tuple) -> None:
+        ...
+    @property
+    def abandoned(self) -> int:
+        ...
+    @property
+    def after_backward(self) -> typing.Any:
+        ...
+    @property
+    def own_hooks(self) -> int:
+        ...
+    @own_hooks.setter
+    def own_hooks(self, arg1: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    @property
+    def served(self) -> int:
+        ...
+class SingleBatch:
+    """
+    Hooks of a model whose batches of one are read from gradients.
+    """
+    active: bool
+    def __init__(self, places: collections.abc.Sequence[tuple[dict, str, typing.Any, bool, bool]], links: collections.abc.Sequence[tuple[dict, str, typing.Any]], sizes: collections.abc.Sequence[tuple[dict, typing.SupportsInt | typing.SupportsIndex]], calls: collections.abc.Sequence[typing.Any], batch_dim: typing.SupportsInt | typing.SupportsIndex, passes: typing.SupportsInt | typing.SupportsIndex) -> None:
+        ...
+    def after_forward(self, module: typing.Any, arguments: typing.Any, output: typing.Any) -> None:
+        ...
+    def before_forward(self, module: typing.Any, arguments: tuple, keywords: dict) -> None:
+        ...
+    def remove_sink(self) -> None:
+        ...
+    def set_sink(self, index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], distributions: collections.abc.Sequence[Distribution], factor_sq: typing.SupportsFloat | typing.SupportsIndex) -> None:
+        ...
+    def stop(self) -> bool:
+        ...
+    def take(self) -> None:
+        ...
+    @property
+    def pending(self) -> bool:
+        ...
+    @property
+    def squares(self) -> list[float]:
+        ...
+    @property
+    def task(self) -> int:
+        ...
+    @property
+    def total(self) -> float:
         ...
 def advise_huge_pages(tensor: typing.Any) -> None:
     ...
@@ -216,7 +216,9 @@ GRADIENTS_STRIDED: int = 3
 LEDGER_COLUMNS: int = 20
 SERVED: int = 1
 SINGLE_ADDED: int = 1
+SINGLE_CALLS: int = 8
 SINGLE_ELSEWHERE: int = 3
 SINGLE_GRAPH: int = 2
+SINGLE_STOPPED: int = 4
 STEP_COLUMNS: int = 6
 cuda_built: bool = False

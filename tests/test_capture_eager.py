@@ -192,3 +192,21 @@ def test_the_first_layer_is_the_first_that_gradients_can_reach() -> None:
     expected = reference(rest, features, first="hidden")
     for found, wanted in zip(observe(model, x), expected, strict=True):
         assert relative_error(found, wanted) <= 1e-12
+
+
+class OwnLinear(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize("layer", [nn.Linear, OwnLinear])
+def test_a_model_that_is_its_own_first_layer_is_recorded_in_every_step(layer: type[nn.Linear]) -> None:
+    model = seeded(lambda: layer(5, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, metrics=[Lipschitz()], window_steps=2) as monitor:
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(torch.randn(4, 5)).square().mean().backward()
+            optimizer.step()
+        counts = [ratios_of(window)[0] for window in monitor.history]
+    assert counts == [8, 8, 8]
+    assert not model._forward_hooks

@@ -121,7 +121,8 @@ def test_accumulation_interleaved_passes_and_autograd_grad(counters: Any) -> Non
             assert_norms(metric, wanted)
         losses = [sum_loss(model(x)) for x in xs]
         torch.autograd.grad(sum_loss(model(xs[1])), list(inner.parameters()))
-        assert_norms(metric, expected[2])
+        assert "autograd.grad" in metric.broken
+        assert bool(metric.per_sample.isnan().all())
         for i in (1, 0, 2):
             losses[i].backward()
             assert_norms(metric, expected[i])

@@ -179,3 +179,34 @@ def test_compiled_models_do_without_it() -> None:
         sum_loss(model(x)).backward()
         assert_norms(metric, expected, 5e-5)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", [(True, False), (False, True), (True, True)], ids=str)
+@pytest.mark.parametrize("length", [8, 64])
+def test_two_metrics_on_one_model(order: tuple[bool, bool], length: int) -> None:
+    model = made(lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3)))
+    with (
+        PerSampleGradNorms(model, loss_reduction="sum", fused=order[0]) as first,
+        PerSampleGradNorms(model, loss_reduction="sum", fused=order[1]) as second,
+    ):
+        for size in (8, length):  # the proof sees the first pass alone
+            x = torch.randn(3, size, 6)
+            model.zero_grad()
+            sum_loss(model(x)).backward()
+            expected = norms_sq(model, samples_of((x,), 3), sum_loss)
+            assert_norms(first, expected)
+            assert_norms(second, expected)
+
+
+def test_two_metrics_expand_positions_once() -> None:
+    model = made(lambda: Graph(lambda m, x: m.out(m.p(torch.arange(6)) + x), p=nn.Embedding(6, 4), out=nn.Linear(4, 2)))
+    x = torch.randn(3, 6, 4)
+    plain = model(x)
+    options: dict[str, Any] = {"loss_reduction": "sum", "broadcast": ["p"]}
+    with PerSampleGradNorms(model, **options) as first, PerSampleGradNorms(model, **options) as second:
+        output = model(x)
+        assert torch.equal(output, plain)
+        sum_loss(output).backward()
+        expected = norms_sq(model, samples_of((x,), 3), sum_loss)
+        assert_norms(first, expected)
+        assert_norms(second, expected)

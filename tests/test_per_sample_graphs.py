@@ -13,6 +13,7 @@ from models import Graph
 from per_sample_models import made, mlp, sum_loss
 from per_sample_oracle import assert_norms, norms_sq, samples_of
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lipcore import Monitor, PerSampleGradNorms
 
@@ -569,3 +570,141 @@ def test_gradients_that_a_tensor_hook_changes_behind_the_layer() -> None:
         sum_loss(model(x)).backward()
         assert torch.allclose(metric.per_layer["0"], 2 * before, rtol=1e-6)
         hook.remove()
+
+
+class Reuses(torch.autograd.Function):
+    """Its backward works in the memory that it kept, so that it can run once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.slope = x.cos()
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return ctx.slope.mul_(grad)
+
+
+class Frees(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.y = x.exp()
+        return ctx.y.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        out = grad * ctx.y
+        del ctx.y
+        return out
+
+
+class Applied(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.a, self.b, self.function = nn.Linear(5, 4), nn.Linear(4, 2), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.function.apply(self.a(x)))
+
+
+@pytest.mark.parametrize("function", [Reuses, Frees])
+def test_no_second_backward_pass_through_functions_of_the_users(function: Any) -> None:
+    model, x = made(lambda: Applied(function)), torch.randn(3, 5)
+    grads = torch.autograd.grad(sum_loss(model(x)), list(model.parameters()))
+    expected = [torch.autograd.grad(sum_loss(model(x[i : i + 1])), list(model.parameters())) for i in range(3)]
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        sum_loss(model(x)).backward()
+        norms = torch.stack([torch.cat([g.flatten() for g in row]).norm() for row in expected])
+        assert torch.allclose(metric.per_sample, norms.double(), rtol=1e-5)
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        assert parameter.grad is not None
+        assert torch.equal(parameter.grad, grad)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 2)
+
+    def part(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda z: self.a(z).relu(), x, use_reentrant=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.part(x))
+
+
+@pytest.mark.parametrize("sizes", [(5, 3), (3, 5), (1, 4)], ids=str)
+def test_checkpoints_in_passes_of_unlike_size(sizes: tuple[int, int]) -> None:
+    """Labelled and unlabelled samples in one loss."""
+    model = made(Checkpointed)
+    xs = [torch.randn(size, 5) for size in sizes]
+    parameters = list(model.parameters())
+    grads = torch.autograd.grad(sum_loss(model(xs[0])) + sum_loss(model(xs[1])), parameters)
+    with watched(model):
+        (sum_loss(model(xs[0])) + sum_loss(model(xs[1]))).backward()
+    for parameter, grad in zip(parameters, grads, strict=True):
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_a_checkpointed_part_that_is_called_alone() -> None:
+    model, x = made(Checkpointed), torch.randn(3, 5)
+    with watched(model) as metric:
+        sum_loss(model.part(x)).backward()
+        assert "called outside the model's forward pass" in metric.broken
+        model.zero_grad()
+        sum_loss(model(x)).backward()
+        assert_norms(metric, expected_of(model, x))
+
+
+def _alone(model: nn.Module, x: Tensor) -> None:
+    sum_loss(model[2](x[:, :4])).backward()
+
+
+def _in_a_checkpoint(model: nn.Module, x: Tensor) -> None:
+    sum_loss(checkpoint(model, x.requires_grad_(), use_reentrant=True)).backward()
+
+
+def _by_grad(model: nn.Module, x: Tensor) -> None:
+    torch.autograd.grad(sum_loss(model(x)), list(model.parameters()))
+
+
+@pytest.mark.parametrize("unusual", [_alone, _in_a_checkpoint, _by_grad])
+def test_numbers_of_an_unrecorded_pass_are_not_those_of_the_one_before(unusual: Any) -> None:
+    model = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
+    with watched(model) as metric:
+        metric.set_ids([7, 8, 9])
+        unusual(model, torch.randn(3, 5))
+        assert metric.broken
+        assert bool(metric.per_sample.isnan().all())
+        model.zero_grad()
+        x = torch.randn(3, 5)
+        sum_loss(model(x)).backward()
+        assert_norms(metric, expected_of(model, x))
+    assert not len(metric.scores)
+
+
+def test_tracing_a_watched_model() -> None:
+    model = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)))
+    with watched(model) as metric, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        traced = torch.jit.trace(model, torch.randn(2, 5))
+        x = torch.randn(3, 5)
+        assert torch.equal(traced(x), model(x))
+        sum_loss(model(x)).backward()
+        assert_norms(metric, expected_of(model, x))
+
+
+def test_a_batch_norm_put_in_train_mode_spoils_what_is_measured_beside_it() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval()
+    model[1].requires_grad_(False)
+    with watched(model, on_unsupported="skip") as metric:
+        sum_loss(model(torch.randn(3, 5))).backward()
+        assert not metric.broken
+        model.train()
+        sum_loss(model(torch.randn(3, 5))).backward()
+        assert "module '1' (BatchNorm1d)" in metric.broken
+        assert bool(metric.per_sample.isnan().all())
+        model.eval()
+        sum_loss(model(torch.randn(3, 5))).backward()
+        assert not metric.broken

@@ -7,6 +7,8 @@ import gc
 import pickle
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -287,3 +289,65 @@ def test_a_small_penalty_from_the_beginning_is_never_served() -> None:
             model.zero_grad()
             (model(x(seed)).sum() + 1e-4 * sum(p.square().sum() for p in model.parameters())).backward()
             assert float(metric.per_sample) == pytest.approx(truth(model, x(seed)), rel=1e-5)
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: Tensor
+
+
+PACKINGS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "tuple": lambda logits, hidden: (logits, hidden),
+    "list": lambda logits, hidden: [logits, hidden],
+    "dict": lambda logits, hidden: {"logits": logits, "hidden": hidden},
+    "dataclass": Output,
+}
+LOGITS: dict[str, Callable[[Any], Tensor]] = {
+    "tuple": lambda out: out[0],
+    "list": lambda out: out[0],
+    "dict": lambda out: out["logits"],
+    "dataclass": lambda out: out.logits,
+}
+
+
+class Packed(nn.Module):
+    def __init__(self, packing: str) -> None:
+        super().__init__()
+        self.body, self.head, self.pack = nn.Linear(5, 4), nn.Linear(4, 1), PACKINGS[packing]
+
+    def forward(self, inputs: Tensor) -> Any:
+        hidden = self.body(inputs).tanh()
+        return self.pack(self.head(hidden), hidden)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_outputs_that_are_no_tensor(packing: str) -> None:
+    with seeded(0):
+        model = Packed(packing)
+    logits = LOGITS[packing]
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for seed in range(20):
+            model.zero_grad()
+            logits(model(x(seed))).sum().backward()
+            plain = copy.deepcopy(model)
+            grads = torch.autograd.grad(logits(plain(x(seed))).sum(), list(plain.parameters()))
+            expected = float(torch.cat([g.flatten() for g in grads]).norm())
+            assert float(metric.per_sample) == pytest.approx(expected, rel=1e-5)
+            if seed == _SERVED_AFTER + 1:
+                assert not hooked(model)
+
+
+def test_a_forward_pass_between_forward_and_backward_costs_this_pass_alone() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        serve(model, metric)
+        loss = model(x(7)).sum()
+        model(x(8))
+        loss.backward()
+        assert "another forward pass began before its backward pass" in metric.broken
+        for seed in range(9, 9 + 2 * _SERVED_AFTER):
+            model.zero_grad()
+            model(x(seed)).sum().backward()
+            assert float(metric.per_sample) == pytest.approx(truth(model, x(seed)), rel=1e-5)
+        assert not hooked(model)  # served again

@@ -12,18 +12,24 @@
 namespace lipcore {
 namespace {
 
-// places: (owner's dict, key, parameter, measured, read); calls as SingleBatchCalls has them.
+// places: (owner's dict, key, parameter, measured, read); links: (a module's dict, key, value), sizes: (it, length);
+// calls as SingleBatchCalls has them.
 std::shared_ptr<SingleBatch> make_single_batch(
     const std::vector<std::tuple<py::dict, py::str, py::object, bool, bool>>& places,
-    const std::vector<py::object>& calls, Py_ssize_t batch_dim, int passes) {
+    const std::vector<std::tuple<py::dict, py::str, py::object>>& links,
+    const std::vector<std::tuple<py::dict, Py_ssize_t>>& sizes, const std::vector<py::object>& calls,
+    Py_ssize_t batch_dim, int passes) {
   std::vector<GradientReader::Place> list;
   for (const auto& [owner, key, parameter, measured, read] : places)
     list.push_back({owner.ptr(), key.ptr(), parameter.ptr(), measured, read});
+  std::vector<GradientReader::Link> all_links;
+  for (const auto& [owner, key, value] : links) all_links.push_back({owner.ptr(), key.ptr(), value.ptr()});
+  for (const auto& [owner, size] : sizes) all_links.push_back({owner.ptr(), nullptr, nullptr, size});
   if (calls.size() != kSingleBatchCalls) throw py::value_error("calls: expected one object per member");
   SingleBatchCalls objects;
   for (size_t i = 0; i < calls.size(); ++i) reinterpret_cast<PyObject**>(&objects)[i] = calls[i].ptr();
   auto batch = std::make_shared<SingleBatch>();
-  check(batch->start(list, objects, batch_dim, passes));
+  check(batch->start(list, all_links, objects, batch_dim, passes));
   return batch;
 }
 
@@ -42,7 +48,8 @@ void set_single_batch_sink(SingleBatch& batch, std::vector<int64_t> index,
 void bind_single_batch(py::module_& m) {
   py::class_<SingleBatch, std::shared_ptr<SingleBatch>>(
       m, "SingleBatch", "Hooks of a model whose batches of one are read from gradients.")
-      .def(py::init(&make_single_batch), py::arg("places"), py::arg("calls"), py::arg("batch_dim"), py::arg("passes"))
+      .def(py::init(&make_single_batch), py::arg("places"), py::arg("links"), py::arg("sizes"), py::arg("calls"),
+           py::arg("batch_dim"), py::arg("passes"))
       .def(
           "before_forward",
           [](SingleBatch& batch, py::handle module, const py::tuple& arguments, const py::dict& keywords) {
@@ -67,6 +74,8 @@ void bind_single_batch(py::module_& m) {
       .def_readwrite("active", &SingleBatch::active);
   m.attr("SINGLE_ADDED") = static_cast<int>(SingleBatch::kAdded);
   m.attr("SINGLE_GRAPH") = static_cast<int>(SingleBatch::kGraph);
+  m.attr("SINGLE_CALLS") = kSingleBatchCalls;
+  m.attr("SINGLE_STOPPED") = static_cast<int>(SingleBatch::kStopped);
   m.attr("SINGLE_ELSEWHERE") = static_cast<int>(SingleBatch::kElsewhere);
   m.attr("GRADIENTS_NOTHING") = static_cast<int>(GradientReader::Found::kNothing);
   m.attr("GRADIENTS_EXPECTED") = static_cast<int>(GradientReader::Found::kExpected);

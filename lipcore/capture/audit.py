@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.capture.outputs import tensors_of
+from lipcore.capture.outputs import nodes_of, tensors_of
 from lipcore.layers import Rule, rule_for
 from lipcore.names import named_modules
 
@@ -30,6 +30,7 @@ class Coverage:
         self.covered: dict[str, str] = {}  #: parameter -> "layer (Type)", or several of them for a tied one
         self.frozen: list[str] = []
         self.batch_statistics: list[tuple[str, nn.Module, Rule]] = []  #: BatchNorms, which may change to train mode
+        self._mixed_before: set[str] = set()  # of these, in train mode when the model was looked at
         self.uncovered: dict[str, str] = {}  #: parameter -> why
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
@@ -80,11 +81,12 @@ class Coverage:
                 frozen.add(name)
         return frozenset(frozen)
 
-    def check_batch_statistics(self) -> None:
-        """ValueError when a BatchNorm has been put in train mode since."""
+    def mixing(self) -> str:
+        """Which BatchNorm mixes the samples, having been put in train mode since; "" where none does."""
         for name, module, rule in self.batch_statistics:
-            if reason := rule.refuses(module):
-                raise ValueError(f"module '{name}' ({type(module).__name__}): {reason}")
+            if name not in self._mixed_before and (reason := rule.refuses(module)):
+                return f"module '{name}' ({type(module).__name__}): {reason}"
+        return ""
 
     def uncover(self, name: str, reason: str) -> None:
         self.covered.pop(name, None)
@@ -145,15 +147,18 @@ def cover(model: nn.Module) -> Coverage:
         for key, parameter in module.named_parameters():
             if parametrized or not parameter.requires_grad:
                 continue
-            if _makes_another(module, key):
-                coverage.uncovered[names[id(parameter)]] = _why(module, key)
+            if _makes_another(module, key) or parameter.is_complex():
+                why = "is complex, and the rules are for real numbers" if parameter.is_complex() else _why(module, key)
+                coverage.uncovered[names[id(parameter)]] = why
                 continue
             own[key] = names[id(parameter)]
         if len(list(module.children())) and not parametrized:
             inside_rule.update(id(child) for child in module.modules() if child is not module)
         reason = rule.refuses(module)
-        if reason and not own and isinstance(module, _BATCH_STATISTICS):
-            coverage.uncovered[module_name] = reason  # it spoils the other parameters' gradients
+        if reason and isinstance(module, _BATCH_STATISTICS):
+            coverage._mixed_before.add(module_name)
+            if not own:
+                coverage.uncovered[module_name] = reason  # it spoils the other parameters' gradients
         for name in own.values() if reason else ():
             coverage.uncovered.setdefault(name, reason)
         if reason or not own:
@@ -224,10 +229,7 @@ def _uses(output: Any) -> dict[int, int]:
     edges: Counter[Any] = Counter()
     casts: list[tuple[Any, Any]] = []
     leaves: dict[Any, Tensor] = {}
-    todo = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
+    for node in nodes_of(output):
         for child, _ in node.next_functions:
             if child is None:
                 continue
@@ -237,9 +239,6 @@ def _uses(output: Any) -> dict[int, int]:
                 if node.name() == "ToCopyBackward0":
                     casts.append((node, child))
             edges[child] += 1
-            if child not in seen:
-                seen.add(child)
-                todo.append(child)
     uses = {id(leaf): edges[child] for child, leaf in leaves.items()}
     for cast, child in casts:
         uses[id(leaves[child])] += max(0, edges[cast] - 1)

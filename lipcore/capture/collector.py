@@ -15,6 +15,7 @@ from lipcore.metric import Record
 
 in_backward = torch._C._current_graph_task_id  # -1 outside
 in_transform = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func's grad, vmap and the like
+is_tracing = torch._C._is_tracing  # of torch.jit.trace
 
 
 class MicroBatch:

@@ -80,7 +80,8 @@ class FirstLayerFinder:
         except ValueError as error:
             collector.fail(error)
             return None
-        self._handles.append(first[1].register_forward_hook(self._hook.after_forward))
+        # The model itself has a hook already that ends its forward pass.
+        self._handles.append(first[1].register_forward_hook(self._hook.after_forward, prepend=not first[0]))
         return self._hook.after_forward(module, arguments, output) if first[1] is module else None
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layer_pass import LayerPass
+from lipcore.layers import Batch
 
 if TYPE_CHECKING:
     from lipcore.capture.layer_site import LayerSite
@@ -16,11 +17,11 @@ if TYPE_CHECKING:
 _LEAST_TOKENS = 48  # below, an ordinary weight gradient and a Gram cost less
 
 
-def can_fuse(module: nn.Module, arguments: tuple[Any, ...], run: LayerPass) -> bool:
+def can_fuse(module: nn.Module, arguments: tuple[Any, ...], batch: Batch) -> bool:
     """Whether this call of a layer has sequences long enough, and nothing but x to differentiate by."""
     if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or len(arguments) != 1:
         return False
-    tokens = arguments[0].numel() // max(1, module.in_features * run.batch.size)
+    tokens = arguments[0].numel() // max(1, module.in_features * batch.size)
     return module.weight.requires_grad and tokens >= _LEAST_TOKENS
 
 

@@ -17,7 +17,7 @@ from lipcore.capture.accumulation import accumulates_everything
 from lipcore.capture.audit import Coverage, audit_gradients, audit_graph, cover, depends_on
 from lipcore.capture.batch_of import OffsetsOf, batch_of
 from lipcore.capture.broadcast import check_broadcast
-from lipcore.capture.collector import in_backward, in_transform
+from lipcore.capture.collector import in_backward, in_transform, is_tracing
 from lipcore.capture.layer_pass import INNER, OUTPUT, LayerPass, LayerRecord, Recomputation
 from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
@@ -28,11 +28,16 @@ from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
 from lipcore.capture.proof import disproved
 from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches
+from lipcore.capture.structure import Structure
 from lipcore.layers import Factor, Outer
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 
 _MAX_STRAY = 64
 ROOT = "model"  #: what the model itself is called where it is a layer
+STRAYED = (
+    "the backward pass came through layers that were called outside the model's forward pass alone (or through the "
+    "whole model in a checkpoint with use_reentrant=True)"
+)
 _CHAINED = (
     "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
     "samples' gradients are spread over several passes; detach() it where that is not meant"
@@ -92,7 +97,8 @@ class LayerCapture:
         self._broadcast = broadcast
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._forgettable: weakref.WeakValueDictionary[int, LayerPass] = weakref.WeakValueDictionary()
-        self._last: LayerPass | None = None
+        self._last: LayerPass | None = None  # whose end no callback may have told
+        self._delivered = self._lost = -1  # numbers of backward passes
         self._returning: set[LayerPass] = set()  # passes of the backward pass under way
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
         self._grads_before: dict[str, bool] = {}
@@ -102,6 +108,7 @@ class LayerCapture:
     def _look(self) -> None:
         """At the model's layers and parameters."""
         self.coverage: Coverage = cover(self.model)
+        self.structure = Structure(self.model)
         self.sites = [
             LayerSite(self, name or ROOT, module, rule, names) for name, module, rule, names in self.coverage.tapped
         ]
@@ -121,7 +128,7 @@ class LayerCapture:
         self._audited = False
         self._proved = not self._wants_proof
         self.single = SingleBatches(
-            *(self.coverage, self.batch_dim, self._serve, self._tap),
+            *(self.coverage, self.structure, self.batch_dim, self._serve, self._tap),
             *(self._begin_forward, self._single_came_back, lambda: self._not_accumulated(1)),
         )
         self._probes = LayerProbes(self.sites, self._probe_came_back)
@@ -229,8 +236,11 @@ class LayerCapture:
             run = LayerPass(
                 batch_of(arguments, keywords, self.batch_dim, self._offsets_of), self.coverage.frozen_since()
             )
-            if not self._skip_uncovered:
-                self.coverage.check_batch_statistics()
+            self.structure.check()
+            mixing = self.coverage.mixing()
+            if mixing and not self._skip_uncovered:
+                raise ValueError(mixing)
+            run.spoiled = mixing
         except Exception as error:
             self.fail(error)
             return
@@ -272,7 +282,7 @@ class LayerCapture:
                 self.fail(error)
         if not self._proved and run.batch.size > 1 and self.recording and not run.chained:
             self._prove(run, output)
-        on_backward(output, lambda: self._begin_backward(run))
+        on_backward(output, lambda _: self._begin_backward(run))
         return self._tap_output(run, output) if self.normalized else None
 
     def _prove(self, run: LayerPass, output: Any) -> None:
@@ -312,7 +322,7 @@ class LayerCapture:
         self.single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
         candidates = self._returning
         if not candidates and self.tapping:
-            candidates = {run for run in self._open() if run.finished_task == -1} or set(self._open())
+            candidates = {run for run in self._open() if run.finished_task == -1}
         if len(candidates) <= 1:
             return next(iter(candidates), None)
         return Recomputation(candidates)
@@ -322,6 +332,8 @@ class LayerCapture:
         run.entered = in_backward()
         if run.fresh[0] != in_backward():
             run.fresh = in_backward(), all(p.grad is None for p in self.coverage.measured().values())
+            if run.probes and self.recording:
+                self._after_backward(lambda task: self._nothing_came(run, task))
 
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
         """Whether what comes back now counts."""
@@ -348,9 +360,31 @@ class LayerCapture:
             Variable._execution_engine.queue_callback(lambda: self._deliver(run, task))
         return not run.spoiled
 
+    def _after_backward(self, call: Callable[[int], None]) -> None:
+        """With the number of this backward pass, at its end and after its records."""
+        queue, task = Variable._execution_engine.queue_callback, in_backward()
+        queue(lambda: queue(lambda: call(task)))
+
+    def _nothing_came(self, run: LayerPass, task: int) -> None:
+        if self.recording and self.records and task not in (run.task, run.finished_task):
+            self._not_accumulated(run.batch.size)
+
+    def _only_strays(self, task: int) -> None:
+        if self.recording and task != self._delivered:
+            self._count(STRAYED)
+            self._on_unrecorded(0, STRAYED)
+
+    def unfollowed(self) -> None:
+        """A layer runs in a backward pass, and in no forward pass that was seen."""
+        if self.tapping and in_backward() != self._lost:
+            self._lost = in_backward()
+            self._after_backward(self._only_strays)
+
     def strayed(self, site: LayerSite) -> None:
         """A layer called outside the model's forward pass gets a gradient."""
         if self.recording and accumulates_everything():
+            if in_backward() not in self._stray:
+                self._after_backward(self._only_strays)
             self._stray.setdefault(in_backward(), set()).update(site.names.values())
             if len(self._stray) > _MAX_STRAY:  # backward passes that reached no forward pass of the model
                 self._stray.pop(next(iter(self._stray), -1), None)
@@ -365,6 +399,7 @@ class LayerCapture:
 
     def _deliver(self, run: LayerPass, task: int) -> None:
         self._returning.discard(run)
+        self._delivered = task
         if not self.recording or run.task != task or run.finished_task == task:
             return
         try:
@@ -434,7 +469,8 @@ class LayerCapture:
 
 def _is_aside() -> bool:
     """Whether a forward pass begins or ends that is none of the training's: it leaves the pass under way alone."""
-    return not torch.is_grad_enabled() or _core.paused() or in_backward() != -1 or in_transform() is not None
+    unusual = _core.paused() or in_backward() != -1 or in_transform() is not None or is_tracing()
+    return unusual or not torch.is_grad_enabled()
 
 
 def _nothing() -> None:

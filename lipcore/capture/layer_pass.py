@@ -90,6 +90,11 @@ class LayerPass:
         self._rows: dict[str, Tensor] = {}
         self._held: dict[str, Factor] = {}
 
+    @property
+    def batches(self) -> list[Batch]:
+        """Of which a layer's call may be."""
+        return [self.batch]
+
     def begin_task(self, task: int) -> bool:
         """A number comes back in this backward pass; True when it is the first."""
         if self.task == task:
@@ -153,11 +158,16 @@ class LayerPass:
 
 class Recomputation(LayerPass):
     """What an activation checkpoint runs again while several passes may be meant. One that keeps its tensors for the
-    first run's backward only needs them to be as many; one with a backward pass of its own cannot be told apart."""
+    first run's backward only needs the same ones again, for which the pass's batch must be of the right size; one with
+    a backward pass of its own cannot be told apart."""
 
     def __init__(self, passes: set[LayerPass]) -> None:
         super().__init__(next(iter(passes)).batch)
         self.passes = passes
+
+    @property
+    def batches(self) -> list[Batch]:
+        return [run.batch for run in self.passes]
 
     def spoil(self, reason: str) -> None:
         for run in self.passes:

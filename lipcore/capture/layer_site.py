@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lipcore import _core, functional
 from lipcore.capture.accumulation import accumulates_everything, anything
-from lipcore.capture.collector import in_backward, in_transform
+from lipcore.capture.collector import in_backward, in_transform, is_tracing
 from lipcore.capture.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layer_pass import DELTA, LayerPass
@@ -70,7 +71,9 @@ class LayerSite:
             return self._trace(module, arguments, keywords, output)
         capture = self._capture
         inner = in_backward() != -1
-        if in_transform() is not None or not (inner or capture.tapping or capture.current is not None):
+        if in_transform() is not None or is_tracing():
+            return None
+        if not (inner or capture.tapping or capture.current is not None):
             return None
         run = capture.pass_of_recomputation() if inner else capture.current
         if run is not None and not inner:
@@ -84,6 +87,8 @@ class LayerSite:
             capture.fail(_named(ValueError(_PREPENDED), self))
             return None
         if run is None:
+            if inner:
+                capture.unfollowed()
             if inner or _core.paused():
                 return None
             return _with_tensor(output, _Strayed.apply(tensor, anything, self))  # type: ignore[no-untyped-call]
@@ -93,25 +98,35 @@ class LayerSite:
                 raise ValueError(refusal)
             if hasattr(tensor, "placements"):
                 raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
-            batch = run.batch
-            tensor_out = tensor
-            if self.broadcast:
-                batch, arguments, tensor_out = self._expanded(batch, arguments, tensor)
-            saved, extra = self._saved(module, arguments, keywords, batch)
-            if batch.offsets is not None:
-                check_rows(module, tensor, batch.offsets)
+            call = self._prepared(module, arguments, keywords, tensor, run.batches)
         except Exception as error:
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             capture.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        if capture.fused and can_fuse(module, arguments, run):
+        if capture.fused and can_fuse(module, call.arguments, call.batch) and _site_of(tensor) is None:
             bias = module.bias if isinstance(module.bias, Tensor) else None
             fused = FusedLinear.apply(
-                arguments[0], module.weight, bias, tensor_out.detach(), anything, self, run, inner
+                call.arguments[0], module.weight, bias, call.output.detach(), anything, self, run, inner
             )  # type: ignore[no-untyped-call]
             return _with_tensor(output, fused)
-        return _with_tensor(output, _Tapped.apply(tensor_out, anything, self, run, extra, inner, *saved))  # type: ignore[no-untyped-call]
+        tapped = _Tapped.apply(call.output, anything, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
+        return _with_tensor(output, tapped)
+
+    def _prepared(
+        self, module: nn.Module, arguments: Any, keywords: Any, output: Tensor, batches: list[Batch]
+    ) -> _Call:
+        """Of one of these batches."""
+        *others, last = batches
+        for batch in others:
+            with suppress(ValueError):
+                return self._prepared(module, arguments, keywords, output, [batch])
+        if self.broadcast:
+            last, arguments, output = self._expanded(last, arguments, output)
+        saved, extra = self._saved(module, arguments, keywords, last)
+        if last.offsets is not None:
+            check_rows(module, output, last.offsets)
+        return _Call(last, arguments, output, saved, extra)
 
     def _saved(self, module: nn.Module, arguments: Any, keywords: Any, batch: Batch) -> tuple[list[Tensor], Any]:
         saved, extra = self.rule.save(module, arguments, keywords, batch)
@@ -137,8 +152,9 @@ class LayerSite:
                 "leave it out of broadcast="
             )
         shape = (batch.size, *first.shape) if first.shape[0] != 1 else (batch.size, *first.shape[1:])
-        out = (batch.size, *(output.shape if first.shape[0] != 1 else output.shape[1:]))
-        return Batch(batch.size), (first.expand(shape), *arguments[1:]), output.expand(out)
+        if not getattr(_site_of(output), "broadcast", False):  # by another metric, whose hook ran before
+            output = output.expand((batch.size, *(output.shape if first.shape[0] != 1 else output.shape[1:])))
+        return Batch(batch.size), (first.expand(shape), *arguments[1:]), output
 
     def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
         """In the backward pass, in which nothing may be raised."""
@@ -226,6 +242,16 @@ class LayerSite:
         return torch.stack([*rows, torch.ones_like(nothing)])
 
 
+class _Call(NamedTuple):
+    """A layer's call as it is tapped."""
+
+    batch: Batch
+    arguments: tuple[Any, ...]
+    output: Tensor
+    saved: list[Tensor]
+    extra: Any
+
+
 class _InertHook:
     """What a copied model has in the place of a hook."""
 
@@ -289,6 +315,12 @@ def _precedes(module: nn.Module, site: LayerSite) -> bool:
         if not isinstance(hook, LayerSite):
             return True
     return False
+
+
+def _site_of(output: Tensor) -> LayerSite | None:
+    """That of another metric, which has tapped this output already."""
+    site = getattr(output.grad_fn, "site", None)
+    return site if isinstance(site, LayerSite) else None
 
 
 def _may_be_positions(arguments: tuple[Any, ...]) -> bool:

@@ -26,8 +26,22 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
                 yield from tensors_of(value)
 
 
-def on_backward(output: Any, hook: Callable[[], None]) -> None:
-    """Call the hook when the backward pass enters the graph behind one of the output's tensors, at each of them."""
+def nodes_of(output: Any) -> Iterator[Any]:
+    """The nodes of the graph behind the output's tensors."""
+    todo = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
+
+
+def on_backward(output: Any, hook: Callable[[Any], None]) -> None:
+    """Call the hook with the gradients when the backward pass enters the graph behind one of the output's tensors, at
+    each of them."""
     for tensor in tensors_of(output):
         if tensor.grad_fn is not None:
-            tensor.grad_fn.register_prehook(lambda _: hook())
+            tensor.grad_fn.register_prehook(hook)

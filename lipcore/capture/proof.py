@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lipcore import functional
+from lipcore import functional, guards
 from lipcore.capture.audit import UNSEEN, Coverage
 from lipcore.capture.collector import in_backward
 from lipcore.capture.layer_pass import ERROR, LayerPass
 from lipcore.capture.layer_site import LayerSite
-from lipcore.capture.outputs import tensors_of
+from lipcore.capture.outputs import nodes_of, tensors_of
 from lipcore.layers import Batch
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a norm, relative
@@ -42,17 +42,18 @@ def disproved(
     model: nn.Module, run: LayerPass, output: Any, coverage: Coverage, sites: list[LayerSite]
 ) -> dict[str, str] | None:
     """Parameters whose norms are wrong, and why; None where this pass can prove nothing: no output has a batch
-    dimension, its graph allows no other backward pass (reentrant checkpoints, compiled regions that reuse memory), or
-    others would see it.
+    dimension, its graph allows no other backward pass (reentrant checkpoints, compiled regions that reuse memory,
+    autograd Functions of the user's, which may free or reuse what they keep), or others would see it.
     """
-    if not _is_private(model):
+    if not _is_private(model) or _has_functions(output):
         return None
     sample = run.batch.size // 2
     outputs, seeds = _of_sample(output, run.batch, sample)
     # A hook on a parameter rewrites its gradient, and no sample's.
     parameters = {name: p for name, p in coverage.measured().items() if not p._backward_hooks}
     while outputs:
-        found = _backward(run, outputs, seeds, parameters)
+        with guards.own_pass(model):  # of what a checkpoint runs again
+            found = _backward(run, outputs, seeds, parameters)
         if found is None:
             return None
         norms, probed, proof = found
@@ -129,6 +130,15 @@ def _is_private(model: nn.Module) -> bool:
     return not any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
 
 
+def _has_functions(output: Any) -> bool:
+    """Whether an autograd Function that is neither torch's nor lipcore's is in the graph."""
+    for node in nodes_of(output):
+        kind = getattr(type(node), "_forward_cls", None)
+        if kind is not None and kind.__module__.split(".")[0] not in ("torch", "lipcore"):
+            return True
+    return False
+
+
 def _of_sample(output: Any, batch: Batch, sample: int) -> tuple[list[Tensor], list[Tensor]]:
     """The outputs with a batch dimension, and for each random gradients at this sample alone."""
     outputs, seeds = [], []
@@ -140,11 +150,11 @@ def _of_sample(output: Any, batch: Batch, sample: int) -> tuple[list[Tensor], li
         dim = batch.dim if batch.offsets is None and tensor.dim() > batch.dim else 0
         if tensor.is_leaf or not tensor.is_floating_point() or not tensor.dim() or tensor.shape[dim] != rows:
             continue
-        if dim and tensor.dim() == 2 and tensor.shape[0] == rows:
-            continue  # [B, B]: which of them is the batch?
+        if dim and tensor.shape[0] == rows:
+            continue  # [B, B, ...]: which of them is the batch?
         seed = torch.zeros_like(tensor)
         part = seed.narrow(dim, begin, end - begin)
-        part.copy_(torch.randn(part.shape, generator=generator))
+        part.copy_(torch.randn(part.shape, generator=generator, device="cpu"))
         outputs.append(tensor)
         seeds.append(seed)
     return outputs, seeds

@@ -20,6 +20,7 @@ from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.layer_pass import LayerRecord, Rows
 from lipcore.capture.outputs import on_backward
 from lipcore.capture.parameters import GradientWatch, WeakCall
+from lipcore.capture.structure import Structure
 
 _PROOFS = 3  # tapped passes in a row that the gradients agree with, before any is served
 # Passes that are served, until one is tapped again and compared: drawn, since a loss may have a rhythm of its own.
@@ -39,7 +40,12 @@ _ELSEWHERE = (
     "a batch of one was served from the gradients, and something beside the model's output reached them (a penalty in "
     "the loss, a layer's weight used outside the model); from now on batches of one are tapped"
 )
+_STOPPED = (
+    "a batch of one was to be read from the gradients, and another forward pass began before its backward pass, which "
+    "adds to them too"
+)
 _TROUBLE = {
+    _core.SINGLE_STOPPED: _STOPPED,
     _core.SINGLE_ELSEWHERE: _ELSEWHERE,
     _core.SINGLE_ADDED: _ADDED,
     _core.SINGLE_GRAPH: "its graph was differentiated with create_graph=True, so gradients flow along other ways too",
@@ -57,7 +63,7 @@ Sink = tuple[list[int], list[Any], float]
 class SingleBatches:
     """Serves passes of one sample from the gradients that its backward pass leaves, with the layers' hooks taken off.
 
-    Only after these have proved to be what taps bring, and with a proof every 64 passes or so: a penalty on the
+    Only after these have proved to be what taps bring, and with a proof now and then: a penalty on the
     parameters or a layer called outside the model, say, is in the gradients and is no part of a sample's loss. While
     passes are served, what changes is found at once (parameters, hooks, gradients that were there before, others
     reached; behind a Linear at the end, a gradient of its bias that did not come from the output) or by the next proof.
@@ -65,6 +71,7 @@ class SingleBatches:
 
     Args:
         coverage: the model's parameters.
+        structure: its modules.
         batch_dim: batch dimension of the model's input.
         serve: put the compiled hooks (before and after the forward pass) in the place of the model's, and take the
             layers' off.
@@ -77,6 +84,7 @@ class SingleBatches:
     def __init__(
         self,
         coverage: Coverage,
+        structure: Structure,
         batch_dim: int,
         serve: Callable[[Any, Any], None],
         tap: Callable[[], None],
@@ -86,7 +94,7 @@ class SingleBatches:
     ) -> None:
         self.enabled = True
         self._sink: Callable[[tuple[str, ...]], Sink | None] | None = None
-        self._coverage, self._batch_dim = coverage, batch_dim
+        self._coverage, self._structure, self._batch_dim = coverage, structure, batch_dim
         self._serve, self._tap, self._not_served = serve, tap, not_served
         self._deliver, self._not_accumulated = deliver, not_accumulated
         self._proofs = self._abandoned = 0
@@ -136,7 +144,10 @@ class SingleBatches:
             *(WeakCall(self._stopped), on_backward, WeakCall(self._came_back)),
         ]
         with self._turning:
-            self._core = _core.SingleBatch(places, calls, self._batch_dim, self._random.randint(*_PROOF_EVERY))
+            self._core = _core.SingleBatch(
+                *(places, self._structure.links, self._structure.sizes, calls, self._batch_dim),
+                self._random.randint(*_PROOF_EVERY),
+            )
             self.renew_sink()
             self._serve(self._core.before_forward, self._core.after_forward)
 
@@ -196,7 +207,7 @@ class SingleBatches:
 
     def _came_back(self, found: int, trouble: int, task: int) -> None:
         """The end of a backward pass through the graph of a served forward pass, whose norms no sink took in."""
-        broken = _TROUBLE.get(trouble, "" if self._core is not None else _ADDED)
+        broken = _TROUBLE.get(trouble, "" if self._core is not None else _STOPPED)
         if not broken and found == _core.GRADIENTS_NOTHING:
             self._not_accumulated()
             return
@@ -209,8 +220,9 @@ class SingleBatches:
         elif not broken:
             broken = _OTHERS if found == _core.GRADIENTS_OTHERS else _UNREADABLE
         if record is None:
-            self.enabled = False
-            self.stop()
+            if broken is not _STOPPED:  # which stop() has counted
+                self.enabled = False
+                self.stop()
             record = LayerRecord(1, {}, dict.fromkeys(self._names, broken), broken, task)
         self._deliver(record)
 
@@ -249,8 +261,8 @@ def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 def _inert_hooks() -> Any:
     """What a copied model has in the place of the compiled hooks."""
     never = functools.partial(bool, False)
-    calls = [Tensor, *(never for _ in range(7))]
-    return _core.SingleBatch([], calls, 0, 0)
+    calls = [Tensor, *(never for _ in range(_core.SINGLE_CALLS - 1))]
+    return _core.SingleBatch([], [], [], calls, 0, 0)
 
 
 copyreg.pickle(_core.SingleBatch, lambda hooks: (_inert_hooks, ()))
