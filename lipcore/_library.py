@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CPU = torch.device("cpu")  # named wherever compiled code writes: torch.set_default_device() may be another
+
 _library = torch.library.Library("lipcore", "DEF")
 _library.define("sample_norms(Tensor x) -> Tensor")
 _library.define("normalized_norms(Tensor delta, Tensor output_grad) -> (Tensor, Tensor)")

@@ -95,8 +95,8 @@ class Distribution:
     def state_dict(self) -> dict[str, Any]:
         """Version, moments and bins; small (only used bins)."""
         c = self.core
-        moments = torch.tensor([c.count, c.mean, c.m2, c.min, c.max], dtype=torch.float64)
-        bins = torch.tensor(c.bins(), dtype=torch.int64)
+        moments = torch.tensor([c.count, c.mean, c.m2, c.min, c.max], dtype=torch.float64, device="cpu")
+        bins = torch.tensor(c.bins(), dtype=torch.int64, device="cpu")
         return {"version": self._version, "moments": moments, "missing": c.missing, "invalid": c.invalid, "bins": bins}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core, functional
+from lipcore._library import CPU
 from lipcore.capture import FIRST_LAYER_TYPES
 from lipcore.metric import Tap
 from lipcore.pullback import pull_back
@@ -80,7 +81,7 @@ class FirstLayerTap(Tap):
         if every > 1 and call % every != 1:
             return _columns(functional.sample_norms(grad_output))
         if work <= _SMALL and grad_output.dim() == 2 and grad_output.is_cpu and not compiling:
-            out = torch.empty(3, grad_output.shape[0], dtype=torch.float64)
+            out = torch.empty(3, grad_output.shape[0], dtype=torch.float64, device=CPU)
             _core.first_layer_norms(grad_output, weight, out)
             return out
         # At least float32, whatever autocast made of the gradient: bfloat16 products would carry 4e-3.
@@ -143,7 +144,7 @@ class OutputTap(Tap):
         if not grad_output.dim():
             grad_output = grad_output.reshape(1)  # squeezed, so it is the value of a single sample
         if grad_output.is_cpu and not torch.compiler.is_compiling():
-            out = torch.empty(1, grad_output.shape[0], dtype=torch.float64)
+            out = torch.empty(1, grad_output.shape[0], dtype=torch.float64, device=CPU)
             _core.sample_norms(grad_output, out)
             return out
         return functional.sample_norms(grad_output).reshape(1, -1)

@@ -113,14 +113,14 @@ def _lanczos(module: nn.Module, shape: tuple[int, ...]) -> _Iteration:
     """
     generator = torch.Generator().manual_seed(0)
     weight = module.weight.detach().to(torch.float64)  # type: ignore[operator]
-    q: Tensor = torch.randn(shape, generator=generator, dtype=torch.float64).to(weight.device)
+    q: Tensor = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(weight.device)
     q = q / q.norm()
     tolerance = _TOLERANCE if q.numel() <= _SMALL else _TOLERANCE_LARGE
     basis: list[Tensor] = [q.reshape(-1)]
     diagonal: list[float] = []
     beside: list[float] = []
     theta = residual = step = 0.0
-    values = torch.zeros(1, dtype=torch.float64)
+    values = torch.zeros(1, dtype=torch.float64, device="cpu")
     for _ in range(min(_STEPS, _MEMORY // q.numel() + 2, q.numel())):
         w = pull_back(module, weight, push_forward(module, weight, q), shape).reshape(-1)
         diagonal.append(float(w @ basis[-1]))
@@ -128,7 +128,7 @@ def _lanczos(module: nn.Module, shape: tuple[int, ...]) -> _Iteration:
         for _ in range(2):  # twice is enough to stay orthogonal
             w = w - vectors.T @ (vectors @ w)
         step = float(w.norm())
-        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+        tridiagonal = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
         for i, value in enumerate(beside):
             tridiagonal[i, i + 1] = tridiagonal[i + 1, i] = value
         values, eigenvectors = torch.linalg.eigh(tridiagonal)

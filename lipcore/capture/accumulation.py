@@ -9,7 +9,7 @@ from torch import Tensor
 
 #: A leaf that every tap's autograd Function has as an input, and to which no gradient ever flows. Its node is executed
 #: when the backward pass executes everything it reaches; not by autograd.grad(), nor by backward(inputs=...).
-anything = torch.zeros((), requires_grad=True)
+anything = torch.zeros((), requires_grad=True, device="cpu")
 
 
 def _node_of(leaf: Tensor) -> Any:

@@ -27,7 +27,7 @@ class ForwardHook:
     def __init__(self, site: Site, collector: Collector) -> None:
         self.site = site
         self._collector = collector
-        self._anchor = torch.empty(0, requires_grad=True)
+        self._anchor = torch.empty(0, requires_grad=True, device="cpu")
 
     def __reduce__(self) -> tuple[Callable[[], ForwardHook], tuple[()]]:
         return inert_hook, ()

@@ -57,7 +57,9 @@ def disproved(
         if found is None:
             return None
         norms, probed, proof = found
-        calls = torch.stack([columns[-1].max() for columns in probed.values()] or [torch.ones(())])  # NaN wins
+        calls = torch.stack(
+            [columns[-1].max() for columns in probed.values()] or [torch.ones((), device="cpu")]
+        )  # NaN wins
         if bool((calls > 1).any()):
             return None  # refused when they are read
         if not proof.spoiled and not bool(calls.isnan().any()):
@@ -106,7 +108,7 @@ def _backward(
             handle.remove()
     columns = dict(zip(run.probes, found[len(parameters) :], strict=True))
     for name in parameters:
-        norms.setdefault(name, Norm(torch.float64, torch.zeros((), dtype=torch.float64)))
+        norms.setdefault(name, Norm(torch.float64, torch.zeros((), dtype=torch.float64, device="cpu")))
     return norms, {number: rows for number, rows in columns.items() if rows is not None}, proof
 
 
@@ -165,7 +167,7 @@ def _wrong(rows: dict[str, Tensor], norms: dict[str, Norm], sample: int, half: b
     total = max(exact.values(), default=0.0)
     wrong = {}
     for name, norm in exact.items():
-        row = rows[name].sqrt().cpu() if name in rows else torch.zeros(0)
+        row = rows[name].sqrt().cpu() if name in rows else torch.zeros(0, device="cpu")
         mine = float(row[sample]) if len(row) else 0.0
         others = float(row.sum()) - mine if len(row) else 0.0
         tolerance = _TOLERANCE_HALF if half else _TOLERANCE.get(norms[name].dtype, _TOLERANCE_HALF)

@@ -202,7 +202,7 @@ class SingleBatches:
         self._not_served(module, arguments, keywords)
 
     def _record(self, task: int) -> LayerRecord:
-        squares = torch.tensor(self._core.squares, dtype=torch.float64)[:, None]
+        squares = torch.tensor(self._core.squares, dtype=torch.float64, device="cpu")[:, None]
         return LayerRecord(1, Rows(self._names, squares), {}, "", task, True)
 
     def _came_back(self, found: int, trouble: int, task: int) -> None:
@@ -252,7 +252,7 @@ def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
             gradient = gradient.coalesce().values()
         names.append(name)
         gradients.append(gradient if gradient.is_contiguous() else gradient.contiguous())
-    rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64)
+    rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
     if gradients:
         _core.square_sums(gradients, rows)
     return dict(zip(names, rows[:, :1].unbind(), strict=True))

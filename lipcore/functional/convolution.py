@@ -80,7 +80,7 @@ def conv_norms_sq(
         return portable.conv_norms_sq(x, grad, kernel_size, stride, padding, dilation, groups)
     if method is None:
         method = conv_method(x.shape, grad.shape, kernel_size=kernel_size, padding=padding, groups=groups)
-    out = torch.empty(x.shape[0], dtype=torch.float64)
+    out = torch.empty(x.shape[0], dtype=torch.float64, device=_library.CPU)
     _core.conv_norms_sq(x, grad, kernel_size, stride, padding, dilation, groups, method == "gram", out)
     return out
 

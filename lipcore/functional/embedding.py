@@ -80,7 +80,7 @@ def embedding_norms_sq(
     samples, ids = len(g) if offsets is None else len(offsets) - 1, bits(indices)
 
     def compute(grad: Tensor, weights: Tensor | None = None) -> Tensor:
-        out = torch.empty(samples, dtype=torch.float64)
+        out = torch.empty(samples, dtype=torch.float64, device=_library.CPU)
         _core.embedding_norms(ids, grad, weights, padding_idx, packed, out)
         return out
 
@@ -133,7 +133,7 @@ def tied_cross(
     ids = bits(indices.reshape(e.shape[:2]))
 
     def compute(e: Tensor, a: Tensor, g: Tensor) -> Tensor:
-        out = torch.empty(len(e), dtype=torch.float64)
+        out = torch.empty(len(e), dtype=torch.float64, device=_library.CPU)
         _core.tied_cross(ids, e, a, g, padding_idx, out)
         return out
 

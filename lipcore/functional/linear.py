@@ -48,7 +48,7 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, m
     if not _is_compiled_for(x, grad):
         return portable.linear_norms_sq(x, grad, offsets)
     x, grad, starts = _for_the_core(x, grad, offsets)
-    out = torch.empty(_samples(x, offsets), dtype=torch.float64)
+    out = torch.empty(_samples(x, offsets), dtype=torch.float64, device=_library.CPU)
     _core.linear_norms(x, grad, starts, _METHODS[method], out)
     return out
 
@@ -83,8 +83,8 @@ def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None
         return portable.linear_weight_grad(x.to(dtype), grad.to(dtype), offsets)
     x, grad, starts = _for_the_core(x, grad, offsets)
     wide = torch.promote_types(dtype, torch.float32)
-    total = torch.empty(grad.shape[-1], x.shape[-1], dtype=wide)
-    out = torch.empty(_samples(x, offsets), dtype=torch.float64)
+    total = torch.empty(grad.shape[-1], x.shape[-1], dtype=wide, device=_library.CPU)
+    out = torch.empty(_samples(x, offsets), dtype=torch.float64, device=_library.CPU)
     _core.linear_weight_grad(x, grad, starts, total, out)
     return total.to(dtype), out
 

@@ -72,7 +72,7 @@ def _outer(x: Sequence[Tensor], grad: Sequence[Tensor], parts: int) -> Tensor:
         if not first.is_cpu:
             return _portable(x, grad, parts)
     samples = first.shape[0] if isinstance(first, Tensor) and first.dim() else 0
-    out = torch.empty(parts, 0 if first is None else len(x), samples, dtype=torch.float64)
+    out = torch.empty(parts, 0 if first is None else len(x), samples, dtype=torch.float64, device=_library.CPU)
     _core.outer_norms(x, grad, out)
     return out
 

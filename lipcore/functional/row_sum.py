@@ -168,7 +168,7 @@ def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Te
     samples = g.shape[0] if offsets is None else len(offsets) - 1
 
     def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
-        out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64)
+        out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64, device=_library.CPU)
         _core.term_sums(g, x, packed, terms, out)
         return out
 

@@ -43,7 +43,11 @@ def sample_norms(x: Tensor, *, out: Tensor | None = None) -> Tensor:
             raise ValueError(
                 "x: expected shape [B, ...] with one row per sample, got a 0-dimensional tensor; use x.reshape(1)"
             )
-        out = torch.empty(x.shape[0], dtype=_float64) if x.is_cpu else x.new_empty(x.shape[0], dtype=_float64)
+        out = (
+            torch.empty(x.shape[0], dtype=_float64, device=_library.CPU)
+            if x.is_cpu
+            else x.new_empty(x.shape[0], dtype=_float64)
+        )
     else:
         _check_state(out, "out")
     _core.sample_norms(x, out)
@@ -82,7 +86,7 @@ def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor
         raise ValueError("delta: expected shape [B, ...] with one row per sample, got a 0-dimensional tensor")
     if not delta.is_cpu:
         return _normalized_norms_on_device(delta, output_grad)
-    r = torch.empty(delta.shape[0], dtype=_float64)
+    r = torch.empty(delta.shape[0], dtype=_float64, device=_library.CPU)
     # scalar_tensor: a third of torch.tensor's time
     return r, torch.scalar_tensor(_core.normalized_norms(delta, output_grad, r), dtype=_int64)
 
@@ -266,8 +270,8 @@ def update_sums(
         states.append([t if t is None else _laid_out_as(w, t) for t, w in zip(readable, weights, strict=True)])
     if weights and not weights[0].is_cpu:
         return _update_sums_on_device(weights, states[0], states[1], rules)
-    rows = torch.empty(len(params), _core.STEP_COLUMNS, dtype=_float64)
-    normalized = torch.empty(len(params), dtype=_float64)
+    rows = torch.empty(len(params), _core.STEP_COLUMNS, dtype=_float64, device=_library.CPU)
+    normalized = torch.empty(len(params), dtype=_float64, device=_library.CPU)
     _core.update_sums(weights, states[0], states[1], rules, rows, normalized)
     return rows, normalized
 
