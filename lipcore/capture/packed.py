@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from lipcore.dtypes import INTEGERS
 
 
 def boundaries(offsets: Any) -> Tensor:
     """As int64 [B + 1]; values are looked at where that does not wait for a device."""
-    if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in _INTEGERS:
+    if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in INTEGERS:
         got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
         raise ValueError(f"cu_seqlens: expected boundaries, integers of shape [B + 1], got {got}")
     found: Tensor = offsets.detach().to(torch.int64)

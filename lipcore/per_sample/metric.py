@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from lipcore.capture.layer_capture import LayerCapture
 from lipcore.capture.layer_pass import LayerRecord
 from lipcore.capture.single_gradient import Sink
+from lipcore.dtypes import INTEGERS
 from lipcore.metric import Metric, PlanLine
 from lipcore.noise_scale import NoiseScale
 from lipcore.per_sample.arguments import check_arguments, offsets_of
@@ -29,8 +30,6 @@ from lipcore.per_sample.step import StepSums
 from lipcore.per_sample.window import NormWindow
 from lipcore.results import MetricResult
 from lipcore.sample_scores import SampleScores
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class PerSampleGradNorms(Metric):
@@ -326,7 +325,7 @@ class PerSampleGradNorms(Metric):
         forgotten when that pass is not recorded, and at the end of the optimizer step."""
         given = ids if isinstance(ids, Tensor) else np.asarray(ids)
         found = given if isinstance(given, Tensor) else torch.from_numpy(given) if given.dtype.kind in "iu" else None
-        if found is None or found.dim() != 1 or found.dtype not in _INTEGERS:
+        if found is None or found.dim() != 1 or found.dtype not in INTEGERS:
             what = list(given.shape)
             raise ValueError(f"ids: expected integers of shape [B], got {given.dtype} of shape {what}")
         self._ids = found
