@@ -12,11 +12,12 @@ from lipcore.dtypes import INTEGERS
 
 
 def boundaries(offsets: Any) -> Tensor:
-    """As int64 [B + 1]; values are looked at where that does not wait for a device."""
+    """As int64 [B + 1], a copy: a buffer may be filled anew before the backward pass. Values are looked at where that
+    does not wait for a device."""
     if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in INTEGERS:
         got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
         raise ValueError(f"cu_seqlens: expected boundaries, integers of shape [B + 1], got {got}")
-    found: Tensor = offsets.detach().to(torch.int64)
+    found: Tensor = offsets.detach().to(torch.int64, copy=True)
     if found.is_cpu and (found[0] != 0 or bool((found.diff() < 0).any())):
         raise ValueError(f"cu_seqlens: expected boundaries from 0 in ascending order, got {found.tolist()[:16]}")
     return found

@@ -328,7 +328,7 @@ class PerSampleGradNorms(Metric):
         if found is None or found.dim() != 1 or found.dtype not in INTEGERS:
             what = list(given.shape)
             raise ValueError(f"ids: expected integers of shape [B], got {given.dtype} of shape {what}")
-        self._ids = found
+        self._ids = found.clone()  # a loader may fill its buffer anew before the step
         if not self._takes_ids:
             self._takes_ids = True
             self._renew_sink()
