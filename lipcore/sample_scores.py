@@ -145,7 +145,9 @@ class SampleScores:
 
     def lookup(self, ids: Tensor | Sequence[int]) -> SampleStatistics:
         """Statistics [n] of these samples [n]."""
-        wanted = ids if isinstance(ids, Tensor) else torch.tensor(ids, dtype=None if len(ids) else torch.int64)
+        wanted = ids
+        if not isinstance(wanted, Tensor):
+            wanted = torch.tensor(ids, dtype=None if len(ids) else torch.int64, device="cpu")
         if wanted.dim() != 1 or wanted.dtype not in INTEGERS:
             raise ValueError(f"ids: expected integers of shape [n], got {_what(wanted)}")
         self._fold()

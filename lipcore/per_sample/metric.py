@@ -290,7 +290,7 @@ class PerSampleGradNorms(Metric):
         reason in :attr:`broken`, where that could not be recorded (autograd.grad, backward(inputs=))."""
         square = self._capture.single.total() if self._alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
-            return torch.tensor([math.sqrt(square)], dtype=torch.float64)
+            return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
         return self._micro().per_sample
 
     @property

@@ -98,7 +98,7 @@ class StepSums:
         if not gradients or self.off:
             return
         if gradients[0].is_cpu:
-            rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64)
+            rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
             _core.square_sums(gradients, rows)
             squares = rows[:, 0]
         else:
