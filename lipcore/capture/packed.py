@@ -25,6 +25,12 @@ def boundaries(offsets: Any) -> Tensor:
 
 def check_rows(module: nn.Module, output: Tensor, offsets: Tensor) -> None:
     """ValueError unless they end with the last row of a layer's output."""
-    rows = math.prod(output.shape[: output.dim() - len(getattr(module, "normalized_shape", (0,)))])
+    features = len(getattr(module, "normalized_shape", (0,)))
+    if output.dim() <= features:
+        raise ValueError(
+            f"cu_seqlens: expected packed rows [total, features], got an output of shape {list(output.shape)}, which "
+            "has no dimension of features; give the layer an input with one (unsqueeze(-1))"
+        )
+    rows = math.prod(output.shape[: output.dim() - features])
     if offsets.is_cpu and rows != int(offsets[-1]):
         raise ValueError(f"cu_seqlens: the boundaries end at {int(offsets[-1])}, but there are {rows} rows")

@@ -35,8 +35,8 @@ class PReLURule(Rule):
             grad, negative = (batch.tokens(t, 0).unsqueeze(-1) for t in (grad_output, negative))
             return {"weight": RowSum(grad, negative)}
         # Every element is a row of one feature: the width of a row lengthens the documents.
-        width = grad_output.shape[-1] if grad_output.dim() > 1 else 1
-        return {"weight": RowSum(grad_output.reshape(-1, 1), negative.reshape(-1, 1), batch.offsets * width)}
+        offsets = batch.offsets * grad_output.shape[-1]
+        return {"weight": RowSum(grad_output.reshape(-1, 1), negative.reshape(-1, 1), offsets)}
 
 
 register(nn.PReLU, PReLURule())
