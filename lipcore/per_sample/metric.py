@@ -149,6 +149,12 @@ class PerSampleGradNorms(Metric):
     # ---- the protocol
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
+        # Here and not in tapped(): before anything of it changes, and before the layers are tapped for other metrics.
+        if self._capture is not None and self._capture.recording and self._capture._hooks is not None:
+            raise ValueError(
+                "metrics: this PerSampleGradNorms watches a model already (alone, or in another Monitor), and would "
+                "count every backward pass twice; close() that one first, or make a metric of its own for this Monitor"
+            )
         self._blocks = window_blocks
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
