@@ -61,3 +61,14 @@ def check_channels(x: Tensor, batch: Batch, dims: int | None = None) -> None:
 def at_least_float32(x: Tensor) -> Tensor:
     """bfloat16 and float16 as float32, which is what layers compute in."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x as a layer sees it that autocast runs in lower precision; x itself where it does not.
+
+    That copy is what torch keeps, so x may be changed in place before the backward pass, as a saved tensor may not.
+    """
+    kind = x.device.type
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return x.detach().to(torch.get_autocast_dtype(kind))
+    return x

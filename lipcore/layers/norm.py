@@ -23,12 +23,16 @@ class FeatureNormRule(Rule):
     def normalized(self, module: Any, x: Tensor) -> Tensor:
         """xhat of x, in x's type."""
 
+    def kept(self, x: Tensor) -> Tensor:
+        """x, or a copy where torch keeps none of x, which may be changed in place before the backward pass then."""
+        return x
+
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
         x = tensor_argument(arguments, keywords)
         batch.check(x, len(module.normalized_shape))
-        return ((x,) if is_trainable(module, "weight") else ()), batch
+        return ((self.kept(x),) if is_trainable(module, "weight") else ()), batch
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         batch: Batch = extra
