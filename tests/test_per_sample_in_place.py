@@ -10,8 +10,10 @@ from models import Graph
 from per_sample_models import made
 from rule_cases import CASES
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
-from lipcore import PerSampleGradNorms
+from lipcore import PerSampleGradNorms, layers
+from lipcore.layers import Batch, Rule
 
 _SIZE = 4
 MODES = {"float32": (torch.float32, False), "bfloat16": (torch.bfloat16, False), "autocast": (torch.float32, True)}
@@ -25,6 +27,12 @@ def first(output: Any) -> Tensor:
 def changed(value: Tensor) -> None:
     with torch.no_grad():  # indices and masks to what they are
         value.add_(1) if value.is_floating_point() else value.copy_(value.clone())
+
+
+def rule_of(module: nn.Module) -> Rule:
+    rule = layers.rule_for(module)
+    assert rule is not None
+    return rule
 
 
 class Trial:
@@ -76,6 +84,25 @@ def test_what_torch_does_not_keep_may_change(name: str, mode: str) -> None:
         for change in Trial(name, mode, needs_x).values:
             if Trial(name, mode, needs_x).backward(change):
                 assert torch.equal(Trial(name, mode, needs_x).norms(change), expected)
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm", "group_norm", "bilinear", "linear", "conv2d", "prelu"])
+def test_copies_under_the_autocast_of_another_device(name: str) -> None:
+    """Fake tensors stand for it, which have no graph: there it runs normalising layers in float32."""
+    case, dtypes = CASES[name], (torch.bfloat16, torch.float32)
+    enabled = torch.is_autocast_enabled("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", True)
+        with FakeTensorMode(), torch.no_grad():
+            module = case.make()
+            for dtype in dtypes:
+                inputs = [torch.empty(x.shape, dtype=dtype, device="cuda") for x in case.inputs(_SIZE)]
+                saved, _ = rule_of(module).save(module, tuple(inputs), {}, Batch(_SIZE))
+                lower = torch.get_autocast_dtype("cuda") if name in ("linear", "conv2d", "prelu") else torch.float32
+                for x, kept in zip(inputs, saved, strict=True):
+                    assert (kept is x) == (dtype == lower)
+    finally:
+        torch.set_autocast_enabled("cuda", enabled)
 
 
 def residuals(m: Any, x: Tensor) -> Tensor:

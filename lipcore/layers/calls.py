@@ -68,7 +68,17 @@ def as_autocast(x: Tensor) -> Tensor:
 
     That copy is what torch keeps, so x may be changed in place before the backward pass, as a saved tensor may not.
     """
-    kind = x.device.type
-    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
-        return x.detach().to(torch.get_autocast_dtype(kind))
+    if x.is_floating_point() and x.dtype != torch.float64 and _is_autocast(x.device.type):
+        return x.detach().to(torch.get_autocast_dtype(x.device.type))
     return x
+
+
+def apart_from_autocast(x: Tensor) -> Tensor:
+    """The same for a layer that autocast runs in float32, which it does everywhere but on the CPU: a copy of what is
+    narrower, since torch keeps it as float32."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and not x.is_cpu
+    return x.detach().clone() if narrow and _is_autocast(x.device.type) else x
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

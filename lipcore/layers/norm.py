@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.layers.calls import at_least_float32, check_channels, is_trainable, tensor_argument
+from lipcore.layers.calls import apart_from_autocast, at_least_float32, check_channels, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_sums import ChannelSum, RowSum
 from lipcore.layers.rule import Batch, Rule
@@ -24,8 +24,8 @@ class FeatureNormRule(Rule):
         """xhat of x, in x's type."""
 
     def kept(self, x: Tensor) -> Tensor:
-        """x, or a copy where torch keeps none of x, which may be changed in place before the backward pass then."""
-        return x
+        """x, or a copy where torch does not keep x, which may be changed in place before the backward pass then."""
+        return apart_from_autocast(x)
 
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
@@ -62,6 +62,10 @@ class ChannelNormRule(Rule):
         """Buffers that the call reads."""
         return ()
 
+    def kept(self, x: Tensor) -> Tensor:
+        """x, or a copy, as in FeatureNormRule."""
+        return x
+
     def dims(self, module: Any) -> int | None:
         """How many dimensions an input with a batch has, where that is certain."""
         return None
@@ -74,7 +78,7 @@ class ChannelNormRule(Rule):
     ) -> tuple[tuple[Tensor, ...], Any]:
         x = tensor_argument(arguments, keywords)
         check_channels(x, batch, self.dims(module))
-        return ((x, *self.save_statistics(module)) if is_trainable(module, "weight") else ()), None
+        return ((self.kept(x), *self.save_statistics(module)) if is_trainable(module, "weight") else ()), None
 
     def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         factors: dict[str, Factor] = {}

@@ -17,7 +17,7 @@ class RMSNormRule(FeatureNormRule):
         # On the CPU it is a composition of operations, of which the first casts to float32 and, without a gradient for
         # x, none keeps its input.
         own = x.requires_grad and x.dtype in (torch.float32, torch.float64)
-        return x if own or not x.is_cpu else x.detach().clone()
+        return super().kept(x) if own or not x.is_cpu else x.detach().clone()
 
     def normalized(self, module: Any, x: Tensor) -> Tensor:
         # eps=None is the eps of the type that is computed in, float32 for bfloat16, and x is in that type here.
