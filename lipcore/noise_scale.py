@@ -67,7 +67,7 @@ class NoiseScale:
             raise ValueError(f"confidence: expected a number between 0 and 1, got {confidence!r}")
         self.places, self.decay, self.confidence = places, float(decay), float(confidence)
         # Rows 0-2: the steps' total weight, |G|^2 and tr(Sigma), decaying; row 3: how many steps, not decaying.
-        self._ema = torch.zeros(4, places, dtype=torch.float64)
+        self._ema = torch.zeros(4, places, dtype=torch.float64, device="cpu")
         self._pending: list[Tensor] = []  # [2, P] of steps that are not yet in the sums
         self._samples = 0  # B of these steps
         self._start()
@@ -242,7 +242,9 @@ class NoiseScale:
         sums = _float64(state, "sums", (len(sizes), 3, self.places))
         ema = _float64(state, "ema", (4, self.places))
         used = sums[:, 0]
-        if not bool(((used >= 0) & (used <= torch.tensor(sizes).reshape(-1, 1)) & (used == used.floor())).all()):
+        if not bool(
+            ((used >= 0) & (used <= torch.tensor(sizes, device="cpu").reshape(-1, 1)) & (used == used.floor())).all()
+        ):
             raise ValueError("sums: the steps used in a block are no count, or more than the block has")
         if not bool(((ema[0] >= 0) & (ema[0] <= 1) & (ema[3] >= 0) & ((ema[0] > 0) == (ema[3] > 0))).all()):
             raise ValueError("ema: the weights and counts are not those of exponential averages")

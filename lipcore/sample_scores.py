@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lipcore.dtypes import INTEGERS
 from lipcore.id_index import IdIndex, grown
 
 Array = np.ndarray[Any, Any]
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _PENDING_BATCHES, _PENDING_VALUES = 64, 1 << 16  # then they are folded in, so that numpy's overhead is shared
 _MOST = 4  # times as many, before a device that has not finished is waited for
 
@@ -71,7 +71,7 @@ class SampleScores:
             ids: [B], integers of any kind, also negative.
             values: [B].
         """
-        if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in _INTEGERS:
+        if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype not in INTEGERS:
             raise ValueError(f"ids: expected an integer tensor of shape [B], got {_what(ids)}")
         if not isinstance(values, Tensor) or values.dim() != 1 or not values.is_floating_point():
             raise ValueError(f"values: expected a floating-point tensor of shape [B], got {_what(values)}")
@@ -145,8 +145,10 @@ class SampleScores:
 
     def lookup(self, ids: Tensor | Sequence[int]) -> SampleStatistics:
         """Statistics [n] of these samples [n]."""
-        wanted = ids if isinstance(ids, Tensor) else torch.tensor(ids, dtype=None if len(ids) else torch.int64)
-        if wanted.dim() != 1 or wanted.dtype not in _INTEGERS:
+        wanted = ids
+        if not isinstance(wanted, Tensor):
+            wanted = torch.tensor(ids, dtype=None if len(ids) else torch.int64, device="cpu")
+        if wanted.dim() != 1 or wanted.dtype not in INTEGERS:
             raise ValueError(f"ids: expected integers of shape [n], got {_what(wanted)}")
         self._fold()
         slots = self._index.find(wanted.to("cpu", torch.int64).numpy())

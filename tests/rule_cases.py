@@ -133,27 +133,22 @@ CASES: dict[str, Case] = {
     "prelu_channels": Case(lambda: nn.PReLU(3), _x(3, 4, 5)),
     "bilinear": Case(lambda: nn.Bilinear(3, 4, 5), lambda b: (_randn(b, 3), _randn(b, 4))),
     "bilinear_3d": Case(lambda: nn.Bilinear(3, 4, 5), lambda b: (_randn(b, 7, 3), _randn(b, 7, 4))),
-    "mha": Case(_attention(), _qkv, batch_dim=1, own_dim=False, empty_batch=False),
-    "mha_self": Case(_attention(batch_first=True), _self, _padding, empty_batch=False),
+    "mha": Case(_attention(), _qkv, batch_dim=1, own_dim=False),
+    "mha_self": Case(_attention(batch_first=True), _self, _padding),
     "mha_no_bias": Case(_attention(bias=False, batch_first=True), _self, lambda b: {"need_weights": False}),
     "mha_causal": Case(
         _attention(batch_first=True),
         _self,
         lambda b: {"attn_mask": _causal(), "is_causal": True, "need_weights": False},
-        empty_batch=False,
     ),
-    "mha_float_mask": Case(
-        _attention(batch_first=True), _self, lambda b: {"attn_mask": _randn(5, 5)}, empty_batch=False
-    ),
+    "mha_float_mask": Case(_attention(batch_first=True), _self, lambda b: {"attn_mask": _randn(5, 5)}),
     "mha_extra": Case(
         _attention(add_bias_kv=True, add_zero_attn=True, batch_first=True),
         _self,
         lambda b: _padding(b) | {"attn_mask": _causal()},
-        empty_batch=False,
     ),
     "mha_separate": Case(
         _attention(kdim=3, vdim=6, batch_first=True),
         lambda b: (_randn(b, 5, 8), _randn(b, 7, 3), _randn(b, 7, 6)),
-        empty_batch=False,
     ),
 }

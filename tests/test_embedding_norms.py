@@ -98,6 +98,15 @@ def test_packed_documents(offsets, integer, layout, isa):
     check(indices, grad, offsets=offsets, padding_idx=2, weights=values((23,), torch.float32, 1))
 
 
+@pytest.mark.parametrize("size", [(0, 3, 4), (2, 0, 4)], ids=str)
+def test_nothing_with_the_strides_of_an_expanded_gradient(size):
+    """As sum() sends it back."""
+    check(torch.zeros(size[:2]).long(), torch.ones(()).expand(size))
+    ids, x = torch.zeros(size[:2]).long(), torch.empty(size)
+    found = functional.tied_cross(ids, torch.ones(()).expand(size), x, torch.ones(()).expand(*size[:2], 5))
+    assert found.tolist() == [0] * size[0]
+
+
 def test_nothing():
     check(torch.empty(0, 3).long(), torch.empty(0, 3, 4))
     check(torch.empty(2, 0).long(), torch.empty(2, 0, 4))

@@ -93,12 +93,23 @@ def test_sizes_in_turn() -> None:
             assert_norms(metric, expected)
 
 
-def test_an_empty_batch() -> None:
-    model = made(MODELS["mlp"][0])
+def sequences() -> nn.Module:
+    return Graph(
+        lambda m, x: m.head(m.norm(m.attention(x, x, x)[0])),
+        attention=nn.MultiheadAttention(6, 2, batch_first=True),
+        norm=nn.LayerNorm(6),
+        head=nn.Linear(6, 4),
+    )
+
+
+@pytest.mark.parametrize(("build", "shape"), [(MODELS["mlp"][0], (5,)), (sequences, (7, 6))], ids=["mlp", "sequences"])
+def test_an_empty_batch(build: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    """Also with the strides of the gradient that sum() sends back."""
+    model = made(build)
     with PerSampleGradNorms(model, loss_reduction="mean") as metric:
-        for size in (2, 0, 0):
+        for size in (2, 0, 0, 3):
             model.zero_grad()
-            sum_loss(model(torch.randn(size, 5))).backward()
+            model(torch.randn(size, *shape)).sum().backward()
             assert metric.per_sample.shape == (size,)
 
 

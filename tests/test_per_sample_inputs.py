@@ -383,6 +383,23 @@ def test_boundaries_that_do_not_fit(keywords: Any, match: str) -> None:
     refused(match, made(Packed), torch.randint(11, (5,)), keywords=keywords, cu_seqlens="cu_seqlens")
 
 
+def test_packed_sequences_without_a_dimension_of_features() -> None:
+    offsets = torch.tensor([0, 2, 3, 7])
+    x = torch.randn(7)
+    before = Graph(lambda m, x, cu_seqlens=None: m.act(x.unsqueeze(-1)), act=nn.PReLU())
+    after = Graph(lambda m, x, cu_seqlens=None: m.act(x).unsqueeze(-1), act=nn.PReLU())
+    expected = norms_sq(before, [(part,) for part in x.split([2, 1, 4])], torch.sum)
+    with PerSampleGradNorms(before, loss_reduction="sum", cu_seqlens="cu_seqlens") as metric:
+        before(x, cu_seqlens=offsets).sum().backward()
+        assert_norms(metric, expected)
+    refused(
+        r"module 'act' \(PReLU\): cu_seqlens: expected packed rows \[total, features\], got an output of shape \[7\]",
+        *(after, x),
+        keywords={"cu_seqlens": offsets},
+        cu_seqlens="cu_seqlens",
+    )
+
+
 # ---- normalized
 
 

@@ -534,6 +534,39 @@ def test_two_metrics_in_one_monitor_need_names_of_their_own() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_one_metric_watches_once_at_a_time(alone: bool) -> None:
+    model, scaler = made(mlp), torch.amp.GradScaler("cpu", init_scale=4.0)
+    metric = PerSampleGradNorms(model if alone else None, loss_reduction="sum", scaler=scaler if alone else None)
+    first = metric._monitor if alone else Monitor(model, metrics=[metric], scaler=scaler)
+    other = PerSampleGradNorms(loss_reduction="sum")
+    other.name = "other"
+    x = torch.randn(3, 5)
+    with pytest.raises(ValueError, match="metrics: this PerSampleGradNorms watches a model already"):
+        Monitor(model, metrics=[other, metric])
+    scaler.scale(sum_loss(model(x))).backward()
+    assert torch.allclose(metric.per_sample, oracle(model, x)["total"], rtol=1e-5)  # it has kept its scaler
+    with pytest.raises(RuntimeError, match="watches no model yet"):
+        _ = other.per_sample
+    first.close()
+    for _ in range(2):
+        with Monitor(model, metrics=[metric]) as monitor:
+            sum_loss(model(x)).backward()
+            monitor.step()
+            monitor.close_window()
+        assert len(monitor.history) == 1
+    assert monitor.history[0][NAME].grad_norm["total"].mean.count == 3
+
+
+def test_a_metric_that_was_refused_can_be_used_again() -> None:
+    model = nn.Sequential(nn.Linear(5, 4), nn.LSTM(4, 4))
+    metric = PerSampleGradNorms(loss_reduction="sum")
+    with pytest.raises(ValueError, match="cannot be measured per sample"):
+        Monitor(model, metrics=[metric])
+    model[1].requires_grad_(False)
+    Monitor(model, metrics=[metric]).close()
+
+
 # ---- errors
 
 

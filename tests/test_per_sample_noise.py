@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from models import Graph
 from per_sample_models import made, mlp, sum_loss
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lipcore import Distribution, Monitor, PerSampleGradNorms
 from lipcore.capture.layer_pass import LayerRecord
@@ -68,12 +70,64 @@ def of_sizes(model: nn.Module, _: PerSampleGradNorms) -> None:
         mean_loss(model, size).backward()
 
 
+def zeroed_in_place(model: nn.Module, _: PerSampleGradNorms) -> None:
+    for _ in range(2):  # SAM, the closure of LBFGS
+        model.zero_grad(set_to_none=False)
+        mean_loss(model, 6).backward()
+
+
+def clipped_in_mid_step(model: nn.Module, _: PerSampleGradNorms) -> None:
+    for _ in range(2):
+        (mean_loss(model, 6) / 2).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def scaled_anew_in_mid_step(model: nn.Module, _: PerSampleGradNorms) -> None:
+    for _ in range(2):
+        (mean_loss(model, 6) / 2).backward()
+        for parameter in model.parameters():
+            assert parameter.grad is not None
+            parameter.grad = 0.5 * parameter.grad
+
+
+def forgotten_in_part(model: nn.Module, _: PerSampleGradNorms) -> None:
+    for _ in range(2):
+        model[0].zero_grad(set_to_none=True)
+        (mean_loss(model, 6) / 2).backward()
+
+
+def zeroed_before_a_penalty(model: nn.Module, _: PerSampleGradNorms) -> None:
+    mean_loss(model, 6).backward()
+    model.zero_grad(set_to_none=False)
+    sum(p.square().sum() for p in model.parameters()).backward()
+
+
+def replaced(model: nn.Module, _: PerSampleGradNorms) -> None:
+    for module in model:
+        for name, parameter in list(module.named_parameters()):
+            setattr(module, name, nn.Parameter(parameter.detach().clone()))
+    mean_loss(model, 6).backward()
+
+
+def taken_away(model: nn.Module, _: PerSampleGradNorms) -> None:
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    mean_loss(model, 6).backward()
+
+
 WRONG: list[tuple[Loop, str, bool]] = [
     (kept_graph, "two backward passes came from one forward pass", True),
     (hooked, "parameters have hooks", True),
     (hooked_afterwards, "parameters have hooks", True),
     (penalty, "parts that are no sample's", False),
     (of_sizes, "another number from micro-batch to micro-batch", True),
+    (zeroed_in_place, "gradients were changed between two", True),
+    (clipped_in_mid_step, "gradients were changed between two", True),
+    (scaled_anew_in_mid_step, "gradients were changed between two", True),
+    (forgotten_in_part, "gradients were changed between two", True),
+    (zeroed_before_a_penalty, "gradients were changed between two", True),
+    (replaced, "its gradients were not found", True),
+    (taken_away, "its gradients were not found", True),
 ]
 
 
@@ -168,6 +222,63 @@ def test_samples_that_are_all_alike_are_as_long_as_their_mean() -> None:
     assert result.gradient_noise["total"].mean.value == pytest.approx(0, abs=1e-3)
 
 
+def ordinary(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=True)
+
+
+def zeroed(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=False)
+
+
+def views_of_one_buffer(model: nn.Module) -> None:
+    """Whose changes are counted together."""
+    sizes = [p.numel() for p in model.parameters()]
+    for p, part in zip(model.parameters(), torch.zeros(sum(sizes)).split(sizes), strict=True):
+        p.grad = part.view_as(p)
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["no checkpoint", "checkpoint", "reentrant"])
+@pytest.mark.parametrize("prepare", [ordinary, zeroed, views_of_one_buffer])
+def test_gradients_that_only_backward_passes_add_to(prepare: Callable[[Any], None], reentrant: bool | None) -> None:
+    def rule(m: Any, x: Tensor) -> Tensor:
+        h = m.first(x)
+        for _ in range(2):
+            h = m.inner(h) if reentrant is None else checkpoint(m.inner, h, use_reentrant=reentrant)
+        return m.last(h)
+
+    model = made(lambda: Graph(rule, first=nn.Linear(5, 4), inner=nn.Linear(4, 4), last=nn.Linear(4, 2)))
+    metric = PerSampleGradNorms(loss_reduction="sum")
+    with Monitor(model, metrics=[metric]) as monitor:
+        for _ in range(3):
+            prepare(model)
+            for _ in range(3):
+                sum_loss(model(torch.randn(4, 5))).backward()
+            monitor.step()
+        assert monitor.compute()["per_sample_grad_norm"].details["noise_scale_skipped"] == {}
+
+
+def test_gradients_of_parameters_that_were_frozen_since() -> None:
+    model = made(mlp)
+    xs, results = torch.randn(2, 6, 5), []
+    for forgotten in (False, True):
+        model.requires_grad_(True)
+        model.zero_grad()
+        metric = PerSampleGradNorms(loss_reduction="sum")
+        with Monitor(model, metrics=[metric], window_steps=1) as monitor:
+            for k, x in enumerate(xs):
+                if k:
+                    for layer in model if forgotten else model[2:]:
+                        layer.zero_grad()
+                    model[0].requires_grad_(False)
+                sum_loss(model(x)).backward()
+                monitor.step()
+        results.append(monitor.history[-1]["per_sample_grad_norm"])
+    for result in results:
+        assert result.details["noise_scale_skipped"] == {}
+    kept, cleared = (result.gradient_sq["total"].mean.value for result in results)
+    assert kept == cleared
+
+
 def test_a_hook_that_was_removed_is_none() -> None:
     def loop(model: nn.Module, _: PerSampleGradNorms) -> None:
         model[0].weight.register_hook(lambda grad: 0.5 * grad).remove()
@@ -234,3 +345,14 @@ def test_nothing_waits_for_a_device() -> None:
     assert noise.steps == 1
     with pytest.raises(RuntimeError, match="meta"):
         sums.skipped()  # which is asked for results, and may wait
+
+
+def test_a_backward_pass_through_a_layer_called_alone_is_in_the_gradient() -> None:
+    def loop(model: nn.Module, metric: PerSampleGradNorms) -> None:
+        mean_loss(model, 6).backward()
+        first = next(module for module in model.modules() if isinstance(module, nn.Linear))
+        (0.05 * first(torch.randn(6, first.in_features)).square().mean()).backward()
+
+    result = after(loop)
+    assert math.isnan(result.gradient_sq["total"].mean.value)
+    assert any("called outside the model's forward pass" in reason for reason in result.details["noise_scale_skipped"])

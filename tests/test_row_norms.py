@@ -121,6 +121,15 @@ def test_packed_documents_are_what_single_ones_are(two_threads):
     )
 
 
+@pytest.mark.parametrize("size", [(0, 3, 4), (2, 0, 4), (2, 3, 0), (0, 2, 1)], ids=shape_id)
+def test_nothing_with_the_strides_of_an_expanded_gradient(size):
+    """As sum() sends it back."""
+    grad = torch.ones(()).expand(size)
+    check_rows(grad, torch.empty(size))
+    check_channels(grad, torch.empty(size))
+    check_rows(torch.empty(size).transpose(1, 2), grad.transpose(1, 2))
+
+
 def test_nothing():
     check_rows(torch.empty(0, 3, 4), torch.empty(0, 3, 4))
     check_rows(torch.empty(2, 0, 4), torch.empty(2, 0, 4))

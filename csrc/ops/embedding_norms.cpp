@@ -9,7 +9,8 @@ namespace lipcore {
 
 bool embedding_norms(const TensorView& ids, const TensorView& grad, const TensorView* weights, const int64_t* padding,
                      Offsets offsets, const TensorView& out) {
-  if (grad.ndim != 3 || !grad.on_cpu() || (grad.shape[2] > 1 && grad.strides[2] != 1))
+  // The strides of an empty tensor mean nothing.
+  if (grad.ndim != 3 || !grad.on_cpu() || (grad.numel && grad.shape[2] > 1 && grad.strides[2] != 1))
     return fail({"grad"}, "expected [B, T, D] with flat rows on the CPU, got %s", ShapeText(grad).text);
   const int64_t length = grad.shape[1], width = grad.shape[2];
   const int64_t samples = offsets.begin ? offsets.samples : grad.shape[0];

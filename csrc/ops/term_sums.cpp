@@ -41,6 +41,9 @@ bool read_offsets(const TensorView& offsets, int64_t rows, Offsets* out) {
 bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out) {
   if (grad.ndim != 3 || (x && (x->ndim != 3 || x->dtype != grad.dtype || !x->on_cpu())) || !grad.on_cpu())
     return fail({"grad"}, "expected [B, T, F] and x of the same dtype on the CPU, got %s", ShapeText(grad).text);
+  auto* norms = static_cast<double*>(out.data);
+  std::fill(norms, norms + out.numel, 0.0);
+  if (!grad.numel) return true;  // its strides mean nothing
   const int64_t length = grad.shape[1], features = grad.shape[2];
   const int64_t samples = offsets.begin ? offsets.samples : grad.shape[0];
   const auto flat = [&](int d) {
@@ -113,8 +116,6 @@ bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Ter
     for (int64_t i = task * per_task; i < std::min(count, (task + 1) * per_task); ++i) do_unit(i);
   });
   if (state) PyEval_RestoreThread(state);
-  auto* norms = static_cast<double*>(out.data);
-  std::fill(norms, norms + out.numel, 0.0);
   double* scale_norms = scales ? norms : nullptr;
   double* shift_norms = shifts ? norms + (scales ? samples : 0) : nullptr;
   for (int64_t i = 0; i < count;) {

@@ -210,6 +210,11 @@ class LayerCapture:
         self.single.set_active(active)
 
     @property
+    def watches(self) -> bool:
+        """Whether its hooks are on the model and record."""
+        return self.recording and self._hooks is not None
+
+    @property
     def tapping(self) -> bool:
         return self.recording and self._active
 
@@ -370,7 +375,7 @@ class LayerCapture:
             self._not_accumulated(run.batch.size)
 
     def _only_strays(self, task: int) -> None:
-        if self.recording and task != self._delivered:
+        if self.recording and self.records and task != self._delivered:
             self._count(STRAYED)
             self._on_unrecorded(0, STRAYED)
 

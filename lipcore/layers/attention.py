@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.layers.attention_backward import Attention
-from lipcore.layers.calls import argument, is_trainable, tensor_argument
+from lipcore.layers.calls import argument, as_autocast, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_dense import Blocks
 from lipcore.layers.factor_outer import Outer
@@ -17,7 +17,7 @@ from lipcore.layers.rule import Batch, Rule
 
 _INPUTS = ("query", "key", "value")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-_TENSORS = (*_INPUTS, "in_proj_weight", *_SEPARATE, "in_proj_bias", "bias_k", "bias_v", "out_proj.weight")
+_VECTORS = ("in_proj_bias", "bias_k", "bias_v")
 _MASKS = ("key_padding_mask", "attn_mask")
 
 
@@ -49,12 +49,11 @@ class MultiheadAttentionRule(Rule):
         causal = bool(causal and not need_weights)
         if causal:
             masks["attn_mask"] = None
-        own = {name: module._parameters.get(name) for name in _TENSORS[3:-1]}
-        # A mask may be filled anew before the backward pass: torch's own keeps none.
-        masks = {name: mask if mask is None else mask.clone() for name, mask in masks.items()}
-        every = found | own | {"out_proj.weight": module.out_proj.weight} | masks
-        present = {name: t for name, t in every.items() if t is not None}
-        return tuple(present.values()), (tuple(present), causal, bool(need_weights))
+        kept = _inputs_kept(found, module.batch_first) | _weights_kept(module, found)
+        # torch keeps none of these, which may be filled anew before the backward pass.
+        filled = {name: module._parameters.get(name) for name in _VECTORS} | masks
+        kept |= {name: t.detach().clone() for name, t in filled.items() if t is not None}
+        return tuple(kept.values()), (tuple(kept), causal, bool(need_weights))
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         names, causal, need_weights = extra
@@ -83,6 +82,32 @@ class MultiheadAttentionRule(Rule):
             if is_trainable(module, name):
                 factors[name] = RowSum(g, shape=tensors[name].shape)
         return factors
+
+
+def _inputs_kept(inputs: dict[str, Tensor], batch_first: bool) -> dict[str, Tensor]:
+    """Query, key and value as torch keeps them: with the batch first they are transposed, and that is copied.
+
+    Self-attention has one tensor three times, and one copy.
+    """
+    copies: dict[int, Tensor] = {}
+    for x in inputs.values():
+        if id(x) not in copies:
+            cast = as_autocast(x)
+            copies[id(x)] = x.detach().clone() if cast is x and batch_first else cast
+    return {name: copies[id(x)] for name, x in inputs.items()}
+
+
+def _weights_kept(module: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights as torch keeps them: that of a projection only for a gradient at its input."""
+    kept: dict[str, Tensor] = {"out_proj.weight": as_autocast(module.out_proj.weight)}
+    needed = {"in_proj_weight": any(x.requires_grad for x in inputs.values())}
+    needed |= {name: inputs[source].requires_grad for name, source in zip(_SEPARATE, _INPUTS, strict=True)}
+    for name, is_needed in needed.items():
+        weight = module._parameters.get(name)
+        if weight is not None:
+            cast = as_autocast(weight)
+            kept[name] = cast if is_needed or cast is not weight else weight.detach().clone()
+    return kept
 
 
 register(nn.MultiheadAttention, MultiheadAttentionRule())

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.layers.calls import at_least_float32, is_trainable, tensor_argument
+from lipcore.layers.calls import apart_from_autocast, at_least_float32, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_sums import RowSum
@@ -21,7 +21,7 @@ class BilinearRule(Rule):
         inputs = tuple(tensor_argument(arguments, keywords, i, f"input{i + 1}") for i in range(2))
         for x in inputs:
             batch.check(x)
-        return (inputs if is_trainable(module, "weight") else ()), batch
+        return (tuple(map(apart_from_autocast, inputs)) if is_trainable(module, "weight") else ()), batch
 
     def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         batch: Batch = extra

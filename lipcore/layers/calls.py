@@ -61,3 +61,24 @@ def check_channels(x: Tensor, batch: Batch, dims: int | None = None) -> None:
 def at_least_float32(x: Tensor) -> Tensor:
     """bfloat16 and float16 as float32, which is what layers compute in."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def as_autocast(x: Tensor) -> Tensor:
+    """x as a layer sees it that autocast runs in lower precision; x itself where it does not.
+
+    That copy is what torch keeps, so x may be changed in place before the backward pass, as a saved tensor may not.
+    """
+    if x.is_floating_point() and x.dtype != torch.float64 and _is_autocast(x.device.type):
+        return x.detach().to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
+def apart_from_autocast(x: Tensor) -> Tensor:
+    """The same for a layer that autocast runs in float32, which it does everywhere but on the CPU: a copy of what is
+    narrower, since torch keeps it as float32."""
+    narrow = x.dtype in (torch.bfloat16, torch.float16) and not x.is_cpu
+    return x.detach().clone() if narrow and _is_autocast(x.device.type) else x
+
+
+def _is_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
-from lipcore.layers.calls import check_channels, is_trainable, tensor_argument
+from lipcore.layers.calls import as_autocast, check_channels, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_patches import Patches
 from lipcore.layers.factor_sums import ChannelSum
@@ -24,18 +24,21 @@ class ConvRule(Rule):
     ) -> tuple[tuple[Tensor, ...], Any]:
         x = tensor_argument(arguments, keywords)
         check_channels(x, batch, 2 + len(module.kernel_size))
-        return ((x,) if is_trainable(module, "weight") else ()), None
+        if not is_trainable(module, "weight"):
+            return (), None
+        # As torch keeps it: x itself may be changed in place before the backward pass where it was padded or cast.
+        x, padding = _padded(module, x.detach())
+        return (as_autocast(x),), padding
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         factors: dict[str, Factor] = {}
         if saved:
-            x, padding = _padded(module, saved[0])
             factors["weight"] = Patches(
-                x,
+                saved[0],
                 grad_output,
                 module.kernel_size,
                 stride=module.stride,
-                padding=padding,
+                padding=extra,
                 dilation=module.dilation,
                 groups=module.groups,
             )

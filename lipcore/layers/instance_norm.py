@@ -21,7 +21,8 @@ class InstanceNormRule(ChannelNormRule):
 
     def save_statistics(self, module: Any) -> tuple[Tensor, ...]:
         own = module.training or not module.track_running_stats
-        return () if own else (module.running_mean, module.running_var)
+        # torch repeats them for every sample, so that a pass in train mode may change them before the backward pass.
+        return () if own else (module.running_mean.clone(), module.running_var.clone())
 
     def normalized(self, module: Any, x: Tensor, *statistics: Tensor) -> Tensor:
         if statistics:

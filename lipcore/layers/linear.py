@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.layers.calls import is_trainable, tensor_argument
+from lipcore.layers.calls import as_autocast, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_sums import RowSum
@@ -20,7 +20,7 @@ class LinearRule(Rule):
     ) -> tuple[tuple[Tensor, ...], Any]:
         x = tensor_argument(arguments, keywords)
         batch.check(x)
-        return ((x,) if is_trainable(module, "weight") else ()), batch
+        return ((as_autocast(x),) if is_trainable(module, "weight") else ()), batch
 
     def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         batch: Batch = extra

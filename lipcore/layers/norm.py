@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.layers.calls import at_least_float32, check_channels, is_trainable, tensor_argument
+from lipcore.layers.calls import apart_from_autocast, at_least_float32, check_channels, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_sums import ChannelSum, RowSum
 from lipcore.layers.rule import Batch, Rule
@@ -23,12 +23,16 @@ class FeatureNormRule(Rule):
     def normalized(self, module: Any, x: Tensor) -> Tensor:
         """xhat of x, in x's type."""
 
+    def kept(self, x: Tensor) -> Tensor:
+        """x, or a copy where torch does not keep x, which may be changed in place before the backward pass then."""
+        return apart_from_autocast(x)
+
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
         x = tensor_argument(arguments, keywords)
         batch.check(x, len(module.normalized_shape))
-        return ((x,) if is_trainable(module, "weight") else ()), batch
+        return ((self.kept(x),) if is_trainable(module, "weight") else ()), batch
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         batch: Batch = extra
@@ -58,6 +62,10 @@ class ChannelNormRule(Rule):
         """Buffers that the call reads."""
         return ()
 
+    def kept(self, x: Tensor) -> Tensor:
+        """x, or a copy, as in FeatureNormRule."""
+        return x
+
     def dims(self, module: Any) -> int | None:
         """How many dimensions an input with a batch has, where that is certain."""
         return None
@@ -70,7 +78,7 @@ class ChannelNormRule(Rule):
     ) -> tuple[tuple[Tensor, ...], Any]:
         x = tensor_argument(arguments, keywords)
         check_channels(x, batch, self.dims(module))
-        return ((x, *self.save_statistics(module)) if is_trainable(module, "weight") else ()), None
+        return ((self.kept(x), *self.save_statistics(module)) if is_trainable(module, "weight") else ()), None
 
     def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         factors: dict[str, Factor] = {}

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.layers.calls import check_channels, is_trainable, tensor_argument
+from lipcore.layers.calls import as_autocast, check_channels, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_sums import ChannelSum, RowSum
 from lipcore.layers.registry import register
@@ -22,7 +22,7 @@ class PReLURule(Rule):
             check_channels(x, batch)
         else:
             batch.check(x, 0)
-        return ((x,) if is_trainable(module, "weight") else ()), batch
+        return ((as_autocast(x),) if is_trainable(module, "weight") else ()), batch
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         if not saved:
@@ -35,8 +35,8 @@ class PReLURule(Rule):
             grad, negative = (batch.tokens(t, 0).unsqueeze(-1) for t in (grad_output, negative))
             return {"weight": RowSum(grad, negative)}
         # Every element is a row of one feature: the width of a row lengthens the documents.
-        width = grad_output.shape[-1] if grad_output.dim() > 1 else 1
-        return {"weight": RowSum(grad_output.reshape(-1, 1), negative.reshape(-1, 1), batch.offsets * width)}
+        offsets = batch.offsets * grad_output.shape[-1]
+        return {"weight": RowSum(grad_output.reshape(-1, 1), negative.reshape(-1, 1), offsets)}
 
 
 register(nn.PReLU, PReLURule())

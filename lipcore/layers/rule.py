@@ -62,6 +62,9 @@ class Rule(ABC):
     ) -> tuple[tuple[Tensor, ...], Any]:
         """From a call's arguments: tensors that factors() needs beside the gradient, and anything else it needs.
 
+        The tensors become saved tensors, which may not be changed in place before the backward pass: where torch keeps
+        none of its own, or a copy, legal code may do that, and a copy is to be returned.
+
         Raises:
             ValueError: this call cannot be measured.
         """

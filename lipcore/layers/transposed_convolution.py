@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.layers.calls import check_channels, is_trainable, tensor_argument
+from lipcore.layers.calls import as_autocast, check_channels, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_patches import Patches
 from lipcore.layers.factor_sums import ChannelSum
@@ -20,7 +20,7 @@ class ConvTransposeRule(Rule):
     ) -> tuple[tuple[Tensor, ...], Any]:
         x = tensor_argument(arguments, keywords)
         check_channels(x, batch, 2 + len(module.kernel_size))
-        return ((x,) if is_trainable(module, "weight") else ()), None
+        return ((as_autocast(x),) if is_trainable(module, "weight") else ()), None
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         factors: dict[str, Factor] = {}

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lipcore.capture.layer_capture import LayerCapture
+from lipcore.capture.layer_capture import STRAYED, LayerCapture
 from lipcore.capture.layer_pass import LayerRecord
 from lipcore.capture.single_gradient import Sink
+from lipcore.dtypes import INTEGERS
 from lipcore.metric import Metric, PlanLine
 from lipcore.noise_scale import NoiseScale
 from lipcore.per_sample.arguments import check_arguments, offsets_of
@@ -29,8 +30,6 @@ from lipcore.per_sample.step import StepSums
 from lipcore.per_sample.window import NormWindow
 from lipcore.results import MetricResult
 from lipcore.sample_scores import SampleScores
-
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 class PerSampleGradNorms(Metric):
@@ -150,6 +149,12 @@ class PerSampleGradNorms(Metric):
     # ---- the protocol
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
+        # Here and not in tapped(): before anything of it changes, and before the layers are tapped for other metrics.
+        if self._capture is not None and self._capture.watches:
+            raise ValueError(
+                "metrics: this PerSampleGradNorms watches a model already (alone, or in another Monitor), and would "
+                "count every backward pass twice; close() that one first, or make a metric of its own for this Monitor"
+            )
         self._blocks = window_blocks
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
@@ -238,6 +243,8 @@ class PerSampleGradNorms(Metric):
         self._ids = None
         self._last = MicroBatch(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._places)
         self._last.record.explain(self._places.layer_of)
+        if reason == STRAYED and self._open_step.sums is not None:
+            self._open_step.sums.spoil(STRAYED)
 
     def observe_gradients(self) -> None:
         if self._open_step.sums is not None and self._open_step:
@@ -291,7 +298,7 @@ class PerSampleGradNorms(Metric):
         reason in :attr:`broken`, where that could not be recorded (autograd.grad, backward(inputs=))."""
         square = self._capture.single.total() if self._alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
-            return torch.tensor([math.sqrt(square)], dtype=torch.float64)
+            return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
         return self._micro().per_sample
 
     @property
@@ -326,10 +333,10 @@ class PerSampleGradNorms(Metric):
         forgotten when that pass is not recorded, and at the end of the optimizer step."""
         given = ids if isinstance(ids, Tensor) else np.asarray(ids)
         found = given if isinstance(given, Tensor) else torch.from_numpy(given) if given.dtype.kind in "iu" else None
-        if found is None or found.dim() != 1 or found.dtype not in _INTEGERS:
+        if found is None or found.dim() != 1 or found.dtype not in INTEGERS:
             what = list(given.shape)
             raise ValueError(f"ids: expected integers of shape [B], got {given.dtype} of shape {what}")
-        self._ids = found
+        self._ids = found.clone()  # a loader may fill its buffer anew before the step
         if not self._takes_ids:
             self._takes_ids = True
             self._renew_sink()

@@ -27,7 +27,7 @@ class Norms(Mapping[str, Tensor]):
         if name in self._rows:
             return self._rows[name]
         if name in self.reasons:
-            return torch.full((self._samples,), torch.nan, dtype=_float64)
+            return torch.full((self._samples,), torch.nan, dtype=_float64, device="cpu")
         known = ", ".join(repr(n) for n in list(self)[:8])
         raise KeyError(f"no {self._what} {name!r} was measured; there are {known}")
 
@@ -57,7 +57,7 @@ class MicroBatch:
         elif self._names:
             self._rows = torch.stack([found[name] for name in self._names])
         else:
-            self._rows = torch.empty(0, record.samples, dtype=_float64)
+            self._rows = torch.empty(0, record.samples, dtype=_float64, device="cpu")
         if factor.tensor is not None or factor.number != 1:
             self._rows = self._rows * (factor.value * factor.value)
 
@@ -66,7 +66,7 @@ class MicroBatch:
         """float64 [layers + 1, B]: squared norms per layer and, last, in total."""
         rows, known = self._rows, self._known
         if rows.is_cpu:
-            squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64)
+            squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64, device="cpu")
             _core.place_sums(rows, self._index, known, squares)
             return squares
         index = self._places.on(rows.device, self._index)

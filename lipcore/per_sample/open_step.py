@@ -36,6 +36,8 @@ class OpenStep:
     def add(self, micro: MicroBatch, ids: Tensor | None, places: int) -> None:
         """Another one, and the ids of its samples."""
         self._waiting.append((micro, ids))
+        if self.sums is not None:
+            self.sums.expect(micro.record)
         self.samples += micro.samples
         if len(self._waiting) >= _MOST:
             self._held = self._held or ([Distribution() for _ in range(places)], SampleScores())

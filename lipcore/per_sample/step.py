@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core, functional
+from lipcore.capture.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
 from lipcore.per_sample.factor import LossFactor
 from lipcore.per_sample.micro_batch import MicroBatch
@@ -16,6 +17,15 @@ from lipcore.per_sample.places import Places
 UNEQUAL = "the loss divides a sample's terms by another number from micro-batch to micro-batch"
 TWICE = "two backward passes came from one forward pass, so that its samples are in the gradient twice"
 HOOKED = "parameters have hooks, which may have changed the gradient before it was accumulated"
+CHANGED = (
+    "gradients were changed between two of its backward passes (zeroed in place, scaled, clipped, replaced), so that "
+    "they are not what its samples add up to; zero_grad(set_to_none=True) where the earlier ones are to be forgotten"
+)
+NOT_FOUND = (
+    "its gradients were not found at the end of a backward pass: parameters were replaced by others (call "
+    "Monitor.rebind()), something took the gradients away in that pass, or all layers are inside reentrant checkpoints "
+    "(pass use_reentrant=False)"
+)
 NO_SAMPLES = (
     "the gradient is longer than the mean of its samples' gradients can be, so it has parts that are no sample's "
     "(a penalty in the loss), or the loss reduction is not what was declared"
@@ -43,14 +53,20 @@ class StepSums:
         self._on_device: dict[str, Tensor] = {}  # of the reasons that only the device knows
 
     def _start(self) -> None:
+        self._forget_samples()
+        self._hooked = False
+        self._stray = ""
+        self._gradient_sq: Tensor | None = None
+        self._versions: dict[str, tuple[int, int]] = {}  # of the gradients when they were read last
+        self._changed = False  # whether something else than a backward pass has changed them since
+
+    def _forget_samples(self) -> None:
         self._task = -1  # the last backward pass
         self._sum: Tensor | None = None
         self._samples = 0
         self._factor: LossFactor | None = None
         self._same: Tensor | None = None  # whether all micro-batches have one factor, where only the device knows
         self._wrong = ""  # why the gradient is not the mean over the samples
-        self._hooked = False
-        self._gradient_sq: Tensor | None = None
 
     def skipped(self) -> dict[str, int]:
         """How many steps were left out, by reason. Waits for the device."""
@@ -64,9 +80,7 @@ class StepSums:
         """Another micro-batch of the step."""
         record, factor = micro.record, micro.factor
         if record.fresh and record.task != self._task:
-            gradient_sq, hooked = self._gradient_sq, self._hooked
-            self._start()  # gradients were zeroed in mid-step (a closure, two passes a step): the earlier ones are gone
-            self._gradient_sq, self._hooked = gradient_sq, hooked
+            self._forget_samples()  # gradients were zeroed in mid-step (a closure, two passes a step)
         elif record.repeated:
             self._wrong = TWICE
         self._task = record.task
@@ -84,21 +98,37 @@ class StepSums:
         elif (same := self._factor.equals(factor)) is not None:
             self._same = same if self._same is None else self._same & same
 
+    def expect(self, record: LayerRecord) -> None:
+        """The pass is ending whose gradients are read next."""
+        if record.fresh:  # it had none to add to
+            self._versions, self._changed = {}, False
+
+    def spoil(self, reason: str) -> None:
+        """The gradients of this step are not those of its samples alone."""
+        self._stray = reason
+
     def read_gradients(self) -> None:
         """After a backward pass, before anything clips: the squared norm of what has accumulated so far, per place."""
-        index, gradients = [], []
+        index, gradients, versions = [], [], {}
+        # DDP writes what it has reduced over the ranks, which is a change too.
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         self._hooked = False
         for name, parameter in self._parameters():
-            if parameter.grad is not None and name in self._places.layer_of:
+            # One that was frozen may still have a gradient of before.
+            if parameter.grad is not None and parameter.requires_grad and name in self._places.layer_of:
                 if _is_sharded(parameter.grad):
                     self.off = "gradients are sharded, and a rank knows the norm of its shard only"
                 self._hooked |= _is_hooked(parameter)
                 index.append(self._places.number[self._places.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
+                if alone and _has_own_version(parameter.grad):
+                    versions[name] = id(parameter.grad), parameter.grad._version
+        self._changed |= any(not _is_added_to(before, versions.get(name)) for name, before in self._versions.items())
+        self._versions = versions
         if not gradients or self.off:
             return
         if gradients[0].is_cpu:
-            rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64)
+            rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
             _core.square_sums(gradients, rows)
             squares = rows[:, 0]
         else:
@@ -110,17 +140,19 @@ class StepSums:
 
     def finish(self, observe: Callable[[Tensor, Tensor, int], None], ranks: int) -> None:
         """The step was made: (mean ||grad l_i||^2, ||mean grad l_i||^2, samples), and start the next."""
-        if self._sum is not None and self._gradient_sq is not None and self._factor is not None and self._samples:
+        if self._sum is not None and self._factor is not None and self._samples and not self.off:
             # All micro-batches have the factor f, so f * (accumulated gradient) is the sum over the samples.
             scale = self._factor.value / self._samples
             mean = self._sum / self._samples
-            batch = self._checked(mean, self._gradient_sq * (scale * scale), alone=ranks == 1)
+            found = torch.full_like(mean, torch.nan) if self._gradient_sq is None else self._gradient_sq
+            batch = self._checked(mean, found * (scale * scale), alone=ranks == 1)
             observe(mean, batch, self._samples * ranks)
         self._start()
 
     def _checked(self, mean: Tensor, batch: Tensor, alone: bool) -> Tensor:
         """The squared norm of the mean gradient; NaN where it is not that."""
-        wrong = self._wrong or (HOOKED if self._hooked else "")
+        wrong = self._wrong or self._stray or (HOOKED if self._hooked else CHANGED if self._changed else "")
+        wrong = NOT_FOUND if self._gradient_sq is None else wrong
         if wrong:
             self._skipped[wrong] = self._skipped.get(wrong, 0) + 1
             return torch.full_like(batch, torch.nan)
@@ -148,6 +180,16 @@ class StepSums:
 def _is_hooked(parameter: nn.Parameter) -> bool:
     after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
     return bool(parameter._backward_hooks) or not all(GradientWatch.is_ours(hook) for hook in after.values())
+
+
+def _has_own_version(gradient: Tensor) -> bool:
+    """Whether its version counts its changes: views of one buffer count them together, a sparse one's parts apart."""
+    return type(gradient) is Tensor and gradient.layout == torch.strided and not gradient._is_view()
+
+
+def _is_added_to(before: tuple[int, int], now: tuple[int, int] | None) -> bool:
+    """Whether a backward pass at most has changed a gradient: it adds in place, once."""
+    return now is not None and now[0] == before[0] and now[1] - before[1] <= 1
 
 
 def _is_sharded(gradient: Tensor) -> bool:

@@ -1,0 +1,8 @@
+"""Types of elements that arguments may have."""
+
+from __future__ import annotations
+
+import torch
+
+#: Of ids and boundaries; not bool, which is a mask, nor the wider unsigned ones, which int64 cannot hold.
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
