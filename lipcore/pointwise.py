@@ -27,7 +27,8 @@ def local_lipschitz(
     r"""Local Lipschitz constants at given points, :math:`\lambda_i = \|\nabla_x f(x_i)\|_2`, by one backward pass.
 
     For a network with piecewise linear activations this is the Lipschitz constant of the linear region around x_i.
-    Parameters' gradients are not touched, nor are buffers. A row whose input or output is NaN or infinite gets NaN:
+    A pass before it checks that samples do not mix; autocast is off in both. Parameters' gradients are not touched, nor
+    are buffers and the state of random numbers. A row whose input or output is NaN or infinite gets NaN:
     ReLU passes no gradient at NaN, so that the number would be finite and mean nothing.
 
     Args:

@@ -53,8 +53,8 @@ class Coverage:
         batch_size: inputs per forward pass.
 
     Raises:
-        ValueError: what :func:`activation_patterns` refuses; several output values; a head without linear pieces;
-            parameters that are not finite.
+        ValueError: what :func:`activation_patterns` and :func:`lipcore.local_lipschitz` refuse; a head without linear
+            pieces; parameters that are not finite.
 
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> x = torch.randn(50, 2)
@@ -109,7 +109,8 @@ class Coverage:
             progress: show a progress bar (rich).
 
         Raises:
-            ValueError: the model changed since; what :func:`activation_patterns` refuses.
+            ValueError: the model changed since (parameters, buffers, modules, their settings or hooks); x takes another
+                way through it; what :func:`activation_patterns` refuses.
             ModuleNotFoundError: scipy is not installed and a programme has to be solved.
             RuntimeError: the solver gave up on a programme that has a solution.
         """
