@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from lipcore.capture import paused
+from lipcore.capture.first_layer import first_of_chain
 from lipcore.names import named_modules
+from lipcore.put_back import buffers_put_back, random_numbers_put_back
 
 
 def mixes_samples(module: nn.Module) -> bool:
@@ -94,42 +96,71 @@ def check_rows(finite: Tensor, argument: str, what: str) -> None:
 
 @contextmanager
 def own_pass(model: nn.Module) -> Iterator[None]:
-    """A pass, with gradients, that training does not notice: no metric records it, and buffers that it changes
-    (spectral_norm's vectors, InstanceNorm's running statistics, counters) get their values back when it ends.
+    """A pass, with gradients, that training does not notice: no metric records it, and what it changes gets its value
+    back when it ends: buffers (spectral_norm's vectors, InstanceNorm's running statistics, counters) and the state of
+    the random numbers, whose use is refused.
 
-    Running in eval mode instead would measure another function where spectral_norm is in train mode.
+    Running in eval mode instead would measure another function where spectral_norm is in train mode. Autocast is off:
+    it rounds, and the weights it has cached may be older than the last step.
     """
-    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    values = [
-        (buffer, buffer._version, buffer.detach().clone())
-        for _, buffers in kept
-        for buffer in buffers.values()
-        if buffer is not None
-    ]
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), paused():
-            yield
-    finally:
-        for owner, buffers in kept:
-            owner._buffers.update(buffers)
-        with torch.no_grad():
-            for buffer, version, value in values:
-                if buffer._version != version:
-                    buffer.copy_(value)
+    with (
+        random_numbers_put_back(model),
+        buffers_put_back(model),
+        without_autocast(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        paused(),
+    ):
+        yield
+
+
+@contextmanager
+def without_autocast(model: nn.Module) -> Iterator[None]:
+    """Off on the CPU and where the model is, and without its cache in regions that the model opens itself."""
+    kinds = {"cpu", *(p.device.type for p in model.parameters() if p.device.type != "meta")}
+    with ExitStack() as stack:
+        for kind in sorted(kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        yield
 
 
 def run(model: nn.Module, x: Tensor) -> Any:
-    """model(x); where torch stumbled over x's dtype, words that name it."""
-    try:
+    """model(x); where torch stumbled over x's dtype or width, words that name it."""
+    with misfit_in_words(model, x):
         return model(x)
+
+
+@contextmanager
+def misfit_in_words(model: nn.Module, x: Tensor) -> Iterator[None]:
+    """Around a pass of x: torch's error becomes a ValueError about x where its dtype or its width is the cause."""
+    try:
+        yield
     except RuntimeError as error:
-        dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-        if not dtypes or x.dtype in dtypes or not re.search("dtype|scalar type|Input type", str(error)):
+        reason = _other_dtype(model, x, str(error)) or _other_width(model, x)
+        if not reason:
             raise
-        wanted = ", ".join(sorted(map(str, dtypes)))
-        raise ValueError(
-            f"x: its dtype is {x.dtype}, but the model's parameters are {wanted}; pass x.to(<that dtype>)"
-        ) from error
+        raise ValueError(reason) from error
+
+
+def _other_dtype(model: nn.Module, x: Tensor, error: str) -> str:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if not dtypes or x.dtype in dtypes or not re.search("dtype|scalar type|Input type", error):
+        return ""
+    wanted = ", ".join(sorted(map(str, dtypes)))
+    return f"x: its dtype is {x.dtype}, but the model's parameters are {wanted}; pass x.to(<that dtype>)"
+
+
+def _other_width(model: nn.Module, x: Tensor) -> str:
+    """Where the first layer is known: that of a plain chain."""
+    name, layer = first_of_chain(model) or ("", None)
+    if isinstance(layer, nn.Linear):
+        expected, fits = f"[N, ..., {layer.in_features}]", x.dim() > 1 and x.shape[-1] == layer.in_features
+    elif isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        expected = f"[N, {layer.in_channels}, {', '.join('DHW'[-len(layer.kernel_size) :])}]"
+        fits = x.dim() == 2 + len(layer.kernel_size) and x.shape[1] == layer.in_channels
+    else:
+        return ""
+    return "" if fits else f"x: expected shape {expected} for module '{name}', {layer}, got {list(x.shape)}"
 
 
 def fresh(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from lipcore.distribution import Distribution
 from lipcore.guards import check_batch_size, check_input, check_rows, finite_rows
 from lipcore.names import unwrap
-from lipcore.pointwise import local_lipschitz
+from lipcore.pointwise import constants
+from lipcore.put_back import RandomPass
 from lipcore.regions.patterns import Patterns, activation_patterns
 from lipcore.results import MetricResult, Value
 
@@ -46,8 +48,9 @@ class Probe:
     def measure(self) -> None:
         """Take the model as it is now, in eval mode."""
         with in_eval_mode(self._model):
-            parts = self.x.split(self._batch_size)
-            self.values = torch.cat([local_lipschitz(self._model, part, output=self._output) for part in parts])
+            parts = enumerate(self.x.split(self._batch_size))
+            found = [constants(self._model, part, self._output, known_apart=number > 0) for number, part in parts]
+            self.values = torch.cat(found)
             self._churn = math.nan
             if self._regions and not bool(torch.isfinite(self.values).all()):
                 self.patterns = None  # training diverged, which a probe reports and does not stop
@@ -58,15 +61,23 @@ class Probe:
 
     def add_to(self, result: MetricResult) -> None:
         """Measure, and write the numbers down."""
-        self.measure()
+        why = ""
+        try:
+            self.measure()
+        except RandomPass as error:  # it did not when the probe was made; training goes on
+            why, self.patterns = str(error), None
+            self.values = torch.full_like(self.values, math.nan)
         distribution = Distribution()
         distribution.observe(self.values)
-        result.add("local_lipschitz", self.name, "total", **distribution.reduced("exact", note="in eval mode"))
+        found = distribution.reduced("exact", note="in eval mode")
+        if why:
+            found = {reducer: replace(value, note=why) for reducer, value in found.items()}
+        result.add("local_lipschitz", self.name, "total", **found)
         if self._regions:
             count = len(self.x)
             known = self.patterns is not None
             regions = float(self.patterns.regions) if self.patterns is not None else math.nan
-            note = "" if known else "constants at the points are not finite"
+            note = "" if known else why or "constants at the points are not finite"
             result.add("regions", self.name, "total", last=Value(regions, count, "exact", known, note))
             changed = Value(self._churn, count, "exact", not math.isnan(self._churn))
             result.add("region_churn", self.name, "total", last=changed)

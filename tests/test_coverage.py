@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+from collections import OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from models import Graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipcore import local_lipschitz
+from lipcore import Monitor, local_lipschitz
 from lipcore.regions import Coverage, Patterns, activation_patterns
 from lipcore.regions.kernel import kernel
 from lipcore.regions.patterns import PackedGate
@@ -221,6 +223,10 @@ CHANGES = {
     "swapped entries": lambda m: m[0].weight.data.copy_(m[0].weight.data.flip(0)),
     "buffer": lambda m: m[1].running_mean.add_(1),
     "data replaced": lambda m: setattr(m[0].weight, "data", m[0].weight.data * 2),
+    "an activation": lambda m: setattr(m, "2", nn.LeakyReLU(0.5)),
+    "a setting": lambda m: setattr(m[1], "eps", 0.1),
+    "a hook": lambda m: m[2].register_forward_hook(lambda module, given, output: 2 * output),
+    "more of it": lambda m: m.append(nn.Sequential()),
 }
 
 
@@ -232,8 +238,76 @@ def test_a_model_that_changed_is_refused(name: str) -> None:
     coverage = Coverage(model, x)
     coverage.query(x)
     CHANGES[name](model)
-    with pytest.raises(ValueError, match=r"it changed since this Coverage was built \(\d parameters .*build it anew"):
+    with pytest.raises(
+        ValueError, match=r"it changed since this Coverage was built \((\d parameters|its modules, ).*build it anew"
+    ):
         coverage.query(x)
+
+
+def test_a_monitor_is_no_change() -> None:
+    model, x = mlp(2, 6, 1), torch.randn(9, 2)
+    coverage = Coverage(model, x)
+    with Monitor(model, torch.optim.SGD(model.parameters(), lr=0.1)):
+        assert coverage.query(x).status.tolist() == ["train"] * 9
+
+
+def test_another_way_through_the_model_is_refused() -> None:
+    """The same parameters and settings, and an activation of the same width."""
+    model = Graph(lambda m, x: m.last(F.relu(m.first(x))), first=nn.Linear(2, 6), last=nn.Linear(6, 1))
+    x = torch.randn(9, 2)
+    coverage = Coverage(model, x)
+    model.rule = lambda m, x: m.last(F.leaky_relu(m.first(x)))
+    with pytest.raises(ValueError, match=r"expected the activations of the training inputs, .*'step'.*, got .*'leaky'"):
+        coverage.query(x)
+
+
+def test_on_a_border_the_constant_is_that_of_its_region() -> None:
+    """Of a batch of one, whose product rounds otherwise than that of several, and exactly on kinks."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        model, x = mlp(20, 16, 1), torch.randn(17, 20)
+        weight, bias, unit = model[0].weight.detach(), model[0].bias.detach(), torch.randint(16, (17,))
+        away = ((x * weight[unit]).sum(1) + bias[unit]) / weight[unit].square().sum(1)
+        x = x - away[:, None] * weight[unit]
+        coverage = Coverage(model, x, batch_size=8)
+        bits = activation_patterns(model, x, batch_size=8).take(coverage.samples).layers[0].bits()
+        slopes = (model[2].weight.detach().double().numpy() * bits) @ weight.double().numpy()
+        assert np.allclose(np.linalg.norm(slopes, axis=1), coverage.local_lipschitz, rtol=1e-5)
+
+
+KINKS = {
+    "abs": lambda m, x: m.last(m.first(x).abs()),
+    "clamp": lambda m, x: m.last(m.first(x).clamp(0.0, 1.0)),
+    "clamp and skip": lambda m, x: m.last(m.first(x).clamp(max=0.0)) + x.sum(1, keepdim=True),
+    "two folds": lambda m, x: m.last(m.mix(m.first(x).abs()).abs()),
+}
+
+
+@pytest.mark.parametrize("name", KINKS)
+def test_bounds_from_points_on_kinks(name: str) -> None:
+    """Whole numbers, so that many points lie exactly on one."""
+    statuses: set[str] = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        parts = {"first": nn.Linear(2, 3), "mix": nn.Linear(3, 3), "last": nn.Linear(3, 1)}
+        model = Graph(KINKS[name], **parts).double()
+        for parameter in model.parameters():
+            parameter.data.copy_(torch.randint(-1, 2, parameter.shape))
+        x, queries = torch.randint(-2, 3, (20, 2)).double(), torch.randint(-4, 5, (60, 2)).double()
+        found, truth = Coverage(model, x).query(queries), local_lipschitz(model, queries).numpy()
+        for bound in (found.bound, found.relaxed, found.nearest):
+            assert (np.isnan(bound) | (bound >= truth * (1 - 1e-6) - 1e-9)).all()
+        train = found.status == "train"
+        assert np.allclose(found.bound[train], truth[train])
+        statuses |= set(found.status)
+    assert {"train", "combination"} <= statuses
+
+
+def test_only_what_the_output_adds_makes_a_chain_multi_affine() -> None:
+    layers = OrderedDict(first=nn.Linear(2, 4), model2=nn.ReLU(), model=nn.Linear(4, 4), models=nn.ReLU())
+    chain, x = nn.Sequential(OrderedDict(**layers, last=nn.Linear(4, 2))), torch.randn(20, 2)
+    assert "chain" in repr(Coverage(chain, x, output=lambda z: z[:, 0]))
+    assert "multi-affine" in repr(Coverage(chain, x, output=lambda z: z[:, 0].relu()))
 
 
 def test_what_is_not_finite_is_refused() -> None:

@@ -12,7 +12,8 @@ from models import Graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipcore import local_lipschitz
+from lipcore import Monitor, local_lipschitz, theory
+from lipcore.guards import own_pass
 from lipcore.regions import Coverage, activation_patterns
 
 
@@ -69,10 +70,37 @@ def test_refused_by_name_everywhere(name: str, call: str) -> None:
         every(build(), x)[call]()
 
 
+def image_net() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
+
+
+WIDTHS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "linear": (net, (5, 4), r"x: expected shape \[N, ..., 3\] for module '0', Linear\(.*, got \[5, 4\]"),
+    "one vector": (net, (5,), r"x: expected shape \[N, ..., 3\] .*, got \[5\]"),
+    "channels": (image_net, (5, 2, 4, 4), r"x: expected shape \[N, 3, H, W\] for module '0', Conv2d.*\[5, 2, 4, 4\]"),
+    "no batch": (image_net, (2, 4, 4), r"x: expected shape \[N, 3, H, W\] .*, got \[2, 4, 4\]"),
+}
+
+
+@pytest.mark.parametrize("call", [*CALLS, "query", "product", "probe"])
+@pytest.mark.parametrize("name", [*WIDTHS, "double"])
+def test_inputs_that_do_not_fit_are_named(name: str, call: str) -> None:
+    build, shape, message = WIDTHS.get(name, (net, (5, 3), "x: its dtype is torch.float64, but the model's"))
+    model, x = build(), torch.randn(shape).to(torch.float64 if name == "double" else torch.float32)
+    calls = every(model, x) | {
+        "query": lambda: Coverage(model, torch.randn(4, 3, 4, 4) if build is image_net else X).query(x),
+        "product": lambda: theory.spectral_norm_product(model, x),
+        "probe": lambda: Monitor(model).probe(x, "points"),
+    }
+    with pytest.raises(ValueError, match=message):
+        calls[call]()
+
+
 @pytest.mark.parametrize("call", CALLS)
 def test_the_models_own_error_passes(call: str) -> None:
+    model = Graph(lambda m, x: m.body(x), body=net())  # whose first layer is known only once it has run
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
-        every(net(), torch.randn(5, 4))[call]()
+        every(model, torch.randn(5, 4))[call]()
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -187,3 +215,96 @@ def test_buffers_are_left_as_they_were(build: Callable[[], nn.Module], training:
     assert all(torch.equal(after[name], value) for name, value in before.items())
     model(X)
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Average(nn.Module):
+    """A buffer that is changed without a new version."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+        self.register_buffer("mean", torch.zeros(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.data.mul_(0.9).add_(x.detach().mean(0), alpha=0.1)
+        return self.body(x - self.mean.clone())
+
+
+def test_buffers_changed_through_data_are_put_back() -> None:
+    model = Average()
+    version = model.mean._version
+    local_lipschitz(model, X)
+    assert torch.equal(model.mean, torch.zeros(3))
+    assert model.mean._version == version
+
+
+NOISE = Graph(lambda m, x: m.body(x + torch.randn_like(x)), body=net()).eval()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_random_numbers_are_refused_and_put_back(call: str) -> None:
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match="model: .* (draws random numbers|calls randn_like), so its output is random"):
+        every(NOISE, X)[call]()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_an_error_is_not_hidden_by_random_numbers() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        torch.rand(1)
+        raise KeyError("own")
+
+    state = torch.get_rng_state()
+    with pytest.raises(KeyError, match="own"):
+        local_lipschitz(Graph(forward, body=net()), X)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["around", "around and inside"])
+def test_autocast_and_what_it_has_cached_is_not_used(inside: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            return m.body(x)
+
+    model = Graph(forward, body=net())
+    with torch.autocast("cpu", torch.bfloat16):
+        model(X).sum().backward()  # weights are cached
+        with torch.no_grad():
+            model.body[0].weight.mul_(2.0)
+        found = local_lipschitz(model, X)
+        with own_pass(model):
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_cache_enabled()
+    assert torch.equal(found, local_lipschitz(model, X))
+
+
+MIXING: dict[str, Callable[[Tensor], Tensor]] = {
+    "batch norm": lambda h: F.batch_norm(h, None, None, training=True),
+    "mean": lambda h: h - h.mean(0),
+    "earlier ones": lambda h: h.cumsum(0),
+    "later ones": lambda h: h.flip(0).cumsum(0).flip(0),
+    "neighbour": lambda h: h + h.roll(1, 0),
+    "distant": lambda h: h + h.roll(8, 0),
+    "attention over the batch": lambda h: F.scaled_dot_product_attention(h[None], h[None], h[None])[0],
+}
+
+
+@pytest.mark.parametrize("quantity", ["scalar", "jacobian"])
+@pytest.mark.parametrize("name", MIXING)
+def test_samples_that_mix_are_refused(name: str, quantity: str) -> None:
+    middle = MIXING[name]
+    body = net()
+    model = Graph(lambda m, x: m.body[1:](middle(m.body[0](x))), body=body)
+    x = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+    with pytest.raises(ValueError, match="output for one sample depends on other samples of the batch"):
+        local_lipschitz(model, x, quantity=quantity)
+    with pytest.raises(ValueError, match="output for one sample depends on other samples of the batch"):
+        Monitor(model).probe(x, "points")
+    assert local_lipschitz(body, x).shape == (16,)
+
+
+def test_a_sample_with_an_infinity_does_not_seem_to_mix() -> None:
+    x = X.clone()
+    x[0], x[1] = math.inf, math.nan
+    assert local_lipschitz(net(), x).isnan().tolist() == [True, True, False, False, False]

@@ -90,6 +90,47 @@ def test_diverged_training_is_reported_and_not_stopped() -> None:
         assert not found.valid
 
 
+class Noisy(nn.Module):
+    """Random in eval mode, from when it is said to be."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.noise = mlp(5, 7, 1), 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x + self.noise * torch.randn_like(x) if self.noise else x)
+
+
+def test_a_model_that_becomes_random_is_not_valid_and_trains_the_same() -> None:
+    models = []
+    for probed in (False, True):
+        model = seeded(Noisy)
+        with Monitor(model, optimizer := sgd(model), window_steps=2) as monitor:
+            if probed:
+                monitor.probe(torch.ones(3, 5), "ones", regions=True)
+            model.noise = 0.1
+            torch.manual_seed(4)
+            train(model, monitor, optimizer)
+        models.append(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(models[0].values(), models[1].values(), strict=True))
+    window = monitor.history[-1]["probes"]
+    for found in (window.local_lipschitz["ones"].mean, window.regions["ones"].last):
+        assert (math.isnan(found.value), found.valid) == (True, False)
+        assert "draws random numbers" in found.note
+    with pytest.raises(ValueError, match="draws random numbers"):
+        Monitor(model).probe(torch.ones(3, 5), "again")
+
+
+def test_a_window_closed_by_a_step_under_autocast() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    with Monitor(model, optimizer, window_steps=1, metrics=[lipcore.Trajectory()]) as monitor:
+        probe = monitor.probe(torch.randn(9, 5), "points")
+        with torch.autocast("cpu", torch.bfloat16):
+            train(model, monitor, optimizer, 1)
+        assert torch.equal(probe.values, local_lipschitz(model, probe.x))
+
+
 def test_refusals() -> None:
     model = seeded(lambda: mlp(5, 7, 1))
     monitor = Monitor(model, sgd(model))
@@ -106,6 +147,8 @@ def test_refusals() -> None:
         Monitor(nn.Linear(5, 2), metrics=[lipcore.Trajectory()]).probe(torch.ones(1, 5), "vector")
     with pytest.raises(ValueError, match="not piecewise linear|no ReLU-family"):
         Monitor(nn.Sequential(nn.Linear(5, 1), nn.Tanh())).probe(torch.ones(1, 5), "tanh", regions=True)
+    with pytest.raises(TypeError, match="output: expected None, an index or a callable, got '0'"):
+        monitor.probe(torch.ones(1, 5), "name", output="0")
     with pytest.raises(TypeError, match="not a dict of modules"):
         Monitor({"a": nn.Linear(1, 1)}).probe(torch.ones(1, 1), "dict")
     # A probe that was refused is not there.

@@ -73,6 +73,14 @@ NOT_LINEAR: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "into a part": (lambda m, h: masked_copy(h), "sigmoid"),
     "in place": (lambda m, h: h.clone().tanh_(), "tanh"),
     "branch": (lambda m, h: 2 * h if h.sum() > 3 else h, r"reads a value that depends on x \(_local_scalar_dense"),
+    "numpy": (
+        lambda m, h: h + torch.tensor(h.detach().numpy().max() > 0.5),
+        r"the model's own forward reads a value that depends on x \(numpy\(\)\)",
+    ),
+    "array": (lambda m, h: h + float(np.asarray(h.detach()).max()), r"reads a value .* \(__array__\(\)\)"),
+    "list": (lambda m, h: h + max(h[0].tolist()), r"reads a value .* \(tolist\(\)\)"),
+    "list of a mask": (lambda m, h: h + sum((h[:, 0] > 1).tolist()), r"reads a value .* \(tolist\(\)\)"),
+    "dlpack": (lambda m, h: h + float(np.from_dlpack(h.detach()).max()), r"reads a value .* \(__dlpack__\(\)\)"),
     "equality": (lambda m, h: h if torch.equal(h, h) else 2 * h, "reads a value that depends on x"),
     "bits": (lambda m, h: h.view(torch.int32).view(torch.float32), "calls view"),
     "dropout": (lambda m, h: F.dropout(h, 0.5), "calls bernoulli, so its output is random"),
@@ -80,6 +88,9 @@ NOT_LINEAR: dict[str, tuple[Callable[[Any, Tensor], Tensor], str]] = {
     "random slopes": (lambda m, h: F.rrelu(h, training=True), "calls rrelu_with_noise, so its output is random"),
     "batch mean": (lambda m, h: h - h.mean(0), "of one sample depends on the other samples"),
     "batch sum": (lambda m, h: h + h.cumsum(0).flip(0), "of one sample depends on the other samples"),
+    "earlier samples": (lambda m, h: h + h.cumsum(0), "of one sample depends on the other samples"),
+    "later samples": (lambda m, h: h + h.flip(0).cumsum(0).flip(0), "of one sample depends on the other samples"),
+    "next sample": (lambda m, h: h + h.roll(1, 0), "of one sample depends on the other samples"),
 }
 
 
@@ -133,6 +144,7 @@ LINEAR: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "weights": lambda m, h: F.linear(h, m.w.weight.clamp(min=0).sin() / m.w.weight.norm()),
     "einsum": lambda m, h: torch.einsum("bi,ij->bj", h, m.w.weight),
     "batched": lambda m, h: (h.reshape(-1, 2, 3) @ m.v.weight[None].expand(len(h), -1, -1)).flatten(1),
+    "numpy of constants": lambda m, h: h * torch.from_numpy(torch.arange(6.0).numpy()) + torch.tensor(ODD.tolist()),
     "position codes": lambda m, h: h + torch.sin(torch.arange(6.0)).relu().cumsum(0) ** 2,
     "batch norm": lambda m, h: m.norm(h),
     "instance norm in eval": lambda m, h: m.instance(h[:, None])[:, 0],
@@ -250,6 +262,30 @@ def test_a_sequence_first_model_is_refused_where_its_sizes_coincide() -> None:
     fixed = Graph(lambda m, x: m.last(m.first(x.reshape(4, 3)).relu()), **body)
     with pytest.raises(ValueError, match="runs with 4 samples but not with two"):
         activation_patterns(fixed, torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("value", [0.5, 0.4999, 0.0, 1.0, -3.0, 1e6])
+def test_samples_that_mix_are_seen_whatever_the_first_is(value: float) -> None:
+    torch.manual_seed(0)
+    model, x = around(lambda m, h: h - h.mean(0)), torch.randn(9, 3)
+    x[0] = value
+    with pytest.raises(ValueError, match="of one sample depends on the other samples"):
+        activation_patterns(model, x)
+
+
+@pytest.mark.parametrize("index", [0, 3])
+def test_indices_that_mix_are_seen_though_all_rows_are_equal(index: int) -> None:
+    torch.manual_seed(0)
+    model = Graph(lambda m, x: m.last((m.first(x) - m.first(x).mean(0)).relu())[:, 0], **embedded())
+    x = torch.full((4, 1), index)
+    if index == 0:  # what else is an index is not known, so one row has to differ
+        x[2] = 1
+    with pytest.raises(ValueError, match="of one sample depends on the other samples"):
+        activation_patterns(model, x)
+
+
+def embedded() -> dict[str, nn.Module]:
+    return {"first": nn.Embedding(5, 6), "last": nn.Linear(6, 1)}
 
 
 def test_a_batch_of_indices() -> None:

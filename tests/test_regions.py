@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
+from models import Graph
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,6 +39,65 @@ def test_bits_are_those_of_the_input_of_the_activation(name: str, width: int) ->
     assert len(patterns) == 17
 
 
+BORDERS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "relu": (F.relu, 0.0),
+    "relu in place": (lambda u: F.relu_(u.clone()), 0.0),
+    "leaky": (lambda u: F.leaky_relu(u, 0.1), 0.1),
+    "prelu": (lambda u: F.prelu(u, torch.tensor([0.3])), 0.3),
+    "rrelu": (lambda u: F.rrelu(u, 0.2, 0.4), 0.3),
+    "relu6": (F.relu6, 0.0),
+    "hardtanh": (lambda u: F.hardtanh(u, -1.0, 2.0), 0.0),
+    "threshold": (lambda u: F.threshold(u, 1.0, 0.0), 0.0),
+    "clamp": (lambda u: u.clamp(-1.0, 2.0), 0.0),
+    "clamp to tensors": (lambda u: torch.clamp(u, torch.tensor(-1.0), torch.tensor([2.0])), 0.0),
+    "clamp to a point": (lambda u: u.clamp(1.0, 1.0), 0.0),
+    "clamp to nothing": (lambda u: u.clamp(2.0, 1.0), 0.0),
+    "clamp from below": (lambda u: u.clamp(min=0.0), 0.0),
+    "clamp_min": (lambda u: torch.clamp_min(u, 0.0), 0.0),
+    "clamp from above": (lambda u: u.clamp(max=2.0), 0.0),
+    "clamp_max": (lambda u: torch.clamp_max(u, 2.0), 0.0),
+    "abs": (torch.abs, -1.0),
+    "abs in place": (lambda u: u.clone().abs_(), -1.0),
+}
+
+
+@pytest.mark.parametrize("name", BORDERS)
+def test_the_slope_of_the_pattern_is_torchs_on_every_border(name: str) -> None:
+    function, below = BORDERS[name]
+    model = Graph(lambda m, x: function(x))
+    x = torch.tensor([-2.0, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 6.0, 7.0])[:, None].requires_grad_()
+    (slopes,) = torch.autograd.grad(function(x).sum(), x)
+    (gate,) = activation_patterns(model, x).layers
+    bits, second = gate.bits(), gate.second_bits()
+    on_zero = second if gate.kind == "fold" and second is not None else np.zeros_like(bits)
+    expected = np.where(bits == 1, 1.0, np.where(on_zero == 1, 0.0, below))
+    assert np.allclose(expected, slopes.numpy())
+    # A region has one affine function: the flat pieces of different height are different regions.
+    ids, values = activation_patterns(model, x).region_ids(), function(x).detach().flatten().numpy()
+    for region in np.unique(ids):
+        offsets = (values - slopes.numpy()[:, 0] * x.detach().numpy()[:, 0])[ids == region]
+        assert np.allclose(offsets, offsets[0])
+
+
+@pytest.mark.parametrize("kind", ["max_pool1d", "adaptive_max_pool1d"])
+def test_of_equal_maxima_the_pattern_has_the_one_that_torch_takes(kind: str) -> None:
+    model = Graph(lambda m, x: getattr(F, kind)(x, 2))
+    x = torch.tensor([[[1.0, 1.0, 0.0, 0.0]], [[0.0, 1.0, 2.0, 2.0]]]).requires_grad_()
+    (slopes,) = torch.autograd.grad(getattr(F, kind)(x, 2).sum(), x)
+    (gate,) = activation_patterns(model, x).layers
+    assert np.array_equal(np.sort(gate.bits(), 1), [row.nonzero().flatten().tolist() for row in slopes[:, 0]])
+
+
+def test_activations_of_the_same_name_are_told_apart() -> None:
+    """One of the model's own, and one of a module that is called "model"."""
+    inner = Graph(lambda m, x: m.first(x).relu(), first=nn.Linear(3, 4))
+    net = Graph(lambda m, x: m.last(m.model(x)).relu(), model=inner, last=nn.Linear(4, 2))
+    patterns = activation_patterns(net, torch.randn(9, 3))
+    assert {name: len(share) for name, share in patterns.activity().items()} == {"model": 4, "model#2": 2}
+    assert [gate.in_module for gate in patterns.layers] == [True, False]
+    assert set(patterns.flipped(patterns)) == {"model", "model#2"}
+
+
 class Calls(nn.Module):
     """Activations that are not modules, a residual connection and pooling."""
 
@@ -55,7 +117,7 @@ def test_functions_pooling_and_residuals() -> None:
     torch.manual_seed(0)
     model, x = Calls(), torch.randn(33, 1, 4)
     patterns = activation_patterns(model, x, batch_size=10)
-    assert [gate.kind for gate in patterns.layers] == ["step", "index", "step", "leaky"]
+    assert [gate.kind for gate in patterns.layers] == ["step", "index", "step", "fold"]
     inputs = F.relu(model.conv(x)).reshape(33, 4, 2, 2)
     assert np.array_equal(patterns.layers[1].bits() % 2, inputs.argmax(-1).reshape(33, -1).numpy())
     # Two inputs of the same region have the same gradient, on different sides of every kink it changes.

@@ -50,6 +50,17 @@ def test_arrays_are_those_of_the_points(tmp_path: Path) -> None:
     assert (tmp_path / "slice.png").stat().st_size > 5000
 
 
+def test_a_pixels_centre_is_its_grid_point() -> None:
+    pytest.importorskip("matplotlib")
+    plane = Plane(torch.zeros(4), torch.eye(4)[0], torch.eye(4)[1])
+    found = slice_map(MODEL, plane, extent=(-1, 1, 0, 3), resolution=5)
+    axis = found.draw().axes[0]
+    left, right, low, high = axis.get_images()[0].get_extent()
+    assert np.allclose(left + (right - left) * (np.arange(5) + 0.5) / 5, found.s)
+    assert np.allclose(low + (high - low) * (np.arange(5) + 0.5) / 5, found.t)
+    assert (axis.get_xlim(), axis.get_ylim()) == ((left, right), (low, high))
+
+
 def test_a_smooth_model_has_a_map_without_regions() -> None:
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 2))
     plane = Plane(torch.zeros(4), torch.eye(4)[0], torch.eye(4)[1])

@@ -65,6 +65,19 @@ def test_theorem_3() -> None:
     assert theory.generalization(history, model, x, gamma=0.5).dimension.label == "heuristic"
 
 
+def test_the_model_is_run_in_batches_and_left_as_it_was() -> None:
+    model, x = classifier(), inputs(1100)
+    model[2] = nn.utils.parametrizations.spectral_norm(model[2])
+    history = trained(model, x, 2)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    sizes = []
+    with model[4].register_forward_hook(lambda module, given, output: sizes.append(len(output))):
+        found = theory.generalization(history, model, x, gamma=0.5, dimension=3.0)
+    assert max(sizes) == 1024
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found.margin.value == pytest.approx(float((1 - 2 * model.eval()(x).detach()).abs().min()), abs=1e-3)
+
+
 @torch.no_grad()
 def on_the_boundary(model: nn.Sequential) -> None:
     model[4].weight.zero_()

@@ -9,18 +9,20 @@ sample's outputs, shows all of these.
 from __future__ import annotations
 
 import functools
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lipcore import functional, guards
+from lipcore import functional
 from lipcore.capture.audit import UNSEEN, Coverage
 from lipcore.capture.collector import in_backward
 from lipcore.capture.layer_pass import ERROR, LayerPass
 from lipcore.capture.layer_site import LayerSite
 from lipcore.capture.outputs import nodes_of, tensors_of
 from lipcore.layers import Batch
+from lipcore.put_back import RandomPass, buffers_put_back, random_numbers_put_back
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a norm, relative
 _TOLERANCE_HALF = 5e-2  # where activations are of half precision
@@ -52,7 +54,8 @@ def disproved(
     # A hook on a parameter rewrites its gradient, and no sample's.
     parameters = {name: p for name, p in coverage.measured().items() if not p._backward_hooks}
     while outputs:
-        with guards.own_pass(model):  # of what a checkpoint runs again
+        found = None
+        with suppress(RandomPass), random_numbers_put_back(model), buffers_put_back(model):  # a checkpoint runs again
             found = _backward(run, outputs, seeds, parameters)
         if found is None:
             return None

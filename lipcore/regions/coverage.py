@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lipcore.chain import modules_in_order
 from lipcore.guards import check_rows
 from lipcore.names import unwrap
-from lipcore.pointwise import local_lipschitz
+from lipcore.pointwise import constants
 from lipcore.regions.bounds import Bounds
 from lipcore.regions.coverage_result import CoverageResult
 from lipcore.regions.fingerprint import changed, fingerprint
@@ -52,8 +53,8 @@ class Coverage:
         batch_size: inputs per forward pass.
 
     Raises:
-        ValueError: what :func:`activation_patterns` refuses; several output values; a head without linear pieces;
-            parameters that are not finite.
+        ValueError: what :func:`activation_patterns` and :func:`lipcore.local_lipschitz` refuse; a head without linear
+            pieces; parameters that are not finite.
 
     >>> model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> x = torch.randn(50, 2)
@@ -71,27 +72,27 @@ class Coverage:
     ) -> None:
         self.model, self.output = unwrap(model), output  #: what it is of
         self._batch_size = batch_size
-        patterns = activation_patterns(model, x, output=output, batch_size=batch_size)
+        patterns = activation_patterns(self.model, x, output=output, batch_size=batch_size)
         if patterns.head:
             raise ValueError(
                 f"model: its head ({patterns.head}) is not piecewise linear, so the gradient is not constant in a "
                 "region; pass the part before it (model[:-1])"
             )
-        _check_parameters(model)
+        _check_parameters(self.model)
         self._fingerprint = fingerprint(self.model)
         codes, first = np.unique(patterns.codes, return_index=True)
         self.regions = len(codes)  #: distinct regions among the training inputs
         self.samples = first  #: for each region the first training input in it
         self._ids = {code.tobytes(): i for i, code in enumerate(codes)}
         self._patterns = patterns.take(first)
-        values = [local_lipschitz(model, part, output=output) for part in x[torch.from_numpy(first)].split(batch_size)]
-        constants = torch.cat(values)
-        check_rows(torch.isfinite(constants), "model", "its gradient (of one training input per region)")
-        self.local_lipschitz = constants.cpu().numpy()  #: exact, of each region
-        plain = modules_in_order(model) is not None and all(gate.kind != "leaky" for gate in patterns.layers)
+        slopes = _constants(self.model, x, output, first, batch_size)
+        check_rows(torch.isfinite(slopes), "model", "its gradient (of one training input per region)")
+        self.local_lipschitz = slopes.numpy()  #: exact, of each region
+        multilinear = all(gate.kind not in ("leaky", "fold") for gate in patterns.layers)
+        plain = multilinear and modules_in_order(self.model) is not None
         # Activations of a callable output may be passed by, as none in a chain is.
-        self._affine = not plain or (callable(output) and any(gate.name[:5] == "model" for gate in patterns.layers))
-        log_map = log_gradient_map_norm(model, self._patterns) if plain and output is None else np.nan
+        self._affine = not plain or (callable(output) and not all(gate.in_module for gate in patterns.layers))
+        log_map = log_gradient_map_norm(self.model, self._patterns) if plain and output is None else np.nan
         self._bounds = Bounds(self._patterns, self.local_lipschitz, log_map, affine=self._affine)
         self.rank = self._bounds.rank  #: rows of the linear programme: the patterns' own coordinates in their span
 
@@ -108,18 +109,22 @@ class Coverage:
             progress: show a progress bar (rich).
 
         Raises:
-            ValueError: the model changed since; what :func:`activation_patterns` refuses.
+            ValueError: the model changed since (parameters, buffers, modules, their settings or hooks); x takes another
+                way through it; what :func:`activation_patterns` refuses.
             ModuleNotFoundError: scipy is not installed and a programme has to be solved.
             RuntimeError: the solver gave up on a programme that has a solution.
         """
-        if names := changed(self._fingerprint, self.model):
+        if what := changed(self._fingerprint, self.model):
             raise ValueError(
-                f"model: it changed since this Coverage was built ({len(names)} parameters or buffers, "
-                f"'{min(names)}' among them), and its numbers are those of then; build it anew: Coverage(model, x)"
+                f"model: it changed since this Coverage was built ({what}), and its numbers are those of then; build "
+                "it anew: Coverage(model, x)"
             )
         patterns = activation_patterns(self.model, x, output=self.output, batch_size=self._batch_size)
-        if [gate.width for gate in patterns.layers] != [gate.width for gate in self._patterns.layers]:
-            raise ValueError("x: its activations have other sizes than those of the training inputs")
+        if patterns.activations != self._patterns.activations:
+            raise ValueError(
+                f"x: expected the activations of the training inputs, {self._patterns.activations}, got "
+                f"{patterns.activations}; inputs of another size, or another way through the model, are not covered"
+            )
         codes, first, inverse = np.unique(patterns.codes, return_index=True, return_inverse=True)
         unique = patterns.take(first)
         count = len(codes)
@@ -139,6 +144,19 @@ class Coverage:
                 status[rows], k[rows], bound[rows], relaxed[rows], nearest[rows] = block
         back = inverse.reshape(-1)
         return CoverageResult(status[back], k[back], bound[back], relaxed[back], nearest[back])
+
+
+def _constants(model: nn.Module, x: Tensor, output: Output, rows: NDArray[np.int64], batch_size: int) -> Tensor:
+    """Of some rows, in the batches in which the patterns were taken: in others rounding may put a point that lies on a
+    border into the next region, and the constant would not be that of the pattern."""
+    found = torch.empty(len(rows), dtype=torch.float64)
+    for start in range(0, len(x), batch_size):
+        here = np.flatnonzero((rows >= start) & (rows < start + batch_size))
+        if len(here):
+            # The patterns have shown that samples do not mix.
+            values = constants(model, x[start : start + batch_size], output, known_apart=True)
+            found[torch.from_numpy(here)] = values.cpu()[torch.from_numpy(rows[here] - start)]
+    return found
 
 
 def _check_parameters(model: nn.Module) -> None:

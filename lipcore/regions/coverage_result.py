@@ -20,9 +20,11 @@ class CoverageResult:
     #: exact for "train"; one-sided for "combination" (Theorem 2 with the constants of this moment: gamma = 0); inf for
     #: "uncovered"
     bound: NDArray[np.float64]
-    #: one-sided, the best of the relaxation's candidates (see :class:`Coverage`); NaN where ||M|| is not known
+    #: exact for "train"; else one-sided, the best of the relaxation's candidates (see :class:`Coverage`), of which
+    #: `bound` is one for "combination". Where ||M|| is not known it is `bound`, or NaN where that is none or not solved
     relaxed: NDArray[np.float64]
-    nearest: NDArray[np.float64]  #: one-sided, from the one training region that gives the least; NaN as above
+    #: as `relaxed`, from the one training region that gives the least; NaN where ||M|| is not known, but for "train"
+    nearest: NDArray[np.float64]
 
     @property
     def labels(self) -> NDArray[np.str_]:

@@ -7,11 +7,18 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
+from lipcore.chain import altered_modules
+
+_SETTINGS = ""  # no parameter is called so
+
 
 def fingerprint(model: nn.Module) -> dict[str, bytes]:
-    """A hash of every parameter and buffer. Values, not version counters: fused optimizers do not raise those."""
+    """A hash of every parameter and buffer, and one of the modules with their settings and others' hooks. Values, not
+    version counters: fused optimizers do not raise those."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: _hash(tensor.detach()) for name, tensor in tensors}
+    hooks = {where: [id(hook) for hook in found] for where, found in altered_modules(model).items()}
+    settings = hashlib.blake2b(f"{model!r} {hooks}".encode(), digest_size=16).digest()
+    return {name: _hash(tensor.detach()) for name, tensor in tensors} | {_SETTINGS: settings}
 
 
 def _hash(tensor: Tensor) -> bytes:
@@ -20,7 +27,12 @@ def _hash(tensor: Tensor) -> bytes:
     return hashlib.blake2b(raw.data, digest_size=16).digest()
 
 
-def changed(before: dict[str, bytes], model: nn.Module) -> list[str]:
-    """Names of what is new, gone or has other values."""
+def changed(before: dict[str, bytes], model: nn.Module) -> str:
+    """What is new, gone or has other values, in words; "" where nothing is."""
     after = fingerprint(model)
-    return [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    names = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
+    found = ["its modules, their settings or their hooks"] if _SETTINGS in names else []
+    tensors = sorted(name for name in names if name != _SETTINGS)
+    if tensors:
+        found.append(f"{len(tensors)} parameters or buffers, '{tensors[0]}' among them")
+    return "; ".join(found)

@@ -1,4 +1,7 @@
-"""Which linear piece every unit of an activation is on, for the activations whose pieces are known."""
+"""Which linear piece every unit of an activation is on, for the activations whose pieces are known.
+
+On a border a unit is on the piece whose slope torch takes there, so that the pattern always is that of the gradient.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ import torch
 from torch import Tensor
 
 #: step: slope 0 or 1, one bit. leaky: slope a or 1, one bit. bend: as step, with a second bit for the upper flat piece.
-#: index: which element of a pooling window was the largest.
-Kind = Literal["step", "leaky", "bend", "index"]
+#: fold: slope -1 or 1, with a second bit for 0, the slope of abs at 0. index: which element of a pooling window was the
+#: largest.
+Kind = Literal["step", "leaky", "bend", "fold", "index"]
 KNOWN = "ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, clamp, abs and max pooling"
 
 
@@ -21,7 +25,8 @@ class Gate:
     name: str
     kind: Kind
     slope: Tensor  #: bool [B, n], or int [B, n] for kind "index"
-    above: Tensor | None = None  #: bool [B, n], on the upper flat piece
+    second: Tensor | None = None  #: bool [B, n], of kinds "bend" and "fold"
+    in_module: bool = True  #: not in the model's own forward, nor in a callable output
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Pieces:
 
     kind: Kind
     slope: Tensor
-    above: Tensor | None = None
+    second: Tensor | None = None
 
 
 def pieces_of(op: str, given: dict[str, Any]) -> Pieces | None:
@@ -42,16 +47,17 @@ def pieces_of(op: str, given: dict[str, Any]) -> Pieces | None:
         return Pieces("step", x > 0)
     if op == "threshold":
         return Pieces("step", x > given["threshold"]) if given["value"] == 0 else None
-    if op in ("leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise", "abs"):
+    if op in ("leaky_relu", "_prelu_kernel", "prelu", "rrelu_with_noise"):
         return Pieces("leaky", x > 0)
-    if op in ("hardtanh", "clamp", "clamp_min", "clamp_max"):
-        low, high = (given.get(f"{side}_val", given.get(side)) for side in ("min", "max"))
-        inside = torch.ones_like(x, dtype=torch.bool)
-        if low is not None:
-            inside &= x > low
-        if high is None:
-            return Pieces("step", inside)
-        return Pieces("bend", inside & (x < high), x >= high)
+    if op == "abs":
+        return Pieces("fold", x > 0, x == 0)
+    if op == "hardtanh":
+        low, high = given["min_val"], given["max_val"]
+        return Pieces("bend", (x > low) & (x < high), x >= high)
+    if op in ("clamp", "clamp_min", "clamp_max"):
+        low, high = given.get("min"), given.get("max")
+        inside = torch.ones_like(x, dtype=torch.bool) if low is None else x >= low
+        return Pieces("step", inside) if high is None else Pieces("bend", inside & (x <= high), x > high)
     return None
 
 

@@ -1,8 +1,8 @@
 """Inner products of Kronecker activation patterns without forming them: products over layers of counts of common bits.
 
 s(x) = s_1(x) x ... x s_{d-1}(x) has prod(n_l) entries, but <s(x), s(y)> = prod_l <s_l(x), s_l(y)>. Where layers are
-skipped (residual connections) or slopes are not 0 or 1 (leaky), the gradient is multi-affine in the patterns: then
-every layer's pattern gets one more entry that is always 1.
+skipped (residual connections) or slopes are not 0 or 1 (leaky, abs), the gradient is multi-affine in the patterns: then
+every layer's pattern gets one more entry that is always 1. A unit of abs has two entries, for slope 1 and for slope 0.
 """
 
 from __future__ import annotations
@@ -52,14 +52,20 @@ def log_norms(a: Patterns, *, affine: bool) -> NDArray[np.float64]:
 
 def _own_counts(a: Patterns, affine: bool) -> Iterator[NDArray[np.float64]]:
     for gate in a.layers:
-        own = np.full(len(a), gate.width) if gate.kind == "index" else gate.bits().sum(axis=1)
+        own = np.full(len(a), gate.width) if gate.kind == "index" else _entries(gate).sum(axis=1)
         yield own + float(affine)
+
+
+def _entries(gate: PackedGate) -> NDArray[Any]:
+    """What the gradient is linear in: not whether a unit is on the lower or the upper flat piece."""
+    second = gate.second_bits() if gate.kind == "fold" else None
+    return gate.bits() if second is None else np.concatenate([gate.bits(), second], axis=1)
 
 
 def _common(a: PackedGate, b: PackedGate) -> NDArray[np.float64]:
     """How many units are active (or pick the same element) in both, exact."""
-    mine = a.bits()
-    theirs = mine if a is b else b.bits()
+    mine = _entries(a)
+    theirs = mine if a is b else _entries(b)
     if a.kind != "index":
         return _product(mine, theirs)
     out = np.zeros((len(mine), len(theirs)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ class PackedGate:
     kind: Kind
     width: int  #: units
     slope: NDArray[np.uint8]  #: [N, ceil(width / 8)]; for kind "index" [N, 4 width], the indices' bytes
-    above: NDArray[np.uint8] | None = None
+    second: NDArray[np.uint8] | None = None  #: of kinds "bend" and "fold"
+    in_module: bool = True  #: not in the model's own forward, nor in a callable output
 
     def bits(self, rows: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.uint8]:
         """[rows, width]: 1 where the unit has slope 1; for kind "index" the indices, int32."""
@@ -31,9 +32,13 @@ class PackedGate:
             return np.ascontiguousarray(self.slope[rows]).view(np.int32)
         return np.unpackbits(self.slope[rows], axis=1, count=self.width)
 
+    def second_bits(self) -> NDArray[np.uint8] | None:
+        """[N, width], for kinds that have two bits per unit."""
+        return None if self.second is None else np.unpackbits(self.second, axis=1, count=self.width)
+
     def take(self, rows: NDArray[np.int64]) -> PackedGate:
-        above = None if self.above is None else self.above[rows]
-        return PackedGate(self.name, self.kind, self.width, self.slope[rows], above)
+        second = None if self.second is None else self.second[rows]
+        return replace(self, slope=self.slope[rows], second=second)
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,14 @@ class Patterns:
         return len(self.layers[0].slope)
 
     @property
+    def activations(self) -> list[tuple[str, Kind, int]]:
+        """Name, kind and width of each: the same ones where patterns can be compared."""
+        return [(gate.name, gate.kind, gate.width) for gate in self.layers]
+
+    @property
     def codes(self) -> NDArray[np.void]:
         """One opaque value per input; equal where all bits are."""
-        parts = [part for gate in self.layers for part in (gate.slope, gate.above) if part is not None]
+        parts = [part for gate in self.layers for part in (gate.slope, gate.second) if part is not None]
         joined = np.ascontiguousarray(np.concatenate(parts, axis=1))
         return joined.view(np.dtype((np.void, joined.shape[1])))[:, 0]
 
@@ -79,8 +89,8 @@ class Patterns:
         out = {}
         for mine, theirs in zip(self.layers, later.layers, strict=True):
             changed = mine.bits() != theirs.bits()
-            if mine.above is not None and theirs.above is not None:
-                changed = changed | np.unpackbits(mine.above ^ theirs.above, axis=1, count=mine.width).astype(bool)
+            if mine.second is not None and theirs.second is not None:
+                changed = changed | np.unpackbits(mine.second ^ theirs.second, axis=1, count=mine.width).astype(bool)
             out[mine.name] = float(changed.mean()) if changed.size else float("nan")
         return out
 
@@ -89,8 +99,7 @@ class Patterns:
         return {gate.name: gate.bits().mean(axis=0) for gate in self.layers if gate.kind != "index"}
 
     def _check_same(self, other: Patterns) -> None:
-        mine = [(gate.name, gate.width) for gate in self.layers]
-        theirs = [(gate.name, gate.width) for gate in other.layers]
+        mine, theirs = self.activations, other.activations
         if mine != theirs or len(self) != len(other):
             raise ValueError(
                 f"later: expected patterns of the same {len(self)} inputs and activations {mine}, got {len(other)} "
@@ -106,7 +115,7 @@ def activation_patterns(model: nn.Module, x: Tensor, *, output: Output = None, b
     """Packed activation patterns of inputs x [N, ...] of any network with ReLU-family activations.
 
     Recorded are ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Threshold, clamp, abs (one or two bits per unit: on which
-    linear piece its input lies; exactly on a kink counts as the lower piece, the slope torch takes there) and max
+    linear piece its input lies; exactly on a kink it is the one whose slope torch takes there) and max
     pooling (which element was the largest), whether called as modules or functions. All other operations on values that
     depend on x must be known to be affine in them: a product of two such values, a mask from a comparison or a
     normalisation is refused by name. A smooth head (a sigmoid) is allowed at the very end and named in ``head``. That
@@ -134,25 +143,24 @@ def activation_patterns(model: nn.Module, x: Tensor, *, output: Output = None, b
         raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {list(x.shape)}")
     check_model(model)
     check_rows(finite_rows(x), "x", "it")
-    parts: list[list[PackedGate]] = []
+    parts: list[Patterns] = []
     finite = []
     head = ""
     for batch in x.split(batch_size):
         recording = record_gates(model, batch, output)
         head = recording.head
         finite.append(recording.finite)
-        packed = [_packed(gate) for gate in recording.gates]
-        if parts and [(gate.name, gate.width) for gate in packed] != [(gate.name, gate.width) for gate in parts[0]]:
+        part = Patterns(tuple(_packed(gate) for gate in recording.gates))
+        if parts and part.activations != parts[0].activations:
             raise ValueError("model: its activations differ from batch to batch; patterns need the same ones each time")
-        parts.append(packed)
+        parts.append(part)
     check_rows(torch.cat(finite), "model", "its output")
     check_batch_axis(model, x, output)
     layers = []
-    for pieces in zip(*parts, strict=True):
-        above = [piece.above for piece in pieces if piece.above is not None]
-        first = pieces[0]
+    for pieces in zip(*(part.layers for part in parts), strict=True):
+        second = [piece.second for piece in pieces if piece.second is not None]
         slope = np.concatenate([piece.slope for piece in pieces])
-        layers.append(PackedGate(first.name, first.kind, first.width, slope, np.concatenate(above) if above else None))
+        layers.append(replace(pieces[0], slope=slope, second=np.concatenate(second) if second else None))
     return Patterns(tuple(layers), head)
 
 
@@ -160,6 +168,8 @@ def _packed(gate: Gate) -> PackedGate:
     width = gate.slope.shape[1]
     if gate.kind == "index":
         indices = np.ascontiguousarray(gate.slope.to(torch.int32).cpu().numpy())
-        return PackedGate(gate.name, gate.kind, width, indices.view(np.uint8).reshape(len(indices), -1))
-    above = None if gate.above is None else np.packbits(gate.above.cpu().numpy(), axis=1)
-    return PackedGate(gate.name, gate.kind, width, np.packbits(gate.slope.cpu().numpy(), axis=1), above)
+        slope, second = indices.view(np.uint8).reshape(len(indices), -1), None
+    else:
+        slope = np.packbits(gate.slope.cpu().numpy(), axis=1)
+        second = None if gate.second is None else np.packbits(gate.second.cpu().numpy(), axis=1)
+    return PackedGate(gate.name, gate.kind, width, slope, second, gate.in_module)

@@ -87,7 +87,7 @@ class Recorder(TorchDispatchMode):
         given |= dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         if torch.Tag.nondeterministic_seeded in func.tags and _draws(op, given):
             raise ValueError(
-                f"model: {self._where()} calls {op}, so its output is random; call model.eval(), or leave it out"
+                f"model: {self.where()} calls {op}, so its output is random; call model.eval(), or leave it out"
             )
         dependent = {name: found for name, value in given.items() if (found := self.followed.among(value))}
         if not dependent or op in VALUELESS:
@@ -107,13 +107,10 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not outputs and result is not None:
-            raise ValueError(
-                f"model: {self._where()} reads a value that depends on x ({op}: item(), bool() or an if), and patterns "
-                "do not see what it decides; leave the branch out"
-            )
+            raise ValueError(self.refused_reading(f"{op}: item(), bool() or an if"))
         for output in outputs:
             rounded = not is_continuous(output) and any(map(is_continuous, tensors))  # or an index
-            self.followed.add(output, state or (Bent(op, self._where(), False) if rounded else None))
+            self.followed.add(output, state or (Bent(op, self.where(), False) if rounded else None))
         if pooling:
             pieces = Pieces("index", outputs[1].detach())
         if pieces is not None:
@@ -124,18 +121,26 @@ class Recorder(TorchDispatchMode):
         """What its result is: the first operation that left linearity, one with hidden kinks before a smooth one."""
         found = [state for tensor in tensors if (state := self.followed[tensor]) is not None]
         if not known:
-            found.append(Bent(op, self._where(), op in SMOOTH))
+            found.append(Bent(op, self.where(), op in SMOOTH))
         return min(found, key=lambda state: state.smooth, default=None)
 
-    def _where(self) -> str:
+    def where(self) -> str:
+        """The module that runs, in words."""
         return f"module '{self._path[-1]}'" if self._path and self._path[-1] else "the model's own forward"
 
+    def refused_reading(self, how: str) -> str:
+        return (
+            f"model: {self.where()} reads a value that depends on x ({how}), and patterns do not see what it decides; "
+            "leave the branch out"
+        )
+
     def _add(self, pieces: Pieces) -> None:
-        name = self._path[-1] if self._path else ""
+        module = self._path[-1] if self._path else ""
+        name = module or "model"  # as a module may be called too: they are counted together
         self._used[name] = again = self._used.get(name, 0) + 1
-        name = name or "model"
-        above = None if pieces.above is None else _rows(pieces.above)
-        self.gates.append(Gate(name if again == 1 else f"{name}#{again}", pieces.kind, _rows(pieces.slope), above))
+        second = None if pieces.second is None else _rows(pieces.second)
+        name = name if again == 1 else f"{name}#{again}"
+        self.gates.append(Gate(name, pieces.kind, _rows(pieces.slope), second, bool(module)))
 
 
 def is_continuous(tensor: Tensor) -> bool:

@@ -15,6 +15,7 @@ from lipcore.guards import finite_rows, fresh, own_pass, run
 from lipcore.names import named_modules, unwrap
 from lipcore.pointwise import one_per_sample
 from lipcore.regions.gates import Gate
+from lipcore.regions.outside import OutsideTorch
 from lipcore.regions.recorder import Recorder, is_continuous
 
 Output = int | Callable[[Any], Tensor] | None
@@ -57,7 +58,7 @@ def record_gates(model: nn.Module, x: Tensor, output: Output = None, *, keep_inp
     with own_pass(model), _following(model, path):
         _, given = fresh(x)
         recorder.followed.add(given, None)
-        with recorder:
+        with recorder, OutsideTorch(recorder):
             result = run(model, given)
             if output is not None:
                 result = one_per_sample(result, output, len(x))
@@ -92,11 +93,11 @@ def record_gates(model: nn.Module, x: Tensor, output: Output = None, *, keep_inp
 
 
 def check_batch_axis(model: nn.Module, x: Tensor, output: Output = None) -> None:
-    """ValueError where what the first sample does depends on the second, by two passes of two samples."""
-    first = x[:1]
-    other = 1 - first if x.is_floating_point() else x[-1:]
+    """ValueError where what a sample does depends on another, by two passes of two samples: with another one behind it,
+    and behind itself. A mean, a sum of the earlier ones and one of the later ones all differ between these places."""
+    first, other = x[:1], _another(x)
     try:
-        alone, together = (
+        behind_itself, with_other = (
             record_gates(model, torch.cat([first, second]), output, keep_inputs=True) for second in (first, other)
         )
     except RuntimeError as error:
@@ -104,8 +105,8 @@ def check_batch_axis(model: nn.Module, x: Tensor, output: Output = None) -> None
             f"model: it runs with {len(x)} samples but not with two; the batch must be the first dimension and of any "
             "size"
         ) from error
-    places = [*(f"activation '{gate.name}'" for gate in alone.gates), *["its output"] * len(alone.inputs)]
-    for where, mine, theirs in zip(places, alone.inputs, together.inputs, strict=False):
+    places = [*(f"activation '{gate.name}'" for gate in with_other.gates), *["its output"] * len(with_other.inputs)]
+    for where, mine, theirs in zip(places, with_other.inputs, behind_itself.inputs, strict=False):
         if mine.dim() and len(mine) == 2 and not _same_row(mine, theirs):
             raise ValueError(
                 f"model: {where} of one sample depends on the other samples of the batch; the batch must be the first "
@@ -113,10 +114,22 @@ def check_batch_axis(model: nn.Module, x: Tensor, output: Output = None) -> None
             )
 
 
+def _another(x: Tensor) -> Tensor:
+    """A sample that differs from the first in every entry and is in the same range; of indices one that is allowed."""
+    first = x[:1]
+    if x.is_floating_point():
+        return torch.where((2 * first - 1).abs() < 0.25, first / 2, 1 - first)  # near 1/2 they would be the same
+    if x.dtype == torch.bool:
+        return ~first
+    differ = (x != first).reshape(len(x), -1).any(1)
+    return x[differ][:1] if bool(differ.any()) else torch.zeros_like(first)
+
+
 def _same_row(mine: Tensor, theirs: Tensor) -> bool:
+    """The first of one pass and the second of the other."""
     if mine.shape != theirs.shape or not mine.numel():
         return mine.shape == theirs.shape
     # Another kernel may round otherwise, but mixing shows in the leading digits.
     largest = max(float(torch.nan_to_num(part, 0.0, 0.0, 0.0).abs().max()) for part in (mine, theirs))
     slack = 100 * torch.finfo(mine.dtype).eps * largest
-    return bool(torch.isclose(mine[0], theirs[0], rtol=0.0, atol=slack, equal_nan=True).all())
+    return bool(torch.isclose(mine[0], theirs[1], rtol=0.0, atol=slack, equal_nan=True).all())

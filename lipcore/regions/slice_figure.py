@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from lipcore.regions.slices import SliceMap
@@ -23,7 +24,7 @@ def draw(found: SliceMap, path: str | Path | None, title: str) -> Any:
     panels = _panels(found)
     figure = Figure(figsize=(3.6 * len(panels), 3.6), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False, sharex=True, sharey=True)[0]
-    box = (found.s[0], found.s[-1], found.t[0], found.t[-1])
+    box = (*_edges(found.s), *_edges(found.t))
     for axis, (name, values, options, note) in zip(axes, panels, strict=True):
         image = axis.imshow(values, origin="lower", extent=box, aspect="auto", interpolation="nearest", **options)
         if note == "bar":
@@ -39,6 +40,12 @@ def draw(found: SliceMap, path: str | Path | None, title: str) -> Any:
     if path is not None:
         figure.savefig(path, dpi=110)
     return figure
+
+
+def _edges(centres: NDArray[np.float64]) -> tuple[float, float]:
+    """A pixel's centre is its grid point: half a step is left beyond the first and the last."""
+    half = (centres[1] - centres[0]) / 2
+    return float(centres[0] - half), float(centres[-1] + half)
 
 
 def _panels(found: SliceMap) -> list[tuple[str, Any, dict[str, Any], str]]:

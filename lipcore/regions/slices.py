@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lipcore.guards import check_batch_size, check_input, check_model, own_pass, run
 from lipcore.names import unwrap
-from lipcore.pointwise import local_lipschitz, one_per_sample
+from lipcore.pointwise import constants, one_per_sample
 from lipcore.regions.coverage import Coverage
 from lipcore.regions.coverage_result import CoverageResult
 from lipcore.regions.patterns import activation_patterns
@@ -99,11 +99,12 @@ def slice_map(
     check_input(model, points)
     check_model(model)
     place, distance = (None, None) if x is None else plane.coordinates(x)
-    values, constants = [], []
+    values: list[Tensor] = []
+    slopes: list[Tensor] = []
     for part in points.split(batch_size):
         with own_pass(model), torch.no_grad():
             values.append(one_per_sample(run(model, part.clone()), output, len(part)).reshape(-1))
-        constants.append(local_lipschitz(model, part, output=output))
+        slopes.append(constants(model, part, output, known_apart=bool(slopes)))
     wanted = None if target is None else _target(target, points)
     square = (resolution, resolution)
     ids = None
@@ -114,7 +115,7 @@ def slice_map(
         s=s,
         t=t,
         output=torch.cat(values).double().cpu().numpy().reshape(square),
-        local_lipschitz=torch.cat(constants).cpu().numpy().reshape(square),
+        local_lipschitz=torch.cat(slopes).cpu().numpy().reshape(square),
         regions=ids,
         target=None if wanted is None else wanted.reshape(square),
         coverage=None if coverage is None else coverage.query(points, progress=progress),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lipcore.guards import own_pass, run
 from lipcore.regions.patterns import activation_patterns
 from lipcore.results import Value, Window
 from lipcore.theory.arguments import positive, real
@@ -19,6 +20,7 @@ from lipcore.theory.global_bound import lipschitz_bound
 from lipcore.theory.heads import refuse_other_head
 from lipcore.theory.windows import select
 
+_BATCH = 1024  # samples per forward pass
 _OF_C = ("1 + gamma", "beta", "1 / (mu (1 - mu))", "1 / p_min")  #: the factors of c
 
 
@@ -91,12 +93,8 @@ def generalization(
         seen = "values that are not" if isinstance(x, Tensor) and x.numel() else x
         raise ValueError(f"x: expected finite inputs [N, ...] with N >= 1, got {seen}")
     global_bound = lipschitz_bound(history, first_step=first_step, last_step=last_step, place=place)
-    patterns = activation_patterns(model, x)
-    with torch.no_grad():
-        f = model(x)
-    if not isinstance(f, Tensor) or f.numel() != len(x):
-        shape = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
-        raise ValueError(f"model: expected one probability per sample, got {shape} for {len(x)} samples")
+    patterns = activation_patterns(model, x, batch_size=_BATCH)
+    f = _probabilities(model, x)
     head = sigmoid_head(f)
     refuse_other_head(select(history, "lipschitz", first_step, last_step), model, place)
     activity = [share for shares in patterns.activity().values() for share in shares]
@@ -158,6 +156,18 @@ def generalization(
         killed_by=killed_by,
         factors=factors,
     )
+
+
+def _probabilities(model: nn.Module, x: Tensor) -> Tensor:
+    found = []
+    for part in x.split(_BATCH):
+        with own_pass(model), torch.no_grad():
+            f = run(model, part.detach().clone())
+        if not isinstance(f, Tensor) or f.numel() != len(part):
+            shape = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
+            raise ValueError(f"model: expected one probability per sample, got {shape} for {len(part)} samples")
+        found.append(f.reshape(-1))
+    return torch.cat(found)
 
 
 def _radius(factors: dict[str, float]) -> tuple[float, str, str]:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lipcore.chain import modules_in_order
+from lipcore.chain import altered_modules, modules_in_order
+from lipcore.guards import check_input, misfit_in_words, own_pass
 from lipcore.names import unwrap
 from lipcore.results import Value
 from lipcore.theory.layer_constants import layer_constant
 
 
-@torch.no_grad()
 def spectral_norm_product(model: nn.Module, x: Tensor) -> Value:
     r"""The textbook bound of the global Lipschitz constant: :math:`\prod_l \|W_l\|_2` times the constants of what lies
     between (what Loukas et al. compare Corollary 1 with).
@@ -27,18 +28,30 @@ def spectral_norm_product(model: nn.Module, x: Tensor) -> Value:
         x: inputs [N, ...] with N >= 1; only their shape matters, for convolutions and pooling.
 
     Raises:
-        ValueError: the model is no chain, or a module in it has no known constant (named).
+        ValueError: the model is no chain, a hook may change what a module of it does (old weight_norm and pruning among
+            them), or a module has no known constant (each named); x does not fit the model.
+        TypeError: x is not a tensor.
     """
+    check_input(model, x)
+    if not len(x):
+        raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {list(x.shape)}")
+    for where, by in altered_modules(model).items():
+        raise ValueError(
+            f"model: {where} has a hook or a forward of its own ({_called(by[0])}) that may change its weight or its "
+            "output, so its constant is not known; remove it"
+        )
     chain = modules_in_order(model)
     if chain is None:
         raise ValueError(
             f"model: a {type(unwrap(model)).__name__} is not a chain of torch's layers (nn.Sequential), so its "
             "spectral norms do not multiply"
         )
-    if not isinstance(x, Tensor) or not x.dim() or not len(x):
-        seen = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {seen}")
-    product, notes, point = 1.0, [], x[:1].detach()
+    with own_pass(model), torch.no_grad(), misfit_in_words(model, x):
+        return _product(chain, x[:1].detach().clone())
+
+
+def _product(chain: list[nn.Module], point: Tensor) -> Value:
+    product, notes = 1.0, []
     for position, module in enumerate(chain):
         found = layer_constant(module, point)
         if found is None:
@@ -59,3 +72,7 @@ def spectral_norm_product(model: nn.Module, x: Tensor) -> Value:
             )
         point = module(point)
     return Value(product, len(chain), "one-sided", True, "; ".join(notes))
+
+
+def _called(hook: Any) -> str:
+    return str(getattr(hook, "__name__", type(hook).__name__))
