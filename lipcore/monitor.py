@@ -141,7 +141,17 @@ class Monitor:
         self._find_step_calls()
         taps = [tap for metric in self._tapping for tap in metric.taps().items()]
         self._capture = Capture(model, taps, self._observe_record, self._stop)
-        self._layer_captures = self._tap_layers(chosen, parts)
+        self._layer_captures: list[LayerCapture] = []
+        try:
+            self._tap_layers(chosen, parts)
+            self._attach()
+        except Exception:
+            for capture in self._layer_captures:
+                capture.close()  # nobody else could, and their metrics would stay taken
+            raise
+        self._watch()
+
+    def _attach(self) -> None:
         try:
             # The shortcut is for the one metric that can do with two bias gradients.
             self._capture.attach(self._tapping[0].single_sample if len(self._tapping) == 1 else None)
@@ -149,11 +159,9 @@ class Monitor:
             self._capture.close()
             if not self._turn_off(error):
                 raise
-        self._watch()
 
-    def _tap_layers(self, metrics: list[Metric], parts: bool) -> list[LayerCapture]:
+    def _tap_layers(self, metrics: list[Metric], parts: bool) -> None:
         """One capture of all layers for each metric that wants them tapped."""
-        captures = []
         for metric in metrics:
             options = metric.layer_options
             if options is None:
@@ -167,8 +175,7 @@ class Monitor:
             capture = LayerCapture(self.model, observe, self._stop_all, metric.observe_unrecorded, **options)
             metric.tapped(capture)
             capture.attach()
-            captures.append(capture)
-        return captures
+            self._layer_captures.append(capture)
 
     def _watch(self) -> None:
         """Hooks on optimizers and parameters, as the metrics want them."""

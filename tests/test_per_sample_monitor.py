@@ -579,6 +579,16 @@ def test_a_model_that_will_not_do_is_left_as_it_was() -> None:
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_a_metric_is_free_when_another_one_of_its_monitor_was_refused() -> None:
+    model, metric = made(mlp), PerSampleGradNorms(loss_reduction="sum")
+    other = PerSampleGradNorms(loss_reduction="sum", broadcast=["ghost"])
+    other.name = "other"
+    with pytest.raises(ValueError, match="the model has no tapped layer 'ghost'"):
+        Monitor(model, metrics=[metric, other])
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    Monitor(model, metrics=[metric]).close()
+
+
 def test_a_dictionary_of_modules_is_refused() -> None:
     with pytest.raises(ValueError, match="watches the forward pass of one module"):
         Monitor({"a": made(mlp)}, metrics=[PerSampleGradNorms(loss_reduction="sum")])
