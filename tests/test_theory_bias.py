@@ -110,6 +110,7 @@ def history(
     frozen: bool = True,
     manual: bool = False,
     every: int = 1,
+    blocks: int = 1,
     **settings: Any,
 ) -> History:
     """Three windows of eight steps."""
@@ -120,7 +121,7 @@ def history(
     optimizer = (make or sgd())([p for p in model.parameters() if p.requires_grad])
     rates = torch.optim.lr_scheduler.ExponentialLR(optimizer, schedule)
     metrics = [Trajectory(every_steps=every), Lipschitz(**settings)]
-    with Monitor(model, None if manual else optimizer, metrics, window_steps=8) as monitor:
+    with Monitor(model, None if manual else optimizer, metrics, window_steps=8, window_blocks=blocks) as monitor:
         for _ in range(24):
             optimizer.zero_grad()
             x = torch.randn(size, 4).double()
@@ -185,9 +186,44 @@ def test_steps_that_only_the_motion_contradicts() -> None:
 
 
 def test_a_trajectory_that_was_not_looked_at_in_every_step() -> None:
-    second = theory.bias_variance(history(every=2), "0.bias", eps=[10.0] * 4).lower_lipschitz
+    windows = history(every=2)
+    found = theory.bias_variance(windows, "0.bias", eps=[10.0] * 4)
+    for bound in (found.lower, found.lower_lipschitz):
+        assert not bound.valid
+        assert "looked at in 4 of 8 steps: it takes every_steps=1" in bound.note
+    assert (found.variance.label, found.variance.count) == ("heuristic", 5)
+    assert found.variance.note == "over the steps that were looked at only"
+    with pytest.raises(ValueError, match="no path_length: with every_steps=2 single steps are not known"):
+        theory.bias_distance(windows, "0.bias")
+
+
+def test_a_sliding_window_has_lost_its_start() -> None:
+    """A large first step is in the mean of the steps and not between the points: the bound would be above."""
+    torch.manual_seed(0)
+    model = mlp().double()
+    model[0].bias.data.fill_(5.0)  # no unit is dead
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, window_steps=6, window_blocks=2) as monitor:
+        for step in range(1, 10):
+            optimizer.param_groups[0]["lr"] = 1.0 if step == 4 else 0.0
+            optimizer.zero_grad()
+            (model(torch.ones(1, 4).double()) - 9).square().sum().backward()
+            optimizer.step()
+    whole = theory.bias_variance(monitor.history, "0.bias", last_step=6)
+    assert (whole.lower.valid, whole.variance.count, whole.variance.note) == (True, 7, "")
+    found = theory.bias_variance(monitor.history, "0.bias")
+    assert found.lower.value > found.variance.value
+    assert (found.first_step, found.variance.count, found.lower.valid) == (4, 6, False)
+    assert "over 6 points, not the 7 between which the steps lie" in found.lower.note
+    assert "start is not among its points" in found.variance.note
+
+
+def test_a_sliding_window_says_nothing_of_lambda() -> None:
+    windows = history(blocks=2)
+    assert theory.bias_variance(windows, "0.bias", last_step=8, eps=[0.1] * 8).lower_lipschitz.valid
+    second = theory.bias_variance(windows, "0.bias", eps=[0.1] * 8).lower_lipschitz
     assert not second.valid
-    assert "looked at in 4 of 8 steps" in second.note
+    assert "sliding" in second.note
 
 
 def test_a_bias_that_is_given_to_the_optimizer_later() -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lipcore.results import Value, Window, weakest
 from lipcore.theory.arguments import per_step, positive
-from lipcore.theory.bias_motion import CONTRADICTED, LITERAL, known, unchecked
 from lipcore.theory.finding import Finding
 from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
+from lipcore.theory.recorded_motion import CONTRADICTED, LITERAL, known, unchecked
 from lipcore.theory.training import joined
 from lipcore.theory.windows import missing_steps, select, span
 

@@ -43,7 +43,7 @@ class Trajectory(Metric):
     * ``distance`` :math:`\|w_t - w_0\|` and ``directness`` = distance / cumulative path length (last)
     * ``variance`` :math:`\frac{1}{n+1} \sum_{t=0}^{n} \|w_t - \bar w\|^2` over the window's n + 1 points, its start
       included (Corollary 2 of Loukas et al., NeurIPS 2021); of a sliding window that has lost its first block, over the
-      n points after its steps
+      n points after its steps. Its count is the number of points
     * ``unmoved_steps``, in which not one element changed; ``nonfinite_steps``, ``nonfinite_elements`` (sum)
     * on request ``grad_norm`` of the batch's gradient as backward left it, ``clipped_grad_norm`` as the optimizer got
       it, and ``element_variance`` (see :meth:`element_variance`)
