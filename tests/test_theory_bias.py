@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -265,6 +266,67 @@ def test_every_window_from_the_start_on_is_needed(keep: list[int]) -> None:
     assert not bound.valid
     assert "are in no window" in bound.note
     assert theory.bias_distance(list(windows)[::-1], "0.bias", eps_max=10.0).bound.valid
+
+
+def moved_by_hand(change: Callable[[nn.Module, Trajectory], object], at: int) -> theory.BiasDistance:
+    """Corollary 3 over two windows of eight steps, with a change after `at` steps."""
+    torch.manual_seed(0)
+    model = mlp().double()
+    model[0].weight.requires_grad_(False)
+    optimizer = sgd()([p for p in model.parameters() if p.requires_grad])
+    trajectory = Trajectory()
+    with Monitor(model, optimizer, [trajectory, Lipschitz()], window_steps=8) as monitor:
+        for step in range(16):
+            if step == at:
+                change(model, trajectory)
+            optimizer.zero_grad()
+            (model(torch.randn(1, 4).double()) - 1).square().mean().backward()
+            optimizer.step()
+        state = monitor.state_dict()
+    again = Trajectory()
+    with Monitor(model, optimizer, [again, Lipschitz()], window_steps=8) as resumed:
+        resumed.load_state_dict(state)
+        details = resumed.compute()["trajectory"].details
+    assert details.get("distance_apart_by") == monitor.compute()["trajectory"].details.get("distance_apart_by")
+    return theory.bias_distance(monitor.history, "0.bias", eps_max=100.0)
+
+
+def shifted(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor + 7 for name, tensor in model.state_dict().items()}
+
+
+ELSEWHERE: dict[str, tuple[Callable[[nn.Module, Trajectory], object], str]] = {
+    "another reference": (lambda model, trajectory: trajectory.set_reference(shifted(model)), r"set_reference\(\)"),
+    "weights loaded": (lambda model, trajectory: model.load_state_dict(shifted(model)), r"load_state_dict\(\)"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("at", [0, 5, 12])
+def test_a_distance_that_is_not_along_the_path(name: str, at: int) -> None:
+    change, reason = ELSEWHERE[name]
+    found = moved_by_hand(change, at)
+    assert found.distance.valid
+    for value in (found.directness, found.bound):
+        assert not value.valid
+        assert re.search(reason, value.note)
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_reference_on_the_path_and_weights_loaded_before_it(at: int) -> None:
+    def now(model: nn.Module, trajectory: Trajectory) -> None:
+        model.load_state_dict(model.state_dict())  # nothing moves
+        trajectory.set_reference()
+
+    def there(model: nn.Module, trajectory: Trajectory) -> None:
+        model.load_state_dict(shifted(model))
+        trajectory.set_reference(model)
+
+    for change in (now, there):
+        found = moved_by_hand(change, at)
+        assert found.bound.valid
+        assert found.directness.valid
+        assert found.directness.value <= 1
 
 
 def test_a_schedule() -> None:

@@ -9,6 +9,12 @@ from lipcore.theory.windows import quantity
 LITERAL = "literal for plain SGD at batch 1"
 CONTRADICTED = "the recorded motion contradicts it: a step was not alpha eps r (clipped or kept gradients? wrong eps?)"
 
+_APART = {
+    "set_reference": "the distance is from another point than the one the path starts at (set_reference())",
+    "rebase": "weights were changed by something else than a step (load_state_dict(), rebase()): that counts in the "
+    "distance and not in the length",
+}
+
 
 def known(window: Window, name: str, parameter: str) -> Quantity:
     """A quantity of the trajectory that has this parameter; ValueError otherwise."""
@@ -25,6 +31,11 @@ def known(window: Window, name: str, parameter: str) -> Quantity:
 def every_steps(window: Window) -> int:
     """At every how many steps the trajectory was looked at."""
     return int(window["trajectory"].details["every_steps"])
+
+
+def apart(window: Window) -> str:
+    """Why the distance is not between the ends of the path; "" where it is."""
+    return _APART.get(window["trajectory"].details.get("distance_apart_by", ""), "")
 
 
 def unchecked(found: LiteralSteps) -> list[str]:

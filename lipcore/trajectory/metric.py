@@ -138,6 +138,7 @@ class Trajectory(Metric):
         self._trackers: dict[str, Tracker] = {}
         self._gradients: Gradients | None = None
         self._steps_seen = self._rebased = 0
+        self._apart = ""  # by what the distance is not between the ends of the path since the reference
         self._warned: set[str] = set()
         if model is not None:
             self.bind(model)
@@ -306,8 +307,9 @@ class Trajectory(Metric):
         """The parameters were changed by something else than a step (weights loaded, an EMA swapped in): their path
         goes on from where they are now. A Monitor does this by itself after `load_state_dict`."""
         self._require_bound()
-        for tracker in self._trackers.values():
-            tracker.rebase()
+        jumps = [tracker.rebase() for tracker in self._trackers.values()]
+        if any(jumps):
+            self._apart = self._apart or "rebase"
         self._rebased += 1
 
     def set_reference(self, reference: nn.Module | Mapping[str, Tensor] | None = None) -> None:
@@ -324,8 +326,10 @@ class Trajectory(Metric):
         tracker = self._tracker
         if tracker.copies is None:
             raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
-        source = {part.name: part.tensor for part in self._parts} if reference is None else reference
-        tracker.set_reference(values_of(source, self._parts, "reference"))
+        here = {part.name: part.tensor for part in self._parts}
+        values = values_of(here if reference is None else reference, self._parts, "reference")
+        tracker.set_reference(values)
+        self._apart = "" if all(map(torch.equal, values, here.values())) else "set_reference"
 
     def _require_bound(self) -> None:
         if not self._parts:
@@ -359,6 +363,8 @@ class Trajectory(Metric):
         result.details["source"] = self._chosen.source
         if self._rebased:
             result.details["rebased"] = self._rebased
+        if self._apart:
+            result.details["distance_apart_by"] = self._apart
         left = set(self._stats if self._stats is not None else _ALL)
         for tracker in self._trackers.values():
             wanted = left & set(tracker.quantities)
@@ -479,7 +485,7 @@ class Trajectory(Metric):
         self._require_bound()
         trackers = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
         gradients = self._gradients.state_dict() if self._gradients else {}
-        counts = {"steps_seen": self._steps_seen, "rebased": self._rebased}
+        counts = {"steps_seen": self._steps_seen, "rebased": self._rebased, "apart": self._apart}
         return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -503,6 +509,7 @@ class Trajectory(Metric):
         for load in loads:
             load()
         self._steps_seen, self._rebased = state["steps_seen"], state["rebased"]
+        self._apart = str(state.get("apart", ""))  # a state of an earlier lipcore has none
 
     def merge(self, other: Trajectory | dict[str, Any]) -> None:
         """Add the window of the interval that follows this one (another Trajectory of the same parameters, or its

@@ -210,15 +210,19 @@ class TrackerBase:
 
     # ---- reference
 
-    def rebase(self) -> None:
-        """The tensors as they are now are where the next step starts: what changed them was not a step."""
+    def rebase(self) -> bool:
+        """The tensors as they are now are where the next step starts: what changed them was not a step. Whether it
+        changed any."""
+        jumped = False
         if self.copies:
             for part, prev in zip(self.parts, self.copies.prev, strict=True):
                 if not part.there or part.tensor.shape != prev.shape or part.tensor.device != prev.device:
                     continue  # the next step will say so
                 values = part.tensor.detach()
+                jumped |= not torch.equal(values, prev)
                 # Of values that are not finite the difference never would be either.
                 prev.copy_(torch.where(values.isfinite().all(), values, prev))
+        return jumped
 
     def set_reference(self, reference: list[Tensor]) -> None:
         """Distances, and the path since the reference, count from these values."""
