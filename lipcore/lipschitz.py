@@ -341,7 +341,8 @@ class Lipschitz(Metric):
         if sigma is None:
             return
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if self._weight_moved():
+        moved = result.details["first_weight_moved"] = self._weight_moved()
+        if moved:
             label, note = (
                 "heuristic",
                 f"{note}; " * bool(note) + "W_1 of the window's close, but it moved within the window",

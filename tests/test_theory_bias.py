@@ -194,7 +194,10 @@ def test_a_trajectory_that_was_not_looked_at_in_every_step() -> None:
         assert "looked at in 4 of 8 steps: it takes every_steps=1" in bound.note
     assert (found.variance.label, found.variance.count) == ("heuristic", 5)
     assert found.variance.note == "over the steps that were looked at only"
-    with pytest.raises(ValueError, match="no path_length: with every_steps=2 single steps are not known"):
+    with pytest.raises(
+        ValueError,
+        match="no path_length in the window of steps 17 to 24: with every_steps=2 single steps are not known",
+    ):
         theory.bias_distance(windows, "0.bias")
 
 

@@ -22,7 +22,7 @@ def known(window: Window, name: str, parameter: str) -> Quantity:
     why = "Trajectory takes it in mode='exact' by default (stats=)"
     if name == "path_length" and every > 1:
         why = f"with every_steps={every} single steps are not known, only chords; it takes every_steps=1"
-    found = quantity(window["trajectory"], name, why)
+    found = quantity(window, "trajectory", name, why)
     if parameter not in list(found):
         raise ValueError(f"parameter: {name} has no {parameter!r}; expected one of {list(found)[:12]}")
     return found
