@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch.optim import Optimizer
 from lipcore import _core
 from lipcore.bias_steps import BiasSteps
 from lipcore.distribution import Distribution
+from lipcore.hook_warnings import warn_in_hook
 from lipcore.lipschitz_taps import FirstLayerTap, OutputTap
 from lipcore.metric import FIRST_LAYER, Metric, PlanLine, Record, SingleSample, Tap
 from lipcore.names import named_modules, unwrap
@@ -124,6 +124,7 @@ class Lipschitz(Metric):
         self._batchnorms: list[nn.Module] = []
         self._mixed = False  # a BatchNorm in train mode was seen in this window
         self._warned = False
+        self._raised: Warning | None = None  # by a warning, where it could not be handed on
         self._served = False  # the shortcut has been used
         self._skips = False  # the output depends on the input past the first layer
         self._closed: deque[list[Distribution]] = deque(maxlen=0)  # blocks of a sliding window
@@ -161,11 +162,9 @@ class Lipschitz(Metric):
         else:
             agrees = math.isnan(r)
         if not agrees and self._served:
-            warnings.warn(
+            self._warn(
                 "the gradients of the first and last bias have come to hold more than the loss of one sample (a "
-                "penalty on parameters?): up to 255 earlier values were read from them; from here on they are not used",
-                UserWarning,
-                stacklevel=2,
+                "penalty on parameters?): up to 255 earlier values were read from them; from here on they are not used"
             )
         return agrees
 
@@ -207,6 +206,9 @@ class Lipschitz(Metric):
             )
         if self._batchnorms:
             self._check_mixing()
+        if self._raised is not None:
+            error, self._raised = self._raised, None
+            raise error
         self._record = numerators, output_grad
         if numerators.is_cpu:
             _core.observe_ratios(numerators, output_grad, self._core_distributions)
@@ -228,24 +230,23 @@ class Lipschitz(Metric):
         if any(mixes_samples(module) for module in self._batchnorms):
             if not self._warned:
                 self._warned = True
-                warnings.warn(
+                self._warn(
                     "BatchNorm in train mode mixes samples, so per-sample gradients are not those of single samples: "
                     "lipschitz values are heuristic (directly behind the first layer they lose their meaning). Use "
-                    "GroupNorm or LayerNorm for exact ones",
-                    UserWarning,
-                    stacklevel=2,
+                    "GroupNorm or LayerNorm for exact ones"
                 )
             self._mixed = True
 
     def _bypassed(self) -> None:
         self._skips = True
-        warnings.warn(
+        self._warn(
             f"the model's output depends on its input past the first layer '{self._first.name}' (an input skip?): "
             "normalized_gradient_norm is exact, but local_lipschitz is only the part of the gradient that goes "
-            "through that layer, labelled heuristic",
-            UserWarning,
-            stacklevel=2,
+            "through that layer, labelled heuristic"
         )
+
+    def _warn(self, message: str) -> None:
+        self._raised = warn_in_hook(message, UserWarning, stacklevel=3) or self._raised
 
     def update(self) -> None:
         """Call after every optimizer step when the metric stands alone."""
