@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lipcore import _core
 from lipcore.bias_steps import BiasSteps
-from lipcore.distribution import Distribution
+from lipcore.distribution import Distribution, loaded_distributions
 from lipcore.hook_warnings import warn_in_hook
 from lipcore.lipschitz_taps import FirstLayerTap, OutputTap
 from lipcore.metric import FIRST_LAYER, Metric, PlanLine, Record, SingleSample, Tap
@@ -421,29 +421,41 @@ class Lipschitz(Metric):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; ValueError, and nothing changed, when it does not fit."""
+        if not isinstance(state, dict):
+            raise ValueError(f"lipschitz: expected a dict, got {type(state).__name__}")
         for key, expected in (("version", self._version), ("quantity", self._quantity)):
             if state.get(key) != expected:
                 raise ValueError(f"{key}: the state has {state.get(key)!r}, this metric has {expected!r}")
-        loaded, *closed = (self._loaded(block) for block in (state["distributions"], *state["closed"]))
-        if len(closed) > (self._closed.maxlen or 0):
-            raise ValueError(f"closed: the state has {len(closed)} blocks, this window {self._closed.maxlen}")
-        bias_steps = state.get("bias_steps", [])
-        if not all(isinstance(block, (list, tuple)) and len(block) == 3 for block in bias_steps):
+        for key in ("mixed", "weight_moved"):
+            if not isinstance(state.get(key), bool):
+                raise ValueError(f"{key}: expected True or False, got {state.get(key)!r}")
+        loaded = self._loaded("distributions", state.get("distributions"))
+        blocks, most = state.get("closed"), self._closed.maxlen or 0
+        if not isinstance(blocks, list) or len(blocks) > most:
+            seen = f"{len(blocks)} of them" if isinstance(blocks, list) else repr(blocks)
+            raise ValueError(f"closed: expected a list of at most {most} blocks, got {seen}")
+        closed = [self._loaded(f"closed[{i}]", block) for i, block in enumerate(blocks)]
+        bias_steps = state.get("bias_steps", [])  # a state of an earlier lipcore has none
+        if not isinstance(bias_steps, list) or not all(map(_are_steps, bias_steps)):
             raise ValueError(f"bias_steps: expected [steps, lowest, highest rate] per block, got {bias_steps!r}")
         self._closed.clear()
         self._closed.extend(closed)
         for mine, theirs in zip(self._all, loaded, strict=True):
             mine.reset()  # the compiled objects stay: the shortcut holds them
             mine.merge(theirs)
-        self._mixed, self._moved = bool(state["mixed"]), bool(state["weight_moved"])
+        self._mixed, self._moved = state["mixed"], state["weight_moved"]
         self._bias.load(bias_steps)
         self._remember_weight()
 
-    def _loaded(self, states: Any) -> list[Distribution]:
-        loaded = [Distribution() for _ in self._all]
-        for distribution, state in zip(loaded, states, strict=True):
-            distribution.load_state_dict(state)
-        return loaded
+    def _loaded(self, key: str, states: Any) -> list[Distribution]:
+        """A block of the window."""
+        return loaded_distributions(key, states, len(self._all))
+
+
+def _are_steps(block: Any) -> bool:
+    """Whether these are the steps and the lowest and highest rate of a block."""
+    numbers = isinstance(block, (list, tuple)) and all(isinstance(number, (int, float)) for number in block)
+    return numbers and len(block) == 3 and math.isfinite(block[0]) and block[0] >= 0
 
 
 def _ratios(numerators: Tensor, output_grad: Tensor) -> Tensor:
