@@ -222,6 +222,47 @@ def test_a_sliding_window_has_lost_its_start() -> None:
     assert "start is not among its points" in found.variance.note
 
 
+def jumping(jumps: set[int], window_steps: int | None, blocks: int = 1, cut: int | None = None) -> list[Any]:
+    """Twelve steps of length 1, with the weights set back after these of them; the windows' lower bounds and
+    variances. After `cut` steps a new Monitor goes on from the old one's state."""
+    model = nn.Linear(2, 1).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    settings: dict[str, Any] = {"window_steps": window_steps, "window_blocks": blocks}
+    monitor = Monitor(model, optimizer, [Trajectory()], **settings)
+    start, history = {name: tensor.clone() for name, tensor in model.state_dict().items()}, []
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2).double()).sum().backward()
+        optimizer.step()
+        if step in jumps:
+            model.load_state_dict(start)
+        if step == cut:
+            state = monitor.state_dict()
+            history += monitor.history
+            monitor.close()
+            monitor = Monitor(model, optimizer, [Trajectory()], **settings)
+            monitor.load_state_dict(state)
+    if window_steps is None:
+        monitor.close_window()
+    monitor.close()
+    return [theory.bias_variance(window, "bias") for window in [*history, *monitor.history]]
+
+
+@pytest.mark.parametrize("cut", [None, 5])
+def test_weights_that_are_set_back_between_steps(cut: int | None) -> None:
+    """The steps do not lie between the variance's points, whose mean bound would be above it."""
+    (found,) = jumping(set(range(1, 12)), None, cut=cut)
+    assert found.lower.value > found.variance.value
+    assert not found.lower.valid
+    assert "changed between the window's steps by something else than a step" in found.lower.note
+    assert [found.lower.valid for found in jumping({4, 6, 12}, 4, cut=cut)] == [True, False, True]
+    (ends,) = jumping({12}, None, cut=cut)
+    assert ends.lower.valid
+    # In a sliding one until the step before it has gone; it has lost its start from the third on.
+    notes = [found.lower.note for found in jumping({4}, 6, blocks=2, cut=cut)]
+    assert ["changed" in note for note in notes] == [False, True, False, False]
+
+
 def test_a_sliding_window_says_nothing_of_lambda() -> None:
     windows = history(blocks=2)
     assert theory.bias_variance(windows, "0.bias", last_step=8, eps=[0.1] * 8).lower_lipschitz.valid

@@ -56,7 +56,8 @@ def bias_variance(
 
     Args:
         history: windows with a Trajectory metric (and a Lipschitz metric for the second bound). Both bounds are not
-            valid for a sliding window that has lost its first block, nor with every_steps > 1.
+            valid for a sliding window that has lost its first block, nor with every_steps > 1, nor where weights were
+            loaded between its steps.
         parameter: canonical name, "0.bias" say.
         learning_rate: constant over the window; default the one that was recorded for the first layer's bias.
         eps: |dl/dyhat| at each of the window's steps.
@@ -110,6 +111,11 @@ def _other_points(window: Window, step: Value, variance: Value) -> str:
         return (
             f"the variance is over {variance.count} points, not the {step.count + 1} between which the steps lie: a "
             "sliding window's start is not among them; it takes windows that do not slide (window_blocks=1)"
+        )
+    if window["trajectory"].details.get("jumped"):
+        return (
+            "weights were changed between the window's steps by something else than a step (load_state_dict(), "
+            "rebase()), so steps do not lie between the variance's points"
         )
     return ""
 

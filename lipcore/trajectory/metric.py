@@ -138,6 +138,9 @@ class Trajectory(Metric):
         self._trackers: dict[str, Tracker] = {}
         self._gradients: Gradients | None = None
         self._steps_seen = self._rebased = 0
+        #: After how many of the window's steps something else changed the parameters: the last two such places, since
+        #: the last one may be the window's end.
+        self._jumps: list[int] = []
         self._apart = ""  # by what the distance is not between the ends of the path since the reference
         self._warned: set[str] = set()
         if model is not None:
@@ -188,6 +191,7 @@ class Trajectory(Metric):
                 )
         self._gradients = Gradients(parts, self._ring) if set(wanted) & set(GRADIENTS) else None
         self._parts, self._trackers, self._chosen = parts, trackers, choice
+        self._jumps = []
 
     @property
     def _tracker(self) -> Tracker:
@@ -310,6 +314,7 @@ class Trajectory(Metric):
         jumps = [tracker.rebase() for tracker in self._trackers.values()]
         if any(jumps):
             self._apart = self._apart or "rebase"
+            self._jumps = sorted({*self._jumps, self._tracker.window_steps})[-2:]
         self._rebased += 1
 
     def set_reference(self, reference: nn.Module | Mapping[str, Tensor] | None = None) -> None:
@@ -363,6 +368,8 @@ class Trajectory(Metric):
         result.details["source"] = self._chosen.source
         if self._rebased:
             result.details["rebased"] = self._rebased
+        if self._jumps and any(0 < steps < self._tracker.window_steps for steps in self._jumps):
+            result.details["jumped"] = True
         if self._apart:
             result.details["distance_apart_by"] = self._apart
         left = set(self._stats if self._stats is not None else _ALL)
@@ -454,12 +461,16 @@ class Trajectory(Metric):
         self._require_bound()
         for tracker in self._all_trackers:
             tracker.reset()
+        self._jumps = []
 
     def advance(self) -> None:
         """Slide the window by a block."""
         self._require_bound()
+        before = self._tracker.window_steps if self._jumps else 0
         for tracker in self._all_trackers:
             tracker.advance()
+        lost = before - self._tracker.window_steps if self._jumps else 0
+        self._jumps = [steps - lost for steps in self._jumps if steps > lost]
 
     @property
     def _all_trackers(self) -> list[Tracker]:
@@ -485,7 +496,8 @@ class Trajectory(Metric):
         self._require_bound()
         trackers = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
         gradients = self._gradients.state_dict() if self._gradients else {}
-        counts = {"steps_seen": self._steps_seen, "rebased": self._rebased, "apart": self._apart}
+        counts: dict[str, Any] = {"steps_seen": self._steps_seen, "rebased": self._rebased}
+        counts |= {"apart": self._apart, "jumps": list(self._jumps)}
         return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -497,6 +509,9 @@ class Trajectory(Metric):
         groups["gradients"] = self._gradients.trackers if self._gradients else {}
         for key in ("steps_seen", "rebased"):
             check_like(key, state.get(key), 0)
+        check_like("apart", state.get("apart", ""), "")  # a state of an earlier lipcore has neither
+        jumps = state.get("jumps", [])
+        check_like("jumps", jumps, [0] * len(jumps) if isinstance(jumps, list) else [])
         loads = []
         for key, trackers in groups.items():
             given = state.get(key)
@@ -509,7 +524,7 @@ class Trajectory(Metric):
         for load in loads:
             load()
         self._steps_seen, self._rebased = state["steps_seen"], state["rebased"]
-        self._apart = str(state.get("apart", ""))  # a state of an earlier lipcore has none
+        self._apart, self._jumps = state.get("apart", ""), list(jumps)
 
     def merge(self, other: Trajectory | dict[str, Any]) -> None:
         """Add the window of the interval that follows this one (another Trajectory of the same parameters, or its
@@ -535,7 +550,9 @@ class Trajectory(Metric):
         if self._gradients and twin._gradients:
             theirs = twin._gradients.trackers
             merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
+        behind = self._tracker.window_steps
         continued = [merge() for merge in merges]  # every one of them, whatever the first says
+        self._jumps = [*self._jumps, *(steps + behind for steps in twin._jumps)][-2:]
         self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
     def sync(self, group: Any = None) -> MetricResult:

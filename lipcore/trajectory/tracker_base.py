@@ -20,6 +20,7 @@ from lipcore.trajectory.table import (
     FOLDED,
     M2,
     POINTS,
+    STEPS,
     WINDOW_COLUMNS,
     Table,
     between,
@@ -121,6 +122,16 @@ class TrackerBase:
     def seen(self) -> int:
         """All steps so far; those in a replayed CUDA graph are not known here."""
         return self._settled + self.open_steps
+
+    @property
+    def window_steps(self) -> int:
+        """Steps in the window, those included in which something was left out. Waits for a device."""
+        return sum(map(self._steps_of, [*(block.rows for block in self.closed), self.table.rows]))
+
+    def _steps_of(self, rows: Tensor) -> int:
+        """Of tensors: a group counts a step with finite and other members as both kinds."""
+        rows = rows[: len(self.parts)]
+        return int((rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max())
 
     def settle(self) -> None:
         """Close the open block: its mean joins that of the earlier ones, its distance from it joins M2, its steps the
