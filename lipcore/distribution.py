@@ -139,6 +139,22 @@ def _tensor(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
     return value
 
 
+def loaded_distributions(path: str, states: Any, count: int) -> list[Distribution]:
+    """Distributions from their states; ValueError naming the first bad one."""
+    if not isinstance(states, list) or len(states) != count:
+        what = len(states) if isinstance(states, list) else type(states).__name__
+        raise ValueError(f"{path}: expected a list of {count}, got {what}")
+    loaded = []
+    for i, state in enumerate(states):
+        distribution = Distribution()
+        try:
+            distribution.load_state_dict(state)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}[{i}]: {error}") from None
+        loaded.append(distribution)
+    return loaded
+
+
 def observe_roots(squares: Tensor, distributions: Sequence[Distribution]) -> None:
     """The square roots of row k of squares, float64 [K, B], into distribution k."""
     if squares.is_cpu:

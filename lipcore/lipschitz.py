@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +15,8 @@ from torch.optim import Optimizer
 
 from lipcore import _core
 from lipcore.bias_steps import BiasSteps
-from lipcore.distribution import Distribution
+from lipcore.distribution import Distribution, loaded_distributions
+from lipcore.hook_warnings import warn_in_hook
 from lipcore.lipschitz_taps import FirstLayerTap, OutputTap
 from lipcore.metric import FIRST_LAYER, Metric, PlanLine, Record, SingleSample, Tap
 from lipcore.names import named_modules, unwrap
@@ -124,6 +124,7 @@ class Lipschitz(Metric):
         self._batchnorms: list[nn.Module] = []
         self._mixed = False  # a BatchNorm in train mode was seen in this window
         self._warned = False
+        self._raised: Warning | None = None  # by a warning, where it could not be handed on
         self._served = False  # the shortcut has been used
         self._skips = False  # the output depends on the input past the first layer
         self._closed: deque[list[Distribution]] = deque(maxlen=0)  # blocks of a sliding window
@@ -161,11 +162,9 @@ class Lipschitz(Metric):
         else:
             agrees = math.isnan(r)
         if not agrees and self._served:
-            warnings.warn(
+            self._warn(
                 "the gradients of the first and last bias have come to hold more than the loss of one sample (a "
-                "penalty on parameters?): up to 255 earlier values were read from them; from here on they are not used",
-                UserWarning,
-                stacklevel=2,
+                "penalty on parameters?): up to 255 earlier values were read from them; from here on they are not used"
             )
         return agrees
 
@@ -207,6 +206,9 @@ class Lipschitz(Metric):
             )
         if self._batchnorms:
             self._check_mixing()
+        if self._raised is not None:
+            error, self._raised = self._raised, None
+            raise error
         self._record = numerators, output_grad
         if numerators.is_cpu:
             _core.observe_ratios(numerators, output_grad, self._core_distributions)
@@ -228,24 +230,23 @@ class Lipschitz(Metric):
         if any(mixes_samples(module) for module in self._batchnorms):
             if not self._warned:
                 self._warned = True
-                warnings.warn(
+                self._warn(
                     "BatchNorm in train mode mixes samples, so per-sample gradients are not those of single samples: "
                     "lipschitz values are heuristic (directly behind the first layer they lose their meaning). Use "
-                    "GroupNorm or LayerNorm for exact ones",
-                    UserWarning,
-                    stacklevel=2,
+                    "GroupNorm or LayerNorm for exact ones"
                 )
             self._mixed = True
 
     def _bypassed(self) -> None:
         self._skips = True
-        warnings.warn(
+        self._warn(
             f"the model's output depends on its input past the first layer '{self._first.name}' (an input skip?): "
             "normalized_gradient_norm is exact, but local_lipschitz is only the part of the gradient that goes "
-            "through that layer, labelled heuristic",
-            UserWarning,
-            stacklevel=2,
+            "through that layer, labelled heuristic"
         )
+
+    def _warn(self, message: str) -> None:
+        self._raised = warn_in_hook(message, UserWarning, stacklevel=3) or self._raised
 
     def update(self) -> None:
         """Call after every optimizer step when the metric stands alone."""
@@ -341,7 +342,8 @@ class Lipschitz(Metric):
         if sigma is None:
             return
         weight: Tensor = module.weight  # type: ignore[assignment]
-        if self._weight_moved():
+        moved = result.details["first_weight_moved"] = self._weight_moved()
+        if moved:
             label, note = (
                 "heuristic",
                 f"{note}; " * bool(note) + "W_1 of the window's close, but it moved within the window",
@@ -419,29 +421,41 @@ class Lipschitz(Metric):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; ValueError, and nothing changed, when it does not fit."""
+        if not isinstance(state, dict):
+            raise ValueError(f"lipschitz: expected a dict, got {type(state).__name__}")
         for key, expected in (("version", self._version), ("quantity", self._quantity)):
             if state.get(key) != expected:
                 raise ValueError(f"{key}: the state has {state.get(key)!r}, this metric has {expected!r}")
-        loaded, *closed = (self._loaded(block) for block in (state["distributions"], *state["closed"]))
-        if len(closed) > (self._closed.maxlen or 0):
-            raise ValueError(f"closed: the state has {len(closed)} blocks, this window {self._closed.maxlen}")
-        bias_steps = state.get("bias_steps", [])
-        if not all(isinstance(block, (list, tuple)) and len(block) == 3 for block in bias_steps):
+        for key in ("mixed", "weight_moved"):
+            if not isinstance(state.get(key), bool):
+                raise ValueError(f"{key}: expected True or False, got {state.get(key)!r}")
+        loaded = self._loaded("distributions", state.get("distributions"))
+        blocks, most = state.get("closed"), self._closed.maxlen or 0
+        if not isinstance(blocks, list) or len(blocks) > most:
+            seen = f"{len(blocks)} of them" if isinstance(blocks, list) else repr(blocks)
+            raise ValueError(f"closed: expected a list of at most {most} blocks, got {seen}")
+        closed = [self._loaded(f"closed[{i}]", block) for i, block in enumerate(blocks)]
+        bias_steps = state.get("bias_steps", [])  # a state of an earlier lipcore has none
+        if not isinstance(bias_steps, list) or not all(map(_are_steps, bias_steps)):
             raise ValueError(f"bias_steps: expected [steps, lowest, highest rate] per block, got {bias_steps!r}")
         self._closed.clear()
         self._closed.extend(closed)
         for mine, theirs in zip(self._all, loaded, strict=True):
             mine.reset()  # the compiled objects stay: the shortcut holds them
             mine.merge(theirs)
-        self._mixed, self._moved = bool(state["mixed"]), bool(state["weight_moved"])
+        self._mixed, self._moved = state["mixed"], state["weight_moved"]
         self._bias.load(bias_steps)
         self._remember_weight()
 
-    def _loaded(self, states: Any) -> list[Distribution]:
-        loaded = [Distribution() for _ in self._all]
-        for distribution, state in zip(loaded, states, strict=True):
-            distribution.load_state_dict(state)
-        return loaded
+    def _loaded(self, key: str, states: Any) -> list[Distribution]:
+        """A block of the window."""
+        return loaded_distributions(key, states, len(self._all))
+
+
+def _are_steps(block: Any) -> bool:
+    """Whether these are the steps and the lowest and highest rate of a block."""
+    numbers = isinstance(block, (list, tuple)) and all(isinstance(number, (int, float)) for number in block)
+    return numbers and len(block) == 3 and math.isfinite(block[0]) and block[0] >= 0
 
 
 def _ratios(numerators: Tensor, output_grad: Tensor) -> Tensor:

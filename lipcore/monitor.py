@@ -18,11 +18,12 @@ from lipcore.capture import Capture
 from lipcore.capture.layer_capture import LayerCapture
 from lipcore.capture.parameters import GradientWatch, LoadWatch
 from lipcore.clock import Calls, Clock, ScaledSteps
+from lipcore.hook_warnings import warn_in_hook
 from lipcore.lipschitz import Lipschitz
 from lipcore.metric import Metric, PlanLine, Record
 from lipcore.monitor_state import checked_starts
 from lipcore.probes import Probe, Probes
-from lipcore.results import History, Window
+from lipcore.results import History, MetricResult, Window
 from lipcore.trajectory import Trajectory
 
 
@@ -55,7 +56,8 @@ class Monitor:
 
     The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by
     itself, or by :meth:`close_window`. Nothing is raised inside your forward or backward pass: an error stops the
-    recording, warns, and is raised by the next call of a method of this class or at the end of the with block.
+    recording, warns, and is raised by the next call of a method of this class or at the end of the with block. So does
+    a warning that your filters make an error of.
 
     Args:
         model: the module your loop calls (pass torch.compile's or DDP's result when there is one), or a dict of modules
@@ -222,7 +224,12 @@ class Monitor:
     def _stop_all(self, error: Exception) -> None:
         self._failed = True
         self._error = error
-        warnings.warn(f"lipcore stopped recording: {error}", RuntimeWarning, stacklevel=4)
+        warn_in_hook(f"lipcore stopped recording: {error}", RuntimeWarning, stacklevel=4)
+
+    def _warn(self, message: str) -> None:
+        """The recording goes on; a warning that is to be an error is kept like one."""
+        error = warn_in_hook(message, RuntimeWarning, stacklevel=5)
+        self._error = self._error or error
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
@@ -314,7 +321,7 @@ class Monitor:
         )
         for metric in self._tapping:
             if metric.off:
-                warnings.warn(f"lipcore turned {metric.name} off: {metric.off}", RuntimeWarning, stacklevel=4)
+                self._warn(f"lipcore turned {metric.name} off: {metric.off}")
 
     @property
     def _block_steps(self) -> int:
@@ -370,8 +377,7 @@ class Monitor:
     def _close(self) -> Window:
         window = self._final or self._window()
         self._final = None
-        probes = {"probes": self._probes.finalize()} if self._probes else {}
-        window = replace(window, closed=True, results=window.results | probes)
+        window = replace(window, closed=True, results=window.results | self._measure_probes())
         self.history.append(window)
         self._unread.append(window)
         self._windows += 1
@@ -379,6 +385,14 @@ class Monitor:
         for metric in self.metrics.values():
             metric.advance() if self._window_blocks > 1 else metric.reset()
         return window
+
+    def _measure_probes(self) -> dict[str, MetricResult]:
+        if not self._probes:
+            return {}
+        result, errors = self._probes.finalize()
+        for name, error in errors.items():
+            self._warn(f"lipcore could not measure the probe {name!r}: {error}")
+        return {"probes": result}
 
     def probe(
         self,
@@ -395,7 +409,8 @@ class Monitor:
         They come as ``window["probes"].local_lipschitz[name]`` (mean, min, max, p50, p99), a curve beside that of the
         training samples. The model is run in eval mode for it, forward and backward once per window; no parameter's
         gradient is touched. Where training diverged, constants that are not finite are left out of the numbers and the
-        regions are NaN; the run goes on.
+        regions are NaN. A probe that cannot be measured any more is warned of, its numbers are not valid and their note
+        says why; the run goes on.
 
         Args:
             x: [N, ...] on the model's device, finite; a copy is kept.

@@ -15,7 +15,6 @@ from lipcore.distribution import Distribution
 from lipcore.guards import check_batch_size, check_input, check_rows, finite_rows
 from lipcore.names import unwrap
 from lipcore.pointwise import constants
-from lipcore.put_back import RandomPass
 from lipcore.regions.patterns import Patterns, activation_patterns
 from lipcore.results import MetricResult, Value
 
@@ -59,28 +58,36 @@ class Probe:
                 self._churn = math.nan if self.patterns is None else self.patterns.churn(patterns)
                 self.patterns = patterns
 
-    def add_to(self, result: MetricResult) -> None:
-        """Measure, and write the numbers down."""
-        why = ""
+    def add_to(self, result: MetricResult) -> Exception | None:
+        """Measure, and write the numbers down; the error where they could not be had, and then numbers that are not
+        valid."""
         try:
-            self.measure()
-        except RandomPass as error:  # it did not when the probe was made; training goes on
-            why, self.patterns = str(error), None
-            self.values = torch.full_like(self.values, math.nan)
+            self._add_measured(result)
+        except Exception as error:
+            self._add_unknown(result, f"not measured: {error}")
+            return error
+        return None
+
+    def _add_measured(self, result: MetricResult) -> None:
+        self.measure()
         distribution = Distribution()
         distribution.observe(self.values)
-        found = distribution.reduced("exact", note="in eval mode")
-        if why:
-            found = {reducer: replace(value, note=why) for reducer, value in found.items()}
-        result.add("local_lipschitz", self.name, "total", **found)
+        result.add("local_lipschitz", self.name, "total", **distribution.reduced("exact", note="in eval mode"))
         if self._regions:
             count = len(self.x)
             known = self.patterns is not None
             regions = float(self.patterns.regions) if self.patterns is not None else math.nan
-            note = "" if known else why or "constants at the points are not finite"
+            note = "" if known else "constants at the points are not finite"
             result.add("regions", self.name, "total", last=Value(regions, count, "exact", known, note))
             changed = Value(self._churn, count, "exact", not math.isnan(self._churn))
             result.add("region_churn", self.name, "total", last=changed)
+
+    def _add_unknown(self, result: MetricResult, note: str) -> None:
+        self.values, self.patterns = torch.full_like(self.values, math.nan), None
+        unknown = {reducer: replace(value, note=note) for reducer, value in Distribution().reduced("exact").items()}
+        result.add("local_lipschitz", self.name, "total", **unknown)
+        for quantity in ("regions", "region_churn") if self._regions else ():
+            result.add(quantity, self.name, "total", last=Value(math.nan, 0, "exact", False, note))
 
 
 class Probes:
@@ -101,12 +108,12 @@ class Probes:
         if name in self._probes:
             raise ValueError(f"name: there is a probe {name!r} already; choose another name")
 
-    def finalize(self) -> MetricResult:
-        """Measured now."""
+    def finalize(self) -> tuple[MetricResult, dict[str, Exception]]:
+        """All of them, measured now, and the errors of those that could not be, which takes neither the others nor the
+        metrics with it: their numbers are not valid and say why."""
         result = MetricResult("probes", points={name: len(probe.x) for name, probe in self._probes.items()})
-        for probe in self._probes.values():
-            probe.add_to(result)
-        return result
+        errors = {name: error for name, probe in self._probes.items() if (error := probe.add_to(result)) is not None}
+        return result, errors
 
 
 @contextmanager

@@ -494,6 +494,18 @@ MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "starts_text": (lambda s: s.update(starts=[["0", 0]]), "starts: expected"),
     "starts_later": (lambda s: s.update(starts=[[9, 0]]), r"starts: blocks begin after steps \[9\], but .* step 3"),
     "a_metric": (lambda s: s["metrics"]["lipschitz"].update(version=99), "version: the state has 99"),
+    **{f"lipschitz_without_{key}": ((lambda s, key=key: s["metrics"]["lipschitz"].pop(key)), f"{key}: expected .*None")
+       for key in ("mixed", "weight_moved", "closed")},
+    "lipschitz_without_distributions": (lambda s: s["metrics"]["lipschitz"].pop("distributions"),
+                                        "distributions: expected a list of 3, got NoneType"),
+    "lipschitz_none": (lambda s: s["metrics"].update(lipschitz=None), "lipschitz: expected a dict, got NoneType"),
+    "lipschitz_closed_many": (lambda s: s["metrics"]["lipschitz"].update(closed=[[]] * 2),
+                              "closed: expected a list of at most 1 blocks, got 2 of them"),
+    "lipschitz_closed_bad": (lambda s: s["metrics"]["lipschitz"].update(closed=[[{}] * 3]),
+                             r"closed\[0\]\[0\]: version"),
+    "lipschitz_steps_text": (lambda s: s["metrics"]["lipschitz"].update(bias_steps=[["a", "b", "c"]]),
+                             "bias_steps: expected .*'a'"),
+    "lipschitz_steps_short": (lambda s: s["metrics"]["lipschitz"].update(bias_steps=[[1, 2]]), "bias_steps: expected"),
     "another_metric": (lambda s: s["metrics"]["trajectory"]["trackers"].clear(), "trackers: 'exact' is missing"),
 }  # fmt: skip
 

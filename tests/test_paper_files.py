@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +157,31 @@ def test_studies_say_which_file_to_delete(tmp_path: Path, monkeypatch: pytest.Mo
     pytest.importorskip("scipy")
     monkeypatch.setattr(studies, "SETTINGS", dict(list(studies.SETTINGS.items())[:1]))
     monkeypatch.setattr(studies, "FREQUENCIES", [0.25])
-    (tmp_path / "study-0-0.25-0-1.json").write_text('{"test_loss": 1.0}')
-    with pytest.raises(BadState, match="study-0-0.25-0-1.json: .*it lacks cumulative_length.*delete it"):
+    (tmp_path / "study-sgd-batch-1-0.25-0-1.json").write_text('{"test_loss": 1.0}')
+    with pytest.raises(BadState, match="study-sgd-batch-1-0.25-0-1.json: .*it lacks cumulative_length.*delete it"):
         studies.main(["--epochs", "1", "--seeds", "1", "--state", str(tmp_path), "--out", str(tmp_path / "out")])
+
+
+def failing_run(setting: str, frequency: float, seed: int, epochs: int) -> dict[str, float]:
+    """The first of the runs fails at once, the others last until after that."""
+    if frequency == studies.FREQUENCIES[0]:
+        raise MemoryError("as expected")
+    time.sleep(0.2)
+    return dict.fromkeys(("test_loss", *studies.PREDICTORS), frequency)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the workers must inherit the run that fails")
+def test_a_run_that_fails_does_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(studies, "SETTINGS", dict(list(studies.SETTINGS.items())[:1]))
+    monkeypatch.setattr(studies, "run", failing_run)
+    with pytest.raises(MemoryError, match="as expected"):
+        studies.main(["--epochs", "1", "--seeds", "1", "--state", str(tmp_path), "--out", str(tmp_path / "out")])
+    left = sorted(path.name for path in tmp_path.glob("study-*.json"))
+    assert left == [f"study-sgd-batch-1-{frequency}-0-1.json" for frequency in studies.FREQUENCIES[1:]]
+
+
+def test_every_setting_has_files_of_its_own() -> None:
+    """Whatever its position."""
+    names = [studies.slug(setting) for setting in studies.SETTINGS]
+    assert len(set(names)) == len(names)
+    assert names[0] == "sgd-batch-1"

@@ -76,6 +76,14 @@ def test_assumption_1() -> None:
     assert (found.tau, found.constant, found.gamma.label, found.gamma.valid) == (10, 1, "heuristic", True)
 
 
+def test_assumption_1_of_passes_in_any_order_and_container() -> None:
+    values = [torch.tensor([3.0, 3.0]), torch.tensor([1.0, 2.0]), torch.tensor([2.0, 2.0])]
+    found = theory.slack(iter(values), steps=iter([30, 10, 20]))
+    assert (found.tau, found.gamma.value) == (10, 2.0)
+    later = theory.slack(values, steps=[30, 10, 20], tau=15)
+    assert (later.tau, later.gamma.value) == (20, 0.5)
+
+
 @pytest.mark.parametrize(
     ("first", "second", "gamma", "median", "reason"),
     [
@@ -99,6 +107,9 @@ def test_sigmoid_head() -> None:
     assert found.mu.value == pytest.approx(0.1)
     assert found.xi.value == pytest.approx(0.25 / 0.09)
     assert not theory.sigmoid_head(torch.tensor([0.0, 0.3])).xi.valid
+    near = theory.sigmoid_head(torch.tensor([5e-324, 0.3], dtype=torch.float64))
+    assert (near.mu.value, near.mu.valid) == (5e-324, True)
+    assert (near.xi.value, near.xi.valid, near.xi.note) == (math.inf, False, "beyond the largest float")
 
 
 @pytest.mark.parametrize("dimension", [1, 2, 5])
@@ -110,7 +121,28 @@ def test_intrinsic_dimension(dimension: int) -> None:
     assert found.label == "heuristic"
 
 
+@pytest.mark.parametrize("scale", [1e-320, 1e-200, 1e-165, 1e-30, 1e160, 1e200, 1.7e308])
+@pytest.mark.parametrize("center", [-0.5, 0.0])
+def test_intrinsic_dimension_has_no_scale(scale: float, center: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(300, 3, dtype=torch.float64, generator=generator) + center
+    found, at_one = theory.intrinsic_dimension(points * scale), theory.intrinsic_dimension(points)
+    assert found.valid
+    assert found.value == pytest.approx(at_one.value, rel=1e-2 if scale < 1e-300 else 1e-9)
+
+
+def test_intrinsic_dimension_beyond_the_range_of_floats() -> None:
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(300, 3, dtype=torch.float64, generator=generator)
+    found = theory.intrinsic_dimension(torch.cat([points * 1e-250, points]))
+    assert not found.valid
+    assert "nearer to each other than to others" in found.note
+
+
 def test_covering_number() -> None:
+    assert theory.log_covering_number(1.0, extent=math.inf, dimension=0) == 0
+    assert theory.log_covering_number(1.0, extent=math.inf, dimension=1) == math.inf
+    assert theory.log_covering_number(0.0, extent=math.inf, dimension=0) == math.inf
     assert theory.log_covering_number(2.0, extent=1.0, dimension=3) == 0
     assert theory.log_covering_number(0.0, extent=1.0, dimension=3) == math.inf
     # An interval of length 2 needs 2 balls of radius 1/2: the bound is above.
@@ -160,6 +192,8 @@ BAD = {
         "positive",
     ),
     "one pass": (lambda run: theory.slack([torch.ones(3)]), ValueError, "at least two"),
+    "passes that are text": (lambda run: theory.slack("ab"), ValueError, "passes: expected tensors .*got 'ab'"),
+    "passes that are none": (lambda run: theory.slack(None), ValueError, "passes: expected tensors .*got None"),
     "other lengths": (lambda run: theory.slack([torch.ones(3), torch.ones(2)]), ValueError, "same N"),
     "logits": (lambda run: theory.sigmoid_head(torch.tensor([3.0])), ValueError, "was this the logit"),
     "no samples": (lambda run: theory.sigmoid_head(torch.empty(0)), ValueError, "at least one value"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -110,6 +111,7 @@ def history(
     frozen: bool = True,
     manual: bool = False,
     every: int = 1,
+    blocks: int = 1,
     **settings: Any,
 ) -> History:
     """Three windows of eight steps."""
@@ -120,7 +122,7 @@ def history(
     optimizer = (make or sgd())([p for p in model.parameters() if p.requires_grad])
     rates = torch.optim.lr_scheduler.ExponentialLR(optimizer, schedule)
     metrics = [Trajectory(every_steps=every), Lipschitz(**settings)]
-    with Monitor(model, None if manual else optimizer, metrics, window_steps=8) as monitor:
+    with Monitor(model, None if manual else optimizer, metrics, window_steps=8, window_blocks=blocks) as monitor:
         for _ in range(24):
             optimizer.zero_grad()
             x = torch.randn(size, 4).double()
@@ -185,9 +187,88 @@ def test_steps_that_only_the_motion_contradicts() -> None:
 
 
 def test_a_trajectory_that_was_not_looked_at_in_every_step() -> None:
-    second = theory.bias_variance(history(every=2), "0.bias", eps=[10.0] * 4).lower_lipschitz
+    windows = history(every=2)
+    found = theory.bias_variance(windows, "0.bias", eps=[10.0] * 4)
+    for bound in (found.lower, found.lower_lipschitz):
+        assert not bound.valid
+        assert "looked at in 4 of 8 steps: it takes every_steps=1" in bound.note
+    assert (found.variance.label, found.variance.count) == ("heuristic", 5)
+    assert found.variance.note == "over the steps that were looked at only"
+    with pytest.raises(
+        ValueError,
+        match="no path_length in the window of steps 17 to 24: with every_steps=2 single steps are not known",
+    ):
+        theory.bias_distance(windows, "0.bias")
+
+
+def test_a_sliding_window_has_lost_its_start() -> None:
+    """A large first step is in the mean of the steps and not between the points: the bound would be above."""
+    torch.manual_seed(0)
+    model = mlp().double()
+    model[0].bias.data.fill_(5.0)  # no unit is dead
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with Monitor(model, optimizer, window_steps=6, window_blocks=2) as monitor:
+        for step in range(1, 10):
+            optimizer.param_groups[0]["lr"] = 1.0 if step == 4 else 0.0
+            optimizer.zero_grad()
+            (model(torch.ones(1, 4).double()) - 9).square().sum().backward()
+            optimizer.step()
+    whole = theory.bias_variance(monitor.history, "0.bias", last_step=6)
+    assert (whole.lower.valid, whole.variance.count, whole.variance.note) == (True, 7, "")
+    found = theory.bias_variance(monitor.history, "0.bias")
+    assert found.lower.value > found.variance.value
+    assert (found.first_step, found.variance.count, found.lower.valid) == (4, 6, False)
+    assert "over 6 points, not the 7 between which the steps lie" in found.lower.note
+    assert "start is not among its points" in found.variance.note
+
+
+def jumping(jumps: set[int], window_steps: int | None, blocks: int = 1, cut: int | None = None) -> list[Any]:
+    """Twelve steps of length 1, with the weights set back after these of them; the windows' lower bounds and
+    variances. After `cut` steps a new Monitor goes on from the old one's state."""
+    model = nn.Linear(2, 1).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    settings: dict[str, Any] = {"window_steps": window_steps, "window_blocks": blocks}
+    monitor = Monitor(model, optimizer, [Trajectory()], **settings)
+    start, history = {name: tensor.clone() for name, tensor in model.state_dict().items()}, []
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2).double()).sum().backward()
+        optimizer.step()
+        if step in jumps:
+            model.load_state_dict(start)
+        if step == cut:
+            state = monitor.state_dict()
+            history += monitor.history
+            monitor.close()
+            monitor = Monitor(model, optimizer, [Trajectory()], **settings)
+            monitor.load_state_dict(state)
+    if window_steps is None:
+        monitor.close_window()
+    monitor.close()
+    return [theory.bias_variance(window, "bias") for window in [*history, *monitor.history]]
+
+
+@pytest.mark.parametrize("cut", [None, 5])
+def test_weights_that_are_set_back_between_steps(cut: int | None) -> None:
+    """The steps do not lie between the variance's points, whose mean bound would be above it."""
+    (found,) = jumping(set(range(1, 12)), None, cut=cut)
+    assert found.lower.value > found.variance.value
+    assert not found.lower.valid
+    assert "changed between the window's steps by something else than a step" in found.lower.note
+    assert [found.lower.valid for found in jumping({4, 6, 12}, 4, cut=cut)] == [True, False, True]
+    (ends,) = jumping({12}, None, cut=cut)
+    assert ends.lower.valid
+    # In a sliding one until the step before it has gone; it has lost its start from the third on.
+    notes = [found.lower.note for found in jumping({4}, 6, blocks=2, cut=cut)]
+    assert ["changed" in note for note in notes] == [False, True, False, False]
+
+
+def test_a_sliding_window_says_nothing_of_lambda() -> None:
+    windows = history(blocks=2)
+    assert theory.bias_variance(windows, "0.bias", last_step=8, eps=[0.1] * 8).lower_lipschitz.valid
+    second = theory.bias_variance(windows, "0.bias", eps=[0.1] * 8).lower_lipschitz
     assert not second.valid
-    assert "looked at in 4 of 8 steps" in second.note
+    assert "sliding" in second.note
 
 
 def test_a_bias_that_is_given_to_the_optimizer_later() -> None:
@@ -229,6 +310,67 @@ def test_every_window_from_the_start_on_is_needed(keep: list[int]) -> None:
     assert not bound.valid
     assert "are in no window" in bound.note
     assert theory.bias_distance(list(windows)[::-1], "0.bias", eps_max=10.0).bound.valid
+
+
+def moved_by_hand(change: Callable[[nn.Module, Trajectory], object], at: int) -> theory.BiasDistance:
+    """Corollary 3 over two windows of eight steps, with a change after `at` steps."""
+    torch.manual_seed(0)
+    model = mlp().double()
+    model[0].weight.requires_grad_(False)
+    optimizer = sgd()([p for p in model.parameters() if p.requires_grad])
+    trajectory = Trajectory()
+    with Monitor(model, optimizer, [trajectory, Lipschitz()], window_steps=8) as monitor:
+        for step in range(16):
+            if step == at:
+                change(model, trajectory)
+            optimizer.zero_grad()
+            (model(torch.randn(1, 4).double()) - 1).square().mean().backward()
+            optimizer.step()
+        state = monitor.state_dict()
+    again = Trajectory()
+    with Monitor(model, optimizer, [again, Lipschitz()], window_steps=8) as resumed:
+        resumed.load_state_dict(state)
+        details = resumed.compute()["trajectory"].details
+    assert details.get("distance_apart_by") == monitor.compute()["trajectory"].details.get("distance_apart_by")
+    return theory.bias_distance(monitor.history, "0.bias", eps_max=100.0)
+
+
+def shifted(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor + 7 for name, tensor in model.state_dict().items()}
+
+
+ELSEWHERE: dict[str, tuple[Callable[[nn.Module, Trajectory], object], str]] = {
+    "another reference": (lambda model, trajectory: trajectory.set_reference(shifted(model)), r"set_reference\(\)"),
+    "weights loaded": (lambda model, trajectory: model.load_state_dict(shifted(model)), r"load_state_dict\(\)"),
+}
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("at", [0, 5, 12])
+def test_a_distance_that_is_not_along_the_path(name: str, at: int) -> None:
+    change, reason = ELSEWHERE[name]
+    found = moved_by_hand(change, at)
+    assert found.distance.valid
+    for value in (found.directness, found.bound):
+        assert not value.valid
+        assert re.search(reason, value.note)
+
+
+@pytest.mark.parametrize("at", [0, 5])
+def test_a_reference_on_the_path_and_weights_loaded_before_it(at: int) -> None:
+    def now(model: nn.Module, trajectory: Trajectory) -> None:
+        model.load_state_dict(model.state_dict())  # nothing moves
+        trajectory.set_reference()
+
+    def there(model: nn.Module, trajectory: Trajectory) -> None:
+        model.load_state_dict(shifted(model))
+        trajectory.set_reference(model)
+
+    for change in (now, there):
+        found = moved_by_hand(change, at)
+        assert found.bound.valid
+        assert found.directness.valid
+        assert found.directness.value <= 1
 
 
 def test_a_schedule() -> None:

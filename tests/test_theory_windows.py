@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from theory_runs import SIZE, Run
-from torch import nn
+from torch import Tensor, nn
 
 from lipcore import Lipschitz, Monitor, local_lipschitz, theory
 from lipcore.results import Window
@@ -144,7 +144,110 @@ def test_a_truth_above_the_bound_is_said_to_be(run: Run) -> None:
     found = theory.lipschitz_bound(run.history, model, run.x)
     assert found.largest.value == pytest.approx(float(local_lipschitz(model, run.x).max()))
     assert found.largest.value > found.bound.value
-    assert "above the bound: these weights or inputs were not visited" in found.largest.note
+    assert "above the bound: no recorded sample was at these weights and inputs" in found.largest.note
+
+
+def test_a_truth_above_a_bound_that_is_none_is_not_said_to_be_elsewhere(run: Run) -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1)).double()
+    model[1].weight.data.mul_(1e6)
+    gap = theory.lipschitz_bound([run.history[0], run.history[3]], model, run.x)
+    assert "above the bound: that is not valid" in gap.largest.note
+    moved = theory.lipschitz_bound(Run(frozen=False).history, model, run.x)
+    assert moved.beta.label == "heuristic"
+    assert "W_1 moved within a window" in moved.beta.note
+    assert "above the bound: that is heuristic" in moved.largest.note
+
+
+class Skip(nn.Module):
+    """The input goes past the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 2), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.cat([self.first(x).relu(), 100 * x], dim=1))
+
+
+def test_a_bound_past_which_the_input_goes_is_heuristic() -> None:
+    model, x = Skip(), torch.randn(5, 3)
+    with Monitor(model, metrics=[Lipschitz()]) as monitor:
+        with pytest.warns(UserWarning, match="input skip"):
+            model(x).square().mean().backward()
+        monitor.step()
+        monitor.close_window()
+    found = theory.lipschitz_bound(monitor.history, model, x)
+    assert (found.bound.label, found.beta.label) == ("heuristic", "exact")
+    assert "the input also goes past the first layer" in found.bound.note
+    assert found.largest.value > found.bound.value
+    assert "above the bound: that is heuristic" in found.largest.note
+
+
+def head_of(output: str | None) -> tuple[nn.Sequential, Tensor, list[Window]]:
+    """A window of a network with a sigmoid head, of its probability or of an inner module's output."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1), nn.Sigmoid()), torch.randn(20, 4)
+    with Monitor(model, metrics=[Lipschitz(output=output)]) as monitor:
+        nn.functional.binary_cross_entropy(model(x), torch.ones(20, 1)).backward()
+        monitor.step()
+        monitor.close_window()
+    return model, x, list(monitor.history)
+
+
+@pytest.mark.parametrize(
+    ("output", "layers", "reason"),
+    [
+        ("2", 4, "of '2:Linear', but the model ends in a Sigmoid"),
+        (None, 3, "of 'model:Sigmoid', but the model ends in a Linear"),
+        (None, 4, ""),
+        ("2", 3, ""),
+        ("3", 4, ""),
+    ],
+)
+def test_numbers_of_another_output_are_not_compared(output: str | None, layers: int, reason: str) -> None:
+    model, x, windows = head_of(output)
+    found = theory.lipschitz_bound(windows, model[:layers], x)
+    for value in (found.largest, found.spectral_product):
+        assert value.valid == (not reason)
+        assert reason in value.note
+    assert found.bound.valid
+    assert ("not comparable" in found.largest.note) == bool(reason)
+    chosen = theory.lipschitz_bound(windows, model[:layers], x, output=lambda y: y)
+    assert chosen.largest.valid  # of what a function makes of the output, nothing is known
+
+
+def test_numbers_of_an_inner_layer_of_the_same_kind_are_not_compared() -> None:
+    model, x, windows = head_of("2")
+    longer = nn.Sequential(*model[:3], nn.Linear(1, 1))
+    assert "goes on behind that module" in theory.lipschitz_bound(windows, longer, x).largest.note
+
+
+@pytest.mark.parametrize(("steps", "order"), [(0, (0, 3, 0, 3, 0)), (2, (3, 0, 3, 0))])
+def test_a_window_without_a_sample_is_passed_over(steps: int, order: tuple[int, ...]) -> None:
+    """Be it the first, one between or the last; its steps are still known."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    with Monitor(model) as monitor:
+        for samples in order:
+            if samples:
+                model(torch.randn(samples, 3)).square().mean().backward()
+                monitor.step()
+            for _ in range(0 if samples else steps):
+                monitor.step()
+            monitor.close_window()
+    full = [window for window, samples in zip(monitor.history, order, strict=True) if samples]
+    everything = theory.sandwich(monitor.history)
+    assert everything.length.count == 6
+    for side in ("lower", "middle", "upper"):
+        assert getattr(everything, side).value == getattr(theory.sandwich(full), side).value
+    bound = theory.lipschitz_bound(monitor.history)
+    assert (bound.bound.value, bound.bound.valid) == (theory.lipschitz_bound(full).bound.value, True)
+    assert theory.bias_variance(monitor.history, "0.bias").last_step == monitor.history[-1].last_step
+    assert len(theory.steadiness(monitor.history).steps) == (4 if steps else 2)
+    if steps:
+        message = f"history: lipschitz has no sandwich in the window of steps 2 to {steps + 1}: it needs"
+        with pytest.raises(ValueError, match=message):
+            theory.sandwich(monitor.history[1])
 
 
 def test_an_empty_window_is_not_valid() -> None:

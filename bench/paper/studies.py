@@ -7,17 +7,19 @@
    that cost nothing (training loss, mean gradient norm, weight norm, distance of the first bias), with intervals by
    bootstrap.
 
-One run per file in the state folder: an interrupted call goes on with the next run. Task 2's runs are taken from its
-results file in the folder that is written to: bench/paper/results for the full size, a folder in build/paper for a
-smaller one, or --out.
+One run per file in the state folder, named by its setting: after an interruption, or a run that failed, a call goes on
+with the runs that are missing. Task 2's runs are taken from its results file in the folder that is written to:
+bench/paper/results for the full size, a folder in build/paper for a smaller one, or --out.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
 import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from lipcore import Lipschitz, Monitor, Trajectory
 
 FREQUENCIES = [0.25, 0.5, 0.75, 1.0]
 PREDICTORS = ("cumulative_length", "train_loss", "mean_grad_norm", "weight_norm", "distance")
+Job = tuple[str, float, int]  # setting, frequency, seed
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 #: name: batch size, optimizer, LayerNorm behind the first layer's activation. Rates grow with the batch, up to 0.1.
 SETTINGS: dict[str, tuple[int, Make, bool]] = {
@@ -180,6 +183,31 @@ def draw(groups: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
+def slug(setting: str) -> str:
+    """A setting's name as part of a file's: its position in SETTINGS would make another setting's file of it when a row
+    is added or moved.
+
+    >>> slug("Adam, batch 4, LayerNorm")
+    'adam-batch-4-layernorm'
+    """
+    return re.sub(r"[^a-z0-9.]+", "-", setting.lower()).strip("-")
+
+
+def make(jobs: list[tuple[Job, Path]], options: argparse.Namespace) -> None:
+    """Run the jobs, each into its file as soon as it is done; the first error is raised when all others are there."""
+    errors = []
+    with ProcessPoolExecutor(options.workers) as pool:
+        files = {pool.submit(run, *job, options.epochs): file for job, file in jobs}
+        for future in as_completed(files):
+            error = future.exception()
+            if error is None:
+                write_json(files[future], future.result())
+            else:
+                errors.append(error)
+    if errors:
+        raise errors[0]
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = parser_of(__doc__)
     parser.add_argument("--epochs", type=at_least(1), default=300)
@@ -188,12 +216,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     out = folder_of(parser, options, "epochs", "seeds")
     jobs = [(s, f, seed) for s in SETTINGS for f in FREQUENCIES for seed in range(options.seeds)]
-    files = [options.state / f"study-{list(SETTINGS).index(s)}-{f}-{seed}-{options.epochs}.json" for s, f, seed in jobs]
-    left = [(job, file) for job, file in zip(jobs, files, strict=True) if not file.exists()]
-    with ProcessPoolExecutor(options.workers) as pool:
-        futures = [(pool.submit(run, *job, options.epochs), file) for job, file in left]
-        for future, file in futures:
-            write_json(file, future.result())
+    files = [options.state / f"study-{slug(s)}-{f}-{seed}-{options.epochs}.json" for s, f, seed in jobs]
+    make([(job, file) for job, file in zip(jobs, files, strict=True) if not file.exists()], options)
     runs: list[dict[str, Any]] = [
         {"setting": s, "frequency": f, "seed": seed} | read_json(file, ("test_loss", *PREDICTORS))
         for (s, f, seed), file in zip(jobs, files, strict=True)

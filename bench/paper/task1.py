@@ -61,7 +61,7 @@ def train(seeds: list[int], epochs: int, state: Path) -> dict[str, np.ndarray]:
     return curves
 
 
-#: What theory.md of the design and the paper's figures give for 10 seeds: mean cumulative length / N per frequency.
+#: What the paper's Figures 1 and 2 show for this task.
 PUBLISHED = "the order of the frequencies, .25 < .5 < .75 < 1, in length, variance and test loss at the end"
 
 

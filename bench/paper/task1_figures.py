@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from figures import Panel, bands, smooth
+from task1_training import TRAIN
 
 
 def figure1(curves: dict[str, np.ndarray], frequencies: list[float], path: Path) -> None:
     """And, beside them, cumulative length against training loss, where the early reversal of the order is gone."""
     epochs = np.arange(1, curves["train"].shape[2] + 1)
-    length = curves["traj_grad"] / 100
+    length = curves["traj_grad"] / TRAIN
     train = smooth(curves["train"])
     panels = [
         Panel("1a: training loss", "epoch", epochs, train, True),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ class Slack(Finding):
     constant: int  #: points whose lambda was 0 in all of the passes: no ratio
 
 
-def slack(passes: Sequence[Tensor], steps: Sequence[int] | None = None, *, tau: int | None = None) -> Slack:
+def slack(passes: Iterable[Tensor], steps: Iterable[int] | None = None, *, tau: int | None = None) -> Slack:
     r"""gamma of Assumption 1 of Loukas et al.: after step tau the Lipschitz constant of a region changes by at most a
     factor 1 + gamma, which Theorems 2 and 3 need.
 
@@ -34,19 +34,23 @@ def slack(passes: Sequence[Tensor], steps: Sequence[int] | None = None, *, tau: 
     not in another no factor is enough: gamma is infinite and not valid. Points at 0 in all passes are left out.
 
     Args:
-        passes: tensors [N] of local Lipschitz constants, in the order of training.
-        steps: when each pass was made; default 0, 1, ....
+        passes: tensors [N] of local Lipschitz constants.
+        steps: when each pass was made, in the same order; default 0, 1, ....
         tau: only passes from this step on; default the first.
 
     Raises:
         ValueError: fewer than two passes from tau on; different lengths; empty, negative or not finite values.
     """
+    if isinstance(passes, str) or not isinstance(passes, Iterable):
+        raise ValueError(f"passes: expected tensors [N], one for each pass, got {passes!r}")
+    passes = list(passes)
     steps = list(range(len(passes))) if steps is None else list(steps)
     if len(steps) != len(passes):
         raise ValueError(f"steps: expected one for each of {len(passes)} passes, got {len(steps)}")
     chosen = [(s, torch.as_tensor(p).double()) for s, p in zip(steps, passes, strict=True) if tau is None or s >= tau]
     if len(chosen) < 2:
-        raise ValueError(f"passes: expected at least two from step {tau} on, got {len(chosen)}")
+        start = "" if tau is None else f" from step {tau} on"
+        raise ValueError(f"passes: expected at least two{start}, got {len(chosen)}")
     shapes = {tuple(p.shape) for _, p in chosen}
     if len(shapes) != 1 or len(next(iter(shapes))) != 1 or not next(iter(shapes))[0]:
         raise ValueError(f"passes: expected tensors [N] of the same N >= 1, got shapes {sorted(shapes)}")
@@ -67,7 +71,7 @@ def slack(passes: Sequence[Tensor], steps: Sequence[int] | None = None, *, tau: 
     )
     numbers = (float(ratios.max()), float(ratios.median())) if count else (math.nan, math.nan)
     gamma, median = (Value(v, count, "heuristic", math.isfinite(v), note) for v in numbers)
-    return Slack(gamma, median, chosen[0][0], flat)
+    return Slack(gamma, median, min(step for step, _ in chosen), flat)
 
 
 @dataclass(frozen=True, repr=False)
@@ -85,7 +89,8 @@ def sigmoid_head(probabilities: Tensor) -> SigmoidHead:
     Exact for the given samples; heuristic for the whole input space, which the theorems speak of.
 
     Raises:
-        ValueError: empty; values outside [0, 1]. At mu = 0 (a saturated sigmoid) xi is infinite and not valid.
+        ValueError: empty; values outside [0, 1]. At mu = 0 (a saturated sigmoid), or so near to it that 1/mu is beyond
+            the range of floats, xi is infinite and not valid.
     """
     f = torch.as_tensor(probabilities).double().flatten()
     if not len(f):
@@ -98,6 +103,12 @@ def sigmoid_head(probabilities: Tensor) -> SigmoidHead:
             "logit?"
         )
     mu = float(torch.minimum(f, 1 - f).min())
-    note = "over the given samples" if mu > 0 else "a probability is 0 or 1 exactly: no slope is left there"
     xi = 0.25 / (mu * (1 - mu)) if mu > 0 else math.inf
-    return SigmoidHead(Value(mu, len(f), "heuristic", True, note), Value(xi, len(f), "heuristic", mu > 0, note))
+    of_mu = of_xi = "over the given samples"
+    if not mu:
+        of_mu = of_xi = "a probability is 0 or 1 exactly: no slope is left there"
+    elif math.isinf(xi):
+        of_xi = "beyond the largest float"
+    return SigmoidHead(
+        Value(mu, len(f), "heuristic", True, of_mu), Value(xi, len(f), "heuristic", math.isfinite(xi), of_xi)
+    )

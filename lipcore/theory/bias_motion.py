@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lipcore.results import Quantity, Value, Window, weakest
+from lipcore.results import Value, Window, weakest
 from lipcore.theory.arguments import per_step, positive
 from lipcore.theory.finding import Finding
 from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
+from lipcore.theory.recorded_motion import CONTRADICTED, LITERAL, every_steps, known, unchecked
 from lipcore.theory.training import joined
-from lipcore.theory.windows import quantity, select, span
+from lipcore.theory.windows import select, span
 
-LITERAL = "literal for plain SGD at batch 1"
-CONTRADICTED = "the recorded motion contradicts it: a step was not alpha eps r (clipped or kept gradients? wrong eps?)"
 _ZERO = "a loss gradient of 0 says nothing about lambda"
 _ROUNDING = 1 + 1e-4  # of float32 parameters, whose motion is recorded as they are
 
@@ -25,7 +24,7 @@ _ROUNDING = 1 + 1e-4  # of float32 parameters, whose motion is recorded as they 
 class BiasVariance(Finding):
     """Corollary 2 over one window of n steps."""
 
-    variance: Value  #: (1/(n+1)) sum ||b_t - mean||^2 over the points b_0 ... b_n
+    variance: Value  #: (1/(n+1)) sum ||b_t - mean||^2 over b_0 ... b_n; its note says where it is over fewer points
     lower: Value  #: n/(4(n+1)) (mean ||b_t - b_{t-1}||)^2: always a lower bound
     lower_lipschitz: Value  #: n/(4(n+1)) (lr mean(lambda)/sigma_1)^2 / mean(1/eps^2); not valid without eps
     printed: Value  #: the same without the mean of 1/eps^2, as printed in the paper; not a bound
@@ -56,7 +55,9 @@ def bias_variance(
     Both are 2 to 5 orders of magnitude loose. The printed form lacks the mean of :math:`1/\varepsilon^2`: no bound.
 
     Args:
-        history: windows with a Trajectory metric (and a Lipschitz metric for the second bound); resetting windows.
+        history: windows with a Trajectory metric (and a Lipschitz metric for the second bound). Both bounds are not
+            valid for a sliding window that has lost its first block, nor with every_steps > 1, nor where weights were
+            loaded between its steps.
         parameter: canonical name, "0.bias" say.
         learning_rate: constant over the window; default the one that was recorded for the first layer's bias.
         eps: |dl/dyhat| at each of the window's steps.
@@ -69,7 +70,9 @@ def bias_variance(
     window = select(history, "trajectory", first_step, last_step)[-1]
     moved, measured = known(window, "update_norm", parameter), known(window, "variance", parameter)
     step, variance = moved[parameter]["mean"], measured[parameter]["last"]
-    steps = step.count
+    if every_steps(window) > 1:
+        variance = replace(variance, label="heuristic")
+    steps, uneven = step.count, _other_points(window, step, variance)
     inverse = None if eps is None else _mean_inverse_square(eps, steps)
     rate = None if learning_rate is None else positive("learning_rate", learning_rate)
     found = literal_steps(window, parameter, "lower", place) if has_sides(window) else None
@@ -81,7 +84,11 @@ def bias_variance(
     shrink = steps / (4 * (steps + 1))
     empty = "" if steps else "no step in the window"
     lower = Value(
-        shrink * step.value**2, steps, weakest([step.label, "one-sided"]), step.valid and steps > 0, step.note or empty
+        shrink * step.value**2,
+        steps,
+        weakest([step.label, "one-sided"]),
+        step.valid and steps > 0 and not uneven,
+        joined([uneven, step.note or empty]),
     )
     missing = Value(math.nan, 0, "one-sided", False, "needs learning_rate, eps and a Lipschitz metric")
     second = printed = missing
@@ -89,38 +96,43 @@ def bias_variance(
         number = shrink * (rate * found.side.value) ** 2
         printed = Value(number, found.side.count, "heuristic", found.side.valid, "lacks the mean of 1/eps^2; no bound")
         if inverse is not None:
-            second = _second(number / inverse, lower, found, window.steps)
+            second = _second(number / inverse, lower, found, uneven, window.steps)
     scaled = Value(math.nan, 0, "exact", False, why)
     if rate is not None:
         scaled = Value(variance.value / rate**2, variance.count, variance.label, variance.valid, variance.note)
     return BiasVariance(variance, lower, second, printed, scaled, window.first_step, window.last_step)
 
 
-def _second(number: float, lower: Value, found: LiteralSteps, steps: int) -> Value:
+def _other_points(window: Window, step: Value, variance: Value) -> str:
+    """Why the variance is not over b_0 ... b_n, between which the window's steps lie; "" where it is."""
+    if every_steps(window) > 1:
+        return f"the trajectory was looked at in {step.count} of {window.steps} steps: it takes every_steps=1"
+    if step.count and variance.count != step.count + 1:
+        return (
+            f"the variance is over {variance.count} points, not the {step.count + 1} between which the steps lie: a "
+            "sliding window's start is not among them; it takes windows that do not slide (window_blocks=1)"
+        )
+    if window["trajectory"].details.get("jumped"):
+        return (
+            "weights were changed between the window's steps by something else than a step (load_state_dict(), "
+            "rebase()), so steps do not lie between the variance's points"
+        )
+    return ""
+
+
+def _second(number: float, lower: Value, found: LiteralSteps, uneven: str, steps: int) -> Value:
     """The bound by lambda; it cannot be above the one by the motion itself where the steps were as it assumes."""
-    against = list(found.against)
-    if lower.count != steps:
-        against.append(f"the trajectory was looked at in {lower.count} of {steps} steps: it takes every_steps=1")
+    against = [*found.against, uneven]
+    if not uneven and lower.count != steps:
+        against.append(f"the parameter was finite in {lower.count} of {steps} steps only")
     if lower.valid and number > lower.value * _ROUNDING:
         against.append(CONTRADICTED)
     if not found.side.valid:
         against.append(found.side.note or "Theorem 1's lower side is not valid")
-    label = weakest([found.side.label, "one-sided"])
-    if against or not math.isfinite(number):
-        return Value(number, found.side.count, label, False, joined(against) or "not finite")
+    label, reasons = weakest([found.side.label, "one-sided"]), joined(against)
+    if reasons or not math.isfinite(number):
+        return Value(number, found.side.count, label, False, reasons or "not finite")
     return Value(number, found.side.count, label, True, joined([LITERAL, *unchecked(found), found.side.note]))
-
-
-def unchecked(found: LiteralSteps) -> list[str]:
-    return [f"not checked: {', '.join(found.unchecked)}"] if found.unchecked else []
-
-
-def known(window: Window, name: str, parameter: str) -> Quantity:
-    """A quantity of the trajectory that has this parameter."""
-    found = quantity(window["trajectory"], name, "Trajectory takes it in mode='exact' by default (stats=)")
-    if parameter not in list(found):
-        raise ValueError(f"parameter: {name} has no {parameter!r}; expected one of {list(found)[:12]}")
-    return found
 
 
 def _changes(found: LiteralSteps, parameter: str, window: Window) -> bool:

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from lipcore.results import Value, Window, weakest
 from lipcore.theory.arguments import per_step, positive
-from lipcore.theory.bias_motion import CONTRADICTED, LITERAL, known, unchecked
 from lipcore.theory.finding import Finding
 from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
+from lipcore.theory.recorded_motion import CONTRADICTED, LITERAL, apart, known, unchecked
 from lipcore.theory.training import joined
 from lipcore.theory.windows import missing_steps, select, span
 
@@ -45,7 +45,8 @@ def bias_distance(
     For plain SGD at batch 1 and squared error, the first layer's own bias and all windows from step 1 on; the same
     condition as the upper side of Theorem 1 (n_1 <= n, full rank). The bound is not valid, and its note says why, where
     the windows show something else, and heuristic where W_1 moved. Where the learning rate changed within a window, its
-    largest counts for all of the window's steps. Distance, length and directness hold for any training.
+    largest counts for all of the window's steps. Distance, length and directness hold for any training; bound and
+    directness are not valid where the distance is not along the path (another reference, weights loaded since).
 
     Args:
         history: windows with a Trajectory metric (and a Lipschitz metric for the bound), from the start of training on.
@@ -62,6 +63,9 @@ def bias_distance(
     distance = known(last, "distance", parameter)[parameter]["last"]
     length = known(last, "path_length", parameter)[parameter]["cumulative"]
     directness = known(last, "directness", parameter)[parameter]["last"]
+    elsewhere = apart(last)
+    if elsewhere:
+        directness = replace(directness, valid=False, note=elsewhere)
     stepping = [window for window in windows if window.steps]
     given = _given_rates(learning_rate, stepping)
     largest = None if eps_max is None else positive("eps_max", eps_max)
@@ -74,16 +78,16 @@ def bias_distance(
                 (rate or 0.0) * row.side.value * window.steps
                 for rate, row, window in zip(rates, found, stepping, strict=True)
             )
-            bound = _bound(largest * total, found, stepping, length)
+            bound = _bound(largest * total, found, stepping, length, elsewhere)
     return BiasDistance(distance, length, directness, bound)
 
 
-def _bound(number: float, found: list[LiteralSteps], windows: list[Window], length: Value) -> Value:
+def _bound(number: float, found: list[LiteralSteps], windows: list[Window], length: Value, elsewhere: str) -> Value:
     """It bounds the length of the path too, so a longer path says that the steps were not as it assumes."""
     sides = [row.side for row in found]
     against = [reason for row in found for reason in row.against]
     against += [side.note or "Theorem 1's upper side is not valid" for side in sides if not side.valid]
-    against.append(missing_steps(windows, start=1))
+    against += [missing_steps(windows, start=1), elsewhere]
     if length.valid and number < length.value * _ROUNDING:
         against.append(CONTRADICTED)
     label = weakest([*(side.label for side in sides), "one-sided"])

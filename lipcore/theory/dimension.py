@@ -24,8 +24,8 @@ def log_covering_number(radius: float, *, extent: float, dimension: float) -> fl
     for name, number in (("radius", radius), ("extent", extent), ("dimension", dimension)):
         if not real(name, number) >= 0:
             raise ValueError(f"{name}: expected a number >= 0, got {number!r}")
-    if radius >= extent:
-        return 0.0
+    if radius >= extent or (not dimension and radius > 0):
+        return 0.0  # in no dimensions the ball is a point: 0 times an infinite logarithm would be NaN
     return dimension * math.log1p(2 * extent / radius) if radius > 0 else math.inf
 
 
@@ -51,6 +51,7 @@ def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
     points = torch.unique(points.flatten(1) if points.dim() > 1 else points[:, None], dim=0)  # duplicates say nothing
     if len(points) < neighbors + 2:
         raise ValueError(f"x: only {len(points)} of its points differ; expected at least {neighbors + 2}")
+    points = _scaled(points)
     rows = max(1, _BLOCK // len(points))
     logs = []
     for block in points.split(rows):
@@ -58,7 +59,18 @@ def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
         nearest = distance.topk(neighbors + 1, largest=False).values[:, 1:]
         logs.append((nearest[:, -1:] / nearest[:, :-1]).log().mean(1))
     inverse = float(torch.cat(logs).mean())
+    if not math.isfinite(inverse):
+        why = "some points are 1e160 times nearer to each other than to others: beyond the range of floats"
+        return Value(math.nan, len(points), "heuristic", False, why)
     if not inverse > 0:
         why = f"all {neighbors} nearest distances are equal (a grid, a simplex?): the estimate needs them to grow"
         return Value(math.inf, len(points), "heuristic", False, why)
     return Value(1 / inverse, len(points), "heuristic", True, "Levina-Bickel")
+
+
+def _scaled(points: Tensor) -> Tensor:
+    """Times the power of two that brings their spread to 1: squares of distances below 1e-162 would be 0 and above
+    1e154 infinite. Exact, and in two steps, since the power itself can be beyond the range of floats."""
+    spread = float((points.amax(0) / 2 - points.amin(0) / 2).max())
+    exponent = math.frexp(max(spread, math.ulp(0.0)))[1]
+    return points * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lipcore.pointwise import local_lipschitz
 from lipcore.results import Label, Value, Window, weakest
+from lipcore.spectral import SingularValues
 from lipcore.theory.finding import Finding
+from lipcore.theory.heads import other_output, place_of
 from lipcore.theory.spectral_product import spectral_norm_product
 from lipcore.theory.training import joined, steadiness
-from lipcore.theory.windows import select, span
+from lipcore.theory.windows import NEEDS, select, span, with_samples
 
 _NOW = "of the model as it is now; phi is of the weights as they were visited"
+_ROUNDING = 1 + 1e-4  # of float32 models, whose r and lambda come from different backward passes
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,10 +50,13 @@ def lipschitz_bound(
 
     It is about samples as they were visited from tau on. With `model` and `x` (the training inputs) two numbers stand
     beside it: the true maximum of lambda over x now, and :func:`spectral_norm_product`, which bounds it everywhere. The
-    maximum can lie above the bound, at weights or inputs that no step visited; its note says when it does.
+    maximum can lie above the bound, at weights or inputs that no recorded sample was at; its note says when it does.
+    Where the model's output is seen to be another than that of the windows (a probability and its logit), both are not
+    valid.
 
     Bound and phi are not valid where steps between the windows are missing, nor where a number in them is not finite (a
-    run that diverged).
+    run that diverged). The bound is heuristic where lambda is (an input skip, BatchNorm in train mode) and where W_1
+    moved within a window. Windows without a recorded sample are passed over.
 
     Raises:
         ValueError: no window; no Lipschitz metric; its first layer has no spectral norm (an Embedding); only one of
@@ -60,7 +66,9 @@ def lipschitz_bound(
         raise ValueError("model, x: expected both or neither")
     windows = select(history, metric, first_step, last_step)
     curve = steadiness(windows, place=place, metric=metric)
-    beta = _beta(windows, metric)
+    visited = with_samples(windows, metric)
+    place = place_of(visited[0], metric, place)
+    beta, slopes = _beta(visited, metric), [window[metric]["local_lipschitz"][place]["mean"] for window in visited]
     recorded = math.isfinite(curve.phi[0])
     why = curve.note or ("" if recorded else "no sample was recorded")
     phi = Value(curve.phi[0], len(windows), curve.label, not why, why or _skipped(windows, metric))
@@ -68,9 +76,9 @@ def lipschitz_bound(
     bound = Value(
         number,
         len(windows),
-        weakest([phi.label, beta.label, "one-sided"]),
+        weakest([phi.label, beta.label, "one-sided", *(slope.label for slope in slopes)]),
         beta.valid and phi.valid and math.isfinite(number),
-        joined([beta.note, "" if phi.valid else phi.note]),
+        joined([beta.note, "" if phi.valid else phi.note, *(slope.note for slope in slopes if slope.valid)]),
     )
     largest = product = Value(math.nan, 0, "exact", False, "pass model and x")
     if model is not None and x is not None:
@@ -79,6 +87,11 @@ def lipschitz_bound(
             product = spectral_norm_product(model, x)
         except ValueError as error:
             product = Value(math.nan, 0, "one-sided", False, str(error))
+        apart = other_output(place, model)
+        if apart:
+            product = replace(product, valid=False, note=joined([product.note, apart]))
+        if apart and not callable(output):
+            largest = replace(largest, valid=False, note=joined([_NOW, apart]))
     return GlobalBound(bound, beta, phi, largest, product)
 
 
@@ -90,23 +103,21 @@ def _skipped(windows: list[Window], metric: str) -> str:
 
 def _beta(windows: list[Window], metric: str) -> Value:
     """The largest of the windows' sigma_1, each from above; NaN where one is: max() would depend on the order."""
-    largest, label, notes, broken = -math.inf, [], [], []
+    largest, notes, broken = -math.inf, [], []
+    label: list[Label] = ["exact"]
     for window in windows:
-        found = window[metric].details.get("singular_values")
-        if found is None:
-            raise ValueError(
-                f"history: {span(window)} has no singular values of the first layer; it needs a Linear or convolution "
-                "as first layer, a scalar output, and recorded samples with a lambda"
-            )
-        if math.isfinite(found["upper"]):
-            largest = max(largest, found["upper"])
+        details = window[metric].details
+        if "singular_values" not in details:
+            raise ValueError(f"history: {span(window)} has no singular values of the first layer: {NEEDS}")
+        sigma = SingularValues(**details["singular_values"])
+        if math.isfinite(sigma.upper):
+            largest = max(largest, sigma.upper)
         else:
-            broken.append(f"{found['rule']} at the end of {span(window)}")
-        exact: Label = "exact" if found["upper"] == found["largest"] else "one-sided"
-        label.append(exact)
-        if exact != "exact":
-            notes.append(f"sigma_1 from above ({found['rule']})")
-        if any("moved" in row["lower"].note for row in window[metric]["sandwich"].values()):
+            broken.append(f"{sigma.rule} at the end of {span(window)}")
+        if not sigma.exact:
+            label.append("one-sided")
+            notes.append(f"sigma_1 from above ({sigma.rule})")
+        if details["first_weight_moved"]:
             label.append("heuristic")
             notes.append("W_1 moved within a window; beta is from the windows' ends")
     if broken:
@@ -125,6 +136,14 @@ def _largest(model: nn.Module, x: Tensor, output: int | Callable[[Any], Tensor] 
     if not bool(values.isfinite().all()):
         return Value(math.nan, len(values), "exact", False, "lambda is not finite at some inputs")
     number = float(values.max())
-    above = number > bound.value * (1 + 1e-9)
-    note = "above the bound: these weights or inputs were not visited" if above else ""
-    return Value(number, len(values), "exact", True, joined([_NOW, note]))
+    above = f"above the bound: {_above(bound)}" if number > bound.value * _ROUNDING else ""
+    return Value(number, len(values), "exact", True, joined([_NOW, above]))
+
+
+def _above(bound: Value) -> str:
+    """Why a number can be above the bound."""
+    if not bound.valid:
+        return "that is not valid"
+    if bound.label == "heuristic":
+        return "that is heuristic"
+    return "no recorded sample was at these weights and inputs"

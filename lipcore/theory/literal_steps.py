@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lipcore.results import Value, Window
-from lipcore.theory.windows import one_place, quantity
+from lipcore.theory.windows import NEEDS, one_place, quantity
 
-_WHY = "it needs a Linear or convolution as first layer, a scalar output, and recorded samples with a lambda"
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -38,7 +37,7 @@ def literal_steps(window: Window, parameter: str, side: str, place: str | None) 
     r"""Check a window: a step is :math:`\alpha\varepsilon_t r_t` long only for the first layer's own bias, on one row
     per sample, at batch 1, by SGD without momentum or weight decay, and the mean of lambda must be over every step."""
     result = window["lipschitz"]
-    sides = quantity(result, "sandwich", _WHY)
+    sides = quantity(window, "lipschitz", "sandwich", NEEDS)
     place = one_place(sides, place)
     value = sides[place][side]
     facts = result.details.get("first_bias", _NOTHING)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lipcore.results import Label, Value, Window, suffix_maximum, weakest
 from lipcore.theory.finding import Finding
-from lipcore.theory.windows import missing_steps, one_place, quantity, select
+from lipcore.theory.windows import NEEDS, missing_steps, one_place, quantity, select, with_samples
 
 
 @dataclass(frozen=True, repr=False)
@@ -42,9 +42,10 @@ def sandwich(
               \frac{1}{n}\sum_t \frac{\lambda_t}{\sigma_{\min}(W_1)}
 
     over the samples t at which both r and lambda were taken. Overlapping (sliding) windows are thinned to ones that do
-    not overlap; steps that lie in no window are named in the notes. W_1 is that of each window's close, so shorter
-    windows come nearer to the exact form with W_1 at every t; a window within which it moved makes the sides heuristic.
-    The lower side holds always, the upper one where W_1 has no more outputs than inputs and full rank.
+    not overlap, those without a sample are passed over; steps that lie in no window are named in the notes. W_1 is that
+    of each window's close, so shorter windows come nearer to the exact form with W_1 at every t; a window within which
+    it moved makes the sides heuristic. The lower side holds always, the upper one where W_1 has no more outputs than
+    inputs and full rank.
 
     Args:
         history: ``monitor.history``, or any windows with a Lipschitz metric.
@@ -55,10 +56,10 @@ def sandwich(
         ValueError: no window; no Lipschitz metric; no sandwich in a window (an Embedding, or nothing recorded).
     """
     windows = select(history, metric, first_step, last_step)
-    why = "it needs a Linear or convolution as first layer, a scalar output, and recorded samples with a lambda"
-    place = one_place(quantity(windows[0][metric], "sandwich", why), place)
-    rows = [quantity(window[metric], "sandwich", why)[place] for window in windows]
-    lengths = [window[metric]["normalized_gradient_norm"][place]["sum"] for window in windows]
+    recorded = with_samples(windows, metric)
+    place = one_place(quantity(recorded[0], metric, "sandwich", NEEDS), place)
+    rows = [quantity(window, metric, "sandwich", NEEDS)[place] for window in recorded]
+    lengths = [window[metric]["normalized_gradient_norm"][place]["sum"] for window in recorded]
     gaps = missing_steps(windows)
     lower, middle, upper = (_mean([row[side] for row in rows], gaps) for side in ("lower", "middle", "upper"))
     count = sum(value.count for value in lengths)
@@ -138,7 +139,7 @@ def steadiness(
     """
     windows = select(history, metric, first_step, last_step)
     name = "normalized_gradient_norm"
-    place = one_place(quantity(windows[0][metric], name, "nothing was recorded"), place)
+    place = one_place(quantity(windows[0], metric, name, "nothing was recorded"), place)
     rows = [window[metric][name][place] for window in windows]
     infinite = sum(window[metric].details.get("infinite_ratios", 0) for window in windows)
     return Steadiness(

@@ -6,14 +6,17 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from lipcore.results import MetricResult, Quantity, Window
+from lipcore.results import Quantity, Window
+
+NEEDS = "it needs a Linear or convolution as first layer, a scalar output, and recorded samples with a lambda"
 
 
 def select(history: Iterable[Window], metric: str, first_step: int | None, last_step: int | None) -> list[Window]:
     """The windows within [first_step, last_step], oldest first and without overlap: each step counts once.
 
     Of overlapping (sliding) windows the last one is kept and, going back from it, the next that ends before it began.
-    ValueError when there is none, one stands there twice, or one has no such metric.
+    Windows without a step and without a sample are left out, as long as there is another. ValueError when there is
+    none, one stands there twice, or one has no such metric.
     """
     for name, step in (("first_step", first_step), ("last_step", last_step)):
         if step is not None and (not hasattr(step, "__index__") or isinstance(step, bool)):
@@ -40,7 +43,7 @@ def select(history: Iterable[Window], metric: str, first_step: int | None, last_
                 f"history: {span(window)} stands in it twice; pass every window once, of one run (monitor.history)"
             )
     kept: list[Window] = []
-    for window in reversed(chosen):
+    for window in reversed([w for w in chosen if w.steps or has_samples(w, metric)] or chosen[-1:]):
         if not kept or window.last_step < kept[-1].first_step:
             kept.append(window)
     for window in kept:
@@ -61,6 +64,19 @@ def _checked(history: Any) -> list[Window]:
         if not isinstance(window, Window):
             raise TypeError(f"{expected}, got a {type(window).__name__} in it")
     return windows
+
+
+def has_samples(window: Window, metric: str) -> bool:
+    """Whether a Lipschitz metric recorded a sample in it, be it one whose r was infinite."""
+    if metric not in window or "normalized_gradient_norm" not in window[metric]:
+        return False
+    counts = [row["mean"].count for row in window[metric]["normalized_gradient_norm"].values()]
+    return any(counts) or window[metric].details.get("infinite_ratios", 0) > 0
+
+
+def with_samples(windows: list[Window], metric: str) -> list[Window]:
+    """Those in which a Lipschitz metric recorded a sample; all of them where none did, for an error to name."""
+    return [window for window in windows if has_samples(window, metric)] or windows
 
 
 def span(window: Window) -> str:
@@ -93,8 +109,8 @@ def one_place(quantity: Quantity, place: str | None) -> str:
     return place
 
 
-def quantity(result: MetricResult, name: str, why: str) -> Quantity:
+def quantity(window: Window, metric: str, name: str, why: str) -> Quantity:
     """A quantity that a statement needs; ValueError saying why it may be missing."""
-    if name not in result:
-        raise ValueError(f"history: {result.metric} has no {name}: {why}")
-    return result[name]
+    if name not in window[metric]:
+        raise ValueError(f"history: {metric} has no {name} in {span(window)}: {why}")
+    return window[metric][name]

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.distribution import Distribution
 
 
 def check_like(path: str, theirs: Any, mine: Any) -> None:
@@ -69,22 +68,6 @@ def check_same(state: Any, mine: dict[str, Any]) -> None:
             raise ValueError(f"{key}: missing from the trajectory state")
         if state[key] != value:
             raise ValueError(f"{key}: the state has {_shorten(state[key])}, this trajectory has {_shorten(value)}")
-
-
-def loaded_distributions(path: str, states: Any, count: int) -> list[Distribution]:
-    """Distributions from their states; ValueError naming the first bad one."""
-    if not isinstance(states, list) or len(states) != count:
-        what = len(states) if isinstance(states, list) else type(states).__name__
-        raise ValueError(f"{path}: expected a list of {count}, got {what}")
-    loaded = []
-    for i, state in enumerate(states):
-        distribution = Distribution()
-        try:
-            distribution.load_state_dict(state)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}[{i}]: {error}") from None
-        loaded.append(distribution)
-    return loaded
 
 
 def _shorten(value: Any) -> str:

@@ -41,7 +41,6 @@ class Row:
         """All wanted quantities. `length` is what the sum of update norms is called; `relative_error` holds the
         standard error of each quantity over its value, for estimates."""
         row = self.row
-        note = f"{self.skipped} steps had non-finite parameters, which were left out" if self.skipped else ""
         for quantity, reducers in self._numbers().items():
             if quantity not in wanted:
                 continue
@@ -50,6 +49,7 @@ class Row:
             if relative_error is not None and quantity in relative_error:
                 label, error = "estimate", relative_error[quantity]
             values = {}
+            note = self._note(quantity, length)
             for reducer, (number, count) in reducers.items():
                 if reducer == "cumulative" and math.isnan(number):
                     continue  # of shards, after the window they were merged in
@@ -61,7 +61,7 @@ class Row:
             moved = row["total_path"] > 0
             number = row["distance"] / row["total_path"] if moved else math.nan
             label = "exact" if relative_error is None else "estimate"
-            why = note if moved else "has not moved"
+            why = self._note("directness", length) if moved else "has not moved"
             result.add("directness", place, level, last=Value(number, self.total_steps, label, moved, why))
 
     def _numbers(self) -> dict[str, dict[str, tuple[float, int]]]:
@@ -75,12 +75,20 @@ class Row:
             "max_abs_update": {"last": (row["max_abs_last"], steps), "max": (row["max_abs_max"], steps)},
             "path_length": {"sum": (row["path"], steps), "cumulative": (row["total_path"], total)},
             "distance": {"last": (row["distance"], known)},
-            "variance": {"last": (row["m2"] / max(self.points, 1), steps)},
+            "variance": {"last": (row["m2"] / max(self.points, 1), self.points if steps else 0)},
             "weight_norm": {"last": (row["weight"], known)},
             "unmoved_steps": {"sum": (row["zero_steps"], steps)},
             "nonfinite_steps": {"sum": (row["nonfinite_steps"], seen)},
             "nonfinite_elements": {"sum": (row["nonfinite_elements"], seen)},
         }
+
+    def _note(self, quantity: str, length: str) -> str:
+        notes = [f"{self.skipped} steps had non-finite parameters, which were left out"] if self.skipped else []
+        if quantity == "variance" and length == "chord_length":
+            notes.append("over the steps that were looked at only")
+        if quantity == "variance" and self.points <= self.steps:
+            notes.append("the sliding window's start is not among its points")
+        return "; ".join(notes)
 
     def _norms(self, kind: str, mean: float, values: Distribution) -> dict[str, tuple[float, int]]:
         numbers = {"last": self.row[f"{kind}_last"], "mean": mean, "max": self.row[f"{kind}_max"]}

@@ -43,7 +43,7 @@ class Trajectory(Metric):
     * ``distance`` :math:`\|w_t - w_0\|` and ``directness`` = distance / cumulative path length (last)
     * ``variance`` :math:`\frac{1}{n+1} \sum_{t=0}^{n} \|w_t - \bar w\|^2` over the window's n + 1 points, its start
       included (Corollary 2 of Loukas et al., NeurIPS 2021); of a sliding window that has lost its first block, over the
-      n points after its steps
+      n points after its steps. Its count is the number of points
     * ``unmoved_steps``, in which not one element changed; ``nonfinite_steps``, ``nonfinite_elements`` (sum)
     * on request ``grad_norm`` of the batch's gradient as backward left it, ``clipped_grad_norm`` as the optimizer got
       it, and ``element_variance`` (see :meth:`element_variance`)
@@ -138,6 +138,10 @@ class Trajectory(Metric):
         self._trackers: dict[str, Tracker] = {}
         self._gradients: Gradients | None = None
         self._steps_seen = self._rebased = 0
+        #: After how many of the window's steps something else changed the parameters: the last two such places, since
+        #: the last one may be the window's end.
+        self._jumps: list[int] = []
+        self._apart = ""  # by what the distance is not between the ends of the path since the reference
         self._warned: set[str] = set()
         if model is not None:
             self.bind(model)
@@ -187,6 +191,7 @@ class Trajectory(Metric):
                 )
         self._gradients = Gradients(parts, self._ring) if set(wanted) & set(GRADIENTS) else None
         self._parts, self._trackers, self._chosen = parts, trackers, choice
+        self._jumps = []
 
     @property
     def _tracker(self) -> Tracker:
@@ -306,8 +311,10 @@ class Trajectory(Metric):
         """The parameters were changed by something else than a step (weights loaded, an EMA swapped in): their path
         goes on from where they are now. A Monitor does this by itself after `load_state_dict`."""
         self._require_bound()
-        for tracker in self._trackers.values():
-            tracker.rebase()
+        jumps = [tracker.rebase() for tracker in self._trackers.values()]
+        if any(jumps):
+            self._apart = self._apart or "rebase"
+            self._jumps = sorted({*self._jumps, self._tracker.window_steps})[-2:]
         self._rebased += 1
 
     def set_reference(self, reference: nn.Module | Mapping[str, Tensor] | None = None) -> None:
@@ -324,8 +331,10 @@ class Trajectory(Metric):
         tracker = self._tracker
         if tracker.copies is None:
             raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
-        source = {part.name: part.tensor for part in self._parts} if reference is None else reference
-        tracker.set_reference(values_of(source, self._parts, "reference"))
+        here = {part.name: part.tensor for part in self._parts}
+        values = values_of(here if reference is None else reference, self._parts, "reference")
+        tracker.set_reference(values)
+        self._apart = "" if all(map(torch.equal, values, here.values())) else "set_reference"
 
     def _require_bound(self) -> None:
         if not self._parts:
@@ -359,6 +368,10 @@ class Trajectory(Metric):
         result.details["source"] = self._chosen.source
         if self._rebased:
             result.details["rebased"] = self._rebased
+        if self._jumps and any(0 < steps < self._tracker.window_steps for steps in self._jumps):
+            result.details["jumped"] = True
+        if self._apart:
+            result.details["distance_apart_by"] = self._apart
         left = set(self._stats if self._stats is not None else _ALL)
         for tracker in self._trackers.values():
             wanted = left & set(tracker.quantities)
@@ -448,12 +461,16 @@ class Trajectory(Metric):
         self._require_bound()
         for tracker in self._all_trackers:
             tracker.reset()
+        self._jumps = []
 
     def advance(self) -> None:
         """Slide the window by a block."""
         self._require_bound()
+        before = self._tracker.window_steps if self._jumps else 0
         for tracker in self._all_trackers:
             tracker.advance()
+        lost = before - self._tracker.window_steps if self._jumps else 0
+        self._jumps = [steps - lost for steps in self._jumps if steps > lost]
 
     @property
     def _all_trackers(self) -> list[Tracker]:
@@ -479,7 +496,8 @@ class Trajectory(Metric):
         self._require_bound()
         trackers = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
         gradients = self._gradients.state_dict() if self._gradients else {}
-        counts = {"steps_seen": self._steps_seen, "rebased": self._rebased}
+        counts: dict[str, Any] = {"steps_seen": self._steps_seen, "rebased": self._rebased}
+        counts |= {"apart": self._apart, "jumps": list(self._jumps)}
         return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -491,6 +509,9 @@ class Trajectory(Metric):
         groups["gradients"] = self._gradients.trackers if self._gradients else {}
         for key in ("steps_seen", "rebased"):
             check_like(key, state.get(key), 0)
+        check_like("apart", state.get("apart", ""), "")  # a state of an earlier lipcore has neither
+        jumps = state.get("jumps", [])
+        check_like("jumps", jumps, [0] * len(jumps) if isinstance(jumps, list) else [])
         loads = []
         for key, trackers in groups.items():
             given = state.get(key)
@@ -503,6 +524,7 @@ class Trajectory(Metric):
         for load in loads:
             load()
         self._steps_seen, self._rebased = state["steps_seen"], state["rebased"]
+        self._apart, self._jumps = state.get("apart", ""), list(jumps)
 
     def merge(self, other: Trajectory | dict[str, Any]) -> None:
         """Add the window of the interval that follows this one (another Trajectory of the same parameters, or its
@@ -528,7 +550,9 @@ class Trajectory(Metric):
         if self._gradients and twin._gradients:
             theirs = twin._gradients.trackers
             merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
+        behind = self._tracker.window_steps
         continued = [merge() for merge in merges]  # every one of them, whatever the first says
+        self._jumps = [*self._jumps, *(steps + behind for steps in twin._jumps)][-2:]
         self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
     def sync(self, group: Any = None) -> MetricResult:

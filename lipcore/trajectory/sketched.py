@@ -187,12 +187,13 @@ class SketchTracker(Tracker):
         self._cosine[1] += cosine
         self._cosine[2] += counted
 
-    def rebase(self) -> None:
+    def rebase(self) -> bool:
         self._sketch.step()
+        jumped = not torch.equal(self._before, self._now)
         self._before.copy_(self._now)
         self._last_update.zero_()
         self._update.zero_()
-        super().rebase()
+        return super().rebase() or jumped
 
     def reset(self) -> None:
         super().reset()

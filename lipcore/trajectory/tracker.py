@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lipcore import functional
+from lipcore.distribution import loaded_distributions
 from lipcore.results import MetricResult
-from lipcore.trajectory.checkpoint import check_counters, check_like, loaded_distributions
+from lipcore.trajectory.checkpoint import check_counters, check_like
 from lipcore.trajectory.copies import distances
 from lipcore.trajectory.describe import MOVES, OFFSETS, Row
 from lipcore.trajectory.table import (
@@ -238,9 +239,8 @@ class Tracker(TrackerBase):
         self.recent.skip_to(self._settled)
 
     def _window_steps(self) -> int:
-        """All steps of the open block; a group counts one with finite and other members as both kinds."""
-        rows = self.table.rows[: len(self.parts)]
-        return int((rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max())
+        """All steps of the open block."""
+        return self._steps_of(self.table.rows)
 
     def summary(self, every_steps: int) -> dict[str, Any]:
         """The window's rows, and its steps one by one."""

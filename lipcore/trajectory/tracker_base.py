@@ -20,6 +20,7 @@ from lipcore.trajectory.table import (
     FOLDED,
     M2,
     POINTS,
+    STEPS,
     WINDOW_COLUMNS,
     Table,
     between,
@@ -122,6 +123,16 @@ class TrackerBase:
         """All steps so far; those in a replayed CUDA graph are not known here."""
         return self._settled + self.open_steps
 
+    @property
+    def window_steps(self) -> int:
+        """Steps in the window, those included in which something was left out. Waits for a device."""
+        return sum(map(self._steps_of, [*(block.rows for block in self.closed), self.table.rows]))
+
+    def _steps_of(self, rows: Tensor) -> int:
+        """Of tensors: a group counts a step with finite and other members as both kinds."""
+        rows = rows[: len(self.parts)]
+        return int((rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max())
+
     def settle(self) -> None:
         """Close the open block: its mean joins that of the earlier ones, its distance from it joins M2, its steps the
         quantiles. Nothing waits for a device."""
@@ -210,15 +221,19 @@ class TrackerBase:
 
     # ---- reference
 
-    def rebase(self) -> None:
-        """The tensors as they are now are where the next step starts: what changed them was not a step."""
+    def rebase(self) -> bool:
+        """The tensors as they are now are where the next step starts: what changed them was not a step. Whether it
+        changed any."""
+        jumped = False
         if self.copies:
             for part, prev in zip(self.parts, self.copies.prev, strict=True):
                 if not part.there or part.tensor.shape != prev.shape or part.tensor.device != prev.device:
                     continue  # the next step will say so
                 values = part.tensor.detach()
+                jumped |= not torch.equal(values, prev)
                 # Of values that are not finite the difference never would be either.
                 prev.copy_(torch.where(values.isfinite().all(), values, prev))
+        return jumped
 
     def set_reference(self, reference: list[Tensor]) -> None:
         """Distances, and the path since the reference, count from these values."""
