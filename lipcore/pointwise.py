@@ -92,7 +92,7 @@ def _check_apart(values: Tensor, point: Tensor) -> None:
     if not values.numel():
         return
     # About half of them, in a sequence without a period: samples at any distance from one another are told apart.
-    some = torch.arange(len(point)).double().mul(_GOLDEN).remainder(1) < 0.5
+    some = torch.arange(len(point), device="cpu").double().mul(_GOLDEN).remainder(1) < 0.5
     (gradient,) = _grad(values[some.to(values.device)].sum(), point)
     others = gradient[~some.to(point.device)]
     if torch.nan_to_num(others, 0.0, 0.0, 0.0).any():  # NaN comes from 0 times an infinity of the sample's own

@@ -39,7 +39,8 @@ class Probe:
         self.name, self.x = name, x.detach().clone()
         self._model, self._output, self._regions, self._batch_size = unwrap(model), output, regions, batch_size
         self.patterns: Patterns | None = None  #: as last measured, with regions=True
-        self.values = torch.empty(0)  #: local Lipschitz constant of every point, as last measured; float64 [N]
+        #: Local Lipschitz constant of every point, as last measured; float64 [N].
+        self.values = torch.empty(0, device="cpu")
         self._churn = math.nan
         self.measure()
         self._churn = math.nan

@@ -21,7 +21,10 @@ def test_another_default_device(size: int, alone: bool) -> None:
     """The meta device stands for it: a tensor there has no values, and reading one raises."""
     model, x = made(mlp), torch.randn(size, 5)
     expected = torch.stack(list(norms_sq(model, samples_of((x,), size), sum_loss).values())).sum(0).sqrt()
-    metric = PerSampleGradNorms(model if alone else None, loss_reduction="sum", prove=False)
+    metric = PerSampleGradNorms(
+        model if alone else None,
+        loss_reduction="sum",
+    )
     monitor = metric._monitor if alone else Monitor(model, metrics=[metric])
     with monitor, torch.device("meta"):
         for _ in range(6):  # batches of one are served from the gradients in the end
@@ -39,7 +42,13 @@ def test_another_default_device(size: int, alone: bool) -> None:
 
 def test_a_batch_of_one_whose_norm_nobody_but_the_window_takes() -> None:
     model, x = made(mlp), torch.randn(1, 5)
-    with PerSampleGradNorms(model, loss_reduction="sum", prove=False) as metric, torch.device("meta"):
+    with (
+        PerSampleGradNorms(
+            model,
+            loss_reduction="sum",
+        ) as metric,
+        torch.device("meta"),
+    ):
         for _ in range(6):
             model.zero_grad()
             sum_loss(model(x)).backward()

@@ -149,7 +149,7 @@ class Coverage:
 def _constants(model: nn.Module, x: Tensor, output: Output, rows: NDArray[np.int64], batch_size: int) -> Tensor:
     """Of some rows, in the batches in which the patterns were taken: in others rounding may put a point that lies on a
     border into the next region, and the constant would not be that of the pattern."""
-    found = torch.empty(len(rows), dtype=torch.float64)
+    found = torch.empty(len(rows), dtype=torch.float64, device="cpu")
     for start in range(0, len(x), batch_size):
         here = np.flatnonzero((rows >= start) & (rows < start + batch_size))
         if len(here):

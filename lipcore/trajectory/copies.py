@@ -69,7 +69,7 @@ class Copies:
                 self.prev[i].copy_(tensor.detach())
                 self.ref[i].copy_(tensor.detach())
             else:  # refused by name when the plan is captured
-                self.prev[i] = torch.empty(0)
+                self.prev[i] = torch.empty(0, device="cpu")
 
     def _allocate(self, kept_in: Callable[[torch.dtype], torch.dtype]) -> list[Tensor]:
         """Zeros with every tensor's own layout: a dense parameter's state lies in memory as the parameter does."""

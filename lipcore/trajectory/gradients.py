@@ -58,7 +58,7 @@ class Gradients:
 
     def _sums(self, scale: Tensor | float) -> Tensor:
         gradients = [_gradient(part) for part in self._parts]
-        sums = torch.zeros(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64)
+        sums = torch.zeros(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
         there = [i for i, gradient in enumerate(gradients) if gradient is not None]
         dense = [_dense(gradients[i]) for i in there]  # type: ignore[arg-type]
         if dense and not dense[0].is_cpu:
@@ -67,7 +67,7 @@ class Gradients:
             sums[there, 0] = sums[there, 4] = torch.where(norms.isfinite(), norms.square(), torch.nan)
             sums[there, 5] = (~norms.isfinite()).double()
         elif dense:
-            found = torch.empty(len(dense), _core.STEP_COLUMNS, dtype=torch.float64)
+            found = torch.empty(len(dense), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
             _core.square_sums(dense, found)
             sums[there] = found
         if isinstance(scale, Tensor) or scale != 1.0:

@@ -191,7 +191,7 @@ def _is_finite(tensor: Tensor) -> bool:
     """Without a mask as large as the tensor where that can be had."""
     if not tensor.is_cpu or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return bool(tensor.isfinite().all())
-    sums = torch.empty(1, _core.STEP_COLUMNS, dtype=torch.float64)
+    sums = torch.empty(1, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
     _core.square_sums([tensor], sums)
     return bool(sums[0, 5] == 0) if sums[0, 0].isfinite() else bool(tensor.isfinite().all())
 

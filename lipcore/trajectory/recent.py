@@ -48,7 +48,7 @@ class Recent:
             return
         self._take_pending()
         if end > begin:
-            copy = torch.empty(self._table.recent.shape, dtype=torch.float64, pin_memory=True)
+            copy = torch.empty(self._table.recent.shape, dtype=torch.float64, pin_memory=True, device="cpu")
             copy.copy_(self._table.recent, non_blocking=True)
             copied = torch.cuda.Event()
             copied.record()
@@ -82,7 +82,7 @@ class Recent:
     def steps(self, count: int) -> Tensor:
         """The last `count` steps as [count, rows, 2] on the CPU, oldest first."""
         end = int(self._table.cursor[0])
-        index = torch.arange(end - count, end) % self._ring
+        index = torch.arange(end - count, end, device="cpu") % self._ring
         return self._table.recent.cpu()[index]
 
     def drain(self, places: list[str]) -> StepHistory:
@@ -91,7 +91,7 @@ class Recent:
         kept = min(end - self._drained, self._ring)
         lost, self._drained = end - self._drained - kept, end
         norms = self.steps(kept)[:, -len(places) :].sqrt()
-        numbers = torch.arange(end - kept + 1, end + 1)
+        numbers = torch.arange(end - kept + 1, end + 1, device="cpu")
         return StepHistory(numbers, places, norms[..., 0], norms[..., 1], lost)
 
     # ---- state

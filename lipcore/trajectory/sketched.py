@@ -50,13 +50,13 @@ class SketchHistory:
     @property
     def steps(self) -> Tensor:
         """Numbers of the kept steps, int64 [T]; 0 is the start."""
-        return torch.tensor([step for step, _ in self._rows], dtype=torch.int64)
+        return torch.tensor([step for step, _ in self._rows], dtype=torch.int64, device="cpu")
 
     @property
     def matrix(self) -> Tensor:
         """The sketches themselves, float64 [T, buckets] on the CPU."""
         rows = [sketch.cpu() for _, sketch in self._rows]
-        return torch.stack(rows) if rows else torch.empty(0, self.buckets, dtype=torch.float64)
+        return torch.stack(rows) if rows else torch.empty(0, self.buckets, dtype=torch.float64, device="cpu")
 
     def _row(self, step: int) -> Tensor:
         for kept, sketch in self._rows:

@@ -232,7 +232,7 @@ class Tracker(TrackerBase):
         theirs = other._window_steps()  # its ring goes back further where it was continued from this one's state
         kept = min(theirs, ring)
         end = int(self.table.cursor[0]) + theirs
-        index = torch.arange(end - kept, end) % ring
+        index = torch.arange(end - kept, end, device="cpu") % ring
         self.table.recent[index] = other.recent.steps(kept).to(self.table.recent.device)
         self.table.cursor += theirs
         self._settled += theirs
