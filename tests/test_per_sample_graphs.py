@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import warnings
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from models import Graph
 from per_sample_models import made, mlp, sum_loss
 from per_sample_oracle import assert_norms, norms_sq, samples_of
+from threads import at_once
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -399,7 +399,7 @@ def test_evaluation_in_another_thread_during_the_forward_pass(size: int) -> None
 @pytest.mark.parametrize("served", [False, True], ids=["tapped", "served"])
 def test_one_model_trained_by_several_threads(sizes: tuple[int, ...], served: bool) -> None:
     """As Hogwild does: every pass is its own thread's, and no thread's gradient becomes another's."""
-    interval, rounds = sys.getswitchinterval(), 20
+    rounds = 20
     for seed in range(5):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double()
@@ -408,10 +408,8 @@ def test_one_model_trained_by_several_threads(sizes: tuple[int, ...], served: bo
         gradients = [torch.autograd.grad(sum_loss(model(x)), list(model.parameters())) for x in xs]
         found: list[Tensor] = []
         metric = PerSampleGradNorms(model, loss_reduction="sum")
-        start = threading.Barrier(len(xs))
 
-        def work(x: Tensor, model: nn.Module = model, start: threading.Barrier = start) -> None:
-            start.wait()
+        def work(x: Tensor, model: nn.Module = model) -> None:
             for _ in range(rounds):
                 sum_loss(model(x)).backward()
 
@@ -427,15 +425,7 @@ def test_one_model_trained_by_several_threads(sizes: tuple[int, ...], served: bo
                 record(micro, ids)
 
             metric._take_in = keep  # type: ignore[method-assign]
-            sys.setswitchinterval(1e-5)
-            try:
-                threads = [threading.Thread(target=work, args=(x,)) for x in xs]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-            finally:
-                sys.setswitchinterval(interval)
+            at_once(work, xs)
         assert len(found) >= len(sizes) * (rounds - 2)
         for norms in found:
             rows = [row for row in expected if row.shape == norms.shape]

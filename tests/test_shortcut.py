@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 import torch
 from models import adam, batches, mlp, reference, seeded, sgd, train
 from scenarios import SCENARIOS, TRACKED, Stumbling, penalty_on_parameters, plain, two_forwards_one_backward
+from threads import at_once
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from windows import assert_same, ratios_of, served
@@ -198,43 +197,23 @@ def test_a_batch_that_has_not_come_back_keeps_the_next_sample_from_being_served(
 @pytest.mark.parametrize("size", [1, 3])
 def test_one_model_trained_by_several_threads(size: int) -> None:
     """As Hogwild does: nothing is raised inside a forward pass, and no sample's number is another's."""
-    interval = sys.getswitchinterval()
     for seed in range(10):
         torch.manual_seed(seed)
         model = mlp(5, 4, 1)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
         xs = [torch.randn(size, 5) for _ in range(3)]
-        start, raised = threading.Barrier(len(xs)), list[BaseException]()
 
-        def work(
-            x: Tensor,
-            model: nn.Module = model,
-            start: threading.Barrier = start,
-            raised: list[BaseException] = raised,
-        ) -> None:
-            start.wait()
-            try:
-                for _ in range(40):
-                    model(x).square().sum().backward()
-            except BaseException as error:
-                raised.append(error)
+        def work(x: Tensor, model: nn.Module = model) -> None:
+            for _ in range(40):
+                model(x).square().sum().backward()
 
         with Monitor(model, optimizer, metrics=[Lipschitz()]) as monitor:
             train(model, [(xs[0][:1], torch.zeros(1, 1))] * (seed % 3), optimizer)
             monitor.close_window()
-            sys.setswitchinterval(1e-5)
-            try:
-                threads = [threading.Thread(target=work, args=(x,)) for x in xs]
-                for thread in threads:
-                    thread.start()
-                for thread in threads:
-                    thread.join()
-            finally:
-                sys.setswitchinterval(interval)
+            at_once(work, xs)
             optimizer.step()
             found = monitor.close_window()["lipschitz"].local_lipschitz["model:Linear"]
         expected = torch.cat([local_lipschitz(model, x) for x in xs])
-        assert not raised
         assert found.mean.count >= 100 * size
         assert found.min.value >= float(expected.min()) * (1 - 1e-5)
         assert found.max.value <= float(expected.max()) * (1 + 1e-5)
