@@ -40,9 +40,16 @@ def parametrized(model: nn.Sequential) -> None:
     parametrize.register_parametrization(model[2], "weight", nn.Tanh())
 
 
-def step(model: nn.Module, size: int, seed: int) -> None:
+def step(model: nn.Module, size: int, seed: int) -> torch.Tensor:
     model.zero_grad()
-    sum_loss(model(torch.randn(size, 4, generator=torch.Generator().manual_seed(seed)))).backward()
+    x = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
+    sum_loss(model(x)).backward()
+    return x
+
+
+def assert_step(model: nn.Module, metric: PerSampleGradNorms, size: int, seed: int) -> None:
+    x = step(model, size, seed)
+    assert_norms(metric, norms_sq(model, samples_of((x,), size), sum_loss))
 
 
 @SIZES
@@ -88,9 +95,7 @@ def test_new_objects_in_the_same_places_and_other_activations_are_none(size: int
         model[1] = nn.Sigmoid()
         model[0].bias = nn.Parameter(torch.ones(4))
         for seed in range(8):
-            step(model, size, seed)
-            x = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
-            assert_norms(metric, norms_sq(model, samples_of((x,), size), sum_loss))
+            assert_step(model, metric, size, seed)
             assert metric.broken == ""
 
 
@@ -104,6 +109,4 @@ def test_after_rebind_the_new_structure_is_measured(size: int) -> None:
         assert metric._monitor is not None
         metric._monitor.rebind()
         for seed in range(8):
-            step(model, size, seed)
-            x = torch.randn(size, 4, generator=torch.Generator().manual_seed(seed))
-            assert_norms(metric, norms_sq(model, samples_of((x,), size), sum_loss))
+            assert_step(model, metric, size, seed)

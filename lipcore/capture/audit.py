@@ -147,11 +147,12 @@ def cover(model: nn.Module) -> Coverage:
         for key, parameter in module.named_parameters():
             if parametrized or not parameter.requires_grad:
                 continue
-            if _makes_another(module, key) or parameter.is_complex():
-                why = "is complex, and the rules are for real numbers" if parameter.is_complex() else _why(module, key)
-                coverage.uncovered[names[id(parameter)]] = why
-                continue
-            own[key] = names[id(parameter)]
+            if parameter.is_complex():
+                coverage.uncovered[names[id(parameter)]] = "is complex, and the rules are for real numbers"
+            elif _makes_another(module, key):
+                coverage.uncovered[names[id(parameter)]] = _why(module, key)
+            else:
+                own[key] = names[id(parameter)]
         if len(list(module.children())) and not parametrized:
             inside_rule.update(id(child) for child in module.modules() if child is not module)
         reason = rule.refuses(module)

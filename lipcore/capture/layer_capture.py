@@ -164,9 +164,8 @@ class LayerCapture:
     def _serve(self, before_forward: Any, after_forward: Any) -> None:
         if self._hooks is not None:
             self._hooks.serve(before_forward, after_forward)
-        for run in self._open():
-            if run.finished_task == -1:
-                run.spoiled = "another thread's passes were being served from the gradients"
+        for run in self._waiting():
+            run.spoiled = "another thread's passes were being served from the gradients"
 
     def _tap(self) -> None:
         if self._hooks is not None:
@@ -249,10 +248,11 @@ class LayerCapture:
         except Exception as error:
             self.fail(error)
             return
-        if any(other.finished_task == -1 for other in self._open()):
+        waiting = self._waiting()
+        if waiting:
             run.chained = depends_on(arguments, keywords, self.coverage.measured().values())
         if run.batch.size == 1 and self._may_serve and not run.chained:
-            run.proves = not any(other.finished_task == -1 for other in self._open()) and self.single.may_prove()
+            run.proves = not waiting and self.single.may_prove()
         self.current = self._last = run
         self._forgettable[id(run)] = run
         self.single.stop()  # where another thread has made it serve meanwhile
@@ -320,6 +320,10 @@ class LayerCapture:
         """Passes whose graph still lives, of every thread."""
         return [run for alive in self._forgettable.valuerefs() if (run := alive()) is not None]
 
+    def _waiting(self) -> list[LayerPass]:
+        """Those of them that no backward pass has come back from."""
+        return [run for run in self._open() if run.finished_task == -1]
+
     # ---- the backward pass, in which nothing may be raised
 
     def pass_of_recomputation(self) -> LayerPass | None:
@@ -327,7 +331,7 @@ class LayerCapture:
         self.single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
         candidates = self._returning
         if not candidates and self.tapping:
-            candidates = {run for run in self._open() if run.finished_task == -1}
+            candidates = set(self._waiting())
         if len(candidates) <= 1:
             return next(iter(candidates), None)
         return Recomputation(candidates)

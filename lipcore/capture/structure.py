@@ -46,15 +46,10 @@ class Structure:
 
     def check(self) -> None:
         """ValueError when layers or ties are others than they were."""
-        for owner, size in self.sizes:
-            if len(owner) != size:
-                break
-        else:
-            for owner, key, value in self.links:
-                if owner.get(key) is not value:
-                    break
-            else:
-                return
+        if all(len(owner) == size for owner, size in self.sizes) and all(
+            owner.get(key) is value for owner, key, value in self.links
+        ):
+            return
         places = self._places()
         for name in dict.fromkeys((*self._seen, *places)):
             before, now = self._seen.get(name), places.get(name)
