@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "ops/ops.h"
+#include "python/training_pass.h"
 
 namespace lipcore {
 namespace {
@@ -34,20 +35,6 @@ struct Names {
 const Names& names() {
   static const Names all;
   return all;
-}
-
-// call() is <wanted>: 1, 0, or -1 with a Python exception set.
-int returns(PyObject* call, PyObject* wanted) {
-  const Ref result(PyObject_CallNoArgs(call));
-  return result ? result.get() == wanted : -1;
-}
-
-// The number call() returns; false with a Python exception set.
-bool number_of(PyObject* call, int64_t* number) {
-  const Ref result(PyObject_CallNoArgs(call));
-  if (!result) return false;
-  *number = PyLong_AsLongLong(result.get());
-  return *number != -1 || !PyErr_Occurred();
 }
 
 // Whether a tensor has a history: 1, 0, or -1 with a Python exception set. 0 for what is no tensor.
@@ -89,16 +76,6 @@ bool SingleBatch::start(const std::vector<GradientReader::Place>& places,
   return true;
 }
 
-int SingleBatch::aside() const {
-  const int recorded = returns(calls_.grad_enabled, Py_True);
-  if (recorded != 1) return recorded < 0 ? -1 : 1;
-  int64_t task;
-  if (!number_of(calls_.backward_task, &task)) return -1;
-  if (task != -1) return 1;
-  const int plain = returns(calls_.transform, Py_None);
-  return plain < 0 ? -1 : !plain;
-}
-
 int SingleBatch::takes(PyObject* arguments, PyObject* keywords) const {
   if (pass_ != 0 || left_ <= 0 || PyTuple_GET_SIZE(arguments) == 0) return 0;
   PyObject* sample = PyTuple_GET_ITEM(arguments, 0);
@@ -121,9 +98,9 @@ int SingleBatch::takes(PyObject* arguments, PyObject* keywords) const {
   return reader_.unchanged();
 }
 
-bool SingleBatch::before_forward(PyObject* module, PyObject* arguments, PyObject* keywords, bool paused) {
-  const int none_of_ours = paused ? 1 : aside();
-  if (none_of_ours != 0 || !active) return none_of_ours >= 0;
+bool SingleBatch::before_forward(PyObject* module, PyObject* arguments, PyObject* keywords) {
+  const int training = is_training_forward();
+  if (training != 1 || !active) return training >= 0;
   const int taken = takes(arguments, keywords);
   if (taken < 0) return false;
   if (taken) {
@@ -131,6 +108,7 @@ bool SingleBatch::before_forward(PyObject* module, PyObject* arguments, PyObject
     pass_ = ++passes_;
     watched_ = false;
     entered_ = -1;
+    differentiated_ = false;
     return true;
   }
   const Ref result(PyObject_CallFunctionObjArgs(calls_.not_served, module, arguments, keywords, nullptr));
@@ -148,9 +126,9 @@ PyObject* SingleBatch::hook(PyMethodDef* definition, int64_t pass, int64_t task,
   return PyCFunction_New(definition, capsule.get());
 }
 
-bool SingleBatch::after_forward(PyObject* output, bool paused) {
-  const int none_of_ours = paused ? 1 : aside();
-  if (none_of_ours != 0 || watched_) return none_of_ours >= 0;
+bool SingleBatch::after_forward(PyObject* output) {
+  const int training = is_training_forward();
+  if (training != 1 || watched_) return training >= 0;
   watched_ = true;
   if (output == Py_None) {  // the forward pass raised
     pass_ = 0;
@@ -197,17 +175,23 @@ PyObject* SingleBatch::end_backward(PyObject* capsule, PyObject*) {
 
 bool SingleBatch::begin(int64_t pass, PyObject* output_grads) {
   int64_t task;
-  if (!number_of(calls_.backward_task, &task)) return false;
+  if (!backward_task(&task)) return false;
   if (entered_ == task) return true;  // at another output of the same pass
   entered_ = task;
+  const int everything = accumulates_everything();
+  const int graph = everything < 0 ? -1 : is_grad_enabled();
+  if (graph < 0) return false;
+  if (!everything) {  // the pass is still to come back
+    differentiated_ |= pass == pass_ && graph;
+    return came_back(GradientReader::Found::kNothing, kNone, task);
+  }
   Trouble trouble = kNone;
   if (pass != pass_) {
     trouble = stopped_ ? kStopped : kAdded;
   } else {
     const int unchanged = reader_.unchanged();  // a hook on a parameter may be there since, too
-    const int graph = unchanged < 0 ? -1 : returns(calls_.grad_enabled, Py_True);
-    if (graph < 0) return false;
-    trouble = !unchanged ? kAdded : graph ? kGraph : kNone;
+    if (unchanged < 0) return false;
+    trouble = !unchanged ? kAdded : graph || differentiated_ ? kGraph : kNone;
   }
   expected_sq_ = std::nan("");
   if (trouble == kNone && last_bias_ >= 0 && PyTuple_Check(output_grads) && PyTuple_GET_SIZE(output_grads) == 1) {
@@ -248,8 +232,12 @@ bool SingleBatch::end(const Backward& backward) {
       return true;
     }
   }
+  return came_back(found, trouble, backward.task);
+}
+
+bool SingleBatch::came_back(GradientReader::Found found, Trouble trouble, int64_t task) {
   const Ref result(PyObject_CallFunction(calls_.came_back, "iiL", static_cast<int>(found), static_cast<int>(trouble),
-                                         static_cast<long long>(backward.task)));
+                                         static_cast<long long>(task)));
   return static_cast<bool>(result);
 }
 

@@ -14,15 +14,12 @@ namespace lipcore {
 // References to Python objects that a SingleBatch calls.
 struct SingleBatchCalls {
   PyObject* tensor_type;     // torch.Tensor
-  PyObject* grad_enabled;    // torch.is_grad_enabled
-  PyObject* backward_task;   // torch's number of the backward pass under way, -1 outside
-  PyObject* transform;       // torch.func's innermost transform, or None
   PyObject* queue_callback;  // of autograd: at the end of the backward pass
   PyObject* not_served;      // (module, arguments, keywords): a forward pass that has to be tapped
   PyObject* watch_outputs;   // (output, hook): of outputs that are no tensor
   PyObject* came_back;       // (found, trouble, task): a backward pass whose numbers were not taken in here
 };
-constexpr int kSingleBatchCalls = 8;
+constexpr int kSingleBatchCalls = 5;
 
 class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
  public:
@@ -41,9 +38,9 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   bool start(const std::vector<GradientReader::Place>& places, const std::vector<GradientReader::Link>& links,
              const SingleBatchCalls& calls, Py_ssize_t batch_dim, int passes);
 
-  // The model's hooks. `paused`: this forward pass is not to be recorded.
-  bool before_forward(PyObject* module, PyObject* arguments, PyObject* keywords, bool paused);
-  bool after_forward(PyObject* output, bool paused);
+  // The model's hooks.
+  bool before_forward(PyObject* module, PyObject* arguments, PyObject* keywords);
+  bool after_forward(PyObject* output);
 
   // Where norms go without a call: the roots of factor_sq times the sums of squares of the gradients with index[i] = k
   // into distribution k, and of all of them into the last one. A distribution that no gradient goes to counts a missing
@@ -81,8 +78,8 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   bool begin(int64_t pass, PyObject* output_grads);
   bool find_last_bias(PyObject* history);
   bool end(const Backward& backward);
+  bool came_back(GradientReader::Found found, Trouble trouble, int64_t task);
   void take_in();
-  int aside() const;  // a pass that is none of the training's; -1 with a Python exception set
   int takes(PyObject* arguments, PyObject* keywords) const;
 
   GradientReader reader_;
@@ -92,8 +89,9 @@ class SingleBatch : public std::enable_shared_from_this<SingleBatch> {
   int64_t pass_ = 0;  // the served pass without its backward pass; 0: none
   int64_t passes_ = 0;
   bool stopped_ = false;
-  bool watched_ = true;   // that pass has an output
-  int64_t entered_ = -1;  // the backward pass that entered its graph
+  bool watched_ = true;          // that pass has an output
+  int64_t entered_ = -1;         // the backward pass that entered its graph
+  bool differentiated_ = false;  // with create_graph=True, by a backward pass that accumulated nothing
   int64_t task_ = -1;
   // Where the output comes from a Linear: its bias among the gradients that are read, -1 where it does not, and the
   // squared norm that the bias' gradient must have in the backward pass under way, NaN where that is not known.

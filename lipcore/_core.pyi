@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_passes', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -81,7 +81,7 @@ class SingleSampleHooks:
     """
     r and lambda of single samples from two bias gradients.
     """
-    def __init__(self, first: typing.Any, last: typing.Any, distributions: collections.abc.Sequence[typing.Any], grad_enabled: typing.Any, on_change: typing.Any, on_check: typing.Any, on_error: typing.Any) -> None:
+    def __init__(self, first: typing.Any, last: typing.Any, distributions: collections.abc.Sequence[typing.Any], on_change: typing.Any, on_check: typing.Any, on_error: typing.Any) -> None:
         ...
     def before_forward(self, module: typing.Any, arguments: tuple) -> None:
         ...
@@ -131,6 +131,10 @@ class SingleBatch:
     @property
     def total(self) -> float:
         ...
+def accumulates_everything() -> bool:
+    """
+    Whether the backward pass under way accumulates the gradients of all leaves.
+    """
 def advise_huge_pages(tensor: typing.Any) -> None:
     ...
 def bin_middle(bin: typing.SupportsInt | typing.SupportsIndex) -> float:
@@ -153,6 +157,14 @@ def float16_to_float(bits: typing.SupportsInt | typing.SupportsIndex) -> float:
     ...
 def fold_means(mean: typing.Any, earlier: typing.Any, share: typing.Any, gap_sq: typing.Any) -> None:
     ...
+def is_plain_run() -> bool:
+    """
+    Whether no transform of torch.func, forward AD, tracing or fake tensors are at work.
+    """
+def is_training_forward() -> bool:
+    """
+    Whether a forward pass that begins or ends now is the training's.
+    """
 def isa() -> str:
     ...
 def linear_norms(x: typing.Any, grad: typing.Any, offsets: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], method: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
@@ -182,6 +194,8 @@ def paused() -> bool:
 def place_sums(squares: typing.Any, index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], known: bool, out: typing.Any) -> None:
     ...
 def pool_size() -> int:
+    ...
+def register_passes(torch: collections.abc.Sequence[typing.Any]) -> None:
     ...
 def register_torch(tensor: typing.Any, parameter: typing.Any, refuse: typing.Any, accepts: typing.Any) -> None:
     ...
@@ -216,7 +230,7 @@ GRADIENTS_STRIDED: int = 3
 LEDGER_COLUMNS: int = 20
 SERVED: int = 1
 SINGLE_ADDED: int = 1
-SINGLE_CALLS: int = 8
+SINGLE_CALLS: int = 5
 SINGLE_ELSEWHERE: int = 3
 SINGLE_GRAPH: int = 2
 SINGLE_STOPPED: int = 4

@@ -311,6 +311,10 @@ class Monitor:
     def _check_that_something_came(self) -> None:
         if not self._capture.nothing_came:
             return
+        if self._capture.refused:
+            names = " and ".join(metric.name for metric in self._tapping)
+            self._warn(f"lipcore has recorded no sample for {names} so far: {'; '.join(self._capture.refused)}")
+            return
         self._capture.fail(
             ValueError(
                 "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
@@ -466,6 +470,8 @@ class Monitor:
         for metric in self._tapping:
             if not metric.off:
                 results[metric.name].details["unrecorded_forwards"] = unrecorded
+                if self._capture.refused:
+                    results[metric.name].details["unrecorded_because"] = self._capture.refused
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         local = distributed and torch.distributed.get_world_size() > 1
         return Window(self._windows, start + 1, self._step, False, local, results)

@@ -95,14 +95,6 @@ def gradient_of_another_loss_first(model: nn.Module, x: Tensor, y: Tensor, step:
 
 
 @ordinary_step
-def gradient_penalty(model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
-    x = x.clone().requires_grad_()
-    output = model(x)
-    (gradient,) = torch.autograd.grad(output.sum(), x, create_graph=True)
-    return mse(output, y) + gradient.square().sum()
-
-
-@ordinary_step
 def by_keyword(model: nn.Module, x: Tensor, y: Tensor, step: int) -> Tensor:
     return mse(model(input=x) if step % 2 else model(x), y)
 
@@ -212,12 +204,6 @@ def graph_of_the_gradient(model: nn.Module, optimizer: Optimizer, x: Tensor, y: 
     optimizer.step()
 
 
-def backward_into_some(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor, step: int) -> None:
-    optimizer.zero_grad()
-    mse(model(x), y).backward(inputs=[model[0].weight, model[0].bias])
-    optimizer.step()
-
-
 SCENARIOS: dict[str, Scenario] = {
     f.__name__: f
     for f in (
@@ -233,9 +219,7 @@ SCENARIOS: dict[str, Scenario] = {
         penalty_on_parameters,
         gradient_of_a_part_first,
         gradient_of_another_loss_first,
-        gradient_penalty,
         graph_of_the_gradient,
-        backward_into_some,
         bias_gradient_hook,
         bias_replaced,
         frozen_in_turn,

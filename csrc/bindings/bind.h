@@ -12,7 +12,4 @@ void bind_per_sample(pybind11::module_& m);
 void bind_single_sample(pybind11::module_& m);  // the Monitor's batches of one
 void bind_single_batch(pybind11::module_& m);   // those of per-sample norms
 
-// Whether forward passes of this thread are not recorded.
-bool is_paused();
-
 }  // namespace lipcore

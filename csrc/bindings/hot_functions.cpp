@@ -5,6 +5,7 @@
 #include "bindings/views.h"
 #include "ops/ops.h"
 #include "ops/per_sample.h"
+#include "python/training_pass.h"
 
 namespace lipcore {
 namespace {
@@ -69,6 +70,13 @@ PyObject* py_outer_norms(PyObject*, PyObject* const* arguments, Py_ssize_t count
   Py_RETURN_NONE;
 }
 
+// An answer of training_pass.h.
+template <int (*question)()>
+PyObject* py_answer(PyObject*, PyObject*) {
+  const int answer = question();
+  return answer < 0 ? nullptr : PyBool_FromLong(answer);
+}
+
 PyMethodDef kHotMethods[] = {
     {"outer_norms", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_outer_norms)), METH_FASTCALL,
      "outer_norms(x, grad, out, /)\n--\n\nout[0, l, b] = ||x_l[b]||^2 ||grad_l[b]||^2, out[1, l, b] = "
@@ -82,6 +90,12 @@ PyMethodDef kHotMethods[] = {
     {"check_storage", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&py_check_storage)), METH_FASTCALL,
      "check_storage(tensor, name, index=-1, /)\n--\n\nTrue if the negative bit is set; ValueError if the storage is "
      "too small."},
+    {"is_plain_run", &py_answer<&is_plain_run>, METH_NOARGS,
+     "is_plain_run()\n--\n\nWhether no transform of torch.func, forward AD, tracing or fake tensors are at work."},
+    {"is_training_forward", &py_answer<&is_training_forward>, METH_NOARGS,
+     "is_training_forward()\n--\n\nWhether a forward pass that begins or ends now is the training's."},
+    {"accumulates_everything", &py_answer<&accumulates_everything>, METH_NOARGS,
+     "accumulates_everything()\n--\n\nWhether the backward pass under way accumulates the gradients of all leaves."},
     {nullptr, nullptr, 0, nullptr}};
 
 }  // namespace

@@ -3,11 +3,13 @@
 #include <sys/mman.h>
 
 #include <string>
+#include <vector>
 
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "kernels.h"
 #include "parallel.h"
+#include "python/training_pass.h"
 #include "tensor_view.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
@@ -15,8 +17,6 @@
 
 namespace lipcore {
 namespace {
-
-thread_local int paused = 0;
 
 // Large state is read once per step from end to end: huge pages save most of the page walks.
 void advise_huge_pages(py::handle tensor) {
@@ -32,14 +32,18 @@ void register_types(py::handle tensor, py::handle parameter, py::handle refuse, 
   check(register_torch(tensor.ptr(), parameter.ptr(), refuse.ptr(), accepts.ptr()));
 }
 
+void register_passes(const std::vector<py::object>& torch) {
+  if (torch.size() != kTorchPasses) throw py::value_error("torch: expected one object per member of TorchPasses");
+  TorchPasses passes;
+  for (size_t i = 0; i < torch.size(); ++i) reinterpret_cast<PyObject**>(&passes)[i] = torch[i].ptr();
+  register_torch_passes(passes);
+}
+
 void use_isa(const std::string& name) {
   if (const char* message = select_isa(name.c_str())) throw py::value_error(message);
 }
 
 }  // namespace
-
-bool is_paused() { return paused > 0; }
-
 }  // namespace lipcore
 
 PYBIND11_MODULE(_core, m) {
@@ -54,8 +58,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("use_isa", &use_isa, py::arg("name"));
   m.def("float16_to_float", &float16_to_float, py::arg("bits"));
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("tensor"));
-  m.def("pause", [](int by) { paused += by; }, py::arg("by"));
-  m.def("paused", [] { return is_paused(); });
+  m.def("register_passes", &register_passes, py::arg("torch"));
+  m.def("pause", &pause_recording, py::arg("by"));
+  m.def("paused", &is_paused);
   bind_hot_functions(m);
   bind_distribution(m);
   bind_trajectory(m);

@@ -53,13 +53,13 @@ void bind_single_batch(py::module_& m) {
       .def(
           "before_forward",
           [](SingleBatch& batch, py::handle module, const py::tuple& arguments, const py::dict& keywords) {
-            check(batch.before_forward(module.ptr(), arguments.ptr(), keywords.ptr(), is_paused()));
+            check(batch.before_forward(module.ptr(), arguments.ptr(), keywords.ptr()));
           },
           py::arg("module"), py::arg("arguments"), py::arg("keywords"))
       .def(
           "after_forward",
           [](SingleBatch& batch, py::handle, py::handle, py::handle output) {
-            check(batch.after_forward(output.ptr(), is_paused()));
+            check(batch.after_forward(output.ptr()));
           },
           py::arg("module"), py::arg("arguments"), py::arg("output"))
       .def("set_sink", &set_single_batch_sink, py::arg("index"), py::arg("distributions"), py::arg("factor_sq"),

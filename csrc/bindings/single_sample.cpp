@@ -6,6 +6,7 @@
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "distribution.h"
+#include "python/training_pass.h"
 #include "single_sample.h"
 
 namespace lipcore {
@@ -13,11 +14,10 @@ namespace {
 
 // The two hooks of the batch-1 shortcut, as torch calls them. Neither raises: errors go to on_error(exception).
 struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
-  SingleSampleHooks(py::handle first, py::handle last, std::vector<py::object> distributions, py::object grad_enabled,
-                    py::object on_change, py::object on_check, py::object on_error)
+  SingleSampleHooks(py::handle first, py::handle last, std::vector<py::object> distributions, py::object on_change,
+                    py::object on_check, py::object on_error)
       : shortcut(first.ptr(), last.ptr()),
         distributions(std::move(distributions)),
-        grad_enabled(std::move(grad_enabled)),
         on_change(std::move(on_change)),
         on_check(std::move(on_check)),
         on_error(std::move(on_error)) {
@@ -27,7 +27,9 @@ struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
   }
 
   void before_forward(py::handle, const py::tuple& arguments) {
-    if (is_paused() || grad_enabled().ptr() != Py_True) return;
+    const int training = is_training_forward();
+    if (training < 0) report();
+    if (training != 1) return;
     const auto now = shortcut.begin(arguments.empty() ? nullptr : PyTuple_GET_ITEM(arguments.ptr(), 0));
     if (now == SingleSampleShortcut::kError) {
       report();
@@ -42,6 +44,9 @@ struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
 
   void after_backward() {
     double r, lambda;
+    const int everything = accumulates_everything();
+    if (everything < 0) report();
+    if (everything != 1) return;
     const auto way = shortcut.finish(&r, &lambda);
     if (way == SingleSampleShortcut::kServed) {
       cores[0]->observe(r);
@@ -62,12 +67,12 @@ struct SingleSampleHooks : std::enable_shared_from_this<SingleSampleHooks> {
   template <typename Visit>
   void for_each_object(Visit visit) {
     for (py::object& object : distributions) visit(object);
-    for (py::object* object : {&grad_enabled, &on_change, &on_check, &on_error}) visit(*object);
+    for (py::object* object : {&on_change, &on_check, &on_error}) visit(*object);
   }
 
   SingleSampleShortcut shortcut;
   std::vector<py::object> distributions;
-  py::object grad_enabled, on_change, on_check, on_error;
+  py::object on_change, on_check, on_error;
   std::array<Distribution*, 3> cores{};
   SingleSampleShortcut::Way serving = SingleSampleShortcut::kError;  // unknown
 };
@@ -122,9 +127,9 @@ void bind_single_sample(py::module_& m) {
   py::class_<SingleSampleHooks, std::shared_ptr<SingleSampleHooks>>(
       m, "SingleSampleHooks", py::custom_type_setup(&make_collectable),
       "r and lambda of single samples from two bias gradients.")
-      .def(py::init<py::handle, py::handle, std::vector<py::object>, py::object, py::object, py::object, py::object>(),
-           py::arg("first"), py::arg("last"), py::arg("distributions"), py::arg("grad_enabled"), py::arg("on_change"),
-           py::arg("on_check"), py::arg("on_error"))
+      .def(py::init<py::handle, py::handle, std::vector<py::object>, py::object, py::object, py::object>(),
+           py::arg("first"), py::arg("last"), py::arg("distributions"), py::arg("on_change"), py::arg("on_check"),
+           py::arg("on_error"))
       .def("before_forward", &SingleSampleHooks::before_forward, py::arg("module"), py::arg("arguments"))
       .def_property_readonly("after_backward",
                              [](SingleSampleHooks& hooks) {

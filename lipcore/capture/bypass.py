@@ -36,7 +36,7 @@ class BypassWatch(TorchDispatchMode):
 
     def __init__(self, inputs: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._of_input = {_storage(leaf) for leaf in tree_leaves(inputs) if _carries_gradient(leaf)}
+        self._of_input = _storages(inputs)
         self._past_first: set[StorageWeakRef] = set()
         self._followers: list[Tap] = []  # on the first layer, once it has run
 
@@ -44,19 +44,19 @@ class BypassWatch(TorchDispatchMode):
         """A tapped module has run; tells those on the first layer when a later output bypasses them."""
         followers = [tap for tap in taps if tap.follows_input]
         if followers:  # from here on, whatever still uses the input goes past the first layer
-            self._of_input.discard(_storage(output))
+            self._of_input -= _storages(output)
             self._followers += followers
-        elif self._followers and _storage(output) in self._past_first:
+        elif self._followers and not self._past_first.isdisjoint(_storages(output)):
             for tap in self._followers:
                 tap.bypassed()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        storages = [_storage(leaf) for leaf in tree_leaves((args, kwargs)) if _carries_gradient(leaf)]
-        past = any(s in self._past_first for s in storages)
-        of_input = any(s in self._of_input for s in storages)
+        storages = _storages((args, kwargs))
+        past = not self._past_first.isdisjoint(storages)
+        of_input = not self._of_input.isdisjoint(storages)
         if past or of_input:
-            made = {_storage(leaf) for leaf in tree_leaves(result) if _carries_gradient(leaf)}
+            made = _storages(result)
             (self._past_first if past or self._followers else self._of_input).update(made)
         return result
 
@@ -65,6 +65,8 @@ def _carries_gradient(value: Any) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
-def _storage(tensor: Tensor) -> StorageWeakRef:
+def _storages(values: Any) -> set[StorageWeakRef]:
+    """The memory of every floating tensor among them that has memory of its own (a sparse one has not)."""
+    dense = (leaf for leaf in tree_leaves(values) if _carries_gradient(leaf) and leaf.layout == torch.strided)
     # A weak reference keeps the address from being reused while we remember it, but not the memory from being freed.
-    return StorageWeakRef(tensor.untyped_storage())
+    return {StorageWeakRef(tensor.untyped_storage()) for tensor in dense}

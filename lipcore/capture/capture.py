@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lipcore import _core
 from lipcore.capture.bypass import watch_input
 from lipcore.capture.collector import Collector
 from lipcore.capture.first_layer import FirstLayerFinder, first_of_chain
@@ -17,6 +16,7 @@ from lipcore.capture.forward_hook import ForwardHook
 from lipcore.capture.probes import Probes, is_compiled
 from lipcore.capture.shortcut import ends_of_chain, shortcut_hooks
 from lipcore.capture.site import Site
+from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.metric import FIRST_LAYER, Record, SingleSample, Tap
 from lipcore.names import find_module, unwrap
 
@@ -81,7 +81,7 @@ class Capture:
             return
         self._shortcut = shortcut_hooks(ends, single_sample, self._collector, self._hook_taps, self._unhook_taps)
         self._handles = [
-            self.model.register_forward_pre_hook(self._shortcut.before_forward),
+            self.model.register_forward_pre_hook(Untraced(self._shortcut.before_forward)),
             ends[0].bias.register_post_accumulate_grad_hook(self._shortcut.after_backward),
         ]
 
@@ -151,14 +151,13 @@ class Capture:
     def _begin_forward(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
     ) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not is_training_forward():
             return
         collector = self._collector
-        collector.under_way.micro = None
-        micro = collector.begin() if torch.is_grad_enabled() and not _core.paused() else None
+        micro = collector.begin()
         if self._finder is not None:
             self._finder.begin_forward()
-        if micro is None or not collector.tapping:
+        if not collector.tapping:
             return
         if self._compiled:
             self._probes.arm(micro, [*arguments, *(keywords or {}).values()])
@@ -167,11 +166,12 @@ class Capture:
             collector.under_way.watch = watch_input(arguments)
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        result = None
-        if output is not None and self._last is not None:  # None: the forward pass raised
-            result = self._last.after_forward(module, arguments, output)
+        last = None if output is None else self._last  # None: the forward pass raised
         if torch.compiler.is_compiling():
-            return result
+            return last.after_forward(module, arguments, output) if last is not None else None
+        if not is_training_forward():
+            return None
+        result = last.tap(module, arguments, output) if last is not None else None
         if self._compiled:
             self._probes.disarm()
         under_way = self._collector.under_way
@@ -204,6 +204,11 @@ class Capture:
         """Forward passes in grad mode whose backward has not come, or was not one that could be recorded."""
         abandoned = self._shortcut.abandoned if self._shortcut is not None else 0
         return self._collector.forwards - self._collector.records + abandoned
+
+    @property
+    def refused(self) -> list[str]:
+        """Why backward passes that came through its hooks were not recorded."""
+        return sorted(self._collector.refused)
 
     @property
     def nothing_came(self) -> bool:

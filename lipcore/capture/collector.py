@@ -11,17 +11,14 @@ from torch import Tensor
 
 from lipcore.capture.bypass import BypassWatch
 from lipcore.capture.site import Site
+from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.metric import Record
-
-in_backward = torch._C._current_graph_task_id  # -1 outside
-in_transform = torch._C._functorch.peek_interpreter_stack  # None outside of torch.func's grad, vmap and the like
-is_tracing = torch._C._is_tracing  # of torch.jit.trace
 
 
 class MicroBatch:
     """One forward pass: its sites and the numbers that have come back from them."""
 
-    __slots__ = ("__weakref__", "columns", "delivered", "entered", "generation", "probes", "task")
+    __slots__ = ("__weakref__", "columns", "delivered", "differentiated", "entered", "generation", "probes", "task")
 
     def __init__(self) -> None:
         self.entered: list[Site] = []
@@ -30,6 +27,7 @@ class MicroBatch:
         self.generation = 0  # of the probes
         self.task = -1  # the backward pass that the columns came from
         self.delivered = False
+        self.differentiated: int | None = None  # the first backward pass with create_graph=True
 
 
 class _UnderWay(threading.local):
@@ -54,6 +52,7 @@ class Collector:
         self.returning: MicroBatch | None = None  # the backward pass under way
         self.forwards = 0  # tapped forward passes in grad mode
         self.records = 0  # how many of them came back
+        self.refused: set[str] = set()  # why backward passes that came do not count
         self._on_record, self._on_error = on_record, on_error
 
     def fail(self, error: Exception) -> None:
@@ -90,6 +89,19 @@ class Collector:
                 )
             )
         return None
+
+    def counts(self, micro: MicroBatch) -> bool:
+        """Whether what comes back in this backward pass is the training's."""
+        task = in_backward()
+        if torch.is_grad_enabled() and micro.differentiated is None:
+            micro.differentiated = task
+        if not accumulates_everything():
+            self.refused.add(NOT_ACCUMULATED)
+            return False
+        if micro.differentiated in (None, task):
+            return True
+        self.refused.add(GRAPH_OF_GRADIENT)
+        return False
 
     def deliver(self, micro: MicroBatch) -> None:
         """All its numbers are there."""

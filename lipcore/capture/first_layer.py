@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.capture.collector import Collector, in_backward, inert_collector
+from lipcore.capture.collector import Collector, inert_collector
 from lipcore.capture.forward_hook import ForwardHook, inert_hook
+from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.names import chain_of, named_modules, unwrap
 
 FIRST_LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
@@ -61,7 +62,7 @@ class FirstLayerFinder:
 
     def _ran(self, name: str, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         collector = self._collector
-        if self.found or not collector.tapping:
+        if self.found or torch.compiler.is_compiling() or not collector.tapping or not is_plain_run():
             return None
         inside = collector.under_way.micro is not None
         if not torch.is_grad_enabled():

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.capture.collector import Collector, MicroBatch, in_backward, inert_collector
+from lipcore.capture.collector import Collector, MicroBatch, inert_collector
 from lipcore.capture.identity import Anchored, Probed
 from lipcore.capture.probes import armed
 from lipcore.capture.site import Site
+from lipcore.capture.training_pass import in_backward, is_plain_run
 
 
 class ForwardHook:
@@ -33,15 +34,21 @@ class ForwardHook:
         return inert_hook, ()
 
     def after_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        site = self.site
         if torch.compiler.is_compiling():
+            site = self.site
             probe = armed.get(site.number)
             if probe is None:
                 return None
             saved, extra = site.save(module, arguments)
             return Probed.apply(output, probe, site, extra, *saved)  # type: ignore[no-untyped-call]
-        collector = self._collector
-        if not collector.tapping or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or not is_plain_run():
+            return None
+        return self.tap(module, arguments, output)
+
+    def tap(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        """The same where it is known already that a plain run in grad mode has ended."""
+        site, collector = self.site, self._collector
+        if not collector.tapping:
             return None
         micro = collector.under_way.micro
         if micro is None or site in micro.entered or in_backward() != -1:
@@ -85,6 +92,8 @@ class ForwardHook:
         if grad is None or micro.delivered or not collector.recording:
             return  # a second backward through the same graph brings the same ratios again
         # A checkpoint's inner backward belongs to the one around it; probes add up over several.
+        if not inner and not collector.counts(micro):
+            return
         if not inner and micro.probes is None and micro.task != in_backward():
             micro.task = in_backward()
             micro.columns.clear()  # left by a backward pass that did not reach every site

@@ -35,7 +35,6 @@ class FusedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         output: Tensor,
-        _: Tensor,
         site: LayerSite,
         run: LayerPass,
         inner: bool,
@@ -55,4 +54,4 @@ class FusedLinear(torch.autograd.Function):
             weight_grad = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
         # Gradients in another dtype than their leaf's are cast by the engine.
-        return x_grad, weight_grad, bias_grad, None, None, None, None, None
+        return x_grad, weight_grad, bias_grad, None, None, None, None

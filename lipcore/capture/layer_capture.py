@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.utils._pytree import tree_leaves
 
-from lipcore import _core
-from lipcore.capture.accumulation import accumulates_everything
 from lipcore.capture.audit import Coverage, audit_gradients, audit_graph, cover, depends_on
 from lipcore.capture.batch_of import OffsetsOf, batch_of
 from lipcore.capture.broadcast import check_broadcast
-from lipcore.capture.collector import in_backward, in_transform, is_tracing
 from lipcore.capture.layer_pass import INNER, OUTPUT, LayerPass, LayerRecord, Recomputation
 from lipcore.capture.layer_probes import LayerProbes
 from lipcore.capture.layer_site import LayerSite
@@ -27,8 +24,16 @@ from lipcore.capture.outputs import on_backward
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.probes import is_compiled
 from lipcore.capture.proof import disproved
-from lipcore.capture.single_gradient import NOT_ACCUMULATED, SingleBatches
+from lipcore.capture.single_gradient import SingleBatches
 from lipcore.capture.structure import Structure
+from lipcore.capture.training_pass import (
+    GRAPH_OF_GRADIENT,
+    NOT_ACCUMULATED,
+    Untraced,
+    accumulates_everything,
+    in_backward,
+    is_training_forward,
+)
 from lipcore.layers import Factor, Outer
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 
@@ -158,7 +163,7 @@ class LayerCapture:
             self.coverage.check()
         if self._compiled:
             self.coverage.check_single_use()
-        begin, end = WeakCall(self._begin_forward), WeakCall(self._end_forward)
+        begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
 
     def _serve(self, before_forward: Any, after_forward: Any) -> None:
@@ -229,7 +234,7 @@ class LayerCapture:
     # ---- the forward pass
 
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling() or _is_aside():
+        if torch.compiler.is_compiling() or not is_training_forward():
             return
         self.current = None
         self._returning.clear()  # of a backward pass that raised
@@ -272,7 +277,7 @@ class LayerCapture:
         return self._audited and not one_way
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        if torch.compiler.is_compiling() or _is_aside():
+        if torch.compiler.is_compiling() or not is_training_forward():
             return None
         run, self.current = self.current, None
         if self._compiled:
@@ -357,7 +362,7 @@ class LayerCapture:
         if isinstance(run, Recomputation):
             return False
         if torch.is_grad_enabled():
-            run.spoiled = "its graph was differentiated with create_graph=True, so gradients flow along other ways too"
+            run.spoiled = GRAPH_OF_GRADIENT
         if not accumulates_everything():
             if run.refused_task != task:
                 run.refused_task = task
@@ -474,12 +479,6 @@ class LayerCapture:
             run.inner_only = False
             self._deliver(run, run.task)
             run.entered = INNER
-
-
-def _is_aside() -> bool:
-    """Whether a forward pass begins or ends that is none of the training's: it leaves the pass under way alone."""
-    unusual = _core.paused() or in_backward() != -1 or in_transform() is not None or is_tracing()
-    return unusual or not torch.is_grad_enabled()
 
 
 def _nothing() -> None:

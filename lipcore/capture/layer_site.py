@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core, functional
-from lipcore.capture.accumulation import accumulates_everything, anything
-from lipcore.capture.collector import in_backward, in_transform, is_tracing
 from lipcore.capture.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layer_pass import DELTA, LayerPass
 from lipcore.capture.other_outputs import watch, watch_probed
 from lipcore.capture.packed import check_rows
 from lipcore.capture.probes import armed
+from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Rule, norms_sq_of
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ class LayerSite:
             return self._trace(module, arguments, keywords, output)
         capture = self._capture
         inner = in_backward() != -1
-        if in_transform() is not None or is_tracing():
+        if not is_plain_run():
             return None
         if not (inner or capture.tapping or capture.current is not None):
             return None
@@ -91,7 +90,7 @@ class LayerSite:
                 capture.unfollowed()
             if inner or _core.paused():
                 return None
-            return _with_tensor(output, _Strayed.apply(tensor, anything, self))  # type: ignore[no-untyped-call]
+            return _with_tensor(output, _Strayed.apply(tensor, self))  # type: ignore[no-untyped-call]
         try:
             refusal = self.rule.refuses(module)
             if refusal:
@@ -106,11 +105,9 @@ class LayerSite:
         watch(output, functools.partial(self._other_output_used, run))
         if capture.fused and can_fuse(module, call.arguments, call.batch) and _site_of(tensor) is None:
             bias = module.bias if isinstance(module.bias, Tensor) else None
-            fused = FusedLinear.apply(
-                call.arguments[0], module.weight, bias, call.output.detach(), anything, self, run, inner
-            )  # type: ignore[no-untyped-call]
+            fused = FusedLinear.apply(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)  # type: ignore[no-untyped-call]
             return _with_tensor(output, fused)
-        tapped = _Tapped.apply(call.output, anything, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
+        tapped = _Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
         return _with_tensor(output, tapped)
 
     def _prepared(
@@ -264,7 +261,7 @@ class _Tapped(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, output: Tensor, _: Tensor, site: LayerSite, run: LayerPass, extra: Any, inner: bool, *saved: Tensor
+        ctx: Any, output: Tensor, site: LayerSite, run: LayerPass, extra: Any, inner: bool, *saved: Tensor
     ) -> Tensor:
         ctx.site, ctx.run, ctx.extra, ctx.inner = site, run, extra, inner
         ctx.save_for_backward(*saved)
@@ -295,14 +292,14 @@ class _Strayed(torch.autograd.Function):
     """On the output of a layer that was called outside the model's forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, _: Tensor, site: LayerSite) -> Tensor:
+    def forward(ctx: Any, output: Tensor, site: LayerSite) -> Tensor:
         ctx.site = site
         return passed_on(ctx, output, site.in_place_after)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.site._capture.strayed(ctx.site)
-        return grad, None, None
+        return grad, None
 
 
 def _precedes(module: nn.Module, site: LayerSite) -> bool:

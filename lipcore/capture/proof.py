@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lipcore import functional
 from lipcore.capture.audit import UNSEEN, Coverage
-from lipcore.capture.collector import in_backward
 from lipcore.capture.layer_pass import ERROR, LayerPass
 from lipcore.capture.layer_site import LayerSite
 from lipcore.capture.outputs import nodes_of, tensors_of
+from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Batch
 from lipcore.put_back import RandomPass, buffers_put_back, random_numbers_put_back
 

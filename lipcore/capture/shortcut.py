@@ -12,7 +12,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 from torch import nn
 
 from lipcore import _core
@@ -66,7 +65,6 @@ def shortcut_hooks(
 
     return _core.SingleSampleHooks(
         *(*ends, into.distributions),
-        grad_enabled=torch.is_grad_enabled,
         on_change=changed,
         on_check=checked,
         on_error=collector.fail,
@@ -78,9 +76,7 @@ def _inert_hooks() -> Any:
     layer = SimpleNamespace(_parameters={}, _forward_hooks={}, bias=None)
     never = functools.partial(bool, False)
     distributions = [_core.Distribution() for _ in range(3)]
-    return _core.SingleSampleHooks(
-        layer, layer, distributions, grad_enabled=never, on_change=never, on_check=never, on_error=never
-    )
+    return _core.SingleSampleHooks(layer, layer, distributions, on_change=never, on_check=never, on_error=never)
 
 
 copyreg.pickle(_core.SingleSampleHooks, lambda hooks: (_inert_hooks, ()))

@@ -16,18 +16,17 @@ from torch.autograd import Variable
 
 from lipcore import _core
 from lipcore.capture.audit import Coverage
-from lipcore.capture.collector import in_backward, in_transform
 from lipcore.capture.layer_pass import LayerRecord, Rows
 from lipcore.capture.outputs import on_backward
 from lipcore.capture.parameters import GradientWatch, WeakCall
 from lipcore.capture.structure import Structure
+from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, Untraced
 
 _PROOFS = 3  # tapped passes in a row that the gradients agree with, before any is served
 # Passes that are served, until one is tapped again and compared: drawn, since a loss may have a rhythm of its own.
 _PROOF_EVERY = (33, 95)
 _AGREEMENT = 1e-5  # of squares: float32 rounds them to 1e-6
 _MOST_ABANDONED = 3  # served passes without a backward pass; then a forward pass is no sign that one follows
-NOT_ACCUMULATED = "the backward pass did not accumulate all gradients (autograd.grad, or backward(inputs=))"
 _ADDED = (
     "a batch of one was served from the gradients, and another backward pass added to them; from now on batches of one "
     "are tapped"
@@ -48,7 +47,7 @@ _TROUBLE = {
     _core.SINGLE_STOPPED: _STOPPED,
     _core.SINGLE_ELSEWHERE: _ELSEWHERE,
     _core.SINGLE_ADDED: _ADDED,
-    _core.SINGLE_GRAPH: "its graph was differentiated with create_graph=True, so gradients flow along other ways too",
+    _core.SINGLE_GRAPH: GRAPH_OF_GRADIENT,
 }
 _OTHERS = (
     "a batch of one was served from the gradients, and others of them were reached than before; from now on batches of "
@@ -140,8 +139,8 @@ class SingleBatches:
         places.sort(key=lambda place: order.get(names.get(id(place[2]), ""), len(order)))
         queue = Variable._execution_engine.queue_callback
         calls = [
-            *(Tensor, torch.is_grad_enabled, in_backward, in_transform, queue),
-            *(WeakCall(self._stopped), on_backward, WeakCall(self._came_back)),
+            *(Tensor, queue, WeakCall(self._stopped)),
+            *(on_backward, WeakCall(self._came_back)),
         ]
         with self._turning:
             self._core = _core.SingleBatch(
@@ -149,7 +148,7 @@ class SingleBatches:
                 self._random.randint(*_PROOF_EVERY),
             )
             self.renew_sink()
-            self._serve(self._core.before_forward, self._core.after_forward)
+            self._serve(Untraced(self._core.before_forward), Untraced(self._core.after_forward))
 
     def stop(self) -> None:
         """Put the other hooks back on; the next passes are tapped, and prove."""
