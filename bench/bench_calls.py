@@ -9,7 +9,8 @@ from measure import fastest, threads
 from torch import nn
 
 import lipcore
-from lipcore import _core, functional, reference
+from lipcore import _core, functional
+from lipcore.functional import reference
 
 
 def bench_core_call(benchmark: Any, report: Any) -> None:

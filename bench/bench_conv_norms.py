@@ -9,7 +9,8 @@ import torch
 from measure import interleave, ratios, threads
 from torch import Tensor
 
-from lipcore import functional, reference
+from lipcore import functional
+from lipcore.functional import reference
 
 # (B, C, O, H = W, kernel, stride): a CIFAR-shaped network from its first layer to its last, and a 1x1.
 _LAYERS = {

@@ -12,7 +12,8 @@ from measure import interleave, ratios, threads
 from stream import multiply_add
 from torch import Tensor
 
-from lipcore import functional, reference
+from lipcore import functional
+from lipcore.functional import reference
 
 _WIDTHS = (256, 1024)
 _TOKENS = (16, 64, 256, 1024, 2048)

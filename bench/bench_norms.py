@@ -8,7 +8,8 @@ import pytest
 import torch
 from measure import interleave, ratios, threads
 
-from lipcore import functional, reference
+from lipcore import functional
+from lipcore.functional import reference
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

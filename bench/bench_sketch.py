@@ -9,7 +9,8 @@ import torch
 from measure import interleave, ratios, threads
 from stream import read_once, textbook_sketch
 
-from lipcore import _core, functional, reference
+from lipcore import _core, functional
+from lipcore.functional import reference
 
 _BUCKETS = 4096
 

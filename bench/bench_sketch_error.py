@@ -13,7 +13,7 @@ from small_transformer import train
 from torch import Tensor
 
 import lipcore
-from lipcore.results import MetricResult
+from lipcore.metric.results import MetricResult
 
 if "mode" not in inspect.signature(lipcore.Trajectory).parameters:
     pytest.skip("this lipcore has no sketches", allow_module_level=True)

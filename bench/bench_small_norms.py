@@ -11,7 +11,8 @@ import torch
 from measure import interleave, ratios, threads
 from torch import Tensor
 
-from lipcore import functional, reference
+from lipcore import functional
+from lipcore.functional import reference
 
 Calls = dict[str, Callable[[], Any]]
 

@@ -12,10 +12,11 @@ from measure import interleave, ratios, threads
 from stream import stream_3r
 from torch import Tensor, nn
 
-from lipcore import functional, reference
+from lipcore import functional
+from lipcore.functional import reference
+from lipcore.functional.update_rules import UpdateRule
 from lipcore.trajectory import Trajectory
 from lipcore.trajectory.sources import OptimizerSource
-from lipcore.update_rules import UpdateRule
 
 _BYTES = 12  # per float32 element and step: the parameter and two moments
 _LR, _BETAS, _EPS, _DECAY = 1e-3, (0.9, 0.999), 1e-8, 0.01

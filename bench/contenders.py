@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipcore import _core, reference
+from lipcore import _core
+from lipcore.functional import reference
 from lipcore.trajectory import Trajectory
 
 Call = Callable[[], Any]

@@ -1,20 +1,24 @@
 """lipcore: measure what a neural network is learning while it trains, at almost no cost."""
 
-from lipcore import _setup
+import sys
 
-_setup.connect()
+from lipcore import _connect
 
-from lipcore import functional, layers, reference  # noqa: E402
-from lipcore.clipping import clip_factors  # noqa: E402
-from lipcore.distribution import Distribution  # noqa: E402
-from lipcore.lipschitz import Lipschitz  # noqa: E402
-from lipcore.metric import Metric  # noqa: E402
+_connect.connect()
+
+from lipcore import functional, layers  # noqa: E402
+from lipcore.functional import reference  # noqa: E402
+from lipcore.lipschitz import Lipschitz, local_lipschitz  # noqa: E402
+from lipcore.metric.distribution import Distribution  # noqa: E402
+from lipcore.metric.protocol import Metric  # noqa: E402
 from lipcore.monitor import Monitor  # noqa: E402
-from lipcore.names import by_block  # noqa: E402
 from lipcore.per_sample import PerSampleGradNorms  # noqa: E402
-from lipcore.pointwise import local_lipschitz  # noqa: E402
-from lipcore.sample_scores import SampleScores  # noqa: E402
+from lipcore.per_sample.clipping import clip_factors  # noqa: E402
+from lipcore.per_sample.scores.sample_scores import SampleScores  # noqa: E402
 from lipcore.trajectory import Trajectory  # noqa: E402
+from lipcore.trajectory.groups import by_block  # noqa: E402
+
+sys.modules["lipcore.reference"] = reference  # for `import lipcore.reference`: the specification is a front page
 
 __version__ = "0.1.0"
 __all__ = [

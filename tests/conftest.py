@@ -6,24 +6,9 @@ import os
 
 import pytest
 import torch
+from ways import ISAS
 
 from lipcore import _core
-
-
-def supported_isas() -> list[str]:
-    """The instruction sets that this CPU and this build offer, slowest first."""
-    before, found = _core.isa(), []
-    for name in ("base", "avx2", "avx512"):
-        try:
-            _core.use_isa(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _core.use_isa(before)
-    return found
-
-
-ISAS = supported_isas()
 
 
 def why_no_cuda() -> str:

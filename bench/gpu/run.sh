@@ -69,7 +69,7 @@ export LIPCORE_REQUIRE_CUDA=1
 
 echo "== GPU tests"
 tests=()
-for op in cuda sample_norms normalized_norms trajectory_step; do tests+=("$root/tests/test_$op.py"); done
+for op in cuda sample_norms normalized_norms trajectory_step; do tests+=("$root"/tests/*/"test_$op.py"); done
 timeout 200 "${pytest[@]}" -m gpu "${tests[@]}"
 checks+=(--check tests=passed)
 
@@ -85,7 +85,7 @@ for tool in memcheck racecheck; do
   status=0
   # Without torch's cache every tensor is an allocation of its own, and an access beside it is seen.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 compute-sanitizer --tool $tool --error-exitcode 9 \
-    "${pytest[@]}" "$root/tests/test_cuda.py" -k "$small" > "$work/$tool.log" 2>&1 || status=$?
+    "${pytest[@]}" "$root/tests/project/test_cuda.py" -k "$small" > "$work/$tool.log" 2>&1 || status=$?
   case $status in
     0) checks+=(--check "$tool=passed") ;;
     124) echo "not finished after 60 s" && checks+=(--check "$tool=not finished") ;;

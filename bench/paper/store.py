@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lipcore.results import json_ready
+from lipcore.metric.results import json_ready
 
 
 class BadState(ValueError):

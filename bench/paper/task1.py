@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(1, str(Path(__file__).parents[2] / "tests"))  # the golden file and its bands
+sys.path.insert(1, str(Path(__file__).parents[2] / "tests" / "helpers"))  # the golden file and its bands
 
 import golden
 import task1_figures

@@ -2,7 +2,7 @@
 
 The recipe is that of tests/data/task1.json. One step of one network is 30 operations of microseconds, so 40 of them
 cost the same as one; per step only the first layer's gradient, the loss gradient and the bias are kept, and the epoch's
-numbers are computed from them in float64 at its end. tests/test_paper.py holds every step against a Monitor's.
+numbers are computed from them in float64 at its end. tests/project/test_paper.py holds every step against a Monitor's.
 """
 
 from __future__ import annotations

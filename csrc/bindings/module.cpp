@@ -8,9 +8,9 @@
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "kernels.h"
-#include "parallel.h"
+#include "python/parallel.h"
+#include "python/tensor_view.h"
 #include "python/training_pass.h"
-#include "tensor_view.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif

@@ -7,12 +7,12 @@
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "distribution.h"
-#include "ledger.h"
 #include "ops/ops.h"
 #include "ops/sketch.h"
 #include "ops/update_sums.h"
-#include "sketch_plan.h"
-#include "trajectory_plan.h"
+#include "trajectory/ledger.h"
+#include "trajectory/sketch_plan.h"
+#include "trajectory/trajectory_plan.h"
 
 namespace lipcore {
 namespace {

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "tensor_view.h"
+#include "python/tensor_view.h"
 
 namespace lipcore {
 

@@ -4,7 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include "cuda/kernels.h"
-#include "tensor_view.h"
+#include "python/tensor_view.h"
 
 namespace lipcore::cuda {
 

@@ -1,6 +1,6 @@
 #include "cuda/torch_memory.h"
 
-#include "tensor_view.h"
+#include "python/tensor_view.h"
 
 namespace lipcore::cuda {
 namespace {

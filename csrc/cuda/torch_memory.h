@@ -3,7 +3,7 @@
 // cudaMallocAsync would be a second pool beside torch's that gives its memory back at every synchronisation.
 #pragma once
 
-#include "dlpack_abi.h"
+#include "python/dlpack_abi.h"
 
 namespace lipcore::cuda {
 

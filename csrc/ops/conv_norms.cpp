@@ -6,7 +6,7 @@
 #include <vector>
 
 #include "ops/ops.h"
-#include "parallel.h"
+#include "python/parallel.h"
 
 namespace lipcore {
 namespace {

@@ -2,7 +2,7 @@
 
 #include <vector>
 
-#include "tensor_view.h"
+#include "python/tensor_view.h"
 
 namespace lipcore {
 

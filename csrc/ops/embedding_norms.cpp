@@ -3,7 +3,7 @@
 #include "ops/ops.h"
 #include "ops/per_sample.h"
 #include "ops/token_groups.h"
-#include "parallel.h"
+#include "python/parallel.h"
 
 namespace lipcore {
 

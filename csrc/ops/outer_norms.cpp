@@ -3,7 +3,7 @@
 #include "ops/ops.h"
 #include "ops/per_sample.h"
 #include "ops/row_norms.h"
-#include "parallel.h"
+#include "python/parallel.h"
 
 namespace lipcore {
 namespace {

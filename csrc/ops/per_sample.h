@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "tensor_view.h"
+#include "python/tensor_view.h"
 
 namespace lipcore {
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "ops/rows.h"
-#include "tensor_view.h"
+#include "python/tensor_view.h"
 
 namespace lipcore {
 

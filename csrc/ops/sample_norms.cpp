@@ -5,7 +5,7 @@
 
 #include "ops/ops.h"
 #include "ops/row_norms.h"
-#include "parallel.h"
+#include "python/parallel.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif

@@ -5,7 +5,7 @@
 
 #include "kernels.h"
 #include "ops/sketch_schedule.h"
-#include "tensor_view.h"
+#include "python/tensor_view.h"
 
 namespace lipcore {
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 
 #include "ops/ops.h"
-#include "parallel.h"
+#include "python/parallel.h"
 
 namespace lipcore {
 namespace {

@@ -3,7 +3,7 @@
 #include <limits>
 
 #include "ops/ops.h"
-#include "parallel.h"
+#include "python/parallel.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif

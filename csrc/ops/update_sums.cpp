@@ -5,7 +5,7 @@
 #include <limits>
 
 #include "ops/ops.h"
-#include "parallel.h"
+#include "python/parallel.h"
 
 namespace lipcore {
 namespace {

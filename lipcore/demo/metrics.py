@@ -18,7 +18,7 @@ from lipcore import _core
 from lipcore.demo import summary
 from lipcore.demo.runs import TaskResult
 from lipcore.demo.tasks import HOW_CHOSEN
-from lipcore.results import json_ready
+from lipcore.metric.results import json_ready
 
 _SCHEMA = 1
 _UNITS = {

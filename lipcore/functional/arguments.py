@@ -13,10 +13,24 @@ from lipcore import _core
 _INTEGERS = (torch.int64, torch.int32)
 
 
+def resolved(tensor: Tensor, name: str, index: int = -1) -> Tensor:
+    """The tensor once the gatekeeper has passed it, a copy where it carries the negative bit; name[index] in a list."""
+    return tensor.resolve_neg() if _core.check_storage(tensor, name, index) else tensor
+
+
 def readable(tensor: Tensor, name: str) -> Tensor:
-    """The tensor, detached, once the gatekeeper has passed it."""
-    tensor = tensor.resolve_neg() if _core.check_storage(tensor, name) else tensor
+    """The same, detached."""
+    tensor = resolved(tensor, name)
     return tensor.detach() if tensor.requires_grad else tensor
+
+
+def check_state(tensor: Tensor, name: str, index: int = -1) -> None:
+    """Raise ValueError where a tensor that is written to cannot be; name[index] in a list."""
+    if _core.check_storage(tensor, name, index):
+        argument = f"{name}[{index}]" if index >= 0 else name
+        raise ValueError(
+            f"{argument}: carries the negative bit, so writing to its memory would flip signs; pass a plain tensor"
+        )
 
 
 def same_place(tensor: Tensor, name: str, other: Tensor, other_name: str) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lipcore import _core, _library
+from lipcore import _core
+from lipcore.functional import library as _library
 from lipcore.functional import portable
 
 _METHODS = (None, "direct", "gram", "portable")

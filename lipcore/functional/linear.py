@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipcore import _core, _library
+from lipcore import _core
+from lipcore.functional import library as _library
 from lipcore.functional import portable
 
 _METHODS = {None: 0, "gram": 1, "direct": 2}

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lipcore import _core, _library
-from lipcore.functional.statistics import sample_norms
+from lipcore import _core
+from lipcore.functional import library as _library
+from lipcore.functional.sample_norms import sample_norms
 
 
 def outer_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from lipcore import _core, _library
+from lipcore import _core
+from lipcore.functional import library as _library
 from lipcore.functional import portable
 from lipcore.functional.arguments import bits, of_one_dtype, packed_offsets, readable, rows, same_place, within_range
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import nn
 
-from lipcore.capture.layer_site import LayerSite
+from lipcore.capture.layers.layer_site import LayerSite
 
 _EITHER = ("gram", "direct")
 _CHOICE: dict[type[nn.Module], tuple[str, ...]] = {

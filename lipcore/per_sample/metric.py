@@ -12,24 +12,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lipcore.capture.layer_capture import STRAYED, LayerCapture
-from lipcore.capture.layer_pass import LayerRecord
-from lipcore.capture.single_gradient import Sink
-from lipcore.dtypes import INTEGERS
-from lipcore.metric import Metric, PlanLine
-from lipcore.noise_scale import NoiseScale
+from lipcore.capture.layers.batch_of_one import Sink
+from lipcore.capture.layers.layer_capture import STRAYED, LayerCapture
+from lipcore.capture.layers.layer_pass import LayerRecord
+from lipcore.functional.dtypes import INTEGERS
+from lipcore.metric.protocol import Metric, PlanLine
+from lipcore.metric.results import MetricResult
 from lipcore.per_sample.arguments import check_arguments, offsets_of
-from lipcore.per_sample.factor import LossFactor
+from lipcore.per_sample.batch_norms import MicroBatch, Norms
+from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.loss_factor import LossFactor
+from lipcore.per_sample.loss_reduction import Reduction, Terms
 from lipcore.per_sample.methods import check_methods, how
-from lipcore.per_sample.micro_batch import MicroBatch, Norms
+from lipcore.per_sample.noise.noise_scale import NoiseScale
+from lipcore.per_sample.noise.step_sums import StepSums
 from lipcore.per_sample.open_step import OpenStep, take_in
-from lipcore.per_sample.places import Places
-from lipcore.per_sample.reduction import Reduction, Terms
 from lipcore.per_sample.results import add_noise, add_norms
-from lipcore.per_sample.step import StepSums
+from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.window import NormWindow
-from lipcore.results import MetricResult
-from lipcore.sample_scores import SampleScores
 
 
 class PerSampleGradNorms(Metric):
@@ -142,7 +142,7 @@ class PerSampleGradNorms(Metric):
         self._noise: NoiseScale | None = None
         self._monitor: Any = None
         if model is not None:
-            from lipcore.monitor import Monitor  # which imports this
+            from lipcore.monitor.monitor import Monitor  # which imports this
 
             self._monitor = Monitor(model, metrics=[self], scaler=scaler)
 

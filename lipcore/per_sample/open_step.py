@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lipcore.distribution import Distribution
-from lipcore.per_sample.micro_batch import MicroBatch
-from lipcore.per_sample.step import StepSums
-from lipcore.sample_scores import SampleScores
+from lipcore.metric.distribution import Distribution
+from lipcore.per_sample.batch_norms import MicroBatch
+from lipcore.per_sample.noise.step_sums import StepSums
+from lipcore.per_sample.scores.sample_scores import SampleScores
 
 # As many are kept as they are: then they are summed up, so that nothing grows in a loop that never steps. Summing up
 # may wait for the device, which is why it is rare.

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lipcore.distribution import Distribution
-from lipcore.noise_scale import NoiseScale
-from lipcore.per_sample.step import StepSums
-from lipcore.results import Label, MetricResult, Value
+from lipcore.metric.distribution import Distribution
+from lipcore.metric.results import Label, MetricResult, Value
+from lipcore.per_sample.noise.noise_scale import NoiseScale
+from lipcore.per_sample.noise.step_sums import StepSums
 
 TOTAL = "total"
 

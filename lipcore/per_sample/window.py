@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from lipcore.distribution import Distribution
+from lipcore.metric.distribution import Distribution
 
 Block = list[Distribution]  # one per layer, and the total last
 

@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lipcore.chain import modules_in_order
-from lipcore.guards import check_rows
-from lipcore.names import unwrap
-from lipcore.pointwise import constants
+from lipcore.lipschitz.pointwise import constants
+from lipcore.models.chains import modules_in_order
+from lipcore.models.checks import check_rows
+from lipcore.models.names import unwrap
 from lipcore.regions.bounds import Bounds
 from lipcore.regions.coverage_result import CoverageResult
 from lipcore.regions.fingerprint import changed, fingerprint

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lipcore.results import json_ready
+from lipcore.metric.results import json_ready
 
 
 @dataclass(frozen=True)

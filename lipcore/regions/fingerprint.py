@@ -7,7 +7,7 @@ import hashlib
 import torch
 from torch import Tensor, nn
 
-from lipcore.chain import altered_modules
+from lipcore.models.chains import altered_modules
 
 _SETTINGS = ""  # no parameter is called so
 

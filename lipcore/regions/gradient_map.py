@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from lipcore.chain import modules_in_order
+from lipcore.models.chains import modules_in_order
 from lipcore.regions.patterns import Patterns
 
 _PASSED_OVER = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lipcore.guards import check_batch_size, check_input, check_model, check_rows, finite_rows
+from lipcore.models.checks import check_batch_size, check_input, check_model, check_rows, finite_rows
 from lipcore.regions.gates import Gate, Kind
 from lipcore.regions.recording import Output, check_batch_axis, record_gates
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lipcore.guards import check_rows
+from lipcore.models.checks import check_rows
 
 
 @dataclass(frozen=True)

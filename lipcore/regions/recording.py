@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lipcore.guards import finite_rows, fresh, own_pass, run
-from lipcore.names import named_modules, unwrap
-from lipcore.pointwise import one_per_sample
+from lipcore.models.checks import finite_rows
+from lipcore.models.names import named_modules, unwrap
+from lipcore.models.outputs import one_per_sample
+from lipcore.models.own_pass import fresh, own_pass, run
 from lipcore.regions.gates import Gate
 from lipcore.regions.outside import OutsideTorch
 from lipcore.regions.recorder import Recorder, is_continuous

@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lipcore.guards import check_batch_size, check_input, check_model, own_pass, run
-from lipcore.names import unwrap
-from lipcore.pointwise import constants, one_per_sample
+from lipcore.lipschitz.pointwise import constants
+from lipcore.models.checks import check_batch_size, check_input, check_model
+from lipcore.models.names import unwrap
+from lipcore.models.outputs import one_per_sample
+from lipcore.models.own_pass import own_pass, run
 from lipcore.regions.coverage import Coverage
 from lipcore.regions.coverage_result import CoverageResult
 from lipcore.regions.patterns import activation_patterns

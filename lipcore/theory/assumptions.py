@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lipcore.results import Value
+from lipcore.metric.results import Value
 from lipcore.theory.finding import Finding
 from lipcore.theory.training import joined
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from lipcore.results import Value, Window, weakest
+from lipcore.metric.results import Value, Window, weakest
 from lipcore.theory.arguments import per_step, positive
 from lipcore.theory.finding import Finding
 from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from lipcore.results import Value
+from lipcore.metric.results import Value
 from lipcore.theory.arguments import real
 
 _BLOCK = 1 << 24

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lipcore.results import Value, json_ready
+from lipcore.metric.results import Value, json_ready
 
 
 @dataclass(frozen=True, repr=False)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lipcore.guards import own_pass, run
+from lipcore.metric.results import Value, Window
+from lipcore.models.own_pass import own_pass, run
 from lipcore.regions.patterns import activation_patterns
-from lipcore.results import Value, Window
 from lipcore.theory.arguments import positive, real
 from lipcore.theory.assumptions import sigmoid_head
 from lipcore.theory.dimension import intrinsic_dimension, log_covering_number

@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.pointwise import local_lipschitz
-from lipcore.results import Label, Value, Window, weakest
-from lipcore.spectral import SingularValues
+from lipcore.lipschitz.pointwise import local_lipschitz
+from lipcore.lipschitz.singular_values import SingularValues
+from lipcore.metric.results import Label, Value, Window, weakest
 from lipcore.theory.finding import Finding
 from lipcore.theory.heads import other_output, place_of
 from lipcore.theory.spectral_product import spectral_norm_product

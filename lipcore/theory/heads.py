@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from lipcore.lipschitz_taps import last_kind
-from lipcore.names import named_modules, unwrap
-from lipcore.results import Window
+from lipcore.lipschitz.taps import last_kind
+from lipcore.metric.results import Window
+from lipcore.models.names import named_modules, unwrap
 from lipcore.theory.windows import one_place, quantity
 
 

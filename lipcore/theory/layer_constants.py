@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from lipcore.pointwise import mixes_samples
-from lipcore.spectral import singular_values
+from lipcore.lipschitz.pointwise import mixes_samples
+from lipcore.lipschitz.singular_values import singular_values
 
 #: Of activations without settings (or whose settings do not matter): the largest slope, rounded up.
 _SLOPES: dict[type[nn.Module], float] = {

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lipcore.results import Value, Window
+from lipcore.metric.results import Value, Window
 from lipcore.theory.windows import NEEDS, one_place, quantity
 
 _NOTHING: Mapping[str, Any] = {}

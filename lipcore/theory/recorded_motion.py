@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lipcore.results import Quantity, Window
+from lipcore.metric.results import Quantity, Window
 from lipcore.theory.literal_steps import LiteralSteps
 from lipcore.theory.windows import quantity
 

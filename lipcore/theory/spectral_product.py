@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.chain import altered_modules, modules_in_order
-from lipcore.guards import check_input, misfit_in_words, own_pass
-from lipcore.names import unwrap
-from lipcore.results import Value
+from lipcore.metric.results import Value
+from lipcore.models.chains import altered_modules, modules_in_order
+from lipcore.models.checks import check_input
+from lipcore.models.names import unwrap
+from lipcore.models.own_pass import misfit_in_words, own_pass
 from lipcore.theory.layer_constants import layer_constant
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from lipcore.results import Label, Value, Window, suffix_maximum, weakest
+from lipcore.metric.results import Label, Value, Window, suffix_maximum, weakest
 from lipcore.theory.finding import Finding
 from lipcore.theory.windows import NEEDS, missing_steps, one_place, quantity, select, with_samples
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any
 
-from lipcore.results import Quantity, Window
+from lipcore.metric.results import Quantity, Window
 
 NEEDS = "it needs a Linear or convolution as first layer, a scalar output, and recorded samples with a lambda"
 

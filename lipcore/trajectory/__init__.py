@@ -6,7 +6,7 @@ sketches in place of the parameters.
 """
 
 from lipcore.trajectory.metric import Trajectory
-from lipcore.trajectory.recent import StepHistory
 from lipcore.trajectory.shards import merge_shards
+from lipcore.trajectory.step_ring import StepHistory
 
 __all__ = ["StepHistory", "Trajectory", "merge_shards"]

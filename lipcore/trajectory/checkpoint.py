@@ -9,36 +9,6 @@ from torch import Tensor
 from lipcore import _core
 
 
-def check_like(path: str, theirs: Any, mine: Any) -> None:
-    """ValueError naming the first place where `theirs` is of another shape, dtype, type or structure than `mine`."""
-    if isinstance(mine, dict):
-        if not isinstance(theirs, dict):
-            raise ValueError(f"{path}: expected a dict, got {type(theirs).__name__}")
-        for key in mine:
-            if key not in theirs:
-                raise ValueError(f"{path}: {key!r} is missing")
-        for key in theirs:
-            if key not in mine:
-                raise ValueError(f"{path}: {key!r} is not known here")
-        for key in mine:
-            check_like(f"{path}.{key}" if path else str(key), theirs[key], mine[key])
-    elif isinstance(mine, Tensor):
-        if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-            what = f"{theirs.dtype} {list(theirs.shape)}" if isinstance(theirs, Tensor) else type(theirs).__name__
-            raise ValueError(f"{path}: expected {mine.dtype} {list(mine.shape)}, got {what}")
-    elif isinstance(mine, list):
-        if not isinstance(theirs, list) or len(theirs) != len(mine):
-            what = f"{len(theirs)}" if isinstance(theirs, list) else type(theirs).__name__
-            raise ValueError(f"{path}: expected a list of {len(mine)}, got {what}")
-        for i, (their, my) in enumerate(zip(theirs, mine, strict=True)):
-            check_like(f"{path}[{i}]", their, my)
-    elif isinstance(mine, int) and not isinstance(mine, bool):
-        if not isinstance(theirs, int) or isinstance(theirs, bool) or theirs < 0:
-            raise ValueError(f"{path}: expected a count >= 0, got {theirs!r}")
-    elif type(theirs) is not type(mine):
-        raise ValueError(f"{path}: expected {type(mine).__name__}, got {type(theirs).__name__}")
-
-
 def check_counters(state: dict[str, Any], rows: Tensor, group: int) -> None:
     """ValueError when what the core uses as an index, or the counts of steps, could not be those of a ledger."""
     given = state["rows"]
@@ -57,19 +27,3 @@ def check_counters(state: dict[str, Any], rows: Tensor, group: int) -> None:
     ):
         if number > most:
             raise ValueError(f"{key}: {number} steps, but there were {int(most)}")
-
-
-def check_same(state: Any, mine: dict[str, Any]) -> None:
-    """ValueError naming the first of these settings in which the state differs."""
-    if not isinstance(state, dict):
-        raise ValueError(f"state: expected a dict, got {type(state).__name__}")
-    for key, value in mine.items():
-        if key not in state:
-            raise ValueError(f"{key}: missing from the trajectory state")
-        if state[key] != value:
-            raise ValueError(f"{key}: the state has {_shorten(state[key])}, this trajectory has {_shorten(value)}")
-
-
-def _shorten(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from lipcore.update_rules import Scalar, UpdateRule
+from lipcore.functional.update_rules import Scalar, UpdateRule
 
 Group = dict[str, Any]
 Part = tuple[Tensor | None, Tensor | None, UpdateRule]  #: the tensors a and b of a parameter, and its rule

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from lipcore.distribution import Distribution
-from lipcore.results import Label, Level, MetricResult, Value
+from lipcore.metric.distribution import Distribution
+from lipcore.metric.results import Label, Level, MetricResult, Value
 
 #: From the update alone.
 MOVES = (

@@ -10,20 +10,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lipcore.metric import Metric, PlanLine
-from lipcore.names import by_block
-from lipcore.results import MetricResult
-from lipcore.trajectory.checkpoint import check_like, check_same
-from lipcore.trajectory.choice import Choice, choose
+from lipcore.metric.protocol import Metric, PlanLine
+from lipcore.metric.results import MetricResult
+from lipcore.metric.state import check_like, check_same
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
-from lipcore.trajectory.gradients import Gradients
-from lipcore.trajectory.parts import Groups, Masters, Model, Part, find_parts, of_modules, unwatched, values_of
-from lipcore.trajectory.recent import StepHistory
+from lipcore.trajectory.gradient_norms import Gradients
+from lipcore.trajectory.groups import Groups, by_block
+from lipcore.trajectory.mode import Choice, choose
+from lipcore.trajectory.parameters import Masters, Model, Part, find_parts, of_modules, unwatched, values_of
 from lipcore.trajectory.shards import gather
-from lipcore.trajectory.sketched import ANGLES, SketchHistory, SketchTracker
+from lipcore.trajectory.sketch_history import SketchHistory
+from lipcore.trajectory.sketch_tracker import ANGLES, SketchTracker
+from lipcore.trajectory.step_ring import StepHistory
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
-from lipcore.trajectory.updates import NORMALIZED, UpdateTracker
+from lipcore.trajectory.update_tracker import NORMALIZED, UpdateTracker
 
 _EXTRA = (*GRADIENTS, "element_variance")
 _ALL = (*MOVES, *OFFSETS, *ANGLES, *NORMALIZED, *_EXTRA)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipcore.distribution import Distribution
-from lipcore.results import Level, MetricResult
+from lipcore.metric.distribution import Distribution
+from lipcore.metric.results import Level, MetricResult
 from lipcore.trajectory.describe import Row
 from lipcore.trajectory.table import COLUMN, COLUMNS, FOLDED, M2, POINTS, STEPS, points_of
 

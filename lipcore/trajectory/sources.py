@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore import _core, functional
+from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
 from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Part, part_of, why_not_fused
-from lipcore.update_rules import DIFFERENCE, GIVEN, UpdateRule
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
 Sums = tuple[Tensor, Tensor]  #: float64 [n, 6], and float64 [n]

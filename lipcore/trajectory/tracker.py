@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lipcore import functional
-from lipcore.distribution import loaded_distributions
-from lipcore.results import MetricResult
-from lipcore.trajectory.checkpoint import check_counters, check_like
+from lipcore.metric.distribution import loaded_distributions
+from lipcore.metric.results import MetricResult
+from lipcore.metric.state import check_like
+from lipcore.trajectory.checkpoint import check_counters
 from lipcore.trajectory.copies import distances
 from lipcore.trajectory.describe import MOVES, OFFSETS, Row
 from lipcore.trajectory.table import (

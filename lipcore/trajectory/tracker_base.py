@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.distribution import Distribution
-from lipcore.results import Level
+from lipcore.metric.distribution import Distribution
+from lipcore.metric.results import Level
 from lipcore.trajectory.copies import Copies, bytes_of, distances
-from lipcore.trajectory.parts import Part
-from lipcore.trajectory.recent import Recent, StepHistory
+from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.step_ring import Recent, StepHistory
 from lipcore.trajectory.table import (
     COLUMN,
     FOLDED,

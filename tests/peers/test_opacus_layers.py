@@ -28,7 +28,7 @@ common = pytest.importorskip("opacus.tests.grad_samples.common", reason="needs t
 import opacus  # noqa: E402
 from opacus.tests import grad_samples  # noqa: E402
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "helpers"))
 from per_sample_oracle import assert_norms, norms_sq, weighted_sum  # noqa: E402
 
 import lipcore  # noqa: E402

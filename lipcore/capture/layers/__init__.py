@@ -1,0 +1,1 @@
+"""All layers at once: per-sample squared norms of their parameters' gradients."""

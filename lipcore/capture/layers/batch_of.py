@@ -1,0 +1,39 @@
+"""How many samples a forward pass has, read from what the model is called with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_leaves
+
+from lipcore.capture.layers.packed import boundaries
+from lipcore.layers import Batch
+
+#: From the model's arguments and keywords to the document boundaries of packed sequences.
+OffsetsOf = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+def batch_of(
+    arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim: int, offsets_of: OffsetsOf | None
+) -> Batch:
+    """ValueError where that cannot be told."""
+    if offsets_of is not None:
+        offsets = boundaries(offsets_of(arguments, keywords))
+        return Batch(len(offsets) - 1, batch_dim, offsets)
+    first = arguments[0] if arguments else None  # mostly it, and looking for others takes 10 us
+    if isinstance(first, Tensor) and first.dim() > batch_dim:
+        return Batch(first.shape[batch_dim], batch_dim)
+    if any(isinstance(argument, PackedSequence) for argument in (*arguments, *keywords.values())):
+        raise ValueError(
+            "model: is called with a PackedSequence, whose rows are single steps of many samples; pass padded "
+            "sequences, or rows with cu_seqlens="
+        )
+    for leaf in tree_leaves((arguments, keywords)):
+        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
+            return Batch(leaf.shape[batch_dim], batch_dim)
+    raise ValueError(
+        f"model: none of its arguments is a tensor with a dimension {batch_dim}, so there is no batch size"
+    )

@@ -1,0 +1,267 @@
+"""Batches of one: the per-sample gradient is the gradient, so no layer need be tapped."""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import random
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from lipcore import _core
+from lipcore.capture.layers.coverage import Coverage
+from lipcore.capture.layers.layer_pass import LayerRecord, Rows
+from lipcore.capture.layers.structure import Structure
+from lipcore.capture.parameters import GradientWatch, WeakCall
+from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, Untraced
+from lipcore.models.outputs import on_backward
+
+_PROOFS = 3  # tapped passes in a row that the gradients agree with, before any is served
+# Passes that are served, until one is tapped again and compared: drawn, since a loss may have a rhythm of its own.
+_PROOF_EVERY = (33, 95)
+_AGREEMENT = 1e-5  # of squares: float32 rounds them to 1e-6
+_MOST_ABANDONED = 3  # served passes without a backward pass; then a forward pass is no sign that one follows
+_ADDED = (
+    "a batch of one was served from the gradients, and another backward pass added to them; from now on batches of one "
+    "are tapped"
+)
+_UNREADABLE = (
+    "a batch of one was to be served from the gradients, and one of them is of another kind than before; from now on "
+    "batches of one are tapped"
+)
+_ELSEWHERE = (
+    "a batch of one was served from the gradients, and something beside the model's output reached them (a penalty in "
+    "the loss, a layer's weight used outside the model); from now on batches of one are tapped"
+)
+_STOPPED = (
+    "a batch of one was to be read from the gradients, and another forward pass began before its backward pass, which "
+    "adds to them too"
+)
+_TROUBLE = {
+    _core.SINGLE_STOPPED: _STOPPED,
+    _core.SINGLE_ELSEWHERE: _ELSEWHERE,
+    _core.SINGLE_ADDED: _ADDED,
+    _core.SINGLE_GRAPH: GRAPH_OF_GRADIENT,
+}
+_OTHERS = (
+    "a batch of one was served from the gradients, and others of them were reached than before; from now on batches of "
+    "one are tapped"
+)
+
+
+#: Of a sink: place of each norm, distribution of each place and of the total, square of the loss's factor.
+Sink = tuple[list[int], list[Any], float]
+
+
+class SingleBatches:
+    """Serves passes of one sample from the gradients that its backward pass leaves, with the layers' hooks taken off.
+
+    Only after these have proved to be what taps bring, and with a proof now and then: a penalty on the
+    parameters or a layer called outside the model, say, is in the gradients and is no part of a sample's loss. While
+    passes are served, what changes is found at once (parameters, hooks, gradients that were there before, others
+    reached; behind a Linear at the end, a gradient of its bias that did not come from the output) or by the next proof.
+    The hooks that serve are compiled (csrc/batch_of_one/all_gradients.h).
+
+    Args:
+        coverage: the model's parameters.
+        structure: its modules.
+        batch_dim: batch dimension of the model's input.
+        serve: put the compiled hooks (before and after the forward pass) in the place of the model's, and take the
+            layers' off.
+        tap: undo that.
+        not_served: gets the (module, arguments, keywords) of a forward pass that has to be tapped, after `tap`.
+        deliver: gets the record of a served pass.
+        not_accumulated: told of a served pass whose backward pass did not accumulate its gradients.
+    """
+
+    def __init__(
+        self,
+        coverage: Coverage,
+        structure: Structure,
+        batch_dim: int,
+        serve: Callable[[Any, Any], None],
+        tap: Callable[[], None],
+        not_served: Callable[..., None],
+        deliver: Callable[[LayerRecord], None],
+        not_accumulated: Callable[[], None],
+    ) -> None:
+        self.enabled = True
+        self._sink: Callable[[tuple[str, ...]], Sink | None] | None = None
+        self._coverage, self._structure, self._batch_dim = coverage, structure, batch_dim
+        self._serve, self._tap, self._not_served = serve, tap, not_served
+        self._deliver, self._not_accumulated = deliver, not_accumulated
+        self._proofs = self._abandoned = 0
+        self._random = random.Random(0)
+        self._reached: frozenset[str] = frozenset()  # parameters that had a gradient at the last proof
+        self._names: tuple[str, ...] = ()  # those of the gradients that are read
+        self._core: Any = None  # while passes are served
+        self._turning = threading.RLock()  # threads that train one model turn the hooks one after the other
+
+    # ---- proofs, by passes that are tapped
+
+    def may_prove(self) -> bool:
+        """Before a tapped pass of one sample: whether its gradients will be its own."""
+        return self.enabled and _are_fresh(self._coverage.measured())
+
+    def prove(self, norms_sq: Mapping[str, Tensor]) -> None:
+        """A tapped pass has come back, alone: whether the gradients tell the same."""
+        measured = self._coverage.measured()
+        found = gradient_squares(measured)
+        total = sum(float(row) for row in norms_sq.values())
+        if found.keys() != norms_sq.keys() or any(
+            not abs(float(square) - float(norms_sq[name])) <= _AGREEMENT * float(square) + 1e-9 * total
+            for name, square in found.items()
+        ):
+            self.enabled = False
+            return
+        self._proofs = self._proofs + 1 if found.keys() == self._reached else 1
+        self._reached = frozenset(found)
+        if self._proofs >= _PROOFS:
+            self._open(measured)
+
+    def _open(self, measured: dict[str, nn.Parameter]) -> None:
+        self._names = tuple(name for name in measured if name in self._reached)
+        gradients = [measured[name].grad for name in self._names]
+        if any(g is None or g.layout != torch.strided for g in gradients):
+            self.enabled = False
+            return
+        names = {id(parameter): name for name, parameter in measured.items()}
+        order = {name: i for i, name in enumerate(self._names)}
+        places = [
+            (owner, key, p, id(p) in names, names.get(id(p)) in order) for owner, key, p in self._coverage.places()
+        ]
+        places.sort(key=lambda place: order.get(names.get(id(place[2]), ""), len(order)))
+        queue = Variable._execution_engine.queue_callback
+        calls = [
+            *(Tensor, queue, WeakCall(self._stopped)),
+            *(on_backward, WeakCall(self._came_back)),
+        ]
+        with self._turning:
+            self._core = _core.SingleBatch(
+                *(places, self._structure.links, self._structure.sizes, calls, self._batch_dim),
+                self._random.randint(*_PROOF_EVERY),
+            )
+            self.renew_sink()
+            self._serve(Untraced(self._core.before_forward), Untraced(self._core.after_forward))
+
+    def stop(self) -> None:
+        """Put the other hooks back on; the next passes are tapped, and prove."""
+        if self._core is None:
+            return
+        with self._turning:
+            if self._core is None:
+                return
+            self.flush()
+            self._abandoned += self._core.stop()
+            self.enabled &= self._abandoned < _MOST_ABANDONED
+            self._tap()
+            self._core = None  # last: who finds nothing to stop relies on the layers' hooks
+
+    # ---- passes that are served
+
+    def send_to(self, sink: Callable[[tuple[str, ...]], Sink | None]) -> None:
+        """Norms of these parameters go where `sink` says; None: into records."""
+        self._sink = sink
+        self.renew_sink()
+
+    def renew_sink(self) -> None:
+        """What the sink says has changed."""
+        if self._core is None:
+            return
+        self.flush()
+        sink = self._sink(self._names) if self._sink is not None else None
+        if sink is None:
+            self._core.remove_sink()
+        else:
+            self._core.set_sink(*sink)
+
+    def set_active(self, active: bool) -> None:
+        """Whether passes are recorded."""
+        if self._core is not None:
+            self._core.active = active
+
+    def total(self) -> float | None:
+        """The squared norm of the pass that was served last, when nobody has seen its record."""
+        return self._core.total if self._core is not None and self._core.pending else None
+
+    def flush(self) -> None:
+        """Deliver the record of a pass whose numbers have gone into the sink."""
+        if self._core is not None and self._core.pending:
+            self._core.take()
+            self._deliver(replace(self._record(self._core.task), observed=True))
+
+    def _stopped(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.stop()
+        self._not_served(module, arguments, keywords)
+
+    def _record(self, task: int) -> LayerRecord:
+        squares = torch.tensor(self._core.squares, dtype=torch.float64, device="cpu")[:, None]
+        return LayerRecord(1, Rows(self._names, squares), {}, "", task, True)
+
+    def _came_back(self, found: int, trouble: int, task: int) -> None:
+        """The end of a backward pass through the graph of a served forward pass, whose norms no sink took in."""
+        broken = _TROUBLE.get(trouble, "" if self._core is not None else _STOPPED)
+        if not broken and found == _core.GRADIENTS_NOTHING:
+            self._not_accumulated()
+            return
+        record = None
+        if not broken and found == _core.GRADIENTS_EXPECTED:
+            record = self._record(task)
+        elif not broken and found == _core.GRADIENTS_STRIDED:
+            rows = gradient_squares(self._coverage.measured())
+            record = LayerRecord(1, {name: rows[name] for name in self._names}, {}, "", task, True)
+        elif not broken:
+            broken = _OTHERS if found == _core.GRADIENTS_OTHERS else _UNREADABLE
+        if record is None:
+            if broken is not _STOPPED:  # which stop() has counted
+                self.enabled = False
+                self.stop()
+            record = LayerRecord(1, {}, dict.fromkeys(self._names, broken), broken, task)
+        self._deliver(record)
+
+
+def _are_fresh(parameters: dict[str, nn.Parameter]) -> bool:
+    """Whether what a backward pass leaves in .grad will be the gradient of one sample, and still be there."""
+    for parameter in parameters.values():
+        if parameter.grad is not None or parameter._backward_hooks or not parameter.is_cpu:
+            return False
+        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+        if hooks and not all(GradientWatch.is_ours(hook) for hook in hooks.values()):
+            return False  # an optimizer inside the backward pass takes the gradient away
+        if parameter.dtype not in (torch.float32, torch.float64):
+            return False
+    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+
+
+def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+    """Per parameter that has a gradient, float64 [1]: its sum of squares."""
+    names, gradients = [], []
+    for name, parameter in parameters.items():
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        gradient = gradient.detach()
+        if gradient.is_sparse:
+            gradient = gradient.coalesce().values()
+        names.append(name)
+        gradients.append(gradient if gradient.is_contiguous() else gradient.contiguous())
+    rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
+    if gradients:
+        _core.square_sums(gradients, rows)
+    return dict(zip(names, rows[:, :1].unbind(), strict=True))
+
+
+def _inert_hooks() -> Any:
+    """What a copied model has in the place of the compiled hooks."""
+    never = functools.partial(bool, False)
+    calls = [Tensor, *(never for _ in range(_core.SINGLE_CALLS - 1))]
+    return _core.SingleBatch([], [], [], calls, 0, 0)
+
+
+copyreg.pickle(_core.SingleBatch, lambda hooks: (_inert_hooks, ()))

@@ -1,0 +1,79 @@
+"""Layer taps inside compiled regions: a probe per layer and forward pass takes the place of the pass itself."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lipcore.capture.compiled import armed
+from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass
+from lipcore.capture.layers.layer_site import OTHER_OUTPUT, LayerSite
+
+_MAX_PENDING = 64  # forward passes whose probes may wait for their backward
+
+
+class LayerProbes:
+    """Makes the probes of a forward pass outside the region, and reads what came back as their gradients.
+
+    Args:
+        sites: every tapped layer.
+        on_return: called in the backward pass when a probe gets its gradient.
+    """
+
+    def __init__(self, sites: list[LayerSite], on_return: Callable[[LayerPass], None]) -> None:
+        self._sites = sites
+        self._on_return = weakref.WeakMethod(on_return)
+        self._pending: list[LayerPass] = []  # whose probes may come back: a region keeps only the probes alive
+
+    def arm(self, run: LayerPass, device: torch.device) -> None:
+        """A forward pass begins."""
+        for site in self._sites:
+            probe = torch.empty(
+                len(site.columns), run.batch.size, dtype=torch.float64, device=device, requires_grad=True
+            )
+            probe.register_post_accumulate_grad_hook(_ProbeHook(self._on_return, run))
+            run.probes[site.number] = probe
+            armed[site.number] = probe
+        self._pending.append(run)
+        del self._pending[:-_MAX_PENDING]
+
+    def disarm(self) -> None:
+        """The forward pass is over."""
+        for site in self._sites:
+            armed.pop(site.number, None)
+
+    def read(self, run: LayerPass) -> None:
+        """The backward pass is over."""
+        for site in self._sites if run.probes else ():
+            probe = run.probes[site.number]
+            if probe.grad is None:
+                continue
+            *rows, calls = probe.grad.unbind()
+            probe.grad = None
+            if bool(calls.isnan().any()):
+                raise ValueError(f"module '{site.name}' ({type(site.module).__name__}): {OTHER_OUTPUT}")
+            if bool((calls > 1).any()):
+                raise ValueError(
+                    f"module '{site.name}' is called more than once in a compiled forward pass; its squares cannot be "
+                    "joined there. Run it in eager mode, or leave it out with on_unsupported='skip'"
+                )
+            for name, row in zip(site.columns, rows, strict=False):
+                run.calls[name] += 0
+                run.add_row(name, row)
+        if run.output_sq is not None:
+            run.add_row(OUTPUT, run.output_sq)
+        if run in self._pending:
+            self._pending.remove(run)
+
+
+class _ProbeHook:
+    def __init__(self, on_return: Callable[[], Callable[[LayerPass], None] | None], run: LayerPass) -> None:
+        self._on_return, self._run = on_return, weakref.ref(run)
+
+    def __call__(self, probe: Tensor) -> None:
+        run, on_return = self._run(), self._on_return()
+        if run is not None and on_return is not None:
+            on_return(run)

@@ -1,0 +1,246 @@
+"""Which trainable parameters have a rule, by structure and by the first forward pass's graph; and why others not."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.layers import Rule, rule_for
+from lipcore.models.names import named_modules
+from lipcore.models.outputs import nodes_of, tensors_of
+
+_WAYS_OUT = (
+    "Ways out: on_unsupported='skip' measures the other parameters; lipcore.layers.register() takes a rule for your "
+    "own layer; requires_grad_(False) freezes what is not trained"
+)
+
+UNSEEN = "has a gradient, but its layer's call did not come through the hooks"
+_BATCH_STATISTICS = torch.nn.modules.batchnorm._BatchNorm
+
+
+class Coverage:
+    """Parameter by parameter: covered by which layer's rule, frozen, or not covered and why."""
+
+    def __init__(self) -> None:
+        self.tapped: list[tuple[str, nn.Module, Rule, dict[str, str]]] = []
+        self.covered: dict[str, str] = {}  #: parameter -> "layer (Type)", or several of them for a tied one
+        self.frozen: list[str] = []
+        self.batch_statistics: list[tuple[str, nn.Module, Rule]] = []  #: BatchNorms, which may change to train mode
+        self._mixed_before: set[str] = set()  # of these, in train mode when the model was looked at
+        self.uncovered: dict[str, str] = {}  #: parameter -> why
+        self._parameters: dict[str, tuple[nn.Module, str]] = {}
+        self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters as they are now, by canonical name."""
+        for name, (owner, key) in self._parameters.items():
+            parameter = owner._parameters.get(key)
+            if parameter is not None:
+                yield name, parameter
+
+    def places(self) -> Iterator[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]]:
+        """Every parameter as it is now, and the dict and the key it is found by."""
+        for owner, key in self._parameters.values():
+            parameter = owner._parameters.get(key)
+            if parameter is not None:
+                yield owner._parameters, key, parameter
+
+    def measured(self) -> dict[str, nn.Parameter]:
+        """Parameters that are covered and not frozen at present."""
+        return {name: p for name, p in self.parameters() if name in self.covered and p.requires_grad}
+
+    def frozen_since(self) -> frozenset[str]:
+        """Parameters that were frozen after the model was looked at; ValueError for one that was unfrozen, or that is
+        computed from others."""
+        for name, (owner, key) in self._parameters.items():
+            parameter = owner._parameters.get(key)
+            if parameter is None or parameter.requires_grad is not self._trainable.get(name) or not parameter.is_leaf:
+                break
+        else:
+            return frozenset()
+        for name, parameter in self.parameters():
+            if not parameter.is_leaf:
+                raise ValueError(
+                    f"model: parameter '{name}' is computed from other tensors in this call (functional_call), whose "
+                    "gradients are others than its own; call the model itself, or run that call under torch.no_grad()"
+                )
+        now = {name: parameter.requires_grad for name, parameter in self.parameters()}
+        frozen = set()
+        for name, before in self._trainable.items():
+            if name not in now or now[name] > before:
+                what = "was frozen when the model was looked at, and is trained now"
+                what = what if name in now else "is not there any more (parametrized, pruned, removed)"
+                raise ValueError(
+                    f"model: parameter '{name}' {what}; call Monitor.rebind(), or make a new metric afterwards"
+                )
+            if before and not now[name]:
+                frozen.add(name)
+        return frozenset(frozen)
+
+    def mixing(self) -> str:
+        """Which BatchNorm mixes the samples, having been put in train mode since; "" where none does."""
+        for name, module, rule in self.batch_statistics:
+            if name not in self._mixed_before and (reason := rule.refuses(module)):
+                return f"module '{name}' ({type(module).__name__}): {reason}"
+        return ""
+
+    def uncover(self, name: str, reason: str) -> None:
+        self.covered.pop(name, None)
+        self.uncovered[name] = reason
+
+    def check(self) -> None:
+        """ValueError that names what is not covered."""
+        if not self.uncovered:
+            return
+        named = [f"'{name}': {reason}" for name, reason in self.uncovered.items()]
+        more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
+        raise ValueError(
+            f"model: {len(named)} trainable parameter{'s' * (len(named) > 1)} cannot be measured per sample: "
+            f"{'; '.join(named[:5])}{more}. {_WAYS_OUT}"
+        )
+
+    def check_single_use(self) -> None:
+        """ValueError when a parameter is tied, which a compiled region cannot join."""
+        for name, layers in self.covered.items():
+            if " + " in layers:
+                raise ValueError(
+                    f"model: parameter '{name}' is shared by {layers}; inside torch.compile the two gradients cannot "
+                    "be joined. Run the model in eager mode, or untie them"
+                )
+
+    def __str__(self) -> str:
+        lines = [f"covered      {name}: {layer}" for name, layer in self.covered.items()]
+        lines += [f"frozen       {name}" for name in self.frozen]
+        lines += [f"not covered  {name}: {reason}" for name, reason in self.uncovered.items()]
+        return "\n".join(lines)
+
+
+def cover(model: nn.Module) -> Coverage:
+    """What the modules' structure tells."""
+    coverage = Coverage()
+    names: dict[int, str] = {}
+    modules = list(named_modules(model))
+    for module_name, module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model: module '{module_name}' is a TorchScript module, whose calls no hook sees; use the Python "
+                "module that it was made of"
+            )
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) not in names:
+                name = f"{module_name}.{key}" if module_name else key
+                names[id(parameter)] = name
+                coverage._parameters[name] = (module, key)
+    inside_rule: set[int] = set()  # children whose parameters their parent's rule covers
+    for module_name, module in modules:
+        rule = None if id(module) in inside_rule else rule_for(module)
+        if rule is None:
+            continue
+        if isinstance(module, _BATCH_STATISTICS):
+            coverage.batch_statistics.append((module_name, module, rule))
+        parametrized = getattr(module, "parametrizations", None) is not None
+        own: dict[str, str] = {}
+        for key, parameter in module.named_parameters():
+            if parametrized or not parameter.requires_grad:
+                continue
+            if parameter.is_complex():
+                coverage.uncovered[names[id(parameter)]] = "is complex, and the rules are for real numbers"
+            elif _makes_another(module, key):
+                coverage.uncovered[names[id(parameter)]] = _why(module, key)
+            else:
+                own[key] = names[id(parameter)]
+        if len(list(module.children())) and not parametrized:
+            inside_rule.update(id(child) for child in module.modules() if child is not module)
+        reason = rule.refuses(module)
+        if reason and isinstance(module, _BATCH_STATISTICS):
+            coverage._mixed_before.add(module_name)
+            if not own:
+                coverage.uncovered[module_name] = reason  # it spoils the other parameters' gradients
+        for name in own.values() if reason else ():
+            coverage.uncovered.setdefault(name, reason)
+        if reason or not own:
+            continue
+        coverage.tapped.append((module_name, module, rule, own))
+        layer = f"{module_name or 'model'} ({type(module).__name__})"
+        for name in own.values():
+            coverage.covered[name] = f"{coverage.covered[name]} + {layer}" if name in coverage.covered else layer
+    for name, parameter in coverage.parameters():
+        if not parameter.requires_grad:
+            coverage.frozen.append(name)
+        elif name not in coverage.covered and name not in coverage.uncovered:
+            coverage.uncovered[name] = _why(*coverage._parameters[name])
+    coverage._trainable = {name: parameter.requires_grad for name, parameter in coverage.parameters()}
+    return coverage
+
+
+def _makes_another(module: nn.Module, key: str) -> bool:
+    """Whether it is what pruning or the older weight_norm left of a parameter, which is a plain tensor now."""
+    return any(isinstance(value, Tensor) and key.startswith(f"{name}_") for name, value in module.__dict__.items())
+
+
+def _why(owner: nn.Module, key: str) -> str:
+    kind = type(owner).__name__
+    if _makes_another(owner, key):
+        return f"is not used by {kind} itself, which has a tensor that is computed from it (pruning, weight_norm)"
+    if kind == "ParametrizationList":
+        return "is behind a parametrization (weight_norm, spectral_norm), whose gradient is not the layer's"
+    return f"there is no rule for {kind}"
+
+
+def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: bool) -> None:
+    """Compare the graph behind a forward pass's output with the calls that came through hooks: a parameter that is used
+    more often than it was tapped (F.linear on another layer's weight) would get a wrong norm."""
+    uses = _uses(output)
+    for name, parameter in coverage.parameters():
+        if not parameter.requires_grad or name not in coverage.covered:
+            continue
+        used = uses.get(id(parameter), 0)
+        if used > max(1, calls[name]) or (used and not calls[name]):
+            coverage.uncover(
+                name,
+                f"is used {used} times in the forward pass, but only {calls[name]} times by its own layer's call "
+                "(a function such as F.linear is given it directly)",
+            )
+    if not skip:
+        coverage.check()
+
+
+def audit_gradients(coverage: Coverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool) -> None:
+    """After the first record: a parameter that has got a gradient, which no layer's call has brought. `before`: whether
+    it had one before the pass."""
+    for name, parameter in coverage.measured().items():
+        if parameter.grad is not None and not before.get(name, False) and name not in recorded:
+            coverage.uncover(name, UNSEEN)
+    if not skip:
+        coverage.check()
+
+
+def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> bool:
+    """Whether a forward pass's input was computed from one of these."""
+    inputs = [tensor for tensor in tensors_of((arguments, keywords)) if tensor.grad_fn]
+    return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
+
+
+def _uses(output: Any) -> dict[int, int]:
+    """Edges of the graph into each parameter, by id; a cast that autocast keeps for several uses counts once a use."""
+    edges: Counter[Any] = Counter()
+    casts: list[tuple[Any, Any]] = []
+    leaves: dict[Any, Tensor] = {}
+    for node in nodes_of(output):
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            variable = getattr(child, "variable", None)
+            if variable is not None:
+                leaves[child] = variable
+                if node.name() == "ToCopyBackward0":
+                    casts.append((node, child))
+            edges[child] += 1
+    uses = {id(leaf): edges[child] for child, leaf in leaves.items()}
+    for cast, child in casts:
+        uses[id(leaves[child])] += max(0, edges[cast] - 1)
+    return uses

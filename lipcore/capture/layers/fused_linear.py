@@ -1,0 +1,57 @@
+"""``fused=True``: a Linear whose weight gradient lipcore computes itself, taking the per-sample norms on the way."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.capture.identity import passed_on
+from lipcore.capture.layers.layer_pass import LayerPass
+from lipcore.layers import Batch
+
+if TYPE_CHECKING:
+    from lipcore.capture.layers.layer_site import LayerSite
+
+_LEAST_TOKENS = 48  # below, an ordinary weight gradient and a Gram cost less
+
+
+def can_fuse(module: nn.Module, arguments: tuple[Any, ...], batch: Batch) -> bool:
+    """Whether this call of a layer has sequences long enough, and nothing but x to differentiate by."""
+    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or len(arguments) != 1:
+        return False
+    tokens = arguments[0].numel() // max(1, module.in_features * batch.size)
+    return module.weight.requires_grad and tokens >= _LEAST_TOKENS
+
+
+class FusedLinear(torch.autograd.Function):
+    """Stands in the place of the backward of y = x W^T + b; y is what the layer itself has computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        output: Tensor,
+        site: LayerSite,
+        run: LayerPass,
+        inner: bool,
+    ) -> Tensor:
+        ctx.site, ctx.run, ctx.inner, ctx.x_dtype = site, run, inner, x.dtype
+        # The output's dtype is autocast's. Without a gradient for x the weight may change before the backward pass.
+        ctx.save_for_backward(x.to(output.dtype), weight if x.requires_grad else None)
+        return passed_on(ctx, output, True)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        x_grad = (grad @ weight.to(grad.dtype)).to(ctx.x_dtype) if needs_x else None
+        weight_grad = ctx.site.fused_came_back(ctx.run, grad, x, ctx.inner) if needs_weight else None
+        if weight_grad is None and needs_weight:
+            weight_grad = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        bias_grad = grad.reshape(-1, grad.shape[-1]).sum(0) if needs_bias else None
+        # Gradients in another dtype than their leaf's are cast by the engine.
+        return x_grad, weight_grad, bias_grad, None, None, None, None

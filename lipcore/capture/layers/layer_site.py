@@ -1,0 +1,340 @@
+"""One tapped layer: its rule, its parameters' names, and the two ways in which its gradient comes back."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lipcore import _core, functional
+from lipcore.capture.compiled import armed
+from lipcore.capture.identity import passed_on
+from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
+from lipcore.capture.layers.layer_pass import DELTA, LayerPass
+from lipcore.capture.layers.other_outputs import watch, watch_probed
+from lipcore.capture.layers.packed import check_rows
+from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
+from lipcore.layers import Batch, Factor, Rule, norms_sq_of
+
+if TYPE_CHECKING:
+    from lipcore.capture.layers.layer_capture import LayerCapture
+
+_BROADCAST = "; broadcast= names layers that are called without the batch dimension"
+_PREPENDED = (
+    "another forward hook runs before lipcore's and may change the output before it is seen (one registered with "
+    "prepend=True after lipcore's, or by register_module_forward_hook()); register it on the module, before the metric "
+    "is attached or without prepend"
+)
+OTHER_OUTPUT = (
+    "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
+    "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
+)
+_global_hooks = torch.nn.modules.module._global_forward_hooks  # run before a module's own
+_numbers = itertools.count(1 << 40)  # apart from those of capture.site
+
+
+class LayerSite:
+    """A module with a rule, hooked; brings the factors of its parameters' gradients to the pass they belong to."""
+
+    def __init__(self, capture: LayerCapture, name: str, module: nn.Module, rule: Rule, names: dict[str, str]) -> None:
+        self.name, self.module, self.rule = name, module, rule
+        self.names = names  # the parameter's key in the module -> its canonical name
+        self.how = ""  # the way in which the weight's norms are computed, once that is known
+        self.broadcast = False  # its output has no batch dimension and is expanded here
+        self.number = next(_numbers)
+        self._capture = capture
+
+    def __reduce__(self) -> tuple[Callable[[], _InertHook], tuple[()]]:
+        return _InertHook, ()  # a copied or pickled model is not watched
+
+    @property
+    def in_place_after(self) -> bool:
+        """Whether an in-place activation may follow: not behind a tuple's view, nor behind an expanded output."""
+        # A layer of the user's may keep its output for its own backward pass, which a changed version would refuse.
+        ours = type(self.module).forward.__module__.startswith("torch.nn.modules.")
+        return ours and not (self.broadcast or isinstance(self.module, nn.MultiheadAttention))
+
+    @property
+    def columns(self) -> list[str]:
+        """What a probe's rows hold: the parameters' norms and, last, how often the layer was called."""
+        deltas = [DELTA + self.name] if self._capture.normalized else []
+        return [*self.names.values(), *deltas, "calls"]
+
+    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._trace(module, arguments, keywords, output)
+        capture = self._capture
+        inner = in_backward() != -1
+        if not is_plain_run():
+            return None
+        if not (inner or capture.tapping or capture.current is not None):
+            return None
+        run = capture.pass_of_recomputation() if inner else capture.current
+        if run is not None and not inner:
+            run.calls.update(self.names.values())
+        if not torch.is_grad_enabled():
+            return None
+        tensor = _tensor_of(output)
+        if tensor is None or not tensor.requires_grad:
+            return None
+        if _precedes(module, self):
+            capture.fail(_named(ValueError(_PREPENDED), self))
+            return None
+        if run is None:
+            if inner:
+                capture.unfollowed()
+            if inner or _core.paused():
+                return None
+            return _with_tensor(output, _Strayed.apply(tensor, self))  # type: ignore[no-untyped-call]
+        try:
+            refusal = self.rule.refuses(module)
+            if refusal:
+                raise ValueError(refusal)
+            if hasattr(tensor, "placements"):
+                raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
+            call = self._prepared(module, arguments, keywords, tensor, run.batches)
+        except Exception as error:
+            hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
+            capture.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
+            return None
+        watch(output, functools.partial(self._other_output_used, run))
+        if capture.fused and can_fuse(module, call.arguments, call.batch) and _site_of(tensor) is None:
+            bias = module.bias if isinstance(module.bias, Tensor) else None
+            fused = FusedLinear.apply(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)  # type: ignore[no-untyped-call]
+            return _with_tensor(output, fused)
+        tapped = _Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
+        return _with_tensor(output, tapped)
+
+    def _prepared(
+        self, module: nn.Module, arguments: Any, keywords: Any, output: Tensor, batches: list[Batch]
+    ) -> _Call:
+        """Of one of these batches."""
+        *others, last = batches
+        for batch in others:
+            with suppress(ValueError):
+                return self._prepared(module, arguments, keywords, output, [batch])
+        if self.broadcast:
+            last, arguments, output = self._expanded(last, arguments, output)
+        saved, extra = self._saved(module, arguments, keywords, last)
+        if last.offsets is not None:
+            check_rows(module, output, last.offsets)
+        return _Call(last, arguments, output, saved, extra)
+
+    def _saved(self, module: nn.Module, arguments: Any, keywords: Any, batch: Batch) -> tuple[list[Tensor], Any]:
+        saved, extra = self.rule.save(module, arguments, keywords, batch)
+        # No edges of the graph: a saved parameter would seem to be used once more.
+        return [t.detach() for t in saved], extra
+
+    def _other_output_used(self, run: LayerPass) -> None:
+        if run.proof is not None:
+            run.proof.spoiled = OTHER_OUTPUT
+        elif self._capture.recording and accumulates_everything():
+            self._capture.fail(_named(ValueError(OTHER_OUTPUT), self))
+
+    def _expanded(
+        self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
+    ) -> tuple[Batch, tuple[Any, ...], Tensor]:
+        """Of a layer that is called without the batch dimension (positions): what it would be with it. The values
+        and, by the very sum over the batch that broadcasting makes, the gradients stay the same."""
+        first = arguments[0]
+        positions = first.dim() - first.is_floating_point()  # dimensions that are no features
+        if positions > 1 and first.shape[0] == batch.size > 1:
+            raise ValueError(
+                f"broadcast: names this layer, which is called on shape {list(first.shape)}, with the batch dimension; "
+                "leave it out of broadcast="
+            )
+        shape = (batch.size, *first.shape) if first.shape[0] != 1 else (batch.size, *first.shape[1:])
+        if not getattr(_site_of(output), "broadcast", False):  # by another metric, whose hook ran before
+            output = output.expand((batch.size, *(output.shape if first.shape[0] != 1 else output.shape[1:])))
+        return Batch(batch.size), (first.expand(shape), *arguments[1:]), output
+
+    def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
+        """In the backward pass, in which nothing may be raised."""
+        capture = self._capture
+        if run.proof is not None:
+            run = run.proof
+        elif not capture.recording or not capture.comes_back(run, inner):
+            return
+        try:
+            with torch.no_grad():
+                factors = self.rule.factors(self.module, grad, extra, *saved)
+                own = {
+                    self.names[key]: capture.tuned(factor, self.name)
+                    for key, factor in factors.items()
+                    if key in self.names
+                }
+                self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")
+                run.add_factors(own)
+                if capture.normalized:
+                    run.add_row(DELTA + self.name, self._row_norms_sq(grad, run.batch))
+        except Exception as error:
+            capture.fail(_named(error, self))
+
+    def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
+        """The weight gradient, with the norms taken on the way; None where the layer has to do it itself."""
+        capture, batch = self._capture, run.batch
+        weight = self.names["weight"]
+        if run.proof is not None:
+            run = run.proof
+        elif not capture.recording or not capture.comes_back(run, inner):
+            return None
+        try:
+            with torch.no_grad():
+                tokens, grads = batch.tokens(x), batch.tokens(grad)
+                factors = self.rule.factors(self.module, grad, batch, x)
+                if "bias" in self.names:
+                    run.add_factor(self.names["bias"], factors["bias"])
+                if capture.normalized:
+                    run.add_row(DELTA + self.name, self._row_norms_sq(grad, batch))
+                if run.calls[weight] > 1:  # to be joined
+                    run.add_factor(weight, factors["weight"])
+                    return None
+                self.how = "inside the weight gradient"
+                weight_grad, norms_sq = functional.linear_weight_grad(tokens, grads, offsets=batch.offsets)
+                run.add_row(weight, norms_sq)
+                return weight_grad
+        except Exception as error:
+            capture.fail(_named(error, self))
+            return None
+
+    def _row_norms_sq(self, grad: Tensor, batch: Batch) -> Tensor:
+        if batch.offsets is None:
+            return functional.sample_norms(grad.movedim(self.rule.sample_dim(self.module, grad, batch), 0)).square()
+        rows = functional.sample_norms(grad.reshape(-1, grad.shape[-1])).square()
+        return torch.stack([part.sum() for part in rows.tensor_split(batch.offsets[1:-1].cpu())])
+
+    # ---- compiled regions: a probe takes the place of the pass
+
+    def _trace(self, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        probe = armed.get(self.number)
+        tensor = _tensor_of(output)
+        if probe is None or tensor is None:
+            return None
+        batch = Batch(probe.shape[1], self._capture.batch_dim)
+        if self.broadcast:
+            batch, arguments, tensor = self._expanded(batch, arguments, tensor)
+        elif self._capture.as_long_as_large and _may_be_positions(arguments):
+            raise ValueError(
+                f"module '{self.name}' ({type(module).__name__}): is called on shape {list(arguments[0].shape)}, "
+                "and the model's input has as many positions as samples, so which of them these are cannot be told "
+                "inside torch.compile; name the layer in broadcast= if they are positions, or use another batch size"
+            )
+        saved, extra = self._saved(module, arguments, keywords, batch)
+        tapped = _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
+        return watch_probed(tapped, probe)
+
+    def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
+        """The probe's gradient: float64 [columns, B]."""
+        factors: dict[str, Factor] = self.rule.factors(self.module, grad, extra, *saved)
+        nothing = torch.full((samples,), torch.nan, dtype=torch.float64, device=grad.device)
+        norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
+        rows = [norms_sq.get(key, nothing) for key in self.names]
+        if self._capture.normalized:
+            rows.append(self._row_norms_sq(grad, Batch(samples, self._capture.batch_dim)))
+        return torch.stack([*rows, torch.ones_like(nothing)])
+
+
+class _Call(NamedTuple):
+    """A layer's call as it is tapped."""
+
+    batch: Batch
+    arguments: tuple[Any, ...]
+    output: Tensor
+    saved: list[Tensor]
+    extra: Any
+
+
+class _InertHook:
+    """What a copied model has in the place of a hook."""
+
+    def __call__(self, *_: Any) -> None:
+        return None
+
+
+class _Tapped(torch.autograd.Function):
+    """Passes an output on; keeps the activations as saved tensors, so that checkpointing and offloading apply."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, site: LayerSite, run: LayerPass, extra: Any, inner: bool, *saved: Tensor
+    ) -> Tensor:
+        ctx.site, ctx.run, ctx.extra, ctx.inner = site, run, extra, inner
+        ctx.save_for_backward(*saved)
+        return passed_on(ctx, output, site.in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.site.came_back(ctx.run, grad, ctx.extra, ctx.inner, ctx.saved_tensors)
+        return (grad, *(None for _ in range(len(ctx.needs_input_grad) - 1)))
+
+
+class _Probed(torch.autograd.Function):
+    """The same inside a compiled region, where the numbers leave as the gradient of a probe."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite, extra: Any, *saved: Tensor) -> Tensor:
+        ctx.site, ctx.extra, ctx.samples = site, extra, probe.shape[1]
+        ctx.save_for_backward(*saved)
+        return passed_on(ctx, output, site.in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        columns = ctx.site.reduce(grad, ctx.extra, ctx.saved_tensors, ctx.samples)
+        return (grad, columns, None, None, *(None for _ in ctx.saved_tensors))
+
+
+class _Strayed(torch.autograd.Function):
+    """On the output of a layer that was called outside the model's forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, site: LayerSite) -> Tensor:
+        ctx.site = site
+        return passed_on(ctx, output, site.in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.site._capture.strayed(ctx.site)
+        return grad, None
+
+
+def _precedes(module: nn.Module, site: LayerSite) -> bool:
+    """Whether a hook that is not of this kind runs before this one, and may have changed the output."""
+    if _global_hooks:
+        return True
+    for hook in module._forward_hooks.values():
+        if hook is site:
+            return False
+        if not isinstance(hook, LayerSite):
+            return True
+    return False
+
+
+def _site_of(output: Tensor) -> LayerSite | None:
+    """That of another metric, which has tapped this output already."""
+    site = getattr(output.grad_fn, "site", None)
+    return site if isinstance(site, LayerSite) else None
+
+
+def _may_be_positions(arguments: tuple[Any, ...]) -> bool:
+    first = arguments[0] if arguments else None
+    return isinstance(first, Tensor) and not first.is_floating_point() and first.dim() == 1
+
+
+def _tensor_of(output: Any) -> Tensor | None:
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    return output if isinstance(output, Tensor) else None
+
+
+def _with_tensor(output: Any, tensor: Tensor) -> Any:
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
+def _named(error: Exception, site: LayerSite) -> Exception:
+    text = f"module '{site.name}' ({type(site.module).__name__}): {error}"
+    return type(error)(text) if isinstance(error, (ValueError, TypeError)) else RuntimeError(text)

@@ -1,0 +1,36 @@
+"""Boundaries of packed sequences: whether they fit."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.functional.dtypes import INTEGERS
+
+
+def boundaries(offsets: Any) -> Tensor:
+    """As int64 [B + 1], a copy: a buffer may be filled anew before the backward pass. Values are looked at where that
+    does not wait for a device."""
+    if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in INTEGERS:
+        got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
+        raise ValueError(f"cu_seqlens: expected boundaries, integers of shape [B + 1], got {got}")
+    found: Tensor = offsets.detach().to(torch.int64, copy=True)
+    if found.is_cpu and (found[0] != 0 or bool((found.diff() < 0).any())):
+        raise ValueError(f"cu_seqlens: expected boundaries from 0 in ascending order, got {found.tolist()[:16]}")
+    return found
+
+
+def check_rows(module: nn.Module, output: Tensor, offsets: Tensor) -> None:
+    """ValueError unless they end with the last row of a layer's output."""
+    features = len(getattr(module, "normalized_shape", (0,)))
+    if output.dim() <= features:
+        raise ValueError(
+            f"cu_seqlens: expected packed rows [total, features], got an output of shape {list(output.shape)}, which "
+            "has no dimension of features; give the layer an input with one (unsqueeze(-1))"
+        )
+    rows = math.prod(output.shape[: output.dim() - features])
+    if offsets.is_cpu and rows != int(offsets[-1]):
+        raise ValueError(f"cu_seqlens: the boundaries end at {int(offsets[-1])}, but there are {rows} rows")

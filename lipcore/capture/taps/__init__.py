@@ -1,0 +1,1 @@
+"""Chosen modules: per-sample numbers from the gradients at their outputs."""

@@ -1,0 +1,67 @@
+"""Probes: how numbers leave a compiled region, which can neither make leaves nor keep what a hook tells it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.capture.compiled import armed
+from lipcore.capture.taps.collector import Collector, MicroBatch
+from lipcore.capture.taps.site import Site
+
+_MAX_PENDING = 1024  # forward passes whose probes may wait for their backward
+
+
+class Probes:
+    """Makes the probes of every forward pass outside the region, from the batch size of the input, and reads their
+    gradients when the clock ticks."""
+
+    def __init__(self, sites: list[Site], collector: Collector) -> None:
+        self.pending: list[MicroBatch] = []  # always this very list
+        self._sites = sites
+        self._collector = collector
+        self._generation = 0
+
+    def arm(self, micro: MicroBatch, arguments: list[Any]) -> None:
+        first = next((a for a in arguments if isinstance(a, Tensor) and a.dim()), None)
+        if first is None:
+            self._collector.fail(
+                ValueError("model: a compiled model's first tensor argument must have the batch dimension; found none")
+            )
+            return
+        self._collector.forwards += 1
+        size, device = len(first), first.device
+        micro.probes = {
+            site: torch.empty(site.columns, size, dtype=torch.float64, device=device, requires_grad=True)
+            for site in self._sites
+        }
+        armed.update((site.number, probe) for site, probe in micro.probes.items())
+        micro.generation = self._generation
+        self.pending.append(micro)
+        if len(self.pending) > _MAX_PENDING:
+            del self.pending[0]
+
+    def disarm(self) -> None:
+        """The forward pass is over."""
+        for site in self._sites:
+            armed.pop(site.number, None)
+
+    def read(self, *, forget: bool) -> None:
+        """Deliver what has come back; `forget` the forward passes from before the last time that did so."""
+        waiting = self.pending.copy()
+        self.pending.clear()
+        for micro in waiting:
+            if micro.delivered:
+                continue
+            for site, probe in (micro.probes or {}).items():
+                if probe.grad is not None:
+                    micro.columns[site] = probe.grad
+            if len(micro.columns) == len(self._sites):
+                self._collector.deliver(micro)
+            elif not forget or micro.generation == self._generation:
+                # Its backward may still come: in a pipeline a step can lie between a forward pass and its backward.
+                self.pending.append(micro)
+        if forget:
+            self._generation += 1

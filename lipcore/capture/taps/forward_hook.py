@@ -1,0 +1,113 @@
+"""The hook on a tapped module: asks for the gradient at its output, in one of two ways.
+
+* In eager mode by a hook on the node that made the output: nothing is added to the graph (but an identity where the
+  output does not require a gradient of its own), nothing kept alive, right behind in-place activations and activation
+  checkpointing.
+* Inside torch.compile by an identity with a probe, a fresh leaf of shape [columns, B] whose "gradient" is the
+  per-sample numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.capture.compiled import armed
+from lipcore.capture.taps.collector import Collector, MicroBatch, inert_collector
+from lipcore.capture.taps.identity import Anchored, Probed
+from lipcore.capture.taps.site import Site
+from lipcore.capture.training_pass import in_backward, is_plain_run
+
+
+class ForwardHook:
+    """One site's hook; brings its numbers to the collector."""
+
+    def __init__(self, site: Site, collector: Collector) -> None:
+        self.site = site
+        self._collector = collector
+        self._anchor = torch.empty(0, requires_grad=True, device="cpu")
+
+    def __reduce__(self) -> tuple[Callable[[], ForwardHook], tuple[()]]:
+        return inert_hook, ()
+
+    def after_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        if torch.compiler.is_compiling():
+            site = self.site
+            probe = armed.get(site.number)
+            if probe is None:
+                return None
+            saved, extra = site.save(module, arguments)
+            return Probed.apply(output, probe, site, extra, *saved)  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled() or not is_plain_run():
+            return None
+        return self.tap(module, arguments, output)
+
+    def tap(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        """The same where it is known already that a plain run in grad mode has ended."""
+        site, collector = self.site, self._collector
+        if not collector.tapping:
+            return None
+        micro = collector.under_way.micro
+        if micro is None or site in micro.entered or in_backward() != -1:
+            micro = collector.enter_again(site)
+            if micro is None:
+                return None
+        try:
+            for tap in site.taps:
+                tap.check(output)
+        except ValueError as error:
+            collector.fail(error)
+            return None
+        if not micro.entered and micro.probes is None:
+            collector.forwards += 1
+        micro.entered.append(site)
+        watch = collector.under_way.watch
+        if watch is not None:
+            watch.reached(site.taps, output)
+        result = None
+        if output.grad_fn is None:
+            output = result = Anchored.apply(output, self._anchor, site.in_place_after)  # type: ignore[no-untyped-call]
+        saved, extra = site.save(module, arguments)
+        made, inner = output, in_backward() != -1
+        if site.in_place_after and output._is_view():
+            made = output._base  # an in-place activation would put a node of its own in the place of the view's
+        index, shape = made.output_nr, None if made is output else output.shape
+        # On the node and not on the tensor: a fifth of the cost, and an in-place activation cannot get between.
+        made.grad_fn.register_prehook(lambda grads: self._came_back(micro, grads[index], shape, extra, saved, inner))
+        return result
+
+    def _came_back(
+        self,
+        micro: MicroBatch,
+        grad: Tensor | None,
+        shape: torch.Size | None,
+        extra: Any,
+        saved: tuple[Tensor, ...],
+        inner: bool,
+    ) -> None:
+        site, collector = self.site, self._collector
+        if grad is None or micro.delivered or not collector.recording:
+            return  # a second backward through the same graph brings the same ratios again
+        # A checkpoint's inner backward belongs to the one around it; probes add up over several.
+        if not inner and not collector.counts(micro):
+            return
+        if not inner and micro.probes is None and micro.task != in_backward():
+            micro.task = in_backward()
+            micro.columns.clear()  # left by a backward pass that did not reach every site
+        columns = site.reduce(grad if shape is None else grad.reshape(shape), extra, saved)
+        if columns is None:
+            return
+        before = micro.columns.get(site)
+        micro.columns[site] = columns if before is None else before + columns
+        collector.returning = micro
+        if len(micro.columns) == collector.size:
+            collector.deliver(micro)
+
+
+def inert_hook() -> ForwardHook:
+    """What a copied model has in the place of the original's hook."""
+    collector = inert_collector()
+    return ForwardHook(Site("", collector.fail), collector)

@@ -1,0 +1,39 @@
+"""The two autograd Functions of taps that pass an output on unchanged, to get at its gradient."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.capture.identity import passed_on
+from lipcore.capture.taps.site import Site
+
+
+class Probed(torch.autograd.Function):
+    """Gives the probe, a fresh leaf, the reduced gradient as its own: a pure function that can be traced."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, probe: Tensor, site: Site, extra: Any, *saved: Tensor) -> Tensor:
+        ctx.site, ctx.extra = site, extra
+        ctx.save_for_backward(*saved)
+        return passed_on(ctx, output, site.in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        columns = ctx.site.reduce(grad, ctx.extra, ctx.saved_tensors)
+        return (grad, columns, None, None, *(None for _ in ctx.saved_tensors))
+
+
+class Anchored(torch.autograd.Function):
+    """For an output that requires no gradient, behind a frozen first layer: the anchor requires one, so that it is
+    computed."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, anchor: Tensor, in_place_after: bool) -> Tensor:
+        return passed_on(ctx, output, in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
+        return None, None, None

@@ -1,0 +1,62 @@
+"""The taps that share one module."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.capture.taps.tap import Tap
+
+_numbers = itertools.count()
+
+
+class Site:
+    """One tapped module: all taps on it share one hook, one gradient and one tensor of numbers."""
+
+    def __init__(self, target: str, fail: Callable[[Exception], None]) -> None:
+        self.taps: list[Tap] = []
+        self.name = target
+        self.module: nn.Module | None = None  # the first layer is None until it has run
+        self.in_place_after = False
+        self.number = next(_numbers)
+        self._fail = fail
+
+    @property
+    def columns(self) -> int:
+        return sum(tap.columns for tap in self.taps)
+
+    def resolve(self, name: str, module: nn.Module) -> None:
+        for tap in self.taps:
+            tap.resolve(name, module)
+        self.name, self.module = name, module
+        self.in_place_after = all(tap.in_place_after for tap in self.taps)
+
+    def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
+        """What reduce() will need beside the gradient."""
+        if len(self.taps) == 1:
+            return self.taps[0].save(module, arguments)
+        parts = [tap.save(module, arguments) for tap in self.taps]
+        return tuple(tensor for part, _ in parts for tensor in part), [(len(part), detail) for part, detail in parts]
+
+    def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> Tensor | None:
+        """The numbers of all taps, one below the other; None when that failed."""
+        if torch.compiler.is_compiling():
+            return self._reduce(grad, extra, saved)
+        try:
+            return self._reduce(grad, extra, saved)
+        except Exception as error:
+            self._fail(error)
+            return None
+
+    def _reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> Tensor:
+        if len(self.taps) == 1:
+            return self.taps[0].reduce(grad, extra, *saved)
+        parts, start = [], 0
+        for tap, (count, detail) in zip(self.taps, extra, strict=True):
+            parts.append(tap.reduce(grad, detail, *saved[start : start + count]))
+            start += count
+        return torch.cat(parts)

@@ -1,0 +1,226 @@
+"""Capture: registers the hooks on one model, and takes them off again."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipcore.capture.compiled import is_compiled
+from lipcore.capture.taps.batch_of_one import ends_of_chain, shortcut_hooks
+from lipcore.capture.taps.bypass import watch_input
+from lipcore.capture.taps.collector import Collector
+from lipcore.capture.taps.compile_probes import Probes
+from lipcore.capture.taps.first_layer import FirstLayerFinder
+from lipcore.capture.taps.forward_hook import ForwardHook
+from lipcore.capture.taps.site import Site
+from lipcore.capture.taps.tap import FIRST_LAYER, Record, SingleSample, Tap
+from lipcore.capture.training_pass import Untraced, is_training_forward
+from lipcore.models.chains import first_of_chain
+from lipcore.models.names import find_module, unwrap
+
+
+class Capture:
+    """All hooks on one model; hands each micro-batch's record to `on_record` once all its numbers are there.
+
+    Args:
+        model: the module the training loop calls; torch.compile's result when there is one.
+        taps: what is wanted, and where: a canonical module name, FIRST_LAYER, or "" for the model's own output.
+        on_record: gets one record per forward pass that was followed by a backward pass.
+        on_error: gets what would have been raised inside a hook; capturing has stopped then.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: Iterable[tuple[Tap, str]],
+        on_record: Callable[[Record], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
+        self.model = model
+        self._collector = Collector(on_record, on_error)
+        self._sites: dict[str, Site] = {}
+        for tap, target in taps:
+            self._sites.setdefault(target, Site(target, self._collector.fail)).taps.append(tap)
+        self._collector.size = len(self._sites)
+        self._hooks = {target: ForwardHook(site, self._collector) for target, site in self._sites.items()}
+        self._last = self._hooks.get("")
+        self._probes = Probes(list(self._sites.values()), self._collector)
+        self.pending = self._probes.pending  #: forward passes whose probes are read at the next tick()
+        self._compiled = any(is_compiled(module) for module in model.modules())
+        self._wants_watch = True
+        self._finder: FirstLayerFinder | None = None
+        self._shortcut: Any = None
+        self._handles: list[Any] = []
+        self._tap_handles: list[Any] = []
+        self._hooking = threading.Lock()  # threads that train one model hook the taps one after the other
+
+    def __reduce__(self) -> tuple[Callable[[], Capture], tuple[()]]:
+        return _inert_capture, ()  # for pickle and deepcopy: a copied model is not watched
+
+    # ---- hooks
+
+    def attach(self, single_sample: SingleSample | None = None) -> None:
+        """Register the hooks.
+
+        With `single_sample` batches of one are served from bias gradients where
+        that is sure to be right; then the taps are hooked when the first batch comes that the shortcut cannot serve.
+        """
+        if not self._sites:
+            return
+        if getattr(self.model, "_compiled_call_impl", None) is not None:
+            raise ValueError(
+                "model: was compiled in place by model.compile(), which leaves no room outside the graph; use "
+                "compiled = torch.compile(model) and pass `compiled`"
+            )
+        self._resolve()
+        ends = ends_of_chain(self.model) if single_sample is not None else None
+        if ends is None or single_sample is None:
+            self._hook_taps()
+            return
+        self._shortcut = shortcut_hooks(ends, single_sample, self._collector, self._hook_taps, self._unhook_taps)
+        self._handles = [
+            self.model.register_forward_pre_hook(Untraced(self._shortcut.before_forward)),
+            ends[0].bias.register_post_accumulate_grad_hook(self._shortcut.after_backward),
+        ]
+
+    def _resolve(self) -> None:
+        """Settle what can be known before the first forward pass."""
+        for target, site in self._sites.items():
+            if target == FIRST_LAYER:
+                first = first_of_chain(self.model)
+                if first is not None:
+                    site.resolve(*first)
+            elif target:
+                site.resolve(*find_module(self.model, target, site.taps[0].argument))
+            else:
+                site.resolve("", unwrap(self.model))
+
+    def _hook_taps(self) -> None:
+        """Register the forward hooks of all taps, once."""
+        with self._hooking:
+            if not self._tap_handles:
+                self._register_taps()
+        if self._shortcut is not None:  # it calls this when a forward pass has begun
+            self._shortcut.own_hooks = 1
+            self._collector.begin()
+
+    def _register_taps(self) -> None:
+        handles = self._tap_handles
+        handles.append(self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=self._compiled))
+        for target, hook in self._hooks.items():
+            if not target:
+                continue
+            if hook.site.module is not None:
+                handles.append(hook.site.module.register_forward_hook(hook.after_forward))
+            else:
+                self._look_for_first_layer(hook)
+        handles.append(self.model.register_forward_hook(self._end_forward, always_call=True))
+
+    def _unhook_taps(self) -> None:
+        with self._hooking:
+            for handle in self._tap_handles:
+                handle.remove()
+            self._tap_handles.clear()
+        self._shortcut.own_hooks = 0
+
+    def _look_for_first_layer(self, hook: ForwardHook) -> None:
+        if self._compiled:
+            raise ValueError(
+                "input: the first layer of a compiled model cannot be found by watching it run; name it: "
+                "input='<module>'"
+            )
+        self._finder = FirstLayerFinder(hook, self._collector, self._tap_handles)
+        self._finder.look_in(self.model)
+
+    def close(self) -> None:
+        """Remove every hook; what was recorded stays."""
+        self.flush()
+        self._collector.recording = self._collector.tapping = False
+        if self._finder is not None:
+            self._finder.close()
+        for handles in (self._handles, self._tap_handles):
+            for handle in handles:
+                handle.remove()
+            handles.clear()
+        self.pending.clear()
+
+    # ---- one forward pass
+
+    def _begin_forward(
+        self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
+    ) -> None:
+        if torch.compiler.is_compiling() or not is_training_forward():
+            return
+        collector = self._collector
+        micro = collector.begin()
+        if self._finder is not None:
+            self._finder.begin_forward()
+        if not collector.tapping:
+            return
+        if self._compiled:
+            self._probes.arm(micro, [*arguments, *(keywords or {}).values()])
+        elif self._wants_watch:
+            self._wants_watch = False  # the next ones run unwatched
+            collector.under_way.watch = watch_input(arguments)
+
+    def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        last = None if output is None else self._last  # None: the forward pass raised
+        if torch.compiler.is_compiling():
+            return last.after_forward(module, arguments, output) if last is not None else None
+        if not is_training_forward():
+            return None
+        result = last.tap(module, arguments, output) if last is not None else None
+        if self._compiled:
+            self._probes.disarm()
+        under_way = self._collector.under_way
+        if under_way.watch is not None:
+            under_way.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            under_way.watch = None
+        if self._finder is not None and self._finder.found:
+            self._finder.close()
+            self._finder = None
+        under_way.micro = None
+        return result
+
+    # ---- the clock, and what came of it all
+
+    def tick(self) -> None:
+        """The optimizer has stepped: read the probes; forget forward passes that never came back."""
+        if self.pending:
+            self._probes.read(forget=True)
+
+    def flush(self) -> None:
+        """Read the probes without waiting for a step."""
+        self._probes.read(forget=False)
+
+    def fail(self, error: Exception) -> None:
+        """Stop capturing and hand the error on; never raises."""
+        self._collector.fail(error)
+
+    @property
+    def unrecorded(self) -> int:
+        """Forward passes in grad mode whose backward has not come, or was not one that could be recorded."""
+        abandoned = self._shortcut.abandoned if self._shortcut is not None else 0
+        return self._collector.forwards - self._collector.records + abandoned
+
+    @property
+    def refused(self) -> list[str]:
+        """Why backward passes that came through its hooks were not recorded."""
+        return sorted(self._collector.refused)
+
+    @property
+    def nothing_came(self) -> bool:
+        """Whether it should have recorded something by now, and has not."""
+        served = self._shortcut.served if self._shortcut is not None else 0
+        return self._collector.recording and bool(self._sites) and not self._collector.records and not served
+
+
+def _inert_capture() -> Capture:
+    """What a copied model has in the place of the hooks of the original's capture."""
+    inert = Capture(nn.Identity(), [], lambda record: None, lambda error: None)
+    inert._collector.recording = inert._collector.tapping = False
+    return inert

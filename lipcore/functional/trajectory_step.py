@@ -1,0 +1,109 @@
+"""One step of trajectory statistics of a list of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lipcore import _core
+from lipcore.functional.arguments import check_state, resolved
+
+
+def trajectory_step(
+    params: Sequence[Tensor],
+    prev: Sequence[Tensor],
+    ref: Sequence[Tensor],
+    mean: Sequence[Tensor],
+    count: int,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:
+    r"""One step of trajectory statistics for a list of tensors, in one pass over their memory.
+
+    With dw = w - prev and x = w - ref, the columns of the result are :math:`\sum dw^2`, :math:`\sum x^2`, the Welford
+    increment :math:`\sum (x - \bar x_{old})(x - \bar x_{new})`, :math:`\max |dw|`, :math:`\sum w^2` and the number of
+    non-finite elements of w. Then prev becomes w and mean becomes the mean of x over `count` points. A tensor with
+    non-finite elements gets a row of NaN with their number and keeps its prev and mean; the other tensors are
+    unaffected.
+
+    Args:
+        params: the tensors as they are now.
+        prev: as they were a step ago, same shapes and dtypes; updated in place.
+        ref: the reference point (the initialisation, say), same shapes and dtypes.
+        mean: running mean of w - ref, float32 (float64 for float64 tensors); updated in place.
+        count: number of points averaged, this one included; at 1 the mean starts here.
+        out: float64 [n, 6] to write into.
+
+    Returns:
+        float64 [n, 6].
+
+    Raises:
+        TypeError, ValueError: an argument lipcore cannot use, state that is not dense or shares memory, or lists that
+            do not belong together. Nothing has been written then.
+
+    >>> w, state = [torch.tensor([3.0, 4.0])], [[torch.zeros(2)] for _ in range(3)]
+    >>> trajectory_step(w, *state, count=1)
+    tensor([[25., 25.,  0.,  4., 25.,  0.]], dtype=torch.float64)
+    """
+    lists = {"params": params, "prev": prev, "ref": ref, "mean": mean}
+    for name, tensors in lists.items():
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(tensors).__name__}")
+    readable = [resolved(tensor, "params", i) for i, tensor in enumerate(params)]
+    reference = [resolved(tensor, "ref", i) for i, tensor in enumerate(ref)]
+    for name in ("prev", "mean"):
+        for i, tensor in enumerate(lists[name]):
+            check_state(tensor, name, i)
+    if len(prev) == len(params) and len(ref) == len(params):
+        laid_out = [[_in_layout_of(a, b) for a, b in zip(t, prev, strict=True)] for t in (readable, reference)]
+        written = [("prev", prev), ("mean", mean), ("out", [] if out is None else [out])]
+        for name, before, after in zip(("params", "ref"), (readable, reference), laid_out, strict=True):
+            _check_copies(name, before, after, written)
+        readable, reference = laid_out
+    if out is None:
+        device = readable[0].device if readable else None
+        out = torch.empty(len(params), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
+    else:
+        check_state(out, "out")
+    _core.trajectory_step(readable, prev, reference, mean, count, out)
+    return out
+
+
+def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """The tensor's values in the memory order of `like`; a copy only where strides differ. Misfits are left to the
+    core."""
+    if tensor.stride() == like.stride() or tensor.shape != like.shape or tensor.dtype != like.dtype:
+        return tensor
+    if tensor.device != like.device:
+        return tensor
+    return torch.empty_like(like).copy_(tensor.detach())
+
+
+def _check_copies(
+    name: str, before: Sequence[Tensor], after: Sequence[Tensor], written: list[tuple[str, Sequence[Tensor]]]
+) -> None:
+    """The core refuses state that shares memory with an argument, but of one that had to be copied it sees the copy."""
+    for i, (original, used) in enumerate(zip(before, after, strict=True)):
+        if used is original:
+            continue
+        for state, tensors in written:
+            for j, tensor in enumerate(tensors):
+                if _overlap(original, tensor):
+                    raise ValueError(
+                        f"{state}[{j}]: is written to but shares memory with {name}[{i}]; pass separate tensors"
+                    )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the spans of memory from first to last element meet."""
+    if not a.numel() or not b.numel():
+        return False
+    (a_first, a_last), (b_first, b_last) = _span(a), _span(b)
+    return a_first < b_last and b_first < a_last
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()

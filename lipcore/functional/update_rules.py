@@ -1,0 +1,126 @@
+"""What an optimizer's step does to one parameter, as a formula in the optimizer's state after the step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lipcore import _core
+
+Scalar = float | Tensor  #: a Tensor only for CUDA parameters: a 0-dimensional one that nothing on the host waits for
+
+
+class UpdateRule(NamedTuple):
+    r"""The update dw of one step from the parameter w after it and up to two tensors a, b of the optimizer.
+
+    Linear, for SGD and for updates that are given: :math:`dw = -(decay \, w + rate \, a + mix \, b)`.
+    Adaptive, for Adam and AdamW: :math:`dw = -(decay \, w + rate \, u)` with the normalised update
+    :math:`u = first\_scale \, a \,/\, (second\_scale \sqrt b + eps)`.
+
+    A tensor whose coefficient is 0 may be None in a linear rule; the default rule is that of a parameter which was not
+    stepped.
+
+    >>> UpdateRule.of_step(rate=0.1, shrink=0.5).decay  # w = (1 - 0.5) w_prev - 0.1 a has dw = -(1 w + 0.2 a)
+    1.0
+    """
+
+    rate: Scalar = 0.0
+    mix: Scalar = 0.0
+    decay: Scalar = 0.0
+    first_scale: Scalar = 1.0
+    second_scale: Scalar = 1.0
+    eps: Scalar = 0.0
+    adaptive: bool = False
+
+    @classmethod
+    def of_step(cls, rate: Scalar, mix: Scalar = 0.0, shrink: Scalar = 0.0, **scales: Any) -> UpdateRule:
+        r"""Of the step :math:`w = (1 - shrink) \, w_{prev} - s`, where shrink is learning rate times weight decay:
+        :math:`dw = -(shrink \, w + s) / (1 - shrink)`.
+
+        Raises:
+            ValueError: shrink is so near to 1 that w no longer says what it was.
+        """
+        if isinstance(shrink, float):
+            if shrink == 0:
+                return cls(rate, mix, 0.0, **scales)
+            if abs(1 - shrink) < 0.1:
+                raise ValueError(
+                    f"learning rate times weight decay is {shrink:.3g}: a step that leaves less than a tenth of the "
+                    "parameter does not tell what it was before; use a smaller learning rate or weight decay"
+                )
+        left = 1 - shrink
+        return cls(rate / left, mix / left, shrink / left, **scales)
+
+
+GIVEN = UpdateRule(rate=-1.0)  #: the first tensor is dw itself
+DIFFERENCE = UpdateRule(rate=1.0, decay=-1.0)  #: the first tensor is the parameter before the step
+
+
+def sums_on_device(w: Tensor, a: Tensor | None, b: Tensor | None, rule: UpdateRule) -> tuple[Tensor, Tensor]:
+    """A row of :func:`lipcore.functional.update_sums` and its mean square by torch's operations; no host
+    synchronisation. Transient memory: about four copies of the tensor in its working type."""
+    tensors = [t.detach() for t in (w, a, b) if t is not None]
+    work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+    w = w.detach().to(work)
+    moved = w * rule.decay
+    mean_square = w.new_full((), torch.nan, dtype=torch.float64)
+    if rule.adaptive:
+        assert a is not None
+        assert b is not None
+        denominator = b.detach().to(work).sqrt().mul_(rule.second_scale).add_(rule.eps)
+        direction = (a.detach().to(work) * rule.first_scale).div_(denominator)
+        del denominator
+        if w.numel():
+            mean_square = _sum_of_squares(direction) / w.numel()
+        moved += direction.mul_(rule.rate)
+        del direction
+    else:
+        for tensor, factor in ((a, rule.rate), (b, rule.mix)):
+            if tensor is not None:
+                moved += tensor.detach().to(work) * factor
+    largest = moved.abs().amax().double() if moved.numel() else mean_square.new_zeros(())
+    zero = mean_square.new_zeros(())
+    nonfinite = (~(w.isfinite() & moved.isfinite())).sum().double()
+    row = torch.stack([_sum_of_squares(moved), zero, zero, largest, _sum_of_squares(w)])
+    usable = nonfinite == 0
+    row = torch.where(usable, row, torch.nan)
+    return torch.cat([row, nonfinite.reshape(1)]), torch.where(usable, mean_square, torch.nan)
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return norm.square()
+
+
+def update_sums_on_device(
+    params: Sequence[Tensor],
+    first: Sequence[Tensor | None],
+    second: Sequence[Tensor | None],
+    rules: Sequence[UpdateRule],
+) -> tuple[Tensor, Tensor]:
+    """Compute :func:`lipcore.functional.update_sums` in torch's operations, for tensors on a device."""
+    rows, normalized = [], []
+    for i, (w, a, b, rule) in enumerate(zip(params, first, second, rules, strict=True)):
+        if not isinstance(rule, UpdateRule):
+            raise TypeError(
+                f"rules[{i}]: expected a lipcore.functional.update_rules.UpdateRule, got {type(rule).__name__}"
+            )
+        if w.device != params[0].device:
+            raise ValueError(f"params[{i}]: is on another device than params[0]; put all on one")
+        for name, tensor, scalar in (("first", a, rule.rate), ("second", b, rule.mix)):
+            if tensor is None:
+                if rule.adaptive or isinstance(scalar, Tensor) or scalar != 0:
+                    _core.check_storage(tensor, name, i)  # says what None is instead of a tensor
+            elif tensor.shape != w.shape:
+                raise ValueError(
+                    f"{name}[{i}]: expected shape {list(w.shape)} of params[{i}], got {list(tensor.shape)}"
+                )
+            elif tensor.device != w.device:
+                raise ValueError(f"{name}[{i}]: is on another device than params[{i}]; put all on one")
+        row, mean_square = sums_on_device(w, a, b, rule)
+        rows.append(row)
+        normalized.append(mean_square)
+    return torch.stack(rows), torch.stack(normalized)

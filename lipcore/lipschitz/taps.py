@@ -1,0 +1,150 @@
+"""What Lipschitz takes from a backward pass: gradients at the first layer's output and at the model's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore import _core, functional
+from lipcore.capture.taps.tap import Tap
+from lipcore.functional.library import CPU
+from lipcore.lipschitz.pullback import pull_back
+from lipcore.models.chains import FIRST_LAYER_TYPES
+
+_SMALL = 4096  # multiplications below which one compiled loop beats torch's matrix product and what surrounds it
+_CHEAP = 1 << 20  # multiplications that no training step with a batch worth them would notice
+_SPARSE = 16  # above, W_1^T delta costs what the layer's own forward does: once in so many micro-batches, 1 % or less
+
+
+class FirstLayerTap(Tap):
+    """Per sample, delta being the gradient at the first layer's output before its activation: ||delta||, ||W_1^T
+    delta||,
+    and ||delta|| once more where the second was computed (NaN elsewhere), so that both can be averaged over the same
+    samples."""
+
+    argument = "input"
+    columns = 3
+    in_place_after = True
+    follows_input = True
+
+    def __init__(
+        self, key: str, on_resolved: Callable[[], None], on_bypassed: Callable[[], None], pull_back_every: int | None
+    ) -> None:
+        self.key = key
+        self._on_resolved = on_resolved
+        self.bypassed = on_bypassed  # type: ignore[method-assign]
+        self._every = pull_back_every
+        self._calls = 0
+        self.name = ""
+        self.module: nn.Module | None = None
+        self.batch_shape: tuple[int, ...] | None = None  # of the layer's input, as last seen
+
+    def resolve(self, name: str, module: nn.Module) -> None:
+        if not isinstance(module, FIRST_LAYER_TYPES):
+            raise ValueError(
+                f"input: module '{name}' is a {type(module).__name__}; the first layer must be a Linear, Conv1d, "
+                "Conv2d, Conv3d or Embedding"
+            )
+        self.name, self.module = name, module
+        self._on_resolved()
+
+    def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
+        shape = arguments[0].shape if arguments else None
+        if torch.compiler.is_compiling():  # the batch's size and a counter would be compiled in
+            shape = None if shape is None else (1, *shape[1:])
+        else:
+            self._calls += 1
+        self.batch_shape = shape
+        if isinstance(module, nn.Embedding) or (shape is None and not isinstance(module, nn.Linear)):
+            return (), None
+        weight = module._parameters.get("weight")
+        return (module.weight if weight is None else weight,), (shape, self._calls)  # type: ignore[return-value]
+
+    @property
+    def rule(self) -> str:
+        """How often lambda is computed, in words."""
+        if self._every is not None:
+            return f"lambda every {self._every} micro-batches" if self._every > 1 else "lambda every micro-batch"
+        return f"lambda every micro-batch, every {_SPARSE} where W_1^T delta takes over {_CHEAP:,} multiplications"
+
+    def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
+        compiling = torch.compiler.is_compiling()
+        if not saved:  # an Embedding's input is not a vector, and a keyword argument is not seen: there is no lambda
+            return _columns(functional.sample_norms(grad_output))
+        (weight,), (shape, call) = saved, extra
+        work = grad_output.numel() * weight[0].numel()
+        every = 1 if compiling else self._every or (1 if work <= _CHEAP else _SPARSE)
+        if every > 1 and call % every != 1:
+            return _columns(functional.sample_norms(grad_output))
+        if work <= _SMALL and grad_output.dim() == 2 and grad_output.is_cpu and not compiling:
+            out = torch.empty(3, grad_output.shape[0], dtype=torch.float64, device=CPU)
+            _core.first_layer_norms(grad_output, weight, out)
+            return out
+        # At least float32, whatever autocast made of the gradient: bfloat16 products would carry 4e-3.
+        precise = torch.promote_types(grad_output.dtype, torch.float32)
+        assert self.module is not None
+        pulled = pull_back(self.module, weight.detach().to(precise), grad_output.detach().to(precise), shape)
+        return _columns(functional.sample_norms(grad_output), functional.sample_norms(pulled))
+
+
+def _columns(norms: Tensor, pulled: Tensor | None = None) -> Tensor:
+    if pulled is not None:
+        return torch.stack([norms, pulled, norms])
+    missing = torch.full_like(norms, math.nan)
+    return torch.stack([norms, missing, missing])
+
+
+def last_kind(module: nn.Module) -> str:
+    """Class of the module that makes the output of (nested) nn.Sequentials; "" where other wiring hides it."""
+    last = module
+    while isinstance(last, nn.Sequential) and len(last):
+        last = last[-1]
+    return "" if list(last.children()) else type(last).__name__
+
+
+class OutputTap(Tap):
+    """Per sample: |dL/dyhat|, or ||dL/dz|| for quantity="residual"."""
+
+    argument = "output"
+    columns = 1
+
+    def __init__(self, key: str, check: Callable[[Tensor], None]) -> None:
+        self.key = key
+        self._check = check
+        self.name = ""
+        self.module: nn.Module | None = None
+        self.kind = ""  # what made the output, as far as it can be seen
+
+    def resolve(self, name: str, module: nn.Module) -> None:
+        self.name, self.module = name, module
+        self.kind = last_kind(module)
+
+    def check(self, output: Any) -> None:
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"output: {self.place} returns a {type(output).__name__}, not a tensor; name the module whose output "
+                "is meant: output='<module>'"
+            )
+        if not self.kind and output.grad_fn is not None and output.grad_fn.name().startswith("Sigmoid"):
+            self.kind = "Sigmoid"
+        self._check(output)
+
+    @property
+    def place(self) -> str:
+        """Last part of the keys: which output the numbers refer to, since a probability and a logit give different
+        ones."""
+        name = self.name or "model"
+        return f"{name}:{self.kind}" if self.kind else name
+
+    def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
+        if not grad_output.dim():
+            grad_output = grad_output.reshape(1)  # squeezed, so it is the value of a single sample
+        if grad_output.is_cpu and not torch.compiler.is_compiling():
+            out = torch.empty(1, grad_output.shape[0], dtype=torch.float64, device=CPU)
+            _core.sample_norms(grad_output, out)
+            return out
+        return functional.sample_norms(grad_output).reshape(1, -1)

@@ -1,0 +1,1 @@
+"""What every metric is made of: the protocol, results, distributions, states and the clock."""

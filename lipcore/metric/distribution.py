@@ -1,0 +1,216 @@
+"""The distribution of a stream of values >= 0: moments and quantiles, mergeable without loss, in a few KiB."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore import _core
+from lipcore.metric.results import Label, Value
+
+
+class Distribution:
+    """Count, mean, variance, minimum, maximum and quantiles (to 0.4 %) of values >= 0.
+
+    Merging two of them gives exactly the counts, minima, maxima and quantiles of observing everything in one. NaN means
+    "no value": it is counted in `missing` and enters nothing else; infinite and negative values are counted in
+    `invalid`.
+    Values on a CUDA device are binned there and fetched when a number is asked for, so observing never synchronises.
+
+    >>> d = Distribution()
+    >>> d.observe(torch.tensor([1.0, 2.0, 3.0]))
+    >>> d.count, d.mean, d.quantile(1.0)
+    (3, 2.0, 3.0)
+    """
+
+    _version = 1
+
+    def __init__(self) -> None:
+        self._core = _core.Distribution()
+        self._device: _DeviceAccumulator | None = None
+
+    def observe(self, values: Tensor) -> None:
+        """Add the values of a tensor of any shape."""
+        values = values.detach().reshape(-1).to(torch.float64)
+        if values.is_cpu:
+            self._core.observe_all(values)
+            return
+        if self._device is None:
+            self._device = _DeviceAccumulator(values.device)
+        self._device.observe(values)
+
+    def merge(self, other: Distribution) -> None:
+        """Add everything the other one has observed."""
+        self._core.merge(other.core)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._core.reset()
+        self._device = None
+
+    @property
+    def core(self) -> Any:
+        """The compiled object, with everything observed so far in it."""
+        if self._device is not None:
+            self._device.drain_into(self._core)
+        return self._core
+
+    count = property(lambda self: self.core.count, doc="Number of finite values.")
+    mean = property(lambda self: self.core.mean if self.core.count else math.nan, doc="Mean; NaN when empty.")
+    min = property(lambda self: self.core.min if self.core.count else math.nan, doc="Minimum; NaN when empty.")
+    max = property(lambda self: self.core.max if self.core.count else math.nan, doc="Maximum; NaN when empty.")
+    missing = property(lambda self: self.core.missing, doc="Number of NaN values.")
+    invalid = property(lambda self: self.core.invalid, doc="Number of infinite or negative values.")
+
+    @property
+    def variance(self) -> float:
+        """Population variance; NaN when empty."""
+        return float(self.core.m2 / self.core.count) if self.core.count else math.nan
+
+    @property
+    def sum(self) -> float:
+        """Sum of the values; 0 when empty."""
+        return float(self.core.mean * self.core.count)
+
+    def quantile(self, q: float) -> float:
+        """The value at rank q (count - 1), to 0.4 % of itself; NaN when empty."""
+        if not 0 <= q <= 1:
+            raise ValueError(f"q: expected a number between 0 and 1, got {q}")
+        return float(self.core.quantile(q))
+
+    def reduced(self, label: Label, *, total: bool = False, note: str = "") -> dict[str, Value]:
+        """The usual reducers as values: mean, min, max, p50, p99, and sum when asked for."""
+        count = self.count
+        numbers = {"mean": self.mean, "min": self.min, "max": self.max}
+        numbers |= {"p50": self.quantile(0.5), "p99": self.quantile(0.99)}
+        if total:
+            numbers["sum"] = self.sum
+        valid = count > 0
+        return {k: Value(v, count, label, valid, note if valid else "nothing recorded") for k, v in numbers.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Version, moments and bins; small (only used bins)."""
+        c = self.core
+        moments = torch.tensor([c.count, c.mean, c.m2, c.min, c.max], dtype=torch.float64, device="cpu")
+        bins = torch.tensor(c.bins(), dtype=torch.int64, device="cpu")
+        return {"version": self._version, "moments": moments, "missing": c.missing, "invalid": c.invalid, "bins": bins}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a state; ValueError naming what is wrong, and nothing changed, when it is not one."""
+        if state.get("version") != self._version:
+            raise ValueError(f"version: expected {self._version}, got {state.get('version')!r}")
+        moments, bins = (
+            _tensor(state, key, dtype) for key, dtype in (("moments", torch.float64), ("bins", torch.int64))
+        )
+        if len(moments) != 5:
+            raise ValueError(f"moments: expected count, mean, m2, min and max, got {len(moments)} numbers")
+        count, mean, m2, low, high = moments.tolist()
+        if not (
+            count >= 0 and 0 <= m2 < math.inf and 0 <= low <= mean * (1 + 1e-9) and mean <= high * (1 + 1e-9) < math.inf
+        ):
+            raise ValueError(
+                f"moments: count {count}, mean {mean}, m2 {m2}, min {low}, max {high} are not those of values"
+            )
+        missing, invalid = (state.get(key) for key in ("missing", "invalid"))
+        if not (isinstance(missing, int) and isinstance(invalid, int) and missing >= 0 and invalid >= 0):
+            raise ValueError(f"missing, invalid: expected counts, got {missing!r} and {invalid!r}")
+        if len(bins[::2].unique()) != len(bins[::2]):
+            raise ValueError("bins: a bin stands there twice")
+        self._core.set_state(count, mean, m2, low, high, missing, invalid, bins.tolist())
+        self._device = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.state_dict()  # the compiled object cannot be copied
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._core, self._device = _core.Distribution(), None
+        self.load_state_dict(state)
+
+
+def _tensor(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
+    value = state.get(key)
+    if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != 1:
+        what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{key}: expected a 1-dimensional tensor of {dtype}, got {what}")
+    return value
+
+
+def loaded_distributions(path: str, states: Any, count: int) -> list[Distribution]:
+    """Distributions from their states; ValueError naming the first bad one."""
+    if not isinstance(states, list) or len(states) != count:
+        what = len(states) if isinstance(states, list) else type(states).__name__
+        raise ValueError(f"{path}: expected a list of {count}, got {what}")
+    loaded = []
+    for i, state in enumerate(states):
+        distribution = Distribution()
+        try:
+            distribution.load_state_dict(state)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}[{i}]: {error}") from None
+        loaded.append(distribution)
+    return loaded
+
+
+def observe_roots(squares: Tensor, distributions: Sequence[Distribution]) -> None:
+    """The square roots of row k of squares, float64 [K, B], into distribution k."""
+    if squares.is_cpu:
+        _core.observe_roots(squares, [distribution._core for distribution in distributions])
+        return
+    for distribution, row in zip(distributions, squares.sqrt(), strict=True):
+        distribution.observe(row)
+
+
+class _DeviceAccumulator:
+    """Bins on the device by torch operations: no synchronisation until drained. Integer counts, so deterministic."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.bins = torch.zeros(_core.BINS, dtype=torch.int64, device=device)
+        # count, sum, sum of squared deviations are merged per batch by Chan's formula; min, max; missing; invalid.
+        self.moments = torch.tensor([0, 0, 0, math.inf, -math.inf, 0, 0], dtype=torch.float64, device=device)
+
+    def observe(self, values: Tensor) -> None:
+        if not values.numel():
+            return
+        usable = values.isfinite() & (values >= 0)
+        kept = torch.where(usable, values, 0.0)
+        # As bin_of() in csrc/math/log_bins.h; adding 0.0 turns -0.0 into 0.0.
+        in_range = torch.where(kept < 3.4028234663852886e38, kept + 0.0, math.inf)
+        bits = in_range.float().view(torch.int32) >> 16
+        self.bins.index_add_(0, bits.long(), usable.long())
+        n = usable.sum().double()
+        mean = kept.sum() / n.clamp(min=1)
+        m2 = torch.where(usable, (values - mean) ** 2, 0.0).sum()
+        old = self.moments
+        count = old[0] + n
+        difference = mean - old[1]
+        share = n / count.clamp(min=1)
+        missing = values.isnan().sum()
+        self.moments = torch.stack(
+            [
+                count,
+                old[1] + difference * share,
+                old[2] + m2 + difference**2 * old[0] * share,
+                torch.minimum(old[3], torch.where(usable, values, math.inf).min()),
+                torch.maximum(old[4], torch.where(usable, values, -math.inf).max()),
+                old[5] + missing,
+                old[6] + (values.numel() - missing) - n,
+            ]
+        )
+
+    def drain_into(self, core: Any) -> None:
+        count, mean, m2, low, high, missing, invalid = self.moments.tolist()
+        if not count + missing + invalid:
+            return
+        bins = self.bins.cpu()
+        used = bins.nonzero().flatten()
+        pairs = torch.stack([used, bins[used]], dim=1).flatten().tolist()
+        other = _core.Distribution()
+        if not count:
+            low = high = 0.0
+        other.set_state(count, mean, m2, low, high, int(missing), int(invalid), pairs)
+        core.merge(other)
+        self.__init__(self.bins.device)  # type: ignore[misc]

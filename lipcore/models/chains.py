@@ -1,0 +1,77 @@
+"""Models whose modules run one after the other, and nothing else."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from lipcore.models.names import named_modules, unwrap
+
+_ANY_MODULE = nn.modules.module  # where hooks for all modules are registered
+
+
+def modules_in_order(model: nn.Module) -> list[nn.Module] | None:
+    """Of nested nn.Sequentials of torch's own layers; None where there is other wiring, or may be: in a hook."""
+    if _global_hooks() or _altered(model):
+        return None
+    model = unwrap(model)
+    if _altered(model):
+        return None
+    if type(model) is nn.Sequential:
+        parts = [modules_in_order(child) for child in model]
+        return None if any(part is None for part in parts) else [m for part in parts for m in part or ()]
+    known = type(model).__module__.startswith("torch.nn.modules") and not list(model.children())
+    return [model] if known else None
+
+
+def altered_modules(model: nn.Module) -> dict[str, list[Any]]:
+    """Which modules may return something else than their class does, in words, and by what: hooks, or a function in
+    the place of forward."""
+    found = {
+        "every module": _global_hooks(),
+        "the model's wrapper": _altered(model) if unwrap(model) is not model else [],
+    }
+    found |= {f"module '{name}'" if name else "the model": _altered(module) for name, module in named_modules(model)}
+    return {where: hooks for where, hooks in found.items() if hooks}
+
+
+def _altered(module: nn.Module) -> list[Any]:
+    """Hooks may change inputs, outputs and weights (the old weight_norm, pruning): only lipcore's are known not to."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    instead = [vars(module)["forward"]] if "forward" in vars(module) else []
+    return [*instead, *(hook for hook in hooks if not _is_own(hook))]
+
+
+def _global_hooks() -> list[Any]:
+    return [*_ANY_MODULE._global_forward_pre_hooks.values(), *_ANY_MODULE._global_forward_hooks.values()]
+
+
+def _is_own(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    module = getattr(getattr(hook, "__self__", hook), "__module__", None)
+    return isinstance(module, str) and module.split(".")[0] == "lipcore"
+
+
+def chain_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of every leaf of a plain nn.Sequential (nested ones too) in the order they run; else empty."""
+    if type(model) is not nn.Sequential:
+        return []
+    chain: list[tuple[str, nn.Module]] = []
+    for name, module in model._modules.items():
+        if type(module) is nn.Sequential:
+            chain += [(f"{name}.{inner}", leaf) for inner, leaf in chain_of(module)]
+        elif module is not None:
+            chain.append((name, module))
+    return chain
+
+
+FIRST_LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
+
+
+def first_of_chain(model: nn.Module) -> tuple[str, nn.Module] | None:
+    """Name and module of the first layer, where a plain chain begins with it."""
+    chain = chain_of(unwrap(model))
+    return chain[0] if chain and isinstance(chain[0][1], FIRST_LAYER_TYPES) else None

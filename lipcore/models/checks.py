@@ -1,0 +1,88 @@
+"""What is checked before lipcore runs a model of its own accord."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from lipcore.models.names import named_modules
+
+
+def mixes_samples(module: nn.Module) -> bool:
+    """Whether this BatchNorm normalises by the statistics of the batch."""
+    return module.training or getattr(module, "running_mean", None) is None
+
+
+def check_model(model: nn.Module) -> None:
+    """ValueError where one sample's output depends on the others or on chance, or where there is nothing to run."""
+    for name, module in named_modules(model):
+        kind = type(module).__name__
+        if isinstance(module, _BatchNorm) and mixes_samples(module):
+            mode = "in train mode" if module.training else "without running statistics"
+            raise ValueError(f"model: module '{name}' is a {kind} {mode}, which mixes samples; call model.eval()")
+        if module.training and _draws(module):
+            raise ValueError(
+                f"model: module '{name}' is a {kind} in train mode, whose output is random; call model.eval()"
+            )
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise ValueError(
+                f"model: '{name}' was made under torch.inference_mode, so no gradient passes through it; build or load "
+                "the model outside"
+            )
+
+
+def _draws(module: nn.Module) -> bool:
+    if isinstance(module, _DropoutNd):
+        return module.p > 0
+    return isinstance(module, nn.RReLU) or (
+        isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0
+    )
+
+
+def check_input(model: nn.Module, x: Any) -> None:
+    """TypeError or ValueError where x is no batch, or not where the model is."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
+    if not x.dim():
+        raise ValueError("x: expected shape [B, ...], got a 0-dimensional tensor")
+    if x.is_meta:
+        raise ValueError("x: it is on the meta device and has no data; pass a tensor with data")
+    places: dict[torch.device, str] = {}
+    for kind, tensors in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+        for name, tensor in tensors:
+            places.setdefault(tensor.device, f"{kind} '{name}'")
+    # A model spread over devices takes its inputs on any one of them.
+    if places and x.device not in places:
+        device, name = next(iter(places.items()))
+        remedy = "give the model its data first" if device.type == "meta" else "move one"
+        raise ValueError(f"x: it is on {x.device}, but {name} of the model is on {device}; {remedy}")
+    meta = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    if meta:
+        raise ValueError(f"model: parameter '{meta[0]}' is on the meta device and has no data; give it data first")
+
+
+def check_batch_size(batch_size: Any) -> None:
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """bool [N]: all entries of the row are finite."""
+    return (
+        torch.isfinite(values).reshape(len(values), -1).all(1)
+        if values.numel()
+        else values.new_ones(len(values), dtype=torch.bool)
+    )
+
+
+def check_rows(finite: Tensor, argument: str, what: str) -> None:
+    """ValueError that names the rows which are not finite."""
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+        raise ValueError(f"{argument}: {what} has NaN or infinity in {len(rows)} of {len(finite)} rows (row {shown})")

@@ -1,0 +1,63 @@
+"""Canonical names of modules and parameters, the same whether or not a model is compiled, checkpointed or wrapped."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+
+from torch import nn
+
+# Attribute names that only wrappers use. `module` is an ordinary word, so it counts only where it is all a wrapper has.
+_WRAPPER_ATTRIBUTES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def _is_wrapped(parent: nn.Module, attribute: str) -> bool:
+    if attribute in _WRAPPER_ATTRIBUTES:
+        return True
+    return attribute == "module" and len(parent._modules) == 1 and not parent._parameters
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The user's module inside torch.compile, DDP, FSDP, checkpoint and similar wrappers."""
+    while len(module._modules) == 1:
+        attribute, child = next(iter(module._modules.items()))
+        if child is None or not _is_wrapped(module, attribute) or isinstance(module, nn.Sequential):
+            break
+        module = child
+    return module
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """(canonical name, module) of every module that is not a wrapper, each once, in registration order; the root is
+    ''."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        module = unwrap(module)
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        yield name, module
+        for attribute, child in module._modules.items():
+            if child is not None:
+                yield from walk(child, f"{name}.{attribute}" if name else attribute)
+
+    return walk(model, "")
+
+
+def find_module(model: nn.Module, name: str, argument: str) -> tuple[str, nn.Module]:
+    """Canonical name and module of what is called so (wrappers' prefixes in the name are accepted too)."""
+    modules = dict(named_modules(model))
+    parts = [part for part in name.split(".") if part not in _WRAPPER_ATTRIBUTES]
+    for start in range(len(parts) + 1):  # "module.fc1" of a DDP model is "fc1" here
+        candidate = ".".join(parts[start:])
+        if candidate in modules and all(part == "module" for part in parts[:start]):
+            return candidate, modules[candidate]
+    close = [known for known in modules if known and known.split(".")[-1] == parts[-1]]
+    close += difflib.get_close_matches(name, set(modules) - set(close))
+    hint = f"; did you mean {', '.join(repr(c) for c in close[:3])}?" if close else "."
+    known_names = ", ".join(repr(known) for known in list(modules)[1:9])
+    raise ValueError(
+        f"{argument}: the model has no module named {name!r}{hint} It has "
+        f"{known_names}{', ...' if len(modules) > 9 else ''}"
+    )

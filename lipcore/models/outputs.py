@@ -1,0 +1,93 @@
+"""The tensors in what a model returns, however it is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """In tuples, lists, dicts, mappings and dataclasses."""
+    if isinstance(output, Tensor):
+        yield output
+        return
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif is_dataclass(leaf) and not isinstance(leaf, type):
+            for field in fields(leaf):
+                yield from tensors_of(getattr(leaf, field.name))
+        elif isinstance(leaf, Mapping):
+            for value in leaf.values():
+                yield from tensors_of(value)
+
+
+def nodes_of(output: Any) -> Iterator[Any]:
+    """The nodes of the graph behind the output's tensors."""
+    todo = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
+    seen = set(todo)
+    while todo:
+        node = todo.pop()
+        yield node
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                todo.append(child)
+
+
+def on_backward(output: Any, hook: Callable[[Any], None]) -> None:
+    """Call the hook with the gradients when the backward pass enters the graph behind one of the output's tensors, at
+    each of them."""
+    for tensor in tensors_of(output):
+        if tensor.grad_fn is not None:
+            tensor.grad_fn.register_prehook(hook)
+
+
+def check_output(output: Any) -> None:
+    """TypeError where it cannot say which value of a model's output is meant."""
+    if output is None or callable(output) or (isinstance(output, int) and not isinstance(output, bool)):
+        return
+    raise TypeError(
+        f"output: expected None, an index or a callable, got {output!r}; pass the index of a column of the model's "
+        "output, or a callable that turns the output into one value per sample (for what a module inside returns, pass "
+        "the part of the model up to it)"
+    )
+
+
+def one_per_sample(result: Any, output: int | Callable[[Any], Tensor] | None, batch: int) -> Tensor:
+    """Of what a model returned, the one value for each sample, [B] or [B, 1]."""
+    check_output(output)
+    if callable(output):
+        result = output(result)
+    if not isinstance(result, Tensor):
+        raise ValueError(
+            f"output: the model returns a {type(result).__name__}; pass output=<callable that gives one value per "
+            "sample>"
+        )
+    if isinstance(output, int):
+        if result.dim() != 2 or not -result.shape[1] <= output < result.shape[1]:
+            raise ValueError(
+                f"output: index {output} does not fit the model's output of shape {list(result.shape)}; expected [B, K]"
+            )
+        result = result[:, output]
+    if result.dim() == 0 and batch == 1:  # squeezed
+        result = result.reshape(1)
+    if result.dim() == 0 or result.shape[0] != batch or result.numel() != batch:
+        raise ValueError(
+            f"output: the model's output has shape {list(result.shape)} for {batch} samples, but one value per "
+            "sample is needed; pass "
+            "output=<index or callable>, or quantity='jacobian' for the Jacobian's spectral norm"
+        )
+    value: Tensor = result
+    return value
+
+
+def _flat_output(result: Any, batch: int) -> Tensor:
+    if not isinstance(result, Tensor) or result.dim() < 1 or result.shape[0] != batch:
+        raise ValueError("quantity: 'jacobian' needs a tensor output of shape [B, ...]")
+    flat: Tensor = result.reshape(batch, result.numel() // max(1, batch))
+    return flat

@@ -1,0 +1,37 @@
+"""What a Monitor measures, by which rule, for how many bytes."""
+
+from __future__ import annotations
+
+from lipcore.metric.protocol import PlanLine
+
+
+class Plan:
+    """What a Monitor measures, by which rule, and what it costs; print it before step 0."""
+
+    def __init__(self, lines: dict[str, list[PlanLine]], window: str, clock: str) -> None:
+        self.lines = lines  #: per metric
+        self.window = window
+        self.clock = clock
+
+    @property
+    def bytes(self) -> int:
+        """Persistent state of all metrics."""
+        return sum(line.bytes for lines in self.lines.values() for line in lines)
+
+    def __str__(self) -> str:
+        out = [f"lipcore plan: {_size(self.bytes)} of state; {self.window}; clock: {self.clock}"]
+        for metric, lines in self.lines.items():
+            out.append(f"  {metric}")
+            width = max((len(line.what) for line in lines), default=0)
+            for line in lines:
+                cost = f"  {_size(line.bytes)}" if line.bytes else ""
+                out.append(f"    {line.what:<{width}}  {line.rule}{cost}")
+        return "\n".join(out)
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError

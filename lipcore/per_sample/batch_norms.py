@@ -1,0 +1,147 @@
+"""The per-sample norms of one backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from lipcore import _core
+from lipcore.capture.layers.layer_pass import DELTA, ERROR, OUTPUT, LayerRecord, Rows
+from lipcore.metric.distribution import Distribution, observe_roots
+from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.loss_factor import LossFactor
+
+_float64 = torch.float64
+
+
+class Norms(Mapping[str, Tensor]):
+    """Per name float64 [B]; NaN throughout where there is no number, with the reason in :attr:`reasons`."""
+
+    def __init__(self, what: str, rows: dict[str, Tensor], reasons: dict[str, str], samples: int) -> None:
+        self._what, self._rows, self.reasons, self._samples = what, rows, reasons, samples
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._rows:
+            return self._rows[name]
+        if name in self.reasons:
+            return torch.full((self._samples,), torch.nan, dtype=_float64, device="cpu")
+        known = ", ".join(repr(n) for n in list(self)[:8])
+        raise KeyError(f"no {self._what} {name!r} was measured; there are {known}")
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._rows
+        yield from (name for name in self.reasons if name not in self._rows)
+
+    def __len__(self) -> int:
+        return len(set(self._rows) | set(self.reasons))
+
+
+class MicroBatch:
+    """One record with its factor f: norms are f times the backpropagated ones.
+
+    Attributes:
+        layers: the layers that brought numbers.
+    """
+
+    def __init__(self, record: LayerRecord, factor: LossFactor, places: Places) -> None:
+        self.record, self.factor = record, factor
+        self._places = places
+        # In the model's order; backward passes bring them from the end.
+        found = record.norms_sq
+        self._names, self.layers, self._index = places.of(found)
+        if isinstance(found, Rows) and found.names == self._names:
+            self._rows = found.table
+        elif self._names:
+            self._rows = torch.stack([found[name] for name in self._names])
+        else:
+            self._rows = torch.empty(0, record.samples, dtype=_float64, device="cpu")
+        if factor.tensor is not None or factor.number != 1:
+            self._rows = self._rows * (factor.value * factor.value)
+
+    @cached_property
+    def squares(self) -> Tensor:
+        """float64 [layers + 1, B]: squared norms per layer and, last, in total."""
+        rows, known = self._rows, self._known
+        if rows.is_cpu:
+            squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64, device="cpu")
+            _core.place_sums(rows, self._index, known, squares)
+            return squares
+        index = self._places.on(rows.device, self._index)
+        squares = rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index, rows)
+        squares[-1] = rows.sum(0) if known else torch.nan
+        return squares
+
+    @property
+    def _known(self) -> bool:
+        """Whether there is a total."""
+        return bool(self._names) and not self.record.broken
+
+    @property
+    def places_squares(self) -> Tensor:
+        """The same with a row for every layer of the model, NaN where it brought no numbers."""
+        every, squares = len(self._places.layers), self.squares
+        if len(self.layers) == every:
+            return squares
+        missing = squares.new_full((self.samples,), torch.nan)
+        found = dict(zip(self.layers, squares[:-1], strict=True))
+        return torch.stack([*(found.get(layer, missing) for layer in self._places.layers), squares[-1]])
+
+    def observe(self, distributions: list[Distribution]) -> None:
+        """The norms per layer of the model and, last, in total; a layer without numbers counts B missing ones."""
+        observe_roots(self.places_squares, distributions)
+
+    @property
+    def samples(self) -> int:
+        return self.record.samples
+
+    @property
+    def per_sample(self) -> Tensor:
+        return self.squares[-1].sqrt()
+
+    @property
+    def per_parameter(self) -> Norms:
+        rows = dict(zip(self._names, self._rows.sqrt(), strict=True)) if self._names else {}
+        return Norms("parameter", rows, self.record.reasons, self.samples)
+
+    @property
+    def per_layer(self) -> Norms:
+        rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
+        reasons = dict.fromkeys(self._places.layers, "no rule covers its parameters here: see coverage()")
+        for name, layer in self._places.layer_of.items():
+            reasons[layer] = self.record.reasons.get(name, reasons[layer])
+        return Norms("layer", rows, {name: why for name, why in reasons.items() if name not in rows}, self.samples)
+
+    @property
+    def standard_error(self) -> Norms:
+        """Of the estimated norms among per_layer, and of the total: that of the square over twice the norm."""
+        variance: dict[str, Tensor] = {}
+        for name, error in self.record.norms_sq.items():
+            if name.startswith(ERROR):
+                for place in (self._places.layer_of[name[len(ERROR) :]], "total"):
+                    variance[place] = variance.get(place, 0.0) + error.square()
+        norms = dict(zip([*self.layers, "total"], self.squares.sqrt(), strict=True))
+        factor_sq = self.factor.value * self.factor.value
+        rows = {place: factor_sq * total.sqrt() / (2 * norms[place]) for place, total in variance.items()}
+        # Where the estimate is 0, so is what it estimates but for probability 0.
+        rows = {place: row.masked_fill(norms[place] == 0, 0.0) for place, row in rows.items()}
+        return Norms("layer", rows, {}, self.samples)
+
+    @property
+    def normalized(self) -> Norms:
+        """r of every layer: the loss's factors cancel."""
+        record = self.record.norms_sq
+        if OUTPUT not in record:
+            raise RuntimeError("normalized: nothing was recorded; pass normalized=True and run a backward pass")
+        eps_sq = record[OUTPUT]
+        usable = (eps_sq > 0) & eps_sq.isfinite()
+        rows = {
+            name[len(DELTA) :]: torch.where(usable, row / eps_sq, torch.nan).sqrt()
+            for name, row in record.items()
+            if name.startswith(DELTA)
+        }
+        several = "is called several times in a pass, and has an output gradient for each"
+        reasons = {name: several for name, row in rows.items() if row.isnan().all() and not eps_sq.isnan().all()}
+        return Norms("layer", rows, reasons, self.samples)

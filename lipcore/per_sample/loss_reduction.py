@@ -1,0 +1,84 @@
+"""What the loss reduction did to the backpropagated gradient, and how it is undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.per_sample.loss_factor import LossFactor, of_host, product
+
+Terms = Real | int | float | Tensor | Callable[[], Any] | None
+
+
+class Reduction:
+    """The factor f with grad l_i = f * (the backpropagated gradient's part of sample i), l_i being the sum of sample
+    i's unreduced loss terms.
+
+    "sum": 1. "mean": the number of terms that were averaged, which is B unless `terms` says how many. Whatever the loss
+    was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out.
+    """
+
+    def __init__(self, reduction: str, terms: Terms, scale: float) -> None:
+        if reduction not in ("mean", "sum"):
+            raise ValueError(
+                f"loss_reduction: expected 'mean' or 'sum', got {reduction!r}: what your loss does over the batch. "
+                "It has no default, since a wrong one makes every norm wrong by a factor B"
+            )
+        if terms is not None and reduction == "sum":
+            raise ValueError("loss_terms: a loss that is summed divides by no number of terms; leave it out")
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+            raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
+        self.reduction, self.terms, self.scale = reduction, terms, scale
+        if terms is not None and not _is_function(terms):
+            _check(terms)
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether f of a micro-batch of one, without a scaler, is a number that stays the same."""
+        return not (_is_function(self.terms) or isinstance(self.terms, Tensor))
+
+    def factor(self, samples: int, scaler: Any) -> LossFactor:
+        """f of a micro-batch of so many samples."""
+        given: Any = self.terms
+        terms: Any = 1 if self.reduction == "sum" else samples
+        if given is not None:
+            terms = given() if _is_function(given) else given
+            _check(terms)  # a tensor may have changed since the last time
+            terms = of_host(terms) if isinstance(terms, Tensor) else float(terms)
+        scale = getattr(scaler, "_scale", None) if scaler is not None else None
+        unscale = of_host(scale.double().reciprocal()) if isinstance(scale, Tensor) else 1.0
+        return product(1 / self.scale, terms, unscale)
+
+    def __str__(self) -> str:
+        terms = "" if self.terms is None else " over loss_terms"
+        return f"loss reduction '{self.reduction}'{terms}" + (f", scale {self.scale:g}" if self.scale != 1 else "")
+
+
+def _is_function(terms: Any) -> bool:
+    return callable(terms) and not isinstance(terms, Tensor)
+
+
+def _check(terms: Any) -> None:
+    """A tensor's value is looked at on the CPU only: another device may not have finished it."""
+    expected = "the number of averaged terms, a tensor with it, or a function that returns it"
+    if isinstance(terms, Tensor):
+        if terms.numel() != 1:
+            raise ValueError(f"loss_terms: expected one number, got a tensor of shape {list(terms.shape)}")
+        if terms.is_complex() or terms.dtype == torch.bool:
+            raise TypeError(
+                f"loss_terms: expected {expected}, got a tensor of {terms.dtype}; count a mask by its sum()"
+            )
+        if not terms.is_cpu:
+            return
+        terms = terms.item()
+    elif isinstance(terms, bool) or not isinstance(terms, Real):
+        raise TypeError(f"loss_terms: expected {expected}, got {type(terms).__name__}")
+    if not 0 < terms < float("inf"):
+        raise ValueError(
+            f"loss_terms: expected a finite number > 0, got {terms!r}; a mean over no terms has no gradient: leave "
+            "that batch out"
+        )

@@ -1,0 +1,204 @@
+"""One optimizer step's sums over its micro-batches, from which the gradient noise scale is estimated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lipcore import _core, functional
+from lipcore.capture.layers.layer_pass import LayerRecord
+from lipcore.capture.parameters import GradientWatch
+from lipcore.per_sample.batch_norms import MicroBatch
+from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.loss_factor import LossFactor
+
+UNEQUAL = "the loss divides a sample's terms by another number from micro-batch to micro-batch"
+TWICE = "two backward passes came from one forward pass, so that its samples are in the gradient twice"
+HOOKED = "parameters have hooks, which may have changed the gradient before it was accumulated"
+CHANGED = (
+    "gradients were changed between two of its backward passes (zeroed in place, scaled, clipped, replaced), so that "
+    "they are not what its samples add up to; zero_grad(set_to_none=True) where the earlier ones are to be forgotten"
+)
+NOT_FOUND = (
+    "its gradients were not found at the end of a backward pass: parameters were replaced by others (call "
+    "Monitor.rebind()), something took the gradients away in that pass, or all layers are inside reentrant checkpoints "
+    "(pass use_reentrant=False)"
+)
+NO_SAMPLES = (
+    "the gradient is longer than the mean of its samples' gradients can be, so it has parts that are no sample's "
+    "(a penalty in the loss), or the loss reduction is not what was declared"
+)
+_JENSEN = 1 + 1 / 64  # a few units in the last place of bfloat16, in which gradients may have been computed
+
+
+class StepSums:
+    """Per place (layers, then the total): sum of ||grad l_i||^2 over the step's samples, and ||mean of grad l_i||^2
+    from the accumulated gradients.
+
+    The step enters as NaN, and is counted with the reason, where the gradient is not the mean over its samples.
+    """
+
+    def __init__(self, places: Places, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
+        self._places = places
+        self._parameters = parameters
+        self.off = ""  #: why there are no estimates
+        self.reset()
+        self._start()
+
+    def reset(self) -> None:
+        """Start counting skipped steps anew."""
+        self._skipped: dict[str, int] = {}
+        self._on_device: dict[str, Tensor] = {}  # of the reasons that only the device knows
+
+    def _start(self) -> None:
+        self._forget_samples()
+        self._hooked = False
+        self._stray = ""
+        self._gradient_sq: Tensor | None = None
+        self._versions: dict[str, tuple[int, int]] = {}  # of the gradients when they were read last
+        self._changed = False  # whether something else than a backward pass has changed them since
+
+    def _forget_samples(self) -> None:
+        self._task = -1  # the last backward pass
+        self._sum: Tensor | None = None
+        self._samples = 0
+        self._factor: LossFactor | None = None
+        self._same: Tensor | None = None  # whether all micro-batches have one factor, where only the device knows
+        self._wrong = ""  # why the gradient is not the mean over the samples
+
+    def skipped(self) -> dict[str, int]:
+        """How many steps were left out, by reason. Waits for the device."""
+        found = dict(self._skipped)
+        for reason, count in self._on_device.items():
+            if steps := int(count):
+                found[reason] = found.get(reason, 0) + steps
+        return found
+
+    def add(self, micro: MicroBatch) -> None:
+        """Another micro-batch of the step."""
+        record, factor = micro.record, micro.factor
+        if record.fresh and record.task != self._task:
+            self._forget_samples()  # gradients were zeroed in mid-step (a closure, two passes a step)
+        elif record.repeated:
+            self._wrong = TWICE
+        self._task = record.task
+        sums = micro.squares.sum(1)
+        if len(micro.layers) < len(self._places.layers):  # a layer that was not reached has no gradient: 0
+            found = dict(zip(micro.layers, sums[:-1].unbind(), strict=True))
+            nothing = torch.zeros_like(sums[-1])
+            sums = torch.stack([*(found.get(layer, nothing) for layer in self._places.layers), sums[-1]])
+        self._sum = sums if self._sum is None else self._sum + sums
+        self._samples += micro.samples
+        if self._factor is None:
+            self._factor = factor
+        elif self._factor.differs(factor):
+            self._wrong = self._wrong or UNEQUAL
+        elif (same := self._factor.equals(factor)) is not None:
+            self._same = same if self._same is None else self._same & same
+
+    def expect(self, record: LayerRecord) -> None:
+        """The pass is ending whose gradients are read next."""
+        if record.fresh:  # it had none to add to
+            self._versions, self._changed = {}, False
+
+    def spoil(self, reason: str) -> None:
+        """The gradients of this step are not those of its samples alone."""
+        self._stray = reason
+
+    def read_gradients(self) -> None:
+        """After a backward pass, before anything clips: the squared norm of what has accumulated so far, per place."""
+        index, gradients, versions = [], [], {}
+        # DDP writes what it has reduced over the ranks, which is a change too.
+        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        self._hooked = False
+        for name, parameter in self._parameters():
+            # One that was frozen may still have a gradient of before.
+            if parameter.grad is not None and parameter.requires_grad and name in self._places.layer_of:
+                if _is_sharded(parameter.grad):
+                    self.off = "gradients are sharded, and a rank knows the norm of its shard only"
+                self._hooked |= _is_hooked(parameter)
+                index.append(self._places.number[self._places.layer_of[name]])
+                gradients.append(_dense(parameter.grad))
+                if alone and _has_own_version(parameter.grad):
+                    versions[name] = id(parameter.grad), parameter.grad._version
+        self._changed |= any(not _is_added_to(before, versions.get(name)) for name, before in self._versions.items())
+        self._versions = versions
+        if not gradients or self.off:
+            return
+        if gradients[0].is_cpu:
+            rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
+            _core.square_sums(gradients, rows)
+            squares = rows[:, 0]
+        else:
+            squares = torch.cat([functional.sample_norms(g.reshape(1, -1)) for g in gradients]).square()
+        places = torch.zeros(len(self._places.layers) + 1, dtype=torch.float64, device=squares.device)
+        places.index_add_(0, self._places.on(squares.device, index), squares)
+        places[-1] = squares.sum()
+        self._gradient_sq = places
+
+    def finish(self, observe: Callable[[Tensor, Tensor, int], None], ranks: int) -> None:
+        """The step was made: (mean ||grad l_i||^2, ||mean grad l_i||^2, samples), and start the next."""
+        if self._sum is not None and self._factor is not None and self._samples and not self.off:
+            # All micro-batches have the factor f, so f * (accumulated gradient) is the sum over the samples.
+            scale = self._factor.value / self._samples
+            mean = self._sum / self._samples
+            found = torch.full_like(mean, torch.nan) if self._gradient_sq is None else self._gradient_sq
+            batch = self._checked(mean, found * (scale * scale), alone=ranks == 1)
+            observe(mean, batch, self._samples * ranks)
+        self._start()
+
+    def _checked(self, mean: Tensor, batch: Tensor, alone: bool) -> Tensor:
+        """The squared norm of the mean gradient; NaN where it is not that."""
+        wrong = self._wrong or self._stray or (HOOKED if self._hooked else CHANGED if self._changed else "")
+        wrong = NOT_FOUND if self._gradient_sq is None else wrong
+        if wrong:
+            self._skipped[wrong] = self._skipped.get(wrong, 0) + 1
+            return torch.full_like(batch, torch.nan)
+        if self._same is not None:
+            self._count(UNEQUAL, ~self._same)
+            batch = torch.where(self._same, batch, torch.nan)
+        if not alone:  # the gradient is that of all ranks' samples, the norms are of this rank's
+            return batch
+        impossible = batch > mean * _JENSEN  # by Jensen's inequality: the mean's square, the mean of the squares
+        if impossible.is_cpu and not bool(impossible.any()):
+            return batch  # as nearly always; another device is not waited for
+        impossible[-1] = impossible.any()
+        self._count(NO_SAMPLES, impossible[-1])
+        return batch.masked_fill(impossible, torch.nan)
+
+    def _count(self, reason: str, skipped: Tensor) -> None:
+        count = self._on_device.get(reason)
+        self._on_device[reason] = skipped.long() if count is None else count + skipped
+
+    def drop(self) -> None:
+        """The step was skipped."""
+        self._start()
+
+
+def _is_hooked(parameter: nn.Parameter) -> bool:
+    after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
+    return bool(parameter._backward_hooks) or not all(GradientWatch.is_ours(hook) for hook in after.values())
+
+
+def _has_own_version(gradient: Tensor) -> bool:
+    """Whether its version counts its changes: views of one buffer count them together, a sparse one's parts apart."""
+    return type(gradient) is Tensor and gradient.layout == torch.strided and not gradient._is_view()
+
+
+def _is_added_to(before: tuple[int, int], now: tuple[int, int] | None) -> bool:
+    """Whether a backward pass at most has changed a gradient: it adds in place, once."""
+    return now is not None and now[0] == before[0] and now[1] - before[1] <= 1
+
+
+def _is_sharded(gradient: Tensor) -> bool:
+    return any(not placement.is_replicate() for placement in getattr(gradient, "placements", ()))
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    if gradient.is_sparse:
+        gradient = gradient.coalesce().values()
+    local = getattr(gradient, "to_local", None)
+    gradient = gradient.detach() if local is None else local().detach()
+    return gradient if torch.ops.aten.is_non_overlapping_and_dense(gradient) else gradient.contiguous()

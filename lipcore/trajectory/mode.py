@@ -1,0 +1,110 @@
+"""Which mode and source a Trajectory works with, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.optim import Optimizer
+
+from lipcore.trajectory.copies import bytes_of
+from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.update_tracker import closed_form_everywhere
+
+_MODES = ("exact", "sketch", "updates", "auto")
+_SOURCES = ("auto", "difference", "optimizer", "snapshot", "explicit")
+_FEWEST, _MOST = 256, 65536  # buckets
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was asked for; or, from choose(), what it has come to."""
+
+    mode: str | None
+    source: str
+    buckets: int
+    seed: int
+    memory_budget: int | None
+    why: str = ""
+
+    def check(self) -> None:
+        """ValueError naming the argument that is not possible."""
+        if self.mode is not None and self.mode not in _MODES:
+            raise ValueError(f"mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
+        if self.source not in _SOURCES:
+            raise ValueError(f"source: expected one of {', '.join(_SOURCES)}, got {self.source!r}")
+        if not isinstance(self.buckets, int) or self.buckets not in [1 << i for i in range(8, 17)]:
+            raise ValueError(f"buckets: expected a power of two from {_FEWEST} to {_MOST}, got {self.buckets!r}")
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {self.seed!r}")
+        if (self.mode == "auto") != (self.memory_budget is not None):
+            raise ValueError(
+                "memory_budget: "
+                + ("mode 'auto' needs one, in bytes" if self.mode == "auto" else "is for mode 'auto' only")
+            )
+        if self.memory_budget is not None and (not isinstance(self.memory_budget, int) or self.memory_budget < 1):
+            raise ValueError(f"memory_budget: expected a number of bytes, got {self.memory_budget!r}")
+        if self.mode == "exact" and self.source not in ("auto", "difference"):
+            raise ValueError(
+                f"source: mode 'exact' keeps the copies that give the difference, {self.source!r} would only cost; "
+                "choose mode 'updates' or 'sketch' with it"
+            )
+        if self.mode == "updates" and self.source == "difference":
+            raise ValueError("source: mode 'updates' keeps no copies to take the difference from")
+
+
+def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], window_blocks: int) -> Choice:
+    """Settles mode, source and buckets for these tensors; `why` says it in words.
+
+    Raises:
+        ValueError: nothing fits the budget, or the source cannot serve these parameters.
+    """
+    mode = asked.mode or ("exact" if asked.source in ("auto", "difference") else "updates")
+    buckets, why = asked.buckets, ""
+    if mode == "auto":
+        mode, buckets, why = _within_budget(asked, parts, window_blocks)
+    source = asked.source
+    if source == "auto":
+        source = "difference"
+        if mode == "updates":
+            source = "optimizer" if closed_form_everywhere(optimizers, parts) else "snapshot"
+    words = {
+        "exact": "exact copies",
+        "sketch": f"sketch of {buckets} buckets per group",
+        "updates": "no state per parameter",
+    }[mode]
+    words += f", updates from the {source}" if source in ("difference", "optimizer") else f", updates: {source}"
+    return replace(asked, mode=mode, source=source, buckets=buckets, why=words + why)
+
+
+def exact_bytes(parts: list[Part], window_blocks: int) -> int:
+    """Of the copies, the mean of earlier blocks included."""
+    tensors = [part.tensor for part in parts]
+    return sum(sum(bytes_of(t.numel(), t.dtype, blocks=window_blocks).values()) for t in tensors)
+
+
+def sketch_bytes(groups: int, buckets: int, window_blocks: int) -> int:
+    """Of the sketches: the present one, its copies, and the last two updates' for the angle between them."""
+    copies = sum(bytes_of(buckets, torch.float64, blocks=window_blocks).values())
+    return groups * (copies + 4 * 8 * buckets)
+
+
+def _within_budget(asked: Choice, parts: list[Part], window_blocks: int) -> tuple[str, int, str]:
+    budget = asked.memory_budget
+    assert budget is not None
+    exact = exact_bytes(parts, window_blocks)
+    if exact <= budget and asked.source in ("auto", "difference"):
+        return "exact", asked.buckets, f" ({exact:,} bytes, within the budget of {budget:,})"
+    groups = len({part.group for part in parts})
+    buckets = _MOST
+    while buckets > _FEWEST and sketch_bytes(groups, buckets, window_blocks) > budget:
+        buckets //= 2
+    size = sketch_bytes(groups, buckets, window_blocks)
+    if size > budget:
+        raise ValueError(
+            f"memory_budget: {budget:,} bytes are too few: exact copies need {exact:,}, the smallest sketch of "
+            f"{groups} groups {size:,}; choose fewer groups, or mode 'updates', which needs none"
+        )
+    why = f" ({size:,} bytes; exact copies would need {exact:,}, the budget is {budget:,})"
+    return "sketch", buckets, why

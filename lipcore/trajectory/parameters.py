@@ -1,0 +1,209 @@
+"""Which tensors a Trajectory watches, what they are called, and which group they add to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore import _core
+from lipcore.models.names import named_modules
+from lipcore.trajectory.groups import Groups, group_names
+
+Model = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
+Masters = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor | None]
+
+
+@dataclass
+class Part:
+    """One tensor: where it is looked up at every step, what it is called, which group it adds to."""
+
+    owner: dict[str, Tensor]
+    key: str
+    name: str
+    group: str
+    shadow: Tensor | None = None  #: the parameter whose master copy this is
+
+    @property
+    def tensor(self) -> Tensor:
+        """As it is now (of a sharded one, this rank's part); ValueError when it is not there any more."""
+        tensor = self.owner.get(self.key)
+        if tensor is None:
+            raise ValueError(
+                f"trajectory: parameter '{self.name}' was removed from its module; call rebind() after such a change"
+            )
+        return local_part(tensor)
+
+    @property
+    def there(self) -> bool:
+        """Whether it still is."""
+        return self.owner.get(self.key) is not None
+
+    @property
+    def is_mine(self) -> bool:
+        """Whether this rank is the one that counts this part: of replicated ones only the first is."""
+        tensor: Any = self.owner[self.key]
+        if type(tensor).__name__ != "DTensor":
+            return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+        coordinate = tensor.device_mesh.get_coordinate()
+        pairs = zip(tensor.placements, coordinate or (), strict=False)
+        return coordinate is not None and all(at == 0 or not placement.is_replicate() for placement, at in pairs)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """This rank's part of a DTensor; any other tensor as it is."""
+    if type(tensor).__name__ != "DTensor":
+        return tensor  # type: ignore[no-any-return]
+    if any(placement.is_partial() for placement in tensor.placements):
+        raise ValueError("a DTensor with partial sums has no values of its own; redistribute it first")
+    return tensor._local_tensor  # type: ignore[no-any-return]
+
+
+def find_parts(model: Model, groups: Groups, masters: Masters | None) -> list[Part]:
+    """All trainable parameters of a module (or of a dict of modules), or the given (name, tensor) pairs.
+
+    Raises:
+        TypeError, ValueError: the model, a group or a master copy is not usable; the message names it.
+    """
+    model = of_modules(model)
+    name_group = group_names(groups)
+    found = _of_module(model) if isinstance(model, nn.Module) else _of_pairs(model)  # type: ignore[arg-type]
+    if not found:
+        raise ValueError("model: has no trainable parameter; a trajectory needs at least one with requires_grad=True")
+    parts = [Part(owner, key, name, _checked_group(name_group, name)) for owner, key, name in found]
+    if masters is not None:
+        parts = _with_masters(parts, masters)
+    if isinstance(groups, Mapping):
+        unused = set(groups) - {part.group for part in parts}
+        if unused:
+            raise ValueError(
+                f"groups: the expression of {sorted(unused)[0]!r} matches no trainable parameter (the first that "
+                f"matches counts); names are like {parts[0].name!r}"
+            )
+    _check(parts)
+    return parts
+
+
+def of_modules(model: Model) -> Model:
+    """A dict of modules as one module."""
+    if isinstance(model, Mapping) and model and all(isinstance(part, nn.Module) for part in model.values()):
+        return nn.ModuleDict(model)
+    return model
+
+
+def _of_module(model: nn.Module) -> list[tuple[dict[str, Tensor], str, str]]:
+    found, seen = [], set()
+    for prefix, module in named_modules(model):
+        for key, parameter in module._parameters.items():
+            if parameter is None or not parameter.requires_grad or id(parameter) in seen:
+                continue  # a tied parameter moves once
+            seen.add(id(parameter))
+            found.append((module._parameters, key, f"{prefix}.{key}" if prefix else key))
+    return found  # type: ignore[return-value]
+
+
+def _of_pairs(pairs: Iterable[tuple[str, Tensor]]) -> list[tuple[dict[str, Tensor], str, str]]:
+    owner: dict[str, Tensor] = {}
+    try:
+        named = [(name, tensor) for name, tensor in pairs]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"model: expected a module, a dict of modules or an iterable of (name, tensor), got {type(pairs).__name__}"
+        ) from None
+    for name, tensor in named:
+        if not isinstance(name, str) or not name or name in owner:
+            raise ValueError(f"model: expected different, non-empty names, got {name!r}")
+        owner[name] = tensor
+    return [(owner, name, name) for name in owner]
+
+
+def _checked_group(name_group: Callable[[str], str], name: str) -> str:
+    group = name_group(name)
+    if not isinstance(group, str) or not group:
+        raise ValueError(f"groups: expected a non-empty group name for {name!r}, got {group!r}")
+    return group
+
+
+def _with_masters(parts: list[Part], masters: Masters) -> list[Part]:
+    if callable(masters):
+        given = {part.name: masters(part.name, part.tensor) for part in parts}
+        owner: dict[str, Tensor] = {name: master for name, master in given.items() if master is not None}
+    else:
+        # A dict is looked up at every step, so that a copy replaced in it is seen.
+        owner = masters if isinstance(masters, dict) else dict(masters)
+    unknown = set(owner) - {part.name for part in parts}
+    if unknown:
+        raise ValueError(
+            f"masters: there is no trainable parameter {sorted(unknown)[0]!r}; names are like {parts[0].name!r}"
+        )
+    out = []
+    for part in parts:
+        master = owner.get(part.name)
+        if master is not None and (not isinstance(master, Tensor) or master.shape != part.tensor.shape):
+            what = list(master.shape) if isinstance(master, Tensor) else type(master).__name__
+            raise ValueError(
+                f"masters: expected a tensor of shape {list(part.tensor.shape)} for '{part.name}', got {what}"
+            )
+        out.append(part if master is None else Part(owner, part.name, part.name, part.group, part.tensor))
+    return out
+
+
+def _check(parts: list[Part]) -> None:
+    for part in parts:
+        _core.check_storage(
+            local_part(part.owner[part.key]), part.name
+        )  # says what is wrong with a lazy, meta or sharded parameter
+        if not _is_finite(part.tensor.detach()):
+            raise ValueError(
+                f"model: parameter '{part.name}' has NaN or infinite values, so nothing can be measured from it"
+            )
+    devices = {part.tensor.device for part in parts}
+    if len(devices) > 1:
+        raise ValueError(
+            f"model: parameters on several devices ({', '.join(sorted(map(str, devices)))}); make one Trajectory per "
+            "device from (name, tensor) pairs"
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Without a mask as large as the tensor where that can be had."""
+    if not tensor.is_cpu or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return bool(tensor.isfinite().all())
+    sums = torch.empty(1, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
+    _core.square_sums([tensor], sums)
+    return bool(sums[0, 5] == 0) if sums[0, 0].isfinite() else bool(tensor.isfinite().all())
+
+
+def unwatched(model: nn.Module, parts: list[Part]) -> list[str]:
+    """Trainable parameters that are not among the parts: added, unfrozen or untied since."""
+    known = {(id(part.owner), part.key) for part in parts} | {part.name for part in parts}
+    return [name for owner, key, name in _of_module(model) if (id(owner), key) not in known and name not in known]
+
+
+def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument: str) -> list[Tensor]:
+    """Every part's values in another model or state_dict, in the part's own dtype, whatever wrappers' prefixes its
+    names have."""
+    if isinstance(source, nn.Module):
+        named = {f"{prefix}.{key}" if prefix else key: p for prefix, m in named_modules(source)
+                 for key, p in m._parameters.items() if p is not None}  # fmt: skip
+    elif isinstance(source, Mapping):
+        wrappers = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+        named = {".".join(w for w in name.split(".") if w not in wrappers): value for name, value in source.items()}
+    else:
+        raise TypeError(f"{argument}: expected a module or a state_dict, got {type(source).__name__}")
+    values = []
+    for part in parts:
+        value = named.get(part.name, named.get(f"module.{part.name}"))
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{argument}: has no tensor for parameter '{part.name}'")
+        if value.shape != part.tensor.shape:
+            raise ValueError(
+                f"{argument}: '{part.name}' has shape {list(value.shape)}, expected {list(part.tensor.shape)}"
+            )
+        values.append(value.detach().to(device=part.tensor.device, dtype=part.tensor.dtype))
+        if not _is_finite(values[-1]):
+            raise ValueError(f"{argument}: '{part.name}' has values that are not finite in {part.tensor.dtype}")
+    return values

@@ -1,0 +1,275 @@
+"""Sketches in place of the parameters: everything exact mode measures, from a few thousand numbers per group.
+
+The sketch is linear, so the sketch of an update is the difference of two sketches, and norms, means and angles of
+sketches estimate those of the parameters. A Tracker therefore tracks the sketches as if they were parameters, each in
+eight parts of its buckets: their sums are the group's, and their spread is its standard error.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore import _core, functional
+from lipcore.metric.results import Level, MetricResult, Value
+from lipcore.trajectory.describe import MOVES, OFFSETS, Row
+from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.sketch_history import SketchHistory
+from lipcore.trajectory.tracker import Tracker
+from lipcore.trajectory.tracker_base import TrackerBase
+
+ANGLES = ("update_cosine",)
+_SPLIT = 8  # parts of a sketch, for the standard error
+_ALIGN = 64  # elements; every parameter starts a run of whole groups of the hash
+
+
+class SketchTracker(Tracker):
+    """Tracks the sketch of every group."""
+
+    quantities = tuple(q for q in (*MOVES, *OFFSETS, *ANGLES) if q not in ("max_abs_update",))
+
+    def __init__(
+        self,
+        parts: list[Part],
+        buckets: int,
+        seed: int,
+        *,
+        keep_every: int | None,
+        keep_limit: int,
+        **settings: Any,
+    ) -> None:
+        self._sketched = parts
+        self.buckets, self.seed, self._keep_every = buckets, seed, keep_every
+        groups = list(dict.fromkeys(part.group for part in parts))
+        device = parts[0].tensor.device
+        self._row_of = [groups.index(part.group) for part in parts]
+        self._first: list[int] = []
+        after = 0
+        for part in parts:
+            self._first.append(after)
+            after += -(-part.tensor.numel() // _ALIGN) * _ALIGN
+        self._now = torch.zeros(len(groups), buckets, dtype=torch.float64, device=device)
+        self._weights = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
+        entries = [
+            (part.owner, part.key, part.name, first, row)
+            for part, first, row in zip(parts, self._first, self._row_of, strict=True)
+        ]
+        self._sketch = _core.SketchPlan(entries, self._now, self._weights, seed)
+        self._sketch.step()
+        owner: dict[str, Tensor] = {}
+        pieces = []
+        for group, row in zip(groups, self._now, strict=True):
+            for j, piece in enumerate(row.view(_SPLIT, -1)):
+                owner[f"{group}#{j}"] = piece
+                pieces.append(Part(owner, f"{group}#{j}", f"{group}#{j}", group))
+        super().__init__(pieces, **settings)
+        # Angles: this update and the last one, [groups + total], and what is remembered of their cosine.
+        self._update, self._last_update = torch.zeros_like(self._now), torch.zeros_like(self._now)
+        self._before = self._now.clone()
+        self._cosine = self.table.rows.new_zeros(3, len(groups) + 1)  # last, sum, count
+        self._nonfinite = self._now.new_zeros(len(parts))
+        self._weight_sq = self._weights[:, 0].clone()
+        self.history = SketchHistory(buckets, keep_limit)
+        if keep_every is not None:
+            self.history.keep(0, self._now.sum(dim=0))
+
+    @property
+    def places(self) -> list[tuple[str, Level]]:
+        groups: list[tuple[str, Level]] = [(group, "group") for group in self.groups]
+        return [*groups, ("total", "total")]
+
+    # ---- steps
+
+    def step(self) -> bool:
+        """Sketch the parameters and take the sketches for the next point; True when settle() is due."""
+        self._sketch.step()
+        finite = self._weights[:, 0].isfinite()
+        self._weight_sq = torch.where(finite, self._weights[:, 0], self._weight_sq)
+        self._nonfinite += self._weights[:, 1]
+        self._observe_angles()
+        due = super().step()
+        if self._keep_every is not None and self.seen % self._keep_every == 0:
+            self.history.keep(self.seen, self._before.sum(dim=0))
+        return due
+
+    def _observe_angles(self) -> None:
+        usable = self._now.isfinite().all(dim=1, keepdim=True)
+        now = torch.where(usable, self._now, self._before)
+        self._update, self._last_update = self._last_update, self._update
+        torch.sub(now, self._before, out=self._update)
+        self._before.copy_(now)
+        pairs = ((self._update, self._last_update), (self._update, self._update), (self._last_update,) * 2)
+        dot, norm_sq, last_sq = (torch.linalg.vecdot(a, b) for a, b in pairs)
+        dot, norm_sq, last_sq = (torch.cat([x, x.sum().reshape(1)]) for x in (dot, norm_sq, last_sq))
+        norms = (norm_sq * last_sq).sqrt()
+        counted = norms > 0
+        cosine = torch.where(counted, dot / norms, 0.0).clamp(-1, 1)
+        self._cosine[0] = torch.where(counted, cosine, self._cosine[0])
+        self._cosine[1] += cosine
+        self._cosine[2] += counted
+
+    def rebase(self) -> bool:
+        self._sketch.step()
+        jumped = not torch.equal(self._before, self._now)
+        self._before.copy_(self._now)
+        self._last_update.zero_()
+        self._update.zero_()
+        return super().rebase() or jumped
+
+    def reset(self) -> None:
+        super().reset()
+        self._cosine[1:].zero_()
+        self._nonfinite.zero_()
+
+    def inherit(self, before: TrackerBase) -> None:
+        """Only when no parameter has come, gone or changed its size: else the hash of the elements is another one."""
+        assert isinstance(before, SketchTracker)
+        if [p.name for p in before._sketched] == [p.name for p in self._sketched] and before._first == self._first:
+            super().inherit(before)
+
+    def set_reference(self, reference: list[Tensor]) -> None:
+        """From the parameters' values, which are sketched here."""
+        sketches = torch.zeros_like(self._now)
+        for value, first, row in zip(reference, self._first, self._row_of, strict=True):
+            dense = value.detach().contiguous() if not value.is_contiguous() else value.detach()
+            sketches[row] += functional.sketch([dense], [first], buckets=self.buckets, seed=self.seed)
+        super().set_reference(list(sketches.view(len(self.groups) * _SPLIT, -1)))
+
+    # ---- results
+
+    def bytes(self) -> dict[str, int]:
+        out = {f"sketches: {kind}": size for kind, size in super().bytes().items()}
+        out["sketches: present, and the last two updates'"] = 4 * 8 * self._now.numel()
+        if self._keep_every is not None:
+            out["sketches kept, at most"] = 8 * self.buckets * (self.history._rows.maxlen or 0)
+        return out
+
+    def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:
+        """Per group and in total; each with its standard error."""
+        rows = self.described_rows()
+        pieces, rows = rows[: len(self.parts)], rows[len(self.parts) :]
+        errors = [_errors(row, pieces[i * _SPLIT : (i + 1) * _SPLIT]) for i, row in enumerate(rows[:-1])]
+        errors.append(_total_errors(rows[-1], rows[:-1], errors))
+        weights = self._grouped(self._weight_sq).sqrt().tolist()
+        nonfinite = self._grouped(self._nonfinite).tolist()
+        for i, ((place, level), row) in enumerate(zip(self.places, rows, strict=True)):
+            row.row["weight"], row.row["nonfinite_elements"] = weights[i], nonfinite[i]
+            row.add_to(result, place, level, wanted, length=length, relative_error=errors[i])
+        if "update_cosine" in wanted:
+            self._describe_angles(result)
+
+    def _grouped(self, of_parameters: Tensor) -> Tensor:
+        index = torch.tensor(self._row_of, device=of_parameters.device)
+        groups = of_parameters.new_zeros(len(self.groups)).index_add_(0, index, of_parameters)
+        return torch.cat([groups, of_parameters.sum().reshape(1)])
+
+    def _describe_angles(self, result: MetricResult) -> None:
+        error = 1 / math.sqrt(self.buckets)
+        for (place, level), (last, total, count) in zip(self.places, self._cosine.T.tolist(), strict=True):
+            n, note = int(count), "" if count else "fewer than two steps that moved"
+            numbers = {"last": last, "mean": total / count if count else math.nan}
+            if self.closed.maxlen:  # the mean is kept for the open block alone
+                del numbers["mean"]
+            values = {k: Value(v if n else math.nan, n, "estimate", n > 0, note, error) for k, v in numbers.items()}
+            result.add("update_cosine", place, level, **values)
+
+    def _merge_next(self, other: Tracker, continues: bool) -> bool:
+        assert isinstance(other, SketchTracker)
+        before = int(self.table.cursor[0])
+        super()._merge_next(other, continues)
+        moved = other._cosine[2] > 0
+        self._cosine[0] = torch.where(moved, other._cosine[0], self._cosine[0])
+        self._cosine[1:] += other._cosine[1:]
+        self._nonfinite += other._nonfinite
+        for name in ("_weight_sq", "_before", "_update"):
+            getattr(self, name).copy_(getattr(other, name))
+        for step, sketch in other.history.rows():
+            number = step if continues else before + step
+            if number > before:
+                self.history.keep(number, sketch)
+        return continues
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        mine = {
+            "before": self._before,
+            "update": self._update,
+            "cosine": self._cosine,
+            "nonfinite": self._nonfinite,
+            "weight_sq": self._weight_sq,
+        }
+        return super().state_dict() | {
+            "angles": {key: tensor.clone() for key, tensor in mine.items()},
+            "kept": self.history.state_dict(),
+        }
+
+    def prepare(self, state: Any) -> Any:
+        kept = state.get("kept") if isinstance(state, dict) else None
+        steps, matrix = (kept.get(key) if isinstance(kept, dict) else None for key in ("steps", "matrix"))
+        if (
+            not isinstance(steps, Tensor)
+            or not isinstance(matrix, Tensor)
+            or steps.dtype != torch.int64
+            or matrix.dtype != torch.float64
+            or matrix.shape != (len(steps), self.buckets)
+        ):
+            raise ValueError(f"kept: expected steps int64 [T] and matrix float64 [T, {self.buckets}]")
+        load = super().prepare({**state, "kept": self.history.state_dict()})
+
+        def load_all() -> None:
+            load()
+            angles = state["angles"]
+            self._before.copy_(angles["before"])
+            self._update.copy_(angles["update"])
+            self._cosine.copy_(angles["cosine"])
+            self._nonfinite.copy_(angles["nonfinite"])
+            self._weight_sq.copy_(angles["weight_sq"])
+            self.history.load(steps, matrix)
+
+        return load_all
+
+
+def _errors(row: Row, pieces: list[Row]) -> dict[str, float]:
+    """Standard error over value, from the spread of a group's parts."""
+
+    def spread(column: str, power: int) -> float:
+        """Of a sum over the parts of the column's values to this power, relative."""
+        squares = [piece.row[column] ** power for piece in pieces]
+        mean = sum(squares) / _SPLIT
+        if not mean > 0:
+            return 0.0
+        variance = sum((square - mean) ** 2 for square in squares) / (_SPLIT - 1)
+        return math.sqrt(variance / _SPLIT) / mean
+
+    path = spread("path", 1)
+    return {
+        "update_norm": path,
+        "update_ratio": path,
+        "path_length": path,
+        "distance": spread("distance", 2) / 2,
+        "variance": spread("m2", 1),
+    }
+
+
+def _total_errors(total: Row, groups: list[Row], errors: list[dict[str, float]]) -> dict[str, float]:
+    """Of the total, whose groups' errors are independent."""
+
+    def combined(quantity: str, column: str, power: int) -> float:
+        whole = sum(row.row[column] ** power for row in groups)
+        if not whole > 0:
+            return 0.0
+        parts = (row.row[column] ** power / whole * error[quantity] for row, error in zip(groups, errors, strict=True))
+        return math.sqrt(sum(part**2 for part in parts))
+
+    path = combined("path_length", "path", 2)  # of the squares, in which groups add up
+    return {
+        "update_norm": path,
+        "update_ratio": path,
+        "path_length": path,
+        "distance": combined("distance", "distance", 2),
+        "variance": combined("variance", "m2", 1),
+    }

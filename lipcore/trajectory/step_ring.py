@@ -1,0 +1,106 @@
+"""The most recent steps one by one: a ring that the core writes, quantiles made from it, and histories for users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore import _core
+from lipcore.metric.distribution import Distribution
+from lipcore.trajectory.table import Table
+
+
+@dataclass(frozen=True)
+class StepHistory:
+    """Norms of single steps, oldest first; NaN where a step was left out because of non-finite values."""
+
+    steps: Tensor  #: int64 [k], numbers of the observed steps, from 1
+    places: list[str]
+    update_norm: Tensor  #: float64 [k, places]: ||dw||
+    weight_norm: Tensor  #: float64 [k, places]: ||w|| after the step
+    lost: int  #: steps that were overwritten before they were drained; a longer `ring=` keeps them
+
+
+class Recent:
+    """Reads the ring of a Table: every step once into the distributions, and once for who drains the history."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._absorbed = 0  # steps in the distributions
+        self._drained = 0
+        self._pending: tuple[Tensor, int, int, Any] | None = None
+        # Update norm and update/weight ratio of every row.
+        self.distributions = [Distribution() for _ in range(2 * len(table.rows))]
+
+    @property
+    def _ring(self) -> int:
+        return self._table.recent.shape[0]
+
+    def absorb(self, end: int) -> None:
+        """Take in all steps up to number `end`. Nobody waits for a device: what is copied from it now is taken in by
+        the next call."""
+        begin, self._absorbed = self._absorbed, end
+        if self._table.recent.is_cpu:
+            self._observe(self._table.recent, begin, end)
+            return
+        self._take_pending()
+        if end > begin:
+            copy = torch.empty(self._table.recent.shape, dtype=torch.float64, pin_memory=True, device="cpu")
+            copy.copy_(self._table.recent, non_blocking=True)
+            copied = torch.cuda.Event()
+            copied.record()
+            self._pending = copy, begin, end, copied
+
+    def flush(self, end: int) -> None:
+        """The same, and wait."""
+        self.absorb(end)
+        self._take_pending()
+
+    def skip_to(self, end: int) -> None:
+        """Steps up to `end` are in the distributions already."""
+        self._absorbed = end
+
+    def _take_pending(self) -> None:
+        if self._pending is not None:
+            copy, begin, end, copied = self._pending
+            self._pending = None
+            copied.synchronize()
+            self._observe(copy, begin, end)
+
+    def _observe(self, recent: Tensor, begin: int, end: int) -> None:
+        _core.observe_recent(recent, begin, end, [distribution.core for distribution in self.distributions])
+
+    def take_distributions(self) -> list[Distribution]:
+        """Hands them over and starts new ones."""
+        taken = self.distributions
+        self.distributions = [Distribution() for _ in taken]
+        return taken
+
+    def steps(self, count: int) -> Tensor:
+        """The last `count` steps as [count, rows, 2] on the CPU, oldest first."""
+        end = int(self._table.cursor[0])
+        index = torch.arange(end - count, end, device="cpu") % self._ring
+        return self._table.recent.cpu()[index]
+
+    def drain(self, places: list[str]) -> StepHistory:
+        """All steps since the last call that are still there."""
+        end = int(self._table.cursor[0])
+        kept = min(end - self._drained, self._ring)
+        lost, self._drained = end - self._drained - kept, end
+        norms = self.steps(kept)[:, -len(places) :].sqrt()
+        numbers = torch.arange(end - kept + 1, end + 1, device="cpu")
+        return StepHistory(numbers, places, norms[..., 0], norms[..., 1], lost)
+
+    # ---- state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and the ring itself."""
+        return {"drained": self._drained, "absorbed": self._absorbed, "ring": self._table.recent.clone()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """A state that was checked."""
+        self._drained, self._absorbed, self._pending = state["drained"], state["absorbed"], None
+        self._table.recent.copy_(state["ring"])

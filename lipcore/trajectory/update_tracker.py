@@ -1,0 +1,125 @@
+"""Updates that do not come from stored copies: from the optimizer's state, a passing snapshot, or the user."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lipcore.metric.results import MetricResult, Value
+from lipcore.trajectory.describe import MOVES
+from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
+from lipcore.trajectory.tracker import Tracker
+
+#: From the optimizer's state alone.
+NORMALIZED = ("normalized_update_rms",)
+
+
+def closed_form_everywhere(optimizers: Sequence[Optimizer], parts: list[Part]) -> bool:
+    """Whether the state of these optimizers gives every part's update."""
+    if not optimizers or any(supported(optimizer) for optimizer in optimizers):
+        return False
+    theirs = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    return all(id(part.tensor) in theirs for part in parts)
+
+
+class UpdateTracker(Tracker):
+    """A Tracker without copies."""
+
+    def __init__(self, parts: list[Part], source: str, optimizers: Sequence[Optimizer], **settings: Any) -> None:
+        super().__init__(parts, copies=False, **settings)
+        named = [(part.name, part.owner, part.key) for part in parts]
+        self.source: OptimizerSource | SnapshotSource | GivenSource
+        self._given: Mapping[str, Tensor] | None = None
+        self._each: Sums | None = None
+        if source == "optimizer":
+            if not optimizers:
+                raise ValueError("optimizer: source 'optimizer' needs the optimizer; pass optimizer=, or a Monitor one")
+            self.source = OptimizerSource(list(optimizers), named)
+        else:
+            self.source = SnapshotSource(named) if source == "snapshot" else GivenSource(named)
+        # Root mean square of the normalised update per tensor: last, sum, largest, steps.
+        self._rms = self.table.rows.new_zeros(4, len(parts)) if source == "optimizer" else None
+        self.quantities = (*MOVES, *(NORMALIZED if source == "optimizer" else ()))
+
+    def give(self, updates: Mapping[str, Tensor]) -> None:
+        """What the next step has added to every parameter."""
+        self._given = updates
+
+    def before_step(self) -> None:
+        """The snapshot, where it is one."""
+        if isinstance(self.source, SnapshotSource):
+            self.source.before()
+
+    def after_step_of(self, optimizer: Optimizer) -> None:
+        """Where several step in turn: each one's own state, gradients and skipped steps are there in its hook alone."""
+        if isinstance(self.source, OptimizerSource):
+            self._each = self.source.sums(only=optimizer)
+
+    def step(self) -> bool:
+        """Take in what the source says; True when settle() is due."""
+        if isinstance(self.source, GivenSource):
+            given, self._given = self._given, None
+            sums, mean_square = self.source.sums(given)  # type: ignore[arg-type]
+        else:
+            each, self._each = self._each, None
+            sums, mean_square = each or self.source.sums()
+        if self._rms is not None:
+            rms = mean_square.sqrt()
+            counted = rms.isfinite()
+            rms = torch.where(counted, rms, 0.0)
+            self._rms[0] = torch.where(counted, rms, self._rms[0])
+            self._rms[1] += rms
+            torch.maximum(self._rms[2], rms, out=self._rms[2])
+            self._rms[3] += counted
+        return self.observe(sums)
+
+    def bytes(self) -> dict[str, int]:
+        """Nothing per parameter."""
+        return {"scalars and recent steps": self.table.bytes, "nothing per parameter": 0}
+
+    def reset(self) -> None:
+        super().reset()
+        if self._rms is not None:
+            self._rms.zero_()
+
+    def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:
+        super().describe(result, wanted, length=length)
+        if self._rms is None or NORMALIZED[0] not in wanted:
+            return
+        for part, (last, total, largest, steps) in zip(self.parts, self._rms.T.tolist(), strict=True):
+            count = int(steps)
+            numbers = {"last": last, "mean": total / count if count else 0.0, "max": largest}
+            if self.closed.maxlen:  # kept for the open block alone
+                numbers = {"last": last}
+            values = {k: Value(v if count else torch.nan, count, "exact", count > 0) for k, v in numbers.items()}
+            result.add(NORMALIZED[0], part.name, "tensor", **values)
+
+    def _merge_next(self, other: Tracker, continues: bool) -> bool:
+        if self._rms is not None:
+            assert isinstance(other, UpdateTracker)
+            assert other._rms is not None
+            mine, theirs = self._rms, other._rms
+            last = torch.where(theirs[3] > 0, theirs[0], mine[0])
+            mine.copy_(torch.stack([last, mine[1] + theirs[1], torch.maximum(mine[2], theirs[2]), mine[3] + theirs[3]]))
+        return super()._merge_next(other, continues)
+
+    def state_dict(self) -> dict[str, Any]:
+        extra = {} if self._rms is None else {"rms": self._rms.clone()}
+        return super().state_dict() | extra
+
+    def prepare(self, state: Any) -> Any:
+        if self._rms is None:
+            return super().prepare(state)
+        rms = self._rms
+        load = super().prepare(state)
+
+        def load_all() -> None:
+            load()
+            rms.copy_(state["rms"])
+
+        return load_all

@@ -1,0 +1,278 @@
+"""Linear layers with several rows per sample: both ways of contracting, the fused weight gradient, the estimate."""
+
+from __future__ import annotations
+
+import doctest
+import itertools
+import math
+
+import pytest
+import torch
+from oracle import DTYPES, in_layout, same_bits
+from torch import Tensor
+
+from lipcore import functional
+from lipcore.functional import linear, reference
+
+METHODS = (None, "gram", "direct")
+EXACT = {"f32": 2e-6, "f64": 5e-14, "bf16": 2e-6, "f16": 2e-6}
+ODD = (0, 1, 2, 3, 7, 15, 16, 17, 63, 64, 65, 129)
+# (B, T, I, O): every size in every place, several blocks, and lengths over one panel.
+SIZES = [
+    *[(2, n, 5, 3) for n in ODD],
+    *[(2, 5, n, 3) for n in ODD],
+    *[(2, 5, 3, n) for n in ODD],
+    (0, 3, 4, 5),
+    (1, 300, 270, 33),
+    (2, 530, 20, 290),
+    (5, 33, 65, 129),
+]
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def pair(b: int, t: int, i: int, o: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return randn(b, t, i, dtype=dtype), randn(b, t, o, seed=1, dtype=dtype)
+
+
+def assert_near(got: Tensor, truth: Tensor, tolerance: float) -> None:
+    assert got.dtype == torch.float64
+    assert not got.requires_grad
+    torch.testing.assert_close(got, truth, rtol=tolerance, atol=0)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes(size, dtype, isa):
+    x, grad = pair(*size, dtype=DTYPES[dtype])
+    truth = reference.linear_norms_sq(x, grad)
+    tolerance = EXACT[dtype] * max(1, size[1] ** 0.5 / 4)
+    for method in METHODS:
+        assert_near(functional.linear_norms_sq(x, grad, method=method), truth, tolerance)
+    total, norms = functional.linear_weight_grad(x, grad)
+    assert_near(norms, truth, tolerance)
+    assert total.dtype == x.dtype
+    expected, _ = reference.linear_weight_grad(x, grad)
+    theirs = (grad.flatten(0, -2).T @ x.flatten(0, -2)).double()
+    error, their_error = ((t.double() - expected).abs().max() if t.numel() else 0.0 for t in (total, theirs))
+    largest = expected.abs().max() if expected.numel() else 0.0
+    rows = size[0] * size[1]
+    assert error <= 2 * their_error + (4 + rows**0.5) * torch.finfo(x.dtype).eps * largest
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "offset", "requires_grad", "imag_of_conjugate"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_layouts(layout, dtype):
+    x, grad = (in_layout(t, layout) for t in pair(3, 17, 19, 33, dtype=DTYPES[dtype]))
+    if x is None:
+        pytest.skip("this layout does not exist in this dtype")
+    truth = reference.linear_norms_sq(x.detach(), grad.detach())
+    for method in METHODS:
+        assert_near(functional.linear_norms_sq(x, grad, method=method), truth, 4e-6)
+    total, norms = functional.linear_weight_grad(x, grad)
+    assert_near(norms, truth, 4e-6)
+    tolerance = 1e-5 if dtype == "f32" else 1e-2
+    expected = reference.linear_weight_grad(x.detach(), grad.detach())[0]
+    torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("size", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5)], ids=str)
+def test_nothing_in_any_strides(size):
+    x, grad = (in_layout(t, "transposed") for t in pair(*size))
+    assert (functional.linear_norms_sq(x, grad) == 0).all()
+    assert (functional.linear_weight_grad(x, grad)[1] == 0).all()
+
+
+def test_more_dimensions_are_more_rows():
+    x, grad = randn(2, 3, 4, 5), randn(2, 3, 4, 7, seed=1)
+    flat = functional.linear_norms_sq(x.flatten(1, 2), grad.flatten(1, 2))
+    assert same_bits(functional.linear_norms_sq(x, grad), flat)
+    assert same_bits(
+        functional.linear_norms_sq(x[:, 0, 0], grad[:, 0, 0]), functional.linear_norms_sq(x[:, 0, :1], grad[:, 0, :1])
+    )
+
+
+@pytest.mark.parametrize(("x_dtype", "grad_dtype"), [*itertools.permutations(DTYPES, 2)])
+def test_mixed_dtypes(x_dtype, grad_dtype):
+    x, grad = randn(3, 7, 9, dtype=DTYPES[x_dtype]), randn(3, 7, 5, seed=1, dtype=DTYPES[grad_dtype])
+    assert_near(functional.linear_norms_sq(x, grad), reference.linear_norms_sq(x, grad), 2e-6)
+    total, norms = functional.linear_weight_grad(x, grad)
+    assert total.dtype == torch.promote_types(x.dtype, grad.dtype)
+    assert_near(norms, reference.linear_norms_sq(x, grad), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offsets", [[0, 0, 5, 5, 40, 40], [0, 40], [0, 1, 2, 40], [0]], ids=str)
+def test_packed_documents(offsets, dtype, isa):
+    rows = offsets[-1]
+    x, grad = randn(rows, 17, dtype=DTYPES[dtype]), randn(rows, 9, seed=1, dtype=DTYPES[dtype])
+    starts = torch.tensor(offsets)
+    truth, tolerance = reference.linear_norms_sq(x, grad, offsets=starts), 4 * EXACT[dtype]
+    for method in METHODS:
+        assert_near(functional.linear_norms_sq(x, grad, offsets=starts.int(), method=method), truth, tolerance)
+    total, norms = functional.linear_weight_grad(x, grad, offsets=starts)
+    assert_near(norms, truth, tolerance)
+    expected = reference.linear_weight_grad(x, grad, offsets=starts)[0]
+    tolerance = 4 * torch.finfo(x.dtype).eps * float(expected.abs().max())
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=max(tolerance, 1e-30))
+
+
+def test_documents_longer_than_a_panel_and_shorter():
+    offsets = torch.tensor([0, 10, 20, 400, 410, 411, 1200])
+    x, grad = randn(1200, 70), randn(1200, 50, seed=1)
+    total, norms = functional.linear_weight_grad(x, grad, offsets=offsets)
+    expected, truth = reference.linear_weight_grad(x, grad, offsets=offsets)
+    assert_near(norms, truth, 1e-5)
+    torch.testing.assert_close(total.double(), expected, rtol=0, atol=1e-6 * float(expected.abs().max()) * 8)
+
+
+@pytest.mark.parametrize("size", [(3, 65, 129, 300), (1, 700, 40, 20), (9, 16, 17, 520)], ids=str)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_threads_change_no_bit(size, dtype, isa, two_threads):
+    x, grad = pair(*size, dtype=DTYPES[dtype])
+
+    def everything() -> list[Tensor]:
+        return [
+            *(functional.linear_norms_sq(x, grad, method=m) for m in METHODS),
+            *functional.linear_weight_grad(x, grad),
+        ]
+
+    two = everything()
+    torch.set_num_threads(1)
+    assert all(same_bits(a, b) for a, b in zip(two, everything(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("x_scale", "grad_scale"), [(1e-30, 1), (1e30, 1), (1e-30, 1e-30), (1e30, 1e30), (1e-38, 1e38)]
+)
+def test_magnitudes(x_scale, grad_scale, isa):
+    """Products of float32 values leave its range on both sides."""
+    x, grad = pair(3, 20, 40, 30)
+    x, grad = x * x_scale, grad * grad_scale
+    x[1], grad[2] = x[1] * 1e-3, 0
+    truth = reference.linear_norms_sq(x, grad)
+    for method in METHODS:
+        assert_near(functional.linear_norms_sq(x, grad, method=method), truth, 4e-6)
+    assert_near(functional.linear_weight_grad(x, grad)[1], truth, 4e-6)
+
+
+def test_extremes_of_float64(isa):
+    x, grad = pair(2, 5, 4, 3, dtype=torch.float64)
+    for scale in (1e-100, 1e-200, 1e100):
+        found = functional.linear_norms_sq(x * scale, grad / scale)
+        assert_near(found, reference.linear_norms_sq(x, grad), 1e-13)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_with_its_sample(value, isa):
+    x, grad = pair(3, 20, 40, 30)
+    clean = {method: functional.linear_norms_sq(x, grad, method=method) for method in METHODS}
+    x[1, 3, 5] = value
+    for method in METHODS:
+        found = functional.linear_norms_sq(x, grad, method=method)
+        assert not found[1].isfinite()
+        assert same_bits(found[[0, 2]], clean[method][[0, 2]])
+
+
+def test_gram_knows_when_it_has_lost_its_digits(isa):
+    """One input at every token, gradients that nearly cancel: kernels that add up the Gram form are off by more than
+    the number itself."""
+    x = randn(2, 1, 40).expand(2, 64, 40)
+    grad = randn(2, 64, 30, seed=1)
+    for kept in (1e-1, 1e-2, 1e-4):
+        cancelling = grad - grad.mean(1, keepdim=True) * (1 - kept)
+        truth = reference.linear_norms_sq(x, cancelling)
+        for method in METHODS:
+            found = functional.linear_norms_sq(x, cancelling, method=method)
+            assert (found >= 0).all()
+            # What float32 sums of such terms allow: the terms are 1 / kept times their sum.
+            torch.testing.assert_close(found, truth, rtol=3e-7 * 8 / kept, atol=0)
+    exact = torch.cat([grad, -grad], 1)
+    both = torch.cat([x, x], 1)
+    assert (functional.linear_norms_sq(both, exact, method="gram") <= 1e-10 * float(exact.square().sum())).all()
+
+
+def test_which_method_is_chosen():
+    assert functional.linear_method(4, 1024, 1024) == "gram"
+    assert functional.linear_method(2048, 64, 64) == "direct"
+    assert functional.linear_method(0, 0, 0) == "direct"
+    with pytest.raises(ValueError, match="tokens: expected an integer >= 0, got -1"):
+        functional.linear_method(-1, 2, 3)
+    x, grad = pair(2, 4, 129, 65)
+    assert same_bits(functional.linear_norms_sq(x, grad), functional.linear_norms_sq(x, grad, method="gram"))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_inside_compiled_regions(backend):
+    x, grad = pair(3, 9, 17, 5)
+
+    @torch.compile(backend=backend, fullgraph=True)
+    def both(x: Tensor, grad: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
+        packed = functional.linear_norms_sq(x.flatten(0, 1), grad.flatten(0, 1), offsets=offsets)
+        return functional.linear_norms_sq(x, grad, method="direct"), *functional.linear_weight_grad(x, grad), packed
+
+    found = both(x, grad, torch.arange(4) * 9)
+    norms = functional.linear_norms_sq(x, grad, method="direct")
+    assert same_bits(found[0], norms)
+    assert same_bits(found[1], functional.linear_weight_grad(x, grad)[0])
+    torch.testing.assert_close(found[3], norms, rtol=1e-5, atol=0)
+
+
+def test_the_estimate_is_unbiased_and_knows_its_error():
+    x, grad = pair(3, 64, 33, 17)
+    x[1] = x[1, :1]  # rank 1
+    truth = reference.linear_norms_sq(x, grad)
+    generator = torch.Generator().manual_seed(7)
+    runs = [functional.linear_norms_sq_estimate(x, grad, probes=16, generator=generator) for _ in range(400)]
+    estimates, errors = (torch.stack(t) for t in zip(*runs, strict=True))
+    spread = estimates.std(0)
+    assert ((estimates.mean(0) - truth).abs() < 4 * spread / 20).all()
+    assert ((errors.square().mean(0).sqrt() / spread - 1).abs() < 0.2).all()
+    assert spread[1] / truth[1] > 0.3  # sqrt(2 / 16)
+    signs = 2 * torch.randint(0, 2, (33, 16), generator=torch.Generator().manual_seed(3)) - 1
+    found = functional.linear_norms_sq_estimate(x, grad, generator=torch.Generator().manual_seed(3))
+    for ours, theirs in zip(found, reference.linear_norms_sq_estimate(x, grad, signs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=0)
+
+
+def test_the_estimate_of_packed_documents():
+    x, grad, offsets = randn(40, 9), randn(40, 5, seed=1), torch.tensor([0, 0, 15, 40])
+    truth = reference.linear_norms_sq(x, grad, offsets=offsets)
+    found, error = functional.linear_norms_sq_estimate(x, grad, probes=4096, offsets=offsets)
+    assert found.shape == error.shape == (3,)
+    assert ((found - truth).abs() <= 6 * error).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_refusals(method):
+    x, grad = pair(3, 4, 5, 6)
+
+    def refused(message: str, *arguments: object, kind: type[Exception] = ValueError, **options: object) -> None:
+        for call in (functional.linear_norms_sq, functional.linear_weight_grad, functional.linear_norms_sq_estimate):
+            with pytest.raises(kind, match=message):
+                call(*arguments, **options)
+
+    refused(r"grad: expected the samples and tokens of x, \[3, 4\], got shape \[3, 3, 6\]", x, grad[:, :3])
+    refused(r"x: expected \[B, ..., features\].*got shape \[5\]", x[0, 0], grad)
+    refused("x", None, grad, kind=TypeError)
+    refused("grad", x, grad.long(), kind=(TypeError, ValueError))
+    refused("x: expected packed rows", x, grad, offsets=torch.tensor([0, 3]))
+    flat = x.flatten(0, 1), grad.flatten(0, 1)
+    for offsets in ([0, 11], [1, 12], [0, 7, 5, 12], [-1, 12], [0, 13]):
+        refused("offsets: expected to ascend from 0 to the number of rows, 12", *flat, offsets=torch.tensor(offsets))
+    refused("offsets: expected an int64 or int32", *flat, offsets=[0, 12], kind=TypeError)
+    refused("offsets: expected an int64 or int32", *flat, offsets=torch.tensor([0.0, 12.0]), kind=TypeError)
+    refused("offsets: .*empty", *flat, offsets=torch.tensor([], dtype=torch.int64))
+    with pytest.raises(ValueError, match="method: expected 'gram', 'direct' or None, got 'fast'"):
+        functional.linear_norms_sq(x, grad, method="fast")
+    for probes in (1, 2.5, True):
+        with pytest.raises(ValueError, match="probes: expected an integer >= 2"):
+            functional.linear_norms_sq_estimate(x, grad, probes=probes)
+
+
+def test_examples():
+    result = doctest.testmod(linear)
+    assert result.attempted
+    assert not result.failed

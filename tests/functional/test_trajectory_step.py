@@ -1,0 +1,181 @@
+"""trajectory_step against the float64 specification: rows, new prev, new mean, for every dtype, layout and size."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cases import CHUNK, STEP_LISTS, values
+from oracle import DTYPES, LAYOUTS, assert_close, bits, eps_of, in_layout, same_bits
+
+from lipcore import functional
+from lipcore.functional import reference
+
+COLUMNS = ("dw_sq", "dist_sq", "m2_increment", "max_abs_dw", "weight_sq", "nonfinite")
+
+
+def lists_of(shapes, dtype, device="cpu"):
+    """params, prev, ref, mean that belong to a training run: a start, a past and a small step."""
+    ref = [values(s, dtype, 10 + i) for i, s in enumerate(shapes)]
+    prev = [
+        (z.double() + 0.1 * values(s, torch.float64, 20 + i)).to(dtype)
+        for i, (z, s) in enumerate(zip(ref, shapes, strict=True))
+    ]
+    params = [
+        (p.double() + 0.01 * values(s, torch.float64, 30 + i)).to(dtype)
+        for i, (p, s) in enumerate(zip(prev, shapes, strict=True))
+    ]
+    mean_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    mean = [(0.4 * (p.double() - z.double())).to(mean_dtype) for p, z in zip(prev, ref, strict=True)]
+    return [[t.to(device) for t in tensors] for tensors in (params, prev, ref, mean)]
+
+
+def naive_step(params, prev, ref, mean, count):
+    """What one would write in torch: differences, products and sums in the working type."""
+    rows = []
+    for w, p, z, m in zip(params, prev, ref, mean, strict=True):
+        work = m.dtype
+        w, p, z = w.detach().to(work), p.to(work), z.detach().to(work)
+        dw, x = w - p, w - z
+        after = m + (x - m) / count
+        largest = dw.abs().max() if dw.numel() else dw.sum()
+        row = [
+            dw.square().sum(),
+            x.square().sum(),
+            ((x - m) * (x - after)).sum(),
+            largest,
+            w.square().sum(),
+            dw.sum() * 0,
+        ]
+        rows.append(torch.stack([v.double().cpu() for v in row]))
+    return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64)
+
+
+def check(params, prev, ref, mean, count):
+    truth, new_prev, new_mean = reference.trajectory_step(params, prev, ref, mean, count)
+    naive = naive_step(params, prev, ref, mean, count)
+    old_mean = [m.clone() for m in mean]
+    before = [bits(t) for t in (*params, *ref)]
+    got = functional.trajectory_step(params, prev, ref, mean, count)
+    assert got.dtype == torch.float64
+    assert got.shape == (len(params), len(COLUMNS))
+    assert all(torch.equal(a, bits(b)) for a, b in zip(before, (*params, *ref), strict=True)), (
+        "params or ref written to"
+    )
+    for i, (w, p, z, m) in enumerate(zip(params, prev, ref, mean, strict=True)):
+        eps = eps_of(m.dtype)
+        size = (w.detach().double() - z.detach().double()).abs() + new_mean[i].abs() + old_mean[i].double().abs()
+        scale = truth[i].cpu().abs().clone()
+        scale[2] = size.square().sum()  # its factors cancel: at count 1 the truth is 0
+        assert_close(got[i], truth[i], naive=naive[i], scale=scale, eps=eps)
+        assert_close(m, new_mean[i], scale=size, eps=eps)
+        assert same_bits(p.to(w.dtype), w.detach().resolve_neg()), "prev is not bitwise the parameter"
+        assert new_prev[i].shape == p.shape
+
+
+@pytest.mark.parametrize("count", [1, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", STEP_LISTS)
+def test_sizes(shapes, dtype, count, isa):
+    check(*lists_of(STEP_LISTS[shapes], DTYPES[dtype]), count)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_on_cuda(dtype):
+    for shapes in STEP_LISTS.values():
+        for count in (1, 1000):
+            check(*lists_of(shapes, DTYPES[dtype], "cuda"), count)
+
+
+@pytest.mark.parametrize("readable", ["params", "ref", "both"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_what_is_read(layout, dtype, readable, isa):
+    """params and ref may have any strides; state stays as it lies."""
+    params, prev, ref, mean = lists_of([(3, 5), (17,), (2, 3, 5, 7), (2, 3, 2, 3, 3)], DTYPES[dtype])
+    for name, tensors in (("params", params), ("ref", ref)):
+        if readable in (name, "both"):
+            tensors[:] = [t if (other := in_layout(t, layout)) is None else other for t in tensors]
+    check(params, prev, ref, mean, 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "offset"])
+def test_layouts_of_the_state(layout, dtype, isa):
+    """A dense parameter keeps its order of memory, and so does its state."""
+    shapes = [(3, 5), (2, 3, 5, 7), (2, 3, 2, 3, 3), (4 * CHUNK // 64, 64)]
+    params, prev, ref, mean = (
+        [t if (other := in_layout(t, layout)) is None else other for t in tensors]
+        for tensors in lists_of(shapes, DTYPES[dtype])
+    )
+    strides = [t.stride() for t in (*prev, *mean)]
+    check(params, prev, ref, mean, 3)
+    assert strides == [t.stride() for t in (*prev, *mean)]
+
+
+@pytest.mark.parametrize("size", [1, 17, CHUNK + 1, 4 * CHUNK + 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_non_finite_elements(dtype, size, isa):
+    """That tensor has a row of NaN with their number and keeps its state; the others are unaffected."""
+    lists = lists_of([(5,), (size,), (size,), (5,)], DTYPES[dtype])
+    params, prev, ref, mean = lists
+    bad = {1: math.nan, 2: -math.inf}
+    for i, value in bad.items():
+        params[i][-1] = value
+        params[i][0] = math.nan
+    kept = {i: (bits(prev[i]).clone(), bits(mean[i]).clone()) for i in bad}
+    others = [[tensors[0].clone(), tensors[3].clone()] for tensors in lists]
+    got = functional.trajectory_step(params, prev, ref, mean, 2)
+    for i in bad:
+        assert got[i, :5].isnan().all()
+        assert got[i, 5] == min(size, 2)
+        assert torch.equal(bits(prev[i]), kept[i][0])
+        assert torch.equal(bits(mean[i]), kept[i][1])
+    assert same_bits(got[[0, 3]], functional.trajectory_step(*others, 2))
+    assert same_bits(prev[0], params[0])
+    assert same_bits(mean[3], others[3][1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_are_of_float64(dtype, isa):
+    """Squares of elements near the ends of the type's range neither overflow nor vanish."""
+    info = torch.finfo(DTYPES[dtype])
+    small, large = (info.tiny, info.max / 2) if dtype != "f64" else (1e-150, 1e150)
+    for value in (small, large):
+        w = torch.full((35,), value, dtype=DTYPES[dtype])
+        state = [
+            [torch.zeros_like(w)],
+            [torch.zeros_like(w)],
+            [torch.zeros(35, dtype=torch.float64 if dtype == "f64" else None)],
+        ]
+        got = functional.trajectory_step([w], *state, 1)[0]
+        square = 35 * float(w[0]) ** 2
+        expected = torch.tensor([square, square, 0, float(w[0]), square, 0], dtype=torch.float64)
+        assert_close(got, expected, scale=torch.full_like(expected, square) + expected, eps=eps_of(torch.float64), k=40)
+
+
+def test_out_is_written_and_returned():
+    lists = lists_of([(5,), (3, 4)], torch.float32)
+    again = [[t.clone() for t in tensors] for tensors in lists]
+    out = torch.full((2, 6), math.nan, dtype=torch.float64)
+    assert functional.trajectory_step(*lists, 2, out=out) is out
+    assert same_bits(out, functional.trajectory_step(*again, 2))
+
+
+def test_tuples_parameters_and_gradients():
+    params, prev, ref, mean = lists_of([(5,), (3, 4)], torch.float32)
+    twin = [t.clone() for t in prev], [t.clone() for t in mean]
+    a = functional.trajectory_step(tuple(map(torch.nn.Parameter, params)), tuple(prev), ref, tuple(mean), 2)
+    assert not a.requires_grad
+    assert same_bits(a, functional.trajectory_step(params, twin[0], ref, twin[1], 2))
+
+
+def test_params_may_share_memory_with_each_other_and_with_ref():
+    """Both are only read: tied parameters, and a reference that is the parameter itself."""
+    w = values((7,), torch.float32)
+    state = [[torch.zeros(7) for _ in range(2)] for _ in range(2)]
+    got = functional.trajectory_step([w, w], state[0], [w, w], state[1], 1)
+    assert same_bits(got[0], got[1])
+    assert got[0, 1] == 0

@@ -1,0 +1,231 @@
+"""update_sums against the float64 specification: every rule, dtype, mixture of dtypes, size, layout and non-finite
+value; the torch form that CUDA tensors take against the same."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from cases import CHUNK, STEP_LISTS, values
+from oracle import DTYPES, LAYOUTS, assert_close, eps_of, in_layout, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lipcore import _core, functional
+from lipcore.functional import reference
+from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule, sums_on_device
+
+RULES = {
+    "held": UpdateRule(),
+    "decay_alone": UpdateRule(decay=0.01),
+    "sgd": UpdateRule(rate=0.1),
+    "sgd_decayed": UpdateRule.of_step(-0.1, shrink=0.001),
+    "nesterov": UpdateRule.of_step(0.1, 0.09, 0.001),
+    "adam": UpdateRule(1e-3, first_scale=1 / 0.271, second_scale=1 / math.sqrt(0.002997), eps=1e-8, adaptive=True),
+    "adamw": UpdateRule.of_step(1e-2, shrink=1e-3, first_scale=10.0, second_scale=31.6, eps=0.0, adaptive=True),
+    "given": GIVEN,
+    "difference": DIFFERENCE,
+}
+
+
+def needs(rule):
+    """Which of first and second the rule reads."""
+    return rule.adaptive or rule.rate != 0, rule.adaptive or rule.mix != 0
+
+
+def lists_of(shapes, rule, dtypes, device="cpu"):
+    """params, first, second, rules; second is positive under a root."""
+    w_dtype, a_dtype, b_dtype = dtypes
+    params = [values(s, w_dtype, 10 + i).to(device) for i, s in enumerate(shapes)]
+    first = [values(s, a_dtype, 20 + i).to(device) for i, s in enumerate(shapes)]
+    second = [values(s, b_dtype, 30 + i).to(device) for i, s in enumerate(shapes)]
+    if rule.adaptive:
+        second = [b.abs() + 1e-3 for b in second]
+    has_first, has_second = needs(rule)
+    return (
+        params,
+        first if has_first else [None] * len(shapes),
+        second if has_second else [None] * len(shapes),
+        [rule] * len(shapes),
+    )
+
+
+def assert_right(got, params, first, second, rules, k=8):
+    """As exact as float32 arithmetic (float64 with a float64 tensor) on terms that may cancel."""
+    truth, mean_square = reference.update_sums(params, first, second, rules)
+    rows, normalized = got
+    assert rows.dtype == normalized.dtype == torch.float64
+    assert rows.shape == (len(params), _core.STEP_COLUMNS)
+    for i, (w, a, b, rule) in enumerate(zip(params, first, second, rules, strict=True)):
+        dtypes = {t.dtype for t in (w, a, b) if t is not None}
+        eps = eps_of(torch.float64 if torch.float64 in dtypes else torch.float32)
+        sizes = UpdateRule(*(abs(x) for x in rule[:6]), rule.adaptive)  # every term without its sign
+        absolute = [None if t is None else t.detach().abs() for t in (w, a, b)]
+        scale = reference.update_sums(*([t] for t in absolute), [sizes])[0][0]
+        scale = torch.where(truth[i].isfinite(), scale, 1.0)
+        # Squares of N terms off by eps each: 2 eps, and float64's own sum.
+        assert_close(rows[i], truth[i], scale=scale, eps=eps, k=k)
+        assert_close(normalized[i], mean_square[i], eps=eps, k=2 * k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shapes", STEP_LISTS)
+def test_sizes(shapes, rule, dtype, isa):
+    lists = lists_of(STEP_LISTS[shapes], RULES[rule], [DTYPES[dtype]] * 3)
+    before = [t.clone() for tensors in lists[:3] for t in tensors if t is not None]
+    assert_right(functional.update_sums(*lists), *lists)
+    after = [t for tensors in lists[:3] for t in tensors if t is not None]
+    assert all(same_bits(x, y) for x, y in zip(before, after, strict=True)), "an argument was written to"
+
+
+MIXTURES = list(itertools.product(DTYPES, repeat=3))
+
+
+@pytest.mark.parametrize("rule", ["sgd_decayed", "nesterov", "adamw"])
+@pytest.mark.parametrize("dtypes", MIXTURES, ids="-".join)
+def test_mixed_dtypes(dtypes, rule, isa):
+    lists = lists_of([(3, 5), (129,), (511,), (513,), (CHUNK + 17,)], RULES[rule], [DTYPES[d] for d in dtypes])
+    assert_right(functional.update_sums(*lists), *lists)
+
+
+def test_a_mixture_has_the_bits_of_its_widened_tensors(isa):
+    lists = lists_of([(CHUNK + 17,)], RULES["adamw"], [torch.bfloat16, torch.float32, torch.float16])
+    wide = [[t.float() for t in tensors] for tensors in lists[:3]]
+    for x, y in zip(functional.update_sums(*lists), functional.update_sums(*wide, lists[3]), strict=True):
+        assert same_bits(x, y)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(layout, which, isa):
+    """Any argument may have any strides."""
+    lists = lists_of([(3, 5), (17,), (2, 3, 5, 7), (2, 3, 2, 3, 3)], RULES["nesterov"], [torch.float32] * 3)
+    lists[which][:] = [t if (other := in_layout(t, layout)) is None else other for t in lists[which]]
+    assert_right(functional.update_sums(*lists), *lists)
+
+
+@pytest.mark.parametrize("where", ["params", "first", "second"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 17, CHUNK + 1])
+def test_non_finite_elements(size, dtype, where, isa):
+    """That tensor has a row of NaN with the number of elements it concerns; the others are unaffected."""
+    lists = lists_of([(5,), (size,), (7,)], RULES["adamw"], [DTYPES[dtype]] * 3)
+    alone = functional.update_sums(*([t[0], t[2]] for t in lists))
+    tensor = lists[("params", "first", "second").index(where)][1]
+    tensor[-1] = math.inf if where == "params" else math.nan
+    tensor[0] = math.nan
+    rows, normalized = functional.update_sums(*lists)
+    assert rows[1, :5].isnan().all()
+    assert rows[1, 5] == min(size, 2)
+    assert normalized[1].isnan()
+    assert same_bits(rows[[0, 2]], alone[0])
+    assert same_bits(normalized[[0, 2]], alone[1])
+
+
+def test_an_element_is_counted_once_where_both_are_bad(isa):
+    w, a = torch.tensor([math.nan, 1.0, 2.0]), torch.tensor([math.nan, math.inf, 0.0])
+    rows, _ = functional.update_sums([w], [a], [None], [GIVEN])
+    assert rows[0, 5] == 2
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 40])
+def test_eps_may_be_zero(rows, isa):
+    """The padding of the last lanes divides nothing by nothing."""
+    rule = UpdateRule(0.5, adaptive=True)
+    a = torch.arange(1.0, rows + 1)
+    got, normalized = functional.update_sums([torch.zeros(rows)], [a], [a * a], [rule])
+    assert got[0].tolist() == [0.25 * rows, 0, 0, 0.5, 0, 0]
+    assert normalized[0] == 1
+
+
+@pytest.mark.parametrize("value", [1e-30, 1e30])
+def test_squares_of_float32_neither_vanish_nor_overflow(value, isa):
+    rows, _ = functional.update_sums([torch.full((35,), value)], [torch.full((35,), value)], [None], [GIVEN])
+    expected = 35 * float(torch.tensor(value)) ** 2
+    assert_close(rows[0, [0, 4]], torch.full((2,), expected, dtype=torch.float64), eps=eps_of(torch.float64), k=40)
+
+
+def test_float64_squares_may_overflow(isa):
+    """Every element is finite, so nothing is called non-finite; the sum is infinite."""
+    w = torch.full((3,), 1e200, dtype=torch.float64)
+    rows, _ = functional.update_sums([w], [w], [None], [GIVEN])
+    assert rows[0].tolist() == [math.inf, 0, 0, 1e200, math.inf, 0]
+
+
+def test_of_step_inverts_the_step():
+    w_prev, s = values((100,), torch.float64, 1), values((100,), torch.float64, 2)
+    for shrink in (0.0, 1e-6, 0.3, -0.2, 1.5):
+        rule = UpdateRule.of_step(0.1, shrink=shrink)
+        w = (1 - shrink) * w_prev - 0.1 * s
+        rows, _ = reference.update_sums([w], [s], [None], [rule])
+        assert_close(rows[0, 0], (w - w_prev).square().sum(), eps=1e-14)
+    with pytest.raises(ValueError, match="less than a tenth"):
+        UpdateRule.of_step(0.1, shrink=0.95)
+
+
+# ---- the form for CUDA tensors, run on the CPU
+
+
+class NoSynchronisation(TorchDispatchMode):
+    """Refuses what makes the host wait for a device, or a shape depend on values."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"), name
+        return function(*args, **(kwargs or {}))
+
+
+def on_device(params, first, second, rules):
+    with NoSynchronisation():
+        results = [sums_on_device(*entry) for entry in zip(params, first, second, rules, strict=True)]
+    return torch.stack([row for row, _ in results]), torch.stack([mean for _, mean in results])
+
+
+@pytest.mark.parametrize("scalars", ["numbers", "tensors"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_torch_form(rule, dtype, scalars):
+    lists = lists_of(STEP_LISTS["mixed"] + [(CHUNK + 1,)], RULES[rule], [DTYPES[dtype]] * 3)
+    rules = lists[3]
+    if scalars == "tensors":
+        rules = [UpdateRule(*(torch.tensor(x, dtype=torch.float64) for x in r[:6]), r.adaptive) for r in rules]
+    assert_right(on_device(*lists[:3], rules), *lists, k=64)  # the norm is torch's, in an order of its own
+
+
+def test_torch_form_of_mixed_dtypes_and_non_finite_values():
+    lists = lists_of([(17,), (33,)], RULES["adamw"], [torch.bfloat16, torch.float32, torch.float64])
+    lists[1][0][3] = math.nan
+    lists[0][0][4] = math.inf
+    rows, normalized = on_device(*lists)
+    assert rows[0, :5].isnan().all()
+    assert rows[0, 5] == 2
+    assert normalized[0].isnan()
+    assert_right((rows[1:], normalized[1:]), *(t[1:] for t in lists))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rule", RULES)
+def test_on_cuda(rule, dtype):
+    lists = lists_of(STEP_LISTS["mixed"], RULES[rule], [DTYPES[dtype]] * 3, "cuda")
+    host = [[None if t is None else t.cpu() for t in tensors] for tensors in lists[:3]]
+    rows, normalized = functional.update_sums(*lists)
+    assert rows.is_cuda
+    assert_right((rows.cpu(), normalized.cpu()), *host, lists[3], k=64)
+
+
+# ---- refusals that the table of operations does not have
+
+
+def test_rules_are_refused_in_words():
+    w = [torch.zeros(3)]
+    with pytest.raises(TypeError, match=r"^rules: expected a list or tuple of rules, got dict"):
+        functional.update_sums(w, w, w, {0: GIVEN})
+    with pytest.raises(TypeError, match=r"^rules\[0\]: expected a lipcore.update_rules.UpdateRule, got dict"):
+        functional.update_sums(w, w, w, [{}])
+    with pytest.raises(TypeError, match=r"^rules\[0\]: expected a lipcore.update_rules.UpdateRule, got tuple"):
+        functional.update_sums(w, w, w, [(1.0,)])
+    with pytest.raises(ValueError, match=r"^rules: expected 1 rules, one per parameter, got 2"):
+        functional.update_sums(w, w, w, [GIVEN, GIVEN])

@@ -1,0 +1,236 @@
+"""The specification of a Trajectory: a list of points in float64, and everything by its definition."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lipcore import Trajectory
+from lipcore.metric.results import MetricResult
+from lipcore.trajectory.groups import by_block
+
+Point = dict[str, Tensor]
+
+#: Every quantity of the default.
+ALL = (
+    *("update_norm", "update_ratio", "max_abs_update", "path_length", "weight_norm", "unmoved_steps"),
+    *("nonfinite_steps", "nonfinite_elements", "distance", "directness", "variance"),
+)
+
+
+class Path:
+    """Every parameter's values after every step, in float64. Where they are not finite, the step is left out."""
+
+    def __init__(self, tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
+        self.tensors = dict(tensors)
+        self.points: list[Point] = []
+        self.look()
+
+    def look(self) -> None:
+        self.points.append({n: t.detach().double().flatten().clone() for n, t in self.tensors.items()})
+
+    def steps_of(self, name: str, points: list[Point]) -> list[tuple[Tensor, Tensor] | None]:
+        """(update, values after it) of every step; None where it was left out."""
+        out: list[tuple[Tensor, Tensor] | None] = []
+        last = points[0][name]
+        for point in points[1:]:
+            values = point[name]
+            out.append((values - last, values) if values.isfinite().all() else None)
+            last = values if out[-1] else last
+        return out
+
+    def window_of(self, name: str, points: list[Point], start: int, from_start: bool) -> Tensor:
+        """A parameter's finite points after step `start`, as rows; before them the one that step left, if asked."""
+        finite = [values for update in self.steps_of(name, points)[start:] if update for values in [update[1]]]
+        before = [p[name] for p in points[: start + 1] if p[name].isfinite().all()]
+        return torch.stack([*(before[-1:] if from_start else []), *finite])
+
+    def element_variance(self, name: str, start: int = 0, from_start: bool = True) -> Tensor:
+        window = self.window_of(name, self.points, start, from_start)
+        return window.var(dim=0, unbiased=False).reshape(self.tensors[name].shape)
+
+    def expected(
+        self,
+        names: list[str],
+        start: int = 0,
+        every: int = 1,
+        from_start: bool = True,
+        reference: Mapping[str, Tensor] | None = None,
+        since: int = 0,
+    ) -> dict[str, dict[str, Any]]:
+        """What the parameters in `names`, taken together, did since point `start`; `from_start`: that point is one of
+        the window's. Distances are from `reference` (default: the first point), the cumulative path from point
+        `since`."""
+        points, start, since = self.points[::every], start // every, since // every
+        reference = points[0] if reference is None else {n: t.detach().double().flatten() for n, t in reference.items()}
+        steps = {name: self.steps_of(name, points) for name in names}
+        whole = [[member[t] for member in steps.values()] for t in range(len(points) - 1)]
+        squares = [[u[0].square().sum() for u in members if u] for members in whole]
+        norms = torch.stack([sum(s).sqrt() if s else torch.tensor(math.nan).double() for s in squares])  # type: ignore[union-attr,arg-type]
+        weights = torch.stack([sum((u[1].square().sum() for u in members if u), torch.zeros(()).double()).sqrt()
+                               for members in whole])  # fmt: skip
+        largest = torch.tensor([max((u[0].abs().max().item() for u in members if u), default=0) for members in whole],
+                               dtype=torch.float64)  # fmt: skip
+        counted = norms.isfinite()
+        in_window = counted & (torch.arange(len(norms)) >= start)
+        last = int(counted.nonzero()[-1])
+        distance = torch.cat([points[last + 1][n] - reference[n] for n in names if steps[n][last]]).norm()
+        cumulative = norms[since:][counted[since:]].sum()
+        windows = [self.window_of(name, points, start, from_start) for name in names]
+        m2 = sum((w - w.mean(dim=0)).square().sum() for w in windows)
+        bad = [sum(int((~p[n].isfinite()).sum()) for n in names) for p in points[start + 1 :]]
+        ratios = torch.where(norms == 0, 0.0, norms / weights)
+        return {
+            "update_norm": reduced(norms[in_window]),
+            "update_ratio": reduced(ratios[in_window]),
+            "max_abs_update": {"last": largest[in_window][-1], "max": largest[in_window].max()},
+            "path_length" if every == 1 else "chord_length": {"sum": norms[in_window].sum(), "cumulative": cumulative},
+            "distance": {"last": distance},
+            "directness": {"last": distance / cumulative},
+            "variance": {"last": m2 / (int(in_window.sum()) + from_start)},
+            "weight_norm": {"last": weights[last]},
+            "unmoved_steps": {"sum": (norms[in_window] == 0).sum()},
+            "nonfinite_steps": {"sum": sum(count > 0 for count in bad)},
+            "nonfinite_elements": {"sum": sum(bad)},
+        }
+
+
+def reduced(values: Tensor) -> dict[str, Tensor]:
+    in_order = values.sort().values
+    quantiles = {f"p{q}": in_order[math.floor(q / 100 * (len(values) - 1) + 0.5)] for q in (50, 99)}
+    return {"last": values[-1], "mean": values.mean(), "max": values.max()} | quantiles
+
+
+def places_of(path: Path, groups: Callable[[str], str] = by_block) -> dict[str, list[str]]:
+    """Every place of a result and the parameters it is of."""
+    names = list(path.tensors)
+    places = {name: [name] for name in names} | {"total": names}
+    for name in names:
+        places.setdefault(groups(name), []).append(name)
+    return places
+
+
+def check(
+    result: MetricResult,
+    path: Path,
+    groups: Callable[[str], str] = by_block,
+    start: int = 0,
+    every: int = 1,
+    tolerance: float = 1e-6,
+    **settings: Any,
+) -> None:
+    """Every number of a result against its definition."""
+    places = places_of(path, groups)
+    expected = {place: path.expected(members, start, every, **settings) for place, members in places.items()}
+    assert set(result) == set(expected["total"])
+    for quantity in result:
+        assert set(result[quantity]) == set(places)
+        for place, reducers in result[quantity].items():
+            assert set(reducers) == set(expected[place][quantity])
+            for reducer, value in reducers.items():
+                truth = float(expected[place][quantity][reducer])
+                near = 0.01 if reducer in ("p50", "p99") else tolerance
+                assert value.value == pytest.approx(truth, rel=near), f"{quantity}.{reducer} of {place}"
+                assert value.valid
+                assert value.label == "exact"
+
+
+def check_elements(trajectory: Trajectory, path: Path, start: int = 0, from_start: bool = True) -> None:
+    found = trajectory.element_variance()
+    for name in path.tensors:
+        truth = path.element_variance(name, start, from_start)
+        assert found[name].shape == truth.shape
+        assert torch.allclose(found[name].double(), truth, rtol=2e-4, atol=0), name
+        assert float(found[name].double().sum()) == pytest.approx(float(truth.sum()), rel=1e-5), name
+
+
+def assert_same_numbers(one: MetricResult, other: MetricResult, tolerance: float = 1e-6) -> None:
+    """Two results, number by number."""
+    mine, theirs = one.flat("tensor"), other.flat("tensor")
+    mine, theirs = mine | one.flat("group"), theirs | other.flat("group")
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert mine[key] == pytest.approx(value, rel=tolerance, abs=1e-300, nan_ok=True), key
+
+
+# ---- what moves
+
+
+def mlp(dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)).to(dtype)
+
+
+def cnn(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 5, 3), nn.ReLU(), nn.Conv2d(5, 3, 3, groups=1), nn.Flatten(), nn.Linear(12, 1)]
+    return nn.Sequential(*layers).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.05, momentum=0.9),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=0.01, eps=1e-4),  # float16 rounds 1e-8 to 0
+}
+
+
+def train(
+    model: nn.Module,
+    steps: int,
+    after_step: Callable[[], object],
+    optimizer: str = "sgd",
+    shape: tuple[int, ...] = (6,),
+    seed: int = 1,
+) -> None:
+    """Regression on noise; after_step() is called after every optimizer step."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    step = OPTIMIZERS[optimizer](parameters)
+    dtype = parameters[0].dtype
+    for _ in range(steps):
+        x, y = (torch.randn(s, generator=generator).to(dtype) for s in ((4, *shape), (4, 1)))
+        step.zero_grad()
+        (model(x) - y).square().mean().backward()
+        step.step()
+        after_step()
+
+
+def tensors_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, Tensor]:
+    """Three tensors in two blocks."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"a.weight": (5, 7), "a.bias": (7,), "b.weight": (17,)}
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, shape in shapes.items()}
+
+
+def walk(
+    tensors: Mapping[str, Tensor],
+    steps: int,
+    after_step: Callable[[], object],
+    seed: int = 1,
+    nan_at: Mapping[int, tuple[str, ...]] | None = None,
+) -> None:
+    """A drift and noise of changing size. In the steps `nan_at` (from 0), an element of those tensors is NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    for t in range(steps):
+        size = 0.01 * (1.5 + math.sin(t / 7))
+        for tensor in tensors.values():
+            move = torch.randn(tensor.shape, generator=generator) + 0.03
+            tensor.data.add_((size * move).to(tensor.dtype))
+        broken = {name: tensors[name].detach().clone() for name in (nan_at or {}).get(t, ())}
+        for name in broken:
+            tensors[name].data.view(-1)[0] = math.nan
+        after_step()
+        for name, values in broken.items():
+            tensors[name].data.copy_(values)
+
+
+def observe(trajectory: Trajectory, path: Path) -> Callable[[], None]:
+    def after_step() -> None:
+        trajectory.update()
+        path.look()
+
+    return after_step
