@@ -22,8 +22,10 @@ from lipcore.lipschitz.singular_values import singular_values
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.metric.distribution import Distribution, loaded_distributions
 from lipcore.metric.hook_warnings import warn_in_hook
-from lipcore.metric.protocol import Metric, PlanLine
+from lipcore.metric.protocol import Needs, PlanLine, TapCounts
 from lipcore.metric.results import Label, MetricResult, Value
+from lipcore.metric.standalone import StandaloneMetric
+from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.names import named_modules, unwrap
 
 
@@ -35,7 +37,7 @@ class PerSample:
     local_lipschitz: Tensor
 
 
-class Lipschitz(Metric):
+class Lipschitz(StandaloneMetric):
     r"""How complex the function being learnt is: local Lipschitz constants at the training samples, as they are
     visited.
 
@@ -106,10 +108,8 @@ class Lipschitz(Metric):
         optional: bool = False,
         shortcut: bool = True,
     ) -> None:
-        if quantity not in ("scalar", "residual"):
-            raise ValueError(f"quantity: expected 'scalar' or 'residual', got {quantity!r}")
-        if lambda_every is not None and (not isinstance(lambda_every, int) or lambda_every < 1):
-            raise ValueError(f"lambda_every: expected an integer >= 1 or None, got {lambda_every!r}")
+        check_choice("quantity", quantity, ("scalar", "residual"))
+        check_count("lambda_every", lambda_every, optional=True)
         self._input, self._output, self._quantity = input, output, quantity
         self.optional = optional
         self._shortcut = shortcut
@@ -131,16 +131,22 @@ class Lipschitz(Metric):
         self._closed: deque[list[Distribution]] = deque(maxlen=0)  # blocks of a sliding window
         self._bias = BiasSteps()
         self._model: nn.Module | None = None
-        self._monitor: Any = None
+        self._counts: TapCounts | None = None
         if model is not None:
-            from lipcore.monitor.monitor import Monitor
-
-            self._monitor = Monitor(model, metrics=[self])
+            self._watch(model)
 
     # ---- what it needs
 
-    @property
-    def single_sample(self) -> SingleSample | None:
+    def needs(self) -> Needs:
+        """Say what it taps: the gradient at the first layer's output and at the model's."""
+        taps: dict[Tap, str] = {self._first: self._input or FIRST_LAYER, self._last: self._output or ""}
+        return Needs(taps=taps, single_sample=self._single_sample())
+
+    def counted(self, counts: TapCounts) -> None:
+        """Take what counts its forward passes."""
+        self._counts = counts
+
+    def _single_sample(self) -> SingleSample | None:
         """The bias shortcut reads the ends of the model; named layers and vector outputs take the taps."""
         named = self._input is not None or self._output is not None
         if named or not self._shortcut or self._quantity != "scalar":
@@ -178,10 +184,6 @@ class Lipschitz(Metric):
         """Look for layers in which samples mix."""
         self._model = model
         self._batchnorms = [module for _, module in named_modules(unwrap(model)) if isinstance(module, _BatchNorm)]
-
-    def taps(self) -> dict[Tap, str]:
-        """The gradient at the first layer's output and at the model's."""
-        return {self._first: self._input or FIRST_LAYER, self._last: self._output or ""}
 
     def _check_output(self, output: Tensor) -> None:
         """ValueError when this output does not have the one value per sample it should."""
@@ -249,19 +251,6 @@ class Lipschitz(Metric):
     def _warn(self, message: str) -> None:
         self._raised = warn_in_hook(message, UserWarning, stacklevel=3) or self._raised
 
-    def update(self) -> None:
-        """Call after every optimizer step when the metric stands alone."""
-        self._alone().step()
-
-    def close(self) -> None:
-        """Remove the hooks of a metric that stands alone."""
-        self._alone().close()
-
-    def _alone(self) -> Any:
-        if self._monitor is None:
-            raise RuntimeError("this Lipschitz has no model of its own; pass one, or use the Monitor it belongs to")
-        return self._monitor
-
     @property
     def per_sample(self) -> PerSample:
         """r and lambda of every sample of the last recorded micro-batch (batch-1 steps served by the shortcut keep
@@ -294,12 +283,6 @@ class Lipschitz(Metric):
             PlanLine("output", f"{self._last.place}: {what}"),
         ]
 
-    def compute(self) -> MetricResult:
-        """The open window's results; changes nothing."""
-        if self._monitor is not None:
-            self._monitor.flush()
-        return self.finalize()
-
     def finalize(self) -> MetricResult:
         """The open window's numbers; see the class for what they are."""
         result = MetricResult(self.name, first_layer=self._first.name, output=self._last.place, quantity=self._quantity)
@@ -310,6 +293,10 @@ class Lipschitz(Metric):
         place = self._last.place
         ratios, lambdas, paired = self._window()
         result.add("normalized_gradient_norm", place, "total", **ratios.reduced(label, total=True, note=note))
+        if self._counts is not None:
+            result.details["unrecorded_forwards"] = self._counts.unrecorded
+            if self._counts.refused:
+                result.details["unrecorded_because"] = list(self._counts.refused)
         count, skipped = ratios.count, ratios.missing + ratios.invalid
         result.add("steadiness", place, "total", max=Value(ratios.max, count, label, count > 0, note))
         result.add("skipped", place, "total", sum=Value(float(skipped), count + skipped))
@@ -363,6 +350,11 @@ class Lipschitz(Metric):
             "samples": samples,
             **self._bias.details(),
         }
+
+    def rebind(self) -> None:
+        """Look for layers in which samples mix anew."""
+        if self._model is not None:
+            self.bind(self._model)
 
     def reset(self) -> None:
         """Start a new window."""

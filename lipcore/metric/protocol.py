@@ -1,19 +1,21 @@
-"""The protocol of a metric: what it needs, what it observes, how windows merge, and torchmetrics' verbs on top.
+"""The protocol of a metric: what it needs, what it observes, what it returns.
 
-A metric never hooks a model. It says what it needs; :mod:`lipcore.capture` brings it; the Monitor (or the metric's own
-private one, when it stands alone) keeps the clock.
+A metric never hooks a model. It says what it needs; the engine (:mod:`lipcore.metric.engine`) registers the hooks,
+keeps the clock and calls the metric. Provisional: what a metric of one's own relies on may still change.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
+from lipcore.capture.layers.layer_pass import LayerRecord
+from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
 from lipcore.metric.results import MetricResult
 
@@ -27,91 +29,134 @@ class PlanLine:
     bytes: int = 0
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What a metric asks of the engine.
+
+    Attributes:
+        taps: numbers from the gradients at modules' outputs: each tap, and the module it goes to (a canonical name,
+            FIRST_LAYER, or "" for the model's own output). They come to observe_record().
+        single_sample: what batches of one may fill instead of the taps; None: always tap.
+        layers: how all layers are to be tapped; their norms come to observe_layers(). None: not at all.
+        gradients: call observe_gradients() at the end of every backward pass.
+        before_step: call before_step().
+        used_gradients: call observe_used_gradients().
+        each_optimizer: call after_step_of().
+    """
+
+    taps: Mapping[Tap, str] = field(default_factory=dict)
+    single_sample: SingleSample | None = None
+    layers: LayerOptions | None = None
+    gradients: bool = False
+    before_step: bool = False
+    used_gradients: bool = False
+    each_optimizer: bool = False
+
+
+class TapCounts(Protocol):
+    """What the engine has counted of the forward passes that taps were on, in the open window."""
+
+    @property
+    def unrecorded(self) -> int:
+        """Forward passes in grad mode that brought no record."""
+
+    @property
+    def refused(self) -> Sequence[str]:
+        """Why backward passes that came were not recorded."""
+
+
 class Metric(ABC):
-    """Base of all metrics. Subclasses implement the abstract part; users call update, compute, reset and state_dict."""
+    """Base of all metrics: subclasses implement the abstract part; users call the verbs.
+
+    The verbs are update(), compute(), reset(), close(), state_dict(), load_state_dict(), rebind() and merge(), and
+    `with`. One that has no meaning for a metric says so by name.
+    """
 
     name: str  #: first part of every key
     optional: bool = False  #: where it does not apply it turns itself off instead of raising
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 
-    #: Which of observe_gradients(), before_step(), observe_used_gradients() and after_step_of() should be called.
-    wants_gradients: bool = False
-    wants_before_step: bool = False
-    wants_used_gradients: bool = False
-    wants_each_step: bool = False
+    #: For the engine, not for users: left out of dir().
+    _protocol: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
+            *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
+            *("observe_used_gradients", "before_step", "after_step_of"),
+        }
+    )
+
+    def __dir__(self) -> Iterable[str]:
+        return [name for name in super().__dir__() if name not in self._protocol]
+
+    # ---- what it needs
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:  # noqa: B027
-        """What the Monitor was given; called once, before bind()."""
+        """Take what the engine was given; called once, before bind()."""
 
     @abstractmethod
     def bind(self, model: nn.Module) -> None:
         """Look at the model (parameters, layers); called once, before the first step."""
 
-    def taps(self) -> dict[Tap, str]:
-        """What it needs of the backward pass: taps and the modules they go to (a canonical name, FIRST_LAYER or "")."""
-        return {}
-
-    @property
-    def single_sample(self) -> SingleSample | None:
-        """What the batch-1 shortcut may fill instead of the taps; None: always tap."""
-        return None
+    def needs(self) -> Needs:
+        """Say what it needs; asked after bind() and after rebind()."""
+        return Needs()
 
     @abstractmethod
     def plan(self) -> list[PlanLine]:
-        """What will be measured, by which rule, for how many bytes."""
-
-    @property
-    def layer_options(self) -> dict[str, Any] | None:
-        """How it wants all layers tapped (arguments of capture.LayerCapture); None: not at all."""
-        return None
+        """Say what will be measured, by which rule, for how many bytes."""
 
     def tapped(self, capture: Any) -> None:  # noqa: B027
-        """The LayerCapture that taps the layers for it; called before its hooks are registered."""
+        """Take the LayerCapture that taps the layers for it; called before its hooks are registered."""
 
-    def observe_layers(self, record: Any) -> None:  # noqa: B027
-        """One backward pass's LayerRecord. No host synchronisation here."""
+    def counted(self, counts: TapCounts) -> None:  # noqa: B027
+        """Take what counts the forward passes that its taps are on; called once, after bind()."""
 
-    def observe_unrecorded(self, samples: int, reason: str) -> None:  # noqa: B027
-        """A backward pass of so many samples through the tapped layers, which could not be recorded. In that pass."""
-
-    def observe_skipped_step(self) -> None:  # noqa: B027
-        """A GradScaler skipped the step: what the backward passes since the last one brought does not count."""
+    # ---- what it observes, without a host synchronisation and without raising in the user's call
 
     def observe_record(self, record: Record) -> None:  # noqa: B027
-        """One micro-batch's tapped values. No host synchronisation here."""
+        """Take in one micro-batch's tapped values."""
+
+    def observe_layers(self, record: LayerRecord) -> None:  # noqa: B027
+        """Take in the per-sample norms of one backward pass."""
+
+    def observe_unrecorded(self, samples: int, reason: str) -> None:  # noqa: B027
+        """Learn, in that pass, of a backward pass of so many samples that could not be recorded."""
 
     def observe_gradients(self) -> None:  # noqa: B027
-        """A backward pass has ended. No host synchronisation here."""
+        """Look at the gradients after a backward pass."""
 
     def before_step(self) -> None:  # noqa: B027
-        """The optimizer is about to step. No host synchronisation here."""
+        """Look at the parameters right before the optimizer's step."""
 
     def observe_used_gradients(self, optimizer: Optimizer) -> None:  # noqa: B027
-        """The gradients of this optimizer are as its step uses them. No host synchronisation here."""
+        """Look at the gradients of this optimizer as its step uses them."""
 
     def after_step_of(self, optimizer: Optimizer) -> None:  # noqa: B027
-        """This one of the optimizers has stepped; called before observe_step(). No host synchronisation here."""
-
-    def rebase(self) -> None:  # noqa: B027
-        """The parameters were changed by something else than a step: load_state_dict(), an EMA swapped in."""
-
-    def rebind(self) -> None:  # noqa: B027
-        """Parameters were added, removed or reshaped: look at the model anew."""
+        """Look at the parameters of this one of several optimizers; called before observe_step()."""
 
     def observe_step(self) -> None:  # noqa: B027
-        """One optimizer step has been made. No host synchronisation here."""
+        """Count one optimizer step."""
 
     @property
     def step_call(self) -> Callable[[], object]:
         """What the clock calls at every step; when it returns True, settle() is called too."""
         return self.observe_step
 
+    def observe_skipped_step(self) -> None:  # noqa: B027
+        """Learn that a GradScaler skipped the step: what the backward passes since the last one brought does not
+        count."""
+
     def settle(self) -> None:  # noqa: B027
-        """Rare housekeeping between steps."""
+        """Do rare housekeeping between steps."""
+
+    def rebase(self) -> None:  # noqa: B027
+        """Learn that something else than a step changed the parameters: load_state_dict(), an EMA swapped in."""
+
+    # ---- what it returns
 
     @abstractmethod
     def finalize(self) -> MetricResult:
-        """The open window's results; changes nothing."""
+        """Make the open window's results; changes nothing."""
 
     @abstractmethod
     def reset(self) -> None:
@@ -121,14 +166,34 @@ class Metric(ABC):
         """Slide the window by one of the `window_blocks` it consists of; the same as reset() when that is one."""
         raise NotImplementedError(f"{type(self).__name__} has no sliding windows")
 
+    # ---- the verbs
+
+    def update(self) -> None:
+        """Count an optimizer step, where the metric stands alone; call it after every step."""
+        raise self._not_alone()
+
+    def compute(self) -> MetricResult:
+        """Return the open window's results; changes nothing."""
+        return self.finalize()
+
+    def close(self) -> None:
+        """Remove the hooks of a metric that stands alone; numbers stay readable."""
+        raise self._not_alone()
+
+    def _not_alone(self) -> RuntimeError:
+        return RuntimeError(f"this {type(self).__name__} belongs to a Monitor, which drives and closes it")
+
+    def rebind(self) -> None:  # noqa: B027
+        """Look at the model anew after parameters were added, removed, reshaped, frozen or unfrozen."""
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to continue bit for bit: tensors, numbers and strings only."""
+        """Return everything that is needed to continue bit for bit: tensors, numbers and strings only."""
 
     @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; nothing changes when it does not fit."""
+        """Continue from a state; ValueError naming the first key that does not fit, and nothing changed, otherwise."""
 
-    def compute(self) -> MetricResult:
-        """The open window's results; changes nothing."""
-        return self.finalize()
+    def merge(self, other: Any) -> None:
+        """Add the open window of another metric of the same kind."""
+        raise NotImplementedError(f"{type(self).__name__} has no merge()")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,11 @@ from torch.optim import Optimizer
 from lipcore.capture.layers.batch_of_one import Sink
 from lipcore.capture.layers.layer_capture import STRAYED, LayerCapture
 from lipcore.capture.layers.layer_pass import LayerRecord
+from lipcore.capture.layers.options import LayerOptions
 from lipcore.functional.dtypes import INTEGERS
-from lipcore.metric.protocol import Metric, PlanLine
+from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.results import MetricResult
+from lipcore.metric.standalone import StandaloneMetric
 from lipcore.per_sample.arguments import check_arguments, offsets_of
 from lipcore.per_sample.batch_norms import MicroBatch, Norms
 from lipcore.per_sample.layer_index import Places
@@ -32,7 +33,7 @@ from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.window import NormWindow
 
 
-class PerSampleGradNorms(Metric):
+class PerSampleGradNorms(StandaloneMetric):
     r"""Norms :math:`n_i = \|\nabla_\theta\, l_i\|_2` of single samples' gradients, from the ordinary backward pass.
 
     :math:`l_i` is the sum of sample i's unreduced loss terms. What comes back in a backward pass is a multiple of
@@ -115,20 +116,20 @@ class PerSampleGradNorms(Metric):
         check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
         self._every = every_steps
         self._methods = dict(methods or {})
-        self._options: dict[str, Any] = {
-            "batch_dim": batch_dim,
-            "offsets_of": offsets_of(cu_seqlens),
-            "broadcast": tuple(broadcast),
-            "methods": self._methods,
-            "fused": fused,
-            "normalized": normalized,
-            "skip_uncovered": on_unsupported == "skip",
-            "prove": prove,
-        }
+        self._options = LayerOptions(
+            batch_dim=batch_dim,
+            offsets_of=offsets_of(cu_seqlens),
+            broadcast=tuple(broadcast),
+            methods=self._methods,
+            fused=fused,
+            normalized=normalized,
+            skip_uncovered=on_unsupported == "skip",
+            prove=prove,
+        )
         self._wants_noise = noise_scale
         self._capture: LayerCapture | None = None
         self._scaler = scaler
-        self._alone = model is not None
+        self._stands_alone = model is not None
         self._steps = 0
         self._last: MicroBatch | None = None
         self._ids: Tensor | None = None
@@ -140,11 +141,8 @@ class PerSampleGradNorms(Metric):
         self._window = NormWindow(0, 1)  # until the layers are known
         self._dropped = 0
         self._noise: NoiseScale | None = None
-        self._monitor: Any = None
         if model is not None:
-            from lipcore.monitor.monitor import Monitor  # which imports this
-
-            self._monitor = Monitor(model, metrics=[self], scaler=scaler)
+            self._watch(model, scaler)
 
     # ---- the protocol
 
@@ -161,15 +159,15 @@ class PerSampleGradNorms(Metric):
     def bind(self, model: nn.Module) -> None:
         """Layers and parameters are found when the layers are tapped."""
 
-    @property
-    def layer_options(self) -> dict[str, Any]:
-        return self._options
+    def needs(self) -> Needs:
+        """Say that all layers are to be tapped; and of the gradients, for the noise scale."""
+        return Needs(layers=self._options, gradients=self._wants_noise and not self._stands_alone)
 
     def tapped(self, capture: LayerCapture) -> None:
         """The layers are tapped by this."""
-        check_methods(self._methods, capture.sites, fused=self._options["fused"])
+        check_methods(self._methods, capture.sites, fused=self._options.fused)
         if self._capture is None and not capture.coverage.covered:
-            if not self._options["skip_uncovered"]:
+            if not self._options.skip_uncovered:
                 capture.coverage.check()
             raise ValueError(
                 "model: nothing in it is trainable and covered by a rule, so there are no gradients to measure; "
@@ -188,7 +186,7 @@ class PerSampleGradNorms(Metric):
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
             sums = StepSums(self._places, capture.coverage.parameters)
         self._open_step = OpenStep(sums)
-        if self._alone:
+        if self._stands_alone:
             capture.single.send_to(self._single_sink)
 
     def _single_sink(self, names: tuple[str, ...]) -> Sink | None:
@@ -213,10 +211,6 @@ class PerSampleGradNorms(Metric):
             self.tapped(self._capture)
 
     @property
-    def wants_gradients(self) -> bool:  # type: ignore[override]
-        return self._wants_noise and not self._alone
-
-    @property
     def _layers(self) -> list[str]:
         return self._places.layers
 
@@ -229,7 +223,7 @@ class PerSampleGradNorms(Metric):
         ids, self._ids = self._ids, None
         if ids is not None and len(ids) != record.samples:
             raise ValueError(f"ids: {len(ids)} ids were given for a micro-batch of {record.samples} samples")
-        if self._alone:
+        if self._stands_alone:
             self._take_in(micro, ids)
         else:
             self._open_step.add(micro, ids, len(self._window.open))
@@ -274,8 +268,8 @@ class PerSampleGradNorms(Metric):
         return self._capture
 
     def _micro(self) -> MicroBatch:
-        if self._monitor is not None:
-            self._monitor.flush()
+        if self._engine is not None:
+            self._engine.flush()
         elif self._capture is not None:
             self._capture.flush()
         if self._last is None:
@@ -296,7 +290,7 @@ class PerSampleGradNorms(Metric):
     def per_sample(self) -> Tensor:
         """float64 [B]: n_i over all measured parameters, of the last backward pass in a recorded step; NaN, with the
         reason in :attr:`broken`, where that could not be recorded (autograd.grad, backward(inputs=))."""
-        square = self._capture.single.total() if self._alone and self._capture is not None else None
+        square = self._capture.single.total() if self._stands_alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
         return self._micro().per_sample
@@ -428,27 +422,8 @@ class PerSampleGradNorms(Metric):
         """Of a copy: the settings and all numbers, and no model. What the open step brought stays with the original."""
         if self._last is not None:
             self._micro()  # takes in what has not been delivered yet
-        attached = {"_capture": None, "_monitor": None, "_scaler": None, "_alone": False, "_ids": None}
+        attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}
         return self.__dict__ | attached | {"_open_step": OpenStep(None)}
-
-    # ---- standing alone
-
-    def close(self) -> None:
-        """Remove the hooks of a metric that stands alone, and raise an error that was kept; numbers stay readable."""
-        if self._monitor is None:
-            self._watched()
-            raise RuntimeError("this metric belongs to a Monitor; close that")
-        self._monitor.close()
-
-    def __enter__(self) -> PerSampleGradNorms:
-        if self._monitor is None:
-            raise RuntimeError("pass the model to use this metric alone: PerSampleGradNorms(model, loss_reduction=...)")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._monitor.__exit__(kind, error, trace)
 
 
 def _ranks() -> int:

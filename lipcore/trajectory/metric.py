@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lipcore.metric.protocol import Metric, PlanLine
+from lipcore.metric.protocol import Metric, Needs, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_like, check_same
+from lipcore.models.arguments import check_count
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.gradient_norms import Gradients
 from lipcore.trajectory.groups import Groups, by_block
@@ -122,8 +123,7 @@ class Trajectory(Metric):
             *(("every_steps", every_steps, 1), ("window_blocks", window_blocks, 1), ("ring", ring, 512)),
             *(("keep_limit", keep_limit, 1), ("keep_every", keep_every or 1, 1)),
         ):
-            if not isinstance(number, int) or isinstance(number, bool) or number < least:
-                raise ValueError(f"{key}: expected an integer >= {least}, got {number!r}")
+            check_count(key, number, least)
         if not (callable(groups) or isinstance(groups, Mapping)):
             raise TypeError(f"groups: expected a callable or a dict of expressions, got {type(groups).__name__}")
         self._stats = None if stats is None else _checked_stats(stats)
@@ -138,7 +138,7 @@ class Trajectory(Metric):
         self._parts: list[Part] = []
         self._trackers: dict[str, Tracker] = {}
         self._gradients: Gradients | None = None
-        self._steps_seen = self._rebased = 0
+        self._steps_seen = self._rebased = self._skipped = 0
         #: After how many of the window's steps something else changed the parameters: the last two such places, since
         #: the last one may be the window's end.
         self._jumps: list[int] = []
@@ -215,25 +215,19 @@ class Trajectory(Metric):
 
     # ---- the hot path
 
+    def needs(self) -> Needs:
+        """Say what it looks at, and when."""
+        several = len(self._optimizers) > 1
+        return Needs(
+            gradients=self._reads_gradients,
+            before_step=self._chosen.source == "snapshot",
+            used_gradients=self._gradients is not None,
+            each_optimizer=self._chosen.source == "optimizer" and several,
+        )
+
     @property
-    def wants_gradients(self) -> bool:  # type: ignore[override]
-        """Whether somebody should call observe_gradients() after backward."""
+    def _reads_gradients(self) -> bool:
         return self._gradients is not None and "grad_norm" in (self._stats or ())
-
-    @property
-    def wants_before_step(self) -> bool:  # type: ignore[override]
-        """Whether somebody should call before_step() before the optimizer's step."""
-        return self._chosen.source == "snapshot"
-
-    @property
-    def wants_used_gradients(self) -> bool:  # type: ignore[override]
-        """Whether somebody should call observe_used_gradients() before an optimizer's step."""
-        return self._gradients is not None
-
-    @property
-    def wants_each_step(self) -> bool:  # type: ignore[override]
-        """Whether somebody should call after_step_of()."""
-        return self._chosen.source == "optimizer" and len(self._optimizers) > 1
 
     def observe_gradients(self) -> None:
         """Take the gradients as they are now, after backward and before clipping, for ``grad_norm``. A Monitor with an
@@ -280,6 +274,10 @@ class Trajectory(Metric):
         alone = self.every_steps == 1 and list(self._trackers) == ["exact"] and not self._gradients
         return self._tracker.step if alone else self.observe_step
 
+    def observe_skipped_step(self) -> None:
+        """Count a step that a GradScaler skipped."""
+        self._skipped += 1
+
     def settle(self) -> None:
         """Close the open block of every parameter."""
         self._tracker.settle()
@@ -307,6 +305,15 @@ class Trajectory(Metric):
         if self._gradients and self._due:
             self._gradients.observe_used()
         self.observe_step()
+
+    def close(self) -> None:
+        """Do nothing: a Trajectory has no hooks. After it, numbers stay readable."""
+
+    def __enter__(self) -> Trajectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def rebase(self) -> None:
         """The parameters were changed by something else than a step (weights loaded, an EMA swapped in): their path
@@ -369,6 +376,8 @@ class Trajectory(Metric):
         result.details["source"] = self._chosen.source
         if self._rebased:
             result.details["rebased"] = self._rebased
+        if self._skipped:
+            result.details["skipped_steps"] = self._skipped
         if self._jumps and any(0 < steps < self._tracker.window_steps for steps in self._jumps):
             result.details["jumped"] = True
         if self._apart:
@@ -397,7 +406,7 @@ class Trajectory(Metric):
                     f"parameter '{name}' is trainable but was not when this Trajectory was bound (added, unfrozen or "
                     "untied since?), so it is not in its numbers; call rebind()",
                 )
-        if self.wants_gradients and self._gradients and self._gradients.missed:
+        if self._reads_gradients and self._gradients and self._gradients.missed:
             self._warn(
                 "grad_norm",
                 f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "

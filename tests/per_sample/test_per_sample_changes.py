@@ -106,7 +106,7 @@ def test_after_rebind_the_new_structure_is_measured(size: int) -> None:
         for seed in range(6):
             step(model, size, seed)
         replace(model)
-        assert metric._monitor is not None
-        metric._monitor.rebind()
+        assert metric._engine is not None
+        metric._engine.rebind()
         for seed in range(8):
             assert_step(model, metric, size, seed)

@@ -25,7 +25,7 @@ def test_another_default_device(size: int, alone: bool) -> None:
         model if alone else None,
         loss_reduction="sum",
     )
-    monitor = metric._monitor if alone else Monitor(model, metrics=[metric])
+    monitor = metric._engine if alone else Monitor(model, metrics=[metric])
     with monitor, torch.device("meta"):
         for _ in range(6):  # batches of one are served from the gradients in the end
             model.zero_grad()

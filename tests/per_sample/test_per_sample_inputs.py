@@ -472,7 +472,7 @@ def test_ids_that_are_none(ids: Any, match: str) -> None:
 def test_ids_of_another_batch(alone: bool) -> None:
     model = made(mlp)
     metric = PerSampleGradNorms(model if alone else None, loss_reduction="sum")
-    monitor = metric._monitor if alone else Monitor(model, metrics=[metric])
+    monitor = metric._engine if alone else Monitor(model, metrics=[metric])
     metric.set_ids([1, 2])
     with pytest.warns(RuntimeWarning, match="stopped recording"):
         sum_loss(model(torch.randn(3, 5))).backward()

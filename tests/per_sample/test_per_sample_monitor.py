@@ -176,7 +176,7 @@ def test_a_copy_has_the_numbers_and_no_model(again: Callable[[Any], Any], alone:
     model = made(mlp)
     optimizer = sgd(model)
     metric = PerSampleGradNorms(model if alone else None, loss_reduction="mean", cu_seqlens=None)
-    with metric._monitor if alone else Monitor(model, optimizer, metrics=[metric]):
+    with metric._engine if alone else Monitor(model, optimizer, metrics=[metric]):
         metric.set_ids([0, 1, 2])
         train(model, optimizer, [torch.randn(3, 5)])
         copied = again(metric)
@@ -538,7 +538,7 @@ def test_two_metrics_in_one_monitor_need_names_of_their_own() -> None:
 def test_one_metric_watches_once_at_a_time(alone: bool) -> None:
     model, scaler = made(mlp), torch.amp.GradScaler("cpu", init_scale=4.0)
     metric = PerSampleGradNorms(model if alone else None, loss_reduction="sum", scaler=scaler if alone else None)
-    first = metric._monitor if alone else Monitor(model, metrics=[metric], scaler=scaler)
+    first = metric._engine if alone else Monitor(model, metrics=[metric], scaler=scaler)
     other = PerSampleGradNorms(loss_reduction="sum")
     other.name = "other"
     x = torch.randn(3, 5)
@@ -617,7 +617,7 @@ def test_a_metric_of_a_monitor_is_closed_by_it() -> None:
     with Monitor(made(mlp), metrics=[metric]):
         with pytest.raises(RuntimeError, match="belongs to a Monitor"):
             metric.close()
-        with pytest.raises(RuntimeError, match="pass the model to use this metric alone"), metric:
+        with pytest.raises(RuntimeError, match="to use it alone call PerSampleGradNorms"), metric:
             pass
 
 

@@ -110,7 +110,7 @@ class Routed(nn.Module):
 def test_a_layer_that_is_reached_in_some_passes_counts_the_others(alone: bool, size: int) -> None:
     model = made(Routed)
     metric = PerSampleGradNorms(model if alone else None, loss_reduction="sum")
-    monitor = metric._monitor if alone else Monitor(model, metrics=[metric])
+    monitor = metric._engine if alone else Monitor(model, metrics=[metric])
     routes = ["a"] * 9 + ["b"] + ["a"] * 9  # of size 1, most of them are served from the gradients
     for which in routes:
         model.zero_grad()
@@ -150,7 +150,7 @@ def test_the_layers_of_a_pass_that_is_broken_are_missing() -> None:
 def test_a_model_that_is_one_layer_is_called_model(alone: bool) -> None:
     model = nn.Linear(5, 2)
     metric = PerSampleGradNorms(model if alone else None, loss_reduction="sum", methods={"model": "gram"})
-    with metric._monitor if alone else Monitor(model, metrics=[metric]):
+    with metric._engine if alone else Monitor(model, metrics=[metric]):
         sum_loss(model(torch.randn(3, 4, 5))).backward()
         assert list(metric.per_layer) == ["model"]
         assert list(metric.per_parameter) == ["weight", "bias"]

@@ -1,0 +1,33 @@
+"""How a metric wants all layers tapped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lipcore.capture.layers.batch_of import OffsetsOf
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Settings of a LayerCapture.
+
+    Attributes:
+        batch_dim: batch dimension of the model's input, and of activations whose features come last.
+        offsets_of: takes the model's arguments and keywords to the document boundaries of packed sequences.
+        broadcast: names of layers that are called without the batch dimension.
+        methods: per layer name, the method its factors are to use.
+        fused: take over the weight gradient of Linears that see sequences.
+        normalized: also bring the norms of the gradients at the layers' outputs and at the model's.
+        skip_uncovered: leave out parameters that no rule covers instead of failing.
+        prove: run a backward pass of one sample through the first pass's graph, and compare.
+    """
+
+    batch_dim: int = 0
+    offsets_of: OffsetsOf | None = None
+    broadcast: tuple[str, ...] = ()
+    methods: Mapping[str, str] = field(default_factory=dict)
+    fused: bool = False
+    normalized: bool = False
+    skip_uncovered: bool = False
+    prove: bool = True

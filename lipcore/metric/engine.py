@@ -1,0 +1,458 @@
+"""The engine: hooks, clock, errors and windows of any metrics on one model. It knows no metric by name."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lipcore.capture.layers.layer_capture import LayerCapture
+from lipcore.capture.parameters import GradientWatch, LoadWatch
+from lipcore.capture.taps.tap import Record
+from lipcore.capture.taps.tap_capture import Capture
+from lipcore.metric.clock import Calls, Clock, ScaledSteps
+from lipcore.metric.hook_warnings import warn_in_hook
+from lipcore.metric.protocol import Metric, Needs
+from lipcore.metric.results import History, MetricResult, Window
+from lipcore.metric.state import checked_starts
+from lipcore.models.arguments import check_count
+
+Self = TypeVar("Self", bound="Engine")
+
+
+class Engine:
+    """Drives metrics on one model while it trains: hooks only, the model and the loop stay as they are.
+
+    The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by
+    itself, or by :meth:`close_window`. Nothing is raised inside a forward or backward pass: an error stops the
+    recording, warns, and is raised by the next call of a method of this class or at the end of the with block. So does
+    a warning that the filters make an error of.
+
+    Args:
+        model: the module the loop calls.
+        optimizer: one, or several that step in turn; a step is over when all have. Without: :meth:`step` is called.
+        metrics: bound to the model here; their names are the keys of a window.
+        window_steps: steps in a window; None: it is closed only by close_window().
+        window_blocks: with more than one, windows slide: every window_steps / window_blocks steps one closes that
+            covers the last window_steps steps (fewer at the start).
+        history_limit: how many closed windows are kept.
+        scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
+    """
+
+    _version = 2
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer] | None = None,
+        *,
+        metrics: Iterable[Metric],
+        window_steps: int | None = None,
+        window_blocks: int = 1,
+        history_limit: int = 1000,
+        scaler: Any = None,
+    ) -> None:
+        if window_steps is not None:
+            check_count("window_steps", window_steps)
+        check_count("window_blocks", window_blocks)
+        check_count("history_limit", history_limit)
+        if window_blocks > 1 and (window_steps is None or window_steps % window_blocks):
+            raise ValueError(f"window_blocks: {window_blocks} blocks of equal length do not make {window_steps} steps")
+        self.metrics = by_name(metrics)
+        chosen = list(self.metrics.values())
+        for metric in chosen if window_blocks > 1 else ():
+            if type(metric).advance is Metric.advance:
+                raise ValueError(f"window_blocks: {metric.name} has no sliding windows")
+        self.model = model
+        self.window_steps = window_steps
+        self.history = History(maxlen=history_limit)
+        self._unread: deque[Window] = deque(maxlen=history_limit)
+        self._step = 0
+        self._steps_here = 0  # since this object was made; _step goes on from a loaded state
+        self._window_blocks = window_blocks
+        self._starts: deque[tuple[int, int]] = deque([(0, 0)], maxlen=window_blocks)  # step, unrecorded of each block
+        self._windows = 0
+        self._closed = False
+        self._final: Window | None = None  # the open window when this was closed
+        self._error: Exception | None = None
+        self._failed = False
+        self._optimizers = _optimizers(optimizer)
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        for metric in chosen:
+            metric.prepare(self._optimizers, scaler, window_blocks)
+            metric.bind(model)
+        needs = {metric: metric.needs() for metric in chosen}
+        self._tapping = [metric for metric in chosen if needs[metric].taps]
+        self._check_callable(model, [metric for metric in chosen if needs[metric].taps or needs[metric].layers])
+        self._find_step_calls()
+        taps = [tap for metric in self._tapping for tap in needs[metric].taps.items()]
+        self._capture = Capture(model, taps, self._observe_record, self._stop)
+        for metric in self._tapping:
+            metric.counted(self)
+        self._layer_captures: list[LayerCapture] = []
+        try:
+            self._tap_layers(needs)
+            self._attach(needs)
+        except Exception:
+            for capture in self._layer_captures:
+                capture.close()  # nobody else could, and their metrics would stay taken
+            raise
+        self._watch()
+
+    @staticmethod
+    def _check_callable(model: nn.Module, metrics: list[Metric]) -> None:
+        if metrics and isinstance(model, nn.ModuleDict) and not _is_called(model):
+            raise ValueError(
+                f"model: {metrics[0].name} watches the forward pass of one module, not of a dict of them; pass "
+                "the module your loop calls"
+            )
+
+    def _attach(self, needs: dict[Metric, Needs]) -> None:
+        try:
+            # The shortcut is for the one metric that can do with two bias gradients.
+            self._capture.attach(needs[self._tapping[0]].single_sample if len(self._tapping) == 1 else None)
+        except ValueError as error:
+            self._capture.close()
+            if not self._turn_off(error):
+                raise
+
+    def _tap_layers(self, needs: dict[Metric, Needs]) -> None:
+        """Make one capture of all layers for each metric that wants them tapped."""
+        for metric, wanted in needs.items():
+            if wanted.layers is None:
+                continue
+            observe = functools.partial(self._observe_layers, metric)
+            capture = LayerCapture(
+                self.model, observe, self._stop_all, metric.observe_unrecorded, **vars(wanted.layers)
+            )
+            metric.tapped(capture)
+            capture.attach()
+            self._layer_captures.append(capture)
+
+    def _watch(self) -> None:
+        """Put hooks on optimizers and parameters, as the metrics want them now."""
+        needs = {metric: metric.needs() for metric in self.metrics.values()}
+        self._wanting = {
+            what: [metric for metric, wanted in needs.items() if getattr(wanted, what)]
+            for what in ("gradients", "before_step", "used_gradients", "each_optimizer")
+        }
+        calls = Calls(self._after_step, self._after_skipped_step, self._stop_all)
+        if self._wanting["before_step"]:
+            calls.before = self._before_step
+        if self._wanting["used_gradients"]:
+            calls.uses = self._before_step_of
+        if self._wanting["each_optimizer"]:
+            calls.each = self._after_step_of
+        self._clock = Clock(self._optimizers, calls)
+        self._load_watch = LoadWatch(self.model, self._loaded)
+        self._scaled = None
+        if self._scaler is not None and self._optimizers:
+            self._scaled = ScaledSteps(self._scaler, self._optimizers, self._clock, self._after_skipped_step)
+        self._watch_gradients()
+
+    def _watch_gradients(self) -> None:
+        wanted = self._scaled is not None or bool(self._wanting["gradients"])
+        self._gradient_watch = GradientWatch(self.model.parameters() if wanted else (), self._after_backward)
+
+    def _unwatch(self) -> None:
+        for watch in (self._clock, self._load_watch, self._gradient_watch):
+            watch.close()
+
+    def _find_step_calls(self) -> None:
+        stepping = [m for m in self.metrics.values() if type(m).observe_step is not Metric.observe_step]
+        self._step_calls = [(metric.step_call, metric.settle) for metric in stepping]
+
+    # ---- errors: kept inside hooks, raised by the user's next call
+
+    def _turn_off(self, error: Exception) -> bool:
+        """Whether all that needs the hooks can do without them."""
+        optional = isinstance(error, ValueError) and all(metric.optional for metric in self._tapping)
+        for metric in self._tapping if optional else ():
+            metric.off = str(error)
+        return optional
+
+    def _stop(self, error: Exception) -> None:
+        if not self._turn_off(error):
+            self._stop_all(error)
+
+    def _stop_all(self, error: Exception) -> None:
+        self._failed = True
+        self._error = error
+        warn_in_hook(f"lipcore stopped recording: {error}", RuntimeWarning, stacklevel=4)
+
+    def _warn(self, message: str) -> None:
+        """Warn while the recording goes on; a warning that is to be an error is kept like one."""
+        error = warn_in_hook(message, RuntimeWarning, stacklevel=5)
+        self._error = self._error or error
+
+    def _raise_error(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    # ---- the clock
+
+    def _observe_record(self, record: Record) -> None:
+        for metric in self._tapping:
+            metric.observe_record(record)
+
+    def _observe_layers(self, metric: Metric, record: Any) -> None:
+        if self._scaled is not None:
+            self._scaled.look()  # whether the step before this backward pass was skipped
+        metric.observe_layers(record)
+
+    def _before_step(self) -> None:
+        self._call(self._wanting["before_step"], lambda metric: metric.before_step())
+
+    def _before_step_of(self, optimizer: Optimizer) -> None:
+        self._call(self._wanting["used_gradients"], lambda metric: metric.observe_used_gradients(optimizer))
+
+    def _after_step_of(self, optimizer: Optimizer) -> None:
+        self._call(self._wanting["each_optimizer"], lambda metric: metric.after_step_of(optimizer))
+
+    def _after_backward(self) -> None:
+        if self._scaled is not None:
+            self._scaled.look()
+        self._call(self._wanting["gradients"], lambda metric: metric.observe_gradients())
+
+    def _loaded(self) -> None:
+        self._call(self.metrics.values(), lambda metric: metric.rebase())
+        self._gradient_watch.close()  # load_state_dict(assign=True) makes new parameters
+        self._watch_gradients()
+
+    def _call(self, metrics: Iterable[Metric], call: Callable[[Metric], None]) -> None:
+        """Call from a hook, in which nothing may be raised."""
+        if self._failed:
+            return
+        try:
+            for metric in metrics:
+                call(metric)
+        except Exception as error:
+            self._stop_all(error)
+
+    def _after_skipped_step(self) -> None:
+        if self._scaled is not None:
+            self._scaled.ticked = True
+        self._capture.tick()
+        self._call(self.metrics.values(), lambda metric: metric.observe_skipped_step())
+
+    def _after_step(self) -> None:
+        if self._scaled is not None:
+            self._scaled.ticked = True
+        if self._failed:
+            return
+        if self._capture.pending:
+            self._capture.tick()
+        for capture in self._layer_captures:
+            capture.flush()
+        try:
+            for call, settle in self._step_calls:
+                if call():
+                    settle()
+            self._step += 1
+            self._steps_here += 1
+            if self._steps_here == 2:
+                for capture in self._layer_captures:
+                    capture.check_that_something_came()
+                if self._tapping:
+                    self._check_that_something_came()
+            if self.window_steps is not None and self._block_steps >= self.window_steps // self._window_blocks:
+                self._close()
+        except Exception as error:
+            self._stop_all(error)
+
+    def _check_that_something_came(self) -> None:
+        if not self._capture.nothing_came:
+            return
+        if self.refused:
+            names = " and ".join(metric.name for metric in self._tapping)
+            self._warn(f"lipcore has recorded no sample for {names} so far: {'; '.join(self.refused)}")
+            return
+        self._capture.fail(
+            ValueError(
+                "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
+                "object that was passed as model, in grad mode; attach the Monitor to torch.compile's result, before "
+                "its first call (or torch._dynamo.reset()); name input= and output= when the model's own first layer "
+                "and output are not used"
+            )
+        )
+        for metric in self._tapping:
+            if metric.off:
+                self._warn(f"lipcore turned {metric.name} off: {metric.off}")
+
+    @property
+    def unrecorded(self) -> int:
+        """Forward passes of the open window in grad mode that brought no record."""
+        return max(0, self._capture.unrecorded - self._starts[0][1])
+
+    @property
+    def refused(self) -> Sequence[str]:
+        """Reasons why backward passes that came were not recorded."""
+        return self._capture.refused
+
+    @property
+    def _block_steps(self) -> int:
+        return self._step - self._starts[-1][0]
+
+    def step(self) -> None:
+        """Tick the clock by hand, after the parameters were updated; for loops without an optimizer object."""
+        self._raise_error()
+        self._after_step()
+        self._raise_error()
+
+    def flush(self) -> None:
+        """Take in backward passes that are complete but have not been followed by a step yet."""
+        self._raise_error()
+        if self._scaled is not None and not self._closed:
+            self._scaled.look()
+        self._capture.flush()
+        for capture in self._layer_captures:
+            capture.flush()
+        self._raise_error()
+
+    # ---- windows
+
+    def compute(self) -> Window:
+        """Return the open window so far; closes and resets nothing. After close(): as it was then."""
+        self.flush()
+        return self._final or self._window()
+
+    def close_window(self) -> Window:
+        """Close the open window now (the end of an epoch, say), append it to the history and start the next one."""
+        self.flush()
+        window = self._close()
+        self._unread.remove(window)
+        return window
+
+    def pop_window(self) -> Window | None:
+        """Return the oldest window that closed by itself and was not popped yet; None when there is none."""
+        self._raise_error()
+        return self._unread.popleft() if self._unread else None
+
+    def _close(self) -> Window:
+        window = self._final or self._window()
+        self._final = None
+        window = replace(window, closed=True, results=window.results | self._results_at_close())
+        self.history.append(window)
+        self._unread.append(window)
+        self._windows += 1
+        self._starts.append((self._step, self._capture.unrecorded))
+        for metric in self.metrics.values():
+            metric.advance() if self._window_blocks > 1 else metric.reset()
+        return window
+
+    def _results_at_close(self) -> dict[str, MetricResult]:
+        """Make results that only closed windows have."""
+        return {}
+
+    def _window(self) -> Window:
+        """Make the open window as it is now."""
+        results = {name: metric.finalize() for name, metric in self.metrics.items() if not metric.off}
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        local = distributed and torch.distributed.get_world_size() > 1
+        return Window(self._windows, self._starts[0][0] + 1, self._step, False, local, results)
+
+    def rebind(self) -> None:
+        """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
+        device: the open window is closed, statistics of parameters that stayed the same go on, others start now."""
+        self._error, self._failed = None, False
+        if self._block_steps:
+            with warnings.catch_warnings():  # of parameters that are not watched: this is what is done about them
+                warnings.simplefilter("ignore", UserWarning)
+                self._close()
+        for metric in self.metrics.values():
+            metric.rebind()
+        self._find_step_calls()
+        if not self._closed:
+            self._unwatch()  # there may be other parameters, and the metrics may want other things
+            self._watch()
+
+    # ---- state and end
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return clock and metrics; closed windows are results, not state."""
+        metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
+        return {
+            "version": self._version,
+            "step": self._step,
+            "starts": [list(start) for start in self._starts],
+            "windows": self._windows,
+            "metrics": metrics,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a state of one with the same metrics on the same model; ValueError naming the first key that
+        does not fit, and nothing changed, otherwise."""
+        starts = checked_starts(state, self._version, sorted(self.metrics), self._window_blocks)
+        before = {name: metric.state_dict() for name, metric in self.metrics.items()}
+        try:
+            for name, metric in self.metrics.items():
+                metric.load_state_dict(state["metrics"][name])
+        except Exception:
+            for name, metric in self.metrics.items():  # all or nothing
+                metric.load_state_dict(before[name])
+            raise
+        self._step, self._windows = state["step"], state["windows"]
+        self._starts.clear()
+        self._starts.extend((step, 0) for step in starts)
+
+    def close(self) -> None:
+        """Remove every hook and raise an error that was kept; results stay readable."""
+        if not self._closed:
+            if self._scaled is not None:
+                self._scaled.look()
+            self._closed = True
+            self._unwatch()
+            self._capture.close()
+            for capture in self._layer_captures:
+                capture.close()
+            if not self._failed:
+                self._final = self._window()  # results refer to parameters, which may go on moving
+        self._raise_error()
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+            return
+        self._error = None  # the user's own exception goes first
+        self.close()
+
+
+def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
+    """Return metrics by their names; TypeError for what is none, ValueError for a name that comes twice."""
+    named: dict[str, Metric] = {}
+    for metric in metrics:
+        if not isinstance(metric, Metric):
+            raise TypeError(f"metrics: expected lipcore metrics, got {type(metric).__name__}")
+        if metric.name in named:
+            raise ValueError(f"metrics: two of them are called {metric.name!r}")
+        named[metric.name] = metric
+    return named
+
+
+def _is_called(model: nn.Module) -> bool:
+    """Whether a dict of modules has a forward pass of its own."""
+    return type(model).forward is not nn.Module.forward
+
+
+def _optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
+    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
+    for one in given:
+        if not isinstance(one, Optimizer):
+            raise TypeError(
+                f"optimizer: expected a torch.optim.Optimizer (or a sequence of them), got {type(one).__name__}"
+            )
+    return given
