@@ -27,8 +27,8 @@ class StandaloneMetric(Metric):
         if self._engine is None:
             kind = type(self).__name__
             raise RuntimeError(
-                f"this {kind} has no model of its own: it belongs to a Monitor, which drives and closes it, or none was "
-                f"passed; to use it alone call {kind}(model, ...)"
+                f"this {kind} has no model of its own: it belongs to a Monitor, which drives and closes it, or none "
+                f"was passed; to use it alone call {kind}(model, ...)"
             )
         return self._engine
 
