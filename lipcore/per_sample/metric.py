@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.capture.layers.batch_of_one import Sink
-from lipcore.capture.layers.layer_capture import STRAYED, LayerCapture
+from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
+from lipcore.capture.layers.passes import STRAYED
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.results import MetricResult

@@ -510,7 +510,7 @@ def test_an_abandoned_graph_is_freed_at_once() -> None:
             for _ in range(2):
                 output = model(tokens(4))
                 assert metric._capture is not None
-                alive = weakref.ref(metric._capture._last)
+                alive = weakref.ref(metric._capture.passes._last)
                 del output
                 model(tokens(4))
                 assert alive() is None

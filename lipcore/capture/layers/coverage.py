@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
 from lipcore.layers import Rule, rule_for
 from lipcore.models.names import named_modules
-from lipcore.models.outputs import nodes_of, tensors_of
 
 _WAYS_OUT = (
     "Ways out: on_unsupported='skip' measures the other parameters; lipcore.layers.register() takes a rule for your "
@@ -189,58 +186,3 @@ def _why(owner: nn.Module, key: str) -> str:
     if kind == "ParametrizationList":
         return "is behind a parametrization (weight_norm, spectral_norm), whose gradient is not the layer's"
     return f"there is no rule for {kind}"
-
-
-def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: bool) -> None:
-    """Compare the graph behind a forward pass's output with the calls that came through hooks: a parameter that is used
-    more often than it was tapped (F.linear on another layer's weight) would get a wrong norm."""
-    uses = _uses(output)
-    for name, parameter in coverage.parameters():
-        if not parameter.requires_grad or name not in coverage.covered:
-            continue
-        used = uses.get(id(parameter), 0)
-        if used > max(1, calls[name]) or (used and not calls[name]):
-            coverage.uncover(
-                name,
-                f"is used {used} times in the forward pass, but only {calls[name]} times by its own layer's call "
-                "(a function such as F.linear is given it directly)",
-            )
-    if not skip:
-        coverage.check()
-
-
-def audit_gradients(coverage: Coverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool) -> None:
-    """After the first record: a parameter that has got a gradient, which no layer's call has brought. `before`: whether
-    it had one before the pass."""
-    for name, parameter in coverage.measured().items():
-        if parameter.grad is not None and not before.get(name, False) and name not in recorded:
-            coverage.uncover(name, UNSEEN)
-    if not skip:
-        coverage.check()
-
-
-def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> bool:
-    """Whether a forward pass's input was computed from one of these."""
-    inputs = [tensor for tensor in tensors_of((arguments, keywords)) if tensor.grad_fn]
-    return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
-
-
-def _uses(output: Any) -> dict[int, int]:
-    """Edges of the graph into each parameter, by id; a cast that autocast keeps for several uses counts once a use."""
-    edges: Counter[Any] = Counter()
-    casts: list[tuple[Any, Any]] = []
-    leaves: dict[Any, Tensor] = {}
-    for node in nodes_of(output):
-        for child, _ in node.next_functions:
-            if child is None:
-                continue
-            variable = getattr(child, "variable", None)
-            if variable is not None:
-                leaves[child] = variable
-                if node.name() == "ToCopyBackward0":
-                    casts.append((node, child))
-            edges[child] += 1
-    uses = {id(leaf): edges[child] for child, leaf in leaves.items()}
-    for cast, child in casts:
-        uses[id(leaves[child])] += max(0, edges[cast] - 1)
-    return uses

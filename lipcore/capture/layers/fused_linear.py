@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,6 @@ from torch import Tensor, nn
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.layers import Batch
-
-if TYPE_CHECKING:
-    from lipcore.capture.layers.layer_site import LayerSite
 
 _LEAST_TOKENS = 48  # below, an ordinary weight gradient and a Gram cost less
 
@@ -25,6 +22,13 @@ def can_fuse(module: nn.Module, arguments: tuple[Any, ...], batch: Batch) -> boo
     return module.weight.requires_grad and tokens >= _LEAST_TOKENS
 
 
+class FusedSite(Protocol):
+    """The site of such a Linear."""
+
+    def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
+        """Return the weight's gradient, having taken the norms; None where torch's own way is to compute it."""
+
+
 class FusedLinear(torch.autograd.Function):
     """Stands in the place of the backward of y = x W^T + b; y is what the layer itself has computed."""
 
@@ -35,7 +39,7 @@ class FusedLinear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         output: Tensor,
-        site: LayerSite,
+        site: FusedSite,
         run: LayerPass,
         inner: bool,
     ) -> Tensor:

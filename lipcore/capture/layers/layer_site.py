@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +19,10 @@ from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, LayerPass
 from lipcore.capture.layers.other_outputs import watch, watch_probed
 from lipcore.capture.layers.packed import check_rows
+from lipcore.capture.layers.passes import Passes
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
-from lipcore.layers import Batch, Factor, Rule, norms_sq_of
-
-if TYPE_CHECKING:
-    from lipcore.capture.layers.layer_capture import LayerCapture
+from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
+from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 
 _BROADCAST = "; broadcast= names layers that are called without the batch dimension"
 _PREPENDED = (
@@ -38,16 +38,43 @@ _global_hooks = torch.nn.modules.module._global_forward_hooks  # run before a mo
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 
-class LayerSite:
-    """A module with a rule, hooked; brings the factors of its parameters' gradients to the pass they belong to."""
+@dataclass
+class SiteSettings:
+    """What was asked for all layers; see :class:`lipcore.capture.layers.layer_capture.LayerCapture`."""
 
-    def __init__(self, capture: LayerCapture, name: str, module: nn.Module, rule: Rule, names: dict[str, str]) -> None:
-        self.name, self.module, self.rule = name, module, rule
-        self.names = names  # the parameter's key in the module -> its canonical name
-        self.how = ""  # the way in which the weight's norms are computed, once that is known
-        self.broadcast = False  # its output has no batch dimension and is expanded here
+    batch_dim: int = 0
+    broadcast: tuple[str, ...] = ()  #: names of layers that are called without the batch dimension
+    methods: Mapping[str, str] = field(default_factory=dict)  #: per layer name, the method of its factors
+    fused: bool = False
+    normalized: bool = False
+    signs: Signs = field(default_factory=Signs)  #: of estimates
+
+
+class LayerSite:
+    """A module with a rule, hooked; brings the factors of its parameters' gradients to the pass they belong to.
+
+    Args:
+        passes: of the model.
+        name: the module's, by which messages and the arguments below call it.
+        names: the parameter's key in the module -> its canonical name.
+        settings: what was asked for all layers.
+
+    Attributes:
+        how: the way in which the weight's norms are computed, once that is known.
+        broadcast: its output has no batch dimension and is expanded here.
+    """
+
+    def __init__(
+        self, passes: Passes, name: str, module: nn.Module, rule: Rule, names: dict[str, str], settings: SiteSettings
+    ) -> None:
+        self.name, self.module, self.rule, self.names = name, module, rule, names
+        self.how = ""
+        self.broadcast = name in settings.broadcast
         self.number = next(_numbers)
-        self._capture = capture
+        self._passes = passes
+        # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
+        self._batch_dim, self._fused, self._normalized = settings.batch_dim, settings.fused, settings.normalized
+        self._method, self._signs = settings.methods.get(name), settings.signs
 
     def __reduce__(self) -> tuple[Callable[[], _InertHook], tuple[()]]:
         return _InertHook, ()  # a copied or pickled model is not watched
@@ -62,19 +89,19 @@ class LayerSite:
     @property
     def columns(self) -> list[str]:
         """What a probe's rows hold: the parameters' norms and, last, how often the layer was called."""
-        deltas = [DELTA + self.name] if self._capture.normalized else []
+        deltas = [DELTA + self.name] if self._normalized else []
         return [*self.names.values(), *deltas, "calls"]
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
-        capture = self._capture
+        passes = self._passes
         inner = in_backward() != -1
         if not is_plain_run():
             return None
-        if not (inner or capture.tapping or capture.current is not None):
+        if not (inner or passes.tapping or passes.current is not None):
             return None
-        run = capture.pass_of_recomputation() if inner else capture.current
+        run = passes.pass_of_recomputation() if inner else passes.current
         if run is not None and not inner:
             run.calls.update(self.names.values())
         if not torch.is_grad_enabled():
@@ -83,11 +110,11 @@ class LayerSite:
         if tensor is None or not tensor.requires_grad:
             return None
         if _precedes(module, self):
-            capture.fail(_named(ValueError(_PREPENDED), self))
+            passes.fail(_named(ValueError(_PREPENDED), self))
             return None
         if run is None:
             if inner:
-                capture.unfollowed()
+                passes.unfollowed()
             if inner or _core.paused():
                 return None
             return _with_tensor(output, _Strayed.apply(tensor, self))  # type: ignore[no-untyped-call]
@@ -100,10 +127,10 @@ class LayerSite:
             call = self._prepared(module, arguments, keywords, tensor, run.batches)
         except Exception as error:
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
-            capture.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
+            passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        if capture.fused and can_fuse(module, call.arguments, call.batch) and _site_of(tensor) is None:
+        if self._fused and can_fuse(module, call.arguments, call.batch) and _site_of(tensor) is None:
             bias = module.bias if isinstance(module.bias, Tensor) else None
             fused = FusedLinear.apply(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)  # type: ignore[no-untyped-call]
             return _with_tensor(output, fused)
@@ -133,8 +160,8 @@ class LayerSite:
     def _other_output_used(self, run: LayerPass) -> None:
         if run.proof is not None:
             run.proof.spoiled = OTHER_OUTPUT
-        elif self._capture.recording and accumulates_everything():
-            self._capture.fail(_named(ValueError(OTHER_OUTPUT), self))
+        elif self._passes.recording and accumulates_everything():
+            self._passes.fail(_named(ValueError(OTHER_OUTPUT), self))
 
     def _expanded(
         self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
@@ -155,33 +182,37 @@ class LayerSite:
 
     def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
         """In the backward pass, in which nothing may be raised."""
-        capture = self._capture
+        passes = self._passes
         if run.proof is not None:
             run = run.proof
-        elif not capture.recording or not capture.comes_back(run, inner):
+        elif not passes.recording or not passes.comes_back(run, inner):
             return
         try:
             with torch.no_grad():
                 factors = self.rule.factors(self.module, grad, extra, *saved)
-                own = {
-                    self.names[key]: capture.tuned(factor, self.name)
-                    for key, factor in factors.items()
-                    if key in self.names
-                }
+                own = {self.names[key]: self._tuned(factor) for key, factor in factors.items() if key in self.names}
                 self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")
                 run.add_factors(own)
-                if capture.normalized:
+                if self._normalized:
                     run.add_row(DELTA + self.name, self._row_norms_sq(grad, run.batch))
         except Exception as error:
-            capture.fail(_named(error, self))
+            passes.fail(_named(error, self))
+
+    def _tuned(self, factor: Factor) -> Factor:
+        """Return the factor with the method that was asked for."""
+        if self._method == "estimate":
+            return EstimatedOuter(factor, self._signs) if isinstance(factor, Outer) else factor
+        if self._method is not None and hasattr(factor, "method"):
+            factor.method = self._method
+        return factor
 
     def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
         """The weight gradient, with the norms taken on the way; None where the layer has to do it itself."""
-        capture, batch = self._capture, run.batch
+        passes, batch = self._passes, run.batch
         weight = self.names["weight"]
         if run.proof is not None:
             run = run.proof
-        elif not capture.recording or not capture.comes_back(run, inner):
+        elif not passes.recording or not passes.comes_back(run, inner):
             return None
         try:
             with torch.no_grad():
@@ -189,7 +220,7 @@ class LayerSite:
                 factors = self.rule.factors(self.module, grad, batch, x)
                 if "bias" in self.names:
                     run.add_factor(self.names["bias"], factors["bias"])
-                if capture.normalized:
+                if self._normalized:
                     run.add_row(DELTA + self.name, self._row_norms_sq(grad, batch))
                 if run.calls[weight] > 1:  # to be joined
                     run.add_factor(weight, factors["weight"])
@@ -199,7 +230,7 @@ class LayerSite:
                 run.add_row(weight, norms_sq)
                 return weight_grad
         except Exception as error:
-            capture.fail(_named(error, self))
+            passes.fail(_named(error, self))
             return None
 
     def _row_norms_sq(self, grad: Tensor, batch: Batch) -> Tensor:
@@ -215,10 +246,10 @@ class LayerSite:
         tensor = _tensor_of(output)
         if probe is None or tensor is None:
             return None
-        batch = Batch(probe.shape[1], self._capture.batch_dim)
+        batch = Batch(probe.shape[1], self._batch_dim)
         if self.broadcast:
             batch, arguments, tensor = self._expanded(batch, arguments, tensor)
-        elif self._capture.as_long_as_large and _may_be_positions(arguments):
+        elif self._passes.as_long_as_large and _may_be_positions(arguments):
             raise ValueError(
                 f"module '{self.name}' ({type(module).__name__}): is called on shape {list(arguments[0].shape)}, "
                 "and the model's input has as many positions as samples, so which of them these are cannot be told "
@@ -234,8 +265,8 @@ class LayerSite:
         nothing = torch.full((samples,), torch.nan, dtype=torch.float64, device=grad.device)
         norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
         rows = [norms_sq.get(key, nothing) for key in self.names]
-        if self._capture.normalized:
-            rows.append(self._row_norms_sq(grad, Batch(samples, self._capture.batch_dim)))
+        if self._normalized:
+            rows.append(self._row_norms_sq(grad, Batch(samples, self._batch_dim)))
         return torch.stack([*rows, torch.ones_like(nothing)])
 
 
@@ -298,7 +329,7 @@ class _Strayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.site._capture.strayed(ctx.site)
+        ctx.site._passes.strayed(ctx.site.names.values())
         return grad, None
 
 

@@ -1,0 +1,124 @@
+"""The first passes under audit: does every parameter's every use come through the hooks, and are its norms right?"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipcore.capture.layers.broadcast import check_broadcast
+from lipcore.capture.layers.coverage import UNSEEN, Coverage
+from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
+from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.proof import disproved
+from lipcore.models.outputs import nodes_of, tensors_of
+
+
+class Audit:
+    """What is asked of a model's first passes; of later ones nothing.
+
+    Args:
+        coverage: loses the parameters whose norms turn out to be wrong.
+        sites: every tapped layer.
+        compiled: part of the model is, where no graph can be looked at.
+        skip: leave out parameters that are not covered instead of failing.
+        prove: run a backward pass of one sample through the first pass of several, and compare.
+    """
+
+    def __init__(
+        self, model: nn.Module, coverage: Coverage, sites: list[LayerSite], *, compiled: bool, skip: bool, prove: bool
+    ) -> None:
+        self.done = False  #: the first record was looked at
+        self._model, self._coverage, self._sites = model, coverage, sites
+        self._compiled, self._skip = compiled, skip
+        self._proved = not prove
+        self._grads_before: dict[str, bool] = {}
+
+    def before_forward(self) -> None:
+        """Note which gradients are there already."""
+        if not self.done:
+            self._grads_before = {name: p.grad is not None for name, p in self._coverage.parameters()}
+
+    def after_forward(self, run: LayerPass, output: Any) -> None:
+        """Look at the graph behind the model's output, and prove the first pass of several samples.
+
+        Raises:
+            ValueError: a parameter is not covered, or a layer's output has no batch dimension.
+        """
+        if run.chained:
+            return
+        if not self.done and not self._compiled:
+            check_broadcast(output, run.batch.size)
+            audit_graph(output, self._coverage, run.calls, skip=self._skip)
+        # Not later ones: beside all that is kept for the backward pass, another one's gradients could be the largest
+        # memory of the training.
+        if not self._proved and run.batch.size > 1:
+            self._proved = True
+            wrong = disproved(self._model, run, output, self._coverage, self._sites) or {}
+            for name, why in wrong.items():
+                self._coverage.uncover(name, why)
+            if not self._skip or not self._coverage.covered:
+                self._coverage.check()
+
+    def after_backward(self, record: LayerRecord) -> None:
+        """Look for parameters that have got a gradient and are not in the first record; ValueError names them."""
+        if not self.done and not record.broken:
+            self.done = True
+            audit_gradients(self._coverage, self._grads_before, record.norms_sq, skip=self._skip)
+
+
+def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: bool) -> None:
+    """Compare the graph behind a forward pass's output with the calls that came through hooks: a parameter that is used
+    more often than it was tapped (F.linear on another layer's weight) would get a wrong norm."""
+    uses = _uses(output)
+    for name, parameter in coverage.parameters():
+        if not parameter.requires_grad or name not in coverage.covered:
+            continue
+        used = uses.get(id(parameter), 0)
+        if used > max(1, calls[name]) or (used and not calls[name]):
+            coverage.uncover(
+                name,
+                f"is used {used} times in the forward pass, but only {calls[name]} times by its own layer's call "
+                "(a function such as F.linear is given it directly)",
+            )
+    if not skip:
+        coverage.check()
+
+
+def audit_gradients(coverage: Coverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool) -> None:
+    """After the first record: a parameter that has got a gradient, which no layer's call has brought. `before`: whether
+    it had one before the pass."""
+    for name, parameter in coverage.measured().items():
+        if parameter.grad is not None and not before.get(name, False) and name not in recorded:
+            coverage.uncover(name, UNSEEN)
+    if not skip:
+        coverage.check()
+
+
+def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> bool:
+    """Whether a forward pass's input was computed from one of these."""
+    inputs = [tensor for tensor in tensors_of((arguments, keywords)) if tensor.grad_fn]
+    return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
+
+
+def _uses(output: Any) -> dict[int, int]:
+    """Edges of the graph into each parameter, by id; a cast that autocast keeps for several uses counts once a use."""
+    edges: Counter[Any] = Counter()
+    casts: list[tuple[Any, Any]] = []
+    leaves: dict[Any, Tensor] = {}
+    for node in nodes_of(output):
+        for child, _ in node.next_functions:
+            if child is None:
+                continue
+            variable = getattr(child, "variable", None)
+            if variable is not None:
+                leaves[child] = variable
+                if node.name() == "ToCopyBackward0":
+                    casts.append((node, child))
+            edges[child] += 1
+    uses = {id(leaf): edges[child] for child, leaf in leaves.items()}
+    for cast, child in casts:
+        uses[id(leaves[child])] += max(0, edges[cast] - 1)
+    return uses

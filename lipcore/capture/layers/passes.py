@@ -1,0 +1,254 @@
+"""Forward passes of one model that await their backward pass: which one a layer's call or gradient belongs to, and
+whether a backward pass counts."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.autograd import Variable
+
+from lipcore.capture.layers.batch_of_one import SingleBatches
+from lipcore.capture.layers.coverage import Coverage
+from lipcore.capture.layers.layer_pass import INNER, LayerPass, Recomputation
+from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
+from lipcore.models.outputs import on_backward
+
+_MAX_STRAY = 64
+STRAYED = (
+    "the backward pass came through layers that were called outside the model's forward pass alone (or through the "
+    "whole model in a checkpoint with use_reentrant=True)"
+)
+_CHAINED = (
+    "the input of a forward pass depends on the model's own parameters (the output of another forward pass), so its "
+    "samples' gradients are spread over several passes; detach() it where that is not meant"
+)
+
+
+class Passes:
+    """What happens to forward passes between their beginning and the end of their backward pass.
+
+    Nothing here may raise: most of it runs inside the user's forward or backward pass.
+
+    Args:
+        deliver: gets a pass whose backward pass, of that number, has ended.
+        on_error: gets what would have been raised inside a hook; recording has stopped then.
+        on_unrecorded: gets the number of samples and the reason when a backward pass through trained layers is not
+            recorded.
+
+    Attributes:
+        recording: False after an error and after closing.
+        active: False in steps that are not to be recorded.
+        as_long_as_large: a compiled model's input has as many positions as samples.
+        records: how many backward passes were recorded.
+        unrecorded: why others were not, and how many.
+    """
+
+    coverage: Coverage  # of the model as it was looked at last
+    single: SingleBatches
+
+    def __init__(
+        self,
+        deliver: Callable[[LayerPass, int], None],
+        on_error: Callable[[Exception], None],
+        on_unrecorded: Callable[[int, str], None],
+    ) -> None:
+        self.recording = self.active = True
+        self.as_long_as_large = False
+        self.records = 0
+        self.unrecorded: dict[str, int] = {}
+        self._deliver, self._on_error, self._on_unrecorded = deliver, on_error, on_unrecorded
+        self._thread = threading.local()
+        self._alive: weakref.WeakValueDictionary[int, LayerPass] = weakref.WeakValueDictionary()
+        self._last: LayerPass | None = None  # whose end no callback may have told
+        self._delivered = self._lost = -1  # numbers of backward passes
+        self._returning: set[LayerPass] = set()  # passes of the backward pass under way
+        self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
+
+    @property
+    def current(self) -> LayerPass | None:
+        """The forward pass under way in this thread."""
+        return getattr(self._thread, "run", None)
+
+    @current.setter
+    def current(self, run: LayerPass | None) -> None:
+        self._thread.run = run
+
+    @property
+    def tapping(self) -> bool:
+        """Whether a forward pass that begins now is to be recorded."""
+        return self.recording and self.active
+
+    def forget(self) -> None:
+        """Drop the passes that are under way."""
+        self._alive.clear()
+        self.current = self._last = None
+
+    def fail(self, error: Exception) -> None:
+        """Stop recording and hand the error on."""
+        if self.recording:
+            self.recording = False
+            self.single.set_active(False)
+            self._on_error(error)
+
+    def count(self, reason: str) -> None:
+        """Count a backward pass that is not recorded."""
+        self.unrecorded[reason] = self.unrecorded.get(reason, 0) + 1
+
+    def not_accumulated(self, samples: int) -> None:
+        """Count a backward pass that left some gradients out, and say so."""
+        self.single.flush()  # an earlier pass's record comes first
+        self.count(NOT_ACCUMULATED)
+        self._on_unrecorded(samples, NOT_ACCUMULATED)
+
+    # ---- the forward pass
+
+    def before_forward(self) -> bool:
+        """Leave what an earlier pass that raised has left; True when the one that begins is to be recorded."""
+        self.current = None
+        self._returning.clear()
+        if self.tapping:
+            self.flush()
+        return self.tapping
+
+    def begin(self, run: LayerPass) -> None:
+        """Make this the pass under way."""
+        self.current = self._last = run
+        self._alive[id(run)] = run
+
+    def end(self) -> LayerPass | None:
+        """Return the pass that was under way in this thread, whose forward has ended."""
+        run, self.current = self.current, None
+        return run
+
+    def await_backward(self, run: LayerPass, output: object) -> None:
+        """Look out for a backward pass that comes to the model's output."""
+        on_backward(output, lambda _: self._begin_backward(run))
+
+    def waiting(self) -> list[LayerPass]:
+        """Return the passes, of every thread, whose graph lives and from which no backward pass has come back."""
+        return [run for run in self._living() if run.finished_task == -1]
+
+    def _living(self) -> list[LayerPass]:
+        return [run for alive in self._alive.valuerefs() if (run := alive()) is not None]
+
+    # ---- the backward pass
+
+    def pass_of_recomputation(self) -> LayerPass | None:
+        """Return the pass that a forward pass inside the backward belongs to (activation checkpointing)."""
+        self.single.enabled = False  # a layer must be tapped again where it was, and be left alone where it was not
+        candidates = self._returning
+        if not candidates and self.tapping:
+            candidates = set(self.waiting())
+        if len(candidates) <= 1:
+            return next(iter(candidates), None)
+        return Recomputation(candidates)
+
+    def _begin_backward(self, run: LayerPass) -> None:
+        self._returning.add(run)
+        run.entered = in_backward()
+        if run.fresh[0] != in_backward():
+            run.fresh = in_backward(), all(p.grad is None for p in self.coverage.measured().values())
+            if run.probes and self.recording:
+                self._after_backward(lambda task: self._nothing_came(run, task))
+
+    def comes_back(self, run: LayerPass, inner: bool) -> bool:
+        """Note that a gradient comes back to this pass; True when it counts.
+
+        Args:
+            run: the pass that the layer was called in.
+            inner: that call was a recomputation inside the backward pass.
+        """
+        if inner:  # a checkpoint's own backward belongs to the one around it
+            if isinstance(run, Recomputation):
+                run.spoil("several forward passes with reentrant checkpoints wait for their backward pass")
+                return False
+            if run.begin_task(run.entered):
+                run.inner_only = True
+            return True
+        task = in_backward()
+        if isinstance(run, Recomputation):
+            return False
+        if torch.is_grad_enabled():
+            run.spoiled = GRAPH_OF_GRADIENT
+        if not accumulates_everything():
+            if run.refused_task != task:
+                run.refused_task = task
+                self.not_accumulated(run.batch.size)
+            return False
+        if run.begin_task(task) or run.inner_only:
+            run.inner_only = False
+            self._returning.add(run)
+            Variable._execution_engine.queue_callback(lambda: self._end_backward(run, task))
+        return not run.spoiled
+
+    def probe_comes_back(self, run: LayerPass) -> None:
+        """Note that a compiled region's probe of this pass got its gradient."""
+        task = in_backward()
+        if self.recording and run.begin_task(task):
+            Variable._execution_engine.queue_callback(lambda: self._end_backward(run, task))
+
+    def _end_backward(self, run: LayerPass, task: int) -> None:
+        self._returning.discard(run)
+        self._delivered = task
+        if self.recording and run.task == task and run.finished_task != task:
+            self._deliver(run, task)
+
+    def entangled(self, run: LayerPass, task: int) -> str:
+        """Return why this pass's gradients are not its own alone in this backward pass, or ""; asked once."""
+        reason = ""
+        if any(other.chained and other.task == task for other in self._living()):
+            reason = _CHAINED
+        for name in self._stray.pop(task, set()):
+            reason = f"the layer of parameter '{name}' was also called outside the model's forward pass"
+        return reason
+
+    def is_alone(self, run: LayerPass, task: int) -> bool:
+        """Return whether no other pass adds to the gradients, in this backward pass or a later one."""
+        others = (other for other in self._living() if other is not run)
+        return not any(other.task == task or other.finished_task == -1 for other in others)
+
+    # ---- what comes back to no forward pass
+
+    def unfollowed(self) -> None:
+        """Note that a layer runs in a backward pass, and in no forward pass that was seen."""
+        if self.tapping and in_backward() != self._lost:
+            self._lost = in_backward()
+            self._after_backward(self._only_strays)
+
+    def strayed(self, parameters: Iterable[str]) -> None:
+        """Note that a layer with these parameters, called outside the model's forward pass, gets a gradient."""
+        if self.recording and accumulates_everything():
+            if in_backward() not in self._stray:
+                self._after_backward(self._only_strays)
+            self._stray.setdefault(in_backward(), set()).update(parameters)
+            if len(self._stray) > _MAX_STRAY:  # backward passes that reached no forward pass of the model
+                self._stray.pop(next(iter(self._stray), -1), None)
+
+    def _after_backward(self, call: Callable[[int], None]) -> None:
+        """Call it with the number of this backward pass, at its end and after its records."""
+        queue, task = Variable._execution_engine.queue_callback, in_backward()
+        queue(lambda: queue(lambda: call(task)))
+
+    def _nothing_came(self, run: LayerPass, task: int) -> None:
+        if self.recording and self.records and task not in (run.task, run.finished_task):
+            self.not_accumulated(run.batch.size)
+
+    def _only_strays(self, task: int) -> None:
+        if self.recording and self.records and task != self._delivered:
+            self.count(STRAYED)
+            self._on_unrecorded(0, STRAYED)
+
+    # ---- passes whose end no callback tells
+
+    def flush(self) -> None:
+        """Deliver passes whose every number came back from inner backward passes (reentrant checkpoints), and one whose
+        numbers are in the sink."""
+        self.single.flush()
+        run, self._last = self._last, None
+        if run is not None and run.inner_only and in_backward() == -1:
+            run.inner_only = False
+            self._end_backward(run, run.task)
+            run.entered = INNER
