@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from lipcore.regions.slices import SliceMap
+from lipcore.regions.coverage_result import CoverageResult
 
 _STATUS = ("train", "combination", "uncovered")
 _STATUS_COLORS = ("#003f5c", "#56b4e9", "#f5e6c8")
 
 
-def draw(found: SliceMap, path: str | Path | None, title: str) -> Any:
+class Drawable(Protocol):
+    """What is drawn: the numbers of a SliceMap, which knows how to draw itself and so stands above this file."""
+
+    @property
+    def s(self) -> NDArray[np.float64]: ...
+    @property
+    def t(self) -> NDArray[np.float64]: ...
+    @property
+    def output(self) -> NDArray[np.float64]: ...
+    @property
+    def local_lipschitz(self) -> NDArray[np.float64]: ...
+    @property
+    def regions(self) -> NDArray[np.int64] | None: ...
+    @property
+    def target(self) -> NDArray[np.float64] | None: ...
+    @property
+    def coverage(self) -> CoverageResult | None: ...
+    @property
+    def points(self) -> NDArray[np.float64] | None: ...
+
+
+def draw(found: Drawable, path: str | Path | None, title: str) -> Any:
     """One row of panels, in the order of the paper's Figure 6."""
     try:
         from matplotlib.figure import Figure
@@ -48,7 +68,7 @@ def _edges(centres: NDArray[np.float64]) -> tuple[float, float]:
     return float(centres[0] - half), float(centres[-1] + half)
 
 
-def _panels(found: SliceMap) -> list[tuple[str, Any, dict[str, Any], str]]:
+def _panels(found: Drawable) -> list[tuple[str, Any, dict[str, Any], str]]:
     panels: list[tuple[str, Any, dict[str, Any], str]] = []
     scale = [values for values in (found.target, found.output) if values is not None]
     same = {"vmin": min(v.min() for v in scale), "vmax": max(v.max() for v in scale), "cmap": "cividis"}

@@ -24,6 +24,7 @@ from lipcore.regions.coverage_result import CoverageResult
 from lipcore.regions.patterns import activation_patterns
 from lipcore.regions.plane import Plane
 from lipcore.regions.recording import Output
+from lipcore.regions.slice_figure import draw
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,6 @@ class SliceMap:
 
     def draw(self, path: str | Path | None = None, *, title: str = "") -> Any:
         """All panels in one matplotlib figure; saved as a PNG when a path is given, and returned."""
-        from lipcore.regions.slice_figure import draw
-
         return draw(self, path, title)
 
 
