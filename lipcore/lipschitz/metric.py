@@ -25,6 +25,7 @@ from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import Needs, PlanLine, TapCounts
 from lipcore.metric.results import Label, MetricResult, Value
 from lipcore.metric.standalone import StandaloneMetric
+from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.names import named_modules, unwrap
 
@@ -396,6 +397,10 @@ class Lipschitz(StandaloneMetric):
 
     def merge(self, other: Lipschitz) -> None:
         """Add another one's open window (of another rank, say) to this one's."""
+        if not isinstance(other, Lipschitz):
+            raise TypeError(f"other: expected a Lipschitz, got {type(other).__name__}")
+        if other._quantity != self._quantity:
+            raise ValueError(f"other: its quantity is {other._quantity!r}, this one's is {self._quantity!r}")
         for mine, theirs in zip(self._all, other._all, strict=True):
             mine.merge(theirs)
         self._mixed |= other._mixed
@@ -414,11 +419,9 @@ class Lipschitz(StandaloneMetric):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; ValueError, and nothing changed, when it does not fit."""
-        if not isinstance(state, dict):
-            raise ValueError(f"lipschitz: expected a dict, got {type(state).__name__}")
-        for key, expected in (("version", self._version), ("quantity", self._quantity)):
-            if state.get(key) != expected:
-                raise ValueError(f"{key}: the state has {state.get(key)!r}, this metric has {expected!r}")
+        check_version(state, self._version, "metric")
+        if state.get("quantity") != self._quantity:
+            raise ValueError(f"quantity: the state has {state.get('quantity')!r}, this metric has {self._quantity!r}")
         for key in ("mixed", "weight_moved"):
             if not isinstance(state.get(key), bool):
                 raise ValueError(f"{key}: expected True or False, got {state.get(key)!r}")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lipcore import _core
 from lipcore.metric.results import Label, Value
+from lipcore.metric.state import check_version, checked_count, checked_tensor
 
 
 class Distribution:
@@ -101,13 +102,9 @@ class Distribution:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state; ValueError naming what is wrong, and nothing changed, when it is not one."""
-        if state.get("version") != self._version:
-            raise ValueError(f"version: expected {self._version}, got {state.get('version')!r}")
-        moments, bins = (
-            _tensor(state, key, dtype) for key, dtype in (("moments", torch.float64), ("bins", torch.int64))
-        )
-        if len(moments) != 5:
-            raise ValueError(f"moments: expected count, mean, m2, min and max, got {len(moments)} numbers")
+        check_version(state, self._version, "one")
+        moments = checked_tensor("moments", state.get("moments"), torch.float64, (5,))
+        bins = checked_tensor("bins", state.get("bins"), torch.int64, (None,))
         count, mean, m2, low, high = moments.tolist()
         if not (
             count >= 0 and 0 <= m2 < math.inf and 0 <= low <= mean * (1 + 1e-9) and mean <= high * (1 + 1e-9) < math.inf
@@ -115,9 +112,7 @@ class Distribution:
             raise ValueError(
                 f"moments: count {count}, mean {mean}, m2 {m2}, min {low}, max {high} are not those of values"
             )
-        missing, invalid = (state.get(key) for key in ("missing", "invalid"))
-        if not (isinstance(missing, int) and isinstance(invalid, int) and missing >= 0 and invalid >= 0):
-            raise ValueError(f"missing, invalid: expected counts, got {missing!r} and {invalid!r}")
+        missing, invalid = checked_count(state, "missing"), checked_count(state, "invalid")
         if len(bins[::2].unique()) != len(bins[::2]):
             raise ValueError("bins: a bin stands there twice")
         self._core.set_state(count, mean, m2, low, high, missing, invalid, bins.tolist())
@@ -129,14 +124,6 @@ class Distribution:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._core, self._device = _core.Distribution(), None
         self.load_state_dict(state)
-
-
-def _tensor(state: dict[str, Any], key: str, dtype: torch.dtype) -> Tensor:
-    value = state.get(key)
-    if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != 1:
-        what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{key}: expected a 1-dimensional tensor of {dtype}, got {what}")
-    return value
 
 
 def loaded_distributions(path: str, states: Any, count: int) -> list[Distribution]:

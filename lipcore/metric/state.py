@@ -1,11 +1,74 @@
-"""Checks of a saved state against what is expected, before anything is taken over."""
+"""Checks of a saved state against what is expected, before anything is taken over.
+
+Every check raises a ValueError that begins with the path of the first key that does not fit.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
+
+MOST = 2**53  #: Above, float64 counts no steps one by one.
+
+
+def check_version(state: Any, version: int, whose: str) -> None:
+    """Raise unless the state is a dict of this version; `whose`: "metric", "monitor", "one"."""
+    if not isinstance(state, dict):
+        raise ValueError(f"state: expected a dict, got {type(state).__name__}")
+    found = state.get("version")
+    if type(found) is not int or found != version:  # True is no version
+        raise ValueError(f"version: the state has {found!r}, this {whose} has {version!r}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of a state is a count: an integer from 0 to 2^53, and no bool."""
+    return type(value) is int and 0 <= value <= MOST
+
+
+def checked_count(state: dict[str, Any], key: str) -> int:
+    """Return the count under this key."""
+    value = state.get(key)
+    if not is_count(value):
+        raise ValueError(f"{key}: expected a count from 0 to 2**53, got {value!r}")
+    return int(value)  # type: ignore[arg-type]
+
+
+def checked_tensor(path: str, value: Any, dtype: torch.dtype, shape: tuple[int | None, ...]) -> Tensor:
+    """Return a tensor of this dtype and shape (None: any length) on the CPU; it must hold data and be no part of a
+    graph."""
+    expected = f"{dtype} [{', '.join('*' if size is None else str(size) for size in shape)}]"
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{path}: expected {expected}, got {type(value).__name__}")
+    trouble = trouble_of(value)
+    if trouble:
+        raise ValueError(f"{path}: expected {expected}, got a tensor that {trouble}")
+    fits = value.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, value.shape, strict=True))
+    if value.dtype != dtype or not fits:
+        raise ValueError(f"{path}: expected {expected}, got {value.dtype} {list(value.shape)}")
+    return value.cpu()
+
+
+@contextmanager
+def under_key(key: str) -> Iterator[None]:
+    """Put the key of a part of a state before what that part's check raises."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{key}.{error}") from None
+
+
+def trouble_of(tensor: Tensor) -> str:
+    """Say why a tensor cannot be part of a state, "" where it can."""
+    if tensor.layout != torch.strided:
+        return f"is sparse ({tensor.layout})"
+    if tensor.is_meta:
+        return "is on the meta device and has no data"
+    return "requires grad" if tensor.requires_grad else ""
 
 
 def check_like(path: str, theirs: Any, mine: Any) -> None:
@@ -22,6 +85,9 @@ def check_like(path: str, theirs: Any, mine: Any) -> None:
         for key in mine:
             check_like(f"{path}.{key}" if path else str(key), theirs[key], mine[key])
     elif isinstance(mine, Tensor):
+        trouble = trouble_of(theirs) if isinstance(theirs, Tensor) else ""
+        if trouble:
+            raise ValueError(f"{path}: expected {mine.dtype} {list(mine.shape)}, got a tensor that {trouble}")
         if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
             what = f"{theirs.dtype} {list(theirs.shape)}" if isinstance(theirs, Tensor) else type(theirs).__name__
             raise ValueError(f"{path}: expected {mine.dtype} {list(mine.shape)}, got {what}")
@@ -32,7 +98,7 @@ def check_like(path: str, theirs: Any, mine: Any) -> None:
         for i, (their, my) in enumerate(zip(theirs, mine, strict=True)):
             check_like(f"{path}[{i}]", their, my)
     elif isinstance(mine, int) and not isinstance(mine, bool):
-        if not isinstance(theirs, int) or isinstance(theirs, bool) or theirs < 0:
+        if not is_count(theirs):
             raise ValueError(f"{path}: expected a count >= 0, got {theirs!r}")
     elif type(theirs) is not type(mine):
         raise ValueError(f"{path}: expected {type(mine).__name__}, got {type(theirs).__name__}")
@@ -45,7 +111,7 @@ def check_same(state: Any, mine: dict[str, Any]) -> None:
     for key, value in mine.items():
         if key not in state:
             raise ValueError(f"{key}: missing from the trajectory state")
-        if state[key] != value:
+        if state[key] != value or isinstance(state[key], bool) != isinstance(value, bool):  # True is not 1
             raise ValueError(f"{key}: the state has {_shorten(state[key])}, this trajectory has {_shorten(value)}")
 
 
@@ -62,10 +128,9 @@ def checked_starts(state: Any, version: int, metrics: list[str], blocks: int) ->
     for key in ("version", "step", "windows", "starts", "metrics"):
         if key not in state:
             raise ValueError(f"{key}: missing from the monitor's state")
-    if state["version"] != version:
-        raise ValueError(f"version: the state has {state['version']!r}, this monitor has {version}")
+    check_version(state, version, "monitor")
     for key in ("step", "windows"):
-        if not _is_count(state[key]):
+        if not is_count(state[key]):
             raise ValueError(f"{key}: expected a count >= 0, got {state[key]!r}")
     theirs = state["metrics"]
     if not isinstance(theirs, dict) or sorted(map(str, theirs)) != metrics:
@@ -80,9 +145,5 @@ def checked_starts(state: Any, version: int, metrics: list[str], blocks: int) ->
     return steps
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _is_start(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 2 and _is_count(value[0])
+    return isinstance(value, list | tuple) and len(value) == 2 and is_count(value[0])

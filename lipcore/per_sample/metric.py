@@ -20,6 +20,7 @@ from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.standalone import StandaloneMetric
+from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.per_sample.arguments import check_arguments, offsets_of
 from lipcore.per_sample.batch_norms import MicroBatch, Norms
 from lipcore.per_sample.layer_index import Places
@@ -402,22 +403,41 @@ class PerSampleGradNorms(StandaloneMetric):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; ValueError, and nothing changed, when it does not fit."""
-        for key, expected in (("version", self._version), ("layers", list(self._layers))):
-            if state.get(key) != expected:
-                raise ValueError(f"{key}: the state has {state.get(key)!r}, this metric has {expected!r}")
-        if bool(state["noise"]) != (self._noise is not None):
-            raise ValueError("noise: the state was made with the other setting of noise_scale=")
+        """Continue from a state; ValueError naming the first key that does not fit, and nothing changed, otherwise."""
+        check_version(state, self._version, "metric")
+        if state.get("layers") != self._layers:
+            raise ValueError(f"layers: the state has {state.get('layers')!r}, this metric has {self._layers!r}")
+        steps, dropped = checked_count(state, "steps"), checked_count(state, "dropped")
         window = self._window.loaded(state)
         scores = SampleScores()
-        scores.load_state_dict(state["scores"])
+        noise = state.get("noise")
+        if not isinstance(noise, dict) or bool(noise) != (self._noise is not None):
+            raise ValueError("noise: the state was made with the other setting of noise_scale=")
+        with under_key("scores"):
+            scores.load_state_dict(state.get("scores"))  # type: ignore[arg-type]
         if self._noise is not None:
-            self._noise.load_state_dict(state["noise"])
+            with under_key("noise"):  # last: it checks itself wholly, then takes over
+                self._noise.load_state_dict(noise)
         self._window, self.scores = window, scores
-        self._steps, self._dropped = int(state["steps"]), int(state["dropped"])
+        self._steps, self._dropped = steps, dropped
         self._renew_sink()
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
+
+    def merge(self, other: PerSampleGradNorms) -> None:
+        """Add the open window of another one of the same layers (of another rank or interval): distributions, noise
+        scale, scores and dropped samples."""
+        if not isinstance(other, PerSampleGradNorms):
+            raise TypeError(f"other: expected a PerSampleGradNorms, got {type(other).__name__}")
+        if other._layers != self._layers:
+            raise ValueError(f"other: it measures the layers {other._layers!r}, this one {self._layers!r}")
+        if (other._noise is None) != (self._noise is None):
+            raise ValueError("other: it was made with the other setting of noise_scale=")
+        if self._noise is not None and other._noise is not None:
+            self._noise.merge(other._noise)
+        self._window.merge(other._window)
+        self.scores.merge(other.scores)
+        self._dropped += other._dropped
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy: the settings and all numbers, and no model. What the open step brought stays with the original."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from lipcore.metric.distribution import Distribution
+from lipcore.metric.distribution import Distribution, loaded_distributions
 
 Block = list[Distribution]  # one per layer, and the total last
 
@@ -54,17 +54,19 @@ class NormWindow:
         }
 
     def loaded(self, state: dict[str, Any]) -> NormWindow:
-        """One like this with the numbers of a state; ValueError when they do not fit."""
-        blocks = (self._closed.maxlen or 0) + 1
-        if len(state["closed"]) > blocks - 1:
-            raise ValueError(f"closed: the state has {len(state['closed'])} blocks, this window {blocks - 1}")
+        """Return one like this with the numbers of a state; ValueError naming the first that does not fit."""
+        blocks, closed = (self._closed.maxlen or 0) + 1, state.get("closed")
+        if not isinstance(closed, list) or len(closed) > blocks - 1:
+            seen = f"{len(closed)} of them" if isinstance(closed, list) else type(closed).__name__
+            raise ValueError(f"closed: expected a list of at most {blocks - 1} blocks, got {seen}")
         window = NormWindow(self._places, blocks)
-        window._closed.extend(self._read(states) for states in state["closed"])
-        window.open = self._read(state["open"])
+        window._closed.extend(
+            loaded_distributions(f"closed[{i}]", states, self._places) for i, states in enumerate(closed)
+        )
+        window.open = loaded_distributions("open", state.get("open"), self._places)
         return window
 
-    def _read(self, states: list[dict[str, Any]]) -> Block:
-        block = self._block()
-        for distribution, numbers in zip(block, states, strict=True):
-            distribution.load_state_dict(numbers)
-        return block
+    def merge(self, other: NormWindow) -> None:
+        """Add another window of the same places, all its blocks, to the open block."""
+        for mine, theirs in zip(self.open, other.merged(), strict=True):
+            mine.merge(theirs)

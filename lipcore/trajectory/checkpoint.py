@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lipcore import _core
+from lipcore.metric.state import MOST
+from lipcore.trajectory.table import COLUMN, COLUMNS, POINTS
+
+_COUNTS = [i for i, name in enumerate(COLUMNS) if name.endswith("steps") or name == "nonfinite_elements"]
 
 
 def check_counters(state: dict[str, Any], rows: Tensor, group: int) -> None:
@@ -14,6 +19,7 @@ def check_counters(state: dict[str, Any], rows: Tensor, group: int) -> None:
     given = state["rows"]
     if not bool((given[:, group] == rows[:, group].cpu().to(given.device)).all()):
         raise ValueError("rows: the groups of its tensors are others than here")
+    _check_rows(given)
     written = float(state["cursor"][0])
     if not (0 <= written < 2**53 and written.is_integer()):
         raise ValueError(f"cursor: expected a count of steps, got {written}")
@@ -27,3 +33,18 @@ def check_counters(state: dict[str, Any], rows: Tensor, group: int) -> None:
     ):
         if number > most:
             raise ValueError(f"{key}: {number} steps, but there were {int(most)}")
+
+
+def _check_rows(rows: Tensor) -> None:
+    """Raise ValueError when a ledger could not have come to hold these numbers."""
+    least = torch.zeros(len(COLUMNS), dtype=rows.dtype, device=rows.device)
+    least[POINTS] = _core.CONTINUES
+    for column, wrong in (
+        ("", rows.isnan() | (rows < least)),
+        ("steps", (rows[:, _COUNTS] != rows[:, _COUNTS].floor()) | (rows[:, _COUNTS] > MOST)),
+    ):
+        if bool(wrong.any()):
+            row, place = wrong.nonzero()[0].tolist()
+            name = COLUMNS[_COUNTS[place]] if column else COLUMNS[place]
+            value = float(rows[row, COLUMN[name]])
+            raise ValueError(f"rows[{row}]: {name} is {value}, which no ledger holds")

@@ -237,7 +237,7 @@ def test_copies_stand_on_their_own():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"version": 2}, "version: expected 1, got 2"),
+        ({"version": 2}, "version: the state has 2, this one has 1"),
         ({"ids": None}, "ids: expected a 1-dimensional tensor of torch.int64, got NoneType"),
         ({"ids": torch.tensor([1.0])}, "ids"),
         ({"ids": torch.tensor([1, 1, 2])}, "ids: an id stands there twice"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore.metric.results import Value
+from lipcore.metric.state import check_version, checked_count, checked_tensor, is_count
 from lipcore.per_sample.noise.estimates import reduced
 
 _BLOCKS = 32  # even; between 16 and 31 are left when they have been joined in pairs
@@ -228,17 +229,15 @@ class NoiseScale:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; ValueError naming what is wrong, and nothing changed, when it does not fit."""
-        if not isinstance(state, dict):
-            raise ValueError(f"state: expected a dict, got {type(state).__name__}")
+        check_version(state, self._version, "one")
         self._check_same(state, "the state")
-        given: list[Any] = [state.get(key) for key in ("sizes", "block_steps", "skipped")]
-        sizes, block_steps, skipped = given
-        if not (isinstance(sizes, list) and len(sizes) <= _BLOCKS and all(_is_count(size) and size for size in sizes)):
+        given: list[Any] = [state.get(key) for key in ("sizes", "block_steps")]
+        sizes, block_steps = given
+        if not (isinstance(sizes, list) and len(sizes) <= _BLOCKS and all(is_count(size) and size for size in sizes)):
             raise ValueError(f"sizes: expected up to {_BLOCKS} counts of steps, got {sizes!r}")
-        if not (_is_count(block_steps) and block_steps and block_steps & (block_steps - 1) == 0):
+        if not (is_count(block_steps) and block_steps and block_steps & (block_steps - 1) == 0):
             raise ValueError(f"block_steps: expected a power of two, got {block_steps!r}")
-        if not _is_count(skipped):
-            raise ValueError(f"skipped: expected a count of steps, got {skipped!r}")
+        skipped = checked_count(state, "skipped")
         sums = _float64(state, "sums", (len(sizes), 3, self.places))
         ema = _float64(state, "ema", (4, self.places))
         used = sums[:, 0]
@@ -260,16 +259,8 @@ class NoiseScale:
                 raise ValueError(f"{key}: {whose} has {theirs.get(key)!r}, this one has {mine!r}")
 
 
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _float64(state: dict[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
-    value = state.get(key)
-    if not isinstance(value, Tensor) or value.dtype != torch.float64 or value.shape != shape:
-        what = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise ValueError(f"{key}: expected torch.float64 {list(shape)}, got {what}")
-    value = value.detach().cpu()
+    value = checked_tensor(key, state.get(key), torch.float64, shape)
     if not bool(value.isfinite().all()):
         raise ValueError(f"{key}: holds numbers that are not finite")
     return value

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipcore.functional.dtypes import INTEGERS
+from lipcore.metric.state import check_version, checked_count, checked_tensor
 from lipcore.per_sample.scores.id_index import IdIndex, grown
 
 Array = np.ndarray[Any, Any]
@@ -206,10 +207,7 @@ class SampleScores:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a state; ValueError naming what is wrong, and nothing changed, when it is not one."""
-        if not isinstance(state, dict):
-            raise ValueError(f"state: expected a dict, got {type(state).__name__}")
-        if state.get("version") != self._version:
-            raise ValueError(f"version: expected {self._version}, got {state.get('version')!r}")
+        check_version(state, self._version, "one")
         ids, count = (_column(state, key, torch.int64) for key in ("ids", "count"))
         mean, m2, high = (_column(state, key, torch.float64) for key in ("mean", "m2", "max"))
         for key, column in (("count", count), ("mean", mean), ("m2", m2), ("max", high)):
@@ -222,9 +220,7 @@ class SampleScores:
         slack = 1e-9 * np.abs(mean)
         if not (np.isfinite(mean) & np.isfinite(high) & (m2 >= 0) & (mean <= high + slack)).all():
             raise ValueError("mean, m2, max: these are not the moments of finite values")
-        missing, invalid = (state.get(key) for key in ("missing", "invalid"))
-        if not (type(missing) is int and type(invalid) is int and missing >= 0 and invalid >= 0):
-            raise ValueError(f"missing, invalid: expected counts, got {missing!r} and {invalid!r}")
+        missing, invalid = checked_count(state, "missing"), checked_count(state, "invalid")
         self.reset()
         self._merge(ids, count, np.stack([mean, m2, high], axis=1))
         self._missing, self._invalid = missing, invalid
@@ -250,10 +246,7 @@ def _on_host(tensor: Tensor, dtype: torch.dtype, events: list[Any]) -> Tensor:
 
 
 def _column(state: dict[str, Any], key: str, dtype: torch.dtype) -> Array:
-    value = state.get(key)
-    if not isinstance(value, Tensor) or value.dtype != dtype or value.dim() != 1:
-        raise ValueError(f"{key}: expected a 1-dimensional tensor of {dtype}, got {_what(value)}")
-    return value.detach().cpu().numpy()
+    return checked_tensor(key, state.get(key), dtype, (None,)).numpy()
 
 
 def _grouped(ids: Array, values: Array) -> tuple[Array, Array, Array]:
