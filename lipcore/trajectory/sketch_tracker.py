@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lipcore import _core, functional
 from lipcore.metric.results import Level, MetricResult, Value
+from lipcore.metric.state import checked_tensor
 from lipcore.trajectory.describe import MOVES, OFFSETS, Row
 from lipcore.trajectory.parameters import Part
 from lipcore.trajectory.sketch_history import SketchHistory
@@ -209,15 +210,10 @@ class SketchTracker(Tracker):
 
     def prepare(self, state: Any) -> Any:
         kept = state.get("kept") if isinstance(state, dict) else None
-        steps, matrix = (kept.get(key) if isinstance(kept, dict) else None for key in ("steps", "matrix"))
-        if (
-            not isinstance(steps, Tensor)
-            or not isinstance(matrix, Tensor)
-            or steps.dtype != torch.int64
-            or matrix.dtype != torch.float64
-            or matrix.shape != (len(steps), self.buckets)
-        ):
-            raise ValueError(f"kept: expected steps int64 [T] and matrix float64 [T, {self.buckets}]")
+        if not isinstance(kept, dict):
+            raise ValueError(f"kept: expected a dict of steps and matrix, got {type(kept).__name__}")
+        steps = checked_tensor("kept.steps", kept.get("steps"), torch.int64, (None,))
+        matrix = checked_tensor("kept.matrix", kept.get("matrix"), torch.float64, (len(steps), self.buckets))
         load = super().prepare({**state, "kept": self.history.state_dict()})
 
         def load_all() -> None:
