@@ -236,7 +236,7 @@ class LayerCapture:
     @property
     def _may_serve(self) -> bool:
         """Whether batches of one might be served from the gradients."""
-        one_way = self._settings.normalized or self._compiled or self.coverage.batch_statistics or self._offsets_of
+        one_way = self._settings.normalized or self._compiled or self.coverage.may_mix or self._offsets_of
         return self._audit.done and not one_way
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
