@@ -18,7 +18,7 @@ _WAYS_OUT = (
 UNSEEN = "has a gradient, but its layer's call did not come through the hooks"
 
 
-class Coverage:
+class ParameterCoverage:
     """Parameter by parameter: covered by which layer's rule, frozen, or not covered and why."""
 
     def __init__(self) -> None:
@@ -115,9 +115,9 @@ class Coverage:
         return "\n".join(lines)
 
 
-def cover(model: nn.Module) -> Coverage:
+def cover(model: nn.Module) -> ParameterCoverage:
     """What the modules' structure tells."""
-    coverage = Coverage()
+    coverage = ParameterCoverage()
     names: dict[int, str] = {}
     modules = list(named_modules(model))
     for module_name, module in modules:

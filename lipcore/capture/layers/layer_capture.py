@@ -14,7 +14,7 @@ from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import OffsetsOf, batch_of
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
-from lipcore.capture.layers.coverage import Coverage, cover
+from lipcore.capture.layers.coverage import ParameterCoverage, cover
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite, SiteSettings
 from lipcore.capture.layers.model_hooks import ModelHooks
@@ -77,7 +77,7 @@ class LayerCapture:
     def _look(self) -> None:
         """Find the model's layers and parameters."""
         passes, settings = self.passes, self._settings
-        self.coverage: Coverage = cover(self.model)
+        self.coverage: ParameterCoverage = cover(self.model)
         self.structure = Structure(self.model)
         self.sites = [
             LayerSite(passes, name or ROOT, module, rule, names, settings)
