@@ -17,7 +17,7 @@ namespace lipcore {
   extern const SketchKernels sketch;                  \
   extern const UpdateSumsKernels update_sums;         \
   extern const LinearNormsKernels linear_norms;       \
-  extern const TermSumsKernels term_sums;             \
+  extern const RowSumNormsKernels row_sum_norms;      \
   extern const TokenSumsKernels token_sums;           \
   extern const ConvNormsKernels conv_norms;           \
   }
@@ -37,7 +37,7 @@ namespace {
    &isa::sketch,           \
    &isa::update_sums,      \
    &isa::linear_norms,     \
-   &isa::term_sums,        \
+   &isa::row_sum_norms,    \
    &isa::token_sums,       \
    &isa::conv_norms}
 

@@ -116,21 +116,21 @@ struct LinearNormsKernels {
 };
 
 // A block of a sample's rows: columns are summed over rows, for g itself (shift) and for g * x (scale).
-struct TermBlock {
+struct RowSumBlock {
   const void* g;
   const void* x;  // of g's dtype; null when only the shift is wanted
   DType dtype;
-  int64_t rows, columns;  // columns <= kTermColumns
+  int64_t rows, columns;  // columns <= kRowSumColumns
   // In elements; columns follow each other when row_runs is set (then g_step, x_step lead from row to row), else rows
   // do (then they lead from column to column).
   int64_t g_step, x_step;
   bool row_runs;
 };
-constexpr int kTermColumns = 1024;
+constexpr int kRowSumColumns = 1024;
 
-struct TermSumsKernels {
-  // Adds to the sums of kTermColumns columns; either may be null.
-  void (*add)(const TermBlock& block, double* shift, double* scale);
+struct RowSumNormsKernels {
+  // Adds to the sums of kRowSumColumns columns; either may be null.
+  void (*add)(const RowSumBlock& block, double* shift, double* scale);
 };
 
 constexpr int kCrossTokens = 8, kCrossLanes = 16;
@@ -164,7 +164,7 @@ struct Kernels {
   const SketchKernels* sketch;
   const UpdateSumsKernels* update_sums;
   const LinearNormsKernels* linear_norms;
-  const TermSumsKernels* term_sums;
+  const RowSumNormsKernels* row_sum_norms;
   const TokenSumsKernels* token_sums;
   const ConvNormsKernels* conv_norms;
 };

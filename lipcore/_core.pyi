@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_passes', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_passes', 'register_torch', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -199,6 +199,8 @@ def register_passes(torch: collections.abc.Sequence[typing.Any]) -> None:
     ...
 def register_torch(tensor: typing.Any, parameter: typing.Any, refuse: typing.Any, accepts: typing.Any) -> None:
     ...
+def row_sum_norms(grad: typing.Any, x: typing.Any, offsets: typing.Any, terms: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
+    ...
 def sample_norms(x: typing.Any, out: typing.Any) -> None:
     """
     out[b] = ||x[b]||_2; x [B, ...], out float64 [B].
@@ -206,8 +208,6 @@ def sample_norms(x: typing.Any, out: typing.Any) -> None:
 def sketch(tensors: typing.Any, first_index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], seed: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def square_sums(tensors: typing.Any, out: typing.Any) -> None:
-    ...
-def term_sums(grad: typing.Any, x: typing.Any, offsets: typing.Any, terms: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def tied_cross(indices: typing.Any, grad_embedding: typing.Any, x: typing.Any, grad_head: typing.Any, padding: typing.SupportsInt | typing.SupportsIndex | None, out: typing.Any) -> None:
     ...

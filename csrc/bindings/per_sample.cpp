@@ -59,7 +59,7 @@ void linear_weight_grad_of(py::handle x, py::handle grad, const std::vector<int6
                      view_of(out, "out", Access::kWrite), &weight_grad));
 }
 
-void term_sums_of(py::handle grad, py::handle x, py::handle offsets, int terms, py::handle out) {
+void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int terms, py::handle out) {
   const TensorView g = view_of(grad, "grad");
   TensorView other;
   if (!x.is_none()) other = view_of(x, "x");
@@ -69,8 +69,8 @@ void term_sums_of(py::handle grad, py::handle x, py::handle offsets, int terms, 
   if (!fits) throw py::value_error("x: expected the shape of grad, got " + std::string(ShapeText(g).text));
   Offsets packed;
   const int64_t samples = count_samples(offsets, g, &packed);
-  check(term_sums(g, x.is_none() ? nullptr : &other, packed, static_cast<Terms>(terms),
-                  result_of(out, terms == 2 ? 2 * samples : samples)));
+  check(row_sum_norms(g, x.is_none() ? nullptr : &other, packed, static_cast<Terms>(terms),
+                      result_of(out, terms == 2 ? 2 * samples : samples)));
 }
 
 void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std::optional<int64_t> padding,
@@ -108,7 +108,7 @@ void bind_per_sample(py::module_& m) {
   m.def(
       "linear_uses_gram", [](int64_t t, int64_t i, int64_t o) { return linear_method(t, i, o) == LinearMethod::kGram; },
       py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
-  m.def("term_sums", &term_sums_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
+  m.def("row_sum_norms", &row_sum_norms_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
         py::arg("out"));
   m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("grad"), py::arg("weights"),
         py::arg("padding"), py::arg("offsets"), py::arg("out"));

@@ -2,7 +2,7 @@
 
 #include "ops/ops.h"
 #include "ops/per_sample.h"
-#include "ops/row_norms.h"
+#include "ops/sample_norms.h"
 #include "python/parallel.h"
 
 namespace lipcore {
@@ -64,7 +64,7 @@ bool outer_norms(const std::vector<TensorView>& x, const std::vector<TensorView>
     const Task& task = tasks[i];
     const Layer& layer = layers[task.layer];
     for (int64_t b = task.begin; b < task.end; ++b) {
-      const double xx = row_sum_squares(layer.x, b), gg = row_sum_squares(layer.grad, b);
+      const double xx = sum_squares_of_row(layer.x, b), gg = sum_squares_of_row(layer.grad, b);
       const int64_t at = task.layer * samples + b;
       const bool safe = in_range(xx) && in_range(gg);
       weight[at] = safe ? xx * gg : square(norm_of_row(layer.x, b, xx) * norm_of_row(layer.grad, b, gg));

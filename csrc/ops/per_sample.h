@@ -26,7 +26,7 @@ bool read_offsets(const TensorView& offsets, int64_t rows, Offsets* out);
 // Squared norms of sum_t g_bt (kShift), sum_t g_bt * x_bt (kScale), or scale and shift (kBoth, in this order).
 // grad [B, T, F], or [1, N, F] with offsets; either its rows or its columns are flat runs. x is of the same shape,
 // dtype and orientation; null for kShift. out float64 [1 or 2, B].
-bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out);
+bool row_sum_norms(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out);
 
 // sum over tokens v of ||sum_{t: ids_bt = v} w_bt g_bt||^2. ids [B, T] or [1, N] int64 bits, grad [.., .., D] with flat
 // rows, weights float64 like ids or null, out float64 [B]. Rows whose id is *padding do not count.

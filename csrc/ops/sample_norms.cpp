@@ -4,7 +4,7 @@
 #include <limits>
 
 #include "ops/ops.h"
-#include "ops/row_norms.h"
+#include "ops/sample_norms.h"
 #include "python/parallel.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
@@ -123,7 +123,7 @@ double finish_norm(const Rows& rows, int64_t row, double sum) {
 
 }  // namespace
 
-double row_sum_squares(const Rows& rows, int64_t row) {
+double sum_squares_of_row(const Rows& rows, int64_t row) {
   double sum = 0;
   for (int64_t begin = 0; begin < rows.length; begin += kChunk) {
     const int64_t count = rows.length - begin < kChunk ? rows.length - begin : kChunk;
@@ -136,7 +136,7 @@ double norm_of_row(const Rows& rows, int64_t row, double sum) { return finish_no
 
 namespace {
 
-void row_norms(const Rows& rows, double* out) {
+void norms_of_rows(const Rows& rows, double* out) {
   const auto& kernel = *kernels().sample_norms;
   const bool parallel = rows.count * rows.length >= kSerialElements;
   if (rows.length <= kChunk) {
@@ -245,7 +245,7 @@ bool sample_norms(const TensorView& x, const TensorView& out) {
     return fail({"x"},
                 "is on a CUDA device, but this lipcore was built without CUDA; rebuild with "
                 "LIPCORE_CUDA=ON or pass x.cpu()");
-  without_gil(x.numel, [&] { row_norms(rows, static_cast<double*>(out.data)); });
+  without_gil(x.numel, [&] { norms_of_rows(rows, static_cast<double*>(out.data)); });
   return true;
 }
 
@@ -266,7 +266,7 @@ bool normalized_norms(const TensorView& delta, const TensorView& output_grad, co
                 "device");
   without_gil(delta.numel, [&] {
     auto* out = static_cast<double*>(r.data);
-    row_norms(rows, out);
+    norms_of_rows(rows, out);
     *skipped = 0;
     for (int64_t b = 0; b < rows.count; ++b) {
       const double eps = std::abs(read_element(output_grad, b * stride));

@@ -170,7 +170,7 @@ def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Te
 
     def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
         out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64, device=_library.CPU)
-        _core.term_sums(g, x, packed, terms, out)
+        _core.row_sum_norms(g, x, packed, terms, out)
         return out
 
     found = compute(g, x)

@@ -13,7 +13,7 @@ from lipcore.layers.factor_dense import Blocks
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_sums import RowSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import Batch, Rule
+from lipcore.layers.rule import GRAM_OR_DIRECT, Batch, Rule
 
 _INPUTS = ("query", "key", "value")
 _SEPARATE = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
@@ -23,6 +23,9 @@ _MASKS = ("key_padding_mask", "attn_mask")
 
 class MultiheadAttentionRule(Rule):
     """grad_output is the gradient at the first output; the second, the attention weights, must not enter the loss."""
+
+    methods = GRAM_OR_DIRECT
+    in_place_after = False  # the output is part of a tuple
 
     def refuses(self, module: Any) -> str:
         if module.training and module.dropout > 0:

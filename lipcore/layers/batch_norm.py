@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lipcore.layers.norm import ChannelNormRule
 from lipcore.layers.registry import register
 from lipcore.layers.rule import Batch
+from lipcore.models.checks import mixes_samples
 
 _MIXED = (
     "normalises by the statistics of the batch, so that every sample's output depends on all samples and there are no "
@@ -25,8 +26,10 @@ def by_running_statistics(x: Tensor, statistics: tuple[Tensor, ...], eps: float)
 
 
 class BatchNormRule(ChannelNormRule):
+    may_mix_samples = True
+
     def refuses(self, module: Any) -> str:
-        return _MIXED if module.training or module.running_mean is None else ""
+        return _MIXED if mixes_samples(module) else ""
 
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch

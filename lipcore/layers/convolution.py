@@ -12,10 +12,12 @@ from lipcore.layers.factor import Factor
 from lipcore.layers.factor_patches import Patches
 from lipcore.layers.factor_sums import ChannelSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import Batch, Rule
+from lipcore.layers.rule import GRAM_OR_DIRECT, Batch, Rule
 
 
 class ConvRule(Rule):
+    methods = GRAM_OR_DIRECT
+
     def sample_dim(self, module: nn.Module, grad_output: Tensor, batch: Batch) -> int:
         return 0
 

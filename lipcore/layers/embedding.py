@@ -16,11 +16,15 @@ SCALED_BY_BATCH = (
     "scale_grad_by_freq=True divides a token's gradient by its number in the whole batch, so that samples are mixed; "
     "use scale_grad_by_freq=False"
 )
+SUMS_OVER_INDICES = "sums over equal indices"
 
 
 class EmbeddingRule(Rule):
     """max_norm renormalises rows before they are read, and sparse=True only stores the gradient in another way: neither
     changes a gradient."""
+
+    methods = ()
+    how = SUMS_OVER_INDICES
 
     def refuses(self, module: Any) -> str:
         return SCALED_BY_BATCH if module.scale_grad_by_freq else ""

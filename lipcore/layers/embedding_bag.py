@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.layers.calls import argument, at_least_float32, is_trainable, tensor_argument
-from lipcore.layers.embedding import SCALED_BY_BATCH
+from lipcore.layers.embedding import SCALED_BY_BATCH, SUMS_OVER_INDICES
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_indexed import Indexed
 from lipcore.layers.factor_rows import packed
@@ -17,6 +17,9 @@ from lipcore.layers.rule import Batch, Rule
 
 
 class EmbeddingBagRule(Rule):
+    methods = ()
+    how = SUMS_OVER_INDICES
+
     def refuses(self, module: Any) -> str:
         if module.mode == "max":
             return "mode='max' has a gradient only where an entry is the largest of its bag; use mode='sum' or 'mean'"

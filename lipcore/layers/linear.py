@@ -11,10 +11,15 @@ from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_sums import RowSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import Batch, Rule
+from lipcore.layers.rule import GRAM_OR_DIRECT, Batch, Rule
 
 
 class LinearRule(Rule):
+    methods = (*GRAM_OR_DIRECT, "estimate")
+
+    def fuses(self, module: nn.Module) -> bool:
+        return type(module).forward is nn.Linear.forward
+
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:

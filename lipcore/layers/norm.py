@@ -15,9 +15,17 @@ from lipcore.layers.factor import Factor
 from lipcore.layers.factor_sums import ChannelSum, RowSum
 from lipcore.layers.rule import Batch, Rule
 
+_HOW = "sums over positions"
+
 
 class FeatureNormRule(Rule):
     """Scale and bias of the last dimensions, module.normalized_shape."""
+
+    methods = ()
+    how = _HOW
+
+    def feature_dims(self, module: Any) -> int:
+        return len(module.normalized_shape)
 
     @abstractmethod
     def normalized(self, module: Any, x: Tensor) -> Tensor:
@@ -31,12 +39,12 @@ class FeatureNormRule(Rule):
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
         x = tensor_argument(arguments, keywords)
-        batch.check(x, len(module.normalized_shape))
+        batch.check(x, self.feature_dims(module))
         return ((self.kept(x),) if is_trainable(module, "weight") else ()), batch
 
     def factors(self, module: Any, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
         batch: Batch = extra
-        shape = grad_output.shape[grad_output.dim() - len(module.normalized_shape) :]
+        shape = grad_output.shape[grad_output.dim() - self.feature_dims(module) :]
         factors: dict[str, Factor] = {}
 
         def rows(x: Tensor) -> Tensor:
@@ -53,6 +61,9 @@ class FeatureNormRule(Rule):
 
 class ChannelNormRule(Rule):
     """Scale and bias of the second dimension."""
+
+    methods = ()
+    how = _HOW
 
     @abstractmethod
     def normalized(self, module: Any, x: Tensor, *statistics: Tensor) -> Tensor:

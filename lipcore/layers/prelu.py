@@ -14,6 +14,9 @@ from lipcore.layers.rule import Batch, Rule
 
 
 class PReLURule(Rule):
+    methods = ()
+    how = "sums over positions"
+
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:

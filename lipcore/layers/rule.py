@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -45,22 +45,51 @@ class Batch:
             )
 
 
+#: Methods of a factor whose rows meet each other, or are multiplied out.
+GRAM_OR_DIRECT = ("gram", "direct")
+
+
 class Rule(ABC):
-    """Per-sample gradients of one type of layer. Stateless: one object serves every module of the type."""
+    """All that is known of one type of layer. Stateless: one object serves every module of the type.
+
+    A rule must have :meth:`save` and :meth:`factors`. What else there is has defaults that fit most layers.
+
+    Attributes:
+        methods: names by which the user may choose how the weight's norms are computed, () where there is one way.
+            None, the default: nothing is known, and "gram" or "direct" go to each factor that has a `method`.
+        how: that one way in words, as plan() prints it after "by"; "" where factors say it.
+        may_mix_samples: in some configuration every output depends on all samples. Then :meth:`refuses` is asked at
+            each forward pass, and batches of one are not read from the gradients.
+        in_place_after: an in-place activation may follow directly: the layer's backward pass does not need its output,
+            which is no part of a tuple. Asked of layers whose forward is torch's own.
+    """
+
+    methods: ClassVar[tuple[str, ...] | None] = None
+    how: ClassVar[str] = ""
+    may_mix_samples: ClassVar[bool] = False
+    in_place_after: ClassVar[bool] = True
 
     def refuses(self, module: nn.Module) -> str:
-        """Why this module, configured as it is, has no per-sample gradients that could be measured; "" if it has."""
+        """Return why this module, configured as it is, has no per-sample gradients that could be measured, or ""."""
         return ""
 
+    def fuses(self, module: nn.Module) -> bool:
+        """Return whether the module is y = x W^T + b, whose weight gradient fused=True may compute itself."""
+        return False
+
+    def feature_dims(self, module: nn.Module) -> int:
+        """Return how many of the output's last dimensions are features; those before are rows or the batch."""
+        return 1
+
     def sample_dim(self, module: nn.Module, grad_output: Tensor, batch: Batch) -> int:
-        """Where the samples are in the gradient at the output."""
+        """Return where the samples are in the gradient at the output."""
         return batch.dim if grad_output.dim() > 2 else 0
 
     @abstractmethod
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """From a call's arguments: tensors that factors() needs beside the gradient, and anything else it needs.
+        """Return what factors() needs of a call beside the gradient: tensors, and anything else.
 
         The tensors become saved tensors, which may not be changed in place before the backward pass: where torch keeps
         none of its own, or a copy, legal code may do that, and a copy is to be returned.
@@ -71,7 +100,7 @@ class Rule(ABC):
 
     @abstractmethod
     def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, Factor]:
-        """Per own trainable parameter (its key in the module) the factor of its per-sample gradient.
+        """Return, per own trainable parameter (its key in the module), the factor of its per-sample gradient.
 
         Pure in its tensors; of the module only configuration is read. `extra` is what save() returned.
         """

@@ -11,10 +11,12 @@ from lipcore.layers.factor import Factor
 from lipcore.layers.factor_patches import Patches
 from lipcore.layers.factor_sums import ChannelSum
 from lipcore.layers.registry import register
-from lipcore.layers.rule import Batch, Rule
+from lipcore.layers.rule import GRAM_OR_DIRECT, Batch, Rule
 
 
 class ConvTransposeRule(Rule):
+    methods = GRAM_OR_DIRECT
+
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.capture.layers.broadcast import check_broadcast
-from lipcore.capture.layers.coverage import UNSEEN, Coverage
+from lipcore.capture.layers.coverage import UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.proof import disproved
@@ -28,7 +28,14 @@ class Audit:
     """
 
     def __init__(
-        self, model: nn.Module, coverage: Coverage, sites: list[LayerSite], *, compiled: bool, skip: bool, prove: bool
+        self,
+        model: nn.Module,
+        coverage: ParameterCoverage,
+        sites: list[LayerSite],
+        *,
+        compiled: bool,
+        skip: bool,
+        prove: bool,
     ) -> None:
         self.done = False  #: the first record was looked at
         self._model, self._coverage, self._sites = model, coverage, sites
@@ -69,7 +76,7 @@ class Audit:
             audit_gradients(self._coverage, self._grads_before, record.norms_sq, skip=self._skip)
 
 
-def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: bool) -> None:
+def audit_graph(output: Any, coverage: ParameterCoverage, calls: Counter[str], *, skip: bool) -> None:
     """Compare the graph behind a forward pass's output with the calls that came through hooks: a parameter that is used
     more often than it was tapped (F.linear on another layer's weight) would get a wrong norm."""
     uses = _uses(output)
@@ -87,7 +94,9 @@ def audit_graph(output: Any, coverage: Coverage, calls: Counter[str], *, skip: b
         coverage.check()
 
 
-def audit_gradients(coverage: Coverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool) -> None:
+def audit_gradients(
+    coverage: ParameterCoverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool
+) -> None:
     """After the first record: a parameter that has got a gradient, which no layer's call has brought. `before`: whether
     it had one before the pass."""
     for name, parameter in coverage.measured().items():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from lipcore import _core
-from lipcore.capture.layers.coverage import Coverage
+from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerRecord, Rows
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import GradientWatch, WeakCall
@@ -82,7 +82,7 @@ class SingleBatches:
 
     def __init__(
         self,
-        coverage: Coverage,
+        coverage: ParameterCoverage,
         structure: Structure,
         batch_dim: int,
         serve: Callable[[Any, Any], None],

@@ -16,18 +16,17 @@ _WAYS_OUT = (
 )
 
 UNSEEN = "has a gradient, but its layer's call did not come through the hooks"
-_BATCH_STATISTICS = torch.nn.modules.batchnorm._BatchNorm
 
 
-class Coverage:
+class ParameterCoverage:
     """Parameter by parameter: covered by which layer's rule, frozen, or not covered and why."""
 
     def __init__(self) -> None:
         self.tapped: list[tuple[str, nn.Module, Rule, dict[str, str]]] = []
         self.covered: dict[str, str] = {}  #: parameter -> "layer (Type)", or several of them for a tied one
         self.frozen: list[str] = []
-        self.batch_statistics: list[tuple[str, nn.Module, Rule]] = []  #: BatchNorms, which may change to train mode
-        self._mixed_before: set[str] = set()  # of these, in train mode when the model was looked at
+        self.may_mix: list[tuple[str, nn.Module, Rule]] = []  #: layers that mix samples in some mode (BatchNorm)
+        self._mixed_before: set[str] = set()  # of these, in that mode when the model was looked at
         self.uncovered: dict[str, str] = {}  #: parameter -> why
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
@@ -79,8 +78,8 @@ class Coverage:
         return frozenset(frozen)
 
     def mixing(self) -> str:
-        """Which BatchNorm mixes the samples, having been put in train mode since; "" where none does."""
-        for name, module, rule in self.batch_statistics:
+        """Return which layer mixes the samples, its mode having changed since (BatchNorm in train mode), or ""."""
+        for name, module, rule in self.may_mix:
             if name not in self._mixed_before and (reason := rule.refuses(module)):
                 return f"module '{name}' ({type(module).__name__}): {reason}"
         return ""
@@ -116,9 +115,9 @@ class Coverage:
         return "\n".join(lines)
 
 
-def cover(model: nn.Module) -> Coverage:
+def cover(model: nn.Module) -> ParameterCoverage:
     """What the modules' structure tells."""
-    coverage = Coverage()
+    coverage = ParameterCoverage()
     names: dict[int, str] = {}
     modules = list(named_modules(model))
     for module_name, module in modules:
@@ -137,8 +136,8 @@ def cover(model: nn.Module) -> Coverage:
         rule = None if id(module) in inside_rule else rule_for(module)
         if rule is None:
             continue
-        if isinstance(module, _BATCH_STATISTICS):
-            coverage.batch_statistics.append((module_name, module, rule))
+        if rule.may_mix_samples:
+            coverage.may_mix.append((module_name, module, rule))
         parametrized = getattr(module, "parametrizations", None) is not None
         own: dict[str, str] = {}
         for key, parameter in module.named_parameters():
@@ -153,7 +152,7 @@ def cover(model: nn.Module) -> Coverage:
         if len(list(module.children())) and not parametrized:
             inside_rule.update(id(child) for child in module.modules() if child is not module)
         reason = rule.refuses(module)
-        if reason and isinstance(module, _BATCH_STATISTICS):
+        if reason and rule.may_mix_samples:
             coverage._mixed_before.add(module_name)
             if not own:
                 coverage.uncovered[module_name] = reason  # it spoils the other parameters' gradients

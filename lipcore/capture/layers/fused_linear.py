@@ -5,21 +5,22 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layers.layer_pass import LayerPass
-from lipcore.layers import Batch
+from lipcore.layers import Batch, Rule
 
 _LEAST_TOKENS = 48  # below, an ordinary weight gradient and a Gram cost less
 
 
-def can_fuse(module: nn.Module, arguments: tuple[Any, ...], batch: Batch) -> bool:
-    """Whether this call of a layer has sequences long enough, and nothing but x to differentiate by."""
-    if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward or len(arguments) != 1:
+def can_fuse(rule: Rule, module: Any, arguments: tuple[Any, ...], batch: Batch) -> bool:
+    """Return whether this call is a Linear's, has sequences long enough, and nothing but x to differentiate by."""
+    if len(arguments) != 1 or not rule.fuses(module):
         return False
-    tokens = arguments[0].numel() // max(1, module.in_features * batch.size)
-    return module.weight.requires_grad and tokens >= _LEAST_TOKENS
+    x = arguments[0]
+    tokens: int = x.numel() // max(1, x.shape[-1] * batch.size)
+    return tokens >= _LEAST_TOKENS and bool(module.weight.requires_grad)
 
 
 class FusedSite(Protocol):

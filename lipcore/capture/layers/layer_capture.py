@@ -14,7 +14,7 @@ from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import OffsetsOf, batch_of
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
-from lipcore.capture.layers.coverage import Coverage, cover
+from lipcore.capture.layers.coverage import ParameterCoverage, cover
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite, SiteSettings
 from lipcore.capture.layers.model_hooks import ModelHooks
@@ -77,7 +77,7 @@ class LayerCapture:
     def _look(self) -> None:
         """Find the model's layers and parameters."""
         passes, settings = self.passes, self._settings
-        self.coverage: Coverage = cover(self.model)
+        self.coverage: ParameterCoverage = cover(self.model)
         self.structure = Structure(self.model)
         self.sites = [
             LayerSite(passes, name or ROOT, module, rule, names, settings)
@@ -236,7 +236,7 @@ class LayerCapture:
     @property
     def _may_serve(self) -> bool:
         """Whether batches of one might be served from the gradients."""
-        one_way = self._settings.normalized or self._compiled or self.coverage.batch_statistics or self._offsets_of
+        one_way = self._settings.normalized or self._compiled or self.coverage.may_mix or self._offsets_of
         return self._audit.done and not one_way
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:

@@ -84,7 +84,7 @@ class LayerSite:
         """Whether an in-place activation may follow: not behind a tuple's view, nor behind an expanded output."""
         # A layer of the user's may keep its output for its own backward pass, which a changed version would refuse.
         ours = type(self.module).forward.__module__.startswith("torch.nn.modules.")
-        return ours and not (self.broadcast or isinstance(self.module, nn.MultiheadAttention))
+        return ours and self.rule.in_place_after and not self.broadcast
 
     @property
     def columns(self) -> list[str]:
@@ -130,7 +130,7 @@ class LayerSite:
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        if self._fused and can_fuse(module, call.arguments, call.batch) and _site_of(tensor) is None:
+        if self._fused and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None:
             bias = module.bias if isinstance(module.bias, Tensor) else None
             fused = FusedLinear.apply(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)  # type: ignore[no-untyped-call]
             return _with_tensor(output, fused)
@@ -149,7 +149,7 @@ class LayerSite:
             last, arguments, output = self._expanded(last, arguments, output)
         saved, extra = self._saved(module, arguments, keywords, last)
         if last.offsets is not None:
-            check_rows(module, output, last.offsets)
+            check_rows(output, self.rule.feature_dims(module), last.offsets)
         return _Call(last, arguments, output, saved, extra)
 
     def _saved(self, module: nn.Module, arguments: Any, keywords: Any, batch: Batch) -> tuple[list[Tensor], Any]:
@@ -194,7 +194,7 @@ class LayerSite:
                 self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")
                 run.add_factors(own)
                 if self._normalized:
-                    run.add_row(DELTA + self.name, self._row_norms_sq(grad, run.batch))
+                    run.add_row(DELTA + self.name, self._delta_norms_sq(grad, run.batch))
         except Exception as error:
             passes.fail(_named(error, self))
 
@@ -221,7 +221,7 @@ class LayerSite:
                 if "bias" in self.names:
                     run.add_factor(self.names["bias"], factors["bias"])
                 if self._normalized:
-                    run.add_row(DELTA + self.name, self._row_norms_sq(grad, batch))
+                    run.add_row(DELTA + self.name, self._delta_norms_sq(grad, batch))
                 if run.calls[weight] > 1:  # to be joined
                     run.add_factor(weight, factors["weight"])
                     return None
@@ -233,7 +233,7 @@ class LayerSite:
             passes.fail(_named(error, self))
             return None
 
-    def _row_norms_sq(self, grad: Tensor, batch: Batch) -> Tensor:
+    def _delta_norms_sq(self, grad: Tensor, batch: Batch) -> Tensor:
         if batch.offsets is None:
             return functional.sample_norms(grad.movedim(self.rule.sample_dim(self.module, grad, batch), 0)).square()
         rows = functional.sample_norms(grad.reshape(-1, grad.shape[-1])).square()
@@ -266,7 +266,7 @@ class LayerSite:
         norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
         rows = [norms_sq.get(key, nothing) for key in self.names]
         if self._normalized:
-            rows.append(self._row_norms_sq(grad, Batch(samples, self._batch_dim)))
+            rows.append(self._delta_norms_sq(grad, Batch(samples, self._batch_dim)))
         return torch.stack([*rows, torch.ones_like(nothing)])
 
 

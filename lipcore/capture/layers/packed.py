@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipcore.functional.dtypes import INTEGERS
 
@@ -23,9 +23,8 @@ def boundaries(offsets: Any) -> Tensor:
     return found
 
 
-def check_rows(module: nn.Module, output: Tensor, offsets: Tensor) -> None:
-    """ValueError unless they end with the last row of a layer's output."""
-    features = len(getattr(module, "normalized_shape", (0,)))
+def check_rows(output: Tensor, features: int, offsets: Tensor) -> None:
+    """ValueError unless boundaries end with the last row of a layer's output, whose last dimensions are features."""
     if output.dim() <= features:
         raise ValueError(
             f"cu_seqlens: expected packed rows [total, features], got an output of shape {list(output.shape)}, which "

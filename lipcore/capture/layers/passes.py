@@ -11,7 +11,7 @@ import torch
 from torch.autograd import Variable
 
 from lipcore.capture.layers.batch_of_one import SingleBatches
-from lipcore.capture.layers.coverage import Coverage
+from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.layer_pass import INNER, LayerPass, Recomputation
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.outputs import on_backward
@@ -46,7 +46,7 @@ class Passes:
         unrecorded: why others were not, and how many.
     """
 
-    coverage: Coverage  # of the model as it was looked at last
+    coverage: ParameterCoverage  # of the model as it was looked at last
     single: SingleBatches
 
     def __init__(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import functional
-from lipcore.capture.layers.coverage import UNSEEN, Coverage
+from lipcore.capture.layers.coverage import UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import ERROR, LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.training_pass import in_backward
@@ -41,7 +41,7 @@ _OTHER = (
 
 
 def disproved(
-    model: nn.Module, run: LayerPass, output: Any, coverage: Coverage, sites: list[LayerSite]
+    model: nn.Module, run: LayerPass, output: Any, coverage: ParameterCoverage, sites: list[LayerSite]
 ) -> dict[str, str] | None:
     """Parameters whose norms are wrong, and why; None where this pass can prove nothing: no output has a batch
     dimension, its graph allows no other backward pass (reentrant checkpoints, compiled regions that reuse memory,

@@ -38,7 +38,7 @@ bool read_offsets(const TensorView& offsets, int64_t rows, Offsets* out) {
   return true;
 }
 
-bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out) {
+bool row_sum_norms(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out) {
   if (grad.ndim != 3 || (x && (x->ndim != 3 || x->dtype != grad.dtype || !x->on_cpu())) || !grad.on_cpu())
     return fail({"grad"}, "expected [B, T, F] and x of the same dtype on the CPU, got %s", ShapeText(grad).text);
   auto* norms = static_cast<double*>(out.data);
@@ -56,15 +56,15 @@ bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Ter
   auto& units = unit_memory;  // the threads of the pool must see this thread's
   auto& partials = partial_memory;
   units.clear();
-  const int64_t blocks = (features + kTermColumns - 1) / kTermColumns;
+  const int64_t blocks = (features + kRowSumColumns - 1) / kRowSumColumns;
   // The cuts depend on shapes alone, so that any number of threads adds in the same order.
   const bool few = samples * blocks < kFewUnits;
   int64_t total = 0;
   for (int64_t b = 0; b < samples; ++b) {
     const int64_t begin = offsets.begin ? offsets.begin[b] : 0;
     const int64_t rows = offsets.begin ? offsets.begin[b + 1] - begin : length;
-    for (int64_t column = 0; column < features; column += kTermColumns) {
-      const int64_t columns = std::min<int64_t>(kTermColumns, features - column);
+    for (int64_t column = 0; column < features; column += kRowSumColumns) {
+      const int64_t columns = std::min<int64_t>(kRowSumColumns, features - column);
       const int64_t parts = few ? std::clamp<int64_t>(rows * columns / kChunk, 1, kFewUnits) : 1;
       const int64_t per_part = std::max<int64_t>(1, (rows + parts - 1) / parts);
       int64_t row = 0;
@@ -78,15 +78,15 @@ bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Ter
   const bool shifts = terms != Terms::kScale, scales = terms != Terms::kShift;
   const auto count = static_cast<int64_t>(units.size());
   // With cut rows the sums of all parts are kept, else only the squares of a unit's columns.
-  partials.resize(static_cast<size_t>(few ? 2 * count * kTermColumns : 2 * count));
+  partials.resize(static_cast<size_t>(few ? 2 * count * kRowSumColumns : 2 * count));
   const auto* g_data = static_cast<const char*>(grad.data);
   const auto* x_data = x ? static_cast<const char*>(x->data) : nullptr;
   const int64_t size = item_size(grad.dtype), run_dim = row_runs ? 1 : 2;
   const auto do_unit = [&](int64_t i) {
     const Unit& unit = units[i];
-    double local[2 * kTermColumns];
-    double* shift = few ? &partials[2 * i * kTermColumns] : local;
-    double* scale = shift + kTermColumns;
+    double local[2 * kRowSumColumns];
+    double* shift = few ? &partials[2 * i * kRowSumColumns] : local;
+    double* scale = shift + kRowSumColumns;
     const auto start = [&](const TensorView& t) {
       const int64_t sample = offsets.begin ? 0 : unit.sample * t.strides[0];
       return (sample + unit.first_row * t.strides[1] + unit.column * t.strides[2]) * size;
@@ -99,10 +99,10 @@ bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Ter
     std::memset(shift, 0, padded);
     std::memset(scale, 0, padded);
     if (unit.rows) {
-      const TermBlock block = {
+      const RowSumBlock block = {
           g_data + start(grad),  x ? x_data + start(*x) : nullptr, grad.dtype, unit.rows, unit.columns,
           grad.strides[run_dim], x ? x->strides[run_dim] : 0,      row_runs};
-      kernels().term_sums->add(block, shifts ? shift : nullptr, scales ? scale : nullptr);
+      kernels().row_sum_norms->add(block, shifts ? shift : nullptr, scales ? scale : nullptr);
     }
     if (few) return;
     partials[2 * i] = sum_squares(scale, unit.columns);
@@ -122,11 +122,11 @@ bool term_sums(const TensorView& grad, const TensorView* x, Offsets offsets, Ter
     const int64_t first = i, b = units[i].sample;
     double squares[2] = {0, 0};
     if (few) {
-      double* sums = &partials[2 * first * kTermColumns];
+      double* sums = &partials[2 * first * kRowSumColumns];
       for (++i; i < count && units[i].sample == b && units[i].column == units[first].column; ++i)
-        for (int64_t c = 0; c < 2 * kTermColumns; ++c)
-          if (c % kTermColumns < units[i].columns) sums[c] += partials[2 * i * kTermColumns + c];
-      squares[0] = sum_squares(sums + kTermColumns, units[first].columns);
+        for (int64_t c = 0; c < 2 * kRowSumColumns; ++c)
+          if (c % kRowSumColumns < units[i].columns) sums[c] += partials[2 * i * kRowSumColumns + c];
+      squares[0] = sum_squares(sums + kRowSumColumns, units[first].columns);
       squares[1] = sum_squares(sums, units[first].columns);
     } else {
       squares[0] = partials[2 * i];

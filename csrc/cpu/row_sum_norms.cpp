@@ -47,7 +47,7 @@ LIPCORE_INLINE void add_sixteen(E element, const typename E::Stored* const* g, c
 }
 
 template <int kRows, bool kShift, bool kScale, class E>
-LIPCORE_INLINE void add_row_group(E element, const TermBlock& b, int64_t row, double* shift, double* scale) {
+LIPCORE_INLINE void add_row_group(E element, const RowSumBlock& b, int64_t row, double* shift, double* scale) {
   using Stored = typename E::Stored;
   const Stored *g[kRows], *x[kRows];
   for (int k = 0; k < kRows; ++k) {
@@ -65,7 +65,7 @@ LIPCORE_INLINE void add_row_group(E element, const TermBlock& b, int64_t row, do
 }
 
 template <bool kShift, bool kScale, class E>
-LIPCORE_INLINE void add_rows(E element, const TermBlock& b, double* shift, double* scale) {
+LIPCORE_INLINE void add_rows(E element, const RowSumBlock& b, double* shift, double* scale) {
   int64_t row = 0;
   for (; row + 4 <= b.rows; row += 4) add_row_group<4, kShift, kScale>(element, b, row, shift, scale);
   for (; row < b.rows; ++row) add_row_group<1, kShift, kScale>(element, b, row, shift, scale);
@@ -73,7 +73,7 @@ LIPCORE_INLINE void add_rows(E element, const TermBlock& b, double* shift, doubl
 
 // Each column is a run of memory.
 template <bool kShift, bool kScale, class E>
-LIPCORE_INLINE void add_columns(E element, const TermBlock& b, double* shift, double* scale) {
+LIPCORE_INLINE void add_columns(E element, const RowSumBlock& b, double* shift, double* scale) {
   for (int64_t c = 0; c < b.columns; ++c) {
     const auto* g = static_cast<const typename E::Stored*>(b.g) + c * b.g_step;
     const auto* x = kScale ? static_cast<const typename E::Stored*>(b.x) + c * b.x_step : nullptr;
@@ -88,7 +88,7 @@ LIPCORE_INLINE void add_columns(E element, const TermBlock& b, double* shift, do
   }
 }
 
-void add(const TermBlock& block, double* shift, double* scale) {
+void add(const RowSumBlock& block, double* shift, double* scale) {
   with_dtype(block.dtype, [&](auto element) {
     if (block.row_runs) {
       if (shift && scale) return add_rows<true, true>(element, block, shift, scale);
@@ -103,7 +103,7 @@ void add(const TermBlock& block, double* shift, double* scale) {
 
 }  // namespace
 
-extern const TermSumsKernels term_sums;
-const TermSumsKernels term_sums = {&add};
+extern const RowSumNormsKernels row_sum_norms;
+const RowSumNormsKernels row_sum_norms = {&add};
 
 }  // namespace lipcore::LIPCORE_ISA

@@ -10,7 +10,7 @@ namespace lipcore {
 bool describe_rows(const TensorView& x, Rows* rows);
 
 // Sum of squares of a row, in float64; of a float64 row it may have under- or overflowed.
-double row_sum_squares(const Rows& rows, int64_t row);
+double sum_squares_of_row(const Rows& rows, int64_t row);
 
 // The norm, given that sum; scaled where the squares of float64 left its range.
 double norm_of_row(const Rows& rows, int64_t row, double sum);
