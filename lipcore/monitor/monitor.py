@@ -1,4 +1,4 @@
-"""The Monitor: metrics on one model, the clock that drives them, and the windows their results come in."""
+"""The Monitor, the front door: metrics on one model by default, the plan of what they cost, and fixed points."""
 
 from __future__ import annotations
 
@@ -30,25 +30,28 @@ from lipcore.trajectory import Trajectory
 
 
 class Monitor:
-    """Watches a model while it trains: hooks only, the model and the loop stay as they are.
+    """Observer of a model in training, by hooks alone: the model and the loop stay as they are.
 
-    The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by
-    itself, or by :meth:`close_window`. Nothing is raised inside your forward or backward pass: an error stops the
-    recording, warns, and is raised by the next call of a method of this class or at the end of the with block. So does
-    a warning that your filters make an error of.
+    Time is counted in optimizer steps. The metrics observe every step. A window closes by itself after `window_steps`
+    steps, or when you call :meth:`close_window`; its results go to :attr:`history` and to :meth:`pop_window`.
+
+    Nothing is raised inside your forward or backward pass. An error there stops the recording and warns; it is raised
+    by the next call of a method of this class, or at the end of the with block. A warning that your filters turn into
+    an error is kept in the same way.
 
     Args:
-        model: the module your loop calls (pass torch.compile's or DDP's result when there is one), or a dict of modules
-            when nothing is wanted of their outputs.
-        optimizer: one, or several that step in turn; a step is over when all have. Without: call :meth:`step` after
-            every step.
+        model: the module that your loop calls (the result of torch.compile or DDP where you use them), or a dict of
+            modules when only their parameters are to be measured.
+        optimizer: one optimizer, or several that step in turn; a step is over when all of them have stepped. Without
+            one, call :meth:`step` after every step.
         metrics: default [Trajectory(), Lipschitz()], the latter only where the output has one value per sample.
-        window_steps: steps in a window; None: it is closed only by close_window().
-        window_blocks: with more than one, windows slide: every window_steps / window_blocks steps one closes that
+        window_steps: steps in a window; None: only close_window() closes it.
+        window_blocks: with more than one, windows slide: every window_steps / window_blocks steps a window closes that
             covers the last window_steps steps (fewer at the start).
-        scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
+        scaler: a torch.amp.GradScaler, whose scale is then taken out of gradient norms.
         history_limit: how many closed windows are kept.
 
+    >>> import torch
     >>> model = nn.Linear(3, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> with Monitor(model, optimizer, window_steps=2) as monitor:
@@ -310,13 +313,13 @@ class Monitor:
         return self._step - self._starts[-1][0]
 
     def step(self) -> None:
-        """Tick the clock by hand, after the parameters were updated; for loops without an optimizer object."""
+        """Count a step by hand, after the parameters were updated: for loops without an optimizer object."""
         self._raise_error()
         self._after_step()
         self._raise_error()
 
     def flush(self) -> None:
-        """Take in backward passes that are complete but have not been followed by a step yet."""
+        """Take in backward passes that are complete but were not followed by a step yet."""
         self._raise_error()
         if self._scaled is not None and not self._closed:
             self._scaled.look()
@@ -328,7 +331,7 @@ class Monitor:
     # ---- windows
 
     def plan(self) -> Plan:
-        """What is measured, by which rule, for how many bytes."""
+        """Return what is measured, by which rule, for how many bytes."""
         return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self._window_rule, str(self._clock))
 
     @property
@@ -340,19 +343,19 @@ class Monitor:
         return f"window{of} closed every {every} steps"
 
     def compute(self) -> Window:
-        """The open window so far; closes and resets nothing. After close(): as it was then."""
+        """Return the open window so far, without closing or resetting it. After close(): the window as it was then."""
         self.flush()
         return self._final or self._window()
 
     def close_window(self) -> Window:
-        """Close the open window now (the end of an epoch, say), append it to the history and start the next one."""
+        """Close the open window now (at the end of an epoch, say), append it to the history and start the next one."""
         self.flush()
         window = self._close()
         self._unread.remove(window)
         return window
 
     def pop_window(self) -> Window | None:
-        """The oldest window that closed by itself and was not popped yet; None when there is none."""
+        """Return the oldest window that has closed by itself and was not popped yet; None when there is none."""
         self._raise_error()
         return self._unread.popleft() if self._unread else None
 
@@ -385,8 +388,8 @@ class Monitor:
         regions: bool = False,
         batch_size: int = 1024,
     ) -> Probe:
-        """Measure the exact local Lipschitz constants at fixed points at every window's close: held-out inputs, inputs
-        off the data's manifold, any.
+        """Measure the exact local Lipschitz constants at fixed points whenever a window closes: at held-out inputs, at
+        inputs off the data's manifold, at any others.
 
         They come as ``window["probes"].local_lipschitz[name]`` (mean, min, max, p50, p99), a curve beside that of the
         training samples. The model is run in eval mode for it, forward and backward once per window; no parameter's
@@ -424,8 +427,9 @@ class Monitor:
         return probe
 
     def rebind(self) -> None:
-        """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
-        device: the open window is closed, statistics of parameters that stayed the same go on, others start now."""
+        """Look at the model anew, after parameters were added, removed, resized, frozen or unfrozen, or changed
+        their dtype or device. The open window is closed; statistics of parameters that stayed the same go on, those
+        of others start now."""
         self._error, self._failed = None, False
         if self._block_steps:
             with warnings.catch_warnings():  # of parameters that are not watched: this is what is done about them
@@ -457,7 +461,7 @@ class Monitor:
     # ---- state and end
 
     def state_dict(self) -> dict[str, Any]:
-        """Clock and metrics; closed windows are results, not state."""
+        """Return the state of the clock and of the metrics. Closed windows are results and not part of it."""
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
         return {
             "version": self._version,
@@ -468,8 +472,8 @@ class Monitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of a Monitor with the same metrics on the same model; ValueError naming the first key
-        that does not fit, and nothing changed, otherwise."""
+        """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not
+        fit, raise a ValueError that names the first wrong key, and change nothing."""
         starts = checked_starts(state, self._version, sorted(self.metrics), self._window_blocks)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         try:
