@@ -32,60 +32,62 @@ from lipcore.models.names import named_modules, unwrap
 
 @dataclass(frozen=True)
 class PerSample:
-    """The last recorded micro-batch, one value per sample (NaN where the sample was skipped)."""
+    """Values of the last recorded micro-batch, one per sample (NaN where the sample was skipped)."""
 
     normalized_gradient_norm: Tensor
     local_lipschitz: Tensor
 
 
 class Lipschitz(StandaloneMetric):
-    r"""How complex the function being learnt is: local Lipschitz constants at the training samples, as they are
+    r"""Complexity of the function that is being learnt: local Lipschitz constants at the training samples as they are
     visited.
 
-    From one ordinary backward pass, for every sample i of every batch, with u the first layer's output before its
-    activation:
+    Everything comes from the one ordinary backward pass. For every sample i of every batch, with u the first layer's
+    output before its activation and :math:`\hat y` the model's output:
 
     * ``normalized_gradient_norm`` :math:`r_i = \|\partial L/\partial u_i\| \,/\, |\partial L/\partial \hat y_i|` (mean,
-      min, max, p50, p99, sum); the sum over a window is the normalised first-layer gradient length, the middle of
+      min, max, p50, p99, sum). Its sum over a window is the normalised first-layer gradient length, the middle of
       Theorem 1 of Loukas, Poiitis and Jegelka (NeurIPS 2021) with the first bias taken non-shared
     * ``local_lipschitz`` :math:`\lambda_i = \|W_1^\top \partial L/\partial u_i\| \,/\, |\partial L/\partial \hat y_i| =
-      \|\nabla_x f(x_i)\|`, exact, no second backward (mean, min, max, p50, p99); none for an Embedding
-    * ``sandwich``: lower :math:`\bar\lambda/\sigma_1(W_1)`, middle :math:`\bar r`, upper
-      :math:`\bar\lambda/\sigma_{\min}(W_1)` (Theorem 1). The upper side holds only when W_1 has no more outputs than
-      inputs and full rank; `upper.valid` says so. W_1 is taken at the window's close; when it moved within the window
-      both sides are labelled heuristic. Where sigma_1 had to be iterated (large layers, convolutions) the lower side
-      divides by a bound of it and is one-sided
-    * ``steadiness``: max of r over the window (Definition 1; over several windows :meth:`History.steadiness`)
-    * ``skipped``: samples with :math:`\partial L/\partial\hat y_i` zero or not finite, which say nothing;
-      ``unrecorded``: forward passes whose backward never came
+      \|\nabla_x f(x_i)\|`, exact, without a second backward pass (mean, min, max, p50, p99); there is none for an
+      Embedding
+    * ``sandwich``, the two sides of Theorem 1 around its middle: lower :math:`\bar\lambda/\sigma_1(W_1)`, middle
+      :math:`\bar r`, upper :math:`\bar\lambda/\sigma_{\min}(W_1)`. The upper side holds only where W_1 has full rank
+      and no more outputs than inputs; `upper.valid` says so. W_1 is taken when the window closes; where it moved within
+      the window both sides are labelled heuristic. Where sigma_1 is found by iteration (large layers, convolutions) the
+      lower side divides by an upper bound of it and is one-sided
+    * ``steadiness``: the maximum of r over the window (Definition 1; over several windows :meth:`History.steadiness`)
+    * ``skipped``: samples with :math:`\partial L/\partial\hat y_i` zero or not finite, which say nothing.
+      ``unrecorded``: forward passes whose backward pass never came
 
-    ``details`` of its result hold what Corollaries 2 and 3 ask of the steps (``first_bias``: rows per sample, samples,
-    the optimizer of the first layer's bias, its settings and its lowest and highest learning rate within the window).
+    The result's ``details["first_bias"]`` holds what Corollaries 2 and 3 ask of the steps: rows per sample, samples,
+    the optimizer of the first layer's bias, its settings, and its lowest and highest learning rate within the window.
 
-    dL/du and dL/dyhat are those of the whole loss: a term that reaches u past the output (an auxiliary head, an
-    activation penalty) enters r. A saturated sigmoid whose dL/dyhat rounds to zero is skipped.
+    The loss reduction, constant factors, AMP scaling, class weights and gradient accumulation cancel in the ratio.
+    dL/du and dL/dyhat are those of the whole loss, so a term that reaches u past the output (an auxiliary head, a
+    penalty on activations) enters r. A saturated sigmoid whose dL/dyhat rounds to zero is skipped.
 
-    Loss reduction, constant factors, AMP scaling, class weights and gradient accumulation cancel in the ratio. The
-    lemma :math:`\nabla_x f = W_1^\top \nabla_u f` needs every path from x to pass through the first layer (an input
-    skip is looked for in the first forward pass, and warned of). x is what enters that layer, after any preprocessing
-    in the model.
+    :math:`\nabla_x f = W_1^\top \nabla_u f` needs every path from x to pass through the first layer. An input skip is
+    looked for in the first forward pass, and warned of. x is what enters that layer, after any preprocessing in the
+    model.
 
     Args:
-        model: a module, to use the metric alone (call update() after every optimizer step); leave out inside a Monitor.
+        model: a module, to use the metric alone (call update() after every optimizer step); leave it out inside a
+            Monitor.
         input: canonical name of the first layer (Linear, Conv1-3d, Embedding); default: the first one executed.
         output: canonical name of the module whose output is yhat; default: the model's own output. It stands in the
-        keys.
+            keys.
         quantity: "scalar" (default) needs one output value per sample. "residual" takes outputs with several values z_i
             and gives :math:`\|\partial L/\partial u_i\| / \|\partial L/\partial z_i\|` and :math:`\|\partial L/\partial
             x_i\| / \|\partial L/\partial z_i\|`, lower bounds of the Jacobians' spectral norms, labelled one-sided.
-        lambda_every: compute local Lipschitz constants at every k-th micro-batch. Default: at every one where that is
-            cheap, else at every 16th (W_1^T delta costs as much as the layer's forward); r is always taken at every
-            one. The count of each value says how many samples are in it. Samples served by the shortcut always have
-            one.
-        shortcut: at batch 1 read r and lambda from the gradients of the first and last bias where the model is an
-            nn.Sequential between two Linear layers (same numbers, a third of the time); False: always tap.
-        optional: turn off with a line in the plan, instead of an error, where the model has no such output or first
-        layer.
+        lambda_every: compute local Lipschitz constants at every k-th micro-batch; r is always taken at every one.
+            Default: at every one where that is cheap, else at every 16th (W_1^T delta costs as much as the layer's
+            forward pass). The count of each value says how many samples are in it. Samples that the shortcut serves
+            always have one.
+        shortcut: at batch 1, read r and lambda from the gradients of the first and last bias where the model is an
+            nn.Sequential between two Linear layers (the same numbers in a third of the time); False: always tap.
+        optional: where the model has no such output or first layer, turn off with a line in the plan instead of an
+            error.
 
     >>> model = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
     >>> lipschitz = Lipschitz(model)
@@ -254,8 +256,8 @@ class Lipschitz(StandaloneMetric):
 
     @property
     def per_sample(self) -> PerSample:
-        """r and lambda of every sample of the last recorded micro-batch (batch-1 steps served by the shortcut keep
-        none)."""
+        """Values of r and lambda of every sample of the last recorded micro-batch (batch-1 steps that the shortcut
+        serves keep none)."""
         if self._record is None:
             raise RuntimeError(
                 "no micro-batch at hand: none was recorded yet, or the last one was served by the batch-1 shortcut"
@@ -266,7 +268,7 @@ class Lipschitz(StandaloneMetric):
     # ---- results
 
     def plan(self) -> list[PlanLine]:
-        """What is tapped, and by which rule."""
+        """Return what is tapped, and by which rule."""
         if self.off:
             return [PlanLine("off", self.off)]
         first = (
@@ -396,7 +398,7 @@ class Lipschitz(StandaloneMetric):
         return self._moved or (before is not None and weight is not None and not torch.equal(before, weight.detach()))
 
     def merge(self, other: Lipschitz) -> None:
-        """Add another one's open window (of another rank, say) to this one's."""
+        """Add the open window of another Lipschitz metric (of another rank, say) to this one's."""
         if not isinstance(other, Lipschitz):
             raise TypeError(f"other: expected a Lipschitz, got {type(other).__name__}")
         if other._quantity != self._quantity:
@@ -418,7 +420,7 @@ class Lipschitz(StandaloneMetric):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; ValueError, and nothing changed, when it does not fit."""
+        """Continue from a state. Where it does not fit, raise a ValueError and change nothing."""
         check_version(state, self._version, "metric")
         if state.get("quantity") != self._quantity:
             raise ValueError(f"quantity: the state has {state.get('quantity')!r}, this metric has {self._quantity!r}")

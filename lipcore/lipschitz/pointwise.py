@@ -1,4 +1,4 @@
-"""Local Lipschitz constants at any points, by a backward pass of their own."""
+"""Local Lipschitz constants at any points, by backward passes of their own."""
 
 from __future__ import annotations
 
@@ -26,28 +26,32 @@ def local_lipschitz(
     output: int | Callable[[Any], Tensor] | None = None,
     quantity: Literal["scalar", "jacobian"] = "scalar",
 ) -> Tensor:
-    r"""Local Lipschitz constants at given points, :math:`\lambda_i = \|\nabla_x f(x_i)\|_2`, by one backward pass.
+    r"""Compute local Lipschitz constants at given points, :math:`\lambda_i = \|\nabla_x f(x_i)\|_2`, by one backward
+    pass.
 
-    For a network with piecewise linear activations this is the Lipschitz constant of the linear region around x_i.
-    A pass before it checks that samples do not mix; autocast is off in both. Parameters' gradients are not touched, nor
-    are buffers and the state of random numbers. A row whose input or output is NaN or infinite gets NaN:
-    ReLU passes no gradient at NaN, so that the number would be finite and mean nothing.
+    For a network with piecewise linear activations this is the Lipschitz constant of the linear region that holds x_i.
+    A pass of its own first checks that samples do not influence each other. Autocast is off in both passes; the
+    parameters' gradients, the buffers and the state of random numbers are left as they are.
+
+    A row whose input or output is NaN or infinite gets NaN: ReLU passes no gradient at NaN, so the number would be
+    finite and mean nothing.
 
     Args:
         model: maps x [B, ...] to one value per sample, [B] or [B, 1].
         x: [B, ...], floating.
         output: for other outputs, which value: an index into the last dimension of [B, K], or a callable that turns
             what the model returns into [B].
-        quantity: "jacobian" gives the spectral norm of the Jacobian of an output [B, K] instead, by K backward passes.
+        quantity: "scalar", or "jacobian" for the spectral norm of the Jacobian of an output [B, K], by K backward
+            passes.
 
     Returns:
         float64 [B], detached.
 
     Raises:
-        ValueError: the output has several values per sample and nothing says which; x is empty of dimensions, or its
-            device or dtype are not the model's; BatchNorm in train mode (samples mix), Dropout or RReLU in train mode
-            (chance), random numbers drawn elsewhere, other operations that mix samples: call model.eval(); the output
-            does not depend on x.
+        ValueError: the output has several values per sample and nothing says which one is meant; x has no batch
+            dimension, or another device or dtype than the model; the output does not depend on x; samples influence
+            each other (BatchNorm in train mode, a sum over the batch); or random numbers are drawn (Dropout or RReLU in
+            train mode, and others). For the last two, call model.eval().
         TypeError: x is not a floating tensor; output is no index and no callable.
 
     >>> line = nn.Linear(2, 1)
@@ -61,8 +65,8 @@ def local_lipschitz(
 def constants(
     model: nn.Module, x: Tensor, output: Any = None, quantity: str = "scalar", *, known_apart: bool = False
 ) -> Tensor:
-    """What :func:`local_lipschitz` returns; for x of which another batch has shown that samples do not mix, by one pass
-    instead of two."""
+    """Compute what :func:`local_lipschitz` returns. For points of which another batch has shown that samples do not
+    mix (`known_apart`), one pass does instead of two."""
     check_input(model, x)
     if not x.is_floating_point():
         raise TypeError(
@@ -89,8 +93,9 @@ def constants(
 
 
 def _check_apart(values: Tensor, point: Tensor) -> None:
-    """ValueError where values of some samples depend on others: by their own gradient, which is 0 where samples are
-    apart. So what mixes is seen whatever it is. A pass of its own: through a compiled model's, one goes back once."""
+    """Raise a ValueError where values of some samples depend on others. Their own gradient shows it, which is 0
+    where samples are apart, so mixing is seen whatever causes it. A pass of its own: a compiled model's graph can be
+    gone through backwards once."""
     if not values.numel():
         return
     # About half of them, in a sequence without a period: samples at any distance from one another are told apart.

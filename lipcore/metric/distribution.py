@@ -1,4 +1,4 @@
-"""The distribution of a stream of values >= 0: moments and quantiles, mergeable without loss, in a few KiB."""
+"""Distribution of a stream of values >= 0: moments and quantiles, merged without loss, in a few KiB."""
 
 from __future__ import annotations
 
@@ -15,12 +15,14 @@ from lipcore.metric.state import check_version, checked_count, checked_tensor
 
 
 class Distribution:
-    """Count, mean, variance, minimum, maximum and quantiles (to 0.4 %) of values >= 0.
+    """Distribution of a stream of values >= 0: count, mean, variance, minimum, maximum, and quantiles to 0.4 %.
 
-    Merging two of them gives exactly the counts, minima, maxima and quantiles of observing everything in one. NaN means
-    "no value": it is counted in `missing` and enters nothing else; infinite and negative values are counted in
-    `invalid`.
-    Values on a CUDA device are binned there and fetched when a number is asked for, so observing never synchronises.
+    It keeps a histogram with logarithmic bins in a few KiB, never the values. Merging two distributions gives exactly
+    the counts, minima, maxima and quantiles of observing everything in one.
+
+    A NaN stands for "no value": it is counted in `missing` and enters nothing else. Infinite and negative values are
+    counted in `invalid`. Values on a CUDA device are binned there and fetched when a number is asked for, so
+    :meth:`observe` never waits for the device.
 
     >>> d = Distribution()
     >>> d.observe(torch.tensor([1.0, 2.0, 3.0]))
@@ -45,7 +47,7 @@ class Distribution:
         self._device.observe(values)
 
     def merge(self, other: Distribution) -> None:
-        """Add everything the other one has observed."""
+        """Add everything that another distribution has observed."""
         self._core.merge(other.core)
 
     def reset(self) -> None:
@@ -55,7 +57,7 @@ class Distribution:
 
     @property
     def core(self) -> Any:
-        """The compiled object, with everything observed so far in it."""
+        """Compiled object, with everything observed so far in it."""
         if self._device is not None:
             self._device.drain_into(self._core)
         return self._core
@@ -78,13 +80,13 @@ class Distribution:
         return float(self.core.mean * self.core.count)
 
     def quantile(self, q: float) -> float:
-        """The value at rank q (count - 1), to 0.4 % of itself; NaN when empty."""
+        """Return the value at rank q (count - 1), to 0.4 % of itself; NaN when empty."""
         if not 0 <= q <= 1:
             raise ValueError(f"q: expected a number between 0 and 1, got {q}")
         return float(self.core.quantile(q))
 
     def reduced(self, label: Label, *, total: bool = False, note: str = "") -> dict[str, Value]:
-        """The usual reducers as values: mean, min, max, p50, p99, and sum when asked for."""
+        """Return the usual reducers as values: mean, min, max, p50, p99, and the sum when asked for."""
         count = self.count
         numbers = {"mean": self.mean, "min": self.min, "max": self.max}
         numbers |= {"p50": self.quantile(0.5), "p99": self.quantile(0.99)}
@@ -94,14 +96,14 @@ class Distribution:
         return {k: Value(v, count, label, valid, note if valid else "nothing recorded") for k, v in numbers.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, moments and bins; small (only used bins)."""
+        """Return version, moments and bins; small, because only used bins are in it."""
         c = self.core
         moments = torch.tensor([c.count, c.mean, c.m2, c.min, c.max], dtype=torch.float64, device="cpu")
         bins = torch.tensor(c.bins(), dtype=torch.int64, device="cpu")
         return {"version": self._version, "moments": moments, "missing": c.missing, "invalid": c.invalid, "bins": bins}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; ValueError naming what is wrong, and nothing changed, when it is not one."""
+        """Take over a state. Where it is not one, raise a ValueError that names what is wrong, and change nothing."""
         check_version(state, self._version, "one")
         moments = checked_tensor("moments", state.get("moments"), torch.float64, (5,))
         bins = checked_tensor("bins", state.get("bins"), torch.int64, (None,))

@@ -303,13 +303,13 @@ class Engine:
         return self._step - self._starts[-1][0]
 
     def step(self) -> None:
-        """Tick the clock by hand, after the parameters were updated; for loops without an optimizer object."""
+        """Count a step by hand, after the parameters were updated: for loops without an optimizer object."""
         self._raise_error()
         self._after_step()
         self._raise_error()
 
     def flush(self) -> None:
-        """Take in backward passes that are complete but have not been followed by a step yet."""
+        """Take in backward passes that are complete but were not followed by a step yet."""
         self._raise_error()
         if self._scaled is not None and not self._closed:
             self._scaled.look()
@@ -321,19 +321,19 @@ class Engine:
     # ---- windows
 
     def compute(self) -> Window:
-        """Return the open window so far; closes and resets nothing. After close(): as it was then."""
+        """Return the open window so far, without closing or resetting it. After close(): the window as it was then."""
         self.flush()
         return self._final or self._window()
 
     def close_window(self) -> Window:
-        """Close the open window now (the end of an epoch, say), append it to the history and start the next one."""
+        """Close the open window now (at the end of an epoch, say), append it to the history and start the next one."""
         self.flush()
         window = self._close()
         self._unread.remove(window)
         return window
 
     def pop_window(self) -> Window | None:
-        """Return the oldest window that closed by itself and was not popped yet; None when there is none."""
+        """Return the oldest window that has closed by itself and was not popped yet; None when there is none."""
         self._raise_error()
         return self._unread.popleft() if self._unread else None
 
@@ -361,8 +361,9 @@ class Engine:
         return Window(self._windows, self._starts[0][0] + 1, self._step, False, local, results)
 
     def rebind(self) -> None:
-        """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
-        device: the open window is closed, statistics of parameters that stayed the same go on, others start now."""
+        """Look at the model anew, after parameters were added, removed, resized, frozen or unfrozen, or changed
+        their dtype or device. The open window is closed; statistics of parameters that stayed the same go on, those
+        of others start now."""
         self._error, self._failed = None, False
         if self._block_steps:
             with warnings.catch_warnings():  # of parameters that are not watched: this is what is done about them
@@ -378,7 +379,7 @@ class Engine:
     # ---- state and end
 
     def state_dict(self) -> dict[str, Any]:
-        """Return clock and metrics; closed windows are results, not state."""
+        """Return the state of the clock and of the metrics. Closed windows are results and not part of it."""
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
         return {
             "version": self._version,
@@ -389,8 +390,8 @@ class Engine:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state of one with the same metrics on the same model; ValueError naming the first key that
-        does not fit, and nothing changed, otherwise."""
+        """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not
+        fit, raise a ValueError that names the first wrong key, and change nothing."""
         starts = checked_starts(state, self._version, sorted(self.metrics), self._window_blocks)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         try:

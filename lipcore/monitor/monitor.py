@@ -1,4 +1,4 @@
-"""The Monitor: the front door. Metrics on one model by default, the plan of what they cost, and fixed points."""
+"""The Monitor, the front door: metrics on one model by default, the plan of what they cost, and fixed points."""
 
 from __future__ import annotations
 
@@ -18,23 +18,25 @@ from lipcore.trajectory.metric import Trajectory
 
 
 class Monitor(Engine):
-    """Watches a model while it trains: hooks only, the model and the loop stay as they are.
+    """Observer of a model in training, by hooks alone: the model and the loop stay as they are.
 
-    The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by
-    itself, or by :meth:`close_window`. Nothing is raised inside your forward or backward pass: an error stops the
-    recording, warns, and is raised by the next call of a method of this class or at the end of the with block. So does
-    a warning that your filters make an error of.
+    Time is counted in optimizer steps. The metrics observe every step. A window closes by itself after `window_steps`
+    steps, or when you call :meth:`close_window`; its results go to :attr:`history` and to :meth:`pop_window`.
+
+    Nothing is raised inside your forward or backward pass. An error there stops the recording and warns; it is raised
+    by the next call of a method of this class, or at the end of the with block. A warning that your filters turn into
+    an error is kept in the same way.
 
     Args:
-        model: the module your loop calls (pass torch.compile's or DDP's result when there is one), or a dict of modules
-            when nothing is wanted of their outputs.
-        optimizer: one, or several that step in turn; a step is over when all have. Without: call :meth:`step` after
-            every step.
+        model: the module that your loop calls (the result of torch.compile or DDP where you use them), or a dict of
+            modules when only their parameters are to be measured.
+        optimizer: one optimizer, or several that step in turn; a step is over when all of them have stepped. Without
+            one, call :meth:`step` after every step.
         metrics: default [Trajectory(), Lipschitz()], the latter only where the output has one value per sample.
-        window_steps: steps in a window; None: it is closed only by close_window().
-        window_blocks: with more than one, windows slide: every window_steps / window_blocks steps one closes that
+        window_steps: steps in a window; None: only close_window() closes it.
+        window_blocks: with more than one, windows slide: every window_steps / window_blocks steps a window closes that
             covers the last window_steps steps (fewer at the start).
-        scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
+        scaler: a torch.amp.GradScaler, whose scale is then taken out of gradient norms.
         history_limit: how many closed windows are kept.
 
     >>> import torch
@@ -80,7 +82,7 @@ class Monitor(Engine):
         )
 
     def plan(self) -> Plan:
-        """What is measured, by which rule, for how many bytes."""
+        """Return what is measured, by which rule, for how many bytes."""
         return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self._window_rule, str(self._clock))
 
     @property
@@ -109,8 +111,8 @@ class Monitor(Engine):
         regions: bool = False,
         batch_size: int = 1024,
     ) -> Probe:
-        """Measure the exact local Lipschitz constants at fixed points at every window's close: held-out inputs, inputs
-        off the data's manifold, any.
+        """Measure the exact local Lipschitz constants at fixed points whenever a window closes: at held-out inputs, at
+        inputs off the data's manifold, at any others.
 
         They come as ``window["probes"].local_lipschitz[name]`` (mean, min, max, p50, p99), a curve beside that of the
         training samples. The model is run in eval mode for it, forward and backward once per window; no parameter's

@@ -15,29 +15,30 @@ def clip_factors(
     eps: float = 0.0,
     missing: Literal["nan", "zero", "raise"] = "nan",
 ) -> Tensor:
-    r"""The factor per sample that shortens its gradient to at most `max_norm`,
-    :math:`\min(1, C / (\|g_i\| + \epsilon))` (Abadi et al. 2016, "Deep Learning with Differential Privacy",
-    algorithm 1).
+    r"""Compute the factor per sample that shortens its gradient to at most `max_norm`.
 
-    The sum of :math:`c_i g_i` is the gradient of :math:`\sum_i c_i l_i` with the factors held constant: weight the
-    samples' losses with them in a second backward pass. The norms must be of l_i itself (not of l_i / B) and over all
-    parameters that are trained: one that is not covered is not bounded.
+    .. math:: c_i = \min(1, C / (\|g_i\| + \epsilon))
 
-    lipcore is no privacy accountant: these factors bound a sample's contribution up to rounding and nothing else. No
+    This is the clipping of Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1. The sum of
+    :math:`c_i g_i` is the gradient of :math:`\sum_i c_i l_i` with the factors held constant: multiply the samples'
+    losses by them in a second backward pass. The norms must be those of l_i itself (not of l_i / B), over all
+    parameters that are trained: a parameter that is not covered is not bounded.
+
+    lipcore is no privacy accountant: the factors bound a sample's contribution, up to rounding, and nothing else. No
     noise is added, nothing makes the sampling Poisson, and no (epsilon, delta) is computed or implied.
 
     Args:
         norms: [B], :math:`\|g_i\|`, plain norms, not squared.
         max_norm: C > 0; a tensor of shape [] or [B] for a bound that is computed or differs by sample.
         eps: added to the norm; 1e-6 keeps the product below `max_norm` in float32 whatever the rounding.
-        missing: what a NaN norm (not recorded) gives. "nan": a NaN factor, so that a sample whose length is not known
-            cannot go into an update unseen; "zero" leaves that sample out; "raise" is a ValueError, for which the host
-            waits for the device. Negative norms, which are none, count as missing, and so does a bound that is NaN or
-            not above 0 in a tensor.
+        missing: what a NaN norm (one that was not recorded) gives. "nan": a NaN factor, so that a sample whose length
+            is not known cannot go into an update unseen. "zero": the sample is left out. "raise": a ValueError, for
+            which the host waits for the device. A negative norm counts as missing, and so does an element of a tensor
+            `max_norm` that is NaN or not above 0.
 
     Returns:
-        [B], detached; float64 when `norms` is, else float32. A sample of norm 0 has factor 1, one of infinite norm 0,
-        which does not make a gradient finite: 0 times infinity is NaN.
+        [B], detached; float64 when `norms` is, else float32. A sample of norm 0 has factor 1. One of infinite norm has
+        factor 0, which does not make its gradient finite: 0 times infinity is NaN.
 
     Raises:
         ValueError: an argument of another shape, dtype or range.
@@ -64,8 +65,8 @@ def clip_factors(
 
 
 def automatic_clip_factors(norms: Tensor, max_norm: float | Tensor = 1.0, *, gamma: float = 0.01) -> Tensor:
-    r"""The factor per sample that normalises its gradient: :math:`C / (\|g_i\| + \gamma)`, "automatic clipping" of Bu,
-    Wang, Zha and Karypis 2022 (arXiv 2206.07136, AUTO-S).
+    r"""Compute the factor per sample that normalises its gradient: :math:`C / (\|g_i\| + \gamma)`, the "automatic
+    clipping" of Bu, Wang, Zha and Karypis 2022 (arXiv 2206.07136, AUTO-S).
 
     Every sample contributes less than `max_norm`, and short gradients are lengthened: factors may exceed 1. As for
     :func:`clip_factors`, lipcore is no privacy accountant.

@@ -1,4 +1,4 @@
-"""PerSampleGradNorms: exact per-sample gradient norms during ordinary training."""
+"""The metric PerSampleGradNorms: exact norms of single samples' gradients, during ordinary training."""
 
 from __future__ import annotations
 
@@ -36,60 +36,62 @@ from lipcore.per_sample.window import NormWindow
 
 
 class PerSampleGradNorms(StandaloneMetric):
-    r"""Norms :math:`n_i = \|\nabla_\theta\, l_i\|_2` of single samples' gradients, from the ordinary backward pass.
+    r"""Norms :math:`n_i = \|\nabla_\theta\, l_i\|_2` of single samples' gradients, exact, from the ordinary backward
+    pass.
 
-    :math:`l_i` is the sum of sample i's unreduced loss terms. What comes back in a backward pass is a multiple of
-    :math:`\nabla l_i` that depends on the loss reduction, so that has to be named: with ``loss_reduction="sum"`` it is
-    taken as it is, with ``"mean"`` multiplied by B, or by `loss_terms` where the mean is over something else (tokens).
-    One record is made per backward pass; a sample is a row of the batch in one forward pass. Weights used more than
-    once (a module called twice, an embedding tied to the head) are joined before the norm is taken. Training stays bit
-    for bit the same, but with ``fused=True``.
+    :math:`l_i` is the sum of sample i's loss terms before any reduction over the batch. A backward pass brings a
+    multiple of :math:`\nabla l_i` that depends on the loss reduction, so you have to name that: with
+    ``loss_reduction="sum"`` what comes is taken as it is; with ``"mean"`` it is multiplied by B, or by `loss_terms`
+    where the mean is over something else (tokens). There is one record per backward pass; a sample is a row of the
+    batch in one forward pass. The gradients of a weight that is used more than once (a module called twice, an
+    embedding tied to the head) are joined before the norm is taken. Training stays bit for bit the same, except with
+    ``fused=True``.
 
-    No penalty belongs in the loss; use the optimizer's weight decay. It is no sample's, so the norms are without it,
-    but the noise scale is wrong by it: a large one is found and its steps are counted, a small one cannot be told. Nor
-    can losses and models that mix samples.
+    A penalty on the parameters does not belong in the loss; use the optimizer's weight decay. The norms are without it,
+    because it is no sample's, but the noise scale is wrong by it: a large penalty is noticed and its steps are counted,
+    a small one cannot be noticed. Losses and models that mix samples have no per-sample gradient.
 
     Alone, it needs the model and nothing else::
 
         with lipcore.PerSampleGradNorms(model, loss_reduction="mean") as norms:
-            loss_fn(model(x), y).backward()
-            norms.per_sample
+            loss_fn(model(x), y).backward() norms.per_sample
 
-    In a Monitor it makes windows: distributions of the norms in total and per layer (``grad_norm``), and the gradient
-    noise scale :math:`B_{simple} = \mathrm{tr}\,\Sigma / |G|^2` of McCandlish et al. (2018) with its two unbiased
-    estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a step. Steps
-    whose gradient is not the mean of their samples' are counted, with the reason, in
+    In a Monitor it makes windows. They hold the distributions of the norms in total and per layer (``grad_norm``), and
+    the gradient noise scale :math:`B_{simple} = \mathrm{tr}\,\Sigma / |G|^2` of McCandlish et al. (2018) with its two
+    unbiased estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a
+    step. Steps whose gradient is not the mean of their samples' gradients are counted, with the reason, in
     ``details["noise_scale_skipped"]``.
 
     Args:
-        model: only when it stands alone.
+        model: only when the metric stands alone.
         loss_reduction: "mean" or "sum": what your loss does over the batch.
-        loss_terms: with "mean": how many terms were averaged, when not B: a number, a tensor, or a function called
-            after every backward pass. For cross-entropy over tokens: how many targets are not ignored.
+        loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, or a function
+            that is called after every backward pass. For cross-entropy over tokens: how many targets are not ignored.
         scale: what else the loss was multiplied by (1/k under gradient accumulation over k micro-batches).
-        every_steps: record in every so many optimizer steps (of a Monitor's clock); the others cost next to nothing.
+        every_steps: record in every k-th optimizer step (of a Monitor's clock); the other steps cost next to nothing.
         on_unsupported: "error", or "skip" to measure the parameters that are covered and leave out the others.
         batch_dim: batch dimension of the model's input and of activations [T, B, features]; 0 or 1.
         cu_seqlens: packed sequences of different lengths, [total, features]: name of the model's keyword argument that
-            has the boundaries (int [B + 1]), or a function of (arguments, keywords) that returns them. Norms are per
-            document then.
+            has the boundaries (int [B + 1]), or a function of (arguments, keywords) that returns them. The norms are
+            per document then.
         broadcast: names of layers that are called without the batch dimension (position embeddings on [T] or [1, T]).
-            Their output is expanded to [B, T, ...] at once; nothing may be put in front of it then (unsqueeze(0)).
-        methods: {layer name: "gram" or "direct"} to override the cost rule; "estimate" for a Linear on sequences: its
-            squared norms from 16 random probes (:func:`lipcore.functional.linear_norms_sq_estimate`), unbiased, with
-            :attr:`standard_error`.
-        fused: norms are taken inside Linear's weight gradient, which lipcore then computes itself: nearly free on long
+            Their output is expanded to [B, T, ...] at once, so nothing may be put in front of it (unsqueeze(0)).
+        methods: {layer name: "gram" or "direct"} to override the cost rule; "estimate" for a Linear on sequences takes
+            its squared norms from 16 random probes (:func:`lipcore.functional.linear_norms_sq_estimate`), unbiased,
+            with :attr:`standard_error`.
+        fused: take the norms inside Linear's weight gradient, which lipcore then computes itself: nearly free on long
             sequences, but the gradient is summed in another order.
-        normalized: also :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
-        noise_scale: also the gradient noise scale.
+        normalized: also measure :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
+        noise_scale: also estimate the gradient noise scale.
         prove: let the first pass of several samples prove itself: one more backward pass through its graph, from one
-            sample's outputs, must bring that sample's exact gradient at every parameter and nothing for the others.
-            It finds samples that are mixed or looked for in the wrong dimension, and weights that are used outside
-            their layers. Hooks on tensors see that pass too. Not done in distributed training.
-        scaler: a torch.amp.GradScaler, when it stands alone (a Monitor has its own).
+            sample's outputs, must bring that sample's exact gradient at every parameter and nothing for the others. It
+            finds samples that are mixed or looked for in the wrong dimension, and weights that are used outside their
+            layers. Hooks on tensors see that pass too. Not done in distributed training.
+        scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
 
     Raises:
-        ValueError: a trainable parameter that no rule covers, named with the ways out; an argument that will not do.
+        ValueError: a trainable parameter that no rule covers, named with the ways out; an argument of another kind or
+            range than described.
     """
 
     name = "per_sample_grad_norm"
@@ -290,8 +292,8 @@ class PerSampleGradNorms(StandaloneMetric):
 
     @property
     def per_sample(self) -> Tensor:
-        """float64 [B]: n_i over all measured parameters, of the last backward pass in a recorded step; NaN, with the
-        reason in :attr:`broken`, where that could not be recorded (autograd.grad, backward(inputs=))."""
+        """Norms n_i over all measured parameters, float64 [B], of the last backward pass in a recorded step. NaN,
+        with the reason in :attr:`broken`, where that pass could not be recorded (autograd.grad, backward(inputs=))."""
         square = self._capture.single.total() if self._stands_alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
@@ -299,34 +301,36 @@ class PerSampleGradNorms(StandaloneMetric):
 
     @property
     def per_layer(self) -> Norms:
-        """Per layer float64 [B]; NaN, with a reason in ``.reasons``, where nothing was recorded."""
+        """Norms per layer, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
         return self._micro().per_layer
 
     @property
     def per_parameter(self) -> Norms:
-        """Per parameter float64 [B]; NaN, with a reason in ``.reasons``, where nothing was recorded."""
+        """Norms per parameter, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
         return self._micro().per_parameter
 
     @property
     def standard_error(self) -> Norms:
-        """Per layer with ``methods={layer: "estimate"}`` float64 [B]: the standard error of :attr:`per_layer`, which
-        the probes show; and ``["total"]``, that of :attr:`per_sample`. Empty where all is exact."""
+        """Standard errors of estimated norms, float64 [B], by layer with ``methods={layer: "estimate"}``: that of
+        :attr:`per_layer`, as the probes show it; and ``["total"]``, that of :attr:`per_sample`. Empty where all
+        norms are exact."""
         return self._micro().standard_error
 
     @property
     def normalized(self) -> Norms:
-        r"""Per layer float64 [B]: :math:`r_i = \|\partial L/\partial u_i\| / |\partial L/\partial\hat y_i|` with u the
-        layer's output; every factor of the loss cancels. NaN where the output's gradient is 0 or not finite."""
+        r"""Normalised gradient norms per layer, float64 [B] each: :math:`r_i = \|\partial L/\partial u_i\| /
+        |\partial L/\partial\hat y_i|` with u the layer's output; every factor of the loss cancels. NaN where the
+        output's gradient is 0 or not finite."""
         return self._micro().normalized
 
     @property
     def broken(self) -> str:
-        """Why the last total is NaN; empty when it is not."""
+        """Reason why the last total is NaN; empty when it is not."""
         return self._micro().record.broken
 
     def set_ids(self, ids: Any) -> None:
-        """The sample ids (integers [B]) of the next backward pass; its norms are kept in :attr:`scores`. They are
-        forgotten when that pass is not recorded, and at the end of the optimizer step."""
+        """Name the samples of the next backward pass by their ids (integers [B]); its norms are kept in
+        :attr:`scores`. The ids are forgotten when that pass is not recorded, and at the end of the optimizer step."""
         given = ids if isinstance(ids, Tensor) else np.asarray(ids)
         found = given if isinstance(given, Tensor) else torch.from_numpy(given) if given.dtype.kind in "iu" else None
         if found is None or found.dim() != 1 or found.dtype not in INTEGERS:
@@ -338,13 +342,15 @@ class PerSampleGradNorms(StandaloneMetric):
             self._renew_sink()
 
     def coverage(self) -> Any:
-        """Which parameters are measured by which layer's rule, which are frozen, which are not covered and why."""
+        """Return which parameters are measured by which layer's rule, which are frozen, and which are not covered
+        and why."""
         return self._watched().coverage
 
     # ---- results
 
     def plan(self) -> list[PlanLine]:
-        """Per layer: what is measured, by which rule; and in which way, once a backward pass has shown the sizes."""
+        """Return what is measured of each layer, by which rule, and in which way, once a backward pass has shown the
+        sizes."""
         every = f" in every {self._every}th step" if self._every > 1 else ""
         lines = [PlanLine("all", f"{self._reduction}{every}", 2048 * (len(self._layers) + 1))]
         if self._capture is None:
@@ -403,7 +409,7 @@ class PerSampleGradNorms(StandaloneMetric):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; ValueError naming the first key that does not fit, and nothing changed, otherwise."""
+        """Continue from a state. Where it does not fit, raise a ValueError and change nothing."""
         check_version(state, self._version, "metric")
         if state.get("layers") != self._layers:
             raise ValueError(f"layers: the state has {state.get('layers')!r}, this metric has {self._layers!r}")

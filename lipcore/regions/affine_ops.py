@@ -1,4 +1,4 @@
-"""Which operations are affine in the values they are given, and in which of them at once."""
+"""Table of operations that are affine in the values they are given, and in which of them at once."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ SMOOTH = frozenset(
 
 
 def is_affine(op: str, overload: str, given: dict[str, Any], dependent: set[str]) -> bool:
-    """Whether an operation is affine in those of its arguments that depend on x.
+    """Say whether an operation is affine in those of its arguments that depend on x.
 
     Args:
         op: without the underscore of its in-place form.

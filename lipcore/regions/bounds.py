@@ -1,4 +1,4 @@
-"""Bounds by combinations of training patterns: Theorem 2's programme in kernel form, and the relaxation beside it.
+"""Bounds by combinations of training patterns: the programme of Theorem 2 in kernel form, and the relaxation beside it.
 
 Patterns are scaled to length 1, and their lengths, products over layers that overflow in deep networks, kept as
 logarithms.
@@ -25,7 +25,7 @@ _RANGE = 600.0  # logarithm of the largest ratio of pattern lengths: exp(709) ov
 
 
 class Bounds:
-    """Of the regions with these patterns and constants, one each.
+    """Bounds from the regions with the given patterns and constants, one constant per region.
 
     Args:
         patterns: different ones.
@@ -66,7 +66,7 @@ class Bounds:
         self._programme = LeastCost((vectors * roots).T, self._costs)
 
     def of(self, queried: Patterns, *, solve: bool, advance: Callable[[], None]) -> tuple[NDArray[Any], ...]:
-        """status, k, bound, relaxed and nearest of patterns that are not those of a training point."""
+        """Compute status, k, bound, relaxed and nearest of patterns that are not those of a training point."""
         log_norm = log_norms(queried, affine=self._affine)
         zero = ~np.isfinite(log_norm)
         safe = np.where(zero, 0.0, log_norm)
@@ -98,7 +98,7 @@ class Bounds:
         return status, k, bound, relaxed, near
 
     def _nearest(self, kappa: Floats, log_norm: Floats) -> Floats:
-        """min over regions of lambda_j + ||M|| ||s - s_j||."""
+        """Compute the minimum over regions of lambda_j + ||M|| ||s - s_j||."""
         if not len(self._slopes) or np.isnan(self._log_map):
             return np.full(len(kappa), np.nan)
         longer = np.maximum(log_norm[:, None], self._log_norm)
@@ -109,6 +109,7 @@ class Bounds:
 
 
 def _times(scale: Any, log_factor: Any) -> Any:
-    """scale exp(log_factor), where exp alone may overflow; infinity where the product does, which is a bound."""
+    """Compute scale exp(log_factor), where exp alone may overflow; infinity where the product does, which is a
+    bound."""
     with np.errstate(divide="ignore", over="ignore"):
         return np.exp(np.log(scale) + log_factor)

@@ -1,4 +1,4 @@
-"""Theorem 2: which inputs the regions of the training points speak for, and what they say of the Lipschitz constant."""
+"""Theorem 2: for which inputs the training points' regions bound the Lipschitz constant, and by how much."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _BLOCK = 1024
 
 
 class Coverage:
-    r"""Is an input explained by the regions of the training points? Theorem 2 of Loukas, Poiitis and Jegelka
-    (NeurIPS 2021), in kernel form.
+    r"""Index of the training points' linear regions, which says of any input what those regions imply for its local
+    Lipschitz constant: Theorem 2 of Loukas, Poiitis and Jegelka (NeurIPS 2021), in kernel form.
 
     The gradient of a scalar ReLU network is linear in the Kronecker product s(x) of its layers' activation patterns.
     Hence, where :math:`s(x) = \sum_i k_i s(x_i)` over training points,
@@ -101,7 +101,7 @@ class Coverage:
         return f"Coverage({self.regions} training regions of rank {self.rank}; {kind})"
 
     def query(self, x: Tensor, *, solve: bool = True, progress: bool = False) -> CoverageResult:
-        """Status and bounds of inputs x [Q, ...].
+        """Find status and bounds of inputs x [Q, ...].
 
         Args:
             solve: False leaves the linear programmes out: the status stays exact, `bound` of "combination" is then NaN
@@ -147,8 +147,8 @@ class Coverage:
 
 
 def _constants(model: nn.Module, x: Tensor, output: Output, rows: NDArray[np.int64], batch_size: int) -> Tensor:
-    """Of some rows, in the batches in which the patterns were taken: in others rounding may put a point that lies on a
-    border into the next region, and the constant would not be that of the pattern."""
+    """Compute the constants of some rows, in the batches in which the patterns were taken: in other batches rounding
+    may put a point that lies on a border into the next region, and the constant would not be that of the pattern."""
     found = torch.empty(len(rows), dtype=torch.float64, device="cpu")
     for start in range(0, len(x), batch_size):
         here = np.flatnonzero((rows >= start) & (rows < start + batch_size))

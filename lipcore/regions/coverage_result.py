@@ -1,4 +1,4 @@
-"""What a Coverage says of queried inputs."""
+"""Result of a query to a Coverage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from lipcore.metric.results import json_ready
 
 @dataclass(frozen=True)
 class CoverageResult:
-    """One entry per queried input; all bounds are of the model's local Lipschitz constant at that input."""
+    """Result of :meth:`Coverage.query`, one entry per input; all bounds are of the model's local Lipschitz constant
+    at that input."""
 
     status: NDArray[np.str_]  #: "train", "combination" or "uncovered"
     k: NDArray[np.int64]  #: training regions combined: 1 for "train", 0 for "uncovered"
@@ -28,7 +29,8 @@ class CoverageResult:
 
     @property
     def labels(self) -> NDArray[np.str_]:
-        """What `bound`, `relaxed` and `nearest` of each input are worth: "exact" for "train", else "one-sided"."""
+        """Labels of `bound`, `relaxed` and `nearest`, per input: "exact" where the status is "train", else
+        "one-sided"."""
         return np.where(self.status == "train", "exact", "one-sided")
 
     def __repr__(self) -> str:
@@ -36,6 +38,6 @@ class CoverageResult:
         return f"CoverageResult({len(self.status)} inputs: {shares})"
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready lists, `labels` among them; what is not finite becomes None."""
+        """Return lists that are JSON-ready, `labels` among them; what is not finite becomes None."""
         found: dict[str, Any] = json_ready({field.name: getattr(self, field.name) for field in fields(self)})
         return found | {"labels": self.labels.tolist()}

@@ -1,4 +1,4 @@
-"""Whether a model still is what it was."""
+"""Fingerprints of a model, to tell whether it still is what it was."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _SETTINGS = ""  # no parameter is called so
 
 
 def fingerprint(model: nn.Module) -> dict[str, bytes]:
-    """A hash of every parameter and buffer, and one of the modules with their settings and others' hooks. Values, not
-    version counters: fused optimizers do not raise those."""
+    """Hash every parameter and buffer, and the modules with their settings and other parties' hooks. Values are
+    hashed and not version counters, which fused optimizers do not raise."""
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     hooks = {where: [id(hook) for hook in found] for where, found in altered_modules(model).items()}
     settings = hashlib.blake2b(f"{model!r} {hooks}".encode(), digest_size=16).digest()
@@ -28,7 +28,7 @@ def _hash(tensor: Tensor) -> bytes:
 
 
 def changed(before: dict[str, bytes], model: nn.Module) -> str:
-    """What is new, gone or has other values, in words; "" where nothing is."""
+    """Say in words what is new, gone or has other values; "" where nothing is."""
     after = fingerprint(model)
     names = [name for name in before.keys() | after.keys() if before.get(name) != after.get(name)]
     found = ["its modules, their settings or their hooks"] if _SETTINGS in names else []

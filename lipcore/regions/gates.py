@@ -1,4 +1,4 @@
-"""Which linear piece every unit of an activation is on, for the activations whose pieces are known.
+"""The linear piece on which every unit of an activation is, for the activations whose pieces are known.
 
 On a border a unit is on the piece whose slope torch takes there, so that the pattern always is that of the gradient.
 """
@@ -20,7 +20,7 @@ KNOWN = "ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, clamp, abs and max pooling"
 
 @dataclass(frozen=True)
 class Gate:
-    """One activation's pattern for a batch."""
+    """Pattern of one activation for a batch."""
 
     name: str
     kind: Kind
@@ -31,7 +31,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Pieces:
-    """A Gate without a name, in the shape of the activation's input."""
+    """Gate without a name, in the shape of the activation's input."""
 
     kind: Kind
     slope: Tensor
@@ -39,7 +39,8 @@ class Pieces:
 
 
 def pieces_of(op: str, given: dict[str, Any]) -> Pieces | None:
-    """Of an activation's input, by the arguments of the call; None where the op is no activation of known pieces."""
+    """Find the pieces of an activation's input, by the arguments of the call; None where the operation is no
+    activation of known pieces."""
     x = given.get("self")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return None

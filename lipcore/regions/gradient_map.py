@@ -14,8 +14,8 @@ _PASSED_OVER = (nn.Flatten, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d,
 
 
 def log_gradient_map_norm(model: nn.Module, patterns: Patterns) -> float:
-    r"""log ||M||_2 for Linear, ReLU, ..., Linear with one output: M's norm is the root of the largest eigenvalue of
-    W_1^T diag(v) W_1, v = (W_d^2) ... (W_2^2), element-wise squares. NaN for other models."""
+    r"""Compute log ||M||_2 for Linear, ReLU, ..., Linear with one output. M's norm is the root of the largest
+    eigenvalue of W_1^T diag(v) W_1 with v = (W_d^2) ... (W_2^2), element-wise squares. NaN for other models."""
     chain = [m for m in modules_in_order(model) or [] if not isinstance(m, _PASSED_OVER)]
     linears, between = chain[::2], chain[1::2]
     if not all(type(m) is nn.Linear for m in linears) or not all(isinstance(m, nn.ReLU) for m in between):

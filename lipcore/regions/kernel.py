@@ -21,8 +21,8 @@ _BLOCK_BYTES = 1 << 26
 
 
 def kernel(a: Patterns, b: Patterns, *, affine: bool) -> tuple[NDArray[np.float64], list[NDArray[np.float64]]]:
-    """<s(a_i), s(b_j)>, [N_a, N_b], in two forms: its logarithm, since a deep network's product overflows (-inf where
-    it is zero); and the whole number itself modulo each prime, exact."""
+    """Compute the inner products <s(a_i), s(b_j)>, [N_a, N_b], in two forms: the logarithm, since a deep network's
+    product overflows (-inf where it is zero); and the whole number itself modulo each prime, exact."""
     log = np.zeros((len(a), len(b)))
     whole = [np.ones((len(a), len(b))) for _ in PRIMES]
     for mine, theirs in zip(a.layers, b.layers, strict=True):
@@ -34,7 +34,7 @@ def kernel(a: Patterns, b: Patterns, *, affine: bool) -> tuple[NDArray[np.float6
 
 
 def norms_modulo(a: Patterns, *, affine: bool) -> list[NDArray[np.float64]]:
-    """||s(a_i)||^2 modulo each prime, [N]."""
+    """Compute ||s(a_i)||^2 modulo each prime, [N]."""
     whole = [np.ones(len(a)) for _ in PRIMES]
     for own in _own_counts(a, affine):
         whole = [modulo(product * own, prime) for product, prime in zip(whole, PRIMES, strict=True)]
@@ -42,7 +42,7 @@ def norms_modulo(a: Patterns, *, affine: bool) -> list[NDArray[np.float64]]:
 
 
 def log_norms(a: Patterns, *, affine: bool) -> NDArray[np.float64]:
-    """log ||s(a_i)||, [N]."""
+    """Compute log ||s(a_i)||, [N]."""
     out = np.zeros(len(a))
     with np.errstate(divide="ignore"):
         for own in _own_counts(a, affine):
@@ -57,13 +57,14 @@ def _own_counts(a: Patterns, affine: bool) -> Iterator[NDArray[np.float64]]:
 
 
 def _entries(gate: PackedGate) -> NDArray[Any]:
-    """What the gradient is linear in: not whether a unit is on the lower or the upper flat piece."""
+    """Return the entries in which the gradient is linear: not whether a unit is on the lower or the upper flat
+    piece."""
     second = gate.second_bits() if gate.kind == "fold" else None
     return gate.bits() if second is None else np.concatenate([gate.bits(), second], axis=1)
 
 
 def _common(a: PackedGate, b: PackedGate) -> NDArray[np.float64]:
-    """How many units are active (or pick the same element) in both, exact."""
+    """Count the units that are active (or pick the same element) in both patterns, exactly."""
     mine = _entries(a)
     theirs = mine if a is b else _entries(b)
     if a.kind != "index":
@@ -87,7 +88,7 @@ def _product(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def _same(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.float64]:
-    """In how many columns two rows have the same index, of all pairs of rows.
+    """Count the columns in which two rows have the same index, for all pairs of rows.
 
     Within a pooling window an index takes few values. Counted from the column's least they are the same few in all
     columns, and each is one product of zeros and ones.
@@ -109,7 +110,7 @@ def _same(mine: NDArray[Any], theirs: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def modulo(values: NDArray[np.float64], prime: int) -> NDArray[np.float64]:
-    """In [0, prime), of whole numbers below 2^53, exact; numpy's % takes ten times as long."""
+    """Reduce whole numbers below 2^53 to [0, prime), exactly; numpy's % takes ten times as long."""
     rest: NDArray[np.float64] = values - prime * np.floor(values / prime)
     rest[rest < 0] += prime  # the quotient was rounded up to the next whole number
     return rest

@@ -1,4 +1,5 @@
-"""min sum_i c_i |k_i| subject to A k = b, for one A and many b: a simplex method that starts where a former one ended.
+"""Solver of min sum_i c_i |k_i| subject to A k = b, for one A and many b: a simplex method that starts where a former
+one ended.
 
 The dual, max b^T y subject to |A^T y| <= c, has the same corners for every b. So each programme starts at the best of
 the corners that were optimal for others and follows edges to its own (the dual simplex method with steepest edges).
@@ -22,7 +23,7 @@ _KEPT_BYTES = 1 << 26
 
 @dataclass
 class _Corner:
-    """A vertex of the dual: the columns whose constraints are tight, and at which side."""
+    """Vertex of the dual: the columns whose constraints are tight, and at which side."""
 
     basis: NDArray[np.int64]
     side: Floats  #: +1 or -1 for each column of the basis
@@ -30,7 +31,7 @@ class _Corner:
 
 
 class LeastCost:
-    """The programmes of one training set; columns A [rank, N] of full row rank, costs [N] >= 0."""
+    """Solver for the programmes of one training set: columns A [rank, N] of full row rank, costs [N] >= 0."""
 
     def __init__(self, columns: Floats, costs: Floats) -> None:
         self._rows = np.ascontiguousarray(columns.T)  # a column of A is one stretch of memory
@@ -43,7 +44,7 @@ class LeastCost:
         self._ys = np.empty((self._kept, rank))
 
     def least(self, target: Floats) -> tuple[NDArray[np.int64], Floats]:
-        """Columns and their factors k at the minimum; all others are 0.
+        """Find the columns and their factors k at the minimum; all other factors are 0.
 
         Raises:
             ModuleNotFoundError: scipy is not installed.
@@ -73,7 +74,8 @@ class LeastCost:
         return np.arange(count), found.x[:count] - found.x[count:]
 
     def _best_corner(self, target: Floats) -> _Corner:
-        """Every corner's b^T y is a lower bound of the minimum: the highest is the nearest."""
+        """Choose the corner to start from. Every corner's b^T y is a lower bound of the minimum: the highest is the
+        nearest."""
         if not self._corners:
             self._keep(self._first_corner())
         return self._corners[int(np.argmax(self._ys[: len(self._corners)] @ target))]
@@ -84,7 +86,8 @@ class LeastCost:
             self._corners.append(corner)
 
     def _first_corner(self) -> _Corner:
-        """Optimal for some target: the primal simplex method, for which any basis will do, since k has no sign."""
+        """Find a corner that is optimal for some target, by the primal simplex method, for which any basis will do,
+        since k has no sign."""
         from scipy.linalg import qr
 
         rank = self._rows.shape[1]
@@ -122,7 +125,7 @@ class LeastCost:
         return _Corner(basis, side, np.full(rank, np.nan))  # refused by the certificate: HiGHS takes over
 
     def _follow(self, start: _Corner, target: Floats) -> _Corner | None:
-        """From a corner along edges on which b^T y grows to the optimal one; None when rounding is in the way."""
+        """Follow edges on which b^T y grows from a corner to the optimal one; None when rounding is in the way."""
         basis, side = start.basis.copy(), start.side.copy()
         costs, rows = self._costs, self._rows
         for pivots in range(self._limit):
@@ -163,7 +166,7 @@ class LeastCost:
         return None
 
     def _certified(self, corner: _Corner, factors: Floats, target: Floats) -> bool:
-        """k meets the equations, y is feasible, and their costs meet."""
+        """Say whether a solution is certified: k meets the equations, y is feasible, and their costs are equal."""
         left = np.abs(factors @ self._rows[corner.basis] - target).max(initial=0.0)
         beyond = (np.abs(self._rows @ corner.y) - self._costs).max(initial=0.0)
         primal, dual = float(np.abs(factors) @ self._costs[corner.basis]), float(target @ corner.y)
@@ -171,8 +174,8 @@ class LeastCost:
 
 
 def _exchange(inverse: Floats, column: Floats, leaving: int, lengths_sq: Floats | None = None) -> Floats | None:
-    """The basis' inverse, in place, after `column` (in coordinates of the basis) took the place of `leaving`; and the
-    squared lengths of its rows."""
+    """Update the basis' inverse in place after `column` (in coordinates of the basis) took the place of `leaving`,
+    and the squared lengths of its rows."""
     row = inverse[leaving] / column[leaving]
     factor = column.copy()
     factor[leaving] -= 1.0

@@ -1,4 +1,5 @@
-"""Values that depend on x and leave torch, where nobody sees what they decide: no operation takes them to numpy."""
+"""Guard against values that depend on x and leave torch: no recorded operation takes them to numpy, and nobody sees
+what they decide."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ _WAYS = frozenset({"numpy", "tolist", "__array__", "__dlpack__"})
 
 
 class OutsideTorch(TorchFunctionMode):
-    """Refuses them while it lasts; ValueError."""
+    """Context in which values that depend on x may not leave torch; ValueError where one does."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ from lipcore.regions.recording import Output, check_batch_axis, record_gates
 
 @dataclass(frozen=True)
 class PackedGate:
-    """One activation's pattern for N inputs, a bit for every unit."""
+    """Pattern of one activation for N inputs, a bit for every unit."""
 
     name: str
     kind: Kind
@@ -27,13 +27,13 @@ class PackedGate:
     in_module: bool = True  #: not in the model's own forward, nor in a callable output
 
     def bits(self, rows: slice | NDArray[np.int64] = slice(None)) -> NDArray[np.uint8]:
-        """[rows, width]: 1 where the unit has slope 1; for kind "index" the indices, int32."""
+        """Unpack the pattern, [rows, width]: 1 where the unit has slope 1; for kind "index" the indices, int32."""
         if self.kind == "index":
             return np.ascontiguousarray(self.slope[rows]).view(np.int32)
         return np.unpackbits(self.slope[rows], axis=1, count=self.width)
 
     def second_bits(self) -> NDArray[np.uint8] | None:
-        """[N, width], for kinds that have two bits per unit."""
+        """Unpack the second bits, [N, width], for kinds that have two bits per unit."""
         return None if self.second is None else np.unpackbits(self.second, axis=1, count=self.width)
 
     def take(self, rows: NDArray[np.int64]) -> PackedGate:
@@ -54,37 +54,39 @@ class Patterns:
 
     @property
     def activations(self) -> list[tuple[str, Kind, int]]:
-        """Name, kind and width of each: the same ones where patterns can be compared."""
+        """Name, kind and width of each activation; patterns can be compared where these are the same."""
         return [(gate.name, gate.kind, gate.width) for gate in self.layers]
 
     @property
     def codes(self) -> NDArray[np.void]:
-        """One opaque value per input; equal where all bits are."""
+        """Opaque value per input, equal where all bits are."""
         parts = [part for gate in self.layers for part in (gate.slope, gate.second) if part is not None]
         joined = np.ascontiguousarray(np.concatenate(parts, axis=1))
         return joined.view(np.dtype((np.void, joined.shape[1])))[:, 0]
 
     @property
     def regions(self) -> int:
-        """Distinct regions that hold at least one of the inputs."""
+        """Number of distinct regions that hold at least one of the inputs."""
         return len(np.unique(self.codes))
 
     def region_ids(self) -> NDArray[np.int64]:
-        """[N]: inputs of the same region share a number, 0 ... regions - 1."""
+        """Number the regions and return that of each input, [N]: inputs of the same region share a number, 0 ...
+        regions - 1."""
         return np.unique(self.codes, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
     def take(self, rows: Sequence[int] | NDArray[np.int64]) -> Patterns:
-        """The patterns of some inputs."""
+        """Return the patterns of some of the inputs."""
         index = np.asarray(rows, dtype=np.int64)
         return Patterns(tuple(gate.take(index) for gate in self.layers), self.head)
 
     def churn(self, later: Patterns) -> float:
-        """Share of the inputs whose region is another one in `later`: patterns of the same inputs, at another time."""
+        """Compute the share of the inputs that lie in another region in `later`, which are patterns of the same
+        inputs at another time."""
         self._check_same(later)
         return float(np.mean(self.codes != later.codes)) if len(self) else float("nan")
 
     def flipped(self, later: Patterns) -> dict[str, float]:
-        """Per activation, the share of (input, unit) pairs whose piece changed."""
+        """Compute per activation the share of (input, unit) pairs whose piece changed."""
         self._check_same(later)
         out = {}
         for mine, theirs in zip(self.layers, later.layers, strict=True):
@@ -95,7 +97,7 @@ class Patterns:
         return out
 
     def activity(self) -> dict[str, NDArray[np.float64]]:
-        """Per activation [n_l]: the share of inputs on which each unit is active; pooling is left out."""
+        """Compute per activation, [n_l], the share of inputs on which each unit is active; pooling is left out."""
         return {gate.name: gate.bits().mean(axis=0) for gate in self.layers if gate.kind != "index"}
 
     def _check_same(self, other: Patterns) -> None:
@@ -112,7 +114,7 @@ class Patterns:
 
 
 def activation_patterns(model: nn.Module, x: Tensor, *, output: Output = None, batch_size: int = 1024) -> Patterns:
-    """Packed activation patterns of inputs x [N, ...] of any network with ReLU-family activations.
+    """Record the activation patterns of inputs x [N, ...], packed, of any network with ReLU-family activations.
 
     Recorded are ReLU, LeakyReLU, PReLU, ReLU6, Hardtanh, Threshold, clamp, abs (one or two bits per unit: on which
     linear piece its input lies; exactly on a kink it is the one whose slope torch takes there) and max

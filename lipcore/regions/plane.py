@@ -1,4 +1,4 @@
-"""A plane in input space."""
+"""Plane in input space."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lipcore.models.checks import check_rows
 
 @dataclass(frozen=True)
 class Plane:
-    """x(s, t) = origin + s u + t v, with u and v orthogonal; their lengths are the units of s and t."""
+    """Plane of inputs x(s, t) = origin + s u + t v, with u and v orthogonal; their lengths are the units of s and t."""
 
     origin: Tensor
     u: Tensor
@@ -31,8 +31,8 @@ class Plane:
 
     @classmethod
     def through(cls, a: Tensor, b: Tensor, c: Tensor) -> Plane:
-        """The plane through three inputs: a at (0, 0), b at (1, 0), c at t = 1; in float32, or float64 where one of
-        them is.
+        """Make the plane through three inputs: a at (0, 0), b at (1, 0), c at t = 1; in float32, or in float64 where
+        one of them is.
 
         Raises:
             TypeError: one of them is not a floating tensor.
@@ -50,12 +50,12 @@ class Plane:
         return cls(*(part.reshape(a.shape).to(dtype) for part in (origin, to_b, v)))
 
     def at(self, s: Tensor, t: Tensor) -> Tensor:
-        """Inputs [K, ...] for coordinates [K]."""
+        """Return the inputs [K, ...] at coordinates s and t, [K] each."""
         shape = (-1, *[1] * self.origin.dim())
         return self.origin + s.to(self.u).reshape(shape) * self.u + t.to(self.v).reshape(shape) * self.v
 
     def coordinates(self, x: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """Of inputs [N, ...]: (s, t) [N, 2] of their projection, and their distance from the plane [N]."""
+        """Project inputs [N, ...] onto the plane: their coordinates (s, t), [N, 2], and their distance from it, [N]."""
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
         if x.shape[1:] != self.origin.shape:

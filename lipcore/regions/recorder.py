@@ -1,4 +1,5 @@
-"""What each operation of a forward pass does to what depends on x: the pieces of activations, where linearity ends.
+"""Recorder of what each operation of a forward pass does to what depends on x: the pieces of activations, and where
+linearity ends.
 
 Operations, not modules: functional calls (``F.relu``, ``x.clamp(min=0)``) are seen too. Each tensor that depends on x
 is followed from operation to operation. An operation on such tensors must be an activation whose pieces are recorded or
@@ -22,7 +23,7 @@ from lipcore.regions.gates import KNOWN, Gate, Pieces, is_max_pooling, pieces_of
 
 @dataclass(frozen=True)
 class Bent:
-    """The first operation on the way to a tensor that is neither affine nor recorded."""
+    """First operation on the way to a tensor that is neither affine nor recorded."""
 
     op: str
     where: str
@@ -42,8 +43,8 @@ class Bent:
 
 
 class Followed:
-    """Of every tensor that depends on x what bent it; None: piecewise linear in x. By storage, so that views share
-    it."""
+    """Record of every tensor that depends on x and of what bent it; None: it is piecewise linear in x. By storage,
+    so that views share it."""
 
     def __init__(self) -> None:
         self._states: dict[int, tuple[Any, Bent | None]] = {}
@@ -118,14 +119,15 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _state(self, op: str, tensors: list[Tensor], *, known: bool) -> Bent | None:
-        """What its result is: the first operation that left linearity, one with hidden kinks before a smooth one."""
+        """Find what bent the operation's result: the first operation that left linearity, and one with hidden kinks
+        before a smooth one."""
         found = [state for tensor in tensors if (state := self.followed[tensor]) is not None]
         if not known:
             found.append(Bent(op, self.where(), op in SMOOTH))
         return min(found, key=lambda state: state.smooth, default=None)
 
     def where(self) -> str:
-        """The module that runs, in words."""
+        """Name the module that runs, in words."""
         return f"module '{self._path[-1]}'" if self._path and self._path[-1] else "the model's own forward"
 
     def refused_reading(self, how: str) -> str:
@@ -153,7 +155,7 @@ def _rows(values: Tensor) -> Tensor:
 
 
 def _draws(op: str, given: dict[str, Any]) -> bool:
-    """Whether an operation that may draw random numbers does."""
+    """Say whether an operation may draw random numbers."""
     if op.startswith("_scaled_dot_product"):
         return bool(given.get("dropout_p"))
     return bool(given.get("training", given.get("train", True)))

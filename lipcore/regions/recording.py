@@ -1,4 +1,4 @@
-"""The pieces of every activation in one forward pass, and whether samples stay apart in it."""
+"""Recording of the pieces of every activation in one forward pass, and a check that samples stay apart in it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Output = int | Callable[[Any], Tensor] | None
 
 @contextmanager
 def _following(model: nn.Module, path: list[str]) -> Iterator[None]:
-    """While it lasts, `path` ends with the name of the module that runs."""
+    """Keep `path` ending with the name of the module that runs, while the context lasts."""
 
     def leave(*_: Any) -> None:  # what a hook returns would be taken for the module's output
         path.pop()
@@ -42,7 +42,7 @@ def _following(model: nn.Module, path: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Recording:
-    """One forward pass."""
+    """What one forward pass showed."""
 
     gates: list[Gate]  #: in the order they ran
     head: str  #: the operation without linear pieces that the output went through at the end, or ""
@@ -51,7 +51,8 @@ class Recording:
 
 
 def record_gates(model: nn.Module, x: Tensor, output: Output = None, *, keep_inputs: bool = False) -> Recording:
-    """The gates of one forward pass, `output` included; ValueError where other operations come before the head."""
+    """Record the gates of one forward pass, `output` included; ValueError where other operations come before the
+    head."""
     model = unwrap(model)
     path: list[str] = []
     recorder = Recorder(path, keep_inputs)
@@ -94,8 +95,9 @@ def record_gates(model: nn.Module, x: Tensor, output: Output = None, *, keep_inp
 
 
 def check_batch_axis(model: nn.Module, x: Tensor, output: Output = None) -> None:
-    """ValueError where what a sample does depends on another, by two passes of two samples: with another one behind it,
-    and behind itself. A mean, a sum of the earlier ones and one of the later ones all differ between these places."""
+    """Raise a ValueError where what one sample does depends on another. Two passes of two samples show it: with
+    another sample behind it, and behind itself. A mean, a sum of the earlier ones and one of the later ones all
+    differ between these places."""
     first, other = x[:1], _another(x)
     try:
         behind_itself, with_other = (
@@ -116,7 +118,8 @@ def check_batch_axis(model: nn.Module, x: Tensor, output: Output = None) -> None
 
 
 def _another(x: Tensor) -> Tensor:
-    """A sample that differs from the first in every entry and is in the same range; of indices one that is allowed."""
+    """Make a sample that differs from the first in every entry and is in the same range; of indices, one that is
+    allowed."""
     first = x[:1]
     if x.is_floating_point():
         return torch.where((2 * first - 1).abs() < 0.25, first / 2, 1 - first)  # near 1/2 they would be the same
@@ -127,7 +130,7 @@ def _another(x: Tensor) -> Tensor:
 
 
 def _same_row(mine: Tensor, theirs: Tensor) -> bool:
-    """The first of one pass and the second of the other."""
+    """Say whether the first sample of one pass and the second of the other are the same."""
     if mine.shape != theirs.shape or not mine.numel():
         return mine.shape == theirs.shape
     # Another kernel may round otherwise, but mixing shows in the leading digits.

@@ -1,4 +1,5 @@
-"""Slice maps as pictures. Colours are told apart by lightness too (viridis, cividis, and grey to orange for status)."""
+"""Pictures of slice maps. Colours are told apart by lightness too (viridis, cividis, and grey to orange for the
+status)."""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ class Drawable(Protocol):
 
 
 def draw(found: Drawable, path: str | Path | None, title: str) -> Any:
-    """One row of panels, in the order of the paper's Figure 6."""
+    """Draw one row of panels, in the order of the paper's Figure 6."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
@@ -63,7 +64,8 @@ def draw(found: Drawable, path: str | Path | None, title: str) -> Any:
 
 
 def _edges(centres: NDArray[np.float64]) -> tuple[float, float]:
-    """A pixel's centre is its grid point: half a step is left beyond the first and the last."""
+    """Compute the edges of pixels whose centres are the grid points: half a step is left beyond the first and the
+    last."""
     half = (centres[1] - centres[0]) / 2
     return float(centres[0] - half), float(centres[-1] + half)
 

@@ -1,4 +1,5 @@
-"""A model on a two-dimensional slice of its input space: output, regions, local Lipschitz constants, coverage."""
+"""Maps of a model on a two-dimensional slice of its input space: output, regions, local Lipschitz constants,
+coverage."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from lipcore.regions.slice_figure import draw
 
 @dataclass(frozen=True)
 class SliceMap:
-    """Arrays [R, R], rows by t and columns by s; what was not asked for is None."""
+    """Result of :func:`slice_map`: arrays [R, R], rows by t and columns by s; what was not asked for is None."""
 
     s: NDArray[np.float64]  #: [R]
     t: NDArray[np.float64]  #: [R]
@@ -42,7 +43,7 @@ class SliceMap:
     distance: NDArray[np.float64] | None  #: of the training inputs from the plane
 
     def draw(self, path: str | Path | None = None, *, title: str = "") -> Any:
-        """All panels in one matplotlib figure; saved as a PNG when a path is given, and returned."""
+        """Draw all panels in one matplotlib figure, save it as a PNG when a path is given, and return it."""
         return draw(self, path, title)
 
 
@@ -60,7 +61,8 @@ def slice_map(
     batch_size: int = 1024,
     progress: bool = False,
 ) -> SliceMap:
-    """Figure 6 of Loukas et al. for any model: what it does on a plane, near the training points and far from them.
+    """Map what a model does on a plane, near the training points and far from them: Figure 6 of Loukas et al. for any
+    model.
 
     Args:
         model: one value per sample; in eval mode where it has BatchNorm or Dropout.
@@ -135,7 +137,8 @@ def _checked(extent: Any) -> tuple[float, float, float, float]:
 
 
 def _in_dtype_of(model: nn.Module, points: Tensor) -> Tensor:
-    """A plane is kept in float32 at least; models in half precision take their own dtype."""
+    """Convert points to the model's dtype. A plane is kept in float32 at least; models in half precision take their
+    own dtype."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), points.dtype)
     return points.to(dtype) if dtype in (torch.float16, torch.bfloat16) else points
 

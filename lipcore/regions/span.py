@@ -1,4 +1,4 @@
-"""Whether a pattern is a linear combination of others, decided in whole numbers.
+"""Test whether a pattern is a linear combination of others, decided in whole numbers.
 
 Kronecker patterns have prod(n_l) entries: one that differs from the span of the others in a single entry is at an angle
 of 1e-8 or less to it, which floating point cannot tell from 0. The Gram matrix is whole, so its elimination can be done
@@ -18,8 +18,8 @@ _PANEL = 64  # a sum of 64 products of two numbers below 2^23 is exact in float6
 
 
 def independent(gram: NDArray[np.float64], least_sq: float) -> NDArray[np.int64]:
-    """Indices of patterns of length 1 each further than that (squared) from the span of those before it, and of which
-    no other is: Cholesky's method with pivots."""
+    """Find indices of patterns (of length 1 each), each further from the span of those before it than `least_sq`,
+    squared, until no other is: Cholesky's method with pivots."""
     left, rows = np.diag(gram).copy(), np.zeros_like(gram)
     chosen: list[int] = []
     while len(chosen) < len(gram):
@@ -36,7 +36,7 @@ def independent(gram: NDArray[np.float64], least_sq: float) -> NDArray[np.int64]
 
 
 class Span:
-    """The span of some of N patterns.
+    """Span of some of N patterns.
 
     Args:
         gram: of all of them, modulo each prime.
@@ -48,14 +48,15 @@ class Span:
         self.members = self.contains([part[:, basis] for part in gram], [np.diag(part) for part in gram])  #: bool [N]
 
     def contains(self, cross: list[Whole], own: list[Whole]) -> NDArray[np.bool_]:
-        """bool [Q], from inner products with the basis [Q, R] and with themselves [Q], modulo each prime."""
+        """Say which patterns lie in the span, bool [Q], from their inner products with the basis, [Q, R], and with
+        themselves, [Q], modulo each prime."""
         distances = [f.distances_sq(*both) for f, *both in zip(self._factors, cross, own, strict=True)]
         inside: NDArray[np.bool_] = np.all([found == 0 for found in distances], axis=0)
         return inside
 
 
 class _Factors:
-    """K = L D L^T modulo a prime, L with unit diagonal; columns of dependent patterns are left out (zero)."""
+    """Factors K = L D L^T modulo a prime, L with unit diagonal; columns of dependent patterns are left out (zero)."""
 
     def __init__(self, gram: Whole, prime: int) -> None:
         self.prime = prime
@@ -82,7 +83,7 @@ class _Factors:
             rest[...] = modulo(rest - scaled @ below.T, prime)
 
     def distances_sq(self, cross: Whole, own: Whole) -> Whole:
-        """||s||^2 - kappa^T K^+ kappa for kappa [Q, N] and ||s||^2 [Q]: the squared distance from the span."""
+        """Compute ||s||^2 - kappa^T K^+ kappa for kappa [Q, N] and ||s||^2 [Q]: the squared distance from the span."""
         cross, own, prime = cross.copy(), own.copy(), self.prime
         count = cross.shape[1]
         for start in range(0, count, _PANEL):

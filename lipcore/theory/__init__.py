@@ -1,5 +1,6 @@
-"""What a training run says about the learned function: the quantities of Loukas, Poiitis and Jegelka, "What training
-reveals about neural network complexity" (NeurIPS 2021, arXiv 2106.04186), from the windows of a Monitor.
+"""Statements about the function that a training run has learnt: the quantities of Loukas, Poiitis and Jegelka, "What
+training reveals about neural network complexity" (NeurIPS 2021, arXiv 2106.04186), evaluated on the windows of a
+Monitor.
 
 Every number is a :class:`lipcore.results.Value` with its label: exact, one-sided (a bound) or heuristic.
 """

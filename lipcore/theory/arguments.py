@@ -1,4 +1,4 @@
-"""Checks of the numbers that the functions of lipcore.theory take."""
+"""Checks of the numbers that functions of lipcore.theory take."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def positive(name: str, value: Any) -> float:
-    """A finite number above 0; ValueError naming the argument otherwise."""
+    """Return a finite number above 0, or raise a ValueError that names the argument."""
     number = real(name, value, "a positive number")
     if not (number > 0 and math.isfinite(number)):
         raise ValueError(f"{name}: expected a positive number, got {value!r}")
@@ -18,7 +18,7 @@ def positive(name: str, value: Any) -> float:
 
 
 def real(name: str, value: Any, expected: str = "a number") -> float:
-    """A float of anything that is one number; ValueError naming the argument otherwise."""
+    """Return as a float what is one number, or raise a ValueError that names the argument."""
     single = isinstance(value, Tensor) and value.numel() == 1
     if isinstance(value, (bool, str)) or not (single or hasattr(value, "__float__")):
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
@@ -29,8 +29,8 @@ def real(name: str, value: Any, expected: str = "a number") -> float:
 
 
 def per_step(name: str, values: Any, steps: int, of: str, hint: str = "", *, zero: bool = False) -> list[float]:
-    """One finite number above 0 (or 0, with zero=True) for each of the steps; ValueError naming the argument and the
-    step otherwise."""
+    """Return one finite number above 0 (or 0, with zero=True) for each of the steps, or raise a ValueError that
+    names the argument and the step."""
     expected = f"{name}: expected one value for each of {of}'s {steps} steps"
     if isinstance(values, (str, bytes, dict)) or not (isinstance(values, Sequence) or hasattr(values, "__len__")):
         raise ValueError(f"{expected}, got {values!r}; pass a sequence or a tensor [{steps}]")

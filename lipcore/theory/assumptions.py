@@ -16,7 +16,7 @@ from lipcore.theory.training import joined
 
 @dataclass(frozen=True, repr=False)
 class Slack(Finding):
-    """Assumption 1, measured at some points in some passes."""
+    """Result of :func:`slack`: Assumption 1, measured at some points in some passes."""
 
     gamma: Value  #: max over points and pairs of passes from tau on of lambda / lambda' - 1
     median: Value  #: over points, of the same
@@ -25,8 +25,8 @@ class Slack(Finding):
 
 
 def slack(passes: Iterable[Tensor], steps: Iterable[int] | None = None, *, tau: int | None = None) -> Slack:
-    r"""gamma of Assumption 1 of Loukas et al.: after step tau the Lipschitz constant of a region changes by at most a
-    factor 1 + gamma, which Theorems 2 and 3 need.
+    r"""Measure gamma of Assumption 1 of Loukas et al.: after step tau the Lipschitz constant of a region changes by at
+    most a factor 1 + gamma. Theorems 2 and 3 need it.
 
     Measured from two or more passes over the same points, :math:`\lambda_i` of each from
     :func:`lipcore.local_lipschitz` (or a monitor's probe): :math:`1 + \gamma = \max_i \max_t \lambda_i(t) / \min_t
@@ -76,15 +76,15 @@ def slack(passes: Iterable[Tensor], steps: Iterable[int] | None = None, *, tau: 
 
 @dataclass(frozen=True, repr=False)
 class SigmoidHead(Finding):
-    """How far a probability stays from 0 and 1."""
+    """Result of :func:`sigmoid_head`: how far a probability stays from 0 and 1."""
 
     mu: Value  #: min over samples of min(f, 1 - f)
     xi: Value  #: 0.25 / (mu (1 - mu)); 1 for a linear head
 
 
 def sigmoid_head(probabilities: Tensor) -> SigmoidHead:
-    r"""mu and xi of Theorems 2 and 3 of Loukas et al. for a network that ends in a sigmoid: :math:`f(x) \in [\mu,
-    1-\mu]`, :math:`\xi = 0.25 / (\mu(1-\mu))`, the ratio of the sigmoid's largest slope to its smallest.
+    r"""Measure mu and xi of Theorems 2 and 3 of Loukas et al. for a network that ends in a sigmoid: :math:`f(x) \in
+    [\mu, 1-\mu]`, and :math:`\xi = 0.25 / (\mu(1-\mu))`, the ratio of the sigmoid's largest slope to its smallest.
 
     Exact for the given samples; heuristic for the whole input space, which the theorems speak of.
 

@@ -1,4 +1,4 @@
-"""Corollary 2: how unsteadily the first bias moved, against the Lipschitz constants."""
+"""Corollary 2: how unsteadily the first bias moved, and what that says about the Lipschitz constants."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROUNDING = 1 + 1e-4  # of float32 parameters, whose motion is recorded as they 
 
 @dataclass(frozen=True, repr=False)
 class BiasVariance(Finding):
-    """Corollary 2 over one window of n steps."""
+    """Result of :func:`bias_variance`: Corollary 2 over one window of n steps."""
 
     variance: Value  #: (1/(n+1)) sum ||b_t - mean||^2 over b_0 ... b_n; its note says where it is over fewer points
     lower: Value  #: n/(4(n+1)) (mean ||b_t - b_{t-1}||)^2: always a lower bound
@@ -43,8 +43,8 @@ def bias_variance(
     last_step: int | None = None,
     place: str | None = None,
 ) -> BiasVariance:
-    r"""Corollary 2 of Loukas et al., over the last of the windows: the variance of a parameter's trajectory and what it
-    says about Lipschitz constants.
+    r"""Evaluate Corollary 2 of Loukas et al. on the last of the windows: the variance of a parameter's trajectory, and
+    its lower bounds by the parameter's steps and by Lipschitz constants.
 
     .. math:: \mathrm{Var} \ge \frac{n}{4(n+1)}\Big(\frac1n\sum_t\|b_t - b_{t-1}\|\Big)^2
               \ge \frac{n}{4(n+1)} \frac{(\alpha \bar\lambda / \sigma_1(W_1))^2}{\mathrm{avg}(1/\varepsilon_t^2)}
@@ -104,7 +104,8 @@ def bias_variance(
 
 
 def _other_points(window: Window, step: Value, variance: Value) -> str:
-    """Why the variance is not over b_0 ... b_n, between which the window's steps lie; "" where it is."""
+    """Say why the variance is not over b_0 ... b_n, the points before and after the window's n steps; "" where it
+    is."""
     if every_steps(window) > 1:
         return f"the trajectory was looked at in {step.count} of {window.steps} steps: it takes every_steps=1"
     if step.count and variance.count != step.count + 1:
@@ -121,7 +122,8 @@ def _other_points(window: Window, step: Value, variance: Value) -> str:
 
 
 def _second(number: float, lower: Value, found: LiteralSteps, uneven: str, steps: int) -> Value:
-    """The bound by lambda; it cannot be above the one by the motion itself where the steps were as it assumes."""
+    """Compute the bound by lambda. It cannot be above the one by the motion itself where the steps were as it
+    assumes."""
     against = [*found.against, uneven]
     if not uneven and lower.count != steps:
         against.append(f"the parameter was finite in {lower.count} of {steps} steps only")
@@ -136,12 +138,12 @@ def _second(number: float, lower: Value, found: LiteralSteps, uneven: str, steps
 
 
 def _changes(found: LiteralSteps, parameter: str, window: Window) -> bool:
-    """Whether the recorded rate, which is of the first layer's bias alone, did not stay the same."""
+    """Say whether the recorded rate changed within the window; it is the rate of the first layer's bias alone."""
     return own_bias(window) == parameter and found.learning_rate is not None and len(set(found.learning_rate)) > 1
 
 
 def _constant_rate(given: float | None, found: LiteralSteps, parameter: str, window: Window) -> float | None:
-    """The rate that was given or recorded; a record is of the first layer's bias alone."""
+    """Return the learning rate that was given or recorded; a record is of the first layer's bias alone."""
     if found.learning_rate is None or own_bias(window) != parameter:
         return given
     low, high = found.learning_rate
@@ -159,6 +161,6 @@ def _constant_rate(given: float | None, found: LiteralSteps, parameter: str, win
 
 
 def _mean_inverse_square(eps: Sequence[float] | Tensor, steps: int) -> float | None:
-    """None for a window without steps."""
+    """Return the mean of 1/eps^2, None for a window without steps."""
     values = per_step("eps", eps, steps, "the window", f"{_ZERO}; choose a window without it")
     return math.fsum(value**-2 for value in values) / len(values) if values else None

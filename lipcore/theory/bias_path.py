@@ -1,4 +1,4 @@
-"""Corollary 3: how far the first bias went, against the Lipschitz constants."""
+"""Corollary 3: how far the first bias went, and what bounds that by the Lipschitz constants."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NEEDS = "needs learning_rate (or a recorded one), eps_max and a Lipschitz metri
 
 @dataclass(frozen=True, repr=False)
 class BiasDistance(Finding):
-    """Corollary 3: how far a parameter went from its reference."""
+    """Result of :func:`bias_distance`: how far a parameter went from its reference, and how straight (Corollary 3)."""
 
     distance: Value  #: ||b - b_0||
     length: Value  #: sum of ||b_t - b_{t-1}||
@@ -39,8 +39,8 @@ def bias_distance(
     last_step: int | None = None,
     place: str | None = None,
 ) -> BiasDistance:
-    r"""Corollary 3 of Loukas et al.:
-    :math:`\|b_\tau - b_0\| \le \sum_t \alpha_t\,\varepsilon_{\max}\,\bar\lambda_t / \sigma_{\min}(W_1)`.
+    r"""Evaluate Corollary 3 of Loukas et al.: :math:`\|b_\tau - b_0\| \le \sum_t
+    \alpha_t\,\varepsilon_{\max}\,\bar\lambda_t / \sigma_{\min}(W_1)`.
 
     For plain SGD at batch 1 and squared error, the first layer's own bias and all windows from step 1 on; the same
     condition as the upper side of Theorem 1 (n_1 <= n, full rank). The bound is not valid, and its note says why, where
@@ -83,7 +83,8 @@ def bias_distance(
 
 
 def _bound(number: float, found: list[LiteralSteps], windows: list[Window], length: Value, elsewhere: str) -> Value:
-    """It bounds the length of the path too, so a longer path says that the steps were not as it assumes."""
+    """Make the bound a Value with its label and note. It bounds the path's length too, so a longer path says that
+    the steps were not as the corollary assumes."""
     sides = [row.side for row in found]
     against = [reason for row in found for reason in row.against]
     against += [side.note or "Theorem 1's upper side is not valid" for side in sides if not side.valid]
@@ -99,7 +100,7 @@ def _bound(number: float, found: list[LiteralSteps], windows: list[Window], leng
 
 
 def _given_rates(given: float | Sequence[float] | Tensor | None, windows: list[Window]) -> list[list[float] | None]:
-    """Per window: its steps' rates, one that holds for all of them, or None."""
+    """Return for each window the rates of its steps, one rate that holds for all of them, or None."""
     if given is None:
         return [None] * len(windows)
     single = isinstance(given, Tensor) and not given.dim()
@@ -114,7 +115,7 @@ def _given_rates(given: float | Sequence[float] | Tensor | None, windows: list[W
 
 
 def _rate(window: Window, found: LiteralSteps, given: list[float] | None, parameter: str) -> float | None:
-    """The largest rate of the window. A record is of the first layer's bias alone."""
+    """Return the largest learning rate of the window; a record is of the first layer's bias alone."""
     recorded = found.learning_rate
     if parameter != own_bias(window):
         recorded = None

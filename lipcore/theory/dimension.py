@@ -1,4 +1,4 @@
-"""Covering numbers, and an estimate of the dimension data have."""
+"""Covering numbers, and an estimate of the intrinsic dimension of data."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _BLOCK = 1 << 24
 
 
 def log_covering_number(radius: float, *, extent: float, dimension: float) -> float:
-    r"""Natural logarithm of an upper bound of the covering number of a ball of radius `extent` by balls of `radius` in
-    `dimension` dimensions: :math:`N \le (1 + 2R/r)^k`, and 1 where r >= R (Vershynin, High-Dimensional Probability,
-    Corollary 4.2.13). At radius 0 it is infinite.
+    r"""Compute the natural logarithm of an upper bound of a covering number: how many balls of `radius` cover a ball of
+    radius `extent` in `dimension` dimensions, :math:`N \le (1 + 2R/r)^k`, and 1 where r >= R (Vershynin,
+    High-Dimensional Probability, Corollary 4.2.13). At radius 0 it is infinite.
 
     >>> round(log_covering_number(0.5, extent=1.0, dimension=2), 4)
     3.2189
@@ -30,10 +30,9 @@ def log_covering_number(radius: float, *, extent: float, dimension: float) -> fl
 
 
 def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
-    r"""Maximum-likelihood estimate of the dimension of the set the points x [N, ...] lie on (Levina and Bickel 2004,
-    averaged as MacKay and Ghahramani 2005 propose):
-    :math:`\hat k^{-1} = \frac{1}{N(m-1)} \sum_i \sum_{j<m} \log (T_m(x_i) / T_j(x_i))`, T_j the distance to the j-th
-    neighbour.
+    r"""Estimate by maximum likelihood the dimension of the set that the points x [N, ...] lie on (Levina and Bickel
+    2004, averaged as MacKay and Ghahramani 2005 propose): :math:`\hat k^{-1} = \frac{1}{N(m-1)} \sum_i \sum_{j<m} \log
+    (T_m(x_i) / T_j(x_i))`, with T_j the distance to the j-th neighbour.
 
     Heuristic: biased downwards in high dimensions, and distances are Euclidean ones of the raw inputs.
 
@@ -69,8 +68,8 @@ def intrinsic_dimension(x: Tensor, *, neighbors: int = 10) -> Value:
 
 
 def _scaled(points: Tensor) -> Tensor:
-    """Times the power of two that brings their spread to 1: squares of distances below 1e-162 would be 0 and above
-    1e154 infinite. Exact, and in two steps, since the power itself can be beyond the range of floats."""
+    """Multiply points by the power of two that brings their spread to 1: squares of distances below 1e-162 would be
+    0 and above 1e154 infinite. Exact, and in two steps, since the power itself can be beyond the range of floats."""
     spread = float((points.amax(0) / 2 - points.amin(0) / 2).max())
     exponent = math.frexp(max(spread, math.ulp(0.0)))[1]
     return points * 2.0 ** -(exponent // 2) * 2.0 ** -(exponent - exponent // 2)

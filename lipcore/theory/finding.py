@@ -1,4 +1,4 @@
-"""What the functions of lipcore.theory return."""
+"""Base of the results that functions of lipcore.theory return."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from lipcore.metric.results import Value, json_ready
 
 @dataclass(frozen=True, repr=False)
 class Finding:
-    """Base: a few values with their labels; ``print`` it, or take ``to_dict()``."""
+    """Base of the results of lipcore.theory: a few values with their labels. ``print`` shows them, ``to_dict()``
+    exports them."""
 
     def __repr__(self) -> str:
         rows = []
@@ -33,5 +34,5 @@ class Finding:
         return "\n".join([type(self).__name__, *lines])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready: values as dictionaries, None for what is not finite."""
+        """Return the result JSON-ready: values as dictionaries, None for what is not finite."""
         return {field.name: json_ready(getattr(self, field.name)) for field in fields(self)}

@@ -1,4 +1,4 @@
-"""Theorem 3: how far the error on the training set can be from the expected one. Every factor of it is shown."""
+"""Theorem 3: how far the error on the training set can be from the expected one, with every factor of the bound."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OF_C = ("1 + gamma", "beta", "1 / (mu (1 - mu))", "1 / p_min")  #: the factors 
 
 @dataclass(frozen=True, repr=False)
 class Generalization(Finding):
-    """Theorem 3 and all that goes into it."""
+    """Result of :func:`generalization`: the bound of Theorem 3 and all that goes into it."""
 
     bound: Value  #: of |er_emp - er_exp|, with probability 1 - delta
     vacuous: bool  #: bound >= 1, or not known to be less
@@ -59,7 +59,7 @@ def generalization(
     last_step: int | None = None,
     place: str | None = None,
 ) -> Generalization:
-    r"""Theorem 3 of Loukas et al., for binary classification by a ReLU network with a sigmoid head:
+    r"""Evaluate Theorem 3 of Loukas et al., for binary classification by a ReLU network with a sigmoid head:
 
     .. math:: |er_{emp} - er_{exp}| \le \sqrt{\frac{4 \log 2\, N_{cov}(X; r) + 2\log(1/\delta)}{N}},\quad
               r = \frac{\min_i |1 - 2 f(x_i)|}{c \log(\sum_l n_l)\, \varphi},\quad
@@ -171,8 +171,8 @@ def _probabilities(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _radius(factors: dict[str, float]) -> tuple[float, str, str]:
-    """1 / product of the factors, the largest of them, and why the radius is not defined (then it is 0, the bound
-    infinite): a factor that is not finite says nothing about the others, not even where one of them is 0."""
+    """Return 1 / product of the factors, the largest of them, and why the radius is not defined. Then it is 0 and
+    the bound infinite: a factor that is not finite says nothing about the others, not even where one of them is 0."""
     for name, number in factors.items():
         if math.isnan(number):
             return 0.0, name, f"{name} is not known, so the radius is not defined"
@@ -184,7 +184,7 @@ def _radius(factors: dict[str, float]) -> tuple[float, str, str]:
 
 
 def _bound(log_cover: float, count: int, delta: float) -> float:
-    """The right side of Theorem 3, in logarithms: covering numbers leave the range of floats."""
+    """Compute the right side of Theorem 3, in logarithms, because covering numbers leave the range of floats."""
     terms = (math.log(4 * math.log(2)) + log_cover, math.log(2 * math.log(1 / delta)))
     log_sum = max(terms) + math.log1p(math.exp(-abs(terms[0] - terms[1])))
     log_bound = 0.5 * (log_sum - math.log(count))

@@ -1,4 +1,5 @@
-"""Corollary 1: a bound of the local Lipschitz constants at the data, beside the truth and the product of norms."""
+"""Corollary 1: a bound of the local Lipschitz constants at the data, beside the true maximum and the product of
+norms."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ _ROUNDING = 1 + 1e-4  # of float32 models, whose r and lambda come from differen
 
 @dataclass(frozen=True, repr=False)
 class GlobalBound(Finding):
-    """Corollary 1: max of lambda over the data <= beta phi."""
+    """Result of :func:`lipschitz_bound`: Corollary 1, the maximum of lambda over the data <= beta phi."""
 
     bound: Value  #: beta phi
     beta: Value  #: largest sigma_1(W_1) over the windows
@@ -45,8 +46,8 @@ def lipschitz_bound(
     place: str | None = None,
     metric: str = "lipschitz",
 ) -> GlobalBound:
-    r"""Corollary 1 of Loukas et al.: :math:`\lambda(R_x) \le \beta\varphi` for every sample visited at t >= tau, with
-    :math:`\beta \ge \sigma_1(W_1)` and :math:`\varphi` the steadiness from tau on (Definition 1).
+    r"""Evaluate Corollary 1 of Loukas et al.: :math:`\lambda(R_x) \le \beta\varphi` for every sample visited at t >=
+    tau, with :math:`\beta \ge \sigma_1(W_1)` and :math:`\varphi` the steadiness from tau on (Definition 1).
 
     It is about samples as they were visited from tau on. With `model` and `x` (the training inputs) two numbers stand
     beside it: the true maximum of lambda over x now, and :func:`spectral_norm_product`, which bounds it everywhere. The
@@ -96,13 +97,14 @@ def lipschitz_bound(
 
 
 def _skipped(windows: list[Window], metric: str) -> str:
-    """phi is over recorded samples: how many there were besides."""
+    """Say how many samples phi leaves out, because they were not recorded."""
     count = sum(row["sum"].value for window in windows for row in window[metric]["skipped"].values())
     return f"{count:.0f} samples skipped, whose loss gradient was 0 or not finite" if count else ""
 
 
 def _beta(windows: list[Window], metric: str) -> Value:
-    """The largest of the windows' sigma_1, each from above; NaN where one is: max() would depend on the order."""
+    """Return the largest of the windows' sigma_1, each an upper bound; NaN where one is NaN, since the result of
+    max() would depend on the order."""
     largest, notes, broken = -math.inf, [], []
     label: list[Label] = ["exact"]
     for window in windows:
@@ -141,7 +143,7 @@ def _largest(model: nn.Module, x: Tensor, output: int | Callable[[Any], Tensor] 
 
 
 def _above(bound: Value) -> str:
-    """Why a number can be above the bound."""
+    """Say why a number can be above the bound."""
     if not bound.valid:
         return "that is not valid"
     if bound.label == "heuristic":

@@ -11,8 +11,8 @@ from lipcore.theory.windows import one_place, quantity
 
 
 def refuse_other_head(windows: list[Window], model: nn.Module, place: str | None) -> None:
-    """ValueError where the windows are of another kind of output than the model's last module, as far as it can be seen
-    (a custom module shows its last operation only while it is watched)."""
+    """Raise a ValueError where the windows are of another kind of output than the model's last module, as far as
+    that can be seen (a custom module shows its last operation only while it is watched)."""
     kind = last_kind(unwrap(model))
     for window in windows:
         found = place_of(window, "lipschitz", place)
@@ -26,8 +26,8 @@ def refuse_other_head(windows: list[Window], model: nn.Module, place: str | None
 
 
 def other_output(place: str, model: nn.Module) -> str:
-    """Why numbers of this place and of the model's output cannot be compared; "" where they can, as far as it can be
-    seen."""
+    """Say why numbers of this place and of the model's output cannot be compared; "" where they can, as far as that
+    can be seen."""
     module = unwrap(model)
     kind, (name, seen) = last_kind(module), _split(place)
     inner = dict(named_modules(module)).get(name) if isinstance(module, nn.Sequential) else None
@@ -38,18 +38,20 @@ def other_output(place: str, model: nn.Module) -> str:
 
 
 def place_of(window: Window, metric: str, place: str | None) -> str:
-    """The place that was asked for, or the only one, of a window's Lipschitz metric."""
+    """Return the place that was asked for, or the only one, of a window's Lipschitz metric."""
     return one_place(quantity(window, metric, "normalized_gradient_norm", "nothing was recorded"), place)
 
 
 def _split(place: str) -> tuple[str, str]:
-    """Name of the module whose output it is, and the kind of that; "" where it was not seen."""
+    """Split a place into the name of the module whose output it is and the kind of that output; "" where it was not
+    seen."""
     name, colon, kind = place.rpartition(":")
     return (name, kind) if colon else (kind, "")
 
 
 def _ends(module: nn.Module) -> list[nn.Module]:
-    """A (nested) nn.Sequential, its last module, the last one of that, ...: all with the same output."""
+    """Return a (nested) nn.Sequential, its last module, the last module of that, and so on: all have the same
+    output."""
     ends = [module]
     while isinstance(ends[-1], nn.Sequential) and len(ends[-1]):
         ends.append(unwrap(ends[-1][-1]))

@@ -41,8 +41,8 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropo
 
 
 def layer_constant(module: nn.Module, x: Tensor) -> tuple[float, str] | None:
-    """An upper bound of the layer's Lipschitz constant in the 2-norm, and by which iteration where one was needed; None
-    where it is not known or there is none (a jump, a layer that mixes samples).
+    """Bound the Lipschitz constant of a layer in the 2-norm. Returns the bound and the iteration that found it, if one
+    was needed; None where the constant is not known or does not exist (a jump, a layer that mixes samples).
 
     Args:
         x: one sample [1, ...]; its shape matters to convolutions and pooling.
@@ -89,8 +89,8 @@ def _other(module: nn.Module, x: Tensor) -> float | None:
 
 
 def _max_pooling(module: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) -> float:
-    """The root of how many windows an input element can be the maximum of. Element p is in window j at place i when
-    p = j stride + i dilation: every stride / gcd(stride, dilation)-th of the kernel's places."""
+    """Compute the root of the number of windows of which an input element can be the maximum. Element p is in window
+    j at place i when p = j stride + i dilation: every stride / gcd(stride, dilation)-th of the kernel's places."""
     dims = int(type(module).__name__[-2])
     settings = (
         [size] * dims if isinstance(size, int) else list(size) * (dims if len(size) == 1 else 1)
@@ -100,8 +100,8 @@ def _max_pooling(module: nn.MaxPool1d | nn.MaxPool2d | nn.MaxPool3d) -> float:
 
 
 def _averaging(module: nn.Module, x: Tensor) -> float:
-    r"""A linear map A with entries of one sign: :math:`\|A\|_2 \le \sqrt{\|A\|_1 \|A\|_\infty}`, the sums from A 1 and
-    A^T 1. So padding, ceil_mode and divisors are whatever the layer makes of them."""
+    r"""Bound the norm of a linear map A with entries of one sign: :math:`\|A\|_2 \le \sqrt{\|A\|_1 \|A\|_\infty}`,
+    with the sums from A 1 and A^T 1. So padding, ceil_mode and divisors are whatever the layer makes of them."""
     with torch.enable_grad():
         ones = torch.ones(x.shape, dtype=torch.float64, device=x.device, requires_grad=True)
         rows = module(ones)

@@ -1,4 +1,5 @@
-"""Whether a window's steps were those of Corollaries 2 and 3: plain SGD on one sample, of the first layer's bias."""
+"""A check whether a window's steps were those of Corollaries 2 and 3: plain SGD on one sample, of the first layer's
+bias."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ _NOTHING: Mapping[str, Any] = {}
 
 @dataclass(frozen=True)
 class LiteralSteps:
-    """What a window says about its steps; `against` names all that is not as the corollaries have it."""
+    """What a window says about its steps; `against` names all that differs from what the corollaries assume."""
 
     side: Value  #: the side of the sandwich that the corollary is made from
     against: tuple[str, ...]
@@ -23,19 +24,20 @@ class LiteralSteps:
 
 
 def has_sides(window: Window) -> bool:
-    """Whether there is a sandwich to state a corollary with."""
+    """Say whether the window has a sandwich to state a corollary with."""
     return "sandwich" in window.results.get("lipschitz", ())
 
 
 def own_bias(window: Window) -> str | None:
-    """Name of the first layer's bias, whose steps were recorded."""
+    """Return the name of the first layer's bias, whose steps were recorded."""
     facts: Mapping[str, Any] = window["lipschitz"].details.get("first_bias", _NOTHING)
     return facts.get("parameter")
 
 
 def literal_steps(window: Window, parameter: str, side: str, place: str | None) -> LiteralSteps:
-    r"""Check a window: a step is :math:`\alpha\varepsilon_t r_t` long only for the first layer's own bias, on one row
-    per sample, at batch 1, by SGD without momentum or weight decay, and the mean of lambda must be over every step."""
+    r"""Check a window's steps. A step is :math:`\alpha\varepsilon_t r_t` long only for the first layer's own bias,
+    on one row per sample, at batch 1, by SGD without momentum or weight decay; and the mean of lambda must be over
+    every step."""
     result = window["lipschitz"]
     sides = quantity(window, "lipschitz", "sandwich", NEEDS)
     place = one_place(sides, place)

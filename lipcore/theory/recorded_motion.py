@@ -1,4 +1,4 @@
-"""What Corollaries 2 and 3 both ask of the Trajectory metric, and the words they share."""
+"""What Corollaries 2 and 3 both need from the Trajectory metric, and the sentences they share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _APART = {
 
 
 def known(window: Window, name: str, parameter: str) -> Quantity:
-    """A quantity of the trajectory that has this parameter; ValueError otherwise."""
+    """Return a quantity of the trajectory that has this parameter, or raise a ValueError."""
     every = every_steps(window)
     why = "Trajectory takes it in mode='exact' by default (stats=)"
     if name == "path_length" and every > 1:
@@ -29,15 +29,15 @@ def known(window: Window, name: str, parameter: str) -> Quantity:
 
 
 def every_steps(window: Window) -> int:
-    """At every how many steps the trajectory was looked at."""
+    """Return k where the trajectory was looked at in every k-th step."""
     return int(window["trajectory"].details["every_steps"])
 
 
 def apart(window: Window) -> str:
-    """Why the distance is not between the ends of the path; "" where it is."""
+    """Say why the distance is not between the ends of the path; "" where it is."""
     return _APART.get(window["trajectory"].details.get("distance_apart_by", ""), "")
 
 
 def unchecked(found: LiteralSteps) -> list[str]:
-    """As a note: what the corollaries ask of the steps and nothing recorded tells."""
+    """List as notes what the corollaries assume of the steps and nothing recorded tells."""
     return [f"not checked: {', '.join(found.unchecked)}"] if found.unchecked else []

@@ -17,8 +17,8 @@ from lipcore.theory.layer_constants import layer_constant
 
 
 def spectral_norm_product(model: nn.Module, x: Tensor) -> Value:
-    r"""The textbook bound of the global Lipschitz constant: :math:`\prod_l \|W_l\|_2` times the constants of what lies
-    between (what Loukas et al. compare Corollary 1 with).
+    r"""Compute the textbook bound of a network's global Lipschitz constant, with which Loukas et al. compare Corollary
+    1: :math:`\prod_l \|W_l\|_2` times the constants of the modules between.
 
     For chains (nested nn.Sequential) of Linear, convolutions, BatchNorm in eval mode, pooling and element-wise
     activations. Norms are by SVD; of larger maps and convolutions a bound of it, some percent above, by Lanczos

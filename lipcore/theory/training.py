@@ -1,4 +1,4 @@
-"""Theorem 1 and Definition 1: what the first layer's gradients said about the function while it was trained."""
+"""Theorem 1 and Definition 1: what the first layer's gradients say about the function while it is trained."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lipcore.theory.windows import NEEDS, missing_steps, one_place, quantity, se
 
 @dataclass(frozen=True, repr=False)
 class Sandwich(Finding):
-    """Theorem 1 over an interval of training: lower <= middle <= upper."""
+    """Result of :func:`sandwich`: Theorem 1 over an interval of training, lower <= middle <= upper."""
 
     lower: Value  #: mean of lambda_i / sigma_1(W_1)
     middle: Value  #: mean of r_i, the normalised first-layer gradient norm
@@ -24,7 +24,7 @@ class Sandwich(Finding):
 
     @property
     def upper_valid(self) -> bool:
-        """Whether the upper side is a theorem here."""
+        """Validity of the upper side: True where it is a theorem."""
         return self.upper.valid
 
 
@@ -36,7 +36,7 @@ def sandwich(
     place: str | None = None,
     metric: str = "lipschitz",
 ) -> Sandwich:
-    r"""Theorem 1 of Loukas et al. over any interval of windows:
+    r"""Evaluate Theorem 1 of Loukas et al. over any interval of windows:
 
     .. math:: \frac{1}{n}\sum_t \frac{\lambda_t}{\sigma_1(W_1)} \le \frac{1}{n}\sum_t r_t \le
               \frac{1}{n}\sum_t \frac{\lambda_t}{\sigma_{\min}(W_1)}
@@ -74,14 +74,14 @@ def sandwich(
 
 
 def joined(notes: Iterable[str]) -> str:
-    """The different notes of several values; the first six, since a run can have a thousand windows."""
+    """Join the different notes of several values; the first six, since a run can have a thousand windows."""
     different = list(dict.fromkeys(note for note in notes if note))
     more = [f"and {len(different) - 6} more"] if len(different) > 6 else []
     return "; ".join([*different[:6], *more])
 
 
 def _mean(values: list[Value], gaps: str) -> Value:
-    """Over all samples of all windows; not valid where one is not."""
+    """Average over all samples of all windows; not valid where a window's value is not."""
     count = sum(value.count for value in values)
     total = math.fsum(value.value * value.count for value in values)
     notes = joined([*(value.note for value in values), gaps])
@@ -92,7 +92,8 @@ def _mean(values: list[Value], gaps: str) -> Value:
 
 @dataclass(frozen=True, repr=False)
 class Steadiness(Finding):
-    """phi(tau) = max of r_t over t >= tau, tau at the start of each window."""
+    """Result of :func:`steadiness`: the curve phi(tau) = max of r_t over t >= tau, with tau at the start of each
+    window."""
 
     steps: tuple[int, ...]  #: tau: first step of each window
     phi: tuple[float, ...]  #: suffix maximum, never rising
@@ -103,8 +104,8 @@ class Steadiness(Finding):
     note: str = ""  #: what phi does not know: steps that lie in no window, infinite r
 
     def at(self, step: int) -> float:
-        """phi of the window that contains `step`: an upper bound of phi(tau) within a window, exact at its first step.
-        NaN before the first window, after the last one, and in steps that lie in no window."""
+        """Return phi of the window that contains `step`: exact at the window's first step, an upper bound of
+        phi(step) within it. NaN before the first window, after the last one, and in steps that lie in no window."""
         for tau, end, phi in zip(self.steps, self.ends, self.phi, strict=True):
             if tau <= max(step, 1) <= end:
                 return phi
@@ -116,7 +117,7 @@ class Steadiness(Finding):
         return "\n".join(lines + ([f"  unknown  {self.note}"] if self.note else []))
 
     def earliest(self, phi: float) -> int | None:
-        """The earliest tau from which on training is (tau, phi)-steady; None when it never became so."""
+        """Return the earliest tau from which on training is (tau, phi)-steady, None when it never became so."""
         return next((tau for tau, value in zip(self.steps, self.phi, strict=True) if value <= phi), None)
 
 
@@ -128,8 +129,8 @@ def steadiness(
     place: str | None = None,
     metric: str = "lipschitz",
 ) -> Steadiness:
-    r"""Definition 1 of Loukas et al.: training is :math:`(\tau, \varphi)`-steady when :math:`r_t \le \varphi` for all
-    :math:`t \ge \tau`; the curve is :math:`\varphi(\tau) = \max_{t \ge \tau} r_t`.
+    r"""Compute the curve of Definition 1 of Loukas et al., :math:`\varphi(\tau) = \max_{t \ge \tau} r_t`: training is
+    :math:`(\tau, \varphi)`-steady when :math:`r_t \le \varphi` for all :math:`t \ge \tau`.
 
     tau is each window's first step. Exact for the samples that were recorded; windows without any are passed over (NaN
     at the end). Overlapping windows are thinned, and steps that lie in no window named in `note`.

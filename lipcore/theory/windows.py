@@ -1,4 +1,4 @@
-"""The windows of a run that a statement is about."""
+"""Selection of those windows of a run that a statement is about."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NEEDS = "it needs a Linear or convolution as first layer, a scalar output, and r
 
 
 def select(history: Iterable[Window], metric: str, first_step: int | None, last_step: int | None) -> list[Window]:
-    """The windows within [first_step, last_step], oldest first and without overlap: each step counts once.
+    """Select the windows within [first_step, last_step], oldest first and without overlap: each step counts once.
 
     Of overlapping (sliding) windows the last one is kept and, going back from it, the next that ends before it began.
     Windows without a step and without a sample are left out, as long as there is another. ValueError when there is
@@ -67,7 +67,7 @@ def _checked(history: Any) -> list[Window]:
 
 
 def has_samples(window: Window, metric: str) -> bool:
-    """Whether a Lipschitz metric recorded a sample in it, be it one whose r was infinite."""
+    """Say whether a Lipschitz metric recorded a sample in the window, be it one whose r was infinite."""
     if metric not in window or "normalized_gradient_norm" not in window[metric]:
         return False
     counts = [row["mean"].count for row in window[metric]["normalized_gradient_norm"].values()]
@@ -75,17 +75,19 @@ def has_samples(window: Window, metric: str) -> bool:
 
 
 def with_samples(windows: list[Window], metric: str) -> list[Window]:
-    """Those in which a Lipschitz metric recorded a sample; all of them where none did, for an error to name."""
+    """Select the windows in which a Lipschitz metric recorded a sample; return all of them where none did, for an
+    error to name."""
     return [window for window in windows if has_samples(window, metric)] or windows
 
 
 def span(window: Window) -> str:
-    """How messages name a window."""
+    """Name a window, in messages."""
     return f"the window of steps {window.first_step} to {window.last_step}"
 
 
 def missing_steps(windows: list[Window], start: int | None = None) -> str:
-    """Which steps lie between the windows (and before the first one, from `start` on) in none of them; "" if none."""
+    """List the steps that lie between the windows (and, from `start` on, before the first one) but in none of them;
+    "" if there are none."""
     ends = [window.last_step for window in windows]
     starts = [window.first_step for window in windows]
     before = [*ends[:-1]] if start is None else [start - 1, *ends[:-1]]
@@ -98,7 +100,7 @@ def missing_steps(windows: list[Window], start: int | None = None) -> str:
 
 
 def one_place(quantity: Quantity, place: str | None) -> str:
-    """The place that was asked for, or the only one."""
+    """Return the place that was asked for, or the only one."""
     places = list(quantity)
     if place is None:
         if len(places) == 1:
@@ -110,7 +112,7 @@ def one_place(quantity: Quantity, place: str | None) -> str:
 
 
 def quantity(window: Window, metric: str, name: str, why: str) -> Quantity:
-    """A quantity that a statement needs; ValueError saying why it may be missing."""
+    """Return a quantity that a statement needs, or raise a ValueError that says why it may be missing."""
     if name not in window[metric]:
         raise ValueError(f"history: {metric} has no {name} in {span(window)}: {why}")
     return window[metric][name]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 
 
 def by_block(name: str) -> str:
-    """Group of a parameter: its name up to the first number ("layers.3"), else the module that owns it, else "root".
+    """Name the group of a parameter: its name up to the first number ("layers.3"), else the module that owns it, else
+    "root".
 
     >>> by_block("encoder.layers.3.attention.query.weight"), by_block("head.weight"), by_block("scale")
     ('encoder.layers.3', 'head', 'root')
@@ -23,7 +24,7 @@ Groups = Callable[[str], str] | Mapping[str, str]
 
 
 def group_names(groups: Groups) -> Callable[[str], str]:
-    """A function parameter name -> group name, from one or from {group: regular expression}."""
+    """Make a function from parameter name to group name, from such a function or from {group: regular expression}."""
     if callable(groups):
         return groups
     if not isinstance(groups, Mapping) or not groups:

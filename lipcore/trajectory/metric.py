@@ -33,59 +33,64 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class Trajectory(Metric):
-    r"""Streaming statistics of the path that parameters take through training.
+    r"""Statistics of the path that the parameters take through training, kept as the run goes.
 
-    For every parameter, every group and the total, with w_t the parameters after step t, w_0 the reference point (their
-    values when the metric was bound, or :meth:`set_reference`) and a window of n steps:
+    They are given for every parameter, for every group and in total. Let w_t be the parameters after step t, w_0 the
+    reference point (their values when the metric was bound to the model, or those of :meth:`set_reference`), and n the
+    number of steps in the window:
 
     * ``update_norm`` :math:`\|w_t - w_{t-1}\|` and ``update_ratio`` :math:`\|w_t - w_{t-1}\| / \|w_t\|` (last, mean,
       max, p50, p99); ``max_abs_update`` (last, max); ``weight_norm`` (last)
-    * ``path_length`` :math:`\sum_t \|w_t - w_{t-1}\|` over the window (sum) and since the reference (cumulative);
-      called ``chord_length`` when `every_steps` > 1, because it then is a lower bound that no factor corrects
-    * ``distance`` :math:`\|w_t - w_0\|` and ``directness`` = distance / cumulative path length (last)
+    * ``path_length`` :math:`\sum_t \|w_t - w_{t-1}\|`, over the window (sum) and since the reference (cumulative). With
+      `every_steps` > 1 it is called ``chord_length``: it is then a lower bound of the path length, and no factor
+      corrects it
+    * ``distance`` :math:`\|w_t - w_0\|`, and ``directness``, the distance over the cumulative path length (last)
     * ``variance`` :math:`\frac{1}{n+1} \sum_{t=0}^{n} \|w_t - \bar w\|^2` over the window's n + 1 points, its start
-      included (Corollary 2 of Loukas et al., NeurIPS 2021); of a sliding window that has lost its first block, over the
-      n points after its steps. Its count is the number of points
-    * ``unmoved_steps``, in which not one element changed; ``nonfinite_steps``, ``nonfinite_elements`` (sum)
-    * on request ``grad_norm`` of the batch's gradient as backward left it, ``clipped_grad_norm`` as the optimizer got
-      it, and ``element_variance`` (see :meth:`element_variance`)
+      included (Corollary 2 of Loukas et al., NeurIPS 2021). A sliding window that has lost its first block has the n
+      points after its steps. The value's count is the number of points
+    * ``unmoved_steps``: steps in which not one element changed; ``nonfinite_steps`` and ``nonfinite_elements`` (sum)
+    * on request, by `stats`: ``grad_norm``, the norm of the batch's gradient as the backward pass left it;
+      ``clipped_grad_norm``, that of the gradient as the optimizer got it; ``element_variance`` (see
+      :meth:`element_variance`)
 
-    A group's norm is that of its parameters taken together. A parameter with NaN or infinite elements is left out of
-    that step and counted; its statistics go on from its last finite values. Nothing is divided by a learning rate, and
-    the loss reduction enters only as far as it changes the updates.
+    The norm of a group is that of its parameters taken together. A parameter with NaN or infinite elements is left out
+    of that step and counted; its statistics go on from its last finite values. Nothing is divided by a learning rate.
+    The loss reduction matters only as far as it changes the updates.
 
-    Three ways to keep what is needed (`mode`), :meth:`plan` says for how many bytes:
+    `mode` chooses what is kept of the parameters, and :meth:`plan` says how many bytes that takes:
 
-    * ``"exact"``: three copies per parameter (previous and reference in its own dtype, mean in float32), and a fourth
-      (float64) once a window is longer than 512 steps.
+    * ``"exact"``: three copies of each parameter (the previous one and the reference in its own dtype, the mean in
+      float32), and a fourth one (float64) once a window is longer than 512 steps.
     * ``"sketch"``: a CountSketch of `buckets` float64 numbers per group. Norms, path length, distance, variance and
-      ``update_cosine``, the cosine between successive updates, follow from it with a standard error (``Value.error``);
+      ``update_cosine`` (the cosine between successive updates) follow from it with a standard error (``Value.error``),
       per group and in total, not per parameter.
     * ``"updates"``: nothing. The update comes from `source`; distance, directness and variance are not known.
-    * ``"auto"``: exact where it fits `memory_budget`, else the largest sketch that does.
+    * ``"auto"``: exact where that fits `memory_budget`, else the largest sketch that does.
 
     Args:
-        model: a module, whose trainable parameters are looked up at every step (so replaced ones are seen), a dict of
-            modules, or an iterable of (name, tensor): then only those very tensor objects are seen, not what replaces
-            them.
-        groups: name -> group name, default :func:`lipcore.by_block`; or a dict {group: regular expression}, in which
-            the first that is found in the name counts, and "other" is what matches none.
+        model: a module, whose trainable parameters are looked up at every step, so that replaced ones are seen; a dict
+            of modules; or an iterable of (name, tensor), which stands for those very tensor objects and not for what
+            replaces them.
+        groups: a function from parameter name to group name, default :func:`lipcore.by_block`; or a dict {group:
+            regular expression}. The first expression that is found in the name counts; a name that matches none belongs
+            to "other".
         stats: which quantities to report; default all but those on request.
         every_steps: look only at every k-th step.
-        window_blocks: of how many blocks a sliding window consists; :meth:`advance` slides it by one. Each keeps a mean
-            (float32) per parameter.
+        window_blocks: of how many blocks a sliding window consists; :meth:`advance` slides it by one block. Each block
+            keeps a mean (float32) per parameter.
         ring: how many recent steps are kept one by one for :meth:`drain`.
         mode: see above; default "exact", or "updates" when `source` is one that needs no copies.
         source: where updates come from: "difference" of stored copies or sketches; "optimizer", recomputed from the
-            state of torch.optim.SGD, Adam or AdamW; "snapshot", a copy that lives only during the steps looked at;
-            "explicit", given to :meth:`update`; "auto": the difference, or in mode "updates" the optimizer, or a
+            state of torch.optim.SGD, Adam or AdamW; "snapshot", a copy that lives only during the steps that are looked
+            at; "explicit", given to :meth:`update`; "auto": the difference, or in mode "updates" the optimizer, or a
             snapshot where that has no closed form.
         optimizer: for a metric that stands alone; a Monitor passes its own.
         masters: float32 master copies of half-precision parameters, {name: tensor} or a function of (name, parameter);
             they are measured in place of the parameters.
         buckets, seed: of the sketch; a power of two from 256 to 65536. The relative standard deviation of a squared
-            norm is sqrt(2 / (buckets * groups)) at most.
-        keep_every, keep_limit: keep the sketch of every so many steps, at most so many: see :attr:`sketches`.
+            norm is at most sqrt(2 / (buckets * groups)).
+        keep_every, keep_limit: keep the sketch of every so many steps, and at most so many sketches: see
+            :attr:`sketches`.
         memory_budget: bytes, for mode "auto".
 
     >>> layer = nn.Linear(2, 1, bias=False)
@@ -283,7 +288,7 @@ class Trajectory(Metric):
         self._tracker.settle()
 
     def update(self, updates: Mapping[str, Tensor] | None = None) -> None:
-        """Call after every optimizer step (and before zero_grad) when the metric stands alone.
+        """Observe a step, when the metric stands alone: call this after every optimizer step and before zero_grad.
 
         Args:
             updates: with ``source="explicit"``, what was added to every parameter, by name.
@@ -316,8 +321,8 @@ class Trajectory(Metric):
         self.close()
 
     def rebase(self) -> None:
-        """The parameters were changed by something else than a step (weights loaded, an EMA swapped in): their path
-        goes on from where they are now. A Monitor does this by itself after `load_state_dict`."""
+        """Go on from where the parameters are now, after something else than a step has changed them (weights
+        loaded, an average of weights swapped in). A Monitor does this by itself after `load_state_dict`."""
         self._require_bound()
         jumps = [tracker.rebase() for tracker in self._trackers.values()]
         if any(jumps):
@@ -326,8 +331,8 @@ class Trajectory(Metric):
         self._rebased += 1
 
     def set_reference(self, reference: nn.Module | Mapping[str, Tensor] | None = None) -> None:
-        """Measure distance, and path length since the reference, from another point: now, or another model's parameters
-        or those in a state_dict.
+        """Measure distance, and path length since the reference, from another point: from now, from another model's
+        parameters, or from those in a state_dict.
 
         Offsets are kept in float32 from the reference: the variance of a trajectory that stays x standard deviations
         away from it has a relative error of about 1e-7 x.
@@ -353,7 +358,7 @@ class Trajectory(Metric):
     # ---- results
 
     def plan(self) -> list[PlanLine]:
-        """What was chosen, the groups, and the bytes of every kind of state."""
+        """Return what was chosen, the groups, and the bytes of every kind of state."""
         self._require_bound()
         lines = [PlanLine("mode", self._chosen.why)]
         groups: dict[str, list[Part]] = {}
@@ -434,9 +439,9 @@ class Trajectory(Metric):
             warnings.warn(f"trajectory: {message}", UserWarning, stacklevel=4)
 
     def element_variance(self) -> dict[str, Tensor]:
-        """Variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by parameter name
-        (NaN before the first step); for ``stats=[..., "element_variance"]``. One more number per element is kept then,
-        two in long windows."""
+        """Return the variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by
+        parameter name (NaN before the first step). It needs ``stats=[..., "element_variance"]``, which keeps one
+        more number per element, and two in long windows."""
         self._require_bound()
         copies = self._tracker.copies
         if copies is None or not copies.per_element:
@@ -451,8 +456,8 @@ class Trajectory(Metric):
         return out
 
     def drain(self) -> StepHistory:
-        """Update and weight norms of every single step since the last call, as far as the ring still has them. The only
-        wait for a device is here."""
+        """Return the update and weight norms of every single step since the last call, as far as the ring still has
+        them. This waits for the device."""
         self._require_bound()
         tracker = next(iter(self._trackers.values()))
         return tracker.drain()
@@ -538,7 +543,7 @@ class Trajectory(Metric):
 
     def merge(self, other: Trajectory | dict[str, Any]) -> None:
         """Add the window of the interval that follows this one (another Trajectory of the same parameters, or its
-        state): the result is that of one window over both. Shards are merged by :func:`merge_shards`.
+        state). The result is that of one window over both. For shards see :func:`merge_shards`.
 
         The other one must go on where this one ended: continued from this one's state, or started anew there.
 
@@ -566,9 +571,10 @@ class Trajectory(Metric):
         self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
     def sync(self, group: Any = None) -> MetricResult:
-        """The open window of whole parameters from the shards on all ranks (FSDP2, tensor parallelism, DDP): every rank
-        calls it, every rank gets the same. Replicated parameters count once. A collective; needs the default process
-        group. The window must fit the `ring`, since only the squares of single steps add up over shards.
+        """Gather the open window of whole parameters from the shards on all ranks (FSDP2, tensor parallelism, DDP).
+        Every rank calls it and gets the same result; replicated parameters count once. It is a collective and needs the
+        default process group. The window must fit the `ring`, since only the squares of single steps add up over
+        shards.
 
         Raises:
             RuntimeError: torch.distributed is not initialised.
@@ -582,7 +588,7 @@ class Trajectory(Metric):
         return gather(self.summary(), group)
 
     def summary(self) -> dict[str, Any]:
-        """What :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""
+        """Return what :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""
         self._require_bound()
         return next(iter(self._trackers.values())).summary(self.every_steps)
 

@@ -21,7 +21,7 @@ _MOST = 4  # times as many, before a device that has not finished is waited for
 
 @dataclass(frozen=True)
 class SampleStatistics:
-    """Of the samples asked for, in their order; tensors [n] on the CPU."""
+    """Statistics of the samples that were asked for, in their order; tensors [n] on the CPU."""
 
     count: Tensor  #: int64; 0 for an id without values
     mean: Tensor  #: float64; NaN for an id without values, as the others
@@ -30,18 +30,20 @@ class SampleStatistics:
 
 
 class TopSamples(NamedTuple):
-    """Sample ids by score, the first one first; tensors on the CPU."""
+    """Sample ids in the order of their scores, the first one first; tensors on the CPU."""
 
     ids: Tensor
     values: Tensor
 
 
 class SampleScores:
-    """Statistics over epochs of a value per sample (its gradient norm, say), 48 bytes each, keyed by any int64 id.
+    """Statistics, over epochs, of one value per sample of the data set (its gradient norm, say), by sample id.
 
-    Observing never waits for the device: batches are copied to the host in the background and folded in later, at the
-    latest when a number is asked for (or when the device is 256 batches behind). NaN ("no value") is counted in
-    `missing`, an infinite value in `invalid`; neither enters anything else.
+    For every id it keeps count, mean, variance and maximum in 48 bytes. Ids may be any int64 numbers.
+
+    :meth:`observe` never waits for the device. Batches are copied to the host in the background and folded in later: at
+    the latest when a number is asked for, or when the device is 256 batches behind. A NaN stands for "no value" and is
+    counted in `missing`; infinite values are counted in `invalid`. Neither enters anything else.
 
     >>> scores = SampleScores()
     >>> scores.observe(torch.tensor([7, -1, 7]), torch.tensor([1.0, 5.0, 3.0]))
@@ -128,7 +130,7 @@ class SampleScores:
         self._moments[slots] = np.stack([mean, m2, high], axis=1)
 
     def __len__(self) -> int:
-        """How many samples have a value."""
+        """Return how many samples have a value."""
         self._fold()
         return len(self._index)
 
@@ -145,7 +147,7 @@ class SampleScores:
         return self._invalid
 
     def lookup(self, ids: Tensor | Sequence[int]) -> SampleStatistics:
-        """Statistics [n] of these samples [n]."""
+        """Return the statistics [n] of these samples [n]."""
         wanted = ids
         if not isinstance(wanted, Tensor):
             wanted = torch.tensor(ids, dtype=None if len(ids) else torch.int64, device="cpu")
@@ -162,8 +164,8 @@ class SampleScores:
     def top(
         self, k: int, by: Literal["mean", "max", "variance", "count"] = "mean", *, largest: bool = True
     ) -> TopSamples:
-        """The k samples with the largest (or smallest) score, fewer when there are not so many; of equals the smaller
-        ids."""
+        """Return the k samples with the largest (or smallest) score, fewer when there are not so many. Of equal
+        scores the smaller ids come first."""
         if not isinstance(k, int) or isinstance(k, bool) or k < 0:
             raise ValueError(f"k: expected a count >= 0, got {k!r}")
         if by not in ("mean", "max", "variance", "count"):
@@ -178,7 +180,7 @@ class SampleScores:
         return TopSamples(torch.from_numpy(ids[order]), torch.from_numpy(values[order]))
 
     def to_numpy(self) -> dict[str, Array]:
-        """Arrays ids, count, mean, variance and max of all samples, by ascending id."""
+        """Return arrays ids, count, mean, variance and max of all samples, by ascending id."""
         ids, count, moments = self._sorted()
         mean, variance, high = _statistics(count, moments)
         return {"ids": ids, "count": count, "mean": mean, "variance": variance, "max": high}
@@ -191,14 +193,14 @@ class SampleScores:
         return self._index.ids[order], self._count[order], self._moments[order]
 
     def merge(self, other: SampleScores) -> None:
-        """Add everything the other one has observed."""
+        """Add everything that other scores have observed."""
         missing, invalid = other.missing, other.invalid
         self._merge(*other._sorted())
         self._missing += missing
         self._invalid += invalid
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, ids in ascending order with their counts and moments, and what was left out."""
+        """Return version, ids in ascending order with their counts and moments, and what was left out."""
         ids, count, moments = self._sorted()
         mean, m2, high = (np.ascontiguousarray(column) for column in moments.T)
         arrays = {"ids": ids, "count": count, "mean": mean, "m2": m2, "max": high}
@@ -206,7 +208,7 @@ class SampleScores:
         return {"version": self._version, **state, "missing": self._missing, "invalid": self._invalid}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a state; ValueError naming what is wrong, and nothing changed, when it is not one."""
+        """Take over a state. Where it is not one, raise a ValueError that names what is wrong, and change nothing."""
         check_version(state, self._version, "one")
         ids, count = (_column(state, key, torch.int64) for key in ("ids", "count"))
         mean, m2, high = (_column(state, key, torch.float64) for key in ("mean", "m2", "max"))
