@@ -113,6 +113,9 @@ class Lipschitz(StandaloneMetric):
     ) -> None:
         check_choice("quantity", quantity, ("scalar", "residual"))
         check_count("lambda_every", lambda_every, optional=True)
+        self._settings = {"input": input, "output": output, "quantity": quantity, "lambda_every": lambda_every}
+        self._settings |= {"optional": optional, "shortcut": shortcut}
+        self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._input, self._output, self._quantity = input, output, quantity
         self.optional = optional
         self._shortcut = shortcut
@@ -185,6 +188,11 @@ class Lipschitz(StandaloneMetric):
 
     def bind(self, model: nn.Module) -> None:
         """Look for layers in which samples mix."""
+        if self._numbers is not None:
+            raise RuntimeError(
+                "this Lipschitz is a copy, which holds the numbers of compute() and no model; to go on, make a new one "
+                "and load_state_dict() of the original"
+            )
         self._model = model
         self._batchnorms = [module for _, module in named_modules(unwrap(model)) if isinstance(module, _BatchNorm)]
 
@@ -286,8 +294,15 @@ class Lipschitz(StandaloneMetric):
             PlanLine("output", f"{self._last.place}: {what}"),
         ]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Make a copy or a pickle: as it is before it is bound, then the open window's numbers and nothing else."""
+        numbers = self.finalize() if self._model is not None else self._numbers
+        return _copy_of, (type(self), self._settings, numbers, self.off)
+
     def finalize(self) -> MetricResult:
         """The open window's numbers; see the class for what they are."""
+        if self._numbers is not None:
+            return self._numbers
         result = MetricResult(self.name, first_layer=self._first.name, output=self._last.place, quantity=self._quantity)
         label: Label = "one-sided" if self._quantity == "residual" else "exact"
         note = ""
@@ -448,6 +463,12 @@ class Lipschitz(StandaloneMetric):
     def _loaded(self, key: str, states: Any) -> list[Distribution]:
         """A block of the window."""
         return loaded_distributions(key, states, len(self._all))
+
+
+def _copy_of(kind: type[Lipschitz], settings: dict[str, Any], numbers: MetricResult | None, off: str) -> Lipschitz:
+    copied = kind(**settings)
+    copied._numbers, copied.off = numbers, off
+    return copied
 
 
 def _are_steps(block: Any) -> bool:

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.capture.parameters import GradientWatch, LoadWatch
 from lipcore.capture.taps.tap import Record
-from lipcore.capture.taps.tap_capture import Capture
+from lipcore.capture.taps.tap_capture import Capture, inert_capture
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import Metric, Needs
@@ -418,6 +418,33 @@ class Engine:
             if not self._failed:
                 self._final = self._window()  # results refer to parameters, which may go on moving
         self._raise_error()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Make what a copy or a pickle has: all numbers so far and no model; it is closed, and records nothing."""
+        final = self._final if self._failed else self._final or self._window()
+        return self.__dict__ | {
+            "model": None,
+            "_optimizers": [],
+            "_scaler": None,
+            "_scaled": None,
+            "_error": None,
+            "_final": final,
+            "_closed": True,
+            "_failed": True,
+            "_tapping": [],
+            "_step_calls": [],
+            "_layer_captures": [],
+            "_wanting": {},
+            "_clock": None,
+            "_load_watch": None,
+            "_gradient_watch": None,
+            "_capture": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._clock = Clock([], Calls(self._after_step, self._after_skipped_step, self._stop_all))
+        self._capture = inert_capture()
 
     def __enter__(self: Self) -> Self:
         return self

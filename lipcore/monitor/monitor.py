@@ -81,6 +81,9 @@ class Monitor(Engine):
             scaler=scaler,
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_probes": Probes()}
+
     def plan(self) -> Plan:
         """Return what is measured, by which rule, for how many bytes."""
         return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self._window_rule, str(self._clock))

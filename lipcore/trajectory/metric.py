@@ -30,6 +30,10 @@ from lipcore.trajectory.update_tracker import NORMALIZED, UpdateTracker
 _EXTRA = (*GRADIENTS, "element_variance")
 _ALL = (*MOVES, *OFFSETS, *ANGLES, *NORMALIZED, *_EXTRA)
 _HALF = (torch.bfloat16, torch.float16)
+_ONLY_NUMBERS = (
+    "this Trajectory is a copy, which holds the numbers of compute() and no model; to go on, make a new Trajectory and "
+    "load_state_dict() of the original"
+)
 
 
 class Trajectory(Metric):
@@ -141,6 +145,7 @@ class Trajectory(Metric):
         self._given_optimizer = optimizer
         self._scaler: Any = None
         self._parts: list[Part] = []
+        self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._trackers: dict[str, Tracker] = {}
         self._gradients: Gradients | None = None
         self._steps_seen = self._rebased = self._skipped = 0
@@ -165,6 +170,8 @@ class Trajectory(Metric):
 
     def bind(self, model: Model) -> None:
         """Take the reference point."""
+        if self._numbers is not None:
+            raise RuntimeError(_ONLY_NUMBERS)
         if self._parts:
             raise RuntimeError("this Trajectory is bound to a model already; make one Trajectory per model")
         if self._given_optimizer is not None:
@@ -349,7 +356,18 @@ class Trajectory(Metric):
         tracker.set_reference(values)
         self._apart = "" if all(map(torch.equal, values, here.values())) else "set_reference"
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Make what a copy or a pickle has: as it is before it is bound, then the open window's numbers and nothing
+        else."""
+        if not self._parts:
+            return self.__dict__
+        nothing: dict[str, Any] = {"_parts": [], "_trackers": {}, "_gradients": None, "_model": None, "_masters": None}
+        nothing |= {"_optimizers": [], "_given_optimizer": None, "_scaler": None, "_groups": by_block}
+        return self.__dict__ | nothing | {"_numbers": self.finalize()}
+
     def _require_bound(self) -> None:
+        if self._numbers is not None:
+            raise RuntimeError(_ONLY_NUMBERS)
         if not self._parts:
             raise RuntimeError(
                 "this Trajectory has no model; pass one to Trajectory(model) or to Monitor(model, metrics=[...])"
@@ -359,6 +377,8 @@ class Trajectory(Metric):
 
     def plan(self) -> list[PlanLine]:
         """Return what was chosen, the groups, and the bytes of every kind of state."""
+        if self._numbers is not None:
+            return [PlanLine("copy", "holds numbers, and watches nothing")]
         self._require_bound()
         lines = [PlanLine("mode", self._chosen.why)]
         groups: dict[str, list[Part]] = {}
@@ -376,6 +396,8 @@ class Trajectory(Metric):
 
     def finalize(self) -> MetricResult:
         """The open window's numbers; see the class for what they are."""
+        if self._numbers is not None:
+            return self._numbers
         self._require_bound()
         result = MetricResult(self.name, every_steps=self.every_steps, mode=self._chosen.mode)
         result.details["source"] = self._chosen.source

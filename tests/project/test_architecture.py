@@ -15,7 +15,6 @@ _PATH = re.compile(r"`([\w./*-]+(?:/|\.(?:py|pyi|cpp|cu|h|txt|toml|json|md)))`")
 _LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
 #: Made by a command, not committed.
 _MADE = {"lipcore-demo/figure.png", "build/dev/compile_commands.json"}
-#: Described before they are there; a name leaves this set when its file has come.
 _WIDTH = 140
 
 

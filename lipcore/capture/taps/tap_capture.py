@@ -59,7 +59,7 @@ class Capture:
         self._hooking = threading.Lock()  # threads that train one model hook the taps one after the other
 
     def __reduce__(self) -> tuple[Callable[[], Capture], tuple[()]]:
-        return _inert_capture, ()  # for pickle and deepcopy: a copied model is not watched
+        return inert_capture, ()  # for pickle and deepcopy: a copied model is not watched
 
     # ---- hooks
 
@@ -219,7 +219,7 @@ class Capture:
         return self._collector.recording and bool(self._sites) and not self._collector.records and not served
 
 
-def _inert_capture() -> Capture:
+def inert_capture() -> Capture:
     """What a copied model has in the place of the hooks of the original's capture."""
     inert = Capture(nn.Identity(), [], lambda record: None, lambda error: None)
     inert._collector.recording = inert._collector.tapping = False
