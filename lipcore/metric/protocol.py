@@ -186,13 +186,13 @@ class Metric(ABC):
     def rebind(self) -> None:  # noqa: B027
         """Look at the model anew after parameters were added, removed, reshaped, frozen or unfrozen."""
 
-    @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """Return everything that is needed to continue bit for bit: tensors, numbers and strings only."""
+        raise NotImplementedError(f"{type(self).__name__} has no state_dict()")
 
-    @abstractmethod
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; ValueError naming the first key that does not fit, and nothing changed, otherwise."""
+        raise NotImplementedError(f"{type(self).__name__} has no load_state_dict()")
 
     def merge(self, other: Any) -> None:
         """Add the open window of another metric of the same kind."""
