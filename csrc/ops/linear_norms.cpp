@@ -17,7 +17,7 @@ struct Buffer {
   ~Buffer() { std::free(memory); }
 };
 
-// Of this thread, made once; large enough for every instruction set.
+// Returns the scratch memory of this thread, made once and large enough for every instruction set.
 void* scratch() {
   static thread_local Buffer buffer;
   if (!buffer.memory) {
@@ -105,7 +105,7 @@ double scale_for(double largest) {
   return std::ldexp(1.0, std::max(-1000, std::min(1000, -std::ilogb(largest))));
 }
 
-// Samples whose float32 sums lost something to range, again in float64 and scaled.
+// Computes samples whose float32 sums left their range once more, in float64 and scaled.
 void redo(const Batch& batch, const std::vector<int64_t>& which, double* out) {
   const auto largest = kernels().linear_norms->largest;
   std::vector<Job> jobs;

@@ -176,9 +176,8 @@ double read_element(const TensorView& view, int64_t offset) {
   }
 }
 
-// The stride between the single elements of B samples: [B], [B, 1], [1, B]... one dimension of size B, the others of
-// size
-// 1. -1 where more than one dimension has several elements.
+// Returns the stride between the single elements of B samples, whose shape has one dimension of size B and others of
+// size 1: [B], [B, 1], [1, B]. -1 where more than one dimension has several elements.
 int64_t sample_stride(const TensorView& view) {
   int64_t stride = 0;
   for (int d = 0, found = 0; d < view.ndim; ++d) {

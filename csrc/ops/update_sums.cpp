@@ -25,7 +25,8 @@ bool same_strides(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-bool overlap(const TensorView& a, const TensorView& b) {  // of dense ones
+// Both are dense.
+bool overlap(const TensorView& a, const TensorView& b) {
   const auto* a_begin = static_cast<const char*>(a.data);
   const auto* b_begin = static_cast<const char*>(b.data);
   return a_begin < b_begin + b.numel * item_size(b.dtype) && b_begin < a_begin + a.numel * item_size(a.dtype);

@@ -14,12 +14,12 @@ _INTEGERS = (torch.int64, torch.int32)
 
 
 def resolved(tensor: Tensor, name: str, index: int = -1) -> Tensor:
-    """The tensor once the gatekeeper has passed it, a copy where it carries the negative bit; name[index] in a list."""
+    """Let the gatekeeper check a tensor; return it, or a copy where it has the negative bit. name[index] in a list."""
     return tensor.resolve_neg() if _core.check_storage(tensor, name, index) else tensor
 
 
 def readable(tensor: Tensor, name: str) -> Tensor:
-    """The same, detached."""
+    """Return the tensor as :func:`resolved` does, detached."""
     tensor = resolved(tensor, name)
     return tensor.detach() if tensor.requires_grad else tensor
 
@@ -39,7 +39,7 @@ def same_place(tensor: Tensor, name: str, other: Tensor, other_name: str) -> Non
 
 
 def rows(tensor: Tensor, name: str, packed: bool) -> Tensor:
-    """[B, T, F] of [B, ..., F] or [B], [1, N, F] of packed rows [N, F]."""
+    """Return [B, T, F] of [B, ..., F] or [B], and [1, N, F] of packed rows [N, F]."""
     dimensions = tensor.dim()
     if packed:
         if dimensions != 2:
@@ -54,7 +54,7 @@ def rows(tensor: Tensor, name: str, packed: bool) -> Tensor:
 
 
 def integers(tensor: Tensor, name: str) -> Tensor:
-    """An integer tensor as int64, the negative bit and gradients not being possible."""
+    """Return an integer tensor as int64, the negative bit and gradients not being possible."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS or tensor.layout != torch.strided:
         what = f"dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected an int64 or int32 tensor, got {what}")
@@ -62,12 +62,12 @@ def integers(tensor: Tensor, name: str) -> Tensor:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """int64 as the core takes it: dense, under the name of a floating type, which is all the gatekeeper knows."""
+    """Return int64 as the core takes it: dense, under the name of a floating type, which is all the gatekeeper sees."""
     return tensor.contiguous().view(torch.float64)
 
 
 def packed_offsets(offsets: Tensor | None, like: Tensor) -> Tensor | None:
-    """Checked int64 [B + 1]; whether they ascend from 0 to N is for the core to see."""
+    """Return the offsets as checked int64 [B + 1]; whether they ascend from 0 to N is for the core to see."""
     if offsets is None:
         return None
     offsets = integers(offsets, "offsets")
@@ -77,7 +77,7 @@ def packed_offsets(offsets: Tensor | None, like: Tensor) -> Tensor | None:
 
 
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """What autocast left in different types becomes their common one."""
+    """Return the tensors, which autocast may have left in different types, in their common one."""
     dtype = tensors[0].dtype
     if all(tensor.dtype == dtype for tensor in tensors):
         return tensors
@@ -91,9 +91,9 @@ def flat_rows(tensor: Tensor) -> Tensor:
 
 
 def within_range(found: Tensor, compute: Callable[..., Tensor], tensors: tuple[Tensor, ...], power: int) -> Tensor:
-    """What compute(*tensors), of degree `power` in each of them, found; once more with scaled tensors where float64
-    overflowed on the way, so that finite input gives no NaN. What is not finite then was not finite in the input, or
-    is too large. float32 and less cannot get there."""
+    """Return what compute(*tensors), of degree `power` in each of them, has found. Where float64 overflowed on the way
+    it is called again with scaled tensors, so that finite input gives no NaN: what is not finite then was not finite
+    in the input, or is too large. float32 and less cannot get there."""
     if all(t.dtype != torch.float64 for t in tensors) or bool(found.isfinite().all()):
         return found
     exponents, scaled = 0, []

@@ -32,7 +32,7 @@ def conv_norms_sq(
     groups: int = 1,
     method: str | None = None,
 ) -> Tensor:
-    r"""Squared norms of per-sample weight gradients of a convolution.
+    r"""Compute the squared norms of the per-sample weight gradients of a convolution.
 
     .. math:: n_b^2 = \Big\|\frac{\partial L_b}{\partial W}\Big\|_F^2 = \sum_{o,i,\delta} \Big(\sum_t g_{b,o,t}\,
         x_{b,i,\,t\cdot stride + \delta\cdot dilation - padding}\Big)^2
@@ -94,7 +94,7 @@ def conv_method(
     padding: Sequence[int],
     groups: int = 1,
 ) -> str:
-    """The faster method of :func:`conv_norms_sq` on the CPU, "direct" or "gram", by counting multiplications.
+    """Return the faster method of :func:`conv_norms_sq` on the CPU, "direct" or "gram", by counting multiplications.
 
     >>> conv_method([64, 512, 4, 4], [64, 512, 4, 4], kernel_size=[3, 3], padding=[1, 1])
     'gram'

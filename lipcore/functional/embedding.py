@@ -30,7 +30,7 @@ def embedding_norms_sq(
     padding_idx: int | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
-    r"""Squared norms of the per-sample gradients of an embedding's weight, repeated tokens added before squaring.
+    r"""Compute squared norms of an embedding weight's per-sample gradients, repeated tokens added before squaring.
 
     .. math:: n_b^2 = \sum_v \|\sum_{t:\,i_{bt}=v} w_{bt}\,g_{bt}\|_2^2
 
@@ -92,7 +92,7 @@ def embedding_norms_sq(
 def tied_cross(
     indices: Tensor, grad_embedding: Tensor, x: Tensor, grad_head: Tensor, *, padding_idx: int | None = None
 ) -> Tensor:
-    r"""Inner product of the two gradients that a tied weight gets per sample, as an embedding and as the head.
+    r"""Compute the inner product of a tied weight's two gradients per sample, as an embedding and as the head.
 
     .. math:: \langle E_b, H_b\rangle = \sum_{s,t} G_{b,s,i_{bt}}\,\langle x_{bs}, e_{bt}\rangle
 
@@ -149,7 +149,7 @@ def _check_padding(padding_idx: int | None) -> None:
 
 
 def _check_tokens(indices: Tensor, grad: Tensor, name: str) -> None:
-    """A row of the gradient for every token; a sample may have lost or gained dimensions of size 1."""
+    """Return the gradient with a row for every token; a sample may have lost or gained dimensions of size 1."""
     if not indices.dim():
         raise ValueError("indices: expected shape [B, ...], got a 0-dimensional tensor; use indices.reshape(1, 1)")
     if grad.dim() < 2 or grad.shape[0] != indices.shape[0] or math.prod(grad.shape[:-1]) != indices.numel():

@@ -14,7 +14,7 @@ _COMPILED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, method: str | None = None) -> Tensor:
-    r"""Squared norms of per-sample weight gradients of y = x W^T, given the gradient at y.
+    r"""Compute the squared norms of the per-sample weight gradients of y = x W^T, given the gradient at y.
 
     .. math:: n_b^2 = \Big\|\sum_t g_{bt} x_{bt}^T\Big\|_F^2 = \sum_{t,s} (x_{bt} \cdot x_{bs})(g_{bt} \cdot g_{bs})
 
@@ -55,7 +55,7 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, m
 
 
 def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    r"""The batch's weight gradient :math:`\sum_b g_b^T x_b` and the squared norms of its B summands, in one pass.
+    r"""Compute the batch's weight gradient :math:`\sum_b g_b^T x_b` and its B summands' squared norms in one pass.
 
     Each sample's block is added to the total while it is in cache, so the norms cost little beside the gradient that
     training needs anyway. The summation order is not torch's: the gradient agrees with torch's to rounding, not bit for
@@ -91,7 +91,7 @@ def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None
 
 
 def linear_method(tokens: int, in_features: int, out_features: int) -> str:
-    """What :func:`linear_norms_sq` does with T tokens per sample on the CPU unless told otherwise: "gram" or "direct".
+    """Return how :func:`linear_norms_sq` treats T tokens per sample on the CPU unless told: "gram" or "direct".
 
     The cheaper of both by multiplications and by how well tiles are filled; direct where they are close, because Gram
     loses digits.
@@ -114,7 +114,7 @@ def linear_norms_sq_estimate(
     offsets: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""An unbiased estimate of :func:`linear_norms_sq` from random probes, and its standard error.
+    r"""Estimate :func:`linear_norms_sq` from random probes, without bias, with the standard error.
 
     .. math:: \hat n_b^2 = \frac 1 k \sum_{j=1}^k \Big\|\sum_t g_{bt}\,(x_{bt} \cdot v_j)\Big\|^2, \qquad
         v_j \in \{-1, 1\}^I
@@ -196,7 +196,7 @@ def _is_compiled_for(x: Tensor, grad: Tensor) -> bool:
 
 
 def _for_the_core(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, list[int]]:
-    """One dtype, contiguous features, and dimensions [B, T, features] or [N, features]."""
+    """Return both in one dtype, with contiguous features, and dimensions [B, T, features] or [N, features]."""
     dtype = torch.promote_types(x.dtype, grad.dtype)
     x, grad = (t.to(dtype) if offsets is not None else portable.three_dimensional(t.to(dtype)) for t in (x, grad))
     x, grad = (_with_dense_rows(t) for t in (x, grad))

@@ -13,7 +13,7 @@ from lipcore.functional.sample_norms import sample_norms
 
 
 def outer_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
-    r"""Squared norms of the weight gradients of linear layers that see one row per sample, many layers in one call.
+    r"""Compute squared norms of weight gradients of Linears that see one row per sample, many layers in one call.
 
     .. math:: n_{lb}^2 = \|g_{lb}\,x_{lb}^T\|_F^2 = \|x_{lb}\|_2^2\,\|g_{lb}\|_2^2
 
@@ -41,8 +41,8 @@ def outer_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
 
 
 def outer_and_bias_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    r"""Squared norms of weight and bias gradients of such layers: :func:`outer_norms_sq` and :math:`\|g_{lb}\|_2^2`,
-    reading grad once.
+    r"""Compute the squared norms of weight and bias gradients of such layers: :func:`outer_norms_sq` and
+    :math:`\|g_{lb}\|_2^2`, reading grad once.
 
     Args:
         x: the inputs of the layers, each [B, ...].

@@ -16,7 +16,7 @@ _CHUNK = 1 << 24  # elements of the gradients that are held at a time
 
 
 def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, ...] in its working type with max |x_b| = 1, and the squares of what was divided by, float64 [B]."""
+    """Return x [B, ...] in its working type with max |x_b| = 1, and the squares of what was divided by, float64 [B]."""
     x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     if not x.numel():
         return x, x.new_ones(x.shape[0], dtype=_float64)
@@ -26,12 +26,12 @@ def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def squares(x: Tensor) -> Tensor:
-    """Sum of squares per sample, float64."""
+    """Return the sum of squares per sample, float64."""
     return x.flatten(1).to(_float64).square().sum(1)
 
 
 def pieces(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
-    """The samples of packed rows."""
+    """Return the samples of packed rows."""
     return x.detach().tensor_split(offsets[1:-1].cpu()) if len(offsets) > 1 else ()
 
 
@@ -40,7 +40,7 @@ def per_piece(values: list[Tensor], like: Tensor) -> Tensor:
 
 
 def three_dimensional(x: Tensor) -> Tensor:
-    """[B, T, features]."""
+    """Return x as [B, T, features]."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 

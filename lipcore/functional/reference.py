@@ -74,7 +74,7 @@ def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: in
 
 
 def _splitmix64(start: NDArray[np.uint64], steps: NDArray[np.uint64] | int) -> NDArray[np.uint64]:
-    """The output of splitmix64 (Steele, Lea, Flood 2014) after so many steps from a state, modulo 2**64."""
+    """Return the output of splitmix64 (Steele, Lea, Flood 2014) after so many steps from a state, modulo 2**64."""
     z = start + np.asarray(steps, np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ z >> 30) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ z >> 27) * np.uint64(0x94D049BB133111EB)
@@ -150,7 +150,7 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -
 
 
 def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The batch's weight gradient sum_b grad_b^T x_b, and linear_norms_sq() of the same."""
+    """Return the batch's weight gradient sum_b grad_b^T x_b, and linear_norms_sq() of the same."""
     weight_grad = grad.double().flatten(0, -2).T @ x.double().flatten(0, -2)
     return weight_grad, linear_norms_sq(x, grad, offsets=offsets)
 

@@ -16,7 +16,7 @@ _SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/per_sample.h: Terms
 
 
 def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:
-    r"""Squared norms of per-sample gradients of a bias, or with x of an element-wise scale.
+    r"""Compute the squared norms of the per-sample gradients of a bias, or with x of an element-wise scale.
 
     .. math:: n_b^2 = \|\sum_t g_{bt}\|_2^2 \quad\text{or}\quad n_b^2 = \|\sum_t g_{bt}\odot x_{bt}\|_2^2
 
@@ -46,7 +46,7 @@ def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor |
 
 
 def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -> Tensor:
-    r"""Both squared norms of a norm layer's affine parameters, scale and shift, in one pass.
+    r"""Compute both squared norms of a norm layer's affine parameters, scale and shift, in one pass.
 
     .. math:: \|\sum_t g_{bt}\odot x_{bt}\|_2^2, \quad \|\sum_t g_{bt}\|_2^2
 
@@ -72,7 +72,7 @@ def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -
 
 
 def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:
-    r"""As :func:`row_sum_norms_sq` for channels first: squared norms of sums over space.
+    r"""Compute :func:`row_sum_norms_sq` for channels first: squared norms of sums over space.
 
     .. math:: n_b^2 = \sum_c(\sum_s g_{bcs})^2 \quad\text{or}\quad n_b^2 = \sum_c(\sum_s g_{bcs}\,x_{bcs})^2
 
@@ -96,7 +96,7 @@ def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:
 
 
 def channel_affine_norms_sq(grad: Tensor, x: Tensor) -> Tensor:
-    r"""As :func:`affine_norms_sq` for channels first.
+    r"""Compute :func:`affine_norms_sq` for channels first.
 
     Args:
         grad: [B, C, \*space].
@@ -148,7 +148,7 @@ def _channel_sums(grad: Tensor, x: Tensor | None, terms: int) -> Tensor:
 
 
 def _space_first(t: Tensor) -> Tensor:
-    """[B, S, C] of [B, C, *space]: columns that are flat runs, or of channels_last memory rows."""
+    """Return [B, S, C] of [B, C, *space]: columns that are flat runs, or of channels_last memory rows."""
     by_row = t.movedim(1, -1)
     space = math.prod(t.shape[2:])
     if t.stride(1) == 1 and t.shape[1] > 1:

@@ -11,7 +11,7 @@ from lipcore.functional.arguments import check_state, resolved
 
 
 def sample_norms(x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    r"""Euclidean norm of every sample, :math:`n_b = \|x_b\|_2`, with x of shape [B, ...].
+    r"""Compute the Euclidean norm of every sample, :math:`n_b = \|x_b\|_2`, with x of shape [B, ...].
 
     Squares are taken and summed in float64, so nothing overflows or underflows and the order of threads does not
     matter.
@@ -51,8 +51,7 @@ def sample_norms(x: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 
 def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Normalised first-layer gradient norms :math:`r_b = \|\partial L/\partial u_b\|_2 \,/\, |\partial L/\partial\hat
-    y_b|`.
+    r"""Compute normalised norms :math:`r_b = \|\partial L/\partial u_b\|_2 \,/\, |\partial L/\partial\hat y_b|`.
 
     Both factors come from the same backward pass, so the loss reduction, a factor 1/2, an AMP loss scale and gradient
     accumulation all cancel: r_b is the norm of the gradient of the network's output with respect to u_b, the summand of

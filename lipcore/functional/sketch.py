@@ -15,7 +15,7 @@ _BUCKETS = [2**n for n in range(8, 17)]
 
 
 def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: int, seed: int) -> Tensor:
-    r"""CountSketch of a list of tensors: a short vector whose norm estimates theirs, in one pass over their memory.
+    r"""Compute the CountSketch of a list of tensors, a short vector whose norm estimates theirs, in one pass.
 
     .. math:: y_b = \sum_{i\,:\,h(i) = b} s(i)\, w_i, \qquad E\|y\|^2 = \|w\|^2, \qquad
         \mathrm{sd}(\|y\|^2) \le \|w\|^2 \sqrt{2 / k}

@@ -20,7 +20,7 @@ def trajectory_step(
     *,
     out: Tensor | None = None,
 ) -> Tensor:
-    r"""One step of trajectory statistics for a list of tensors, in one pass over their memory.
+    r"""Take one step of trajectory statistics for a list of tensors, in one pass over their memory.
 
     With dw = w - prev and x = w - ref, the columns of the result are :math:`\sum dw^2`, :math:`\sum x^2`, the Welford
     increment :math:`\sum (x - \bar x_{old})(x - \bar x_{new})`, :math:`\max |dw|`, :math:`\sum w^2` and the number of
@@ -72,8 +72,8 @@ def trajectory_step(
 
 
 def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """The tensor's values in the memory order of `like`; a copy only where strides differ. Misfits are left to the
-    core."""
+    """Return the tensor's values in the memory order of `like`; a copy only where strides differ. Misfits are left to
+    the core."""
     if tensor.stride() == like.stride() or tensor.shape != like.shape or tensor.dtype != like.dtype:
         return tensor
     if tensor.device != like.device:
@@ -84,7 +84,7 @@ def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
 def _check_copies(
     name: str, before: Sequence[Tensor], after: Sequence[Tensor], written: list[tuple[str, Sequence[Tensor]]]
 ) -> None:
-    """The core refuses state that shares memory with an argument, but of one that had to be copied it sees the copy."""
+    """Refuse state that shares memory with an argument that had to be copied, of which the core sees only the copy."""
     for i, (original, used) in enumerate(zip(before, after, strict=True)):
         if used is original:
             continue
@@ -97,7 +97,7 @@ def _check_copies(
 
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
-    """Whether the spans of memory from first to last element meet."""
+    """Return whether the spans of memory from first to last element meet."""
     if not a.numel() or not b.numel():
         return False
     (a_first, a_last), (b_first, b_last) = _span(a), _span(b)

@@ -60,7 +60,7 @@ DIFFERENCE = UpdateRule(rate=1.0, decay=-1.0)  #: the first tensor is the parame
 
 
 def sums_on_device(w: Tensor, a: Tensor | None, b: Tensor | None, rule: UpdateRule) -> tuple[Tensor, Tensor]:
-    """A row of :func:`lipcore.functional.update_sums` and its mean square by torch's operations; no host
+    """Return a row of :func:`lipcore.functional.update_sums` and its mean square by torch's operations, without a host
     synchronisation. Transient memory: about four copies of the tensor in its working type."""
     tensors = [t.detach() for t in (w, a, b) if t is not None]
     work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

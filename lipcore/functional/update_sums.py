@@ -19,7 +19,7 @@ def update_sums(
     second: Sequence[Tensor | None],
     rules: Sequence[UpdateRule],
 ) -> tuple[Tensor, Tensor]:
-    r"""Sums of the updates of one optimizer step for a list of tensors, from the optimizer's state after the step.
+    r"""Sum up the updates of one optimizer step for a list of tensors, from the optimizer's state after the step.
 
     With dw as the rules say it (:class:`lipcore.functional.update_rules.UpdateRule`) and w the tensors as they are now,
     the columns of the result are those of :func:`trajectory_step`: :math:`\sum dw^2`, 0, 0, :math:`\max |dw|`,
@@ -79,7 +79,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _laid_out_as(like: Tensor, tensor: Tensor) -> Tensor:
-    """The tensor's values in the memory order of `like`; a copy only where strides differ."""
+    """Return the tensor's values in the memory order of `like`; a copy only where strides differ."""
     if tensor.stride() == like.stride() or tensor.shape != like.shape or tensor.device != like.device:
         return tensor
     return torch.empty_like(like, dtype=tensor.dtype).copy_(tensor.detach())

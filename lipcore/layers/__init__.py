@@ -21,6 +21,9 @@ gradients consist. For y = x * scale, whose gradient is the sum of g * x over a 
 >>> isinstance(layers.rule_for(Scale(3)), ScaleRule)
 True
 
+What else lipcore asks about a type of layer has a default and is declared in its rule too: methods to choose from,
+when it mixes samples, whether an in-place activation may follow. See :class:`Rule`.
+
 Factors: :class:`Outer` (a weight that multiplies rows), :class:`RowSum` and :class:`ChannelSum` (biases and scales),
 :class:`Indexed` (tables of rows), :class:`Patches` (convolutions), :class:`Dense` (per-sample gradients as they are),
 :class:`Blocks` (a parameter whose blocks of rows have different factors).

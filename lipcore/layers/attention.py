@@ -22,7 +22,8 @@ _MASKS = ("key_padding_mask", "attn_mask")
 
 
 class MultiheadAttentionRule(Rule):
-    """grad_output is the gradient at the first output; the second, the attention weights, must not enter the loss."""
+    """The rule of MultiheadAttention: grad_output is the gradient at the first output; the second, the attention
+    weights, must not enter the loss."""
 
     methods = GRAM_OR_DIRECT
     in_place_after = False  # the output is part of a tuple
@@ -88,7 +89,7 @@ class MultiheadAttentionRule(Rule):
 
 
 def _inputs_kept(inputs: dict[str, Tensor], batch_first: bool) -> dict[str, Tensor]:
-    """Query, key and value as torch keeps them: with the batch first they are transposed, and that is copied.
+    """Return query, key and value as torch keeps them: with the batch first they are transposed, and that is copied.
 
     Self-attention has one tensor three times, and one copy.
     """
@@ -101,7 +102,7 @@ def _inputs_kept(inputs: dict[str, Tensor], batch_first: bool) -> dict[str, Tens
 
 
 def _weights_kept(module: Any, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights as torch keeps them: that of a projection only for a gradient at its input."""
+    """Return the weights as torch keeps them: that of a projection only for a gradient at its input."""
     kept: dict[str, Tensor] = {"out_proj.weight": as_autocast(module.out_proj.weight)}
     needed = {"in_proj_weight": any(x.requires_grad for x in inputs.values())}
     needed |= {name: inputs[source].requires_grad for name, source in zip(_SEPARATE, _INPUTS, strict=True)}

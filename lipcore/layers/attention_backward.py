@@ -14,7 +14,7 @@ _CHUNK = 1 << 22  # attention probabilities that are held at a time
 
 
 class Attention:
-    """One call of a MultiheadAttention.
+    """A call of a MultiheadAttention, computed once more.
 
     Args:
         inputs: query, key and value, [B, T, features].
@@ -31,8 +31,8 @@ class Attention:
         self.inputs = [at_least_float32(x) for x in inputs]
 
     def backward(self, grad: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The out-projection's input [B, T, E]; gradients at projected queries, keys and values [B, T or S, E]; and at
-        bias_k and bias_v [B, 1, E], if the module has them."""
+        """Return the out-projection's input [B, T, E]; gradients at projected queries, keys and values [B, T or S, E];
+        and at bias_k and bias_v [B, 1, E], if the module has them."""
         projected = self._projected()
         samples, queries, _ = projected[0].shape
         keys = projected[1].shape[1]
@@ -48,7 +48,7 @@ class Attention:
         return context, [grads[0], grads[1][:, :sources], grads[2][:, :sources]], extra or [context[:, :0]] * 2
 
     def _projected(self) -> list[Tensor]:
-        """Queries, keys and values before they are split into heads, with what is appended to the latter two."""
+        """Return queries, keys and values before they are split into heads, with what is appended to the latter two."""
         width = self.module.embed_dim
         names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
         if "in_proj_weight" in self.tensors:
@@ -80,7 +80,7 @@ class Attention:
         return tuple(t.transpose(1, 2).flatten(2) for t in out)
 
     def _hidden(self, scores: Tensor, some: slice) -> Tensor | None:
-        """What is added to the scores, up to [samples, heads, T, S]: both masks, and zeros for appended keys."""
+        """Return what is added to the scores, up to [samples, heads, T, S]: both masks, and zeros for appended keys."""
         _, heads, queries, keys = scores.shape
         total = None
         if self.causal:

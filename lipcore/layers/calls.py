@@ -13,14 +13,15 @@ from lipcore.layers.rule import Batch
 def argument(
     arguments: tuple[Any, ...], keywords: dict[str, Any], position: int, name: str, default: Any = None
 ) -> Any:
-    """An argument of a module's forward, given by position or by name."""
+    """Return an argument of a module's forward, given by position or by name."""
     return arguments[position] if len(arguments) > position else keywords.get(name, default)
 
 
 def tensor_argument(
     arguments: tuple[Any, ...], keywords: dict[str, Any], position: int = 0, name: str = "input"
 ) -> Tensor:
-    """
+    """Return a tensor argument of a module's forward, given by position or by name.
+
     Raises:
         ValueError: it is missing, not a tensor, or a nested one.
     """
@@ -32,13 +33,13 @@ def tensor_argument(
 
 
 def is_trainable(module: nn.Module, name: str) -> bool:
-    """Whether the module has a parameter of its own by that name which gets a gradient."""
+    """Return whether the module has a parameter of its own by that name which gets a gradient."""
     parameter = module._parameters.get(name)
     return parameter is not None and parameter.requires_grad
 
 
 def check_channels(x: Tensor, batch: Batch, dims: int | None = None) -> None:
-    r"""x must be [B, C, \*space], of `dims` dimensions where given.
+    r"""Check that x is [B, C, \*space], of `dims` dimensions where given.
 
     Raises:
         ValueError: it is not, or the samples are packed rows.
@@ -59,12 +60,12 @@ def check_channels(x: Tensor, batch: Batch, dims: int | None = None) -> None:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """bfloat16 and float16 as float32, which is what layers compute in."""
+    """Return x, bfloat16 and float16 as float32, which is what layers compute in."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def as_autocast(x: Tensor) -> Tensor:
-    """x as a layer sees it that autocast runs in lower precision; x itself where it does not.
+    """Return x as a layer sees it that autocast runs in lower precision; x itself where it does not.
 
     That copy is what torch keeps, so x may be changed in place before the backward pass, as a saved tensor may not.
     """
@@ -74,8 +75,8 @@ def as_autocast(x: Tensor) -> Tensor:
 
 
 def apart_from_autocast(x: Tensor) -> Tensor:
-    """The same for a layer that autocast runs in float32, which it does everywhere but on the CPU: a copy of what is
-    narrower, since torch keeps it as float32."""
+    """Return x as :func:`as_autocast` does, for a layer that autocast runs in float32, which it does everywhere but on
+    the CPU: a copy of what is narrower, since torch keeps it as float32."""
     narrow = x.dtype in (torch.bfloat16, torch.float16) and not x.is_cpu
     return x.detach().clone() if narrow and _is_autocast(x.device.type) else x
 

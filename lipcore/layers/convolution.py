@@ -50,7 +50,7 @@ class ConvRule(Rule):
 
 
 def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-    """The input that the convolution proper sees, and the zeros that it pads on both sides itself."""
+    """Return the input that the convolution proper sees, and the zeros that it pads on both sides itself."""
     none = (0,) * len(module.kernel_size)
     if module.padding_mode != "zeros":
         return nnf.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), none

@@ -20,8 +20,8 @@ SUMS_OVER_INDICES = "sums over equal indices"
 
 
 class EmbeddingRule(Rule):
-    """max_norm renormalises rows before they are read, and sparse=True only stores the gradient in another way: neither
-    changes a gradient."""
+    """The rule of Embedding. max_norm renormalises rows before they are read, and sparse=True only stores the gradient
+    in another way: neither changes a gradient."""
 
     methods = ()
     how = SUMS_OVER_INDICES

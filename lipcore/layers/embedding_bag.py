@@ -75,7 +75,7 @@ class EmbeddingBagRule(Rule):
 
     @staticmethod
     def _offsets(module: Any, starts: Tensor, total: int) -> Tensor:
-        """[B + 1]; the end of the last bag is given or is the end of all."""
+        """Return boundaries [B + 1]; the end of the last bag is given or is the end of all."""
         starts = starts.long()
         return starts if module.include_last_offset else torch.cat([starts, starts.new_full((1,), total)])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Factor(ABC):
-    """What one call of a layer contributes to the per-sample gradients of one of its parameters.
+    """The contribution of one call of a layer to the per-sample gradients of one of its parameters.
 
     A parameter that is used more than once in a forward pass (a module called twice, a tied weight) gets several: their
     gradients add up before the norm is taken, so squares must never be added; :meth:`join` makes one of two.
@@ -19,14 +19,14 @@ class Factor(ABC):
     @property
     @abstractmethod
     def samples(self) -> int:
-        """B."""
+        """The number of samples, B."""
 
     @abstractmethod
     def norms_sq(self) -> Tensor:
-        """float64 [B]: squared norm of every sample's gradient. Pure, so that it can be traced."""
+        """Return the squared norm of every sample's gradient, float64 [B]. Pure, so that it can be traced."""
 
     def norms_sq_with(self, other: Factor) -> tuple[Tensor, Tensor] | None:
-        """Both norms_sq() in one pass over what the two have in common; None where they share nothing."""
+        """Return norms_sq() of both, in one pass over what the two have in common; None where they share nothing."""
         return None
 
     @property
@@ -36,10 +36,10 @@ class Factor(ABC):
 
     @abstractmethod
     def dense(self, sample: int) -> Tensor:
-        """The gradient of one sample, float64, in the parameter's shape."""
+        """Return the gradient of one sample, float64, in the parameter's shape."""
 
     def join(self, other: Factor) -> Factor:
-        """The sum of both gradients; of the same kind where there is a closed form."""
+        """Return the sum of both gradients; of the same kind where there is a closed form."""
         return Sum([self, other])
 
 
@@ -67,7 +67,8 @@ class Sum(Factor):
 
 
 def norms_sq_of(factors: Mapping[str, Factor]) -> dict[str, Tensor]:
-    """norms_sq() of each: a weight and a bias, or a scale and a shift, that read one gradient do so together."""
+    """Return norms_sq() of each factor; a weight and a bias, or a scale and a shift, of one gradient are read
+    together."""
     found: dict[str, Tensor] = {}
     for key, factor in factors.items():
         for other, partner in factors.items():

@@ -32,7 +32,7 @@ class Dense(Factor):
 
 
 class Blocks(Factor):
-    """Factors of consecutive blocks of a parameter's rows, such as the projections of queries, keys and values."""
+    """The factors of consecutive blocks of a parameter's rows, such as the projections of queries, keys and values."""
 
     def __init__(self, parts: list[Factor]) -> None:
         self.parts = parts

@@ -11,7 +11,8 @@ from lipcore.layers.factor_outer import Outer
 
 
 class Signs:
-    """Random numbers of one's own per device: torch's default ones belong to the training, which stays as it is."""
+    """The random numbers of estimates, one generator per device: torch's default ones belong to the training, which
+    stays as it is."""
 
     def __init__(self) -> None:
         self._of: dict[torch.device, torch.Generator] = {}
@@ -24,7 +25,7 @@ class Signs:
 
 
 class EstimatedOuter(Outer):
-    """The same gradients; norms_sq() is unbiased, and where a sample has one row only it is exact.
+    """An :class:`Outer` whose norms_sq() is an unbiased estimate, and exact where a sample has one row only.
 
     Attributes:
         standard_error: of norms_sq(), float64 [B], once that was called; None where it is exact.

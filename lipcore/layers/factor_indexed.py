@@ -12,8 +12,9 @@ from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
 
 
 class Indexed(Factor):
-    r"""Row v is :math:`\sum_{t: i_{bt} = v} w_{bt} g_{bt}`: indices [B, T], grad [B, T, D], weights [B, T] (1 where
-    None), or packed [N], [N, D], [N] with offsets; the row `padding_idx` has no gradient. `num` rows in all."""
+    r"""The gradient of a table of `num` rows, of which row v is :math:`\sum_{t: i_{bt} = v} w_{bt} g_{bt}`. Shapes are
+    indices [B, T], grad [B, T, D] and weights [B, T] (1 where None), or packed [N], [N, D] and [N] with offsets; the
+    row `padding_idx` has no gradient."""
 
     def __init__(
         self,
@@ -68,7 +69,7 @@ class Indexed(Factor):
 
 
 class Tied(Factor):
-    r"""An embedding's weight that is also a head's: :math:`\|E + H\|^2 = \|E\|^2 + \|H\|^2 + 2 \langle E, H\rangle`."""
+    r"""The gradient of an embedding's weight that is a head's too: :math:`\|E\|^2 + \|H\|^2 + 2 E{\cdot}H`."""
 
     def __init__(self, embedding: Indexed, head: Outer) -> None:
         self.embedding, self.head = embedding, head

@@ -12,7 +12,7 @@ from lipcore.layers.factor_sums import is_sum_of
 
 
 class Outer(Factor):
-    r""":math:`\sum_t g_{bt} x_{bt}^T`: x [B, T, I] and grad [B, T, O], or packed [N, I] and [N, O] with offsets.
+    r"""The sum of :math:`g_{bt} x_{bt}^T` over rows t, of x [B, T, I] and grad [B, T, O], or packed with offsets.
 
     Args:
         method: how a sequence is contracted, None for the cost rule of :func:`lipcore.functional.linear_norms_sq`.

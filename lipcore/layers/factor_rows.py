@@ -13,7 +13,7 @@ def number_of_samples(x: Tensor, offsets: Tensor | None) -> int:
 
 
 def rows(x: Tensor, offsets: Tensor | None, sample: int) -> Tensor:
-    """The rows of one sample, [T, ...]."""
+    """Return the rows of one sample, [T, ...]."""
     x = x.detach()
     return x[sample] if offsets is None else x[int(offsets[sample]) : int(offsets[sample + 1])]
 
@@ -28,7 +28,7 @@ def packed(x: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
 def concatenate(
     first: Sequence[Tensor], first_offsets: Tensor | None, second: Sequence[Tensor], second_offsets: Tensor | None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Every sample's rows of `first` followed by its rows of `second`, tensor by tensor; lengths may differ."""
+    """Put every sample's rows of `second` behind its rows of `first`, tensor by tensor; lengths may differ."""
     if first_offsets is None and second_offsets is None:
         return [torch.cat([a, b], 1) for a, b in zip(first, second, strict=True)], None
     ids, totals = [], []

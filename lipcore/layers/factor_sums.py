@@ -11,7 +11,7 @@ from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
 
 
 class RowSum(Factor):
-    r""":math:`\sum_t g_{bt}`, or with x :math:`\sum_t g_{bt} \odot x_{bt}`: [B, T, F], or packed [N, F] with offsets.
+    r"""The sum over rows :math:`\sum_t g_{bt}`, or :math:`\sum_t g_{bt} \odot x_{bt}`: [B, T, F], or packed.
 
     shape: of the parameter, where it is not [F].
     """
@@ -53,12 +53,12 @@ class RowSum(Factor):
 
 
 def is_sum_of(factor: Factor, grad: Tensor, offsets: Tensor | None) -> bool:
-    """Whether it sums the rows of this very gradient."""
+    """Return whether the factor sums the rows of this very gradient."""
     return type(factor) is RowSum and factor.x is None and factor.grad is grad and factor.offsets is offsets
 
 
 class ChannelSum(Factor):
-    r""":math:`\sum_s g_{bcs}`, or with x :math:`\sum_s g_{bcs} x_{bcs}`: [B, C, \*space], the space may be missing."""
+    r"""The sum over space :math:`\sum_s g_{bcs}`, or :math:`\sum_s g_{bcs} x_{bcs}`: [B, C, \*space] or [B, C]."""
 
     def __init__(self, grad: Tensor, x: Tensor | None = None) -> None:
         self.grad, self.x = grad, x

@@ -19,7 +19,7 @@ _HOW = "sums over positions"
 
 
 class FeatureNormRule(Rule):
-    """Scale and bias of the last dimensions, module.normalized_shape."""
+    """The rule of layers with scale and bias of the last dimensions, module.normalized_shape."""
 
     methods = ()
     how = _HOW
@@ -29,10 +29,10 @@ class FeatureNormRule(Rule):
 
     @abstractmethod
     def normalized(self, module: Any, x: Tensor) -> Tensor:
-        """xhat of x, in x's type."""
+        """Return xhat of x, in x's type."""
 
     def kept(self, x: Tensor) -> Tensor:
-        """x, or a copy where torch does not keep x, which may be changed in place before the backward pass then."""
+        """Return x, or a copy where torch does not keep x: it may be changed in place before the backward pass."""
         return apart_from_autocast(x)
 
     def save(
@@ -60,25 +60,25 @@ class FeatureNormRule(Rule):
 
 
 class ChannelNormRule(Rule):
-    """Scale and bias of the second dimension."""
+    """The rule of layers with scale and bias of the second dimension."""
 
     methods = ()
     how = _HOW
 
     @abstractmethod
     def normalized(self, module: Any, x: Tensor, *statistics: Tensor) -> Tensor:
-        """xhat of x, in x's type, by the statistics of save_statistics()."""
+        """Return xhat of x, in x's type, by the statistics of save_statistics()."""
 
     def save_statistics(self, module: Any) -> tuple[Tensor, ...]:
-        """Buffers that the call reads."""
+        """Return the buffers that the call reads."""
         return ()
 
     def kept(self, x: Tensor) -> Tensor:
-        """x, or a copy, as in FeatureNormRule."""
+        """Return x, or a copy, as in FeatureNormRule."""
         return x
 
     def dims(self, module: Any) -> int | None:
-        """How many dimensions an input with a batch has, where that is certain."""
+        """Return how many dimensions an input with a batch has, where that is certain."""
         return None
 
     def sample_dim(self, module: nn.Module, grad_output: Tensor, batch: Batch) -> int:

@@ -41,12 +41,12 @@ def register(module_type: type[nn.Module], rule: Rule, *, replace: bool = False)
 
 
 def registered() -> Mapping[type[nn.Module], Rule]:
-    """All types that have a rule; a live view that cannot be written to."""
+    """Return all types that have a rule; a live view that cannot be written to."""
     return MappingProxyType(_rules)
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule of the module's type, or of the nearest base class if the module computes exactly what that does.
+    """Return the rule of the module's type, or of the nearest base class if the module computes exactly what that does.
 
     None where a subclass overrides forward or a method that forward uses, where forward was replaced on the object,
     and where a parametrization makes another tensor of the parameter than the one that is trained.
@@ -61,7 +61,7 @@ def rule_for(module: nn.Module) -> Rule | None:
 
 
 def _changes(subclass: type, base: type[nn.Module]) -> bool:
-    """Whether the subclass defines a method anew that the base's forward might use."""
+    """Return whether the subclass defines a method anew that the base's forward might use."""
     inherited = {name for cls in base.__mro__[: base.__mro__.index(nn.Module)] for name in vars(cls)} | {"__call__"}
     new = {name for name, value in vars(subclass).items() if callable(value) or isinstance(value, property)}
     return bool(new & inherited - _HARMLESS)

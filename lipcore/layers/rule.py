@@ -13,14 +13,14 @@ from lipcore.layers.factor import Factor
 
 @dataclass(frozen=True)
 class Batch:
-    """Where the samples are in the activations of one forward pass."""
+    """The place of the samples in the activations of one forward pass."""
 
     size: int  #: B
     dim: int = 0  #: batch dimension of activations whose features come last; channel layouts always have it first
     offsets: Tensor | None = None  #: packed sequences: int64 [B + 1], sample b is the rows offsets[b]:offsets[b + 1]
 
     def tokens(self, x: Tensor, features: int = 1) -> Tensor:
-        """[B, T, *features] with the batch first (T = 1 where there is no sequence), or packed [N, *features].
+        """Return x as [B, T, *features], batch first (T = 1 where there is no sequence), or packed [N, *features].
 
         Raises:
             ValueError: there are not B samples at the batch dimension.
@@ -34,7 +34,7 @@ class Batch:
         return x.movedim(self.dim if middle >= self.dim else 0, 0).flatten(1, middle)
 
     def check(self, x: Tensor, features: int = 1) -> None:
-        """Raises ValueError where :meth:`tokens` would."""
+        """Raise ValueError where :meth:`tokens` would."""
         if self.offsets is not None and x.dim() > features:
             return
         dim = self.dim if x.dim() > features + self.dim else 0

@@ -17,7 +17,7 @@ from lipcore.models.outputs import nodes_of, tensors_of
 
 
 class Audit:
-    """What is asked of a model's first passes; of later ones nothing.
+    """The questions that a model's first passes are asked, and later ones are not.
 
     Args:
         coverage: loses the parameters whose norms turn out to be wrong.
@@ -97,8 +97,8 @@ def audit_graph(output: Any, coverage: ParameterCoverage, calls: Counter[str], *
 def audit_gradients(
     coverage: ParameterCoverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool
 ) -> None:
-    """After the first record: a parameter that has got a gradient, which no layer's call has brought. `before`: whether
-    it had one before the pass."""
+    """Look, after the first record, for a parameter that has got a gradient which no layer's call has brought. `before`
+    says whether it had one before the pass."""
     for name, parameter in coverage.measured().items():
         if parameter.grad is not None and not before.get(name, False) and name not in recorded:
             coverage.uncover(name, UNSEEN)
@@ -107,13 +107,14 @@ def audit_gradients(
 
 
 def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> bool:
-    """Whether a forward pass's input was computed from one of these."""
+    """Return whether a forward pass's input was computed from one of the parameters."""
     inputs = [tensor for tensor in tensors_of((arguments, keywords)) if tensor.grad_fn]
     return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
 
 
 def _uses(output: Any) -> dict[int, int]:
-    """Edges of the graph into each parameter, by id; a cast that autocast keeps for several uses counts once a use."""
+    """Count the edges of the graph into each parameter, by id; a cast that autocast keeps for several uses counts once
+    a use."""
     edges: Counter[Any] = Counter()
     casts: list[tuple[Any, Any]] = []
     leaves: dict[Any, Tensor] = {}

@@ -19,7 +19,7 @@ OffsetsOf = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 def batch_of(
     arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim: int, offsets_of: OffsetsOf | None
 ) -> Batch:
-    """ValueError where that cannot be told."""
+    """Return the batch of a forward pass with these arguments; ValueError where its size cannot be told."""
     if offsets_of is not None:
         offsets = boundaries(offsets_of(arguments, keywords))
         return Batch(len(offsets) - 1, batch_dim, offsets)

@@ -60,7 +60,8 @@ Sink = tuple[list[int], list[Any], float]
 
 
 class SingleBatches:
-    """Serves passes of one sample from the gradients that its backward pass leaves, with the layers' hooks taken off.
+    """The server of passes of one sample, whose norms are those of the gradients that the backward pass leaves; the
+    layers' hooks are taken off.
 
     Only after these have proved to be what taps bring, and with a proof now and then: a penalty on the
     parameters or a layer called outside the model, say, is in the gradients and is no part of a sample's loss. While
@@ -106,11 +107,11 @@ class SingleBatches:
     # ---- proofs, by passes that are tapped
 
     def may_prove(self) -> bool:
-        """Before a tapped pass of one sample: whether its gradients will be its own."""
+        """Return, before a tapped pass of one sample, whether the gradients it leaves will be its own."""
         return self.enabled and _are_fresh(self._coverage.measured())
 
     def prove(self, norms_sq: Mapping[str, Tensor]) -> None:
-        """A tapped pass has come back, alone: whether the gradients tell the same."""
+        """Compare the norms that a tapped pass brought with those of the gradients that it left."""
         measured = self._coverage.measured()
         found = gradient_squares(measured)
         total = sum(float(row) for row in norms_sq.values())
@@ -166,12 +167,12 @@ class SingleBatches:
     # ---- passes that are served
 
     def send_to(self, sink: Callable[[tuple[str, ...]], Sink | None]) -> None:
-        """Norms of these parameters go where `sink` says; None: into records."""
+        """Let `sink` say where norms of given parameters go; where it returns None, they go into records."""
         self._sink = sink
         self.renew_sink()
 
     def renew_sink(self) -> None:
-        """What the sink says has changed."""
+        """Ask the sink again, whose answer has changed."""
         if self._core is None:
             return
         self.flush()
@@ -182,12 +183,12 @@ class SingleBatches:
             self._core.set_sink(*sink)
 
     def set_active(self, active: bool) -> None:
-        """Whether passes are recorded."""
+        """Say whether passes are recorded."""
         if self._core is not None:
             self._core.active = active
 
     def total(self) -> float | None:
-        """The squared norm of the pass that was served last, when nobody has seen its record."""
+        """Return the squared norm of the pass that was served last, or None when its record was taken."""
         return self._core.total if self._core is not None and self._core.pending else None
 
     def flush(self) -> None:
@@ -205,7 +206,7 @@ class SingleBatches:
         return LayerRecord(1, Rows(self._names, squares), {}, "", task, True)
 
     def _came_back(self, found: int, trouble: int, task: int) -> None:
-        """The end of a backward pass through the graph of a served forward pass, whose norms no sink took in."""
+        """Take in the end of a backward pass through a served forward pass's graph, whose norms no sink took."""
         broken = _TROUBLE.get(trouble, "" if self._core is not None else _STOPPED)
         if not broken and found == _core.GRADIENTS_NOTHING:
             self._not_accumulated()
@@ -227,7 +228,7 @@ class SingleBatches:
 
 
 def _are_fresh(parameters: dict[str, nn.Parameter]) -> bool:
-    """Whether what a backward pass leaves in .grad will be the gradient of one sample, and still be there."""
+    """Return whether what a backward pass leaves in .grad will be the gradient of one sample, and still be there."""
     for parameter in parameters.values():
         if parameter.grad is not None or parameter._backward_hooks or not parameter.is_cpu:
             return False
@@ -240,7 +241,7 @@ def _are_fresh(parameters: dict[str, nn.Parameter]) -> bool:
 
 
 def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Per parameter that has a gradient, float64 [1]: its sum of squares."""
+    """Return the sum of squares of each parameter's gradient, float64 [1], where it has one."""
     names, gradients = [], []
     for name, parameter in parameters.items():
         gradient = parameter.grad
@@ -258,7 +259,7 @@ def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _inert_hooks() -> Any:
-    """What a copied model has in the place of the compiled hooks."""
+    """Return what a copied model has in the place of the compiled hooks."""
     never = functools.partial(bool, False)
     calls = [Tensor, *(never for _ in range(_core.SINGLE_CALLS - 1))]
     return _core.SingleBatch([], [], [], calls, 0, 0)

@@ -16,7 +16,7 @@ _MAX_PENDING = 64  # forward passes whose probes may wait for their backward
 
 
 class LayerProbes:
-    """Makes the probes of a forward pass outside the region, and reads what came back as their gradients.
+    """The probes of all layers: made outside the region for each forward pass, read when their gradients have come.
 
     Args:
         sites: every tapped layer.
@@ -29,7 +29,7 @@ class LayerProbes:
         self._pending: list[LayerPass] = []  # whose probes may come back: a region keeps only the probes alive
 
     def arm(self, run: LayerPass, device: torch.device) -> None:
-        """A forward pass begins."""
+        """Make the probes of a forward pass that begins."""
         for site in self._sites:
             probe = torch.empty(
                 len(site.columns), run.batch.size, dtype=torch.float64, device=device, requires_grad=True
@@ -41,12 +41,12 @@ class LayerProbes:
         del self._pending[:-_MAX_PENDING]
 
     def disarm(self) -> None:
-        """The forward pass is over."""
+        """Take the probes out of the region's reach when the forward pass is over."""
         for site in self._sites:
             armed.pop(site.number, None)
 
     def read(self, run: LayerPass) -> None:
-        """The backward pass is over."""
+        """Add what the probes got to the pass whose backward pass is over."""
         for site in self._sites if run.probes else ():
             probe = run.probes[site.number]
             if probe.grad is None:

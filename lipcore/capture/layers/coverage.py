@@ -19,7 +19,7 @@ UNSEEN = "has a gradient, but its layer's call did not come through the hooks"
 
 
 class ParameterCoverage:
-    """Parameter by parameter: covered by which layer's rule, frozen, or not covered and why."""
+    """The state of every parameter: covered by which layer's rule, frozen, or not covered and why."""
 
     def __init__(self) -> None:
         self.tapped: list[tuple[str, nn.Module, Rule, dict[str, str]]] = []
@@ -32,26 +32,26 @@ class ParameterCoverage:
         self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters as they are now, by canonical name."""
+        """Yield the parameters as they are now, by canonical name."""
         for name, (owner, key) in self._parameters.items():
             parameter = owner._parameters.get(key)
             if parameter is not None:
                 yield name, parameter
 
     def places(self) -> Iterator[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]]:
-        """Every parameter as it is now, and the dict and the key it is found by."""
+        """Yield every parameter as it is now, with the dict and the key it is found by."""
         for owner, key in self._parameters.values():
             parameter = owner._parameters.get(key)
             if parameter is not None:
                 yield owner._parameters, key, parameter
 
     def measured(self) -> dict[str, nn.Parameter]:
-        """Parameters that are covered and not frozen at present."""
+        """Return the parameters that are covered and not frozen at present."""
         return {name: p for name, p in self.parameters() if name in self.covered and p.requires_grad}
 
     def frozen_since(self) -> frozenset[str]:
-        """Parameters that were frozen after the model was looked at; ValueError for one that was unfrozen, or that is
-        computed from others."""
+        """Return the parameters that were frozen after the model was looked at; ValueError for one that was unfrozen,
+        or that is computed from others."""
         for name, (owner, key) in self._parameters.items():
             parameter = owner._parameters.get(key)
             if parameter is None or parameter.requires_grad is not self._trainable.get(name) or not parameter.is_leaf:
@@ -89,7 +89,7 @@ class ParameterCoverage:
         self.uncovered[name] = reason
 
     def check(self) -> None:
-        """ValueError that names what is not covered."""
+        """Raise ValueError that names what is not covered."""
         if not self.uncovered:
             return
         named = [f"'{name}': {reason}" for name, reason in self.uncovered.items()]
@@ -100,7 +100,7 @@ class ParameterCoverage:
         )
 
     def check_single_use(self) -> None:
-        """ValueError when a parameter is tied, which a compiled region cannot join."""
+        """Raise ValueError when a parameter is tied, which a compiled region cannot join."""
         for name, layers in self.covered.items():
             if " + " in layers:
                 raise ValueError(
@@ -116,7 +116,7 @@ class ParameterCoverage:
 
 
 def cover(model: nn.Module) -> ParameterCoverage:
-    """What the modules' structure tells."""
+    """Look at the modules of a model: which parameter has a rule by structure alone."""
     coverage = ParameterCoverage()
     names: dict[int, str] = {}
     modules = list(named_modules(model))
@@ -174,7 +174,7 @@ def cover(model: nn.Module) -> ParameterCoverage:
 
 
 def _makes_another(module: nn.Module, key: str) -> bool:
-    """Whether it is what pruning or the older weight_norm left of a parameter, which is a plain tensor now."""
+    """Return whether the parameter is what pruning or the older weight_norm left of one, a plain tensor now."""
     return any(isinstance(value, Tensor) and key.startswith(f"{name}_") for name, value in module.__dict__.items())
 
 

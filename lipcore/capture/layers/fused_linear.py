@@ -24,14 +24,14 @@ def can_fuse(rule: Rule, module: Any, arguments: tuple[Any, ...], batch: Batch) 
 
 
 class FusedSite(Protocol):
-    """The site of such a Linear."""
+    """The site of a Linear that is fused, as its autograd Function sees it."""
 
     def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
         """Return the weight's gradient, having taken the norms; None where torch's own way is to compute it."""
 
 
 class FusedLinear(torch.autograd.Function):
-    """Stands in the place of the backward of y = x W^T + b; y is what the layer itself has computed."""
+    """The backward of y = x W^T + b, in the place of torch's; y is what the layer itself has computed."""
 
     @staticmethod
     def forward(

@@ -28,7 +28,7 @@ ROOT = "model"  #: what the model itself is called where it is a layer
 
 
 class LayerCapture:
-    """All layer taps on one model.
+    """The taps on all layers of one model.
 
     Args:
         model: the module the training loop calls.
@@ -100,7 +100,7 @@ class LayerCapture:
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
 
     def _check_names(self) -> None:
-        """ValueError for an argument that names no tapped layer, or a method that a compiled model has not."""
+        """Raise ValueError for an argument that names no tapped layer, or a method that a compiled model has not."""
         names = [site.name for site in self.sites]
         known = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
         for argument, given in (("methods", self._settings.methods), ("broadcast", self._settings.broadcast)):
@@ -173,25 +173,25 @@ class LayerCapture:
 
     @property
     def watches(self) -> bool:
-        """Whether its hooks are on the model and record."""
+        """True while its hooks are on the model and record."""
         return self.passes.recording and self._hooks is not None
 
     @property
     def records(self) -> int:
-        """How many backward passes were recorded."""
+        """The number of backward passes that were recorded."""
         return self.passes.records
 
     @property
     def unrecorded(self) -> dict[str, int]:
-        """Why backward passes were not recorded, and how many."""
+        """The reasons why backward passes were not recorded, and how many each."""
         return self.passes.unrecorded
 
     def flush(self) -> None:
-        """Deliver what no callback has told the end of."""
+        """Deliver the passes whose end no callback tells; see :meth:`Passes.flush`."""
         self.passes.flush()
 
     def check_that_something_came(self) -> None:
-        """After some steps: keep an error when no backward pass has come through the hooks."""
+        """Keep an error when, after some steps, no backward pass has come through the hooks."""
         if not self.records and not self.unrecorded:
             self.passes.fail(
                 ValueError(
@@ -235,7 +235,7 @@ class LayerCapture:
 
     @property
     def _may_serve(self) -> bool:
-        """Whether batches of one might be served from the gradients."""
+        """True where batches of one might be served from the gradients."""
         one_way = self._settings.normalized or self._compiled or self.coverage.may_mix or self._offsets_of
         return self._audit.done and not one_way
 

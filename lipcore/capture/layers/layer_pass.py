@@ -42,7 +42,7 @@ class Rows(Mapping[str, Tensor]):
 
 @dataclass
 class LayerRecord:
-    """What one backward pass brought, before the loss reduction is taken out."""
+    """The numbers that one backward pass brought, before the loss reduction is taken out."""
 
     samples: int  #: B
     norms_sq: Mapping[
@@ -56,7 +56,7 @@ class LayerRecord:
     observed: bool = False  #: its norms are in the distributions already
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
-        """A reason for every covered parameter that is not among the norms."""
+        """Give a reason for every covered parameter that is not among the norms."""
         for name in covered:
             if name not in self.norms_sq and name not in self.reasons:
                 why = "is frozen" if name in frozen else "no gradient reached it in this backward pass"
@@ -92,11 +92,11 @@ class LayerPass:
 
     @property
     def batches(self) -> list[Batch]:
-        """Of which a layer's call may be."""
+        """The batches that a layer's call may be of."""
         return [self.batch]
 
     def begin_task(self, task: int) -> bool:
-        """A number comes back in this backward pass; True when it is the first."""
+        """Note that a number comes back in this backward pass; True when it is the first."""
         if self.task == task:
             return False
         self.task = task
@@ -108,7 +108,7 @@ class LayerPass:
         self.add_factors({name: factor})
 
     def add_factors(self, factors: dict[str, Factor]) -> None:
-        """What one call of a layer brought."""
+        """Take in what one call of a layer brought."""
         at_once = {}
         for name, factor in factors.items():
             if name in self.frozen:
@@ -140,7 +140,7 @@ class LayerPass:
         self._rows[name] = norms_sq
 
     def record(self, covered: Collection[str]) -> LayerRecord:
-        """Everything that came back of these parameters, and why the rest did not."""
+        """Return everything that came back of these parameters, and why the rest did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
                 self._rows[name] = factor.norms_sq()
@@ -157,9 +157,9 @@ class LayerPass:
 
 
 class Recomputation(LayerPass):
-    """What an activation checkpoint runs again while several passes may be meant. One that keeps its tensors for the
-    first run's backward only needs the same ones again, for which the pass's batch must be of the right size; one with
-    a backward pass of its own cannot be told apart."""
+    """The passes that an activation checkpoint may run again, when there are several. One that keeps its tensors for
+    the first run's backward only needs the same ones again, for which the pass's batch must be of the right size; one
+    with a backward pass of its own cannot be told apart."""
 
     def __init__(self, passes: set[LayerPass]) -> None:
         super().__init__(next(iter(passes)).batch)

@@ -40,7 +40,7 @@ _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 @dataclass
 class SiteSettings:
-    """What was asked for all layers; see :class:`lipcore.capture.layers.layer_capture.LayerCapture`."""
+    """The wishes for all layers; see :class:`lipcore.capture.layers.layer_capture.LayerCapture`."""
 
     batch_dim: int = 0
     broadcast: tuple[str, ...] = ()  #: names of layers that are called without the batch dimension
@@ -81,14 +81,14 @@ class LayerSite:
 
     @property
     def in_place_after(self) -> bool:
-        """Whether an in-place activation may follow: not behind a tuple's view, nor behind an expanded output."""
+        """True where an in-place activation may follow: not behind a tuple's view, nor behind an expanded output."""
         # A layer of the user's may keep its output for its own backward pass, which a changed version would refuse.
         ours = type(self.module).forward.__module__.startswith("torch.nn.modules.")
         return ours and self.rule.in_place_after and not self.broadcast
 
     @property
     def columns(self) -> list[str]:
-        """What a probe's rows hold: the parameters' norms and, last, how often the layer was called."""
+        """The names of a probe's rows: the parameters' norms and, last, how often the layer was called."""
         deltas = [DELTA + self.name] if self._normalized else []
         return [*self.names.values(), *deltas, "calls"]
 
@@ -140,7 +140,7 @@ class LayerSite:
     def _prepared(
         self, module: nn.Module, arguments: Any, keywords: Any, output: Tensor, batches: list[Batch]
     ) -> _Call:
-        """Of one of these batches."""
+        """Return the call as one of these batches, the first that its shapes fit."""
         *others, last = batches
         for batch in others:
             with suppress(ValueError):
@@ -166,8 +166,9 @@ class LayerSite:
     def _expanded(
         self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
     ) -> tuple[Batch, tuple[Any, ...], Tensor]:
-        """Of a layer that is called without the batch dimension (positions): what it would be with it. The values
-        and, by the very sum over the batch that broadcasting makes, the gradients stay the same."""
+        """Return batch, arguments and output as they would be with the batch dimension, which this layer is called
+        without (positions). The values stay the same and, by the very sum over the batch that broadcasting makes, so do
+        the gradients."""
         first = arguments[0]
         positions = first.dim() - first.is_floating_point()  # dimensions that are no features
         if positions > 1 and first.shape[0] == batch.size > 1:
@@ -181,7 +182,7 @@ class LayerSite:
         return Batch(batch.size), (first.expand(shape), *arguments[1:]), output
 
     def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
-        """In the backward pass, in which nothing may be raised."""
+        """Take in the gradient at the output. Runs in the backward pass, in which nothing may be raised."""
         passes = self._passes
         if run.proof is not None:
             run = run.proof
@@ -207,7 +208,7 @@ class LayerSite:
         return factor
 
     def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
-        """The weight gradient, with the norms taken on the way; None where the layer has to do it itself."""
+        """Return the weight gradient, with the norms taken on the way; None where torch is to compute it."""
         passes, batch = self._passes, run.batch
         weight = self.names["weight"]
         if run.proof is not None:
@@ -260,7 +261,7 @@ class LayerSite:
         return watch_probed(tapped, probe)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
-        """The probe's gradient: float64 [columns, B]."""
+        """Return the gradient of a compiled region's probe: float64 [columns, B]."""
         factors: dict[str, Factor] = self.rule.factors(self.module, grad, extra, *saved)
         nothing = torch.full((samples,), torch.nan, dtype=torch.float64, device=grad.device)
         norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
@@ -281,14 +282,15 @@ class _Call(NamedTuple):
 
 
 class _InertHook:
-    """What a copied model has in the place of a hook."""
+    """The stand-in for a hook in a copied model."""
 
     def __call__(self, *_: Any) -> None:
         return None
 
 
 class _Tapped(torch.autograd.Function):
-    """Passes an output on; keeps the activations as saved tensors, so that checkpointing and offloading apply."""
+    """The Function on a tapped output, which it passes on; the activations are its saved tensors, so that checkpointing
+    and offloading apply."""
 
     @staticmethod
     def forward(
@@ -305,7 +307,7 @@ class _Tapped(torch.autograd.Function):
 
 
 class _Probed(torch.autograd.Function):
-    """The same inside a compiled region, where the numbers leave as the gradient of a probe."""
+    """The Function on a tapped output in a compiled region, where the numbers leave as the gradient of a probe."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite, extra: Any, *saved: Tensor) -> Tensor:
@@ -320,7 +322,7 @@ class _Probed(torch.autograd.Function):
 
 
 class _Strayed(torch.autograd.Function):
-    """On the output of a layer that was called outside the model's forward pass."""
+    """The Function on the output of a layer that was called outside the model's forward pass."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, site: LayerSite) -> Tensor:
@@ -334,7 +336,7 @@ class _Strayed(torch.autograd.Function):
 
 
 def _precedes(module: nn.Module, site: LayerSite) -> bool:
-    """Whether a hook that is not of this kind runs before this one, and may have changed the output."""
+    """Return whether a hook that is not of this kind runs before this one, and may have changed the output."""
     if _global_hooks:
         return True
     for hook in module._forward_hooks.values():
@@ -346,7 +348,7 @@ def _precedes(module: nn.Module, site: LayerSite) -> bool:
 
 
 def _site_of(output: Tensor) -> LayerSite | None:
-    """That of another metric, which has tapped this output already."""
+    """Return the site of another metric, which has tapped this output already."""
     site = getattr(output.grad_fn, "site", None)
     return site if isinstance(site, LayerSite) else None
 

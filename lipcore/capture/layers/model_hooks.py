@@ -11,7 +11,8 @@ from lipcore.capture.layers.layer_site import LayerSite
 
 
 class ModelHooks:
-    """`begin` before the model's forward pass and `end` after it (also when it raised), and each site on its layer."""
+    """The hooks of one capture: `begin` before the model's forward pass and `end` after it (also when it raised), and
+    each site on its layer."""
 
     def __init__(self, model: nn.Module, sites: Sequence[LayerSite], begin: Any, end: Any) -> None:
         self._model, self._sites = model, sites
@@ -33,12 +34,12 @@ class ModelHooks:
         self._on_layers = []
 
     def serve(self, begin: Any, end: Any) -> None:
-        """These in the place of the model's own, in their order among others' hooks, and none on the layers."""
+        """Put these in the place of the model's own, in their order among others' hooks, and none on the layers."""
         self._replace(begin, end)
         self._unhook_layers()
 
     def tap(self) -> None:
-        """Undo that."""
+        """Put back what :meth:`serve` has taken off."""
         self._hook_layers()  # first: another thread's pass may begin at once
         self._replace(self._begin, self._end)
 

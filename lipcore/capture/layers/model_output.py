@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def tap_output(output: Any, samples: int, keep: Callable[[Tensor], None]) -> Tensor | None:
-    """The output anew, whose gradient's squares, float64 [B], are given to `keep`; None where it has no gradient.
+    """Return the output anew, whose gradient's squares, float64 [B], go to `keep`; None where it has no gradient.
 
     ValueError where it is not one number per sample.
     """

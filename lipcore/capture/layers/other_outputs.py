@@ -20,7 +20,7 @@ def watch(output: Any, on_gradient: Callable[[], None]) -> None:
 
 
 def watch_probed(output: Any, probe: Tensor) -> Any:
-    """The same inside a compiled region: the probe's gradient is NaN then."""
+    """Watch the other outputs inside a compiled region, where the probe's gradient becomes NaN."""
     others = {id(other) for other in _others(output)}
     if not others:
         return output

@@ -28,7 +28,7 @@ _CHAINED = (
 
 
 class Passes:
-    """What happens to forward passes between their beginning and the end of their backward pass.
+    """The forward passes of one model, from their beginning until the end of their backward pass.
 
     Nothing here may raise: most of it runs inside the user's forward or backward pass.
 
@@ -78,7 +78,7 @@ class Passes:
 
     @property
     def tapping(self) -> bool:
-        """Whether a forward pass that begins now is to be recorded."""
+        """True when a forward pass that begins now is to be recorded."""
         return self.recording and self.active
 
     def forget(self) -> None:
@@ -106,7 +106,7 @@ class Passes:
     # ---- the forward pass
 
     def before_forward(self) -> bool:
-        """Leave what an earlier pass that raised has left; True when the one that begins is to be recorded."""
+        """Drop what an earlier pass that raised has left; True when the one that begins is to be recorded."""
         self.current = None
         self._returning.clear()
         if self.tapping:

@@ -43,10 +43,9 @@ _OTHER = (
 def disproved(
     model: nn.Module, run: LayerPass, output: Any, coverage: ParameterCoverage, sites: list[LayerSite]
 ) -> dict[str, str] | None:
-    """Parameters whose norms are wrong, and why; None where this pass can prove nothing: no output has a batch
-    dimension, its graph allows no other backward pass (reentrant checkpoints, compiled regions that reuse memory,
-    autograd Functions of the user's, which may free or reuse what they keep), or others would see it.
-    """
+    """Return the parameters whose norms are wrong, and why; None where this pass can prove nothing: no output has a
+    batch dimension, its graph allows no other backward pass (reentrant checkpoints, compiled regions that reuse memory,
+    autograd Functions of the user's, which may free or reuse what they keep), or others would see it."""
     if not _is_private(model) or _has_functions(output):
         return None
     sample = run.batch.size // 2
@@ -83,8 +82,8 @@ def disproved(
 def _backward(
     run: LayerPass, outputs: list[Tensor], seeds: list[Tensor], parameters: dict[str, nn.Parameter]
 ) -> tuple[dict[str, Norm], dict[int, Tensor], LayerPass] | None:
-    """The norm of each parameter's gradient, what came to the probes, and what the layers brought; None where the graph
-    does not allow it."""
+    """Return the norm of each parameter's gradient, what came to the probes, and what the layers brought; None where
+    the graph does not allow it."""
     norms: dict[str, Norm] = {}
     task = []  # of this backward pass: others, in other threads, go through the parameters' hooks meanwhile
 
@@ -125,8 +124,8 @@ def _values(gradient: Tensor) -> Tensor:
 
 
 def _is_private(model: nn.Module) -> bool:
-    """Whether nobody would take this for the training's backward pass: not with hooks on modules' backward passes, nor
-    those of sharded models. (Hooks on tensors cannot be asked for: they see one more pass.)"""
+    """Return whether nobody would take this for the training's backward pass: not with hooks on modules' backward
+    passes, nor those of sharded models. (Hooks on tensors cannot be asked for: they see one more pass.)"""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
     everywhere = nn.modules.module
@@ -136,7 +135,7 @@ def _is_private(model: nn.Module) -> bool:
 
 
 def _has_functions(output: Any) -> bool:
-    """Whether an autograd Function that is neither torch's nor lipcore's is in the graph."""
+    """Return whether an autograd Function that is neither torch's nor lipcore's is in the graph."""
     for node in nodes_of(output):
         kind = getattr(type(node), "_forward_cls", None)
         if kind is not None and kind.__module__.split(".")[0] not in ("torch", "lipcore"):
@@ -145,7 +144,7 @@ def _has_functions(output: Any) -> bool:
 
 
 def _of_sample(output: Any, batch: Batch, sample: int) -> tuple[list[Tensor], list[Tensor]]:
-    """The outputs with a batch dimension, and for each random gradients at this sample alone."""
+    """Return the outputs with a batch dimension, and for each random gradients at this sample alone."""
     outputs, seeds = [], []
     generator = torch.Generator().manual_seed(0)
     rows, begin, end = batch.size, sample, sample + 1

@@ -11,7 +11,7 @@ from lipcore.models.names import named_modules
 
 
 class Structure:
-    """Which module has which parameter under which name, and which of them are one object.
+    """The modules and parameters that a model is made of, by name, and which of them are one object.
 
     New objects in the places of old ones are no change (an optimizer may put them there); a layer that was added,
     removed or replaced is, and a parameter that was tied to another or untied.
@@ -34,7 +34,7 @@ class Structure:
         ]
 
     def _places(self) -> dict[str, tuple[nn.Module, str]]:
-        """Per parameter's name the module it is in, and the name of the first place where the same object is."""
+        """Return, by parameter's name, the module it is in and the name of the first place where the same object is."""
         first: dict[int, str] = {}
         return {name: (module, first.setdefault(id(parameter), name)) for name, module, parameter in self._parameters()}
 
@@ -45,7 +45,7 @@ class Structure:
                     yield f"{module_name}.{key}" if module_name else key, module, parameter
 
     def check(self) -> None:
-        """ValueError when layers or ties are others than they were."""
+        """Raise ValueError when layers or ties are others than they were."""
         if all(len(owner) == size for owner, size in self.sizes) and all(
             owner.get(key) is value for owner, key, value in self.links
         ):
