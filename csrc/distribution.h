@@ -20,6 +20,7 @@ class Distribution {
   void merge(const Distribution& other);
   // The value below which a share q of the values lies, to half a bin (0.4 %); exact at q = 0 and 1. NaN when empty.
   double quantile(double q) const;
+  // Pages that the values since the last reset have touched stay, empty; others are given back.
   void reset();
 
   const Moments& moments() const { return moments_; }
@@ -36,6 +37,7 @@ class Distribution {
 
   Moments moments_;
   int64_t missing_ = 0, invalid_ = 0;
+  int first_ = kPages, last_ = -1;  // no page lies outside: reading hundreds of distributions is reading their pages
   std::array<std::unique_ptr<Page>, kPages> pages_;
 };
 

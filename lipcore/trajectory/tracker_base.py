@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.metric.distribution import Distribution
-from lipcore.metric.results import Level
+from lipcore.metric.distribution import Distribution, reset_all
+from lipcore.metric.results import Level, Places
 from lipcore.trajectory.copies import Copies, bytes_of, distances
 from lipcore.trajectory.parameters import Part
 from lipcore.trajectory.step_ring import Recent, StepHistory
@@ -68,16 +69,16 @@ class TrackerBase:
             entries = [(part.owner, part.key, part.name, *self.copies.entry(i)) for i, part in enumerate(parts)]
             self._plan = _core.TrajectoryPlan(entries, self.table.core)
 
-    @property
-    def places(self) -> list[tuple[str, Level]]:
+    @cached_property
+    def places(self) -> Places:
         """What every row is of."""
-        places: list[tuple[str, Level]] = [(part.name, "tensor") for part in self.parts]
-        return [*places, *((group, "group") for group in self.groups), ("total", "total")]
+        levels: list[Level] = [*["tensor"] * len(self.parts), *["group"] * len(self.groups), "total"]  # type: ignore[list-item]
+        return Places([*(part.name for part in self.parts), *self.groups, "total"], levels)
 
     def named_rows(self) -> dict[tuple[str, Level], Tensor]:
         """Every place's row of the open block."""
-        places = self.places
-        return dict(zip(places, self.table.rows[-len(places) :], strict=True))
+        places = zip(self.places.names, self.places.levels, strict=True)
+        return dict(zip(places, self.table.rows[-len(self.places) :], strict=True))
 
     def bytes(self) -> dict[str, int]:
         """Persistent state by kind."""
@@ -155,7 +156,7 @@ class TrackerBase:
         """A new window, which starts at the tensors' last observed values."""
         self._end_block()
         self.recent.flush(self._settled)
-        self.recent.take_distributions()
+        reset_all(self.recent.distributions)
         self.closed.clear()
         self.table.rows[:, :WINDOW_COLUMNS] = 0
         for m2 in self.copies.earlier_m2 if self.copies else ():
@@ -217,7 +218,7 @@ class TrackerBase:
 
     def drain(self) -> StepHistory:
         """Single steps that were not drained yet."""
-        return self.recent.drain([place for place, _ in self.places])
+        return self.recent.drain(list(self.places.names))
 
     # ---- reference
 
