@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.metric.columns import Column
 from lipcore.metric.results import Value
 from lipcore.per_sample.noise.estimates import reduced
 
@@ -195,11 +196,19 @@ class NoiseScale:
         return taken
 
     def finalize(self, earlier: Sequence[NoiseScale] = ()) -> list[dict[str, dict[str, Value]]]:
-        """Per place {quantity: {reducer: Value}}; changes nothing. Waits for the device.
+        """Return {quantity: {reducer: Value}} per place; changes nothing. Waits for the device.
 
         Args:
             earlier: from :meth:`take`, oldest first: the window is these and the open one (a sliding window).
         """
+        found = self.columns(earlier)
+        return [
+            {name: {reducer: column.value(p) for reducer, column in columns.items()} for name, columns in found.items()}
+            for p in range(self.places)
+        ]
+
+    def columns(self, earlier: Sequence[NoiseScale] = ()) -> dict[str, dict[str, Column]]:
+        """Return the same as columns over all places: {quantity: {reducer: column}}."""
         self._fold()
         window = self
         if earlier:
@@ -208,9 +217,7 @@ class NoiseScale:
                 window.merge(part)
         sums = window._sums[: len(window._sizes)].cpu().numpy()
         ema = self._ema.cpu().numpy()
-        return [
-            reduced(sums[:, :, p], ema[:, p], window.steps, window.skipped, self.confidence) for p in range(self.places)
-        ]
+        return reduced(sums, ema, window.steps, window.skipped, self.confidence)
 
     def state_dict(self) -> dict[str, Any]:
         """Version, settings, the window's blocks and the exponential averages, on the CPU."""
