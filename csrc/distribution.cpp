@@ -53,10 +53,49 @@ double Distribution::quantile(double q) const {
     if (!pages_[p]) continue;
     for (int i = 0; i < kBinsPerPage; ++i) {
       below += (*pages_[p])[i];
-      if (below > target) return std::fmin(std::fmax(bin_middle(p * kBinsPerPage + i), moments_.min), moments_.max);
+      if (below > target) return value_of_bin(p * kBinsPerPage + i, moments_);
     }
   }
   return moments_.max;
+}
+
+void Distribution::quantiles(const double* values, int64_t count, const double* q, int64_t quantiles, int* bins,
+                             double* out, int64_t stride) {
+  int64_t used = 0, infinite = 0;
+  Moments range;
+  for (int64_t i = 0; i < count; ++i) {
+    const double x = values[i];
+    if (std::isnan(x)) continue;
+    if (!(x >= 0) || std::isinf(x)) {
+      ++infinite;
+      continue;
+    }
+    range.min = used ? std::fmin(range.min, x) : x;
+    range.max = used ? std::fmax(range.max, x) : x;
+    bins[used++] = bin_of(x);
+  }
+  std::sort(bins, bins + used);
+  for (int64_t k = 0; k < quantiles; ++k) {
+    double& found = out[k * stride];
+    double share = q[k];
+    if (infinite) {
+      const double rank = std::floor(share * static_cast<double>(used + infinite - 1) + 0.5);
+      if (rank >= static_cast<double>(used)) {
+        found = std::numeric_limits<double>::infinity();
+        continue;
+      }
+      share = rank / static_cast<double>(std::max<int64_t>(used - 1, 1));
+    }
+    const double last = static_cast<double>(used - 1), rank = share * last;
+    if (used == 0)
+      found = std::numeric_limits<double>::quiet_NaN();
+    else if (rank <= 0)
+      found = range.min;
+    else if (rank >= last)
+      found = range.max;
+    else
+      found = value_of_bin(bins[static_cast<int64_t>(std::floor(rank + 0.5))], range);
+  }
 }
 
 void Distribution::reset() {

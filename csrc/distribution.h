@@ -3,6 +3,7 @@
 #pragma once
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <vector>
@@ -11,6 +12,11 @@
 #include "math/moments.h"
 
 namespace lipcore {
+
+// What is said of all values in a bin: its middle, but nothing below the least or above the greatest value.
+inline double value_of_bin(int bin, const Moments& moments) {
+  return std::fmin(std::fmax(bin_middle(bin), moments.min), moments.max);
+}
 
 class Distribution {
  public:
@@ -26,6 +32,11 @@ class Distribution {
   const Moments& moments() const { return moments_; }
   int64_t missing() const { return missing_; }  // NaN
   int64_t invalid() const { return invalid_; }  // infinite or negative
+
+  // The quantiles of a few values without the pages of a histogram: the same numbers as observing them all would give.
+  // An infinite value counts as one that is larger than all others. `bins` is room for `count` numbers.
+  static void quantiles(const double* values, int64_t count, const double* q, int64_t quantiles, int* bins, double* out,
+                        int64_t stride);
 
   // State: six scalars (moments, missing, invalid ...) and the used bins as pairs.
   std::vector<int64_t> bins() const;  // bin, count, bin, count, ...

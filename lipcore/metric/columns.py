@@ -50,6 +50,13 @@ class Words:
     def __init__(self, codes: np.ndarray[Any, Any], words: tuple[str, ...]) -> None:
         self.codes, self.words = codes, words
 
+    @classmethod
+    def of(cls, codes: np.ndarray[Any, Any], words: tuple[str, ...]) -> str | Words:
+        """Return the words with these numbers; one where all are the same."""
+        if (codes == codes[0]).all():
+            return words[codes[0]]
+        return cls(codes.astype(np.uint8 if len(words) <= 256 else np.int32), words)
+
     def __getitem__(self, i: int) -> str:
         return self.words[self.codes[i]]
 
@@ -67,10 +74,7 @@ def words_of(words: Sequence[str]) -> str | Words:
     [0, 1, 0]
     """
     known = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    if len(known) == 1:
-        return words[0]
-    kind = np.uint8 if len(known) <= 256 else np.int32
-    return Words(np.array([known[word] for word in words], dtype=kind), tuple(known))
+    return Words.of(np.array([known[word] for word in words]), tuple(known))
 
 
 def one_if_same(values: np.ndarray[Any, Any]) -> Any:
@@ -124,6 +128,18 @@ class Column:
             None if error is None else _number(error, i),
         )
 
+    def at(self, where: Counts) -> Column:
+        """Return the column of some of the places."""
+
+        def some(items: Any) -> Any:
+            if isinstance(items, Words):
+                return Words.of(items.codes[where], items.words)
+            return items[where] if isinstance(items, np.ndarray) else items
+
+        present = None if self.present is None or self.present[where].all() else self.present[where]
+        fields = (self.numbers, self.counts, self.labels, self.valid, self.notes, self.errors)
+        return Column(*map(some, fields), present)
+
     def array(self, places: int) -> Numbers:
         """Return float64 [places]; NaN where there is no such reducer."""
         numbers = np.broadcast_to(np.asarray(self.numbers, dtype=np.float64), (places,))
@@ -149,3 +165,13 @@ class Columns:
 
     places: Places
     reducers: Mapping[str, Column]
+
+    def where_present(self) -> Columns:
+        """Return the same without places that have none of the reducers."""
+        masks = [column.present for column in self.reducers.values()]
+        if any(mask is None for mask in masks):
+            return self
+        there = np.flatnonzero(np.logical_or.reduce(masks))  # type: ignore[arg-type]
+        if len(there) == len(self.places):
+            return self
+        return Columns(self.places.at(there.tolist()), {name: c.at(there) for name, c in self.reducers.items()})

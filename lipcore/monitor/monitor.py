@@ -22,7 +22,7 @@ from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import Metric
-from lipcore.metric.results import History, MetricResult, Window
+from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.plan import Plan
 from lipcore.monitor.state import checked_starts
@@ -48,6 +48,7 @@ class Monitor:
             covers the last window_steps steps (fewer at the start).
         scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
         history_limit: how many closed windows are kept.
+        history_bytes: for how many bytes of them: see :class:`lipcore.metric.results.History`.
 
     >>> model = nn.Linear(3, 1)
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -70,6 +71,7 @@ class Monitor:
         window_steps: int | None = None,
         window_blocks: int = 1,
         history_limit: int = 1000,
+        history_bytes: int = HISTORY_BYTES,
         scaler: Any = None,
     ) -> None:
         parts = isinstance(model, Mapping)
@@ -79,6 +81,7 @@ class Monitor:
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         for name, number in (
             *(("window_steps", window_steps), ("window_blocks", window_blocks), ("history_limit", history_limit)),
+            ("history_bytes", history_bytes),
         ):
             if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 1):
                 raise ValueError(f"{name}: expected an integer >= 1, got {number!r}")
@@ -94,8 +97,8 @@ class Monitor:
                 raise ValueError(f"window_blocks: {metric.name} has no sliding windows")
         self.model = model
         self.window_steps = window_steps
-        self.history = History(maxlen=history_limit)
-        self._unread: deque[Window] = deque(maxlen=history_limit)
+        self.history = History(maxlen=history_limit, bytes_limit=history_bytes)
+        self._unread = History(maxlen=history_limit, bytes_limit=history_bytes)
         self._step = 0
         self._steps_here = 0  # since this object was made; _step goes on from a loaded state
         self._window_blocks = window_blocks
@@ -329,7 +332,8 @@ class Monitor:
 
     def plan(self) -> Plan:
         """What is measured, by which rule, for how many bytes."""
-        return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self._window_rule, str(self._clock))
+        lines = {name: metric.plan() for name, metric in self.metrics.items()}
+        return Plan(lines, self._window_rule, str(self._clock), (self.history.maxlen, self.history.bytes_limit))
 
     @property
     def _window_rule(self) -> str:
@@ -452,7 +456,8 @@ class Monitor:
                     results[metric.name].details["unrecorded_because"] = self._capture.refused
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         local = distributed and torch.distributed.get_world_size() > 1
-        return Window(self._windows, start + 1, self._step, False, local, results)
+        off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
+        return Window(self._windows, start + 1, self._step, False, local, results, off)
 
     # ---- state and end
 

@@ -36,7 +36,7 @@ OFFSETS = ("distance", "directness", "variance")
 #: Of the batch's gradient: as backward left it, and as the optimizer got it.
 GRADIENTS = ("grad_norm", "clipped_grad_norm")
 
-_QUANTILES = (0.5, 0.99)
+QUANTILES = (0.5, 0.99)
 
 
 @dataclass
@@ -51,6 +51,7 @@ class _Entry:
     notes: str | Words
     errors: Numbers | None
     present: Flags | None = None
+    valid: Flags | None = None  #: None: where something was counted
 
 
 class Rows:
@@ -58,16 +59,17 @@ class Rows:
 
     Args:
         rows: [places, columns of the ledger].
-        distributions: update norm and update/weight ratio of every row.
+        quantiles: median and 99 % quantile of update norm and update/weight ratio of every row, [2, 2 * places].
     """
 
-    def __init__(self, places: Places, rows: Tensor, distributions: Sequence[Distribution]) -> None:
+    def __init__(self, places: Places, rows: Tensor, quantiles: Numbers) -> None:
         self.places = places
         self.numbers: Numbers = np.ascontiguousarray(rows.cpu().numpy().T)
-        self.quantiles = _quantiles(distributions)
+        self._quantiles = quantiles
         self.steps, self.total_steps, self.skipped = (
             self[name].astype(np.int64) for name in ("steps", "total_steps", "nonfinite_steps")
         )
+        self._any_skipped = bool(self.skipped.any())
         self.points: Counts = (self["folded"] + np.maximum(self["points"], 0)).astype(np.int64)
 
     def __getitem__(self, column: str) -> Numbers:
@@ -85,6 +87,7 @@ class Rows:
         standard error of each quantity over its value, for estimates."""
         entries = []
         errors = relative_errors or {}
+        notes_of: dict[tuple[bool, int], str | Words] = {}
         with np.errstate(all="ignore"):
             for quantity, reducers in self._reducers().items():
                 if quantity not in wanted:
@@ -96,31 +99,28 @@ class Rows:
                     known = ~np.isnan(numbers) if reducer == "cumulative" else None
                     if known is not None and not known.any():
                         continue
-                    numbers = np.where(counts > 0, numbers, math.nan)
+                    numbers = numbers if counts.all() else np.where(counts > 0, numbers, math.nan)
                     error = errors[quantity] * numbers if quantity in errors else None
-                    notes = self._notes(quantity, length, counts > 0, "no step observed")
+                    key = quantity == "variance", id(counts)
+                    if key not in notes_of:
+                        notes_of[key] = self._notes(quantity, length, counts > 0, "no step observed")
+                    notes = notes_of[key]
                     present = known if known is not None and not known.all() else None
                     entries.append(_Entry(name, reducer, numbers, counts, label, notes, error, present))
-            _add(result, self.places, entries)
             if "directness" in wanted:
-                self._add_directness(result, length, "exact" if relative_errors is None else "estimate")
+                label = "exact" if relative_errors is None else "estimate"
+                entries += self._directness(length, label)
+            _add(result, self.places, entries)
 
-    def _add_directness(self, result: MetricResult, length: str, label: Label) -> None:
-        known = np.flatnonzero(~np.isnan(self["total_path"]))
-        if not len(known):
-            return
+    def _directness(self, length: str, label: Label) -> list[_Entry]:
+        known = ~np.isnan(self["total_path"])
+        if not known.any():
+            return []
         moved = self["total_path"] > 0
         numbers = np.where(moved, self["distance"] / self["total_path"], math.nan)
         notes = self._notes("directness", length, moved, "has not moved")
-        every = len(known) == len(self.places)
-        if not every and isinstance(notes, Words):
-            notes = words_of([notes[i] for i in known])
-        columns = Column(
-            rows_of(numbers[None, known])[0], one_if_same(self.total_steps[known]), label,
-            one_if_same(moved[known]), notes,
-        )  # fmt: skip
-        places = self.places if every else self.places.at(known.tolist())
-        result.add_columns("directness", Columns(places, {"last": columns}))
+        present = None if known.all() else known
+        return [_Entry("directness", "last", numbers, self.total_steps, label, notes, None, present, moved)]
 
     def _reducers(self) -> dict[str, dict[str, tuple[Numbers, Counts]]]:
         """Numbers and how many steps (or points) are in them."""
@@ -143,11 +143,13 @@ class Rows:
         }
 
     def _norms(self, kind: str, mean: Numbers) -> dict[str, tuple[Numbers, Counts]]:
-        median, high = self.quantiles[0 if kind == "update" else 1]
+        median, high = self._quantiles[:, 0 if kind == "update" else 1 :: 2]
         numbers = {"last": self[f"{kind}_last"], "mean": mean, "max": self[f"{kind}_max"], "p50": median, "p99": high}
         return {reducer: (number, self.steps) for reducer, number in numbers.items()}
 
     def _notes(self, quantity: str, length: str, counted: Flags, otherwise: str) -> str | Words:
+        if quantity != "variance" and not self._any_skipped and counted.all():
+            return ""
         sliding = self.points <= self.steps if quantity == "variance" else np.zeros_like(counted)
         facts = np.stack([counted, sliding, self.skipped])
         thinned = quantity == "variance" and length == "chord_length"
@@ -191,21 +193,21 @@ def _add(result: MetricResult, places: Places, entries: Sequence[_Entry]) -> Non
         if id(entry.counts) not in shared:
             shared[id(entry.counts)] = one_if_same(entry.counts), one_if_same(entry.counts > 0)
         counts, valid = shared[id(entry.counts)]
+        valid = valid if entry.valid is None else one_if_same(entry.valid)
         errors = None if entry.errors is None else rows_of(entry.errors[None])[0]
         column = Column(row, counts, entry.label, valid, entry.notes, errors, entry.present)
         by_quantity.setdefault(entry.quantity, {})[entry.reducer] = column
     for quantity, reducers in by_quantity.items():
-        result.add_columns(quantity, Columns(places, reducers))
+        result.add_columns(quantity, Columns(places, reducers).where_present())
 
 
-def _quantiles(distributions: Sequence[Distribution]) -> tuple[tuple[Numbers, Numbers], tuple[Numbers, Numbers]]:
-    """Median and 99 % quantile of update norms, and of ratios. Infinite ratios (a weight of norm zero that moved) are
-    the largest of all, though the bins do not hold them."""
-    found = described(distributions, _QUANTILES)
+def quantiles_of(distributions: Sequence[Distribution]) -> Numbers:
+    """Return median and 99 % quantile of each, [2, distributions]. Infinite ratios (a weight of norm zero that moved)
+    are the largest of all, though the bins do not hold them."""
+    found = described(distributions, QUANTILES)
     for i in np.flatnonzero(found[5]):
-        found[6:, i] = [_with_infinite(distributions[i], q) for q in _QUANTILES]
-    updates, ratios = found[6:, ::2], found[6:, 1::2]
-    return (updates[0], updates[1]), (ratios[0], ratios[1])
+        found[6:, i] = [_with_infinite(distributions[i], q) for q in QUANTILES]
+    return found[6:]
 
 
 def _with_infinite(values: Distribution, q: float) -> float:

@@ -403,11 +403,10 @@ class Trajectory(Metric):
                 f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "
                 "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
             )
-        rows = self._tracker.named_rows()
-        for part in (part for part in self._parts if part.there):
+        half = [part for part in self._parts if part.dtype in _HALF]
+        rows = self._tracker.named_rows() if half else {}
+        for part in half:
             shadow = part.tensor if part.shadow is None else part.shadow
-            if shadow.dtype not in _HALF:
-                continue
             row = rows.get((part.name, "tensor"))
             steps = 0 if row is None else _steps_without_moving(row.tolist())
             if part.shadow is None and steps >= 10:

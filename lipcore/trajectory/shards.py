@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.results import Level, MetricResult, Places
-from lipcore.trajectory.describe import Rows
+from lipcore.trajectory.describe import Rows, quantiles_of
 from lipcore.trajectory.table import COLUMN, FOLDED, M2, POINTS, STEPS, points_of
 
 _SQUARED = [COLUMN["distance"], COLUMN["weight"]]
@@ -68,7 +68,8 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
         table[-1][COLUMN["nonfinite_steps"]] = left_out.sum()
         distributions += [updates, ratios]
     where = Places([place for place, *_ in places], [level for _, level, *_ in places])
-    Rows(where, torch.stack(table), distributions).add_to(result, frozenset(first["quantities"]), length=length)
+    window = Rows(where, torch.stack(table), quantiles_of(distributions))
+    window.add_to(result, frozenset(first["quantities"]), length=length)
     return result
 
 

@@ -155,7 +155,7 @@ class SketchTracker(Tracker):
         """Per group and in total; each with its standard error."""
         window, pieces = self.window_rows().cpu(), len(self.parts)
         errors = relative_errors(window[:pieces].numpy(), window[pieces:-1].numpy(), _SPLIT)
-        rows = Rows(self.places, window[pieces:], self.window_distributions()[2 * pieces :])
+        rows = Rows(self.places, window[pieces:], self.window_quantiles()[:, 2 * pieces :])
         rows["weight"][:] = self._grouped(self._weight_sq).sqrt().cpu().numpy()
         rows["nonfinite_elements"][:] = self._grouped(self._nonfinite).cpu().numpy()
         rows.add_to(result, wanted, length=length, relative_errors=errors)

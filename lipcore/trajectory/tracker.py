@@ -42,7 +42,7 @@ class Tracker(TrackerBase):
 
     def described_rows(self) -> Rows:
         """Return the window's rows with their quantiles."""
-        return Rows(self.places, self.window_rows(), self.window_distributions())
+        return Rows(self.places, self.window_rows(), self.window_quantiles())
 
     # ---- state
 

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.metric.distribution import Distribution, reset_all
+from lipcore.metric.columns import Numbers
+from lipcore.metric.distribution import Distribution
 from lipcore.metric.results import Level, Places
 from lipcore.trajectory.copies import Copies, bytes_of, distances
+from lipcore.trajectory.describe import QUANTILES, quantiles_of
 from lipcore.trajectory.parameters import Part
 from lipcore.trajectory.step_ring import Recent, StepHistory
 from lipcore.trajectory.table import (
@@ -155,8 +157,7 @@ class TrackerBase:
     def reset(self) -> None:
         """A new window, which starts at the tensors' last observed values."""
         self._end_block()
-        self.recent.flush(self._settled)
-        reset_all(self.recent.distributions)
+        self.recent.restart(self._settled)
         self.closed.clear()
         self.table.rows[:, :WINDOW_COLUMNS] = 0
         for m2 in self.copies.earlier_m2 if self.copies else ():
@@ -182,6 +183,11 @@ class TrackerBase:
         if self.copies and (self.closed or self.copies.earlier):
             rows[:, M2] += self.table.with_groups(torch.stack([self.merged(i)[0] for i in range(len(self.parts))]))
         return rows
+
+    def window_quantiles(self) -> Numbers:
+        """Median and 99 % quantile of update norm and ratio of every row over the window, [2, 2 * rows]."""
+        found = None if self.closed else self.recent.quantiles(self.seen, QUANTILES)
+        return quantiles_of(self.window_distributions()) if found is None else found
 
     def window_distributions(self) -> list[Distribution]:
         """Update norm and ratio of every row over the whole window."""

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from lipcore.metric.columns import Column, Counts, Flags, Numbers, Words, one_if_same, rows_of, words_of
+from lipcore.metric.columns import Column, Counts, Flags, Numbers, Words, one_if_same, rows_of
 from lipcore.per_sample.noise.student_t import t_quantile
 
 FEWEST = 8  # blocks that have a standard error worth stating
 QUANTITIES = ("gradient_sq", "gradient_noise", "noise_scale")
-_NOTHING = "nothing recorded"
-
-_NOT_ABOVE = "the estimate of gradient_sq is not above 0: more steps, or a larger batch, are needed"
-_INCLUDES = "the interval of gradient_sq includes 0: more steps, or a larger batch, are needed for an upper bound"
-_LONGER = (
+_NOTES = (
+    "",
+    "nothing recorded",
+    f"no interval below {FEWEST} steps",
+    "the estimate of gradient_sq is not above 0: more steps, or a larger batch, are needed",
+    "the interval of gradient_sq includes 0: more steps, or a larger batch, are needed for an upper bound",
     "the mean gradient is longer than the mean square of its samples' gradients: rounding, or the loss reduction or "
-    "number of samples is not what was declared"
+    "number of samples is not what was declared",
 )
+_FINE, _NOTHING, _FEW, _NOT_ABOVE, _INCLUDES, _LONGER = range(len(_NOTES))
 
 
 @dataclass
@@ -93,16 +94,15 @@ def _estimate(sums: Numbers, ema: Numbers, confidence: float, out: _Estimates, w
 def _columns(found: _Estimates, counts: Counts, blocks: Counts, seen: Counts) -> dict[str, dict[str, Column]]:
     """Each number with what it is worth."""
     wrong = found.noise < 0
-    few = np.where(blocks < FEWEST, f"no interval below {FEWEST} steps", "")
-    upper = found.numbers[2, 2]
-    wide = np.where(found.signal <= 0, _NOT_ABOVE, np.where(upper == math.inf, _INCLUDES, few))
+    few = np.where(blocks < FEWEST, _FEW, _FINE)
+    wide = np.where(found.signal <= 0, _NOT_ABOVE, np.where(found.numbers[2, 2] == math.inf, _INCLUDES, few))
     count, ema_count = one_if_same(counts), one_if_same(seen)
-    ema_notes = _words(np.where(wrong, _LONGER, np.where(seen > 0, "", _NOTHING)))
+    ema_notes = Words.of(np.where(wrong, _LONGER, np.where(seen > 0, _FINE, _NOTHING)), _NOTES)
     out = {}
     for name, why, (mean, lower, upper, ema), error in zip(
         QUANTITIES, (few, few, wide), found.numbers, found.errors, strict=True
     ):
-        notes = _words(np.where(wrong, _LONGER, np.where(counts > 0, why, _NOTHING)))
+        notes = Words.of(np.where(wrong, _LONGER, np.where(counts > 0, why, _NOTHING)), _NOTES)
         finite, bounded = np.isfinite(mean), one_if_same(~np.isnan(lower) & ~wrong)
         *rows, errors = rows_of(np.stack([mean, lower, upper, ema, np.where(finite, error, math.nan)]))
         out[name] = {
@@ -112,10 +112,6 @@ def _columns(found: _Estimates, counts: Counts, blocks: Counts, seen: Counts) ->
             "ema": Column(rows[3], ema_count, "estimate", one_if_same(np.isfinite(ema) & ~wrong), ema_notes),
         }
     return out
-
-
-def _words(words: np.ndarray[Any, Any]) -> str | Words:
-    return words_of(words.tolist())
 
 
 def _ratio(noise: Numbers, signal: Numbers) -> Numbers:

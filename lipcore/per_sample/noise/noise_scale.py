@@ -137,6 +137,11 @@ class NoiseScale:
         faded = self._ema[:3] * self.decay ** passed[-1] + (steps * weights.unsqueeze(1)).sum(0)
         self._ema = torch.cat([faded, self._ema[3:] + passed[-1:]])
         while len(steps):
+            if self._block_steps == 1 and (new := min(_BLOCKS - len(self._sizes), len(steps))):  # a block for each
+                self._sums[len(self._sizes) : len(self._sizes) + new] = steps[:new]
+                self._sizes += [1] * new
+                steps = steps[new:]
+                continue
             room = self._open_block()
             self._sums[len(self._sizes) - 1] += steps[:room].sum(0)
             self._sizes[-1] += len(steps[:room])
