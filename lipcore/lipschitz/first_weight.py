@@ -24,14 +24,14 @@ def singular_values_later(
     """
     if not has_singular_values(module, batch_shape):
         return None
-    weight: Tensor = module.weight.detach()  # type: ignore[operator, assignment]
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
     copy = before if before is not None and torch.equal(before, weight) else weight.clone()
     twin = _twin(module, copy)
 
     def taken() -> SingularValues:
         try:
             found = singular_values(twin, batch_shape)
-        except torch.linalg.LinAlgError as error:  # who reads a window cannot do anything about it
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # who reads a window cannot do anything about it
             return _unknown(f"singular values of W_1 could not be taken: {error}")
         assert found is not None
         return found

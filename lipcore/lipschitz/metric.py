@@ -342,7 +342,7 @@ class Lipschitz(Metric):
         sigma = singular_values_later(module, self._first.batch_shape, self._weight_before)
         if sigma is None:
             return
-        shape = tuple(module.weight.shape)  # type: ignore[union-attr, arg-type]
+        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         moved = result.details["first_weight_moved"] = self._weight_moved()
         if moved:
             label, note = (

@@ -54,11 +54,11 @@ class Words:
     def of(cls, codes: np.ndarray[Any, Any], words: tuple[str, ...]) -> str | Words:
         """Return the words with these numbers; one where all are the same."""
         if (codes == codes[0]).all():
-            return words[codes[0]]
+            return words[int(codes[0])]
         return cls(codes.astype(np.uint8 if len(words) <= 256 else np.int32), words)
 
     def __getitem__(self, i: int) -> str:
-        return self.words[self.codes[i]]
+        return self.words[int(self.codes[i])]
 
     def tolist(self) -> list[str]:
         """Return the word of every place."""
@@ -137,8 +137,10 @@ class Column:
             return items[where] if isinstance(items, np.ndarray) else items
 
         present = None if self.present is None or self.present[where].all() else self.present[where]
-        fields = (self.numbers, self.counts, self.labels, self.valid, self.notes, self.errors)
-        return Column(*map(some, fields), present)
+        return Column(
+            some(self.numbers), some(self.counts), some(self.labels), some(self.valid), some(self.notes),
+            some(self.errors), present,
+        )  # fmt: skip
 
     def array(self, places: int) -> Numbers:
         """Return float64 [places]; NaN where there is no such reducer."""

@@ -60,8 +60,8 @@ class Window(Showable, Mapping[str, MetricResult]):
     def from_dict(cls, state: Mapping[str, Any]) -> Window:
         """Restore what :meth:`to_dict` gave."""
         results = {name: MetricResult.from_dict(name, result) for name, result in state["metrics"].items()}
-        header = (state[key] for key in ("index", "first_step", "last_step", "closed", "local"))
-        return cls(*header, results)
+        header = {key: state[key] for key in ("index", "first_step", "last_step", "closed", "local")}
+        return cls(**header, results=results)
 
     @property
     def nbytes(self) -> int:
@@ -80,5 +80,6 @@ class Window(Showable, Mapping[str, MetricResult]):
         share = max(3, (LINES - 1 - len(off)) // max(len(self.results), 1))
         rows: list[tuple[str, str, str]] = []
         for name, result in self.results.items():
-            rows += [(name, "", ""), *shortened(((f"  {n}", *rest) for n, *rest in result.shown_rows()), share - 1)]
+            inner = ((f"  {row}", numbers, remark) for row, numbers, remark in result.shown_rows())
+            rows += [(name, "", ""), *shortened(inner, share - 1)]
         return Shown(self.title, [*off, *rows])

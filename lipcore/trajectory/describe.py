@@ -205,7 +205,7 @@ def quantiles_of(distributions: Sequence[Distribution]) -> Numbers:
     """Return median and 99 % quantile of each, [2, distributions]. Infinite ratios (a weight of norm zero that moved)
     are the largest of all, though the bins do not hold them."""
     found = described(distributions, QUANTILES)
-    for i in np.flatnonzero(found[5]):
+    for i in np.flatnonzero(found[5]).tolist():
         found[6:, i] = [_with_infinite(distributions[i], q) for q in QUANTILES]
     return found[6:]
 

@@ -22,7 +22,7 @@ from lipcore.trajectory.shards import gather
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.sketch_tracker import ANGLES, SketchTracker
 from lipcore.trajectory.step_ring import StepHistory
-from lipcore.trajectory.table import COLUMN
+from lipcore.trajectory.table import COLUMN, points_of
 from lipcore.trajectory.tracker import Tracker
 from lipcore.trajectory.update_tracker import NORMALIZED, UpdateTracker
 
@@ -431,12 +431,12 @@ class Trajectory(Metric):
         copies = self._tracker.copies
         if copies is None or not copies.per_element:
             raise RuntimeError('element_variance: ask for it with stats=["element_variance", ...] in mode "exact"')
-        rows = self._tracker.described_rows()
+        counts = points_of(self._tracker.window_rows()).long().tolist()
         out = {}
         for i, part in enumerate(self._parts):
             m2 = self._tracker.merged(i)[1]
             assert m2 is not None
-            points = rows[i].points
+            points = counts[i]
             out[part.name] = m2 / points if points else torch.full_like(m2, torch.nan)
         return out
 

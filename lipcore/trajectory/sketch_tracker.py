@@ -176,8 +176,11 @@ class SketchTracker(Tracker):
             del numbers["mean"]
         rows = rows_of(np.where(moved, np.stack(list(numbers.values())), math.nan))
         notes = words_of(["" if any_ else "fewer than two steps that moved" for any_ in moved.tolist()])
-        worth = one_if_same(counts.astype(np.int64)), "estimate", one_if_same(moved), notes, 1 / math.sqrt(self.buckets)
-        columns = {reducer: Column(row, *worth) for reducer, row in zip(numbers, rows, strict=True)}
+        count, valid, error = one_if_same(counts.astype(np.int64)), one_if_same(moved), 1 / math.sqrt(self.buckets)
+        columns = {
+            reducer: Column(row, count, "estimate", valid, notes, error)
+            for reducer, row in zip(numbers, rows, strict=True)
+        }
         result.add_columns("update_cosine", Columns(self.places, columns))
 
     def _merge_next(self, other: Tracker, continues: bool) -> bool:

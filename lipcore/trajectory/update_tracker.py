@@ -102,8 +102,8 @@ class UpdateTracker(Tracker):
         if self.closed.maxlen:  # kept for the open block alone
             numbers = {"last": last}
         rows = rows_of(np.where(counted, np.stack(list(numbers.values())), math.nan))
-        worth = one_if_same(counts.astype(np.int64)), "exact", one_if_same(counted)
-        columns = {reducer: Column(row, *worth) for reducer, row in zip(numbers, rows, strict=True)}
+        count, valid = one_if_same(counts.astype(np.int64)), one_if_same(counted)
+        columns = {reducer: Column(row, count, "exact", valid) for reducer, row in zip(numbers, rows, strict=True)}
         result.add_columns(NORMALIZED[0], Columns(self._tensors, columns))
 
     @cached_property
