@@ -25,6 +25,7 @@ from lipcore.metric.protocol import Metric
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.plan import Plan
+from lipcore.monitor.show import shown
 from lipcore.monitor.state import checked_starts
 from lipcore.trajectory import Trajectory
 
@@ -513,6 +514,12 @@ class Monitor:
             return
         self._error = None  # the user's own exception goes first
         self.close()
+
+    def __repr__(self) -> str:
+        return shown(self).text()
+
+    def _repr_html_(self) -> str:
+        return shown(self).html()
 
 
 def _by_name(metrics: list[Metric]) -> dict[str, Metric]:

@@ -18,6 +18,7 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.protocol import Metric, PlanLine
 from lipcore.metric.results import MetricResult
+from lipcore.metric.show import Shown
 from lipcore.per_sample.arguments import check_arguments, offsets_of
 from lipcore.per_sample.batch_norms import MicroBatch, Norms
 from lipcore.per_sample.layer_index import Places
@@ -29,6 +30,7 @@ from lipcore.per_sample.noise.step_sums import StepSums
 from lipcore.per_sample.open_step import OpenStep, take_in
 from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.show import shown
 from lipcore.per_sample.window import NormWindow
 
 
@@ -449,6 +451,15 @@ class PerSampleGradNorms(Metric):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._monitor.__exit__(kind, error, trace)
+
+    def __repr__(self) -> str:
+        return self._shown().text()
+
+    def _repr_html_(self) -> str:
+        return self._shown().html()
+
+    def _shown(self) -> Shown:
+        return shown(self, self._window.merged(), self._layers, self._capture, str(self._reduction))
 
 
 def _ranks() -> int:

@@ -214,6 +214,8 @@ class NoiseScale:
 
     def columns(self, earlier: Sequence[NoiseScale] = ()) -> dict[str, dict[str, Column]]:
         """Return the same as columns over all places: {quantity: {reducer: column}}."""
+        if not self.places:
+            return {}
         self._fold()
         window = self
         if earlier:
