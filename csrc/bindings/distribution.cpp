@@ -81,6 +81,33 @@ void place_sums(py::handle squares, const std::vector<int64_t>& index, bool know
   }
 }
 
+// out[i] = count, mean, min, max (NaN where nothing was observed), missing, invalid and the quantiles of distribution i.
+void describe_distributions(const std::vector<const Distribution*>& distributions, const std::vector<double>& quantiles,
+                            py::handle out) {
+  const TensorView v = view_of(out, "out", Access::kWrite);
+  const auto columns = static_cast<int64_t>(6 + quantiles.size());
+  if (v.dtype != DType::kFloat64 || v.ndim != 2 || !v.on_cpu() ||
+      v.shape[0] != static_cast<int64_t>(distributions.size()) || v.shape[1] != columns)
+    throw py::value_error("out: expected float64 [len(distributions), 6 + len(quantiles)] on the CPU, got " +
+                          std::string(dtype_name(v.dtype)) + " " + ShapeText(v).text);
+  for (size_t i = 0; i < distributions.size(); ++i) {
+    const Distribution& d = *distributions[i];
+    const Moments& m = d.moments();
+    const bool any = m.count > 0;
+    const double nan = std::nan("");
+    const double numbers[] = {m.count,           any ? m.mean : nan,
+                              any ? m.min : nan, any ? m.max : nan,
+                              static_cast<double>(d.missing()), static_cast<double>(d.invalid())};
+    double* row = static_cast<double*>(v.data) + static_cast<int64_t>(i) * v.strides[0];
+    for (int64_t k = 0; k < columns; ++k)
+      row[k * v.strides[1]] = k < 6 ? numbers[k] : d.quantile(quantiles[static_cast<size_t>(k - 6)]);
+  }
+}
+
+void reset_distributions(const std::vector<Distribution*>& distributions) {
+  for (Distribution* d : distributions) d->reset();
+}
+
 }  // namespace
 
 void bind_distribution(py::module_& m) {
@@ -111,6 +138,9 @@ void bind_distribution(py::module_& m) {
   m.attr("BINS") = kBins;
   m.def("bin_middle", &bin_middle, py::arg("bin"));
   m.def("bin_of", &bin_of, py::arg("value"));
+  m.def("describe_distributions", &describe_distributions, py::arg("distributions"), py::arg("quantiles"),
+        py::arg("out"));
+  m.def("reset_distributions", &reset_distributions, py::arg("distributions"));
   m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
   m.def("observe_roots", &observe_roots, py::arg("squares"), py::arg("distributions"));
   m.def("place_sums", &place_sums, py::arg("squares"), py::arg("index"), py::arg("known"), py::arg("out"));

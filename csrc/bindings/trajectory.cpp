@@ -157,6 +157,38 @@ void observe_recent(py::handle recent, int64_t begin, int64_t end, const std::ve
   }
 }
 
+// out[2 row] and out[2 row + 1] = quantiles of the update norms and of the ratios of steps [begin, end): what
+// observe_recent() and the distributions would say, of a window that is short enough to lie in the ring.
+void recent_quantiles(py::handle recent, int64_t begin, int64_t end, const std::vector<double>& q, py::handle out) {
+  const TensorView view = view_of(recent, "recent"), found = view_of(out, "out", Access::kWrite);
+  if (view.dtype != DType::kFloat64 || view.ndim != 3 || !view.on_cpu() || view.shape[2] != 2 || begin < 0 ||
+      end < begin || end - begin > view.shape[0])
+    throw py::value_error("recent: expected a float64 CPU tensor [ring, rows, 2] with steps begin to end in it, got " +
+                          std::string(ShapeText(view).text));
+  if (found.dtype != DType::kFloat64 || found.ndim != 2 || !found.on_cpu() || found.shape[0] != 2 * view.shape[1] ||
+      found.shape[1] != static_cast<int64_t>(q.size()))
+    throw py::value_error("out: expected float64 [2 * rows, len(quantiles)] on the CPU, got " +
+                          std::string(ShapeText(found).text));
+  const auto* steps = static_cast<const RecentStep*>(view.data);
+  auto* y = static_cast<double*>(found.data);
+  const int64_t count = end - begin;
+  std::vector<double> updates(static_cast<size_t>(count)), ratios(static_cast<size_t>(count));
+  std::vector<int> bins(static_cast<size_t>(count));
+  for (int64_t row = 0; row < view.shape[1]; ++row) {
+    for (int64_t t = 0; t < count; ++t) {
+      const RecentStep& step = steps[(begin + t) % view.shape[0] * view.shape[1] + row];
+      const double update = std::sqrt(step.dw_sq);
+      updates[static_cast<size_t>(t)] = update;
+      ratios[static_cast<size_t>(t)] = update_ratio(update, std::sqrt(step.weight_sq));
+    }
+    const auto quantiles = static_cast<int64_t>(q.size());
+    double* to = y + 2 * row * found.strides[0];
+    Distribution::quantiles(updates.data(), count, q.data(), quantiles, bins.data(), to, found.strides[1]);
+    to += found.strides[0];
+    Distribution::quantiles(ratios.data(), count, q.data(), quantiles, bins.data(), to, found.strides[1]);
+  }
+}
+
 }  // namespace
 
 void bind_trajectory(py::module_& m) {
@@ -185,6 +217,8 @@ void bind_trajectory(py::module_& m) {
       .def("step", [](SketchPlan& plan) { check(plan.step()); });
   m.def("observe_recent", &observe_recent, py::arg("recent"), py::arg("begin"), py::arg("end"),
         py::arg("distributions"));
+  m.def("recent_quantiles", &recent_quantiles, py::arg("recent"), py::arg("begin"), py::arg("end"),
+        py::arg("quantiles"), py::arg("out"));
   m.attr("CONTINUES") = kContinues;
   m.attr("BLOCK_STEPS") = kTrajectoryBlock;
   m.attr("STEP_COLUMNS") = kStepSums;

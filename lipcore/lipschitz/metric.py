@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from lipcore import _core
 from lipcore.capture.taps.tap import FIRST_LAYER, Record, SingleSample, Tap
 from lipcore.lipschitz.bias_steps import BiasSteps
+from lipcore.lipschitz.first_weight import singular_values_later
 from lipcore.lipschitz.pointwise import mixes_samples
 from lipcore.lipschitz.sandwich import sandwich_sides
-from lipcore.lipschitz.singular_values import singular_values
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.metric.distribution import Distribution, loaded_distributions
 from lipcore.metric.hook_warnings import warn_in_hook
@@ -344,19 +344,20 @@ class Lipschitz(StandaloneMetric):
         module, count = self._first.module, paired.count
         if module is None or not count or self._quantity != "scalar":
             return
-        sigma = singular_values(module, self._first.batch_shape)
+        sigma = singular_values_later(module, self._first.batch_shape, self._weight_before)
         if sigma is None:
             return
-        weight: Tensor = module.weight  # type: ignore[assignment]
+        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
         moved = result.details["first_weight_moved"] = self._weight_moved()
         if moved:
             label, note = (
                 "heuristic",
                 f"{note}; " * bool(note) + "W_1 of the window's close, but it moved within the window",
             )
-        result.details["singular_values"] = asdict(sigma)
-        sides = sandwich_sides(sigma, tuple(weight.shape), average, paired.mean, count, label, note)
-        result.add("sandwich", place, "total", **sides)
+        result.details["singular_values"] = sigma.then(asdict)
+        middle = paired.mean
+        sides = sigma.then(lambda found: sandwich_sides(found, shape, average, middle, count, label, note))
+        result.add_later("sandwich", place, "total", sigma, sides)
 
     def _first_bias(self, samples: int) -> dict[str, Any]:
         """What Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check."""

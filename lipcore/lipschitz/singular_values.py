@@ -34,6 +34,13 @@ class SingularValues:
         return self.upper == self.largest
 
 
+def has_singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> bool:
+    """Say whether :func:`singular_values` gives any, without taking them."""
+    if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+        return False
+    return isinstance(module, nn.Linear) or batch_shape is not None or not bool(module.weight.isfinite().all())
+
+
 def singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> SingularValues | None:
     """Of the map x -> W_1 x for one sample of a batch of this shape; None for an Embedding, whose input is not a
     vector.

@@ -6,12 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.metric.results import Label, Value
+from lipcore.metric.columns import Numbers
 from lipcore.metric.state import check_version, checked_count, checked_tensor
+from lipcore.metric.values import Label, Value
 
 
 class Distribution:
@@ -151,6 +153,22 @@ def observe_roots(squares: Tensor, distributions: Sequence[Distribution]) -> Non
         return
     for distribution, row in zip(distributions, squares.sqrt(), strict=True):
         distribution.observe(row)
+
+
+def described(distributions: Sequence[Distribution], quantiles: Sequence[float] = ()) -> Numbers:
+    """Return count, mean, min, max (NaN where nothing was observed), missing, invalid and quantiles of each, float64
+    [columns, distributions]. One compiled call for all of them."""
+    out = np.empty((len(distributions), 6 + len(quantiles)))
+    cores = [distribution.core for distribution in distributions]
+    _core.describe_distributions(cores, list(quantiles), torch.from_numpy(out))
+    return np.ascontiguousarray(out.T)
+
+
+def reset_all(distributions: Sequence[Distribution]) -> None:
+    """Let all of them forget everything."""
+    _core.reset_distributions([distribution._core for distribution in distributions])
+    for distribution in distributions:
+        distribution._device = None
 
 
 class _DeviceAccumulator:

@@ -21,7 +21,7 @@ from lipcore.capture.taps.tap_capture import Capture, inert_capture
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import Metric, Needs
-from lipcore.metric.results import History, MetricResult, Window
+from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
 from lipcore.models.arguments import check_count
 
@@ -44,6 +44,7 @@ class Engine:
         window_blocks: with more than one, windows slide: every window_steps / window_blocks steps one closes that
             covers the last window_steps steps (fewer at the start).
         history_limit: how many closed windows are kept.
+        history_bytes: for how many bytes of them.
         scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
     """
 
@@ -58,12 +59,14 @@ class Engine:
         window_steps: int | None = None,
         window_blocks: int = 1,
         history_limit: int = 1000,
+        history_bytes: int = HISTORY_BYTES,
         scaler: Any = None,
     ) -> None:
         if window_steps is not None:
             check_count("window_steps", window_steps)
         check_count("window_blocks", window_blocks)
         check_count("history_limit", history_limit)
+        check_count("history_bytes", history_bytes)
         if window_blocks > 1 and (window_steps is None or window_steps % window_blocks):
             raise ValueError(f"window_blocks: {window_blocks} blocks of equal length do not make {window_steps} steps")
         self.metrics = by_name(metrics)
@@ -73,8 +76,8 @@ class Engine:
                 raise ValueError(f"window_blocks: {metric.name} has no sliding windows")
         self.model = model
         self.window_steps = window_steps
-        self.history = History(maxlen=history_limit)
-        self._unread: deque[Window] = deque(maxlen=history_limit)
+        self.history = History(maxlen=history_limit, bytes_limit=history_bytes)
+        self._unread = History(maxlen=history_limit, bytes_limit=history_bytes)
         self._step = 0
         self._steps_here = 0  # since this object was made; _step goes on from a loaded state
         self._window_blocks = window_blocks
@@ -358,7 +361,8 @@ class Engine:
         results = {name: metric.finalize() for name, metric in self.metrics.items() if not metric.off}
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         local = distributed and torch.distributed.get_world_size() > 1
-        return Window(self._windows, self._starts[0][0] + 1, self._step, False, local, results)
+        off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
+        return Window(self._windows, self._starts[0][0] + 1, self._step, False, local, results, off)
 
     def rebind(self) -> None:
         """Look at the model anew, after parameters were added, removed, resized, frozen or unfrozen, or changed

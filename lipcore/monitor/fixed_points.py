@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -110,10 +111,12 @@ class Probes:
             raise ValueError(f"name: there is a probe {name!r} already; choose another name")
 
     def finalize(self) -> tuple[MetricResult, dict[str, Exception]]:
-        """All of them, measured now, and the errors of those that could not be, which takes neither the others nor the
-        metrics with it: their numbers are not valid and say why."""
+        """Measure all of them now, and return the errors of those that could not be, which takes neither the others nor
+        the metrics with it: their numbers are not valid and say why. ``details["seconds"]`` says how long it took."""
         result = MetricResult("probes", points={name: len(probe.x) for name, probe in self._probes.items()})
+        start = time.perf_counter()
         errors = {name: error for name, probe in self._probes.items() if (error := probe.add_to(result)) is not None}
+        result.details["seconds"] = time.perf_counter() - start
         return result, errors
 
 

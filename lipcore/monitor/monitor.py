@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.engine import Engine
 from lipcore.metric.protocol import Metric
-from lipcore.metric.results import MetricResult
+from lipcore.metric.results import HISTORY_BYTES, MetricResult
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.plan import Plan
+from lipcore.monitor.show import shown
 from lipcore.trajectory.metric import Trajectory
 
 
@@ -38,6 +39,7 @@ class Monitor(Engine):
             covers the last window_steps steps (fewer at the start).
         scaler: a torch.amp.GradScaler, whose scale is then taken out of gradient norms.
         history_limit: how many closed windows are kept.
+        history_bytes: for how many bytes of them: see :class:`lipcore.metric.results.History`.
 
     >>> import torch
     >>> model = nn.Linear(3, 1)
@@ -59,6 +61,7 @@ class Monitor(Engine):
         window_steps: int | None = None,
         window_blocks: int = 1,
         history_limit: int = 1000,
+        history_bytes: int = HISTORY_BYTES,
         scaler: Any = None,
     ) -> None:
         parts = isinstance(model, Mapping)
@@ -78,6 +81,7 @@ class Monitor(Engine):
             window_steps=window_steps,
             window_blocks=window_blocks,
             history_limit=history_limit,
+            history_bytes=history_bytes,
             scaler=scaler,
         )
 
@@ -86,7 +90,8 @@ class Monitor(Engine):
 
     def plan(self) -> Plan:
         """Return what is measured, by which rule, for how many bytes."""
-        return Plan({name: metric.plan() for name, metric in self.metrics.items()}, self._window_rule, str(self._clock))
+        lines = {name: metric.plan() for name, metric in self.metrics.items()}
+        return Plan(lines, self._window_rule, str(self._clock), (self.history.maxlen, self.history.bytes_limit))
 
     @property
     def _window_rule(self) -> str:
@@ -152,3 +157,9 @@ class Monitor(Engine):
         probe = Probe(self.model, x, name, output, regions, batch_size)
         self._probes.add(probe)
         return probe
+
+    def __repr__(self) -> str:
+        return shown(self).text()
+
+    def _repr_html_(self) -> str:
+        return shown(self).html()

@@ -8,14 +8,21 @@ from lipcore.metric.protocol import PlanLine
 class Plan:
     """What a Monitor measures, by which rule, and what it costs; print it before step 0."""
 
-    def __init__(self, lines: dict[str, list[PlanLine]], window: str, clock: str) -> None:
+    def __init__(
+        self,
+        lines: dict[str, list[PlanLine]],
+        window: str,
+        clock: str,
+        history: tuple[int | None, int | None] = (None, None),
+    ) -> None:
         self.lines = lines  #: per metric
+        self.history_limit, self.history_bytes = history  #: most windows that are kept, and bytes of them
         self.window = window
         self.clock = clock
 
     @property
     def bytes(self) -> int:
-        """Persistent state of all metrics."""
+        """Persistent state of all metrics; the history of windows comes on top."""
         return sum(line.bytes for lines in self.lines.values() for line in lines)
 
     def __str__(self) -> str:
@@ -26,6 +33,8 @@ class Plan:
             for line in lines:
                 cost = f"  {_size(line.bytes)}" if line.bytes else ""
                 out.append(f"    {line.what:<{width}}  {line.rule}{cost}")
+        if self.history_bytes is not None:
+            out += ["  history", f"    at most {self.history_limit} windows, {_size(self.history_bytes)}"]
         return "\n".join(out)
 
 

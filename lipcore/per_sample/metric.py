@@ -19,6 +19,7 @@ from lipcore.capture.layers.passes import STRAYED
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.results import MetricResult
+from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.per_sample.arguments import check_arguments, offsets_of
@@ -32,6 +33,7 @@ from lipcore.per_sample.noise.step_sums import StepSums
 from lipcore.per_sample.open_step import OpenStep, take_in
 from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.show import shown
 from lipcore.per_sample.window import NormWindow
 
 
@@ -451,6 +453,15 @@ class PerSampleGradNorms(StandaloneMetric):
             self._micro()  # takes in what has not been delivered yet
         attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}
         return self.__dict__ | attached | {"_open_step": OpenStep(None)}
+
+    def __repr__(self) -> str:
+        return self._shown().text()
+
+    def _repr_html_(self) -> str:
+        return self._shown().html()
+
+    def _shown(self) -> Shown:
+        return shown(self, self._window.merged(), self._layers, self._capture, str(self._reduction))
 
 
 def _ranks() -> int:

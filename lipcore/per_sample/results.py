@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
-from lipcore.metric.distribution import Distribution
-from lipcore.metric.results import Label, MetricResult, Value
+import numpy as np
+
+from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of, words_of
+from lipcore.metric.distribution import Distribution, described
+from lipcore.metric.results import Label, MetricResult
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.step_sums import StepSums
 
 TOTAL = "total"
+_REDUCERS = ("mean", "min", "max", "p50", "p99")
+_QUANTILES = (0.5, 0.99)
 
 
 def add_norms(
@@ -21,21 +27,35 @@ def add_norms(
 ) -> None:
     """The distributions of the norms per layer and, with the note, in total; `estimated`: layers that are no exact
     ones."""
-    for layer, distribution in zip([*layers, TOTAL], distributions, strict=False):
-        total = layer == TOTAL
-        label: Label = "estimate" if layer in estimated or (total and estimated) else "exact"
-        reduced = distribution.reduced(label, note=note if total else "")
-        missing = distribution.missing + distribution.invalid
-        reduced["missing"] = Value(float(missing), distribution.count + missing)
-        result.add("grad_norm", layer, "total" if total else "group", **reduced)
+    places = places_of(tuple(layers)).at(range(len(distributions)))  # none before the layers are known
+    if not len(places):
+        return
+    found = described(distributions, _QUANTILES)
+    count, missing = found[0], found[4] + found[5]
+    labels: list[Label] = ["estimate" if layer in estimated else "exact" for layer in places.names]
+    notes = [""] * len(places)
+    if places.names[-1] == TOTAL:
+        labels[-1] = "estimate" if estimated else labels[-1]
+        notes[-1] = note
+    counted = count > 0
+    notes = [said if any_ else "nothing recorded" for said, any_ in zip(notes, counted.tolist(), strict=True)]
+    worth = one_if_same(count.astype(np.int64)), words_of(labels), one_if_same(counted), words_of(notes)
+    *rows, lost = rows_of(np.stack([*found[1:4], *found[6:], missing]))
+    columns = {reducer: Column(row, *worth) for reducer, row in zip(_REDUCERS, rows, strict=True)}  # type: ignore[arg-type]
+    columns["missing"] = Column(lost, one_if_same((count + missing).astype(np.int64)))
+    result.add_columns("grad_norm", Columns(places, columns))
+
+
+@lru_cache(maxsize=8)
+def places_of(layers: tuple[str, ...]) -> Places:
+    """Return the layers and the total; the same object for all windows of a metric."""
+    return Places([*layers, TOTAL], [*["group"] * len(layers), "total"])  # type: ignore[list-item]
 
 
 def add_noise(result: MetricResult, layers: Sequence[str], noise: NoiseScale, sums: StepSums | None) -> None:
-    """The gradient noise scale and its two estimators, and why steps were left out."""
-    for layer, found in zip([*layers, TOTAL], noise.finalize(), strict=True):
-        level = "total" if layer == TOTAL else "group"
-        for quantity, reducers in found.items():
-            result.add(quantity, layer, level, **reducers)  # type: ignore[arg-type]
+    """Add the gradient noise scale and its two estimators, and why steps were left out."""
+    for quantity, columns in noise.columns().items():
+        result.add_columns(quantity, Columns(places_of(tuple(layers)), columns))
     if sums is not None:
         result.details["noise_scale_skipped"] = sums.skipped()
         if sums.off:

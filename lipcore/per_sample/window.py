@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import Any
 
-from lipcore.metric.distribution import Distribution, loaded_distributions
+from lipcore.metric.distribution import Distribution, loaded_distributions, reset_all
 
 Block = list[Distribution]  # one per layer, and the total last
 
@@ -44,7 +44,7 @@ class NormWindow:
     def reset(self) -> None:
         """Start anew."""
         self._closed.clear()
-        self.open = self._block()
+        reset_all(self.open)
 
     def state_dict(self) -> dict[str, Any]:
         """{"open": a state per place, "closed": the same per closed block}"""

@@ -1,12 +1,30 @@
-"""Rows of the ledger as named values."""
+"""Rows of the ledger as columns of named numbers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from lipcore.metric.distribution import Distribution
-from lipcore.metric.results import Label, Level, MetricResult, Value
+import numpy as np
+from torch import Tensor
+
+from lipcore.metric.columns import (
+    Column,
+    Columns,
+    Counts,
+    Flags,
+    Numbers,
+    Places,
+    Words,
+    one_if_same,
+    rows_of,
+    words_of,
+)
+from lipcore.metric.distribution import Distribution, described
+from lipcore.metric.results import Label, MetricResult
+from lipcore.trajectory.table import COLUMN
 
 #: From the update alone.
 MOVES = (
@@ -18,97 +36,180 @@ OFFSETS = ("distance", "directness", "variance")
 #: Of the batch's gradient: as backward left it, and as the optimizer got it.
 GRADIENTS = ("grad_norm", "clipped_grad_norm")
 
+QUANTILES = (0.5, 0.99)
 
-class Row:
-    """One row of the ledger over a window: what it says about one tensor, group or the total."""
 
-    def __init__(self, row: dict[str, float], updates: Distribution, ratios: Distribution) -> None:
-        self.row, self.updates, self.ratios = row, updates, ratios
-        self.steps, self.total_steps = int(row["steps"]), int(row["total_steps"])
-        self.points = int(row["folded"] + max(row["points"], 0))
-        self.skipped = int(row["nonfinite_steps"])
+@dataclass
+class _Entry:
+    """A column in the making."""
+
+    quantity: str
+    reducer: str
+    numbers: Numbers
+    counts: Counts
+    label: Label
+    notes: str | Words
+    errors: Numbers | None
+    present: Flags | None = None
+    valid: Flags | None = None  #: None: where something was counted
+
+
+class Rows:
+    """Rows of the ledger over a window: what they say about tensors, groups and the total.
+
+    Args:
+        rows: [places, columns of the ledger].
+        quantiles: median and 99 % quantile of update norm and update/weight ratio of every row, [2, 2 * places].
+    """
+
+    def __init__(self, places: Places, rows: Tensor, quantiles: Numbers) -> None:
+        self.places = places
+        self.numbers: Numbers = np.ascontiguousarray(rows.cpu().numpy().T)
+        self._quantiles = quantiles
+        self.steps, self.total_steps, self.skipped = (
+            self[name].astype(np.int64) for name in ("steps", "total_steps", "nonfinite_steps")
+        )
+        self._any_skipped = bool(self.skipped.any())
+        self.points: Counts = (self["folded"] + np.maximum(self["points"], 0)).astype(np.int64)
+
+    def __getitem__(self, column: str) -> Numbers:
+        return self.numbers[COLUMN[column]]  # type: ignore[no-any-return]
 
     def add_to(
         self,
         result: MetricResult,
-        place: str,
-        level: Level,
         wanted: frozenset[str],
         *,
         length: str = "path_length",
-        relative_error: Mapping[str, float] | None = None,
+        relative_errors: Mapping[str, Numbers] | None = None,
     ) -> None:
-        """All wanted quantities. `length` is what the sum of update norms is called; `relative_error` holds the
+        """Add all wanted quantities. `length` is what the sum of update norms is called; `relative_errors` holds the
         standard error of each quantity over its value, for estimates."""
-        row = self.row
-        for quantity, reducers in self._numbers().items():
-            if quantity not in wanted:
-                continue
-            label: Label = "exact"
-            error = None
-            if relative_error is not None and quantity in relative_error:
-                label, error = "estimate", relative_error[quantity]
-            values = {}
-            note = self._note(quantity, length)
-            for reducer, (number, count) in reducers.items():
-                if reducer == "cumulative" and math.isnan(number):
-                    continue  # of shards, after the window they were merged in
-                value, why = (number, note) if count else (math.nan, "no step observed")
-                standard_error = None if error is None else error * value
-                values[reducer] = Value(value, count, label, count > 0, why, standard_error)
-            result.add(length if quantity == "path_length" else quantity, place, level, **values)
-        if "directness" in wanted and not math.isnan(row["total_path"]):
-            moved = row["total_path"] > 0
-            number = row["distance"] / row["total_path"] if moved else math.nan
-            label = "exact" if relative_error is None else "estimate"
-            why = self._note("directness", length) if moved else "has not moved"
-            result.add("directness", place, level, last=Value(number, self.total_steps, label, moved, why))
+        entries = []
+        errors = relative_errors or {}
+        notes_of: dict[tuple[bool, int], str | Words] = {}
+        with np.errstate(all="ignore"):
+            for quantity, reducers in self._reducers().items():
+                if quantity not in wanted:
+                    continue
+                label: Label = "estimate" if quantity in errors else "exact"
+                name = length if quantity == "path_length" else quantity
+                for reducer, (numbers, counts) in reducers.items():
+                    # Of shards it is not known after the window they were merged in.
+                    known = ~np.isnan(numbers) if reducer == "cumulative" else None
+                    if known is not None and not known.any():
+                        continue
+                    numbers = numbers if counts.all() else np.where(counts > 0, numbers, math.nan)
+                    error = errors[quantity] * numbers if quantity in errors else None
+                    key = quantity == "variance", id(counts)
+                    if key not in notes_of:
+                        notes_of[key] = self._notes(quantity, length, counts > 0, "no step observed")
+                    notes = notes_of[key]
+                    present = known if known is not None and not known.all() else None
+                    entries.append(_Entry(name, reducer, numbers, counts, label, notes, error, present))
+            if "directness" in wanted:
+                label = "exact" if relative_errors is None else "estimate"
+                entries += self._directness(length, label)
+            _add(result, self.places, entries)
 
-    def _numbers(self) -> dict[str, dict[str, tuple[float, int]]]:
-        row, steps, total = self.row, self.steps, self.total_steps
-        mean = 1 / steps if steps else math.nan
+    def _directness(self, length: str, label: Label) -> list[_Entry]:
+        known = ~np.isnan(self["total_path"])
+        if not known.any():
+            return []
+        moved = self["total_path"] > 0
+        numbers = np.where(moved, self["distance"] / self["total_path"], math.nan)
+        notes = self._notes("directness", length, moved, "has not moved")
+        present = None if known.all() else known
+        return [_Entry("directness", "last", numbers, self.total_steps, label, notes, None, present, moved)]
+
+    def _reducers(self) -> dict[str, dict[str, tuple[Numbers, Counts]]]:
+        """Numbers and how many steps (or points) are in them."""
+        steps, total = self.steps, self.total_steps
+        mean = np.where(steps > 0, 1 / steps, math.nan)
         seen = steps + self.skipped
-        known = max(steps, total)  # a new reference starts the total anew
+        known = np.maximum(steps, total)  # a new reference starts the total anew
+        variance = self["m2"] / np.maximum(self.points, 1)
         return {
-            "update_norm": self._norms("update", row["path"] * mean, self.updates),
-            "update_ratio": self._norms("ratio", row["ratio_sum"] * mean, self.ratios),
-            "max_abs_update": {"last": (row["max_abs_last"], steps), "max": (row["max_abs_max"], steps)},
-            "path_length": {"sum": (row["path"], steps), "cumulative": (row["total_path"], total)},
-            "distance": {"last": (row["distance"], known)},
-            "variance": {"last": (row["m2"] / max(self.points, 1), self.points if steps else 0)},
-            "weight_norm": {"last": (row["weight"], known)},
-            "unmoved_steps": {"sum": (row["zero_steps"], steps)},
-            "nonfinite_steps": {"sum": (row["nonfinite_steps"], seen)},
-            "nonfinite_elements": {"sum": (row["nonfinite_elements"], seen)},
+            "update_norm": self._norms("update", self["path"] * mean),
+            "update_ratio": self._norms("ratio", self["ratio_sum"] * mean),
+            "max_abs_update": {"last": (self["max_abs_last"], steps), "max": (self["max_abs_max"], steps)},
+            "path_length": {"sum": (self["path"], steps), "cumulative": (self["total_path"], total)},
+            "distance": {"last": (self["distance"], known)},
+            "variance": {"last": (variance, np.where(steps > 0, self.points, 0))},
+            "weight_norm": {"last": (self["weight"], known)},
+            "unmoved_steps": {"sum": (self["zero_steps"], steps)},
+            "nonfinite_steps": {"sum": (self["nonfinite_steps"], seen)},
+            "nonfinite_elements": {"sum": (self["nonfinite_elements"], seen)},
         }
 
-    def _note(self, quantity: str, length: str) -> str:
-        notes = [f"{self.skipped} steps had non-finite parameters, which were left out"] if self.skipped else []
-        if quantity == "variance" and length == "chord_length":
-            notes.append("over the steps that were looked at only")
-        if quantity == "variance" and self.points <= self.steps:
-            notes.append("the sliding window's start is not among its points")
-        return "; ".join(notes)
-
-    def _norms(self, kind: str, mean: float, values: Distribution) -> dict[str, tuple[float, int]]:
-        numbers = {"last": self.row[f"{kind}_last"], "mean": mean, "max": self.row[f"{kind}_max"]}
-        numbers |= {"p50": _quantile(values, 0.5), "p99": _quantile(values, 0.99)}
+    def _norms(self, kind: str, mean: Numbers) -> dict[str, tuple[Numbers, Counts]]:
+        median, high = self._quantiles[:, 0 if kind == "update" else 1 :: 2]
+        numbers = {"last": self[f"{kind}_last"], "mean": mean, "max": self[f"{kind}_max"], "p50": median, "p99": high}
         return {reducer: (number, self.steps) for reducer, number in numbers.items()}
 
-    def norms(self) -> dict[str, Value]:
-        """The row as norms of something else than updates (of gradients)."""
-        steps = self.steps
-        note = f"{self.skipped} steps had non-finite values, which were left out" if self.skipped else ""
-        numbers = self._norms("update", self.row["path"] / steps if steps else math.nan, self.updates)
-        return {
-            reducer: Value(number if count else math.nan, count, "exact", count > 0, note if count else "none observed")
-            for reducer, (number, count) in numbers.items()
-        }
+    def _notes(self, quantity: str, length: str, counted: Flags, otherwise: str) -> str | Words:
+        if quantity != "variance" and not self._any_skipped and counted.all():
+            return ""
+        sliding = self.points <= self.steps if quantity == "variance" else np.zeros_like(counted)
+        facts = np.stack([counted, sliding, self.skipped])
+        thinned = quantity == "variance" and length == "chord_length"
+
+        def note(counted: int, sliding: int, skipped: int) -> str:
+            notes = [f"{skipped} steps had non-finite parameters, which were left out"] if skipped else []
+            if thinned:
+                notes.append("over the steps that were looked at only")
+            if sliding:
+                notes.append("the sliding window's start is not among its points")
+            return "; ".join(notes) if counted else otherwise
+
+        if (facts == facts[:, :1]).all():
+            return note(*facts[:, 0].tolist())
+        return words_of([note(*each) for each in facts.T.tolist()])
+
+    def add_norms_to(self, result: MetricResult, quantity: str) -> None:
+        """Add the rows as norms of something else than updates (of gradients)."""
+        with np.errstate(all="ignore"):
+            mean = np.where(self.steps > 0, self["path"] / self.steps, math.nan)
+        counted = self.steps > 0
+        notes: str | Words = "" if counted.all() and not self.skipped.any() else words_of([
+            (f"{skipped} steps had non-finite values, which were left out" if skipped else "") if any_ else
+            "none observed" for any_, skipped in zip(counted.tolist(), self.skipped.tolist(), strict=True)
+        ])  # fmt: skip
+        entries = [
+            _Entry(quantity, reducer, np.where(counted, numbers, math.nan), counts, "exact", notes, None)
+            for reducer, (numbers, counts) in self._norms("update", mean).items()
+        ]
+        _add(result, self.places, entries)
 
 
-def _quantile(values: Distribution, q: float) -> float:
-    """Infinite ratios (a weight of norm zero that moved) are the largest of all, though the bins do not hold them."""
-    if not values.invalid:
-        return values.quantile(q)
+def _add(result: MetricResult, places: Places, entries: Sequence[_Entry]) -> None:
+    """Entries of the same places, of one matrix."""
+    if not entries:
+        return
+    numbers = rows_of(np.stack([entry.numbers for entry in entries]))
+    shared: dict[int, tuple[Any, Any]] = {}  # the same counts stand beside many numbers
+    by_quantity: dict[str, dict[str, Column]] = {}
+    for entry, row in zip(entries, numbers, strict=True):
+        if id(entry.counts) not in shared:
+            shared[id(entry.counts)] = one_if_same(entry.counts), one_if_same(entry.counts > 0)
+        counts, valid = shared[id(entry.counts)]
+        valid = valid if entry.valid is None else one_if_same(entry.valid)
+        errors = None if entry.errors is None else rows_of(entry.errors[None])[0]
+        column = Column(row, counts, entry.label, valid, entry.notes, errors, entry.present)
+        by_quantity.setdefault(entry.quantity, {})[entry.reducer] = column
+    for quantity, reducers in by_quantity.items():
+        result.add_columns(quantity, Columns(places, reducers).where_present())
+
+
+def quantiles_of(distributions: Sequence[Distribution]) -> Numbers:
+    """Return median and 99 % quantile of each, [2, distributions]. Infinite ratios (a weight of norm zero that moved)
+    are the largest of all, though the bins do not hold them."""
+    found = described(distributions, QUANTILES)
+    for i in np.flatnonzero(found[5]).tolist():
+        found[6:, i] = [_with_infinite(distributions[i], q) for q in QUANTILES]
+    return found[6:]
+
+
+def _with_infinite(values: Distribution, q: float) -> float:
     rank = math.floor(q * (values.count + values.invalid - 1) + 0.5)
     return values.quantile(rank / max(values.count - 1, 1)) if rank < values.count else math.inf

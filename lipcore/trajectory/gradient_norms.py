@@ -79,8 +79,7 @@ class Gradients:
         for stage, tracker in self.trackers.items():
             if stage not in wanted or not tracker.seen:
                 continue
-            for (place, level), row in zip(tracker.places, tracker.described_rows(), strict=True):
-                result.add(stage, place, level, **row.norms())
+            tracker.described_rows().add_norms_to(result, stage)
 
     def state_dict(self) -> dict[str, Any]:
         """Both stages'."""

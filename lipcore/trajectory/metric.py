@@ -23,7 +23,7 @@ from lipcore.trajectory.shards import gather
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.sketch_tracker import ANGLES, SketchTracker
 from lipcore.trajectory.step_ring import StepHistory
-from lipcore.trajectory.table import COLUMN
+from lipcore.trajectory.table import COLUMN, points_of
 from lipcore.trajectory.tracker import Tracker
 from lipcore.trajectory.update_tracker import NORMALIZED, UpdateTracker
 
@@ -439,11 +439,10 @@ class Trajectory(Metric):
                 f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "
                 "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
             )
-        rows = self._tracker.named_rows()
-        for part in (part for part in self._parts if part.there):
+        half = [part for part in self._parts if part.dtype in _HALF]
+        rows = self._tracker.named_rows() if half else {}
+        for part in half:
             shadow = part.tensor if part.shadow is None else part.shadow
-            if shadow.dtype not in _HALF:
-                continue
             row = rows.get((part.name, "tensor"))
             steps = 0 if row is None else _steps_without_moving(row.tolist())
             if part.shadow is None and steps >= 10:
@@ -468,12 +467,12 @@ class Trajectory(Metric):
         copies = self._tracker.copies
         if copies is None or not copies.per_element:
             raise RuntimeError('element_variance: ask for it with stats=["element_variance", ...] in mode "exact"')
-        rows = self._tracker.described_rows()
+        counts = points_of(self._tracker.window_rows()).long().tolist()
         out = {}
         for i, part in enumerate(self._parts):
             m2 = self._tracker.merged(i)[1]
             assert m2 is not None
-            points = rows[i].points
+            points = counts[i]
             out[part.name] = m2 / points if points else torch.full_like(m2, torch.nan)
         return out
 

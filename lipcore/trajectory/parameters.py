@@ -43,6 +43,12 @@ class Part:
         return self.owner.get(self.key) is not None
 
     @property
+    def dtype(self) -> torch.dtype | None:
+        """Of the parameter itself, where this is its master copy; None where it is not there any more."""
+        tensor = self.owner.get(self.key)
+        return None if tensor is None else (tensor if self.shadow is None else self.shadow).dtype
+
+    @property
     def is_mine(self) -> bool:
         """Whether this rank is the one that counts this part: of replicated ones only the first is."""
         tensor: Any = self.owner[self.key]
@@ -179,8 +185,33 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def unwatched(model: nn.Module, parts: list[Part]) -> list[str]:
     """Trainable parameters that are not among the parts: added, unfrozen or untied since."""
-    known = {(id(part.owner), part.key) for part in parts} | {part.name for part in parts}
+    where = {(id(part.owner), part.key) for part in parts}
+    if _is_all_of(model, where, parts):
+        return []
+    known = where | {part.name for part in parts}
     return [name for owner, key, name in _of_module(model) if (id(owner), key) not in known and name not in known]
+
+
+def _is_all_of(model: nn.Module, where: set[tuple[int, str]], parts: list[Part]) -> bool:
+    """Whether every trainable parameter is at one of these places, or tied to one that is: told without their names,
+    since it is asked at every window's close."""
+    tensors: set[int] | None = None
+    left, seen = [model], {id(model)}
+    while left:
+        module = left.pop()
+        owner = module._parameters
+        for key, parameter in owner.items():
+            if parameter is None or (id(owner), key) in where or not parameter.requires_grad:
+                continue
+            if tensors is None:
+                tensors = {id(tensor) for part in parts for tensor in (part.owner.get(part.key), part.shadow)}
+            if id(parameter) not in tensors:
+                return False
+        for child in module._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                left.append(child)
+    return True
 
 
 def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument: str) -> list[Tensor]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lipcore.metric.distribution import Distribution
-from lipcore.metric.results import Level, MetricResult
-from lipcore.trajectory.describe import Row
-from lipcore.trajectory.table import COLUMN, COLUMNS, FOLDED, M2, POINTS, STEPS, points_of
+from lipcore.metric.results import Level, MetricResult, Places
+from lipcore.trajectory.describe import Rows, quantiles_of
+from lipcore.trajectory.table import COLUMN, FOLDED, M2, POINTS, STEPS, points_of
 
 _SQUARED = [COLUMN["distance"], COLUMN["weight"]]
 _LARGEST = [COLUMN["max_abs_last"], COLUMN["max_abs_max"]]
@@ -58,15 +58,18 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
         steps[left_out.all(dim=0)] = torch.nan
         places.append((group, level, rows, steps, left_out.any(dim=0)))  # type: ignore[arg-type]
     length = "path_length" if first["every_steps"] == 1 else "chord_length"
-    for place, level, rows, steps, left_out in places:
+    table, distributions = [], []
+    for _, _, rows, steps, left_out in places:
         norms = steps.sqrt()
         updates, ratios = Distribution(), Distribution()
         updates.observe(norms[:, 0])
         ratios.observe(_ratios(norms))
-        merged = _merged(rows, norms)
-        merged[COLUMN["nonfinite_steps"]] = left_out.sum()
-        row = Row(dict(zip(COLUMNS, merged.tolist(), strict=True)), updates, ratios)
-        row.add_to(result, place, level, frozenset(first["quantities"]), length=length)
+        table.append(_merged(rows, norms))
+        table[-1][COLUMN["nonfinite_steps"]] = left_out.sum()
+        distributions += [updates, ratios]
+    where = Places([place for place, *_ in places], [level for _, level, *_ in places])
+    window = Rows(where, torch.stack(table), quantiles_of(distributions))
+    window.add_to(result, frozenset(first["quantities"]), length=length)
     return result
 
 

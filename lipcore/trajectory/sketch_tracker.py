@@ -8,16 +8,20 @@ eight parts of its buckets: their sums are the group's, and their spread is its 
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lipcore import _core, functional
-from lipcore.metric.results import Level, MetricResult, Value
+from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of, words_of
+from lipcore.metric.results import Level, MetricResult
 from lipcore.metric.state import checked_tensor
-from lipcore.trajectory.describe import MOVES, OFFSETS, Row
+from lipcore.trajectory.describe import MOVES, OFFSETS, Rows
 from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.sketch_errors import relative_errors
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.tracker import Tracker
 from lipcore.trajectory.tracker_base import TrackerBase
@@ -77,10 +81,10 @@ class SketchTracker(Tracker):
         if keep_every is not None:
             self.history.keep(0, self._now.sum(dim=0))
 
-    @property
-    def places(self) -> list[tuple[str, Level]]:
-        groups: list[tuple[str, Level]] = [(group, "group") for group in self.groups]
-        return [*groups, ("total", "total")]
+    @cached_property
+    def places(self) -> Places:
+        levels: list[Level] = [*["group"] * len(self.groups), "total"]  # type: ignore[list-item]
+        return Places([*self.groups, "total"], levels)
 
     # ---- steps
 
@@ -150,15 +154,12 @@ class SketchTracker(Tracker):
 
     def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:
         """Per group and in total; each with its standard error."""
-        rows = self.described_rows()
-        pieces, rows = rows[: len(self.parts)], rows[len(self.parts) :]
-        errors = [_errors(row, pieces[i * _SPLIT : (i + 1) * _SPLIT]) for i, row in enumerate(rows[:-1])]
-        errors.append(_total_errors(rows[-1], rows[:-1], errors))
-        weights = self._grouped(self._weight_sq).sqrt().tolist()
-        nonfinite = self._grouped(self._nonfinite).tolist()
-        for i, ((place, level), row) in enumerate(zip(self.places, rows, strict=True)):
-            row.row["weight"], row.row["nonfinite_elements"] = weights[i], nonfinite[i]
-            row.add_to(result, place, level, wanted, length=length, relative_error=errors[i])
+        window, pieces = self.window_rows().cpu(), len(self.parts)
+        errors = relative_errors(window[:pieces].numpy(), window[pieces:-1].numpy(), _SPLIT)
+        rows = Rows(self.places, window[pieces:], self.window_quantiles()[:, 2 * pieces :])
+        rows["weight"][:] = self._grouped(self._weight_sq).sqrt().cpu().numpy()
+        rows["nonfinite_elements"][:] = self._grouped(self._nonfinite).cpu().numpy()
+        rows.add_to(result, wanted, length=length, relative_errors=errors)
         if "update_cosine" in wanted:
             self._describe_angles(result)
 
@@ -168,14 +169,20 @@ class SketchTracker(Tracker):
         return torch.cat([groups, of_parameters.sum().reshape(1)])
 
     def _describe_angles(self, result: MetricResult) -> None:
-        error = 1 / math.sqrt(self.buckets)
-        for (place, level), (last, total, count) in zip(self.places, self._cosine.T.tolist(), strict=True):
-            n, note = int(count), "" if count else "fewer than two steps that moved"
-            numbers = {"last": last, "mean": total / count if count else math.nan}
-            if self.closed.maxlen:  # the mean is kept for the open block alone
-                del numbers["mean"]
-            values = {k: Value(v if n else math.nan, n, "estimate", n > 0, note, error) for k, v in numbers.items()}
-            result.add("update_cosine", place, level, **values)
+        last, total, counts = self._cosine.cpu().numpy()
+        moved = counts > 0
+        with np.errstate(all="ignore"):
+            numbers = {"last": last, "mean": total / counts}
+        if self.closed.maxlen:  # the mean is kept for the open block alone
+            del numbers["mean"]
+        rows = rows_of(np.where(moved, np.stack(list(numbers.values())), math.nan))
+        notes = words_of(["" if any_ else "fewer than two steps that moved" for any_ in moved.tolist()])
+        count, valid, error = one_if_same(counts.astype(np.int64)), one_if_same(moved), 1 / math.sqrt(self.buckets)
+        columns = {
+            reducer: Column(row, count, "estimate", valid, notes, error)
+            for reducer, row in zip(numbers, rows, strict=True)
+        }
+        result.add_columns("update_cosine", Columns(self.places, columns))
 
     def _merge_next(self, other: Tracker, continues: bool) -> bool:
         assert isinstance(other, SketchTracker)
@@ -227,45 +234,3 @@ class SketchTracker(Tracker):
             self.history.load(steps, matrix)
 
         return load_all
-
-
-def _errors(row: Row, pieces: list[Row]) -> dict[str, float]:
-    """Standard error over value, from the spread of a group's parts."""
-
-    def spread(column: str, power: int) -> float:
-        """Of a sum over the parts of the column's values to this power, relative."""
-        squares = [piece.row[column] ** power for piece in pieces]
-        mean = sum(squares) / _SPLIT
-        if not mean > 0:
-            return 0.0
-        variance = sum((square - mean) ** 2 for square in squares) / (_SPLIT - 1)
-        return math.sqrt(variance / _SPLIT) / mean
-
-    path = spread("path", 1)
-    return {
-        "update_norm": path,
-        "update_ratio": path,
-        "path_length": path,
-        "distance": spread("distance", 2) / 2,
-        "variance": spread("m2", 1),
-    }
-
-
-def _total_errors(total: Row, groups: list[Row], errors: list[dict[str, float]]) -> dict[str, float]:
-    """Of the total, whose groups' errors are independent."""
-
-    def combined(quantity: str, column: str, power: int) -> float:
-        whole = sum(row.row[column] ** power for row in groups)
-        if not whole > 0:
-            return 0.0
-        parts = (row.row[column] ** power / whole * error[quantity] for row, error in zip(groups, errors, strict=True))
-        return math.sqrt(sum(part**2 for part in parts))
-
-    path = combined("path_length", "path", 2)  # of the squares, in which groups add up
-    return {
-        "update_norm": path,
-        "update_ratio": path,
-        "path_length": path,
-        "distance": combined("distance", "distance", 2),
-        "variance": combined("variance", "m2", 1),
-    }

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lipcore import _core
-from lipcore.metric.distribution import Distribution
+from lipcore.metric.columns import Numbers
+from lipcore.metric.distribution import Distribution, reset_all
 from lipcore.trajectory.table import Table
 
 
@@ -32,8 +35,20 @@ class Recent:
         self._absorbed = 0  # steps in the distributions
         self._drained = 0
         self._pending: tuple[Tensor, int, int, Any] | None = None
-        # Update norm and update/weight ratio of every row.
         self.distributions = [Distribution() for _ in range(2 * len(table.rows))]
+        self._empty = True  # nothing is in the distributions
+
+    @property
+    def distributions(self) -> list[Distribution]:
+        """Update norm and update/weight ratio of every row, as far as absorb() has come; who takes them may add to
+        them."""
+        self._empty = False
+        return self._distributions
+
+    @distributions.setter
+    def distributions(self, distributions: list[Distribution]) -> None:
+        self._distributions, self._empty = distributions, False
+        self._cores = [distribution.core for distribution in distributions]
 
     @property
     def _ring(self) -> int:
@@ -54,6 +69,23 @@ class Recent:
             copied.record()
             self._pending = copy, begin, end, copied
 
+    def restart(self, end: int) -> None:
+        """A new window begins after step `end`: forget the steps before, taken in or not."""
+        self._absorbed, self._pending = end, None
+        if not self._empty:
+            reset_all(self._distributions)
+            self._empty = True
+
+    def quantiles(self, end: int, q: Sequence[float]) -> Numbers | None:
+        """Return quantiles of all steps since restart(), float64 [len(q), 2 * rows], straight from the ring where they
+        are all in it; else None. The numbers are those of the distributions, which then need not be filled, read and
+        emptied at every window's close."""
+        if not self._empty or not self._table.recent.is_cpu or end - self._absorbed > self._ring:
+            return None
+        out = np.empty((len(self._distributions), len(q)))
+        _core.recent_quantiles(self._table.recent, self._absorbed, end, list(q), torch.from_numpy(out))
+        return np.ascontiguousarray(out.T)
+
     def flush(self, end: int) -> None:
         """The same, and wait."""
         self.absorb(end)
@@ -71,12 +103,15 @@ class Recent:
             self._observe(copy, begin, end)
 
     def _observe(self, recent: Tensor, begin: int, end: int) -> None:
-        _core.observe_recent(recent, begin, end, [distribution.core for distribution in self.distributions])
+        if end > begin:
+            self._empty = False
+            _core.observe_recent(recent, begin, end, self._cores)
 
     def take_distributions(self) -> list[Distribution]:
         """Hands them over and starts new ones."""
         taken = self.distributions
         self.distributions = [Distribution() for _ in taken]
+        self._empty = True
         return taken
 
     def steps(self, count: int) -> Tensor:

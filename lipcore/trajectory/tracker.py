@@ -14,10 +14,9 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_like
 from lipcore.trajectory.checkpoint import check_counters
 from lipcore.trajectory.copies import distances
-from lipcore.trajectory.describe import MOVES, OFFSETS, Row
+from lipcore.trajectory.describe import MOVES, OFFSETS, Rows
 from lipcore.trajectory.table import (
     COLUMN,
-    COLUMNS,
     FOLDED,
     M2,
     POINTS,
@@ -39,17 +38,11 @@ class Tracker(TrackerBase):
 
     def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:
         """All wanted quantities of every row."""
-        for (place, level), row in zip(self.places, self.described_rows(), strict=True):
-            row.add_to(result, place, level, wanted, length=length)
+        self.described_rows().add_to(result, wanted, length=length)
 
-    def described_rows(self) -> list[Row]:
-        """The window's rows with their quantiles."""
-        distributions = self.window_distributions()
-        pairs = zip(distributions[::2], distributions[1::2], strict=True)
-        return [
-            Row(dict(zip(COLUMNS, numbers, strict=True)), updates, ratios)
-            for numbers, (updates, ratios) in zip(self.window_rows().tolist(), pairs, strict=True)
-        ]
+    def described_rows(self) -> Rows:
+        """Return the window's rows with their quantiles."""
+        return Rows(self.places, self.window_rows(), self.window_quantiles())
 
     # ---- state
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lipcore import _core
+from lipcore.metric.columns import Numbers
 from lipcore.metric.distribution import Distribution
-from lipcore.metric.results import Level
+from lipcore.metric.results import Level, Places
 from lipcore.trajectory.copies import Copies, bytes_of, distances
+from lipcore.trajectory.describe import QUANTILES, quantiles_of
 from lipcore.trajectory.parameters import Part
 from lipcore.trajectory.step_ring import Recent, StepHistory
 from lipcore.trajectory.table import (
@@ -68,16 +71,16 @@ class TrackerBase:
             entries = [(part.owner, part.key, part.name, *self.copies.entry(i)) for i, part in enumerate(parts)]
             self._plan = _core.TrajectoryPlan(entries, self.table.core)
 
-    @property
-    def places(self) -> list[tuple[str, Level]]:
+    @cached_property
+    def places(self) -> Places:
         """What every row is of."""
-        places: list[tuple[str, Level]] = [(part.name, "tensor") for part in self.parts]
-        return [*places, *((group, "group") for group in self.groups), ("total", "total")]
+        levels: list[Level] = [*["tensor"] * len(self.parts), *["group"] * len(self.groups), "total"]  # type: ignore[list-item]
+        return Places([*(part.name for part in self.parts), *self.groups, "total"], levels)
 
     def named_rows(self) -> dict[tuple[str, Level], Tensor]:
         """Every place's row of the open block."""
-        places = self.places
-        return dict(zip(places, self.table.rows[-len(places) :], strict=True))
+        places = zip(self.places.names, self.places.levels, strict=True)
+        return dict(zip(places, self.table.rows[-len(self.places) :], strict=True))
 
     def bytes(self) -> dict[str, int]:
         """Persistent state by kind."""
@@ -154,8 +157,7 @@ class TrackerBase:
     def reset(self) -> None:
         """A new window, which starts at the tensors' last observed values."""
         self._end_block()
-        self.recent.flush(self._settled)
-        self.recent.take_distributions()
+        self.recent.restart(self._settled)
         self.closed.clear()
         self.table.rows[:, :WINDOW_COLUMNS] = 0
         for m2 in self.copies.earlier_m2 if self.copies else ():
@@ -181,6 +183,11 @@ class TrackerBase:
         if self.copies and (self.closed or self.copies.earlier):
             rows[:, M2] += self.table.with_groups(torch.stack([self.merged(i)[0] for i in range(len(self.parts))]))
         return rows
+
+    def window_quantiles(self) -> Numbers:
+        """Median and 99 % quantile of update norm and ratio of every row over the window, [2, 2 * rows]."""
+        found = None if self.closed else self.recent.quantiles(self.seen, QUANTILES)
+        return quantiles_of(self.window_distributions()) if found is None else found
 
     def window_distributions(self) -> list[Distribution]:
         """Update norm and ratio of every row over the whole window."""
@@ -217,7 +224,7 @@ class TrackerBase:
 
     def drain(self) -> StepHistory:
         """Single steps that were not drained yet."""
-        return self.recent.drain([place for place, _ in self.places])
+        return self.recent.drain(list(self.places.names))
 
     # ---- reference
 

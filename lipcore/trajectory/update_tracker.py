@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lipcore.metric.results import MetricResult, Value
+from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of
+from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
 from lipcore.trajectory.parameters import Part
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
@@ -91,13 +95,20 @@ class UpdateTracker(Tracker):
         super().describe(result, wanted, length=length)
         if self._rms is None or NORMALIZED[0] not in wanted:
             return
-        for part, (last, total, largest, steps) in zip(self.parts, self._rms.T.tolist(), strict=True):
-            count = int(steps)
-            numbers = {"last": last, "mean": total / count if count else 0.0, "max": largest}
-            if self.closed.maxlen:  # kept for the open block alone
-                numbers = {"last": last}
-            values = {k: Value(v if count else torch.nan, count, "exact", count > 0) for k, v in numbers.items()}
-            result.add(NORMALIZED[0], part.name, "tensor", **values)
+        last, total, largest, counts = self._rms.cpu().numpy()
+        counted = counts > 0
+        with np.errstate(all="ignore"):
+            numbers = {"last": last, "mean": total / counts, "max": largest}
+        if self.closed.maxlen:  # kept for the open block alone
+            numbers = {"last": last}
+        rows = rows_of(np.where(counted, np.stack(list(numbers.values())), math.nan))
+        count, valid = one_if_same(counts.astype(np.int64)), one_if_same(counted)
+        columns = {reducer: Column(row, count, "exact", valid) for reducer, row in zip(numbers, rows, strict=True)}
+        result.add_columns(NORMALIZED[0], Columns(self._tensors, columns))
+
+    @cached_property
+    def _tensors(self) -> Places:
+        return self.places.at(range(len(self.parts)))
 
     def _merge_next(self, other: Tracker, continues: bool) -> bool:
         if self._rms is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.metric.columns import Column
 from lipcore.metric.results import Value
 from lipcore.metric.state import check_version, checked_count, checked_tensor, is_count
 from lipcore.per_sample.noise.estimates import reduced
@@ -137,6 +138,11 @@ class NoiseScale:
         faded = self._ema[:3] * self.decay ** passed[-1] + (steps * weights.unsqueeze(1)).sum(0)
         self._ema = torch.cat([faded, self._ema[3:] + passed[-1:]])
         while len(steps):
+            if self._block_steps == 1 and (new := min(_BLOCKS - len(self._sizes), len(steps))):  # a block for each
+                self._sums[len(self._sizes) : len(self._sizes) + new] = steps[:new]
+                self._sizes += [1] * new
+                steps = steps[new:]
+                continue
             room = self._open_block()
             self._sums[len(self._sizes) - 1] += steps[:room].sum(0)
             self._sizes[-1] += len(steps[:room])
@@ -196,11 +202,21 @@ class NoiseScale:
         return taken
 
     def finalize(self, earlier: Sequence[NoiseScale] = ()) -> list[dict[str, dict[str, Value]]]:
-        """Per place {quantity: {reducer: Value}}; changes nothing. Waits for the device.
+        """Return {quantity: {reducer: Value}} per place; changes nothing. Waits for the device.
 
         Args:
             earlier: from :meth:`take`, oldest first: the window is these and the open one (a sliding window).
         """
+        found = self.columns(earlier)
+        return [
+            {name: {reducer: column.value(p) for reducer, column in columns.items()} for name, columns in found.items()}
+            for p in range(self.places)
+        ]
+
+    def columns(self, earlier: Sequence[NoiseScale] = ()) -> dict[str, dict[str, Column]]:
+        """Return the same as columns over all places: {quantity: {reducer: column}}."""
+        if not self.places:
+            return {}
         self._fold()
         window = self
         if earlier:
@@ -209,9 +225,7 @@ class NoiseScale:
                 window.merge(part)
         sums = window._sums[: len(window._sizes)].cpu().numpy()
         ema = self._ema.cpu().numpy()
-        return [
-            reduced(sums[:, :, p], ema[:, p], window.steps, window.skipped, self.confidence) for p in range(self.places)
-        ]
+        return reduced(sums, ema, window.steps, window.skipped, self.confidence)
 
     def state_dict(self) -> dict[str, Any]:
         """Version, settings, the window's blocks and the exponential averages, on the CPU."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 
+@lru_cache(maxsize=128)  # a window of every so many steps asks for the same one
 def t_quantile(confidence: float, freedom: int) -> float:
     """The t for which |T| <= t has probability `confidence`, T with a whole number of degrees of freedom >= 1.
 

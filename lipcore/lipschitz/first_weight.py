@@ -1,0 +1,56 @@
+"""W_1 as it is when a window closes, for its singular values: they are taken when somebody reads them, since they cost
+seconds for a large layer and training would wait."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lipcore.lipschitz.singular_values import SingularValues, has_singular_values, singular_values
+from lipcore.metric.later import Later
+
+
+def singular_values_later(
+    module: nn.Module, batch_shape: tuple[int, ...] | None, before: Tensor | None
+) -> Later[SingularValues] | None:
+    """Return singular values of a first layer as it is now, to be taken from a copy; None where there are none.
+
+    Args:
+        batch_shape: of the layer's input.
+        before: an earlier copy of the weight, which serves where nothing has changed.
+    """
+    if not has_singular_values(module, batch_shape):
+        return None
+    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    copy = before if before is not None and torch.equal(before, weight) else weight.clone()
+    twin = _twin(module, copy)
+
+    def taken() -> SingularValues:
+        try:
+            found = singular_values(twin, batch_shape)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # who reads a window cannot do anything about it
+            return _unknown(f"singular values of W_1 could not be taken: {error}")
+        assert found is not None
+        return found
+
+    return Later(taken, copy.numel() * copy.element_size(), _unknown)
+
+
+def _unknown(why: str) -> SingularValues:
+    return SingularValues(math.nan, None, why, math.nan)
+
+
+def _twin(module: nn.Module, weight: Tensor) -> nn.Module:
+    """A layer with this weight and the module's settings (stride, padding, ...), without its hooks and parameters."""
+    kind = type(module)
+    if parametrize.is_parametrized(module):
+        kind = kind.__bases__[0]  # its own class computes the weight
+    twin: nn.Module = kind.__new__(kind)
+    nn.Module.__init__(twin)
+    own = set(twin.__dict__) | {"weight", "forward"}
+    twin.__dict__.update({name: value for name, value in module.__dict__.items() if name not in own})
+    twin.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    return twin

@@ -1,0 +1,183 @@
+"""All that one metric says about one window."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of, words_of
+from lipcore.metric.later import Details, Later
+from lipcore.metric.quantity import Quantity
+from lipcore.metric.show import Showable, Shown, reducers_text
+from lipcore.metric.values import LEVELS, Level, Value, json_ready
+
+_COLUMN = 256  # bytes of the objects around a column's arrays, about
+
+
+class MetricResult(Showable, Mapping[str, Quantity]):
+    """All quantities of one metric over one window; also as attributes: ``result.update_norm``."""
+
+    def __init__(self, metric: str, **details: Any) -> None:
+        self.metric = metric
+        self.details = Details(details)  #: facts that are not numbers over the window (what was tapped, notes)
+        self._quantities: dict[str, Quantity | Later[Quantity]] = {}
+        self._pending: list[Later[Any]] = []  # what keeps things until it is made
+        self._size: int | None = None
+
+    def add(self, quantity: str, place: str, level: Level, **reducers: Value) -> None:
+        """Add the values of a quantity in one place."""
+        self._quantity(quantity).add(place, level, **reducers)
+
+    def add_columns(self, quantity: str, columns: Columns) -> None:
+        """Add a quantity's numbers in many places."""
+        if len(columns.places):
+            self._quantity(quantity).add_columns(columns)
+
+    def add_later(
+        self, quantity: str, place: str, level: Level, pending: Later[Any], reducers: Later[dict[str, Value]]
+    ) -> None:
+        """Add a quantity whose values are made when they are read, from something `pending`."""
+
+        def made(values: dict[str, Value]) -> Quantity:
+            found = Quantity(quantity)
+            found.add(place, level, **values)
+            return found
+
+        self._quantities[quantity] = reducers.then(made)
+        self._pending.append(pending)
+
+    def _quantity(self, name: str) -> Quantity:
+        self._size = None
+        if name not in self._quantities:
+            self._quantities[name] = Quantity(name)
+        return self[name]
+
+    def __getitem__(self, quantity: str) -> Quantity:
+        found = self._quantities[quantity]
+        if isinstance(found, Later):
+            found = self._quantities[quantity] = found.get()
+            self._size = None
+        return found
+
+    def __getattr__(self, quantity: str) -> Quantity:
+        if quantity in self.__dict__.get("_quantities", ()):
+            return self[quantity]
+        known = ", ".join(self.__dict__.get("_quantities", ())) or "none: nothing was observed"
+        raise AttributeError(f"{self.__dict__.get('metric')} has no quantity {quantity!r}; it has {known}")
+
+    def __dir__(self) -> list[str]:
+        return [*super().__dir__(), *self._quantities]
+
+    def __contains__(self, quantity: object) -> bool:
+        return quantity in self._quantities
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._quantities)
+
+    def __len__(self) -> int:
+        return len(self._quantities)
+
+    def flat(self, level: Level = "group") -> dict[str, float]:
+        """Return {"metric/quantity.reducer/place": number} of one level and the totals, as experiment loggers want."""
+        if level not in LEVELS:
+            raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+        return {
+            f"{self.metric}/{name}.{reducer}/{place}": value.value
+            for name, quantity in self.items()
+            for place, reduced in quantity.items()
+            if quantity.level(place) in (level, "total")
+            for reducer, value in reduced.items()
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it nested and JSON-ready: quantity, place, reducer; and the level of every place."""
+        numbers = {
+            name: {place: {r: v.to_dict() for r, v in reduced.items()} for place, reduced in quantity.items()}
+            for name, quantity in self.items()
+        }
+        levels: dict[str, Level] = {}
+        others: dict[str, dict[str, Level]] = {}
+        for name, quantity in self.items():
+            for place in quantity:
+                level = quantity.level(place)
+                if levels.setdefault(place, level) != level:
+                    others.setdefault(name, {})[place] = level
+        out = {"quantities": numbers, "details": json_ready(self.details), "levels": levels}
+        return out | ({"other_levels": others} if others else {})
+
+    @classmethod
+    def from_dict(cls, metric: str, state: Mapping[str, Any]) -> MetricResult:
+        """Restore what :meth:`to_dict` gave."""
+        result = cls(metric)
+        result.details.update(state["details"])
+        others = state.get("other_levels", {})
+        for name, by_place in state["quantities"].items():
+            levels = state["levels"] | others.get(name, {})
+            places = Places(by_place, [levels[place] for place in by_place])
+            rows = [{r: Value.from_dict(value) for r, value in values.items()} for values in by_place.values()]
+            result.add_columns(name, Columns(places, _columns_of(rows)))
+        return result
+
+    # ---- memory
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory, about, with what is kept until numbers are made of it; places are shared by windows."""
+        if self._size is None:
+            found = [q for q in self._quantities.values() if isinstance(q, Quantity)]
+            columns = [column for q in found for part in q.parts for column in part.reducers.values()]
+            arrays = {id(array): array.nbytes for column in columns for array in column.arrays}
+            self._size = sum(arrays.values()) + _COLUMN * len(columns)
+        return self._size + sum(later.nbytes for later in self._pending)
+
+    @property
+    def pending_bytes(self) -> int:
+        """Bytes among them that go when the numbers made of them are read."""
+        return sum(later.nbytes for later in self._pending)
+
+    def drop_pending(self, why: str) -> None:
+        """Give up what is kept for numbers that nobody has read; they are NaN from here on, with the reason."""
+        for later in self._pending:
+            later.drop(why)
+
+    def __getstate__(self) -> dict[str, Any]:
+        made = dict(self.items())
+        return self.__dict__ | {"_quantities": made, "_pending": []}
+
+    # ---- for people
+
+    def _shown(self) -> Shown:
+        return Shown(f"{self.metric}: {len(self)} quantities", self.shown_rows())
+
+    def shown_rows(self) -> list[tuple[str, str, str]]:
+        """Rows of the totals, or of a quantity's first place where it has none. Makes nothing that is pending."""
+        rows = []
+        for name, quantity in self._quantities.items():
+            if isinstance(quantity, Later):
+                rows.append((name, "", "made when it is read"))
+                continue
+            totals = [place for place in quantity if quantity.level(place) == "total"] or list(quantity)[:1]
+            rows += [(name if p == "total" else f"{name} {p}", *reducers_text(quantity[p])) for p in totals]
+        facts = (key for key in self.details if key.endswith("_off"))
+        return rows + [(key.removesuffix("_off"), "off", str(self.details[key])) for key in facts]
+
+
+def _columns_of(rows: list[dict[str, Value]]) -> dict[str, Column]:
+    """Values per place as columns."""
+    columns = {}
+    for reducer in dict.fromkeys(name for row in rows for name in row):
+        values = [row.get(reducer) for row in rows]
+        there = [Value(0.0, 0) if value is None else value for value in values]
+        errors = [value.error for value in there]
+        columns[reducer] = Column(
+            rows_of(np.array([[value.value for value in there]], dtype=np.float64))[0],
+            one_if_same(np.array([value.count for value in there], dtype=np.int64)),
+            words_of([value.label for value in there]),  # type: ignore[arg-type]
+            one_if_same(np.array([value.valid for value in there])),
+            words_of([value.note for value in there]),
+            None if None in errors else rows_of(np.array([errors], dtype=np.float64))[0],
+            None if None not in values else np.array([value is not None for value in values]),
+        )
+    return columns

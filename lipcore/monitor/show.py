@@ -1,0 +1,23 @@
+"""A Monitor as people read it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lipcore.metric.show import LINES, Shown, shortened
+
+
+def shown(monitor: Any) -> Shown:
+    """Return its steps, which metrics are off and why, and the totals of the last closed window. Measures nothing."""
+    model, windows = type(monitor.model).__name__, monitor.history
+    state = "closed" if monitor._closed else "watching"
+    if monitor._failed:
+        state = "stopped by an error"
+    out = Shown(f"Monitor of {model} ({state}): {monitor._step} steps, {len(windows)} windows; {monitor._window_rule}")
+    for name, metric in monitor.metrics.items():
+        out.rows.append((name, "off" if metric.off else "on", metric.off))
+    if windows:
+        last = windows[-1]._shown()
+        out.rows.append((last.title, "", ""))
+        out.rows += shortened(((f"  {name}", *rest) for name, *rest in last.rows), LINES - 2 - len(out.rows))
+    return out

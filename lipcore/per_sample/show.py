@@ -1,0 +1,26 @@
+"""PerSampleGradNorms as people read it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lipcore.metric.distribution import Distribution
+from lipcore.metric.show import LINES, Shown, reducers_text, shortened
+
+
+def shown(
+    metric: Any, distributions: Sequence[Distribution], layers: Sequence[str], capture: Any, reduction: str
+) -> Shown:
+    """Return the open window's norms, the total first, and what is not measured and why."""
+    out = Shown(f"{type(metric).__name__} ({reduction}): {len(layers)} layers")
+    if capture is None:
+        out.rows.append(("off", "", "it watches no model yet: pass model=, or give it to a Monitor"))
+        return out
+    out.rows += [(name, "not covered", why) for name, why in capture.coverage.uncovered.items()]
+    out.rows += [(f"{count} backward passes", "not recorded", why) for why, count in capture.unrecorded.items()]
+    if distributions:
+        *each, total = zip([*layers, "total"], distributions, strict=False)
+        rows = [(name, *reducers_text(d.reduced("exact"))) for name, d in (total, *each)]
+        out.rows = shortened(out.rows, LINES // 2) + shortened(rows, LINES - 1 - min(len(out.rows), LINES // 2))
+    return out

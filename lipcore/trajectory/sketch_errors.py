@@ -1,0 +1,69 @@
+"""What numbers made from sketches are worth: the spread of the parts of a group's buckets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from lipcore.metric.columns import Numbers
+from lipcore.trajectory.table import COLUMN
+
+Row = Sequence[float]
+
+
+def relative_errors(pieces: Numbers, groups: Numbers, split: int) -> dict[str, Numbers]:
+    """Return the standard error over the value of each quantity, for every group and the total.
+
+    Args:
+        pieces: rows of the ledger, `split` for every group.
+        groups: rows of the groups.
+    """
+    rows = groups.tolist()
+    errors = [_of_group(pieces[i * split : (i + 1) * split].tolist()) for i in range(len(rows))]
+    errors.append(_of_total(rows, errors))
+    return {quantity: np.array([error[quantity] for error in errors]) for quantity in errors[-1]}
+
+
+def _of_group(pieces: list[Row]) -> dict[str, float]:
+    split = len(pieces)
+
+    def spread(column: str, power: int) -> float:
+        """Of a sum over the parts of the column's values to this power, relative."""
+        squares = [piece[COLUMN[column]] ** power for piece in pieces]
+        mean = sum(squares) / split
+        if not mean > 0:
+            return 0.0
+        variance = sum((square - mean) ** 2 for square in squares) / (split - 1)
+        return math.sqrt(variance / split) / mean
+
+    path = spread("path", 1)
+    return {
+        "update_norm": path,
+        "update_ratio": path,
+        "path_length": path,
+        "distance": spread("distance", 2) / 2,
+        "variance": spread("m2", 1),
+    }
+
+
+def _of_total(groups: list[Row], errors: list[dict[str, float]]) -> dict[str, float]:
+    """The groups' errors are independent."""
+
+    def combined(quantity: str, column: str, power: int) -> float:
+        whole = sum(row[COLUMN[column]] ** power for row in groups)
+        if not whole > 0:
+            return 0.0
+        shares = (row[COLUMN[column]] ** power / whole for row in groups)
+        parts = (share * error[quantity] for share, error in zip(shares, errors, strict=True))
+        return math.sqrt(sum(part**2 for part in parts))
+
+    path = combined("path_length", "path", 2)  # of the squares, in which groups add up
+    return {
+        "update_norm": path,
+        "update_ratio": path,
+        "path_length": path,
+        "distance": combined("distance", "distance", 2),
+        "variance": combined("variance", "m2", 1),
+    }
