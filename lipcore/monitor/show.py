@@ -19,5 +19,5 @@ def shown(monitor: Any) -> Shown:
     if windows:
         last = windows[-1]._shown()
         out.rows.append((last.title, "", ""))
-        out.rows += shortened(((f"  {name}", *rest) for name, *rest in last.rows), LINES - 2 - len(out.rows))  # type: ignore[misc]
+        out.rows += shortened(((f"  {name}", *rest) for name, *rest in last.rows), LINES - 2 - len(out.rows))
     return out

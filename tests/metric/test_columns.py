@@ -1,4 +1,4 @@
-"""Results as columns: the same numbers as one Value at a time, in less memory; equality, pickling, History.from_dict."""
+"""Results as columns: the numbers of one Value at a time; equality, pickling, History.from_dict, bytes, printing."""
 
 from __future__ import annotations
 
