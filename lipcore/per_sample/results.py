@@ -27,9 +27,9 @@ def add_norms(
 ) -> None:
     """The distributions of the norms per layer and, with the note, in total; `estimated`: layers that are no exact
     ones."""
-    places = places_of(tuple(layers)).at(range(len(distributions)))  # none before the layers are known
-    if not len(places):
-        return
+    if not distributions:
+        return  # before the layers are known
+    places = places_of(tuple(layers))
     found = described(distributions, _QUANTILES)
     count, missing = found[0], found[4] + found[5]
     labels: list[Label] = ["estimate" if layer in estimated else "exact" for layer in places.names]
