@@ -5,7 +5,19 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_passes', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'BackwardHook', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'GradientList', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_passes', 'register_torch', 'sample_norms', 'sketch', 'square_sums', 'step_norms', 'term_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+class BackwardHook:
+    """
+    Calls once per backward pass.
+    """
+    def __init__(self, begin: typing.Any = None) -> None:
+        ...
+    def __call__(self, *args: typing.Any, **kwargs: typing.Any) -> None:
+        ...
+    def forget(self) -> None:
+        """
+        Makes the next call a first one.
+        """
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -54,6 +66,14 @@ class Ledger:
     def __init__(self, rows: typing.Any, recent: typing.Any, cursor: typing.Any, tensors: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def observe(self, sums: typing.Any) -> None:
+        ...
+class GradientList:
+    """
+    Parameters whose gradients are read.
+    """
+    def __init__(self, entries: collections.abc.Sequence[tuple[dict, str, typing.Any]]) -> None:
+        ...
+    def read(self, out: typing.Any) -> bool:
         ...
 class TrajectoryPlan:
     """
@@ -206,6 +226,8 @@ def sample_norms(x: typing.Any, out: typing.Any) -> None:
 def sketch(tensors: typing.Any, first_index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], seed: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def square_sums(tensors: typing.Any, out: typing.Any) -> None:
+    ...
+def step_norms(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, first: typing.Any, second: typing.Any) -> None:
     ...
 def term_sums(grad: typing.Any, x: typing.Any, offsets: typing.Any, terms: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...

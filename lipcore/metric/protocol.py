@@ -106,6 +106,13 @@ class Metric(ABC):
         """What the clock calls at every step; when it returns True, settle() is called too."""
         return self.observe_step
 
+    def take_error(self) -> Exception | None:
+        """What a callback of the user's raised in a hook, once; the Monitor raises it in the user's next call."""
+        return None
+
+    def flush(self) -> None:  # noqa: B027
+        """Hand on what waits to be handed on. The Monitor is being closed."""
+
     def settle(self) -> None:  # noqa: B027
         """Rare housekeeping between steps."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -215,9 +215,9 @@ class TrackerBase:
             points = points + other_points
         return added, elements, mean
 
-    def drain(self) -> StepHistory:
-        """Single steps that were not drained yet."""
-        return self.recent.drain([place for place, _ in self.places])
+    def drain(self, gradients: Mapping[str, Recent]) -> StepHistory:
+        """Single steps that were not drained yet, beside those of `gradients` by quantity."""
+        return self.recent.drain([place for place, _ in self.places], gradients)
 
     # ---- reference
 
