@@ -33,7 +33,8 @@ class GradientTracker(Tracker):
         self._behind += 1
 
     def observe(self, sums: Tensor) -> bool:
-        self.catch_up()
+        if self._behind:
+            self.catch_up()
         return super().observe(sums)
 
     def catch_up(self) -> None:
@@ -81,9 +82,10 @@ class Gradients:
     Args:
         stages: those of GRADIENTS that are wanted.
         steps: whose steps they are.
+        by_name: whether the user has asked for them.
     """
 
-    def __init__(self, parts: list[Part], ring: int, stages: Iterable[str], steps: Tracker) -> None:
+    def __init__(self, parts: list[Part], ring: int, stages: Iterable[str], steps: Tracker, *, by_name: bool) -> None:
         self._parts = parts
         self.trackers = {stage: GradientTracker(parts, ring, steps) for stage in GRADIENTS if stage in set(stages)}
         self._device = steps.table.rows.device
@@ -91,13 +93,15 @@ class Gradients:
         self._used: Tensor | None = None  # what the optimizers found
         self._list = _core.GradientList([(part.owner, part.key, part.shadow) for part in parts])
         self._buffers = {stage: _empty(len(parts)) for stage in self.trackers}
-        self.announced = False  #: whether somebody has said that backward had ended
+        #: Whether somebody says when backward has ended. By default they come where somebody does; whoever asks for
+        #: them by name is told when nobody did.
+        self._expected = BEFORE in self.trackers and by_name
         self.missed = 0  #: steps with gradients of which nobody said that backward had ended
 
     def observe_before_clipping(self, scale: Tensor | float = 1.0) -> None:
         """After backward; `scale` is what the loss was multiplied by."""
-        self.announced = True
         if BEFORE in self.trackers:
+            self._expected = True
             self._before = self._sums(scale, self._buffers[BEFORE])
 
     def observe_used(self, optimizer: Optimizer | None = None) -> None:
@@ -120,14 +124,14 @@ class Gradients:
 
     def observe_step(self) -> None:
         """The step was made."""
-        found, self._before, self._used = {BEFORE: self._before, USED: self._used}, None, None
+        before, used, self._before, self._used = self._before, self._used, None, None
         for stage, tracker in self.trackers.items():
-            sums = found[stage]
+            sums = before if stage == BEFORE else used
             if sums is None:
                 tracker.observe_nothing()
             elif tracker.observe(sums):
                 tracker.settle()
-        if found[BEFORE] is None and BEFORE in self.trackers and self._any():
+        if before is None and self._expected and self._any():
             self.missed += 1
 
     def _any(self) -> bool:

@@ -199,7 +199,9 @@ class Trajectory(Metric):
                 )
         stages = set(GRADIENTS) & set(wanted if self._stats is not None else (BEFORE,))
         first = next(iter(trackers.values()))
-        self._gradients = Gradients(parts, self._ring, stages, first) if stages else None
+        self._gradients = (
+            Gradients(parts, self._ring, stages, first, by_name=self._stats is not None) if stages else None
+        )
         self._parts, self._trackers, self._chosen = parts, trackers, choice
         self._jumps = []
         self._start_stream()
@@ -493,9 +495,7 @@ class Trajectory(Metric):
                     f"parameter '{name}' is trainable but was not when this Trajectory was bound (added, unfrozen or "
                     "untied since?), so it is not in its numbers; call rebind()",
                 )
-        # By default they come where somebody says when; whoever asks for them by name is told.
-        expected = self._stats is not None or (self._gradients is not None and self._gradients.announced)
-        if self.wants_gradients and expected and self._gradients and self._gradients.missed:
+        if self._gradients and self._gradients.missed:
             self._warn(
                 "grad_norm",
                 f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "
