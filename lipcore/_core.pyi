@@ -10,10 +10,15 @@ class BackwardHook:
     """
     Calls once per backward pass.
     """
-    def __init__(self, begin: typing.Any = None) -> None:
+    @staticmethod
+    def __new__(type: typing.Any, *args: typing.Any, **kwargs: typing.Any) -> BackwardHook:
         ...
     def __call__(self, *args: typing.Any, **kwargs: typing.Any) -> None:
         ...
+    def __reduce__(self) -> tuple[type[BackwardHook], tuple[()]]:
+        """
+        A copy does nothing.
+        """
     def forget(self) -> None:
         """
         Makes the next call a first one.

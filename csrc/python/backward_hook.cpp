@@ -62,8 +62,8 @@ PyObject* forget(PyObject* self, PyObject*) {
 
 PyObject* reduce(PyObject* self, PyObject*) { return Py_BuildValue("O()", Py_TYPE(self)); }
 
-PyMethodDef kMethods[] = {{"forget", &forget, METH_NOARGS, "forget()\n--\n\nMakes the next call a first one."},
-                          {"__reduce__", &reduce, METH_NOARGS, "__reduce__()\n--\n\nA copy does nothing."},
+PyMethodDef kMethods[] = {{"forget", &forget, METH_NOARGS, "forget($self, /)\n--\n\nMakes the next call a first one."},
+                          {"__reduce__", &reduce, METH_NOARGS, "__reduce__($self, /)\n--\n\nA copy does nothing."},
                           {nullptr, nullptr, 0, nullptr}};
 
 PyType_Slot kSlots[] = {{Py_tp_doc, const_cast<char*>("Calls once per backward pass.")},
