@@ -5,7 +5,24 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'register_passes', 'register_torch', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'BackwardHook', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'GradientList', 'LEDGER_COLUMNS', 'Ledger', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'describe_distributions', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'recent_quantiles', 'register_passes', 'register_torch', 'reset_distributions', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'step_norms', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+class BackwardHook:
+    """
+    Calls once per backward pass.
+    """
+    @staticmethod
+    def __new__(type: typing.Any, *args: typing.Any, **kwargs: typing.Any) -> BackwardHook:
+        ...
+    def __call__(self, *args: typing.Any, **kwargs: typing.Any) -> None:
+        ...
+    def __reduce__(self) -> tuple[type[BackwardHook], tuple[()]]:
+        """
+        A copy does nothing.
+        """
+    def forget(self) -> None:
+        """
+        Makes the next call a first one.
+        """
 class Distribution:
     """
     Moments and quantile histogram of a stream of values >= 0.
@@ -76,6 +93,14 @@ class SketchPlan:
     def __init__(self, entries: collections.abc.Sequence[tuple], sketches: typing.Any, weights: typing.Any, seed: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
     def step(self) -> None:
+        ...
+class GradientList:
+    """
+    Parameters whose gradients are read.
+    """
+    def __init__(self, entries: collections.abc.Sequence[tuple[dict, str, typing.Any]]) -> None:
+        ...
+    def read(self, out: typing.Any) -> bool:
         ...
 class SingleSampleHooks:
     """
@@ -203,9 +228,9 @@ def register_passes(torch: collections.abc.Sequence[typing.Any]) -> None:
     ...
 def register_torch(tensor: typing.Any, parameter: typing.Any, refuse: typing.Any, accepts: typing.Any) -> None:
     ...
-def row_sum_norms(grad: typing.Any, x: typing.Any, offsets: typing.Any, terms: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
-    ...
 def reset_distributions(distributions: collections.abc.Sequence[Distribution]) -> None:
+    ...
+def row_sum_norms(grad: typing.Any, x: typing.Any, offsets: typing.Any, terms: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def sample_norms(x: typing.Any, out: typing.Any) -> None:
     """
@@ -214,6 +239,8 @@ def sample_norms(x: typing.Any, out: typing.Any) -> None:
 def sketch(tensors: typing.Any, first_index: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], seed: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
 def square_sums(tensors: typing.Any, out: typing.Any) -> None:
+    ...
+def step_norms(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, first: typing.Any, second: typing.Any) -> None:
     ...
 def tied_cross(indices: typing.Any, grad_embedding: typing.Any, x: typing.Any, grad_head: typing.Any, padding: typing.SupportsInt | typing.SupportsIndex | None, out: typing.Any) -> None:
     ...

@@ -81,7 +81,8 @@ void place_sums(py::handle squares, const std::vector<int64_t>& index, bool know
   }
 }
 
-// out[i] = count, mean, min, max (NaN where nothing was observed), missing, invalid and the quantiles of distribution i.
+// out[i] = count, mean, min, max (NaN where nothing was observed), missing, invalid and the quantiles of distribution
+// i.
 void describe_distributions(const std::vector<const Distribution*>& distributions, const std::vector<double>& quantiles,
                             py::handle out) {
   const TensorView v = view_of(out, "out", Access::kWrite);
@@ -95,9 +96,12 @@ void describe_distributions(const std::vector<const Distribution*>& distribution
     const Moments& m = d.moments();
     const bool any = m.count > 0;
     const double nan = std::nan("");
-    const double numbers[] = {m.count,           any ? m.mean : nan,
-                              any ? m.min : nan, any ? m.max : nan,
-                              static_cast<double>(d.missing()), static_cast<double>(d.invalid())};
+    const double numbers[] = {m.count,
+                              any ? m.mean : nan,
+                              any ? m.min : nan,
+                              any ? m.max : nan,
+                              static_cast<double>(d.missing()),
+                              static_cast<double>(d.invalid())};
     double* row = static_cast<double*>(v.data) + static_cast<int64_t>(i) * v.strides[0];
     for (int64_t k = 0; k < columns; ++k)
       row[k * v.strides[1]] = k < 6 ? numbers[k] : d.quantile(quantiles[static_cast<size_t>(k - 6)]);

@@ -8,6 +8,7 @@
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "kernels.h"
+#include "python/backward_hook.h"
 #include "python/parallel.h"
 #include "python/tensor_view.h"
 #include "python/training_pass.h"
@@ -59,6 +60,9 @@ PYBIND11_MODULE(_core, m) {
   m.def("float16_to_float", &float16_to_float, py::arg("bits"));
   m.def("advise_huge_pages", &advise_huge_pages, py::arg("tensor"));
   m.def("register_passes", &register_passes, py::arg("torch"));
+  py::object hook = py::reinterpret_steal<py::object>(make_backward_hook_type());
+  check(hook.ptr() != nullptr);
+  m.attr("BackwardHook") = hook;
   m.def("pause", &pause_recording, py::arg("by"));
   m.def("paused", &is_paused);
   bind_hot_functions(m);

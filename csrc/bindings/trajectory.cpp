@@ -2,6 +2,8 @@
 #include <cmath>
 #include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings/bind.h"
@@ -10,6 +12,7 @@
 #include "ops/ops.h"
 #include "ops/sketch.h"
 #include "ops/update_sums.h"
+#include "trajectory/gradient_list.h"
 #include "trajectory/ledger.h"
 #include "trajectory/sketch_plan.h"
 #include "trajectory/trajectory_plan.h"
@@ -189,6 +192,56 @@ void recent_quantiles(py::handle recent, int64_t begin, int64_t end, const std::
   }
 }
 
+// Steps [begin, end) of a ring on the CPU, row by row side by side: first[t, j] and second[t, j] are the roots of what
+// the last rows of it hold, one row per column.
+void step_norms(py::handle recent, int64_t begin, int64_t end, py::handle first, py::handle second) {
+  const TensorView ring = view_of(recent, "recent"), one = view_of(first, "first", Access::kWrite);
+  if (ring.dtype != DType::kFloat64 || ring.ndim != 3 || !ring.on_cpu() || ring.shape[2] != 2 || begin < 0 ||
+      end < begin || end - begin > ring.shape[0])
+    throw py::value_error("recent: expected a float64 CPU tensor [ring, rows, 2] with steps " + std::to_string(begin) +
+                          " to " + std::to_string(end) + ", got " + ShapeText(ring).text);
+  const TensorView other = second.is_none() ? one : view_of(second, "second", Access::kWrite);
+  for (const TensorView* out : {&one, &other})
+    if (out->dtype != DType::kFloat64 || out->ndim != 2 || !out->on_cpu() || out->shape[0] != end - begin ||
+        out->shape[1] > ring.shape[1] || out->shape[1] != one.shape[1])
+      throw py::value_error("first, second: expected float64 CPU tensors [" + std::to_string(end - begin) +
+                            ", at most " + std::to_string(ring.shape[1]) + "], got " + ShapeText(*out).text);
+  const auto* steps = static_cast<const RecentStep*>(ring.data);
+  auto* squares = static_cast<double*>(one.data);
+  auto* weights = second.is_none() ? nullptr : static_cast<double*>(other.data);
+  const int64_t rows = ring.shape[1], columns = one.shape[1], left_out = rows - columns, length = ring.shape[0];
+  // The caller's references keep the three tensors, and a ring is never resized. A step that another thread makes
+  // meanwhile is written behind `end`, so that it meets these only after a whole round of the ring.
+  py::gil_scoped_release release;
+  for (int64_t t = begin; t < end; ++t) {
+    const RecentStep* row = steps + t % length * rows + left_out;
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t at = (t - begin) * columns + j;
+      squares[at] = std::sqrt(row[j].dw_sq);
+      if (weights) weights[at] = std::sqrt(row[j].weight_sq);
+    }
+  }
+}
+
+std::unique_ptr<GradientList> make_gradient_list(const std::vector<std::tuple<py::dict, py::str, py::object>>& given) {
+  std::vector<GradientEntry> entries;
+  for (const auto& [owner, key, shadow] : given) {
+    for (PyObject* object : {owner.ptr(), key.ptr()}) Py_INCREF(object);
+    PyObject* parameter = shadow.is_none() ? nullptr : shadow.ptr();
+    Py_XINCREF(parameter);
+    entries.push_back({owner.ptr(), key.ptr(), parameter});
+  }
+  auto list = std::make_unique<GradientList>();
+  list->capture(std::move(entries));
+  return list;
+}
+
+bool read_gradients(GradientList& list, py::handle out) {
+  const auto found = list.read(view_of(out, "out", Access::kWrite));
+  check(found != GradientList::Found::kError);
+  return found == GradientList::Found::kPlain;
+}
+
 }  // namespace
 
 void bind_trajectory(py::module_& m) {
@@ -219,6 +272,11 @@ void bind_trajectory(py::module_& m) {
         py::arg("distributions"));
   m.def("recent_quantiles", &recent_quantiles, py::arg("recent"), py::arg("begin"), py::arg("end"),
         py::arg("quantiles"), py::arg("out"));
+  m.def("step_norms", &step_norms, py::arg("recent"), py::arg("begin"), py::arg("end"), py::arg("first"),
+        py::arg("second"));
+  py::class_<GradientList>(m, "GradientList", "Parameters whose gradients are read.")
+      .def(py::init(&make_gradient_list), py::arg("entries"))
+      .def("read", &read_gradients, py::arg("out"));
   m.attr("CONTINUES") = kContinues;
   m.attr("BLOCK_STEPS") = kTrajectoryBlock;
   m.attr("STEP_COLUMNS") = kStepSums;

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from lipcore import _core
+
 
 class WeakCall:
     """A hook that keeps nothing alive, and that does nothing in a copied or pickled model."""
@@ -62,28 +64,24 @@ class GradientWatch:
 
     def __init__(self, parameters: Iterable[Tensor], on_gradients: Callable[[], None]) -> None:
         self._on_gradients = on_gradients
-        self._task = -1  # the backward pass at whose end there is a call
-        call = WeakCall(self._accumulated)
-        self._handles = [p.register_post_accumulate_grad_hook(call) for p in parameters if p.requires_grad]
+        self._hook = _core.BackwardHook(WeakCall(self._begin))
+        self._handles = [p.register_post_accumulate_grad_hook(self._hook) for p in parameters if p.requires_grad]
 
     @staticmethod
     def is_ours(hook: Any) -> bool:
         """Whether a parameter's hook is of such a watch, and so leaves the gradient alone."""
-        return isinstance(hook, WeakCall)
+        return isinstance(hook, _core.BackwardHook)
 
-    def _accumulated(self, _: Tensor) -> None:
-        # A flag would stay set after a backward pass that ends in an exception: callbacks are not called then.
-        task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            Variable._execution_engine.queue_callback(self._end)
+    def _begin(self) -> None:
+        # DDP finishes its all-reduce in a callback of its own, which may stand behind this one.
+        reduced = torch.distributed.is_available() and torch.distributed.is_initialized()
+        Variable._execution_engine.queue_callback(self._end if reduced else self._finish)
 
     def _end(self) -> None:
-        # DDP finishes its all-reduce in a callback of its own, which may stand behind this one.
         Variable._execution_engine.queue_callback(self._finish)
 
     def _finish(self) -> None:
-        self._task = -1
+        self._hook.forget()
         self._on_gradients()
 
     def close(self) -> None:

@@ -198,6 +198,8 @@ class Engine:
 
     def _raise_error(self) -> None:
         error, self._error = self._error, None
+        for metric in self.metrics.values():
+            error = error or metric.take_error()
         if error is not None:
             raise error
 
@@ -419,6 +421,8 @@ class Engine:
             self._capture.close()
             for capture in self._layer_captures:
                 capture.close()
+            for metric in self.metrics.values():
+                metric.flush()
             if not self._failed:
                 self._final = self._window()  # results refer to parameters, which may go on moving
         self._raise_error()
@@ -460,6 +464,9 @@ class Engine:
             self.close()
             return
         self._error = None  # the user's own exception goes first
+        for metric in self.metrics.values():
+            metric.flush()
+            metric.take_error()
         self.close()
 
 

@@ -146,6 +146,13 @@ class Metric(ABC):
         """Learn that a GradScaler skipped the step: what the backward passes since the last one brought does not
         count."""
 
+    def take_error(self) -> Exception | None:
+        """Return, once, what a user's callback raised in a hook; the engine raises it in the user's next call."""
+        return None
+
+    def flush(self) -> None:  # noqa: B027
+        """Hand on what waits to be handed on."""
+
     def settle(self) -> None:  # noqa: B027
         """Do rare housekeeping between steps."""
 

@@ -8,5 +8,6 @@ sketches in place of the parameters.
 from lipcore.trajectory.metric import Trajectory
 from lipcore.trajectory.shards import merge_shards
 from lipcore.trajectory.step_ring import StepHistory
+from lipcore.trajectory.step_stream import StepArrays
 
-__all__ = ["StepHistory", "Trajectory", "merge_shards"]
+__all__ = ["StepArrays", "StepHistory", "Trajectory", "merge_shards"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,32 +12,111 @@ from torch.optim import Optimizer
 from lipcore import _core, functional
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import GRADIENTS
-from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.parameters import Part, local_part
+from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
+
+BEFORE, USED = GRADIENTS
+
+
+class GradientTracker(Tracker):
+    """Tracks norms of gradients. Its ring has a place for every step that the parameters' Tracker has seen: NaN where
+    there was no gradient."""
+
+    def __init__(self, parts: list[Part], ring: int, steps: Tracker) -> None:
+        super().__init__(parts, ring=ring, copies=False)
+        self._steps = steps
+        self._behind = 0  # steps without a gradient that are not in the ring yet
+
+    def observe_nothing(self) -> None:
+        """A step had no gradient."""
+        self._behind += 1
+
+    def observe(self, sums: Tensor) -> bool:
+        if self._behind:
+            self.catch_up()
+        return super().observe(sums)
+
+    def catch_up(self) -> None:
+        """Bring the ring to the parameters' last step. Nothing waits for a device."""
+        steps, self._behind = self._behind, 0
+        if steps:
+            self.settle()  # what is in the ring joins the quantiles before it is overwritten
+            recent = self.table.recent
+            index = torch.arange(min(steps, len(recent)), device=recent.device) + self.table.cursor[0].long()
+            recent.index_fill_(0, (index + max(0, steps - len(recent))) % len(recent), torch.nan)
+            self._skip(steps)
+
+    @property
+    def has_steps(self) -> bool:
+        """Whether there was a step with a gradient."""
+        return bool((self.table.rows[:, [COLUMN["total_steps"], COLUMN["nonfinite_steps"]]] > 0).any())
+
+    def state_dict(self) -> dict[str, Any]:
+        self.catch_up()
+        return super().state_dict()
+
+    def prepare(self, state: Any) -> Callable[[], None]:
+        load = super().prepare(state)
+
+        def load_all() -> None:
+            load()
+            self._behind = 0
+
+        return load_all
+
+    def prepare_merge(self, other: Tracker) -> Callable[[], bool]:
+        assert isinstance(other, GradientTracker)
+        self.catch_up()
+        other.catch_up()
+        return super().prepare_merge(other)
+
+    def _window_steps(self) -> int:
+        return self._steps._window_steps()
 
 
 class Gradients:
     """What backward left in `.grad`, and what the optimizer finds there. A backward pass overwrites what the one before
-    it left: under gradient accumulation the step counts the last, which holds the sum."""
+    it left: under gradient accumulation the step counts the last, which holds the sum.
 
-    def __init__(self, parts: list[Part], ring: int) -> None:
+    Args:
+        stages: those of GRADIENTS that are wanted.
+        steps: whose steps they are.
+        by_name: whether the user has asked for them.
+    """
+
+    def __init__(self, parts: list[Part], ring: int, stages: Iterable[str], steps: Tracker, *, by_name: bool) -> None:
         self._parts = parts
-        self.trackers = {stage: Tracker(parts, ring=ring, copies=False) for stage in GRADIENTS}
+        self.trackers = {stage: GradientTracker(parts, ring, steps) for stage in GRADIENTS if stage in set(stages)}
+        self._device = steps.table.rows.device
         self._before: Tensor | None = None  # what the last backward pass left
         self._used: Tensor | None = None  # what the optimizers found
+        self._list = _core.GradientList([(part.owner, part.key, part.shadow) for part in parts])
+        self._buffers = {stage: _empty(len(parts)) for stage in self.trackers}
+        #: Whether somebody says when backward has ended. By default they come where somebody does; whoever asks for
+        #: them by name is told when nobody did.
+        self._expected = BEFORE in self.trackers and by_name
         self.missed = 0  #: steps with gradients of which nobody said that backward had ended
 
     def observe_before_clipping(self, scale: Tensor | float = 1.0) -> None:
         """After backward; `scale` is what the loss was multiplied by."""
-        self._before = self._sums(scale)
+        if BEFORE in self.trackers:
+            self._expected = True
+            self._before = self._sums(scale, self._buffers[BEFORE])
 
     def observe_used(self, optimizer: Optimizer | None = None) -> None:
         """Right before the optimizer's step. Without one: what all of them use."""
+        if USED not in self.trackers:
+            return
         # A fused optimizer takes the scale out of the gradients itself.
         scale = getattr(optimizer, "grad_scale", None)
-        sums = self._sums(1.0 if scale is None else scale)
+        scale = 1.0 if scale is None else scale
         if self._used is None or optimizer is None:
-            self._used = sums  # others' parameters too, until their own call
+            self._used = self._sums(scale, self._buffers[USED])
+            return  # others' parameters too, until their own call
+        sums = self._sums(scale, _empty(len(self._parts)))
+        if sums is None:
+            self._used = None
             return
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         rows = [i for i, part in enumerate(self._parts) if id(part.tensor) in own or id(part.shadow) in own]
@@ -45,49 +125,77 @@ class Gradients:
     def observe_step(self) -> None:
         """The step was made."""
         before, used, self._before, self._used = self._before, self._used, None, None
-        stages = []
-        if used is not None:
-            stages.append((self.trackers["clipped_grad_norm"], used))
-        if before is not None:
-            stages.append((self.trackers["grad_norm"], before))
-        elif any(_gradient(part) is not None for part in self._parts):
-            self.missed += 1
-        for tracker, sums in stages:
-            if tracker.observe(sums):
+        for stage, tracker in self.trackers.items():
+            sums = before if stage == BEFORE else used
+            if sums is None:
+                tracker.observe_nothing()
+            elif tracker.observe(sums):
                 tracker.settle()
+        if before is None and self._expected and self._any():
+            self.missed += 1
 
-    def _sums(self, scale: Tensor | float) -> Tensor:
-        gradients = [_gradient(part) for part in self._parts]
-        sums = torch.zeros(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
-        there = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        dense = [_dense(gradients[i]) for i in there]  # type: ignore[arg-type]
-        if dense and not dense[0].is_cpu:
-            sums = sums.to(dense[0].device)
-            norms = torch.cat([functional.sample_norms(g.reshape(1, g.numel())) for g in dense])
-            sums[there, 0] = sums[there, 4] = torch.where(norms.isfinite(), norms.square(), torch.nan)
-            sums[there, 5] = (~norms.isfinite()).double()
-        elif dense:
-            found = torch.empty(len(dense), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
-            _core.square_sums(dense, found)
-            sums[there] = found
+    def _any(self) -> bool:
+        return any(_gradient(part) is not None for part in self._parts)
+
+    def _sums(self, scale: Tensor | float, out: Tensor) -> Tensor | None:
+        """Sums of every part's gradient, in `out` where they are on the CPU; None where one has no value of its own."""
+        if not self._list.read(out):
+            gradients = [_gradient(part) for part in self._parts]
+            if any(_is_partial(gradient) for gradient in gradients):
+                return None
+            dense = [None if g is None else _dense(local_part(g)) for g in gradients]
+            out = _sums_on_cpu(dense, out) if self._device.type == "cpu" else _sums_on(self._device, dense)
         if isinstance(scale, Tensor) or scale != 1.0:
-            sums[:, [0, 4]] /= torch.as_tensor(scale, dtype=torch.float64, device=sums.device) ** 2
-        return sums
+            square = torch.as_tensor(scale, dtype=torch.float64, device=out.device) ** 2
+            out[:, 0] /= square
+            out[:, 4] /= square
+        return out
 
     def describe(self, result: MetricResult, wanted: frozenset[str]) -> None:
         """grad_norm and clipped_grad_norm."""
         for stage, tracker in self.trackers.items():
-            if stage not in wanted or not tracker.seen:
+            if stage not in wanted or not tracker.has_steps:
                 continue
             tracker.described_rows().add_norms_to(result, stage)
 
     def state_dict(self) -> dict[str, Any]:
-        """Both stages'."""
+        """The wanted stages'."""
         return {stage: tracker.state_dict() for stage, tracker in self.trackers.items()}
 
 
+def _empty(parts: int) -> Tensor:
+    return torch.empty(parts, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
+
+
+def _sums_on_cpu(gradients: list[Tensor | None], out: Tensor) -> Tensor:
+    """The slow way, for gradients that are sparse, sharded or strided."""
+    there = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    found = _empty(len(there))
+    _core.square_sums([gradient for gradient in gradients if gradient is not None], found)
+    out.zero_()
+    out[there] = found
+    return out
+
+
+def _sums_on(device: torch.device, gradients: list[Tensor | None]) -> Tensor:
+    """On a device, which nothing waits for. No list of indices goes there, so that a CUDA graph can capture it."""
+    nothing = torch.zeros(1, dtype=torch.float64, device=device)
+    norms = [nothing if g is None else functional.sample_norms(g.reshape(1, g.numel())) for g in gradients]
+    squares = torch.cat(norms).square()
+    finite = squares.isfinite()
+    sums = torch.zeros(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
+    sums[:, 0] = sums[:, 4] = torch.where(finite, squares, torch.nan)
+    sums[:, 5] = (~finite).double()
+    return sums
+
+
 def _gradient(part: Part) -> Tensor | None:
-    return (part.tensor if part.shadow is None else part.shadow).grad
+    parameter = part.owner.get(part.key) if part.shadow is None else part.shadow
+    return (part.tensor if parameter is None else parameter).grad
+
+
+def _is_partial(gradient: Any) -> bool:
+    return any(placement.is_partial() for placement in getattr(gradient, "placements", ()))
 
 
 def _dense(gradient: Tensor) -> Tensor:

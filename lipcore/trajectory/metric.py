@@ -15,7 +15,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_like, check_same
 from lipcore.models.arguments import check_count
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
-from lipcore.trajectory.gradient_norms import Gradients
+from lipcore.trajectory.gradient_norms import BEFORE, Gradients
 from lipcore.trajectory.groups import Groups, by_block
 from lipcore.trajectory.mode import Choice, choose
 from lipcore.trajectory.parameters import Masters, Model, Part, find_parts, of_modules, unwatched, values_of
@@ -23,6 +23,7 @@ from lipcore.trajectory.shards import gather
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.sketch_tracker import ANGLES, SketchTracker
 from lipcore.trajectory.step_ring import StepHistory
+from lipcore.trajectory.step_stream import OnStep, StepStream, checked_callback
 from lipcore.trajectory.table import COLUMN, points_of
 from lipcore.trajectory.tracker import Tracker
 from lipcore.trajectory.update_tracker import NORMALIZED, UpdateTracker
@@ -53,9 +54,10 @@ class Trajectory(Metric):
       included (Corollary 2 of Loukas et al., NeurIPS 2021). A sliding window that has lost its first block has the n
       points after its steps. The value's count is the number of points
     * ``unmoved_steps``: steps in which not one element changed; ``nonfinite_steps`` and ``nonfinite_elements`` (sum)
-    * on request, by `stats`: ``grad_norm``, the norm of the batch's gradient as the backward pass left it;
-      ``clipped_grad_norm``, that of the gradient as the optimizer got it; ``element_variance`` (see
-      :meth:`element_variance`)
+    * ``grad_norm``: the norm of the batch's gradient as the backward pass left it, where a Monitor or
+      :meth:`observe_gradients` says when that is
+    * on request, by `stats`: ``clipped_grad_norm``, that of the gradient as the optimizer got it; ``element_variance``
+      (see :meth:`element_variance`)
 
     The norm of a group is that of its parameters taken together. A parameter with NaN or infinite elements is left out
     of that step and counted; its statistics go on from its last finite values. Nothing is divided by a learning rate.
@@ -83,6 +85,7 @@ class Trajectory(Metric):
         window_blocks: of how many blocks a sliding window consists; :meth:`advance` slides it by one block. Each block
             keeps a mean (float32) per parameter.
         ring: how many recent steps are kept one by one for :meth:`drain`.
+        on_step: see :attr:`on_step`.
         mode: see above; default "exact", or "updates" when `source` is one that needs no copies.
         source: where updates come from: "difference" of stored copies or sketches; "optimizer", recomputed from the
             state of torch.optim.SGD, Adam or AdamW; "snapshot", a copy that lives only during the steps that are looked
@@ -127,6 +130,7 @@ class Trajectory(Metric):
         keep_every: int | None = None,
         keep_limit: int = 1000,
         memory_budget: int | None = None,
+        on_step: OnStep | None = None,
     ) -> None:
         for key, number, least in (
             *(("every_steps", every_steps, 1), ("window_blocks", window_blocks, 1), ("ring", ring, 512)),
@@ -148,6 +152,10 @@ class Trajectory(Metric):
         self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._trackers: dict[str, Tracker] = {}
         self._gradients: Gradients | None = None
+        self._on_step = checked_callback(on_step)
+        self._stream: StepStream | None = None
+        self._step_error: Exception | None = None
+        self._steps_before = 0  # the numbers of steps go on over rebind()
         self._steps_seen = self._rebased = self._skipped = 0
         #: After how many of the window's steps something else changed the parameters: the last two such places, since
         #: the last one may be the window's end.
@@ -202,9 +210,14 @@ class Trajectory(Metric):
                     f"stats: {name!r} is not known in mode {choice.mode!r} with source {choice.source!r}, which has "
                     f"{', '.join(dict.fromkeys(known))}"
                 )
-        self._gradients = Gradients(parts, self._ring) if set(wanted) & set(GRADIENTS) else None
+        stages = set(GRADIENTS) & set(wanted if self._stats is not None else (BEFORE,))
+        first = next(iter(trackers.values()))
+        self._gradients = (
+            Gradients(parts, self._ring, stages, first, by_name=self._stats is not None) if stages else None
+        )
         self._parts, self._trackers, self._chosen = parts, trackers, choice
         self._jumps = []
+        self._start_stream()
 
     @property
     def _tracker(self) -> Tracker:
@@ -216,7 +229,9 @@ class Trajectory(Metric):
         device. A new window starts; the path since the reference, and the reference and statistics of parameters that
         kept their shape and dtype, go on; others start from now."""
         self._require_bound()
+        self.flush()
         before = self._trackers
+        self._steps_before += int(next(iter(before.values())).table.cursor[0])
         steps, rebased = self._steps_seen, self._rebased
         self._build(find_parts(self._model, self._groups, self._masters))
         for key, tracker in self._trackers.items():
@@ -239,7 +254,7 @@ class Trajectory(Metric):
 
     @property
     def _reads_gradients(self) -> bool:
-        return self._gradients is not None and "grad_norm" in (self._stats or ())
+        return self._gradients is not None and BEFORE in self._gradients.trackers
 
     def observe_gradients(self) -> None:
         """Take the gradients as they are now, after backward and before clipping, for ``grad_norm``. A Monitor with an
@@ -277,14 +292,28 @@ class Trajectory(Metric):
                     tracker.settle()
             if self._gradients:
                 self._gradients.observe_step()
+            if self._stream is not None:
+                self._stream.step()
         self._steps_seen += 1
 
     @property
     def step_call(self) -> Callable[[], object]:
-        """The compiled step itself where nothing else is to be done."""
+        """The compiled step, and what is to be done beside it, without a look at the other ways there are."""
         self._require_bound()
-        alone = self.every_steps == 1 and list(self._trackers) == ["exact"] and not self._gradients
-        return self._tracker.step if alone else self.observe_step
+        if self.every_steps != 1 or list(self._trackers) != ["exact"]:
+            return self.observe_step
+        tracker, step, gradients = self._tracker, self._tracker.step, self._gradients
+
+        def call() -> None:
+            if step():  # raises before anything has changed
+                tracker.settle()
+            if gradients is not None:
+                gradients.observe_step()
+            if self._stream is not None:
+                self._stream.step()
+            self._steps_seen += 1
+
+        return call
 
     def observe_skipped_step(self) -> None:
         """Count a step that a GradScaler skipped."""
@@ -306,6 +335,7 @@ class Trajectory(Metric):
                 updated then.
         """
         self._require_bound()
+        self._raise_error()
         explicit = self._chosen.source == "explicit"
         if explicit != (updates is not None):
             raise ValueError(
@@ -317,9 +347,6 @@ class Trajectory(Metric):
         if self._gradients and self._due:
             self._gradients.observe_used()
         self.observe_step()
-
-    def close(self) -> None:
-        """Do nothing: a Trajectory has no hooks. After it, numbers stay readable."""
 
     def __enter__(self) -> Trajectory:
         return self
@@ -363,7 +390,77 @@ class Trajectory(Metric):
             return self.__dict__
         nothing: dict[str, Any] = {"_parts": [], "_trackers": {}, "_gradients": None, "_model": None, "_masters": None}
         nothing |= {"_optimizers": [], "_given_optimizer": None, "_scaler": None, "_groups": by_block}
+        nothing |= {"_stream": None, "_on_step": None, "_step_error": None}
         return self.__dict__ | nothing | {"_numbers": self.finalize()}
+
+    # ---- single steps
+
+    @property
+    def on_step(self) -> OnStep | None:
+        """A callback ``on_step(first_step, arrays)`` for the steps from now on, each once and in order, in blocks of at
+        least 64 (from a CUDA device 256, one block later); what is left comes with :meth:`flush`, :meth:`close`,
+        :meth:`state_dict` and the close of a Monitor.
+
+        ``first_step`` is the number of the block's first step, from 1; ``arrays`` a dict of float64 arrays [steps,
+        places] with "update_norm", "weight_norm" (after the step), "grad_norm" and "clipped_grad_norm", NaN where a
+        step has none; ``arrays.places`` names the columns. The arrays are the callback's to keep. No step waits for a
+        device; the callback itself runs in the training thread. What it raises is kept and raised by your next call, a
+        warning says so, and it is not called any more.
+        """
+        return self._on_step
+
+    @on_step.setter
+    def on_step(self, on_step: OnStep | None) -> None:
+        on_step = checked_callback(on_step)
+        self.flush()
+        self._raise_error()
+        self._on_step = on_step
+        if self._parts:
+            self._start_stream()
+
+    def _start_stream(self) -> None:
+        self._stream = None
+        if self._on_step is not None:
+            tracker = next(iter(self._trackers.values()))
+            places = list(tracker.places.names)
+            gradients = self._gradients.trackers if self._gradients else {}
+            tables = {stage: stage_tracker.table for stage, stage_tracker in gradients.items()}
+            self._stream = StepStream(
+                self._on_step, places, tracker.table, tables, self._align, self._callback_failed,
+                first=self._steps_before + 1,
+            )  # fmt: skip
+
+    def _align(self) -> None:
+        """The gradients' rings go as far as the parameters'."""
+        for tracker in self._gradients.trackers.values() if self._gradients else ():
+            tracker.catch_up()
+
+    def flush(self) -> None:
+        """Hand all steps so far to :attr:`on_step`. Waits for a device."""
+        if self._stream is not None:
+            self._stream.flush()
+
+    def close(self) -> None:
+        """Hand over what is left of the steps and call :attr:`on_step` no more; what it raised is raised here."""
+        self.flush()
+        self._stream = self._on_step = None
+        self._raise_error()
+
+    def _callback_failed(self, error: Exception) -> None:
+        self._step_error, self._stream, self._on_step = error, None, None
+
+    def take_error(self) -> Exception | None:
+        error, self._step_error = self._step_error, None
+        return error
+
+    def _raise_error(self) -> None:
+        error = self.take_error()
+        if error is not None:
+            raise error
+
+    def compute(self) -> MetricResult:
+        self._raise_error()
+        return super().compute()
 
     def _require_bound(self) -> None:
         if self._numbers is not None:
@@ -433,7 +530,7 @@ class Trajectory(Metric):
                     f"parameter '{name}' is trainable but was not when this Trajectory was bound (added, unfrozen or "
                     "untied since?), so it is not in its numbers; call rebind()",
                 )
-        if self._reads_gradients and self._gradients and self._gradients.missed:
+        if self._gradients and self._gradients.missed:
             self._warn(
                 "grad_norm",
                 f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "
@@ -477,11 +574,14 @@ class Trajectory(Metric):
         return out
 
     def drain(self) -> StepHistory:
-        """Return the update and weight norms of every single step since the last call, as far as the ring still has
-        them. This waits for the device."""
+        """Return the norms of updates, weights and gradients of every single step since the last call, as far as the
+        ring still has them; NaN where a step had no gradient. This waits for the device."""
         self._require_bound()
+        self._raise_error()
+        self._align()
+        gradients = self._gradients.trackers if self._gradients else {}
         tracker = next(iter(self._trackers.values()))
-        return tracker.drain()
+        return tracker.drain({stage: of_stage.recent for stage, of_stage in gradients.items()})
 
     @property
     def sketches(self) -> SketchHistory:
@@ -530,6 +630,7 @@ class Trajectory(Metric):
     def state_dict(self) -> dict[str, Any]:
         """Settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
         self._require_bound()
+        self.flush()
         trackers = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
         gradients = self._gradients.state_dict() if self._gradients else {}
         counts: dict[str, Any] = {"steps_seen": self._steps_seen, "rebased": self._rebased}
@@ -541,7 +642,7 @@ class Trajectory(Metric):
         otherwise."""
         self._require_bound()
         check_same(state, self._settings())
-        groups: dict[str, dict[str, Tracker]] = {"trackers": self._trackers}
+        groups: dict[str, Mapping[str, Tracker]] = {"trackers": self._trackers}
         groups["gradients"] = self._gradients.trackers if self._gradients else {}
         for key in ("steps_seen", "rebased"):
             check_like(key, state.get(key), 0)
@@ -561,6 +662,8 @@ class Trajectory(Metric):
             load()
         self._steps_seen, self._rebased = state["steps_seen"], state["rebased"]
         self._apart, self._jumps = state.get("apart", ""), list(jumps)
+        self._steps_before = 0  # the state's own numbers
+        self._start_stream()
 
     def merge(self, other: Trajectory | dict[str, Any]) -> None:
         """Add the window of the interval that follows this one (another Trajectory of the same parameters, or its
@@ -586,9 +689,12 @@ class Trajectory(Metric):
         if self._gradients and twin._gradients:
             theirs = twin._gradients.trackers
             merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
+        self.flush()
         behind = self._tracker.window_steps
         continued = [merge() for merge in merges]  # every one of them, whatever the first says
         self._jumps = [*self._jumps, *(steps + behind for steps in twin._jumps)][-2:]
+        if self._stream is not None:
+            self._stream.skip()  # the other one's are its own callback's
         self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
     def sync(self, group: Any = None) -> MetricResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,17 +13,20 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.metric.columns import Numbers
 from lipcore.metric.distribution import Distribution, reset_all
+from lipcore.trajectory.describe import GRADIENTS
 from lipcore.trajectory.table import Table
 
 
 @dataclass(frozen=True)
 class StepHistory:
-    """Norms of single steps, oldest first; NaN where a step was left out because of non-finite values."""
+    """Norms of single steps, oldest first; NaN where a step was left out because of non-finite values, or has none."""
 
     steps: Tensor  #: int64 [k], numbers of the observed steps, from 1
     places: list[str]
     update_norm: Tensor  #: float64 [k, places]: ||dw||
     weight_norm: Tensor  #: float64 [k, places]: ||w|| after the step
+    grad_norm: Tensor  #: float64 [k, places]: of the batch's gradient as backward left it
+    clipped_grad_norm: Tensor  #: float64 [k, places]: of the gradient as the optimizer got it
     lost: int  #: steps that were overwritten before they were drained; a longer `ring=` keeps them
 
 
@@ -120,14 +123,16 @@ class Recent:
         index = torch.arange(end - count, end, device="cpu") % self._ring
         return self._table.recent.cpu()[index]
 
-    def drain(self, places: list[str]) -> StepHistory:
-        """All steps since the last call that are still there."""
+    def drain(self, places: list[str], gradients: Mapping[str, Recent]) -> StepHistory:
+        """All steps since the last call that are still there, beside those of `gradients` by quantity."""
         end = int(self._table.cursor[0])
         kept = min(end - self._drained, self._ring)
         lost, self._drained = end - self._drained - kept, end
         norms = self.steps(kept)[:, -len(places) :].sqrt()
         numbers = torch.arange(end - kept + 1, end + 1, device="cpu")
-        return StepHistory(numbers, places, norms[..., 0], norms[..., 1], lost)
+        found = {stage: recent.steps(kept)[:, -len(places) :, 0].sqrt() for stage, recent in gradients.items()}
+        missing = {stage: torch.full_like(norms[..., 0], torch.nan) for stage in GRADIENTS if stage not in found}
+        return StepHistory(numbers, places, norms[..., 0], norms[..., 1], **found, **missing, lost=lost)
 
     # ---- state
 

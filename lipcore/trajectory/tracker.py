@@ -228,8 +228,12 @@ class Tracker(TrackerBase):
         end = int(self.table.cursor[0]) + theirs
         index = torch.arange(end - kept, end, device="cpu") % ring
         self.table.recent[index] = other.recent.steps(kept).to(self.table.recent.device)
-        self.table.cursor += theirs
-        self._settled += theirs
+        self._skip(theirs)
+
+    def _skip(self, steps: int) -> None:
+        """The next `steps` places of the ring were written, and are not to join the quantiles."""
+        self.table.cursor += steps
+        self._settled += steps
         self.recent.skip_to(self._settled)
 
     def _window_steps(self) -> int:

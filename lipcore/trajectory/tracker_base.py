@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -222,9 +222,9 @@ class TrackerBase:
             points = points + other_points
         return added, elements, mean
 
-    def drain(self) -> StepHistory:
-        """Single steps that were not drained yet."""
-        return self.recent.drain(list(self.places.names))
+    def drain(self, gradients: Mapping[str, Recent]) -> StepHistory:
+        """Single steps that were not drained yet, beside those of `gradients` by quantity."""
+        return self.recent.drain(list(self.places.names), gradients)
 
     # ---- reference
 

@@ -199,7 +199,7 @@ def test_what_is_not_the_next_interval_is_refused() -> None:
         ({"window_blocks": 2}, "window_blocks: the state has 2"),
         ({"ring": 600}, "ring: the state has 600"),
         ({"stats": ["element_variance"]}, "tensors"),
-        ({"stats": ["grad_norm"]}, "gradients"),
+        ({"stats": ["clipped_grad_norm"]}, "gradients"),
     ],
 )
 def test_other_settings_are_refused(settings: dict[str, Any], words: str) -> None:

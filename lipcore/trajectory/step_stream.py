@@ -1,0 +1,132 @@
+"""Single steps handed to a callback in blocks, as training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lipcore import _core
+from lipcore.metric.hook_warnings import warn_in_hook
+from lipcore.trajectory.table import Table
+
+#: What a ring holds of a step, and the quantities made of it.
+STEP_QUANTITIES = ("update_norm", "weight_norm", "grad_norm", "clipped_grad_norm")
+BLOCK = 64
+_DEVICE_BLOCK = 256  # a copy from a device is in flight while the next block is made, and a ring has 512 steps
+
+
+class StepArrays(dict[str, NDArray[np.float64]]):
+    """Arrays [steps, places] by quantity: update_norm, weight_norm (after the step), grad_norm, clipped_grad_norm. NaN
+    where a step has none."""
+
+    def __init__(self, places: list[str], arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        super().__init__(arrays)
+        self.places = places  #: what the columns are of
+
+
+OnStep = Callable[[int, StepArrays], object]
+
+
+class StepStream:
+    """Hands over every step of some rings once, in order. Nothing is raised where a step is observed.
+
+    Args:
+        call: gets the number of the first step, and the arrays.
+        places: what the last rows of the tables are of.
+        table: with update and weight norms; `gradients` with those of gradients by quantity, at the same steps.
+        before: called before rings are read.
+        fail: gets what the callback raised, after which it is not called any more.
+        first: the number of the first step in the rings.
+    """
+
+    def __init__(
+        self,
+        call: OnStep,
+        places: list[str],
+        table: Table,
+        gradients: Mapping[str, Table],
+        before: Callable[[], None],
+        fail: Callable[[Exception], None],
+        first: int = 1,
+    ) -> None:
+        self._call: OnStep | None = call
+        self._places, self._first, self._before, self._fail = places, first, before, fail
+        self._cursor = table.cursor
+        self._rings = {"update_norm": table.recent} | {name: gradients[name].recent for name in gradients}
+        self._done = int(self._cursor[0])
+        self._waiting = 0
+        self._block = BLOCK if self._cursor.is_cpu else _DEVICE_BLOCK
+        self._copied: tuple[dict[str, Tensor], Tensor, Any] | None = None
+
+    def step(self) -> None:
+        """A step was made."""
+        self._waiting += 1
+        if self._waiting >= self._block and self._call is not None:
+            self._before()
+            if self._cursor.is_cpu:
+                self._hand_over(self._rings, int(self._cursor[0]))
+            else:
+                self._take_copied()
+                self._copy()
+            self._waiting = 0
+
+    def flush(self) -> None:
+        """Hand over all steps so far. Waits for a device."""
+        self._waiting = 0
+        if self._call is None:
+            return
+        self._before()
+        self._take_copied()
+        self._hand_over({name: ring.cpu() for name, ring in self._rings.items()}, int(self._cursor[0]))
+
+    def skip(self) -> None:
+        """The steps in the rings are not this training's, or were handed over already."""
+        self._copied, self._waiting = None, 0
+        self._done = int(self._cursor[0])
+
+    def _copy(self) -> None:
+        copies = {name: _pinned(ring) for name, ring in self._rings.items()}
+        cursor, event = _pinned(self._cursor), torch.cuda.Event()
+        event.record()
+        self._copied = copies, cursor, event
+
+    def _take_copied(self) -> None:
+        if self._copied is not None:
+            (rings, cursor, event), self._copied = self._copied, None
+            event.synchronize()  # of a block ago
+            self._hand_over(rings, int(cursor[0]))
+
+    def _hand_over(self, rings: Mapping[str, Tensor], end: int) -> None:
+        begin = max(self._done, end - len(rings["update_norm"]))  # steps of replayed CUDA graphs may be lost
+        self._done = end
+        if end <= begin or self._call is None:
+            return
+        found = {name: torch.full((end - begin, len(self._places)), torch.nan, dtype=torch.float64, device="cpu")
+                 for name in STEP_QUANTITIES}  # fmt: skip
+        for name, ring in rings.items():
+            _core.step_norms(ring, begin, end, found[name], found["weight_norm"] if name == "update_norm" else None)
+        arrays = StepArrays(self._places, {name: tensor.numpy() for name, tensor in found.items()})
+        try:
+            self._call(self._first + begin, arrays)
+        except Exception as error:
+            self._call = None
+            self._fail(error)
+            message = f"trajectory: on_step raised {type(error).__name__}: {error}; it is not called any more"
+            warn_in_hook(message, RuntimeWarning, stacklevel=5)
+
+
+def _pinned(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def checked_callback(on_step: Any) -> OnStep | None:
+    """The argument `on_step`; TypeError when it cannot be called."""
+    if on_step is not None and not callable(on_step):
+        raise TypeError(f"on_step: expected a callable (first_step, arrays) or None, got {type(on_step).__name__}")
+    return on_step  # type: ignore[no-any-return]
