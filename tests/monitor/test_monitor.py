@@ -498,7 +498,7 @@ MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
        for key in ("mixed", "weight_moved", "closed")},
     "lipschitz_without_distributions": (lambda s: s["metrics"]["lipschitz"].pop("distributions"),
                                         "distributions: expected a list of 3, got NoneType"),
-    "lipschitz_none": (lambda s: s["metrics"].update(lipschitz=None), "lipschitz: expected a dict, got NoneType"),
+    "lipschitz_none": (lambda s: s["metrics"].update(lipschitz=None), "state: expected a dict, got NoneType"),
     "lipschitz_closed_many": (lambda s: s["metrics"]["lipschitz"].update(closed=[[]] * 2),
                               "closed: expected a list of at most 1 blocks, got 2 of them"),
     "lipschitz_closed_bad": (lambda s: s["metrics"]["lipschitz"].update(closed=[[{}] * 3]),
