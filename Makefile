@@ -26,7 +26,7 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one .venv
 
-.PHONY: help demo test test-all test-asan test-tsan test-peers bench bench-peers plots clean distclean check FORCE
+.PHONY: help demo test test-ci test-all test-asan test-tsan test-sanitized test-peers mutants bench bench-peers plots clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -35,11 +35,17 @@ help: ## list the targets
 demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figure.png (2 minutes)
 	$(BIN)/lipcore demo $(DEMO_FLAGS)
 
-test: $(STAMPS)/test $(CORE) ## run the tests (a minute or two)
+test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-all: $(STAMPS)/test $(CORE) ## the slow tests too
+test-ci: $(STAMPS)/test $(CORE) ## those with the marker ci: whole models, several ranks, the demo
+	$(BIN)/pytest -m "ci and not slow" $(PYTEST_FLAGS)
+
+test-all: $(STAMPS)/test $(CORE) ## those of both, and the slow ones
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
+
+mutants: $(STAMPS)/test $(CORE) ## plant small faults one by one in a copy: the tests must see each
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/mutants/run.py
 
 bench: $(STAMPS)/bench $(CORE) ## run the benchmarks (10 minutes)
 	$(BIN)/pytest bench $(BENCH_FLAGS)
@@ -60,6 +66,15 @@ test-asan test-tsan: test-%: $(STAMPS)/test $(CORE) ## run the tests with saniti
 	cmake --install build/$* --prefix "$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
 	LD_PRELOAD="$$($(CXX) -print-file-name=lib$*.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(PYTEST_FLAGS)
+
+# The tests that call the core most: every kernel, refusal and plan; and whatever runs in several threads.
+ASAN_TESTS := core functional metric trajectory/test_trajectory.py trajectory/test_update_sources.py \
+  capture/test_shortcut.py per_sample/test_per_sample_single.py
+TSAN_TESTS := project/test_determinism.py capture/test_shortcut.py functional/test_outer_norms.py
+
+test-sanitized: ## a part of the tests, with one sanitizer after the other
+	$(MAKE) --no-print-directory test-asan PYTEST_FLAGS="$(addprefix tests/,$(ASAN_TESTS))"
+	$(MAKE) --no-print-directory test-tsan PYTEST_FLAGS="$(addprefix tests/,$(TSAN_TESTS))"
 
 lint: lint-ruff lint-mypy lint-cpp lint-includes lint-spelling ## everything CI checks apart from the tests
 

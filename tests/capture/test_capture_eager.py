@@ -210,3 +210,13 @@ def test_a_model_that_is_its_own_first_layer_is_recorded_in_every_step(layer: ty
         counts = [ratios_of(window)[0] for window in monitor.history]
     assert counts == [8, 8, 8]
     assert not model._forward_hooks
+
+
+def test_two_backward_passes_through_one_graph_are_one_record() -> None:
+    """They bring the same ratios."""
+    model = seeded(lambda: mlp(5, 7, 1))
+    with Monitor(model, metrics=[Lipschitz(shortcut=False)]) as monitor:
+        loss = model(torch.randn(3, 5)).sum()
+        loss.backward(retain_graph=True)
+        loss.backward()
+        assert ratios_of(monitor.compute())[0] == 3

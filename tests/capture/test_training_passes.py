@@ -7,6 +7,7 @@ between two steps, on a first layer that trains or is frozen, eager or compiled,
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,6 +271,11 @@ def run(
     return found, result, [p.detach() for p in model.parameters()]
 
 
+@functools.cache
+def run_without(engine: str, kind: str, size: int) -> tuple[tuple[int, float], Any, list[Tensor]]:
+    return run(engine, kind, None, first=False, size=size)
+
+
 def same(one: Any, other: Any) -> bool:
     leaves, others = torch.utils._pytree.tree_leaves(one), torch.utils._pytree.tree_leaves(other)
     return len(leaves) == len(others) and all(
@@ -288,16 +294,27 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "engine", "kind", "when", "size"),
-    [(name, *way) for name, call in CALLS.items() for way in WAYS if not (call.eager and way[1] == "compiled")],
-)
+# A compiled row takes seconds. These are a transform, a backward pass into some leaves, and no backward pass.
+COMPILED_SOON = ("func.grad of inputs", "backward(inputs=one)", "no_grad and inference_mode")
+
+
+def rows() -> list[Any]:
+    found = []
+    for name, call in CALLS.items():
+        for way in WAYS:
+            if not (call.eager and way[1] == "compiled"):
+                late = way[1] == "compiled" and name not in COMPILED_SOON
+                found.append(pytest.param(name, *way, marks=[pytest.mark.ci] if late else []))
+    return found
+
+
+@pytest.mark.parametrize(("name", "engine", "kind", "when", "size"), rows())
 def test_only_training_passes_are_recorded(name: str, engine: str, kind: str, when: str, size: int) -> None:
     call, first = CALLS[name], when == "first"
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)  # torch.jit
         warnings.filterwarnings("error", message="lipcore")
-        plain, _, weights = run(engine, kind, None, first=first, size=size)
+        plain, _, weights = run_without(engine, kind, size)
         found, result, trained_to = run(engine, kind, call, first=first, size=size)
         alone = call.run(unwatched(kind, first=first, size=size), input_of(size))
     assert same(weights, trained_to)

@@ -47,6 +47,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "train_all", lambda tasks: pytest.fail("it began to train"))
 
 
+@pytest.mark.ci
 def test_quick_run_writes_two_files_and_prints_the_table(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -67,6 +68,7 @@ def test_quick_run_writes_two_files_and_prints_the_table(
     assert "How the setting was chosen: " in run.stdout
 
 
+@pytest.mark.ci
 def test_metrics_hold_every_epoch_of_every_run(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     document = json.loads((finished[0] / "metrics.json").read_text(encoding="utf-8"))
     assert document["schema"] == 1
@@ -89,6 +91,7 @@ def test_metrics_hold_every_epoch_of_every_run(finished: tuple[Path, subprocess.
             assert run["cumulative_length"] == pytest.approx(sum(run["normalized_length"]), rel=1e-5)
 
 
+@pytest.mark.ci
 def test_with_a_frozen_identity_length_and_lipschitz_constant_coincide(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
@@ -97,6 +100,7 @@ def test_with_a_frozen_identity_length_and_lipschitz_constant_coincide(
         assert run["normalized_length"] == pytest.approx(run["lipschitz_mean"], rel=1e-5)
 
 
+@pytest.mark.ci
 def test_the_same_levels_and_seeds_give_the_same_numbers(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:

@@ -40,8 +40,10 @@ def check(tensors, first_index, buckets=4096, seed=1):
 # ---- the specification
 
 
-@pytest.mark.parametrize("buckets", [2**n for n in range(8, 17)])
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("buckets", "dtype"),
+    [(2**n, dtype) for n in range(8, 17) for dtype in DTYPES if dtype == "f32" or 2**n in BUCKETS],
+)
 def test_sizes_and_offsets(dtype, buckets, isa):
     """Every size at every place of its first element among the 32 that share a hash."""
     for offset in (0, 1, 7, 15, 16, 17, 31):
@@ -91,7 +93,7 @@ def test_an_element_has_one_bucket_and_one_sign():
 # ---- sums
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_parts_add_up_to_the_whole(dtype):
     """Cut anywhere: a parameter whose shards lie elsewhere after a restart keeps its sketch."""
     w = values((TASK + 4321,), DTYPES[dtype])
@@ -115,8 +117,10 @@ def test_linear():
     assert_sketch(sketch(2.5 * a - b), 2.5 * sketch(a) - sketch(b), norm_of([2.5 * a, b]))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("buckets", BUCKETS)
+@pytest.mark.parametrize(
+    ("buckets", "dtype"),
+    [(buckets, dtype) for buckets in BUCKETS for dtype in DTYPES if dtype == "f32" or buckets == 4096],
+)
 def test_the_same_bits_in_all_ways(buckets, dtype):
     sizes = (1, 17, CHUNK + 1, 3 * TASK + 5) if dtype == "f32" else (1, 17, CHUNK + 1)
     tensors = [values((n,), DTYPES[dtype], n) for n in sizes]
@@ -139,7 +143,7 @@ def test_the_same_bits_in_all_ways(buckets, dtype):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_non_finite(dtype, bad, isa):
-    for size, at in ((1, 0), (33, 32), (TASK + 100, TASK + 50)):
+    for size, at in ((1, 0), (33, 32), (CHUNK + 100, CHUNK + 50)):
         w = values((size,), DTYPES[dtype])
         w[at] = bad
         got = functional.sketch([w, w[:0]], [3, 0], buckets=256, seed=1)

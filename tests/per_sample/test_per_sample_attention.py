@@ -37,9 +37,14 @@ def _tokens(size: int = 5, length: int = 7) -> Tensor:
     return torch.randint(11, (size, length))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("need_weights", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("bias", "need_weights", "compiled"),
+    [
+        *((bias, need_weights, False) for bias in (False, True) for need_weights in (False, True)),
+        (True, True, True),
+        pytest.param(False, False, True, marks=pytest.mark.ci),
+    ],
+)
 def test_attention_in_a_model(bias: bool, need_weights: bool, compiled: bool) -> None:
     with seeded(1):
         model = Block(bias=bias)

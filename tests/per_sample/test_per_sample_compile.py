@@ -69,6 +69,7 @@ def test_aot_eager(name: str, counters: Any) -> None:
     assert counters["stats"]["unique_graphs"] <= 6  # training and evaluation: this size, any size, size one
 
 
+@pytest.mark.ci
 def test_inductor(counters: Any) -> None:
     inner = made(mlp)
     compare(torch.compile(inner, fullgraph=True), inner, floats(5), (4, 4))
@@ -83,6 +84,7 @@ def test_inductor_on_every_model(build: Any, inputs: Any, counters: Any) -> None
     assert sum(counters["graph_break"].values()) == 0
 
 
+@pytest.mark.ci
 def test_training_is_bitwise_unchanged_and_recompiles_are_bounded(counters: Any) -> None:
     graphs = {}
 
@@ -110,6 +112,7 @@ def test_training_is_bitwise_unchanged_and_recompiles_are_bounded(counters: Any)
     assert graphs[True, 2] <= 2 * graphs[False, 1]  # with taps and without
 
 
+@pytest.mark.ci
 def test_accumulation_interleaved_passes_and_autograd_grad(counters: Any) -> None:
     inner = made(mlp)
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
@@ -130,6 +133,7 @@ def test_accumulation_interleaved_passes_and_autograd_grad(counters: Any) -> Non
         assert metric._capture.records == 6
 
 
+@pytest.mark.ci
 def test_an_evaluation_between_forward_and_backward(counters: Any) -> None:
     inner = made(mlp)
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
@@ -162,6 +166,7 @@ def test_there_is_no_estimate() -> None:
         PerSampleGradNorms(torch.compile(nn.Linear(2, 2)), loss_reduction="sum", methods={"model": "estimate"})
 
 
+@pytest.mark.ci
 def test_packed_sequences_with_batch_dim(counters: Any) -> None:
     """Sequence first: [T, B, features]."""
     inner = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)))
@@ -209,12 +214,14 @@ class Halves(nn.Module):
         return y
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["graph break", "checkpoint"])
 def test_regions_and_checkpoints(checkpointed: bool, counters: Any) -> None:
     inner = made(lambda: Halves(checkpointed))
     compare(torch.compile(inner, fullgraph=checkpointed, backend="aot_eager"), inner, floats(4, 5), (3, 4))
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 @pytest.mark.parametrize("outside", [False, True], ids=["DDP of compiled", "compiled DDP"])
 def test_distributed_data_parallel(outside: bool, counters: Any) -> None:
@@ -232,6 +239,7 @@ def test_distributed_data_parallel(outside: bool, counters: Any) -> None:
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.ci
 def test_freezing_in_mid_run_and_two_passes_in_one_backward(counters: Any) -> None:
     inner = made(mlp)
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
@@ -247,6 +255,7 @@ def test_freezing_in_mid_run_and_two_passes_in_one_backward(counters: Any) -> No
             assert metric._capture.records == (4 if frozen else 2)
 
 
+@pytest.mark.ci
 def test_a_chain_of_passes_has_no_number(counters: Any) -> None:
     inner = made(lambda: nn.Sequential(nn.Linear(5, 5), nn.Tanh()))
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")

@@ -255,6 +255,25 @@ def test_a_backward_pass_that_raises(size: int) -> None:
 
 
 @SIZES
+def test_a_backward_pass_that_raised_and_is_made_again(size: int) -> None:
+    """Through the same graph: the layers that it had reached come back once more."""
+    model, x = made(mlp), torch.randn(size, 5)
+
+    def boom(grad: Tensor) -> None:
+        raise ZeroDivisionError
+
+    with watched(model) as metric:
+        loss = sum_loss(model(x))
+        handle = model[0].weight.register_hook(boom)
+        with pytest.raises(ZeroDivisionError):
+            loss.backward(retain_graph=True)
+        handle.remove()
+        model.zero_grad()
+        loss.backward()
+        assert_norms(metric, expected_of(model, x))
+
+
+@SIZES
 def test_a_layer_called_outside_the_forward_pass_is_no_wrong_number(size: int) -> None:
     model, x = made(mlp), torch.randn(size, 5)
     with watched(model) as metric:

@@ -205,6 +205,7 @@ def work(rank: int, folder: str, name: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["DDP", "FSDP"])
 def test_two_ranks(name: str, tmp_path: Path) -> None:
     run_ranks(work, str(tmp_path), name)

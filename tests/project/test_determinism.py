@@ -16,6 +16,9 @@ from ways import ISAS, assert_same_in_all_ways
 from lipcore import Trajectory, _core, functional
 from lipcore.functional.update_rules import UpdateRule
 
+# Each takes a second and more: all instruction sets, with one thread and two.
+MOST_DTYPES_LATER = [name if name == "f32" else pytest.param(name, marks=pytest.mark.ci) for name in DTYPES]
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["dense", "strided"])
@@ -28,7 +31,7 @@ def test_sample_norms(layout, dtype):
     assert_same_in_all_ways(lambda: [functional.sample_norms(t) for t in tensors])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", MOST_DTYPES_LATER)
 @pytest.mark.parametrize("layout", ["dense", "strided"])
 def test_per_sample_norms_without_matrices(layout, dtype):
     shapes = [(3, 5, 17), (1, 3 * CHUNK // 64 + 1, 64), (2, 700, 1030), (300, 9, 33), (1, 9, CHUNK + 1)]
@@ -57,13 +60,11 @@ def test_normalized_norms(dtype):
     assert_same_in_all_ways(lambda: list(functional.normalized_norms(delta, output_grad)))
 
 
-# Each takes several seconds: processes with other instruction sets and numbers of threads.
-MOST_DTYPES_SLOW = [name if name in ("f32", "bf16") else pytest.param(name, marks=pytest.mark.slow) for name in DTYPES]
 # Tensors of one task, of several chunks of one task, of several tasks, and groups of those; one with a NaN.
 SIZES = (1, 17, CHUNK, CHUNK + 1, 4 * CHUNK, 4 * CHUNK + 1, 9 * CHUNK + 7, 300_003, 5, 40 * CHUNK)
 
 
-@pytest.mark.parametrize("dtype", MOST_DTYPES_SLOW)
+@pytest.mark.parametrize("dtype", MOST_DTYPES_LATER)
 def test_trajectory_step(dtype):
     sizes = SIZES if dtype == "f32" else SIZES[:-1]
     ref = [values((n,), DTYPES[dtype], 1) for n in sizes]
@@ -90,7 +91,7 @@ def test_update_sums(rule, dtype):
     assert_same_in_all_ways(lambda: list(functional.update_sums(params, first, second, [rule] * len(sizes))))
 
 
-@pytest.mark.parametrize("dtype", MOST_DTYPES_SLOW)
+@pytest.mark.parametrize("dtype", MOST_DTYPES_LATER)
 def test_trajectory_metric(dtype):
     sizes = SIZES[:-1]
 
@@ -194,7 +195,9 @@ def test_an_unknown_instruction_set_is_an_import_error():
     assert all(name in last for name in ISAS), last
 
 
-@pytest.mark.parametrize("choice", ["", *ISAS])
+@pytest.mark.parametrize(
+    "choice", [name if name in ("", "base") else pytest.param(name, marks=pytest.mark.ci) for name in ("", *ISAS)]
+)
 def test_the_environment_chooses_the_instruction_set(choice):
     done = python("from lipcore import _core; print(_core.isa())", LIPCORE_ISA=choice)
     assert done.stdout.strip() == (choice or ISAS[-1]), done.stderr

@@ -109,6 +109,7 @@ def test_committed_results_are_those_of_a_full_run() -> None:
     assert document["golden"]["checked"] > 1000
 
 
+@pytest.mark.ci
 def test_figure_6_in_a_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")
@@ -126,6 +127,7 @@ def test_figure_6_in_a_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert again | {"seconds": 0} == document | {"seconds": 0}
 
 
+@pytest.mark.ci
 def test_task_2_in_a_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("sklearn")
@@ -142,6 +144,7 @@ def test_task_2_in_a_reduced_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         task2.main(["--data", "cifar", *where])
 
 
+@pytest.mark.ci
 def test_studies_in_a_reduced_size(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     pytest.importorskip("scipy")

@@ -74,9 +74,15 @@ def check(make, steps, n):
     assert result.distance["w"].last.value == pytest.approx(distance, rel=1e-6)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("make", TRAJECTORIES, ids=lambda f: f.__name__)
 def test_1e5_steps(make):
     check(make, 100_000, PARAMETERS)
+
+
+@pytest.mark.parametrize("make", TRAJECTORIES, ids=lambda f: f.__name__)
+def test_1e4_steps(make):
+    check(make, 10_000, PARAMETERS)
 
 
 @pytest.mark.slow

@@ -246,6 +246,7 @@ def _rank(rank: int, path: str) -> None:
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.ci
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 def test_distributed_data_parallel(tmp_path: Any) -> None:
     run_ranks(_rank, str(tmp_path / "store"))

@@ -29,7 +29,7 @@ def next_of(before: Trajectory, tensors: dict[str, Tensor], way: str, **settings
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
-    "lengths", [(5, 4), (1, 1), (7, 1), (1, 7), (600, 3), (3, 600), (512, 512), (700, 1300), (5, 0), (4, 0, 3), (0, 6)]
+    "lengths", [(5, 4), (1, 1), (7, 1), (1, 7), (520, 3), (3, 520), (512, 512), (5, 0), (4, 0, 3), (0, 6)]
 )
 def test_intervals_are_one_window(lengths: tuple[int, ...], way: str) -> None:
     tensors = tensors_of()
@@ -61,7 +61,7 @@ def test_in_every_dtype(dtype: str, way: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("lengths", [(5, 4), (7, 1), (600, 40), (40, 600), (0, 5), (5, 0)])
+@pytest.mark.parametrize("lengths", [(5, 4), (7, 1), (520, 40), (40, 520), (0, 5), (5, 0)])
 def test_variance_per_element(lengths: tuple[int, int], way: str) -> None:
     tensors = tensors_of()
     trajectory, path = Trajectory(tensors.items(), stats=PER_ELEMENT), Path(tensors)

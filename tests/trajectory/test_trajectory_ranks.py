@@ -70,6 +70,7 @@ def sharded(rank: int, world: int, port: int, kind: str) -> None:
         dist.destroy_process_group()
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
 def test_ranks_together_give_the_whole(kind: str) -> None:
     with socket.socket() as free:

@@ -1,0 +1,343 @@
+"""Small faults over the whole engine, as data: what stands in a file, what is put in its place, and who must see it.
+
+A fault is one that a person could make and that leaves everything running. Its text stands exactly once in its file
+(tests/project/test_mutants.py), so that one whose place was rewritten is noticed and written anew.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault.
+
+    Args:
+        file: from the root of the tree.
+        text: stands exactly once in the file.
+        replacement: takes its place.
+        tests: "file::function" below tests/; at least one of them must fail.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the core has to be built again."""
+        return self.file.startswith("csrc/")
+
+    def applied(self, source: str) -> str:
+        """The file with the fault; ValueError where its text does not stand there exactly once."""
+        found = source.count(self.text)
+        if found != 1:
+            raise ValueError(
+                f"{self.name}: {self.file} has this text {found} times, expected once; write the fault anew in "
+                f"tests/mutants/faults.py: {self.text!r}"
+            )
+        return source.replace(self.text, self.replacement)
+
+
+MUTANTS = (
+    # ---- the compiled core: kernels
+    Mutant(
+        "the last element of a row is left out",
+        "csrc/cpu/sample_norms.cpp",
+        "memcpy(tail, x + full, static_cast<size_t>(count - full) * sizeof tail[0]);",
+        "memcpy(tail, x + full, static_cast<size_t>(count - full - 1) * sizeof tail[0]);",
+        ("functional/test_sample_norms.py::test_rows",),
+    ),
+    Mutant(
+        "squares of a step in float32",
+        "csrc/cpu/trajectory_step.cpp",
+        "sums->dw_sq = add_square(sums->dw_sq, m.step);",
+        "sums->dw_sq = sums->dw_sq + widen(m.step * m.step);",
+        ("functional/test_trajectory_step.py::test_sums_are_of_float64",),
+    ),
+    Mutant(
+        "Nesterov's step without the buffer",
+        "csrc/math/update.h",
+        "return {(shrunk + c.rate * a) + c.mix * b, shrunk};",
+        "return {shrunk + c.rate * a, shrunk};",
+        ("functional/test_update_sums.py::test_sizes",),
+    ),
+    Mutant(
+        "padding of a root divides nothing by nothing",
+        "csrc/cpu/update_sums.cpp",
+        "for (int64_t k = rest; k < 16; ++k) lanes[k] = 1;",
+        "for (int64_t k = rest; k < 16; ++k) lanes[k] = 0;",
+        ("functional/test_update_sums.py::test_eps_may_be_zero",),
+    ),
+    Mutant(
+        "one instruction set in another's place",
+        "csrc/dispatch.cpp",
+        "g_kernels = avx512 ? &kAvx512 : &kAvx2;",
+        "g_kernels = avx512 ? &kAvx2 : &kBase;",
+        ("project/test_determinism.py::test_the_environment_chooses_the_instruction_set",),
+    ),
+    Mutant(
+        "the first elements of a sketch hash as if they began a pair",
+        "csrc/cpu/sketch.cpp",
+        "memcpy(padded + offset, w, static_cast<size_t>(count) * sizeof *w);",
+        "memcpy(padded, w, static_cast<size_t>(count) * sizeof *w);",
+        ("functional/test_sketch.py::test_sizes_and_offsets",),
+    ),
+    Mutant(
+        "columns of a sum of terms lose their second half",
+        "csrc/cpu/term_sums.cpp",
+        "if (kScale) scale[c] += sum_lanes(product[0] + product[1]);",
+        "if (kScale) scale[c] += sum_lanes(product[0]);",
+        ("functional/test_row_norms.py::test_channels",),
+    ),
+    Mutant(
+        "zeros around an image on one side less",
+        "csrc/cpu/conv_pack.h",
+        "if (d) to += shape.padding[d - 1] * image.stride[d];",
+        "if (d == 3) to += shape.padding[d - 1] * image.stride[d];",
+        ("functional/test_conv_norms.py::test_against_the_reference",),
+    ),
+    # ---- what it refuses, and when it looks away
+    Mutant(
+        "memory with gaps may be written to",
+        "csrc/python/tensor_view.cpp",
+        "if (access == Access::kWrite && !view->is_dense())",
+        "if (access == Access::kWrite && view->ndim < 1)",
+        ("core/test_gatekeeper.py::test_tensors_that_do_not_belong_together",),
+    ),
+    Mutant(
+        "the last byte of a storage is not missed",
+        "csrc/python/tensor_view.cpp",
+        "const int64_t needed = (last + 1) * item_size(view.dtype);",
+        "const int64_t needed = last * item_size(view.dtype);",
+        ("core/test_gatekeeper.py::test_not_a_usable_tensor",),
+    ),
+    Mutant(
+        "a forward pass inside a backward pass is a training pass",
+        "csrc/python/training_pass.cpp",
+        "return task != -1 ? 0 : is_plain_run();",
+        "return is_plain_run();",
+        (
+            "capture/test_capture_eager.py::test_everything_checkpointed",
+            "per_sample/test_per_sample_training.py::test_checkpoints",
+            "per_sample/test_per_sample_training.py::test_the_whole_model_under_a_checkpoint",
+        ),
+    ),
+    Mutant(
+        "a batch of several is read from bias gradients",
+        "csrc/batch_of_one/bias_gradients.cpp",
+        "if (x.ndim != 2 || x.shape[0] != 1) return kTapped;",
+        "if (x.ndim != 2) return kTapped;",
+        (
+            "capture/test_shortcut.py::test_a_loop_that_changes_is_found_out_within_256_steps",
+            "capture/test_shortcut.py::test_the_shortcut_brings_what_the_taps_bring",
+            "capture/test_shortcut.py::test_the_shortcut_is_taken_where_it_can_be",
+        ),
+    ),
+    # ---- statistics
+    Mutant(
+        "merged moments forget the distance of their means",
+        "csrc/math/moments.h",
+        "into->m2 += from.m2 + difference * difference * (into->count * from.count / count);",
+        "into->m2 += from.m2;",
+        ("metric/test_distribution.py::test_merging_is_observing_everything",),
+    ),
+    Mutant(
+        "a bin is named by its lower end",
+        "csrc/math/log_bins.h",
+        "return bin + 1 < (kPages - 1) * kBinsPerPage ? 0.5 * (low + bin_low(bin + 1)) : low;",
+        "return low;",
+        (
+            "metric/test_distribution.py::test_against_numpy",
+            "metric/test_distribution.py::test_bins_are_ordered_and_narrow",
+        ),
+    ),
+    Mutant(
+        "a quantile's rank is rounded down",
+        "csrc/distribution.cpp",
+        "const auto target = static_cast<int64_t>(std::floor(rank + 0.5));",
+        "const auto target = static_cast<int64_t>(std::floor(rank - 0.5));",
+        (
+            "metric/test_distribution.py::test_against_numpy",
+            "metric/test_distribution.py::test_quantiles_of_smooth_streams_to_one_percent",
+        ),
+    ),
+    Mutant(
+        "path length of squares",
+        "csrc/math/trajectory_row.h",
+        "row->path += update;",
+        "row->path += step.dw_sq;",
+        ("trajectory/test_trajectory.py::test_training",),
+    ),
+    Mutant(
+        "a block's mean is merged with half its weight",
+        "csrc/ops/fold_means.cpp",
+        "sum += gap * gap;",
+        "sum += 0.5 * gap * gap;",
+        (
+            "trajectory/test_trajectory_windows.py::test_a_drift_without_noise",
+            "trajectory/test_trajectory_windows.py::test_sliding",
+            "trajectory/test_trajectory_merge.py::test_intervals_are_one_window",
+        ),
+    ),
+    # ---- capture
+    Mutant(
+        "two uses of a weight do not wait for each other",
+        "lipcore/capture/layers/layer_pass.py",
+        "if self.calls[name] > 1:",
+        "if self.calls[name] > 2:",
+        ("per_sample/test_per_sample_eager.py::test_a_shared_weight_with_its_own_biases",),
+    ),
+    Mutant(
+        "what a broken backward pass left is counted with the next one's",
+        "lipcore/capture/layers/layer_pass.py",
+        "        self._rows.clear()  # left by a backward pass that broke off\n        self._held.clear()\n",
+        "",
+        ("per_sample/test_per_sample_graphs.py::test_a_backward_pass_that_raised_and_is_made_again",),
+    ),
+    Mutant(
+        "a pass whose graph is differentiated twice counts",
+        "lipcore/capture/layers/layer_capture.py",
+        "return not run.spoiled",
+        "return True",
+        (
+            "per_sample/test_per_sample_graphs.py::test_create_graph_has_no_number_but_a_reason",
+            "per_sample/test_per_sample_graphs.py::test_a_gradient_penalty_is_never_a_wrong_number",
+            "capture/test_training_passes.py::test_only_training_passes_are_recorded",
+        ),
+    ),
+    Mutant(
+        "a backward pass through a graph that was kept brings its ratios again",
+        "lipcore/capture/taps/forward_hook.py",
+        "if grad is None or micro.delivered or not collector.recording:",
+        "if grad is None or not collector.recording:",
+        ("capture/test_capture_eager.py::test_two_backward_passes_through_one_graph_are_one_record",),
+    ),
+    Mutant(
+        "autograd.grad is a training pass",
+        "lipcore/capture/taps/collector.py",
+        "self.refused.add(NOT_ACCUMULATED)\n            return False\n",
+        "self.refused.add(NOT_ACCUMULATED)\n",
+        ("capture/test_training_passes.py::test_only_training_passes_are_recorded",),
+    ),
+    Mutant(
+        "a backward pass through a graph that was kept is the first",
+        "lipcore/capture/layers/layer_pass.py",
+        "self.finished_task != -1\n",
+        "False\n",
+        ("per_sample/test_per_sample_noise.py::test_a_gradient_that_is_not_the_mean_of_the_samples_gradients",),
+    ),
+    # ---- per sample
+    Mutant(
+        "a mean over the batch is taken for a sum",
+        "lipcore/per_sample/loss_reduction.py",
+        'terms: Any = 1 if self.reduction == "sum" else samples',
+        "terms: Any = 1",
+        ("per_sample/test_per_sample_eager.py::test_against_one_sample_at_a_time",),
+    ),
+    Mutant(
+        "the scaler's factor is taken in again",
+        "lipcore/per_sample/loss_reduction.py",
+        "scale.double().reciprocal()",
+        "scale.double()",
+        ("per_sample/test_per_sample_training.py::test_a_scaler_and_its_skipped_steps",),
+    ),
+    Mutant(
+        "the mean gradient's square with the factor taken once",
+        "lipcore/per_sample/noise/step_sums.py",
+        "found * (scale * scale)",
+        "found * scale",
+        (
+            "per_sample/test_noise_scale.py::test_with_gradients_of_a_model",
+            "per_sample/test_per_sample_noise.py::test_samples_that_are_all_alike_are_as_long_as_their_mean",
+        ),
+    ),
+    Mutant(
+        "scores of several epochs have the variance within them alone",
+        "lipcore/per_sample/scores/sample_scores.py",
+        "m2 = m2 + moments[:, 1] + difference**2 * had * share",
+        "m2 = m2 + moments[:, 1]",
+        ("per_sample/test_sample_scores.py::test_against_lists",),
+    ),
+    Mutant(
+        "an embedding and its head meet once",
+        "lipcore/layers/factor_indexed.py",
+        "(squares + 2 * self._cross())",
+        "(squares + self._cross())",
+        ("layers/test_layer_sharing.py::test_embedding_tied_to_a_head",),
+    ),
+    Mutant(
+        "an odd number of zeros goes before",
+        "lipcore/layers/convolution.py",
+        "(total // 2, total - total // 2)",
+        "(total - total // 2, total // 2)",
+        ("layers/test_layer_rules.py::test_layer",),
+    ),
+    # ---- windows, states, labels
+    Mutant(
+        "a state of another shape is taken over",
+        "lipcore/metric/state.py",
+        "if not isinstance(theirs, Tensor) or theirs.shape != mine.shape or theirs.dtype != mine.dtype:",
+        "if not isinstance(theirs, Tensor) or theirs.dtype != mine.dtype:",
+        (
+            "trajectory/test_trajectory_state.py::test_a_state_that_does_not_fit_changes_nothing",
+            "trajectory/test_trajectory_state.py::test_state_of_another_model_is_refused",
+        ),
+    ),
+    Mutant(
+        "a sliding window closes a block late",
+        "lipcore/metric/engine.py",
+        "self._block_steps >= self.window_steps // self._window_blocks",
+        "self._block_steps > self.window_steps // self._window_blocks",
+        (
+            "trajectory/test_trajectory_windows.py::test_sliding",
+            "monitor/test_monitor.py::test_windows_close_by_themselves",
+        ),
+    ),
+    Mutant(
+        "an iterated sigma_1 makes no bound one-sided",
+        "lipcore/lipschitz/sandwich.py",
+        'lower_label = weakest([label, "one-sided"])',
+        "lower_label = label",
+        (
+            "lipschitz/test_lipschitz_sandwich.py::test_the_lower_side_divides_by_the_bound_of_an_iterated_sigma_1",
+            "lipschitz/test_lipschitz_sandwich.py::test_sandwich_of_a_convolution_has_only_its_lower_side",
+        ),
+    ),
+    # ---- theory and regions
+    Mutant(
+        "half of the covering number's term",
+        "lipcore/theory/generalization.py",
+        "math.log(4 * math.log(2))",
+        "math.log(2 * math.log(2))",
+        ("theory/test_theory_generalization.py::test_theorem_3",),
+    ),
+    Mutant(
+        "windows that share a step both count",
+        "lipcore/theory/windows.py",
+        "window.last_step < kept[-1].first_step",
+        "window.last_step <= kept[-1].first_step",
+        ("theory/test_theory_windows.py::test_every_step_counts_once",),
+    ),
+    Mutant(
+        "regions that differ in a second bit are one",
+        "lipcore/regions/patterns.py",
+        "for part in (gate.slope, gate.second) if part is not None]",
+        "for part in (gate.slope,) if part is not None]",
+        (
+            "regions/test_regions.py::test_bits_are_those_of_the_input_of_the_activation",
+            "regions/test_regions.py::test_counts_churn_and_activity",
+            "regions/test_regions.py::test_the_slope_of_the_pattern_is_torchs_on_every_border",
+        ),
+    ),
+    Mutant(
+        "a combination's bound counts its parts by their sign",
+        "lipcore/regions/bounds.py",
+        "np.abs(scaled) @ self._costs[columns]",
+        "scaled @ self._costs[columns]",
+        ("regions/test_coverage.py::test_bounds_are_never_below_the_truth",),
+    ),
+)
