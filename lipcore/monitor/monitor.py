@@ -34,7 +34,7 @@ class Monitor(Engine):
         optimizer: one optimizer, or several that step in turn; a step is over when all of them have stepped. Without
             one, call :meth:`step` after every step.
         metrics: default [Trajectory(), Lipschitz()], the latter only where the output has one value per sample.
-        window_steps: steps in a window; None: only close_window() closes it.
+        window_steps: steps in a window; None: one window stays open until close_window() is called.
         window_blocks: with more than one, windows slide: every window_steps / window_blocks steps a window closes that
             covers the last window_steps steps (fewer at the start).
         scaler: a torch.amp.GradScaler, whose scale is then taken out of gradient norms.
@@ -58,7 +58,7 @@ class Monitor(Engine):
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         metrics: Iterable[Metric] | None = None,
         *,
-        window_steps: int | None = None,
+        window_steps: int | None = 100,
         window_blocks: int = 1,
         history_limit: int = 1000,
         history_bytes: int = HISTORY_BYTES,

@@ -58,7 +58,7 @@ class PerSampleGradNorms(StandaloneMetric):
         with lipcore.PerSampleGradNorms(model, loss_reduction="mean") as norms:
             loss_fn(model(x), y).backward() norms.per_sample
 
-    In a Monitor it makes windows. They hold the distributions of the norms in total and per layer (``grad_norm``), and
+    In a Monitor it makes windows. They hold the distributions of the norms in total and per layer (``norm``), and
     the gradient noise scale :math:`B_{simple} = \mathrm{tr}\,\Sigma / |G|^2` of McCandlish et al. (2018) with its two
     unbiased estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a
     step. Steps whose gradient is not the mean of their samples' gradients are counted, with the reason, in

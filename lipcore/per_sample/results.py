@@ -43,7 +43,7 @@ def add_norms(
     *rows, lost = rows_of(np.stack([*found[1:4], *found[6:], missing]))
     columns = {reducer: Column(row, *worth) for reducer, row in zip(_REDUCERS, rows, strict=True)}  # type: ignore[arg-type]
     columns["missing"] = Column(lost, one_if_same((count + missing).astype(np.int64)))
-    result.add_columns("grad_norm", Columns(places, columns))
+    result.add_columns("norm", Columns(places, columns))
 
 
 @lru_cache(maxsize=8)

@@ -217,7 +217,7 @@ def read_lipschitz(metric: Any) -> tuple[int, float]:
 
 
 def read_norms(metric: Any) -> tuple[int, float]:
-    found = metric.finalize().grad_norm["total"]
+    found = metric.finalize().norm["total"]
     return found.mean.count, found.mean.value
 
 

@@ -200,7 +200,7 @@ def test_every_micro_batch_of_an_accumulated_step() -> None:
             every.append(torch.stack(list(norms_sq(model, samples_of((x,), 3), sum_loss).values())).sum(0).sqrt())
             (sum_loss(model(x)) / 3 / 4).backward()
         optimizer.step()
-        found = monitor.compute()["per_sample_grad_norm"].grad_norm["total"].mean
+        found = monitor.compute()["per_sample_grad_norm"].norm["total"].mean
     assert found.count == 12
     assert found.value == pytest.approx(float(torch.cat(every).mean()), rel=1e-5)
 

@@ -52,7 +52,7 @@ def compare(
             assert_norms(metric, expected)
             with torch.no_grad():
                 model(x)
-        result = monitor.compute()["per_sample_grad_norm"].grad_norm["total"]
+        result = monitor.compute()["per_sample_grad_norm"].norm["total"]
         assert result.mean.count == sum(sizes)
         assert result.mean.value == pytest.approx(float(torch.cat(every).mean()), rel=1e-5)
 
@@ -99,7 +99,7 @@ def test_training_is_bitwise_unchanged_and_recompiles_are_bounded(counters: Any)
         torch.manual_seed(1)
         train(model, optimizer, [torch.randn(size, 5) for size in (4, 4, 3, 5, 6, 2, 4)])
         if monitor is not None:
-            count = monitor.compute()["per_sample_grad_norm"].grad_norm["total"].mean.count
+            count = monitor.compute()["per_sample_grad_norm"].norm["total"].mean.count
             assert count == (28 if every_steps == 1 else 4 + 3 + 6 + 4)
             monitor.close()
         graphs[watched, every_steps] = counters["stats"]["unique_graphs"]

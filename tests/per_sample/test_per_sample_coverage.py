@@ -145,7 +145,7 @@ def test_skipping_measures_the_others(name: str, size: int) -> None:
             monitor.step()
         result = monitor.compute()["per_sample_grad_norm"]
     assert result.details["not_covered"] == metric.coverage().uncovered
-    assert "over the covered parameters only" in result.grad_norm["total"].mean.note
+    assert "over the covered parameters only" in result.norm["total"].mean.note
     assert any("not covered" in line.rule for line in metric.plan())
 
 
@@ -337,4 +337,4 @@ def test_a_layer_that_is_added_in_mid_run() -> None:
         sum_loss(model(x)).backward()
         assert_norms(metric, norms_sq(model, samples_of((x,), 3), sum_loss))
         monitor.step()
-        assert monitor.compute()["per_sample_grad_norm"].grad_norm["5"].mean.count == 3
+        assert monitor.compute()["per_sample_grad_norm"].norm["5"].mean.count == 3

@@ -36,7 +36,7 @@ def test_another_default_device(size: int, alone: bool) -> None:
         window = monitor.compute()["per_sample_grad_norm"]
         scores = metric.scores.lookup([0, 9]).count
     assert torch.allclose(found, expected, rtol=1e-5)
-    assert window.grad_norm["total"].mean.count == 6 * size
+    assert window.norm["total"].mean.count == 6 * size
     assert scores.tolist() == [6, 0]
 
 

@@ -77,7 +77,7 @@ def test_five_steps_in_a_monitor(build: Any, inputs: Any, size: int) -> None:
             train(model, optimizer, [x])
             assert_norms(metric, expected)
             total += float(torch.stack(list(expected.values())).sum(0).sqrt().sum())
-        result = monitor.compute()["per_sample_grad_norm"].grad_norm["total"]
+        result = monitor.compute()["per_sample_grad_norm"].norm["total"]
         assert result.mean.count == 5 * size
         assert result.mean.value == pytest.approx(total / (5 * size), rel=1e-5)
 
@@ -251,7 +251,7 @@ def test_a_sample_that_is_not_finite_leaves_the_others_alone(build: Any, inputs:
         loss(model(x)).backward()
         found = metric.per_sample
         monitor.step()
-        result = monitor.compute()["per_sample_grad_norm"].grad_norm["total"]
+        result = monitor.compute()["per_sample_grad_norm"].norm["total"]
     assert not found[2].isfinite()
     assert torch.allclose(found[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-5)
     assert (result.mean.count, result.missing.value) == (3, 1)

@@ -70,8 +70,8 @@ def test_what_is_estimated_is_labelled_and_what_needs_no_estimate_is_exact() -> 
         result = monitor.compute()["per_sample_grad_norm"]
     assert lines["twice"].endswith("by estimate")
     assert lines["head"].endswith("by product of norms")
-    assert result.grad_norm["twice"].mean.label == result.grad_norm["total"].mean.label == "estimate"
-    assert result.grad_norm["twice"].mean.value == pytest.approx(float(norms.mean()))
+    assert result.norm["twice"].mean.label == result.norm["total"].mean.label == "estimate"
+    assert result.norm["twice"].mean.value == pytest.approx(float(norms.mean()))
     with PerSampleGradNorms(model, loss_reduction="sum") as exact:
         sum_loss(model(x)).backward()
         assert torch.equal(exact.per_layer["head"], estimated)

@@ -173,7 +173,7 @@ def test_two_forward_passes_in_one_backward_pass_are_two_records(size: int) -> N
                 (sum_loss(model(a)) + sum_loss(model(b))).backward()
                 seen += totals
             monitor.step()
-        result = monitor.compute()["per_sample_grad_norm"].grad_norm["total"]
+        result = monitor.compute()["per_sample_grad_norm"].norm["total"]
         if result.missing.value:  # a batch of one was to be served from the gradients
             assert (size, result.missing.value) == (1, 1)
             del seen[-2]

@@ -38,7 +38,7 @@ def oracle(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def assert_window(window: Window, expected: list[dict[str, Tensor]]) -> None:
-    found = window[NAME].grad_norm
+    found = window[NAME].norm
     assert set(found) == {"0", "2", "3", "total"}
     for place in found:
         values = torch.cat([e[place] for e in expected])
@@ -104,9 +104,9 @@ def test_what_has_not_been_followed_by_a_step_is_in_no_window() -> None:
     with Monitor(model, metrics=[metric]) as monitor:
         sum_loss(model(torch.randn(3, 5))).backward()
         assert metric.per_sample.shape == (3,)
-        assert monitor.compute()[NAME].grad_norm["total"].mean.count == 0
+        assert monitor.compute()[NAME].norm["total"].mean.count == 0
         monitor.step()
-        assert monitor.compute()[NAME].grad_norm["total"].mean.count == 3
+        assert monitor.compute()[NAME].norm["total"].mean.count == 3
 
 
 def test_the_default_clock_of_several_optimizers() -> None:
@@ -137,7 +137,7 @@ def test_together_with_the_other_metrics() -> None:
         window = monitor.compute()
     assert set(window.results) == {"trajectory", "lipschitz", NAME}
     assert window["lipschitz"].normalized_gradient_norm["model:Linear"].mean.count == 9
-    assert window[NAME].grad_norm["total"].mean.count == 9
+    assert window[NAME].norm["total"].mean.count == 9
 
 
 def test_the_plan() -> None:
@@ -182,13 +182,13 @@ def test_a_copy_has_the_numbers_and_no_model(again: Callable[[Any], Any], alone:
         copied = again(metric)
         assert torch.equal(copied.per_sample, metric.per_sample)
         train(model, optimizer, [torch.randn(2, 5)])
-    assert copied.finalize().grad_norm["total"].mean.count == 3 == len(copied.scores)
+    assert copied.finalize().norm["total"].mean.count == 3 == len(copied.scores)
     with pytest.raises(RuntimeError, match="watches no model yet"):
         copied.coverage()
     with Monitor(model, sgd(model), metrics=[copied]) as monitor:  # it can be given another one
         train(model, monitor._optimizers[0], [torch.randn(4, 5)])
-    assert copied.finalize().grad_norm["total"].mean.count == 7
-    assert metric.finalize().grad_norm["total"].mean.count == 5
+    assert copied.finalize().norm["total"].mean.count == 7
+    assert metric.finalize().norm["total"].mean.count == 5
 
 
 # ---- sample ids
@@ -255,7 +255,7 @@ def test_ids_of_samples_whose_norm_is_not_known() -> None:
         monitor.step()
         result = monitor.compute()[NAME]
     assert metric.scores.missing == 2
-    assert result.grad_norm["total"].missing.value == 2
+    assert result.norm["total"].missing.value == 2
 
 
 # ---- gradient noise scale
@@ -305,7 +305,7 @@ def test_micro_batches_of_different_sizes_have_no_noise_scale_under_a_mean() -> 
         result = monitor.compute()[NAME]
     assert list(result.details["noise_scale_skipped"].values()) == [1]
     assert result.skipped_steps["total"]["sum"].value == 1
-    assert result.grad_norm["total"].mean.count == 5
+    assert result.norm["total"].mean.count == 5
 
 
 @pytest.mark.parametrize("size", [2, 5])
@@ -325,7 +325,7 @@ def test_gradients_that_are_zeroed_in_mid_step_are_no_part_of_its_noise_scale(si
         result = monitor.compute()[NAME]
     assert result.gradient_sq["total"].mean.value == pytest.approx(signal, rel=1e-4)
     assert result.gradient_noise["total"].mean.value == pytest.approx(trace, rel=1e-4)
-    assert result.grad_norm["total"].mean.count == 2 * size
+    assert result.norm["total"].mean.count == 2 * size
 
 
 def test_no_noise_scale() -> None:
@@ -460,7 +460,7 @@ def test_a_copy_is_not_watched(clone: Callable[[nn.Module], nn.Module], size: in
             assert_norms(other, norms_sq(twin, samples_of((x,), size), sum_loss))
         assert str(monitor.compute().to_dict()) == before
         train(model, optimizer, [torch.randn(size, 5)])
-        assert monitor.compute()[NAME].grad_norm["total"].mean.count == 3 * size
+        assert monitor.compute()[NAME].norm["total"].mean.count == 3 * size
 
 
 def test_a_model_that_nobody_has_any_more_is_freed() -> None:
@@ -555,7 +555,7 @@ def test_one_metric_watches_once_at_a_time(alone: bool) -> None:
             monitor.step()
             monitor.close_window()
         assert len(monitor.history) == 1
-    assert monitor.history[0][NAME].grad_norm["total"].mean.count == 3
+    assert monitor.history[0][NAME].norm["total"].mean.count == 3
 
 
 def test_a_metric_that_was_refused_can_be_used_again() -> None:

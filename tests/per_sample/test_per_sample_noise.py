@@ -142,7 +142,7 @@ def test_a_gradient_that_is_not_the_mean_of_the_samples_gradients(loop: Loop, re
         assert math.isnan(result.gradient_sq[place].mean.value)
     # A penalty on one layer leaves the others' numbers as they are.
     assert result.skipped_steps["3"]["sum"].value == everywhere
-    assert result.grad_norm["total"].mean.count >= 6  # the norms are there all the same
+    assert result.norm["total"].mean.count >= 6  # the norms are there all the same
 
 
 def terms_loop(make: Callable[[int], Any]) -> tuple[Loop, list[Any]]:
@@ -308,8 +308,8 @@ def test_a_step_of_many_micro_batches_is_as_one_of_a_few(size: int) -> None:
     for quantity in ("gradient_sq", "gradient_noise"):
         found, expected = (getattr(r, quantity)["total"].mean.value for r in (many, one))
         assert found == pytest.approx(expected, rel=1e-4)
-    assert many.grad_norm["total"].mean.count == one.grad_norm["total"].mean.count == size * (_MOST + 5)
-    assert many.grad_norm["0"].p99.value == one.grad_norm["0"].p99.value
+    assert many.norm["total"].mean.count == one.norm["total"].mean.count == size * (_MOST + 5)
+    assert many.norm["0"].p99.value == one.norm["0"].p99.value
     assert scores.lookup([0]).count.tolist() == [_MOST + 5]
 
 
@@ -323,7 +323,7 @@ def test_nothing_grows_without_steps_and_a_skipped_step_counts_what_it_drops() -
         metric.observe_skipped_step()
         result = monitor.compute()["per_sample_grad_norm"]
     assert result.details["dropped_samples"] == 2 * (2 * _MOST + 3)
-    assert result.grad_norm["total"].mean.count == 0
+    assert result.norm["total"].mean.count == 0
 
 
 def test_nothing_waits_for_a_device() -> None:

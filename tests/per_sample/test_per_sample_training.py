@@ -46,7 +46,7 @@ def test_training_is_bitwise_unchanged(build: Any, inputs: Any, options: dict[st
         train(model, optimizer, [inputs(size) for _ in range(5)], lambda y: y.sin().sum())
         found = [*weights(model), *(p.grad for p in model.parameters()), torch.get_rng_state()]
         if monitor is not None:
-            count = monitor.compute()["per_sample_grad_norm"].grad_norm["total"].mean.count
+            count = monitor.compute()["per_sample_grad_norm"].norm["total"].mean.count
             assert count == size * (3 if "every_steps" in options else 5)
             monitor.close()
         return found
@@ -134,7 +134,7 @@ def test_accumulation(build: Any, inputs: Any, sizes: tuple[int, ...]) -> None:
                 (sum_loss(model(x)) / size / len(sizes)).backward()
                 assert torch.allclose(metric.per_sample, expected[-1], rtol=1e-5)
             optimizer.step()
-        result = monitor.compute()["per_sample_grad_norm"].grad_norm["total"]
+        result = monitor.compute()["per_sample_grad_norm"].norm["total"]
     every = torch.cat(expected)
     assert result.mean.count == len(every)
     assert result.mean.value == pytest.approx(float(every.mean()), rel=1e-5)
@@ -173,9 +173,9 @@ def test_a_scaler_and_its_skipped_steps(size: int) -> None:
             scaler.update()
         result = monitor.compute()["per_sample_grad_norm"]
     every = torch.cat(expected)
-    assert result.grad_norm["total"].mean.count == len(every)
-    assert result.grad_norm["total"].mean.value == pytest.approx(float(every.mean()), rel=1e-5)
-    assert result.grad_norm["total"].missing.value == 0
+    assert result.norm["total"].mean.count == len(every)
+    assert result.norm["total"].mean.value == pytest.approx(float(every.mean()), rel=1e-5)
+    assert result.norm["total"].missing.value == 0
     assert result.details["dropped_samples"] == size
 
 
@@ -312,7 +312,7 @@ def test_checkpoints(reentrant: bool, blocks: str, size: int) -> None:
             every.append(torch.stack(list(expected.values())).sum(0).sqrt())
             train(model, optimizer, [x])
             assert_norms(metric, expected)
-        result = monitor.compute()["per_sample_grad_norm"].grad_norm["total"]
+        result = monitor.compute()["per_sample_grad_norm"].norm["total"]
         assert result.mean.count == 4 * size
         assert result.mean.value == pytest.approx(float(torch.cat(every).mean()), rel=1e-5)
 
@@ -372,7 +372,7 @@ def test_checkpoints_in_steps_that_are_not_recorded(reentrant: bool, size: int) 
             if step % 3 == 0:
                 assert torch.allclose(metric.per_sample, expected, rtol=1e-5)
             optimizer.step()
-        assert monitor.compute()["per_sample_grad_norm"].grad_norm["total"].mean.count == 3 * size
+        assert monitor.compute()["per_sample_grad_norm"].norm["total"].mean.count == 3 * size
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
@@ -571,7 +571,7 @@ def test_a_frozen_parameter_that_is_trained_later_is_an_error(size: int) -> None
         assert_norms(metric, norms_sq(model, samples_of((x,), size), sum_loss))
         monitor.step()
     result = monitor.compute()["per_sample_grad_norm"]
-    assert result.grad_norm["0"].mean.count == 3 * size
+    assert result.norm["0"].mean.count == 3 * size
     monitor.close()
 
 

@@ -124,7 +124,7 @@ def test_a_layer_that_is_reached_in_some_passes_counts_the_others(alone: bool, s
         assert metric.per_layer.reasons[other] == why
         if not alone:
             monitor.step()
-    found = metric.finalize().grad_norm
+    found = metric.finalize().norm
     for layer in ("a", "b", "head", "total"):
         assert found[layer].mean.count + found[layer].missing.value == size * len(routes)
     assert found["head"].missing.value == found["total"].missing.value == (size == 1)
@@ -138,7 +138,7 @@ def test_the_layers_of_a_pass_that_is_broken_are_missing() -> None:
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
         loss = sum_loss(model(torch.randn(3, 5)))
         (loss + model[0](torch.randn(3, 5)).sum()).backward()
-        found = metric.finalize().grad_norm
+        found = metric.finalize().norm
     assert found["total"].missing.value == 3
     assert found["total"].mean.count == 0
 
@@ -156,7 +156,7 @@ def test_a_model_that_is_one_layer_is_called_model(alone: bool) -> None:
         assert list(metric.per_parameter) == ["weight", "bias"]
         assert torch.equal(metric.per_layer["model"], metric.per_sample)
         assert [line.what for line in metric.plan()] == ["all", "model"]
-        assert set(metric.finalize().grad_norm) == {"model", "total"}
+        assert set(metric.finalize().norm) == {"model", "total"}
     with pytest.raises(ValueError, match="'ghost'; it has 'model'"):
         PerSampleGradNorms(nn.Linear(5, 2), loss_reduction="sum", methods={"ghost": "gram"})
     with pytest.raises(ValueError, match="module 'model'"), PerSampleGradNorms(model, loss_reduction="sum"):

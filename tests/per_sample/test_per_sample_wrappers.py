@@ -69,7 +69,7 @@ def local_loop(rank: int, model: nn.Module, exact: Model, size: int, options: di
             twin_optimizer.step()
         result = monitor.compute()
         assert result.local
-        found = result[NAME].grad_norm["total"]
+        found = result[NAME].norm["total"]
         assert found.mean.count == 4 * size
         assert found.mean.value == pytest.approx(float(torch.cat(expected).mean()), rel=2e-5)
     return metric
@@ -117,7 +117,7 @@ def check_no_sync(rank: int) -> None:
                 result = monitor.compute()[NAME]
                 small, big = torch.cat(norms).square().mean().item(), gradient.square().sum().item()
                 assert result.gradient_sq["total"].mean.value == pytest.approx((12 * big - small) / 11, rel=1e-4)
-        assert monitor.compute()[NAME].grad_norm["total"].mean.count == 12
+        assert monitor.compute()[NAME].norm["total"].mean.count == 12
 
 
 def check_join(rank: int) -> None:
@@ -126,7 +126,7 @@ def check_join(rank: int) -> None:
     with Monitor(model, optimizer, metrics=[PerSampleGradNorms(loss_reduction="mean")]) as monitor:
         with model.join():
             train(model, optimizer, [inputs(rank, step, 3) for step in range(2 + rank)])
-        assert monitor.compute()[NAME].grad_norm["total"].mean.count == 3 * (2 + rank)
+        assert monitor.compute()[NAME].norm["total"].mean.count == 3 * (2 + rank)
 
 
 def check_fsdp(rank: int, *, checkpointed: bool = False, early: bool = False, **settings: Any) -> None:
@@ -152,7 +152,7 @@ def check_fsdp_noise_scale(rank: int) -> None:
     with Monitor(model, optimizer, metrics=[PerSampleGradNorms(loss_reduction="mean")]) as monitor:
         train(model, optimizer, [inputs(rank, 0, 3)])
         result = monitor.compute()[NAME]
-        assert result.grad_norm["total"].mean.count == 3
+        assert result.norm["total"].mean.count == 3
         assert not result.gradient_sq["total"].mean.value > -1e300  # NaN
         assert "sharded" in result.details["noise_scale_off"]
 
