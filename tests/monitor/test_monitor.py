@@ -595,8 +595,8 @@ def test_an_exception_in_the_with_block_comes_through() -> None:
 @pytest.mark.parametrize(
     ("build", "size"),
     [
-        pytest.param(lambda: mlp(5, 7, 1), 1, id="mlp-1"),  # by the shortcut
-        pytest.param(lambda: mlp(5, 7, 1), 4, id="mlp-4"),
+        pytest.param(lambda: mlp(5, 7, 1), 1, id="mlp-1", marks=pytest.mark.ci),  # by the shortcut
+        pytest.param(lambda: mlp(5, 7, 1), 4, id="mlp-4", marks=pytest.mark.ci),
         pytest.param(lambda: frozen_mlp(), 1, id="frozen-1", marks=pytest.mark.slow),
         pytest.param(lambda: frozen_mlp(), 4, id="frozen-4", marks=pytest.mark.slow),
         pytest.param(lambda: found_mlp(), 1, id="found-1", marks=pytest.mark.slow),

@@ -250,10 +250,7 @@ MUTANTS = (
         "lipcore/per_sample/noise/step_sums.py",
         "found * (scale * scale)",
         "found * scale",
-        (
-            "per_sample/test_noise_scale.py::test_with_gradients_of_a_model",
-            "per_sample/test_per_sample_noise.py::test_samples_that_are_all_alike_are_as_long_as_their_mean",
-        ),
+        ("per_sample/test_per_sample_monitor.py::test_the_noise_scale_takes_in_all_micro_batches_of_a_step",),
     ),
     Mutant(
         "scores of several epochs have the variance within them alone",

@@ -29,7 +29,9 @@ import sys
 sys.meta_path[:] = [f for f in sys.meta_path if type(f).__name__ != "ScikitBuildRedirectingFinder"]
 sys.path.insert(0, sys.argv[1])
 import lipcore, pytest
-assert lipcore.__file__.startswith(sys.argv[1]) and lipcore._core.__file__.startswith(sys.argv[1]), lipcore.__file__
+if not all(module.__file__.startswith(sys.argv[1]) for module in (lipcore, lipcore._core)):
+    print(lipcore.__file__, "is not in the copy")
+    sys.exit(3)
 sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *sys.argv[2:]]))
 """
 
