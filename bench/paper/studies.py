@@ -76,7 +76,7 @@ def run(setting: str, frequency: float, seed: int, epochs: int) -> dict[str, flo
     model = network(seed, normalised)
     optimizer = make([p for p in model.parameters() if p.requires_grad])
     length = loss_sum = grads = steps = 0.0
-    with Monitor(model, optimizer, [Trajectory(), Lipschitz()]) as monitor:
+    with Monitor(model, optimizer, [Trajectory(), Lipschitz()], window_steps=None) as monitor:
         for epoch in range(epochs):
             loss_sum = 0.0
             for batch in torch.from_numpy(problem.randoms[0].permutation(TRAIN)).split(size):

@@ -49,7 +49,7 @@ def run(images: Images, count: int, corrupted: float, seed: int, epochs: int) ->
     optimizer = torch.optim.Adam(model.parameters(), lr=RATE)
     order = torch.Generator().manual_seed(seed)
     curves: dict[str, list[float]] = {name: [] for name in CURVES}
-    with Monitor(model, optimizer, [Trajectory(), Lipschitz()]) as monitor:
+    with Monitor(model, optimizer, [Trajectory(), Lipschitz()], window_steps=None) as monitor:
         for _ in range(epochs):
             total = squares = 0.0
             for batch in torch.randperm(count, generator=order).split(BATCH):

@@ -51,7 +51,7 @@ def train(task: Task, level: float, seed: int, after_epoch: Callable[[], None]) 
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=task.learning_rate)
     run = Run(level, seed)
-    with lipcore.Monitor(model, optimizer, [lipcore.Lipschitz()]) as monitor:
+    with lipcore.Monitor(model, optimizer, [lipcore.Lipschitz()], window_steps=None) as monitor:
         for _ in range(task.epochs):
             total = 0.0
             for batch in torch.from_numpy(problem.random.permutation(count)).split(task.batch_size):

@@ -104,8 +104,8 @@ def test_a_loop_that_changes_is_found_out_within_256_steps(scenario: str) -> Non
     twin = seeded(lambda: mlp(5, 7, 6, 1))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, twin)]
     with (
-        Monitor(model, optimizers[0], metrics=[Lipschitz()]) as monitor,
-        Monitor(twin, optimizers[1], metrics=[Lipschitz(shortcut=False)]) as taps,
+        Monitor(model, optimizers[0], metrics=[Lipschitz()], window_steps=None) as monitor,
+        Monitor(twin, optimizers[1], metrics=[Lipschitz(shortcut=False)], window_steps=None) as taps,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")

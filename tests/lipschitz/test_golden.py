@@ -76,7 +76,7 @@ def run(frequency: float, seed: int, epochs: int) -> dict[str, list[float]]:
     curves: dict[str, list[float]] = {name: [] for name in QUANTITIES}
     recorded = set(RECORDED["epochs"])
     total = 0.0
-    with Monitor(model, optimizer) as monitor:
+    with Monitor(model, optimizer, window_steps=None) as monitor:
         for epoch in range(1, epochs + 1):
             loss_sum = 0.0
             for i in task.order():

@@ -88,10 +88,10 @@ MUTANTS = (
     ),
     Mutant(
         "columns of a sum of terms lose their second half",
-        "csrc/cpu/term_sums.cpp",
+        "csrc/cpu/row_sum_norms.cpp",
         "if (kScale) scale[c] += sum_lanes(product[0] + product[1]);",
         "if (kScale) scale[c] += sum_lanes(product[0]);",
-        ("functional/test_row_norms.py::test_channels",),
+        ("functional/test_row_sum_norms.py::test_channels",),
     ),
     Mutant(
         "zeros around an image on one side less",
@@ -200,7 +200,7 @@ MUTANTS = (
     ),
     Mutant(
         "a pass whose graph is differentiated twice counts",
-        "lipcore/capture/layers/layer_capture.py",
+        "lipcore/capture/layers/passes.py",
         "return not run.spoiled",
         "return True",
         (
