@@ -221,7 +221,7 @@ class Endless(Metric):
     ("settings", "words"),
     [
         ({"window_steps": 7, "window_blocks": 2}, "window_blocks: 2 blocks of equal length do not make 7 steps"),
-        ({"window_blocks": 2}, "window_blocks: 2 blocks of equal length do not make None steps"),
+        ({"window_steps": None, "window_blocks": 2}, "window_blocks: 2 blocks of equal length do not make None steps"),
         ({"window_steps": 4, "window_blocks": 0}, "window_blocks: expected an integer >= 1, got 0"),
         ({"window_steps": 4, "window_blocks": 2, "metrics": [Endless()]}, "window_blocks: endless has no sliding"),
         (
