@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from lipcore.models.arguments import check_count
 from lipcore.models.names import named_modules
 
 
@@ -67,8 +68,7 @@ def check_input(model: nn.Module, x: Any) -> None:
 
 
 def check_batch_size(batch_size: Any) -> None:
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ValueError(f"batch_size: expected an integer >= 1, got {batch_size!r}")
+    check_count("batch_size", batch_size)
 
 
 def finite_rows(values: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lipcore.models.arguments import check_count
+
 Offsets = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
 
@@ -14,8 +16,7 @@ def check_arguments(
     every_steps: Any, on_unsupported: Any, batch_dim: Any, broadcast: Any, methods: Any, alone: bool
 ) -> None:
     """TypeError or ValueError that names the argument. `alone`: without a Monitor."""
-    if not isinstance(every_steps, int) or isinstance(every_steps, bool) or every_steps < 1:
-        raise ValueError(f"every_steps: expected an integer >= 1, got {every_steps!r}")
+    check_count("every_steps", every_steps)
     if every_steps > 1 and alone:
         raise ValueError(
             f"every_steps: {every_steps} counts an optimizer's steps, which a metric that stands alone does not see; "
