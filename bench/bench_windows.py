@@ -49,7 +49,7 @@ def _check() -> None:
     after = [p.detach().double() for p in monitor.model.parameters()]
     moved = torch.stack([(one - other).square().sum() for one, other in zip(after, before, strict=True)]).sum()
     assert abs(window["trajectory"].distance["total"].last.value / float(moved.sqrt()) - 1) < 1e-6
-    assert window["per_sample_grad_norm"].grad_norm["total"].mean.count == _STEPS * _BATCH
+    assert window["per_sample_grad_norm"].norm["total"].mean.count == _STEPS * _BATCH
 
 
 def bench_close_of_a_window(benchmark: Any, report: Any) -> None:
