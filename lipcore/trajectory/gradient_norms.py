@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -156,7 +157,8 @@ class Gradients:
         for stage, tracker in self.trackers.items():
             if stage not in wanted or not tracker.has_steps:
                 continue
-            tracker.described_rows().add_norms_to(result, stage)
+            rows = tracker.described_rows().of_norms()
+            result.leave(functools.partial(rows.add_to, quantity=stage), rows.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
         """The wanted stages'."""
