@@ -48,7 +48,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
             found.add(place, level, **values)
             return found
 
-        self._quantities[quantity] = reducers.then(made)
+        self._all()[quantity] = reducers.then(made)
         self._pending.append(pending)
 
     def leave(self, add: Callable[[MetricResult], None], nbytes: int) -> None:
@@ -56,9 +56,8 @@ class MetricResult(Showable, Mapping[str, Quantity]):
         of `nbytes`."""
         self._unmade.append((add, nbytes))
 
-    @property
-    def _quantities(self) -> dict[str, Quantity | Later[Quantity]]:
-        """Everything, that which was left to be made included."""
+    def _all(self) -> dict[str, Quantity | Later[Quantity]]:
+        """Return everything, that which was left to be made included."""
         if self._unmade:
             with _MAKING:  # another thread may be reading too
                 for add, _ in self._unmade:
@@ -70,35 +69,35 @@ class MetricResult(Showable, Mapping[str, Quantity]):
 
     def _quantity(self, name: str) -> Quantity:
         self._size = None
-        if name not in self._quantities:
-            self._quantities[name] = Quantity(name)
+        if name not in self._all():
+            self._all()[name] = Quantity(name)
         return self[name]
 
     def __getitem__(self, quantity: str) -> Quantity:
-        found = self._quantities[quantity]
+        found = self._all()[quantity]
         if isinstance(found, Later):
-            found = self._quantities[quantity] = found.get()
+            found = self._all()[quantity] = found.get()
             self._size = None
         return found
 
     def __getattr__(self, quantity: str) -> Quantity:
-        found = self._quantities if "_made" in self.__dict__ else {}
+        found = self._all() if "_made" in self.__dict__ else {}
         if quantity in found:
             return self[quantity]
         known = ", ".join(found) or "none: nothing was observed"
         raise AttributeError(f"{self.__dict__.get('metric')} has no quantity {quantity!r}; it has {known}")
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._quantities]
+        return [*super().__dir__(), *self._all()]
 
     def __contains__(self, quantity: object) -> bool:
-        return quantity in self._quantities
+        return quantity in self._all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._quantities)
+        return iter(self._all())
 
     def __len__(self) -> int:
-        return len(self._quantities)
+        return len(self._all())
 
     def flat(self, level: Level = "group") -> dict[str, float]:
         """Return {"metric/quantity.reducer/place": number} of one level and the totals, as experiment loggers want."""
@@ -176,7 +175,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
     def shown_rows(self) -> list[tuple[str, str, str]]:
         """Rows of the totals, or of a quantity's first place where it has none. Makes nothing that is pending."""
         rows = []
-        for name, quantity in self._quantities.items():
+        for name, quantity in self._all().items():
             if isinstance(quantity, Later):
                 rows.append((name, "", "made when it is read"))
                 continue

@@ -51,7 +51,8 @@ class GradientTracker(Tracker):
     @property
     def has_steps(self) -> bool:
         """Whether there was a step with a gradient."""
-        return bool((self.table.rows[:, [COLUMN["total_steps"], COLUMN["nonfinite_steps"]]] > 0).any())
+        rows = self.table.rows
+        return any(bool(rows[:, COLUMN[column]].any()) for column in ("total_steps", "nonfinite_steps"))
 
     def state_dict(self) -> dict[str, Any]:
         self.catch_up()
