@@ -47,7 +47,7 @@ test-all: $(STAMPS)/test $(CORE) ## those of both, and the slow ones
 mutants: $(STAMPS)/test $(CORE) ## plant small faults one by one in a copy: the tests must see each
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/mutants/run.py
 
-bench: $(STAMPS)/bench $(CORE) ## run the benchmarks (10 minutes)
+bench: $(STAMPS)/bench $(CORE) ## run the benchmarks (half an hour)
 	$(BIN)/pytest bench $(BENCH_FLAGS)
 
 bench-peers: $(STAMPS)/peers $(CORE) ## those against other published tools, which this installs

@@ -13,10 +13,10 @@ from typing import Any, NoReturn
 
 import numpy as np
 import torch
-from torch.autograd import Variable, forward_ad
 from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]
 
 from lipcore import _core
+from lipcore.models.torch_internals import MKLDNN_LAYOUT, is_functorch_wrapped, questions_about_the_pass
 
 
 def _torch_library() -> Path:
@@ -30,25 +30,7 @@ def connect() -> None:
         raise ImportError(f"lipcore needs torch >= 2.10 (the DLPack exchange API), found torch {torch.__version__}")
     _core.register_torch(torch.Tensor, torch.nn.Parameter, refuse, accepts)
     _core.use_torch_threads(str(_torch_library()))
-    _core.register_passes(_questions())
-
-
-def _questions() -> list[object]:
-    """What the core asks torch about the pass under way (csrc/python/training_pass.h)."""
-    keys = torch._C._TorchDispatchModeKey
-    return [
-        torch.is_grad_enabled,
-        torch._C._current_graph_task_id,
-        # What a checkpoint asks before it runs forward again: false under autograd.grad() and backward(inputs=...).
-        Variable._execution_engine.is_checkpoint_valid,
-        torch._C._functorch.peek_interpreter_stack,
-        torch._C._is_tracing,
-        torch._C._len_torch_dispatch_stack,
-        torch._C._get_dispatch_mode,
-        keys.FAKE,
-        keys.PROXY,
-        vars(forward_ad),
-    ]
+    _core.register_passes(questions_about_the_pass())
 
 
 # ---- tensors that are refused
@@ -94,7 +76,7 @@ def _describe_tensor(tensor: torch.Tensor) -> tuple[type[TypeError] | type[Value
         return TypeError, "is a fake tensor without data (tracing or export); call this outside tracing"
     if kind.__name__ == "DTensor":
         return TypeError, "is a DTensor (distributed); pass its shard, tensor.to_local()"
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if is_functorch_wrapped(tensor):
         return TypeError, "is wrapped by a torch.func transform (vmap, grad, ...); call this outside the transform"
     if tensor.is_nested:
         return TypeError, "is a nested tensor; pass one dense tensor per component, tensor.unbind()"
@@ -103,7 +85,7 @@ def _describe_tensor(tensor: torch.Tensor) -> tuple[type[TypeError] | type[Value
             f"is a tensor subclass, {kind.__module__}.{kind.__qualname__}, whose memory only it can read; "
             "unwrap it to the plain tensor inside"
         )
-    if tensor.layout == torch._mkldnn:  # type: ignore[attr-defined]
+    if tensor.layout == MKLDNN_LAYOUT:
         return TypeError, "has the mkldnn layout; pass tensor.to_dense()"
     if tensor.layout != torch.strided:
         return TypeError, f"is sparse ({tensor.layout}); pass tensor.to_dense(), or its values"

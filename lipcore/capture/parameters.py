@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
 from lipcore import _core
+from lipcore.models.torch_internals import queue_callback
 
 
 class WeakCall:
@@ -75,10 +75,10 @@ class GradientWatch:
     def _begin(self) -> None:
         # DDP finishes its all-reduce in a callback of its own, which may stand behind this one.
         reduced = torch.distributed.is_available() and torch.distributed.is_initialized()
-        Variable._execution_engine.queue_callback(self._end if reduced else self._finish)
+        queue_callback(self._end if reduced else self._finish)
 
     def _end(self) -> None:
-        Variable._execution_engine.queue_callback(self._finish)
+        queue_callback(self._finish)
 
     def _finish(self) -> None:
         self._hook.forget()

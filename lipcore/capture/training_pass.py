@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lipcore import _core
+from lipcore.models.torch_internals import graph_task
 
 #: Whether a forward pass that begins or ends now is the training's.
 is_training_forward = _core.is_training_forward
@@ -27,7 +28,7 @@ is_plain_run = _core.is_plain_run
 accumulates_everything = _core.accumulates_everything
 
 #: The number of the backward pass under way, -1 outside.
-in_backward = torch._C._current_graph_task_id
+in_backward = graph_task
 
 #: Why a backward pass does not count.
 NOT_ACCUMULATED = "the backward pass did not accumulate all gradients (autograd.grad, or backward(inputs=))"

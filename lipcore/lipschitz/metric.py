@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from lipcore import _core
@@ -28,6 +27,7 @@ from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.names import named_modules, unwrap
+from lipcore.models.torch_internals import AnyBatchNorm
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ class Lipschitz(StandaloneMetric):
                 "and load_state_dict() of the original"
             )
         self._model = model
-        self._batchnorms = [module for _, module in named_modules(unwrap(model)) if isinstance(module, _BatchNorm)]
+        self._batchnorms = [module for _, module in named_modules(unwrap(model)) if isinstance(module, AnyBatchNorm)]
 
     def _check_output(self, output: Tensor) -> None:
         """ValueError when this output does not have the one value per sample it should."""

@@ -133,9 +133,7 @@ class Engine:
             if wanted.layers is None:
                 continue
             observe = functools.partial(self._observe_layers, metric)
-            capture = LayerCapture(
-                self.model, observe, self._stop_all, metric.observe_unrecorded, **vars(wanted.layers)
-            )
+            capture = LayerCapture(self.model, observe, self._stop_all, metric.observe_unrecorded, wanted.layers)
             metric.tapped(capture)
             capture.attach()
             self._layer_captures.append(capture)

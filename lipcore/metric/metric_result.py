@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from lipcore.metric.quantity import Quantity
 from lipcore.metric.show import Showable, Shown, reducers_text
 from lipcore.metric.values import LEVELS, Level, Value, json_ready
 
+_MAKING = threading.RLock()
 _COLUMN = 256  # bytes of the objects around a column's arrays, about
 
 
@@ -22,7 +24,8 @@ class MetricResult(Showable, Mapping[str, Quantity]):
     def __init__(self, metric: str, **details: Any) -> None:
         self.metric = metric
         self.details = Details(details)  #: facts that are not numbers over the window (what was tapped, notes)
-        self._quantities: dict[str, Quantity | Later[Quantity]] = {}
+        self._made: dict[str, Quantity | Later[Quantity]] = {}
+        self._unmade: list[tuple[Callable[[MetricResult], None], int]] = []
         self._pending: list[Later[Any]] = []  # what keeps things until it is made
         self._size: int | None = None
 
@@ -45,39 +48,56 @@ class MetricResult(Showable, Mapping[str, Quantity]):
             found.add(place, level, **values)
             return found
 
-        self._quantities[quantity] = reducers.then(made)
+        self._all()[quantity] = reducers.then(made)
         self._pending.append(pending)
+
+    def leave(self, add: Callable[[MetricResult], None], nbytes: int) -> None:
+        """Leave quantities to the first reader: `add` adds them to the result that it is given, from what it keeps,
+        of `nbytes`."""
+        self._unmade.append((add, nbytes))
+
+    def _all(self) -> dict[str, Quantity | Later[Quantity]]:
+        """Return everything, that which was left to be made included."""
+        if self._unmade:
+            with _MAKING:  # another thread may be reading too
+                for add, _ in self._unmade:
+                    found = MetricResult(self.metric)
+                    add(found)
+                    self._made |= found._made
+                self._unmade, self._size = [], None
+        return self._made
 
     def _quantity(self, name: str) -> Quantity:
         self._size = None
-        if name not in self._quantities:
-            self._quantities[name] = Quantity(name)
+        if name not in self._all():
+            self._all()[name] = Quantity(name)
         return self[name]
 
     def __getitem__(self, quantity: str) -> Quantity:
-        found = self._quantities[quantity]
+        found = self._all()[quantity]
         if isinstance(found, Later):
-            found = self._quantities[quantity] = found.get()
+            found = self._all()[quantity] = found.get()
             self._size = None
         return found
 
     def __getattr__(self, quantity: str) -> Quantity:
-        if quantity in self.__dict__.get("_quantities", ()):
+        found = self._all() if "_made" in self.__dict__ else {}
+        if quantity in found:
             return self[quantity]
-        known = ", ".join(self.__dict__.get("_quantities", ())) or "none: nothing was observed"
+        known = ", ".join(found) or "none: nothing was observed"
         raise AttributeError(f"{self.__dict__.get('metric')} has no quantity {quantity!r}; it has {known}")
 
     def __dir__(self) -> list[str]:
-        return [*super().__dir__(), *self._quantities]
+        return [*super().__dir__(), *self._all()]
 
     def __contains__(self, quantity: object) -> bool:
-        return quantity in self._quantities
+        return quantity in self._all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._quantities)
+        return iter(self._all())
 
     def __len__(self) -> int:
-        return len(self._quantities)
+        return len(self._all())
 
     def flat(self, level: Level = "group") -> dict[str, float]:
         """Return {"metric/quantity.reducer/place": number} of one level and the totals, as experiment loggers want."""
@@ -126,11 +146,12 @@ class MetricResult(Showable, Mapping[str, Quantity]):
     def nbytes(self) -> int:
         """Bytes of memory, about, with what is kept until numbers are made of it; places are shared by windows."""
         if self._size is None:
-            found = [q for q in self._quantities.values() if isinstance(q, Quantity)]
+            found = [q for q in self._made.values() if isinstance(q, Quantity)]
             columns = [column for q in found for part in q.parts for column in part.reducers.values()]
             arrays = {id(array): array.nbytes for column in columns for array in column.arrays}
             self._size = sum(arrays.values()) + _COLUMN * len(columns)
-        return self._size + sum(later.nbytes for later in self._pending)
+        kept = sum(later.nbytes for later in self._pending) + sum(nbytes for _, nbytes in self._unmade)
+        return self._size + kept
 
     @property
     def pending_bytes(self) -> int:
@@ -144,7 +165,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
 
     def __getstate__(self) -> dict[str, Any]:
         made = dict(self.items())
-        return self.__dict__ | {"_quantities": made, "_pending": []}
+        return self.__dict__ | {"_made": made, "_unmade": [], "_pending": []}
 
     # ---- for people
 
@@ -154,7 +175,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
     def shown_rows(self) -> list[tuple[str, str, str]]:
         """Rows of the totals, or of a quantity's first place where it has none. Makes nothing that is pending."""
         rows = []
-        for name, quantity in self._quantities.items():
+        for name, quantity in self._all().items():
             if isinstance(quantity, Later):
                 rows.append((name, "", "made when it is read"))
                 continue

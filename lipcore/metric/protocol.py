@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
+from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
 from lipcore.metric.results import MetricResult
 
@@ -105,8 +106,8 @@ class Metric(ABC):
     def plan(self) -> list[PlanLine]:
         """Say what will be measured, by which rule, for how many bytes."""
 
-    def tapped(self, capture: Any) -> None:  # noqa: B027
-        """Take the LayerCapture that taps the layers for it; called before its hooks are registered."""
+    def tapped(self, layers: TappedLayers) -> None:  # noqa: B027
+        """Take the layers that are tapped for it; called before its hooks are registered."""
 
     def counted(self, counts: TapCounts) -> None:  # noqa: B027
         """Take what counts the forward passes that its taps are on; called once, after bind()."""

@@ -8,8 +8,7 @@ from typing import Any
 from torch import nn
 
 from lipcore.models.names import named_modules, unwrap
-
-_ANY_MODULE = nn.modules.module  # where hooks for all modules are registered
+from lipcore.models.torch_internals import ANY_FORWARD_HOOKS, ANY_FORWARD_PRE_HOOKS
 
 
 def modules_in_order(model: nn.Module) -> list[nn.Module] | None:
@@ -45,7 +44,7 @@ def _altered(module: nn.Module) -> list[Any]:
 
 
 def _global_hooks() -> list[Any]:
-    return [*_ANY_MODULE._global_forward_pre_hooks.values(), *_ANY_MODULE._global_forward_hooks.values()]
+    return [*ANY_FORWARD_PRE_HOOKS.values(), *ANY_FORWARD_HOOKS.values()]
 
 
 def _is_own(hook: Any) -> bool:

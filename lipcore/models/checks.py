@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 
 from lipcore.models.arguments import check_count
 from lipcore.models.names import named_modules
+from lipcore.models.torch_internals import AnyBatchNorm, AnyDropout
 
 
 def mixes_samples(module: nn.Module) -> bool:
@@ -22,7 +21,7 @@ def check_model(model: nn.Module) -> None:
     """ValueError where one sample's output depends on the others or on chance, or where there is nothing to run."""
     for name, module in named_modules(model):
         kind = type(module).__name__
-        if isinstance(module, _BatchNorm) and mixes_samples(module):
+        if isinstance(module, AnyBatchNorm) and mixes_samples(module):
             mode = "in train mode" if module.training else "without running statistics"
             raise ValueError(f"model: module '{name}' is a {kind} {mode}, which mixes samples; call model.eval()")
         if module.training and _draws(module):
@@ -38,7 +37,7 @@ def check_model(model: nn.Module) -> None:
 
 
 def _draws(module: nn.Module) -> bool:
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, AnyDropout):
         return module.p > 0
     return isinstance(module, nn.RReLU) or (
         isinstance(module, (nn.MultiheadAttention, nn.RNNBase)) and module.dropout > 0

@@ -7,13 +7,13 @@ from collections.abc import Iterator
 
 from torch import nn
 
-# Attribute names that only wrappers use. `module` is an ordinary word, so it counts only where it is all a wrapper has.
-_WRAPPER_ATTRIBUTES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES
 
 
 def _is_wrapped(parent: nn.Module, attribute: str) -> bool:
-    if attribute in _WRAPPER_ATTRIBUTES:
+    if attribute in WRAPPER_ATTRIBUTES:
         return True
+    # `module` is an ordinary word, so it counts only where it is all a wrapper has.
     return attribute == "module" and len(parent._modules) == 1 and not parent._parameters
 
 
@@ -48,7 +48,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_module(model: nn.Module, name: str, argument: str) -> tuple[str, nn.Module]:
     """Canonical name and module of what is called so (wrappers' prefixes in the name are accepted too)."""
     modules = dict(named_modules(model))
-    parts = [part for part in name.split(".") if part not in _WRAPPER_ATTRIBUTES]
+    parts = [part for part in name.split(".") if part not in WRAPPER_ATTRIBUTES]
     for start in range(len(parts) + 1):  # "module.fc1" of a DDP model is "fc1" here
         candidate = ".".join(parts[start:])
         if candidate in modules and all(part == "module" for part in parts[:start]):

@@ -7,7 +7,8 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from lipcore.models.torch_internals import tree_leaves
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.capture.layers.batch_of_one import Sink
-from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import STRAYED
+from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.results import MetricResult
@@ -133,7 +133,7 @@ class PerSampleGradNorms(StandaloneMetric):
             prove=prove,
         )
         self._wants_noise = noise_scale
-        self._capture: LayerCapture | None = None
+        self._capture: TappedLayers | None = None
         self._scaler = scaler
         self._stands_alone = model is not None
         self._steps = 0
@@ -169,19 +169,19 @@ class PerSampleGradNorms(StandaloneMetric):
         """Say that all layers are to be tapped; and of the gradients, for the noise scale."""
         return Needs(layers=self._options, gradients=self._wants_noise and not self._stands_alone)
 
-    def tapped(self, capture: LayerCapture) -> None:
+    def tapped(self, layers: TappedLayers) -> None:
         """The layers are tapped by this."""
-        check_methods(self._methods, capture.sites, fused=self._options.fused)
-        if self._capture is None and not capture.coverage.covered:
+        check_methods(self._methods, layers.sites, fused=self._options.fused)
+        if self._capture is None and not layers.coverage.covered:
             if not self._options.skip_uncovered:
-                capture.coverage.check()
+                layers.coverage.check()
             raise ValueError(
                 "model: nothing in it is trainable and covered by a rule, so there are no gradients to measure; "
                 "unfreeze what is trained (requires_grad_(True)) first, or name a rule with lipcore.layers.register()"
             )
-        self._capture = capture
+        self._capture = layers
         layer_of: dict[str, str] = {}
-        for site in capture.sites:
+        for site in layers.sites:
             for parameter in site.names.values():
                 layer_of.setdefault(parameter, site.name)
         before, self._places = self._layers, Places(layer_of)
@@ -190,10 +190,10 @@ class PerSampleGradNorms(StandaloneMetric):
         sums = None
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
-            sums = StepSums(self._places, capture.coverage.parameters)
+            sums = StepSums(self._places, layers.coverage.parameters)
         self._open_step = OpenStep(sums)
         if self._stands_alone:
-            capture.single.send_to(self._single_sink)
+            layers.single.send_to(self._single_sink)
 
     def _single_sink(self, names: tuple[str, ...]) -> Sink | None:
         """The distributions, for norms that nothing else is asked about."""
@@ -268,7 +268,7 @@ class PerSampleGradNorms(StandaloneMetric):
 
     # ---- the last micro-batch
 
-    def _watched(self) -> LayerCapture:
+    def _watched(self) -> TappedLayers:
         if self._capture is None:
             raise RuntimeError("this metric watches no model yet: pass model=, or give it to a Monitor")
         return self._capture

@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of, words_of
+from lipcore.metric.columns import Column, Columns, Numbers, Places, one_if_same, rows_of, words_of
 from lipcore.metric.distribution import Distribution, described
 from lipcore.metric.results import Label, MetricResult
 from lipcore.per_sample.noise.noise_scale import NoiseScale
@@ -29,8 +29,12 @@ def add_norms(
     ones."""
     if not distributions:
         return  # before the layers are known
-    places = places_of(tuple(layers))
     found = described(distributions, _QUANTILES)
+    places = places_of(tuple(layers))
+    result.leave(lambda into: _add_described(into, found, places, frozenset(estimated), note), found.nbytes)
+
+
+def _add_described(result: MetricResult, found: Numbers, places: Places, estimated: frozenset[str], note: str) -> None:
     count, missing = found[0], found[4] + found[5]
     labels: list[Label] = ["estimate" if layer in estimated else "exact" for layer in places.names]
     notes = [""] * len(places)
@@ -54,8 +58,13 @@ def places_of(layers: tuple[str, ...]) -> Places:
 
 def add_noise(result: MetricResult, layers: Sequence[str], noise: NoiseScale, sums: StepSums | None) -> None:
     """Add the gradient noise scale and its two estimators, and why steps were left out."""
-    for quantity, columns in noise.columns().items():
-        result.add_columns(quantity, Columns(places_of(tuple(layers)), columns))
+    found, places = noise.condensed(), places_of(tuple(layers))
+
+    def add(into: MetricResult) -> None:
+        for quantity, columns in found.get().items():
+            into.add_columns(quantity, Columns(places, columns))
+
+    result.leave(add, found.nbytes)
     if sums is not None:
         result.details["noise_scale_skipped"] = sums.skipped()
         if sums.off:

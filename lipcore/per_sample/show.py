@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.show import LINES, Shown, reducers_text, shortened
 
 
 def shown(
-    metric: Any, distributions: Sequence[Distribution], layers: Sequence[str], capture: Any, reduction: str
+    metric: Any,
+    distributions: Sequence[Distribution],
+    layers: Sequence[str],
+    capture: TappedLayers | None,
+    reduction: str,
 ) -> Shown:
     """Return the open window's norms, the total first, and what is not measured and why."""
     out = Shown(f"{type(metric).__name__} ({reduction}): {len(layers)} layers")

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from lipcore.models.torch_internals import TorchDispatchMode, tree_leaves
 from lipcore.regions.affine_ops import PRODUCTS, SMOOTH, VALUELESS, is_affine
 from lipcore.regions.gates import KNOWN, Gate, Pieces, is_max_pooling, pieces_of
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from lipcore.models.checks import finite_rows
 from lipcore.models.names import named_modules, unwrap
 from lipcore.models.outputs import one_per_sample
 from lipcore.models.own_pass import fresh, own_pass, run
+from lipcore.models.torch_internals import tree_leaves
 from lipcore.regions.gates import Gate
 from lipcore.regions.outside import OutsideTorch
 from lipcore.regions.recorder import Recorder, is_continuous

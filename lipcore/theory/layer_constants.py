@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lipcore.lipschitz.pointwise import mixes_samples
 from lipcore.lipschitz.singular_values import singular_values
+from lipcore.models.torch_internals import AnyBatchNorm
 
 #: Of activations without settings (or whose settings do not matter): the largest slope, rounded up.
 _SLOPES: dict[type[nn.Module], float] = {
@@ -79,7 +80,7 @@ def _activation(module: nn.Module) -> float | None:
 def _other(module: nn.Module, x: Tensor) -> float | None:
     if isinstance(module, _DROPOUTS) and not module.training:
         return 1.0
-    if isinstance(module, nn.modules.batchnorm._BatchNorm) and not mixes_samples(module):
+    if isinstance(module, AnyBatchNorm) and not mixes_samples(module):
         assert module.running_var is not None
         scale = torch.rsqrt(module.running_var.double() + module.eps)
         return float((scale if module.weight is None else scale * module.weight.double().abs()).max())

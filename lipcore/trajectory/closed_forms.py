@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore.functional.update_rules import Scalar, UpdateRule
+from lipcore.models.torch_internals import default_to_fused_or_foreach
 
 Group = dict[str, Any]
 Part = tuple[Tensor | None, Tensor | None, UpdateRule]  #: the tensors a and b of a parameter, and its rule
@@ -93,10 +94,9 @@ def _sgd_rule(group: Group) -> tuple[UpdateRule, bool, bool]:
 def _is_foreach(group: Group) -> bool:
     """Which implementation torch.optim.sgd.sgd() has taken."""
     if group["foreach"] is None and group["fused"] is None:
-        from torch.optim.optimizer import _default_to_fused_or_foreach  # the rule itself, not a copy of it
-
+        # The rule itself, not a copy of it.
         stepped = [p for p in group["params"] if p.grad is not None]
-        return _default_to_fused_or_foreach(stepped, differentiable=False, use_fused=False)[1]
+        return default_to_fused_or_foreach(stepped, differentiable=False, use_fused=False)[1]
     return bool(group["foreach"])
 
 

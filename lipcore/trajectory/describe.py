@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -66,11 +67,31 @@ class Rows:
         self.places = places
         self.numbers: Numbers = np.ascontiguousarray(rows.cpu().numpy().T)
         self._quantiles = quantiles
-        self.steps, self.total_steps, self.skipped = (
-            self[name].astype(np.int64) for name in ("steps", "total_steps", "nonfinite_steps")
-        )
-        self._any_skipped = bool(self.skipped.any())
-        self.points: Counts = (self["folded"] + np.maximum(self["points"], 0)).astype(np.int64)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self.numbers.nbytes + self._quantiles.nbytes
+
+    @cached_property
+    def steps(self) -> Counts:
+        """Steps in the window."""
+        return self["steps"].astype(np.int64)
+
+    @cached_property
+    def total_steps(self) -> Counts:
+        """Steps since the reference."""
+        return self["total_steps"].astype(np.int64)
+
+    @cached_property
+    def skipped(self) -> Counts:
+        """Steps with values that are not finite."""
+        return self["nonfinite_steps"].astype(np.int64)
+
+    @cached_property
+    def points(self) -> Counts:
+        """Points of the variance."""
+        return (self["folded"] + np.maximum(self["points"], 0)).astype(np.int64)
 
     def __getitem__(self, column: str) -> Numbers:
         return self.numbers[COLUMN[column]]  # type: ignore[no-any-return]
@@ -148,7 +169,7 @@ class Rows:
         return {reducer: (number, self.steps) for reducer, number in numbers.items()}
 
     def _notes(self, quantity: str, length: str, counted: Flags, otherwise: str) -> str | Words:
-        if quantity != "variance" and not self._any_skipped and counted.all():
+        if quantity != "variance" and not self.skipped.any() and counted.all():
             return ""
         sliding = self.points <= self.steps if quantity == "variance" else np.zeros_like(counted)
         facts = np.stack([counted, sliding, self.skipped])
@@ -166,20 +187,44 @@ class Rows:
             return note(*facts[:, 0].tolist())
         return words_of([note(*each) for each in facts.T.tolist()])
 
-    def add_norms_to(self, result: MetricResult, quantity: str) -> None:
-        """Add the rows as norms of something else than updates (of gradients)."""
+    def of_norms(self) -> NormRows:
+        """Return the rows as norms of something else than updates (of gradients)."""
+        columns = ("steps", "nonfinite_steps", "path", "update_last", "update_max")
+        return NormRows(self.places, np.stack([*(self[column] for column in columns), *self._quantiles[:, ::2]]))
+
+
+class NormRows:
+    """Norms of one thing over a window.
+
+    Args:
+        numbers: [7, places]: steps, steps left out, sum of the norms, the last, the largest, median, 99 % quantile.
+    """
+
+    def __init__(self, places: Places, numbers: Numbers) -> None:
+        self._places, self._numbers = places, numbers
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return self._numbers.nbytes
+
+    def add_to(self, result: MetricResult, quantity: str) -> None:
+        """Add them as a quantity."""
+        steps, skipped = self._numbers[:2].astype(np.int64)
+        total, last, largest, median, high = self._numbers[2:]
+        counted = steps > 0
         with np.errstate(all="ignore"):
-            mean = np.where(self.steps > 0, self["path"] / self.steps, math.nan)
-        counted = self.steps > 0
-        notes: str | Words = "" if counted.all() and not self.skipped.any() else words_of([
-            (f"{skipped} steps had non-finite values, which were left out" if skipped else "") if any_ else
-            "none observed" for any_, skipped in zip(counted.tolist(), self.skipped.tolist(), strict=True)
+            mean = total / steps
+        notes: str | Words = "" if counted.all() and not skipped.any() else words_of([
+            (f"{left_out} steps had non-finite values, which were left out" if left_out else "") if any_ else
+            "none observed" for any_, left_out in zip(counted.tolist(), skipped.tolist(), strict=True)
         ])  # fmt: skip
+        numbers = {"last": last, "mean": mean, "max": largest, "p50": median, "p99": high}
         entries = [
-            _Entry(quantity, reducer, np.where(counted, numbers, math.nan), counts, "exact", notes, None)
-            for reducer, (numbers, counts) in self._norms("update", mean).items()
+            _Entry(quantity, reducer, np.where(counted, norms, math.nan), steps, "exact", notes, None)
+            for reducer, norms in numbers.items()
         ]
-        _add(result, self.places, entries)
+        _add(result, self._places, entries)
 
 
 def _add(result: MetricResult, places: Places, entries: Sequence[_Entry]) -> None:

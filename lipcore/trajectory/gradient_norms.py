@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -50,7 +51,8 @@ class GradientTracker(Tracker):
     @property
     def has_steps(self) -> bool:
         """Whether there was a step with a gradient."""
-        return bool((self.table.rows[:, [COLUMN["total_steps"], COLUMN["nonfinite_steps"]]] > 0).any())
+        rows = self.table.rows
+        return any(bool(rows[:, COLUMN[column]].any()) for column in ("total_steps", "nonfinite_steps"))
 
     def state_dict(self) -> dict[str, Any]:
         self.catch_up()
@@ -156,7 +158,8 @@ class Gradients:
         for stage, tracker in self.trackers.items():
             if stage not in wanted or not tracker.has_steps:
                 continue
-            tracker.described_rows().add_norms_to(result, stage)
+            rows = tracker.described_rows().of_norms()
+            result.leave(functools.partial(rows.add_to, quantity=stage), rows.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
         """The wanted stages'."""

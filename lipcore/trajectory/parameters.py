@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lipcore import _core
 from lipcore.models.names import named_modules
+from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES
 from lipcore.trajectory.groups import Groups, group_names
 
 Model = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
@@ -221,8 +222,9 @@ def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument
         named = {f"{prefix}.{key}" if prefix else key: p for prefix, m in named_modules(source)
                  for key, p in m._parameters.items() if p is not None}  # fmt: skip
     elif isinstance(source, Mapping):
-        wrappers = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-        named = {".".join(w for w in name.split(".") if w not in wrappers): value for name, value in source.items()}
+        named = {
+            ".".join(w for w in name.split(".") if w not in WRAPPER_ATTRIBUTES): value for name, value in source.items()
+        }
     else:
         raise TypeError(f"{argument}: expected a module or a state_dict, got {type(source).__name__}")
     values = []

@@ -37,8 +37,9 @@ class Tracker(TrackerBase):
     # ---- results
 
     def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:
-        """All wanted quantities of every row."""
-        self.described_rows().add_to(result, wanted, length=length)
+        """Leave all wanted quantities of every row to who reads the result."""
+        rows = self.described_rows()
+        result.leave(lambda into: rows.add_to(into, wanted, length=length), rows.nbytes)
 
     def described_rows(self) -> Rows:
         """Return the window's rows with their quantiles."""

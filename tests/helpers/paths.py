@@ -34,21 +34,20 @@ class Path:
     def look(self) -> None:
         self.points.append({n: t.detach().double().flatten().clone() for n, t in self.tensors.items()})
 
-    def steps_of(self, name: str, points: list[Point]) -> list[tuple[Tensor, Tensor] | None]:
-        """(update, values after it) of every step; None where it was left out."""
-        out: list[tuple[Tensor, Tensor] | None] = []
-        last = points[0][name]
-        for point in points[1:]:
-            values = point[name]
-            out.append((values - last, values) if values.isfinite().all() else None)
-            last = values if out[-1] else last
-        return out
+    def values_of(self, name: str, points: list[Point]) -> Tensor:
+        """A parameter's points as rows; in place of those that are not finite, the last finite one before."""
+        values = torch.stack([point[name] for point in points])
+        there = values.isfinite().all(dim=1)
+        return values[torch.where(there, torch.arange(len(values)), 0).cummax(0).values]
+
+    def is_finite(self, name: str, points: list[Point]) -> Tensor:
+        return torch.stack([point[name] for point in points]).isfinite().all(dim=1)
 
     def window_of(self, name: str, points: list[Point], start: int, from_start: bool) -> Tensor:
         """A parameter's finite points after step `start`, as rows; before them the one that step left, if asked."""
-        finite = [values for update in self.steps_of(name, points)[start:] if update for values in [update[1]]]
-        before = [p[name] for p in points[: start + 1] if p[name].isfinite().all()]
-        return torch.stack([*(before[-1:] if from_start else []), *finite])
+        values, finite = self.values_of(name, points), self.is_finite(name, points)
+        after = values[start + 1 :][finite[start + 1 :]]
+        return torch.cat([values[start : start + 1], after]) if from_start else after
 
     def element_variance(self, name: str, start: int = 0, from_start: bool = True) -> Tensor:
         window = self.window_of(name, self.points, start, from_start)
@@ -68,22 +67,23 @@ class Path:
         `since`."""
         points, start, since = self.points[::every], start // every, since // every
         reference = points[0] if reference is None else {n: t.detach().double().flatten() for n, t in reference.items()}
-        steps = {name: self.steps_of(name, points) for name in names}
-        whole = [[member[t] for member in steps.values()] for t in range(len(points) - 1)]
-        squares = [[u[0].square().sum() for u in members if u] for members in whole]
-        norms = torch.stack([sum(s).sqrt() if s else torch.tensor(math.nan).double() for s in squares])  # type: ignore[union-attr,arg-type]
-        weights = torch.stack([sum((u[1].square().sum() for u in members if u), torch.zeros(()).double()).sqrt()
-                               for members in whole])  # fmt: skip
-        largest = torch.tensor([max((u[0].abs().max().item() for u in members if u), default=0) for members in whole],
-                               dtype=torch.float64)  # fmt: skip
+        values = {name: self.values_of(name, points) for name in names}
+        finite = {name: self.is_finite(name, points)[1:] for name in names}  # else the step is left out
+        updates = {name: v[1:] - v[:-1] for name, v in values.items()}
+        any_ = torch.stack([*finite.values()]).any(dim=0)
+        squares = sum(u.square().sum(1) * finite[name] for name, u in updates.items())
+        norms = torch.where(any_, squares.sqrt(), math.nan)  # type: ignore[union-attr]
+        weights = sum(v[1:].square().sum(1) * finite[name] for name, v in values.items()).sqrt()  # type: ignore[union-attr]
+        largest = torch.stack([u.abs().amax(1) * finite[name] for name, u in updates.items()]).amax(0)
         counted = norms.isfinite()
         in_window = counted & (torch.arange(len(norms)) >= start)
         last = int(counted.nonzero()[-1])
-        distance = torch.cat([points[last + 1][n] - reference[n] for n in names if steps[n][last]]).norm()
+        distance = torch.cat([points[last + 1][n] - reference[n] for n in names if finite[n][last]]).norm()
         cumulative = norms[since:][counted[since:]].sum()
         windows = [self.window_of(name, points, start, from_start) for name in names]
         m2 = sum((w - w.mean(dim=0)).square().sum() for w in windows)
-        bad = [sum(int((~p[n].isfinite()).sum()) for n in names) for p in points[start + 1 :]]
+        elements = {n: torch.stack([point[n] for point in points[start + 1 :]]) for n in names}
+        bad = sum((~e.isfinite()).sum(1) for e in elements.values())
         ratios = torch.where(norms == 0, 0.0, norms / weights)
         return {
             "update_norm": reduced(norms[in_window]),
@@ -95,8 +95,8 @@ class Path:
             "variance": {"last": m2 / (int(in_window.sum()) + from_start)},
             "weight_norm": {"last": weights[last]},
             "unmoved_steps": {"sum": (norms[in_window] == 0).sum()},
-            "nonfinite_steps": {"sum": sum(count > 0 for count in bad)},
-            "nonfinite_elements": {"sum": sum(bad)},
+            "nonfinite_steps": {"sum": (bad > 0).sum()},
+            "nonfinite_elements": {"sum": bad.sum()},
         }
 
 

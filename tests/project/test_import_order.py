@@ -14,7 +14,7 @@ ROOT = Path(lipcore.__file__).parent
 
 #: docs/architecture.md draws it. Names of packages and of modules at the root.
 ORDER = [
-    *("_core", "_connect", "models", "functional", "layers", "capture", "metric", "trajectory", "lipschitz"),
+    *("_core", "models", "_connect", "functional", "layers", "capture", "metric", "trajectory", "lipschitz"),
     *("per_sample", "regions", "theory", "monitor", "demo", "cli", "__main__"),
 ]
 MOST_AT_THE_ROOT = 18

@@ -105,27 +105,33 @@ class Loop:
         return through_a_file({key: part.state_dict() for key, part in loop.items()})
 
 
-@pytest.mark.parametrize("at", [5, 512, 700])
 @pytest.mark.parametrize("case", SETTINGS)
-def test_a_loop_goes_on_as_if_it_had_not_been_stopped(case: str, at: int) -> None:
-    """In every mode, before and after the first 512 steps, with and without closed blocks."""
+def test_a_loop_goes_on_as_if_it_had_not_been_stopped(case: str) -> None:
+    """In every mode, before and after the first 512 steps and over the ends of blocks, with and without closed ones."""
     windows = {"window_steps": 1800, "window_blocks": 3} if "sliding" in case else {}
-    whole, half = Loop(SETTINGS[case], **windows), Loop(SETTINGS[case], **windows)
-    whole.run(0, at + 650)
-    half.run(0, at)
-    saved = half.saved()
-    resumed = Loop(SETTINGS[case], saved, **windows)
-    assert_same_state(through_a_file(resumed.monitor.state_dict()), saved["monitor"])
-    assert resumed.monitor.compute().to_dict() == half.monitor.compute().to_dict()
-    resumed.run(at, at + 650)
-    assert_same_state(resumed.monitor.state_dict(), whole.monitor.state_dict())
-    assert resumed.monitor.compute().to_dict() == whole.monitor.compute().to_dict()
-    one, other = resumed.metric.drain(), whole.metric.drain()
-    assert torch.equal(one.steps, other.steps)
-    assert torch.equal(one.update_norm, other.update_norm)
-    assert one.lost == other.lost
-    if "element" in case:
-        assert_same_state(resumed.metric.element_variance(), whole.metric.element_variance())
+    whole, half, done = Loop(SETTINGS[case], **windows), Loop(SETTINGS[case], **windows), 0
+    resumed = []
+    for at, end in ((5, 520), (512, 1030), (700, 1030)):
+        half.run(done, at)
+        saved, done = half.saved(), at
+        resumed.append((Loop(SETTINGS[case], saved, **windows), at, end))
+        assert_same_state(through_a_file(resumed[-1][0].monitor.state_dict()), saved["monitor"])
+        assert resumed[-1][0].monitor.compute().to_dict() == half.monitor.compute().to_dict()
+    done = 0
+    for loop, at, end in resumed:
+        loop.run(at, end)
+        whole.run(done, end)
+        done = end
+        assert_same_state(loop.monitor.state_dict(), whole.monitor.state_dict())
+        assert loop.monitor.compute().to_dict() == whole.monitor.compute().to_dict()
+        if "element" in case:
+            assert_same_state(loop.metric.element_variance(), whole.metric.element_variance())
+    other = whole.metric.drain()
+    for loop, _, _ in resumed[1:]:
+        one = loop.metric.drain()
+        assert torch.equal(one.steps, other.steps)
+        assert torch.equal(one.update_norm, other.update_norm)
+        assert one.lost == other.lost
 
 
 def test_updates_that_are_given() -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils._pytree import tree_leaves
 
 from lipcore.capture.layers.packed import boundaries
 from lipcore.layers import Batch
+from lipcore.models.torch_internals import tree_leaves
 
 #: From the model's arguments and keywords to the document boundaries of packed sequences.
 OffsetsOf = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]

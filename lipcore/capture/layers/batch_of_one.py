@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 
 from lipcore import _core
 from lipcore.capture.layers.coverage import ParameterCoverage
@@ -21,6 +20,7 @@ from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import GradientWatch, WeakCall
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, Untraced
 from lipcore.models.outputs import on_backward
+from lipcore.models.torch_internals import hooks_after_accumulation, queue_callback
 
 _PROOFS = 3  # tapped passes in a row that the gradients agree with, before any is served
 # Passes that are served, until one is tapped again and compared: drawn, since a loss may have a rhythm of its own.
@@ -138,9 +138,8 @@ class SingleBatches:
             (owner, key, p, id(p) in names, names.get(id(p)) in order) for owner, key, p in self._coverage.places()
         ]
         places.sort(key=lambda place: order.get(names.get(id(place[2]), ""), len(order)))
-        queue = Variable._execution_engine.queue_callback
         calls = [
-            *(Tensor, queue, WeakCall(self._stopped)),
+            *(Tensor, queue_callback, WeakCall(self._stopped)),
             *(on_backward, WeakCall(self._came_back)),
         ]
         with self._turning:
@@ -232,8 +231,7 @@ def _are_fresh(parameters: dict[str, nn.Parameter]) -> bool:
     for parameter in parameters.values():
         if parameter.grad is not None or parameter._backward_hooks or not parameter.is_cpu:
             return False
-        hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
-        if hooks and not all(GradientWatch.is_ours(hook) for hook in hooks.values()):
+        if not all(GradientWatch.is_ours(hook) for hook in hooks_after_accumulation(parameter)):
             return False  # an optimizer inside the backward pass takes the gradient away
         if parameter.dtype not in (torch.float32, torch.float64):
             return False

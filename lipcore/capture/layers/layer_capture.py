@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from lipcore.capture.compiled import is_compiled
 from lipcore.capture.layers.audit import Audit, depends_on
-from lipcore.capture.layers.batch_of import OffsetsOf, batch_of
+from lipcore.capture.layers.batch_of import batch_of
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.coverage import ParameterCoverage, cover
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
-from lipcore.capture.layers.layer_site import LayerSite, SiteSettings
+from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
+from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, is_training_forward
+from lipcore.layers.factor_estimate import Signs
+from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
 
 ROOT = "model"  #: what the model itself is called where it is a layer
 
@@ -36,14 +37,7 @@ class LayerCapture:
         on_error: gets what would have been raised inside a hook; capturing has stopped then.
         on_unrecorded: gets the number of samples and the reason when a backward pass through trained layers is not
             recorded.
-        batch_dim: batch dimension of the model's input, and of activations whose features come last.
-        offsets_of: takes the model's arguments and keywords to the document boundaries of packed sequences.
-        broadcast: names of layers that are called without the batch dimension.
-        methods: per layer name, the method its factors are to use.
-        fused: take over the weight gradient of Linears that see sequences.
-        normalized: also bring the norms of the gradients at the layers' outputs and at the model's.
-        skip_uncovered: leave out parameters that no rule covers instead of failing.
-        prove: run a backward pass of one sample through the first pass's graph, and compare.
+        options: how the layers are to be tapped.
     """
 
     def __init__(
@@ -52,22 +46,13 @@ class LayerCapture:
         on_record: Callable[[LayerRecord], None],
         on_error: Callable[[Exception], None],
         on_unrecorded: Callable[[int, str], None],
-        *,
-        batch_dim: int = 0,
-        offsets_of: OffsetsOf | None = None,
-        broadcast: tuple[str, ...] = (),
-        methods: Mapping[str, str] | None = None,
-        fused: bool = False,
-        normalized: bool = False,
-        skip_uncovered: bool = False,
-        prove: bool = True,
+        options: LayerOptions,
     ) -> None:
         self.model = model
         self.passes = Passes(self._deliver, on_error, on_unrecorded)
         self._on_record = on_record
-        self._settings = SiteSettings(batch_dim, broadcast, dict(methods or {}), fused, normalized)
-        self._offsets_of = offsets_of
-        self._skip_uncovered, self._wants_proof = skip_uncovered, prove
+        self._options = options
+        self._signs = Signs()
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._hooks: ModelHooks | None = None
         self._look()
@@ -76,11 +61,11 @@ class LayerCapture:
 
     def _look(self) -> None:
         """Find the model's layers and parameters."""
-        passes, settings = self.passes, self._settings
+        passes, options = self.passes, self._options
         self.coverage: ParameterCoverage = cover(self.model)
         self.structure = Structure(self.model)
         self.sites = [
-            LayerSite(passes, name or ROOT, module, rule, names, settings)
+            LayerSite(passes, name or ROOT, module, rule, names, options, self._signs)
             for name, module, rule, names in self.coverage.tapped
         ]
         self._check_names()
@@ -89,11 +74,11 @@ class LayerCapture:
             self.coverage,
             self.sites,
             compiled=self._compiled,
-            skip=self._skip_uncovered,
-            prove=self._wants_proof,
+            skip=options.skip_uncovered,
+            prove=options.prove,
         )
         self.single = SingleBatches(
-            *(self.coverage, self.structure, settings.batch_dim, self._serve, self._tap),
+            *(self.coverage, self.structure, options.batch_dim, self._serve, self._tap),
             *(self._begin_forward, self._single_came_back, lambda: passes.not_accumulated(1)),
         )
         passes.coverage, passes.single = self.coverage, self.single
@@ -103,11 +88,11 @@ class LayerCapture:
         """Raise ValueError for an argument that names no tapped layer, or a method that a compiled model has not."""
         names = [site.name for site in self.sites]
         known = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
-        for argument, given in (("methods", self._settings.methods), ("broadcast", self._settings.broadcast)):
+        for argument, given in (("methods", self._options.methods), ("broadcast", self._options.broadcast)):
             for name in given:
                 if name not in names:
                     raise ValueError(f"{argument}: the model has no tapped layer {name!r}; it has {known}")
-        if self._compiled and "estimate" in self._settings.methods.values():
+        if self._compiled and "estimate" in self._options.methods.values():
             raise ValueError(
                 "methods: a compiled model has no 'estimate', whose random numbers would be part of its graph; leave "
                 "it out, or run the model in eager mode"
@@ -115,12 +100,12 @@ class LayerCapture:
 
     def attach(self) -> None:
         """Register the hooks; ValueError when a trainable parameter is not covered."""
-        if getattr(self.model, "_compiled_call_impl", None) is not None:
+        if compiles_its_call(self.model):
             raise ValueError(
                 "model: was compiled in place by model.compile(), which leaves no room outside the graph; use "
                 "compiled = torch.compile(model) and pass `compiled`"
             )
-        if not self._skip_uncovered:
+        if not self._options.skip_uncovered:
             self.coverage.check()
         if self._compiled:
             self.coverage.check_single_use()
@@ -208,11 +193,11 @@ class LayerCapture:
         if torch.compiler.is_compiling() or not is_training_forward() or not passes.before_forward():
             return
         try:
-            batch = batch_of(arguments, keywords, self._settings.batch_dim, self._offsets_of)
+            batch = batch_of(arguments, keywords, self._options.batch_dim, self._options.offsets_of)
             run = LayerPass(batch, self.coverage.frozen_since())
             self.structure.check()
             mixing = self.coverage.mixing()
-            if mixing and not self._skip_uncovered:
+            if mixing and not self._options.skip_uncovered:
                 raise ValueError(mixing)
             run.spoiled = mixing
         except Exception as error:
@@ -236,7 +221,7 @@ class LayerCapture:
     @property
     def _may_serve(self) -> bool:
         """True where batches of one might be served from the gradients."""
-        one_way = self._settings.normalized or self._compiled or self.coverage.may_mix or self._offsets_of
+        one_way = self._options.normalized or self._compiled or self.coverage.may_mix or self._options.offsets_of
         return self._audit.done and not one_way
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
@@ -254,7 +239,7 @@ class LayerCapture:
             except Exception as error:
                 passes.fail(error)
         passes.await_backward(run, output)
-        return self._tap_output(run, output) if self._settings.normalized else None
+        return self._tap_output(run, output) if self._options.normalized else None
 
     def _tap_output(self, run: LayerPass, output: Any) -> Tensor | None:
         passes = self.passes

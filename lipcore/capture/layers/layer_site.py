@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +16,14 @@ from lipcore.capture.compiled import armed
 from lipcore.capture.identity import passed_on
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, LayerPass
+from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
+from lipcore.models.torch_internals import ANY_FORWARD_HOOKS
 
 _BROADCAST = "; broadcast= names layers that are called without the batch dimension"
 _PREPENDED = (
@@ -34,20 +35,7 @@ OTHER_OUTPUT = (
     "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
     "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
 )
-_global_hooks = torch.nn.modules.module._global_forward_hooks  # run before a module's own
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
-
-
-@dataclass
-class SiteSettings:
-    """The wishes for all layers; see :class:`lipcore.capture.layers.layer_capture.LayerCapture`."""
-
-    batch_dim: int = 0
-    broadcast: tuple[str, ...] = ()  #: names of layers that are called without the batch dimension
-    methods: Mapping[str, str] = field(default_factory=dict)  #: per layer name, the method of its factors
-    fused: bool = False
-    normalized: bool = False
-    signs: Signs = field(default_factory=Signs)  #: of estimates
 
 
 class LayerSite:
@@ -57,7 +45,8 @@ class LayerSite:
         passes: of the model.
         name: the module's, by which messages and the arguments below call it.
         names: the parameter's key in the module -> its canonical name.
-        settings: what was asked for all layers.
+        options: what was asked for all layers.
+        signs: of estimates, the same for all layers.
 
     Attributes:
         how: the way in which the weight's norms are computed, once that is known.
@@ -65,16 +54,23 @@ class LayerSite:
     """
 
     def __init__(
-        self, passes: Passes, name: str, module: nn.Module, rule: Rule, names: dict[str, str], settings: SiteSettings
+        self,
+        passes: Passes,
+        name: str,
+        module: nn.Module,
+        rule: Rule,
+        names: dict[str, str],
+        options: LayerOptions,
+        signs: Signs,
     ) -> None:
         self.name, self.module, self.rule, self.names = name, module, rule, names
         self.how = ""
-        self.broadcast = name in settings.broadcast
+        self.broadcast = name in options.broadcast
         self.number = next(_numbers)
         self._passes = passes
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
-        self._batch_dim, self._fused, self._normalized = settings.batch_dim, settings.fused, settings.normalized
-        self._method, self._signs = settings.methods.get(name), settings.signs
+        self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
+        self._method, self._signs = options.methods.get(name), signs
 
     def __reduce__(self) -> tuple[Callable[[], _InertHook], tuple[()]]:
         return _InertHook, ()  # a copied or pickled model is not watched
@@ -337,7 +333,7 @@ class _Strayed(torch.autograd.Function):
 
 def _precedes(module: nn.Module, site: LayerSite) -> bool:
     """Return whether a hook that is not of this kind runs before this one, and may have changed the output."""
-    if _global_hooks:
+    if ANY_FORWARD_HOOKS:  # they run before a module's own
         return True
     for hook in module._forward_hooks.values():
         if hook is site:

@@ -8,13 +8,13 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
-from torch.autograd import Variable
 
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.layer_pass import INNER, LayerPass, Recomputation
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.outputs import on_backward
+from lipcore.models.torch_internals import queue_callback
 
 _MAX_STRAY = 64
 STRAYED = (
@@ -181,14 +181,14 @@ class Passes:
         if run.begin_task(task) or run.inner_only:
             run.inner_only = False
             self._returning.add(run)
-            Variable._execution_engine.queue_callback(lambda: self._end_backward(run, task))
+            queue_callback(lambda: self._end_backward(run, task))
         return not run.spoiled
 
     def probe_comes_back(self, run: LayerPass) -> None:
         """Note that a compiled region's probe of this pass got its gradient."""
         task = in_backward()
         if self.recording and run.begin_task(task):
-            Variable._execution_engine.queue_callback(lambda: self._end_backward(run, task))
+            queue_callback(lambda: self._end_backward(run, task))
 
     def _end_backward(self, run: LayerPass, task: int) -> None:
         self._returning.discard(run)
@@ -229,7 +229,7 @@ class Passes:
 
     def _after_backward(self, call: Callable[[int], None]) -> None:
         """Call it with the number of this backward pass, at its end and after its records."""
-        queue, task = Variable._execution_engine.queue_callback, in_backward()
+        queue, task = queue_callback, in_backward()
         queue(lambda: queue(lambda: call(task)))
 
     def _nothing_came(self, run: LayerPass, task: int) -> None:

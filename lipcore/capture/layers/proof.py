@@ -23,6 +23,7 @@ from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Batch
 from lipcore.models.outputs import nodes_of, tensors_of
 from lipcore.models.restored import RandomPass, buffers_put_back, random_numbers_put_back
+from lipcore.models.torch_internals import has_backward_hooks
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}  # of a norm, relative
 _TOLERANCE_HALF = 5e-2  # where activations are of half precision
@@ -128,10 +129,7 @@ def _is_private(model: nn.Module) -> bool:
     passes, nor those of sharded models. (Hooks on tensors cannot be asked for: they see one more pass.)"""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return False
-    everywhere = nn.modules.module
-    if everywhere._global_backward_hooks or everywhere._global_backward_pre_hooks:
-        return False
-    return not any(module._backward_hooks or module._backward_pre_hooks for module in model.modules())
+    return not has_backward_hooks(model)
 
 
 def _has_functions(output: Any) -> bool:

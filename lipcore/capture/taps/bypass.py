@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from lipcore.capture.taps.tap import Tap
+from lipcore.models.torch_internals import TorchDispatchMode, tree_leaves
 
 
 def watch_input(arguments: Any) -> BypassWatch | None:

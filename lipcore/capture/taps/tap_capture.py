@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lipcore.capture.compiled import is_compiled
 from lipcore.capture.taps.batch_of_one import ends_of_chain, shortcut_hooks
 from lipcore.capture.taps.bypass import watch_input
 from lipcore.capture.taps.collector import Collector
@@ -21,6 +20,7 @@ from lipcore.capture.taps.tap import FIRST_LAYER, Record, SingleSample, Tap
 from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.models.chains import first_of_chain
 from lipcore.models.names import find_module, unwrap
+from lipcore.models.torch_internals import compiles_its_call, is_compiled
 
 
 class Capture:
@@ -71,7 +71,7 @@ class Capture:
         """
         if not self._sites:
             return
-        if getattr(self.model, "_compiled_call_impl", None) is not None:
+        if compiles_its_call(self.model):
             raise ValueError(
                 "model: was compiled in place by model.compile(), which leaves no room outside the graph; use "
                 "compiled = torch.compile(model) and pass `compiled`"

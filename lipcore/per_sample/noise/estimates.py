@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,93 +26,114 @@ _FINE, _NOTHING, _FEW, _NOT_ABOVE, _INCLUDES, _LONGER = range(len(_NOTES))
 
 
 @dataclass
-class _Estimates:
-    """Numbers of each quantity and reducer, and the error of each quantity's mean: [quantity, reducer, place]."""
+class Moments:
+    """A window's estimators in all places P, from which everything else follows."""
 
-    numbers: Numbers
-    errors: Numbers  # [quantity, place]
-    noise: Numbers  # [place], of the scaled sums: its sign counts
-    signal: Numbers
+    count: Counts  #: [P], steps
+    blocks: Counts  #: [P], with at least one step
+    scale: Numbers  #: [P], unit of the two means and of their covariance's root
+    signal: Numbers  #: [P], mean of the estimates of |G|^2
+    noise: Numbers  #: [P], mean of the estimates of tr(Sigma)
+    covariance: Numbers  #: [P, 2, 2] of these two; NaN below FEWEST blocks
+    averages: Numbers  #: [2, P], the exponential averages of both, in units of their own
+    seen: Counts  #: [P], steps in these
 
+    @classmethod
+    def of(cls, sums: Numbers, ema: Numbers) -> Moments:
+        """Return those of blocks [blocks, 3, places] and exponential averages [4, places]."""
+        used = sums[:, 0] > 0
+        places, seen = sums.shape[2], ema[3].astype(np.int64)
+        with np.errstate(all="ignore"):
+            averages = np.where(seen > 0, ema[1:3] / ema[0], math.nan)
+            scale, signal, noise = np.empty((3, places))
+            count = sums[:, 0].sum(axis=0).astype(np.int64)
+            covariance = np.empty((places, 2, 2))
+            found = cls(count, used.sum(axis=0), scale, signal, noise, covariance, averages, seen)
+            for where in _alike(used):
+                found._take(np.take(sums[used[:, where[0]]], where, axis=2), where)
+        return found
 
-def reduced(sums: Numbers, ema: Numbers, steps: int, skipped: int, confidence: float) -> dict[str, dict[str, Column]]:
-    """Return the columns of all quantities, from blocks [blocks, 3, places] and exponential averages [4, places]."""
-    used = sums[:, 0] > 0
-    places = sums.shape[2]
-    found = _Estimates(np.empty((3, 4, places)), np.empty((3, places)), np.empty(places), np.empty(places))
-    with np.errstate(all="ignore"):
-        for where in _alike(used):
-            _estimate(np.take(sums[used[:, where[0]]], where, axis=2), ema[:, where], confidence, found, where)
-    counts = sums[:, 0].sum(axis=0).astype(np.int64)
-    out = _columns(found, counts, used.sum(axis=0), ema[3].astype(np.int64))
-    dropped = (steps - counts + skipped).astype(np.float64)
-    out["skipped_steps"] = {"sum": Column(rows_of(dropped[None])[0], steps + skipped)}
-    return out
+    def _take(self, sums: Numbers, where: Counts) -> None:
+        """Take in places that all have the same blocks, each of at least one step."""
+        blocks, count = len(sums), sums[:, 0].sum(axis=0)
+        # Fourth powers are taken below, and must neither underflow nor overflow.
+        scale = np.ldexp(1.0, np.frexp(np.abs(sums[:, 1:]).max(axis=(0, 1), initial=0))[1] - 1)
+        parts = np.ascontiguousarray((sums[:, 1:] / scale).transpose(2, 0, 1))  # [place, block, 2]
+        signal, noise = np.where(count > 0, (sums[:, 1:] / scale).sum(axis=0) / count, math.nan)
+        covariance: Any = math.nan
+        if blocks >= FEWEST:
+            means = np.stack([signal, noise], axis=-1)[:, None]
+            residuals = parts - np.ascontiguousarray(sums[:, 0].T)[:, :, None] * means
+            factor = blocks / (blocks - 1)
+            covariance = np.matmul(residuals.transpose(0, 2, 1), residuals) * factor / (count**2)[:, None, None]
+        self.scale[where], self.signal[where], self.noise[where] = scale, signal, noise
+        self.covariance[where] = covariance
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(array.nbytes for array in vars(self).values())
+
+    def columns(self, steps: int, skipped: int, confidence: float) -> dict[str, dict[str, Column]]:
+        """Return the columns of all quantities over a window of so many steps, and of so many of fewer than 2 samples
+        beside them."""
+        with np.errstate(all="ignore"):
+            out = self._columns(*self._estimates(confidence))
+        dropped = (steps - self.count + skipped).astype(np.float64)
+        out["skipped_steps"] = {"sum": Column(rows_of(dropped[None])[0], steps + skipped)}
+        return out
+
+    def _estimates(self, confidence: float) -> tuple[list[Numbers], list[Numbers]]:
+        """Return mean, lower, upper and average [4, places] of each quantity, and the errors of the means."""
+        t = _quantiles(confidence, self.blocks)
+        numbers, errors = [], []
+        for q, mean in enumerate((self.signal, self.noise)):
+            error = np.sqrt(self.covariance[:, q, q])
+            low, high = (mean - t * error) * self.scale, (mean + t * error) * self.scale
+            numbers.append(np.stack([mean * self.scale, low, high, self.averages[q]]))
+            errors.append(error * self.scale)
+        ratio, average = _ratio(self.noise, self.signal), _ratio(self.averages[1], self.averages[0])
+        gradient = np.stack([-ratio, np.ones_like(ratio)], axis=-1)[:, None]  # the delta method
+        variance = np.matmul(np.matmul(gradient, self.covariance), gradient.transpose(0, 2, 1))[:, 0, 0]
+        error = np.where(np.isfinite(ratio), np.sqrt(np.maximum(0.0, variance)) / self.signal, math.nan)
+        numbers.append(np.stack([ratio, *fieller(self.noise, self.signal, self.covariance, t), average]))
+        return numbers, [*errors, error]
+
+    def _columns(self, numbers: list[Numbers], errors: list[Numbers]) -> dict[str, dict[str, Column]]:
+        """Return each number with what it is worth."""
+        wrong = self.noise < 0
+        few = np.where(self.blocks < FEWEST, _FEW, _FINE)
+        wide = np.where(self.signal <= 0, _NOT_ABOVE, np.where(numbers[2][2] == math.inf, _INCLUDES, few))
+        count, ema_count = one_if_same(self.count), one_if_same(self.seen)
+        ema_notes = Words.of(np.where(wrong, _LONGER, np.where(self.seen > 0, _FINE, _NOTHING)), _NOTES)
+        out = {}
+        for name, why, (mean, lower, upper, ema), error in zip(
+            QUANTITIES, (few, few, wide), numbers, errors, strict=True
+        ):
+            notes = Words.of(np.where(wrong, _LONGER, np.where(self.count > 0, why, _NOTHING)), _NOTES)
+            finite, bounded = np.isfinite(mean), one_if_same(~np.isnan(lower) & ~wrong)
+            *rows, error_row = rows_of(np.stack([mean, lower, upper, ema, np.where(finite, error, math.nan)]))
+            out[name] = {
+                "mean": Column(rows[0], count, "estimate", one_if_same(finite & ~wrong), notes, error_row),
+                "lower": Column(rows[1], count, "estimate", bounded, notes),
+                "upper": Column(rows[2], count, "estimate", bounded, notes),
+                "ema": Column(rows[3], ema_count, "estimate", one_if_same(np.isfinite(ema) & ~wrong), ema_notes),
+            }
+        return out
 
 
 def _alike(used: Flags) -> list[Counts]:
-    """Places that lack the same blocks, to be taken together; most often all lack none."""
+    """Return places that lack the same blocks, to be taken together; most often all lack none."""
     if used.all():
         return [np.arange(used.shape[1])] if used.shape[1] else []
     _, which = np.unique(used, axis=1, return_inverse=True)
     return [np.flatnonzero(which.reshape(-1) == k) for k in range(int(which.max()) + 1)]
 
 
-def _estimate(sums: Numbers, ema: Numbers, confidence: float, out: _Estimates, where: Counts) -> None:
-    """Of places that all have the same blocks, each of at least one step."""
-    blocks, count = len(sums), sums[:, 0].sum(axis=0)
-    weight, seen = ema[0], ema[3].astype(np.int64)
-    # Fourth powers are taken below, and must neither underflow nor overflow.
-    scale = np.ldexp(1.0, np.frexp(np.abs(sums[:, 1:]).max(axis=(0, 1), initial=0))[1] - 1)
-    parts = np.ascontiguousarray((sums[:, 1:] / scale).transpose(2, 0, 1))  # [place, block, 2]
-    nothing = np.full(len(where), math.nan)
-    total = (sums[:, 1:] / scale).sum(axis=0)
-    signal, noise = np.where(count > 0, total / count, math.nan)
-    covariance, t = np.full((len(where), 2, 2), math.nan), math.nan
-    if blocks >= FEWEST:
-        means = np.stack([signal, noise], axis=-1)[:, None]
-        residuals = parts - np.ascontiguousarray(sums[:, 0].T)[:, :, None] * means
-        factor = blocks / (blocks - 1)
-        covariance = np.matmul(residuals.transpose(0, 2, 1), residuals) * factor / (count**2)[:, None, None]
-        t = t_quantile(confidence, blocks - 1)
-    averages = np.where(seen > 0, ema[1:3] / weight, math.nan)
-    for q, mean in enumerate((signal, noise)):
-        error = np.sqrt(covariance[:, q, q])
-        low, high = (mean - t * error) * scale, (mean + t * error) * scale
-        out.numbers[q][:, where] = mean * scale, low, high, averages[q]
-        out.errors[q, where] = error * scale
-    ratio, average = _ratio(noise, signal), _ratio(averages[1], averages[0])
-    error = nothing
-    if blocks >= FEWEST:  # the delta method
-        gradient = np.stack([-ratio, np.ones_like(ratio)], axis=-1)[:, None]
-        variance = np.matmul(np.matmul(gradient, covariance), gradient.transpose(0, 2, 1))[:, 0, 0]
-        error = np.where(np.isfinite(ratio), np.sqrt(np.maximum(0.0, variance)) / signal, math.nan)
-    out.numbers[2][:, where] = ratio, *fieller(noise, signal, covariance, t), average
-    out.errors[2, where] = error
-    out.noise[where], out.signal[where] = noise, signal
-
-
-def _columns(found: _Estimates, counts: Counts, blocks: Counts, seen: Counts) -> dict[str, dict[str, Column]]:
-    """Each number with what it is worth."""
-    wrong = found.noise < 0
-    few = np.where(blocks < FEWEST, _FEW, _FINE)
-    wide = np.where(found.signal <= 0, _NOT_ABOVE, np.where(found.numbers[2, 2] == math.inf, _INCLUDES, few))
-    count, ema_count = one_if_same(counts), one_if_same(seen)
-    ema_notes = Words.of(np.where(wrong, _LONGER, np.where(seen > 0, _FINE, _NOTHING)), _NOTES)
-    out = {}
-    for name, why, (mean, lower, upper, ema), error in zip(
-        QUANTITIES, (few, few, wide), found.numbers, found.errors, strict=True
-    ):
-        notes = Words.of(np.where(wrong, _LONGER, np.where(counts > 0, why, _NOTHING)), _NOTES)
-        finite, bounded = np.isfinite(mean), one_if_same(~np.isnan(lower) & ~wrong)
-        *rows, errors = rows_of(np.stack([mean, lower, upper, ema, np.where(finite, error, math.nan)]))
-        out[name] = {
-            "mean": Column(rows[0], count, "estimate", one_if_same(finite & ~wrong), notes, errors),
-            "lower": Column(rows[1], count, "estimate", bounded, notes),
-            "upper": Column(rows[2], count, "estimate", bounded, notes),
-            "ema": Column(rows[3], ema_count, "estimate", one_if_same(np.isfinite(ema) & ~wrong), ema_notes),
-        }
-    return out
+def _quantiles(confidence: float, blocks: Counts) -> Numbers:
+    """Return Student's quantile per place; NaN below FEWEST blocks."""
+    known = {int(n): t_quantile(confidence, int(n) - 1) if n >= FEWEST else math.nan for n in np.unique(blocks)}
+    return np.array([known[n] for n in blocks.tolist()])
 
 
 def _ratio(noise: Numbers, signal: Numbers) -> Numbers:
@@ -120,13 +142,11 @@ def _ratio(noise: Numbers, signal: Numbers) -> Numbers:
     return np.where(signal > 0, noise / signal, otherwise)
 
 
-def fieller(noise: Numbers, signal: Numbers, covariance: Numbers, t: float) -> tuple[Numbers, Numbers]:
+def fieller(noise: Numbers, signal: Numbers, covariance: Numbers, t: Numbers) -> tuple[Numbers, Numbers]:
     """Return the ratios R >= 0 for which noise - R signal is within t standard errors of 0 (Fieller 1954).
 
-    They are where a R^2 - 2 b R + c <= 0.
+    They are where a R^2 - 2 b R + c <= 0; NaN where t is.
     """
-    if math.isnan(t):
-        return np.full_like(noise, math.nan), np.full_like(noise, math.nan)
     a = signal**2 - t**2 * covariance[..., 0, 0]
     b = signal * noise - t**2 * covariance[..., 0, 1]
     c = noise**2 - t**2 * covariance[..., 1, 1]
@@ -138,4 +158,6 @@ def fieller(noise: Numbers, signal: Numbers, covariance: Numbers, t: float) -> t
     # |G|^2 may be 0, so R may be anything large. With c > 0 the smallest R is the only positive root.
     anything = (c <= 0) | (b * b - a * c < 0)
     unbounded = np.where(anything, 0.0, np.where(b + root > 0, smallest, math.inf))
-    return np.where(bounded, low, unbounded), np.where(bounded, np.fmax(0.0, (b + root) / a), math.inf)
+    high = np.where(bounded, np.fmax(0.0, (b + root) / a), math.inf)
+    known = ~np.isnan(t)
+    return np.where(known, np.where(bounded, low, unbounded), math.nan), np.where(known, high, math.nan)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lipcore.metric.columns import Column
+from lipcore.metric.later import Later
 from lipcore.metric.results import Value
 from lipcore.metric.state import check_version, checked_count, checked_tensor, is_count
-from lipcore.per_sample.noise.estimates import reduced
+from lipcore.per_sample.noise.estimates import Moments
 
 _BLOCKS = 32  # even; between 16 and 31 are left when they have been joined in pairs
 _PENDING = 32  # steps that are taken in together
@@ -132,6 +133,8 @@ class NoiseScale:
         steps = torch.stack([torch.ones_like(mean), batch - excess, excess * self._samples], dim=1)
         usable = steps.isfinite().all(1) & (mean >= 0) & (batch >= 0)
         steps = torch.where(usable.unsqueeze(1), steps, 0.0)
+        if usable.is_cpu and usable.all():  # as nearly always: the same in all places; a device is not waited for
+            usable = usable[:, :1]
         passed = usable.double().cumsum(0)
         # decay ** 0 is 1, also for decay 0.
         weights = (1 - self.decay) * self.decay ** (passed[-1] - passed)
@@ -215,17 +218,21 @@ class NoiseScale:
 
     def columns(self, earlier: Sequence[NoiseScale] = ()) -> dict[str, dict[str, Column]]:
         """Return the same as columns over all places: {quantity: {reducer: column}}."""
+        return self.condensed(earlier).get()
+
+    def condensed(self, earlier: Sequence[NoiseScale] = ()) -> Later[dict[str, dict[str, Column]]]:
+        """Return the columns as what is made of a few numbers per place when it is read. Waits for the device."""
         if not self.places:
-            return {}
+            return Later(dict)
         self._fold()
         window = self
         if earlier:
             window = NoiseScale(self.places, decay=self.decay, confidence=self.confidence)
             for part in (*earlier, self):
                 window.merge(part)
-        sums = window._sums[: len(window._sizes)].cpu().numpy()
-        ema = self._ema.cpu().numpy()
-        return reduced(sums, ema, window.steps, window.skipped, self.confidence)
+        moments = Moments.of(window._sums[: len(window._sizes)].cpu().numpy(), self._ema.cpu().numpy())
+        steps, skipped, confidence = window.steps, window.skipped, self.confidence
+        return Later(lambda: moments.columns(steps, skipped, confidence), moments.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
         """Version, settings, the window's blocks and the exponential averages, on the CPU."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lipcore import _core, functional
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
+from lipcore.models.torch_internals import hooks_after_accumulation
 from lipcore.per_sample.batch_norms import MicroBatch
 from lipcore.per_sample.layer_index import Places
 from lipcore.per_sample.loss_factor import LossFactor
@@ -178,8 +179,9 @@ class StepSums:
 
 
 def _is_hooked(parameter: nn.Parameter) -> bool:
-    after = getattr(parameter, "_post_accumulate_grad_hooks", None) or {}
-    return bool(parameter._backward_hooks) or not all(GradientWatch.is_ours(hook) for hook in after.values())
+    return bool(parameter._backward_hooks) or not all(
+        GradientWatch.is_ours(hook) for hook in hooks_after_accumulation(parameter)
+    )
 
 
 def _has_own_version(gradient: Tensor) -> bool:

@@ -1,0 +1,47 @@
+"""What a metric may ask of the layers that are tapped for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from lipcore.capture.layers.batch_of_one import SingleBatches
+from lipcore.capture.layers.coverage import ParameterCoverage
+from lipcore.capture.layers.layer_site import LayerSite
+
+
+class TappedLayers(Protocol):
+    """All layers of one model, tapped."""
+
+    @property
+    def sites(self) -> Sequence[LayerSite]:
+        """Layers with a rule, each with its name, module and parameters."""
+
+    @property
+    def coverage(self) -> ParameterCoverage:
+        """Parameters, and which of them are measured."""
+
+    @property
+    def single(self) -> SingleBatches:
+        """Server of batches of one, which can fill distributions by itself."""
+
+    @property
+    def watches(self) -> bool:
+        """True while hooks are on the model and record."""
+
+    @property
+    def unrecorded(self) -> Mapping[str, int]:
+        """Reasons why backward passes were not recorded, and how many each."""
+
+    @property
+    def active(self) -> bool:
+        """False in steps that are not to be recorded; may be set."""
+
+    @active.setter
+    def active(self, active: bool) -> None: ...
+
+    def flush(self) -> None:
+        """Deliver passes whose end no callback tells."""
+
+    def rebind(self) -> None:
+        """Look at the model anew; what was under way does not count."""

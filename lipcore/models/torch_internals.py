@@ -1,0 +1,115 @@
+"""Every private name of torch that lipcore uses, in one place, so that it is known which torch lacks one.
+
+What is called or read often is a name here; attributes of a user's objects that lipcore reads where they are needed
+stand in :data:`ATTRIBUTES`. Public names of torch do not answer these questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable, forward_ad
+from torch.nn.modules import module as _any_module
+from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+from torch.nn.modules.dropout import _DropoutNd as AnyDropout
+from torch.optim.optimizer import _default_to_fused_or_foreach as default_to_fused_or_foreach
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["AnyBatchNorm", "AnyDropout", "TorchDispatchMode", "default_to_fused_or_foreach", "tree_leaves"]
+
+#: Attributes by the kind of object that has them; tests look for each in the installed torch.
+ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
+    "module": (
+        *("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
+        *("_backward_pre_hooks", "_compiled_call_impl"),
+    ),
+    "convolution": ("_conv_forward", "_reversed_padding_repeated_twice"),
+    "tensor": ("_base", "_is_view", "_backward_hooks", "_post_accumulate_grad_hooks"),
+    "storage": ("_cdata",),
+    "graph node": ("_input_metadata",),
+    "autograd function's node": ("_forward_cls",),
+    "operator": ("_schema", "_overloadname"),
+    "gradient scaler": ("_scale", "_per_optimizer_states"),
+    "distributed tensor": ("_local_tensor",),
+}
+
+#: Attributes under which wrappers (torch.compile, checkpoint_wrapper, FSDP) keep the user's module.
+WRAPPER_ATTRIBUTES = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def _found(path: str, start: Any = torch) -> Any:
+    """Return what torch has under a private name; an ImportError that names it where there is none."""
+    found = start
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise ImportError(f"lipcore needs {path} of torch, which torch {torch.__version__} does not have")
+        found = getattr(found, part)
+    return found
+
+
+#: Return the number of the backward pass under way, -1 outside.
+graph_task = _found("_C._current_graph_task_id")
+
+#: Call a function at the end of the backward pass under way, after those that were queued before.
+queue_callback = _found("_execution_engine.queue_callback", Variable)
+
+#: Whether a tensor is seen from inside a transform of torch.func.
+is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
+
+MKLDNN_LAYOUT = _found("_mkldnn")
+OptimizedModule = _found("_dynamo.OptimizedModule")
+
+
+def questions_about_the_pass() -> list[object]:
+    """Return what the core asks torch about the pass under way, in its order (csrc/python/training_pass.h)."""
+    return [
+        torch.is_grad_enabled,
+        graph_task,
+        # What a checkpoint asks before it runs forward again: false under autograd.grad() and backward(inputs=...).
+        _found("_execution_engine.is_checkpoint_valid", Variable),
+        _found("_C._functorch.peek_interpreter_stack"),
+        _found("_C._is_tracing"),
+        _found("_C._len_torch_dispatch_stack"),
+        _found("_C._get_dispatch_mode"),
+        _found("_C._TorchDispatchModeKey.FAKE"),
+        _found("_C._TorchDispatchModeKey.PROXY"),
+        vars(forward_ad),  # _current_level
+    ]
+
+
+# ---- hooks that others have registered
+
+#: Of every module: called after a forward pass, before it, and around a backward pass.
+ANY_FORWARD_HOOKS: Mapping[int, Any] = _found("_global_forward_hooks", _any_module)
+ANY_FORWARD_PRE_HOOKS: Mapping[int, Any] = _found("_global_forward_pre_hooks", _any_module)
+_ANY_BACKWARD_HOOKS = (
+    _found("_global_backward_hooks", _any_module),
+    _found("_global_backward_pre_hooks", _any_module),
+)
+
+
+def has_backward_hooks(model: nn.Module) -> bool:
+    """Return whether a module of it, or every module, has a hook that may change gradients."""
+    return any(_ANY_BACKWARD_HOOKS) or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
+
+
+def hooks_after_accumulation(parameter: Tensor) -> list[Any]:
+    """Return the hooks that run after a parameter's gradient has been accumulated."""
+    return list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+
+
+# ---- compiled modules
+
+
+def compiles_its_call(module: nn.Module) -> bool:
+    """Return whether module.compile() was called: the module itself is what the loop calls."""
+    return getattr(module, "_compiled_call_impl", None) is not None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether it is the result of torch.compile, or compiles its own call."""
+    return isinstance(module, OptimizedModule) or compiles_its_call(module)
