@@ -60,10 +60,13 @@ class LoadWatch:
 
 
 class GradientWatch:
-    """Calls `on_gradients` once at the end of every backward pass that reached one of the parameters."""
+    """Calls `on_begin` and `on_gradients` once at the beginning and at the end of every backward pass that reached one
+    of the parameters: when the first of them gets its gradient, and when all have."""
 
-    def __init__(self, parameters: Iterable[Tensor], on_gradients: Callable[[], None]) -> None:
-        self._on_gradients = on_gradients
+    def __init__(
+        self, parameters: Iterable[Tensor], on_gradients: Callable[[], None], on_begin: Callable[[], None]
+    ) -> None:
+        self._on_gradients, self._on_begin = on_gradients, on_begin
         self._hook = _core.BackwardHook(WeakCall(self._begin))
         self._handles = [p.register_post_accumulate_grad_hook(self._hook) for p in parameters if p.requires_grad]
 
@@ -73,6 +76,7 @@ class GradientWatch:
         return isinstance(hook, _core.BackwardHook)
 
     def _begin(self) -> None:
+        self._on_begin()
         # DDP finishes its all-reduce in a callback of its own, which may stand behind this one.
         reduced = torch.distributed.is_available() and torch.distributed.is_initialized()
         queue_callback(self._end if reduced else self._finish)

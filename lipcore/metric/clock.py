@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
+
+from lipcore.metric.steps import StepCalls, Stepper
 
 
 @dataclass
@@ -37,29 +40,42 @@ class Clock:
     Optimizers that step at rates of their own (the two of a GAN) have no common step: that is an error.
     """
 
-    def __init__(self, optimizers: Sequence[Optimizer], calls: Calls) -> None:
-        self._optimizers = list(optimizers)
+    def __init__(self, optimizers: Sequence[Any], calls: Calls) -> None:
         self._calls = calls
         self._stepped: set[int] = set()
         self._started = self._moved = False
-        self._handles: list[Any] = []
-        for optimizer in self._optimizers:
-            if calls.before is not None or calls.uses is not None:
-                self._handles.append(optimizer.register_step_pre_hook(self._on_before))
-            self._handles.append(optimizer.register_step_post_hook(self._on_after))
+        self.inside = False  #: an optimizer's step has begun and is not over
+        uses = None if calls.uses is None else self._on_use
+        self._steppers = [
+            Stepper(given, StepCalls(self._on_begin, uses, functools.partial(self._on_after, i), self._on_none))
+            for i, given in enumerate(optimizers)
+        ]
+
+    @property
+    def stepping(self) -> list[Any]:
+        """All objects whose step() may be called."""
+        return [thing for stepper in self._steppers for thing in (stepper.given, *stepper.inside)]
 
     def __str__(self) -> str:
-        return " and ".join(f"{type(optimizer).__name__}.step" for optimizer in self._optimizers) or "monitor.step()"
+        names = [f"{type(stepper.given).__name__}.step" for stepper in self._steppers]
+        return " and ".join(names) or "monitor.step()"
 
-    def _on_before(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if not self._started:
+    def _on_begin(self) -> None:
+        self.inside = True
+        if not self._started and self._calls.before is not None:
             self._started = True
-            if self._calls.before is not None:
-                self._calls.before()
+            self._calls.before()
+
+    def _on_none(self) -> None:
+        self.inside = False
+        self._started = bool(self._stepped)
+
+    def _on_use(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if self._calls.uses is not None and not _has_closure(arguments, keywords):
             self._calls.uses(optimizer)
 
-    def _on_after(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def _on_after(self, index: int, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.inside = False
         if self._calls.uses is not None and _has_closure(arguments, keywords):
             self._calls.uses(optimizer)
         if self._calls.each is not None:
@@ -67,7 +83,7 @@ class Clock:
         found_inf = getattr(optimizer, "found_inf", None)  # there while a GradScaler steps a fused optimizer
         if not (isinstance(found_inf, Tensor) and found_inf.is_cpu and bool(found_inf)):
             self._moved = True
-        if len(self._optimizers) == 1 or self._all_stepped(optimizer):
+        if len(self._steppers) == 1 or self._all_stepped(index):
             self._tick()
 
     def _tick(self) -> None:
@@ -75,20 +91,22 @@ class Clock:
         self._stepped.clear()
         self._calls.after() if moved else self._calls.skipped()
 
-    def _all_stepped(self, optimizer: Optimizer) -> bool:
-        if id(optimizer) in self._stepped:
-            names = [type(other).__name__ for other in self._optimizers if id(other) not in self._stepped]
+    def _all_stepped(self, index: int) -> bool:
+        if index in self._stepped:
+            others = [stepper.given for i, stepper in enumerate(self._steppers) if i not in self._stepped]
+            names = [type(other).__name__ for other in others]
+            twice = type(self._steppers[index].given).__name__
             self._stepped.clear()
             self._started = self._moved = False
             self._calls.fail(
                 ValueError(
-                    f"optimizer: {type(optimizer).__name__} has stepped twice before {', '.join(names)} stepped once: "
+                    f"optimizer: {twice} has stepped twice before {', '.join(names)} stepped once: "
                     "they have no common step; give each its own Monitor, on the part of the model it updates"
                 )
             )
             return False
-        self._stepped.add(id(optimizer))
-        return len(self._stepped) == len(self._optimizers)
+        self._stepped.add(index)
+        return len(self._stepped) == len(self._steppers)
 
     def finish(self) -> bool:
         """The others will not step any more; whether there is a step to finish."""
@@ -99,8 +117,8 @@ class Clock:
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
+        for stepper in self._steppers:
+            stepper.remove()
 
 
 class ScaledSteps:
@@ -113,9 +131,9 @@ class ScaledSteps:
         skipped: called for each of them.
     """
 
-    def __init__(self, scaler: Any, optimizers: Sequence[Optimizer], clock: Clock, skipped: Callable[[], None]) -> None:
+    def __init__(self, scaler: Any, clock: Clock, skipped: Callable[[], None]) -> None:
         self._scaler, self._skipped, self._clock = scaler, skipped, clock
-        self._ours = {id(optimizer) for optimizer in optimizers}
+        self._ours = {id(optimizer) for optimizer in clock.stepping}
         self._records = scaler._per_optimizer_states
         self.ticked = False  #: whether the clock has ticked since the last update()
 

@@ -20,9 +20,11 @@ from lipcore.capture.taps.tap import Record
 from lipcore.capture.taps.tap_capture import Capture, inert_capture
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.hook_warnings import warn_in_hook
+from lipcore.metric.late_moves import LateMoves
 from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
+from lipcore.metric.steps import checked_optimizers, refuse_strangers, updating
 from lipcore.models.arguments import check_count
 
 Self = TypeVar("Self", bound="Engine")
@@ -84,15 +86,19 @@ class Engine:
         self._starts: deque[tuple[int, int]] = deque([(0, 0)], maxlen=window_blocks)  # step, unrecorded of each block
         self._windows = 0
         self._closed = False
+        self._late = self._is_over = False  # steps are read late; one is to be
+        self._late_moves = LateMoves(self._stepped, self._moved_after_step, self._moved_without_step)
         self._final: Window | None = None  # the open window when this was closed
         self._error: Exception | None = None
         self._failed = False
-        self._optimizers = _optimizers(optimizer)
+        self._optimizers = checked_optimizers(optimizer)
+        refuse_strangers(self._optimizers, dict(model.named_parameters()))
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
-            metric.prepare(self._optimizers, scaler, window_blocks)
+            metric.prepare(updating(self._optimizers), scaler, window_blocks)
             metric.bind(model)
         needs = {metric: metric.needs() for metric in chosen}
+        self._check_clock(needs)
         self._tapping = [metric for metric in chosen if needs[metric].taps]
         self._check_callable(model, [metric for metric in chosen if needs[metric].taps or needs[metric].layers])
         self._find_step_calls()
@@ -116,6 +122,14 @@ class Engine:
             raise ValueError(
                 f"model: {metrics[0].name} watches the forward pass of one module, not of a dict of them; pass "
                 "the module your loop calls"
+            )
+
+    def _check_clock(self, needs: dict[Metric, Needs]) -> None:
+        early = [metric.name for metric, wanted in needs.items() if wanted.before_step]
+        if early and not self._optimizers:
+            raise ValueError(
+                f"optimizer: {early[0]} looks at the parameters right before every step (source 'snapshot'), and "
+                "monitor.step() is called after it; pass the optimizer, or choose another source"
             )
 
     def _attach(self, needs: dict[Metric, Needs]) -> None:
@@ -145,7 +159,7 @@ class Engine:
             what: [metric for metric, wanted in needs.items() if getattr(wanted, what)]
             for what in ("gradients", "before_step", "used_gradients", "each_optimizer")
         }
-        calls = Calls(self._after_step, self._after_skipped_step, self._stop_all)
+        calls = Calls(self._step_is_over, self._after_skipped_step, self._stop_all)
         if self._wanting["before_step"]:
             calls.before = self._before_step
         if self._wanting["used_gradients"]:
@@ -156,12 +170,26 @@ class Engine:
         self._load_watch = LoadWatch(self.model, self._loaded)
         self._scaled = None
         if self._scaler is not None and self._optimizers:
-            self._scaled = ScaledSteps(self._scaler, self._optimizers, self._clock, self._after_skipped_step)
+            self._scaled = ScaledSteps(self._scaler, self._clock, self._after_skipped_step)
         self._watch_gradients()
 
     def _watch_gradients(self) -> None:
-        wanted = self._scaled is not None or bool(self._wanting["gradients"])
-        self._gradient_watch = GradientWatch(self.model.parameters() if wanted else (), self._after_backward)
+        wanted = self._scaled is not None or self._late or bool(self._wanting["gradients"])
+        trained = self._trained()  # one tells that a backward pass begins, nearly always: the last one's is the first
+        self._gradient_watch = GradientWatch(
+            trained if wanted else trained[-1:], self._after_backward, self._before_backward
+        )
+
+    def _stepped(self) -> list[torch.Tensor]:
+        """Return parameters that the optimizers move themselves: not those that follow master copies."""
+        trained = self._trained()
+        if not self._optimizers:
+            return trained
+        moved = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
+        return [parameter for parameter in trained if id(parameter) in moved]
+
+    def _trained(self) -> list[torch.Tensor]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _unwatch(self) -> None:
         for watch in (self._clock, self._load_watch, self._gradient_watch):
@@ -213,6 +241,7 @@ class Engine:
         metric.observe_layers(record)
 
     def _before_step(self) -> None:
+        self._take_late_step()
         self._call(self._wanting["before_step"], lambda metric: metric.before_step())
 
     def _before_step_of(self, optimizer: Optimizer) -> None:
@@ -226,7 +255,22 @@ class Engine:
             self._scaled.look()
         self._call(self._wanting["gradients"], lambda metric: metric.observe_gradients())
 
+    def _before_backward(self) -> None:
+        if self._failed:
+            return
+        try:
+            self._take_late_step()
+            for metric in self.metrics.values():
+                if metric.take_moves_by_hand():
+                    self._late_moves.forget()
+            if not self._clock.inside:
+                self._late_moves.backward_begins()
+        except Exception as error:
+            self._stop_all(error)
+
     def _loaded(self) -> None:
+        self._take_late_step()
+        self._late_moves.forget()
         self._call(self.metrics.values(), lambda metric: metric.rebase())
         self._gradient_watch.close()  # load_state_dict(assign=True) makes new parameters
         self._watch_gradients()
@@ -240,6 +284,50 @@ class Engine:
                 call(metric)
         except Exception as error:
             self._stop_all(error)
+
+    # ---- weights that move outside the optimizer's step
+
+    def _step_is_over(self) -> None:
+        """Take in a step: now, or when the next backward pass begins, where weights go on moving until then."""
+        self._take_late_step()
+        if self._late:
+            self._is_over = True
+        else:
+            self._after_step()
+            self._note_step()
+
+    def _note_step(self) -> None:
+        if self._failed:
+            return
+        try:
+            self._late_moves.step()
+        except Exception as error:
+            self._stop_all(error)
+
+    def _take_late_step(self) -> None:
+        if self._is_over:
+            self._is_over = False
+            self._after_step()
+
+    def _moved_after_step(self) -> None:
+        self._late = True
+        self._call(self.metrics.values(), lambda metric: metric.observe_late_move())
+        self._warn(
+            f"the parameters moved after {self._clock} number {self._step} was over and before the next backward pass "
+            "(a wrapper around the optimizer, clipped or averaged weights?); what was recorded of it is without that. "
+            "From now on a step is read when the next backward pass begins. Where there is a wrapper, pass it as "
+            "optimizer="
+        )
+        self._gradient_watch.close()
+        self._watch_gradients()
+
+    def _moved_without_step(self) -> None:
+        steps = "monitor.step() was never called" if not self._optimizers else f"{self._clock}() was never seen"
+        self._warn(
+            f"lipcore has counted no step, although the parameters move: {steps}. Pass as optimizer= the object whose "
+            "step() the loop calls (a wrapper, or what is inside it); or pass none and call monitor.step() after every "
+            "step"
+        )
 
     def _after_skipped_step(self) -> None:
         if self._scaled is not None:
@@ -308,12 +396,13 @@ class Engine:
     def step(self) -> None:
         """Count a step by hand, after the parameters were updated: for loops without an optimizer object."""
         self._raise_error()
-        self._after_step()
+        self._step_is_over()
         self._raise_error()
 
     def flush(self) -> None:
         """Take in backward passes that are complete but were not followed by a step yet."""
         self._raise_error()
+        self._take_late_step()
         if self._scaled is not None and not self._closed:
             self._scaled.look()
         self._capture.flush()
@@ -412,6 +501,7 @@ class Engine:
     def close(self) -> None:
         """Remove every hook and raise an error that was kept; results stay readable."""
         if not self._closed:
+            self._take_late_step()
             if self._scaled is not None:
                 self._scaled.look()
             self._closed = True
@@ -444,6 +534,8 @@ class Engine:
             "_clock": None,
             "_load_watch": None,
             "_gradient_watch": None,
+            "_late_moves": None,
+            "_is_over": False,
             "_capture": None,
         }
 
@@ -483,13 +575,3 @@ def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
 def _is_called(model: nn.Module) -> bool:
     """Whether a dict of modules has a forward pass of its own."""
     return type(model).forward is not nn.Module.forward
-
-
-def _optimizers(optimizer: Optimizer | Sequence[Optimizer] | None) -> list[Optimizer]:
-    given = [] if optimizer is None else [optimizer] if isinstance(optimizer, Optimizer) else list(optimizer)
-    for one in given:
-        if not isinstance(one, Optimizer):
-            raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer (or a sequence of them), got {type(one).__name__}"
-            )
-    return given

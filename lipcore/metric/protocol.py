@@ -82,7 +82,8 @@ class Metric(ABC):
         {
             *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
-            *("observe_used_gradients", "before_step", "after_step_of"),
+            *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
+            "take_moves_by_hand",
         }
     )
 
@@ -128,6 +129,13 @@ class Metric(ABC):
 
     def before_step(self) -> None:  # noqa: B027
         """Look at the parameters right before the optimizer's step."""
+
+    def observe_late_move(self) -> None:  # noqa: B027
+        """Learn that the parameters moved after the last step was observed."""
+
+    def take_moves_by_hand(self) -> bool:
+        """Return whether the user has told, since the last call, that the parameters were moved by hand."""
+        return False
 
     def observe_used_gradients(self, optimizer: Optimizer) -> None:  # noqa: B027
         """Look at the gradients of this optimizer as its step uses them."""

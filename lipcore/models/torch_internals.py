@@ -60,6 +60,9 @@ queue_callback = _found("_execution_engine.queue_callback", Variable)
 #: Whether a tensor is seen from inside a transform of torch.func.
 is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
 
+#: Norms of a list of tensors in a few launches.
+foreach_norm = _found("_foreach_norm")
+
 MKLDNN_LAYOUT = _found("_mkldnn")
 OptimizedModule = _found("_dynamo.OptimizedModule")
 

@@ -160,6 +160,8 @@ class Trajectory(Metric):
         #: After how many of the window's steps something else changed the parameters: the last two such places, since
         #: the last one may be the window's end.
         self._jumps: list[int] = []
+        self._moved_by_hand = False
+        self._late_moves = 0  # of the window's steps: after how many the parameters moved once more
         self._apart = ""  # by what the distance is not between the ends of the path since the reference
         self._warned: set[str] = set()
         if model is not None:
@@ -268,6 +270,10 @@ class Trajectory(Metric):
     def _due(self) -> bool:
         return (self._steps_seen + 1) % self.every_steps == 0
 
+    def observe_late_move(self) -> None:
+        """Count a step that was read before the parameters had come to rest."""
+        self._late_moves += 1
+
     def before_step(self) -> None:
         """Right before the optimizer's step: the snapshot where there is one."""
         for tracker in self._trackers.values() if self._due else ():
@@ -363,6 +369,12 @@ class Trajectory(Metric):
             self._apart = self._apart or "rebase"
             self._jumps = sorted({*self._jumps, self._tracker.window_steps})[-2:]
         self._rebased += 1
+        self._moved_by_hand = True
+
+    def take_moves_by_hand(self) -> bool:
+        """Return whether rebase() was called since the last call."""
+        moved, self._moved_by_hand = self._moved_by_hand, False
+        return moved
 
     def set_reference(self, reference: nn.Module | Mapping[str, Tensor] | None = None) -> None:
         """Measure distance, and path length since the reference, from another point: from now, from another model's
@@ -504,6 +516,8 @@ class Trajectory(Metric):
             result.details["skipped_steps"] = self._skipped
         if self._jumps and any(0 < steps < self._tracker.window_steps for steps in self._jumps):
             result.details["jumped"] = True
+        if self._late_moves:
+            result.details["moved_after_steps"] = self._late_moves
         if self._apart:
             result.details["distance_apart_by"] = self._apart
         left = set(self._stats if self._stats is not None else _ALL)
@@ -597,7 +611,7 @@ class Trajectory(Metric):
         self._require_bound()
         for tracker in self._all_trackers:
             tracker.reset()
-        self._jumps = []
+        self._jumps, self._late_moves = [], 0
 
     def advance(self) -> None:
         """Slide the window by a block."""

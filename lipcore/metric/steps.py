@@ -1,0 +1,269 @@
+"""What makes a step: the optimizer that the loop calls, and those that work inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+_DEEPEST = 4  # wrappers around wrappers
+_MOST = 64  # entries of a list in which optimizers are looked for
+
+Hook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
+
+
+def checked_optimizers(given: Any) -> list[Any]:
+    """Return the optimizers of an argument that is one, several or None.
+
+    Raises:
+        TypeError: one of them has no step() and param_groups, or is a learning rate scheduler.
+    """
+    several = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for one in several:
+        if isinstance(one, LRScheduler) or (hasattr(one, "get_last_lr") and hasattr(one, "optimizer")):
+            raise TypeError(
+                f"optimizer: {type(one).__name__} is a learning rate scheduler; pass the optimizer that it drives "
+                "(scheduler.optimizer)"
+            )
+        if not _is_optimizer(one):
+            raise TypeError(
+                f"optimizer: expected a torch.optim.Optimizer (or a sequence of them), got {type(one).__name__}"
+            )
+    return several
+
+
+def _is_optimizer(thing: Any) -> bool:
+    """Return whether a loop could call its step(): it need not be a torch.optim.Optimizer."""
+    if isinstance(thing, Optimizer):
+        return True
+    return not isinstance(thing, type) and callable(getattr(thing, "step", None)) and hasattr(thing, "param_groups")
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    """Return whether torch calls hooks around its step: not where Optimizer.__init__ was never called."""
+    return isinstance(optimizer, Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer)
+
+
+def optimizers_inside(wrapper: Any, depth: int = _DEEPEST) -> list[Optimizer]:
+    """Return torch's optimizers that a wrapper keeps in its attributes (Lookahead, SAM, accelerate, schedule-free,
+    ZeRO), innermost ones where these are wrappers too, each once."""
+    found: dict[int, Optimizer] = {}
+    for value in _kept(wrapper):
+        if value is wrapper or not _is_optimizer(value):
+            continue
+        deeper = optimizers_inside(value, depth - 1) if depth > 1 else []
+        for optimizer in deeper or ([value] if _has_hooks(value) else []):
+            found[id(optimizer)] = optimizer
+    return list(found.values())
+
+
+def _kept(wrapper: Any) -> Iterator[Any]:
+    for value in list(getattr(wrapper, "__dict__", {}).values()):
+        if isinstance(value, (list, tuple)):
+            yield from value[:_MOST]
+        elif isinstance(value, Mapping) and len(value) <= _MOST:
+            yield from value.values()
+        else:
+            yield value
+
+
+class WatchedStep:
+    """A step() in the place of an object's own, which tells when it begins and ends.
+
+    It stands in the object's attributes, where a scheduler may wrap it in turn, and goes with :meth:`remove`. A copy of
+    the object has the object's own step.
+    """
+
+    def __init__(
+        self, owner: Any, before: Callable[..., None], after: Callable[..., None], abandoned: Callable[[], None]
+    ) -> None:
+        self._owner = owner
+        self._own: Any = vars(owner).get("step")  # None: its class's
+        self._step = owner.step
+        self._before: Callable[..., None] | None = before
+        self._after: Callable[..., None] | None = after
+        self._abandoned = abandoned
+        owner.step = self
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        if self._before is not None:
+            self._before(arguments, keywords)
+        try:
+            result = self._step(*arguments, **keywords)
+        except BaseException:
+            self._abandoned()
+            raise
+        if self._after is not None:
+            self._after(arguments, keywords)
+        return result
+
+    # What torch's schedulers ask of a bound method before they wrap it.
+
+    @property
+    def __func__(self) -> WatchedStep:
+        return self
+
+    def __get__(self, owner: Any, kind: type | None = None) -> WatchedStep:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_step" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._step, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner, "step")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._owner), self._owner)
+        return getattr(type(copied), "step").__get__(copied)  # noqa: B009
+
+    def remove(self) -> None:
+        """Put the object's own step back, or do nothing from now on where somebody has wrapped this one."""
+        self._before = self._after = None
+        if vars(self._owner).get("step") is not self:
+            return
+        if self._own is None:
+            del self._owner.step
+        else:
+            self._owner.step = self._own
+
+
+@dataclass
+class StepCalls:
+    """What a Stepper calls.
+
+    Attributes:
+        begin: a step begins.
+        uses: gets the optimizer whose gradients are as its step uses them, right before that, and the step's arguments;
+            None where nobody wants to know.
+        after: the same, when the step is over.
+        none: what had begun was no step.
+    """
+
+    begin: Callable[[], None]
+    uses: Hook | None
+    after: Hook
+    none: Callable[[], None]
+
+
+class Stepper:
+    """One optimizer as it was given, watched.
+
+    Where it is a wrapper, a step begins and ends with the wrapper's own step(): an averaging optimizer moves the
+    weights before and after what is inside it steps. A wrapper's call in which nothing inside steps is none (gradient
+    accumulation). A step inside that comes by itself is one (SAM's second_step).
+    """
+
+    def __init__(self, given: Any, calls: StepCalls) -> None:
+        self.given, self._calls = given, calls
+        self.inside = [] if _is_plain(given) else optimizers_inside(given)
+        self._open = False  # inside the wrapper's step
+        self._inner: tuple[Any, ...] | None = None  # the last inner step in it
+        self._stepped: set[int] = set()  # of several inside, outside the wrapper's step
+        self._calls_own = bool(self.inside)  # whether a step() that was put in the place of torch's calls that
+        self._handles: list[Any] = []
+        self._attach()
+
+    def _attach(self) -> None:
+        given = self.given
+        replaced = "step" in vars(given) and not hasattr(given.step, "_wrapped_by_lr_sched")
+        if _has_hooks(given) and not self.inside and not replaced:
+            self._handles.append(given.register_step_pre_hook(self._before))
+            self._handles.append(given.register_step_post_hook(self._calls.after))
+            return
+        for optimizer in self.inside or ([given] if _has_hooks(given) else []):
+            self._handles.append(optimizer.register_step_pre_hook(self._before_inner))
+            self._handles.append(optimizer.register_step_post_hook(self._after_inner))
+        self._handles.append(WatchedStep(given, self._begin, self._end, self._abandon))
+
+    def _before(self, optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._calls.begin()
+        if self._calls.uses is not None:
+            self._calls.uses(optimizer, arguments, keywords)
+
+    # ---- the wrapper's own step
+
+    def _begin(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._open, self._inner = True, None
+        if not self._calls_own:
+            self._before(self.given, arguments, keywords)
+        else:
+            self._calls.begin()
+
+    def _end(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        inner, self._inner, self._open = self._inner, None, False
+        self._stepped.clear()
+        if inner is not None:
+            self._calls.after(*inner)
+        elif not self._calls_own:
+            self._calls.after(self.given, arguments, keywords)
+        else:
+            self._calls.none()
+
+    def _abandon(self) -> None:
+        """Count nothing: the step has raised."""
+        self._open, self._inner = False, None
+        self._calls.none()
+
+    # ---- steps inside it
+
+    def _before_inner(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if not self._open:
+            self._before(optimizer, arguments, keywords)
+        elif self._calls_own and self._calls.uses is not None:
+            self._calls.uses(optimizer, arguments, keywords)
+
+    def _after_inner(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._calls_own = True
+        if self._open:
+            self._inner = optimizer, arguments, keywords
+            return
+        self._stepped.add(id(optimizer))
+        if len(self._stepped) >= len(self.inside):
+            self._stepped.clear()
+            self._calls.after(optimizer, arguments, keywords)
+
+    def remove(self) -> None:
+        """Remove the hooks, and put the step back."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _is_plain(optimizer: Any) -> bool:
+    """Return whether it is one of torch's own optimizers, which keep none inside."""
+    return _has_hooks(optimizer) and type(optimizer).__module__.startswith("torch.optim.")
+
+
+def refuse_strangers(optimizers: Sequence[Any], named: Mapping[str, Any]) -> None:
+    """Raise a ValueError where an optimizer updates nothing of the model: neither its parameters nor float32 copies of
+    half-precision ones.
+
+    Args:
+        named: the model's parameters by name.
+    """
+    own = {id(parameter) for parameter in named.values()}
+    shapes = {parameter.shape for parameter in named.values() if parameter.dtype.itemsize < 4}
+    for optimizer in optimizers:
+        updated = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if own and updated and not any(id(p) in own or p.shape in shapes for p in updated):
+            raise ValueError(
+                f"optimizer: {type(optimizer).__name__} updates {len(updated)} tensors, none of which is a parameter "
+                "of the model; pass the optimizer of this very model, made after its parameters got their final form "
+                "(to(), wrappers, sharding)"
+            )
+
+
+def updating(given: Sequence[Any]) -> list[Optimizer]:
+    """Return the optimizers whose own state says what a step does: none of a wrapper that changes it."""
+    found: list[Optimizer] = []
+    for one in given:
+        inside = [] if _is_plain(one) else optimizers_inside(one)
+        if _has_hooks(one) and not inside:
+            found.append(one)
+        elif type(one).__module__.startswith("accelerate."):  # passes step() on, or leaves it out
+            found += inside
+    return found
