@@ -21,6 +21,7 @@ from lipcore.capture.taps.tap_capture import Capture, inert_capture
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.late_moves import LateMoves
+from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
@@ -52,6 +53,7 @@ class Engine:
 
     _version = 2
 
+    @ordinary
     def __init__(
         self,
         model: nn.Module,
@@ -393,12 +395,14 @@ class Engine:
     def _block_steps(self) -> int:
         return self._step - self._starts[-1][0]
 
+    @ordinary
     def step(self) -> None:
         """Count a step by hand, after the parameters were updated: for loops without an optimizer object."""
         self._raise_error()
         self._step_is_over()
         self._raise_error()
 
+    @ordinary
     def flush(self) -> None:
         """Take in backward passes that are complete but were not followed by a step yet."""
         self._raise_error()
@@ -412,11 +416,13 @@ class Engine:
 
     # ---- windows
 
+    @ordinary
     def compute(self) -> Window:
         """Return the open window so far, without closing or resetting it. After close(): the window as it was then."""
         self.flush()
         return self._final or self._window()
 
+    @ordinary
     def close_window(self) -> Window:
         """Close the open window now (at the end of an epoch, say), append it to the history and start the next one."""
         self.flush()
@@ -453,6 +459,7 @@ class Engine:
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
         return Window(self._windows, self._starts[0][0] + 1, self._step, False, local, results, off)
 
+    @ordinary
     def rebind(self) -> None:
         """Look at the model anew, after parameters were added, removed, resized, frozen or unfrozen, or changed
         their dtype or device. The open window is closed; statistics of parameters that stayed the same go on, those
@@ -471,6 +478,7 @@ class Engine:
 
     # ---- state and end
 
+    @ordinary
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the clock and of the metrics. Closed windows are results and not part of it."""
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
@@ -482,6 +490,7 @@ class Engine:
             "metrics": metrics,
         }
 
+    @ordinary
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not
         fit, raise a ValueError that names the first wrong key, and change nothing."""
@@ -498,6 +507,7 @@ class Engine:
         self._starts.clear()
         self._starts.extend((step, 0) for step in starts)
 
+    @ordinary
     def close(self) -> None:
         """Remove every hook and raise an error that was kept; results stay readable."""
         if not self._closed:

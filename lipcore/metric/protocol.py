@@ -18,6 +18,7 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
+from lipcore.metric.ordinary import make_ordinary
 from lipcore.metric.results import MetricResult
 
 
@@ -86,6 +87,18 @@ class Metric(ABC):
             "take_moves_by_hand",
         }
     )
+
+    #: Called by users, under torch.inference_mode too.
+    _verbs: ClassVar[frozenset[str]] = frozenset(
+        {
+            *("__init__", "update", "compute", "reset", "close", "state_dict", "load_state_dict", "rebind", "merge"),
+            *("sync", "rebase", "set_reference", "advance", "drain", "observe_gradients", "set_ids", "bind"),
+        }
+    )
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        make_ordinary(cls, cls._verbs)
 
     def __dir__(self) -> Iterable[str]:
         return [name for name in super().__dir__() if name not in self._protocol]
