@@ -159,16 +159,11 @@ def _space_first(t: Tensor) -> Tensor:
 def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Tensor:
     if x is not None and x.dtype != g.dtype:
         g, x = of_one_dtype(g, x)
-    # The kernel reads flat rows or flat columns, of both tensors alike.
-    if not (g.is_contiguous() and (x is None or x.is_contiguous())):
-        tensors = [t for t in (g, x) if t is not None]
-        if not any(all(_is_flat(t, d) for t in tensors) for d in (2, 1)):
-            g = g if _is_flat(g, 2) else g.contiguous()
-            x = x if x is None or _is_flat(x, 2) else x.contiguous()
     packed = None if offsets is None else bits(offsets)
     samples = g.shape[0] if offsets is None else len(offsets) - 1
 
     def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
+        g, x = _alike(g, x)
         out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64, device=_library.CPU)
         _core.row_sum_norms(g, x, packed, terms, out)
         return out
@@ -180,6 +175,16 @@ def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Te
         return within_range(found, compute, (g,) if x is None else (g, x), 2)
     scale = within_range(found[0], lambda g, x: compute(g, x, terms=_SCALE), (g, x), 2)
     return torch.stack([scale, within_range(found[1], lambda g: compute(g, terms=_SHIFT), (g,), 2)])
+
+
+def _alike(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return both with flat rows or with flat columns, which is what the kernel reads; copies where they are not."""
+    if g.is_contiguous() and (x is None or x.is_contiguous()):
+        return g, x
+    tensors = [t for t in (g, x) if t is not None]
+    if any(all(_is_flat(t, d) for t in tensors) for d in (2, 1)):
+        return g, x
+    return g if _is_flat(g, 2) else g.contiguous(), x if x is None or _is_flat(x, 2) else x.contiguous()
 
 
 def _is_flat(t: Tensor, dim: int) -> bool:

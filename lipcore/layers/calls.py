@@ -81,5 +81,9 @@ def apart_from_autocast(x: Tensor) -> Tensor:
     return x.detach().clone() if narrow and _is_autocast(x.device.type) else x
 
 
+# Asked once: torch 2.10 does not trace the question.
+_WITH_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda") if torch.amp.is_autocast_available(kind))
+
+
 def _is_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type in _WITH_AUTOCAST and torch.is_autocast_enabled(device_type)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
 from cases import CHUNK, FEW_SIZES, ODD_SIZES, row_cases, shape_id, thinned, triples, values
 from oracle import DTYPES, assert_close, eps_of, in_layout, same_bits
+from torch import Tensor
 
 from lipcore import functional
 from lipcore.functional import reference
@@ -275,3 +277,36 @@ def test_packed_inside_compiled_graphs():
     function = functional.row_sum_norms_sq
     compiled = torch.compile(lambda g, o: function(g, offsets=o), backend="aot_eager", fullgraph=True)
     assert same_bits(compiled(grad, offsets), function(grad, offsets=offsets))
+
+
+LAYOUTS = [*itertools.product((False, True), repeat=4), "channels_last"]
+
+
+def laid_out(layout: tuple[bool, ...] | str, value: float | None) -> Tensor:
+    """[2, 3, 4, 5] of float64, expanded from size 1 where the layout says so; one value of it, or all it is expanded
+    to, is `value`."""
+    shape = (2, 3, 4, 5)
+    if isinstance(layout, str):
+        t = torch.randn(shape, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+        t[0, 0, 0, 0] = t[0, 0, 0, 0] if value is None else value
+        return t
+    t = torch.randn([1 if one else size for one, size in zip(layout, shape, strict=True)], dtype=torch.float64)
+    if value is not None:
+        t[0, 0, 0, 0] = value
+    return t.expand(shape)
+
+
+@pytest.mark.parametrize("value", [None, math.inf, math.nan, 1e160])
+def test_expanded_gradients_of_float64_whatever_comes_out(value: float | None) -> None:
+    """Also where a result that is not finite is looked at a second time."""
+    torch.manual_seed(0)
+    for one, other in itertools.product(LAYOUTS, LAYOUTS):
+        grad, x = laid_out(one, value), laid_out(other, None)
+        shift, scale = grad.sum((2, 3)).square().sum(1), (grad * x).sum((2, 3)).square().sum(1)
+        for found, truth in (
+            (functional.channel_sum_norms_sq(grad), shift),
+            (functional.channel_sum_norms_sq(grad, x), scale),
+            (functional.channel_affine_norms_sq(grad, x), torch.stack([scale, shift])),
+            (functional.affine_norms_sq(grad.movedim(1, -1), x.movedim(1, -1)), torch.stack([scale, shift])),
+        ):
+            assert torch.allclose(found, truth, rtol=1e-9, equal_nan=True), (one, other)
