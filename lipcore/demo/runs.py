@@ -29,7 +29,7 @@ class Run:
 
     @property
     def cumulative_length(self) -> float:
-        """Per training sample, over all epochs."""
+        """Cumulative length per training sample, over all epochs."""
         return sum(self.normalized_length)
 
 

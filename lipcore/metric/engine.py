@@ -29,7 +29,7 @@ Self = TypeVar("Self", bound="Engine")
 
 
 class Engine:
-    """Drives metrics on one model while it trains: hooks only, the model and the loop stay as they are.
+    """Driver of metrics on one model while it trains: hooks only, the model and the loop stay as they are.
 
     The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by
     itself, or by :meth:`close_window`. Nothing is raised inside a forward or backward pass: an error stops the
@@ -174,7 +174,7 @@ class Engine:
     # ---- errors: kept inside hooks, raised by the user's next call
 
     def _turn_off(self, error: Exception) -> bool:
-        """Whether all that needs the hooks can do without them."""
+        """Turn the metrics that need the hooks off, if all of them can be, and return whether they were."""
         optional = isinstance(error, ValueError) and all(metric.optional for metric in self._tapping)
         for metric in self._tapping if optional else ():
             metric.off = str(error)
@@ -481,7 +481,7 @@ def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
 
 
 def _is_called(model: nn.Module) -> bool:
-    """Whether a dict of modules has a forward pass of its own."""
+    """Return whether a dict of modules has a forward pass of its own."""
     return type(model).forward is not nn.Module.forward
 
 

@@ -58,7 +58,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
 
     @property
     def _quantities(self) -> dict[str, Quantity | Later[Quantity]]:
-        """Everything, that which was left to be made included."""
+        """All quantities by name, those included that were left to be made."""
         if self._unmade:
             with _MAKING:  # another thread may be reading too
                 for add, _ in self._unmade:
@@ -174,7 +174,8 @@ class MetricResult(Showable, Mapping[str, Quantity]):
         return Shown(f"{self.metric}: {len(self)} quantities", self.shown_rows())
 
     def shown_rows(self) -> list[tuple[str, str, str]]:
-        """Rows of the totals, or of a quantity's first place where it has none. Makes nothing that is pending."""
+        """Return rows of the totals, or of a quantity's first place where it has none. Makes nothing that is
+        pending."""
         rows = []
         for name, quantity in self._quantities.items():
             if isinstance(quantity, Later):
@@ -187,7 +188,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
 
 
 def _columns_of(rows: list[dict[str, Value]]) -> dict[str, Column]:
-    """Values per place as columns."""
+    """Return the values of single places as columns."""
     columns = {}
     for reducer in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(reducer) for row in rows]

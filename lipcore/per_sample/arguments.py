@@ -15,7 +15,7 @@ Offsets = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 def check_arguments(
     every_steps: Any, on_unsupported: Any, batch_dim: Any, broadcast: Any, methods: Any, alone: bool
 ) -> None:
-    """TypeError or ValueError that names the argument. `alone`: without a Monitor."""
+    """Raise TypeError or ValueError naming the argument that is not possible. `alone`: without a Monitor."""
     check_count("every_steps", every_steps)
     if every_steps > 1 and alone:
         raise ValueError(
@@ -38,7 +38,7 @@ def check_arguments(
 
 
 def offsets_of(cu_seqlens: Any) -> Offsets | None:
-    """The function that finds the boundaries of packed sequences."""
+    """Return the function that finds the boundaries of packed sequences."""
     if cu_seqlens is None or (callable(cu_seqlens) and not isinstance(cu_seqlens, Tensor)):
         function: Offsets | None = cu_seqlens
         return function
@@ -51,7 +51,8 @@ def offsets_of(cu_seqlens: Any) -> Offsets | None:
 
 
 class _Keyword:
-    """Takes the boundaries from a keyword argument; a class, since a function in a function cannot be pickled."""
+    """Function that takes the boundaries from a keyword argument; a class, since a function in a function cannot be
+    pickled."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -18,7 +18,7 @@ _float64 = torch.float64
 
 
 class Norms(Mapping[str, Tensor]):
-    """Per name float64 [B]; NaN throughout where there is no number, with the reason in :attr:`reasons`."""
+    """Norms by name, float64 [B] each; NaN throughout where there is no number, with the reason in :attr:`reasons`."""
 
     def __init__(self, what: str, rows: dict[str, Tensor], reasons: dict[str, str], samples: int) -> None:
         self._what, self._rows, self.reasons, self._samples = what, rows, reasons, samples
@@ -40,7 +40,7 @@ class Norms(Mapping[str, Tensor]):
 
 
 class MicroBatch:
-    """One record with its factor f: norms are f times the backpropagated ones.
+    """Norms of one backward pass: those of its record times its loss factor f.
 
     Attributes:
         layers: the layers that brought numbers.
@@ -63,7 +63,7 @@ class MicroBatch:
 
     @cached_property
     def squares(self) -> Tensor:
-        """float64 [layers + 1, B]: squared norms per layer and, last, in total."""
+        """Squared norms per layer and, last, in total, float64 [layers + 1, B]."""
         rows, known = self._rows, self._known
         if rows.is_cpu:
             squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64, device="cpu")
@@ -76,12 +76,13 @@ class MicroBatch:
 
     @property
     def _known(self) -> bool:
-        """Whether there is a total."""
+        """Presence of a total."""
         return bool(self._names) and not self.record.broken
 
     @property
     def places_squares(self) -> Tensor:
-        """The same with a row for every layer of the model, NaN where it brought no numbers."""
+        """Squared norms with a row for every layer of the model, NaN where it brought no numbers, and the total
+        last."""
         every, squares = len(self._places.layers), self.squares
         if len(self.layers) == every:
             return squares
@@ -90,7 +91,7 @@ class MicroBatch:
         return torch.stack([*(found.get(layer, missing) for layer in self._places.layers), squares[-1]])
 
     def observe(self, distributions: list[Distribution]) -> None:
-        """The norms per layer of the model and, last, in total; a layer without numbers counts B missing ones."""
+        """Add the norms per layer of the model and, last, in total; a layer without numbers counts B missing ones."""
         observe_roots(self.places_squares, distributions)
 
     @property
@@ -116,7 +117,8 @@ class MicroBatch:
 
     @property
     def standard_error(self) -> Norms:
-        """Of the estimated norms among per_layer, and of the total: that of the square over twice the norm."""
+        """Standard errors of the estimated norms among per_layer, and of the total: that of the square over twice the
+        norm."""
         variance: dict[str, Tensor] = {}
         for name, error in self.record.norms_sq.items():
             if name.startswith(ERROR):
@@ -131,7 +133,7 @@ class MicroBatch:
 
     @property
     def normalized(self) -> Norms:
-        """r of every layer: the loss's factors cancel."""
+        """Normalised norms r of every layer: the loss's factors cancel."""
         record = self.record.norms_sq
         if OUTPUT not in record:
             raise RuntimeError("normalized: nothing was recorded; pass normalized=True and run a backward pass")

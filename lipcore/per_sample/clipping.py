@@ -97,7 +97,7 @@ def _checked(norms: Tensor) -> Tensor:
 
 
 def _bound(max_norm: float | Tensor, norms: Tensor) -> Tensor:
-    """`max_norm` as a tensor that broadcasts against the norms."""
+    """Return `max_norm` as a tensor that broadcasts against the norms."""
     if not isinstance(max_norm, Tensor):
         if not max_norm > 0:
             raise ValueError(f"max_norm: expected a number > 0, got {max_norm!r}")

@@ -15,8 +15,8 @@ Terms = Real | int | float | Tensor | Callable[[], Any] | None
 
 
 class Reduction:
-    """The factor f with grad l_i = f * (the backpropagated gradient's part of sample i), l_i being the sum of sample
-    i's unreduced loss terms.
+    """The loss reduction as the factor f with grad l_i = f * (what the backward pass brings of sample i), l_i being the
+    sum of sample i's unreduced loss terms.
 
     "sum": 1. "mean": the number of terms that were averaged, which is B unless `terms` says how many. Whatever the loss
     was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out.
@@ -38,11 +38,11 @@ class Reduction:
 
     @property
     def is_constant(self) -> bool:
-        """Whether f of a micro-batch of one, without a scaler, is a number that stays the same."""
+        """Constancy of f: True when f of a micro-batch of one, without a scaler, is a number that stays the same."""
         return not (_is_function(self.terms) or isinstance(self.terms, Tensor))
 
     def factor(self, samples: int, scaler: Any) -> LossFactor:
-        """f of a micro-batch of so many samples."""
+        """Return f of a micro-batch of so many samples."""
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
         if given is not None:
@@ -63,7 +63,8 @@ def _is_function(terms: Any) -> bool:
 
 
 def _check(terms: Any) -> None:
-    """A tensor's value is looked at on the CPU only: another device may not have finished it."""
+    """Raise TypeError or ValueError for what is no number of terms. A tensor's value is looked at on the CPU only:
+    another device may not have finished it."""
     expected = "the number of averaged terms, a tensor with it, or a function that returns it"
     if isinstance(terms, Tensor):
         if terms.numel() != 1:

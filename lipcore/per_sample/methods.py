@@ -15,7 +15,7 @@ def _choice(site: LayerSite) -> tuple[str, ...] | None:
 
 
 def check_methods(methods: Mapping[str, str], sites: Sequence[LayerSite], fused: bool) -> None:
-    """ValueError for a method that is none, and for a layer that has no choice."""
+    """Raise ValueError for a method that is none, and for a layer that has no choice."""
     by_name = {site.name: site for site in sites}
     for layer, method in methods.items():
         site = by_name[layer]

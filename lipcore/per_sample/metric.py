@@ -163,14 +163,14 @@ class PerSampleGradNorms(StandaloneMetric):
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
     def bind(self, model: nn.Module) -> None:
-        """Layers and parameters are found when the layers are tapped."""
+        """Bind to no parameters yet: they and the layers are found when the layers are tapped."""
 
     def needs(self) -> Needs:
         """Say that all layers are to be tapped; and of the gradients, for the noise scale."""
         return Needs(layers=self._options, gradients=self._wants_noise and not self._stands_alone)
 
     def tapped(self, layers: TappedLayers) -> None:
-        """The layers are tapped by this."""
+        """Take the tapped layers, and start anew where they are others than before."""
         check_methods(self._methods, layers.sites, fused=self._options.fused)
         if self._capture is None and not layers.coverage.covered:
             if not self._options.skip_uncovered:
@@ -196,7 +196,8 @@ class PerSampleGradNorms(StandaloneMetric):
             layers.single.send_to(self._single_sink)
 
     def _single_sink(self, names: tuple[str, ...]) -> Sink | None:
-        """The distributions, for norms that nothing else is asked about."""
+        """Return where the compiled code may write the norms of these parameters' layers, when nothing else asks for
+        them."""
         if self._takes_ids or self._scaler is not None or not self._reduction.is_constant:
             return None
         index = [self._places.number[self._places.layer_of[name]] for name in names]
@@ -208,8 +209,8 @@ class PerSampleGradNorms(StandaloneMetric):
             self._capture.single.renew_sink()
 
     def rebind(self) -> None:
-        """Parameters were frozen or unfrozen, layers added or removed; statistics start anew where the layers are
-        others than before."""
+        """Look at the model anew after parameters were frozen or unfrozen, layers added or removed; statistics start
+        anew where the layers are others than before."""
         self._open_step.drop()
         self._ids = None
         if self._capture is not None:
@@ -221,7 +222,7 @@ class PerSampleGradNorms(StandaloneMetric):
         return self._places.layers
 
     def observe_layers(self, record: LayerRecord) -> None:
-        """One backward pass."""
+        """Take in the norms of one backward pass."""
         micro = MicroBatch(record, self._reduction.factor(record.samples, self._scaler), self._places)
         self._last = micro
         if record.observed:
@@ -238,8 +239,8 @@ class PerSampleGradNorms(StandaloneMetric):
         take_in(micro, ids, self._window.open, self.scores)
 
     def observe_unrecorded(self, samples: int, reason: str) -> None:
-        """A backward pass without a record: the numbers of the one before are not its numbers, nor are the ids set for
-        it those of the next."""
+        """Take in a backward pass without a record: the numbers of the one before are not its numbers, nor are the ids
+        set for it those of the next."""
         self._ids = None
         self._last = MicroBatch(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._places)
         self._last.record.explain(self._places.layer_of)
@@ -251,7 +252,7 @@ class PerSampleGradNorms(StandaloneMetric):
             self._open_step.sums.read_gradients()
 
     def observe_step(self) -> None:
-        """The optimizer has stepped: what its backward passes brought counts."""
+        """Count what the backward passes of the optimizer's step brought."""
         self._ids = None  # set for a backward pass that did not come, or that was in a step without records
         recorded = bool(self._open_step)
         self._open_step.take_into(self._window.open, self.scores)
@@ -262,8 +263,8 @@ class PerSampleGradNorms(StandaloneMetric):
             self._capture.active = self._steps % self._every == 0
 
     def observe_skipped_step(self) -> None:
-        """A GradScaler skipped the step: what its backward passes brought does not count. Found out when the next one
-        comes, whose ids are there already."""
+        """Drop what the backward passes of a step brought that a GradScaler skipped. This is found out when the next
+        one comes, whose ids are there already."""
         self._dropped += self._open_step.drop()
 
     # ---- the last micro-batch
@@ -365,7 +366,7 @@ class PerSampleGradNorms(StandaloneMetric):
         return lines
 
     def finalize(self) -> MetricResult:
-        """Distributions over the window, in total and per layer; the noise scale."""
+        """Return the distributions over the window, in total and per layer, and the noise scale."""
         capture = self._capture
         result = MetricResult(self.name, dropped_samples=self._dropped)
         if capture is not None:
@@ -399,7 +400,7 @@ class PerSampleGradNorms(StandaloneMetric):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, layers, distributions of the window, noise scale and scores."""
+        """Return version, layers, distributions of the window, noise scale and scores."""
         return {
             "version": self._version,
             "layers": list(self._layers),
@@ -448,7 +449,8 @@ class PerSampleGradNorms(StandaloneMetric):
         self._dropped += other._dropped
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: the settings and all numbers, and no model. What the open step brought stays with the original."""
+        """Make what a copy or a pickle has: the settings and all numbers, and no model. What the open step brought
+        stays with the original."""
         if self._last is not None:
             self._micro()  # takes in what has not been delivered yet
         attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}

@@ -15,7 +15,7 @@ _MOST = 256
 
 
 class OpenStep:
-    """Takes micro-batches; gives them all away, or forgets them.
+    """Micro-batches of the open step, which are all given away, or forgotten.
 
     Args:
         sums: of the noise scale, if it is wanted.
@@ -34,7 +34,7 @@ class OpenStep:
         return bool(self._waiting) or self._held is not None
 
     def add(self, micro: MicroBatch, ids: Tensor | None, places: int) -> None:
-        """Another one, and the ids of its samples."""
+        """Add a micro-batch, and the ids of its samples."""
         self._waiting.append((micro, ids))
         if self.sums is not None:
             self.sums.expect(micro.record)
@@ -51,7 +51,7 @@ class OpenStep:
                 self.sums.add(micro)
 
     def take_into(self, distributions: list[Distribution], scores: SampleScores) -> None:
-        """The step was made: everything counts."""
+        """Hand everything on: the step was made."""
         if self._held is not None:
             for into, held in zip(distributions, self._held[0], strict=True):
                 into.merge(held)
@@ -60,7 +60,7 @@ class OpenStep:
         self._forget()
 
     def drop(self) -> int:
-        """The step was skipped, or is none: how many samples do not count."""
+        """Forget everything, since the step was skipped or is none, and return how many samples do not count."""
         samples = self.samples
         self._forget()
         if self.sums is not None:
@@ -69,7 +69,7 @@ class OpenStep:
 
 
 def take_in(micro: MicroBatch, ids: Tensor | None, distributions: list[Distribution], scores: SampleScores) -> None:
-    """The norms of a micro-batch, per layer, in total and per sample id."""
+    """Take in the norms of a micro-batch, per layer, in total and per sample id."""
     micro.observe(distributions)
     if ids is not None:
         scores.observe(ids, micro.per_sample)

@@ -25,7 +25,7 @@ def add_norms(
     estimated: Sequence[str],
     note: str,
 ) -> None:
-    """The distributions of the norms per layer and, with the note, in total; `estimated`: layers that are no exact
+    """Add the distributions of the norms per layer and, with the note, in total; `estimated`: layers that are no exact
     ones."""
     if not distributions:
         return  # before the layers are known

@@ -21,8 +21,8 @@ BEFORE, USED = GRADIENTS
 
 
 class GradientTracker(Tracker):
-    """Tracks norms of gradients. Its ring has a place for every step that the parameters' Tracker has seen: NaN where
-    there was no gradient."""
+    """Tracker of the norms of gradients. Its ring has an entry for every step that the parameters' Tracker has seen:
+    NaN where there was no gradient."""
 
     def __init__(self, parts: list[Part], ring: int, steps: Tracker) -> None:
         super().__init__(parts, ring=ring, copies=False)
@@ -30,7 +30,7 @@ class GradientTracker(Tracker):
         self._behind = 0  # steps without a gradient that are not in the ring yet
 
     def observe_nothing(self) -> None:
-        """A step had no gradient."""
+        """Count a step that had no gradient."""
         self._behind += 1
 
     def observe(self, sums: Tensor) -> bool:
@@ -50,7 +50,7 @@ class GradientTracker(Tracker):
 
     @property
     def has_steps(self) -> bool:
-        """Whether there was a step with a gradient."""
+        """Presence of a step with a gradient."""
         return bool((self.table.rows[:, [COLUMN["total_steps"], COLUMN["nonfinite_steps"]]] > 0).any())
 
     def state_dict(self) -> dict[str, Any]:
@@ -77,8 +77,9 @@ class GradientTracker(Tracker):
 
 
 class Gradients:
-    """What backward left in `.grad`, and what the optimizer finds there. A backward pass overwrites what the one before
-    it left: under gradient accumulation the step counts the last, which holds the sum.
+    """Norms of the gradients that backward left in `.grad`, and of those that the optimizer finds there. A backward
+    pass overwrites what the one before it left: under gradient accumulation the step counts the last, which holds the
+    sum.
 
     Args:
         stages: those of GRADIENTS that are wanted.
@@ -100,13 +101,13 @@ class Gradients:
         self.missed = 0  #: steps with gradients of which nobody said that backward had ended
 
     def observe_before_clipping(self, scale: Tensor | float = 1.0) -> None:
-        """After backward; `scale` is what the loss was multiplied by."""
+        """Take the gradients after a backward pass; `scale` is what the loss was multiplied by."""
         if BEFORE in self.trackers:
             self._expected = True
             self._before = self._sums(scale, self._buffers[BEFORE])
 
     def observe_used(self, optimizer: Optimizer | None = None) -> None:
-        """Right before the optimizer's step. Without one: what all of them use."""
+        """Take the gradients right before the step of this optimizer; without one, before the step of all of them."""
         if USED not in self.trackers:
             return
         # A fused optimizer takes the scale out of the gradients itself.
@@ -124,7 +125,7 @@ class Gradients:
         self._used[rows] = sums[rows]
 
     def observe_step(self) -> None:
-        """The step was made."""
+        """Count a step with the gradients that were taken for it."""
         before, used, self._before, self._used = self._before, self._used, None, None
         for stage, tracker in self.trackers.items():
             sums = before if stage == BEFORE else used
@@ -139,7 +140,8 @@ class Gradients:
         return any(_gradient(part) is not None for part in self._parts)
 
     def _sums(self, scale: Tensor | float, out: Tensor) -> Tensor | None:
-        """Sums of every part's gradient, in `out` where they are on the CPU; None where one has no value of its own."""
+        """Return the sums of every parameter's gradient, in `out` where they are on the CPU; None where one has no
+        value of its own."""
         if not self._list.read(out):
             gradients = [_gradient(part) for part in self._parts]
             if any(_is_partial(gradient) for gradient in gradients):
@@ -153,7 +155,7 @@ class Gradients:
         return out
 
     def describe(self, result: MetricResult, wanted: frozenset[str]) -> None:
-        """grad_norm and clipped_grad_norm."""
+        """Add grad_norm and clipped_grad_norm to a result."""
         for stage, tracker in self.trackers.items():
             if stage not in wanted or not tracker.has_steps:
                 continue
@@ -161,7 +163,7 @@ class Gradients:
             result.leave(functools.partial(rows.add_to, quantity=stage), rows.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wanted stages'."""
+        """Return the states of the stages that are wanted."""
         return {stage: tracker.state_dict() for stage, tracker in self.trackers.items()}
 
 
@@ -170,7 +172,7 @@ def _empty(parts: int) -> Tensor:
 
 
 def _sums_on_cpu(gradients: list[Tensor | None], out: Tensor) -> Tensor:
-    """The slow way, for gradients that are sparse, sharded or strided."""
+    """Sum gradients the slow way, for those that are sparse, sharded or strided."""
     there = [i for i, gradient in enumerate(gradients) if gradient is not None]
     found = _empty(len(there))
     _core.square_sums([gradient for gradient in gradients if gradient is not None], found)
@@ -180,7 +182,8 @@ def _sums_on_cpu(gradients: list[Tensor | None], out: Tensor) -> Tensor:
 
 
 def _sums_on(device: torch.device, gradients: list[Tensor | None]) -> Tensor:
-    """On a device, which nothing waits for. No list of indices goes there, so that a CUDA graph can capture it."""
+    """Sum gradients on a device, which nothing waits for. No list of indices goes there, so that a CUDA graph can
+    capture it."""
     nothing = torch.zeros(1, dtype=torch.float64, device=device)
     norms = [nothing if g is None else functional.sample_norms(g.reshape(1, g.numel())) for g in gradients]
     squares = torch.cat(norms).square()

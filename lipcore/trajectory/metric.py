@@ -168,7 +168,7 @@ class Trajectory(Metric):
     # ---- binding
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
-        """The optimizers, the GradScaler and the blocks per window of the Monitor it belongs to."""
+        """Take the optimizers, the GradScaler and the blocks per window of the Monitor."""
         if self._window_blocks not in (1, window_blocks):
             raise ValueError(
                 f"window_blocks: the Monitor slides its windows, with {window_blocks} blocks; set it there alone, not "
@@ -221,7 +221,7 @@ class Trajectory(Metric):
 
     @property
     def _tracker(self) -> Tracker:
-        """The one that knows where the parameters are; without one, the updates'."""
+        """The tracker that knows where the parameters are; without one, the tracker of updates."""
         return list(self._trackers.values())[-1]
 
     def rebind(self) -> None:
@@ -269,17 +269,17 @@ class Trajectory(Metric):
         return (self._steps_seen + 1) % self.every_steps == 0
 
     def before_step(self) -> None:
-        """Right before the optimizer's step: the snapshot where there is one."""
+        """Copy the parameters right before the optimizer's step, where the source of updates is a snapshot."""
         for tracker in self._trackers.values() if self._due else ():
             tracker.before_step()
 
     def observe_used_gradients(self, optimizer: Optimizer) -> None:
-        """For ``clipped_grad_norm``."""
+        """Take the gradients as the optimizer's step uses them, for ``clipped_grad_norm``."""
         if self._gradients and self._due:
             self._gradients.observe_used(optimizer)
 
     def after_step_of(self, optimizer: Optimizer) -> None:
-        """One of several optimizers has stepped."""
+        """Take the update that one of several optimizers has made."""
         tracker = self._trackers.get("updates")
         if isinstance(tracker, UpdateTracker) and self._due:
             tracker.after_step_of(optimizer)
@@ -298,7 +298,7 @@ class Trajectory(Metric):
 
     @property
     def step_call(self) -> Callable[[], object]:
-        """The compiled step, and what is to be done beside it, without a look at the other ways there are."""
+        """A function that does what :meth:`observe_step` does, without a look at the ways that are not taken."""
         self._require_bound()
         if self.every_steps != 1 or list(self._trackers) != ["exact"]:
             return self.observe_step
@@ -431,7 +431,7 @@ class Trajectory(Metric):
             )  # fmt: skip
 
     def _align(self) -> None:
-        """The gradients' rings go as far as the parameters'."""
+        """Bring the gradients' rings to the parameters' last step."""
         for tracker in self._gradients.trackers.values() if self._gradients else ():
             tracker.catch_up()
 
@@ -492,7 +492,7 @@ class Trajectory(Metric):
         return lines
 
     def finalize(self) -> MetricResult:
-        """The open window's numbers; see the class for what they are."""
+        """Return the open window's numbers; the class's docstring says what they are."""
         if self._numbers is not None:
             return self._numbers
         self._require_bound()
@@ -522,7 +522,7 @@ class Trajectory(Metric):
         return result
 
     def _look_for_trouble(self) -> None:
-        """Warns, once per parameter, of what would otherwise be missing or zero without a word."""
+        """Warn, once per parameter, of what would otherwise be missing or zero without a word."""
         if isinstance(self._model, nn.Module):
             for name in unwatched(self._model, self._parts):
                 self._warn(
@@ -628,7 +628,7 @@ class Trajectory(Metric):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
+        """Return settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
         self._require_bound()
         self.flush()
         trackers = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
@@ -721,7 +721,8 @@ class Trajectory(Metric):
 
 
 def _steps_without_moving(row: list[float]) -> int:
-    """In the window, or since the reference: windows may be short."""
+    """Return for how many steps a tensor has not moved: in the window, or since the reference, since windows may be
+    short."""
     steps, still, total = (int(row[COLUMN[c]]) for c in ("steps", "zero_steps", "total_steps"))
     since_reference = total if row[COLUMN["total_path"]] == 0 else 0
     return max(since_reference, steps if steps == still else 0)

@@ -19,7 +19,7 @@ _FEWEST, _MOST = 256, 65536  # buckets
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for; or, from choose(), what it has come to."""
+    """Mode, source and sketch of a Trajectory: as asked for, or as choose() has settled them."""
 
     mode: str | None
     source: str
@@ -29,7 +29,7 @@ class Choice:
     why: str = ""
 
     def check(self) -> None:
-        """ValueError naming the argument that is not possible."""
+        """Raise ValueError naming the argument that is not possible."""
         if self.mode is not None and self.mode not in _MODES:
             raise ValueError(f"mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
         if self.source not in _SOURCES:
@@ -55,7 +55,7 @@ class Choice:
 
 
 def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], window_blocks: int) -> Choice:
-    """Settles mode, source and buckets for these tensors; `why` says it in words.
+    """Settle mode, source and buckets for these tensors; `why` says it in words.
 
     Raises:
         ValueError: nothing fits the budget, or the source cannot serve these parameters.
@@ -79,13 +79,14 @@ def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], wi
 
 
 def exact_bytes(parts: list[Part], window_blocks: int) -> int:
-    """Of the copies, the mean of earlier blocks included."""
+    """Return the bytes of exact copies, the mean of earlier blocks included."""
     tensors = [part.tensor for part in parts]
     return sum(sum(bytes_of(t.numel(), t.dtype, blocks=window_blocks).values()) for t in tensors)
 
 
 def sketch_bytes(groups: int, buckets: int, window_blocks: int) -> int:
-    """Of the sketches: the present one, its copies, and the last two updates' for the angle between them."""
+    """Return the bytes of sketches: the present one, its copies, and the last two updates' for the angle between
+    them."""
     copies = sum(bytes_of(buckets, torch.float64, blocks=window_blocks).values())
     return groups * (copies + 4 * 8 * buckets)
 

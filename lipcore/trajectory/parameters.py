@@ -20,7 +20,7 @@ Masters = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor | None]
 
 @dataclass
 class Part:
-    """One tensor: where it is looked up at every step, what it is called, which group it adds to."""
+    """One tensor that is watched: where it is looked up at every step, what it is called, which group it adds to."""
 
     owner: dict[str, Tensor]
     key: str
@@ -30,7 +30,7 @@ class Part:
 
     @property
     def tensor(self) -> Tensor:
-        """As it is now (of a sharded one, this rank's part); ValueError when it is not there any more."""
+        """The tensor as it is now (of a sharded one, this rank's shard); ValueError when it is not there any more."""
         tensor = self.owner.get(self.key)
         if tensor is None:
             raise ValueError(
@@ -40,18 +40,18 @@ class Part:
 
     @property
     def there(self) -> bool:
-        """Whether it still is."""
+        """Presence of the tensor: False once it was removed from its module."""
         return self.owner.get(self.key) is not None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the parameter itself, where this is its master copy; None where it is not there any more."""
+        """The dtype of the parameter itself, where this is its master copy; None where it is not there any more."""
         tensor = self.owner.get(self.key)
         return None if tensor is None else (tensor if self.shadow is None else self.shadow).dtype
 
     @property
     def is_mine(self) -> bool:
-        """Whether this rank is the one that counts this part: of replicated ones only the first is."""
+        """Duty of this rank to count the tensor: of replicated ones only the first rank has it."""
         tensor: Any = self.owner[self.key]
         if type(tensor).__name__ != "DTensor":
             return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -61,7 +61,7 @@ class Part:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
+    """Return this rank's shard of a DTensor; any other tensor as it is."""
     if type(tensor).__name__ != "DTensor":
         return tensor  # type: ignore[no-any-return]
     if any(placement.is_partial() for placement in tensor.placements):
@@ -70,7 +70,7 @@ def local_part(tensor: Any) -> Tensor:
 
 
 def find_parts(model: Model, groups: Groups, masters: Masters | None) -> list[Part]:
-    """All trainable parameters of a module (or of a dict of modules), or the given (name, tensor) pairs.
+    """Return all trainable parameters of a module (or of a dict of modules), or the given (name, tensor) pairs.
 
     Raises:
         TypeError, ValueError: the model, a group or a master copy is not usable; the message names it.
@@ -95,7 +95,7 @@ def find_parts(model: Model, groups: Groups, masters: Masters | None) -> list[Pa
 
 
 def of_modules(model: Model) -> Model:
-    """A dict of modules as one module."""
+    """Return a dict of modules as one module, any other model as it is."""
     if isinstance(model, Mapping) and model and all(isinstance(part, nn.Module) for part in model.values()):
         return nn.ModuleDict(model)
     return model
@@ -176,7 +176,7 @@ def _check(parts: list[Part]) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Without a mask as large as the tensor where that can be had."""
+    """Return whether all elements are finite, without a mask as large as the tensor where that can be had."""
     if not tensor.is_cpu or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return bool(tensor.isfinite().all())
     sums = torch.empty(1, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
@@ -185,7 +185,7 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def unwatched(model: nn.Module, parts: list[Part]) -> list[str]:
-    """Trainable parameters that are not among the parts: added, unfrozen or untied since."""
+    """Return the names of trainable parameters that are not watched: added, unfrozen or untied since."""
     where = {(id(part.owner), part.key) for part in parts}
     if _is_all_of(model, where, parts):
         return []
@@ -194,8 +194,8 @@ def unwatched(model: nn.Module, parts: list[Part]) -> list[str]:
 
 
 def _is_all_of(model: nn.Module, where: set[tuple[int, str]], parts: list[Part]) -> bool:
-    """Whether every trainable parameter is at one of these places, or tied to one that is: told without their names,
-    since it is asked at every window's close."""
+    """Return whether every trainable parameter is watched, or tied to one that is: told without their names, since it
+    is asked at every window's close."""
     tensors: set[int] | None = None
     left, seen = [model], {id(model)}
     while left:
@@ -216,8 +216,8 @@ def _is_all_of(model: nn.Module, where: set[tuple[int, str]], parts: list[Part])
 
 
 def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument: str) -> list[Tensor]:
-    """Every part's values in another model or state_dict, in the part's own dtype, whatever wrappers' prefixes its
-    names have."""
+    """Return every watched parameter's values in another model or state_dict, in its own dtype, whatever wrappers'
+    prefixes the names have."""
     if isinstance(source, nn.Module):
         named = {f"{prefix}.{key}" if prefix else key: p for prefix, m in named_modules(source)
                  for key, p in m._parameters.items() if p is not None}  # fmt: skip

@@ -30,7 +30,7 @@ def _of_group(pieces: list[Row]) -> dict[str, float]:
     split = len(pieces)
 
     def spread(column: str, power: int) -> float:
-        """Of a sum over the parts of the column's values to this power, relative."""
+        """Return the relative error of the sum, over the slices of a sketch, of a column's values to this power."""
         squares = [piece[COLUMN[column]] ** power for piece in pieces]
         mean = sum(squares) / split
         if not mean > 0:
@@ -49,7 +49,7 @@ def _of_group(pieces: list[Row]) -> dict[str, float]:
 
 
 def _of_total(groups: list[Row], errors: list[dict[str, float]]) -> dict[str, float]:
-    """The groups' errors are independent."""
+    """Return the error of the total: the groups' errors are independent."""
 
     def combined(quantity: str, column: str, power: int) -> float:
         whole = sum(row[COLUMN[column]] ** power for row in groups)

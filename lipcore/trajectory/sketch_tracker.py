@@ -32,7 +32,7 @@ _ALIGN = 64  # elements; every parameter starts a run of whole groups of the has
 
 
 class SketchTracker(Tracker):
-    """Tracks the sketch of every group."""
+    """Tracker of the sketch of every group."""
 
     quantities = tuple(q for q in (*MOVES, *OFFSETS, *ANGLES) if q not in ("max_abs_update",))
 
@@ -130,13 +130,14 @@ class SketchTracker(Tracker):
         self._nonfinite.zero_()
 
     def inherit(self, before: TrackerBase) -> None:
-        """Only when no parameter has come, gone or changed its size: else the hash of the elements is another one."""
+        """Go on from another tracker, if no parameter has come, gone or changed its size: else the hash of the elements
+        is another one."""
         assert isinstance(before, SketchTracker)
         if [p.name for p in before._sketched] == [p.name for p in self._sketched] and before._first == self._first:
             super().inherit(before)
 
     def set_reference(self, reference: list[Tensor]) -> None:
-        """From the parameters' values, which are sketched here."""
+        """Sketch the parameters' values, and measure distances from there."""
         sketches = torch.zeros_like(self._now)
         for value, first, row in zip(reference, self._first, self._row_of, strict=True):
             dense = value.detach().contiguous() if not value.is_contiguous() else value.detach()
@@ -153,7 +154,7 @@ class SketchTracker(Tracker):
         return out
 
     def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:
-        """Per group and in total; each with its standard error."""
+        """Add the numbers per group and in total; each with its standard error."""
         window, pieces = self.window_rows().cpu(), len(self.parts)
         errors = relative_errors(window[:pieces].numpy(), window[pieces:-1].numpy(), _SPLIT)
         rows = Rows(self.places, window[pieces:], self.window_quantiles()[:, 2 * pieces :])

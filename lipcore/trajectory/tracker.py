@@ -30,7 +30,7 @@ from lipcore.trajectory.tracker_base import Block, TrackerBase
 
 
 class Tracker(TrackerBase):
-    """Keeps the numbers of a list of tensors over the open window."""
+    """Tracker of the numbers of a list of tensors over the open window."""
 
     quantities: tuple[str, ...] = (*MOVES, *OFFSETS, "element_variance")
 
@@ -48,7 +48,7 @@ class Tracker(TrackerBase):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit."""
+        """Return everything needed to go on bit for bit."""
         self.recent.flush(self.seen)
         state: dict[str, Any] = {
             "rows": self.table.rows.clone(),
@@ -76,7 +76,8 @@ class Tracker(TrackerBase):
         }
 
     def prepare(self, state: Any) -> Callable[[], None]:
-        """Checks a state wholly, naming the first bad key in a ValueError; what it returns takes the state over."""
+        """Check a state wholly, naming the first bad key in a ValueError; the function returned takes the state
+        over."""
         mine = self.state_dict()
         theirs = dict(state) if isinstance(state, dict) else state
         loose = ("distributions", "closed", "tensors")  # checked below
@@ -110,7 +111,7 @@ class Tracker(TrackerBase):
         return load
 
     def _check_tensors(self, theirs: Any, mine: dict[str, dict[str, Tensor]] | None) -> bool:
-        """Whether the state has means of earlier blocks."""
+        """Check the copies of a state, and return whether it has means of earlier blocks."""
         if mine is None or not self.copies:
             check_like("tensors", theirs, None)
             return False
@@ -143,8 +144,8 @@ class Tracker(TrackerBase):
     # ---- merging
 
     def prepare_merge(self, other: Tracker) -> Callable[[], bool]:
-        """Checks that the other one's window comes right after this one's (ValueError otherwise). What it returns adds
-        it, and says whether the other one's numbers since the reference contain this one's."""
+        """Check that the other tracker's window comes right after this one's (ValueError otherwise). The function
+        returned adds it, and says whether the other's numbers since the reference contain this one's."""
         if self.closed or other.closed:
             raise ValueError("merge: sliding windows cannot be merged; use window_blocks=1")
         steps, mine, theirs = (t[-1] for t in (other.table.rows[:, STEPS], self._totals(), other._totals()))
@@ -222,7 +223,7 @@ class Tracker(TrackerBase):
         rows[:, POINTS] = 0
 
     def _append_recent(self, other: Tracker) -> None:
-        """The steps of the other one's window come after this one's."""
+        """Append the steps of the other tracker's window."""
         ring = self.table.recent.shape[0]
         theirs = other._window_steps()  # its ring goes back further where it was continued from this one's state
         kept = min(theirs, ring)
@@ -232,17 +233,17 @@ class Tracker(TrackerBase):
         self._skip(theirs)
 
     def _skip(self, steps: int) -> None:
-        """The next `steps` places of the ring were written, and are not to join the quantiles."""
+        """Keep the next `steps` entries of the ring, which were written already, out of the quantiles."""
         self.table.cursor += steps
         self._settled += steps
         self.recent.skip_to(self._settled)
 
     def _window_steps(self) -> int:
-        """All steps of the open block."""
+        """Return the number of steps in the open block."""
         return self._steps_of(self.table.rows)
 
     def summary(self, every_steps: int) -> dict[str, Any]:
-        """The window's rows, and its steps one by one."""
+        """Return the window's rows, and its steps one by one."""
         rows = self.window_rows().cpu()
         count, ring = self._window_steps(), self.table.recent.shape[0]
         if count > ring:

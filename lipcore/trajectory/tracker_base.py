@@ -73,17 +73,17 @@ class TrackerBase:
 
     @cached_property
     def places(self) -> Places:
-        """What every row is of."""
+        """Names and levels of the rows: every tensor, every group, the total."""
         levels: list[Level] = [*["tensor"] * len(self.parts), *["group"] * len(self.groups), "total"]  # type: ignore[list-item]
         return Places([*(part.name for part in self.parts), *self.groups, "total"], levels)
 
     def named_rows(self) -> dict[tuple[str, Level], Tensor]:
-        """Every place's row of the open block."""
+        """Return every place's row of the open block."""
         places = zip(self.places.names, self.places.levels, strict=True)
         return dict(zip(places, self.table.rows[-len(self.places) :], strict=True))
 
     def bytes(self) -> dict[str, int]:
-        """Persistent state by kind."""
+        """Return the bytes of persistent state by kind."""
         out: dict[str, int] = {}
         blocks = (self.closed.maxlen or 0) + 1
         for part in self.parts if self.copies else ():
@@ -95,7 +95,7 @@ class TrackerBase:
     # ---- steps
 
     def before_step(self) -> None:
-        """Right before the optimizer's step."""
+        """Copy what the step about to be made will change, where something needs it."""
 
     @property
     def step(self) -> Callable[[], bool]:
@@ -104,8 +104,8 @@ class TrackerBase:
         return self._plan.step
 
     def observe(self, sums: Tensor) -> bool:
-        """A step from sums made elsewhere, float64 [tensors, 6] as `trajectory_step` returns them; True when settle()
-        is due."""
+        """Count a step from sums made elsewhere, float64 [tensors, 6] as `trajectory_step` returns them; True when
+        settle() is due."""
         self.table.core.observe(sums)
         self._observed += 1
         return bool(self._observed == _core.BLOCK_STEPS)
@@ -123,7 +123,7 @@ class TrackerBase:
 
     @property
     def seen(self) -> int:
-        """All steps so far; those in a replayed CUDA graph are not known here."""
+        """Number of all steps so far; those in a replayed CUDA graph are not known here."""
         return self._settled + self.open_steps
 
     @property
@@ -132,7 +132,7 @@ class TrackerBase:
         return sum(map(self._steps_of, [*(block.rows for block in self.closed), self.table.rows]))
 
     def _steps_of(self, rows: Tensor) -> int:
-        """Of tensors: a group counts a step with finite and other members as both kinds."""
+        """Return the number of steps, from the tensors' rows: groups count a step with finite and other members twice."""
         rows = rows[: len(self.parts)]
         return int((rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max())
 
@@ -155,7 +155,7 @@ class TrackerBase:
     # ---- the window
 
     def reset(self) -> None:
-        """A new window, which starts at the tensors' last observed values."""
+        """Start a new window at the tensors' last observed values."""
         self._end_block()
         self.recent.restart(self._settled)
         self.closed.clear()
@@ -164,7 +164,7 @@ class TrackerBase:
             m2.zero_()  # sums; the means beside them are overwritten by the first block
 
     def advance(self) -> None:
-        """The window slides by a block: the open one is closed, and the oldest goes when there are too many."""
+        """Slide the window by a block: the open one is closed, and the oldest goes when there are too many."""
         if self.closed.maxlen == 0:
             self.reset()
             return
@@ -176,7 +176,7 @@ class TrackerBase:
         self.table.rows[:, POINTS] = _core.CONTINUES
 
     def window_rows(self) -> Tensor:
-        """Rows of the whole window; changes nothing."""
+        """Return the rows of the whole window; changes nothing."""
         rows = self.table.rows.clone()
         for block in reversed(self.closed):
             rows = merge_rows(block.rows, rows)
@@ -185,12 +185,12 @@ class TrackerBase:
         return rows
 
     def window_quantiles(self) -> Numbers:
-        """Median and 99 % quantile of update norm and ratio of every row over the window, [2, 2 * rows]."""
+        """Return median and 99 % quantile of update norm and ratio of every row over the window, [2, 2 * rows]."""
         found = None if self.closed else self.recent.quantiles(self.seen, QUANTILES)
         return quantiles_of(self.window_distributions()) if found is None else found
 
     def window_distributions(self) -> list[Distribution]:
-        """Update norm and ratio of every row over the whole window."""
+        """Return the distributions of update norm and ratio of every row over the whole window."""
         self.recent.flush(self.seen)
         if not self.closed:
             return self.recent.distributions
@@ -201,8 +201,8 @@ class TrackerBase:
         return merged
 
     def merged(self, i: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """All blocks of tensor i merged by Chan's formula: what that adds to M2, M2 per element (where it is kept), and
-        the mean. One tensor's at a time, so that memory stays bounded."""
+        """Return all blocks of tensor i merged by Chan's formula: what that adds to M2, M2 per element (where it is
+        kept), and the mean. One tensor's at a time, so that memory stays bounded."""
         assert self.copies
         row, added = self.table.rows[i], self.table.rows.new_zeros(())
         blocks = [(points_of(b.rows[i : i + 1])[0], b.means[i], b.m2[i] if b.m2 else None) for b in self.closed]
@@ -223,14 +223,14 @@ class TrackerBase:
         return added, elements, mean
 
     def drain(self, gradients: Mapping[str, Recent]) -> StepHistory:
-        """Single steps that were not drained yet, beside those of `gradients` by quantity."""
+        """Return single steps that were not drained yet, beside those of `gradients` by quantity."""
         return self.recent.drain(list(self.places.names), gradients)
 
     # ---- reference
 
     def rebase(self) -> bool:
-        """The tensors as they are now are where the next step starts: what changed them was not a step. Whether it
-        changed any."""
+        """Start the next step from the tensors as they are now, which something else than a step has changed, and
+        return whether that changed any."""
         jumped = False
         if self.copies:
             for part, prev in zip(self.parts, self.copies.prev, strict=True):
@@ -243,7 +243,7 @@ class TrackerBase:
         return jumped
 
     def set_reference(self, reference: list[Tensor]) -> None:
-        """Distances, and the path since the reference, count from these values."""
+        """Measure distances, and the path since the reference, from these values."""
         assert self.copies
         copies, rows = self.copies, self.table.rows
         for means in (copies.mean, copies.earlier, *(block.means for block in self.closed)):
@@ -256,8 +256,8 @@ class TrackerBase:
         self._measure_distance()
 
     def inherit(self, before: TrackerBase) -> None:
-        """After a change of the model: in every row that was there, the path since the reference goes on, and so does
-        the reference of tensors of the same shape."""
+        """Go on after a change of the model: in every row that was there, the path since the reference goes on, and so
+        does the reference of tensors of the same shape."""
         rows, totals = before.named_rows(), slice(WINDOW_COLUMNS, COLUMN["group"])
         shapes = {part.name: part.tensor.shape for part in self.parts}
         resized = {

@@ -24,7 +24,7 @@ NORMALIZED = ("normalized_update_rms",)
 
 
 def closed_form_everywhere(optimizers: Sequence[Optimizer], parts: list[Part]) -> bool:
-    """Whether the state of these optimizers gives every part's update."""
+    """Return whether the state of these optimizers gives every watched parameter's update."""
     if not optimizers or any(supported(optimizer) for optimizer in optimizers):
         return False
     theirs = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
@@ -51,16 +51,17 @@ class UpdateTracker(Tracker):
         self.quantities = (*MOVES, *(NORMALIZED if source == "optimizer" else ()))
 
     def give(self, updates: Mapping[str, Tensor]) -> None:
-        """What the next step has added to every parameter."""
+        """Take what the next step has added to every parameter."""
         self._given = updates
 
     def before_step(self) -> None:
-        """The snapshot, where it is one."""
+        """Copy the parameters, where the source is a snapshot."""
         if isinstance(self.source, SnapshotSource):
             self.source.before()
 
     def after_step_of(self, optimizer: Optimizer) -> None:
-        """Where several step in turn: each one's own state, gradients and skipped steps are there in its hook alone."""
+        """Take the update of one of several optimizers that step in turn: its own state, gradients and skipped steps
+        are there in its hook alone."""
         if isinstance(self.source, OptimizerSource):
             self._each = self.source.sums(only=optimizer)
 
@@ -83,7 +84,7 @@ class UpdateTracker(Tracker):
         return self.observe(sums)
 
     def bytes(self) -> dict[str, int]:
-        """Nothing per parameter."""
+        """Return the bytes of persistent state: nothing per parameter."""
         return {"scalars and recent steps": self.table.bytes, "nothing per parameter": 0}
 
     def reset(self) -> None:

@@ -137,7 +137,8 @@ def _quantiles(confidence: float, blocks: Counts) -> Numbers:
 
 
 def _ratio(noise: Numbers, signal: Numbers) -> Numbers:
-    """Infinite when the estimate of |G|^2 is not above 0: then |G|^2 is too small for it, and not negative."""
+    """Return noise / signal; infinite when the estimate of |G|^2 is not above 0: then |G|^2 is too small for it, and
+    not negative."""
     otherwise = np.where((signal <= 0) & (noise > 0), math.inf, math.nan)
     return np.where(signal > 0, noise / signal, otherwise)
 

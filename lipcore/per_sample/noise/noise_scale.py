@@ -89,7 +89,7 @@ class NoiseScale:
 
     @property
     def steps(self) -> int:
-        """Of this window, those of fewer than 2 samples left out."""
+        """Number of steps in this window, those of fewer than 2 samples left out."""
         return sum(self._sizes) + len(self._pending)
 
     @torch.no_grad()
@@ -152,7 +152,7 @@ class NoiseScale:
             steps = steps[room:]
 
     def _open_block(self) -> int:
-        """For how many steps the last block has room; a new one when it has none."""
+        """Return for how many steps the last block has room; make a new block when it has none."""
         if not self._sizes or self._sizes[-1] >= self._block_steps:
             if len(self._sizes) == _BLOCKS:
                 self._sizes, sums = _in_pairs(self._sizes, self._sums)
@@ -195,7 +195,7 @@ class NoiseScale:
         self.skipped += other.skipped
 
     def take(self) -> NoiseScale:
-        """This window without the exponential averages, for :meth:`finalize` of a later one; then reset()."""
+        """Return this window without the exponential averages, for :meth:`finalize` of a later one, and reset."""
         self._fold()
         taken = NoiseScale(self.places, decay=self.decay, confidence=self.confidence)
         taken._ema = torch.zeros_like(self._ema)
@@ -235,7 +235,7 @@ class NoiseScale:
         return Later(lambda: moments.columns(steps, skipped, confidence), moments.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, settings, the window's blocks and the exponential averages, on the CPU."""
+        """Return version, settings, the window's blocks and the exponential averages, on the CPU."""
         self._fold()
         return {
             "version": self._version,
@@ -288,7 +288,7 @@ def _float64(state: dict[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _in_pairs(sizes: list[int], sums: Tensor) -> tuple[list[int], Tensor]:
-    """Consecutive blocks joined two by two; an odd last one stays alone."""
+    """Return consecutive blocks joined two by two; an odd last one stays alone."""
     even = len(sizes) // 2 * 2
     joined = sums[:even:2] + sums[1:even:2]
     return [sum(sizes[i : i + 2]) for i in range(0, len(sizes), 2)], torch.cat([joined, sums[even : len(sizes)]])

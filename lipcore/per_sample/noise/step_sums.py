@@ -35,8 +35,8 @@ _JENSEN = 1 + 1 / 64  # a few units in the last place of bfloat16, in which grad
 
 
 class StepSums:
-    """Per place (layers, then the total): sum of ||grad l_i||^2 over the step's samples, and ||mean of grad l_i||^2
-    from the accumulated gradients.
+    """Sums of one optimizer step per place (layers, then the total): of ||grad l_i||^2 over the step's samples, and
+    ||mean of grad l_i||^2 from the accumulated gradients.
 
     The step enters as NaN, and is counted with the reason, where the gradient is not the mean over its samples.
     """
@@ -70,7 +70,7 @@ class StepSums:
         self._wrong = ""  # why the gradient is not the mean over the samples
 
     def skipped(self) -> dict[str, int]:
-        """How many steps were left out, by reason. Waits for the device."""
+        """Return how many steps were left out, by reason. Waits for the device."""
         found = dict(self._skipped)
         for reason, count in self._on_device.items():
             if steps := int(count):
@@ -78,7 +78,7 @@ class StepSums:
         return found
 
     def add(self, micro: MicroBatch) -> None:
-        """Another micro-batch of the step."""
+        """Add another micro-batch of the step."""
         record, factor = micro.record, micro.factor
         if record.fresh and record.task != self._task:
             self._forget_samples()  # gradients were zeroed in mid-step (a closure, two passes a step)
@@ -100,16 +100,17 @@ class StepSums:
             self._same = same if self._same is None else self._same & same
 
     def expect(self, record: LayerRecord) -> None:
-        """The pass is ending whose gradients are read next."""
+        """Expect the gradients of this pass to be read next: it is ending."""
         if record.fresh:  # it had none to add to
             self._versions, self._changed = {}, False
 
     def spoil(self, reason: str) -> None:
-        """The gradients of this step are not those of its samples alone."""
+        """Give up this step for a reason: its gradients are not those of its samples alone."""
         self._stray = reason
 
     def read_gradients(self) -> None:
-        """After a backward pass, before anything clips: the squared norm of what has accumulated so far, per place."""
+        """Read, after a backward pass and before anything clips, the squared norm of what has accumulated so far, per
+        place."""
         index, gradients, versions = [], [], {}
         # DDP writes what it has reduced over the ranks, which is a change too.
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
@@ -140,7 +141,8 @@ class StepSums:
         self._gradient_sq = places
 
     def finish(self, observe: Callable[[Tensor, Tensor, int], None], ranks: int) -> None:
-        """The step was made: (mean ||grad l_i||^2, ||mean grad l_i||^2, samples), and start the next."""
+        """Hand a step that was made to `observe`, (mean ||grad l_i||^2, ||mean grad l_i||^2, samples), and start the
+        next."""
         if self._sum is not None and self._factor is not None and self._samples and not self.off:
             # All micro-batches have the factor f, so f * (accumulated gradient) is the sum over the samples.
             scale = self._factor.value / self._samples
@@ -151,7 +153,7 @@ class StepSums:
         self._start()
 
     def _checked(self, mean: Tensor, batch: Tensor, alone: bool) -> Tensor:
-        """The squared norm of the mean gradient; NaN where it is not that."""
+        """Return the squared norm of the mean gradient; NaN where it is not that."""
         wrong = self._wrong or self._stray or (HOOKED if self._hooked else CHANGED if self._changed else "")
         wrong = NOT_FOUND if self._gradient_sq is None else wrong
         if wrong:
@@ -174,7 +176,7 @@ class StepSums:
         self._on_device[reason] = skipped.long() if count is None else count + skipped
 
     def drop(self) -> None:
-        """The step was skipped."""
+        """Drop the open step, which was skipped."""
         self._start()
 
 
@@ -185,12 +187,13 @@ def _is_hooked(parameter: nn.Parameter) -> bool:
 
 
 def _has_own_version(gradient: Tensor) -> bool:
-    """Whether its version counts its changes: views of one buffer count them together, a sparse one's parts apart."""
+    """Return whether a gradient's version counts its changes: views of one buffer count them together, a sparse one's
+    two tensors apart."""
     return type(gradient) is Tensor and gradient.layout == torch.strided and not gradient._is_view()
 
 
 def _is_added_to(before: tuple[int, int], now: tuple[int, int] | None) -> bool:
-    """Whether a backward pass at most has changed a gradient: it adds in place, once."""
+    """Return whether a backward pass at most has changed a gradient: it adds in place, once."""
     return now is not None and now[0] == before[0] and now[1] - before[1] <= 1
 
 

@@ -26,7 +26,7 @@ class IdIndex:
         return self._count
 
     def find(self, ids: Ids) -> Ids:
-        """Slots [n] of ids [n]; -1 for an unknown id."""
+        """Return the slots [n] of ids [n]; -1 for an unknown id."""
         small = (ids >= 0) & (ids < len(self._table))
         slots = np.zeros(len(ids), np.int64)
         slots[small] = self._table[ids[small]]
@@ -36,7 +36,7 @@ class IdIndex:
         return slots - 1
 
     def add(self, ids: Ids) -> Ids:
-        """Slots of ids that are all different; unknown ones get the next slots."""
+        """Return the slots of ids that are all different; unknown ones get the next slots."""
         slots = self.find(ids)
         new = np.flatnonzero(slots < 0)
         if not len(new):
@@ -65,7 +65,7 @@ class IdIndex:
             slots = slots[self._hashed[places] != slots + 1]  # another one took the place
 
     def _places(self, ids: Ids) -> Ids:
-        """Where each id is in the hash table, or the free place where the search for it ends."""
+        """Return the cell of the hash table in which each id is, or the free one where the search for it ends."""
         last = len(self._hashed) - 1
         places = (_mixed(ids) & np.uint64(last)).astype(np.int64)
         open_ = np.arange(len(ids))
@@ -77,7 +77,8 @@ class IdIndex:
 
 
 def grown(array: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
-    """The array, or a longer one of zeros that starts with it: twice as long each time, so that growing is cheap."""
+    """Return the array, or a longer one of zeros that starts with it: twice as long each time, so that growing is
+    cheap."""
     if length <= len(array):
         return array
     out = np.zeros((max(length, 2 * len(array)), *array.shape[1:]), array.dtype)
@@ -86,7 +87,8 @@ def grown(array: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
 
 
 def _mixed(ids: Ids) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Stafford's variant 13 of the 64-bit finaliser (as in splitmix64): strides and high bits spread over all bits."""
+    """Mix the bits of ids by Stafford's variant 13 of the 64-bit finaliser (as in splitmix64): strides and high bits
+    spread over all bits."""
     x = ids.view(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

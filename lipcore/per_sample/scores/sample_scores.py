@@ -111,7 +111,7 @@ class SampleScores:
         self._merge(*_grouped(ids, values))
 
     def _merge(self, ids: Array, count: Array, moments: Array) -> None:
-        """Chan's formula, for ids that are all different."""
+        """Merge statistics by Chan's formula, for ids that are all different."""
         if not len(ids):
             return
         slots = self._index.add(ids)
@@ -186,7 +186,7 @@ class SampleScores:
         return {"ids": ids, "count": count, "mean": mean, "variance": variance, "max": high}
 
     def _sorted(self) -> tuple[Array, Array, Array]:
-        """Copies of what is kept, by ascending id."""
+        """Return copies of what is kept, by ascending id."""
         self._fold()
         used = len(self._index)
         order = np.argsort(self._index.ids[:used])
@@ -237,8 +237,8 @@ def _what(value: Any) -> str:
 
 
 def _on_host(tensor: Tensor, dtype: torch.dtype, events: list[Any]) -> Tensor:
-    """A copy on the CPU; of a CUDA tensor one that is there when the event added has passed (in pinned memory, which
-    torch allocates for such copies)."""
+    """Return a copy on the CPU; of a CUDA tensor one that is there when the event added has passed (in pinned memory,
+    which torch allocates for such copies)."""
     tensor = tensor.detach().to(dtype)
     if not tensor.is_cuda:
         return tensor.to("cpu", copy=True)
@@ -252,7 +252,7 @@ def _column(state: dict[str, Any], key: str, dtype: torch.dtype) -> Array:
 
 
 def _grouped(ids: Array, values: Array) -> tuple[Array, Array, Array]:
-    """The different ids, how many values each has, and their mean, M2 and maximum [ids, 3]."""
+    """Return the different ids, how many values each has, and their mean, M2 and maximum [ids, 3]."""
     if not len(ids):
         return ids, ids, np.empty((0, 3))
     order = np.argsort(ids, kind="stable")
@@ -267,5 +267,5 @@ def _grouped(ids: Array, values: Array) -> tuple[Array, Array, Array]:
 
 
 def _statistics(count: Array, moments: Array) -> tuple[Array, Array, Array]:
-    """Mean, variance and maximum of samples that have values."""
+    """Return mean, variance and maximum of samples that have values."""
     return np.ascontiguousarray(moments[:, 0]), moments[:, 1] / count, np.ascontiguousarray(moments[:, 2])
