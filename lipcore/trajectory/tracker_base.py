@@ -132,7 +132,7 @@ class TrackerBase:
         return sum(map(self._steps_of, [*(block.rows for block in self.closed), self.table.rows]))
 
     def _steps_of(self, rows: Tensor) -> int:
-        """Return the number of steps, from the tensors' rows: groups count a step with finite and other members twice."""
+        """Return how many steps the tensors' rows have: groups count a step with finite and other members twice."""
         rows = rows[: len(self.parts)]
         return int((rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max())
 
