@@ -13,7 +13,8 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.metric.columns import Numbers
 from lipcore.metric.state import check_version, checked_count, checked_tensor
-from lipcore.metric.values import Label, Value
+from lipcore.metric.values import LABELS, Label, Value
+from lipcore.models.arguments import check_choice
 
 
 class Distribution:
@@ -89,6 +90,7 @@ class Distribution:
 
     def reduced(self, label: Label, *, total: bool = False, note: str = "") -> dict[str, Value]:
         """Return the usual reducers as values: mean, min, max, p50, p99, and the sum when asked for."""
+        check_choice("label", label, LABELS)
         count = self.count
         numbers = {"mean": self.mean, "min": self.min, "max": self.max}
         numbers |= {"p50": self.quantile(0.5), "p99": self.quantile(0.99)}

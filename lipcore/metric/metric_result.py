@@ -13,6 +13,7 @@ from lipcore.metric.later import Details, Later
 from lipcore.metric.quantity import Quantity
 from lipcore.metric.show import Showable, Shown, reducers_text
 from lipcore.metric.values import LEVELS, Level, Value, json_ready
+from lipcore.models.arguments import check_choice
 
 _MAKING = threading.RLock()
 _COLUMN = 256  # bytes of the objects around a column's arrays, about
@@ -102,8 +103,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
 
     def flat(self, level: Level = "group") -> dict[str, float]:
         """Return {"metric/quantity.reducer/place": number} of one level and the totals, as experiment loggers want."""
-        if level not in LEVELS:
-            raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+        check_choice("level", level, LEVELS)
         return {
             f"{self.metric}/{name}.{reducer}/{place}": value.value
             for name, quantity in self.items()

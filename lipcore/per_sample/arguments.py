@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lipcore.models.arguments import check_count
+from lipcore.models.arguments import check_choice, check_count, is_integer
 
+OnUnsupported = Literal["error", "skip"]
 Offsets = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
 
@@ -22,9 +23,8 @@ def check_arguments(
             f"every_steps: {every_steps} counts an optimizer's steps, which a metric that stands alone does not see; "
             "leave out model= and give the metric to Monitor(model, optimizer, metrics=[...])"
         )
-    if on_unsupported not in ("error", "skip"):
-        raise ValueError(f"on_unsupported: expected 'error' or 'skip', got {on_unsupported!r}")
-    if batch_dim not in (0, 1) or isinstance(batch_dim, bool):
+    check_choice("on_unsupported", on_unsupported, get_args(OnUnsupported))
+    if not is_integer(batch_dim) or batch_dim not in (0, 1):
         raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
     if isinstance(broadcast, str):
         raise TypeError(f"broadcast: expected a sequence of layer names, got the string {broadcast!r}")

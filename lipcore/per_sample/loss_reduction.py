@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lipcore.models.arguments import check_choice
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
 
+LossReduction = Literal["mean", "sum"]
 Terms = Real | int | float | Tensor | Callable[[], Any] | None
 
 
@@ -22,12 +24,12 @@ class Reduction:
     was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out.
     """
 
-    def __init__(self, reduction: str, terms: Terms, scale: float) -> None:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"loss_reduction: expected 'mean' or 'sum', got {reduction!r}: what your loss does over the batch. "
-                "It has no default, since a wrong one makes every norm wrong by a factor B"
-            )
+    def __init__(self, reduction: LossReduction, terms: Terms, scale: float) -> None:
+        why = (
+            ": what your loss does over the batch. It has no default, since a wrong one makes every norm wrong by a "
+            "factor B"
+        )
+        check_choice("loss_reduction", reduction, get_args(LossReduction), why=why)
         if terms is not None and reduction == "sum":
             raise ValueError("loss_terms: a loss that is summed divides by no number of terms; leave it out")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):

@@ -22,12 +22,12 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
-from lipcore.per_sample.arguments import check_arguments, offsets_of
+from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.batch_norms import MicroBatch, Norms
 from lipcore.per_sample.layer_index import Places
 from lipcore.per_sample.loss_factor import LossFactor
-from lipcore.per_sample.loss_reduction import Reduction, Terms
-from lipcore.per_sample.methods import check_methods, how
+from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
+from lipcore.per_sample.methods import LayerMethod, check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.step_sums import StepSums
 from lipcore.per_sample.open_step import OpenStep, take_in
@@ -103,15 +103,15 @@ class PerSampleGradNorms(StandaloneMetric):
         self,
         model: nn.Module | None = None,
         *,
-        loss_reduction: str,
+        loss_reduction: LossReduction,
         loss_terms: Terms = None,
         scale: float = 1.0,
         every_steps: int = 1,
-        on_unsupported: str = "error",
+        on_unsupported: OnUnsupported = "error",
         batch_dim: int = 0,
         cu_seqlens: str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
         broadcast: Sequence[str] = (),
-        methods: Mapping[str, str] | None = None,
+        methods: Mapping[str, LayerMethod] | None = None,
         fused: bool = False,
         normalized: bool = False,
         noise_scale: bool = True,

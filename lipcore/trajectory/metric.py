@@ -17,7 +17,7 @@ from lipcore.models.arguments import check_count
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.gradient_norms import BEFORE, Gradients
 from lipcore.trajectory.groups import Groups, by_block
-from lipcore.trajectory.mode import Choice, choose
+from lipcore.trajectory.mode import Choice, Mode, Source, choose
 from lipcore.trajectory.parameters import Masters, Model, Part, find_parts, of_modules, unwatched, values_of
 from lipcore.trajectory.shards import gather
 from lipcore.trajectory.sketch_history import SketchHistory
@@ -121,8 +121,8 @@ class Trajectory(Metric):
         every_steps: int = 1,
         window_blocks: int = 1,
         ring: int = 1024,
-        mode: str | None = None,
-        source: str = "auto",
+        mode: Mode | None = None,
+        source: Source = "auto",
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         masters: Masters | None = None,
         buckets: int = 4096,
@@ -132,11 +132,11 @@ class Trajectory(Metric):
         memory_budget: int | None = None,
         on_step: OnStep | None = None,
     ) -> None:
-        for key, number, least in (
-            *(("every_steps", every_steps, 1), ("window_blocks", window_blocks, 1), ("ring", ring, 512)),
-            *(("keep_limit", keep_limit, 1), ("keep_every", keep_every or 1, 1)),
-        ):
-            check_count(key, number, least)
+        check_count("every_steps", every_steps)
+        check_count("window_blocks", window_blocks)
+        check_count("ring", ring, 512)
+        check_count("keep_every", keep_every, optional=True)
+        check_count("keep_limit", keep_limit)
         if not (callable(groups) or isinstance(groups, Mapping)):
             raise TypeError(f"groups: expected a callable or a dict of expressions, got {type(groups).__name__}")
         self._stats = None if stats is None else _checked_stats(stats)

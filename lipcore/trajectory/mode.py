@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch.optim import Optimizer
 
+from lipcore.models.arguments import check_choice, check_count, is_integer
 from lipcore.trajectory.copies import bytes_of
 from lipcore.trajectory.parameters import Part
 from lipcore.trajectory.update_tracker import closed_form_everywhere
 
-_MODES = ("exact", "sketch", "updates", "auto")
-_SOURCES = ("auto", "difference", "optimizer", "snapshot", "explicit")
+Mode = Literal["exact", "sketch", "updates", "auto"]
+Source = Literal["auto", "difference", "optimizer", "snapshot", "explicit"]
 _FEWEST, _MOST = 256, 65536  # buckets
 
 
@@ -21,8 +23,8 @@ _FEWEST, _MOST = 256, 65536  # buckets
 class Choice:
     """Mode, source and sketch of a Trajectory: as asked for, or as choose() has settled them."""
 
-    mode: str | None
-    source: str
+    mode: Mode | None
+    source: Source
     buckets: int
     seed: int
     memory_budget: int | None
@@ -30,21 +32,18 @@ class Choice:
 
     def check(self) -> None:
         """Raise ValueError naming the argument that is not possible."""
-        if self.mode is not None and self.mode not in _MODES:
-            raise ValueError(f"mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
-        if self.source not in _SOURCES:
-            raise ValueError(f"source: expected one of {', '.join(_SOURCES)}, got {self.source!r}")
-        if not isinstance(self.buckets, int) or self.buckets not in [1 << i for i in range(8, 17)]:
+        check_choice("mode", self.mode, get_args(Mode), optional=True)
+        check_choice("source", self.source, get_args(Source))
+        if not is_integer(self.buckets) or self.buckets not in [1 << i for i in range(8, 17)]:
             raise ValueError(f"buckets: expected a power of two from {_FEWEST} to {_MOST}, got {self.buckets!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {self.seed!r}")
+        check_count("memory_budget", self.memory_budget, optional=True)
         if (self.mode == "auto") != (self.memory_budget is not None):
             raise ValueError(
                 "memory_budget: "
                 + ("mode 'auto' needs one, in bytes" if self.mode == "auto" else "is for mode 'auto' only")
             )
-        if self.memory_budget is not None and (not isinstance(self.memory_budget, int) or self.memory_budget < 1):
-            raise ValueError(f"memory_budget: expected a number of bytes, got {self.memory_budget!r}")
         if self.mode == "exact" and self.source not in ("auto", "difference"):
             raise ValueError(
                 f"source: mode 'exact' keeps the copies that give the difference, {self.source!r} would only cost; "
@@ -60,11 +59,11 @@ def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], wi
     Raises:
         ValueError: nothing fits the budget, or the source cannot serve these parameters.
     """
-    mode = asked.mode or ("exact" if asked.source in ("auto", "difference") else "updates")
+    mode: Mode = asked.mode or ("exact" if asked.source in ("auto", "difference") else "updates")
     buckets, why = asked.buckets, ""
     if mode == "auto":
         mode, buckets, why = _within_budget(asked, parts, window_blocks)
-    source = asked.source
+    source: Source = asked.source
     if source == "auto":
         source = "difference"
         if mode == "updates":
@@ -91,7 +90,7 @@ def sketch_bytes(groups: int, buckets: int, window_blocks: int) -> int:
     return groups * (copies + 4 * 8 * buckets)
 
 
-def _within_budget(asked: Choice, parts: list[Part], window_blocks: int) -> tuple[str, int, str]:
+def _within_budget(asked: Choice, parts: list[Part], window_blocks: int) -> tuple[Mode, int, str]:
     budget = asked.memory_budget
     assert budget is not None
     exact = exact_bytes(parts, window_blocks)

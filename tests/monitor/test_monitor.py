@@ -208,7 +208,7 @@ def test_flat_keys_are_metric_quantity_reducer_place() -> None:
     assert "trajectory/path_length.sum/3" in flat  # a group
     assert "trajectory/path_length.sum/3.weight" not in flat
     assert "trajectory/path_length.sum/3.weight" in window.flat("tensor")
-    with pytest.raises(ValueError, match=r"level: expected one of tensor, group, total, got 'all'"):
+    with pytest.raises(ValueError, match=r"level: expected 'tensor', 'group' or 'total', got 'all'"):
         window.flat("all")
 
 

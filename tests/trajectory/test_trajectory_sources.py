@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Any], Any], str]] = {
         lambda model, _: Trajectory(model, mode="updates", source="difference"),
         "source: mode 'updates' keeps no copies",
     ),
-    "unknown": (lambda model, _: Trajectory(model, source="magic"), "source: expected one of .*got 'magic'"),
+    "unknown": (lambda model, _: Trajectory(model, source="magic"), "source: expected 'auto', .*got 'magic'"),
     "element_variance": (
         lambda model, _: Trajectory(model, mode="updates", stats=["element_variance"]),
         "stats: 'element_variance' is not known in mode 'updates'",

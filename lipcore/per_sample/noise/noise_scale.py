@@ -12,6 +12,7 @@ from lipcore.metric.columns import Column
 from lipcore.metric.later import Later
 from lipcore.metric.results import Value
 from lipcore.metric.state import check_version, checked_count, checked_tensor, is_count
+from lipcore.models.arguments import check_count
 from lipcore.per_sample.noise.estimates import Moments
 
 _BLOCKS = 32  # even; between 16 and 31 are left when they have been joined in pairs
@@ -62,8 +63,7 @@ class NoiseScale:
     _version = 1
 
     def __init__(self, places: int, *, decay: float = 0.99, confidence: float = 0.95) -> None:
-        if not isinstance(places, int) or isinstance(places, bool) or places < 0:
-            raise ValueError(f"places: expected a count >= 0, got {places!r}")
+        check_count("places", places, 0)
         if not 0 <= decay < 1:
             raise ValueError(f"decay: expected a number from 0 to below 1, got {decay!r}")
         if not 0 < confidence < 1:
@@ -107,8 +107,7 @@ class NoiseScale:
                 raise ValueError(f"{name}: expected a floating-point tensor of shape [{self.places}], got {what}")
         if mean_norm_sq.device != batch_grad_sq.device:
             raise ValueError(f"batch_grad_sq: on {batch_grad_sq.device}, but mean_norm_sq is on {mean_norm_sq.device}")
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
-            raise ValueError(f"samples: expected a count >= 0, got {samples!r}")
+        check_count("samples", samples, 0)
         if samples < 2:
             self.skipped += 1
             return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.state import check_version, checked_count, checked_tensor
+from lipcore.models.arguments import check_choice, check_count
 from lipcore.per_sample.scores.id_index import IdIndex, grown
 
+Score = Literal["mean", "max", "variance", "count"]
 Array = np.ndarray[Any, Any]
 _PENDING_BATCHES, _PENDING_VALUES = 64, 1 << 16  # then they are folded in, so that numpy's overhead is shared
 _MOST = 4  # times as many, before a device that has not finished is waited for
@@ -161,15 +163,11 @@ class SampleScores:
         numbers[:, known] = _statistics(count[known], self._moments[slots[known]])
         return SampleStatistics(*(torch.from_numpy(array) for array in (count, *numbers)))
 
-    def top(
-        self, k: int, by: Literal["mean", "max", "variance", "count"] = "mean", *, largest: bool = True
-    ) -> TopSamples:
+    def top(self, k: int, by: Score = "mean", *, largest: bool = True) -> TopSamples:
         """Return the k samples with the largest (or smallest) score, fewer when there are not so many. Of equal
         scores the smaller ids come first."""
-        if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-            raise ValueError(f"k: expected a count >= 0, got {k!r}")
-        if by not in ("mean", "max", "variance", "count"):
-            raise ValueError(f"by: expected mean, max, variance or count, got {by!r}")
+        check_count("k", k, 0)
+        check_choice("by", by, get_args(Score))
         arrays = self.to_numpy()
         ids, values = arrays["ids"], arrays[by]
         key = -values if largest else values
