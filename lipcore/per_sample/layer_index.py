@@ -10,7 +10,7 @@ from torch import Tensor
 _MOST = 64  # of what is kept: layers may come and go at random
 
 
-class Places:
+class LayerIndex:
     """The layers of a model in its order, and the parameters of each.
 
     Attributes:

@@ -23,14 +23,14 @@ from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
-from lipcore.per_sample.batch_norms import MicroBatch, Norms
-from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
 from lipcore.per_sample.methods import LayerMethod, check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
-from lipcore.per_sample.noise.step_sums import StepSums
+from lipcore.per_sample.noise.noise_sums import NoiseSums
 from lipcore.per_sample.open_step import OpenStep, take_in
+from lipcore.per_sample.pass_norms import Norms, PassNorms
 from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.show import shown
@@ -137,11 +137,11 @@ class PerSampleGradNorms(StandaloneMetric):
         self._scaler = scaler
         self._stands_alone = model is not None
         self._steps = 0
-        self._last: MicroBatch | None = None
+        self._last: PassNorms | None = None
         self._ids: Tensor | None = None
         self._takes_ids = False
         self.scores = SampleScores()  #: per sample id, when `ids` are given
-        self._places = Places({})
+        self._layer_index = LayerIndex({})
         self._open_step = OpenStep(None)
         self._blocks = 1
         self._window = NormWindow(0, 1)  # until the layers are known
@@ -184,13 +184,13 @@ class PerSampleGradNorms(StandaloneMetric):
         for site in layers.sites:
             for parameter in site.names.values():
                 layer_of.setdefault(parameter, site.name)
-        before, self._places = self._layers, Places(layer_of)
+        before, self._layer_index = self._layers, LayerIndex(layer_of)
         if self._layers != before or not self._window.open:
             self._window, self._noise = NormWindow(len(self._layers) + 1, self._blocks), None
         sums = None
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
-            sums = StepSums(self._places, layers.coverage.parameters)
+            sums = NoiseSums(self._layer_index, layers.coverage.parameters)
         self._open_step = OpenStep(sums)
         if self._stands_alone:
             layers.single.send_to(self._single_sink)
@@ -200,7 +200,7 @@ class PerSampleGradNorms(StandaloneMetric):
         them."""
         if self._takes_ids or self._scaler is not None or not self._reduction.is_constant:
             return None
-        index = [self._places.number[self._places.layer_of[name]] for name in names]
+        index = [self._layer_index.number[self._layer_index.layer_of[name]] for name in names]
         factor = self._reduction.factor(1, None).number
         return index, self._window.cores, factor * factor
 
@@ -219,31 +219,31 @@ class PerSampleGradNorms(StandaloneMetric):
 
     @property
     def _layers(self) -> list[str]:
-        return self._places.layers
+        return self._layer_index.layers
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
-        micro = MicroBatch(record, self._reduction.factor(record.samples, self._scaler), self._places)
-        self._last = micro
+        norms = PassNorms(record, self._reduction.factor(record.samples, self._scaler), self._layer_index)
+        self._last = norms
         if record.observed:
             return
         ids, self._ids = self._ids, None
         if ids is not None and len(ids) != record.samples:
             raise ValueError(f"ids: {len(ids)} ids were given for a micro-batch of {record.samples} samples")
         if self._stands_alone:
-            self._take_in(micro, ids)
+            self._take_in(norms, ids)
         else:
-            self._open_step.add(micro, ids, len(self._window.open))
+            self._open_step.add(norms, ids, len(self._window.open))
 
-    def _take_in(self, micro: MicroBatch, ids: Tensor | None) -> None:
-        take_in(micro, ids, self._window.open, self.scores)
+    def _take_in(self, norms: PassNorms, ids: Tensor | None) -> None:
+        take_in(norms, ids, self._window.open, self.scores)
 
     def observe_unrecorded(self, samples: int, reason: str) -> None:
         """Take in a backward pass without a record: the numbers of the one before are not its numbers, nor are the ids
         set for it those of the next."""
         self._ids = None
-        self._last = MicroBatch(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._places)
-        self._last.record.explain(self._places.layer_of)
+        self._last = PassNorms(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._layer_index)
+        self._last.record.explain(self._layer_index.layer_of)
         if reason == STRAYED and self._open_step.sums is not None:
             self._open_step.sums.spoil(STRAYED)
 
@@ -274,7 +274,7 @@ class PerSampleGradNorms(StandaloneMetric):
             raise RuntimeError("this metric watches no model yet: pass model=, or give it to a Monitor")
         return self._capture
 
-    def _micro(self) -> MicroBatch:
+    def _last_norms(self) -> PassNorms:
         if self._engine is not None:
             self._engine.flush()
         elif self._capture is not None:
@@ -300,36 +300,36 @@ class PerSampleGradNorms(StandaloneMetric):
         square = self._capture.single.total() if self._stands_alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
-        return self._micro().per_sample
+        return self._last_norms().per_sample
 
     @property
     def per_layer(self) -> Norms:
         """Norms per layer, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
-        return self._micro().per_layer
+        return self._last_norms().per_layer
 
     @property
     def per_parameter(self) -> Norms:
         """Norms per parameter, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
-        return self._micro().per_parameter
+        return self._last_norms().per_parameter
 
     @property
     def standard_error(self) -> Norms:
         """Standard errors of estimated norms, float64 [B], by layer with ``methods={layer: "estimate"}``: that of
         :attr:`per_layer`, as the probes show it; and ``["total"]``, that of :attr:`per_sample`. Empty where all
         norms are exact."""
-        return self._micro().standard_error
+        return self._last_norms().standard_error
 
     @property
     def normalized(self) -> Norms:
         r"""Normalised gradient norms per layer, float64 [B] each: :math:`r_i = \|\partial L/\partial u_i\| /
         |\partial L/\partial\hat y_i|` with u the layer's output; every factor of the loss cancels. NaN where the
         output's gradient is 0 or not finite."""
-        return self._micro().normalized
+        return self._last_norms().normalized
 
     @property
     def broken(self) -> str:
         """Reason why the last total is NaN; empty when it is not."""
-        return self._micro().record.broken
+        return self._last_norms().record.broken
 
     def set_ids(self, ids: Any) -> None:
         """Name the samples of the next backward pass by their ids (integers [B]); its norms are kept in
@@ -452,7 +452,7 @@ class PerSampleGradNorms(StandaloneMetric):
         """Make what a copy or a pickle has: the settings and all numbers, and no model. What the open step brought
         stays with the original."""
         if self._last is not None:
-            self._micro()  # takes in what has not been delivered yet
+            self._last_norms()  # takes in what has not been delivered yet
         attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}
         return self.__dict__ | attached | {"_open_step": OpenStep(None)}
 

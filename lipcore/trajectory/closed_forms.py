@@ -18,12 +18,12 @@ from lipcore.functional.update_rules import Scalar, UpdateRule
 from lipcore.models.torch_internals import default_to_fused_or_foreach
 
 Group = dict[str, Any]
-Part = tuple[Tensor | None, Tensor | None, UpdateRule]  #: the tensors a and b of a parameter, and its rule
+Move = tuple[Tensor | None, Tensor | None, UpdateRule]  #: the tensors a and b of a parameter, and its rule
 
-HELD: Part = (None, None, UpdateRule())  #: of a parameter that was not stepped
+HELD: Move = (None, None, UpdateRule())  #: of a parameter that was not stepped
 
 
-def part_of(optimizer: Optimizer, group: Group, w: Tensor, memo: dict[Any, Any]) -> Part:
+def move_of(optimizer: Optimizer, group: Group, w: Tensor, memo: dict[Any, Any]) -> Move:
     """Return what moved w in the step that was just made. `memo`, empty at the start of a step, keeps what a group's
     parameters have in common.
 
@@ -59,7 +59,7 @@ def _number(x: Any) -> Scalar:
     return float(x) if x.is_cpu else x.detach().reshape(())
 
 
-def _sgd(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Part:
+def _sgd(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Move:
     known = memo.get(id(group))
     if known is None:
         known = memo[id(group)] = _sgd_rule(group)
@@ -100,7 +100,7 @@ def _is_foreach(group: Group) -> bool:
     return bool(group["foreach"])
 
 
-def _adam(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Part:
+def _adam(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Move:
     if not state:
         return HELD
     step: Tensor = state["step"]
@@ -154,7 +154,7 @@ def _bias_corrections(group: Group, step: Tensor) -> tuple[Any, Any]:
     return 1 - beta1**count, 1 - beta2**count
 
 
-CLOSED_FORMS: dict[type, Callable[[Group, Tensor, Group, dict[Any, Any]], Part]] = {
+CLOSED_FORMS: dict[type, Callable[[Group, Tensor, Group, dict[Any, Any]], Move]] = {
     SGD: _sgd,
     Adam: _adam,
     AdamW: _adam,

@@ -18,7 +18,15 @@ from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.gradient_norms import BEFORE, Gradients
 from lipcore.trajectory.groups import Groups, by_block
 from lipcore.trajectory.mode import Choice, Mode, Source, choose
-from lipcore.trajectory.parameters import Masters, Model, Part, find_parts, of_modules, unwatched, values_of
+from lipcore.trajectory.parameters import (
+    Masters,
+    Model,
+    WatchedParameter,
+    find_watched,
+    of_modules,
+    unwatched,
+    values_of,
+)
 from lipcore.trajectory.shards import gather
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.sketch_tracker import ANGLES, SketchTracker
@@ -148,7 +156,7 @@ class Trajectory(Metric):
         self._optimizers: list[Optimizer] = []
         self._given_optimizer = optimizer
         self._scaler: Any = None
-        self._parts: list[Part] = []
+        self._watched: list[WatchedParameter] = []
         self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._trackers: dict[str, Tracker] = {}
         self._gradients: Gradients | None = None
@@ -180,29 +188,34 @@ class Trajectory(Metric):
         """Take the reference point."""
         if self._numbers is not None:
             raise RuntimeError(_ONLY_NUMBERS)
-        if self._parts:
+        if self._watched:
             raise RuntimeError("this Trajectory is bound to a model already; make one Trajectory per model")
         if self._given_optimizer is not None:
             given = self._given_optimizer
             self._optimizers = [given] if isinstance(given, Optimizer) else list(given)
         # An iterator is read once, a rebind() later must find the same pairs.
         self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
-        self._build(find_parts(self._model, self._groups, self._masters))
+        self._build(find_watched(self._model, self._groups, self._masters))
 
-    def _build(self, parts: list[Part]) -> None:
+    def _build(self, watched: list[WatchedParameter]) -> None:
         wanted = self._stats or ()
-        choice = choose(self._choice, parts, self._optimizers, self._window_blocks)
+        choice = choose(self._choice, watched, self._optimizers, self._window_blocks)
         trackers: dict[str, Tracker] = {}
         settings: dict[str, Any] = {"ring": self._ring, "window_blocks": self._window_blocks}
         if choice.mode == "exact":
             per_element = "element_variance" in wanted
-            trackers["exact"] = Tracker(parts, per_element=per_element, **settings)
+            trackers["exact"] = Tracker(watched, per_element=per_element, **settings)
         elif choice.mode == "sketch":
             trackers["sketch"] = SketchTracker(
-                parts, choice.buckets, choice.seed, keep_every=self._keep_every, keep_limit=self._keep_limit, **settings
+                watched,
+                choice.buckets,
+                choice.seed,
+                keep_every=self._keep_every,
+                keep_limit=self._keep_limit,
+                **settings,
             )
         if choice.source != "difference":
-            trackers = {"updates": UpdateTracker(parts, choice.source, self._optimizers, **settings), **trackers}
+            trackers = {"updates": UpdateTracker(watched, choice.source, self._optimizers, **settings), **trackers}
         known = [name for tracker in trackers.values() for name in tracker.quantities]
         for name in wanted:
             if name not in known and name not in GRADIENTS:
@@ -213,9 +226,9 @@ class Trajectory(Metric):
         stages = set(GRADIENTS) & set(wanted if self._stats is not None else (BEFORE,))
         first = next(iter(trackers.values()))
         self._gradients = (
-            Gradients(parts, self._ring, stages, first, by_name=self._stats is not None) if stages else None
+            Gradients(watched, self._ring, stages, first, by_name=self._stats is not None) if stages else None
         )
-        self._parts, self._trackers, self._chosen = parts, trackers, choice
+        self._watched, self._trackers, self._chosen = watched, trackers, choice
         self._jumps = []
         self._start_stream()
 
@@ -233,7 +246,7 @@ class Trajectory(Metric):
         before = self._trackers
         self._steps_before += int(next(iter(before.values())).table.cursor[0])
         steps, rebased = self._steps_seen, self._rebased
-        self._build(find_parts(self._model, self._groups, self._masters))
+        self._build(find_watched(self._model, self._groups, self._masters))
         for key, tracker in self._trackers.items():
             if key in before:
                 tracker.inherit(before[key])
@@ -378,17 +391,23 @@ class Trajectory(Metric):
         tracker = self._tracker
         if tracker.copies is None:
             raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
-        here = {part.name: part.tensor for part in self._parts}
-        values = values_of(here if reference is None else reference, self._parts, "reference")
+        here = {parameter.name: parameter.tensor for parameter in self._watched}
+        values = values_of(here if reference is None else reference, self._watched, "reference")
         tracker.set_reference(values)
         self._apart = "" if all(map(torch.equal, values, here.values())) else "set_reference"
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy or a pickle has: as it is before it is bound, then the open window's numbers and nothing
         else."""
-        if not self._parts:
+        if not self._watched:
             return self.__dict__
-        nothing: dict[str, Any] = {"_parts": [], "_trackers": {}, "_gradients": None, "_model": None, "_masters": None}
+        nothing: dict[str, Any] = {
+            "_watched": [],
+            "_trackers": {},
+            "_gradients": None,
+            "_model": None,
+            "_masters": None,
+        }
         nothing |= {"_optimizers": [], "_given_optimizer": None, "_scaler": None, "_groups": by_block}
         nothing |= {"_stream": None, "_on_step": None, "_step_error": None}
         return self.__dict__ | nothing | {"_numbers": self.finalize()}
@@ -415,7 +434,7 @@ class Trajectory(Metric):
         self.flush()
         self._raise_error()
         self._on_step = on_step
-        if self._parts:
+        if self._watched:
             self._start_stream()
 
     def _start_stream(self) -> None:
@@ -465,7 +484,7 @@ class Trajectory(Metric):
     def _require_bound(self) -> None:
         if self._numbers is not None:
             raise RuntimeError(_ONLY_NUMBERS)
-        if not self._parts:
+        if not self._watched:
             raise RuntimeError(
                 "this Trajectory has no model; pass one to Trajectory(model) or to Monitor(model, metrics=[...])"
             )
@@ -478,11 +497,11 @@ class Trajectory(Metric):
             return [PlanLine("copy", "holds numbers, and watches nothing")]
         self._require_bound()
         lines = [PlanLine("mode", self._chosen.why)]
-        groups: dict[str, list[Part]] = {}
-        for part in self._parts:
-            groups.setdefault(part.group, []).append(part)
+        groups: dict[str, list[WatchedParameter]] = {}
+        for parameter in self._watched:
+            groups.setdefault(parameter.group, []).append(parameter)
         for group, members in groups.items():
-            elements = sum(part.tensor.numel() for part in members)
+            elements = sum(parameter.tensor.numel() for parameter in members)
             lines.append(PlanLine(group, f"{len(members)} parameters, {elements:,} elements"))
         for tracker in self._trackers.values():
             lines += [PlanLine(kind, "", size) for kind, size in tracker.bytes().items()]
@@ -524,7 +543,7 @@ class Trajectory(Metric):
     def _look_for_trouble(self) -> None:
         """Warn, once per parameter, of what would otherwise be missing or zero without a word."""
         if isinstance(self._model, nn.Module):
-            for name in unwatched(self._model, self._parts):
+            for name in unwatched(self._model, self._watched):
                 self._warn(
                     name,
                     f"parameter '{name}' is trainable but was not when this Trajectory was bound (added, unfrozen or "
@@ -536,20 +555,22 @@ class Trajectory(Metric):
                 f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "
                 "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
             )
-        half = [part for part in self._parts if part.dtype in _HALF]
+        half = [parameter for parameter in self._watched if parameter.dtype in _HALF]
         rows = self._tracker.named_rows() if half else {}
-        for part in half:
-            shadow = part.tensor if part.shadow is None else part.shadow
-            row = rows.get((part.name, "tensor"))
+        for parameter in half:
+            shadow = parameter.tensor if parameter.shadow is None else parameter.shadow
+            row = rows.get((parameter.name, "tensor"))
             steps = 0 if row is None else _steps_without_moving(row.tolist())
-            if part.shadow is None and steps >= 10:
+            if parameter.shadow is None and steps >= 10:
                 self._warn(
-                    part.name,
-                    f"parameter '{part.name}' is {str(shadow.dtype)[6:]} and did not move in {steps} steps: updates "
-                    "below its resolution are lost. If an optimizer keeps float32 master copies, pass masters=",
+                    parameter.name,
+                    f"parameter '{parameter.name}' is {str(shadow.dtype)[6:]} and did not move in {steps} steps: "
+                    "updates below its resolution are lost. If an optimizer keeps float32 master copies, pass masters=",
                 )
-            elif part.shadow is not None and not torch.equal(part.tensor.detach().to(shadow.dtype), shadow.detach()):
-                self._warn(part.name, f"parameter '{part.name}' does not hold the values of its master copy")
+            elif parameter.shadow is not None and not torch.equal(
+                parameter.tensor.detach().to(shadow.dtype), shadow.detach()
+            ):
+                self._warn(parameter.name, f"parameter '{parameter.name}' does not hold the values of its master copy")
 
     def _warn(self, name: str, message: str) -> None:
         if name not in self._warned:
@@ -566,11 +587,11 @@ class Trajectory(Metric):
             raise RuntimeError('element_variance: ask for it with stats=["element_variance", ...] in mode "exact"')
         counts = points_of(self._tracker.window_rows()).long().tolist()
         out = {}
-        for i, part in enumerate(self._parts):
+        for i, parameter in enumerate(self._watched):
             m2 = self._tracker.merged(i)[1]
             assert m2 is not None
             points = counts[i]
-            out[part.name] = m2 / points if points else torch.full_like(m2, torch.nan)
+            out[parameter.name] = m2 / points if points else torch.full_like(m2, torch.nan)
         return out
 
     def drain(self) -> StepHistory:
@@ -620,8 +641,8 @@ class Trajectory(Metric):
             "mode": self._chosen.mode,
             "source": self._chosen.source,
             "sketch": [self._chosen.buckets, self._chosen.seed] if self._chosen.mode == "sketch" else [],
-            "names": [part.name for part in self._parts],
-            "groups": [part.group for part in self._parts],
+            "names": [parameter.name for parameter in self._watched],
+            "groups": [parameter.group for parameter in self._watched],
             "every_steps": self.every_steps,
             "window_blocks": self._window_blocks,
             "ring": self._ring,

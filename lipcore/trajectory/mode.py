@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from lipcore.models.arguments import check_choice, check_count, is_integer
 from lipcore.trajectory.copies import bytes_of
-from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.update_tracker import closed_form_everywhere
 
 Mode = Literal["exact", "sketch", "updates", "auto"]
@@ -53,7 +53,9 @@ class Choice:
             raise ValueError("source: mode 'updates' keeps no copies to take the difference from")
 
 
-def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], window_blocks: int) -> Choice:
+def choose(
+    asked: Choice, watched: list[WatchedParameter], optimizers: Sequence[Optimizer], window_blocks: int
+) -> Choice:
     """Settle mode, source and buckets for these tensors; `why` says it in words.
 
     Raises:
@@ -62,12 +64,12 @@ def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], wi
     mode: Mode = asked.mode or ("exact" if asked.source in ("auto", "difference") else "updates")
     buckets, why = asked.buckets, ""
     if mode == "auto":
-        mode, buckets, why = _within_budget(asked, parts, window_blocks)
+        mode, buckets, why = _within_budget(asked, watched, window_blocks)
     source: Source = asked.source
     if source == "auto":
         source = "difference"
         if mode == "updates":
-            source = "optimizer" if closed_form_everywhere(optimizers, parts) else "snapshot"
+            source = "optimizer" if closed_form_everywhere(optimizers, watched) else "snapshot"
     words = {
         "exact": "exact copies",
         "sketch": f"sketch of {buckets} buckets per group",
@@ -77,9 +79,9 @@ def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], wi
     return replace(asked, mode=mode, source=source, buckets=buckets, why=words + why)
 
 
-def exact_bytes(parts: list[Part], window_blocks: int) -> int:
+def exact_bytes(watched: list[WatchedParameter], window_blocks: int) -> int:
     """Return the bytes of exact copies, the mean of earlier blocks included."""
-    tensors = [part.tensor for part in parts]
+    tensors = [parameter.tensor for parameter in watched]
     return sum(sum(bytes_of(t.numel(), t.dtype, blocks=window_blocks).values()) for t in tensors)
 
 
@@ -90,13 +92,13 @@ def sketch_bytes(groups: int, buckets: int, window_blocks: int) -> int:
     return groups * (copies + 4 * 8 * buckets)
 
 
-def _within_budget(asked: Choice, parts: list[Part], window_blocks: int) -> tuple[Mode, int, str]:
+def _within_budget(asked: Choice, watched: list[WatchedParameter], window_blocks: int) -> tuple[Mode, int, str]:
     budget = asked.memory_budget
     assert budget is not None
-    exact = exact_bytes(parts, window_blocks)
+    exact = exact_bytes(watched, window_blocks)
     if exact <= budget and asked.source in ("auto", "difference"):
         return "exact", asked.buckets, f" ({exact:,} bytes, within the budget of {budget:,})"
-    groups = len({part.group for part in parts})
+    groups = len({parameter.group for parameter in watched})
     buckets = _MOST
     while buckets > _FEWEST and sketch_bytes(groups, buckets, window_blocks) > budget:
         buckets //= 2

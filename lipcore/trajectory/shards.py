@@ -21,7 +21,7 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
     r"""Return the numbers of whole parameters from :meth:`Trajectory.summary` of every shard (each rank's, say).
 
     :math:`\sum_t \|\Delta w_t\| = \sum_t \sqrt{\sum_s \|\Delta w_t^{(s)}\|^2}`: adding up the shards' path lengths
-    would be up to sqrt(shards) too large. Places of the same name are one parameter in parts; pass every part exactly
+    would be up to sqrt(shards) too large. Places of the same name are one parameter in shards; pass every shard exactly
     once (replicated parameters from one rank only). A step in which one shard has non-finite values is left out.
 
     Raises:
@@ -77,10 +77,10 @@ def gather(summary: dict[str, Any], group: Any) -> MetricResult:
     """Gather every rank's summary as one result; each rank gives the parameters that it counts (`mine`). A
     collective."""
     mine = [i for i, is_mine in enumerate(summary["mine"]) if is_mine]
-    part = {key: [summary[key][i] for i in mine] for key in ("names", "groups", "mine")}
-    part |= {"rows": summary["rows"][mine], "steps": summary["steps"][:, mine]}
+    counted = {key: [summary[key][i] for i in mine] for key in ("names", "groups", "mine")}
+    counted |= {"rows": summary["rows"][mine], "steps": summary["steps"][:, mine]}
     gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(gathered, summary | part, group=group)
+    torch.distributed.all_gather_object(gathered, summary | counted, group=group)
     return merge_shards(gathered)
 
 

@@ -1,4 +1,4 @@
-"""What numbers made from sketches are worth: the spread of the parts of a group's buckets."""
+"""What numbers made from sketches are worth: the spread of the slices of a group's buckets."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def _of_total(groups: list[Row], errors: list[dict[str, float]]) -> dict[str, fl
         if not whole > 0:
             return 0.0
         shares = (row[COLUMN[column]] ** power / whole for row in groups)
-        parts = (share * error[quantity] for share, error in zip(shares, errors, strict=True))
-        return math.sqrt(sum(part**2 for part in parts))
+        weighted = (share * error[quantity] for share, error in zip(shares, errors, strict=True))
+        return math.sqrt(sum(error**2 for error in weighted))
 
     path = combined("path_length", "path", 2)  # of the squares, in which groups add up
     return {

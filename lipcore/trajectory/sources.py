@@ -16,7 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore import _core, functional
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
-from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Part, part_of, why_not_fused
+from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
 Sums = tuple[Tensor, Tensor]  #: float64 [n, 6], and float64 [n]
@@ -115,7 +115,7 @@ class OptimizerSource:
         skipped = {id(optimizer): _found_inf(optimizer) for optimizer in self._optimizers}
         memo: dict[Any, Any] = {}
         chosen: list[int] = []
-        parts: list[Part] = []
+        moves: list[Move] = []
         for i, w in enumerate(weights):
             place = places.get(id(w))
             if place is None:
@@ -125,15 +125,15 @@ class OptimizerSource:
                 continue
             chosen.append(i)
             try:
-                parts.append(HELD if skipped[id(optimizer)] is True else part_of(optimizer, group, w, memo))
+                moves.append(HELD if skipped[id(optimizer)] is True else move_of(optimizer, group, w, memo))
             except ValueError as error:
                 raise ValueError(f"trajectory: parameter {self._parameters[i][0]!r}: {error}") from None
         names = [self._parameters[i][0] for i in chosen]
         params = [weights[i] for i in chosen]
         if len(chosen) == len(weights) and self._rows.is_cpu:
-            return _sums(names, params, parts, (self._rows, self._normalized))
+            return _sums(names, params, moves, (self._rows, self._normalized))
         if chosen:
-            rows, normalized = _sums(names, params, parts)
+            rows, normalized = _sums(names, params, moves)
             for k, i in enumerate(chosen):
                 self._put(i, rows[k], normalized[k], skipped[id(places[id(weights[i])][0])])
         return self._rows, self._normalized
@@ -258,8 +258,8 @@ class GivenSource:
                     f"updates: {what} {shown}{', ...' if len(wrong) > 5 else ''}; pass one tensor per parameter of the "
                     "trajectory, None for one that did not move"
                 )
-        parts = [HELD if updates[n] is None else (updates[n], None, GIVEN) for n in names]
-        return _sums(names, _look_up(self._parameters), parts)
+        moves = [HELD if updates[n] is None else (updates[n], None, GIVEN) for n in names]
+        return _sums(names, _look_up(self._parameters), moves)
 
 
 def _look_up(parameters: Sequence[Parameter]) -> list[Tensor]:
@@ -289,9 +289,9 @@ def _found_inf(optimizer: Optimizer) -> bool | Tensor:
     return bool(found) if found.is_cpu else found
 
 
-def _sums(names: Sequence[str], params: list[Tensor], parts: Sequence[Part], out: Sums | None = None) -> Sums:
-    first, second = [part[0] for part in parts], [part[1] for part in parts]
-    rules: list[UpdateRule] = [part[2] for part in parts]
+def _sums(names: Sequence[str], params: list[Tensor], moves: Sequence[Move], out: Sums | None = None) -> Sums:
+    first, second = [move[0] for move in moves], [move[1] for move in moves]
+    rules: list[UpdateRule] = [move[2] for move in moves]
     if out is not None:
         try:
             _core.update_sums(params, first, second, rules, *out)

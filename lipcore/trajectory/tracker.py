@@ -62,12 +62,13 @@ class Tracker(TrackerBase):
         if self.copies:
             copies = self.copies
             state["tensors"] = {
-                part.name: {kind: t.clone() for kind, t in copies.state(i).items()} for i, part in enumerate(self.parts)
+                parameter.name: {kind: t.clone() for kind, t in copies.state(i).items()}
+                for i, parameter in enumerate(self.watched)
             }
         return state
 
     def _block_state(self, block: Block) -> dict[str, Any]:
-        names = [part.name for part in self.parts]
+        names = [parameter.name for parameter in self.watched]
         return {
             "rows": block.rows.clone(),
             "means": {name: mean.clone() for name, mean in zip(names, block.means, strict=bool(block.means))},
@@ -104,9 +105,9 @@ class Tracker(TrackerBase):
                 self.copies.take_earlier()
                 if has_earlier:
                     self.copies.make_earlier()
-                for i, part in enumerate(self.parts):
+                for i, parameter in enumerate(self.watched):
                     for kind, tensor in self.copies.state(i).items():
-                        tensor.copy_(theirs["tensors"][part.name][kind])
+                        tensor.copy_(theirs["tensors"][parameter.name][kind])
 
         return load
 
@@ -115,7 +116,7 @@ class Tracker(TrackerBase):
         if mine is None or not self.copies:
             check_like("tensors", theirs, None)
             return False
-        first = theirs.get(self.parts[0].name) if isinstance(theirs, dict) else None
+        first = theirs.get(self.watched[0].name) if isinstance(theirs, dict) else None
         has_earlier = isinstance(first, dict) and "earlier" in first
         for kinds in mine.values():
             kinds.pop("earlier", None)
@@ -128,7 +129,7 @@ class Tracker(TrackerBase):
         return has_earlier
 
     def _loaded_block(self, path: str, state: Any) -> Block:
-        names = [part.name for part in self.parts]
+        names = [parameter.name for parameter in self.watched]
         means = dict(zip(names, self.copies.mean, strict=True)) if self.copies else {}
         like = {"rows": self.table.rows, "means": means}
         like["m2"] = means if self.copies and self.copies.per_element else {}
@@ -176,7 +177,7 @@ class Tracker(TrackerBase):
             if not continues:
                 other.copies.shift(other.copies.earlier, self.copies.ref)
             other._leave_out_start(self.copies.prev, self.copies.ref, points_of(rows) > 0)
-            points, more = points_of(rows)[: len(self.parts)], points_of(theirs)[: len(self.parts)]
+            points, more = points_of(rows)[: len(self.watched)], points_of(theirs)[: len(self.watched)]
             apart = distances(other.copies.earlier, self.copies.earlier).square()
             added = self.table.with_groups(between(points, more, apart))
             for i, prev in enumerate(self.copies.prev):
@@ -208,7 +209,7 @@ class Tracker(TrackerBase):
         rows = self.table.rows
         counted = had_points & (points_of(rows) == rows[:, STEPS] + 1) & (rows[:, STEPS] > 0)
         left = rows[:, STEPS].clamp(min=1)
-        removed = rows.new_zeros(len(self.parts))
+        removed = rows.new_zeros(len(self.watched))
         for i, mean in enumerate(self.copies.earlier):
             if not counted[i]:
                 continue
@@ -255,9 +256,9 @@ class Tracker(TrackerBase):
             "version": 1,
             "every_steps": every_steps,
             "quantities": [q for q in self.quantities if q in (*MOVES, *OFFSETS)],
-            "names": [part.name for part in self.parts],
-            "groups": [part.group for part in self.parts],
-            "mine": [part.is_mine for part in self.parts],
-            "rows": rows[: len(self.parts)],
-            "steps": self.recent.steps(count)[:, : len(self.parts)],
+            "names": [parameter.name for parameter in self.watched],
+            "groups": [parameter.group for parameter in self.watched],
+            "mine": [parameter.is_mine for parameter in self.watched],
+            "rows": rows[: len(self.watched)],
+            "steps": self.recent.steps(count)[:, : len(self.watched)],
         }

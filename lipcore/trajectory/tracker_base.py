@@ -16,7 +16,7 @@ from lipcore.metric.distribution import Distribution
 from lipcore.metric.results import Level, Places
 from lipcore.trajectory.copies import Copies, bytes_of, distances
 from lipcore.trajectory.describe import QUANTILES, quantiles_of
-from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.step_ring import Recent, StepHistory
 from lipcore.trajectory.table import (
     COLUMN,
@@ -34,7 +34,7 @@ from lipcore.trajectory.table import (
 
 @dataclass
 class Block:
-    """A closed part of a sliding window."""
+    """A closed stretch of a sliding window."""
 
     rows: Tensor
     means: list[Tensor]
@@ -48,18 +48,18 @@ class TrackerBase:
 
     def __init__(
         self,
-        parts: list[Part],
+        watched: list[WatchedParameter],
         *,
         ring: int = 1024,
         window_blocks: int = 1,
         copies: bool = True,
         per_element: bool = False,
     ) -> None:
-        self.parts = parts
-        self.groups = list(dict.fromkeys(part.group for part in parts))
-        tensors = [part.tensor for part in parts]
+        self.watched = watched
+        self.groups = list(dict.fromkeys(parameter.group for parameter in watched))
+        tensors = [parameter.tensor for parameter in watched]
         self.shapes = [tensor.shape for tensor in tensors]  # the parameters' may change until rebind()
-        group_of = [self.groups.index(part.group) for part in parts]
+        group_of = [self.groups.index(parameter.group) for parameter in watched]
         self.table = Table(group_of, len(self.groups), ring, tensors[0].device)
         self.recent = Recent(self.table)
         self.closed: deque[Block] = deque(maxlen=window_blocks - 1)
@@ -68,14 +68,17 @@ class TrackerBase:
         self._settled = 0  # steps up to the last settle()
         self._observed = 0  # steps since then that were not the plan's
         if self.copies:
-            entries = [(part.owner, part.key, part.name, *self.copies.entry(i)) for i, part in enumerate(parts)]
+            entries = [
+                (parameter.owner, parameter.key, parameter.name, *self.copies.entry(i))
+                for i, parameter in enumerate(watched)
+            ]
             self._plan = _core.TrajectoryPlan(entries, self.table.core)
 
     @cached_property
     def places(self) -> Places:
         """Names and levels of the rows: every tensor, every group, the total."""
-        levels: list[Level] = [*["tensor"] * len(self.parts), *["group"] * len(self.groups), "total"]  # type: ignore[list-item]
-        return Places([*(part.name for part in self.parts), *self.groups, "total"], levels)
+        levels: list[Level] = [*["tensor"] * len(self.watched), *["group"] * len(self.groups), "total"]  # type: ignore[list-item]
+        return Places([*(parameter.name for parameter in self.watched), *self.groups, "total"], levels)
 
     def named_rows(self) -> dict[tuple[str, Level], Tensor]:
         """Return every place's row of the open block."""
@@ -86,8 +89,12 @@ class TrackerBase:
         """Return the bytes of persistent state by kind."""
         out: dict[str, int] = {}
         blocks = (self.closed.maxlen or 0) + 1
-        for part in self.parts if self.copies else ():
-            count, dtype, per_element = part.tensor.numel(), part.tensor.dtype, bool(self.copies and self.copies.m2)
+        for parameter in self.watched if self.copies else ():
+            count, dtype, per_element = (
+                parameter.tensor.numel(),
+                parameter.tensor.dtype,
+                bool(self.copies and self.copies.m2),
+            )
             for kind, size in bytes_of(count, dtype, per_element=per_element, blocks=blocks).items():
                 out[kind] = out.get(kind, 0) + size
         return out | {"scalars and recent steps": self.table.bytes}
@@ -133,7 +140,7 @@ class TrackerBase:
 
     def _steps_of(self, rows: Tensor) -> int:
         """Return how many steps the tensors' rows have: groups count a step with finite and other members twice."""
-        rows = rows[: len(self.parts)]
+        rows = rows[: len(self.watched)]
         return int((rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max())
 
     def settle(self) -> None:
@@ -144,7 +151,7 @@ class TrackerBase:
         if not self.copies:
             return
         rows = self.table.rows
-        points, folded = rows[: len(self.parts), POINTS].clamp(min=0), rows[: len(self.parts), FOLDED]
+        points, folded = rows[: len(self.watched), POINTS].clamp(min=0), rows[: len(self.watched), FOLDED]
         rows[:, M2] += self.table.with_groups(between(points, folded, self.copies.fold(points, folded)))
         rows[:, FOLDED] += rows[:, POINTS].clamp(min=0)
         rows[:, POINTS].clamp_(max=0)  # a window that continues another stays one until its first step
@@ -181,7 +188,7 @@ class TrackerBase:
         for block in reversed(self.closed):
             rows = merge_rows(block.rows, rows)
         if self.copies and (self.closed or self.copies.earlier):
-            rows[:, M2] += self.table.with_groups(torch.stack([self.merged(i)[0] for i in range(len(self.parts))]))
+            rows[:, M2] += self.table.with_groups(torch.stack([self.merged(i)[0] for i in range(len(self.watched))]))
         return rows
 
     def window_quantiles(self) -> Numbers:
@@ -233,10 +240,14 @@ class TrackerBase:
         return whether that changed any."""
         jumped = False
         if self.copies:
-            for part, prev in zip(self.parts, self.copies.prev, strict=True):
-                if not part.there or part.tensor.shape != prev.shape or part.tensor.device != prev.device:
+            for parameter, prev in zip(self.watched, self.copies.prev, strict=True):
+                if (
+                    not parameter.there
+                    or parameter.tensor.shape != prev.shape
+                    or parameter.tensor.device != prev.device
+                ):
                     continue  # the next step will say so
-                values = part.tensor.detach()
+                values = parameter.tensor.detach()
                 jumped |= not torch.equal(values, prev)
                 # Of values that are not finite the difference never would be either.
                 prev.copy_(torch.where(values.isfinite().all(), values, prev))
@@ -259,21 +270,21 @@ class TrackerBase:
         """Go on after a change of the model: in every row that was there, the path since the reference goes on, and so
         does the reference of tensors of the same shape."""
         rows, totals = before.named_rows(), slice(WINDOW_COLUMNS, COLUMN["group"])
-        shapes = {part.name: part.tensor.shape for part in self.parts}
+        shapes = {parameter.name: parameter.tensor.shape for parameter in self.watched}
         resized = {
-            (part.name, "tensor")
-            for part, shape in zip(before.parts, before.shapes, strict=True)
-            if shapes.get(part.name, shape) != shape
+            (parameter.name, "tensor")
+            for parameter, shape in zip(before.watched, before.shapes, strict=True)
+            if shapes.get(parameter.name, shape) != shape
         }
         for place, row in self.named_rows().items():
             if place in rows and place not in resized:
                 row[totals] = rows[place][totals]
         if not self.copies or not before.copies:
             return
-        places = {part.name: i for i, part in enumerate(before.parts)}
-        for i, part in enumerate(self.parts):
-            j = places.get(part.name)
-            if j is None or before.copies.ref[j].shape != part.tensor.shape:
+        places = {parameter.name: i for i, parameter in enumerate(before.watched)}
+        for i, parameter in enumerate(self.watched):
+            j = places.get(parameter.name)
+            if j is None or before.copies.ref[j].shape != parameter.tensor.shape:
                 continue
             self.copies.ref[i].copy_(before.copies.ref[j])
         self._measure_distance()

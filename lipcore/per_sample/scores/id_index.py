@@ -32,7 +32,7 @@ class IdIndex:
         slots[small] = self._table[ids[small]]
         if self._hashed_count:
             large = np.flatnonzero((ids < 0) | (ids >= _DENSE))
-            slots[large] = self._hashed[self._places(ids[large])]
+            slots[large] = self._hashed[self._cells(ids[large])]
         return slots - 1
 
     def add(self, ids: Ids) -> Ids:
@@ -60,20 +60,20 @@ class IdIndex:
             self._hashed = np.zeros(1 << (4 * count - 1).bit_length(), np.int64)
         self._hashed_count = count
         while len(slots):
-            places = self._places(self.ids[slots])  # free ones
-            self._hashed[places] = slots + 1
-            slots = slots[self._hashed[places] != slots + 1]  # another one took the place
+            cells = self._cells(self.ids[slots])  # free ones
+            self._hashed[cells] = slots + 1
+            slots = slots[self._hashed[cells] != slots + 1]  # another one took the cell
 
-    def _places(self, ids: Ids) -> Ids:
+    def _cells(self, ids: Ids) -> Ids:
         """Return the cell of the hash table in which each id is, or the free one where the search for it ends."""
         last = len(self._hashed) - 1
-        places = (_mixed(ids) & np.uint64(last)).astype(np.int64)
+        cells = (_mixed(ids) & np.uint64(last)).astype(np.int64)
         open_ = np.arange(len(ids))
         while len(open_):
-            found = self._hashed[places[open_]]
+            found = self._hashed[cells[open_]]
             open_ = open_[(found > 0) & (self.ids[found - 1] != ids[open_])]
-            places[open_] = (places[open_] + 1) & last
-        return places
+            cells[open_] = (cells[open_] + 1) & last
+        return cells
 
 
 def grown(array: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:

@@ -11,9 +11,9 @@ from lipcore import _core, functional
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
 from lipcore.models.torch_internals import hooks_after_accumulation
-from lipcore.per_sample.batch_norms import MicroBatch
-from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
+from lipcore.per_sample.pass_norms import PassNorms
 
 UNEQUAL = "the loss divides a sample's terms by another number from micro-batch to micro-batch"
 TWICE = "two backward passes came from one forward pass, so that its samples are in the gradient twice"
@@ -34,15 +34,15 @@ NO_SAMPLES = (
 _JENSEN = 1 + 1 / 64  # a few units in the last place of bfloat16, in which gradients may have been computed
 
 
-class StepSums:
+class NoiseSums:
     """Sums of one optimizer step per place (layers, then the total): of ||grad l_i||^2 over the step's samples, and
     ||mean of grad l_i||^2 from the accumulated gradients.
 
     The step enters as NaN, and is counted with the reason, where the gradient is not the mean over its samples.
     """
 
-    def __init__(self, places: Places, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
-        self._places = places
+    def __init__(self, layer_index: LayerIndex, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
+        self._layer_index = layer_index
         self._parameters = parameters
         self.off = ""  #: why there are no estimates
         self.reset()
@@ -77,21 +77,21 @@ class StepSums:
                 found[reason] = found.get(reason, 0) + steps
         return found
 
-    def add(self, micro: MicroBatch) -> None:
+    def add(self, norms: PassNorms) -> None:
         """Add another micro-batch of the step."""
-        record, factor = micro.record, micro.factor
+        record, factor = norms.record, norms.factor
         if record.fresh and record.task != self._task:
             self._forget_samples()  # gradients were zeroed in mid-step (a closure, two passes a step)
         elif record.repeated:
             self._wrong = TWICE
         self._task = record.task
-        sums = micro.squares.sum(1)
-        if len(micro.layers) < len(self._places.layers):  # a layer that was not reached has no gradient: 0
-            found = dict(zip(micro.layers, sums[:-1].unbind(), strict=True))
+        sums = norms.squares.sum(1)
+        if len(norms.layers) < len(self._layer_index.layers):  # a layer that was not reached has no gradient: 0
+            found = dict(zip(norms.layers, sums[:-1].unbind(), strict=True))
             nothing = torch.zeros_like(sums[-1])
-            sums = torch.stack([*(found.get(layer, nothing) for layer in self._places.layers), sums[-1]])
+            sums = torch.stack([*(found.get(layer, nothing) for layer in self._layer_index.layers), sums[-1]])
         self._sum = sums if self._sum is None else self._sum + sums
-        self._samples += micro.samples
+        self._samples += norms.samples
         if self._factor is None:
             self._factor = factor
         elif self._factor.differs(factor):
@@ -117,11 +117,11 @@ class StepSums:
         self._hooked = False
         for name, parameter in self._parameters():
             # One that was frozen may still have a gradient of before.
-            if parameter.grad is not None and parameter.requires_grad and name in self._places.layer_of:
+            if parameter.grad is not None and parameter.requires_grad and name in self._layer_index.layer_of:
                 if _is_sharded(parameter.grad):
                     self.off = "gradients are sharded, and a rank knows the norm of its shard only"
                 self._hooked |= _is_hooked(parameter)
-                index.append(self._places.number[self._places.layer_of[name]])
+                index.append(self._layer_index.number[self._layer_index.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
                 if alone and _has_own_version(parameter.grad):
                     versions[name] = id(parameter.grad), parameter.grad._version
@@ -135,8 +135,8 @@ class StepSums:
             squares = rows[:, 0]
         else:
             squares = torch.cat([functional.sample_norms(g.reshape(1, -1)) for g in gradients]).square()
-        places = torch.zeros(len(self._places.layers) + 1, dtype=torch.float64, device=squares.device)
-        places.index_add_(0, self._places.on(squares.device, index), squares)
+        places = torch.zeros(len(self._layer_index.layers) + 1, dtype=torch.float64, device=squares.device)
+        places.index_add_(0, self._layer_index.on(squares.device, index), squares)
         places[-1] = squares.sum()
         self._gradient_sq = places
 
