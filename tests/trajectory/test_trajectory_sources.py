@@ -189,7 +189,10 @@ def test_nothing_is_kept_per_element(source: str) -> None:
         with Monitor(model, step, [trajectory]):
             train(model, DATA, step)
             elements.append(reachable_elements(trajectory))
-            assert reachable_elements(trajectory._trackers) >= trajectory._trackers["updates"].table.rows.numel()
+            assert (
+                reachable_elements(trajectory._built.trackers)
+                >= trajectory._built.trackers["updates"].table.rows.numel()
+            )
             sizes = {line.what: line.bytes for line in trajectory.plan()}
         assert sizes["nothing per parameter"] == 0
     assert elements[0] == elements[1]
