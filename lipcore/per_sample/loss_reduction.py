@@ -40,7 +40,7 @@ class Reduction:
 
     @property
     def is_constant(self) -> bool:
-        """Constancy of f: True when f of a micro-batch of one, without a scaler, is a number that stays the same."""
+        """True when f of a micro-batch of one, without a scaler, is a number that stays the same."""
         return not (_is_function(self.terms) or isinstance(self.terms, Tensor))
 
     def factor(self, samples: int, scaler: Any) -> LossFactor:

@@ -76,7 +76,7 @@ class PassNorms:
 
     @property
     def _known(self) -> bool:
-        """Presence of a total."""
+        """True when there is a total."""
         return bool(self._names) and not self.record.broken
 
     @property

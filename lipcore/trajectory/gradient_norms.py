@@ -50,7 +50,7 @@ class GradientTracker(Tracker):
 
     @property
     def has_steps(self) -> bool:
-        """Presence of a step with a gradient."""
+        """True when there was a step with a gradient."""
         return bool((self.table.rows[:, [COLUMN["total_steps"], COLUMN["nonfinite_steps"]]] > 0).any())
 
     def state_dict(self) -> dict[str, Any]:

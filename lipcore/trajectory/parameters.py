@@ -40,7 +40,7 @@ class WatchedParameter:
 
     @property
     def there(self) -> bool:
-        """Presence of the tensor: False once it was removed from its module."""
+        """True until the tensor is removed from its module."""
         return self.owner.get(self.key) is not None
 
     @property
@@ -51,7 +51,7 @@ class WatchedParameter:
 
     @property
     def is_mine(self) -> bool:
-        """Duty of this rank to count the tensor: of replicated ones only the first rank has it."""
+        """True on the rank that counts the tensor: of replicated ones, on the first alone."""
         tensor: Any = self.owner[self.key]
         if type(tensor).__name__ != "DTensor":
             return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -96,7 +96,7 @@ def find_watched(model: Model, groups: Groups, masters: Masters | None) -> list[
 
 def of_modules(model: Model) -> Model:
     """Return a dict of modules as one module, any other model as it is."""
-    if isinstance(model, Mapping) and model and all(isinstance(parameter, nn.Module) for parameter in model.values()):
+    if isinstance(model, Mapping) and model and all(isinstance(module, nn.Module) for module in model.values()):
         return nn.ModuleDict(model)
     return model
 
