@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lipcore.demo.output import DemoError, staging
+from lipcore.models.arguments import check_count
 
 __all__ = ["DemoError", "run"]
 
@@ -25,6 +26,7 @@ def run(out: Path, *, seeds: int | None = None, quick: bool = False, force: bool
     Raises:
         DemoError: a package is missing, or `out` cannot be written or would be overwritten. Nothing was trained then.
     """
+    check_count("seeds", seeds, optional=True)
     missing = [package for module, package in _NEEDED.items() if find_spec(module) is None]
     if missing:
         raise DemoError(f"{', '.join(missing)} not installed; run: pip install 'lipcore[demo]'")

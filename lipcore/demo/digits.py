@@ -19,7 +19,7 @@ DESCRIPTION = (
 
 
 def data(corrupted: float, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images [N, 1, 8, 8] and labels [N, 1] in {0, 1}, then the same for testing."""
+    """Return training images [N, 1, 8, 8] and labels [N, 1] in {0, 1}, then the same for testing."""
     digits = load_digits()
     order = random.permutation(len(digits.target))
     x = torch.from_numpy(digits.images[order] / 16).to(torch.float32).unsqueeze(1)
@@ -30,7 +30,7 @@ def data(corrupted: float, random: np.random.Generator) -> tuple[Tensor, Tensor,
 
 
 def model(seed: int) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """The network, which returns the probability of "odd", and its loss."""
+    """Return the network, which returns the probability of "odd", and its loss."""
     torch.manual_seed(seed)
     network = nn.Sequential(
         nn.Conv2d(1, 16, 3),

@@ -77,7 +77,7 @@ def _draw_panel(axis: Any, result: TaskResult, values: str) -> None:
 
 
 def _every(epochs: int, i: int) -> tuple[int, int]:
-    """About eight markers, shifted from level to level."""
+    """Return the places of about eight markers, shifted from level to level."""
     step = max(1, epochs // 8)
     return (i * step // len(_COLORS), step)
 

@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 
 
 class DemoError(Exception):
-    """What stops the demo and can be put right by whoever started it."""
+    """Error that stops the demo and can be put right by whoever started it."""
 
 
 @contextmanager
 def staging(out: Path, *, force: bool) -> Iterator[Path]:
-    """A temporary folder whose files move to `out` when the block ends well; otherwise nothing is left behind.
+    """Make a temporary folder whose files move to `out` when the block ends well; otherwise nothing is left behind.
 
     It lies inside `out`: the same file system, so that moving is one atomic rename per file.
     """

@@ -29,7 +29,7 @@ class Run:
 
     @property
     def cumulative_length(self) -> float:
-        """Per training sample, over all epochs."""
+        """Cumulative length per training sample, over all epochs."""
         return sum(self.normalized_length)
 
 
@@ -60,7 +60,9 @@ def train(task: Task, level: float, seed: int, after_epoch: Callable[[], None]) 
                 loss.backward()
                 optimizer.step()
                 total += loss.item() * len(batch)
-            measured = monitor.close_window()["lipschitz"]
+            window = monitor.close_window()
+            assert window is not None  # an epoch has steps
+            measured = window["lipschitz"]
             (run.place,) = measured["normalized_gradient_norm"]
             run.train_loss.append(total / count)
             run.normalized_length.append(measured["normalized_gradient_norm"][run.place].sum.value / count)

@@ -19,7 +19,7 @@ DESCRIPTION = (
 
 
 def data(frequency: float, random: np.random.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training inputs [N, 10] and targets [N, 1], then the same for testing."""
+    """Return training inputs [N, 10] and targets [N, 1], then the same for testing."""
     s = random.uniform(-1, 1, (TRAIN, 2))
     s_test = random.uniform(-1, 1, (TEST, 2))
     orthogonal = np.linalg.qr(random.standard_normal((DIMENSIONS, DIMENSIONS)) / np.sqrt(DIMENSIONS))[0]
@@ -32,7 +32,8 @@ def data(frequency: float, random: np.random.Generator) -> tuple[Tensor, Tensor,
 
 
 def model(seed: int) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor]]:
-    """The network and its loss. With W_1 = I the normalised length and the local Lipschitz constants coincide."""
+    """Return the network and its loss. With W_1 = I the normalised length and the local Lipschitz constants
+    coincide."""
     torch.manual_seed(seed)
     first = nn.Linear(DIMENSIONS, DIMENSIONS)
     widths = (DIMENSIONS, 32, 32, 32)

@@ -27,7 +27,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Order:
-    """How many seeds have their cumulative lengths in the order of difficulty."""
+    """Number of seeds that have their cumulative lengths in the order of difficulty."""
 
     seeds: int
     lowest_below_highest: int

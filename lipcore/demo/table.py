@@ -61,5 +61,5 @@ def _table(result: TaskResult) -> Table:
 
 
 def _short(number: float) -> str:
-    """Three digits, without exponents for the sizes that occur."""
+    """Return a number with three digits, without exponents for the sizes that occur."""
     return f"{number:.0f}" if abs(number) >= 100 else f"{number:#.3g}" if abs(number) >= 1e-3 else f"{number:.2g}"

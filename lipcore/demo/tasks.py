@@ -61,7 +61,7 @@ class Task:
         return range(FIRST_SEED, FIRST_SEED + self.seeds)
 
     def settings(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the settings, JSON-ready."""
         kept = {key: value for key, value in asdict(self).items() if key not in ("build", "quick_epochs")}
         return kept | {"seeds": list(self.seed_numbers), "optimizer": "Adam"}
 

@@ -21,7 +21,7 @@ _epochs_done: Any = None  # in a worker: per task, shared with the process that 
 
 
 def train_all(tasks: Sequence[Task]) -> list[TaskResult]:
-    """Every task at every level and seed; the numbers do not depend on how many processes share the work."""
+    """Train every task at every level and seed; the numbers do not depend on how many processes share the work."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     epochs_done = context.Array("q", len(tasks))
     jobs = [(i, level, seed) for i, task in enumerate(tasks) for level in task.levels for seed in task.seed_numbers]
@@ -38,7 +38,7 @@ def train_all(tasks: Sequence[Task]) -> list[TaskResult]:
 
 
 def _show_progress(futures: list[Future[Run]], tasks: Sequence[Task], epochs_done: Any) -> None:
-    """Until all are done, or one has failed."""
+    """Show the progress until all runs are done, or one has failed."""
     columns = (
         *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()),
         *(TextColumn("epochs"), TimeElapsedColumn()),
@@ -70,7 +70,8 @@ def _work(task: Task, index: int, level: float, seed: int) -> Run:
 
 @contextmanager
 def _pool(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """Ends the workers at once when the block is left by an exception; shutdown() alone would wait for their runs."""
+    """Make a pool of workers that ends at once when the block is left by an exception; shutdown() alone would wait for
+    their runs."""
     others = set(multiprocessing.active_children())
     try:
         yield pool

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -11,8 +12,11 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
+from lipcore.functional.linear import Method
+from lipcore.models.arguments import check_choice, check_count, is_integer
 
-_METHODS = (None, "direct", "gram", "portable")
+ConvMethod = Literal[Method, "portable"]
+_METHODS: tuple[ConvMethod, ...] = get_args(ConvMethod)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 # Multiplications of Gram over those of direct: its tiles are smaller, and it cancels, so it has to be clearly faster.
 _GRAM_PAYS = 0.4
@@ -30,7 +34,7 @@ def conv_norms_sq(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int = 1,
-    method: str | None = None,
+    method: ConvMethod | None = None,
 ) -> Tensor:
     r"""Compute the squared norms of the per-sample weight gradients of a convolution.
 
@@ -93,12 +97,13 @@ def conv_method(
     kernel_size: Sequence[int],
     padding: Sequence[int],
     groups: int = 1,
-) -> str:
+) -> Method:
     """Return the faster method of :func:`conv_norms_sq` on the CPU, "direct" or "gram", by counting multiplications.
 
     >>> conv_method([64, 512, 4, 4], [64, 512, 4, 4], kernel_size=[3, 3], padding=[1, 1])
     'gram'
     """
+    check_count("groups", groups)
     inputs, outputs = x_shape[1] // groups, grad_shape[1] // groups
     pixels, positions, taps = math.prod(x_shape[2:]), math.prod(grad_shape[2:]), math.prod(kernel_size)
     padded = math.prod(n + 2 * p for n, p in zip(x_shape[2:], padding, strict=True))
@@ -117,7 +122,7 @@ def _check(
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
-    method: str | None,
+    method: ConvMethod | None,
 ) -> None:
     for name, tensor in (("x", x), ("grad", grad)):
         if tensor.dtype not in _DTYPES:
@@ -125,8 +130,7 @@ def _check(
                 f"{name}: expected float32, float64, bfloat16 or float16, got {tensor.dtype}; "
                 f"convert with {name}.float()"
             )
-    if method not in _METHODS:
-        raise ValueError(f"method: expected None, 'direct', 'gram' or 'portable', got {method!r}")
+    check_choice("method", method, _METHODS, optional=True)
     n = x.dim() - 2
     if not 1 <= n <= 3:
         raise ValueError(
@@ -142,7 +146,7 @@ def _check(
             )
         if min(numbers) < least:
             raise ValueError(f"{name}: expected integers of at least {least}, got {list(numbers)}")
-    if groups < 1 or x.shape[1] % groups:
+    if not is_integer(groups) or groups < 1 or x.shape[1] % groups:
         raise ValueError(f"groups: expected a divisor of the {x.shape[1]} channels of x, got {groups}")
     if grad.dim() != x.dim() or grad.shape[0] != x.shape[0] or grad.shape[1] % groups:
         raise ValueError(

@@ -20,6 +20,7 @@ from lipcore.functional.arguments import (
     same_place,
     within_range,
 )
+from lipcore.models.arguments import is_integer
 
 
 def embedding_norms_sq(
@@ -143,7 +144,7 @@ def tied_cross(
 
 
 def _check_padding(padding_idx: int | None) -> None:
-    whole = isinstance(padding_idx, int) and not isinstance(padding_idx, bool) and -(2**63) <= padding_idx < 2**63
+    whole = padding_idx is not None and is_integer(padding_idx) and -(2**63) <= padding_idx < 2**63
     if padding_idx is not None and not whole:
         raise TypeError(f"padding_idx: expected an integer of 64 bits or None, got {padding_idx!r}")
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 import torch
 from torch import Tensor
 
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
+from lipcore.models.arguments import check_choice, check_count
 
-_METHODS = {None: 0, "gram": 1, "direct": 2}
+Method = Literal["gram", "direct"]
+METHODS: tuple[Method, ...] = get_args(Method)
+_NUMBER = {None: 0, "gram": 1, "direct": 2}  # in the core
 _COMPILED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, method: str | None = None) -> Tensor:
+def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, method: Method | None = None) -> Tensor:
     r"""Compute the squared norms of the per-sample weight gradients of y = x W^T, given the gradient at y.
 
     .. math:: n_b^2 = \Big\|\sum_t g_{bt} x_{bt}^T\Big\|_F^2 = \sum_{t,s} (x_{bt} \cdot x_{bs})(g_{bt} \cdot g_{bs})
@@ -40,8 +45,7 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, m
     >>> linear_norms_sq(torch.tensor([[[1.0, 2.0], [0.0, 1.0]]]), torch.tensor([[[3.0], [1.0]]]))
     tensor([58.], dtype=torch.float64)
     """
-    if method not in _METHODS:
-        raise ValueError(f"method: expected 'gram', 'direct' or None, got {method!r}")
+    check_choice("method", method, METHODS, optional=True)
     if torch.compiler.is_compiling():
         traced: Tensor = torch.ops.lipcore.linear_norms_sq(x.detach(), grad.detach(), offsets, method)
         return traced
@@ -50,7 +54,7 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, m
         return portable.linear_norms_sq(x, grad, offsets)
     x, grad, starts = _for_the_core(x, grad, offsets)
     out = torch.empty(_samples(x, offsets), dtype=torch.float64, device=_library.CPU)
-    _core.linear_norms(x, grad, starts, _METHODS[method], out)
+    _core.linear_norms(x, grad, starts, _NUMBER[method], out)
     return out
 
 
@@ -90,7 +94,7 @@ def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None
     return total.to(dtype), out
 
 
-def linear_method(tokens: int, in_features: int, out_features: int) -> str:
+def linear_method(tokens: int, in_features: int, out_features: int) -> Method:
     """Return how :func:`linear_norms_sq` treats T tokens per sample on the CPU unless told: "gram" or "direct".
 
     The cheaper of both by multiplications and by how well tiles are filled; direct where they are close, because Gram
@@ -101,8 +105,7 @@ def linear_method(tokens: int, in_features: int, out_features: int) -> str:
     """
     sizes = {"tokens": tokens, "in_features": in_features, "out_features": out_features}
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 0:
-            raise ValueError(f"{name}: expected an integer >= 0, got {size!r}")
+        check_count(name, size, 0)
     return "gram" if _core.linear_uses_gram(tokens, in_features, out_features) else "direct"
 
 
@@ -136,8 +139,7 @@ def linear_norms_sq_estimate(
     Raises:
         TypeError, ValueError: as in :func:`linear_norms_sq`, and for fewer than 2 probes.
     """
-    if not isinstance(probes, int) or isinstance(probes, bool) or probes < 2:
-        raise ValueError(f"probes: expected an integer >= 2, got {probes!r}")
+    check_count("probes", probes, 2)
     x, grad, offsets = _checked(x, grad, offsets)
     dtype = torch.promote_types(torch.promote_types(x.dtype, grad.dtype), torch.float32)
     if offsets is None:

@@ -16,13 +16,14 @@ from lipcore.functional.update_rules import UpdateRule
 
 
 def sample_norms(x: Tensor) -> Tensor:
-    """||x_b||_2 of every row of x [B, ...]."""
+    """Return ||x_b||_2 of every row of x [B, ...]."""
     norms: Tensor = torch.linalg.vector_norm(x.detach().double().reshape(x.shape[0], x[:1].numel()), dim=1)
     return norms
 
 
 def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor]:
-    """r_b = ||delta_b||_2 / |output_grad_b|, NaN where output_grad_b is 0 or not finite; and how many those are."""
+    """Return r_b = ||delta_b||_2 / |output_grad_b|, NaN where output_grad_b is 0 or not finite; and how many those
+    are."""
     eps = output_grad.detach().double().abs().reshape(delta.shape[0])
     usable = (eps > 0) & eps.isfinite()
     return torch.where(usable, sample_norms(delta) / eps, torch.nan), (~usable).sum()
@@ -31,7 +32,7 @@ def normalized_norms(delta: Tensor, output_grad: Tensor) -> tuple[Tensor, Tensor
 def trajectory_step(
     params: Sequence[Tensor], prev: Sequence[Tensor], ref: Sequence[Tensor], mean: Sequence[Tensor], count: int
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Rows (dw_sq, dist_sq, m2_increment, max_abs_dw, weight_sq, nonfinite) and the new prev and mean.
+    """Return rows (dw_sq, dist_sq, m2_increment, max_abs_dw, weight_sq, nonfinite) and the new prev and mean.
 
     mean is the running mean of w - ref over `count` points, this one included. A tensor with a non-finite element has a
     row of NaN with the number of such elements, and keeps its prev and mean.
@@ -55,7 +56,7 @@ def trajectory_step(
 
 
 def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: int, seed: int) -> Tensor:
-    """y_b = sum of s(i) w_i over the elements with h(i) = b; NaN when an element is not finite.
+    """Return y_b = sum of s(i) w_i over the elements with h(i) = b; NaN when an element is not finite.
 
     32 bits per group of 16 elements, from one hash for two groups: element j of a group goes to bucket (upper 16 bits
     mod k) ^ j =: b, negated when bit b mod 16 is set.
@@ -88,9 +89,9 @@ def update_sums(
     second: Sequence[Tensor | None],
     rules: Sequence[UpdateRule],
 ) -> tuple[Tensor, Tensor]:
-    """Rows (dw_sq, 0, 0, max_abs_dw, weight_sq, nonfinite) of dw = -(decay w + rate u + mix b), u = a or, adaptive,
-    first_scale a / (second_scale sqrt(b) + eps); and mean u^2 of adaptive rules. NaN but for nonfinite where w or dw
-    is not finite."""
+    """Return rows (dw_sq, 0, 0, max_abs_dw, weight_sq, nonfinite) of dw = -(decay w + rate u + mix b), u = a or,
+    adaptive, first_scale a / (second_scale sqrt(b) + eps); and mean u^2 of adaptive rules. NaN but for nonfinite where
+    w or dw is not finite."""
     rows, mean_squares = [], []
     for w, a, b, r in zip(params, first, second, rules, strict=True):
         w, a, b = (torch.zeros_like(w).double() if t is None else t.detach().double() for t in (w, a, b))
@@ -104,12 +105,14 @@ def update_sums(
 
 
 def normalized_length(r: Tensor) -> Tensor:
-    """sum_t r_t: the normalised first-layer gradient length over a window (Theorem 1's middle term times |T|)."""
+    """Return sum_t r_t: the normalised first-layer gradient length over a window (Theorem 1's middle term times
+    |T|)."""
     return r.double().nansum()
 
 
 def sandwich(local_lipschitz: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """Theorem 1: lambda_avg / sigma_1(W_1), lambda_avg / sigma_min(W_1), and whether the second is an upper bound."""
+    """Return Theorem 1: lambda_avg / sigma_1(W_1), lambda_avg / sigma_min(W_1), and whether the second is an upper
+    bound."""
     outputs, inputs = weight.shape
     sigma = torch.linalg.svdvals(weight.detach().double())
     average = local_lipschitz.double().nanmean()
@@ -122,7 +125,7 @@ def sandwich(local_lipschitz: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, b
 
 
 def _samples(x: Tensor, offsets: Tensor | None) -> list[Tensor]:
-    """Per sample [T, features], in float64; the dimensions between are flattened into T."""
+    """Return x per sample, [T, features] in float64; the dimensions between are flattened into T."""
     x = x.detach().double()
     if offsets is not None:
         return [x[a:b] for a, b in zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)]
@@ -134,17 +137,17 @@ def _stack(values: list[Tensor]) -> Tensor:
 
 
 def outer_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:
-    """[layers, B]: ||grad_b x_b^T||_F^2 = ||x_b||^2 ||grad_b||^2 of layers that see one row per sample."""
+    """Return [layers, B]: ||grad_b x_b^T||_F^2 = ||x_b||^2 ||grad_b||^2 of layers that see one row per sample."""
     return _stack([sample_norms(a).square() * sample_norms(g).square() for a, g in zip(x, grad, strict=True)])
 
 
 def outer_and_bias_norms_sq(x: Sequence[Tensor], grad: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """outer_norms_sq(), and [layers, B]: ||grad_b||^2 of the biases."""
+    """Return outer_norms_sq(), and [layers, B]: ||grad_b||^2 of the biases."""
     return outer_norms_sq(x, grad), _stack([sample_norms(g).square() for g in grad])
 
 
 def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> Tensor:
-    """||sum_t grad_bt x_bt^T||_F^2: of the weight of y = x W^T, given the gradient at y."""
+    """Return ||sum_t grad_bt x_bt^T||_F^2: of the weight of y = x W^T, given the gradient at y."""
     pairs = zip(_samples(x, offsets), _samples(grad, offsets), strict=True)
     return _stack([(g.T @ a).square().sum() for a, g in pairs])
 
@@ -156,29 +159,30 @@ def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None
 
 
 def linear_norms_sq_estimate(x: Tensor, grad: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean over probes v (columns of signs [I, k]) of ||sum_t grad_bt (x_bt . v)||^2, and its standard error."""
+    """Return the mean over probes v (columns of signs [I, k]) of ||sum_t grad_bt (x_bt . v)||^2, and its standard
+    error."""
     each = (grad.double().mT @ (x.double() @ signs.double())).square().sum(1)
     return each.mean(1), each.std(1) / signs.shape[1] ** 0.5
 
 
 def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:
-    """||sum_t grad_bt||^2 (of a bias), or ||sum_t grad_bt * x_bt||^2 (of an element-wise scale)."""
+    """Return ||sum_t grad_bt||^2 (of a bias), or ||sum_t grad_bt * x_bt||^2 (of an element-wise scale)."""
     terms = grad.double() if x is None else grad.double() * x.double()
     return _stack([sample.sum(0).square().sum() for sample in _samples(terms, offsets)])
 
 
 def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -> Tensor:
-    """[2, B]: row_sum_norms_sq() with x (of the scale) and without (of the shift)."""
+    """Return [2, B]: row_sum_norms_sq() with x (of the scale) and without (of the shift)."""
     return torch.stack([row_sum_norms_sq(grad, x, offsets=offsets), row_sum_norms_sq(grad, offsets=offsets)])
 
 
 def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:
-    """row_sum_norms_sq() of channels first, [B, C, *space]: sums are over space."""
+    """Return row_sum_norms_sq() of channels first, [B, C, *space]: sums are over space."""
     return row_sum_norms_sq(_channels_last(grad), None if x is None else _channels_last(x))
 
 
 def channel_affine_norms_sq(grad: Tensor, x: Tensor) -> Tensor:
-    """affine_norms_sq() of channels first, [B, C, *space]."""
+    """Return affine_norms_sq() of channels first, [B, C, *space]."""
     return affine_norms_sq(_channels_last(grad), _channels_last(x))
 
 
@@ -208,8 +212,8 @@ def embedding_norms_sq(
 def tied_cross(
     indices: Tensor, grad_embedding: Tensor, x: Tensor, grad_head: Tensor, *, padding_idx: int | None = None
 ) -> Tensor:
-    """<E_b, H_b> of an embedding whose weight [V, D] is also the head's: E_b its gradient as an embedding (indices
-    [B, T], gradient [B, T, D]), H_b as the head's weight (x [B, S, D], gradient [B, S, V])."""
+    """Return <E_b, H_b> of an embedding whose weight [V, D] is also the head's: E_b its gradient as an embedding
+    (indices [B, T], gradient [B, T, D]), H_b as the head's weight (x [B, S, D], gradient [B, S, V])."""
     out = []
     for ids, e, a, g in zip(indices, *(_samples(t, None) for t in (grad_embedding, x, grad_head)), strict=True):
         kept = (ids != (-1 if padding_idx is None else padding_idx)).flatten()
@@ -227,7 +231,7 @@ def conv_norms_sq(
     dilation: Sequence[int],
     groups: int = 1,
 ) -> Tensor:
-    """||dL_b/dW||_F^2 of a convolution, x [B, C, *spatial], grad [B, O, *spatial of the output, or fewer]."""
+    """Return ||dL_b/dW||_F^2 of a convolution, x [B, C, *spatial], grad [B, O, *spatial of the output, or fewer]."""
     out, n = [], len(kernel_size)
     conv = (torch.conv1d, torch.conv2d, torch.conv3d)[n - 1]
     for a, g in zip(x.detach().double(), grad.detach().double(), strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional.arguments import resolved
+from lipcore.models.arguments import is_integer
 
 _BUCKETS = [2**n for n in range(8, 17)]
 
@@ -51,16 +52,16 @@ def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: in
             raise TypeError(f"{name}: expected a list or tuple of {of}, got {type(entries).__name__}")
     if len(first_index) != len(tensors):
         raise ValueError(f"first_index: expected {len(tensors)} indices, one per tensor, got {len(first_index)}")
-    if buckets not in _BUCKETS:
+    if not is_integer(buckets) or buckets not in _BUCKETS:
         raise ValueError(f"buckets: expected a power of two from {_BUCKETS[0]} to {_BUCKETS[-1]}, got {buckets!r}")
-    if not isinstance(seed, int) or not 0 <= seed < 2**64:
+    if not is_integer(seed) or not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected an integer from 0 to 2**64 - 1, got {seed!r}")
     if torch.compiler.is_compiling() and tensors:
         signed = seed - 2**64 if seed >= 2**63 else seed  # a schema's int has 64 bits with a sign
         traced: Tensor = torch.ops.lipcore.sketch([tensor.detach() for tensor in tensors], first_index, buckets, signed)
         return traced
     for i, index in enumerate(first_index):
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < 2**63:
+        if not is_integer(index) or not 0 <= index < 2**63:
             raise ValueError(
                 f"first_index[{i}]: expected the global index of the tensor's first element, an integer from 0 to "
                 f"2**63 - 1, got {index!r}"

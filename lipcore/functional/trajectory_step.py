@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipcore import _core
 from lipcore.functional.arguments import check_state, resolved
+from lipcore.models.arguments import check_count
 
 
 def trajectory_step(
@@ -53,6 +54,7 @@ def trajectory_step(
             raise TypeError(f"{name}: expected a list or tuple of tensors, got {type(tensors).__name__}")
     readable = [resolved(tensor, "params", i) for i, tensor in enumerate(params)]
     reference = [resolved(tensor, "ref", i) for i, tensor in enumerate(ref)]
+    check_count("count", count)
     for name in ("prev", "mean"):
         for i, tensor in enumerate(lists[name]):
             check_state(tensor, name, i)

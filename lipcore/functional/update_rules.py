@@ -37,8 +37,8 @@ class UpdateRule(NamedTuple):
 
     @classmethod
     def of_step(cls, rate: Scalar, mix: Scalar = 0.0, shrink: Scalar = 0.0, **scales: Any) -> UpdateRule:
-        r"""Of the step :math:`w = (1 - shrink) \, w_{prev} - s`, where shrink is learning rate times weight decay:
-        :math:`dw = -(shrink \, w + s) / (1 - shrink)`.
+        r"""Make the rule of the step :math:`w = (1 - shrink) \, w_{prev} - s`, where shrink is learning rate times
+        weight decay: :math:`dw = -(shrink \, w + s) / (1 - shrink)`.
 
         Raises:
             ValueError: shrink is so near to 1 that w no longer says what it was.

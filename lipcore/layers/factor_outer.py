@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lipcore import functional as F
+from lipcore.functional.linear import Method
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
 from lipcore.layers.factor_sums import is_sum_of
@@ -24,7 +25,7 @@ class Outer(Factor):
         x: Tensor,
         grad: Tensor,
         offsets: Tensor | None = None,
-        method: str | None = None,
+        method: Method | None = None,
         shape: torch.Size | None = None,
     ) -> None:
         self.x, self.grad, self.offsets, self.method = x, grad, offsets, method

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lipcore import functional as F
+from lipcore.functional.convolution import ConvMethod
 from lipcore.layers.factor import Factor
 
 
@@ -28,7 +29,7 @@ class Patches(Factor):
         padding: Sequence[int],
         dilation: Sequence[int],
         groups: int = 1,
-        method: str | None = None,
+        method: ConvMethod | None = None,
     ) -> None:
         self.x, self.grad, self.kernel_size = x, grad, tuple(kernel_size)
         self.stride, self.padding, self.dilation = tuple(stride), tuple(padding), tuple(dilation)

@@ -15,7 +15,7 @@ from lipcore.metric.steps import StepCalls, Stepper
 
 @dataclass
 class Calls:
-    """What a Clock calls; None where nobody wants to know.
+    """Functions that a Clock calls; None where nobody wants to know.
 
     Attributes:
         after: the last optimizer has stepped.
@@ -35,7 +35,8 @@ class Calls:
 
 
 class Clock:
-    """Ticks when every optimizer has stepped once, as they do that share one backward pass (Muon beside AdamW).
+    """Clock that ticks when every optimizer has stepped once, as they do that share one backward pass (Muon beside
+    AdamW).
 
     Optimizers that step at rates of their own (the two of a GAN) have no common step: that is an error.
     """
@@ -109,7 +110,8 @@ class Clock:
         return len(self._stepped) == len(self._steppers)
 
     def finish(self) -> bool:
-        """The others will not step any more; whether there is a step to finish."""
+        """Finish the open step, in which the other optimizers will not step any more, and return whether there was
+        one."""
         if not self._stepped:
             return False
         self._tick()
@@ -122,7 +124,7 @@ class Clock:
 
 
 class ScaledSteps:
-    """Finds the steps that a GradScaler skipped without calling the optimizer.
+    """Detector of the steps that a GradScaler skipped without calling the optimizer.
 
     update() gives the scaler a new record of its optimizers; a record that was closed without a tick is a skipped step.
     Nothing is read from a device.
@@ -138,7 +140,7 @@ class ScaledSteps:
         self.ticked = False  #: whether the clock has ticked since the last update()
 
     def look(self) -> None:
-        """At the end of every backward pass, and before results are made."""
+        """Look for a skipped step: at the end of every backward pass, and before results are made."""
         records, self._records = self._records, self._scaler._per_optimizer_states
         if records is self._records or self._ours.isdisjoint(records):
             return
@@ -148,6 +150,6 @@ class ScaledSteps:
 
 
 def _has_closure(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-    """Of step(closure=None); the first argument is the optimizer."""
+    """Return whether step(closure=None) was given a closure; the first argument is the optimizer."""
     closure = keywords.get("closure", arguments[1] if len(arguments) > 1 else None)
     return closure is not None

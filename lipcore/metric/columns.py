@@ -28,7 +28,7 @@ class Places:
 
     @cached_property
     def index(self) -> dict[str, int]:
-        """Where the numbers of each name stand."""
+        """Positions of the numbers by name."""
         return {name: i for i, name in enumerate(self.names)}
 
     def __len__(self) -> int:
@@ -149,7 +149,7 @@ class Column:
 
     @property
     def arrays(self) -> list[np.ndarray[Any, Any]]:
-        """All that takes memory; columns share arrays."""
+        """Arrays of the column, that is all of it that takes memory; columns share arrays."""
         fields = (self.numbers, self.counts, self.valid, self.errors, self.present)
         words = (field.codes for field in (self.labels, self.notes) if isinstance(field, Words))
         return [*(field for field in fields if isinstance(field, np.ndarray)), *words]

@@ -13,7 +13,8 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.metric.columns import Numbers
 from lipcore.metric.state import check_version, checked_count, checked_tensor
-from lipcore.metric.values import Label, Value
+from lipcore.metric.values import LABELS, Label, Value
+from lipcore.models.arguments import check_choice
 
 
 class Distribution:
@@ -89,6 +90,7 @@ class Distribution:
 
     def reduced(self, label: Label, *, total: bool = False, note: str = "") -> dict[str, Value]:
         """Return the usual reducers as values: mean, min, max, p50, p99, and the sum when asked for."""
+        check_choice("label", label, LABELS)
         count = self.count
         numbers = {"mean": self.mean, "min": self.min, "max": self.max}
         numbers |= {"p50": self.quantile(0.5), "p99": self.quantile(0.99)}
@@ -131,7 +133,7 @@ class Distribution:
 
 
 def loaded_distributions(path: str, states: Any, count: int) -> list[Distribution]:
-    """Distributions from their states; ValueError naming the first bad one."""
+    """Return distributions from their states; ValueError naming the first bad one."""
     if not isinstance(states, list) or len(states) != count:
         what = len(states) if isinstance(states, list) else type(states).__name__
         raise ValueError(f"{path}: expected a list of {count}, got {what}")
@@ -147,7 +149,7 @@ def loaded_distributions(path: str, states: Any, count: int) -> list[Distributio
 
 
 def observe_roots(squares: Tensor, distributions: Sequence[Distribution]) -> None:
-    """The square roots of row k of squares, float64 [K, B], into distribution k."""
+    """Add the square roots of row k of squares, float64 [K, B], to distribution k."""
     if squares.is_cpu:
         _core.observe_roots(squares, [distribution._core for distribution in distributions])
         return
@@ -165,7 +167,7 @@ def described(distributions: Sequence[Distribution], quantiles: Sequence[float] 
 
 
 def reset_all(distributions: Sequence[Distribution]) -> None:
-    """Let all of them forget everything."""
+    """Reset all of these distributions."""
     _core.reset_distributions([distribution._core for distribution in distributions])
     for distribution in distributions:
         distribution._device = None

@@ -32,7 +32,7 @@ Self = TypeVar("Self", bound="Engine")
 
 
 class Engine:
-    """Drives metrics on one model while it trains: hooks only, the model and the loop stay as they are.
+    """Driver of metrics on one model while it trains: hooks only, the model and the loop stay as they are.
 
     The clock is the optimizer's step. Every step the metrics observe; a window of `window_steps` steps then closes by
     itself, or by :meth:`close_window`. Nothing is raised inside a forward or backward pass: an error stops the
@@ -204,7 +204,7 @@ class Engine:
     # ---- errors: kept inside hooks, raised by the user's next call
 
     def _turn_off(self, error: Exception) -> bool:
-        """Whether all that needs the hooks can do without them."""
+        """Turn the metrics that need the hooks off, if all of them can be, and return whether they were."""
         optional = isinstance(error, ValueError) and all(metric.optional for metric in self._tapping)
         for metric in self._tapping if optional else ():
             metric.off = str(error)
@@ -417,15 +417,25 @@ class Engine:
     # ---- windows
 
     @ordinary
-    def compute(self) -> Window:
-        """Return the open window so far, without closing or resetting it. After close(): the window as it was then."""
+    def compute(self) -> Window | None:
+        """Return the open window so far, without closing or resetting it. After close(): the window as it was then.
+
+        None when the window is empty, that is before its first step. What backward passes brought since the last step
+        is kept, and belongs to the window of the next one.
+        """
         self.flush()
-        return self._final or self._window()
+        return self._so_far()
 
     @ordinary
-    def close_window(self) -> Window:
-        """Close the open window now (at the end of an epoch, say), append it to the history and start the next one."""
+    def close_window(self) -> Window | None:
+        """Close the open window now (at the end of an epoch, say), append it to the history and start the next one.
+
+        None when there was no step since the last window closed: nothing is closed then, nothing is added to the
+        history, and what backward passes brought since the last step is kept for the next window.
+        """
         self.flush()
+        if not self._block_steps:
+            return None
         window = self._close()
         self._unread.remove(window)
         return window
@@ -436,7 +446,7 @@ class Engine:
         return self._unread.popleft() if self._unread else None
 
     def _close(self) -> Window:
-        window = self._final or self._window()
+        window = self._window() if self._final is None else self._final
         self._final = None
         window = replace(window, closed=True, results=window.results | self._results_at_close())
         self.history.append(window)
@@ -450,6 +460,12 @@ class Engine:
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Make results that only closed windows have."""
         return {}
+
+    def _so_far(self) -> Window | None:
+        """Return the open window, as it is now or was at close(); None when it has no step."""
+        if self._final is not None:
+            return self._final
+        return self._window() if self._step > self._starts[0][0] else None
 
     def _window(self) -> Window:
         """Make the open window as it is now."""
@@ -522,12 +538,12 @@ class Engine:
             for metric in self.metrics.values():
                 metric.flush()
             if not self._failed:
-                self._final = self._window()  # results refer to parameters, which may go on moving
+                self._final = self._so_far()  # results refer to parameters, which may go on moving
         self._raise_error()
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy or a pickle has: all numbers so far and no model; it is closed, and records nothing."""
-        final = self._final if self._failed else self._final or self._window()
+        final = self._final if self._failed else self._so_far()
         return self.__dict__ | {
             "model": None,
             "_optimizers": [],
@@ -583,5 +599,5 @@ def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
 
 
 def _is_called(model: nn.Module) -> bool:
-    """Whether a dict of modules has a forward pass of its own."""
+    """Return whether a dict of modules has a forward pass of its own."""
     return type(model).forward is not nn.Module.forward

@@ -6,8 +6,8 @@ import warnings
 
 
 def warn_in_hook(message: str, category: type[Warning], stacklevel: int = 1) -> Warning | None:
-    """As warnings.warn(), but raises nothing: a warning that the user's filters make an error of (``-W error``) is
-    returned, to be kept and raised by the user's next call."""
+    """Warn as warnings.warn() does, but raise nothing: a warning that the user's filters make an error of (``-W
+    error``) is returned, to be kept and raised by the user's next call."""
     try:
         warnings.warn(message, category, stacklevel=stacklevel + 1)
     except Warning as error:

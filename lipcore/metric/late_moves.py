@@ -43,7 +43,7 @@ class LateMoves:
         self.done = False  #: nothing more is looked for
 
     def step(self) -> None:
-        """A step was counted, and is over."""
+        """Note that a step was counted, and is over."""
         self._steps += 1
         self._first = None
         if self.done:
@@ -52,7 +52,7 @@ class LateMoves:
             self._mark = self._sums()
 
     def forget(self) -> None:
-        """Something that is known of has changed the weights (a state was loaded)."""
+        """Note that something that is known of has changed the weights (a state was loaded)."""
         self._mark = self._moved = self._first = None
         self._passes = 0
 

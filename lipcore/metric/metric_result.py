@@ -13,6 +13,7 @@ from lipcore.metric.later import Details, Later
 from lipcore.metric.quantity import Quantity
 from lipcore.metric.show import Showable, Shown, reducers_text
 from lipcore.metric.values import LEVELS, Level, Value, json_ready
+from lipcore.models.arguments import check_choice
 
 _MAKING = threading.RLock()
 _COLUMN = 256  # bytes of the objects around a column's arrays, about
@@ -101,8 +102,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
 
     def flat(self, level: Level = "group") -> dict[str, float]:
         """Return {"metric/quantity.reducer/place": number} of one level and the totals, as experiment loggers want."""
-        if level not in LEVELS:
-            raise ValueError(f"level: expected one of {', '.join(LEVELS)}, got {level!r}")
+        check_choice("level", level, LEVELS)
         return {
             f"{self.metric}/{name}.{reducer}/{place}": value.value
             for name, quantity in self.items()
@@ -173,7 +173,8 @@ class MetricResult(Showable, Mapping[str, Quantity]):
         return Shown(f"{self.metric}: {len(self)} quantities", self.shown_rows())
 
     def shown_rows(self) -> list[tuple[str, str, str]]:
-        """Rows of the totals, or of a quantity's first place where it has none. Makes nothing that is pending."""
+        """Return rows of the totals, or of a quantity's first place where it has none. Makes nothing that is
+        pending."""
         rows = []
         for name, quantity in self._all().items():
             if isinstance(quantity, Later):
@@ -186,7 +187,7 @@ class MetricResult(Showable, Mapping[str, Quantity]):
 
 
 def _columns_of(rows: list[dict[str, Value]]) -> dict[str, Column]:
-    """Values per place as columns."""
+    """Return the values of single places as columns."""
     columns = {}
     for reducer in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(reducer) for row in rows]

@@ -33,7 +33,7 @@ class PlanLine:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a metric asks of the engine.
+    """A metric's demands on the engine.
 
     Attributes:
         taps: numbers from the gradients at modules' outputs: each tap, and the module it goes to (a canonical name,
@@ -56,7 +56,7 @@ class Needs:
 
 
 class TapCounts(Protocol):
-    """What the engine has counted of the forward passes that taps were on, in the open window."""
+    """Counts, by the engine, of the forward passes of the open window that taps were on."""
 
     @property
     def unrecorded(self) -> int:
@@ -64,7 +64,7 @@ class TapCounts(Protocol):
 
     @property
     def refused(self) -> Sequence[str]:
-        """Why backward passes that came were not recorded."""
+        """Reasons why backward passes that came were not recorded."""
 
 
 class Metric(ABC):
@@ -161,7 +161,7 @@ class Metric(ABC):
 
     @property
     def step_call(self) -> Callable[[], object]:
-        """What the clock calls at every step; when it returns True, settle() is called too."""
+        """The function that the clock calls at every step; when it returns True, settle() is called too."""
         return self.observe_step
 
     def observe_skipped_step(self) -> None:  # noqa: B027

@@ -46,7 +46,7 @@ class Showable(ABC):
 
 
 def reducers_text(values: Mapping[str, Value]) -> tuple[str, str]:
-    """Return the numbers of one place, and the labels and notes of those that are not simply exact."""
+    """Return the numbers of one place as text, and the labels and notes of those that are not simply exact."""
     numbers = "  ".join(f"{reducer} {value.value:.4g}" for reducer, value in values.items())
     remarks: dict[str, list[str]] = {}
     for reducer, value in values.items():

@@ -26,7 +26,7 @@ def check_version(state: Any, version: int, whose: str) -> None:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value of a state is a count: an integer from 0 to 2^53, and no bool."""
+    """Return whether a value of a state is a count: an integer from 0 to 2^53, and no bool."""
     return type(value) is int and 0 <= value <= MOST
 
 
@@ -72,7 +72,8 @@ def trouble_of(tensor: Tensor) -> str:
 
 
 def check_like(path: str, theirs: Any, mine: Any) -> None:
-    """ValueError naming the first place where `theirs` is of another shape, dtype, type or structure than `mine`."""
+    """Raise ValueError naming the first key where `theirs` is of another shape, dtype, type or structure than
+    `mine`."""
     if isinstance(mine, dict):
         if not isinstance(theirs, dict):
             raise ValueError(f"{path}: expected a dict, got {type(theirs).__name__}")
@@ -105,7 +106,7 @@ def check_like(path: str, theirs: Any, mine: Any) -> None:
 
 
 def check_same(state: Any, mine: dict[str, Any]) -> None:
-    """ValueError naming the first of these settings in which the state differs."""
+    """Raise ValueError naming the first of these settings in which the state differs."""
     if not isinstance(state, dict):
         raise ValueError(f"state: expected a dict, got {type(state).__name__}")
     for key, value in mine.items():

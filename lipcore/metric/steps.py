@@ -134,7 +134,7 @@ class WatchedStep:
 
 @dataclass
 class StepCalls:
-    """What a Stepper calls.
+    """Callbacks of a Stepper.
 
     Attributes:
         begin: a step begins.

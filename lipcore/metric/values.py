@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 Label = Literal["exact", "one-sided", "heuristic", "estimate"]
 Level = Literal["tensor", "group", "total"]
-LEVELS: tuple[Level, ...] = ("tensor", "group", "total")
+LABELS: tuple[Label, ...] = get_args(Label)
+LEVELS: tuple[Level, ...] = get_args(Level)
 _WORTH: dict[Label, int] = {"exact": 0, "estimate": 1, "one-sided": 2, "heuristic": 3}
 
 

@@ -70,7 +70,7 @@ class Window(Showable, Mapping[str, MetricResult]):
 
     @property
     def title(self) -> str:
-        """Which window it is, in words."""
+        """Name of the window, in words."""
         state = "closed" if self.closed else "open"
         rank = "; other ranks hold parts of it" if self.local else ""
         return f"Window {self.index} ({state}): steps {self.first_step} to {self.last_step}{rank}"

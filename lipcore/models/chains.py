@@ -12,7 +12,8 @@ from lipcore.models.torch_internals import ANY_FORWARD_HOOKS, ANY_FORWARD_PRE_HO
 
 
 def modules_in_order(model: nn.Module) -> list[nn.Module] | None:
-    """Of nested nn.Sequentials of torch's own layers; None where there is other wiring, or may be: in a hook."""
+    """Return the modules of nested nn.Sequentials of torch's own layers; None where there is other wiring, or may be:
+    in a hook."""
     if _global_hooks() or _altered(model):
         return None
     model = unwrap(model)
@@ -26,8 +27,8 @@ def modules_in_order(model: nn.Module) -> list[nn.Module] | None:
 
 
 def altered_modules(model: nn.Module) -> dict[str, list[Any]]:
-    """Which modules may return something else than their class does, in words, and by what: hooks, or a function in
-    the place of forward."""
+    """Return the modules that may return something else than their class does, in words, and why: their hooks, or the
+    function in the place of forward."""
     found = {
         "every module": _global_hooks(),
         "the model's wrapper": _altered(model) if unwrap(model) is not model else [],
@@ -37,7 +38,8 @@ def altered_modules(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def _altered(module: nn.Module) -> list[Any]:
-    """Hooks may change inputs, outputs and weights (the old weight_norm, pruning): only lipcore's are known not to."""
+    """Return what may change inputs, outputs and weights: hooks (the old weight_norm, pruning) that are not lipcore's,
+    and a function in the place of forward."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     instead = [vars(module)["forward"]] if "forward" in vars(module) else []
     return [*instead, *(hook for hook in hooks if not _is_own(hook))]
@@ -55,7 +57,8 @@ def _is_own(hook: Any) -> bool:
 
 
 def chain_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, module) of every leaf of a plain nn.Sequential (nested ones too) in the order they run; else empty."""
+    """Return (name, module) of every leaf of a plain nn.Sequential (nested ones too) in the order they run; else
+    nothing."""
     if type(model) is not nn.Sequential:
         return []
     chain: list[tuple[str, nn.Module]] = []
@@ -71,6 +74,6 @@ FIRST_LAYER_TYPES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 def first_of_chain(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """Name and module of the first layer, where a plain chain begins with it."""
+    """Return name and module of the first layer, where a plain chain begins with it."""
     chain = chain_of(unwrap(model))
     return chain[0] if chain and isinstance(chain[0][1], FIRST_LAYER_TYPES) else None

@@ -13,12 +13,13 @@ from lipcore.models.torch_internals import AnyBatchNorm, AnyDropout
 
 
 def mixes_samples(module: nn.Module) -> bool:
-    """Whether this BatchNorm normalises by the statistics of the batch."""
+    """Return whether this BatchNorm normalises by the statistics of the batch."""
     return module.training or getattr(module, "running_mean", None) is None
 
 
 def check_model(model: nn.Module) -> None:
-    """ValueError where one sample's output depends on the others or on chance, or where there is nothing to run."""
+    """Raise ValueError where one sample's output depends on the others or on chance, or where there is nothing to
+    run."""
     for name, module in named_modules(model):
         kind = type(module).__name__
         if isinstance(module, AnyBatchNorm) and mixes_samples(module):
@@ -45,7 +46,7 @@ def _draws(module: nn.Module) -> bool:
 
 
 def check_input(model: nn.Module, x: Any) -> None:
-    """TypeError or ValueError where x is no batch, or not where the model is."""
+    """Raise TypeError or ValueError where x is no batch, or not where the model is."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x: expected a tensor, got {type(x).__name__}")
     if not x.dim():
@@ -71,7 +72,7 @@ def check_batch_size(batch_size: Any) -> None:
 
 
 def finite_rows(values: Tensor) -> Tensor:
-    """bool [N]: all entries of the row are finite."""
+    """Return whether all entries of each row are finite, bool [N]."""
     return (
         torch.isfinite(values).reshape(len(values), -1).all(1)
         if values.numel()
@@ -80,7 +81,7 @@ def finite_rows(values: Tensor) -> Tensor:
 
 
 def check_rows(finite: Tensor, argument: str, what: str) -> None:
-    """ValueError that names the rows which are not finite."""
+    """Raise ValueError naming the rows that are not finite."""
     if not bool(finite.all()):
         rows = (~finite).nonzero().flatten().tolist()
         shown = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")

@@ -18,7 +18,7 @@ def _is_wrapped(parent: nn.Module, attribute: str) -> bool:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """The user's module inside torch.compile, DDP, FSDP, checkpoint and similar wrappers."""
+    """Return the user's module inside torch.compile, DDP, FSDP, checkpoint and similar wrappers."""
     while len(module._modules) == 1:
         attribute, child = next(iter(module._modules.items()))
         if child is None or not _is_wrapped(module, attribute) or isinstance(module, nn.Sequential):
@@ -28,8 +28,8 @@ def unwrap(module: nn.Module) -> nn.Module:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """(canonical name, module) of every module that is not a wrapper, each once, in registration order; the root is
-    ''."""
+    """Return (canonical name, module) of every module that is not a wrapper, each once, in registration order; the root
+    is ''."""
     seen: set[int] = set()
 
     def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
@@ -46,7 +46,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def find_module(model: nn.Module, name: str, argument: str) -> tuple[str, nn.Module]:
-    """Canonical name and module of what is called so (wrappers' prefixes in the name are accepted too)."""
+    """Return canonical name and module of what is called so (wrappers' prefixes in the name are accepted too)."""
     modules = dict(named_modules(model))
     parts = [part for part in name.split(".") if part not in WRAPPER_ATTRIBUTES]
     for start in range(len(parts) + 1):  # "module.fc1" of a DDP model is "fc1" here

@@ -12,7 +12,7 @@ from lipcore.models.torch_internals import tree_leaves
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """In tuples, lists, dicts, mappings and dataclasses."""
+    """Find the tensors in tuples, lists, dicts, mappings and dataclasses."""
     if isinstance(output, Tensor):
         yield output
         return
@@ -28,7 +28,7 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 def nodes_of(output: Any) -> Iterator[Any]:
-    """The nodes of the graph behind the output's tensors."""
+    """Return the nodes of the graph behind the output's tensors."""
     todo = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
     seen = set(todo)
     while todo:
@@ -49,7 +49,7 @@ def on_backward(output: Any, hook: Callable[[Any], None]) -> None:
 
 
 def check_output(output: Any) -> None:
-    """TypeError where it cannot say which value of a model's output is meant."""
+    """Raise TypeError where it cannot say which value of a model's output is meant."""
     if output is None or callable(output) or (isinstance(output, int) and not isinstance(output, bool)):
         return
     raise TypeError(
@@ -60,7 +60,7 @@ def check_output(output: Any) -> None:
 
 
 def one_per_sample(result: Any, output: int | Callable[[Any], Tensor] | None, batch: int) -> Tensor:
-    """Of what a model returned, the one value for each sample, [B] or [B, 1]."""
+    """Return, of what a model returned, the one value for each sample, [B] or [B, 1]."""
     check_output(output)
     if callable(output):
         result = output(result)

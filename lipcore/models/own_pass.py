@@ -17,9 +17,9 @@ from lipcore.models.restored import buffers_put_back, random_numbers_put_back
 
 @contextmanager
 def own_pass(model: nn.Module) -> Iterator[None]:
-    """A pass, with gradients, that training does not notice: no metric records it, and what it changes gets its value
-    back when it ends: buffers (spectral_norm's vectors, InstanceNorm's running statistics, counters) and the state of
-    the random numbers, whose use is refused.
+    """Run a pass, with gradients, that training does not notice: no metric records it, and what it changes gets its
+    value back when it ends: buffers (spectral_norm's vectors, InstanceNorm's running statistics, counters) and the
+    state of the random numbers, whose use is refused.
 
     Running in eval mode instead would measure another function where spectral_norm is in train mode. Autocast is off:
     it rounds, and the weights it has cached may be older than the last step.
@@ -37,7 +37,7 @@ def own_pass(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_autocast(model: nn.Module) -> Iterator[None]:
-    """Off on the CPU and where the model is, and without its cache in regions that the model opens itself."""
+    """Turn autocast off, on the CPU and where the model is, and its cache in regions that the model opens itself."""
     kinds = {"cpu", *(p.device.type for p in model.parameters() if p.device.type != "meta")}
     with ExitStack() as stack:
         for kind in sorted(kinds):
@@ -46,14 +46,14 @@ def without_autocast(model: nn.Module) -> Iterator[None]:
 
 
 def run(model: nn.Module, x: Tensor) -> Any:
-    """model(x); where torch stumbled over x's dtype or width, words that name it."""
+    """Return model(x); where torch stumbled over x's dtype or width, raise an error in words that name it."""
     with misfit_in_words(model, x):
         return model(x)
 
 
 @contextmanager
 def misfit_in_words(model: nn.Module, x: Tensor) -> Iterator[None]:
-    """Around a pass of x: torch's error becomes a ValueError about x where its dtype or its width is the cause."""
+    """Turn torch's error, around a pass of x, into a ValueError about x where its dtype or its width is the cause."""
     try:
         yield
     except RuntimeError as error:
@@ -72,7 +72,7 @@ def _other_dtype(model: nn.Module, x: Tensor, error: str) -> str:
 
 
 def _other_width(model: nn.Module, x: Tensor) -> str:
-    """Where the first layer is known: that of a plain chain."""
+    """Return what to say of the width of x, where the first layer is known: that of a plain chain."""
     name, layer = first_of_chain(model) or ("", None)
     if isinstance(layer, nn.Linear):
         expected, fits = f"[N, ..., {layer.in_features}]", x.dim() > 1 and x.shape[-1] == layer.in_features
@@ -85,6 +85,6 @@ def _other_width(model: nn.Module, x: Tensor) -> str:
 
 
 def fresh(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A copy of x to differentiate by, and what the model is given: no leaf, so that it may work in place."""
+    """Return a copy of x to differentiate by, and what the model is given: no leaf, so that it may work in place."""
     point = x.detach().clone().requires_grad_(x.is_floating_point())
     return point, point.clone()

@@ -10,7 +10,7 @@ from lipcore import _core
 
 @contextlib.contextmanager
 def paused() -> Iterator[None]:
-    """Forward passes of this thread are not recorded: lipcore's own, which are no part of the training."""
+    """Keep forward passes of this thread from being recorded: lipcore's own, which are no part of the training."""
     _core.pause(1)
     try:
         yield

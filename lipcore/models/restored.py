@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 
 class RandomPass(ValueError):
-    """The model drew random numbers: what was measured is one draw of many."""
+    """Warning that the model drew random numbers: what was measured is one draw of many."""
 
 
 @contextmanager
 def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Buffers have the values they had, whether they are changed in place, exchanged, or changed through .data."""
+    """Put back the values that buffers had, whether they are changed in place, exchanged, or changed through .data."""
     kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     values = [
         (buffer, buffer._version, buffer.detach().clone())
@@ -39,7 +39,7 @@ def _same(buffer: Tensor, value: Tensor) -> bool:
 
 @contextmanager
 def random_numbers_put_back(model: nn.Module) -> Iterator[None]:
-    """The generators of the CPU and of the model's CUDA devices go on where they were.
+    """Put the generators of the CPU and of the model's CUDA devices back where they were.
 
     Raises:
         RandomPass: one of them was used.

@@ -122,7 +122,7 @@ class Probes:
 
 @contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Every module in eval mode while it lasts; each gets its own mode back."""
+    """Put every module in eval mode while it lasts; each gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

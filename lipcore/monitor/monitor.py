@@ -22,7 +22,8 @@ class Monitor(Engine):
     """Observer of a model in training, by hooks alone: the model and the loop stay as they are.
 
     Time is counted in optimizer steps. The metrics observe every step. A window closes by itself after `window_steps`
-    steps, or when you call :meth:`close_window`; its results go to :attr:`history` and to :meth:`pop_window`.
+    steps, or when you call :meth:`close_window`; its results go to :attr:`history` and to :meth:`pop_window`. A window
+    has at least one step: where there is none, :meth:`compute` and :meth:`close_window` return None.
 
     Nothing is raised inside your forward or backward pass. An error there stops the recording and warns; it is raised
     by the next call of a method of this class, or at the end of the with block. A warning that your filters turn into

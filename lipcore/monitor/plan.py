@@ -6,7 +6,7 @@ from lipcore.metric.protocol import PlanLine
 
 
 class Plan:
-    """What a Monitor measures, by which rule, and what it costs; print it before step 0."""
+    """Plan of a Monitor: what it measures, by which rule, and what that costs; print it before step 0."""
 
     def __init__(
         self,

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from lipcore.models.arguments import check_count
+from lipcore.models.arguments import check_choice, check_count, is_integer
 
+OnUnsupported = Literal["error", "skip"]
 Offsets = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
 
 def check_arguments(
     every_steps: Any, on_unsupported: Any, batch_dim: Any, broadcast: Any, methods: Any, alone: bool
 ) -> None:
-    """TypeError or ValueError that names the argument. `alone`: without a Monitor."""
+    """Raise TypeError or ValueError naming the argument that is not possible. `alone`: without a Monitor."""
     check_count("every_steps", every_steps)
     if every_steps > 1 and alone:
         raise ValueError(
             f"every_steps: {every_steps} counts an optimizer's steps, which a metric that stands alone does not see; "
             "leave out model= and give the metric to Monitor(model, optimizer, metrics=[...])"
         )
-    if on_unsupported not in ("error", "skip"):
-        raise ValueError(f"on_unsupported: expected 'error' or 'skip', got {on_unsupported!r}")
-    if batch_dim not in (0, 1) or isinstance(batch_dim, bool):
+    check_choice("on_unsupported", on_unsupported, get_args(OnUnsupported))
+    if not is_integer(batch_dim) or batch_dim not in (0, 1):
         raise ValueError(f"batch_dim: expected 0 or 1, got {batch_dim!r}")
     if isinstance(broadcast, str):
         raise TypeError(f"broadcast: expected a sequence of layer names, got the string {broadcast!r}")
@@ -38,7 +38,7 @@ def check_arguments(
 
 
 def offsets_of(cu_seqlens: Any) -> Offsets | None:
-    """The function that finds the boundaries of packed sequences."""
+    """Return the function that finds the boundaries of packed sequences."""
     if cu_seqlens is None or (callable(cu_seqlens) and not isinstance(cu_seqlens, Tensor)):
         function: Offsets | None = cu_seqlens
         return function
@@ -51,7 +51,8 @@ def offsets_of(cu_seqlens: Any) -> Offsets | None:
 
 
 class _Keyword:
-    """Takes the boundaries from a keyword argument; a class, since a function in a function cannot be pickled."""
+    """Function that takes the boundaries from a keyword argument; a class, since a function in a function cannot be
+    pickled."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from lipcore.models.arguments import check_choice
+
+Missing = Literal["nan", "zero", "raise"]  #: what becomes of a NaN norm
 
 
 def clip_factors(
@@ -13,7 +17,7 @@ def clip_factors(
     max_norm: float | Tensor,
     *,
     eps: float = 0.0,
-    missing: Literal["nan", "zero", "raise"] = "nan",
+    missing: Missing = "nan",
 ) -> Tensor:
     r"""Compute the factor per sample that shortens its gradient to at most `max_norm`.
 
@@ -46,8 +50,7 @@ def clip_factors(
     >>> clip_factors(torch.tensor([0.0, 0.5, 4.0, float("nan")]), 1.0)
     tensor([1.0000, 1.0000, 0.2500,    nan])
     """
-    if missing not in ("nan", "zero", "raise"):
-        raise ValueError(f"missing: expected 'nan', 'zero' or 'raise', got {missing!r}")
+    check_choice("missing", missing, get_args(Missing))
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps: expected a number >= 0, got {eps!r}")
     norms = _checked(norms)
@@ -97,7 +100,7 @@ def _checked(norms: Tensor) -> Tensor:
 
 
 def _bound(max_norm: float | Tensor, norms: Tensor) -> Tensor:
-    """`max_norm` as a tensor that broadcasts against the norms."""
+    """Return `max_norm` as a tensor that broadcasts against the norms."""
     if not isinstance(max_norm, Tensor):
         if not max_norm > 0:
             raise ValueError(f"max_norm: expected a number > 0, got {max_norm!r}")

@@ -10,7 +10,7 @@ from torch import Tensor
 _MOST = 64  # of what is kept: layers may come and go at random
 
 
-class Places:
+class LayerIndex:
     """The layers of a model in its order, and the parameters of each.
 
     Attributes:
@@ -26,7 +26,8 @@ class Places:
         self._of: dict[frozenset[str], tuple[tuple[str, ...], list[str], list[int]]] = {}
 
     def of(self, names: Collection[str]) -> tuple[tuple[str, ...], list[str], list[int]]:
-        """Of the parameters among `names`: they, their layers, and the place of each among these layers."""
+        """Return the parameters among `names`, their layers, and for each parameter the index of its layer among
+        these."""
         key = frozenset(names)
         found = self._of.get(key)
         if found is None:
@@ -39,7 +40,8 @@ class Places:
         return found
 
     def on(self, device: torch.device, index: Sequence[int]) -> Tensor:
-        """An index on a device. Kept, since copying it there waits for all that the device was told before."""
+        """Return an index on a device. It is kept, since copying it there waits for all that the device was told
+        before."""
         key = device, tuple(index)
         found = self._on.get(key)
         if found is None:

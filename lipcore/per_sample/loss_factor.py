@@ -9,8 +9,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossFactor:
-    """number * tensor: what is known on the host is kept apart from what only the device knows, since comparing the
-    latter on the host would synchronise."""
+    """A factor, number * tensor: what is known on the host is kept apart from what only the device knows, since
+    comparing the latter on the host would synchronise."""
 
     number: float
     tensor: Tensor | None = None  #: float64, one number; None: 1
@@ -20,25 +20,25 @@ class LossFactor:
         return self.number if self.tensor is None else self.tensor * self.number
 
     def differs(self, other: LossFactor) -> bool:
-        """Whether the host knows that it is another factor."""
+        """Return whether the host knows that the other factor is another one."""
         return self.number != other.number or (self.tensor is None) != (other.tensor is None)
 
     def equals(self, other: LossFactor) -> Tensor | None:
-        """Of two that do not differ(): whether the device's parts are equal, on the device; None where there are
-        none."""
+        """Return, of two factors that do not differ(), whether the device's tensors are equal, on the device; None
+        where there are none."""
         if self.tensor is None or other.tensor is None:
             return None
         return self.tensor == other.tensor
 
 
 def of_host(tensor: Tensor) -> float | Tensor:
-    """One number as a float where reading it does not synchronise, and as a float64 tensor otherwise."""
+    """Return one number as a float where reading it does not synchronise, and as a float64 tensor otherwise."""
     tensor = tensor.detach().reshape(())
     return float(tensor) if tensor.is_cpu else tensor.double()
 
 
 def product(number: float, *parts: float | Tensor) -> LossFactor:
-    """number times all parts."""
+    """Return the number times all other factors."""
     tensor: Tensor | None = None
     for part in parts:
         if isinstance(part, Tensor):

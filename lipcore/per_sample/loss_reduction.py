@@ -4,30 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lipcore.models.arguments import check_choice
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
 
+LossReduction = Literal["mean", "sum"]
 Terms = Real | int | float | Tensor | Callable[[], Any] | None
 
 
 class Reduction:
-    """The factor f with grad l_i = f * (the backpropagated gradient's part of sample i), l_i being the sum of sample
-    i's unreduced loss terms.
+    """The loss reduction as the factor f with grad l_i = f * (what the backward pass brings of sample i), l_i being the
+    sum of sample i's unreduced loss terms.
 
     "sum": 1. "mean": the number of terms that were averaged, which is B unless `terms` says how many. Whatever the loss
     was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out.
     """
 
-    def __init__(self, reduction: str, terms: Terms, scale: float) -> None:
-        if reduction not in ("mean", "sum"):
-            raise ValueError(
-                f"loss_reduction: expected 'mean' or 'sum', got {reduction!r}: what your loss does over the batch. "
-                "It has no default, since a wrong one makes every norm wrong by a factor B"
-            )
+    def __init__(self, reduction: LossReduction, terms: Terms, scale: float) -> None:
+        why = (
+            ": what your loss does over the batch. It has no default, since a wrong one makes every norm wrong by a "
+            "factor B"
+        )
+        check_choice("loss_reduction", reduction, get_args(LossReduction), why=why)
         if terms is not None and reduction == "sum":
             raise ValueError("loss_terms: a loss that is summed divides by no number of terms; leave it out")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
@@ -38,11 +40,11 @@ class Reduction:
 
     @property
     def is_constant(self) -> bool:
-        """Whether f of a micro-batch of one, without a scaler, is a number that stays the same."""
+        """True when f of a micro-batch of one, without a scaler, is a number that stays the same."""
         return not (_is_function(self.terms) or isinstance(self.terms, Tensor))
 
     def factor(self, samples: int, scaler: Any) -> LossFactor:
-        """f of a micro-batch of so many samples."""
+        """Return f of a micro-batch of so many samples."""
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
         if given is not None:
@@ -63,7 +65,8 @@ def _is_function(terms: Any) -> bool:
 
 
 def _check(terms: Any) -> None:
-    """A tensor's value is looked at on the CPU only: another device may not have finished it."""
+    """Raise TypeError or ValueError for what is no number of terms. A tensor's value is looked at on the CPU only:
+    another device may not have finished it."""
     expected = "the number of averaged terms, a tensor with it, or a function that returns it"
     if isinstance(terms, Tensor):
         if terms.numel() != 1:

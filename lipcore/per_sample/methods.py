@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from lipcore.capture.layers.layer_site import LayerSite
-from lipcore.layers.rule import GRAM_OR_DIRECT
+from lipcore.functional.linear import METHODS, Method
+from lipcore.models.arguments import check_choice
+
+#: What a layer of lipcore's own can be told; a rule of one's own may have other names.
+LayerMethod = Method | Literal["estimate"]
 
 
 def _choice(site: LayerSite) -> tuple[str, ...] | None:
@@ -15,7 +20,7 @@ def _choice(site: LayerSite) -> tuple[str, ...] | None:
 
 
 def check_methods(methods: Mapping[str, str], sites: Sequence[LayerSite], fused: bool) -> None:
-    """ValueError for a method that is none, and for a layer that has no choice."""
+    """Raise ValueError for a method that is none, and for a layer that has no choice."""
     by_name = {site.name: site for site in sites}
     for layer, method in methods.items():
         site = by_name[layer]
@@ -32,10 +37,7 @@ def check_methods(methods: Mapping[str, str], sites: Sequence[LayerSite], fused:
                 f"methods[{layer!r}]: with fused=True a Linear's norms are taken inside its weight gradient; leave out "
                 "one of the two"
             )
-        allowed = ways or GRAM_OR_DIRECT
-        if method not in allowed:
-            expected = " or ".join(filter(None, [", ".join(map(repr, allowed[:-1])), repr(allowed[-1])]))
-            raise ValueError(f"methods[{layer!r}]: expected {expected}, got {method!r}")
+        check_choice(f"methods[{layer!r}]", method, ways or METHODS)
 
 
 def how(site: LayerSite, methods: Mapping[str, str]) -> str:

@@ -22,15 +22,15 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
-from lipcore.per_sample.arguments import check_arguments, offsets_of
-from lipcore.per_sample.batch_norms import MicroBatch, Norms
-from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
+from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
-from lipcore.per_sample.loss_reduction import Reduction, Terms
-from lipcore.per_sample.methods import check_methods, how
+from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
+from lipcore.per_sample.methods import LayerMethod, check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
-from lipcore.per_sample.noise.step_sums import StepSums
+from lipcore.per_sample.noise.noise_sums import NoiseSums
 from lipcore.per_sample.open_step import OpenStep, take_in
+from lipcore.per_sample.pass_norms import Norms, PassNorms
 from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.show import shown
@@ -103,15 +103,15 @@ class PerSampleGradNorms(StandaloneMetric):
         self,
         model: nn.Module | None = None,
         *,
-        loss_reduction: str,
+        loss_reduction: LossReduction,
         loss_terms: Terms = None,
         scale: float = 1.0,
         every_steps: int = 1,
-        on_unsupported: str = "error",
+        on_unsupported: OnUnsupported = "error",
         batch_dim: int = 0,
         cu_seqlens: str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
         broadcast: Sequence[str] = (),
-        methods: Mapping[str, str] | None = None,
+        methods: Mapping[str, LayerMethod] | None = None,
         fused: bool = False,
         normalized: bool = False,
         noise_scale: bool = True,
@@ -137,11 +137,11 @@ class PerSampleGradNorms(StandaloneMetric):
         self._scaler = scaler
         self._stands_alone = model is not None
         self._steps = 0
-        self._last: MicroBatch | None = None
+        self._last: PassNorms | None = None
         self._ids: Tensor | None = None
         self._takes_ids = False
         self.scores = SampleScores()  #: per sample id, when `ids` are given
-        self._places = Places({})
+        self._layer_index = LayerIndex({})
         self._open_step = OpenStep(None)
         self._blocks = 1
         self._window = NormWindow(0, 1)  # until the layers are known
@@ -163,14 +163,14 @@ class PerSampleGradNorms(StandaloneMetric):
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
     def bind(self, model: nn.Module) -> None:
-        """Layers and parameters are found when the layers are tapped."""
+        """Bind to no parameters yet: they and the layers are found when the layers are tapped."""
 
     def needs(self) -> Needs:
         """Say that all layers are to be tapped; and of the gradients, for the noise scale."""
         return Needs(layers=self._options, gradients=self._wants_noise and not self._stands_alone)
 
     def tapped(self, layers: TappedLayers) -> None:
-        """The layers are tapped by this."""
+        """Take the tapped layers, and start anew where they are others than before."""
         check_methods(self._methods, layers.sites, fused=self._options.fused)
         if self._capture is None and not layers.coverage.covered:
             if not self._options.skip_uncovered:
@@ -184,22 +184,23 @@ class PerSampleGradNorms(StandaloneMetric):
         for site in layers.sites:
             for parameter in site.names.values():
                 layer_of.setdefault(parameter, site.name)
-        before, self._places = self._layers, Places(layer_of)
+        before, self._layer_index = self._layers, LayerIndex(layer_of)
         if self._layers != before or not self._window.open:
             self._window, self._noise = NormWindow(len(self._layers) + 1, self._blocks), None
         sums = None
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
-            sums = StepSums(self._places, layers.coverage.parameters)
+            sums = NoiseSums(self._layer_index, layers.coverage.parameters)
         self._open_step = OpenStep(sums)
         if self._stands_alone:
             layers.single.send_to(self._single_sink)
 
     def _single_sink(self, names: tuple[str, ...]) -> Sink | None:
-        """The distributions, for norms that nothing else is asked about."""
+        """Return where the compiled code may write the norms of these parameters' layers, when nothing else asks for
+        them."""
         if self._takes_ids or self._scaler is not None or not self._reduction.is_constant:
             return None
-        index = [self._places.number[self._places.layer_of[name]] for name in names]
+        index = [self._layer_index.number[self._layer_index.layer_of[name]] for name in names]
         factor = self._reduction.factor(1, None).number
         return index, self._window.cores, factor * factor
 
@@ -208,8 +209,8 @@ class PerSampleGradNorms(StandaloneMetric):
             self._capture.single.renew_sink()
 
     def rebind(self) -> None:
-        """Parameters were frozen or unfrozen, layers added or removed; statistics start anew where the layers are
-        others than before."""
+        """Look at the model anew after parameters were frozen or unfrozen, layers added or removed; statistics start
+        anew where the layers are others than before."""
         self._open_step.drop()
         self._ids = None
         if self._capture is not None:
@@ -218,31 +219,31 @@ class PerSampleGradNorms(StandaloneMetric):
 
     @property
     def _layers(self) -> list[str]:
-        return self._places.layers
+        return self._layer_index.layers
 
     def observe_layers(self, record: LayerRecord) -> None:
-        """One backward pass."""
-        micro = MicroBatch(record, self._reduction.factor(record.samples, self._scaler), self._places)
-        self._last = micro
+        """Take in the norms of one backward pass."""
+        norms = PassNorms(record, self._reduction.factor(record.samples, self._scaler), self._layer_index)
+        self._last = norms
         if record.observed:
             return
         ids, self._ids = self._ids, None
         if ids is not None and len(ids) != record.samples:
             raise ValueError(f"ids: {len(ids)} ids were given for a micro-batch of {record.samples} samples")
         if self._stands_alone:
-            self._take_in(micro, ids)
+            self._take_in(norms, ids)
         else:
-            self._open_step.add(micro, ids, len(self._window.open))
+            self._open_step.add(norms, ids, len(self._window.open))
 
-    def _take_in(self, micro: MicroBatch, ids: Tensor | None) -> None:
-        take_in(micro, ids, self._window.open, self.scores)
+    def _take_in(self, norms: PassNorms, ids: Tensor | None) -> None:
+        take_in(norms, ids, self._window.open, self.scores)
 
     def observe_unrecorded(self, samples: int, reason: str) -> None:
-        """A backward pass without a record: the numbers of the one before are not its numbers, nor are the ids set for
-        it those of the next."""
+        """Take in a backward pass without a record: the numbers of the one before are not its numbers, nor are the ids
+        set for it those of the next."""
         self._ids = None
-        self._last = MicroBatch(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._places)
-        self._last.record.explain(self._places.layer_of)
+        self._last = PassNorms(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._layer_index)
+        self._last.record.explain(self._layer_index.layer_of)
         if reason == STRAYED and self._open_step.sums is not None:
             self._open_step.sums.spoil(STRAYED)
 
@@ -251,7 +252,7 @@ class PerSampleGradNorms(StandaloneMetric):
             self._open_step.sums.read_gradients()
 
     def observe_step(self) -> None:
-        """The optimizer has stepped: what its backward passes brought counts."""
+        """Count what the backward passes of the optimizer's step brought."""
         self._ids = None  # set for a backward pass that did not come, or that was in a step without records
         recorded = bool(self._open_step)
         self._open_step.take_into(self._window.open, self.scores)
@@ -262,8 +263,8 @@ class PerSampleGradNorms(StandaloneMetric):
             self._capture.active = self._steps % self._every == 0
 
     def observe_skipped_step(self) -> None:
-        """A GradScaler skipped the step: what its backward passes brought does not count. Found out when the next one
-        comes, whose ids are there already."""
+        """Drop what the backward passes of a step brought that a GradScaler skipped. This is found out when the next
+        one comes, whose ids are there already."""
         self._dropped += self._open_step.drop()
 
     # ---- the last micro-batch
@@ -273,7 +274,7 @@ class PerSampleGradNorms(StandaloneMetric):
             raise RuntimeError("this metric watches no model yet: pass model=, or give it to a Monitor")
         return self._capture
 
-    def _micro(self) -> MicroBatch:
+    def _last_norms(self) -> PassNorms:
         if self._engine is not None:
             self._engine.flush()
         elif self._capture is not None:
@@ -299,36 +300,36 @@ class PerSampleGradNorms(StandaloneMetric):
         square = self._capture.single.total() if self._stands_alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
-        return self._micro().per_sample
+        return self._last_norms().per_sample
 
     @property
     def per_layer(self) -> Norms:
         """Norms per layer, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
-        return self._micro().per_layer
+        return self._last_norms().per_layer
 
     @property
     def per_parameter(self) -> Norms:
         """Norms per parameter, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
-        return self._micro().per_parameter
+        return self._last_norms().per_parameter
 
     @property
     def standard_error(self) -> Norms:
         """Standard errors of estimated norms, float64 [B], by layer with ``methods={layer: "estimate"}``: that of
         :attr:`per_layer`, as the probes show it; and ``["total"]``, that of :attr:`per_sample`. Empty where all
         norms are exact."""
-        return self._micro().standard_error
+        return self._last_norms().standard_error
 
     @property
     def normalized(self) -> Norms:
         r"""Normalised gradient norms per layer, float64 [B] each: :math:`r_i = \|\partial L/\partial u_i\| /
         |\partial L/\partial\hat y_i|` with u the layer's output; every factor of the loss cancels. NaN where the
         output's gradient is 0 or not finite."""
-        return self._micro().normalized
+        return self._last_norms().normalized
 
     @property
     def broken(self) -> str:
         """Reason why the last total is NaN; empty when it is not."""
-        return self._micro().record.broken
+        return self._last_norms().record.broken
 
     def set_ids(self, ids: Any) -> None:
         """Name the samples of the next backward pass by their ids (integers [B]); its norms are kept in
@@ -365,7 +366,7 @@ class PerSampleGradNorms(StandaloneMetric):
         return lines
 
     def finalize(self) -> MetricResult:
-        """Distributions over the window, in total and per layer; the noise scale."""
+        """Return the distributions over the window, in total and per layer, and the noise scale."""
         capture = self._capture
         result = MetricResult(self.name, dropped_samples=self._dropped)
         if capture is not None:
@@ -399,7 +400,7 @@ class PerSampleGradNorms(StandaloneMetric):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, layers, distributions of the window, noise scale and scores."""
+        """Return version, layers, distributions of the window, noise scale and scores."""
         return {
             "version": self._version,
             "layers": list(self._layers),
@@ -448,9 +449,10 @@ class PerSampleGradNorms(StandaloneMetric):
         self._dropped += other._dropped
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy: the settings and all numbers, and no model. What the open step brought stays with the original."""
+        """Make what a copy or a pickle has: the settings and all numbers, and no model. What the open step brought
+        stays with the original."""
         if self._last is not None:
-            self._micro()  # takes in what has not been delivered yet
+            self._last_norms()  # takes in what has not been delivered yet
         attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}
         return self.__dict__ | attached | {"_open_step": OpenStep(None)}
 

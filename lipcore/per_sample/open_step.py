@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from lipcore.metric.distribution import Distribution
-from lipcore.per_sample.batch_norms import MicroBatch
-from lipcore.per_sample.noise.step_sums import StepSums
+from lipcore.per_sample.noise.noise_sums import NoiseSums
+from lipcore.per_sample.pass_norms import PassNorms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 
 # As many are kept as they are: then they are summed up, so that nothing grows in a loop that never steps. Summing up
@@ -15,43 +15,43 @@ _MOST = 256
 
 
 class OpenStep:
-    """Takes micro-batches; gives them all away, or forgets them.
+    """Micro-batches of the open step, which are all given away, or forgotten.
 
     Args:
         sums: of the noise scale, if it is wanted.
     """
 
-    def __init__(self, sums: StepSums | None) -> None:
+    def __init__(self, sums: NoiseSums | None) -> None:
         self.sums = sums
         self._forget()
 
     def _forget(self) -> None:
         self.samples = 0
-        self._waiting: list[tuple[MicroBatch, Tensor | None]] = []
+        self._waiting: list[tuple[PassNorms, Tensor | None]] = []
         self._held: tuple[list[Distribution], SampleScores] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._waiting) or self._held is not None
 
-    def add(self, micro: MicroBatch, ids: Tensor | None, places: int) -> None:
-        """Another one, and the ids of its samples."""
-        self._waiting.append((micro, ids))
+    def add(self, norms: PassNorms, ids: Tensor | None, places: int) -> None:
+        """Add a micro-batch, and the ids of its samples."""
+        self._waiting.append((norms, ids))
         if self.sums is not None:
-            self.sums.expect(micro.record)
-        self.samples += micro.samples
+            self.sums.expect(norms.record)
+        self.samples += norms.samples
         if len(self._waiting) >= _MOST:
             self._held = self._held or ([Distribution() for _ in range(places)], SampleScores())
             self._hand_on(*self._held)
 
     def _hand_on(self, distributions: list[Distribution], scores: SampleScores) -> None:
         waiting, self._waiting = self._waiting, []
-        for micro, ids in waiting:
-            take_in(micro, ids, distributions, scores)
+        for norms, ids in waiting:
+            take_in(norms, ids, distributions, scores)
             if self.sums is not None:
-                self.sums.add(micro)
+                self.sums.add(norms)
 
     def take_into(self, distributions: list[Distribution], scores: SampleScores) -> None:
-        """The step was made: everything counts."""
+        """Hand everything on: the step was made."""
         if self._held is not None:
             for into, held in zip(distributions, self._held[0], strict=True):
                 into.merge(held)
@@ -60,7 +60,7 @@ class OpenStep:
         self._forget()
 
     def drop(self) -> int:
-        """The step was skipped, or is none: how many samples do not count."""
+        """Forget everything, since the step was skipped or is none, and return how many samples do not count."""
         samples = self.samples
         self._forget()
         if self.sums is not None:
@@ -68,8 +68,8 @@ class OpenStep:
         return samples
 
 
-def take_in(micro: MicroBatch, ids: Tensor | None, distributions: list[Distribution], scores: SampleScores) -> None:
-    """The norms of a micro-batch, per layer, in total and per sample id."""
-    micro.observe(distributions)
+def take_in(norms: PassNorms, ids: Tensor | None, distributions: list[Distribution], scores: SampleScores) -> None:
+    """Take in the norms of a micro-batch, per layer, in total and per sample id."""
+    norms.observe(distributions)
     if ids is not None:
-        scores.observe(ids, micro.per_sample)
+        scores.observe(ids, norms.per_sample)

@@ -11,7 +11,7 @@ from lipcore.metric.columns import Column, Columns, Numbers, Places, one_if_same
 from lipcore.metric.distribution import Distribution, described
 from lipcore.metric.results import Label, MetricResult
 from lipcore.per_sample.noise.noise_scale import NoiseScale
-from lipcore.per_sample.noise.step_sums import StepSums
+from lipcore.per_sample.noise.noise_sums import NoiseSums
 
 TOTAL = "total"
 _REDUCERS = ("mean", "min", "max", "p50", "p99")
@@ -25,7 +25,7 @@ def add_norms(
     estimated: Sequence[str],
     note: str,
 ) -> None:
-    """The distributions of the norms per layer and, with the note, in total; `estimated`: layers that are no exact
+    """Add the distributions of the norms per layer and, with the note, in total; `estimated`: layers that are no exact
     ones."""
     if not distributions:
         return  # before the layers are known
@@ -56,7 +56,7 @@ def places_of(layers: tuple[str, ...]) -> Places:
     return Places([*layers, TOTAL], [*["group"] * len(layers), "total"])  # type: ignore[list-item]
 
 
-def add_noise(result: MetricResult, layers: Sequence[str], noise: NoiseScale, sums: StepSums | None) -> None:
+def add_noise(result: MetricResult, layers: Sequence[str], noise: NoiseScale, sums: NoiseSums | None) -> None:
     """Add the gradient noise scale and its two estimators, and why steps were left out."""
     found, places = noise.condensed(), places_of(tuple(layers))
 

@@ -11,7 +11,8 @@ Block = list[Distribution]  # one per layer, and the total last
 
 
 class NormWindow:
-    """`places` distributions per block, of which `open` is being filled and at most `blocks` - 1 are closed."""
+    """Distributions of a window's norms, one per place (layers, then the total) and block: the `open` block is being
+    filled, at most `blocks` - 1 are closed."""
 
     def __init__(self, places: int, blocks: int) -> None:
         self._places = places
@@ -27,7 +28,7 @@ class NormWindow:
         return [distribution.core for distribution in self.open]
 
     def merged(self) -> Block:
-        """Everything in the window."""
+        """Return the distributions of the whole window."""
         if not self._closed:
             return self.open
         merged = self._block()
@@ -47,7 +48,7 @@ class NormWindow:
         reset_all(self.open)
 
     def state_dict(self) -> dict[str, Any]:
-        """{"open": a state per place, "closed": the same per closed block}"""
+        """Return {"open": a state per place, "closed": the same per closed block}."""
         return {
             "open": [distribution.state_dict() for distribution in self.open],
             "closed": [[distribution.state_dict() for distribution in block] for block in self._closed],

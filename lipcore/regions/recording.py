@@ -42,7 +42,7 @@ def _following(model: nn.Module, path: list[str]) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Recording:
-    """What one forward pass showed."""
+    """Recording of what one forward pass showed."""
 
     gates: list[Gate]  #: in the order they ran
     head: str  #: the operation without linear pieces that the output went through at the end, or ""

@@ -16,7 +16,7 @@ _STATUS_COLORS = ("#003f5c", "#56b4e9", "#f5e6c8")
 
 
 class Drawable(Protocol):
-    """What is drawn: the numbers of a SliceMap, which knows how to draw itself and so stands above this file."""
+    """Numbers to draw: those of a SliceMap, which knows how to draw itself and so stands above this file."""
 
     @property
     def s(self) -> NDArray[np.float64]: ...

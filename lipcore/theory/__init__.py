@@ -1,9 +1,6 @@
-"""Statements about the function that a training run has learnt: the quantities of Loukas, Poiitis and Jegelka, "What
-training reveals about neural network complexity" (NeurIPS 2021, arXiv 2106.04186), evaluated on the windows of a
-Monitor.
-
-Every number is a :class:`lipcore.results.Value` with its label: exact, one-sided (a bound) or heuristic.
-"""
+"""Quantities of Loukas, Poiitis and Jegelka, "What training reveals about neural network complexity" (NeurIPS 2021,
+arXiv 2106.04186), from the windows of a Monitor: each a :class:`lipcore.metric.results.Value`, labelled exact,
+one-sided (a bound) or heuristic."""
 
 from lipcore.theory.assumptions import SigmoidHead, Slack, sigmoid_head, slack
 from lipcore.theory.bias_motion import BiasVariance, bias_variance

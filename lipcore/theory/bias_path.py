@@ -66,19 +66,18 @@ def bias_distance(
     elsewhere = apart(last)
     if elsewhere:
         directness = replace(directness, valid=False, note=elsewhere)
-    stepping = [window for window in windows if window.steps]
-    given = _given_rates(learning_rate, stepping)
+    given = _given_rates(learning_rate, windows)
     largest = None if eps_max is None else positive("eps_max", eps_max)
-    bound = Value(math.nan, 0, "one-sided", False, _NEEDS if stepping else "no step in the windows")
-    if stepping and all(has_sides(window) for window in stepping):
-        found = [literal_steps(window, parameter, "upper", place) for window in stepping]
-        rates = [_rate(*row, parameter) for row in zip(stepping, found, given, strict=True)]
+    bound = Value(math.nan, 0, "one-sided", False, _NEEDS)
+    if all(has_sides(window) for window in windows):
+        found = [literal_steps(window, parameter, "upper", place) for window in windows]
+        rates = [_rate(*row, parameter) for row in zip(windows, found, given, strict=True)]
         if largest is not None and None not in rates:
             total = math.fsum(
                 (rate or 0.0) * row.side.value * window.steps
-                for rate, row, window in zip(rates, found, stepping, strict=True)
+                for rate, row, window in zip(rates, found, windows, strict=True)
             )
-            bound = _bound(largest * total, found, stepping, length, elsewhere)
+            bound = _bound(largest * total, found, windows, length, elsewhere)
     return BiasDistance(distance, length, directness, bound)
 
 

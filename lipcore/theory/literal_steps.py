@@ -15,7 +15,7 @@ _NOTHING: Mapping[str, Any] = {}
 
 @dataclass(frozen=True)
 class LiteralSteps:
-    """What a window says about its steps; `against` names all that differs from what the corollaries assume."""
+    """Statement of a window about its steps; `against` names all that differs from what the corollaries assume."""
 
     side: Value  #: the side of the sandwich that the corollary is made from
     against: tuple[str, ...]

@@ -15,8 +15,7 @@ def select(history: Iterable[Window], metric: str, first_step: int | None, last_
     """Select the windows within [first_step, last_step], oldest first and without overlap: each step counts once.
 
     Of overlapping (sliding) windows the last one is kept and, going back from it, the next that ends before it began.
-    Windows without a step and without a sample are left out, as long as there is another. ValueError when there is
-    none, one stands there twice, or one has no such metric.
+    ValueError when there is none, one stands there twice, or one has no such metric.
     """
     for name, step in (("first_step", first_step), ("last_step", last_step)):
         if step is not None and (not hasattr(step, "__index__") or isinstance(step, bool)):
@@ -38,12 +37,12 @@ def select(history: Iterable[Window], metric: str, first_step: int | None, last_
         )
     for window, following in pairwise(chosen):
         same = (window.first_step, window.last_step) == (following.first_step, following.last_step)
-        if window is following or (same and window.steps):
+        if same:
             raise ValueError(
                 f"history: {span(window)} stands in it twice; pass every window once, of one run (monitor.history)"
             )
     kept: list[Window] = []
-    for window in reversed([w for w in chosen if w.steps or has_samples(w, metric)] or chosen[-1:]):
+    for window in reversed(chosen):
         if not kept or window.last_step < kept[-1].first_step:
             kept.append(window)
     for window in kept:

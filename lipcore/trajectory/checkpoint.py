@@ -15,7 +15,7 @@ _COUNTS = [i for i, name in enumerate(COLUMNS) if name.endswith("steps") or name
 
 
 def check_counters(state: dict[str, Any], rows: Tensor, group: int) -> None:
-    """ValueError when what the core uses as an index, or the counts of steps, could not be those of a ledger."""
+    """Raise ValueError when what the core uses as an index, or the counts of steps, could not be those of a ledger."""
     given = state["rows"]
     if not bool((given[:, group] == rows[:, group].cpu().to(given.device)).all()):
         raise ValueError("rows: the groups of its tensors are others than here")

@@ -18,13 +18,13 @@ from lipcore.functional.update_rules import Scalar, UpdateRule
 from lipcore.models.torch_internals import default_to_fused_or_foreach
 
 Group = dict[str, Any]
-Part = tuple[Tensor | None, Tensor | None, UpdateRule]  #: the tensors a and b of a parameter, and its rule
+Move = tuple[Tensor | None, Tensor | None, UpdateRule]  #: the tensors a and b of a parameter, and its rule
 
-HELD: Part = (None, None, UpdateRule())  #: of a parameter that was not stepped
+HELD: Move = (None, None, UpdateRule())  #: of a parameter that was not stepped
 
 
-def part_of(optimizer: Optimizer, group: Group, w: Tensor, memo: dict[Any, Any]) -> Part:
-    """What moved w in the step that was just made. `memo`, empty at the start of a step, keeps what a group's
+def move_of(optimizer: Optimizer, group: Group, w: Tensor, memo: dict[Any, Any]) -> Move:
+    """Return what moved w in the step that was just made. `memo`, empty at the start of a step, keeps what a group's
     parameters have in common.
 
     Raises:
@@ -39,7 +39,7 @@ def part_of(optimizer: Optimizer, group: Group, w: Tensor, memo: dict[Any, Any])
 
 
 def why_not_fused(kind: type, w: Tensor) -> str | None:
-    """Why the fused step of such a parameter is not what its state says."""
+    """Return why the fused step of such a parameter is not what its state says; None where it is."""
     if kind is SGD:
         if w.is_cpu and w.dtype in (torch.bfloat16, torch.float16):
             # pytorch issue 191763: full vectors of the parameter are not updated, momentum is not what it should be
@@ -53,13 +53,13 @@ def why_not_fused(kind: type, w: Tensor) -> str | None:
 
 
 def _number(x: Any) -> Scalar:
-    """A hyper-parameter as a float; one that lies on the GPU stays there, as a 0-dimensional tensor."""
+    """Return a hyper-parameter as a float; one that lies on the GPU stays there, as a 0-dimensional tensor."""
     if not isinstance(x, Tensor):
         return float(x)
     return float(x) if x.is_cpu else x.detach().reshape(())
 
 
-def _sgd(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Part:
+def _sgd(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Move:
     known = memo.get(id(group))
     if known is None:
         known = memo[id(group)] = _sgd_rule(group)
@@ -78,7 +78,7 @@ def _sgd(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Part
 
 
 def _sgd_rule(group: Group) -> tuple[UpdateRule, bool, bool]:
-    """The rule, and whether it is about the gradient and about the momentum buffer."""
+    """Return the rule of a group, and whether it reads the gradient and the momentum buffer."""
     rate, decay, momentum = _number(group["lr"]), _number(group["weight_decay"]), _number(group["momentum"])
     signed = -rate if group["maximize"] else rate
     if group["momentum"] == 0:
@@ -92,7 +92,7 @@ def _sgd_rule(group: Group) -> tuple[UpdateRule, bool, bool]:
 
 
 def _is_foreach(group: Group) -> bool:
-    """Which implementation torch.optim.sgd.sgd() has taken."""
+    """Return whether torch.optim.sgd.sgd() has taken its foreach implementation."""
     if group["foreach"] is None and group["fused"] is None:
         # The rule itself, not a copy of it.
         stepped = [p for p in group["params"] if p.grad is not None]
@@ -100,7 +100,7 @@ def _is_foreach(group: Group) -> bool:
     return bool(group["foreach"])
 
 
-def _adam(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Part:
+def _adam(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Move:
     if not state:
         return HELD
     step: Tensor = state["step"]
@@ -115,7 +115,7 @@ def _adam(group: Group, grad: Tensor, state: Group, memo: dict[Any, Any]) -> Par
 
 
 def _adam_rule(group: Group, step: Tensor) -> UpdateRule | None:
-    """None when no step has been made yet: a GradScaler skipped the first ones.
+    """Return the rule of a group; None when no step has been made yet: a GradScaler skipped the first ones.
 
     Hyper-parameters that are tensors stay tensors as long as they do in torch: a float32 learning rate gives a float32
     step size, whatever the parameter's dtype.
@@ -142,8 +142,8 @@ def _adam_rule(group: Group, step: Tensor) -> UpdateRule | None:
 
 
 def _bias_corrections(group: Group, step: Tensor) -> tuple[Any, Any]:
-    """1 - beta^step in the arithmetic of the implementation. At step 1 float32's 1 - 0.999 is off by 1.3e-5, so whoever
-    takes it in float64 where torch did not is off as well."""
+    """Return 1 - beta^step of both betas in the arithmetic of the implementation. At step 1 float32's 1 - 0.999 is off
+    by 1.3e-5, so float64 would be wrong where torch did not use it."""
     beta1, beta2 = group["betas"]
     if group["fused"]:
         count = float(step) if step.is_cpu else step.double()
@@ -154,7 +154,7 @@ def _bias_corrections(group: Group, step: Tensor) -> tuple[Any, Any]:
     return 1 - beta1**count, 1 - beta2**count
 
 
-CLOSED_FORMS: dict[type, Callable[[Group, Tensor, Group, dict[Any, Any]], Part]] = {
+CLOSED_FORMS: dict[type, Callable[[Group, Tensor, Group, dict[Any, Any]], Move]] = {
     SGD: _sgd,
     Adam: _adam,
     AdamW: _adam,

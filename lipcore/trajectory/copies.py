@@ -13,7 +13,7 @@ _ALIGNMENT = 64  # elements; every tensor's state starts on a cache line
 
 
 def distances(ones: list[Tensor], others: list[Tensor]) -> Tensor:
-    """||one - other|| of every pair, as float64."""
+    """Return ||one - other|| of every pair, as float64."""
     norms = []
     for one, other in zip(ones, others, strict=True):
         dtype = mean_dtype(one.dtype)
@@ -22,12 +22,12 @@ def distances(ones: list[Tensor], others: list[Tensor]) -> Tensor:
 
 
 def mean_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What the mean of a tensor is kept in."""
+    """Return the dtype in which the mean of a tensor is kept."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def bytes_of(count: int, dtype: torch.dtype, *, per_element: bool = False, blocks: int = 1) -> dict[str, int]:
-    """Persistent bytes per kind of state of a tensor; `blocks` is how many blocks' means are kept."""
+    """Return the persistent bytes per kind of state of a tensor; `blocks` is how many blocks' means are kept."""
     mean = count * mean_dtype(dtype).itemsize
     size = {"previous values": count * dtype.itemsize, "reference": count * dtype.itemsize, "mean": mean}
     size["mean of earlier blocks (in windows longer than 512 steps)"] = 8 * count
@@ -72,7 +72,7 @@ class Copies:
                 self.prev[i] = torch.empty(0, device="cpu")
 
     def _allocate(self, kept_in: Callable[[torch.dtype], torch.dtype]) -> list[Tensor]:
-        """Zeros with every tensor's own layout: a dense parameter's state lies in memory as the parameter does."""
+        """Make zeros with every tensor's own layout: a dense parameter's state lies in memory as the parameter does."""
         flats = {}
         for dtype, size in self._sizes.items():
             flats[dtype] = torch.zeros(size, dtype=kept_in(dtype), device=self._device)
@@ -87,14 +87,14 @@ class Copies:
             self.earlier_m2 = self._allocate(mean_dtype) if self.per_element else []
 
     def take_earlier(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Hands over the earlier blocks' means (and per-element sums); the next ones start anew."""
+        """Hand over the earlier blocks' means (and per-element sums), and start new ones."""
         means = [earlier.to(mean.dtype) for earlier, mean in zip(self.earlier, self.mean, strict=False)]
         taken = means, self.earlier_m2
         self.earlier, self.earlier_m2 = [], []
         return taken
 
     def entry(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """What a compiled plan writes to."""
+        """Return the copies of tensor i that a compiled plan writes to."""
         return self.prev[i], self.ref[i], self.mean[i], self.m2[i] if self.per_element else None
 
     def fold(self, points: Tensor, folded: Tensor) -> Tensor:
@@ -116,14 +116,14 @@ class Copies:
         return gap_sq
 
     def shift(self, means: list[Tensor], reference: list[Tensor]) -> None:
-        """Means of offsets from the present reference become those of offsets from another one."""
+        """Turn means of offsets from the present reference into those of offsets from another one."""
         for mean, old, new in zip(means, self.ref, reference, strict=True):
             mean.add_((old.double() - new.double()).to(mean.dtype))
 
     # ---- what a checkpoint holds
 
     def state(self, i: int) -> dict[str, Tensor]:
-        """Tensor i's copies by kind."""
+        """Return tensor i's copies by kind."""
         kinds = {"prev": self.prev, "ref": self.ref, "mean": self.mean, "m2": self.m2}
         kinds |= {"earlier": self.earlier, "earlier_m2": self.earlier_m2}
         return {kind: tensors[i] for kind, tensors in kinds.items() if tensors}

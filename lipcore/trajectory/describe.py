@@ -144,7 +144,7 @@ class Rows:
         return [_Entry("directness", "last", numbers, self.total_steps, label, notes, None, present, moved)]
 
     def _reducers(self) -> dict[str, dict[str, tuple[Numbers, Counts]]]:
-        """Numbers and how many steps (or points) are in them."""
+        """Return every reducer's numbers, and how many steps (or points) are in them."""
         steps, total = self.steps, self.total_steps
         mean = np.where(steps > 0, 1 / steps, math.nan)
         seen = steps + self.skipped
@@ -228,7 +228,7 @@ class NormRows:
 
 
 def _add(result: MetricResult, places: Places, entries: Sequence[_Entry]) -> None:
-    """Entries of the same places, of one matrix."""
+    """Add entries of the same places, of one matrix."""
     if not entries:
         return
     numbers = rows_of(np.stack([entry.numbers for entry in entries]))

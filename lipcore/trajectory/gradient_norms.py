@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lipcore import _core, functional
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import GRADIENTS
-from lipcore.trajectory.parameters import Part, local_part
+from lipcore.trajectory.parameters import WatchedParameter, local_shard
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
 
@@ -21,16 +21,16 @@ BEFORE, USED = GRADIENTS
 
 
 class GradientTracker(Tracker):
-    """Tracks norms of gradients. Its ring has a place for every step that the parameters' Tracker has seen: NaN where
-    there was no gradient."""
+    """Tracker of the norms of gradients. Its ring has an entry for every step that the parameters' Tracker has seen:
+    NaN where there was no gradient."""
 
-    def __init__(self, parts: list[Part], ring: int, steps: Tracker) -> None:
-        super().__init__(parts, ring=ring, copies=False)
+    def __init__(self, watched: list[WatchedParameter], ring: int, steps: Tracker) -> None:
+        super().__init__(watched, ring=ring, copies=False)
         self._steps = steps
         self._behind = 0  # steps without a gradient that are not in the ring yet
 
     def observe_nothing(self) -> None:
-        """A step had no gradient."""
+        """Count a step that had no gradient."""
         self._behind += 1
 
     def observe(self, sums: Tensor) -> bool:
@@ -50,7 +50,7 @@ class GradientTracker(Tracker):
 
     @property
     def has_steps(self) -> bool:
-        """Whether there was a step with a gradient."""
+        """True when there was a step with a gradient."""
         rows = self.table.rows
         return any(bool(rows[:, COLUMN[column]].any()) for column in ("total_steps", "nonfinite_steps"))
 
@@ -78,8 +78,9 @@ class GradientTracker(Tracker):
 
 
 class Gradients:
-    """What backward left in `.grad`, and what the optimizer finds there. A backward pass overwrites what the one before
-    it left: under gradient accumulation the step counts the last, which holds the sum.
+    """Norms of the gradients that backward left in `.grad`, and of those that the optimizer finds there. A backward
+    pass overwrites what the one before it left: under gradient accumulation the step counts the last, which holds the
+    sum.
 
     Args:
         stages: those of GRADIENTS that are wanted.
@@ -87,27 +88,29 @@ class Gradients:
         by_name: whether the user has asked for them.
     """
 
-    def __init__(self, parts: list[Part], ring: int, stages: Iterable[str], steps: Tracker, *, by_name: bool) -> None:
-        self._parts = parts
-        self.trackers = {stage: GradientTracker(parts, ring, steps) for stage in GRADIENTS if stage in set(stages)}
+    def __init__(
+        self, watched: list[WatchedParameter], ring: int, stages: Iterable[str], steps: Tracker, *, by_name: bool
+    ) -> None:
+        self._watched = watched
+        self.trackers = {stage: GradientTracker(watched, ring, steps) for stage in GRADIENTS if stage in set(stages)}
         self._device = steps.table.rows.device
         self._before: Tensor | None = None  # what the last backward pass left
         self._used: Tensor | None = None  # what the optimizers found
-        self._list = _core.GradientList([(part.owner, part.key, part.shadow) for part in parts])
-        self._buffers = {stage: _empty(len(parts)) for stage in self.trackers}
+        self._list = _core.GradientList([(parameter.owner, parameter.key, parameter.shadow) for parameter in watched])
+        self._buffers = {stage: _empty(len(watched)) for stage in self.trackers}
         #: Whether somebody says when backward has ended. By default they come where somebody does; whoever asks for
         #: them by name is told when nobody did.
         self._expected = BEFORE in self.trackers and by_name
         self.missed = 0  #: steps with gradients of which nobody said that backward had ended
 
     def observe_before_clipping(self, scale: Tensor | float = 1.0) -> None:
-        """After backward; `scale` is what the loss was multiplied by."""
+        """Take the gradients after a backward pass; `scale` is what the loss was multiplied by."""
         if BEFORE in self.trackers:
             self._expected = True
             self._before = self._sums(scale, self._buffers[BEFORE])
 
     def observe_used(self, optimizer: Optimizer | None = None) -> None:
-        """Right before the optimizer's step. Without one: what all of them use."""
+        """Take the gradients right before the step of this optimizer; without one, before the step of all of them."""
         if USED not in self.trackers:
             return
         # A fused optimizer takes the scale out of the gradients itself.
@@ -116,16 +119,18 @@ class Gradients:
         if self._used is None or optimizer is None:
             self._used = self._sums(scale, self._buffers[USED])
             return  # others' parameters too, until their own call
-        sums = self._sums(scale, _empty(len(self._parts)))
+        sums = self._sums(scale, _empty(len(self._watched)))
         if sums is None:
             self._used = None
             return
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        rows = [i for i, part in enumerate(self._parts) if id(part.tensor) in own or id(part.shadow) in own]
+        own = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
+        rows = [
+            i for i, parameter in enumerate(self._watched) if id(parameter.tensor) in own or id(parameter.shadow) in own
+        ]
         self._used[rows] = sums[rows]
 
     def observe_step(self) -> None:
-        """The step was made."""
+        """Count a step with the gradients that were taken for it."""
         before, used, self._before, self._used = self._before, self._used, None, None
         for stage, tracker in self.trackers.items():
             sums = before if stage == BEFORE else used
@@ -137,15 +142,16 @@ class Gradients:
             self.missed += 1
 
     def _any(self) -> bool:
-        return any(_gradient(part) is not None for part in self._parts)
+        return any(_gradient(parameter) is not None for parameter in self._watched)
 
     def _sums(self, scale: Tensor | float, out: Tensor) -> Tensor | None:
-        """Sums of every part's gradient, in `out` where they are on the CPU; None where one has no value of its own."""
+        """Return the sums of every parameter's gradient, in `out` where they are on the CPU; None where one has no
+        value of its own."""
         if not self._list.read(out):
-            gradients = [_gradient(part) for part in self._parts]
+            gradients = [_gradient(parameter) for parameter in self._watched]
             if any(_is_partial(gradient) for gradient in gradients):
                 return None
-            dense = [None if g is None else _dense(local_part(g)) for g in gradients]
+            dense = [None if g is None else _dense(local_shard(g)) for g in gradients]
             out = _sums_on_cpu(dense, out) if self._device.type == "cpu" else _sums_on(self._device, dense)
         if isinstance(scale, Tensor) or scale != 1.0:
             square = torch.as_tensor(scale, dtype=torch.float64, device=out.device) ** 2
@@ -154,7 +160,7 @@ class Gradients:
         return out
 
     def describe(self, result: MetricResult, wanted: frozenset[str]) -> None:
-        """grad_norm and clipped_grad_norm."""
+        """Add grad_norm and clipped_grad_norm to a result."""
         for stage, tracker in self.trackers.items():
             if stage not in wanted or not tracker.has_steps:
                 continue
@@ -162,16 +168,16 @@ class Gradients:
             result.leave(functools.partial(rows.add_to, quantity=stage), rows.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
-        """The wanted stages'."""
+        """Return the states of the stages that are wanted."""
         return {stage: tracker.state_dict() for stage, tracker in self.trackers.items()}
 
 
-def _empty(parts: int) -> Tensor:
-    return torch.empty(parts, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
+def _empty(count: int) -> Tensor:
+    return torch.empty(count, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
 
 
 def _sums_on_cpu(gradients: list[Tensor | None], out: Tensor) -> Tensor:
-    """The slow way, for gradients that are sparse, sharded or strided."""
+    """Sum gradients the slow way, for those that are sparse, sharded or strided."""
     there = [i for i, gradient in enumerate(gradients) if gradient is not None]
     found = _empty(len(there))
     _core.square_sums([gradient for gradient in gradients if gradient is not None], found)
@@ -181,7 +187,8 @@ def _sums_on_cpu(gradients: list[Tensor | None], out: Tensor) -> Tensor:
 
 
 def _sums_on(device: torch.device, gradients: list[Tensor | None]) -> Tensor:
-    """On a device, which nothing waits for. No list of indices goes there, so that a CUDA graph can capture it."""
+    """Sum gradients on a device, which nothing waits for. No list of indices goes there, so that a CUDA graph can
+    capture it."""
     nothing = torch.zeros(1, dtype=torch.float64, device=device)
     norms = [nothing if g is None else functional.sample_norms(g.reshape(1, g.numel())) for g in gradients]
     squares = torch.cat(norms).square()
@@ -192,9 +199,9 @@ def _sums_on(device: torch.device, gradients: list[Tensor | None]) -> Tensor:
     return sums
 
 
-def _gradient(part: Part) -> Tensor | None:
-    parameter = part.owner.get(part.key) if part.shadow is None else part.shadow
-    return (part.tensor if parameter is None else parameter).grad
+def _gradient(parameter: WatchedParameter) -> Tensor | None:
+    tensor = parameter.owner.get(parameter.key) if parameter.shadow is None else parameter.shadow
+    return (parameter.tensor if tensor is None else tensor).grad
 
 
 def _is_partial(gradient: Any) -> bool:

@@ -13,11 +13,11 @@ def by_block(name: str) -> str:
     >>> by_block("encoder.layers.3.attention.query.weight"), by_block("head.weight"), by_block("scale")
     ('encoder.layers.3', 'head', 'root')
     """
-    parts = name.split(".")
-    for i, part in enumerate(parts[:-1]):
-        if part.isdigit():
-            return ".".join(parts[: i + 1])
-    return ".".join(parts[:-1]) or "root"
+    words = name.split(".")
+    for i, word in enumerate(words[:-1]):
+        if word.isdigit():
+            return ".".join(words[: i + 1])
+    return ".".join(words[:-1]) or "root"
 
 
 Groups = Callable[[str], str] | Mapping[str, str]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,25 +11,33 @@ from torch.optim import Optimizer
 
 from lipcore.metric.protocol import Metric, Needs, PlanLine
 from lipcore.metric.results import MetricResult
-from lipcore.metric.state import check_like, check_same
+from lipcore.metric.state import check_same
 from lipcore.models.arguments import check_count
-from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
-from lipcore.trajectory.gradient_norms import BEFORE, Gradients
+from lipcore.trajectory.building import ALL, Built, Wanted, build, checked_stats
+from lipcore.trajectory.gradient_norms import BEFORE
 from lipcore.trajectory.groups import Groups, by_block
-from lipcore.trajectory.mode import Choice, choose
-from lipcore.trajectory.parameters import Masters, Model, Part, find_parts, of_modules, unwatched, values_of
+from lipcore.trajectory.mode import Choice, Mode, Source
+from lipcore.trajectory.parameters import (
+    Masters,
+    Model,
+    WatchedParameter,
+    find_watched,
+    of_modules,
+    values_of,
+)
+from lipcore.trajectory.results import add_quantities, plan_lines
+from lipcore.trajectory.saved import prepared_loads
 from lipcore.trajectory.shards import gather
+from lipcore.trajectory.single_steps import SingleSteps
 from lipcore.trajectory.sketch_history import SketchHistory
-from lipcore.trajectory.sketch_tracker import ANGLES, SketchTracker
+from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.step_ring import StepHistory
-from lipcore.trajectory.step_stream import OnStep, StepStream, checked_callback
-from lipcore.trajectory.table import COLUMN, points_of
+from lipcore.trajectory.step_stream import OnStep, checked_callback
+from lipcore.trajectory.table import points_of
 from lipcore.trajectory.tracker import Tracker
-from lipcore.trajectory.update_tracker import NORMALIZED, UpdateTracker
+from lipcore.trajectory.trouble import Trouble
+from lipcore.trajectory.update_tracker import UpdateTracker
 
-_EXTRA = (*GRADIENTS, "element_variance")
-_ALL = (*MOVES, *OFFSETS, *ANGLES, *NORMALIZED, *_EXTRA)
-_HALF = (torch.bfloat16, torch.float16)
 _ONLY_NUMBERS = (
     "this Trajectory is a copy, which holds the numbers of compute() and no model; to go on, make a new Trajectory and "
     "load_state_dict() of the original"
@@ -121,8 +128,8 @@ class Trajectory(Metric):
         every_steps: int = 1,
         window_blocks: int = 1,
         ring: int = 1024,
-        mode: str | None = None,
-        source: str = "auto",
+        mode: Mode | None = None,
+        source: Source = "auto",
         optimizer: Optimizer | Sequence[Optimizer] | None = None,
         masters: Masters | None = None,
         buckets: int = 4096,
@@ -132,30 +139,26 @@ class Trajectory(Metric):
         memory_budget: int | None = None,
         on_step: OnStep | None = None,
     ) -> None:
-        for key, number, least in (
-            *(("every_steps", every_steps, 1), ("window_blocks", window_blocks, 1), ("ring", ring, 512)),
-            *(("keep_limit", keep_limit, 1), ("keep_every", keep_every or 1, 1)),
-        ):
-            check_count(key, number, least)
+        check_count("every_steps", every_steps)
+        check_count("window_blocks", window_blocks)
+        check_count("ring", ring, 512)
+        check_count("keep_every", keep_every, optional=True)
+        check_count("keep_limit", keep_limit)
         if not (callable(groups) or isinstance(groups, Mapping)):
             raise TypeError(f"groups: expected a callable or a dict of expressions, got {type(groups).__name__}")
-        self._stats = None if stats is None else _checked_stats(stats)
-        self._choice = Choice(mode, source, buckets, seed, memory_budget)
-        self._choice.check()
+        names = None if stats is None else checked_stats(stats)
+        choice = Choice(mode, source, buckets, seed, memory_budget)
+        choice.check()
+        self._wanted = Wanted(names, choice, ring, keep_every, keep_limit)
         self._groups, self._masters = groups, masters
-        self.every_steps, self._window_blocks, self._ring = every_steps, window_blocks, ring
-        self._keep_every, self._keep_limit = keep_every, keep_limit
+        self.every_steps, self._window_blocks = every_steps, window_blocks
         self._optimizers: list[Optimizer] = []
         self._given_optimizer = optimizer
         self._scaler: Any = None
-        self._parts: list[Part] = []
+        self._watched: list[WatchedParameter] = []
         self._numbers: MetricResult | None = None  # of a copy, which has nothing else
-        self._trackers: dict[str, Tracker] = {}
-        self._gradients: Gradients | None = None
-        self._on_step = checked_callback(on_step)
-        self._stream: StepStream | None = None
-        self._step_error: Exception | None = None
-        self._steps_before = 0  # the numbers of steps go on over rebind()
+        self._built = Built(choice, {}, None)  # until it is bound
+        self._single = SingleSteps(on_step)
         self._steps_seen = self._rebased = self._skipped = 0
         #: After how many of the window's steps something else changed the parameters: the last two such places, since
         #: the last one may be the window's end.
@@ -163,14 +166,14 @@ class Trajectory(Metric):
         self._moved_by_hand = False
         self._late_moves = 0  # of the window's steps: after how many the parameters moved once more
         self._apart = ""  # by what the distance is not between the ends of the path since the reference
-        self._warned: set[str] = set()
+        self._trouble = Trouble()
         if model is not None:
             self.bind(model)
 
     # ---- binding
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
-        """The optimizers, the GradScaler and the blocks per window of the Monitor it belongs to."""
+        """Take the optimizers, the GradScaler and the blocks per window of the Monitor."""
         if self._window_blocks not in (1, window_blocks):
             raise ValueError(
                 f"window_blocks: the Monitor slides its windows, with {window_blocks} blocks; set it there alone, not "
@@ -182,49 +185,25 @@ class Trajectory(Metric):
         """Take the reference point."""
         if self._numbers is not None:
             raise RuntimeError(_ONLY_NUMBERS)
-        if self._parts:
+        if self._watched:
             raise RuntimeError("this Trajectory is bound to a model already; make one Trajectory per model")
         if self._given_optimizer is not None:
             given = self._given_optimizer
             self._optimizers = [given] if isinstance(given, Optimizer) else list(given)
         # An iterator is read once, a rebind() later must find the same pairs.
         self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
-        self._build(find_parts(self._model, self._groups, self._masters))
+        self._build(find_watched(self._model, self._groups, self._masters))
 
-    def _build(self, parts: list[Part]) -> None:
-        wanted = self._stats or ()
-        choice = choose(self._choice, parts, self._optimizers, self._window_blocks)
-        trackers: dict[str, Tracker] = {}
-        settings: dict[str, Any] = {"ring": self._ring, "window_blocks": self._window_blocks}
-        if choice.mode == "exact":
-            per_element = "element_variance" in wanted
-            trackers["exact"] = Tracker(parts, per_element=per_element, **settings)
-        elif choice.mode == "sketch":
-            trackers["sketch"] = SketchTracker(
-                parts, choice.buckets, choice.seed, keep_every=self._keep_every, keep_limit=self._keep_limit, **settings
-            )
-        if choice.source != "difference":
-            trackers = {"updates": UpdateTracker(parts, choice.source, self._optimizers, **settings), **trackers}
-        known = [name for tracker in trackers.values() for name in tracker.quantities]
-        for name in wanted:
-            if name not in known and name not in GRADIENTS:
-                raise ValueError(
-                    f"stats: {name!r} is not known in mode {choice.mode!r} with source {choice.source!r}, which has "
-                    f"{', '.join(dict.fromkeys(known))}"
-                )
-        stages = set(GRADIENTS) & set(wanted if self._stats is not None else (BEFORE,))
-        first = next(iter(trackers.values()))
-        self._gradients = (
-            Gradients(parts, self._ring, stages, first, by_name=self._stats is not None) if stages else None
-        )
-        self._parts, self._trackers, self._chosen = parts, trackers, choice
+    def _build(self, watched: list[WatchedParameter]) -> None:
+        self._built = build(self._wanted, watched, self._optimizers, self._window_blocks)
+        self._watched = watched
         self._jumps = []
-        self._start_stream()
+        self._single.start(self._built)
 
     @property
     def _tracker(self) -> Tracker:
-        """The one that knows where the parameters are; without one, the updates'."""
-        return list(self._trackers.values())[-1]
+        """The tracker that knows where the parameters are; without one, the tracker of updates."""
+        return self._built.main
 
     def rebind(self) -> None:
         """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
@@ -232,15 +211,15 @@ class Trajectory(Metric):
         kept their shape and dtype, go on; others start from now."""
         self._require_bound()
         self.flush()
-        before = self._trackers
-        self._steps_before += int(next(iter(before.values())).table.cursor[0])
+        before = self._built.trackers
+        self._single.before += int(next(iter(before.values())).table.cursor[0])
         steps, rebased = self._steps_seen, self._rebased
-        self._build(find_parts(self._model, self._groups, self._masters))
-        for key, tracker in self._trackers.items():
+        self._build(find_watched(self._model, self._groups, self._masters))
+        for key, tracker in self._built.trackers.items():
             if key in before:
                 tracker.inherit(before[key])
         self._steps_seen, self._rebased = steps, rebased
-        self._warned.clear()
+        self._trouble.forget()
 
     # ---- the hot path
 
@@ -249,22 +228,22 @@ class Trajectory(Metric):
         several = len(self._optimizers) > 1
         return Needs(
             gradients=self._reads_gradients,
-            before_step=self._chosen.source == "snapshot",
-            used_gradients=self._gradients is not None,
-            each_optimizer=self._chosen.source == "optimizer" and several,
+            before_step=self._built.choice.source == "snapshot",
+            used_gradients=self._built.gradients is not None,
+            each_optimizer=self._built.choice.source == "optimizer" and several,
         )
 
     @property
     def _reads_gradients(self) -> bool:
-        return self._gradients is not None and BEFORE in self._gradients.trackers
+        return self._built.gradients is not None and BEFORE in self._built.gradients.trackers
 
     def observe_gradients(self) -> None:
         """Take the gradients as they are now, after backward and before clipping, for ``grad_norm``. A Monitor with an
         optimizer calls it; stand-alone, call it yourself."""
         self._require_bound()
-        if self._gradients and self._due:
+        if self._built.gradients and self._due:
             scale = self._scaler._scale if self._scaler is not None and self._scaler.is_enabled() else None
-            self._gradients.observe_before_clipping(1.0 if scale is None else scale)
+            self._built.gradients.observe_before_clipping(1.0 if scale is None else scale)
 
     @property
     def _due(self) -> bool:
@@ -275,48 +254,48 @@ class Trajectory(Metric):
         self._late_moves += 1
 
     def before_step(self) -> None:
-        """Right before the optimizer's step: the snapshot where there is one."""
-        for tracker in self._trackers.values() if self._due else ():
+        """Copy the parameters right before the optimizer's step, where the source of updates is a snapshot."""
+        for tracker in self._built.trackers.values() if self._due else ():
             tracker.before_step()
 
     def observe_used_gradients(self, optimizer: Optimizer) -> None:
-        """For ``clipped_grad_norm``."""
-        if self._gradients and self._due:
-            self._gradients.observe_used(optimizer)
+        """Take the gradients as the optimizer's step uses them, for ``clipped_grad_norm``."""
+        if self._built.gradients and self._due:
+            self._built.gradients.observe_used(optimizer)
 
     def after_step_of(self, optimizer: Optimizer) -> None:
-        """One of several optimizers has stepped."""
-        tracker = self._trackers.get("updates")
+        """Take the update that one of several optimizers has made."""
+        tracker = self._built.trackers.get("updates")
         if isinstance(tracker, UpdateTracker) and self._due:
             tracker.after_step_of(optimizer)
 
     def observe_step(self) -> None:
         """Take the parameters as they are now for the next point of the trajectory."""
         if self._due:
-            for tracker in self._trackers.values():
+            for tracker in self._built.trackers.values():
                 if tracker.step():  # raises before anything has changed
                     tracker.settle()
-            if self._gradients:
-                self._gradients.observe_step()
-            if self._stream is not None:
-                self._stream.step()
+            if self._built.gradients:
+                self._built.gradients.observe_step()
+            if self._single.stream is not None:
+                self._single.stream.step()
         self._steps_seen += 1
 
     @property
     def step_call(self) -> Callable[[], object]:
-        """The compiled step, and what is to be done beside it, without a look at the other ways there are."""
+        """A function that does what :meth:`observe_step` does, without a look at the ways that are not taken."""
         self._require_bound()
-        if self.every_steps != 1 or list(self._trackers) != ["exact"]:
+        if self.every_steps != 1 or list(self._built.trackers) != ["exact"]:
             return self.observe_step
-        tracker, step, gradients = self._tracker, self._tracker.step, self._gradients
+        tracker, step, gradients = self._tracker, self._tracker.step, self._built.gradients
 
         def call() -> None:
             if step():  # raises before anything has changed
                 tracker.settle()
             if gradients is not None:
                 gradients.observe_step()
-            if self._stream is not None:
-                self._stream.step()
+            if self._single.stream is not None:
+                self._single.stream.step()
             self._steps_seen += 1
 
         return call
@@ -342,16 +321,16 @@ class Trajectory(Metric):
         """
         self._require_bound()
         self._raise_error()
-        explicit = self._chosen.source == "explicit"
+        explicit = self._built.choice.source == "explicit"
         if explicit != (updates is not None):
             raise ValueError(
                 f"updates: {'expected a dict of update tensors' if explicit else 'only for source=explicit'}, got "
                 f"{type(updates).__name__}"
             )
         if updates is not None:
-            self._trackers["updates"].give(updates)  # type: ignore[attr-defined]
-        if self._gradients and self._due:
-            self._gradients.observe_used()
+            self._built.trackers["updates"].give(updates)  # type: ignore[attr-defined]
+        if self._built.gradients and self._due:
+            self._built.gradients.observe_used()
         self.observe_step()
 
     def __enter__(self) -> Trajectory:
@@ -364,7 +343,7 @@ class Trajectory(Metric):
         """Go on from where the parameters are now, after something else than a step has changed them (weights
         loaded, an average of weights swapped in). A Monitor does this by itself after `load_state_dict`."""
         self._require_bound()
-        jumps = [tracker.rebase() for tracker in self._trackers.values()]
+        jumps = [tracker.rebase() for tracker in self._built.trackers.values()]
         if any(jumps):
             self._apart = self._apart or "rebase"
             self._jumps = sorted({*self._jumps, self._tracker.window_steps})[-2:]
@@ -390,19 +369,19 @@ class Trajectory(Metric):
         tracker = self._tracker
         if tracker.copies is None:
             raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
-        here = {part.name: part.tensor for part in self._parts}
-        values = values_of(here if reference is None else reference, self._parts, "reference")
+        here = {parameter.name: parameter.tensor for parameter in self._watched}
+        values = values_of(here if reference is None else reference, self._watched, "reference")
         tracker.set_reference(values)
         self._apart = "" if all(map(torch.equal, values, here.values())) else "set_reference"
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy or a pickle has: as it is before it is bound, then the open window's numbers and nothing
         else."""
-        if not self._parts:
+        if not self._watched:
             return self.__dict__
-        nothing: dict[str, Any] = {"_parts": [], "_trackers": {}, "_gradients": None, "_model": None, "_masters": None}
+        nothing: dict[str, Any] = {"_watched": [], "_model": None, "_masters": None}
+        nothing |= {"_built": Built(self._built.choice, {}, None), "_single": SingleSteps(None)}
         nothing |= {"_optimizers": [], "_given_optimizer": None, "_scaler": None, "_groups": by_block}
-        nothing |= {"_stream": None, "_on_step": None, "_step_error": None}
         return self.__dict__ | nothing | {"_numbers": self.finalize()}
 
     # ---- single steps
@@ -419,51 +398,28 @@ class Trajectory(Metric):
         device; the callback itself runs in the training thread. What it raises is kept and raised by your next call, a
         warning says so, and it is not called any more.
         """
-        return self._on_step
+        return self._single.on_step
 
     @on_step.setter
     def on_step(self, on_step: OnStep | None) -> None:
         on_step = checked_callback(on_step)
         self.flush()
         self._raise_error()
-        self._on_step = on_step
-        if self._parts:
-            self._start_stream()
-
-    def _start_stream(self) -> None:
-        self._stream = None
-        if self._on_step is not None:
-            tracker = next(iter(self._trackers.values()))
-            places = list(tracker.places.names)
-            gradients = self._gradients.trackers if self._gradients else {}
-            tables = {stage: stage_tracker.table for stage, stage_tracker in gradients.items()}
-            self._stream = StepStream(
-                self._on_step, places, tracker.table, tables, self._align, self._callback_failed,
-                first=self._steps_before + 1,
-            )  # fmt: skip
-
-    def _align(self) -> None:
-        """The gradients' rings go as far as the parameters'."""
-        for tracker in self._gradients.trackers.values() if self._gradients else ():
-            tracker.catch_up()
+        self._single.on_step = on_step
+        if self._watched:
+            self._single.start(self._built)
 
     def flush(self) -> None:
         """Hand all steps so far to :attr:`on_step`. Waits for a device."""
-        if self._stream is not None:
-            self._stream.flush()
+        self._single.flush()
 
     def close(self) -> None:
         """Hand over what is left of the steps and call :attr:`on_step` no more; what it raised is raised here."""
-        self.flush()
-        self._stream = self._on_step = None
+        self._single.stop()
         self._raise_error()
 
-    def _callback_failed(self, error: Exception) -> None:
-        self._step_error, self._stream, self._on_step = error, None, None
-
     def take_error(self) -> Exception | None:
-        error, self._step_error = self._step_error, None
-        return error
+        return self._single.take_error()
 
     def _raise_error(self) -> None:
         error = self.take_error()
@@ -477,7 +433,7 @@ class Trajectory(Metric):
     def _require_bound(self) -> None:
         if self._numbers is not None:
             raise RuntimeError(_ONLY_NUMBERS)
-        if not self._parts:
+        if not self._watched:
             raise RuntimeError(
                 "this Trajectory has no model; pass one to Trajectory(model) or to Monitor(model, metrics=[...])"
             )
@@ -489,27 +445,15 @@ class Trajectory(Metric):
         if self._numbers is not None:
             return [PlanLine("copy", "holds numbers, and watches nothing")]
         self._require_bound()
-        lines = [PlanLine("mode", self._chosen.why)]
-        groups: dict[str, list[Part]] = {}
-        for part in self._parts:
-            groups.setdefault(part.group, []).append(part)
-        for group, members in groups.items():
-            elements = sum(part.tensor.numel() for part in members)
-            lines.append(PlanLine(group, f"{len(members)} parameters, {elements:,} elements"))
-        for tracker in self._trackers.values():
-            lines += [PlanLine(kind, "", size) for kind, size in tracker.bytes().items()]
-        if self._gradients:
-            size = sum(tracker.table.bytes for tracker in self._gradients.trackers.values())
-            lines.append(PlanLine("gradient norms", "read after backward and before the step", size))
-        return lines
+        return plan_lines(self._built, self._watched)
 
     def finalize(self) -> MetricResult:
-        """The open window's numbers; see the class for what they are."""
+        """Return the open window's numbers; the class's docstring says what they are."""
         if self._numbers is not None:
             return self._numbers
         self._require_bound()
-        result = MetricResult(self.name, every_steps=self.every_steps, mode=self._chosen.mode)
-        result.details["source"] = self._chosen.source
+        result = MetricResult(self.name, every_steps=self.every_steps, mode=self._built.choice.mode)
+        result.details["source"] = self._built.choice.source
         if self._rebased:
             result.details["rebased"] = self._rebased
         if self._skipped:
@@ -520,55 +464,10 @@ class Trajectory(Metric):
             result.details["moved_after_steps"] = self._late_moves
         if self._apart:
             result.details["distance_apart_by"] = self._apart
-        left = set(self._stats if self._stats is not None else _ALL)
-        for tracker in self._trackers.values():
-            wanted = left & set(tracker.quantities)
-            single = self._chosen.source != "difference" and self.every_steps > 1
-            if tracker is self._trackers.get("updates") and single:
-                wanted.discard("path_length")  # single steps out of many make neither a path nor a chord
-            tracker.describe(
-                result, frozenset(wanted), length="path_length" if self.every_steps == 1 else "chord_length"
-            )
-            left -= wanted
-        if self._gradients:
-            self._gradients.describe(result, frozenset(left))
-        self._look_for_trouble()
+        wanted = ALL if self._wanted.stats is None else self._wanted.stats
+        add_quantities(result, self._built, wanted, self.every_steps)
+        self._trouble.look(self._model, self._watched, self._tracker, self._built.gradients)
         return result
-
-    def _look_for_trouble(self) -> None:
-        """Warns, once per parameter, of what would otherwise be missing or zero without a word."""
-        if isinstance(self._model, nn.Module):
-            for name in unwatched(self._model, self._parts):
-                self._warn(
-                    name,
-                    f"parameter '{name}' is trainable but was not when this Trajectory was bound (added, unfrozen or "
-                    "untied since?), so it is not in its numbers; call rebind()",
-                )
-        if self._gradients and self._gradients.missed:
-            self._warn(
-                "grad_norm",
-                f"grad_norm lacks {self._gradients.missed} steps: no backward pass was seen before them. Call "
-                "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
-            )
-        half = [part for part in self._parts if part.dtype in _HALF]
-        rows = self._tracker.named_rows() if half else {}
-        for part in half:
-            shadow = part.tensor if part.shadow is None else part.shadow
-            row = rows.get((part.name, "tensor"))
-            steps = 0 if row is None else _steps_without_moving(row.tolist())
-            if part.shadow is None and steps >= 10:
-                self._warn(
-                    part.name,
-                    f"parameter '{part.name}' is {str(shadow.dtype)[6:]} and did not move in {steps} steps: updates "
-                    "below its resolution are lost. If an optimizer keeps float32 master copies, pass masters=",
-                )
-            elif part.shadow is not None and not torch.equal(part.tensor.detach().to(shadow.dtype), shadow.detach()):
-                self._warn(part.name, f"parameter '{part.name}' does not hold the values of its master copy")
-
-    def _warn(self, name: str, message: str) -> None:
-        if name not in self._warned:
-            self._warned.add(name)
-            warnings.warn(f"trajectory: {message}", UserWarning, stacklevel=4)
 
     def element_variance(self) -> dict[str, Tensor]:
         """Return the variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by
@@ -580,11 +479,11 @@ class Trajectory(Metric):
             raise RuntimeError('element_variance: ask for it with stats=["element_variance", ...] in mode "exact"')
         counts = points_of(self._tracker.window_rows()).long().tolist()
         out = {}
-        for i, part in enumerate(self._parts):
+        for i, parameter in enumerate(self._watched):
             m2 = self._tracker.merged(i)[1]
             assert m2 is not None
             points = counts[i]
-            out[part.name] = m2 / points if points else torch.full_like(m2, torch.nan)
+            out[parameter.name] = m2 / points if points else torch.full_like(m2, torch.nan)
         return out
 
     def drain(self) -> StepHistory:
@@ -592,24 +491,23 @@ class Trajectory(Metric):
         ring still has them; NaN where a step had no gradient. This waits for the device."""
         self._require_bound()
         self._raise_error()
-        self._align()
-        gradients = self._gradients.trackers if self._gradients else {}
-        tracker = next(iter(self._trackers.values()))
-        return tracker.drain({stage: of_stage.recent for stage, of_stage in gradients.items()})
+        self._built.align()
+        of_gradients = {stage: tracker.recent for stage, tracker in self._built.of_gradients.items()}
+        return self._built.first.drain(of_gradients)
 
     @property
     def sketches(self) -> SketchHistory:
         """Sketches that were kept, for distances and angles between any two steps."""
         self._require_bound()
-        tracker = self._trackers.get("sketch")
-        if not isinstance(tracker, SketchTracker) or self._keep_every is None:
+        tracker = self._built.trackers.get("sketch")
+        if not isinstance(tracker, SketchTracker) or self._wanted.keep_every is None:
             raise RuntimeError('sketches: kept only with mode="sketch" and keep_every=')
         return tracker.history
 
     def reset(self) -> None:
         """Start a new window at the parameters' last observed values; cumulative path and reference stay."""
         self._require_bound()
-        for tracker in self._all_trackers:
+        for tracker in self._built.all_trackers:
             tracker.reset()
         self._jumps, self._late_moves = [], 0
 
@@ -617,36 +515,33 @@ class Trajectory(Metric):
         """Slide the window by a block."""
         self._require_bound()
         before = self._tracker.window_steps if self._jumps else 0
-        for tracker in self._all_trackers:
+        for tracker in self._built.all_trackers:
             tracker.advance()
         lost = before - self._tracker.window_steps if self._jumps else 0
         self._jumps = [steps - lost for steps in self._jumps if steps > lost]
 
-    @property
-    def _all_trackers(self) -> list[Tracker]:
-        return [*self._trackers.values(), *(self._gradients.trackers.values() if self._gradients else ())]
-
     # ---- state
 
     def _settings(self) -> dict[str, Any]:
+        choice = self._built.choice
         return {
             "version": self._version,
-            "mode": self._chosen.mode,
-            "source": self._chosen.source,
-            "sketch": [self._chosen.buckets, self._chosen.seed] if self._chosen.mode == "sketch" else [],
-            "names": [part.name for part in self._parts],
-            "groups": [part.group for part in self._parts],
+            "mode": choice.mode,
+            "source": choice.source,
+            "sketch": [choice.buckets, choice.seed] if choice.mode == "sketch" else [],
+            "names": [parameter.name for parameter in self._watched],
+            "groups": [parameter.group for parameter in self._watched],
             "every_steps": self.every_steps,
             "window_blocks": self._window_blocks,
-            "ring": self._ring,
+            "ring": self._wanted.ring,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
+        """Return settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
         self._require_bound()
         self.flush()
-        trackers = {key: tracker.state_dict() for key, tracker in self._trackers.items()}
-        gradients = self._gradients.state_dict() if self._gradients else {}
+        trackers = {key: tracker.state_dict() for key, tracker in self._built.trackers.items()}
+        gradients = self._built.gradients.state_dict() if self._built.gradients else {}
         counts: dict[str, Any] = {"steps_seen": self._steps_seen, "rebased": self._rebased}
         counts |= {"apart": self._apart, "jumps": list(self._jumps)}
         return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
@@ -656,28 +551,13 @@ class Trajectory(Metric):
         otherwise."""
         self._require_bound()
         check_same(state, self._settings())
-        groups: dict[str, Mapping[str, Tracker]] = {"trackers": self._trackers}
-        groups["gradients"] = self._gradients.trackers if self._gradients else {}
-        for key in ("steps_seen", "rebased"):
-            check_like(key, state.get(key), 0)
-        check_like("apart", state.get("apart", ""), "")  # a state of an earlier lipcore has neither
-        jumps = state.get("jumps", [])
-        check_like("jumps", jumps, [0] * len(jumps) if isinstance(jumps, list) else [])
-        loads = []
-        for key, trackers in groups.items():
-            given = state.get(key)
-            check_like(key, dict.fromkeys(given) if isinstance(given, dict) else given, dict.fromkeys(trackers))
-            for name, tracker in trackers.items():
-                try:
-                    loads.append(tracker.prepare(state[key][name]))
-                except ValueError as error:  # noqa: PERF203
-                    raise ValueError(f"{key}.{name}.{error}") from None
+        loads, jumps = prepared_loads(state, self._built)
         for load in loads:
             load()
         self._steps_seen, self._rebased = state["steps_seen"], state["rebased"]
-        self._apart, self._jumps = state.get("apart", ""), list(jumps)
-        self._steps_before = 0  # the state's own numbers
-        self._start_stream()
+        self._apart, self._jumps = state.get("apart", ""), jumps
+        self._single.before = 0  # the state's own numbers
+        self._single.start(self._built)
 
     def merge(self, other: Trajectory | dict[str, Any]) -> None:
         """Add the window of the interval that follows this one (another Trajectory of the same parameters, or its
@@ -691,24 +571,23 @@ class Trajectory(Metric):
         self._require_bound()
         state = other.state_dict() if isinstance(other, Trajectory) else other
         check_same(state, self._settings())
+        choice = self._built.choice
         twin = Trajectory(
-            groups=self._groups, stats=self._stats, every_steps=self.every_steps, window_blocks=self._window_blocks,
-            ring=self._ring, mode=self._chosen.mode, source=self._chosen.source, masters=self._masters,
-            buckets=self._chosen.buckets, seed=self._chosen.seed,
+            groups=self._groups, stats=self._wanted.stats, every_steps=self.every_steps, masters=self._masters,
+            window_blocks=self._window_blocks, ring=self._wanted.ring, mode=choice.mode, source=choice.source,
+            buckets=choice.buckets, seed=choice.seed,
         )  # fmt: skip
         twin.prepare(self._optimizers, None, self._window_blocks)
         twin.bind(self._model)
         twin.load_state_dict(state)
-        merges = [mine.prepare_merge(twin._trackers[key]) for key, mine in self._trackers.items()]
-        if self._gradients and twin._gradients:
-            theirs = twin._gradients.trackers
-            merges += [mine.prepare_merge(theirs[key]) for key, mine in self._gradients.trackers.items()]
+        pairs = zip(self._built.all_trackers, twin._built.all_trackers, strict=True)
+        merges = [mine.prepare_merge(theirs) for mine, theirs in pairs]
         self.flush()
         behind = self._tracker.window_steps
         continued = [merge() for merge in merges]  # every one of them, whatever the first says
         self._jumps = [*self._jumps, *(steps + behind for steps in twin._jumps)][-2:]
-        if self._stream is not None:
-            self._stream.skip()  # the other one's are its own callback's
+        if self._single.stream is not None:
+            self._single.stream.skip()  # the other one's are its own callback's
         self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
     def sync(self, group: Any = None) -> MetricResult:
@@ -724,28 +603,11 @@ class Trajectory(Metric):
         self._require_bound()
         if not torch.distributed.is_available() or not torch.distributed.is_initialized():
             raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
-        if "sketch" in self._trackers:
+        if "sketch" in self._built.trackers:
             raise RuntimeError("sync: sketches of shards are not merged yet; use mode 'exact' or 'updates'")
         return gather(self.summary(), group)
 
     def summary(self) -> dict[str, Any]:
         """Return what :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""
         self._require_bound()
-        return next(iter(self._trackers.values())).summary(self.every_steps)
-
-
-def _steps_without_moving(row: list[float]) -> int:
-    """In the window, or since the reference: windows may be short."""
-    steps, still, total = (int(row[COLUMN[c]]) for c in ("steps", "zero_steps", "total_steps"))
-    since_reference = total if row[COLUMN["total_path"]] == 0 else 0
-    return max(since_reference, steps if steps == still else 0)
-
-
-def _checked_stats(stats: Iterable[str]) -> tuple[str, ...]:
-    names = (stats,) if isinstance(stats, str) else tuple(stats)
-    for name in names:
-        if name not in _ALL:
-            raise ValueError(f"stats: {name!r} is not a quantity of Trajectory; it has {', '.join(_ALL)}")
-    if not names:
-        raise ValueError(f"stats: expected at least one of {', '.join(_ALL)}")
-    return names
+        return self._built.first.summary(self.every_steps)

@@ -4,47 +4,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch.optim import Optimizer
 
+from lipcore.models.arguments import check_choice, check_count, is_integer
 from lipcore.trajectory.copies import bytes_of
-from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.update_tracker import closed_form_everywhere
 
-_MODES = ("exact", "sketch", "updates", "auto")
-_SOURCES = ("auto", "difference", "optimizer", "snapshot", "explicit")
+Mode = Literal["exact", "sketch", "updates", "auto"]
+Source = Literal["auto", "difference", "optimizer", "snapshot", "explicit"]
 _FEWEST, _MOST = 256, 65536  # buckets
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What was asked for; or, from choose(), what it has come to."""
+    """Mode, source and sketch of a Trajectory: as asked for, or as choose() has settled them."""
 
-    mode: str | None
-    source: str
+    mode: Mode | None
+    source: Source
     buckets: int
     seed: int
     memory_budget: int | None
     why: str = ""
 
     def check(self) -> None:
-        """ValueError naming the argument that is not possible."""
-        if self.mode is not None and self.mode not in _MODES:
-            raise ValueError(f"mode: expected one of {', '.join(_MODES)}, got {self.mode!r}")
-        if self.source not in _SOURCES:
-            raise ValueError(f"source: expected one of {', '.join(_SOURCES)}, got {self.source!r}")
-        if not isinstance(self.buckets, int) or self.buckets not in [1 << i for i in range(8, 17)]:
+        """Raise ValueError naming the argument that is not possible."""
+        check_choice("mode", self.mode, get_args(Mode), optional=True)
+        check_choice("source", self.source, get_args(Source))
+        if not is_integer(self.buckets) or self.buckets not in [1 << i for i in range(8, 17)]:
             raise ValueError(f"buckets: expected a power of two from {_FEWEST} to {_MOST}, got {self.buckets!r}")
-        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+        if not is_integer(self.seed) or not 0 <= self.seed < 2**63:
             raise ValueError(f"seed: expected an integer from 0 to 2**63 - 1, got {self.seed!r}")
+        check_count("memory_budget", self.memory_budget, optional=True)
         if (self.mode == "auto") != (self.memory_budget is not None):
             raise ValueError(
                 "memory_budget: "
                 + ("mode 'auto' needs one, in bytes" if self.mode == "auto" else "is for mode 'auto' only")
             )
-        if self.memory_budget is not None and (not isinstance(self.memory_budget, int) or self.memory_budget < 1):
-            raise ValueError(f"memory_budget: expected a number of bytes, got {self.memory_budget!r}")
         if self.mode == "exact" and self.source not in ("auto", "difference"):
             raise ValueError(
                 f"source: mode 'exact' keeps the copies that give the difference, {self.source!r} would only cost; "
@@ -54,21 +53,23 @@ class Choice:
             raise ValueError("source: mode 'updates' keeps no copies to take the difference from")
 
 
-def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], window_blocks: int) -> Choice:
-    """Settles mode, source and buckets for these tensors; `why` says it in words.
+def choose(
+    asked: Choice, watched: list[WatchedParameter], optimizers: Sequence[Optimizer], window_blocks: int
+) -> Choice:
+    """Settle mode, source and buckets for these tensors; `why` says it in words.
 
     Raises:
         ValueError: nothing fits the budget, or the source cannot serve these parameters.
     """
-    mode = asked.mode or ("exact" if asked.source in ("auto", "difference") else "updates")
+    mode: Mode = asked.mode or ("exact" if asked.source in ("auto", "difference") else "updates")
     buckets, why = asked.buckets, ""
     if mode == "auto":
-        mode, buckets, why = _within_budget(asked, parts, window_blocks)
-    source = asked.source
+        mode, buckets, why = _within_budget(asked, watched, window_blocks)
+    source: Source = asked.source
     if source == "auto":
         source = "difference"
         if mode == "updates":
-            source = "optimizer" if closed_form_everywhere(optimizers, parts) else "snapshot"
+            source = "optimizer" if closed_form_everywhere(optimizers, watched) else "snapshot"
     words = {
         "exact": "exact copies",
         "sketch": f"sketch of {buckets} buckets per group",
@@ -78,25 +79,26 @@ def choose(asked: Choice, parts: list[Part], optimizers: Sequence[Optimizer], wi
     return replace(asked, mode=mode, source=source, buckets=buckets, why=words + why)
 
 
-def exact_bytes(parts: list[Part], window_blocks: int) -> int:
-    """Of the copies, the mean of earlier blocks included."""
-    tensors = [part.tensor for part in parts]
+def exact_bytes(watched: list[WatchedParameter], window_blocks: int) -> int:
+    """Return the bytes of exact copies, the mean of earlier blocks included."""
+    tensors = [parameter.tensor for parameter in watched]
     return sum(sum(bytes_of(t.numel(), t.dtype, blocks=window_blocks).values()) for t in tensors)
 
 
 def sketch_bytes(groups: int, buckets: int, window_blocks: int) -> int:
-    """Of the sketches: the present one, its copies, and the last two updates' for the angle between them."""
+    """Return the bytes of sketches: the present one, its copies, and the last two updates' for the angle between
+    them."""
     copies = sum(bytes_of(buckets, torch.float64, blocks=window_blocks).values())
     return groups * (copies + 4 * 8 * buckets)
 
 
-def _within_budget(asked: Choice, parts: list[Part], window_blocks: int) -> tuple[str, int, str]:
+def _within_budget(asked: Choice, watched: list[WatchedParameter], window_blocks: int) -> tuple[Mode, int, str]:
     budget = asked.memory_budget
     assert budget is not None
-    exact = exact_bytes(parts, window_blocks)
+    exact = exact_bytes(watched, window_blocks)
     if exact <= budget and asked.source in ("auto", "difference"):
         return "exact", asked.buckets, f" ({exact:,} bytes, within the budget of {budget:,})"
-    groups = len({part.group for part in parts})
+    groups = len({parameter.group for parameter in watched})
     buckets = _MOST
     while buckets > _FEWEST and sketch_bytes(groups, buckets, window_blocks) > budget:
         buckets //= 2

@@ -19,8 +19,8 @@ Masters = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor | None]
 
 
 @dataclass
-class Part:
-    """One tensor: where it is looked up at every step, what it is called, which group it adds to."""
+class WatchedParameter:
+    """One tensor that is watched: where it is looked up at every step, what it is called, which group it adds to."""
 
     owner: dict[str, Tensor]
     key: str
@@ -30,28 +30,28 @@ class Part:
 
     @property
     def tensor(self) -> Tensor:
-        """As it is now (of a sharded one, this rank's part); ValueError when it is not there any more."""
+        """The tensor as it is now (of a sharded one, this rank's shard); ValueError when it is not there any more."""
         tensor = self.owner.get(self.key)
         if tensor is None:
             raise ValueError(
                 f"trajectory: parameter '{self.name}' was removed from its module; call rebind() after such a change"
             )
-        return local_part(tensor)
+        return local_shard(tensor)
 
     @property
     def there(self) -> bool:
-        """Whether it still is."""
+        """True until the tensor is removed from its module."""
         return self.owner.get(self.key) is not None
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """Of the parameter itself, where this is its master copy; None where it is not there any more."""
+        """The dtype of the parameter itself, where this is its master copy; None where it is not there any more."""
         tensor = self.owner.get(self.key)
         return None if tensor is None else (tensor if self.shadow is None else self.shadow).dtype
 
     @property
     def is_mine(self) -> bool:
-        """Whether this rank is the one that counts this part: of replicated ones only the first is."""
+        """True on the rank that counts the tensor: of replicated ones, on the first alone."""
         tensor: Any = self.owner[self.key]
         if type(tensor).__name__ != "DTensor":
             return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -60,8 +60,8 @@ class Part:
         return coordinate is not None and all(at == 0 or not placement.is_replicate() for placement, at in pairs)
 
 
-def local_part(tensor: Any) -> Tensor:
-    """This rank's part of a DTensor; any other tensor as it is."""
+def local_shard(tensor: Any) -> Tensor:
+    """Return this rank's shard of a DTensor; any other tensor as it is."""
     if type(tensor).__name__ != "DTensor":
         return tensor  # type: ignore[no-any-return]
     if any(placement.is_partial() for placement in tensor.placements):
@@ -69,8 +69,8 @@ def local_part(tensor: Any) -> Tensor:
     return tensor._local_tensor  # type: ignore[no-any-return]
 
 
-def find_parts(model: Model, groups: Groups, masters: Masters | None) -> list[Part]:
-    """All trainable parameters of a module (or of a dict of modules), or the given (name, tensor) pairs.
+def find_watched(model: Model, groups: Groups, masters: Masters | None) -> list[WatchedParameter]:
+    """Return all trainable parameters of a module (or of a dict of modules), or the given (name, tensor) pairs.
 
     Raises:
         TypeError, ValueError: the model, a group or a master copy is not usable; the message names it.
@@ -80,23 +80,23 @@ def find_parts(model: Model, groups: Groups, masters: Masters | None) -> list[Pa
     found = _of_module(model) if isinstance(model, nn.Module) else _of_pairs(model)  # type: ignore[arg-type]
     if not found:
         raise ValueError("model: has no trainable parameter; a trajectory needs at least one with requires_grad=True")
-    parts = [Part(owner, key, name, _checked_group(name_group, name)) for owner, key, name in found]
+    watched = [WatchedParameter(owner, key, name, _checked_group(name_group, name)) for owner, key, name in found]
     if masters is not None:
-        parts = _with_masters(parts, masters)
+        watched = _with_masters(watched, masters)
     if isinstance(groups, Mapping):
-        unused = set(groups) - {part.group for part in parts}
+        unused = set(groups) - {parameter.group for parameter in watched}
         if unused:
             raise ValueError(
                 f"groups: the expression of {sorted(unused)[0]!r} matches no trainable parameter (the first that "
-                f"matches counts); names are like {parts[0].name!r}"
+                f"matches counts); names are like {watched[0].name!r}"
             )
-    _check(parts)
-    return parts
+    _check(watched)
+    return watched
 
 
 def of_modules(model: Model) -> Model:
-    """A dict of modules as one module."""
-    if isinstance(model, Mapping) and model and all(isinstance(part, nn.Module) for part in model.values()):
+    """Return a dict of modules as one module, any other model as it is."""
+    if isinstance(model, Mapping) and model and all(isinstance(module, nn.Module) for module in model.values()):
         return nn.ModuleDict(model)
     return model
 
@@ -134,40 +134,44 @@ def _checked_group(name_group: Callable[[str], str], name: str) -> str:
     return group
 
 
-def _with_masters(parts: list[Part], masters: Masters) -> list[Part]:
+def _with_masters(watched: list[WatchedParameter], masters: Masters) -> list[WatchedParameter]:
     if callable(masters):
-        given = {part.name: masters(part.name, part.tensor) for part in parts}
+        given = {parameter.name: masters(parameter.name, parameter.tensor) for parameter in watched}
         owner: dict[str, Tensor] = {name: master for name, master in given.items() if master is not None}
     else:
         # A dict is looked up at every step, so that a copy replaced in it is seen.
         owner = masters if isinstance(masters, dict) else dict(masters)
-    unknown = set(owner) - {part.name for part in parts}
+    unknown = set(owner) - {parameter.name for parameter in watched}
     if unknown:
         raise ValueError(
-            f"masters: there is no trainable parameter {sorted(unknown)[0]!r}; names are like {parts[0].name!r}"
+            f"masters: there is no trainable parameter {sorted(unknown)[0]!r}; names are like {watched[0].name!r}"
         )
     out = []
-    for part in parts:
-        master = owner.get(part.name)
-        if master is not None and (not isinstance(master, Tensor) or master.shape != part.tensor.shape):
+    for parameter in watched:
+        master = owner.get(parameter.name)
+        if master is not None and (not isinstance(master, Tensor) or master.shape != parameter.tensor.shape):
             what = list(master.shape) if isinstance(master, Tensor) else type(master).__name__
             raise ValueError(
-                f"masters: expected a tensor of shape {list(part.tensor.shape)} for '{part.name}', got {what}"
+                f"masters: expected a tensor of shape {list(parameter.tensor.shape)} for '{parameter.name}', got {what}"
             )
-        out.append(part if master is None else Part(owner, part.name, part.name, part.group, part.tensor))
+        out.append(
+            parameter
+            if master is None
+            else WatchedParameter(owner, parameter.name, parameter.name, parameter.group, parameter.tensor)
+        )
     return out
 
 
-def _check(parts: list[Part]) -> None:
-    for part in parts:
+def _check(watched: list[WatchedParameter]) -> None:
+    for parameter in watched:
         _core.check_storage(
-            local_part(part.owner[part.key]), part.name
+            local_shard(parameter.owner[parameter.key]), parameter.name
         )  # says what is wrong with a lazy, meta or sharded parameter
-        if not _is_finite(part.tensor.detach()):
+        if not _is_finite(parameter.tensor.detach()):
             raise ValueError(
-                f"model: parameter '{part.name}' has NaN or infinite values, so nothing can be measured from it"
+                f"model: parameter '{parameter.name}' has NaN or infinite values, so nothing can be measured from it"
             )
-    devices = {part.tensor.device for part in parts}
+    devices = {parameter.tensor.device for parameter in watched}
     if len(devices) > 1:
         raise ValueError(
             f"model: parameters on several devices ({', '.join(sorted(map(str, devices)))}); make one Trajectory per "
@@ -176,7 +180,7 @@ def _check(parts: list[Part]) -> None:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Without a mask as large as the tensor where that can be had."""
+    """Return whether all elements are finite, without a mask as large as the tensor where that can be had."""
     if not tensor.is_cpu or not torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return bool(tensor.isfinite().all())
     sums = torch.empty(1, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
@@ -184,29 +188,33 @@ def _is_finite(tensor: Tensor) -> bool:
     return bool(sums[0, 5] == 0) if sums[0, 0].isfinite() else bool(tensor.isfinite().all())
 
 
-def unwatched(model: nn.Module, parts: list[Part]) -> list[str]:
-    """Trainable parameters that are not among the parts: added, unfrozen or untied since."""
-    where = {(id(part.owner), part.key) for part in parts}
-    if _is_all_of(model, where, parts):
+def unwatched(model: nn.Module, watched: list[WatchedParameter]) -> list[str]:
+    """Return the names of trainable parameters that are not watched: added, unfrozen or untied since."""
+    where = {(id(parameter.owner), parameter.key) for parameter in watched}
+    if _is_all_of(model, where, watched):
         return []
-    known = where | {part.name for part in parts}
+    known = where | {parameter.name for parameter in watched}
     return [name for owner, key, name in _of_module(model) if (id(owner), key) not in known and name not in known]
 
 
-def _is_all_of(model: nn.Module, where: set[tuple[int, str]], parts: list[Part]) -> bool:
-    """Whether every trainable parameter is at one of these places, or tied to one that is: told without their names,
-    since it is asked at every window's close."""
+def _is_all_of(model: nn.Module, where: set[tuple[int, str]], watched: list[WatchedParameter]) -> bool:
+    """Return whether every trainable parameter is watched, or tied to one that is: told without their names, since it
+    is asked at every window's close."""
     tensors: set[int] | None = None
     left, seen = [model], {id(model)}
     while left:
         module = left.pop()
         owner = module._parameters
-        for key, parameter in owner.items():
-            if parameter is None or (id(owner), key) in where or not parameter.requires_grad:
+        for key, found in owner.items():
+            if found is None or (id(owner), key) in where or not found.requires_grad:
                 continue
             if tensors is None:
-                tensors = {id(tensor) for part in parts for tensor in (part.owner.get(part.key), part.shadow)}
-            if id(parameter) not in tensors:
+                tensors = {
+                    id(tensor)
+                    for parameter in watched
+                    for tensor in (parameter.owner.get(parameter.key), parameter.shadow)
+                }
+            if id(found) not in tensors:
                 return False
         for child in module._modules.values():
             if child is not None and id(child) not in seen:
@@ -215,9 +223,9 @@ def _is_all_of(model: nn.Module, where: set[tuple[int, str]], parts: list[Part])
     return True
 
 
-def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument: str) -> list[Tensor]:
-    """Every part's values in another model or state_dict, in the part's own dtype, whatever wrappers' prefixes its
-    names have."""
+def values_of(source: nn.Module | Mapping[str, Any], watched: list[WatchedParameter], argument: str) -> list[Tensor]:
+    """Return every watched parameter's values in another model or state_dict, in its own dtype, whatever wrappers'
+    prefixes the names have."""
     if isinstance(source, nn.Module):
         named = {f"{prefix}.{key}" if prefix else key: p for prefix, m in named_modules(source)
                  for key, p in m._parameters.items() if p is not None}  # fmt: skip
@@ -228,15 +236,17 @@ def values_of(source: nn.Module | Mapping[str, Any], parts: list[Part], argument
     else:
         raise TypeError(f"{argument}: expected a module or a state_dict, got {type(source).__name__}")
     values = []
-    for part in parts:
-        value = named.get(part.name, named.get(f"module.{part.name}"))
+    for parameter in watched:
+        value = named.get(parameter.name, named.get(f"module.{parameter.name}"))
         if not isinstance(value, Tensor):
-            raise ValueError(f"{argument}: has no tensor for parameter '{part.name}'")
-        if value.shape != part.tensor.shape:
+            raise ValueError(f"{argument}: has no tensor for parameter '{parameter.name}'")
+        if value.shape != parameter.tensor.shape:
             raise ValueError(
-                f"{argument}: '{part.name}' has shape {list(value.shape)}, expected {list(part.tensor.shape)}"
+                f"{argument}: '{parameter.name}' has shape {list(value.shape)}, expected {list(parameter.tensor.shape)}"
             )
-        values.append(value.detach().to(device=part.tensor.device, dtype=part.tensor.dtype))
+        values.append(value.detach().to(device=parameter.tensor.device, dtype=parameter.tensor.dtype))
         if not _is_finite(values[-1]):
-            raise ValueError(f"{argument}: '{part.name}' has values that are not finite in {part.tensor.dtype}")
+            raise ValueError(
+                f"{argument}: '{parameter.name}' has values that are not finite in {parameter.tensor.dtype}"
+            )
     return values

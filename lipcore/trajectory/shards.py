@@ -18,10 +18,10 @@ _LARGEST = [COLUMN["max_abs_last"], COLUMN["max_abs_max"]]
 
 
 def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
-    r"""The numbers of whole parameters from :meth:`Trajectory.summary` of every shard (each rank's, say).
+    r"""Return the numbers of whole parameters from :meth:`Trajectory.summary` of every shard (each rank's, say).
 
     :math:`\sum_t \|\Delta w_t\| = \sum_t \sqrt{\sum_s \|\Delta w_t^{(s)}\|^2}`: adding up the shards' path lengths
-    would be up to sqrt(shards) too large. Places of the same name are one parameter in parts; pass every part exactly
+    would be up to sqrt(shards) too large. Places of the same name are one parameter in shards; pass every shard exactly
     once (replicated parameters from one rank only). A step in which one shard has non-finite values is left out.
 
     Raises:
@@ -74,17 +74,18 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
 
 
 def gather(summary: dict[str, Any], group: Any) -> MetricResult:
-    """Every rank's summary as one result; each rank's parts are those it counts (`mine`). A collective."""
+    """Gather every rank's summary as one result; each rank gives the parameters that it counts (`mine`). A
+    collective."""
     mine = [i for i, is_mine in enumerate(summary["mine"]) if is_mine]
-    part = {key: [summary[key][i] for i in mine] for key in ("names", "groups", "mine")}
-    part |= {"rows": summary["rows"][mine], "steps": summary["steps"][:, mine]}
+    counted = {key: [summary[key][i] for i in mine] for key in ("names", "groups", "mine")}
+    counted |= {"rows": summary["rows"][mine], "steps": summary["steps"][:, mine]}
     gathered: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(gathered, summary | part, group=group)
+    torch.distributed.all_gather_object(gathered, summary | counted, group=group)
     return merge_shards(gathered)
 
 
 def _names_and_groups(summaries: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Of all shards, in their order."""
+    """Return the parameter names and groups of all shards, in their order."""
     found = {name: group for s in summaries for name, group in zip(s["names"], s["groups"], strict=True)}
     return list(found.items())
 
@@ -94,7 +95,7 @@ def _ratios(norms: Tensor) -> Tensor:
 
 
 def _merged(rows: Tensor, norms: Tensor) -> Tensor:
-    """One row from a parameter's shards (or a group's members) and the norms of its single steps."""
+    """Return one row from a parameter's shards (or a group's members), and the norms of its single steps."""
     counted = norms[:, 0].isfinite()
     finite, ratios = norms[counted, 0], _ratios(norms[counted])
     row = rows[0].clone()

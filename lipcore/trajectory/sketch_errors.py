@@ -1,4 +1,4 @@
-"""What numbers made from sketches are worth: the spread of the parts of a group's buckets."""
+"""What numbers made from sketches are worth: the spread of the slices of a group's buckets."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _of_group(pieces: list[Row]) -> dict[str, float]:
     split = len(pieces)
 
     def spread(column: str, power: int) -> float:
-        """Of a sum over the parts of the column's values to this power, relative."""
+        """Return the relative error of the sum, over the slices of a sketch, of a column's values to this power."""
         squares = [piece[COLUMN[column]] ** power for piece in pieces]
         mean = sum(squares) / split
         if not mean > 0:
@@ -49,15 +49,15 @@ def _of_group(pieces: list[Row]) -> dict[str, float]:
 
 
 def _of_total(groups: list[Row], errors: list[dict[str, float]]) -> dict[str, float]:
-    """The groups' errors are independent."""
+    """Return the error of the total: the groups' errors are independent."""
 
     def combined(quantity: str, column: str, power: int) -> float:
         whole = sum(row[COLUMN[column]] ** power for row in groups)
         if not whole > 0:
             return 0.0
         shares = (row[COLUMN[column]] ** power / whole for row in groups)
-        parts = (share * error[quantity] for share, error in zip(shares, errors, strict=True))
-        return math.sqrt(sum(part**2 for part in parts))
+        weighted = (share * error[quantity] for share, error in zip(shares, errors, strict=True))
+        return math.sqrt(sum(error**2 for error in weighted))
 
     path = combined("path_length", "path", 2)  # of the squares, in which groups add up
     return {

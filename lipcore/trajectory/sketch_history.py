@@ -26,7 +26,7 @@ class SketchHistory:
         self._rows.append((step, sketch))
 
     def rows(self) -> list[tuple[int, Tensor]]:
-        """Step and sketch, oldest first."""
+        """Return step and sketch of every kept row, oldest first."""
         return list(self._rows)
 
     def __len__(self) -> int:
@@ -50,24 +50,24 @@ class SketchHistory:
         raise KeyError(f"step {step} was not kept; kept are {self.steps.tolist()[:8]} ...")
 
     def distance(self, step: int, other_step: int) -> Value:
-        """||w_step - w_other|| of two kept steps."""
+        """Return ||w_step - w_other|| of two kept steps."""
         number = float((self._row(step) - self._row(other_step)).norm())
         return Value(number, 2, "estimate", error=number / math.sqrt(2 * self.buckets))
 
     def distance_matrix(self) -> Tensor:
-        """||w_s - w_t|| for all kept steps, float64 [T, T]."""
+        """Return ||w_s - w_t|| for all kept steps, float64 [T, T]."""
         return torch.cdist(self.matrix, self.matrix, compute_mode="donot_use_mm_for_euclid_dist")
 
     def cosine(self, first: tuple[int, int], second: tuple[int, int]) -> Value:
-        """Cosine of the angle between two movements, each from one kept step to another."""
+        """Return the cosine of the angle between two movements, each from one kept step to another."""
         a, b = (self._row(end) - self._row(start) for start, end in (first, second))
         norms = float(a.norm() * b.norm())
         number = float(a @ b) / norms if norms else math.nan
         return Value(number, 2, "estimate", norms > 0, error=1 / math.sqrt(self.buckets))
 
     def pca(self, components: int = 2) -> tuple[Tensor, Tensor]:
-        """Principal components of the trajectory: coordinates of every kept step, float64 [T, components], and the
-        share of the variance each component explains, float64 [components]."""
+        """Return the principal components of the trajectory: coordinates of every kept step, float64 [T, components],
+        and the share of the variance each component explains, float64 [components]."""
         matrix = self.matrix
         most = min(len(matrix) - 1, self.buckets)
         if not 1 <= components <= most:
@@ -78,10 +78,10 @@ class SketchHistory:
         return (u * s)[:, :components], shares[:components]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Steps and sketches."""
+        """Return steps and sketches."""
         return {"steps": self.steps, "matrix": self.matrix}
 
     def load(self, steps: Tensor, matrix: Tensor) -> None:
-        """A state that was checked."""
+        """Take over a state that was checked."""
         self._rows.clear()
         self._rows.extend(zip(steps.tolist(), matrix.unbind(), strict=True))

@@ -2,7 +2,7 @@
 
 The sketch is linear, so the sketch of an update is the difference of two sketches, and norms, means and angles of
 sketches estimate those of the parameters. A Tracker therefore tracks the sketches as if they were parameters, each in
-eight parts of its buckets: their sums are the group's, and their spread is its standard error.
+eight slices of its buckets: their sums are the group's, and their spread is its standard error.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of
 from lipcore.metric.results import Level, MetricResult
 from lipcore.metric.state import checked_tensor
 from lipcore.trajectory.describe import MOVES, OFFSETS, Rows
-from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.sketch_errors import relative_errors
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.tracker import Tracker
 from lipcore.trajectory.tracker_base import TrackerBase
 
 ANGLES = ("update_cosine",)
-_SPLIT = 8  # parts of a sketch, for the standard error
+_SPLIT = 8  # slices of a sketch, for the standard error
 _ALIGN = 64  # elements; every parameter starts a run of whole groups of the hash
 
 
 class SketchTracker(Tracker):
-    """Tracks the sketch of every group."""
+    """Tracker of the sketch of every group."""
 
     quantities = tuple(q for q in (*MOVES, *OFFSETS, *ANGLES) if q not in ("max_abs_update",))
 
     def __init__(
         self,
-        parts: list[Part],
+        watched: list[WatchedParameter],
         buckets: int,
         seed: int,
         *,
@@ -46,21 +46,21 @@ class SketchTracker(Tracker):
         keep_limit: int,
         **settings: Any,
     ) -> None:
-        self._sketched = parts
+        self._sketched = watched
         self.buckets, self.seed, self._keep_every = buckets, seed, keep_every
-        groups = list(dict.fromkeys(part.group for part in parts))
-        device = parts[0].tensor.device
-        self._row_of = [groups.index(part.group) for part in parts]
+        groups = list(dict.fromkeys(parameter.group for parameter in watched))
+        device = watched[0].tensor.device
+        self._row_of = [groups.index(parameter.group) for parameter in watched]
         self._first: list[int] = []
         after = 0
-        for part in parts:
+        for parameter in watched:
             self._first.append(after)
-            after += -(-part.tensor.numel() // _ALIGN) * _ALIGN
+            after += -(-parameter.tensor.numel() // _ALIGN) * _ALIGN
         self._now = torch.zeros(len(groups), buckets, dtype=torch.float64, device=device)
-        self._weights = torch.zeros(len(parts), 2, dtype=torch.float64, device=device)
+        self._weights = torch.zeros(len(watched), 2, dtype=torch.float64, device=device)
         entries = [
-            (part.owner, part.key, part.name, first, row)
-            for part, first, row in zip(parts, self._first, self._row_of, strict=True)
+            (parameter.owner, parameter.key, parameter.name, first, row)
+            for parameter, first, row in zip(watched, self._first, self._row_of, strict=True)
         ]
         self._sketch = _core.SketchPlan(entries, self._now, self._weights, seed)
         self._sketch.step()
@@ -69,13 +69,13 @@ class SketchTracker(Tracker):
         for group, row in zip(groups, self._now, strict=True):
             for j, piece in enumerate(row.view(_SPLIT, -1)):
                 owner[f"{group}#{j}"] = piece
-                pieces.append(Part(owner, f"{group}#{j}", f"{group}#{j}", group))
+                pieces.append(WatchedParameter(owner, f"{group}#{j}", f"{group}#{j}", group))
         super().__init__(pieces, **settings)
         # Angles: this update and the last one, [groups + total], and what is remembered of their cosine.
         self._update, self._last_update = torch.zeros_like(self._now), torch.zeros_like(self._now)
         self._before = self._now.clone()
         self._cosine = self.table.rows.new_zeros(3, len(groups) + 1)  # last, sum, count
-        self._nonfinite = self._now.new_zeros(len(parts))
+        self._nonfinite = self._now.new_zeros(len(watched))
         self._weight_sq = self._weights[:, 0].clone()
         self.history = SketchHistory(buckets, keep_limit)
         if keep_every is not None:
@@ -130,13 +130,14 @@ class SketchTracker(Tracker):
         self._nonfinite.zero_()
 
     def inherit(self, before: TrackerBase) -> None:
-        """Only when no parameter has come, gone or changed its size: else the hash of the elements is another one."""
+        """Go on from another tracker, if no parameter has come, gone or changed its size: else the hash of the elements
+        is another one."""
         assert isinstance(before, SketchTracker)
         if [p.name for p in before._sketched] == [p.name for p in self._sketched] and before._first == self._first:
             super().inherit(before)
 
     def set_reference(self, reference: list[Tensor]) -> None:
-        """From the parameters' values, which are sketched here."""
+        """Sketch the parameters' values, and measure distances from there."""
         sketches = torch.zeros_like(self._now)
         for value, first, row in zip(reference, self._first, self._row_of, strict=True):
             dense = value.detach().contiguous() if not value.is_contiguous() else value.detach()
@@ -153,8 +154,8 @@ class SketchTracker(Tracker):
         return out
 
     def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:
-        """Per group and in total; each with its standard error."""
-        window, pieces = self.window_rows().cpu(), len(self.parts)
+        """Add the numbers per group and in total; each with its standard error."""
+        window, pieces = self.window_rows().cpu(), len(self.watched)
         errors = relative_errors(window[:pieces].numpy(), window[pieces:-1].numpy(), _SPLIT)
         rows = Rows(self.places, window[pieces:], self.window_quantiles()[:, 2 * pieces :])
         rows["weight"][:] = self._grouped(self._weight_sq).sqrt().cpu().numpy()

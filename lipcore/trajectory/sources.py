@@ -16,14 +16,14 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore import _core, functional
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
-from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Part, part_of, why_not_fused
+from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
 Sums = tuple[Tensor, Tensor]  #: float64 [n, 6], and float64 [n]
 
 
 def supported(optimizer: Any) -> str | None:
-    """Why an optimizer's updates cannot be had from its state; None when they can.
+    """Return why an optimizer's updates cannot be had from its state; None when they can.
 
     Closed forms are of exactly torch.optim.SGD, Adam and AdamW. What a subclass's step does nobody knows.
     """
@@ -49,7 +49,7 @@ def supported(optimizer: Any) -> str | None:
 
 
 class OptimizerSource:
-    """The update of every step, computed from the optimizer's state and hyper-parameters right after it.
+    """Source of updates that computes every step's from the optimizer's state and hyper-parameters right after it.
 
     It is the step the optimizer meant. What the rounding of the parameter to its dtype swallows (a bfloat16 parameter
     does not move below half an ulp), what another hook or clipping of the weights does afterwards, and an assignment
@@ -94,13 +94,13 @@ class OptimizerSource:
         self._normalized = torch.full((len(tensors),), torch.nan, dtype=torch.float64, device=device)
 
     def describe(self) -> list[str]:
-        """Per parameter the optimizer that moves it, as a plan says it: "AdamW, closed form"."""
+        """Return, per parameter, the optimizer that moves it, as a plan says it: "AdamW, closed form"."""
         places = self._places()
         tensors = _look_up(self._parameters)
         return [f"{type(places[id(t)][0]).__name__}, closed form" for t in tensors]
 
     def sums(self, only: Optimizer | None = None) -> Sums:
-        """Rows and mean squares of the step that was just made; valid until the next call.
+        """Return rows and mean squares of the step that was just made; valid until the next call.
 
         Args:
             only: where several optimizers step one after the other, the one whose hook this is. The rows of the others'
@@ -115,7 +115,7 @@ class OptimizerSource:
         skipped = {id(optimizer): _found_inf(optimizer) for optimizer in self._optimizers}
         memo: dict[Any, Any] = {}
         chosen: list[int] = []
-        parts: list[Part] = []
+        moves: list[Move] = []
         for i, w in enumerate(weights):
             place = places.get(id(w))
             if place is None:
@@ -125,21 +125,21 @@ class OptimizerSource:
                 continue
             chosen.append(i)
             try:
-                parts.append(HELD if skipped[id(optimizer)] is True else part_of(optimizer, group, w, memo))
+                moves.append(HELD if skipped[id(optimizer)] is True else move_of(optimizer, group, w, memo))
             except ValueError as error:
                 raise ValueError(f"trajectory: parameter {self._parameters[i][0]!r}: {error}") from None
         names = [self._parameters[i][0] for i in chosen]
         params = [weights[i] for i in chosen]
         if len(chosen) == len(weights) and self._rows.is_cpu:
-            return _sums(names, params, parts, (self._rows, self._normalized))
+            return _sums(names, params, moves, (self._rows, self._normalized))
         if chosen:
-            rows, normalized = _sums(names, params, parts)
+            rows, normalized = _sums(names, params, moves)
             for k, i in enumerate(chosen):
                 self._put(i, rows[k], normalized[k], skipped[id(places[id(weights[i])][0])])
         return self._rows, self._normalized
 
     def _put(self, i: int, row: Tensor, normalized: Tensor, found_inf: bool | Tensor) -> None:
-        """One parameter's result; where only the GPU knows whether the step was skipped, it chooses."""
+        """Write one parameter's result; where only the GPU knows whether the step was skipped, the GPU chooses."""
         if isinstance(found_inf, Tensor):
             tensor = self._parameters[i][1][self._parameters[i][2]]
             held, nothing = _sums([self._parameters[i][0]], [tensor], [HELD])
@@ -156,7 +156,7 @@ class OptimizerSource:
         )
 
     def _places(self) -> dict[int, tuple[Optimizer, dict[str, Any]]]:
-        """id of a parameter -> the optimizer and group it is in, as things are now."""
+        """Return the optimizer and group of every parameter, by its id, as things are now."""
         places: dict[int, tuple[Optimizer, dict[str, Any]]] = {}
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -176,7 +176,7 @@ class OptimizerSource:
 
 
 class SnapshotSource:
-    """The update of a step whatever the optimizer is: a copy of the parameters before it, gone after it.
+    """Source of updates for any optimizer: a copy of the parameters before the step, gone after it.
 
     Peak memory: the parameters' bytes once more, from :meth:`before` to :meth:`sums`; nothing in between steps. Unlike
     the optimizer's own numbers this is what the parameters did, their rounding included; nothing is normalised, so the
@@ -192,12 +192,12 @@ class SnapshotSource:
         self._before: list[tuple[Tensor, Tensor]] | None = None
 
     def describe(self) -> list[str]:
-        """Per parameter what is done with it."""
+        """Return, per parameter, what is done with it."""
         return ["difference to a copy made before the step"] * len(self._parameters)
 
     @property
     def peak_bytes(self) -> int:
-        """What the copies take while a step runs."""
+        """Bytes that the copies take while a step runs."""
         return sum(t.numel() * t.element_size() for t in _look_up(self._parameters))
 
     def before(self) -> None:
@@ -206,7 +206,7 @@ class SnapshotSource:
         self._before = [(t, t.detach().clone()) for t in _look_up(self._parameters)]
 
     def sums(self) -> Sums:
-        """Rows and mean squares of the step since before(); the copies are freed, also when this raises.
+        """Return rows and mean squares of the step since before(); the copies are freed, also when this raises.
 
         Raises:
             RuntimeError: no before() since the last call.
@@ -226,7 +226,7 @@ class SnapshotSource:
 
 
 class GivenSource:
-    """Updates that the caller has: dw itself, tensor by tensor.
+    """Source of updates that the caller has: dw itself, tensor by tensor.
 
     Args:
         parameters: (name, owner, key) with owner[key] the parameter.
@@ -236,12 +236,12 @@ class GivenSource:
         self._parameters = list(parameters)
 
     def describe(self) -> list[str]:
-        """Per parameter what is done with it."""
+        """Return, per parameter, what is done with it."""
         return ["updates given"] * len(self._parameters)
 
     def sums(self, updates: Mapping[str, Tensor | None]) -> Sums:
-        """Rows of the updates w - w_prev by parameter name; None for a parameter that did not move. The mean squares
-        are NaN.
+        """Return rows of the updates w - w_prev by parameter name; None for a parameter that did not move. The mean
+        squares are NaN.
 
         Raises:
             TypeError, ValueError: names that are not the parameters', or tensors that do not fit them.
@@ -258,8 +258,8 @@ class GivenSource:
                     f"updates: {what} {shown}{', ...' if len(wrong) > 5 else ''}; pass one tensor per parameter of the "
                     "trajectory, None for one that did not move"
                 )
-        parts = [HELD if updates[n] is None else (updates[n], None, GIVEN) for n in names]
-        return _sums(names, _look_up(self._parameters), parts)
+        moves = [HELD if updates[n] is None else (updates[n], None, GIVEN) for n in names]
+        return _sums(names, _look_up(self._parameters), moves)
 
 
 def _look_up(parameters: Sequence[Parameter]) -> list[Tensor]:
@@ -281,16 +281,17 @@ def _refuse_twins(parameters: Sequence[Parameter], tensors: Sequence[Tensor]) ->
 
 
 def _found_inf(optimizer: Optimizer) -> bool | Tensor:
-    """Whether a GradScaler told a fused optimizer to leave its parameters alone; a tensor where the GPU knows."""
+    """Return whether a GradScaler told a fused optimizer to leave its parameters alone; a tensor where the GPU
+    knows."""
     found: Any = getattr(optimizer, "found_inf", None)
     if not isinstance(found, Tensor):
         return False
     return bool(found) if found.is_cpu else found
 
 
-def _sums(names: Sequence[str], params: list[Tensor], parts: Sequence[Part], out: Sums | None = None) -> Sums:
-    first, second = [part[0] for part in parts], [part[1] for part in parts]
-    rules: list[UpdateRule] = [part[2] for part in parts]
+def _sums(names: Sequence[str], params: list[Tensor], moves: Sequence[Move], out: Sums | None = None) -> Sums:
+    first, second = [move[0] for move in moves], [move[1] for move in moves]
+    rules: list[UpdateRule] = [move[2] for move in moves]
     if out is not None:
         try:
             _core.update_sums(params, first, second, rules, *out)
@@ -309,7 +310,7 @@ def _sums(names: Sequence[str], params: list[Tensor], parts: Sequence[Part], out
 
 
 def _in_words(message: str, names: Sequence[str]) -> str:
-    """The message about an argument of the op, said of the parameter."""
+    """Turn the message about an argument of the op into one about the parameter."""
     found = re.match(r"(params|first|second|rules)\[(\d+)\]: ", message)
     if not found:
         return f"trajectory: {message}"

@@ -31,7 +31,7 @@ class StepHistory:
 
 
 class Recent:
-    """Reads the ring of a Table: every step once into the distributions, and once for who drains the history."""
+    """Reader of a Table's ring: every step is read once into the distributions, and once for who drains the history."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -73,7 +73,7 @@ class Recent:
             self._pending = copy, begin, end, copied
 
     def restart(self, end: int) -> None:
-        """A new window begins after step `end`: forget the steps before, taken in or not."""
+        """Forget the steps up to `end`, taken in or not: a new window begins after it."""
         self._absorbed, self._pending = end, None
         if not self._empty:
             reset_all(self._distributions)
@@ -90,12 +90,12 @@ class Recent:
         return np.ascontiguousarray(out.T)
 
     def flush(self, end: int) -> None:
-        """The same, and wait."""
+        """Take in all steps so far, and wait for the device."""
         self.absorb(end)
         self._take_pending()
 
     def skip_to(self, end: int) -> None:
-        """Steps up to `end` are in the distributions already."""
+        """Pass over the steps up to `end`, which are in the distributions already."""
         self._absorbed = end
 
     def _take_pending(self) -> None:
@@ -111,20 +111,20 @@ class Recent:
             _core.observe_recent(recent, begin, end, self._cores)
 
     def take_distributions(self) -> list[Distribution]:
-        """Hands them over and starts new ones."""
+        """Hand over the distributions and start new ones."""
         taken = self.distributions
         self.distributions = [Distribution() for _ in taken]
         self._empty = True
         return taken
 
     def steps(self, count: int) -> Tensor:
-        """The last `count` steps as [count, rows, 2] on the CPU, oldest first."""
+        """Return the last `count` steps as [count, rows, 2] on the CPU, oldest first."""
         end = int(self._table.cursor[0])
         index = torch.arange(end - count, end, device="cpu") % self._ring
         return self._table.recent.cpu()[index]
 
     def drain(self, places: list[str], gradients: Mapping[str, Recent]) -> StepHistory:
-        """All steps since the last call that are still there, beside those of `gradients` by quantity."""
+        """Return all steps since the last call that are still in the ring, beside those of `gradients` by quantity."""
         end = int(self._table.cursor[0])
         kept = min(end - self._drained, self._ring)
         lost, self._drained = end - self._drained - kept, end
@@ -137,10 +137,10 @@ class Recent:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and the ring itself."""
+        """Return the counters and the ring itself."""
         return {"drained": self._drained, "absorbed": self._absorbed, "ring": self._table.recent.clone()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """A state that was checked."""
+        """Take over a state that was checked."""
         self._drained, self._absorbed, self._pending = state["drained"], state["absorbed"], None
         self._table.recent.copy_(state["ring"])

@@ -33,7 +33,8 @@ OnStep = Callable[[int, StepArrays], object]
 
 
 class StepStream:
-    """Hands over every step of some rings once, in order. Nothing is raised where a step is observed.
+    """Stream of every step of some rings, each handed over once and in order. Nothing is raised where a step is
+    observed.
 
     Args:
         call: gets the number of the first step, and the arrays.
@@ -64,7 +65,7 @@ class StepStream:
         self._copied: tuple[dict[str, Tensor], Tensor, Any] | None = None
 
     def step(self) -> None:
-        """A step was made."""
+        """Count a step, and hand over a block when there are enough."""
         self._waiting += 1
         if self._waiting >= self._block and self._call is not None:
             self._before()
@@ -85,7 +86,7 @@ class StepStream:
         self._hand_over({name: ring.cpu() for name, ring in self._rings.items()}, int(self._cursor[0]))
 
     def skip(self) -> None:
-        """The steps in the rings are not this training's, or were handed over already."""
+        """Pass over the steps in the rings: they are not this training's, or were handed over already."""
         self._copied, self._waiting = None, 0
         self._done = int(self._cursor[0])
 
@@ -126,7 +127,7 @@ def _pinned(tensor: Tensor) -> Tensor:
 
 
 def checked_callback(on_step: Any) -> OnStep | None:
-    """The argument `on_step`; TypeError when it cannot be called."""
+    """Return the argument `on_step`; TypeError when it cannot be called."""
     if on_step is not None and not callable(on_step):
         raise TypeError(f"on_step: expected a callable (first_step, arrays) or None, got {type(on_step).__name__}")
     return on_step  # type: ignore[no-any-return]

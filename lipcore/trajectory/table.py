@@ -38,18 +38,19 @@ class Table:
         self._group_of = torch.tensor(group_of, device=device)
 
     def with_groups(self, of_tensors: Tensor) -> Tensor:
-        """A sum over members for every group, and for the total, after the tensors' own values."""
+        """Append, to the tensors' own values, their sum over the members of every group and over all."""
         groups = of_tensors.new_zeros(self.groups).index_add_(0, self._group_of, of_tensors)
         return torch.cat([of_tensors, groups, of_tensors.sum().reshape(1)])
 
     @property
     def bytes(self) -> int:
-        """Rows and ring."""
+        """Bytes of rows and ring."""
         return 8 * (self.rows.numel() + self.recent.numel())
 
 
 def merge_rows(older: Tensor, newer: Tensor) -> Tensor:
-    """Rows of two stretches of steps, the newer right after the older; what lies between their means is not in m2."""
+    """Merge rows of two stretches of steps, the newer right after the older; what lies between their means is not in
+    m2."""
     merged = newer.clone()
     merged[:, _ADDED] += older[:, _ADDED]
     merged[:, _LARGEST] = torch.maximum(older[:, _LARGEST], newer[:, _LARGEST])
@@ -62,10 +63,10 @@ def merge_rows(older: Tensor, newer: Tensor) -> Tensor:
 
 
 def points_of(rows: Tensor) -> Tensor:
-    """How many points of the trajectory are in M2."""
+    """Return how many points of the trajectory are in M2."""
     return rows[:, FOLDED] + rows[:, POINTS].clamp(min=0)
 
 
 def between(points: Tensor, other_points: Tensor, gap_sq: Tensor) -> Tensor:
-    """What Chan's formula adds to M2 when two blocks are merged whose means lie sqrt(gap_sq) apart."""
+    """Return what Chan's formula adds to M2 when two blocks are merged whose means lie sqrt(gap_sq) apart."""
     return points * other_points / (points + other_points).clamp(min=1) * gap_sq

@@ -30,7 +30,7 @@ from lipcore.trajectory.tracker_base import Block, TrackerBase
 
 
 class Tracker(TrackerBase):
-    """Keeps the numbers of a list of tensors over the open window."""
+    """Tracker of the numbers of a list of tensors over the open window."""
 
     quantities: tuple[str, ...] = (*MOVES, *OFFSETS, "element_variance")
 
@@ -48,7 +48,7 @@ class Tracker(TrackerBase):
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything needed to go on bit for bit."""
+        """Return everything needed to go on bit for bit."""
         self.recent.flush(self.seen)
         state: dict[str, Any] = {
             "rows": self.table.rows.clone(),
@@ -62,12 +62,13 @@ class Tracker(TrackerBase):
         if self.copies:
             copies = self.copies
             state["tensors"] = {
-                part.name: {kind: t.clone() for kind, t in copies.state(i).items()} for i, part in enumerate(self.parts)
+                parameter.name: {kind: t.clone() for kind, t in copies.state(i).items()}
+                for i, parameter in enumerate(self.watched)
             }
         return state
 
     def _block_state(self, block: Block) -> dict[str, Any]:
-        names = [part.name for part in self.parts]
+        names = [parameter.name for parameter in self.watched]
         return {
             "rows": block.rows.clone(),
             "means": {name: mean.clone() for name, mean in zip(names, block.means, strict=bool(block.means))},
@@ -76,7 +77,8 @@ class Tracker(TrackerBase):
         }
 
     def prepare(self, state: Any) -> Callable[[], None]:
-        """Checks a state wholly, naming the first bad key in a ValueError; what it returns takes the state over."""
+        """Check a state wholly, naming the first bad key in a ValueError; the function returned takes the state
+        over."""
         mine = self.state_dict()
         theirs = dict(state) if isinstance(state, dict) else state
         loose = ("distributions", "closed", "tensors")  # checked below
@@ -103,18 +105,18 @@ class Tracker(TrackerBase):
                 self.copies.take_earlier()
                 if has_earlier:
                     self.copies.make_earlier()
-                for i, part in enumerate(self.parts):
+                for i, parameter in enumerate(self.watched):
                     for kind, tensor in self.copies.state(i).items():
-                        tensor.copy_(theirs["tensors"][part.name][kind])
+                        tensor.copy_(theirs["tensors"][parameter.name][kind])
 
         return load
 
     def _check_tensors(self, theirs: Any, mine: dict[str, dict[str, Tensor]] | None) -> bool:
-        """Whether the state has means of earlier blocks."""
+        """Check the copies of a state, and return whether it has means of earlier blocks."""
         if mine is None or not self.copies:
             check_like("tensors", theirs, None)
             return False
-        first = theirs.get(self.parts[0].name) if isinstance(theirs, dict) else None
+        first = theirs.get(self.watched[0].name) if isinstance(theirs, dict) else None
         has_earlier = isinstance(first, dict) and "earlier" in first
         for kinds in mine.values():
             kinds.pop("earlier", None)
@@ -127,7 +129,7 @@ class Tracker(TrackerBase):
         return has_earlier
 
     def _loaded_block(self, path: str, state: Any) -> Block:
-        names = [part.name for part in self.parts]
+        names = [parameter.name for parameter in self.watched]
         means = dict(zip(names, self.copies.mean, strict=True)) if self.copies else {}
         like = {"rows": self.table.rows, "means": means}
         like["m2"] = means if self.copies and self.copies.per_element else {}
@@ -143,8 +145,8 @@ class Tracker(TrackerBase):
     # ---- merging
 
     def prepare_merge(self, other: Tracker) -> Callable[[], bool]:
-        """Checks that the other one's window comes right after this one's (ValueError otherwise). What it returns adds
-        it, and says whether the other one's numbers since the reference contain this one's."""
+        """Check that the other tracker's window comes right after this one's (ValueError otherwise). The function
+        returned adds it, and says whether the other's numbers since the reference contain this one's."""
         if self.closed or other.closed:
             raise ValueError("merge: sliding windows cannot be merged; use window_blocks=1")
         steps, mine, theirs = (t[-1] for t in (other.table.rows[:, STEPS], self._totals(), other._totals()))
@@ -175,7 +177,7 @@ class Tracker(TrackerBase):
             if not continues:
                 other.copies.shift(other.copies.earlier, self.copies.ref)
             other._leave_out_start(self.copies.prev, self.copies.ref, points_of(rows) > 0)
-            points, more = points_of(rows)[: len(self.parts)], points_of(theirs)[: len(self.parts)]
+            points, more = points_of(rows)[: len(self.watched)], points_of(theirs)[: len(self.watched)]
             apart = distances(other.copies.earlier, self.copies.earlier).square()
             added = self.table.with_groups(between(points, more, apart))
             for i, prev in enumerate(self.copies.prev):
@@ -207,7 +209,7 @@ class Tracker(TrackerBase):
         rows = self.table.rows
         counted = had_points & (points_of(rows) == rows[:, STEPS] + 1) & (rows[:, STEPS] > 0)
         left = rows[:, STEPS].clamp(min=1)
-        removed = rows.new_zeros(len(self.parts))
+        removed = rows.new_zeros(len(self.watched))
         for i, mean in enumerate(self.copies.earlier):
             if not counted[i]:
                 continue
@@ -222,7 +224,7 @@ class Tracker(TrackerBase):
         rows[:, POINTS] = 0
 
     def _append_recent(self, other: Tracker) -> None:
-        """The steps of the other one's window come after this one's."""
+        """Append the steps of the other tracker's window."""
         ring = self.table.recent.shape[0]
         theirs = other._window_steps()  # its ring goes back further where it was continued from this one's state
         kept = min(theirs, ring)
@@ -232,17 +234,17 @@ class Tracker(TrackerBase):
         self._skip(theirs)
 
     def _skip(self, steps: int) -> None:
-        """The next `steps` places of the ring were written, and are not to join the quantiles."""
+        """Keep the next `steps` entries of the ring, which were written already, out of the quantiles."""
         self.table.cursor += steps
         self._settled += steps
         self.recent.skip_to(self._settled)
 
     def _window_steps(self) -> int:
-        """All steps of the open block."""
+        """Return the number of steps in the open block."""
         return self._steps_of(self.table.rows)
 
     def summary(self, every_steps: int) -> dict[str, Any]:
-        """The window's rows, and its steps one by one."""
+        """Return the window's rows, and its steps one by one."""
         rows = self.window_rows().cpu()
         count, ring = self._window_steps(), self.table.recent.shape[0]
         if count > ring:
@@ -254,9 +256,9 @@ class Tracker(TrackerBase):
             "version": 1,
             "every_steps": every_steps,
             "quantities": [q for q in self.quantities if q in (*MOVES, *OFFSETS)],
-            "names": [part.name for part in self.parts],
-            "groups": [part.group for part in self.parts],
-            "mine": [part.is_mine for part in self.parts],
-            "rows": rows[: len(self.parts)],
-            "steps": self.recent.steps(count)[:, : len(self.parts)],
+            "names": [parameter.name for parameter in self.watched],
+            "groups": [parameter.group for parameter in self.watched],
+            "mine": [parameter.is_mine for parameter in self.watched],
+            "rows": rows[: len(self.watched)],
+            "steps": self.recent.steps(count)[:, : len(self.watched)],
         }

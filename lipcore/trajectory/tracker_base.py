@@ -16,7 +16,7 @@ from lipcore.metric.distribution import Distribution
 from lipcore.metric.results import Level, Places
 from lipcore.trajectory.copies import Copies, bytes_of, distances
 from lipcore.trajectory.describe import QUANTILES, quantiles_of
-from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.step_ring import Recent, StepHistory
 from lipcore.trajectory.table import (
     COLUMN,
@@ -34,7 +34,7 @@ from lipcore.trajectory.table import (
 
 @dataclass
 class Block:
-    """A closed part of a sliding window."""
+    """A closed stretch of a sliding window."""
 
     rows: Tensor
     means: list[Tensor]
@@ -48,18 +48,18 @@ class TrackerBase:
 
     def __init__(
         self,
-        parts: list[Part],
+        watched: list[WatchedParameter],
         *,
         ring: int = 1024,
         window_blocks: int = 1,
         copies: bool = True,
         per_element: bool = False,
     ) -> None:
-        self.parts = parts
-        self.groups = list(dict.fromkeys(part.group for part in parts))
-        tensors = [part.tensor for part in parts]
+        self.watched = watched
+        self.groups = list(dict.fromkeys(parameter.group for parameter in watched))
+        tensors = [parameter.tensor for parameter in watched]
         self.shapes = [tensor.shape for tensor in tensors]  # the parameters' may change until rebind()
-        group_of = [self.groups.index(part.group) for part in parts]
+        group_of = [self.groups.index(parameter.group) for parameter in watched]
         self.table = Table(group_of, len(self.groups), ring, tensors[0].device)
         self.recent = Recent(self.table)
         self.closed: deque[Block] = deque(maxlen=window_blocks - 1)
@@ -68,26 +68,33 @@ class TrackerBase:
         self._settled = 0  # steps up to the last settle()
         self._observed = 0  # steps since then that were not the plan's
         if self.copies:
-            entries = [(part.owner, part.key, part.name, *self.copies.entry(i)) for i, part in enumerate(parts)]
+            entries = [
+                (parameter.owner, parameter.key, parameter.name, *self.copies.entry(i))
+                for i, parameter in enumerate(watched)
+            ]
             self._plan = _core.TrajectoryPlan(entries, self.table.core)
 
     @cached_property
     def places(self) -> Places:
-        """What every row is of."""
-        levels: list[Level] = [*["tensor"] * len(self.parts), *["group"] * len(self.groups), "total"]  # type: ignore[list-item]
-        return Places([*(part.name for part in self.parts), *self.groups, "total"], levels)
+        """Names and levels of the rows: every tensor, every group, the total."""
+        levels: list[Level] = [*["tensor"] * len(self.watched), *["group"] * len(self.groups), "total"]  # type: ignore[list-item]
+        return Places([*(parameter.name for parameter in self.watched), *self.groups, "total"], levels)
 
     def named_rows(self) -> dict[tuple[str, Level], Tensor]:
-        """Every place's row of the open block."""
+        """Return every place's row of the open block."""
         places = zip(self.places.names, self.places.levels, strict=True)
         return dict(zip(places, self.table.rows[-len(self.places) :], strict=True))
 
     def bytes(self) -> dict[str, int]:
-        """Persistent state by kind."""
+        """Return the bytes of persistent state by kind."""
         out: dict[str, int] = {}
         blocks = (self.closed.maxlen or 0) + 1
-        for part in self.parts if self.copies else ():
-            count, dtype, per_element = part.tensor.numel(), part.tensor.dtype, bool(self.copies and self.copies.m2)
+        for parameter in self.watched if self.copies else ():
+            count, dtype, per_element = (
+                parameter.tensor.numel(),
+                parameter.tensor.dtype,
+                bool(self.copies and self.copies.m2),
+            )
             for kind, size in bytes_of(count, dtype, per_element=per_element, blocks=blocks).items():
                 out[kind] = out.get(kind, 0) + size
         return out | {"scalars and recent steps": self.table.bytes}
@@ -95,7 +102,7 @@ class TrackerBase:
     # ---- steps
 
     def before_step(self) -> None:
-        """Right before the optimizer's step."""
+        """Copy what the step about to be made will change, where something needs it."""
 
     @property
     def step(self) -> Callable[[], bool]:
@@ -104,8 +111,8 @@ class TrackerBase:
         return self._plan.step
 
     def observe(self, sums: Tensor) -> bool:
-        """A step from sums made elsewhere, float64 [tensors, 6] as `trajectory_step` returns them; True when settle()
-        is due."""
+        """Count a step from sums made elsewhere, float64 [tensors, 6] as `trajectory_step` returns them; True when
+        settle() is due."""
         self.table.core.observe(sums)
         self._observed += 1
         return bool(self._observed == _core.BLOCK_STEPS)
@@ -123,7 +130,7 @@ class TrackerBase:
 
     @property
     def seen(self) -> int:
-        """All steps so far; those in a replayed CUDA graph are not known here."""
+        """Number of all steps so far; those in a replayed CUDA graph are not known here."""
         return self._settled + self.open_steps
 
     @property
@@ -132,8 +139,8 @@ class TrackerBase:
         return sum(map(self._steps_of, [*(block.rows for block in self.closed), self.table.rows]))
 
     def _steps_of(self, rows: Tensor) -> int:
-        """Of tensors: a group counts a step with finite and other members as both kinds."""
-        rows = rows[: len(self.parts)]
+        """Return how many steps the tensors' rows have: groups count a step with finite and other members twice."""
+        rows = rows[: len(self.watched)]
         return int((rows[:, STEPS] + rows[:, COLUMN["nonfinite_steps"]]).max())
 
     def settle(self) -> None:
@@ -144,7 +151,7 @@ class TrackerBase:
         if not self.copies:
             return
         rows = self.table.rows
-        points, folded = rows[: len(self.parts), POINTS].clamp(min=0), rows[: len(self.parts), FOLDED]
+        points, folded = rows[: len(self.watched), POINTS].clamp(min=0), rows[: len(self.watched), FOLDED]
         rows[:, M2] += self.table.with_groups(between(points, folded, self.copies.fold(points, folded)))
         rows[:, FOLDED] += rows[:, POINTS].clamp(min=0)
         rows[:, POINTS].clamp_(max=0)  # a window that continues another stays one until its first step
@@ -155,7 +162,7 @@ class TrackerBase:
     # ---- the window
 
     def reset(self) -> None:
-        """A new window, which starts at the tensors' last observed values."""
+        """Start a new window at the tensors' last observed values."""
         self._end_block()
         self.recent.restart(self._settled)
         self.closed.clear()
@@ -164,7 +171,7 @@ class TrackerBase:
             m2.zero_()  # sums; the means beside them are overwritten by the first block
 
     def advance(self) -> None:
-        """The window slides by a block: the open one is closed, and the oldest goes when there are too many."""
+        """Slide the window by a block: the open one is closed, and the oldest goes when there are too many."""
         if self.closed.maxlen == 0:
             self.reset()
             return
@@ -176,21 +183,21 @@ class TrackerBase:
         self.table.rows[:, POINTS] = _core.CONTINUES
 
     def window_rows(self) -> Tensor:
-        """Rows of the whole window; changes nothing."""
+        """Return the rows of the whole window; changes nothing."""
         rows = self.table.rows.clone()
         for block in reversed(self.closed):
             rows = merge_rows(block.rows, rows)
         if self.copies and (self.closed or self.copies.earlier):
-            rows[:, M2] += self.table.with_groups(torch.stack([self.merged(i)[0] for i in range(len(self.parts))]))
+            rows[:, M2] += self.table.with_groups(torch.stack([self.merged(i)[0] for i in range(len(self.watched))]))
         return rows
 
     def window_quantiles(self) -> Numbers:
-        """Median and 99 % quantile of update norm and ratio of every row over the window, [2, 2 * rows]."""
+        """Return median and 99 % quantile of update norm and ratio of every row over the window, [2, 2 * rows]."""
         found = None if self.closed else self.recent.quantiles(self.seen, QUANTILES)
         return quantiles_of(self.window_distributions()) if found is None else found
 
     def window_distributions(self) -> list[Distribution]:
-        """Update norm and ratio of every row over the whole window."""
+        """Return the distributions of update norm and ratio of every row over the whole window."""
         self.recent.flush(self.seen)
         if not self.closed:
             return self.recent.distributions
@@ -201,8 +208,8 @@ class TrackerBase:
         return merged
 
     def merged(self, i: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """All blocks of tensor i merged by Chan's formula: what that adds to M2, M2 per element (where it is kept), and
-        the mean. One tensor's at a time, so that memory stays bounded."""
+        """Return all blocks of tensor i merged by Chan's formula: what that adds to M2, M2 per element (where it is
+        kept), and the mean. One tensor's at a time, so that memory stays bounded."""
         assert self.copies
         row, added = self.table.rows[i], self.table.rows.new_zeros(())
         blocks = [(points_of(b.rows[i : i + 1])[0], b.means[i], b.m2[i] if b.m2 else None) for b in self.closed]
@@ -223,27 +230,31 @@ class TrackerBase:
         return added, elements, mean
 
     def drain(self, gradients: Mapping[str, Recent]) -> StepHistory:
-        """Single steps that were not drained yet, beside those of `gradients` by quantity."""
+        """Return single steps that were not drained yet, beside those of `gradients` by quantity."""
         return self.recent.drain(list(self.places.names), gradients)
 
     # ---- reference
 
     def rebase(self) -> bool:
-        """The tensors as they are now are where the next step starts: what changed them was not a step. Whether it
-        changed any."""
+        """Start the next step from the tensors as they are now, which something else than a step has changed, and
+        return whether that changed any."""
         jumped = False
         if self.copies:
-            for part, prev in zip(self.parts, self.copies.prev, strict=True):
-                if not part.there or part.tensor.shape != prev.shape or part.tensor.device != prev.device:
+            for parameter, prev in zip(self.watched, self.copies.prev, strict=True):
+                if (
+                    not parameter.there
+                    or parameter.tensor.shape != prev.shape
+                    or parameter.tensor.device != prev.device
+                ):
                     continue  # the next step will say so
-                values = part.tensor.detach()
+                values = parameter.tensor.detach()
                 jumped |= not torch.equal(values, prev)
                 # Of values that are not finite the difference never would be either.
                 prev.copy_(torch.where(values.isfinite().all(), values, prev))
         return jumped
 
     def set_reference(self, reference: list[Tensor]) -> None:
-        """Distances, and the path since the reference, count from these values."""
+        """Measure distances, and the path since the reference, from these values."""
         assert self.copies
         copies, rows = self.copies, self.table.rows
         for means in (copies.mean, copies.earlier, *(block.means for block in self.closed)):
@@ -256,24 +267,24 @@ class TrackerBase:
         self._measure_distance()
 
     def inherit(self, before: TrackerBase) -> None:
-        """After a change of the model: in every row that was there, the path since the reference goes on, and so does
-        the reference of tensors of the same shape."""
+        """Go on after a change of the model: in every row that was there, the path since the reference goes on, and so
+        does the reference of tensors of the same shape."""
         rows, totals = before.named_rows(), slice(WINDOW_COLUMNS, COLUMN["group"])
-        shapes = {part.name: part.tensor.shape for part in self.parts}
+        shapes = {parameter.name: parameter.tensor.shape for parameter in self.watched}
         resized = {
-            (part.name, "tensor")
-            for part, shape in zip(before.parts, before.shapes, strict=True)
-            if shapes.get(part.name, shape) != shape
+            (parameter.name, "tensor")
+            for parameter, shape in zip(before.watched, before.shapes, strict=True)
+            if shapes.get(parameter.name, shape) != shape
         }
         for place, row in self.named_rows().items():
             if place in rows and place not in resized:
                 row[totals] = rows[place][totals]
         if not self.copies or not before.copies:
             return
-        places = {part.name: i for i, part in enumerate(before.parts)}
-        for i, part in enumerate(self.parts):
-            j = places.get(part.name)
-            if j is None or before.copies.ref[j].shape != part.tensor.shape:
+        places = {parameter.name: i for i, parameter in enumerate(before.watched)}
+        for i, parameter in enumerate(self.watched):
+            j = places.get(parameter.name)
+            if j is None or before.copies.ref[j].shape != parameter.tensor.shape:
                 continue
             self.copies.ref[i].copy_(before.copies.ref[j])
         self._measure_distance()

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
-from lipcore.trajectory.parameters import Part
+from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
 from lipcore.trajectory.tracker import Tracker
 
@@ -23,20 +23,22 @@ from lipcore.trajectory.tracker import Tracker
 NORMALIZED = ("normalized_update_rms",)
 
 
-def closed_form_everywhere(optimizers: Sequence[Optimizer], parts: list[Part]) -> bool:
-    """Whether the state of these optimizers gives every part's update."""
+def closed_form_everywhere(optimizers: Sequence[Optimizer], watched: list[WatchedParameter]) -> bool:
+    """Return whether the state of these optimizers gives every watched parameter's update."""
     if not optimizers or any(supported(optimizer) for optimizer in optimizers):
         return False
     theirs = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    return all(id(part.tensor) in theirs for part in parts)
+    return all(id(parameter.tensor) in theirs for parameter in watched)
 
 
 class UpdateTracker(Tracker):
     """A Tracker without copies."""
 
-    def __init__(self, parts: list[Part], source: str, optimizers: Sequence[Optimizer], **settings: Any) -> None:
-        super().__init__(parts, copies=False, **settings)
-        named = [(part.name, part.owner, part.key) for part in parts]
+    def __init__(
+        self, watched: list[WatchedParameter], source: str, optimizers: Sequence[Optimizer], **settings: Any
+    ) -> None:
+        super().__init__(watched, copies=False, **settings)
+        named = [(parameter.name, parameter.owner, parameter.key) for parameter in watched]
         self.source: OptimizerSource | SnapshotSource | GivenSource
         self._given: Mapping[str, Tensor] | None = None
         self._each: Sums | None = None
@@ -47,20 +49,21 @@ class UpdateTracker(Tracker):
         else:
             self.source = SnapshotSource(named) if source == "snapshot" else GivenSource(named)
         # Root mean square of the normalised update per tensor: last, sum, largest, steps.
-        self._rms = self.table.rows.new_zeros(4, len(parts)) if source == "optimizer" else None
+        self._rms = self.table.rows.new_zeros(4, len(watched)) if source == "optimizer" else None
         self.quantities = (*MOVES, *(NORMALIZED if source == "optimizer" else ()))
 
     def give(self, updates: Mapping[str, Tensor]) -> None:
-        """What the next step has added to every parameter."""
+        """Take what the next step has added to every parameter."""
         self._given = updates
 
     def before_step(self) -> None:
-        """The snapshot, where it is one."""
+        """Copy the parameters, where the source is a snapshot."""
         if isinstance(self.source, SnapshotSource):
             self.source.before()
 
     def after_step_of(self, optimizer: Optimizer) -> None:
-        """Where several step in turn: each one's own state, gradients and skipped steps are there in its hook alone."""
+        """Take the update of one of several optimizers that step in turn: its own state, gradients and skipped steps
+        are there in its hook alone."""
         if isinstance(self.source, OptimizerSource):
             self._each = self.source.sums(only=optimizer)
 
@@ -83,7 +86,7 @@ class UpdateTracker(Tracker):
         return self.observe(sums)
 
     def bytes(self) -> dict[str, int]:
-        """Nothing per parameter."""
+        """Return the bytes of persistent state: nothing per parameter."""
         return {"scalars and recent steps": self.table.bytes, "nothing per parameter": 0}
 
     def reset(self) -> None:
@@ -108,7 +111,7 @@ class UpdateTracker(Tracker):
 
     @cached_property
     def _tensors(self) -> Places:
-        return self.places.at(range(len(self.parts)))
+        return self.places.at(range(len(self.watched)))
 
     def _merge_next(self, other: Tracker, continues: bool) -> bool:
         if self._rms is not None:

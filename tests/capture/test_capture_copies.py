@@ -44,10 +44,12 @@ def test_a_copy_of_a_watched_model_is_not_watched(
         if when == "in_mid_run":
             train(model, batches(2, size), optimizer)
         twin = clone(model)
-        before = monitor.compute().to_dict()
+        before = monitor.compute()
         train(twin, batches(3, size), sgd(twin))
         train(twin, batches(2, 3), sgd(twin))
-        assert monitor.compute().to_dict() == before
+        after = monitor.compute()
+        assert (after and after.to_dict()) == (before and before.to_dict())
+        assert (after is None) == (when == "before_the_first_step")
         train(model, batches(3, size), optimizer)
         count, _, _ = ratios_of(monitor.compute())
         assert count == size * (5 if when == "in_mid_run" else 3)
@@ -62,6 +64,8 @@ def test_a_copy_can_be_watched_by_itself() -> None:
         twin = copy.deepcopy(model)
         for found, wanted in zip(observe(twin, x), expected, strict=True):
             assert relative_error(found, wanted) <= 1e-12
+        assert monitor.compute() is None
+        monitor.step()
         assert ratios_of(monitor.compute())[0] == 0
 
 

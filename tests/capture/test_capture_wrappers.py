@@ -41,6 +41,7 @@ def test_names_with_a_wrappers_prefix_are_understood() -> None:
     model = Wrapper(seeded(lambda: mlp(5, 7, 6, 1)))
     with Monitor(model, metrics=[Lipschitz(input="module.2", output="module.4")]) as monitor:
         model(torch.randn(3, 5)).sum().backward()
+        monitor.step()
         result = monitor.compute()["lipschitz"]
     assert result.details["first_layer"] == "2"
     assert list(result.normalized_gradient_norm) == ["4:Linear"]

@@ -49,4 +49,5 @@ def ratios_of(window: Window | MetricResult) -> tuple[int, float, float]:
 def window_of(model: nn.Module, x: Tensor, **settings: Any) -> MetricResult:
     with Monitor(model, metrics=[Lipschitz(**settings)]) as monitor:
         model(x).sum().backward()
+        monitor.step()
         return monitor.close_window()["lipschitz"]

@@ -18,7 +18,7 @@ from models import Graph, batches, cnn, mlp, mse, seeded, train
 from oracle import assert_same_state
 from torch import Tensor, nn
 
-from lipcore import Lipschitz, Metric, Monitor, Trajectory
+from lipcore import Lipschitz, Metric, Monitor, PerSampleGradNorms, Trajectory
 from lipcore.metric.protocol import PlanLine
 from lipcore.metric.results import MetricResult, Window
 
@@ -97,17 +97,56 @@ def test_compute_changes_nothing() -> None:
 def test_close_window_returns_what_it_closes() -> None:
     model, optimizer, monitor = watched()
     windows = []
-    for steps in (2, 3, 0, 1):
+    for steps in (2, 3, 1):
         train(model, batches(steps, 2), optimizer)
         before = monitor.compute()
         windows.append(monitor.close_window())
         assert before.to_dict() == windows[-1].to_dict() | {"closed": False}
-    assert [w.steps for w in windows] == [2, 3, 0, 1]
+    assert [w.steps for w in windows] == [2, 3, 1]
     assert list(monitor.history) == windows
-    empty = windows[2]["lipschitz"].normalized_gradient_norm["model:Linear"].mean
-    assert (empty.count, empty.valid) == (0, False)
-    assert math.isnan(empty.value)
     assert monitor.pop_window() is None  # it was returned already
+
+
+@pytest.mark.parametrize("blocks", [1, 2])
+@pytest.mark.parametrize("before", [0, 2, 4])
+def test_an_empty_window_is_none_and_not_closed(before: int, blocks: int) -> None:
+    """With windows of four steps: before the first step, with steps in the window, and right after one has closed."""
+    model, optimizer, monitor = watched(window_steps=4, window_blocks=blocks)
+    train(model, batches(before, 2), optimizer)
+    if before % (4 // blocks):
+        assert monitor.close_window().steps == before
+    closed, state = list(monitor.history), resume(monitor.state_dict())
+    assert monitor.close_window() is monitor.close_window() is None
+    assert list(monitor.history) == closed
+    assert_same_state(monitor.state_dict(), state)
+    slides = blocks > 1 and before  # then the window has the steps of the blocks before
+    assert (monitor.compute() is None) is not bool(slides)
+    train(model, batches(1, 2), optimizer)
+    assert monitor.compute().last_step == before + 1
+    assert monitor.close_window().index == len(closed)
+    with monitor:
+        pass
+    assert (monitor.compute() is None) is (blocks == 1)
+    assert monitor.close_window() is None
+
+
+def test_passes_without_a_step_belong_to_the_window_of_the_next_step() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    metrics = [Lipschitz(), PerSampleGradNorms(loss_reduction="sum")]
+    with Monitor(model, metrics=metrics) as monitor:
+        model(torch.randn(3, 5)).sum().backward()
+        assert monitor.compute() is monitor.close_window() is None
+        monitor.step()
+        window = monitor.close_window()
+        assert window["lipschitz"].normalized_gradient_norm["model:Linear"].mean.count == 3
+        assert window["per_sample_grad_norm"].norm["total"].mean.count == 3
+        assert monitor.close_window() is None
+    assert len(monitor.history) == 1
+
+
+def test_a_copy_of_an_empty_window_is_empty() -> None:
+    _, _, monitor = watched()
+    assert copy.deepcopy(monitor).compute() is None
 
 
 def test_pop_window_brings_each_window_once_in_order() -> None:
@@ -169,7 +208,7 @@ def test_flat_keys_are_metric_quantity_reducer_place() -> None:
     assert "trajectory/path_length.sum/3" in flat  # a group
     assert "trajectory/path_length.sum/3.weight" not in flat
     assert "trajectory/path_length.sum/3.weight" in window.flat("tensor")
-    with pytest.raises(ValueError, match=r"level: expected one of tensor, group, total, got 'all'"):
+    with pytest.raises(ValueError, match=r"level: expected 'tensor', 'group' or 'total', got 'all'"):
         window.flat("all")
 
 
@@ -199,6 +238,7 @@ def test_results_say_what_they_have() -> None:
 
 def test_the_window_is_not_local_in_a_single_process() -> None:
     _, _, monitor = watched()
+    monitor.step()
     assert monitor.compute().local is False
 
 
@@ -294,7 +334,7 @@ def test_a_metric_that_fails_does_not_stop_the_training() -> None:
 
 def test_no_metrics_is_a_clock_alone() -> None:
     model, optimizer, monitor = watched(metrics=[], window_steps=2)
-    train(model, batches(4, 2), optimizer)
+    train(model, batches(5, 2), optimizer)
     assert [dict(w) for w in monitor.history] == [{}, {}]
     assert monitor.compute().flat() == {}
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -423,7 +463,7 @@ def resume(state: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("size", [1, 3])
 @pytest.mark.parametrize("before", [2, 3, 5])
 def test_a_resumed_run_continues_as_if_it_had_not_been_interrupted(before: int, size: int) -> None:
-    data = batches(9, size)
+    data = batches(10, size)
 
     def uninterrupted() -> Monitor:
         model, optimizer, monitor = watched(window_steps=3)
@@ -456,10 +496,12 @@ def test_labels_survive_a_resumption() -> None:
     label = resumed.compute()["lipschitz"].normalized_gradient_norm["model:Linear"].mean.count
     assert label == 6
     twin(torch.randn(2, 5)).sum().backward()
+    resumed.step()
     sandwich = resumed.close_window()["lipschitz"].sandwich["model:Linear"]
     assert sandwich.lower.label == "heuristic"  # W_1 moved in the part before
     twin.zero_grad()
     twin(torch.randn(2, 5)).sum().backward()
+    resumed.step()
     assert resumed.close_window()["lipschitz"].sandwich["model:Linear"].lower.label == "exact"
 
 
@@ -579,6 +621,7 @@ def test_a_backward_pass_right_before_the_end_is_counted(frozen: bool) -> None:
     model = seeded(lambda: mlp(5, 7, 1))
     model[0].requires_grad_(not frozen)
     with Monitor(model, metrics=[Lipschitz()]) as monitor:
+        monitor.step()
         model(torch.randn(3, 5)).sum().backward()
     assert monitor.compute()["lipschitz"].normalized_gradient_norm["model:Linear"].mean.count == 3
 

@@ -44,6 +44,7 @@ def test_every_window_has_the_constants_of_its_close(how: str) -> None:
             assert window["probes"].regions["far"].last.value == after.regions
             assert window["probes"].region_churn["far"].last.value == before.churn(after)
             before = after
+        train(model, monitor, optimizer, 1)
         assert "probes" not in monitor.compute()
         assert len(monitor.history.series("probes", "local_lipschitz", "far", "p99")) == 2
         assert "probes/local_lipschitz.mean/far" in monitor.history[-1].flat()

@@ -69,6 +69,7 @@ def test_its_numbers_are_not_valid_and_say_why() -> None:
 def test_it_is_measured_again_as_soon_as_it_can_be() -> None:
     model, monitor = run("ignore")
     model.refuses = False
+    monitor.step()
     assert monitor.close_window()["probes"].local_lipschitz["four"].mean.valid
     monitor.close()
 

@@ -247,7 +247,7 @@ MUTANTS = (
     ),
     Mutant(
         "the mean gradient's square with the factor taken once",
-        "lipcore/per_sample/noise/step_sums.py",
+        "lipcore/per_sample/noise/noise_sums.py",
         "found * (scale * scale)",
         "found * scale",
         ("per_sample/test_per_sample_monitor.py::test_the_noise_scale_takes_in_all_micro_batches_of_a_step",),

@@ -104,7 +104,8 @@ def test_what_has_not_been_followed_by_a_step_is_in_no_window() -> None:
     with Monitor(model, metrics=[metric]) as monitor:
         sum_loss(model(torch.randn(3, 5))).backward()
         assert metric.per_sample.shape == (3,)
-        assert monitor.compute()[NAME].norm["total"].mean.count == 0
+        assert metric.compute().norm["total"].mean.count == 0
+        assert monitor.compute() is monitor.close_window() is None
         monitor.step()
         assert monitor.compute()[NAME].norm["total"].mean.count == 3
 

@@ -16,13 +16,13 @@ from torch.utils.checkpoint import checkpoint
 from lipcore import Distribution, Monitor, PerSampleGradNorms
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.metric.results import MetricResult
-from lipcore.per_sample.batch_norms import MicroBatch
-from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import Reduction
-from lipcore.per_sample.noise import step_sums as steps
+from lipcore.per_sample.noise import noise_sums as steps
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.open_step import _MOST
+from lipcore.per_sample.pass_norms import PassNorms
 
 Loop = Callable[[nn.Module, PerSampleGradNorms], None]
 
@@ -181,11 +181,11 @@ def test_sizes_are_compared_beside_a_scale_that_is_a_tensor(sizes: tuple[int, in
     assert math.isnan(result.gradient_noise["total"].mean.value) == unequal
 
 
-def of_device(number: float, tensor: float | None, task: int) -> MicroBatch:
+def of_device(number: float, tensor: float | None, task: int) -> PassNorms:
     """A micro-batch of two samples, whose factor is in part known to the device only."""
     part = None if tensor is None else torch.tensor(tensor, dtype=torch.float64)
     rows = {"0.weight": torch.tensor([1.0, 3.0], dtype=torch.float64)}
-    return MicroBatch(LayerRecord(2, rows, task=task), LossFactor(number, part), Places({"0.weight": "0"}))
+    return PassNorms(LayerRecord(2, rows, task=task), LossFactor(number, part), LayerIndex({"0.weight": "0"}))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +200,7 @@ def of_device(number: float, tensor: float | None, task: int) -> MicroBatch:
 )
 def test_factors_that_only_the_device_knows(factors: list[tuple[float, float | None]], equal: bool) -> None:
     layer = nn.Linear(1, 1, bias=False)
-    sums = steps.StepSums(Places({"0.weight": "0"}), lambda: [("0.weight", layer.weight)])
+    sums = steps.NoiseSums(LayerIndex({"0.weight": "0"}), lambda: [("0.weight", layer.weight)])
     layer.weight.grad = torch.ones(1, 1)
     found: list[Tensor] = []
     for task, factor in enumerate(factors):
@@ -321,7 +321,8 @@ def test_nothing_grows_without_steps_and_a_skipped_step_counts_what_it_drops() -
             sum_loss(model(torch.randn(2, 5))).backward()
             assert len(metric._open_step._waiting) < _MOST
         metric.observe_skipped_step()
-        result = monitor.compute()["per_sample_grad_norm"]
+        assert monitor.compute() is None
+        result = metric.compute()
     assert result.details["dropped_samples"] == 2 * (2 * _MOST + 3)
     assert result.norm["total"].mean.count == 0
 
@@ -329,14 +330,14 @@ def test_nothing_grows_without_steps_and_a_skipped_step_counts_what_it_drops() -
 def test_nothing_waits_for_a_device() -> None:
     """Tensors on the meta device have no values: reading one raises."""
     meta = torch.device("meta")
-    places = Places({"0.weight": "0", "1.weight": "1"})
+    places = LayerIndex({"0.weight": "0", "1.weight": "1"})
     layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
-    sums = steps.StepSums(places, lambda: [(f"{i}.weight", layer.weight) for i, layer in enumerate(layers)])
+    sums = steps.NoiseSums(places, lambda: [(f"{i}.weight", layer.weight) for i, layer in enumerate(layers)])
     reduction = Reduction("mean", lambda: torch.tensor(4, device=meta), 0.5)
     distributions = [Distribution() for _ in range(3)]
     for task in range(2):
         rows = {"0.weight": torch.ones(2, dtype=torch.float64, device=meta)}
-        micro = MicroBatch(LayerRecord(2, rows, task=task), reduction.factor(2, None), places)
+        micro = PassNorms(LayerRecord(2, rows, task=task), reduction.factor(2, None), places)
         micro.observe(distributions)
         sums.add(micro)
     sums._gradient_sq = torch.ones(3, dtype=torch.float64, device=meta)

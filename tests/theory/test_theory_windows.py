@@ -222,8 +222,8 @@ def test_numbers_of_an_inner_layer_of_the_same_kind_are_not_compared() -> None:
     assert "goes on behind that module" in theory.lipschitz_bound(windows, longer, x).largest.note
 
 
-@pytest.mark.parametrize(("steps", "order"), [(0, (0, 3, 0, 3, 0)), (2, (3, 0, 3, 0))])
-def test_a_window_without_a_sample_is_passed_over(steps: int, order: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("order", [(0, 3, 0, 3, 0), (3, 0, 3, 0)])
+def test_a_window_without_a_sample_is_passed_over(order: tuple[int, ...]) -> None:
     """Be it the first, one between or the last; its steps are still known."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
@@ -232,7 +232,7 @@ def test_a_window_without_a_sample_is_passed_over(steps: int, order: tuple[int, 
             if samples:
                 model(torch.randn(samples, 3)).square().mean().backward()
                 monitor.step()
-            for _ in range(0 if samples else steps):
+            for _ in range(0 if samples else 1):
                 monitor.step()
             monitor.close_window()
     full = [window for window, samples in zip(monitor.history, order, strict=True) if samples]
@@ -243,19 +243,21 @@ def test_a_window_without_a_sample_is_passed_over(steps: int, order: tuple[int, 
     bound = theory.lipschitz_bound(monitor.history)
     assert (bound.bound.value, bound.bound.valid) == (theory.lipschitz_bound(full).bound.value, True)
     assert theory.bias_variance(monitor.history, "0.bias").last_step == monitor.history[-1].last_step
-    assert len(theory.steadiness(monitor.history).steps) == (4 if steps else 2)
-    if steps:
-        message = f"history: lipschitz has no sandwich in the window of steps 2 to {steps + 1}: it needs"
-        with pytest.raises(ValueError, match=message):
-            theory.sandwich(monitor.history[1])
+    assert len(theory.steadiness(monitor.history).steps) == len(order)
+    without = monitor.history[order.index(0)]
+    steps = f"{without.first_step} to {without.last_step}"
+    message = f"history: lipschitz has no sandwich in the window of steps {steps}: it needs"
+    with pytest.raises(ValueError, match=message):
+        theory.sandwich(without)
 
 
-def test_an_empty_window_is_not_valid() -> None:
+def test_a_window_without_a_sample_has_no_curve() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
     with Monitor(model, metrics=[Lipschitz()]) as monitor:
         model(torch.randn(5, 3)).square().mean().backward()
         monitor.step()
         monitor.close_window()
+        monitor.step()
         monitor.close_window()
     curve = theory.steadiness(monitor.history[1])
     assert math.isnan(curve.phi[0])

@@ -161,7 +161,7 @@ def test_stats_that_are_refused(settings: dict[str, Any], words: str) -> None:
 def allocated(trajectory: Trajectory) -> int:
     """Of every tensor that a Trajectory holds, by its number of elements."""
     total = 0
-    for tracker in trajectory._all_trackers:
+    for tracker in trajectory._built.all_trackers:
         total += tracker.table.rows.nbytes + tracker.table.recent.nbytes
         copies = tracker.copies
         kinds = (copies.prev, copies.ref, copies.mean, copies.m2, copies.earlier, copies.earlier_m2) if copies else ()

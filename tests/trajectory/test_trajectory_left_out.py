@@ -97,6 +97,7 @@ def test_sliding_windows_of_lipschitz_hold_the_samples_of_their_steps() -> None:
             x = torch.randn(1, 6, generator=generator)
             with Monitor(model, metrics=[Lipschitz()]) as alone:  # sees this one sample
                 model(x).square().sum().backward()
+                alone.step()
                 single = alone.close_window()["lipschitz"]
             for quantity, values in found.items():
                 (place,) = single[quantity]

@@ -175,7 +175,7 @@ def test_what_is_not_the_next_interval_is_refused() -> None:
     trajectory = Trajectory(tensors.items())
     walk(tensors, 3, trajectory.update)
     elsewhere = next_of(trajectory, {n: t + 1 for n, t in tensors.items()}, "anew")
-    walk(dict(zip(tensors, (p.tensor for p in elsewhere._parts), strict=True)), 3, elsewhere.update)
+    walk(dict(zip(tensors, (p.tensor for p in elsewhere._watched), strict=True)), 3, elsewhere.update)
     skipped = next_of(trajectory, tensors, "continued")
     walk(tensors, 2, skipped.update)
     skipped.reset()

@@ -223,7 +223,7 @@ def test_budget_chooses_and_says_so():
         ({"memory_budget": 5}, "memory_budget: is for mode 'auto' only"),
         ({"mode": "sketch", "buckets": 1000}, "buckets: expected a power of two"),
         ({"mode": "sketch", "seed": -1}, "seed: expected"),
-        ({"mode": "sketchy"}, "mode: expected one of"),
+        ({"mode": "sketchy"}, "mode: expected 'exact', "),
         ({"mode": "sketch", "stats": ["max_abs_update"]}, "stats: 'max_abs_update' is not known in mode 'sketch'"),
     ):
         with pytest.raises(ValueError, match=words):

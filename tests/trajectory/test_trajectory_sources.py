@@ -109,7 +109,7 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Any], Any], str]] = {
         lambda model, _: Trajectory(model, mode="updates", source="difference"),
         "source: mode 'updates' keeps no copies",
     ),
-    "unknown": (lambda model, _: Trajectory(model, source="magic"), "source: expected one of .*got 'magic'"),
+    "unknown": (lambda model, _: Trajectory(model, source="magic"), "source: expected 'auto', .*got 'magic'"),
     "element_variance": (
         lambda model, _: Trajectory(model, mode="updates", stats=["element_variance"]),
         "stats: 'element_variance' is not known in mode 'updates'",
@@ -189,7 +189,10 @@ def test_nothing_is_kept_per_element(source: str) -> None:
         with Monitor(model, step, [trajectory]):
             train(model, DATA, step)
             elements.append(reachable_elements(trajectory))
-            assert reachable_elements(trajectory._trackers) >= trajectory._trackers["updates"].table.rows.numel()
+            assert (
+                reachable_elements(trajectory._built.trackers)
+                >= trajectory._built.trackers["updates"].table.rows.numel()
+            )
             sizes = {line.what: line.bytes for line in trajectory.plan()}
         assert sizes["nothing per parameter"] == 0
     assert elements[0] == elements[1]

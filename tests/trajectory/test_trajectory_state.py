@@ -108,7 +108,7 @@ class Loop:
 @pytest.mark.parametrize("case", SETTINGS)
 def test_a_loop_goes_on_as_if_it_had_not_been_stopped(case: str) -> None:
     """In every mode, before and after the first 512 steps and over the ends of blocks, with and without closed ones."""
-    windows = {"window_steps": 1800, "window_blocks": 3} if "sliding" in case else {}
+    windows = {"window_steps": 1800, "window_blocks": 3} if "sliding" in case else {"window_steps": None}
     whole, half, done = Loop(SETTINGS[case], **windows), Loop(SETTINGS[case], **windows), 0
     resumed = []
     for at, end in ((5, 520), (512, 1030), (700, 1030)):

@@ -58,12 +58,12 @@ class Moments:
         blocks, count = len(sums), sums[:, 0].sum(axis=0)
         # Fourth powers are taken below, and must neither underflow nor overflow.
         scale = np.ldexp(1.0, np.frexp(np.abs(sums[:, 1:]).max(axis=(0, 1), initial=0))[1] - 1)
-        parts = np.ascontiguousarray((sums[:, 1:] / scale).transpose(2, 0, 1))  # [place, block, 2]
+        scaled = np.ascontiguousarray((sums[:, 1:] / scale).transpose(2, 0, 1))  # [place, block, 2]
         signal, noise = np.where(count > 0, (sums[:, 1:] / scale).sum(axis=0) / count, math.nan)
         covariance: Any = math.nan
         if blocks >= FEWEST:
             means = np.stack([signal, noise], axis=-1)[:, None]
-            residuals = parts - np.ascontiguousarray(sums[:, 0].T)[:, :, None] * means
+            residuals = scaled - np.ascontiguousarray(sums[:, 0].T)[:, :, None] * means
             factor = blocks / (blocks - 1)
             covariance = np.matmul(residuals.transpose(0, 2, 1), residuals) * factor / (count**2)[:, None, None]
         self.scale[where], self.signal[where], self.noise[where] = scale, signal, noise
@@ -137,7 +137,8 @@ def _quantiles(confidence: float, blocks: Counts) -> Numbers:
 
 
 def _ratio(noise: Numbers, signal: Numbers) -> Numbers:
-    """Infinite when the estimate of |G|^2 is not above 0: then |G|^2 is too small for it, and not negative."""
+    """Return noise / signal; infinite when the estimate of |G|^2 is not above 0: then |G|^2 is too small for it, and
+    not negative."""
     otherwise = np.where((signal <= 0) & (noise > 0), math.inf, math.nan)
     return np.where(signal > 0, noise / signal, otherwise)
 
@@ -155,9 +156,9 @@ def fieller(noise: Numbers, signal: Numbers, covariance: Numbers, t: Numbers) ->
     smallest = c / (b + root)
     bounded = (a > 0) & (signal > 0)
     low = np.fmax(0.0, np.where(b + root > 0, smallest, 0.0))
-    # |G|^2 may be 0, so R may be anything large. With c > 0 the smallest R is the only positive root.
-    anything = (c <= 0) | (b * b - a * c < 0)
-    unbounded = np.where(anything, 0.0, np.where(b + root > 0, smallest, math.inf))
+    # |G|^2 may be 0, so R has no upper bound. With c > 0 the smallest R is the only positive root.
+    all_ratios = (c <= 0) | (b * b - a * c < 0)
+    unbounded = np.where(all_ratios, 0.0, np.where(b + root > 0, smallest, math.inf))
     high = np.where(bounded, np.fmax(0.0, (b + root) / a), math.inf)
     known = ~np.isnan(t)
     return np.where(known, np.where(bounded, low, unbounded), math.nan), np.where(known, high, math.nan)

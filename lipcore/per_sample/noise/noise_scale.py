@@ -12,6 +12,7 @@ from lipcore.metric.columns import Column
 from lipcore.metric.later import Later
 from lipcore.metric.results import Value
 from lipcore.metric.state import check_version, checked_count, checked_tensor, is_count
+from lipcore.models.arguments import check_count
 from lipcore.per_sample.noise.estimates import Moments
 
 _BLOCKS = 32  # even; between 16 and 31 are left when they have been joined in pairs
@@ -62,8 +63,7 @@ class NoiseScale:
     _version = 1
 
     def __init__(self, places: int, *, decay: float = 0.99, confidence: float = 0.95) -> None:
-        if not isinstance(places, int) or isinstance(places, bool) or places < 0:
-            raise ValueError(f"places: expected a count >= 0, got {places!r}")
+        check_count("places", places, 0)
         if not 0 <= decay < 1:
             raise ValueError(f"decay: expected a number from 0 to below 1, got {decay!r}")
         if not 0 < confidence < 1:
@@ -89,7 +89,7 @@ class NoiseScale:
 
     @property
     def steps(self) -> int:
-        """Of this window, those of fewer than 2 samples left out."""
+        """Number of steps in this window, those of fewer than 2 samples left out."""
         return sum(self._sizes) + len(self._pending)
 
     @torch.no_grad()
@@ -107,8 +107,7 @@ class NoiseScale:
                 raise ValueError(f"{name}: expected a floating-point tensor of shape [{self.places}], got {what}")
         if mean_norm_sq.device != batch_grad_sq.device:
             raise ValueError(f"batch_grad_sq: on {batch_grad_sq.device}, but mean_norm_sq is on {mean_norm_sq.device}")
-        if not isinstance(samples, int) or isinstance(samples, bool) or samples < 0:
-            raise ValueError(f"samples: expected a count >= 0, got {samples!r}")
+        check_count("samples", samples, 0)
         if samples < 2:
             self.skipped += 1
             return
@@ -152,7 +151,7 @@ class NoiseScale:
             steps = steps[room:]
 
     def _open_block(self) -> int:
-        """For how many steps the last block has room; a new one when it has none."""
+        """Return for how many steps the last block has room; make a new block when it has none."""
         if not self._sizes or self._sizes[-1] >= self._block_steps:
             if len(self._sizes) == _BLOCKS:
                 self._sizes, sums = _in_pairs(self._sizes, self._sums)
@@ -195,7 +194,7 @@ class NoiseScale:
         self.skipped += other.skipped
 
     def take(self) -> NoiseScale:
-        """This window without the exponential averages, for :meth:`finalize` of a later one; then reset()."""
+        """Return this window without the exponential averages, for :meth:`finalize` of a later one, and reset."""
         self._fold()
         taken = NoiseScale(self.places, decay=self.decay, confidence=self.confidence)
         taken._ema = torch.zeros_like(self._ema)
@@ -235,7 +234,7 @@ class NoiseScale:
         return Later(lambda: moments.columns(steps, skipped, confidence), moments.nbytes)
 
     def state_dict(self) -> dict[str, Any]:
-        """Version, settings, the window's blocks and the exponential averages, on the CPU."""
+        """Return version, settings, the window's blocks and the exponential averages, on the CPU."""
         self._fold()
         return {
             "version": self._version,
@@ -288,7 +287,7 @@ def _float64(state: dict[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _in_pairs(sizes: list[int], sums: Tensor) -> tuple[list[int], Tensor]:
-    """Consecutive blocks joined two by two; an odd last one stays alone."""
+    """Return consecutive blocks joined two by two; an odd last one stays alone."""
     even = len(sizes) // 2 * 2
     joined = sums[:even:2] + sums[1:even:2]
     return [sum(sizes[i : i + 2]) for i in range(0, len(sizes), 2)], torch.cat([joined, sums[even : len(sizes)]])

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 @lru_cache(maxsize=128)  # a window of every so many steps asks for the same one
 def t_quantile(confidence: float, freedom: int) -> float:
-    """The t for which |T| <= t has probability `confidence`, T with a whole number of degrees of freedom >= 1.
+    """Return the t for which |T| <= t has probability `confidence`, T with a whole number of degrees of freedom >= 1.
 
     By bisection in theta = arctan(t / sqrt(freedom)), to 1e-12 of t below confidence 0.9999.
 
@@ -26,7 +26,7 @@ def t_quantile(confidence: float, freedom: int) -> float:
 
 
 def _probability(theta: float, freedom: int) -> float:
-    """P(|T| <= sqrt(freedom) tan(theta)): Abramowitz and Stegun 26.7.3 and 26.7.4."""
+    """Return P(|T| <= sqrt(freedom) tan(theta)): Abramowitz and Stegun 26.7.3 and 26.7.4."""
     cosine, odd = math.cos(theta), freedom % 2
     term = cosine if odd else 1.0
     total = term if freedom > 1 else 0.0

@@ -26,17 +26,17 @@ class IdIndex:
         return self._count
 
     def find(self, ids: Ids) -> Ids:
-        """Slots [n] of ids [n]; -1 for an unknown id."""
+        """Return the slots [n] of ids [n]; -1 for an unknown id."""
         small = (ids >= 0) & (ids < len(self._table))
         slots = np.zeros(len(ids), np.int64)
         slots[small] = self._table[ids[small]]
         if self._hashed_count:
             large = np.flatnonzero((ids < 0) | (ids >= _DENSE))
-            slots[large] = self._hashed[self._places(ids[large])]
+            slots[large] = self._hashed[self._cells(ids[large])]
         return slots - 1
 
     def add(self, ids: Ids) -> Ids:
-        """Slots of ids that are all different; unknown ones get the next slots."""
+        """Return the slots of ids that are all different; unknown ones get the next slots."""
         slots = self.find(ids)
         new = np.flatnonzero(slots < 0)
         if not len(new):
@@ -60,24 +60,25 @@ class IdIndex:
             self._hashed = np.zeros(1 << (4 * count - 1).bit_length(), np.int64)
         self._hashed_count = count
         while len(slots):
-            places = self._places(self.ids[slots])  # free ones
-            self._hashed[places] = slots + 1
-            slots = slots[self._hashed[places] != slots + 1]  # another one took the place
+            cells = self._cells(self.ids[slots])  # free ones
+            self._hashed[cells] = slots + 1
+            slots = slots[self._hashed[cells] != slots + 1]  # another one took the cell
 
-    def _places(self, ids: Ids) -> Ids:
-        """Where each id is in the hash table, or the free place where the search for it ends."""
+    def _cells(self, ids: Ids) -> Ids:
+        """Return the cell of the hash table in which each id is, or the free one where the search for it ends."""
         last = len(self._hashed) - 1
-        places = (_mixed(ids) & np.uint64(last)).astype(np.int64)
+        cells = (_mixed(ids) & np.uint64(last)).astype(np.int64)
         open_ = np.arange(len(ids))
         while len(open_):
-            found = self._hashed[places[open_]]
+            found = self._hashed[cells[open_]]
             open_ = open_[(found > 0) & (self.ids[found - 1] != ids[open_])]
-            places[open_] = (places[open_] + 1) & last
-        return places
+            cells[open_] = (cells[open_] + 1) & last
+        return cells
 
 
 def grown(array: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
-    """The array, or a longer one of zeros that starts with it: twice as long each time, so that growing is cheap."""
+    """Return the array, or a longer one of zeros that starts with it: twice as long each time, so that growing is
+    cheap."""
     if length <= len(array):
         return array
     out = np.zeros((max(length, 2 * len(array)), *array.shape[1:]), array.dtype)
@@ -86,7 +87,8 @@ def grown(array: np.ndarray[Any, Any], length: int) -> np.ndarray[Any, Any]:
 
 
 def _mixed(ids: Ids) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """Stafford's variant 13 of the 64-bit finaliser (as in splitmix64): strides and high bits spread over all bits."""
+    """Mix the bits of ids by Stafford's variant 13 of the 64-bit finaliser (as in splitmix64): strides and high bits
+    spread over all bits."""
     x = ids.view(np.uint64)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.state import check_version, checked_count, checked_tensor
+from lipcore.models.arguments import check_choice, check_count
 from lipcore.per_sample.scores.id_index import IdIndex, grown
 
+Score = Literal["mean", "max", "variance", "count"]
 Array = np.ndarray[Any, Any]
 _PENDING_BATCHES, _PENDING_VALUES = 64, 1 << 16  # then they are folded in, so that numpy's overhead is shared
 _MOST = 4  # times as many, before a device that has not finished is waited for
@@ -111,7 +113,7 @@ class SampleScores:
         self._merge(*_grouped(ids, values))
 
     def _merge(self, ids: Array, count: Array, moments: Array) -> None:
-        """Chan's formula, for ids that are all different."""
+        """Merge statistics by Chan's formula, for ids that are all different."""
         if not len(ids):
             return
         slots = self._index.add(ids)
@@ -161,15 +163,11 @@ class SampleScores:
         numbers[:, known] = _statistics(count[known], self._moments[slots[known]])
         return SampleStatistics(*(torch.from_numpy(array) for array in (count, *numbers)))
 
-    def top(
-        self, k: int, by: Literal["mean", "max", "variance", "count"] = "mean", *, largest: bool = True
-    ) -> TopSamples:
+    def top(self, k: int, by: Score = "mean", *, largest: bool = True) -> TopSamples:
         """Return the k samples with the largest (or smallest) score, fewer when there are not so many. Of equal
         scores the smaller ids come first."""
-        if not isinstance(k, int) or isinstance(k, bool) or k < 0:
-            raise ValueError(f"k: expected a count >= 0, got {k!r}")
-        if by not in ("mean", "max", "variance", "count"):
-            raise ValueError(f"by: expected mean, max, variance or count, got {by!r}")
+        check_count("k", k, 0)
+        check_choice("by", by, get_args(Score))
         arrays = self.to_numpy()
         ids, values = arrays["ids"], arrays[by]
         key = -values if largest else values
@@ -186,7 +184,7 @@ class SampleScores:
         return {"ids": ids, "count": count, "mean": mean, "variance": variance, "max": high}
 
     def _sorted(self) -> tuple[Array, Array, Array]:
-        """Copies of what is kept, by ascending id."""
+        """Return copies of what is kept, by ascending id."""
         self._fold()
         used = len(self._index)
         order = np.argsort(self._index.ids[:used])
@@ -237,8 +235,8 @@ def _what(value: Any) -> str:
 
 
 def _on_host(tensor: Tensor, dtype: torch.dtype, events: list[Any]) -> Tensor:
-    """A copy on the CPU; of a CUDA tensor one that is there when the event added has passed (in pinned memory, which
-    torch allocates for such copies)."""
+    """Return a copy on the CPU; of a CUDA tensor one that is there when the event added has passed (in pinned memory,
+    which torch allocates for such copies)."""
     tensor = tensor.detach().to(dtype)
     if not tensor.is_cuda:
         return tensor.to("cpu", copy=True)
@@ -252,7 +250,7 @@ def _column(state: dict[str, Any], key: str, dtype: torch.dtype) -> Array:
 
 
 def _grouped(ids: Array, values: Array) -> tuple[Array, Array, Array]:
-    """The different ids, how many values each has, and their mean, M2 and maximum [ids, 3]."""
+    """Return the different ids, how many values each has, and their mean, M2 and maximum [ids, 3]."""
     if not len(ids):
         return ids, ids, np.empty((0, 3))
     order = np.argsort(ids, kind="stable")
@@ -267,5 +265,5 @@ def _grouped(ids: Array, values: Array) -> tuple[Array, Array, Array]:
 
 
 def _statistics(count: Array, moments: Array) -> tuple[Array, Array, Array]:
-    """Mean, variance and maximum of samples that have values."""
+    """Return mean, variance and maximum of samples that have values."""
     return np.ascontiguousarray(moments[:, 0]), moments[:, 1] / count, np.ascontiguousarray(moments[:, 2])

@@ -11,14 +11,14 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.capture.layers.layer_pass import DELTA, ERROR, OUTPUT, LayerRecord, Rows
 from lipcore.metric.distribution import Distribution, observe_roots
-from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 
 _float64 = torch.float64
 
 
 class Norms(Mapping[str, Tensor]):
-    """Per name float64 [B]; NaN throughout where there is no number, with the reason in :attr:`reasons`."""
+    """Norms by name, float64 [B] each; NaN throughout where there is no number, with the reason in :attr:`reasons`."""
 
     def __init__(self, what: str, rows: dict[str, Tensor], reasons: dict[str, str], samples: int) -> None:
         self._what, self._rows, self.reasons, self._samples = what, rows, reasons, samples
@@ -39,19 +39,19 @@ class Norms(Mapping[str, Tensor]):
         return len(set(self._rows) | set(self.reasons))
 
 
-class MicroBatch:
-    """One record with its factor f: norms are f times the backpropagated ones.
+class PassNorms:
+    """Norms of one backward pass: those of its record times its loss factor f.
 
     Attributes:
         layers: the layers that brought numbers.
     """
 
-    def __init__(self, record: LayerRecord, factor: LossFactor, places: Places) -> None:
+    def __init__(self, record: LayerRecord, factor: LossFactor, layer_index: LayerIndex) -> None:
         self.record, self.factor = record, factor
-        self._places = places
+        self._layer_index = layer_index
         # In the model's order; backward passes bring them from the end.
         found = record.norms_sq
-        self._names, self.layers, self._index = places.of(found)
+        self._names, self.layers, self._index = layer_index.of(found)
         if isinstance(found, Rows) and found.names == self._names:
             self._rows = found.table
         elif self._names:
@@ -63,35 +63,36 @@ class MicroBatch:
 
     @cached_property
     def squares(self) -> Tensor:
-        """float64 [layers + 1, B]: squared norms per layer and, last, in total."""
+        """Squared norms per layer and, last, in total, float64 [layers + 1, B]."""
         rows, known = self._rows, self._known
         if rows.is_cpu:
             squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64, device="cpu")
             _core.place_sums(rows, self._index, known, squares)
             return squares
-        index = self._places.on(rows.device, self._index)
+        index = self._layer_index.on(rows.device, self._index)
         squares = rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index, rows)
         squares[-1] = rows.sum(0) if known else torch.nan
         return squares
 
     @property
     def _known(self) -> bool:
-        """Whether there is a total."""
+        """True when there is a total."""
         return bool(self._names) and not self.record.broken
 
     @property
-    def places_squares(self) -> Tensor:
-        """The same with a row for every layer of the model, NaN where it brought no numbers."""
-        every, squares = len(self._places.layers), self.squares
+    def squares_per_place(self) -> Tensor:
+        """Squared norms with a row for every layer of the model, NaN where it brought no numbers, and the total
+        last."""
+        every, squares = len(self._layer_index.layers), self.squares
         if len(self.layers) == every:
             return squares
         missing = squares.new_full((self.samples,), torch.nan)
         found = dict(zip(self.layers, squares[:-1], strict=True))
-        return torch.stack([*(found.get(layer, missing) for layer in self._places.layers), squares[-1]])
+        return torch.stack([*(found.get(layer, missing) for layer in self._layer_index.layers), squares[-1]])
 
     def observe(self, distributions: list[Distribution]) -> None:
-        """The norms per layer of the model and, last, in total; a layer without numbers counts B missing ones."""
-        observe_roots(self.places_squares, distributions)
+        """Add the norms per layer of the model and, last, in total; a layer without numbers counts B missing ones."""
+        observe_roots(self.squares_per_place, distributions)
 
     @property
     def samples(self) -> int:
@@ -109,18 +110,19 @@ class MicroBatch:
     @property
     def per_layer(self) -> Norms:
         rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
-        reasons = dict.fromkeys(self._places.layers, "no rule covers its parameters here: see coverage()")
-        for name, layer in self._places.layer_of.items():
+        reasons = dict.fromkeys(self._layer_index.layers, "no rule covers its parameters here: see coverage()")
+        for name, layer in self._layer_index.layer_of.items():
             reasons[layer] = self.record.reasons.get(name, reasons[layer])
         return Norms("layer", rows, {name: why for name, why in reasons.items() if name not in rows}, self.samples)
 
     @property
     def standard_error(self) -> Norms:
-        """Of the estimated norms among per_layer, and of the total: that of the square over twice the norm."""
+        """Standard errors of the estimated norms among per_layer, and of the total: that of the square over twice the
+        norm."""
         variance: dict[str, Tensor] = {}
         for name, error in self.record.norms_sq.items():
             if name.startswith(ERROR):
-                for place in (self._places.layer_of[name[len(ERROR) :]], "total"):
+                for place in (self._layer_index.layer_of[name[len(ERROR) :]], "total"):
                     variance[place] = variance.get(place, 0.0) + error.square()
         norms = dict(zip([*self.layers, "total"], self.squares.sqrt(), strict=True))
         factor_sq = self.factor.value * self.factor.value
@@ -131,7 +133,7 @@ class MicroBatch:
 
     @property
     def normalized(self) -> Norms:
-        """r of every layer: the loss's factors cancel."""
+        """Normalised norms r of every layer: the loss's factors cancel."""
         record = self.record.norms_sq
         if OUTPUT not in record:
             raise RuntimeError("normalized: nothing was recorded; pass normalized=True and run a backward pass")

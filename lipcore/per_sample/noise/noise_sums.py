@@ -11,9 +11,9 @@ from lipcore import _core, functional
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
 from lipcore.models.torch_internals import hooks_after_accumulation
-from lipcore.per_sample.batch_norms import MicroBatch
-from lipcore.per_sample.layer_index import Places
+from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
+from lipcore.per_sample.pass_norms import PassNorms
 
 UNEQUAL = "the loss divides a sample's terms by another number from micro-batch to micro-batch"
 TWICE = "two backward passes came from one forward pass, so that its samples are in the gradient twice"
@@ -34,15 +34,15 @@ NO_SAMPLES = (
 _JENSEN = 1 + 1 / 64  # a few units in the last place of bfloat16, in which gradients may have been computed
 
 
-class StepSums:
-    """Per place (layers, then the total): sum of ||grad l_i||^2 over the step's samples, and ||mean of grad l_i||^2
-    from the accumulated gradients.
+class NoiseSums:
+    """Sums of one optimizer step per place (layers, then the total): of ||grad l_i||^2 over the step's samples, and
+    ||mean of grad l_i||^2 from the accumulated gradients.
 
     The step enters as NaN, and is counted with the reason, where the gradient is not the mean over its samples.
     """
 
-    def __init__(self, places: Places, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
-        self._places = places
+    def __init__(self, layer_index: LayerIndex, parameters: Callable[[], Iterable[tuple[str, nn.Parameter]]]) -> None:
+        self._layer_index = layer_index
         self._parameters = parameters
         self.off = ""  #: why there are no estimates
         self.reset()
@@ -70,28 +70,28 @@ class StepSums:
         self._wrong = ""  # why the gradient is not the mean over the samples
 
     def skipped(self) -> dict[str, int]:
-        """How many steps were left out, by reason. Waits for the device."""
+        """Return how many steps were left out, by reason. Waits for the device."""
         found = dict(self._skipped)
         for reason, count in self._on_device.items():
             if steps := int(count):
                 found[reason] = found.get(reason, 0) + steps
         return found
 
-    def add(self, micro: MicroBatch) -> None:
-        """Another micro-batch of the step."""
-        record, factor = micro.record, micro.factor
+    def add(self, norms: PassNorms) -> None:
+        """Add another micro-batch of the step."""
+        record, factor = norms.record, norms.factor
         if record.fresh and record.task != self._task:
             self._forget_samples()  # gradients were zeroed in mid-step (a closure, two passes a step)
         elif record.repeated:
             self._wrong = TWICE
         self._task = record.task
-        sums = micro.squares.sum(1)
-        if len(micro.layers) < len(self._places.layers):  # a layer that was not reached has no gradient: 0
-            found = dict(zip(micro.layers, sums[:-1].unbind(), strict=True))
+        sums = norms.squares.sum(1)
+        if len(norms.layers) < len(self._layer_index.layers):  # a layer that was not reached has no gradient: 0
+            found = dict(zip(norms.layers, sums[:-1].unbind(), strict=True))
             nothing = torch.zeros_like(sums[-1])
-            sums = torch.stack([*(found.get(layer, nothing) for layer in self._places.layers), sums[-1]])
+            sums = torch.stack([*(found.get(layer, nothing) for layer in self._layer_index.layers), sums[-1]])
         self._sum = sums if self._sum is None else self._sum + sums
-        self._samples += micro.samples
+        self._samples += norms.samples
         if self._factor is None:
             self._factor = factor
         elif self._factor.differs(factor):
@@ -100,27 +100,28 @@ class StepSums:
             self._same = same if self._same is None else self._same & same
 
     def expect(self, record: LayerRecord) -> None:
-        """The pass is ending whose gradients are read next."""
+        """Expect the gradients of this pass to be read next: it is ending."""
         if record.fresh:  # it had none to add to
             self._versions, self._changed = {}, False
 
     def spoil(self, reason: str) -> None:
-        """The gradients of this step are not those of its samples alone."""
+        """Give up this step for a reason: its gradients are not those of its samples alone."""
         self._stray = reason
 
     def read_gradients(self) -> None:
-        """After a backward pass, before anything clips: the squared norm of what has accumulated so far, per place."""
+        """Read, after a backward pass and before anything clips, the squared norm of what has accumulated so far, per
+        place."""
         index, gradients, versions = [], [], {}
         # DDP writes what it has reduced over the ranks, which is a change too.
         alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
         self._hooked = False
         for name, parameter in self._parameters():
             # One that was frozen may still have a gradient of before.
-            if parameter.grad is not None and parameter.requires_grad and name in self._places.layer_of:
+            if parameter.grad is not None and parameter.requires_grad and name in self._layer_index.layer_of:
                 if _is_sharded(parameter.grad):
                     self.off = "gradients are sharded, and a rank knows the norm of its shard only"
                 self._hooked |= _is_hooked(parameter)
-                index.append(self._places.number[self._places.layer_of[name]])
+                index.append(self._layer_index.number[self._layer_index.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
                 if alone and _has_own_version(parameter.grad):
                     versions[name] = id(parameter.grad), parameter.grad._version
@@ -134,13 +135,14 @@ class StepSums:
             squares = rows[:, 0]
         else:
             squares = torch.cat([functional.sample_norms(g.reshape(1, -1)) for g in gradients]).square()
-        places = torch.zeros(len(self._places.layers) + 1, dtype=torch.float64, device=squares.device)
-        places.index_add_(0, self._places.on(squares.device, index), squares)
+        places = torch.zeros(len(self._layer_index.layers) + 1, dtype=torch.float64, device=squares.device)
+        places.index_add_(0, self._layer_index.on(squares.device, index), squares)
         places[-1] = squares.sum()
         self._gradient_sq = places
 
     def finish(self, observe: Callable[[Tensor, Tensor, int], None], ranks: int) -> None:
-        """The step was made: (mean ||grad l_i||^2, ||mean grad l_i||^2, samples), and start the next."""
+        """Hand a step that was made to `observe`, (mean ||grad l_i||^2, ||mean grad l_i||^2, samples), and start the
+        next."""
         if self._sum is not None and self._factor is not None and self._samples and not self.off:
             # All micro-batches have the factor f, so f * (accumulated gradient) is the sum over the samples.
             scale = self._factor.value / self._samples
@@ -151,7 +153,7 @@ class StepSums:
         self._start()
 
     def _checked(self, mean: Tensor, batch: Tensor, alone: bool) -> Tensor:
-        """The squared norm of the mean gradient; NaN where it is not that."""
+        """Return the squared norm of the mean gradient; NaN where it is not that."""
         wrong = self._wrong or self._stray or (HOOKED if self._hooked else CHANGED if self._changed else "")
         wrong = NOT_FOUND if self._gradient_sq is None else wrong
         if wrong:
@@ -174,7 +176,7 @@ class StepSums:
         self._on_device[reason] = skipped.long() if count is None else count + skipped
 
     def drop(self) -> None:
-        """The step was skipped."""
+        """Drop the open step, which was skipped."""
         self._start()
 
 
@@ -185,12 +187,13 @@ def _is_hooked(parameter: nn.Parameter) -> bool:
 
 
 def _has_own_version(gradient: Tensor) -> bool:
-    """Whether its version counts its changes: views of one buffer count them together, a sparse one's parts apart."""
+    """Return whether a gradient's version counts its changes: views of one buffer count them together, a sparse one's
+    two tensors apart."""
     return type(gradient) is Tensor and gradient.layout == torch.strided and not gradient._is_view()
 
 
 def _is_added_to(before: tuple[int, int], now: tuple[int, int] | None) -> bool:
-    """Whether a backward pass at most has changed a gradient: it adds in place, once."""
+    """Return whether a backward pass at most has changed a gradient: it adds in place, once."""
     return now is not None and now[0] == before[0] and now[1] - before[1] <= 1
 
 

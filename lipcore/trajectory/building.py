@@ -1,0 +1,109 @@
+"""The trackers of a Trajectory, made from what was asked for and the parameters that are watched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
+from lipcore.trajectory.gradient_norms import BEFORE, Gradients, GradientTracker
+from lipcore.trajectory.mode import Choice, choose
+from lipcore.trajectory.parameters import WatchedParameter
+from lipcore.trajectory.sketch_tracker import ANGLES, SketchTracker
+from lipcore.trajectory.tracker import Tracker
+from lipcore.trajectory.update_tracker import NORMALIZED, UpdateTracker
+
+_EXTRA = (*GRADIENTS, "element_variance")
+ALL = (*MOVES, *OFFSETS, *ANGLES, *NORMALIZED, *_EXTRA)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Settings of a Trajectory that decide which trackers it has."""
+
+    stats: tuple[str, ...] | None  #: None: all but those on request
+    choice: Choice
+    ring: int
+    keep_every: int | None
+    keep_limit: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """Trackers by what they are made from, the norms of gradients, and the choice of mode and source behind them."""
+
+    choice: Choice
+    trackers: dict[str, Tracker]
+    gradients: Gradients | None
+
+    @property
+    def first(self) -> Tracker:
+        """The tracker that has seen every step as the others have, and has a row for every place."""
+        return next(iter(self.trackers.values()))
+
+    @property
+    def main(self) -> Tracker:
+        """The tracker that knows where the parameters are; without one, the tracker of updates."""
+        return list(self.trackers.values())[-1]
+
+    @property
+    def of_gradients(self) -> dict[str, GradientTracker]:
+        """Trackers of gradients by quantity."""
+        return self.gradients.trackers if self.gradients else {}
+
+    @property
+    def all_trackers(self) -> list[Tracker]:
+        """Trackers of parameters, then those of gradients."""
+        return [*self.trackers.values(), *self.of_gradients.values()]
+
+    def align(self) -> None:
+        """Bring the gradients' rings to the parameters' last step."""
+        for tracker in self.of_gradients.values():
+            tracker.catch_up()
+
+
+def build(
+    wanted: Wanted, watched: list[WatchedParameter], optimizers: Sequence[Optimizer], window_blocks: int
+) -> Built:
+    """Make the trackers of these parameters, which start at the values they have now.
+
+    Raises:
+        ValueError: a quantity that the mode and source do not have; what choose() refuses.
+    """
+    stats = wanted.stats or ()
+    choice = choose(wanted.choice, watched, optimizers, window_blocks)
+    trackers: dict[str, Tracker] = {}
+    settings: dict[str, Any] = {"ring": wanted.ring, "window_blocks": window_blocks}
+    if choice.mode == "exact":
+        trackers["exact"] = Tracker(watched, per_element="element_variance" in stats, **settings)
+    elif choice.mode == "sketch":
+        kept: dict[str, Any] = {"keep_every": wanted.keep_every, "keep_limit": wanted.keep_limit}
+        trackers["sketch"] = SketchTracker(watched, choice.buckets, choice.seed, **kept, **settings)
+    if choice.source != "difference":
+        trackers = {"updates": UpdateTracker(watched, choice.source, optimizers, **settings), **trackers}
+    known = [name for tracker in trackers.values() for name in tracker.quantities]
+    for name in stats:
+        if name not in known and name not in GRADIENTS:
+            raise ValueError(
+                f"stats: {name!r} is not known in mode {choice.mode!r} with source {choice.source!r}, which has "
+                f"{', '.join(dict.fromkeys(known))}"
+            )
+    by_name = wanted.stats is not None
+    stages = set(GRADIENTS) & set(stats if by_name else (BEFORE,))
+    first = next(iter(trackers.values()))
+    gradients = Gradients(watched, wanted.ring, stages, first, by_name=by_name) if stages else None
+    return Built(choice, trackers, gradients)
+
+
+def checked_stats(stats: Iterable[str]) -> tuple[str, ...]:
+    """Return the argument `stats` as a tuple; ValueError when it names no quantity, or one that there is not."""
+    names = (stats,) if isinstance(stats, str) else tuple(stats)
+    for name in names:
+        if name not in ALL:
+            raise ValueError(f"stats: {name!r} is not a quantity of Trajectory; it has {', '.join(ALL)}")
+    if not names:
+        raise ValueError(f"stats: expected at least one of {', '.join(ALL)}")
+    return names
