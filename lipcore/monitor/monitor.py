@@ -32,8 +32,9 @@ class Monitor(Engine):
     Args:
         model: the module that your loop calls (the result of torch.compile or DDP where you use them), or a dict of
             modules when only their parameters are to be measured.
-        optimizer: one optimizer, or several that step in turn; a step is over when all of them have stepped. Without
-            one, call :meth:`step` after every step.
+        optimizer: the object whose step() your loop calls: an optimizer, or a wrapper around one (Lookahead, SAM,
+            accelerate's); or several that step in turn: a step is over when all of them have stepped. Without one,
+            call :meth:`step` after every step.
         metrics: default [Trajectory(), Lipschitz()], the latter only where the output has one value per sample.
         window_steps: steps in a window; None: one window stays open until close_window() is called.
         window_blocks: with more than one, windows slide: every window_steps / window_blocks steps a window closes that
