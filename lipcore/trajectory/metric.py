@@ -17,6 +17,7 @@ from lipcore.trajectory.building import ALL, Built, Wanted, build, checked_stats
 from lipcore.trajectory.gradient_norms import BEFORE
 from lipcore.trajectory.groups import Groups, by_block
 from lipcore.trajectory.mode import Choice, Mode, Source
+from lipcore.trajectory.module_links import ModuleLinks
 from lipcore.trajectory.parameters import (
     Masters,
     Model,
@@ -81,8 +82,8 @@ class Trajectory(Metric):
     * ``"auto"``: exact where that fits `memory_budget`, else the largest sketch that does.
 
     Args:
-        model: a module, whose trainable parameters are looked up at every step, so that replaced ones are seen; a dict
-            of modules; or an iterable of (name, tensor), which stands for those very tensor objects and not for what
+        model: a module, whose trainable parameters are looked up at every step, so that replaced ones, and those of
+            replaced modules, are seen; a dict of modules; or an iterable of (name, tensor), which stands for those very tensor objects and not for what
             replaces them.
         groups: a function from parameter name to group name, default :func:`lipcore.by_block`; or a dict {group:
             regular expression}. The first expression that is found in the name counts; a name that matches none belongs
@@ -196,9 +197,24 @@ class Trajectory(Metric):
 
     def _build(self, watched: list[WatchedParameter]) -> None:
         self._built = build(self._wanted, watched, self._optimizers, self._window_blocks)
-        self._watched = watched
+        self._watched, self._links = watched, ModuleLinks(self._model)
+        self._shapes = [one.tensor.shape for one in watched]
         self._jumps = []
         self._single.start(self._built)
+
+    def _follow(self) -> None:
+        """Go on with the parameters of modules that were replaced, as with replaced parameters: what lies between them
+        is an update."""
+        watched = find_watched(self._model, self._groups, self._masters)
+        names, shapes = ([one.name for one in members] for members in (watched, self._watched)), self._shapes
+        if len({tuple(found) for found in names}) > 1 or [one.tensor.shape for one in watched] != shapes:
+            raise ValueError(
+                "trajectory: a module was replaced by one with other parameters, which no state fits; call rebind()"
+            )
+        state, steps = self.state_dict(), self._single.before
+        self._build(watched)
+        self.load_state_dict(state)
+        self._single.before = steps
 
     @property
     def _tracker(self) -> Tracker:
@@ -272,6 +288,8 @@ class Trajectory(Metric):
     def observe_step(self) -> None:
         """Take the parameters as they are now for the next point of the trajectory."""
         if self._due:
+            if not self._links.are_intact():
+                self._follow()
             for tracker in self._built.trackers.values():
                 if tracker.step():  # raises before anything has changed
                     tracker.settle()
@@ -288,8 +306,14 @@ class Trajectory(Metric):
         if self.every_steps != 1 or list(self._built.trackers) != ["exact"]:
             return self.observe_step
         tracker, step, gradients = self._tracker, self._tracker.step, self._built.gradients
+        intact = self._links.are_intact
 
         def call() -> None:
+            nonlocal tracker, step, gradients, intact
+            if not intact():
+                self._follow()
+                tracker, step, gradients = self._tracker, self._tracker.step, self._built.gradients
+                intact = self._links.are_intact
             if step():  # raises before anything has changed
                 tracker.settle()
             if gradients is not None:
