@@ -83,8 +83,8 @@ class Trajectory(Metric):
 
     Args:
         model: a module, whose trainable parameters are looked up at every step, so that replaced ones, and those of
-            replaced modules, are seen; a dict of modules; or an iterable of (name, tensor), which stands for those very tensor objects and not for what
-            replaces them.
+            replaced modules, are seen; a dict of modules; or an iterable of (name, tensor), which stands for those very
+            tensor objects and not for what replaces them.
         groups: a function from parameter name to group name, default :func:`lipcore.by_block`; or a dict {group:
             regular expression}. The first expression that is found in the name counts; a name that matches none belongs
             to "other".
