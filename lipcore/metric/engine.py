@@ -92,7 +92,8 @@ class Engine:
         self._late_moves = LateMoves(self._stepped, self._moved_after_step, self._moved_without_step)
         self._final: Window | None = None  # the open window when this was closed
         self._error: Exception | None = None
-        self._failed = False
+        self._failed = False  # every metric has stopped
+        self._stopped: dict[str, int] = {}  # metrics that an error has stopped, and in which window
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -149,7 +150,10 @@ class Engine:
             if wanted.layers is None:
                 continue
             observe = functools.partial(self._observe_layers, metric)
-            capture = LayerCapture(self.model, observe, self._stop_all, metric.observe_unrecorded, wanted.layers)
+            capture = LayerCapture(
+                *(self.model, observe, functools.partial(self._stop_metric, metric)),
+                *(metric.observe_unrecorded, wanted.layers),
+            )
             metric.tapped(capture)
             capture.attach()
             self._layer_captures.append(capture)
@@ -199,7 +203,7 @@ class Engine:
 
     def _find_step_calls(self) -> None:
         stepping = [m for m in self.metrics.values() if type(m).observe_step is not Metric.observe_step]
-        self._step_calls = [(metric.step_call, metric.settle) for metric in stepping]
+        self._step_calls = [(metric, metric.step_call, metric.settle) for metric in stepping]
 
     # ---- errors: kept inside hooks, raised by the user's next call
 
@@ -212,12 +216,27 @@ class Engine:
 
     def _stop(self, error: Exception) -> None:
         if not self._turn_off(error):
-            self._stop_all(error)
+            self._stop_metrics(self._tapping, error)
 
     def _stop_all(self, error: Exception) -> None:
-        self._failed = True
-        self._error = error
-        warn_in_hook(f"lipcore stopped recording: {error}", RuntimeWarning, stacklevel=4)
+        self._stop_metrics(self.metrics.values(), error)
+
+    def _stop_metric(self, metric: Metric, error: Exception) -> None:
+        """Stop a metric; the others go on."""
+        self._stop_metrics([metric], error)
+
+    def _stop_metrics(self, metrics: Iterable[Metric], error: Exception) -> None:
+        stopping = [metric for metric in metrics if not metric.off]
+        for metric in stopping:
+            metric.off = f"stopped recording in step {self._step + 1}: {error}"
+            self._stopped[metric.name] = self._windows
+            metric.observe_stop(metric.off)
+        self._step_calls = [one for one in self._step_calls if not one[0].off]
+        self._failed = all(metric.off for metric in self.metrics.values())
+        if stopping:
+            self._error = self._error or error
+            names = "" if self._failed else f" {' and '.join(metric.name for metric in stopping)}"
+            warn_in_hook(f"lipcore stopped recording{names}: {error}", RuntimeWarning, stacklevel=5)
 
     def _warn(self, message: str) -> None:
         """Warn while the recording goes on; a warning that is to be an error is kept like one."""
@@ -234,8 +253,7 @@ class Engine:
     # ---- the clock
 
     def _observe_record(self, record: Record) -> None:
-        for metric in self._tapping:
-            metric.observe_record(record)
+        self._call(self._tapping, lambda metric: metric.observe_record(record))
 
     def _observe_layers(self, metric: Metric, record: Any) -> None:
         if self._scaled is not None:
@@ -279,13 +297,13 @@ class Engine:
 
     def _call(self, metrics: Iterable[Metric], call: Callable[[Metric], None]) -> None:
         """Call from a hook, in which nothing may be raised."""
-        if self._failed:
-            return
-        try:
-            for metric in metrics:
+        for metric in metrics:
+            if self._stopped and metric.name in self._stopped:
+                continue
+            try:
                 call(metric)
-        except Exception as error:
-            self._stop_all(error)
+            except Exception as error:
+                self._stop_metric(metric, error)
 
     # ---- weights that move outside the optimizer's step
 
@@ -346,10 +364,13 @@ class Engine:
             self._capture.tick()
         for capture in self._layer_captures:
             capture.flush()
-        try:
-            for call, settle in self._step_calls:
+        for metric, call, settle in self._step_calls:
+            try:
                 if call():
                     settle()
+            except Exception as error:  # noqa: PERF203
+                self._stop_metric(metric, error)
+        try:
             self._step += 1
             self._steps_here += 1
             if self._steps_here == 2:
@@ -454,7 +475,8 @@ class Engine:
         self._windows += 1
         self._starts.append((self._step, self._capture.unrecorded))
         for metric in self.metrics.values():
-            metric.advance() if self._window_blocks > 1 else metric.reset()
+            if not metric.off:
+                metric.advance() if self._window_blocks > 1 else metric.reset()
         return window
 
     def _results_at_close(self) -> dict[str, MetricResult]:
@@ -469,7 +491,9 @@ class Engine:
 
     def _window(self) -> Window:
         """Make the open window as it is now."""
-        results = {name: metric.finalize() for name, metric in self.metrics.items() if not metric.off}
+        # What a metric had observed until it stopped stands in the window in which that was.
+        kept = [name for name, m in self.metrics.items() if not m.off or self._stopped.get(name) == self._windows]
+        results = {name: self.metrics[name].finalize() for name in kept}
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         local = distributed and torch.distributed.get_world_size() > 1
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
@@ -485,6 +509,10 @@ class Engine:
             with warnings.catch_warnings():  # of parameters that are not watched: this is what is done about them
                 warnings.simplefilter("ignore", UserWarning)
                 self._close()
+        for name in self._stopped:
+            self.metrics[name].off = ""
+            self.metrics[name].reset()
+        self._stopped.clear()
         for metric in self.metrics.values():
             metric.rebind()
         self._find_step_calls()

@@ -84,7 +84,7 @@ class Metric(ABC):
             *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
-            "take_moves_by_hand",
+            *("take_moves_by_hand", "observe_stop"),
         }
     )
 
@@ -142,6 +142,9 @@ class Metric(ABC):
 
     def before_step(self) -> None:  # noqa: B027
         """Look at the parameters right before the optimizer's step."""
+
+    def observe_stop(self, reason: str) -> None:  # noqa: B027
+        """Learn that an error has stopped the metric: it is called no more until rebind()."""
 
     def observe_late_move(self) -> None:  # noqa: B027
         """Learn that the parameters moved after the last step was observed."""

@@ -247,6 +247,10 @@ class PerSampleGradNorms(StandaloneMetric):
         if reason == STRAYED and self._open_step.sums is not None:
             self._open_step.sums.spoil(STRAYED)
 
+    def observe_stop(self, reason: str) -> None:
+        """Give NaN for the last pass: its numbers are those of the pass before the error."""
+        self.observe_unrecorded(0 if self._last is None else self._last.samples, reason)
+
     def observe_gradients(self) -> None:
         if self._open_step.sums is not None and self._open_step:
             self._open_step.sums.read_gradients()
