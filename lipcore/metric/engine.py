@@ -49,6 +49,7 @@ class Engine:
         history_limit: how many closed windows are kept.
         history_bytes: for how many bytes of them.
         scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
+        needs_steps: nothing is measured without steps, so that a loop in which none is seen is told.
     """
 
     _version = 2
@@ -65,6 +66,7 @@ class Engine:
         history_limit: int = 1000,
         history_bytes: int = HISTORY_BYTES,
         scaler: Any = None,
+        needs_steps: bool = True,
     ) -> None:
         if window_steps is not None:
             check_count("window_steps", window_steps)
@@ -87,7 +89,7 @@ class Engine:
         self._window_blocks = window_blocks
         self._starts: deque[tuple[int, int]] = deque([(0, 0)], maxlen=window_blocks)  # step, unrecorded of each block
         self._windows = 0
-        self._closed = False
+        self._closed, self._needs_steps = False, needs_steps
         self._late = self._is_over = False  # steps are read late; one is to be
         self._late_moves = LateMoves(self._stepped, self._moved_after_step, self._moved_without_step)
         self._final: Window | None = None  # the open window when this was closed
@@ -342,6 +344,8 @@ class Engine:
         self._watch_gradients()
 
     def _moved_without_step(self) -> None:
+        if not self._needs_steps:
+            return
         steps = "monitor.step() was never called" if not self._optimizers else f"{self._clock}() was never seen"
         self._warn(
             f"lipcore has counted no step, although the parameters move: {steps}. Pass as optimizer= the object whose "
@@ -399,7 +403,7 @@ class Engine:
             )
         )
         for metric in self._tapping:
-            if metric.off:
+            if metric.off and metric.name not in self._stopped:
                 self._warn(f"lipcore turned {metric.name} off: {metric.off}")
 
     @property

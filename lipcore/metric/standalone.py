@@ -21,7 +21,7 @@ class StandaloneMetric(Metric):
 
     def _watch(self, model: nn.Module, scaler: Any = None) -> None:
         """Put hooks on this model for this metric alone; the last thing its constructor does."""
-        self._engine = Engine(model, metrics=[self], scaler=scaler)
+        self._engine = Engine(model, metrics=[self], scaler=scaler, needs_steps=False)
 
     def _alone(self) -> Engine:
         if self._engine is None:

@@ -8,7 +8,7 @@ from torch import nn
 
 
 class ModuleLinks:
-    """Where every module stands in its parent. A parameter is looked up in its module at every step; a module that was
+    """Places of all modules in their parents. A parameter is looked up in its module at every step; a module that was
     replaced as a whole (``model[0] = nn.Linear(...)``) would be watched on as an orphan."""
 
     def __init__(self, model: object) -> None:

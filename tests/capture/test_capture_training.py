@@ -143,7 +143,9 @@ def test_no_backward_recorded_is_an_error_that_says_what_to_do() -> None:
     optimizer, twin_optimizer = sgd(inner), sgd(undisturbed)
     monitor = Monitor(outer, optimizer, metrics=[Lipschitz(), Trajectory()])
     data = batches(4, 3)
-    with pytest.warns(RuntimeWarning, match="lipcore stopped recording: model: two optimizer steps were made"):
+    with pytest.warns(
+        RuntimeWarning, match="lipcore stopped recording lipschitz: model: two optimizer steps were made"
+    ):
         train(inner, data, optimizer)  # not through `outer`
     train(undisturbed, data, twin_optimizer)
     assert all(torch.equal(a, b) for a, b in zip(inner.parameters(), undisturbed.parameters(), strict=True))

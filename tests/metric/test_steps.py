@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from wrappers import Accelerated, Averaging, Lookahead, LookaheadWithoutInit, Sam, SamWithoutInit, mlp
 
-from lipcore import Monitor, Trajectory
+from lipcore import Monitor, PerSampleGradNorms, Trajectory
 
 SGD = {"lr": 0.1, "momentum": 0.9}
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
@@ -327,3 +327,14 @@ def test_a_trainers_wrapper_passes_the_closed_form_on() -> None:
     with Monitor(model, optimizer, metrics=[Trajectory(mode="updates")], window_steps=None) as monitor:
         plain(model, optimizer)
         assert monitor.compute()["trajectory"].details["source"] == "optimizer"
+
+
+def test_a_metric_that_stands_alone_needs_no_steps() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with PerSampleGradNorms(model, loss_reduction="mean") as norms:
+            for _ in range(20):
+                plain(model, optimizer)
+            assert norms.per_sample.shape == (16,)
