@@ -84,6 +84,16 @@ def questions_about_the_pass() -> list[object]:
     ]
 
 
+def saved(node: Any, name: str) -> Any:
+    """Return what a node of the graph has kept under this name for its backward pass; None where it has none."""
+    return getattr(node, f"_saved_{name}", None)
+
+
+def forward_shape(node: Any, index: int = 0) -> tuple[int, ...]:
+    """Return the shape of a tensor that the node has made: of its output with this number."""
+    return tuple(node._input_metadata[index].shape)
+
+
 # ---- hooks that others have registered
 
 #: Of every module: called after a forward pass, before it, and around a backward pass.

@@ -16,6 +16,11 @@ class LossFactor:
     tensor: Tensor | None = None  #: float64, one number; None: 1
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """What only the device knows."""
+        return [] if self.tensor is None else [self.tensor]
+
+    @property
     def value(self) -> float | Tensor:
         return self.number if self.tensor is None else self.tensor * self.number
 

@@ -11,8 +11,14 @@ from torch import Tensor
 
 from lipcore.models.arguments import check_choice
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
+from lipcore.per_sample.loss_graph import read_factor
 
-LossReduction = Literal["mean", "sum"]
+LossReduction = Literal["mean", "sum", "auto"]
+
+NO_LOSS = (
+    "loss_reduction='auto' reads the loss's own graph, and no loss was set before this backward pass; call "
+    "set_loss(loss) before loss.backward()"
+)
 Terms = Real | int | float | Tensor | Callable[[], Any] | None
 
 
@@ -21,7 +27,8 @@ class Reduction:
     sum of sample i's unreduced loss terms.
 
     "sum": 1. "mean": the number of terms that were averaged, which is B unless `terms` says how many. Whatever the loss
-    was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out.
+    was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out. "auto": all of that, as
+    the graph of the loss says it that is set before each backward pass.
     """
 
     def __init__(self, reduction: LossReduction, terms: Terms, scale: float) -> None:
@@ -32,28 +39,50 @@ class Reduction:
         check_choice("loss_reduction", reduction, get_args(LossReduction), why=why)
         if terms is not None and reduction == "sum":
             raise ValueError("loss_terms: a loss that is summed divides by no number of terms; leave it out")
+        if reduction == "auto" and (terms is not None or scale != 1):
+            argument = "scale" if terms is None else "loss_terms"
+            raise ValueError(f"{argument}: loss_reduction='auto' reads it from the loss's graph; leave one of them out")
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
         self.reduction, self.terms, self.scale = reduction, terms, scale
+        self._read: LossFactor | None = None  # of the loss that was set
         if terms is not None and not _is_function(terms):
             _check(terms)
 
     @property
     def is_constant(self) -> bool:
         """True when f of a micro-batch of one, without a scaler, is a number that stays the same."""
-        return not (_is_function(self.terms) or isinstance(self.terms, Tensor))
+        return not (self.reduction == "auto" or _is_function(self.terms) or isinstance(self.terms, Tensor))
 
-    def factor(self, samples: int, scaler: Any) -> LossFactor:
-        """Return f of a micro-batch of so many samples."""
+    def read(self, loss: Tensor) -> None:
+        """Read f of the next micro-batch from its loss."""
+        if self.reduction != "auto":
+            raise RuntimeError(
+                f"set_loss: is for loss_reduction='auto'; this metric has '{self.reduction}', which needs no loss"
+            )
+        self._read = read_factor(loss)
+
+    def forget(self) -> None:
+        """Forget a loss that was set: its backward pass did not come."""
+        self._read = None
+
+    def factor(self, samples: int, scaler: Any) -> LossFactor | None:
+        """Return f of a micro-batch of so many samples; None where it is to be read from a loss that nobody has set."""
+        if self.reduction == "auto":
+            read, self._read = self._read, None
+            return None if read is None else product(read.number, *self._unscaled(scaler), *read.tensors)
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
         if given is not None:
             terms = given() if _is_function(given) else given
             _check(terms)  # a tensor may have changed since the last time
             terms = of_host(terms) if isinstance(terms, Tensor) else float(terms)
+        return product(1 / self.scale, terms, *self._unscaled(scaler))
+
+    @staticmethod
+    def _unscaled(scaler: Any) -> list[float | Tensor]:
         scale = getattr(scaler, "_scale", None) if scaler is not None else None
-        unscale = of_host(scale.double().reciprocal()) if isinstance(scale, Tensor) else 1.0
-        return product(1 / self.scale, terms, unscale)
+        return [of_host(scale.double().reciprocal())] if isinstance(scale, Tensor) else []
 
     def __str__(self) -> str:
         terms = "" if self.terms is None else " over loss_terms"

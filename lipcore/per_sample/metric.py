@@ -25,7 +25,7 @@ from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
-from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
+from lipcore.per_sample.loss_reduction import NO_LOSS, LossReduction, Reduction, Terms
 from lipcore.per_sample.methods import LayerMethod, check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import NoiseSums
@@ -66,7 +66,9 @@ class PerSampleGradNorms(StandaloneMetric):
 
     Args:
         model: only when the metric stands alone.
-        loss_reduction: "mean" or "sum": what your loss does over the batch.
+        loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read it, with whatever the loss was
+            multiplied with or divided by, from the graph of the loss that :meth:`set_loss` is called with before every
+            backward pass. It cannot be found from the gradients alone.
         loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, or a function
             that is called after every backward pass. For cross-entropy over tokens: how many targets are not ignored.
         scale: what else the loss was multiplied by (1/k under gradient accumulation over k micro-batches).
@@ -145,7 +147,7 @@ class PerSampleGradNorms(StandaloneMetric):
         self._open_step = OpenStep(None)
         self._blocks = 1
         self._window = NormWindow(0, 1)  # until the layers are known
-        self._dropped = 0
+        self._dropped = self._without_loss = 0
         self._noise: NoiseScale | None = None
         if model is not None:
             self._watch(model, scaler)
@@ -201,8 +203,8 @@ class PerSampleGradNorms(StandaloneMetric):
         if self._takes_ids or self._scaler is not None or not self._reduction.is_constant:
             return None
         index = [self._layer_index.number[self._layer_index.layer_of[name]] for name in names]
-        factor = self._reduction.factor(1, None).number
-        return index, self._window.cores, factor * factor
+        factor = self._reduction.factor(1, None)
+        return None if factor is None else (index, self._window.cores, factor.number**2)
 
     def _renew_sink(self) -> None:
         if self._capture is not None:
@@ -223,7 +225,12 @@ class PerSampleGradNorms(StandaloneMetric):
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
-        norms = PassNorms(record, self._reduction.factor(record.samples, self._scaler), self._layer_index)
+        factor = self._reduction.factor(record.samples, self._scaler)
+        if factor is None:
+            self._without_loss += 1
+            self.observe_unrecorded(record.samples, NO_LOSS)
+            return
+        norms = PassNorms(record, factor, self._layer_index)
         self._last = norms
         if record.observed:
             return
@@ -242,10 +249,11 @@ class PerSampleGradNorms(StandaloneMetric):
         """Take in a backward pass without a record: the numbers of the one before are not its numbers, nor are the ids
         set for it those of the next."""
         self._ids = None
+        self._reduction.forget()
         self._last = PassNorms(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._layer_index)
         self._last.record.explain(self._layer_index.layer_of)
-        if reason == STRAYED and self._open_step.sums is not None:
-            self._open_step.sums.spoil(STRAYED)
+        if reason in (STRAYED, NO_LOSS) and self._open_step.sums is not None:
+            self._open_step.sums.spoil(reason)
 
     def observe_stop(self, reason: str) -> None:
         """Give NaN for the last pass: its numbers are those of the pass before the error."""
@@ -258,6 +266,7 @@ class PerSampleGradNorms(StandaloneMetric):
     def observe_step(self) -> None:
         """Count what the backward passes of the optimizer's step brought."""
         self._ids = None  # set for a backward pass that did not come, or that was in a step without records
+        self._reduction.forget()
         recorded = bool(self._open_step)
         self._open_step.take_into(self._window.open, self.scores)
         if self._open_step.sums is not None and self._noise is not None and recorded:
@@ -348,6 +357,20 @@ class PerSampleGradNorms(StandaloneMetric):
             self._takes_ids = True
             self._renew_sink()
 
+    def set_loss(self, loss: Tensor) -> None:
+        """Read from a loss's own graph what it was divided by; call it before ``loss.backward()`` with
+        ``loss_reduction="auto"``, and before a GradScaler scales the loss.
+
+        Means, sums, torch's loss functions, and constants that the loss is multiplied with or divided by on the way
+        are known. The norms are those of the sum of a sample's terms before the reduction to one number.
+
+        Raises:
+            TypeError: no tensor.
+            ValueError: an operation whose factor is not known (a penalty that is added, say), by name.
+            RuntimeError: the metric has another loss_reduction.
+        """
+        self._reduction.read(loss)
+
     def coverage(self) -> Any:
         """Return which parameters are measured by which layer's rule, which are frozen, and which are not covered
         and why."""
@@ -375,6 +398,8 @@ class PerSampleGradNorms(StandaloneMetric):
         result = MetricResult(self.name, dropped_samples=self._dropped)
         if capture is not None:
             result.details["unrecorded"] = dict(capture.unrecorded)
+            if self._without_loss:
+                result.details["unrecorded"][NO_LOSS] = self._without_loss
             if capture.coverage.uncovered:
                 result.details["not_covered"] = dict(capture.coverage.uncovered)
         note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""

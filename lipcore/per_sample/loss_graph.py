@@ -1,0 +1,114 @@
+"""What a loss was divided by, read from its own graph before the backward pass."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from lipcore.models.torch_internals import forward_shape, saved
+from lipcore.per_sample.loss_factor import LossFactor, of_host, product
+
+_REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
+#: Losses that average over all elements of their input, over its first dimension, and over weights that they keep.
+_OVER_ELEMENTS = (
+    *("MseLoss", "SmoothL1Loss", "HuberLoss", "SoftMarginLoss"),
+    *("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"),
+)
+_OVER_SAMPLES = ("MultiMarginLoss", "MultilabelMarginLoss")
+_OVER_WEIGHTS = ("NllLoss", "NllLoss2D")
+_SAME_VALUE = ("Clone", "ToCopy", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Neg")
+_SUMS = ("Sum", "Nansum", "Dot")
+_LISTS = ("Stack", "Cat")
+
+
+def read_factor(loss: Tensor) -> LossFactor:
+    r"""Return f with :math:`\nabla l_i = f \cdot` (what the backward pass of this loss brings of sample i), l_i being
+    the sum of sample i's loss terms before the reduction to one number.
+
+    The graph is followed from the loss back to that reduction: constants that it was multiplied with or divided by on
+    the way are undone, and so is a mean, by the number (or the weight) of its terms.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: not one number, no graph, or an operation in it whose factor is not known; the message names it.
+    """
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss: expected the loss, a tensor with a graph, got {type(loss).__name__}")
+    if loss.numel() != 1 or loss.grad_fn is None:
+        what = "has no graph" if loss.grad_fn is None else f"has shape {list(loss.shape)}"
+        raise ValueError(
+            f"loss: expected the one number that backward() is called on, before it is; this tensor {what}"
+        )
+    parts: list[float | Tensor] = []
+    node: Any = loss.grad_fn
+    while node is not None and _is_one_number(node):
+        node = _step(node, parts)
+    return product(1.0, *parts)
+
+
+def _is_one_number(node: Any) -> bool:
+    return math.prod(forward_shape(node)) == 1
+
+
+def _step(node: Any, parts: list[float | Tensor]) -> Any:
+    """Add what this operation has done to the factor, and return the node in front of it; None after the reduction."""
+    kind = node.name().rstrip("0123456789").removesuffix("Backward")
+    children = [(child, index) for child, index in node.next_functions]
+    if kind in _SAME_VALUE:
+        return children[0][0]
+    if kind in ("Mul", "Div"):
+        return _scaled(kind, node, children, parts)
+    if kind in ("Add", "Sub"):
+        if children[0][0] is None or (len(children) > 1 and children[1][0] is not None):
+            raise _unknown(node, "it adds parts that each have a factor of their own (a penalty, a second loss)")
+        return children[0][0]
+    if kind == "Mean" or kind in _SUMS:
+        inner, index = children[0]
+        if _is_list_of_losses(inner):
+            raise _unknown(inner, "it joins losses that were reduced before")
+        shape = forward_shape(inner, index)
+        if kind == "Mean":
+            parts.append(float(math.prod(shape)))
+        return inner if shape == () else None  # of one number it was no reduction
+    if kind in (*_OVER_ELEMENTS, *_OVER_SAMPLES, *_OVER_WEIGHTS):
+        parts.append(_terms(kind, node, *children[0]))
+        return None
+    raise _unknown(node, "what it does to the factor is not known")
+
+
+def _scaled(kind: str, node: Any, children: list[tuple[Any, int]], parts: list[float | Tensor]) -> Any:
+    """Take a constant out that the loss was multiplied with or divided by."""
+    first, second = children[0][0], children[1][0] if len(children) > 1 else None
+    by, inner = (saved(node, "other"), first) if first is not None else (saved(node, "self"), second)
+    if (first is not None and second is not None) or by is None or (kind == "Div" and first is None):
+        raise _unknown(node, "both of what it joins depend on the model")
+    factor = of_host(by) if isinstance(by, Tensor) else float(by)
+    if not isinstance(factor, Tensor) and (factor == 0 or not math.isfinite(factor)):
+        raise _unknown(node, f"its constant is {factor}")
+    parts.append(factor if kind == "Div" else factor.reciprocal() if isinstance(factor, Tensor) else 1 / factor)
+    return inner
+
+
+def _terms(kind: str, node: Any, inner: Any, index: int) -> float | Tensor:
+    """Return how many terms a loss function has averaged, or their weight."""
+    if _REDUCTIONS[saved(node, "reduction")] != "mean":
+        return 1.0
+    if kind in _OVER_WEIGHTS:
+        return of_host(saved(node, "total_weight"))
+    shape = forward_shape(inner, index)
+    return float(math.prod(shape) if kind in _OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
+
+
+def _is_list_of_losses(node: Any) -> bool:
+    kind = node.name().rstrip("0123456789").removesuffix("Backward")
+    children = [child for child in node.next_functions if child[0] is not None]
+    return kind in _LISTS and any(math.prod(forward_shape(*child)) == 1 for child in children)
+
+
+def _unknown(node: Any, why: str) -> ValueError:
+    return ValueError(
+        f"loss: its graph has {node.name()}, and {why}; pass loss_reduction='mean' or 'sum' with loss_terms= or scale= "
+        "in place of 'auto'"
+    )

@@ -1,0 +1,240 @@
+"""The factor of a loss, read from its graph, against gradients of single samples' terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+
+from lipcore import Monitor, PerSampleGradNorms
+from lipcore.per_sample.loss_graph import read_factor
+
+Z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 3, 1, -100, 2, 2])
+W = torch.tensor([1.0, 0.5, 2.0, 4.0])
+T = torch.rand(6, 4, generator=torch.Generator().manual_seed(1))
+TOKENS = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))  # [B, classes, T]
+TARGETS = torch.randint(0, 4, (3, 5), generator=torch.Generator().manual_seed(3))
+
+# name: loss, its unreduced terms of one sample's outputs (index i), outputs
+Loss = Callable[[Tensor], Tensor]
+Terms = Callable[[Tensor, int], Tensor]
+
+
+def ce(z: Tensor, i: int) -> Tensor:
+    return nnf.cross_entropy(z[i : i + 1], Y[i : i + 1], reduction="sum")
+
+
+def cew(z: Tensor, i: int) -> Tensor:
+    return nnf.cross_entropy(z[i : i + 1], Y[i : i + 1], W, reduction="sum")
+
+
+def mse(z: Tensor, i: int) -> Tensor:
+    return (z[i] - T[i]).square().sum()
+
+
+def tokens(z: Tensor, i: int) -> Tensor:
+    return nnf.cross_entropy(z[i : i + 1], TARGETS[i : i + 1], reduction="sum")
+
+
+def bce(z: Tensor, i: int) -> Tensor:
+    return nnf.binary_cross_entropy_with_logits(z[i], T[i], reduction="sum")
+
+
+def first(z: Tensor, i: int) -> Tensor:
+    return nnf.mse_loss(z[i], T[i])  # the mean over its elements
+
+
+CASES: dict[str, tuple[Loss, Terms, Tensor]] = {
+    "cross entropy": (lambda z: nnf.cross_entropy(z, Y), ce, Z),
+    "cross entropy, summed": (lambda z: nnf.cross_entropy(z, Y, reduction="sum"), ce, Z),
+    "cross entropy, weighted": (lambda z: nnf.cross_entropy(z, Y, W), cew, Z),
+    "cross entropy, not reduced, mean": (lambda z: nnf.cross_entropy(z, Y, reduction="none").mean(), ce, Z),
+    "cross entropy, summed over a number of items": (lambda z: nnf.cross_entropy(z, Y, reduction="sum") / 37, ce, Z),
+    "over a tensor of items": (lambda z: nnf.cross_entropy(z, Y, reduction="sum") / torch.tensor(37), ce, Z),
+    "accumulated": (lambda z: nnf.cross_entropy(z, Y) / 8, ce, Z),
+    "scaled": (lambda z: 1024 * nnf.cross_entropy(z, Y), ce, Z),
+    "scaled by a tensor": (lambda z: nnf.cross_entropy(z, Y) * torch.tensor(3.0), ce, Z),
+    "shifted": (lambda z: nnf.cross_entropy(z, Y) - 0.5, ce, Z),
+    "other dtype and shape": (lambda z: nnf.cross_entropy(z, Y).double().view(1, 1).squeeze(), ce, Z),
+    "negative": (lambda z: nnf.cross_entropy(z, Y).neg().neg(), ce, Z),
+    "reduced twice": (lambda z: nnf.cross_entropy(z, Y).mean().sum(), ce, Z),
+    "one sample": (lambda z: nnf.cross_entropy(z, Y[:1], reduction="none").mean(), ce, Z[:1]),
+    "one sample, by hand": (lambda z: (z - T[:1]).square().sum(1).mean(), mse, Z[:1]),
+    "by hand": (lambda z: -z.log_softmax(1).gather(1, Y.clamp(min=0)[:, None]).squeeze(1)[Y >= 0].mean(), ce, Z),
+    "masked": (lambda z: (nnf.cross_entropy(z, Y, reduction="none") * (Y >= 0)).sum() / (Y >= 0).sum(), ce, Z),
+    "tokens": (lambda z: nnf.cross_entropy(z, TARGETS), tokens, TOKENS),
+    "tokens, flat": (lambda z: nnf.cross_entropy(z.movedim(1, 2).reshape(-1, 4), TARGETS.flatten()), tokens, TOKENS),
+    "squared error": (lambda z: nnf.mse_loss(z, T), mse, Z),
+    "squared error by hand": (lambda z: (z - T).square().sum(1).mean(), mse, Z),
+    "squared error per sample": (lambda z: (z - T).square().mean(1).mean(), first, Z),
+    "logits": (lambda z: nnf.binary_cross_entropy_with_logits(z, T), bce, Z),
+    "probabilities": (lambda z: nnf.binary_cross_entropy(z.sigmoid(), T), bce, Z),
+    "smooth": (lambda z: nnf.smooth_l1_loss(z, T), lambda z, i: nnf.smooth_l1_loss(z[i], T[i], reduction="sum"), Z),
+    "absolute": (lambda z: nnf.l1_loss(z, T), lambda z, i: (z[i] - T[i]).abs().sum(), Z),
+    "huber": (lambda z: nnf.huber_loss(z, T), lambda z, i: nnf.huber_loss(z[i], T[i], reduction="sum"), Z),
+    "divergence": (
+        lambda z: nnf.kl_div(z.log_softmax(1), T, reduction="batchmean"),
+        lambda z, i: nnf.kl_div(z[i].log_softmax(0), T[i], reduction="sum"),
+        Z,
+    ),
+    "margins": (
+        lambda z: nnf.multi_margin_loss(z, Y.clamp(min=0)),
+        lambda z, i: nnf.multi_margin_loss(z[i], Y.clamp(min=0)[i]),
+        Z,
+    ),
+    "soft margins": (
+        lambda z: nnf.soft_margin_loss(z, T.round() * 2 - 1),
+        lambda z, i: nnf.soft_margin_loss(z[i], T[i].round() * 2 - 1, reduction="sum"),
+        Z,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_what_single_samples_say(name: str) -> None:
+    loss, terms, outputs = CASES[name]
+    z = outputs.clone().requires_grad_()
+    value = loss(z)
+    factor = read_factor(value).value
+    (brought,) = torch.autograd.grad(value, z)
+    for i in range(len(z)):
+        (alone,) = torch.autograd.grad(terms(z, i), z)
+        assert torch.allclose(float(factor) * brought[i], alone[i], rtol=1e-5, atol=1e-7)
+
+
+def test_reading_it_leaves_the_graph_as_it_was() -> None:
+    model = nn.Linear(4, 4)
+    grads = []
+    for read in (False, True):
+        model.zero_grad()
+        value = nnf.cross_entropy(model(Z), Y)
+        if read:
+            read_factor(value)
+        value.backward()
+        grads.append(model.weight.grad.clone())
+    assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda z: nnf.mse_loss(z, T) + z.square().sum(), r"AddBackward0, and it adds parts"),
+        (lambda z: nnf.cross_entropy(z, Y, label_smoothing=0.1), r"AddBackward0, and it adds parts"),
+        (lambda z: nnf.mse_loss(z, T).sqrt(), r"SqrtBackward0, and what it does"),
+        (lambda z: torch.stack([nnf.mse_loss(z, T), nnf.l1_loss(z, T)]).mean(), r"StackBackward0, and it joins losses"),
+        (lambda z: nnf.mse_loss(z, T) * z.mean(), r"MulBackward0, and both"),
+        (lambda z: nnf.mse_loss(z, T) / z.mean(), r"DivBackward0, and both"),
+        (lambda z: 1 / nnf.mse_loss(z, T), r"(Reciprocal|Div)Backward0"),
+        (lambda z: 0 * nnf.mse_loss(z, T), r"its constant is 0"),
+        (lambda z: z.logsumexp((0, 1)), r"LogsumexpBackward"),
+        (lambda z: z.sum(1), r"expected the one number .* has shape \[6\]"),
+        (lambda z: z.detach().sum(), r"this tensor has no graph"),
+    ],
+)
+def test_what_is_not_known_is_named(loss: Loss, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read_factor(loss(Z.clone().requires_grad_()))
+
+
+def test_what_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="loss: expected the loss, a tensor with a graph, got float"):
+        read_factor(0.5)  # type: ignore[arg-type]
+
+
+# ---- in the metric
+
+
+def classifier() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+def truth(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Norms of single samples' gradients."""
+    norms = []
+    for i in range(len(x)):
+        loss = nnf.cross_entropy(model(x[i : i + 1]), y[i : i + 1], reduction="sum")
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(torch.cat([g.double().flatten() for g in grads]).norm())
+    return torch.stack(norms)
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("scale", [1.0, 1 / 8, 1024.0])
+def test_norms_are_of_the_loss_that_was_set(scale: float, batch: int) -> None:
+    model, x, y = classifier(), Z[:batch], Y.clamp(min=0)[:batch]
+    expected = truth(model, x, y)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for reduction in ("mean", "sum", "mean"):
+            loss = scale * nnf.cross_entropy(model(x), y, reduction=reduction)
+            norms.set_loss(loss)
+            loss.backward()
+            assert torch.allclose(norms.per_sample, expected, rtol=1e-5)
+            model.zero_grad()
+
+
+def test_a_trainers_loss_over_all_items_of_a_step() -> None:
+    """Micro-batches of different sizes, each summed and divided by the number of items of all of them."""
+    model, parts = classifier(), [(Z[:2], Y[:2]), (Z[2:], Y[2:])]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    metric = PerSampleGradNorms(loss_reduction="auto")
+    with Monitor(model, optimizer, [metric], window_steps=1) as monitor:
+        items = sum(int((y >= 0).sum()) for _, y in parts)
+        expected = [truth(model, x, y) for x, y in parts]
+        for (x, y), norms in zip(parts, expected, strict=True):
+            loss = nnf.cross_entropy(model(x), y, reduction="sum") / items
+            metric.set_loss(loss)
+            loss.backward()
+            assert torch.allclose(metric.per_sample, norms, rtol=1e-5)
+        optimizer.step()
+        (window,) = monitor.history
+    found = window["per_sample_grad_norm"].norm["total"].mean
+    assert found.value == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)
+
+
+def test_without_a_loss_there_is_no_number() -> None:
+    model, x, y = classifier(), Z, Y.clamp(min=0)
+    metric = PerSampleGradNorms(loss_reduction="auto")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, [metric], window_steps=None) as monitor:
+        for given in (True, False, True):
+            loss = nnf.cross_entropy(model(x), y)
+            if given:
+                metric.set_loss(loss)
+            loss.backward()
+            assert bool(metric.per_sample.isfinite().all()) == given
+            assert ("set_loss(loss)" in metric.broken) != given
+            optimizer.step()
+            optimizer.zero_grad()
+        window = monitor.compute()
+    assert window is not None
+    result = window["per_sample_grad_norm"]
+    assert result.norm["total"].mean.count == 12
+    assert [count for why, count in result.details["unrecorded"].items() if "set_loss(loss)" in why] == [1]
+
+
+def test_a_loss_that_was_set_for_another_pass_is_forgotten() -> None:
+    model, x, y = classifier(), Z, Y.clamp(min=0)
+    metric = PerSampleGradNorms(loss_reduction="auto", every_steps=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, [metric], window_steps=None):
+        for step in range(4):
+            loss = nnf.cross_entropy(model(x), y)
+            if step != 2:  # recorded, as step 0 is
+                metric.set_loss(loss)
+            loss.backward()
+            if step % 2 == 0:
+                assert bool(metric.per_sample.isfinite().all()) == (step == 0)
+            optimizer.step()
+
+
+def test_other_reductions_have_no_loss_to_set() -> None:
+    with pytest.raises(RuntimeError, match="set_loss: is for loss_reduction='auto'; this metric has 'mean'"):
+        PerSampleGradNorms(loss_reduction="mean").set_loss(Z.sum())
+    for argument in ({"loss_terms": 3}, {"scale": 2.0}):
+        with pytest.raises(ValueError, match=f"{next(iter(argument))}: loss_reduction='auto' reads it"):
+            PerSampleGradNorms(loss_reduction="auto", **argument)  # type: ignore[arg-type]
