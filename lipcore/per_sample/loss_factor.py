@@ -17,7 +17,7 @@ class LossFactor:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What only the device knows."""
+        """Factors that only the device knows."""
         return [] if self.tensor is None else [self.tensor]
 
     @property

@@ -92,8 +92,8 @@ def test_terms_that_change_from_pass_to_pass() -> None:
     ("options", "error", "match"),
     [
         ({}, TypeError, "loss_reduction"),
-        ({"loss_reduction": "none"}, ValueError, "loss_reduction: expected 'mean' or 'sum', got 'none'"),
-        ({"loss_reduction": None}, ValueError, "loss_reduction: expected 'mean' or 'sum'"),
+        ({"loss_reduction": "none"}, ValueError, "loss_reduction: expected 'mean', 'sum' or 'auto', got 'none'"),
+        ({"loss_reduction": None}, ValueError, "loss_reduction: expected 'mean', 'sum' or 'auto'"),
         ({"loss_reduction": "sum", "loss_terms": 3}, ValueError, "loss_terms: a loss that is summed"),
         ({"loss_reduction": "mean", "loss_terms": "7"}, TypeError, "loss_terms: expected the number"),
         ({"loss_reduction": "mean", "loss_terms": True}, TypeError, "loss_terms: expected the number"),
