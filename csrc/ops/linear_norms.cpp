@@ -223,8 +223,7 @@ bool linear_norms(const TensorView& x, const TensorView& grad, const std::vector
   Batch batch{x.shape[last], grad.shape[last], {}};
   for (int64_t b = 0; b < samples; ++b) {
     const int64_t first = packed ? offsets[b] : b;
-    batch.samples.push_back({static_cast<const char*>(x.data) + first * x.strides[0] * item_size(x.dtype),
-                             static_cast<const char*>(grad.data) + first * grad.strides[0] * item_size(x.dtype),
+    batch.samples.push_back({x.at(first * x.strides[0]), grad.at(first * grad.strides[0]),
                              packed ? offsets[b + 1] - first : x.shape[1], x.strides[last - 1], grad.strides[last - 1],
                              x.dtype, wide, 1, 1});
   }

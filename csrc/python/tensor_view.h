@@ -21,6 +21,10 @@ struct TensorView {
   const int64_t* strides;  // in elements; never null
   dlpack::Device device;
 
+  // The address of an element; null where an empty tensor has no memory, since null takes no offset.
+  const char* at(int64_t element) const {
+    return data ? static_cast<const char*>(data) + element * item_size(dtype) : nullptr;
+  }
   bool on_cpu() const { return device.type == dlpack::kCPU; }
   bool same_device(const TensorView& other) const {
     return device.type == other.device.type && device.id == other.device.id;
