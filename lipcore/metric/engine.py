@@ -121,7 +121,8 @@ class Engine:
     def _attach(self, needs: dict[Metric, Needs]) -> None:
         try:
             # The shortcut is for the one metric that can do with two bias gradients.
-            self._capture.attach(needs[self._tapping[0]].single_sample if len(self._tapping) == 1 else None)
+            single_sample = needs[self._tapping[0]].single_sample if len(self._tapping) == 1 else None
+            self._capture.attach(single_sample, shared=bool(self._layer_captures))
         except ValueError as error:
             self._capture.close()
             if not self._turn_off(error):
