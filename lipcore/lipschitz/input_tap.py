@@ -3,6 +3,7 @@ at the input; and when not at all."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from lipcore import functional
 from lipcore.capture.taps.cost_share import CostShare
-from lipcore.capture.taps.tap import InputTap
+from lipcore.capture.taps.tap import InputTap, Tap
 from lipcore.capture.taps.trial import Trial
 from lipcore.models.inputs import InputChoice, chosen_input
 from lipcore.models.names import unwrap
@@ -21,6 +22,14 @@ _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # of norms taken in two
 
 #: Why there is no gradient at an input of integers.
 INTEGERS = "the model's input holds integers, and no Embedding is its first layer; name a layer with input='<module>'"
+
+
+class FirstLayer(Tap):
+    """What it asks of the tap on the first layer."""
+
+    @abstractmethod
+    def is_plain(self) -> bool:
+        """Return whether the layer will compute W_1 x + b_1 with a W_1 that will be known."""
 
 
 class ModelInputTap(InputTap):
@@ -35,6 +44,7 @@ class ModelInputTap(InputTap):
         self.key = key
         self._every = every
         self._on_refused = on_refused
+        self.first: FirstLayer
         self.choice: InputChoice | None = None  #: which tensor is meant; None: the first
         self._model: nn.Module | None = None
         self.off = ""  #: why there is no gradient at the input
@@ -49,6 +59,11 @@ class ModelInputTap(InputTap):
         self._passes = 0
         self._half = False  # autocast is on in the pass under way
         self._gradients, self._checks = CostShare(_SHARE), CostShare(_SHARE)
+
+    def prepare(self) -> None:
+        """Do without the product where W_1 x + b_1 is not what the first layer will compute any more."""
+        if self.by_product and not self.first.is_plain():
+            self.by_product = False
 
     def choose(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
         """Return the tensor that is meant; None for integers."""

@@ -51,6 +51,7 @@ class Numerators:
         """Go on without r."""
         if not self.first_off:
             self.first_off = reason
+            self._at_input.refuse_product()
             self._warn(f"lipcore turned normalized_gradient_norm off: {reason}")
 
     def of(self, record: Record, *, mixed: bool) -> Tensor | None:

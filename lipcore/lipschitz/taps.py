@@ -13,7 +13,7 @@ from lipcore import _core, functional
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.tap import InputTap, Tap
 from lipcore.functional.library import CPU
-from lipcore.lipschitz.input_tap import ModelInputTap
+from lipcore.lipschitz.input_tap import FirstLayer, ModelInputTap
 from lipcore.lipschitz.pullback import pull_back
 from lipcore.models.affine import WeightInUse, is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
@@ -24,7 +24,7 @@ _CHEAP = 1 << 20  # multiplications that no training step with a batch worth the
 _SPARSE = 16  # above, W_1^T delta costs what the layer's own forward does: once in so many micro-batches, 1 % or less
 
 
-class FirstLayerTap(Tap):
+class FirstLayerTap(FirstLayer):
     """Per sample, delta being the gradient at the first layer's output before its activation: ||delta||, ||W_1^T
     delta||,
     and ||delta|| once more where the second was computed (NaN elsewhere), so that both can be averaged over the same
@@ -73,6 +73,13 @@ class FirstLayerTap(Tap):
     def optional(self) -> bool:  # type: ignore[override]
         """Whether lambda can do without it: where it was not named by the user."""
         return not self.named
+
+    def is_plain(self) -> bool:
+        """Return whether the layer will compute W_1 x + b_1 with a W_1 that will be known."""
+        if self.module is None:
+            return True
+        self.weight.watch(self.module)
+        return is_affine(self.module)
 
     def lost(self, reason: str) -> None:
         """Learn that there is no such layer, or that it is called twice."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from lipcore.models.affine import is_affine
 from lipcore.models.chains import altered_modules, chain_of, first_of_chain
 from lipcore.models.inputs import InputChoice
 from lipcore.models.names import find_module, unwrap
@@ -46,5 +47,5 @@ def begins_with_layer(model: nn.Module) -> bool:
     altered = altered_modules(model)
     above = {"every module", "the model's wrapper", "the model"}
     parts = first[0].split(".")
-    above |= {f"module '{'.'.join(parts[: i + 1])}'" for i in range(len(parts))}
-    return not above.intersection(altered)
+    above |= {f"module '{'.'.join(parts[:i])}'" for i in range(1, len(parts))}
+    return is_affine(first[1]) and not above.intersection(altered)

@@ -39,6 +39,11 @@ def _sets_weight(hook: Any) -> bool:
     return getattr(type(hook), "__call__", None) in _SET_WEIGHT
 
 
+def is_parametrized(module: nn.Module) -> bool:
+    """Return whether the layer's weight is computed whenever it is read."""
+    return "parametrizations" in module._modules and parametrize.is_parametrized(module, "weight")
+
+
 class WeightInUse:
     """A layer's weight as its forward pass used it, without computing it again: a parametrization may draw random
     numbers, or iterate, whenever its weight is read."""
@@ -46,25 +51,24 @@ class WeightInUse:
     def __init__(self) -> None:
         self._module: nn.Module | None = None
         self._caught: Tensor | None = None
+        self._list: Any = None  # of the weight's parametrizations
         self._handle: Any = None
 
     def watch(self, module: nn.Module) -> None:
-        """Follow this layer from here on."""
+        """Follow this layer, and a parametrization that it has by now."""
+        found: Any = module.parametrizations["weight"] if is_parametrized(module) else None  # type: ignore[index, operator]
+        if module is self._module and found is self._list:
+            return
         self.close()
-        self._module, self._caught = module, None
-        if self.is_parametrized:
-            lists: Any = module.parametrizations
-            self._handle = lists["weight"].register_forward_hook(self._computed)
+        self._module, self._list, self._caught = module, found, None
+        if found is not None:
+            self._handle = found.register_forward_hook(self._computed)
 
     def close(self) -> None:
         """Remove the hook."""
         if self._handle is not None:
             self._handle.remove()
-            self._handle = None
-
-    @property
-    def is_parametrized(self) -> bool:
-        return self._module is not None and parametrize.is_parametrized(self._module, "weight")
+            self._module = self._list = self._handle = None
 
     def _computed(self, module: nn.Module, arguments: Any, weight: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _core.is_plain_run():
@@ -75,7 +79,7 @@ class WeightInUse:
         """Return it; None where it is not known."""
         if self._module is None:
             return None
-        if self.is_parametrized:
+        if is_parametrized(self._module):
             return self._caught
         weight = self._module._parameters.get("weight")
         # weight_norm, spectral_norm and pruning of the old kind leave what they computed in an attribute.

@@ -54,6 +54,7 @@ def shortcut_hooks(
         if way in (_core.SERVED, _core.CHECKED) and collector.waits:
             return False
         collector.tapping = collector.recording and way != _core.SERVED
+        collector.compares = way == _core.CHECKED
         if way == _core.SERVED:
             if before == _core.CHECKED:
                 unhook_taps()  # they were there for one sample

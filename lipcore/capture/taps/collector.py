@@ -54,6 +54,7 @@ class _UnderWay(threading.local):
     """The forward pass of this thread."""
 
     micro: MicroBatch | None = None
+    checking = False  # a backward pass of lipcore's own runs in this thread
 
 
 class Collector:
@@ -68,8 +69,8 @@ class Collector:
         self.sites: list[Site] = []  # those that a record is complete with
         self.unresolved: Site | None = None  # the first layer, as long as it has not run
         self.check: Check | None = None  # of the last forward pass, until its backward pass has come
+        self.compares = False  # the shortcut compares this pass with its own numbers, so the record must not wait
         self.shared = False  # others would take a backward pass of lipcore's own for the training's
-        self.checking = False  # a backward pass of lipcore's own is under way
         self.under_way = _UnderWay()
         self._begun: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
         self.returning: MicroBatch | None = None  # the backward pass under way

@@ -92,8 +92,10 @@ class ForwardHook:
         inner: bool,
     ) -> None:
         site, collector = self.site, self._collector
-        if grad is None or micro.delivered or not collector.recording or collector.checking or site.lost:
+        if grad is None or micro.delivered or not collector.recording or site.lost:
             return  # a second backward through the same graph brings the same ratios again
+        if collector.under_way.checking:
+            return
         # A checkpoint's inner backward belongs to the one around it; probes add up over several.
         if not inner and not collector.counts(micro):
             return

@@ -3,6 +3,7 @@ asks for, and a hook on the alias' node takes the numbers."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, increment_version
-from torch.nn.utils.parametrize import is_parametrized
 
 from lipcore import functional
 from lipcore.capture.taps.collector import Collector, MicroBatch
@@ -20,7 +20,7 @@ from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap, Tap
 from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, trial, two_of
 from lipcore.capture.training_pass import in_backward, is_plain_run
-from lipcore.models.affine import is_affine
+from lipcore.models.affine import is_affine, is_parametrized
 from lipcore.models.chains import modules_in_order
 from lipcore.models.inputs import exchanged
 from lipcore.models.restored import buffers_put_back, random_numbers_put_back
@@ -45,6 +45,12 @@ class _Pass:
     undo: list[Callable[[], None]] = field(default_factory=list)
 
 
+class _UnderWay(threading.local):
+    """The forward pass of this thread."""
+
+    passing: _Pass | None = None
+
+
 class InputHook:
     """What one input tap does in a forward pass of the model.
 
@@ -64,7 +70,7 @@ class InputHook:
         self._model, self._collector = model, collector
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
         self._tried = False
-        self._under_way: _Pass | None = None
+        self._now = _UnderWay()
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
@@ -78,14 +84,17 @@ class InputHook:
         self, micro: MicroBatch, arguments: tuple[Any, ...], keywords: dict[str, Any], *, compiled: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the model's forward pass: return other arguments, with the alias among them, or None."""
-        self._under_way = None
+        self._now.passing = None
         try:
+            self.tap.prepare()
             x = None
             if self.at is self._model:
                 x = self.tap.choose(arguments, keywords)
                 if x is None:
                     return None
                 micro.sources[self.tap] = Source(x)
+            if self._collector.compares:
+                return None
             asked, check = self.tap.asks()
             if not asked or not self._allowed(micro, x, arguments, keywords, compiled):
                 return None
@@ -93,7 +102,7 @@ class InputHook:
                 if not self.tap.by_product:
                     self.tap.refuse(_INSIDE)
                 return None
-            self._under_way = _Pass(micro, check)
+            self._now.passing = _Pass(micro, check)
             return None if x is None else self._aliased(x, arguments, keywords)
         except Exception as error:
             self._give_up(error)
@@ -101,7 +110,7 @@ class InputHook:
 
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Before the forward pass of a module inside the model."""
-        under_way = self._under_way
+        under_way = self._now.passing
         if torch.compiler.is_compiling() or under_way is None or under_way.alias is not None:
             return None
         if not torch.is_grad_enabled() or in_backward() != -1 or not is_plain_run():
@@ -146,7 +155,7 @@ class InputHook:
     def _aliased(
         self, x: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        under_way = self._under_way
+        under_way = self._now.passing
         assert under_way is not None
         micro, collector, site = under_way.micro, self._collector, self.site
         alias = alias_of(x, self._anchor)
@@ -156,7 +165,7 @@ class InputHook:
 
         def came_back(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
-            if grad is None or micro.delivered or not collector.recording or collector.checking:
+            if grad is None or micro.delivered or not collector.recording or collector.under_way.checking:
                 return
             if not collector.counts(micro):
                 return
@@ -171,9 +180,9 @@ class InputHook:
         return exchanged(arguments, x, alias, undo), exchanged(keywords, x, alias, undo)
 
     def _give_up(self, error: Exception) -> None:
-        if self._under_way is not None:
-            self._put_back(self._under_way)
-            self._under_way = None
+        if self._now.passing is not None:
+            self._put_back(self._now.passing)
+            self._now.passing = None
         self.tap.refuse(str(error))
 
     @staticmethod
@@ -184,12 +193,13 @@ class InputHook:
 
     def end(self, *, raised: bool, compiled: bool) -> None:
         """After the model's forward pass, whether or not it raised."""
-        under_way, self._under_way = self._under_way, None
+        under_way, self._now.passing = self._now.passing, None
         if under_way is None or under_way.alias is None:
             return
         try:
             self._put_back(under_way)
-            if under_way.alias._version and under_way.given is not None:
+            source = under_way.micro.sources.get(self.tap)
+            if source is not None and source.changed and under_way.given is not None:
                 increment_version(under_way.given)  # the model worked on the user's memory in place
             if not raised and not compiled:
                 self._look(under_way)
@@ -231,7 +241,7 @@ class _Check:
         seed = grad_output.masked_fill(others.reshape(-1, *[1] * (grad_output.dim() - 1)), 0)
         if not grad_output.dim():
             seed = grad_output
-        collector.checking = True
+        collector.under_way.checking = True
         try:
             with random_numbers_put_back(hook._model, allowed=True), buffers_put_back(hook._model):
                 (found,) = torch.autograd.grad(
@@ -245,7 +255,7 @@ class _Check:
         except Exception as error:
             tap.refuse(f"autograd.grad through the same graph raises {type(error).__name__}: {error}")
         finally:
-            collector.checking = False
+            collector.under_way.checking = False
 
 
 def _nothing() -> None:

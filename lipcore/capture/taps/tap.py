@@ -74,6 +74,10 @@ class InputTap(Tap):
         return f"{self.key}.trial"
 
     @abstractmethod
+    def prepare(self) -> None:
+        """Look at the first layer as it is before a pass that is tapped."""
+
+    @abstractmethod
     def choose(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
         """Return the tensor that is meant, of those that the module is called with; None where there is none, and a
         ValueError where it cannot be told."""

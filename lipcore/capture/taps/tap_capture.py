@@ -128,6 +128,8 @@ class Capture:
             if not self._tap_handles:
                 self._register_taps()
         if self._shortcut is not None:  # it calls this when a forward pass has begun
+            for at in self._inputs:
+                at.tap.prepare()
             self._shortcut.own_hooks = 1
             self._collector.begin()
 
