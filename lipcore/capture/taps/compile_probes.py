@@ -36,6 +36,7 @@ class Probes:
         micro.probes = {
             site: torch.empty(site.columns, size, dtype=torch.float64, device=device, requires_grad=True)
             for site in self._sites
+            if not site.lost
         }
         armed.update((site.number, probe) for site, probe in micro.probes.items())
         micro.generation = self._generation

@@ -172,8 +172,7 @@ class InputHook:
             norms = site.reduce(grad, None, ())
             if norms is not None:
                 micro.columns[site] = micro.columns[site] + norms if site in micro.columns else norms
-            if micro.probes is None:
-                collector.arrived(micro)
+            collector.arrived(micro)
 
         under_way.node.register_prehook(came_back)
         undo = under_way.undo
@@ -250,8 +249,7 @@ class _Check:
             if found is None:
                 tap.refuse(NOT_DIFFERENTIABLE)
             elif found.shape[0] == size:
-                norms = functional.sample_norms(found.detach())
-                self.micro.checks[tap.check_key] = norms.masked_fill(others, float("nan"))
+                self.micro.checks[tap.check_key] = functional.sample_norms(found.detach())
         except Exception as error:
             tap.refuse(f"autograd.grad through the same graph raises {type(error).__name__}: {error}")
         finally:

@@ -65,7 +65,8 @@ class InputTap(Tap):
 
     @property
     def check_key(self) -> str:
-        """Where the record has the norms that a second way has brought, [B], NaN where it has not looked."""
+        """Where the record has the norms that a second way has brought, [B]: those of two samples, seeded alone, and of
+        what they bring to the others, which is 0 where samples are apart."""
         return f"{self.key}.check"
 
     @property

@@ -161,10 +161,13 @@ class Capture:
 
     def _look_for_first_layer(self, hook: ForwardHook) -> None:
         if self._compiled:
-            raise ValueError(
-                "input: the first layer of a compiled model cannot be found by watching it run; name it: "
-                "input='<module>'"
+            reason = (
+                "the first layer of a compiled model cannot be found by watching it run; name it: input='<module>'"
             )
+            if not hook.site.optional:
+                raise ValueError(f"input: {reason}")
+            self._collector.lose(hook.site, reason)
+            return
         self._finder = FirstLayerFinder(hook, self._collector, self._tap_handles)
         self._finder.look_in(self.model)
 

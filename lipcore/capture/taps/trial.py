@@ -104,6 +104,7 @@ def _run(
         old = x if at is model else given[0] if given else next(iter(named.values()))
         points.append(old.detach().clone().requires_grad_())
         copy = points[0].clone()  # no leaf: the model may work on it in place
+        copy.__dict__.update(old.__dict__)
         sources.append(Source(copy))
         return exchanged(given, old, copy, undo), exchanged(named, old, copy, undo)
 
@@ -115,14 +116,18 @@ def _run(
     if layer is not None:
         handles.append(layer.register_forward_hook(ran))
     try:
-        output = pick(model(*arguments, **keywords))
+        returned = model(*arguments, **keywords)
     finally:
         for handle in handles:
             handle.remove()
         for back in undo:
             back()
-    if not isinstance(output, Tensor) or not points:
+    try:
+        output = pick(returned)
+    except ValueError:
         return Trial()  # the taps say it in the user's own pass
+    if not isinstance(output, Tensor) or not points:
+        return Trial()
     if output.grad_fn is None:
         return Trial(NOT_DIFFERENTIABLE)
     if reentrant_checkpoint(nodes_before(output.grad_fn)):
@@ -151,7 +156,7 @@ def _differentiated(output: Tensor, point: Tensor) -> Trial:
     others[some] = False
     mixes = bool(torch.nan_to_num(gradient[others], 0.0, 0.0, 0.0).any())
     constants = None
-    if values.numel() == len(some):
+    if values.numel() == len(some) and not mixes:
         constants = functional.sample_norms(gradient).masked_fill(others, float("nan"))
     return Trial(mixes=mixes, constants=constants)
 
