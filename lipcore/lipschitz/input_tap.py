@@ -94,8 +94,6 @@ class ModelInputTap(InputTap):
         self._half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         if self.off:
             return False, False
-        if number and self.by_product is None:
-            self.by_product = False  # no first layer has run
         self.checks = self._check_wanted and self._checks.is_due
         if self._every is not None and self.by_product is False:
             wanted = number % self._every == 0

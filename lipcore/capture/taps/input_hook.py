@@ -195,6 +195,8 @@ class InputHook:
         under_way, self._now.passing = self._now.passing, None
         if under_way is None or under_way.alias is None:
             return
+        if not raised and self.tap.by_product is None:
+            self.tap.seen(True)  # no first layer has run
         try:
             self._put_back(under_way)
             source = under_way.micro.sources.get(self.tap)
