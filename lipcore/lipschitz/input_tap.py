@@ -1,5 +1,5 @@
-"""How lambda is taken: by W_1 where that is all that stands between the model's input and the rest, else by the gradient
-at the input; and when not at all."""
+"""How lambda is taken: by W_1 where that is all that stands between the model's input and the rest, else by the
+gradient at the input; and when not at all."""
 
 from __future__ import annotations
 
@@ -157,4 +157,3 @@ class ModelInputTap(InputTap):
         """Return the norm per sample."""
         self.tolerance = 0.1 if self._half else _TOLERANCE.get(grad_output.dtype, 0.1)
         return functional.sample_norms(grad_output.detach()).reshape(1, -1)
-

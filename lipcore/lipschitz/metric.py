@@ -16,9 +16,9 @@ from lipcore import _core
 from lipcore.capture.taps.tap import FIRST_LAYER, Record, SingleSample, Tap
 from lipcore.lipschitz.bias_steps import BiasSteps
 from lipcore.lipschitz.first_weight import singular_values_later
-from lipcore.lipschitz.pointwise import mixes_samples
 from lipcore.lipschitz.input_tap import ModelInputTap
 from lipcore.lipschitz.numerators import Numerators
+from lipcore.lipschitz.pointwise import mixes_samples
 from lipcore.lipschitz.sandwich import no_sides, sandwich_sides
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.lipschitz.targets import begins_with_layer, find_input, find_output
@@ -53,8 +53,8 @@ class Lipschitz(StandaloneMetric):
       min, max, p50, p99, sum). Its sum over a window is the normalised first-layer gradient length, the middle of
       Theorem 1 of Loukas, Poiitis and Jegelka (NeurIPS 2021) with the first bias taken non-shared
     * ``local_lipschitz`` :math:`\lambda_i = \|\partial L/\partial x_i\| \,/\, |\partial L/\partial \hat y_i| =
-      \|\nabla_x f(x_i)\|` at the model's input x, exact (mean, min, max, p50, p99). Where the first layer that runs is a
-      Linear or convolution of torch's own, on x itself and the only one to use it, the numerator is :math:`\|W_1^\top
+      \|\nabla_x f(x_i)\|` at the model's input x, exact (mean, min, max, p50, p99). Where the first layer that runs is
+      a Linear or convolution of torch's own, on x itself and the only one to use it, the numerator is :math:`\|W_1^\top
       \partial L/\partial u_i\|`, without another backward pass. Elsewhere autograd takes the gradient at x, in some of
       the passes (`lambda_every`). Behind an Embedding it is the constant at the Embedding's output, which the note says
     * ``sandwich``, the two sides of Theorem 1 around its middle: lower :math:`\bar\lambda/\sigma_1(W_1)`, middle
@@ -73,26 +73,27 @@ class Lipschitz(StandaloneMetric):
     dL/du and dL/dyhat are those of the whole loss, so a term that reaches u past the output (an auxiliary head, a
     penalty on activations) enters r. A saturated sigmoid whose dL/dyhat rounds to zero is skipped.
 
-    The first passes of a run and of each window are checked: ``autograd.grad`` of two samples' outputs, through the same
-    graph, must be what was taken. Where it is not, or where the model cannot be differentiated by its input,
+    The first passes of a run and of each window are checked: ``autograd.grad`` of two samples' outputs, through the
+    same graph, must be what was taken. Where it is not, or where the model cannot be differentiated by its input,
     ``local_lipschitz`` is NaN with the reason, and one warning says so.
 
     Args:
         model: a module, to use the metric alone (call update() after every optimizer step); leave it out inside a
             Monitor.
         input: what lambda is the gradient at. The name of an argument or keyword of the model's forward (or of an entry
-            of a dict or dataclass among them), or a function of (arguments, keywords) that returns one of the tensors in
-            them; default: the first argument. Or the canonical name of a layer (Linear, Conv1-3d, Embedding), which is
-            then the first layer, and x what enters it; default: the first one executed.
+            of a dict or dataclass among them), or a function of (arguments, keywords) that returns one of the tensors
+            in them; default: the first argument. Or the canonical name of a layer (Linear, Conv1-3d, Embedding), which
+            is then the first layer, and x what enters it; default: the first one executed.
         output: canonical name of the module whose output is yhat, or the key or attribute that yhat has in what the
             model returns, or a function that returns it; default: the model's own output. It stands in the keys.
-        quantity: "scalar" needs one output value per sample. "residual" takes outputs with several values z_i and gives :math:`\|\partial L/\partial u_i\| / \|\partial L/\partial z_i\|` and :math:`\|\partial L/\partial
-            x_i\| / \|\partial L/\partial z_i\|`, lower bounds of the Jacobians' spectral norms, labelled one-sided.
+        quantity: "scalar" needs one output value per sample. "residual" takes outputs with several values z_i and gives
+            :math:`\|\partial L/\partial u_i\| / \|\partial L/\partial z_i\|` and :math:`\|\partial L/\partial x_i\| /
+            \|\partial L/\partial z_i\|`, lower bounds of the Jacobians' spectral norms, labelled one-sided.
             "auto" (default): "scalar" where the first output has one value per sample, else "residual".
         lambda_every: compute local Lipschitz constants at every k-th micro-batch; r is always taken at every one.
             Default: at every one where that is cheap, else at every 16th (W_1^T delta costs as much as the layer's
-            forward pass); where autograd takes the gradient at x, as often as 0.5 % of the time allow. The count of each value says how many samples are in it. Samples that the shortcut serves
-            always have one.
+            forward pass); where autograd takes the gradient at x, as often as 0.5 % of the time allow. The count of
+            each value says how many samples are in it. Samples that the shortcut serves always have one.
         shortcut: at batch 1, read r and lambda from the gradients of the first and last bias where the model is an
             nn.Sequential between two Linear layers (the same numbers in a third of the time); False: always tap.
         optional: where the model has no such output or first layer, turn off with a line in the plan instead of an
@@ -130,7 +131,7 @@ class Lipschitz(StandaloneMetric):
         self._shortcut = shortcut
         self._weight_before: Tensor | None = None
         self._moved = False  # W_1 had moved within the window before its state was loaded
-        self._resolved = "" if quantity == "auto" else quantity  # "auto" is settled by the first output
+        self._resolved = "" if quantity == "auto" else str(quantity)  # "auto" is settled by the first output
         self._at_input = ModelInputTap(f"{self.name}.x", lambda_every, self._lambda_refused)
         self._first = FirstLayerTap(
             f"{self.name}.input", self._at_input, self._remember_weight, self._lose_first, lambda_every
@@ -264,16 +265,16 @@ class Lipschitz(StandaloneMetric):
         """Label and drop what the check of lambda has found to be something else."""
         if self._at_input.mixing and not self._mixed:
             self._mixes(
-                "the output of a sample depends on other samples of the batch, so per-sample gradients are not those of "
-                "single samples"
+                "the output of a sample depends on other samples of the batch, so per-sample gradients are not those "
+                "of single samples"
             )
         if self._numerators.restart:
             self._numerators.restart = False
             for distribution in (self._lambdas, self._paired):
                 distribution.reset()  # the compiled objects stay: the shortcut holds them
             self._warn(
-                f"local_lipschitz by W_1 of '{self._first.name}' is not the gradient at the model's input: it is taken "
-                "there from here on, and what this window had so far is dropped"
+                f"local_lipschitz by W_1 of '{self._first.name}' is not the gradient at the model's input: from here "
+                "on that is taken, and what this window had so far is dropped"
             )
 
     def _check_mixing(self) -> None:
@@ -330,10 +331,13 @@ class Lipschitz(StandaloneMetric):
         size = 3 * 2048
         weight = self._first.weight()
         size += weight.numel() * weight.element_size() if weight is not None else 0
-        return [
-            PlanLine("first layer", f"{first}, {self._first.rule}", size),
-            PlanLine("output", f"{self._last.place}: {what}"),
-        ]
+        if self._numerators.first_off:
+            first = f"off: {self._numerators.first_off}"
+        by_input = bool(self._at_input.off) or self._at_input.by_product is False
+        lines = [PlanLine("first layer", first if by_input else f"{first}, {self._first.rule}", size)]
+        if by_input:
+            lines.append(PlanLine("lambda", self._at_input.rule))
+        return [*lines, PlanLine("output", f"{self._last.place}: {what}")]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make a copy or a pickle: as it is before it is bound, then the open window's numbers and nothing else."""
@@ -364,7 +368,9 @@ class Lipschitz(StandaloneMetric):
             count, skipped = lambdas.count, lambdas.missing + lambdas.invalid
         first_note = self._numerators.first_off or note
         result.add("normalized_gradient_norm", place, "total", **ratios.reduced(label, total=True, note=first_note))
-        result.add("steadiness", place, "total", max=Value(ratios.max, ratios.count, label, ratios.count > 0, first_note))
+        result.add(
+            "steadiness", place, "total", max=Value(ratios.max, ratios.count, label, ratios.count > 0, first_note)
+        )
         result.add("skipped", place, "total", sum=Value(float(skipped), count + skipped))
         result.details["infinite_ratios"] = ratios.invalid
         self._add_constants(result, place, label, note, lambdas)
@@ -373,9 +379,7 @@ class Lipschitz(StandaloneMetric):
             result.details["first_bias"] = self._first_bias(count + skipped)
         return result
 
-    def _add_constants(
-        self, result: MetricResult, place: str, label: Label, note: str, lambdas: Distribution
-    ) -> None:
+    def _add_constants(self, result: MetricResult, place: str, label: Label, note: str, lambdas: Distribution) -> None:
         """Add lambda, where it was taken, or why it was not."""
         off = self._at_input.off or self._at_input.suspended
         if not self._at_input.is_vector and isinstance(self._first.module, nn.Embedding):
@@ -406,7 +410,9 @@ class Lipschitz(StandaloneMetric):
         if module is None or isinstance(module, nn.Embedding) or not count or self._resolved != "scalar":
             return
         if weight is None or not self._at_input.by_product:
-            result.add("sandwich", place, "total", **no_sides(paired.mean, count, label, note, self._first.name))
+            sides = no_sides(paired.mean, count, label, note, self._first.name)
+            result.add("sandwich", place, "total", **sides)
+            result.details["sandwich_off"] = sides["lower"].note
             return
         sigma = singular_values_later(module, weight, self._first.batch_shape, self._weight_before)
         if sigma is None:
@@ -420,8 +426,8 @@ class Lipschitz(StandaloneMetric):
             )
         result.details["singular_values"] = sigma.then(asdict)
         middle = paired.mean
-        sides = sigma.then(lambda found: sandwich_sides(found, shape, average, middle, count, label, note))
-        result.add_later("sandwich", place, "total", sigma, sides)
+        later = sigma.then(lambda found: sandwich_sides(found, shape, average, middle, count, label, note))
+        result.add_later("sandwich", place, "total", sigma, later)
 
     def _first_bias(self, samples: int) -> dict[str, Any]:
         """What Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check."""
@@ -504,10 +510,10 @@ class Lipschitz(StandaloneMetric):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state. Where it does not fit, raise a ValueError and change nothing."""
         check_version(state, self._version, "metric")
-        quantity, mine = state.get("quantity"), self._quantity
-        known = ("auto", "scalar", "residual") if mine == "auto" else ("auto", mine)
+        quantity, own = state.get("quantity"), self._resolved or self._quantity
+        known = ("auto", "scalar", "residual") if own == "auto" else ("auto", own)
         if quantity not in known:
-            raise ValueError(f"quantity: the state has {quantity!r}, this metric has {mine!r}")
+            raise ValueError(f"quantity: the state has {quantity!r}, this metric has {own!r}")
         for key in ("mixed", "weight_moved"):
             if not isinstance(state.get(key), bool):
                 raise ValueError(f"{key}: expected True or False, got {state.get(key)!r}")
@@ -525,7 +531,8 @@ class Lipschitz(StandaloneMetric):
         for mine, theirs in zip(self._all, loaded, strict=True):
             mine.reset()  # the compiled objects stay: the shortcut holds them
             mine.merge(theirs)
-        self._resolved = quantity if quantity != "auto" else self._resolved
+        if quantity != "auto":
+            self._resolved = str(quantity)
         self._mixed, self._moved = state["mixed"], state["weight_moved"]
         self._bias.load(bias_steps)
         self._remember_weight()

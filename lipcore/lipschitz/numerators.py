@@ -82,8 +82,8 @@ class Numerators:
 
     def _misfit(self, rows: int, size: int) -> None:
         reason = (
-            f"input: first layer '{self._first.name}' has {rows} rows, {self._last.place} has {size}; both must have the "
-            "batch as first dimension (was it flattened with another one?)"
+            f"input: first layer '{self._first.name}' has {rows} rows, {self._last.place} has {size}; both must have "
+            "the batch as first dimension (was it flattened with another one?)"
         )
         if self._first.named:
             raise ValueError(reason)
@@ -138,8 +138,8 @@ class Numerators:
         if _differ(found.norms[some], found.reference[some], found.tolerance):
             at_input.suspend(
                 f"two samples' outputs alone have another gradient at the input than the loss brings there: it depends "
-                f"on the input past {self._last.place} (an auxiliary output, a penalty), or hooks change gradients; name "
-                "the output that the loss is made of: output=..."
+                f"on the input past {self._last.place} (an auxiliary output, a penalty), or hooks change gradients; "
+                "name the output that the loss is made of: output=..."
             )
             return
         at_input.resume()

@@ -113,8 +113,6 @@ class FirstLayerTap(FirstLayer):
     @property
     def rule(self) -> str:
         """How often lambda is computed, in words."""
-        if self._at_input.off or self._at_input.by_product is False:
-            return f"lambda by {self._at_input.rule}" if not self._at_input.off else f"lambda {self._at_input.rule}"
         if self._every is not None:
             return f"lambda every {self._every} micro-batches" if self._every > 1 else "lambda every micro-batch"
         return f"lambda every micro-batch, every {_SPARSE} where W_1^T delta takes over {_CHEAP:,} multiplications"

@@ -175,10 +175,12 @@ class Engine:
     # ---- errors: kept inside hooks, raised by the user's next call
 
     def _turn_off(self, error: Exception) -> bool:
-        """Whether all that needs the hooks can do without them."""
+        """Turn off all that needs the hooks, with one warning, if it can do without them; return whether it can."""
         optional = isinstance(error, ValueError) and all(metric.optional for metric in self._tapping)
         for metric in self._tapping if optional else ():
             metric.off = str(error)
+        if optional and self._tapping:
+            self._warn(f"lipcore turned {' and '.join(m.name for m in self._tapping)} off: {error}")
         return optional
 
     def _stop(self, error: Exception) -> None:
@@ -288,9 +290,6 @@ class Engine:
                 "and output are not used"
             )
         )
-        for metric in self._tapping:
-            if metric.off:
-                self._warn(f"lipcore turned {metric.name} off: {metric.off}")
 
     @property
     def unrecorded(self) -> int:

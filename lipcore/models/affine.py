@@ -36,7 +36,8 @@ def is_affine(module: nn.Module) -> bool:
 
 
 def _sets_weight(hook: Any) -> bool:
-    return getattr(type(hook), "__call__", None) in _SET_WEIGHT
+    kinds = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+    return isinstance(hook, kinds) and type(hook).__call__ in _SET_WEIGHT
 
 
 def is_parametrized(module: nn.Module) -> bool:
@@ -56,7 +57,7 @@ class WeightInUse:
 
     def watch(self, module: nn.Module) -> None:
         """Follow this layer, and a parametrization that it has by now."""
-        found: Any = module.parametrizations["weight"] if is_parametrized(module) else None  # type: ignore[index, operator]
+        found: Any = module.parametrizations["weight"] if is_parametrized(module) else None  # type: ignore[index]
         if module is self._module and found is self._list:
             return
         self.close()

@@ -172,7 +172,11 @@ def test_a_kept_error_is_raised_by_the_next_call(call: str) -> None:
 
 def test_an_exception_in_the_with_block_goes_first() -> None:
     model = seeded(lambda: mlp(5, 7, 3))
-    with pytest.warns(RuntimeWarning), pytest.raises(ZeroDivisionError), Monitor(model, metrics=[Lipschitz(quantity="scalar")]):
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(ZeroDivisionError),
+        Monitor(model, metrics=[Lipschitz(quantity="scalar")]),
+    ):
         model(torch.randn(2, 5)).sum().backward()
         raise ZeroDivisionError
     assert_unhooked(model)

@@ -1,5 +1,5 @@
-"""Models of every kind, with one value per sample: BEFORE have something before their first layer, FIRST an unusual first
-layer. ANY[name] = (build, shape of a sample, whether lambda comes by W_1)."""
+"""Models of every kind, with one value per sample: BEFORE have something before their first layer, FIRST an unusual
+first layer. ANY[name] = (build, shape of a sample, whether lambda comes by W_1)."""
 
 from __future__ import annotations
 
@@ -110,7 +110,9 @@ BEFORE: dict[str, Row] = {
         False,
     ),
     "two_branches": (
-        lambda: Graph(lambda m, x: m.c(m.a(x).tanh() * m.b(x)), a=nn.Linear(5, 4), b=nn.Linear(5, 4), c=nn.Linear(4, 1)),
+        lambda: Graph(
+            lambda m, x: m.c(m.a(x).tanh() * m.b(x)), a=nn.Linear(5, 4), b=nn.Linear(5, 4), c=nn.Linear(4, 1)
+        ),
         (5,),
         False,
     ),
@@ -270,7 +272,9 @@ FIRST: dict[str, Row] = {
         False,
     ),
     "called_without_hooks": (
-        lambda: Graph(lambda m, x: m.head(nn.Linear.forward(m.first, x).tanh()), first=nn.Linear(5, 4), head=nn.Linear(4, 1)),
+        lambda: Graph(
+            lambda m, x: m.head(nn.Linear.forward(m.first, x).tanh()), first=nn.Linear(5, 4), head=nn.Linear(4, 1)
+        ),
         (5,),
         False,
     ),

@@ -1,4 +1,4 @@
-"""lambda where inputs, outputs or loops are unusual: right, or off by name; and nothing is raised or changed in training."""
+"""lambda where inputs, outputs or loops are unusual: right, or off by name; training notices nothing."""
 
 from __future__ import annotations
 
@@ -425,7 +425,9 @@ def test_autocast_is_right_to_its_own_precision(build: Callable[[], nn.Module]) 
     assert not warned
 
 
-@pytest.mark.parametrize("wrap", [Wrapper, lambda m: nn.DataParallel(m, device_ids=[])], ids=["wrapper", "data_parallel"])
+@pytest.mark.parametrize(
+    "wrap", [Wrapper, lambda m: nn.DataParallel(m, device_ids=[])], ids=["wrapper", "data_parallel"]
+)
 def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
     for build in (normalized, lambda: mlp(5, 7, 1), lambda: before(nn.LayerNorm(5))):
         lambdas, _, warned = observed(wrap(double(build)), lambda m: m(X).square().sum())

@@ -272,7 +272,9 @@ def test_without_r_there_is_lambda(name: str) -> None:
     model, metric = seeded(build, dtype=torch.float64), Lipschitz(lambda_every=1)
     x = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).reshape(shape)
     expected = local_lipschitz(model, x)
-    with pytest.warns(UserWarning, match=f"normalized_gradient_norm off: .*{message.removeprefix('input: ')}") as caught:
+    with pytest.warns(
+        UserWarning, match=f"normalized_gradient_norm off: .*{message.removeprefix('input: ')}"
+    ) as caught:
         with Monitor(model, metrics=[metric]) as monitor:
             for _ in range(2):
                 model(x).sum().backward()

@@ -1,5 +1,5 @@
-"""A first layer whose weight is computed, or drawn, whenever it is read: training stays the same, and lambda is that of the
-weight which the forward pass used."""
+"""A first layer whose weight is computed, or drawn, whenever it is read: training stays the same, and lambda is that of
+the weight which the forward pass used."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def run(name: str, *, convolution: bool, size: int, watched: bool) -> tuple[list
 def _constants(model: nn.Module, weight: Tensor, x: Tensor, convolution: bool) -> Tensor:
     first = nn.Conv1d(1, 3, 2) if convolution else nn.Linear(5, 7)
     state = model.state_dict()
-    bias = next((state[key] for key in ("0.bias", "0.parametrizations.bias.original") if key in state))
+    bias = next(state[key] for key in ("0.bias", "0.parametrizations.bias.original") if key in state)
     if "0.parametrizations.bias.0.read" in state:
         bias = bias * (state["0.parametrizations.bias.0.read"] + 1)
     first.weight.data, first.bias.data = weight.clone(), bias.clone()

@@ -16,8 +16,8 @@ _OF_A_GROUP = 256
 
 
 class CostShare:
-    """Says at which passes something may be done. Told when each pass begins, it compares the time from pass to pass with
-    and without, and doubles the interval until the excess is at most `share` of the time."""
+    """Says at which passes something may be done. Told when each pass begins, it compares the times from pass to pass,
+    with and without, and doubles the interval until the excess is at most `share` of the time."""
 
     def __init__(self, share: float) -> None:
         self._share = share

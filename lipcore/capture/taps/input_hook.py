@@ -17,7 +17,7 @@ from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source, alias_of
 from lipcore.capture.taps.site import Site
-from lipcore.capture.taps.tap import InputTap, Tap
+from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, trial, two_of
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
@@ -26,10 +26,9 @@ from lipcore.models.inputs import exchanged
 from lipcore.models.restored import buffers_put_back, random_numbers_put_back
 from lipcore.models.torch_internals import has_backward_hooks
 
-
 _INSIDE = (
-    "the gradient at the input of a layer inside a compiled model, or past it, cannot be taken there; name an argument of "
-    "the model: input='<argument>'"
+    "the gradient at the input of a layer inside a compiled model cannot be taken; name an argument of the model: "
+    "input='<argument>'"
 )
 
 
@@ -57,7 +56,6 @@ class InputHook:
     Args:
         model: what the loop calls.
         at: the module whose input is meant, the model itself or one inside it.
-        first, last: the sites of the first layer and of the model's output, between which a pass is looked at.
     """
 
     def __init__(self, tap: InputTap, model: nn.Module, at: nn.Module, collector: Collector) -> None:
@@ -137,7 +135,7 @@ class InputHook:
         self._tried = True
         if not compiled and self.at is self._model and modules_in_order(self._model) is not None:
             return True
-        pick = self.last.taps[0].pick if self.last is not None else Tap.pick
+        pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
         layer = self.first.module if compiled and self.first is not None else None
         if layer is not None and (not is_affine(layer) or is_parametrized(layer)):
             layer = None
@@ -245,9 +243,7 @@ class _Check:
         collector.under_way.checking = True
         try:
             with random_numbers_put_back(hook._model, allowed=True), buffers_put_back(hook._model):
-                (found,) = torch.autograd.grad(
-                    [self._output], [self._at], [seed], retain_graph=True, allow_unused=True
-                )
+                (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)
             if found is None:
                 tap.refuse(NOT_DIFFERENTIABLE)
             elif found.shape[0] == size:
@@ -256,6 +252,10 @@ class _Check:
             tap.refuse(f"autograd.grad through the same graph raises {type(error).__name__}: {error}")
         finally:
             collector.under_way.checking = False
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
 
 
 def _nothing() -> None:

@@ -136,9 +136,7 @@ class Capture:
     def _register_taps(self) -> None:
         handles = self._tap_handles
         handles.append(
-            self.model.register_forward_pre_hook(
-                self._begin_forward, with_kwargs=self._compiled or bool(self._inputs)
-            )
+            self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=self._compiled or bool(self._inputs))
         )
         for at in self._inputs:
             if at.at is not self.model:
@@ -161,9 +159,7 @@ class Capture:
 
     def _look_for_first_layer(self, hook: ForwardHook) -> None:
         if self._compiled:
-            reason = (
-                "the first layer of a compiled model cannot be found by watching it run; name it: input='<module>'"
-            )
+            reason = "the first layer of a compiled model cannot be found by watching it run; name it: input='<module>'"
             if not hook.site.optional:
                 raise ValueError(f"input: {reason}")
             self._collector.lose(hook.site, reason)

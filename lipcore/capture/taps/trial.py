@@ -16,7 +16,7 @@ from lipcore.capture.taps.input_alias import Source
 from lipcore.models.inputs import exchanged
 from lipcore.models.pause import paused
 from lipcore.models.restored import attributes_put_back, buffers_put_back, random_numbers_put_back
-from lipcore.models.torch_internals import OptimizedModule
+from lipcore.models.torch_internals import OptimizedModule, original
 
 NOT_DIFFERENTIABLE = (
     "the output does not depend on the input through differentiable operations (torch.no_grad, detach or rounding lie "
@@ -67,7 +67,7 @@ def _first_line(error: Exception) -> str:
 def _bare(model: nn.Module) -> nn.Module:
     """The module without what synchronises or compiles its passes."""
     while isinstance(model, (OptimizedModule, nn.parallel.DistributedDataParallel)):
-        model = model._orig_mod if isinstance(model, OptimizedModule) else model.module
+        model = original(model) if isinstance(model, OptimizedModule) else model.module
     return model
 
 
@@ -101,7 +101,7 @@ def _run(
     def replace(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if points:
             return None
-        old = x if at is model else given[0] if given else next(iter(named.values()))
+        old: Tensor = x if x is not None else given[0] if given else next(iter(named.values()))
         points.append(old.detach().clone().requires_grad_())
         copy = points[0].clone()  # no leaf: the model may work on it in place
         copy.__dict__.update(old.__dict__)
