@@ -18,6 +18,7 @@ from lipcore.models.inputs import InputChoice, chosen_input
 from lipcore.models.names import unwrap
 
 _SHARE = 0.005  # of the time, for gradients at the input, and as much again for checks
+_TIMED = 8  # passes after a check, to compare its cost with
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3}  # of norms taken in two ways; half precision: 0.1
 
 #: Why there is no gradient at an input of integers.
@@ -57,6 +58,7 @@ class ModelInputTap(InputTap):
         self.checks = False  #: in the pass under way
         self._check_wanted = True
         self._passes = 0
+        self._timed_until = 0
         self._half = False  # autocast is on in the pass under way
         self._gradients, self._checks = CostShare(_SHARE), CostShare(_SHARE)
 
@@ -88,12 +90,16 @@ class ModelInputTap(InputTap):
     def asks(self) -> tuple[bool, bool]:
         """Say whether the gradient is wanted in the pass that begins, and whether it is to be checked."""
         number, self._passes = self._passes, self._passes + 1
-        self._gradients.begin()
-        self._checks.begin()
         self.checks = False
-        self._half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         if self.off:
             return False, False
+        if self._check_wanted:
+            self._timed_until = number + _TIMED
+        if self.by_product and number > self._timed_until:
+            return False, False
+        self._half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        self._gradients.begin(number)
+        self._checks.begin(number)
         self.checks = self._check_wanted and self._checks.is_due
         if self._every is not None and self.by_product is False:
             wanted = number % self._every == 0
@@ -105,6 +111,7 @@ class ModelInputTap(InputTap):
             self._gradients.disturbed()
         elif wanted:
             self._gradients.done()
+            self._checks.disturbed()
         return self.checks or wanted or self.by_product is None, self.checks
 
     def refuse(self, reason: str) -> None:

@@ -21,7 +21,7 @@ _SET_WEIGHT = (WeightNorm.__call__, SpectralNorm.__call__, prune.BasePruningMeth
 def own_class(module: nn.Module) -> type[nn.Module]:
     """Return the class that computes: that under a parametrization."""
     kind = type(module)
-    return kind.__bases__[0] if parametrize.is_parametrized(module) else kind
+    return kind.__bases__[0] if "parametrizations" in module._modules else kind
 
 
 def is_affine(module: nn.Module) -> bool:
@@ -30,9 +30,12 @@ def is_affine(module: nn.Module) -> bool:
     own = module.__dict__
     if own_class(module) not in _AFFINE or "forward" in own or "_conv_forward" in own:
         return False
-    if not (module._forward_pre_hooks or module._forward_hooks or module._backward_hooks):
+    # Looked up in __dict__: this runs in every pass.
+    if own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return False
+    if not (own["_forward_pre_hooks"] or own["_forward_hooks"]):
         return True
-    return not module._backward_hooks and all(_sets_weight(hook) for hook in foreign_hooks(module))
+    return all(_sets_weight(hook) for hook in foreign_hooks(module))
 
 
 def _sets_weight(hook: Any) -> bool:
@@ -80,9 +83,9 @@ class WeightInUse:
         """Return it; None where it is not known."""
         if self._module is None:
             return None
-        if is_parametrized(self._module):
-            return self._caught
         weight = self._module._parameters.get("weight")
+        if weight is None and is_parametrized(self._module):
+            return self._caught
         # weight_norm, spectral_norm and pruning of the old kind leave what they computed in an attribute.
         weight = vars(self._module).get("weight") if weight is None else weight
         return weight if isinstance(weight, Tensor) else None

@@ -25,6 +25,11 @@ def chosen_input(
     Raises:
         ValueError: several tensors could be meant; the choice is none of them, or no plain floating tensor.
     """
+    if choice is None and arguments and type(arguments[0]) is Tensor:  # most models, without a search
+        if not arguments[0].is_floating_point():
+            return None
+        if _fits(arguments[0]):
+            return arguments[0]
     found = list(_tensors((arguments, keywords)))
     if choice is None:
         floating = [tensor for tensor in found if tensor.is_floating_point()]
@@ -44,6 +49,11 @@ def chosen_input(
         chosen = _named(model, choice, arguments, keywords)
     _check(chosen)
     return chosen  # type: ignore[no-any-return]
+
+
+def _fits(tensor: Tensor) -> bool:
+    plain = tensor.layout is torch.strided and not tensor.is_inference()
+    return plain and bool(tensor.dim())
 
 
 def _check(chosen: Any) -> None:

@@ -15,7 +15,8 @@ from oracle import same_bits
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lipcore import Lipschitz, Monitor
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms
+from lipcore.capture.taps.cost_share import CostShare
 from lipcore.metric.results import MetricResult
 
 
@@ -364,7 +365,10 @@ def test_a_key_that_is_not_there_is_named_with_those_that_are() -> None:
         monitor.model(X)["logits"].sum().backward()
 
 
-def test_a_loss_that_reaches_the_input_past_the_output_turns_lambda_off_while_it_does() -> None:
+def test_a_loss_that_reaches_the_input_past_the_output_turns_lambda_off_while_it_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(CostShare, "is_due", True)  # every window is checked
     model = double(lambda: packing("dict"))
     metric = Lipschitz(output="logits", lambda_every=1)
     expected = constants(double(lambda: packing("dict")), X, logits_of)
@@ -373,7 +377,6 @@ def test_a_loss_that_reaches_the_input_past_the_output_turns_lambda_off_while_it
             out = model(X)
             (out["logits"].square().sum() + penalty * out["hidden"].square().sum()).backward()
             monitor.step()
-            metric._at_input._checks = type(metric._at_input._checks)(1e9)  # checked in every window
     windows = [window["lipschitz"].local_lipschitz["logits"].mean for window in monitor.history]
     assert [window.valid for window in windows] == [True, False, False, True, True]
     assert windows[4].value == pytest.approx(float(expected.mean()), rel=1e-11)
@@ -433,6 +436,26 @@ def test_wrapped_models(wrap: Callable[[nn.Module], nn.Module]) -> None:
         lambdas, _, warned = observed(wrap(double(build)), lambda m: m(X).square().sum())
         assert relative_error(lambdas, constants(double(build), X)) <= 1e-11
         assert not warned
+
+
+@pytest.mark.parametrize("build", [normalized, lambda: mlp(5, 7, 1)], ids=["gradient", "product"])
+def test_beside_per_sample_norms_each_has_its_numbers(build: Callable[[], nn.Module]) -> None:
+    found = []
+    for metrics in ([Lipschitz(lambda_every=1)], []):
+        norms = PerSampleGradNorms(loss_reduction="sum")
+        model = double(build)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with Monitor(model, metrics=[*metrics, norms]) as monitor:
+                for _ in range(3):
+                    model(X).square().sum().backward()
+                    monitor.step()
+                window = monitor.compute()
+        found.append(window["per_sample_grad_norm"].to_dict())
+        if metrics:
+            (values,) = window["lipschitz"].local_lipschitz.values()
+            assert values["mean"].value == pytest.approx(float(constants(double(build), X).mean()), rel=1e-11)
+    assert found[0] == found[1]
 
 
 def test_a_layer_inside_the_model_by_name() -> None:

@@ -16,7 +16,7 @@ _OF_A_GROUP = 256
 
 
 class CostShare:
-    """Says at which passes something may be done. Told when each pass begins, it compares the times from pass to pass,
+    """Says at which passes something may be done. Told when passes begin, it compares the times from pass to pass,
     with and without, and doubles the interval until the excess is at most `share` of the time."""
 
     def __init__(self, share: float) -> None:
@@ -28,15 +28,14 @@ class CostShare:
         self._interval = 0  # 0: still learning
         self._next = 0
 
-    def begin(self) -> None:
-        """A pass begins."""
+    def begin(self, number: int) -> None:
+        """Learn that the pass of this number begins. Passes may be left out: then the time since the last one that was
+        not says nothing."""
         now = time.perf_counter()
-        if self._dear is not None:
+        if self._dear is not None and number == self._number + 1:
             self._times[self._dear].append(now - self._began)
-        self._began, self._dear = now, False
-        self._number += 1
-        if self._number == 0:
-            self._dear = None  # warms up
+        self._began, self._number = now, number
+        self._dear = False if number else None  # the first warms up
 
     @property
     def is_due(self) -> bool:
@@ -45,7 +44,7 @@ class CostShare:
             return self._number % _OF_A_GROUP == 0
         if self._number < _LEARNING:
             return self._number % 2 == 0
-        if self._number == _LEARNING:
+        if not self._interval:
             self._plan(debt=4)
         return self._number >= self._next
 

@@ -83,6 +83,8 @@ class InputHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the model's forward pass: return other arguments, with the alias among them, or None."""
         self._now.passing = None
+        if self.tap.off:
+            return None
         try:
             self.tap.prepare()
             x = None

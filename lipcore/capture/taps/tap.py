@@ -59,6 +59,7 @@ class InputTap(Tap):
 
     argument = "input"
     columns = 1
+    off: str  #: why there is no gradient at the input, or ""
     by_product: bool | None  #: whether the first layer's weight gives the numbers as well; None: not known yet
     first: Tap  #: on the layer that may be all that the output depends on the input by
     last: Tap  #: on the output that is differentiated
