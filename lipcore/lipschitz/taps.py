@@ -81,6 +81,10 @@ class FirstLayerTap(FirstLayer):
         self.weight.watch(self.module)
         return is_affine(self.module)
 
+    def close(self) -> None:
+        """Leave the layer's weight."""
+        self.weight.close()
+
     def lost(self, reason: str) -> None:
         """Learn that there is no such layer, or that it is called twice."""
         self._on_lost(reason)

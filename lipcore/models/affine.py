@@ -61,7 +61,7 @@ class WeightInUse:
     def watch(self, module: nn.Module) -> None:
         """Follow this layer, and a parametrization that it has by now."""
         found: Any = module.parametrizations["weight"] if is_parametrized(module) else None  # type: ignore[index]
-        if module is self._module and found is self._list:
+        if module is self._module and found is self._list and (self._handle is None) == (found is None):
             return
         self.close()
         self._module, self._list, self._caught = module, found, None
@@ -69,10 +69,10 @@ class WeightInUse:
             self._handle = found.register_forward_hook(self._computed)
 
     def close(self) -> None:
-        """Remove the hook."""
+        """Remove the hook; what was seen last stays."""
         if self._handle is not None:
             self._handle.remove()
-            self._module = self._list = self._handle = None
+            self._handle = None
 
     def _computed(self, module: nn.Module, arguments: Any, weight: Any) -> None:
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not _core.is_plain_run():

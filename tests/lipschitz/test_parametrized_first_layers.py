@@ -114,6 +114,7 @@ def run(name: str, *, convolution: bool, size: int, watched: bool) -> tuple[list
             (sides,) = window["lipschitz"].sandwich.values()
             assert sides["lower"].valid, sides["lower"].note
         monitor.close()
+        assert not any(module._forward_hooks for module in model.modules())
     return [tensor.clone() for tensor in model.state_dict().values()], found, expected
 
 

@@ -36,6 +36,9 @@ class Tap(ABC):
         """Return the tensor that is meant, of what the module returned."""
         return output
 
+    def close(self) -> None:  # noqa: B027
+        """Remove hooks of its own."""
+
     def lost(self, reason: str) -> None:  # noqa: B027
         """Learn that there will be no numbers of this tap, and why."""
 

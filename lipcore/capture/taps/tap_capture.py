@@ -174,6 +174,8 @@ class Capture:
         self._collector.recording = self._collector.tapping = False
         if self._finder is not None:
             self._finder.close()
+        for tap in (tap for site in self._sites.values() for tap in site.taps):
+            tap.close()
         for handles in (self._handles, self._tap_handles):
             for handle in handles:
                 handle.remove()
