@@ -186,7 +186,7 @@ def fold_means(mean: typing.Any, earlier: typing.Any, share: typing.Any, gap_sq:
     ...
 def is_plain_run() -> bool:
     """
-    Whether no transform of torch.func, forward AD, tracing or fake tensors are at work.
+    Whether no transform of torch.func, forward AD, tracing, fake tensors or pause() are at work.
     """
 def is_training_forward() -> bool:
     """

@@ -41,6 +41,7 @@ void register_torch_passes(const TorchPasses& passes) {
 static_assert(sizeof(TorchPasses) == kTorchPasses * sizeof(PyObject*), "one reference after the other");
 
 int is_plain_run() {
+  if (is_paused()) return 0;
   const int transformed = returns(torch.transform, Py_None);
   if (transformed != 1) return transformed;
   const int traced = returns(torch.tracing, Py_False);
@@ -55,7 +56,6 @@ int is_plain_run() {
 }
 
 int is_training_forward() {
-  if (is_paused()) return 0;
   const int grad = is_grad_enabled();
   if (grad != 1) return grad;
   int64_t task;

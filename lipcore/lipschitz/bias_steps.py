@@ -44,7 +44,7 @@ class BiasSteps:
     def find(self, model: nn.Module | None, layer: nn.Module | None) -> None:
         """Look where the layer's bias is: it may be another object than before (moved, loaded, rebound), or have been
         given to an optimizer since."""
-        bias = getattr(layer, "bias", None)
+        bias = layer._parameters.get("bias") if layer is not None else None  # a parametrized one is not computed
         places = [
             (optimizer, i)
             for optimizer in self._optimizers

@@ -7,24 +7,25 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from lipcore.lipschitz.singular_values import SingularValues, has_singular_values, singular_values
 from lipcore.metric.later import Later
+from lipcore.models.affine import own_class
 
 
 def singular_values_later(
-    module: nn.Module, batch_shape: tuple[int, ...] | None, before: Tensor | None
+    module: nn.Module, weight: Tensor, batch_shape: tuple[int, ...] | None, before: Tensor | None
 ) -> Later[SingularValues] | None:
     """Return singular values of a first layer as it is now, to be taken from a copy; None where there are none.
 
     Args:
+        weight: as the layer has used it: a parametrization is not computed again.
         batch_shape: of the layer's input.
         before: an earlier copy of the weight, which serves where nothing has changed.
     """
-    if not has_singular_values(module, batch_shape):
+    if not has_singular_values(module, weight, batch_shape):
         return None
-    weight: Tensor = module.weight.detach()  # type: ignore[operator]
+    weight = weight.detach()
     copy = before if before is not None and torch.equal(before, weight) else weight.clone()
     twin = _twin(module, copy)
 
@@ -45,9 +46,7 @@ def _unknown(why: str) -> SingularValues:
 
 def _twin(module: nn.Module, weight: Tensor) -> nn.Module:
     """A layer with this weight and the module's settings (stride, padding, ...), without its hooks and parameters."""
-    kind = type(module)
-    if parametrize.is_parametrized(module):
-        kind = kind.__bases__[0]  # its own class computes the weight
+    kind = own_class(module)
     twin: nn.Module = kind.__new__(kind)
     nn.Module.__init__(twin)
     own = set(twin.__dict__) | {"weight", "forward"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -16,9 +16,12 @@ from lipcore import _core
 from lipcore.capture.taps.tap import FIRST_LAYER, Record, SingleSample, Tap
 from lipcore.lipschitz.bias_steps import BiasSteps
 from lipcore.lipschitz.first_weight import singular_values_later
+from lipcore.lipschitz.input_tap import ModelInputTap
+from lipcore.lipschitz.numerators import Numerators
 from lipcore.lipschitz.pointwise import mixes_samples
-from lipcore.lipschitz.sandwich import sandwich_sides
+from lipcore.lipschitz.sandwich import no_sides, sandwich_sides
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
+from lipcore.lipschitz.targets import begins_with_layer, find_input, find_output
 from lipcore.metric.distribution import Distribution, loaded_distributions
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import Needs, PlanLine, TapCounts
@@ -26,6 +29,7 @@ from lipcore.metric.results import Label, MetricResult, Value
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
+from lipcore.models.inputs import InputChoice
 from lipcore.models.names import named_modules, unwrap
 from lipcore.models.torch_internals import AnyBatchNorm
 
@@ -48,9 +52,11 @@ class Lipschitz(StandaloneMetric):
     * ``normalized_gradient_norm`` :math:`r_i = \|\partial L/\partial u_i\| \,/\, |\partial L/\partial \hat y_i|` (mean,
       min, max, p50, p99, sum). Its sum over a window is the normalised first-layer gradient length, the middle of
       Theorem 1 of Loukas, Poiitis and Jegelka (NeurIPS 2021) with the first bias taken non-shared
-    * ``local_lipschitz`` :math:`\lambda_i = \|W_1^\top \partial L/\partial u_i\| \,/\, |\partial L/\partial \hat y_i| =
-      \|\nabla_x f(x_i)\|`, exact, without a second backward pass (mean, min, max, p50, p99); there is none for an
-      Embedding
+    * ``local_lipschitz`` :math:`\lambda_i = \|\partial L/\partial x_i\| \,/\, |\partial L/\partial \hat y_i| =
+      \|\nabla_x f(x_i)\|` at the model's input x, exact (mean, min, max, p50, p99). Where the first layer that runs is
+      a Linear or convolution of torch's own, on x itself and the only one to use it, the numerator is :math:`\|W_1^\top
+      \partial L/\partial u_i\|`, without another backward pass. Elsewhere autograd takes the gradient at x, in some of
+      the passes (`lambda_every`). Behind an Embedding it is the constant at the Embedding's output, which the note says
     * ``sandwich``, the two sides of Theorem 1 around its middle: lower :math:`\bar\lambda/\sigma_1(W_1)`, middle
       :math:`\bar r`, upper :math:`\bar\lambda/\sigma_{\min}(W_1)`. The upper side holds only where W_1 has full rank
       and no more outputs than inputs; `upper.valid` says so. W_1 is taken when the window closes; where it moved within
@@ -67,23 +73,27 @@ class Lipschitz(StandaloneMetric):
     dL/du and dL/dyhat are those of the whole loss, so a term that reaches u past the output (an auxiliary head, a
     penalty on activations) enters r. A saturated sigmoid whose dL/dyhat rounds to zero is skipped.
 
-    :math:`\nabla_x f = W_1^\top \nabla_u f` needs every path from x to pass through the first layer. An input skip is
-    looked for in the first forward pass, and warned of. x is what enters that layer, after any preprocessing in the
-    model.
+    The first passes of a run and of each window are checked: ``autograd.grad`` of two samples' outputs, through the
+    same graph, must be what was taken. Where it is not, or where the model cannot be differentiated by its input,
+    ``local_lipschitz`` is NaN with the reason, and one warning says so.
 
     Args:
         model: a module, to use the metric alone (call update() after every optimizer step); leave it out inside a
             Monitor.
-        input: canonical name of the first layer (Linear, Conv1-3d, Embedding); default: the first one executed.
-        output: canonical name of the module whose output is yhat; default: the model's own output. It stands in the
-            keys.
-        quantity: "scalar" (default) needs one output value per sample. "residual" takes outputs with several values z_i
-            and gives :math:`\|\partial L/\partial u_i\| / \|\partial L/\partial z_i\|` and :math:`\|\partial L/\partial
-            x_i\| / \|\partial L/\partial z_i\|`, lower bounds of the Jacobians' spectral norms, labelled one-sided.
+        input: what lambda is the gradient at. The name of an argument or keyword of the model's forward (or of an entry
+            of a dict or dataclass among them), or a function of (arguments, keywords) that returns one of the tensors
+            in them; default: the first argument. Or the canonical name of a layer (Linear, Conv1-3d, Embedding), which
+            is then the first layer, and x what enters it; default: the first one executed.
+        output: canonical name of the module whose output is yhat, or the key or attribute that yhat has in what the
+            model returns, or a function that returns it; default: the model's own output. It stands in the keys.
+        quantity: "scalar" needs one output value per sample. "residual" takes outputs with several values z_i and gives
+            :math:`\|\partial L/\partial u_i\| / \|\partial L/\partial z_i\|` and :math:`\|\partial L/\partial x_i\| /
+            \|\partial L/\partial z_i\|`, lower bounds of the Jacobians' spectral norms, labelled one-sided.
+            "auto" (default): "scalar" where the first output has one value per sample, else "residual".
         lambda_every: compute local Lipschitz constants at every k-th micro-batch; r is always taken at every one.
             Default: at every one where that is cheap, else at every 16th (W_1^T delta costs as much as the layer's
-            forward pass). The count of each value says how many samples are in it. Samples that the shortcut serves
-            always have one.
+            forward pass); where autograd takes the gradient at x, as often as 0.5 % of the time allow. The count of
+            each value says how many samples are in it. Samples that the shortcut serves always have one.
         shortcut: at batch 1, read r and lambda from the gradients of the first and last bias where the model is an
             nn.Sequential between two Linear layers (the same numbers in a third of the time); False: always tap.
         optional: where the model has no such output or first layer, turn off with a line in the plan instead of an
@@ -104,14 +114,14 @@ class Lipschitz(StandaloneMetric):
         self,
         model: nn.Module | None = None,
         *,
-        input: str | None = None,
-        output: str | None = None,
-        quantity: Literal["scalar", "residual"] = "scalar",
+        input: InputChoice | None = None,
+        output: str | Callable[[Any], Tensor] | None = None,
+        quantity: Literal["auto", "scalar", "residual"] = "auto",
         lambda_every: int | None = None,
         optional: bool = False,
         shortcut: bool = True,
     ) -> None:
-        check_choice("quantity", quantity, ("scalar", "residual"))
+        check_choice("quantity", quantity, ("auto", "scalar", "residual"))
         check_count("lambda_every", lambda_every, optional=True)
         self._settings = {"input": input, "output": output, "quantity": quantity, "lambda_every": lambda_every}
         self._settings |= {"optional": optional, "shortcut": shortcut}
@@ -121,8 +131,14 @@ class Lipschitz(StandaloneMetric):
         self._shortcut = shortcut
         self._weight_before: Tensor | None = None
         self._moved = False  # W_1 had moved within the window before its state was loaded
-        self._first = FirstLayerTap(f"{self.name}.input", self._remember_weight, self._bypassed, lambda_every)
+        self._resolved = "" if quantity == "auto" else str(quantity)  # "auto" is settled by the first output
+        self._at_input = ModelInputTap(f"{self.name}.x", lambda_every, self._lambda_refused)
+        self._first = FirstLayerTap(
+            f"{self.name}.input", self._at_input, self._remember_weight, self._lose_first, lambda_every
+        )
         self._last = OutputTap(f"{self.name}.output", self._check_output)
+        self._at_input.first, self._at_input.last = self._first, self._last
+        self._numerators = Numerators(self._first, self._last, self._at_input, self._warn)
         self._ratios, self._lambdas = Distribution(), Distribution()
         self._paired = Distribution()  # r of the samples that have a lambda, for the sandwich
         self._all = (self._ratios, self._lambdas, self._paired)
@@ -133,7 +149,6 @@ class Lipschitz(StandaloneMetric):
         self._warned = False
         self._raised: Warning | None = None  # by a warning, where it could not be handed on
         self._served = False  # the shortcut has been used
-        self._skips = False  # the output depends on the input past the first layer
         self._closed: deque[list[Distribution]] = deque(maxlen=0)  # blocks of a sliding window
         self._bias = BiasSteps()
         self._model: nn.Module | None = None
@@ -145,7 +160,8 @@ class Lipschitz(StandaloneMetric):
 
     def needs(self) -> Needs:
         """Say what it taps: the gradient at the first layer's output and at the model's."""
-        taps: dict[Tap, str] = {self._first: self._input or FIRST_LAYER, self._last: self._output or ""}
+        layer = self._first.target
+        taps: dict[Tap, str] = {self._first: layer or FIRST_LAYER, self._last: self._last.target, self._at_input: layer}
         return Needs(taps=taps, single_sample=self._single_sample())
 
     def counted(self, counts: TapCounts) -> None:
@@ -155,7 +171,7 @@ class Lipschitz(StandaloneMetric):
     def _single_sample(self) -> SingleSample | None:
         """The bias shortcut reads the ends of the model; named layers and vector outputs take the taps."""
         named = self._input is not None or self._output is not None
-        if named or not self._shortcut or self._quantity != "scalar":
+        if named or not self._shortcut or self._quantity == "residual":
             return None
         return SingleSample(self._core_distributions, on_served=self._forget_record, agrees=self._agrees)
 
@@ -194,12 +210,19 @@ class Lipschitz(StandaloneMetric):
                 "and load_state_dict() of the original"
             )
         self._model = model
+        self._first.target, self._at_input.choice = find_input(model, self._input)
+        self._last.target, self._last.choice = find_output(model, self._output)
+        self._first.begins = begins_with_layer(model)
+        self._at_input.bind(model)
+        self._numerators.start()
         self._batchnorms = [module for _, module in named_modules(unwrap(model)) if isinstance(module, AnyBatchNorm)]
 
     def _check_output(self, output: Tensor) -> None:
         """ValueError when this output does not have the one value per sample it should."""
         values, rows = output.numel(), output.shape[0] if output.dim() else 1
-        if self._quantity == "residual" or values == rows:
+        if not self._resolved and values:
+            self._resolved = "scalar" if values == rows else "residual"
+        if self._resolved == "residual" or values == rows:
             return
         raise ValueError(
             f"output: {self._last.place} has shape {list(output.shape)}, but one value per sample is needed, [B] or "
@@ -210,19 +233,17 @@ class Lipschitz(StandaloneMetric):
     # ---- what it observes
 
     def observe_record(self, record: Record) -> None:
-        """One micro-batch through the taps."""
-        numerators, output_grad = record[self._first.key], record[self._last.key]
-        if numerators.shape[1] != output_grad.shape[1]:
-            raise ValueError(
-                f"input: first layer '{self._first.name}' has {numerators.shape[1]} rows, {self._last.place} has "
-                f"{output_grad.shape[1]}; both must have the batch as first dimension (was it flattened with another "
-                "one?)"
-            )
+        """Take in one micro-batch that has come through the taps."""
+        output_grad = record[self._last.key]
         if self._batchnorms:
             self._check_mixing()
+        numerators = self._numerators.of(record, mixed=self._mixed)
+        self._heed_checks()
         if self._raised is not None:
             error, self._raised = self._raised, None
             raise error
+        if numerators is None:
+            return
         self._record = numerators, output_grad
         if numerators.is_cpu:
             _core.observe_ratios(numerators, output_grad, self._core_distributions)
@@ -240,24 +261,42 @@ class Lipschitz(StandaloneMetric):
         """The counting itself, at every step of loops whose steps take microseconds."""
         return self._bias.observe
 
+    def _heed_checks(self) -> None:
+        """Label and drop what the check of lambda has found to be something else."""
+        if self._at_input.mixing and not self._mixed:
+            self._mixes(
+                "the output of a sample depends on other samples of the batch, so per-sample gradients are not those "
+                "of single samples"
+            )
+        if self._numerators.restart:
+            self._numerators.restart = False
+            for distribution in (self._lambdas, self._paired):
+                distribution.reset()  # the compiled objects stay: the shortcut holds them
+            self._warn(
+                f"local_lipschitz by W_1 of '{self._first.name}' is not the gradient at the model's input: from here "
+                "on that is taken, and what this window had so far is dropped"
+            )
+
     def _check_mixing(self) -> None:
         if any(mixes_samples(module) for module in self._batchnorms):
-            if not self._warned:
-                self._warned = True
-                self._warn(
-                    "BatchNorm in train mode mixes samples, so per-sample gradients are not those of single samples: "
-                    "lipschitz values are heuristic (directly behind the first layer they lose their meaning). Use "
-                    "GroupNorm or LayerNorm for exact ones"
-                )
-            self._mixed = True
+            self._mixes(
+                "BatchNorm in train mode mixes samples, so per-sample gradients are not those of single samples"
+            )
 
-    def _bypassed(self) -> None:
-        self._skips = True
-        self._warn(
-            f"the model's output depends on its input past the first layer '{self._first.name}' (an input skip?): "
-            "normalized_gradient_norm is exact, but local_lipschitz is only the part of the gradient that goes "
-            "through that layer, labelled heuristic"
-        )
+    def _mixes(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._warn(
+                f"{why}: lipschitz values are heuristic (directly behind the first layer they lose their meaning). For "
+                "exact ones follow fixed points in eval mode, monitor.probe(x, name), or use GroupNorm or LayerNorm"
+            )
+        self._mixed = True
+
+    def _lose_first(self, reason: str) -> None:
+        self._numerators.lose_first(reason)
+
+    def _lambda_refused(self, reason: str) -> None:
+        self._warn(f"lipcore turned local_lipschitz off: {reason}")
 
     def _warn(self, message: str) -> None:
         self._raised = warn_in_hook(message, UserWarning, stacklevel=3) or self._raised
@@ -284,15 +323,21 @@ class Lipschitz(StandaloneMetric):
             if self._first.module is not None
             else "found at the first step"
         )
-        what = "one value per sample" if self._quantity == "scalar" else "any shape, one-sided bound"
+        what = {
+            "scalar": "one value per sample",
+            "residual": "any shape, one-sided bound",
+            "": "one value per sample, or a one-sided bound where there are several",
+        }[self._resolved]
         size = 3 * 2048
-        if isinstance(self._first.module, nn.Module):
-            weight: Tensor = self._first.module.weight  # type: ignore[assignment]
-            size += weight.numel() * weight.element_size() if isinstance(weight, Tensor) else 0
-        return [
-            PlanLine("first layer", f"{first}, {self._first.rule}", size),
-            PlanLine("output", f"{self._last.place}: {what}"),
-        ]
+        weight = self._first.weight()
+        size += weight.numel() * weight.element_size() if weight is not None else 0
+        if self._numerators.first_off:
+            first = f"off: {self._numerators.first_off}"
+        by_input = bool(self._at_input.off) or self._at_input.by_product is False
+        lines = [PlanLine("first layer", first if by_input else f"{first}, {self._first.rule}", size)]
+        if by_input:
+            lines.append(PlanLine("lambda", self._at_input.rule))
+        return [*lines, PlanLine("output", f"{self._last.place}: {what}")]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Make a copy or a pickle: as it is before it is bound, then the open window's numbers and nothing else."""
@@ -303,30 +348,50 @@ class Lipschitz(StandaloneMetric):
         """The open window's numbers; see the class for what they are."""
         if self._numbers is not None:
             return self._numbers
-        result = MetricResult(self.name, first_layer=self._first.name, output=self._last.place, quantity=self._quantity)
-        label: Label = "one-sided" if self._quantity == "residual" else "exact"
+        self._numerators.settle()
+        self._heed_checks()
+        quantity = self._resolved or self._quantity
+        result = MetricResult(self.name, first_layer=self._first.name, output=self._last.place, quantity=quantity)
+        label: Label = "one-sided" if quantity == "residual" else "exact"
         note = ""
         if self._mixed:
-            label, note = "heuristic", "BatchNorm in train mode mixes samples"
+            label, note = "heuristic", f"{'BatchNorm in train mode' if self._batchnorms else 'the model'} mixes samples"
         place = self._last.place
         ratios, lambdas, paired = self._window()
-        result.add("normalized_gradient_norm", place, "total", **ratios.reduced(label, total=True, note=note))
         if self._counts is not None:
             result.details["unrecorded_forwards"] = self._counts.unrecorded
             if self._counts.refused:
                 result.details["unrecorded_because"] = list(self._counts.refused)
         count, skipped = ratios.count, ratios.missing + ratios.invalid
-        result.add("steadiness", place, "total", max=Value(ratios.max, count, label, count > 0, note))
+        if self._numerators.first_off:
+            result.details["normalized_gradient_norm_off"] = self._numerators.first_off
+            count, skipped = lambdas.count, lambdas.missing + lambdas.invalid
+        first_note = self._numerators.first_off or note
+        result.add("normalized_gradient_norm", place, "total", **ratios.reduced(label, total=True, note=first_note))
+        result.add(
+            "steadiness", place, "total", max=Value(ratios.max, ratios.count, label, ratios.count > 0, first_note)
+        )
         result.add("skipped", place, "total", sum=Value(float(skipped), count + skipped))
         result.details["infinite_ratios"] = ratios.invalid
-        if not isinstance(self._first.module, nn.Embedding):
-            if self._skips:
-                label, note = "heuristic", f"{note}; " * bool(note) + "the input also goes past the first layer"
-            result.add("local_lipschitz", place, "total", **lambdas.reduced(label, note=note))
+        self._add_constants(result, place, label, note, lambdas)
+        if self._first.module is not None:
             self._add_sandwich(result, place, label, note, lambdas.mean, paired)
-            if self._first.module is not None:
-                result.details["first_bias"] = self._first_bias(count + skipped)
+            result.details["first_bias"] = self._first_bias(count + skipped)
         return result
+
+    def _add_constants(self, result: MetricResult, place: str, label: Label, note: str, lambdas: Distribution) -> None:
+        """Add lambda, where it was taken, or why it was not."""
+        off = self._at_input.off or self._at_input.suspended
+        if not self._at_input.is_vector and isinstance(self._first.module, nn.Embedding):
+            where = f"at the output of Embedding '{self._first.name}': the input holds integers"
+            off, note = "", f"{note}; " * bool(note) + where
+        if off:
+            result.details["local_lipschitz_off"] = off
+            lambdas, note = Distribution(), off
+        values = lambdas.reduced(label, note=note)
+        if off:
+            values = {reducer: replace(value, note=off) for reducer, value in values.items()}
+        result.add("local_lipschitz", place, "total", **values)
 
     def _window(self) -> list[Distribution]:
         """r, lambda, and r where there is a lambda, over all blocks of the window."""
@@ -341,13 +406,18 @@ class Lipschitz(StandaloneMetric):
     def _add_sandwich(
         self, result: MetricResult, place: str, label: Label, note: str, average: float, paired: Distribution
     ) -> None:
-        module, count = self._first.module, paired.count
-        if module is None or not count or self._quantity != "scalar":
+        module, weight, count = self._first.module, self._first.weight(), paired.count
+        if module is None or isinstance(module, nn.Embedding) or not count or self._resolved != "scalar":
             return
-        sigma = singular_values_later(module, self._first.batch_shape, self._weight_before)
+        if weight is None or not self._at_input.by_product:
+            sides = no_sides(paired.mean, count, label, note, self._first.name)
+            result.add("sandwich", place, "total", **sides)
+            result.details["sandwich_off"] = sides["lower"].note
+            return
+        sigma = singular_values_later(module, weight, self._first.batch_shape, self._weight_before)
         if sigma is None:
             return
-        shape = tuple(module.weight.shape)  # type: ignore[arg-type]
+        shape = tuple(weight.shape)
         moved = result.details["first_weight_moved"] = self._weight_moved()
         if moved:
             label, note = (
@@ -356,8 +426,8 @@ class Lipschitz(StandaloneMetric):
             )
         result.details["singular_values"] = sigma.then(asdict)
         middle = paired.mean
-        sides = sigma.then(lambda found: sandwich_sides(found, shape, average, middle, count, label, note))
-        result.add_later("sandwich", place, "total", sigma, sides)
+        later = sigma.then(lambda found: sandwich_sides(found, shape, average, middle, count, label, note))
+        result.add_later("sandwich", place, "total", sigma, later)
 
     def _first_bias(self, samples: int) -> dict[str, Any]:
         """What Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check."""
@@ -380,6 +450,7 @@ class Lipschitz(StandaloneMetric):
         self._closed.clear()
         self._start_block()
         self._mixed = self._moved = False
+        self._at_input.start_window()
         self._bias.reset()
         self._remember_weight()
 
@@ -393,6 +464,7 @@ class Lipschitz(StandaloneMetric):
         for into, distribution in zip(block, self._all, strict=True):
             into.merge(distribution)
         self._closed.append(block)
+        self._at_input.start_window()
         self._moved = self._weight_moved()
         self._bias.advance()
         self._bias.find(self._model, self._first.module)
@@ -404,21 +476,21 @@ class Lipschitz(StandaloneMetric):
 
     def _remember_weight(self) -> None:
         """W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
-        weight = getattr(self._first.module, "weight", None)
-        self._weight_before = weight.detach().clone() if isinstance(weight, Tensor) else None
+        weight = self._first.weight()
+        self._weight_before = weight.detach().clone() if weight is not None else None
         self._bias.find(self._model, self._first.module)
 
     def _weight_moved(self) -> bool:
-        weight = getattr(self._first.module, "weight", None)
-        before = self._weight_before
+        weight, before = self._first.weight(), self._weight_before
         return self._moved or (before is not None and weight is not None and not torch.equal(before, weight.detach()))
 
     def merge(self, other: Lipschitz) -> None:
         """Add the open window of another Lipschitz metric (of another rank, say) to this one's."""
         if not isinstance(other, Lipschitz):
             raise TypeError(f"other: expected a Lipschitz, got {type(other).__name__}")
-        if other._quantity != self._quantity:
-            raise ValueError(f"other: its quantity is {other._quantity!r}, this one's is {self._quantity!r}")
+        if self._resolved and other._resolved not in ("", self._resolved):
+            raise ValueError(f"other: its quantity is {other._resolved!r}, this one's is {self._resolved!r}")
+        self._resolved = self._resolved or other._resolved
         for mine, theirs in zip(self._all, other._all, strict=True):
             mine.merge(theirs)
         self._mixed |= other._mixed
@@ -427,7 +499,7 @@ class Lipschitz(StandaloneMetric):
         """Version and the two distributions."""
         return {
             "version": self._version,
-            "quantity": self._quantity,
+            "quantity": self._resolved or "auto",
             "mixed": self._mixed,
             "weight_moved": self._weight_moved(),
             "distributions": [distribution.state_dict() for distribution in self._all],
@@ -438,8 +510,10 @@ class Lipschitz(StandaloneMetric):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state. Where it does not fit, raise a ValueError and change nothing."""
         check_version(state, self._version, "metric")
-        if state.get("quantity") != self._quantity:
-            raise ValueError(f"quantity: the state has {state.get('quantity')!r}, this metric has {self._quantity!r}")
+        quantity, own = state.get("quantity"), self._resolved or self._quantity
+        known = ("auto", "scalar", "residual") if own == "auto" else ("auto", own)
+        if quantity not in known:
+            raise ValueError(f"quantity: the state has {quantity!r}, this metric has {own!r}")
         for key in ("mixed", "weight_moved"):
             if not isinstance(state.get(key), bool):
                 raise ValueError(f"{key}: expected True or False, got {state.get(key)!r}")
@@ -457,6 +531,8 @@ class Lipschitz(StandaloneMetric):
         for mine, theirs in zip(self._all, loaded, strict=True):
             mine.reset()  # the compiled objects stay: the shortcut holds them
             mine.merge(theirs)
+        if quantity != "auto":
+            self._resolved = str(quantity)
         self._mixed, self._moved = state["mixed"], state["weight_moved"]
         self._bias.load(bias_steps)
         self._remember_weight()

@@ -23,7 +23,7 @@ def local_lipschitz(
     model: nn.Module,
     x: Tensor,
     *,
-    output: int | Callable[[Any], Tensor] | None = None,
+    output: int | str | Callable[[Any], Tensor] | None = None,
     quantity: Literal["scalar", "jacobian"] = "scalar",
 ) -> Tensor:
     r"""Compute local Lipschitz constants at given points, :math:`\lambda_i = \|\nabla_x f(x_i)\|_2`, by one backward
@@ -39,8 +39,8 @@ def local_lipschitz(
     Args:
         model: maps x [B, ...] to one value per sample, [B] or [B, 1].
         x: [B, ...], floating.
-        output: for other outputs, which value: an index into the last dimension of [B, K], or a callable that turns
-            what the model returns into [B].
+        output: for other outputs, which value: an index into the last dimension of [B, K], the key or attribute that
+            it has in what the model returns, or a callable that turns what the model returns into [B].
         quantity: "scalar", or "jacobian" for the spectral norm of the Jacobian of an output [B, K], by K backward
             passes.
 

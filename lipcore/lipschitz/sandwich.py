@@ -44,3 +44,10 @@ def sandwich_sides(
         "middle": Value(middle, count, label, True, note),
         "upper": Value(upper, count, label, valid, why if not math.isnan(sigma.largest) else sigma.rule),
     }
+
+
+def no_sides(middle: float, count: int, label: Label, note: str, layer: str) -> dict[str, Value]:
+    """Return lower, middle and upper where W_1 is not on the model's input, so that no theorem speaks of them."""
+    why = f"Theorem 1 does not hold: what runs on the model's input is not W_1 x + b_1 of '{layer}' alone"
+    side = Value(math.nan, count, label, False, why)
+    return {"lower": side, "middle": Value(middle, count, label, True, note), "upper": side}

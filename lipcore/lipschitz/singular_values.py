@@ -34,11 +34,11 @@ class SingularValues:
         return self.upper == self.largest
 
 
-def has_singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> bool:
-    """Say whether :func:`singular_values` gives any, without taking them."""
+def has_singular_values(module: nn.Module, weight: Tensor, batch_shape: tuple[int, ...] | None) -> bool:
+    """Say whether :func:`singular_values` gives any of a layer with this weight, without taking them."""
     if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return False
-    return isinstance(module, nn.Linear) or batch_shape is not None or not bool(module.weight.isfinite().all())
+    return isinstance(module, nn.Linear) or batch_shape is not None or not bool(weight.isfinite().all())
 
 
 def singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> SingularValues | None:

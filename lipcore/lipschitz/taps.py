@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipcore import _core, functional
-from lipcore.capture.taps.tap import Tap
+from lipcore.capture.taps.input_alias import Source
+from lipcore.capture.taps.tap import InputTap, Tap
 from lipcore.functional.library import CPU
+from lipcore.lipschitz.input_tap import FirstLayer, ModelInputTap
 from lipcore.lipschitz.pullback import pull_back
+from lipcore.models.affine import WeightInUse, is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
+from lipcore.models.outputs import output_names, picked_output
 
 _SMALL = 4096  # multiplications below which one compiled loop beats torch's matrix product and what surrounds it
 _CHEAP = 1 << 20  # multiplications that no training step with a batch worth them would notice
 _SPARSE = 16  # above, W_1^T delta costs what the layer's own forward does: once in so many micro-batches, 1 % or less
 
 
-class FirstLayerTap(Tap):
+class FirstLayerTap(FirstLayer):
     """Per sample, delta being the gradient at the first layer's output before its activation: ||delta||, ||W_1^T
     delta||,
     and ||delta|| once more where the second was computed (NaN elsewhere), so that both can be averaged over the same
@@ -29,15 +33,22 @@ class FirstLayerTap(Tap):
     argument = "input"
     columns = 3
     in_place_after = True
-    follows_input = True
 
     def __init__(
-        self, key: str, on_resolved: Callable[[], None], on_bypassed: Callable[[], None], pull_back_every: int | None
+        self,
+        key: str,
+        at_input: ModelInputTap,
+        on_resolved: Callable[[], None],
+        on_lost: Callable[[str], None],
+        pull_back_every: int | None,
     ) -> None:
         self.key = key
-        self._on_resolved = on_resolved
-        self.bypassed = on_bypassed  # type: ignore[method-assign]
+        self._at_input = at_input
+        self._on_resolved, self._on_lost = on_resolved, on_lost
         self._every = pull_back_every
+        self.target = ""  #: the name that the user gave; its own input is then what lambda is about
+        self.begins = False  #: a plain chain begins with it, so that its input is the model's
+        self.weight = WeightInUse()
         self._calls = 0
         self.name = ""
         self.module: nn.Module | None = None
@@ -50,7 +61,45 @@ class FirstLayerTap(Tap):
                 "Conv2d, Conv3d or Embedding"
             )
         self.name, self.module = name, module
+        self.weight.watch(module)
         self._on_resolved()
+
+    @property
+    def named(self) -> bool:
+        """Whether the user named it."""
+        return bool(self.target)
+
+    @property
+    def optional(self) -> bool:  # type: ignore[override]
+        """Whether lambda can do without it: where it was not named by the user."""
+        return not self.named
+
+    def is_plain(self) -> bool:
+        """Return whether the layer will compute W_1 x + b_1 with a W_1 that will be known."""
+        if self.module is None:
+            return True
+        self.weight.watch(self.module)
+        return is_affine(self.module)
+
+    def close(self) -> None:
+        """Leave the layer's weight."""
+        self.weight.close()
+
+    def lost(self, reason: str) -> None:
+        """Learn that there is no such layer, or that it is called twice."""
+        self._on_lost(reason)
+
+    def save_from(
+        self, sources: Mapping[InputTap, Source], module: nn.Module, arguments: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Say to the tap on the input whether this layer was W_1 x + b_1 of that input, and save W_1 where it was."""
+        if not torch.compiler.is_compiling():
+            source = sources.get(self._at_input)
+            given = arguments[0] if arguments else None
+            own = self.named or (self.begins if source is None else source.holds(given))
+            plain = own and bool(arguments) and is_affine(module) and self.weight() is not None
+            self._at_input.took_input(plain and not (source is not None and source.changed))
+        return self.save(module, arguments)
 
     def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
         shape = arguments[0].shape if arguments else None
@@ -59,10 +108,11 @@ class FirstLayerTap(Tap):
         else:
             self._calls += 1
         self.batch_shape = shape
-        if isinstance(module, nn.Embedding) or (shape is None and not isinstance(module, nn.Linear)):
+        compiling = torch.compiler.is_compiling()
+        weight = module._parameters.get("weight") if compiling else self.weight()
+        if not self._at_input.by_product or shape is None or weight is None:
             return (), None
-        weight = module._parameters.get("weight")
-        return (module.weight if weight is None else weight,), (shape, self._calls)  # type: ignore[return-value]
+        return (weight,), (shape, self._calls, not compiling and self._at_input.checks)
 
     @property
     def rule(self) -> str:
@@ -73,12 +123,15 @@ class FirstLayerTap(Tap):
 
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        if not saved:  # an Embedding's input is not a vector, and a keyword argument is not seen: there is no lambda
-            return _columns(functional.sample_norms(grad_output))
-        (weight,), (shape, call) = saved, extra
+        if not saved:
+            norms = functional.sample_norms(grad_output)
+            # Integers are no vector: what depends on them does so by way of the Embedding's output.
+            embedded = not self._at_input.is_vector and isinstance(self.module, nn.Embedding)
+            return _columns(norms, norms if embedded else None)
+        (weight,), (shape, call, checks) = saved, extra
         work = grad_output.numel() * weight[0].numel()
         every = 1 if compiling else self._every or (1 if work <= _CHEAP else _SPARSE)
-        if every > 1 and call % every != 1:
+        if every > 1 and call % every != 1 and not checks:
             return _columns(functional.sample_norms(grad_output))
         if work <= _SMALL and grad_output.dim() == 2 and grad_output.is_cpu and not compiling:
             out = torch.empty(3, grad_output.shape[0], dtype=torch.float64, device=CPU)
@@ -115,6 +168,8 @@ class OutputTap(Tap):
     def __init__(self, key: str, check: Callable[[Tensor], None]) -> None:
         self.key = key
         self._check = check
+        self.target = ""  #: the name of a module that the user gave
+        self.choice: str | Callable[[Any], Any] | None = None  #: of what the model returns
         self.name = ""
         self.module: nn.Module | None = None
         self.kind = ""  # what made the output, as far as it can be seen
@@ -123,11 +178,17 @@ class OutputTap(Tap):
         self.name, self.module = name, module
         self.kind = last_kind(module)
 
+    def pick(self, output: Any) -> Any:
+        """Return the tensor that is meant, by its key, its attribute's name or the user's function."""
+        return output if self.choice is None else picked_output(output, self.choice)
+
     def check(self, output: Any) -> None:
         if not isinstance(output, Tensor):
+            names = output_names(output)
+            hint = f" (of {', '.join(map(repr, names))})" if names else ""
             raise ValueError(
-                f"output: {self.place} returns a {type(output).__name__}, not a tensor; name the module whose output "
-                "is meant: output='<module>'"
+                f"output: {self.place} returns a {type(output).__name__}, not a tensor; name the one that is meant by "
+                f"its key or attribute{hint}, or the module whose output is meant: output='<module>'"
             )
         if not self.kind and output.grad_fn is not None and output.grad_fn.name().startswith("Sigmoid"):
             self.kind = "Sigmoid"
@@ -137,6 +198,8 @@ class OutputTap(Tap):
     def place(self) -> str:
         """Last part of the keys: which output the numbers refer to, since a probability and a logit give different
         ones."""
+        if isinstance(self.choice, str):
+            return self.choice
         name = self.name or "model"
         return f"{name}:{self.kind}" if self.kind else name
 

@@ -140,7 +140,8 @@ class Engine:
     def _attach(self, needs: dict[Metric, Needs]) -> None:
         try:
             # The shortcut is for the one metric that can do with two bias gradients.
-            self._capture.attach(needs[self._tapping[0]].single_sample if len(self._tapping) == 1 else None)
+            single_sample = needs[self._tapping[0]].single_sample if len(self._tapping) == 1 else None
+            self._capture.attach(single_sample, shared=bool(self._layer_captures))
         except ValueError as error:
             self._capture.close()
             if not self._turn_off(error):
@@ -210,10 +211,12 @@ class Engine:
     # ---- errors: kept inside hooks, raised by the user's next call
 
     def _turn_off(self, error: Exception) -> bool:
-        """Turn the metrics that need the hooks off, if all of them can be, and return whether they were."""
+        """Turn off all that needs the hooks, with one warning, if it can do without them; return whether it can."""
         optional = isinstance(error, ValueError) and all(metric.optional for metric in self._tapping)
         for metric in self._tapping if optional else ():
             metric.off = str(error)
+        if optional and self._tapping:
+            self._warn(f"lipcore turned {' and '.join(m.name for m in self._tapping)} off: {error}")
         return optional
 
     def _stop(self, error: Exception) -> None:
@@ -402,9 +405,6 @@ class Engine:
                 "and output are not used"
             )
         )
-        for metric in self._tapping:
-            if metric.off and metric.name not in self._stopped:
-                self._warn(f"lipcore turned {metric.name} off: {metric.off}")
 
     @property
     def unrecorded(self) -> int:

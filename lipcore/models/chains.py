@@ -38,11 +38,15 @@ def altered_modules(model: nn.Module) -> dict[str, list[Any]]:
 
 
 def _altered(module: nn.Module) -> list[Any]:
-    """Return what may change inputs, outputs and weights: hooks (the old weight_norm, pruning) that are not lipcore's,
-    and a function in the place of forward."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
     instead = [vars(module)["forward"]] if "forward" in vars(module) else []
-    return [*instead, *(hook for hook in hooks if not _is_own(hook))]
+    return [*instead, *foreign_hooks(module)]
+
+
+def foreign_hooks(module: nn.Module) -> list[Any]:
+    """Return hooks on its forward pass that may change inputs, outputs and weights (the old weight_norm, pruning): only
+    lipcore's are known not to."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if not _is_own(hook)]
 
 
 def _global_hooks() -> list[Any]:

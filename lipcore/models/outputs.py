@@ -48,26 +48,50 @@ def on_backward(output: Any, hook: Callable[[Any], None]) -> None:
             tensor.grad_fn.register_prehook(hook)
 
 
-def check_output(output: Any) -> None:
-    """Raise TypeError where it cannot say which value of a model's output is meant."""
-    if output is None or callable(output) or (isinstance(output, int) and not isinstance(output, bool)):
-        return
-    raise TypeError(
-        f"output: expected None, an index or a callable, got {output!r}; pass the index of a column of the model's "
-        "output, or a callable that turns the output into one value per sample (for what a module inside returns, pass "
-        "the part of the model up to it)"
+def output_names(output: Any) -> list[str]:
+    """Return the keys or attributes of the tensors that a model returned in a mapping or a dataclass."""
+    if isinstance(output, Mapping):
+        return [str(key) for key, value in output.items() if isinstance(value, Tensor)]
+    if is_dataclass(output) and not isinstance(output, type):
+        return [field.name for field in fields(output) if isinstance(getattr(output, field.name, None), Tensor)]
+    return [name for name in getattr(output, "_fields", ()) if isinstance(getattr(output, name), Tensor)]
+
+
+def picked_output(output: Any, choice: str | Callable[[Any], Any]) -> Any:
+    """Return what stands in a model's output under this key or attribute, or what a function returns of it."""
+    if callable(choice):
+        return choice(output)
+    if isinstance(output, Mapping) and choice in output:
+        return output[choice]
+    if not isinstance(output, (Tensor, Mapping)) and hasattr(output, choice):
+        return getattr(output, choice)
+    names = ", ".join(map(repr, output_names(output))) or "no tensor by name"
+    raise ValueError(
+        f"output: there is no {choice!r} in what the model returns, a {type(output).__name__} with {names}"
     )
 
 
-def one_per_sample(result: Any, output: int | Callable[[Any], Tensor] | None, batch: int) -> Tensor:
+def check_output(output: Any) -> None:
+    """Raise a TypeError where it cannot say which value of a model's output is meant."""
+    if output is None or callable(output) or (isinstance(output, (int, str)) and not isinstance(output, bool)):
+        return
+    raise TypeError(
+        f"output: expected None, an index, a key or a callable, got {output!r}; pass the index of a column of the "
+        "model's output, the key or attribute that it has in what the model returns, or a callable that turns the "
+        "output into one value per sample (for what a module inside returns, pass the part of the model up to it)"
+    )
+
+
+def one_per_sample(result: Any, output: int | str | Callable[[Any], Tensor] | None, batch: int) -> Tensor:
     """Return, of what a model returned, the one value for each sample, [B] or [B, 1]."""
     check_output(output)
-    if callable(output):
-        result = output(result)
+    if callable(output) or isinstance(output, str):
+        result = picked_output(result, output)
     if not isinstance(result, Tensor):
+        names = ", ".join(map(repr, output_names(result)))
         raise ValueError(
             f"output: the model returns a {type(result).__name__}; pass output=<callable that gives one value per "
-            "sample>"
+            f"sample>{' or one of its keys, ' * bool(names)}{names}"
         )
     if isinstance(output, int):
         if result.dim() != 2 or not -result.shape[1] <= output < result.shape[1]:

@@ -126,3 +126,9 @@ def compiles_its_call(module: nn.Module) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Return whether it is the result of torch.compile, or compiles its own call."""
     return isinstance(module, OptimizedModule) or compiles_its_call(module)
+
+
+def original(module: nn.Module) -> nn.Module:
+    """Return the module that torch.compile was given; itself where it is not the result of that."""
+    found: nn.Module = module._orig_mod if isinstance(module, OptimizedModule) else module
+    return found

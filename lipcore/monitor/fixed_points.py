@@ -28,7 +28,7 @@ class Probe:
         model: nn.Module,
         x: Tensor,
         name: str,
-        output: int | Callable[[Any], Tensor] | None,
+        output: int | str | Callable[[Any], Tensor] | None,
         regions: bool,
         batch_size: int,
     ) -> None:

@@ -35,7 +35,7 @@ class Monitor(Engine):
         optimizer: the object whose step() your loop calls: an optimizer, or a wrapper around one (Lookahead, SAM,
             accelerate's); or several that step in turn: a step is over when all of them have stepped. Without one,
             call :meth:`step` after every step.
-        metrics: default [Trajectory(), Lipschitz()], the latter only where the output has one value per sample.
+        metrics: default [Trajectory(), Lipschitz()], the latter only where the output is a tensor.
         window_steps: steps in a window; None: one window stays open until close_window() is called.
         window_blocks: with more than one, windows slide: every window_steps / window_blocks steps a window closes that
             covers the last window_steps steps (fewer at the start).
@@ -117,7 +117,7 @@ class Monitor(Engine):
         x: Tensor,
         name: str,
         *,
-        output: int | Callable[[Any], Tensor] | None = None,
+        output: int | str | Callable[[Any], Tensor] | None = None,
         regions: bool = False,
         batch_size: int = 1024,
     ) -> Probe:

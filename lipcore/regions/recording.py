@@ -19,7 +19,7 @@ from lipcore.regions.gates import Gate
 from lipcore.regions.outside import OutsideTorch
 from lipcore.regions.recorder import Recorder, is_continuous
 
-Output = int | Callable[[Any], Tensor] | None
+Output = int | str | Callable[[Any], Tensor] | None
 
 
 @contextmanager

@@ -56,8 +56,9 @@ def lipschitz_bound(
     valid.
 
     Bound and phi are not valid where steps between the windows are missing, nor where a number in them is not finite (a
-    run that diverged). The bound is heuristic where lambda is (an input skip, BatchNorm in train mode) and where W_1
-    moved within a window. Windows without a recorded sample are passed over.
+    run that diverged), nor where more than W_1 stands between the model's input and the rest (something before it, an
+    input skip). The bound is heuristic where lambda is (BatchNorm in train mode) and where W_1 moved within a window.
+    Windows without a recorded sample are passed over.
 
     Raises:
         ValueError: no window; no Lipschitz metric; its first layer has no spectral norm (an Embedding); only one of
@@ -109,6 +110,9 @@ def _beta(windows: list[Window], metric: str) -> Value:
     label: list[Label] = ["exact"]
     for window in windows:
         details = window[metric].details
+        if "sandwich_off" in details:
+            broken.append(str(details["sandwich_off"]))
+            continue
         if "singular_values" not in details:
             raise ValueError(f"history: {span(window)} has no singular values of the first layer: {NEEDS}")
         sigma = SingularValues(**details["singular_values"])

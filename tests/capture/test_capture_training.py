@@ -159,7 +159,7 @@ def test_no_backward_recorded_is_an_error_that_says_what_to_do() -> None:
 @pytest.mark.parametrize("call", ["compute", "close_window", "pop_window", "step", "flush", "close", "end_of_with"])
 def test_a_kept_error_is_raised_by_the_next_call(call: str) -> None:
     model = seeded(lambda: mlp(5, 7, 3))
-    monitor = Monitor(model, metrics=[Lipschitz()])
+    monitor = Monitor(model, metrics=[Lipschitz(quantity="scalar")])
     with pytest.warns(RuntimeWarning, match="stopped recording"):
         model(torch.randn(2, 5)).sum().backward()
     with pytest.raises(ValueError, match="one value per sample is needed"):
@@ -174,7 +174,11 @@ def test_a_kept_error_is_raised_by_the_next_call(call: str) -> None:
 
 def test_an_exception_in_the_with_block_goes_first() -> None:
     model = seeded(lambda: mlp(5, 7, 3))
-    with pytest.warns(RuntimeWarning), pytest.raises(ZeroDivisionError), Monitor(model, metrics=[Lipschitz()]):
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(ZeroDivisionError),
+        Monitor(model, metrics=[Lipschitz(quantity="scalar")]),
+    ):
         model(torch.randn(2, 5)).sum().backward()
         raise ZeroDivisionError
     assert_unhooked(model)

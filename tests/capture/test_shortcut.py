@@ -134,7 +134,7 @@ def test_a_chain_with_several_values_per_sample_is_refused_at_batch_one(shortcut
     with (
         pytest.warns(RuntimeWarning),
         pytest.raises(ValueError, match=r"shape \[1, 2, 1\]"),
-        Monitor(model, metrics=[Lipschitz(shortcut=shortcut)]),
+        Monitor(model, metrics=[Lipschitz(shortcut=shortcut, quantity="scalar")]),
     ):
         model(torch.randn(1, 5)).square().sum().backward()
 

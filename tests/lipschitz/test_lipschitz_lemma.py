@@ -47,7 +47,7 @@ def test_a_batch_brings_what_single_samples_bring(case: str) -> None:
         assert relative_error(torch.cat([pair[k] for pair in alone]), together[k]) <= 1e-12
 
 
-def test_embedding_has_r_and_no_lambda() -> None:
+def test_behind_an_embedding_lambda_is_r_and_there_is_no_sandwich() -> None:
     model = seeded(lambda: behind(nn.Embedding(11, 4), 12, nn.Tanh()), dtype=torch.float64)
     x = torch.tensor([[1, 2, 3], [4, 4, 4], [0, 10, 0]])
     expected, _ = reference(model, x)
@@ -60,7 +60,8 @@ def test_embedding_has_r_and_no_lambda() -> None:
             assert relative_error(metric.per_sample.normalized_gradient_norm, expected) <= 1e-12
             monitor.step()
             result = monitor.compute()["lipschitz"]
-        assert "local_lipschitz" not in result
+        assert relative_error(metric.per_sample.local_lipschitz, expected) <= 1e-12
+        assert "at the output of Embedding '0'" in result.local_lipschitz["model:Linear"].mean.note
         assert "sandwich" not in result
         assert result.normalized_gradient_norm["model:Linear"].mean.label == "exact"
 

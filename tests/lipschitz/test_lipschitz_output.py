@@ -6,6 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_vector_output_is_refused_with_its_shape_and_the_choices() -> None:
     with (
         pytest.warns(RuntimeWarning, match="stopped recording"),
         pytest.raises(ValueError, match=r"shape \[4, 3\].*output='<module>'.*quantity='residual'"),
-        Monitor(model, metrics=[Lipschitz()]),
+        Monitor(model, metrics=[Lipschitz(quantity="scalar")]),
     ):
         model(torch.randn(4, 5)).sum().backward()
 
@@ -192,50 +193,64 @@ def test_wrong_names_are_refused_at_once(settings: dict[str, str], message: str)
     assert not any(module._forward_hooks for module in model)
 
 
-def test_a_misspelt_name_is_answered_with_the_nearest_one() -> None:
+def test_a_name_that_is_neither_a_module_nor_an_output_is_answered_with_those_that_are() -> None:
     model = seeded(two_headed)
-    with pytest.raises(ValueError, match=r"output: .*'valeu'; did you mean 'value'\?"):
-        Monitor(model, metrics=[Lipschitz(output="valeu")])
+    with (
+        pytest.warns(RuntimeWarning, match="stopped recording"),
+        pytest.raises(ValueError, match=r"output: there is no 'valeu' in what the model returns, .* 'value', 'policy'"),
+        Monitor(model, metrics=[Lipschitz(output="valeu")]),
+    ):
+        model(torch.randn(4, 5))["value"].sum().backward()
 
 
-def test_quantity_is_one_of_two() -> None:
-    with pytest.raises(ValueError, match="quantity: expected 'scalar' or 'residual', got 'jacobian'"):
+def test_quantity_is_one_of_three() -> None:
+    with pytest.raises(ValueError, match="quantity: expected 'auto', 'scalar' or 'residual', got 'jacobian'"):
         Lipschitz(quantity="jacobian")
 
 
-REFUSED_AT_THE_FIRST_PASS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
-    "returns_a_dict": (two_headed, (4, 5), r"output: model returns a dict, not a tensor.*output='<module>'"),
+REFUSED_AT_THE_FIRST_PASS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str, dict[str, Any]]] = {
+    "returns_a_dict": (
+        two_headed,
+        (4, 5),
+        r"output: model returns a dict, not a tensor.*of 'value', 'policy'.*output='<module>'",
+        {},
+    ),
     "returns_a_tuple": (
         lambda: Graph(lambda m, x: (m.a(x), x), a=nn.Linear(5, 1)),
         (4, 5),
         r"output: model returns a tuple, not a tensor",
+        {},
     ),
     "flattened_batch": (
         lambda: Graph(lambda m, x: m.b(m.a(x.flatten(0, 1)).reshape(4, -1)), a=nn.Linear(5, 2), b=nn.Linear(6, 1)),
         (4, 3, 5),
         r"input: first layer 'a' has 12 rows, model has 4; .*first dimension",
+        {"input": "a"},
     ),
     "batch_not_first": (
         lambda: Graph(lambda m, x: m.b(m.a(x).mean(0)), a=nn.Linear(5, 2), b=nn.Linear(2, 1)),
         (3, 4, 5),
         r"input: first layer 'a' has 3 rows, model has 4",
+        {},
     ),
     "called_twice": (
         lambda: Graph(lambda m, x: m.b(m.a(m.a(x))), a=nn.Linear(5, 5), b=nn.Linear(5, 1)),
         (4, 5),
         r"module 'a' is called twice in one forward pass",
+        {"input": "a"},
     ),
     "tokens_out": (
         lambda: Graph(lambda m, x: m.a(x), a=nn.Linear(5, 1)),
         (4, 3, 5),
         r"output: model has shape \[4, 3, 1\]",
+        {"quantity": "scalar"},
     ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED_AT_THE_FIRST_PASS)
 def test_what_cannot_be_measured_is_refused_by_name(name: str) -> None:
-    build, shape, message = REFUSED_AT_THE_FIRST_PASS[name]
+    build, shape, message, settings = REFUSED_AT_THE_FIRST_PASS[name]
     model = seeded(build)
 
     def run() -> dict[str, Tensor]:
@@ -249,9 +264,31 @@ def test_what_cannot_be_measured_is_refused_by_name(name: str) -> None:
 
     undisturbed = run()
     with pytest.warns(RuntimeWarning, match="stopped recording"), pytest.raises(ValueError, match=message):
-        with Monitor(model, metrics=[Lipschitz()]):
+        with Monitor(model, metrics=[Lipschitz(**settings)]):
             watched = run()
     assert all(torch.equal(undisturbed[key], watched[key]) for key in undisturbed)
+
+
+@pytest.mark.parametrize("name", ["flattened_batch", "called_twice"])
+def test_without_r_there_is_lambda(name: str) -> None:
+    build, shape, message, _ = REFUSED_AT_THE_FIRST_PASS[name]
+    model, metric = seeded(build, dtype=torch.float64), Lipschitz(lambda_every=1)
+    x = torch.linspace(-1, 1, math.prod(shape), dtype=torch.float64).reshape(shape)
+    expected = local_lipschitz(model, x)
+    with pytest.warns(
+        UserWarning, match=f"normalized_gradient_norm off: .*{message.removeprefix('input: ')}"
+    ) as caught:
+        with Monitor(model, metrics=[metric]) as monitor:
+            for _ in range(2):
+                model(x).sum().backward()
+                monitor.step()
+            result = monitor.compute()["lipschitz"]
+    assert len(caught) == 1
+    assert relative_error(metric.per_sample.local_lipschitz, expected) <= 1e-12
+    assert result.local_lipschitz["model"].mean.count == 8
+    assert not result.normalized_gradient_norm["model"].mean.valid
+    assert "normalized_gradient_norm" in repr(result)
+    assert (result.skipped["model"].sum.value, result.skipped["model"].sum.count) == (0, 8)
 
 
 def test_a_squeezed_output_of_a_last_batch_of_one_is_still_one_value_per_sample() -> None:

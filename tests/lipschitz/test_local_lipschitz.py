@@ -111,12 +111,12 @@ LOCAL_ERRORS: dict[str, tuple[Callable[[], nn.Module], Any, dict[str, Any], type
         r"output: .*shape \[\] for 2 samples",
     ),
     "dict_output": (two_headed, torch.ones(2, 5), {}, ValueError, "output: the model returns a dict"),
-    "a module's name": (
+    "no choice": (
         lambda: mlp(5, 1),
         torch.ones(2, 5),
-        {"output": "0"},
+        {"output": 0.5},
         TypeError,
-        "output: expected None, an index or a callable, got '0'; pass the index of a column .* part of the model up to",
+        "output: expected None, an index, a key or a callable, got 0.5; pass the index of a column .* the model up to",
     ),
     "true": (lambda: mlp(5, 1), torch.ones(2, 5), {"output": True}, TypeError, "output: expected None, .* got True"),
     "quantity": (lambda: mlp(5, 1), torch.ones(2, 5), {"quantity": "norm"}, ValueError, "quantity: expected 'scalar'"),

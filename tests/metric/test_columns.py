@@ -217,9 +217,10 @@ def test_what_is_printed_fits_a_screen_and_names_what_is_off() -> None:
         assert "<td>" in html
     assert "steps 1 to 10" in repr(monitor.history[0])
     assert "update_norm" in repr(monitor.history[0]["trajectory"])
-    model = nn.Linear(2, 3)  # several values per output: no Lipschitz by default
+    model = nn.LSTM(2, 3)  # returns a tuple: no Lipschitz by default
     watching = Monitor(model)
-    model(torch.ones(4, 2)).sum().backward()
+    with pytest.warns(RuntimeWarning, match="lipcore turned lipschitz off: output: model:LSTM returns a tuple"):
+        model(torch.ones(4, 2))[0].sum().backward()
     watching.step()
     window = watching.close_window()
     assert window.off

@@ -16,15 +16,15 @@ from lipcore.metric.hook_warnings import warn_in_hook
 pytestmark = pytest.mark.filterwarnings("error")
 
 
-class Skip(nn.Module):
-    """The input goes past the first layer."""
+class Plain(nn.Module):
+    """Leaves autograd, and so cannot be differentiated by its input."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(5, 4), nn.Linear(9, 1)
+        self.last = nn.Linear(5, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.cat([self.first(x).relu(), x], dim=1))
+        return self.last(x - float(x.numpy().mean()))
 
 
 def with_batchnorm() -> nn.Module:
@@ -46,9 +46,14 @@ def vectors() -> nn.Module:
 Case = tuple[Callable[[], nn.Module], Callable[[], Metric], type[Warning] | type[Exception], str]
 CASES: dict[str, Case] = {
     "BatchNorm": (with_batchnorm, Lipschitz, UserWarning, "mixes samples"),
-    "an input skip": (Skip, Lipschitz, UserWarning, "an input skip"),
+    "numpy inside": (Plain, Lipschitz, UserWarning, "turned local_lipschitz off"),
     "half precision": (half, Trajectory, UserWarning, "did not move"),
-    "an error of its own": (vectors, Lipschitz, ValueError, "one value per sample is needed"),
+    "an error of its own": (
+        vectors,
+        lambda: Lipschitz(quantity="scalar"),
+        ValueError,
+        "one value per sample is needed",
+    ),
 }
 
 

@@ -370,27 +370,47 @@ def test_the_plan_before_and_after_the_first_layer_is_found() -> None:
     assert "'a' (Linear)" in str(monitor.plan())
 
 
-@pytest.mark.parametrize("shape", ["vector", "dict", "no_first_layer"])
-def test_by_default_lipschitz_turns_itself_off_where_it_does_not_apply(shape: str) -> None:
-    builds: dict[str, tuple[Callable[[], nn.Module], str]] = {
-        "vector": (lambda: mlp(5, 7, 3), "shape [2, 3]"),
-        "dict": (lambda: Graph(lambda m, x: {"out": m.a(x)}, a=nn.Linear(5, 1)), "returns a dict"),
-        "no_first_layer": (
-            lambda: Graph(lambda m, x: m.a(x, x), a=nn.Bilinear(5, 5, 1)),
-            "no Linear, Conv1d, Conv2d, Conv3d or Embedding",
-        ),
-    }
-    build, reason = builds[shape]
-    model, optimizer, monitor = watched(build, window_steps=2)
-    for x, _ in batches(4, 2):
-        optimizer.zero_grad()
-        out = model(x)
-        (out["out"] if isinstance(out, dict) else out).square().sum().backward()
-        optimizer.step()
-    assert reason in str(monitor.plan())
+def test_by_default_lipschitz_turns_itself_off_where_it_does_not_apply() -> None:
+    model, optimizer, monitor = watched(lambda: Graph(lambda m, x: {"out": m.a(x)}, a=nn.Linear(5, 1)), window_steps=2)
+    with pytest.warns(RuntimeWarning, match="lipcore turned lipschitz off: output: model returns a dict") as caught:
+        for x, _ in batches(4, 2):
+            optimizer.zero_grad()
+            model(x)["out"].square().sum().backward()
+            optimizer.step()
+    assert len(caught) == 1
     assert "off" in str(monitor.plan())
+    assert "key or attribute (of 'out')" in str(monitor.plan())
+    assert "returns a dict" in repr(monitor.history[1])
     assert [list(w) for w in monitor.history] == [["trajectory"], ["trajectory"]]
     assert monitor.history[1]["trajectory"].path_length["total"].sum.value > 0
+    monitor.close()
+
+
+def test_by_default_a_classifier_has_bounds_of_its_jacobians() -> None:
+    model, optimizer, monitor = watched(lambda: mlp(5, 7, 3), window_steps=2)
+    for x, _ in batches(4, 6):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), torch.tensor([0, 1, 2, 0, 1, 2])).backward()
+        optimizer.step()
+    assert "one-sided bound" in str(monitor.plan())
+    for window in monitor.history:
+        for quantity in ("local_lipschitz", "normalized_gradient_norm", "steadiness"):
+            assert {value.label for value in window["lipschitz"][quantity]["model:Linear"].values()} == {"one-sided"}
+        assert window["lipschitz"].local_lipschitz["model:Linear"].mean.value > 0
+        assert window["lipschitz"].details["quantity"] == "residual"
+
+
+def test_by_default_a_model_without_a_first_layer_has_lambda_alone() -> None:
+    with pytest.warns(UserWarning, match="normalized_gradient_norm off: the model has no Linear"):
+        model, optimizer, monitor = watched(lambda: Graph(lambda m, x: m.a(x, x), a=nn.Bilinear(5, 5, 1)))
+    for x, _ in batches(4, 6):
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+    result = monitor.compute()["lipschitz"]
+    assert result.local_lipschitz["model"].mean.value > 0
+    assert "no Linear, Conv1d, Conv2d, Conv3d or Embedding" in repr(result)
+    assert "no Linear, Conv1d, Conv2d, Conv3d or Embedding" in str(monitor.plan())
     monitor.close()
 
 

@@ -148,8 +148,8 @@ def test_refusals() -> None:
         Monitor(nn.Linear(5, 2), metrics=[lipcore.Trajectory()]).probe(torch.ones(1, 5), "vector")
     with pytest.raises(ValueError, match="not piecewise linear|no ReLU-family"):
         Monitor(nn.Sequential(nn.Linear(5, 1), nn.Tanh())).probe(torch.ones(1, 5), "tanh", regions=True)
-    with pytest.raises(TypeError, match="output: expected None, an index or a callable, got '0'"):
-        monitor.probe(torch.ones(1, 5), "name", output="0")
+    with pytest.raises(TypeError, match="output: expected None, an index, a key or a callable, got 0.5"):
+        monitor.probe(torch.ones(1, 5), "name", output=0.5)
     with pytest.raises(TypeError, match="not a dict of modules"):
         Monitor({"a": nn.Linear(1, 1)}).probe(torch.ones(1, 1), "dict")
     # A probe that was refused is not there.

@@ -169,18 +169,20 @@ class Skip(nn.Module):
         return self.last(torch.cat([self.first(x).relu(), 100 * x], dim=1))
 
 
-def test_a_bound_past_which_the_input_goes_is_heuristic() -> None:
+def test_there_is_no_bound_past_which_the_input_goes() -> None:
     model, x = Skip(), torch.randn(5, 3)
     with Monitor(model, metrics=[Lipschitz()]) as monitor:
-        with pytest.warns(UserWarning, match="input skip"):
-            model(x).square().mean().backward()
+        model(x).square().mean().backward()
         monitor.step()
         monitor.close_window()
     found = theory.lipschitz_bound(monitor.history, model, x)
-    assert (found.bound.label, found.beta.label) == ("heuristic", "exact")
-    assert "the input also goes past the first layer" in found.bound.note
-    assert found.largest.value > found.bound.value
-    assert "above the bound: that is heuristic" in found.largest.note
+    assert not found.bound.valid
+    assert not found.beta.valid
+    assert "not W_1 x + b_1 of 'first' alone" in found.bound.note
+    assert found.largest.value > 0
+    sides = theory.sandwich(monitor.history)
+    assert not sides.lower.valid
+    assert not sides.upper.valid
 
 
 def head_of(output: str | None) -> tuple[nn.Sequential, Tensor, list[Window]]:

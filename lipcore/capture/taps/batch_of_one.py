@@ -17,6 +17,7 @@ from torch import nn
 from lipcore import _core
 from lipcore.capture.taps.collector import Collector
 from lipcore.capture.taps.tap import SingleSample
+from lipcore.models.affine import is_affine
 from lipcore.models.chains import chain_of
 
 
@@ -28,6 +29,8 @@ def ends_of_chain(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
         return None
     first, last = modules[0], modules[-1]
     if type(first) is not nn.Linear or type(last) is not nn.Linear or last.out_features != 1:
+        return None
+    if not is_affine(first) or not is_affine(last):
         return None
     if first.bias is None or last.bias is None or not first.bias.requires_grad:
         return None  # a frozen bias has no gradient to hook
@@ -51,6 +54,7 @@ def shortcut_hooks(
         if way in (_core.SERVED, _core.CHECKED) and collector.waits:
             return False
         collector.tapping = collector.recording and way != _core.SERVED
+        collector.compares = way == _core.CHECKED
         if way == _core.SERVED:
             if before == _core.CHECKED:
                 unhook_taps()  # they were there for one sample

@@ -5,23 +5,43 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lipcore.capture.taps.bypass import BypassWatch
+from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
-from lipcore.capture.taps.tap import Record
+from lipcore.capture.taps.tap import InputTap, Record
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
+from lipcore.models.torch_internals import queue_callback
+
+
+class Check(Protocol):
+    """Something that looks at a backward pass when it enters the graph."""
+
+    micro: MicroBatch
+    site: Site | None  #: at whose output
+
+    def run(self, grad_output: Tensor) -> None:
+        """Look, given the gradient at the model's output."""
 
 
 class MicroBatch:
     """One forward pass: its sites and the numbers that have come back from them."""
 
-    __slots__ = ("__weakref__", "columns", "delivered", "differentiated", "entered", "generation", "probes", "task")
+    __slots__ = (
+        *("__weakref__", "checks", "columns", "delivered", "differentiated", "entered", "generation", "nodes"),
+        *("probed", "probes", "sources", "task"),
+    )
 
     def __init__(self) -> None:
         self.entered: list[Site] = []
+        # While the forward pass lasts: what input taps are on, and the node of the graph that made a site's output.
+        self.sources: dict[InputTap, Source] = {}
+        self.nodes: dict[Site, tuple[Any, int]] = {}
+        self.probed: tuple[Site, ...] = ()  # inputs whose gradient is asked for in this pass
+        self.checks: dict[str, Tensor] = {}
         self.columns: dict[Site, Tensor] = {}
         self.probes: dict[Site, Tensor] | None = None
         self.generation = 0  # of the probes
@@ -34,7 +54,7 @@ class _UnderWay(threading.local):
     """The forward pass of this thread."""
 
     micro: MicroBatch | None = None
-    watch: BypassWatch | None = None  # the input is followed through it
+    checking = False  # a backward pass of lipcore's own runs in this thread
 
 
 class Collector:
@@ -46,7 +66,11 @@ class Collector:
     def __init__(self, on_record: Callable[[Record], None], on_error: Callable[[Exception], None]) -> None:
         self.recording = True  # False after an error
         self.tapping = True  # False too during a forward pass that the shortcut serves
-        self.size = 0  # number of sites
+        self.sites: list[Site] = []  # those that a record is complete with
+        self.unresolved: Site | None = None  # the first layer, as long as it has not run
+        self.check: Check | None = None  # of the last forward pass, until its backward pass has come
+        self.compares = False  # the shortcut compares this pass with its own numbers, so the record must not wait
+        self.shared = False  # others would take a backward pass of lipcore's own for the training's
         self.under_way = _UnderWay()
         self._begun: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
         self.returning: MicroBatch | None = None  # the backward pass under way
@@ -63,6 +87,7 @@ class Collector:
 
     def begin(self) -> MicroBatch:
         """A forward pass."""
+        self.check = None
         micro = self.under_way.micro = MicroBatch()
         self._begun[id(micro)] = micro
         return micro
@@ -82,13 +107,24 @@ class Collector:
             micro = self.returning
             return None if micro is None or site in micro.entered else micro
         if self.under_way.micro is not None:
-            self.fail(
-                ValueError(
-                    f"module '{site.name}' is called twice in one forward pass; per-sample numbers of a reused "
-                    "module are not defined here: name another one with input= or output="
-                )
+            reason = (
+                f"module '{site.name}' is called twice in one forward pass; per-sample numbers of a reused module are "
+                "not defined here: name another one with input= or output="
             )
+            if site.optional:
+                self.under_way.micro.columns.pop(site, None)
+                self.lose(site, reason)
+            else:
+                self.fail(ValueError(reason))
         return None
+
+    def lose(self, site: Site, reason: str) -> None:
+        """Go on without a site."""
+        if site in self.sites:
+            self.sites.remove(site)
+        if self.unresolved is site:
+            self.unresolved = None
+        site.lose(reason)
 
     def counts(self, micro: MicroBatch) -> bool:
         """Whether what comes back in this backward pass is the training's."""
@@ -103,8 +139,32 @@ class Collector:
         self.refused.add(GRAPH_OF_GRADIENT)
         return False
 
+    def arrived(self, micro: MicroBatch) -> None:
+        """Numbers of a site have come back."""
+        self.returning = micro
+        if self.is_complete(micro):
+            self.deliver(micro)
+
+    def is_complete(self, micro: MicroBatch) -> bool:
+        """Return whether nothing more has to come."""
+        return all(site in micro.columns for site in (*self.sites, *micro.probed))
+
+    def finish_later(self, micro: MicroBatch) -> None:
+        """Deliver at the end of the backward pass what may be incomplete then: the model may not use its input, or not
+        have a first layer."""
+        if (micro.probed or self.unresolved is not None) and not micro.delivered:
+            task = micro.task
+            queue_callback(lambda: self._finish(micro, task))
+
+    def _finish(self, micro: MicroBatch, task: int) -> None:
+        if micro.delivered or micro.task != task or not self.recording:
+            return
+        missing = [site for site in self.sites if site not in micro.columns and site is not self.unresolved]
+        if not missing:
+            self.deliver(micro)
+
     def deliver(self, micro: MicroBatch) -> None:
-        """All its numbers are there."""
+        """Hand on its numbers, which are all there."""
         self.returning = None
         micro.delivered = True
         record: Record = {}
@@ -116,6 +176,7 @@ class Collector:
             for tap in site.taps:
                 record[tap.key] = numbers[start : start + tap.columns]
                 start += tap.columns
+        record |= micro.checks
         self.records += 1
         try:
             self._on_record(record)

@@ -36,6 +36,7 @@ class Probes:
         micro.probes = {
             site: torch.empty(site.columns, size, dtype=torch.float64, device=device, requires_grad=True)
             for site in self._sites
+            if not site.lost
         }
         armed.update((site.number, probe) for site, probe in micro.probes.items())
         micro.generation = self._generation
@@ -58,7 +59,7 @@ class Probes:
             for site, probe in (micro.probes or {}).items():
                 if probe.grad is not None:
                     micro.columns[site] = probe.grad
-            if len(micro.columns) == len(self._sites):
+            if all(site in micro.columns for site in self._collector.sites):
                 self._collector.deliver(micro)
             elif not forget or micro.generation == self._generation:
                 # Its backward may still come: in a pipeline a step can lie between a forward pass and its backward.

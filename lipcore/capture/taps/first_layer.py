@@ -32,10 +32,13 @@ class FirstLayerFinder:
     def look_in(self, model: nn.Module) -> None:
         candidates = [(n, m) for n, m in named_modules(model) if isinstance(m, FIRST_LAYER_TYPES)]
         if not candidates:
-            raise ValueError(
-                "input: the model has no Linear, Conv1d, Conv2d, Conv3d or Embedding to be its first layer; name a "
-                "module with input='<module>'"
-            )
+            reason = "the model has no Linear, Conv1d, Conv2d, Conv3d or Embedding to be its first layer"
+            site = self._hook.site
+            if not site.optional:
+                raise ValueError(f"input: {reason}; name a module with input='<module>'")
+            self._collector.lose(site, reason)
+            return
+        self._collector.unresolved = self._hook.site
         self._candidates = [
             module.register_forward_hook(functools.partial(self._ran, name)) for name, module in candidates
         ]
@@ -74,6 +77,7 @@ class FirstLayerFinder:
         except ValueError as error:
             collector.fail(error)
             return None
+        collector.unresolved = None
         # The model itself has a hook already that ends its forward pass.
         self._handles.append(first[1].register_forward_hook(self._hook.after_forward, prepend=not first[0]))
         return self._hook.after_forward(module, arguments, output) if first[1] is module else None

@@ -39,7 +39,7 @@ class ForwardHook:
             probe = armed.get(site.number)
             if probe is None:
                 return None
-            saved, extra = site.save(module, arguments)
+            saved, extra = site.save({}, module, arguments)
             return Probed.apply(output, probe, site, extra, *saved)  # type: ignore[no-untyped-call]
         if not torch.is_grad_enabled() or not is_plain_run():
             return None
@@ -48,14 +48,16 @@ class ForwardHook:
     def tap(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         """The same where it is known already that a plain run in grad mode has ended."""
         site, collector = self.site, self._collector
-        if not collector.tapping:
+        if not collector.tapping or site.lost:
             return None
         micro = collector.under_way.micro
         if micro is None or site in micro.entered or in_backward() != -1:
             micro = collector.enter_again(site)
             if micro is None:
                 return None
+        given = output
         try:
+            output = site.taps[0].pick(output)
             for tap in site.taps:
                 tap.check(output)
         except ValueError as error:
@@ -64,18 +66,19 @@ class ForwardHook:
         if not micro.entered and micro.probes is None:
             collector.forwards += 1
         micro.entered.append(site)
-        watch = collector.under_way.watch
-        if watch is not None:
-            watch.reached(site.taps, output)
         result = None
         if output.grad_fn is None:
+            if given is not output:
+                return None  # nothing trains it
             output = result = Anchored.apply(output, self._anchor, site.in_place_after)  # type: ignore[no-untyped-call]
-        saved, extra = site.save(module, arguments)
+        saved, extra = site.save(micro.sources, module, arguments)
         made, inner = output, in_backward() != -1
         if site.in_place_after and output._is_view():
             made = output._base  # an in-place activation would put a node of its own in the place of the view's
         index, shape = made.output_nr, None if made is output else output.shape
         # On the node and not on the tensor: a fifth of the cost, and an in-place activation cannot get between.
+        if micro.probed:
+            micro.nodes[site] = made.grad_fn, index
         made.grad_fn.register_prehook(lambda grads: self._came_back(micro, grads[index], shape, extra, saved, inner))
         return result
 
@@ -89,22 +92,26 @@ class ForwardHook:
         inner: bool,
     ) -> None:
         site, collector = self.site, self._collector
-        if grad is None or micro.delivered or not collector.recording:
+        if grad is None or micro.delivered or not collector.recording or site.lost:
             return  # a second backward through the same graph brings the same ratios again
+        if collector.under_way.checking:
+            return
         # A checkpoint's inner backward belongs to the one around it; probes add up over several.
         if not inner and not collector.counts(micro):
             return
         if not inner and micro.probes is None and micro.task != in_backward():
             micro.task = in_backward()
             micro.columns.clear()  # left by a backward pass that did not reach every site
+            collector.finish_later(micro)
+        check = collector.check
+        if check is not None and check.micro is micro and check.site is site and not inner:
+            check.run(grad)
         columns = site.reduce(grad if shape is None else grad.reshape(shape), extra, saved)
         if columns is None:
             return
         before = micro.columns.get(site)
         micro.columns[site] = columns if before is None else before + columns
-        collector.returning = micro
-        if len(micro.columns) == collector.size:
-            collector.deliver(micro)
+        collector.arrived(micro)
 
 
 def inert_hook() -> ForwardHook:

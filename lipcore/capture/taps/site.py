@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lipcore.capture.taps.tap import Tap
+from lipcore.capture.taps.input_alias import Source
+from lipcore.capture.taps.tap import InputTap, Tap
 
 _numbers = itertools.count()
 
@@ -19,9 +20,10 @@ class Site:
 
     def __init__(self, target: str, fail: Callable[[Exception], None]) -> None:
         self.taps: list[Tap] = []
-        self.name = target
+        self.target = self.name = target
         self.module: nn.Module | None = None  # the first layer is None until it has run
         self.in_place_after = False
+        self.lost = False  # no numbers will come
         self.number = next(_numbers)
         self._fail = fail
 
@@ -35,11 +37,24 @@ class Site:
         self.name, self.module = name, module
         self.in_place_after = all(tap.in_place_after for tap in self.taps)
 
-    def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
-        """What reduce() will need beside the gradient."""
+    @property
+    def optional(self) -> bool:
+        """Whether the others go on without it."""
+        return all(tap.optional for tap in self.taps)
+
+    def lose(self, reason: str) -> None:
+        """Give it up."""
+        self.lost = True
+        for tap in self.taps:
+            tap.lost(reason)
+
+    def save(
+        self, sources: Mapping[InputTap, Source], module: nn.Module, arguments: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """Return what reduce() will need beside the gradient."""
         if len(self.taps) == 1:
-            return self.taps[0].save(module, arguments)
-        parts = [tap.save(module, arguments) for tap in self.taps]
+            return self.taps[0].save_from(sources, module, arguments)
+        parts = [tap.save_from(sources, module, arguments) for tap in self.taps]
         return tuple(tensor for part, _ in parts for tensor in part), [(len(part), detail) for part, detail in parts]
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> Tensor | None:

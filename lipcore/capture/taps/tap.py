@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+
+from lipcore.capture.taps.input_alias import Source
 
 
 class Tap(ABC):
@@ -19,7 +21,7 @@ class Tap(ABC):
     argument = "module"  #: of the metric, which named the module
     key: str  #: under which the record holds the numbers; no two taps of a Monitor share one
     columns: int  #: how many numbers per sample
-    follows_input = False  #: wants to know when the output depends on the model's input past its module
+    optional = False  #: the others go on without it where its module is called twice, or never
     in_place_after = False  #: set directly behind a parametrised leaf module, where an in-place activation may follow
 
     def resolve(self, name: str, module: nn.Module) -> None:  # noqa: B027
@@ -30,8 +32,21 @@ class Tap(ABC):
         if not isinstance(output, Tensor):
             raise ValueError(f"a {type(output).__name__} cannot be tapped, only a tensor")
 
-    def bypassed(self) -> None:  # noqa: B027
-        """The model's output turned out to depend on its input past the first layer, which this tap is on."""
+    def pick(self, output: Any) -> Any:
+        """Return the tensor that is meant, of what the module returned."""
+        return output
+
+    def close(self) -> None:  # noqa: B027
+        """Remove hooks of its own."""
+
+    def lost(self, reason: str) -> None:  # noqa: B027
+        """Learn that there will be no numbers of this tap, and why."""
+
+    def save_from(
+        self, sources: Mapping[InputTap, Source], module: nn.Module, arguments: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor, ...], Any]:
+        """As save(), for a tap that asks whether its module was given the very tensor that an input tap is on."""
+        return self.save(module, arguments)
 
     def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
         """Tensors that reduce() needs beside the gradient, and anything else it needs."""
@@ -40,6 +55,53 @@ class Tap(ABC):
     @abstractmethod
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
         """float64 [columns, B]."""
+
+
+class InputTap(Tap):
+    """A request for numbers from the gradient at one module's input; "" is the model's own."""
+
+    argument = "input"
+    columns = 1
+    off: str  #: why there is no gradient at the input, or ""
+    by_product: bool | None  #: whether the first layer's weight gives the numbers as well; None: not known yet
+    first: Tap  #: on the layer that may be all that the output depends on the input by
+    last: Tap  #: on the output that is differentiated
+
+    @property
+    def check_key(self) -> str:
+        """Where the record has the norms that a second way has brought, [B]: those of two samples, seeded alone, and of
+        what they bring to the others, which is 0 where samples are apart."""
+        return f"{self.key}.check"
+
+    @property
+    def trial_key(self) -> str:
+        """Where it has the constants of some samples that a pass of lipcore's own has found."""
+        return f"{self.key}.trial"
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Look at the first layer as it is before a pass that is tapped."""
+
+    @abstractmethod
+    def choose(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
+        """Return the tensor that is meant, of those that the module is called with; None where there is none, and a
+        ValueError where it cannot be told."""
+
+    @abstractmethod
+    def asks(self) -> tuple[bool, bool]:
+        """Say whether the gradient is wanted in the pass that begins, and whether it is to be checked."""
+
+    @abstractmethod
+    def refuse(self, reason: str) -> None:
+        """Learn that there is no gradient at the input, and why."""
+
+    @abstractmethod
+    def tried(self, found: Any) -> None:
+        """Learn what a pass of lipcore's own has found (:class:`lipcore.capture.taps.trial.Trial`)."""
+
+    @abstractmethod
+    def seen(self, past: bool) -> None:
+        """Learn whether the output depends on the input past the first layer."""
 
 
 #: What one micro-batch (one backward pass) brought: per tap key, float64 [columns, B].

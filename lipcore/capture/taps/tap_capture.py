@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from lipcore.capture.taps.batch_of_one import ends_of_chain, shortcut_hooks
-from lipcore.capture.taps.bypass import watch_input
 from lipcore.capture.taps.collector import Collector
 from lipcore.capture.taps.compile_probes import Probes
 from lipcore.capture.taps.first_layer import FirstLayerFinder
 from lipcore.capture.taps.forward_hook import ForwardHook
+from lipcore.capture.taps.input_hook import InputHook
 from lipcore.capture.taps.site import Site
-from lipcore.capture.taps.tap import FIRST_LAYER, Record, SingleSample, Tap
+from lipcore.capture.taps.tap import FIRST_LAYER, InputTap, Record, SingleSample, Tap
 from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.models.chains import first_of_chain
 from lipcore.models.names import find_module, unwrap
@@ -28,7 +28,8 @@ class Capture:
 
     Args:
         model: the module the training loop calls; torch.compile's result when there is one.
-        taps: what is wanted, and where: a canonical module name, FIRST_LAYER, or "" for the model's own output.
+        taps: what is wanted, and where: a canonical module name, FIRST_LAYER, or "" for the model's own output (of an
+            InputTap: input).
         on_record: gets one record per forward pass that was followed by a backward pass.
         on_error: gets what would have been raised inside a hook; capturing has stopped then.
     """
@@ -43,15 +44,19 @@ class Capture:
         self.model = model
         self._collector = Collector(on_record, on_error)
         self._sites: dict[str, Site] = {}
+        self._at_inputs: list[tuple[InputTap, str]] = []
         for tap, target in taps:
-            self._sites.setdefault(target, Site(target, self._collector.fail)).taps.append(tap)
-        self._collector.size = len(self._sites)
+            if isinstance(tap, InputTap):
+                self._at_inputs.append((tap, target))
+            else:
+                self._sites.setdefault(target, Site(target, self._collector.fail)).taps.append(tap)
+        self._inputs: list[InputHook] = []
+        self._collector.sites = list(self._sites.values())
         self._hooks = {target: ForwardHook(site, self._collector) for target, site in self._sites.items()}
         self._last = self._hooks.get("")
         self._probes = Probes(list(self._sites.values()), self._collector)
         self.pending = self._probes.pending  #: forward passes whose probes are read at the next tick()
         self._compiled = any(is_compiled(module) for module in model.modules())
-        self._wants_watch = True
         self._finder: FirstLayerFinder | None = None
         self._shortcut: Any = None
         self._handles: list[Any] = []
@@ -63,12 +68,14 @@ class Capture:
 
     # ---- hooks
 
-    def attach(self, single_sample: SingleSample | None = None) -> None:
+    def attach(self, single_sample: SingleSample | None = None, *, shared: bool = False) -> None:
         """Register the hooks.
 
-        With `single_sample` batches of one are served from bias gradients where
-        that is sure to be right; then the taps are hooked when the first batch comes that the shortcut cannot serve.
+        With `single_sample` batches of one are served from bias gradients where that is sure to be right; then the taps
+        are hooked when the first batch comes that the shortcut cannot serve. Where others tap the same passes
+        (`shared`), no backward pass of lipcore's own goes through their graphs.
         """
+        self._collector.shared = shared
         if not self._sites:
             return
         if compiles_its_call(self.model):
@@ -98,6 +105,22 @@ class Capture:
                 site.resolve(*find_module(self.model, target, site.taps[0].argument))
             else:
                 site.resolve("", unwrap(self.model))
+        for tap, target in self._at_inputs:
+            self._inputs.append(self._input_hook(tap, target))
+
+    def _input_hook(self, tap: InputTap, target: str) -> InputHook:
+        """The input of the model's first layer is the model's own where a plain chain begins with it."""
+        first = first_of_chain(self.model)
+        at = self.model
+        if target and (first is None or first[0] != target):
+            at = find_module(self.model, target, tap.argument)[1]
+        hook = InputHook(tap, self.model, at, self._collector)
+        for site in self._sites.values():
+            if tap.first in site.taps:
+                hook.first = site
+            elif tap.last in site.taps:
+                hook.last = site
+        return hook
 
     def _hook_taps(self) -> None:
         """Register the forward hooks of all taps, once."""
@@ -105,12 +128,19 @@ class Capture:
             if not self._tap_handles:
                 self._register_taps()
         if self._shortcut is not None:  # it calls this when a forward pass has begun
+            for at in self._inputs:
+                at.tap.prepare()
             self._shortcut.own_hooks = 1
             self._collector.begin()
 
     def _register_taps(self) -> None:
         handles = self._tap_handles
-        handles.append(self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=self._compiled))
+        handles.append(
+            self.model.register_forward_pre_hook(self._begin_forward, with_kwargs=self._compiled or bool(self._inputs))
+        )
+        for at in self._inputs:
+            if at.at is not self.model:
+                handles.append(at.at.register_forward_pre_hook(at.enter, with_kwargs=True))
         for target, hook in self._hooks.items():
             if not target:
                 continue
@@ -129,19 +159,23 @@ class Capture:
 
     def _look_for_first_layer(self, hook: ForwardHook) -> None:
         if self._compiled:
-            raise ValueError(
-                "input: the first layer of a compiled model cannot be found by watching it run; name it: "
-                "input='<module>'"
-            )
+            reason = "the first layer of a compiled model cannot be found by watching it run; name it: input='<module>'"
+            if not hook.site.optional:
+                raise ValueError(f"input: {reason}")
+            self._collector.lose(hook.site, reason)
+            return
         self._finder = FirstLayerFinder(hook, self._collector, self._tap_handles)
         self._finder.look_in(self.model)
 
     def close(self) -> None:
         """Remove every hook; what was recorded stays."""
         self.flush()
+        self._collector.check = None
         self._collector.recording = self._collector.tapping = False
         if self._finder is not None:
             self._finder.close()
+        for tap in (tap for site in self._sites.values() for tap in site.taps):
+            tap.close()
         for handles in (self._handles, self._tap_handles):
             for handle in handles:
                 handle.remove()
@@ -152,20 +186,22 @@ class Capture:
 
     def _begin_forward(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
-    ) -> None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if torch.compiler.is_compiling() or not is_training_forward():
-            return
+            return None
         collector = self._collector
         micro = collector.begin()
         if self._finder is not None:
             self._finder.begin_forward()
         if not collector.tapping:
-            return
+            return None
+        changed = None
+        for at in self._inputs:
+            given = (arguments, keywords or {}) if changed is None else changed
+            changed = at.begin(micro, *given, compiled=self._compiled) or changed
         if self._compiled:
             self._probes.arm(micro, [*arguments, *(keywords or {}).values()])
-        elif self._wants_watch:
-            self._wants_watch = False  # the next ones run unwatched
-            collector.under_way.watch = watch_input(arguments)
+        return changed
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         last = None if output is None else self._last  # None: the forward pass raised
@@ -177,9 +213,10 @@ class Capture:
         if self._compiled:
             self._probes.disarm()
         under_way = self._collector.under_way
-        if under_way.watch is not None:
-            under_way.watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            under_way.watch = None
+        for at in self._inputs:
+            at.end(raised=output is None, compiled=self._compiled)
+        if under_way.micro is not None:
+            under_way.micro.sources, under_way.micro.nodes = {}, {}
         if self._finder is not None and self._finder.found:
             self._finder.close()
             self._finder = None
@@ -190,6 +227,7 @@ class Capture:
 
     def tick(self) -> None:
         """The optimizer has stepped: read the probes; forget forward passes that never came back."""
+        self._collector.check = None
         if self.pending:
             self._probes.read(forget=True)
 

@@ -1,0 +1,63 @@
+"""What a model gets in the place of its input while the gradient there is taken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Alias(torch.autograd.Function):
+    """The same memory as another tensor, which requires a gradient by way of the anchor; what was before it gets the
+    gradient that it would get anyway.
+
+    No view in autograd's eyes, and no leaf: the model may work on it in place. `mark_dirty` would change the user's own
+    tensor, and a detached copy would cut off what made it (a generator before a discriminator).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return (grad if ctx.needs_input_grad[0] else None), None
+
+
+def alias_of(x: Tensor, anchor: Tensor) -> Tensor:
+    """Return it, with the attributes that the user has put on x."""
+    alias: Tensor = Alias.apply(x, anchor)  # type: ignore[no-untyped-call]
+    alias.__dict__.update(x.__dict__)
+    return alias
+
+
+class Source:
+    """The tensor that a pass is differentiated by, and whether a layer was given that very tensor."""
+
+    __slots__ = ("_tensor", "_version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+        self._version = tensor._version
+
+    def holds(self, other: Any) -> bool:
+        """Return whether it is this tensor, or a reshaped view of it with the samples first, as it was at the beginning
+        of the pass."""
+        mine = self._tensor
+        if mine._version != self._version:
+            return False
+        return other is mine or (
+            isinstance(other, Tensor)
+            and other.dtype == mine.dtype
+            and other.numel() == mine.numel()
+            and other.shape[:1] == mine.shape[:1]
+            and other.is_contiguous()
+            and mine.is_contiguous()
+            and other.data_ptr() == mine.data_ptr()
+        )
+
+    @property
+    def changed(self) -> bool:
+        """Whether the model worked on it in place."""
+        return self._tensor._version != self._version

@@ -1,0 +1,264 @@
+"""The gradient at a module's input: an alias of the user's tensor goes into the forward pass in those passes that a tap
+asks for, and a hook on the alias' node takes the numbers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, increment_version
+
+from lipcore import functional
+from lipcore.capture.taps.collector import Collector, MicroBatch
+from lipcore.capture.taps.graph import goes_past
+from lipcore.capture.taps.input_alias import Source, alias_of
+from lipcore.capture.taps.site import Site
+from lipcore.capture.taps.tap import InputTap
+from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, trial, two_of
+from lipcore.capture.training_pass import in_backward, is_plain_run
+from lipcore.models.affine import is_affine, is_parametrized
+from lipcore.models.chains import modules_in_order
+from lipcore.models.inputs import exchanged
+from lipcore.models.restored import buffers_put_back, random_numbers_put_back
+from lipcore.models.torch_internals import has_backward_hooks
+
+_INSIDE = (
+    "the gradient at the input of a layer inside a compiled model cannot be taken; name an argument of the model: "
+    "input='<argument>'"
+)
+
+
+@dataclass
+class _Pass:
+    """One forward pass whose input is aliased."""
+
+    micro: MicroBatch
+    check: bool
+    given: Tensor | None = None  # the user's tensor
+    alias: Tensor | None = None
+    node: Any = None
+    undo: list[Callable[[], None]] = field(default_factory=list)
+
+
+class _UnderWay(threading.local):
+    """The forward pass of this thread."""
+
+    passing: _Pass | None = None
+
+
+class InputHook:
+    """What one input tap does in a forward pass of the model.
+
+    Args:
+        model: what the loop calls.
+        at: the module whose input is meant, the model itself or one inside it.
+    """
+
+    def __init__(self, tap: InputTap, model: nn.Module, at: nn.Module, collector: Collector) -> None:
+        self.tap = tap
+        self.at = at
+        self.site = Site(f"input of {type(at).__name__}", self._failed)
+        self.site.taps.append(tap)
+        self.first: Site | None = None
+        self.last: Site | None = None
+        self._model, self._collector = model, collector
+        self._anchor = torch.empty(0, requires_grad=True, device="cpu")
+        self._tried = False
+        self._now = _UnderWay()
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _nothing, ()
+
+    def _failed(self, error: Exception) -> None:
+        self.tap.refuse(str(error))
+
+    # ---- the forward pass
+
+    def begin(
+        self, micro: MicroBatch, arguments: tuple[Any, ...], keywords: dict[str, Any], *, compiled: bool
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Before the model's forward pass: return other arguments, with the alias among them, or None."""
+        self._now.passing = None
+        if self.tap.off:
+            return None
+        try:
+            self.tap.prepare()
+            x = None
+            if self.at is self._model:
+                x = self.tap.choose(arguments, keywords)
+                if x is None:
+                    return None
+                micro.sources[self.tap] = Source(x)
+            if self._collector.compares:
+                return None
+            asked, check = self.tap.asks()
+            if not asked or not self._allowed(micro, x, arguments, keywords, compiled):
+                return None
+            if compiled and (self.tap.by_product or x is None):
+                if not self.tap.by_product:
+                    self.tap.refuse(_INSIDE)
+                return None
+            self._now.passing = _Pass(micro, check)
+            return None if x is None else self._aliased(x, arguments, keywords)
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Before the forward pass of a module inside the model."""
+        under_way = self._now.passing
+        if torch.compiler.is_compiling() or under_way is None or under_way.alias is not None:
+            return None
+        if not torch.is_grad_enabled() or in_backward() != -1 or not is_plain_run():
+            return None
+        try:
+            x = self.tap.choose(arguments, keywords)
+            return None if x is None else self._aliased(x, arguments, keywords)
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def _allowed(
+        self,
+        micro: MicroBatch,
+        x: Tensor | None,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        compiled: bool,
+    ) -> bool:
+        """Whether the pass may be differentiated by the input, which a pass of lipcore's own tries before the first
+        one. torch's own layers, one after the other, may."""
+        if self._tried:
+            return True
+        self._tried = True
+        if not compiled and self.at is self._model and modules_in_order(self._model) is not None:
+            return True
+        pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
+        layer = self.first.module if compiled and self.first is not None else None
+        if layer is not None and (not is_affine(layer) or is_parametrized(layer)):
+            layer = None
+        found = trial(self._model, self.at, x, arguments, keywords, pick, layer)
+        if found.refusal:
+            self.tap.refuse(found.refusal)
+        else:
+            self.tap.tried(found)
+            if compiled:  # a graph cannot be looked through
+                self.tap.by_product = not found.past
+            if found.constants is not None and not compiled:
+                micro.checks[self.tap.trial_key] = found.constants
+        return not found.refusal
+
+    def _aliased(
+        self, x: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        under_way = self._now.passing
+        assert under_way is not None
+        micro, collector, site = under_way.micro, self._collector, self.site
+        alias = alias_of(x, self._anchor)
+        under_way.given, under_way.alias, under_way.node = x, alias, alias.grad_fn
+        micro.sources[self.tap] = Source(alias)
+        micro.probed = (*micro.probed, site)
+
+        def came_back(grads: tuple[Tensor | None, ...]) -> None:
+            grad = grads[0]
+            if grad is None or micro.delivered or not collector.recording or collector.under_way.checking:
+                return
+            if not collector.counts(micro):
+                return
+            norms = site.reduce(grad, None, ())
+            if norms is not None:
+                micro.columns[site] = micro.columns[site] + norms if site in micro.columns else norms
+            collector.arrived(micro)
+
+        under_way.node.register_prehook(came_back)
+        undo = under_way.undo
+        return exchanged(arguments, x, alias, undo), exchanged(keywords, x, alias, undo)
+
+    def _give_up(self, error: Exception) -> None:
+        if self._now.passing is not None:
+            self._put_back(self._now.passing)
+            self._now.passing = None
+        self.tap.refuse(str(error))
+
+    @staticmethod
+    def _put_back(under_way: _Pass) -> None:
+        for back in under_way.undo:
+            back()
+        under_way.undo.clear()
+
+    def end(self, *, raised: bool, compiled: bool) -> None:
+        """After the model's forward pass, whether or not it raised."""
+        under_way, self._now.passing = self._now.passing, None
+        if under_way is None or under_way.alias is None:
+            return
+        if not raised and self.tap.by_product is None:
+            self.tap.seen(True)  # no first layer has run
+        try:
+            self._put_back(under_way)
+            source = under_way.micro.sources.get(self.tap)
+            if source is not None and source.changed and under_way.given is not None:
+                increment_version(under_way.given)  # the model worked on the user's memory in place
+            if not raised and not compiled:
+                self._look(under_way)
+        except Exception as error:
+            self._give_up(error)
+
+    def _look(self, under_way: _Pass) -> None:
+        nodes = under_way.micro.nodes
+        made = nodes.get(self.last) if self.last is not None else None
+        if made is None:
+            return
+        layer = nodes.get(self.first) if self.first is not None else None
+        if layer is not None and self.at is self._model:
+            self.tap.seen(goes_past(made[0], under_way.node, layer[0]))
+        if under_way.check and not has_backward_hooks(self._model) and not self._collector.shared:
+            edge = GradientEdge(under_way.node, 0)
+            self._collector.check = _Check(self, under_way.micro, GradientEdge(*made), edge)
+
+
+class _Check:
+    """The gradients of two samples' outputs at the input, through the same graph, beside what the taps bring."""
+
+    def __init__(self, hook: InputHook, micro: MicroBatch, output: GradientEdge, at: GradientEdge) -> None:
+        self.micro = micro
+        self.site = hook.last
+        self._hook, self._output, self._at = hook, output, at
+
+    def run(self, grad_output: Tensor) -> None:
+        """Take them, given the gradient at the output; nothing of the training changes."""
+        hook = self._hook
+        collector, tap = hook._collector, hook.tap
+        collector.check = None
+        size = grad_output.shape[0] if grad_output.dim() else 1
+        if not size:
+            return
+        some = two_of(size)
+        others = torch.ones(size, dtype=torch.bool, device=grad_output.device)
+        others[some] = False
+        seed = grad_output.masked_fill(others.reshape(-1, *[1] * (grad_output.dim() - 1)), 0)
+        if not grad_output.dim():
+            seed = grad_output
+        collector.under_way.checking = True
+        try:
+            with random_numbers_put_back(hook._model, allowed=True), buffers_put_back(hook._model):
+                (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)
+            if found is None:
+                tap.refuse(NOT_DIFFERENTIABLE)
+            elif found.shape[0] == size:
+                self.micro.checks[tap.check_key] = functional.sample_norms(found.detach())
+        except Exception as error:
+            tap.refuse(f"autograd.grad through the same graph raises {type(error).__name__}: {error}")
+        finally:
+            collector.under_way.checking = False
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
+
+
+def _nothing() -> None:
+    """What a copied model has in the place of the hook."""

@@ -1,0 +1,166 @@
+"""A pass of lipcore's own before the first that differentiates by the input: may the user's passes do that?"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lipcore import functional
+from lipcore.capture.taps.graph import goes_past, nodes_before, reentrant_checkpoint
+from lipcore.capture.taps.input_alias import Source
+from lipcore.models.inputs import exchanged
+from lipcore.models.pause import paused
+from lipcore.models.restored import attributes_put_back, buffers_put_back, random_numbers_put_back
+from lipcore.models.torch_internals import OptimizedModule, original
+
+NOT_DIFFERENTIABLE = (
+    "the output does not depend on the input through differentiable operations (torch.no_grad, detach or rounding lie "
+    "between); name a layer behind them: input='<module>'"
+)
+REENTRANT = "reentrant checkpoints cannot be differentiated by the input; use checkpoint(..., use_reentrant=False)"
+
+
+class Trial(NamedTuple):
+    """What a trial found."""
+
+    refusal: str = ""  #: why the user's passes must not be differentiated by the input
+    mixes: bool = False  #: the output of a sample depends on other samples
+    constants: Tensor | None = None  #: of two samples, where the output has one value per sample; NaN for the others
+    past: bool = True  #: the layer that was asked about is not all that the output depends on the input by
+
+
+def trial(
+    model: nn.Module,
+    at: nn.Module,
+    x: Tensor | None,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    pick: Callable[[Any], Any],
+    layer: nn.Module | None = None,
+) -> Trial:
+    """Run the model as the user is about to, differentiated by the input of a module of it, and leave no trace: neither
+    in buffers, attributes, gradients and random numbers, nor in what metrics record.
+
+    Args:
+        at: the module whose input it is.
+        x: that input, where it is the model's own.
+        pick: returns the tensor of the model's output that is meant.
+        layer: whether the output depends on the input by way of this layer alone, is asked too.
+    """
+    try:
+        with warnings.catch_warnings(), _unnoticed(model):
+            warnings.simplefilter("ignore")
+            return _run(_bare(model), _bare(at), x, arguments, keywords, pick, layer)
+    except Exception as error:
+        return Trial(f"a pass that is differentiated by the input raises {type(error).__name__}: {_first_line(error)}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The module without what synchronises or compiles its passes."""
+    while isinstance(model, (OptimizedModule, nn.parallel.DistributedDataParallel)):
+        model = original(model) if isinstance(model, OptimizedModule) else model.module
+    return model
+
+
+@contextmanager
+def _unnoticed(model: nn.Module) -> Iterator[None]:
+    cached = torch.is_autocast_cache_enabled()
+    with ExitStack() as stack:
+        stack.enter_context(random_numbers_put_back(model, allowed=True))
+        stack.enter_context(buffers_put_back(model))
+        stack.enter_context(attributes_put_back(model))
+        stack.enter_context(paused())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.callback(torch.set_autocast_cache_enabled, cached)
+        torch.set_autocast_cache_enabled(False)
+        yield
+
+
+def _run(
+    model: nn.Module,
+    at: nn.Module,
+    x: Tensor | None,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    pick: Callable[[Any], Any],
+    layer: nn.Module | None,
+) -> Trial:
+    points: list[Tensor] = []
+    sources: list[Source] = []
+    layers: list[tuple[bool, Any]] = []
+
+    def replace(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if points:
+            return None
+        old: Tensor = x if x is not None else given[0] if given else next(iter(named.values()))
+        points.append(old.detach().clone().requires_grad_())
+        copy = points[0].clone()  # no leaf: the model may work on it in place
+        copy.__dict__.update(old.__dict__)
+        sources.append(Source(copy))
+        return exchanged(given, old, copy, undo), exchanged(named, old, copy, undo)
+
+    def ran(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        layers.append((bool(given) and bool(sources) and sources[0].holds(given[0]), output.grad_fn))
+
+    undo: list[Any] = []
+    handles = [at.register_forward_pre_hook(replace, with_kwargs=True)]
+    if layer is not None:
+        handles.append(layer.register_forward_hook(ran))
+    try:
+        returned = model(*arguments, **keywords)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for back in undo:
+            back()
+    try:
+        output = pick(returned)
+    except ValueError:
+        return Trial()  # the taps say it in the user's own pass
+    if not isinstance(output, Tensor) or not points:
+        return Trial()
+    if output.grad_fn is None:
+        return Trial(NOT_DIFFERENTIABLE)
+    if reentrant_checkpoint(nodes_before(output.grad_fn)):
+        return Trial(REENTRANT)
+    alone = len(layers) == 1 and layers[0][0]
+    past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0][1])
+    return _differentiated(output, points[0])._replace(past=past)
+
+
+def _accumulates(leaf: Tensor) -> Any:
+    return torch.autograd.graph.get_gradient_edge(leaf).node
+
+
+def _differentiated(output: Tensor, point: Tensor) -> Trial:
+    size = output.shape[0] if output.dim() else 1
+    if not size:
+        return Trial()
+    some = two_of(size)
+    values = output.reshape(size, -1)[some]
+    (gradient,) = torch.autograd.grad(values.sum(), point, allow_unused=True)
+    if gradient is None:
+        return Trial(NOT_DIFFERENTIABLE)
+    if point.shape[0] != size:
+        return Trial()
+    others = torch.ones(size, dtype=torch.bool, device=gradient.device)
+    others[some] = False
+    mixes = bool(torch.nan_to_num(gradient[others], 0.0, 0.0, 0.0).any())
+    constants = None
+    if values.numel() == len(some) and not mixes:
+        constants = functional.sample_norms(gradient).masked_fill(others, float("nan"))
+    return Trial(mixes=mixes, constants=constants)
+
+
+def two_of(size: int) -> list[int]:
+    """Return the numbers of the samples that a check looks at: two at no even distance."""
+    return sorted({size // 3, (size * 5) // 6})
