@@ -17,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 from torch.optim.optimizer import _default_to_fused_or_foreach as default_to_fused_or_foreach
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["AnyBatchNorm", "AnyDropout", "TorchDispatchMode", "default_to_fused_or_foreach", "tree_leaves"]
+__all__ = ["AnyBatchNorm", "AnyDropout", "TorchDispatchMode", "default_to_fused_or_foreach", "tree_leaves", "tree_map"]
 
 #: Attributes by the kind of object that has them; tests look for each in the installed torch.
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.capture.layers.batch_of_one import Sink
-from lipcore.capture.layers.layer_pass import LayerRecord
+from lipcore.capture.layers.layer_pass import UNSEEN_ROWS, LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
@@ -24,6 +24,7 @@ from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.per_sample.arguments import check_arguments, offsets_of
 from lipcore.per_sample.batch_norms import MicroBatch, Norms
+from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import Places
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import Reduction, Terms
@@ -85,10 +86,11 @@ class PerSampleGradNorms(StandaloneMetric):
             sequences, but the gradient is summed in another order.
         normalized: also measure :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
         noise_scale: also estimate the gradient noise scale.
-        prove: let the first pass of several samples prove itself: one more backward pass through its graph, from one
-            sample's outputs, must bring that sample's exact gradient at every parameter and nothing for the others. It
-            finds samples that are mixed or looked for in the wrong dimension, and weights that are used outside their
-            layers. Hooks on tensors see that pass too. Not done in distributed training.
+        prove: let passes prove themselves, the first one and ever fewer later ones: backward passes through its graph
+            from weighted outputs show, bit for bit, that row i of every layer's gradient is that of sample i, and two
+            samples are run among copies of themselves. This finds samples that are mixed, moved, or looked for in the
+            wrong dimension. Hooks on tensors and on modules' backward passes see those passes too. What is not proved
+            is not labelled exact, and :attr:`unproved` and ``details["not_proved"]`` say why.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
 
     Raises:
@@ -145,6 +147,7 @@ class PerSampleGradNorms(StandaloneMetric):
         self._open_step = OpenStep(None)
         self._blocks = 1
         self._window = NormWindow(0, 1)  # until the layers are known
+        self._doubts = Doubts(1)
         self._dropped = 0
         self._noise: NoiseScale | None = None
         if model is not None:
@@ -160,6 +163,7 @@ class PerSampleGradNorms(StandaloneMetric):
                 "count every backward pass twice; close() that one first, or make a metric of its own for this Monitor"
             )
         self._blocks = window_blocks
+        self._doubts = Doubts(window_blocks)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
     def bind(self, model: nn.Module) -> None:
@@ -224,6 +228,8 @@ class PerSampleGradNorms(StandaloneMetric):
         """One backward pass."""
         micro = MicroBatch(record, self._reduction.factor(record.samples, self._scaler), self._places)
         self._last = micro
+        if record.unproved:
+            self._doubts.add(record.unproved)
         if record.observed:
             return
         ids, self._ids = self._ids, None
@@ -327,8 +333,15 @@ class PerSampleGradNorms(StandaloneMetric):
 
     @property
     def broken(self) -> str:
-        """Reason why the last total is NaN; empty when it is not."""
-        return self._micro().record.broken
+        """Reason why the last total is NaN, at some samples or at all; empty when it is not."""
+        record = self._micro().record
+        return record.broken or (UNSEEN_ROWS if record.unproved == UNSEEN_ROWS else "")
+
+    @property
+    def unproved(self) -> str:
+        """Reason why it is not proved that the last backward pass's norms are those of single samples; empty when it
+        is proved: row i of every layer's gradient is that of sample i, bit for bit."""
+        return self._micro().record.unproved
 
     def set_ids(self, ids: Any) -> None:
         """Name the samples of the next backward pass by their ids (integers [B]); its norms are kept in
@@ -357,6 +370,7 @@ class PerSampleGradNorms(StandaloneMetric):
         lines = [PlanLine("all", f"{self._reduction}{every}", 2048 * (len(self._layers) + 1))]
         if self._capture is None:
             return lines
+        lines.append(PlanLine("proof", str(self._capture.proofs)))
         for site in self._capture.sites:
             way = how(site, self._methods)
             rule = f"{type(site.module).__name__}: {', '.join(site.names)}" + (f", {way}" if way else "")
@@ -368,13 +382,17 @@ class PerSampleGradNorms(StandaloneMetric):
         """Distributions over the window, in total and per layer; the noise scale."""
         capture = self._capture
         result = MetricResult(self.name, dropped_samples=self._dropped)
+        doubts = self._doubts.counts()
         if capture is not None:
             result.details["unrecorded"] = dict(capture.unrecorded)
+            result.details["proved"] = not doubts
+            if doubts:
+                result.details["not_proved"] = doubts
             if capture.coverage.uncovered:
                 result.details["not_covered"] = dict(capture.coverage.uncovered)
         note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""
         estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
-        add_norms(result, self._layers, self._window.merged(), estimated, note)
+        add_norms(result, self._layers, self._window.merged(), estimated, note, next(iter(doubts), ""))
         if self._noise is not None:
             add_noise(result, self._layers, self._noise, self._open_step.sums)
         return result
@@ -382,11 +400,13 @@ class PerSampleGradNorms(StandaloneMetric):
     def reset(self) -> None:
         """Start a new window."""
         self._window.reset()
+        self._doubts.reset()
         self._start_block()
 
     def advance(self) -> None:
         """Slide the window by a block; the noise scale's window is the open block, its moving average goes on."""
         self._window.advance()
+        self._doubts.advance()
         self._start_block()
 
     def _start_block(self) -> None:
@@ -444,6 +464,7 @@ class PerSampleGradNorms(StandaloneMetric):
         if self._noise is not None and other._noise is not None:
             self._noise.merge(other._noise)
         self._window.merge(other._window)
+        self._doubts.merge(other._doubts)
         self.scores.merge(other.scores)
         self._dropped += other._dropped
 
@@ -461,7 +482,9 @@ class PerSampleGradNorms(StandaloneMetric):
         return self._shown().html()
 
     def _shown(self) -> Shown:
-        return shown(self, self._window.merged(), self._layers, self._capture, str(self._reduction))
+        return shown(
+            self, self._window.merged(), self._layers, self._capture, str(self._reduction), self._doubts.counts()
+        )
 
 
 def _ranks() -> int:

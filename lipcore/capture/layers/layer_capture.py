@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.capture.layers.audit import Audit, depends_on
-from lipcore.capture.layers.batch_of import batch_of
+from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.coverage import ParameterCoverage, cover
@@ -19,6 +19,7 @@ from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import Passes
+from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, is_training_forward
@@ -69,13 +70,15 @@ class LayerCapture:
             for name, module, rule, names in self.coverage.tapped
         ]
         self._check_names()
+        self.proofs = Proofs(self.model, self.sites, prove=options.prove, skip=options.skip_uncovered)
         self._audit = Audit(
             self.model,
             self.coverage,
             self.sites,
             compiled=self._compiled,
             skip=options.skip_uncovered,
-            prove=options.prove,
+            proofs=self.proofs,
+            fail=passes.fail,
         )
         self.single = SingleBatches(
             *(self.coverage, self.structure, options.batch_dim, self._serve, self._tap),
@@ -217,6 +220,7 @@ class LayerCapture:
             passes.as_long_as_large = square and not first.is_floating_point()
             self._probes.arm(run, first.device)
         self._audit.before_forward()
+        self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
 
     @property
     def _may_serve(self) -> bool:

@@ -12,6 +12,7 @@ import torch
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.layer_pass import INNER, LayerPass, Recomputation
+from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.outputs import on_backward
 from lipcore.models.torch_internals import queue_callback
@@ -147,6 +148,8 @@ class Passes:
         return Recomputation(candidates)
 
     def _begin_backward(self, run: LayerPass) -> None:
+        if is_proof():
+            return
         self._returning.add(run)
         run.entered = in_backward()
         if run.fresh[0] != in_backward():
@@ -187,7 +190,7 @@ class Passes:
     def probe_comes_back(self, run: LayerPass) -> None:
         """Note that a compiled region's probe of this pass got its gradient."""
         task = in_backward()
-        if self.recording and run.begin_task(task):
+        if self.recording and not is_proof() and run.begin_task(task):
             queue_callback(lambda: self._end_backward(run, task))
 
     def _end_backward(self, run: LayerPass, task: int) -> None:

@@ -26,6 +26,10 @@ class TappedLayers(Protocol):
         """Server of batches of one, which can fill distributions by itself."""
 
     @property
+    def proofs(self) -> object:
+        """Proofs of its passes; as a text, when they are made or why not."""
+
+    @property
     def watches(self) -> bool:
         """True while hooks are on the model and record."""
 

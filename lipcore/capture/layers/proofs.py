@@ -1,0 +1,163 @@
+"""The proofs of one model: when a pass is proved, what is known from earlier ones, and what other passes carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipcore.capture.layers.layer_pass import UNREACHED, LayerPass
+from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.proof_schedule import ProofSchedule, under_process_group
+from lipcore.capture.layers.sample_proof import NO_OUTPUT, Graph, Verdict, unseen_rows, verdict
+from lipcore.capture.seeds import Seeds, seeds_of
+from lipcore.models.copies import Before
+from lipcore.models.memory import free_bytes
+from lipcore.models.outputs import tensors_of
+from lipcore.models.restored import RandomPass, buffers_put_back, random_numbers_put_back
+
+NOT_ASKED = "prove=False was passed"
+_NOT_YET = "no batch of {0} samples was proved yet"
+_FAILED = "its graph allows no other backward pass ({0})"
+_OPEN = "the numbers of the pass that was to be proved are not finite"
+_MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
+_NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
+_OFFSETS = "the samples are packed sequences"
+_WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
+
+
+@dataclass
+class _Known:
+    """What is known of passes with so many dimensions and samples."""
+
+    reason: str = _OPEN
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    unseen: dict[str, Tensor] = field(default_factory=dict)
+    unreached: dict[str, set[str]] = field(default_factory=dict)
+
+
+class Disproved(ValueError):
+    """The samples of a pass depend on each other."""
+
+
+class Proofs:
+    """Proves passes of one model.
+
+    Nothing is raised but ValueErrors about the model, which its owner keeps for the user's next call.
+
+    Attributes:
+        bytes: of memory that the last one took beside what the pass itself keeps, roughly.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[LayerSite], *, prove: bool, skip: bool) -> None:
+        self.bytes = 0
+        self._model, self._sites = model, sites
+        self._wanted, self._skip = prove, skip
+        self._sharded = any(hasattr(p, "placements") for p in model.parameters())
+        self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
+        self._schedule = ProofSchedule()
+        self._known: dict[tuple[int, int], _Known] = {}
+
+    def begin(self, run: LayerPass, arguments: tuple[Any, ...], keywords: dict[str, Any], first: Tensor | None) -> None:
+        """Keep what a pass begins with, where it is to be proved."""
+        if not self._wanted or first is None:
+            run.unproved = "" if run.batch.size == 1 else NOT_ASKED
+            return
+        run.kind = first.dim(), run.batch.size
+        if self._schedule.due(tuple(first.shape), run.batch.size) and not run.chained:
+            run.before = Before(self._model, arguments, keywords, first, run.batch.dim)
+
+    def end(self, run: LayerPass, output: Any) -> dict[str, str]:
+        """Prove a pass that is to be, and note on any what is known of it; return parameters whose norms are wrong.
+
+        Raises:
+            Disproved: samples depend on each other in a way that spoils all norms.
+        """
+        if run.kind is None:
+            return {}
+        before, run.before = run.before, None
+        wrong: dict[str, str] = {}
+        if before is not None:
+            known = self._known.setdefault(run.kind, _Known())
+            wrong = self._prove(run, output, before, known)
+        if run.batch.size > 1:
+            found = self._known.get(run.kind)
+            run.unproved = _NOT_YET.format(run.batch.size) if found is None else found.reason
+            if found is not None:
+                run.unseen, run.unreached = found.unseen, found.unreached
+        return wrong
+
+    def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
+        seeds, graph = seeds_of(output, run.batch), Graph(run, output, self._sites)
+        if run.batch.size < 2 and not self._sharded:  # whose passes run on every rank
+            return {}
+        found = self._weighed(run, seeds, graph)
+        if run.batch.size < 2:
+            return {}
+        if found.open:
+            self._schedule.ask_again()
+        for layer, rows in found.seen.items():
+            known.seen[layer] = known.seen.get(layer, rows) | rows
+        if found.reason or not any(bool(rows.any()) for rows in found.seen.values()):
+            known.reason = found.reason or (_OPEN if found.open else UNREACHED.format(self._sites[0].name))
+        else:
+            known.reason = ""
+        known.unseen = {} if known.reason else unseen_rows(self._sites, known.seen)
+        unreached = [site for site in self._sites if site.name in found.unreached and site.name not in known.seen]
+        known.unreached = {site.name: set(site.names.values()) for site in unreached}
+        if found.wrong and found.entered:
+            run.suspects = found.entered, found.wrong
+        elif found.wrong:
+            return found.wrong
+        self._look_at_copies(run, output, seeds, before, known)
+        return {}
+
+    def _weighed(self, run: LayerPass, seeds: Seeds, graph: Graph) -> Verdict:
+        reason = graph.refused
+        if self._refused:
+            reason = f"{self._refused} allows no other backward pass; use fully_shard"
+        elif not seeds.outputs:
+            reason = NO_OUTPUT
+        elif not reason and not under_process_group():  # what is free differs by rank
+            self.bytes = graph.bytes
+            free = free_bytes(seeds.outputs[0].device)
+            if free is not None and free < graph.bytes:
+                reason = _MEMORY.format(graph.bytes >> 20, free >> 20)
+        if reason:
+            return Verdict(reason)
+        found = Verdict()
+        try:
+            with (
+                suppress(RandomPass),
+                random_numbers_put_back(self._model),  # a checkpoint runs again
+                buffers_put_back(self._model),
+            ):
+                found = verdict(run, seeds, graph, self._sites, fixed=self._sharded)
+        except Exception as error:
+            return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))
+        return found
+
+    def _look_at_copies(self, run: LayerPass, output: Any, seeds: Seeds, before: Before, known: _Known) -> None:
+        if known.reason:
+            return
+        if run.batch.offsets is not None:
+            why, certain = _OFFSETS, False
+        else:
+            places = {id(tensor): i for i, tensor in enumerate(tensors_of(output))}
+            rows = [(places[id(t)], dim) for t, dim in zip(seeds.outputs, seeds.dims, strict=True)]
+            why, certain = before.difference(output, rows)
+        if why and certain and not self._skip:
+            raise Disproved(f"model: {why}")
+        if why:
+            known.reason = why if certain else _NOT_RUN.format(why)
+
+    def __str__(self) -> str:
+        if not self._wanted:
+            return f"not proved: {NOT_ASKED}"
+        reasons = list(dict.fromkeys(known.reason for known in self._known.values() if known.reason))
+        when = "every sample in passes 1, 64, 128, ... and where shapes are new"
+        took = f", about {self.bytes >> 10} KB at most beside the pass" if self.bytes else ""
+        return f"not proved: {'; '.join(reasons)}" if reasons else when + took
