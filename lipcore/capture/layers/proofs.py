@@ -97,8 +97,8 @@ class Proofs:
         found = self._weighed(run, seeds, graph)
         if run.batch.size < 2:
             return {}
-        if found.open:
-            self._schedule.ask_again()
+        if found.open and run.kind is not None:
+            self._schedule.ask_again(run.kind)
         for layer, rows in found.seen.items():
             known.seen[layer] = known.seen.get(layer, rows) | rows
         if found.reason or not any(bool(rows.any()) for rows in found.seen.values()):
