@@ -10,6 +10,8 @@ from torch import Tensor
 from lipcore.layers import Batch
 from lipcore.models.outputs import tensors_of
 
+_SCALE = 16.0
+
 
 class Seeds(NamedTuple):
     """What backward passes begin with: outputs that have a batch dimension.
@@ -32,11 +34,14 @@ class Seeds(NamedTuple):
         return Seeds(self.outputs[chosen], self.samples[chosen], self.dims[chosen], self.size)
 
     def gradients(self, weights: Tensor) -> list[Tensor]:
-        """Return random gradients, the same at every call, times the weight of each sample."""
+        """Return random gradients, the same at every call, times the weight of each sample.
+
+        They are larger than most losses': float16 has few numbers below, and those that round are other bits.
+        """
         generator = torch.Generator().manual_seed(0)
         found = []
         for output, samples, dim in zip(self.outputs, self.samples, self.dims, strict=True):
-            noise = torch.randn(output.shape, generator=generator, device="cpu")
+            noise = _SCALE * torch.randn(output.shape, generator=generator, device="cpu")
             shape = [1] * output.dim()
             shape[dim] = -1
             found.append((noise.to(output.dtype) * weights[samples].to(output.dtype).reshape(shape)).to(output.device))

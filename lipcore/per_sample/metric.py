@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.capture.layers.batch_of_one import Sink
-from lipcore.capture.layers.layer_pass import UNSEEN_ROWS, LayerRecord
+from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
@@ -335,7 +335,7 @@ class PerSampleGradNorms(StandaloneMetric):
     def broken(self) -> str:
         """Reason why the last total is NaN, at some samples or at all; empty when it is not."""
         record = self._micro().record
-        return record.broken or (UNSEEN_ROWS if record.unproved == UNSEEN_ROWS else "")
+        return record.broken or record.hidden
 
     @property
     def unproved(self) -> str:

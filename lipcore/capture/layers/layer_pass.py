@@ -21,8 +21,8 @@ ERROR = "error/"
 _BESIDE = (DELTA, OUTPUT, ERROR)
 #: Why norms of some samples are NaN.
 UNSEEN_ROWS = (
-    "in every proof so far some samples had no gradient here, so that it is not known whose these rows are; they are "
-    "NaN until a later pass proves them"
+    "in every proof so far some samples had no gradient here, or one that is not finite, so that it is not known whose "
+    "these rows are; they are NaN until a later pass proves them"
 )
 UNREACHED = "the model's outputs bring no gradient to layer '{0}' (a loss of its own inside the model)"
 #: The number of a backward pass that was not seen to come into a graph: it did so in a reentrant checkpoint.
@@ -62,6 +62,7 @@ class LayerRecord:
     repeated: bool = False  #: not the first of its forward pass (retain_graph=True)
     observed: bool = False  #: its norms are in the distributions already
     unproved: str = ""  #: why it is not proved that these are single samples' norms
+    hidden: str = ""  #: why those of some samples are NaN
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
         """Give a reason for every covered parameter that is not among the norms."""
@@ -78,7 +79,7 @@ class LayerRecord:
                 hidden = samples.to(rows[name].device) & (rows[name] != 0)
                 rows[name] = rows[name].masked_fill(hidden, torch.nan)
                 if bool(hidden.any()):
-                    self.reasons[name] = self.unproved = UNSEEN_ROWS
+                    self.reasons[name] = self.hidden = UNSEEN_ROWS
         self.norms_sq = rows
 
 
