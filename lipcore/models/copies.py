@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -66,15 +66,16 @@ class Before:
             self._kept = first.detach().clone()
             self._state = _State(model)
 
-    def difference(self, output: Any, rows: list[tuple[int, int]]) -> tuple[str, bool]:
-        """Return why samples are not independent of each other, or "", and whether that is certain.
+    def difference(self, output: Any, rows: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
+        """Return why samples are not independent of each other, or "", and the places of the tensors that show it; none
+        where it is not certain.
 
         Args:
             output: what the model returned; rows of its tensors are compared.
             rows: of the tensors in it, in their order, the place and the batch dimension.
         """
         if self.refused:
-            return self.refused, False
+            return self.refused, []
         after = _State(self._model)
         try:
             if _compiles(self._model):  # the compiled numbers are not the eager ones
@@ -83,18 +84,20 @@ class Before:
             for sample in (0, self._kept.shape[self._dim] - 1):
                 copies = list(tensors_of(self._run(self._copies(sample))))
                 used = torch.get_rng_state()
-                if all(_same(tensors[i].select(d, sample), copies[i].select(d, sample)) for i, d in rows):
+                wrong = [i for i, d in rows if not _same(tensors[i].select(d, sample), copies[i].select(d, sample))]
+                if not wrong:
                     continue
                 again = list(tensors_of(self._run(self._kept)))
                 if not all(_same(tensors[i], again[i]) for i, _ in rows):
-                    return "its output is another one when it is run again on the same batch", False
-                drawn = torch.equal(used, torch.get_rng_state())
-                return DEPENDS.format(sample), drawn
+                    return "its output is another one when it is run again on the same batch", []
+                if not torch.equal(used, torch.get_rng_state()):
+                    return "how many random numbers it draws depends on the batch", []
+                return DEPENDS.format(sample), wrong
         except Exception as error:
-            return f"it could not be run again ({type(error).__name__}: {error})", False
+            return f"it could not be run again ({type(error).__name__}: {error})", []
         finally:
             after.put_back()
-        return "", True
+        return "", []
 
     def _copies(self, sample: int) -> Tensor:
         return self._kept.narrow(self._dim, sample, 1).expand_as(self._kept).clone()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
@@ -64,9 +65,9 @@ class Audit:
             check_broadcast(output, run.batch.size)
             audit_graph(output, self._coverage, self._sites, run.calls, skip=self._skip)
         self._refuse(self._proofs.end(run, output))
-        if run.suspects is not None:
-            outputs, wrong = run.suspects
-            on_backward(outputs, lambda _: self._suspected(wrong))
+        suspects, run.suspects = run.suspects, []  # which would keep its graph alive
+        for outputs, wrong in suspects:
+            on_backward(outputs, functools.partial(self._suspected, wrong))
 
     def _refuse(self, wrong: Mapping[str, str]) -> None:
         for name, why in wrong.items():
@@ -74,7 +75,7 @@ class Audit:
         if wrong and (not self._skip or not self._coverage.covered):
             self._coverage.check()
 
-    def _suspected(self, wrong: Mapping[str, str]) -> None:
+    def _suspected(self, wrong: Mapping[str, str], gradients: Any) -> None:
         """Take in that an output which mixes samples enters the loss. Nothing may be raised here."""
         if is_proof() or not accumulates_everything():
             return

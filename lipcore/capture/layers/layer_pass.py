@@ -107,7 +107,7 @@ class LayerPass:
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
         self.unproved = ""  # why its norms are not proved
         # Outputs that bring parts of several samples to some parameters, and what is wrong if a gradient comes to them.
-        self.suspects: tuple[list[Tensor], dict[str, str]] | None = None
+        self.suspects: list[tuple[list[Tensor], dict[str, str]]] = []
         self.unreached: dict[str, set[str]] = {}  # layers that the model's outputs bring no gradient to, their rows
         self.unseen: dict[str, Tensor] = {}  # by row, samples that no proof has seen
         self.chained = False  # its input depends on the model's parameters

@@ -109,7 +109,7 @@ class Proofs:
         unreached = [site for site in self._sites if site.name in found.unreached and site.name not in known.seen]
         known.unreached = {site.name: set(site.names.values()) for site in unreached}
         if found.wrong and found.entered:
-            run.suspects = found.entered, found.wrong
+            run.suspects.append((found.entered, found.wrong))
         elif found.wrong:
             return found.wrong
         self._look_at_copies(run, output, seeds, before, known)
@@ -144,15 +144,23 @@ class Proofs:
         if known.reason:
             return
         if run.batch.offsets is not None:
-            why, certain = _OFFSETS, False
-        else:
-            places = {id(tensor): i for i, tensor in enumerate(tensors_of(output))}
-            rows = [(places[id(t)], dim) for t, dim in zip(seeds.outputs, seeds.dims, strict=True)]
-            why, certain = before.difference(output, rows)
-        if why and certain and not self._skip:
+            known.reason = _NOT_RUN.format(_OFFSETS)
+            return
+        tensors = list(tensors_of(output))
+        places = {id(tensor): i for i, tensor in enumerate(tensors)}
+        suspected = {id(tensor) for outputs, _ in run.suspects for tensor in outputs}
+        pairs = zip(seeds.outputs, seeds.dims, strict=True)
+        rows = [(places[id(t)], dim) for t, dim in pairs if id(t) not in suspected]
+        why, wrong = before.difference(output, rows)
+        if why and not wrong:
+            known.reason = _NOT_RUN.format(why)
+        elif wrong and self._skip:
+            known.reason = why
+        elif wrong and len(wrong) == len(rows):
             raise Disproved(f"model: {why}")
-        if why:
-            known.reason = why if certain else _NOT_RUN.format(why)
+        elif wrong:
+            every = {name: why for site in self._sites for name in site.names.values()}
+            run.suspects.append(([tensors[i] for i in wrong], every))
 
     def __str__(self) -> str:
         if not self._wanted:
