@@ -367,10 +367,10 @@ class PerSampleGradNorms(StandaloneMetric):
         """Return what is measured of each layer, by which rule, and in which way, once a backward pass has shown the
         sizes."""
         every = f" in every {self._every}th step" if self._every > 1 else ""
-        lines = [PlanLine("all", f"{self._reduction}{every}", 2048 * (len(self._layers) + 1))]
+        proofs = f"; {self._capture.proofs}" if self._capture is not None else ""
+        lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1))]
         if self._capture is None:
             return lines
-        lines.append(PlanLine("proof", str(self._capture.proofs)))
         for site in self._capture.sites:
             way = how(site, self._methods)
             rule = f"{type(site.module).__name__}: {', '.join(site.names)}" + (f", {way}" if way else "")

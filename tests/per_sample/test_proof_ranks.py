@@ -1,4 +1,4 @@
-"""The weighted pass on two ranks, under DistributedDataParallel and fully_shard: what it finds, and that the training is
+"""The weighted pass on two ranks, under DistributedDataParallel and fully_shard: what it finds, and that training is
 bit for bit the same."""
 
 from __future__ import annotations

@@ -166,6 +166,6 @@ class Proofs:
         if not self._wanted:
             return f"not proved: {NOT_ASKED}"
         reasons = list(dict.fromkeys(known.reason for known in self._known.values() if known.reason))
-        when = "every sample in passes 1, 64, 128, ... and where shapes are new"
-        took = f", about {self.bytes >> 10} KB at most beside the pass" if self.bytes else ""
+        when = "proved: every sample, in passes 1, 64, 128, ... and where shapes are new"
+        took = f", with about {-(-self.bytes // 1024)} KB beside the pass" if self.bytes else ""
         return f"not proved: {'; '.join(reasons)}" if reasons else when + took
