@@ -8,16 +8,14 @@ is the same bits where it does not depend on the others.
 from __future__ import annotations
 
 import functools
-import random
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lipcore.models.module_state import ModuleState
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
 from lipcore.models.torch_internals import (
@@ -64,7 +62,7 @@ class Before:
         self.refused = _refusal(model, arguments, keywords)
         if not self.refused:
             self._kept = first.detach().clone()
-            self._state = _State(model)
+            self._state = ModuleState(model)
 
     def difference(self, output: Any, rows: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
         """Return why samples are not independent of each other, or "", and the places of the tensors that show it; none
@@ -76,7 +74,7 @@ class Before:
         """
         if self.refused:
             return self.refused, []
-        after = _State(self._model)
+        after = ModuleState(self._model)
         try:
             if _compiles(self._model):  # the compiled numbers are not the eager ones
                 output = self._run(self._kept)
@@ -142,50 +140,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     allowed = _ROUNDING.get(one.dtype, _ROUNDING_HALF)
     difference = (one.double() - other.double()).norm()
     return bool(difference <= allowed * one.double().norm())
-
-
-class _State:
-    """Random numbers, buffers and attributes of modules as they are at one moment."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes = [(module.__dict__, _copied(module.__dict__)) for module in model.modules()]
-        self._inside = [
-            (value, _copied(value))
-            for owner, _ in self._attributes
-            for key, value in owner.items()
-            if isinstance(value, (dict, list, set, deque)) and "_hooks" not in key
-        ]
-        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
-        devices = {t.device for tensors in (model.parameters(), model.buffers()) for t in tensors if t.is_cuda}
-        self._cpu, self._python = torch.get_rng_state(), random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def put_back(self) -> None:
-        for owner, kept in (*self._attributes, *self._inside):
-            _restore(owner, kept)
-        for buffer, value in self._buffers:
-            if not torch.equal(buffer, value):
-                buffer.data.copy_(value)  # without a new version, which a graph of the user's would refuse
-        torch.set_rng_state(self._cpu)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
-
-
-def _copied(owner: Any) -> Any:
-    return dict(owner) if isinstance(owner, dict) else list(owner)
-
-
-def _restore(owner: Any, kept: Any) -> None:
-    if isinstance(owner, dict):
-        if len(owner) != len(kept) or any(owner.get(key, owner) is not value for key, value in kept.items()):
-            owner.clear()
-            owner.update(kept)
-    elif len(owner) != len(kept) or any(a is not b for a, b in zip(owner, kept, strict=True)):
-        owner.clear()
-        (owner.update if isinstance(owner, set) else owner.extend)(kept)
 
 
 @contextmanager

@@ -11,14 +11,18 @@ from torch import Tensor, nn
 
 from lipcore.capture.layers.layer_pass import UNREACHED, LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.pass_graph import Graph
 from lipcore.capture.layers.proof_schedule import ProofSchedule, under_process_group
-from lipcore.capture.layers.sample_proof import NO_OUTPUT, Graph, Verdict, unseen_rows, verdict
+from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
 from lipcore.capture.seeds import Seeds, seeds_of
 from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
 from lipcore.models.outputs import tensors_of
 from lipcore.models.restored import RandomPass, buffers_put_back, random_numbers_put_back
 
+NO_OUTPUT = (
+    "none of the model's outputs has a batch dimension (it returns its loss alone); let it return its predictions too"
+)
 NOT_ASKED = "prove=False was passed"
 _NOT_YET = "no batch of {0} samples was proved yet"
 _FAILED = "its graph allows no other backward pass ({0})"
@@ -110,10 +114,10 @@ class Proofs:
         known.unreached = {site.name: set(site.names.values()) for site in unreached}
         if found.wrong and found.entered:
             run.suspects.append((found.entered, found.wrong))
-        elif found.wrong:
+        elif found.wrong and not self._skip:
             return found.wrong
         self._look_at_copies(run, output, seeds, before, known)
-        return {}
+        return {} if found.entered else found.wrong
 
     def _weighed(self, run: LayerPass, seeds: Seeds, graph: Graph) -> Verdict:
         reason = graph.refused

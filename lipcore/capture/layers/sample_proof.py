@@ -13,33 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import CheckpointFunction
 
-from lipcore.capture.foreign_functions import function_of, is_foreign
 from lipcore.capture.layers.layer_pass import DELTA, LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.own_rule import wrong_by_rule
+from lipcore.capture.layers.pass_graph import Graph
 from lipcore.capture.proof import (
     BITS,
     BITS_OF_FLOAT16,
     FIXED_DIGITS,
     MIXED,
-    NO_GRADIENT,
-    NOT_FINITE,
     Point,
     RowIds,
     row_ids,
     squared_norms,
 )
-from lipcore.capture.seeds import Seeds, seeds_of
+from lipcore.capture.seeds import Seeds
 from lipcore.layers import Batch
-from lipcore.models.outputs import nodes_of
 
-NO_OUTPUT = (
-    "none of the model's outputs has a batch dimension (it returns its loss alone); let it return its predictions too"
-)
-REENTRANT = "a checkpoint with use_reentrant=True allows no other backward pass; use use_reentrant=False"
-STATIC = "the first pass of DistributedDataParallel(static_graph=True) allows no other backward pass"
 _MIXED = (
     "of one sample's outputs alone, its gradient has parts at other samples ({0:.3g} of its norm). Either the layer is "
     "called without the batch dimension (name it in broadcast=), or the batch dimension is not where it is looked for "
@@ -83,40 +74,6 @@ class Verdict:
     seen: dict[str, Tensor] = field(default_factory=dict)
     unreached: set[str] = field(default_factory=set)
     open: bool = False
-
-
-class Graph:
-    """The graph behind a model's output, as far as a proof looks at it.
-
-    Attributes:
-        tapped: nodes with a layer of this capture.
-        foreign: nodes of autograd Functions of the user's.
-        refused: why it allows no other backward pass, or "".
-        dtypes: of gradients in it.
-        bytes: of memory that a pass through it takes, roughly.
-    """
-
-    def __init__(self, run: LayerPass, output: Any, sites: Sequence[LayerSite]) -> None:
-        mine = {id(site) for site in sites}
-        self.tapped: list[Any] = []
-        self.foreign: list[Any] = []
-        self.refused = ""
-        self.dtypes: set[torch.dtype] = set()
-        largest = 0
-        for node in nodes_of(output):
-            for data in node._input_metadata:
-                self.dtypes.add(data.dtype)
-                largest = max(largest, data.dtype.itemsize * functools.reduce(int.__mul__, map(int, data.shape), 1))
-            if id(getattr(node, "site", None)) in mine and getattr(node, "run", None) is run:
-                self.tapped.append(node)
-            function = function_of(node)
-            if function is CheckpointFunction:
-                self.refused = REENTRANT
-            elif function is not None and function.__name__ == "_DDPSink" and node.ddp_weakref().static_graph:
-                self.refused = STATIC
-            elif is_foreign(node):
-                self.foreign.append(node)
-        self.bytes = 6 * largest
 
 
 def verdict(run: LayerPass, seeds: Seeds, graph: Graph, sites: Sequence[LayerSite], *, fixed: bool) -> Verdict:
@@ -267,6 +224,3 @@ def unseen_rows(sites: Sequence[LayerSite], seen: Mapping[str, Tensor]) -> dict[
         if rows is not None and not bool(rows.all()):
             found |= dict.fromkeys((*site.names.values(), DELTA + site.name), ~rows)
     return found
-
-
-__all__ = ["NOT_FINITE", "NO_GRADIENT", "NO_OUTPUT", "Graph", "Verdict", "seeds_of", "unseen_rows", "verdict"]
