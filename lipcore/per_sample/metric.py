@@ -247,8 +247,7 @@ class PerSampleGradNorms(StandaloneMetric):
         """A backward pass without a record: the numbers of the one before are not its numbers, nor are the ids set for
         it those of the next."""
         self._ids = None
-        self._last = MicroBatch(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._places)
-        self._last.record.explain(self._places.layer_of)
+        self._last = self._without(samples, reason)
         if reason == STRAYED and self._open_step.sums is not None:
             self._open_step.sums.spoil(STRAYED)
 
@@ -296,12 +295,21 @@ class PerSampleGradNorms(StandaloneMetric):
                     "metric to torch.compile's result, before its first call (or torch._dynamo.reset())"
                 )
             )
+        if self._capture is not None and self._capture.skipped:
+            return self._without(self._last.samples, f"the step is not recorded (every_steps={self._every})")
         return self._last
+
+    def _without(self, samples: int, reason: str) -> MicroBatch:
+        """Return what a backward pass without a record has brought."""
+        record = LayerRecord(samples, {}, {}, reason)
+        record.explain(self._places.layer_of)
+        return MicroBatch(record, LossFactor(1.0), self._places)
 
     @property
     def per_sample(self) -> Tensor:
-        """Norms n_i over all measured parameters, float64 [B], of the last backward pass in a recorded step. NaN,
-        with the reason in :attr:`broken`, where that pass could not be recorded (autograd.grad, backward(inputs=))."""
+        """Norms n_i over all measured parameters, float64 [B], of the last backward pass. NaN, with the reason in
+        :attr:`broken`, where that pass was not recorded (autograd.grad, backward(inputs=), a step between those of
+        `every_steps`, after recording has stopped)."""
         square = self._capture.single.total() if self._stands_alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")

@@ -160,6 +160,11 @@ class LayerCapture:
         self.single.set_active(active)
 
     @property
+    def skipped(self) -> bool:
+        """True where the last forward pass was in a step that is not to be recorded."""
+        return self.passes.skipped
+
+    @property
     def watches(self) -> bool:
         """True while its hooks are on the model and record."""
         return self.passes.recording and self._hooks is not None

@@ -42,6 +42,7 @@ class Passes:
     Attributes:
         recording: False after an error and after closing.
         active: False in steps that are not to be recorded.
+        skipped: the last forward pass was in one of those.
         as_long_as_large: a compiled model's input has as many positions as samples.
         records: how many backward passes were recorded.
         unrecorded: why others were not, and how many.
@@ -57,6 +58,7 @@ class Passes:
         on_unrecorded: Callable[[int, str], None],
     ) -> None:
         self.recording = self.active = True
+        self.skipped = False
         self.as_long_as_large = False
         self.records = 0
         self.unrecorded: dict[str, int] = {}
@@ -90,9 +92,12 @@ class Passes:
     def fail(self, error: Exception) -> None:
         """Stop recording and hand the error on."""
         if self.recording:
+            run = self.current or self._last
             self.recording = False
             self.single.set_active(False)
             self._on_error(error)
+            # What was recorded before is not this pass's, nor that of any to come.
+            self._on_unrecorded(run.batch.size if run is not None else 1, f"recording has stopped: {error}")
 
     def count(self, reason: str) -> None:
         """Count a backward pass that is not recorded."""
@@ -110,6 +115,7 @@ class Passes:
         """Drop what an earlier pass that raised has left; True when the one that begins is to be recorded."""
         self.current = None
         self._returning.clear()
+        self.skipped = self.recording and not self.active
         if self.tapping:
             self.flush()
         return self.tapping

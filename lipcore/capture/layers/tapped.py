@@ -30,6 +30,10 @@ class TappedLayers(Protocol):
         """Proofs of its passes; as a text, when they are made or why not."""
 
     @property
+    def skipped(self) -> bool:
+        """True where the last forward pass was in a step that is not to be recorded."""
+
+    @property
     def watches(self) -> bool:
         """True while hooks are on the model and record."""
 
