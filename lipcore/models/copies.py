@@ -37,6 +37,7 @@ DEPENDS = (
 #: Largest relative difference that rounding explains: experts that get other numbers of rows use other kernels.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
 _ROUNDING_HALF = 3e-2
+_BATCHES = 3  # held at once: what was kept, the copies, and what the model is given
 
 
 class Before:
@@ -51,6 +52,7 @@ class Before:
 
     Attributes:
         refused: why the pass cannot be run again, or "".
+        bytes: that it keeps and will take, but for what a forward pass without gradients does.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class Before:
             model = model.module  # the wrapper would take it for a pass of the training
         self._model, self._call, self._first, self._dim = model, (arguments, keywords), first, dim
         self.refused = _refusal(model, arguments, keywords)
+        self.bytes = 0
         if not self.refused:
             self._kept = first.detach().clone()
+            self.bytes = _BATCHES * self._kept.nbytes
             self._state = ModuleState(model)
 
     def difference(self, output: Any, rows: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
@@ -81,14 +85,14 @@ class Before:
             tensors = list(tensors_of(output))
             for sample in (0, self._kept.shape[self._dim] - 1):
                 copies = list(tensors_of(self._run(self._copies(sample))))
-                used = torch.get_rng_state()
+                used = self._state.random_states()
                 wrong = [i for i, d in rows if not _same(tensors[i].select(d, sample), copies[i].select(d, sample))]
                 if not wrong:
                     continue
                 again = list(tensors_of(self._run(self._kept)))
                 if not all(_same(tensors[i], again[i]) for i, _ in rows):
                     return "its output is another one when it is run again on the same batch", []
-                if not torch.equal(used, torch.get_rng_state()):
+                if any(not torch.equal(a, b) for a, b in zip(used, self._state.random_states(), strict=True)):
                     return "how many random numbers it draws depends on the batch", []
                 return DEPENDS.format(sample), wrong
         except Exception as error:

@@ -31,6 +31,10 @@ class ModuleState:
         self._numpy = np.random.get_state()  # noqa: NPY002
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
 
+    def random_states(self) -> list[Tensor]:
+        """Return what torch's generators are at now, as this knows them."""
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
+
     def put_back(self) -> None:
         """Make everything what it was then."""
         for owner, kept in (*self._attributes, *self._inside):

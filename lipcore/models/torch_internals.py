@@ -24,8 +24,7 @@ __all__ = ["AnyBatchNorm", "AnyDropout", "TorchDispatchMode", "default_to_fused_
 #: Attributes by the kind of object that has them; tests look for each in the installed torch.
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "module": (
-        *("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
-        *("_backward_pre_hooks", "_compiled_call_impl"),
+        *("_parameters", "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl"),
     ),
     "convolution": ("_conv_forward", "_reversed_padding_repeated_twice"),
     "tensor": ("_base", "_is_view", "_backward_hooks", "_post_accumulate_grad_hooks"),
@@ -60,6 +59,11 @@ queue_callback = _found("_execution_engine.queue_callback", Variable)
 #: Whether a tensor is seen from inside a transform of torch.func.
 is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
 
+#: Return the store by which ranks find each other; only where there is a process group.
+default_store: Any = (
+    _found("distributed.distributed_c10d._get_default_store") if torch.distributed.is_available() else None
+)
+
 MKLDNN_LAYOUT = _found("_mkldnn")
 OptimizedModule = _found("_dynamo.OptimizedModule")
 
@@ -83,18 +87,9 @@ def questions_about_the_pass() -> list[object]:
 
 # ---- hooks that others have registered
 
-#: Of every module: called after a forward pass, before it, and around a backward pass.
+#: Of every module: called after a forward pass, and before it.
 ANY_FORWARD_HOOKS: Mapping[int, Any] = _found("_global_forward_hooks", _any_module)
 ANY_FORWARD_PRE_HOOKS: Mapping[int, Any] = _found("_global_forward_pre_hooks", _any_module)
-_ANY_BACKWARD_HOOKS = (
-    _found("_global_backward_hooks", _any_module),
-    _found("_global_backward_pre_hooks", _any_module),
-)
-
-
-def has_backward_hooks(model: nn.Module) -> bool:
-    """Return whether a module of it, or every module, has a hook that may change gradients."""
-    return any(_ANY_BACKWARD_HOOKS) or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
 
 
 def hooks_after_accumulation(parameter: Tensor) -> list[Any]:

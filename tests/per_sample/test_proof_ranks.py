@@ -106,6 +106,28 @@ def check_refused(name: str) -> None:
                 assert metric.per_sample is not None
 
 
+def check_on_one_rank(rank: int) -> None:
+    """No rank waits for one that has no metric, or none any more."""
+    model = WRAPS["FSDP"](made(Model))
+    metric = PerSampleGradNorms(model, loss_reduction="sum")
+    for step in range(66):
+        sum_loss(model(torch.randn(5, 5))).backward()
+        if step == 0:
+            assert "not all" not in metric.unproved
+        if step == 62 and rank == 1:
+            metric.close()
+    if rank == 0:
+        assert "not all of its ranks" in metric.unproved
+        metric.close()
+    for alone in (True, False):
+        metrics = [PerSampleGradNorms(model, loss_reduction="sum")] if rank == 0 or not alone else []
+        for _ in range(5):
+            sum_loss(model(torch.randn(5, 5))).backward()
+        for metric in metrics:
+            assert metric.unproved == "the model is sharded, and not all of its ranks have this metric"
+            metric.close()
+
+
 def work(rank: int, folder: str, name: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
@@ -114,6 +136,8 @@ def work(rank: int, folder: str, name: str) -> None:
         check_unchanged(rank, WRAPS[name])
         check_proved(rank, name)
         check_refused(name)
+        if name == "FSDP":
+            check_on_one_rank(rank)
     except BaseException:
         failure = traceback.format_exc()
     Path(folder, f"failure{rank}").write_text(failure)

@@ -61,9 +61,14 @@ class Audit:
         """
         if run.chained:
             return
-        if not self.done and not self._compiled:
-            check_broadcast(output, run.batch.size)
-            audit_graph(output, self._coverage, self._sites, run.calls, skip=self._skip)
+        try:
+            if not self.done and not self._compiled:
+                check_broadcast(output, run.batch.size)
+                audit_graph(output, self._coverage, self._sites, run.calls, skip=self._skip)
+        except ValueError:
+            if self._proofs.together:
+                self._proofs.end(run, output)
+            raise
         self._refuse(self._proofs.end(run, output))
         suspects, run.suspects = run.suspects, []  # which would keep its graph alive
         for outputs, wrong in suspects:

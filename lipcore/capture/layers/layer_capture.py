@@ -50,7 +50,8 @@ class LayerCapture:
         options: LayerOptions,
     ) -> None:
         self.model = model
-        self.passes = Passes(self._deliver, on_error, on_unrecorded)
+        self.passes = Passes(self._deliver, self._stopped, on_unrecorded)
+        self._on_error = on_error
         self._on_record = on_record
         self._options = options
         self._signs = Signs()
@@ -128,6 +129,7 @@ class LayerCapture:
     def rebind(self) -> None:
         """Look at the model anew; what was under way does not count."""
         self._unhook()
+        self.proofs.withdraw()
         self.passes.forget()
         self._look()
         self.passes.recording = True
@@ -136,6 +138,7 @@ class LayerCapture:
     def close(self) -> None:
         """Remove every hook; what was recorded stays."""
         self.flush()
+        self.proofs.withdraw()
         self.passes.recording = False
         self._unhook()
 
@@ -225,7 +228,10 @@ class LayerCapture:
             passes.as_long_as_large = square and not first.is_floating_point()
             self._probes.arm(run, first.device)
         self._audit.before_forward()
-        self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
+        try:
+            self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
+        except Exception as error:
+            passes.fail(error)
 
     @property
     def _may_serve(self) -> bool:
@@ -242,13 +248,17 @@ class LayerCapture:
             self._probes.disarm()
         if run is None or output is None:  # None: the forward pass raised
             return None
-        if passes.recording:
+        if passes.recording or (run.before is not None and self.proofs.together):
             try:
                 self._audit.after_forward(run, output)
             except Exception as error:
                 passes.fail(error)
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
+
+    def _stopped(self, error: Exception) -> None:
+        self.proofs.withdraw()
+        self._on_error(error)
 
     def _tap_output(self, run: LayerPass, output: Any) -> Tensor | None:
         passes = self.passes

@@ -55,6 +55,10 @@ class ProofSchedule:
             self._shapes.add(shape)
         return due
 
+    def due_next(self) -> bool:
+        """Return whether the number of the next pass makes it one of these under a process group."""
+        return self.passes + 1 >= self._next or self.passes + 1 in _EARLY
+
     def ask_again(self, kind: tuple[int, int]) -> None:
         """Note that the last proof has left something open, in a pass of so many dimensions and samples."""
         self._asked[kind] += 1

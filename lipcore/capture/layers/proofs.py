@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.capture.layers.layer_pass import UNREACHED, LayerPass
+from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.pass_graph import Graph
+from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule, under_process_group
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
 from lipcore.capture.seeds import Seeds, seeds_of
@@ -27,9 +28,11 @@ NOT_ASKED = "prove=False was passed"
 _NOT_YET = "no batch of {0} samples was proved yet"
 _FAILED = "its graph allows no other backward pass ({0})"
 _OPEN = "the numbers of the pass that was to be proved are not finite"
+NO_GRADIENTS = "the model's outputs bring no gradient to any layer"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
 _NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
 _OFFSETS = "the samples are packed sequences"
+_ALONE = "the model is sharded, and not all of its ranks have this metric"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
 
 
@@ -64,6 +67,19 @@ class Proofs:
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
         self._schedule = ProofSchedule()
         self._known: dict[tuple[int, int], _Known] = {}
+        self._ranks = Ranks(model) if self._sharded and prove and under_process_group() else None
+        if self._ranks is not None:
+            self._ranks.announce(1)
+
+    @property
+    def together(self) -> bool:
+        """Whether a proof that is due must be run on this rank because it is on others."""
+        return self._ranks is not None
+
+    def withdraw(self) -> None:
+        """Prove no further passes, and say so to the other ranks."""
+        if self._ranks is not None:
+            self._ranks.withdraw(self._schedule.passes)
 
     def begin(self, run: LayerPass, arguments: tuple[Any, ...], keywords: dict[str, Any], first: Tensor | None) -> None:
         """Keep what a pass begins with, where it is to be proved."""
@@ -71,8 +87,18 @@ class Proofs:
             run.unproved = "" if run.batch.size == 1 else NOT_ASKED
             return
         run.kind = first.dim(), run.batch.size
-        if self._schedule.due(tuple(first.shape), run.batch.size) and not run.chained:
+        due = self._schedule.due(tuple(first.shape), run.batch.size)
+        if self._ranks is not None and self._schedule.due_next():
+            self._ranks.announce(self._schedule.passes + 1)
+        if not due or (run.chained and self._ranks is None):
+            return
+        try:
             run.before = Before(self._model, arguments, keywords, first, run.batch.dim)
+        except Exception as error:  # no memory for a copy of the batch
+            if self._ranks is not None:
+                raise
+            known = self._known.setdefault(run.kind, _Known())
+            known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
 
     def end(self, run: LayerPass, output: Any) -> dict[str, str]:
         """Prove a pass that is to be, and note on any what is known of it; return parameters whose norms are wrong.
@@ -95,10 +121,14 @@ class Proofs:
         return wrong
 
     def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
-        seeds, graph = seeds_of(output, run.batch), Graph(run, output, self._sites)
         if run.batch.size < 2 and not self._sharded:  # whose passes run on every rank
             return {}
-        found = self._weighed(run, seeds, graph)
+        try:
+            seeds, graph = seeds_of(output, run.batch), Graph(run, output, self._sites)
+        except Exception as error:
+            known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
+            return {}
+        found = self._weighed(run, seeds, graph, before.bytes)
         if run.batch.size < 2:
             return {}
         if found.open and run.kind is not None:
@@ -106,7 +136,7 @@ class Proofs:
         for layer, rows in found.seen.items():
             known.seen[layer] = known.seen.get(layer, rows) | rows
         if found.reason or not any(bool(rows.any()) for rows in found.seen.values()):
-            known.reason = found.reason or (_OPEN if found.open else UNREACHED.format(self._sites[0].name))
+            known.reason = found.reason or (_OPEN if found.open else NO_GRADIENTS)
         else:
             known.reason = ""
         known.unseen = {} if known.reason else unseen_rows(self._sites, known.seen)
@@ -119,17 +149,19 @@ class Proofs:
         self._look_at_copies(run, output, seeds, before, known)
         return {} if found.entered else found.wrong
 
-    def _weighed(self, run: LayerPass, seeds: Seeds, graph: Graph) -> Verdict:
+    def _weighed(self, run: LayerPass, seeds: Seeds, graph: Graph, kept: int) -> Verdict:
         reason = graph.refused
         if self._refused:
             reason = f"{self._refused} allows no other backward pass; use fully_shard"
+        elif self._ranks is not None and not self._ranks.agree(self._schedule.passes):
+            reason = _ALONE
         elif not seeds.outputs:
             reason = NO_OUTPUT
         elif not reason and not under_process_group():  # what is free differs by rank
-            self.bytes = graph.bytes
+            self.bytes = graph.bytes + kept
             free = free_bytes(seeds.outputs[0].device)
-            if free is not None and free < graph.bytes:
-                reason = _MEMORY.format(graph.bytes >> 20, free >> 20)
+            if free is not None and free < self.bytes:
+                reason = _MEMORY.format(-(-self.bytes >> 20), free >> 20)
         if reason:
             return Verdict(reason)
         found = Verdict()
