@@ -14,6 +14,7 @@ record     what one backward pass brought, per sample
 served     said of a batch of one whose numbers are read from the parameters' gradients, without taps
 probe      a leaf given to a compiled region, whose "gradient" is the per-sample numbers
 audit      what the first passes are asked: is every use of a parameter seen, are its norms right
+proof      backward passes of lipcore's own that show which sample each row of a layer's gradient belongs to
 coverage   which trainable parameters have a rule, by structure and by the first pass's graph
 ========== =========================================================================================================
 

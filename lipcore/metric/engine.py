@@ -480,7 +480,7 @@ class Engine:
         self._starts.append((self._step, self._capture.unrecorded))
         for metric in self.metrics.values():
             if not metric.off:
-                metric.advance() if self._window_blocks > 1 else metric.reset()
+                self._call([metric], lambda metric: metric.advance() if self._window_blocks > 1 else metric.reset())
         return window
 
     def _results_at_close(self) -> dict[str, MetricResult]:
@@ -497,7 +497,12 @@ class Engine:
         """Make the open window as it is now."""
         # What a metric had observed until it stopped stands in the window in which that was.
         kept = [name for name, m in self.metrics.items() if not m.off or self._stopped.get(name) == self._windows]
-        results = {name: self.metrics[name].finalize() for name in kept}
+        results = {}
+        for name in kept:
+            try:
+                results[name] = _checked_result(name, self.metrics[name].finalize())
+            except Exception as error:  # noqa: PERF203
+                self._stop_metric(self.metrics[name], error)
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         local = distributed and torch.distributed.get_world_size() > 1
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
@@ -628,6 +633,12 @@ def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
             raise ValueError(f"metrics: two of them are called {metric.name!r}")
         named[metric.name] = metric
     return named
+
+
+def _checked_result(name: str, result: Any) -> MetricResult:
+    if not isinstance(result, MetricResult):
+        raise TypeError(f"{name}: expected finalize() to return a MetricResult, got {type(result).__name__}")
+    return result
 
 
 def _is_called(model: nn.Module) -> bool:

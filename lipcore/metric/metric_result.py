@@ -31,7 +31,15 @@ class MetricResult(Showable, Mapping[str, Quantity]):
         self._size: int | None = None
 
     def add(self, quantity: str, place: str, level: Level, **reducers: Value) -> None:
-        """Add the values of a quantity in one place."""
+        """Add the values of a quantity in one place.
+
+        Args:
+            level: whether the place is a parameter ("tensor"), a group or layer of them ("group"), or all ("total").
+
+        Raises:
+            ValueError: another level.
+        """
+        check_choice("level", level, LEVELS)
         self._quantity(quantity).add(place, level, **reducers)
 
     def add_columns(self, quantity: str, columns: Columns) -> None:

@@ -30,7 +30,8 @@ def checked_optimizers(given: Any) -> list[Any]:
             )
         if not _is_optimizer(one):
             raise TypeError(
-                f"optimizer: expected a torch.optim.Optimizer (or a sequence of them), got {type(one).__name__}"
+                f"optimizer: expected a torch.optim.Optimizer (or a sequence of them), got {type(one).__name__}; a "
+                "wrapper of your own needs step() and param_groups"
             )
     return several
 

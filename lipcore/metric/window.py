@@ -32,6 +32,8 @@ class Window(Showable, Mapping[str, MetricResult]):
         try:
             return self.results[metric]
         except KeyError:
+            if metric in self.off:
+                raise KeyError(f"metric {metric!r} is off in this window: {self.off[metric]}") from None
             raise KeyError(f"no metric {metric!r} in this window; it has {', '.join(self.results) or 'none'}") from None
 
     def __iter__(self) -> Iterator[str]:

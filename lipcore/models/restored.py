@@ -45,8 +45,8 @@ _PLAIN = (list, dict, set, deque)
 
 @contextmanager
 def attributes_put_back(model: nn.Module) -> Iterator[None]:
-    """Put back the objects that attributes of the modules had, lists and dicts among them their entries, and plain tensors
-    their values: a state that a model carries from pass to pass, counters, a memory."""
+    """Put back the objects that attributes of the modules had, entries of lists and dicts among them, and values of
+    plain tensors: a state that a model carries from pass to pass, counters, a memory."""
     modules = list(model.modules())
     kept = [(module.__dict__, dict(module.__dict__)) for module in modules]
     objects = [value for _, entries in kept for value in entries.values()]

@@ -17,15 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 from torch.nn.modules.dropout import _DropoutNd as AnyDropout
 from torch.optim.optimizer import _default_to_fused_or_foreach as default_to_fused_or_foreach
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-__all__ = ["AnyBatchNorm", "AnyDropout", "TorchDispatchMode", "default_to_fused_or_foreach", "tree_leaves"]
+__all__ = ["AnyBatchNorm", "AnyDropout", "TorchDispatchMode", "default_to_fused_or_foreach", "tree_leaves", "tree_map"]
 
 #: Attributes by the kind of object that has them; tests look for each in the installed torch.
 ATTRIBUTES: Mapping[str, tuple[str, ...]] = {
     "module": (
-        *("_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"),
-        *("_backward_pre_hooks", "_compiled_call_impl"),
+        *("_parameters", "_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_compiled_call_impl"),
     ),
     "convolution": ("_conv_forward", "_reversed_padding_repeated_twice"),
     "tensor": ("_base", "_is_view", "_backward_hooks", "_post_accumulate_grad_hooks"),
@@ -63,6 +62,11 @@ is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
 #: Norms of a list of tensors in a few launches.
 foreach_norm = _found("_foreach_norm")
 
+#: Return the store by which ranks find each other; only where there is a process group.
+default_store: Any = (
+    _found("distributed.distributed_c10d._get_default_store") if torch.distributed.is_available() else None
+)
+
 MKLDNN_LAYOUT = _found("_mkldnn")
 OptimizedModule = _found("_dynamo.OptimizedModule")
 
@@ -96,9 +100,11 @@ def forward_shape(node: Any, index: int = 0) -> tuple[int, ...]:
 
 # ---- hooks that others have registered
 
-#: Of every module: called after a forward pass, before it, and around a backward pass.
+#: Of every module: called after a forward pass, and before it.
 ANY_FORWARD_HOOKS: Mapping[int, Any] = _found("_global_forward_hooks", _any_module)
 ANY_FORWARD_PRE_HOOKS: Mapping[int, Any] = _found("_global_forward_pre_hooks", _any_module)
+
+
 _ANY_BACKWARD_HOOKS = (
     _found("_global_backward_hooks", _any_module),
     _found("_global_backward_pre_hooks", _any_module),

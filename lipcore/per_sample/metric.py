@@ -23,6 +23,7 @@ from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
+from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import NO_LOSS, LossReduction, Reduction, Terms
@@ -87,10 +88,11 @@ class PerSampleGradNorms(StandaloneMetric):
             sequences, but the gradient is summed in another order.
         normalized: also measure :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
         noise_scale: also estimate the gradient noise scale.
-        prove: let the first pass of several samples prove itself: one more backward pass through its graph, from one
-            sample's outputs, must bring that sample's exact gradient at every parameter and nothing for the others. It
-            finds samples that are mixed or looked for in the wrong dimension, and weights that are used outside their
-            layers. Hooks on tensors see that pass too. Not done in distributed training.
+        prove: let passes prove themselves, the first one and ever fewer later ones: backward passes through its graph
+            from weighted outputs show, bit for bit, that row i of every layer's gradient is that of sample i, and two
+            samples are run among copies of themselves. This finds samples that are mixed, moved, or looked for in the
+            wrong dimension. Hooks on tensors and on modules' backward passes see those passes too. What is not proved
+            is not labelled exact, and :attr:`unproved` and ``details["not_proved"]`` say why.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
 
     Raises:
@@ -147,6 +149,7 @@ class PerSampleGradNorms(StandaloneMetric):
         self._open_step = OpenStep(None)
         self._blocks = 1
         self._window = NormWindow(0, 1)  # until the layers are known
+        self._doubts = Doubts(1)
         self._dropped = self._without_loss = 0
         self._noise: NoiseScale | None = None
         if model is not None:
@@ -162,6 +165,7 @@ class PerSampleGradNorms(StandaloneMetric):
                 "count every backward pass twice; close() that one first, or make a metric of its own for this Monitor"
             )
         self._blocks = window_blocks
+        self._doubts = Doubts(window_blocks)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
     def bind(self, model: nn.Module) -> None:
@@ -232,6 +236,8 @@ class PerSampleGradNorms(StandaloneMetric):
             return
         norms = PassNorms(record, factor, self._layer_index)
         self._last = norms
+        if record.unproved:
+            self._doubts.add(record.unproved)
         if record.observed:
             return
         ids, self._ids = self._ids, None
@@ -250,8 +256,7 @@ class PerSampleGradNorms(StandaloneMetric):
         set for it those of the next."""
         self._ids = None
         self._reduction.forget()
-        self._last = PassNorms(LayerRecord(samples, {}, {}, reason), LossFactor(1.0), self._layer_index)
-        self._last.record.explain(self._layer_index.layer_of)
+        self._last = self._without(samples, reason)
         if reason in (STRAYED, NO_LOSS) and self._open_step.sums is not None:
             self._open_step.sums.spoil(reason)
 
@@ -304,12 +309,21 @@ class PerSampleGradNorms(StandaloneMetric):
                     "metric to torch.compile's result, before its first call (or torch._dynamo.reset())"
                 )
             )
+        if self._capture is not None and self._capture.skipped:
+            return self._without(self._last.samples, f"the step is not recorded (every_steps={self._every})")
         return self._last
+
+    def _without(self, samples: int, reason: str) -> PassNorms:
+        """Return what a backward pass without a record has brought."""
+        record = LayerRecord(samples, {}, {}, reason)
+        record.explain(self._layer_index.layer_of)
+        return PassNorms(record, LossFactor(1.0), self._layer_index)
 
     @property
     def per_sample(self) -> Tensor:
-        """Norms n_i over all measured parameters, float64 [B], of the last backward pass in a recorded step. NaN,
-        with the reason in :attr:`broken`, where that pass could not be recorded (autograd.grad, backward(inputs=))."""
+        """Norms n_i over all measured parameters, float64 [B], of the last backward pass. NaN, with the reason in
+        :attr:`broken`, where that pass was not recorded (autograd.grad, backward(inputs=), a step between those of
+        `every_steps`, after recording has stopped)."""
         square = self._capture.single.total() if self._stands_alone and self._capture is not None else None
         if square is not None:  # of a batch of one, at a tenth of what a record costs
             return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
@@ -341,8 +355,15 @@ class PerSampleGradNorms(StandaloneMetric):
 
     @property
     def broken(self) -> str:
-        """Reason why the last total is NaN; empty when it is not."""
-        return self._last_norms().record.broken
+        """Reason why the last total is NaN, at some samples or at all; empty when it is not."""
+        record = self._last_norms().record
+        return record.broken or record.hidden
+
+    @property
+    def unproved(self) -> str:
+        """Reason why it is not proved that the last backward pass's norms are those of single samples; empty when it
+        is proved: row i of every layer's gradient is that of sample i, bit for bit."""
+        return self._last_norms().record.unproved
 
     def set_ids(self, ids: Any) -> None:
         """Name the samples of the next backward pass by their ids (integers [B]); its norms are kept in
@@ -382,7 +403,8 @@ class PerSampleGradNorms(StandaloneMetric):
         """Return what is measured of each layer, by which rule, and in which way, once a backward pass has shown the
         sizes."""
         every = f" in every {self._every}th step" if self._every > 1 else ""
-        lines = [PlanLine("all", f"{self._reduction}{every}", 2048 * (len(self._layers) + 1))]
+        proofs = f"; {self._capture.proofs}" if self._capture is not None else ""
+        lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1))]
         if self._capture is None:
             return lines
         for site in self._capture.sites:
@@ -396,15 +418,19 @@ class PerSampleGradNorms(StandaloneMetric):
         """Return the distributions over the window, in total and per layer, and the noise scale."""
         capture = self._capture
         result = MetricResult(self.name, dropped_samples=self._dropped)
+        doubts = self._doubts.counts()
         if capture is not None:
             result.details["unrecorded"] = dict(capture.unrecorded)
             if self._without_loss:
                 result.details["unrecorded"][NO_LOSS] = self._without_loss
+            result.details["proved"] = not doubts
+            if doubts:
+                result.details["not_proved"] = doubts
             if capture.coverage.uncovered:
                 result.details["not_covered"] = dict(capture.coverage.uncovered)
         note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""
         estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
-        add_norms(result, self._layers, self._window.merged(), estimated, note)
+        add_norms(result, self._layers, self._window.merged(), estimated, note, next(iter(doubts), ""))
         if self._noise is not None:
             add_noise(result, self._layers, self._noise, self._open_step.sums)
         return result
@@ -412,11 +438,13 @@ class PerSampleGradNorms(StandaloneMetric):
     def reset(self) -> None:
         """Start a new window."""
         self._window.reset()
+        self._doubts.reset()
         self._start_block()
 
     def advance(self) -> None:
         """Slide the window by a block; the noise scale's window is the open block, its moving average goes on."""
         self._window.advance()
+        self._doubts.advance()
         self._start_block()
 
     def _start_block(self) -> None:
@@ -474,6 +502,7 @@ class PerSampleGradNorms(StandaloneMetric):
         if self._noise is not None and other._noise is not None:
             self._noise.merge(other._noise)
         self._window.merge(other._window)
+        self._doubts.merge(other._doubts)
         self.scores.merge(other.scores)
         self._dropped += other._dropped
 
@@ -492,7 +521,9 @@ class PerSampleGradNorms(StandaloneMetric):
         return self._shown().html()
 
     def _shown(self) -> Shown:
-        return shown(self, self._window.merged(), self._layers, self._capture, str(self._reduction))
+        return shown(
+            self, self._window.merged(), self._layers, self._capture, str(self._reduction), self._doubts.counts()
+        )
 
 
 def _ranks() -> int:

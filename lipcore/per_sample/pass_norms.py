@@ -113,7 +113,9 @@ class PassNorms:
         reasons = dict.fromkeys(self._layer_index.layers, "no rule covers its parameters here: see coverage()")
         for name, layer in self._layer_index.layer_of.items():
             reasons[layer] = self.record.reasons.get(name, reasons[layer])
-        return Norms("layer", rows, {name: why for name, why in reasons.items() if name not in rows}, self.samples)
+        shown = {name: why for name, why in reasons.items() if name not in rows}
+        partly = {self._layer_index.layer_of[name] for name in self.record.reasons if name in self.record.norms_sq}
+        return Norms("layer", rows, shown | {layer: reasons[layer] for layer in partly}, self.samples)
 
     @property
     def standard_error(self) -> Norms:

@@ -24,23 +24,27 @@ def add_norms(
     distributions: Sequence[Distribution],
     estimated: Sequence[str],
     note: str,
+    doubt: str = "",
 ) -> None:
     """Add the distributions of the norms per layer and, with the note, in total; `estimated`: layers that are no exact
-    ones."""
+    ones; `doubt`: why it is not proved that they are single samples'."""
     if not distributions:
         return  # before the layers are known
     found = described(distributions, _QUANTILES)
     places = places_of(tuple(layers))
-    result.leave(lambda into: _add_described(into, found, places, frozenset(estimated), note), found.nbytes)
+    result.leave(lambda into: _add_described(into, found, places, frozenset(estimated), note, doubt), found.nbytes)
 
 
-def _add_described(result: MetricResult, found: Numbers, places: Places, estimated: frozenset[str], note: str) -> None:
+def _add_described(
+    result: MetricResult, found: Numbers, places: Places, estimated: frozenset[str], note: str, doubt: str
+) -> None:
     count, missing = found[0], found[4] + found[5]
-    labels: list[Label] = ["estimate" if layer in estimated else "exact" for layer in places.names]
-    notes = [""] * len(places)
+    plain: Label = "heuristic" if doubt else "exact"
+    labels: list[Label] = ["estimate" if layer in estimated else plain for layer in places.names]
+    notes = [f"not proved: {doubt}" if doubt else ""] * len(places)
     if places.names[-1] == TOTAL:
         labels[-1] = "estimate" if estimated else labels[-1]
-        notes[-1] = note
+        notes[-1] = "; ".join(said for said in (note, notes[-1]) if said)
     counted = count > 0
     notes = [said if any_ else "nothing recorded" for said, any_ in zip(notes, counted.tolist(), strict=True)]
     worth = one_if_same(count.astype(np.int64)), words_of(labels), one_if_same(counted), words_of(notes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lipcore.capture.layers.tapped import TappedLayers
@@ -16,6 +16,7 @@ def shown(
     layers: Sequence[str],
     capture: TappedLayers | None,
     reduction: str,
+    doubts: Mapping[str, int],
 ) -> Shown:
     """Return the open window's norms, the total first, and what is not measured and why."""
     out = Shown(f"{type(metric).__name__} ({reduction}): {len(layers)} layers")
@@ -24,6 +25,7 @@ def shown(
         return out
     out.rows += [(name, "not covered", why) for name, why in capture.coverage.uncovered.items()]
     out.rows += [(f"{count} backward passes", "not recorded", why) for why, count in capture.unrecorded.items()]
+    out.rows += [(f"{count} backward passes", "not proved", why) for why, count in doubts.items()]
     if distributions:
         *each, total = zip([*layers, "total"], distributions, strict=False)
         rows = [(name, *reducers_text(d.reduced("exact"))) for name, d in (total, *each)]

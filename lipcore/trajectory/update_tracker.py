@@ -44,7 +44,10 @@ class UpdateTracker(Tracker):
         self._each: Sums | None = None
         if source == "optimizer":
             if not optimizers:
-                raise ValueError("optimizer: source 'optimizer' needs the optimizer; pass optimizer=, or a Monitor one")
+                raise ValueError(
+                    "optimizer: source 'optimizer' needs the torch.optim.SGD, Adam or AdamW that makes the whole step; "
+                    "pass it here or to the Monitor. A wrapper changes its step: leave source= out, or choose 'snapshot'"
+                )
             self.source = OptimizerSource(list(optimizers), named)
         else:
             self.source = SnapshotSource(named) if source == "snapshot" else GivenSource(named)

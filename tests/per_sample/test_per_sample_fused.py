@@ -67,9 +67,9 @@ def test_it_is_the_fused_way_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made(Sequences)
     with PerSampleGradNorms(model, loss_reduction="sum", fused=True):
         output = model(torch.randn(3, LENGTH, 5))
-        assert len(calls) == 7  # every Linear, in the proof of the first pass
+        assert not calls  # the proof asks for gradients of activations alone
         sum_loss(output).backward()
-    assert len(calls) == 14
+    assert len(calls) == 7  # every Linear
 
 
 def test_the_gradient_of_the_input() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from lipcore.capture.layers.broadcast import check_broadcast
 from lipcore.capture.layers.coverage import UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
-from lipcore.capture.layers.proof import disproved
-from lipcore.models.outputs import nodes_of, tensors_of
+from lipcore.capture.layers.proofs import Proofs
+from lipcore.capture.proof import is_proof
+from lipcore.capture.training_pass import accumulates_everything
+from lipcore.models.outputs import nodes_of, on_backward, tensors_of
 
 
 class Audit:
@@ -24,7 +27,8 @@ class Audit:
         sites: every tapped layer.
         compiled: part of the model is, where no graph can be looked at.
         skip: leave out parameters that are not covered instead of failing.
-        prove: run a backward pass of one sample through the first pass of several, and compare.
+        proofs: of its passes.
+        fail: gets an error that is found in a backward pass.
     """
 
     def __init__(
@@ -35,12 +39,13 @@ class Audit:
         *,
         compiled: bool,
         skip: bool,
-        prove: bool,
+        proofs: Proofs,
+        fail: Callable[[Exception], None],
     ) -> None:
         self.done = False  #: the first record was looked at
         self._model, self._coverage, self._sites = model, coverage, sites
         self._compiled, self._skip = compiled, skip
-        self._proved = not prove
+        self._proofs, self._fail = proofs, fail
         self._grads_before: dict[str, bool] = {}
 
     def before_forward(self) -> None:
@@ -49,25 +54,40 @@ class Audit:
             self._grads_before = {name: p.grad is not None for name, p in self._coverage.parameters()}
 
     def after_forward(self, run: LayerPass, output: Any) -> None:
-        """Look at the graph behind the model's output, and prove the first pass of several samples.
+        """Look at the graph behind the model's output, and prove the pass where that is due.
 
         Raises:
             ValueError: a parameter is not covered, or a layer's output has no batch dimension.
         """
         if run.chained:
             return
-        if not self.done and not self._compiled:
-            check_broadcast(output, run.batch.size)
-            audit_graph(output, self._coverage, run.calls, skip=self._skip)
-        # Not later ones: beside all that is kept for the backward pass, another one's gradients could be the largest
-        # memory of the training.
-        if not self._proved and run.batch.size > 1:
-            self._proved = True
-            wrong = disproved(self._model, run, output, self._coverage, self._sites) or {}
-            for name, why in wrong.items():
-                self._coverage.uncover(name, why)
-            if not self._skip or not self._coverage.covered:
-                self._coverage.check()
+        try:
+            if not self.done and not self._compiled:
+                check_broadcast(output, run.batch.size)
+                audit_graph(output, self._coverage, self._sites, run.calls, skip=self._skip)
+        except ValueError:
+            if self._proofs.together:
+                self._proofs.end(run, output)
+            raise
+        self._refuse(self._proofs.end(run, output))
+        suspects, run.suspects = run.suspects, []  # which would keep its graph alive
+        for outputs, wrong in suspects:
+            on_backward(outputs, functools.partial(self._suspected, wrong))
+
+    def _refuse(self, wrong: Mapping[str, str]) -> None:
+        for name, why in wrong.items():
+            self._coverage.uncover(name, why)
+        if wrong and (not self._skip or not self._coverage.covered):
+            self._coverage.check()
+
+    def _suspected(self, wrong: Mapping[str, str], gradients: Any) -> None:
+        """Take in that an output which mixes samples enters the loss. Nothing may be raised here."""
+        if is_proof() or not accumulates_everything():
+            return
+        try:
+            self._refuse(wrong)
+        except ValueError as error:
+            self._fail(error)
 
     def after_backward(self, record: LayerRecord) -> None:
         """Look for parameters that have got a gradient and are not in the first record; ValueError names them."""
@@ -76,22 +96,36 @@ class Audit:
             audit_gradients(self._coverage, self._grads_before, record.norms_sq, skip=self._skip)
 
 
-def audit_graph(output: Any, coverage: ParameterCoverage, calls: Counter[str], *, skip: bool) -> None:
+def audit_graph(
+    output: Any, coverage: ParameterCoverage, sites: Iterable[LayerSite], calls: Counter[str], *, skip: bool
+) -> None:
     """Compare the graph behind a forward pass's output with the calls that came through hooks: a parameter that is used
     more often than it was tapped (F.linear on another layer's weight) would get a wrong norm."""
-    uses = _uses(output)
+    uses, taps = _uses(output), _taps(output, sites)
     for name, parameter in coverage.parameters():
         if not parameter.requires_grad or name not in coverage.covered:
             continue
         used = uses.get(id(parameter), 0)
-        if used > max(1, calls[name]) or (used and not calls[name]):
+        # A call that the output does not depend on is no use of it.
+        if used > max(1, calls[name]) or used > taps[name]:
             coverage.uncover(
                 name,
-                f"is used {used} times in the forward pass, but only {calls[name]} times by its own layer's call "
-                "(a function such as F.linear is given it directly)",
+                f"is used {used} times in the forward pass, but only {min(calls[name], taps[name])} times by its own "
+                "layer's call (a function such as F.linear is given it directly)",
             )
     if not skip:
         coverage.check()
+
+
+def _taps(output: Any, sites: Iterable[LayerSite]) -> Counter[str]:
+    """Count, by parameter, the calls of its layers that are in the graph."""
+    mine = {id(site): site for site in sites}
+    found: Counter[str] = Counter()
+    for node in nodes_of(output):
+        site = mine.get(id(getattr(node, "site", None)))
+        if site is not None:
+            found.update(site.names.values())
+    return found
 
 
 def audit_gradients(

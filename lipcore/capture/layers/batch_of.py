@@ -23,9 +23,19 @@ def batch_of(
     if offsets_of is not None:
         offsets = boundaries(offsets_of(arguments, keywords))
         return Batch(len(offsets) - 1, batch_dim, offsets)
+    first = batch_tensor(arguments, keywords, batch_dim)
+    if first is not None:
+        return Batch(first.shape[batch_dim], batch_dim)
+    raise ValueError(
+        f"model: none of its arguments is a tensor with a dimension {batch_dim}, so there is no batch size"
+    )
+
+
+def batch_tensor(arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim: int) -> Tensor | None:
+    """Return the argument that has the batch, the first that may; None where none may."""
     first = arguments[0] if arguments else None  # mostly it, and looking for others takes 10 us
     if isinstance(first, Tensor) and first.dim() > batch_dim:
-        return Batch(first.shape[batch_dim], batch_dim)
+        return first
     if any(isinstance(argument, PackedSequence) for argument in (*arguments, *keywords.values())):
         raise ValueError(
             "model: is called with a PackedSequence, whose rows are single steps of many samples; pass padded "
@@ -33,7 +43,5 @@ def batch_of(
         )
     for leaf in tree_leaves((arguments, keywords)):
         if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
-            return Batch(leaf.shape[batch_dim], batch_dim)
-    raise ValueError(
-        f"model: none of its arguments is a tensor with a dimension {batch_dim}, so there is no batch size"
-    )
+            return leaf
+    return None

@@ -15,7 +15,9 @@ _WAYS_OUT = (
     "own layer; requires_grad_(False) freezes what is not trained"
 )
 
-UNSEEN = "has a gradient, but its layer's call did not come through the hooks"
+UNSEEN = (
+    "has a gradient, but none came from its layer's hooks: its call was not seen, or its rule forgets the parameter"
+)
 
 
 class ParameterCoverage:

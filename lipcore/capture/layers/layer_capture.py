@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.capture.layers.audit import Audit, depends_on
-from lipcore.capture.layers.batch_of import batch_of
+from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.coverage import ParameterCoverage, cover
@@ -19,6 +19,7 @@ from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import Passes
+from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, is_training_forward
@@ -49,7 +50,8 @@ class LayerCapture:
         options: LayerOptions,
     ) -> None:
         self.model = model
-        self.passes = Passes(self._deliver, on_error, on_unrecorded)
+        self.passes = Passes(self._deliver, self._stopped, on_unrecorded)
+        self._on_error = on_error
         self._on_record = on_record
         self._options = options
         self._signs = Signs()
@@ -69,13 +71,15 @@ class LayerCapture:
             for name, module, rule, names in self.coverage.tapped
         ]
         self._check_names()
+        self.proofs = Proofs(self.model, self.sites, prove=options.prove, skip=options.skip_uncovered)
         self._audit = Audit(
             self.model,
             self.coverage,
             self.sites,
             compiled=self._compiled,
             skip=options.skip_uncovered,
-            prove=options.prove,
+            proofs=self.proofs,
+            fail=passes.fail,
         )
         self.single = SingleBatches(
             *(self.coverage, self.structure, options.batch_dim, self._serve, self._tap),
@@ -125,6 +129,7 @@ class LayerCapture:
     def rebind(self) -> None:
         """Look at the model anew; what was under way does not count."""
         self._unhook()
+        self.proofs.withdraw()
         self.passes.forget()
         self._look()
         self.passes.recording = True
@@ -133,6 +138,7 @@ class LayerCapture:
     def close(self) -> None:
         """Remove every hook; what was recorded stays."""
         self.flush()
+        self.proofs.withdraw()
         self.passes.recording = False
         self._unhook()
 
@@ -155,6 +161,11 @@ class LayerCapture:
     def active(self, active: bool) -> None:
         self.passes.active = active
         self.single.set_active(active)
+
+    @property
+    def skipped(self) -> bool:
+        """True where the last forward pass was in a step that is not to be recorded."""
+        return self.passes.skipped
 
     @property
     def watches(self) -> bool:
@@ -217,6 +228,10 @@ class LayerCapture:
             passes.as_long_as_large = square and not first.is_floating_point()
             self._probes.arm(run, first.device)
         self._audit.before_forward()
+        try:
+            self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
+        except Exception as error:
+            passes.fail(error)
 
     @property
     def _may_serve(self) -> bool:
@@ -233,13 +248,17 @@ class LayerCapture:
             self._probes.disarm()
         if run is None or output is None:  # None: the forward pass raised
             return None
-        if passes.recording:
+        if passes.recording or (run.before is not None and self.proofs.together):
             try:
                 self._audit.after_forward(run, output)
             except Exception as error:
                 passes.fail(error)
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
+
+    def _stopped(self, error: Exception) -> None:
+        self.proofs.withdraw()
+        self._on_error(error)
 
     def _tap_output(self, run: LayerPass, output: Any) -> Tensor | None:
         passes = self.passes

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter
+from lipcore.models.copies import Before
 
 #: Rows that are no parameter's norms: the gradient at a layer's output ("delta/<layer>") and at the model's, and the
 #: standard error of an estimated squared norm ("error/<parameter>").
@@ -18,6 +19,12 @@ DELTA = "delta/"
 OUTPUT = "output/"
 ERROR = "error/"
 _BESIDE = (DELTA, OUTPUT, ERROR)
+#: Why norms of some samples are NaN.
+UNSEEN_ROWS = (
+    "in every proof so far some samples had no gradient here, or one that is not finite, so that it is not known whose "
+    "these rows are; they are NaN until a later pass proves them"
+)
+UNREACHED = "the model's outputs bring no gradient to layer '{0}' (a loss of its own inside the model)"
 #: The number of a backward pass that was not seen to come into a graph: it did so in a reentrant checkpoint.
 INNER = -2
 
@@ -54,6 +61,8 @@ class LayerRecord:
     fresh: bool = False  #: no gradient was there when the backward pass began: it accumulates on nothing
     repeated: bool = False  #: not the first of its forward pass (retain_graph=True)
     observed: bool = False  #: its norms are in the distributions already
+    unproved: str = ""  #: why it is not proved that these are single samples' norms
+    hidden: str = ""  #: why those of some samples are NaN
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
         """Give a reason for every covered parameter that is not among the norms."""
@@ -61,6 +70,17 @@ class LayerRecord:
             if name not in self.norms_sq and name not in self.reasons:
                 why = "is frozen" if name in frozen else "no gradient reached it in this backward pass"
                 self.reasons[name] = self.broken or why
+
+    def hide(self, unseen: Mapping[str, Tensor]) -> None:
+        """Replace by NaN what came of samples that no proof has seen, where it is not 0."""
+        rows = dict(self.norms_sq)
+        for name, samples in unseen.items():
+            if name in rows:
+                hidden = samples.to(rows[name].device) & (rows[name] != 0)
+                rows[name] = rows[name].masked_fill(hidden, torch.nan)
+                if bool(hidden.any()):
+                    self.reasons[name] = self.hidden = UNSEEN_ROWS
+        self.norms_sq = rows
 
 
 class LayerPass:
@@ -83,7 +103,13 @@ class LayerPass:
         self.inner_only = False  # whose end nobody will tell: its rows came from a checkpoint's own backward passes
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count
-        self.proof: LayerPass | None = None  # while it proves itself: what its layers bring goes there
+        self.before: Before | None = None  # of a pass that is to be proved: what it begins with
+        self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
+        self.unproved = ""  # why its norms are not proved
+        # Outputs that bring parts of several samples to some parameters, and what is wrong if a gradient comes to them.
+        self.suspects: list[tuple[list[Tensor], dict[str, str]]] = []
+        self.unreached: dict[str, set[str]] = {}  # layers that the model's outputs bring no gradient to, their rows
+        self.unseen: dict[str, Tensor] = {}  # by row, samples that no proof has seen
         self.chained = False  # its input depends on the model's parameters
         self.broken = ""
         self.spoiled = ""  # the same, for every backward pass to come
@@ -149,8 +175,13 @@ class LayerPass:
         rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith(_BESIDE)}
         broken = self.broken or self.spoiled
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
-        record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)
+        record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated, unproved=self.unproved)
         record.explain(covered, self.frozen)
+        if self.unseen:
+            record.hide(self.unseen)
+        reached = next((layer for layer, names in self.unreached.items() if not names.isdisjoint(rows)), None)
+        if reached is not None:
+            record.unproved = record.unproved or UNREACHED.format(reached)
         self._rows, self.broken = {}, ""
         self.finished_task = self.task
         return record

@@ -20,6 +20,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
+from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
@@ -154,9 +155,7 @@ class LayerSite:
         return [t.detach() for t in saved], extra
 
     def _other_output_used(self, run: LayerPass) -> None:
-        if run.proof is not None:
-            run.proof.spoiled = OTHER_OUTPUT
-        elif self._passes.recording and accumulates_everything():
+        if self._passes.recording and not is_proof() and accumulates_everything():
             self._passes.fail(_named(ValueError(OTHER_OUTPUT), self))
 
     def _expanded(
@@ -180,9 +179,7 @@ class LayerSite:
     def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
         """Take in the gradient at the output. Runs in the backward pass, in which nothing may be raised."""
         passes = self._passes
-        if run.proof is not None:
-            run = run.proof
-        elif not passes.recording or not passes.comes_back(run, inner):
+        if is_proof() or not passes.recording or not passes.comes_back(run, inner):
             return
         try:
             with torch.no_grad():
@@ -191,7 +188,7 @@ class LayerSite:
                 self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")
                 run.add_factors(own)
                 if self._normalized:
-                    run.add_row(DELTA + self.name, self._delta_norms_sq(grad, run.batch))
+                    run.add_row(DELTA + self.name, self.squares_of(grad, run.batch))
         except Exception as error:
             passes.fail(_named(error, self))
 
@@ -207,9 +204,7 @@ class LayerSite:
         """Return the weight gradient, with the norms taken on the way; None where torch is to compute it."""
         passes, batch = self._passes, run.batch
         weight = self.names["weight"]
-        if run.proof is not None:
-            run = run.proof
-        elif not passes.recording or not passes.comes_back(run, inner):
+        if is_proof() or not passes.recording or not passes.comes_back(run, inner):
             return None
         try:
             with torch.no_grad():
@@ -218,7 +213,7 @@ class LayerSite:
                 if "bias" in self.names:
                     run.add_factor(self.names["bias"], factors["bias"])
                 if self._normalized:
-                    run.add_row(DELTA + self.name, self._delta_norms_sq(grad, batch))
+                    run.add_row(DELTA + self.name, self.squares_of(grad, batch))
                 if run.calls[weight] > 1:  # to be joined
                     run.add_factor(weight, factors["weight"])
                     return None
@@ -230,7 +225,13 @@ class LayerSite:
             passes.fail(_named(error, self))
             return None
 
-    def _delta_norms_sq(self, grad: Tensor, batch: Batch) -> Tensor:
+    @property
+    def has_own_rule(self) -> bool:
+        """True where the rule is not one of lipcore's."""
+        return not type(self.rule).__module__.startswith("lipcore.")
+
+    def squares_of(self, grad: Tensor, batch: Batch) -> Tensor:
+        """Return the squared norm of every sample's part of a gradient at the output, float64 [B]."""
         if batch.offsets is None:
             return functional.sample_norms(grad.movedim(self.rule.sample_dim(self.module, grad, batch), 0)).square()
         rows = functional.sample_norms(grad.reshape(-1, grad.shape[-1])).square()
@@ -263,7 +264,7 @@ class LayerSite:
         norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
         rows = [norms_sq.get(key, nothing) for key in self.names]
         if self._normalized:
-            rows.append(self._delta_norms_sq(grad, Batch(samples, self._batch_dim)))
+            rows.append(self.squares_of(grad, Batch(samples, self._batch_dim)))
         return torch.stack([*rows, torch.ones_like(nothing)])
 
 
@@ -327,7 +328,8 @@ class _Strayed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.site._passes.strayed(ctx.site.names.values())
+        if not is_proof():
+            ctx.site._passes.strayed(ctx.site.names.values())
         return grad, None
 
 

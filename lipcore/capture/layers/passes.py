@@ -12,6 +12,7 @@ import torch
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.layer_pass import INNER, LayerPass, Recomputation
+from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.outputs import on_backward
 from lipcore.models.torch_internals import queue_callback
@@ -41,6 +42,7 @@ class Passes:
     Attributes:
         recording: False after an error and after closing.
         active: False in steps that are not to be recorded.
+        skipped: the last forward pass was in one of those.
         as_long_as_large: a compiled model's input has as many positions as samples.
         records: how many backward passes were recorded.
         unrecorded: why others were not, and how many.
@@ -56,6 +58,7 @@ class Passes:
         on_unrecorded: Callable[[int, str], None],
     ) -> None:
         self.recording = self.active = True
+        self.skipped = False
         self.as_long_as_large = False
         self.records = 0
         self.unrecorded: dict[str, int] = {}
@@ -89,9 +92,12 @@ class Passes:
     def fail(self, error: Exception) -> None:
         """Stop recording and hand the error on."""
         if self.recording:
+            run = self.current or self._last
             self.recording = False
             self.single.set_active(False)
             self._on_error(error)
+            # What was recorded before is not this pass's, nor that of any to come.
+            self._on_unrecorded(run.batch.size if run is not None else 1, f"recording has stopped: {error}")
 
     def count(self, reason: str) -> None:
         """Count a backward pass that is not recorded."""
@@ -109,6 +115,7 @@ class Passes:
         """Drop what an earlier pass that raised has left; True when the one that begins is to be recorded."""
         self.current = None
         self._returning.clear()
+        self.skipped = self.recording and not self.active
         if self.tapping:
             self.flush()
         return self.tapping
@@ -147,6 +154,8 @@ class Passes:
         return Recomputation(candidates)
 
     def _begin_backward(self, run: LayerPass) -> None:
+        if is_proof():
+            return
         self._returning.add(run)
         run.entered = in_backward()
         if run.fresh[0] != in_backward():
@@ -187,7 +196,7 @@ class Passes:
     def probe_comes_back(self, run: LayerPass) -> None:
         """Note that a compiled region's probe of this pass got its gradient."""
         task = in_backward()
-        if self.recording and run.begin_task(task):
+        if self.recording and not is_proof() and run.begin_task(task):
             queue_callback(lambda: self._end_backward(run, task))
 
     def _end_backward(self, run: LayerPass, task: int) -> None:

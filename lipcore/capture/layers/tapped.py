@@ -26,6 +26,14 @@ class TappedLayers(Protocol):
         """Server of batches of one, which can fill distributions by itself."""
 
     @property
+    def proofs(self) -> object:
+        """Proofs of its passes; as a text, when they are made or why not."""
+
+    @property
+    def skipped(self) -> bool:
+        """True where the last forward pass was in a step that is not to be recorded."""
+
+    @property
     def watches(self) -> bool:
         """True while hooks are on the model and record."""
 

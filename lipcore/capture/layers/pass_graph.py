@@ -1,0 +1,53 @@
+"""The graph behind a model's output, as far as a proof looks at it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointFunction
+
+from lipcore.capture.foreign_functions import function_of, is_foreign
+from lipcore.capture.layers.layer_pass import LayerPass
+from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.models.outputs import nodes_of
+
+REENTRANT = "a checkpoint with use_reentrant=True allows no other backward pass; use use_reentrant=False"
+STATIC = "the first pass of DistributedDataParallel(static_graph=True) allows no other backward pass"
+_TENSORS = 6  # of the largest size that a backward pass holds at once, about, with what they are reduced in
+
+
+class Graph:
+    """What a pass has left behind its output.
+
+    Attributes:
+        tapped: nodes with a layer of this capture.
+        foreign: nodes of autograd Functions of the user's.
+        refused: why it allows no other backward pass, or "".
+        dtypes: of gradients in it.
+        bytes: of memory that a pass through it takes, roughly.
+    """
+
+    def __init__(self, run: LayerPass, output: Any, sites: Sequence[LayerSite]) -> None:
+        mine = {id(site) for site in sites}
+        self.tapped: list[Any] = []
+        self.foreign: list[Any] = []
+        self.refused = ""
+        self.dtypes: set[torch.dtype] = set()
+        largest = 0
+        for node in nodes_of(output):
+            for data in node._input_metadata:
+                self.dtypes.add(data.dtype)
+                largest = max(largest, data.dtype.itemsize * math.prod(map(int, data.shape)))
+            if id(getattr(node, "site", None)) in mine and getattr(node, "run", None) is run:
+                self.tapped.append(node)
+            function = function_of(node)
+            if function is CheckpointFunction:
+                self.refused = REENTRANT
+            elif function is not None and function.__name__ == "_DDPSink" and node.ddp_weakref().static_graph:
+                self.refused = STATIC
+            elif is_foreign(node):
+                self.foreign.append(node)
+        self.bytes = _TENSORS * largest

@@ -1,0 +1,70 @@
+"""When the weighted pass is run: often enough to notice a change, and at most in one pass of a hundred."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+_SECOND, _LONGEST = 64, 4096  # passes; the distance doubles in between
+_EARLY = (2, 4)  # under a process group, where what a pass leaves open does not bring another
+_KINDS = 8  # numbers of samples or of dimensions that are proved as they come; later ones one per distance
+
+
+class ProofSchedule:
+    """The passes that are proved: 1, 64, 128, 256 ... 4096 and every 4096th, and those in which something is new.
+
+    New are a number of samples or of dimensions, and other sizes once per distance. A pass that left something open
+    (rows without a gradient, numbers that are not finite) is followed by others of as many samples, ever farther apart.
+    Under a process group the number of the pass decides alone, and is 2 and 4 too: where one rank ran a pass of its
+    own, sharded models would hang.
+    """
+
+    def __init__(self) -> None:
+        self.passes = 0
+        self._next = 1
+        self._owed = False  # the last one fell on a batch of one sample
+        self._again: dict[tuple[int, int], int] = {}  # by kind, when what was left open is asked again
+        self._asked: Counter[tuple[int, int]] = Counter()
+        self._spare, self._other_sizes = _KINDS, True
+        self._kinds: set[tuple[int, int]] = set()
+        self._shapes: set[tuple[int, ...]] = set()
+
+    def due(self, shape: tuple[int, ...], samples: int) -> bool:
+        """Count a pass of such an input and return whether it is one of these."""
+        self.passes += 1
+        by_number = self.passes >= self._next
+        if by_number:
+            self._next = max(_SECOND, self.passes + min(self.passes, _LONGEST))
+            self._spare, self._other_sizes = max(1, self._spare), True
+        if under_process_group():
+            return by_number or self.passes in _EARLY
+        self._owed |= by_number
+        if samples < 2:
+            return False
+        kind = len(shape), samples
+        new_kind = kind not in self._kinds and self._spare > 0
+        new_shape = shape not in self._shapes and self._other_sizes
+        due = self._owed or new_kind or new_shape or self._again.get(kind, self.passes + 1) <= self.passes
+        if due:
+            self._other_sizes &= self._owed or new_kind or not new_shape
+            self._spare -= new_kind
+            self._owed = False
+            self._again.pop(kind, None)
+            self._kinds.add(kind)
+            self._shapes.add(shape)
+        return due
+
+    def due_next(self) -> bool:
+        """Return whether the number of the next pass makes it one of these under a process group."""
+        return self.passes + 1 >= self._next or self.passes + 1 in _EARLY
+
+    def ask_again(self, kind: tuple[int, int]) -> None:
+        """Note that the last proof has left something open, in a pass of so many dimensions and samples."""
+        self._asked[kind] += 1
+        self._again[kind] = self.passes + max(1, self._asked[kind] ** 2 // 4)
+
+
+def under_process_group() -> bool:
+    """Return whether other ranks run the same passes."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

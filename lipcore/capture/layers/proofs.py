@@ -1,0 +1,207 @@
+"""The proofs of one model: when a pass is proved, what is known from earlier ones, and what other passes carry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipcore.capture.layers.layer_pass import LayerPass
+from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.pass_graph import Graph
+from lipcore.capture.layers.proof_ranks import Ranks
+from lipcore.capture.layers.proof_schedule import ProofSchedule, under_process_group
+from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
+from lipcore.capture.seeds import Seeds, seeds_of
+from lipcore.models.copies import Before
+from lipcore.models.memory import free_bytes
+from lipcore.models.outputs import tensors_of
+from lipcore.models.restored import RandomPass, buffers_put_back, random_numbers_put_back
+
+NO_OUTPUT = (
+    "none of the model's outputs has a batch dimension (it returns its loss alone); let it return its predictions too"
+)
+NOT_ASKED = "prove=False was passed"
+_NOT_YET = "no batch of {0} samples was proved yet"
+_FAILED = "its graph allows no other backward pass ({0})"
+_OPEN = "the numbers of the pass that was to be proved are not finite"
+NO_GRADIENTS = "the model's outputs bring no gradient to any layer"
+_MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
+_NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
+_OFFSETS = "the samples are packed sequences"
+_ALONE = "the model is sharded, and not all of its ranks have this metric"
+_WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
+
+
+@dataclass
+class _Known:
+    """What is known of passes with so many dimensions and samples."""
+
+    reason: str = _OPEN
+    seen: dict[str, Tensor] = field(default_factory=dict)
+    unseen: dict[str, Tensor] = field(default_factory=dict)
+    unreached: dict[str, set[str]] = field(default_factory=dict)
+
+
+class Disproved(ValueError):
+    """The samples of a pass depend on each other."""
+
+
+class Proofs:
+    """Proves passes of one model.
+
+    Nothing is raised but ValueErrors about the model, which its owner keeps for the user's next call.
+
+    Attributes:
+        bytes: of memory that the last one took beside what the pass itself keeps, roughly.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[LayerSite], *, prove: bool, skip: bool) -> None:
+        self.bytes = 0
+        self._model, self._sites = model, sites
+        self._wanted, self._skip = prove, skip
+        self._sharded = any(hasattr(p, "placements") for p in model.parameters())
+        self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
+        self._schedule = ProofSchedule()
+        self._known: dict[tuple[int, int], _Known] = {}
+        self._ranks = Ranks(model) if self._sharded and prove and under_process_group() else None
+        if self._ranks is not None:
+            self._ranks.announce(1)
+
+    @property
+    def together(self) -> bool:
+        """Whether a proof that is due must be run on this rank because it is on others."""
+        return self._ranks is not None
+
+    def withdraw(self) -> None:
+        """Prove no further passes, and say so to the other ranks."""
+        if self._ranks is not None:
+            self._ranks.withdraw(self._schedule.passes)
+
+    def begin(self, run: LayerPass, arguments: tuple[Any, ...], keywords: dict[str, Any], first: Tensor | None) -> None:
+        """Keep what a pass begins with, where it is to be proved."""
+        if not self._wanted or first is None:
+            run.unproved = "" if run.batch.size == 1 else NOT_ASKED
+            return
+        run.kind = first.dim(), run.batch.size
+        due = self._schedule.due(tuple(first.shape), run.batch.size)
+        if self._ranks is not None and self._schedule.due_next():
+            self._ranks.announce(self._schedule.passes + 1)
+        if not due or (run.chained and self._ranks is None):
+            return
+        try:
+            run.before = Before(self._model, arguments, keywords, first, run.batch.dim)
+        except Exception as error:  # no memory for a copy of the batch
+            if self._ranks is not None:
+                raise
+            known = self._known.setdefault(run.kind, _Known())
+            known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
+
+    def end(self, run: LayerPass, output: Any) -> dict[str, str]:
+        """Prove a pass that is to be, and note on any what is known of it; return parameters whose norms are wrong.
+
+        Raises:
+            Disproved: samples depend on each other in a way that spoils all norms.
+        """
+        if run.kind is None:
+            return {}
+        before, run.before = run.before, None
+        wrong: dict[str, str] = {}
+        if before is not None:
+            known = self._known.setdefault(run.kind, _Known())
+            wrong = self._prove(run, output, before, known)
+        if run.batch.size > 1:
+            found = self._known.get(run.kind)
+            run.unproved = _NOT_YET.format(run.batch.size) if found is None else found.reason
+            if found is not None:
+                run.unseen, run.unreached = found.unseen, found.unreached
+        return wrong
+
+    def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
+        if run.batch.size < 2 and not self._sharded:  # whose passes run on every rank
+            return {}
+        try:
+            seeds, graph = seeds_of(output, run.batch), Graph(run, output, self._sites)
+        except Exception as error:
+            known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
+            return {}
+        found = self._weighed(run, seeds, graph, before.bytes)
+        if run.batch.size < 2:
+            return {}
+        if found.open and run.kind is not None:
+            self._schedule.ask_again(run.kind)
+        for layer, rows in found.seen.items():
+            known.seen[layer] = known.seen.get(layer, rows) | rows
+        if found.reason or not any(bool(rows.any()) for rows in found.seen.values()):
+            known.reason = found.reason or (_OPEN if found.open else NO_GRADIENTS)
+        else:
+            known.reason = ""
+        known.unseen = {} if known.reason else unseen_rows(self._sites, known.seen)
+        unreached = [site for site in self._sites if site.name in found.unreached and site.name not in known.seen]
+        known.unreached = {site.name: set(site.names.values()) for site in unreached}
+        if found.wrong and found.entered:
+            run.suspects.append((found.entered, found.wrong))
+        elif found.wrong and not self._skip:
+            return found.wrong
+        self._look_at_copies(run, output, seeds, before, known)
+        return {} if found.entered else found.wrong
+
+    def _weighed(self, run: LayerPass, seeds: Seeds, graph: Graph, kept: int) -> Verdict:
+        reason = graph.refused
+        if self._refused:
+            reason = f"{self._refused} allows no other backward pass; use fully_shard"
+        elif self._ranks is not None and not self._ranks.agree(self._schedule.passes):
+            reason = _ALONE
+        elif not seeds.outputs:
+            reason = NO_OUTPUT
+        elif not reason and not under_process_group():  # what is free differs by rank
+            self.bytes = graph.bytes + kept
+            free = free_bytes(seeds.outputs[0].device)
+            if free is not None and free < self.bytes:
+                reason = _MEMORY.format(-(-self.bytes >> 20), free >> 20)
+        if reason:
+            return Verdict(reason)
+        found = Verdict()
+        try:
+            with (
+                suppress(RandomPass),
+                random_numbers_put_back(self._model),  # a checkpoint runs again
+                buffers_put_back(self._model),
+            ):
+                found = verdict(run, seeds, graph, self._sites, fixed=self._sharded)
+        except Exception as error:
+            return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))
+        return found
+
+    def _look_at_copies(self, run: LayerPass, output: Any, seeds: Seeds, before: Before, known: _Known) -> None:
+        if known.reason:
+            return
+        if run.batch.offsets is not None:
+            known.reason = _NOT_RUN.format(_OFFSETS)
+            return
+        tensors = list(tensors_of(output))
+        places = {id(tensor): i for i, tensor in enumerate(tensors)}
+        suspected = {id(tensor) for outputs, _ in run.suspects for tensor in outputs}
+        pairs = zip(seeds.outputs, seeds.dims, strict=True)
+        rows = [(places[id(t)], dim) for t, dim in pairs if id(t) not in suspected]
+        why, wrong = before.difference(output, rows)
+        if why and not wrong:
+            known.reason = _NOT_RUN.format(why)
+        elif wrong and self._skip:
+            known.reason = why
+        elif wrong and len(wrong) == len(rows):
+            raise Disproved(f"model: {why}")
+        elif wrong:
+            every = {name: why for site in self._sites for name in site.names.values()}
+            run.suspects.append(([tensors[i] for i in wrong], every))
+
+    def __str__(self) -> str:
+        if not self._wanted:
+            return f"not proved: {NOT_ASKED}"
+        reasons = list(dict.fromkeys(known.reason for known in self._known.values() if known.reason))
+        when = "proved: every sample, in passes 1, 64, 128, ... and where shapes are new"
+        took = f", with about {-(-self.bytes // 1024)} KB beside the pass" if self.bytes else ""
+        return f"not proved: {'; '.join(reasons)}" if reasons else when + took

@@ -1,0 +1,185 @@
+"""Whether a sample's output depends on the other samples: the batch is run again with that sample in every place.
+
+Statistics of the batch that are detached leave no trace in the gradients; this shows them. A batch of copies, and not
+the sample alone, since then every kernel runs on the same shapes and draws the same random numbers: the sample's output
+is the same bits where it does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.models.module_state import ModuleState
+from lipcore.models.outputs import tensors_of
+from lipcore.models.pause import paused
+from lipcore.models.torch_internals import (
+    ANY_FORWARD_HOOKS,
+    ANY_FORWARD_PRE_HOOKS,
+    TorchDispatchMode,
+    is_compiled,
+    tree_leaves,
+    tree_map,
+)
+
+_PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
+_OURS = ("lipcore", "torch.nn.utils")  # whose hooks on forward passes see nothing that could surprise them
+DEPENDS = (
+    "the output of sample {0} is another one when the other samples are exchanged. Either the model takes statistics "
+    "over the batch that it detaches, or it returns its samples in another order, and then there are no gradients per "
+    "sample; take the statistics over features, or call eval() where they are running ones"
+)
+#: Largest relative difference that rounding explains: experts that get other numbers of rows use other kernels.
+_ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
+_ROUNDING_HALF = 3e-2
+_BATCHES = 3  # held at once: what was kept, the copies, and what the model is given
+
+
+class Before:
+    """State that a forward pass begins with, kept so that it can be run again.
+
+    Args:
+        model: the module that is called.
+        arguments: of the call.
+        keywords: of the call.
+        first: the argument that has the batch.
+        dim: where.
+
+    Attributes:
+        refused: why the pass cannot be run again, or "".
+        bytes: that it keeps and will take, but for what a forward pass without gradients does.
+    """
+
+    def __init__(
+        self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], first: Tensor, dim: int
+    ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # the wrapper would take it for a pass of the training
+        self._model, self._call, self._first, self._dim = model, (arguments, keywords), first, dim
+        self.refused = _refusal(model, arguments, keywords)
+        self.bytes = 0
+        if not self.refused:
+            self._kept = first.detach().clone()
+            self.bytes = _BATCHES * self._kept.nbytes
+            self._state = ModuleState(model)
+
+    def difference(self, output: Any, rows: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
+        """Return why samples are not independent of each other, or "", and the places of the tensors that show it; none
+        where it is not certain.
+
+        Args:
+            output: what the model returned; rows of its tensors are compared.
+            rows: of the tensors in it, in their order, the place and the batch dimension.
+        """
+        if self.refused:
+            return self.refused, []
+        after = ModuleState(self._model)
+        try:
+            if _compiles(self._model):  # the compiled numbers are not the eager ones
+                output = self._run(self._kept)
+            tensors = list(tensors_of(output))
+            for sample in (0, self._kept.shape[self._dim] - 1):
+                copies = list(tensors_of(self._run(self._copies(sample))))
+                used = self._state.random_states()
+                wrong = [i for i, d in rows if not _same(tensors[i].select(d, sample), copies[i].select(d, sample))]
+                if not wrong:
+                    continue
+                again = list(tensors_of(self._run(self._kept)))
+                if not all(_same(tensors[i], again[i]) for i, _ in rows):
+                    return "its output is another one when it is run again on the same batch", []
+                if any(not torch.equal(a, b) for a, b in zip(used, self._state.random_states(), strict=True)):
+                    return "how many random numbers it draws depends on the batch", []
+                return DEPENDS.format(sample), wrong
+        except Exception as error:
+            return f"it could not be run again ({type(error).__name__}: {error})", []
+        finally:
+            after.put_back()
+        return "", []
+
+    def _copies(self, sample: int) -> Tensor:
+        return self._kept.narrow(self._dim, sample, 1).expand_as(self._kept).clone()
+
+    def _run(self, x: Tensor) -> Any:
+        """Return what the model makes of x in the place of the batch, from the same state as the pass had."""
+        self._state.put_back()
+        x = x.clone()
+        arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
+        with torch.no_grad(), paused(), _without_cached_casts(), _alone(), _eager(self._model):
+            return self._model(*arguments, **keywords)
+
+
+def _refusal(model: nn.Module, arguments: Any, keywords: Any) -> str:
+    odd = [leaf for leaf in tree_leaves((arguments, keywords)) if not isinstance(leaf, (*_PLAIN, Tensor))]
+    if odd:
+        return f"it is called with a {type(odd[0]).__name__}, which another pass may change"
+    if any(hasattr(p, "placements") for p in model.parameters()):
+        return "it is sharded"
+    if ANY_FORWARD_HOOKS or ANY_FORWARD_PRE_HOOKS:
+        return "hooks on all modules would see another forward pass"
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(not _home(hook).startswith(_OURS) for hook in hooks):
+            return f"a hook on module '{name}' would see another forward pass"
+    return ""
+
+
+def _home(hook: Any) -> str:
+    """Return the module of Python in which a hook was defined."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    owner = getattr(hook, "__self__", hook)
+    return str(getattr(owner, "__module__", None) or type(owner).__module__)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two outputs agree, or the first is not finite."""
+    one, other = one.detach(), other.detach()
+    if torch.equal(one, other) or not bool(one.isfinite().all()):
+        return True
+    allowed = _ROUNDING.get(one.dtype, _ROUNDING_HALF)
+    difference = (one.double() - other.double()).norm()
+    return bool(difference <= allowed * one.double().norm())
+
+
+@contextmanager
+def _without_cached_casts() -> Iterator[None]:
+    """Keep autocast from keeping weights that it casts here, which have no graph, for the training's next forward
+    pass."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+def _compiles(model: nn.Module) -> bool:
+    return any(is_compiled(module) for module in model.modules())
+
+
+class _Silence(TorchDispatchMode):
+    """Mode in which nothing is said to other ranks: whether a pass is run again need not be the same on all of them."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in function.namespace:
+            raise RuntimeError("its forward pass communicates with other ranks")
+        return function(*args, **(kwargs or {}))
+
+
+def _alone() -> AbstractContextManager[Any]:
+    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return _Silence() if group else nullcontext()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def _eager(model: nn.Module) -> Iterator[None]:
+    """Nothing is compiled, where another pass without gradients would take a graph of its own."""
+    with ExitStack() as stack:
+        if _compiles(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
