@@ -46,7 +46,7 @@ class UpdateTracker(Tracker):
             if not optimizers:
                 raise ValueError(
                     "optimizer: source 'optimizer' needs the torch.optim.SGD, Adam or AdamW that makes the whole step; "
-                    "pass it here or to the Monitor. A wrapper changes its step: leave source= out, or choose 'snapshot'"
+                    "pass it here or to the Monitor. A wrapper changes the step: choose source='snapshot', or none"
                 )
             self.source = OptimizerSource(list(optimizers), named)
         else:
