@@ -102,6 +102,7 @@ def test_a_generator_before_the_model_keeps_its_gradient() -> None:
             model(generator(noise)).square().sum().backward()
         expected.append([p.grad.clone() for p in (*generator.parameters(), *model.parameters())])
         if monitor is not None:
+            monitor.step()
             (values,) = monitor.compute()["lipschitz"].local_lipschitz.values()
             found = values["mean"].value
             monitor.close()

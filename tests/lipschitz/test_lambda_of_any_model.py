@@ -72,7 +72,7 @@ def test_the_product_with_the_first_weight_is_taken_where_it_is_all(name: str) -
     value: Any = metric.compute().local_lipschitz
     (place,) = value
     assert value[place].mean.label == "exact"
-    sides: Any = metric.compute()._quantities.get("sandwich")
+    sides: Any = metric.compute().get("sandwich")
     if sides is not None and not by_product:
         assert not metric.compute().sandwich[place].lower.valid
         assert "Theorem 1 does not hold" in metric.compute().sandwich[place].lower.note
