@@ -112,7 +112,7 @@ def invariance(seed: int = 0, frequency: float = 0.5) -> dict[str, dict[str, flo
     model = network(seed, False)
     found = {}
     for size in (1, 4, 16, 64):
-        lipschitz = Lipschitz(model, shortcut=False)
+        lipschitz = Lipschitz(model, batch_of_one="exact")
         shifts = []
         for batch in torch.arange(64).split(size):
             model.zero_grad()

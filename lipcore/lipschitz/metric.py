@@ -6,7 +6,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.lipschitz.targets import begins_with_layer, find_input, find_output
 from lipcore.metric.distribution import Distribution, loaded_distributions
 from lipcore.metric.hook_warnings import warn_in_hook
-from lipcore.metric.protocol import Needs, PlanLine, TapCounts
+from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine, TapCounts
 from lipcore.metric.results import Label, MetricResult, Value
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
@@ -94,8 +94,10 @@ class Lipschitz(StandaloneMetric):
             Default: at every one where that is cheap, else at every 16th (W_1^T delta costs as much as the layer's
             forward pass); where autograd takes the gradient at x, as often as 0.5 % of the time allow. The count of
             each value says how many samples are in it. Samples that the shortcut serves always have one.
-        shortcut: at batch 1, read r and lambda from the gradients of the first and last bias where the model is an
-            nn.Sequential between two Linear layers (the same numbers in a third of the time); False: always tap.
+        batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": r and lambda are read
+            from the gradients of the first and last bias where the model is an nn.Sequential between two Linear layers,
+            in a third of the time. What else comes to reach these gradients (a penalty on parameters) is noticed by the
+            next comparison only: up to 255 values are wrong then, which a warning says.
         optional: where the model has no such output or first layer, turn off with a line in the plan instead of an
             error.
 
@@ -119,16 +121,17 @@ class Lipschitz(StandaloneMetric):
         quantity: Literal["auto", "scalar", "residual"] = "auto",
         lambda_every: int | None = None,
         optional: bool = False,
-        shortcut: bool = True,
+        batch_of_one: BatchOfOne = "exact",
     ) -> None:
         check_choice("quantity", quantity, ("auto", "scalar", "residual"))
         check_count("lambda_every", lambda_every, optional=True)
+        check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
         self._settings = {"input": input, "output": output, "quantity": quantity, "lambda_every": lambda_every}
-        self._settings |= {"optional": optional, "shortcut": shortcut}
+        self._settings |= {"optional": optional, "batch_of_one": batch_of_one}
         self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._input, self._output, self._quantity = input, output, quantity
         self.optional = optional
-        self._shortcut = shortcut
+        self._fast = batch_of_one == "fast"
         self._weight_before: Tensor | None = None
         self._moved = False  # W_1 had moved within the window before its state was loaded
         self._resolved = "" if quantity == "auto" else str(quantity)  # "auto" is settled by the first output
@@ -171,7 +174,7 @@ class Lipschitz(StandaloneMetric):
     def _single_sample(self) -> SingleSample | None:
         """The bias shortcut reads the ends of the model; named layers and vector outputs take the taps."""
         named = self._input is not None or self._output is not None
-        if named or not self._shortcut or self._quantity == "residual":
+        if named or not self._fast or self._quantity == "residual":
             return None
         return SingleSample(self._core_distributions, on_served=self._forget_record, agrees=self._agrees)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
@@ -20,6 +20,9 @@ from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
 from lipcore.metric.ordinary import make_ordinary
 from lipcore.metric.results import MetricResult
+
+#: How batches of one sample are measured: tapped like others, or read from the parameters' gradients.
+BatchOfOne = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True)

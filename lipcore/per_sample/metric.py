@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.dtypes import INTEGERS
-from lipcore.metric.protocol import Needs, PlanLine
+from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
+from lipcore.models.arguments import check_choice
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import LayerIndex
@@ -93,6 +94,9 @@ class PerSampleGradNorms(StandaloneMetric):
             samples are run among copies of themselves. This finds samples that are mixed, moved, or looked for in the
             wrong dimension. Hooks on tensors and on modules' backward passes see those passes too. What is not proved
             is not labelled exact, and :attr:`unproved` and ``details["not_proved"]`` say why.
+        batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": their norms are read from
+            the parameters' gradients, after three proofs that these are the same and with more proofs now and then.
+            What else comes to reach those gradients (a penalty on parameters) may be noticed by the next proof only.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
 
     Raises:
@@ -120,9 +124,11 @@ class PerSampleGradNorms(StandaloneMetric):
         normalized: bool = False,
         noise_scale: bool = True,
         prove: bool = True,
+        batch_of_one: BatchOfOne = "exact",
         scaler: Any = None,
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
+        check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
         check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
         self._every = every_steps
         self._methods = dict(methods or {})
@@ -135,6 +141,7 @@ class PerSampleGradNorms(StandaloneMetric):
             normalized=normalized,
             skip_uncovered=on_unsupported == "skip",
             prove=prove,
+            fast_batch_of_one=batch_of_one == "fast",
         )
         self._wants_noise = noise_scale
         self._capture: TappedLayers | None = None

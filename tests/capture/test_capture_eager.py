@@ -226,7 +226,7 @@ def test_a_model_that_is_its_own_first_layer_is_recorded_in_every_step(layer: ty
 def test_two_backward_passes_through_one_graph_are_one_record() -> None:
     """They bring the same ratios."""
     model = seeded(lambda: mlp(5, 7, 1))
-    with Monitor(model, metrics=[Lipschitz(shortcut=False)]) as monitor:
+    with Monitor(model, metrics=[Lipschitz(batch_of_one="exact")]) as monitor:
         loss = model(torch.randn(3, 5)).sum()
         loss.backward(retain_graph=True)
         loss.backward()

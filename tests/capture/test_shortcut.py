@@ -44,7 +44,7 @@ def run_scenario(
 @pytest.mark.parametrize("optimizer_of", [sgd, adam], ids=["momentum_decay", "adam"])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_the_shortcut_brings_what_the_taps_bring(name: str, optimizer_of: Callable[..., Any]) -> None:
-    shortcut, taps = (run_scenario(name, optimizer_of, shortcut=yes) for yes in (True, False))
+    shortcut, taps = (run_scenario(name, optimizer_of, batch_of_one=yes) for yes in ("fast", "exact"))
     assert ratios_of(taps)[0] > 0
     assert ratios_of(shortcut) == pytest.approx(ratios_of(taps), rel=1e-12)
     assert_same(shortcut, taps)
@@ -74,7 +74,7 @@ def test_the_taps_bring_what_autograd_brings(name: str) -> None:
         r.append(float(found[0]))
         lambdas.append(float(found[1]))
 
-    window = run_scenario(name, sgd, expect, shortcut=False)
+    window = run_scenario(name, sgd, expect, batch_of_one="exact")
     count, total, mean = ratios_of(window)
     assert count == 10
     assert total == pytest.approx(sum(r), rel=1e-12)
@@ -84,7 +84,7 @@ def test_the_taps_bring_what_autograd_brings(name: str) -> None:
 def test_the_shortcut_is_taken_where_it_can_be() -> None:
     model = seeded(lambda: mlp(5, 7, 6, 1))
     optimizer = sgd(model)
-    with Monitor(model, optimizer, metrics=[Lipschitz()]) as monitor:
+    with Monitor(model, optimizer, metrics=[Lipschitz(batch_of_one="fast")]) as monitor:
         train(model, batches(5, 1), optimizer)
         assert served(monitor) == 4  # the first one is tapped too, to see that both bring the same
         assert not model[0]._forward_hooks
@@ -104,8 +104,8 @@ def test_a_loop_that_changes_is_found_out_within_256_steps(scenario: str) -> Non
     twin = seeded(lambda: mlp(5, 7, 6, 1))
     optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, twin)]
     with (
-        Monitor(model, optimizers[0], metrics=[Lipschitz()], window_steps=None) as monitor,
-        Monitor(twin, optimizers[1], metrics=[Lipschitz(shortcut=False)], window_steps=None) as taps,
+        Monitor(model, optimizers[0], metrics=[Lipschitz(batch_of_one="fast")], window_steps=None) as monitor,
+        Monitor(twin, optimizers[1], metrics=[Lipschitz(batch_of_one="exact")], window_steps=None) as taps,
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always")
@@ -134,7 +134,7 @@ def test_a_chain_with_several_values_per_sample_is_refused_at_batch_one(shortcut
     with (
         pytest.warns(RuntimeWarning),
         pytest.raises(ValueError, match=r"shape \[1, 2, 1\]"),
-        Monitor(model, metrics=[Lipschitz(shortcut=shortcut, quantity="scalar")]),
+        Monitor(model, metrics=[Lipschitz(batch_of_one="fast" if shortcut else "exact", quantity="scalar")]),
     ):
         model(torch.randn(1, 5)).square().sum().backward()
 
@@ -156,7 +156,7 @@ def test_shortcut_on_unusual_chains(build: Callable[[], nn.Module]) -> None:
     expected_r, expected_lambda = reference(model, x, first=first)
     for shortcut in (True, False):
         model.zero_grad()
-        with Monitor(model, metrics=[Lipschitz(shortcut=shortcut)]) as monitor:
+        with Monitor(model, metrics=[Lipschitz(batch_of_one="fast" if shortcut else "exact")]) as monitor:
             for row in x.split(1):
                 model.zero_grad()
                 model(row).square().sum().backward()
@@ -173,7 +173,7 @@ def test_a_batch_that_has_not_come_back_keeps_the_next_sample_from_being_served(
     model = seeded(lambda: mlp(5, 7, 6, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     (batch, _), (sample, _) = *batches(1, 3), *batches(1, 1)
-    with Monitor(model, optimizer, metrics=[Lipschitz()]) as monitor:
+    with Monitor(model, optimizer, metrics=[Lipschitz(batch_of_one="fast")]) as monitor:
         train(model, batches(4, 1), optimizer)
         assert served(monitor) == 3
         monitor.close_window()
@@ -206,7 +206,7 @@ def test_one_model_trained_by_several_threads(size: int) -> None:
             for _ in range(40):
                 model(x).square().sum().backward()
 
-        with Monitor(model, optimizer, metrics=[Lipschitz()]) as monitor:
+        with Monitor(model, optimizer, metrics=[Lipschitz(batch_of_one="fast")]) as monitor:
             train(model, [(xs[0][:1], torch.zeros(1, 1))] * (seed % 3), optimizer)
             monitor.close_window()
             at_once(work, xs)

@@ -223,9 +223,9 @@ def read_norms(metric: Any) -> tuple[int, float]:
 
 #: metric, and how many samples it has recorded, with a number that changes when one of them does.
 ENGINES: dict[str, tuple[Callable[[], Metric], Callable[[Any], tuple[int, float]]]] = {
-    "taps": (lambda: Lipschitz(shortcut=False), read_lipschitz),
-    "shortcut": (Lipschitz, read_lipschitz),
-    "layers": (lambda: PerSampleGradNorms(loss_reduction="mean"), read_norms),
+    "taps": (lambda: Lipschitz(batch_of_one="exact"), read_lipschitz),
+    "shortcut": (lambda: Lipschitz(batch_of_one="fast"), read_lipschitz),
+    "layers": (lambda: PerSampleGradNorms(loss_reduction="mean", batch_of_one="fast"), read_norms),
 }
 
 

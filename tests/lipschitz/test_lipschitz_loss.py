@@ -66,7 +66,7 @@ def test_the_loss_cancels_at_batch_one(name: str, shortcut: bool) -> None:
     model = seeded(lambda: nn.Sequential(*mlp(5, 7, 6, 1), *([nn.Sigmoid()] if sigmoid else [])))
     x, y = torch.randn(8, 5), torch.randn(8, 1)
     expected_r, expected_lambda = reference(model, x)
-    result = one_by_one(model, x, y, loss, shortcut=shortcut)
+    result = one_by_one(model, x, y, loss, batch_of_one="fast" if shortcut else "exact")
     place = "model:Sigmoid" if sigmoid else "model:Linear"
     assert result.normalized_gradient_norm[place].sum.value == pytest.approx(float(expected_r.sum()), rel=1e-5)
     assert result.local_lipschitz[place].mean.value == pytest.approx(float(expected_lambda.mean()), rel=1e-5)
@@ -151,7 +151,7 @@ def test_samples_with_zero_or_non_finite_output_gradient_are_skipped_and_counted
     weights = torch.tensor([1.0, 0.0, math.inf, math.nan, -2.0, -0.0], dtype=torch.float64).reshape(6, 1)
     usable = torch.tensor([0, 4])
     for size, shortcut in ((6, True), (1, True), (1, False)):
-        with Monitor(model, metrics=[Lipschitz(shortcut=shortcut)]) as monitor:
+        with Monitor(model, metrics=[Lipschitz(batch_of_one="fast" if shortcut else "exact")]) as monitor:
             for start in range(0, 6, size):
                 model.zero_grad()
                 output = model(x[start : start + size])
@@ -170,7 +170,9 @@ def test_a_dead_first_layer_is_a_ratio_of_zero_not_a_skip() -> None:
     with torch.no_grad():
         model[0].bias.fill_(-100.0)
     for shortcut in (True, False):
-        result = one_by_one(model, torch.randn(3, 5), torch.randn(3, 1), mse, shortcut=shortcut)
+        result = one_by_one(
+            model, torch.randn(3, 5), torch.randn(3, 1), mse, batch_of_one="fast" if shortcut else "exact"
+        )
         assert result.normalized_gradient_norm["model:Linear"].max.value == 0.0
         assert result.normalized_gradient_norm["model:Linear"].max.count == 3
         assert result.skipped["model:Linear"].sum.value == 0

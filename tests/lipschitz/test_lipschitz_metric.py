@@ -11,7 +11,7 @@ from lipcore import Lipschitz, Monitor
 
 def test_per_sample_says_when_it_has_nothing() -> None:
     model = seeded(lambda: mlp(5, 7, 1))
-    metric = Lipschitz()
+    metric = Lipschitz(batch_of_one="fast")
     with Monitor(model, metrics=[metric]):
         with pytest.raises(RuntimeError, match="none was recorded yet"):
             _ = metric.per_sample
@@ -53,7 +53,7 @@ def test_merging_two_windows_gives_the_distribution_of_both() -> None:
     x = torch.randn(10, 5, dtype=torch.float64)
     parts = []
     for rows in (x, x[:3], x[3:]):
-        metric = Lipschitz()
+        metric = Lipschitz(batch_of_one="fast")
         with Monitor(model, metrics=[metric]):
             model(rows).sum().backward()
         parts.append(metric)

@@ -67,7 +67,7 @@ def test_local_lipschitz_of_no_samples(quantity: str) -> None:
 def test_local_lipschitz_is_not_recorded_by_a_monitor(size: int, shortcut: bool) -> None:
     model = seeded(lambda: mlp(5, 7, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    with Monitor(model, optimizer, metrics=[Lipschitz(shortcut=shortcut)]) as monitor:
+    with Monitor(model, optimizer, metrics=[Lipschitz(batch_of_one="fast" if shortcut else "exact")]) as monitor:
         for batch in batches(3, size):
             train(model, [batch], optimizer)
             local_lipschitz(model, torch.randn(6, 5))

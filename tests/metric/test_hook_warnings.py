@@ -76,7 +76,7 @@ def test_a_training_step_is_not_interrupted(name: str) -> None:
 def test_nor_by_the_shortcut() -> None:
     model = seeded(lambda: mlp(5, 7, 6, 1))
     optimizer = sgd(model)
-    monitor = Monitor(model, optimizer, [Lipschitz()])
+    monitor = Monitor(model, optimizer, [Lipschitz(batch_of_one="fast")])
     for step, (x, y) in enumerate(batches(300, 1)):
         (plain if step < 20 else penalty_on_parameters)(model, optimizer, x, y, step)
     with pytest.raises(UserWarning, match="more than the loss of one sample"):

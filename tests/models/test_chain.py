@@ -75,7 +75,7 @@ def test_bounds_hold_behind_a_hook() -> None:
 
 METRICS: dict[str, Callable[[], Any]] = {
     "lipschitz": Lipschitz,
-    "taps": lambda: Lipschitz(shortcut=False),
+    "taps": lambda: Lipschitz(batch_of_one="exact"),
     "per sample": lambda: PerSampleGradNorms(loss_reduction="mean"),
 }
 

@@ -111,7 +111,7 @@ def test_per_sample_norms_of_a_stopped_metric_are_not_those_of_an_earlier_batch(
     with pytest.raises(ValueError, match="ids: 2 ids"):
         monitor.flush()
     assert norms.per_sample.isnan().all()
-    assert "stopped recording in step 3: ids: 2 ids" in norms.broken
+    assert "ids: 2 ids were given for a micro-batch of 5 samples" in norms.broken
     run(3)
     assert norms.per_sample.isnan().all()
     assert monitor.history[-1]["trajectory"].update_norm["total"].mean.count == 4

@@ -323,7 +323,7 @@ class Direct(nn.Module):
 
 def test_a_layer_whose_weight_is_used_without_it_is_an_error(counters: Any) -> None:
     model = torch.compile(made(Direct), fullgraph=True, backend="aot_eager")
-    with pytest.raises(ValueError, match="'b.weight': has a gradient, but its layer's call did not come through"):
+    with pytest.raises(ValueError, match="'b.weight': has a gradient, but none came from its layer's hooks"):
         with PerSampleGradNorms(model, loss_reduction="sum"):
             with pytest.warns(RuntimeWarning, match="stopped recording"):
                 sum_loss(model(torch.randn(3, 5))).backward()

@@ -116,7 +116,7 @@ def test_what_only_the_first_pass_shows_is_said_then(form: str, match: str, size
 def test_a_parameter_that_only_the_loss_uses() -> None:
     """Its gradient is one that no layer's call has brought."""
     model = made(lambda: Graph(lambda m, x: m.a(x), a=nn.Linear(5, 4), b=nn.Linear(4, 3)))
-    with pytest.raises(ValueError, match="'b.weight': has a gradient, but its layer's call did not come through"):
+    with pytest.raises(ValueError, match="'b.weight': has a gradient, but none came from its layer's hooks"):
         with PerSampleGradNorms(model, loss_reduction="sum"):
             with pytest.warns(RuntimeWarning, match="stopped recording"):
                 sum_loss(F.linear(model(torch.randn(3, 5)), model.b.weight)).backward()

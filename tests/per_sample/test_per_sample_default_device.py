@@ -24,6 +24,7 @@ def test_another_default_device(size: int, alone: bool) -> None:
     metric = PerSampleGradNorms(
         model if alone else None,
         loss_reduction="sum",
+        batch_of_one="fast",
     )
     monitor = metric._engine if alone else Monitor(model, metrics=[metric])
     with monitor, torch.device("meta"):
@@ -46,6 +47,7 @@ def test_a_batch_of_one_whose_norm_nobody_but_the_window_takes() -> None:
         PerSampleGradNorms(
             model,
             loss_reduction="sum",
+            batch_of_one="fast",
         ) as metric,
         torch.device("meta"),
     ):

@@ -50,7 +50,7 @@ def serve(model: nn.Module, metric: PerSampleGradNorms) -> None:
 
 def test_numbers_stay_right_and_proofs_come_back() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         tapped = 0
         for seed in range(150):
             model.zero_grad()
@@ -64,7 +64,7 @@ def test_numbers_stay_right_and_proofs_come_back() -> None:
 
 def test_a_larger_batch_in_between_is_tapped() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         both = torch.cat([x(0), x(1)])
         model(both).sum().backward()
@@ -103,7 +103,7 @@ def graph(model: nn.Module) -> None:
 @pytest.mark.parametrize("surprise", [again, added, some, graph])
 def test_gradients_that_are_something_else_give_nan_with_a_reason(surprise: Callable[[nn.Module], None]) -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         surprise(model)
         assert metric.per_sample.isnan().all()
@@ -117,7 +117,7 @@ def test_gradients_that_are_something_else_give_nan_with_a_reason(surprise: Call
 def test_two_forward_passes_for_one_backward() -> None:
     model = made()
     records: list[Tensor] = []
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         assert metric.per_layer  # the record of the last pass is made when it is asked for
         observe = metric.observe_layers
@@ -137,7 +137,7 @@ def test_two_forward_passes_for_one_backward() -> None:
 
 def test_autograd_grad_is_not_recorded_and_the_backward_after_it_is() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         out = model(x(7)).sum()
         torch.autograd.grad(out, list(model.parameters()), retain_graph=True)
@@ -147,7 +147,7 @@ def test_autograd_grad_is_not_recorded_and_the_backward_after_it_is() -> None:
 
 def test_what_changes_while_passes_are_served_is_seen() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         model[0].requires_grad_(False)
         model(x(0)).sum().backward()
@@ -162,7 +162,7 @@ def test_what_changes_while_passes_are_served_is_seen() -> None:
 
 def test_a_penalty_on_the_parameters_is_never_served() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         for seed in range(10):
             model.zero_grad()
             (model(x(seed)).sum() + sum(p.square().sum() for p in model.parameters())).backward()
@@ -172,7 +172,7 @@ def test_a_penalty_on_the_parameters_is_never_served() -> None:
 
 def test_a_backward_pass_that_never_comes() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         for seed in range(8):
             model(x(20 + seed))  # in grad mode, and thrown away
@@ -184,7 +184,7 @@ def test_a_backward_pass_that_never_comes() -> None:
 def test_windows_have_the_passes_that_made_no_record() -> None:
     """Alone, served norms go into the distributions without a record; a surprise in between does not lose any."""
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="mean", scale=0.5) as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="mean", scale=0.5) as metric:
         total: list[float] = []
         last: list[float] = []
         for seed in range(40):
@@ -211,7 +211,7 @@ def test_windows_have_the_passes_that_made_no_record() -> None:
 
 def test_ids_of_served_passes_reach_the_scores() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         for seed in (4, 5, 6):
             model.zero_grad()
@@ -224,7 +224,7 @@ def test_ids_of_served_passes_reach_the_scores() -> None:
 
 def test_a_copied_model_is_not_watched_while_passes_are_served() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         model(x(1)).sum().backward()
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -235,7 +235,7 @@ def test_a_copied_model_is_not_watched_while_passes_are_served() -> None:
 
 def test_the_metric_can_go_while_passes_are_served() -> None:
     model = made()
-    metric = PerSampleGradNorms(model, loss_reduction="sum")
+    metric = PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum")
     serve(model, metric)
     out = model(x(0)).sum()
     watched = weakref.ref(metric)
@@ -248,7 +248,7 @@ def test_the_metric_can_go_while_passes_are_served() -> None:
 
 def test_an_exception_in_a_served_forward_pass() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         for _ in range(3):
             with pytest.raises(RuntimeError):
@@ -272,7 +272,7 @@ def scaled(model: nn.Module) -> None:
 @pytest.mark.parametrize("surprise", [penalty, scaled])
 def test_what_begins_while_passes_are_served_is_found_at_once(surprise: Callable[[nn.Module], None]) -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         surprise(model)
         assert metric.per_sample.isnan().all()
@@ -285,7 +285,7 @@ def test_what_begins_while_passes_are_served_is_found_at_once(surprise: Callable
 
 def test_a_small_penalty_from_the_beginning_is_never_served() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         for seed in range(20):
             model.zero_grad()
             (model(x(seed)).sum() + 1e-4 * sum(p.square().sum() for p in model.parameters())).backward()
@@ -327,7 +327,7 @@ def test_outputs_that_are_no_tensor(packing: str) -> None:
     with seeded(0):
         model = Packed(packing)
     logits = LOGITS[packing]
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         for seed in range(20):
             model.zero_grad()
             logits(model(x(seed))).sum().backward()
@@ -341,7 +341,7 @@ def test_outputs_that_are_no_tensor(packing: str) -> None:
 
 def test_a_forward_pass_between_forward_and_backward_costs_this_pass_alone() -> None:
     model = made()
-    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+    with PerSampleGradNorms(model, batch_of_one="fast", loss_reduction="sum") as metric:
         serve(model, metric)
         loss = model(x(7)).sum()
         model(x(8))

@@ -109,7 +109,7 @@ class Routed(nn.Module):
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_layer_that_is_reached_in_some_passes_counts_the_others(alone: bool, size: int) -> None:
     model = made(Routed)
-    metric = PerSampleGradNorms(model if alone else None, loss_reduction="sum")
+    metric = PerSampleGradNorms(model if alone else None, loss_reduction="sum", batch_of_one="fast")
     monitor = metric._engine if alone else Monitor(model, metrics=[metric])
     routes = ["a"] * 9 + ["b"] + ["a"] * 9  # of size 1, most of them are served from the gradients
     for which in routes:

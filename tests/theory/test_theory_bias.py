@@ -140,7 +140,7 @@ def clip(model: nn.Module) -> None:
 
 
 ASIDE: dict[str, tuple[Callable[[], History], str, str]] = {
-    "lambda at every second step": (lambda: history(lambda_every=2, shortcut=False), "0.bias", "lambda_every=1"),
+    "lambda at every second step": (lambda: history(lambda_every=2, batch_of_one="exact"), "0.bias", "lambda_every=1"),
     "batch 2": (lambda: history(size=2), "0.bias", "16 samples and 16 with a lambda in the 8 steps"),
     "batch 2, half of the lambdas": (
         lambda: history(size=2, lambda_every=2),

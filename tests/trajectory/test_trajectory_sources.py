@@ -90,7 +90,7 @@ def test_a_parameter_that_did_not_move_may_be_given_as_none() -> None:
 REFUSED: dict[str, tuple[Callable[[nn.Module, Any], Any], str]] = {
     "no_optimizer": (
         lambda model, _: Trajectory(model, mode="updates", source="optimizer"),
-        "optimizer: source 'optimizer' needs the optimizer",
+        "optimizer: source 'optimizer' needs the torch.optim.SGD",
     ),
     "stranger": (
         lambda model, _: Trajectory(

@@ -237,7 +237,7 @@ class LayerCapture:
     def _may_serve(self) -> bool:
         """True where batches of one might be served from the gradients."""
         one_way = self._options.normalized or self._compiled or self.coverage.may_mix or self._options.offsets_of
-        return self._audit.done and not one_way
+        return self._options.fast_batch_of_one and self._audit.done and not one_way
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling() or not is_training_forward():

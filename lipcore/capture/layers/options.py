@@ -21,6 +21,7 @@ class LayerOptions:
         normalized: also bring the norms of the gradients at the layers' outputs and at the model's.
         skip_uncovered: leave out parameters that no rule covers instead of failing.
         prove: run a backward pass of one sample through the first pass's graph, and compare.
+        fast_batch_of_one: serve batches of one from the parameters' gradients, where that has proved right.
     """
 
     batch_dim: int = 0
@@ -31,3 +32,4 @@ class LayerOptions:
     normalized: bool = False
     skip_uncovered: bool = False
     prove: bool = True
+    fast_batch_of_one: bool = False
