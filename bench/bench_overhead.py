@@ -36,8 +36,8 @@ def _check_numbers(model_name: str, metrics: str) -> None:
 @pytest.mark.parametrize(
     ("model", "metrics", "target", "title"),
     [
-        ("mlp", "default", 1.05, "Monitor on the paper's MLP, batch 1, by the shortcut"),
-        ("mlp", "taps", 1.25, "Monitor on the paper's MLP, batch 1, by taps"),
+        ("mlp", "default", 1.25, "Monitor on the paper's MLP, batch 1"),
+        ("mlp", "fast", 1.05, "Monitor on the paper's MLP, batch 1, read from the gradients"),
         ("cnn", "default", 1.02, "Monitor on a small CNN, batch 64"),
     ],
 )

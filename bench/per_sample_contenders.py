@@ -30,7 +30,9 @@ def plain(task: Task, optimizer: Optimizer) -> Step:
 
 def _lipcore(fused: bool = False, prove: bool = True) -> Callable[[Task, Optimizer], Step]:
     def make(task: Task, optimizer: Optimizer) -> Step:
-        metric = lipcore.PerSampleGradNorms(task.model, loss_reduction="mean", fused=fused, prove=prove)
+        metric = lipcore.PerSampleGradNorms(
+            task.model, loss_reduction="mean", fused=fused, prove=prove, batch_of_one="fast"
+        )
 
         def step() -> Tensor:
             task.losses(task.model(task.x), task.y).mean().backward()

@@ -193,6 +193,8 @@ def test_the_names_of_a_choice_are_those_of_its_type() -> None:
         "Trajectory(source)": of_trajectory("source"),
         "PerSampleGradNorms(loss_reduction)": lambda v: lipcore.PerSampleGradNorms(loss_reduction=v),
         "PerSampleGradNorms(on_unsupported)": of_norms("on_unsupported"),
+        "PerSampleGradNorms(batch_of_one)": of_norms("batch_of_one"),
+        "Lipschitz(batch_of_one)": lambda v: lipcore.Lipschitz(batch_of_one=v),
         "Lipschitz(quantity)": lambda v: lipcore.Lipschitz(quantity=v),
         "local_lipschitz(quantity)": lambda v: lipcore.local_lipschitz(linear(), X, quantity=v),
         "clip_factors(missing)": lambda v: lipcore.clip_factors(X[:, 0], 1.0, missing=v),
