@@ -28,11 +28,11 @@ class WeakCall:
 
 
 class LoadWatch:
-    """Calls `on_load` once after load_state_dict() of the model or of any module in it, which runs through all the
-    modules below it."""
+    """Calls `before_load` and `on_load` once around load_state_dict() of the model or of any module in it, which runs
+    through all the modules below it."""
 
-    def __init__(self, model: nn.Module, on_load: Callable[[], None]) -> None:
-        self._on_load = on_load
+    def __init__(self, model: nn.Module, before_load: Callable[[], None], on_load: Callable[[], None]) -> None:
+        self._before_load, self._on_load = before_load, on_load
         self._loading: list[int] = []
         begin, end = WeakCall(self._begin), WeakCall(self._end)
         self._handles: list[Any] = []
@@ -42,6 +42,8 @@ class LoadWatch:
 
     def _begin(self, module: nn.Module, *_: Any) -> None:
         self._forget(module)  # an earlier load was broken off by an exception
+        if not self._loading:
+            self._before_load()
         self._loading.append(id(module))
 
     def _end(self, module: nn.Module, *_: Any) -> None:

@@ -21,6 +21,7 @@ class Calls:
         after: the last optimizer has stepped.
         skipped: the same, but a GradScaler kept all of them (fused ones) from stepping.
         fail: gets what would have been raised in a hook.
+        begins: an optimizer, whichever, is about to step.
         before: the first optimizer is about to step.
         uses: this optimizer's gradients are as its step uses them: right before it, or after one with a closure.
         each: this optimizer has stepped.
@@ -29,6 +30,7 @@ class Calls:
     after: Callable[[], None]
     skipped: Callable[[], None]
     fail: Callable[[Exception], None]
+    begins: Callable[[], None] | None = None
     before: Callable[[], None] | None = None
     uses: Callable[[Optimizer], None] | None = None
     each: Callable[[Optimizer], None] | None = None
@@ -62,6 +64,10 @@ class Clock:
         return " and ".join(names) or "monitor.step()"
 
     def _on_begin(self) -> None:
+        if self.inside and not self._stepped:
+            self._started = False  # the step before has raised
+        if not self.inside and self._calls.begins is not None:
+            self._calls.begins()
         self.inside = True
         if not self._started and self._calls.before is not None:
             self._started = True

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lipcore.capture.layers.layer_capture import LayerCapture
-from lipcore.capture.parameters import GradientWatch, LoadWatch
+from lipcore.capture.parameters import GradientWatch, LoadWatch, WeakCall
 from lipcore.capture.taps.tap import Record
 from lipcore.capture.taps.tap_capture import Capture, inert_capture
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
@@ -101,6 +101,7 @@ class Engine:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
+            metric.take_pending_step = WeakCall(self._take_late_step)
             metric.bind(model)
         needs = {metric: metric.needs() for metric in chosen}
         self._check_clock(needs)
@@ -168,7 +169,7 @@ class Engine:
             what: [metric for metric, wanted in needs.items() if getattr(wanted, what)]
             for what in ("gradients", "before_step", "used_gradients", "each_optimizer")
         }
-        calls = Calls(self._step_is_over, self._after_skipped_step, self._stop_all)
+        calls = Calls(self._step_is_over, self._after_skipped_step, self._stop_all, self._step_begins)
         if self._wanting["before_step"]:
             calls.before = self._before_step
         if self._wanting["used_gradients"]:
@@ -176,7 +177,7 @@ class Engine:
         if self._wanting["each_optimizer"]:
             calls.each = self._after_step_of
         self._clock = Clock(self._optimizers, calls)
-        self._load_watch = LoadWatch(self.model, self._loaded)
+        self._load_watch = LoadWatch(self.model, self._take_late_step, self._loaded)
         self._scaled = None
         if self._scaler is not None and self._optimizers:
             self._scaled = ScaledSteps(self._scaler, self._clock, self._after_skipped_step)
@@ -190,9 +191,9 @@ class Engine:
         )
 
     def _stepped(self) -> list[torch.Tensor]:
-        """Return parameters that the optimizers move themselves: not those that follow master copies."""
+        """Return parameters that a step moves: without those that follow the master copies that a metric reads."""
         trained = self._trained()
-        if not self._optimizers:
+        if not any(metric.reads_masters for metric in self.metrics.values()):
             return trained
         moved = {id(p) for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]}
         return [parameter for parameter in trained if id(parameter) in moved]
@@ -265,8 +266,17 @@ class Engine:
             self._scaled.look()  # whether the step before this backward pass was skipped
         metric.observe_layers(record)
 
-    def _before_step(self) -> None:
+    def _step_begins(self) -> None:
+        """Look at where the last step left the parameters, if no backward pass has come since."""
         self._take_late_step()
+        if self._failed or not self._optimizers:
+            return
+        try:
+            self._late_moves.step_begins()
+        except Exception as error:
+            self._stop_all(error)
+
+    def _before_step(self) -> None:
         self._call(self._wanting["before_step"], lambda metric: metric.before_step())
 
     def _before_step_of(self, optimizer: Optimizer) -> None:
@@ -283,18 +293,18 @@ class Engine:
     def _before_backward(self) -> None:
         if self._failed:
             return
+        if self._clock.inside:
+            return  # a closure's pass, at weights of its own
         try:
             self._take_late_step()
             for metric in self.metrics.values():
                 if metric.take_moves_by_hand():
                     self._late_moves.forget()
-            if not self._clock.inside:
-                self._late_moves.backward_begins()
+            self._late_moves.backward_begins()
         except Exception as error:
             self._stop_all(error)
 
     def _loaded(self) -> None:
-        self._take_late_step()
         self._late_moves.forget()
         self._call(self.metrics.values(), lambda metric: metric.rebase())
         self._gradient_watch.close()  # load_state_dict(assign=True) makes new parameters
@@ -335,13 +345,18 @@ class Engine:
             self._after_step()
 
     def _moved_after_step(self) -> None:
-        self._late = True
+        bound = [name for name, metric in self.metrics.items() if metric.needs().at_step]
+        self._late = not bound
         self._call(self.metrics.values(), lambda metric: metric.observe_late_move())
+        later = (
+            f"{bound[0]} reads the optimizer's own state, so steps are read as before"
+            if bound
+            else "From now on a step is read when the next backward pass begins"
+        )
         self._warn(
             f"the parameters moved after {self._clock} number {self._step} was over and before the next backward pass "
             "(a wrapper around the optimizer, clipped or averaged weights?); what was recorded of it is without that. "
-            "From now on a step is read when the next backward pass begins. Where there is a wrapper, pass it as "
-            "optimizer="
+            f"{later}. Where there is a wrapper, pass it as optimizer="
         )
         self._gradient_watch.close()
         self._watch_gradients()
@@ -513,6 +528,7 @@ class Engine:
         """Look at the model anew, after parameters were added, removed, resized, frozen or unfrozen, or changed
         their dtype or device. The open window is closed; statistics of parameters that stayed the same go on, those
         of others start now."""
+        self._take_late_step()
         self._error, self._failed = None, False
         if self._block_steps:
             with warnings.catch_warnings():  # of parameters that are not watched: this is what is done about them
@@ -534,6 +550,7 @@ class Engine:
     @ordinary
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the clock and of the metrics. Closed windows are results and not part of it."""
+        self._take_late_step()
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
         return {
             "version": self._version,
@@ -547,6 +564,7 @@ class Engine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not
         fit, raise a ValueError that names the first wrong key, and change nothing."""
+        self._take_late_step()
         starts = checked_starts(state, self._version, sorted(self.metrics), self._window_blocks)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         try:
@@ -580,6 +598,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy or a pickle has: all numbers so far and no model; it is closed, and records nothing."""
+        self._take_late_step()
         final = self._final if self._failed else self._so_far()
         return self.__dict__ | {
             "model": None,
@@ -616,6 +635,7 @@ class Engine:
         if kind is None:
             self.close()
             return
+        self._is_over = False  # a step that was put off is not looked for in the middle of an error
         self._error = None  # the user's own exception goes first
         for metric in self.metrics.values():
             metric.flush()

@@ -13,6 +13,7 @@ from lipcore.models.torch_internals import foreach_norm
 
 _ALWAYS = 24  # steps that are all looked at: a Lookahead's slow weights move at every fifth or tenth one
 _SOMETIMES = 100  # of the others one in so many
+_RELATIVE = 2e-7  # of the sums; a wrapper that moves weights to and fro (eval(), train()) leaves rounding errors
 _PATIENCE = 4  # backward passes without a step; then at every power of two
 
 
@@ -40,6 +41,7 @@ class LateMoves:
         self._first: Reading | None = None  # of the weights before the first step
         self._moved: Tensor | None = None  # a comparison that a device has made
         self._steps = self._passes = 0
+        self._suspected = False  # at the last look the weights had moved without a step
         self.done = False  #: nothing more is looked for
 
     def step(self) -> None:
@@ -56,13 +58,17 @@ class LateMoves:
         self._mark = self._moved = self._first = None
         self._passes = 0
 
+    def step_begins(self) -> None:
+        """Compare, where that is due and no backward pass has come since the last step (all run inside closures)."""
+        mark, self._mark = self._mark, None
+        if mark is not None and self._differs(mark):
+            self.done = True
+            self._after_step()
+
     def backward_begins(self) -> None:
         """Compare, where that is due. Not for backward passes inside a step: a closure's run at weights of its own."""
         if self._mark is not None:
-            mark, self._mark = self._mark, None
-            if self._differs(mark):
-                self.done = True
-                self._after_step()
+            self.step_begins()
         elif not self._steps and not self.done:
             self._look_for_a_step()
 
@@ -72,8 +78,10 @@ class LateMoves:
             self._first = self._sums()
         elif self._first is not None and self._passes >= _PATIENCE and self._passes & (self._passes - 1) == 0:
             now = self._sums()
-            if now is not None and bool(now.moved_from(self._first)):
-                self.done = True
+            moved = now is not None and bool(now.moved_from(self._first))
+            self.done = moved and self._suspected  # twice, since SAM's first steps come before the first step
+            self._suspected = moved
+            if self.done:
                 self._without_step()
 
     def _differs(self, mark: Reading) -> bool:
@@ -117,7 +125,8 @@ class Reading:
             places = {one: i for i, one in enumerate(earlier.of)}
             both = [(i, places[one]) for i, one in enumerate(self.of) if one in places]
             now, before = self.sums[[i for i, _ in both]], earlier.sums[[j for _, j in both]]
-        return ((now != before) & now.isfinite() & before.isfinite()).any()
+        moved = (now - before).abs() > _RELATIVE * before.abs()
+        return (moved & now.isfinite() & before.isfinite()).any()
 
 
 def _is_foreign(parameter: Tensor) -> bool:

@@ -47,6 +47,7 @@ class Needs:
         before_step: call before_step().
         used_gradients: call observe_used_gradients().
         each_optimizer: call after_step_of().
+        at_step: call observe_step() right when the optimizer's step is over, whatever moves the parameters later.
     """
 
     taps: Mapping[Tap, str] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Needs:
     before_step: bool = False
     used_gradients: bool = False
     each_optimizer: bool = False
+    at_step: bool = False
 
 
 class TapCounts(Protocol):
@@ -79,6 +81,8 @@ class Metric(ABC):
 
     name: str  #: first part of every key
     optional: bool = False  #: where it does not apply it turns itself off instead of raising
+    reads_masters: bool = False  #: looks at master copies, which parameters follow after the step
+    take_pending_step: Callable[[], None] | None = None  #: for the engine: take a step in that it has put off
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 
     #: For the engine, not for users: left out of dir().

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,12 +85,18 @@ class WatchedStep:
         self, owner: Any, before: Callable[..., None], after: Callable[..., None], abandoned: Callable[[], None]
     ) -> None:
         self._owner = owner
-        self._own: Any = vars(owner).get("step")  # None: its class's
+        self._own: Any = getattr(owner, "__dict__", {}).get("step")  # None: its class's
         self._step = owner.step
         self._before: Callable[..., None] | None = before
         self._after: Callable[..., None] | None = after
-        self._abandoned = abandoned
-        owner.step = self
+        self._abandoned: Callable[[], None] | None = abandoned
+        try:
+            owner.step = self
+        except AttributeError as error:
+            raise TypeError(
+                f"optimizer: {type(owner).__name__} lets nobody set its step (__slots__?), so it cannot be watched; "
+                "pass none and call monitor.step() after every step"
+            ) from error
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         if self._before is not None:
@@ -95,13 +104,18 @@ class WatchedStep:
         try:
             result = self._step(*arguments, **keywords)
         except BaseException:
-            self._abandoned()
+            if self._abandoned is not None:
+                self._abandoned()
             raise
         if self._after is not None:
             self._after(arguments, keywords)
         return result
 
-    # What torch's schedulers ask of a bound method before they wrap it.
+    # What torch's schedulers ask of a bound method before they wrap it, and its GradScaler before it is called.
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._step)
 
     @property
     def __func__(self) -> WatchedStep:
@@ -116,21 +130,30 @@ class WatchedStep:
         return getattr(self._step, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._owner, "step")
+        return (getattr, (self._owner, "step")) if self._own is None else (_itself, (self._own,))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._own is not None:
+            return copy.deepcopy(self._own, memo)
         copied = memo.get(id(self._owner), self._owner)
         return getattr(type(copied), "step").__get__(copied)  # noqa: B009
 
     def remove(self) -> None:
         """Put the object's own step back, or do nothing from now on where somebody has wrapped this one."""
-        self._before = self._after = None
+        self._before = self._after = self._abandoned = None
         if vars(self._owner).get("step") is not self:
             return
-        if self._own is None:
+        own = self._own
+        while isinstance(own, WatchedStep) and own._after is None:  # another Monitor's, closed before this one
+            own = own._own
+        if own is None:
             del self._owner.step
         else:
-            self._owner.step = self._own
+            self._owner.step = own
+
+
+def _itself(step: Any) -> Any:
+    return step
 
 
 @dataclass
@@ -171,12 +194,16 @@ class Stepper:
 
     def _attach(self) -> None:
         given = self.given
-        replaced = "step" in vars(given) and not hasattr(given.step, "_wrapped_by_lr_sched")
-        if _has_hooks(given) and not self.inside and not replaced:
+        if _has_hooks(given) and not self.inside and not _is_replaced(given) and not _may_nest(given):
             self._handles.append(given.register_step_pre_hook(self._before))
             self._handles.append(given.register_step_post_hook(self._calls.after))
             return
-        for optimizer in self.inside or ([given] if _has_hooks(given) else []):
+        own = [given] if _has_hooks(given) and not _may_nest(given) else []
+        for optimizer in self.inside or own:
+            if _may_nest(optimizer):
+                before, after = (functools.partial(call, optimizer) for call in (self._before_inner, self._after_inner))
+                self._handles.append(WatchedStep(optimizer, before, after, self._calls.none))
+                continue
             self._handles.append(optimizer.register_step_pre_hook(self._before_inner))
             self._handles.append(optimizer.register_step_post_hook(self._after_inner))
         self._handles.append(WatchedStep(given, self._begin, self._end, self._abandon))
@@ -232,6 +259,18 @@ class Stepper:
         """Remove the hooks, and put the step back."""
         for handle in self._handles:
             handle.remove()
+
+
+def _is_replaced(optimizer: Any) -> bool:
+    """Return whether something else than its class's step(), or a scheduler's count of that, is called."""
+    step = vars(optimizer).get("step")
+    return step is not None and getattr(step, "__wrapped__", None) is not type(optimizer).step
+
+
+def _may_nest(optimizer: Any) -> bool:
+    """Return whether its step() may call another class's, around which torch calls the same hooks once more."""
+    stepping = [kind for kind in type(optimizer).__mro__ if kind is not Optimizer and "step" in vars(kind)]
+    return len(stepping) > 1
 
 
 def _is_plain(optimizer: Any) -> bool:

@@ -94,7 +94,7 @@ def build(
     by_name = wanted.stats is not None
     stages = set(GRADIENTS) & set(stats if by_name else (BEFORE,))
     first = next(iter(trackers.values()))
-    gradients = Gradients(watched, wanted.ring, stages, first, by_name=by_name) if stages else None
+    gradients = Gradients(watched, wanted.ring, window_blocks, stages, first, by_name=by_name) if stages else None
     return Built(choice, trackers, gradients)
 
 

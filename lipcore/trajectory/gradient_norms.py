@@ -24,8 +24,8 @@ class GradientTracker(Tracker):
     """Tracker of the norms of gradients. Its ring has an entry for every step that the parameters' Tracker has seen:
     NaN where there was no gradient."""
 
-    def __init__(self, watched: list[WatchedParameter], ring: int, steps: Tracker) -> None:
-        super().__init__(watched, ring=ring, copies=False)
+    def __init__(self, watched: list[WatchedParameter], ring: int, window_blocks: int, steps: Tracker) -> None:
+        super().__init__(watched, ring=ring, window_blocks=window_blocks, copies=False)
         self._steps = steps
         self._behind = 0  # steps without a gradient that are not in the ring yet
 
@@ -76,6 +76,10 @@ class GradientTracker(Tracker):
     def _window_steps(self) -> int:
         return self._steps._window_steps()
 
+    def advance(self) -> None:
+        self.catch_up()
+        super().advance()
+
 
 class Gradients:
     """Norms of the gradients that backward left in `.grad`, and of those that the optimizer finds there. A backward
@@ -89,10 +93,19 @@ class Gradients:
     """
 
     def __init__(
-        self, watched: list[WatchedParameter], ring: int, stages: Iterable[str], steps: Tracker, *, by_name: bool
+        self,
+        watched: list[WatchedParameter],
+        ring: int,
+        window_blocks: int,
+        stages: Iterable[str],
+        steps: Tracker,
+        *,
+        by_name: bool,
     ) -> None:
-        self._watched = watched
-        self.trackers = {stage: GradientTracker(watched, ring, steps) for stage in GRADIENTS if stage in set(stages)}
+        self._watched, wanted = watched, set(stages)
+        self.trackers = {
+            stage: GradientTracker(watched, ring, window_blocks, steps) for stage in GRADIENTS if stage in wanted
+        }
         self._device = steps.table.rows.device
         self._before: Tensor | None = None  # what the last backward pass left
         self._used: Tensor | None = None  # what the optimizers found
@@ -107,7 +120,8 @@ class Gradients:
         """Take the gradients after a backward pass; `scale` is what the loss was multiplied by."""
         if BEFORE in self.trackers:
             self._expected = True
-            self._before = self._sums(scale, self._buffers[BEFORE])
+            # An optimizer inside the backward pass has taken them away by now.
+            self._before = self._sums(scale, self._buffers[BEFORE]) if self._any() else None
 
     def observe_used(self, optimizer: Optimizer | None = None) -> None:
         """Take the gradients right before the step of this optimizer; without one, before the step of all of them."""

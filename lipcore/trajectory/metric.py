@@ -152,6 +152,7 @@ class Trajectory(Metric):
         choice.check()
         self._wanted = Wanted(names, choice, ring, keep_every, keep_limit)
         self._groups, self._masters = groups, masters
+        self.reads_masters = masters is not None
         self.every_steps, self._window_blocks = every_steps, window_blocks
         self._optimizers: list[Optimizer] = []
         self._given_optimizer = optimizer
@@ -247,6 +248,7 @@ class Trajectory(Metric):
             before_step=self._built.choice.source == "snapshot",
             used_gradients=self._built.gradients is not None,
             each_optimizer=self._built.choice.source == "optimizer" and several,
+            at_step=self._built.choice.source == "optimizer",
         )
 
     @property
@@ -367,6 +369,8 @@ class Trajectory(Metric):
         """Go on from where the parameters are now, after something else than a step has changed them (weights
         loaded, an average of weights swapped in). A Monitor does this by itself after `load_state_dict`."""
         self._require_bound()
+        if self.take_pending_step is not None:
+            self.take_pending_step()
         jumps = [tracker.rebase() for tracker in self._built.trackers.values()]
         if any(jumps):
             self._apart = self._apart or "rebase"

@@ -237,7 +237,7 @@ def test_an_optimizer_that_never_steps(after: int) -> None:
     given, other = sgd(model), sgd(model)
     with Monitor(model, given, metrics=[Trajectory()], window_steps=None) as monitor:
         with pytest.warns(RuntimeWarning, match=r"no step, although the parameters move: SGD\.step\(\) was never seen"):
-            for i in range(9):
+            for i in range(17):
                 loss(model).backward()
                 if i >= after:
                     other.step()
@@ -338,3 +338,228 @@ def test_a_metric_that_stands_alone_needs_no_steps() -> None:
             for _ in range(20):
                 plain(model, optimizer)
             assert norms.per_sample.shape == (16,)
+
+
+# ---- optimizers that call one another
+
+
+class Mine(torch.optim.SGD):
+    """A subclass whose step() calls the one that it has from torch: torch's hooks run around both."""
+
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+def nested(kind: str, model: nn.Module) -> Any:
+    torch.optim.SGD(mlp().parameters(), lr=0.1)  # from here on SGD's own step() calls hooks too
+    if kind == "alone":
+        return Mine(model.parameters(), **SGD)
+    if kind == "in Lookahead":
+        return Lookahead(Mine(model.parameters(), **SGD))
+    return Sam(model.parameters(), Mine, **SGD)
+
+
+@pytest.mark.parametrize("source", ["difference", "snapshot"])
+@pytest.mark.parametrize(("kind", "step"), [("alone", plain), ("in Lookahead", plain), ("in SAM", in_two)])
+def test_a_step_that_calls_another_is_one(kind: str, step: Callable[[nn.Module, Any], None], source: str) -> None:
+    model = mlp()
+    optimizer, points = nested(kind, model), [nn.utils.parameters_to_vector(model.parameters()).detach().double()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Monitor(model, optimizer, [Trajectory(source=source)], window_steps=None) as monitor:
+            for _ in range(6):
+                step(model, optimizer)
+                points.append(nn.utils.parameters_to_vector(model.parameters()).detach().double())
+            window = monitor.compute()
+    length = sum(float((b - a).norm()) for a, b in itertools.pairwise(points))
+    assert window is not None
+    assert window.steps == 6
+    assert window["trajectory"].path_length["total"].sum.value == pytest.approx(length, rel=1e-5)
+    assert window["trajectory"].unmoved_steps["total"].sum.value == 0
+
+
+def test_a_scaler_may_ask_for_the_signature_of_a_watched_step() -> None:
+    model = mlp()
+    optimizer = Accelerated(torch.optim.Adam(model.parameters(), lr=0.1, fused=True), 1)
+    optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    with Monitor(model, optimizer, [Trajectory()], window_steps=None, scaler=scaler) as monitor:
+        for _ in range(3):
+            optimizer.zero_grad()
+            scaler.scale(loss(model)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        window = monitor.compute()
+    assert window is not None
+    assert window.steps == 3
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_monitors_on_one_wrapper_leave_nothing_whichever_goes_first(first: int) -> None:
+    model = mlp()
+    optimizer = Lookahead(sgd(model))
+    for _ in range(3):
+        monitors = [Monitor(model, optimizer, [Trajectory()], window_steps=None) for _ in range(2)]
+        plain(model, optimizer)
+        assert [monitor.compute().steps for monitor in monitors] == [1, 1]  # type: ignore[union-attr]
+        monitors[first].close()
+        monitors[1 - first].close()
+        assert "step" not in vars(optimizer)
+
+
+def test_a_step_that_raises_leaves_no_old_snapshot() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    with Monitor(model, optimizer, [Trajectory(mode="updates", source="snapshot")], window_steps=None) as monitor:
+        plain(model, optimizer)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)
+        model.load_state_dict(mlp().state_dict())
+        before = nn.utils.parameters_to_vector(model.parameters()).detach().double()
+        plain(model, optimizer)
+        moved = (nn.utils.parameters_to_vector(model.parameters()).detach().double() - before).norm()
+        window = monitor.compute()
+    assert window is not None
+    assert window["trajectory"].update_norm["total"].last.value == pytest.approx(float(moved), rel=1e-5)
+
+
+# ---- steps that are read late
+
+
+def clipped(model: nn.Module) -> None:
+    with torch.no_grad():
+        for p in model.parameters():
+            p.clamp_(-0.2, 0.2)
+
+
+def late(model: nn.Module, optimizer: Any, **settings: Any) -> Monitor:
+    """A Monitor that has noticed that the loop clips weights after the step, and read all that was before."""
+    monitor = Monitor(model, optimizer, [Trajectory(**settings)], window_steps=None)
+    with pytest.warns(RuntimeWarning, match="moved after"):
+        for _ in range(2):
+            plain(model, optimizer)
+            clipped(model)
+    monitor.close_window()
+    return monitor
+
+
+def test_a_load_and_a_rebase_come_after_the_step_that_was_put_off() -> None:
+    for load in (lambda model, monitor: model.load_state_dict(other), lambda model, monitor: by_hand(model, monitor)):
+        model, other = mlp(), {k: v + 1 for k, v in mlp().state_dict().items()}
+
+        def by_hand(model: nn.Module, monitor: Monitor) -> None:
+            monitor.metrics["trajectory"].take_pending_step()  # what rebase() does first
+            for p in model.parameters():
+                p.data.add_(1)
+            monitor.metrics["trajectory"].rebase()  # type: ignore[attr-defined]
+
+        optimizer = sgd(model)
+        monitor = late(model, optimizer)
+        length = 0.0
+        for _ in range(3):
+            start = nn.utils.parameters_to_vector(model.parameters()).detach().double()
+            plain(model, optimizer)
+            clipped(model)
+            length += float((nn.utils.parameters_to_vector(model.parameters()).detach().double() - start).norm())
+            load(model, monitor)
+        window = monitor.close_window()
+        assert window is not None
+        assert window.steps == 3
+        assert window["trajectory"].path_length["total"].sum.value == pytest.approx(length, rel=1e-5)
+        monitor.close()
+
+
+@pytest.mark.parametrize("way", ["state_dict", "rebind", "deepcopy", "pickle", "load_state_dict"])
+def test_no_step_that_was_put_off_is_lost(way: str) -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    monitor = late(model, optimizer)
+    for _ in range(3):
+        plain(model, optimizer)
+        clipped(model)
+    if way == "state_dict":
+        assert monitor.state_dict()["step"] == 5
+    elif way == "rebind":
+        monitor.rebind()
+        assert monitor.history[-1].steps == 3
+    elif way == "load_state_dict":
+        monitor.load_state_dict(monitor.state_dict())
+    else:
+        other = copy.deepcopy(monitor) if way == "deepcopy" else pickle.loads(pickle.dumps(monitor))
+        assert other.compute().steps == 3
+    window = monitor.compute()
+    assert way == "rebind" or (window is not None and window.steps == 3)
+    monitor.close()
+
+
+def test_closed_forms_are_read_when_the_step_is_over() -> None:
+    model = mlp()
+    optimizer, metric = sgd(model), Trajectory(mode="updates", source="optimizer")
+    with Monitor(model, optimizer, [metric], window_steps=None) as monitor:
+        length = 0.0
+        with pytest.warns(RuntimeWarning, match=r"trajectory reads the optimizer's own state, so steps are read as"):
+            for _ in range(6):
+                before = nn.utils.parameters_to_vector(model.parameters()).detach().double()
+                plain(model, optimizer)
+                length += float((nn.utils.parameters_to_vector(model.parameters()).detach().double() - before).norm())
+                clipped(model)
+        window = monitor.compute()
+    assert window is not None
+    assert window["trajectory"].path_length["total"].sum.value == pytest.approx(length, rel=1e-4)
+
+
+def test_backward_passes_inside_a_closure_alone() -> None:
+    model = mlp()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        return value
+
+    with Monitor(model, optimizer, [Trajectory()], window_steps=None) as monitor:
+        with pytest.warns(RuntimeWarning, match=r"moved after LBFGS\.step number 1"):
+            optimizer.step(closure)
+            clipped(model)
+            optimizer.step(closure)
+            clipped(model)
+        monitor.close_window()
+        points = [nn.utils.parameters_to_vector(model.parameters()).detach().double()]
+        for _ in range(4):
+            optimizer.step(closure)
+            clipped(model)
+            points.append(nn.utils.parameters_to_vector(model.parameters()).detach().double())
+        window = monitor.close_window()
+    length = sum(float((b - a).norm()) for a, b in itertools.pairwise(points))
+    assert window is not None
+    assert window["trajectory"].path_length["total"].sum.value == pytest.approx(length, rel=1e-5)
+
+
+def test_steps_of_sam_under_accumulation_are_nothing_to_warn_of() -> None:
+    model = mlp()
+    optimizer = Sam(model.parameters(), torch.optim.SGD, **SGD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Monitor(model, optimizer, [Trajectory()], window_steps=None) as monitor:
+            for _ in range(2):
+                for part in (optimizer.first_step, optimizer.second_step):
+                    for _ in range(4):
+                        loss(model).backward()
+                    part()
+            window = monitor.compute()
+    assert window is not None
+    assert window.steps == 2
+
+
+def test_rounding_is_no_movement() -> None:
+    model = mlp()
+    optimizer = sgd(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Monitor(model, optimizer, [Trajectory()], window_steps=None):
+            for _ in range(8):
+                plain(model, optimizer)
+                with torch.no_grad():
+                    for p in model.parameters():
+                        p.mul_(3).div_(3)

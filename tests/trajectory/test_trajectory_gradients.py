@@ -250,3 +250,43 @@ def _rank(rank: int, path: str) -> None:
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 def test_distributed_data_parallel(tmp_path: Any) -> None:
     run_ranks(_rank, str(tmp_path / "store"))
+
+
+def test_sliding_windows_hold_the_norms_of_all_their_steps() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer, norms = torch.optim.SGD(model.parameters(), lr=0.1), []
+    with Monitor(model, optimizer, [Trajectory()], window_steps=10, window_blocks=5) as monitor:
+        for step in range(30):
+            optimizer.zero_grad()
+            model(torch.randn(5, 3)).square().mean().backward()
+            norms.append(float(torch.cat([p.grad.double().flatten() for p in model.parameters()]).norm()))
+            optimizer.step()
+            if step % 2 == 1:
+                held = torch.tensor(norms[-10:], dtype=torch.float64)
+                found = monitor.history[-1]["trajectory"].grad_norm["total"]
+                assert found.mean.count == len(held)
+                assert found.mean.value == pytest.approx(float(held.mean()), rel=1e-6)
+                assert found.max.value == pytest.approx(float(held.max()), rel=1e-6)
+                assert found.last.value == pytest.approx(norms[-1], rel=1e-6)
+
+
+def test_gradients_that_were_taken_away_inside_the_backward_pass_are_missing() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    with Monitor(model, metrics=[Trajectory()], window_steps=None) as monitor:
+        optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+        def step(p: torch.Tensor) -> None:
+            optimizers[p].step()  # type: ignore[index]
+            p.grad = None
+
+        for p in model.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        for _ in range(4):
+            model(torch.randn(5, 3)).square().mean().backward()
+            monitor.step()
+        window = monitor.compute()
+    assert window is not None
+    assert "grad_norm" not in window["trajectory"]
+    assert window["trajectory"].update_norm["total"].mean.count == 4
