@@ -91,7 +91,8 @@ PyMethodDef kHotMethods[] = {
      "check_storage(tensor, name, index=-1, /)\n--\n\nTrue if the negative bit is set; ValueError if the storage is "
      "too small."},
     {"is_plain_run", &py_answer<&is_plain_run>, METH_NOARGS,
-     "is_plain_run()\n--\n\nWhether no transform of torch.func, forward AD, tracing, fake tensors or pause() are at work."},
+     "is_plain_run()\n--\n\nWhether no transform of torch.func, forward AD, tracing, fake tensors or pause() are at "
+     "work."},
     {"is_training_forward", &py_answer<&is_training_forward>, METH_NOARGS,
      "is_training_forward()\n--\n\nWhether a forward pass that begins or ends now is the training's."},
     {"accumulates_everything", &py_answer<&accumulates_everything>, METH_NOARGS,

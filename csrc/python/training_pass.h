@@ -29,8 +29,8 @@ void register_torch_passes(const TorchPasses& passes);
 
 // All return 1 or 0, or -1 with a Python exception set.
 //
-// What runs now runs as it is written: in no transform of torch.func, no forward AD, not traced, not on fake tensors, in
-// no pass of lipcore's own.
+// What runs now runs as it is written: in no transform of torch.func, no forward AD, not traced, not on fake tensors,
+// in no pass of lipcore's own.
 int is_plain_run();
 // A forward pass that begins or ends now is the training's: a plain run in grad mode, in no backward pass (a checkpoint
 // runs forward again there).

@@ -65,7 +65,7 @@ class Rows:
 
     def __init__(self, places: Places, rows: Tensor, quantiles: Numbers) -> None:
         self.places = places
-        self.numbers: Numbers = np.ascontiguousarray(rows.cpu().numpy().T)
+        self.numbers: Numbers = np.ascontiguousarray(rows[:, : COLUMN["group"]].cpu().numpy().T)  # the last, no number
         self._quantiles = quantiles
 
     @property
