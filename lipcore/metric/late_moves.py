@@ -13,7 +13,7 @@ from lipcore.models.torch_internals import foreach_norm
 
 _ALWAYS = 24  # steps that are all looked at: a Lookahead's slow weights move at every fifth or tenth one
 _SOMETIMES = 100  # of the others one in so many
-_RELATIVE = 2e-7  # of the sums; a wrapper that moves weights to and fro (eval(), train()) leaves rounding errors
+_RELATIVE = 2e-7  # of the sums; a wrapper that moves weights there and back (eval(), train()) leaves rounding errors
 _PATIENCE = 4  # backward passes without a step; then at every power of two
 
 
