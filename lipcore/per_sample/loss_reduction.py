@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable
 from numbers import Real
 from typing import Any, Literal, get_args
@@ -19,7 +21,12 @@ NO_LOSS = (
     "loss_reduction='auto' reads the loss's own graph, and no loss was set before this backward pass; call "
     "set_loss(loss) before loss.backward()"
 )
-Terms = Real | int | float | Tensor | Callable[[], Any] | None
+Terms = Real | int | float | Tensor | str | Callable[..., Any] | None
+
+NO_TERMS = (
+    "loss_terms={0!r}: the forward pass was called without that keyword, or with None, so that nobody knows what its "
+    "loss is divided by"
+)
 
 
 class Reduction:
@@ -46,13 +53,16 @@ class Reduction:
             raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
         self.reduction, self.terms, self.scale = reduction, terms, scale
         self._read: LossFactor | None = None  # of the loss that was set
-        if terms is not None and not _is_function(terms):
+        #: From the model's arguments and keywords to the number of terms, where it comes from there.
+        self.note_of = _note_of(terms)
+        if terms is not None and self.note_of is None and not _is_function(terms):
             _check(terms)
 
     @property
     def is_constant(self) -> bool:
         """True when f of a micro-batch of one, without a scaler, is a number that stays the same."""
-        return not (self.reduction == "auto" or _is_function(self.terms) or isinstance(self.terms, Tensor))
+        given = _is_function(self.terms) or isinstance(self.terms, (Tensor, str))
+        return not (self.reduction == "auto" or given)
 
     def read(self, loss: Tensor) -> None:
         """Read f of the next micro-batch from its loss."""
@@ -66,15 +76,23 @@ class Reduction:
         """Forget a loss that was set: its backward pass did not come."""
         self._read = None
 
-    def factor(self, samples: int, scaler: Any) -> LossFactor | None:
-        """Return f of a micro-batch of so many samples; None where it is to be read from a loss that nobody has set."""
+    @property
+    def missing(self) -> str:
+        """Reason why factor() has returned None."""
+        return NO_LOSS if self.reduction == "auto" else NO_TERMS.format(self.terms)
+
+    def factor(self, samples: int, scaler: Any, note: Any = None) -> LossFactor | None:
+        """Return f of a micro-batch of so many samples; `note` is what `note_of` has returned for its forward pass.
+        None where it is to be read from a loss that nobody has set, or from a keyword that was not there."""
         if self.reduction == "auto":
             read, self._read = self._read, None
             return None if read is None else product(read.number, *self._unscaled(scaler), *read.tensors)
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
+        if self.note_of is not None and note is None:
+            return None
         if given is not None:
-            terms = given() if _is_function(given) else given
+            terms = note if self.note_of is not None else given() if _is_function(given) else given
             _check(terms)  # a tensor may have changed since the last time
             terms = of_host(terms) if isinstance(terms, Tensor) else float(terms)
         return product(1 / self.scale, terms, *self._unscaled(scaler))
@@ -87,6 +105,25 @@ class Reduction:
     def __str__(self) -> str:
         terms = "" if self.terms is None else " over loss_terms"
         return f"loss reduction '{self.reduction}'{terms}" + (f", scale {self.scale:g}" if self.scale != 1 else "")
+
+
+def _note_of(terms: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
+    """Return the function that takes the number of terms from what the model is called with, where it comes from
+    there: from a keyword with this name, or from a function of (arguments, keywords)."""
+    if isinstance(terms, str):
+        return functools.partial(_keyword, terms)
+    if not _is_function(terms):
+        return None
+    try:
+        parameters = inspect.signature(terms).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return terms if len(needed) == 2 else None  # type: ignore[no-any-return]
+
+
+def _keyword(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    return keywords.get(name)
 
 
 def _is_function(terms: Any) -> bool:

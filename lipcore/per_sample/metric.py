@@ -27,7 +27,7 @@ from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets
 from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
-from lipcore.per_sample.loss_reduction import NO_LOSS, LossReduction, Reduction, Terms
+from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
 from lipcore.per_sample.methods import LayerMethod, check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import NoiseSums
@@ -71,8 +71,10 @@ class PerSampleGradNorms(StandaloneMetric):
         loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read it, with whatever the loss was
             multiplied with or divided by, from the graph of the loss that :meth:`set_loss` is called with before every
             backward pass. It cannot be found from the gradients alone.
-        loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, or a function
-            that is called after every backward pass. For cross-entropy over tokens: how many targets are not ignored.
+        loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, a function that
+            is called after every backward pass, the name of a keyword that the model is called with (a trainer's
+            "num_items_in_batch"), or a function of its (arguments, keywords). For cross-entropy over tokens: how many
+            targets are not ignored.
         scale: what else the loss was multiplied by (1/k under gradient accumulation over k micro-batches).
         every_steps: record in every k-th optimizer step (of a Monitor's clock); the other steps cost next to nothing.
         on_unsupported: "error", or "skip" to measure the parameters that are covered and leave out the others.
@@ -141,6 +143,7 @@ class PerSampleGradNorms(StandaloneMetric):
             normalized=normalized,
             skip_uncovered=on_unsupported == "skip",
             prove=prove,
+            note_of=self._reduction.note_of,
             fast_batch_of_one=batch_of_one == "fast",
         )
         self._wants_noise = noise_scale
@@ -236,10 +239,10 @@ class PerSampleGradNorms(StandaloneMetric):
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
-        factor = self._reduction.factor(record.samples, self._scaler)
+        factor = self._reduction.factor(record.samples, self._scaler, record.note)
         if factor is None:
             self._without_loss += 1
-            self.observe_unrecorded(record.samples, NO_LOSS)
+            self.observe_unrecorded(record.samples, self._reduction.missing)
             return
         norms = PassNorms(record, factor, self._layer_index)
         self._last = norms
@@ -264,7 +267,7 @@ class PerSampleGradNorms(StandaloneMetric):
         self._ids = None
         self._reduction.forget()
         self._last = self._without(samples, reason)
-        if reason in (STRAYED, NO_LOSS) and self._open_step.sums is not None:
+        if reason in (STRAYED, self._reduction.missing) and self._open_step.sums is not None:
             self._open_step.sums.spoil(reason)
 
     def observe_stop(self, reason: str) -> None:
@@ -429,7 +432,7 @@ class PerSampleGradNorms(StandaloneMetric):
         if capture is not None:
             result.details["unrecorded"] = dict(capture.unrecorded)
             if self._without_loss:
-                result.details["unrecorded"][NO_LOSS] = self._without_loss
+                result.details["unrecorded"][self._reduction.missing] = self._without_loss
             result.details["proved"] = not doubts
             if doubts:
                 result.details["not_proved"] = doubts

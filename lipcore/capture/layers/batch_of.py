@@ -15,6 +15,9 @@ from lipcore.models.torch_internals import tree_leaves
 #: From the model's arguments and keywords to the document boundaries of packed sequences.
 OffsetsOf = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
+#: From the model's arguments and keywords to something that the record of the pass is to hold.
+NoteOf = Callable[[tuple[Any, ...], dict[str, Any]], Any]
+
 
 def batch_of(
     arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim: int, offsets_of: OffsetsOf | None

@@ -206,6 +206,8 @@ class LayerCapture:
         try:
             batch = batch_of(arguments, keywords, self._options.batch_dim, self._options.offsets_of)
             run = LayerPass(batch, self.coverage.frozen_since())
+            if self._options.note_of is not None:
+                run.note = self._options.note_of(arguments, keywords)
             self.structure.check()
             mixing = self.coverage.mixing()
             if mixing and not self._options.skip_uncovered:
@@ -236,7 +238,8 @@ class LayerCapture:
     @property
     def _may_serve(self) -> bool:
         """True where batches of one might be served from the gradients."""
-        one_way = self._options.normalized or self._compiled or self.coverage.may_mix or self._options.offsets_of
+        options = self._options
+        one_way = options.normalized or self._compiled or self.coverage.may_mix or options.offsets_of or options.note_of
         return self._options.fast_batch_of_one and self._audit.done and not one_way
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:

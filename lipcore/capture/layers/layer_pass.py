@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,6 +63,7 @@ class LayerRecord:
     repeated: bool = False  #: not the first of its forward pass (retain_graph=True)
     observed: bool = False  #: its norms are in the distributions already
     unproved: str = ""  #: why it is not proved that these are single samples' norms
+    note: Any = None  #: what the options' `note_of` returned for its forward pass
     hidden: str = ""  #: why those of some samples are NaN
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
@@ -105,6 +107,7 @@ class LayerPass:
         self.refused_task = -1  # a backward pass that does not count
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
+        self.note: Any = None  # what the options' note_of returned
         self.unproved = ""  # why its norms are not proved
         # Outputs that bring parts of several samples to some parameters, and what is wrong if a gradient comes to them.
         self.suspects: list[tuple[list[Tensor], dict[str, str]]] = []
@@ -176,6 +179,7 @@ class LayerPass:
         broken = self.broken or self.spoiled
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
         record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated, unproved=self.unproved)
+        record.note = self.note
         record.explain(covered, self.frozen)
         if self.unseen:
             record.hide(self.unseen)
@@ -194,6 +198,7 @@ class Recomputation(LayerPass):
 
     def __init__(self, passes: set[LayerPass]) -> None:
         super().__init__(next(iter(passes)).batch)
+        self.note = next(iter(passes)).note
         self.passes = passes
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lipcore.capture.layers.batch_of import OffsetsOf
+from lipcore.capture.layers.batch_of import NoteOf, OffsetsOf
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class LayerOptions:
         normalized: also bring the norms of the gradients at the layers' outputs and at the model's.
         skip_uncovered: leave out parameters that no rule covers instead of failing.
         prove: run a backward pass of one sample through the first pass's graph, and compare.
+        note_of: takes the model's arguments and keywords to what the record of the pass is to hold of them.
         fast_batch_of_one: serve batches of one from the parameters' gradients, where that has proved right.
     """
 
@@ -32,4 +33,5 @@ class LayerOptions:
     normalized: bool = False
     skip_uncovered: bool = False
     prove: bool = True
+    note_of: NoteOf | None = None
     fast_batch_of_one: bool = False
