@@ -111,6 +111,8 @@ def _note_of(terms: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | N
     """Return the function that takes the number of terms from what the model is called with, where it comes from
     there: from a keyword with this name, or from a function of (arguments, keywords)."""
     if isinstance(terms, str):
+        if not terms.isidentifier():
+            raise TypeError(f"loss_terms: expected {_EXPECTED}, got {terms!r}, which names no keyword")
         return functools.partial(_keyword, terms)
     if not _is_function(terms):
         return None
@@ -119,7 +121,7 @@ def _note_of(terms: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | N
     except (TypeError, ValueError):
         return None
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return terms if len(needed) == 2 else None  # type: ignore[no-any-return]
+    return terms if len(needed) == 2 else None
 
 
 def _keyword(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -130,22 +132,27 @@ def _is_function(terms: Any) -> bool:
     return callable(terms) and not isinstance(terms, Tensor)
 
 
+_EXPECTED = (
+    "the number of averaged terms, a tensor with it, a function that returns it, or the name of the model's keyword "
+    "that has it"
+)
+
+
 def _check(terms: Any) -> None:
     """Raise TypeError or ValueError for what is no number of terms. A tensor's value is looked at on the CPU only:
     another device may not have finished it."""
-    expected = "the number of averaged terms, a tensor with it, or a function that returns it"
     if isinstance(terms, Tensor):
         if terms.numel() != 1:
             raise ValueError(f"loss_terms: expected one number, got a tensor of shape {list(terms.shape)}")
         if terms.is_complex() or terms.dtype == torch.bool:
             raise TypeError(
-                f"loss_terms: expected {expected}, got a tensor of {terms.dtype}; count a mask by its sum()"
+                f"loss_terms: expected {_EXPECTED}, got a tensor of {terms.dtype}; count a mask by its sum()"
             )
         if not terms.is_cpu:
             return
         terms = terms.item()
     elif isinstance(terms, bool) or not isinstance(terms, Real):
-        raise TypeError(f"loss_terms: expected {expected}, got {type(terms).__name__}")
+        raise TypeError(f"loss_terms: expected {_EXPECTED}, got {type(terms).__name__}")
     if not 0 < terms < float("inf"):
         raise ValueError(
             f"loss_terms: expected a finite number > 0, got {terms!r}; a mean over no terms has no gradient: leave "
