@@ -335,7 +335,8 @@ class Engine:
         if self._failed:
             return
         try:
-            self._late_moves.step()
+            # Where steps are counted by hand, who counts them knows when they are over.
+            self._late_moves.step(compare=bool(self._optimizers))
         except Exception as error:
             self._stop_all(error)
 

@@ -44,11 +44,11 @@ class LateMoves:
         self._suspected = False  # at the last look the weights had moved without a step
         self.done = False  #: nothing more is looked for
 
-    def step(self) -> None:
-        """Note that a step was counted, and is over."""
+    def step(self, *, compare: bool) -> None:
+        """Note that a step was counted, and is over; `compare`: the weights are to stay where they are from here on."""
         self._steps += 1
         self._first = None
-        if self.done:
+        if self.done or not compare:
             return
         if self._steps <= _ALWAYS or self._steps * 2654435761 % 2**32 < 2**32 // _SOMETIMES:
             self._mark = self._sums()

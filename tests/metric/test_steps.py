@@ -563,3 +563,27 @@ def test_rounding_is_no_movement() -> None:
                 with torch.no_grad():
                     for p in model.parameters():
                         p.mul_(3).div_(3)
+
+
+def test_optimizers_inside_the_backward_pass_whose_steps_are_counted_by_hand() -> None:
+    model = mlp()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+
+    def step(p: Tensor) -> None:
+        optimizers[p].step()  # type: ignore[index]
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    points = [nn.utils.parameters_to_vector(model.parameters()).detach().double()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Monitor(model, metrics=[Trajectory()], window_steps=None) as monitor:
+            for _ in range(8):
+                loss(model).backward()
+                monitor.step()
+                points.append(nn.utils.parameters_to_vector(model.parameters()).detach().double())
+            window = monitor.compute()
+    length = sum(float((b - a).norm()) for a, b in itertools.pairwise(points))
+    assert window is not None
+    assert window["trajectory"].path_length["total"].sum.value == pytest.approx(length, rel=1e-5)
