@@ -1,4 +1,4 @@
-"""Where torch and the compiled core meet: torch is introduced once, when lipcore is imported, and tensors that the
+"""Where torch and the compiled core meet: the core learns of torch once, when lipcore is imported, and tensors that the
 gatekeeper refuses get their words here.
 
 The gatekeeper (``csrc/python/tensor_view.cpp``) decides; it calls :func:`refuse` for anything that is not a plain
@@ -39,7 +39,8 @@ _DTYPES = "float32, float64, bfloat16 or float16"
 
 
 def accepts(tensor_type: type) -> bool:
-    """Whether objects of this type are plain tensors: torch.Tensor or a subclass that does not intercept operators."""
+    """Return whether objects of this type are plain tensors: torch.Tensor or a subclass that does not intercept
+    operators."""
     return (
         issubclass(tensor_type, torch.Tensor)
         and tensor_type.__torch_dispatch__ is torch.Tensor.__torch_dispatch__
@@ -48,7 +49,7 @@ def accepts(tensor_type: type) -> bool:
 
 
 def refuse(value: Any, name: str, index: int) -> NoReturn:
-    """Raise the TypeError or ValueError that names the argument, what it was and what to do instead."""
+    """Raise the TypeError or ValueError that names the argument, says what it was and what to do instead."""
     argument = f"{name}[{index}]" if index >= 0 else name
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{argument}: expected a torch.Tensor, got {_describe_object(value)}")

@@ -11,7 +11,7 @@ from lipcore import __version__
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
+    """Run a command and return its exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
     options = _parser().parse_args(arguments)
     from lipcore import demo
 

@@ -1,4 +1,4 @@
-"""What both engines know of compiled regions."""
+"""Probes of the compiled forward pass under way, shared by both ways of tapping."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Autograd Functions that are neither torch's nor lipcore's: they may free or overwrite what they keep, since they
-expect one backward pass. After one of lipcore's own they have it back."""
+"""Autograd Functions that are neither torch's nor lipcore's. They may free or overwrite what they keep, since they
+expect one backward pass; after a backward pass of lipcore's own they have it back."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lipcore.models.outputs import tensors_of
 
 
 def function_of(node: Any) -> Any:
-    """Return the autograd Function that a node of the graph runs, None where it is built in."""
+    """Return the autograd Function that a node of the graph runs; None where the node is built into torch."""
     return getattr(type(node), "_forward_cls", None)
 
 
 def is_foreign(node: Any) -> bool:
-    """Return whether a node of the graph runs a Function of somebody else's."""
+    """Return whether a node of the graph runs an autograd Function that is neither torch's nor lipcore's."""
     function = function_of(node)
     return function is not None and function.__module__.split(".")[0] not in ("torch", "lipcore")
 
 
 @contextmanager
 def put_back(nodes: Iterable[Any]) -> Iterator[None]:
-    """These nodes have, after the with block, the attributes and the values of tensors that they had before."""
+    """Give these nodes back, after the with block, the attributes and tensor values that they had before it."""
     kept = [(node, dict(vars(node))) for node in nodes]
     tensors: dict[int, Tensor] = {}
     for node, attributes in kept:

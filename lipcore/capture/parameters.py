@@ -28,8 +28,8 @@ class WeakCall:
 
 
 class LoadWatch:
-    """Calls `before_load` and `on_load` once around load_state_dict() of the model or of any module in it, which runs
-    through all the modules below it."""
+    """Hooks that call `before_load` and `on_load` once around load_state_dict() of the model or of any module in it,
+    however many modules below are loaded with it."""
 
     def __init__(self, model: nn.Module, before_load: Callable[[], None], on_load: Callable[[], None]) -> None:
         self._before_load, self._on_load = before_load, on_load
@@ -56,14 +56,14 @@ class LoadWatch:
             del self._loading[self._loading.index(id(module)) :]
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks from every module."""
         for handle in self._handles:
             handle.remove()
 
 
 class GradientWatch:
-    """Calls `on_begin` and `on_gradients` once at the beginning and at the end of every backward pass that reached one
-    of the parameters: when the first of them gets its gradient, and when all have."""
+    """Hooks that call `on_begin` and `on_gradients` once at the beginning and at the end of every backward pass that
+    reached one of the parameters: when the first of them gets its gradient, and when all have."""
 
     def __init__(
         self, parameters: Iterable[Tensor], on_gradients: Callable[[], None], on_begin: Callable[[], None]
@@ -74,7 +74,7 @@ class GradientWatch:
 
     @staticmethod
     def is_ours(hook: Any) -> bool:
-        """Whether a parameter's hook is of such a watch, and so leaves the gradient alone."""
+        """Return whether a parameter's hook belongs to such a watch, and so leaves the gradient alone."""
         return isinstance(hook, _core.BackwardHook)
 
     def _begin(self) -> None:
@@ -91,6 +91,6 @@ class GradientWatch:
         self._on_gradients()
 
     def close(self) -> None:
-        """Remove the hooks."""
+        """Remove the hooks from every parameter."""
         for handle in self._handles:
             handle.remove()

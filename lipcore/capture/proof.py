@@ -36,13 +36,13 @@ _under_way: set[int] = set()  # numbers of the backward passes that are proofs
 
 
 def is_proof() -> bool:
-    """Return whether the backward pass under way is one of these, of which hooks of lipcore's take no notice."""
+    """Return whether the backward pass under way is a proof's, of which hooks of lipcore's take no notice."""
     return bool(_under_way) and in_backward() in _under_way
 
 
 @dataclass(eq=False)
 class Point:
-    """A gradient whose rows are asked about.
+    """A place in the graph whose gradient's rows are asked about.
 
     Attributes:
         at: node of the graph whose first output's gradient is meant, or a leaf.
@@ -80,9 +80,9 @@ def row_ids(
     """Find the samples of all points' rows.
 
     Args:
-        seeds: from where.
+        seeds: the outputs that the backward passes begin at.
         points: what is looked at; all at nodes and leaves of the graph behind the seeds.
-        bits: of a digit.
+        bits: the bits of a digit.
         digits: how many; 0: as many as the number of samples has.
         tolerance: of the ratio of squared norms, relative, for operations that are not the same bits in every run.
         foreign: nodes of autograd Functions that may change what they keep.
@@ -153,7 +153,7 @@ def _take(point: Point, gradient: Tensor | None) -> None:
 
 @contextmanager
 def _counted(outputs: Sequence[Tensor]) -> Iterator[None]:
-    """Within, a backward pass from these outputs is known as a proof."""
+    """Make backward passes from these outputs known as a proof's within the with block."""
     mine: list[int] = []
 
     def begin(_: Any) -> None:
@@ -170,7 +170,7 @@ def _counted(outputs: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _lowest(outputs: Sequence[Tensor], points: Sequence[Point]) -> list[Point]:
-    """Return the points behind which there is no other, towards the leaves."""
+    """Return the points with no other point behind them, towards the leaves."""
     mine = {point.at for point in points if not isinstance(point.at, Tensor)}
     above: dict[Any, bool] = {}  # whether one of them is behind this node
     todo = [(output.grad_fn, False) for output in outputs]

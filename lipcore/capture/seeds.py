@@ -14,7 +14,7 @@ _SCALE = 16.0
 
 
 class Seeds(NamedTuple):
-    """What backward passes begin with: outputs that have a batch dimension.
+    """The outputs with a batch dimension that lipcore's own backward passes begin at.
 
     Attributes:
         outputs: the tensors.
@@ -29,12 +29,12 @@ class Seeds(NamedTuple):
     size: int
 
     def only(self, number: int) -> Seeds:
-        """Return one of the outputs."""
+        """Return the seeds of one output alone, chosen by its number."""
         chosen = slice(number, number + 1)
         return Seeds(self.outputs[chosen], self.samples[chosen], self.dims[chosen], self.size)
 
     def gradients(self, weights: Tensor) -> list[Tensor]:
-        """Return random gradients, the same at every call, times the weight of each sample.
+        """Return random gradients at the outputs, the same at every call, times the weight of each sample.
 
         They are larger than most losses': float16 has few numbers below, and those that round are other bits.
         """
@@ -49,7 +49,8 @@ class Seeds(NamedTuple):
 
 
 def seeds_of(output: Any, batch: Batch) -> Seeds:
-    """Return the seeds of what a model returned for this batch; without outputs where none has a batch dimension."""
+    """Return the seeds in what a model returned for this batch; no outputs are in them where none has a batch
+    dimension."""
     order = torch.arange(batch.size, device="cpu")
     if batch.offsets is not None:
         order = order.repeat_interleave(batch.offsets.cpu().diff())

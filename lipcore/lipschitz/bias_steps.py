@@ -1,4 +1,4 @@
-"""What the optimizer does to the first layer's bias: Corollaries 2 and 3 are about one kind of step only."""
+"""Steps of the optimizer that move the first layer's bias: Corollaries 2 and 3 are about one kind of step only."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class _Rates(NamedTuple):
 
 
 class BiasSteps:
-    """Finds the bias' parameter group and reads its learning rate after every step, before a scheduler changes it."""
+    """The steps of one bias: its parameter group, with the learning rate read after every step and before a scheduler
+    changes it."""
 
     def __init__(self) -> None:
         self._optimizers: Sequence[Optimizer] = ()
@@ -42,8 +43,8 @@ class BiasSteps:
         self._closed = deque(maxlen=window_blocks - 1)
 
     def find(self, model: nn.Module | None, layer: nn.Module | None) -> None:
-        """Look where the layer's bias is: it may be another object than before (moved, loaded, rebound), or have been
-        given to an optimizer since."""
+        """Find the layer's bias and its parameter group anew: the bias may have become another object (moved, loaded,
+        rebound), or have been given to an optimizer since."""
         bias = layer._parameters.get("bias") if layer is not None else None  # a parametrized one is not computed
         places = [
             (optimizer, i)
@@ -59,7 +60,7 @@ class BiasSteps:
         self._bias = bias if isinstance(bias, Tensor) else None
 
     def observe(self) -> None:
-        """After a step."""
+        """Count a step that was just made, and read the bias' learning rate."""
         self._steps += 1
         if self._holder is None:
             return
@@ -69,8 +70,8 @@ class BiasSteps:
             self._observe_rate(rate)
 
     def _observe_rate(self, rate: Any) -> None:
-        """A rate that is a tensor on a device is not read: that would wait for the device. One on the CPU may change in
-        place, so it is read at every step."""
+        """Take in a learning rate that is another object than the last one. A tensor on a device is not read, since
+        that would wait for the device; one on the CPU may change in place, so it is read at every step."""
         if isinstance(rate, Tensor):
             if not rate.is_cpu:
                 return
@@ -94,7 +95,7 @@ class BiasSteps:
         self._start()
 
     def state(self) -> list[list[float]]:
-        """The window's blocks, the open one last."""
+        """Return the steps and rates of the window's blocks, the open block last."""
         return [list(block) for block in self._blocks()]
 
     def load(self, state: list[list[float]]) -> None:
@@ -109,7 +110,8 @@ class BiasSteps:
         return [*self._closed, _Rates(self._steps, self._low, self._high)]
 
     def details(self) -> dict[str, Any]:
-        """Plain values for the window's details; `optimizer` is None where there was no optimizer object to look at."""
+        """Return plain values for the window's details; `optimizer` is None where there was no optimizer object to look
+        at."""
         blocks = self._blocks()
         low, high = min(block.low for block in blocks), max(block.high for block in blocks)
         known = math.isfinite(low) and math.isfinite(high)

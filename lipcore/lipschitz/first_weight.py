@@ -1,5 +1,5 @@
-"""W_1 as it is when a window closes, for its singular values: they are taken when somebody reads them, since they cost
-seconds for a large layer and training would wait."""
+"""W_1 as it is when a window closes, kept for its singular values: they are computed when somebody reads them, since
+they cost seconds for a large layer and training would wait."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lipcore.models.affine import own_class
 def singular_values_later(
     module: nn.Module, weight: Tensor, batch_shape: tuple[int, ...] | None, before: Tensor | None
 ) -> Later[SingularValues] | None:
-    """Return singular values of a first layer as it is now, to be taken from a copy; None where there are none.
+    """Return the singular values of a first layer as it is now, to be computed from a copy when they are read; None
+    where there are none.
 
     Args:
         weight: as the layer has used it: a parametrization is not computed again.
@@ -45,7 +46,8 @@ def _unknown(why: str) -> SingularValues:
 
 
 def _twin(module: nn.Module, weight: Tensor) -> nn.Module:
-    """A layer with this weight and the module's settings (stride, padding, ...), without its hooks and parameters."""
+    """Return a layer with this weight and the module's settings (stride, padding, ...), without its hooks and
+    parameters."""
     kind = own_class(module)
     twin: nn.Module = kind.__new__(kind)
     nn.Module.__init__(twin)

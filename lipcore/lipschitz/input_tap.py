@@ -1,5 +1,5 @@
-"""How lambda is taken: by W_1 where that is all that stands between the model's input and the rest, else by the
-gradient at the input; and when not at all."""
+"""The rule by which lambda is taken: by W_1 where W_1 is all that stands between the model's input and the rest, else
+by the gradient at the input, or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ INTEGERS = "the model's input holds integers, and no Embedding is its first laye
 
 
 class FirstLayer(Tap):
-    """What it asks of the tap on the first layer."""
+    """A tap on the first layer, as the tap on the model's input asks it."""
 
     @abstractmethod
     def is_plain(self) -> bool:
@@ -34,7 +34,8 @@ class FirstLayer(Tap):
 
 
 class ModelInputTap(InputTap):
-    """Per sample, the norm of the gradient at the model's input, in those passes where it is needed.
+    """The tap that takes, per sample, the norm of the gradient at the model's input, in those passes where it is
+    needed.
 
     Args:
         every: at every so many micro-batches; None: as the measured share of the time allows.
@@ -63,12 +64,12 @@ class ModelInputTap(InputTap):
         self._gradients, self._checks = CostShare(_SHARE), CostShare(_SHARE)
 
     def prepare(self) -> None:
-        """Do without the product where W_1 x + b_1 is not what the first layer will compute any more."""
+        """Stop taking lambda by W_1 where the first layer will not compute W_1 x + b_1 any more."""
         if self.by_product and not self.first.is_plain():
             self.by_product = False
 
     def choose(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
-        """Return the tensor that is meant; None for integers."""
+        """Return the tensor that lambda is the gradient at; None for integers."""
         if self.off:
             return None
         assert self._model is not None
@@ -77,14 +78,14 @@ class ModelInputTap(InputTap):
         return chosen
 
     def bind(self, model: nn.Module) -> None:
-        """Look at this model, and forget what was found of another."""
+        """Turn to this model, and forget findings about another."""
         self._model = model
         self.off = self.suspended = ""
         self.by_product, self.mixing = None, False
         self._product_refused, self._check_wanted = False, True
 
     def start_window(self) -> None:
-        """The next pass that may is checked."""
+        """Have the next pass checked that may be, since a window begins."""
         self._check_wanted = True
 
     def asks(self) -> tuple[bool, bool]:
@@ -115,36 +116,36 @@ class ModelInputTap(InputTap):
         return self.checks or wanted or self.by_product is None, self.checks
 
     def refuse(self, reason: str) -> None:
-        """Do without the gradient at the input."""
+        """Take no gradient at the input any more, and report why."""
         if not self.off:
             self.off = reason
             self._on_refused(reason)
 
     def suspend(self, reason: str) -> None:
-        """Do without it until a check agrees again."""
+        """Give no lambda until a check agrees again, and report why."""
         if not self.suspended:
             self._on_refused(reason)
         self.suspended = reason
 
     def resume(self) -> None:
-        """A check has agreed."""
+        """Give lambda again, since a check has agreed."""
         self.suspended = ""
 
     def refuse_product(self) -> None:
-        """Take the gradient at the input from here on."""
+        """Take lambda by the gradient at the input from here on, never by W_1."""
         self._product_refused, self.by_product = True, False
 
     def tried(self, found: Trial) -> None:
-        """Take what the pass of lipcore's own has found."""
+        """Take the findings of a pass of lipcore's own."""
         self.mixing = found.mixes
 
     def seen(self, past: bool) -> None:
-        """Learn whether the output depends on the input past the first layer."""
+        """Note whether the output depends on the input past the first layer."""
         if past:
             self.by_product = False
 
     def took_input(self, is_input: bool) -> None:
-        """Learn whether the first layer was W_1 x + b_1 of this very input, in the pass under way."""
+        """Note whether the first layer was W_1 x + b_1 of this very input, in the pass under way."""
         if not is_input or self._product_refused:
             self.by_product = False
         elif self.by_product is None:
@@ -152,7 +153,7 @@ class ModelInputTap(InputTap):
 
     @property
     def rule(self) -> str:
-        """How lambda is taken, in words."""
+        """Words for how lambda is taken."""
         if self.off:
             return f"off: {self.off}"
         how = "the gradient at the model's input, which adds the backward pass of what is before the first parameter: "
@@ -161,6 +162,6 @@ class ModelInputTap(InputTap):
         return how + self._gradients.rule
 
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
-        """Return the norm per sample."""
+        """Return the norm of the gradient at the input, per sample."""
         self.tolerance = 0.1 if self._half else _TOLERANCE.get(grad_output.dtype, 0.1)
         return functional.sample_norms(grad_output.detach()).reshape(1, -1)

@@ -162,17 +162,19 @@ class Lipschitz(StandaloneMetric):
     # ---- what it needs
 
     def needs(self) -> Needs:
-        """Say what it taps: the gradient at the first layer's output and at the model's."""
+        """Say what the metric taps: the gradient at the first layer's output, at the model's output and at its
+        input."""
         layer = self._first.target
         taps: dict[Tap, str] = {self._first: layer or FIRST_LAYER, self._last: self._last.target, self._at_input: layer}
         return Needs(taps=taps, single_sample=self._single_sample())
 
     def counted(self, counts: TapCounts) -> None:
-        """Take what counts its forward passes."""
+        """Take the counts of the forward passes that this metric taps."""
         self._counts = counts
 
     def _single_sample(self) -> SingleSample | None:
-        """The bias shortcut reads the ends of the model; named layers and vector outputs take the taps."""
+        """Return the receiver of the bias shortcut; None where a layer or an output is named or the output is a vector,
+        since the shortcut reads the ends of the model."""
         named = self._input is not None or self._output is not None
         if named or not self._fast or self._quantity == "residual":
             return None
@@ -182,7 +184,7 @@ class Lipschitz(StandaloneMetric):
         self._record, self._served = None, True
 
     def _agrees(self, r: float, local_lipschitz: float) -> bool:
-        """Whether the shortcut reads what the taps have just brought."""
+        """Return whether the shortcut reads the values that the taps have just brought; warn where it does not."""
         if self._record is None or self._record[1].shape[1] != 1:
             return False
         numerators, eps = self._record[0].tolist(), abs(self._record[1].item())
@@ -201,12 +203,12 @@ class Lipschitz(StandaloneMetric):
         return agrees
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
-        """How many blocks a window has, and whose steps move the first bias."""
+        """Take the optimizers whose steps move the first bias, and how many blocks a window has."""
         self._closed = deque(maxlen=window_blocks - 1)
         self._bias.prepare(optimizers, window_blocks)
 
     def bind(self, model: nn.Module) -> None:
-        """Look for layers in which samples mix."""
+        """Turn to a model: find its input, output and first layer, and the layers in which samples mix."""
         if self._numbers is not None:
             raise RuntimeError(
                 "this Lipschitz is a copy, which holds the numbers of compute() and no model; to go on, make a new one "
@@ -221,7 +223,7 @@ class Lipschitz(StandaloneMetric):
         self._batchnorms = [module for _, module in named_modules(unwrap(model)) if isinstance(module, AnyBatchNorm)]
 
     def _check_output(self, output: Tensor) -> None:
-        """ValueError when this output does not have the one value per sample it should."""
+        """Raise ValueError when this output does not have the one value per sample that it should have."""
         values, rows = output.numel(), output.shape[0] if output.dim() else 1
         if not self._resolved and values:
             self._resolved = "scalar" if values == rows else "residual"
@@ -256,16 +258,16 @@ class Lipschitz(StandaloneMetric):
                 distribution.observe(values)
 
     def observe_step(self) -> None:
-        """One optimizer step has been made."""
+        """Count an optimizer step that was just made."""
         self._bias.observe()
 
     @property
     def step_call(self) -> Callable[[], object]:
-        """The counting itself, at every step of loops whose steps take microseconds."""
+        """The function that counts a step, for loops whose steps take microseconds."""
         return self._bias.observe
 
     def _heed_checks(self) -> None:
-        """Label and drop what the check of lambda has found to be something else."""
+        """Label the values where samples mix, and drop the lambdas that the check has found to be wrong."""
         if self._at_input.mixing and not self._mixed:
             self._mixes(
                 "the output of a sample depends on other samples of the batch, so per-sample gradients are not those "
@@ -318,7 +320,7 @@ class Lipschitz(StandaloneMetric):
     # ---- results
 
     def plan(self) -> list[PlanLine]:
-        """Return what is tapped, and by which rule."""
+        """Return lines that say what is tapped, and by which rule."""
         if self.off:
             return [PlanLine("off", self.off)]
         first = (
@@ -343,12 +345,13 @@ class Lipschitz(StandaloneMetric):
         return [*lines, PlanLine("output", f"{self._last.place}: {what}")]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Make a copy or a pickle: as it is before it is bound, then the open window's numbers and nothing else."""
+        """Return what makes a copy or a pickle: the metric as it is before it is bound, and the open window's
+        numbers."""
         numbers = self.finalize() if self._model is not None else self._numbers
         return _copy_of, (type(self), self._settings, numbers, self.off)
 
     def finalize(self) -> MetricResult:
-        """The open window's numbers; see the class for what they are."""
+        """Return the open window's numbers; the class says what they are."""
         if self._numbers is not None:
             return self._numbers
         self._numerators.settle()
@@ -383,7 +386,7 @@ class Lipschitz(StandaloneMetric):
         return result
 
     def _add_constants(self, result: MetricResult, place: str, label: Label, note: str, lambdas: Distribution) -> None:
-        """Add lambda, where it was taken, or why it was not."""
+        """Add lambda to the result, or the reason why it was not taken."""
         off = self._at_input.off or self._at_input.suspended
         if not self._at_input.is_vector and isinstance(self._first.module, nn.Embedding):
             where = f"at the output of Embedding '{self._first.name}': the input holds integers"
@@ -397,7 +400,7 @@ class Lipschitz(StandaloneMetric):
         result.add("local_lipschitz", place, "total", **values)
 
     def _window(self) -> list[Distribution]:
-        """r, lambda, and r where there is a lambda, over all blocks of the window."""
+        """Return the distributions of r, of lambda, and of r where there is a lambda, over all blocks of the window."""
         if not self._closed:
             return list(self._all)
         merged = [Distribution() for _ in self._all]
@@ -433,7 +436,7 @@ class Lipschitz(StandaloneMetric):
         result.add_later("sandwich", place, "total", sigma, later)
 
     def _first_bias(self, samples: int) -> dict[str, Any]:
-        """What Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check."""
+        """Return what Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check."""
         shape = self._first.batch_shape
         return {
             "parameter": f"{self._first.name}.bias" if self._first.name else "bias",
@@ -444,7 +447,7 @@ class Lipschitz(StandaloneMetric):
         }
 
     def rebind(self) -> None:
-        """Look for layers in which samples mix anew."""
+        """Bind the same model again, after its modules have changed."""
         if self._model is not None:
             self.bind(self._model)
 
@@ -458,8 +461,8 @@ class Lipschitz(StandaloneMetric):
         self._remember_weight()
 
     def advance(self) -> None:
-        """Slide the window by a block. What labels it (mixed samples, a first layer that moved) counts from the first
-        block in which it was so."""
+        """Slide the window by a block. Its labels (mixed samples, a first layer that moved) count from the first block
+        that they were true of."""
         if self._closed.maxlen == 0:
             self.reset()
             return
@@ -478,7 +481,7 @@ class Lipschitz(StandaloneMetric):
             distribution.reset()  # the compiled objects stay: the shortcut holds them
 
     def _remember_weight(self) -> None:
-        """W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
+        """Keep W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
         weight = self._first.weight()
         self._weight_before = weight.detach().clone() if weight is not None else None
         self._bias.find(self._model, self._first.module)
@@ -499,7 +502,7 @@ class Lipschitz(StandaloneMetric):
         self._mixed |= other._mixed
 
     def state_dict(self) -> dict[str, Any]:
-        """Version and the two distributions."""
+        """Return the state of the window: its version, distributions, labels and the bias' steps."""
         return {
             "version": self._version,
             "quantity": self._resolved or "auto",
@@ -511,7 +514,7 @@ class Lipschitz(StandaloneMetric):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state. Where it does not fit, raise a ValueError and change nothing."""
+        """Continue from a state; where it does not fit, raise ValueError and change nothing."""
         check_version(state, self._version, "metric")
         quantity, own = state.get("quantity"), self._resolved or self._quantity
         known = ("auto", "scalar", "residual") if own == "auto" else ("auto", own)
@@ -541,7 +544,8 @@ class Lipschitz(StandaloneMetric):
         self._remember_weight()
 
     def _loaded(self, key: str, states: Any) -> list[Distribution]:
-        """A block of the window."""
+        """Return the distributions of one block, from their states; raise ValueError that names `key` where they do not
+        fit."""
         return loaded_distributions(key, states, len(self._all))
 
 
@@ -552,12 +556,12 @@ def _copy_of(kind: type[Lipschitz], settings: dict[str, Any], numbers: MetricRes
 
 
 def _are_steps(block: Any) -> bool:
-    """Whether these are the steps and the lowest and highest rate of a block."""
+    """Return whether a value is a block's number of steps with its lowest and highest rate."""
     numbers = isinstance(block, (list, tuple)) and all(isinstance(number, (int, float)) for number in block)
     return numbers and len(block) == 3 and math.isfinite(block[0]) and block[0] >= 0
 
 
 def _ratios(numerators: Tensor, output_grad: Tensor) -> Tensor:
-    """r, lambda and r where there is a lambda, [3, B]; NaN where the output's gradient is 0 or not finite."""
+    """Return r, lambda, and r where there is a lambda, [3, B]; NaN where the output's gradient is 0 or not finite."""
     eps = output_grad.abs()
     return torch.where((eps > 0) & eps.isfinite(), numerators / eps, math.nan)

@@ -1,4 +1,4 @@
-"""What one record says of r and lambda, and whether the check of lambda agrees."""
+"""Numerators of r and lambda from one record, and the check of lambda."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MOST_WAITING = 64
 
 
 class _Comparison(NamedTuple):
-    """Norms that must be the same: by W_1 (None: not taken so), at the input, and of two samples alone."""
+    """Norms that must agree: by W_1 (None where not taken so), at the input, and of two samples alone."""
 
     product: Tensor | None
     norms: Tensor
@@ -27,7 +27,7 @@ class _Comparison(NamedTuple):
 
 
 class Numerators:
-    """Numerators of r and lambda of a micro-batch, from whichever taps brought some.
+    """The numerators of r and lambda of a micro-batch, from whichever taps brought some.
 
     Args:
         warn: called when lambda is not what it seemed to be.
@@ -43,12 +43,12 @@ class Numerators:
         self.restart = False  #: lambda of this window so far is not right
 
     def start(self) -> None:
-        """Begin with another model."""
+        """Begin with another model, without earlier findings."""
         self.first_off, self.restart = "", False
         self._waiting.clear()
 
     def lose_first(self, reason: str) -> None:
-        """Go on without r."""
+        """Go on without r, and report why."""
         if not self.first_off:
             self.first_off = reason
             self._at_input.refuse_product()
@@ -122,7 +122,7 @@ class Numerators:
             del self._waiting[:-_MOST_WAITING]
 
     def settle(self) -> None:
-        """Compare what waits for it: on a device that would wait in the middle of a step."""
+        """Make the comparisons that wait: on a device each would wait for it in the middle of a step."""
         waiting, self._waiting = self._waiting, []
         for comparison in waiting:
             self._compare(comparison)

@@ -65,8 +65,8 @@ def local_lipschitz(
 def constants(
     model: nn.Module, x: Tensor, output: Any = None, quantity: str = "scalar", *, known_apart: bool = False
 ) -> Tensor:
-    """Compute what :func:`local_lipschitz` returns. For points of which another batch has shown that samples do not
-    mix (`known_apart`), one pass does instead of two."""
+    """Compute what :func:`local_lipschitz` returns. For points of which another batch has shown that samples do not mix
+    (`known_apart`), one pass does instead of two."""
     check_input(model, x)
     if not x.is_floating_point():
         raise TypeError(

@@ -16,8 +16,8 @@ _CONV_INPUT: dict[type, Any] = {
 
 
 def pull_back(module: nn.Module, weight: Tensor, delta: Tensor, input_shape: tuple[int, ...]) -> Tensor:
-    """W_1^T delta for a batch: the gradient with respect to the layer's input, whose shape but for the batch is
-    given."""
+    """Compute W_1^T delta for a batch: the gradient with respect to the layer's input, which has `input_shape` but for
+    the batch."""
     if isinstance(module, nn.Linear):
         return delta @ weight
     input_shape = (delta.shape[0], *input_shape[1:])
@@ -43,7 +43,8 @@ def pull_back(module: nn.Module, weight: Tensor, delta: Tensor, input_shape: tup
 
 
 def _unpadded(grad: Tensor, dim: int, size: int, left: int, right: int, mode: str) -> Tensor:
-    """The transpose of padding one dimension of this size: every padded element's gradient goes where it came from."""
+    """Return the transpose of padding one dimension of this size: every padded element's gradient goes where it came
+    from."""
     if mode == "zeros":
         return grad.narrow(dim, left, size)
     places = torch.arange(size, dtype=torch.float64, device=grad.device)[None, None]
@@ -54,7 +55,7 @@ def _unpadded(grad: Tensor, dim: int, size: int, left: int, right: int, mode: st
 
 
 def push_forward(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:
-    """W_1 x for a batch, without the bias."""
+    """Compute W_1 x for a batch, without the bias."""
     if isinstance(module, nn.Linear):
         return x @ weight.T
     if isinstance(module, tuple(_CONV_INPUT)):

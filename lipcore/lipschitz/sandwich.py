@@ -11,7 +11,8 @@ from lipcore.metric.results import Label, Value, weakest
 def sandwich_sides(
     sigma: SingularValues, shape: tuple[int, ...], average: float, middle: float, count: int, label: Label, note: str
 ) -> dict[str, Value]:
-    r"""lower :math:`\bar\lambda/\sigma_1`, middle :math:`\bar r`, upper :math:`\bar\lambda/\sigma_{\min}`.
+    r"""Return the lower side :math:`\bar\lambda/\sigma_1`, the middle :math:`\bar r` and the upper side
+    :math:`\bar\lambda/\sigma_{\min}` of Theorem 1.
 
     The lower side divides by what sigma_1 is certainly not above, so where sigma_1 was iterated it is somewhat smaller
     than the theorem's and labelled one-sided.
@@ -47,7 +48,8 @@ def sandwich_sides(
 
 
 def no_sides(middle: float, count: int, label: Label, note: str, layer: str) -> dict[str, Value]:
-    """Return lower, middle and upper where W_1 is not on the model's input, so that no theorem speaks of them."""
+    """Return lower, middle and upper without a value for the two sides: W_1 is not on the model's input, so no theorem
+    speaks of them."""
     why = f"Theorem 1 does not hold: what runs on the model's input is not W_1 x + b_1 of '{layer}' alone"
     side = Value(math.nan, count, label, False, why)
     return {"lower": side, "middle": Value(middle, count, label, True, note), "upper": side}

@@ -30,20 +30,20 @@ class SingularValues:
 
     @property
     def exact(self) -> bool:
-        """Whether `largest` is sigma_1 to rounding."""
+        """True where `largest` is sigma_1 to rounding."""
         return self.upper == self.largest
 
 
 def has_singular_values(module: nn.Module, weight: Tensor, batch_shape: tuple[int, ...] | None) -> bool:
-    """Say whether :func:`singular_values` gives any of a layer with this weight, without taking them."""
+    """Return whether :func:`singular_values` gives any of a layer with this weight, without computing them."""
     if not isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
         return False
     return isinstance(module, nn.Linear) or batch_shape is not None or not bool(weight.isfinite().all())
 
 
 def singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> SingularValues | None:
-    """Of the map x -> W_1 x for one sample of a batch of this shape; None for an Embedding, whose input is not a
-    vector.
+    """Compute the singular values of the map x -> W_1 x for one sample of a batch of this shape; return None for an
+    Embedding, whose input is not a vector.
 
     Linear: by SVD, or by Lanczos iteration (then without the smallest) above 512 x 512. Convolution: from its matrix up
     to 512 inputs, else Lanczos iteration with the convolution and its transpose, to 1e-4 or better. The smallest value
@@ -81,9 +81,9 @@ def _iterated(module: nn.Module, shape: tuple[int, ...]) -> SingularValues:
 
 @torch.no_grad()
 def norm_bound(module: nn.Module, shape: tuple[int, ...]) -> float:
-    r"""An upper bound of sigma_1 that needs no iteration: :math:`\sqrt{\|W\|_1 \|W\|_\infty}`, and for Linear the
-    Frobenius norm where that is less. The map of |W| applied to ones gives row and column sums of any convolution, with
-    any padding (where padded copies add up, |a| + |b| is only larger)."""
+    r"""Return an upper bound of sigma_1 that needs no iteration: :math:`\sqrt{\|W\|_1 \|W\|_\infty}`, and for Linear
+    the Frobenius norm where that is less. The map of |W| applied to ones gives row and column sums of any convolution,
+    with any padding (where padded copies add up, |a| + |b| is only larger)."""
     weight = module.weight.detach().to(torch.float64).abs()  # type: ignore[operator]
     rows = push_forward(module, weight, weight.new_ones(shape))
     columns = pull_back(module, weight, torch.ones_like(rows), shape)
@@ -93,7 +93,8 @@ def norm_bound(module: nn.Module, shape: tuple[int, ...]) -> float:
 
 @torch.no_grad()
 def _of_matrix(module: nn.Module, shape: tuple[int, ...]) -> float:
-    """Of a map of few inputs, written out: a handful of operations where Lanczos takes hundreds of small ones."""
+    """Compute sigma_1 of a map of few inputs from its matrix: a handful of operations where Lanczos takes hundreds of
+    small ones."""
     weight = module.weight.detach().to(torch.float64)  # type: ignore[operator]
     inputs = math.prod(shape)
     unit = torch.eye(inputs, dtype=torch.float64, device=weight.device).reshape(inputs, *shape[1:])
@@ -111,8 +112,8 @@ class _Iteration:
 
 @torch.no_grad()
 def _lanczos(module: nn.Module, shape: tuple[int, ...]) -> _Iteration:
-    r"""Square root of the largest eigenvalue of W_1^T W_1. Power iteration would need thousands of steps: the largest
-    singular values of a convolution lie close together.
+    r"""Estimate sigma_1, the square root of the largest eigenvalue of W_1^T W_1, by Lanczos iteration. Power iteration
+    would need thousands of steps: the largest singular values of a convolution lie close together.
 
     Ritz value plus residual bounds the eigenvalue *nearest* to it, and no residual tells whether that is the largest.
     `upper` is therefore also no less than :func:`_largest_eigenvalue`, which holds for all but 1e-9 of the random
@@ -154,12 +155,11 @@ def _lanczos(module: nn.Module, shape: tuple[int, ...]) -> _Iteration:
 
 
 def _is_above(value: float, ritz: Tensor, beside: list[float], dimension: int) -> bool:
-    r"""Whether a value is above all eigenvalues, from k Lanczos steps (van Dorsselaer, Hochstenbach and van der Vorst
-    2000). With p the monic polynomial whose roots are the Ritz values, :math:`p(A) q_1 = \beta_1 \cdots \beta_k
+    r"""Return whether a value is above all eigenvalues, from k Lanczos steps (van Dorsselaer, Hochstenbach and van der
+    Vorst 2000). With p the monic polynomial whose roots are the Ritz values, :math:`p(A) q_1 = \beta_1 \cdots \beta_k
     q_{k+1}`, so :math:`p(\lambda_1) \le \beta_1 \cdots \beta_k / |v_1 \cdot q_1|`, and p rises beyond its roots. The
     component :math:`|v_1 \cdot q_1|` of a random start is below eta with a probability of at most :math:`\eta \sqrt{2 n
-    / \pi}`.
-    """
+    / \pi}`."""
     theta = float(ritz[-1])
     smallest = math.log(_FAILURE / math.sqrt(2 * dimension / math.pi))
     # A beta below the rounding of the iteration says no more than that.
@@ -168,7 +168,8 @@ def _is_above(value: float, ritz: Tensor, beside: list[float], dimension: int) -
 
 
 def _largest_eigenvalue(ritz: Tensor, beside: list[float], dimension: int) -> float:
-    """An upper bound of the largest eigenvalue, by bisection; infinite where it is beyond 100 times the Ritz value."""
+    """Return an upper bound of the largest eigenvalue, by bisection; infinite where it is beyond 100 times the Ritz
+    value."""
     low, high = float(ritz[-1]), 100 * float(ritz[-1])
     if low <= 0:
         return 0.0

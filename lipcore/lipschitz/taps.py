@@ -1,4 +1,4 @@
-"""What Lipschitz takes from a backward pass: gradients at the first layer's output and at the model's."""
+"""Lipschitz' taps on the first layer and on the model's output."""
 
 from __future__ import annotations
 
@@ -25,10 +25,9 @@ _SPARSE = 16  # above, W_1^T delta costs what the layer's own forward does: once
 
 
 class FirstLayerTap(FirstLayer):
-    """Per sample, delta being the gradient at the first layer's output before its activation: ||delta||, ||W_1^T
-    delta||,
-    and ||delta|| once more where the second was computed (NaN elsewhere), so that both can be averaged over the same
-    samples."""
+    """The tap that takes three norms per sample, delta being the gradient at the first layer's output before its
+    activation: ||delta||, ||W_1^T delta||, and ||delta|| once more where the second was computed (NaN elsewhere), so
+    that both can be averaged over the same samples."""
 
     argument = "input"
     columns = 3
@@ -66,12 +65,12 @@ class FirstLayerTap(FirstLayer):
 
     @property
     def named(self) -> bool:
-        """Whether the user named it."""
+        """True where the user named the layer."""
         return bool(self.target)
 
     @property
     def optional(self) -> bool:  # type: ignore[override]
-        """Whether lambda can do without it: where it was not named by the user."""
+        """True where lambda can do without this layer: the user has not named it."""
         return not self.named
 
     def is_plain(self) -> bool:
@@ -82,11 +81,11 @@ class FirstLayerTap(FirstLayer):
         return is_affine(self.module)
 
     def close(self) -> None:
-        """Leave the layer's weight."""
+        """Stop watching the layer's weight."""
         self.weight.close()
 
     def lost(self, reason: str) -> None:
-        """Learn that there is no such layer, or that it is called twice."""
+        """Report that there is no first layer to tap, or that it is called twice."""
         self._on_lost(reason)
 
     def save_from(
@@ -116,7 +115,7 @@ class FirstLayerTap(FirstLayer):
 
     @property
     def rule(self) -> str:
-        """How often lambda is computed, in words."""
+        """Words for how often lambda is computed."""
         if self._every is not None:
             return f"lambda every {self._every} micro-batches" if self._every > 1 else "lambda every micro-batch"
         return f"lambda every micro-batch, every {_SPARSE} where W_1^T delta takes over {_CHEAP:,} multiplications"
@@ -152,7 +151,8 @@ def _columns(norms: Tensor, pulled: Tensor | None = None) -> Tensor:
 
 
 def last_kind(module: nn.Module) -> str:
-    """Class of the module that makes the output of (nested) nn.Sequentials; "" where other wiring hides it."""
+    """Return the class name of the module that makes the output of (nested) nn.Sequentials; "" where other wiring hides
+    it."""
     last = module
     while isinstance(last, nn.Sequential) and len(last):
         last = last[-1]
@@ -160,7 +160,7 @@ def last_kind(module: nn.Module) -> str:
 
 
 class OutputTap(Tap):
-    """Per sample: |dL/dyhat|, or ||dL/dz|| for quantity="residual"."""
+    """The tap that takes, per sample, |dL/dyhat|, or ||dL/dz|| for quantity="residual"."""
 
     argument = "output"
     columns = 1
@@ -179,7 +179,7 @@ class OutputTap(Tap):
         self.kind = last_kind(module)
 
     def pick(self, output: Any) -> Any:
-        """Return the tensor that is meant, by its key, its attribute's name or the user's function."""
+        """Return the tensor that is yhat, by its key, its attribute's name or the user's function."""
         return output if self.choice is None else picked_output(output, self.choice)
 
     def check(self, output: Any) -> None:
@@ -196,7 +196,7 @@ class OutputTap(Tap):
 
     @property
     def place(self) -> str:
-        """Last part of the keys: which output the numbers refer to, since a probability and a logit give different
+        """Last part of the keys, which says which output the numbers refer to: a probability and a logit give different
         ones."""
         if isinstance(self.choice, str):
             return self.choice

@@ -1,4 +1,4 @@
-"""What `input=` and `output=` mean in a model: a module of it, or a part of what it takes and returns."""
+"""Targets that `input=` and `output=` name in a model: a module of it, or a part of what it takes and returns."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lipcore.models.names import find_module, unwrap
 
 
 def find_input(model: nn.Module, choice: InputChoice | None) -> tuple[str, InputChoice | None]:
-    """Return the name of the first layer and what is differentiated by, each "" or None where it is not named. A module
-    goes before an argument of the same name."""
+    """Return the name of the first layer and the choice of the input that lambda is the gradient at; "" or None stands
+    for what is not named. A module goes before an argument of the same name."""
     name = _module_of(model, choice, "input") if isinstance(choice, str) else None
     return (name, None) if name is not None else ("", choice)
 
@@ -23,14 +23,15 @@ def find_input(model: nn.Module, choice: InputChoice | None) -> tuple[str, Input
 def find_output(
     model: nn.Module, choice: str | Callable[[Any], Any] | None
 ) -> tuple[str, str | Callable[[Any], Any] | None]:
-    """Return the name of the module whose output is meant, "" for the model's, and which part of that."""
+    """Return the name of the module whose output is meant, "" for the model itself, and the choice of a part of that
+    output."""
     name = _module_of(model, choice, "output") if isinstance(choice, str) else None
     return (name, None) if name is not None else ("", choice)
 
 
 def _module_of(model: nn.Module, name: str, argument: str) -> str | None:
-    """The canonical name of the module that is called so; None where it may be a part of what the model takes or
-    returns, which a plain chain does not have."""
+    """Return the canonical name of the module of this name; None where the name may be a part of what the model takes
+    or returns. A plain chain has no such parts, so there a name without a module is an error."""
     try:
         return find_module(model, name, argument)[0]
     except ValueError:

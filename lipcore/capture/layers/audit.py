@@ -20,14 +20,14 @@ from lipcore.models.outputs import nodes_of, on_backward, tensors_of
 
 
 class Audit:
-    """The questions that a model's first passes are asked, and later ones are not.
+    """The questions that a model's first passes are asked and later ones are not.
 
     Args:
         coverage: loses the parameters whose norms turn out to be wrong.
         sites: every tapped layer.
-        compiled: part of the model is, where no graph can be looked at.
+        compiled: part of the model is compiled, and its graph cannot be looked at.
         skip: leave out parameters that are not covered instead of failing.
-        proofs: of its passes.
+        proofs: the proofs of the model's passes.
         fail: gets an error that is found in a backward pass.
     """
 
@@ -49,12 +49,12 @@ class Audit:
         self._grads_before: dict[str, bool] = {}
 
     def before_forward(self) -> None:
-        """Note which gradients are there already."""
+        """Note which parameters have a gradient before the forward pass."""
         if not self.done:
             self._grads_before = {name: p.grad is not None for name, p in self._coverage.parameters()}
 
     def after_forward(self, run: LayerPass, output: Any) -> None:
-        """Look at the graph behind the model's output, and prove the pass where that is due.
+        """Look at the graph behind the model's output, and prove the pass where a proof is due.
 
         Raises:
             ValueError: a parameter is not covered, or a layer's output has no batch dimension.
@@ -81,7 +81,8 @@ class Audit:
             self._coverage.check()
 
     def _suspected(self, wrong: Mapping[str, str], gradients: Any) -> None:
-        """Take in that an output which mixes samples enters the loss. Nothing may be raised here."""
+        """Uncover parameters, in the backward pass, when an output that mixes samples enters the loss; raise
+        nothing."""
         if is_proof() or not accumulates_everything():
             return
         try:
@@ -90,7 +91,7 @@ class Audit:
             self._fail(error)
 
     def after_backward(self, record: LayerRecord) -> None:
-        """Look for parameters that have got a gradient and are not in the first record; ValueError names them."""
+        """Raise ValueError that names parameters which have got a gradient and are not in the first record."""
         if not self.done and not record.broken:
             self.done = True
             audit_gradients(self._coverage, self._grads_before, record.norms_sq, skip=self._skip)
@@ -99,7 +100,7 @@ class Audit:
 def audit_graph(
     output: Any, coverage: ParameterCoverage, sites: Iterable[LayerSite], calls: Counter[str], *, skip: bool
 ) -> None:
-    """Compare the graph behind a forward pass's output with the calls that came through hooks: a parameter that is used
+    """Compare the graph behind a forward pass's output with the calls that came through hooks. A parameter that is used
     more often than it was tapped (F.linear on another layer's weight) would get a wrong norm."""
     uses, taps = _uses(output), _taps(output, sites)
     for name, parameter in coverage.parameters():
@@ -131,8 +132,8 @@ def _taps(output: Any, sites: Iterable[LayerSite]) -> Counter[str]:
 def audit_gradients(
     coverage: ParameterCoverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool
 ) -> None:
-    """Look, after the first record, for a parameter that has got a gradient which no layer's call has brought. `before`
-    says whether it had one before the pass."""
+    """Look, after the first record, for a parameter whose gradient was brought by no layer's call. `before` says
+    whether the parameter had a gradient before the pass."""
     for name, parameter in coverage.measured().items():
         if parameter.grad is not None and not before.get(name, False) and name not in recorded:
             coverage.uncover(name, UNSEEN)
@@ -147,8 +148,8 @@ def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> b
 
 
 def _uses(output: Any) -> dict[int, int]:
-    """Count the edges of the graph into each parameter, by id; a cast that autocast keeps for several uses counts once
-    a use."""
+    """Count the edges of the graph into each parameter, by id. A cast that autocast keeps for several uses counts once
+    per use."""
     edges: Counter[Any] = Counter()
     casts: list[tuple[Any, Any]] = []
     leaves: dict[Any, Tensor] = {}

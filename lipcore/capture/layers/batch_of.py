@@ -22,7 +22,7 @@ NoteOf = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 def batch_of(
     arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim: int, offsets_of: OffsetsOf | None
 ) -> Batch:
-    """Return the batch of a forward pass with these arguments; ValueError where its size cannot be told."""
+    """Return the batch of a forward pass with these arguments; raise ValueError where its size cannot be told."""
     if offsets_of is not None:
         offsets = boundaries(offsets_of(arguments, keywords))
         return Batch(len(offsets) - 1, batch_dim, offsets)
@@ -35,7 +35,7 @@ def batch_of(
 
 
 def batch_tensor(arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim: int) -> Tensor | None:
-    """Return the argument that has the batch, the first that may; None where none may."""
+    """Return the first argument that may hold the batch; None where no argument may."""
     first = arguments[0] if arguments else None  # mostly it, and looking for others takes 10 us
     if isinstance(first, Tensor) and first.dim() > batch_dim:
         return first

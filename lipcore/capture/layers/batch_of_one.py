@@ -60,8 +60,8 @@ Sink = tuple[list[int], list[Any], float]
 
 
 class SingleBatches:
-    """The server of passes of one sample, whose norms are those of the gradients that the backward pass leaves; the
-    layers' hooks are taken off.
+    """The server of passes of one sample, whose norms are read from the gradients that the backward pass leaves, with
+    the layers' hooks taken off.
 
     Only after these have proved to be what taps bring, and with a proof now and then: a penalty on the
     parameters or a layer called outside the model, say, is in the gradients and is no part of a sample's loss. While
@@ -107,11 +107,12 @@ class SingleBatches:
     # ---- proofs, by passes that are tapped
 
     def may_prove(self) -> bool:
-        """Return, before a tapped pass of one sample, whether the gradients it leaves will be its own."""
+        """Return, before a tapped pass of one sample, whether the gradients left in .grad will be that sample's
+        alone."""
         return self.enabled and _are_fresh(self._coverage.measured())
 
     def prove(self, norms_sq: Mapping[str, Tensor]) -> None:
-        """Compare the norms that a tapped pass brought with those of the gradients that it left."""
+        """Compare the norms that a tapped pass brought with those of the gradients that it left in .grad."""
         measured = self._coverage.measured()
         found = gradient_squares(measured)
         total = sum(float(row) for row in norms_sq.values())
@@ -151,7 +152,7 @@ class SingleBatches:
             self._serve(Untraced(self._core.before_forward), Untraced(self._core.after_forward))
 
     def stop(self) -> None:
-        """Put the other hooks back on; the next passes are tapped, and prove."""
+        """Put the tapping hooks back on; the next passes are tapped, and compared with their gradients."""
         if self._core is None:
             return
         with self._turning:
@@ -166,12 +167,12 @@ class SingleBatches:
     # ---- passes that are served
 
     def send_to(self, sink: Callable[[tuple[str, ...]], Sink | None]) -> None:
-        """Let `sink` say where norms of given parameters go; where it returns None, they go into records."""
+        """Let `sink` say where norms of given parameters go; norms for which it returns None go into records."""
         self._sink = sink
         self.renew_sink()
 
     def renew_sink(self) -> None:
-        """Ask the sink again, whose answer has changed."""
+        """Ask the sink again for the place where norms go, after its answer has changed."""
         if self._core is None:
             return
         self.flush()
@@ -182,16 +183,16 @@ class SingleBatches:
             self._core.set_sink(*sink)
 
     def set_active(self, active: bool) -> None:
-        """Say whether passes are recorded."""
+        """Set whether passes are recorded."""
         if self._core is not None:
             self._core.active = active
 
     def total(self) -> float | None:
-        """Return the squared norm of the pass that was served last, or None when its record was taken."""
+        """Return the squared norm of the pass that was served last; None when its record was taken."""
         return self._core.total if self._core is not None and self._core.pending else None
 
     def flush(self) -> None:
-        """Deliver the record of a pass whose numbers have gone into the sink."""
+        """Deliver the record of a served pass whose numbers have gone into the sink."""
         if self._core is not None and self._core.pending:
             self._core.take()
             self._deliver(replace(self._record(self._core.task), observed=True))
@@ -205,7 +206,8 @@ class SingleBatches:
         return LayerRecord(1, Rows(self._names, squares), {}, "", task, True)
 
     def _came_back(self, found: int, trouble: int, task: int) -> None:
-        """Take in the end of a backward pass through a served forward pass's graph, whose norms no sink took."""
+        """Deliver the record of a served pass whose backward pass has ended and whose norms no sink took, or the reason
+        why there are none."""
         broken = _TROUBLE.get(trouble, "" if self._core is not None else _STOPPED)
         if not broken and found == _core.GRADIENTS_NOTHING:
             self._not_accumulated()
@@ -227,7 +229,7 @@ class SingleBatches:
 
 
 def _are_fresh(parameters: dict[str, nn.Parameter]) -> bool:
-    """Return whether what a backward pass leaves in .grad will be the gradient of one sample, and still be there."""
+    """Return whether a backward pass will leave in .grad the gradient of one sample alone, to be read afterwards."""
     for parameter in parameters.values():
         if parameter.grad is not None or parameter._backward_hooks or not parameter.is_cpu:
             return False
@@ -239,7 +241,7 @@ def _are_fresh(parameters: dict[str, nn.Parameter]) -> bool:
 
 
 def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-    """Return the sum of squares of each parameter's gradient, float64 [1], where it has one."""
+    """Return, for each parameter that has a gradient, the gradient's sum of squares, float64 [1]."""
     names, gradients = [], []
     for name, parameter in parameters.items():
         gradient = parameter.grad
@@ -257,7 +259,7 @@ def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:
 
 
 def _inert_hooks() -> Any:
-    """Return what a copied model has in the place of the compiled hooks."""
+    """Return hooks that do nothing, which a copied model gets in the place of the compiled ones."""
     never = functools.partial(bool, False)
     calls = [Tensor, *(never for _ in range(_core.SINGLE_CALLS - 1))]
     return _core.SingleBatch([], [], [], calls, 0, 0)

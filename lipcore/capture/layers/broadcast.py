@@ -16,8 +16,8 @@ _SPREADING = frozenset({"AddBackward0", "SubBackward0", "MulBackward0", "DivBack
 
 
 def check_broadcast(output: Any, samples: int) -> None:
-    """Raise ValueError that names a layer whose output was spread over the batch, in the graph behind a model's output;
-    or one named in broadcast= whose expanded output got one more dimension in front."""
+    """Raise ValueError that names a layer whose output was spread over the batch in the graph behind a model's output,
+    or a layer named in broadcast= whose expanded output got one more dimension in front."""
     if samples < 2:
         return
     consumers: defaultdict[Any, list[Any]] = defaultdict(list)

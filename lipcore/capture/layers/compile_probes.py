@@ -1,4 +1,7 @@
-"""Layer taps inside compiled regions: a probe per layer and forward pass takes the place of the pass itself."""
+"""Layer taps inside compiled regions: a probe per layer and forward pass takes the place of the pass itself.
+
+Such a probe is a leaf inside a compiled region, and none of the fixed points that Monitor.probe follows.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ class LayerProbes:
         self._pending: list[LayerPass] = []  # whose probes may come back: a region keeps only the probes alive
 
     def arm(self, run: LayerPass, device: torch.device) -> None:
-        """Make the probes of a forward pass that begins."""
+        """Make the probes of a forward pass that begins, and put them within the compiled region's reach."""
         for site in self._sites:
             probe = torch.empty(
                 len(site.columns), run.batch.size, dtype=torch.float64, device=device, requires_grad=True
@@ -46,7 +49,7 @@ class LayerProbes:
             armed.pop(site.number, None)
 
     def read(self, run: LayerPass) -> None:
-        """Add what the probes got to the pass whose backward pass is over."""
+        """Add the gradients of the probes to their pass, when its backward pass is over."""
         for site in self._sites if run.probes else ():
             probe = run.probes[site.number]
             if probe.grad is None:

@@ -41,7 +41,7 @@ class ParameterCoverage:
                 yield name, parameter
 
     def places(self) -> Iterator[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]]:
-        """Yield every parameter as it is now, with the dict and the key it is found by."""
+        """Yield every parameter as it is now, with the dict that holds it and its key there."""
         for owner, key in self._parameters.values():
             parameter = owner._parameters.get(key)
             if parameter is not None:
@@ -52,8 +52,8 @@ class ParameterCoverage:
         return {name: p for name, p in self.parameters() if name in self.covered and p.requires_grad}
 
     def frozen_since(self) -> frozenset[str]:
-        """Return the parameters that were frozen after the model was looked at; ValueError for one that was unfrozen,
-        or that is computed from others."""
+        """Return the parameters that were frozen after the model was looked at; raise ValueError for one that was
+        unfrozen, or that is computed from others."""
         for name, (owner, key) in self._parameters.items():
             parameter = owner._parameters.get(key)
             if parameter is None or parameter.requires_grad is not self._trainable.get(name) or not parameter.is_leaf:
@@ -80,7 +80,7 @@ class ParameterCoverage:
         return frozenset(frozen)
 
     def mixing(self) -> str:
-        """Return which layer mixes the samples, its mode having changed since (BatchNorm in train mode), or ""."""
+        """Return a text naming a layer that mixes samples since its mode changed (BatchNorm in train mode), or ""."""
         for name, module, rule in self.may_mix:
             if name not in self._mixed_before and (reason := rule.refuses(module)):
                 return f"module '{name}' ({type(module).__name__}): {reason}"
@@ -91,7 +91,7 @@ class ParameterCoverage:
         self.uncovered[name] = reason
 
     def check(self) -> None:
-        """Raise ValueError that names what is not covered."""
+        """Raise ValueError that names the parameters without a rule."""
         if not self.uncovered:
             return
         named = [f"'{name}': {reason}" for name, reason in self.uncovered.items()]
@@ -102,7 +102,7 @@ class ParameterCoverage:
         )
 
     def check_single_use(self) -> None:
-        """Raise ValueError when a parameter is tied, which a compiled region cannot join."""
+        """Raise ValueError when a parameter is tied, since a compiled region cannot join its uses."""
         for name, layers in self.covered.items():
             if " + " in layers:
                 raise ValueError(
@@ -118,7 +118,7 @@ class ParameterCoverage:
 
 
 def cover(model: nn.Module) -> ParameterCoverage:
-    """Look at the modules of a model: which parameter has a rule by structure alone."""
+    """Find the parameters of a model that have a rule, by the structure of its modules alone."""
     coverage = ParameterCoverage()
     names: dict[int, str] = {}
     modules = list(named_modules(model))
@@ -176,7 +176,7 @@ def cover(model: nn.Module) -> ParameterCoverage:
 
 
 def _makes_another(module: nn.Module, key: str) -> bool:
-    """Return whether the parameter is what pruning or the older weight_norm left of one, a plain tensor now."""
+    """Return whether a parameter is the one that pruning or the older weight_norm computes a plain tensor from."""
     return any(isinstance(value, Tensor) and key.startswith(f"{name}_") for name, value in module.__dict__.items())
 
 

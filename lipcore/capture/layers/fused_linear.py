@@ -15,7 +15,8 @@ _LEAST_TOKENS = 48  # below, an ordinary weight gradient and a Gram cost less
 
 
 def can_fuse(rule: Rule, module: Any, arguments: tuple[Any, ...], batch: Batch) -> bool:
-    """Return whether this call is a Linear's, has sequences long enough, and nothing but x to differentiate by."""
+    """Return whether lipcore can compute the weight's gradient of a call: of a Linear, on x alone, with sequences long
+    enough."""
     if len(arguments) != 1 or not rule.fuses(module):
         return False
     x = arguments[0]
@@ -24,10 +25,10 @@ def can_fuse(rule: Rule, module: Any, arguments: tuple[Any, ...], batch: Batch) 
 
 
 class FusedSite(Protocol):
-    """The site of a Linear that is fused, as its autograd Function sees it."""
+    """The site of a fused Linear, as its autograd Function sees it."""
 
     def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
-        """Return the weight's gradient, having taken the norms; None where torch's own way is to compute it."""
+        """Take the per-sample norms and return the weight's gradient; return None where torch is to compute it."""
 
 
 class FusedLinear(torch.autograd.Function):

@@ -89,7 +89,7 @@ class LayerCapture:
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
 
     def _check_names(self) -> None:
-        """Raise ValueError for an argument that names no tapped layer, or a method that a compiled model has not."""
+        """Raise ValueError for an argument that names no tapped layer, or for a method that compiled models lack."""
         names = [site.name for site in self.sites]
         known = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
         for argument, given in (("methods", self._options.methods), ("broadcast", self._options.broadcast)):
@@ -103,7 +103,7 @@ class LayerCapture:
             )
 
     def attach(self) -> None:
-        """Register the hooks; ValueError when a trainable parameter is not covered."""
+        """Register the hooks; raise ValueError when a trainable parameter is not covered."""
         if compiles_its_call(self.model):
             raise ValueError(
                 "model: was compiled in place by model.compile(), which leaves no room outside the graph; use "
@@ -127,7 +127,7 @@ class LayerCapture:
             self._hooks.tap()
 
     def rebind(self) -> None:
-        """Look at the model anew; what was under way does not count."""
+        """Look at the model's layers and parameters anew, and drop the passes under way."""
         self._unhook()
         self.proofs.withdraw()
         self.passes.forget()
@@ -136,7 +136,7 @@ class LayerCapture:
         self.attach()
 
     def close(self) -> None:
-        """Remove every hook; what was recorded stays."""
+        """Remove every hook; records that were delivered stay."""
         self.flush()
         self.proofs.withdraw()
         self.passes.recording = False
@@ -154,7 +154,7 @@ class LayerCapture:
 
     @property
     def active(self) -> bool:
-        """False in steps that are not to be recorded."""
+        """True in steps that are to be recorded; may be set."""
         return self.passes.active
 
     @active.setter
@@ -169,7 +169,7 @@ class LayerCapture:
 
     @property
     def watches(self) -> bool:
-        """True while its hooks are on the model and record."""
+        """True while the hooks are on the model and record."""
         return self.passes.recording and self._hooks is not None
 
     @property
@@ -179,7 +179,7 @@ class LayerCapture:
 
     @property
     def unrecorded(self) -> dict[str, int]:
-        """The reasons why backward passes were not recorded, and how many each."""
+        """The reasons why backward passes were not recorded, each with how many there were."""
         return self.passes.unrecorded
 
     def flush(self) -> None:
@@ -237,7 +237,7 @@ class LayerCapture:
 
     @property
     def _may_serve(self) -> bool:
-        """True where batches of one might be served from the gradients."""
+        """True where norms of batches of one might be read from the parameters' gradients."""
         options = self._options
         one_way = options.normalized or self._compiled or self.coverage.may_mix or options.offsets_of or options.note_of
         return self._options.fast_batch_of_one and self._audit.done and not one_way
@@ -299,7 +299,7 @@ class LayerCapture:
             passes.fail(error)
 
     def _single_came_back(self, record: LayerRecord) -> None:
-        """Hand on the record of a batch of one that was served from its gradients."""
+        """Hand on the record of a batch of one whose norms were read from its gradients."""
         if not self.passes.recording:
             return
         try:

@@ -50,7 +50,7 @@ class Rows(Mapping[str, Tensor]):
 
 @dataclass
 class LayerRecord:
-    """The numbers that one backward pass brought, before the loss reduction is taken out."""
+    """The numbers that one backward pass brought, with the loss reduction's factor still in them."""
 
     samples: int  #: B
     norms_sq: Mapping[
@@ -67,14 +67,14 @@ class LayerRecord:
     hidden: str = ""  #: why those of some samples are NaN
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
-        """Give a reason for every covered parameter that is not among the norms."""
+        """Note a reason for every covered parameter that is not among the norms."""
         for name in covered:
             if name not in self.norms_sq and name not in self.reasons:
                 why = "is frozen" if name in frozen else "no gradient reached it in this backward pass"
                 self.reasons[name] = self.broken or why
 
     def hide(self, unseen: Mapping[str, Tensor]) -> None:
-        """Replace by NaN what came of samples that no proof has seen, where it is not 0."""
+        """Replace by NaN the numbers, other than 0, of samples that no proof has seen."""
         rows = dict(self.norms_sq)
         for name, samples in unseen.items():
             if name in rows:
@@ -121,11 +121,11 @@ class LayerPass:
 
     @property
     def batches(self) -> list[Batch]:
-        """The batches that a layer's call may be of."""
+        """The batches that a layer's call in this pass may be of."""
         return [self.batch]
 
     def begin_task(self, task: int) -> bool:
-        """Note that a number comes back in this backward pass; True when it is the first."""
+        """Note that a number comes back in this backward pass; return True when it is the first."""
         if self.task == task:
             return False
         self.task = task
@@ -137,7 +137,7 @@ class LayerPass:
         self.add_factors({name: factor})
 
     def add_factors(self, factors: dict[str, Factor]) -> None:
-        """Take in what one call of a layer brought."""
+        """Take in the factors of per-sample gradients that one call of a layer brought."""
         at_once = {}
         for name, factor in factors.items():
             if name in self.frozen:
@@ -169,7 +169,7 @@ class LayerPass:
         self._rows[name] = norms_sq
 
     def record(self, covered: Collection[str]) -> LayerRecord:
-        """Return everything that came back of these parameters, and why the rest did not."""
+        """Return the record of these parameters: every norm that came back, and why the others did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
                 self._rows[name] = factor.norms_sq()
@@ -192,9 +192,9 @@ class LayerPass:
 
 
 class Recomputation(LayerPass):
-    """The passes that an activation checkpoint may run again, when there are several. One that keeps its tensors for
-    the first run's backward only needs the same ones again, for which the pass's batch must be of the right size; one
-    with a backward pass of its own cannot be told apart."""
+    """The passes that an activation checkpoint may run again, when there are several. A checkpoint that keeps its
+    tensors for the first run's backward only needs the same ones again, for which the pass's batch must be of the right
+    size; a checkpoint with a backward pass of its own cannot be assigned to one pass."""
 
     def __init__(self, passes: set[LayerPass]) -> None:
         super().__init__(next(iter(passes)).batch)

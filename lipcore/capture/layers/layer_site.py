@@ -40,18 +40,18 @@ _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 
 class LayerSite:
-    """A module with a rule, hooked; brings the factors of its parameters' gradients to the pass they belong to.
+    """A hooked module with a rule, which brings the factors of its parameters' gradients to the pass they belong to.
 
     Args:
-        passes: of the model.
-        name: the module's, by which messages and the arguments below call it.
+        passes: the model's forward passes.
+        name: the module's name, as in messages and in the options.
         names: the parameter's key in the module -> its canonical name.
-        options: what was asked for all layers.
-        signs: of estimates, the same for all layers.
+        options: the settings for all layers.
+        signs: the random signs of estimates, the same for all layers.
 
     Attributes:
         how: the way in which the weight's norms are computed, once that is known.
-        broadcast: its output has no batch dimension and is expanded here.
+        broadcast: True where the layer's output has no batch dimension and is expanded here.
     """
 
     def __init__(
@@ -137,7 +137,7 @@ class LayerSite:
     def _prepared(
         self, module: nn.Module, arguments: Any, keywords: Any, output: Tensor, batches: list[Batch]
     ) -> _Call:
-        """Return the call as one of these batches, the first that its shapes fit."""
+        """Return a layer's call as a call with the first of these batches that its shapes fit."""
         *others, last = batches
         for batch in others:
             with suppress(ValueError):
@@ -161,9 +161,9 @@ class LayerSite:
     def _expanded(
         self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
     ) -> tuple[Batch, tuple[Any, ...], Tensor]:
-        """Return batch, arguments and output as they would be with the batch dimension, which this layer is called
-        without (positions). The values stay the same and, by the very sum over the batch that broadcasting makes, so do
-        the gradients."""
+        """Return batch, arguments and output as they would be with the batch dimension, for a layer that is called
+        without it (positions). The values stay the same and, by the very sum over the batch that broadcasting makes, so
+        do the gradients."""
         first = arguments[0]
         positions = first.dim() - first.is_floating_point()  # dimensions that are no features
         if positions > 1 and first.shape[0] == batch.size > 1:
@@ -177,7 +177,8 @@ class LayerSite:
         return Batch(batch.size), (first.expand(shape), *arguments[1:]), output
 
     def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
-        """Take in the gradient at the output. Runs in the backward pass, in which nothing may be raised."""
+        """Take in the gradient at the layer's output. This runs in the backward pass, in which nothing may be
+        raised."""
         passes = self._passes
         if is_proof() or not passes.recording or not passes.comes_back(run, inner):
             return
@@ -193,7 +194,7 @@ class LayerSite:
             passes.fail(_named(error, self))
 
     def _tuned(self, factor: Factor) -> Factor:
-        """Return the factor with the method that was asked for."""
+        """Return the factor, set to the method that the user asked for at this layer."""
         if self._method == "estimate":
             return EstimatedOuter(factor, self._signs) if isinstance(factor, Outer) else factor
         if self._method is not None and hasattr(factor, "method"):
@@ -201,7 +202,7 @@ class LayerSite:
         return factor
 
     def fused_came_back(self, run: LayerPass, grad: Tensor, x: Tensor, inner: bool) -> Tensor | None:
-        """Return the weight gradient, with the norms taken on the way; None where torch is to compute it."""
+        """Return the weight's gradient, with the norms taken on the way; None where torch is to compute it."""
         passes, batch = self._passes, run.batch
         weight = self.names["weight"]
         if is_proof() or not passes.recording or not passes.comes_back(run, inner):
@@ -227,7 +228,7 @@ class LayerSite:
 
     @property
     def has_own_rule(self) -> bool:
-        """True where the rule is not one of lipcore's."""
+        """True where the rule is the user's and not lipcore's."""
         return not type(self.rule).__module__.startswith("lipcore.")
 
     def squares_of(self, grad: Tensor, batch: Batch) -> Tensor:
@@ -269,7 +270,7 @@ class LayerSite:
 
 
 class _Call(NamedTuple):
-    """A layer's call as it is tapped."""
+    """One call of a tapped layer: its batch, arguments, output and what its rule saved."""
 
     batch: Batch
     arguments: tuple[Any, ...]
@@ -334,7 +335,7 @@ class _Strayed(torch.autograd.Function):
 
 
 def _precedes(module: nn.Module, site: LayerSite) -> bool:
-    """Return whether a hook that is not of this kind runs before this one, and may have changed the output."""
+    """Return whether a hook that is no tap runs before this site's, and may have changed the output."""
     if ANY_FORWARD_HOOKS:  # they run before a module's own
         return True
     for hook in module._forward_hooks.values():
@@ -346,7 +347,7 @@ def _precedes(module: nn.Module, site: LayerSite) -> bool:
 
 
 def _site_of(output: Tensor) -> LayerSite | None:
-    """Return the site of another metric, which has tapped this output already."""
+    """Return the site of another metric that has tapped this output already; None where there is none."""
     site = getattr(output.grad_fn, "site", None)
     return site if isinstance(site, LayerSite) else None
 

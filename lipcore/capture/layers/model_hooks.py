@@ -34,12 +34,13 @@ class ModelHooks:
         self._on_layers = []
 
     def serve(self, begin: Any, end: Any) -> None:
-        """Put these in the place of the model's own, in their order among others' hooks, and none on the layers."""
+        """Put the hooks `begin` and `end` in the place of the model's own, in their order among others' hooks, and take
+        those of the layers off."""
         self._replace(begin, end)
         self._unhook_layers()
 
     def tap(self) -> None:
-        """Put back what :meth:`serve` has taken off."""
+        """Put back the hooks that :meth:`serve` has taken off."""
         self._hook_layers()  # first: another thread's pass may begin at once
         self._replace(self._begin, self._end)
 

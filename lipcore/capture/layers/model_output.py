@@ -9,9 +9,11 @@ from torch import Tensor
 
 
 def tap_output(output: Any, samples: int, keep: Callable[[Tensor], None]) -> Tensor | None:
-    """Return the output anew, whose gradient's squares, float64 [B], go to `keep`; None where it has no gradient.
+    """Return the model's output anew, with its gradient's squares, float64 [B], going to `keep`; return None where the
+    output has no gradient.
 
-    ValueError where it is not one number per sample.
+    Raises:
+        ValueError: the output is not a tensor with one number per sample.
     """
     if not isinstance(output, Tensor):
         raise ValueError(f"model: normalized=True needs an output that is a tensor, got {type(output).__name__}")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def watch(output: Any, on_gradient: Callable[[], None]) -> None:
-    """Call on_gradient when a gradient comes back to an output beside the first."""
+    """Call `on_gradient` when a gradient comes back to one of a layer's outputs beside the first."""
 
     def came(grad: Tensor) -> None:
         on_gradient()
@@ -20,7 +20,8 @@ def watch(output: Any, on_gradient: Callable[[], None]) -> None:
 
 
 def watch_probed(output: Any, probe: Tensor) -> Any:
-    """Watch the other outputs inside a compiled region, where the probe's gradient becomes NaN."""
+    """Return a layer's output, inside a compiled region, with the tensors beside the first watched: a gradient at one
+    of them makes the probe's gradient NaN."""
     others = {id(other) for other in _others(output)}
     if not others:
         return output

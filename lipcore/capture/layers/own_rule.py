@@ -25,10 +25,10 @@ def wrong_by_rule(site: LayerSite, node: Any, gradient: Tensor, run: LayerPass, 
 
     Args:
         site: the layer.
-        node: of the graph, that its output was tapped by.
-        gradient: at the output.
+        node: the node of the graph by which the layer's output was tapped.
+        gradient: the gradient at the layer's output.
         run: the forward pass.
-        half: half precision is computed in.
+        half: True where half precision is computed in.
     """
     sample = run.batch.size // 2
     alone = _of_sample(site, gradient, run, sample)

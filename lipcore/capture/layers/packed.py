@@ -1,4 +1,4 @@
-"""Boundaries of packed sequences: whether they fit."""
+"""Boundaries of packed sequences: checks that they fit."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from lipcore.functional.dtypes import INTEGERS
 
 
 def boundaries(offsets: Any) -> Tensor:
-    """Return boundaries as int64 [B + 1], a copy: a buffer may be filled anew before the backward pass. Values are
-    checked where that does not wait for a device."""
+    """Return packed sequences' boundaries as int64 [B + 1], a copy, since a buffer may be filled anew before the
+    backward pass. Values are checked where that does not wait for a device."""
     if not isinstance(offsets, Tensor) or offsets.dim() != 1 or not len(offsets) or offsets.dtype not in INTEGERS:
         got = f"{offsets.dtype} {list(offsets.shape)}" if isinstance(offsets, Tensor) else type(offsets).__name__
         raise ValueError(f"cu_seqlens: expected boundaries, integers of shape [B + 1], got {got}")
@@ -24,7 +24,8 @@ def boundaries(offsets: Any) -> Tensor:
 
 
 def check_rows(output: Tensor, features: int, offsets: Tensor) -> None:
-    """Raise ValueError unless the boundaries end with the last row of an output, whose last dimensions are features."""
+    """Raise ValueError unless the boundaries end with the last row of an output whose last `features` dimensions hold
+    features."""
     if output.dim() <= features:
         raise ValueError(
             f"cu_seqlens: expected packed rows [total, features], got an output of shape {list(output.shape)}, which "

@@ -20,14 +20,14 @@ _TENSORS = 6  # of the largest size that a backward pass holds at once, about, w
 
 
 class Graph:
-    """What a pass has left behind its output.
+    """The graph that a forward pass has left behind the model's output.
 
     Attributes:
         tapped: nodes with a layer of this capture.
         foreign: nodes of autograd Functions of the user's.
-        refused: why it allows no other backward pass, or "".
-        dtypes: of gradients in it.
-        bytes: of memory that a pass through it takes, roughly.
+        refused: why the graph allows no other backward pass, or "".
+        dtypes: the dtypes of gradients in the graph.
+        bytes: the memory that a backward pass through the graph takes, roughly.
     """
 
     def __init__(self, run: LayerPass, output: Any, sites: Sequence[LayerSite]) -> None:

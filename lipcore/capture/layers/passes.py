@@ -90,7 +90,7 @@ class Passes:
         self.current = self._last = None
 
     def fail(self, error: Exception) -> None:
-        """Stop recording and hand the error on."""
+        """Stop recording and hand the error on to `on_error`."""
         if self.recording:
             run = self.current or self._last
             self.recording = False
@@ -100,11 +100,11 @@ class Passes:
             self._on_unrecorded(run.batch.size if run is not None else 1, f"recording has stopped: {error}")
 
     def count(self, reason: str) -> None:
-        """Count a backward pass that is not recorded."""
+        """Count, under its reason, a backward pass that is not recorded."""
         self.unrecorded[reason] = self.unrecorded.get(reason, 0) + 1
 
     def not_accumulated(self, samples: int) -> None:
-        """Count a backward pass that left some gradients out, and say so."""
+        """Count a backward pass that left some gradients out, and report it to `on_unrecorded`."""
         self.single.flush()  # an earlier pass's record comes first
         self.count(NOT_ACCUMULATED)
         self._on_unrecorded(samples, NOT_ACCUMULATED)
@@ -112,7 +112,8 @@ class Passes:
     # ---- the forward pass
 
     def before_forward(self) -> bool:
-        """Drop what an earlier pass that raised has left; True when the one that begins is to be recorded."""
+        """Drop the pass that an earlier forward pass left when it raised; return True when the one that begins is to be
+        recorded."""
         self.current = None
         self._returning.clear()
         self.skipped = self.recording and not self.active
@@ -121,17 +122,17 @@ class Passes:
         return self.tapping
 
     def begin(self, run: LayerPass) -> None:
-        """Make this the pass under way."""
+        """Make a pass the one under way in this thread."""
         self.current = self._last = run
         self._alive[id(run)] = run
 
     def end(self) -> LayerPass | None:
-        """Return the pass that was under way in this thread, whose forward has ended."""
+        """Return the pass that was under way in this thread, whose forward pass has ended."""
         run, self.current = self.current, None
         return run
 
     def await_backward(self, run: LayerPass, output: object) -> None:
-        """Look out for a backward pass that comes to the model's output."""
+        """Register a hook that notices a backward pass which comes to the model's output."""
         on_backward(output, lambda _: self._begin_backward(run))
 
     def waiting(self) -> list[LayerPass]:
@@ -164,7 +165,7 @@ class Passes:
                 self._after_backward(lambda task: self._nothing_came(run, task))
 
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
-        """Note that a gradient comes back to this pass; True when it counts.
+        """Note that a gradient comes back to a pass; return True when it counts.
 
         Args:
             run: the pass that the layer was called in.
@@ -194,7 +195,7 @@ class Passes:
         return not run.spoiled
 
     def probe_comes_back(self, run: LayerPass) -> None:
-        """Note that a compiled region's probe of this pass got its gradient."""
+        """Note that a compiled region's probe of a pass got its gradient."""
         task = in_backward()
         if self.recording and not is_proof() and run.begin_task(task):
             queue_callback(lambda: self._end_backward(run, task))
@@ -206,7 +207,7 @@ class Passes:
             self._deliver(run, task)
 
     def entangled(self, run: LayerPass, task: int) -> str:
-        """Return why this pass's gradients are not its own alone in this backward pass, or ""; asked once."""
+        """Return why a pass's gradients are not its own alone in a backward pass, or ""; to be asked once."""
         reason = ""
         if any(other.chained and other.task == task for other in self._living()):
             reason = _CHAINED
@@ -215,14 +216,14 @@ class Passes:
         return reason
 
     def is_alone(self, run: LayerPass, task: int) -> bool:
-        """Return whether no other pass adds to the gradients, in this backward pass or a later one."""
+        """Return whether no other pass adds to a pass's gradients, in this backward pass or a later one."""
         others = (other for other in self._living() if other is not run)
         return not any(other.task == task or other.finished_task == -1 for other in others)
 
     # ---- what comes back to no forward pass
 
     def unfollowed(self) -> None:
-        """Note that a layer runs in a backward pass, and in no forward pass that was seen."""
+        """Note that a layer runs in a backward pass, and belongs to no forward pass that was seen."""
         if self.tapping and in_backward() != self._lost:
             self._lost = in_backward()
             self._after_backward(self._only_strays)
@@ -237,7 +238,7 @@ class Passes:
                 self._stray.pop(next(iter(self._stray), -1), None)
 
     def _after_backward(self, call: Callable[[int], None]) -> None:
-        """Call it with the number of this backward pass, at its end and after its records."""
+        """Have `call` called with the number of this backward pass, at its end and after its records."""
         queue, task = queue_callback, in_backward()
         queue(lambda: queue(lambda: call(task)))
 
@@ -253,8 +254,8 @@ class Passes:
     # ---- passes whose end no callback tells
 
     def flush(self) -> None:
-        """Deliver passes whose every number came back from inner backward passes (reentrant checkpoints), and one whose
-        numbers are in the sink."""
+        """Deliver the passes whose every number came back from inner backward passes (reentrant checkpoints), and the
+        one whose numbers are in the sink."""
         self.single.flush()
         run, self._last = self._last, None
         if run is not None and run.inner_only and in_backward() == -1:

@@ -1,4 +1,5 @@
-"""Whether all ranks of a sharded model take part in a proof: one that ran its passes alone would wait for ever.
+"""Ranks of a sharded model: whether all of them take part in a proof, since one that ran its passes alone would wait
+for ever.
 
 A metric may be on one rank only, or have stopped on one. Each rank announces a proof in the store before the forward
 pass in question begins, and looks when it has ended. In between it has gathered parameters from all ranks, so every
@@ -22,7 +23,7 @@ class Ranks:
     """The ranks that a sharded model is on.
 
     Args:
-        model: has parameters that are DTensors.
+        model: the sharded model, with DTensors as parameters.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -40,20 +41,21 @@ class Ranks:
         self._out = False
 
     def announce(self, number: int) -> None:
-        """Say that this rank will prove the pass of that number, which has not begun."""
+        """Announce that this rank will prove the pass of this number, which has not begun."""
         if not self._out:
             self._store.add(f"{self._key}/{number}", 1)
             self._announced.add(number)
 
     def withdraw(self, after: int) -> None:
-        """Take back what was said of a pass after that one, and take part in none."""
+        """Take back this rank's announcements of passes after the one of this number, and take part in no more
+        proofs."""
         self._out = True
         for number in {number for number in self._announced if number > after}:
             self._announced.remove(number)
             self._store.add(f"{self._key}/{number}", _WITHDRAWN)
 
     def agree(self, number: int) -> bool:
-        """Return whether all have announced the pass of that number, which has ended on this rank."""
+        """Return whether all ranks have announced the pass of this number, which has ended on this rank."""
         if number not in self._announced:
             return False
         self._announced.remove(number)

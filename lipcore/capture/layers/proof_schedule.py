@@ -31,7 +31,7 @@ class ProofSchedule:
         self._shapes: set[tuple[int, ...]] = set()
 
     def due(self, shape: tuple[int, ...], samples: int) -> bool:
-        """Count a pass of such an input and return whether it is one of these."""
+        """Count a pass whose input has this shape, and return whether it is to be proved."""
         self.passes += 1
         by_number = self.passes >= self._next
         if by_number:
@@ -56,7 +56,7 @@ class ProofSchedule:
         return due
 
     def due_next(self) -> bool:
-        """Return whether the number of the next pass makes it one of these under a process group."""
+        """Return whether the next pass is to be proved by its number, as under a process group."""
         return self.passes + 1 >= self._next or self.passes + 1 in _EARLY
 
     def ask_again(self, kind: tuple[int, int]) -> None:

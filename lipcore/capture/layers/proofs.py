@@ -38,7 +38,7 @@ _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pas
 
 @dataclass
 class _Known:
-    """What is known of passes with so many dimensions and samples."""
+    """Findings of earlier proofs about passes with one number of dimensions and samples."""
 
     reason: str = _OPEN
     seen: dict[str, Tensor] = field(default_factory=dict)
@@ -47,16 +47,16 @@ class _Known:
 
 
 class Disproved(ValueError):
-    """The samples of a pass depend on each other."""
+    """The error that says that the samples of a pass depend on each other."""
 
 
 class Proofs:
-    """Proves passes of one model.
+    """The proofs of one model's passes.
 
     Nothing is raised but ValueErrors about the model, which its owner keeps for the user's next call.
 
     Attributes:
-        bytes: of memory that the last one took beside what the pass itself keeps, roughly.
+        bytes: the memory that the last proof took beside what the pass itself keeps, roughly.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[LayerSite], *, prove: bool, skip: bool) -> None:
@@ -73,16 +73,16 @@ class Proofs:
 
     @property
     def together(self) -> bool:
-        """Whether a proof that is due must be run on this rank because it is on others."""
+        """True where a due proof must be run on this rank because other ranks run it too."""
         return self._ranks is not None
 
     def withdraw(self) -> None:
-        """Prove no further passes, and say so to the other ranks."""
+        """Prove no further passes, and tell the other ranks."""
         if self._ranks is not None:
             self._ranks.withdraw(self._schedule.passes)
 
     def begin(self, run: LayerPass, arguments: tuple[Any, ...], keywords: dict[str, Any], first: Tensor | None) -> None:
-        """Keep what a pass begins with, where it is to be proved."""
+        """Keep the arguments and the state that a pass begins with, where it is to be proved."""
         if not self._wanted or first is None:
             run.unproved = "" if run.batch.size == 1 else NOT_ASKED
             return
@@ -101,7 +101,8 @@ class Proofs:
             known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
 
     def end(self, run: LayerPass, output: Any) -> dict[str, str]:
-        """Prove a pass that is to be, and note on any what is known of it; return parameters whose norms are wrong.
+        """Prove a pass that is to be proved, and note on any pass the findings about its kind; return the parameters
+        whose norms are wrong, with the reason.
 
         Raises:
             Disproved: samples depend on each other in a way that spoils all norms.

@@ -57,7 +57,7 @@ _MOST_ALONE = 3  # passes from single samples that show what mixes
 
 @dataclass
 class Verdict:
-    """What a proof has found.
+    """The findings of one proof.
 
     Attributes:
         reason: why this pass proves nothing, or "".
@@ -77,7 +77,7 @@ class Verdict:
 
 
 def verdict(run: LayerPass, seeds: Seeds, graph: Graph, sites: Sequence[LayerSite], *, fixed: bool) -> Verdict:
-    """Prove one pass, or find what is wrong with it; RuntimeError where its graph allows no other backward pass.
+    """Prove one pass, or find what is wrong with it; raise RuntimeError where its graph allows no other backward pass.
 
     Args:
         run: the forward pass, which has just ended.
@@ -106,7 +106,7 @@ def verdict(run: LayerPass, seeds: Seeds, graph: Graph, sites: Sequence[LayerSit
 
 
 class _Weighed:
-    """The rows of all layers, weighed from some outputs."""
+    """The rows of all layers' gradients, from backward passes that weight the samples of some outputs."""
 
     def __init__(self, run: LayerPass, seeds: Seeds, graph: Graph, sites: Sequence[LayerSite], *, fixed: bool) -> None:
         self._run, self._seeds, self._sites, self._fixed = run, seeds, sites, fixed
@@ -135,7 +135,7 @@ class _Weighed:
 
     @property
     def spoiled(self) -> bool:
-        """Whether a compiled layer got a gradient at an output beside its first."""
+        """True where a compiled layer got a gradient at an output beside its first."""
         return any(bool(calls.isnan()) for calls in self._calls.values())
 
     def verdict(self) -> Verdict:
@@ -174,8 +174,8 @@ class _Weighed:
         return result
 
     def _shares(self, samples: Sequence[int]) -> dict[str, float]:
-        """Return, of layers that mix or move samples, how much of one's gradient is not in its row: shown by passes
-        from single samples' outputs, since only that is sure where gradients are clipped."""
+        """Return, by layer that mixes or moves samples, the share of a sample's gradient that is not in its row. Passes
+        from single samples' outputs show it, since only they are sure where gradients are clipped."""
         found: dict[str, float] = {}
         # Every rank of a sharded model runs as many passes.
         for sample in [*samples, 0][:1] if self._fixed else list(dict.fromkeys(samples))[:_MOST_ALONE]:
@@ -211,13 +211,14 @@ def _squares(site: LayerSite, batch: Batch, kept: dict[int, Tensor] | None, key:
 
 
 def _columns(calls: dict[int, Tensor], number: int, gradient: Tensor) -> Tensor:
-    """Return the squares that a compiled region's probe got; its last row counts the layer's calls."""
+    """Return the squares that a compiled region's probe got, and note how often the layer was called (its last row)."""
     calls[number] = gradient[-1].max()
     return gradient[:-1].reshape(-1)
 
 
 def unseen_rows(sites: Sequence[LayerSite], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return, by name of a record's row, the samples that no proof has seen, where there are any."""
+    """Return, by name of a record's row, the samples that no proof has seen; rows of which all were seen are left
+    out."""
     found: dict[str, Tensor] = {}
     for site in sites:
         rows = seen.get(site.name)

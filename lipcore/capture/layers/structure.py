@@ -34,7 +34,8 @@ class Structure:
         ]
 
     def _places(self) -> dict[str, tuple[nn.Module, str]]:
-        """Return, by parameter's name, the module it is in and the name of the first place where the same object is."""
+        """Return, by parameter's name, the module that holds it and the name of the first place where the same object
+        is."""
         first: dict[int, str] = {}
         return {name: (module, first.setdefault(id(parameter), name)) for name, module, parameter in self._parameters()}
 
@@ -45,7 +46,7 @@ class Structure:
                     yield f"{module_name}.{key}" if module_name else key, module, parameter
 
     def check(self) -> None:
-        """Raise ValueError when layers or ties are others than they were."""
+        """Raise ValueError when layers or ties have changed since the model was looked at."""
         if all(len(owner) == size for owner, size in self.sizes) and all(
             owner.get(key) is value for owner, key, value in self.links
         ):

@@ -11,7 +11,7 @@ from lipcore.capture.layers.layer_site import LayerSite
 
 
 class TappedLayers(Protocol):
-    """All layers of one model, tapped."""
+    """All tapped layers of one model, as a metric sees them."""
 
     @property
     def sites(self) -> Sequence[LayerSite]:
@@ -19,7 +19,7 @@ class TappedLayers(Protocol):
 
     @property
     def coverage(self) -> ParameterCoverage:
-        """Parameters, and which of them are measured."""
+        """Coverage of the parameters, which says of each whether it is measured."""
 
     @property
     def single(self) -> SingleBatches:
@@ -27,7 +27,7 @@ class TappedLayers(Protocol):
 
     @property
     def proofs(self) -> object:
-        """Proofs of its passes; as a text, when they are made or why not."""
+        """Proofs of the model's passes; as a text they say when passes are proved or why not."""
 
     @property
     def skipped(self) -> bool:
@@ -35,15 +35,15 @@ class TappedLayers(Protocol):
 
     @property
     def watches(self) -> bool:
-        """True while hooks are on the model and record."""
+        """True while the hooks are on the model and record."""
 
     @property
     def unrecorded(self) -> Mapping[str, int]:
-        """Reasons why backward passes were not recorded, and how many each."""
+        """Reasons why backward passes were not recorded, each with how many there were."""
 
     @property
     def active(self) -> bool:
-        """False in steps that are not to be recorded; may be set."""
+        """True in steps that are to be recorded; may be set."""
 
     @active.setter
     def active(self, active: bool) -> None: ...
@@ -52,4 +52,4 @@ class TappedLayers(Protocol):
         """Deliver passes whose end no callback tells."""
 
     def rebind(self) -> None:
-        """Look at the model anew; what was under way does not count."""
+        """Look at the model's layers and parameters anew, and drop the passes under way."""

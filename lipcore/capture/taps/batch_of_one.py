@@ -22,8 +22,8 @@ from lipcore.models.chains import chain_of
 
 
 def ends_of_chain(model: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
-    """First and last Linear of a plain chain whose biases' gradients tell all about a single sample; None when not
-    sure."""
+    """Return the first and last Linear of a plain chain whose biases' gradients tell all about a single sample; None
+    where that is not sure."""
     modules = [module for _, module in chain_of(model)]
     if len(modules) < 2 or model._forward_hooks or model._forward_pre_hooks:
         return None
@@ -45,11 +45,13 @@ def shortcut_hooks(
     hook_taps: Callable[[], None],
     unhook_taps: Callable[[], None],
 ) -> Any:
-    """The compiled hooks, yet to be registered; they call for the taps when a batch comes that they cannot serve."""
+    """Return the compiled hooks, yet to be registered. They call `hook_taps` when a batch comes that they cannot
+    serve."""
     before = -1
 
     def changed(way: int) -> bool:
-        """False: not this one, since gradients of an earlier pass are still to come to the same biases."""
+        """Change to another way of observing passes; return False, changing nothing, where gradients of an earlier pass
+        are still to come to the same biases."""
         nonlocal before
         if way in (_core.SERVED, _core.CHECKED) and collector.waits:
             return False
@@ -76,7 +78,7 @@ def shortcut_hooks(
 
 
 def _inert_hooks() -> Any:
-    """What a copied model has in their place."""
+    """Return hooks that do nothing, which a copied model gets in the place of the compiled ones."""
     layer = SimpleNamespace(_parameters={}, _forward_hooks={}, bias=None)
     never = functools.partial(bool, False)
     distributions = [_core.Distribution() for _ in range(3)]

@@ -18,13 +18,13 @@ from lipcore.models.torch_internals import queue_callback
 
 
 class Check(Protocol):
-    """Something that looks at a backward pass when it enters the graph."""
+    """A check that looks at a backward pass when it enters the graph."""
 
     micro: MicroBatch
     site: Site | None  #: at whose output
 
     def run(self, grad_output: Tensor) -> None:
-        """Look, given the gradient at the model's output."""
+        """Look at the backward pass, given the gradient at the model's output."""
 
 
 class MicroBatch:
@@ -51,14 +51,15 @@ class MicroBatch:
 
 
 class _UnderWay(threading.local):
-    """The forward pass of this thread."""
+    """The forward pass under way in this thread."""
 
     micro: MicroBatch | None = None
     checking = False  # a backward pass of lipcore's own runs in this thread
 
 
 class Collector:
-    """Hands each micro-batch's record to `on_record` once the numbers of all its sites are there.
+    """The meeting place of one Capture's hooks, which hands each micro-batch's record to `on_record` once the numbers
+    of all its sites are there.
 
     One per Capture; the hooks on its sites meet here.
     """
@@ -80,13 +81,13 @@ class Collector:
         self._on_record, self._on_error = on_record, on_error
 
     def fail(self, error: Exception) -> None:
-        """Stop capturing and hand the error on; never raises."""
+        """Stop capturing and hand the error on; raise nothing."""
         if self.recording:
             self.recording = self.tapping = False
             self._on_error(error)
 
     def begin(self) -> MicroBatch:
-        """A forward pass."""
+        """Return a new micro-batch for the forward pass that begins."""
         self.check = None
         micro = self.under_way.micro = MicroBatch()
         self._begun[id(micro)] = micro
@@ -94,13 +95,13 @@ class Collector:
 
     @property
     def waits(self) -> bool:
-        """Whether a tapped forward pass has not come back yet, and still can."""
+        """True where the backward pass of a tapped forward pass has not come yet, and still can."""
         alive = (reference() for reference in self._begun.valuerefs())
         return any(micro is not None and micro.entered and not micro.delivered for micro in alive)
 
     def enter_again(self, site: Site) -> MicroBatch | None:
-        """The micro-batch of a call that is not the first of its site in a forward pass; None when it is not part of
-        one."""
+        """Return the micro-batch of a call that is not its site's first in a forward pass; None where the call is not
+        to be tapped. A site that is called twice in one forward pass is given up, or fails."""
         if in_backward() != -1:
             # Activation checkpointing runs the forward again. Where the first run was recorded, this is not another
             # call; where it ran without grad (reentrant), this one belongs to the backward pass under way.
@@ -119,7 +120,7 @@ class Collector:
         return None
 
     def lose(self, site: Site, reason: str) -> None:
-        """Go on without a site."""
+        """Give a site up and go on with the others."""
         if site in self.sites:
             self.sites.remove(site)
         if self.unresolved is site:
@@ -127,7 +128,7 @@ class Collector:
         site.lose(reason)
 
     def counts(self, micro: MicroBatch) -> bool:
-        """Whether what comes back in this backward pass is the training's."""
+        """Return whether gradients of this backward pass are the training's."""
         task = in_backward()
         if torch.is_grad_enabled() and micro.differentiated is None:
             micro.differentiated = task
@@ -140,18 +141,18 @@ class Collector:
         return False
 
     def arrived(self, micro: MicroBatch) -> None:
-        """Numbers of a site have come back."""
+        """Note that a site's numbers have come back, and deliver the micro-batch when all have."""
         self.returning = micro
         if self.is_complete(micro):
             self.deliver(micro)
 
     def is_complete(self, micro: MicroBatch) -> bool:
-        """Return whether nothing more has to come."""
+        """Return whether all sites of a micro-batch have brought their numbers."""
         return all(site in micro.columns for site in (*self.sites, *micro.probed))
 
     def finish_later(self, micro: MicroBatch) -> None:
-        """Deliver at the end of the backward pass what may be incomplete then: the model may not use its input, or not
-        have a first layer."""
+        """Deliver a micro-batch at the end of the backward pass where some numbers may be missing then: the model may
+        not use its input, or not have a first layer."""
         if (micro.probed or self.unresolved is not None) and not micro.delivered:
             task = micro.task
             queue_callback(lambda: self._finish(micro, task))
@@ -164,7 +165,7 @@ class Collector:
             self.deliver(micro)
 
     def deliver(self, micro: MicroBatch) -> None:
-        """Hand on its numbers, which are all there."""
+        """Hand on the record of a micro-batch whose numbers are all there."""
         self.returning = None
         micro.delivered = True
         record: Record = {}
@@ -185,7 +186,7 @@ class Collector:
 
 
 def inert_collector() -> Collector:
-    """For the hooks of a copied model, which is not watched."""
+    """Return a collector that records nothing, for the hooks of a copied model."""
     inert = Collector(lambda record: None, lambda error: None)
     inert.recording = inert.tapping = False
     return inert

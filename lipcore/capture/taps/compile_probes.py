@@ -1,4 +1,7 @@
-"""Probes: how numbers leave a compiled region, which can neither make leaves nor keep what a hook tells it."""
+"""Probes: how numbers leave a compiled region, which can neither make leaves nor keep what a hook tells it.
+
+Such a probe is a leaf inside a compiled region, and none of the fixed points that Monitor.probe follows.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ _MAX_PENDING = 1024  # forward passes whose probes may wait for their backward
 
 
 class Probes:
-    """Makes the probes of every forward pass outside the region, from the batch size of the input, and reads their
-    gradients when the clock ticks."""
+    """The probes of all sites: made outside the region for each forward pass, from the batch size of the input, with
+    their gradients read when the optimizer has stepped."""
 
     def __init__(self, sites: list[Site], collector: Collector) -> None:
         self.pending: list[MicroBatch] = []  # always this very list
@@ -45,12 +48,13 @@ class Probes:
             del self.pending[0]
 
     def disarm(self) -> None:
-        """The forward pass is over."""
+        """Take the probes out of the region's reach when the forward pass is over."""
         for site in self._sites:
             armed.pop(site.number, None)
 
     def read(self, *, forget: bool) -> None:
-        """Deliver what has come back; `forget` the forward passes from before the last time that did so."""
+        """Deliver the micro-batches whose probes have their gradients; with `forget`, drop those forward passes that
+        began before the last time that probes were read so."""
         waiting = self.pending.copy()
         self.pending.clear()
         for micro in waiting:

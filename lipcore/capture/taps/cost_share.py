@@ -16,8 +16,8 @@ _OF_A_GROUP = 256
 
 
 class CostShare:
-    """Says at which passes something may be done. Told when passes begin, it compares the times from pass to pass,
-    with and without, and doubles the interval until the excess is at most `share` of the time."""
+    """The schedule of a costly thing that is done in some passes. Told when passes begin, it compares the times from
+    pass to pass, with and without, and doubles the interval until the excess is at most `share` of the time."""
 
     def __init__(self, share: float) -> None:
         self._share = share
@@ -29,8 +29,8 @@ class CostShare:
         self._next = 0
 
     def begin(self, number: int) -> None:
-        """Learn that the pass of this number begins. Passes may be left out: then the time since the last one that was
-        not says nothing."""
+        """Note that the pass of this number begins. Numbers may be left out: the time since the last pass is then not
+        used."""
         now = time.perf_counter()
         if self._dear is not None and number == self._number + 1:
             self._times[self._dear].append(now - self._began)
@@ -39,7 +39,7 @@ class CostShare:
 
     @property
     def is_due(self) -> bool:
-        """Whether it may be done in this pass."""
+        """True where the costly thing may be done in this pass."""
         if self._in_group():
             return self._number % _OF_A_GROUP == 0
         if self._number < _LEARNING:
@@ -49,18 +49,18 @@ class CostShare:
         return self._number >= self._next
 
     def done(self) -> None:
-        """It is done in this pass."""
+        """Note that the costly thing is done in this pass."""
         if self._dear is not None:
             self._dear = True
         if self._number > _LEARNING:
             self._plan()
 
     def disturbed(self) -> None:
-        """Something else makes this pass dear."""
+        """Note that something else makes this pass costly, so that its time is not used."""
         self._dear = None
 
     def _plan(self, debt: int = 1) -> None:
-        """Choose the interval; what the passes at the start took too much is paid off first."""
+        """Choose the interval, paying off first what the passes at the start took too much."""
         if not (self._times[True] and self._times[False]):
             self._interval = max(self._interval, 1)
         else:
@@ -81,7 +81,7 @@ class CostShare:
 
     @property
     def rule(self) -> str:
-        """How often, in words."""
+        """Words for how often the costly thing is done."""
         if self._in_group():
             return f"every {_OF_A_GROUP} micro-batches"
         if not self._interval:

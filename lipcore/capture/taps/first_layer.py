@@ -17,7 +17,8 @@ from lipcore.models.names import named_modules
 
 
 class FirstLayerFinder:
-    """Hooks every candidate; the first that runs is it, and gets the hook that was meant for it."""
+    """The search for the first layer that runs: it hooks every candidate, and the first to run gets the hook that was
+    meant for the first layer."""
 
     def __init__(self, hook: ForwardHook, collector: Collector, handles: list[Any]) -> None:
         self._hook = hook

@@ -23,7 +23,7 @@ from lipcore.capture.training_pass import in_backward, is_plain_run
 
 
 class ForwardHook:
-    """One site's hook; brings its numbers to the collector."""
+    """The hook of one site, which brings its numbers to the collector."""
 
     def __init__(self, site: Site, collector: Collector) -> None:
         self.site = site
@@ -46,7 +46,8 @@ class ForwardHook:
         return self.tap(module, arguments, output)
 
     def tap(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        """The same where it is known already that a plain run in grad mode has ended."""
+        """Tap the output of a forward pass that is known to be a plain run in grad mode; return the output to use in
+        its place, or None."""
         site, collector = self.site, self._collector
         if not collector.tapping or site.lost:
             return None
@@ -115,6 +116,6 @@ class ForwardHook:
 
 
 def inert_hook() -> ForwardHook:
-    """What a copied model has in the place of the original's hook."""
+    """Return a hook that does nothing, which a copied model gets in the place of the original's."""
     collector = inert_collector()
     return ForwardHook(Site("", collector.fail), collector)

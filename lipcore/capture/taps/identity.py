@@ -12,7 +12,8 @@ from lipcore.capture.taps.site import Site
 
 
 class Probed(torch.autograd.Function):
-    """Gives the probe, a fresh leaf, the reduced gradient as its own: a pure function that can be traced."""
+    """The Function on an output in a compiled region: it gives the probe, a fresh leaf, the reduced gradient as its
+    own, and is a pure function that can be traced."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, probe: Tensor, site: Site, extra: Any, *saved: Tensor) -> Tensor:
@@ -27,8 +28,8 @@ class Probed(torch.autograd.Function):
 
 
 class Anchored(torch.autograd.Function):
-    """For an output that requires no gradient, behind a frozen first layer: the anchor requires one, so that it is
-    computed."""
+    """The Function on an output that requires no gradient, behind a frozen first layer: its anchor requires one, so
+    that the gradient at the output is computed."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, anchor: Tensor, in_place_after: bool) -> Tensor:

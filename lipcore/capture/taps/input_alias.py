@@ -9,8 +9,8 @@ from torch import Tensor
 
 
 class Alias(torch.autograd.Function):
-    """The same memory as another tensor, which requires a gradient by way of the anchor; what was before it gets the
-    gradient that it would get anyway.
+    """The Function that returns a tensor with the same memory as x, which requires a gradient by way of the anchor; x
+    itself gets the gradient that it would get anyway.
 
     No view in autograd's eyes, and no leaf: the model may work on it in place. `mark_dirty` would change the user's own
     tensor, and a detached copy would cut off what made it (a generator before a discriminator).
@@ -26,7 +26,7 @@ class Alias(torch.autograd.Function):
 
 
 def alias_of(x: Tensor, anchor: Tensor) -> Tensor:
-    """Return it, with the attributes that the user has put on x."""
+    """Return an alias of x, with the attributes that the user has put on x."""
     alias: Tensor = Alias.apply(x, anchor)  # type: ignore[no-untyped-call]
     alias.__dict__.update(x.__dict__)
     return alias
@@ -42,8 +42,8 @@ class Source:
         self._version = tensor._version
 
     def holds(self, other: Any) -> bool:
-        """Return whether it is this tensor, or a reshaped view of it with the samples first, as it was at the beginning
-        of the pass."""
+        """Return whether another tensor is this one, or a reshaped view of it with the samples first, and this one is
+        as it was at the beginning of the pass."""
         mine = self._tensor
         if mine._version != self._version:
             return False
@@ -59,5 +59,5 @@ class Source:
 
     @property
     def changed(self) -> bool:
-        """Whether the model worked on it in place."""
+        """True where the model worked on the tensor in place."""
         return self._tensor._version != self._version

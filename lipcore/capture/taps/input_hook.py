@@ -45,13 +45,13 @@ class _Pass:
 
 
 class _UnderWay(threading.local):
-    """The forward pass of this thread."""
+    """The forward pass under way in this thread, when its input is aliased."""
 
     passing: _Pass | None = None
 
 
 class InputHook:
-    """What one input tap does in a forward pass of the model.
+    """The hook of one input tap around the model's forward pass.
 
     Args:
         model: what the loop calls.
@@ -81,7 +81,7 @@ class InputHook:
     def begin(
         self, micro: MicroBatch, arguments: tuple[Any, ...], keywords: dict[str, Any], *, compiled: bool
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the model's forward pass: return other arguments, with the alias among them, or None."""
+        """Begin a forward pass of the model: return its arguments with the alias among them, or None to leave them."""
         self._now.passing = None
         if self.tap.off:
             return None
@@ -109,7 +109,8 @@ class InputHook:
             return None
 
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-        """Before the forward pass of a module inside the model."""
+        """Begin the forward pass of a module inside the model: return its arguments with the alias, or None to leave
+        them."""
         under_way = self._now.passing
         if torch.compiler.is_compiling() or under_way is None or under_way.alias is not None:
             return None
@@ -130,8 +131,8 @@ class InputHook:
         keywords: dict[str, Any],
         compiled: bool,
     ) -> bool:
-        """Whether the pass may be differentiated by the input, which a pass of lipcore's own tries before the first
-        one. torch's own layers, one after the other, may."""
+        """Return whether the pass may be differentiated by the input. A pass of lipcore's own tries that before the
+        first one; a plain sequence of torch's own layers needs no trial."""
         if self._tried:
             return True
         self._tried = True
@@ -191,7 +192,8 @@ class InputHook:
         under_way.undo.clear()
 
     def end(self, *, raised: bool, compiled: bool) -> None:
-        """After the model's forward pass, whether or not it raised."""
+        """End a forward pass of the model, whether or not it raised: put the user's objects back, and arrange for the
+        check."""
         under_way, self._now.passing = self._now.passing, None
         if under_way is None or under_way.alias is None:
             return
@@ -221,7 +223,8 @@ class InputHook:
 
 
 class _Check:
-    """The gradients of two samples' outputs at the input, through the same graph, beside what the taps bring."""
+    """The check of an input tap: the gradients of two samples' outputs at the input, through the same graph, to be
+    compared with what the taps bring."""
 
     def __init__(self, hook: InputHook, micro: MicroBatch, output: GradientEdge, at: GradientEdge) -> None:
         self.micro = micro
@@ -229,7 +232,8 @@ class _Check:
         self._hook, self._output, self._at = hook, output, at
 
     def run(self, grad_output: Tensor) -> None:
-        """Take them, given the gradient at the output; nothing of the training changes."""
+        """Take the two samples' gradients at the input, given the gradient at the output; leave the training as it
+        is."""
         hook = self._hook
         collector, tap = hook._collector, hook.tap
         collector.check = None
@@ -261,4 +265,4 @@ def _as_it_is(output: Any) -> Any:
 
 
 def _nothing() -> None:
-    """What a copied model has in the place of the hook."""
+    """Return None, which a copied model gets in the place of the hook."""

@@ -16,7 +16,7 @@ _numbers = itertools.count()
 
 
 class Site:
-    """One tapped module: all taps on it share one hook, one gradient and one tensor of numbers."""
+    """One tapped module: all its taps share one hook, one gradient and one tensor of numbers."""
 
     def __init__(self, target: str, fail: Callable[[Exception], None]) -> None:
         self.taps: list[Tap] = []
@@ -39,11 +39,11 @@ class Site:
 
     @property
     def optional(self) -> bool:
-        """Whether the others go on without it."""
+        """True where the other sites go on when this one is lost."""
         return all(tap.optional for tap in self.taps)
 
     def lose(self, reason: str) -> None:
-        """Give it up."""
+        """Give this site up, and tell its taps why."""
         self.lost = True
         for tap in self.taps:
             tap.lost(reason)
@@ -51,14 +51,14 @@ class Site:
     def save(
         self, sources: Mapping[InputTap, Source], module: nn.Module, arguments: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """Return what reduce() will need beside the gradient."""
+        """Return the tensors and details that reduce() will need beside the gradient."""
         if len(self.taps) == 1:
             return self.taps[0].save_from(sources, module, arguments)
         parts = [tap.save_from(sources, module, arguments) for tap in self.taps]
         return tuple(tensor for part, _ in parts for tensor in part), [(len(part), detail) for part, detail in parts]
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> Tensor | None:
-        """The numbers of all taps, one below the other; None when that failed."""
+        """Return the numbers of all taps, one below the other; None where a tap's reduce() raised."""
         if torch.compiler.is_compiling():
             return self._reduce(grad, extra, saved)
         try:

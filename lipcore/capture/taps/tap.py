@@ -25,40 +25,41 @@ class Tap(ABC):
     in_place_after = False  #: set directly behind a parametrised leaf module, where an in-place activation may follow
 
     def resolve(self, name: str, module: nn.Module) -> None:  # noqa: B027
-        """The module that was found for it; raises ValueError when it will not do."""
+        """Take the module that was found for this tap; raise ValueError when it will not do."""
 
     def check(self, output: Any) -> None:
-        """ValueError when this output cannot be tapped."""
+        """Raise ValueError when this output cannot be tapped."""
         if not isinstance(output, Tensor):
             raise ValueError(f"a {type(output).__name__} cannot be tapped, only a tensor")
 
     def pick(self, output: Any) -> Any:
-        """Return the tensor that is meant, of what the module returned."""
+        """Return the tensor that this tap means, of what the module returned."""
         return output
 
     def close(self) -> None:  # noqa: B027
-        """Remove hooks of its own."""
+        """Remove the tap's own hooks."""
 
     def lost(self, reason: str) -> None:  # noqa: B027
-        """Learn that there will be no numbers of this tap, and why."""
+        """Note that there will be no numbers of this tap, and why."""
 
     def save_from(
         self, sources: Mapping[InputTap, Source], module: nn.Module, arguments: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], Any]:
-        """As save(), for a tap that asks whether its module was given the very tensor that an input tap is on."""
+        """Return what save() returns; a tap overrides this to ask whether its module was given the very tensor of an
+        input tap."""
         return self.save(module, arguments)
 
     def save(self, module: nn.Module, arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], Any]:
-        """Tensors that reduce() needs beside the gradient, and anything else it needs."""
+        """Return the tensors that reduce() needs beside the gradient, and any other details it needs."""
         return (), None
 
     @abstractmethod
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
-        """float64 [columns, B]."""
+        """Return the numbers per sample that a gradient at the output gives, float64 [columns, B]."""
 
 
 class InputTap(Tap):
-    """A request for numbers from the gradient at one module's input; "" is the model's own."""
+    """A request for numbers from the gradient at one module's input; the name "" means the model's own input."""
 
     argument = "input"
     columns = 1
@@ -69,23 +70,23 @@ class InputTap(Tap):
 
     @property
     def check_key(self) -> str:
-        """Where the record has the norms that a second way has brought, [B]: those of two samples, seeded alone, and of
-        what they bring to the others, which is 0 where samples are apart."""
+        """Key under which a record holds the norms that a second way has brought, [B]: those of two samples, seeded
+        alone, and of what they bring to the others, which is 0 where samples are apart."""
         return f"{self.key}.check"
 
     @property
     def trial_key(self) -> str:
-        """Where it has the constants of some samples that a pass of lipcore's own has found."""
+        """Key under which a record holds the constants that a pass of lipcore's own has found for some samples."""
         return f"{self.key}.trial"
 
     @abstractmethod
     def prepare(self) -> None:
-        """Look at the first layer as it is before a pass that is tapped."""
+        """Look at the state of the first layer before a pass that is tapped."""
 
     @abstractmethod
     def choose(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor | None:
-        """Return the tensor that is meant, of those that the module is called with; None where there is none, and a
-        ValueError where it cannot be told."""
+        """Return the tensor that this tap means, of those that the module is called with; None where there is none.
+        Raise ValueError where it cannot be told."""
 
     @abstractmethod
     def asks(self) -> tuple[bool, bool]:
@@ -93,15 +94,15 @@ class InputTap(Tap):
 
     @abstractmethod
     def refuse(self, reason: str) -> None:
-        """Learn that there is no gradient at the input, and why."""
+        """Note that there is no gradient at the input, and why."""
 
     @abstractmethod
     def tried(self, found: Any) -> None:
-        """Learn what a pass of lipcore's own has found (:class:`lipcore.capture.taps.trial.Trial`)."""
+        """Take the findings of a pass of lipcore's own (:class:`lipcore.capture.taps.trial.Trial`)."""
 
     @abstractmethod
     def seen(self, past: bool) -> None:
-        """Learn whether the output depends on the input past the first layer."""
+        """Note whether the output depends on the input past the first layer."""
 
 
 #: What one micro-batch (one backward pass) brought: per tap key, float64 [columns, B].
@@ -110,8 +111,8 @@ Record = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class SingleSample:
-    """Where the batch-1 shortcut puts a sample's r, lambda and r again (compiled distributions), and whom it tells when
-    it starts."""
+    """The receiver of the batch-1 shortcut: compiled distributions for a sample's r, lambda and r again, and a function
+    to call when the shortcut starts."""
 
     distributions: list[Any]
     on_served: Callable[[], None]

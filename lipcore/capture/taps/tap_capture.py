@@ -1,4 +1,4 @@
-"""Capture: registers the hooks on one model, and takes them off again."""
+"""Capture: the hooks of chosen taps on one model, registered and taken off again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lipcore.models.torch_internals import compiles_its_call, is_compiled
 
 
 class Capture:
-    """All hooks on one model; hands each micro-batch's record to `on_record` once all its numbers are there.
+    """All taps' hooks on one model; each micro-batch's record goes to `on_record` once all its numbers are there.
 
     Args:
         model: the module the training loop calls; torch.compile's result when there is one.
@@ -95,7 +95,7 @@ class Capture:
         ]
 
     def _resolve(self) -> None:
-        """Settle what can be known before the first forward pass."""
+        """Find the modules and inputs that can be known before the first forward pass."""
         for target, site in self._sites.items():
             if target == FIRST_LAYER:
                 first = first_of_chain(self.model)
@@ -109,7 +109,8 @@ class Capture:
             self._inputs.append(self._input_hook(tap, target))
 
     def _input_hook(self, tap: InputTap, target: str) -> InputHook:
-        """The input of the model's first layer is the model's own where a plain chain begins with it."""
+        """Return the hook of an input tap. The input of the model's first layer is the model's own where a plain chain
+        begins with that layer."""
         first = first_of_chain(self.model)
         at = self.model
         if target and (first is None or first[0] != target):
@@ -168,7 +169,7 @@ class Capture:
         self._finder.look_in(self.model)
 
     def close(self) -> None:
-        """Remove every hook; what was recorded stays."""
+        """Remove every hook; records that were delivered stay."""
         self.flush()
         self._collector.check = None
         self._collector.recording = self._collector.tapping = False
@@ -226,39 +227,39 @@ class Capture:
     # ---- the clock, and what came of it all
 
     def tick(self) -> None:
-        """The optimizer has stepped: read the probes; forget forward passes that never came back."""
+        """Read the probes when the optimizer has stepped, and forget forward passes whose backward pass never came."""
         self._collector.check = None
         if self.pending:
             self._probes.read(forget=True)
 
     def flush(self) -> None:
-        """Read the probes without waiting for a step."""
+        """Read the probes without waiting for an optimizer step."""
         self._probes.read(forget=False)
 
     def fail(self, error: Exception) -> None:
-        """Stop capturing and hand the error on; never raises."""
+        """Stop capturing and hand the error on; raise nothing."""
         self._collector.fail(error)
 
     @property
     def unrecorded(self) -> int:
-        """Forward passes in grad mode whose backward has not come, or was not one that could be recorded."""
+        """Number of forward passes in grad mode whose backward pass has not come, or could not be recorded."""
         abandoned = self._shortcut.abandoned if self._shortcut is not None else 0
         return self._collector.forwards - self._collector.records + abandoned
 
     @property
     def refused(self) -> list[str]:
-        """Why backward passes that came through its hooks were not recorded."""
+        """Reasons why backward passes that came through the hooks were not recorded."""
         return sorted(self._collector.refused)
 
     @property
     def nothing_came(self) -> bool:
-        """Whether it should have recorded something by now, and has not."""
+        """True where the capture should have recorded something by now, and has not."""
         served = self._shortcut.served if self._shortcut is not None else 0
         return self._collector.recording and bool(self._sites) and not self._collector.records and not served
 
 
 def inert_capture() -> Capture:
-    """What a copied model has in the place of the hooks of the original's capture."""
+    """Return a capture without hooks, which a copied model gets in the place of the original's."""
     inert = Capture(nn.Identity(), [], lambda record: None, lambda error: None)
     inert._collector.recording = inert._collector.tapping = False
     return inert

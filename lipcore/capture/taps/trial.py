@@ -26,7 +26,7 @@ REENTRANT = "reentrant checkpoints cannot be differentiated by the input; use ch
 
 
 class Trial(NamedTuple):
-    """What a trial found."""
+    """The findings of a trial pass."""
 
     refusal: str = ""  #: why the user's passes must not be differentiated by the input
     mixes: bool = False  #: the output of a sample depends on other samples
@@ -43,14 +43,14 @@ def trial(
     pick: Callable[[Any], Any],
     layer: nn.Module | None = None,
 ) -> Trial:
-    """Run the model as the user is about to, differentiated by the input of a module of it, and leave no trace: neither
-    in buffers, attributes, gradients and random numbers, nor in what metrics record.
+    """Run the model as the user is about to, differentiated by the input of one of its modules, and leave no trace:
+    neither in buffers, attributes, gradients and random numbers, nor in what metrics record.
 
     Args:
         at: the module whose input it is.
         x: that input, where it is the model's own.
         pick: returns the tensor of the model's output that is meant.
-        layer: whether the output depends on the input by way of this layer alone, is asked too.
+        layer: a layer of which is asked, too, whether the output depends on the input by way of it alone.
     """
     try:
         with warnings.catch_warnings(), _unnoticed(model):
@@ -65,7 +65,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _bare(model: nn.Module) -> nn.Module:
-    """The module without what synchronises or compiles its passes."""
+    """Return the module without the wrappers that synchronise or compile its passes."""
     while isinstance(model, (OptimizedModule, nn.parallel.DistributedDataParallel)):
         model = original(model) if isinstance(model, OptimizedModule) else model.module
     return model
