@@ -694,3 +694,19 @@ def frozen_mlp() -> nn.Module:
 
 def found_mlp() -> nn.Module:
     return Graph(lambda m, x: m.b(m.a(x).relu()), b=nn.Linear(7, 1), a=nn.Linear(5, 7))
+
+
+def test_the_first_batch_after_a_rebind_keeps_all_its_numbers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    metrics = [Lipschitz(lambda_every=1), PerSampleGradNorms(loss_reduction="mean")]
+    with Monitor(model, optimizer, metrics, window_steps=None) as monitor:
+        for _ in range(2):
+            model(torch.randn(8, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            window = monitor.compute()
+            assert window["lipschitz"].local_lipschitz["model:Linear"].mean.count == 8
+            assert window["per_sample_grad_norm"].norm["total"].mean.count == 8
+            monitor.rebind()

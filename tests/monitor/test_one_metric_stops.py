@@ -136,3 +136,12 @@ def test_a_clock_that_stops_stops_all() -> None:
     with pytest.raises(ValueError, match="stepped twice"):
         monitor.compute()
     monitor.close()
+
+
+def test_passes_of_the_proof_are_not_told_as_the_users() -> None:
+    monitor, run, _ = training([Lipschitz(), PerSampleGradNorms(loss_reduction="mean")])
+    run(3)
+    window = monitor.compute()
+    assert window["lipschitz"].details.get("unrecorded_because", []) == []
+    assert window["lipschitz"].details["unrecorded_forwards"] == 0
+    monitor.close()

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from lipcore.capture.proof import is_proof
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap, Record
@@ -133,7 +134,8 @@ class Collector:
         if torch.is_grad_enabled() and micro.differentiated is None:
             micro.differentiated = task
         if not accumulates_everything():
-            self.refused.add(NOT_ACCUMULATED)
+            if not is_proof():  # lipcore's own are nothing to tell the user of
+                self.refused.add(NOT_ACCUMULATED)
             return False
         if micro.differentiated in (None, task):
             return True
