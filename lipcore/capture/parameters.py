@@ -6,10 +6,10 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lipcore import _core
+from lipcore.models.ranks import under_process_group
 from lipcore.models.torch_internals import queue_callback
 
 
@@ -80,7 +80,7 @@ class GradientWatch:
     def _begin(self) -> None:
         self._on_begin()
         # DDP finishes its all-reduce in a callback of its own, which may stand behind this one.
-        reduced = torch.distributed.is_available() and torch.distributed.is_initialized()
+        reduced = under_process_group()
         queue_callback(self._end if reduced else self._finish)
 
     def _end(self) -> None:

@@ -27,6 +27,7 @@ from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
 from lipcore.metric.steps import checked_optimizers, refuse_strangers, updating
 from lipcore.models.arguments import check_count
+from lipcore.models.ranks import world_size
 
 Self = TypeVar("Self", bound="Engine")
 
@@ -101,7 +102,7 @@ class Engine:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
-            metric.take_pending_step = WeakCall(self._take_late_step)
+            metric.before_moves = WeakCall(self._moved_by_hand)
             metric.bind(model)
         needs = {metric: metric.needs() for metric in chosen}
         self._check_clock(needs)
@@ -177,7 +178,7 @@ class Engine:
         if self._wanting["each_optimizer"]:
             calls.each = self._after_step_of
         self._clock = Clock(self._optimizers, calls)
-        self._load_watch = LoadWatch(self.model, self._take_late_step, self._loaded)
+        self._load_watch = LoadWatch(self.model, self._moved_by_hand, self._loaded)
         self._scaled = None
         if self._scaler is not None and self._optimizers:
             self._scaled = ScaledSteps(self._scaler, self._clock, self._after_skipped_step)
@@ -297,15 +298,16 @@ class Engine:
             return  # a closure's pass, at weights of its own
         try:
             self._take_late_step()
-            for metric in self.metrics.values():
-                if metric.take_moves_by_hand():
-                    self._late_moves.forget()
             self._late_moves.backward_begins()
         except Exception as error:
             self._stop_all(error)
 
-    def _loaded(self) -> None:
+    def _moved_by_hand(self) -> None:
+        """Take in the step before, and look for no late move in what the user says is about to change."""
+        self._take_late_step()
         self._late_moves.forget()
+
+    def _loaded(self) -> None:
         self._call(self.metrics.values(), lambda metric: metric.rebase())
         self._gradient_watch.close()  # load_state_dict(assign=True) makes new parameters
         self._watch_gradients()
@@ -519,8 +521,7 @@ class Engine:
                 results[name] = _checked_result(name, self.metrics[name].finalize())
             except Exception as error:  # noqa: PERF203
                 self._stop_metric(self.metrics[name], error)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        local = distributed and torch.distributed.get_world_size() > 1
+        local = world_size() > 1
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
         return Window(self._windows, self._starts[0][0] + 1, self._step, False, local, results, off)
 

@@ -82,7 +82,7 @@ class Metric(ABC):
     name: str  #: first part of every key
     optional: bool = False  #: where it does not apply it turns itself off instead of raising
     reads_masters: bool = False  #: looks at master copies, which parameters follow after the step
-    take_pending_step: Callable[[], None] | None = None  #: for the engine: take a step in that it has put off
+    before_moves: Callable[[], None] | None = None  #: tells the engine that the user moves the parameters by hand
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 
     #: For the engine, not for users: left out of dir().
@@ -91,7 +91,7 @@ class Metric(ABC):
             *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
-            *("take_moves_by_hand", "observe_stop"),
+            "observe_stop",
         }
     )
 
@@ -155,10 +155,6 @@ class Metric(ABC):
 
     def observe_late_move(self) -> None:  # noqa: B027
         """Learn that the parameters moved after the last step was observed."""
-
-    def take_moves_by_hand(self) -> bool:
-        """Return whether the user has told, since the last call, that the parameters were moved by hand."""
-        return False
 
     def observe_used_gradients(self, optimizer: Optimizer) -> None:  # noqa: B027
         """Look at the gradients of this optimizer as its step uses them."""

@@ -55,6 +55,8 @@ def optimizers_inside(wrapper: Any, depth: int = _DEEPEST) -> list[Optimizer]:
     """Return torch's optimizers that a wrapper keeps in its attributes (Lookahead, SAM, accelerate, schedule-free,
     ZeRO), innermost ones where these are wrappers too, each once."""
     found: dict[int, Optimizer] = {}
+    if _is_plain(wrapper):
+        return []
     for value in _kept(wrapper):
         if value is wrapper or not _is_optimizer(value):
             continue
@@ -184,7 +186,7 @@ class Stepper:
 
     def __init__(self, given: Any, calls: StepCalls) -> None:
         self.given, self._calls = given, calls
-        self.inside = [] if _is_plain(given) else optimizers_inside(given)
+        self.inside = optimizers_inside(given)
         self._open = False  # inside the wrapper's step
         self._inner: tuple[Any, ...] | None = None  # the last inner step in it
         self._stepped: set[int] = set()  # of several inside, outside the wrapper's step
@@ -301,7 +303,7 @@ def updating(given: Sequence[Any]) -> list[Optimizer]:
     """Return the optimizers whose own state says what a step does: none of a wrapper that changes it."""
     found: list[Optimizer] = []
     for one in given:
-        inside = [] if _is_plain(one) else optimizers_inside(one)
+        inside = optimizers_inside(one)
         if _has_hooks(one) and not inside:
             found.append(one)
         elif type(one).__module__.startswith("accelerate."):  # passes step() on, or leaves it out

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lipcore.models.module_state import ModuleState
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
+from lipcore.models.ranks import under_process_group
+from lipcore.models.restored import without_cached_casts
 from lipcore.models.torch_internals import (
     ANY_FORWARD_HOOKS,
     ANY_FORWARD_PRE_HOOKS,
@@ -109,7 +111,7 @@ class Before:
         self._state.put_back()
         x = x.clone()
         arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
-        with torch.no_grad(), paused(), _without_cached_casts(), _alone(), _eager(self._model):
+        with torch.no_grad(), paused(), without_cached_casts(), _alone(), _eager(self._model):
             return self._model(*arguments, **keywords)
 
 
@@ -146,18 +148,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return bool(difference <= allowed * one.double().norm())
 
 
-@contextmanager
-def _without_cached_casts() -> Iterator[None]:
-    """Keep autocast from keeping weights that it casts here, which have no graph, for the training's next forward
-    pass."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before)
-
-
 def _compiles(model: nn.Module) -> bool:
     return any(is_compiled(module) for module in model.modules())
 
@@ -172,7 +162,7 @@ class _Silence(TorchDispatchMode):
 
 
 def _alone() -> AbstractContextManager[Any]:
-    group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    group = under_process_group()
     return _Silence() if group else nullcontext()  # type: ignore[no-untyped-call]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -29,15 +29,22 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 def nodes_of(output: Any) -> Iterator[Any]:
     """Return the nodes of the graph behind the output's tensors."""
-    todo = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
-    seen = set(todo)
+    return nodes_before(tensor.grad_fn for tensor in tensors_of(output))
+
+
+def nodes_before(nodes: Iterable[Any], without: Collection[Any] = ()) -> Iterator[Any]:
+    """Return nodes of a graph and all behind them, each once, without those in `without` and those that are behind
+    them only."""
+    seen = {None, *without}
+    todo = [node for node in dict.fromkeys(nodes) if node not in seen]
+    seen.update(todo)
     while todo:
         node = todo.pop()
         yield node
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                todo.append(child)
+        for before, _ in node.next_functions:
+            if before not in seen:
+                seen.add(before)
+                todo.append(before)
 
 
 def on_backward(output: Any, hook: Callable[[Any], None]) -> None:

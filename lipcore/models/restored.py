@@ -104,3 +104,15 @@ def random_numbers_put_back(model: nn.Module, *, allowed: bool = False) -> Itera
             "model: its forward pass draws random numbers, so its output is random; call model.eval(), or leave the "
             "noise out"
         )
+
+
+@contextmanager
+def without_cached_casts() -> Iterator[None]:
+    """Keep autocast from keeping weights that it casts here for the training's next forward pass: they may have no
+    graph."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)

@@ -23,6 +23,7 @@ from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.models.arguments import check_choice
+from lipcore.models.ranks import world_size
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import LayerIndex
@@ -285,7 +286,7 @@ class PerSampleGradNorms(StandaloneMetric):
         recorded = bool(self._open_step)
         self._open_step.take_into(self._window.open, self.scores)
         if self._open_step.sums is not None and self._noise is not None and recorded:
-            self._open_step.sums.finish(self._noise.observe, _ranks())
+            self._open_step.sums.finish(self._noise.observe, world_size())
         self._steps += 1
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
@@ -534,8 +535,3 @@ class PerSampleGradNorms(StandaloneMetric):
         return shown(
             self, self._window.merged(), self._layers, self._capture, str(self._reduction), self._doubts.counts()
         )
-
-
-def _ranks() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1

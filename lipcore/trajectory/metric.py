@@ -13,6 +13,7 @@ from lipcore.metric.protocol import Metric, Needs, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_same
 from lipcore.models.arguments import check_count
+from lipcore.models.ranks import under_process_group
 from lipcore.trajectory.building import ALL, Built, Wanted, build, checked_stats
 from lipcore.trajectory.gradient_norms import BEFORE
 from lipcore.trajectory.groups import Groups, by_block
@@ -165,7 +166,6 @@ class Trajectory(Metric):
         #: After how many of the window's steps something else changed the parameters: the last two such places, since
         #: the last one may be the window's end.
         self._jumps: list[int] = []
-        self._moved_by_hand = False
         self._late_moves = 0  # of the window's steps: after how many the parameters moved once more
         self._apart = ""  # by what the distance is not between the ends of the path since the reference
         self._trouble = Trouble()
@@ -369,19 +369,13 @@ class Trajectory(Metric):
         """Go on from where the parameters are now, after something else than a step has changed them (weights
         loaded, an average of weights swapped in). A Monitor does this by itself after `load_state_dict`."""
         self._require_bound()
-        if self.take_pending_step is not None:
-            self.take_pending_step()
+        if self.before_moves is not None:
+            self.before_moves()
         jumps = [tracker.rebase() for tracker in self._built.trackers.values()]
         if any(jumps):
             self._apart = self._apart or "rebase"
             self._jumps = sorted({*self._jumps, self._tracker.window_steps})[-2:]
         self._rebased += 1
-        self._moved_by_hand = True
-
-    def take_moves_by_hand(self) -> bool:
-        """Return whether rebase() was called since the last call."""
-        moved, self._moved_by_hand = self._moved_by_hand, False
-        return moved
 
     def set_reference(self, reference: nn.Module | Mapping[str, Tensor] | None = None) -> None:
         """Measure distance, and path length since the reference, from another point: from now, from another model's
@@ -629,7 +623,7 @@ class Trajectory(Metric):
             ValueError: the window is longer than the ring, or ranks have seen different numbers of steps.
         """
         self._require_bound()
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        if not under_process_group():
             raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
         if "sketch" in self._built.trackers:
             raise RuntimeError("sync: sketches of shards are not merged yet; use mode 'exact' or 'updates'")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lipcore import _core
 from lipcore.models.names import named_modules
+from lipcore.models.ranks import under_process_group
 from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES
 from lipcore.trajectory.groups import Groups, group_names
 
@@ -54,7 +55,7 @@ class WatchedParameter:
         """True on the rank that counts the tensor: of replicated ones, on the first alone."""
         tensor: Any = self.owner[self.key]
         if type(tensor).__name__ != "DTensor":
-            return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+            return not under_process_group() or torch.distributed.get_rank() == 0
         coordinate = tensor.device_mesh.get_coordinate()
         pairs = zip(tensor.placements, coordinate or (), strict=False)
         return coordinate is not None and all(at == 0 or not placement.is_replicate() for placement, at in pairs)

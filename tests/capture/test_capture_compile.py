@@ -14,15 +14,6 @@ from windows import assert_same, assert_unhooked, ratios_of
 from lipcore import Lipschitz, Monitor, Trajectory
 from lipcore.metric.results import Window
 
-
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
-
-
 BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
 

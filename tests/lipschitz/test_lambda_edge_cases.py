@@ -469,14 +469,6 @@ def test_a_layer_inside_the_model_by_name() -> None:
     assert result.details["first_layer"] == "rest.0"
 
 
-@pytest.fixture
-def fresh_dynamo() -> Any:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_model_whose_input_is_differentiated_now_and_then(backend: str, fresh_dynamo: Any) -> None:
     inner = double(normalized)

@@ -448,7 +448,7 @@ def test_a_load_and_a_rebase_come_after_the_step_that_was_put_off() -> None:
         model, other = mlp(), {k: v + 1 for k, v in mlp().state_dict().items()}
 
         def by_hand(model: nn.Module, monitor: Monitor) -> None:
-            monitor.metrics["trajectory"].take_pending_step()  # what rebase() does first
+            monitor.metrics["trajectory"].before_moves()  # what rebase() does first
             for p in model.parameters():
                 p.data.add_(1)
             monitor.metrics["trajectory"].rebase()  # type: ignore[attr-defined]

@@ -20,6 +20,7 @@ from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import GradientWatch, WeakCall
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, Untraced
 from lipcore.models.outputs import on_backward
+from lipcore.models.ranks import under_process_group
 from lipcore.models.torch_internals import hooks_after_accumulation, queue_callback
 
 _PROOFS = 3  # tapped passes in a row that the gradients agree with, before any is served
@@ -237,7 +238,7 @@ def _are_fresh(parameters: dict[str, nn.Parameter]) -> bool:
             return False  # an optimizer inside the backward pass takes the gradient away
         if parameter.dtype not in (torch.float32, torch.float64):
             return False
-    return not (torch.distributed.is_available() and torch.distributed.is_initialized())
+    return not under_process_group()
 
 
 def gradient_squares(parameters: dict[str, nn.Parameter]) -> dict[str, Tensor]:

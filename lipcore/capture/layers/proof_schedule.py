@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-import torch
+from lipcore.models.ranks import under_process_group
 
 _SECOND, _LONGEST = 64, 4096  # passes; the distance doubles in between
 _EARLY = (2, 4)  # under a process group, where what a pass leaves open does not bring another
@@ -63,8 +63,3 @@ class ProofSchedule:
         """Note that the last proof has left something open, in a pass of so many dimensions and samples."""
         self._asked[kind] += 1
         self._again[kind] = self.passes + max(1, self._asked[kind] ** 2 // 4)
-
-
-def under_process_group() -> bool:
-    """Return whether other ranks run the same passes."""
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -13,12 +13,13 @@ from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.pass_graph import Graph
 from lipcore.capture.layers.proof_ranks import Ranks
-from lipcore.capture.layers.proof_schedule import ProofSchedule, under_process_group
+from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
 from lipcore.capture.seeds import Seeds, seeds_of
 from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
 from lipcore.models.outputs import tensors_of
+from lipcore.models.ranks import under_process_group
 from lipcore.models.restored import RandomPass, buffers_put_back, random_numbers_put_back
 
 NO_OUTPUT = (

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import deque
 
-import torch
+from lipcore.models.ranks import world_size
 
 _LEARNING = 8  # passes at the start: every second one is dear, so that both kinds are timed side by side
 _TIMES = 15  # last durations of each kind; an odd number has a median that was measured
@@ -40,7 +40,7 @@ class CostShare:
     @property
     def is_due(self) -> bool:
         """True where the costly thing may be done in this pass."""
-        if self._in_group():
+        if world_size() > 1:
             return self._number % _OF_A_GROUP == 0
         if self._number < _LEARNING:
             return self._number % 2 == 0
@@ -71,18 +71,10 @@ class CostShare:
                 self._interval *= 2
         self._next = self._number + self._interval * (debt if self._interval > 1 else 1)
 
-    @staticmethod
-    def _in_group() -> bool:
-        return (
-            torch.distributed.is_available()
-            and torch.distributed.is_initialized()
-            and torch.distributed.get_world_size() > 1
-        )
-
     @property
     def rule(self) -> str:
         """Words for how often the costly thing is done."""
-        if self._in_group():
+        if world_size() > 1:
             return f"every {_OF_A_GROUP} micro-batches"
         if not self._interval:
             return f"so that it takes at most {self._share:.1%} of the time"

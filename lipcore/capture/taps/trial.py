@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lipcore import functional
-from lipcore.capture.taps.graph import goes_past, nodes_before, reentrant_checkpoint
+from lipcore.capture.taps.graph import goes_past, reentrant_checkpoint
 from lipcore.capture.taps.input_alias import Source
 from lipcore.models.inputs import exchanged
+from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
-from lipcore.models.restored import attributes_put_back, buffers_put_back, random_numbers_put_back
+from lipcore.models.restored import (
+    attributes_put_back,
+    buffers_put_back,
+    random_numbers_put_back,
+    without_cached_casts,
+)
 from lipcore.models.torch_internals import OptimizedModule, original
 
 NOT_DIFFERENTIABLE = (
@@ -73,15 +79,14 @@ def _bare(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def _unnoticed(model: nn.Module) -> Iterator[None]:
-    cached = torch.is_autocast_cache_enabled()
-    with ExitStack() as stack:
-        stack.enter_context(random_numbers_put_back(model, allowed=True))
-        stack.enter_context(buffers_put_back(model))
-        stack.enter_context(attributes_put_back(model))
-        stack.enter_context(paused())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.callback(torch.set_autocast_cache_enabled, cached)
-        torch.set_autocast_cache_enabled(False)
+    with (
+        random_numbers_put_back(model, allowed=True),
+        buffers_put_back(model),
+        attributes_put_back(model),
+        paused(),
+        torch.compiler.set_stance("force_eager"),
+        without_cached_casts(),
+    ):
         yield
 
 
@@ -130,7 +135,7 @@ def _run(
         return Trial()
     if output.grad_fn is None:
         return Trial(NOT_DIFFERENTIABLE)
-    if reentrant_checkpoint(nodes_before(output.grad_fn)):
+    if reentrant_checkpoint(nodes_before([output.grad_fn])):
         return Trial(REENTRANT)
     alone = len(layers) == 1 and layers[0][0]
     past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0][1])

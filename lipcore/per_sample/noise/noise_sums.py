@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lipcore import _core, functional
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
+from lipcore.models.ranks import under_process_group
 from lipcore.models.torch_internals import hooks_after_accumulation
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
@@ -113,7 +114,7 @@ class NoiseSums:
         place."""
         index, gradients, versions = [], [], {}
         # DDP writes what it has reduced over the ranks, which is a change too.
-        alone = not (torch.distributed.is_available() and torch.distributed.is_initialized())
+        alone = not under_process_group()
         self._hooked = False
         for name, parameter in self._parameters():
             # One that was frozen may still have a gradient of before.
