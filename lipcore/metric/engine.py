@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
@@ -19,14 +19,14 @@ from lipcore.capture.parameters import GradientWatch, LoadWatch, WeakCall
 from lipcore.capture.taps.tap import Record
 from lipcore.capture.taps.tap_capture import Capture, inert_capture
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
-from lipcore.metric.hook_warnings import warn_in_hook
-from lipcore.metric.late_moves import LateMoves
+from lipcore.metric.failures import Failures
 from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
+from lipcore.metric.step_end import StepEnd, StepEndCalls
 from lipcore.metric.steps import checked_optimizers, refuse_strangers, updating
-from lipcore.models.arguments import check_count
+from lipcore.metric.windows import Windows
 from lipcore.models.ranks import world_size
 
 Self = TypeVar("Self", bound="Engine")
@@ -69,36 +69,20 @@ class Engine:
         scaler: Any = None,
         needs_steps: bool = True,
     ) -> None:
-        if window_steps is not None:
-            check_count("window_steps", window_steps)
-        check_count("window_blocks", window_blocks)
-        check_count("history_limit", history_limit)
-        check_count("history_bytes", history_bytes)
-        if window_blocks > 1 and (window_steps is None or window_steps % window_blocks):
-            raise ValueError(f"window_blocks: {window_blocks} blocks of equal length do not make {window_steps} steps")
+        self._windows = Windows(window_steps, window_blocks, history_limit, history_bytes)
         self.metrics = by_name(metrics)
         chosen = list(self.metrics.values())
         for metric in chosen if window_blocks > 1 else ():
             if type(metric).advance is Metric.advance:
                 raise ValueError(f"window_blocks: {metric.name} has no sliding windows")
         self.model = model
-        self.window_steps = window_steps
-        self.history = History(maxlen=history_limit, bytes_limit=history_bytes)
-        self._unread = History(maxlen=history_limit, bytes_limit=history_bytes)
-        self._step = 0
-        self._steps_here = 0  # since this object was made; _step goes on from a loaded state
-        self._window_blocks = window_blocks
-        self._starts: deque[tuple[int, int]] = deque([(0, 0)], maxlen=window_blocks)  # step, unrecorded of each block
-        self._windows = 0
+        self._failures = Failures(self.metrics)
+        self._steps_here = 0  # since this object was made, without those of a loaded state
         self._closed, self._needs_steps = False, needs_steps
-        self._late = self._is_over = False  # steps are read late; one is to be
-        self._late_moves = LateMoves(self._stepped, self._moved_after_step, self._moved_without_step)
-        self._final: Window | None = None  # the open window when this was closed
-        self._error: Exception | None = None
-        self._failed = False  # every metric has stopped
-        self._stopped: dict[str, int] = {}  # metrics that an error has stopped, and in which window
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
+        calls = StepEndCalls(self._after_step, self._may_wait, self._became_late, self._moved_without_step)
+        self._step_end = StepEnd(self._stepped, calls, compare=bool(self._optimizers))
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
@@ -170,7 +154,7 @@ class Engine:
             what: [metric for metric, wanted in needs.items() if getattr(wanted, what)]
             for what in ("gradients", "before_step", "used_gradients", "each_optimizer")
         }
-        calls = Calls(self._step_is_over, self._after_skipped_step, self._stop_all, self._step_begins)
+        calls = Calls(self._stepped_once, self._after_skipped_step, self._stop_all, self._step_begins)
         if self._wanting["before_step"]:
             calls.before = self._before_step
         if self._wanting["used_gradients"]:
@@ -185,7 +169,7 @@ class Engine:
         self._watch_gradients()
 
     def _watch_gradients(self) -> None:
-        wanted = self._scaled is not None or self._late or bool(self._wanting["gradients"])
+        wanted = self._scaled is not None or self._step_end.late or bool(self._wanting["gradients"])
         trained = self._trained()  # one tells that a backward pass begins, nearly always: the last one's is the first
         self._gradient_watch = GradientWatch(
             trained if wanted else trained[-1:], self._after_backward, self._before_backward
@@ -213,13 +197,8 @@ class Engine:
     # ---- errors: kept inside hooks, raised by the user's next call
 
     def _turn_off(self, error: Exception) -> bool:
-        """Turn off all that needs the hooks, with one warning, if it can do without them; return whether it can."""
-        optional = isinstance(error, ValueError) and all(metric.optional for metric in self._tapping)
-        for metric in self._tapping if optional else ():
-            metric.off = str(error)
-        if optional and self._tapping:
-            self._warn(f"lipcore turned {' and '.join(m.name for m in self._tapping)} off: {error}")
-        return optional
+        """Turn off all that needs the hooks, if it can be done without; return whether that is so."""
+        return self._failures.turn_off(self._tapping, error)
 
     def _stop(self, error: Exception) -> None:
         if not self._turn_off(error):
@@ -233,29 +212,8 @@ class Engine:
         self._stop_metrics([metric], error)
 
     def _stop_metrics(self, metrics: Iterable[Metric], error: Exception) -> None:
-        stopping = [metric for metric in metrics if not metric.off]
-        for metric in stopping:
-            metric.off = f"stopped recording in step {self._step + 1}: {error}"
-            self._stopped[metric.name] = self._windows
-            metric.observe_stop(metric.off)
+        self._failures.stop(metrics, error, self._windows.step + 1, self._windows.number)
         self._step_calls = [one for one in self._step_calls if not one[0].off]
-        self._failed = all(metric.off for metric in self.metrics.values())
-        if stopping:
-            self._error = self._error or error
-            names = "" if self._failed else f" {' and '.join(metric.name for metric in stopping)}"
-            warn_in_hook(f"lipcore stopped recording{names}: {error}", RuntimeWarning, stacklevel=5)
-
-    def _warn(self, message: str) -> None:
-        """Warn while the recording goes on; a warning that is to be an error is kept like one."""
-        error = warn_in_hook(message, RuntimeWarning, stacklevel=5)
-        self._error = self._error or error
-
-    def _raise_error(self) -> None:
-        error, self._error = self._error, None
-        for metric in self.metrics.values():
-            error = error or metric.take_error()
-        if error is not None:
-            raise error
 
     # ---- the clock
 
@@ -268,14 +226,7 @@ class Engine:
         metric.observe_layers(record)
 
     def _step_begins(self) -> None:
-        """Look at where the last step left the parameters, if no backward pass has come since."""
-        self._take_late_step()
-        if self._failed or not self._optimizers:
-            return
-        try:
-            self._late_moves.step_begins()
-        except Exception as error:
-            self._stop_all(error)
+        self._at_step_end(self._step_end.step_begins)
 
     def _before_step(self) -> None:
         self._call(self._wanting["before_step"], lambda metric: metric.before_step())
@@ -292,20 +243,22 @@ class Engine:
         self._call(self._wanting["gradients"], lambda metric: metric.observe_gradients())
 
     def _before_backward(self) -> None:
-        if self._failed:
-            return
-        if self._clock.inside:
-            return  # a closure's pass, at weights of its own
-        try:
-            self._take_late_step()
-            self._late_moves.backward_begins()
-        except Exception as error:
-            self._stop_all(error)
+        if not self._clock.inside:  # else it is a closure's pass, at weights of its own
+            self._at_step_end(self._step_end.backward_begins)
 
     def _moved_by_hand(self) -> None:
-        """Take in the step before, and look for no late move in what the user says is about to change."""
-        self._take_late_step()
-        self._late_moves.forget()
+        self._step_end.moved_by_hand()
+
+    def _stepped_once(self) -> None:
+        self._at_step_end(self._step_end.step)
+
+    def _at_step_end(self, call: Callable[[], None]) -> None:
+        if self._failures.all_stopped:
+            return
+        try:
+            call()
+        except Exception as error:
+            self._stop_all(error)
 
     def _loaded(self) -> None:
         self._call(self.metrics.values(), lambda metric: metric.rebase())
@@ -315,7 +268,7 @@ class Engine:
     def _call(self, metrics: Iterable[Metric], call: Callable[[Metric], None]) -> None:
         """Call from a hook, in which nothing may be raised."""
         for metric in metrics:
-            if self._stopped and metric.name in self._stopped:
+            if self._failures.stopped(metric):
                 continue
             try:
                 call(metric)
@@ -324,42 +277,24 @@ class Engine:
 
     # ---- weights that move outside the optimizer's step
 
-    def _step_is_over(self) -> None:
-        """Take in a step: now, or when the next backward pass begins, where weights go on moving until then."""
-        self._take_late_step()
-        if self._late:
-            self._is_over = True
-        else:
-            self._after_step()
-            self._note_step()
+    def _bound_to_step(self) -> list[str]:
+        return [name for name, metric in self.metrics.items() if metric.needs().at_step]
 
-    def _note_step(self) -> None:
-        if self._failed:
-            return
-        try:
-            # Where steps are counted by hand, who counts them knows when they are over.
-            self._late_moves.step(compare=bool(self._optimizers))
-        except Exception as error:
-            self._stop_all(error)
+    def _may_wait(self) -> bool:
+        return not self._bound_to_step()
 
-    def _take_late_step(self) -> None:
-        if self._is_over:
-            self._is_over = False
-            self._after_step()
-
-    def _moved_after_step(self) -> None:
-        bound = [name for name, metric in self.metrics.items() if metric.needs().at_step]
-        self._late = not bound
+    def _became_late(self) -> None:
+        """Tell the metrics and the user that weights move after a step."""
         self._call(self.metrics.values(), lambda metric: metric.observe_late_move())
         later = (
-            f"{bound[0]} reads the optimizer's own state, so steps are read as before"
-            if bound
-            else "From now on a step is read when the next backward pass begins"
+            "From now on a step is read when the next backward pass begins"
+            if self._step_end.late
+            else f"{self._bound_to_step()[0]} reads the optimizer's own state, so steps are read as before"
         )
-        self._warn(
-            f"the parameters moved after {self._clock} number {self._step} was over and before the next backward pass "
-            "(a wrapper around the optimizer, clipped or averaged weights?); what was recorded of it is without that. "
-            f"{later}. Where there is a wrapper, pass it as optimizer="
+        self._failures.warn(
+            f"the parameters moved after {self._clock} number {self._windows.step} was over and before the next "
+            "backward pass (a wrapper around the optimizer, clipped or averaged weights?); what was recorded of it is "
+            f"without that. {later}. Where there is a wrapper, pass it as optimizer="
         )
         self._gradient_watch.close()
         self._watch_gradients()
@@ -368,7 +303,7 @@ class Engine:
         if not self._needs_steps:
             return
         steps = "monitor.step() was never called" if not self._optimizers else f"{self._clock}() was never seen"
-        self._warn(
+        self._failures.warn(
             f"lipcore has counted no step, although the parameters move: {steps}. Pass as optimizer= the object whose "
             "step() the loop calls (a wrapper, or what is inside it); or pass none and call monitor.step() after every "
             "step"
@@ -383,7 +318,7 @@ class Engine:
     def _after_step(self) -> None:
         if self._scaled is not None:
             self._scaled.ticked = True
-        if self._failed:
+        if self._failures.all_stopped:
             return
         if self._capture.pending:
             self._capture.tick()
@@ -396,14 +331,14 @@ class Engine:
             except Exception as error:  # noqa: PERF203
                 self._stop_metric(metric, error)
         try:
-            self._step += 1
+            self._windows.step += 1
             self._steps_here += 1
             if self._steps_here == 2:
                 for capture in self._layer_captures:
                     capture.check_that_something_came()
                 if self._tapping:
                     self._check_that_something_came()
-            if self.window_steps is not None and self._block_steps >= self.window_steps // self._window_blocks:
+            if self._windows.is_over:
                 self._close()
         except Exception as error:
             self._stop_all(error)
@@ -413,7 +348,7 @@ class Engine:
             return
         if self.refused:
             names = " and ".join(metric.name for metric in self._tapping)
-            self._warn(f"lipcore has recorded no sample for {names} so far: {'; '.join(self.refused)}")
+            self._failures.warn(f"lipcore has recorded no sample for {names} so far: {'; '.join(self.refused)}")
             return
         self._capture.fail(
             ValueError(
@@ -425,37 +360,43 @@ class Engine:
         )
 
     @property
+    def window_steps(self) -> int | None:
+        """Steps in a window; None where it is closed only by close_window()."""
+        return self._windows.steps
+
+    @property
+    def history(self) -> History:
+        """The closed windows, oldest first."""
+        return self._windows.history
+
+    @property
     def unrecorded(self) -> int:
         """Forward passes of the open window in grad mode that brought no record."""
-        return max(0, self._capture.unrecorded - self._starts[0][1])
+        return max(0, self._capture.unrecorded - self._windows.unrecorded_before)
 
     @property
     def refused(self) -> Sequence[str]:
         """Reasons why backward passes that came were not recorded."""
         return self._capture.refused
 
-    @property
-    def _block_steps(self) -> int:
-        return self._step - self._starts[-1][0]
-
     @ordinary
     def step(self) -> None:
         """Count a step by hand, after the parameters were updated: for loops without an optimizer object."""
-        self._raise_error()
-        self._step_is_over()
-        self._raise_error()
+        self._failures.raise_kept()
+        self._stepped_once()
+        self._failures.raise_kept()
 
     @ordinary
     def flush(self) -> None:
         """Take in backward passes that are complete but were not followed by a step yet."""
-        self._raise_error()
-        self._take_late_step()
+        self._failures.raise_kept()
+        self._step_end.take_waiting()
         if self._scaled is not None and not self._closed:
             self._scaled.look()
         self._capture.flush()
         for capture in self._layer_captures:
             capture.flush()
-        self._raise_error()
+        self._failures.raise_kept()
 
     # ---- windows
 
@@ -477,28 +418,25 @@ class Engine:
         history, and what backward passes brought since the last step is kept for the next window.
         """
         self.flush()
-        if not self._block_steps:
+        if not self._windows.block_steps:
             return None
         window = self._close()
-        self._unread.remove(window)
+        self._windows.mark_read(window)
         return window
 
     def pop_window(self) -> Window | None:
         """Return the oldest window that has closed by itself and was not popped yet; None when there is none."""
-        self._raise_error()
-        return self._unread.popleft() if self._unread else None
+        self._failures.raise_kept()
+        return self._windows.pop()
 
     def _close(self) -> Window:
-        window = self._window() if self._final is None else self._final
-        self._final = None
+        window = self._window() if self._windows.final is None else self._windows.final
         window = replace(window, closed=True, results=window.results | self._results_at_close())
-        self.history.append(window)
-        self._unread.append(window)
-        self._windows += 1
-        self._starts.append((self._step, self._capture.unrecorded))
+        self._windows.close(window, self._capture.unrecorded)
+        sliding = self._windows.blocks > 1
         for metric in self.metrics.values():
             if not metric.off:
-                self._call([metric], lambda metric: metric.advance() if self._window_blocks > 1 else metric.reset())
+                self._call([metric], lambda metric: metric.advance() if sliding else metric.reset())
         return window
 
     def _results_at_close(self) -> dict[str, MetricResult]:
@@ -507,39 +445,34 @@ class Engine:
 
     def _so_far(self) -> Window | None:
         """Return the open window, as it is now or was at close(); None when it has no step."""
-        if self._final is not None:
-            return self._final
-        return self._window() if self._step > self._starts[0][0] else None
+        if self._windows.final is not None:
+            return self._windows.final
+        return self._window() if self._windows.step > self._windows.begin else None
 
     def _window(self) -> Window:
         """Make the open window as it is now."""
-        # What a metric had observed until it stopped stands in the window in which that was.
-        kept = [name for name, m in self.metrics.items() if not m.off or self._stopped.get(name) == self._windows]
-        results = {}
-        for name in kept:
+        results, windows = {}, self._windows
+        for name in self._failures.readable(windows.number):
             try:
                 results[name] = _checked_result(name, self.metrics[name].finalize())
             except Exception as error:  # noqa: PERF203
                 self._stop_metric(self.metrics[name], error)
         local = world_size() > 1
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
-        return Window(self._windows, self._starts[0][0] + 1, self._step, False, local, results, off)
+        return Window(windows.number, windows.begin + 1, windows.step, False, local, results, off)
 
     @ordinary
     def rebind(self) -> None:
         """Look at the model anew, after parameters were added, removed, resized, frozen or unfrozen, or changed
         their dtype or device. The open window is closed; statistics of parameters that stayed the same go on, those
         of others start now."""
-        self._take_late_step()
-        self._error, self._failed = None, False
-        if self._block_steps:
+        self._step_end.take_waiting()
+        self._failures.drop_own()
+        if self._windows.block_steps:
             with warnings.catch_warnings():  # of parameters that are not watched: this is what is done about them
                 warnings.simplefilter("ignore", UserWarning)
                 self._close()
-        for name in self._stopped:
-            self.metrics[name].off = ""
-            self.metrics[name].reset()
-        self._stopped.clear()
+        self._failures.start_again()
         for metric in self.metrics.values():
             metric.rebind()
         self._find_step_calls()
@@ -552,22 +485,16 @@ class Engine:
     @ordinary
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the clock and of the metrics. Closed windows are results and not part of it."""
-        self._take_late_step()
+        self._step_end.take_waiting()
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
-        return {
-            "version": self._version,
-            "step": self._step,
-            "starts": [list(start) for start in self._starts],
-            "windows": self._windows,
-            "metrics": metrics,
-        }
+        return {"version": self._version, **self._windows.state(), "metrics": metrics}
 
     @ordinary
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not
         fit, raise a ValueError that names the first wrong key, and change nothing."""
-        self._take_late_step()
-        starts = checked_starts(state, self._version, sorted(self.metrics), self._window_blocks)
+        self._step_end.take_waiting()
+        starts = checked_starts(state, self._version, sorted(self.metrics), self._windows.blocks)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         try:
             for name, metric in self.metrics.items():
@@ -576,15 +503,13 @@ class Engine:
             for name, metric in self.metrics.items():  # all or nothing
                 metric.load_state_dict(before[name])
             raise
-        self._step, self._windows = state["step"], state["windows"]
-        self._starts.clear()
-        self._starts.extend((step, 0) for step in starts)
+        self._windows.load(state["step"], state["windows"], starts)
 
     @ordinary
     def close(self) -> None:
         """Remove every hook and raise an error that was kept; results stay readable."""
         if not self._closed:
-            self._take_late_step()
+            self._step_end.take_waiting()
             if self._scaled is not None:
                 self._scaled.look()
             self._closed = True
@@ -594,38 +519,27 @@ class Engine:
                 capture.close()
             for metric in self.metrics.values():
                 metric.flush()
-            if not self._failed:
-                self._final = self._so_far()  # results refer to parameters, which may go on moving
-        self._raise_error()
+            if not self._failures.all_stopped:
+                self._windows.final = self._so_far()  # results refer to parameters, which may go on moving
+        self._failures.raise_kept()
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy or a pickle has: all numbers so far and no model; it is closed, and records nothing."""
-        self._take_late_step()
-        final = self._final if self._failed else self._so_far()
-        return self.__dict__ | {
-            "model": None,
-            "_optimizers": [],
-            "_scaler": None,
-            "_scaled": None,
-            "_error": None,
-            "_final": final,
-            "_closed": True,
-            "_failed": True,
-            "_tapping": [],
-            "_step_calls": [],
-            "_layer_captures": [],
-            "_wanting": {},
-            "_clock": None,
-            "_load_watch": None,
-            "_gradient_watch": None,
-            "_late_moves": None,
-            "_is_over": False,
-            "_capture": None,
+        self._step_end.take_waiting()
+        windows = copy(self._windows)
+        windows.final = windows.final if self._failures.all_stopped else self._so_far()
+        gone = ("model", "_scaler", "_scaled", "_clock", "_load_watch", "_gradient_watch", "_step_end", "_capture")
+        none: dict[str, list[Any]] = {
+            name: [] for name in ("_optimizers", "_tapping", "_step_calls", "_layer_captures")
         }
+        kept = {"_windows": windows, "_closed": True, "_wanting": {}}
+        return self.__dict__ | dict.fromkeys(gone) | none | kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._clock = Clock([], Calls(self._after_step, self._after_skipped_step, self._stop_all))
+        calls = StepEndCalls(self._after_step, self._may_wait, self._became_late, self._moved_without_step)
+        self._step_end = StepEnd(list, calls, compare=False)
         self._capture = inert_capture()
 
     def __enter__(self: Self) -> Self:
@@ -637,11 +551,10 @@ class Engine:
         if kind is None:
             self.close()
             return
-        self._is_over = False  # a step that was put off is not looked for in the middle of an error
-        self._error = None  # the user's own exception goes first
+        self._step_end.drop_waiting()  # the loop has raised in the middle of it
         for metric in self.metrics.values():
             metric.flush()
-            metric.take_error()
+        self._failures.drop_kept()  # the user's own exception goes first
         self.close()
 
 

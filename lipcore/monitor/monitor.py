@@ -93,15 +93,7 @@ class Monitor(Engine):
     def plan(self) -> Plan:
         """Return what is measured, by which rule, for how many bytes."""
         lines = {name: metric.plan() for name, metric in self.metrics.items()}
-        return Plan(lines, self._window_rule, str(self._clock), (self.history.maxlen, self.history.bytes_limit))
-
-    @property
-    def _window_rule(self) -> str:
-        if self.window_steps is None:
-            return "window open since the start"
-        every = self.window_steps // self._window_blocks
-        of = f" of the last {self.window_steps} steps" if self._window_blocks > 1 else ""
-        return f"window{of} closed every {every} steps"
+        return Plan(lines, self._windows.rule, str(self._clock), (self.history.maxlen, self.history.bytes_limit))
 
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Measure the fixed points."""
@@ -109,7 +101,7 @@ class Monitor(Engine):
             return {}
         result, errors = self._probes.finalize()
         for name, error in errors.items():
-            self._warn(f"lipcore could not measure the probe {name!r}: {error}")
+            self._failures.warn(f"lipcore could not measure the probe {name!r}: {error}")
         return {"probes": result}
 
     def probe(

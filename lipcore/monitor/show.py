@@ -11,9 +11,11 @@ def shown(monitor: Any) -> Shown:
     """Return its steps, which metrics are off and why, and the totals of the last closed window. Measures nothing."""
     model, windows = type(monitor.model).__name__, monitor.history
     state = "closed" if monitor._closed else "watching"
-    if monitor._failed:
+    if monitor._failures.all_stopped:
         state = "stopped by an error"
-    out = Shown(f"Monitor of {model} ({state}): {monitor._step} steps, {len(windows)} windows; {monitor._window_rule}")
+    out = Shown(
+        f"Monitor of {model} ({state}): {monitor._windows.step} steps, {len(windows)} windows; {monitor._windows.rule}"
+    )
     for name, metric in monitor.metrics.items():
         out.rows.append((name, "off" if metric.off else "on", metric.off))
     if windows:

@@ -286,9 +286,9 @@ MUTANTS = (
     ),
     Mutant(
         "a sliding window closes a block late",
-        "lipcore/metric/engine.py",
-        "self._block_steps >= self.window_steps // self._window_blocks",
-        "self._block_steps > self.window_steps // self._window_blocks",
+        "lipcore/metric/windows.py",
+        "self.block_steps >= self.steps // self.blocks",
+        "self.block_steps > self.steps // self.blocks",
         (
             "trajectory/test_trajectory_windows.py::test_sliding",
             "monitor/test_monitor.py::test_windows_close_by_themselves",
