@@ -78,7 +78,7 @@ def find_watched(model: Model, groups: Groups, masters: Masters | None) -> list[
     """
     model = of_modules(model)
     name_group = group_names(groups)
-    found = _of_module(model) if isinstance(model, nn.Module) else _of_pairs(model)  # type: ignore[arg-type]
+    found = trainable(model) if isinstance(model, nn.Module) else _of_pairs(model)  # type: ignore[arg-type]
     if not found:
         raise ValueError("model: has no trainable parameter; a trajectory needs at least one with requires_grad=True")
     watched = [WatchedParameter(owner, key, name, _checked_group(name_group, name)) for owner, key, name in found]
@@ -102,7 +102,8 @@ def of_modules(model: Model) -> Model:
     return model
 
 
-def _of_module(model: nn.Module) -> list[tuple[dict[str, Tensor], str, str]]:
+def trainable(model: nn.Module) -> list[tuple[dict[str, Tensor], str, str]]:
+    """Return owner, key and name of every trainable parameter; a tied one comes once, under its first name."""
     found, seen = [], set()
     for prefix, module in named_modules(model):
         for key, parameter in module._parameters.items():
@@ -187,41 +188,6 @@ def _is_finite(tensor: Tensor) -> bool:
     sums = torch.empty(1, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
     _core.square_sums([tensor], sums)
     return bool(sums[0, 5] == 0) if sums[0, 0].isfinite() else bool(tensor.isfinite().all())
-
-
-def unwatched(model: nn.Module, watched: list[WatchedParameter]) -> list[str]:
-    """Return the names of trainable parameters that are not watched: added, unfrozen or untied since."""
-    where = {(id(parameter.owner), parameter.key) for parameter in watched}
-    if _is_all_of(model, where, watched):
-        return []
-    known = where | {parameter.name for parameter in watched}
-    return [name for owner, key, name in _of_module(model) if (id(owner), key) not in known and name not in known]
-
-
-def _is_all_of(model: nn.Module, where: set[tuple[int, str]], watched: list[WatchedParameter]) -> bool:
-    """Return whether every trainable parameter is watched, or tied to one that is: told without their names, since it
-    is asked at every window's close."""
-    tensors: set[int] | None = None
-    left, seen = [model], {id(model)}
-    while left:
-        module = left.pop()
-        owner = module._parameters
-        for key, found in owner.items():
-            if found is None or (id(owner), key) in where or not found.requires_grad:
-                continue
-            if tensors is None:
-                tensors = {
-                    id(tensor)
-                    for parameter in watched
-                    for tensor in (parameter.owner.get(parameter.key), parameter.shadow)
-                }
-            if id(found) not in tensors:
-                return False
-        for child in module._modules.values():
-            if child is not None and id(child) not in seen:
-                seen.add(id(child))
-                left.append(child)
-    return True
 
 
 def values_of(source: nn.Module | Mapping[str, Any], watched: list[WatchedParameter], argument: str) -> list[Tensor]:

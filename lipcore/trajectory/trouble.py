@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lipcore.trajectory.gradient_norms import Gradients
-from lipcore.trajectory.parameters import WatchedParameter, unwatched
+from lipcore.trajectory.inventory import Inventory
+from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
 
@@ -21,6 +22,9 @@ class Trouble:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
+        self._inventory: Inventory | None = None
+        self._half: list[WatchedParameter] = []  # of the inventory's parameters: those to be looked at
+        self._of: list[WatchedParameter] | None = None
 
     def forget(self) -> None:
         """Warn anew of what was warned of already."""
@@ -28,8 +32,10 @@ class Trouble:
 
     def look(self, model: Any, watched: list[WatchedParameter], tracker: Tracker, gradients: Gradients | None) -> None:
         """Warn of parameters that are not watched, steps without a gradient, and half precision that never moves."""
-        if isinstance(model, nn.Module):
-            for name in unwatched(model, watched):
+        if self._of is not watched:
+            self._bind(model, watched)
+        if self._inventory is not None:
+            for name in self._inventory.unwatched():
                 self._warn(
                     name,
                     f"parameter '{name}' is trainable but was not when this Trajectory was bound (added, unfrozen or "
@@ -41,9 +47,8 @@ class Trouble:
                 f"grad_norm lacks {gradients.missed} steps: no backward pass was seen before them. Call "
                 "observe_gradients() after backward, or rebind() where a Monitor does and parameters were replaced",
             )
-        half = [parameter for parameter in watched if parameter.dtype in _HALF]
-        rows = tracker.named_rows() if half else {}
-        for parameter in half:
+        rows = tracker.named_rows() if self._half else {}
+        for parameter in self._half:
             shadow = parameter.tensor if parameter.shadow is None else parameter.shadow
             row = rows.get((parameter.name, "tensor"))
             steps = 0 if row is None else _steps_without_moving(row.tolist())
@@ -57,6 +62,12 @@ class Trouble:
                 parameter.tensor.detach().to(shadow.dtype), shadow.detach()
             ):
                 self._warn(parameter.name, f"parameter '{parameter.name}' does not hold the values of its master copy")
+
+    def _bind(self, model: Any, watched: list[WatchedParameter]) -> None:
+        """Keep what stays the same as long as the same parameters are watched; their dtypes do."""
+        self._of = watched
+        self._inventory = Inventory(model, watched) if isinstance(model, nn.Module) else None
+        self._half = [parameter for parameter in watched if parameter.dtype in _HALF]
 
     def _warn(self, name: str, message: str) -> None:
         if name not in self._warned:
