@@ -38,8 +38,9 @@ demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figur
 test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-ci: $(STAMPS)/test $(CORE) ## those with the marker ci: whole models, several ranks, the demo
+test-ci: $(STAMPS)/test $(CORE) ## those with the marker ci: whole models, several ranks, the demo; and sanitizers
 	$(BIN)/pytest -m "ci and not slow" $(PYTEST_FLAGS)
+	$(MAKE) --no-print-directory test-sanitized
 
 test-all: $(STAMPS)/test $(CORE) ## those of both, and the slow ones
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
@@ -64,8 +65,11 @@ plots: $(STAMPS)/bench ## draw bench/results/*.png from the results there
 test-asan test-tsan: test-%: $(STAMPS)/test $(CORE) ## run the tests with sanitizers in the core
 	PATH="$(abspath $(BIN)):$$PATH" && cmake --preset $* && cmake --build --preset $* && rm -f $(CORE) && \
 	cmake --install build/$* --prefix "$$(python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')"
+	@rm -f build/$*/report.*
 	LD_PRELOAD="$$($(CXX) -print-file-name=lib$*.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest $(PYTEST_FLAGS)
+	ASAN_OPTIONS=detect_leaks=0:log_path=build/$*/report UBSAN_OPTIONS=print_stacktrace=1:log_path=build/$*/report \
+	TSAN_OPTIONS=suppressions=tests/tsan.supp:log_path=build/$*/report \
+	$(BIN)/pytest $(PYTEST_FLAGS) || { cat build/$*/report.* >&2; exit 1; }
 
 # The tests that call the core most: every kernel, refusal and plan; and whatever runs in several threads.
 ASAN_TESTS := core functional metric trajectory/test_trajectory.py trajectory/test_update_sources.py \

@@ -96,6 +96,12 @@ void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {
   check(first_layer_norms(view_of(delta, "delta"), view_of(weight, "weight"), view_of(out, "out", Access::kWrite)));
 }
 
+void noise_steps_of(py::handle pending, int64_t samples, double decay, py::handle ema, py::handle out) {
+  if (samples < 2) throw py::value_error("samples: expected 2 or more, got " + std::to_string(samples));
+  check(noise_steps(views_of(pending, "pending"), static_cast<double>(samples), decay,
+                    view_of(ema, "ema", Access::kWrite), view_of(out, "out", Access::kWrite)));
+}
+
 }  // namespace
 
 void bind_per_sample(py::module_& m) {
@@ -114,6 +120,8 @@ void bind_per_sample(py::module_& m) {
         py::arg("padding"), py::arg("offsets"), py::arg("out"));
   m.def("tied_cross", &tied_cross_of, py::arg("indices"), py::arg("grad_embedding"), py::arg("x"), py::arg("grad_head"),
         py::arg("padding"), py::arg("out"));
+  m.def("noise_steps", &noise_steps_of, py::arg("pending"), py::arg("samples"), py::arg("decay"), py::arg("ema"),
+        py::arg("out"));
   m.def("first_layer_norms", &first_layer_norms_of, py::arg("delta"), py::arg("weight"), py::arg("out"));
 }
 

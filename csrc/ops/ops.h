@@ -42,6 +42,13 @@ bool square_sums(const std::vector<TensorView>& tensors, StepSums* out);
 bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, const double* share,
                 double* gap_sq);
 
+// Turns steps of the noise scale, pending[k] = [mean of the samples' squared gradient norms, squared norm of the mean
+// gradient] in all places, into out[k] = [1, estimate of |G|^2, estimate of tr(Sigma)], zeros where a step is not
+// usable, and lets ema [4, places] (total weight, both averages, steps) go on by them. Steps of the same number of
+// samples, > 1.
+bool noise_steps(const std::vector<TensorView>& pending, double samples, double decay, const TensorView& ema,
+                 const TensorView& out);
+
 // One tensor of a trajectory step: flat memory throughout.
 struct TrajectoryItem {
   const void* w;

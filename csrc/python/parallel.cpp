@@ -5,8 +5,23 @@
 
 #include <atomic>
 
+// Torch's pool waits in ways that the thread sanitizer does not see, so that it is told of them: what was done before
+// pass_on(place) has happened for who has called take_over(place) afterwards.
+#ifdef __SANITIZE_THREAD__
+extern "C" void __tsan_acquire(void* address);
+extern "C" void __tsan_release(void* address);
+#endif
+
 namespace lipcore {
 namespace {
+
+#ifdef __SANITIZE_THREAD__
+void pass_on(void* place) { __tsan_release(place); }
+void take_over(void* place) { __tsan_acquire(place); }
+#else
+void pass_on(void*) {}
+void take_over(void*) {}
+#endif
 
 using RangeBody = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, RangeBody body, void* context);
@@ -26,9 +41,11 @@ struct Queue {
 // Every range that torch hands to a thread becomes a worker that takes items until none is left: dynamic scheduling on
 // top of a pool that only splits statically. Two cores that are not equally fast then finish together.
 void work(int64_t, int64_t, void* context) {
+  take_over(context);
   auto* queue = static_cast<Queue*>(context);
   for (int64_t i; (i = queue->next.fetch_add(1, std::memory_order_relaxed)) < queue->count;)
     queue->body(i, queue->context);
+  pass_on(context);
 }
 
 }  // namespace
@@ -55,7 +72,10 @@ void parallel_for(int64_t count, bool parallel, void (*body)(int64_t, void*), vo
   const int threads = parallel && count > 1 ? pool_size() : 1;
   if (threads > 1) {
     Queue queue{{0}, count, body, context};
-    if (g_parallel_for(0, threads, 1, &work, &queue) == 0) return;
+    pass_on(&queue);
+    const bool ran = g_parallel_for(0, threads, 1, &work, &queue) == 0;
+    take_over(&queue);
+    if (ran) return;
     work(0, 0, &queue);  // the pool refused: what it left undone is done here
     return;
   }

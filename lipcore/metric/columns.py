@@ -95,6 +95,29 @@ def rows_of(numbers: Numbers) -> list[float | Numbers]:
     return [first[i] if constant else next(kept) for i, constant in enumerate(same.tolist())]
 
 
+class CompactRows:
+    """The rows of a matrix [rows, places], in little memory: of a row that is the same bits everywhere, one number.
+
+    >>> rows = CompactRows(np.array([[1.0, 1.0], [2.0, 3.0]]))
+    >>> rows[0].tolist(), rows[1].tolist()
+    ([1.0, 1.0], [2.0, 3.0])
+    """
+
+    __slots__ = ("_places", "_rows")
+
+    def __init__(self, numbers: Numbers) -> None:
+        self._rows, self._places = rows_of(numbers), numbers.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept."""
+        return sum(8 if isinstance(row, float) else row.nbytes for row in self._rows)
+
+    def __getitem__(self, i: int) -> Numbers:
+        row = self._rows[i]
+        return np.full(self._places, row) if isinstance(row, float) else row
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One reducer of a quantity in all places. Each field is one thing for all of them, or has an item per place."""

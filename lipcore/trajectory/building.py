@@ -4,27 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from torch.optim import Optimizer
 
-from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
+from lipcore.trajectory.describe import GRADIENTS
 from lipcore.trajectory.gradient_norms import BEFORE, Gradients, GradientTracker
 from lipcore.trajectory.mode import Choice, choose
 from lipcore.trajectory.parameters import WatchedParameter
-from lipcore.trajectory.sketch_tracker import ANGLES, SketchTracker
+from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.tracker import Tracker
-from lipcore.trajectory.update_tracker import NORMALIZED, UpdateTracker
+from lipcore.trajectory.update_tracker import UpdateTracker
 
-_EXTRA = (*GRADIENTS, "element_variance")
-ALL = (*MOVES, *OFFSETS, *ANGLES, *NORMALIZED, *_EXTRA)
+#: A quantity that a Trajectory can report.
+Stat = Literal[
+    "update_norm",
+    "update_ratio",
+    "max_abs_update",
+    "path_length",
+    "weight_norm",
+    "unmoved_steps",
+    "nonfinite_steps",
+    "nonfinite_elements",
+    "distance",
+    "directness",
+    "variance",
+    "update_cosine",
+    "normalized_update_rms",
+    "grad_norm",
+    "clipped_grad_norm",
+    "element_variance",
+]
+ALL: tuple[Stat, ...] = get_args(Stat)
 
 
 @dataclass(frozen=True)
 class Wanted:
     """Settings of a Trajectory that decide which trackers it has."""
 
-    stats: tuple[str, ...] | None  #: None: all but those on request
+    stats: tuple[Stat, ...] | None  #: None: all but those on request
     choice: Choice
     ring: int
     keep_every: int | None
@@ -98,9 +116,9 @@ def build(
     return Built(choice, trackers, gradients)
 
 
-def checked_stats(stats: Iterable[str]) -> tuple[str, ...]:
+def checked_stats(stats: Iterable[Stat]) -> tuple[Stat, ...]:
     """Return the argument `stats` as a tuple; ValueError when it names no quantity, or one that there is not."""
-    names = (stats,) if isinstance(stats, str) else tuple(stats)
+    names: tuple[Stat, ...] = (stats,) if isinstance(stats, str) else tuple(stats)  # type: ignore[assignment]
     for name in names:
         if name not in ALL:
             raise ValueError(f"stats: {name!r} is not a quantity of Trajectory; it has {', '.join(ALL)}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from lipcore.metric.columns import (
     Column,
     Columns,
+    CompactRows,
     Counts,
     Flags,
     Numbers,
@@ -65,13 +66,13 @@ class Rows:
 
     def __init__(self, places: Places, rows: Tensor, quantiles: Numbers) -> None:
         self.places = places
-        self.numbers: Numbers = np.ascontiguousarray(rows[:, : COLUMN["group"]].cpu().numpy().T)  # the last, no number
+        self._numbers = CompactRows(rows[:, : COLUMN["group"]].cpu().numpy().T)  # without the last, which is no number
         self._quantiles = quantiles
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept."""
-        return self.numbers.nbytes + self._quantiles.nbytes
+        return self._numbers.nbytes + self._quantiles.nbytes
 
     @cached_property
     def steps(self) -> Counts:
@@ -94,7 +95,7 @@ class Rows:
         return (self["folded"] + np.maximum(self["points"], 0)).astype(np.int64)
 
     def __getitem__(self, column: str) -> Numbers:
-        return self.numbers[COLUMN[column]]  # type: ignore[no-any-return]
+        return self._numbers[COLUMN[column]]
 
     def add_to(
         self,
@@ -201,7 +202,7 @@ class NormRows:
     """
 
     def __init__(self, places: Places, numbers: Numbers) -> None:
-        self._places, self._numbers = places, numbers
+        self._places, self._numbers = places, CompactRows(numbers)
 
     @property
     def nbytes(self) -> int:
@@ -210,8 +211,8 @@ class NormRows:
 
     def add_to(self, result: MetricResult, quantity: str) -> None:
         """Add them as a quantity."""
-        steps, skipped = self._numbers[:2].astype(np.int64)
-        total, last, largest, median, high = self._numbers[2:]
+        steps, skipped = (self._numbers[i].astype(np.int64) for i in range(2))
+        total, last, largest, median, high = (self._numbers[i] for i in range(2, 7))
         counted = steps > 0
         with np.errstate(all="ignore"):
             mean = total / steps

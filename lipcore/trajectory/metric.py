@@ -14,7 +14,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_same
 from lipcore.models.arguments import check_count
 from lipcore.models.ranks import under_process_group
-from lipcore.trajectory.building import ALL, Built, Wanted, build, checked_stats
+from lipcore.trajectory.building import ALL, Built, Stat, Wanted, build, checked_stats
 from lipcore.trajectory.gradient_norms import BEFORE
 from lipcore.trajectory.groups import Groups, by_block
 from lipcore.trajectory.mode import Choice, Mode, Source
@@ -126,7 +126,7 @@ class Trajectory(Metric):
         model: Model | None = None,
         *,
         groups: Groups = by_block,
-        stats: Iterable[str] | None = None,
+        stats: Iterable[Stat] | None = None,
         every_steps: int = 1,
         window_blocks: int = 1,
         ring: int = 1024,

@@ -12,7 +12,11 @@ from torch import nn
 
 import lipcore
 from lipcore import Trajectory
+from lipcore.trajectory.building import ALL
+from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.groups import by_block
+from lipcore.trajectory.sketch_tracker import ANGLES
+from lipcore.trajectory.update_tracker import NORMALIZED
 
 # ---- numbers
 
@@ -485,3 +489,8 @@ def test_training_is_bitwise_the_same_with_and_without():
 def test_public_names():
     assert lipcore.Trajectory is Trajectory
     assert isinstance(Trajectory(), lipcore.Metric)
+
+
+def test_every_quantity_that_can_be_asked_for_is_made_by_a_tracker() -> None:
+    made = {*MOVES, *OFFSETS, *GRADIENTS, *ANGLES, *NORMALIZED, "element_variance"}
+    assert set(ALL) == made

@@ -29,14 +29,12 @@ _FINE, _NOTHING, _FEW, _NOT_ABOVE, _INCLUDES, _LONGER = range(len(_NOTES))
 class Moments:
     """A window's estimators in all places P, from which everything else follows."""
 
-    count: Counts  #: [P], steps
-    blocks: Counts  #: [P], with at least one step
+    steps: Counts  #: [3, P], or [3, 1] where they are the same everywhere: steps, blocks with one, steps averaged
     scale: Numbers  #: [P], unit of the two means and of their covariance's root
     signal: Numbers  #: [P], mean of the estimates of |G|^2
     noise: Numbers  #: [P], mean of the estimates of tr(Sigma)
     covariance: Numbers  #: [P, 2, 2] of these two; NaN below FEWEST blocks
     averages: Numbers  #: [2, P], the exponential averages of both, in units of their own
-    seen: Counts  #: [P], steps in these
 
     @classmethod
     def of(cls, sums: Numbers, ema: Numbers) -> Moments:
@@ -46,9 +44,11 @@ class Moments:
         with np.errstate(all="ignore"):
             averages = np.where(seen > 0, ema[1:3] / ema[0], math.nan)
             scale, signal, noise = np.empty((3, places))
-            count = sums[:, 0].sum(axis=0).astype(np.int64)
+            steps = np.stack([sums[:, 0].sum(axis=0).astype(np.int64), used.sum(axis=0), seen])
+            if (steps == steps[:, :1]).all():
+                steps = steps[:, :1].copy()
             covariance = np.empty((places, 2, 2))
-            found = cls(count, used.sum(axis=0), scale, signal, noise, covariance, averages, seen)
+            found = cls(steps, scale, signal, noise, covariance, averages)
             for where in _alike(used):
                 found._take(np.take(sums[used[:, where[0]]], where, axis=2), where)
         return found
@@ -68,6 +68,21 @@ class Moments:
             covariance = np.matmul(residuals.transpose(0, 2, 1), residuals) * factor / (count**2)[:, None, None]
         self.scale[where], self.signal[where], self.noise[where] = scale, signal, noise
         self.covariance[where] = covariance
+
+    @property
+    def count(self) -> Counts:
+        """Steps in every place."""
+        return np.broadcast_to(self.steps[0], self.scale.shape)
+
+    @property
+    def blocks(self) -> Counts:
+        """Blocks with at least one step in every place."""
+        return np.broadcast_to(self.steps[1], self.scale.shape)
+
+    @property
+    def seen(self) -> Counts:
+        """Steps in the exponential averages of every place."""
+        return np.broadcast_to(self.steps[2], self.scale.shape)
 
     @property
     def nbytes(self) -> int:

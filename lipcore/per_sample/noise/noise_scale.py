@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore import _core
 from lipcore.metric.columns import Column
 from lipcore.metric.later import Later
 from lipcore.metric.results import Value
@@ -124,21 +125,15 @@ class NoiseScale:
         step would cost more than the numbers are worth."""
         if not self._pending:
             return
-        mean, batch = torch.stack(self._pending, dim=1)  # [steps, P]
-        self._pending.clear()
-        if mean.device != self._ema.device:
-            self._ema, self._sums = self._ema.to(mean.device), self._sums.to(mean.device)
-        excess = (mean - batch) / (self._samples - 1)  # of the mean gradient's square over |G|^2: tr(Sigma) / B
-        steps = torch.stack([torch.ones_like(mean), batch - excess, excess * self._samples], dim=1)
-        usable = steps.isfinite().all(1) & (mean >= 0) & (batch >= 0)
-        steps = torch.where(usable.unsqueeze(1), steps, 0.0)
-        if usable.is_cpu and usable.all():  # as nearly always: the same in all places; a device is not waited for
-            usable = usable[:, :1]
-        passed = usable.double().cumsum(0)
-        # decay ** 0 is 1, also for decay 0.
-        weights = (1 - self.decay) * self.decay ** (passed[-1] - passed)
-        faded = self._ema[:3] * self.decay ** passed[-1] + (steps * weights.unsqueeze(1)).sum(0)
-        self._ema = torch.cat([faded, self._ema[3:] + passed[-1:]])
+        pending, device = self._pending, self._pending[0].device
+        self._pending = []
+        if device != self._ema.device:
+            self._ema, self._sums = self._ema.to(device), self._sums.to(device)
+        if device.type == "cpu":
+            steps = torch.empty(len(pending), 3, self.places, dtype=torch.float64, device="cpu")
+            _core.noise_steps(pending, self._samples, self.decay, self._ema, steps)
+        else:
+            steps, self._ema = _on_device(pending, self._samples, self.decay, self._ema)
         while len(steps):
             if self._block_steps == 1 and (new := min(_BLOCKS - len(self._sizes), len(steps))):  # a block for each
                 self._sums[len(self._sizes) : len(self._sizes) + new] = steps[:new]
@@ -284,6 +279,19 @@ def _float64(state: dict[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
     if not bool(value.isfinite().all()):
         raise ValueError(f"{key}: holds numbers that are not finite")
     return value
+
+
+def _on_device(pending: list[Tensor], samples: int, decay: float, ema: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what _core.noise_steps() writes, without waiting for the device."""
+    mean, batch = torch.stack(pending, dim=1)  # [steps, P]
+    excess = (mean - batch) / (samples - 1)  # of the mean gradient's square over |G|^2: tr(Sigma) / B
+    steps = torch.stack([torch.ones_like(mean), batch - excess, excess * samples], dim=1)
+    usable = steps.isfinite().all(1) & (mean >= 0) & (batch >= 0)
+    steps = torch.where(usable.unsqueeze(1), steps, 0.0)
+    passed = usable.double().cumsum(0)
+    weights = (1 - decay) * decay ** (passed[-1] - passed)  # decay ** 0 is 1, also for decay 0
+    faded = ema[:3] * decay ** passed[-1] + (steps * weights.unsqueeze(1)).sum(0)
+    return steps, torch.cat([faded, ema[3:] + passed[-1:]])
 
 
 def _in_pairs(sizes: list[int], sums: Tensor) -> tuple[list[int], Tensor]:
