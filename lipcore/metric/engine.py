@@ -27,6 +27,7 @@ from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
 from lipcore.metric.steps import checked_optimizers, refuse_strangers, updating
 from lipcore.models.arguments import check_count
+from lipcore.models.checks import never_called, refuse_script
 from lipcore.models.ranks import world_size
 
 Self = TypeVar("Self", bound="Engine")
@@ -97,6 +98,7 @@ class Engine:
         self._error: Exception | None = None
         self._failed = False  # every metric has stopped
         self._stopped: dict[str, int] = {}  # metrics that an error has stopped, and in which window
+        refuse_script(model)
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
@@ -417,10 +419,8 @@ class Engine:
             return
         self._capture.fail(
             ValueError(
-                "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
-                "object that was passed as model, in grad mode; attach the Monitor to torch.compile's result, before "
-                "its first call (or torch._dynamo.reset()); name input= and output= when the model's own first layer "
-                "and output are not used"
+                f"{never_called(self.model)}; name input= and output= when the model's own first layer and output are "
+                "not used"
             )
         )
 

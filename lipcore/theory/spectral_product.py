@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lipcore.metric.results import Value
 from lipcore.models.chains import altered_modules, modules_in_order
-from lipcore.models.checks import check_input
-from lipcore.models.names import unwrap
+from lipcore.models.checks import check_input, refuse_script
+from lipcore.models.names import named_modules, unwrap
 from lipcore.models.own_pass import misfit_in_words, own_pass
 from lipcore.theory.layer_constants import layer_constant
 
@@ -36,11 +37,21 @@ def spectral_norm_product(model: nn.Module, x: Tensor) -> Value:
     check_input(model, x)
     if not len(x):
         raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {list(x.shape)}")
+    refuse_script(model)
     for where, by in altered_modules(model).items():
         raise ValueError(
             f"model: {where} has a hook or a forward of its own ({_called(by[0])}) that may change its weight or its "
-            "output, so its constant is not known; remove it"
+            "output, so its constant is not known; remove it (in a copy of the model; weight_norm and pruning by "
+            "torch.nn.utils.remove_weight_norm() and torch.nn.utils.prune.remove())"
         )
+    for name, module in named_modules(model):
+        if parametrize.is_parametrized(module):
+            key = next(iter(module.parametrizations))  # type: ignore[arg-type]
+            raise ValueError(
+                f"model: the {key} of module '{name}' is parametrized, so its constant is not known; pass "
+                "copied = copy.deepcopy(model) after torch.nn.utils.parametrize.remove_parametrizations("
+                f"copied.get_submodule('{name}'), '{key}')"
+            )
     chain = modules_in_order(model)
     if chain is None:
         raise ValueError(

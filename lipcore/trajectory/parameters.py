@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core
+from lipcore.models.checks import refuse_script
 from lipcore.models.names import named_modules
 from lipcore.models.ranks import under_process_group
 from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES
@@ -103,6 +104,7 @@ def of_modules(model: Model) -> Model:
 
 
 def _of_module(model: nn.Module) -> list[tuple[dict[str, Tensor], str, str]]:
+    refuse_script(model)
     found, seen = [], set()
     for prefix, module in named_modules(model):
         for key, parameter in module._parameters.items():
