@@ -10,14 +10,13 @@ from typing import Any
 import pytest
 import torch
 from any_models import constants
-from models import Graph, mlp
+from models import Graph
 from remedies import Remedy, try_it
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
-from lipcore import Lipschitz, Monitor, local_lipschitz, theory
+from lipcore import Lipschitz, Monitor, local_lipschitz
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0))
 Output = Callable[[Any], Tensor]
@@ -317,68 +316,3 @@ TRAINING: dict[str, tuple[bool, Remedy]] = {
 def test_in_training(name: str) -> None:
     warned, remedy = TRAINING[name]
     try_it(remedy, warned=warned)
-
-
-# ---- the product of spectral norms
-
-
-def product(model: nn.Module) -> None:
-    """The product of spectral norms by SVD in float64."""
-    weights = [layer.weight.detach().double() for layer in model if isinstance(layer, nn.Linear)]
-    expected = float(torch.stack([torch.linalg.matrix_norm(w, 2) for w in weights]).prod())
-    assert theory.spectral_norm_product(model, X).value == pytest.approx(expected, rel=1e-5)
-
-
-def changed(how: Callable[[nn.Linear], Any]) -> nn.Sequential:
-    model = net()
-    how(model[0])
-    return model
-
-
-def without(how: Callable[[nn.Linear], Any], undo: Callable[[nn.Linear], Any]) -> None:
-    """Undone in a model made anew, which has the same outputs."""
-    model, anew = changed(how), changed(how)
-    anew.load_state_dict(model.state_dict())
-    undo(anew[0])
-    product(anew)
-    assert torch.allclose(model(X), anew(X), atol=1e-6)
-
-
-SPECTRAL: dict[str, Remedy] = {
-    "old weight_norm": Remedy(
-        lambda: theory.spectral_norm_product(changed(old_weight_norm), X),
-        r"WeightNorm.*remove it: .*torch\.nn\.utils\.remove_weight_norm\(\)",
-        lambda: without(old_weight_norm, nn.utils.remove_weight_norm),
-    ),
-    "pruning": Remedy(
-        lambda: theory.spectral_norm_product(changed(pruned), X),
-        r"remove it: .*torch\.nn\.utils\.prune\.remove\(\)",
-        lambda: without(pruned, lambda layer: prune.remove(layer, "weight")),
-    ),
-    "Dropout": Remedy(
-        lambda: theory.spectral_norm_product(net(nn.Dropout()), X),
-        "leave it out or put the model into eval mode",
-        lambda: [product(net()), product(net(nn.Dropout()).eval())],
-    ),
-}
-
-
-def old_weight_norm(layer: nn.Linear) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        nn.utils.weight_norm(layer)
-
-
-def pruned(layer: nn.Linear) -> None:
-    prune.l1_unstructured(layer, "weight", 0.3)
-
-
-@pytest.mark.parametrize("name", SPECTRAL)
-def test_products_of_spectral_norms(name: str) -> None:
-    try_it(SPECTRAL[name])
-
-
-def test_in_small() -> None:
-    """The helper itself: the model without a remedy keeps its message."""
-    with pytest.raises(AssertionError):
-        at_points(mlp(3, 4, 1), by=lambda out: 2 * out)
