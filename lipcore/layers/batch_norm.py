@@ -9,13 +9,16 @@ from torch import Tensor, nn
 from lipcore.layers.norm import ChannelNormRule
 from lipcore.layers.registry import register
 from lipcore.layers.rule import Batch
-from lipcore.models.checks import mixes_samples
+from lipcore.models.checks import has_statistics, mixes_samples
 
 _MIXED = (
     "normalises by the statistics of the batch, so that every sample's output depends on all samples and there are no "
-    "per-sample gradients, of this layer and of those before it; use eval() on it (frozen running statistics) or "
-    "GroupNorm"
+    "per-sample gradients, of this layer and of those before it; "
 )
+_WAYS_OUT = {
+    True: "use eval() on it (frozen running statistics) or GroupNorm",
+    False: "it has no running statistics, so that eval() changes nothing: use GroupNorm",
+}
 
 
 def by_running_statistics(x: Tensor, statistics: tuple[Tensor, ...], eps: float) -> Tensor:
@@ -29,7 +32,7 @@ class BatchNormRule(ChannelNormRule):
     may_mix_samples = True
 
     def refuses(self, module: Any) -> str:
-        return _MIXED if mixes_samples(module) else ""
+        return _MIXED + _WAYS_OUT[has_statistics(module)] if mixes_samples(module) else ""
 
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch

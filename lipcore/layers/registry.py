@@ -53,15 +53,40 @@ def rule_for(module: nn.Module) -> Rule | None:
     """
     if "forward" in vars(module) or parametrize.is_parametrized(module):
         return None
-    mro = type(module).__mro__
-    for depth, base in enumerate(mro):
-        if base in _rules:
-            return None if any(_changes(subclass, base) for subclass in mro[:depth]) else _rules[base]
-    return None
+    base = type_with_rule(module)
+    return None if base is None or _redefined(type(module), base) else _rules[base]
 
 
-def _changes(subclass: type, base: type[nn.Module]) -> bool:
-    """Return whether the subclass defines a method anew that the base's forward might use."""
+def type_with_rule(module: nn.Module) -> type[nn.Module] | None:
+    """Return the module's type, or its nearest base class, that has a rule; None where there is none."""
+    return next((base for base in type(module).__mro__ if base in _rules), None)
+
+
+def why_no_rule(module: nn.Module) -> str:
+    """Say why no rule serves this module, and what makes one serve it where a base class has one."""
+    kind, base = type(module), type_with_rule(module)
+    name = kind.__name__
+    if base is None:
+        return f"there is no rule for {name}"
+    if "forward" in vars(module):
+        return (
+            f"the forward() of this {name} was replaced on the object, and may compute something else than the rule "
+            f"of {base.__name__} knows; `del module.forward` where the class's own will do, or write a class with a "
+            "rule of its own"
+        )
+    new = ", ".join(f"{method}()" for method in sorted(_redefined(kind, base)))
+    return (
+        f"there is no rule for {kind.__module__}.{kind.__qualname__}, a subclass of {base.__name__} with its own "
+        f"{new}, which may compute something else. Where it computes the same, "
+        f"lipcore.layers.register({name}, lipcore.layers.registered()[{base.__name__}]) says so, and the first passes "
+        "check it against autograd"
+    )
+
+
+def _redefined(kind: type, base: type[nn.Module]) -> set[str]:
+    """Return the methods that a subclass, or a class between the two, defines anew and that the base's forward might
+    use."""
     inherited = {name for cls in base.__mro__[: base.__mro__.index(nn.Module)] for name in vars(cls)} | {"__call__"}
-    new = {name for name, value in vars(subclass).items() if callable(value) or isinstance(value, property)}
-    return bool(new & inherited - _HARMLESS)
+    between = kind.__mro__[: kind.__mro__.index(base)]
+    new = {n for cls in between for n, value in vars(cls).items() if callable(value) or isinstance(value, property)}
+    return new & inherited - _HARMLESS

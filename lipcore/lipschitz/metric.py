@@ -18,7 +18,6 @@ from lipcore.lipschitz.bias_steps import BiasSteps
 from lipcore.lipschitz.first_weight import singular_values_later
 from lipcore.lipschitz.input_tap import ModelInputTap
 from lipcore.lipschitz.numerators import Numerators
-from lipcore.lipschitz.pointwise import mixes_samples
 from lipcore.lipschitz.sandwich import no_sides, sandwich_sides
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.lipschitz.targets import begins_with_layer, find_input, find_output
@@ -29,9 +28,17 @@ from lipcore.metric.results import Label, MetricResult, Value
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
+from lipcore.models.checks import has_statistics, mixes_samples
 from lipcore.models.inputs import InputChoice
 from lipcore.models.names import named_modules, unwrap
 from lipcore.models.torch_internals import AnyBatchNorm
+
+_PROBE = "follow fixed points in eval mode, monitor.probe(x, name), or use GroupNorm or LayerNorm"
+_REPLACE = "put GroupNorm or LayerNorm in its place"
+_LEAVE_OUT = (
+    "follow fixed points in eval mode, monitor.probe(x, name), where samples are apart there, or leave out what mixes "
+    "them"
+)
 
 
 @dataclass(frozen=True)
@@ -269,10 +276,7 @@ class Lipschitz(StandaloneMetric):
     def _heed_checks(self) -> None:
         """Label the values where samples mix, and drop the lambdas that the check has found to be wrong."""
         if self._at_input.mixing and not self._mixed:
-            self._mixes(
-                "the output of a sample depends on other samples of the batch, so per-sample gradients are not those "
-                "of single samples"
-            )
+            self._mixes("the output of a sample depends on other samples of the batch", _LEAVE_OUT)
         if self._numerators.restart:
             self._numerators.restart = False
             for distribution in (self._lambdas, self._paired):
@@ -284,16 +288,23 @@ class Lipschitz(StandaloneMetric):
 
     def _check_mixing(self) -> None:
         if any(mixes_samples(module) for module in self._batchnorms):
-            self._mixes(
-                "BatchNorm in train mode mixes samples, so per-sample gradients are not those of single samples"
-            )
+            lasting = not all(map(has_statistics, self._batchnorms))
+            self._mixes(f"{self._mixer} mixes samples", _REPLACE if lasting else _PROBE)
 
-    def _mixes(self, why: str) -> None:
+    @property
+    def _mixer(self) -> str:
+        """Name of what mixes samples, where something does."""
+        if not self._batchnorms:
+            return "the model"
+        kept = all(map(has_statistics, self._batchnorms))
+        return f"BatchNorm {'in train mode' if kept else 'without running statistics'}"
+
+    def _mixes(self, why: str, way_out: str) -> None:
         if not self._warned:
             self._warned = True
             self._warn(
-                f"{why}: lipschitz values are heuristic (directly behind the first layer they lose their meaning). For "
-                "exact ones follow fixed points in eval mode, monitor.probe(x, name), or use GroupNorm or LayerNorm"
+                f"{why}, so per-sample gradients are not those of single samples: lipschitz values are heuristic "
+                f"(directly behind the first layer they lose their meaning). For exact ones {way_out}"
             )
         self._mixed = True
 
@@ -361,7 +372,7 @@ class Lipschitz(StandaloneMetric):
         label: Label = "one-sided" if quantity == "residual" else "exact"
         note = ""
         if self._mixed:
-            label, note = "heuristic", f"{'BatchNorm in train mode' if self._batchnorms else 'the model'} mixes samples"
+            label, note = "heuristic", f"{self._mixer} mixes samples"
         place = self._last.place
         ratios, lambdas, paired = self._window()
         if self._counts is not None:

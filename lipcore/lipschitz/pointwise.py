@@ -80,7 +80,8 @@ def constants(
     if len(x) > 1 and not known_apart:
         with own_pass(model):
             point, given = fresh(x)
-            _check_apart(take(run(model, given), batch=len(x)), point)
+            in_eval = not any(module.training for module in model.modules())
+            _check_apart(take(run(model, given), batch=len(x)), point, "" if in_eval else "call model.eval(), or ")
     with own_pass(model):
         point, given = fresh(x)
         values = take(run(model, given), batch=len(x))
@@ -92,10 +93,10 @@ def constants(
         return norms.masked_fill(~finite, float("nan"))
 
 
-def _check_apart(values: Tensor, point: Tensor) -> None:
-    """Raise a ValueError where values of some samples depend on others. Their own gradient shows it, which is 0
-    where samples are apart, so mixing is seen whatever causes it. A pass of its own: a compiled model's graph can be
-    gone through backwards once."""
+def _check_apart(values: Tensor, point: Tensor, first_way: str) -> None:
+    """Raise a ValueError where values of some samples depend on others, with a way out to try first. Their own gradient
+    shows it, which is 0 where samples are apart, so mixing is seen whatever causes it. A pass of its own: a compiled
+    model's graph can be gone through backwards once."""
     if not values.numel():
         return
     # About half of them, in a sequence without a period: samples at any distance from one another are told apart.
@@ -105,7 +106,7 @@ def _check_apart(values: Tensor, point: Tensor) -> None:
     if torch.nan_to_num(others, 0.0, 0.0, 0.0).any():  # NaN comes from 0 times an infinity of the sample's own
         raise ValueError(
             "model: its output for one sample depends on other samples of the batch (batch statistics, a sum over the "
-            "batch), so it has no constant of its own; call model.eval(), or leave out what mixes samples"
+            f"batch), so it has no constant of its own; {first_way}leave out what mixes samples"
         )
 
 

@@ -27,6 +27,7 @@ from lipcore.metric.state import checked_starts
 from lipcore.metric.step_end import StepEnd, StepEndCalls
 from lipcore.metric.steps import checked_optimizers, refuse_strangers, updating
 from lipcore.metric.windows import Windows
+from lipcore.models.checks import never_called, refuse_script
 from lipcore.models.ranks import world_size
 
 Self = TypeVar("Self", bound="Engine")
@@ -79,6 +80,7 @@ class Engine:
         self._failures = Failures(self.metrics)
         self._steps_here = 0  # since this object was made, without those of a loaded state
         self._closed, self._needs_steps = False, needs_steps
+        refuse_script(model)
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
         calls = StepEndCalls(self._after_step, self._may_wait, self._became_late, self._moved_without_step)
@@ -352,10 +354,8 @@ class Engine:
             return
         self._capture.fail(
             ValueError(
-                "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
-                "object that was passed as model, in grad mode; attach the Monitor to torch.compile's result, before "
-                "its first call (or torch._dynamo.reset()); name input= and output= when the model's own first layer "
-                "and output are not used"
+                f"{never_called(self.model)}; name input= and output= when the model's own first layer and output are "
+                "not used"
             )
         )
 

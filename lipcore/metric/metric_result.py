@@ -190,8 +190,13 @@ class MetricResult(Showable, Mapping[str, Quantity]):
                 continue
             totals = [place for place in quantity if quantity.level(place) == "total"] or list(quantity)[:1]
             rows += [(name if p == "total" else f"{name} {p}", *reducers_text(quantity[p])) for p in totals]
-        facts = (key for key in self.details if key.endswith("_off"))
-        return rows + [(key.removesuffix("_off"), "off", str(self.details[key])) for key in facts]
+        for key in self.details:
+            if key.endswith("_off"):
+                rows.append((key.removesuffix("_off"), "off", str(self.details[key])))
+            elif key.endswith("_skipped"):
+                skipped: Mapping[str, int] = self.details[key]
+                rows += [(key.removesuffix("_skipped"), f"{n} steps left out", why) for why, n in skipped.items()]
+        return rows
 
 
 def _columns_of(rows: list[dict[str, Value]]) -> dict[str, Column]:

@@ -216,7 +216,11 @@ class Metric(ABC):
         raise self._not_alone()
 
     def _not_alone(self) -> RuntimeError:
-        return RuntimeError(f"this {type(self).__name__} belongs to a Monitor, which drives and closes it")
+        kind = type(self).__name__
+        return RuntimeError(
+            f"this {kind} cannot stand alone: a Monitor drives and closes it; pass it as "
+            f"Monitor(model, optimizer, metrics=[...]), and call that one's step() and close()"
+        )
 
     def rebind(self) -> None:  # noqa: B027
         """Look at the model anew after parameters were added, removed, reshaped, frozen or unfrozen."""

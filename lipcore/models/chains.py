@@ -6,24 +6,27 @@ import functools
 from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from lipcore.models.names import named_modules, unwrap
 from lipcore.models.torch_internals import ANY_FORWARD_HOOKS, ANY_FORWARD_PRE_HOOKS
 
 
-def modules_in_order(model: nn.Module) -> list[nn.Module] | None:
-    """Return the modules of nested nn.Sequentials of torch's own layers; None where there is other wiring, or may be:
-    in a hook."""
+def modules_in_order(model: nn.Module, *, parametrized: bool = False) -> list[nn.Module] | None:
+    """Return the modules of nested nn.Sequentials of torch's own layers, parametrized ones too where they are wanted;
+    None where there is other wiring, or may be: in a hook."""
     if _global_hooks() or _altered(model):
         return None
     model = unwrap(model)
     if _altered(model):
         return None
     if type(model) is nn.Sequential:
-        parts = [modules_in_order(child) for child in model]
+        parts = [modules_in_order(child, parametrized=parametrized) for child in model]
         return None if any(part is None for part in parts) else [m for part in parts for m in part or ()]
-    known = type(model).__module__.startswith("torch.nn.modules") and not list(model.children())
-    return [model] if known else None
+    kind, inside = type(model), list(model._modules)
+    if parametrized and parametrize.is_parametrized(model) and inside == ["parametrizations"]:
+        kind, inside = kind.__mro__[1], []  # the layer's own class is the first base of the one that torch made
+    return [model] if kind.__module__.startswith("torch.nn.modules") and not inside else None
 
 
 def altered_modules(model: nn.Module) -> dict[str, list[Any]]:

@@ -8,13 +8,51 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.models.arguments import check_count
-from lipcore.models.names import named_modules
+from lipcore.models.names import named_modules, unwrap
 from lipcore.models.torch_internals import AnyBatchNorm, AnyDropout
+
+_MIXES = {
+    True: "in train mode, which mixes samples; call model.eval()",
+    False: (
+        "without running statistics, which mixes samples in eval mode too; put GroupNorm or LayerNorm in its place, or "
+        "train it with track_running_stats=True and call model.eval()"
+    ),
+}
+
+
+def has_statistics(module: nn.Module) -> bool:
+    """Return whether this BatchNorm keeps running statistics, by which it normalises in eval mode."""
+    return getattr(module, "running_mean", None) is not None
 
 
 def mixes_samples(module: nn.Module) -> bool:
     """Return whether this BatchNorm normalises by the statistics of the batch."""
-    return module.training or getattr(module, "running_mean", None) is None
+    return module.training or not has_statistics(module)
+
+
+def refuse_script(model: nn.Module) -> None:
+    """Raise a ValueError where the model, or a module in it, is a TorchScript module: no hook sees its calls, and its
+    parameters are in no dict of Python's."""
+    for name, module in named_modules(model):
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"model: {f'module {name!r}' if name else 'it'} is a TorchScript module, whose calls no hook sees; use "
+                "the Python module that it was made of. Without that, local_lipschitz(model, x) and "
+                "Trajectory(model.named_parameters()) take it as it is"
+            )
+
+
+def never_called(model: nn.Module) -> str:
+    """Say what to do where no backward pass came through the hooks of a model that is trained."""
+    model = unwrap(model)
+    named = [] if isinstance(model, (nn.Sequential, nn.ModuleList)) else list(model.named_children())
+    inside = [f"'{name}'" for name, child in named if any(p.requires_grad for p in child.parameters())][:4]
+    pass_one = f", or pass the module inside it that the loop calls ({', '.join(inside)}?)" if inside else ""
+    return (
+        "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very object that "
+        f"was passed as model, in grad mode{pass_one}: the training_step of a LightningModule calls a module inside; "
+        "attach the Monitor to torch.compile's result, before its first call (or torch._dynamo.reset())"
+    )
 
 
 def check_model(model: nn.Module) -> None:
@@ -23,8 +61,7 @@ def check_model(model: nn.Module) -> None:
     for name, module in named_modules(model):
         kind = type(module).__name__
         if isinstance(module, AnyBatchNorm) and mixes_samples(module):
-            mode = "in train mode" if module.training else "without running statistics"
-            raise ValueError(f"model: module '{name}' is a {kind} {mode}, which mixes samples; call model.eval()")
+            raise ValueError(f"model: module '{name}' is a {kind} {_MIXES[has_statistics(module)]}")
         if module.training and _draws(module):
             raise ValueError(
                 f"model: module '{name}' is a {kind} in train mode, whose output is random; call model.eval()"

@@ -17,6 +17,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.dtypes import INTEGERS
+from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
@@ -31,7 +32,7 @@ from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
 from lipcore.per_sample.methods import LayerMethod, check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
-from lipcore.per_sample.noise.noise_sums import NoiseSums
+from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
 from lipcore.per_sample.open_step import OpenStep, take_in
 from lipcore.per_sample.pass_norms import Norms, PassNorms
 from lipcore.per_sample.results import add_noise, add_norms
@@ -163,6 +164,8 @@ class PerSampleGradNorms(StandaloneMetric):
         self._doubts = Doubts(1)
         self._dropped = self._without_loss = 0
         self._noise: NoiseScale | None = None
+        self._told_of_hooks = False
+        self._raised: Warning | None = None  # by a warning, where the filters make an error of it
         if model is not None:
             self._watch(model, scaler)
 
@@ -190,11 +193,10 @@ class PerSampleGradNorms(StandaloneMetric):
         """Take the tapped layers, and start anew where they are others than before."""
         check_methods(self._methods, layers.sites, fused=self._options.fused)
         if self._capture is None and not layers.coverage.covered:
-            if not self._options.skip_uncovered:
-                layers.coverage.check()
+            layers.coverage.check()
             raise ValueError(
-                "model: nothing in it is trainable and covered by a rule, so there are no gradients to measure; "
-                "unfreeze what is trained (requires_grad_(True)) first, or name a rule with lipcore.layers.register()"
+                "model: nothing in it is trainable, so there are no gradients to measure; unfreeze what is trained "
+                "(requires_grad_(True)) first"
             )
         self._capture = layers
         layer_of: dict[str, str] = {}
@@ -287,9 +289,19 @@ class PerSampleGradNorms(StandaloneMetric):
         self._open_step.take_into(self._window.open, self.scores)
         if self._open_step.sums is not None and self._noise is not None and recorded:
             self._open_step.sums.finish(self._noise.observe, world_size())
+            if self._open_step.sums.hooked and not self._told_of_hooks:
+                self._told_of_hooks = True
+                self._raised = warn_in_hook(
+                    f"lipcore leaves steps out of the gradient noise scale: {HOOKED}", UserWarning
+                )
         self._steps += 1
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
+
+    def take_error(self) -> Exception | None:
+        """Return, once, a warning that the filters have made an error of."""
+        raised, self._raised = self._raised, None
+        return raised
 
     def observe_skipped_step(self) -> None:
         """Drop what the backward passes of a step brought that a GradScaler skipped. This is found out when the next
@@ -532,6 +544,8 @@ class PerSampleGradNorms(StandaloneMetric):
         return self._shown().html()
 
     def _shown(self) -> Shown:
+        sums = self._open_step.sums
         return shown(
-            self, self._window.merged(), self._layers, self._capture, str(self._reduction), self._doubts.counts()
+            *(self, self._window.merged(), self._layers, self._capture, str(self._reduction), self._doubts.counts()),
+            {} if sums is None else sums.skipped(),
         )

@@ -17,6 +17,7 @@ def shown(
     capture: TappedLayers | None,
     reduction: str,
     doubts: Mapping[str, int],
+    no_noise: Mapping[str, int],
 ) -> Shown:
     """Return the open window's norms, the total first, and what is not measured and why."""
     out = Shown(f"{type(metric).__name__} ({reduction}): {len(layers)} layers")
@@ -26,6 +27,7 @@ def shown(
     out.rows += [(name, "not covered", why) for name, why in capture.coverage.uncovered.items()]
     out.rows += [(f"{count} backward passes", "not recorded", why) for why, count in capture.unrecorded.items()]
     out.rows += [(f"{count} backward passes", "not proved", why) for why, count in doubts.items()]
+    out.rows += [(f"{count} steps", "left out of the noise scale", why) for why, count in no_noise.items()]
     if distributions:
         *each, total = zip([*layers, "total"], distributions, strict=False)
         rows = [(name, *reducers_text(d.reduced("exact"))) for name, d in (total, *each)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -162,7 +163,8 @@ class Trajectory(Metric):
         self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._built = Built(choice, {}, None)  # until it is bound
         self._single = SingleSteps(on_step)
-        self._steps_seen = self._rebased = self._skipped = 0
+        self._steps_seen = self._rebased = 0
+        self._skipped: deque[int] = deque([0], maxlen=window_blocks)  # steps that a GradScaler skipped, by block
         #: After how many of the window's steps something else changed the parameters: the last two such places, since
         #: the last one may be the window's end.
         self._jumps: list[int] = []
@@ -182,6 +184,7 @@ class Trajectory(Metric):
                 f"to {self._window_blocks} here"
             )
         self._optimizers, self._scaler, self._window_blocks = list(optimizers), scaler, window_blocks
+        self._skipped = deque([0], maxlen=window_blocks)
 
     def bind(self, model: Model) -> None:
         """Take the reference point."""
@@ -327,8 +330,8 @@ class Trajectory(Metric):
         return call
 
     def observe_skipped_step(self) -> None:
-        """Count a step that a GradScaler skipped."""
-        self._skipped += 1
+        """Count a step that a GradScaler skipped, in the window in which that was found out."""
+        self._skipped[-1] += 1
 
     def settle(self) -> None:
         """Close the open block of every parameter."""
@@ -478,8 +481,8 @@ class Trajectory(Metric):
         result.details["source"] = self._built.choice.source
         if self._rebased:
             result.details["rebased"] = self._rebased
-        if self._skipped:
-            result.details["skipped_steps"] = self._skipped
+        if skipped := sum(self._skipped):
+            result.details["skipped_steps"] = skipped
         if self._jumps and any(0 < steps < self._tracker.window_steps for steps in self._jumps):
             result.details["jumped"] = True
         if self._late_moves:
@@ -532,6 +535,7 @@ class Trajectory(Metric):
         for tracker in self._built.all_trackers:
             tracker.reset()
         self._jumps, self._late_moves = [], 0
+        self._skipped = deque([0], maxlen=self._window_blocks)
 
     def advance(self) -> None:
         """Slide the window by a block."""
@@ -541,6 +545,7 @@ class Trajectory(Metric):
             tracker.advance()
         lost = before - self._tracker.window_steps if self._jumps else 0
         self._jumps = [steps - lost for steps in self._jumps if steps > lost]
+        self._skipped.append(0)
 
     # ---- state
 

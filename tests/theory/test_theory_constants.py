@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
 
 from lipcore import local_lipschitz, theory
 from lipcore.theory.layer_constants import layer_constant
@@ -32,6 +33,25 @@ def test_spectral_norm_product_bounds_every_gradient() -> None:
 def test_iterated_norms_are_said_to_be() -> None:
     product = theory.spectral_norm_product(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()), torch.ones(1, 3, 15, 15))
     assert "module 0: Lanczos" in product.note
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("kind", ["spectral_norm", "weight_norm", "orthogonal"])
+def test_parametrized_layers_are_measured_as_they_run(kind: str, train: bool) -> None:
+    torch.manual_seed(0)
+    layer, after = getattr(parametrizations, kind)(nn.Linear(3, 6)), nn.Linear(6, 1)
+    model = nn.Sequential(layer, nn.Tanh(), after).train(train)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    found = theory.spectral_norm_product(model, torch.ones(1, 3)).value
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    weight = (model(torch.eye(3)), layer.weight)[1]  # that of the next pass
+    if kind == "spectral_norm" and train:
+        model.load_state_dict(state)
+        with parametrize.cached():
+            model(torch.eye(3))
+            weight = layer.weight
+    norms = [torch.linalg.matrix_norm(w.detach().double(), 2) for w in (weight, after.weight)]
+    assert found == pytest.approx(float(norms[0] * norms[1]), rel=1e-6)
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {

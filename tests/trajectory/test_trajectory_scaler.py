@@ -58,6 +58,24 @@ def test_steps_that_a_gradscaler_skips(every: int, fused: bool, bad: set[int]) -
     points.check(window)
 
 
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_skipped_steps_are_those_of_the_window(blocks: int) -> None:
+    model = model_of()
+    optimizer = sgd(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    found = []
+    with Monitor(model, optimizer, [Trajectory()], scaler=scaler, window_steps=2, window_blocks=blocks) as monitor:
+        for i, (x, y) in enumerate(DATA[:7]):
+            optimizer.zero_grad()
+            scaler.scale(mse(model(x), y) * (math.inf if i in (1, 3) else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        while (window := monitor.pop_window()) is not None:
+            found.append((window.last_step, window["trajectory"].details.get("skipped_steps", 0)))
+    # Made are steps 0, 2, 4, 5, 6; a skipped one is known when the next backward pass begins.
+    assert found == ([(2, 1), (4, 1)] if blocks == 1 else [(1, 0), (2, 1), (3, 2), (4, 1), (5, 0)])
+
+
 def test_no_step_skipped_is_not_mentioned() -> None:
     model = model_of()
     optimizer = sgd(model)

@@ -114,7 +114,7 @@ def audit_graph(
                 f"is used {used} times in the forward pass, but only {min(calls[name], taps[name])} times by its own "
                 "layer's call (a function such as F.linear is given it directly)",
             )
-    if not skip:
+    if not skip or not coverage.covered:
         coverage.check()
 
 
@@ -137,7 +137,7 @@ def audit_gradients(
     for name, parameter in coverage.measured().items():
         if parameter.grad is not None and not before.get(name, False) and name not in recorded:
             coverage.uncover(name, UNSEEN)
-    if not skip:
+    if not skip or not coverage.covered:
         coverage.check()
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor, nn
 
 from lipcore.layers import Rule, rule_for
+from lipcore.layers.registry import why_no_rule
+from lipcore.models.checks import refuse_script
 from lipcore.models.names import named_modules
 
-_WAYS_OUT = (
-    "Ways out: on_unsupported='skip' measures the other parameters; lipcore.layers.register() takes a rule for your "
-    "own layer; requires_grad_(False) freezes what is not trained"
+_RULE = "lipcore.layers.register() takes a rule for the module that uses them"
+_SKIP, _FREEZE = (
+    "on_unsupported='skip' measures the other parameters",
+    "requires_grad_(False) freezes what is not trained",
 )
 
 UNSEEN = (
@@ -96,9 +98,10 @@ class ParameterCoverage:
             return
         named = [f"'{name}': {reason}" for name, reason in self.uncovered.items()]
         more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
+        ways = [_SKIP, _RULE, _FREEZE] if self.covered else [_RULE]  # beside these there is nothing to measure
         raise ValueError(
             f"model: {len(named)} trainable parameter{'s' * (len(named) > 1)} cannot be measured per sample: "
-            f"{'; '.join(named[:5])}{more}. {_WAYS_OUT}"
+            f"{'; '.join(named[:5])}{more}. Ways out: {'; '.join(ways)}"
         )
 
     def check_single_use(self) -> None:
@@ -121,13 +124,9 @@ def cover(model: nn.Module) -> ParameterCoverage:
     """Find the parameters of a model that have a rule, by the structure of its modules alone."""
     coverage = ParameterCoverage()
     names: dict[int, str] = {}
+    refuse_script(model)
     modules = list(named_modules(model))
     for module_name, module in modules:
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ValueError(
-                f"model: module '{module_name}' is a TorchScript module, whose calls no hook sees; use the Python "
-                "module that it was made of"
-            )
         for key, parameter in module._parameters.items():
             if parameter is not None and id(parameter) not in names:
                 name = f"{module_name}.{key}" if module_name else key
@@ -186,4 +185,4 @@ def _why(owner: nn.Module, key: str) -> str:
         return f"is not used by {kind} itself, which has a tensor that is computed from it (pruning, weight_norm)"
     if kind == "ParametrizationList":
         return "is behind a parametrization (weight_norm, spectral_norm), whose gradient is not the layer's"
-    return f"there is no rule for {kind}"
+    return why_no_rule(owner)

@@ -24,6 +24,7 @@ from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.layers.factor_estimate import Signs
+from lipcore.models.checks import never_called
 from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
 
 ROOT = "model"  #: what the model itself is called where it is a layer
@@ -189,13 +190,7 @@ class LayerCapture:
     def check_that_something_came(self) -> None:
         """Keep an error when, after some steps, no backward pass has come through the hooks."""
         if not self.records and not self.unrecorded:
-            self.passes.fail(
-                ValueError(
-                    "model: two optimizer steps were made, but no backward pass came through its hooks. Call the very "
-                    "object that was passed as model, in grad mode; attach the Monitor to torch.compile's result, "
-                    "before its first call (or torch._dynamo.reset())"
-                )
-            )
+            self.passes.fail(ValueError(never_called(self.model)))
 
     # ---- the model's hooks, in which nothing may be raised
 

@@ -24,6 +24,7 @@ from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
+from lipcore.layers.registry import type_with_rule
 from lipcore.models.torch_internals import ANY_FORWARD_HOOKS
 
 _BROADCAST = "; broadcast= names layers that are called without the batch dimension"
@@ -228,8 +229,11 @@ class LayerSite:
 
     @property
     def has_own_rule(self) -> bool:
-        """True where the rule is the user's and not lipcore's."""
-        return not type(self.rule).__module__.startswith("lipcore.")
+        """True where the user has said that the rule is that of the layer: it is not lipcore's, or the layer not
+        torch's."""
+        kind = type_with_rule(self.module)
+        theirs = kind is not None and not kind.__module__.startswith("torch.")
+        return theirs or not type(self.rule).__module__.startswith("lipcore.")
 
     def squares_of(self, grad: Tensor, batch: Batch) -> Tensor:
         """Return the squared norm of every sample's part of a gradient at the output, float64 [B]."""

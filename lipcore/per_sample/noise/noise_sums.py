@@ -18,7 +18,10 @@ from lipcore.per_sample.pass_norms import PassNorms
 
 UNEQUAL = "the loss divides a sample's terms by another number from micro-batch to micro-batch"
 TWICE = "two backward passes came from one forward pass, so that its samples are in the gradient twice"
-HOOKED = "parameters have hooks, which may have changed the gradient before it was accumulated"
+HOOKED = (
+    "parameters have hooks, which may have changed the gradient before it was accumulated; remove them (another "
+    "tool's: wandb.unwatch()), or pass noise_scale=False"
+)
 CHANGED = (
     "gradients were changed between two of its backward passes (zeroed in place, scaled, clipped, replaced), so that "
     "they are not what its samples add up to; zero_grad(set_to_none=True) where the earlier ones are to be forgotten"
@@ -69,6 +72,11 @@ class NoiseSums:
         self._factor: LossFactor | None = None
         self._same: Tensor | None = None  # whether all micro-batches have one factor, where only the device knows
         self._wrong = ""  # why the gradient is not the mean over the samples
+
+    @property
+    def hooked(self) -> bool:
+        """True where steps were left out because parameters have hooks."""
+        return HOOKED in self._skipped
 
     def skipped(self) -> dict[str, int]:
         """Return how many steps were left out, by reason. Waits for the device."""
