@@ -18,7 +18,7 @@ from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source, alias_of
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
-from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, trial, two_of
+from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, Question, trial, two_of
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
 from lipcore.models.chains import modules_in_order
@@ -142,7 +142,7 @@ class InputHook:
         layer = self.first.module if compiled and self.first is not None else None
         if layer is not None and (not is_affine(layer) or is_parametrized(layer)):
             layer = None
-        found = trial(self._model, self.at, x, arguments, keywords, pick, layer)
+        found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layer))
         if found.refusal:
             self.tap.refuse(found.refusal)
         else:

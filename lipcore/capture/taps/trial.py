@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import functional
-from lipcore.capture.taps.graph import goes_past, reentrant_checkpoint
+from lipcore.capture.checkpoints import is_reentrant_checkpoint
+from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source
 from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
@@ -40,28 +41,25 @@ class Trial(NamedTuple):
     past: bool = True  #: the layer that was asked about is not all that the output depends on the input by
 
 
-def trial(
-    model: nn.Module,
-    at: nn.Module,
-    x: Tensor | None,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-    pick: Callable[[Any], Any],
-    layer: nn.Module | None = None,
-) -> Trial:
-    """Run the model as the user is about to, differentiated by the input of one of its modules, and leave no trace:
-    neither in buffers, attributes, gradients and random numbers, nor in what metrics record.
+class Question(NamedTuple):
+    """The pass that the user is about to run, and what is asked of it."""
 
-    Args:
-        at: the module whose input it is.
-        x: that input, where it is the model's own.
-        pick: returns the tensor of the model's output that is meant.
-        layer: a layer of which is asked, too, whether the output depends on the input by way of it alone.
-    """
+    model: nn.Module
+    at: nn.Module  #: the module whose input it is to be differentiated by
+    x: Tensor | None  #: that input, where it is the model's own
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    pick: Callable[[Any], Any]  #: returns the tensor of the model's output that is meant
+    layer: nn.Module | None = None  #: does the output depend on the input by way of this layer alone?
+
+
+def trial(asked: Question) -> Trial:
+    """Run the model as the user is about to, differentiated by the input of one of its modules, and leave no trace:
+    neither in buffers, attributes, gradients and random numbers, nor in what metrics record."""
     try:
-        with warnings.catch_warnings(), _unnoticed(model):
+        with warnings.catch_warnings(), _unnoticed(asked.model):
             warnings.simplefilter("ignore")
-            return _run(_bare(model), _bare(at), x, arguments, keywords, pick, layer)
+            return _run(asked)
     except Exception as error:
         return Trial(f"a pass that is differentiated by the input raises {type(error).__name__}: {_first_line(error)}")
 
@@ -90,15 +88,7 @@ def _unnoticed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _run(
-    model: nn.Module,
-    at: nn.Module,
-    x: Tensor | None,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-    pick: Callable[[Any], Any],
-    layer: nn.Module | None,
-) -> Trial:
+def _run(asked: Question) -> Trial:
     points: list[Tensor] = []
     sources: list[Source] = []
     layers: list[tuple[bool, Any]] = []
@@ -106,7 +96,7 @@ def _run(
     def replace(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if points:
             return None
-        old: Tensor = x if x is not None else given[0] if given else next(iter(named.values()))
+        old: Tensor = asked.x if asked.x is not None else given[0] if given else next(iter(named.values()))
         points.append(old.detach().clone().requires_grad_())
         copy = points[0].clone()  # no leaf: the model may work on it in place
         copy.__dict__.update(old.__dict__)
@@ -117,25 +107,25 @@ def _run(
         layers.append((bool(given) and bool(sources) and sources[0].holds(given[0]), output.grad_fn))
 
     undo: list[Any] = []
-    handles = [at.register_forward_pre_hook(replace, with_kwargs=True)]
-    if layer is not None:
-        handles.append(layer.register_forward_hook(ran))
+    handles = [_bare(asked.at).register_forward_pre_hook(replace, with_kwargs=True)]
+    if asked.layer is not None:
+        handles.append(asked.layer.register_forward_hook(ran))
     try:
-        returned = model(*arguments, **keywords)
+        returned = _bare(asked.model)(*asked.arguments, **asked.keywords)
     finally:
         for handle in handles:
             handle.remove()
         for back in undo:
             back()
     try:
-        output = pick(returned)
+        output = asked.pick(returned)
     except ValueError:
         return Trial()  # the taps say it in the user's own pass
     if not isinstance(output, Tensor) or not points:
         return Trial()
     if output.grad_fn is None:
         return Trial(NOT_DIFFERENTIABLE)
-    if reentrant_checkpoint(nodes_before([output.grad_fn])):
+    if any(map(is_reentrant_checkpoint, nodes_before([output.grad_fn]))):
         return Trial(REENTRANT)
     alone = len(layers) == 1 and layers[0][0]
     past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0][1])
