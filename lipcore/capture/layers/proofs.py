@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from lipcore.capture.layers.pass_graph import Graph
 from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
+from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Seeds, seeds_of
 from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
@@ -45,6 +46,17 @@ class _Known:
     seen: dict[str, Tensor] = field(default_factory=dict)
     unseen: dict[str, Tensor] = field(default_factory=dict)
     unreached: dict[str, set[str]] = field(default_factory=dict)
+    ids: dict[str, list[SampleIds]] = field(default_factory=dict)
+
+    def add(self, found: Mapping[str, list[SampleIds]]) -> None:
+        """Take in whose rows a further proof has found; where a layer's calls are others than before, they count."""
+        for layer, calls in found.items():
+            known = self.ids.get(layer, [])
+            if len(known) != len(calls):
+                self.ids[layer] = calls
+                continue
+            for mine, theirs in zip(known, calls, strict=True):
+                mine.add(theirs)
 
 
 class Disproved(ValueError):
@@ -135,6 +147,7 @@ class Proofs:
             return {}
         if found.open and run.kind is not None:
             self._schedule.ask_again(run.kind)
+        known.add(found.ids)
         for layer, rows in found.seen.items():
             known.seen[layer] = known.seen.get(layer, rows) | rows
         if found.reason or not any(bool(rows.any()) for rows in found.seen.values()):
@@ -199,6 +212,13 @@ class Proofs:
         elif wrong:
             every = {name: why for site in self._sites for name in site.names.values()}
             run.suspects.append(([tensors[i] for i in wrong], every))
+
+    def sample_ids(self, kind: tuple[int, int] | None) -> Mapping[str, list[SampleIds]]:
+        """Return, for passes of a kind (:attr:`LayerPass.kind`), which samples the rows of every layer's gradient are
+        of: one entry per call of the layer, in the order of the graph. Layers that no gradient came to are left out;
+        nothing is known of passes of which none was proved."""
+        known = self._known.get(kind) if kind is not None else None
+        return {} if known is None else known.ids
 
     def __str__(self) -> str:
         if not self._wanted:
