@@ -56,6 +56,9 @@ graph_task = _found("_C._current_graph_task_id")
 #: Call a function at the end of the backward pass under way, after those that were queued before.
 queue_callback = _found("_execution_engine.queue_callback", Variable)
 
+#: Return the hooks that tensors go through which the graph keeps now (those of a checkpoint, say); None for none.
+top_saved_tensors_hooks = _found("_C._autograd._top_saved_tensors_default_hooks")
+
 #: Whether a tensor is seen from inside a transform of torch.func.
 is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
 

@@ -4,6 +4,7 @@ asks for, and a hook on the alias' node takes the numbers."""
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,9 +46,11 @@ class _Pass:
 
 
 class _UnderWay(threading.local):
-    """The forward pass under way in this thread, when its input is aliased."""
+    """The forward pass under way in this thread, when its input is aliased; and what is to be put back after one that a
+    checkpoint runs again."""
 
     passing: _Pass | None = None
+    again: list[Callable[[], None]] | None = None
 
 
 class InputHook:
@@ -112,9 +115,13 @@ class InputHook:
         """Begin the forward pass of a module inside the model: return its arguments with the alias, or None to leave
         them."""
         under_way = self._now.passing
-        if torch.compiler.is_compiling() or under_way is None or under_way.alias is not None:
+        if torch.compiler.is_compiling():
             return None
-        if not torch.is_grad_enabled() or in_backward() != -1 or not is_plain_run():
+        if in_backward() != -1:
+            return self.begin_again(arguments, keywords)
+        if under_way is None or under_way.alias is not None:
+            return None
+        if not torch.is_grad_enabled() or not is_plain_run():
             return None
         try:
             x = self.tap.choose(arguments, keywords)
@@ -122,6 +129,38 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
             return None
+
+    def begin_again(
+        self, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Begin a forward pass that a checkpoint runs again in the backward pass. It must keep as many tensors as the
+        first run, so what was aliased there is aliased here."""
+        self.end_again()
+        if not self._collector.aliases or not torch.is_grad_enabled() or not is_plain_run():
+            return None
+        try:
+            x = self.tap.choose(arguments, keywords)
+            if x is None:
+                return None
+            micro = self._collector.run_again(lambda one: self._aliased_in(one, x))
+            if micro is None or self.site not in micro.probed:
+                return None
+            alias = alias_of(x, self._anchor)
+            undo = self._now.again = []
+            return exchanged(arguments, x, alias, undo), exchanged(keywords, x, alias, undo)
+        except Exception as error:
+            self.end_again()
+            self.tap.refuse(str(error))
+            return None
+
+    def _aliased_in(self, micro: MicroBatch, x: Tensor) -> bool:
+        return self.site in micro.aliased and micro.aliased[self.site]() is x
+
+    def end_again(self) -> None:
+        """Put the user's objects back after a forward pass that a checkpoint has run again."""
+        undo, self._now.again = self._now.again, None
+        for back in undo or ():
+            back()
 
     def _allowed(
         self,
@@ -163,6 +202,7 @@ class InputHook:
         under_way.given, under_way.alias, under_way.node = x, alias, alias.grad_fn
         micro.sources[self.tap] = Source(alias)
         micro.probed = (*micro.probed, site)
+        micro.aliased[site], collector.aliases = weakref.ref(x), True
 
         def came_back(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]

@@ -57,6 +57,11 @@ class Site:
         parts = [tap.save_from(sources, module, arguments) for tap in self.taps]
         return tuple(tensor for part, _ in parts for tensor in part), [(len(part), detail) for part, detail in parts]
 
+    def leaf(self, output: Tensor) -> Tensor | None:
+        """Return the leaf that one of the taps wants to get the gradient at the output, if any does."""
+        found = (tap.leaf(output) for tap in self.taps)
+        return next((leaf for leaf in found if leaf is not None), None)
+
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> Tensor | None:
         """Return the numbers of all taps, one below the other; None where a tap's reduce() raised."""
         if torch.compiler.is_compiling():

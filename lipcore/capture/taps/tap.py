@@ -36,6 +36,11 @@ class Tap(ABC):
         """Return the tensor that this tap means, of what the module returned."""
         return output
 
+    def leaf(self, output: Tensor) -> Tensor | None:
+        """Return a leaf into which backward passes are to accumulate the gradient at this output, summed to the leaf's
+        shape; None for none. Not asked in compiled regions."""
+        return None
+
     def close(self) -> None:  # noqa: B027
         """Remove the tap's own hooks."""
 

@@ -17,7 +17,7 @@ from lipcore.capture.taps.forward_hook import ForwardHook
 from lipcore.capture.taps.input_hook import InputHook
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import FIRST_LAYER, InputTap, Record, SingleSample, Tap
-from lipcore.capture.training_pass import Untraced, is_training_forward
+from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
 from lipcore.models.chains import first_of_chain
 from lipcore.models.names import find_module, unwrap
 from lipcore.models.torch_internals import compiles_its_call, is_compiled
@@ -188,8 +188,10 @@ class Capture:
     def _begin_forward(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or not is_training_forward():
+        if torch.compiler.is_compiling():
             return None
+        if not is_training_forward():
+            return self._begin_again(arguments, keywords or {})
         collector = self._collector
         micro = collector.begin()
         if self._finder is not None:
@@ -204,11 +206,24 @@ class Capture:
             self._probes.arm(micro, [*arguments, *(keywords or {}).values()])
         return changed
 
+    def _begin_again(
+        self, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if in_backward() == -1 or not self._collector.recording:
+            return None
+        changed = None
+        for at in self._inputs:
+            if at.at is self.model:
+                changed = at.begin_again(*(changed or (arguments, keywords))) or changed
+        return changed
+
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         last = None if output is None else self._last  # None: the forward pass raised
         if torch.compiler.is_compiling():
             return last.after_forward(module, arguments, output) if last is not None else None
         if not is_training_forward():
+            for at in self._inputs:
+                at.end_again()
             return None
         result = last.tap(module, arguments, output) if last is not None else None
         if self._compiled:

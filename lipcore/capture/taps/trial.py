@@ -14,6 +14,7 @@ from lipcore import functional
 from lipcore.capture.checkpoints import is_reentrant_checkpoint
 from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source
+from lipcore.capture.training_pass import in_backward
 from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
@@ -94,17 +95,20 @@ def _run(asked: Question) -> Trial:
     layers: list[tuple[bool, Any]] = []
 
     def replace(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        if points:
+        if points and in_backward() == -1:
             return None
         old: Tensor = asked.x if asked.x is not None else given[0] if given else next(iter(named.values()))
-        points.append(old.detach().clone().requires_grad_())
+        if not points:
+            points.append(old.detach().clone().requires_grad_())
         copy = points[0].clone()  # no leaf: the model may work on it in place
         copy.__dict__.update(old.__dict__)
-        sources.append(Source(copy))
+        if not sources:
+            sources.append(Source(copy))
         return exchanged(given, old, copy, undo), exchanged(named, old, copy, undo)
 
     def ran(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        layers.append((bool(given) and bool(sources) and sources[0].holds(given[0]), output.grad_fn))
+        if in_backward() == -1:
+            layers.append((bool(given) and bool(sources) and sources[0].holds(given[0]), output.grad_fn))
 
     undo: list[Any] = []
     handles = [_bare(asked.at).register_forward_pre_hook(replace, with_kwargs=True)]
@@ -112,11 +116,15 @@ def _run(asked: Question) -> Trial:
         handles.append(asked.layer.register_forward_hook(ran))
     try:
         returned = _bare(asked.model)(*asked.arguments, **asked.keywords)
-    finally:
+        return _found(asked, returned, points, layers)
+    finally:  # a checkpoint has run forward again by now
         for handle in handles:
             handle.remove()
         for back in undo:
             back()
+
+
+def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[tuple[bool, Any]]) -> Trial:
     try:
         output = asked.pick(returned)
     except ValueError:
