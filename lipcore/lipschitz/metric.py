@@ -26,7 +26,7 @@ from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.metric.distribution import Distribution, loaded_distributions
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine, TapCounts
-from lipcore.metric.results import Label, MetricResult, Value
+from lipcore.metric.results import Label, MetricResult, Value, weakest
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
@@ -434,6 +434,8 @@ class Lipschitz(StandaloneMetric):
         if off:
             result.details["local_lipschitz_off"] = off
             lambdas, note = Distribution(), off
+        elif self._at_input.unproved and lambdas.count:
+            label, note = weakest([label, "heuristic"]), f"{note}; " * bool(note) + self._at_input.unproved
         values = lambdas.reduced(label, note=note)
         if off:
             values = {reducer: replace(value, note=off) for reducer, value in values.items()}

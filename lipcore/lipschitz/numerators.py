@@ -18,7 +18,8 @@ _MOST_WAITING = 64
 
 
 class _Comparison(NamedTuple):
-    """Norms that must agree: by W_1 (None where not taken so), at the input, and of two samples alone."""
+    """Norms that must agree: by W_1 (None where not taken so), at the input (by W_1 where it is compiled), and of two
+    samples alone."""
 
     product: Tensor | None
     norms: Tensor
@@ -112,10 +113,12 @@ class Numerators:
         reference, alone = record.get(at_input.check_key), record.get(at_input.trial_key)
         if reference is None and alone is not None and len(alone) == size:
             reference = alone * record[self._last.key][0].abs()
-        if reference is None or norms is None or not size:
-            return
         product = first[1] if first is not None and at_input.by_product else None
-        self._waiting.append(_Comparison(product, norms[0], reference, at_input.tolerance))
+        if reference is None or not size or (norms is None and product is None):
+            return
+        taken = product if norms is None else norms[0]
+        assert taken is not None
+        self._waiting.append(_Comparison(product, taken, reference, at_input.tolerance))
         if reference.is_cpu:
             self.settle()
         else:

@@ -85,7 +85,6 @@ class Collector:
         self.unresolved: Site | None = None  # the first layer, as long as it has not run
         self.check: Check | None = None  # of the last forward pass, until its backward pass has come
         self.compares = False  # the shortcut compares this pass with its own numbers, so the record must not wait
-        self.shared = False  # others would take a backward pass of lipcore's own for the training's
         self.under_way = _UnderWay()
         self._begun: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
         self.returning: MicroBatch | None = None  # the backward pass under way

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, increment_version
 
 from lipcore import functional
+from lipcore.capture.proof import asked_within_backward
 from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source, alias_of
@@ -30,6 +31,10 @@ from lipcore.models.torch_internals import has_backward_hooks
 _INSIDE = (
     "the gradient at the input of a layer inside a compiled model cannot be taken; name an argument of the model: "
     "input='<argument>'"
+)
+_UNPROVED = (
+    "not compared with the gradients of single samples: the model's graph cannot be gone through twice ({0}), and a "
+    "pass of lipcore's own shows nothing where it {1}"
 )
 
 
@@ -70,7 +75,7 @@ class InputHook:
         self.last: Site | None = None
         self._model, self._collector = model, collector
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
-        self._tried = False
+        self._tried = self._hooked = False
         self._now = _UnderWay()
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -99,6 +104,8 @@ class InputHook:
             if self._collector.compares:
                 return None
             asked, check = self.tap.asks()
+            if check and self._tried and not self._hooked and has_backward_hooks(self._model):
+                self._tried = False  # hooks that came later
             if not asked or not self._allowed(micro, x, arguments, keywords, compiled):
                 return None
             if compiled and (self.tap.by_product or x is None):
@@ -174,8 +181,9 @@ class InputHook:
         first one; a plain sequence of torch's own layers needs no trial."""
         if self._tried:
             return True
-        self._tried = True
-        if not compiled and self.at is self._model and modules_in_order(self._model) is not None:
+        self._tried, self._hooked = True, has_backward_hooks(self._model)
+        by_graph = not compiled and not self._hooked  # which the check will go through once more
+        if by_graph and self.at is self._model and modules_in_order(self._model) is not None:
             return True
         pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
         layer = self.first.module if compiled and self.first is not None else None
@@ -184,13 +192,19 @@ class InputHook:
         found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layer))
         if found.refusal:
             self.tap.refuse(found.refusal)
-        else:
-            self.tap.tried(found)
-            if compiled:  # a graph cannot be looked through
-                self.tap.by_product = not found.past
-            if found.constants is not None and not compiled:
-                micro.checks[self.tap.trial_key] = found.constants
-        return not found.refusal
+            return False
+        self.tap.tried(found)
+        if compiled:  # a graph cannot be looked through
+            self.tap.by_product = not found.past
+        if not by_graph:
+            constants = None if compiled and found.random else found.constants
+            if constants is not None:
+                micro.checks[self.tap.trial_key] = constants
+            self.tap.unproved = _UNPROVED.format(
+                "it is compiled" if compiled else "its modules have hooks on gradients",
+                "draws random numbers" if compiled and found.random else "has several values per sample",
+            )
+        return True
 
     def _aliased(
         self, x: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -257,7 +271,7 @@ class InputHook:
         layer = nodes.get(self.first) if self.first is not None else None
         if layer is not None and self.at is self._model:
             self.tap.seen(goes_past(made[0], under_way.node, layer[0]))
-        if under_way.check and not has_backward_hooks(self._model) and not self._collector.shared:
+        if under_way.check and not has_backward_hooks(self._model):
             edge = GradientEdge(under_way.node, 0)
             self._collector.check = _Check(self, under_way.micro, GradientEdge(*made), edge)
 
@@ -288,7 +302,11 @@ class _Check:
             seed = grad_output
         collector.under_way.checking = True
         try:
-            with random_numbers_put_back(hook._model, allowed=True), buffers_put_back(hook._model):
+            with (
+                random_numbers_put_back(hook._model, allowed=True),
+                buffers_put_back(hook._model),
+                asked_within_backward(self._output.node),
+            ):
                 (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)
             if found is None:
                 tap.refuse(NOT_DIFFERENTIABLE)

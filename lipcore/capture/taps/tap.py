@@ -69,6 +69,7 @@ class InputTap(Tap):
     argument = "input"
     columns = 1
     off: str  #: why there is no gradient at the input, or ""
+    unproved: str  #: why nothing has shown that the numbers are right, or ""
     by_product: bool | None  #: whether the first layer's weight gives the numbers as well; None: not known yet
     first: Tap  #: on the layer that may be all that the output depends on the input by
     last: Tap  #: on the output that is differentiated

@@ -68,14 +68,12 @@ class Capture:
 
     # ---- hooks
 
-    def attach(self, single_sample: SingleSample | None = None, *, shared: bool = False) -> None:
+    def attach(self, single_sample: SingleSample | None = None) -> None:
         """Register the hooks.
 
         With `single_sample` batches of one are served from bias gradients where that is sure to be right; then the taps
-        are hooked when the first batch comes that the shortcut cannot serve. Where others tap the same passes
-        (`shared`), no backward pass of lipcore's own goes through their graphs.
+        are hooked when the first batch comes that the shortcut cannot serve.
         """
-        self._collector.shared = shared
         if not self._sites:
             return
         if compiles_its_call(self.model):

@@ -19,12 +19,13 @@ from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
 from lipcore.models.restored import (
+    RandomPass,
     attributes_put_back,
     buffers_put_back,
     random_numbers_put_back,
     without_cached_casts,
 )
-from lipcore.models.torch_internals import OptimizedModule, original
+from lipcore.models.torch_internals import OptimizedModule, original, without_backward_hooks
 
 NOT_DIFFERENTIABLE = (
     "the output does not depend on the input through differentiable operations (torch.no_grad, detach or rounding lie "
@@ -39,6 +40,7 @@ class Trial(NamedTuple):
     refusal: str = ""  #: why the user's passes must not be differentiated by the input
     mixes: bool = False  #: the output of a sample depends on other samples
     constants: Tensor | None = None  #: of two samples, where the output has one value per sample; NaN for the others
+    random: bool = False  #: it draws random numbers
     past: bool = True  #: the layer that was asked about is not all that the output depends on the input by
 
 
@@ -56,13 +58,18 @@ class Question(NamedTuple):
 
 def trial(asked: Question) -> Trial:
     """Run the model as the user is about to, differentiated by the input of one of its modules, and leave no trace:
-    neither in buffers, attributes, gradients and random numbers, nor in what metrics record."""
+    neither in buffers, attributes, gradients and random numbers, nor in what metrics record. Modules' hooks on
+    gradients are not called: they may change them, and the function's gradient is asked for."""
+    found = Trial()
     try:
-        with warnings.catch_warnings(), _unnoticed(asked.model):
+        with warnings.catch_warnings(), _unnoticed(asked.model), random_numbers_put_back(asked.model):
             warnings.simplefilter("ignore")
-            return _run(asked)
+            found = _run(asked)
+    except RandomPass:
+        return found._replace(random=True)
     except Exception as error:
         return Trial(f"a pass that is differentiated by the input raises {type(error).__name__}: {_first_line(error)}")
+    return found
 
 
 def _first_line(error: Exception) -> str:
@@ -79,7 +86,7 @@ def _bare(model: nn.Module) -> nn.Module:
 @contextmanager
 def _unnoticed(model: nn.Module) -> Iterator[None]:
     with (
-        random_numbers_put_back(model, allowed=True),
+        without_backward_hooks(model),
         buffers_put_back(model),
         attributes_put_back(model),
         paused(),
