@@ -21,7 +21,7 @@ from lipcore.lipschitz.numerators import Numerators
 from lipcore.lipschitz.pointwise import mixes_samples
 from lipcore.lipschitz.sandwich import no_sides, sandwich_sides
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
-from lipcore.lipschitz.targets import begins_with_layer, find_input, find_output
+from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.metric.distribution import Distribution, loaded_distributions
 from lipcore.metric.hook_warnings import warn_in_hook
@@ -31,6 +31,7 @@ from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.inputs import InputChoice
+from lipcore.models.named_output import find_output
 from lipcore.models.names import named_modules, unwrap
 from lipcore.models.torch_internals import AnyBatchNorm
 

@@ -15,6 +15,7 @@ from lipcore.lipschitz.input_tap import INTEGERS, ModelInputTap
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 
 _MOST_WAITING = 64
+_LOSS = "; if the model returns its loss, name the module inside that makes its predictions: output='<module>'"
 
 
 class _Comparison(NamedTuple):
@@ -70,7 +71,7 @@ class Numerators:
         if norms is not None and norms.shape[1] != size:
             at_input.refuse(
                 f"the model's input has {norms.shape[1]} rows, {self._last.place} has {size}; both must have the batch "
-                "as first dimension"
+                f"as first dimension{_LOSS * (size == 1)}"
             )
             norms = None
         if not at_input.is_vector and not at_input.off and not isinstance(self._first.module, nn.Embedding):
@@ -84,7 +85,7 @@ class Numerators:
     def _misfit(self, rows: int, size: int) -> None:
         reason = (
             f"input: first layer '{self._first.name}' has {rows} rows, {self._last.place} has {size}; both must have "
-            "the batch as first dimension (was it flattened with another one?)"
+            f"the batch as first dimension ({_LOSS[2:] if size == 1 else 'was it flattened with another one?'})"
         )
         if self._first.named:
             raise ValueError(reason)
