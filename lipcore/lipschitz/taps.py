@@ -47,7 +47,7 @@ class FirstLayerTap(FirstLayer):
         self._at_input = at_input
         self._on_resolved, self._on_lost = on_resolved, on_lost
         self._every = pull_back_every
-        self._virtual_bias = virtual_bias
+        self._virtual_bias, self.has_leaf = virtual_bias, virtual_bias is not None
         self.target = ""  #: the name that the user gave; its own input is then what lambda is about
         self.begins = False  #: a plain chain begins with it, so that its input is the model's
         self.weight = WeightInUse()

@@ -14,13 +14,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, increment_version
 
 from lipcore import functional
+from lipcore.capture.compiled import armed
 from lipcore.capture.proof import asked_within_backward
 from lipcore.capture.taps.collector import Collector, MicroBatch
+from lipcore.capture.taps.compile_probes import batch_in
 from lipcore.capture.taps.graph import goes_past
+from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
-from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, Question, trial, two_of
+from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, Question, Trial, trial, two_of
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
 from lipcore.models.chains import modules_in_order
@@ -28,9 +31,9 @@ from lipcore.models.inputs import exchanged
 from lipcore.models.restored import buffers_put_back, random_numbers_put_back
 from lipcore.models.torch_internals import has_backward_hooks
 
-_INSIDE = (
-    "the gradient at the input of a layer inside a compiled model cannot be taken; name an argument of the model: "
-    "input='<argument>'"
+_OTHER_ROWS = (
+    "the layer {0} is called on {1} rows for {2} samples; both must have the batch as first dimension (was it "
+    "flattened with another one?). Name an argument of the model, input='<argument>', or a layer before that"
 )
 _UNPROVED = (
     "not compared with the gradients of single samples: the model's graph cannot be gone through twice ({0}), and a "
@@ -71,6 +74,7 @@ class InputHook:
         self.at = at
         self.site = Site(f"input of {type(at).__name__}", self._failed)
         self.site.taps.append(tap)
+        self.site.in_place_after = True  # in a compiled region the layer may work on its input in place
         self.first: Site | None = None
         self.last: Site | None = None
         self._model, self._collector = model, collector
@@ -109,8 +113,8 @@ class InputHook:
             if not asked or not self._allowed(micro, x, arguments, keywords, compiled):
                 return None
             if compiled and (self.tap.by_product or x is None):
-                if not self.tap.by_product:
-                    self.tap.refuse(_INSIDE)
+                if not self.tap.by_product:  # a probe inside takes the place of an alias
+                    micro.probed = (*micro.probed, self.site)
                 return None
             self._now.passing = _Pass(micro, check)
             return None if x is None else self._aliased(x, arguments, keywords)
@@ -121,9 +125,9 @@ class InputHook:
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Begin the forward pass of a module inside the model: return its arguments with the alias, or None to leave
         them."""
-        under_way = self._now.passing
         if torch.compiler.is_compiling():
-            return None
+            return self._trace(arguments, keywords)
+        under_way = self._now.passing
         if in_backward() != -1:
             return self.begin_again(arguments, keywords)
         if under_way is None or under_way.alias is not None:
@@ -136,6 +140,18 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
             return None
+
+    def _trace(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Put an identity with a probe on the layer's input, in a compiled region and a pass that has a probe."""
+        probe = armed.get(self.site.number)
+        if probe is None:
+            return None
+        name = next(iter(keywords), "")
+        x = arguments[0] if arguments else keywords.get(name)
+        if not isinstance(x, Tensor):
+            return None
+        x = Probed.apply(x, probe, self.site, None)  # type: ignore[no-untyped-call]
+        return ((x, *arguments[1:]), keywords) if arguments else ((), {**keywords, name: x})
 
     def begin_again(
         self, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -187,15 +203,15 @@ class InputHook:
             return True
         pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
         layer = self.first.module if compiled and self.first is not None else None
-        if layer is not None and (not is_affine(layer) or is_parametrized(layer)):
-            layer = None
         found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layer))
         if found.refusal:
             self.tap.refuse(found.refusal)
             return False
         self.tap.tried(found)
         if compiled:  # a graph cannot be looked through
-            self.tap.by_product = not found.past
+            self._check_rows(found, x, batch_in([*arguments, *keywords.values()]))
+            affine = layer is not None and is_affine(layer) and not is_parametrized(layer)
+            self.tap.by_product = affine and not found.past
         if not by_graph:
             constants = None if compiled and found.random else found.constants
             if constants is not None:
@@ -204,7 +220,21 @@ class InputHook:
                 "it is compiled" if compiled else "its modules have hooks on gradients",
                 "draws random numbers" if compiled and found.random else "has several values per sample",
             )
-        return True
+        return not self.tap.off
+
+    def _check_rows(self, found: Trial, x: Tensor | None, batch: Tensor | None) -> None:
+        """Give up what has other rows than samples in a compiled model, in which probes have room for those alone."""
+        samples = 0 if batch is None else len(batch)
+        if not samples:
+            return
+        if self.first is not None and found.layer_rows not in (0, samples):
+            reason = _OTHER_ROWS.format(f"'{self.first.name}'", found.layer_rows, samples)
+            if self.first.optional:
+                self._collector.lose(self.first, reason)
+            else:
+                self._collector.fail(ValueError(f"input: {reason}"))
+        elif x is None and found.rows not in (0, samples):
+            self.tap.refuse(_OTHER_ROWS.format("named", found.rows, samples))
 
     def _aliased(
         self, x: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]

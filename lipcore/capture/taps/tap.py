@@ -24,6 +24,8 @@ class Tap(ABC):
     optional = False  #: the others go on without it where its module is called twice, or never
     in_place_after = False  #: set directly behind a parametrised leaf module, where an in-place activation may follow
 
+    has_leaf = False  #: leaf() may return one
+
     def resolve(self, name: str, module: nn.Module) -> None:  # noqa: B027
         """Take the module that was found for this tap; raise ValueError when it will not do."""
 

@@ -200,7 +200,7 @@ class Capture:
         for at in self._inputs:
             given = (arguments, keywords or {}) if changed is None else changed
             changed = at.begin(micro, *given, compiled=self._compiled) or changed
-        if self._compiled:
+        if self._compiled and collector.tapping:
             self._probes.arm(micro, [*arguments, *(keywords or {}).values()])
         return changed
 

@@ -41,6 +41,8 @@ class Trial(NamedTuple):
     mixes: bool = False  #: the output of a sample depends on other samples
     constants: Tensor | None = None  #: of two samples, where the output has one value per sample; NaN for the others
     random: bool = False  #: it draws random numbers
+    rows: int = 0  #: of the input
+    layer_rows: int = 0  #: of the output of the layer that was asked about
     past: bool = True  #: the layer that was asked about is not all that the output depends on the input by
 
 
@@ -54,6 +56,14 @@ class Question(NamedTuple):
     keywords: dict[str, Any]
     pick: Callable[[Any], Any]  #: returns the tensor of the model's output that is meant
     layer: nn.Module | None = None  #: does the output depend on the input by way of this layer alone?
+
+
+class _Ran(NamedTuple):
+    """A call of the layer that is asked about."""
+
+    on_input: bool  #: it was given the very input
+    node: Any  #: that made its output
+    rows: int
 
 
 def trial(asked: Question) -> Trial:
@@ -99,7 +109,7 @@ def _unnoticed(model: nn.Module) -> Iterator[None]:
 def _run(asked: Question) -> Trial:
     points: list[Tensor] = []
     sources: list[Source] = []
-    layers: list[tuple[bool, Any]] = []
+    layers: list[_Ran] = []
 
     def replace(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
         if points and in_backward() == -1:
@@ -115,7 +125,10 @@ def _run(asked: Question) -> Trial:
 
     def ran(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         if in_backward() == -1:
-            layers.append((bool(given) and bool(sources) and sources[0].holds(given[0]), output.grad_fn))
+            # An in-place activation would put a node of its own in the place of a view's.
+            made = output._base if output._is_view() else output
+            on_input = bool(given) and bool(sources) and sources[0].holds(given[0])
+            layers.append(_Ran(on_input, made.grad_fn, len(output) if output.dim() else 1))
 
     undo: list[Any] = []
     handles = [_bare(asked.at).register_forward_pre_hook(replace, with_kwargs=True)]
@@ -131,7 +144,7 @@ def _run(asked: Question) -> Trial:
             back()
 
 
-def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[tuple[bool, Any]]) -> Trial:
+def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[_Ran]) -> Trial:
     try:
         output = asked.pick(returned)
     except ValueError:
@@ -142,9 +155,10 @@ def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[tu
         return Trial(NOT_DIFFERENTIABLE)
     if any(map(is_reentrant_checkpoint, nodes_before([output.grad_fn]))):
         return Trial(REENTRANT)
-    alone = len(layers) == 1 and layers[0][0]
-    past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0][1])
-    return _differentiated(output, points[0])._replace(past=past)
+    alone = len(layers) == 1 and layers[0].on_input
+    past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0].node)
+    layer_rows = layers[0].rows if layers else 0
+    return _differentiated(output, points[0])._replace(past=past, rows=len(points[0]), layer_rows=layer_rows)
 
 
 def _accumulates(leaf: Tensor) -> Any:
