@@ -12,6 +12,7 @@ DistributedDataParallel hang on parameters is not reached.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -35,9 +36,44 @@ FIXED_DIGITS = 3
 _under_way: set[int] = set()  # numbers of the backward passes that are proofs
 
 
+class _Asking(threading.local):
+    """The backward passes of this thread in which another one is asked for: that has no number before it begins."""
+
+    within: tuple[int, ...] = ()
+
+
+_asking = _Asking()
+
+
 def is_proof() -> bool:
-    """Return whether the backward pass under way is a proof's, of which hooks of lipcore's take no notice."""
-    return bool(_under_way) and in_backward() in _under_way
+    """Return whether the backward pass under way is a proof's or a check's, of which hooks of lipcore's take no
+    notice."""
+    if not _under_way:
+        return False
+    task = in_backward()
+    return task in _under_way or (bool(_asking.within) and task > _asking.within[-1])
+
+
+@contextmanager
+def asked_within_backward(node: Any) -> Iterator[None]:
+    """Make backward passes from this node that are asked for in the with block, within the backward pass under way,
+    known as none of the training's."""
+    before, mine = _asking.within, [-2]  # a number that no pass has: something is under way
+
+    def begin(_: Any) -> None:
+        if in_backward() > _asking.within[-1]:
+            mine.append(in_backward())
+            _under_way.add(in_backward())
+
+    _under_way.update(mine)
+    _asking.within = (*before, in_backward())
+    handle = node.register_prehook(begin)
+    try:
+        yield
+    finally:
+        handle.remove()
+        _asking.within = before
+        _under_way.difference_update(mine)
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -23,9 +24,11 @@ class _Rates(NamedTuple):
 
 class BiasSteps:
     """The steps of one bias: its parameter group, with the learning rate read after every step and before a scheduler
-    changes it."""
+    changes it. Those of a virtual bias are by the group of the layer's weight.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, virtual: bool = False) -> None:
+        self._virtual = virtual
         self._optimizers: Sequence[Optimizer] = ()
         self._model: nn.Module | None = None
         self._bias: Tensor | None = None
@@ -46,6 +49,9 @@ class BiasSteps:
         """Find the layer's bias and its parameter group anew: the bias may have become another object (moved, loaded,
         rebound), or have been given to an optimizer since."""
         bias = layer._parameters.get("bias") if layer is not None else None  # a parametrized one is not computed
+        virtual = bias is None and layer is not None and self._virtual
+        if virtual and layer is not None:
+            bias = layer._parameters.get("weight")
         places = [
             (optimizer, i)
             for optimizer in self._optimizers
@@ -56,8 +62,36 @@ class BiasSteps:
         self._holder, self._index = places[0] if len(places) == 1 else (None, 0)
         if bias is not self._bias:
             owners = model.modules() if model is not None else ()
-            self._shared = sum(own is bias for owner in owners for own in owner._parameters.values()) > 1
+            uses = sum(own is bias for owner in owners for own in owner._parameters.values())
+            self._shared = uses > 1 and not virtual
         self._bias = bias if isinstance(bias, Tensor) else None
+
+    @property
+    def known(self) -> bool:
+        """True where there are optimizer objects to look at."""
+        return bool(self._optimizers)
+
+    @property
+    def holder(self) -> Optimizer | None:
+        """The one optimizer that steps it."""
+        return self._holder
+
+    @property
+    def group(self) -> dict[str, Any] | None:
+        """The parameter group that it is in."""
+        return None if self._holder is None else self._holder.param_groups[self._index]
+
+    def unlike_sgd(self, layer: str) -> str:
+        """Say why steps are not lr times a gradient; "" where they are."""
+        group = self.group
+        if group is None:
+            several = "several of the optimizers" if self._holders else "no optimizer"
+            return f"{several} would step a bias of '{layer}', which goes with its weight; pass the one that does"
+        kind = type(self._holder)
+        if kind is not torch.optim.SGD:
+            return f"a bias of '{layer}' would be stepped by {kind.__qualname__}; its path is defined for plain SGD"
+        others = [f"{name}={group[name]!r}" for name in _SETTINGS if group.get(name)]
+        return f"SGD has {' and '.join(others)}; the path of a virtual bias is defined for plain SGD" if others else ""
 
     def observe(self) -> None:
         """Count a step that was just made, and read the bias' learning rate."""

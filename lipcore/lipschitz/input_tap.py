@@ -51,8 +51,9 @@ class ModelInputTap(InputTap):
         self._model: nn.Module | None = None
         self.off = ""  #: why there is no gradient at the input
         self.suspended = ""  #: why there is none for now: the last check said so
+        self.unproved = ""  #: why nothing has shown that the numbers are right
         self.mixing = False  #: samples influence each other
-        self.tolerance = 0.1
+        self.tolerance = 0.1  #: of two ways to take the pass under way
         self.by_product: bool | None = None  #: W_1 stands alone between the input and the rest; None: not known yet
         self._product_refused = False  # it seemed to do, and a check found that it does not
         self.is_vector = True  #: False for integers
@@ -60,7 +61,7 @@ class ModelInputTap(InputTap):
         self._check_wanted = True
         self._passes = 0
         self._timed_until = 0
-        self._half = False  # autocast is on in the pass under way
+        self._dtype = torch.float32  # of the input
         self._gradients, self._checks = CostShare(_SHARE), CostShare(_SHARE)
 
     def prepare(self) -> None:
@@ -75,12 +76,13 @@ class ModelInputTap(InputTap):
         assert self._model is not None
         chosen = chosen_input(unwrap(self._model), self.choice, arguments, keywords)
         self.is_vector = chosen is not None
+        self._dtype = chosen.dtype if chosen is not None else self._dtype
         return chosen
 
     def bind(self, model: nn.Module) -> None:
         """Turn to this model, and forget findings about another."""
         self._model = model
-        self.off = self.suspended = ""
+        self.off = self.suspended = self.unproved = ""
         self.by_product, self.mixing = None, False
         self._product_refused, self._check_wanted = False, True
 
@@ -98,7 +100,8 @@ class ModelInputTap(InputTap):
             self._timed_until = number + _TIMED
         if self.by_product and number > self._timed_until:
             return False, False
-        self._half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        self.tolerance = 0.1 if half else _TOLERANCE.get(self._dtype, 0.1)
         self._gradients.begin(number)
         self._checks.begin(number)
         self.checks = self._check_wanted and self._checks.is_due
@@ -129,7 +132,7 @@ class ModelInputTap(InputTap):
 
     def resume(self) -> None:
         """Give lambda again, since a check has agreed."""
-        self.suspended = ""
+        self.suspended = self.unproved = ""
 
     def refuse_product(self) -> None:
         """Take lambda by the gradient at the input from here on, never by W_1."""
@@ -163,5 +166,4 @@ class ModelInputTap(InputTap):
 
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
         """Return the norm of the gradient at the input, per sample."""
-        self.tolerance = 0.1 if self._half else _TOLERANCE.get(grad_output.dtype, 0.1)
         return functional.sample_norms(grad_output.detach()).reshape(1, -1)

@@ -20,16 +20,18 @@ from lipcore.lipschitz.input_tap import ModelInputTap
 from lipcore.lipschitz.numerators import Numerators
 from lipcore.lipschitz.sandwich import no_sides, sandwich_sides
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
-from lipcore.lipschitz.targets import begins_with_layer, find_input, find_output
+from lipcore.lipschitz.targets import begins_with_layer, find_input
+from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.metric.distribution import Distribution, loaded_distributions
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine, TapCounts
-from lipcore.metric.results import Label, MetricResult, Value
+from lipcore.metric.results import Label, MetricResult, Value, weakest
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.checks import has_statistics, mixes_samples
 from lipcore.models.inputs import InputChoice
+from lipcore.models.named_output import find_output
 from lipcore.models.names import named_modules, unwrap
 from lipcore.models.torch_internals import AnyBatchNorm
 
@@ -73,6 +75,15 @@ class Lipschitz(StandaloneMetric):
     * ``skipped``: samples with :math:`\partial L/\partial\hat y_i` zero or not finite, which say nothing.
       ``unrecorded``: forward passes whose backward pass never came
 
+    With ``virtual_bias=True``, of a first layer without a bias, also the path of the one that it does not have, whose
+    gradient is :math:`\sum_{i,p} \partial L/\partial u_{i,p}` over samples i and positions p:
+    ``virtual_bias_update_norm``, ``virtual_bias_path_length``, ``virtual_bias_distance``, ``virtual_bias_directness``
+    and ``virtual_bias_variance``, which are what :class:`Trajectory` says of a parameter. They are those of a bias that
+    starts at 0, is stepped by plain SGD with the layer's own learning rate, and whose updates the forward pass does not
+    see (the "virtual bias" of the paper; Corollaries 2 and 3). Momentum, weight decay, other optimizers, clipped
+    gradients, a GradScaler, several ranks and compiled models turn them off by name. Where BatchNorm in train mode
+    comes next, such a bias does nothing, and its path is rounding.
+
     The result's ``details["first_bias"]`` holds what Corollaries 2 and 3 ask of the steps: rows per sample, samples,
     the optimizer of the first layer's bias, its settings, and its lowest and highest learning rate within the window.
 
@@ -105,6 +116,7 @@ class Lipschitz(StandaloneMetric):
             from the gradients of the first and last bias where the model is an nn.Sequential between two Linear layers,
             in a third of the time. What else comes to reach these gradients (a penalty on parameters) is noticed by the
             next comparison only: up to 255 values are wrong then, which a warning says.
+        virtual_bias: also follow the bias that the first layer does not have, see above.
         optional: where the model has no such output or first layer, turn off with a line in the plan instead of an
             error.
 
@@ -129,12 +141,13 @@ class Lipschitz(StandaloneMetric):
         lambda_every: int | None = None,
         optional: bool = False,
         batch_of_one: BatchOfOne = "exact",
+        virtual_bias: bool = False,
     ) -> None:
         check_choice("quantity", quantity, ("auto", "scalar", "residual"))
         check_count("lambda_every", lambda_every, optional=True)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
         self._settings = {"input": input, "output": output, "quantity": quantity, "lambda_every": lambda_every}
-        self._settings |= {"optional": optional, "batch_of_one": batch_of_one}
+        self._settings |= {"optional": optional, "batch_of_one": batch_of_one, "virtual_bias": virtual_bias}
         self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._input, self._output, self._quantity = input, output, quantity
         self.optional = optional
@@ -142,9 +155,12 @@ class Lipschitz(StandaloneMetric):
         self._weight_before: Tensor | None = None
         self._moved = False  # W_1 had moved within the window before its state was loaded
         self._resolved = "" if quantity == "auto" else str(quantity)  # "auto" is settled by the first output
+        self._bias = BiasSteps(virtual=virtual_bias)
+        self._virtual_bias = VirtualBias(self._bias, self._virtual_bias_refused) if virtual_bias else None
         self._at_input = ModelInputTap(f"{self.name}.x", lambda_every, self._lambda_refused)
         self._first = FirstLayerTap(
-            f"{self.name}.input", self._at_input, self._remember_weight, self._lose_first, lambda_every
+            *(f"{self.name}.input", self._at_input, self._remember_weight, self._lose_first, lambda_every),
+            self._virtual_bias,
         )
         self._last = OutputTap(f"{self.name}.output", self._check_output)
         self._at_input.first, self._at_input.last = self._first, self._last
@@ -160,7 +176,6 @@ class Lipschitz(StandaloneMetric):
         self._raised: Warning | None = None  # by a warning, where it could not be handed on
         self._served = False  # the shortcut has been used
         self._closed: deque[list[Distribution]] = deque(maxlen=0)  # blocks of a sliding window
-        self._bias = BiasSteps()
         self._model: nn.Module | None = None
         self._counts: TapCounts | None = None
         if model is not None:
@@ -173,7 +188,12 @@ class Lipschitz(StandaloneMetric):
         input."""
         layer = self._first.target
         taps: dict[Tap, str] = {self._first: layer or FIRST_LAYER, self._last: self._last.target, self._at_input: layer}
-        return Needs(taps=taps, single_sample=self._single_sample())
+        return Needs(
+            taps=taps,
+            single_sample=self._single_sample(),
+            gradients=self._virtual_bias is not None,
+            used_gradients=self._virtual_bias is not None,
+        )
 
     def counted(self, counts: TapCounts) -> None:
         """Take the counts of the forward passes that this metric taps."""
@@ -213,6 +233,8 @@ class Lipschitz(StandaloneMetric):
         """Take the optimizers whose steps move the first bias, and how many blocks a window has."""
         self._closed = deque(maxlen=window_blocks - 1)
         self._bias.prepare(optimizers, window_blocks)
+        if self._virtual_bias is not None:
+            self._virtual_bias.prepare(scaler, window_blocks)
 
     def bind(self, model: nn.Module) -> None:
         """Turn to a model: find its input, output and first layer, and the layers in which samples mix."""
@@ -227,6 +249,10 @@ class Lipschitz(StandaloneMetric):
         self._first.begins = begins_with_layer(model)
         self._at_input.bind(model)
         self._numerators.start()
+        if self._virtual_bias is not None:
+            self._virtual_bias.bind(model)
+            if self._first.module is not None:  # bound again
+                self._virtual_bias.found(self._first.name, self._first.module)
         self._batchnorms = [module for _, module in named_modules(unwrap(model)) if isinstance(module, AnyBatchNorm)]
 
     def _check_output(self, output: Tensor) -> None:
@@ -264,14 +290,24 @@ class Lipschitz(StandaloneMetric):
             for distribution, values in zip(self._all, ratios, strict=True):
                 distribution.observe(values)
 
+    def observe_gradients(self) -> None:
+        if self._virtual_bias is not None:
+            self._virtual_bias.observe_gradients()
+
+    def observe_used_gradients(self, optimizer: Optimizer) -> None:
+        if self._virtual_bias is not None:
+            self._virtual_bias.observe_used_gradients(optimizer)
+
     def observe_step(self) -> None:
         """Count an optimizer step that was just made."""
         self._bias.observe()
+        if self._virtual_bias is not None:
+            self._virtual_bias.observe_step()
 
     @property
     def step_call(self) -> Callable[[], object]:
         """The function that counts a step, for loops whose steps take microseconds."""
-        return self._bias.observe
+        return self._bias.observe if self._virtual_bias is None else self.observe_step
 
     def _heed_checks(self) -> None:
         """Label the values where samples mix, and drop the lambdas that the check has found to be wrong."""
@@ -313,6 +349,9 @@ class Lipschitz(StandaloneMetric):
 
     def _lambda_refused(self, reason: str) -> None:
         self._warn(f"lipcore turned local_lipschitz off: {reason}")
+
+    def _virtual_bias_refused(self, reason: str) -> None:
+        self._warn(f"lipcore does not follow the virtual bias: {reason}")
 
     def _warn(self, message: str) -> None:
         self._raised = warn_in_hook(message, UserWarning, stacklevel=3) or self._raised
@@ -394,6 +433,8 @@ class Lipschitz(StandaloneMetric):
         if self._first.module is not None:
             self._add_sandwich(result, place, label, note, lambdas.mean, paired)
             result.details["first_bias"] = self._first_bias(count + skipped)
+        if self._virtual_bias is not None:
+            self._virtual_bias.add_to(result)
         return result
 
     def _add_constants(self, result: MetricResult, place: str, label: Label, note: str, lambdas: Distribution) -> None:
@@ -405,6 +446,8 @@ class Lipschitz(StandaloneMetric):
         if off:
             result.details["local_lipschitz_off"] = off
             lambdas, note = Distribution(), off
+        elif self._at_input.unproved and lambdas.count:
+            label, note = weakest([label, "heuristic"]), f"{note}; " * bool(note) + self._at_input.unproved
         values = lambdas.reduced(label, note=note)
         if off:
             values = {reducer: replace(value, note=off) for reducer, value in values.items()}
@@ -469,6 +512,8 @@ class Lipschitz(StandaloneMetric):
         self._mixed = self._moved = False
         self._at_input.start_window()
         self._bias.reset()
+        if self._virtual_bias is not None:
+            self._virtual_bias.reset()
         self._remember_weight()
 
     def advance(self) -> None:
@@ -484,6 +529,8 @@ class Lipschitz(StandaloneMetric):
         self._at_input.start_window()
         self._moved = self._weight_moved()
         self._bias.advance()
+        if self._virtual_bias is not None:
+            self._virtual_bias.advance()
         self._bias.find(self._model, self._first.module)
         self._start_block()
 
@@ -514,7 +561,8 @@ class Lipschitz(StandaloneMetric):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the window: its version, distributions, labels and the bias' steps."""
-        return {
+        virtual = {} if self._virtual_bias is None else {"virtual_bias": self._virtual_bias.state_dict()}
+        return virtual | {
             "version": self._version,
             "quantity": self._resolved or "auto",
             "mixed": self._mixed,
@@ -543,6 +591,8 @@ class Lipschitz(StandaloneMetric):
         bias_steps = state.get("bias_steps", [])  # a state of an earlier lipcore has none
         if not isinstance(bias_steps, list) or not all(map(_are_steps, bias_steps)):
             raise ValueError(f"bias_steps: expected [steps, lowest, highest rate] per block, got {bias_steps!r}")
+        if self._virtual_bias is not None:
+            self._virtual_bias.load_state_dict(state.get("virtual_bias", {}))
         self._closed.clear()
         self._closed.extend(closed)
         for mine, theirs in zip(self._all, loaded, strict=True):

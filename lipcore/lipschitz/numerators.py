@@ -15,10 +15,12 @@ from lipcore.lipschitz.input_tap import INTEGERS, ModelInputTap
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 
 _MOST_WAITING = 64
+_LOSS = "; if the model returns its loss, name the module inside that makes its predictions: output='<module>'"
 
 
 class _Comparison(NamedTuple):
-    """Norms that must agree: by W_1 (None where not taken so), at the input, and of two samples alone."""
+    """Norms that must agree: by W_1 (None where not taken so), at the input (by W_1 where it is compiled), and of two
+    samples alone."""
 
     product: Tensor | None
     norms: Tensor
@@ -69,7 +71,7 @@ class Numerators:
         if norms is not None and norms.shape[1] != size:
             at_input.refuse(
                 f"the model's input has {norms.shape[1]} rows, {self._last.place} has {size}; both must have the batch "
-                "as first dimension"
+                f"as first dimension{_LOSS * (size == 1)}"
             )
             norms = None
         if not at_input.is_vector and not at_input.off and not isinstance(self._first.module, nn.Embedding):
@@ -83,7 +85,7 @@ class Numerators:
     def _misfit(self, rows: int, size: int) -> None:
         reason = (
             f"input: first layer '{self._first.name}' has {rows} rows, {self._last.place} has {size}; both must have "
-            "the batch as first dimension (was it flattened with another one?)"
+            f"the batch as first dimension ({_LOSS[2:] if size == 1 else 'was it flattened with another one?'})"
         )
         if self._first.named:
             raise ValueError(reason)
@@ -112,10 +114,12 @@ class Numerators:
         reference, alone = record.get(at_input.check_key), record.get(at_input.trial_key)
         if reference is None and alone is not None and len(alone) == size:
             reference = alone * record[self._last.key][0].abs()
-        if reference is None or norms is None or not size:
-            return
         product = first[1] if first is not None and at_input.by_product else None
-        self._waiting.append(_Comparison(product, norms[0], reference, at_input.tolerance))
+        if reference is None or not size or (norms is None and product is None):
+            return
+        taken = product if norms is None else norms[0]
+        assert taken is not None
+        self._waiting.append(_Comparison(product, taken, reference, at_input.tolerance))
         if reference.is_cpu:
             self.settle()
         else:

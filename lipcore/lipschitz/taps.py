@@ -15,6 +15,7 @@ from lipcore.capture.taps.tap import InputTap, Tap
 from lipcore.functional.library import CPU
 from lipcore.lipschitz.input_tap import FirstLayer, ModelInputTap
 from lipcore.lipschitz.pullback import pull_back
+from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.models.affine import WeightInUse, is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
 from lipcore.models.outputs import output_names, picked_output
@@ -40,11 +41,13 @@ class FirstLayerTap(FirstLayer):
         on_resolved: Callable[[], None],
         on_lost: Callable[[str], None],
         pull_back_every: int | None,
+        virtual_bias: VirtualBias | None = None,
     ) -> None:
         self.key = key
         self._at_input = at_input
         self._on_resolved, self._on_lost = on_resolved, on_lost
         self._every = pull_back_every
+        self._virtual_bias, self.has_leaf = virtual_bias, virtual_bias is not None
         self.target = ""  #: the name that the user gave; its own input is then what lambda is about
         self.begins = False  #: a plain chain begins with it, so that its input is the model's
         self.weight = WeightInUse()
@@ -62,6 +65,12 @@ class FirstLayerTap(FirstLayer):
         self.name, self.module = name, module
         self.weight.watch(module)
         self._on_resolved()
+        if self._virtual_bias is not None:
+            self._virtual_bias.found(name, module)
+
+    def leaf(self, output: Tensor) -> Tensor | None:
+        """Return the leaf of the virtual bias, where that is asked for."""
+        return None if self._virtual_bias is None else self._virtual_bias.leaf(output)
 
     @property
     def named(self) -> bool:

@@ -129,7 +129,7 @@ class Engine:
         try:
             # The shortcut is for the one metric that can do with two bias gradients.
             single_sample = needs[self._tapping[0]].single_sample if len(self._tapping) == 1 else None
-            self._capture.attach(single_sample, shared=bool(self._layer_captures))
+            self._capture.attach(single_sample)
         except ValueError as error:
             self._capture.close()
             if not self._turn_off(error):

@@ -8,7 +8,7 @@ is the same bits where it does not depend on the others.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -42,6 +42,10 @@ _ROUNDING_HALF = 3e-2
 _BATCHES = 3  # held at once: what was kept, the copies, and what the model is given
 
 
+def _returned(call: Callable[[], Any]) -> Any:
+    return call()
+
+
 class Before:
     """State that a forward pass begins with, kept so that it can be run again.
 
@@ -70,28 +74,31 @@ class Before:
             self.bytes = _BATCHES * self._kept.nbytes
             self._state = ModuleState(model)
 
-    def difference(self, output: Any, rows: Sequence[tuple[int, int]]) -> tuple[str, list[int]]:
+    def difference(
+        self, output: Any, rows: Sequence[tuple[int, int]], run: Callable[[Callable[[], Any]], Any] = _returned
+    ) -> tuple[str, list[int]]:
         """Return why samples are not independent of each other, or "", and the places of the tensors that show it; none
         where it is not certain.
 
         Args:
-            output: what the model returned; rows of its tensors are compared.
+            output: of the model in this pass; rows of its tensors are compared.
             rows: of the tensors in it, in their order, the place and the batch dimension.
+            run: takes a function that calls the model to the model's output, where that is not what it returns.
         """
         if self.refused:
             return self.refused, []
         after = ModuleState(self._model)
         try:
             if _compiles(self._model):  # the compiled numbers are not the eager ones
-                output = self._run(self._kept)
+                output = run(lambda: self._run(self._kept))
             tensors = list(tensors_of(output))
             for sample in (0, self._kept.shape[self._dim] - 1):
-                copies = list(tensors_of(self._run(self._copies(sample))))
+                copies = list(tensors_of(run(functools.partial(self._run, self._copies(sample)))))
                 used = self._state.random_states()
                 wrong = [i for i, d in rows if not _same(tensors[i].select(d, sample), copies[i].select(d, sample))]
                 if not wrong:
                     continue
-                again = list(tensors_of(self._run(self._kept)))
+                again = list(tensors_of(run(lambda: self._run(self._kept))))
                 if not all(_same(tensors[i], again[i]) for i, _ in rows):
                     return "its output is another one when it is run again on the same batch", []
                 if any(not torch.equal(a, b) for a, b in zip(used, self._state.random_states(), strict=True)):

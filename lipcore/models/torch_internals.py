@@ -6,7 +6,9 @@ stand in :data:`ATTRIBUTES`. Public names of torch do not answer these questions
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,6 +57,9 @@ graph_task = _found("_C._current_graph_task_id")
 
 #: Call a function at the end of the backward pass under way, after those that were queued before.
 queue_callback = _found("_execution_engine.queue_callback", Variable)
+
+#: Return the hooks that tensors go through which the graph keeps now (those of a checkpoint, say); None for none.
+top_saved_tensors_hooks = _found("_C._autograd._top_saved_tensors_default_hooks")
 
 #: Whether a tensor is seen from inside a transform of torch.func.
 is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
@@ -105,7 +110,7 @@ ANY_FORWARD_HOOKS: Mapping[int, Any] = _found("_global_forward_hooks", _any_modu
 ANY_FORWARD_PRE_HOOKS: Mapping[int, Any] = _found("_global_forward_pre_hooks", _any_module)
 
 
-_ANY_BACKWARD_HOOKS = (
+_ANY_BACKWARD_HOOKS: tuple[Any, ...] = (
     _found("_global_backward_hooks", _any_module),
     _found("_global_backward_pre_hooks", _any_module),
 )
@@ -114,6 +119,26 @@ _ANY_BACKWARD_HOOKS = (
 def has_backward_hooks(model: nn.Module) -> bool:
     """Return whether a module of it, or every module, has a hook that may change gradients."""
     return any(_ANY_BACKWARD_HOOKS) or any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())
+
+
+@contextmanager
+def without_backward_hooks(model: nn.Module) -> Iterator[None]:
+    """Keep hooks of modules on gradients, its own and those of every module, from being called in passes that begin
+    within the with block."""
+    kept = [(module, module._backward_hooks, module._backward_pre_hooks) for module in model.modules()]
+    everywhere = [(hooks, dict(hooks)) for hooks in _ANY_BACKWARD_HOOKS]
+    try:
+        for module, hooks, before in kept:
+            if hooks or before:
+                module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+        for hooks, _ in everywhere:
+            hooks.clear()
+        yield
+    finally:
+        for module, hooks, before in kept:
+            module._backward_hooks, module._backward_pre_hooks = hooks, before
+        for hooks, all_of_them in everywhere:
+            hooks.update(all_of_them)
 
 
 def hooks_after_accumulation(parameter: Tensor) -> list[Any]:

@@ -98,6 +98,9 @@ class PerSampleGradNorms(StandaloneMetric):
             samples are run among copies of themselves. This finds samples that are mixed, moved, or looked for in the
             wrong dimension. Hooks on tensors and on modules' backward passes see those passes too. What is not proved
             is not labelled exact, and :attr:`unproved` and ``details["not_proved"]`` say why.
+        output: where those backward passes begin: the name of the module whose output has the batch dimension, for
+            models that return their loss alone; or the key or attribute of a part of what the model returns, or a
+            function of that. Default: all that it returns. What comes behind it counts as the loss.
         batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": their norms are read from
             the parameters' gradients, after three proofs that these are the same and with more proofs now and then.
             What else comes to reach those gradients (a penalty on parameters) may be noticed by the next proof only.
@@ -128,11 +131,14 @@ class PerSampleGradNorms(StandaloneMetric):
         normalized: bool = False,
         noise_scale: bool = True,
         prove: bool = True,
+        output: str | Callable[[Any], Any] | None = None,
         batch_of_one: BatchOfOne = "exact",
         scaler: Any = None,
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
+        if output is not None and not isinstance(output, str) and not callable(output):
+            raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
         check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
         self._every = every_steps
         self._methods = dict(methods or {})
@@ -145,6 +151,7 @@ class PerSampleGradNorms(StandaloneMetric):
             normalized=normalized,
             skip_uncovered=on_unsupported == "skip",
             prove=prove,
+            output=output,
             note_of=self._reduction.note_of,
             fast_batch_of_one=batch_of_one == "fast",
         )

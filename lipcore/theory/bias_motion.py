@@ -14,6 +14,7 @@ from lipcore.theory.finding import Finding
 from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
 from lipcore.theory.recorded_motion import CONTRADICTED, LITERAL, every_steps, known, unchecked
 from lipcore.theory.training import joined
+from lipcore.theory.virtual_bias import with_virtual_bias
 from lipcore.theory.windows import select, span
 
 _ZERO = "a loss gradient of 0 says nothing about lambda"
@@ -58,7 +59,8 @@ def bias_variance(
         history: windows with a Trajectory metric (and a Lipschitz metric for the second bound). Both bounds are not
             valid for a sliding window that has lost its first block, nor with every_steps > 1, nor where weights were
             loaded between its steps.
-        parameter: canonical name, "0.bias" say.
+        parameter: canonical name, "0.bias" say. Of a first layer without a bias: the name that it would have, in
+            windows of ``Lipschitz(virtual_bias=True)``.
         learning_rate: constant over the window; default the one that was recorded for the first layer's bias.
         eps: |dl/dyhat| at each of the window's steps.
 
@@ -67,7 +69,7 @@ def bias_variance(
             says nothing about lambda: leave it out), or eps has another length than the window has steps; learning_rate
             is not the recorded one, or that was not constant within the window (and a rate or eps was given).
     """
-    window = select(history, "trajectory", first_step, last_step)[-1]
+    window = select(with_virtual_bias(history, parameter), "trajectory", first_step, last_step)[-1]
     moved, measured = known(window, "update_norm", parameter), known(window, "variance", parameter)
     step, variance = moved[parameter]["mean"], measured[parameter]["last"]
     if every_steps(window) > 1:

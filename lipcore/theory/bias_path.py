@@ -14,6 +14,7 @@ from lipcore.theory.finding import Finding
 from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps, own_bias
 from lipcore.theory.recorded_motion import CONTRADICTED, LITERAL, apart, known, unchecked
 from lipcore.theory.training import joined
+from lipcore.theory.virtual_bias import with_virtual_bias
 from lipcore.theory.windows import missing_steps, select, span
 
 _ROUNDING = 1 - 1e-4  # of float32 parameters, whose motion is recorded as they are
@@ -50,7 +51,8 @@ def bias_distance(
 
     Args:
         history: windows with a Trajectory metric (and a Lipschitz metric for the bound), from the start of training on.
-        parameter: canonical name, "0.bias" say.
+        parameter: canonical name, "0.bias" say. Of a first layer without a bias: the name that it would have, in
+            windows of ``Lipschitz(virtual_bias=True)``.
         learning_rate: a number, or one for each step; default what was recorded for the first layer's bias.
         eps_max: largest |dl/dyhat| of all steps.
 
@@ -58,7 +60,7 @@ def bias_distance(
         ValueError: no window; the parameter is not in it; learning_rate or eps_max is not positive, or there are more
             or fewer rates than steps; the rates are not the recorded ones.
     """
-    windows = select(history, "trajectory", None, last_step)
+    windows = select(with_virtual_bias(history, parameter), "trajectory", None, last_step)
     last = windows[-1]
     distance = known(last, "distance", parameter)[parameter]["last"]
     length = known(last, "path_length", parameter)[parameter]["cumulative"]

@@ -334,3 +334,46 @@ def test_without_a_proof() -> None:
     assert metric.unproved == "prove=False was passed"
     assert metric.compute().details["not_proved"] == {"prove=False was passed": 1}
     assert "not proved" in str(metric)
+
+
+# ---- whose rows they are
+
+
+def whose(metric: PerSampleGradNorms, samples: int = SIZE) -> dict[str, list[list[int]]]:
+    proofs = metric._capture.proofs  # type: ignore[union-attr, attr-defined]
+    return {name: [call.ids.tolist() for call in calls] for name, calls in proofs.sample_ids((2, samples)).items()}
+
+
+def test_the_samples_of_rows_that_are_moved_are_known() -> None:
+    torch.manual_seed(1)
+    model = made(lambda: Way(MOVED["between layers"]))
+    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip", noise_scale=False) as metric:
+        sum_loss(model(torch.randn(SIZE, 6))).backward()
+    order = ORDER.argsort().tolist()
+    assert whose(metric) == {"a": [order], "b": [list(range(SIZE))]}
+    assert whose(metric, 7) == {}
+    ids = metric._capture.proofs.sample_ids((2, SIZE))["a"][0]  # type: ignore[union-attr, attr-defined]
+    assert ids.is_permutation
+    assert not ids.in_order
+
+
+def test_the_samples_of_every_call_of_a_layer() -> None:
+    torch.manual_seed(1)
+    metric = measured(
+        made(lambda: Way(lambda m, x: m.b(torch.tanh(m.a(x))) + m.b(torch.sin(m.a(2 * x))))), torch.randn(SIZE, 6)
+    )
+    rows = list(range(SIZE))
+    assert whose(metric) == {"a": [rows, rows], "b": [rows, rows]}
+
+
+def test_rows_without_a_gradient_get_their_sample_from_a_later_pass() -> None:
+    torch.manual_seed(1)
+    model = made(lambda: Way(lambda m, x: m.b(torch.relu(m.a(x))) * x[:, :1].sign().relu()))
+    x = torch.randn(SIZE, 6)
+    x[0, 0] = -1.0
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        sum_loss(model(x)).backward()
+        assert whose(metric)["b"][0][0] < 0
+        for _ in range(4):
+            sum_loss(model(x.abs())).backward()
+    assert whose(metric)["b"] == [list(range(SIZE))]

@@ -72,7 +72,12 @@ class LayerCapture:
             for name, module, rule, names in self.coverage.tapped
         ]
         self._check_names()
-        self.proofs = Proofs(self.model, self.sites, prove=options.prove, skip=options.skip_uncovered)
+        self.proofs = Proofs(
+            *(self.model, self.sites),
+            prove=options.prove,
+            skip=options.skip_uncovered,
+            output=options.output,
+        )
         self._audit = Audit(
             self.model,
             self.coverage,
@@ -116,6 +121,7 @@ class LayerCapture:
             self.coverage.check_single_use()
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
+        self.proofs.attach()
 
     def _serve(self, before_forward: Any, after_forward: Any) -> None:
         if self._hooks is not None:
@@ -146,6 +152,7 @@ class LayerCapture:
     def _unhook(self) -> None:
         if self._hooks is not None:
             self._hooks.remove()
+            self.proofs.detach()
         self._hooks = None
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lipcore.capture.layers.batch_of import NoteOf, OffsetsOf
+from lipcore.models.named_output import OutputChoice
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class LayerOptions:
         normalized: also bring the norms of the gradients at the layers' outputs and at the model's.
         skip_uncovered: leave out parameters that no rule covers instead of failing.
         prove: run a backward pass of one sample through the first pass's graph, and compare.
+        output: where proofs begin: a module's name, or a key, attribute or function of what the model returns.
         note_of: takes the model's arguments and keywords to what the record of the pass is to hold of them.
         fast_batch_of_one: serve batches of one from the parameters' gradients, where that has proved right.
     """
@@ -33,5 +35,6 @@ class LayerOptions:
     normalized: bool = False
     skip_uncovered: bool = False
     prove: bool = True
+    output: OutputChoice | None = None
     note_of: NoteOf | None = None
     fast_batch_of_one: bool = False

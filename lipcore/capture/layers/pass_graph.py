@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
 
+from lipcore.capture.checkpoints import is_reentrant_checkpoint
 from lipcore.capture.foreign_functions import function_of, is_foreign
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
@@ -44,7 +44,7 @@ class Graph:
             if id(getattr(node, "site", None)) in mine and getattr(node, "run", None) is run:
                 self.tapped.append(node)
             function = function_of(node)
-            if function is CheckpointFunction:
+            if is_reentrant_checkpoint(node):
                 self.refused = REENTRANT
             elif function is not None and function.__name__ == "_DDPSink" and node.ddp_weakref().static_graph:
                 self.refused = STATIC

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,18 +13,28 @@ from torch import Tensor, nn
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.pass_graph import Graph
+from lipcore.capture.layers.proof_output import ProofOutput
 from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
+from lipcore.capture.proof import is_proof
+from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Seeds, seeds_of
+from lipcore.capture.training_pass import accumulates_everything
 from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
-from lipcore.models.outputs import tensors_of
+from lipcore.models.named_output import OutputChoice
+from lipcore.models.outputs import nodes_before, on_backward, tensors_of
 from lipcore.models.ranks import under_process_group
 from lipcore.models.restored import RandomPass, buffers_put_back, random_numbers_put_back
 
 NO_OUTPUT = (
-    "none of the model's outputs has a batch dimension (it returns its loss alone); let it return its predictions too"
+    "none of the model's outputs has a batch dimension (it returns its loss alone); name the module inside that makes "
+    "its predictions, output='<module>', or let it return them too"
+)
+NOT_RUN_OUTPUT = (
+    "the module that output= names did not run in the pass, or is inside a compiled region; name another one, or let "
+    "the model return its output too, and name that"
 )
 NOT_ASKED = "prove=False was passed"
 _NOT_YET = "no batch of {0} samples was proved yet"
@@ -37,14 +48,31 @@ _ALONE = "the model is sharded, and not all of its ranks have this metric"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
 
 
+_PAST = (
+    "the loss reaches layer '{0}' past the output that proofs begin at (output=); name the one by which all of it comes"
+)
+
+
 @dataclass
 class _Known:
     """Findings of earlier proofs about passes with one number of dimensions and samples."""
 
     reason: str = _OPEN
+    past: str = ""  # the loss came past the output that was proved
     seen: dict[str, Tensor] = field(default_factory=dict)
     unseen: dict[str, Tensor] = field(default_factory=dict)
     unreached: dict[str, set[str]] = field(default_factory=dict)
+    ids: dict[str, list[SampleIds]] = field(default_factory=dict)
+
+    def add(self, found: Mapping[str, list[SampleIds]]) -> None:
+        """Take in whose rows a further proof has found; where a layer's calls are others than before, they count."""
+        for layer, calls in found.items():
+            known = self.ids.get(layer, [])
+            if len(known) != len(calls):
+                self.ids[layer] = calls
+                continue
+            for mine, theirs in zip(known, calls, strict=True):
+                mine.add(theirs)
 
 
 class Disproved(ValueError):
@@ -60,10 +88,19 @@ class Proofs:
         bytes: the memory that the last proof took beside what the pass itself keeps, roughly.
     """
 
-    def __init__(self, model: nn.Module, sites: Sequence[LayerSite], *, prove: bool, skip: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[LayerSite],
+        *,
+        prove: bool,
+        skip: bool,
+        output: OutputChoice | None = None,
+    ) -> None:
         self.bytes = 0
         self._model, self._sites = model, sites
         self._wanted, self._skip = prove, skip
+        self._output = ProofOutput(model, output)
         self._sharded = any(hasattr(p, "placements") for p in model.parameters())
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
         self._schedule = ProofSchedule()
@@ -76,6 +113,14 @@ class Proofs:
     def together(self) -> bool:
         """True where a due proof must be run on this rank because other ranks run it too."""
         return self._ranks is not None
+
+    def attach(self) -> None:
+        """Put a hook on the module that was named as output."""
+        self._output.attach()
+
+    def detach(self) -> None:
+        """Take that hook off."""
+        self._output.detach()
 
     def withdraw(self) -> None:
         """Prove no further passes, and tell the other ranks."""
@@ -95,6 +140,7 @@ class Proofs:
             return
         try:
             run.before = Before(self._model, arguments, keywords, first, run.batch.dim)
+            self._output.listen()
         except Exception as error:  # no memory for a copy of the batch
             if self._ranks is not None:
                 raise
@@ -107,6 +153,7 @@ class Proofs:
 
         Raises:
             Disproved: samples depend on each other in a way that spoils all norms.
+            ValueError: the model returns nothing of the name that was given as output.
         """
         if run.kind is None:
             return {}
@@ -114,10 +161,13 @@ class Proofs:
         wrong: dict[str, str] = {}
         if before is not None:
             known = self._known.setdefault(run.kind, _Known())
-            wrong = self._prove(run, output, before, known)
+            chosen = self._output.of(output)
+            wrong = self._prove(run, chosen, before, known)
+            if chosen is not None and chosen is not output:
+                self._watch_past(run, output, chosen, known)
         if run.batch.size > 1:
             found = self._known.get(run.kind)
-            run.unproved = _NOT_YET.format(run.batch.size) if found is None else found.reason
+            run.unproved = _NOT_YET.format(run.batch.size) if found is None else found.reason or found.past
             if found is not None:
                 run.unseen, run.unreached = found.unseen, found.unreached
         return wrong
@@ -130,11 +180,12 @@ class Proofs:
         except Exception as error:
             known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
             return {}
-        found = self._weighed(run, seeds, graph, before.bytes)
+        found = self._weighed(run, output, seeds, graph, before.bytes)
         if run.batch.size < 2:
             return {}
         if found.open and run.kind is not None:
             self._schedule.ask_again(run.kind)
+        known.add(found.ids)
         for layer, rows in found.seen.items():
             known.seen[layer] = known.seen.get(layer, rows) | rows
         if found.reason or not any(bool(rows.any()) for rows in found.seen.values()):
@@ -151,14 +202,30 @@ class Proofs:
         self._look_at_copies(run, output, seeds, before, known)
         return {} if found.entered else found.wrong
 
-    def _weighed(self, run: LayerPass, seeds: Seeds, graph: Graph, kept: int) -> Verdict:
+    def _watch_past(self, run: LayerPass, returned: Any, output: Any, known: _Known) -> None:
+        """Look for ways from what the model returns to the layers that do not lead through the output that was proved,
+        and notice when a gradient takes one. What is returned from between the layers and that output was proved with
+        it."""
+        known.past = ""
+        mine = {id(site) for site in self._sites}
+        ends = {tensor.grad_fn for tensor in tensors_of(output)}
+        within = set(nodes_before(ends))
+        for tensor in tensors_of(returned):
+            if tensor.grad_fn in within:
+                continue
+            behind = nodes_before([tensor.grad_fn], ends)
+            layer = next((n.site.name for n in behind if id(getattr(n, "site", None)) in mine and n.run is run), None)
+            if layer is not None:
+                on_backward(tensor, functools.partial(_came_past, run, known, _PAST.format(layer)))
+
+    def _weighed(self, run: LayerPass, output: Any, seeds: Seeds, graph: Graph, kept: int) -> Verdict:
         reason = graph.refused
         if self._refused:
             reason = f"{self._refused} allows no other backward pass; use fully_shard"
         elif self._ranks is not None and not self._ranks.agree(self._schedule.passes):
             reason = _ALONE
         elif not seeds.outputs:
-            reason = NO_OUTPUT
+            reason = NO_OUTPUT if output is not None else NOT_RUN_OUTPUT
         elif not reason and not under_process_group():  # what is free differs by rank
             self.bytes = graph.bytes + kept
             free = free_bytes(seeds.outputs[0].device)
@@ -189,7 +256,7 @@ class Proofs:
         suspected = {id(tensor) for outputs, _ in run.suspects for tensor in outputs}
         pairs = zip(seeds.outputs, seeds.dims, strict=True)
         rows = [(places[id(t)], dim) for t, dim in pairs if id(t) not in suspected]
-        why, wrong = before.difference(output, rows)
+        why, wrong = before.difference(output, rows, self._run_again)
         if why and not wrong:
             known.reason = _NOT_RUN.format(why)
         elif wrong and self._skip:
@@ -200,10 +267,28 @@ class Proofs:
             every = {name: why for site in self._sites for name in site.names.values()}
             run.suspects.append(([tensors[i] for i in wrong], every))
 
+    def _run_again(self, call: Callable[[], Any]) -> Any:
+        self._output.listen()
+        return self._output.of(call())
+
+    def sample_ids(self, kind: tuple[int, int] | None) -> Mapping[str, list[SampleIds]]:
+        """Return, for passes of a kind (:attr:`LayerPass.kind`), which samples the rows of every layer's gradient are
+        of: one entry per call of the layer, in the order of the graph. Layers that no gradient came to are left out;
+        nothing is known of passes of which none was proved."""
+        known = self._known.get(kind) if kind is not None else None
+        return {} if known is None else known.ids
+
     def __str__(self) -> str:
         if not self._wanted:
             return f"not proved: {NOT_ASKED}"
-        reasons = list(dict.fromkeys(known.reason for known in self._known.values() if known.reason))
+        found = (known.reason or known.past for known in self._known.values())
+        reasons = list(dict.fromkeys(reason for reason in found if reason))
         when = "proved: every sample, in passes 1, 64, 128, ... and where shapes are new"
         took = f", with about {-(-self.bytes // 1024)} KB beside the pass" if self.bytes else ""
         return f"not proved: {'; '.join(reasons)}" if reasons else when + took
+
+
+def _came_past(run: LayerPass, known: _Known, why: str, gradients: Any) -> None:
+    if not is_proof() and accumulates_everything():
+        known.past = why
+        run.unproved = run.unproved or why

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from lipcore.capture.proof import (
     row_ids,
     squared_norms,
 )
+from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Seeds
 from lipcore.layers import Batch
 
@@ -65,6 +66,7 @@ class Verdict:
         entered: outputs that must bring a gradient for `wrong` to matter; empty: whatever they bring.
         seen: per layer, the samples whose row was right, bool [B].
         unreached: layers that no gradient came to.
+        ids: per layer and call of it, in the order of the graph, which samples the rows of its gradient are of.
         open: something was not finite or had no gradient, and should be asked again.
     """
 
@@ -73,6 +75,7 @@ class Verdict:
     entered: list[Tensor] = field(default_factory=list)
     seen: dict[str, Tensor] = field(default_factory=dict)
     unreached: set[str] = field(default_factory=set)
+    ids: dict[str, list[SampleIds]] = field(default_factory=dict)
     open: bool = False
 
 
@@ -98,10 +101,8 @@ def verdict(run: LayerPass, seeds: Seeds, graph: Graph, sites: Sequence[LayerSit
         if good:  # an output that mixes samples, such as similarities, matters where it enters the loss
             for one in good[1:]:
                 good[0].seen = {name: rows | one.seen.get(name, rows) for name, rows in good[0].seen.items()}
-            return Verdict(
-                "", result.wrong, [seeds.outputs[i] for i, one in enumerate(each) if one.wrong], good[0].seen,
-                good[0].unreached, good[0].open,
-            )  # fmt: skip
+            entered = [seeds.outputs[i] for i, one in enumerate(each) if one.wrong]
+            return replace(good[0], wrong=result.wrong, entered=entered)
     return result
 
 
@@ -149,6 +150,7 @@ class _Weighed:
             right, mixed = rows.ids == expected, rows.ids == MIXED
             moved = (rows.ids >= 0) & ~right
             result.open |= bool((~right & ~moved).any())
+            result.ids.setdefault(site.name, []).append(SampleIds(rows.ids, size))
             if bool(moved.any()):
                 at = int(moved.nonzero()[0])
                 suspects[site.name] = int(expected[at]), _MOVED.format(int(expected[at]), int(rows.ids[at]))

@@ -32,7 +32,18 @@ class MicroBatch:
     """One forward pass: its sites and the numbers that have come back from them."""
 
     __slots__ = (
-        *("__weakref__", "checks", "columns", "delivered", "differentiated", "entered", "generation", "nodes"),
+        *(
+            "__weakref__",
+            "aliased",
+            "anchored",
+            "checks",
+            "columns",
+            "delivered",
+            "differentiated",
+            "entered",
+            "generation",
+            "nodes",
+        ),
         *("probed", "probes", "sources", "task"),
     )
 
@@ -42,6 +53,8 @@ class MicroBatch:
         self.sources: dict[InputTap, Source] = {}
         self.nodes: dict[Site, tuple[Any, int]] = {}
         self.probed: tuple[Site, ...] = ()  # inputs whose gradient is asked for in this pass
+        self.aliased: dict[Site, Any] = {}  # for those, a weak reference to the user's tensor
+        self.anchored: set[Site] = set()  # outputs that require a gradient by way of an anchor alone
         self.checks: dict[str, Tensor] = {}
         self.columns: dict[Site, Tensor] = {}
         self.probes: dict[Site, Tensor] | None = None
@@ -72,10 +85,10 @@ class Collector:
         self.unresolved: Site | None = None  # the first layer, as long as it has not run
         self.check: Check | None = None  # of the last forward pass, until its backward pass has come
         self.compares = False  # the shortcut compares this pass with its own numbers, so the record must not wait
-        self.shared = False  # others would take a backward pass of lipcore's own for the training's
         self.under_way = _UnderWay()
         self._begun: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
         self.returning: MicroBatch | None = None  # the backward pass under way
+        self.aliases = False  # an input was aliased in some pass
         self.forwards = 0  # tapped forward passes in grad mode
         self.records = 0  # how many of them came back
         self.refused: set[str] = set()  # why backward passes that came do not count
@@ -89,7 +102,7 @@ class Collector:
 
     def begin(self) -> MicroBatch:
         """Return a new micro-batch for the forward pass that begins."""
-        self.check = None
+        self.check = self.returning = None
         micro = self.under_way.micro = MicroBatch()
         self._begun[id(micro)] = micro
         return micro
@@ -119,6 +132,14 @@ class Collector:
             else:
                 self.fail(ValueError(reason))
         return None
+
+    def run_again(self, is_it: Callable[[MicroBatch], bool]) -> MicroBatch | None:
+        """Return the pass that a checkpoint runs again now: the one whose gradients are coming back, or, where none
+        have come yet (the checkpoint is around the loss too), one that waits and of which `is_it` is true."""
+        if self.returning is not None:
+            return self.returning
+        alive = (reference() for reference in self._begun.valuerefs())
+        return next((m for m in alive if m is not None and is_it(m)), None)
 
     def lose(self, site: Site, reason: str) -> None:
         """Give a site up and go on with the others."""

@@ -5,6 +5,7 @@ Such a probe is a leaf inside a compiled region, and none of the fixed points th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from lipcore.capture.taps.site import Site
 _MAX_PENDING = 1024  # forward passes whose probes may wait for their backward
 
 
+def batch_in(arguments: Iterable[Any]) -> Tensor | None:
+    """Return the first tensor among a model's arguments that can have the batch dimension."""
+    return next((a for a in arguments if isinstance(a, Tensor) and a.dim()), None)
+
+
 class Probes:
     """The probes of all sites: made outside the region for each forward pass, from the batch size of the input, with
     their gradients read when the optimizer has stepped."""
@@ -26,9 +32,10 @@ class Probes:
         self._sites = sites
         self._collector = collector
         self._generation = 0
+        self._armed: list[Site] = []
 
     def arm(self, micro: MicroBatch, arguments: list[Any]) -> None:
-        first = next((a for a in arguments if isinstance(a, Tensor) and a.dim()), None)
+        first = batch_in(arguments)
         if first is None:
             self._collector.fail(
                 ValueError("model: a compiled model's first tensor argument must have the batch dimension; found none")
@@ -36,11 +43,13 @@ class Probes:
             return
         self._collector.forwards += 1
         size, device = len(first), first.device
+        inside = [site for site in micro.probed if site not in micro.aliased]  # inputs of layers
         micro.probes = {
             site: torch.empty(site.columns, size, dtype=torch.float64, device=device, requires_grad=True)
-            for site in self._sites
+            for site in (*self._sites, *inside)
             if not site.lost
         }
+        self._armed = list(micro.probes)
         armed.update((site.number, probe) for site, probe in micro.probes.items())
         micro.generation = self._generation
         self.pending.append(micro)
@@ -49,7 +58,7 @@ class Probes:
 
     def disarm(self) -> None:
         """Take the probes out of the region's reach when the forward pass is over."""
-        for site in self._sites:
+        for site in self._armed:
             armed.pop(site.number, None)
 
     def read(self, *, forget: bool) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lipcore.capture.compiled import armed
 from lipcore.capture.taps.collector import Collector, MicroBatch, inert_collector
-from lipcore.capture.taps.identity import Anchored, Probed
+from lipcore.capture.taps.identity import Anchored, Probed, Summed
 from lipcore.capture.taps.site import Site
 from lipcore.capture.training_pass import in_backward, is_plain_run
 
@@ -53,7 +53,10 @@ class ForwardHook:
             return None
         micro = collector.under_way.micro
         if micro is None or site in micro.entered or in_backward() != -1:
+            again = in_backward() != -1 and output_is_anchored(collector, site, output)
             micro = collector.enter_again(site)
+            if micro is None and again:  # a checkpoint must keep as many tensors as in the first run
+                return Anchored.apply(output, self._anchor, site.in_place_after)  # type: ignore[no-untyped-call]
             if micro is None:
                 return None
         given = output
@@ -61,6 +64,7 @@ class ForwardHook:
             output = site.taps[0].pick(output)
             for tap in site.taps:
                 tap.check(output)
+            leaf = site.leaf(output)
         except ValueError as error:
             collector.fail(error)
             return None
@@ -68,9 +72,12 @@ class ForwardHook:
             collector.forwards += 1
         micro.entered.append(site)
         result = None
-        if output.grad_fn is None:
+        if leaf is not None and given is output:
+            output = result = Summed.apply(output, leaf, site.in_place_after)  # type: ignore[no-untyped-call]
+        elif output.grad_fn is None:
             if given is not output:
                 return None  # nothing trains it
+            micro.anchored.add(site)
             output = result = Anchored.apply(output, self._anchor, site.in_place_after)  # type: ignore[no-untyped-call]
         saved, extra = site.save(micro.sources, module, arguments)
         made, inner = output, in_backward() != -1
@@ -104,6 +111,7 @@ class ForwardHook:
             micro.task = in_backward()
             micro.columns.clear()  # left by a backward pass that did not reach every site
             collector.finish_later(micro)
+        collector.returning = micro  # a checkpoint may run forward again while the check or the tap asks for gradients
         check = collector.check
         if check is not None and check.micro is micro and check.site is site and not inner:
             check.run(grad)
@@ -113,6 +121,13 @@ class ForwardHook:
         before = micro.columns.get(site)
         micro.columns[site] = columns if before is None else before + columns
         collector.arrived(micro)
+
+
+def output_is_anchored(collector: Collector, site: Site, output: Any) -> bool:
+    """Return whether the first run of a pass that runs again has anchored this output."""
+    micro = collector.run_again(lambda one: site in one.anchored and not one.delivered)
+    plain = isinstance(output, Tensor) and output.grad_fn is None
+    return plain and micro is not None and site in micro.anchored
 
 
 def inert_hook() -> ForwardHook:

@@ -1,4 +1,4 @@
-"""The two autograd Functions of taps that pass an output on unchanged, to get at its gradient."""
+"""The autograd Functions of taps that pass an output on unchanged, to get at its gradient."""
 
 from __future__ import annotations
 
@@ -38,3 +38,18 @@ class Anchored(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, ...]:
         return None, None, None
+
+
+class Summed(torch.autograd.Function):
+    """The Function on an output whose gradient a leaf gets too, summed to its shape: what a parameter would get that
+    was added to the output."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, leaf: Tensor, in_place_after: bool) -> Tensor:
+        ctx.shape, ctx.dtype = leaf.shape, leaf.dtype
+        return passed_on(ctx, output, in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        total = grad.to(ctx.dtype).sum_to_size(ctx.shape) if ctx.needs_input_grad[1] else None
+        return (grad if ctx.needs_input_grad[0] else None), total, None

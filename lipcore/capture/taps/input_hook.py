@@ -4,6 +4,7 @@ asks for, and a hook on the alias' node takes the numbers."""
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,12 +14,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, increment_version
 
 from lipcore import functional
+from lipcore.capture.compiled import armed
+from lipcore.capture.proof import asked_within_backward
 from lipcore.capture.taps.collector import Collector, MicroBatch
+from lipcore.capture.taps.compile_probes import batch_in
 from lipcore.capture.taps.graph import goes_past
+from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
-from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, trial, two_of
+from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, Question, Trial, trial, two_of
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
 from lipcore.models.chains import modules_in_order
@@ -26,9 +31,13 @@ from lipcore.models.inputs import exchanged
 from lipcore.models.restored import buffers_put_back, random_numbers_put_back
 from lipcore.models.torch_internals import has_backward_hooks
 
-_INSIDE = (
-    "the gradient at the input of a layer inside a compiled model cannot be taken; name an argument of the model: "
-    "input='<argument>'"
+_OTHER_ROWS = (
+    "the layer {0} is called on {1} rows for {2} samples; both must have the batch as first dimension (was it "
+    "flattened with another one?). Name an argument of the model, input='<argument>', or a layer before that"
+)
+_UNPROVED = (
+    "not compared with the gradients of single samples: the model's graph cannot be gone through twice ({0}), and a "
+    "pass of lipcore's own shows nothing where it {1}"
 )
 
 
@@ -45,9 +54,11 @@ class _Pass:
 
 
 class _UnderWay(threading.local):
-    """The forward pass under way in this thread, when its input is aliased."""
+    """The forward pass under way in this thread, when its input is aliased; and what is to be put back after one that a
+    checkpoint runs again."""
 
     passing: _Pass | None = None
+    again: list[Callable[[], None]] | None = None
 
 
 class InputHook:
@@ -63,11 +74,12 @@ class InputHook:
         self.at = at
         self.site = Site(f"input of {type(at).__name__}", self._failed)
         self.site.taps.append(tap)
+        self.site.in_place_after = True  # in a compiled region the layer may work on its input in place
         self.first: Site | None = None
         self.last: Site | None = None
         self._model, self._collector = model, collector
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
-        self._tried = False
+        self._tried = self._hooked = False
         self._now = _UnderWay()
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
@@ -96,11 +108,13 @@ class InputHook:
             if self._collector.compares:
                 return None
             asked, check = self.tap.asks()
+            if check and self._tried and not self._hooked and has_backward_hooks(self._model):
+                self._tried = False  # hooks that came later
             if not asked or not self._allowed(micro, x, arguments, keywords, compiled):
                 return None
             if compiled and (self.tap.by_product or x is None):
-                if not self.tap.by_product:
-                    self.tap.refuse(_INSIDE)
+                if not self.tap.by_product:  # a probe inside takes the place of an alias
+                    micro.probed = (*micro.probed, self.site)
                 return None
             self._now.passing = _Pass(micro, check)
             return None if x is None else self._aliased(x, arguments, keywords)
@@ -111,10 +125,14 @@ class InputHook:
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Begin the forward pass of a module inside the model: return its arguments with the alias, or None to leave
         them."""
+        if torch.compiler.is_compiling():
+            return self._trace(arguments, keywords)
         under_way = self._now.passing
-        if torch.compiler.is_compiling() or under_way is None or under_way.alias is not None:
+        if in_backward() != -1:
+            return self.begin_again(arguments, keywords)
+        if under_way is None or under_way.alias is not None:
             return None
-        if not torch.is_grad_enabled() or in_backward() != -1 or not is_plain_run():
+        if not torch.is_grad_enabled() or not is_plain_run():
             return None
         try:
             x = self.tap.choose(arguments, keywords)
@@ -122,6 +140,50 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
             return None
+
+    def _trace(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        """Put an identity with a probe on the layer's input, in a compiled region and a pass that has a probe."""
+        probe = armed.get(self.site.number)
+        if probe is None:
+            return None
+        name = next(iter(keywords), "")
+        x = arguments[0] if arguments else keywords.get(name)
+        if not isinstance(x, Tensor):
+            return None
+        x = Probed.apply(x, probe, self.site, None)  # type: ignore[no-untyped-call]
+        return ((x, *arguments[1:]), keywords) if arguments else ((), {**keywords, name: x})
+
+    def begin_again(
+        self, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Begin a forward pass that a checkpoint runs again in the backward pass. It must keep as many tensors as the
+        first run, so what was aliased there is aliased here."""
+        self.end_again()
+        if not self._collector.aliases or not torch.is_grad_enabled() or not is_plain_run():
+            return None
+        try:
+            x = self.tap.choose(arguments, keywords)
+            if x is None:
+                return None
+            micro = self._collector.run_again(lambda one: self._aliased_in(one, x))
+            if micro is None or self.site not in micro.probed:
+                return None
+            alias = alias_of(x, self._anchor)
+            undo = self._now.again = []
+            return exchanged(arguments, x, alias, undo), exchanged(keywords, x, alias, undo)
+        except Exception as error:
+            self.end_again()
+            self.tap.refuse(str(error))
+            return None
+
+    def _aliased_in(self, micro: MicroBatch, x: Tensor) -> bool:
+        return self.site in micro.aliased and micro.aliased[self.site]() is x
+
+    def end_again(self) -> None:
+        """Put the user's objects back after a forward pass that a checkpoint has run again."""
+        undo, self._now.again = self._now.again, None
+        for back in undo or ():
+            back()
 
     def _allowed(
         self,
@@ -135,23 +197,44 @@ class InputHook:
         first one; a plain sequence of torch's own layers needs no trial."""
         if self._tried:
             return True
-        self._tried = True
-        if not compiled and self.at is self._model and modules_in_order(self._model) is not None:
+        self._tried, self._hooked = True, has_backward_hooks(self._model)
+        by_graph = not compiled and not self._hooked  # which the check will go through once more
+        if by_graph and self.at is self._model and modules_in_order(self._model) is not None:
             return True
         pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
         layer = self.first.module if compiled and self.first is not None else None
-        if layer is not None and (not is_affine(layer) or is_parametrized(layer)):
-            layer = None
-        found = trial(self._model, self.at, x, arguments, keywords, pick, layer)
+        found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layer))
         if found.refusal:
             self.tap.refuse(found.refusal)
-        else:
-            self.tap.tried(found)
-            if compiled:  # a graph cannot be looked through
-                self.tap.by_product = not found.past
-            if found.constants is not None and not compiled:
-                micro.checks[self.tap.trial_key] = found.constants
-        return not found.refusal
+            return False
+        self.tap.tried(found)
+        if compiled:  # a graph cannot be looked through
+            self._check_rows(found, x, batch_in([*arguments, *keywords.values()]))
+            affine = layer is not None and is_affine(layer) and not is_parametrized(layer)
+            self.tap.by_product = affine and not found.past
+        if not by_graph:
+            constants = None if compiled and found.random else found.constants
+            if constants is not None:
+                micro.checks[self.tap.trial_key] = constants
+            self.tap.unproved = _UNPROVED.format(
+                "it is compiled" if compiled else "its modules have hooks on gradients",
+                "draws random numbers" if compiled and found.random else "has several values per sample",
+            )
+        return not self.tap.off
+
+    def _check_rows(self, found: Trial, x: Tensor | None, batch: Tensor | None) -> None:
+        """Give up what has other rows than samples in a compiled model, in which probes have room for those alone."""
+        samples = 0 if batch is None else len(batch)
+        if not samples:
+            return
+        if self.first is not None and found.layer_rows not in (0, samples):
+            reason = _OTHER_ROWS.format(f"'{self.first.name}'", found.layer_rows, samples)
+            if self.first.optional:
+                self._collector.lose(self.first, reason)
+            else:
+                self._collector.fail(ValueError(f"input: {reason}"))
+        elif x is None and found.rows not in (0, samples):
+            self.tap.refuse(_OTHER_ROWS.format("named", found.rows, samples))
 
     def _aliased(
         self, x: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]
@@ -163,6 +246,7 @@ class InputHook:
         under_way.given, under_way.alias, under_way.node = x, alias, alias.grad_fn
         micro.sources[self.tap] = Source(alias)
         micro.probed = (*micro.probed, site)
+        micro.aliased[site], collector.aliases = weakref.ref(x), True
 
         def came_back(grads: tuple[Tensor | None, ...]) -> None:
             grad = grads[0]
@@ -217,7 +301,7 @@ class InputHook:
         layer = nodes.get(self.first) if self.first is not None else None
         if layer is not None and self.at is self._model:
             self.tap.seen(goes_past(made[0], under_way.node, layer[0]))
-        if under_way.check and not has_backward_hooks(self._model) and not self._collector.shared:
+        if under_way.check and not has_backward_hooks(self._model):
             edge = GradientEdge(under_way.node, 0)
             self._collector.check = _Check(self, under_way.micro, GradientEdge(*made), edge)
 
@@ -248,7 +332,11 @@ class _Check:
             seed = grad_output
         collector.under_way.checking = True
         try:
-            with random_numbers_put_back(hook._model, allowed=True), buffers_put_back(hook._model):
+            with (
+                random_numbers_put_back(hook._model, allowed=True),
+                buffers_put_back(hook._model),
+                asked_within_backward(self._output.node),
+            ):
                 (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)
             if found is None:
                 tap.refuse(NOT_DIFFERENTIABLE)

@@ -25,6 +25,7 @@ class Site:
         self.in_place_after = False
         self.lost = False  # no numbers will come
         self.number = next(_numbers)
+        self._with_leaf: Tap | None = None
         self._fail = fail
 
     @property
@@ -36,6 +37,7 @@ class Site:
             tap.resolve(name, module)
         self.name, self.module = name, module
         self.in_place_after = all(tap.in_place_after for tap in self.taps)
+        self._with_leaf = next((tap for tap in self.taps if tap.has_leaf), None)
 
     @property
     def optional(self) -> bool:
@@ -56,6 +58,10 @@ class Site:
             return self.taps[0].save_from(sources, module, arguments)
         parts = [tap.save_from(sources, module, arguments) for tap in self.taps]
         return tuple(tensor for part, _ in parts for tensor in part), [(len(part), detail) for part, detail in parts]
+
+    def leaf(self, output: Tensor) -> Tensor | None:
+        """Return the leaf that one of the taps wants to get the gradient at the output, if any does."""
+        return None if self._with_leaf is None else self._with_leaf.leaf(output)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> Tensor | None:
         """Return the numbers of all taps, one below the other; None where a tap's reduce() raised."""

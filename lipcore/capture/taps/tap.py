@@ -24,6 +24,8 @@ class Tap(ABC):
     optional = False  #: the others go on without it where its module is called twice, or never
     in_place_after = False  #: set directly behind a parametrised leaf module, where an in-place activation may follow
 
+    has_leaf = False  #: leaf() may return one
+
     def resolve(self, name: str, module: nn.Module) -> None:  # noqa: B027
         """Take the module that was found for this tap; raise ValueError when it will not do."""
 
@@ -35,6 +37,11 @@ class Tap(ABC):
     def pick(self, output: Any) -> Any:
         """Return the tensor that this tap means, of what the module returned."""
         return output
+
+    def leaf(self, output: Tensor) -> Tensor | None:
+        """Return a leaf into which backward passes are to accumulate the gradient at this output, summed to the leaf's
+        shape; None for none. Not asked in compiled regions."""
+        return None
 
     def close(self) -> None:  # noqa: B027
         """Remove the tap's own hooks."""
@@ -64,6 +71,7 @@ class InputTap(Tap):
     argument = "input"
     columns = 1
     off: str  #: why there is no gradient at the input, or ""
+    unproved: str  #: why nothing has shown that the numbers are right, or ""
     by_product: bool | None  #: whether the first layer's weight gives the numbers as well; None: not known yet
     first: Tap  #: on the layer that may be all that the output depends on the input by
     last: Tap  #: on the output that is differentiated

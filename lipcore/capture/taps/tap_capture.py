@@ -17,7 +17,7 @@ from lipcore.capture.taps.forward_hook import ForwardHook
 from lipcore.capture.taps.input_hook import InputHook
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import FIRST_LAYER, InputTap, Record, SingleSample, Tap
-from lipcore.capture.training_pass import Untraced, is_training_forward
+from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
 from lipcore.models.chains import first_of_chain
 from lipcore.models.names import find_module, unwrap
 from lipcore.models.torch_internals import compiles_its_call, is_compiled
@@ -68,14 +68,12 @@ class Capture:
 
     # ---- hooks
 
-    def attach(self, single_sample: SingleSample | None = None, *, shared: bool = False) -> None:
+    def attach(self, single_sample: SingleSample | None = None) -> None:
         """Register the hooks.
 
         With `single_sample` batches of one are served from bias gradients where that is sure to be right; then the taps
-        are hooked when the first batch comes that the shortcut cannot serve. Where others tap the same passes
-        (`shared`), no backward pass of lipcore's own goes through their graphs.
+        are hooked when the first batch comes that the shortcut cannot serve.
         """
-        self._collector.shared = shared
         if not self._sites:
             return
         if compiles_its_call(self.model):
@@ -188,8 +186,10 @@ class Capture:
     def _begin_forward(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if torch.compiler.is_compiling() or not is_training_forward():
+        if torch.compiler.is_compiling():
             return None
+        if not is_training_forward():
+            return self._begin_again(arguments, keywords or {})
         collector = self._collector
         micro = collector.begin()
         if self._finder is not None:
@@ -200,8 +200,19 @@ class Capture:
         for at in self._inputs:
             given = (arguments, keywords or {}) if changed is None else changed
             changed = at.begin(micro, *given, compiled=self._compiled) or changed
-        if self._compiled:
+        if self._compiled and collector.tapping:
             self._probes.arm(micro, [*arguments, *(keywords or {}).values()])
+        return changed
+
+    def _begin_again(
+        self, arguments: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if in_backward() == -1 or not self._collector.recording:
+            return None
+        changed = None
+        for at in self._inputs:
+            if at.at is self.model:
+                changed = at.begin_again(*(changed or (arguments, keywords))) or changed
         return changed
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
@@ -209,6 +220,8 @@ class Capture:
         if torch.compiler.is_compiling():
             return last.after_forward(module, arguments, output) if last is not None else None
         if not is_training_forward():
+            for at in self._inputs:
+                at.end_again()
             return None
         result = last.tap(module, arguments, output) if last is not None else None
         if self._compiled:

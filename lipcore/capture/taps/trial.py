@@ -11,18 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import functional
-from lipcore.capture.taps.graph import goes_past, reentrant_checkpoint
+from lipcore.capture.checkpoints import is_reentrant_checkpoint
+from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source
+from lipcore.capture.training_pass import in_backward
 from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
 from lipcore.models.restored import (
+    RandomPass,
     attributes_put_back,
     buffers_put_back,
     random_numbers_put_back,
     without_cached_casts,
 )
-from lipcore.models.torch_internals import OptimizedModule, original
+from lipcore.models.torch_internals import OptimizedModule, original, without_backward_hooks
 
 NOT_DIFFERENTIABLE = (
     "the output does not depend on the input through differentiable operations (torch.no_grad, detach or rounding lie "
@@ -37,33 +40,46 @@ class Trial(NamedTuple):
     refusal: str = ""  #: why the user's passes must not be differentiated by the input
     mixes: bool = False  #: the output of a sample depends on other samples
     constants: Tensor | None = None  #: of two samples, where the output has one value per sample; NaN for the others
+    random: bool = False  #: it draws random numbers
+    rows: int = 0  #: of the input
+    layer_rows: int = 0  #: of the output of the layer that was asked about
     past: bool = True  #: the layer that was asked about is not all that the output depends on the input by
 
 
-def trial(
-    model: nn.Module,
-    at: nn.Module,
-    x: Tensor | None,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-    pick: Callable[[Any], Any],
-    layer: nn.Module | None = None,
-) -> Trial:
-    """Run the model as the user is about to, differentiated by the input of one of its modules, and leave no trace:
-    neither in buffers, attributes, gradients and random numbers, nor in what metrics record.
+class Question(NamedTuple):
+    """The pass that the user is about to run, and what is asked of it."""
 
-    Args:
-        at: the module whose input it is.
-        x: that input, where it is the model's own.
-        pick: returns the tensor of the model's output that is meant.
-        layer: a layer of which is asked, too, whether the output depends on the input by way of it alone.
-    """
+    model: nn.Module
+    at: nn.Module  #: the module whose input it is to be differentiated by
+    x: Tensor | None  #: that input, where it is the model's own
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    pick: Callable[[Any], Any]  #: returns the tensor of the model's output that is meant
+    layer: nn.Module | None = None  #: does the output depend on the input by way of this layer alone?
+
+
+class _Ran(NamedTuple):
+    """A call of the layer that is asked about."""
+
+    on_input: bool  #: it was given the very input
+    node: Any  #: that made its output
+    rows: int
+
+
+def trial(asked: Question) -> Trial:
+    """Run the model as the user is about to, differentiated by the input of one of its modules, and leave no trace:
+    neither in buffers, attributes, gradients and random numbers, nor in what metrics record. Modules' hooks on
+    gradients are not called: they may change them, and the function's gradient is asked for."""
+    found = Trial()
     try:
-        with warnings.catch_warnings(), _unnoticed(model):
+        with warnings.catch_warnings(), _unnoticed(asked.model), random_numbers_put_back(asked.model):
             warnings.simplefilter("ignore")
-            return _run(_bare(model), _bare(at), x, arguments, keywords, pick, layer)
+            found = _run(asked)
+    except RandomPass:
+        return found._replace(random=True)
     except Exception as error:
         return Trial(f"a pass that is differentiated by the input raises {type(error).__name__}: {_first_line(error)}")
+    return found
 
 
 def _first_line(error: Exception) -> str:
@@ -80,7 +96,7 @@ def _bare(model: nn.Module) -> nn.Module:
 @contextmanager
 def _unnoticed(model: nn.Module) -> Iterator[None]:
     with (
-        random_numbers_put_back(model, allowed=True),
+        without_backward_hooks(model),
         buffers_put_back(model),
         attributes_put_back(model),
         paused(),
@@ -90,56 +106,59 @@ def _unnoticed(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _run(
-    model: nn.Module,
-    at: nn.Module,
-    x: Tensor | None,
-    arguments: tuple[Any, ...],
-    keywords: dict[str, Any],
-    pick: Callable[[Any], Any],
-    layer: nn.Module | None,
-) -> Trial:
+def _run(asked: Question) -> Trial:
     points: list[Tensor] = []
     sources: list[Source] = []
-    layers: list[tuple[bool, Any]] = []
+    layers: list[_Ran] = []
 
     def replace(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        if points:
+        if points and in_backward() == -1:
             return None
-        old: Tensor = x if x is not None else given[0] if given else next(iter(named.values()))
-        points.append(old.detach().clone().requires_grad_())
+        old: Tensor = asked.x if asked.x is not None else given[0] if given else next(iter(named.values()))
+        if not points:
+            points.append(old.detach().clone().requires_grad_())
         copy = points[0].clone()  # no leaf: the model may work on it in place
         copy.__dict__.update(old.__dict__)
-        sources.append(Source(copy))
+        if not sources:
+            sources.append(Source(copy))
         return exchanged(given, old, copy, undo), exchanged(named, old, copy, undo)
 
     def ran(module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
-        layers.append((bool(given) and bool(sources) and sources[0].holds(given[0]), output.grad_fn))
+        if in_backward() == -1:
+            # An in-place activation would put a node of its own in the place of a view's.
+            made = output._base if output._is_view() else output
+            on_input = bool(given) and bool(sources) and sources[0].holds(given[0])
+            layers.append(_Ran(on_input, made.grad_fn, len(output) if output.dim() else 1))
 
     undo: list[Any] = []
-    handles = [at.register_forward_pre_hook(replace, with_kwargs=True)]
-    if layer is not None:
-        handles.append(layer.register_forward_hook(ran))
+    handles = [_bare(asked.at).register_forward_pre_hook(replace, with_kwargs=True)]
+    if asked.layer is not None:
+        handles.append(asked.layer.register_forward_hook(ran))
     try:
-        returned = model(*arguments, **keywords)
-    finally:
+        returned = _bare(asked.model)(*asked.arguments, **asked.keywords)
+        return _found(asked, returned, points, layers)
+    finally:  # a checkpoint has run forward again by now
         for handle in handles:
             handle.remove()
         for back in undo:
             back()
+
+
+def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[_Ran]) -> Trial:
     try:
-        output = pick(returned)
+        output = asked.pick(returned)
     except ValueError:
         return Trial()  # the taps say it in the user's own pass
     if not isinstance(output, Tensor) or not points:
         return Trial()
     if output.grad_fn is None:
         return Trial(NOT_DIFFERENTIABLE)
-    if reentrant_checkpoint(nodes_before([output.grad_fn])):
+    if any(map(is_reentrant_checkpoint, nodes_before([output.grad_fn]))):
         return Trial(REENTRANT)
-    alone = len(layers) == 1 and layers[0][0]
-    past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0][1])
-    return _differentiated(output, points[0])._replace(past=past)
+    alone = len(layers) == 1 and layers[0].on_input
+    past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0].node)
+    layer_rows = layers[0].rows if layers else 0
+    return _differentiated(output, points[0])._replace(past=past, rows=len(points[0]), layer_rows=layer_rows)
 
 
 def _accumulates(leaf: Tensor) -> Any:
