@@ -21,10 +21,11 @@ from lipcore.lipschitz.bias_steps import BiasSteps
 from lipcore.metric.results import MetricResult, Value
 from lipcore.models.ranks import world_size
 from lipcore.models.torch_internals import is_compiled
+from lipcore.trajectory.building import Stat
 from lipcore.trajectory.metric import Trajectory
 
 #: Quantities of the path, and the first part of their names in the result of Lipschitz.
-QUANTITIES = ("update_norm", "path_length", "distance", "directness", "variance")
+QUANTITIES: tuple[Stat, ...] = ("update_norm", "path_length", "distance", "directness", "variance")
 PREFIX = "virtual_bias_"
 
 _NOTE = "virtual: '{0}' has no bias; the path of one whose updates the forward pass does not see, by plain SGD"
