@@ -393,3 +393,13 @@ def test_nothing_is_there_that_was_not_asked_for() -> None:
     assert not [name for name in metric.compute() if name.startswith("virtual")]
     assert "virtual_bias" not in metric.state_dict()
     metric.close()
+
+
+@pytest.mark.filterwarnings("ignore:BatchNorm in train mode")
+def test_before_a_batch_norm_in_train_mode_a_bias_does_nothing() -> None:
+    parts = (nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3), nn.ReLU(), nn.Flatten(), nn.Linear(27, 1))
+    model = seeded(lambda: nn.Sequential(*parts), dtype=torch.float64)
+    result, _ = watched(model, plain, data(6, 2, 5, 5))
+    assert result.virtual_bias_path_length["0.bias"]["sum"].value < 1e-12
+    result, _ = watched(model.eval(), plain, data(6, 2, 5, 5))
+    assert result.virtual_bias_path_length["0.bias"]["sum"].value > 1e-4

@@ -15,7 +15,7 @@ from lipcore.models.outputs import picked_output
 
 
 class _Heard(threading.local):
-    """The last output of the module in this thread, while somebody listens."""
+    """The output that the module has returned last in this thread, while somebody listens."""
 
     listening = False
     last: Any = None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.pass_graph import Graph
+from lipcore.capture.layers.past_output import past_output
 from lipcore.capture.layers.proof_output import ProofOutput
 from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule
@@ -24,7 +25,7 @@ from lipcore.capture.training_pass import accumulates_everything
 from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
-from lipcore.models.outputs import nodes_before, on_backward, tensors_of
+from lipcore.models.outputs import on_backward, tensors_of
 from lipcore.models.ranks import under_process_group
 from lipcore.models.restored import RandomPass, buffers_put_back, random_numbers_put_back
 
@@ -46,8 +47,6 @@ _NOT_RUN = "statistics over the batch that the model may detach were not looked 
 _OFFSETS = "the samples are packed sequences"
 _ALONE = "the model is sharded, and not all of its ranks have this metric"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
-
-
 _PAST = (
     "the loss reaches layer '{0}' past the output that proofs begin at (output=); name the one by which all of it comes"
 )
@@ -203,20 +202,10 @@ class Proofs:
         return {} if found.entered else found.wrong
 
     def _watch_past(self, run: LayerPass, returned: Any, output: Any, known: _Known) -> None:
-        """Look for ways from what the model returns to the layers that do not lead through the output that was proved,
-        and notice when a gradient takes one. What is returned from between the layers and that output was proved with
-        it."""
+        """Notice when a gradient comes to a layer past the output that was proved."""
         known.past = ""
-        mine = {id(site) for site in self._sites}
-        ends = {tensor.grad_fn for tensor in tensors_of(output)}
-        within = set(nodes_before(ends))
-        for tensor in tensors_of(returned):
-            if tensor.grad_fn in within:
-                continue
-            behind = nodes_before([tensor.grad_fn], ends)
-            layer = next((n.site.name for n in behind if id(getattr(n, "site", None)) in mine and n.run is run), None)
-            if layer is not None:
-                on_backward(tensor, functools.partial(_came_past, run, known, _PAST.format(layer)))
+        for tensor, layer in past_output(run, returned, output, self._sites):
+            on_backward(tensor, functools.partial(_came_past, run, known, _PAST.format(layer.name)))
 
     def _weighed(self, run: LayerPass, output: Any, seeds: Seeds, graph: Graph, kept: int) -> Verdict:
         reason = graph.refused

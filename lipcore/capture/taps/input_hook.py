@@ -13,22 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, increment_version
 
-from lipcore import functional
 from lipcore.capture.compiled import armed
-from lipcore.capture.proof import asked_within_backward
 from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.compile_probes import batch_in
 from lipcore.capture.taps.graph import goes_past
+from lipcore.capture.taps.graph_check import GraphCheck
 from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
-from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, Question, Trial, trial, two_of
+from lipcore.capture.taps.trial import Question, Trial, trial
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
 from lipcore.models.chains import modules_in_order
 from lipcore.models.inputs import exchanged
-from lipcore.models.restored import buffers_put_back, random_numbers_put_back
 from lipcore.models.torch_internals import has_backward_hooks
 
 _OTHER_ROWS = (
@@ -302,50 +300,9 @@ class InputHook:
         if layer is not None and self.at is self._model:
             self.tap.seen(goes_past(made[0], under_way.node, layer[0]))
         if under_way.check and not has_backward_hooks(self._model):
-            edge = GradientEdge(under_way.node, 0)
-            self._collector.check = _Check(self, under_way.micro, GradientEdge(*made), edge)
-
-
-class _Check:
-    """The check of an input tap: the gradients of two samples' outputs at the input, through the same graph, to be
-    compared with what the taps bring."""
-
-    def __init__(self, hook: InputHook, micro: MicroBatch, output: GradientEdge, at: GradientEdge) -> None:
-        self.micro = micro
-        self.site = hook.last
-        self._hook, self._output, self._at = hook, output, at
-
-    def run(self, grad_output: Tensor) -> None:
-        """Take the two samples' gradients at the input, given the gradient at the output; leave the training as it
-        is."""
-        hook = self._hook
-        collector, tap = hook._collector, hook.tap
-        collector.check = None
-        size = grad_output.shape[0] if grad_output.dim() else 1
-        if not size:
-            return
-        some = two_of(size)
-        others = torch.ones(size, dtype=torch.bool, device=grad_output.device)
-        others[some] = False
-        seed = grad_output.masked_fill(others.reshape(-1, *[1] * (grad_output.dim() - 1)), 0)
-        if not grad_output.dim():
-            seed = grad_output
-        collector.under_way.checking = True
-        try:
-            with (
-                random_numbers_put_back(hook._model, allowed=True),
-                buffers_put_back(hook._model),
-                asked_within_backward(self._output.node),
-            ):
-                (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)
-            if found is None:
-                tap.refuse(NOT_DIFFERENTIABLE)
-            elif found.shape[0] == size:
-                self.micro.checks[tap.check_key] = functional.sample_norms(found.detach())
-        except Exception as error:
-            tap.refuse(f"autograd.grad through the same graph raises {type(error).__name__}: {error}")
-        finally:
-            collector.under_way.checking = False
+            ends = GradientEdge(*made), GradientEdge(under_way.node, 0)
+            who = self._model, self.tap, self._collector
+            self._collector.check = GraphCheck(*who, under_way.micro, self.last, *ends)
 
 
 def _as_it_is(output: Any) -> Any:
