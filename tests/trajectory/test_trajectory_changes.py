@@ -88,6 +88,10 @@ NEW: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module], Any], lis
     "added": (lambda m: None, late_layer, ["5.weight", "5.bias"]),
     "untied": (lambda m: setattr(m[2], "weight", m[0].weight), lambda m: setattr(m[2], "weight", nn.Parameter(
         torch.ones(7, 7))), ["2.weight"]),
+    "in the place of a frozen one": (lambda m: m[0].weight.requires_grad_(False), lambda m: setattr(m[0], "weight",
+        nn.Parameter(torch.ones(7, 7))), ["0.weight"]),
+    "of an activation": (lambda m: None, lambda m: m[1].register_parameter("slope", nn.Parameter(torch.ones(3))),
+        ["1.slope"]),
 }  # fmt: skip
 
 
@@ -96,7 +100,7 @@ def square_model() -> nn.Module:
 
 
 @pytest.mark.parametrize("by", ["monitor", "hand"])
-@pytest.mark.parametrize("case", ["unfrozen", "added", "untied"])
+@pytest.mark.parametrize("case", NEW)
 def test_parameters_that_are_new_are_warned_of_once_and_rebound(case: str, by: str) -> None:
     prepare, change, names = NEW[case]
     model = seeded(lambda: nn.Sequential(*mlp(7, 7, 7, 1)))
