@@ -109,7 +109,7 @@ class Lipschitz(StandaloneMetric):
             \|\partial L/\partial z_i\|`, lower bounds of the Jacobians' spectral norms, labelled one-sided.
             "auto" (default): "scalar" where the first output has one value per sample, else "residual".
         lambda_every: compute local Lipschitz constants at every k-th micro-batch; r is always taken at every one.
-            Default: at every one where that is cheap, else at every 16th (W_1^T delta costs as much as the layer's
+            Default: at every one where that is cheap, else at every 32nd (W_1^T delta costs as much as the layer's
             forward pass); where autograd takes the gradient at x, as often as 0.5 % of the time allow. The count of
             each value says how many samples are in it. Samples that the shortcut serves always have one.
         batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": r and lambda are read
