@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
@@ -22,7 +21,9 @@ from lipcore.lipschitz.sandwich import no_sides, sandwich_sides
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
-from lipcore.metric.distribution import Distribution, loaded_distributions
+from lipcore.metric.blocks import Block, BlockWindow
+from lipcore.metric.distribution import Distribution
+from lipcore.metric.handed_out import HandedOut
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine, TapCounts
 from lipcore.metric.results import Label, MetricResult, Value, weakest
@@ -41,6 +42,8 @@ _LEAVE_OUT = (
     "follow fixed points in eval mode, monitor.probe(x, name), where samples are apart there, or leave out what mixes "
     "them"
 )
+# Distributions of a window: of r, of lambda, and of r where there is a lambda, for the sandwich.
+_LAMBDA, _PAIRED, _PLACES = 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ class Lipschitz(StandaloneMetric):
         batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": r and lambda are read
             from the gradients of the first and last bias where the model is an nn.Sequential between two Linear layers,
             in a third of the time. What else comes to reach these gradients (a penalty on parameters) is noticed by the
-            next comparison only: up to 255 values are wrong then, which a warning says.
+            next comparison only, which takes back the values since the last one (up to 255) and says how many.
         virtual_bias: also follow the bias that the first layer does not have, see above.
         optional: where the model has no such output or first layer, turn off with a line in the plan instead of an
             error.
@@ -165,17 +168,16 @@ class Lipschitz(StandaloneMetric):
         self._last = OutputTap(f"{self.name}.output", self._check_output)
         self._at_input.first, self._at_input.last = self._first, self._last
         self._numerators = Numerators(self._first, self._last, self._at_input, self._warn)
-        self._ratios, self._lambdas = Distribution(), Distribution()
-        self._paired = Distribution()  # r of the samples that have a lambda, for the sandwich
-        self._all = (self._ratios, self._lambdas, self._paired)
-        self._core_distributions = [distribution.core for distribution in self._all]
+        self._open = BlockWindow(_PLACES, 1)
+        self._cores = self._open.cores  # the same objects all the time: the shortcut holds them
+        self._handed_out = HandedOut()  # results with values that the shortcut may have to take back
+        self._taken_back = 0  # of this window
         self._record: tuple[Tensor, Tensor] | None = None  # the last one's numerators and output gradients
         self._batchnorms: list[nn.Module] = []
         self._mixed = False  # a BatchNorm in train mode was seen in this window
         self._warned = False
         self._raised: Warning | None = None  # by a warning, where it could not be handed on
         self._served = False  # the shortcut has been used
-        self._closed: deque[list[Distribution]] = deque(maxlen=0)  # blocks of a sliding window
         self._model: nn.Module | None = None
         self._counts: TapCounts | None = None
         if model is not None:
@@ -205,9 +207,11 @@ class Lipschitz(StandaloneMetric):
         named = self._input is not None or self._output is not None
         if named or not self._fast or self._quantity == "residual":
             return None
-        return SingleSample(self._core_distributions, on_served=self._forget_record, agrees=self._agrees)
+        return SingleSample(self._cores, on_served=self._forget_record, agrees=self._agrees)
 
     def _forget_record(self) -> None:
+        if not self._served:
+            self._open.mark()  # what the taps brought is right
         self._record, self._served = None, True
 
     def _agrees(self, r: float, local_lipschitz: float) -> bool:
@@ -222,16 +226,32 @@ class Lipschitz(StandaloneMetric):
             agrees &= math.isnan(tapped[1]) or math.isclose(local_lipschitz, tapped[1], rel_tol=1e-6)
         else:
             agrees = math.isnan(r)
-        if not agrees and self._served:
-            self._warn(
-                "the gradients of the first and last bias have come to hold more than the loss of one sample (a "
-                "penalty on parameters?): up to 255 earlier values were read from them; from here on they are not used"
-            )
+        if agrees:
+            self._open.mark()
+            self._handed_out.settle()
+        elif self._served:
+            self._take_back()
         return agrees
+
+    def _take_back(self) -> None:
+        """Drop what was read from the gradients since the last check, which the taps have found to be wrong."""
+        self._served = False
+        reason = (
+            "the gradients of the first and last bias have come to hold more than the loss of one sample (a penalty on "
+            "parameters?)"
+        )
+        count = self._open.take_back()
+        self._taken_back += count
+        self._handed_out.withdraw(f"unproved: a later proof failed: {reason}")
+        self._warn(
+            f"{reason}: {count} values that were read from them since the last check are taken back, results that were "
+            "made of some of them are NaN (windows of the history too), and from here on they are not used"
+        )
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
         """Take the optimizers whose steps move the first bias, and how many blocks a window has."""
-        self._closed = deque(maxlen=window_blocks - 1)
+        self._open = BlockWindow(_PLACES, window_blocks)
+        self._cores = self._open.cores
         self._bias.prepare(optimizers, window_blocks)
         if self._virtual_bias is not None:
             self._virtual_bias.prepare(scaler, window_blocks)
@@ -283,11 +303,17 @@ class Lipschitz(StandaloneMetric):
         if numerators is None:
             return
         self._record = numerators, output_grad
+        self._observe(numerators, output_grad, self._open.open, self._cores)
+        if self._served:  # what the taps bring is right, and stays
+            proved = self._open.proved
+            self._observe(numerators, output_grad, proved, [distribution.core for distribution in proved])
+
+    def _observe(self, numerators: Tensor, output_grad: Tensor, block: Block, cores: list[Any]) -> None:
         if numerators.is_cpu:
-            _core.observe_ratios(numerators, output_grad, self._core_distributions)
+            _core.observe_ratios(numerators, output_grad, cores)
         else:
             ratios = _ratios(numerators, output_grad)
-            for distribution, values in zip(self._all, ratios, strict=True):
+            for distribution, values in zip(block, ratios, strict=True):
                 distribution.observe(values)
 
     def observe_gradients(self) -> None:
@@ -315,8 +341,7 @@ class Lipschitz(StandaloneMetric):
             self._mixes("the output of a sample depends on other samples of the batch", _LEAVE_OUT)
         if self._numerators.restart:
             self._numerators.restart = False
-            for distribution in (self._lambdas, self._paired):
-                distribution.reset()  # the compiled objects stay: the shortcut holds them
+            self._open.drop((_LAMBDA, _PAIRED))
             self._warn(
                 f"local_lipschitz by W_1 of '{self._first.name}' is not the gradient at the model's input: from here "
                 "on that is taken, and what this window had so far is dropped"
@@ -413,7 +438,7 @@ class Lipschitz(StandaloneMetric):
         if self._mixed:
             label, note = "heuristic", f"{self._mixer} mixes samples"
         place = self._last.place
-        ratios, lambdas, paired = self._window()
+        ratios, lambdas, paired = self._open.merged()
         if self._counts is not None:
             result.details["unrecorded_forwards"] = self._counts.unrecorded
             if self._counts.refused:
@@ -435,6 +460,10 @@ class Lipschitz(StandaloneMetric):
             result.details["first_bias"] = self._first_bias(count + skipped)
         if self._virtual_bias is not None:
             self._virtual_bias.add_to(result)
+        if self._taken_back:
+            result.details["taken_back"] = self._taken_back
+        if self._served and self._open.unproved:
+            self._handed_out.add(result)
         return result
 
     def _add_constants(self, result: MetricResult, place: str, label: Label, note: str, lambdas: Distribution) -> None:
@@ -452,16 +481,6 @@ class Lipschitz(StandaloneMetric):
         if off:
             values = {reducer: replace(value, note=off) for reducer, value in values.items()}
         result.add("local_lipschitz", place, "total", **values)
-
-    def _window(self) -> list[Distribution]:
-        """Return the distributions of r, of lambda, and of r where there is a lambda, over all blocks of the window."""
-        if not self._closed:
-            return list(self._all)
-        merged = [Distribution() for _ in self._all]
-        for block in (*self._closed, self._all):
-            for into, distribution in zip(merged, block, strict=True):
-                into.merge(distribution)
-        return merged
 
     def _add_sandwich(
         self, result: MetricResult, place: str, label: Label, note: str, average: float, paired: Distribution
@@ -502,14 +521,16 @@ class Lipschitz(StandaloneMetric):
 
     def rebind(self) -> None:
         """Bind the same model again, after its modules have changed."""
+        self._open.mark()  # a check to come is about another model
+        self._handed_out.settle()
         if self._model is not None:
             self.bind(self._model)
 
     def reset(self) -> None:
         """Start a new window."""
-        self._closed.clear()
-        self._start_block()
+        self._open.reset()
         self._mixed = self._moved = False
+        self._taken_back = 0
         self._at_input.start_window()
         self._bias.reset()
         if self._virtual_bias is not None:
@@ -519,24 +540,16 @@ class Lipschitz(StandaloneMetric):
     def advance(self) -> None:
         """Slide the window by a block. Its labels (mixed samples, a first layer that moved) count from the first block
         that they were true of."""
-        if self._closed.maxlen == 0:
+        if self._open.blocks == 1:
             self.reset()
             return
-        block = [Distribution() for _ in self._all]
-        for into, distribution in zip(block, self._all, strict=True):
-            into.merge(distribution)
-        self._closed.append(block)
+        self._open.advance()
         self._at_input.start_window()
         self._moved = self._weight_moved()
         self._bias.advance()
         if self._virtual_bias is not None:
             self._virtual_bias.advance()
         self._bias.find(self._model, self._first.module)
-        self._start_block()
-
-    def _start_block(self) -> None:
-        for distribution in self._all:
-            distribution.reset()  # the compiled objects stay: the shortcut holds them
 
     def _remember_weight(self) -> None:
         """Keep W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
@@ -555,8 +568,7 @@ class Lipschitz(StandaloneMetric):
         if self._resolved and other._resolved not in ("", self._resolved):
             raise ValueError(f"other: its quantity is {other._resolved!r}, this one's is {self._resolved!r}")
         self._resolved = self._resolved or other._resolved
-        for mine, theirs in zip(self._all, other._all, strict=True):
-            mine.merge(theirs)
+        self._open.merge(other._open)
         self._mixed |= other._mixed
 
     def state_dict(self) -> dict[str, Any]:
@@ -567,8 +579,7 @@ class Lipschitz(StandaloneMetric):
             "quantity": self._resolved or "auto",
             "mixed": self._mixed,
             "weight_moved": self._weight_moved(),
-            "distributions": [distribution.state_dict() for distribution in self._all],
-            "closed": [[distribution.state_dict() for distribution in block] for block in self._closed],
+            **self._open.state_dict("distributions"),
             "bias_steps": self._bias.state(),
         }
 
@@ -582,32 +593,18 @@ class Lipschitz(StandaloneMetric):
         for key in ("mixed", "weight_moved"):
             if not isinstance(state.get(key), bool):
                 raise ValueError(f"{key}: expected True or False, got {state.get(key)!r}")
-        loaded = self._loaded("distributions", state.get("distributions"))
-        blocks, most = state.get("closed"), self._closed.maxlen or 0
-        if not isinstance(blocks, list) or len(blocks) > most:
-            seen = f"{len(blocks)} of them" if isinstance(blocks, list) else repr(blocks)
-            raise ValueError(f"closed: expected a list of at most {most} blocks, got {seen}")
-        closed = [self._loaded(f"closed[{i}]", block) for i, block in enumerate(blocks)]
+        loaded = self._open.loaded(state, "distributions")
         bias_steps = state.get("bias_steps", [])  # a state of an earlier lipcore has none
         if not isinstance(bias_steps, list) or not all(map(_are_steps, bias_steps)):
             raise ValueError(f"bias_steps: expected [steps, lowest, highest rate] per block, got {bias_steps!r}")
         if self._virtual_bias is not None:
             self._virtual_bias.load_state_dict(state.get("virtual_bias", {}))
-        self._closed.clear()
-        self._closed.extend(closed)
-        for mine, theirs in zip(self._all, loaded, strict=True):
-            mine.reset()  # the compiled objects stay: the shortcut holds them
-            mine.merge(theirs)
+        self._open.become(loaded)
         if quantity != "auto":
             self._resolved = str(quantity)
         self._mixed, self._moved = state["mixed"], state["weight_moved"]
         self._bias.load(bias_steps)
         self._remember_weight()
-
-    def _loaded(self, key: str, states: Any) -> list[Distribution]:
-        """Return the distributions of one block, from their states; raise ValueError that names `key` where they do not
-        fit."""
-        return loaded_distributions(key, states, len(self._all))
 
 
 def _copy_of(kind: type[Lipschitz], settings: dict[str, Any], numbers: MetricResult | None, off: str) -> Lipschitz:

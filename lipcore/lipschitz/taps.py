@@ -22,7 +22,7 @@ from lipcore.models.outputs import output_names, picked_output
 
 _SMALL = 4096  # multiplications below which one compiled loop beats torch's matrix product and what surrounds it
 _CHEAP = 1 << 20  # multiplications that no training step with a batch worth them would notice
-_SPARSE = 32  # above, W_1^T delta costs what the layer's forward does: once in so many micro-batches, below 1 % of a step
+_SPARSE = 32  # above, W_1^T delta costs what the layer's forward does: once in so many passes, below 1 % of a step
 
 
 class FirstLayerTap(FirstLayer):

@@ -143,7 +143,7 @@ class Engine:
             observe = functools.partial(self._observe_layers, metric)
             capture = LayerCapture(
                 *(self.model, observe, functools.partial(self._stop_metric, metric)),
-                *(metric.observe_unrecorded, wanted.layers),
+                *(metric.observe_unrecorded, metric.observe_proof, wanted.layers),
             )
             metric.tapped(capture)
             capture.attach()

@@ -148,6 +148,16 @@ class MetricResult(Showable, Mapping[str, Quantity]):
             result.add_columns(name, Columns(places, _columns_of(rows)))
         return result
 
+    def withdraw(self, why: str) -> None:
+        """Make every number NaN, not valid, with the reason: a later proof has shown that some samples were wrong."""
+        for name, quantity in list(self._all().items()):
+            if isinstance(quantity, Later):
+                self._all()[name] = quantity.then(lambda made: made.without(why))
+            else:
+                self._all()[name] = quantity.without(why)
+        self.details["withdrawn"] = why
+        self._size = None
+
     # ---- memory
 
     @property

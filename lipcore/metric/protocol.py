@@ -90,6 +90,7 @@ class Metric(ABC):
         {
             *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
+            "observe_proof",
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
             "observe_stop",
         }
@@ -143,6 +144,14 @@ class Metric(ABC):
 
     def observe_unrecorded(self, samples: int, reason: str) -> None:  # noqa: B027
         """Learn, in that pass, of a backward pass of so many samples that could not be recorded."""
+
+    def observe_proof(self, failure: str, served: bool) -> None:  # noqa: B027
+        """Learn that what came so far is proved, or why what came since the last good proof may be wrong.
+
+        Args:
+            failure: the reason; "" for a good proof.
+            served: the proof is about passes that were read from the parameters' gradients, else about tapped ones.
+        """
 
     def observe_gradients(self) -> None:  # noqa: B027
         """Look at the gradients after a backward pass."""

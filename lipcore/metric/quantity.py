@@ -65,6 +65,17 @@ class Quantity(Mapping[str, Reduced]):
             self._parts.append(columns)
             self._index = None
 
+    def without(self, why: str) -> Quantity:
+        """Return the same places with NaN for every number, and the reason."""
+        found = Quantity(self.name)
+        for part in self._parts:
+            reducers = {
+                name: Column(math.nan, column.counts, "heuristic", False, why, None, column.present)
+                for name, column in part.reducers.items()
+            }
+            found.add_columns(Columns(part.places, reducers))
+        return found
+
     @property
     def parts(self) -> list[Columns]:
         """The numbers as they are stored."""

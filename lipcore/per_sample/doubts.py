@@ -1,4 +1,4 @@
-"""Why norms of a window are not proved to be single samples', and of how many backward passes."""
+"""Why norms of a window are not proved to be single samples' or were taken back, and how many."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ from collections import Counter, deque
 
 
 class Doubts:
-    """Reasons with their numbers of backward passes, of an open block and at most `blocks` - 1 closed ones."""
+    """Reasons with their numbers of backward passes or samples, of an open block and at most `blocks` - 1 closed
+    ones."""
 
     def __init__(self, blocks: int) -> None:
         self._blocks: deque[Counter[str]] = deque([Counter()], maxlen=blocks)
 
-    def add(self, reason: str) -> None:
-        """Count a backward pass that was not proved."""
-        self._blocks[-1][reason] += 1
+    def add(self, reason: str, count: int = 1) -> None:
+        """Count backward passes that were not proved, or samples that were taken back."""
+        self._blocks[-1][reason] += count
 
     def counts(self) -> dict[str, int]:
         """Return everything in the window."""

@@ -17,6 +17,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.dtypes import INTEGERS
+from lipcore.metric.blocks import BlockWindow
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine
 from lipcore.metric.results import MetricResult
@@ -38,7 +39,7 @@ from lipcore.per_sample.pass_norms import Norms, PassNorms
 from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.show import shown
-from lipcore.per_sample.window import NormWindow
+from lipcore.per_sample.unproved import Unproved
 
 
 class PerSampleGradNorms(StandaloneMetric):
@@ -167,7 +168,8 @@ class PerSampleGradNorms(StandaloneMetric):
         self._layer_index = LayerIndex({})
         self._open_step = OpenStep(None)
         self._blocks = 1
-        self._window = NormWindow(0, 1)  # until the layers are known
+        self._window = BlockWindow(0, 1)  # until the layers are known; the total is the last place
+        self._unproved = Unproved(1)
         self._doubts = Doubts(1)
         self._dropped = self._without_loss = 0
         self._noise: NoiseScale | None = None
@@ -186,7 +188,7 @@ class PerSampleGradNorms(StandaloneMetric):
                 "count every backward pass twice; close() that one first, or make a metric of its own for this Monitor"
             )
         self._blocks = window_blocks
-        self._doubts = Doubts(window_blocks)
+        self._doubts, self._unproved = Doubts(window_blocks), Unproved(window_blocks)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
 
     def bind(self, model: nn.Module) -> None:
@@ -212,12 +214,13 @@ class PerSampleGradNorms(StandaloneMetric):
                 layer_of.setdefault(parameter, site.name)
         before, self._layer_index = self._layers, LayerIndex(layer_of)
         if self._layers != before or not self._window.open:
-            self._window, self._noise = NormWindow(len(self._layers) + 1, self._blocks), None
+            self._window, self._noise = BlockWindow(len(self._layers) + 1, self._blocks), None
         sums = None
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
             sums = NoiseSums(self._layer_index, layers.coverage.parameters)
         self._open_step = OpenStep(sums)
+        self._mark()
         if self._stands_alone:
             layers.single.send_to(self._single_sink)
 
@@ -256,6 +259,7 @@ class PerSampleGradNorms(StandaloneMetric):
             return
         norms = PassNorms(record, factor, self._layer_index)
         self._last = norms
+        self._note_doubt(record)
         if record.unproved:
             self._doubts.add(record.unproved)
         if record.observed:
@@ -280,8 +284,53 @@ class PerSampleGradNorms(StandaloneMetric):
         if reason in (STRAYED, self._reduction.missing) and self._open_step.sums is not None:
             self._open_step.sums.spoil(reason)
 
+    def _note_doubt(self, record: LayerRecord) -> None:
+        """Note that a pass waits for a proof; a mark is made before the first of them."""
+        doubtful = record.served or (self._options.prove and record.samples > 1)
+        if doubtful and not self._waits and not record.observed:
+            self._mark()
+        self._unproved.served |= record.served
+        self._unproved.tapped |= doubtful and not record.served
+
+    @property
+    def _waits(self) -> bool:
+        """True where passes have come since the last good proof that a failed one would take back."""
+        unproved = self._unproved
+        # Alone, the norms of served passes go into the window without a record.
+        into_window = self._stands_alone and self._capture is not None and self._capture.single.unsettled
+        return unproved.tapped or unproved.served or into_window
+
+    def observe_proof(self, failure: str, served: bool) -> None:
+        """Keep what is proved; take back what came since the last good proof where one has failed."""
+        unproved = self._unproved
+        if failure:
+            if unproved.tapped or unproved.served or served:
+                self._take_back(failure)
+            return
+        if served:
+            unproved.served = False
+        else:
+            unproved.tapped = False
+        if not self._waits:
+            unproved.handed_out.settle()
+            if self._stands_alone and served:
+                self._mark()  # the next ones may come without a record
+
+    def _mark(self) -> None:
+        self._unproved.mark(self._window, self.scores, self._noise)
+
+    def _take_back(self, reason: str) -> None:
+        count, self._noise = self._unproved.take_back(reason, self._window, self.scores, self._open_step)
+        if count:
+            message = (
+                f"lipcore took back the gradient norms of {count} samples, all since the last good proof: {reason}; "
+                "results that were made of some of them are NaN (windows of the history too)"
+            )
+            self._raised = warn_in_hook(message, UserWarning, stacklevel=3) or self._raised
+
     def observe_stop(self, reason: str) -> None:
         """Give NaN for the last pass: its numbers are those of the pass before the error."""
+        self._raised = None  # the error that stops the metric says it
         self.observe_unrecorded(0 if self._last is None else self._last.samples, reason)
 
     def observe_gradients(self) -> None:
@@ -298,9 +347,8 @@ class PerSampleGradNorms(StandaloneMetric):
             self._open_step.sums.finish(self._noise.observe, world_size())
             if self._open_step.sums.hooked and not self._told_of_hooks:
                 self._told_of_hooks = True
-                self._raised = warn_in_hook(
-                    f"lipcore leaves steps out of the gradient noise scale: {HOOKED}", UserWarning
-                )
+                message = f"lipcore leaves steps out of the gradient noise scale: {HOOKED}"
+                self._raised = warn_in_hook(message, UserWarning) or self._raised
         self._steps += 1
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
@@ -454,6 +502,8 @@ class PerSampleGradNorms(StandaloneMetric):
             if self._without_loss:
                 result.details["unrecorded"][self._reduction.missing] = self._without_loss
             result.details["proved"] = not doubts
+            if taken_back := self._unproved.taken_back.counts():
+                result.details["taken_back"] = taken_back
             if doubts:
                 result.details["not_proved"] = doubts
             if capture.coverage.uncovered:
@@ -463,18 +513,22 @@ class PerSampleGradNorms(StandaloneMetric):
         add_norms(result, self._layers, self._window.merged(), estimated, note, next(iter(doubts), ""))
         if self._noise is not None:
             add_noise(result, self._layers, self._noise, self._open_step.sums)
+        if self._waits and self._window.unproved:
+            self._unproved.handed_out.add(result)
         return result
 
     def reset(self) -> None:
         """Start a new window."""
         self._window.reset()
         self._doubts.reset()
+        self._unproved.reset()
         self._start_block()
 
     def advance(self) -> None:
         """Slide the window by a block; the noise scale's window is the open block, its moving average goes on."""
         self._window.advance()
         self._doubts.advance()
+        self._unproved.advance()
         self._start_block()
 
     def _start_block(self) -> None:
@@ -516,6 +570,7 @@ class PerSampleGradNorms(StandaloneMetric):
                 self._noise.load_state_dict(noise)
         self._window, self.scores = window, scores
         self._steps, self._dropped = steps, dropped
+        self._mark()
         self._renew_sink()
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
@@ -531,6 +586,7 @@ class PerSampleGradNorms(StandaloneMetric):
             raise ValueError("other: it was made with the other setting of noise_scale=")
         if self._noise is not None and other._noise is not None:
             self._noise.merge(other._noise)
+            self._unproved.merge(other._noise)
         self._window.merge(other._window)
         self._doubts.merge(other._doubts)
         self.scores.merge(other.scores)

@@ -29,6 +29,7 @@ class Audit:
         skip: leave out parameters that are not covered instead of failing.
         proofs: the proofs of the model's passes.
         fail: gets an error that is found in a backward pass.
+        disproved: told why a proof has failed.
     """
 
     def __init__(
@@ -41,11 +42,12 @@ class Audit:
         skip: bool,
         proofs: Proofs,
         fail: Callable[[Exception], None],
+        disproved: Callable[[str], None],
     ) -> None:
         self.done = False  #: the first record was looked at
         self._model, self._coverage, self._sites = model, coverage, sites
         self._compiled, self._skip = compiled, skip
-        self._proofs, self._fail = proofs, fail
+        self._proofs, self._fail, self._disproved = proofs, fail, disproved
         self._grads_before: dict[str, bool] = {}
 
     def before_forward(self) -> None:
@@ -69,25 +71,36 @@ class Audit:
             if self._proofs.together:
                 self._proofs.end(run, output)
             raise
-        self._refuse(self._proofs.end(run, output))
+        try:
+            wrong = self._proofs.end(run, output)
+        except ValueError as error:
+            self._disproved(str(error))
+            raise
+        if run.disproved:
+            self._disproved(run.disproved)
+        self._refuse(wrong)
         suspects, run.suspects = run.suspects, []  # which would keep its graph alive
         for outputs, wrong in suspects:
-            on_backward(outputs, functools.partial(self._suspected, wrong))
+            on_backward(outputs, functools.partial(self._suspected, run, wrong))
 
     def _refuse(self, wrong: Mapping[str, str]) -> None:
+        if wrong:
+            name, why = next(iter(wrong.items()))
+            self._disproved(f"parameter '{name}': {why}")
         for name, why in wrong.items():
             self._coverage.uncover(name, why)
         if wrong and (not self._skip or not self._coverage.covered):
             self._coverage.check()
 
-    def _suspected(self, wrong: Mapping[str, str], gradients: Any) -> None:
+    def _suspected(self, run: LayerPass, wrong: Mapping[str, str], gradients: Any) -> None:
         """Uncover parameters, in the backward pass, when an output that mixes samples enters the loss; raise
         nothing."""
         if is_proof() or not accumulates_everything():
             return
+        run.proved = False
         try:
             self._refuse(wrong)
-        except ValueError as error:
+        except Exception as error:
             self._fail(error)
 
     def after_backward(self, record: LayerRecord) -> None:

@@ -50,6 +50,10 @@ _TROUBLE = {
     _core.SINGLE_ADDED: _ADDED,
     _core.SINGLE_GRAPH: GRAPH_OF_GRADIENT,
 }
+_DISAGREES = (
+    "the gradients of a batch of one have come to hold more than the norms of its layers (a penalty on parameters, a "
+    "layer's weight used outside the model); from now on batches of one are tapped"
+)
 _OTHERS = (
     "a batch of one was served from the gradients, and others of them were reached than before; from now on batches of "
     "one are tapped"
@@ -80,6 +84,11 @@ class SingleBatches:
         not_served: gets the (module, arguments, keywords) of a forward pass that has to be tapped, after `tap`.
         deliver: gets the record of a served pass.
         not_accumulated: told of a served pass whose backward pass did not accumulate its gradients.
+        on_proof: told that a proof has agreed (""), or after served passes why it has not.
+
+    Attributes:
+        enabled: passes may be served.
+        unsettled: passes were served, and no proof has come after them yet.
     """
 
     def __init__(
@@ -92,13 +101,15 @@ class SingleBatches:
         not_served: Callable[..., None],
         deliver: Callable[[LayerRecord], None],
         not_accumulated: Callable[[], None],
+        on_proof: Callable[[str], None],
     ) -> None:
-        self.enabled = True
+        self.enabled, self.unsettled = True, False
         self._sink: Callable[[tuple[str, ...]], Sink | None] | None = None
         self._coverage, self._structure, self._batch_dim = coverage, structure, batch_dim
         self._serve, self._tap, self._not_served = serve, tap, not_served
-        self._deliver, self._not_accumulated = deliver, not_accumulated
+        self._deliver, self._not_accumulated, self._on_proof = deliver, not_accumulated, on_proof
         self._proofs = self._abandoned = 0
+        self._interrupted = False  # a served pass still waited for its backward pass when the serving stopped
         self._random = random.Random(0)
         self._reached: frozenset[str] = frozenset()  # parameters that had a gradient at the last proof
         self._names: tuple[str, ...] = ()  # those of the gradients that are read
@@ -110,23 +121,39 @@ class SingleBatches:
     def may_prove(self) -> bool:
         """Return, before a tapped pass of one sample, whether the gradients left in .grad will be that sample's
         alone."""
-        return self.enabled and _are_fresh(self._coverage.measured())
+        # After what has ended the serving for good, too: passes that were served are right if this one is.
+        return (self.enabled or self.unsettled) and _are_fresh(self._coverage.measured())
 
-    def prove(self, norms_sq: Mapping[str, Tensor]) -> None:
-        """Compare the norms that a tapped pass brought with those of the gradients that it left in .grad."""
+    def compare(self, norms_sq: Mapping[str, Tensor]) -> bool:
+        """Return whether the norms that a tapped pass brought are those of the gradients that it left in .grad. Where
+        they are not, report that what was served before is not proved, and serve no more."""
         measured = self._coverage.measured()
         found = gradient_squares(measured)
         total = sum(float(row) for row in norms_sq.values())
-        if found.keys() != norms_sq.keys() or any(
-            not abs(float(square) - float(norms_sq[name])) <= _AGREEMENT * float(square) + 1e-9 * total
+        interrupted, self._interrupted = self._interrupted, False
+        agrees = found.keys() == norms_sq.keys() and all(
+            abs(float(square) - float(norms_sq[name])) <= _AGREEMENT * float(square) + 1e-9 * total
             for name, square in found.items()
-        ):
-            self.enabled = False
-            return
-        self._proofs = self._proofs + 1 if found.keys() == self._reached else 1
-        self._reached = frozenset(found)
-        if self._proofs >= _PROOFS:
-            self._open(measured)
+        )
+        if agrees:
+            self._proofs = self._proofs + 1 if found.keys() == self._reached else 1
+            self._reached = frozenset(found)
+            return True
+        if interrupted:  # both passes may have added to the gradients
+            return False
+        self.enabled = False
+        if self.unsettled:
+            self.unsettled = False
+            self._on_proof(_DISAGREES)
+        return False
+
+    def proved(self) -> None:
+        """Note, when the record of a pass that agreed was handed on, that all before it is proved; serve the next ones
+        after some such passes."""
+        self.unsettled = False
+        self._on_proof("")
+        if self.enabled and self._proofs >= _PROOFS:
+            self._open(self._coverage.measured())
 
     def _open(self, measured: dict[str, nn.Parameter]) -> None:
         self._names = tuple(name for name in measured if name in self._reached)
@@ -150,6 +177,7 @@ class SingleBatches:
                 self._random.randint(*_PROOF_EVERY),
             )
             self.renew_sink()
+            self.unsettled = True
             self._serve(Untraced(self._core.before_forward), Untraced(self._core.after_forward))
 
     def stop(self) -> None:
@@ -160,7 +188,8 @@ class SingleBatches:
             if self._core is None:
                 return
             self.flush()
-            self._abandoned += self._core.stop()
+            self._interrupted = self._core.stop()
+            self._abandoned += self._interrupted
             self.enabled &= self._abandoned < _MOST_ABANDONED
             self._tap()
             self._core = None  # last: who finds nothing to stop relies on the layers' hooks
@@ -204,7 +233,7 @@ class SingleBatches:
 
     def _record(self, task: int) -> LayerRecord:
         squares = torch.tensor(self._core.squares, dtype=torch.float64, device="cpu")[:, None]
-        return LayerRecord(1, Rows(self._names, squares), {}, "", task, True)
+        return LayerRecord(1, Rows(self._names, squares), {}, "", task, True, served=True)
 
     def _came_back(self, found: int, trouble: int, task: int) -> None:
         """Deliver the record of a served pass whose backward pass has ended and whose norms no sink took, or the reason
@@ -218,7 +247,8 @@ class SingleBatches:
             record = self._record(task)
         elif not broken and found == _core.GRADIENTS_STRIDED:
             rows = gradient_squares(self._coverage.measured())
-            record = LayerRecord(1, {name: rows[name] for name in self._names}, {}, "", task, True)
+            found_rows = {name: rows[name] for name in self._names}
+            record = LayerRecord(1, found_rows, {}, "", task, True, served=True)
         elif not broken:
             broken = _OTHERS if found == _core.GRADIENTS_OTHERS else _UNREADABLE
         if record is None:

@@ -39,6 +39,8 @@ class LayerCapture:
         on_error: gets what would have been raised inside a hook; capturing has stopped then.
         on_unrecorded: gets the number of samples and the reason when a backward pass through trained layers is not
             recorded.
+        on_proof: told that a proof was good (""), or why one has failed, which spoils what came since the last good
+            one; and whether it was about passes that were served from the gradients.
         options: how the layers are to be tapped.
     """
 
@@ -48,12 +50,13 @@ class LayerCapture:
         on_record: Callable[[LayerRecord], None],
         on_error: Callable[[Exception], None],
         on_unrecorded: Callable[[int, str], None],
+        on_proof: Callable[[str, bool], None],
         options: LayerOptions,
     ) -> None:
         self.model = model
         self.passes = Passes(self._deliver, self._stopped, on_unrecorded)
         self._on_error = on_error
-        self._on_record = on_record
+        self._on_record, self._on_proof = on_record, on_proof
         self._options = options
         self._signs = Signs()
         self._compiled = any(is_compiled(module) for module in model.modules())
@@ -86,10 +89,12 @@ class LayerCapture:
             skip=options.skip_uncovered,
             proofs=self.proofs,
             fail=passes.fail,
+            disproved=lambda why: self._on_proof(why, False),
         )
         self.single = SingleBatches(
             *(self.coverage, self.structure, options.batch_dim, self._serve, self._tap),
             *(self._begin_forward, self._single_came_back, lambda: passes.not_accumulated(1)),
+            lambda failure: self._on_proof(failure, True),
         )
         passes.coverage, passes.single = self.coverage, self.single
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
@@ -292,11 +297,16 @@ class LayerCapture:
                 return
             self._audit.after_backward(record)
             # Nothing else may add to the gradients that are compared, or later to those that are served.
-            if run.proves and record.fresh and not record.broken and passes.is_alone(run, task):
-                self.single.prove(record.norms_sq)
+            agrees = run.proves and record.fresh and not record.broken and passes.is_alone(run, task)
+            agrees = agrees and self.single.compare(record.norms_sq)
             run.proves = False
             passes.records += 1
             self._on_record(record)
+            if agrees:
+                self.single.proved()
+            if run.proved:
+                run.proved = False
+                self._on_proof("", False)
         except Exception as error:
             passes.fail(error)
 

@@ -63,6 +63,7 @@ class LayerRecord:
     repeated: bool = False  #: not the first of its forward pass (retain_graph=True)
     observed: bool = False  #: its norms are in the distributions already
     unproved: str = ""  #: why it is not proved that these are single samples' norms
+    served: bool = False  #: read from the gradients, without taps
     note: Any = None  #: what the options' `note_of` returned for its forward pass
     hidden: str = ""  #: why those of some samples are NaN
 
@@ -109,6 +110,8 @@ class LayerPass:
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
         self.note: Any = None  # what the options' note_of returned
         self.unproved = ""  # why its norms are not proved
+        # By a proof of its own, which also tells of the passes before it; and why such a proof has failed.
+        self.proved, self.disproved = False, ""
         # Outputs that bring parts of several samples to some parameters, and what is wrong if a gradient comes to them.
         self.suspects: list[tuple[list[Tensor], dict[str, str]]] = []
         self.unreached: dict[str, set[str]] = {}  # layers that the model's outputs bring no gradient to, their rows

@@ -199,6 +199,7 @@ class Proofs:
         elif found.wrong and not self._skip:
             return found.wrong
         self._look_at_copies(run, output, seeds, before, known)
+        run.proved = not (known.reason or (found.wrong and not found.entered))
         return {} if found.entered else found.wrong
 
     def _watch_past(self, run: LayerPass, returned: Any, output: Any, known: _Known) -> None:
@@ -249,7 +250,7 @@ class Proofs:
         if why and not wrong:
             known.reason = _NOT_RUN.format(why)
         elif wrong and self._skip:
-            known.reason = why
+            known.reason = run.disproved = why
         elif wrong and len(wrong) == len(rows):
             raise Disproved(f"model: {why}")
         elif wrong:

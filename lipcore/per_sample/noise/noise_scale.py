@@ -188,6 +188,14 @@ class NoiseScale:
         self._set_blocks(sums)
         self.skipped += other.skipped
 
+    def copy(self) -> NoiseScale:
+        """Return one with the same numbers, bit for bit, that goes its own way from here on."""
+        copied = NoiseScale(self.places, decay=self.decay, confidence=self.confidence)
+        copied._ema, copied._sums = self._ema.clone(), self._sums.clone()
+        copied._pending, copied._samples = list(self._pending), self._samples
+        copied._sizes, copied._block_steps, copied.skipped = list(self._sizes), self._block_steps, self.skipped
+        return copied
+
     def take(self) -> NoiseScale:
         """Return this window without the exponential averages, for :meth:`finalize` of a later one, and reset."""
         self._fold()

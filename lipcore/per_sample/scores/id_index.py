@@ -53,6 +53,12 @@ class IdIndex:
         self._add_hashed(slots[new][~small])
         return slots
 
+    def keep(self, count: int) -> None:
+        """Forget all ids but the first so many."""
+        kept = self.ids[:count].copy()
+        self.__init__()  # type: ignore[misc]
+        self.add(kept)
+
     def _add_hashed(self, slots: Ids) -> None:
         count = self._hashed_count + len(slots)
         if 2 * count > len(self._hashed):

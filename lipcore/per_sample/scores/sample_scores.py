@@ -68,6 +68,27 @@ class SampleScores:
         self._missing = self._invalid = 0
         self._pending: list[tuple[Tensor, Tensor, list[Any]]] = []
         self._pending_values = 0
+        self.mark()
+
+    def mark(self) -> None:
+        """Note that everything so far is right, so that :meth:`take_back` comes back to here. From here on the
+        statistics that an id had are kept when they change for the first time: 40 bytes per id that is seen again."""
+        self._fold()
+        self._before: list[tuple[Array, Array, Array]] = []  # slots, their counts and moments
+        self._kept = np.zeros(len(self._index), np.bool_)  # by slot: whether they are among these
+        self._left_out = self._missing, self._invalid
+
+    def take_back(self) -> None:
+        """Forget what was observed since the last mark."""
+        self._fold()
+        for slots, count, moments in self._before:
+            self._count[slots], self._moments[slots] = count, moments
+        used = len(self._kept)
+        if len(self._index) > used:
+            self._index.keep(used)
+        self._count, self._moments = self._count[:used].copy(), self._moments[:used].copy()
+        self._missing, self._invalid = self._left_out
+        self.mark()
 
     def observe(self, ids: Tensor, values: Tensor) -> None:
         """Add a value for each of these samples; an id may stand there more than once.
@@ -117,6 +138,7 @@ class SampleScores:
         if not len(ids):
             return
         slots = self._index.add(ids)
+        self._keep(slots[slots < len(self._kept)])
         self._count = grown(self._count, len(self._index))
         self._moments = grown(self._moments, len(self._index))
         had, (mean, m2, high) = self._count[slots], self._moments[slots].T
@@ -130,6 +152,13 @@ class SampleScores:
         high = np.where(had > 0, np.maximum(high, moments[:, 2]), moments[:, 2])
         self._count[slots] = both
         self._moments[slots] = np.stack([mean, m2, high], axis=1)
+
+    def _keep(self, slots: Array) -> None:
+        """Keep what these slots hold, which is about to change, where that is not kept yet."""
+        slots = slots[~self._kept[slots]]
+        if len(slots):
+            self._kept[slots] = True
+            self._before.append((slots, self._count[slots], self._moments[slots]))
 
     def __len__(self) -> int:
         """Return how many samples have a value."""
@@ -224,6 +253,7 @@ class SampleScores:
         self.reset()
         self._merge(ids, count, np.stack([mean, m2, high], axis=1))
         self._missing, self._invalid = missing, invalid
+        self.mark()
 
     def __getstate__(self) -> dict[str, Any]:
         self._fold()  # events of a device cannot be copied

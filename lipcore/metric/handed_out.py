@@ -1,0 +1,34 @@
+"""Results that were handed out before all of their samples were proved, and that a failed proof may still reach."""
+
+from __future__ import annotations
+
+import weakref
+
+from lipcore.metric.metric_result import MetricResult
+
+
+class HandedOut:
+    """The results with samples that no proof has come after yet; nothing here keeps them alive."""
+
+    def __init__(self) -> None:
+        self._results: list[weakref.ref[MetricResult]] = []
+
+    def add(self, result: MetricResult) -> None:
+        """Remember a result that holds such samples."""
+        self._results = [known for known in self._results if known() is not None]
+        self._results.append(weakref.ref(result))
+
+    def settle(self) -> None:
+        """Forget all of them: a good proof has come."""
+        self._results.clear()
+
+    def withdraw(self, why: str) -> None:
+        """Make the numbers of all of them NaN, with the reason: a proof has failed."""
+        for known in self._results:
+            result = known()
+            if result is not None:
+                result.withdraw(why)
+        self._results.clear()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_results": []}  # those of the original
