@@ -56,11 +56,16 @@ def _global_hooks() -> list[Any]:
     return [*ANY_FORWARD_PRE_HOOKS.values(), *ANY_FORWARD_HOOKS.values()]
 
 
-def _is_own(hook: Any) -> bool:
+def home_of(hook: Any) -> str:
+    """Return the module of Python in which a hook was defined."""
     while isinstance(hook, functools.partial):
         hook = hook.func
-    module = getattr(getattr(hook, "__self__", hook), "__module__", None)
-    return isinstance(module, str) and module.split(".")[0] == "lipcore"
+    owner = getattr(hook, "__self__", hook)
+    return str(getattr(owner, "__module__", None) or type(owner).__module__)
+
+
+def _is_own(hook: Any) -> bool:
+    return home_of(hook).split(".")[0] == "lipcore"
 
 
 def chain_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.models.chains import home_of
 from lipcore.models.module_state import ModuleState
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
+from lipcore.models.random_numbers import RandomNumbers
 from lipcore.models.ranks import under_process_group
 from lipcore.models.restored import without_cached_casts
 from lipcore.models.torch_internals import (
@@ -72,7 +74,7 @@ class Before:
         if not self.refused:
             self._kept = first.detach().clone()
             self.bytes = _BATCHES * self._kept.nbytes
-            self._state = ModuleState(model)
+            self._state, self._random = ModuleState(model), RandomNumbers(model)
 
     def difference(
         self, output: Any, rows: Sequence[tuple[int, int]], run: Callable[[Callable[[], Any]], Any] = _returned
@@ -87,27 +89,28 @@ class Before:
         """
         if self.refused:
             return self.refused, []
-        after = ModuleState(self._model)
+        after = ModuleState(self._model), RandomNumbers(self._model)
         try:
             if _compiles(self._model):  # the compiled numbers are not the eager ones
                 output = run(lambda: self._run(self._kept))
             tensors = list(tensors_of(output))
             for sample in (0, self._kept.shape[self._dim] - 1):
                 copies = list(tensors_of(run(functools.partial(self._run, self._copies(sample)))))
-                used = self._state.random_states()
+                used = self._random.now()
                 wrong = [i for i, d in rows if not _same(tensors[i].select(d, sample), copies[i].select(d, sample))]
                 if not wrong:
                     continue
                 again = list(tensors_of(run(lambda: self._run(self._kept))))
                 if not all(_same(tensors[i], again[i]) for i, _ in rows):
                     return "its output is another one when it is run again on the same batch", []
-                if any(not torch.equal(a, b) for a, b in zip(used, self._state.random_states(), strict=True)):
+                if any(not torch.equal(a, b) for a, b in zip(used, self._random.now(), strict=True)):
                     return "how many random numbers it draws depends on the batch", []
                 return DEPENDS.format(sample), wrong
         except Exception as error:
             return f"it could not be run again ({type(error).__name__}: {error})", []
         finally:
-            after.put_back()
+            for kept in after:
+                kept.put_back()
         return "", []
 
     def _copies(self, sample: int) -> Tensor:
@@ -116,6 +119,7 @@ class Before:
     def _run(self, x: Tensor) -> Any:
         """Return what the model makes of x in the place of the batch, from the same state as the pass had."""
         self._state.put_back()
+        self._random.put_back()
         x = x.clone()
         arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
         with torch.no_grad(), paused(), without_cached_casts(), _alone(), _eager(self._model):
@@ -132,17 +136,9 @@ def _refusal(model: nn.Module, arguments: Any, keywords: Any) -> str:
         return "hooks on all modules would see another forward pass"
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not _home(hook).startswith(_OURS) for hook in hooks):
+        if any(not home_of(hook).startswith(_OURS) for hook in hooks):
             return f"a hook on module '{name}' would see another forward pass"
     return ""
-
-
-def _home(hook: Any) -> str:
-    """Return the module of Python in which a hook was defined."""
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    owner = getattr(hook, "__self__", hook)
-    return str(getattr(owner, "__module__", None) or type(owner).__module__)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

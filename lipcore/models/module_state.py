@@ -1,18 +1,17 @@
-"""What a forward pass may change in a model and in the process, kept at one moment and put back."""
+"""What a forward pass may change in a model, kept at one moment and put back."""
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 
 class ModuleState:
-    """Random numbers, buffers and attributes of modules as they are at one moment."""
+    """Attributes of modules, the entries of containers among them, buffers, and values of plain tensors, as they are at
+    one moment: a state that a model carries from pass to pass, counters, a memory. Hooks are left alone."""
 
     def __init__(self, model: nn.Module) -> None:
         self._attributes = [(module.__dict__, _copied(module.__dict__)) for module in model.modules()]
@@ -25,28 +24,20 @@ class ModuleState:
         own = [
             v for owner, _ in self._attributes for v in owner.values() if isinstance(v, Tensor) and v.grad_fn is None
         ]
-        self._tensors = [(t, t.detach().clone()) for t in (*model.buffers(), *own)]
-        devices = {t.device for tensors in (model.parameters(), model.buffers()) for t in tensors if t.is_cuda}
-        self._cpu, self._python = torch.get_rng_state(), random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-
-    def random_states(self) -> list[Tensor]:
-        """Return what torch's generators are at now, as this knows them."""
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
+        self._tensors = [(t, t.detach().clone()) for t in (*model.buffers(), *own) if not t.is_inference()]
 
     def put_back(self) -> None:
         """Make everything what it was then."""
         for owner, kept in (*self._attributes, *self._inside):
             _restore(owner, kept)
         for tensor, value in self._tensors:
-            if not torch.equal(tensor, value):
+            if not same(tensor, value):
                 tensor.data.copy_(value)  # without a new version, which a graph of the user's would refuse
-        torch.set_rng_state(self._cpu)
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)  # noqa: NPY002
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
+
+
+def same(tensor: Tensor, value: Tensor) -> bool:
+    """Return whether a tensor holds these values; False where it is not strided, and cannot be compared."""
+    return tensor.layout == torch.strided and torch.equal(tensor, value)
 
 
 def _copied(owner: Any) -> Any:

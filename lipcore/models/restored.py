@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from lipcore.models.module_state import ModuleState, same
+from lipcore.models.random_numbers import RandomNumbers
 
 
 class RandomPass(ValueError):
@@ -32,73 +32,32 @@ def buffers_put_back(model: nn.Module) -> Iterator[None]:
         for owner, buffers in kept:
             owner._buffers.update(buffers)
         for buffer, version, value in values:
-            if buffer._version != version or not _same(buffer, value):
+            if buffer._version != version or not same(buffer, value):
                 buffer.data.copy_(value)  # without a new version, which a graph of the user's would refuse
 
 
-def _same(buffer: Tensor, value: Tensor) -> bool:
-    return buffer.layout != torch.strided or torch.equal(buffer, value)
-
-
-_PLAIN = (list, dict, set, deque)
-
-
 @contextmanager
-def attributes_put_back(model: nn.Module) -> Iterator[None]:
-    """Put back the objects that attributes of the modules had, entries of lists and dicts among them, and values of
-    plain tensors: a state that a model carries from pass to pass, counters, a memory."""
-    modules = list(model.modules())
-    kept = [(module.__dict__, dict(module.__dict__)) for module in modules]
-    objects = [value for _, entries in kept for value in entries.values()]
-    containers = [(value, copy.copy(value)) for value in objects if type(value) in _PLAIN]
-    tensors = [value for value in objects if type(value) is Tensor and value.layout == torch.strided]
-    values = [(tensor, tensor._version, tensor.detach().clone()) for tensor in tensors if not tensor.is_inference()]
+def module_state_put_back(model: nn.Module) -> Iterator[None]:
+    """Put back buffers, attributes of the modules and what stands in them."""
+    state = ModuleState(model)
     try:
         yield
     finally:
-        for entries, before in kept:
-            _refill(entries, before)
-        for value, before in containers:
-            _refill(value, before)
-        for tensor, version, value in values:
-            if tensor._version != version:
-                tensor.data.copy_(value)
-
-
-def _refill(container: Any, before: Any) -> None:
-    if _entries(container) == _entries(before):
-        return
-    container.clear()
-    container.extend(before) if isinstance(container, (list, deque)) else container.update(before)
-
-
-def _entries(container: Any) -> Any:
-    """Return entries by identity: tensors do not compare to one truth value."""
-    if isinstance(container, dict):
-        return [(key, id(value)) for key, value in container.items()]
-    return container if isinstance(container, set) else [id(value) for value in container]
+        state.put_back()
 
 
 @contextmanager
 def random_numbers_put_back(model: nn.Module, *, allowed: bool = False) -> Iterator[None]:
-    """Put the generators of the CPU and of the model's CUDA devices back where they were.
+    """Put the generators that a forward pass may use back where they were.
 
     Raises:
         RandomPass: one of them was used, and that is not `allowed`.
     """
-    devices = {t.device for tensors in (model.parameters(), model.buffers()) for t in tensors if t.is_cuda}
-    cpu, cuda = torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
-    used = False
+    numbers, used = RandomNumbers(model), False
     try:
         yield
     finally:
-        if not torch.equal(cpu, torch.get_rng_state()):
-            used = True
-            torch.set_rng_state(cpu)
-        for device, state in cuda.items():
-            if not torch.equal(state, torch.cuda.get_rng_state(device)):
-                used = True
-                torch.cuda.set_rng_state(state, device)
+        used = numbers.put_back()
     if used and not allowed:
         raise RandomPass(
             "model: its forward pass draws random numbers, so its output is random; call model.eval(), or leave the "

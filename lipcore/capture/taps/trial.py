@@ -20,8 +20,7 @@ from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
 from lipcore.models.restored import (
     RandomPass,
-    attributes_put_back,
-    buffers_put_back,
+    module_state_put_back,
     random_numbers_put_back,
     without_cached_casts,
 )
@@ -97,8 +96,7 @@ def _bare(model: nn.Module) -> nn.Module:
 def _unnoticed(model: nn.Module) -> Iterator[None]:
     with (
         without_backward_hooks(model),
-        buffers_put_back(model),
-        attributes_put_back(model),
+        module_state_put_back(model),
         paused(),
         torch.compiler.set_stance("force_eager"),
         without_cached_casts(),
