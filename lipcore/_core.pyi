@@ -206,7 +206,7 @@ def normalized_norms(delta: typing.Any, output_grad: typing.Any, r: typing.Any) 
     """
     r[b] = ||delta[b]||_2 / |output_grad[b]|; returns how many were skipped.
     """
-def observe_ratios(numerators: typing.Any, output_grad: typing.Any, distributions: collections.abc.Sequence[Distribution]) -> None:
+def observe_ratios(numerators: typing.Any, output_grad: typing.Any, distributions: collections.abc.Sequence[Distribution], smallest: typing.SupportsFloat | typing.SupportsIndex) -> None:
     ...
 def observe_recent(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, distributions: collections.abc.Sequence[Distribution]) -> None:
     ...

@@ -20,8 +20,10 @@ void observe_values(Distribution& distribution, py::handle values) {
   for (int64_t i = 0; i < v.numel; ++i) distribution.observe(x[i * v.strides[0]]);
 }
 
-// numerators[k, b] / |output_grad[0, b]| into distribution k; NaN ("missing") where output_grad is 0 or not finite.
-void observe_ratios(py::handle numerators, py::handle output_grad, const std::vector<Distribution*>& distributions) {
+// numerators[k, b] / |output_grad[0, b]| into distribution k; NaN ("missing") where output_grad is 0, below `smallest`
+// (a gradient that is subnormal in its dtype has lost digits) or not finite.
+void observe_ratios(py::handle numerators, py::handle output_grad, const std::vector<Distribution*>& distributions,
+                    double smallest) {
   const TensorView n = view_of(numerators, "numerators"), g = view_of(output_grad, "output_grad");
   if (n.dtype != DType::kFloat64 || g.dtype != DType::kFloat64 || n.ndim != 2 || g.ndim != 2 || g.shape[0] != 1 ||
       !n.on_cpu() || !g.on_cpu() || n.shape[1] != g.shape[1] || n.shape[0] < static_cast<int64_t>(distributions.size()))
@@ -32,7 +34,7 @@ void observe_ratios(py::handle numerators, py::handle output_grad, const std::ve
   const auto* gradient = static_cast<const double*>(g.data);
   for (int64_t b = 0; b < g.numel; ++b) {
     const double eps = std::abs(gradient[b * g.strides[1]]);
-    const bool usable = eps > 0 && std::isfinite(eps);
+    const bool usable = eps > 0 && eps >= smallest && std::isfinite(eps);
     for (size_t k = 0; k < distributions.size(); ++k)
       distributions[k]->observe(usable ? x[static_cast<int64_t>(k) * n.strides[0] + b * n.strides[1]] / eps
                                        : std::nan(""));
@@ -145,7 +147,8 @@ void bind_distribution(py::module_& m) {
   m.def("describe_distributions", &describe_distributions, py::arg("distributions"), py::arg("quantiles"),
         py::arg("out"));
   m.def("reset_distributions", &reset_distributions, py::arg("distributions"));
-  m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"));
+  m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"),
+        py::arg("smallest"));
   m.def("observe_roots", &observe_roots, py::arg("squares"), py::arg("distributions"));
   m.def("place_sums", &place_sums, py::arg("squares"), py::arg("index"), py::arg("known"), py::arg("out"));
 }

@@ -72,7 +72,7 @@ LIPCORE_INLINE void observe(TrajectoryRow* row, const StepSums& step) {
   row->steps += 1;
   row->zero_steps += update == 0;
   row->path += update;
-  row->m2 += step.m2_increment;
+  row->m2 = larger(row->m2 + step.m2_increment, 0);  // of points that hardly differ rounding can leave less
   row->update_last = update;
   row->update_max = larger(row->update_max, update);
   row->max_abs_last = step.max_abs_dw;

@@ -86,7 +86,10 @@ class BiasSteps:
         group = self.group
         if group is None:
             several = "several of the optimizers" if self._holders else "no optimizer"
-            return f"{several} would step a bias of '{layer}', which goes with its weight; pass the one that does"
+            return (
+                f"{several} would step a bias of '{layer}', which goes with its weight: its path is defined for the "
+                "steps of one plain torch.optim.SGD, passed as optimizer=, and not for a wrapper around it"
+            )
         kind = type(self._holder)
         if kind is not torch.optim.SGD:
             return f"a bias of '{layer}' would be stepped by {kind.__qualname__}; its path is defined for plain SGD"

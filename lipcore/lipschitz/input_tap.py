@@ -58,6 +58,7 @@ class ModelInputTap(InputTap):
         self._product_refused = False  # it seemed to do, and a check found that it does not
         self.is_vector = True  #: False for integers
         self.checks = False  #: in the pass under way
+        self.strayed = False  #: lambda was taken by W_1 until the output was seen to depend on the input past it
         self._check_wanted = True
         self._passes = 0
         self._timed_until = 0
@@ -83,7 +84,7 @@ class ModelInputTap(InputTap):
         """Turn to this model, and forget findings about another."""
         self._model = model
         self.off = self.suspended = self.unproved = ""
-        self.by_product, self.mixing = None, False
+        self.by_product, self.mixing, self.strayed = None, False, False
         self._product_refused, self._check_wanted = False, True
 
     def start_window(self) -> None:
@@ -145,6 +146,7 @@ class ModelInputTap(InputTap):
     def seen(self, past: bool) -> None:
         """Note whether the output depends on the input past the first layer."""
         if past:
+            self.strayed = self.strayed or bool(self.by_product)
             self.by_product = False
 
     def took_input(self, is_input: bool) -> None:

@@ -44,6 +44,7 @@ _LEAVE_OUT = (
 )
 # Distributions of a window: of r, of lambda, and of r where there is a lambda, for the sandwich.
 _LAMBDA, _PAIRED, _PLACES = 1, 2, 3
+_OF_LAMBDA = ("local_lipschitz", "sandwich")  # quantities that are made of the second and third
 
 
 @dataclass(frozen=True)
@@ -171,6 +172,8 @@ class Lipschitz(StandaloneMetric):
         self._open = BlockWindow(_PLACES, 1)
         self._cores = self._open.cores  # the same objects all the time: the shortcut holds them
         self._handed_out = HandedOut()  # results with values that the shortcut may have to take back
+        self._unchecked = HandedOut()  # results with lambdas that no check has come after yet
+        self._since_check = 0  # micro-batches, since a check has agreed in one
         self._taken_back = 0  # of this window
         self._record: tuple[Tensor, Tensor] | None = None  # the last one's numerators and output gradients
         self._batchnorms: list[nn.Module] = []
@@ -296,7 +299,7 @@ class Lipschitz(StandaloneMetric):
         if self._batchnorms:
             self._check_mixing()
         numerators = self._numerators.of(record, mixed=self._mixed)
-        self._heed_checks()
+        self._since_check = 0 if self._heed_checks() else self._since_check + 1
         if self._raised is not None:
             error, self._raised = self._raised, None
             raise error
@@ -310,9 +313,9 @@ class Lipschitz(StandaloneMetric):
 
     def _observe(self, numerators: Tensor, output_grad: Tensor, block: Block, cores: list[Any]) -> None:
         if numerators.is_cpu:
-            _core.observe_ratios(numerators, output_grad, cores)
+            _core.observe_ratios(numerators, output_grad, cores, self._last.smallest)
         else:
-            ratios = _ratios(numerators, output_grad)
+            ratios = _ratios(numerators, output_grad, self._last.smallest)
             for distribution, values in zip(block, ratios, strict=True):
                 distribution.observe(values)
 
@@ -335,16 +338,32 @@ class Lipschitz(StandaloneMetric):
         """The function that counts a step, for loops whose steps take microseconds."""
         return self._bias.observe if self._virtual_bias is None else self.observe_step
 
-    def _heed_checks(self) -> None:
-        """Label the values where samples mix, and drop the lambdas that the check has found to be wrong."""
+    def _heed_checks(self) -> bool:
+        """Label the values where samples mix, and drop the lambdas that a check has found to be wrong; return whether
+        one has agreed."""
         if self._at_input.mixing and not self._mixed:
             self._mixes("the output of a sample depends on other samples of the batch", _LEAVE_OUT)
-        if self._numerators.restart:
-            self._numerators.restart = False
-            self._open.drop((_LAMBDA, _PAIRED))
+        found, at_input = self._numerators, self._at_input
+        wrong = found.disagreed
+        if at_input.strayed:
+            wrong = f"the output has come to depend on the input past '{self._first.name}'"
+        agreed = found.agreed and not wrong
+        found.agreed, found.disagreed, at_input.strayed = False, "", False
+        if agreed:
+            self._unchecked.settle()
+        if wrong:
+            self._drop_lambdas(wrong)
+        return agreed
+
+    def _drop_lambdas(self, why: str) -> None:
+        """Drop the lambdas since the last check that agreed, in results that have been handed out too."""
+        known = bool(self._open.merged()[_LAMBDA].count or self._unchecked)
+        self._open.drop((_LAMBDA, _PAIRED))
+        self._unchecked.withdraw(f"a later check did not agree: {why}", _OF_LAMBDA)
+        if known:
             self._warn(
-                f"local_lipschitz by W_1 of '{self._first.name}' is not the gradient at the model's input: from here "
-                "on that is taken, and what this window had so far is dropped"
+                f"local_lipschitz by W_1 of '{self._first.name}' is not the gradient at the model's input: {why}. What "
+                "came since the last check that agreed is dropped, and NaN in windows that have closed"
             )
 
     def _check_mixing(self) -> None:
@@ -389,7 +408,7 @@ class Lipschitz(StandaloneMetric):
             raise RuntimeError(
                 "no micro-batch at hand: none was recorded yet, or the last one was served by the batch-1 shortcut"
             )
-        ratios = _ratios(*self._record)
+        ratios = _ratios(*self._record, self._last.smallest)
         return PerSample(ratios[0], ratios[1])
 
     # ---- results
@@ -464,6 +483,8 @@ class Lipschitz(StandaloneMetric):
             result.details["taken_back"] = self._taken_back
         if self._served and self._open.unproved:
             self._handed_out.add(result)
+        if lambdas.count and self._since_check:
+            self._unchecked.add(result)
         return result
 
     def _add_constants(self, result: MetricResult, place: str, label: Label, note: str, lambdas: Distribution) -> None:
@@ -522,6 +543,7 @@ class Lipschitz(StandaloneMetric):
     def rebind(self) -> None:
         """Bind the same model again, after its modules have changed."""
         self._open.mark()  # a check to come is about another model
+        self._unchecked.settle()
         self._handed_out.settle()
         if self._model is not None:
             self.bind(self._model)
@@ -619,7 +641,8 @@ def _are_steps(block: Any) -> bool:
     return numbers and len(block) == 3 and math.isfinite(block[0]) and block[0] >= 0
 
 
-def _ratios(numerators: Tensor, output_grad: Tensor) -> Tensor:
-    """Return r, lambda, and r where there is a lambda, [3, B]; NaN where the output's gradient is 0 or not finite."""
+def _ratios(numerators: Tensor, output_grad: Tensor, smallest: float) -> Tensor:
+    """Return r, lambda, and r where there is a lambda, [3, B]; NaN where the output's gradient is 0, not finite or
+    below `smallest`."""
     eps = output_grad.abs()
-    return torch.where((eps > 0) & eps.isfinite(), numerators / eps, math.nan)
+    return torch.where((eps > 0) & (eps >= smallest) & eps.isfinite(), numerators / eps, math.nan)

@@ -42,11 +42,12 @@ class Numerators:
         self._warn = warn
         self._waiting: list[_Comparison] = []
         self.first_off = ""  #: why there is no r
-        self.restart = False  #: lambda of this window so far is not right
+        self.agreed = False  #: a check has found that lambda is right
+        self.disagreed = ""  #: why lambda is not right, as a check has found
 
     def start(self) -> None:
         """Begin with another model, without earlier findings."""
-        self.first_off, self.restart = "", False
+        self.first_off, self.disagreed, self.agreed = "", "", False
         self._waiting.clear()
 
     def lose_first(self, reason: str) -> None:
@@ -145,11 +146,14 @@ class Numerators:
                 f"on the input past {self._last.place} (an auxiliary output, a penalty), or hooks change gradients; "
                 "name the output that the loss is made of: output=..."
             )
+            self.disagreed = at_input.suspended
             return
         at_input.resume()
         if found.product is not None and _differ(found.product, found.norms, found.tolerance):
             at_input.refuse_product()
-            self.restart = True
+            self.disagreed = "a check has found another gradient at the model's input"
+        else:
+            self.agreed = True
 
 
 def _differ(one: Tensor, other: Tensor, tolerance: float) -> bool:

@@ -24,6 +24,8 @@ _SMALL = 4096  # multiplications below which one compiled loop beats torch's mat
 _CHEAP = 1 << 20  # multiplications that no training step with a batch worth them would notice
 _SPARSE = 32  # above, W_1^T delta costs what the layer's forward does: once in so many passes, below 1 % of a step
 
+_SMALLEST = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+
 
 class FirstLayerTap(FirstLayer):
     """The tap that takes three norms per sample, delta being the gradient at the first layer's output before its
@@ -176,6 +178,7 @@ class OutputTap(Tap):
 
     def __init__(self, key: str, check: Callable[[Tensor], None]) -> None:
         self.key = key
+        self.smallest = 0.0  #: gradients below have lost digits in their dtype
         self._check = check
         self.target = ""  #: the name of a module that the user gave
         self.choice: str | Callable[[Any], Any] | None = None  #: of what the model returns
@@ -215,6 +218,8 @@ class OutputTap(Tap):
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
         if not grad_output.dim():
             grad_output = grad_output.reshape(1)  # squeezed, so it is the value of a single sample
+        if not torch.compiler.is_compiling():
+            self.smallest = _SMALLEST.get(grad_output.dtype, 0.0)
         if grad_output.is_cpu and not torch.compiler.is_compiling():
             out = torch.empty(1, grad_output.shape[0], dtype=torch.float64, device=CPU)
             _core.sample_norms(grad_output, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 
 from lipcore.metric.metric_result import MetricResult
 
@@ -18,16 +19,20 @@ class HandedOut:
         self._results = [known for known in self._results if known() is not None]
         self._results.append(weakref.ref(result))
 
+    def __bool__(self) -> bool:
+        return any(known() is not None for known in self._results)
+
     def settle(self) -> None:
         """Forget all of them: a good proof has come."""
         self._results.clear()
 
-    def withdraw(self, why: str) -> None:
-        """Make the numbers of all of them NaN, with the reason: a proof has failed."""
+    def withdraw(self, why: str, names: Collection[str] | None = None) -> None:
+        """Make the numbers of all of them NaN (of the quantities with these names), with the reason: a proof has
+        failed."""
         for known in self._results:
             result = known()
             if result is not None:
-                result.withdraw(why)
+                result.withdraw(why, names)
         self._results.clear()
 
     def __getstate__(self) -> dict[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -148,9 +148,12 @@ class MetricResult(Showable, Mapping[str, Quantity]):
             result.add_columns(name, Columns(places, _columns_of(rows)))
         return result
 
-    def withdraw(self, why: str) -> None:
-        """Make every number NaN, not valid, with the reason: a later proof has shown that some samples were wrong."""
+    def withdraw(self, why: str, names: Collection[str] | None = None) -> None:
+        """Make every number NaN, not valid, with the reason, or those of the quantities with these names: a later proof
+        has shown that some samples were wrong."""
         for name, quantity in list(self._all().items()):
+            if names is not None and name not in names:
+                continue
             if isinstance(quantity, Later):
                 self._all()[name] = quantity.then(lambda made: made.without(why))
             else:

@@ -67,7 +67,11 @@ def output_names(output: Any) -> list[str]:
 def picked_output(output: Any, choice: str | Callable[[Any], Any]) -> Any:
     """Return what stands in a model's output under this key or attribute, or what a function returns of it."""
     if callable(choice):
-        return choice(output)
+        try:
+            return choice(output)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"output: the function raises {what}, given a {type(output).__name__}") from error
     if isinstance(output, Mapping) and choice in output:
         return output[choice]
     if not isinstance(output, (Tensor, Mapping)) and hasattr(output, choice):

@@ -41,6 +41,8 @@ from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.show import shown
 from lipcore.per_sample.unproved import Unproved
 
+_SILENT = 4  # steps without a number after which the user is told why
+
 
 class PerSampleGradNorms(StandaloneMetric):
     r"""Norms :math:`n_i = \|\nabla_\theta\, l_i\|_2` of single samples' gradients, exact, from the ordinary backward
@@ -173,7 +175,7 @@ class PerSampleGradNorms(StandaloneMetric):
         self._doubts = Doubts(1)
         self._dropped = self._without_loss = 0
         self._noise: NoiseScale | None = None
-        self._told_of_hooks = False
+        self._told_of_hooks = self._heard = False  # of hooks on parameters; a step has brought numbers
         self._raised: Warning | None = None  # by a warning, where the filters make an error of it
         if model is not None:
             self._watch(model, scaler)
@@ -350,8 +352,20 @@ class PerSampleGradNorms(StandaloneMetric):
                 message = f"lipcore leaves steps out of the gradient noise scale: {HOOKED}"
                 self._raised = warn_in_hook(message, UserWarning) or self._raised
         self._steps += 1
+        self._heard = self._heard or recorded
+        if self._steps == _SILENT and not self._heard:
+            self._tell_of_silence()
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
+
+    def _tell_of_silence(self) -> None:
+        """Warn that no step has brought a number so far, where the reasons are known."""
+        reasons = list(self._capture.unrecorded) if self._capture is not None else []
+        if self._without_loss:
+            reasons.append(self._reduction.missing)
+        if reasons:
+            message = f"lipcore has recorded no sample for {self.name} in {_SILENT} steps: {'; '.join(reasons)}"
+            self._raised = warn_in_hook(message, UserWarning) or self._raised
 
     def take_error(self) -> Exception | None:
         """Return, once, a warning that the filters have made an error of."""

@@ -508,7 +508,7 @@ class Trajectory(Metric):
             m2 = self._tracker.merged(i)[1]
             assert m2 is not None
             points = counts[i]
-            out[parameter.name] = m2 / points if points else torch.full_like(m2, torch.nan)
+            out[parameter.name] = (m2 / points).clamp(min=0) if points else torch.full_like(m2, torch.nan)
         return out
 
     def drain(self) -> StepHistory:

@@ -277,3 +277,21 @@ def test_state_of_another_model_is_refused() -> None:
         Trajectory(nn.Linear(6, 8)).load_state_dict(Trajectory(nn.Linear(6, 8).double()).state_dict())
     with pytest.raises(ValueError, match="prev"):
         Trajectory(nn.Linear(60, 80)).load_state_dict(Trajectory(nn.Linear(6, 8)).state_dict())
+
+
+@pytest.mark.parametrize("seed", [29, *range(8)])
+def test_a_state_of_points_that_hardly_differ_is_loaded(seed: int) -> None:
+    """Rounding may leave a block of two points with a variance below 0, which no state holds."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    monitor = Monitor(model, optimizer, [Trajectory()], window_steps=4, window_blocks=2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(torch.randn(6, 5)) - torch.randn(6, 1)).square().mean().backward()
+        optimizer.step()
+    state = monitor.state_dict()
+    monitor.close()
+    again = Monitor(model, optimizer, [Trajectory()], window_steps=4, window_blocks=2)
+    again.load_state_dict(state)
+    again.close()

@@ -65,7 +65,7 @@ class ForwardHook:
             for tap in site.taps:
                 tap.check(output)
             leaf = site.leaf(output)
-        except ValueError as error:
+        except Exception as error:
             collector.fail(error)
             return None
         if not micro.entered and micro.probes is None:
