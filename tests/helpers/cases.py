@@ -331,7 +331,7 @@ OPS = [
     Op(
         "core.observe_ratios",
         lambda: {"numerators": _float64(2, 4), "output_grad": _float64(1, 4)},
-        lambda a: _core.observe_ratios(a["numerators"], a["output_grad"], [_core.Distribution() for _ in range(2)]),
+        lambda a: _core.observe_ratios(a["numerators"], a["output_grad"], [_core.Distribution() for _ in range(2)], 0),
         tensors=("numerators", "output_grad"),
         full_check=False,
     ),
