@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from small_transformer import SmallTransformer
 from torch import nn
 
 import lipcore
@@ -32,25 +33,38 @@ def small_cnn() -> tuple[nn.Module, torch.Tensor]:
     return model, torch.randn(64, 3, 32, 32)
 
 
-MODELS = {"mlp": paper_mlp, "cnn": small_cnn}
+def transformer() -> tuple[nn.Module, torch.Tensor]:
+    return SmallTransformer(), torch.randint(32, (16, 32))
+
+
+MODELS = {"mlp": paper_mlp, "cnn": small_cnn, "transformer": transformer}
 METRICS: dict[str, Callable[[], list[lipcore.Metric]]] = {
     "default": lambda: [lipcore.Trajectory(), lipcore.Lipschitz()],
     "fast": lambda: [lipcore.Trajectory(), lipcore.Lipschitz(batch_of_one="fast")],
 }
 
 
+def squares(y: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda out: ((out - y) ** 2 / 2).mean()
+
+
+def cross_entropy(tokens: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda out: nn.functional.cross_entropy(out.flatten(0, 1), tokens.flatten())
+
+
 def loop(model_name: str, metrics: str | None) -> Callable[[int], float]:
     torch.manual_seed(0)
     model, x = MODELS[model_name]()
-    y = torch.randn(len(x), 1)
+    loss_of = squares(torch.randn(len(x), 1))
+    if model_name == "transformer":
+        loss_of = cross_entropy(torch.randint(32, x.shape))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     monitor = lipcore.Monitor(model, optimizer, metrics=METRICS[metrics]()) if metrics else None
 
     def run(steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
-            loss = ((model(x) - y) ** 2 / 2).mean()
-            loss.backward()
+            loss_of(model(x)).backward()
             optimizer.step()
             optimizer.zero_grad()
         return (time.perf_counter() - start) / steps
@@ -64,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = {"plain": loop(model, None), "control": loop(model, None), "monitored": loop(model, metrics)}
     # As many steps in a turn as lambda's period, so that every turn carries its share of it.
-    steps, rounds = (100, 100) if model == "mlp" else (16, 12)
+    steps, rounds = (100, 100) if model == "mlp" else (32, 12)
     for run in runs.values():
         run(steps)
     times: dict[str, list[float]] = {name: [] for name in runs}
