@@ -56,6 +56,12 @@ graph_task = _found("_C._current_graph_task_id")
 #: Call a function at the end of the backward pass under way, after those that were queued before.
 queue_callback = _found("_execution_engine.queue_callback", Variable)
 
+#: Return the node of the graph that a backward pass is at.
+current_node = _found("_C._current_autograd_node")
+
+#: The hooks by which a forward pass keeps its tensors, None where there are none; whether tracing is to be left out.
+saving_hooks = _found("_C._autograd._top_saved_tensors_default_hooks")
+
 #: Whether a tensor is seen from inside a transform of torch.func.
 is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lipcore.capture.graph.graph_ways import GraphWays
 from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
@@ -65,7 +67,10 @@ class LayerCapture:
         """Find the model's layers and parameters."""
         passes, options = self.passes, self._options
         self.coverage: ParameterCoverage = cover(self.model)
+        if not self._compiled:
+            self.coverage.leave_rest_to_graph()
         self.structure = Structure(self.model)
+        self.graph = GraphWays(self.model, max_bytes=options.max_replay_bytes, prove=options.prove)
         self.sites = [
             LayerSite(passes, name or ROOT, module, rule, names, options, self._signs)
             for name, module, rule, names in self.coverage.tapped
@@ -78,6 +83,7 @@ class LayerCapture:
             self.sites,
             compiled=self._compiled,
             skip=options.skip_uncovered,
+            graph=not (self._compiled or options.fused),
             proofs=self.proofs,
             fail=passes.fail,
         )
@@ -221,6 +227,8 @@ class LayerCapture:
             run.chained = depends_on(arguments, keywords, self.coverage.measured().values())
         if batch.size == 1 and self._may_serve and not run.chained:
             run.proves = not waiting and self.single.may_prove()
+        if not self._compiled:
+            run.call = arguments, keywords
         passes.begin(run)
         self.single.stop()  # where another thread has made it serve meanwhile
         if self._compiled:
@@ -240,7 +248,7 @@ class LayerCapture:
         """True where norms of batches of one might be read from the parameters' gradients."""
         options = self._options
         one_way = options.normalized or self._compiled or self.coverage.may_mix or options.offsets_of or options.note_of
-        return self._options.fast_batch_of_one and self._audit.done and not one_way
+        return self._options.fast_batch_of_one and self._audit.done and not one_way and not self.coverage.by_graph
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling() or not is_training_forward():
@@ -256,8 +264,27 @@ class LayerCapture:
                 self._audit.after_forward(run, output)
             except Exception as error:
                 passes.fail(error)
+            self._follow_graph(run, output)
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
+
+    def _follow_graph(self, run: LayerPass, output: Any) -> None:
+        """Put hooks on the graph of a pass, for the parameters without a rule."""
+        passes, call, run.call = self.passes, run.call, None
+        if call is None or not self.coverage.by_graph or not passes.recording:
+            return
+        names = self.coverage.by_graph
+        parameters = {n: p for n, p in self.coverage.measured().items() if n in names}
+        run.by_graph = frozenset(names)
+        if not parameters:
+            return
+        try:
+            run.replay, refused = self.graph.follow(
+                output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail
+            )
+            self._audit.refuse({name: why for name, why in refused.items() if name in names})
+        except Exception as error:
+            passes.fail(error)
 
     def _stopped(self, error: Exception) -> None:
         self.proofs.withdraw()
@@ -308,6 +335,10 @@ class LayerCapture:
             self._on_record(record)
         except Exception as error:
             self.passes.fail(error)
+
+
+def _counts(passes: Passes, run: LayerPass) -> bool:
+    return passes.recording and passes.comes_back(run, inner=False)
 
 
 def _nothing() -> None:
