@@ -22,7 +22,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
-from lipcore.models.arguments import check_choice, check_count
+from lipcore.models.arguments import check_choice, is_integer
 from lipcore.models.ranks import world_size
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.doubts import Doubts
@@ -102,7 +102,7 @@ class PerSampleGradNorms(StandaloneMetric):
             What else comes to reach those gradients (a penalty on parameters) may be noticed by the next proof only.
         max_replay_bytes: the most that the gradients of single samples may take at once, of a parameter that no layer's
             rule covers: those are measured from the autograd graph, by sums over rows or by running its nodes once more
-            for every sample (:meth:`plan` says which), in eager mode.
+            for every sample (:meth:`plan` says which), in eager mode. 0: such parameters are refused, or skipped.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
 
     Raises:
@@ -136,7 +136,8 @@ class PerSampleGradNorms(StandaloneMetric):
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
-        check_count("max_replay_bytes", max_replay_bytes)
+        if not is_integer(max_replay_bytes) or max_replay_bytes < 0:
+            raise ValueError(f"max_replay_bytes: expected a number of bytes, or 0 for none, got {max_replay_bytes!r}")
         check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
         self._every = every_steps
         self._methods = dict(methods or {})

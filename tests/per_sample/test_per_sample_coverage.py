@@ -91,7 +91,7 @@ def test_what_the_structure_shows_is_said_at_once(name: str) -> None:
     model = made(build)
     before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     with pytest.raises(ValueError) as error:
-        PerSampleGradNorms(model, loss_reduction="sum")
+        PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0)
     for word in (*words, "Ways out: on_unsupported='skip'", "lipcore.layers.register()", "requires_grad_(False)"):
         assert word in str(error.value)
     assert before == [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
@@ -107,7 +107,7 @@ def test_what_the_structure_shows_is_said_at_once(name: str) -> None:
 )
 def test_what_only_the_first_pass_shows_is_said_then(form: str, match: str, size: int) -> None:
     model = made(lambda: direct(form))
-    with pytest.raises(ValueError, match=match), PerSampleGradNorms(model, loss_reduction="sum"):
+    with pytest.raises(ValueError, match=match), PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0):
         with pytest.warns(RuntimeWarning, match="stopped recording"):
             sum_loss(model(torch.randn(size, 5))).backward()
         assert all(p.grad is not None for p in model.parameters())
@@ -132,7 +132,7 @@ SKIPPED = ["raw parameter", "LSTM", "GRU", "weight norm", "spectral norm"]
 @pytest.mark.parametrize("name", SKIPPED)
 def test_skipping_measures_the_others(name: str, size: int) -> None:
     model = made(STRUCTURE[name][0]).eval()  # where spectral_norm does not iterate
-    metric = PerSampleGradNorms(loss_reduction="sum", on_unsupported="skip")
+    metric = PerSampleGradNorms(loss_reduction="sum", max_replay_bytes=0, on_unsupported="skip")
     with Monitor(model, metrics=[metric]) as monitor:
         for _ in range(3):
             x = torch.randn(size, 2, 5) if isinstance(model, Recurrent) else torch.randn(size, 5)
@@ -154,7 +154,7 @@ def test_skipping_measures_the_others(name: str, size: int) -> None:
 def test_skipping_leaves_out_what_the_first_pass_shows(form: str, size: int) -> None:
     model = made(lambda: direct(form))
     uncovered = {"b.weight"} if form == "beside" else {"b.weight", "b.bias"}
-    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip") as metric:
+    with PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0, on_unsupported="skip") as metric:
         for _ in range(3):
             x = torch.randn(size, 5)
             expected = norms_sq(model, samples_of((x,), size), sum_loss)
@@ -173,7 +173,7 @@ def test_skipping_pruned_weights(size: int) -> None:
     plain[1].load_state_dict({"weight": model[1].weight, "bias": model[1].bias})
     expected = norms_sq(plain, samples_of((x,), size), sum_loss)
     del expected["1.weight"]
-    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip") as metric:
+    with PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0, on_unsupported="skip") as metric:
         for _ in range(2):
             model.zero_grad()
             sum_loss(model(x)).backward()
@@ -269,7 +269,7 @@ def test_the_coverage_of_a_model() -> None:
         lambda: nn.Sequential(nn.Linear(5, 4), nn.LayerNorm(4), parametrizations.weight_norm(nn.Linear(4, 3, False)))
     )
     model[1].bias.requires_grad_(False)
-    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip") as metric:
+    with PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0, on_unsupported="skip") as metric:
         coverage = metric.coverage()
         assert coverage.covered == {
             "0.weight": "0 (Linear)",

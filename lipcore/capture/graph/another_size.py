@@ -24,9 +24,7 @@ class CannotRun(ValueError):
     """The reason why the model cannot be run once more."""
 
 
-def on_one_more(
-    model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], samples: int, dim: int
-) -> Any:
+def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], samples: int, dim: int) -> Any:
     """Return what the model makes of the batch with its last sample a second time.
 
     Random numbers, buffers and attributes are as before when it returns. Buffers are changed in copies, since a graph

@@ -15,8 +15,8 @@ from lipcore.capture.seeds import Seeds
 
 _MIXES = "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples"
 _ORDER = (
-    "where it meets the batch, the rows are in an order of the model's own (routing, sorting), which may be another one "
-    "in every pass"
+    "where it meets the batch, the rows are in an order of the model's own (routing, sorting), which may be another in "
+    "every pass"
 )
 _TOLERANCE = {torch.float64: 2e-9, torch.float32: 2e-5}
 

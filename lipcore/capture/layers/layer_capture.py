@@ -67,7 +67,8 @@ class LayerCapture:
         """Find the model's layers and parameters."""
         passes, options = self.passes, self._options
         self.coverage: ParameterCoverage = cover(self.model)
-        if not self._compiled:
+        by_graph = not self._compiled and options.max_replay_bytes > 0
+        if by_graph:
             self.coverage.leave_rest_to_graph()
         self.structure = Structure(self.model)
         self.graph = GraphWays(self.model, max_bytes=options.max_replay_bytes, prove=options.prove)
@@ -83,7 +84,7 @@ class LayerCapture:
             self.sites,
             compiled=self._compiled,
             skip=options.skip_uncovered,
-            graph=not (self._compiled or options.fused),
+            graph=by_graph and not options.fused,
             proofs=self.proofs,
             fail=passes.fail,
         )

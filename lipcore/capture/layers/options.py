@@ -22,7 +22,8 @@ class LayerOptions:
         skip_uncovered: leave out parameters that no rule covers instead of failing.
         prove: run a backward pass of one sample through the first pass's graph, and compare.
         note_of: takes the model's arguments and keywords to what the record of the pass is to hold of them.
-        max_replay_bytes: the most that gradients of single samples may take where they come from the autograd graph.
+        max_replay_bytes: the most that gradients of single samples may take where they come from the autograd graph;
+            0: none do.
         fast_batch_of_one: serve batches of one from the parameters' gradients, where that has proved right.
     """
 
