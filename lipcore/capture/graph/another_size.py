@@ -40,10 +40,12 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
     def longer(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
-        leaf = leaf.detach().requires_grad_(leaf.requires_grad)
+        more = leaf.detach()
         if leaf.layout != torch.strided or leaf.dim() <= dim or leaf.shape[dim] != samples:
-            return leaf.clone()
-        return torch.cat([leaf, leaf.narrow(dim, samples - 1, 1)], dim)
+            more = more.clone()
+        else:
+            more = torch.cat([more, more.narrow(dim, samples - 1, 1)], dim)
+        return more.requires_grad_(leaf.requires_grad)
 
     watch = _SavingHooks()
     try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipcore.capture.foreign_functions import function_of
 from lipcore.models.outputs import tensors_of
@@ -19,6 +19,10 @@ _VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackwar
 
 class GraphsDiffer(ValueError):
     """The reason why two graphs of one model are not the same but for shapes."""
+
+
+#: In the place of a dimension and a length: all of the gradient is one sample's.
+EVERYTHING = (-1, 1)
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int)
     Raises:
         GraphsDiffer: with the place where they do.
     """
-    pairs = _paired(walk, other)
+    pairs = _paired(walk, other, names)
     leaves = walk.parameters(names)
     parents: list[list[int]] = [[] for _ in walk.nodes]
     for place, behind in enumerate(walk.next):
@@ -113,6 +117,8 @@ def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int)
     free, nodes, refused = set(leaves), dict[int, tuple[tuple[int, int] | None, ...]](), dict[str, str]()
     for leaf, name in leaves.items():
         try:
+            if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
+                raise ValueError("the model's input was computed from it")
             mine = _above(leaf, parents, lambda p: shapes(walk.nodes[p]) == shapes(pairs[p]))
             met = {p for x in mine for p in parents[x]} - mine
             _check(walk, mine, met)
@@ -126,7 +132,23 @@ def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int)
     return Frontier(kept, frozenset(free), nodes, refused)
 
 
-def _paired(walk: Walk, other: Walk) -> dict[int, Any]:
+def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
+    """Return the frontier of a single sample: every node that uses a parameter, with all of its gradient."""
+    leaves, refused = walk.parameters(names), dict[str, str]()
+    nodes: dict[int, tuple[tuple[int, int] | None, ...]] = {}
+    for leaf, name in leaves.items():
+        met = [place for place, behind in enumerate(walk.next) if leaf in behind]
+        try:
+            _check(walk, [leaf], met)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        nodes |= {place: tuple(EVERYTHING for _ in shapes(walk.nodes[place])) for place in met}
+    kept = {place: name for place, name in leaves.items() if name not in refused}
+    return Frontier(kept, frozenset(kept), nodes, refused)
+
+
+def _paired(walk: Walk, other: Walk, names: Mapping[int, str]) -> dict[int, Any]:
     if len(walk.roots) != len(other.roots):
         raise GraphsDiffer("the model returns another number of tensors for one sample more")
     pairs: dict[int, Any] = {}
@@ -136,6 +158,9 @@ def _paired(walk: Walk, other: Walk) -> dict[int, Any]:
         if x in pairs:
             continue
         one, two = walk.nodes[x], other.nodes[y]
+        leaf = getattr(two, "variable", None)
+        if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
+            continue  # an input of the model's, which the user may have computed from something
         pairs[x] = two
         if _kind(one) != _kind(two) or len(walk.next[x]) != len(other.next[y]):
             raise GraphsDiffer(

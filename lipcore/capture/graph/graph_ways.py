@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
-from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, Signature, Walk, frontier_of
+from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, Signature, Walk, frontier_of, frontier_of_one
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import proved_rows, rows_by_shape
 from lipcore.capture.seeds import seeds_of
@@ -69,7 +69,8 @@ class GraphWays:
         if batch.offsets is not None:
             raise CannotRun("the samples are packed sequences, and the graph shows no rows of documents")
         other = Walk(on_one_more(self._model, *call, batch.size, batch.dim))
-        frontier = frontier_of(walk, other, names, batch.size)
+        alone = batch.size == 1
+        frontier = frontier_of_one(walk, names) if alone else frontier_of(walk, other, names, batch.size)
         whose = rows_by_shape(frontier, batch.size)
         wrong: dict[int, str] = {}
         seeds = seeds_of(output, batch)
@@ -100,16 +101,11 @@ class GraphWays:
 
 def _met(walk: Walk, frontier: Frontier, leaf: int) -> set[int]:
     """Return the frontier nodes of one parameter."""
-    above: dict[int, bool] = {}
-
-    def reaches(place: int) -> bool:
-        if place == leaf:
-            return True
-        if place not in above:
-            above[place] = any(child in frontier.free and reaches(child) for child in walk.next[place])
-        return above[place]
-
-    return {p for p in frontier.nodes if any(c in frontier.free and reaches(c) for c in walk.next[p])}
+    mine, before = {leaf}, 0
+    while len(mine) > before:
+        before = len(mine)
+        mine |= {place for place in frontier.free if not mine.isdisjoint(walk.next[place])}
+    return {place for place in frontier.nodes if not mine.isdisjoint(walk.next[place])}
 
 
 def _bytes(parameter: Tensor) -> int:

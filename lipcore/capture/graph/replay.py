@@ -181,6 +181,8 @@ def _run(node: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ..
 
 def _only(grad: Tensor, dim: int, mine: Tensor) -> Tensor:
     """Return a gradient whose rows along a dimension are zero but for those of a mask."""
+    if dim < 0:
+        return grad
     shape = [1] * grad.dim()
     shape[dim] = -1
     return torch.where(mine.to(grad.device).reshape(shape), grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
@@ -190,6 +192,8 @@ def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int
     """Return for each sample the sum of its rows, with what broadcasting has added to this shape summed up:
     [B, *shape]."""
     out = out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
+    if dim < 0:
+        return out.sum_to_size(shape)[None]
     padded = (1,) * (out.dim() - len(shape)) + shape
     over = [i for i in range(out.dim()) if i != dim and padded[i] == 1 and out.shape[i] != 1]
     rows = (out.sum(over, keepdim=True) if over else out).movedim(dim, 0)
