@@ -22,7 +22,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
-from lipcore.models.arguments import check_choice, is_integer
+from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.ranks import world_size
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.doubts import Doubts
@@ -136,8 +136,7 @@ class PerSampleGradNorms(StandaloneMetric):
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
-        if not is_integer(max_replay_bytes) or max_replay_bytes < 0:
-            raise ValueError(f"max_replay_bytes: expected a number of bytes, or 0 for none, got {max_replay_bytes!r}")
+        check_count("max_replay_bytes", max_replay_bytes, least=0)
         check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
         self._every = every_steps
         self._methods = dict(methods or {})

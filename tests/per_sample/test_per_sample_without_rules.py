@@ -126,7 +126,8 @@ def _refused(model: nn.Module, words: str, **options: Any) -> None:
     model.zero_grad()
     with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip", **options) as metric:
         model(x).sum().backward()
-        assert "0.weight" in metric.per_parameter and not metric.per_parameter["0.weight"].isnan().any()
+        assert "0.weight" in metric.per_parameter
+        assert not metric.per_parameter["0.weight"].isnan().any()
 
 
 class _Double(torch.autograd.Function):
@@ -155,6 +156,28 @@ def test_activation_checkpointing() -> None:
     _refused(model, r"'1.0.weight': .*checkpointing.*without them")
 
 
+def test_a_checkpoint_that_is_turned_on_in_mid_run() -> None:
+    """A node that is run twice there would raise in the user's backward pass."""
+    layer = made(WITHOUT_RULES["own RMSNorm"])
+    model = _Switched(layer)
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="checkpointing"):
+        with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+            model(torch.randn(4, T, C)).sum().backward()
+            assert not metric.per_sample.isnan().any()
+            model.on = True
+            model(torch.randn(4, T, C)).sum().backward()
+
+
+class _Switched(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.on = layer, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.layer, x, use_reentrant=False) if self.on else self.layer(x)
+        return y
+
+
 def test_the_bound() -> None:
     _refused(made(lambda: between(OwnLinear(C, C))), "'1.weight': .*max_replay_bytes=100; raise", max_replay_bytes=100)
 
@@ -167,5 +190,5 @@ def test_a_parameter_that_mixes_samples() -> None:
 
 
 def test_max_replay_bytes_is_checked() -> None:
-    with pytest.raises(ValueError, match="max_replay_bytes: expected a number of bytes"):
+    with pytest.raises(ValueError, match="max_replay_bytes: expected an integer >= 0"):
         PerSampleGradNorms(loss_reduction="sum", max_replay_bytes=-1)

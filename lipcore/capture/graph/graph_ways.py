@@ -8,16 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
+from lipcore.capture.graph.another_size import CannotRun, on_one_more
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, Signature, Walk, frontier_of, frontier_of_one
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import proved_rows, rows_by_shape
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
-from lipcore.models.torch_internals import saving_hooks
 
 _MOST = 32  # structures that are kept: models whose input has ever other lengths have many
-_PREFIX = "it has no rule and cannot be measured from the autograd graph either: "
+REFUSED = "it has no rule and cannot be measured from the autograd graph either: "
 
 
 class GraphWays:
@@ -44,8 +43,6 @@ class GraphWays:
         fail: Callable[[Exception], None],
     ) -> tuple[Replay | None, dict[str, str]]:
         """Put hooks on a pass's graph; return what takes the norms in, and why parameters cannot be measured."""
-        if saving_hooks(True) is not None:
-            return None, dict.fromkeys(parameters, _PREFIX + HOOKED)
         walk = Walk(output)
         names = {id(parameter): name for name, parameter in parameters.items()}
         key = batch.size, (*walk.signature(), ("", (), tuple(walk.parameters(names))))
@@ -53,12 +50,12 @@ class GraphWays:
             try:
                 found = self._look(walk, output, call, batch, names)
             except (CannotRun, GraphsDiffer) as error:
-                return None, dict.fromkeys(parameters, f"{_PREFIX}{error}")
+                return None, dict.fromkeys(parameters, f"{REFUSED}{error}")
             if len(self._known) >= _MOST:
                 self._known.clear()
             self._known[key] = found
         frontier, whose = self._known[key]
-        refused = {name: _PREFIX + why for name, why in frontier.refused.items()}
+        refused = {name: REFUSED + why for name, why in frontier.refused.items()}
         if not frontier.leaves:
             return None, refused
         return Replay(walk, frontier, whose, batch.size, counts, fail), refused

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.capture.graph.graph_ways import GraphWays
+from lipcore.capture.graph.another_size import HOOKED
+from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
@@ -26,7 +27,7 @@ from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.layers.factor_estimate import Signs
-from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
+from lipcore.models.torch_internals import compiles_its_call, is_compiled, saving_hooks, tree_leaves
 
 ROOT = "model"  #: what the model itself is called where it is a layer
 
@@ -59,6 +60,7 @@ class LayerCapture:
         self._signs = Signs()
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._hooks: ModelHooks | None = None
+        self._watching: list[Any] = []
         self._look()
 
     # ---- the life cycle
@@ -122,6 +124,8 @@ class LayerCapture:
             self.coverage.check_single_use()
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
+        watch = Untraced(WeakCall(self._look_at_hooks))
+        self._watching = [owner.register_forward_pre_hook(watch) for owner in self.coverage.owners_by_graph()]
 
     def _serve(self, before_forward: Any, after_forward: Any) -> None:
         if self._hooks is not None:
@@ -152,7 +156,9 @@ class LayerCapture:
     def _unhook(self) -> None:
         if self._hooks is not None:
             self._hooks.remove()
-        self._hooks = None
+        for handle in self._watching:
+            handle.remove()
+        self._hooks, self._watching = None, []
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()  # a copied or pickled model is not watched
@@ -269,6 +275,12 @@ class LayerCapture:
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
 
+    def _look_at_hooks(self, *_: Any) -> None:
+        """Note, before a module whose parameters the graph measures, that hooks keep what it saves (a checkpoint)."""
+        run = self.passes.current
+        if run is not None and saving_hooks(True) is not None:
+            run.call_kept_by_hooks = True
+
     def _follow_graph(self, run: LayerPass, output: Any) -> None:
         """Put hooks on the graph of a pass, for the parameters without a rule."""
         passes, call, run.call = self.passes, run.call, None
@@ -280,9 +292,12 @@ class LayerCapture:
         if not parameters:
             return
         try:
-            run.replay, refused = self.graph.follow(
-                output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail
-            )
+            if run.call_kept_by_hooks or saving_hooks(True) is not None:
+                refused = dict.fromkeys(parameters, REFUSED + HOOKED)
+            else:
+                run.replay, refused = self.graph.follow(
+                    output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail
+                )
             self._audit.refuse({name: why for name, why in refused.items() if name in names})
         except Exception as error:
             passes.fail(error)
