@@ -69,7 +69,7 @@ class Before:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module  # the wrapper would take it for a pass of the training
         self._model, self._call, self._first, self._dim = model, (arguments, keywords), first, dim
-        self.refused = _refusal(model, arguments, keywords)
+        self.refused = why_not_again(model, arguments, keywords)
         self.bytes = 0
         if not self.refused:
             self._kept = first.detach().clone()
@@ -126,7 +126,8 @@ class Before:
             return self._model(*arguments, **keywords)
 
 
-def _refusal(model: nn.Module, arguments: Any, keywords: Any) -> str:
+def why_not_again(model: nn.Module, arguments: Any, keywords: Any) -> str:
+    """Return why a model that was called so cannot be run again without anyone noticing, or ""."""
     odd = [leaf for leaf in tree_leaves((arguments, keywords)) if not isinstance(leaf, (*_PLAIN, Tensor))]
     if odd:
         return f"it is called with a {type(odd[0]).__name__}, which another pass may change"

@@ -61,6 +61,9 @@ queue_callback = _found("_execution_engine.queue_callback", Variable)
 #: Return the hooks that tensors go through which the graph keeps now (those of a checkpoint, say); None for none.
 top_saved_tensors_hooks = _found("_C._autograd._top_saved_tensors_default_hooks")
 
+#: Return the node of the graph that a backward pass is at.
+current_node = _found("_C._current_autograd_node")
+
 #: Whether a tensor is seen from inside a transform of torch.func.
 is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
 

@@ -24,7 +24,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
-from lipcore.models.arguments import check_choice
+from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.ranks import world_size
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.doubts import Doubts
@@ -107,6 +107,11 @@ class PerSampleGradNorms(StandaloneMetric):
         batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": their norms are read from
             the parameters' gradients, after three proofs that these are the same and with more proofs now and then.
             What else comes to reach those gradients (a penalty on parameters) may be noticed by the next proof only.
+        max_replay_bytes: more than 0 (say ``1 << 30``): parameters that no layer's rule covers are measured from the
+            autograd graph, in eager mode, by sums over rows or by running its nodes once more for every sample
+            (:meth:`plan` says which); the gradients of single samples of a parameter may take so many bytes at once. 0
+            (default): such parameters are refused, or skipped. Whose a row is is proved once per structure of the
+            graph: a model whose rows change their order from pass to pass is not for it.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
 
     Raises:
@@ -136,12 +141,14 @@ class PerSampleGradNorms(StandaloneMetric):
         prove: bool = True,
         output: str | Callable[[Any], Any] | None = None,
         batch_of_one: BatchOfOne = "exact",
+        max_replay_bytes: int = 0,
         scaler: Any = None,
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
         if output is not None and not isinstance(output, str) and not callable(output):
             raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
+        check_count("max_replay_bytes", max_replay_bytes, least=0)
         check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
         self._every = every_steps
         self._methods = dict(methods or {})
@@ -157,6 +164,7 @@ class PerSampleGradNorms(StandaloneMetric):
             output=output,
             note_of=self._reduction.note_of,
             fast_batch_of_one=batch_of_one == "fast",
+            max_replay_bytes=max_replay_bytes,
         )
         self._wants_noise = noise_scale
         self._capture: TappedLayers | None = None
@@ -214,6 +222,8 @@ class PerSampleGradNorms(StandaloneMetric):
         for site in layers.sites:
             for parameter in site.names.values():
                 layer_of.setdefault(parameter, site.name)
+        for parameter, layer in layers.coverage.by_graph.items():
+            layer_of.setdefault(parameter, layer)
         before, self._layer_index = self._layers, LayerIndex(layer_of)
         if self._layers != before or not self._window.open:
             self._window, self._noise = BlockWindow(len(self._layers) + 1, self._blocks), None
@@ -503,6 +513,9 @@ class PerSampleGradNorms(StandaloneMetric):
             way = how(site, self._methods)
             rule = f"{type(site.module).__name__}: {', '.join(site.names)}" + (f", {way}" if way else "")
             lines.append(PlanLine(site.name, rule))
+        for name, layer in self._capture.coverage.by_graph.items():
+            way = self._capture.graph.ways.get(name, "graph: chosen at the first forward pass")
+            lines.append(PlanLine(name, f"{layer}: {way}"))
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
         return lines
 

@@ -120,6 +120,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "Monitor.probe(batch_size)": (lambda v: lipcore.Monitor(linear()).probe(X, "x", batch_size=v), 1),
     "PerSampleGradNorms(every_steps)": (of_norms("every_steps"), 1),
     "PerSampleGradNorms(batch_dim)": (of_norms("batch_dim"), 0),
+    "PerSampleGradNorms(max_replay_bytes)": (of_norms("max_replay_bytes"), 0),
     "SampleScores.top(k)": (lambda v: lipcore.SampleScores().top(v), 0),
     "Trajectory(every_steps)": (of_trajectory("every_steps"), 1),
     "Trajectory(window_blocks)": (of_trajectory("window_blocks"), 1),

@@ -27,6 +27,7 @@ class Audit:
         sites: every tapped layer.
         compiled: part of the model is compiled, and its graph cannot be looked at.
         skip: leave out parameters that are not covered instead of failing.
+        graph: parameters that are used outside their layers are measured from the graph.
         proofs: the proofs of the model's passes.
         fail: gets an error that is found in a backward pass.
         disproved: told why a proof has failed.
@@ -40,13 +41,14 @@ class Audit:
         *,
         compiled: bool,
         skip: bool,
+        graph: bool,
         proofs: Proofs,
         fail: Callable[[Exception], None],
         disproved: Callable[[str], None],
     ) -> None:
         self.done = False  #: the first record was looked at
         self._model, self._coverage, self._sites = model, coverage, sites
-        self._compiled, self._skip = compiled, skip
+        self._compiled, self._skip, self._graph = compiled, skip, graph
         self._proofs, self._fail, self._disproved = proofs, fail, disproved
         self._grads_before: dict[str, bool] = {}
 
@@ -66,7 +68,7 @@ class Audit:
         try:
             if not self.done and not self._compiled:
                 check_broadcast(output, run.batch.size)
-                audit_graph(output, self._coverage, self._sites, run.calls, skip=self._skip)
+                audit_graph(output, self._coverage, self._sites, run.calls, skip=self._skip, graph=self._graph)
         except ValueError:
             if self._proofs.together:
                 self._proofs.end(run, output)
@@ -78,12 +80,13 @@ class Audit:
             raise
         if run.disproved:
             self._disproved(run.disproved)
-        self._refuse(wrong)
+        self.refuse(wrong)
         suspects, run.suspects = run.suspects, []  # which would keep its graph alive
         for outputs, wrong in suspects:
             on_backward(outputs, functools.partial(self._suspected, run, wrong))
 
-    def _refuse(self, wrong: Mapping[str, str]) -> None:
+    def refuse(self, wrong: Mapping[str, str]) -> None:
+        """Uncover parameters; raise ValueError where they are not to be left out."""
         if wrong:
             name, why = next(iter(wrong.items()))
             self._disproved(f"parameter '{name}': {why}")
@@ -99,7 +102,7 @@ class Audit:
             return
         run.proved = False
         try:
-            self._refuse(wrong)
+            self.refuse(wrong)
         except Exception as error:
             self._fail(error)
 
@@ -111,17 +114,27 @@ class Audit:
 
 
 def audit_graph(
-    output: Any, coverage: ParameterCoverage, sites: Iterable[LayerSite], calls: Counter[str], *, skip: bool
+    output: Any,
+    coverage: ParameterCoverage,
+    sites: Iterable[LayerSite],
+    calls: Counter[str],
+    *,
+    skip: bool,
+    graph: bool = False,
 ) -> None:
     """Compare the graph behind a forward pass's output with the calls that came through hooks. A parameter that is used
-    more often than it was tapped (F.linear on another layer's weight) would get a wrong norm."""
+    more often than it was tapped (F.linear on another layer's weight) would get a wrong norm, and is left to the graph
+    where `graph` says so."""
     uses, taps = _uses(output), _taps(output, sites)
     for name, parameter in coverage.parameters():
-        if not parameter.requires_grad or name not in coverage.covered:
+        if not parameter.requires_grad or name not in coverage.covered or name in coverage.by_graph:
             continue
         used = uses.get(id(parameter), 0)
         # A call that the output does not depend on is no use of it.
         if used > max(1, calls[name]) or used > taps[name]:
+            if graph:
+                coverage.leave_to_graph(name)
+                continue
             coverage.uncover(
                 name,
                 f"is used {used} times in the forward pass, but only {min(calls[name], taps[name])} times by its own "

@@ -32,6 +32,8 @@ class ParameterCoverage:
         self.may_mix: list[tuple[str, nn.Module, Rule]] = []  #: layers that mix samples in some mode (BatchNorm)
         self._mixed_before: set[str] = set()  # of these, in that mode when the model was looked at
         self.uncovered: dict[str, str] = {}  #: parameter -> why
+        self.by_graph: dict[str, str] = {}  #: parameter without a rule, measured from the autograd graph -> its module
+        self._without_rule: set[str] = set()  # of the uncovered ones, those that the graph may measure
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
 
@@ -90,7 +92,24 @@ class ParameterCoverage:
 
     def uncover(self, name: str, reason: str) -> None:
         self.covered.pop(name, None)
+        self.by_graph.pop(name, None)
         self.uncovered[name] = reason
+
+    def leave_to_graph(self, name: str) -> None:
+        """Have a parameter measured from the autograd graph, whatever rules its layers have."""
+        owner = name.rpartition(".")[0]
+        self.uncovered.pop(name, None)
+        self.by_graph[name] = owner or "model"
+        self.covered[name] = f"{self.by_graph[name]} (graph)"
+
+    def leave_rest_to_graph(self) -> None:
+        """Have the parameters without a rule measured from the autograd graph."""
+        for name in [name for name in self.uncovered if name in self._without_rule]:
+            self.leave_to_graph(name)
+
+    def owners_by_graph(self) -> list[nn.Module]:
+        """Return the modules with parameters that are measured from the autograd graph."""
+        return list(dict.fromkeys(self._parameters[name][0] for name in self.by_graph))
 
     def check(self) -> None:
         """Raise ValueError that names the parameters without a rule."""
@@ -148,6 +167,7 @@ def cover(model: nn.Module) -> ParameterCoverage:
                 coverage.uncovered[names[id(parameter)]] = "is complex, and the rules are for real numbers"
             elif _makes_another(module, key):
                 coverage.uncovered[names[id(parameter)]] = _why(module, key)
+                coverage._without_rule.add(names[id(parameter)])
             else:
                 own[key] = names[id(parameter)]
         if len(list(module.children())) and not parametrized:
@@ -170,6 +190,7 @@ def cover(model: nn.Module) -> ParameterCoverage:
             coverage.frozen.append(name)
         elif name not in coverage.covered and name not in coverage.uncovered:
             coverage.uncovered[name] = _why(*coverage._parameters[name])
+            coverage._without_rule.add(name)
     coverage._trainable = {name: parameter.requires_grad for name, parameter in coverage.parameters()}
     return coverage
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lipcore.capture.graph.another_size import HOOKED
+from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
@@ -25,7 +28,7 @@ from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
-from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
+from lipcore.models.torch_internals import compiles_its_call, is_compiled, top_saved_tensors_hooks, tree_leaves
 
 ROOT = "model"  #: what the model itself is called where it is a layer
 
@@ -61,6 +64,7 @@ class LayerCapture:
         self._signs = Signs()
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._hooks: ModelHooks | None = None
+        self._watching: list[Any] = []
         self._look()
 
     # ---- the life cycle
@@ -69,7 +73,11 @@ class LayerCapture:
         """Find the model's layers and parameters."""
         passes, options = self.passes, self._options
         self.coverage: ParameterCoverage = cover(self.model)
+        by_graph = not self._compiled and options.max_replay_bytes > 0
+        if by_graph:
+            self.coverage.leave_rest_to_graph()
         self.structure = Structure(self.model)
+        self.graph = GraphWays(self.model, max_bytes=options.max_replay_bytes, prove=options.prove)
         self.sites = [
             LayerSite(passes, name or ROOT, module, rule, names, options, self._signs)
             for name, module, rule, names in self.coverage.tapped
@@ -87,6 +95,7 @@ class LayerCapture:
             self.sites,
             compiled=self._compiled,
             skip=options.skip_uncovered,
+            graph=by_graph and not options.fused,
             proofs=self.proofs,
             fail=passes.fail,
             disproved=lambda why: self._on_proof(why, False),
@@ -127,6 +136,8 @@ class LayerCapture:
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
         self.proofs.attach()
+        watch = Untraced(WeakCall(self._look_at_hooks))
+        self._watching = [owner.register_forward_pre_hook(watch) for owner in self.coverage.owners_by_graph()]
 
     def _serve(self, before_forward: Any, after_forward: Any) -> None:
         if self._hooks is not None:
@@ -158,7 +169,9 @@ class LayerCapture:
         if self._hooks is not None:
             self._hooks.remove()
             self.proofs.detach()
-        self._hooks = None
+        for handle in self._watching:
+            handle.remove()
+        self._hooks, self._watching = None, []
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()  # a copied or pickled model is not watched
@@ -228,6 +241,8 @@ class LayerCapture:
             run.chained = depends_on(arguments, keywords, self.coverage.measured().values())
         if batch.size == 1 and self._may_serve and not run.chained:
             run.proves = not waiting and self.single.may_prove()
+        if not self._compiled:
+            run.call = arguments, keywords
         passes.begin(run)
         self.single.stop()  # where another thread has made it serve meanwhile
         if self._compiled:
@@ -247,7 +262,7 @@ class LayerCapture:
         """True where norms of batches of one might be read from the parameters' gradients."""
         options = self._options
         one_way = options.normalized or self._compiled or self.coverage.may_mix or options.offsets_of or options.note_of
-        return self._options.fast_batch_of_one and self._audit.done and not one_way
+        return self._options.fast_batch_of_one and self._audit.done and not one_way and not self.coverage.by_graph
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling() or not is_training_forward():
@@ -263,8 +278,36 @@ class LayerCapture:
                 self._audit.after_forward(run, output)
             except Exception as error:
                 passes.fail(error)
+            self._follow_graph(run, output)
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
+
+    def _look_at_hooks(self, *_: Any) -> None:
+        """Note, before a module whose parameters the graph measures, that hooks keep what it saves (a checkpoint)."""
+        run = self.passes.current
+        if run is not None and top_saved_tensors_hooks(True) is not None:
+            run.call_kept_by_hooks = True
+
+    def _follow_graph(self, run: LayerPass, output: Any) -> None:
+        """Put hooks on the graph of a pass, for the parameters without a rule."""
+        passes, call, run.call = self.passes, run.call, None
+        if call is None or not self.coverage.by_graph or not passes.recording:
+            return
+        names = self.coverage.by_graph
+        parameters = {n: p for n, p in self.coverage.measured().items() if n in names}
+        run.by_graph = frozenset(names)
+        if not parameters:
+            return
+        try:
+            if run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None:
+                refused = dict.fromkeys(parameters, REFUSED + HOOKED)
+            else:
+                run.replay, refused = self.graph.follow(
+                    output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail
+                )
+            self._audit.refuse({name: why for name, why in refused.items() if name in names})
+        except Exception as error:
+            passes.fail(error)
 
     def _stopped(self, error: Exception) -> None:
         self.proofs.withdraw()
@@ -320,6 +363,10 @@ class LayerCapture:
             self._on_record(record)
         except Exception as error:
             self.passes.fail(error)
+
+
+def _counts(passes: Passes, run: LayerPass) -> bool:
+    return passes.recording and passes.comes_back(run, inner=False)
 
 
 def _nothing() -> None:

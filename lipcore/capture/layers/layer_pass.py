@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.graph.replay import Replay
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter
 from lipcore.models.copies import Before
@@ -96,6 +97,8 @@ class LayerPass:
     def __init__(self, batch: Batch, frozen: frozenset[str] = frozenset()) -> None:
         self.batch = batch
         self.frozen = frozen  # parameters that are not measured in this pass
+        self.by_graph: Collection[str] = ()  # parameters whose norms the layers' rules do not bring
+        self.replay: Replay | None = None  # and what brings them
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.output_sq: Tensor | None = None  # beside probes: of the model's output
@@ -106,6 +109,8 @@ class LayerPass:
         self.inner_only = False  # whose end nobody will tell: its rows came from a checkpoint's own backward passes
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count
+        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, until its end
+        self.call_kept_by_hooks = False  # a part of it that the graph is asked about: nodes may be run once only
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
         self.note: Any = None  # what the options' note_of returned
@@ -143,7 +148,7 @@ class LayerPass:
         """Take in the factors of per-sample gradients that one call of a layer brought."""
         at_once = {}
         for name, factor in factors.items():
-            if name in self.frozen:
+            if name in self.frozen or name in self.by_graph:
                 continue
             if self.calls[name] > 1:
                 held = self._held.get(name)
@@ -178,6 +183,8 @@ class LayerPass:
                 self._rows[name] = factor.norms_sq()
                 self._add_error(name, factor)
         self._held.clear()
+        if self.replay is not None:
+            self._rows |= self.replay.norms_sq(self.task)
         rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith(_BESIDE)}
         broken = self.broken or self.spoiled
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
+from lipcore.capture.graph.graph_ways import GraphWays
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.layer_site import LayerSite
@@ -20,6 +21,10 @@ class TappedLayers(Protocol):
     @property
     def coverage(self) -> ParameterCoverage:
         """Coverage of the parameters, which says of each whether it is measured."""
+
+    @property
+    def graph(self) -> GraphWays:
+        """Ways from the autograd graph, for the parameters without a rule."""
 
     @property
     def single(self) -> SingleBatches:

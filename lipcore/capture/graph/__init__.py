@@ -1,0 +1,1 @@
+"""Per-sample gradients from the autograd graph, for parameters whose layer has no rule."""

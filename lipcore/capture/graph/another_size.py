@@ -1,0 +1,100 @@
+"""A pass of lipcore's own on one sample more: beside the user's, its graph shows which tensors have the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lipcore.models.copies import why_not_again
+from lipcore.models.pause import paused
+from lipcore.models.restored import module_state_put_back, random_numbers_put_back, without_cached_casts
+from lipcore.models.torch_internals import TorchDispatchMode, top_saved_tensors_hooks, tree_map
+
+HOOKED = (
+    "the forward pass keeps its tensors by hooks (activation checkpointing, saved_tensors_hooks, save_on_cpu), and a "
+    "node of its graph may be run once only there; run the model without them"
+)
+
+
+class CannotRun(ValueError):
+    """The reason why the model cannot be run once more."""
+
+
+def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], samples: int, dim: int) -> Any:
+    """Return what the model makes of the batch with its last sample a second time.
+
+    Random numbers, buffers and attributes are as before when it returns. Buffers are changed in copies, since a graph
+    of the user's may have kept them.
+
+    Raises:
+        CannotRun: with the reason.
+    """
+    why = why_not_again(model, arguments, keywords)
+    if why:
+        raise CannotRun(why)
+
+    def longer(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        more = leaf.detach()
+        if leaf.layout != torch.strided or leaf.dim() <= dim or leaf.shape[dim] != samples:
+            more = more.clone()
+        else:
+            more = torch.cat([more, more.narrow(dim, samples - 1, 1)], dim)
+        return more.requires_grad_(leaf.requires_grad)
+
+    watch = _SavingHooks()
+    try:
+        with (
+            random_numbers_put_back(model, allowed=True),
+            module_state_put_back(model),
+            _buffers_exchanged(model),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            paused(),
+            without_cached_casts(),
+            watch,
+        ):
+            more, words = tree_map(longer, (arguments, keywords))
+            output = model(*more, **words)
+    except Exception as error:
+        raise CannotRun(
+            f"the model could not be run on {samples + 1} samples, which shows where the batch is "
+            f"({type(error).__name__}: {str(error)[:200]}); where its arguments have other dimensions of size "
+            f"{samples}, use another batch size"
+        ) from error
+    if watch.seen:
+        raise CannotRun(HOOKED)
+    return output
+
+
+@contextmanager
+def _buffers_exchanged(model: nn.Module) -> Iterator[None]:
+    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies: dict[int, Tensor] = {}
+    for module, buffers in kept:
+        for name, buffer in buffers.items():
+            if buffer is not None:
+                module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+class _SavingHooks(TorchDispatchMode):
+    """Mode that notices operations whose tensors are kept by hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or top_saved_tensors_hooks(True) is not None
+        return function(*args, **(kwargs or {}))

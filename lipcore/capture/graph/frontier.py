@@ -1,0 +1,220 @@
+"""The frontier of a parameter: the nodes of the graph where a tensor without the batch first meets one with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from lipcore.capture.foreign_functions import function_of
+from lipcore.models.outputs import tensors_of
+
+#: Per node in the order of the walk: its name, the shapes of its outputs, and where the nodes behind it are.
+Signature = tuple[tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...]], ...]
+
+_VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
+
+
+class GraphsDiffer(ValueError):
+    """The reason why two graphs of one model are not the same but for shapes."""
+
+
+#: In the place of a dimension and a length: all of the gradient is one sample's.
+EVERYTHING = (-1, 1)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The part of a graph that parameters without a rule are in, as places in the walk.
+
+    Attributes:
+        leaves: by place of a leaf, the parameter's name.
+        free: places of nodes without the batch, leaves among them.
+        nodes: places of frontier nodes, with the batch's dimension and length at each output; None for others.
+        refused: why a parameter cannot be measured so.
+    """
+
+    leaves: dict[int, str]
+    free: frozenset[int]
+    nodes: dict[int, tuple[tuple[int, int] | None, ...]]
+    refused: dict[str, str]
+
+
+class Walk:
+    """The nodes of a graph in an order that depends on its structure alone, without lipcore's own identities."""
+
+    def __init__(self, output: Any) -> None:
+        self.nodes: list[Any] = []
+        self._places: dict[Any, int] = {}
+        roots = [_passed(tensor.grad_fn) for tensor in tensors_of(output) if tensor.grad_fn is not None]
+        self.roots = [self._place(node) for node in roots]
+        self.next: list[tuple[int, ...]] = []
+        at = 0
+        while at < len(self.nodes):
+            behind = (_passed(child) for child, _ in self.nodes[at].next_functions)
+            self.next.append(tuple(-1 if child is None else self._place(child) for child in behind))
+            at += 1
+
+    def _place(self, node: Any) -> int:
+        place = self._places.setdefault(node, len(self.nodes))
+        if place == len(self.nodes):
+            self.nodes.append(node)
+        return place
+
+    def signature(self) -> Signature:
+        """Return what two graphs have in common that are the same."""
+        return tuple((n.name(), shapes(n), behind) for n, behind in zip(self.nodes, self.next, strict=True))
+
+    def parameters(self, names: Mapping[int, str]) -> dict[int, str]:
+        """Return the places of the leaves whose tensors' ids have names."""
+        found = {}
+        for place, node in enumerate(self.nodes):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) in names:
+                found[place] = names[id(leaf)]
+        return found
+
+
+def _passed(node: Any) -> Any:
+    """Return the first node at or behind this one that is no identity of lipcore's."""
+    while node is not None:
+        function = function_of(node)
+        if function is None or not function.__module__.startswith("lipcore."):
+            break
+        node = node.next_functions[0][0]
+    return node
+
+
+def shapes(node: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of what a node has made; of a leaf its own."""
+    leaf = getattr(node, "variable", None)
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape),)
+    return tuple(tuple(map(int, data.shape)) for data in node._input_metadata)
+
+
+def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> Frontier:
+    """Find the frontier by a graph of the same model on one sample more.
+
+    Args:
+        walk: the graph of `samples` samples.
+        other: that of one more.
+        names: of the parameters, by id.
+        samples: B.
+
+    Raises:
+        GraphsDiffer: with the place where they do.
+    """
+    pairs = _paired(walk, other, names)
+    leaves = walk.parameters(names)
+    parents: list[list[int]] = [[] for _ in walk.nodes]
+    for place, behind in enumerate(walk.next):
+        for child in behind:
+            if child >= 0:
+                parents[child].append(place)
+    free, nodes, refused = set(leaves), dict[int, tuple[tuple[int, int] | None, ...]](), dict[str, str]()
+    for leaf, name in leaves.items():
+        try:
+            if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
+                raise ValueError("the model's input was computed from it")
+            mine = _above(leaf, parents, lambda p: shapes(walk.nodes[p]) == shapes(pairs[p]))
+            met = {p for x in mine for p in parents[x]} - mine
+            _check(walk, mine, met)
+            found = {p: _batch_at(shapes(walk.nodes[p]), shapes(pairs[p]), samples) for p in met}
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        free |= mine
+        nodes |= found
+    kept = {place: name for place, name in leaves.items() if name not in refused}
+    return Frontier(kept, frozenset(free), nodes, refused)
+
+
+def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
+    """Return the frontier of a single sample: every node that uses a parameter, with all of its gradient."""
+    leaves, refused = walk.parameters(names), dict[str, str]()
+    nodes: dict[int, tuple[tuple[int, int] | None, ...]] = {}
+    for leaf, name in leaves.items():
+        met = [place for place, behind in enumerate(walk.next) if leaf in behind]
+        try:
+            _check(walk, [leaf], met)
+        except ValueError as error:
+            refused[name] = str(error)
+            continue
+        nodes |= {place: tuple(EVERYTHING for _ in shapes(walk.nodes[place])) for place in met}
+    kept = {place: name for place, name in leaves.items() if name not in refused}
+    return Frontier(kept, frozenset(kept), nodes, refused)
+
+
+def _paired(walk: Walk, other: Walk, names: Mapping[int, str]) -> dict[int, Any]:
+    if len(walk.roots) != len(other.roots):
+        raise GraphsDiffer("the model returns another number of tensors for one sample more")
+    pairs: dict[int, Any] = {}
+    todo = list(zip(walk.roots, other.roots, strict=True))
+    while todo:
+        x, y = todo.pop()
+        if x in pairs:
+            continue
+        one, two = walk.nodes[x], other.nodes[y]
+        leaf = getattr(two, "variable", None)
+        if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
+            continue  # an input of the model's, which the user may have computed from something
+        pairs[x] = two
+        if _kind(one) != _kind(two) or len(walk.next[x]) != len(other.next[y]):
+            raise GraphsDiffer(
+                f"the model's graph is another one for one sample more ({one.name()} against {two.name()})"
+            )
+        todo += [(u, v) for u, v in zip(walk.next[x], other.next[y], strict=True) if u >= 0 and v >= 0]
+    return pairs
+
+
+def _kind(node: Any) -> str:
+    """Return a node's name, the same for views that a reshape chooses among by strides."""
+    name: str = node.name()
+    return "view" if name in _VIEWS else name
+
+
+def _above(leaf: int, parents: list[list[int]], same: Callable[[int], bool]) -> set[int]:
+    found, todo = {leaf}, [leaf]
+    while todo:
+        for parent in parents[todo.pop()]:
+            if parent not in found and same(parent):
+                found.add(parent)
+                todo.append(parent)
+    return found
+
+
+def _check(walk: Walk, free: Iterable[int], met: Iterable[int]) -> None:
+    if not set(walk.roots).isdisjoint(free):
+        raise ValueError(
+            "it comes to the model's output without meeting the batch (a penalty, or a parameter that is returned); "
+            "return it expanded over the samples"
+        )
+    for place in (*free, *met):
+        function = function_of(walk.nodes[place])
+        if function is not None:
+            raise ValueError(
+                f"it goes through the autograd Function {function.__name__}, whose backward cannot be run once more; "
+                "register a rule for the layer that calls it"
+            )
+
+
+def _batch_at(
+    mine: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...], samples: int
+) -> tuple[tuple[int, int] | None, ...]:
+    found: list[tuple[int, int] | None] = []
+    for one, two in zip(mine, other, strict=True):
+        if one == two:
+            found.append(None)
+            continue
+        dims = [i for i, (u, v) in enumerate(zip(one, two, strict=False)) if u != v]
+        d = dims[0]
+        if len(dims) > 1 or len(one) != len(two) or one[d] % samples or one[d] // samples * (samples + 1) != two[d]:
+            raise ValueError(
+                f"where it meets the batch the shape is {list(one)}, and {list(two)} with one sample more, so that it "
+                "cannot be told which rows are whose"
+            )
+        found.append((d, one[d]))
+    return tuple(found)

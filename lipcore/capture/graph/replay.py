@@ -1,0 +1,201 @@
+"""The per-sample gradients of one backward pass at the frontier, and their way through the graph without the batch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.capture.graph.frontier import Frontier, Walk, shapes
+from lipcore.capture.proof import is_proof
+from lipcore.capture.training_pass import in_backward
+from lipcore.models.torch_internals import current_node
+
+#: Nodes whose own backward gives, from the whole gradient, a product per element: its sums over rows are the samples'.
+ELEMENTWISE = frozenset({"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0"})
+EXPAND = "ExpandBackward0"
+
+
+def is_sum(name: str) -> bool:
+    """Return whether a frontier node of this name is measured by sums over rows, and not by a replay per sample."""
+    return name in ELEMENTWISE or name == EXPAND
+
+
+class Replay:
+    """The hooks on one pass's graph that bring the norms of parameters without a rule.
+
+    A frontier node is run again before the engine frees what it keeps, and so is every node behind it. Functions that
+    the hooks call must raise nothing: errors go to `fail`.
+
+    Args:
+        walk: the graph of the pass.
+        frontier: what is measured in it.
+        whose: per frontier node, the samples of its rows.
+        samples: B.
+        counts: asked in every backward pass: whether it is to be recorded.
+        fail: gets what would have been raised.
+    """
+
+    def __init__(
+        self,
+        walk: Walk,
+        frontier: Frontier,
+        whose: Mapping[int, Tensor],
+        samples: int,
+        counts: Callable[[], bool],
+        fail: Callable[[Exception], None],
+    ) -> None:
+        self._leaves, self._samples = frontier.leaves, samples
+        self._counts, self._fail = counts, fail
+        # Of each place what is needed later, without the nodes, which would keep the graph alive.
+        self._next = {p: walk.next[p] for p in (*frontier.nodes, *frontier.free)}
+        self._numbers = {p: [nr for _, nr in walk.nodes[p].next_functions] for p in self._next}
+        self._shapes = {p: shapes(walk.nodes[p]) for p in frontier.free}
+        self._edges = Counter(c for behind in self._next.values() for c in behind if c in self._shapes)
+        self._sums: dict[int, dict[int, Tensor]] = {}  # per free node and output, [B, *shape]
+        self._task = -1
+        self._squares: dict[str, Tensor] = {}
+        for place, at in frontier.nodes.items():
+            walk.nodes[place].register_prehook(_Hook(self._frontier, place, at, whose.get(place)))
+        for place in frontier.free - set(frontier.leaves):
+            walk.nodes[place].register_prehook(_Hook(self._free, place))
+
+    def _begin(self) -> bool:
+        if is_proof() or not self._counts():
+            return False
+        if self._task != in_backward():
+            self._task = in_backward()
+            self._sums, self._squares = {}, {}
+        return True
+
+    def _frontier(
+        self,
+        grads: tuple[Tensor | None, ...],
+        node: Any,
+        place: int,
+        at: tuple[tuple[int, int] | None, ...],
+        whose: Tensor | None,
+    ) -> None:
+        if whose is None or all(grad is None for grad in grads) or not self._begin():
+            return
+        if any(g is not None and each is None for g, each in zip(grads, at, strict=True)):
+            raise RuntimeError("an output without the batch got a gradient, whose samples cannot be told apart")
+        name = node.name()
+        if is_sum(name) and at[0] is not None and grads[0] is not None:
+            grad = grads[0]
+            found = (grad,) if name == EXPAND else _run(node, (grad,))
+            owners = whose.to(grad.device)
+            for child, number, out in zip(self._next[place], self._numbers[place], found, strict=True):
+                if out is not None and child in self._shapes:
+                    shape = self._shapes[child][number]
+                    self._add(child, number, _summed(out, at[0][0], owners, self._samples, shape))
+            return
+        rows: dict[tuple[int, int], list[Tensor]] = {}
+        for sample in range(self._samples):
+            masked = tuple(
+                g if g is None or each is None else _only(g, each[0], whose == sample)
+                for g, each in zip(grads, at, strict=True)
+            )
+            self._collect(rows, place, _run(node, masked))
+        self._add_all(rows)
+
+    def _free(self, grads: tuple[Tensor | None, ...], node: Any, place: int) -> None:
+        if self._task != in_backward():
+            return
+        sums = self._sums.pop(place, {})
+        rows: dict[tuple[int, int], list[Tensor]] = {}
+        for sample in range(self._samples if sums else 0):
+            mine = tuple(sums[k][sample] if k in sums else None for k in range(len(self._shapes[place])))
+            self._collect(rows, place, _run(node, mine))
+        self._add_all(rows)
+
+    def _collect(self, rows: dict[tuple[int, int], list[Tensor]], place: int, found: tuple[Tensor | None, ...]) -> None:
+        here: dict[tuple[int, int], Tensor] = {}
+        for child, number, out in zip(self._next[place], self._numbers[place], found, strict=True):
+            if out is None or child not in self._shapes:
+                continue
+            out = out.to_dense() if out.layout != torch.strided else out
+            out = out.sum_to_size(self._shapes[child][number])  # as the engine does between nodes
+            key = child, number
+            here[key] = here[key] + out if key in here else out
+        for key, out in here.items():
+            if key[0] in self._leaves and self._edges[key[0]] == 1:  # its only use: no gradient needs to be kept
+                out = out.double().square().sum()
+            rows.setdefault(key, []).append(out)
+
+    def _add_all(self, rows: dict[tuple[int, int], list[Tensor]]) -> None:
+        for (child, number), each in rows.items():
+            stacked = torch.stack(each)
+            if child in self._leaves and self._edges[child] == 1:
+                self._squares[self._leaves[child]] = stacked
+            else:
+                self._add(child, number, stacked)
+
+    def _add(self, child: int, number: int, rows: Tensor) -> None:
+        sums = self._sums.setdefault(child, {})
+        sums[number] = sums[number] + rows if number in sums else rows
+
+    def norms_sq(self, task: int) -> dict[str, Tensor]:
+        """Return the squared norms that a backward pass has brought, float64 [B] each; to be asked once."""
+        if task != self._task:
+            return {}
+        found = dict(self._squares)
+        for place, name in self._leaves.items():
+            if place in self._sums:
+                rows = self._sums[place][0].double().reshape(self._samples, -1)
+                found[name] = rows.square().sum(1)
+        self._sums, self._squares, self._task = {}, {}, -1
+        return found
+
+    def guarded(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Call one of the hooks' functions; hand on what it raises."""
+        try:
+            with torch.no_grad():
+                call(*arguments)
+        except Exception as error:
+            self._fail(ValueError(f"model: parameters {self._names()} could not be measured from the graph: {error}"))
+
+    def _names(self) -> str:
+        names = list(self._leaves.values())
+        return ", ".join(map(repr, names[:3])) + ", ..." * (len(names) > 3)
+
+
+class _Hook:
+    """The hook before a node, which it does not keep: each would keep the other alive for ever."""
+
+    def __init__(self, call: Callable[..., None], *rest: Any) -> None:
+        self._call, self._rest = call, rest
+
+    def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
+        replay: Replay = self._call.__self__  # type: ignore[attr-defined]
+        replay.guarded(self._call, grads, current_node(), *self._rest)
+
+
+def _run(node: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    found = node(*grads)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _only(grad: Tensor, dim: int, mine: Tensor) -> Tensor:
+    """Return a gradient whose rows along a dimension are zero but for those of a mask."""
+    if dim < 0:
+        return grad
+    shape = [1] * grad.dim()
+    shape[dim] = -1
+    return torch.where(mine.to(grad.device).reshape(shape), grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
+
+
+def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int, ...]) -> Tensor:
+    """Return for each sample the sum of its rows, with what broadcasting has added to this shape summed up:
+    [B, *shape]."""
+    out = out.float() if out.dtype in (torch.float16, torch.bfloat16) else out
+    if dim < 0:
+        return out.sum_to_size(shape)[None]
+    padded = (1,) * (out.dim() - len(shape)) + shape
+    over = [i for i in range(out.dim()) if i != dim and padded[i] == 1 and out.shape[i] != 1]
+    rows = (out.sum(over, keepdim=True) if over else out).movedim(dim, 0)
+    found = rows.new_zeros(samples, *rows.shape[1:]).index_add_(0, whose, rows)
+    return found.reshape(samples, *shape)

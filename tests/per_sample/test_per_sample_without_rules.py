@@ -1,0 +1,199 @@
+"""Parameters that no layer's rule covers, measured from the autograd graph, against one sample at a time in float64."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from models_without_rules import WITHOUT_RULES, C, OwnLinear, T, between, parameters
+from per_sample_models import assert_equal, made, train, weights
+from per_sample_oracle import assert_norms, check, norms_sq, samples_of, weighted_sum
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import lipcore
+from lipcore import Monitor
+
+ENOUGH = 1 << 30
+PerSampleGradNorms = functools.partial(lipcore.PerSampleGradNorms, max_replay_bytes=ENOUGH)
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize("name", WITHOUT_RULES)
+def test_against_one_sample_at_a_time(name: str, size: int) -> None:
+    model = made(WITHOUT_RULES[name])
+    metric = check(model, (torch.randn(size, T, C),), max_replay_bytes=ENOUGH)
+    assert not metric.coverage().uncovered
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_reductions_of_losses(reduction: str) -> None:
+    check(made(WITHOUT_RULES["several"]), (torch.randn(4, T, C),), reduction=reduction, max_replay_bytes=ENOUGH)
+
+
+def test_a_mean_over_tokens() -> None:
+    model, x = made(WITHOUT_RULES["Conv1D"]), torch.randn(4, T, C)
+    expected = norms_sq(model, samples_of((x,), 4), weighted_sum)
+    with PerSampleGradNorms(model, loss_reduction="mean", loss_terms=4 * T) as metric:
+        (weighted_sum(model(x)) / (4 * T)).backward()
+        assert_norms(metric, expected)
+
+
+@pytest.mark.parametrize("name", ["own RMSNorm", "spectral norm", "recurrence", "dropout", "used elsewhere"])
+def test_the_training_stays_the_same_bits(name: str) -> None:
+    mine = made(WITHOUT_RULES[name])
+    theirs, inputs = copy.deepcopy(mine), [torch.randn(size, T, C) for size in (4, 4, 3, 1)]
+    other = torch.optim.SGD(theirs.parameters(), 0.001)
+    torch.manual_seed(1)
+    train(theirs, other, inputs)
+    optimizer = torch.optim.SGD(mine.parameters(), 0.001)
+    metric = PerSampleGradNorms(loss_reduction="mean")
+    torch.manual_seed(1)
+    with Monitor(mine, optimizer, metrics=[metric]):
+        train(mine, optimizer, inputs)
+        assert not metric.per_sample.isnan().any()
+    assert_equal(weights(mine), weights(theirs))
+    assert_equal(mine.buffers(), theirs.buffers())
+
+
+def test_structures_that_change_from_pass_to_pass() -> None:
+    model = made(WITHOUT_RULES["positions"])
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for size, length in ((4, 5), (3, 5), (4, 2), (4, 5), (1, 7)):
+            x = torch.randn(size, length, C)
+            weighted_sum(model(x)).backward()
+            assert_norms(metric, norms_sq(model, samples_of((x,), size), weighted_sum))
+
+
+def test_two_passes_before_their_backward_passes() -> None:
+    model = made(WITHOUT_RULES["own RMSNorm"])
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        inputs = [torch.randn(3, T, C) for _ in range(2)]
+        losses = [weighted_sum(model(x)) for x in inputs]
+        for x, loss in zip(inputs, losses, strict=True):
+            loss.backward()
+            assert_norms(metric, norms_sq(model, samples_of((x,), 3), weighted_sum))
+
+
+def test_a_graph_is_gone_with_its_pass() -> None:
+    model = made(WITHOUT_RULES["several"])
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        freed: list[bool] = []
+
+        class Witness(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.witness = _Witness(freed)
+                return x.clone()
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return grad
+
+        output = model(Witness.apply(torch.randn(3, T, C, requires_grad=True)))  # type: ignore[no-untyped-call]
+        output.sum().backward()
+        del output
+        assert not metric.broken
+        assert freed
+
+
+class _Witness:
+    def __init__(self, freed: list[bool]) -> None:
+        self._freed = freed
+
+    def __del__(self) -> None:
+        self._freed.append(True)
+
+
+def test_the_plan_names_the_way() -> None:
+    model = made(WITHOUT_RULES["layer scale"])
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        assert "1: graph: chosen at the first forward pass" in str(metric.plan())
+        model(torch.randn(4, T, C)).sum().backward()
+        assert "1: graph: sums over rows at Mul" in str(metric.plan())
+    with PerSampleGradNorms(made(WITHOUT_RULES["Conv1D"]), loss_reduction="sum") as metric:
+        metric._capture.model(torch.randn(4, T, C)).sum().backward()  # type: ignore[union-attr, attr-defined]
+        assert "1: graph: 4 replays at Addmm" in str(metric.plan())
+
+
+# ---- what the graph cannot do either
+
+
+def _refused(model: nn.Module, words: str, **options: Any) -> None:
+    """The user's pass goes on; the error comes at the end, and with on_unsupported="skip" the rest is measured."""
+    x = torch.randn(4, T, C)
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=words):
+        with PerSampleGradNorms(model, loss_reduction="sum", **options):
+            model(x).sum().backward()
+    model.zero_grad()
+    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip", **options) as metric:
+        model(x).sum().backward()
+        assert "0.weight" in metric.per_parameter
+        assert not metric.per_parameter["0.weight"].isnan().any()
+
+
+class _Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 2
+
+
+class _Checkpointed(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return y
+
+
+def test_a_function_in_python() -> None:
+    _refused(made(parameters(lambda x, g: x * _Double.apply(g), g=(C,))), "'1.g': .* autograd Function _Double")
+
+
+def test_activation_checkpointing() -> None:
+    model = made(WITHOUT_RULES["own RMSNorm"])
+    model[1] = _Checkpointed(model[1])  # type: ignore[operator, index]
+    _refused(model, r"'1.0.weight': .*checkpointing.*without them")
+
+
+def test_a_checkpoint_that_is_turned_on_in_mid_run() -> None:
+    """A node that is run twice there would raise in the user's backward pass."""
+    layer = made(WITHOUT_RULES["own RMSNorm"])
+    model = _Switched(layer)
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="checkpointing"):
+        with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+            model(torch.randn(4, T, C)).sum().backward()
+            assert not metric.per_sample.isnan().any()
+            model.on = True
+            model(torch.randn(4, T, C)).sum().backward()
+
+
+class _Switched(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.on = layer, False
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(self.layer, x, use_reentrant=False) if self.on else self.layer(x)
+        return y
+
+
+def test_the_bound() -> None:
+    _refused(made(lambda: between(OwnLinear(C, C))), "'1.weight': .*max_replay_bytes=100; raise", max_replay_bytes=100)
+
+
+def test_a_parameter_that_mixes_samples() -> None:
+    model = made(parameters(lambda x, g: x * g - (x * g).mean(0), g=(C,)))
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="samples|one sample"):
+        with PerSampleGradNorms(model, loss_reduction="sum"):
+            model(torch.randn(4, T, C)).square().sum().backward()
+
+
+def test_max_replay_bytes_is_checked() -> None:
+    with pytest.raises(ValueError, match="max_replay_bytes: expected an integer >= 0"):
+        PerSampleGradNorms(loss_reduction="sum", max_replay_bytes=-1)
