@@ -218,9 +218,10 @@ class OutputTap(Tap):
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
         if not grad_output.dim():
             grad_output = grad_output.reshape(1)  # squeezed, so it is the value of a single sample
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self.smallest = _SMALLEST.get(grad_output.dtype, 0.0)
-        if grad_output.is_cpu and not torch.compiler.is_compiling():
+        if grad_output.is_cpu and not compiling:
             out = torch.empty(1, grad_output.shape[0], dtype=torch.float64, device=CPU)
             _core.sample_norms(grad_output, out)
             return out

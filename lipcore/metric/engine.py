@@ -83,8 +83,7 @@ class Engine:
         refuse_script(model)
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
-        calls = StepEndCalls(self._after_step, self._may_wait, self._became_late, self._moved_without_step)
-        self._step_end = StepEnd(self._stepped, calls, compare=bool(self._optimizers))
+        self._step_end = self._make_step_end(self._stepped)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
@@ -278,6 +277,10 @@ class Engine:
                 self._stop_metric(metric, error)
 
     # ---- weights that move outside the optimizer's step
+
+    def _make_step_end(self, parameters: Callable[[], list[torch.Tensor]]) -> StepEnd:
+        calls = StepEndCalls(self._after_step, self._may_wait, self._became_late, self._moved_without_step)
+        return StepEnd(parameters, calls, compare=bool(self._optimizers))
 
     def _bound_to_step(self) -> list[str]:
         return [name for name, metric in self.metrics.items() if metric.needs().at_step]
@@ -538,8 +541,7 @@ class Engine:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._clock = Clock([], Calls(self._after_step, self._after_skipped_step, self._stop_all))
-        calls = StepEndCalls(self._after_step, self._may_wait, self._became_late, self._moved_without_step)
-        self._step_end = StepEnd(list, calls, compare=False)
+        self._step_end = self._make_step_end(list)
         self._capture = inert_capture()
 
     def __enter__(self: Self) -> Self:

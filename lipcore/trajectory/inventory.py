@@ -23,6 +23,7 @@ class Inventory:
 
     def __init__(self, model: nn.Module, watched: list[WatchedParameter]) -> None:
         self._model, self._watched = model, watched
+        self._where = {(id(parameter.owner), parameter.key) for parameter in watched}
         self._links: ModuleLinks | None = None  # None: not known to be complete
         self._sizes: list[tuple[dict[str, Any], int]] = []  # of every module's children and parameters
         self._others: list[tuple[dict[str, Any], str, Tensor | None, bool]] = []  # and whether each requires grad
@@ -36,23 +37,21 @@ class Inventory:
         return missing
 
     def _look(self) -> list[str]:
-        where = {(id(parameter.owner), parameter.key) for parameter in self._watched}
         held = {id(tensor) for one in self._watched for tensor in (one.owner.get(one.key), one.shadow)}
         names = {parameter.name for parameter in self._watched}
         return [
             name
             for owner, key, name in trainable(self._model)
-            if (id(owner), key) not in where and id(owner[key]) not in held and name not in names
+            if (id(owner), key) not in self._where and id(owner[key]) not in held and name not in names
         ]
 
     def _remember(self) -> ModuleLinks:
         holders = {id(one.owner.get(one.key)): one for one in self._watched}
-        where = {(id(parameter.owner), parameter.key) for parameter in self._watched}
         self._sizes, self._others = [], []
         for module in self._model.modules():
             self._sizes += [(held, len(held)) for held in (module._modules, module._parameters)]
             for key, tensor in module._parameters.items():
-                if (id(module._parameters), key) in where:
+                if (id(module._parameters), key) in self._where:
                     continue  # looked up at every step
                 self._others.append((module._parameters, key, tensor, tensor is not None and tensor.requires_grad))
                 if (tied := holders.get(id(tensor))) is not None:

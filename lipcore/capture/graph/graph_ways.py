@@ -24,7 +24,7 @@ class GraphWays:
 
     Args:
         model: the module that is called.
-        max_bytes: what the gradients of single samples, of all parameters together, may take.
+        max_bytes: what the gradients of single samples of one parameter may take.
         prove: find out whose rows are whose, by backward passes.
     """
 
