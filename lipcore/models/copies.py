@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -20,12 +20,11 @@ from lipcore.models.module_state import ModuleState
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
 from lipcore.models.random_numbers import RandomNumbers
-from lipcore.models.ranks import under_process_group
+from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import without_cached_casts
 from lipcore.models.torch_internals import (
     ANY_FORWARD_HOOKS,
     ANY_FORWARD_PRE_HOOKS,
-    TorchDispatchMode,
     is_compiled,
     tree_leaves,
     tree_map,
@@ -66,8 +65,7 @@ class Before:
     def __init__(
         self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], first: Tensor, dim: int
     ) -> None:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module  # the wrapper would take it for a pass of the training
+        model = below_ddp(model)
         self._model, self._call, self._first, self._dim = model, (arguments, keywords), first, dim
         self.refused = why_not_again(model, arguments, keywords)
         self.bytes = 0
@@ -122,7 +120,7 @@ class Before:
         self._random.put_back()
         x = x.clone()
         arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
-        with torch.no_grad(), paused(), without_cached_casts(), _alone(), _eager(self._model):
+        with torch.no_grad(), paused(), without_cached_casts(), without_communication(), _eager(self._model):
             return self._model(*arguments, **keywords)
 
 
@@ -154,20 +152,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _compiles(model: nn.Module) -> bool:
     return any(is_compiled(module) for module in model.modules())
-
-
-class _Silence(TorchDispatchMode):
-    """Mode in which nothing is said to other ranks: whether a pass is run again need not be the same on all of them."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if "c10d" in function.namespace:
-            raise RuntimeError("its forward pass communicates with other ranks")
-        return function(*args, **(kwargs or {}))
-
-
-def _alone() -> AbstractContextManager[Any]:
-    group = under_process_group()
-    return _Silence() if group else nullcontext()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

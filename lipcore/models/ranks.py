@@ -1,8 +1,14 @@
-"""Whether other processes train the same model, asked in one way everywhere."""
+"""Whether other processes train the same model, asked in one way everywhere, and passes that these take no part in."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
+from torch import nn
+
+from lipcore.models.torch_internals import TorchDispatchMode
 
 
 def under_process_group() -> bool:
@@ -13,3 +19,22 @@ def under_process_group() -> bool:
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
     return torch.distributed.get_world_size() if under_process_group() else 1
+
+
+def below_ddp(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel, which would take any pass for one of the training; others as
+    they are."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def without_communication() -> AbstractContextManager[Any]:
+    """Raise RuntimeError where other ranks are spoken to: whether a pass of our own is run need not be the same on all
+    of them."""
+    return _Silence() if under_process_group() else nullcontext()  # type: ignore[no-untyped-call]
+
+
+class _Silence(TorchDispatchMode):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "c10d" in function.namespace:
+            raise RuntimeError("its forward pass communicates with other ranks")
+        return function(*args, **(kwargs or {}))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
+from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import module_state_put_back, random_numbers_put_back, without_cached_casts
 from lipcore.models.torch_internals import TorchDispatchMode, top_saved_tensors_hooks, tree_map
 
@@ -33,6 +34,7 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
     Raises:
         CannotRun: with the reason.
     """
+    model = below_ddp(model)
     why = why_not_again(model, arguments, keywords)
     if why:
         raise CannotRun(why)
@@ -57,6 +59,7 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
             torch.enable_grad(),
             paused(),
             without_cached_casts(),
+            without_communication(),
             watch,
         ):
             more, words = tree_map(longer, (arguments, keywords))

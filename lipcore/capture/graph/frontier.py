@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.capture.foreign_functions import function_of
+from lipcore.capture.once_only import is_ddp_sink
 from lipcore.models.outputs import tensors_of
 
-#: Per node in the order of the walk: its name, the shapes of its outputs, and where the nodes behind it are.
-Signature = tuple[tuple[str, tuple[tuple[int, ...], ...], tuple[int, ...]], ...]
+#: Per node in the order of the walk: its name, how many dimensions its outputs have, and where the nodes behind it are.
+Signature = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
 
 _VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
 
@@ -21,8 +22,8 @@ class GraphsDiffer(ValueError):
     """The reason why two graphs of one model are not the same but for shapes."""
 
 
-#: In the place of a dimension and a length: all of the gradient is one sample's.
-EVERYTHING = (-1, 1)
+#: In the place of a dimension: all of the gradient is one sample's.
+EVERYTHING = -1
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,19 @@ class Frontier:
     Attributes:
         leaves: by place of a leaf, the parameter's name.
         free: places of nodes without the batch, leaves among them.
-        nodes: places of frontier nodes, with the batch's dimension and length at each output; None for others.
+        nodes: places of frontier nodes, with the batch's dimension at each output; None for others.
         refused: why a parameter cannot be measured so.
     """
 
     leaves: dict[int, str]
     free: frozenset[int]
-    nodes: dict[int, tuple[tuple[int, int] | None, ...]]
+    nodes: dict[int, tuple[int | None, ...]]
     refused: dict[str, str]
+
+    def rows(self, place: int, walk: Walk) -> int:
+        """Return how many rows the gradient at a frontier node has in a pass's graph."""
+        each = zip(self.nodes[place], shapes(walk.nodes[place]), strict=True)
+        return next((1 if dim == EVERYTHING else shape[dim] for dim, shape in each if dim is not None), 0)
 
 
 class Walk:
@@ -64,8 +70,9 @@ class Walk:
         return place
 
     def signature(self) -> Signature:
-        """Return what two graphs have in common that are the same."""
-        return tuple((n.name(), shapes(n), behind) for n, behind in zip(self.nodes, self.next, strict=True))
+        """Return what two graphs have in common that are the same but for the sizes of tensors."""
+        each = zip(self.nodes, self.next, strict=True)
+        return tuple((n.name(), tuple(map(len, shapes(n))), behind) for n, behind in each)
 
     def parameters(self, names: Mapping[int, str]) -> dict[int, str]:
         """Return the places of the leaves whose tensors' ids have names."""
@@ -78,10 +85,10 @@ class Walk:
 
 
 def _passed(node: Any) -> Any:
-    """Return the first node at or behind this one that is no identity of lipcore's."""
+    """Return the first node at or behind this one that is no identity: lipcore's, or DistributedDataParallel's."""
     while node is not None:
         function = function_of(node)
-        if function is None or not function.__module__.startswith("lipcore."):
+        if function is None or not (function.__module__.startswith("lipcore.") or is_ddp_sink(node)):
             break
         node = node.next_functions[0][0]
     return node
@@ -114,7 +121,7 @@ def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int)
         for child in behind:
             if child >= 0:
                 parents[child].append(place)
-    free, nodes, refused = set(leaves), dict[int, tuple[tuple[int, int] | None, ...]](), dict[str, str]()
+    free, nodes, refused = set(leaves), dict[int, tuple[int | None, ...]](), dict[str, str]()
     for leaf, name in leaves.items():
         try:
             if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
@@ -135,7 +142,7 @@ def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int)
 def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
     """Return the frontier of a single sample: every node that uses a parameter, with all of its gradient."""
     leaves, refused = walk.parameters(names), dict[str, str]()
-    nodes: dict[int, tuple[tuple[int, int] | None, ...]] = {}
+    nodes: dict[int, tuple[int | None, ...]] = {}
     for leaf, name in leaves.items():
         met = [place for place, behind in enumerate(walk.next) if leaf in behind]
         try:
@@ -203,8 +210,8 @@ def _check(walk: Walk, free: Iterable[int], met: Iterable[int]) -> None:
 
 def _batch_at(
     mine: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...], samples: int
-) -> tuple[tuple[int, int] | None, ...]:
-    found: list[tuple[int, int] | None] = []
+) -> tuple[int | None, ...]:
+    found: list[int | None] = []
     for one, two in zip(mine, other, strict=True):
         if one == two:
             found.append(None)
@@ -216,5 +223,5 @@ def _batch_at(
                 f"where it meets the batch the shape is {list(one)}, and {list(two)} with one sample more, so that it "
                 "cannot be told which rows are whose"
             )
-        found.append((d, one[d]))
+        found.append(d)
     return tuple(found)

@@ -4,19 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import CannotRun, on_one_more
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, Signature, Walk, frontier_of, frontier_of_one
 from lipcore.capture.graph.replay import Replay, is_sum
-from lipcore.capture.graph.rows import proved_rows, rows_by_shape
+from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
 
-_MOST = 32  # structures that are kept: models whose input has ever other lengths have many
+_MOST = 32  # structures that are kept: models that loop over a sequence have many
+_SPARE = 8  # structures whose rows are proved as they come; those of others when a proof is due
 REFUSED = "it has no rule and cannot be measured from the autograd graph either: "
+_NOT_YET = "no pass whose graph has this structure was proved yet"
+
+
+class Followed(NamedTuple):
+    """What is known of a pass before its backward pass.
+
+    Attributes:
+        replay: takes the norms in; None where no parameter is measured.
+        refused: why parameters cannot be measured.
+        unproved: why it is not proved whose the rows are, or "".
+    """
+
+    replay: Replay | None
+    refused: dict[str, str]
+    unproved: str
+
+
+@dataclass
+class _Structure:
+    frontier: Frontier
+    met: dict[str, set[int]]  # by parameter, its frontier nodes
+    rows: RowOrders = field(default_factory=lambda: RowOrders(unproved=_NOT_YET))
+
+    def fits(self, walk: Walk, samples: int) -> bool:
+        """Return whether every sample has as many rows at every frontier node."""
+        return all(self.frontier.rows(place, walk) % samples == 0 for place in self.frontier.nodes)
 
 
 class GraphWays:
@@ -29,8 +57,8 @@ class GraphWays:
     """
 
     def __init__(self, model: nn.Module, *, max_bytes: int, prove: bool) -> None:
-        self._model, self._max_bytes, self._prove = model, max_bytes, prove
-        self._known: dict[tuple[int, Signature], tuple[Frontier, dict[int, Tensor]]] = {}
+        self._model, self._max_bytes, self._prove, self._spare = model, max_bytes, prove, _SPARE
+        self._known: dict[tuple[bool, tuple[tuple[int, str], ...], Signature], _Structure] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
 
     def follow(
@@ -41,59 +69,92 @@ class GraphWays:
         parameters: Mapping[str, nn.Parameter],
         counts: Callable[[], bool],
         fail: Callable[[Exception], None],
-    ) -> tuple[Replay | None, dict[str, str]]:
-        """Put hooks on a pass's graph; return what takes the norms in, and why parameters cannot be measured."""
+        *,
+        due: bool = False,
+    ) -> Followed:
+        """Put hooks on a pass's graph.
+
+        Args:
+            output: of the model in this pass.
+            call: the arguments and keywords of the call.
+            batch: the pass's samples.
+            parameters: to be measured.
+            counts: asked in every backward pass: whether it is to be recorded.
+            fail: gets what would have been raised in a backward pass.
+            due: whether a proof is due in this pass.
+        """
         walk = Walk(output)
         names = {id(parameter): name for name, parameter in parameters.items()}
-        key = batch.size, (*walk.signature(), ("", (), tuple(walk.parameters(names))))
-        if key not in self._known:
-            try:
-                found = self._look(walk, output, call, batch, names)
-            except (CannotRun, GraphsDiffer) as error:
-                return None, dict.fromkeys(parameters, f"{REFUSED}{error}")
-            if len(self._known) >= _MOST:
-                self._known.clear()
-            self._known[key] = found
-        frontier, whose = self._known[key]
-        refused = {name: REFUSED + why for name, why in frontier.refused.items()}
-        if not frontier.leaves:
-            return None, refused
-        return Replay(walk, frontier, whose, batch.size, counts, fail), refused
+        key = batch.size == 1, tuple(walk.parameters(names).items()), walk.signature()
+        try:
+            structure = self._known.get(key)
+            if structure is None or not structure.fits(walk, batch.size):
+                structure = self._look(walk, call, batch, names)
+        except (CannotRun, GraphsDiffer) as error:
+            return Followed(None, dict.fromkeys(parameters, f"{REFUSED}{error}"), "")
+        if len(self._known) >= _MOST:
+            self._known.clear()
+        self._known[key] = structure
+        frontier, rows = structure.frontier, structure.rows
+        unproved = ""
+        if self._prove and batch.size > 1 and frontier.nodes:
+            unproved = self._proved(structure, walk, output, batch, due=due)
+        refused = frontier.refused | self._wrong(structure) | self._too_large(walk, frontier, batch.size)
+        leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
+        refused = {name: REFUSED + why for name, why in refused.items()}
+        if not leaves:
+            return Followed(None, refused, "")
+        self._note_ways(walk, structure, batch.size)
+        whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
+        measured = Frontier(leaves, frontier.free, frontier.nodes, refused)
+        replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached)
+        return Followed(replay, refused, unproved)
 
     def _look(
-        self, walk: Walk, output: Any, call: tuple[Any, dict[str, Any]], batch: Batch, names: Mapping[int, str]
-    ) -> tuple[Frontier, dict[int, Tensor]]:
+        self, walk: Walk, call: tuple[Any, dict[str, Any]], batch: Batch, names: Mapping[int, str]
+    ) -> _Structure:
         if batch.offsets is not None:
             raise CannotRun("the samples are packed sequences, and the graph shows no rows of documents")
         other = Walk(on_one_more(self._model, *call, batch.size, batch.dim))
-        alone = batch.size == 1
-        frontier = frontier_of_one(walk, names) if alone else frontier_of(walk, other, names, batch.size)
-        whose = rows_by_shape(frontier, batch.size)
-        wrong: dict[int, str] = {}
-        seeds = seeds_of(output, batch)
-        if self._prove and batch.size > 1 and seeds.outputs and frontier.nodes:
-            try:
-                whose, wrong = proved_rows(walk, frontier, seeds)
-            except RuntimeError as error:
-                raise CannotRun(f"its graph allows no other backward pass ({str(error)[:200]})") from error
-        refused = dict(frontier.refused)
+        if batch.size == 1:
+            frontier = frontier_of_one(walk, names)
+        else:
+            frontier = frontier_of(walk, other, names, batch.size)
+        return _Structure(frontier, {name: _met(walk, frontier, leaf) for leaf, name in frontier.leaves.items()})
+
+    def _proved(self, structure: _Structure, walk: Walk, output: Any, batch: Batch, *, due: bool) -> str:
+        """Prove the rows where that is due; return why they are not proved, or ""."""
+        rows = structure.rows
+        unknown = bool(rows.unproved) or rows.open(walk, structure.frontier, batch.size)
+        if due or (unknown and self._spare > 0):
+            self._spare -= not due
+            rows.prove(walk, structure.frontier, seeds_of(output, batch))
+        elif unknown:
+            return rows.unproved or _NOT_YET
+        return rows.unproved
+
+    def _wrong(self, structure: _Structure) -> dict[str, str]:
+        wrong = structure.rows.wrong
+        found = {name: [wrong[p] for p in places if p in wrong] for name, places in structure.met.items()}
+        return {name: why[0] for name, why in found.items() if why}
+
+    def _too_large(self, walk: Walk, frontier: Frontier, samples: int) -> dict[str, str]:
+        found = {}
         for leaf, name in frontier.leaves.items():
-            met = _met(walk, frontier, leaf)
-            why = next((wrong[p] for p in met if p in wrong), "")
-            held = batch.size * _bytes(walk.nodes[leaf].variable)
+            held = samples * _bytes(walk.nodes[leaf].variable)
             if held > self._max_bytes:
-                why = why or (
-                    f"the gradients of {batch.size} samples take {held:,} bytes, more than max_replay_bytes="
+                found[name] = (
+                    f"the gradients of {samples} samples take {held:,} bytes, more than max_replay_bytes="
                     f"{self._max_bytes:,}; raise that, or register a rule for its layer"
                 )
-            if why:
-                refused[name] = why
+        return found
+
+    def _note_ways(self, walk: Walk, structure: _Structure, samples: int) -> None:
+        for name, met in structure.met.items():
             kinds = sorted({walk.nodes[p].name() for p in met})
             sums = all(map(is_sum, kinds))
             said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
-            self.ways[name] = f"graph: {'sums over rows' if sums else f'{batch.size} replays'} at {said}"
-        leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
-        return Frontier(leaves, frontier.free, frontier.nodes, refused), whose
+            self.ways[name] = f"graph: {'sums over rows' if sums else f'{samples} replays'} at {said}"
 
 
 def _met(walk: Walk, frontier: Frontier, leaf: int) -> set[int]:

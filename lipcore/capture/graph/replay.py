@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,10 @@ from lipcore.models.torch_internals import current_node
 #: Nodes whose own backward gives, from the whole gradient, a product per element: its sums over rows are the samples'.
 ELEMENTWISE = frozenset({"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0"})
 EXPAND = "ExpandBackward0"
+_UNREACHED = (
+    "the model's outputs bring no gradient to a place where parameters without a rule meet the batch (a loss of its own "
+    "inside the model), so that it is not proved whose rows it has there"
+)
 
 
 def is_sum(name: str) -> bool:
@@ -37,6 +41,10 @@ class Replay:
         samples: B.
         counts: asked in every backward pass: whether it is to be recorded.
         fail: gets what would have been raised.
+        unreached: frontier nodes of whose rows no proof knows, since no gradient comes to them from the outputs.
+
+    Attributes:
+        unproved: why it is not proved whose rows came in the last backward pass, or "".
     """
 
     def __init__(
@@ -47,9 +55,11 @@ class Replay:
         samples: int,
         counts: Callable[[], bool],
         fail: Callable[[Exception], None],
+        unreached: Container[int] = (),
     ) -> None:
         self._leaves, self._samples = frontier.leaves, samples
-        self._counts, self._fail = counts, fail
+        self._counts, self._fail, self._unreached = counts, fail, unreached
+        self.unproved = ""
         # Of each place what is needed later, without the nodes, which would keep the graph alive.
         self._next = {p: walk.next[p] for p in (*frontier.nodes, *frontier.free)}
         self._numbers = {p: [nr for _, nr in walk.nodes[p].next_functions] for p in self._next}
@@ -68,7 +78,7 @@ class Replay:
             return False
         if self._task != in_backward():
             self._task = in_backward()
-            self._sums, self._squares = {}, {}
+            self._sums, self._squares, self.unproved = {}, {}, ""
         return True
 
     def _frontier(
@@ -76,11 +86,13 @@ class Replay:
         grads: tuple[Tensor | None, ...],
         node: Any,
         place: int,
-        at: tuple[tuple[int, int] | None, ...],
+        at: tuple[int | None, ...],
         whose: Tensor | None,
     ) -> None:
         if whose is None or all(grad is None for grad in grads) or not self._begin():
             return
+        if place in self._unreached:
+            self.unproved = _UNREACHED
         if any(g is not None and each is None for g, each in zip(grads, at, strict=True)):
             raise RuntimeError("an output without the batch got a gradient, whose samples cannot be told apart")
         name = node.name()
@@ -91,12 +103,12 @@ class Replay:
             for child, number, out in zip(self._next[place], self._numbers[place], found, strict=True):
                 if out is not None and child in self._shapes:
                     shape = self._shapes[child][number]
-                    self._add(child, number, _summed(out, at[0][0], owners, self._samples, shape))
+                    self._add(child, number, _summed(out, at[0], owners, self._samples, shape))
             return
         rows: dict[tuple[int, int], list[Tensor]] = {}
         for sample in range(self._samples):
             masked = tuple(
-                g if g is None or each is None else _only(g, each[0], whose == sample)
+                g if g is None or each is None else _only(g, each, whose == sample)
                 for g, each in zip(grads, at, strict=True)
             )
             self._collect(rows, place, _run(node, masked))

@@ -3,6 +3,8 @@ model's."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -10,61 +12,100 @@ from torch import Tensor
 
 from lipcore.capture.foreign_functions import is_foreign
 from lipcore.capture.graph.frontier import Frontier, Walk
+from lipcore.capture.once_only import why_once_only
 from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, Point, row_ids
 from lipcore.capture.seeds import Seeds
 
 _MIXES = "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples"
-_ORDER = (
+_MOVED = (
     "where it meets the batch, the rows are in an order of the model's own (routing, sorting), which may be another in "
     "every pass"
 )
+_CHANGED = "where it meets the batch, the order of the samples' rows is another one than in earlier passes"
+_NO_GRADIENT = "in no proof so far the rows of every parameter that the autograd graph measures had a gradient"
+_NO_OUTPUT = "none of the model's outputs has a batch dimension, by which rows could be told"
+_FAILED = "its graph allows no other backward pass ({0})"
 _TOLERANCE = {torch.float64: 2e-9, torch.float32: 2e-5}
 
 
-def in_order(rows: int, samples: int) -> Tensor:
-    """Return, for each row, the sample it belongs to where samples stand one after the other."""
-    return torch.arange(rows, device="cpu") // (rows // samples)
+class Order(Enum):
+    """The order of the samples' rows: those of one sample after those of the one before, or in turns; EITHER where
+    every sample has had one row."""
+
+    BLOCKS = "blocks"
+    TURNS = "turns"
+    EITHER = "either"
+
+    def samples(self, rows: int, samples: int) -> Tensor:
+        """Return the sample of each row, int64 [rows]."""
+        numbers = torch.arange(rows, device="cpu")
+        return numbers % samples if self is Order.TURNS else numbers // (rows // samples)
 
 
-def rows_by_shape(frontier: Frontier, samples: int) -> dict[int, Tensor]:
-    """Return for every frontier node the samples of its rows, as shapes alone suggest."""
-    return {p: in_order(length, samples) for p, at in frontier.nodes.items() for _, length in _first(at)}
+@dataclass
+class RowOrders:
+    """What is known of the rows at the frontier of one structure.
 
-
-def proved_rows(walk: Walk, frontier: Frontier, seeds: Seeds) -> tuple[dict[int, Tensor], dict[int, str]]:
-    """Return for every frontier node the samples of its rows, and for those where it cannot be told the reason.
-
-    A node that no gradient came to, or whose rows had none, is taken as its shape suggests.
+    Attributes:
+        orders: by place of a frontier node.
+        wrong: places whose rows are not those of single samples, and why.
+        unproved: why the orders are those that the shapes suggest, or "".
+        unreached: places that no gradient came to from the outputs.
     """
-    places = [place for place, at in frontier.nodes.items() if at and at[0] is not None]
-    points = [Point(walk.nodes[p], _Squares(at[0][0])) for p in places if (at := frontier.nodes[p])[0] is not None]
-    dtypes = {data.dtype for node in walk.nodes for data in node._input_metadata}
-    half = bool(dtypes & {torch.float16, torch.bfloat16})
-    found = row_ids(
-        seeds,
-        points,
-        bits=BITS_OF_FLOAT16 if torch.float16 in dtypes else BITS,
-        tolerance=6e-2 if half else _TOLERANCE[torch.float64 if dtypes == {torch.float64} else torch.float32],
-        foreign=[node for node in walk.nodes if is_foreign(node)],
-    )
-    whose, wrong = rows_by_shape(frontier, seeds.size), dict[int, str]()
-    for place, rows in zip(places, found, strict=True):
-        if rows is None:
-            continue
-        known = rows.ids >= 0
-        turns = torch.arange(len(rows.ids), device="cpu") % seeds.size
-        order = [o for o in (whose[place], turns) if torch.equal(o[known], rows.ids[known])]
-        if bool((rows.ids == MIXED).any()):
-            wrong[place] = _MIXES
-        elif order:
-            whose[place] = order[0]
-        else:
-            wrong[place] = _ORDER
-    return whose, wrong
 
+    orders: dict[int, Order] = field(default_factory=dict)
+    wrong: dict[int, str] = field(default_factory=dict)
+    unproved: str = ""
+    unreached: set[int] = field(default_factory=set)
 
-def _first(at: tuple[tuple[int, int] | None, ...]) -> list[tuple[int, int]]:
-    return [each for each in at if each is not None][:1]
+    def samples(self, place: int, rows: int, samples: int) -> Tensor:
+        """Return the sample of each row of a frontier node's gradient."""
+        return self.orders.get(place, Order.EITHER).samples(rows, samples)
+
+    def open(self, walk: Walk, frontier: Frontier, samples: int) -> bool:
+        """Return whether the order of some rows is not known for tensors of these sizes."""
+        either = (p for p in frontier.nodes if self.orders.get(p, Order.EITHER) is Order.EITHER)
+        return any(p not in self.unreached and frontier.rows(p, walk) != samples for p in either)
+
+    def prove(self, walk: Walk, frontier: Frontier, seeds: Seeds) -> None:
+        """Find the samples of all rows by backward passes from outputs with weights."""
+        once = next((why for node in walk.nodes if (why := why_once_only(node))), "")
+        if once or not seeds.outputs:
+            self.unproved = once or _NO_OUTPUT
+            return
+        places = [place for place, at in frontier.nodes.items() if at and at[0] is not None]
+        points = [Point(walk.nodes[p], _Squares(d)) for p in places if (d := frontier.nodes[p][0]) is not None]
+        dtypes = {data.dtype for node in walk.nodes for data in node._input_metadata}
+        half = bool(dtypes & {torch.float16, torch.bfloat16})
+        try:
+            found = row_ids(
+                seeds,
+                points,
+                bits=BITS_OF_FLOAT16 if torch.float16 in dtypes else BITS,
+                tolerance=6e-2 if half else _TOLERANCE[torch.float64 if dtypes == {torch.float64} else torch.float32],
+                foreign=[node for node in walk.nodes if is_foreign(node)],
+            )
+        except RuntimeError as error:
+            self.unproved = _FAILED.format(str(error)[:200])
+            return
+        self.unreached = {place for place, rows in zip(places, found, strict=True) if rows is None}
+        for place, rows in zip(places, found, strict=True):
+            if rows is not None:
+                self._take(place, rows.ids, seeds.size)
+        self.unproved = _NO_GRADIENT if self.open(walk, frontier, seeds.size) else ""
+
+    def _take(self, place: int, ids: Tensor, samples: int) -> None:
+        known = ids >= 0
+        fits = [o for o in (Order.BLOCKS, Order.TURNS) if torch.equal(o.samples(len(ids), samples)[known], ids[known])]
+        before = self.orders.get(place, Order.EITHER)
+        if bool((ids == MIXED).any()):
+            self.wrong[place] = _MIXES
+        elif not fits:
+            self.wrong[place] = _MOVED
+        elif before is not Order.EITHER and before not in fits:
+            self.wrong[place] = _CHANGED
+        elif len(fits) == 1:
+            self.orders[place] = fits[0]
 
 
 class _Squares:

@@ -302,9 +302,12 @@ class LayerCapture:
             if run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None:
                 refused = dict.fromkeys(parameters, REFUSED + HOOKED)
             else:
-                run.replay, refused = self.graph.follow(
-                    output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail
+                run.replay, refused, unproved = self.graph.follow(
+                    *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
+                    due=run.due,
                 )
+                run.unproved = run.unproved or unproved
+                run.proved = run.proved and not unproved
             self._audit.refuse({name: why for name, why in refused.items() if name in names})
         except Exception as error:
             passes.fail(error)

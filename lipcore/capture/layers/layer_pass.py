@@ -112,6 +112,7 @@ class LayerPass:
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, until its end
         self.call_kept_by_hooks = False  # a part of it that the graph is asked about: nodes may be run once only
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
+        self.due = False  # a proof is due in it
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
         self.note: Any = None  # what the options' note_of returned
         self.unproved = ""  # why its norms are not proved
@@ -188,7 +189,8 @@ class LayerPass:
         rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith(_BESIDE)}
         broken = self.broken or self.spoiled
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
-        record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated, unproved=self.unproved)
+        record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)
+        record.unproved = self.unproved or (self.replay.unproved if self.replay is not None else "")
         record.note = self.note
         record.explain(covered, self.frozen)
         if self.unseen:

@@ -8,14 +8,12 @@ from typing import Any
 
 import torch
 
-from lipcore.capture.checkpoints import is_reentrant_checkpoint
-from lipcore.capture.foreign_functions import function_of, is_foreign
+from lipcore.capture.foreign_functions import is_foreign
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.once_only import why_once_only
 from lipcore.models.outputs import nodes_of
 
-REENTRANT = "a checkpoint with use_reentrant=True allows no other backward pass; use use_reentrant=False"
-STATIC = "the first pass of DistributedDataParallel(static_graph=True) allows no other backward pass"
 _TENSORS = 6  # of the largest size that a backward pass holds at once, about, with what they are reduced in
 
 
@@ -43,11 +41,9 @@ class Graph:
                 largest = max(largest, data.dtype.itemsize * math.prod(map(int, data.shape)))
             if id(getattr(node, "site", None)) in mine and getattr(node, "run", None) is run:
                 self.tapped.append(node)
-            function = function_of(node)
-            if is_reentrant_checkpoint(node):
-                self.refused = REENTRANT
-            elif function is not None and function.__name__ == "_DDPSink" and node.ddp_weakref().static_graph:
-                self.refused = STATIC
+            once = why_once_only(node)
+            if once:
+                self.refused = once
             elif is_foreign(node):
                 self.foreign.append(node)
         self.bytes = _TENSORS * largest

@@ -140,6 +140,7 @@ class Proofs:
         try:
             run.before = Before(self._model, arguments, keywords, first, run.batch.dim)
             self._output.listen()
+            run.due = True
         except Exception as error:  # no memory for a copy of the batch
             if self._ranks is not None:
                 raise
