@@ -141,7 +141,7 @@ class PerSampleGradNorms(StandaloneMetric):
         prove: bool = True,
         output: str | Callable[[Any], Any] | None = None,
         batch_of_one: BatchOfOne = "exact",
-        max_replay_bytes: int = 0,
+        max_replay_bytes: int = 1 << 30,
         scaler: Any = None,
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
@@ -222,8 +222,8 @@ class PerSampleGradNorms(StandaloneMetric):
         for site in layers.sites:
             for parameter in site.names.values():
                 layer_of.setdefault(parameter, site.name)
-        for parameter, layer in layers.coverage.by_graph.items():
-            layer_of.setdefault(parameter, layer)
+        for parameter in layers.coverage.by_graph:
+            layer_of.setdefault(parameter, parameter.rpartition(".")[0] or "model")
         before, self._layer_index = self._layers, LayerIndex(layer_of)
         if self._layers != before or not self._window.open:
             self._window, self._noise = BlockWindow(len(self._layers) + 1, self._blocks), None
@@ -509,13 +509,16 @@ class PerSampleGradNorms(StandaloneMetric):
         lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1))]
         if self._capture is None:
             return lines
+        by_graph = self._capture.coverage.by_graph
         for site in self._capture.sites:
+            keys = [key for key, name in site.names.items() if name not in by_graph]
             way = how(site, self._methods)
-            rule = f"{type(site.module).__name__}: {', '.join(site.names)}" + (f", {way}" if way else "")
-            lines.append(PlanLine(site.name, rule))
-        for name, layer in self._capture.coverage.by_graph.items():
-            way = self._capture.graph.ways.get(name, "graph: chosen at the first forward pass")
-            lines.append(PlanLine(name, f"{layer}: {way}"))
+            if keys:
+                rule = f"{type(site.module).__name__}: {', '.join(keys)}" + (f", {way}" if way else "")
+                lines.append(PlanLine(site.name, rule))
+        for name, why in by_graph.items():
+            way = self._capture.graph.ways.get(name, "chosen at the first forward pass")
+            lines.append(PlanLine(name, f"graph: {way}; by no rule, since {why}"))
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
         return lines
 

@@ -111,12 +111,12 @@ class _Witness:
 def test_the_plan_names_the_way() -> None:
     model = made(WITHOUT_RULES["layer scale"])
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
-        assert "1: graph: chosen at the first forward pass" in str(metric.plan())
+        assert "graph: chosen at the first forward pass" in str(metric.plan())
         model(torch.randn(4, T, C)).sum().backward()
-        assert "1: graph: sums over rows at Mul" in str(metric.plan())
+        assert "graph: sums over rows at Mul" in str(metric.plan())
     with PerSampleGradNorms(made(WITHOUT_RULES["Conv1D"]), loss_reduction="sum") as metric:
         metric._capture.model(torch.randn(4, T, C)).sum().backward()  # type: ignore[union-attr, attr-defined]
-        assert "1: graph: 4 replays at Addmm" in str(metric.plan())
+        assert "graph: 4 replays at Addmm" in str(metric.plan())
 
 
 # ---- what the graph cannot do either

@@ -18,7 +18,7 @@ from lipcore.layers import Batch
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
 _SPARE = 8  # structures whose rows are proved as they come; those of others when a proof is due
-REFUSED = "it has no rule and cannot be measured from the autograd graph either: "
+REFUSED = "{0}; and it cannot be measured from the autograd graph either: {1}"
 _NOT_YET = "no pass whose graph has this structure was proved yet"
 
 
@@ -91,7 +91,7 @@ class GraphWays:
             if structure is None or not structure.fits(walk, batch.size):
                 structure = self._look(walk, call, batch, names)
         except (CannotRun, GraphsDiffer) as error:
-            return Followed(None, dict.fromkeys(parameters, f"{REFUSED}{error}"), "")
+            return Followed(None, dict.fromkeys(parameters, str(error)), "")
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = structure
@@ -101,7 +101,6 @@ class GraphWays:
             unproved = self._proved(structure, walk, output, batch, due=due)
         refused = frontier.refused | self._wrong(structure) | self._too_large(walk, frontier, batch.size)
         leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
-        refused = {name: REFUSED + why for name, why in refused.items()}
         if not leaves:
             return Followed(None, refused, "")
         self._note_ways(walk, structure, batch.size)
@@ -154,7 +153,7 @@ class GraphWays:
             kinds = sorted({walk.nodes[p].name() for p in met})
             sums = all(map(is_sum, kinds))
             said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
-            self.ways[name] = f"graph: {'sums over rows' if sums else f'{samples} replays'} at {said}"
+            self.ways[name] = f"{'sums over rows' if sums else f'{samples} replays'} at {said}"
 
 
 def _met(walk: Walk, frontier: Frontier, leaf: int) -> set[int]:

@@ -27,7 +27,7 @@ class Audit:
         sites: every tapped layer.
         compiled: part of the model is compiled, and its graph cannot be looked at.
         skip: leave out parameters that are not covered instead of failing.
-        graph: parameters that are used outside their layers are measured from the graph.
+        graph: parameters whose rules do not serve are measured from the graph.
         proofs: the proofs of the model's passes.
         fail: gets an error that is found in a backward pass.
         disproved: told why a proof has failed.
@@ -80,10 +80,21 @@ class Audit:
             raise
         if run.disproved:
             self._disproved(run.disproved)
-        self.refuse(wrong)
+        if self._graph:
+            self._leave_to_graph(wrong)
+        else:
+            self.refuse(wrong)
         suspects, run.suspects = run.suspects, []  # which would keep its graph alive
         for outputs, wrong in suspects:
             on_backward(outputs, functools.partial(self._suspected, run, wrong))
+
+    def _leave_to_graph(self, wrong: Mapping[str, str]) -> None:
+        """Have parameters whose rules were wrong measured from the graph, in this pass already."""
+        if wrong and self.done:
+            name, why = next(iter(wrong.items()))
+            self._disproved(f"parameter '{name}': {why}")
+        for name, why in wrong.items():
+            self._coverage.leave_to_graph(name, why)
 
     def refuse(self, wrong: Mapping[str, str]) -> None:
         """Uncover parameters; raise ValueError where they are not to be left out."""
@@ -132,14 +143,14 @@ def audit_graph(
         used = uses.get(id(parameter), 0)
         # A call that the output does not depend on is no use of it.
         if used > max(1, calls[name]) or used > taps[name]:
-            if graph:
-                coverage.leave_to_graph(name)
-                continue
-            coverage.uncover(
-                name,
+            why = (
                 f"is used {used} times in the forward pass, but only {min(calls[name], taps[name])} times by its own "
-                "layer's call (a function such as F.linear is given it directly)",
+                "layer's call (a function such as F.linear is given it directly)"
             )
+            if graph:
+                coverage.leave_to_graph(name, why)
+            else:
+                coverage.uncover(name, why)
     if not skip or not coverage.covered:
         coverage.check()
 

@@ -32,7 +32,7 @@ class ParameterCoverage:
         self.may_mix: list[tuple[str, nn.Module, Rule]] = []  #: layers that mix samples in some mode (BatchNorm)
         self._mixed_before: set[str] = set()  # of these, in that mode when the model was looked at
         self.uncovered: dict[str, str] = {}  #: parameter -> why
-        self.by_graph: dict[str, str] = {}  #: parameter without a rule, measured from the autograd graph -> its module
+        self.by_graph: dict[str, str] = {}  #: parameter that is measured from the autograd graph -> why no rule serves
         self._without_rule: set[str] = set()  # of the uncovered ones, those that the graph may measure
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
@@ -95,17 +95,17 @@ class ParameterCoverage:
         self.by_graph.pop(name, None)
         self.uncovered[name] = reason
 
-    def leave_to_graph(self, name: str) -> None:
+    def leave_to_graph(self, name: str, why: str) -> None:
         """Have a parameter measured from the autograd graph, whatever rules its layers have."""
-        owner = name.rpartition(".")[0]
         self.uncovered.pop(name, None)
-        self.by_graph[name] = owner or "model"
-        self.covered[name] = f"{self.by_graph[name]} (graph)"
+        self.by_graph[name] = why
+        self.covered[name] = f"{name.rpartition('.')[0] or 'model'} (graph)"
 
     def leave_rest_to_graph(self) -> None:
         """Have the parameters without a rule measured from the autograd graph."""
-        for name in [name for name in self.uncovered if name in self._without_rule]:
-            self.leave_to_graph(name)
+        for name, why in list(self.uncovered.items()):
+            if name in self._without_rule:
+                self.leave_to_graph(name, why)
 
     def owners_by_graph(self) -> list[nn.Module]:
         """Return the modules with parameters that are measured from the autograd graph."""

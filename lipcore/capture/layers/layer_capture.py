@@ -73,7 +73,8 @@ class LayerCapture:
         """Find the model's layers and parameters."""
         passes, options = self.passes, self._options
         self.coverage: ParameterCoverage = cover(self.model)
-        by_graph = not self._compiled and options.max_replay_bytes > 0
+        # A fused layer's place in the graph is not the one that it has in a pass of lipcore's own.
+        by_graph = not self._compiled and not options.fused and options.max_replay_bytes > 0
         if by_graph:
             self.coverage.leave_rest_to_graph()
         self.structure = Structure(self.model)
@@ -87,6 +88,7 @@ class LayerCapture:
             *(self.model, self.sites),
             prove=options.prove,
             skip=options.skip_uncovered,
+            graph=by_graph,
             output=options.output,
         )
         self._audit = Audit(
@@ -95,7 +97,7 @@ class LayerCapture:
             self.sites,
             compiled=self._compiled,
             skip=options.skip_uncovered,
-            graph=by_graph and not options.fused,
+            graph=by_graph,
             proofs=self.proofs,
             fail=passes.fail,
             disproved=lambda why: self._on_proof(why, False),
@@ -106,6 +108,7 @@ class LayerCapture:
             lambda failure: self._on_proof(failure, True),
         )
         passes.coverage, passes.single = self.coverage, self.single
+        passes.graph_serves = by_graph and not options.normalized
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
 
     def _check_names(self) -> None:
@@ -293,14 +296,14 @@ class LayerCapture:
         passes, call, run.call = self.passes, run.call, None
         if call is None or not self.coverage.by_graph or not passes.recording:
             return
-        names = self.coverage.by_graph
+        names = dict(self.coverage.by_graph)
         parameters = {n: p for n, p in self.coverage.measured().items() if n in names}
         run.by_graph = frozenset(names)
         if not parameters:
             return
         try:
             if run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None:
-                refused = dict.fromkeys(parameters, REFUSED + HOOKED)
+                refused = dict.fromkeys(parameters, HOOKED)
             else:
                 run.replay, refused, unproved = self.graph.follow(
                     *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
@@ -308,7 +311,7 @@ class LayerCapture:
                 )
                 run.unproved = run.unproved or unproved
                 run.proved = run.proved and not unproved
-            self._audit.refuse({name: why for name, why in refused.items() if name in names})
+            self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:
             passes.fail(error)
 

@@ -25,7 +25,7 @@ from lipcore.capture.training_pass import accumulates_everything, in_backward, i
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 from lipcore.layers.registry import type_with_rule
-from lipcore.models.torch_internals import ANY_FORWARD_HOOKS
+from lipcore.models.torch_internals import ANY_FORWARD_HOOKS, top_saved_tensors_hooks
 
 _BROADCAST = "; broadcast= names layers that are called without the batch dimension"
 _PREPENDED = (
@@ -53,6 +53,7 @@ class LayerSite:
     Attributes:
         how: the way in which the weight's norms are computed, once that is known.
         broadcast: True where the layer's output has no batch dimension and is expanded here.
+        left_to_graph: True where a call did not fit the rule, and the graph measures the layer's parameters.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class LayerSite:
         self.how = ""
         self.broadcast = name in options.broadcast
         self.number = next(_numbers)
+        self.left_to_graph = False
         self._passes = passes
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
@@ -102,6 +104,9 @@ class LayerSite:
         run = passes.pass_of_recomputation() if inner else passes.current
         if run is not None and not inner:
             run.calls.update(self.names.values())
+            if self.left_to_graph:
+                self._look_at_hooks(run)
+                return None
         if not torch.is_grad_enabled():
             return None
         tensor = _tensor_of(output)
@@ -116,6 +121,7 @@ class LayerSite:
             if inner or _core.paused():
                 return None
             return _with_tensor(output, _Strayed.apply(tensor, self))  # type: ignore[no-untyped-call]
+        refusal = ""
         try:
             refusal = self.rule.refuses(module)
             if refusal:
@@ -124,6 +130,11 @@ class LayerSite:
                 raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
             call = self._prepared(module, arguments, keywords, tensor, run.batches)
         except Exception as error:
+            if isinstance(error, ValueError) and passes.graph_serves and not inner and not refusal:
+                passes.leave_to_graph(self.names.values(), str(error))
+                self.left_to_graph = True
+                self._look_at_hooks(run)
+                return None
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
@@ -134,6 +145,10 @@ class LayerSite:
             return _with_tensor(output, fused)
         tapped = _Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
         return _with_tensor(output, tapped)
+
+    def _look_at_hooks(self, run: LayerPass) -> None:
+        """Note that hooks keep what the layer saves (a checkpoint), so that the graph cannot measure it."""
+        run.call_kept_by_hooks = run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None
 
     def _prepared(
         self, module: nn.Module, arguments: Any, keywords: Any, output: Tensor, batches: list[Batch]

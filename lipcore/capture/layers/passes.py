@@ -49,6 +49,7 @@ class Passes:
     """
 
     coverage: ParameterCoverage  # of the model as it was looked at last
+    graph_serves = False  # parameters of calls that do not fit their rules are measured from the autograd graph
     single: SingleBatches
 
     def __init__(
@@ -108,6 +109,11 @@ class Passes:
         self.single.flush()  # an earlier pass's record comes first
         self.count(NOT_ACCUMULATED)
         self._on_unrecorded(samples, NOT_ACCUMULATED)
+
+    def leave_to_graph(self, names: Iterable[str], why: str) -> None:
+        """Have the parameters of a call that does not fit its layer's rule measured from the autograd graph."""
+        for name in names:
+            self.coverage.leave_to_graph(name, why)
 
     # ---- the forward pass
 

@@ -81,6 +81,7 @@ class Disproved(ValueError):
 class Proofs:
     """The proofs of one model's passes.
 
+    With `graph`, parameters that are wrong by their rule are measured from the autograd graph, and the proof goes on.
     Nothing is raised but ValueErrors about the model, which its owner keeps for the user's next call.
 
     Attributes:
@@ -94,11 +95,12 @@ class Proofs:
         *,
         prove: bool,
         skip: bool,
+        graph: bool = False,
         output: OutputChoice | None = None,
     ) -> None:
         self.bytes = 0
         self._model, self._sites = model, sites
-        self._wanted, self._skip = prove, skip
+        self._wanted, self._skip, self._graph = prove, skip, graph
         self._output = ProofOutput(model, output)
         self._sharded = any(hasattr(p, "placements") for p in model.parameters())
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
@@ -197,7 +199,7 @@ class Proofs:
         known.unreached = {site.name: set(site.names.values()) for site in unreached}
         if found.wrong and found.entered:
             run.suspects.append((found.entered, found.wrong))
-        elif found.wrong and not self._skip:
+        elif found.wrong and not (self._skip or self._graph):
             return found.wrong
         self._look_at_copies(run, output, seeds, before, known)
         run.proved = not (known.reason or (found.wrong and not found.entered))
