@@ -106,7 +106,8 @@ class GraphWays:
         self._note_ways(walk, structure, batch.size)
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         measured = Frontier(leaves, frontier.free, frontier.nodes, refused)
-        replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached)
+        unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
+        replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen)
         return Followed(replay, refused, unproved)
 
     def _look(

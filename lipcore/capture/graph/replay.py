@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lipcore.capture.graph.frontier import Frontier, Walk, shapes
+from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows, keeps_norms
+from lipcore.capture.graph.frontier import EVERYTHING, Frontier, Walk, shapes
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import in_backward
+from lipcore.layers import norms_sq_of
 from lipcore.models.torch_internals import current_node
 
 #: Nodes whose own backward gives, from the whole gradient, a product per element: its sums over rows are the samples'.
@@ -20,6 +22,12 @@ EXPAND = "ExpandBackward0"
 _UNREACHED = (
     "the model's outputs bring no gradient to a place where parameters without a rule meet the batch (a loss of its own "
     "inside the model), so that it is not proved whose rows it has there"
+)
+
+
+UNSEEN_ROWS = (
+    "in every proof so far some rows had no gradient where parameters meet the batch, so that it is not known whose they "
+    "are; the norms of passes in which they have one are NaN until a proof has seen it"
 )
 
 
@@ -42,6 +50,7 @@ class Replay:
         counts: asked in every backward pass: whether it is to be recorded.
         fail: gets what would have been raised.
         unreached: frontier nodes of whose rows no proof knows, since no gradient comes to them from the outputs.
+        unseen: per frontier node, rows that had no gradient in any proof, and whose norms are NaN when they have.
 
     Attributes:
         unproved: why it is not proved whose rows came in the last backward pass, or "".
@@ -56,15 +65,18 @@ class Replay:
         counts: Callable[[], bool],
         fail: Callable[[Exception], None],
         unreached: Container[int] = (),
+        unseen: Mapping[int, Tensor] | None = None,
     ) -> None:
         self._leaves, self._samples = frontier.leaves, samples
-        self._counts, self._fail, self._unreached = counts, fail, unreached
+        self._counts, self._fail, self._unreached, self._unseen = counts, fail, unreached, unseen or {}
+        self._unknown = False
         self.unproved = ""
         # Of each place what is needed later, without the nodes, which would keep the graph alive.
         self._next = {p: walk.next[p] for p in (*frontier.nodes, *frontier.free)}
         self._numbers = {p: [nr for _, nr in walk.nodes[p].next_functions] for p in self._next}
         self._shapes = {p: shapes(walk.nodes[p]) for p in frontier.free}
         self._edges = Counter(c for behind in self._next.values() for c in behind if c in self._shapes)
+        self._direct = {c: n for p in frontier.nodes for c in walk.next[p] if (n := self._name_behind(c, walk))}
         self._sums: dict[int, dict[int, Tensor]] = {}  # per free node and output, [B, *shape]
         self._task = -1
         self._squares: dict[str, Tensor] = {}
@@ -73,12 +85,21 @@ class Replay:
         for place in frontier.free - set(frontier.leaves):
             walk.nodes[place].register_prehook(_Hook(self._free, place))
 
+    def _name_behind(self, place: int, walk: Walk) -> str:
+        """Return the parameter whose gradient has the norm of the one at a free node, or ""."""
+        while self._edges.get(place) == 1 and place not in self._leaves:
+            behind = [c for c in self._next[place] if c in self._shapes]
+            if len(behind) != 1 or not keeps_norms(walk.nodes[place], self._shapes[place], self._shapes[behind[0]]):
+                return ""
+            place = behind[0]
+        return self._leaves.get(place, "") if self._edges.get(place) == 1 else ""
+
     def _begin(self) -> bool:
         if is_proof() or not self._counts():
             return False
         if self._task != in_backward():
             self._task = in_backward()
-            self._sums, self._squares, self.unproved = {}, {}, ""
+            self._sums, self._squares, self.unproved, self._unknown = {}, {}, "", False
         return True
 
     def _frontier(
@@ -95,13 +116,18 @@ class Replay:
             self.unproved = _UNREACHED
         if any(g is not None and each is None for g, each in zip(grads, at, strict=True)):
             raise RuntimeError("an output without the batch got a gradient, whose samples cannot be told apart")
+        if place in self._unseen and any(_touches(g, d, self._unseen[place]) for g, d in _dims(grads, at)):
+            self._unknown, self.unproved = True, UNSEEN_ROWS
+        done = self._closed_form(node, grads, place, at, whose)
+        if all(child not in self._shapes for i, child in enumerate(self._next[place]) if i not in done):
+            return
         name = node.name()
         if is_sum(name) and at[0] is not None and grads[0] is not None:
             grad = grads[0]
             found = (grad,) if name == EXPAND else _run(node, (grad,))
             owners = whose.to(grad.device)
-            for child, number, out in zip(self._next[place], self._numbers[place], found, strict=True):
-                if out is not None and child in self._shapes:
+            for i, (child, number, out) in enumerate(self._behind(place, found)):
+                if out is not None and child in self._shapes and i not in done:
                     shape = self._shapes[child][number]
                     self._add(child, number, _summed(out, at[0], owners, self._samples, shape))
             return
@@ -111,8 +137,26 @@ class Replay:
                 g if g is None or each is None else _only(g, each, whose == sample)
                 for g, each in zip(grads, at, strict=True)
             )
-            self._collect(rows, place, _run(node, masked))
+            self._collect(rows, place, _run(node, masked), done)
         self._add_all(rows)
+
+    def _behind(
+        self, place: int, found: tuple[Tensor | None, ...]
+    ) -> Iterator[tuple[int, int, Tensor | None]]:
+        return zip(self._next[place], self._numbers[place], found, strict=True)
+
+    def _closed_form(
+        self, node: Any, grads: tuple[Tensor | None, ...], place: int, at: tuple[int | None, ...], whose: Tensor
+    ) -> Container[int]:
+        """Take in what a closed form knows of; return the numbers of those of the node's children."""
+        form = CLOSED_FORMS.get(node.name())
+        behind = enumerate(zip(self._next[place], self._numbers[place], strict=True))
+        shapes = {i: self._shapes[child][number] for i, (child, number) in behind if child in self._direct}
+        if form is None or not shapes or grads[0] is None or at[0] is None or at[0] == EVERYTHING:
+            return ()
+        factors = form(node, grads[0], SampleRows(at[0], whose, self._samples), shapes)
+        self._squares |= norms_sq_of({self._direct[self._next[place][i]]: factor for i, factor in factors.items()})
+        return factors
 
     def _free(self, grads: tuple[Tensor | None, ...], node: Any, place: int) -> None:
         if self._task != in_backward():
@@ -124,10 +168,16 @@ class Replay:
             self._collect(rows, place, _run(node, mine))
         self._add_all(rows)
 
-    def _collect(self, rows: dict[tuple[int, int], list[Tensor]], place: int, found: tuple[Tensor | None, ...]) -> None:
+    def _collect(
+        self,
+        rows: dict[tuple[int, int], list[Tensor]],
+        place: int,
+        found: tuple[Tensor | None, ...],
+        done: Container[int] = (),
+    ) -> None:
         here: dict[tuple[int, int], Tensor] = {}
-        for child, number, out in zip(self._next[place], self._numbers[place], found, strict=True):
-            if out is None or child not in self._shapes:
+        for i, (child, number, out) in enumerate(self._behind(place, found)):
+            if out is None or child not in self._shapes or i in done:
                 continue
             out = out.to_dense() if out.layout != torch.strided else out
             out = out.sum_to_size(self._shapes[child][number])  # as the engine does between nodes
@@ -160,7 +210,7 @@ class Replay:
                 rows = self._sums[place][0].double().reshape(self._samples, -1)
                 found[name] = rows.square().sum(1)
         self._sums, self._squares, self._task = {}, {}, -1
-        return found
+        return {name: torch.full_like(row, torch.nan) for name, row in found.items()} if self._unknown else found
 
     def guarded(self, call: Callable[..., None], *arguments: Any) -> None:
         """Call one of the hooks' functions; hand on what it raises."""
@@ -198,6 +248,16 @@ def _only(grad: Tensor, dim: int, mine: Tensor) -> Tensor:
     shape = [1] * grad.dim()
     shape[dim] = -1
     return torch.where(mine.to(grad.device).reshape(shape), grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
+
+
+def _dims(
+    grads: tuple[Tensor | None, ...], at: tuple[int | None, ...]
+) -> Iterator[tuple[Tensor, int]]:
+    return ((g, d) for g, d in zip(grads, at, strict=True) if g is not None and d is not None and d != EVERYTHING)
+
+
+def _touches(grad: Tensor, dim: int, rows: Tensor) -> bool:
+    return bool(grad.index_select(dim, rows.nonzero().flatten().to(grad.device)).any())
 
 
 def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int, ...]) -> Tensor:

@@ -25,6 +25,7 @@ _CHANGED = "where it meets the batch, the order of the samples' rows is another 
 _NO_GRADIENT = "in no proof so far the rows of every parameter that the autograd graph measures had a gradient"
 _NO_OUTPUT = "none of the model's outputs has a batch dimension, by which rows could be told"
 _FAILED = "its graph allows no other backward pass ({0})"
+_TRUE = torch.ones((), dtype=torch.bool)
 _TOLERANCE = {torch.float64: 2e-9, torch.float32: 2e-5}
 
 
@@ -40,6 +41,11 @@ class Order(Enum):
         """Return the sample of each row, int64 [rows]."""
         numbers = torch.arange(rows, device="cpu")
         return numbers % samples if self is Order.TURNS else numbers // (rows // samples)
+
+    def groups(self, rows: int, samples: int) -> Tensor:
+        """Return the number of each row's group, of which a proof must have seen one row: a sample's, or a turn."""
+        numbers = torch.arange(rows, device="cpu")
+        return numbers // samples if self is Order.TURNS else numbers // (rows // samples)
 
 
 @dataclass
@@ -57,15 +63,25 @@ class RowOrders:
     wrong: dict[int, str] = field(default_factory=dict)
     unproved: str = ""
     unreached: set[int] = field(default_factory=set)
+    _seen: dict[int, Tensor] = field(default_factory=dict)  # by place, the groups of rows that had a gradient
 
     def samples(self, place: int, rows: int, samples: int) -> Tensor:
         """Return the sample of each row of a frontier node's gradient."""
         return self.orders.get(place, Order.EITHER).samples(rows, samples)
 
+    def unseen(self, place: int, rows: int, samples: int) -> Tensor | None:
+        """Return which rows of a frontier node's gradient are of groups that no proof has seen, bool [rows]; None where
+        there are none."""
+        seen = self._seen.get(place)
+        if seen is None or bool(seen.all()):
+            return None
+        groups = self.orders.get(place, Order.EITHER).groups(rows, samples)
+        return ~torch.where(groups < len(seen), seen[groups.clamp(max=len(seen) - 1)], False)
+
     def open(self, walk: Walk, frontier: Frontier, samples: int) -> bool:
         """Return whether the order of some rows is not known for tensors of these sizes."""
-        either = (p for p in frontier.nodes if self.orders.get(p, Order.EITHER) is Order.EITHER)
-        return any(p not in self.unreached and frontier.rows(p, walk) != samples for p in either)
+        nodes = {p: frontier.rows(p, walk) for p in frontier.nodes if p not in self.unreached}
+        return any(n != samples for p, n in nodes.items() if self.orders.get(p, Order.EITHER) is Order.EITHER)
 
     def prove(self, walk: Walk, frontier: Frontier, seeds: Seeds) -> None:
         """Find the samples of all rows by backward passes from outputs with weights."""
@@ -104,8 +120,12 @@ class RowOrders:
             self.wrong[place] = _MOVED
         elif before is not Order.EITHER and before not in fits:
             self.wrong[place] = _CHANGED
-        elif len(fits) == 1:
-            self.orders[place] = fits[0]
+        else:
+            order = self.orders[place] = fits[0] if len(fits) == 1 else before
+            groups = order.groups(len(ids), samples)
+            seen = torch.zeros(int(groups.max()) + 1, dtype=torch.bool, device="cpu").index_put_((groups[known],), _TRUE)
+            earlier = self._seen.get(place)
+            self._seen[place] = seen | earlier if earlier is not None and len(earlier) == len(seen) else seen
 
 
 class _Squares:

@@ -80,10 +80,11 @@ class Audit:
             raise
         if run.disproved:
             self._disproved(run.disproved)
-        if self._graph:
-            self._leave_to_graph(wrong)
-        else:
-            self.refuse(wrong)
+        if self._graph and not run.mixes:
+            own = {name for site in self._sites if site.has_own_rule for name in site.names.values()}
+            self._leave_to_graph({name: why for name, why in wrong.items() if name not in own})
+            wrong = {name: why for name, why in wrong.items() if name in own}
+        self.refuse(wrong)
         suspects, run.suspects = run.suspects, []  # which would keep its graph alive
         for outputs, wrong in suspects:
             on_backward(outputs, functools.partial(self._suspected, run, wrong))

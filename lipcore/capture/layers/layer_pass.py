@@ -112,7 +112,7 @@ class LayerPass:
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, until its end
         self.call_kept_by_hooks = False  # a part of it that the graph is asked about: nodes may be run once only
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
-        self.due = False  # a proof is due in it
+        self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
         self.note: Any = None  # what the options' note_of returned
         self.unproved = ""  # why its norms are not proved

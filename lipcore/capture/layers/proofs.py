@@ -201,7 +201,12 @@ class Proofs:
             run.suspects.append((found.entered, found.wrong))
         elif found.wrong and not (self._skip or self._graph):
             return found.wrong
-        self._look_at_copies(run, output, seeds, before, known)
+        try:
+            self._look_at_copies(run, output, seeds, before, known)
+        except Disproved:
+            if not found.wrong or found.entered:
+                raise
+            run.mixes = True  # and what is wrong says where
         run.proved = not (known.reason or (found.wrong and not found.entered))
         return {} if found.entered else found.wrong
 

@@ -1,0 +1,158 @@
+"""Frontier nodes whose per-sample gradients have a closed form, from what the node keeps: nothing is run again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.layers import Factor, Outer, RowSum
+
+
+@dataclass(frozen=True)
+class SampleRows:
+    """The rows of a gradient at the frontier.
+
+    Attributes:
+        dim: where they are.
+        ids: the sample of each, int64 [N].
+        samples: B.
+    """
+
+    dim: int
+    ids: Tensor
+    samples: int
+
+    def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return a tensor's rows as [B, T, ...], or packed [N, ...] with the offsets of the samples."""
+        x, each = x.movedim(self.dim, 0), len(self.ids) // self.samples
+        numbers = torch.arange(len(self.ids), device="cpu")
+        if each and torch.equal(self.ids, numbers // each):
+            return x.reshape(self.samples, each, *x.shape[1:]), None
+        if each and torch.equal(self.ids, numbers % self.samples):
+            return x.reshape(each, self.samples, *x.shape[1:]).transpose(0, 1), None
+        counts = torch.bincount(self.ids, minlength=self.samples)
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return x.index_select(0, self.ids.argsort(stable=True).to(x.device)), offsets.to(x.device)
+
+
+#: From a node, the gradient that comes to it, its rows and the shapes of what is behind it: factors by child.
+ClosedForm = Callable[[Any, Tensor, SampleRows, Mapping[int, tuple[int, ...]]], dict[int, Factor]]
+
+
+def _outer(weight: int, x: Tensor | None, grad: Tensor, rows: SampleRows) -> dict[int, Factor]:
+    if x is None or x.layout != torch.strided:
+        return {}
+    (tokens, offsets), (grads, _) = rows.split(x), rows.split(grad)
+    if rows.dim == 0:  # x @ W
+        return {weight: Outer(grads, tokens, offsets)}
+    return {weight: Outer(tokens, grads, offsets)}  # W @ x
+
+
+def _mm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    weight = 1 - rows.dim
+    if weight not in shapes:
+        return {}
+    return _outer(weight, node._saved_self if weight == 1 else node._saved_mat2, grad, rows)
+
+
+def _addmm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    if node._saved_alpha != 1 or node._saved_beta != 1:
+        return {}
+    weight, found = 2 - rows.dim, dict[int, Factor]()
+    if weight in shapes:
+        found = _outer(weight, node._saved_mat1 if weight == 2 else node._saved_mat2, grad, rows)
+    return found | (_sum(0, grad, None, rows, shapes[0]) if 0 in shapes else {})
+
+
+def _sum(child: int, grad: Tensor, x: Tensor | None, rows: SampleRows, shape: tuple[int, ...]) -> dict[int, Factor]:
+    """Return the sum over rows of grad, or of grad times x, where what is behind was broadcast to many rows."""
+    features = math.prod(shape)
+    over_rows = features * grad.shape[rows.dim] == grad.numel()
+    last = bool(shape) and shape[-1] == features == grad.shape[-1] and rows.dim % grad.dim() != grad.dim() - 1
+    if not (over_rows or last) or (x is not None and (x.shape != grad.shape or x.dtype != grad.dtype)):
+        return {}
+
+    def flat(tensor: Tensor) -> tuple[Tensor, Tensor | None]:
+        split, offsets = rows.split(tensor)
+        if offsets is None:
+            return split.reshape(rows.samples, -1, features), None
+        return split.reshape(-1, features), offsets * (split[0].numel() // features)
+
+    grads, offsets = flat(grad)
+    return {child: RowSum(grads, None if x is None else flat(x)[0], offsets, torch.Size(shape))}
+
+
+def _mul(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    found: dict[int, Factor] = {}
+    for child, shape in shapes.items():
+        x = node._saved_other if child == 0 else node._saved_self
+        if isinstance(x, Tensor):
+            found |= _sum(child, grad, x, rows, shape)
+    return found
+
+
+def _add(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    found: dict[int, Factor] = {}
+    for child, shape in shapes.items():
+        if child == 0 or node._saved_alpha == 1:
+            found |= _sum(child, grad, None, rows, shape)
+    return found
+
+
+def _expand(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    return _sum(0, grad, None, rows, shapes[0]) if 0 in shapes else {}
+
+
+def _layer_norm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    if len(node._saved_normalized_shape) != 1:
+        return {}
+    found: dict[int, Factor] = {}
+    if 1 in shapes:
+        x = (node._saved_input - node._saved_result1) * node._saved_result2
+        found |= _sum(1, grad, x, rows, shapes[1])
+    return found | (_sum(2, grad, None, rows, shapes[2]) if 2 in shapes else {})
+
+
+CLOSED_FORMS: dict[str, ClosedForm] = {
+    "MmBackward0": _mm,
+    "AddmmBackward0": _addmm,
+    "MulBackward0": _mul,
+    "AddBackward0": _add,
+    "ExpandBackward0": _expand,
+    "NativeLayerNormBackward0": _layer_norm,
+}
+
+#: Nodes without the batch that change no gradient's norm on its way to the one node behind them.
+_KEEP_NORMS = frozenset(
+    {
+        "TBackward0",
+        "TransposeBackward0",
+        "PermuteBackward0",
+        "ViewBackward0",
+        "UnsafeViewBackward0",
+        "ReshapeAliasBackward0",
+        "UnsqueezeBackward0",
+        "SqueezeBackward1",
+        "CloneBackward0",
+        "ToCopyBackward0",
+    }
+)
+
+
+def keeps_norms(node: Any, shapes: tuple[tuple[int, ...], ...], behind: tuple[tuple[int, ...], ...]) -> bool:
+    """Return whether a node without the batch changes no gradient's norm on its way to what is behind it.
+
+    Args:
+        node: with one node behind it.
+        shapes: of its outputs.
+        behind: of those of the node behind it.
+    """
+    name = node.name()
+    # What adds a constant (the 1 + w of some norms).
+    shift = name == "AddBackward0" and node._saved_alpha == 1 and shapes == behind
+    return shift or name in _KEEP_NORMS
