@@ -106,7 +106,7 @@ def test_frozen_parameters_are_left_out(layer: nn.Module, frozen: str) -> None:
 def test_what_cannot_be_measured_is_refused_by_name(layer: nn.Module, reason: str) -> None:
     model = nn.Sequential(nn.Linear(5, 5), layer)
     with pytest.raises(ValueError, match=reason) as error:
-        lipcore.PerSampleGradNorms(model, loss_reduction="sum")
+        lipcore.PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0)
     assert "'1" in str(error.value)
 
 
@@ -172,7 +172,7 @@ def test_a_layer_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_rules", dict(registry._rules))
     model = nn.Sequential(nn.Linear(5, 4), Scale(4), nn.Linear(4, 3))
     with pytest.raises(ValueError, match="no rule for Scale"):
-        lipcore.PerSampleGradNorms(model, loss_reduction="sum")
+        lipcore.PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0)
     layers.register(Scale, ScaleRule())
     check(model, (torch.randn(6, 5),))
     with pytest.raises(ValueError, match="replace=True"):

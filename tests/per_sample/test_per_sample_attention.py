@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from per_sample_oracle import assert_norms, norms_sq, seeded, weighted_sum
+from per_sample_oracle import assert_norms, check, norms_sq, seeded, weighted_sum
 from torch import Tensor, nn
 
 import lipcore
@@ -71,13 +71,14 @@ def test_attention_weights_in_the_loss_are_refused(compiled: bool) -> None:
 
 
 @pytest.mark.parametrize("positions", ["plain", "unsqueezed", "dropout"])
-def test_positions_that_are_as_many_as_samples_are_refused_or_named(positions: str) -> None:
+def test_positions_that_are_as_many_as_samples(positions: str) -> None:
     with seeded(2):
         model, tokens = Block(positions), _tokens(6, 6)
         with pytest.raises(ValueError, match="'position' .*broadcast="):
-            with lipcore.PerSampleGradNorms(model, loss_reduction="sum") as metric:
+            with lipcore.PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0) as metric:
                 weighted_sum(model(tokens)).backward()
                 _ = metric.per_sample
+        check(model, (tokens,))
         if positions == "unsqueezed":
             return
         expected = norms_sq(model, [(row[None],) for row in tokens], weighted_sum)

@@ -561,7 +561,7 @@ def test_one_metric_watches_once_at_a_time(alone: bool) -> None:
 
 def test_a_metric_that_was_refused_can_be_used_again() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.LSTM(4, 4))
-    metric = PerSampleGradNorms(loss_reduction="sum")
+    metric = PerSampleGradNorms(loss_reduction="sum", max_replay_bytes=0)
     with pytest.raises(ValueError, match="cannot be measured per sample"):
         Monitor(model, metrics=[metric])
     model[1].requires_grad_(False)
@@ -573,9 +573,9 @@ def test_a_metric_that_was_refused_can_be_used_again() -> None:
 
 def test_a_model_that_will_not_do_is_left_as_it_was() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.LSTM(4, 3))
-    optimizer = sgd(model)
+    optimizer, norms = sgd(model), PerSampleGradNorms(loss_reduction="sum", max_replay_bytes=0)
     with pytest.raises(ValueError, match="no rule for LSTM"):
-        Monitor(model, optimizer, metrics=[Lipschitz(optional=True), PerSampleGradNorms(loss_reduction="sum")])
+        Monitor(model, optimizer, metrics=[Lipschitz(optional=True), norms])
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert not optimizer._optimizer_step_post_hooks
 

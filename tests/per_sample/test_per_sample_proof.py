@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from per_sample_models import assert_equal, made
+from per_sample_oracle import check, norms_sq, samples_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -73,6 +74,10 @@ ELSEWHERE: dict[str, Callable[[Any, Tensor], Any]] = {
 }
 
 
+def square(output: Any) -> Tensor:
+    return (output.hidden if isinstance(output, Output) else output).square().sum()
+
+
 def _quietly(layer: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         result: Tensor = layer(x)
@@ -82,16 +87,16 @@ def _quietly(layer: nn.Module, x: Tensor) -> Tensor:
 def refused(model: nn.Module, inputs: Tensor, message: str, **options: Any) -> None:
     with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match=message):
         with PerSampleGradNorms(model, loss_reduction="sum", **options) as metric:
-            output = model(inputs)
-            output = output.hidden if isinstance(output, Output) else output
-            output.square().sum().backward()
+            square(model(inputs)).backward()
             assert metric.per_sample.isnan().all()
 
 
 @pytest.mark.parametrize("join", JOINS)
 def test_positions_that_are_as_many_as_samples(join: str) -> None:
-    model = made(lambda: Positions(JOINS[join]))
-    refused(model, torch.arange(SIZE * SIZE).reshape(SIZE, SIZE) % 9, r"'p.weight'.*broadcast=|'p' .*broadcast=")
+    model, ids = made(lambda: Positions(JOINS[join])), torch.arange(SIZE * SIZE).reshape(SIZE, SIZE) % 9
+    refused(model, ids, r"'p.weight'.*broadcast=|'p' .*broadcast=", max_replay_bytes=0)
+    if join not in ("repeat", "stack", "relative"):  # which are for batches of this size alone
+        check(model, (ids,), loss=square)
 
 
 @pytest.mark.parametrize("way", MIXED)
@@ -101,11 +106,17 @@ def test_models_that_mix_their_samples(way: str) -> None:
 
 @pytest.mark.parametrize("way", ELSEWHERE)
 def test_weights_that_are_used_elsewhere(way: str) -> None:
-    refused(
-        made(lambda: Model(ELSEWHERE[way])),
-        torch.randn(SIZE, SIZE),
-        r"'a.weight': (of one sample|is used|has a gradient)",
-    )
+    model, x = made(lambda: Model(ELSEWHERE[way])), torch.randn(SIZE, SIZE)
+    refused(model, x, r"'a.weight': (of one sample|is used|has a gradient)", max_replay_bytes=0)
+    expected = norms_sq(model, samples_of((x,), SIZE), square)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        square(model(x)).backward()
+        for name, row in expected.items():
+            found = metric.per_parameter[name].nan_to_num(0)  # no gradient reached it
+            assert torch.allclose(found, row.sqrt(), rtol=1e-5), name
+        total = torch.stack(list(expected.values())).sum(0).sqrt()
+        assert torch.allclose(metric.per_sample, total, rtol=1e-5)
+        assert not metric.unproved
 
 
 def test_what_mixes_samples_leaves_no_number_in_skip_mode() -> None:

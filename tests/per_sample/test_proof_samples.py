@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from per_sample_models import cnn, made, mlp, sum_loss
-from per_sample_oracle import norms_sq, samples_of
+from per_sample_oracle import check, norms_sq, samples_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -103,7 +103,27 @@ def test_mixed_samples(way: str) -> None:
 
 
 def test_the_batch_with_itself() -> None:
-    refused(lambda m, x: m.b(torch.cat([h := torch.tanh(m.a(x)), h.flip(0)]))[:SIZE], "expected 5 samples")
+    """Of what comes behind the batch nothing is used."""
+    model = made(lambda: Way(lambda m, x: m.b(torch.cat([h := torch.tanh(m.a(x)), h.flip(0)]))[: len(x)]))
+    check(model, (torch.randn(SIZE, 6),), loss=sum_loss)
+
+
+def test_rows_of_another_order_that_get_a_gradient_later() -> None:
+    gate = torch.zeros(())
+    model = made(lambda: Way(lambda m, x: _halves(m.b(torch.cat([h := torch.tanh(m.a(x)), h.flip(0)])), gate)))
+    x = torch.randn(SIZE, 6)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        sum_loss(model(x)).backward()
+        assert not metric.per_sample.isnan().any()
+        gate.fill_(1)
+        sum_loss(model(x)).backward()
+        assert metric.per_sample.isnan().all()
+        assert "some rows had no gradient" in metric.unproved
+
+
+def _halves(y: Tensor, gate: Tensor) -> Tensor:
+    half = len(y) // 2
+    return y[:half] + gate * y[half:].flip(0)
 
 
 DETACHED: dict[str, Callable[[Any, Tensor], Any]] = {

@@ -110,9 +110,7 @@ class GraphWays:
         replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen)
         return Followed(replay, refused, unproved)
 
-    def _look(
-        self, walk: Walk, call: tuple[Any, dict[str, Any]], batch: Batch, names: Mapping[int, str]
-    ) -> _Structure:
+    def _look(self, walk: Walk, call: tuple[Any, dict[str, Any]], batch: Batch, names: Mapping[int, str]) -> _Structure:
         if batch.offsets is not None:
             raise CannotRun("the samples are packed sequences, and the graph shows no rows of documents")
         other = Walk(on_one_more(self._model, *call, batch.size, batch.dim))

@@ -140,9 +140,7 @@ class Replay:
             self._collect(rows, place, _run(node, masked), done)
         self._add_all(rows)
 
-    def _behind(
-        self, place: int, found: tuple[Tensor | None, ...]
-    ) -> Iterator[tuple[int, int, Tensor | None]]:
+    def _behind(self, place: int, found: tuple[Tensor | None, ...]) -> Iterator[tuple[int, int, Tensor | None]]:
         return zip(self._next[place], self._numbers[place], found, strict=True)
 
     def _closed_form(
@@ -250,9 +248,7 @@ def _only(grad: Tensor, dim: int, mine: Tensor) -> Tensor:
     return torch.where(mine.to(grad.device).reshape(shape), grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
 
 
-def _dims(
-    grads: tuple[Tensor | None, ...], at: tuple[int | None, ...]
-) -> Iterator[tuple[Tensor, int]]:
+def _dims(grads: tuple[Tensor | None, ...], at: tuple[int | None, ...]) -> Iterator[tuple[Tensor, int]]:
     return ((g, d) for g, d in zip(grads, at, strict=True) if g is not None and d is not None and d != EVERYTHING)
 
 

@@ -123,7 +123,9 @@ class RowOrders:
         else:
             order = self.orders[place] = fits[0] if len(fits) == 1 else before
             groups = order.groups(len(ids), samples)
-            seen = torch.zeros(int(groups.max()) + 1, dtype=torch.bool, device="cpu").index_put_((groups[known],), _TRUE)
+            seen = torch.zeros(int(groups.max()) + 1, dtype=torch.bool, device="cpu").index_put_(
+                (groups[known],), _TRUE
+            )
             earlier = self._seen.get(place)
             self._seen[place] = seen | earlier if earlier is not None and len(earlier) == len(seen) else seen
 

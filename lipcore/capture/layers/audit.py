@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.capture.layers.broadcast import check_broadcast
+from lipcore.capture.layers.broadcast import spread_layers
 from lipcore.capture.layers.coverage import UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
@@ -67,7 +67,10 @@ class Audit:
             return
         try:
             if not self.done and not self._compiled:
-                check_broadcast(output, run.batch.size)
+                for site, why in spread_layers(output, run.batch.size):
+                    if not self._graph:
+                        raise ValueError(why)
+                    self._leave_to_graph(dict.fromkeys(site.names.values(), why))
                 audit_graph(output, self._coverage, self._sites, run.calls, skip=self._skip, graph=self._graph)
         except ValueError:
             if self._proofs.together:
@@ -80,6 +83,7 @@ class Audit:
             raise
         if run.disproved:
             self._disproved(run.disproved)
+        wrong = {name: why for name, why in wrong.items() if name not in self._coverage.by_graph}
         if self._graph and not run.mixes:
             own = {name for site in self._sites if site.has_own_rule for name in site.names.values()}
             self._leave_to_graph({name: why for name, why in wrong.items() if name not in own})
@@ -96,6 +100,8 @@ class Audit:
             self._disproved(f"parameter '{name}': {why}")
         for name, why in wrong.items():
             self._coverage.leave_to_graph(name, why)
+        for site in self._sites:
+            site.left_to_graph |= self._coverage.by_graph.keys() >= set(site.names.values())
 
     def refuse(self, wrong: Mapping[str, str]) -> None:
         """Uncover parameters; raise ValueError where they are not to be left out."""

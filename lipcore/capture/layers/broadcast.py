@@ -15,11 +15,15 @@ from lipcore.models.outputs import tensors_of
 _SPREADING = frozenset({"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "ExpandBackward0"})
 
 
-def check_broadcast(output: Any, samples: int) -> None:
-    """Raise ValueError that names a layer whose output was spread over the batch in the graph behind a model's output,
-    or a layer named in broadcast= whose expanded output got one more dimension in front."""
+def spread_layers(output: Any, samples: int) -> list[tuple[LayerSite, str]]:
+    """Return the layers whose output was spread over the batch in the graph behind a model's output, and what is to be
+    said of each.
+
+    Raises:
+        ValueError: a layer named in broadcast= whose expanded output got one more dimension in front.
+    """
     if samples < 2:
-        return
+        return []
     consumers: defaultdict[Any, list[Any]] = defaultdict(list)
     tapped: list[Any] = []
     todo = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
@@ -36,14 +40,17 @@ def check_broadcast(output: Any, samples: int) -> None:
             if child not in seen:
                 seen.add(child)
                 todo.append(child)
+    found: list[tuple[LayerSite, str]] = []
     for node in tapped:
         if node.site.broadcast:
             _check_expanded(node, consumers)
         elif node.run.batch.dim == 0 and node.run.batch.offsets is None and _is_spread(node, consumers, samples):
-            raise ValueError(
+            why = (
                 f"module '{node.site.name}' ({type(node.site.module).__name__}): its output {list(_shape(node))} is "
                 "spread over the batch, so it is called without the batch dimension; name it in broadcast="
             )
+            found.append((node.site, why))
+    return found
 
 
 def _shape(node: Any) -> tuple[int, ...]:

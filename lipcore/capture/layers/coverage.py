@@ -12,6 +12,7 @@ from lipcore.models.checks import refuse_script
 from lipcore.models.names import named_modules
 
 _RULE = "lipcore.layers.register() takes a rule for the module that uses them"
+_GRAPH = "max_replay_bytes= above 0 measures them from the autograd graph"
 _SKIP, _FREEZE = (
     "on_unsupported='skip' measures the other parameters",
     "requires_grad_(False) freezes what is not trained",
@@ -33,6 +34,7 @@ class ParameterCoverage:
         self._mixed_before: set[str] = set()  # of these, in that mode when the model was looked at
         self.uncovered: dict[str, str] = {}  #: parameter -> why
         self.by_graph: dict[str, str] = {}  #: parameter that is measured from the autograd graph -> why no rule serves
+        self.graph_is_off = False  #: the graph might measure parameters, and was not asked to
         self._without_rule: set[str] = set()  # of the uncovered ones, those that the graph may measure
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
@@ -118,6 +120,8 @@ class ParameterCoverage:
         named = [f"'{name}': {reason}" for name, reason in self.uncovered.items()]
         more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
         ways = [_SKIP, _RULE, _FREEZE] if self.covered else [_RULE]  # beside these there is nothing to measure
+        if self.graph_is_off and not self._without_rule.isdisjoint(self.uncovered):
+            ways.insert(0, _GRAPH)
         raise ValueError(
             f"model: {len(named)} trainable parameter{'s' * (len(named) > 1)} cannot be measured per sample: "
             f"{'; '.join(named[:5])}{more}. Ways out: {'; '.join(ways)}"

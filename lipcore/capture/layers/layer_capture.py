@@ -75,6 +75,7 @@ class LayerCapture:
         self.coverage: ParameterCoverage = cover(self.model)
         # A fused layer's place in the graph is not the one that it has in a pass of lipcore's own.
         by_graph = not self._compiled and not options.fused and options.max_replay_bytes > 0
+        self.coverage.graph_is_off = not self._compiled and options.max_replay_bytes == 0
         if by_graph:
             self.coverage.leave_rest_to_graph()
         self.structure = Structure(self.model)

@@ -193,9 +193,13 @@ class LayerPass:
         record.unproved = self.unproved or (self.replay.unproved if self.replay is not None else "")
         record.note = self.note
         record.explain(covered, self.frozen)
-        if self.unseen:
-            record.hide(self.unseen)
-        reached = next((layer for layer, names in self.unreached.items() if not names.isdisjoint(rows)), None)
+        by_graph = set(self.by_graph)
+        unseen = {name: samples for name, samples in self.unseen.items() if name not in by_graph}
+        if unseen:
+            record.hide(unseen)
+        reached = next(
+            (layer for layer, names in self.unreached.items() if not (names - by_graph).isdisjoint(rows)), None
+        )
         if reached is not None:
             record.unproved = record.unproved or UNREACHED.format(reached)
         self._rows, self.broken = {}, ""

@@ -130,8 +130,8 @@ class LayerSite:
                 raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
             call = self._prepared(module, arguments, keywords, tensor, run.batches)
         except Exception as error:
-            if isinstance(error, ValueError) and passes.graph_serves and not inner and not refusal:
-                passes.leave_to_graph(self.names.values(), str(error))
+            if isinstance(error, ValueError) and self._may_leave and not inner and not refusal:
+                passes.leave_to_graph(self.names.values(), str(_named(error, self)))
                 self.left_to_graph = True
                 self._look_at_hooks(run)
                 return None
@@ -149,6 +149,11 @@ class LayerSite:
     def _look_at_hooks(self, run: LayerPass) -> None:
         """Note that hooks keep what the layer saves (a checkpoint), so that the graph cannot measure it."""
         run.call_kept_by_hooks = run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None
+
+    @property
+    def _may_leave(self) -> bool:
+        """True where calls that do not fit the rule go to the graph; not where the user has said how it is called."""
+        return self._passes.graph_serves and not self.broadcast and not self.has_own_rule
 
     def _prepared(
         self, module: nn.Module, arguments: Any, keywords: Any, output: Tensor, batches: list[Batch]
