@@ -33,6 +33,9 @@ BITS, BITS_OF_FLOAT16 = 4, 2
 #: Digits in sharded models, where every rank must run as many passes whatever its batch: numbers up to 4096.
 FIXED_DIGITS = 3
 
+#: A squared norm below which float32 has fewer digits (its smallest normal number is 1.2e-38), and shows nothing.
+NOTHING = 1e-64
+
 _under_way: set[int] = set()  # numbers of the backward passes that are proofs
 
 
@@ -226,11 +229,11 @@ def _lowest(outputs: Sequence[Tensor], points: Sequence[Point]) -> list[Point]:
 
 def _spelled(plain: Tensor, weighted: Sequence[Tensor], bits: int, size: int, tolerance: float) -> RowIds:
     ids, rounding = torch.zeros(len(plain), dtype=torch.int64, device="cpu"), 0.0
-    finite, none = plain.isfinite(), plain == 0
+    finite, none = plain.isfinite(), plain < NOTHING
     fits = torch.ones_like(finite)
     for place, row in enumerate(weighted):
         finite &= row.isfinite()
-        none &= row == 0
+        none &= row < NOTHING * 4.0 ** ((1 << bits) - 1)
         ratio = torch.where(plain > 0, row / plain, torch.nan)
         digit = (torch.log2(ratio) / 2).round()
         error = (ratio / torch.exp2(2 * digit) - 1).abs()

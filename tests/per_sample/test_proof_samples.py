@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from per_sample_models import cnn, made, mlp, sum_loss
-from per_sample_oracle import check, norms_sq, samples_of
+from per_sample_oracle import assert_norms, check, norms_sq, samples_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -38,10 +38,10 @@ def measured(model: nn.Module, x: Tensor, context: Any = None, **options: Any) -
     return metric
 
 
-def refused(way: Callable[[Any, Tensor], Any], message: str, x: Tensor | None = None) -> None:
+def refused(way: Callable[[Any, Tensor], Any], message: str, x: Tensor | None = None, **options: Any) -> None:
     x = torch.randn(SIZE, 6) if x is None else x
     with pytest.warns(RuntimeWarning, match="stopped recording"), pytest.raises(ValueError, match=message):
-        measured(made(lambda: Way(way)), x)
+        measured(made(lambda: Way(way)), x, **options)
 
 
 # ---- samples that are moved
@@ -57,8 +57,15 @@ MOVED: dict[str, Callable[[Any, Tensor], Any]] = {
 
 @pytest.mark.parametrize("way", MOVED)
 def test_moved_samples(way: str) -> None:
+    """What comes back in the order of the batch is measured, through the place where it does."""
     torch.manual_seed(1)
-    refused(MOVED[way], "is that of sample [0-9]: the model moves its samples")
+    words = "is that of sample [0-9]: the model moves its samples"
+    refused(MOVED[way], words, max_replay_bytes=0)
+    if way in ("in an order", "between layers"):  # of this batch size alone; that comes back in another order
+        refused(MOVED[way], words)
+    else:
+        metric = check(made(lambda: Way(MOVED[way])), (torch.randn(SIZE, 6),), loss=sum_loss)
+        assert not metric.unproved
 
 
 def test_every_permutation_is_seen() -> None:
@@ -67,7 +74,24 @@ def test_every_permutation_is_seen() -> None:
         order = torch.randperm(SIZE)
         if torch.equal(order, torch.arange(SIZE)):
             continue
-        refused(lambda m, x, o=order: m.b(torch.tanh(m.a(x[o])))[o.argsort()], "the model moves its samples")
+
+        def way(m: Any, x: Tensor, order: Tensor = order) -> Tensor:
+            back: Tensor = m.b(torch.tanh(m.a(x[order])))[order.argsort()]
+            return back
+
+        refused(way, "the model moves its samples", max_replay_bytes=0)
+
+
+def test_an_order_of_the_samples_own() -> None:
+    """Another one in every pass."""
+    model = made(lambda: Way(lambda m, x: m.b(torch.tanh(m.a(x[(o := x[:, 0].argsort())])))[o.argsort()]))
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(5):
+            x = torch.randn(SIZE, 6)
+            model.zero_grad()
+            sum_loss(model(x)).backward()
+            assert_norms(metric, norms_sq(model, samples_of((x,), SIZE), sum_loss))
+            assert not metric.unproved
 
 
 def test_the_remedy_for_moved_samples() -> None:
@@ -252,7 +276,7 @@ def test_every_dtype(dtype: torch.dtype, size: int) -> None:
         assert measured(model, torch.randn(size, *shape).to(dtype)).unproved == ""
         moved = nn.Sequential(Flip(), made(build).to(dtype), Flip())
         with pytest.warns(RuntimeWarning, match="stopped"), pytest.raises(ValueError, match="moves its samples"):
-            measured(moved, torch.randn(size, *shape).to(dtype))
+            measured(moved, torch.randn(size, *shape).to(dtype), max_replay_bytes=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -262,7 +286,10 @@ def test_autocast(dtype: torch.dtype) -> None:
         assert measured(made(build), x, torch.autocast("cpu", dtype)).unproved == ""
         moved = nn.Sequential(Flip(), made(build), Flip())
         with pytest.warns(RuntimeWarning, match="stopped"), pytest.raises(ValueError, match="moves its samples"):
-            measured(moved, x, torch.autocast("cpu", dtype))
+            measured(moved, x, torch.autocast("cpu", dtype), max_replay_bytes=0)
+        metric = measured(moved, x, torch.autocast("cpu", dtype))
+        alike = measured(moved[1], x, torch.autocast("cpu", dtype))
+        torch.testing.assert_close(metric.per_sample, alike.per_sample, rtol=2e-2, atol=1e-3)
 
 
 class Flip(nn.Module):
@@ -290,7 +317,7 @@ def test_one_sample_that_is_not_finite(bad: float) -> None:
 def test_a_batch_that_is_not_finite_postpones_the_proof() -> None:
     model = made(lambda: Way(MOVED["flipped and back"]))
     with pytest.warns(RuntimeWarning, match="stopped"), pytest.raises(ValueError, match="moves its samples"):
-        with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        with PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0) as metric:
             sum_loss(model(torch.full((SIZE, 6), torch.nan))).backward()
             assert metric.per_layer["a"].isnan().all()
             assert "not finite" in metric.broken

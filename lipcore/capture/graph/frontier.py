@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,15 +32,22 @@ class Frontier:
 
     Attributes:
         leaves: by place of a leaf, the parameter's name.
-        free: places of nodes without the batch, leaves among them.
+        free: places of nodes behind the frontier, leaves among them: those without the batch, and those where it cannot
+            be told which rows are whose (a mixture's experts).
         nodes: places of frontier nodes, with the batch's dimension at each output; None for others.
         refused: why a parameter cannot be measured so.
+        behind: by parameter, the free places that its gradient comes through.
     """
 
     leaves: dict[int, str]
     free: frozenset[int]
     nodes: dict[int, tuple[int | None, ...]]
     refused: dict[str, str]
+    behind: dict[str, frozenset[int]]
+
+    def met(self, name: str, walk: Walk) -> set[int]:
+        """Return the frontier nodes of one parameter."""
+        return {place for place in self.nodes if not self.behind[name].isdisjoint(walk.next[place])}
 
     def rows(self, place: int, walk: Walk) -> int:
         """Return how many rows the gradient at a frontier node has in a pass's graph."""
@@ -102,7 +109,9 @@ def shapes(node: Any) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(map(int, data.shape)) for data in node._input_metadata)
 
 
-def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> Frontier:
+def frontier_of(
+    walk: Walk, other: Walk, names: Mapping[int, str], samples: int, absorbed: Container[int] = ()
+) -> Frontier:
     """Find the frontier by a graph of the same model on one sample more.
 
     Args:
@@ -110,6 +119,7 @@ def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int)
         other: that of one more.
         names: of the parameters, by id.
         samples: B.
+        absorbed: places that are to be behind the frontier, since their rows are in an order of the model's own.
 
     Raises:
         GraphsDiffer: with the place where they do.
@@ -117,26 +127,35 @@ def frontier_of(walk: Walk, other: Walk, names: Mapping[int, str], samples: int)
     pairs = _paired(walk, other, names)
     leaves = walk.parameters(names)
     parents: list[list[int]] = [[] for _ in walk.nodes]
-    for place, behind in enumerate(walk.next):
-        for child in behind:
+    for place, children in enumerate(walk.next):
+        for child in children:
             if child >= 0:
                 parents[child].append(place)
     free, nodes, refused = set(leaves), dict[int, tuple[int | None, ...]](), dict[str, str]()
+    behind: dict[str, frozenset[int]] = {}
+
+    def passes(place: int) -> bool:
+        mine, theirs = shapes(walk.nodes[place]), shapes(pairs[place])
+        return mine == theirs or place in absorbed or _batch_at(mine, theirs, samples) is None
+
     for leaf, name in leaves.items():
         try:
             if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
                 raise ValueError("the model's input was computed from it")
-            mine = _above(leaf, parents, lambda p: shapes(walk.nodes[p]) == shapes(pairs[p]))
+            mine = _above(leaf, parents, passes)
             met = {p for x in mine for p in parents[x]} - mine
             _check(walk, mine, met)
-            found = {p: _batch_at(shapes(walk.nodes[p]), shapes(pairs[p]), samples) for p in met}
+            found = {p: _batch_at(shapes(walk.nodes[p]), shapes(pairs[p]), samples) or () for p in met}
         except ValueError as error:
             refused[name] = str(error)
             continue
         free |= mine
         nodes |= found
+        behind[name] = frozenset(mine)
     kept = {place: name for place, name in leaves.items() if name not in refused}
-    return Frontier(kept, frozenset(free), nodes, refused)
+    # Where another parameter's gradient comes through, it comes sample by sample.
+    nodes = {place: at for place, at in nodes.items() if place not in free}
+    return Frontier(kept, frozenset(free), nodes, refused, behind)
 
 
 def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
@@ -152,7 +171,7 @@ def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
             continue
         nodes |= {place: tuple(EVERYTHING for _ in shapes(walk.nodes[place])) for place in met}
     kept = {place: name for place, name in leaves.items() if name not in refused}
-    return Frontier(kept, frozenset(kept), nodes, refused)
+    return Frontier(kept, frozenset(kept), nodes, refused, {name: frozenset({leaf}) for leaf, name in kept.items()})
 
 
 def _paired(walk: Walk, other: Walk, names: Mapping[int, str]) -> dict[int, Any]:
@@ -196,8 +215,8 @@ def _above(leaf: int, parents: list[list[int]], same: Callable[[int], bool]) -> 
 def _check(walk: Walk, free: Iterable[int], met: Iterable[int]) -> None:
     if not set(walk.roots).isdisjoint(free):
         raise ValueError(
-            "it comes to the model's output without meeting the batch (a penalty, or a parameter that is returned); "
-            "return it expanded over the samples"
+            "it comes to the model's output without meeting the batch, or without a place where it can be told which "
+            "rows are whose (a penalty, or a parameter that is returned); return it expanded over the samples"
         )
     for place in (*free, *met):
         function = function_of(walk.nodes[place])
@@ -210,18 +229,16 @@ def _check(walk: Walk, free: Iterable[int], met: Iterable[int]) -> None:
 
 def _batch_at(
     mine: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...], samples: int
-) -> tuple[int | None, ...]:
+) -> tuple[int | None, ...] | None:
+    """Return the batch's dimension at each output of a node; None where it cannot be told which rows are whose."""
     found: list[int | None] = []
     for one, two in zip(mine, other, strict=True):
         if one == two:
             found.append(None)
             continue
         dims = [i for i, (u, v) in enumerate(zip(one, two, strict=False)) if u != v]
-        d = dims[0]
-        if len(dims) > 1 or len(one) != len(two) or one[d] % samples or one[d] // samples * (samples + 1) != two[d]:
-            raise ValueError(
-                f"where it meets the batch the shape is {list(one)}, and {list(two)} with one sample more, so that it "
-                "cannot be told which rows are whose"
-            )
+        d = dims[0] if dims else 0
+        if len(dims) != 1 or len(one) != len(two) or one[d] % samples or one[d] // samples * (samples + 1) != two[d]:
+            return None
         found.append(d)
     return tuple(found)

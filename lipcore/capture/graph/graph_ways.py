@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from lipcore.capture.graph.another_size import CannotRun, on_one_more
-from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, Signature, Walk, frontier_of, frontier_of_one
+from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, Signature, Walk, frontier_of, frontier_of_one, shapes
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
+_MOST_MOVES = 6  # of one structure's frontier
 _SPARE = 8  # structures whose rows are proved as they come; those of others when a proof is due
 REFUSED = "{0}; and it cannot be measured from the autograd graph either: {1}"
 _NOT_YET = "no pass whose graph has this structure was proved yet"
@@ -39,7 +40,6 @@ class Followed(NamedTuple):
 @dataclass
 class _Structure:
     frontier: Frontier
-    met: dict[str, set[int]]  # by parameter, its frontier nodes
     rows: RowOrders = field(default_factory=lambda: RowOrders(unproved=_NOT_YET))
 
     def fits(self, walk: Walk, samples: int) -> bool:
@@ -86,60 +86,94 @@ class GraphWays:
         walk = Walk(output)
         names = {id(parameter): name for name, parameter in parameters.items()}
         key = batch.size == 1, tuple(walk.parameters(names).items()), walk.signature()
+        structure = self._known.get(key)
         try:
-            structure = self._known.get(key)
             if structure is None or not structure.fits(walk, batch.size):
-                structure = self._look(walk, call, batch, names)
+                structure = self._look(walk, output, call, batch, names, due=due)
+            elif self._proves(structure, walk, batch, due=due):
+                structure.rows.prove(walk, structure.frontier, seeds_of(output, batch))
+                if structure.rows.moved:
+                    structure = self._look(walk, output, call, batch, names, due=True)
         except (CannotRun, GraphsDiffer) as error:
             return Followed(None, dict.fromkeys(parameters, str(error)), "")
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = structure
+        return self._followed(structure, walk, batch, counts, fail)
+
+    def _followed(
+        self,
+        structure: _Structure,
+        walk: Walk,
+        batch: Batch,
+        counts: Callable[[], bool],
+        fail: Callable[[Exception], None],
+    ) -> Followed:
         frontier, rows = structure.frontier, structure.rows
-        unproved = ""
-        if self._prove and batch.size > 1 and frontier.nodes:
-            unproved = self._proved(structure, walk, output, batch, due=due)
-        refused = frontier.refused | self._wrong(structure) | self._too_large(walk, frontier, batch.size)
+        refused = frontier.refused | self._wrong(structure, walk) | self._too_large(walk, frontier, batch.size)
         leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
         if not leaves:
             return Followed(None, refused, "")
         self._note_ways(walk, structure, batch.size)
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
-        measured = Frontier(leaves, frontier.free, frontier.nodes, refused)
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
+        measured = replace(frontier, leaves=leaves)
         replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen)
-        return Followed(replay, refused, unproved)
+        unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
+        unproved = rows.unproved or (_NOT_YET if unknown else "")
+        return Followed(replay, refused, unproved if self._prove and batch.size > 1 and frontier.nodes else "")
 
-    def _look(self, walk: Walk, call: tuple[Any, dict[str, Any]], batch: Batch, names: Mapping[int, str]) -> _Structure:
+    def _look(
+        self,
+        walk: Walk,
+        output: Any,
+        call: tuple[Any, dict[str, Any]],
+        batch: Batch,
+        names: Mapping[int, str],
+        *,
+        due: bool,
+    ) -> _Structure:
+        """Find a structure's frontier and prove its rows; the frontier is moved towards the output past the nodes whose
+        rows turn out to be in an order of the model's own."""
         if batch.offsets is not None:
             raise CannotRun("the samples are packed sequences, and the graph shows no rows of documents")
         other = Walk(on_one_more(self._model, *call, batch.size, batch.dim))
         if batch.size == 1:
-            frontier = frontier_of_one(walk, names)
-        else:
-            frontier = frontier_of(walk, other, names, batch.size)
-        return _Structure(frontier, {name: _met(walk, frontier, leaf) for leaf, name in frontier.leaves.items()})
+            return _Structure(frontier_of_one(walk, names))
+        absorbed: set[int] = set()
+        for _ in range(_MOST_MOVES):
+            structure = _Structure(frontier_of(walk, other, names, batch.size, absorbed))
+            if not self._proves(structure, walk, batch, due=due):
+                break
+            structure.rows.prove(walk, structure.frontier, seeds_of(output, batch))
+            if not structure.rows.moved:
+                break
+            absorbed |= structure.rows.moved
+            due = True
+        return structure
 
-    def _proved(self, structure: _Structure, walk: Walk, output: Any, batch: Batch, *, due: bool) -> str:
-        """Prove the rows where that is due; return why they are not proved, or ""."""
-        rows = structure.rows
-        unknown = bool(rows.unproved) or rows.open(walk, structure.frontier, batch.size)
-        if due or (unknown and self._spare > 0):
-            self._spare -= not due
-            rows.prove(walk, structure.frontier, seeds_of(output, batch))
-        elif unknown:
-            return rows.unproved or _NOT_YET
-        return rows.unproved
+    def _proves(self, structure: _Structure, walk: Walk, batch: Batch, *, due: bool) -> bool:
+        """Return whether a structure's rows are to be proved in this pass."""
+        if not self._prove or batch.size == 1 or not structure.frontier.nodes:
+            return False
+        unknown = bool(structure.rows.unproved) or structure.rows.open(walk, structure.frontier, batch.size)
+        if not due and unknown and self._spare > 0:
+            self._spare -= 1
+            return True
+        return due
 
-    def _wrong(self, structure: _Structure) -> dict[str, str]:
-        wrong = structure.rows.wrong
-        found = {name: [wrong[p] for p in places if p in wrong] for name, places in structure.met.items()}
+    def _wrong(self, structure: _Structure, walk: Walk) -> dict[str, str]:
+        wrong, frontier = structure.rows.wrong, structure.frontier
+        if not wrong:
+            return {}
+        found = {n: [wrong[p] for p in frontier.met(n, walk) if p in wrong] for n in frontier.behind}
         return {name: why[0] for name, why in found.items() if why}
 
     def _too_large(self, walk: Walk, frontier: Frontier, samples: int) -> dict[str, str]:
         found = {}
         for leaf, name in frontier.leaves.items():
-            held = samples * _bytes(walk.nodes[leaf].variable)
+            element = walk.nodes[leaf].variable.element_size()
+            held = samples * element * max(_elements(walk.nodes[p]) for p in frontier.behind[name])
             if held > self._max_bytes:
                 found[name] = (
                     f"the gradients of {samples} samples take {held:,} bytes, more than max_replay_bytes="
@@ -148,21 +182,15 @@ class GraphWays:
         return found
 
     def _note_ways(self, walk: Walk, structure: _Structure, samples: int) -> None:
-        for name, met in structure.met.items():
+        for name in structure.frontier.behind:
+            if name in self.ways:
+                continue
+            met = structure.frontier.met(name, walk)
             kinds = sorted({walk.nodes[p].name() for p in met})
             sums = all(map(is_sum, kinds))
             said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
             self.ways[name] = f"{'sums over rows' if sums else f'{samples} replays'} at {said}"
 
 
-def _met(walk: Walk, frontier: Frontier, leaf: int) -> set[int]:
-    """Return the frontier nodes of one parameter."""
-    mine, before = {leaf}, 0
-    while len(mine) > before:
-        before = len(mine)
-        mine |= {place for place in frontier.free if not mine.isdisjoint(walk.next[place])}
-    return {place for place in frontier.nodes if not mine.isdisjoint(walk.next[place])}
-
-
-def _bytes(parameter: Tensor) -> int:
-    return math.prod(parameter.shape) * parameter.element_size()
+def _elements(node: Any) -> int:
+    return sum(map(math.prod, shapes(node)))

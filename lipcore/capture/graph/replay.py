@@ -20,14 +20,14 @@ from lipcore.models.torch_internals import current_node
 ELEMENTWISE = frozenset({"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0"})
 EXPAND = "ExpandBackward0"
 _UNREACHED = (
-    "the model's outputs bring no gradient to a place where parameters without a rule meet the batch (a loss of its own "
-    "inside the model), so that it is not proved whose rows it has there"
+    "the model's outputs bring no gradient to a place where parameters without a rule meet the batch (a loss of its "
+    "own inside the model), so that it is not proved whose rows it has there"
 )
 
 
 UNSEEN_ROWS = (
-    "in every proof so far some rows had no gradient where parameters meet the batch, so that it is not known whose they "
-    "are; the norms of passes in which they have one are NaN until a proof has seen it"
+    "in every proof so far some rows had no gradient where parameters meet the batch, so that it is not known whose "
+    "they are; the norms of passes in which they have one are NaN until a proof has seen it"
 )
 
 

@@ -56,12 +56,14 @@ class RowOrders:
         orders: by place of a frontier node.
         wrong: places whose rows are not those of single samples, and why.
         unproved: why the orders are those that the shapes suggest, or "".
+        moved: of these, places whose rows are in an order of the model's own.
         unreached: places that no gradient came to from the outputs.
     """
 
     orders: dict[int, Order] = field(default_factory=dict)
     wrong: dict[int, str] = field(default_factory=dict)
     unproved: str = ""
+    moved: set[int] = field(default_factory=set)
     unreached: set[int] = field(default_factory=set)
     _seen: dict[int, Tensor] = field(default_factory=dict)  # by place, the groups of rows that had a gradient
 
@@ -118,6 +120,7 @@ class RowOrders:
             self.wrong[place] = _MIXES
         elif not fits:
             self.wrong[place] = _MOVED
+            self.moved.add(place)
         elif before is not Order.EITHER and before not in fits:
             self.wrong[place] = _CHANGED
         else:

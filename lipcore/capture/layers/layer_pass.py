@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.graph.replay import Replay
+from lipcore.capture.proof import NOTHING
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter
 from lipcore.models.copies import Before
@@ -80,7 +81,7 @@ class LayerRecord:
         rows = dict(self.norms_sq)
         for name, samples in unseen.items():
             if name in rows:
-                hidden = samples.to(rows[name].device) & (rows[name] != 0)
+                hidden = samples.to(rows[name].device) & ~(rows[name] < NOTHING)
                 rows[name] = rows[name].masked_fill(hidden, torch.nan)
                 if bool(hidden.any()):
                     self.reasons[name] = self.hidden = UNSEEN_ROWS

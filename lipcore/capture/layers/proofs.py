@@ -190,7 +190,8 @@ class Proofs:
         known.add(found.ids)
         for layer, rows in found.seen.items():
             known.seen[layer] = known.seen.get(layer, rows) | rows
-        others = self._graph and not graph.tapped  # that are measured from the autograd graph, and proved there
+        # What is measured from the autograd graph is proved there.
+        others = self._graph and (not graph.tapped or bool(found.wrong))
         if found.reason or not (others or any(bool(rows.any()) for rows in found.seen.values())):
             known.reason = found.reason or (_OPEN if found.open else NO_GRADIENTS)
         else:
