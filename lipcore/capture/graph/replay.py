@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows, keeps_norms
 from lipcore.capture.graph.frontier import EVERYTHING, Frontier, Walk, shapes
-from lipcore.capture.proof import is_proof
+from lipcore.capture.proof import NOTHING, is_proof
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import norms_sq_of
 from lipcore.models.torch_internals import current_node
@@ -253,7 +253,8 @@ def _dims(grads: tuple[Tensor | None, ...], at: tuple[int | None, ...]) -> Itera
 
 
 def _touches(grad: Tensor, dim: int, rows: Tensor) -> bool:
-    return bool(grad.index_select(dim, rows.nonzero().flatten().to(grad.device)).any())
+    rest = grad.index_select(dim, rows.nonzero().flatten().to(grad.device))
+    return not bool((rest.abs().double() ** 2 < NOTHING).all())
 
 
 def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int, ...]) -> Tensor:
