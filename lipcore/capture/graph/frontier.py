@@ -12,8 +12,8 @@ from lipcore.capture.foreign_functions import function_of
 from lipcore.capture.once_only import is_ddp_sink
 from lipcore.models.outputs import tensors_of
 
-#: Per node in the order of the walk: its name, how many dimensions its outputs have, and where the nodes behind it are.
-Signature = tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+#: In the order of the walk: the nodes' names, and where the nodes behind each are.
+Signature = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
 
 _VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
 
@@ -61,16 +61,16 @@ class Walk:
     def __init__(self, output: Any) -> None:
         self.nodes: list[Any] = []
         self._places: dict[Any, int] = {}
-        roots = [_passed(tensor.grad_fn) for tensor in tensors_of(output) if tensor.grad_fn is not None]
-        self.roots = [self._place(node) for node in roots]
+        roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
+        self.roots = [self._place(_passed(node)) for node in roots]
         self.next: list[tuple[int, ...]] = []
-        at = 0
-        while at < len(self.nodes):
-            behind = (_passed(child) for child, _ in self.nodes[at].next_functions)
-            self.next.append(tuple(-1 if child is None else self._place(child) for child in behind))
-            at += 1
+        for node in self.nodes:  # which grows
+            behind = [-1 if child is None else self._place(_passed(child)) for child, _ in node.next_functions]
+            self.next.append(tuple(behind))
 
     def _place(self, node: Any) -> int:
+        if node is None:
+            return -1
         place = self._places.setdefault(node, len(self.nodes))
         if place == len(self.nodes):
             self.nodes.append(node)
@@ -78,8 +78,7 @@ class Walk:
 
     def signature(self) -> Signature:
         """Return what two graphs have in common that are the same but for the sizes of tensors."""
-        each = zip(self.nodes, self.next, strict=True)
-        return tuple((n.name(), tuple(map(len, shapes(n))), behind) for n, behind in each)
+        return tuple([node.name() for node in self.nodes]), tuple(self.next)
 
     def parameters(self, names: Mapping[int, str]) -> dict[int, str]:
         """Return the places of the leaves whose tensors' ids have names."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import CannotRun, on_one_more
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, Signature, Walk, frontier_of, frontier_of_one, shapes
@@ -15,6 +15,7 @@ from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
+from lipcore.models.torch_internals import tree_leaves
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
 _MOST_MOVES = 6  # of one structure's frontier
@@ -58,7 +59,7 @@ class GraphWays:
 
     def __init__(self, model: nn.Module, *, max_bytes: int, prove: bool) -> None:
         self._model, self._max_bytes, self._prove, self._spare = model, max_bytes, prove, _SPARE
-        self._known: dict[tuple[bool, tuple[tuple[int, str], ...], Signature], _Structure] = {}
+        self._known: dict[tuple[tuple[int, ...], tuple[tuple[int, str], ...], Signature], _Structure] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
 
     def follow(
@@ -85,7 +86,9 @@ class GraphWays:
         """
         walk = Walk(output)
         names = {id(parameter): name for name, parameter in parameters.items()}
-        key = batch.size == 1, tuple(walk.parameters(names).items()), walk.signature()
+        leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        dims = int(batch.size == 1), *(leaf.dim() for leaf in leaves)
+        key = dims, tuple(walk.parameters(names).items()), walk.signature()
         structure = self._known.get(key)
         try:
             if structure is None or not structure.fits(walk, batch.size):
