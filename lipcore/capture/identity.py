@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+#: Whether an in-place operation may follow: never (a view), always (the same memory), or on a copy.
+InPlaceAfter = Literal[False, True, "copy"]
 
-def passed_on(ctx: Any, output: Tensor, in_place_after: bool) -> Tensor:
+
+def passed_on(ctx: Any, output: Tensor, in_place_after: InPlaceAfter) -> Tensor:
+    """Return an output as a Function's that autograd takes for a new tensor, where that is needed."""
+    if in_place_after == "copy":
+        return output.clone()
     if in_place_after:
         # A view would make the in-place activation that may follow an error. This bumps the version counter, so it is
         # only right behind a module that does not need its output for its own backward. A compiler removes the copy;

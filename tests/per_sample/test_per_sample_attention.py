@@ -30,7 +30,7 @@ class Block(nn.Module):
             x = x + (p.unsqueeze(0) if self.positions == "unsqueezed" else p)
         y, weights = self.attention(x, x, x, need_weights=self.need_weights)
         out = self.head(self.norm(x + y))
-        return out + weights.sum() * out if self.weights_in_loss else out
+        return out + weights.square().sum((1, 2))[:, None, None] * out if self.weights_in_loss else out
 
 
 def _tokens(size: int = 5, length: int = 7) -> Tensor:
@@ -65,9 +65,25 @@ def test_attention_weights_in_the_loss_are_refused(compiled: bool) -> None:
     model.need_weights = model.weights_in_loss = True
     called = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     with pytest.raises(ValueError, match="'attention' .*MultiheadAttention.*need_weights=False"):
-        with lipcore.PerSampleGradNorms(called, loss_reduction="sum") as metric:
+        with lipcore.PerSampleGradNorms(called, loss_reduction="sum", max_replay_bytes=0) as metric:
             weighted_sum(called(_tokens())).backward()
             _ = metric.per_sample
+
+
+def test_attention_weights_in_the_loss_are_measured_from_the_next_pass_on() -> None:
+    with seeded(3):
+        model, tokens = Block(), _tokens()
+        model.position = None
+        model.need_weights = model.weights_in_loss = True
+        expected = norms_sq(model, [(row[None],) for row in tokens], weighted_sum)
+        with lipcore.PerSampleGradNorms(model, loss_reduction="sum") as metric:
+            weighted_sum(model(tokens)).backward()
+            assert metric.per_sample.isnan().all()
+            assert "measured from the autograd graph" in metric.broken
+            for _ in range(2):
+                weighted_sum(model(tokens)).backward()
+                assert_norms(metric, expected)
+                assert not metric.unproved
 
 
 @pytest.mark.parametrize("positions", ["plain", "unsqueezed", "dropout"])

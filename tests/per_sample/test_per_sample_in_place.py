@@ -8,6 +8,7 @@ import pytest
 import torch
 from models import Graph
 from per_sample_models import made
+from per_sample_oracle import check
 from rule_cases import CASES
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -136,3 +137,28 @@ def test_residuals_that_are_added_in_place_under_autocast_and_compiled() -> None
     gradient = torch.stack([p.grad.double().square().sum() for p in model.parameters() if p.grad is not None]).sum()
     assert torch.allclose(found[1], found[0], rtol=2e-2)
     assert 0 < gradient.sqrt() < found[0].sum()
+
+
+class OwnLinear(nn.Linear):
+    """A layer of the user's own, with the rule of Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("act", ["residual", "activation"])
+def test_an_output_of_a_layer_of_ones_own_that_is_changed_in_place(act: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lipcore.layers import registry
+
+    monkeypatch.setattr(registry, "_rules", dict(registry._rules))
+    layers.register(OwnLinear, layers.registered()[nn.Linear])
+
+    def rule(m: Any, x: Tensor) -> Tensor:
+        out: Tensor = m.b(m.a(x))
+        out = out.add_(x) if act == "residual" else out.relu_()
+        y: Tensor = m.c(out)
+        return y
+
+    model = made(lambda: Graph(rule, a=nn.Linear(4, 4), b=OwnLinear(4, 4), c=nn.Linear(4, 2)))
+    metric = check(model, (torch.randn(5, 4),))
+    assert metric.plan()[2].rule.startswith("OwnLinear: weight, bias")

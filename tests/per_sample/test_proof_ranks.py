@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from per_sample_models import made, sum_loss
+from per_sample_oracle import norms_sq, samples_of
 from ranks import run_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -100,10 +101,45 @@ def check_refused(name: str) -> None:
     for flaw, message in flaws.items():
         model = WRAPS[name](made(lambda flaw=flaw: Model(**{flaw: True})))
         with pytest.warns(RuntimeWarning, match="stopped"), pytest.raises(ValueError, match=message):
-            with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+            with PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0) as metric:
                 for _ in range(2):
                     sum_loss(model(torch.randn(5, 5))).backward()
                 assert metric.per_sample is not None
+
+
+class WithoutRules(nn.Module):
+    """A scale of its own, and samples that are moved and brought back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 8), nn.Identity(), nn.Linear(8, 2)
+        self.g = nn.Parameter(torch.rand(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(torch.tanh(self.b(self.a(x.flip(0)) * self.g))).flip(0)
+        return y
+
+
+def check_without_rules(rank: int, name: str) -> None:
+    """The graph serves below DistributedDataParallel, on ranks with other numbers of samples; sharded models are
+    refused."""
+    torch.manual_seed(3 + rank)
+    model = WRAPS[name](made(WithoutRules))
+    if "FSDP" in name:
+        with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="'g': .*either: it is sharded"):
+            with PerSampleGradNorms(model, loss_reduction="sum"):
+                sum_loss(model(torch.randn(5, 5))).backward()
+        return
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for step in range(4):
+            x = torch.randn(3 + rank, 5)
+            expected = norms_sq(model.module, samples_of((x,), len(x)), sum_loss)
+            model.zero_grad()
+            sum_loss(model(x)).backward()
+            if name != "static graph" or step > 0:
+                total = torch.stack(list(expected.values())).sum(0).sqrt()
+                assert torch.allclose(metric.per_sample, total, rtol=1e-5)
+                assert not metric.unproved
 
 
 def check_on_one_rank(rank: int) -> None:
@@ -136,6 +172,8 @@ def work(rank: int, folder: str, name: str) -> None:
         check_unchanged(rank, WRAPS[name])
         check_proved(rank, name)
         check_refused(name)
+        if name != "module backward hooks":
+            check_without_rules(rank, name)
         if name == "FSDP":
             check_on_one_rank(rank)
     except BaseException:

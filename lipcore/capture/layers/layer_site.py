@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lipcore import _core, functional
 from lipcore.capture.compiled import armed
-from lipcore.capture.identity import passed_on
+from lipcore.capture.identity import InPlaceAfter, passed_on
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, LayerPass
 from lipcore.capture.layers.options import LayerOptions
@@ -80,11 +80,12 @@ class LayerSite:
         return _InertHook, ()  # a copied or pickled model is not watched
 
     @property
-    def in_place_after(self) -> bool:
-        """True where an in-place activation may follow: not behind a tuple's view, nor behind an expanded output."""
+    def in_place_after(self) -> InPlaceAfter:
+        """Whether an in-place operation may follow: not behind a tuple's view, nor behind an expanded output."""
+        if not self.rule.in_place_after or self.broadcast:
+            return False
         # A layer of the user's may keep its output for its own backward pass, which a changed version would refuse.
-        ours = type(self.module).forward.__module__.startswith("torch.nn.modules.")
-        return ours and self.rule.in_place_after and not self.broadcast
+        return type(self.module).forward.__module__.startswith("torch.nn.modules.") or "copy"
 
     @property
     def columns(self) -> list[str]:
@@ -176,8 +177,14 @@ class LayerSite:
         return [t.detach() for t in saved], extra
 
     def _other_output_used(self, run: LayerPass) -> None:
-        if self._passes.recording and not is_proof() and accumulates_everything():
-            self._passes.fail(_named(ValueError(OTHER_OUTPUT), self))
+        if not self._passes.recording or is_proof() or not accumulates_everything():
+            return
+        error = _named(ValueError(OTHER_OUTPUT), self)
+        if self._may_leave:  # from the next pass on
+            self._passes.leave_to_graph(self.names.values(), str(error))
+            self.left_to_graph, run.spoiled = True, f"{error}; the next passes are measured from the autograd graph"
+        else:
+            self._passes.fail(error)
 
     def _expanded(
         self, batch: Batch, arguments: tuple[Any, ...], output: Tensor
