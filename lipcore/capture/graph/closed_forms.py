@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipcore.layers import Factor, Outer, RowSum
+from lipcore.models.torch_internals import saved
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,15 @@ def _mm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[in
     weight = 1 - rows.dim
     if weight not in shapes:
         return {}
-    return _outer(weight, node._saved_self if weight == 1 else node._saved_mat2, grad, rows)
+    return _outer(weight, saved(node, "self") if weight == 1 else saved(node, "mat2"), grad, rows)
 
 
 def _addmm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
-    if node._saved_alpha != 1 or node._saved_beta != 1:
+    if saved(node, "alpha") != 1 or saved(node, "beta") != 1:
         return {}
     weight, found = 2 - rows.dim, dict[int, Factor]()
     if weight in shapes:
-        found = _outer(weight, node._saved_mat1 if weight == 2 else node._saved_mat2, grad, rows)
+        found = _outer(weight, saved(node, "mat1") if weight == 2 else saved(node, "mat2"), grad, rows)
     return found | (_sum(0, grad, None, rows, shapes[0]) if 0 in shapes else {})
 
 
@@ -90,7 +91,7 @@ def _sum(child: int, grad: Tensor, x: Tensor | None, rows: SampleRows, shape: tu
 def _mul(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
     found: dict[int, Factor] = {}
     for child, shape in shapes.items():
-        x = node._saved_other if child == 0 else node._saved_self
+        x = saved(node, "other") if child == 0 else saved(node, "self")
         if isinstance(x, Tensor):
             found |= _sum(child, grad, x, rows, shape)
     return found
@@ -99,7 +100,7 @@ def _mul(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[i
 def _add(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
     found: dict[int, Factor] = {}
     for child, shape in shapes.items():
-        if child == 0 or node._saved_alpha == 1:
+        if child == 0 or saved(node, "alpha") == 1:
             found |= _sum(child, grad, None, rows, shape)
     return found
 
@@ -109,11 +110,11 @@ def _expand(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tupl
 
 
 def _layer_norm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
-    if len(node._saved_normalized_shape) != 1:
+    if len(saved(node, "normalized_shape") or ()) != 1:
         return {}
     found: dict[int, Factor] = {}
     if 1 in shapes:
-        x = (node._saved_input - node._saved_result1) * node._saved_result2
+        x = (saved(node, "input") - saved(node, "result1")) * saved(node, "result2")
         found |= _sum(1, grad, x, rows, shapes[1])
     return found | (_sum(2, grad, None, rows, shapes[2]) if 2 in shapes else {})
 
@@ -154,5 +155,5 @@ def keeps_norms(node: Any, shapes: tuple[tuple[int, ...], ...], behind: tuple[tu
     """
     name = node.name()
     # What adds a constant (the 1 + w of some norms).
-    shift = name == "AddBackward0" and node._saved_alpha == 1 and shapes == behind
+    shift = name == "AddBackward0" and saved(node, "alpha") == 1 and shapes == behind
     return shift or name in _KEEP_NORMS

@@ -25,7 +25,7 @@ _NOT_YET = "no pass whose graph has this structure was proved yet"
 
 
 class Followed(NamedTuple):
-    """What is known of a pass before its backward pass.
+    """Findings about a pass before its backward pass.
 
     Attributes:
         replay: takes the norms in; None where no parameter is measured.

@@ -50,7 +50,7 @@ class Order(Enum):
 
 @dataclass
 class RowOrders:
-    """What is known of the rows at the frontier of one structure.
+    """Findings about the rows at the frontier of one structure.
 
     Attributes:
         orders: by place of a frontier node.
