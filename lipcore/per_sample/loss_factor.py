@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
+
+#: Weights of terms are summed in float32, and not always in the same order.
+_SAME = 1e-6
 
 
 @dataclass(frozen=True)
@@ -51,3 +56,17 @@ def product(number: float, *parts: float | Tensor) -> LossFactor:
         else:
             number *= part
     return LossFactor(number, tensor)
+
+
+def agreed(first: LossFactor, second: LossFactor) -> LossFactor | None:
+    """Return the factor that both are; None where they differ. What only the device can compare becomes NaN there
+    where it differs."""
+    if first.tensor is None and second.tensor is None:
+        return first if math.isclose(first.number, second.number, rel_tol=_SAME) else None
+    one, other = (torch.as_tensor(f.value, dtype=torch.float64, device=_device(first, second)) for f in (first, second))
+    same = torch.isclose(one, other, rtol=_SAME, atol=0.0)
+    return LossFactor(1.0, torch.where(same, one, torch.nan))
+
+
+def _device(*factors: LossFactor) -> torch.device:
+    return next(f.tensor.device for f in factors if f.tensor is not None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lipcore.models.torch_internals import forward_shape, saved
-from lipcore.per_sample.loss_factor import LossFactor, of_host, product
+from lipcore.models.torch_internals import forward_shape, is_packed, saved
+from lipcore.per_sample.loss_factor import LossFactor, agreed, of_host, product
 
 _REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
 #: Losses that average over all elements of their input, over its first dimension, and over weights that they keep.
@@ -18,9 +18,48 @@ _OVER_ELEMENTS = (
 )
 _OVER_SAMPLES = ("MultiMarginLoss", "MultilabelMarginLoss")
 _OVER_WEIGHTS = ("NllLoss", "NllLoss2D")
-_SAME_VALUE = ("Clone", "ToCopy", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Neg")
+_SAME_VALUE = (
+    *("Clone", "ToCopy", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Neg"),
+    *("Rsub", "_DDPSink"),  # a constant minus the loss; what DistributedDataParallel returns its outputs through
+)
 _SUMS = ("Sum", "Nansum", "Dot")
 _LISTS = ("Stack", "Cat")
+#: What may stand between a log-softmax and the sum of its rows' terms.
+_PER_ELEMENT = (*_SAME_VALUE, "MaskedFill", "Mul", "Div")
+
+
+class _Made(NamedTuple):
+    """A tensor in the graph: the node that has made it, and the number of that node's output."""
+
+    node: Any
+    place: int = 0
+
+    @property
+    def kind(self) -> str:
+        return str(self.node.name()).rstrip("0123456789").removesuffix("Backward")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return forward_shape(self.node, self.place)
+
+    @property
+    def is_one_number(self) -> bool:
+        return math.prod(self.shape) == 1
+
+    @property
+    def origins(self) -> list[_Made | None]:
+        """Those that it was made of; None for each that depends on nothing trained."""
+        return [None if node is None else _Made(node, place) for node, place in self.node.next_functions]
+
+    @property
+    def origin(self) -> _Made:
+        """The only one of them that depends on anything trained."""
+        if self.kind == "_DDPSink":  # takes all outputs, and returns them in this order
+            return _Made(*self.node.next_functions[self.place])
+        found = [origin for origin in self.origins if origin is not None]
+        if len(found) != 1:
+            raise _unknown(self.node, "several of what it joins depend on the model")
+        return found[0]
 
 
 def read_factor(loss: Tensor) -> LossFactor:
@@ -28,11 +67,17 @@ def read_factor(loss: Tensor) -> LossFactor:
     the sum of sample i's loss terms before the reduction to one number.
 
     The graph is followed from the loss back to that reduction: constants that it was multiplied with or divided by on
-    the way are undone, and so is a mean, by the number (or the weight) of its terms.
+    the way are undone, and so is a mean, by the number (or the weight) of its terms. Of a sum of losses
+
+    .. math:: c_1 \sum_i a_i / N_1 + c_2 \sum_i b_i / N_2
+
+    that are divided by the same :math:`N_1 = N_2 = N`, f is N, so that :math:`l_i = c_1 a_i + c_2 b_i`. In
+    cross-entropy with smoothed labels, N is what the part at the targets is divided by.
 
     Raises:
         TypeError: no tensor.
-        ValueError: not one number, no graph, or an operation in it whose factor is not known; the message names it.
+        ValueError: not one number, no graph, a graph that was freed, or an operation in it whose factor is not known;
+            the message names it.
     """
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss: expected the loss, a tensor with a graph, got {type(loss).__name__}")
@@ -41,74 +86,142 @@ def read_factor(loss: Tensor) -> LossFactor:
         raise ValueError(
             f"loss: expected the one number that backward() is called on, before it is; this tensor {what}"
         )
+    try:
+        return _factor(_Made(loss.grad_fn, loss.output_nr))
+    except RuntimeError as error:
+        raise ValueError(
+            f"loss: expected the loss before its backward pass, which frees the graph that is read ({error})"
+        ) from error
+
+
+def _factor(made: _Made) -> LossFactor:
     parts: list[float | Tensor] = []
-    node: Any = loss.grad_fn
-    while node is not None and _is_one_number(node):
-        node = _step(node, parts)
+    following: _Made | None = made
+    while following is not None and following.is_one_number:
+        if following.kind in ("Add", "Sub") and None not in following.origins:
+            joined = _joined(following)
+            return product(joined.number, *joined.tensors, *parts)
+        following = _step(following, parts)
     return product(1.0, *parts)
 
 
-def _is_one_number(node: Any) -> bool:
-    return math.prod(forward_shape(node)) == 1
-
-
-def _step(node: Any, parts: list[float | Tensor]) -> Any:
-    """Add what this operation has done to the factor, and return the node in front of it; None after the reduction."""
-    kind = node.name().rstrip("0123456789").removesuffix("Backward")
-    children = [(child, index) for child, index in node.next_functions]
-    if kind in _SAME_VALUE:
-        return children[0][0]
+def _step(made: _Made, parts: list[float | Tensor]) -> _Made | None:
+    """Add what this operation has done to the factor, and return what it was done to; None after the reduction."""
+    kind, node = made.kind, made.node
+    if kind in (*_SAME_VALUE, "Add", "Sub"):  # added: a constant
+        return made.origin
     if kind in ("Mul", "Div"):
-        return _scaled(kind, node, children, parts)
-    if kind in ("Add", "Sub"):
-        if children[0][0] is None or (len(children) > 1 and children[1][0] is not None):
-            raise _unknown(node, "it adds parts that each have a factor of their own (a penalty, a second loss)")
-        return children[0][0]
+        inner, constant = _scaled(made)
+        factor = _number(node, constant)
+        parts.append(factor if kind == "Div" else factor.reciprocal() if isinstance(factor, Tensor) else 1 / factor)
+        return inner
     if kind == "Mean" or kind in _SUMS:
-        inner, index = children[0]
+        inner = next(origin for origin in made.origins if origin is not None)
         if _is_list_of_losses(inner):
-            raise _unknown(inner, "it joins losses that were reduced before")
-        shape = forward_shape(inner, index)
+            raise _unknown(inner.node, "it joins losses that were reduced before")
         if kind == "Mean":
-            parts.append(float(math.prod(shape)))
-        return inner if shape == () else None  # of one number it was no reduction
+            parts.append(float(math.prod(inner.shape)))
+        return inner if inner.shape == () else None  # of one number it was no reduction
     if kind in (*_OVER_ELEMENTS, *_OVER_SAMPLES, *_OVER_WEIGHTS):
-        parts.append(_terms(kind, node, *children[0]))
+        parts.append(_terms(made))
         return None
     raise _unknown(node, "what it does to the factor is not known")
 
 
-def _scaled(kind: str, node: Any, children: list[tuple[Any, int]], parts: list[float | Tensor]) -> Any:
-    """Take a constant out that the loss was multiplied with or divided by."""
-    first, second = children[0][0], children[1][0] if len(children) > 1 else None
-    by, inner = (saved(node, "other"), first) if first is not None else (saved(node, "self"), second)
-    if (first is not None and second is not None) or by is None or (kind == "Div" and first is None):
-        raise _unknown(node, "both of what it joins depend on the model")
-    factor = of_host(by) if isinstance(by, Tensor) else float(by)
+def _scaled(made: _Made) -> tuple[_Made, str]:
+    """Return what was multiplied with or divided by a constant, and the name that the node keeps the constant under."""
+    first, *others = made.origins
+    second = others[0] if others else None
+    if (first is not None and second is not None) or (made.kind == "Div" and first is None):
+        raise _unknown(made.node, "both of what it joins depend on the model")
+    if first is not None:
+        return first, "other"
+    return made.origin, "self"
+
+
+def _number(node: Any, name: str) -> float | Tensor:
+    """Return a constant that a node keeps."""
+    constant = _kept(node, name)
+    if constant is None:
+        raise _unknown(node, "its constant was not kept")
+    if isinstance(constant, Tensor) and constant.numel() != 1:
+        raise _unknown(node, f"its constant has shape {list(constant.shape)}")
+    factor = of_host(constant) if isinstance(constant, Tensor) else float(constant)
     if not isinstance(factor, Tensor) and (factor == 0 or not math.isfinite(factor)):
         raise _unknown(node, f"its constant is {factor}")
-    parts.append(factor if kind == "Div" else factor.reciprocal() if isinstance(factor, Tensor) else 1 / factor)
-    return inner
+    return factor
 
 
-def _terms(kind: str, node: Any, inner: Any, index: int) -> float | Tensor:
+def _kept(node: Any, name: str) -> Any:
+    if is_packed(node, name):
+        raise _unknown(node, "a checkpoint or saved_tensors_hooks have packed what it keeps; compute the loss outside")
+    return saved(node, name)
+
+
+def _terms(made: _Made) -> float | Tensor:
     """Return how many terms a loss function has averaged, or their weight."""
-    if _REDUCTIONS[saved(node, "reduction")] != "mean":
+    if _REDUCTIONS[saved(made.node, "reduction")] != "mean":
         return 1.0
-    if kind in _OVER_WEIGHTS:
-        return of_host(saved(node, "total_weight"))
-    shape = forward_shape(inner, index)
-    return float(math.prod(shape) if kind in _OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
+    if made.kind in _OVER_WEIGHTS:
+        return _number(made.node, "total_weight")
+    shape = next(origin for origin in made.origins if origin is not None).shape
+    return float(math.prod(shape) if made.kind in _OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
 
 
-def _is_list_of_losses(node: Any) -> bool:
-    kind = node.name().rstrip("0123456789").removesuffix("Backward")
-    children = [child for child in node.next_functions if child[0] is not None]
-    return kind in _LISTS and any(math.prod(forward_shape(*child)) == 1 for child in children)
+def _is_list_of_losses(made: _Made) -> bool:
+    return made.kind in _LISTS and any(origin is not None and origin.is_one_number for origin in made.origins)
+
+
+# ---- sums of losses
+
+
+def _joined(made: _Made) -> LossFactor:
+    """Return the factor of a sum of two losses: the one that both have, without the weights that they are added
+    with."""
+    parts = [_unweighted(origin) for origin in made.origins if origin is not None]
+    for one, other in (parts, parts[::-1]):
+        softmax = _log_softmax(one, at_targets=True)
+        if softmax is not None and softmax is _log_softmax(other, at_targets=False):
+            return _factor(one)
+    first, second = map(_factor, parts)
+    factor = agreed(first, second)
+    if factor is None:
+        raise _unknown(
+            made.node,
+            f"it adds parts that are divided by different numbers, {first.number:g} and {second.number:g} (a penalty, "
+            "a second loss); call set_loss() with that part alone whose terms are the samples' (and backward() on all)",
+        )
+    return factor
+
+
+def _unweighted(made: _Made) -> _Made:
+    """Return what a part of a sum is without the constants that it is multiplied with."""
+    while made.is_one_number and made.kind in (*_SAME_VALUE, "Mul"):
+        made = _scaled(made)[0] if made.kind == "Mul" else made.origin
+    return made
+
+
+def _log_softmax(made: _Made, *, at_targets: bool) -> Any:
+    """Return the node of the log-softmax of which a part of a loss is a sum over the targets, or over all classes; None
+    where it is no such sum."""
+    reduced = False  # to one term per target
+    while True:
+        kind = made.kind
+        if kind == "LogSoftmax":
+            return made.node if reduced else None
+        per_target = kind in (*_OVER_WEIGHTS, "Gather") if at_targets else kind == "Sum" and not made.is_one_number
+        on_the_way = kind in _PER_ELEMENT or (kind in ("Sum", "Mean") and made.is_one_number)
+        reduced |= per_target
+        if not per_target and not on_the_way:
+            return None
+        found = [origin for origin in made.origins if origin is not None]
+        if len(found) != 1:
+            return None
+        (made,) = found
 
 
 def _unknown(node: Any, why: str) -> ValueError:
     return ValueError(
-        f"loss: its graph has {node.name()}, and {why}; pass loss_reduction='mean' or 'sum' with loss_terms= or scale= "
-        "in place of 'auto'"
+        f"loss: its graph has {node.name()}, and {why}; or pass loss_reduction='mean' or 'sum' with loss_terms= or "
+        "scale= in place of 'auto'"
     )

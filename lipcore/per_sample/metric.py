@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -40,6 +41,7 @@ from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.show import shown
 from lipcore.per_sample.unproved import Unproved
+from lipcore.per_sample.watched_loss import loss_of_output
 
 _SILENT = 4  # steps without a number after which the user is told why
 
@@ -163,6 +165,7 @@ class PerSampleGradNorms(StandaloneMetric):
             prove=prove,
             output=output,
             note_of=self._reduction.note_of,
+            note_of_output=loss_of_output if loss_reduction == "auto" else None,
             fast_batch_of_one=batch_of_one == "fast",
             max_replay_bytes=max_replay_bytes,
         )
@@ -181,7 +184,8 @@ class PerSampleGradNorms(StandaloneMetric):
         self._window = BlockWindow(0, 1)  # until the layers are known; the total is the last place
         self._unproved = Unproved(1)
         self._doubts = Doubts(1)
-        self._dropped = self._without_loss = 0
+        self._dropped = 0
+        self._without_loss: Counter[str] = Counter()  # passes whose factor is not known, by reason
         self._noise: NoiseScale | None = None
         self._told_of_hooks = self._heard = False  # of hooks on parameters; a step has brought numbers
         self._raised: Warning | None = None  # by a warning, where the filters make an error of it
@@ -264,9 +268,9 @@ class PerSampleGradNorms(StandaloneMetric):
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
-        factor = self._reduction.factor(record.samples, self._scaler, record.note)
+        factor = self._reduction.factor(record.samples, self._scaler, record.note, record.task)
         if factor is None:
-            self._without_loss += 1
+            self._without_loss[self._reduction.missing] += 1
             self.observe_unrecorded(record.samples, self._reduction.missing)
             return
         norms = PassNorms(record, factor, self._layer_index)
@@ -293,8 +297,11 @@ class PerSampleGradNorms(StandaloneMetric):
         self._ids = None
         self._reduction.forget()
         self._last = self._without(samples, reason)
-        if reason in (STRAYED, self._reduction.missing) and self._open_step.sums is not None:
+        if (reason == STRAYED or reason in self._without_loss) and self._open_step.sums is not None:
             self._open_step.sums.spoil(reason)
+
+    def observe_loss(self, loss: Tensor) -> None:
+        self._reduction.look_at(loss)
 
     def _note_doubt(self, record: LayerRecord) -> None:
         """Note that a pass waits for a proof; a mark is made before the first of them."""
@@ -371,8 +378,7 @@ class PerSampleGradNorms(StandaloneMetric):
     def _tell_of_silence(self) -> None:
         """Warn that no step has brought a number so far, where the reasons are known."""
         reasons = list(self._capture.unrecorded) if self._capture is not None else []
-        if self._without_loss:
-            reasons.append(self._reduction.missing)
+        reasons += self._without_loss
         if reasons:
             message = f"lipcore has recorded no sample for {self.name} in {_SILENT} steps: {'; '.join(reasons)}"
             self._raised = warn_in_hook(message, UserWarning) or self._raised
@@ -526,8 +532,7 @@ class PerSampleGradNorms(StandaloneMetric):
         doubts = self._doubts.counts()
         if capture is not None:
             result.details["unrecorded"] = dict(capture.unrecorded)
-            if self._without_loss:
-                result.details["unrecorded"][self._reduction.missing] = self._without_loss
+            result.details["unrecorded"] |= self._without_loss
             result.details["proved"] = not doubts
             if taken_back := self._unproved.taken_back.counts():
                 result.details["taken_back"] = taken_back

@@ -1,0 +1,81 @@
+"""A loss whose factor was read from its graph, and the gradient that a backward pass brings to it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lipcore.capture.proof import is_proof
+from lipcore.capture.training_pass import accumulates_everything, in_backward
+from lipcore.models.torch_internals import top_saved_tensors_hooks
+from lipcore.per_sample.loss_factor import LossFactor, of_host, product
+from lipcore.per_sample.loss_graph import read_factor
+
+_HOOKED = (
+    "the model's `loss` was made under a checkpoint around the model or under saved_tensors_hooks, where reading its "
+    "graph would run the model again; call set_loss(loss) or monitor.log(loss=loss) outside"
+)
+
+
+class WatchedLoss:
+    r"""A loss L whose graph says :math:`\nabla l_i = f \cdot` (what its own backward pass brings of sample i), and the
+    gradient g that comes to L in the training's backward pass: the product of all that was done to it since. What that
+    pass brings of sample i is then to be multiplied by f / g.
+
+    Of the graph nothing is kept.
+
+    Raises:
+        TypeError, ValueError: as :func:`read_factor`.
+    """
+
+    def __init__(self, loss: Tensor) -> None:
+        self._read = read_factor(loss)
+        self._index = loss.output_nr
+        self._task, self._gradient = -1, 0.0  # of the last backward pass that came to it
+        self._on_device: Tensor | None = None
+        loss.grad_fn.register_prehook(self._came)  # type: ignore[union-attr]
+
+    def _came(self, gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[self._index]
+        if gradient is None or is_proof() or not accumulates_everything():
+            return
+        found = of_host(gradient)
+        self._task = in_backward()
+        self._on_device = found if isinstance(found, Tensor) else None
+        self._gradient = found if isinstance(found, float) else 1.0
+
+    def factor(self, task: int) -> LossFactor | None:
+        """Return the factor in the backward pass of this number; None where that pass did not come to this loss, or
+        came with a gradient of 0."""
+        if self._task != task or self._gradient == 0:
+            return None
+        later = [] if self._on_device is None else [self._on_device.reciprocal()]
+        return product(self._read.number / self._gradient, *self._read.tensors, *later)
+
+
+def loss_of_output(output: Any, samples: int) -> WatchedLoss | str | None:
+    """Watch the loss that a model has returned: what it calls `loss` (a key or an attribute), or a number without
+    dimensions that it returns alone or as the first of several, where there are several samples: that of one sample may
+    be its prediction. Return why it cannot be watched, or None where there is no such loss."""
+    loss = _loss_in(output, samples)
+    if loss is None:
+        return None
+    if top_saved_tensors_hooks(True) is not None:
+        return _HOOKED
+    try:
+        return WatchedLoss(loss)
+    except ValueError as error:
+        return f"the `loss` that the model returned cannot be read: {error}"
+
+
+def _loss_in(output: Any, samples: int) -> Tensor | None:
+    named = output.get("loss") if isinstance(output, Mapping) else None
+    if named is None and not isinstance(output, (Tensor, Mapping)):
+        named = getattr(output, "loss", None)
+    if named is not None:
+        return named if isinstance(named, Tensor) and named.requires_grad else None
+    first = output[0] if isinstance(output, (tuple, list)) and output else output
+    alone = isinstance(first, Tensor) and first.dim() == 0 and first.requires_grad and samples > 1
+    return first if alone else None
