@@ -176,22 +176,38 @@ def _is_list_of_losses(made: _Made) -> bool:
 
 
 def _joined(made: _Made) -> LossFactor:
-    """Return the factor of a sum of two losses: the one that both have, without the weights that they are added
+    """Return the factor of a sum of losses: the one that all of them have, without the weights that they are added
     with."""
-    parts = [_unweighted(origin) for origin in made.origins if origin is not None]
-    for one, other in (parts, parts[::-1]):
-        softmax = _log_softmax(one, at_targets=True)
-        if softmax is not None and softmax is _log_softmax(other, at_targets=False):
-            return _factor(one)
-    first, second = map(_factor, parts)
-    factor = agreed(first, second)
-    if factor is None:
-        raise _unknown(
-            made.node,
-            f"it adds parts that are divided by different numbers, {first.number:g} and {second.number:g} (a penalty, "
-            "a second loss); call set_loss() with that part alone whose terms are the samples' (and backward() on all)",
-        )
-    return factor
+    parts = _parts(made)
+    at_targets = {_log_softmax(part, at_targets=True) for part in parts} - {None}
+    counted = [part for part in parts if _log_softmax(part, at_targets=False) not in at_targets]
+    factors = [_factor(part) for part in counted]
+    for other in factors[1:]:
+        factor = agreed(factors[0], other)
+        if factor is None:
+            raise _unknown(
+                made.node,
+                f"it adds parts that are divided by different numbers, {factors[0].number:g} and {other.number:g}; "
+                "where one is a penalty, call set_loss() with the samples' own loss alone (and backward() on all)",
+            )
+        factors[0] = factor
+    return factors[0]
+
+
+def _parts(made: _Made) -> list[_Made]:
+    """Return what a sum adds, without the weights; what it adds twice comes once."""
+    found: list[_Made] = []
+    seen, todo = set(), [made]
+    while todo:
+        part = _unweighted(todo.pop())
+        if part in seen:
+            continue
+        seen.add(part)
+        if part.is_one_number and part.kind in ("Add", "Sub") and None not in part.origins:
+            todo += [origin for origin in reversed(part.origins) if origin is not None]
+        else:
+            found.append(part)
+    return found
 
 
 def _unweighted(made: _Made) -> _Made:

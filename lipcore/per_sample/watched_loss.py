@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from torch import Tensor
 
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward
+from lipcore.models.outputs import nodes_before, tensors_of
 from lipcore.models.torch_internals import top_saved_tensors_hooks
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
 from lipcore.per_sample.loss_graph import read_factor
@@ -17,6 +19,11 @@ _HOOKED = (
     "the model's `loss` was made under a checkpoint around the model or under saved_tensors_hooks, where reading its "
     "graph would run the model again; call set_loss(loss) or monitor.log(loss=loss) outside"
 )
+_SEVERAL = (
+    "the `loss` that the model returned has shape {0}; call set_loss(loss) with the number that backward() is called on"
+)
+#: How many nodes of a loss's graph are gone through at most for the other outputs.
+_NODES = 256
 
 
 class WatchedLoss:
@@ -57,25 +64,37 @@ class WatchedLoss:
 
 def loss_of_output(output: Any, samples: int) -> WatchedLoss | str | None:
     """Watch the loss that a model has returned: what it calls `loss` (a key or an attribute), or a number without
-    dimensions that it returns alone or as the first of several, where there are several samples: that of one sample may
-    be its prediction. Return why it cannot be watched, or None where there is no such loss."""
-    loss = _loss_in(output, samples)
-    if loss is None:
+    dimensions that it returns alone or as the first of several. Return why it cannot be watched, or None where there
+    is no such loss.
+
+    Without a name it is taken for the loss where there are several samples (of one it may be a prediction) and all else
+    that it returns is behind it in the graph (else it may be a penalty, and the loss is made of the others later).
+    """
+    loss = _named_loss(output)
+    loss = _first_of(output, samples) if loss is None else loss
+    if loss is None or not loss.requires_grad:
         return None
     if top_saved_tensors_hooks(True) is not None:
         return _HOOKED
+    if loss.numel() != 1:
+        return _SEVERAL.format(list(loss.shape))
     try:
         return WatchedLoss(loss)
     except ValueError as error:
         return f"the `loss` that the model returned cannot be read: {error}"
 
 
-def _loss_in(output: Any, samples: int) -> Tensor | None:
-    named = output.get("loss") if isinstance(output, Mapping) else None
-    if named is None and not isinstance(output, (Tensor, Mapping)):
-        named = getattr(output, "loss", None)
-    if named is not None:
-        return named if isinstance(named, Tensor) and named.requires_grad else None
-    first = output[0] if isinstance(output, (tuple, list)) and output else output
-    alone = isinstance(first, Tensor) and first.dim() == 0 and first.requires_grad and samples > 1
-    return first if alone else None
+def _named_loss(output: Any) -> Tensor | None:
+    found = output.get("loss") if isinstance(output, Mapping) else None
+    if not isinstance(output, (Tensor, Mapping)):
+        found = getattr(output, "loss", None)
+    return found if isinstance(found, Tensor) else None
+
+
+def _first_of(output: Any, samples: int) -> Tensor | None:
+    first, *others = output if isinstance(output, (tuple, list)) and output else [output]
+    if samples < 2 or not isinstance(first, Tensor) or first.dim() or first.grad_fn is None:
+        return None
+    waiting = {tensor.grad_fn for tensor in tensors_of(others) if tensor.grad_fn is not None}
+    waiting.difference_update(islice(nodes_before([first.grad_fn]), _NODES))
+    return None if waiting else first

@@ -217,6 +217,35 @@ def test_the_prediction_of_a_single_sample_is_no_loss() -> None:
         assert "no loss was set" in norms.broken
 
 
+def test_a_penalty_that_comes_first_is_no_loss() -> None:
+    class Penalised(Trained):
+        def forward(self, x: Tensor, labels: Tensor | None = None, items: Any = None) -> Any:
+            hidden = self.body[1](self.body[0](x))
+            return hidden.square().mean(), self.body[2](hidden)
+
+    model = Penalised()
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        penalty, logits = model(X)
+        (nnf.cross_entropy(logits, Y) + 0.01 * penalty).backward()
+        assert "nor has the model returned one" in norms.broken
+
+
+def test_losses_of_single_samples_are_no_loss() -> None:
+    class Unreduced(Trained):
+        def forward(self, x: Tensor, labels: Tensor | None = None, items: Any = None) -> Any:
+            return {"loss": nnf.cross_entropy(self.body(x), Y, reduction="none")}
+
+    model = Unreduced()
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for given in (False, True):
+            loss = model(X)["loss"].mean()
+            if given:
+                norms.set_loss(loss)
+            loss.backward()
+            assert ("the `loss` that the model returned has shape [6]; call set_loss(loss)" in norms.broken) != given
+            assert bool(norms.per_sample.isfinite().all()) == given
+
+
 def test_a_loss_that_is_set_goes_first() -> None:
     """And its scale is read where it was set: what is done to it later counts too."""
     model = made()
@@ -234,7 +263,7 @@ def test_a_part_of_a_loss_may_be_set() -> None:
     with PerSampleGradNorms(model, loss_reduction="auto") as norms:
         part = nnf.cross_entropy(model(X)["logits"], Y)
         whole = part + 0.1 * sum(p.square().sum() for p in model.parameters())
-        with pytest.raises(ValueError, match="call set_loss\\(\\) with that part alone"):
+        with pytest.raises(ValueError, match="call set_loss\\(\\) with the samples' own loss alone"):
             norms.set_loss(whole)
         norms.set_loss(part)
         whole.backward()

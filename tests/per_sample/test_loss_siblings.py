@@ -208,7 +208,7 @@ def test_it_is_what_single_samples_say(name: str) -> None:
 REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "a mean and a penalty": (
         lambda z: nnf.mse_loss(z, R) + 0.01 * PENALISED.square().sum(),
-        r"adds parts that are divided by different numbers, 30 and 1 .* set_loss\(\)",
+        r"adds parts that are divided by different numbers, 30 and 1; .* set_loss\(\)",
     ),
     "means over other numbers": (
         lambda z: nnf.cross_entropy(z, Y) + nnf.mse_loss(z, R),
@@ -233,6 +233,15 @@ def test_what_is_not_known_is_refused_by_name(name: str) -> None:
     loss, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         read_factor(loss(Z.clone().requires_grad_()))
+
+
+def test_a_sum_of_very_many_losses() -> None:
+    z = Z.clone().requires_grad_()
+    losses = sum(nnf.mse_loss(k * z, R) for k in range(1, 2000))
+    assert float(read_factor(losses).value) == B * C
+    for _ in range(40):  # each is added to itself
+        losses = losses + losses
+    assert float(read_factor(losses).value) == B * C
 
 
 def test_a_graph_that_was_freed() -> None:
