@@ -28,7 +28,7 @@ _LISTS = ("Stack", "Cat")
 _PER_ELEMENT = (*_SAME_VALUE, "MaskedFill", "Mul", "Div")
 
 
-class _Made(NamedTuple):
+class Made(NamedTuple):
     """A tensor in the graph: the node that has made it, and the number of that node's output."""
 
     node: Any
@@ -47,15 +47,15 @@ class _Made(NamedTuple):
         return math.prod(self.shape) == 1
 
     @property
-    def origins(self) -> list[_Made | None]:
+    def origins(self) -> list[Made | None]:
         """Those that it was made of; None for each that depends on nothing trained."""
-        return [None if node is None else _Made(node, place) for node, place in self.node.next_functions]
+        return [None if node is None else Made(node, place) for node, place in self.node.next_functions]
 
     @property
-    def origin(self) -> _Made:
+    def origin(self) -> Made:
         """The only one of them that depends on anything trained."""
         if self.kind == "_DDPSink":  # takes all outputs, and returns them in this order
-            return _Made(*self.node.next_functions[self.place])
+            return Made(*self.node.next_functions[self.place])
         found = [origin for origin in self.origins if origin is not None]
         if len(found) != 1:
             raise _unknown(self.node, "several of what it joins depend on the model")
@@ -79,6 +79,11 @@ def read_factor(loss: Tensor) -> LossFactor:
         ValueError: not one number, no graph, a graph that was freed, or an operation in it whose factor is not known;
             the message names it.
     """
+    return read_loss(loss)[0]
+
+
+def read_loss(loss: Tensor) -> tuple[LossFactor, Made]:
+    """Return the factor and, as read_factor(), what the graph was followed to: the reduction, or a sum of losses."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss: expected the loss, a tensor with a graph, got {type(loss).__name__}")
     if loss.numel() != 1 or loss.grad_fn is None:
@@ -87,25 +92,26 @@ def read_factor(loss: Tensor) -> LossFactor:
             f"loss: expected the one number that backward() is called on, before it is; this tensor {what}"
         )
     try:
-        return _factor(_Made(loss.grad_fn, loss.output_nr))
+        return _factor(Made(loss.grad_fn, loss.output_nr))
     except RuntimeError as error:
         raise ValueError(
             f"loss: expected the loss before its backward pass, which frees the graph that is read ({error})"
         ) from error
 
 
-def _factor(made: _Made) -> LossFactor:
+def _factor(made: Made) -> tuple[LossFactor, Made]:
     parts: list[float | Tensor] = []
-    following: _Made | None = made
+    following: Made | None = made
     while following is not None and following.is_one_number:
-        if following.kind in ("Add", "Sub") and None not in following.origins:
-            joined = _joined(following)
-            return product(joined.number, *joined.tensors, *parts)
-        following = _step(following, parts)
-    return product(1.0, *parts)
+        made = following
+        if made.kind in ("Add", "Sub") and None not in made.origins:
+            joined = _joined(made)
+            return product(joined.number, *joined.tensors, *parts, doubt=joined.doubt), made
+        following = _step(made, parts)
+    return product(1.0, *parts), made
 
 
-def _step(made: _Made, parts: list[float | Tensor]) -> _Made | None:
+def _step(made: Made, parts: list[float | Tensor]) -> Made | None:
     """Add what this operation has done to the factor, and return what it was done to; None after the reduction."""
     kind, node = made.kind, made.node
     if kind in (*_SAME_VALUE, "Add", "Sub"):  # added: a constant
@@ -128,7 +134,7 @@ def _step(made: _Made, parts: list[float | Tensor]) -> _Made | None:
     raise _unknown(node, "what it does to the factor is not known")
 
 
-def _scaled(made: _Made) -> tuple[_Made, str]:
+def _scaled(made: Made) -> tuple[Made, str]:
     """Return what was multiplied with or divided by a constant, and the name that the node keeps the constant under."""
     first, *others = made.origins
     second = others[0] if others else None
@@ -154,11 +160,12 @@ def _number(node: Any, name: str) -> float | Tensor:
 
 def _kept(node: Any, name: str) -> Any:
     if is_packed(node, name):
-        raise _unknown(node, "a checkpoint or saved_tensors_hooks have packed what it keeps; compute the loss outside")
+        why = "a checkpoint or saved_tensors_hooks have packed what it keeps"
+        raise _unknown(node, why, "compute the loss outside, or ")
     return saved(node, name)
 
 
-def _terms(made: _Made) -> float | Tensor:
+def _terms(made: Made) -> float | Tensor:
     """Return how many terms a loss function has averaged, or their weight."""
     if _REDUCTIONS[saved(made.node, "reduction")] != "mean":
         return 1.0
@@ -168,35 +175,35 @@ def _terms(made: _Made) -> float | Tensor:
     return float(math.prod(shape) if made.kind in _OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
 
 
-def _is_list_of_losses(made: _Made) -> bool:
+def _is_list_of_losses(made: Made) -> bool:
     return made.kind in _LISTS and any(origin is not None and origin.is_one_number for origin in made.origins)
 
 
 # ---- sums of losses
 
 
-def _joined(made: _Made) -> LossFactor:
+def _joined(made: Made) -> LossFactor:
     """Return the factor of a sum of losses: the one that all of them have, without the weights that they are added
     with."""
     parts = _parts(made)
     at_targets = {_log_softmax(part, at_targets=True) for part in parts} - {None}
     counted = [part for part in parts if _log_softmax(part, at_targets=False) not in at_targets]
-    factors = [_factor(part) for part in counted]
+    factors = [_factor(part)[0] for part in counted]
     for other in factors[1:]:
         factor = agreed(factors[0], other)
         if factor is None:
             raise _unknown(
                 made.node,
-                f"it adds parts that are divided by different numbers, {factors[0].number:g} and {other.number:g}; "
-                "where one is a penalty, call set_loss() with the samples' own loss alone (and backward() on all)",
+                f"it adds parts that are divided by different numbers, {factors[0].number:g} and {other.number:g}",
+                "where one is a penalty, call set_loss() with the samples' own loss alone (and backward() on all), or ",
             )
         factors[0] = factor
     return factors[0]
 
 
-def _parts(made: _Made) -> list[_Made]:
+def _parts(made: Made) -> list[Made]:
     """Return what a sum adds, without the weights; what it adds twice comes once."""
-    found: list[_Made] = []
+    found: list[Made] = []
     seen, todo = set(), [made]
     while todo:
         part = _unweighted(todo.pop())
@@ -210,14 +217,14 @@ def _parts(made: _Made) -> list[_Made]:
     return found
 
 
-def _unweighted(made: _Made) -> _Made:
+def _unweighted(made: Made) -> Made:
     """Return what a part of a sum is without the constants that it is multiplied with."""
     while made.is_one_number and made.kind in (*_SAME_VALUE, "Mul"):
         made = _scaled(made)[0] if made.kind == "Mul" else made.origin
     return made
 
 
-def _log_softmax(made: _Made, *, at_targets: bool) -> Any:
+def _log_softmax(made: Made, *, at_targets: bool) -> Any:
     """Return the node of the log-softmax of which a part of a loss is a sum over the targets, or over all classes; None
     where it is no such sum."""
     reduced = False  # to one term per target
@@ -236,8 +243,6 @@ def _log_softmax(made: _Made, *, at_targets: bool) -> Any:
         (made,) = found
 
 
-def _unknown(node: Any, why: str) -> ValueError:
-    return ValueError(
-        f"loss: its graph has {node.name()}, and {why}; or pass loss_reduction='mean' or 'sum' with loss_terms= or "
-        "scale= in place of 'auto'"
-    )
+def _unknown(node: Any, why: str, remedy: str = "") -> ValueError:
+    fixed = "pass loss_reduction='mean' or 'sum' with loss_terms= or scale= in place of 'auto'"
+    return ValueError(f"loss: its graph has {node.name()}, and {why}; {remedy}{fixed}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lipcore.models.arguments import check_choice
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
-from lipcore.per_sample.watched_loss import WatchedLoss
+from lipcore.per_sample.watched_loss import WatchedLoss, loss_of_output
 
 LossReduction = Literal["mean", "sum", "auto"]
 
@@ -26,6 +26,7 @@ NOT_REACHED = (
     "set_loss(loss), or monitor.log(loss=loss), before loss.backward() and with the very loss that it is called on, or "
     "that this is made of"
 )
+_FIRST, _EVERY = 2, 64  # passes in which a loss is confirmed
 Terms = Real | int | float | Tensor | str | Callable[..., Any] | None
 
 NO_TERMS = (
@@ -58,6 +59,7 @@ class Reduction:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
         self.reduction, self.terms, self.scale = reduction, terms, scale
+        self._passes, self._disagrees = 0, False
         self._set: WatchedLoss | str | None = None  # the loss that was set, or why it cannot be read
         self.missing = NO_LOSS if reduction == "auto" else NO_TERMS.format(terms)  #: why factor() has returned None
         #: From the model's arguments and keywords to the number of terms, where it comes from there.
@@ -78,7 +80,17 @@ class Reduction:
                 f"set_loss: is for loss_reduction='auto'; this metric has '{self.reduction}', which needs no loss"
             )
         self._set = None
-        self._set = WatchedLoss(loss)
+        self._set = WatchedLoss(loss, confirm=self._confirms)
+
+    def look_at_output(self, output: Any, samples: int) -> WatchedLoss | str | None:
+        """Return the loss that a model has returned, watched (:func:`loss_of_output`)."""
+        self._passes += 1
+        return loss_of_output(output, samples, confirm=self._confirms)
+
+    @property
+    def _confirms(self) -> bool:
+        """True where a loss is to be confirmed: in the first passes, now and then, and once that has failed always."""
+        return self._passes <= _FIRST or self._passes % _EVERY == 0 or self._disagrees
 
     def look_at(self, loss: Tensor) -> None:
         """Read f of the next micro-batch from its loss, where that is wanted; keep the reason where it cannot be."""
@@ -111,6 +123,9 @@ class Reduction:
     def _read_factor(self, returned: WatchedLoss | str | None, task: int) -> LossFactor | None:
         for loss in (self._set, returned):
             factor = loss.factor(task) if isinstance(loss, WatchedLoss) else None
+            if isinstance(factor, str):
+                self._disagrees, self.missing = True, factor
+                return None
             if factor is not None:
                 return factor
         found = self._set or returned

@@ -41,7 +41,6 @@ from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.show import shown
 from lipcore.per_sample.unproved import Unproved
-from lipcore.per_sample.watched_loss import loss_of_output
 
 _SILENT = 4  # steps without a number after which the user is told why
 
@@ -165,7 +164,7 @@ class PerSampleGradNorms(StandaloneMetric):
             prove=prove,
             output=output,
             note_of=self._reduction.note_of,
-            note_of_output=loss_of_output if loss_reduction == "auto" else None,
+            note_of_output=self._reduction.look_at_output if loss_reduction == "auto" else None,
             fast_batch_of_one=batch_of_one == "fast",
             max_replay_bytes=max_replay_bytes,
         )
@@ -464,8 +463,8 @@ class PerSampleGradNorms(StandaloneMetric):
     @property
     def broken(self) -> str:
         """Reason why the last total is NaN, at some samples or at all; empty when it is not."""
-        record = self._last_norms().record
-        return record.broken or record.hidden
+        last = self._last_norms()
+        return last.record.broken or last.factor.reason or last.record.hidden
 
     @property
     def unproved(self) -> str:

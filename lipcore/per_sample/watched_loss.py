@@ -12,8 +12,9 @@ from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward
 from lipcore.models.outputs import nodes_before, tensors_of
 from lipcore.models.torch_internals import top_saved_tensors_hooks
+from lipcore.per_sample.loss_confirmation import NOT_CONFIRMED, confirmation_of
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
-from lipcore.per_sample.loss_graph import read_factor
+from lipcore.per_sample.loss_graph import read_loss
 
 _HOOKED = (
     "the model's `loss` was made under a checkpoint around the model or under saved_tensors_hooks, where reading its "
@@ -33,15 +34,24 @@ class WatchedLoss:
 
     Of the graph nothing is kept.
 
+    Args:
+        loss: before its backward pass.
+        confirm: also look at the gradient at the logits, where L is a softmax cross-entropy; always done on a device,
+            whose answer is not waited for.
+
     Raises:
         TypeError, ValueError: as :func:`read_factor`.
     """
 
-    def __init__(self, loss: Tensor) -> None:
-        self._read = read_factor(loss)
+    def __init__(self, loss: Tensor, *, confirm: bool = False) -> None:
+        self._read, reduction = read_loss(loss)
         self._index = loss.output_nr
         self._task, self._gradient = -1, 0.0  # of the last backward pass that came to it
         self._on_device: Tensor | None = None
+        self._doubt = ""
+        self._agrees: Tensor | None = None  # on a device
+        look = confirm or not _is_known(loss)
+        self._confirmation = confirmation_of(reduction, self._came_to_logits) if look else None
         loss.grad_fn.register_prehook(self._came)  # type: ignore[union-attr]
 
     def _came(self, gradients: tuple[Tensor | None, ...]) -> None:
@@ -52,17 +62,39 @@ class WatchedLoss:
         self._task = in_backward()
         self._on_device = found if isinstance(found, Tensor) else None
         self._gradient = found if isinstance(found, float) else 1.0
+        self._doubt, self._agrees = "", None
 
-    def factor(self, task: int) -> LossFactor | None:
-        """Return the factor in the backward pass of this number; None where that pass did not come to this loss, or
-        came with a gradient of 0."""
+    def _came_to_logits(self, gradient: Tensor) -> None:
+        if self._task != in_backward() or self._confirmation is None:
+            return
+        try:
+            scale = (self._gradient if self._on_device is None else self._on_device) / self._read.value
+            agrees = self._confirmation.agrees(gradient.detach(), scale)
+            if agrees is not None and _is_known(agrees):
+                self._doubt = "" if bool(agrees) else NOT_CONFIRMED
+            else:
+                self._agrees = agrees
+        except Exception as error:  # in the user's backward pass
+            self._doubt = f"{NOT_CONFIRMED} ({type(error).__name__}: {error})"
+
+    def factor(self, task: int) -> LossFactor | str | None:
+        """Return the factor in the backward pass of this number, or why it is another one; None where that pass did not
+        come to this loss, or came with a gradient of 0."""
         if self._task != task or self._gradient == 0:
             return None
+        if self._doubt:
+            return self._doubt
         later = [] if self._on_device is None else [self._on_device.reciprocal()]
-        return product(self._read.number / self._gradient, *self._read.tensors, *later)
+        factor = product(self._read.number / self._gradient, *self._read.tensors, *later, doubt=self._read.doubt)
+        return factor if self._agrees is None else factor.only_where(self._agrees, NOT_CONFIRMED)
 
 
-def loss_of_output(output: Any, samples: int) -> WatchedLoss | str | None:
+def _is_known(tensor: Tensor) -> bool:
+    """Return whether the host reads it without waiting."""
+    return tensor.is_cpu
+
+
+def loss_of_output(output: Any, samples: int, *, confirm: bool = False) -> WatchedLoss | str | None:
     """Watch the loss that a model has returned: what it calls `loss` (a key or an attribute), or a number without
     dimensions that it returns alone or as the first of several. Return why it cannot be watched, or None where there
     is no such loss.
@@ -79,7 +111,7 @@ def loss_of_output(output: Any, samples: int) -> WatchedLoss | str | None:
     if loss.numel() != 1:
         return _SEVERAL.format(list(loss.shape))
     try:
-        return WatchedLoss(loss)
+        return WatchedLoss(loss, confirm=confirm)
     except ValueError as error:
         return f"the `loss` that the model returned cannot be read: {error}"
 

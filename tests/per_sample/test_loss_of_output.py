@@ -6,7 +6,7 @@ import copy
 import pickle
 from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
+from lipcore.per_sample import loss_graph, loss_reduction, watched_loss
 
 
 @dataclass
@@ -373,3 +374,94 @@ def test_what_is_no_loss_is_refused_by_log() -> None:
     with pytest.raises(TypeError, match="log: expected loss= alone, got lr=, epoch= too"):
         monitor.log(loss=0.5, lr=0.1, epoch=2)
     monitor.close()
+
+
+# ---- confirmed by the gradient at the logits
+
+
+class Tokens(nn.Module):
+    """A language model's head: the loss is over flat tokens."""
+
+    def __init__(self, cast: bool) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+        self.cast = cast
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.body(x)
+        flat = (logits.double() if self.cast else logits).view(-1, 3)
+        return {"loss": nnf.cross_entropy(flat, labels.flatten(), WEIGHTS.to(flat.dtype)), "logits": logits}
+
+
+WEIGHTS = torch.tensor([1.0, 0.5, 3.0])
+
+
+def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the numbers of a loss be known to the device only."""
+    for module in (loss_graph, watched_loss):
+        monkeypatch.setattr(module, "of_host", lambda tensor: tensor.detach().reshape(()).double())
+    monkeypatch.setattr(watched_loss, "_is_known", lambda tensor: False)
+
+
+@pytest.mark.parametrize("device", [False, True], ids=["host", "device"])
+@pytest.mark.parametrize("cast", [False, True])
+def test_another_loss_of_the_same_logits_is_seen(cast: bool, device: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = Tokens(cast)
+    x, labels = torch.randn(5, 4, 4), torch.randint(0, 3, (5, 4))
+    labels[0, :3] = -100
+    if device:
+        on_a_device(monkeypatch)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for other in (0.0, 1e-2, 0.0, 1e-2, 1e-2):
+            output = model(x, labels)
+            loss = output["loss"] / 3 + (other * output["logits"].square().mean() if other else 0)
+            loss.backward()
+            assert bool(norms.per_sample.isnan().all()) == bool(other)
+            assert ("gradient at the logits of the cross-entropy is another one" in norms.broken) == bool(other)
+
+
+def test_once_it_was_another_one_every_pass_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loss_reduction, "_FIRST", 1)
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for other in (1.0, 0.0, 0.0, 1.0, 1.0):
+            output = model(X, Y)
+            (output["loss"] + other * output["logits"].square().sum()).backward()
+            assert bool(norms.per_sample.isnan().all()) == bool(other)
+
+
+def test_a_hook_that_changes_the_logits_gradient_is_seen() -> None:
+    model = made()
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        output = model(X, Y)
+        output["logits"].register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+        output["loss"].backward()
+        assert "a hook changes their gradient" in norms.broken
+
+
+def test_a_wrong_factor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the graph read wrongly, the gradient at the logits would show it."""
+    model = made()
+    read = watched_loss.read_loss
+
+    def misread(loss: Tensor) -> Any:
+        factor, reduction = read(loss)
+        return replace(factor, number=factor.number * 1.01), reduction
+
+    monkeypatch.setattr(watched_loss, "read_loss", misread)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        model(X, Y)["loss"].backward()
+        assert bool(norms.per_sample.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_agrees(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = made().to(dtype)
+    x, y = torch.randn(64, 4).to(dtype), torch.randint(0, 3, (64,))
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for scale in (1.0, 1024.0):
+            (scale * model(x, y)["loss"]).backward()
+            assert not norms.broken
+            assert bool(norms.per_sample.isfinite().all())
