@@ -22,7 +22,7 @@ _KEPT = ("self", "target", "weight", "total_weight")
 
 
 class Confirmation:
-    r"""What the gradient at logits z has to be, in some rows: of a loss :math:`\sum_i w_i \ell_i / N` it is
+    r"""Some rows of what the gradient at logits z has to be: of a loss :math:`\sum_i w_i \ell_i / N` it is
 
     .. math:: \partial L / \partial z_i = w_i (\mathrm{softmax}(z_i) - e_{y_i}) / N
 

@@ -74,9 +74,10 @@ class PerSampleGradNorms(StandaloneMetric):
 
     Args:
         model: only when the metric stands alone.
-        loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read it, with whatever the loss was
-            multiplied with or divided by, from the graph of the loss that :meth:`set_loss` is called with before every
-            backward pass. It cannot be found from the gradients alone.
+        loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read f from the graph of the loss,
+            and g, the gradient that comes to the loss, in its backward pass: what comes of a sample is multiplied by
+            f / g. The loss is the one that :meth:`set_loss` or ``monitor.log(loss=loss)`` was called with before
+            ``loss.backward()``, else what the model returns as ``loss``. f cannot be found from the gradients alone.
         loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, a function that
             is called after every backward pass, the name of a keyword that the model is called with (a trainer's
             "num_items_in_batch"), or a function of its (arguments, keywords). For cross-entropy over tokens: how many
@@ -486,15 +487,18 @@ class PerSampleGradNorms(StandaloneMetric):
             self._renew_sink()
 
     def set_loss(self, loss: Tensor) -> None:
-        """Read from a loss's own graph what it was divided by; call it before ``loss.backward()`` with
-        ``loss_reduction="auto"``, and before a GradScaler scales the loss.
+        r"""Read from a loss's own graph what it was divided by; call it before ``loss.backward()``, in every
+        micro-batch, with ``loss_reduction="auto"``.
 
-        Means, sums, torch's loss functions, and constants that the loss is multiplied with or divided by on the way
-        are known. The norms are those of the sum of a sample's terms before the reduction to one number.
+        The graph says f with :math:`\nabla l_i = f \cdot` (what the backward pass of this loss alone brings of sample
+        i): :math:`l_i` is the sum of sample i's terms before the reduction to one number. In the backward pass the
+        gradient g comes to the loss, of whatever was made of it (a GradScaler's scale, loss / k, loss + penalty). The
+        norms are those of what comes times f / g. Means, sums, torch's loss functions, smoothed labels, sums of losses
+        divided by the same number, and constants that a loss is multiplied with or divided by are known.
 
         Raises:
             TypeError: no tensor.
-            ValueError: an operation whose factor is not known (a penalty that is added, say), by name.
+            ValueError: an operation whose factor is not known (parts divided by different numbers, say), by name.
             RuntimeError: the metric has another loss_reduction.
         """
         self._reduction.read(loss)

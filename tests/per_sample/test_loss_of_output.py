@@ -312,6 +312,20 @@ def test_it_is_copied_and_pickled() -> None:
             assert torch.equal(other.per_sample, norms.per_sample)
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+@pytest.mark.filterwarnings("ignore:.*find_unused_parameters")
+def test_what_distributed_data_parallel_returns() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        inner = made()
+        model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)  # outputs go through a node
+        with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+            (model(X, Y)["loss"] / 7).backward()
+            assert torch.allclose(norms.per_sample, truth(inner), rtol=1e-5)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # ---- Monitor.log
 
 
@@ -438,6 +452,21 @@ def test_a_hook_that_changes_the_logits_gradient_is_seen() -> None:
         output["logits"].register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
         output["loss"].backward()
         assert "a hook changes their gradient" in norms.broken
+
+
+def test_with_another_loss_of_the_same_logits_the_number_is_said() -> None:
+    """As the reason says it."""
+    model = made()
+    exact = copy.deepcopy(model.body).double()
+    expected = []
+    for i in range(len(X)):
+        logits = exact(X[i : i + 1].double())
+        loss = nnf.cross_entropy(logits, Y[i : i + 1], reduction="sum") + 5 * logits.square().sum()
+        expected.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(exact.parameters()))]).norm())
+    with PerSampleGradNorms(model, loss_reduction="mean", loss_terms=5) as norms:
+        output = model(X, Y)
+        (output["loss"] + output["logits"].square().sum()).backward()
+        assert torch.allclose(norms.per_sample, torch.stack(expected), rtol=1e-5)
 
 
 def test_a_wrong_factor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

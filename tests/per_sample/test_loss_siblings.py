@@ -262,3 +262,5 @@ def test_a_loss_inside_a_checkpoint_is_refused_and_not_run_again() -> None:
     with pytest.raises(ValueError, match="NllLossBackward0, and a checkpoint or saved_tensors_hooks have packed"):
         read_factor(loss)
     assert runs == [1]
+    z = torch.utils.checkpoint.checkpoint(torch.sin, Z.clone().requires_grad_(), use_reentrant=False)
+    assert read_factor(nnf.cross_entropy(z, Y)).value == 5  # outside, as it says

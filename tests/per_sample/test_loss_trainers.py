@@ -156,6 +156,11 @@ def test_a_trainer_that_smooths_labels_outside_the_model(tmp_path: Path) -> None
     with PerSampleGradNorms(model, on_unsupported="skip", loss_reduction="auto") as norms:
         compared.trainer(model, norms, tmp_path, label_smoothing_factor=0.1).train()
         assert all("call set_loss(loss) before loss.backward()" in reason for reason in compared.reasons)
+
+    model, compared = made("Llama"), Compared(0.1)
+    with PerSampleGradNorms(model, on_unsupported="skip", **WAYS["keyword"]) as norms:
+        compared.trainer(model, norms, tmp_path, label_smoothing_factor=0.1).train()
+    compared.check()
     smoother = LabelSmoother(0.1)
 
     model, compared = made("Llama"), Compared(0.1)
