@@ -59,11 +59,13 @@ def confirmation_of(reduction: Made, came: Callable[[Tensor], None]) -> Confirma
     if softmax.kind != "LogSoftmax" or len(softmax.shape) != 2 or is_packed(softmax.node, "result"):
         return None
     result, target = saved(softmax.node, "result"), saved(node, "target")
+    if not len(result):
+        return None
     step = max(1, len(result) // _ROWS)
     rows, labels = result[::step][:_ROWS].detach().float().exp(), target[::step][:_ROWS]
     counted = labels != _signed(saved(node, "ignore_index"))
     labels = labels.masked_fill(~counted, 0)
-    rows.scatter_add_(1, labels[:, None], rows.new_full((len(labels), 1), -1.0))
+    rows -= (labels[:, None] == torch.arange(rows.shape[1], device=rows.device)).float()
     weight = saved(node, "weight")
     worth = counted.float() if weight is None else counted * weight.detach()[labels].float()
     source = _source(softmax.origin)

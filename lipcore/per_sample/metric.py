@@ -109,6 +109,7 @@ class PerSampleGradNorms(StandaloneMetric):
         batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": their norms are read from
             the parameters' gradients, after three proofs that these are the same and with more proofs now and then.
             What else comes to reach those gradients (a penalty on parameters) may be noticed by the next proof only.
+            With ``loss_reduction="auto"`` they are tapped.
         max_replay_bytes: more than 0 (say ``1 << 30``): parameters that no layer's rule covers are measured from the
             autograd graph, in eager mode, by sums over rows or by running its nodes once more for every sample
             (:meth:`plan` says which); the gradients of single samples of a parameter may take so many bytes at once. 0

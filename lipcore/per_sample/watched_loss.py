@@ -18,7 +18,7 @@ from lipcore.per_sample.loss_graph import read_loss
 
 _HOOKED = (
     "the model's `loss` was made under a checkpoint around the model or under saved_tensors_hooks, where reading its "
-    "graph would run the model again; call set_loss(loss) or monitor.log(loss=loss) outside"
+    "graph would run the model again; make the loss outside, and call set_loss(loss) or monitor.log(loss=loss)"
 )
 _SEVERAL = (
     "the `loss` that the model returned has shape {0}; call set_loss(loss) with the number that backward() is called on"
