@@ -23,6 +23,11 @@ _HOOKED = (
 _SEVERAL = (
     "the `loss` that the model returned has shape {0}; call set_loss(loss) with the number that backward() is called on"
 )
+_PAST = (
+    "loss_reduction='auto': the backward pass comes from more than the `loss` that the model returned: another of its "
+    "outputs, which that loss is not made of, has a gradient; call set_loss(loss) with the whole before "
+    "loss.backward(), or pass loss_reduction='mean' or 'sum' with loss_terms= or scale= in place of 'auto'"
+)
 #: How many nodes of a loss's graph are gone through at most for the other outputs.
 _NODES = 256
 
@@ -47,6 +52,7 @@ class WatchedLoss:
         self._read, reduction = read_loss(loss)
         self._index = loss.output_nr
         self._task, self._gradient = -1, 0.0  # of the last backward pass that came to it
+        self._past = -1  # the last that also came to an output which is not behind it
         self._on_device: Tensor | None = None
         self._doubt = ""
         self._agrees: Tensor | None = None  # on a device
@@ -77,13 +83,24 @@ class WatchedLoss:
         except Exception as error:  # in the user's backward pass
             self._doubt = f"{NOT_CONFIRMED} ({type(error).__name__}: {error})"
 
+    def watch_past(self, output: Any, loss: Tensor) -> None:
+        """Notice gradients that come to those of the model's outputs which this loss is not made of."""
+        behind = set(nodes_before([loss.grad_fn]))
+        for tensor in tensors_of(output):
+            if tensor.grad_fn is not None and tensor.grad_fn not in behind:
+                tensor.grad_fn.register_prehook(self._came_past)
+
+    def _came_past(self, gradients: tuple[Tensor | None, ...]) -> None:
+        if not is_proof() and accumulates_everything():
+            self._past = in_backward()
+
     def factor(self, task: int) -> LossFactor | str | None:
         """Return the factor in the backward pass of this number, or why it is another one; None where that pass did not
         come to this loss, or came with a gradient of 0."""
         if self._task != task or self._gradient == 0:
             return None
-        if self._doubt:
-            return self._doubt
+        if self._doubt or self._past == task:
+            return self._doubt or _PAST
         later = [] if self._on_device is None else [self._on_device.reciprocal()]
         factor = product(self._read.number / self._gradient, *self._read.tensors, *later, doubt=self._read.doubt)
         return factor if self._agrees is None else factor.only_where(self._agrees, NOT_CONFIRMED)
@@ -111,9 +128,12 @@ def loss_of_output(output: Any, samples: int, *, confirm: bool = False) -> Watch
     if loss.numel() != 1:
         return _SEVERAL.format(list(loss.shape))
     try:
-        return WatchedLoss(loss, confirm=confirm)
+        watched = WatchedLoss(loss, confirm=confirm)
     except ValueError as error:
         return f"the `loss` that the model returned cannot be read: {error}"
+    if confirm:
+        watched.watch_past(output, loss)
+    return watched
 
 
 def _named_loss(output: Any) -> Tensor | None:

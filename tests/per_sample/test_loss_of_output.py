@@ -446,6 +446,40 @@ def test_once_it_was_another_one_every_pass_is_looked_at(monkeypatch: pytest.Mon
             assert bool(norms.per_sample.isnan().all()) == bool(other)
 
 
+class TwoHeads(Trained):
+    """A model with a second head, whose loss is another output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None, items: Any = None) -> Any:
+        hidden = self.body[1](self.body[0](x))
+        logits, others = self.body[2](hidden), self.second(hidden)
+        loss = nnf.cross_entropy(logits, Y)
+        return {"loss": loss, "second": nnf.cross_entropy(others, Y.clamp(0, 1)), "hidden": hidden, "others": others}
+
+
+def test_a_loss_of_another_head_is_seen() -> None:
+    torch.manual_seed(0)
+    model = TwoHeads()
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for both in (False, True, False, True):
+            output = model(X)
+            loss = output["loss"] + output["second"] if both else output["loss"]
+            loss.backward()
+            assert bool(norms.per_sample.isnan().all()) == both
+            assert ("comes from more than the `loss` that the model returned" in norms.broken) == both
+        output = model(X)  # as it says
+        loss = output["loss"] * 5 + output["second"] * 6
+        with pytest.raises(ValueError, match="different numbers, 5 and 6"):
+            norms.set_loss(loss)
+        loss = nnf.cross_entropy(output["others"], Y.clamp(0, 1)) + output["hidden"].square().sum(1).mean()
+        norms.set_loss(loss)
+        loss.backward()
+        assert bool(norms.per_sample.isfinite().all())
+
+
 def test_a_hook_that_changes_the_logits_gradient_is_seen() -> None:
     model = made()
     with PerSampleGradNorms(model, loss_reduction="auto") as norms:
