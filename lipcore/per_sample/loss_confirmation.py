@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore.models.torch_internals import is_packed, saved
-from lipcore.per_sample.loss_graph import Made
+from lipcore.per_sample.loss_nodes import Made, signed
 
 NOT_CONFIRMED = (
     "loss_reduction='auto': the gradient at the logits of the cross-entropy is another one than its graph says: "
@@ -63,7 +63,7 @@ def confirmation_of(reduction: Made, came: Callable[[Tensor], None]) -> Confirma
         return None
     step = max(1, len(result) // _ROWS)
     rows, labels = result[::step][:_ROWS].detach().float().exp(), target[::step][:_ROWS]
-    counted = labels != _signed(saved(node, "ignore_index"))
+    counted = labels != signed(saved(node, "ignore_index"))
     labels = labels.masked_fill(~counted, 0)
     rows -= (labels[:, None] == torch.arange(rows.shape[1], device=rows.device)).float()
     weight = saved(node, "weight")
@@ -84,8 +84,3 @@ def _source(made: Made) -> Made:
     while made.kind in _SAME_ROWS:
         made = made.origin
     return made
-
-
-def _signed(number: int) -> int:
-    """Return a number that nodes show without its sign."""
-    return number - (1 << 64) if number >> 63 else number

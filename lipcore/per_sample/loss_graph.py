@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
-from lipcore.models.torch_internals import forward_shape, is_packed, saved
-from lipcore.per_sample.loss_factor import LossFactor, agreed, of_host, product
+from lipcore.models.torch_internals import saved
+from lipcore.per_sample.loss_batch import over_batch
+from lipcore.per_sample.loss_factor import LossFactor, agreed, product
+from lipcore.per_sample.loss_nodes import SAME_VALUE, Made, number, scaled, unknown
 
 _REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
 #: Losses that average over all elements of their input, over its first dimension, and over weights that they keep.
@@ -18,56 +20,19 @@ _OVER_ELEMENTS = (
 )
 _OVER_SAMPLES = ("MultiMarginLoss", "MultilabelMarginLoss")
 _OVER_WEIGHTS = ("NllLoss", "NllLoss2D")
-_SAME_VALUE = (
-    *("Clone", "ToCopy", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Neg"),
-    *("Rsub", "_DDPSink"),  # a constant minus the loss; what DistributedDataParallel returns its outputs through
-)
 _SUMS = ("Sum", "Nansum", "Dot")
 _LISTS = ("Stack", "Cat")
 #: What may stand between a log-softmax and the sum of its rows' terms.
-_PER_ELEMENT = (*_SAME_VALUE, "MaskedFill", "Mul", "Div")
+_PER_ELEMENT = (*SAME_VALUE, "MaskedFill", "Mul", "Div")
 
 
-class Made(NamedTuple):
-    """A tensor in the graph: the node that has made it, and the number of that node's output."""
-
-    node: Any
-    place: int = 0
-
-    @property
-    def kind(self) -> str:
-        return str(self.node.name()).rstrip("0123456789").removesuffix("Backward")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return forward_shape(self.node, self.place)
-
-    @property
-    def is_one_number(self) -> bool:
-        return math.prod(self.shape) == 1
-
-    @property
-    def origins(self) -> list[Made | None]:
-        """Those that it was made of; None for each that depends on nothing trained."""
-        return [None if node is None else Made(node, place) for node, place in self.node.next_functions]
-
-    @property
-    def origin(self) -> Made:
-        """The only one of them that depends on anything trained."""
-        if self.kind == "_DDPSink":  # takes all outputs, and returns them in this order
-            return Made(*self.node.next_functions[self.place])
-        found = [origin for origin in self.origins if origin is not None]
-        if len(found) != 1:
-            raise _unknown(self.node, "several of what it joins depend on the model")
-        return found[0]
-
-
-def read_factor(loss: Tensor) -> LossFactor:
+def read_factor(loss: Tensor, batch_dim: int = 0) -> LossFactor:
     r"""Return f with :math:`\nabla l_i = f \cdot` (what the backward pass of this loss brings of sample i), l_i being
     the sum of sample i's loss terms before the reduction to one number.
 
     The graph is followed from the loss back to that reduction: constants that it was multiplied with or divided by on
-    the way are undone, and so is a mean, by the number (or the weight) of its terms. Of a sum of losses
+    the way are undone, and so is a mean, by the number (or the weight) of its terms. Where the batch was summed up or
+    averaged before, as in ``x.mean(0).sum()``, that is the reduction. Of a sum of losses
 
     .. math:: c_1 \sum_i a_i / N_1 + c_2 \sum_i b_i / N_2
 
@@ -79,10 +44,10 @@ def read_factor(loss: Tensor) -> LossFactor:
         ValueError: not one number, no graph, a graph that was freed, or an operation in it whose factor is not known;
             the message names it.
     """
-    return read_loss(loss)[0]
+    return read_loss(loss, batch_dim)[0]
 
 
-def read_loss(loss: Tensor) -> tuple[LossFactor, Made]:
+def read_loss(loss: Tensor, batch_dim: int = 0) -> tuple[LossFactor, Made]:
     """Return the factor and, as read_factor(), what the graph was followed to: the reduction, or a sum of losses."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss: expected the loss, a tensor with a graph, got {type(loss).__name__}")
@@ -92,77 +57,51 @@ def read_loss(loss: Tensor) -> tuple[LossFactor, Made]:
             f"loss: expected the one number that backward() is called on, before it is; this tensor {what}"
         )
     try:
-        return _factor(Made(loss.grad_fn, loss.output_nr))
+        return _factor(Made(loss.grad_fn, loss.output_nr), batch_dim)
     except RuntimeError as error:
         raise ValueError(
             f"loss: expected the loss before its backward pass, which frees the graph that is read ({error})"
         ) from error
 
 
-def _factor(made: Made) -> tuple[LossFactor, Made]:
+def _factor(made: Made, batch_dim: int) -> tuple[LossFactor, Made]:
     parts: list[float | Tensor] = []
     following: Made | None = made
     while following is not None and following.is_one_number:
         made = following
         if made.kind in ("Add", "Sub") and None not in made.origins:
-            joined = _joined(made)
+            joined = _joined(made, batch_dim)
             return product(joined.number, *joined.tensors, *parts, doubt=joined.doubt), made
-        following = _step(made, parts)
+        following = _step(made, batch_dim, parts)
     return product(1.0, *parts), made
 
 
-def _step(made: Made, parts: list[float | Tensor]) -> Made | None:
+def _step(made: Made, batch_dim: int, parts: list[float | Tensor]) -> Made | None:
     """Add what this operation has done to the factor, and return what it was done to; None after the reduction."""
     kind, node = made.kind, made.node
-    if kind in (*_SAME_VALUE, "Add", "Sub"):  # added: a constant
+    if kind in (*SAME_VALUE, "Add", "Sub"):  # added: a constant
         return made.origin
     if kind in ("Mul", "Div"):
-        inner, constant = _scaled(made)
-        factor = _number(node, constant)
+        inner, constant = scaled(made)
+        factor = number(node, constant)
         parts.append(factor if kind == "Div" else factor.reciprocal() if isinstance(factor, Tensor) else 1 / factor)
         return inner
     if kind == "Mean" or kind in _SUMS:
         inner = next(origin for origin in made.origins if origin is not None)
         if _is_list_of_losses(inner):
-            raise _unknown(inner.node, "it joins losses that were reduced before")
+            raise unknown(inner.node, "it joins losses that were reduced before")
         if kind == "Mean":
             parts.append(float(math.prod(inner.shape)))
-        return inner if inner.shape == () else None  # of one number it was no reduction
+        if inner.shape == ():  # of one number it was no reduction
+            return inner
+        before = over_batch(inner, batch_dim)
+        if before is not None:
+            parts += [before.number, *before.tensors]
+        return None
     if kind in (*_OVER_ELEMENTS, *_OVER_SAMPLES, *_OVER_WEIGHTS):
         parts.append(_terms(made))
         return None
-    raise _unknown(node, "what it does to the factor is not known")
-
-
-def _scaled(made: Made) -> tuple[Made, str]:
-    """Return what was multiplied with or divided by a constant, and the name that the node keeps the constant under."""
-    first, *others = made.origins
-    second = others[0] if others else None
-    if (first is not None and second is not None) or (made.kind == "Div" and first is None):
-        raise _unknown(made.node, "both of what it joins depend on the model")
-    if first is not None:
-        return first, "other"
-    return made.origin, "self"
-
-
-def _number(node: Any, name: str) -> float | Tensor:
-    """Return a constant that a node keeps."""
-    constant = _kept(node, name)
-    if constant is None:
-        raise _unknown(node, "its constant was not kept")
-    if isinstance(constant, Tensor) and constant.numel() != 1:
-        raise _unknown(node, f"its constant has shape {list(constant.shape)}")
-    factor = of_host(constant) if isinstance(constant, Tensor) else float(constant)
-    if not isinstance(factor, Tensor) and (factor == 0 or not math.isfinite(factor)):
-        raise _unknown(node, f"its constant is {factor}")
-    return factor
-
-
-def _kept(node: Any, name: str) -> Any:
-    if is_packed(node, name):
-        why = "a checkpoint or saved_tensors_hooks have packed what it keeps"
-        raise _unknown(node, why, "compute the loss outside, or ")
-    return saved(node, name)
+    raise unknown(node, "what it does to the factor is not known")
 
 
 def _terms(made: Made) -> float | Tensor:
@@ -170,7 +109,7 @@ def _terms(made: Made) -> float | Tensor:
     if _REDUCTIONS[saved(made.node, "reduction")] != "mean":
         return 1.0
     if made.kind in _OVER_WEIGHTS:
-        return _number(made.node, "total_weight")
+        return number(made.node, "total_weight")
     shape = next(origin for origin in made.origins if origin is not None).shape
     return float(math.prod(shape) if made.kind in _OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
 
@@ -182,17 +121,17 @@ def _is_list_of_losses(made: Made) -> bool:
 # ---- sums of losses
 
 
-def _joined(made: Made) -> LossFactor:
+def _joined(made: Made, batch_dim: int) -> LossFactor:
     """Return the factor of a sum of losses: the one that all of them have, without the weights that they are added
     with."""
     parts = _parts(made)
     at_targets = {_log_softmax(part, at_targets=True) for part in parts} - {None}
     counted = [part for part in parts if _log_softmax(part, at_targets=False) not in at_targets]
-    factors = [_factor(part)[0] for part in counted]
+    factors = [_factor(part, batch_dim)[0] for part in counted]
     for other in factors[1:]:
         factor = agreed(factors[0], other)
         if factor is None:
-            raise _unknown(
+            raise unknown(
                 made.node,
                 f"it adds parts that are divided by different numbers, {factors[0].number:g} and {other.number:g}",
                 "where one is a penalty, call set_loss() with the samples' own loss alone (and backward() on all), or ",
@@ -219,8 +158,8 @@ def _parts(made: Made) -> list[Made]:
 
 def _unweighted(made: Made) -> Made:
     """Return what a part of a sum is without the constants that it is multiplied with."""
-    while made.is_one_number and made.kind in (*_SAME_VALUE, "Mul"):
-        made = _scaled(made)[0] if made.kind == "Mul" else made.origin
+    while made.is_one_number and made.kind in (*SAME_VALUE, "Mul"):
+        made = scaled(made)[0] if made.kind == "Mul" else made.origin
     return made
 
 
@@ -241,8 +180,3 @@ def _log_softmax(made: Made, *, at_targets: bool) -> Any:
         if len(found) != 1:
             return None
         (made,) = found
-
-
-def _unknown(node: Any, why: str, remedy: str = "") -> ValueError:
-    fixed = "pass loss_reduction='mean' or 'sum' with loss_terms= or scale= in place of 'auto'"
-    return ValueError(f"loss: its graph has {node.name()}, and {why}; {remedy}{fixed}")

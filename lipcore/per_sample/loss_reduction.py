@@ -45,7 +45,7 @@ class Reduction:
     pass, else of the one that the model has returned.
     """
 
-    def __init__(self, reduction: LossReduction, terms: Terms, scale: float) -> None:
+    def __init__(self, reduction: LossReduction, terms: Terms, scale: float, batch_dim: int = 0) -> None:
         why = (
             ": what your loss does over the batch. It has no default, since a wrong one makes every norm wrong by a "
             "factor B"
@@ -59,6 +59,7 @@ class Reduction:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
         self.reduction, self.terms, self.scale = reduction, terms, scale
+        self._batch_dim = batch_dim
         self._passes, self._disagrees = 0, False
         self._set: WatchedLoss | str | None = None  # the loss that was set, or why it cannot be read
         self.missing = NO_LOSS if reduction == "auto" else NO_TERMS.format(terms)  #: why factor() has returned None
@@ -80,12 +81,12 @@ class Reduction:
                 f"set_loss: is for loss_reduction='auto'; this metric has '{self.reduction}', which needs no loss"
             )
         self._set = None
-        self._set = WatchedLoss(loss, confirm=self._confirms)
+        self._set = WatchedLoss(loss, confirm=self._confirms, batch_dim=self._batch_dim)
 
     def look_at_output(self, output: Any, samples: int) -> WatchedLoss | str | None:
         """Return the loss that a model has returned, watched (:func:`loss_of_output`)."""
         self._passes += 1
-        return loss_of_output(output, samples, confirm=self._confirms)
+        return loss_of_output(output, samples, confirm=self._confirms, batch_dim=self._batch_dim)
 
     @property
     def _confirms(self) -> bool:

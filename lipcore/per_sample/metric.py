@@ -147,7 +147,7 @@ class PerSampleGradNorms(StandaloneMetric):
         max_replay_bytes: int = 0,
         scaler: Any = None,
     ) -> None:
-        self._reduction = Reduction(loss_reduction, loss_terms, scale)
+        self._reduction = Reduction(loss_reduction, loss_terms, scale, batch_dim)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
         if output is not None and not isinstance(output, str) and not callable(output):
             raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")

@@ -43,13 +43,14 @@ class WatchedLoss:
         loss: before its backward pass.
         confirm: also look at the gradient at the logits, where L is a softmax cross-entropy; always done on a device,
             whose answer is not waited for.
+        batch_dim: of the samples' terms.
 
     Raises:
         TypeError, ValueError: as :func:`read_factor`.
     """
 
-    def __init__(self, loss: Tensor, *, confirm: bool = False) -> None:
-        self._read, reduction = read_loss(loss)
+    def __init__(self, loss: Tensor, *, confirm: bool = False, batch_dim: int = 0) -> None:
+        self._read, reduction = read_loss(loss, batch_dim)
         self._index = loss.output_nr
         self._task, self._gradient = -1, 0.0  # of the last backward pass that came to it
         self._past = -1  # the last that also came to an output which is not behind it
@@ -111,7 +112,7 @@ def _is_known(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def loss_of_output(output: Any, samples: int, *, confirm: bool = False) -> WatchedLoss | str | None:
+def loss_of_output(output: Any, samples: int, *, confirm: bool = False, batch_dim: int = 0) -> WatchedLoss | str | None:
     """Watch the loss that a model has returned: what it calls `loss` (a key or an attribute), or a number without
     dimensions that it returns alone or as the first of several. Return why it cannot be watched, or None where there
     is no such loss.
@@ -128,7 +129,7 @@ def loss_of_output(output: Any, samples: int, *, confirm: bool = False) -> Watch
     if loss.numel() != 1:
         return _SEVERAL.format(list(loss.shape))
     try:
-        watched = WatchedLoss(loss, confirm=confirm)
+        watched = WatchedLoss(loss, confirm=confirm, batch_dim=batch_dim)
     except ValueError as error:
         return f"the `loss` that the model returned cannot be read: {error}"
     if confirm:

@@ -16,7 +16,7 @@ from torch.nn import functional as nnf
 from torch.utils.checkpoint import checkpoint
 
 from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
-from lipcore.per_sample import loss_graph, loss_reduction, watched_loss
+from lipcore.per_sample import loss_nodes, loss_reduction, watched_loss
 
 
 @dataclass
@@ -413,7 +413,7 @@ WEIGHTS = torch.tensor([1.0, 0.5, 3.0])
 
 def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the numbers of a loss be known to the device only."""
-    for module in (loss_graph, watched_loss):
+    for module in (loss_nodes, watched_loss):
         monkeypatch.setattr(module, "of_host", lambda tensor: tensor.detach().reshape(()).double())
     monkeypatch.setattr(watched_loss, "_is_known", lambda tensor: False)
 
@@ -509,8 +509,8 @@ def test_a_wrong_factor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     model = made()
     read = watched_loss.read_loss
 
-    def misread(loss: Tensor) -> Any:
-        factor, reduction = read(loss)
+    def misread(loss: Tensor, batch_dim: int) -> Any:
+        factor, reduction = read(loss, batch_dim)
         return replace(factor, number=factor.number * 1.01), reduction
 
     monkeypatch.setattr(watched_loss, "read_loss", misread)

@@ -58,6 +58,10 @@ def mse(z: Tensor, i: slice) -> Tensor:
     return (z[i] - R[i]).square().sum()
 
 
+def halved(z: Tensor, i: slice) -> Tensor:
+    return 0.5 * z[i].square().sum()
+
+
 def hf_smoother(z: Tensor, items: Any = None, eps: float = 0.1) -> Tensor:
     """What transformers' LabelSmoother computes."""
     log_probs = -nnf.log_softmax(z, dim=-1)
@@ -164,6 +168,25 @@ CASES |= {
     "loss * scale": Case(lambda z: nnf.mse_loss(z, R) * torch.tensor(2.0**16), mse),
     "1 - loss": Case(lambda z: 1 - nnf.mse_loss(z, R), mse),
     "loss + constant": Case(lambda z: nnf.mse_loss(z, R) + torch.tensor(3.0), mse),
+    # over the batch first
+    "mean(0).sum()": Case(lambda z: (z - R).square().mean(0).sum(), mse),
+    "mean(0).mean()": Case(lambda z: (z - R).square().mean(0).mean(), mse),
+    "sum(0) / B, summed": Case(lambda z: ((z - R).square().sum(0) / B).sum(), mse),
+    "tokens, mean(0), mean(1), sum": Case(
+        lambda z: z.square().mean(0).mean(1).sum(), lambda z, i: z[i].square().sum(), TOKENS
+    ),
+    "weighted classes of mean(0)": Case(
+        lambda z: 3 * (W * (z - R).square().mean(0)).sum(),
+        lambda z, i: (W.to(z.dtype) * (z[i] - R[i]).square()).sum(),
+    ),
+    "two that are reduced over the batch": Case(
+        lambda z: (2 * (z - R).square().mean(0) + 2 * z.abs().mean(0)).sum() / 7,
+        lambda z, i: mse(z, i) + z[i].abs().sum(),
+    ),
+    "each sample's mean": Case(
+        lambda z: 0.5 * z.square().mean(-1).mean(-1).mean(), lambda z, i: z[i].square().mean((1, 2)).sum(), TOKENS
+    ),
+    "each sample's sum": Case(lambda z: (0.5 * z.square().sum((1, 2))).mean(), halved, TOKENS),
     # sums
     "two means over the batch": Case(
         lambda z: nnf.cross_entropy(z, Y.clamp(min=0)) + 0.5 * (z - R).square().sum(1).mean(),
@@ -220,6 +243,10 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
         lambda z: nnf.cross_entropy(z, Y) - 0.1 * log_probabilities(2 * z).sum(1).sum(),
         "different numbers, 5 and 1",
     ),
+    "parts of which one is over the batch": (
+        lambda z: ((z - R).square().mean(0) + z.abs()[0]).sum(),
+        "reduced over the batch in different ways",
+    ),
     "a stack": (lambda z: torch.stack([nnf.mse_loss(z, R), nnf.l1_loss(z, R)]).mean(), "joins losses"),
     "a root": (lambda z: nnf.mse_loss(z, R).sqrt(), "SqrtBackward0"),
     "a maximum": (lambda z: nnf.mse_loss(z, R, reduction="none").mean(1).max(), "MaxBackward"),
@@ -233,6 +260,12 @@ def test_what_is_not_known_is_refused_by_name(name: str) -> None:
     loss, message = REFUSED[name]
     with pytest.raises(ValueError, match=message):
         read_factor(loss(Z.clone().requires_grad_()))
+
+
+def test_the_batch_may_be_the_second_dimension() -> None:
+    z = TOKENS.clone().requires_grad_()
+    for batch_dim, over, number in [(0, 0, B), (1, 1, C), (1, 0, 1), (0, 1, 1)]:
+        assert read_factor(z.square().mean(over).sum(), batch_dim).value == number
 
 
 def test_a_sum_of_very_many_losses() -> None:
