@@ -28,7 +28,7 @@ def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> Los
         kind, origins = made.kind, [origin for origin in made.origins if origin is not None]
         if kind in ("Add", "Sub") and len(origins) == 2:
             below = _of_sum(made, [over_batch(origin, batch_dim, seen) for origin in origins])
-            return found if below is None else product(below.number, *below.tensors, *_undone(steps), doubt=below.doubt)
+            return found if below is None else product(below.number, *_undone(steps))
         if len(origins) != 1:
             break
         if kind in ("Mean", "Sum"):
@@ -50,7 +50,7 @@ def _of_sum(made: Made, parts: list[LossFactor | None]) -> LossFactor | None:
     if first is None and second is None:
         return None
     both = None if first is None or second is None else agreed(first, second)
-    if both is None:
+    if both is None or both.tensors:  # numbers that only a device could compare
         raise unknown(made.node, "it adds parts that were reduced over the batch in different ways")
     return both
 

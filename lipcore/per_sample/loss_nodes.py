@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,6 +18,11 @@ SAME_VALUE = (
 )
 
 
+@functools.lru_cache
+def _kind_of(name: str) -> str:
+    return name.rstrip("0123456789").removesuffix("Backward")
+
+
 class Made(NamedTuple):
     """A tensor in the graph: the node that has made it, and the number of that node's output."""
 
@@ -25,7 +31,7 @@ class Made(NamedTuple):
 
     @property
     def kind(self) -> str:
-        return str(self.node.name()).rstrip("0123456789").removesuffix("Backward")
+        return _kind_of(self.node.name())
 
     @property
     def shape(self) -> tuple[int, ...]:
