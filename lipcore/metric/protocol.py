@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.capture.layers.layer_pass import LayerRecord
@@ -90,7 +90,7 @@ class Metric(ABC):
         {
             *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
-            "observe_proof",
+            *("observe_proof", "observe_loss"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
             "observe_stop",
         }
@@ -152,6 +152,9 @@ class Metric(ABC):
             failure: the reason; "" for a good proof.
             served: the proof is about passes that were read from the parameters' gradients, else about tapped ones.
         """
+
+    def observe_loss(self, loss: Tensor) -> None:  # noqa: B027
+        """Look at the loss whose backward pass is to come."""
 
     def observe_gradients(self) -> None:  # noqa: B027
         """Look at the gradients after a backward pass."""

@@ -101,6 +101,13 @@ def saved(node: Any, name: str) -> Any:
     return getattr(node, f"_saved_{name}", None)
 
 
+def is_packed(node: Any, name: str) -> bool:
+    """Return whether hooks have packed what a node has kept under this name (those of a checkpoint, which runs the
+    forward pass again when it is read)."""
+    kept = getattr(node, f"_raw_saved_{name}", None)  # a tensor's
+    return getattr(kept, "unpack_hook", None) is not None
+
+
 def forward_shape(node: Any, index: int = 0) -> tuple[int, ...]:
     """Return the shape of a tensor that the node has made: of its output with this number."""
     return tuple(node._input_metadata[index].shape)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,6 +95,33 @@ class Monitor(Engine):
         """Return what is measured, by which rule, for how many bytes."""
         lines = {name: metric.plan() for name, metric in self.metrics.items()}
         return Plan(lines, self._windows.rule, str(self._clock), (self.history.maxlen, self.history.bytes_limit))
+
+    def log(self, *, loss: Tensor | float, **others: Any) -> None:
+        """Hand the loss to the metrics that want it; call it before ``loss.backward()``, in every micro-batch.
+
+        ``PerSampleGradNorms(loss_reduction="auto")`` reads from its graph what it was divided by, as
+        :meth:`lipcore.PerSampleGradNorms.set_loss` does; where it cannot, the norms are NaN and say why. Other metrics
+        have no use for it. Nothing is kept of a loss, nothing is written down, and no device is waited for; a call
+        after the backward pass, or with a number that has no graph, tells nobody anything.
+
+        Args:
+            loss: the one number that backward() is called on, or the part of it that is made of the samples' terms.
+            others: none; what else a loop knows has no place yet.
+
+        Raises:
+            TypeError: no number; another keyword than loss.
+            ValueError: a tensor of several numbers.
+        """
+        if others:
+            names = ", ".join(f"{name}=" for name in others)
+            raise TypeError(f"log: expected loss= alone, got {names} too, which nothing reads; leave it out")
+        if not isinstance(loss, (Tensor, Real)) or isinstance(loss, bool):
+            raise TypeError(f"loss: expected a tensor with one number, got {type(loss).__name__}")
+        if isinstance(loss, Tensor) and loss.numel() != 1:
+            raise ValueError(f"loss: expected a tensor with one number, got one of shape {list(loss.shape)}; reduce it")
+        self._failures.raise_kept()
+        if isinstance(loss, Tensor) and loss.grad_fn is not None:
+            self._call(self.metrics.values(), lambda metric: metric.observe_loss(loss))
 
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Measure the fixed points."""

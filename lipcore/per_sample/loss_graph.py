@@ -7,8 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from lipcore.models.torch_internals import forward_shape, saved
-from lipcore.per_sample.loss_factor import LossFactor, of_host, product
+from lipcore.models.torch_internals import saved
+from lipcore.per_sample.loss_batch import over_batch
+from lipcore.per_sample.loss_factor import LossFactor, agreed, product
+from lipcore.per_sample.loss_nodes import SAME_VALUE, Made, number, scaled, unknown
 
 _REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
 #: Losses that average over all elements of their input, over its first dimension, and over weights that they keep.
@@ -18,22 +20,35 @@ _OVER_ELEMENTS = (
 )
 _OVER_SAMPLES = ("MultiMarginLoss", "MultilabelMarginLoss")
 _OVER_WEIGHTS = ("NllLoss", "NllLoss2D")
-_SAME_VALUE = ("Clone", "ToCopy", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Neg")
 _SUMS = ("Sum", "Nansum", "Dot")
 _LISTS = ("Stack", "Cat")
+#: What may stand between a log-softmax and the sum of its rows' terms.
+_PER_ELEMENT = (*SAME_VALUE, "MaskedFill", "Mul", "Div")
 
 
-def read_factor(loss: Tensor) -> LossFactor:
+def read_factor(loss: Tensor, batch_dim: int = 0) -> LossFactor:
     r"""Return f with :math:`\nabla l_i = f \cdot` (what the backward pass of this loss brings of sample i), l_i being
     the sum of sample i's loss terms before the reduction to one number.
 
     The graph is followed from the loss back to that reduction: constants that it was multiplied with or divided by on
-    the way are undone, and so is a mean, by the number (or the weight) of its terms.
+    the way are undone, and so is a mean, by the number (or the weight) of its terms. Where the batch was summed up or
+    averaged before, as in ``x.mean(0).sum()``, that is the reduction. Of a sum of losses
+
+    .. math:: c_1 \sum_i a_i / N_1 + c_2 \sum_i b_i / N_2
+
+    that are divided by the same :math:`N_1 = N_2 = N`, f is N, so that :math:`l_i = c_1 a_i + c_2 b_i`. In
+    cross-entropy with smoothed labels, N is what the part at the targets is divided by.
 
     Raises:
         TypeError: no tensor.
-        ValueError: not one number, no graph, or an operation in it whose factor is not known; the message names it.
+        ValueError: not one number, no graph, a graph that was freed, or an operation in it whose factor is not known;
+            the message names it.
     """
+    return read_loss(loss, batch_dim)[0]
+
+
+def read_loss(loss: Tensor, batch_dim: int = 0) -> tuple[LossFactor, Made]:
+    """Return the factor and, as read_factor(), what the graph was followed to: the reduction, or a sum of losses."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss: expected the loss, a tensor with a graph, got {type(loss).__name__}")
     if loss.numel() != 1 or loss.grad_fn is None:
@@ -41,74 +56,127 @@ def read_factor(loss: Tensor) -> LossFactor:
         raise ValueError(
             f"loss: expected the one number that backward() is called on, before it is; this tensor {what}"
         )
+    try:
+        return _factor(Made(loss.grad_fn, loss.output_nr), batch_dim)
+    except RuntimeError as error:
+        raise ValueError(
+            f"loss: expected the loss before its backward pass, which frees the graph that is read ({error})"
+        ) from error
+
+
+def _factor(made: Made, batch_dim: int) -> tuple[LossFactor, Made]:
     parts: list[float | Tensor] = []
-    node: Any = loss.grad_fn
-    while node is not None and _is_one_number(node):
-        node = _step(node, parts)
-    return product(1.0, *parts)
+    following: Made | None = made
+    while following is not None and following.is_one_number:
+        made = following
+        if made.kind in ("Add", "Sub") and None not in made.origins:
+            joined = _joined(made, batch_dim)
+            return product(joined.number, *joined.tensors, *parts, doubt=joined.doubt), made
+        following = _step(made, batch_dim, parts)
+    return product(1.0, *parts), made
 
 
-def _is_one_number(node: Any) -> bool:
-    return math.prod(forward_shape(node)) == 1
-
-
-def _step(node: Any, parts: list[float | Tensor]) -> Any:
-    """Add what this operation has done to the factor, and return the node in front of it; None after the reduction."""
-    kind = node.name().rstrip("0123456789").removesuffix("Backward")
-    children = [(child, index) for child, index in node.next_functions]
-    if kind in _SAME_VALUE:
-        return children[0][0]
+def _step(made: Made, batch_dim: int, parts: list[float | Tensor]) -> Made | None:
+    """Add what this operation has done to the factor, and return what it was done to; None after the reduction."""
+    kind, node = made.kind, made.node
+    if kind in (*SAME_VALUE, "Add", "Sub"):  # added: a constant
+        return made.origin
     if kind in ("Mul", "Div"):
-        return _scaled(kind, node, children, parts)
-    if kind in ("Add", "Sub"):
-        if children[0][0] is None or (len(children) > 1 and children[1][0] is not None):
-            raise _unknown(node, "it adds parts that each have a factor of their own (a penalty, a second loss)")
-        return children[0][0]
+        inner, constant = scaled(made)
+        factor = number(node, constant)
+        parts.append(factor if kind == "Div" else factor.reciprocal() if isinstance(factor, Tensor) else 1 / factor)
+        return inner
     if kind == "Mean" or kind in _SUMS:
-        inner, index = children[0]
+        inner = next(origin for origin in made.origins if origin is not None)
         if _is_list_of_losses(inner):
-            raise _unknown(inner, "it joins losses that were reduced before")
-        shape = forward_shape(inner, index)
+            raise unknown(inner.node, "it joins losses that were reduced before")
         if kind == "Mean":
-            parts.append(float(math.prod(shape)))
-        return inner if shape == () else None  # of one number it was no reduction
-    if kind in (*_OVER_ELEMENTS, *_OVER_SAMPLES, *_OVER_WEIGHTS):
-        parts.append(_terms(kind, node, *children[0]))
+            parts.append(float(math.prod(inner.shape)))
+        if inner.shape == ():  # of one number it was no reduction
+            return inner
+        before = over_batch(inner, batch_dim)
+        if before is not None:
+            parts += [before.number, *before.tensors]
         return None
-    raise _unknown(node, "what it does to the factor is not known")
+    if kind in (*_OVER_ELEMENTS, *_OVER_SAMPLES, *_OVER_WEIGHTS):
+        parts.append(_terms(made))
+        return None
+    raise unknown(node, "what it does to the factor is not known")
 
 
-def _scaled(kind: str, node: Any, children: list[tuple[Any, int]], parts: list[float | Tensor]) -> Any:
-    """Take a constant out that the loss was multiplied with or divided by."""
-    first, second = children[0][0], children[1][0] if len(children) > 1 else None
-    by, inner = (saved(node, "other"), first) if first is not None else (saved(node, "self"), second)
-    if (first is not None and second is not None) or by is None or (kind == "Div" and first is None):
-        raise _unknown(node, "both of what it joins depend on the model")
-    factor = of_host(by) if isinstance(by, Tensor) else float(by)
-    if not isinstance(factor, Tensor) and (factor == 0 or not math.isfinite(factor)):
-        raise _unknown(node, f"its constant is {factor}")
-    parts.append(factor if kind == "Div" else factor.reciprocal() if isinstance(factor, Tensor) else 1 / factor)
-    return inner
-
-
-def _terms(kind: str, node: Any, inner: Any, index: int) -> float | Tensor:
+def _terms(made: Made) -> float | Tensor:
     """Return how many terms a loss function has averaged, or their weight."""
-    if _REDUCTIONS[saved(node, "reduction")] != "mean":
+    if _REDUCTIONS[saved(made.node, "reduction")] != "mean":
         return 1.0
-    if kind in _OVER_WEIGHTS:
-        return of_host(saved(node, "total_weight"))
-    shape = forward_shape(inner, index)
-    return float(math.prod(shape) if kind in _OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
+    if made.kind in _OVER_WEIGHTS:
+        return number(made.node, "total_weight")
+    shape = next(origin for origin in made.origins if origin is not None).shape
+    return float(math.prod(shape) if made.kind in _OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
 
 
-def _is_list_of_losses(node: Any) -> bool:
-    kind = node.name().rstrip("0123456789").removesuffix("Backward")
-    children = [child for child in node.next_functions if child[0] is not None]
-    return kind in _LISTS and any(math.prod(forward_shape(*child)) == 1 for child in children)
+def _is_list_of_losses(made: Made) -> bool:
+    return made.kind in _LISTS and any(origin is not None and origin.is_one_number for origin in made.origins)
 
 
-def _unknown(node: Any, why: str) -> ValueError:
-    return ValueError(
-        f"loss: its graph has {node.name()}, and {why}; pass loss_reduction='mean' or 'sum' with loss_terms= or scale= "
-        "in place of 'auto'"
-    )
+# ---- sums of losses
+
+
+def _joined(made: Made, batch_dim: int) -> LossFactor:
+    """Return the factor of a sum of losses: the one that all of them have, without the weights that they are added
+    with."""
+    parts = _parts(made)
+    at_targets = {_log_softmax(part, at_targets=True) for part in parts} - {None}
+    counted = [part for part in parts if _log_softmax(part, at_targets=False) not in at_targets]
+    factors = [_factor(part, batch_dim)[0] for part in counted]
+    for other in factors[1:]:
+        factor = agreed(factors[0], other)
+        if factor is None:
+            raise unknown(
+                made.node,
+                f"it adds parts that are divided by different numbers, {factors[0].number:g} and {other.number:g}",
+                "where one is a penalty, call set_loss() with the samples' own loss alone (and backward() on all), or ",
+            )
+        factors[0] = factor
+    return factors[0]
+
+
+def _parts(made: Made) -> list[Made]:
+    """Return what a sum adds, without the weights; what it adds twice comes once."""
+    found: list[Made] = []
+    seen, todo = set(), [made]
+    while todo:
+        part = _unweighted(todo.pop())
+        if part in seen:
+            continue
+        seen.add(part)
+        if part.is_one_number and part.kind in ("Add", "Sub") and None not in part.origins:
+            todo += [origin for origin in reversed(part.origins) if origin is not None]
+        else:
+            found.append(part)
+    return found
+
+
+def _unweighted(made: Made) -> Made:
+    """Return what a part of a sum is without the constants that it is multiplied with."""
+    while made.is_one_number and made.kind in (*SAME_VALUE, "Mul"):
+        made = scaled(made)[0] if made.kind == "Mul" else made.origin
+    return made
+
+
+def _log_softmax(made: Made, *, at_targets: bool) -> Any:
+    """Return the node of the log-softmax of which a part of a loss is a sum over the targets, or over all classes; None
+    where it is no such sum."""
+    reduced = False  # to one term per target
+    while True:
+        kind = made.kind
+        if kind == "LogSoftmax":
+            return made.node if reduced else None
+        per_target = kind in (*_OVER_WEIGHTS, "Gather") if at_targets else kind == "Sum" and not made.is_one_number
+        on_the_way = kind in _PER_ELEMENT or (kind in ("Sum", "Mean") and made.is_one_number)
+        reduced |= per_target
+        if not per_target and not on_the_way:
+            return None
+        found = [origin for origin in made.origins if origin is not None]
+        if len(found) != 1:
+            return None
+        (made,) = found

@@ -13,14 +13,20 @@ from torch import Tensor
 
 from lipcore.models.arguments import check_choice
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
-from lipcore.per_sample.loss_graph import read_factor
+from lipcore.per_sample.watched_loss import WatchedLoss, loss_of_output
 
 LossReduction = Literal["mean", "sum", "auto"]
 
 NO_LOSS = (
-    "loss_reduction='auto' reads the loss's own graph, and no loss was set before this backward pass; call "
-    "set_loss(loss) before loss.backward()"
+    "loss_reduction='auto' reads the loss's own graph, and no loss was set before this backward pass, nor has the "
+    "model returned one by the name of `loss`; call set_loss(loss) before loss.backward(), or monitor.log(loss=loss)"
 )
+NOT_REACHED = (
+    "loss_reduction='auto': the backward pass did not come to the loss {0}, or came with a gradient of 0; call "
+    "set_loss(loss), or monitor.log(loss=loss), before loss.backward() and with the very loss that it is called on, or "
+    "that this is made of"
+)
+_FIRST, _EVERY = 2, 64  # passes in which a loss is confirmed
 Terms = Real | int | float | Tensor | str | Callable[..., Any] | None
 
 NO_TERMS = (
@@ -34,11 +40,12 @@ class Reduction:
     sum of sample i's unreduced loss terms.
 
     "sum": 1. "mean": the number of terms that were averaged, which is B unless `terms` says how many. Whatever the loss
-    was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out. "auto": all of that, as
-    the graph of the loss says it that is set before each backward pass.
+    was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out. "auto": f / g of a loss,
+    f as its graph says it and g being the gradient that comes to it: of the loss that was set before the backward
+    pass, else of the one that the model has returned.
     """
 
-    def __init__(self, reduction: LossReduction, terms: Terms, scale: float) -> None:
+    def __init__(self, reduction: LossReduction, terms: Terms, scale: float, batch_dim: int = 0) -> None:
         why = (
             ": what your loss does over the batch. It has no default, since a wrong one makes every norm wrong by a "
             "factor B"
@@ -52,7 +59,10 @@ class Reduction:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
         self.reduction, self.terms, self.scale = reduction, terms, scale
-        self._read: LossFactor | None = None  # of the loss that was set
+        self._batch_dim = batch_dim
+        self._passes, self._disagrees = 0, False
+        self._set: WatchedLoss | str | None = None  # the loss that was set, or why it cannot be read
+        self.missing = NO_LOSS if reduction == "auto" else NO_TERMS.format(terms)  #: why factor() has returned None
         #: From the model's arguments and keywords to the number of terms, where it comes from there.
         self.note_of = _note_of(terms)
         if terms is not None and self.note_of is None and not _is_function(terms):
@@ -70,23 +80,37 @@ class Reduction:
             raise RuntimeError(
                 f"set_loss: is for loss_reduction='auto'; this metric has '{self.reduction}', which needs no loss"
             )
-        self._read = read_factor(loss)
+        self._set = None
+        self._set = WatchedLoss(loss, confirm=self._confirms, batch_dim=self._batch_dim)
+
+    def look_at_output(self, output: Any, samples: int) -> WatchedLoss | str | None:
+        """Return the loss that a model has returned, watched (:func:`loss_of_output`)."""
+        self._passes += 1
+        return loss_of_output(output, samples, confirm=self._confirms, batch_dim=self._batch_dim)
+
+    @property
+    def _confirms(self) -> bool:
+        """True where a loss is to be confirmed: in the first passes, now and then, and once that has failed always."""
+        return self._passes <= _FIRST or self._passes % _EVERY == 0 or self._disagrees
+
+    def look_at(self, loss: Tensor) -> None:
+        """Read f of the next micro-batch from its loss, where that is wanted; keep the reason where it cannot be."""
+        if self.reduction == "auto":
+            try:
+                self.read(loss)
+            except ValueError as error:
+                self._set = f"the loss that was logged cannot be read: {error}"
 
     def forget(self) -> None:
         """Forget a loss that was set: its backward pass did not come."""
-        self._read = None
+        self._set = None
 
-    @property
-    def missing(self) -> str:
-        """Reason why factor() has returned None."""
-        return NO_LOSS if self.reduction == "auto" else NO_TERMS.format(self.terms)
-
-    def factor(self, samples: int, scaler: Any, note: Any = None) -> LossFactor | None:
-        """Return f of a micro-batch of so many samples; `note` is what `note_of` has returned for its forward pass.
-        None where it is to be read from a loss that nobody has set, or from a keyword that was not there."""
+    def factor(self, samples: int, scaler: Any, note: Any = None, task: int = -1) -> LossFactor | None:
+        """Return f of a micro-batch of so many samples, in the backward pass with the number `task`; `note` is what
+        `note_of` has returned for its forward pass, or with "auto" its loss (:func:`loss_of_output`). None, with the
+        reason in `missing`, where it is to be read from a loss that is not there, or from a keyword that was not."""
         if self.reduction == "auto":
-            read, self._read = self._read, None
-            return None if read is None else product(read.number, *self._unscaled(scaler), *read.tensors)
+            return self._read_factor(note, task)
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
         if self.note_of is not None and note is None:
@@ -96,6 +120,19 @@ class Reduction:
             _check(terms)  # a tensor may have changed since the last time
             terms = of_host(terms) if isinstance(terms, Tensor) else float(terms)
         return product(1 / self.scale, terms, *self._unscaled(scaler))
+
+    def _read_factor(self, returned: WatchedLoss | str | None, task: int) -> LossFactor | None:
+        for loss in (self._set, returned):
+            factor = loss.factor(task) if isinstance(loss, WatchedLoss) else None
+            if isinstance(factor, str):
+                self._disagrees, self.missing = True, factor
+                return None
+            if factor is not None:
+                return factor
+        found = self._set or returned
+        which = "that was set" if self._set is not None else "that the model returned"
+        self.missing = found if isinstance(found, str) else NO_LOSS if found is None else NOT_REACHED.format(which)
+        return None
 
     @staticmethod
     def _unscaled(scaler: Any) -> list[float | Tensor]:

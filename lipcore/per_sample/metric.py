@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -73,9 +74,10 @@ class PerSampleGradNorms(StandaloneMetric):
 
     Args:
         model: only when the metric stands alone.
-        loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read it, with whatever the loss was
-            multiplied with or divided by, from the graph of the loss that :meth:`set_loss` is called with before every
-            backward pass. It cannot be found from the gradients alone.
+        loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read f from the graph of the loss,
+            and g, the gradient that comes to the loss, in its backward pass: what comes of a sample is multiplied by
+            f / g. The loss is the one that :meth:`set_loss` or ``monitor.log(loss=loss)`` was called with before
+            ``loss.backward()``, else what the model returns as ``loss``. f cannot be found from the gradients alone.
         loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, a function that
             is called after every backward pass, the name of a keyword that the model is called with (a trainer's
             "num_items_in_batch"), or a function of its (arguments, keywords). For cross-entropy over tokens: how many
@@ -107,6 +109,7 @@ class PerSampleGradNorms(StandaloneMetric):
         batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": their norms are read from
             the parameters' gradients, after three proofs that these are the same and with more proofs now and then.
             What else comes to reach those gradients (a penalty on parameters) may be noticed by the next proof only.
+            With ``loss_reduction="auto"`` they are tapped.
         max_replay_bytes: more than 0 (say ``1 << 30``): parameters that no layer's rule covers are measured from the
             autograd graph, in eager mode, by sums over rows or by running its nodes once more for every sample
             (:meth:`plan` says which); the gradients of single samples of a parameter may take so many bytes at once. 0
@@ -144,7 +147,7 @@ class PerSampleGradNorms(StandaloneMetric):
         max_replay_bytes: int = 1 << 30,
         scaler: Any = None,
     ) -> None:
-        self._reduction = Reduction(loss_reduction, loss_terms, scale)
+        self._reduction = Reduction(loss_reduction, loss_terms, scale, batch_dim)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
         if output is not None and not isinstance(output, str) and not callable(output):
             raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
@@ -163,6 +166,7 @@ class PerSampleGradNorms(StandaloneMetric):
             prove=prove,
             output=output,
             note_of=self._reduction.note_of,
+            note_of_output=self._reduction.look_at_output if loss_reduction == "auto" else None,
             fast_batch_of_one=batch_of_one == "fast",
             max_replay_bytes=max_replay_bytes,
         )
@@ -181,7 +185,8 @@ class PerSampleGradNorms(StandaloneMetric):
         self._window = BlockWindow(0, 1)  # until the layers are known; the total is the last place
         self._unproved = Unproved(1)
         self._doubts = Doubts(1)
-        self._dropped = self._without_loss = 0
+        self._dropped = 0
+        self._without_loss: Counter[str] = Counter()  # passes whose factor is not known, by reason
         self._noise: NoiseScale | None = None
         self._told_of_hooks = self._heard = False  # of hooks on parameters; a step has brought numbers
         self._raised: Warning | None = None  # by a warning, where the filters make an error of it
@@ -264,9 +269,9 @@ class PerSampleGradNorms(StandaloneMetric):
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
-        factor = self._reduction.factor(record.samples, self._scaler, record.note)
+        factor = self._reduction.factor(record.samples, self._scaler, record.note, record.task)
         if factor is None:
-            self._without_loss += 1
+            self._without_loss[self._reduction.missing] += 1
             self.observe_unrecorded(record.samples, self._reduction.missing)
             return
         norms = PassNorms(record, factor, self._layer_index)
@@ -293,8 +298,11 @@ class PerSampleGradNorms(StandaloneMetric):
         self._ids = None
         self._reduction.forget()
         self._last = self._without(samples, reason)
-        if reason in (STRAYED, self._reduction.missing) and self._open_step.sums is not None:
+        if (reason == STRAYED or reason in self._without_loss) and self._open_step.sums is not None:
             self._open_step.sums.spoil(reason)
+
+    def observe_loss(self, loss: Tensor) -> None:
+        self._reduction.look_at(loss)
 
     def _note_doubt(self, record: LayerRecord) -> None:
         """Note that a pass waits for a proof; a mark is made before the first of them."""
@@ -371,8 +379,7 @@ class PerSampleGradNorms(StandaloneMetric):
     def _tell_of_silence(self) -> None:
         """Warn that no step has brought a number so far, where the reasons are known."""
         reasons = list(self._capture.unrecorded) if self._capture is not None else []
-        if self._without_loss:
-            reasons.append(self._reduction.missing)
+        reasons += self._without_loss
         if reasons:
             message = f"lipcore has recorded no sample for {self.name} in {_SILENT} steps: {'; '.join(reasons)}"
             self._raised = warn_in_hook(message, UserWarning) or self._raised
@@ -458,8 +465,8 @@ class PerSampleGradNorms(StandaloneMetric):
     @property
     def broken(self) -> str:
         """Reason why the last total is NaN, at some samples or at all; empty when it is not."""
-        record = self._last_norms().record
-        return record.broken or record.hidden
+        last = self._last_norms()
+        return last.record.broken or last.factor.reason or last.record.hidden
 
     @property
     def unproved(self) -> str:
@@ -481,15 +488,18 @@ class PerSampleGradNorms(StandaloneMetric):
             self._renew_sink()
 
     def set_loss(self, loss: Tensor) -> None:
-        """Read from a loss's own graph what it was divided by; call it before ``loss.backward()`` with
-        ``loss_reduction="auto"``, and before a GradScaler scales the loss.
+        r"""Read from a loss's own graph what it was divided by; call it before ``loss.backward()``, in every
+        micro-batch, with ``loss_reduction="auto"``.
 
-        Means, sums, torch's loss functions, and constants that the loss is multiplied with or divided by on the way
-        are known. The norms are those of the sum of a sample's terms before the reduction to one number.
+        The graph says f with :math:`\nabla l_i = f \cdot` (what the backward pass of this loss alone brings of sample
+        i): :math:`l_i` is the sum of sample i's terms before the reduction to one number. In the backward pass the
+        gradient g comes to the loss, of whatever was made of it (a GradScaler's scale, loss / k, loss + penalty). The
+        norms are those of what comes times f / g. Means, sums, torch's loss functions, smoothed labels, sums of losses
+        divided by the same number, and constants that a loss is multiplied with or divided by are known.
 
         Raises:
             TypeError: no tensor.
-            ValueError: an operation whose factor is not known (a penalty that is added, say), by name.
+            ValueError: an operation whose factor is not known (parts divided by different numbers, say), by name.
             RuntimeError: the metric has another loss_reduction.
         """
         self._reduction.read(loss)
@@ -529,8 +539,7 @@ class PerSampleGradNorms(StandaloneMetric):
         doubts = self._doubts.counts()
         if capture is not None:
             result.details["unrecorded"] = dict(capture.unrecorded)
-            if self._without_loss:
-                result.details["unrecorded"][self._reduction.missing] = self._without_loss
+            result.details["unrecorded"] |= self._without_loss
             result.details["proved"] = not doubts
             if taken_back := self._unproved.taken_back.counts():
                 result.details["taken_back"] = taken_back

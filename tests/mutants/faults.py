@@ -232,6 +232,27 @@ MUTANTS = (
     ),
     # ---- per sample
     Mutant(
+        "what was done to a loss later is forgotten",
+        "lipcore/per_sample/watched_loss.py",
+        "product(self._read.number / self._gradient,",
+        "product(self._read.number,",
+        ("per_sample/test_loss_of_output.py::test_it_is_read_whatever_is_done_to_it_later",),
+    ),
+    Mutant(
+        "losses that are divided by different numbers are added",
+        "lipcore/per_sample/loss_factor.py",
+        "return first if math.isclose(first.number, second.number, rel_tol=_SAME) else None",
+        "return first",
+        ("per_sample/test_loss_siblings.py::test_what_is_not_known_is_refused_by_name",),
+    ),
+    Mutant(
+        "nothing but the factor's sign is confirmed",
+        "lipcore/per_sample/loss_confirmation.py",
+        "(error <= bound)",
+        "(error < torch.inf)",
+        ("per_sample/test_loss_of_output.py::test_a_wrong_factor_is_seen",),
+    ),
+    Mutant(
         "a mean over the batch is taken for a sum",
         "lipcore/per_sample/loss_reduction.py",
         'terms: Any = 1 if self.reduction == "sum" else samples',

@@ -1,0 +1,70 @@
+"""What was done to the samples' terms over the batch before the last reduction of a loss, as in x.mean(0).sum()."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from lipcore.per_sample.loss_factor import LossFactor, agreed, product
+from lipcore.per_sample.loss_nodes import SAME_VALUE, Made, dims_of, kept, number, unknown
+
+_MOST = 64  # nodes that are looked at
+
+
+def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> LossFactor | None:
+    """Return what a tensor's terms were divided by on the way from where the batch's dimension was summed up or
+    averaged; None where that is not found behind operations on single elements: the tensor has it still.
+
+    Raises:
+        ValueError: one part of a sum was reduced over the batch, and another was not, or otherwise.
+    """
+    seen = set() if seen is None else seen
+    steps: list[tuple[str, Any]] = []  # undone if the batch turns out to be reduced behind them
+    found: LossFactor | None = None
+    while made not in seen and len(seen) < _MOST:
+        seen.add(made)
+        kind, origins = made.kind, [origin for origin in made.origins if origin is not None]
+        if kind in ("Add", "Sub") and len(origins) == 2:
+            below = _of_sum(made, [over_batch(origin, batch_dim, seen) for origin in origins])
+            return found if below is None else product(below.number, *_undone(steps))
+        if len(origins) != 1:
+            break
+        if kind in ("Mean", "Sum"):
+            shape = origins[0].shape
+            dims = {dim % len(shape) for dim in dims_of(made.node)} if shape else set()
+            steps.append((kind, math.prod(shape[dim] for dim in dims)))
+            if batch_dim in dims:
+                found = product(1.0, *_undone(steps))
+        elif kind == "Mul" or (kind == "Div" and made.origins[0] is not None):
+            steps.append((kind, (made.node, "self" if made.origins[0] is None else "other")))
+        elif kind not in (*SAME_VALUE, "Add", "Sub"):
+            break
+        (made,) = origins
+    return found
+
+
+def _of_sum(made: Made, parts: list[LossFactor | None]) -> LossFactor | None:
+    first, second = parts
+    if first is None and second is None:
+        return None
+    both = None if first is None or second is None else agreed(first, second)
+    if both is None or both.tensors:  # numbers that only a device could compare
+        raise unknown(made.node, "it adds parts that were reduced over the batch in different ways")
+    return both
+
+
+def _undone(steps: list[tuple[str, Any]]) -> list[float | Tensor]:
+    """Return the factors that undo means and constants; constants of several numbers are weights of the terms."""
+    factors: list[float | Tensor] = []
+    for kind, what in steps:
+        if kind == "Mean":
+            factors.append(float(what))
+        elif kind != "Sum":
+            constant = kept(*what)
+            if isinstance(constant, Tensor) and constant.numel() != 1:
+                continue
+            factor = number(*what)
+            factors.append(factor if kind == "Div" else 1 / factor)
+    return factors
