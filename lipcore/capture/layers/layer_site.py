@@ -81,7 +81,7 @@ class LayerSite:
 
     @property
     def in_place_after(self) -> InPlaceAfter:
-        """The way in which an in-place operation may follow: not behind a tuple's view, nor behind an expanded output."""
+        """The way in which an in-place operation may follow: none behind a tuple's view or an expanded output."""
         if not self.rule.in_place_after or self.broadcast:
             return False
         # A layer of the user's may keep its output for its own backward pass, which a changed version would refuse.
