@@ -110,11 +110,10 @@ class PerSampleGradNorms(StandaloneMetric):
             the parameters' gradients, after three proofs that these are the same and with more proofs now and then.
             What else comes to reach those gradients (a penalty on parameters) may be noticed by the next proof only.
             With ``loss_reduction="auto"`` they are tapped.
-        max_replay_bytes: more than 0 (say ``1 << 30``): parameters that no layer's rule covers are measured from the
-            autograd graph, in eager mode, by sums over rows or by running its nodes once more for every sample
-            (:meth:`plan` says which); the gradients of single samples of a parameter may take so many bytes at once. 0
-            (default): such parameters are refused, or skipped. Whose a row is is proved once per structure of the
-            graph: a model whose rows change their order from pass to pass is not for it.
+        max_replay_bytes: parameters that no layer's rule covers are measured from the autograd graph, in eager mode, by
+            products and sums where they meet the batch or by running nodes once more for every sample (:meth:`plan`
+            says which); the gradients of single samples of a parameter may take so many bytes at once (default: 1 GiB).
+            0: such parameters are refused, or skipped.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
 
     Raises:
