@@ -1,4 +1,4 @@
-"""What a loss was divided by, read from its own graph before the backward pass."""
+"""What a loss was divided by: before it was set, as its own graph says, and after, as its gradient says."""
 
 from __future__ import annotations
 
@@ -21,6 +21,31 @@ _OVER_WEIGHTS = ("NllLoss", "NllLoss2D")
 _SAME_VALUE = ("Clone", "ToCopy", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Neg")
 _SUMS = ("Sum", "Nansum", "Dot")
 _LISTS = ("Stack", "Cat")
+
+
+class SetLoss:
+    """A loss whose graph was read before its backward pass, and the gradient with which that pass comes to it: what
+    was done to the loss afterwards (1/k of a trainer that accumulates, a GradScaler's scale).
+
+    Raises:
+        TypeError, ValueError: as :func:`read_factor`.
+    """
+
+    def __init__(self, loss: Tensor) -> None:
+        self._read = read_factor(loss)
+        self._gradient: Tensor | None = None
+        loss.register_hook(self._keep)
+
+    def _keep(self, gradient: Tensor) -> None:
+        self._gradient = gradient.detach().clone()
+
+    def factor(self) -> LossFactor | None:
+        """Return the factor of the backward pass; None where that did not come to this loss."""
+        if self._gradient is None:
+            return None
+        by = of_host(self._gradient)
+        inverse = by.reciprocal() if isinstance(by, Tensor) else 1 / by if by else math.nan
+        return product(self._read.number, inverse, *self._read.tensors)
 
 
 def read_factor(loss: Tensor) -> LossFactor:

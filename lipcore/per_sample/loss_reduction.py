@@ -13,12 +13,12 @@ from torch import Tensor
 
 from lipcore.models.arguments import check_choice
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
-from lipcore.per_sample.loss_graph import read_factor
+from lipcore.per_sample.loss_graph import SetLoss
 
 LossReduction = Literal["mean", "sum", "auto"]
 
 NO_LOSS = (
-    "loss_reduction='auto' reads the loss's own graph, and no loss was set before this backward pass; call "
+    "loss_reduction='auto' reads the loss's own graph, and no loss of this backward pass was set before it; call "
     "set_loss(loss) before loss.backward()"
 )
 Terms = Real | int | float | Tensor | str | Callable[..., Any] | None
@@ -35,7 +35,7 @@ class Reduction:
 
     "sum": 1. "mean": the number of terms that were averaged, which is B unless `terms` says how many. Whatever the loss
     was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out. "auto": all of that, as
-    the graph of the loss says it that is set before each backward pass.
+    the graph of the loss says it that is set before each backward pass, and the gradient that then comes to that loss.
     """
 
     def __init__(self, reduction: LossReduction, terms: Terms, scale: float) -> None:
@@ -52,7 +52,7 @@ class Reduction:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
         self.reduction, self.terms, self.scale = reduction, terms, scale
-        self._read: LossFactor | None = None  # of the loss that was set
+        self._loss: SetLoss | None = None  # of the next backward pass
         #: From the model's arguments and keywords to the number of terms, where it comes from there.
         self.note_of = _note_of(terms)
         if terms is not None and self.note_of is None and not _is_function(terms):
@@ -70,11 +70,11 @@ class Reduction:
             raise RuntimeError(
                 f"set_loss: is for loss_reduction='auto'; this metric has '{self.reduction}', which needs no loss"
             )
-        self._read = read_factor(loss)
+        self._loss = SetLoss(loss)
 
     def forget(self) -> None:
         """Forget a loss that was set: its backward pass did not come."""
-        self._read = None
+        self._loss = None
 
     @property
     def missing(self) -> str:
@@ -85,8 +85,8 @@ class Reduction:
         """Return f of a micro-batch of so many samples; `note` is what `note_of` has returned for its forward pass.
         None where it is to be read from a loss that nobody has set, or from a keyword that was not there."""
         if self.reduction == "auto":
-            read, self._read = self._read, None
-            return None if read is None else product(read.number, *self._unscaled(scaler), *read.tensors)
+            loss, self._loss = self._loss, None
+            return None if loss is None else loss.factor()
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
         if self.note_of is not None and note is None:

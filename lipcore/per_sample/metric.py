@@ -75,7 +75,7 @@ class PerSampleGradNorms(StandaloneMetric):
         model: only when the metric stands alone.
         loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read it, with whatever the loss was
             multiplied with or divided by, from the graph of the loss that :meth:`set_loss` is called with before every
-            backward pass. It cannot be found from the gradients alone.
+            backward pass, and from the gradient that comes to it. It cannot be found from the gradients alone.
         loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, a function that
             is called after every backward pass, the name of a keyword that the model is called with (a trainer's
             "num_items_in_batch"), or a function of its (arguments, keywords). For cross-entropy over tokens: how many
@@ -482,10 +482,12 @@ class PerSampleGradNorms(StandaloneMetric):
 
     def set_loss(self, loss: Tensor) -> None:
         """Read from a loss's own graph what it was divided by; call it before ``loss.backward()`` with
-        ``loss_reduction="auto"``, and before a GradScaler scales the loss.
+        ``loss_reduction="auto"``.
 
         Means, sums, torch's loss functions, and constants that the loss is multiplied with or divided by on the way
-        are known. The norms are those of the sum of a sample's terms before the reduction to one number.
+        are known. What is done to the loss afterwards (a trainer divides it by the number of micro-batches, a
+        GradScaler scales it) is read from the gradient that then comes to it. The norms are those of the sum of a
+        sample's terms before the reduction to one number.
 
         Raises:
             TypeError: no tensor.

@@ -177,6 +177,73 @@ def test_norms_are_of_the_loss_that_was_set(scale: float, batch: int) -> None:
             model.zero_grad()
 
 
+def halved(loss: Tensor) -> Tensor:
+    return loss / 2
+
+
+def halved_in_place(loss: Tensor) -> Tensor:
+    loss /= 2
+    return loss
+
+
+def scaled_by_an_unknown_scaler(loss: Tensor) -> Tensor:
+    scaled: Tensor = torch.amp.GradScaler("cpu", init_scale=1024.0).scale(loss)
+    return scaled
+
+
+def tripled_and_moved(loss: Tensor) -> Tensor:
+    return loss * 3 + 1.0
+
+
+AFTERWARDS = (halved, halved_in_place, scaled_by_an_unknown_scaler, tripled_and_moved)
+
+
+@pytest.mark.parametrize("change", AFTERWARDS)
+@pytest.mark.parametrize("batch", [1, 6])
+def test_what_is_done_to_a_loss_after_it_was_set(change: Callable[[Tensor], Tensor], batch: int) -> None:
+    """A trainer that accumulates divides the loss that it was given; its gradient says by what."""
+    model, x, y = classifier(), Z[:batch], Y.clamp(min=0)[:batch]
+    expected = truth(model, x, y)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for _ in range(3):
+            loss = nnf.cross_entropy(model(x), y)
+            norms.set_loss(loss)
+            change(loss).backward()
+            assert torch.allclose(norms.per_sample, expected, rtol=1e-5)
+            model.zero_grad()
+
+
+def test_a_scaler_is_taken_out_once() -> None:
+    """Whether the loss was set before or after it was scaled."""
+    model, x, y = classifier(), Z, Y.clamp(min=0)
+    expected, scaler = truth(model, x, y), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with PerSampleGradNorms(model, loss_reduction="auto", scaler=scaler) as norms:
+        for before in (True, False):
+            loss = nnf.cross_entropy(model(x), y)
+            scaled = scaler.scale(loss)
+            norms.set_loss(loss if before else scaled)
+            scaled.backward()
+            assert torch.allclose(norms.per_sample, expected, rtol=1e-5)
+
+
+def test_a_loss_that_the_backward_pass_does_not_come_to() -> None:
+    model, x, y = classifier(), Z, Y.clamp(min=0)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        norms.set_loss(nnf.cross_entropy(model(x), y))
+        nnf.cross_entropy(model(x), y).backward()
+        assert norms.per_sample.isnan().all()
+        assert "no loss of this backward pass was set before it" in norms.broken
+
+
+def test_a_loss_that_weighs_nothing_has_no_number() -> None:
+    model, x, y = classifier(), Z, Y.clamp(min=0)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        loss = nnf.cross_entropy(model(x), y)
+        norms.set_loss(loss)
+        (loss * 0).backward()
+        assert norms.per_sample.isnan().all()
+
+
 def test_a_trainers_loss_over_all_items_of_a_step() -> None:
     """Micro-batches of different sizes, each summed and divided by the number of items of all of them."""
     model, parts = classifier(), [(Z[:2], Y[:2]), (Z[2:], Y[2:])]
