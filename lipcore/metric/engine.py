@@ -25,7 +25,7 @@ from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
 from lipcore.metric.step_end import StepEnd, StepEndCalls
-from lipcore.metric.steps import checked_optimizers, refuse_strangers, updating
+from lipcore.metric.steps import checked_optimizers, refuse_strangers, scaler_inside, updating
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import never_called, refuse_script
 from lipcore.models.ranks import world_size
@@ -50,7 +50,8 @@ class Engine:
             covers the last window_steps steps (fewer at the start).
         history_limit: how many closed windows are kept.
         history_bytes: for how many bytes of them.
-        scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
+        scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms; by default that of a trainer's
+            wrapper around the optimizer.
         needs_steps: nothing is measured without steps, so that a loop in which none is seen is told.
     """
 
@@ -84,6 +85,7 @@ class Engine:
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
         self._step_end = self._make_step_end(self._stepped)
+        scaler = scaler_inside(self._optimizers) if scaler is None else scaler
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)

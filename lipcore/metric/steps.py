@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 _DEEPEST = 4  # wrappers around wrappers
 _MOST = 64  # entries of a list in which optimizers are looked for
+# Trainers, whose wrappers pass step() on, or leave it out.
+_PASSING_ON = ("accelerate.", "lightning.", "lightning_fabric.", "pytorch_lightning.")
 
 Hook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
 
@@ -49,6 +51,17 @@ def _is_optimizer(thing: Any) -> bool:
 def _has_hooks(optimizer: Any) -> bool:
     """Return whether torch calls hooks around its step: not where Optimizer.__init__ was never called."""
     return isinstance(optimizer, Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer)
+
+
+def scaler_inside(optimizers: Sequence[Any]) -> Any:
+    """Return the GradScaler with which a trainer's wrapper steps (accelerate's, Lightning's), if it has one."""
+    for optimizer in optimizers:
+        strategy = getattr(optimizer, "_strategy", None)
+        for holder in (optimizer, *(getattr(strategy, name, None) for name in ("precision_plugin", "precision"))):
+            scaler = getattr(holder, "__dict__", {}).get("scaler")
+            if isinstance(scaler, torch.amp.GradScaler):
+                return scaler
+    return None
 
 
 def optimizers_inside(wrapper: Any, depth: int = _DEEPEST) -> list[Optimizer]:
@@ -166,12 +179,14 @@ class StepCalls:
         begin: a step begins.
         uses: gets the optimizer whose gradients are as its step uses them, right before that, and the step's arguments;
             None where nobody wants to know.
-        after: the same, when the step is over.
+        each: gets the optimizer that has stepped, while a GradScaler's verdict on that is still there.
+        after: the same as uses, when the step is over.
         none: what had begun was no step.
     """
 
     begin: Callable[[], None]
     uses: Hook | None
+    each: Callable[[Optimizer], None]
     after: Hook
     none: Callable[[], None]
 
@@ -188,6 +203,7 @@ class Stepper:
         self.given, self._calls = given, calls
         self.inside = optimizers_inside(given)
         self._open = False  # inside the wrapper's step
+        self._depth = 0  # of hooks that call one another there
         self._inner: tuple[Any, ...] | None = None  # the last inner step in it
         self._stepped: set[int] = set()  # of several inside, outside the wrapper's step
         self._calls_own = bool(self.inside)  # whether a step() that was put in the place of torch's calls that
@@ -198,17 +214,52 @@ class Stepper:
         given = self.given
         if _has_hooks(given) and not self.inside and not _is_replaced(given) and not _may_nest(given):
             self._handles.append(given.register_step_pre_hook(self._before))
-            self._handles.append(given.register_step_post_hook(self._calls.after))
+            self._handles.append(given.register_step_post_hook(self._after))
             return
         own = [given] if _has_hooks(given) and not _may_nest(given) else []
         for optimizer in self.inside or own:
             if _may_nest(optimizer):
-                before, after = (functools.partial(call, optimizer) for call in (self._before_inner, self._after_inner))
-                self._handles.append(WatchedStep(optimizer, before, after, self._calls.none))
+                self._attach_nested(optimizer)
                 continue
             self._handles.append(optimizer.register_step_pre_hook(self._before_inner))
             self._handles.append(optimizer.register_step_post_hook(self._after_inner))
         self._handles.append(WatchedStep(given, self._begin, self._end, self._abandon))
+
+    def _attach_nested(self, optimizer: Optimizer) -> None:
+        """Watch an optimizer inside around which hooks may be called more than once.
+
+        Inside the wrapper's step the outermost of them count: the wrapper may call, and put back, a step that it has
+        taken before this one was watched. Outside it is the step itself, since hooks do not tell of one that has
+        raised.
+        """
+
+        def before(*arguments: Any) -> None:
+            if self._open:
+                self._depth += 1
+                if self._depth == 1:
+                    self._before_inner(*arguments)
+
+        def after(*arguments: Any) -> None:
+            if self._open:
+                self._depth -= 1
+                if self._depth == 0:
+                    self._after_inner(*arguments)
+
+        def begin(*arguments: Any) -> None:
+            if not self._open:
+                self._before_inner(optimizer, *arguments)
+
+        def end(*arguments: Any) -> None:
+            if not self._open:
+                self._after_inner(optimizer, *arguments)
+
+        self._handles.append(optimizer.register_step_pre_hook(before))
+        self._handles.append(optimizer.register_step_post_hook(after))
+        self._handles.append(WatchedStep(optimizer, begin, end, self._abandon_inner))
+
+    def _after(self, optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._calls.each(optimizer)
+        self._calls.after(optimizer, arguments, keywords)
 
     def _before(self, optimizer: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._calls.begin()
@@ -218,7 +269,7 @@ class Stepper:
     # ---- the wrapper's own step
 
     def _begin(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._open, self._inner = True, None
+        self._open, self._inner, self._depth = True, None, 0
         if not self._calls_own:
             self._before(self.given, arguments, keywords)
         else:
@@ -230,7 +281,7 @@ class Stepper:
         if inner is not None:
             self._calls.after(*inner)
         elif not self._calls_own:
-            self._calls.after(self.given, arguments, keywords)
+            self._after(self.given, arguments, keywords)
         else:
             self._calls.none()
 
@@ -241,6 +292,10 @@ class Stepper:
 
     # ---- steps inside it
 
+    def _abandon_inner(self) -> None:
+        if not self._open:
+            self._calls.none()
+
     def _before_inner(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         if not self._open:
             self._before(optimizer, arguments, keywords)
@@ -249,6 +304,7 @@ class Stepper:
 
     def _after_inner(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._calls_own = True
+        self._calls.each(optimizer)
         if self._open:
             self._inner = optimizer, arguments, keywords
             return
@@ -270,9 +326,10 @@ def _is_replaced(optimizer: Any) -> bool:
 
 
 def _may_nest(optimizer: Any) -> bool:
-    """Return whether its step() may call another class's, around which torch calls the same hooks once more."""
-    stepping = [kind for kind in type(optimizer).__mro__ if kind is not Optimizer and "step" in vars(kind)]
-    return len(stepping) > 1
+    """Return whether its step() may call another class's, around which torch calls the same hooks once more. torch's
+    own wrapper stands in each class that was made first, around one function (AdamW's is Adam's)."""
+    kinds = [kind for kind in type(optimizer).__mro__ if kind is not Optimizer and "step" in vars(kind)]
+    return len({inspect.unwrap(vars(kind)["step"]) for kind in kinds}) > 1
 
 
 def _is_plain(optimizer: Any) -> bool:
@@ -306,6 +363,6 @@ def updating(given: Sequence[Any]) -> list[Optimizer]:
         inside = optimizers_inside(one)
         if _has_hooks(one) and not inside:
             found.append(one)
-        elif type(one).__module__.startswith("accelerate."):  # passes step() on, or leaves it out
+        elif type(one).__module__.startswith(_PASSING_ON):
             found += inside
     return found
