@@ -1,4 +1,4 @@
-"""Trainers' wrappers around an optimizer that step by a GradScaler of their own: it is found, and so is what it skips."""
+"""Trainers' wrappers that step by a GradScaler of their own: it is found, and so is what it skips."""
 
 from __future__ import annotations
 
