@@ -90,23 +90,28 @@ def _kept(wrapper: Any) -> Iterator[Any]:
 
 
 class WatchedStep:
-    """A step() in the place of an object's own, which tells when it begins and ends.
+    """A step() in the place of an object's own (or another method, by `name`), which tells when it begins and ends.
 
     It stands in the object's attributes, where a scheduler may wrap it in turn, and goes with :meth:`remove`. A copy of
     the object has the object's own step.
     """
 
     def __init__(
-        self, owner: Any, before: Callable[..., None], after: Callable[..., None], abandoned: Callable[[], None]
+        self,
+        owner: Any,
+        before: Callable[..., None],
+        after: Callable[..., None],
+        abandoned: Callable[[], None],
+        name: str = "step",
     ) -> None:
-        self._owner = owner
-        self._own: Any = getattr(owner, "__dict__", {}).get("step")  # None: its class's
-        self._step = owner.step
+        self._owner, self._name = owner, name
+        self._own: Any = getattr(owner, "__dict__", {}).get(name)  # None: its class's
+        self._step = getattr(owner, name)
         self._before: Callable[..., None] | None = before
         self._after: Callable[..., None] | None = after
         self._abandoned: Callable[[], None] | None = abandoned
         try:
-            owner.step = self
+            setattr(owner, name, self)
         except AttributeError as error:
             raise TypeError(
                 f"optimizer: {type(owner).__name__} lets nobody set its step (__slots__?), so it cannot be watched; "
@@ -145,26 +150,26 @@ class WatchedStep:
         return getattr(self._step, name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (getattr, (self._owner, "step")) if self._own is None else (_itself, (self._own,))
+        return (getattr, (self._owner, self._name)) if self._own is None else (_itself, (self._own,))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         if self._own is not None:
             return copy.deepcopy(self._own, memo)
         copied = memo.get(id(self._owner), self._owner)
-        return getattr(type(copied), "step").__get__(copied)  # noqa: B009
+        return getattr(type(copied), self._name).__get__(copied)
 
     def remove(self) -> None:
         """Put the object's own step back, or do nothing from now on where somebody has wrapped this one."""
         self._before = self._after = self._abandoned = None
-        if vars(self._owner).get("step") is not self:
+        if vars(self._owner).get(self._name) is not self:
             return
         own = self._own
         while isinstance(own, WatchedStep) and own._after is None:  # another Monitor's, closed before this one
             own = own._own
         if own is None:
-            del self._owner.step
+            delattr(self._owner, self._name)
         else:
-            self._owner.step = own
+            setattr(self._owner, self._name, own)
 
 
 def _itself(step: Any) -> Any:
@@ -196,13 +201,14 @@ class Stepper:
 
     Where it is a wrapper, a step begins and ends with the wrapper's own step(): an averaging optimizer moves the
     weights before and after what is inside it steps. A wrapper's call in which nothing inside steps is none (gradient
-    accumulation). A step inside that comes by itself is one (SAM's second_step).
+    accumulation). A step inside that comes by itself is one; SAM's ends with the second_step() that it comes in.
     """
 
     def __init__(self, given: Any, calls: StepCalls) -> None:
         self.given, self._calls = given, calls
         self.inside = optimizers_inside(given)
         self._open = False  # inside the wrapper's step
+        self._second = False  # inside its second_step(), outside its step
         self._depth = 0  # of hooks that call one another there
         self._inner: tuple[Any, ...] | None = None  # the last inner step in it
         self._stepped: set[int] = set()  # of several inside, outside the wrapper's step
@@ -224,6 +230,9 @@ class Stepper:
             self._handles.append(optimizer.register_step_pre_hook(self._before_inner))
             self._handles.append(optimizer.register_step_post_hook(self._after_inner))
         self._handles.append(WatchedStep(given, self._begin, self._end, self._abandon))
+        if self.inside and callable(getattr(given, "second_step", None)):
+            calls = (self._begin_second, self._end_second, self._abandon_second)
+            self._handles.append(WatchedStep(given, *calls, name="second_step"))
 
     def _attach_nested(self, optimizer: Optimizer) -> None:
         """Watch an optimizer inside around which hooks may be called more than once.
@@ -290,6 +299,23 @@ class Stepper:
         self._open, self._inner = False, None
         self._calls.none()
 
+    # ---- its second_step(), outside its own step: what is inside begins the step, and here it ends
+
+    def _begin_second(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self._second = not self._open
+        if self._second:
+            self._inner = None
+
+    def _end_second(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self._second and self._inner is not None:
+            self._calls.after(*self._inner)
+        self._second = False
+
+    def _abandon_second(self) -> None:
+        if self._second:
+            self._second = False
+            self._calls.none()
+
     # ---- steps inside it
 
     def _abandon_inner(self) -> None:
@@ -305,7 +331,7 @@ class Stepper:
     def _after_inner(self, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._calls_own = True
         self._calls.each(optimizer)
-        if self._open:
+        if self._open or self._second:
             self._inner = optimizer, arguments, keywords
             return
         self._stepped.add(id(optimizer))

@@ -79,6 +79,17 @@ class Sam(_SharpnessAware, Optimizer):  # type: ignore[misc]
         self.param_groups = self.base_optimizer.param_groups
 
 
+class SamThatMovesOn(Sam):
+    """One that moves the weights once more when what is inside it has stepped (a weighted SAM)."""
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        super().second_step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.99)
+
+
 class SamWithoutInit(_SharpnessAware, Optimizer):  # type: ignore[misc]
     """The same without a call of torch's constructor."""
 
