@@ -17,6 +17,8 @@ _MOST = 64  # entries of a list in which optimizers are looked for
 # Trainers, whose wrappers pass step() on, or leave it out.
 _PASSING_ON = ("accelerate.", "lightning.", "lightning_fabric.", "pytorch_lightning.")
 
+_SCALED_STEP = torch.amp.GradScaler.step.__code__
+
 Hook = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
 
 
@@ -62,6 +64,17 @@ def scaler_inside(optimizers: Sequence[Any]) -> Any:
             if isinstance(scaler, torch.amp.GradScaler):
                 return scaler
     return None
+
+
+def scaler_above() -> bool:
+    """Return whether an enabled GradScaler is making the step from which this is called. Nothing else says so: a scaler
+    leaves no mark on an optimizer."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _SCALED_STEP:
+            return bool(frame.f_locals["self"].is_enabled())
+        frame = frame.f_back
+    return False
 
 
 def optimizers_inside(wrapper: Any, depth: int = _DEEPEST) -> list[Optimizer]:

@@ -131,3 +131,26 @@ def test_nested_hooks_of_a_step_that_raises_are_forgotten() -> None:
         window = monitor.compute()
     assert window is not None
     assert window.steps == 3
+
+
+def by_hand(model: nn.Module, given: bool, metric: Any) -> Any:
+    optimizer, by = MADE["fused AdamW"](model), scaler()
+    settings = {"scaler": by} if given else {}
+    with Monitor(model, optimizer, [metric], window_steps=None, **settings) as monitor:
+        for _ in range(3):
+            by.scale(nn.functional.mse_loss(model(X), Y)).backward()
+            by.step(optimizer)
+            by.update()
+            model.zero_grad()
+        return monitor.compute()
+
+
+@pytest.mark.parametrize("metric", [Trajectory, lambda: PerSampleGradNorms(loss_reduction="mean")])
+def test_a_scaler_that_nobody_passed_is_told_once(metric: Callable[[], Any]) -> None:
+    with pytest.warns(RuntimeWarning, match=r"a GradScaler makes AdamW\.step\(\).*pass it as scaler=") as told:
+        by_hand(mlp(), False, metric())
+    assert len(told) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_hand(mlp(), True, metric())
+        by_hand(mlp(), False, Trajectory(stats=["path_length"]))  # needs no gradient
