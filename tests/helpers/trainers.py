@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lipcore import Lipschitz, Metric, PerSampleGradNorms, Trajectory
 from lipcore.metric.results import Window
@@ -19,6 +20,10 @@ from lipcore.metric.results import Window
 X = torch.randn(22, 5, generator=torch.Generator().manual_seed(1))  # batches of 4, the last of 2
 Y = X.sin().sum(1, keepdim=True)
 PATH, LAMBDA, NORM = "trajectory", "lipschitz", "per_sample_grad_norm"
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(X, Y), batch_size=4)
 
 
 def network() -> nn.Sequential:

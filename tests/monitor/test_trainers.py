@@ -1,8 +1,7 @@
-"""lipcore with the trainers that people use, themselves: each number against one that was taken beside the loop."""
+"""lipcore in loops whose model and optimizer accelerate and Fabric wrap; the truth was taken beside the loop."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import mse_loss
-from torch.utils.data import DataLoader, TensorDataset
 from trainers import (
+    LAMBDA,
     NORM,
     PATH,
     Recorder,
-    X,
-    Y,
     gradient_norm,
+    loader,
     metrics,
     near,
     network,
@@ -33,10 +31,6 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
 }
-
-
-def loader() -> DataLoader[Any]:
-    return DataLoader(TensorDataset(X, Y), batch_size=4)
 
 
 # ---- accelerate
@@ -153,146 +147,42 @@ def test_steps_that_accelerate_skips(fused: bool) -> None:
     assert window[NORM].norm["total"].mean.value == near(float(expected.mean()), 2e-5)
 
 
-# ---- Lightning
+# ---- Fabric
 
 
-def fitted(
-    watch: bool,
-    *,
-    manual: str = "",
-    every: int = 1,
-    clip: float | None = None,
-    given: str = "trainer.optimizers",
-    calls: str = "net",
-    **arguments: Any,
-) -> tuple[Any, Recorder]:
-    """Fit a LightningModule around the network.
+def fabricated(watch: bool, precision: str, every: int, inside: bool) -> tuple[Any, Recorder]:
+    pytest.importorskip("lightning")
+    from lightning.fabric import Fabric
 
-    Args:
-        manual: "" for automatic optimization, else how the module steps: plainly, or by a closure.
-        every: micro-batches per step.
-        given: what the Monitor gets as optimizer.
-        calls: what training_step calls, and the Monitor watches: the module inside, or the LightningModule.
-        arguments: of the Trainer.
-    """
-    lightning = pytest.importorskip("lightning")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    record, chosen = Recorder(), metrics()
-
-    class Module(lightning.LightningModule):  # type: ignore[misc,name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.net, self.automatic_optimization = network(), not manual
-
-        def forward(self, x: Any) -> Any:
-            return self.net(x)
-
-        def loss_of(self, x: Any, y: Any) -> Any:
-            record.batch(self.net, x, y)
-            return mse_loss((self.net if calls == "net" else self)(x), y)
-
-        def training_step(self, batch: Any, index: int) -> Any:
-            if not manual:
-                return self.loss_of(*batch)
-            optimizer = self.optimizers()
-            if manual == "closure":
-
-                def closure() -> Any:
-                    loss = self.loss_of(*batch)
-                    optimizer.zero_grad()
-                    self.manual_backward(loss)
-                    self.on_before_optimizer_step(optimizer)
-                    return loss
-
-                optimizer.step(closure=closure)
-                record.used.append(gradient_norm(self.net))
-                record.step(self.net)
-                return None
-            self.manual_backward(self.loss_of(*batch) / every)
-            if (index + 1) % every == 0:
-                self.on_before_optimizer_step(optimizer)
-                if clip is not None:
-                    self.clip_gradients(optimizer, clip, "norm")
-                optimizer.step()
-                record.used.append(gradient_norm(self.net))
-                optimizer.zero_grad()
-                record.step(self.net)
-            return None
-
-        def on_before_optimizer_step(self, optimizer: Any) -> None:
-            if not manual or optimizer is self.optimizers():
-                record.before.append(gradient_norm(self.net))
-
-        def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
-            super().optimizer_step(*arguments, **keywords)
-            record.used.append(gradient_norm(self.net))
-            record.step(self.net)
-
-        def configure_optimizers(self) -> Any:
-            return OPTIMIZERS["AdamW"](self.net.parameters())
-
-    class Callback(lightning.Callback):  # type: ignore[misc,name-defined]
-        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-            record.step(pl_module.net)
-            if watch:
-                options = {
-                    "trainer.optimizers": trainer.optimizers,
-                    "trainer.strategy.optimizers": trainer.strategy.optimizers,
-                    "pl_module.optimizers()": pl_module.optimizers(),
-                }
-                watched = pl_module.net if calls == "net" else pl_module
-                self.monitor = Monitor(watched, options[given], chosen, window_steps=None)
-
-        def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-            if watch:
-                chosen[2].set_loss(loss)  # type: ignore[attr-defined]
-
-        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-            if watch:
-                self.window = self.monitor.compute()
-                self.monitor.close()
-
-    callback = Callback()
-    if not manual:
-        arguments |= {"accumulate_grad_batches": every, "gradient_clip_val": clip}
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=2,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[callback],
-        **arguments,
-    )
-    module = Module()
-    trainer.fit(module, loader())
-    return callback.window if watch else None, record
+    fabric = Fabric(accelerator="cpu", devices=1, precision=precision)  # type: ignore[arg-type]
+    model = network()
+    called, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=0.01))
+    record, chosen = Recorder([vector(model)]), metrics()
+    monitor = Monitor(model if inside else called, optimizer, chosen, window_steps=None) if watch else None
+    for i, (x, y) in enumerate(2 * list(loader())):
+        record.batch(model, x, y)
+        loss = mse_loss(called(x), y)
+        if watch:
+            chosen[2].set_loss(loss)  # type: ignore[attr-defined]
+        fabric.backward(loss / every)
+        if (i + 1) % every == 0:
+            record.before.append(gradient_norm(model))
+            fabric.clip_gradients(called, optimizer, max_norm=0.1)
+            record.used.append(gradient_norm(model))
+            optimizer.step()
+            optimizer.zero_grad()
+            record.step(model)
+    if monitor is None:
+        return None, record
+    window = monitor.compute()
+    monitor.close()
+    return window, record
 
 
-GIVEN = ["trainer.optimizers", "trainer.strategy.optimizers", "pl_module.optimizers()"]
-
-
-@pytest.mark.parametrize("given", GIVEN)
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"every": 3},
-        {"clip": 0.05},
-        {"manual": "plain"},
-        {"manual": "plain", "every": 2, "clip": 0.05},
-        {"manual": "closure"},
-        {"calls": "pl_module"},
-    ],
-    ids=str,
-)
-def test_lightning(settings: dict[str, Any], given: str) -> None:
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize(("precision", "rel"), [("32-true", 2e-5), ("bf16-mixed", 2e-2)])
+def test_fabric(precision: str, rel: float, inside: bool) -> None:
     with no_word_of_ours():
-        run_both(lambda watch: fitted(watch, given=given, **settings))
-
-
-def test_lightning_in_bfloat16() -> None:
-    with no_word_of_ours():
-        run_both(lambda watch: fitted(watch, every=2, precision="bf16-mixed"), rel=2e-2)
+        window = run_both(lambda watch: fabricated(watch, precision, 2, inside), rel)
+    assert window[LAMBDA].details["first_layer"] == "0"
+    assert "0.weight" in window[PATH].path_length
