@@ -30,10 +30,11 @@ def checked_optimizers(given: Any) -> list[Any]:
     """
     several = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     for one in several:
-        if isinstance(one, LRScheduler) or (hasattr(one, "get_last_lr") and hasattr(one, "optimizer")):
+        if isinstance(one, LRScheduler) or (hasattr(one, "get_last_lr") and not hasattr(one, "param_groups")):
+            where = "optimizers" if not hasattr(one, "optimizer") and hasattr(one, "optimizers") else "optimizer"
             raise TypeError(
                 f"optimizer: {type(one).__name__} is a learning rate scheduler; pass the optimizer that it drives "
-                "(scheduler.optimizer)"
+                f"(scheduler.{where})"
             )
         if not _is_optimizer(one):
             raise TypeError(

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -316,6 +317,10 @@ def test_what_is_no_optimizer_is_named() -> None:
         Monitor(model, torch.optim.SGD)
     assert "step" not in vars(model)
     Monitor(model, scheduler.optimizer).close()
+    prepared = SimpleNamespace(get_last_lr=scheduler.get_last_lr, optimizers=[optimizer])  # accelerate's
+    with pytest.raises(TypeError, match=r"SimpleNamespace is a learning rate scheduler; .*scheduler\.optimizers"):
+        Monitor(model, prepared)  # type: ignore[arg-type]
+    Monitor(model, prepared.optimizers).close()
 
 
 def test_an_optimizer_of_another_model_is_named() -> None:

@@ -103,6 +103,22 @@ def test_accelerate_in_bfloat16(early: bool) -> None:
         run_both(lambda watch: accelerated(watch, made="AdamW", precision="bf16", every=2, early=early), rel=2e-2)
 
 
+def test_accelerates_scheduler_is_no_optimizer() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = network()
+    optimizer = OPTIMIZERS["SGD"](model.parameters())
+    trainer = accelerate.Accelerator(cpu=True)
+    called, optimizer, plan = trainer.prepare(model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, 2))
+    with pytest.raises(TypeError, match=r"AcceleratedScheduler is a .*\(scheduler\.optimizers\)"):
+        Monitor(called, plan)
+    with no_word_of_ours(), Monitor(called, plan.optimizers, window_steps=None) as monitor:
+        for x, y in loader():
+            trainer.backward(mse_loss(called(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+        assert monitor.compute().steps == 6  # type: ignore[union-attr]
+
+
 def scaled(watch: bool, *, fused: bool) -> tuple[Any, Recorder]:
     """accelerate's optimizer with a GradScaler, which it makes on GPUs only; two of six steps overflow."""
     pytest.importorskip("accelerate").Accelerator(cpu=True)
