@@ -16,7 +16,10 @@ _FABRIC = {"_forward_module", "_original_module"}
 def called_inside(model: nn.Module) -> nn.Module:
     """Return the module that Fabric's wrapper calls, whose outputs may be differentiated without Fabric; any other
     model as it is."""
-    return model._modules["_forward_module"] or model if set(model._modules) == _FABRIC else model
+    inside = model._modules
+    if len(inside) != len(_FABRIC) or not all(name in inside for name in _FABRIC):
+        return model
+    return inside["_forward_module"] or model
 
 
 def _is_wrapped(parent: nn.Module, attribute: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,16 @@ _SUMS = ("Sum", "Nansum", "Dot")
 _LISTS = ("Stack", "Cat")
 
 
+def own_loss(output: Any) -> SetLoss | None:
+    """Return the loss that a model returns among other things, by the name that trainers look for; None where there is
+    none whose factor is known."""
+    try:
+        named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        return SetLoss(named) if isinstance(named, Tensor) and not isinstance(output, Tensor) else None
+    except Exception:  # nobody has asked for this one, and nothing may be raised in the forward pass
+        return None
+
+
 class SetLoss:
     """A loss whose graph was read before its backward pass, and the gradient with which that pass comes to it: what
     was done to the loss afterwards (1/k of a trainer that accumulates, a GradScaler's scale).
@@ -38,6 +49,16 @@ class SetLoss:
 
     def _keep(self, gradient: Tensor) -> None:
         self._gradient = gradient.detach().clone()
+
+    def contradicts(self, given: LossFactor, terms: float | Tensor) -> bool:
+        """Return whether the host knows that the factor of the backward pass is not the given one, which was made of so
+        many terms: by the numbers, or since terms that lie on a device are not in the loss's graph."""
+        found = self.factor()
+        if found is None:
+            return False
+        if found.tensor is None and given.tensor is None:
+            return not math.isclose(found.number, given.number, rel_tol=1e-5)
+        return isinstance(terms, Tensor) and self._read.tensor is None
 
     def factor(self) -> LossFactor | None:
         """Return the factor of the backward pass; None where that did not come to this loss."""

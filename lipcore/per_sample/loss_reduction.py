@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lipcore.models.arguments import check_choice
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
-from lipcore.per_sample.loss_graph import SetLoss
+from lipcore.per_sample.loss_graph import SetLoss, own_loss
 
 LossReduction = Literal["mean", "sum", "auto"]
 
@@ -23,6 +23,10 @@ NO_LOSS = (
 )
 Terms = Real | int | float | Tensor | str | Callable[..., Any] | None
 
+OTHER_TERMS = (
+    "loss_terms={0!r}: the loss that the model returned was divided by something else, as its own graph says; "
+    "loss_reduction='auto' reads it"
+)
 NO_TERMS = (
     "loss_terms={0!r}: the forward pass was called without that keyword, or with None, so that nobody knows what its "
     "loss is divided by"
@@ -35,7 +39,8 @@ class Reduction:
 
     "sum": 1. "mean": the number of terms that were averaged, which is B unless `terms` says how many. Whatever the loss
     was multiplied by (`scale`: an AMP scale, 1/k under gradient accumulation) is divided out. "auto": all of that, as
-    the graph of the loss says it that is set before each backward pass, and the gradient that then comes to that loss.
+    the graph of the loss says it that is set before each backward pass, or that the model returns as `loss`, and the
+    gradient that then comes to that loss.
     """
 
     def __init__(self, reduction: LossReduction, terms: Terms, scale: float) -> None:
@@ -55,6 +60,9 @@ class Reduction:
         self._loss: SetLoss | None = None  # of the next backward pass
         #: From the model's arguments and keywords to the number of terms, where it comes from there.
         self.note_of = _note_of(terms)
+        #: From what the model returns to its loss, where that says, or may contradict, what it is divided by.
+        self.loss_of = own_loss if reduction == "auto" or self.note_of is not None else None
+        self._contradicted = False
         if terms is not None and self.note_of is None and not _is_function(terms):
             _check(terms)
 
@@ -79,13 +87,16 @@ class Reduction:
     @property
     def missing(self) -> str:
         """Reason why factor() has returned None."""
-        return NO_LOSS if self.reduction == "auto" else NO_TERMS.format(self.terms)
-
-    def factor(self, samples: int, scaler: Any, note: Any = None) -> LossFactor | None:
-        """Return f of a micro-batch of so many samples; `note` is what `note_of` has returned for its forward pass.
-        None where it is to be read from a loss that nobody has set, or from a keyword that was not there."""
         if self.reduction == "auto":
-            loss, self._loss = self._loss, None
+            return NO_LOSS
+        return (OTHER_TERMS if self._contradicted else NO_TERMS).format(self.terms)
+
+    def factor(self, samples: int, scaler: Any, note: Any = None, own: SetLoss | None = None) -> LossFactor | None:
+        """Return f of a micro-batch of so many samples; `note` is what `note_of` has returned for its forward pass,
+        `own` what `loss_of` has. None where it is to be read from a loss that there is not, or from a keyword that was
+        not there or that the loss contradicts."""
+        if self.reduction == "auto":
+            loss, self._loss = self._loss or own, None
             return None if loss is None else loss.factor()
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
@@ -95,7 +106,9 @@ class Reduction:
             terms = note if self.note_of is not None else given() if _is_function(given) else given
             _check(terms)  # a tensor may have changed since the last time
             terms = of_host(terms) if isinstance(terms, Tensor) else float(terms)
-        return product(1 / self.scale, terms, *self._unscaled(scaler))
+        factor = product(1 / self.scale, terms, *self._unscaled(scaler))
+        self._contradicted = own is not None and own.contradicts(factor, terms)
+        return None if self._contradicted else factor
 
     @staticmethod
     def _unscaled(scaler: Any) -> list[float | Tensor]:

@@ -75,7 +75,8 @@ class PerSampleGradNorms(StandaloneMetric):
         model: only when the metric stands alone.
         loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read it, with whatever the loss was
             multiplied with or divided by, from the graph of the loss that :meth:`set_loss` is called with before every
-            backward pass, and from the gradient that comes to it. It cannot be found from the gradients alone.
+            backward pass, or that the model returns as ``loss`` (an attribute or key of its output), and from the
+            gradient that comes to it. It cannot be found from the gradients alone.
         loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, a function that
             is called after every backward pass, the name of a keyword that the model is called with (a trainer's
             "num_items_in_batch"), or a function of its (arguments, keywords). For cross-entropy over tokens: how many
@@ -163,6 +164,7 @@ class PerSampleGradNorms(StandaloneMetric):
             prove=prove,
             output=output,
             note_of=self._reduction.note_of,
+            loss_of=self._reduction.loss_of,
             fast_batch_of_one=batch_of_one == "fast",
             max_replay_bytes=max_replay_bytes,
         )
@@ -264,7 +266,7 @@ class PerSampleGradNorms(StandaloneMetric):
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
-        factor = self._reduction.factor(record.samples, self._scaler, record.note)
+        factor = self._reduction.factor(record.samples, self._scaler, record.note, record.loss)
         if factor is None:
             self._without_loss += 1
             self.observe_unrecorded(record.samples, self._reduction.missing)

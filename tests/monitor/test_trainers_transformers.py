@@ -54,8 +54,9 @@ class HuggingFace:
         make: the model.
         data: rows for the default collator.
         watched: what the Monitor watches: made of the Trainer's model; None: no Monitor.
-        chosen: its metrics; the last one is given every loss.
+        chosen: its metrics, of which the last one has norms per sample.
         resume: a checkpoint.
+        sets_loss: whether the metric is told every loss; it reads that of a model which returns one.
         arguments: of TrainingArguments.
     """
 
@@ -67,6 +68,7 @@ class HuggingFace:
         chosen: list[Any] | None = None,
         watched: Callable[[Any], Any] | None = None,
         resume: str | None = None,
+        sets_loss: bool = False,
         **arguments: Any,
     ) -> None:
         transformers = pytest.importorskip("transformers")
@@ -80,7 +82,7 @@ class HuggingFace:
                 if isinstance(model, Regression):
                     outer.record.batch(model.net, inputs["x"], inputs["labels"])
                 found = super().compute_loss(model, inputs, return_outputs, **keywords)
-                if outer.chosen is not None:
+                if sets_loss and outer.chosen is not None:
                     outer.chosen[-1].set_loss(found[0] if return_outputs else found)
                 return found
 
@@ -91,7 +93,7 @@ class HuggingFace:
                     outer.monitor = Monitor(outer.watched(model), optimizer, outer.chosen, window_steps=None)
 
             def look(self, *_: Any, **__: Any) -> None:
-                if outer.chosen is not None:
+                if outer.chosen is not None and isinstance(outer.chosen[-1], PerSampleGradNorms):
                     outer.norms.append(outer.chosen[-1].per_sample)
 
             on_substep_end = look
@@ -132,7 +134,8 @@ class HuggingFace:
 
 def hugged(watch: bool, folder: Path, **arguments: Any) -> tuple[Any, Recorder]:
     chosen = metrics() if watch else None
-    run = HuggingFace(Regression, rows(), folder, chosen, lambda model: model.net, max_grad_norm=0, **arguments)
+    common = {"max_grad_norm": 0, "sets_loss": True, **arguments}
+    run = HuggingFace(Regression, rows(), folder, chosen, lambda model: model.net, **common)
     return run.window, run.record
 
 
@@ -260,8 +263,6 @@ def test_per_sample_norms_of_a_language_model(name: str, every: int, tmp_path: P
     common = {"gradient_accumulation_steps": every, "num_train_epochs": 1}
     control = HuggingFace(make, sentences(tokens), tmp_path, **common)
     norms = PerSampleGradNorms(**settings)
-    if settings["loss_reduction"] == "mean":
-        norms.set_loss = lambda loss: None  # type: ignore[method-assign]
     with no_word_of_ours():
         run = HuggingFace(make, sentences(tokens), tmp_path, [norms], lambda model: model, **common)
     assert torch.equal(vector(run.model), vector(control.model))
@@ -270,3 +271,40 @@ def test_per_sample_norms_of_a_language_model(name: str, every: int, tmp_path: P
     for found, right in zip(run.norms, expected, strict=True):
         assert torch.allclose(found, right, rtol=2e-5, atol=0)
     assert run.window[NORM].norm["total"].mean.count == 14
+
+
+def test_a_model_that_does_not_use_the_number_it_is_given(tmp_path: Path) -> None:
+    """Bert takes the mean of a batch, whatever the Trainer says: no number, and the way out (tried above)."""
+    norms = PerSampleGradNorms(loss_reduction="mean", loss_terms="num_items_in_batch", **BERT)
+    with pytest.warns(UserWarning, match=r"divided by something else.*loss_reduction='auto' reads it"):
+        run = HuggingFace(bert, sentences(False), tmp_path, [norms], lambda model: model, gradient_accumulation_steps=2)
+    assert len(run.norms) == 8
+    assert all(found.isnan().all() for found in run.norms)
+    assert run.window[NORM].norm["total"].mean.count == 0
+
+
+def test_constants_at_the_embedding_of_a_language_model(tmp_path: Path) -> None:
+    def made() -> nn.Module:
+        model = bert()
+        model.config.num_labels = model.num_labels = 1  # type: ignore[union-attr]
+        model.classifier = nn.Linear(16, 1)
+        return model
+
+    data = [{"input_ids": s["input_ids"], "labels": s["labels"].float()} for s in sentences(False)]
+    with no_word_of_ours():
+        run = HuggingFace(made, data, tmp_path, [Lipschitz(output="logits")], lambda model: model)
+    expected = []
+    for state, inputs in run.batches:
+        model = made().double()
+        model.load_state_dict(state)
+        words = model.bert.embeddings.word_embeddings  # type: ignore[union-attr]
+        for sample in inputs["input_ids"].split(1):
+            held: list[Tensor] = []
+            hook = words.register_forward_hook(lambda _, __, out: held.append(out.detach().requires_grad_()) or held[0])
+            (gradient,) = torch.autograd.grad(model(input_ids=sample).logits.sum(), held[0])
+            expected.append(float(gradient.norm()))
+            hook.remove()
+    found = next(iter(run.window[LAMBDA].local_lipschitz.values()))
+    assert found.mean.count == len(expected) == 28
+    assert found.mean.value == near(sum(expected) / 28, 1e-5)
+    assert "at the output of Embedding" in found.mean.note

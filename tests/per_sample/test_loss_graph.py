@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -305,3 +307,84 @@ def test_other_reductions_have_no_loss_to_set() -> None:
     for argument in ({"loss_terms": 3}, {"scale": 2.0}):
         with pytest.raises(ValueError, match=f"{next(iter(argument))}: loss_reduction='auto' reads it"):
             PerSampleGradNorms(loss_reduction="auto", **argument)  # type: ignore[arg-type]
+
+
+# ---- the loss that a model returns beside other things
+
+
+class Returns(nn.Module):
+    """A model that returns its loss, divided as trainers ask it to, or not."""
+
+    def __init__(self, listens: bool, mapping: bool = True) -> None:
+        super().__init__()
+        self.net, self.listens, self.mapping = classifier(), listens, mapping
+
+    def forward(self, x: Tensor, y: Tensor, num_items_in_batch: Tensor | int | None = None) -> Any:
+        logits = self.net(x)
+        if self.listens and num_items_in_batch is not None:
+            loss = nnf.cross_entropy(logits, y, reduction="sum") / num_items_in_batch
+        else:
+            loss = nnf.cross_entropy(logits, y)
+        found = {"loss": loss, "logits": logits}
+        return found if self.mapping else SimpleNamespace(**found)
+
+
+BY_NAME: dict[str, Any] = {"loss_reduction": "mean", "loss_terms": "num_items_in_batch"}
+BY_FUNCTION: dict[str, Any] = {
+    "loss_reduction": "mean",
+    "loss_terms": lambda arguments, keywords: keywords["num_items_in_batch"],
+}
+
+
+@pytest.mark.parametrize("mapping", [True, False])
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_loss_that_the_model_returns_is_read(listens: bool, mapping: bool) -> None:
+    """Nothing has to be set; what is done to it afterwards is read too."""
+    model, y = Returns(listens, mapping), Y.clamp(min=0)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for size in (6, 1, 1, 4):
+            expected = truth(model.net, Z[:size], y[:size])
+            output = model(Z[:size], y[:size], num_items_in_batch=torch.tensor(9))
+            loss = output["loss"] if mapping else output.loss
+            (loss / 3).backward()
+            assert torch.allclose(norms.per_sample, expected, rtol=1e-5)
+
+
+def test_a_loss_that_was_set_goes_before_the_models_own() -> None:
+    model, y = Returns(False), Y.clamp(min=0)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        loss = nnf.cross_entropy(model(Z, y)["logits"], y, reduction="sum")
+        norms.set_loss(loss)
+        loss.backward()
+        assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)
+        nnf.cross_entropy(model(Z, y)["logits"], y).backward()  # neither was set, nor is it the model's
+        assert norms.per_sample.isnan().all()
+        assert "no loss of this backward pass was set before it" in norms.broken
+
+
+@pytest.mark.parametrize("settings", [BY_NAME, BY_FUNCTION], ids=["name", "function"])
+@pytest.mark.parametrize("items", [9, torch.tensor(9)], ids=["number", "tensor"])
+def test_a_number_of_terms_that_the_models_loss_contradicts(items: Any, settings: dict[str, Any]) -> None:
+    """As BertForSequenceClassification, which is given a trainer's number and takes the mean all the same."""
+    y = Y.clamp(min=0)
+    for listens in (True, False):
+        model = Returns(listens)
+        with PerSampleGradNorms(model, scale=0.5, **settings) as norms:
+            (model(Z, y, num_items_in_batch=items)["loss"] / 2).backward()
+            if listens:
+                assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)
+                continue
+            assert norms.per_sample.isnan().all()
+            assert "was divided by something else" in norms.broken
+            assert "loss_reduction='auto' reads it" in norms.broken
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:  # as the message says
+        (model(Z, y, num_items_in_batch=items)["loss"] / 2).backward()
+        assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)
+
+
+def test_a_number_of_terms_may_be_right_for_another_loss_than_the_models() -> None:
+    model, y = Returns(False), Y.clamp(min=0)
+    with PerSampleGradNorms(model, **BY_NAME) as norms:
+        output = model(Z, y, num_items_in_batch=9)
+        (nnf.cross_entropy(output["logits"], y, reduction="sum") / 9).backward()
+        assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)

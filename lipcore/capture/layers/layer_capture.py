@@ -261,7 +261,8 @@ class LayerCapture:
     def _may_serve(self) -> bool:
         """True where norms of batches of one might be read from the parameters' gradients."""
         options = self._options
-        one_way = options.normalized or self._compiled or self.coverage.may_mix or options.offsets_of or options.note_of
+        asks = options.offsets_of or options.note_of or options.loss_of
+        one_way = options.normalized or self._compiled or self.coverage.may_mix or asks
         return self._options.fast_batch_of_one and self._audit.done and not one_way and not self.coverage.by_graph
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
@@ -273,6 +274,8 @@ class LayerCapture:
             self._probes.disarm()
         if run is None or output is None:  # None: the forward pass raised
             return None
+        if self._options.loss_of is not None:
+            run.loss = self._options.loss_of(output)
         if passes.recording or (run.before is not None and self.proofs.together):
             try:
                 self._audit.after_forward(run, output)

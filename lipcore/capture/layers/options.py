@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from lipcore.capture.layers.batch_of import NoteOf, OffsetsOf
 from lipcore.models.named_output import OutputChoice
@@ -24,6 +25,7 @@ class LayerOptions:
         prove: run a backward pass of one sample through the first pass's graph, and compare.
         output: where proofs begin: a module's name, or a key, attribute or function of what the model returns.
         note_of: takes the model's arguments and keywords to what the record of the pass is to hold of them.
+        loss_of: takes what the model returns to what the record is to hold of its loss; raises nothing.
         max_replay_bytes: the most that gradients of single samples may take where they come from the autograd graph;
             0: none do.
         fast_batch_of_one: serve batches of one from the parameters' gradients, where that has proved right.
@@ -39,5 +41,6 @@ class LayerOptions:
     prove: bool = True
     output: OutputChoice | None = None
     note_of: NoteOf | None = None
+    loss_of: Callable[[Any], Any] | None = None
     fast_batch_of_one: bool = False
     max_replay_bytes: int = 0
