@@ -38,7 +38,7 @@ demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figur
 test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those with the marker ci: whole models, several ranks, the demo; and sanitizers
+test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
 	$(BIN)/pytest -m "ci and not slow" $(PYTEST_FLAGS)
 	$(MAKE) --no-print-directory test-sanitized
 

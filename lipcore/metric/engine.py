@@ -20,12 +20,12 @@ from lipcore.capture.taps.tap import Record
 from lipcore.capture.taps.tap_capture import Capture, inert_capture
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.failures import Failures
+from lipcore.metric.optimizers import checked_optimizers, refuse_strangers, scaler_above, scaler_inside, updating
 from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
 from lipcore.metric.step_end import StepEnd, StepEndCalls
-from lipcore.metric.steps import checked_optimizers, refuse_strangers, scaler_above, scaler_inside, updating
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import never_called, refuse_script
 from lipcore.models.names import called_inside
