@@ -38,11 +38,11 @@ demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figur
 test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
 	$(BIN)/pytest $(PYTEST_FLAGS)
 
-test-ci: $(STAMPS)/test $(CORE) ## those with the marker ci: whole models, several ranks, the demo; and sanitizers
+test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
 	$(BIN)/pytest -m "ci and not slow" $(PYTEST_FLAGS)
 	$(MAKE) --no-print-directory test-sanitized
 
-test-all: $(STAMPS)/test $(CORE) ## those of both, and the slow ones
+test-all: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those of both, and the slow ones
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
 
 mutants: $(STAMPS)/test $(CORE) ## plant small faults one by one in a copy: the tests must see each
@@ -119,7 +119,7 @@ $(STAMPS)/base: $(STAMPS)/venv constraints.txt
 	$(PIP) torch numpy scikit-build-core pybind11 cmake ninja
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/base pyproject.toml | $(STAMPS)/settings
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/trainers $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/base pyproject.toml | $(STAMPS)/settings
 	$(INSTALL) ".[$*]"
 	@touch $@ $(CORE)
 

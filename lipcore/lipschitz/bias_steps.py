@@ -102,19 +102,22 @@ class BiasSteps:
         if self._holder is None:
             return
         # Not the group itself: the optimizer's load_state_dict() makes new ones.
-        rate = self._holder.param_groups[self._index]["lr"]
+        rate = self._holder.param_groups[self._index].get("lr")
         if rate is not self._seen:
             self._observe_rate(rate)
 
     def _observe_rate(self, rate: Any) -> None:
         """Take in a learning rate that is another object than the last one. A tensor on a device is not read, since
-        that would wait for the device; one on the CPU may change in place, so it is read at every step."""
+        that would wait for the device; one on the CPU may change in place, so it is read at every step. Some optimizers
+        find a rate of their own, and keep none."""
         if isinstance(rate, Tensor):
             if not rate.is_cpu:
                 return
             rate = float(rate)
         else:
             self._seen = rate
+            if not isinstance(rate, (int, float)):
+                return
         self._low, self._high = min(self._low, rate), max(self._high, rate)
 
     def _start(self) -> None:

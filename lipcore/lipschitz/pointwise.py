@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lipcore import functional
 from lipcore.models.checks import check_input, check_model, finite_rows, mixes_samples
+from lipcore.models.names import called_inside
 from lipcore.models.outputs import _flat_output, check_output, one_per_sample
 from lipcore.models.own_pass import fresh, own_pass, run
 
@@ -67,6 +68,7 @@ def constants(
 ) -> Tensor:
     """Compute what :func:`local_lipschitz` returns. For points of which another batch has shown that samples do not mix
     (`known_apart`), one pass does instead of two."""
+    model = called_inside(model)
     check_input(model, x)
     if not x.is_floating_point():
         raise TypeError(

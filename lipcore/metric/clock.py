@@ -50,7 +50,10 @@ class Clock:
         self.inside = False  #: an optimizer's step has begun and is not over
         uses = None if calls.uses is None else self._on_use
         self._steppers = [
-            Stepper(given, StepCalls(self._on_begin, uses, functools.partial(self._on_after, i), self._on_none))
+            Stepper(
+                given,
+                StepCalls(self._on_begin, uses, self._on_each, functools.partial(self._on_after, i), self._on_none),
+            )
             for i, given in enumerate(optimizers)
         ]
 
@@ -81,15 +84,17 @@ class Clock:
         if self._calls.uses is not None and not _has_closure(arguments, keywords):
             self._calls.uses(optimizer)
 
-    def _on_after(self, index: int, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self.inside = False
-        if self._calls.uses is not None and _has_closure(arguments, keywords):
-            self._calls.uses(optimizer)
+    def _on_each(self, optimizer: Optimizer) -> None:
         if self._calls.each is not None:
             self._calls.each(optimizer)
         found_inf = getattr(optimizer, "found_inf", None)  # there while a GradScaler steps a fused optimizer
         if not (isinstance(found_inf, Tensor) and found_inf.is_cpu and bool(found_inf)):
             self._moved = True
+
+    def _on_after(self, index: int, optimizer: Optimizer, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.inside = False
+        if self._calls.uses is not None and _has_closure(arguments, keywords):
+            self._calls.uses(optimizer)
         if len(self._steppers) == 1 or self._all_stepped(index):
             self._tick()
 

@@ -20,14 +20,15 @@ from lipcore.capture.taps.tap import Record
 from lipcore.capture.taps.tap_capture import Capture, inert_capture
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.failures import Failures
+from lipcore.metric.optimizers import checked_optimizers, refuse_strangers, scaler_above, scaler_inside, updating
 from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts
 from lipcore.metric.step_end import StepEnd, StepEndCalls
-from lipcore.metric.steps import checked_optimizers, refuse_strangers, updating
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import never_called, refuse_script
+from lipcore.models.names import called_inside
 from lipcore.models.ranks import world_size
 
 Self = TypeVar("Self", bound="Engine")
@@ -50,7 +51,8 @@ class Engine:
             covers the last window_steps steps (fewer at the start).
         history_limit: how many closed windows are kept.
         history_bytes: for how many bytes of them.
-        scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms.
+        scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms; by default that of a trainer's
+            wrapper around the optimizer.
         needs_steps: nothing is measured without steps, so that a loop in which none is seen is told.
     """
 
@@ -76,14 +78,15 @@ class Engine:
         for metric in chosen if window_blocks > 1 else ():
             if type(metric).advance is Metric.advance:
                 raise ValueError(f"window_blocks: {metric.name} has no sliding windows")
-        self.model = model
+        self.model = model = called_inside(model)
         self._failures = Failures(self.metrics)
         self._steps_here = 0  # since this object was made, without those of a loaded state
-        self._closed, self._needs_steps = False, needs_steps
+        self._closed, self._needs_steps, self._asked_for_scaler = False, needs_steps, False
         refuse_script(model)
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
         self._step_end = self._make_step_end(self._stepped)
+        scaler = scaler_inside(self._optimizers) if scaler is None else scaler
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
@@ -227,7 +230,18 @@ class Engine:
         metric.observe_layers(record)
 
     def _step_begins(self) -> None:
+        if not self._asked_for_scaler:
+            self._asked_for_scaler = True
+            self._look_for_scaler()
         self._at_step_end(self._step_end.step_begins)
+
+    def _look_for_scaler(self) -> None:
+        """Tell, at the first step, of a GradScaler that makes it and was not passed: its scale is in every gradient."""
+        if self._scaler is None and scaler_above() and (self._wanting["gradients"] or self._layer_captures):
+            self._failures.warn(
+                f"a GradScaler makes {self._clock}(), and lipcore was given none, so gradient norms hold its scale; "
+                "pass it as scaler= (Lightning's: trainer.strategy.precision_plugin.scaler)"
+            )
 
     def _before_step(self) -> None:
         self._call(self._wanting["before_step"], lambda metric: metric.before_step())

@@ -9,6 +9,18 @@ from torch import nn
 
 from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES
 
+# Lightning's Fabric keeps what it calls beside what it was given, often the same module twice.
+_FABRIC = {"_forward_module", "_original_module"}
+
+
+def called_inside(model: nn.Module) -> nn.Module:
+    """Return the module that Fabric's wrapper calls, whose outputs may be differentiated without Fabric; any other
+    model as it is."""
+    inside = model._modules
+    if len(inside) != len(_FABRIC) or not all(name in inside for name in _FABRIC):
+        return model
+    return inside["_forward_module"] or model
+
 
 def _is_wrapped(parent: nn.Module, attribute: str) -> bool:
     if attribute in WRAPPER_ATTRIBUTES:
@@ -18,7 +30,8 @@ def _is_wrapped(parent: nn.Module, attribute: str) -> bool:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Return the user's module inside torch.compile, DDP, FSDP, checkpoint and similar wrappers."""
+    """Return the user's module inside torch.compile, DDP, FSDP, checkpoint, Fabric's and similar wrappers."""
+    module = called_inside(module)
     while len(module._modules) == 1:
         attribute, child = next(iter(module._modules.items()))
         if child is None or not _is_wrapped(module, attribute) or isinstance(module, nn.Sequential):
@@ -48,7 +61,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def find_module(model: nn.Module, name: str, argument: str) -> tuple[str, nn.Module]:
     """Return canonical name and module of what is called so (wrappers' prefixes in the name are accepted too)."""
     modules = dict(named_modules(model))
-    parts = [part for part in name.split(".") if part not in WRAPPER_ATTRIBUTES]
+    parts = [part for part in name.split(".") if part not in WRAPPER_ATTRIBUTES | _FABRIC]
     for start in range(len(parts) + 1):  # "module.fc1" of a DDP model is "fc1" here
         candidate = ".".join(parts[start:])
         if candidate in modules and all(part == "module" for part in parts[:start]):

@@ -40,7 +40,8 @@ class Monitor(Engine):
         window_steps: steps in a window; None: one window stays open until close_window() is called.
         window_blocks: with more than one, windows slide: every window_steps / window_blocks steps a window closes that
             covers the last window_steps steps (fewer at the start).
-        scaler: a torch.amp.GradScaler, whose scale is then taken out of gradient norms.
+        scaler: a torch.amp.GradScaler, whose scale is then taken out of gradient norms; that of a trainer's wrapper
+            around the optimizer (accelerate's, Lightning's) is found.
         history_limit: how many closed windows are kept.
         history_bytes: for how many bytes of them: see :class:`lipcore.metric.results.History`.
 

@@ -29,6 +29,10 @@ NOT_REACHED = (
 _FIRST, _EVERY = 2, 64  # passes in which a loss is confirmed
 Terms = Real | int | float | Tensor | str | Callable[..., Any] | None
 
+OTHER_TERMS = (
+    "loss_terms={0!r}: the loss that the model returned was divided by something else, as its own graph says; "
+    "loss_reduction='auto' reads it"
+)
 NO_TERMS = (
     "loss_terms={0!r}: the forward pass was called without that keyword, or with None, so that nobody knows what its "
     "loss is divided by"
@@ -62,9 +66,11 @@ class Reduction:
         self._batch_dim = batch_dim
         self._passes, self._disagrees = 0, False
         self._set: WatchedLoss | str | None = None  # the loss that was set, or why it cannot be read
-        self.missing = NO_LOSS if reduction == "auto" else NO_TERMS.format(terms)  #: why factor() has returned None
+        self.missing = NO_LOSS  #: why factor() has returned None
         #: From the model's arguments and keywords to the number of terms, where it comes from there.
         self.note_of = _note_of(terms)
+        #: From what the model returns to its loss, where that says, or may contradict, what it is divided by.
+        self.loss_of = self.look_at_output if reduction == "auto" or self.note_of is not None else None
         if terms is not None and self.note_of is None and not _is_function(terms):
             _check(terms)
 
@@ -105,21 +111,34 @@ class Reduction:
         """Forget a loss that was set: its backward pass did not come."""
         self._set = None
 
-    def factor(self, samples: int, scaler: Any, note: Any = None, task: int = -1) -> LossFactor | None:
+    def factor(
+        self,
+        samples: int,
+        scaler: Any,
+        note: Any = None,
+        returned: WatchedLoss | str | None = None,
+        task: int = -1,
+    ) -> LossFactor | None:
         """Return f of a micro-batch of so many samples, in the backward pass with the number `task`; `note` is what
-        `note_of` has returned for its forward pass, or with "auto" its loss (:func:`loss_of_output`). None, with the
-        reason in `missing`, where it is to be read from a loss that is not there, or from a keyword that was not."""
+        `note_of` has returned for its forward pass, `returned` what `loss_of` has. None, with the reason in `missing`,
+        where it is to be read from a loss that is not there, or from a keyword that was not or that the loss
+        contradicts."""
         if self.reduction == "auto":
-            return self._read_factor(note, task)
+            return self._read_factor(returned, task)
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
         if self.note_of is not None and note is None:
+            self.missing = NO_TERMS.format(given)
             return None
         if given is not None:
             terms = note if self.note_of is not None else given() if _is_function(given) else given
             _check(terms)  # a tensor may have changed since the last time
             terms = of_host(terms) if isinstance(terms, Tensor) else float(terms)
-        return product(1 / self.scale, terms, *self._unscaled(scaler))
+        factor = product(1 / self.scale, terms, *self._unscaled(scaler))
+        if isinstance(returned, WatchedLoss) and returned.contradicts(factor, terms, task):
+            self.missing = OTHER_TERMS.format(given)
+            return None
+        return factor
 
     def _read_factor(self, returned: WatchedLoss | str | None, task: int) -> LossFactor | None:
         for loss in (self._set, returned):

@@ -165,7 +165,7 @@ class PerSampleGradNorms(StandaloneMetric):
             prove=prove,
             output=output,
             note_of=self._reduction.note_of,
-            note_of_output=self._reduction.look_at_output if loss_reduction == "auto" else None,
+            loss_of=self._reduction.loss_of,
             fast_batch_of_one=batch_of_one == "fast",
             max_replay_bytes=max_replay_bytes,
         )
@@ -268,7 +268,7 @@ class PerSampleGradNorms(StandaloneMetric):
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
-        factor = self._reduction.factor(record.samples, self._scaler, record.note, record.task)
+        factor = self._reduction.factor(record.samples, self._scaler, record.note, record.loss, record.task)
         if factor is None:
             self._without_loss[self._reduction.missing] += 1
             self.observe_unrecorded(record.samples, self._reduction.missing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -28,6 +29,7 @@ _PAST = (
     "outputs, which that loss is not made of, has a gradient; call set_loss(loss) with the whole before "
     "loss.backward(), or pass loss_reduction='mean' or 'sum' with loss_terms= or scale= in place of 'auto'"
 )
+_SAME = 1e-5  # of two factors, relative
 #: How many nodes of a loss's graph are gone through at most for the other outputs.
 _NODES = 256
 
@@ -105,6 +107,16 @@ class WatchedLoss:
         later = [] if self._on_device is None else [self._on_device.reciprocal()]
         factor = product(self._read.number / self._gradient, *self._read.tensors, *later, doubt=self._read.doubt)
         return factor if self._agrees is None else factor.only_where(self._agrees, NOT_CONFIRMED)
+
+    def contradicts(self, given: LossFactor, terms: float | Tensor, task: int) -> bool:
+        """Return whether the host knows that the factor in the backward pass of this number is not the given one, which
+        was made of so many terms: by the numbers, or since terms that lie on a device are not in the loss's graph."""
+        found = self.factor(task)
+        if not isinstance(found, LossFactor):
+            return False
+        if found.tensor is None and given.tensor is None:
+            return not math.isclose(found.number, given.number, rel_tol=_SAME)
+        return isinstance(terms, Tensor) and not self._read.tensors
 
 
 def _is_known(tensor: Tensor) -> bool:

@@ -245,12 +245,13 @@ class Trajectory(Metric):
 
     def needs(self) -> Needs:
         """Say what it looks at, and when."""
-        several = len(self._optimizers) > 1
+        # Read in each optimizer's own hook: its state and gradients, and a GradScaler's verdict, are there alone.
+        each = len(self._optimizers) > 1 or self._scaler is not None
         return Needs(
             gradients=self._reads_gradients,
             before_step=self._built.choice.source == "snapshot",
             used_gradients=self._built.gradients is not None,
-            each_optimizer=self._built.choice.source == "optimizer" and several,
+            each_optimizer=self._built.choice.source == "optimizer" and each,
             at_step=self._built.choice.source == "optimizer",
         )
 

@@ -79,6 +79,17 @@ class Sam(_SharpnessAware, Optimizer):  # type: ignore[misc]
         self.param_groups = self.base_optimizer.param_groups
 
 
+class SamThatMovesOn(Sam):
+    """One that moves the weights once more when what is inside it has stepped (a weighted SAM)."""
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        super().second_step()
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.99)
+
+
 class SamWithoutInit(_SharpnessAware, Optimizer):  # type: ignore[misc]
     """The same without a call of torch's constructor."""
 
@@ -139,7 +150,43 @@ class Accelerated(Optimizer):
             self.optimizer.step(closure)
 
 
-Accelerated.__module__ = "accelerate.optimizer"
+class AcceleratedScaled(Accelerated):
+    """The same with a GradScaler: a step that was taken at the start is called, and put back, at every step."""
+
+    def __init__(self, optimizer: Optimizer, scaler: torch.amp.GradScaler) -> None:
+        super().__init__(optimizer, 1)
+        self.scaler, self.own_step = scaler, optimizer.step
+        self.stepped = False
+
+    def patched_step(self, *arguments: Any, **keywords: Any) -> Any:
+        self.stepped = True
+        return self.own_step(*arguments, **keywords)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optimizer.step = self.patched_step  # type: ignore[method-assign]
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.step = self.own_step  # type: ignore[method-assign]
+
+
+class LightningStep(Optimizer):
+    """Another trainer's: its strategy, which has the scaler, steps. The wrapper is of the optimizer's own class too."""
+
+    def __init__(self, optimizer: Optimizer, strategy: Any) -> None:
+        self._optimizer, self._strategy = optimizer, strategy
+        bases, attributes = (type(self), type(optimizer)), {"__module__": "lightning.pytorch.core.optimizer"}
+        self.__class__ = type("Lightning" + type(optimizer).__name__, bases, attributes)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self._strategy.precision_plugin.scaler.step(self._optimizer)
+        self._strategy.precision_plugin.scaler.update()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._optimizer, name)
+
+
+for one in (Accelerated, AcceleratedScaled):
+    one.__module__ = "accelerate.optimizer"
 
 
 def mlp() -> nn.Sequential:

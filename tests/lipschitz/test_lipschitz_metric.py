@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from models import mlp, reference, seeded
@@ -46,6 +48,34 @@ def test_a_metric_alone_keeps_its_own_clock() -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     with pytest.raises(RuntimeError, match="no model of its own"):
         Lipschitz().update()
+
+
+class Rateless(torch.optim.Optimizer):
+    """An optimizer that finds a rate of its own: its groups have none, or None (Adafactor)."""
+
+    def __init__(self, params: Any, **settings: Any) -> None:
+        super().__init__(params, settings)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad, alpha=0.1)
+
+
+@pytest.mark.parametrize("settings", [{}, {"lr": None}, {"lr": "auto"}])
+def test_an_optimizer_without_a_learning_rate(settings: dict[str, Any]) -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = Rateless(model.parameters(), **settings)
+    with Monitor(model, optimizer, [Lipschitz()], window_steps=None) as monitor:
+        for _ in range(3):
+            model(torch.randn(3, 5)).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        window = monitor.compute()
+    assert window is not None
+    assert window["lipschitz"].local_lipschitz["model:Linear"].mean.count == 9
+    assert window["lipschitz"].details["first_bias"]["learning_rate"] is None
 
 
 def test_merging_two_windows_gives_the_distribution_of_both() -> None:

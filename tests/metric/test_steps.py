@@ -7,12 +7,13 @@ import itertools
 import pickle
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from wrappers import Accelerated, Averaging, Lookahead, LookaheadWithoutInit, Sam, SamWithoutInit, mlp
+from wrappers import Accelerated, Averaging, Lookahead, LookaheadWithoutInit, Sam, SamThatMovesOn, SamWithoutInit, mlp
 
 from lipcore import Monitor, PerSampleGradNorms, Trajectory
 
@@ -98,6 +99,8 @@ WAYS: dict[str, tuple[Callable[[nn.Module], Any], Callable[[nn.Module, Any], Non
     "Lookahead in Lookahead": (lambda m: Lookahead(Lookahead(sgd(m), 2), 3), plain),  # type: ignore[arg-type]
     "SAM by closure": (lambda m: Sam(m.parameters(), torch.optim.SGD, **SGD), by_closure),
     "SAM in two": (lambda m: Sam(m.parameters(), torch.optim.SGD, **SGD), in_two),
+    "SAM that moves on by closure": (lambda m: SamThatMovesOn(m.parameters(), torch.optim.SGD, **SGD), by_closure),
+    "SAM that moves on in two": (lambda m: SamThatMovesOn(m.parameters(), torch.optim.SGD, **SGD), in_two),
     "SAM without constructor by closure": (
         lambda m: SamWithoutInit(m.parameters(), torch.optim.SGD, **SGD),
         by_closure,
@@ -146,10 +149,10 @@ def test_nothing_is_left_behind(name: str) -> None:
     make, step = WAYS[name]
     model = mlp()
     optimizer = make(model)
-    before = vars(optimizer).get("step")
+    before = {method: vars(optimizer).get(method) for method in ("step", "second_step")}
     monitor = Monitor(model, optimizer, metrics=[Trajectory()])
     monitor.close()
-    assert vars(optimizer).get("step") is before
+    assert all(vars(optimizer).get(method) is own for method, own in before.items())
     step(model, optimizer)
 
 
@@ -162,6 +165,23 @@ def test_a_copied_or_pickled_optimizer_steps_as_it_does_itself(name: str) -> Non
         for other in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
             assert other.step.__self__ is other
             assert type(other) is type(optimizer)
+
+
+def test_a_second_step_that_raises_is_none() -> None:
+    model = mlp()
+    optimizer = SamThatMovesOn(model.parameters(), torch.optim.SGD, **SGD)
+    with Monitor(model, optimizer, [Trajectory()], window_steps=None) as monitor:
+        in_two(model, optimizer)
+        base, optimizer.base_optimizer = optimizer.base_optimizer, None  # type: ignore[assignment]
+        loss(model).backward()
+        optimizer.first_step()
+        with pytest.raises(AttributeError, match="NoneType"):
+            optimizer.second_step()
+        optimizer.base_optimizer = base
+        in_two(model, optimizer)
+        window = monitor.compute()
+    assert window is not None
+    assert window.steps == 2
 
 
 def test_a_scheduler_that_is_made_after_the_monitor() -> None:
@@ -297,6 +317,10 @@ def test_what_is_no_optimizer_is_named() -> None:
         Monitor(model, torch.optim.SGD)
     assert "step" not in vars(model)
     Monitor(model, scheduler.optimizer).close()
+    prepared = SimpleNamespace(get_last_lr=scheduler.get_last_lr, optimizers=[optimizer])  # accelerate's
+    with pytest.raises(TypeError, match=r"SimpleNamespace is a learning rate scheduler; .*scheduler\.optimizers"):
+        Monitor(model, prepared)  # type: ignore[arg-type]
+    Monitor(model, prepared.optimizers).close()
 
 
 def test_an_optimizer_of_another_model_is_named() -> None:

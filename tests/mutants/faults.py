@@ -266,6 +266,42 @@ MUTANTS = (
         "scale.double()",
         ("per_sample/test_per_sample_training.py::test_a_scaler_and_its_skipped_steps",),
     ),
+    # ---- trainers
+    Mutant(
+        "what was done to a loss after it was set is left in",
+        "lipcore/per_sample/watched_loss.py",
+        "product(self._read.number / self._gradient, ",
+        "product(self._read.number, ",
+        ("per_sample/test_loss_graph.py::test_what_is_done_to_a_loss_after_it_was_set",),
+    ),
+    Mutant(
+        "a number of terms counts although the loss contradicts it",
+        "lipcore/per_sample/loss_reduction.py",
+        "if isinstance(returned, WatchedLoss) and returned.contradicts(factor, terms, task):",
+        "if False:",
+        ("per_sample/test_loss_graph.py::test_a_number_of_terms_that_the_models_loss_contradicts",),
+    ),
+    Mutant(
+        "the scaler of a trainer's wrapper is not looked for",
+        "lipcore/metric/engine.py",
+        "scaler = scaler_inside(self._optimizers) if scaler is None else scaler",
+        "scaler = None if scaler is None else scaler",
+        ("metric/test_scalers_of_wrappers.py::test_the_wrappers_scaler_is_found",),
+    ),
+    Mutant(
+        "a fused step that a scaler has skipped is one",
+        "lipcore/metric/clock.py",
+        "if not (isinstance(found_inf, Tensor) and found_inf.is_cpu and bool(found_inf)):",
+        "if found_inf is None or found_inf.is_cpu:",
+        ("metric/test_scalers_of_wrappers.py::test_the_wrappers_scaler_is_found",),
+    ),
+    Mutant(
+        "SAM's step ends before its second_step does",
+        "lipcore/metric/steps.py",
+        "if self._open or self._second:",
+        "if self._open:",
+        ("metric/test_steps.py::test_steps_are_those_of_the_loop",),
+    ),
     Mutant(
         "the mean gradient's square with the factor taken once",
         "lipcore/per_sample/noise/noise_sums.py",

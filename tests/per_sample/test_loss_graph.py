@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -180,6 +182,73 @@ def test_norms_are_of_the_loss_that_was_set(scale: float, batch: int) -> None:
             model.zero_grad()
 
 
+def halved(loss: Tensor) -> Tensor:
+    return loss / 2
+
+
+def halved_in_place(loss: Tensor) -> Tensor:
+    loss /= 2
+    return loss
+
+
+def scaled_by_an_unknown_scaler(loss: Tensor) -> Tensor:
+    scaled: Tensor = torch.amp.GradScaler("cpu", init_scale=1024.0).scale(loss)
+    return scaled
+
+
+def tripled_and_moved(loss: Tensor) -> Tensor:
+    return loss * 3 + 1.0
+
+
+AFTERWARDS = (halved, halved_in_place, scaled_by_an_unknown_scaler, tripled_and_moved)
+
+
+@pytest.mark.parametrize("change", AFTERWARDS)
+@pytest.mark.parametrize("batch", [1, 6])
+def test_what_is_done_to_a_loss_after_it_was_set(change: Callable[[Tensor], Tensor], batch: int) -> None:
+    """A trainer that accumulates divides the loss that it was given; its gradient says by what."""
+    model, x, y = classifier(), Z[:batch], Y.clamp(min=0)[:batch]
+    expected = truth(model, x, y)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for _ in range(3):
+            loss = nnf.cross_entropy(model(x), y)
+            norms.set_loss(loss)
+            change(loss).backward()
+            assert torch.allclose(norms.per_sample, expected, rtol=1e-5)
+            model.zero_grad()
+
+
+def test_a_scaler_is_taken_out_once() -> None:
+    """Whether the loss was set before or after it was scaled."""
+    model, x, y = classifier(), Z, Y.clamp(min=0)
+    expected, scaler = truth(model, x, y), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with PerSampleGradNorms(model, loss_reduction="auto", scaler=scaler) as norms:
+        for before in (True, False):
+            loss = nnf.cross_entropy(model(x), y)
+            scaled = scaler.scale(loss)
+            norms.set_loss(loss if before else scaled)
+            scaled.backward()
+            assert torch.allclose(norms.per_sample, expected, rtol=1e-5)
+
+
+def test_a_loss_that_the_backward_pass_does_not_come_to() -> None:
+    model, x, y = classifier(), Z, Y.clamp(min=0)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        norms.set_loss(nnf.cross_entropy(model(x), y))
+        nnf.cross_entropy(model(x), y).backward()
+        assert norms.per_sample.isnan().all()
+        assert "the backward pass did not come to the loss that was set" in norms.broken
+
+
+def test_a_loss_that_weighs_nothing_has_no_number() -> None:
+    model, x, y = classifier(), Z, Y.clamp(min=0)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        loss = nnf.cross_entropy(model(x), y)
+        norms.set_loss(loss)
+        (loss * 0).backward()
+        assert norms.per_sample.isnan().all()
+
+
 def test_a_trainers_loss_over_all_items_of_a_step() -> None:
     """Micro-batches of different sizes, each summed and divided by the number of items of all of them."""
     model, parts = classifier(), [(Z[:2], Y[:2]), (Z[2:], Y[2:])]
@@ -241,3 +310,84 @@ def test_other_reductions_have_no_loss_to_set() -> None:
     for argument in ({"loss_terms": 3}, {"scale": 2.0}):
         with pytest.raises(ValueError, match=f"{next(iter(argument))}: loss_reduction='auto' reads it"):
             PerSampleGradNorms(loss_reduction="auto", **argument)  # type: ignore[arg-type]
+
+
+# ---- the loss that a model returns beside other things
+
+
+class Returns(nn.Module):
+    """A model that returns its loss, divided as trainers ask it to, or not."""
+
+    def __init__(self, listens: bool, mapping: bool = True) -> None:
+        super().__init__()
+        self.net, self.listens, self.mapping = classifier(), listens, mapping
+
+    def forward(self, x: Tensor, y: Tensor, num_items_in_batch: Tensor | int | None = None) -> Any:
+        logits = self.net(x)
+        if self.listens and num_items_in_batch is not None:
+            loss = nnf.cross_entropy(logits, y, reduction="sum") / num_items_in_batch
+        else:
+            loss = nnf.cross_entropy(logits, y)
+        found = {"loss": loss, "logits": logits}
+        return found if self.mapping else SimpleNamespace(**found)
+
+
+BY_NAME: dict[str, Any] = {"loss_reduction": "mean", "loss_terms": "num_items_in_batch"}
+BY_FUNCTION: dict[str, Any] = {
+    "loss_reduction": "mean",
+    "loss_terms": lambda arguments, keywords: keywords["num_items_in_batch"],
+}
+
+
+@pytest.mark.parametrize("mapping", [True, False])
+@pytest.mark.parametrize("listens", [True, False])
+def test_a_loss_that_the_model_returns_is_read(listens: bool, mapping: bool) -> None:
+    """Nothing has to be set; what is done to it afterwards is read too."""
+    model, y = Returns(listens, mapping), Y.clamp(min=0)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        for size in (6, 1, 1, 4):
+            expected = truth(model.net, Z[:size], y[:size])
+            output = model(Z[:size], y[:size], num_items_in_batch=torch.tensor(9))
+            loss = output["loss"] if mapping else output.loss
+            (loss / 3).backward()
+            assert torch.allclose(norms.per_sample, expected, rtol=1e-5)
+
+
+def test_a_loss_that_was_set_goes_before_the_models_own() -> None:
+    model, y = Returns(False), Y.clamp(min=0)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        loss = nnf.cross_entropy(model(Z, y)["logits"], y, reduction="sum")
+        norms.set_loss(loss)
+        loss.backward()
+        assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)
+        nnf.cross_entropy(model(Z, y)["logits"], y).backward()  # neither was set, nor is it the model's
+        assert norms.per_sample.isnan().all()
+        assert "the backward pass did not come to the loss that was set" in norms.broken
+
+
+@pytest.mark.parametrize("settings", [BY_NAME, BY_FUNCTION], ids=["name", "function"])
+@pytest.mark.parametrize("items", [9, torch.tensor(9)], ids=["number", "tensor"])
+def test_a_number_of_terms_that_the_models_loss_contradicts(items: Any, settings: dict[str, Any]) -> None:
+    """As BertForSequenceClassification, which is given a trainer's number and takes the mean all the same."""
+    y = Y.clamp(min=0)
+    for listens in (True, False):
+        model = Returns(listens)
+        with PerSampleGradNorms(model, scale=0.5, **settings) as norms:
+            (model(Z, y, num_items_in_batch=items)["loss"] / 2).backward()
+            if listens:
+                assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)
+                continue
+            assert norms.per_sample.isnan().all()
+            assert "was divided by something else" in norms.broken
+            assert "loss_reduction='auto' reads it" in norms.broken
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:  # as the message says
+        (model(Z, y, num_items_in_batch=items)["loss"] / 2).backward()
+        assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)
+
+
+def test_a_number_of_terms_may_be_right_for_another_loss_than_the_models() -> None:
+    model, y = Returns(False), Y.clamp(min=0)
+    with PerSampleGradNorms(model, **BY_NAME) as norms:
+        output = model(Z, y, num_items_in_batch=9)
+        (nnf.cross_entropy(output["logits"], y, reduction="sum") / 9).backward()
+        assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)

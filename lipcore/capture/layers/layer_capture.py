@@ -265,7 +265,7 @@ class LayerCapture:
     def _may_serve(self) -> bool:
         """True where norms of batches of one might be read from the parameters' gradients."""
         options = self._options
-        noted = options.note_of or options.note_of_output
+        noted = options.note_of or options.loss_of
         one_way = options.normalized or self._compiled or self.coverage.may_mix or options.offsets_of or noted
         return self._options.fast_batch_of_one and self._audit.done and not one_way and not self.coverage.by_graph
 
@@ -284,9 +284,9 @@ class LayerCapture:
             except Exception as error:
                 passes.fail(error)
             self._follow_graph(run, output)
-        if passes.recording and self._options.note_of_output is not None:
+        if passes.recording and self._options.loss_of is not None:
             try:
-                run.note = self._options.note_of_output(output, run.batch.size)
+                run.loss = self._options.loss_of(output, run.batch.size)
             except Exception as error:
                 passes.fail(error)
         passes.await_backward(run, output)

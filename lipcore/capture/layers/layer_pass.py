@@ -67,6 +67,7 @@ class LayerRecord:
     unproved: str = ""  #: why it is not proved that these are single samples' norms
     served: bool = False  #: read from the gradients, without taps
     note: Any = None  #: what the options' `note_of` returned for its forward pass
+    loss: Any = None  #: and `loss_of`
     hidden: str = ""  #: why those of some samples are NaN
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
@@ -116,6 +117,7 @@ class LayerPass:
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
         self.note: Any = None  # what the options' note_of returned
+        self.loss: Any = None  # and loss_of
         self.unproved = ""  # why its norms are not proved
         # By a proof of its own, which also tells of the passes before it; and why such a proof has failed.
         self.proved, self.disproved = False, ""
@@ -192,7 +194,7 @@ class LayerPass:
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
         record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)
         record.unproved = self.unproved or (self.replay.unproved if self.replay is not None else "")
-        record.note = self.note
+        record.note, record.loss = self.note, self.loss
         record.explain(covered, self.frozen)
         by_graph = set(self.by_graph)
         unseen = {name: samples for name, samples in self.unseen.items() if name not in by_graph}
@@ -215,7 +217,7 @@ class Recomputation(LayerPass):
 
     def __init__(self, passes: set[LayerPass]) -> None:
         super().__init__(next(iter(passes)).batch)
-        self.note = next(iter(passes)).note
+        self.note, self.loss = next(iter(passes)).note, next(iter(passes)).loss
         self.passes = passes
 
     @property
