@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -66,6 +66,15 @@ class Factor(ABC):
         rows = [self.dots(self.dense(sample)[None])[0] for sample in range(self.samples)]
         return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.float64)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that the factor is made of."""
+        for value in vars(self).values():
+            for part in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(part, Tensor):
+                    yield part
+                elif isinstance(part, Factor):
+                    yield from part.tensors()
+
     def join(self, other: Factor) -> Factor:
         """Return the sum of both gradients; of the same kind where there is a closed form."""
         return Sum([self, other])
@@ -101,6 +110,10 @@ class Sum(Factor):
 
     def join(self, other: Factor) -> Factor:
         return Sum([*self.parts, other])
+
+
+#: What is made of the factors that come together, by key: a row of numbers per sample, [B], or several, [K, B].
+Measure = Callable[[Mapping[str, Factor]], dict[str, Tensor]]
 
 
 def norms_sq_of(factors: Mapping[str, Factor]) -> dict[str, Tensor]:

@@ -28,6 +28,7 @@ from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.ranks import world_size
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.doubts import Doubts
+from lipcore.per_sample.gram import gram_of
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
@@ -40,6 +41,14 @@ from lipcore.per_sample.results import add_noise, add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.show import shown
 from lipcore.per_sample.unproved import Unproved
+from lipcore.per_sample.weighted_sum import (
+    Coefficients,
+    add_into,
+    check_set_grad,
+    coefficients_of,
+    set_gradients,
+    weighted_sums,
+)
 
 _SILENT = 4  # steps without a number after which the user is told why
 
@@ -113,6 +122,9 @@ class PerSampleGradNorms(StandaloneMetric):
             (default): such parameters are refused, or skipped. Whose a row is is proved once per structure of the
             graph: a model whose rows change their order from pass to pass is not for it.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
+        keep_factors: keep each layer's input and output gradient from the backward pass until the next forward pass
+            begins, for :meth:`weighted_sum` and :meth:`gram`: about as much memory as the activations themselves
+            (:meth:`plan` says how much after the first pass). Eager mode only; batches of one are tapped.
 
     Raises:
         ValueError: a trainable parameter that no rule covers, named with the ways out; an argument of another kind or
@@ -143,12 +155,15 @@ class PerSampleGradNorms(StandaloneMetric):
         batch_of_one: BatchOfOne = "exact",
         max_replay_bytes: int = 0,
         scaler: Any = None,
+        keep_factors: bool = False,
     ) -> None:
         self._reduction = Reduction(loss_reduction, loss_terms, scale)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
         if output is not None and not isinstance(output, str) and not callable(output):
             raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
         check_count("max_replay_bytes", max_replay_bytes, least=0)
+        if not isinstance(keep_factors, bool):
+            raise TypeError(f"keep_factors: expected True or False, got {keep_factors!r}")
         check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
         self._every = every_steps
         self._methods = dict(methods or {})
@@ -165,6 +180,7 @@ class PerSampleGradNorms(StandaloneMetric):
             note_of=self._reduction.note_of,
             fast_batch_of_one=batch_of_one == "fast",
             max_replay_bytes=max_replay_bytes,
+            keep_factors=keep_factors,
         )
         self._wants_noise = noise_scale
         self._capture: TappedLayers | None = None
@@ -172,6 +188,7 @@ class PerSampleGradNorms(StandaloneMetric):
         self._stands_alone = model is not None
         self._steps = 0
         self._last: PassNorms | None = None
+        self._joint = False  # another forward pass had the same backward pass
         self._ids: Tensor | None = None
         self._takes_ids = False
         self.scores = SampleScores()  #: per sample id, when `ids` are given
@@ -270,6 +287,7 @@ class PerSampleGradNorms(StandaloneMetric):
             self.observe_unrecorded(record.samples, self._reduction.missing)
             return
         norms = PassNorms(record, factor, self._layer_index)
+        self._joint = self._last is not None and self._last.record.task == record.task
         self._last = norms
         self._note_doubt(record)
         if record.unproved:
@@ -494,6 +512,72 @@ class PerSampleGradNorms(StandaloneMetric):
         """
         self._reduction.read(loss)
 
+    def weighted_sum(
+        self, coefficients: Coefficients, *, into: dict[str, Tensor] | None = None, set_grad: bool = False
+    ) -> dict[str, Tensor]:
+        r"""Compute :math:`\sum_i c_i \nabla l_i` of the last backward pass, without another pass; needs
+        ``keep_factors=True``, and to be called before the next forward pass.
+
+        Args:
+            coefficients: c, a floating-point tensor [B] on the norms' device; or a function that takes
+                :attr:`per_sample` to them, as ``lambda n: lipcore.clip_factors(n, 1.0)``. They are constants: no
+                gradient flows to them.
+            into: what this has returned for earlier micro-batches of a step, or an empty dict: the sums are added to it
+                in place.
+            set_grad: also make the sums (with what was in `into`) the parameters' ``.grad``, in place of the plain
+                gradient. On one rank, with all trained parameters measured.
+
+        Returns:
+            The sum per measured parameter, in its shape and in float32 at least; `into` where that was given.
+            Parameters that no gradient came to are not in it. As :attr:`per_sample`, the sums are of :math:`l_i`
+            itself: with ``loss_reduction="mean"`` divide them by B for what ``.grad`` would be. NaN where a sample with
+            a coefficient other than 0 has no norm, and throughout for a pass that was not recorded; reasons are in
+            ``per_parameter.reasons`` and :attr:`broken`.
+
+        Raises:
+            RuntimeError: no factors were kept, they were released, or written into by code of yours; the backward pass
+                was that of several forward passes; `set_grad` where there are no sums, or several ranks.
+            TypeError, ValueError: an argument of another shape, device or kind; `set_grad` with trained parameters that
+                are not measured.
+        """
+        norms = self._last_norms_with_factors("weighted_sum")
+        coverage = self._watched().coverage
+        if set_grad:
+            check_set_grad(coverage, norms.record.broken)
+        sums = weighted_sums(norms, coefficients_of(coefficients, norms), coverage.measured())
+        sums = sums if into is None else add_into(into, sums)
+        if set_grad:
+            set_gradients(coverage, sums)
+        return sums
+
+    def gram(self) -> Norms:
+        r"""Compute :math:`\langle \nabla l_i, \nabla l_j \rangle` for the samples of the last backward pass: per layer,
+        and over all measured parameters as ``["total"]``, float64 [B, B] each. Needs ``keep_factors=True``, and to be
+        called before the next forward pass.
+
+        Returns:
+            Symmetric matrices by layer; NaN in the rows and columns of samples without a norm, and with a reason in
+            ``.reasons`` where nothing was recorded.
+
+        Raises:
+            RuntimeError: as :meth:`weighted_sum`.
+        """
+        return gram_of(self._last_norms_with_factors("gram"))
+
+    def _last_norms_with_factors(self, asked: str) -> PassNorms:
+        if not self._options.keep_factors:
+            raise RuntimeError(
+                f"{asked}: this metric keeps no factors of the gradients; make it with keep_factors=True, which holds "
+                "the layers' inputs and output gradients until the next forward pass"
+            )
+        norms = self._last_norms()
+        if self._joint and norms is self._last:
+            raise RuntimeError(
+                f"{asked}: the last backward pass was that of several forward passes, and the factors of the last one "
+                "alone are at hand; call backward() for each"
+            )
+        return norms
+
     def coverage(self) -> Any:
         """Return which parameters are measured by which layer's rule, which are frozen, and which are not covered
         and why."""
@@ -507,6 +591,10 @@ class PerSampleGradNorms(StandaloneMetric):
         every = f" in every {self._every}th step" if self._every > 1 else ""
         proofs = f"; {self._capture.proofs}" if self._capture is not None else ""
         lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1))]
+        if self._options.keep_factors:
+            factors = None if self._last is None else self._last.record.factors
+            said = "from the backward pass to the next forward pass" + ("" if factors else ", once one is recorded")
+            lines.append(PlanLine("kept factors", said, 0 if factors is None else factors.nbytes))
         if self._capture is None:
             return lines
         for site in self._capture.sites:

@@ -26,10 +26,11 @@ class GraphWays:
         model: the module that is called.
         max_bytes: what the gradients of single samples of one parameter may take.
         prove: find out whose rows are whose, by backward passes.
+        whole: as of :class:`Replay`.
     """
 
-    def __init__(self, model: nn.Module, *, max_bytes: int, prove: bool) -> None:
-        self._model, self._max_bytes, self._prove = model, max_bytes, prove
+    def __init__(self, model: nn.Module, *, max_bytes: int, prove: bool, whole: bool) -> None:
+        self._model, self._max_bytes, self._prove, self._whole = model, max_bytes, prove, whole
         self._known: dict[tuple[int, Signature], tuple[Frontier, dict[int, Tensor]]] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
 
@@ -58,7 +59,7 @@ class GraphWays:
         refused = {name: REFUSED + why for name, why in frontier.refused.items()}
         if not frontier.leaves:
             return None, refused
-        return Replay(walk, frontier, whose, batch.size, counts, fail), refused
+        return Replay(walk, frontier, whose, batch.size, counts, fail, self._whole), refused
 
     def _look(
         self, walk: Walk, output: Any, call: tuple[Any, dict[str, Any]], batch: Batch, names: Mapping[int, str]

@@ -12,6 +12,7 @@ from torch import Tensor
 from lipcore.capture.graph.frontier import Frontier, Walk, shapes
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import in_backward
+from lipcore.layers import Dense, Factor
 from lipcore.models.torch_internals import current_node
 
 #: Nodes whose own backward gives, from the whole gradient, a product per element: its sums over rows are the samples'.
@@ -37,6 +38,7 @@ class Replay:
         samples: B.
         counts: asked in every backward pass: whether it is to be recorded.
         fail: gets what would have been raised.
+        whole: keep the gradients of single samples until they are asked for, not only their squares.
     """
 
     def __init__(
@@ -47,7 +49,9 @@ class Replay:
         samples: int,
         counts: Callable[[], bool],
         fail: Callable[[Exception], None],
+        whole: bool = False,
     ) -> None:
+        self.whole = whole
         self._leaves, self._samples = frontier.leaves, samples
         self._counts, self._fail = counts, fail
         # Of each place what is needed later, without the nodes, which would keep the graph alive.
@@ -122,17 +126,20 @@ class Replay:
             key = child, number
             here[key] = here[key] + out if key in here else out
         for key, out in here.items():
-            if key[0] in self._leaves and self._edges[key[0]] == 1:  # its only use: no gradient needs to be kept
+            if self._only_squares(key[0]):  # its only use: no gradient needs to be kept
                 out = out.double().square().sum()
             rows.setdefault(key, []).append(out)
 
     def _add_all(self, rows: dict[tuple[int, int], list[Tensor]]) -> None:
         for (child, number), each in rows.items():
             stacked = torch.stack(each)
-            if child in self._leaves and self._edges[child] == 1:
+            if self._only_squares(child):
                 self._squares[self._leaves[child]] = stacked
             else:
                 self._add(child, number, stacked)
+
+    def _only_squares(self, place: int) -> bool:
+        return not self.whole and place in self._leaves and self._edges[place] == 1
 
     def _add(self, child: int, number: int, rows: Tensor) -> None:
         sums = self._sums.setdefault(child, {})
@@ -148,6 +155,16 @@ class Replay:
                 rows = self._sums[place][0].double().reshape(self._samples, -1)
                 found[name] = rows.square().sum(1)
         self._sums, self._squares, self._task = {}, {}, -1
+        return found
+
+    def factors(self, task: int) -> dict[str, Factor]:
+        """Return the gradients of single samples that a backward pass has brought; to be asked once, where they are
+        kept whole."""
+        if task != self._task:
+            return {}
+        places = [(place, name) for place, name in self._leaves.items() if place in self._sums]
+        found: dict[str, Factor] = {name: Dense(self._sums[place][0]) for place, name in places}
+        self._sums, self._task = {}, -1
         return found
 
     def guarded(self, call: Callable[..., None], *arguments: Any) -> None:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.graph.replay import Replay
+from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.layers import Batch, Factor, norms_sq_of
+from lipcore.layers.factor import Measure
 from lipcore.layers.factor_estimate import EstimatedOuter
 from lipcore.models.copies import Before
 
@@ -67,6 +69,7 @@ class LayerRecord:
     served: bool = False  #: read from the gradients, without taps
     note: Any = None  #: what the options' `note_of` returned for its forward pass
     hidden: str = ""  #: why those of some samples are NaN
+    factors: KeptFactors | None = None  #: of the parameters' gradients, where the options say so
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
         """Note a reason for every covered parameter that is not among the norms."""
@@ -92,11 +95,25 @@ class LayerPass:
 
     Each call of a layer brings factors of the per-sample gradients of its parameters. They become norms at once, but
     where a parameter is used again in this pass: then they wait until the backward pass ends, and are joined first.
+
+    Args:
+        batch: the samples.
+        frozen: parameters that are not measured in this pass.
+        measure: what makes rows of factors.
+        keep: the record gets the factors too.
     """
 
-    def __init__(self, batch: Batch, frozen: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        frozen: frozenset[str] = frozenset(),
+        measure: Measure = norms_sq_of,
+        keep: bool = False,
+    ) -> None:
         self.batch = batch
-        self.frozen = frozen  # parameters that are not measured in this pass
+        self.keep = keep
+        self._measure = measure
+        self.frozen = frozen
         self.by_graph: Collection[str] = ()  # parameters whose norms the layers' rules do not bring
         self.replay: Replay | None = None  # and what brings them
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
@@ -126,6 +143,7 @@ class LayerPass:
         self.spoiled = ""  # the same, for every backward pass to come
         self._rows: dict[str, Tensor] = {}
         self._held: dict[str, Factor] = {}
+        self._kept = KeptFactors()
 
     @property
     def batches(self) -> list[Batch]:
@@ -139,6 +157,7 @@ class LayerPass:
         self.task = task
         self._rows.clear()  # left by a backward pass that broke off
         self._held.clear()
+        self._kept = KeptFactors()
         return True
 
     def add_factor(self, name: str, factor: Factor) -> None:
@@ -155,9 +174,15 @@ class LayerPass:
                 self._held[name] = factor if held is None else held.join(factor)
             else:
                 at_once[name] = factor
-        for name, norms_sq in norms_sq_of(at_once).items():
-            self.add_row(name, norms_sq)
+        for name, row in self._measure(at_once).items():
+            self.add_row(name, row)
             self._add_error(name, at_once[name])
+        self.keep_factors(at_once)
+
+    def keep_factors(self, factors: Mapping[str, Factor]) -> None:
+        """Keep factors for the record where they are wanted."""
+        for name, factor in factors.items() if self.keep else ():
+            self._kept.add(name, factor)
 
     def _add_error(self, name: str, factor: Factor) -> None:
         error = factor.standard_error if isinstance(factor, EstimatedOuter) else None
@@ -180,16 +205,22 @@ class LayerPass:
         """Return the record of these parameters: every norm that came back, and why the others did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
-                self._rows[name] = factor.norms_sq()
+                self._rows |= self._measure({name: factor})
                 self._add_error(name, factor)
-        self._held.clear()
-        if self.replay is not None:
-            self._rows |= self.replay.norms_sq(self.task)
+            self.keep_factors(self._held)
+            self._held.clear()
+            if self.replay is not None and self.replay.whole:
+                factors = self.replay.factors(self.task)
+                self._rows |= self._measure(factors)
+                self.keep_factors(factors)
+            elif self.replay is not None:
+                self._rows |= self.replay.norms_sq(self.task)
         rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith(_BESIDE)}
         broken = self.broken or self.spoiled
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
         record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated, unproved=self.unproved)
         record.note = self.note
+        record.factors = self._kept if self.keep else None
         record.explain(covered, self.frozen)
         if self.unseen:
             record.hide(self.unseen)
