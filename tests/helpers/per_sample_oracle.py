@@ -48,7 +48,10 @@ def gradients(model: nn.Module, samples: list[tuple[Any, ...]], loss: Loss) -> d
 
 def norms_sq(model: nn.Module, samples: list[tuple[Any, ...]], loss: Loss) -> dict[str, Tensor]:
     """Per trainable parameter float64 [B]: squared norm of the gradient of `loss` (a sum) on each sample alone."""
-    return {name: rows.square().reshape(len(rows), rows[0].numel()).sum(1) for name, rows in gradients(model, samples, loss).items()}
+    return {
+        name: rows.square().reshape(len(rows), rows[0].numel()).sum(1)
+        for name, rows in gradients(model, samples, loss).items()
+    }
 
 
 def weighted_sum(output: Any) -> Tensor:

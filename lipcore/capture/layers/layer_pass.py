@@ -174,10 +174,21 @@ class LayerPass:
                 self._held[name] = factor if held is None else held.join(factor)
             else:
                 at_once[name] = factor
-        for name, row in self._measure(at_once).items():
+        for name, row in self._measured(at_once).items():
             self.add_row(name, row)
             self._add_error(name, at_once[name])
         self.keep_factors(at_once)
+
+    def _measured(self, factors: Mapping[str, Factor]) -> dict[str, Tensor]:
+        """Return what is made of factors; of samples that no proof has seen, NaN where the gradient is not 0."""
+        rows = self._measure(factors)
+        if self._measure is norms_sq_of:  # which show by themselves where that is
+            return rows
+        for name in rows.keys() & self.unseen.keys():
+            norms_sq = factors[name].norms_sq()
+            hidden = self.unseen[name].to(norms_sq.device) & (norms_sq != 0)
+            rows[name] = rows[name].masked_fill(hidden, torch.nan)
+        return rows
 
     def keep_factors(self, factors: Mapping[str, Factor]) -> None:
         """Keep factors for the record where they are wanted."""
@@ -205,13 +216,13 @@ class LayerPass:
         """Return the record of these parameters: every norm that came back, and why the others did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
-                self._rows |= self._measure({name: factor})
+                self._rows |= self._measured({name: factor})
                 self._add_error(name, factor)
             self.keep_factors(self._held)
             self._held.clear()
             if self.replay is not None and self.replay.whole:
                 factors = self.replay.factors(self.task)
-                self._rows |= self._measure(factors)
+                self._rows |= self._measured(factors)
                 self.keep_factors(factors)
             elif self.replay is not None:
                 self._rows |= self.replay.norms_sq(self.task)
