@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from lipcore.capture.layers.batch_of_one import Sink
 from lipcore.capture.layers.layer_pass import LayerRecord
-from lipcore.capture.layers.options import LayerOptions
 from lipcore.metric.protocol import BatchOfOne, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.values import Value
-from lipcore.models.arguments import check_choice, check_count
-from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
+from lipcore.models.arguments import check_choice
+from lipcore.per_sample.arguments import OnUnsupported, check_arguments, layer_options
 from lipcore.per_sample.gram import gram_of
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
@@ -141,25 +140,22 @@ class PerSampleGradNorms(PerSampleMetric):
     ) -> None:
         reduction = Reduction(loss_reduction, loss_terms, scale)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
-        if output is not None and not isinstance(output, str) and not callable(output):
-            raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
-        check_count("max_replay_bytes", max_replay_bytes, least=0)
         if not isinstance(keep_factors, bool):
             raise TypeError(f"keep_factors: expected True or False, got {keep_factors!r}")
         check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
-        options = LayerOptions(
+        options = layer_options(
+            reduction,
             batch_dim=batch_dim,
-            offsets_of=offsets_of(cu_seqlens),
-            broadcast=tuple(broadcast),
+            cu_seqlens=cu_seqlens,
+            broadcast=broadcast,
+            on_unsupported=on_unsupported,
+            prove=prove,
+            output=output,
+            max_replay_bytes=max_replay_bytes,
             methods=dict(methods or {}),
             fused=fused,
             normalized=normalized,
-            skip_uncovered=on_unsupported == "skip",
-            prove=prove,
-            output=output,
-            note_of=reduction.note_of,
             fast_batch_of_one=batch_of_one == "fast",
-            max_replay_bytes=max_replay_bytes,
             keep_factors=keep_factors,
         )
         super().__init__(

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lipcore.per_sample.pass_norms import Norms, PassNorms
+from lipcore.per_sample.pass_norms import Norms, PassNorms, layer_reasons
+from lipcore.per_sample.results import TOTAL
 from lipcore.per_sample.weighted_sum import usable_factors
-
-TOTAL = "total"
 
 
 def gram_of(norms: PassNorms) -> Norms:
@@ -27,7 +26,7 @@ def gram_of(norms: PassNorms) -> Norms:
             gram = ((gram + gram.T) / 2).masked_fill(missing | missing[:, None], torch.nan)
             for place in (layer_of[name], TOTAL):
                 rows[place] = rows[place] + gram if place in rows else gram
-    reasons = norms.layer_reasons([place for place in rows if place != TOTAL])
+    reasons = layer_reasons(norms.layer_index, record, [place for place in rows if place != TOTAL])
     if record.broken or TOTAL not in rows:
         rows.pop(TOTAL, None)
         reasons[TOTAL] = record.broken or "no gradient reached a measured parameter in this backward pass"

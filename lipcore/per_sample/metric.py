@@ -507,6 +507,8 @@ class PerSampleMetric(StandaloneMetric):
             raise TypeError(f"other: expected a {type(self).__name__}, got {type(other).__name__}")
         if other._layers != self._layers:
             raise ValueError(f"other: it measures the layers {other._layers!r}, this one {self._layers!r}")
+        if other._columns != self._columns:
+            raise ValueError(f"other: it has {other._columns} distributions per layer, this one {self._columns}")
         if (other._noise is None) != (self._noise is None):
             raise ValueError("other: it was made with the other setting of noise_scale=")
         if self._noise is not None and other._noise is not None:

@@ -112,16 +112,7 @@ class PassNorms:
     @property
     def per_layer(self) -> Norms:
         rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
-        return Norms("layer", rows, self.layer_reasons(rows), (self.samples,))
-
-    def layer_reasons(self, found: Collection[str]) -> dict[str, str]:
-        """Return why layers that are not among the found ones have no numbers, and why others have not all."""
-        reasons = dict.fromkeys(self.layer_index.layers, "no rule covers its parameters here: see coverage()")
-        for name, layer in self.layer_index.layer_of.items():
-            reasons[layer] = self.record.reasons.get(name, reasons[layer])
-        shown = {name: why for name, why in reasons.items() if name not in found}
-        partly = {self.layer_index.layer_of[name] for name in self.record.reasons if name in self.record.norms_sq}
-        return shown | {layer: reasons[layer] for layer in partly}
+        return Norms("layer", rows, layer_reasons(self.layer_index, self.record, rows), (self.samples,))
 
     @property
     def standard_error(self) -> Norms:
@@ -155,3 +146,13 @@ class PassNorms:
         several = "is called several times in a pass, and has an output gradient for each"
         reasons = {name: several for name, row in rows.items() if row.isnan().all() and not eps_sq.isnan().all()}
         return Norms("layer", rows, reasons, (self.samples,))
+
+
+def layer_reasons(layer_index: LayerIndex, record: LayerRecord, found: Collection[str]) -> dict[str, str]:
+    """Return why layers that are not among the found ones have no numbers, and why others have not all."""
+    reasons = dict.fromkeys(layer_index.layers, "no rule covers its parameters here: see coverage()")
+    for name, layer in layer_index.layer_of.items():
+        reasons[layer] = record.reasons.get(name, reasons[layer])
+    shown = {name: why for name, why in reasons.items() if name not in found}
+    partly = {layer_index.layer_of[name] for name in record.reasons if name in record.norms_sq}
+    return shown | {layer: reasons[layer] for layer in partly}

@@ -140,7 +140,7 @@ class LayerCapture:
             if self._options.keep_factors or self._options.measure is not norms_sq_of:
                 raise ValueError(
                     "model: is compiled, and the factors of its samples' gradients stay inside the compiled graph, "
-                    "which brings norms alone; leave out keep_factors=, or run the model in eager mode"
+                    "which brings norms alone; run the model in eager mode, or leave out keep_factors="
                 )
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
