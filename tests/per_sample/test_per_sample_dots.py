@@ -286,37 +286,50 @@ def test_mixed_samples_are_refused_by_name() -> None:
         dots.close()
 
 
+class Dead(nn.Module):
+    """A model in which negative samples have no gradient at the first layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 3)
+        with torch.no_grad():
+            self.a.bias.zero_()
+            self.a.weight.abs_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(torch.relu(self.a(x)))
+        return y
+
+
 def test_samples_that_no_proof_has_seen_are_nan() -> None:
-    class Dead(nn.Module):
-        """Rows that are dead in the first pass and not in the second."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
-
-        def forward(self, x: Tensor) -> Tensor:
-            y: Tensor = self.b(torch.relu(self.a(x)))
-            return y
-
-    model, x = made(Dead), torch.randn(4, 5)
-    with torch.no_grad():
-        model.a.bias.zero_()
+    """In products, sums and Gram matrices as in norms."""
+    model, x = made(Dead), torch.rand(5, 6)
     dead = x.clone()
-    dead[2] = 0
-    reference = reference_of(model)
-    rows = gradients(model, samples_of((x,), 4), sum_loss)
-    norms = lipcore.PerSampleGradNorms(model, loss_reduction="sum")
+    dead[3] = -1
+    reference, rows = reference_of(model), gradients(model, samples_of((x,), 5), sum_loss)
+    others = torch.arange(5) != 3
+    norms = lipcore.PerSampleGradNorms(model, loss_reduction="sum", keep_factors=True)
     with PerSampleGradDots(model, reference=reference, loss_reduction="sum") as dots, norms:
-        sum_loss(model(dead)).backward()
+        for _ in range(4):  # proved again and again, ever more rarely
+            sum_loss(model(dead)).backward()
         assert dots.per_sample.isfinite().all()
+        while True:
+            sum_loss(model(dead)).backward()
+            schedule = dots._capture.proofs._schedule  # type: ignore[union-attr, attr-defined]
+            if min(schedule._again.values()) > schedule.passes + 1:
+                break
         sum_loss(model(x)).backward()
-        # As the norms: NaN at the very layers and samples.
-        for layer in ("a", "b"):
-            assert torch.equal(dots.per_layer[layer].isnan(), norms.per_layer[layer].isnan())
+        assert torch.equal(~dots.per_sample.isnan(), others)
+        assert torch.equal(~dots.per_layer["a"].isnan(), others)
+        assert dots.per_layer["b"].isfinite().all()
+        assert "in every proof so far" in dots.broken
         assert dots.per_layer.reasons == norms.per_layer.reasons
-        known = ~dots.per_sample.isnan()
-        assert known.tolist() == [True, True, False, True]
-        assert_dots(dots.per_sample[known], {name: each[known] for name, each in rows.items()}, reference)
+        assert_dots(dots.per_sample[others], {name: each[others] for name, each in rows.items()}, reference)
+        assert norms.weighted_sum(torch.ones(5))["a.weight"].isnan().all()
+        assert norms.weighted_sum(torch.ones(5))["b.weight"].isfinite().all()
+        assert norms.weighted_sum(others.float())["a.weight"].isfinite().all()
+        assert norms.weighted_sum(lambda n: lipcore.clip_factors(n, 1.0, missing="zero"))["a.weight"].isfinite().all()
+        assert torch.equal(~norms.gram()["total"].isnan(), others & others[:, None])
 
 
 def test_unproved_passes_say_so() -> None:
