@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lipcore.layers.factor import Factor
-from lipcore.layers.factor_products import vector_dots, vector_sum
+from lipcore.layers.factor_products import vector_dots, vector_gram, vector_sum
 
 
 class Dense(Factor):
@@ -36,7 +36,7 @@ class Dense(Factor):
         return vector_dots(self._vectors(), references)
 
     def gram(self) -> Tensor:
-        return self._vectors() @ self._vectors().T
+        return vector_gram(self._vectors())
 
     def join(self, other: Factor) -> Factor:
         if isinstance(other, Dense) and other.grads.shape == self.grads.shape:

@@ -74,6 +74,14 @@ def gram_of_pairs(product: Callable[[slice], Tensor], left: Tensor, right: Tenso
     return sums[:-1, :-1]
 
 
+def product(grad: Tensor, x: Tensor | None) -> Tensor:
+    """Return grad * x, or grad where there is no x, in float32 at least."""
+    if x is None:
+        return alike(grad)[0]
+    grad, x = alike(grad, x)
+    return grad * x
+
+
 def vector_sum(vectors: Tensor, coefficients: Tensor, shape: torch.Size) -> Tensor:
     """Return the sum of gradients [B, n] with coefficients [B], in the parameter's shape."""
     return (coefficients.to(vectors.device, vectors.dtype) @ vectors).reshape(shape)
@@ -81,4 +89,11 @@ def vector_sum(vectors: Tensor, coefficients: Tensor, shape: torch.Size) -> Tens
 
 def vector_dots(vectors: Tensor, references: Tensor) -> Tensor:
     """Return the inner products of gradients [B, n] with references [K, ...]: float64 [K, B]."""
-    return references.detach().reshape(len(references), -1).to(vectors.device).double() @ vectors.double().T
+    gradients, others = alike(vectors, references.reshape(len(references), -1))
+    return (others @ gradients.T).double()
+
+
+def vector_gram(vectors: Tensor) -> Tensor:
+    """Return the inner products of gradients [B, n] with each other: float64 [B, B]."""
+    vectors = vectors.double()
+    return vectors @ vectors.T

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lipcore import functional as F
 from lipcore.layers.factor import Factor
-from lipcore.layers.factor_products import owners, vector_dots, vector_sum
+from lipcore.layers.factor_products import owners, product, vector_dots, vector_gram, vector_sum
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
 
 
@@ -43,12 +43,13 @@ class RowSum(Factor):
         return terms.sum(0).reshape(self.shape)
 
     def _vectors(self) -> Tensor:
-        """Return the gradients, float64 [B, F], which are smaller than the rows."""
-        terms = self.grad.detach() if self.x is None else self.grad.detach().double() * self.x.detach()
+        """Return the gradients, [B, F], which are smaller than the rows; in float32 at least, as torch sums the
+        batch's."""
+        terms = product(self.grad, self.x)
         if self.offsets is None:
-            return terms.sum(1, dtype=torch.float64)
-        sums = terms.new_zeros(self.samples + 1, terms.shape[-1], dtype=torch.float64)
-        return sums.index_add_(0, owners(self.grad, self.offsets), terms.double())[:-1]
+            return terms.sum(1) if terms.shape[1] != 1 else terms[:, 0]
+        sums = terms.new_zeros(self.samples + 1, terms.shape[-1])
+        return sums.index_add_(0, owners(self.grad, self.offsets), terms)[:-1]
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
         return vector_sum(self._vectors(), coefficients, self.shape)
@@ -57,8 +58,7 @@ class RowSum(Factor):
         return vector_dots(self._vectors(), references)
 
     def gram(self) -> Tensor:
-        vectors = self._vectors()
-        return vectors @ vectors.T
+        return vector_gram(self._vectors())
 
     def join(self, other: Factor) -> Factor:
         if not isinstance(other, RowSum) or other.shape != self.shape:
@@ -105,9 +105,9 @@ class ChannelSum(Factor):
         return terms.flatten(1).sum(1) if terms.dim() > 1 else terms
 
     def _vectors(self) -> Tensor:
-        """Return the gradients, float64 [B, C], which are smaller than the activations."""
-        terms = self.grad.detach() if self.x is None else self.grad.detach().double() * self.x.detach()
-        return terms.flatten(2).sum(2, dtype=torch.float64) if terms.dim() > 2 else terms.double()
+        """Return the gradients, [B, C], which are smaller than the activations; in float32 at least."""
+        terms = product(self.grad, self.x)
+        return terms.flatten(2).sum(2) if terms.dim() > 2 else terms
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
         return vector_sum(self._vectors(), coefficients, self.shape)
@@ -116,8 +116,7 @@ class ChannelSum(Factor):
         return vector_dots(self._vectors(), references)
 
     def gram(self) -> Tensor:
-        vectors = self._vectors()
-        return vectors @ vectors.T
+        return vector_gram(self._vectors())
 
     def join(self, other: Factor) -> Factor:
         if not isinstance(other, ChannelSum) or other.grad.shape[1] != self.grad.shape[1]:

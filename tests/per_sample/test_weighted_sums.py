@@ -399,5 +399,5 @@ def test_gradients_that_would_stay_plain_are_refused() -> None:
 
 def test_compiled_models_are_refused() -> None:
     model = torch.compile(nn.Linear(3, 2), backend="aot_eager")
-    with pytest.raises(ValueError, match=r"compiled.*keep_factors=.*eager"):
+    with pytest.raises(ValueError, match=r"compiled.*eager.*keep_factors="):
         PerSampleGradNorms(model, loss_reduction="sum")
