@@ -201,7 +201,8 @@ class PerSampleMetric(StandaloneMetric):
             self.observe_unrecorded(record.samples, self._reduction.missing)
             return
         norms = self._numbers_of(record, factor)
-        self._joint = self._last is not None and self._last.record.task == record.task
+        before = None if self._last is None else self._last.record
+        self._joint = before is not None and before.factors is not None and before.task == record.task
         self._last = norms
         self._note_doubt(record)
         if record.unproved:

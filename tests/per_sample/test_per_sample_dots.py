@@ -307,6 +307,7 @@ def test_samples_that_no_proof_has_seen_are_nan() -> None:
     dead = x.clone()
     dead[3] = -1
     reference, rows = reference_of(model), gradients(model, samples_of((x,), 5), sum_loss)
+    reference["a.weight"].zero_()  # a product of 0 is none either, where it is not known whose it is
     others = torch.arange(5) != 3
     norms = lipcore.PerSampleGradNorms(model, loss_reduction="sum", keep_factors=True)
     with PerSampleGradDots(model, reference=reference, loss_reduction="sum") as dots, norms:
@@ -321,6 +322,7 @@ def test_samples_that_no_proof_has_seen_are_nan() -> None:
         sum_loss(model(x)).backward()
         assert torch.equal(~dots.per_sample.isnan(), others)
         assert torch.equal(~dots.per_layer["a"].isnan(), others)
+        assert torch.equal(~dots.per_parameter["a.weight"].isnan(), others)
         assert dots.per_layer["b"].isfinite().all()
         assert "in every proof so far" in dots.broken
         assert dots.per_layer.reasons == norms.per_layer.reasons

@@ -279,6 +279,48 @@ def test_samples_in_unproved_passes_say_so() -> None:
         assert norms.unproved
 
 
+def test_steps_between_those_that_are_recorded() -> None:
+    model = made(MODELS["mlp"][0])
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    norms = PerSampleGradNorms(loss_reduction="sum", every_steps=2)
+    with Monitor(model, optimizer, metrics=[norms]):
+        for step in range(4):
+            optimizer.zero_grad()
+            sum_loss(model(torch.randn(4, 5))).backward()
+            recorded = step % 2 == 0
+            sums = norms.weighted_sum(torch.ones(4))
+            assert all(total.isfinite().all() == recorded for total in sums.values())
+            if not recorded:
+                with pytest.raises(RuntimeError, match=r"set_grad: .*every_steps=2"):
+                    norms.weighted_sum(torch.ones(4), set_grad=True)
+            optimizer.step()
+
+
+def test_batches_of_one_are_not_read_from_the_gradients() -> None:
+    model = made(MODELS["mlp"][0])
+    with PerSampleGradNorms(model, loss_reduction="sum", batch_of_one="fast") as norms:
+        for _ in range(6):
+            model.zero_grad()
+            x = torch.randn(1, 5)
+            sum_loss(model(x)).backward()
+            rows = gradients(model, samples_of((x,), 1), sum_loss)
+            assert_sums(norms.weighted_sum(torch.ones(1)), rows, torch.ones(1))
+
+
+def test_sums_that_are_made_in_inference_mode_can_be_written_to() -> None:
+    model, x = made(MODELS["mlp"][0]), torch.randn(4, 5)
+    sums: dict[str, Tensor] = {}
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+        for _ in range(2):
+            sum_loss(model(x)).backward()
+            with torch.inference_mode():
+                norms.weighted_sum(torch.ones(4), into=sums, set_grad=True)
+                assert not norms.gram()["total"].is_inference()
+        sums["0.bias"].add_(1)
+        assert model[0].bias.grad is not None
+        model[0].bias.grad.add_(1)
+
+
 # ---- the life of factors
 
 

@@ -56,9 +56,9 @@ class LayerRecord:
     """The numbers that one backward pass brought, with the loss reduction's factor still in them."""
 
     samples: int  #: B
-    norms_sq: Mapping[
-        str, Tensor
-    ]  #: per parameter, float64 [B]: squared norm of the backpropagated per-sample gradient
+    #: Per parameter, float64 [B]: squared norm of the backpropagated per-sample gradient; or [K, B] where the options'
+    #: `measure` makes other numbers of the factors.
+    norms_sq: Mapping[str, Tensor]
     reasons: dict[str, str] = field(default_factory=dict)  #: why a parameter is not among them
     broken: str = ""  #: why not even the total is known
     task: int = 0  #: of the backward pass, different from those of others in the same step
