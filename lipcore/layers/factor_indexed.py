@@ -72,7 +72,7 @@ class Indexed(Factor):
 
     def dots(self, references: Tensor) -> Tensor:
         terms, tables = alike(self._terms(), references)
-        found = ((table[self.indices] * terms).sum(-1, dtype=torch.float64) for table in tables)
+        found = (torch.linalg.vecdot(table[self.indices], terms) for table in tables)
         return torch.stack([collected(each, terms, self.offsets) for each in found])
 
     def gram(self) -> Tensor:

@@ -77,8 +77,8 @@ class Outer(Factor):
         for weight in flat.reshape(len(flat), grad.shape[-1], x.shape[-1]):
             # b^T R a, by the product that leaves fewer numbers per row.
             narrow = weight.shape[0] < weight.shape[1]
-            terms = (x @ weight.T) * grad if narrow else (grad @ weight) * x
-            rows.append(collected(terms.sum(-1, dtype=torch.float64), x, self.offsets))
+            terms = torch.linalg.vecdot(x @ weight.T, grad) if narrow else torch.linalg.vecdot(grad @ weight, x)
+            rows.append(collected(terms, x, self.offsets))
         return torch.stack(rows)
 
     def gram(self) -> Tensor:

@@ -103,7 +103,7 @@ class Patches(Factor):
             )  # where the gradient ends before it, there is none
             for dim, length in enumerate(grad.shape[2:], 2):
                 y = y.narrow(dim, 0, length)
-            rows.append((y * grad).flatten(1).sum(1, dtype=torch.float64))
+            rows.append(torch.linalg.vecdot(y.flatten(1), grad.flatten(1)).double())
         return torch.stack(rows)
 
     def gram(self) -> Tensor:
