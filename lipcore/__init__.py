@@ -12,7 +12,7 @@ from lipcore.lipschitz import Lipschitz, local_lipschitz  # noqa: E402
 from lipcore.metric.distribution import Distribution  # noqa: E402
 from lipcore.metric.protocol import Metric  # noqa: E402
 from lipcore.monitor import Monitor  # noqa: E402
-from lipcore.per_sample import PerSampleGradNorms  # noqa: E402
+from lipcore.per_sample import PerSampleGradDots, PerSampleGradNorms  # noqa: E402
 from lipcore.per_sample.clipping import clip_factors  # noqa: E402
 from lipcore.per_sample.scores.sample_scores import SampleScores  # noqa: E402
 from lipcore.trajectory import Trajectory  # noqa: E402
@@ -26,6 +26,7 @@ __all__ = [
     "Lipschitz",
     "Metric",
     "Monitor",
+    "PerSampleGradDots",
     "PerSampleGradNorms",
     "SampleScores",
     "Trajectory",

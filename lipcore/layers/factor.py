@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -21,6 +22,11 @@ class Factor(ABC):
     def samples(self) -> int:
         """The number of samples, B."""
 
+    @cached_property
+    def shape(self) -> torch.Size:
+        """Shape of the parameter."""
+        return self.dense(0).shape
+
     @abstractmethod
     def norms_sq(self) -> Tensor:
         """Return the squared norm of every sample's gradient, float64 [B]. Pure, so that it can be traced."""
@@ -37,6 +43,37 @@ class Factor(ABC):
     @abstractmethod
     def dense(self, sample: int) -> Tensor:
         """Return the gradient of one sample, float64, in the parameter's shape."""
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        r"""Return :math:`\sum_i c_i g_i` in the parameter's shape, float32 at least; B > 0 coefficients.
+
+        This default takes one sample's gradient at a time, as those of dots() and gram() do; a kind of factor with a
+        closed form has its own.
+        """
+        total = coefficients[0] * self.dense(0)
+        for sample in range(1, self.samples):
+            total = total + coefficients[sample] * self.dense(sample)
+        return total
+
+    def dots(self, references: Tensor) -> Tensor:
+        r"""Return :math:`\langle g_i, r_k \rangle`, float64 [K, B], for references [K, \*shape of the parameter]."""
+        flat = references.detach().double().flatten(1)
+        columns = [flat @ self.dense(sample).flatten() for sample in range(self.samples)]
+        return torch.stack(columns, 1) if columns else flat.new_zeros(len(flat), 0)
+
+    def gram(self) -> Tensor:
+        r"""Return :math:`\langle g_i, g_j \rangle`, float64 [B, B]."""
+        rows = [self.dots(self.dense(sample)[None])[0] for sample in range(self.samples)]
+        return torch.stack(rows) if rows else torch.zeros(0, 0, dtype=torch.float64)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Yield the tensors that the factor is made of."""
+        for value in vars(self).values():
+            for part in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(part, Tensor):
+                    yield part
+                elif isinstance(part, Factor):
+                    yield from part.tensors()
 
     def join(self, other: Factor) -> Factor:
         """Return the sum of both gradients; of the same kind where there is a closed form."""
@@ -62,8 +99,21 @@ class Sum(Factor):
             total = total + part.dense(sample)
         return total
 
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        total = self.parts[0].weighted_sum(coefficients)
+        for part in self.parts[1:]:
+            total = total + part.weighted_sum(coefficients)
+        return total
+
+    def dots(self, references: Tensor) -> Tensor:
+        return torch.stack([part.dots(references) for part in self.parts]).sum(0)
+
     def join(self, other: Factor) -> Factor:
         return Sum([*self.parts, other])
+
+
+#: What is made of the factors that come together, by key: a row of numbers per sample, [B], or several, [K, B].
+Measure = Callable[[Mapping[str, Factor]], dict[str, Tensor]]
 
 
 def norms_sq_of(factors: Mapping[str, Factor]) -> dict[str, Tensor]:

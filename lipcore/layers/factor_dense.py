@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lipcore.layers.factor import Factor
+from lipcore.layers.factor_products import vector_dots, vector_gram, vector_sum
 
 
 class Dense(Factor):
@@ -13,17 +14,29 @@ class Dense(Factor):
 
     def __init__(self, grads: Tensor) -> None:
         self.grads = grads
+        self.shape = grads.shape[1:]
 
     @property
     def samples(self) -> int:
         return self.grads.shape[0]
 
     def norms_sq(self) -> Tensor:
-        flat = self.grads.detach().double().reshape(self.samples, self.grads[:1].numel())
-        return flat.square().sum(1)
+        return self._vectors().square().sum(1)
+
+    def _vectors(self) -> Tensor:
+        return self.grads.detach().double().reshape(self.samples, self.grads[:1].numel())
 
     def dense(self, sample: int) -> Tensor:
         return self.grads[sample].detach().double()
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        return vector_sum(self._vectors(), coefficients, self.shape)
+
+    def dots(self, references: Tensor) -> Tensor:
+        return vector_dots(self._vectors(), references)
+
+    def gram(self) -> Tensor:
+        return vector_gram(self._vectors())
 
     def join(self, other: Factor) -> Factor:
         if isinstance(other, Dense) and other.grads.shape == self.grads.shape:
@@ -49,6 +62,16 @@ class Blocks(Factor):
 
     def dense(self, sample: int) -> Tensor:
         return torch.cat([part.dense(sample) for part in self.parts])
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        return torch.cat([part.weighted_sum(coefficients) for part in self.parts])
+
+    def dots(self, references: Tensor) -> Tensor:
+        rows = references.split([part.shape[0] for part in self.parts], 1)
+        return torch.stack([part.dots(r) for part, r in zip(self.parts, rows, strict=True)]).sum(0)
+
+    def gram(self) -> Tensor:
+        return torch.stack([part.gram() for part in self.parts]).sum(0)
 
     def join(self, other: Factor) -> Factor:
         if isinstance(other, Blocks) and len(other.parts) == len(self.parts):

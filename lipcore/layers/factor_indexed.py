@@ -8,6 +8,15 @@ from torch import Tensor
 from lipcore import functional as F
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
+from lipcore.layers.factor_products import (
+    CHUNK,
+    alike,
+    collected,
+    gram_of_pairs,
+    gram_of_slices,
+    owners,
+    spread,
+)
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
 
 
@@ -28,6 +37,7 @@ class Indexed(Factor):
     ) -> None:
         self.indices, self.grad, self.num = indices, grad, num
         self.weights, self.padding_idx, self.offsets = weights, padding_idx, offsets
+        self.shape = torch.Size((num, grad.shape[-1]))
 
     @property
     def samples(self) -> int:
@@ -45,6 +55,39 @@ class Indexed(Factor):
         if self.padding_idx is not None:
             out[self.padding_idx] = 0
         return out
+
+    def _terms(self) -> Tensor:
+        """Return what every row adds to the table's row of its index: 0 to that of the padding."""
+        (grad,) = alike(self.grad)
+        if self.weights is not None:
+            grad = grad * self.weights.detach().to(grad.dtype).unsqueeze(-1)
+        if self.padding_idx is not None:
+            grad = grad.masked_fill((self.indices == self.padding_idx).unsqueeze(-1), 0)
+        return grad
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        terms = self._terms()
+        terms = terms * spread(coefficients, terms, self.offsets).unsqueeze(-1)
+        return terms.new_zeros(self.shape).index_add_(0, self.indices.flatten(), terms.flatten(0, -2))
+
+    def dots(self, references: Tensor) -> Tensor:
+        terms, tables = alike(self._terms(), references)
+        found = (torch.linalg.vecdot(table[self.indices], terms) for table in tables)
+        return torch.stack([collected(each, terms, self.offsets) for each in found])
+
+    def gram(self) -> Tensor:
+        terms, samples = self._terms(), self.samples
+        # Of the table, the rows that occur; a few columns at a time.
+        occurring, place = self.indices.flatten().unique(return_inverse=True)
+        count = len(occurring)
+        place = owners(terms, self.offsets) * count + place
+        terms = terms.flatten(0, -2)
+        step = max(1, CHUNK // max(1, samples * count))
+        parts = (
+            part.new_zeros((samples + 1) * count, part.shape[1]).index_add_(0, place, part)[: samples * count]
+            for part in terms.split(step, 1)
+        )
+        return gram_of_slices((part.reshape(samples, count * part.shape[1]) for part in parts), samples, terms.device)
 
     def join(self, other: Factor) -> Factor:
         if isinstance(other, Outer) and other.shape == (self.num, self.grad.shape[-1]):
@@ -73,6 +116,7 @@ class Tied(Factor):
 
     def __init__(self, embedding: Indexed, head: Outer) -> None:
         self.embedding, self.head = embedding, head
+        self.shape = embedding.shape
 
     @property
     def samples(self) -> int:
@@ -89,6 +133,28 @@ class Tied(Factor):
 
     def dense(self, sample: int) -> Tensor:
         return self.embedding.dense(sample) + self.head.dense(sample)
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        return self.embedding.weighted_sum(coefficients) + self.head.weighted_sum(coefficients)
+
+    def dots(self, references: Tensor) -> Tensor:
+        return self.embedding.dots(references) + self.head.dots(references)
+
+    def gram(self) -> Tensor:
+        cross = self._cross_gram()
+        return self.embedding.gram() + self.head.gram() + cross + cross.T
+
+    def _cross_gram(self) -> Tensor:
+        """Return the inner products of sample i's gradient as a head's and sample j's as an embedding's."""
+        e, h = self.embedding, self.head
+        terms, x, grad = (t.flatten(0, -2) for t in alike(e._terms(), h.x, h.grad))
+        indices = e.indices.flatten()
+        return gram_of_pairs(
+            lambda some: (x[some] @ terms.T) * grad[some][:, indices],
+            owners(h.x, h.offsets),
+            owners(e.indices, e.offsets),
+            self.samples,
+        )
 
     def join(self, other: Factor) -> Factor:
         for mine, theirs in ((self.embedding, self.head), (self.head, self.embedding)):

@@ -8,6 +8,7 @@ from torch import Tensor
 from lipcore import functional as F
 from lipcore.functional.linear import Method
 from lipcore.layers.factor import Factor
+from lipcore.layers.factor_products import CHUNK, alike, collected, gram_of_pairs, gram_of_slices, owners, spread
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
 from lipcore.layers.factor_sums import is_sum_of
 
@@ -64,6 +65,41 @@ class Outer(Factor):
     def dense(self, sample: int) -> Tensor:
         x, grad = (rows(t, self.offsets, sample).double() for t in (self.x, self.grad))
         return (grad.T @ x).reshape(self.shape)
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        x, grad = alike(self.x, self.grad)
+        scaled = grad * spread(coefficients, grad, self.offsets).unsqueeze(-1)
+        return (scaled.flatten(0, -2).T @ x.flatten(0, -2)).reshape(self.shape)
+
+    def dots(self, references: Tensor) -> Tensor:
+        x, grad, flat = alike(self.x, self.grad, references.flatten(1))
+        rows = []
+        for weight in flat.reshape(len(flat), grad.shape[-1], x.shape[-1]):
+            # b^T R a, by the product that leaves fewer numbers per row.
+            narrow = weight.shape[0] < weight.shape[1]
+            terms = torch.linalg.vecdot(x @ weight.T, grad) if narrow else torch.linalg.vecdot(grad @ weight, x)
+            rows.append(collected(terms, x, self.offsets))
+        return torch.stack(rows)
+
+    def gram(self) -> Tensor:
+        x, grad = (t.flatten(0, -2) for t in alike(self.x, self.grad))
+        owner, samples = owners(self.x, self.offsets), self.samples
+        count, features, outputs = len(x), x.shape[-1], grad.shape[-1]
+        # Multiplications by pairs of rows, and by slices of the gradients themselves.
+        if count * count * (features + outputs) <= features * outputs * (count + samples * samples):
+            return gram_of_pairs(lambda some: (x[some] @ x.T) * (grad[some] @ grad.T), owner, owner, samples)
+        step = max(1, CHUNK // max(1, samples * features))
+        parts = (self._slice(x, part, owner) for part in grad.split(step, 1))
+        return gram_of_slices(parts, samples, x.device)
+
+    def _slice(self, x: Tensor, grad: Tensor, owner: Tensor) -> Tensor:
+        """Return all samples' gradients of some outputs, [B, n]."""
+        if self.offsets is None:
+            tokens = self.x.shape[:2]
+            products: Tensor = grad.unflatten(0, tokens).mT @ x.unflatten(0, tokens)
+            return products.flatten(1)
+        found = [grad[mine].T @ x[mine] for mine in (owner == b for b in range(self.samples))]
+        return torch.stack(found).flatten(1)
 
     def join(self, other: Factor) -> Factor:
         if isinstance(other, Outer) and other.shape == self.shape:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lipcore import functional as F
 from lipcore.layers.factor import Factor
+from lipcore.layers.factor_products import owners, product, vector_dots, vector_gram, vector_sum
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
 
 
@@ -41,6 +42,24 @@ class RowSum(Factor):
             terms = terms * rows(self.x, self.offsets, sample)
         return terms.sum(0).reshape(self.shape)
 
+    def _vectors(self) -> Tensor:
+        """Return the gradients, [B, F], which are smaller than the rows; in float32 at least, as torch sums the
+        batch's."""
+        terms = product(self.grad, self.x)
+        if self.offsets is None:
+            return terms.sum(1) if terms.shape[1] != 1 else terms[:, 0]
+        sums = terms.new_zeros(self.samples + 1, terms.shape[-1])
+        return sums.index_add_(0, owners(self.grad, self.offsets), terms)[:-1]
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        return vector_sum(self._vectors(), coefficients, self.shape)
+
+    def dots(self, references: Tensor) -> Tensor:
+        return vector_dots(self._vectors(), references)
+
+    def gram(self) -> Tensor:
+        return vector_gram(self._vectors())
+
     def join(self, other: Factor) -> Factor:
         if not isinstance(other, RowSum) or other.shape != self.shape:
             return super().join(other)
@@ -62,6 +81,7 @@ class ChannelSum(Factor):
 
     def __init__(self, grad: Tensor, x: Tensor | None = None) -> None:
         self.grad, self.x = grad, x
+        self.shape = grad.shape[1:2]
 
     @property
     def samples(self) -> int:
@@ -83,6 +103,20 @@ class ChannelSum(Factor):
         if self.x is not None:
             terms = terms * self.x[sample].detach()
         return terms.flatten(1).sum(1) if terms.dim() > 1 else terms
+
+    def _vectors(self) -> Tensor:
+        """Return the gradients, [B, C], which are smaller than the activations; in float32 at least."""
+        terms = product(self.grad, self.x)
+        return terms.flatten(2).sum(2) if terms.dim() > 2 else terms
+
+    def weighted_sum(self, coefficients: Tensor) -> Tensor:
+        return vector_sum(self._vectors(), coefficients, self.shape)
+
+    def dots(self, references: Tensor) -> Tensor:
+        return vector_dots(self._vectors(), references)
+
+    def gram(self) -> Tensor:
+        return vector_gram(self._vectors())
 
     def join(self, other: Factor) -> Factor:
         if not isinstance(other, ChannelSum) or other.grad.shape[1] != self.grad.shape[1]:

@@ -1,16 +1,48 @@
-"""What PerSampleGradNorms can be told, checked once."""
+"""What metrics of single samples' gradients can be told, checked once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from lipcore.capture.layers.options import LayerOptions
 from lipcore.models.arguments import check_choice, check_count, is_integer
+from lipcore.per_sample.loss_reduction import Reduction
 
 OnUnsupported = Literal["error", "skip"]
 Offsets = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
+
+
+def layer_options(
+    reduction: Reduction,
+    *,
+    batch_dim: int,
+    cu_seqlens: Any,
+    broadcast: Sequence[str],
+    on_unsupported: OnUnsupported,
+    prove: bool,
+    output: Any,
+    max_replay_bytes: int,
+    **others: Any,
+) -> LayerOptions:
+    """Return how the layers are tapped, from what the user has given; `others` goes there as it is."""
+    if output is not None and not isinstance(output, str) and not callable(output):
+        raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
+    check_count("max_replay_bytes", max_replay_bytes, least=0)
+    return LayerOptions(
+        batch_dim=batch_dim,
+        offsets_of=offsets_of(cu_seqlens),
+        broadcast=tuple(broadcast),
+        skip_uncovered=on_unsupported == "skip",
+        prove=prove,
+        output=output,
+        note_of=reduction.note_of,
+        loss_of=reduction.loss_of,
+        max_replay_bytes=max_replay_bytes,
+        **others,
+    )
 
 
 def check_arguments(

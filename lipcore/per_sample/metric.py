@@ -1,11 +1,11 @@
-"""The metric PerSampleGradNorms: exact norms of single samples' gradients, during ordinary training."""
+"""The base of metrics of single samples' gradients: passes, proofs, micro-batches, ids, windows, states."""
 
 from __future__ import annotations
 
-import math
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,166 +20,79 @@ from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.blocks import BlockWindow
 from lipcore.metric.hook_warnings import warn_in_hook
-from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine
+from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
-from lipcore.models.arguments import check_choice, check_count
+from lipcore.metric.values import Value
 from lipcore.models.ranks import world_size
-from lipcore.per_sample.arguments import OnUnsupported, check_arguments, offsets_of
 from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
-from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
-from lipcore.per_sample.methods import LayerMethod, check_methods, how
+from lipcore.per_sample.loss_reduction import Reduction
+from lipcore.per_sample.methods import check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
-from lipcore.per_sample.open_step import OpenStep, take_in
-from lipcore.per_sample.pass_norms import Norms, PassNorms
-from lipcore.per_sample.results import add_noise, add_norms
-from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.open_step import OpenStep, PassNumbers, take_in
+from lipcore.per_sample.results import add_noise
+from lipcore.per_sample.scores.score_columns import Scores
 from lipcore.per_sample.show import shown
 from lipcore.per_sample.unproved import Unproved
 
 _SILENT = 4  # steps without a number after which the user is told why
 
 
-class PerSampleGradNorms(StandaloneMetric):
-    r"""Norms :math:`n_i = \|\nabla_\theta\, l_i\|_2` of single samples' gradients, exact, from the ordinary backward
+class PerSampleMetric(StandaloneMetric):
+    """Base of metrics of what single samples' gradients are, taken from the layers' factors in the ordinary backward
     pass.
 
-    :math:`l_i` is the sum of sample i's loss terms before any reduction over the batch. A backward pass brings a
-    multiple of :math:`\nabla l_i` that depends on the loss reduction, so you have to name that: with
-    ``loss_reduction="sum"`` what comes is taken as it is; with ``"mean"`` it is multiplied by B, or by `loss_terms`
-    where the mean is over something else (tokens). There is one record per backward pass; a sample is a row of the
-    batch in one forward pass. The gradients of a weight that is used more than once (a module called twice, an
-    embedding tied to the head) are joined before the norm is taken. Training stays bit for bit the same, except with
-    ``fused=True``.
-
-    A penalty on the parameters does not belong in the loss; use the optimizer's weight decay. The norms are without it,
-    because it is no sample's, but the noise scale is wrong by it: a large penalty is noticed and its steps are counted,
-    a small one cannot be noticed. Losses and models that mix samples have no per-sample gradient.
-
-    Alone, it needs the model and nothing else::
-
-        with lipcore.PerSampleGradNorms(model, loss_reduction="mean") as norms:
-            loss_fn(model(x), y).backward() norms.per_sample
-
-    In a Monitor it makes windows. They hold the distributions of the norms in total and per layer (``norm``), and
-    the gradient noise scale :math:`B_{simple} = \mathrm{tr}\,\Sigma / |G|^2` of McCandlish et al. (2018) with its two
-    unbiased estimators (``noise_scale``, ``gradient_noise``, ``gradient_sq``), which takes in all micro-batches of a
-    step. Steps whose gradient is not the mean of their samples' gradients are counted, with the reason, in
-    ``details["noise_scale_skipped"]``.
+    A subclass says what the layers' factors become (:attr:`LayerOptions.measure`), what the numbers of a pass are
+    (:meth:`_numbers_of`) and how a window of them is told (:meth:`_add_numbers`).
 
     Args:
         model: only when the metric stands alone.
-        loss_reduction: "mean" or "sum": what your loss does over the batch. "auto": read f from the graph of the loss,
-            and g, the gradient that comes to the loss, in its backward pass: what comes of a sample is multiplied by
-            f / g. The loss is the one that :meth:`set_loss` or ``monitor.log(loss=loss)`` was called with before
-            ``loss.backward()``, else what the model returns as ``loss``. f cannot be found from the gradients alone.
-        loss_terms: with "mean": how many terms were averaged, when that is not B: a number, a tensor, a function that
-            is called after every backward pass, the name of a keyword that the model is called with (a trainer's
-            "num_items_in_batch"), or a function of its (arguments, keywords). For cross-entropy over tokens: how many
-            targets are not ignored.
-        scale: what else the loss was multiplied by (1/k under gradient accumulation over k micro-batches).
-        every_steps: record in every k-th optimizer step (of a Monitor's clock); the other steps cost next to nothing.
-        on_unsupported: "error", or "skip" to measure the parameters that are covered and leave out the others.
-        batch_dim: batch dimension of the model's input and of activations [T, B, features]; 0 or 1.
-        cu_seqlens: packed sequences of different lengths, [total, features]: name of the model's keyword argument that
-            has the boundaries (int [B + 1]), or a function of (arguments, keywords) that returns them. The norms are
-            per document then.
-        broadcast: names of layers that are called without the batch dimension (position embeddings on [T] or [1, T]).
-            Their output is expanded to [B, T, ...] at once, so nothing may be put in front of it (unsqueeze(0)).
-        methods: {layer name: "gram" or "direct"} to override the cost rule; "estimate" for a Linear on sequences takes
-            its squared norms from 16 random probes (:func:`lipcore.functional.linear_norms_sq_estimate`), unbiased,
-            with :attr:`standard_error`.
-        fused: take the norms inside Linear's weight gradient, which lipcore then computes itself: nearly free on long
-            sequences, but the gradient is summed in another order.
-        normalized: also measure :attr:`normalized`, r_i of every tapped layer; needs one output per sample.
-        noise_scale: also estimate the gradient noise scale.
-        prove: let passes prove themselves, the first one and ever fewer later ones: backward passes through its graph
-            from weighted outputs show, bit for bit, that row i of every layer's gradient is that of sample i, and two
-            samples are run among copies of themselves. This finds samples that are mixed, moved, or looked for in the
-            wrong dimension. Hooks on tensors and on modules' backward passes see those passes too. What is not proved
-            is not labelled exact, and :attr:`unproved` and ``details["not_proved"]`` say why.
-        output: where those backward passes begin: the name of the module whose output has the batch dimension, for
-            models that return their loss alone; or the key or attribute of a part of what the model returns, or a
-            function of that. Default: all that it returns. What comes behind it counts as the loss.
-        batch_of_one: "exact" (default): batches of one sample are tapped like others. "fast": their norms are read from
-            the parameters' gradients, after three proofs that these are the same and with more proofs now and then.
-            What else comes to reach those gradients (a penalty on parameters) may be noticed by the next proof only.
-            With ``loss_reduction="auto"`` they are tapped.
-        max_replay_bytes: parameters that no layer's rule covers are measured from the autograd graph, in eager mode, by
-            products and sums where they meet the batch or by running nodes once more for every sample (:meth:`plan`
-            says which); the gradients of single samples of a parameter may take so many bytes at once (default: 1 GiB).
-            0: such parameters are refused, or skipped.
-        scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
+        reduction: what the loss does over the batch.
+        options: how the layers are tapped.
+        every_steps: record in every k-th optimizer step.
+        noise_scale: estimate the gradient noise scale, of numbers that are norms.
+        columns: distributions per layer.
+        make_scores: makes what keeps statistics per sample id.
+        scaler: a GradScaler, when the metric stands alone.
 
-    Raises:
-        ValueError: a trainable parameter that no rule covers, named with the ways out; an argument of another kind or
-            range than described.
+    Attributes:
+        scores: statistics per sample id, when `ids` are given.
     """
 
-    name = "per_sample_grad_norm"
     _version = 1
 
     def __init__(
         self,
-        model: nn.Module | None = None,
+        model: nn.Module | None,
+        reduction: Reduction,
+        options: LayerOptions,
         *,
-        loss_reduction: LossReduction,
-        loss_terms: Terms = None,
-        scale: float = 1.0,
-        every_steps: int = 1,
-        on_unsupported: OnUnsupported = "error",
-        batch_dim: int = 0,
-        cu_seqlens: str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor] | None = None,
-        broadcast: Sequence[str] = (),
-        methods: Mapping[str, LayerMethod] | None = None,
-        fused: bool = False,
-        normalized: bool = False,
-        noise_scale: bool = True,
-        prove: bool = True,
-        output: str | Callable[[Any], Any] | None = None,
-        batch_of_one: BatchOfOne = "exact",
-        max_replay_bytes: int = 1 << 30,
-        scaler: Any = None,
+        every_steps: int,
+        noise_scale: bool,
+        columns: int,
+        make_scores: Callable[[], Scores],
+        scaler: Any,
     ) -> None:
-        self._reduction = Reduction(loss_reduction, loss_terms, scale, batch_dim)
-        check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
-        if output is not None and not isinstance(output, str) and not callable(output):
-            raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
-        check_count("max_replay_bytes", max_replay_bytes, least=0)
-        check_arguments(every_steps, on_unsupported, batch_dim, broadcast, methods, alone=model is not None)
-        self._every = every_steps
-        self._methods = dict(methods or {})
-        self._options = LayerOptions(
-            batch_dim=batch_dim,
-            offsets_of=offsets_of(cu_seqlens),
-            broadcast=tuple(broadcast),
-            methods=self._methods,
-            fused=fused,
-            normalized=normalized,
-            skip_uncovered=on_unsupported == "skip",
-            prove=prove,
-            output=output,
-            note_of=self._reduction.note_of,
-            loss_of=self._reduction.loss_of,
-            fast_batch_of_one=batch_of_one == "fast",
-            max_replay_bytes=max_replay_bytes,
-        )
+        self._reduction, self._options, self._every = reduction, options, every_steps
+        self._methods = dict(options.methods)
+        self._columns, self._make_scores = columns, make_scores
         self._wants_noise = noise_scale
         self._capture: TappedLayers | None = None
         self._scaler = scaler
         self._stands_alone = model is not None
         self._steps = 0
-        self._last: PassNorms | None = None
+        self._last: PassNumbers | None = None
+        self._joint = False  # another forward pass had the same backward pass
         self._ids: Tensor | None = None
         self._takes_ids = False
-        self.scores = SampleScores()  #: per sample id, when `ids` are given
+        self.scores: Any = make_scores()
         self._layer_index = LayerIndex({})
-        self._open_step = OpenStep(None)
+        self._open_step = OpenStep(None, make_scores)
         self._blocks = 1
         self._window = BlockWindow(0, 1)  # until the layers are known; the total is the last place
         self._unproved = Unproved(1)
@@ -192,14 +105,38 @@ class PerSampleGradNorms(StandaloneMetric):
         if model is not None:
             self._watch(model, scaler)
 
+    # ---- what a subclass says
+
+    @abstractmethod
+    def _numbers_of(self, record: LayerRecord, factor: LossFactor) -> PassNumbers:
+        """Return the numbers of a pass."""
+
+    @abstractmethod
+    def _add_numbers(self, result: MetricResult, note: str, doubt: str) -> None:
+        """Add the window's distributions to a result; `note` goes with the total, `doubt`: why they are not proved."""
+
+    @abstractmethod
+    def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
+        """Return the window's reducers by place, the total last."""
+
+    def _own_plan(self) -> list[PlanLine]:
+        """Return the lines of plan() on what is kept beside the window."""
+        return []
+
+    def _single_sink(self, names: tuple[str, ...]) -> Sink | None:
+        """Return where the compiled code may write the norms of these parameters' layers, when nothing else asks for
+        them."""
+        return None
+
     # ---- the protocol
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
         # Here and not in tapped(): before anything of it changes, and before the layers are tapped for other metrics.
         if self._capture is not None and self._capture.watches:
             raise ValueError(
-                "metrics: this PerSampleGradNorms watches a model already (alone, or in another Monitor), and would "
-                "count every backward pass twice; close() that one first, or make a metric of its own for this Monitor"
+                f"metrics: this {type(self).__name__} watches a model already (alone, or in another Monitor), and "
+                "would count every backward pass twice; close() that one first, or make a metric of its own for this "
+                "Monitor"
             )
         self._blocks = window_blocks
         self._doubts, self._unproved = Doubts(window_blocks), Unproved(window_blocks)
@@ -230,24 +167,16 @@ class PerSampleGradNorms(StandaloneMetric):
             layer_of.setdefault(parameter, parameter.rpartition(".")[0] or "model")
         before, self._layer_index = self._layers, LayerIndex(layer_of)
         if self._layers != before or not self._window.open:
-            self._window, self._noise = BlockWindow(len(self._layers) + 1, self._blocks), None
+            places = (len(self._layers) + 1) * self._columns
+            self._window, self._noise = BlockWindow(places, self._blocks), None
         sums = None
         if self._wants_noise:
             self._noise = self._noise or NoiseScale(len(self._layers) + 1)
             sums = NoiseSums(self._layer_index, layers.coverage.parameters)
-        self._open_step = OpenStep(sums)
+        self._open_step = OpenStep(sums, self._make_scores)
         self._mark()
         if self._stands_alone:
             layers.single.send_to(self._single_sink)
-
-    def _single_sink(self, names: tuple[str, ...]) -> Sink | None:
-        """Return where the compiled code may write the norms of these parameters' layers, when nothing else asks for
-        them."""
-        if self._takes_ids or self._scaler is not None or not self._reduction.is_constant:
-            return None
-        index = [self._layer_index.number[self._layer_index.layer_of[name]] for name in names]
-        factor = self._reduction.factor(1, None)
-        return None if factor is None else (index, self._window.cores, factor.number**2)
 
     def _renew_sink(self) -> None:
         if self._capture is not None:
@@ -273,7 +202,9 @@ class PerSampleGradNorms(StandaloneMetric):
             self._without_loss[self._reduction.missing] += 1
             self.observe_unrecorded(record.samples, self._reduction.missing)
             return
-        norms = PassNorms(record, factor, self._layer_index)
+        norms = self._numbers_of(record, factor)
+        before = None if self._last is None else self._last.record
+        self._joint = before is not None and before.factors is not None and before.task == record.task
         self._last = norms
         self._note_doubt(record)
         if record.unproved:
@@ -288,7 +219,7 @@ class PerSampleGradNorms(StandaloneMetric):
         else:
             self._open_step.add(norms, ids, len(self._window.open))
 
-    def _take_in(self, norms: PassNorms, ids: Tensor | None) -> None:
+    def _take_in(self, norms: PassNumbers, ids: Tensor | None) -> None:
         take_in(norms, ids, self._window.open, self.scores)
 
     def observe_unrecorded(self, samples: int, reason: str) -> None:
@@ -400,7 +331,7 @@ class PerSampleGradNorms(StandaloneMetric):
             raise RuntimeError("this metric watches no model yet: pass model=, or give it to a Monitor")
         return self._capture
 
-    def _last_norms(self) -> PassNorms:
+    def _last_norms(self) -> PassNumbers:
         if self._engine is not None:
             self._engine.flush()
         elif self._capture is not None:
@@ -421,45 +352,11 @@ class PerSampleGradNorms(StandaloneMetric):
             return self._without(self._last.samples, f"the step is not recorded (every_steps={self._every})")
         return self._last
 
-    def _without(self, samples: int, reason: str) -> PassNorms:
+    def _without(self, samples: int, reason: str) -> PassNumbers:
         """Return what a backward pass without a record has brought."""
         record = LayerRecord(samples, {}, {}, reason)
         record.explain(self._layer_index.layer_of)
-        return PassNorms(record, LossFactor(1.0), self._layer_index)
-
-    @property
-    def per_sample(self) -> Tensor:
-        """Norms n_i over all measured parameters, float64 [B], of the last backward pass. NaN, with the reason in
-        :attr:`broken`, where that pass was not recorded (autograd.grad, backward(inputs=), a step between those of
-        `every_steps`, after recording has stopped)."""
-        square = self._capture.single.total() if self._stands_alone and self._capture is not None else None
-        if square is not None:  # of a batch of one, at a tenth of what a record costs
-            return torch.tensor([math.sqrt(square)], dtype=torch.float64, device="cpu")
-        return self._last_norms().per_sample
-
-    @property
-    def per_layer(self) -> Norms:
-        """Norms per layer, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
-        return self._last_norms().per_layer
-
-    @property
-    def per_parameter(self) -> Norms:
-        """Norms per parameter, float64 [B] each; NaN, with a reason in ``.reasons``, where nothing was recorded."""
-        return self._last_norms().per_parameter
-
-    @property
-    def standard_error(self) -> Norms:
-        """Standard errors of estimated norms, float64 [B], by layer with ``methods={layer: "estimate"}``: that of
-        :attr:`per_layer`, as the probes show it; and ``["total"]``, that of :attr:`per_sample`. Empty where all
-        norms are exact."""
-        return self._last_norms().standard_error
-
-    @property
-    def normalized(self) -> Norms:
-        r"""Normalised gradient norms per layer, float64 [B] each: :math:`r_i = \|\partial L/\partial u_i\| /
-        |\partial L/\partial\hat y_i|` with u the layer's output; every factor of the loss cancels. NaN where the
-        output's gradient is 0 or not finite."""
-        return self._last_norms().normalized
+        return self._numbers_of(record, LossFactor(1.0))
 
     @property
     def broken(self) -> str:
@@ -515,7 +412,8 @@ class PerSampleGradNorms(StandaloneMetric):
         sizes."""
         every = f" in every {self._every}th step" if self._every > 1 else ""
         proofs = f"; {self._capture.proofs}" if self._capture is not None else ""
-        lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1))]
+        lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1) * self._columns)]
+        lines += self._own_plan()
         if self._capture is None:
             return lines
         by_graph = self._capture.coverage.by_graph
@@ -547,8 +445,7 @@ class PerSampleGradNorms(StandaloneMetric):
             if capture.coverage.uncovered:
                 result.details["not_covered"] = dict(capture.coverage.uncovered)
         note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""
-        estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
-        add_norms(result, self._layers, self._window.merged(), estimated, note, next(iter(doubts), ""))
+        self._add_numbers(result, note, next(iter(doubts), ""))
         if self._noise is not None:
             add_noise(result, self._layers, self._noise, self._open_step.sums)
         if self._waits and self._window.unproved:
@@ -597,7 +494,7 @@ class PerSampleGradNorms(StandaloneMetric):
             raise ValueError(f"layers: the state has {state.get('layers')!r}, this metric has {self._layers!r}")
         steps, dropped = checked_count(state, "steps"), checked_count(state, "dropped")
         window = self._window.loaded(state)
-        scores = SampleScores()
+        scores = self._make_scores()
         noise = state.get("noise")
         if not isinstance(noise, dict) or bool(noise) != (self._noise is not None):
             raise ValueError("noise: the state was made with the other setting of noise_scale=")
@@ -613,13 +510,15 @@ class PerSampleGradNorms(StandaloneMetric):
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
 
-    def merge(self, other: PerSampleGradNorms) -> None:
+    def merge(self, other: PerSampleMetric) -> None:
         """Add the open window of another one of the same layers (of another rank or interval): distributions, noise
         scale, scores and dropped samples."""
-        if not isinstance(other, PerSampleGradNorms):
-            raise TypeError(f"other: expected a PerSampleGradNorms, got {type(other).__name__}")
+        if not isinstance(other, type(self)):
+            raise TypeError(f"other: expected a {type(self).__name__}, got {type(other).__name__}")
         if other._layers != self._layers:
             raise ValueError(f"other: it measures the layers {other._layers!r}, this one {self._layers!r}")
+        if other._columns != self._columns:
+            raise ValueError(f"other: it has {other._columns} distributions per layer, this one {self._columns}")
         if (other._noise is None) != (self._noise is None):
             raise ValueError("other: it was made with the other setting of noise_scale=")
         if self._noise is not None and other._noise is not None:
@@ -636,7 +535,7 @@ class PerSampleGradNorms(StandaloneMetric):
         if self._last is not None:
             self._last_norms()  # takes in what has not been delivered yet
         attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}
-        return self.__dict__ | attached | {"_open_step": OpenStep(None)}
+        return self.__dict__ | attached | {"_open_step": OpenStep(None, self._make_scores)}
 
     def __repr__(self) -> str:
         return self._shown().text()
@@ -647,6 +546,6 @@ class PerSampleGradNorms(StandaloneMetric):
     def _shown(self) -> Shown:
         sums = self._open_step.sums
         return shown(
-            *(self, self._window.merged(), self._layers, self._capture, str(self._reduction), self._doubts.counts()),
+            *(self, self._shown_rows(), self._layers, self._capture, str(self._reduction), self._doubts.counts()),
             {} if sums is None else sums.skipped(),
         )

@@ -2,16 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 from torch import Tensor
 
+from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.metric.distribution import Distribution
+from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.noise.noise_sums import NoiseSums
 from lipcore.per_sample.pass_norms import PassNorms
-from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.scores.score_columns import Scores
 
 # As many are kept as they are: then they are summed up, so that nothing grows in a loop that never steps. Summing up
 # may wait for the device, which is why it is rare.
 _MOST = 256
+
+
+class PassNumbers(Protocol):
+    """The numbers of one backward pass's samples."""
+
+    record: LayerRecord
+    factor: LossFactor
+
+    @property
+    def samples(self) -> int:
+        """Number of samples, B."""
+
+    @property
+    def per_sample(self) -> Tensor:
+        """Numbers over all measured parameters: [B], or [B, K]."""
+
+    def observe(self, distributions: list[Distribution]) -> None:
+        """Add the numbers to the distributions of a window's places."""
 
 
 class OpenStep:
@@ -19,38 +42,39 @@ class OpenStep:
 
     Args:
         sums: of the noise scale, if it is wanted.
+        make_scores: makes what keeps statistics per sample id.
     """
 
-    def __init__(self, sums: NoiseSums | None) -> None:
-        self.sums = sums
+    def __init__(self, sums: NoiseSums | None, make_scores: Callable[[], Scores]) -> None:
+        self.sums, self._make_scores = sums, make_scores
         self._forget()
 
     def _forget(self) -> None:
         self.samples = 0
-        self._waiting: list[tuple[PassNorms, Tensor | None]] = []
-        self._held: tuple[list[Distribution], SampleScores] | None = None
+        self._waiting: list[tuple[PassNumbers, Tensor | None]] = []
+        self._held: tuple[list[Distribution], Scores] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._waiting) or self._held is not None
 
-    def add(self, norms: PassNorms, ids: Tensor | None, places: int) -> None:
+    def add(self, norms: PassNumbers, ids: Tensor | None, places: int) -> None:
         """Add a micro-batch, and the ids of its samples."""
         self._waiting.append((norms, ids))
         if self.sums is not None:
             self.sums.expect(norms.record)
         self.samples += norms.samples
         if len(self._waiting) >= _MOST:
-            self._held = self._held or ([Distribution() for _ in range(places)], SampleScores())
+            self._held = self._held or ([Distribution() for _ in range(places)], self._make_scores())
             self._hand_on(*self._held)
 
-    def _hand_on(self, distributions: list[Distribution], scores: SampleScores) -> None:
+    def _hand_on(self, distributions: list[Distribution], scores: Any) -> None:
         waiting, self._waiting = self._waiting, []
         for norms, ids in waiting:
             take_in(norms, ids, distributions, scores)
-            if self.sums is not None:
+            if self.sums is not None and isinstance(norms, PassNorms):
                 self.sums.add(norms)
 
-    def take_into(self, distributions: list[Distribution], scores: SampleScores) -> None:
+    def take_into(self, distributions: list[Distribution], scores: Any) -> None:
         """Hand everything on: the step was made."""
         if self._held is not None:
             for into, held in zip(distributions, self._held[0], strict=True):
@@ -68,7 +92,7 @@ class OpenStep:
         return samples
 
 
-def take_in(norms: PassNorms, ids: Tensor | None, distributions: list[Distribution], scores: SampleScores) -> None:
+def take_in(norms: PassNumbers, ids: Tensor | None, distributions: list[Distribution], scores: Any) -> None:
     """Take in the norms of a micro-batch, per layer, in total and per sample id."""
     norms.observe(distributions)
     if ids is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 
 import torch
@@ -18,16 +18,17 @@ _float64 = torch.float64
 
 
 class Norms(Mapping[str, Tensor]):
-    """Norms by name, float64 [B] each; NaN throughout where there is no number, with the reason in :attr:`reasons`."""
+    """Numbers by name, float64 of one shape ([B] for norms); NaN throughout where there is none, with the reason in
+    :attr:`reasons`."""
 
-    def __init__(self, what: str, rows: dict[str, Tensor], reasons: dict[str, str], samples: int) -> None:
-        self._what, self._rows, self.reasons, self._samples = what, rows, reasons, samples
+    def __init__(self, what: str, rows: dict[str, Tensor], reasons: dict[str, str], shape: tuple[int, ...]) -> None:
+        self._what, self._rows, self.reasons, self._shape = what, rows, reasons, shape
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._rows:
             return self._rows[name]
         if name in self.reasons:
-            return torch.full((self._samples,), torch.nan, dtype=_float64, device="cpu")
+            return torch.full(self._shape, torch.nan, dtype=_float64, device="cpu")
         known = ", ".join(repr(n) for n in list(self)[:8])
         raise KeyError(f"no {self._what} {name!r} was measured; there are {known}")
 
@@ -43,19 +44,20 @@ class PassNorms:
     """Norms of one backward pass: those of its record times its loss factor f.
 
     Attributes:
-        layers: the layers that brought numbers.
+        names, layers: the parameters and the layers that brought numbers.
+        layer_index: the layers of the model.
     """
 
     def __init__(self, record: LayerRecord, factor: LossFactor, layer_index: LayerIndex) -> None:
         self.record, self.factor = record, factor
-        self._layer_index = layer_index
+        self.layer_index = layer_index
         # In the model's order; backward passes bring them from the end.
         found = record.norms_sq
-        self._names, self.layers, self._index = layer_index.of(found)
-        if isinstance(found, Rows) and found.names == self._names:
+        self.names, self.layers, self._index = layer_index.of(found)
+        if isinstance(found, Rows) and found.names == self.names:
             self._rows = found.table
-        elif self._names:
-            self._rows = torch.stack([found[name] for name in self._names])
+        elif self.names:
+            self._rows = torch.stack([found[name] for name in self.names])
         else:
             self._rows = torch.empty(0, record.samples, dtype=_float64, device="cpu")
         if factor.tensor is not None or factor.number != 1:
@@ -69,7 +71,7 @@ class PassNorms:
             squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64, device="cpu")
             _core.place_sums(rows, self._index, known, squares)
             return squares
-        index = self._layer_index.on(rows.device, self._index)
+        index = self.layer_index.on(rows.device, self._index)
         squares = rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index, rows)
         squares[-1] = rows.sum(0) if known else torch.nan
         return squares
@@ -77,18 +79,18 @@ class PassNorms:
     @property
     def _known(self) -> bool:
         """True when there is a total."""
-        return bool(self._names) and not self.record.broken
+        return bool(self.names) and not self.record.broken
 
     @property
     def squares_per_place(self) -> Tensor:
         """Squared norms with a row for every layer of the model, NaN where it brought no numbers, and the total
         last."""
-        every, squares = len(self._layer_index.layers), self.squares
+        every, squares = len(self.layer_index.layers), self.squares
         if len(self.layers) == every:
             return squares
         missing = squares.new_full((self.samples,), torch.nan)
         found = dict(zip(self.layers, squares[:-1], strict=True))
-        return torch.stack([*(found.get(layer, missing) for layer in self._layer_index.layers), squares[-1]])
+        return torch.stack([*(found.get(layer, missing) for layer in self.layer_index.layers), squares[-1]])
 
     def observe(self, distributions: list[Distribution]) -> None:
         """Add the norms per layer of the model and, last, in total; a layer without numbers counts B missing ones."""
@@ -104,18 +106,13 @@ class PassNorms:
 
     @property
     def per_parameter(self) -> Norms:
-        rows = dict(zip(self._names, self._rows.sqrt(), strict=True)) if self._names else {}
-        return Norms("parameter", rows, self.record.reasons, self.samples)
+        rows = dict(zip(self.names, self._rows.sqrt(), strict=True)) if self.names else {}
+        return Norms("parameter", rows, self.record.reasons, (self.samples,))
 
     @property
     def per_layer(self) -> Norms:
         rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
-        reasons = dict.fromkeys(self._layer_index.layers, "no rule covers its parameters here: see coverage()")
-        for name, layer in self._layer_index.layer_of.items():
-            reasons[layer] = self.record.reasons.get(name, reasons[layer])
-        shown = {name: why for name, why in reasons.items() if name not in rows}
-        partly = {self._layer_index.layer_of[name] for name in self.record.reasons if name in self.record.norms_sq}
-        return Norms("layer", rows, shown | {layer: reasons[layer] for layer in partly}, self.samples)
+        return Norms("layer", rows, layer_reasons(self.layer_index, self.record, rows), (self.samples,))
 
     @property
     def standard_error(self) -> Norms:
@@ -124,14 +121,14 @@ class PassNorms:
         variance: dict[str, Tensor] = {}
         for name, error in self.record.norms_sq.items():
             if name.startswith(ERROR):
-                for place in (self._layer_index.layer_of[name[len(ERROR) :]], "total"):
+                for place in (self.layer_index.layer_of[name[len(ERROR) :]], "total"):
                     variance[place] = variance.get(place, 0.0) + error.square()
         norms = dict(zip([*self.layers, "total"], self.squares.sqrt(), strict=True))
         factor_sq = self.factor.value * self.factor.value
         rows = {place: factor_sq * total.sqrt() / (2 * norms[place]) for place, total in variance.items()}
         # Where the estimate is 0, so is what it estimates but for probability 0.
         rows = {place: row.masked_fill(norms[place] == 0, 0.0) for place, row in rows.items()}
-        return Norms("layer", rows, {}, self.samples)
+        return Norms("layer", rows, {}, (self.samples,))
 
     @property
     def normalized(self) -> Norms:
@@ -148,4 +145,14 @@ class PassNorms:
         }
         several = "is called several times in a pass, and has an output gradient for each"
         reasons = {name: several for name, row in rows.items() if row.isnan().all() and not eps_sq.isnan().all()}
-        return Norms("layer", rows, reasons, self.samples)
+        return Norms("layer", rows, reasons, (self.samples,))
+
+
+def layer_reasons(layer_index: LayerIndex, record: LayerRecord, found: Collection[str]) -> dict[str, str]:
+    """Return why layers that are not among the found ones have no numbers, and why others have not all."""
+    reasons = dict.fromkeys(layer_index.layers, "no rule covers its parameters here: see coverage()")
+    for name, layer in layer_index.layer_of.items():
+        reasons[layer] = record.reasons.get(name, reasons[layer])
+    shown = {name: why for name, why in reasons.items() if name not in found}
+    partly = {layer_index.layer_of[name] for name in record.reasons if name in record.norms_sq}
+    return shown | {layer: reasons[layer] for layer in partly}

@@ -7,7 +7,7 @@ from lipcore.metric.handed_out import HandedOut
 from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.open_step import OpenStep
-from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.scores.score_columns import Scores
 
 
 class Unproved:
@@ -28,7 +28,7 @@ class Unproved:
         self.served = False  #: served passes have, since theirs
         self._noise: NoiseScale | None = None  # as it was at the last mark
 
-    def mark(self, window: BlockWindow, scores: SampleScores, noise: NoiseScale | None) -> None:
+    def mark(self, window: BlockWindow, scores: Scores, noise: NoiseScale | None) -> None:
         """Note that everything so far is right."""
         window.mark()
         scores.mark()
@@ -37,7 +37,7 @@ class Unproved:
         self.handed_out.settle()
 
     def take_back(
-        self, reason: str, window: BlockWindow, scores: SampleScores, step: OpenStep
+        self, reason: str, window: BlockWindow, scores: Scores, step: OpenStep
     ) -> tuple[int, NoiseScale | None]:
         """Go back to the last mark; return how many samples have come since, and the noise scale as it was."""
         waiting = step.drop()

@@ -33,16 +33,25 @@ def samples_of(arguments: tuple[Any, ...], size: int, dim: int = 0) -> list[tupl
     return list(zip(*split, strict=True)) if split else []
 
 
-def norms_sq(model: nn.Module, samples: list[tuple[Any, ...]], loss: Loss) -> dict[str, Tensor]:
-    """Per trainable parameter float64 [B]: squared norm of the gradient of `loss` (a sum) on each sample alone."""
+def gradients(model: nn.Module, samples: list[tuple[Any, ...]], loss: Loss) -> dict[str, Tensor]:
+    """Per trainable parameter float64 [B, *shape]: the gradient of `loss` (a sum) on each sample alone."""
     exact = copy.deepcopy(model).double()
     named = {name: p for name, p in exact.named_parameters() if p.requires_grad}
     rows: list[list[Tensor]] = []
     for sample in samples:
         total = loss(exact(*map(to_float64, sample)))
         grads = torch.autograd.grad(total, list(named.values()), allow_unused=True)
-        rows.append([torch.zeros((), dtype=torch.float64) if g is None else g.square().sum() for g in grads])
+        pairs = zip(named.values(), grads, strict=True)
+        rows.append([torch.zeros_like(p).detach() if g is None else g.to_dense() for p, g in pairs])
     return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(named)}
+
+
+def norms_sq(model: nn.Module, samples: list[tuple[Any, ...]], loss: Loss) -> dict[str, Tensor]:
+    """Per trainable parameter float64 [B]: squared norm of the gradient of `loss` (a sum) on each sample alone."""
+    return {
+        name: rows.square().reshape(len(rows), rows[0].numel()).sum(1)
+        for name, rows in gradients(model, samples, loss).items()
+    }
 
 
 def weighted_sum(output: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Squared norms of per-sample gradients by definition: a float64 copy of the module, one sample at a time."""
+"""Per-sample gradients and their squared norms by definition: a float64 copy of the module, one sample at a time."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def in_float64(value: Any) -> Any:
     return value.detach().double() if floating else value
 
 
-def norms_sq(
+def gradients(
     module: nn.Module,
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
     cotangents: list[Tensor],
     sample: Callable[[Any, int], Any],
     samples: int,
 ) -> dict[str, Tensor]:
-    """Per trainable parameter ||grad sum_calls <output_b, cotangent_b>||^2, float64 [B].
+    """Per trainable parameter grad sum_calls <output_b, cotangent_b>, float64 [B, *shape].
 
     sample: one sample of an argument or a cotangent, with the dimension of samples kept.
     """
@@ -42,6 +42,10 @@ def norms_sq(
             loss = loss + (y * in_float64(sample(cotangent, b))).sum()
         grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
         for name, g in zip(named, grads, strict=True):
-            g = torch.zeros(1) if g is None else g.to_dense()
-            out[name].append(g.double().square().sum())
-    return {name: torch.stack(v) if v else torch.zeros(0).double() for name, v in out.items()}
+            out[name].append(torch.zeros_like(named[name]).detach() if g is None else g.to_dense())
+    return {name: torch.stack(v) if v else torch.zeros(0, *named[name].shape).double() for name, v in out.items()}
+
+
+def norms_sq(*arguments: Any) -> dict[str, Tensor]:
+    """Per trainable parameter the squared norms of gradients(), float64 [B]."""
+    return {name: rows.flatten(1).square().sum(1) for name, rows in gradients(*arguments).items()}

@@ -88,6 +88,12 @@ def of_norms(name: str) -> Callable[[Any], Any]:
     return lambda value: lipcore.PerSampleGradNorms(loss_reduction="sum", **{name: value})
 
 
+def of_dots(name: str) -> Callable[[Any], Any]:
+    reference = {key: p.detach() for key, p in linear().named_parameters()}
+    given = {"reference": reference, "loss_reduction": "sum"}
+    return lambda value: lipcore.PerSampleGradDots(**given | {name: value})
+
+
 def of_conv(**integer: Any) -> Any:
     x = torch.randn(2, 2, 4)
     return F.conv_norms_sq(x, x, kernel_size=[1], stride=[1], padding=[0], dilation=[1], **integer)
@@ -118,6 +124,9 @@ CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "Monitor(history_limit)": (of_monitor("history_limit"), 1),
     "Monitor(history_bytes)": (of_monitor("history_bytes"), 1),
     "Monitor.probe(batch_size)": (lambda v: lipcore.Monitor(linear()).probe(X, "x", batch_size=v), 1),
+    "PerSampleGradDots(every_steps)": (of_dots("every_steps"), 1),
+    "PerSampleGradDots(batch_dim)": (of_dots("batch_dim"), 0),
+    "PerSampleGradDots(max_replay_bytes)": (of_dots("max_replay_bytes"), 0),
     "PerSampleGradNorms(every_steps)": (of_norms("every_steps"), 1),
     "PerSampleGradNorms(batch_dim)": (of_norms("batch_dim"), 0),
     "PerSampleGradNorms(max_replay_bytes)": (of_norms("max_replay_bytes"), 0),
@@ -192,6 +201,8 @@ def test_the_names_of_a_choice_are_those_of_its_type() -> None:
     calls: dict[str, Callable[[Any], Any]] = {
         "Trajectory(mode)": of_trajectory("mode"),
         "Trajectory(source)": of_trajectory("source"),
+        "PerSampleGradDots(loss_reduction)": of_dots("loss_reduction"),
+        "PerSampleGradDots(on_unsupported)": of_dots("on_unsupported"),
         "PerSampleGradNorms(loss_reduction)": lambda v: lipcore.PerSampleGradNorms(loss_reduction=v),
         "PerSampleGradNorms(on_unsupported)": of_norms("on_unsupported"),
         "PerSampleGradNorms(batch_of_one)": of_norms("batch_of_one"),

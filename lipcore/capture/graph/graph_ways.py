@@ -55,10 +55,12 @@ class GraphWays:
         model: the module that is called.
         max_bytes: what the gradients of single samples of one parameter may take.
         prove: find out whose rows are whose, by backward passes.
+        whole: as of :class:`Replay`.
     """
 
-    def __init__(self, model: nn.Module, *, max_bytes: int, prove: bool) -> None:
-        self._model, self._max_bytes, self._prove, self._spare = model, max_bytes, prove, _SPARE
+    def __init__(self, model: nn.Module, *, max_bytes: int, prove: bool, whole: bool) -> None:
+        self._model, self._max_bytes, self._prove, self._whole = model, max_bytes, prove, whole
+        self._spare = _SPARE
         self._known: dict[tuple[tuple[int, ...], tuple[tuple[int, str], ...], Signature], _Structure] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
 
@@ -121,7 +123,7 @@ class GraphWays:
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
         measured = replace(frontier, leaves=leaves)
-        replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen)
+        replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen, self._whole)
         unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
         unproved = rows.unproved or (_NOT_YET if unknown else "")
         return Followed(replay, refused, unproved if self._prove and batch.size > 1 and frontier.nodes else "")

@@ -13,7 +13,7 @@ from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows, keeps_n
 from lipcore.capture.graph.frontier import EVERYTHING, Frontier, Walk, shapes
 from lipcore.capture.proof import NOTHING, is_proof
 from lipcore.capture.training_pass import in_backward
-from lipcore.layers import norms_sq_of
+from lipcore.layers import Dense, Factor, norms_sq_of
 from lipcore.models.torch_internals import current_node
 
 #: Nodes whose own backward gives, from the whole gradient, a product per element: its sums over rows are the samples'.
@@ -51,6 +51,7 @@ class Replay:
         fail: gets what would have been raised.
         unreached: frontier nodes of whose rows no proof knows, since no gradient comes to them from the outputs.
         unseen: per frontier node, rows that had no gradient in any proof, and whose norms are NaN when they have.
+        whole: keep the gradients of single samples until they are asked for, not only their squares.
 
     Attributes:
         unproved: why it is not proved whose rows came in the last backward pass, or "".
@@ -66,7 +67,9 @@ class Replay:
         fail: Callable[[Exception], None],
         unreached: Container[int] = (),
         unseen: Mapping[int, Tensor] | None = None,
+        whole: bool = False,
     ) -> None:
+        self.whole = whole
         self._leaves, self._samples = frontier.leaves, samples
         self._counts, self._fail, self._unreached, self._unseen = counts, fail, unreached, unseen or {}
         self._unknown = False
@@ -80,6 +83,7 @@ class Replay:
         self._sums: dict[int, dict[int, Tensor]] = {}  # per free node and output, [B, *shape]
         self._task = -1
         self._squares: dict[str, Tensor] = {}
+        self._factors: dict[str, Factor] = {}  # in place of squares, where gradients are kept whole
         for place, at in frontier.nodes.items():
             walk.nodes[place].register_prehook(_Hook(self._frontier, place, at, whose.get(place)))
         for place in frontier.free - set(frontier.leaves):
@@ -99,7 +103,7 @@ class Replay:
             return False
         if self._task != in_backward():
             self._task = in_backward()
-            self._sums, self._squares, self.unproved, self._unknown = {}, {}, "", False
+            self._sums, self._squares, self._factors, self.unproved, self._unknown = {}, {}, {}, "", False
         return True
 
     def _frontier(
@@ -153,7 +157,13 @@ class Replay:
         if form is None or not shapes or grads[0] is None or at[0] is None or at[0] == EVERYTHING:
             return ()
         factors = form(node, grads[0], SampleRows(at[0], whose, self._samples), shapes)
-        self._squares |= norms_sq_of({self._direct[self._next[place][i]]: factor for i, factor in factors.items()})
+        if self.whole:  # in the shape of the parameter: not behind a transposition
+            factors = {i: factor for i, factor in factors.items() if self._next[place][i] in self._leaves}
+        named = {self._direct[self._next[place][i]]: factor for i, factor in factors.items()}
+        if self.whole:
+            self._factors |= named
+        else:
+            self._squares |= norms_sq_of(named)
         return factors
 
     def _free(self, grads: tuple[Tensor | None, ...], node: Any, place: int) -> None:
@@ -182,17 +192,20 @@ class Replay:
             key = child, number
             here[key] = here[key] + out if key in here else out
         for key, out in here.items():
-            if key[0] in self._leaves and self._edges[key[0]] == 1:  # its only use: no gradient needs to be kept
+            if self._only_squares(key[0]):  # its only use: no gradient needs to be kept
                 out = out.double().square().sum()
             rows.setdefault(key, []).append(out)
 
     def _add_all(self, rows: dict[tuple[int, int], list[Tensor]]) -> None:
         for (child, number), each in rows.items():
             stacked = torch.stack(each)
-            if child in self._leaves and self._edges[child] == 1:
+            if self._only_squares(child):
                 self._squares[self._leaves[child]] = stacked
             else:
                 self._add(child, number, stacked)
+
+    def _only_squares(self, place: int) -> bool:
+        return not self.whole and place in self._leaves and self._edges[place] == 1
 
     def _add(self, child: int, number: int, rows: Tensor) -> None:
         sums = self._sums.setdefault(child, {})
@@ -209,6 +222,21 @@ class Replay:
                 found[name] = rows.square().sum(1)
         self._sums, self._squares, self._task = {}, {}, -1
         return {name: torch.full_like(row, torch.nan) for name, row in found.items()} if self._unknown else found
+
+    def factors(self, task: int) -> dict[str, Factor]:
+        """Return the gradients of single samples that a backward pass has brought; to be asked once, where they are
+        kept whole."""
+        if task != self._task:
+            return {}
+        places = [(place, name) for place, name in self._leaves.items() if place in self._sums]
+        found = self._factors | {name: Dense(self._sums[place][0]) for place, name in places}
+        if self._unknown:
+            found = {name: Dense(torch.full_like(self._dense(factor), torch.nan)) for name, factor in found.items()}
+        self._sums, self._factors, self._task = {}, {}, -1
+        return found
+
+    def _dense(self, factor: Factor) -> Tensor:
+        return torch.stack([factor.dense(sample) for sample in range(self._samples)])
 
     def guarded(self, call: Callable[..., None], *arguments: Any) -> None:
         """Call one of the hooks' functions; hand on what it raises."""

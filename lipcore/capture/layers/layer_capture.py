@@ -16,6 +16,7 @@ from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.coverage import ParameterCoverage, cover
+from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.model_hooks import ModelHooks
@@ -26,6 +27,7 @@ from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, is_training_forward
+from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
 from lipcore.models.torch_internals import compiles_its_call, is_compiled, top_saved_tensors_hooks, tree_leaves
@@ -64,6 +66,7 @@ class LayerCapture:
         self._signs = Signs()
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._hooks: ModelHooks | None = None
+        self._kept: KeptFactors | None = None  # of the last record
         self._watching: list[Any] = []
         self._look()
 
@@ -79,7 +82,8 @@ class LayerCapture:
         if by_graph:
             self.coverage.leave_rest_to_graph()
         self.structure = Structure(self.model)
-        self.graph = GraphWays(self.model, max_bytes=options.max_replay_bytes, prove=options.prove)
+        whole = options.keep_factors or options.measure is not norms_sq_of
+        self.graph = GraphWays(self.model, max_bytes=options.max_replay_bytes, prove=options.prove, whole=whole)
         self.sites = [
             LayerSite(passes, name or ROOT, module, rule, names, options, self._signs)
             for name, module, rule, names in self.coverage.tapped
@@ -137,6 +141,11 @@ class LayerCapture:
             self.coverage.check()
         if self._compiled:
             self.coverage.check_single_use()
+            if self._options.keep_factors or self._options.measure is not norms_sq_of:
+                raise ValueError(
+                    "model: is compiled, and the factors of its samples' gradients stay inside the compiled graph, "
+                    "which brings norms alone; run the model in eager mode, or leave out keep_factors="
+                )
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
         self.proofs.attach()
@@ -225,11 +234,17 @@ class LayerCapture:
 
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         passes = self.passes
-        if torch.compiler.is_compiling() or not is_training_forward() or not passes.before_forward():
+        if torch.compiler.is_compiling() or not is_training_forward():
+            return
+        if self._kept is not None:
+            self._kept.release()
+            self._kept = None
+        if not passes.before_forward():
             return
         try:
             batch = batch_of(arguments, keywords, self._options.batch_dim, self._options.offsets_of)
-            run = LayerPass(batch, self.coverage.frozen_since())
+            options = self._options
+            run = LayerPass(batch, self.coverage.frozen_since(), options.measure, options.keep_factors)
             if self._options.note_of is not None:
                 run.note = self._options.note_of(arguments, keywords)
             self.structure.check()
@@ -265,9 +280,11 @@ class LayerCapture:
     def _may_serve(self) -> bool:
         """True where norms of batches of one might be read from the parameters' gradients."""
         options = self._options
-        noted = options.note_of or options.loss_of
-        one_way = options.normalized or self._compiled or self.coverage.may_mix or options.offsets_of or noted
-        return self._options.fast_batch_of_one and self._audit.done and not one_way and not self.coverage.by_graph
+        asks = options.offsets_of or options.note_of or options.loss_of
+        one_way = options.normalized or options.keep_factors or asks
+        norms_only = options.measure is norms_sq_of and not one_way
+        may = norms_only and not self._compiled and not self.coverage.may_mix and not self.coverage.by_graph
+        return options.fast_batch_of_one and self._audit.done and may
 
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling() or not is_training_forward():
@@ -357,6 +374,7 @@ class LayerCapture:
             agrees = agrees and self.single.compare(record.norms_sq)
             run.proves = False
             passes.records += 1
+            self._kept = record.factors
             self._on_record(record)
             if agrees:
                 self.single.proved()

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.graph.replay import Replay
+from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.proof import NOTHING
 from lipcore.layers import Batch, Factor, norms_sq_of
+from lipcore.layers.factor import Measure
 from lipcore.layers.factor_estimate import EstimatedOuter
 from lipcore.models.copies import Before
 
@@ -55,9 +57,9 @@ class LayerRecord:
     """The numbers that one backward pass brought, with the loss reduction's factor still in them."""
 
     samples: int  #: B
-    norms_sq: Mapping[
-        str, Tensor
-    ]  #: per parameter, float64 [B]: squared norm of the backpropagated per-sample gradient
+    #: Per parameter, float64 [B]: squared norm of the backpropagated per-sample gradient; or [K, B] where the options'
+    #: `measure` makes other numbers of the factors.
+    norms_sq: Mapping[str, Tensor]
     reasons: dict[str, str] = field(default_factory=dict)  #: why a parameter is not among them
     broken: str = ""  #: why not even the total is known
     task: int = 0  #: of the backward pass, different from those of others in the same step
@@ -69,6 +71,7 @@ class LayerRecord:
     note: Any = None  #: what the options' `note_of` returned for its forward pass
     loss: Any = None  #: and `loss_of`
     hidden: str = ""  #: why those of some samples are NaN
+    factors: KeptFactors | None = None  #: of the parameters' gradients, where the options say so
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
         """Note a reason for every covered parameter that is not among the norms."""
@@ -94,11 +97,25 @@ class LayerPass:
 
     Each call of a layer brings factors of the per-sample gradients of its parameters. They become norms at once, but
     where a parameter is used again in this pass: then they wait until the backward pass ends, and are joined first.
+
+    Args:
+        batch: the samples.
+        frozen: parameters that are not measured in this pass.
+        measure: what makes rows of factors.
+        keep: the record gets the factors too.
     """
 
-    def __init__(self, batch: Batch, frozen: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        frozen: frozenset[str] = frozenset(),
+        measure: Measure = norms_sq_of,
+        keep: bool = False,
+    ) -> None:
         self.batch = batch
-        self.frozen = frozen  # parameters that are not measured in this pass
+        self.keep = keep
+        self._measure = measure
+        self.frozen = frozen
         self.by_graph: Collection[str] = ()  # parameters whose norms the layers' rules do not bring
         self.replay: Replay | None = None  # and what brings them
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
@@ -130,6 +147,7 @@ class LayerPass:
         self.spoiled = ""  # the same, for every backward pass to come
         self._rows: dict[str, Tensor] = {}
         self._held: dict[str, Factor] = {}
+        self._kept = KeptFactors()
 
     @property
     def batches(self) -> list[Batch]:
@@ -143,6 +161,7 @@ class LayerPass:
         self.task = task
         self._rows.clear()  # left by a backward pass that broke off
         self._held.clear()
+        self._kept = KeptFactors()
         return True
 
     def add_factor(self, name: str, factor: Factor) -> None:
@@ -159,9 +178,26 @@ class LayerPass:
                 self._held[name] = factor if held is None else held.join(factor)
             else:
                 at_once[name] = factor
-        for name, norms_sq in norms_sq_of(at_once).items():
-            self.add_row(name, norms_sq)
+        for name, row in self._measured(at_once).items():
+            self.add_row(name, row)
             self._add_error(name, at_once[name])
+        self.keep_factors(at_once)
+
+    def _measured(self, factors: Mapping[str, Factor]) -> dict[str, Tensor]:
+        """Return what is made of factors; of samples that no proof has seen, NaN where the gradient is not 0."""
+        rows = self._measure(factors)
+        if self._measure is norms_sq_of:  # which show by themselves where that is
+            return rows
+        for name in rows.keys() & self.unseen.keys():
+            norms_sq = factors[name].norms_sq()
+            hidden = self.unseen[name].to(norms_sq.device) & (norms_sq != 0)
+            rows[name] = rows[name].masked_fill(hidden, torch.nan)
+        return rows
+
+    def keep_factors(self, factors: Mapping[str, Factor]) -> None:
+        """Keep factors for the record where they are wanted."""
+        for name, factor in factors.items() if self.keep else ():
+            self._kept.add(name, factor)
 
     def _add_error(self, name: str, factor: Factor) -> None:
         error = factor.standard_error if isinstance(factor, EstimatedOuter) else None
@@ -184,17 +220,23 @@ class LayerPass:
         """Return the record of these parameters: every norm that came back, and why the others did not."""
         with torch.no_grad():
             for name, factor in self._held.items():
-                self._rows[name] = factor.norms_sq()
+                self._rows |= self._measured({name: factor})
                 self._add_error(name, factor)
-        self._held.clear()
-        if self.replay is not None:
-            self._rows |= self.replay.norms_sq(self.task)
+            self.keep_factors(self._held)
+            self._held.clear()
+            if self.replay is not None and self.replay.whole:
+                factors = self.replay.factors(self.task)
+                self._rows |= self._measured(factors)
+                self.keep_factors(factors)
+            elif self.replay is not None:
+                self._rows |= self.replay.norms_sq(self.task)
         rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith(_BESIDE)}
         broken = self.broken or self.spoiled
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
         record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)
         record.unproved = self.unproved or (self.replay.unproved if self.replay is not None else "")
         record.note, record.loss = self.note, self.loss
+        record.factors = self._kept if self.keep else None
         record.explain(covered, self.frozen)
         by_graph = set(self.by_graph)
         unseen = {name: samples for name, samples in self.unseen.items() if name not in by_graph}

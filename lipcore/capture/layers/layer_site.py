@@ -249,6 +249,7 @@ class LayerSite:
                 self.how = "inside the weight gradient"
                 weight_grad, norms_sq = functional.linear_weight_grad(tokens, grads, offsets=batch.offsets)
                 run.add_row(weight, norms_sq)
+                run.keep_factors({weight: factors["weight"]})
                 return weight_grad
         except Exception as error:
             passes.fail(_named(error, self))

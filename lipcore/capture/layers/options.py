@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lipcore.capture.layers.batch_of import NoteOf, OffsetsOf
+from lipcore.layers.factor import Measure, norms_sq_of
 from lipcore.models.named_output import OutputChoice
 
 
@@ -29,6 +30,8 @@ class LayerOptions:
         max_replay_bytes: the most that gradients of single samples may take where they come from the autograd graph;
             0: none do.
         fast_batch_of_one: serve batches of one from the parameters' gradients, where that has proved right.
+        measure: what is made of the factors; squared norms are what the other settings speak of.
+        keep_factors: records keep the factors until the next forward pass begins.
     """
 
     batch_dim: int = 0
@@ -44,3 +47,5 @@ class LayerOptions:
     loss_of: Callable[[Any, int], Any] | None = None
     fast_batch_of_one: bool = False
     max_replay_bytes: int = 0
+    measure: Measure = norms_sq_of
+    keep_factors: bool = False
