@@ -444,7 +444,8 @@ class PerSampleMetric(StandaloneMetric):
                 result.details["not_proved"] = doubts
             if capture.coverage.uncovered:
                 result.details["not_covered"] = dict(capture.coverage.uncovered)
-        note = "over the covered parameters only" if capture is not None and capture.coverage.uncovered else ""
+        share = capture.coverage.share if capture is not None else ""
+        note = f"over the covered parameters only: {share}" if share else ""
         self._add_numbers(result, note, next(iter(doubts), ""))
         if self._noise is not None:
             add_noise(result, self._layers, self._noise, self._open_step.sums)

@@ -24,6 +24,8 @@ def shown(
     if capture is None:
         out.rows.append(("off", "", "it watches no model yet: pass model=, or give it to a Monitor"))
         return out
+    if capture.coverage.share:
+        out.rows.append(("measured", "", capture.coverage.share))
     out.rows += [(name, "not covered", why) for name, why in capture.coverage.uncovered.items()]
     out.rows += [(f"{count} backward passes", "not recorded", why) for why, count in capture.unrecorded.items()]
     out.rows += [(f"{count} backward passes", "not proved", why) for why, count in doubts.items()]

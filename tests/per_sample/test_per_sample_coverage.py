@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -150,7 +151,13 @@ def test_skipping_measures_the_others(name: str, size: int) -> None:
             monitor.step()
         result = monitor.compute()["per_sample_grad_norm"]
     assert result.details["not_covered"] == metric.coverage().uncovered
-    assert "over the covered parameters only" in result.norm["total"].mean.note
+    share = re.search(r"(\d+) of (\d+) trainable parameters, ([\d.]+) % of their elements", repr(metric))
+    assert share and share[0] in str(metric.coverage())
+    assert f"over the covered parameters only: {share[0]}" in result.norm["total"].mean.note
+    trained = [p.numel() for _, p in model.named_parameters()]
+    left_out = [p.numel() for n, p in model.named_parameters() if n in metric.coverage().uncovered]
+    assert share.group(1, 2) == (str(len(trained) - len(left_out)), str(len(trained)))
+    assert float(share[3]) == pytest.approx(100 * (1 - sum(left_out) / sum(trained)), abs=0.1)
     assert any("not covered" in line.rule for line in metric.plan())
 
 

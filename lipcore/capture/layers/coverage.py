@@ -136,8 +136,21 @@ class ParameterCoverage:
                     "be joined. Run the model in eager mode, or untie them"
                 )
 
+    @property
+    def share(self) -> str:
+        """The share of the trainable parameters that is measured, in words; "" where that is all."""
+        trained = {name: parameter.numel() for name, parameter in self.parameters() if parameter.requires_grad}
+        measured = [name for name in trained if name in self.covered]
+        if len(measured) == len(trained):
+            return ""
+        elements = sum(trained[name] for name in measured) / max(1, sum(trained.values()))
+        # Never rounded up to all of it.
+        percent = int(1000 * elements) / 10
+        return f"{len(measured)} of {len(trained)} trainable parameters, {percent:g} % of their elements"
+
     def __str__(self) -> str:
-        lines = [f"covered      {name}: {layer}" for name, layer in self.covered.items()]
+        lines = [f"measured     {self.share}"] if self.share else []
+        lines += [f"covered      {name}: {layer}" for name, layer in self.covered.items()]
         lines += [f"frozen       {name}" for name in self.frozen]
         lines += [f"not covered  {name}: {reason}" for name, reason in self.uncovered.items()]
         return "\n".join(lines)
