@@ -77,8 +77,8 @@ class References:
             if parameter is None:
                 known = ", ".join(map(repr, list(parameters)[:8]))
                 raise ValueError(
-                    f"{self._at(0, name)}: the model has no parameter of that name (a shared one goes by its first, one "
-                    f"in a wrapper such as DDP by its name inside); it has {known}"
+                    f"{self._at(0, name)}: the model has no parameter of that name (a shared one goes by its first, "
+                    f"one in a wrapper such as DDP by its name inside); it has {known}"
                 )
             if parameter.shape != rows.shape[1:] or parameter.device != rows.device:
                 raise ValueError(
