@@ -244,7 +244,7 @@ class PerSampleGradNorms(PerSampleMetric):
             into: what this has returned for earlier micro-batches of a step, or an empty dict: the sums are added to it
                 in place.
             set_grad: also make the sums (with what was in `into`) the parameters' ``.grad``, in place of the plain
-                gradient. On one rank, with all trained parameters measured.
+                gradient. On one rank, without a GradScaler, with all trained parameters measured.
 
         Returns:
             The sum per measured parameter, in its shape and in float32 at least; `into` where that was given.
@@ -255,14 +255,14 @@ class PerSampleGradNorms(PerSampleMetric):
 
         Raises:
             RuntimeError: no factors were kept, they were released, or written into by code of yours; the backward pass
-                was that of several forward passes; `set_grad` where there are no sums, or several ranks.
+                was that of several forward passes; `set_grad` where there are no sums, several ranks or a GradScaler.
             TypeError, ValueError: an argument of another shape, device or kind; `set_grad` with trained parameters that
                 are not measured.
         """
         norms = self._last_norms_with_factors("weighted_sum")
         coverage = self._watched().coverage
         if set_grad:
-            check_set_grad(coverage, norms.record.broken)
+            check_set_grad(coverage, norms.record.broken, self._scaler)
         sums = weighted_sums(norms, coefficients_of(coefficients, norms), coverage.measured())
         sums = sums if into is None else add_into(into, sums)
         if set_grad:

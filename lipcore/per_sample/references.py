@@ -56,10 +56,11 @@ class References:
         """Raise for what is no gradient of a parameter, or another one's than the first reference has."""
         if tensor is None:
             return
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point() or tensor.layout != torch.strided:
+        plain = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.layout == torch.strided
+        if not plain or hasattr(tensor, "placements"):
             raise TypeError(
                 f"{self._at(k, name)}: expected a dense floating-point tensor of the parameter's shape, got "
-                f"{_kind(tensor)}; to_dense() a sparse one"
+                f"{_kind(tensor)}; to_dense() a sparse one, full_tensor() a sharded one"
             )
         other = first.get(name)
         if other is None or (other.shape, other.device) != (tensor.shape, tensor.device):
@@ -76,8 +77,8 @@ class References:
             if parameter is None:
                 known = ", ".join(map(repr, list(parameters)[:8]))
                 raise ValueError(
-                    f"{self._at(0, name)}: the model has no parameter of that name (a shared one goes by its first); "
-                    f"it has {known}"
+                    f"{self._at(0, name)}: the model has no parameter of that name (a shared one goes by its first, "
+                    f"one in a wrapper such as DDP by its name inside); it has {known}"
                 )
             if parameter.shape != rows.shape[1:] or parameter.device != rows.device:
                 raise ValueError(
@@ -112,5 +113,6 @@ _EXPECTED = "a dict of parameter names to tensors, or a list of such dicts"
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of {value.dtype}, {str(value.layout).removeprefix('torch.')}"
+        sharded = "a DTensor" if hasattr(value, "placements") else "a tensor"
+        return f"{sharded} of {value.dtype}, {str(value.layout).removeprefix('torch.')}"
     return f"an empty {type(value).__name__}" if isinstance(value, Sequence) and not value else type(value).__name__

@@ -114,9 +114,9 @@ def add_into(sums: Any, more: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return sums
 
 
-def check_set_grad(coverage: ParameterCoverage, broken: str) -> None:
-    """Raise where gradients cannot all be replaced by sums: RuntimeError for a pass that was not recorded or several
-    ranks, ValueError for parameters that are not measured."""
+def check_set_grad(coverage: ParameterCoverage, broken: str, scaler: Any) -> None:
+    """Raise where gradients cannot all be replaced by sums: RuntimeError for a pass that was not recorded, several
+    ranks or an enabled GradScaler, ValueError for parameters that are not measured."""
     if broken:
         raise RuntimeError(f"set_grad: the last backward pass has no sums ({broken}); every .grad stays as it is")
     trained = [name for name, p in coverage.parameters() if p.requires_grad and name not in coverage.covered]
@@ -124,6 +124,11 @@ def check_set_grad(coverage: ParameterCoverage, broken: str) -> None:
         raise ValueError(
             f"set_grad: {len(trained)} trained parameters are not measured and would keep the plain gradient "
             f"({', '.join(map(repr, trained[:5]))}); freeze them, or assign what weighted_sum() returns yourself"
+        )
+    if scaler is not None and scaler.is_enabled():
+        raise RuntimeError(
+            "set_grad: the sums are without the GradScaler's scale, which its step() would divide them by once more; "
+            "assign what weighted_sum() returns times scaler.get_scale(), or step the optimizer itself"
         )
     if world_size() > 1:
         raise RuntimeError(

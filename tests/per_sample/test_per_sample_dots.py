@@ -346,6 +346,14 @@ def test_unproved_passes_say_so() -> None:
 # ---- bad input
 
 Change = Callable[[Gradient], Any]
+
+
+class Sharded(Tensor):
+    """What a DTensor is known by."""
+
+    placements = ()
+
+
 BAD: dict[str, tuple[Change, type[Exception], str]] = {
     "a tensor": (lambda r: r["0.weight"], TypeError, r"reference: expected a dict of parameter names.*got a tensor"),
     "nothing": (lambda r: [], TypeError, r"reference: .*got an empty list"),
@@ -356,6 +364,11 @@ BAD: dict[str, tuple[Change, type[Exception], str]] = {
         lambda r: r | {"0.weight": r["0.weight"].to_sparse()},
         TypeError,
         r"reference\['0.weight'\]: .*sparse_coo; to_dense",
+    ),
+    "a sharded one": (
+        lambda r: r | {"0.weight": r["0.weight"].as_subclass(Sharded)},
+        TypeError,
+        r"reference\['0.weight'\]: .*a DTensor.*full_tensor\(\) a sharded one",
     ),
     "an unknown name": (
         lambda r: r | {"9.weight": torch.ones(2)},

@@ -210,6 +210,19 @@ def test_a_scaled_loss() -> None:
     with PerSampleGradNorms(model, loss_reduction="mean", scaler=scaler) as norms:
         scaler.scale(sum_loss(model(x)) / 4).backward()
         assert_sums(norms.weighted_sum(c), rows, c)
+        with pytest.raises(RuntimeError, match=r"set_grad: .*scaler.get_scale\(\)"):
+            norms.weighted_sum(c, set_grad=True)
+    # The remedy: what the scaler's step() makes of it is a step by the sums.
+    optimizer, before = torch.optim.SGD(model.parameters(), 1.0), weights(model)
+    with PerSampleGradNorms(model, loss_reduction="mean", scaler=scaler) as norms:
+        scaler.scale(sum_loss(model(x)) / 4).backward()
+        sums = norms.weighted_sum(c)
+        for name, parameter in model.named_parameters():
+            parameter.grad = sums[name] * scaler.get_scale()
+        scaler.step(optimizer)
+    moved = {name: old - new for (name, new), old in zip(model.named_parameters(), before, strict=True)}
+    for name, difference in moved.items():
+        torch.testing.assert_close(difference, sums[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", MODELS)
