@@ -188,9 +188,9 @@ class LayerPass:
         rows = self._measure(factors)
         if self._measure is norms_sq_of:  # which show by themselves where that is
             return rows
-        for name in rows.keys() & self.unseen.keys():
+        for name in (rows.keys() & self.unseen.keys()).difference(self.by_graph):
             norms_sq = factors[name].norms_sq()
-            hidden = self.unseen[name].to(norms_sq.device) & (norms_sq != 0)
+            hidden = self.unseen[name].to(norms_sq.device) & ~(norms_sq < NOTHING)
             rows[name] = rows[name].masked_fill(hidden, torch.nan)
         return rows
 
