@@ -347,7 +347,7 @@ MUTANTS = (
     Mutant(
         "samples that no proof has seen have inner products",
         "lipcore/capture/layers/layer_pass.py",
-        "hidden = self.unseen[name].to(norms_sq.device) & (norms_sq != 0)",
+        "hidden = self.unseen[name].to(norms_sq.device) & ~(norms_sq < NOTHING)",
         "hidden = torch.zeros_like(norms_sq, dtype=torch.bool)",
         ("per_sample/test_per_sample_dots.py::test_samples_that_no_proof_has_seen_are_nan",),
     ),
