@@ -197,3 +197,13 @@ def test_a_parameter_that_mixes_samples() -> None:
 def test_max_replay_bytes_is_checked() -> None:
     with pytest.raises(ValueError, match="max_replay_bytes: expected an integer >= 0"):
         PerSampleGradNorms(loss_reduction="sum", max_replay_bytes=-1)
+
+
+def test_hooks_that_see_nothing_new_in_another_pass() -> None:
+    """Those by which transformers collects the outputs that a call asks for; anyone else's refuse another pass."""
+    capturing = pytest.importorskip("transformers.utils.output_capturing", reason="a hook of the transformers library")
+    model = made(WITHOUT_RULES["own RMSNorm"])
+    capturing.install_output_capuring_hook(model[0], "hidden_states", 0)
+    check(model, (torch.randn(4, T, C),))
+    model[0].register_forward_hook(lambda module, arguments, output: None)
+    _refused(model, "a hook on module '0' would see another forward pass")
