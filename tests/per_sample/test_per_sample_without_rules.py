@@ -207,3 +207,54 @@ def test_hooks_that_see_nothing_new_in_another_pass() -> None:
     check(model, (torch.randn(4, T, C),))
     model[0].register_forward_hook(lambda module, arguments, output: None)
     _refused(model, "a hook on module '0' would see another forward pass")
+
+
+def test_rows_that_never_had_a_gradient_need_no_order() -> None:
+    """Zeros are anyone's; the first gradient is nobody's until a proof has seen it."""
+    model = made(lambda: between(_Gated()))
+    gated = model[1]
+    x = torch.randn(4, T, C)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(12):  # more than are proved as they come
+            weighted_sum(model(x)).backward()
+            assert not metric.unproved
+            assert not metric.per_parameter["1.weight"].any()
+        gated.gate.fill_(1.0)  # type: ignore[operator, union-attr]
+        weighted_sum(model(x)).backward()
+        assert "some rows had no gradient" in metric.unproved
+        assert metric.per_parameter["1.weight"].isnan().all()
+        for _ in range(64):
+            weighted_sum(model(x)).backward()
+        assert not metric.unproved
+        assert_norms(metric, norms_sq(model, samples_of((x,), 4), weighted_sum))
+
+
+class _Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, C))
+        self.register_buffer("gate", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * (x.view(-1, C) @ self.weight).view(x.shape)
+
+
+def test_experts_with_much_in_their_order() -> None:
+    """Rows sorted by expert go through biases, slices, clamps and gates before they are put back."""
+    model, x = made(lambda: between(_Experts())), torch.randn(4, T, C)
+    assert not check(model, (x,)).unproved
+
+
+class _Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(2, C, 2 * C)), nn.Parameter(torch.randn(2, 2 * C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, C)
+        order = (rows[:, 0] > 0).long().argsort(stable=True)
+        own = (rows[:, 0] > 0).long()[order]
+        both = (rows[order].unsqueeze(1) @ self.weight[own]).squeeze(1) + self.bias[own]
+        gate, up = both[:, ::2].clamp(max=2), both[:, 1::2].clamp(-2, 2)
+        done = (up + 1) * (gate * torch.sigmoid(gate * 1.7)).exp().sin()
+        return torch.zeros_like(rows).index_add(0, order, done).view(x.shape)

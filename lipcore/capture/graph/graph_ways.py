@@ -18,7 +18,7 @@ from lipcore.layers import Batch
 from lipcore.models.torch_internals import tree_leaves
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
-_MOST_MOVES = 6  # of one structure's frontier
+_MOST_MOVES = 24  # of one structure's frontier: past an expert's matrices, biases, gate and activation
 _SPARE = 8  # structures whose rows are proved as they come; those of others when a proof is due
 REFUSED = "{0}; and it cannot be measured from the autograd graph either: {1}"
 _NOT_YET = "no pass whose graph has this structure was proved yet"
@@ -159,7 +159,9 @@ class GraphWays:
         """Return whether a structure's rows are to be proved in this pass."""
         if not self._prove or batch.size == 1 or not structure.frontier.nodes:
             return False
-        unknown = bool(structure.rows.unproved) or structure.rows.open(walk, structure.frontier, batch.size)
+        unknown = bool(structure.rows.unproved) or structure.rows.open(
+            walk, structure.frontier, batch.size, silent=True
+        )
         if not due and unknown and self._spare > 0:
             self._spare -= 1
             return True
