@@ -13,8 +13,8 @@ from lipcore.models.chains import is_own
 
 class ModuleState:
     """Attributes of modules, the entries of containers among them, buffers, and values of plain tensors, as they are at
-    one moment: a state that a model carries from pass to pass, counters, a memory. So are hooks on forward passes, which
-    a model may install in its first one; lipcore's own come and go as they do."""
+    one moment: a state that a model carries from pass to pass, counters, a memory. So are hooks on forward passes,
+    which a model may install in its first one; lipcore's own come and go as they do."""
 
     def __init__(self, model: nn.Module) -> None:
         self._attributes = [(module.__dict__, _copied(module.__dict__)) for module in model.modules()]

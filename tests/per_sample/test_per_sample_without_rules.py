@@ -258,3 +258,37 @@ class _Experts(nn.Module):
         gate, up = both[:, ::2].clamp(max=2), both[:, 1::2].clamp(-2, 2)
         done = (up + 1) * (gate * torch.sigmoid(gate * 1.7)).exp().sin()
         return torch.zeros_like(rows).index_add(0, order, done).view(x.shape)
+
+
+class _EachSample(nn.Module):
+    """Goes from sample to sample, with a token of its own in front of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.scale = nn.Parameter(torch.randn(1, C)), nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = [torch.cat([self.token, row * self.scale]) for row in x]
+        return torch.stack([torch.sin(row) for row in each])
+
+
+def test_a_loop_over_the_samples() -> None:
+    assert not check(made(lambda: between(_EachSample())), (torch.randn(4, T, C),)).unproved
+
+
+class _Features(nn.Module):
+    """Returns a list with an entry per sample beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = between(OwnLinear(C, C)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        features = list(self.first(x).unbind())
+        joined = torch.cat(features).view(len(x), T, 3)
+        return self.last(joined), features, joined
+
+
+def test_an_output_that_is_a_list_of_samples() -> None:
+    metric = check(made(_Features), (torch.randn(4, T, C),), loss=lambda out: weighted_sum(out[0]))
+    assert not metric.unproved

@@ -62,7 +62,7 @@ class Walk:
         self.nodes: list[Any] = []
         self._places: dict[Any, int] = {}
         roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
-        self.roots = [self._place(_passed(node)) for node in roots]
+        self.roots = list(dict.fromkeys(self._place(_passed(node)) for node in roots))
         self.next: list[tuple[int, ...]] = []
         for node in self.nodes:  # which grows
             behind = [-1 if child is None else self._place(_passed(child)) for child, _ in node.next_functions]
@@ -123,7 +123,7 @@ def frontier_of(
     Raises:
         GraphsDiffer: with the place where they do.
     """
-    pairs = _paired(walk, other, names)
+    pairs = _paired(walk, other, names, samples)
     leaves = walk.parameters(names)
     parents: list[list[int]] = [[] for _ in walk.nodes]
     for place, children in enumerate(walk.next):
@@ -173,11 +173,11 @@ def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
     return Frontier(kept, frozenset(kept), nodes, refused, {name: frozenset({leaf}) for leaf, name in kept.items()})
 
 
-def _paired(walk: Walk, other: Walk, names: Mapping[int, str]) -> dict[int, Any]:
-    if len(walk.roots) != len(other.roots):
-        raise GraphsDiffer("the model returns another number of tensors for one sample more")
+def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> dict[int, Any]:
+    """Pair the nodes of two graphs. Where the model goes from sample to sample (a cat, an output that is a list), the
+    other graph has an edge more, which has no partner."""
     pairs: dict[int, Any] = {}
-    todo = list(zip(walk.roots, other.roots, strict=True))
+    todo = list(zip(walk.roots, other.roots, strict=False))
     while todo:
         x, y = todo.pop()
         if x in pairs:
@@ -187,11 +187,13 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str]) -> dict[int, Any]
         if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
             continue  # an input of the model's, which the user may have computed from something
         pairs[x] = two
-        if _kind(one) != _kind(two) or len(walk.next[x]) != len(other.next[y]):
+        mine, theirs = walk.next[x], other.next[y]
+        each = len(mine) * (samples + 1) == len(theirs) * samples
+        if _kind(one) != _kind(two) or not (each or len(mine) == len(theirs)):
             raise GraphsDiffer(
                 f"the model's graph is another one for one sample more ({one.name()} against {two.name()})"
             )
-        todo += [(u, v) for u, v in zip(walk.next[x], other.next[y], strict=True) if u >= 0 and v >= 0]
+        todo += [(u, v) for u, v in zip(mine, theirs, strict=False) if u >= 0 and v >= 0]
     return pairs
 
 
@@ -230,6 +232,8 @@ def _batch_at(
     mine: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...], samples: int
 ) -> tuple[int | None, ...] | None:
     """Return the batch's dimension at each output of a node; None where it cannot be told which rows are whose."""
+    if len(mine) != len(other):
+        return None
     found: list[int | None] = []
     for one, two in zip(mine, other, strict=True):
         if one == two:
