@@ -31,8 +31,8 @@ from lipcore.models.torch_internals import (
 )
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-#: Whose hooks on forward passes see nothing that could surprise them: transformers' output_capturing collects what a call
-#: has asked for, and that call's alone; the others let gradients reach an embedding's output, or add noise to it.
+#: Whose hooks on forward passes see nothing that could surprise them: transformers' output_capturing collects what a
+#: call has asked for, and that call's alone; the others let gradients reach an embedding's output, or add noise to it.
 _KNOWN = (
     "lipcore",
     "torch.nn.utils",
