@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +78,18 @@ class Case:
                 zero = torch.zeros((), dtype=torch.float64)
                 rows[name].append(zero if grad is None else grad.to_dense().double().square().sum())
         return {name: torch.stack(each) for name, each in rows.items() if name in used}
+
+
+def errors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return per parameter the largest error of a norm, relative to it and, where it is zero but for rounding, to the
+    model's largest.
+
+    Args:
+        found: norms.
+        expected: their squares.
+    """
+    largest = max(float(row.max()) for row in expected.values()) ** 0.5
+    return {k: float(((found[k] - row.sqrt()).abs() / (row.sqrt() + largest)).max()) for k, row in expected.items()}
 
 
 def _is_float(x: Any) -> bool:
