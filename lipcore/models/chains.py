@@ -49,7 +49,7 @@ def foreign_hooks(module: nn.Module) -> list[Any]:
     """Return hooks on its forward pass that may change inputs, outputs and weights (the old weight_norm, pruning): only
     lipcore's are known not to."""
     hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    return [hook for hook in hooks if not _is_own(hook)]
+    return [hook for hook in hooks if not is_own(hook)]
 
 
 def _global_hooks() -> list[Any]:
@@ -64,7 +64,8 @@ def home_of(hook: Any) -> str:
     return str(getattr(owner, "__module__", None) or type(owner).__module__)
 
 
-def _is_own(hook: Any) -> bool:
+def is_own(hook: Any) -> bool:
+    """Return whether a hook is one of lipcore's."""
     return home_of(hook).split(".")[0] == "lipcore"
 
 

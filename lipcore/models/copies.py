@@ -31,7 +31,16 @@ from lipcore.models.torch_internals import (
 )
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-_OURS = ("lipcore", "torch.nn.utils")  # whose hooks on forward passes see nothing that could surprise them
+#: Whose hooks on forward passes see nothing that could surprise them: transformers' output_capturing collects what a
+#: call has asked for, and that call's alone; the others let gradients reach an embedding's output, or add noise to it.
+_KNOWN = (
+    "lipcore",
+    "torch.nn.utils",
+    "transformers.utils.output_capturing",
+    "transformers.modeling_utils",
+    "transformers.integrations.neftune",
+    "peft",
+)
 DEPENDS = (
     "the output of sample {0} is another one when the other samples are exchanged. Either the model takes statistics "
     "over the batch that it detaches, or it returns its samples in another order, and then there are no gradients per "
@@ -135,7 +144,7 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any) -> str:
         return "hooks on all modules would see another forward pass"
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not home_of(hook).startswith(_OURS) for hook in hooks):
+        if any(not home_of(hook).startswith(_KNOWN) for hook in hooks):
             return f"a hook on module '{name}' would see another forward pass"
     return ""
 

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.models.chains import is_own
+
 
 class ModuleState:
     """Attributes of modules, the entries of containers among them, buffers, and values of plain tensors, as they are at
-    one moment: a state that a model carries from pass to pass, counters, a memory. Hooks are left alone."""
+    one moment: a state that a model carries from pass to pass, counters, a memory. So are hooks on forward passes,
+    which a model may install in its first one; lipcore's own come and go as they do."""
 
     def __init__(self, model: nn.Module) -> None:
         self._attributes = [(module.__dict__, _copied(module.__dict__)) for module in model.modules()]
@@ -21,6 +24,7 @@ class ModuleState:
             for key, value in owner.items()
             if isinstance(value, (dict, list, set, deque)) and "_hooks" not in key
         ]
+        self._hooks = [(h, dict(h)) for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
         own = [
             v for owner, _ in self._attributes for v in owner.values() if isinstance(v, Tensor) and v.grad_fn is None
         ]
@@ -30,6 +34,8 @@ class ModuleState:
         """Make everything what it was then."""
         for owner, kept in (*self._attributes, *self._inside):
             _restore(owner, kept)
+        for hooks, before in self._hooks:
+            _restore_hooks(hooks, before)
         for tensor, value in self._tensors:
             if not same(tensor, value):
                 tensor.data.copy_(value)  # without a new version, which a graph of the user's would refuse
@@ -52,3 +58,12 @@ def _restore(owner: Any, kept: Any) -> None:
     elif len(owner) != len(kept) or any(a is not b for a, b in zip(owner, kept, strict=True)):
         owner.clear()
         (owner.update if isinstance(owner, set) else owner.extend)(kept)
+
+
+def _restore_hooks(hooks: dict[int, Any], before: dict[int, Any]) -> None:
+    mine = {number: hook for number, hook in hooks.items() if is_own(hook)}
+    others = {number: hook for number, hook in before.items() if not is_own(hook)}
+    if hooks.keys() - mine.keys() != others.keys():
+        ordered = {number: hook for number, hook in before.items() if number in mine or number in others}
+        hooks.clear()
+        hooks.update(ordered | mine)

@@ -152,7 +152,8 @@ def test_skipping_measures_the_others(name: str, size: int) -> None:
         result = monitor.compute()["per_sample_grad_norm"]
     assert result.details["not_covered"] == metric.coverage().uncovered
     share = re.search(r"(\d+) of (\d+) trainable parameters, ([\d.]+) % of their elements", repr(metric))
-    assert share and share[0] in str(metric.coverage())
+    assert share
+    assert share[0] in str(metric.coverage())
     assert f"over the covered parameters only: {share[0]}" in result.norm["total"].mean.note
     trained = [p.numel() for _, p in model.named_parameters()]
     left_out = [p.numel() for n, p in model.named_parameters() if n in metric.coverage().uncovered]

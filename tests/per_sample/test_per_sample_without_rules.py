@@ -197,3 +197,98 @@ def test_a_parameter_that_mixes_samples() -> None:
 def test_max_replay_bytes_is_checked() -> None:
     with pytest.raises(ValueError, match="max_replay_bytes: expected an integer >= 0"):
         PerSampleGradNorms(loss_reduction="sum", max_replay_bytes=-1)
+
+
+def test_hooks_that_see_nothing_new_in_another_pass() -> None:
+    """Those by which transformers collects the outputs that a call asks for; anyone else's refuse another pass."""
+    capturing = pytest.importorskip("transformers.utils.output_capturing", reason="a hook of the transformers library")
+    model = made(WITHOUT_RULES["own RMSNorm"])
+    capturing.install_output_capuring_hook(model[0], "hidden_states", 0)
+    check(model, (torch.randn(4, T, C),))
+    model[0].register_forward_hook(lambda module, arguments, output: None)
+    _refused(model, "a hook on module '0' would see another forward pass")
+
+
+def test_rows_that_never_had_a_gradient_need_no_order() -> None:
+    """Zeros are anyone's; the first gradient is nobody's until a proof has seen it."""
+    model = made(lambda: between(_Gated()))
+    gated = model[1]
+    x = torch.randn(4, T, C)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(12):  # more than are proved as they come
+            weighted_sum(model(x)).backward()
+            assert not metric.unproved
+            assert not metric.per_parameter["1.weight"].any()
+        gated.gate.fill_(1.0)  # type: ignore[operator, union-attr]
+        weighted_sum(model(x)).backward()
+        assert "some rows had no gradient" in metric.unproved
+        assert metric.per_parameter["1.weight"].isnan().all()
+        for _ in range(64):
+            weighted_sum(model(x)).backward()
+        assert not metric.unproved
+        assert_norms(metric, norms_sq(model, samples_of((x,), 4), weighted_sum))
+
+
+class _Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, C))
+        self.register_buffer("gate", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * (x.view(-1, C) @ self.weight).view(x.shape)
+
+
+def test_experts_with_much_in_their_order() -> None:
+    """Rows sorted by expert go through biases, slices, clamps and gates before they are put back."""
+    model, x = made(lambda: between(_Experts())), torch.randn(4, T, C)
+    assert not check(model, (x,)).unproved
+
+
+class _Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(2, C, 2 * C)), nn.Parameter(torch.randn(2, 2 * C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.view(-1, C)
+        order = (rows[:, 0] > 0).long().argsort(stable=True)
+        own = (rows[:, 0] > 0).long()[order]
+        both = (rows[order].unsqueeze(1) @ self.weight[own]).squeeze(1) + self.bias[own]
+        gate, up = both[:, ::2].clamp(max=2), both[:, 1::2].clamp(-2, 2)
+        done = (up + 1) * (gate * torch.sigmoid(gate * 1.7)).exp().sin()
+        return torch.zeros_like(rows).index_add(0, order, done).view(x.shape)
+
+
+class _EachSample(nn.Module):
+    """Goes from sample to sample, with a token of its own in front of each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.scale = nn.Parameter(torch.randn(1, C)), nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        each = [torch.cat([self.token, row * self.scale]) for row in x]
+        return torch.stack([torch.sin(row) for row in each])
+
+
+def test_a_loop_over_the_samples() -> None:
+    assert not check(made(lambda: between(_EachSample())), (torch.randn(4, T, C),)).unproved
+
+
+class _Features(nn.Module):
+    """Returns a list with an entry per sample beside its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = between(OwnLinear(C, C)), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        features = list(self.first(x).unbind())
+        joined = torch.cat(features).view(len(x), T, 3)
+        return self.last(joined), features, joined
+
+
+def test_an_output_that_is_a_list_of_samples() -> None:
+    metric = check(made(_Features), (torch.randn(4, T, C),), loss=lambda out: weighted_sum(out[0]))
+    assert not metric.unproved

@@ -424,3 +424,23 @@ def test_rows_without_a_gradient_get_their_sample_from_a_later_pass() -> None:
         for _ in range(4):
             sum_loss(model(x.abs())).backward()
     assert whose(metric)["b"] == [list(range(SIZE))]
+
+
+def _holds_it_too(model: nn.Module) -> nn.Module:
+    model.holder = nn.Linear(6, 8)
+    model.holder.weight = model.a.weight
+    return model
+
+
+def test_a_module_that_only_holds_a_weight_leaves_its_user_proved() -> None:
+    model = _holds_it_too(made(lambda: Way(GOOD["plain"])))
+    assert not measured(model, torch.randn(SIZE, 6)).unproved
+
+
+def test_a_loss_inside_the_model_is_not_proved() -> None:
+    """Whatever else holds its layer's weight."""
+    model = _holds_it_too(made(lambda: Way(lambda m, x: (m.b(m.a(x)), m.holder(x).square().sum()))))
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        output, own = model(torch.randn(SIZE, 6))
+        (output.sum() + own).backward()
+        assert "no gradient to layer 'holder'" in metric.unproved

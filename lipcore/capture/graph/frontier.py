@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.capture.foreign_functions import function_of
+from lipcore.capture.graph.row_moves import keeps_samples, may_move, moves_along
 from lipcore.capture.once_only import is_ddp_sink
 from lipcore.models.outputs import tensors_of
 
@@ -37,6 +39,8 @@ class Frontier:
         nodes: places of frontier nodes, with the batch's dimension at each output; None for others.
         refused: why a parameter cannot be measured so.
         behind: by parameter, the free places that its gradient comes through.
+        indexed: places of nodes that would move rows if their index were not each sample's own.
+        loose: frontier nodes whose rows may be others' in a pass that is not proved.
     """
 
     leaves: dict[int, str]
@@ -44,6 +48,12 @@ class Frontier:
     nodes: dict[int, tuple[int | None, ...]]
     refused: dict[str, str]
     behind: dict[str, frozenset[int]]
+    indexed: frozenset[int] = frozenset()
+    loose: frozenset[int] = frozenset()
+
+    def samples_kept(self, walk: Walk, samples: int) -> bool:
+        """Return whether nodes that took each sample's own row do so in this pass's graph too."""
+        return all(keeps_samples(walk.nodes[place], samples) for place in self.indexed)
 
     def met(self, name: str, walk: Walk) -> set[int]:
         """Return the frontier nodes of one parameter."""
@@ -62,7 +72,7 @@ class Walk:
         self.nodes: list[Any] = []
         self._places: dict[Any, int] = {}
         roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
-        self.roots = [self._place(_passed(node)) for node in roots]
+        self.roots = list(dict.fromkeys(self._place(_passed(node)) for node in roots))
         self.next: list[tuple[int, ...]] = []
         for node in self.nodes:  # which grows
             behind = [-1 if child is None else self._place(_passed(child)) for child, _ in node.next_functions]
@@ -123,7 +133,7 @@ def frontier_of(
     Raises:
         GraphsDiffer: with the place where they do.
     """
-    pairs = _paired(walk, other, names)
+    pairs = _paired(walk, other, names, samples)
     leaves = walk.parameters(names)
     parents: list[list[int]] = [[] for _ in walk.nodes]
     for place, children in enumerate(walk.next):
@@ -132,18 +142,27 @@ def frontier_of(
                 parents[child].append(place)
     free, nodes, refused = set(leaves), dict[int, tuple[int | None, ...]](), dict[str, str]()
     behind: dict[str, frozenset[int]] = {}
+    moved, indexed = _below_moves(walk, pairs, samples)
+    loose: set[int] = set()
 
-    def passes(place: int) -> bool:
+    def passes(place: int, *, strict: bool = True) -> bool:
         mine, theirs = shapes(walk.nodes[place]), shapes(pairs[place])
-        return mine == theirs or place in absorbed or _batch_at(mine, theirs, samples) is None
+        at = _batch_at(mine, theirs, samples)
+        if mine == theirs or place in absorbed or at is None:
+            return True
+        # Rows that are no samples, below nodes that choose rows anew in every pass: the next pass's may be others'.
+        flat = any(d is not None and shape[d] != samples for d, shape in zip(at, mine, strict=True))
+        return strict and flat and place in moved
 
     for leaf, name in leaves.items():
         try:
             if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
                 raise ValueError("the model's input was computed from it")
-            mine = _above(leaf, parents, passes)
-            met = {p for x in mine for p in parents[x]} - mine
-            _check(walk, mine, met)
+            try:
+                mine, met = _split(walk, leaf, parents, passes)
+            except ValueError:  # it is known of passes that are proved at least
+                mine, met = _split(walk, leaf, parents, functools.partial(passes, strict=False))
+                loose |= met
             found = {p: _batch_at(shapes(walk.nodes[p]), shapes(pairs[p]), samples) or () for p in met}
         except ValueError as error:
             refused[name] = str(error)
@@ -154,7 +173,7 @@ def frontier_of(
     kept = {place: name for place, name in leaves.items() if name not in refused}
     # Where another parameter's gradient comes through, it comes sample by sample.
     nodes = {place: at for place, at in nodes.items() if place not in free}
-    return Frontier(kept, frozenset(free), nodes, refused, behind)
+    return Frontier(kept, frozenset(free), nodes, refused, behind, frozenset(indexed), frozenset(loose & moved))
 
 
 def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
@@ -173,11 +192,11 @@ def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
     return Frontier(kept, frozenset(kept), nodes, refused, {name: frozenset({leaf}) for leaf, name in kept.items()})
 
 
-def _paired(walk: Walk, other: Walk, names: Mapping[int, str]) -> dict[int, Any]:
-    if len(walk.roots) != len(other.roots):
-        raise GraphsDiffer("the model returns another number of tensors for one sample more")
+def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> dict[int, Any]:
+    """Pair the nodes of two graphs. Where the model goes from sample to sample (a cat, an output that is a list), the
+    other graph has an edge more, which has no partner."""
     pairs: dict[int, Any] = {}
-    todo = list(zip(walk.roots, other.roots, strict=True))
+    todo = list(zip(walk.roots, other.roots, strict=False))
     while todo:
         x, y = todo.pop()
         if x in pairs:
@@ -187,12 +206,40 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str]) -> dict[int, Any]
         if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
             continue  # an input of the model's, which the user may have computed from something
         pairs[x] = two
-        if _kind(one) != _kind(two) or len(walk.next[x]) != len(other.next[y]):
+        mine, theirs = walk.next[x], other.next[y]
+        each = len(mine) * (samples + 1) == len(theirs) * samples
+        if _kind(one) != _kind(two) or not (each or len(mine) == len(theirs)):
             raise GraphsDiffer(
                 f"the model's graph is another one for one sample more ({one.name()} against {two.name()})"
             )
-        todo += [(u, v) for u, v in zip(walk.next[x], other.next[y], strict=True) if u >= 0 and v >= 0]
+        todo += [(u, v) for u, v in zip(mine, theirs, strict=False) if u >= 0 and v >= 0]
     return pairs
+
+
+def _below_moves(walk: Walk, pairs: Mapping[int, Any], samples: int) -> tuple[set[int], list[int]]:
+    """Return the places behind nodes that may move rows along the batch, and the nodes that do not as long as their
+    index is each sample's own."""
+    moves, indexed = [], []
+    for place, partner in pairs.items():
+        node = walk.nodes[place]
+        if not may_move(node):
+            continue
+        mine = shapes(node)
+        at = _batch_at(mine, shapes(partner), samples)
+        if at is not None and at[0] is not None and mine[0][at[0]] == samples:
+            if not moves_along(node, at[0], len(mine[0])):
+                continue
+            if at[0] == 0 and keeps_samples(node, samples):
+                indexed.append(place)
+                continue
+        moves.append(place)
+    below, todo = set[int](), list(moves)
+    while todo:
+        for child in walk.next[todo.pop()]:
+            if child >= 0 and child not in below:
+                below.add(child)
+                todo.append(child)
+    return below, indexed
 
 
 def _kind(node: Any) -> str:
@@ -209,6 +256,14 @@ def _above(leaf: int, parents: list[list[int]], same: Callable[[int], bool]) -> 
                 found.add(parent)
                 todo.append(parent)
     return found
+
+
+def _split(walk: Walk, leaf: int, parents: list[list[int]], passes: Callable[[int], bool]) -> tuple[set[int], set[int]]:
+    """Return the places behind the frontier that a leaf's gradient comes through, and its frontier nodes."""
+    mine = _above(leaf, parents, passes)
+    met = {p for x in mine for p in parents[x]} - mine
+    _check(walk, mine, met)
+    return mine, met
 
 
 def _check(walk: Walk, free: Iterable[int], met: Iterable[int]) -> None:
@@ -230,6 +285,8 @@ def _batch_at(
     mine: tuple[tuple[int, ...], ...], other: tuple[tuple[int, ...], ...], samples: int
 ) -> tuple[int | None, ...] | None:
     """Return the batch's dimension at each output of a node; None where it cannot be told which rows are whose."""
+    if len(mine) != len(other):
+        return None
     found: list[int | None] = []
     for one, two in zip(mine, other, strict=True):
         if one == two:

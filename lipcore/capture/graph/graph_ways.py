@@ -18,9 +18,13 @@ from lipcore.layers import Batch
 from lipcore.models.torch_internals import tree_leaves
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
-_MOST_MOVES = 6  # of one structure's frontier
+_MOST_MOVES = 24  # of one structure's frontier: past an expert's matrices, biases, gate and activation
 _SPARE = 8  # structures whose rows are proved as they come; those of others when a proof is due
 REFUSED = "{0}; and it cannot be measured from the autograd graph either: {1}"
+_LOOSE = (
+    "the model chooses rows anew in every pass where parameters meet the batch, so that it is known of passes that are "
+    "proved alone whose they are"
+)
 _NOT_YET = "no pass whose graph has this structure was proved yet"
 
 
@@ -45,7 +49,8 @@ class _Structure:
 
     def fits(self, walk: Walk, samples: int) -> bool:
         """Return whether every sample has as many rows at every frontier node."""
-        return all(self.frontier.rows(place, walk) % samples == 0 for place in self.frontier.nodes)
+        each = all(self.frontier.rows(place, walk) % samples == 0 for place in self.frontier.nodes)
+        return each and self.frontier.samples_kept(walk, samples)
 
 
 class GraphWays:
@@ -126,6 +131,8 @@ class GraphWays:
         replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen, self._whole)
         unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
         unproved = rows.unproved or (_NOT_YET if unknown else "")
+        if frontier.loose and not rows.proved_in(walk):
+            unproved = unproved or _LOOSE
         return Followed(replay, refused, unproved if self._prove and batch.size > 1 and frontier.nodes else "")
 
     def _look(
@@ -161,7 +168,9 @@ class GraphWays:
         """Return whether a structure's rows are to be proved in this pass."""
         if not self._prove or batch.size == 1 or not structure.frontier.nodes:
             return False
-        unknown = bool(structure.rows.unproved) or structure.rows.open(walk, structure.frontier, batch.size)
+        unknown = bool(structure.rows.unproved) or structure.rows.open(
+            walk, structure.frontier, batch.size, silent=True
+        )
         if not due and unknown and self._spare > 0:
             self._spare -= 1
             return True

@@ -3,6 +3,7 @@ model's."""
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from lipcore.capture.foreign_functions import is_foreign
 from lipcore.capture.graph.frontier import Frontier, Walk
 from lipcore.capture.once_only import why_once_only
-from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, Point, row_ids
+from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, NO_GRADIENT, Point, row_ids
 from lipcore.capture.seeds import Seeds
 
 _MIXES = "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples"
@@ -58,6 +59,7 @@ class RowOrders:
         unproved: why the orders are those that the shapes suggest, or "".
         moved: of these, places whose rows are in an order of the model's own.
         unreached: places that no gradient came to from the outputs.
+        silent: places where no row had a gradient in any proof: every row is one that no proof has seen.
     """
 
     orders: dict[int, Order] = field(default_factory=dict)
@@ -65,6 +67,8 @@ class RowOrders:
     unproved: str = ""
     moved: set[int] = field(default_factory=set)
     unreached: set[int] = field(default_factory=set)
+    silent: set[int] = field(default_factory=set)
+    _last: weakref.ref[Walk] | None = None  # the pass that was proved last
     _seen: dict[int, Tensor] = field(default_factory=dict)  # by place, the groups of rows that had a gradient
 
     def samples(self, place: int, rows: int, samples: int) -> Tensor:
@@ -80,13 +84,20 @@ class RowOrders:
         groups = self.orders.get(place, Order.EITHER).groups(rows, samples)
         return ~torch.where(groups < len(seen), seen[groups.clamp(max=len(seen) - 1)], False)
 
-    def open(self, walk: Walk, frontier: Frontier, samples: int) -> bool:
-        """Return whether the order of some rows is not known for tensors of these sizes."""
-        nodes = {p: frontier.rows(p, walk) for p in frontier.nodes if p not in self.unreached}
+    def open(self, walk: Walk, frontier: Frontier, samples: int, *, silent: bool = False) -> bool:
+        """Return whether the order of some rows is not known for tensors of these sizes; with `silent`, of those too
+        that had no gradient."""
+        left_out = self.unreached if silent else self.unreached | self.silent
+        nodes = {p: frontier.rows(p, walk) for p in frontier.nodes if p not in left_out}
         return any(n != samples for p, n in nodes.items() if self.orders.get(p, Order.EITHER) is Order.EITHER)
+
+    def proved_in(self, walk: Walk) -> bool:
+        """Return whether the rows of this very pass were proved."""
+        return self._last is not None and self._last() is walk
 
     def prove(self, walk: Walk, frontier: Frontier, seeds: Seeds) -> None:
         """Find the samples of all rows by backward passes from outputs with weights."""
+        self._last = weakref.ref(walk)
         once = next((why for node in walk.nodes if (why := why_once_only(node))), "")
         if once or not seeds.outputs:
             self.unproved = once or _NO_OUTPUT
@@ -114,6 +125,8 @@ class RowOrders:
 
     def _take(self, place: int, ids: Tensor, samples: int) -> None:
         known = ids >= 0
+        quiet = bool((ids == NO_GRADIENT).all()) and (place in self.silent or place not in self.orders)
+        (self.silent.add if quiet else self.silent.discard)(place)
         fits = [o for o in (Order.BLOCKS, Order.TURNS) if torch.equal(o.samples(len(ids), samples)[known], ids[known])]
         before = self.orders.get(place, Order.EITHER)
         if bool((ids == MIXED).any()):

@@ -63,6 +63,7 @@ class LayerProbes:
                     f"module '{site.name}' is called more than once in a compiled forward pass; its squares cannot be "
                     "joined there. Run it in eager mode, or leave it out with on_unsupported='skip'"
                 )
+            run.came.add(site.name)
             for name, row in zip(site.columns, rows, strict=False):
                 run.calls[name] += 0
                 run.add_row(name, row)

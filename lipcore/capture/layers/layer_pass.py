@@ -140,7 +140,8 @@ class LayerPass:
         self.proved, self.disproved = False, ""
         # Outputs that bring parts of several samples to some parameters, and what is wrong if a gradient comes to them.
         self.suspects: list[tuple[list[Tensor], dict[str, str]]] = []
-        self.unreached: dict[str, set[str]] = {}  # layers that the model's outputs bring no gradient to, their rows
+        self.unreached: dict[str, set[str]] = {}  # layers that the model's outputs bring no gradient to: rows
+        self.came: set[str] = set()  # layers whose gradient came in the last backward pass
         self.unseen: dict[str, Tensor] = {}  # by row, samples that no proof has seen
         self.chained = False  # its input depends on the model's parameters
         self.broken = ""
@@ -162,6 +163,7 @@ class LayerPass:
         self._rows.clear()  # left by a backward pass that broke off
         self._held.clear()
         self._kept = KeptFactors()
+        self.came.clear()
         return True
 
     def add_factor(self, name: str, factor: Factor) -> None:
@@ -243,7 +245,12 @@ class LayerPass:
         if unseen:
             record.hide(unseen)
         reached = next(
-            (layer for layer, names in self.unreached.items() if not (names - by_graph).isdisjoint(rows)), None
+            (
+                layer
+                for layer, names in self.unreached.items()
+                if layer in self.came and not (names - by_graph).isdisjoint(rows)
+            ),
+            None,
         )
         if reached is not None:
             record.unproved = record.unproved or UNREACHED.format(reached)

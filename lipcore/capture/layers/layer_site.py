@@ -215,6 +215,7 @@ class LayerSite:
                 factors = self.rule.factors(self.module, grad, extra, *saved)
                 own = {self.names[key]: self._tuned(factor) for key, factor in factors.items() if key in self.names}
                 self.how = self.how or next((factor.how for factor in own.values() if factor.how), "")
+                run.came.add(self.name)
                 run.add_factors(own)
                 if self._normalized:
                     run.add_row(DELTA + self.name, self.squares_of(grad, run.batch))
@@ -239,6 +240,7 @@ class LayerSite:
             with torch.no_grad():
                 tokens, grads = batch.tokens(x), batch.tokens(grad)
                 factors = self.rule.factors(self.module, grad, batch, x)
+                run.came.add(self.name)
                 if "bias" in self.names:
                     run.add_factor(self.names["bias"], factors["bias"])
                 if self._normalized:

@@ -1,0 +1,110 @@
+"""Public architectures with default arguments: everything is covered, the norms are those of single samples in float64,
+that is proved, and the training is the same bits. Those that mix samples are refused by name."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from per_sample_models import assert_equal, weights
+from per_sample_oracle import seeded
+from torch import Tensor, nn
+
+from lipcore import PerSampleGradNorms
+
+pytest.importorskip("transformers", reason="public models need the transformers library: pip install 'lipcore[models]'")
+pytest.importorskip("peft", reason="adapters need the peft library: pip install 'lipcore[models]'")
+
+from public_cases import Build, Case, errors
+from public_models import FIRST, MODELS, REFUSED
+
+LARGEST = 700_000  # parameters: a size that its configuration does not know would be a real model's
+
+
+def built(build: Build, seed: int = 0) -> Case:
+    with seeded(seed):
+        case = build()
+    case.model.train()
+    assert sum(p.numel() for p in case.model.parameters()) < LARGEST
+    return case
+
+
+def step(case: Case, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    with seeded(1):
+        case.loss(case.model, case.batch).backward()
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-3)
+
+
+def assert_norms(metric: PerSampleGradNorms, expected: dict[str, Tensor], tolerance: float) -> None:
+    """What no gradient came to has no norm."""
+    found = metric.per_parameter
+    wrong = {name: error for name, error in errors(found, expected).items() if not error <= tolerance}
+    assert not wrong
+    for name in found.keys() - expected.keys():
+        assert found[name].isnan().all() or not found[name].any(), name
+    total = torch.stack(list(expected.values())).sum(0).sqrt()
+    torch.testing.assert_close(metric.per_sample, total, rtol=tolerance, atol=0.0)
+
+
+def trained(case: Case, model: nn.Module) -> nn.Module:
+    """The model after two steps on the case's batch."""
+    optimizer = optimizer_of(model)
+    for _ in range(2):
+        step(Case(model, case.batch, case.terms, case.loss), optimizer)
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.ci) for n in MODELS])
+def test_a_public_model(name: str) -> None:
+    case = built(MODELS[name])
+    expected, plain = case.norms_sq(), copy.deepcopy(case.model)
+    optimizer = optimizer_of(case.model)
+    with PerSampleGradNorms(case.model, loss_reduction="mean", loss_terms=case.terms(case.batch)) as metric:
+        step(case, optimizer)
+        assert_norms(metric, expected, case.tolerance)
+        assert metric.unproved == metric.broken == ""
+        assert not metric.coverage().uncovered
+        optimizer.step()
+        step(case, optimizer)
+        assert not metric.per_sample.isnan().any()
+        optimizer.step()
+    trained(case, plain)
+    assert_equal(weights(case.model), weights(plain))
+    assert_equal(case.model.buffers(), plain.buffers())
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "BERT, masked tokens", "T5"])
+def test_dropout_draws_the_same_numbers(name: str) -> None:
+    case = built(MODELS[name])
+    for module in case.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    plain = trained(case, copy.deepcopy(case.model))
+    with PerSampleGradNorms(case.model, loss_reduction="mean", loss_terms=case.terms(case.batch)) as metric:
+        trained(case, case.model)
+        assert not metric.per_sample.isnan().any()
+    assert_equal(weights(case.model), weights(plain))
+
+
+@pytest.mark.filterwarnings("ignore:lipcore stopped recording:RuntimeWarning")
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_mix_their_samples(name: str) -> None:
+    build, words = REFUSED[name]
+    case = built(build)
+    with pytest.raises(ValueError, match=words):
+        with PerSampleGradNorms(case.model, loss_reduction="mean", loss_terms=case.terms(case.batch)):
+            case.loss(case.model, case.batch).backward()
+
+
+def test_every_way_of_a_mixture_of_experts_is_among_them() -> None:
+    assert len(MODELS) >= 40
+    assert {name for name in MODELS if name.startswith("Mixtral")} >= {
+        "Mixtral, experts one by one",
+        "Mixtral, grouped products",
+    }
