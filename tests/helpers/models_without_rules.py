@@ -88,6 +88,14 @@ def between(layer: nn.Module) -> nn.Module:
     return nn.Sequential(nn.Linear(C, C), layer, nn.Tanh(), nn.Linear(C, 3))
 
 
+class Holder(nn.Module):
+    """A weight that only others use."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(size, size))
+
+
 def _elsewhere() -> nn.Module:
     a, b = nn.Linear(C, C), nn.Linear(C, C)
     return Graph(lambda m, x: m.b(F.linear(torch.tanh(m.a(x)), m.a.weight)) + m.b.bias.exp(), a=a, b=b)
@@ -122,6 +130,19 @@ WITHOUT_RULES: dict[str, Callable[[], nn.Module]] = {
     "positions": parameters(lambda x, g: x + g[: x.shape[1]], g=(9, C)),
     "gathered positions": parameters(lambda x, g: x + g[torch.arange(T) % 3], g=(4, C)),
     "einsum": parameters(lambda x, g: torch.einsum("btc,cd->btd", x, g), g=(C, C)),
+    "scaled product": parameters(
+        lambda x, a, b: torch.addmm(b, x.flatten(0, 1), a, beta=2, alpha=0.5).view_as(x), a=(C, C), b=(C,)
+    ),
+    "scaled sum": parameters(lambda x, g: torch.add(x, g, alpha=3), g=(C,)),
+    "weights first": parameters(lambda x, a: (a @ x.flatten(0, 1).T).T.view_as(x), a=(C, C)),
+    "scaled weights": parameters(
+        lambda x, a: x.flatten(0, 1).mm(torch.add(a, a.detach(), alpha=2)).view_as(x), a=(C, C)
+    ),
+    "layer norm": parameters(lambda x, w, b: F.layer_norm(x, (C,), w, b), w=(C,), b=(C,)),
+    "layer norm of two dimensions": parameters(lambda x, w, b: F.layer_norm(x, (T, C), w, b), w=(T, C), b=(T, C)),
+    "two of one product": lambda: Graph(
+        lambda m, x: F.linear(torch.tanh(F.linear(m.e(x), m.f.w)), m.f.w), e=nn.Linear(C, C), f=Holder(C)
+    ),
     "several": parameters(lambda x, a, b: x * a.exp() + (a @ b).sin(), a=(C,), b=(C, C)),
     "weight norm": lambda: between(parametrizations.weight_norm(nn.Linear(C, C))),
     "spectral norm": lambda: between(parametrizations.spectral_norm(nn.Linear(C, C))),

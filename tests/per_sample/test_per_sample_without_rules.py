@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from models import Graph
 from models_without_rules import WITHOUT_RULES, C, OwnLinear, T, between, parameters
 from per_sample_models import assert_equal, made, train, weights
 from per_sample_oracle import assert_norms, check, norms_sq, samples_of, weighted_sum
@@ -66,6 +67,34 @@ def test_structures_that_change_from_pass_to_pass() -> None:
             x = torch.randn(size, length, C)
             weighted_sum(model(x)).backward()
             assert_norms(metric, norms_sq(model, samples_of((x,), size), weighted_sum))
+
+
+def test_tokens_that_are_gathered_and_put_back() -> None:
+    """By another mask in every pass, the first of which takes all."""
+    model = made(lambda: Graph(_gathered, a=nn.Linear(C, C), b=nn.Linear(C, C), c=nn.Linear(C, 2)))
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for step in range(12):
+            x, mask = torch.randn(2, 4, C), torch.rand(2, 4) < (0.6 if step else 2.0)
+            expected = norms_sq(model, samples_of((x, mask), 2), weighted_sum)
+            model.zero_grad()
+            weighted_sum(model(x, mask)).backward()
+            total = torch.stack(list(expected.values())).sum(0).sqrt()
+            assert torch.allclose(metric.per_sample, total, rtol=1e-5)
+
+
+def _gathered(m: Any, x: Tensor, mask: Tensor) -> Tensor:
+    h = m.a(x)
+    y = h.clone()
+    y[mask] = torch.tanh(m.b(h[mask]))
+    z: Tensor = m.c(y)
+    return z
+
+
+def test_mixing_that_the_graph_alone_shows() -> None:
+    model = made(parameters(lambda x, g: (h := x * g) - h.mean(0), g=(C,)))
+    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip") as metric:
+        weighted_sum(model(torch.randn(4, T, C))).backward()
+        assert "parts of several samples" in metric.coverage().uncovered["1.g"]
 
 
 def test_two_passes_before_their_backward_passes() -> None:
