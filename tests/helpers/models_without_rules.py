@@ -133,6 +133,7 @@ WITHOUT_RULES: dict[str, Callable[[], nn.Module]] = {
     "scaled product": parameters(
         lambda x, a, b: torch.addmm(b, x.flatten(0, 1), a, beta=2, alpha=0.5).view_as(x), a=(C, C), b=(C,)
     ),
+    "shifted and spread": parameters(lambda x, g: x * (g + torch.ones(C)), g=(1,)),
     "scaled sum": parameters(lambda x, g: torch.add(x, g, alpha=3), g=(C,)),
     "weights first": parameters(lambda x, a: (a @ x.flatten(0, 1).T).T.view_as(x), a=(C, C)),
     "scaled weights": parameters(

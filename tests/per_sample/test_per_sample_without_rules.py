@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import Graph
-from models_without_rules import WITHOUT_RULES, C, OwnLinear, T, between, parameters
+from models_without_rules import WITHOUT_RULES, C, OwnLinear, OwnRMSNorm, T, between, parameters
 from per_sample_models import assert_equal, made, train, weights
 from per_sample_oracle import assert_norms, check, norms_sq, samples_of, weighted_sum
 from torch import Tensor, nn
@@ -69,17 +69,41 @@ def test_structures_that_change_from_pass_to_pass() -> None:
             assert_norms(metric, norms_sq(model, samples_of((x,), size), weighted_sum))
 
 
-def test_tokens_that_are_gathered_and_put_back() -> None:
-    """By another mask in every pass, the first of which takes all."""
+@pytest.mark.parametrize("chosen", ["of each as many", "all at first"])
+def test_tokens_that_are_gathered_and_put_back(chosen: str) -> None:
+    """By another mask in every pass; the first says nothing of those that come later."""
     model = made(lambda: Graph(_gathered, a=nn.Linear(C, C), b=nn.Linear(C, C), c=nn.Linear(C, 2)))
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
         for step in range(12):
             x, mask = torch.randn(2, 4, C), torch.rand(2, 4) < (0.6 if step else 2.0)
+            if chosen == "of each as many":  # four, of both samples or of one
+                mask = torch.arange(8).roll(2 * step).reshape(2, 4) % 4 < 2 if step < 2 else _first_of_eight(step)
             expected = norms_sq(model, samples_of((x, mask), 2), weighted_sum)
             model.zero_grad()
             weighted_sum(model(x, mask)).backward()
             total = torch.stack(list(expected.values())).sum(0).sqrt()
             assert torch.allclose(metric.per_sample, total, rtol=1e-5)
+
+
+def _first_of_eight(step: int) -> Tensor:
+    return (torch.arange(8) < 4).roll(step % 4).reshape(2, 4)
+
+
+def test_an_order_that_is_the_samples_own_at_first() -> None:
+    model = made(lambda: Graph(_ordered, a=nn.Linear(C, C), g=OwnRMSNorm(), c=nn.Linear(C, 2)))
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for step in range(4):
+            x, order = torch.randn(5, T, C), torch.randperm(5) if step else torch.arange(5)
+            alone = torch.zeros(1, dtype=torch.int64)
+            expected = norms_sq(model, [(row, alone) for row in x.split(1)], weighted_sum)
+            model.zero_grad()
+            weighted_sum(model(x, order)).backward()
+            assert_norms(metric, expected)
+
+
+def _ordered(m: Any, x: Tensor, order: Tensor) -> Tensor:
+    y: Tensor = m.c(torch.tanh(m.g(m.a(x)[order]))[order.argsort()])
+    return y
 
 
 def _gathered(m: Any, x: Tensor, mask: Tensor) -> Tensor:
