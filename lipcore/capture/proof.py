@@ -84,12 +84,14 @@ class Point:
     """A place in the graph whose gradient's rows are asked about.
 
     Attributes:
-        at: node of the graph whose first output's gradient is meant, or a leaf.
+        at: node of the graph at one of whose outputs the gradient is meant, or a leaf.
         squares: takes the gradient to the squared norm of every row, float64 [N].
+        output: the number of the node's output.
     """
 
     at: Any
     squares: Callable[[Tensor], Tensor]
+    output: int = 0
     found: Tensor | None = field(default=None, repr=False)
 
 
@@ -165,11 +167,11 @@ def squared_norms(
     for point in points:
         point.found = None
     handles = [
-        point.at.register_prehook(lambda grads, point=point: _take(point, grads[0]))
+        point.at.register_prehook(lambda grads, point=point: _take(point, grads[point.output]))
         for point in passing
         if not isinstance(point.at, Tensor)
     ]
-    wanted: list[Any] = [p.at if isinstance(p.at, Tensor) else GradientEdge(p.at, 0) for p in lowest]
+    wanted: list[Any] = [p.at if isinstance(p.at, Tensor) else GradientEdge(p.at, p.output) for p in lowest]
     try:
         with put_back(foreign), _counted(seeds.outputs), torch.autocast(seeds.outputs[0].device.type, enabled=False):
             gradients = torch.autograd.grad(

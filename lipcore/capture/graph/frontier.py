@@ -7,15 +7,11 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lipcore.capture.foreign_functions import function_of
-from lipcore.capture.graph.row_moves import keeps_samples, may_move, moves_along
-from lipcore.capture.once_only import is_ddp_sink
-from lipcore.models.outputs import tensors_of
-
-#: In the order of the walk: the nodes' names, and where the nodes behind each are.
-Signature = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
+from lipcore.capture.graph.row_moves import Moves, keeps_samples
+from lipcore.capture.graph.walk import Walk, shapes
 
 _VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
 
@@ -65,59 +61,6 @@ class Frontier:
         return next((1 if dim == EVERYTHING else shape[dim] for dim, shape in each if dim is not None), 0)
 
 
-class Walk:
-    """The nodes of a graph in an order that depends on its structure alone, without lipcore's own identities."""
-
-    def __init__(self, output: Any) -> None:
-        self.nodes: list[Any] = []
-        self._places: dict[Any, int] = {}
-        roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
-        self.roots = list(dict.fromkeys(self._place(_passed(node)) for node in roots))
-        self.next: list[tuple[int, ...]] = []
-        for node in self.nodes:  # which grows
-            behind = [-1 if child is None else self._place(_passed(child)) for child, _ in node.next_functions]
-            self.next.append(tuple(behind))
-
-    def _place(self, node: Any) -> int:
-        if node is None:
-            return -1
-        place = self._places.setdefault(node, len(self.nodes))
-        if place == len(self.nodes):
-            self.nodes.append(node)
-        return place
-
-    def signature(self) -> Signature:
-        """Return what two graphs have in common that are the same but for the sizes of tensors."""
-        return tuple([node.name() for node in self.nodes]), tuple(self.next)
-
-    def parameters(self, names: Mapping[int, str]) -> dict[int, str]:
-        """Return the places of the leaves whose tensors' ids have names."""
-        found = {}
-        for place, node in enumerate(self.nodes):
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and id(leaf) in names:
-                found[place] = names[id(leaf)]
-        return found
-
-
-def _passed(node: Any) -> Any:
-    """Return the first node at or behind this one that is no identity: lipcore's, or DistributedDataParallel's."""
-    while node is not None:
-        function = function_of(node)
-        if function is None or not (function.__module__.startswith("lipcore.") or is_ddp_sink(node)):
-            break
-        node = node.next_functions[0][0]
-    return node
-
-
-def shapes(node: Any) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of what a node has made; of a leaf its own."""
-    leaf = getattr(node, "variable", None)
-    if isinstance(leaf, Tensor):
-        return (tuple(leaf.shape),)
-    return tuple(tuple(map(int, data.shape)) for data in node._input_metadata)
-
-
 def frontier_of(
     walk: Walk, other: Walk, names: Mapping[int, str], samples: int, absorbed: Container[int] = ()
 ) -> Frontier:
@@ -142,7 +85,7 @@ def frontier_of(
                 parents[child].append(place)
     free, nodes, refused = set(leaves), dict[int, tuple[int | None, ...]](), dict[str, str]()
     behind: dict[str, frozenset[int]] = {}
-    moved, indexed = _below_moves(walk, pairs, samples)
+    moves = Moves(walk, samples)
     loose: set[int] = set()
 
     def passes(place: int, *, strict: bool = True) -> bool:
@@ -152,7 +95,7 @@ def frontier_of(
             return True
         # Rows that are no samples, below nodes that choose rows anew in every pass: the next pass's may be others'.
         flat = any(d is not None and shape[d] != samples for d, shape in zip(at, mine, strict=True))
-        return strict and flat and place in moved
+        return strict and place in (moves.below if flat else moves.inside)
 
     for leaf, name in leaves.items():
         try:
@@ -173,7 +116,9 @@ def frontier_of(
     kept = {place: name for place, name in leaves.items() if name not in refused}
     # Where another parameter's gradient comes through, it comes sample by sample.
     nodes = {place: at for place, at in nodes.items() if place not in free}
-    return Frontier(kept, frozenset(free), nodes, refused, behind, frozenset(indexed), frozenset(loose & moved))
+    return Frontier(
+        kept, frozenset(free), nodes, refused, behind, frozenset(moves.indexed), frozenset(loose & moves.below)
+    )
 
 
 def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
@@ -214,32 +159,6 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> 
             )
         todo += [(u, v) for u, v in zip(mine, theirs, strict=False) if u >= 0 and v >= 0]
     return pairs
-
-
-def _below_moves(walk: Walk, pairs: Mapping[int, Any], samples: int) -> tuple[set[int], list[int]]:
-    """Return the places behind nodes that may move rows along the batch, and the nodes that do not as long as their
-    index is each sample's own."""
-    moves, indexed = [], []
-    for place, partner in pairs.items():
-        node = walk.nodes[place]
-        if not may_move(node):
-            continue
-        mine = shapes(node)
-        at = _batch_at(mine, shapes(partner), samples)
-        if at is not None and at[0] is not None and mine[0][at[0]] == samples:
-            if not moves_along(node, at[0], len(mine[0])):
-                continue
-            if at[0] == 0 and keeps_samples(node, samples):
-                indexed.append(place)
-                continue
-        moves.append(place)
-    below, todo = set[int](), list(moves)
-    while todo:
-        for child in walk.next[todo.pop()]:
-            if child >= 0 and child not in below:
-                below.add(child)
-                todo.append(child)
-    return below, indexed
 
 
 def _kind(node: Any) -> str:

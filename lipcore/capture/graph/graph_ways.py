@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import CannotRun, on_one_more
-from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, Signature, Walk, frontier_of, frontier_of_one, shapes
+from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import RowOrders
+from lipcore.capture.graph.walk import Signature, Walk, shapes
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
 from lipcore.models.torch_internals import tree_leaves
@@ -186,6 +187,8 @@ class GraphWays:
     def _too_large(self, walk: Walk, frontier: Frontier, samples: int) -> dict[str, str]:
         found = {}
         for leaf, name in frontier.leaves.items():
+            if self._whole and walk.nodes[leaf].variable.is_complex():
+                found[name] = "it is complex, and sums and products of samples' gradients are for real numbers"
             element = walk.nodes[leaf].variable.element_size()
             held = samples * element * max(_elements(walk.nodes[p]) for p in frontier.behind[name])
             if held > self._max_bytes:

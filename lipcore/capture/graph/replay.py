@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows, keeps_norms
-from lipcore.capture.graph.frontier import EVERYTHING, Frontier, Walk, shapes
+from lipcore.capture.graph.frontier import EVERYTHING, Frontier
+from lipcore.capture.graph.walk import Walk, shapes
 from lipcore.capture.proof import NOTHING, is_proof
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Dense, Factor, norms_sq_of
@@ -154,9 +155,10 @@ class Replay:
         form = CLOSED_FORMS.get(node.name())
         behind = enumerate(zip(self._next[place], self._numbers[place], strict=True))
         shapes = {i: self._shapes[child][number] for i, (child, number) in behind if child in self._direct}
-        if form is None or not shapes or grads[0] is None or at[0] is None or at[0] == EVERYTHING:
+        first = grads[0]
+        if form is None or not shapes or first is None or first.is_complex() or at[0] is None or at[0] == EVERYTHING:
             return ()
-        factors = form(node, grads[0], SampleRows(at[0], whose, self._samples), shapes)
+        factors = form(node, first, SampleRows(at[0], whose, self._samples), shapes)
         if self.whole:  # in the shape of the parameter: not behind a transposition
             factors = {i: factor for i, factor in factors.items() if self._next[place][i] in self._leaves}
         named = {self._direct[self._next[place][i]]: factor for i, factor in factors.items()}
@@ -172,7 +174,8 @@ class Replay:
         sums = self._sums.pop(place, {})
         rows: dict[tuple[int, int], list[Tensor]] = {}
         for sample in range(self._samples if sums else 0):
-            mine = tuple(sums[k][sample] if k in sums else None for k in range(len(self._shapes[place])))
+            dtypes = [data.dtype for data in node._input_metadata]  # sums are in float32 at least
+            mine = tuple(sums[k][sample].to(dtype) if k in sums else None for k, dtype in enumerate(dtypes))
             self._collect(rows, place, _run(node, mine))
         self._add_all(rows)
 
@@ -193,7 +196,7 @@ class Replay:
             here[key] = here[key] + out if key in here else out
         for key, out in here.items():
             if self._only_squares(key[0]):  # its only use: no gradient needs to be kept
-                out = out.double().square().sum()
+                out = _real(out).double().square().sum()
             rows.setdefault(key, []).append(out)
 
     def _add_all(self, rows: dict[tuple[int, int], list[Tensor]]) -> None:
@@ -218,7 +221,7 @@ class Replay:
         found = dict(self._squares)
         for place, name in self._leaves.items():
             if place in self._sums:
-                rows = self._sums[place][0].double().reshape(self._samples, -1)
+                rows = _real(self._sums[place][0]).double().reshape(self._samples, -1)
                 found[name] = rows.square().sum(1)
         self._sums, self._squares, self._task = {}, {}, -1
         return {name: torch.full_like(row, torch.nan) for name, row in found.items()} if self._unknown else found
@@ -260,6 +263,11 @@ class _Hook:
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         replay: Replay = self._call.__self__  # type: ignore[attr-defined]
         replay.guarded(self._call, grads, current_node(), *self._rest)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return a tensor of real numbers with the same norm."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _run(node: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lipcore.capture.graph.walk import Walk, shapes
 from lipcore.models.torch_internals import saved
 
 _KINDS = ("Index", "UnsafeIndex", "Gather", "Scatter", "Masked", "Take", "Sort", "Topk", "Kthvalue")
@@ -29,11 +31,53 @@ def moves_along(node: Any, dim: int, dimensions: int) -> bool:
 def keeps_samples(node: Any, samples: int) -> bool:
     """Return whether an index takes each sample's own row: `x[torch.arange(B), last]`, or none along the batch."""
     indices = saved(node, "indices")
-    if not isinstance(indices, (tuple, list)) or not indices:
-        return False
-    first = indices[0]
-    if first is None:
-        return True
+    if isinstance(indices, (tuple, list)) and indices:
+        if indices[0] is None:
+            return True
+        first = indices[0]
+    else:
+        first = saved(node, "index")
     if not isinstance(first, Tensor) or first.dtype == torch.bool or first.numel() != samples:
         return False
     return torch.equal(first.reshape(-1), torch.arange(samples, dtype=first.dtype, device=first.device))
+
+
+class Moves:
+    """The nodes that move rows along the batch by the values of a tensor, and what lies behind them.
+
+    Attributes:
+        below: places behind one of them.
+        inside: places to which every way from the model's outputs leads through one: where rows may be in another order
+            although there are as many as samples.
+        indexed: nodes that do not move rows as long as their index is each sample's own.
+    """
+
+    def __init__(self, walk: Walk, samples: int) -> None:
+        self.indexed: list[int] = []
+        moves = {place for place, node in enumerate(walk.nodes) if self._moves(place, node, samples)}
+        self.below = _behind(walk, [c for place in moves for c in walk.next[place]], ())
+        self.inside = self.below - _behind(walk, walk.roots, moves)
+
+    def _moves(self, place: int, node: Any, samples: int) -> bool:
+        if not may_move(node):
+            return False
+        shape = shapes(node)[0]
+        if shape and shape[0] == samples and not moves_along(node, 0, len(shape)):
+            return False
+        if keeps_samples(node, samples):
+            self.indexed.append(place)
+            return False
+        return True
+
+
+def _behind(walk: Walk, places: Iterable[int], stop: Container[int]) -> set[int]:
+    """Return these places and those behind them, but for those behind the ones to stop at."""
+    todo = [place for place in places if place >= 0]
+    found = set(todo)
+    while todo:
+        place = todo.pop()
+        for child in walk.next[place] if place not in stop else ():
+            if child >= 0 and child not in found:
+                found.add(child)
+                todo.append(child)
+    return found

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.foreign_functions import is_foreign
-from lipcore.capture.graph.frontier import Frontier, Walk
+from lipcore.capture.graph.frontier import Frontier
+from lipcore.capture.graph.walk import Walk
 from lipcore.capture.once_only import why_once_only
 from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, NO_GRADIENT, Point, row_ids
 from lipcore.capture.seeds import Seeds
@@ -102,8 +103,9 @@ class RowOrders:
         if once or not seeds.outputs:
             self.unproved = once or _NO_OUTPUT
             return
-        places = [place for place, at in frontier.nodes.items() if at and at[0] is not None]
-        points = [Point(walk.nodes[p], _Squares(d)) for p in places if (d := frontier.nodes[p][0]) is not None]
+        outputs = [(p, k, d) for p, at in frontier.nodes.items() for k, d in enumerate(at) if d is not None]
+        places = [place for place, _, _ in outputs]
+        points = [Point(walk.nodes[p], _Squares(d), k) for p, k, d in outputs]
         dtypes = {data.dtype for node in walk.nodes for data in node._input_metadata}
         half = bool(dtypes & {torch.float16, torch.bfloat16})
         try:
@@ -117,7 +119,8 @@ class RowOrders:
         except RuntimeError as error:
             self.unproved = _FAILED.format(str(error)[:200])
             return
-        self.unreached = {place for place, rows in zip(places, found, strict=True) if rows is None}
+        reached = {place for place, rows in zip(places, found, strict=True) if rows is not None}
+        self.unreached = set(places) - reached
         for place, rows in zip(places, found, strict=True):
             if rows is not None:
                 self._take(place, rows.ids, seeds.size)
@@ -153,5 +156,6 @@ class _Squares:
         self._dim = dim
 
     def __call__(self, gradient: Any) -> Tensor:
-        rows: Tensor = gradient.movedim(self._dim, 0).reshape(gradient.shape[self._dim], -1)
+        real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        rows: Tensor = real.movedim(self._dim, 0).reshape(real.shape[self._dim], -1)
         return rows.double().square().sum(1)

@@ -1,0 +1,68 @@
+"""The nodes of a pass's graph in an order that depends on its structure alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lipcore.capture.foreign_functions import function_of
+from lipcore.capture.once_only import is_ddp_sink
+from lipcore.models.outputs import tensors_of
+
+#: In the order of the walk: the nodes' names, and where the nodes behind each are.
+Signature = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
+
+
+class Walk:
+    """The nodes of a graph in an order that depends on its structure alone, without lipcore's own identities."""
+
+    def __init__(self, output: Any) -> None:
+        self.nodes: list[Any] = []
+        self._places: dict[Any, int] = {}
+        roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
+        self.roots = list(dict.fromkeys(self._place(_passed(node)) for node in roots))
+        self.next: list[tuple[int, ...]] = []
+        for node in self.nodes:  # which grows
+            behind = [-1 if child is None else self._place(_passed(child)) for child, _ in node.next_functions]
+            self.next.append(tuple(behind))
+
+    def _place(self, node: Any) -> int:
+        if node is None:
+            return -1
+        place = self._places.setdefault(node, len(self.nodes))
+        if place == len(self.nodes):
+            self.nodes.append(node)
+        return place
+
+    def signature(self) -> Signature:
+        """Return what two graphs have in common that are the same but for the sizes of tensors."""
+        return tuple([node.name() for node in self.nodes]), tuple(self.next)
+
+    def parameters(self, names: Mapping[int, str]) -> dict[int, str]:
+        """Return the places of the leaves whose tensors' ids have names."""
+        found = {}
+        for place, node in enumerate(self.nodes):
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) in names:
+                found[place] = names[id(leaf)]
+        return found
+
+
+def _passed(node: Any) -> Any:
+    """Return the first node at or behind this one that is no identity: lipcore's, or DistributedDataParallel's."""
+    while node is not None:
+        function = function_of(node)
+        if function is None or not (function.__module__.startswith("lipcore.") or is_ddp_sink(node)):
+            break
+        node = node.next_functions[0][0]
+    return node
+
+
+def shapes(node: Any) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of what a node has made; of a leaf its own."""
+    leaf = getattr(node, "variable", None)
+    if isinstance(leaf, Tensor):
+        return (tuple(leaf.shape),)
+    return tuple(tuple(map(int, data.shape)) for data in node._input_metadata)
