@@ -313,3 +313,14 @@ def test_an_argument_with_a_block_of_rows_of_each_sample() -> None:
         weighted_sum(model(x, patches)).backward()
         assert_norms(metric, expected)
         assert not metric.unproved
+
+
+@pytest.mark.parametrize("name", ["class token", "several", "weight norm", "gathered positions", "used elsewhere"])
+def test_half_precision(name: str) -> None:
+    """Sums over rows in float32 go on through nodes in bfloat16."""
+    model, x = made(WITHOUT_RULES[name]), torch.randn(4, T, C)
+    expected = norms_sq(model, samples_of((x,), 4), torch.sum)
+    model.bfloat16()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        model(x.bfloat16()).sum().backward()
+        assert_norms(metric, expected, 0.05)
