@@ -56,9 +56,10 @@ class Case:
     tolerance: float = 1e-5
 
     def samples(self) -> list[Inputs]:
-        """Return the batch of every sample alone."""
-        size = next(len(x) for x in self.batch.values() if isinstance(x, Tensor))
-        return [{k: x[i : i + 1] if isinstance(x, Tensor) else x for k, x in self.batch.items()} for i in range(size)]
+        """Return the batch of every sample alone; a tensor may have a block of rows of each."""
+        size = rows_of(self.batch)
+        split = {k: x.chunk(size) if isinstance(x, Tensor) else [x] * size for k, x in self.batch.items()}
+        return [{k: each[i] for k, each in split.items()} for i in range(size)]
 
     def norms_sq(self) -> dict[str, Tensor]:
         """Return per parameter that the loss depends on the squared norms of the gradients of every sample's own terms,

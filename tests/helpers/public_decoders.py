@@ -88,7 +88,6 @@ DECODERS: dict[str, Build] = {
     "Qwen3 MoE, experts one by one": decoder("qwen3_moe", experts="eager", **MIXTURE),
     "Granite MoE": decoder("granitemoe", **MIXTURE),
     "OLMoE": decoder("olmoe", **MIXTURE),
-    "PhiMoE": decoder("phimoe", **MIXTURE),
     "JetMoE": decoder("jetmoe", kv_channels=8, **MIXTURE),
     "GPT-OSS": decoder("gpt_oss", **MIXTURE),
     "DeepSeek V3": decoder("deepseek_v3", **LATENT),

@@ -1,12 +1,13 @@
-"""Public architectures, as people train them. MODELS[name] -> a case with random weights; REFUSED[name] -> a case whose
-samples are mixed, and the words that say so."""
+"""Public architectures, as people train them. MODELS[name] -> a case with random weights; REFUSED[name] -> a case that
+is not measured, and the words that say why."""
 
 from __future__ import annotations
 
+import peft
 import torch
 import transformers as hf
-from public_adapters import ADAPTERS
-from public_cases import SAMPLES, SIZES, Build, Case, Inputs, images, rows_of, text
+from public_adapters import ADAPTERS, adapted
+from public_cases import CLASSES, SAMPLES, SIZES, Build, Case, Inputs, config_of, images, rows_of, text
 from public_decoders import DECODERS
 from public_encoders import ENCODERS
 from public_image_models import IMAGE_MODELS, PATCHES
@@ -57,7 +58,23 @@ def batch_norm() -> Case:
     return Case(hf.ResNetForImageClassification(config), images(), rows_of)
 
 
+def video_frames() -> Case:
+    """Frames, of whose class tokens those of the first sample's frames are taken for all samples."""
+    config = config_of("timesformer", num_labels=CLASSES, num_frames=4, **PATCHES)
+    batch = {"pixel_values": torch.randn(SAMPLES, 4, 3, 32, 32), "labels": torch.randint(CLASSES, (SAMPLES,))}
+    return Case(hf.TimesformerForVideoClassification(config), batch, rows_of)
+
+
 REFUSED: dict[str, tuple[Build, str]] = {
     "CLIP, contrastive": (contrast, "the model mixes its samples"),
     "ResNet, BatchNorm": (batch_norm, "normalises by the statistics of the batch"),
+    "TimeSformer": (video_frames, "position_embeddings.*rows of its gradient have parts of several samples"),
+    "LoHa": (
+        adapted("llama", lambda: peft.LoHaConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")),
+        "goes through the autograd Function HadaWeight",
+    ),
+    "AdaLoRA": (
+        adapted("llama", lambda: peft.AdaLoraConfig(total_step=9, target_modules=["q_proj"], task_type="CAUSAL_LM")),
+        "comes to the model's output without meeting the batch",
+    ),
 }

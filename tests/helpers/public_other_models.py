@@ -10,6 +10,7 @@ from public_cases import (
     CLASSES,
     IGNORED,
     SAMPLES,
+    SIZES,
     VOCABULARY,
     Build,
     Case,
@@ -204,6 +205,41 @@ def perceiver() -> Case:
     return Case(hf.PerceiverForSequenceClassification(config), batch, rows_of)
 
 
+def images_in_text() -> Case:
+    """Images of all samples one after the other, as patches, in the place of their tokens."""
+    image, start, end = VOCABULARY - 1, VOCABULARY - 3, VOCABULARY - 2
+    config = hf.Qwen2VLConfig(
+        text_config={
+            **SIZES,
+            "num_key_value_heads": 2,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+        },
+        vision_config={
+            "depth": 2,
+            "embed_dim": 32,
+            "hidden_size": 32,
+            "num_heads": 2,
+            "mlp_ratio": 2,
+            "patch_size": 8,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 1,
+        },
+        image_token_id=image,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        video_token_id=VOCABULARY - 4,
+    )
+    batch = text(16, padded=False)
+    ids = batch["input_ids"].clamp_(max=VOCABULARY - 5)
+    ids[:, 0], ids[:, 1:5], ids[:, 5] = start, image, end
+    batch["labels"] = ids.clone()
+    batch["labels"][:, :6] = IGNORED
+    batch["pixel_values"] = torch.randn(SAMPLES * 16, 3 * 8 * 8)
+    batch["image_grid_thw"] = torch.tensor([[1, 4, 4]] * SAMPLES)
+    batch["mm_token_type_ids"] = (ids == image).long()
+    return Case(hf.Qwen2VLForConditionalGeneration(config), batch, next_labels_of)
+
+
 OTHER_MODELS: dict[str, Build] = {
     "VideoMAE": video,
     "Whisper": whisper,
@@ -215,6 +251,7 @@ OTHER_MODELS: dict[str, Build] = {
     "AST": spectrogram,
     "BLIP": captions,
     "LLaVA": llava,
+    "Qwen2-VL": images_in_text,
     "ViLT": vilt,
     "PatchTST": series("patchtst"),
     "PatchTSMixer": series("patchtsmixer"),

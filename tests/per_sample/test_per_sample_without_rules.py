@@ -345,3 +345,35 @@ class _Features(nn.Module):
 def test_an_output_that_is_a_list_of_samples() -> None:
     metric = check(made(_Features), (torch.randn(4, T, C),), loss=lambda out: weighted_sum(out[0]))
     assert not metric.unproved
+
+
+class _Patches(nn.Module):
+    """Takes a block of rows of each sample beside the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.head = nn.Parameter(torch.randn(C)), OwnLinear(C, 2)
+
+    def forward(self, x: Tensor, patches: Tensor) -> Tensor:
+        seen = torch.sin(patches * self.scale).view(len(x), 3, C)
+        return self.head(x + seen.sum(1, keepdim=True))
+
+
+def test_an_argument_with_a_block_of_rows_of_each_sample() -> None:
+    model, x, patches = made(_Patches), torch.randn(4, T, C), torch.randn(12, C)
+    expected = norms_sq(model, list(zip(x.split(1), patches.split(3), strict=True)), weighted_sum)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        weighted_sum(model(x, patches)).backward()
+        assert_norms(metric, expected)
+        assert not metric.unproved
+
+
+@pytest.mark.parametrize("name", ["class token", "several", "weight norm", "gathered positions", "used elsewhere"])
+def test_half_precision(name: str) -> None:
+    """Sums over rows in float32 go on through nodes in bfloat16."""
+    model, x = made(WITHOUT_RULES[name]), torch.randn(4, T, C)
+    expected = norms_sq(model, samples_of((x,), 4), torch.sum)
+    model.bfloat16()
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        model(x.bfloat16()).sum().backward()
+        assert_norms(metric, expected, 0.05)

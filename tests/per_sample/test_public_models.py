@@ -1,5 +1,5 @@
 """Public architectures with default arguments: everything is covered, the norms are those of single samples in float64,
-that is proved, and the training is the same bits. Those that mix samples are refused by name."""
+that is proved, and the training is the same bits. What mixes samples is refused by name."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_dropout_draws_the_same_numbers(name: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:lipcore stopped recording:RuntimeWarning")
 @pytest.mark.parametrize("name", REFUSED)
-def test_models_that_mix_their_samples(name: str) -> None:
+def test_what_is_refused(name: str) -> None:
     build, words = REFUSED[name]
     case = built(build)
     with pytest.raises(ValueError, match=words):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,40 +40,47 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
     if why:
         raise CannotRun(why)
 
-    def longer(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        more = leaf.detach()
-        if leaf.layout != torch.strided or leaf.dim() <= dim or leaf.shape[dim] != samples:
-            more = more.clone()
-        else:
-            more = torch.cat([more, more.narrow(dim, samples - 1, 1)], dim)
-        return more.requires_grad_(leaf.requires_grad)
-
-    watch = _SavingHooks()
-    try:
-        with (
-            random_numbers_put_back(model, allowed=True),
-            module_state_put_back(model),
-            _buffers_exchanged(model),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-            paused(),
-            without_cached_casts(),
-            without_communication(),
-            watch,
-        ):
-            more, words = tree_map(longer, (arguments, keywords))
-            output = model(*more, **words)
-    except Exception as error:
+    watch, failure = _SavingHooks(), None
+    for blocks in (False, True):  # the second time also what has a block of rows of each sample: patches of all images
+        longer = functools.partial(_longer, samples=samples, dim=dim, blocks=blocks)
+        try:
+            with (
+                random_numbers_put_back(model, allowed=True),
+                module_state_put_back(model),
+                _buffers_exchanged(model),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                paused(),
+                without_cached_casts(),
+                without_communication(),
+                watch,
+            ):
+                more, words = tree_map(longer, (arguments, keywords))
+                output = model(*more, **words)
+            break
+        except Exception as error:
+            failure = failure or error
+    else:
         raise CannotRun(
             f"the model could not be run on {samples + 1} samples, which shows where the batch is "
-            f"({type(error).__name__}: {str(error)[:200]}); where its arguments have other dimensions of size "
+            f"({type(failure).__name__}: {str(failure)[:200]}); where its arguments have other dimensions of size "
             f"{samples}, use another batch size"
-        ) from error
+        ) from failure
     if watch.seen:
         raise CannotRun(HOOKED)
     return output
+
+
+def _longer(leaf: Any, samples: int, dim: int, blocks: bool) -> Any:
+    """Return an argument with its last sample a second time, or a copy of one that has no samples."""
+    if not isinstance(leaf, Tensor):
+        return leaf
+    more, rows = leaf.detach(), leaf.shape[dim] if leaf.dim() > dim else 0
+    if leaf.layout == torch.strided and (rows == samples or (blocks and rows and rows % samples == 0)):
+        more = torch.cat([more, more.narrow(dim, rows - rows // samples, rows // samples)], dim)
+    else:
+        more = more.clone()
+    return more.requires_grad_(leaf.requires_grad)
 
 
 @contextmanager

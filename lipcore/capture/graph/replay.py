@@ -174,8 +174,10 @@ class Replay:
         sums = self._sums.pop(place, {})
         rows: dict[tuple[int, int], list[Tensor]] = {}
         for sample in range(self._samples if sums else 0):
-            dtypes = [data.dtype for data in node._input_metadata]  # sums are in float32 at least
-            mine = tuple(sums[k][sample].to(dtype) if k in sums else None for k, dtype in enumerate(dtypes))
+            # Sums of half precision are float32; a node takes the dtype of its outputs, as from the engine.
+            mine = tuple(
+                sums[k][sample].to(data.dtype) if k in sums else None for k, data in enumerate(node._input_metadata)
+            )
             self._collect(rows, place, _run(node, mine))
         self._add_all(rows)
 
