@@ -4,6 +4,7 @@ that is proved, and the training is the same bits. What mixes samples is refused
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -20,6 +21,15 @@ from public_cases import Build, Case, errors
 from public_models import FIRST, MODELS, REFUSED
 
 LARGEST = 700_000  # parameters: a size that its configuration does not know would be a real model's
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """With several, sums of experts that are batched are other bits in every run, watched or not."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def built(build: Build, seed: int = 0) -> Case:
