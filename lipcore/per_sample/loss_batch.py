@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lipcore.models.torch_internals import saved
 from lipcore.per_sample.loss_factor import LossFactor, agreed, product
-from lipcore.per_sample.loss_nodes import SAME_VALUE, Made, dims_of, kept, number, unknown
+from lipcore.per_sample.loss_nodes import SAME_VALUE, Made, dims_of, kept, number, signed, unknown
 
 _MOST = 64  # nodes that are looked at
 
@@ -23,6 +24,7 @@ def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> Los
     seen = set() if seen is None else seen
     steps: list[tuple[str, Any]] = []  # undone if the batch turns out to be reduced behind them
     found: LossFactor | None = None
+    partly: set[bool] = set()  # whether the batch's dimension was among some that were reduced, and others were not
     while made not in seen and len(seen) < _MOST:
         seen.add(made)
         kind, origins = made.kind, [origin for origin in made.origins if origin is not None]
@@ -35,14 +37,34 @@ def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> Los
             shape = origins[0].shape
             dims = {dim % len(shape) for dim in dims_of(made.node)} if shape else set()
             steps.append((kind, math.prod(shape[dim] for dim in dims)))
+            partly |= {dim == batch_dim for dim in dims} if len(dims) < len(shape) else set()
             if batch_dim in dims:
                 found = product(1.0, *_undone(steps))
         elif kind == "Mul" or (kind == "Div" and made.origins[0] is not None):
             steps.append((kind, (made.node, "self" if made.origins[0] is None else "other")))
+        elif partly and _moves_batch(made, origins[0], batch_dim, over=True in partly):
+            raise unknown(made.node, "it moves the batch's dimension before a part of the dimensions is reduced")
         elif kind not in (*SAME_VALUE, "Add", "Sub"):
             break
         (made,) = origins
     return found
+
+
+def _moves_batch(made: Made, origin: Made, batch_dim: int, *, over: bool) -> bool:
+    """Return whether an operation brings the batch's dimension to another place, as far as its node says it; `over`:
+    the dimension there is reduced later, and must be as long as before."""
+    kind, node, dimensions = made.kind, made.node, max(1, len(origin.shape))
+    if kind == "T":
+        return True
+    if kind == "Transpose":
+        return batch_dim in {signed(saved(node, name)) % dimensions for name in ("dim0", "dim1")}
+    if kind == "Permute":
+        return signed(saved(node, "dims")[batch_dim]) % dimensions != batch_dim
+    if kind == "Unsqueeze":
+        return signed(saved(node, "dim")) % (dimensions + 1) <= batch_dim
+    if kind in ("View", "UnsafeView", "ReshapeAlias"):
+        return over and made.shape[: batch_dim + 1] != origin.shape[: batch_dim + 1]
+    return kind in ("Index", "IndexSelect", "IndexAdd", "Slice", "Flip", "Roll") and over
 
 
 def _of_sum(made: Made, parts: list[LossFactor | None]) -> LossFactor | None:

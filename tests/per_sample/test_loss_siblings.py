@@ -297,3 +297,18 @@ def test_a_loss_inside_a_checkpoint_is_refused_and_not_run_again() -> None:
     assert runs == [1]
     z = torch.utils.checkpoint.checkpoint(torch.sin, Z.clone().requires_grad_(), use_reentrant=False)
     assert read_factor(nnf.cross_entropy(z, Y)).value == 5  # outside, as it says
+
+
+MOVED_BATCHES: dict[str, Callable[[Tensor], Tensor]] = {
+    "transposed": lambda q: q.T.mean(1).sum(),
+    "transposed, the other way": lambda q: q.transpose(0, 1).mean(0).sum(),
+    "a dimension in front": lambda q: q[None].mean(1).sum(),
+    "other rows": lambda q: q.reshape(2, -1).mean(0).sum(),
+}
+
+
+@pytest.mark.parametrize("name", MOVED_BATCHES)
+def test_a_batch_that_is_moved_before_it_is_reduced_is_refused(name: str) -> None:
+    q = torch.randn(6, 4, requires_grad=True).square()
+    with pytest.raises(ValueError, match="moves the batch's dimension"):
+        read_factor(MOVED_BATCHES[name](q.clone()))

@@ -377,3 +377,102 @@ def test_half_precision(name: str) -> None:
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
         model(x.bfloat16()).sum().backward()
         assert_norms(metric, expected, 0.05)
+
+
+class _Complex(nn.Module):
+    """Weights of a Fourier layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(C, C, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft(torch.fft.rfft(x, dim=1) @ self.w, n=x.shape[1], dim=1)
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_complex_parameters(size: int) -> None:
+    model, x = made(lambda: between(_Complex())), torch.randn(size, T, C)
+    expected = []
+    for row in x.split(1):
+        (grad,) = torch.autograd.grad(weighted_sum(model(row)), [model[1].w])
+        expected.append(grad.norm().double())
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        weighted_sum(model(x)).backward()
+        assert torch.allclose(metric.per_parameter["1.w"], torch.stack(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize("bytes_", [100, 400])
+def test_the_gradient_of_a_parameter_that_is_refused_is_the_same_bits(bytes_: int) -> None:
+    """In the pass that refuses it another one is measured."""
+    mine = made(parameters(lambda x, a, b: torch.tanh(x @ a) * b, a=(C, C), b=(C,)))
+    theirs, x = copy.deepcopy(mine), torch.randn(4, T, C)
+    weighted_sum(theirs(x)).backward()
+    with PerSampleGradNorms(mine, loss_reduction="sum", max_replay_bytes=bytes_, on_unsupported="skip"):
+        weighted_sum(mine(x)).backward()
+    assert_equal([p.grad for p in mine.parameters()], [p.grad for p in theirs.parameters()])
+
+
+class _InMidRun(nn.Module):
+    """A checkpoint of a method, before which no module's hook runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.w, self.checkpointed = nn.Linear(C, C), nn.Parameter(torch.randn(C, C)), False
+
+    def block(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        y: Tensor = checkpoint(self.block, h, use_reentrant=False) if self.checkpointed else self.block(h)
+        return y
+
+
+def test_a_checkpoint_of_a_method_in_mid_run() -> None:
+    model, x = made(_InMidRun), torch.randn(4, T, C)
+    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip") as metric:
+        for model.checkpointed in (False, True, True):
+            model.zero_grad()
+            weighted_sum(model(x)).backward()
+        assert "checkpointing" in metric.coverage().uncovered["w"]
+
+
+def test_a_batch_of_none_is_no_error() -> None:
+    model = made(WITHOUT_RULES["own RMSNorm"])
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for size in (3, 0, 2):
+            x = torch.randn(size, T, C)
+            model.zero_grad()
+            weighted_sum(model(x)).backward()
+            assert metric.per_sample.shape == (size,)
+        assert_norms(metric, norms_sq(model, samples_of((x,), 2), weighted_sum))
+
+
+@pytest.mark.parametrize("part", ["output", "h", "c"])
+def test_every_output_of_a_recurrent_layer(part: str) -> None:
+    def rule(m: Any, x: Tensor) -> Tensor:
+        output, (h, c) = m.r(x)
+        y: Tensor = m.h({"output": output[:, -1], "h": h[-1], "c": c[-1]}[part])
+        return y
+
+    model = made(lambda: Graph(rule, r=nn.LSTM(C, C, 2, batch_first=True), h=nn.Linear(C, 2)))
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(2):
+            x = torch.randn(4, T, C)
+            expected = norms_sq(model, samples_of((x,), 4), weighted_sum)
+            model.zero_grad()
+            weighted_sum(model(x)).backward()
+            total = torch.stack(list(expected.values())).sum(0).sqrt()
+            assert torch.allclose(metric.per_sample, total, rtol=1e-5)
+            assert not metric.unproved
+
+
+def test_low_rank_weights_in_half_precision() -> None:
+    model = made(parameters(lambda x, a, b: x + x @ (a @ b), a=(C, 2), b=(2, C))).to(torch.bfloat16)
+    x = torch.randn(3, T, C, dtype=torch.bfloat16)
+    expected = norms_sq(model, samples_of((x,), 3), lambda y: y.square().sum())
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        model(x).square().sum().backward()
+        total = torch.stack(list(expected.values())).sum(0).sqrt()
+        assert torch.allclose(metric.per_sample, total, rtol=3e-2)

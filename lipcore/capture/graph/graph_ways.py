@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lipcore.capture.graph.another_size import CannotRun, on_one_more
+from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.graph.walk import Signature, Walk, shapes
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
-from lipcore.models.torch_internals import tree_leaves
+from lipcore.models.torch_internals import keeps_by_hooks, tree_leaves
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
 _MOST_MOVES = 24  # of one structure's frontier: past an expert's matrices, biases, gate and activation
@@ -92,6 +92,8 @@ class GraphWays:
             fail: gets what would have been raised in a backward pass.
             due: whether a proof is due in this pass.
         """
+        if not batch.size:
+            return Followed(None, {}, "")
         walk = Walk(output)
         names = {id(parameter): name for name, parameter in parameters.items()}
         leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
@@ -110,6 +112,9 @@ class GraphWays:
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = structure
+        run_again = (*structure.frontier.nodes, *structure.frontier.free)
+        if any(keeps_by_hooks(walk.nodes[place]) for place in run_again):
+            return Followed(None, dict.fromkeys(parameters, HOOKED), "")
         return self._followed(structure, walk, batch, counts, fail)
 
     def _followed(
@@ -128,7 +133,9 @@ class GraphWays:
         self._note_ways(walk, structure, batch.size)
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
-        measured = replace(frontier, leaves=leaves)
+        # Nothing behind a refused parameter is run: its leaf would accumulate once more.
+        free = frozenset[int]().union(*(frontier.behind[name] for name in leaves.values()))
+        measured = replace(frontier, leaves=leaves, free=free)
         replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen, self._whole)
         unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
         unproved = rows.unproved or (_NOT_YET if unknown else "")

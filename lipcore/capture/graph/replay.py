@@ -88,6 +88,8 @@ class Replay:
         for place, at in frontier.nodes.items():
             walk.nodes[place].register_prehook(_Hook(self._frontier, place, at, whose.get(place)))
         for place in frontier.free - set(frontier.leaves):
+            if hasattr(walk.nodes[place], "variable"):
+                continue  # a leaf, which would accumulate
             walk.nodes[place].register_prehook(_Hook(self._free, place))
 
     def _name_behind(self, place: int, walk: Walk) -> str:
