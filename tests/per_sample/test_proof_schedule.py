@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from models import Graph
 from per_sample_models import Transformer, made, mlp, sum_loss, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -187,3 +188,21 @@ def test_two_metrics_do_not_disturb_each_other() -> None:
         for metric in (one, two):
             assert (metric.unproved, metric.broken) == ("", "")
             assert not metric.compute().details["unrecorded"]
+
+
+def test_a_forward_pass_that_raises_uses_up_no_proof() -> None:
+    fails = [True]
+
+    def way(m: Any, x: Tensor) -> Tensor:
+        if fails:
+            raise RuntimeError("the user's own mistake")
+        y: Tensor = m.b(torch.tanh(m.a(x)))
+        return y
+
+    model = Graph(way, a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        with pytest.raises(RuntimeError, match="own mistake"):
+            model(torch.randn(5, 3))
+        fails.clear()
+        model(torch.randn(5, 3)).sum().backward()
+        assert metric.unproved == ""

@@ -105,6 +105,7 @@ class Proofs:
         self._sharded = any(hasattr(p, "placements") for p in model.parameters())
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
         self._schedule = ProofSchedule()
+        self._begun: tuple[int, int] | None = None  # the kind of a pass that is to be proved, until it has ended
         self._known: dict[tuple[int, int], _Known] = {}
         self._ranks = Ranks(model) if self._sharded and prove and under_process_group() else None
         if self._ranks is not None:
@@ -133,6 +134,9 @@ class Proofs:
         if not self._wanted or first is None:
             run.unproved = "" if run.batch.size == 1 else NOT_ASKED
             return
+        if self._begun is not None and self._ranks is None:  # a pass that was to be proved, and raised
+            self._schedule.ask_again(self._begun)
+        self._begun = None
         run.kind = first.dim(), run.batch.size
         due = self._schedule.due(tuple(first.shape), run.batch.size)
         if self._ranks is not None and self._schedule.due_next():
@@ -142,7 +146,7 @@ class Proofs:
         try:
             run.before = Before(self._model, arguments, keywords, first, run.batch.dim)
             self._output.listen()
-            run.due = True
+            run.due, self._begun = True, run.kind
         except Exception as error:  # no memory for a copy of the batch
             if self._ranks is not None:
                 raise
@@ -160,6 +164,7 @@ class Proofs:
         if run.kind is None:
             return {}
         before, run.before = run.before, None
+        self._begun = None
         wrong: dict[str, str] = {}
         if before is not None:
             known = self._known.setdefault(run.kind, _Known())
