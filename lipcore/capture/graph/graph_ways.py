@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
+from lipcore.capture.graph.closed_forms import CLOSED_FORMS
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import RowOrders
@@ -130,13 +131,13 @@ class GraphWays:
         leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
         if not leaves:
             return Followed(None, refused, "")
-        self._note_ways(walk, structure, batch.size)
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
         # Nothing behind a refused parameter is run: its leaf would accumulate once more.
         free = frozenset[int]().union(*(frontier.behind[name] for name in leaves.values()))
         measured = replace(frontier, leaves=leaves, free=free)
         replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen, self._whole)
+        self._note_ways(walk, structure, batch.size, replay.direct)
         unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
         unproved = rows.unproved or (_NOT_YET if unknown else "")
         if frontier.loose and not rows.proved_in(walk):
@@ -205,15 +206,19 @@ class GraphWays:
                 )
         return found
 
-    def _note_ways(self, walk: Walk, structure: _Structure, samples: int) -> None:
+    def _note_ways(self, walk: Walk, structure: _Structure, samples: int, direct: Collection[str]) -> None:
         for name in structure.frontier.behind:
             if name in self.ways:
                 continue
             met = structure.frontier.met(name, walk)
             kinds = sorted({walk.nodes[p].name() for p in met})
-            sums = all(map(is_sum, kinds))
+            way = f"{samples} replays"
+            if all(map(is_sum, kinds)):
+                way = "sums over rows"
+            elif name in direct and samples > 1 and CLOSED_FORMS.keys() >= set(kinds):
+                way = "products of rows"
             said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
-            self.ways[name] = f"{'sums over rows' if sums else f'{samples} replays'} at {said}"
+            self.ways[name] = f"{way} at {said}"
 
 
 def _elements(node: Any) -> int:

@@ -92,6 +92,11 @@ class Replay:
                 continue  # a leaf, which would accumulate
             walk.nodes[place].register_prehook(_Hook(self._free, place))
 
+    @property
+    def direct(self) -> set[str]:
+        """Parameters whose gradient has the norm of the one at the frontier, and closed forms where there are some."""
+        return set(self._direct.values())
+
     def _name_behind(self, place: int, walk: Walk) -> str:
         """Return the parameter whose gradient has the norm of the one at a free node, or ""."""
         while self._edges.get(place) == 1 and place not in self._leaves:
