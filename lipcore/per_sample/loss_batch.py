@@ -11,6 +11,8 @@ from lipcore.models.torch_internals import saved
 from lipcore.per_sample.loss_factor import LossFactor, agreed, product
 from lipcore.per_sample.loss_nodes import SAME_VALUE, Made, dims_of, kept, number, signed, unknown
 
+_GROUPS = ("IndexAdd", "ScatterAdd", "IndexReduce", "ScatterReduce", "SegmentReduce")
+_VIEWS = ("View", "UnsafeView", "ReshapeAlias")
 _MOST = 64  # nodes that are looked at
 
 
@@ -31,6 +33,8 @@ def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> Los
         if kind in ("Add", "Sub") and len(origins) == 2:
             below = _of_sum(made, [over_batch(origin, batch_dim, seen) for origin in origins])
             return found if below is None else product(below.number, *_undone(steps))
+        if kind in _GROUPS:
+            raise unknown(made.node, "it sums up groups of terms, which may be of several samples")
         if len(origins) != 1:
             break
         if kind in ("Mean", "Sum"):
@@ -62,8 +66,11 @@ def _moves_batch(made: Made, origin: Made, batch_dim: int, *, over: bool) -> boo
         return signed(saved(node, "dims")[batch_dim]) % dimensions != batch_dim
     if kind == "Unsqueeze":
         return signed(saved(node, "dim")) % (dimensions + 1) <= batch_dim
-    if kind in ("View", "UnsafeView", "ReshapeAlias"):
-        return over and made.shape[: batch_dim + 1] != origin.shape[: batch_dim + 1]
+    if kind in _VIEWS:
+        if made.shape[: batch_dim + 1] == origin.shape[: batch_dim + 1]:
+            return False
+        # Tokens [B T] of a softmax cross-entropy as [B, T]: the gradient at the logits will confirm it.
+        return over or not origin.kind.startswith("NllLoss")
     return kind in ("Index", "IndexSelect", "IndexAdd", "Slice", "Flip", "Roll") and over
 
 
@@ -78,7 +85,11 @@ def _of_sum(made: Made, parts: list[LossFactor | None]) -> LossFactor | None:
 
 
 def _undone(steps: list[tuple[str, Any]]) -> list[float | Tensor]:
-    """Return the factors that undo means and constants; constants of several numbers are weights of the terms."""
+    """Return the factors that undo means and constants.
+
+    Raises:
+        ValueError: several numbers divide what was summed up over the batch.
+    """
     factors: list[float | Tensor] = []
     for kind, what in steps:
         if kind == "Mean":
@@ -86,7 +97,9 @@ def _undone(steps: list[tuple[str, Any]]) -> list[float | Tensor]:
         elif kind != "Sum":
             constant = kept(*what)
             if isinstance(constant, Tensor) and constant.numel() != 1:
-                continue
+                if kind == "Mul":
+                    continue  # weights of the terms
+                raise unknown(what[0], "several numbers divide what was summed up over the batch")
             factor = number(*what)
             factors.append(factor if kind == "Div" else 1 / factor)
     return factors

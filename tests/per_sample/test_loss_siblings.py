@@ -304,7 +304,24 @@ MOVED_BATCHES: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed, the other way": lambda q: q.transpose(0, 1).mean(0).sum(),
     "a dimension in front": lambda q: q[None].mean(1).sum(),
     "other rows": lambda q: q.reshape(2, -1).mean(0).sum(),
+    "groups of samples": lambda q: q.view(3, 2, 4).mean(1).mean(),
 }
+GROUPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "several numbers after the batch": lambda q: (q.sum(0) / torch.tensor([6.0, 6.0, 6.0, 6.0])).sum(),
+    "groups by index": lambda q: (q.new_zeros(2, 4).index_add(0, torch.arange(6) % 2, q) / 3).sum(),
+}
+
+
+@pytest.mark.parametrize("name", GROUPED)
+def test_groups_and_several_numbers_after_the_batch_are_refused(name: str) -> None:
+    q = torch.randn(6, 4, requires_grad=True).square()
+    with pytest.raises(ValueError, match="several numbers divide|sums up groups"):
+        read_factor(GROUPED[name](q.clone()))
+
+
+def test_tokens_in_a_row_are_read() -> None:
+    losses = nnf.cross_entropy(torch.randn(6, 4, requires_grad=True), torch.arange(6) % 4, reduction="none")
+    assert read_factor(losses.view(2, 3).mean(1).mean()).value == 2
 
 
 @pytest.mark.parametrize("name", MOVED_BATCHES)
