@@ -476,3 +476,29 @@ def test_low_rank_weights_in_half_precision() -> None:
         model(x).square().sum().backward()
         total = torch.stack(list(expected.values())).sum(0).sqrt()
         assert torch.allclose(metric.per_sample, total, rtol=3e-2)
+
+
+class _LastInMidRun(_InMidRun):
+    """The checkpoint holds the index that picks each sample's last token, and no parameter."""
+
+    calls = 0
+
+    def block(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.tanh(x)[torch.arange(len(x)), torch.arange(len(x)) % T]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x @ self.w)
+
+
+def test_a_checkpoint_around_an_index_in_mid_run() -> None:
+    model, x = made(_LastInMidRun), torch.randn(4, T, C)
+    plain = copy.deepcopy(model)
+    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip"):
+        for checkpointed in (False, True, True):
+            for each in (model, plain):
+                each.checkpointed, each.calls = checkpointed, 0
+                each.zero_grad()
+                weighted_sum(each(x)).backward()
+            assert model.calls == plain.calls or not checkpointed  # the first pass is proved
+            assert_equal([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])

@@ -49,6 +49,11 @@ class _Structure:
     frontier: Frontier
     rows: RowOrders = field(default_factory=lambda: RowOrders(unproved=_NOT_YET))
 
+    def kept_by_hooks(self, walk: Walk) -> bool:
+        """Return whether hooks are on what a node keeps that is read or run again."""
+        places = (*self.frontier.nodes, *self.frontier.free, *self.frontier.indexed)
+        return any(keeps_by_hooks(walk.nodes[place]) for place in places)
+
     def fits(self, walk: Walk, samples: int) -> bool:
         """Return whether every sample has as many rows at every frontier node."""
         each = all(self.frontier.rows(place, walk) % samples == 0 for place in self.frontier.nodes)
@@ -101,6 +106,8 @@ class GraphWays:
         dims = int(batch.size == 1), *(leaf.dim() for leaf in leaves)
         key = dims, tuple(walk.parameters(names).items()), walk.signature()
         structure = self._known.get(key)
+        if structure is not None and structure.kept_by_hooks(walk):  # asked before anything is read of the nodes
+            return Followed(None, dict.fromkeys(parameters, HOOKED), "")
         try:
             if structure is None or not structure.fits(walk, batch.size):
                 structure = self._look(walk, output, call, batch, names, due=due)
@@ -113,8 +120,7 @@ class GraphWays:
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = structure
-        run_again = (*structure.frontier.nodes, *structure.frontier.free)
-        if any(keeps_by_hooks(walk.nodes[place]) for place in run_again):
+        if structure.kept_by_hooks(walk):
             return Followed(None, dict.fromkeys(parameters, HOOKED), "")
         return self._followed(structure, walk, batch, counts, fail)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows, keeps_norms
 from lipcore.capture.graph.frontier import EVERYTHING, Frontier
+from lipcore.capture.graph.rows import as_real
 from lipcore.capture.graph.walk import Walk, shapes
 from lipcore.capture.proof import NOTHING, is_proof
 from lipcore.capture.training_pass import in_backward
@@ -87,10 +88,9 @@ class Replay:
         self._factors: dict[str, Factor] = {}  # in place of squares, where gradients are kept whole
         for place, at in frontier.nodes.items():
             walk.nodes[place].register_prehook(_Hook(self._frontier, place, at, whose.get(place)))
-        for place in frontier.free - set(frontier.leaves):
-            if hasattr(walk.nodes[place], "variable"):
-                continue  # a leaf, which would accumulate
-            walk.nodes[place].register_prehook(_Hook(self._free, place))
+        for place in frontier.free:
+            if not hasattr(walk.nodes[place], "variable"):  # a leaf would accumulate
+                walk.nodes[place].register_prehook(_Hook(self._free, place))
 
     @property
     def direct(self) -> set[str]:
@@ -205,7 +205,7 @@ class Replay:
             here[key] = here[key] + out if key in here else out
         for key, out in here.items():
             if self._only_squares(key[0]):  # its only use: no gradient needs to be kept
-                out = _real(out).double().square().sum()
+                out = as_real(out).double().square().sum()
             rows.setdefault(key, []).append(out)
 
     def _add_all(self, rows: dict[tuple[int, int], list[Tensor]]) -> None:
@@ -230,7 +230,7 @@ class Replay:
         found = dict(self._squares)
         for place, name in self._leaves.items():
             if place in self._sums:
-                rows = _real(self._sums[place][0]).double().reshape(self._samples, -1)
+                rows = as_real(self._sums[place][0]).double().reshape(self._samples, -1)
                 found[name] = rows.square().sum(1)
         self._sums, self._squares, self._task = {}, {}, -1
         return {name: torch.full_like(row, torch.nan) for name, row in found.items()} if self._unknown else found
@@ -272,11 +272,6 @@ class _Hook:
     def __call__(self, grads: tuple[Tensor | None, ...]) -> None:
         replay: Replay = self._call.__self__  # type: ignore[attr-defined]
         replay.guarded(self._call, grads, current_node(), *self._rest)
-
-
-def _real(tensor: Tensor) -> Tensor:
-    """Return a tensor of real numbers with the same norm."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _run(node: Any, grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:

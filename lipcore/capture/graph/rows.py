@@ -149,6 +149,11 @@ class RowOrders:
             self._seen[place] = seen | earlier if earlier is not None and len(earlier) == len(seen) else seen
 
 
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a tensor of real numbers with the same norm, where it is complex with one dimension more."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 class _Squares:
     """Function that takes a gradient to the squared norms of its rows along a dimension."""
 
@@ -156,6 +161,6 @@ class _Squares:
         self._dim = dim
 
     def __call__(self, gradient: Any) -> Tensor:
-        real = torch.view_as_real(gradient) if gradient.is_complex() else gradient
+        real = as_real(gradient)
         rows: Tensor = real.movedim(self._dim, 0).reshape(real.shape[self._dim], -1)
         return rows.double().square().sum(1)
