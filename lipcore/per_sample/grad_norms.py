@@ -47,8 +47,10 @@ class PerSampleGradNorms(PerSampleMetric):
     ``fused=True``.
 
     A penalty on the parameters does not belong in the loss; use the optimizer's weight decay. The norms are without it,
-    because it is no sample's, but the noise scale is wrong by it: a large penalty is noticed and its steps are counted,
-    a small one cannot be noticed. Losses and models that mix samples have no per-sample gradient.
+    because it is no sample's, but the noise scale is wrong by it. Passes that prove themselves add up the samples'
+    gradients and compare them with the parameters': what else reaches those (a penalty, a use of the parameter in the
+    loss, a hook that changes its gradient) is said in a warning and in :attr:`unproved`. Losses and models that mix
+    samples have no per-sample gradient.
 
     Alone, it needs the model and nothing else::
 

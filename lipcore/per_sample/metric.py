@@ -100,7 +100,8 @@ class PerSampleMetric(StandaloneMetric):
         self._dropped = 0
         self._without_loss: Counter[str] = Counter()  # passes whose factor is not known, by reason
         self._noise: NoiseScale | None = None
-        self._told_of_hooks = self._heard = False  # of hooks on parameters; a step has brought numbers
+        self._told_of_hooks = self._told_of_sums = False  # of hooks on parameters, of what else comes to them
+        self._heard = False  # a step has brought numbers
         self._raised: Warning | None = None  # by a warning, where the filters make an error of it
         if model is not None:
             self._watch(model, scaler)
@@ -209,6 +210,10 @@ class PerSampleMetric(StandaloneMetric):
         self._note_doubt(record)
         if record.unproved:
             self._doubts.add(record.unproved)
+        if record.differs and not self._told_of_sums:
+            self._told_of_sums = True
+            message = f"lipcore does not label {self.name} exact: {record.differs}"
+            self._raised = warn_in_hook(message, UserWarning) or self._raised
         if record.observed:
             return
         ids, self._ids = self._ids, None

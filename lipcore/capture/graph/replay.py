@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.gradient_sums import GradientSums
 from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows, keeps_norms
 from lipcore.capture.graph.frontier import EVERYTHING, Frontier
 from lipcore.capture.graph.rows import as_real
@@ -57,6 +58,7 @@ class Replay:
 
     Attributes:
         unproved: why it is not proved whose rows came in the last backward pass, or "".
+        sums: gets what the samples' gradients add up to, where it is there.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class Replay:
         self._counts, self._fail, self._unreached, self._unseen = counts, fail, unreached, unseen or {}
         self._unknown = False
         self.unproved = ""
+        self.sums: GradientSums | None = None
         # Of each place what is needed later, without the nodes, which would keep the graph alive.
         self._next = {p: walk.next[p] for p in (*frontier.nodes, *frontier.free)}
         self._numbers = {p: [nr for _, nr in walk.nodes[p].next_functions] for p in self._next}
@@ -112,6 +115,8 @@ class Replay:
         if self._task != in_backward():
             self._task = in_backward()
             self._sums, self._squares, self._factors, self.unproved, self._unknown = {}, {}, {}, "", False
+            if self.sums is not None:
+                self.sums.begin(self._task)
         return True
 
     def _frontier(
@@ -124,6 +129,8 @@ class Replay:
     ) -> None:
         if whose is None or all(grad is None for grad in grads) or not self._begin():
             return
+        if self.sums is not None:
+            self.sums.look_at(grads)
         if place in self._unreached:
             self.unproved = _UNREACHED
         if any(g is not None and each is None for g, each in zip(grads, at, strict=True)):
@@ -166,12 +173,15 @@ class Replay:
         if form is None or not shapes or first is None or first.is_complex() or at[0] is None or at[0] == EVERYTHING:
             return ()
         factors = form(node, first, SampleRows(at[0], whose, self._samples), shapes)
-        if self.whole:  # in the shape of the parameter: not behind a transposition
+        adds_up = self.sums is not None and not self.whole
+        if self.whole or adds_up:  # in the shape of the parameter: not behind a transposition
             factors = {i: factor for i, factor in factors.items() if self._next[place][i] in self._leaves}
         named = {self._direct[self._next[place][i]]: factor for i, factor in factors.items()}
         if self.whole:
             self._factors |= named
         else:
+            if self.sums is not None:
+                self.sums.add_factors(named)
             self._squares |= norms_sq_of(named)
         return factors
 
@@ -205,6 +215,8 @@ class Replay:
             here[key] = here[key] + out if key in here else out
         for key, out in here.items():
             if self._only_squares(key[0]):  # its only use: no gradient needs to be kept
+                if self.sums is not None:
+                    self.sums.add(self._leaves[key[0]], out)
                 out = as_real(out).double().square().sum()
             rows.setdefault(key, []).append(out)
 
@@ -230,6 +242,8 @@ class Replay:
         found = dict(self._squares)
         for place, name in self._leaves.items():
             if place in self._sums:
+                if self.sums is not None:
+                    self.sums.add(name, self._sums[place][0].sum(0))
                 rows = as_real(self._sums[place][0]).double().reshape(self._samples, -1)
                 found[name] = rows.square().sum(1)
         self._sums, self._squares, self._task = {}, {}, -1

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.capture.gradient_sums import GradientSums
 from lipcore.capture.graph.another_size import HOOKED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.layers.audit import Audit, depends_on
@@ -67,6 +68,7 @@ class LayerCapture:
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._hooks: ModelHooks | None = None
         self._kept: KeptFactors | None = None  # of the last record
+        self._differs = ""  # what else comes to the parameters, when sums were compared last
         self._watching: list[Any] = []
         self._look()
 
@@ -273,6 +275,8 @@ class LayerCapture:
         self._audit.before_forward()
         try:
             self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
+            if run.adds_up and not self._compiled and not self.proofs.sharded:
+                run.sums = GradientSums(self.coverage.measured(), passes.fail)
         except Exception as error:
             passes.fail(error)
 
@@ -333,6 +337,8 @@ class LayerCapture:
                     *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
                     due=run.due,
                 )
+                if run.replay is not None:
+                    run.replay.sums = run.sums
                 run.unproved = run.unproved or unproved
                 run.proved = run.proved and not unproved
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
@@ -369,6 +375,7 @@ class LayerCapture:
                 passes.count("all of the parameters that it reached were frozen")
                 return
             self._audit.after_backward(record)
+            self._compare_sums(run, record)
             # Nothing else may add to the gradients that are compared, or later to those that are served.
             agrees = run.proves and record.fresh and not record.broken and passes.is_alone(run, task)
             agrees = agrees and self.single.compare(record.norms_sq)
@@ -383,6 +390,19 @@ class LayerCapture:
                 self._on_proof("", False)
         except Exception as error:
             passes.fail(error)
+
+    def _compare_sums(self, run: LayerPass, record: LayerRecord) -> None:
+        """Note on a record what else than its samples' gradients comes to the parameters, as a pass in which sums are
+        compared has shown."""
+        sums, run.sums = run.sums, None
+        if sums is not None:
+            if not record.broken and self.passes.came_alone(run, record.task):
+                rows = record.norms_sq if self._options.measure is norms_sq_of else {}
+                found = sums.difference(record.task, rows, self.coverage.covered)
+                self._differs = self._differs if found is None else found
+            sums.remove()
+        record.differs = self._differs
+        record.unproved = self._differs or record.unproved
 
     def _single_came_back(self, record: LayerRecord) -> None:
         """Hand on the record of a batch of one whose norms were read from its gradients."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.gradient_sums import GradientSums
 from lipcore.capture.graph.replay import Replay
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.proof import NOTHING
@@ -72,6 +73,7 @@ class LayerRecord:
     loss: Any = None  #: and `loss_of`
     hidden: str = ""  #: why those of some samples are NaN
     factors: KeptFactors | None = None  #: of the parameters' gradients, where the options say so
+    differs: str = ""  #: what else than the samples' gradients came to the parameters, when that was looked at last
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
         """Note a reason for every covered parameter that is not among the norms."""
@@ -132,6 +134,8 @@ class LayerPass:
         self.call_kept_by_hooks = False  # a part of it that the graph is asked about: nodes may be run once only
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
+        self.adds_up = False  # its samples' gradients are to be added up, and compared with the parameters'
+        self.sums: GradientSums | None = None  # where that is done
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
         self.note: Any = None  # what the options' note_of returned
         self.loss: Any = None  # and loss_of
@@ -164,6 +168,8 @@ class LayerPass:
         self._held.clear()
         self._kept = KeptFactors()
         self.came.clear()
+        if self.sums is not None:
+            self.sums.begin(task)
         return True
 
     def add_factor(self, name: str, factor: Factor) -> None:
@@ -183,7 +189,7 @@ class LayerPass:
         for name, row in self._measured(at_once).items():
             self.add_row(name, row)
             self._add_error(name, at_once[name])
-        self.keep_factors(at_once)
+        self._take(at_once)
 
     def _measured(self, factors: Mapping[str, Factor]) -> dict[str, Tensor]:
         """Return what is made of factors; of samples that no proof has seen, NaN where the gradient is not 0."""
@@ -195,6 +201,11 @@ class LayerPass:
             hidden = self.unseen[name].to(norms_sq.device) & ~(norms_sq < NOTHING)
             rows[name] = rows[name].masked_fill(hidden, torch.nan)
         return rows
+
+    def _take(self, factors: Mapping[str, Factor]) -> None:
+        if self.sums is not None:
+            self.sums.add_factors(factors)
+        self.keep_factors(factors)
 
     def keep_factors(self, factors: Mapping[str, Factor]) -> None:
         """Keep factors for the record where they are wanted."""
@@ -224,12 +235,12 @@ class LayerPass:
             for name, factor in self._held.items():
                 self._rows |= self._measured({name: factor})
                 self._add_error(name, factor)
-            self.keep_factors(self._held)
+            self._take(self._held)
             self._held.clear()
             if self.replay is not None and self.replay.whole:
                 factors = self.replay.factors(self.task)
                 self._rows |= self._measured(factors)
-                self.keep_factors(factors)
+                self._take(factors)
             elif self.replay is not None:
                 self._rows |= self.replay.norms_sq(self.task)
         rows = {name: row for name, row in self._rows.items() if name in covered or name.startswith(_BESIDE)}

@@ -252,6 +252,8 @@ class LayerSite:
                 weight_grad, norms_sq = functional.linear_weight_grad(tokens, grads, offsets=batch.offsets)
                 run.add_row(weight, norms_sq)
                 run.keep_factors({weight: factors["weight"]})
+                if run.sums is not None:
+                    run.sums.add(weight, weight_grad)
                 return weight_grad
         except Exception as error:
             passes.fail(_named(error, self))

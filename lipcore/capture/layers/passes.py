@@ -183,6 +183,7 @@ class Passes:
             if isinstance(run, Recomputation):
                 run.spoil("several forward passes with reentrant checkpoints wait for their backward pass")
                 return False
+            run.sums = None  # which would be those of several backward passes
             if run.begin_task(run.entered):
                 run.inner_only = True
             return True
@@ -222,6 +223,10 @@ class Passes:
         for name in self._stray.pop(task, set()):
             reason = f"the layer of parameter '{name}' was also called outside the model's forward pass"
         return reason
+
+    def came_alone(self, run: LayerPass, task: int) -> bool:
+        """Return whether no other pass has added to a pass's gradients in this backward pass."""
+        return not any(other is not run and other.task == task for other in self._living())
 
     def is_alone(self, run: LayerPass, task: int) -> bool:
         """Return whether no other pass adds to a pass's gradients, in this backward pass or a later one."""

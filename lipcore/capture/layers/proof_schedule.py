@@ -22,6 +22,7 @@ class ProofSchedule:
 
     def __init__(self) -> None:
         self.passes = 0
+        self.by_number = False  #: the last pass was to be proved by its number, whatever its batch
         self._next = 1
         self._owed = False  # the last one fell on a batch of one sample
         self._again: dict[tuple[int, int], int] = {}  # by kind, when what was left open is asked again
@@ -33,7 +34,7 @@ class ProofSchedule:
     def due(self, shape: tuple[int, ...], samples: int) -> bool:
         """Count a pass whose input has this shape, and return whether it is to be proved."""
         self.passes += 1
-        by_number = self.passes >= self._next
+        self.by_number = by_number = self.passes >= self._next
         if by_number:
             self._next = max(_SECOND, self.passes + min(self.passes, _LONGEST))
             self._spare, self._other_sizes = max(1, self._spare), True

@@ -86,6 +86,7 @@ class Proofs:
 
     Attributes:
         bytes: the memory that the last proof took beside what the pass itself keeps, roughly.
+        sharded: parameters of the model are spread over ranks.
     """
 
     def __init__(
@@ -102,12 +103,12 @@ class Proofs:
         self._model, self._sites = model, sites
         self._wanted, self._skip, self._graph = prove, skip, graph
         self._output = ProofOutput(model, output)
-        self._sharded = any(hasattr(p, "placements") for p in model.parameters())
+        self.sharded = any(hasattr(p, "placements") for p in model.parameters())
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
         self._schedule = ProofSchedule()
         self._begun: tuple[int, int] | None = None  # the kind of a pass that is to be proved, until it has ended
         self._known: dict[tuple[int, int], _Known] = {}
-        self._ranks = Ranks(model) if self._sharded and prove and under_process_group() else None
+        self._ranks = Ranks(model) if self.sharded and prove and under_process_group() else None
         if self._ranks is not None:
             self._ranks.announce(1)
 
@@ -139,6 +140,7 @@ class Proofs:
         self._begun = None
         run.kind = first.dim(), run.batch.size
         due = self._schedule.due(tuple(first.shape), run.batch.size)
+        run.adds_up = due or self._schedule.by_number
         if self._ranks is not None and self._schedule.due_next():
             self._ranks.announce(self._schedule.passes + 1)
         if not due or (run.chained and self._ranks is None):
@@ -180,7 +182,7 @@ class Proofs:
         return wrong
 
     def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
-        if run.batch.size < 2 and not self._sharded:  # whose passes run on every rank
+        if run.batch.size < 2 and not self.sharded:  # whose passes run on every rank
             return {}
         try:
             seeds, graph = seeds_of(output, run.batch), Graph(run, output, self._sites)
@@ -245,7 +247,7 @@ class Proofs:
                 random_numbers_put_back(self._model),  # a checkpoint runs again
                 buffers_put_back(self._model),
             ):
-                found = verdict(run, seeds, graph, self._sites, fixed=self._sharded)
+                found = verdict(run, seeds, graph, self._sites, fixed=self.sharded)
         except Exception as error:
             return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))
         return found

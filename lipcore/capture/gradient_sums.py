@@ -1,0 +1,166 @@
+"""Sums of single samples' gradients, beside the gradients that come to the parameters in the same backward pass.
+
+What is measured of the samples of a batch adds up to the gradient that autograd brings to the parameter, unless
+something else reaches it: a penalty, a use of the parameter in the loss itself, a hook that changes gradients on their
+way. The two sums are compared by a few random projections, so that neither has to be kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Container, Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from lipcore.capture.proof import is_proof
+from lipcore.capture.training_pass import in_backward
+from lipcore.layers import Factor
+
+DIFFER = (
+    "the gradient that came to parameter '{0}' is not the sum of the samples' gradients (they differ by {1:.2g} times "
+    "its norm): the loss has a penalty on the parameter or uses it outside the model's forward pass, or a hook changes "
+    "its gradient; the norms are without that. Use the optimizer's weight_decay for penalties, and do the rest in "
+    "forward()"
+)
+_NUMBERS, _PROJECTIONS = 1024, 4
+# What may differ by rounding: of the gradient and of the samples' gradients, and of the largest of all parameters',
+# where the terms of a gradient cancel but for rounding (a bias that softmax or a batch norm takes away again).
+_EXACT, _EXACT_NOISE = 1e-3, 1e-5
+_ROUGH, _ROUGH_NOISE = 0.1, 0.03  # where gradients are of half precision on their way
+
+
+class GradientSums:
+    """The two sums for the parameters of one pass.
+
+    Args:
+        parameters: those that are measured, by name.
+        on_error: gets what would have been raised in the backward pass.
+
+    Attributes:
+        rough: a gradient was of half precision on its way.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], on_error: Callable[[Exception], None]) -> None:
+        self.rough = torch.get_float32_matmul_precision() != "highest"
+        self._on_error = on_error
+        self._task = -1
+        self._samples: dict[str, Tensor] = {}
+        self._came: dict[str, Tensor] = {}
+        self._handles = []
+        for name, parameter in parameters.items():
+            if parameter.is_leaf and parameter.requires_grad:
+                # Of the node and not of the tensor, whose hooks belong to others and run before.
+                accumulates = get_gradient_edge(parameter).node
+                self._handles.append((accumulates, accumulates.register_prehook(_Hook(self, name))))
+
+    def begin(self, task: int) -> None:
+        """Forget what an earlier backward pass has brought."""
+        if self._task != task:
+            self._task, self._samples, self._came = task, {}, {}
+
+    def look_at(self, gradients: Iterable[Tensor | None]) -> None:
+        """Note where gradients on their way to the parameters are of half precision."""
+        self.rough |= any(each is not None and each.dtype in (torch.float16, torch.bfloat16) for each in gradients)
+
+    def add_factors(self, factors: Mapping[str, Factor]) -> None:
+        """Take in per-sample gradients that a backward pass has brought."""
+        for name, factor in factors.items():
+            self.look_at(factor.tensors())
+            if factor.samples:
+                ones = torch.ones(factor.samples, dtype=torch.float64, device=next(factor.tensors()).device)
+                with torch.autocast(ones.device.type, enabled=False):
+                    self.add(name, factor.weighted_sum(ones))
+
+    def add(self, name: str, total: Tensor) -> None:
+        """Take in a sum of samples' gradients."""
+        _add(self._samples, name, total)
+
+    def _at_parameter(self, name: str, gradient: Tensor | None) -> None:
+        # What comes in another backward pass (another thread's) is of another forward pass.
+        if gradient is None or in_backward() != self._task or is_proof():
+            return
+        try:
+            self.look_at([gradient])
+            _add(self._came, name, gradient)
+        except Exception as error:
+            self._on_error(error)
+
+    def difference(self, task: int, norms_sq: Mapping[str, Tensor], names: Container[str]) -> str | None:
+        """Return which parameter's gradient differs, with the ways out, "" where none does; None where nothing can be
+        said.
+
+        Args:
+            task: the backward pass.
+            norms_sq: the samples' squared norms by parameter, where they are at hand.
+            names: of the parameters to be compared.
+        """
+        came = {name: each for name, each in self._came.items() if name in names}
+        if task != self._task or not came or not self._samples:
+            return None
+        found = torch.stack([self._samples.get(name, torch.zeros_like(each)) for name, each in came.items()]).cpu()
+        there = torch.stack(list(came.values())).cpu()
+        sizes = {name: row.clamp_min(0).sqrt().sum() for name, row in norms_sq.items() if name in came}
+        size = torch.stack([sizes.get(name, each.new_zeros(())).cpu() for name, each in came.items()])
+        if not bool(found.isfinite().all() and there.isfinite().all() and size.isfinite().all()):
+            return None
+        norm = there.square().mean(1).sqrt()
+        scale = norm + size
+        share, noise = (_ROUGH, _ROUGH_NOISE) if self.rough else (_EXACT, _EXACT_NOISE)
+        by = (there - found).square().mean(1).sqrt()
+        over = by / (share * scale + noise * scale.max()).clamp_min(torch.finfo(torch.float64).tiny)
+        worst = int(over.argmax())
+        if not bool(over[worst] > 1):
+            return ""
+        return DIFFER.format(list(came)[worst], float(by[worst] / norm[worst].clamp_min(1e-300)))
+
+    def remove(self) -> None:
+        """Take the hooks off, and let go of the nodes."""
+        for _, handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __del__(self) -> None:
+        self.remove()  # a pass that has no backward pass
+
+
+class _Hook:
+    """The hook at one parameter; others (DistributedDataParallel) may keep its node for ever."""
+
+    def __init__(self, sums: GradientSums, name: str) -> None:
+        self._sums, self._name = weakref.ref(sums), name
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        sums = self._sums()
+        if sums is not None:
+            with torch.no_grad():
+                sums._at_parameter(self._name, gradients[0])
+
+
+def _add(sums: dict[str, Tensor], name: str, total: Tensor) -> None:
+    with torch.autocast(total.device.type, enabled=False):
+        found = _projected(total)
+    sums[name] = sums[name] + found if name in sums else found
+
+
+def _projected(tensor: Tensor) -> Tensor:
+    """Return a tensor's inner products with random ones of its size, float64 [_PROJECTIONS]."""
+    tensor = tensor.detach()
+    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    numbers = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
+    directions, signs = (t.to(numbers.device, numbers.dtype) for t in _random())
+    whole = len(numbers) // _NUMBERS
+    rows = numbers[: whole * _NUMBERS].reshape(whole, _NUMBERS) @ directions
+    turns = signs[torch.arange(whole, device=numbers.device) % len(signs)]  # rows that are alike must not look alike
+    rest = numbers[whole * _NUMBERS :]
+    return ((rows * turns).sum(0) + rest @ directions[: len(rest)]).double()
+
+
+@functools.cache
+def _random() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(_NUMBERS, _PROJECTIONS, generator=generator, dtype=torch.float64)
+    return directions, torch.randn(_NUMBERS - 1, 1, generator=generator, dtype=torch.float64)
