@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from lipcore.layers import Rule, rule_for
+from lipcore.layers.alike import rule_alike
 from lipcore.layers.registry import why_no_rule
 from lipcore.models.checks import refuse_script
 from lipcore.models.names import named_modules
@@ -128,9 +129,11 @@ class ParameterCoverage:
         )
 
     def check_single_use(self) -> None:
-        """Raise ValueError when a parameter is tied, since a compiled region cannot join its uses."""
+        """Raise ValueError when a parameter is tied whose uses in a compiled region cannot be joined."""
+        joined = {name for *_, rule, names in self.tapped if rule.needs_only_batch for name in names.values()}
+        joined -= {name for *_, rule, names in self.tapped if not rule.needs_only_batch for name in names.values()}
         for name, layers in self.covered.items():
-            if " + " in layers:
+            if " + " in layers and name not in joined:
                 raise ValueError(
                     f"model: parameter '{name}' is shared by {layers}; inside torch.compile the two gradients cannot "
                     "be joined. Run the model in eager mode, or untie them"
@@ -156,8 +159,9 @@ class ParameterCoverage:
         return "\n".join(lines)
 
 
-def cover(model: nn.Module) -> ParameterCoverage:
-    """Find the parameters of a model that have a rule, by the structure of its modules alone."""
+def cover(model: nn.Module, *, alike: bool = False) -> ParameterCoverage:
+    """Find the parameters of a model that have a rule, by the structure of its modules; with `alike` also by what
+    modules of types without a rule compute."""
     coverage = ParameterCoverage()
     names: dict[int, str] = {}
     refuse_script(model)
@@ -171,6 +175,8 @@ def cover(model: nn.Module) -> ParameterCoverage:
     inside_rule: set[int] = set()  # children whose parameters their parent's rule covers
     for module_name, module in modules:
         rule = None if id(module) in inside_rule else rule_for(module)
+        if rule is None and alike and id(module) not in inside_rule:
+            rule = rule_alike(module)
         if rule is None:
             continue
         if rule.may_mix_samples:

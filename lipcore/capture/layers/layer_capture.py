@@ -77,9 +77,9 @@ class LayerCapture:
     def _look(self) -> None:
         """Find the model's layers and parameters."""
         passes, options = self.passes, self._options
-        self.coverage: ParameterCoverage = cover(self.model)
         # A fused layer's place in the graph is not the one that it has in a pass of lipcore's own.
         by_graph = not self._compiled and not options.fused and options.max_replay_bytes > 0
+        self.coverage: ParameterCoverage = cover(self.model, alike=not by_graph)
         self.coverage.graph_is_off = not self._compiled and options.max_replay_bytes == 0
         if by_graph:
             self.coverage.leave_rest_to_graph()
@@ -116,7 +116,7 @@ class LayerCapture:
         )
         passes.coverage, passes.single = self.coverage, self.single
         passes.graph_serves = by_graph and not options.normalized
-        self._probes = LayerProbes(self.sites, passes.probe_comes_back)
+        self._probes = LayerProbes(self.model, self.sites, passes.probe_comes_back, compiled=self._compiled)
 
     def _check_names(self) -> None:
         """Raise ValueError for an argument that names no tapped layer, or for a method that compiled models lack."""
@@ -368,7 +368,7 @@ class LayerCapture:
         """Hand on the record of a pass whose backward pass has ended."""
         passes = self.passes
         try:
-            self._probes.read(run)
+            self._audit.refuse(self._probes.read(run))
             run.broken = passes.entangled(run, task) or run.broken
             record = run.record(self.coverage.covered)
             if run.frozen and not record.norms_sq and not record.broken:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
+from lipcore.capture.layers.region_factors import hand_over
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
@@ -54,6 +55,8 @@ class LayerSite:
         how: the way in which the weight's norms are computed, once that is known.
         broadcast: True where the layer's output has no batch dimension and is expanded here.
         left_to_graph: True where a call did not fit the rule, and the graph measures the layer's parameters.
+        shared: keys of parameters whose uses in compiled regions are joined outside.
+        pending: passes whose probes may come back.
     """
 
     def __init__(
@@ -71,6 +74,8 @@ class LayerSite:
         self.broadcast = name in options.broadcast
         self.number = next(_numbers)
         self.left_to_graph = False
+        self.shared: tuple[str, ...] = ()
+        self.pending: list[LayerPass] = []
         self._passes = passes
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
@@ -200,8 +205,9 @@ class LayerSite:
                 "leave it out of broadcast="
             )
         shape = (batch.size, *first.shape) if first.shape[0] != 1 else (batch.size, *first.shape[1:])
-        if not getattr(_site_of(output), "broadcast", False):  # by another metric, whose hook ran before
-            output = output.expand((batch.size, *(output.shape if first.shape[0] != 1 else output.shape[1:])))
+        alone = first.shape[0] == 1
+        if output.dim() == positions + 1 and not (alone and output.shape[0] == batch.size):  # not by another metric
+            output = output.expand((batch.size, *output.shape[alone:]))
         return Batch(batch.size), (first.expand(shape), *arguments[1:]), output
 
     def came_back(self, run: LayerPass, grad: Tensor, extra: Any, inner: bool, saved: tuple[Tensor, ...]) -> None:
@@ -290,19 +296,57 @@ class LayerSite:
                 "and the model's input has as many positions as samples, so which of them these are cannot be told "
                 "inside torch.compile; name the layer in broadcast= if they are positions, or use another batch size"
             )
-        saved, extra = self._saved(module, arguments, keywords, batch)
+        try:
+            saved, extra = self._saved(module, arguments, keywords, batch)
+        except ValueError:  # raised, it would end the user's forward pass; what is said in it is not known here
+            return _with_tensor(output, _Refused.apply(tensor, probe, self))  # type: ignore[no-untyped-call]
         tapped = _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
         return watch_probed(tapped, probe)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
         """Return the gradient of a compiled region's probe: float64 [columns, B]."""
+        norms_sq: dict[str, Tensor] = {}
+        if self.shared:
+            *saved, probe = saved  # type: ignore[assignment]
+            norms_sq = dict(zip(self.shared, hand_over(grad, saved, probe, self.number, len(self.shared)), strict=True))
         factors: dict[str, Factor] = self.rule.factors(self.module, grad, extra, *saved)
         nothing = torch.full((samples,), torch.nan, dtype=torch.float64, device=grad.device)
-        norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
+        norms_sq |= norms_sq_of({key: f for key, f in factors.items() if key in self.names and key not in norms_sq})
         rows = [norms_sq.get(key, nothing) for key in self.names]
         if self._normalized:
             rows.append(self.squares_of(grad, Batch(samples, self._batch_dim)))
         return torch.stack([*rows, torch.ones_like(nothing)])
+
+    @property
+    def joins_calls(self) -> bool:
+        """True where several calls in a compiled region are joined."""
+        return set(self.shared) >= self.names.keys()
+
+    def factors_came_back(self, grad: Tensor, saved: Sequence[Tensor], probe: Tensor) -> Tensor | None:
+        """Take in the factors of shared parameters that a compiled region hands over in its backward pass; return rows
+        for the probe where they are not the training's."""
+        passes = self._passes
+        if not passes.recording:
+            return None
+        try:
+            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+                proof = is_proof() or not accumulates_everything()
+                if not proof:  # the region may use their memory again
+                    grad, saved = grad.clone(), [tensor.clone() for tensor in saved]
+                batch = Batch(probe.shape[1], self._batch_dim)
+                factors = self.rule.factors(self.module, grad, batch, *saved)
+                own = {key: self._tuned(factors[key]) for key in self.shared if key in factors}
+                if proof:
+                    nothing = probe.new_zeros(probe.shape[1])
+                    return torch.stack([own[key].norms_sq() if key in own else nothing for key in self.shared])
+                numbers = probe.data_ptr()  # of this very pass: the region's own handle of it is another object
+                run = next((r for r in self.pending if r.probes[self.number].data_ptr() == numbers), None)
+                if run is not None:
+                    passes.probe_comes_back(run)
+                    run.add_factors({self.names[key]: factor for key, factor in own.items()})
+        except Exception as error:
+            passes.fail(_named(error, self))
+        return None
 
 
 class _Call(NamedTuple):
@@ -345,14 +389,31 @@ class _Probed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite, extra: Any, *saved: Tensor) -> Tensor:
-        ctx.site, ctx.extra, ctx.samples = site, extra, probe.shape[1]
-        ctx.save_for_backward(*saved)
+        ctx.site, ctx.extra, ctx.samples, ctx.count = site, extra, probe.shape[1], len(saved)
+        ctx.save_for_backward(*saved, *([probe] if site.shared else []))
         return passed_on(ctx, output, site.in_place_after)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         columns = ctx.site.reduce(grad, ctx.extra, ctx.saved_tensors, ctx.samples)
-        return (grad, columns, None, None, *(None for _ in ctx.saved_tensors))
+        return (grad, columns, None, None, *(None for _ in range(ctx.count)))
+
+
+class _Refused(torch.autograd.Function):
+    """The Function on the output of a call in a compiled region that the layer's rule is not for: the probe gets NaN,
+    and -1 in the place of the number of calls."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite) -> Tensor:
+        ctx.shape = probe.shape
+        return passed_on(ctx, output, site.in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        rows, samples = ctx.shape
+        nothing = torch.full((rows - 1, samples), torch.nan, dtype=torch.float64, device=grad.device)
+        refused = torch.full((1, samples), -1.0, dtype=torch.float64, device=grad.device)
+        return grad, torch.cat([nothing, refused]), None
 
 
 class _Strayed(torch.autograd.Function):
