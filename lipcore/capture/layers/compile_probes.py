@@ -1,6 +1,7 @@
-"""Layer taps inside compiled regions: a probe per layer and forward pass takes the place of the pass itself.
+"""Layer taps inside compiled regions: a probe per group of layers and forward pass takes the place of the pass itself.
 
-Such a probe is a leaf inside a compiled region, and none of the fixed points that Monitor.probe follows.
+Such a probe is a leaf inside a compiled region, and none of the fixed points that Monitor.probe follows. Layers are in
+a group where they have parameters in common, whose uses the region joins (:mod:`.compiled_uses`).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.compiled import armed
+from lipcore.capture.layers import compiled_uses
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass
 from lipcore.capture.layers.layer_site import OTHER_OUTPUT, LayerSite
 
@@ -27,50 +29,76 @@ class LayerProbes:
     """
 
     def __init__(self, sites: list[LayerSite], on_return: Callable[[LayerPass], None]) -> None:
-        self._sites = sites
+        self._groups = _groups(sites)
         self._on_return = weakref.WeakMethod(on_return)
         self._pending: list[LayerPass] = []  # whose probes may come back: a region keeps only the probes alive
+        for group in self._groups:
+            columns = [*dict.fromkeys(name for site in group for name in site.rows), "regions"]
+            for site in group:
+                site.columns = columns
+
+    def allow(self) -> None:
+        """Make the sites known to torch.compile."""
+        compiled_uses.allow([site for group in self._groups for site in group])
 
     def arm(self, run: LayerPass, device: torch.device) -> None:
         """Make the probes of a forward pass that begins, and put them within the compiled region's reach."""
-        for site in self._sites:
-            probe = torch.empty(
-                len(site.columns), run.batch.size, dtype=torch.float64, device=device, requires_grad=True
-            )
+        for group in self._groups:
+            columns = len(group[0].columns)
+            probe = torch.empty(columns, run.batch.size, dtype=torch.float64, device=device, requires_grad=True)
             probe.register_post_accumulate_grad_hook(_ProbeHook(self._on_return, run))
-            run.probes[site.number] = probe
-            armed[site.number] = probe
+            for site in group:
+                run.probes[site.number] = armed[site.number] = probe
         self._pending.append(run)
         del self._pending[:-_MAX_PENDING]
 
     def disarm(self) -> None:
         """Take the probes out of the region's reach when the forward pass is over."""
-        for site in self._sites:
-            armed.pop(site.number, None)
+        for group in self._groups:
+            for site in group:
+                armed.pop(site.number, None)
+        compiled_uses.forget()
 
     def read(self, run: LayerPass) -> None:
         """Add the gradients of the probes to their pass, when its backward pass is over."""
-        for site in self._sites if run.probes else ():
-            probe = run.probes[site.number]
+        for group in self._groups if run.probes else ():
+            probe = run.probes[group[0].number]
             if probe.grad is None:
                 continue
-            *rows, calls = probe.grad.unbind()
+            *rows, regions = probe.grad.unbind()
             probe.grad = None
-            if bool(calls.isnan().any()):
-                raise ValueError(f"module '{site.name}' ({type(site.module).__name__}): {OTHER_OUTPUT}")
-            if bool((calls > 1).any()):
+            named = " + ".join(f"'{site.name}' ({type(site.module).__name__})" for site in group)
+            named = f"module{'s' * (len(group) > 1)} {named}"
+            if bool(regions.isnan().any()):
+                raise ValueError(f"{named}: {OTHER_OUTPUT}")
+            if bool((regions > 1).any()):
                 raise ValueError(
-                    f"module '{site.name}' is called more than once in a compiled forward pass; its squares cannot be "
-                    "joined there. Run it in eager mode, or leave it out with on_unsupported='skip'"
+                    f"{named}: the same parameter is used more than once in a compiled forward pass, and not all of it "
+                    "in one region, so that its squares cannot be joined. Compile the model with fullgraph=True, run "
+                    "it in eager mode, or leave the parameter out with on_unsupported='skip'"
                 )
-            run.came.add(site.name)
-            for name, row in zip(site.columns, rows, strict=False):
+            run.came.update(site.name for site in group)
+            for name, row in zip(group[0].columns, rows, strict=False):
                 run.calls[name] += 0
                 run.add_row(name, row)
         if run.output_sq is not None:
             run.add_row(OUTPUT, run.output_sq)
         if run in self._pending:
             self._pending.remove(run)
+
+
+def _groups(sites: list[LayerSite]) -> list[list[LayerSite]]:
+    """Return the sites in groups that have parameters in common, directly or through others."""
+    group_of: dict[str, list[LayerSite]] = {}
+    groups: dict[int, list[LayerSite]] = {}
+    for site in sites:
+        group = [site]
+        for earlier in {id(found): found for name in site.names.values() if (found := group_of.get(name))}.values():
+            group = [*earlier, *group]
+            del groups[id(earlier)]
+        groups[id(group)] = group
+        group_of |= dict.fromkeys((name for each in group for name in each.names.values()), group)
+    return list(groups.values())
 
 
 class _ProbeHook:

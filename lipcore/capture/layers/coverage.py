@@ -127,15 +127,6 @@ class ParameterCoverage:
             f"{'; '.join(named[:5])}{more}. Ways out: {'; '.join(ways)}"
         )
 
-    def check_single_use(self) -> None:
-        """Raise ValueError when a parameter is tied, since a compiled region cannot join its uses."""
-        for name, layers in self.covered.items():
-            if " + " in layers:
-                raise ValueError(
-                    f"model: parameter '{name}' is shared by {layers}; inside torch.compile the two gradients cannot "
-                    "be joined. Run the model in eager mode, or untie them"
-                )
-
     @property
     def share(self) -> str:
         """The share of the trainable parameters that is measured, in words; "" where that is all."""

@@ -142,7 +142,7 @@ class LayerCapture:
         if not self._options.skip_uncovered:
             self.coverage.check()
         if self._compiled:
-            self.coverage.check_single_use()
+            self._probes.allow()
             if self._options.keep_factors or self._options.measure is not norms_sq_of:
                 raise ValueError(
                     "model: is compiled, and the factors of its samples' gradients stay inside the compiled graph, "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lipcore import _core, functional
 from lipcore.capture.compiled import armed
 from lipcore.capture.identity import InPlaceAfter, passed_on
+from lipcore.capture.layers.compiled_uses import coded, used
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, LayerPass
 from lipcore.capture.layers.options import LayerOptions
@@ -70,6 +71,10 @@ class LayerSite:
         self.how = ""
         self.broadcast = name in options.broadcast
         self.number = next(_numbers)
+        self.key = str(self.number)  # as a compiled region's graph holds it
+        #: The names of the rows of a probe that compiled regions bring: those of all layers that have parameters in
+        #: common with this one, and last, how many regions brought some.
+        self.columns: list[str] = []
         self.left_to_graph = False
         self._passes = passes
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
@@ -88,10 +93,9 @@ class LayerSite:
         return type(self.module).forward.__module__.startswith("torch.nn.modules.") or "copy"
 
     @property
-    def columns(self) -> list[str]:
-        """The names of a probe's rows: the parameters' norms and, last, how often the layer was called."""
-        deltas = [DELTA + self.name] if self._normalized else []
-        return [*self.names.values(), *deltas, "calls"]
+    def rows(self) -> list[str]:
+        """The names of the rows that the layer brings: the parameters' norms, and that of its output's gradient."""
+        return [*self.names.values(), *([DELTA + self.name] if self._normalized else [])]
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -200,7 +204,11 @@ class LayerSite:
                 "leave it out of broadcast="
             )
         shape = (batch.size, *first.shape) if first.shape[0] != 1 else (batch.size, *first.shape[1:])
-        if not getattr(_site_of(output), "broadcast", False):  # by another metric, whose hook ran before
+        if torch.compiler.is_compiling():  # where there is no grad_fn to look at
+            expanded = output.dim() > first.dim() + (not first.is_floating_point())
+        else:
+            expanded = getattr(_site_of(output), "broadcast", False)
+        if not expanded:  # by another metric, whose hook ran before
             output = output.expand((batch.size, *(output.shape if first.shape[0] != 1 else output.shape[1:])))
         return Batch(batch.size), (first.expand(shape), *arguments[1:]), output
 
@@ -291,18 +299,35 @@ class LayerSite:
                 "inside torch.compile; name the layer in broadcast= if they are positions, or use another batch size"
             )
         saved, extra = self._saved(module, arguments, keywords, batch)
-        tapped = _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
-        return watch_probed(tapped, probe)
+        code = coded(extra)
+        if code is None:  # a layer of a rule of the user's own, which can be called once
+            probed = _Probed.apply(tensor, probe, self, extra, *saved)  # type: ignore[no-untyped-call]
+        else:
+            probed = used(tensor, probe, self.key, code, *saved)
+        return watch_probed(_with_tensor(output, probed), probe)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
-        """Return the gradient of a compiled region's probe: float64 [columns, B]."""
+        """Return the gradient of a compiled region's probe, where one call brings it: float64 [columns, B]."""
         factors: dict[str, Factor] = self.rule.factors(self.module, grad, extra, *saved)
         nothing = torch.full((samples,), torch.nan, dtype=torch.float64, device=grad.device)
-        norms_sq = norms_sq_of({key: factor for key, factor in factors.items() if key in self.names})
-        rows = [norms_sq.get(key, nothing) for key in self.names]
+        rows = norms_sq_of({self.names[key]: factor for key, factor in factors.items() if key in self.names})
         if self._normalized:
-            rows.append(self.squares_of(grad, Batch(samples, self._batch_dim)))
-        return torch.stack([*rows, torch.ones_like(nothing)])
+            rows[DELTA + self.name] = self.squares_of(grad, Batch(samples, self._batch_dim))
+        return torch.stack([*[rows.get(name, nothing) for name in self.columns[:-1]], torch.ones_like(nothing)])
+
+    def brought(
+        self, grad: Tensor, samples: int, extra: Any, saved: tuple[Tensor, ...]
+    ) -> tuple[dict[str, Factor], dict[str, Tensor]]:
+        """Return, while a compiled region's backward pass is recorded, the factors of one call and the rows beside
+        them; neither, and recording ends, where the rule fails."""
+        try:
+            factors = self.rule.factors(self.module, grad, extra, *saved)
+            own = {self.names[key]: self._tuned(factor) for key, factor in factors.items() if key in self.names}
+            batch = Batch(samples, self._batch_dim)
+            return own, {DELTA + self.name: self.squares_of(grad, batch)} if self._normalized else {}
+        except Exception as error:
+            self._passes.fail(_named(error, self))
+            return {}, {}
 
 
 class _Call(NamedTuple):
@@ -341,7 +366,8 @@ class _Tapped(torch.autograd.Function):
 
 
 class _Probed(torch.autograd.Function):
-    """The Function on a tapped output in a compiled region, where the numbers leave as the gradient of a probe."""
+    """The Function on a tapped output in a compiled region, where the numbers of one call leave as the gradient of a
+    probe."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite, extra: Any, *saved: Tensor) -> Tensor:
