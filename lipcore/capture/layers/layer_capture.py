@@ -83,6 +83,8 @@ class LayerCapture:
         self.coverage.graph_is_off = not self._compiled and options.max_replay_bytes == 0
         if by_graph:
             self.coverage.leave_rest_to_graph()
+        if self._compiled:
+            self.coverage.tell_compiled()
         self.structure = Structure(self.model)
         whole = options.keep_factors or options.measure is not norms_sq_of
         self.graph = GraphWays(self.model, max_bytes=options.max_replay_bytes, prove=options.prove, whole=whole)
