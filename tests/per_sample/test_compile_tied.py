@@ -154,6 +154,25 @@ def test_two_regions_of_a_backend_that_leaves_autograd_alone() -> None:
         assert_norms(metric, norms_sq(inner, samples_of((ids,), 3), sum_loss))
 
 
+class Borrowed(nn.Module):
+    """An embedding whose weight a function is given, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.linear = nn.Embedding(TOKENS, 6), nn.Linear(6, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.linear(self.linear(self.embedding(ids)), self.embedding.weight)
+
+
+def test_a_weight_that_a_function_is_given_is_refused_by_name() -> None:
+    model = compiled(made(Borrowed))
+    with pytest.raises(ValueError, match=r"'embedding.weight': is used 2 times .* F\.linear is given it directly"):
+        with PerSampleGradNorms(model, loss_reduction="sum"):
+            with pytest.warns(RuntimeWarning, match="stopped recording"):
+                sum_loss(model(torch.randint(TOKENS, (3, 4)))).backward()
+
+
 class Outside(nn.Module):
     """The embedding is eager, once or twice; the head compiled."""
 
