@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from per_sample_contenders import CONTENDERS, UNPROVED
-from per_sample_models import MODELS
+from per_sample_models import COMPILED, MODELS
 
 _WORKER = Path(__file__).parent / "per_sample_worker.py"
 _TITLES = {
@@ -22,6 +22,7 @@ _TITLES = {
     "cnn": "CNN with GroupNorm, 3x32x32, batch 64",
     "gpt": "GPT-like, 4 layers of 256, T=256, batch 8",
     "gpt-long": "GPT-like, 4 layers of 256, T=2048, batch 2",
+    "gpt-tied": "GPT-like, 4 layers of 256, embedding tied to the head, T=256, batch 8",
 }
 _TARGETS = {
     ("paper", "lipcore"): 1.05,
@@ -63,6 +64,16 @@ def bench_step(benchmark: Any, report: Any, model: str, contender: str) -> None:
     ratio = statistics.median(f["ratio"] for f in found)
     title = f"per-sample norms by {contender}: {_TITLES[model]}"
     report.add(title, ratio, "x plain", target=target, better=better, **details)
+
+
+@pytest.mark.parametrize("model", COMPILED)
+def bench_compiled_step(benchmark: Any, report: Any, model: str) -> None:
+    """The whole step, with torch.compile(model, fullgraph=True) on both sides."""
+    found = benchmark.pedantic(_run, ("time", model, "lipcore compiled"), rounds=1)
+    assert found["error"] <= 1e-5
+    details = {"error": found["error"], "control": found["control"], "plain_ms": 1e3 * found["plain"]}
+    title = f"per-sample norms by lipcore, compiled: {_TITLES[model]}"
+    report.add(title, found["ratio"], "x plain", **details)
 
 
 # glibc keeps freed blocks of up to 32 MiB in a heap that only shrinks from its end, so a small block behind them, of

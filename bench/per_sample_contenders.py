@@ -4,6 +4,7 @@ returns a step: forward, loss, backward, norms [B] (None of the plain step), opt
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from per_sample_models import Task
@@ -42,6 +43,17 @@ def _lipcore(fused: bool = False, prove: bool = True) -> Callable[[Task, Optimiz
             return norms
 
         return step
+
+    return make
+
+
+def compiled(step: Callable[[Task, Optimizer], Step]) -> Callable[[Task, Optimizer], Step]:
+    """Return the same with the model compiled."""
+
+    def make(task: Task, optimizer: Optimizer) -> Step:
+        # Else torch takes the graph of a model without hooks for one of the same class that has some.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        return step(replace(task, model=torch.compile(task.model, fullgraph=True)), optimizer)
 
     return make
 
@@ -153,3 +165,5 @@ UNPROVED = {
     "lipcore without proof": _lipcore(prove=False),
     "lipcore fused without proof": _lipcore(fused=True, prove=False),
 }
+#: Against a plain step that is compiled too.
+COMPILED = {"plain compiled": compiled(plain), "lipcore compiled": compiled(_lipcore())}

@@ -87,6 +87,13 @@ def _gpt(length: int, samples: int) -> Task:
     return Task(Gpt(length), tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), _tokens)
 
 
+def _gpt_tied() -> Task:
+    task = _gpt(256, 8)
+    task.model.head = nn.Linear(256, 1024, bias=False)
+    task.model.head.weight = task.model.token.weight
+    return task
+
+
 MODELS: dict[str, Callable[[], Task]] = {
     "paper": paper_mlp,
     "mlp": mlp,
@@ -94,3 +101,5 @@ MODELS: dict[str, Callable[[], Task]] = {
     "gpt": lambda: _gpt(256, 8),
     "gpt-long": lambda: _gpt(2048, 2),
 }
+#: Compiled as a whole, without graph breaks.
+COMPILED: dict[str, Callable[[], Task]] = {"mlp": mlp, "gpt": MODELS["gpt"], "gpt-tied": _gpt_tied}

@@ -12,7 +12,8 @@ import time
 
 import torch
 from measure import interleave
-from per_sample_contenders import CONTENDERS, UNPROVED, Cannot, Step
+from per_sample_contenders import COMPILED, CONTENDERS, UNPROVED, Cannot, Step
+from per_sample_models import COMPILED as COMPILED_MODELS
 from per_sample_models import MODELS, Task
 
 _CHECKED = 2  # samples that are compared with the truth
@@ -20,8 +21,8 @@ _CHECKED = 2  # samples that are compared with the truth
 
 def _made(model: str, contender: str) -> tuple[Task, Step]:
     torch.manual_seed(0)
-    task = MODELS[model]()
-    return task, (CONTENDERS | UNPROVED)[contender](task, torch.optim.SGD(task.model.parameters(), lr=1e-4))
+    task = (MODELS | COMPILED_MODELS)[model]()
+    return task, (CONTENDERS | UNPROVED | COMPILED)[contender](task, torch.optim.SGD(task.model.parameters(), lr=1e-4))
 
 
 def _error(model: str, contender: str) -> float:
@@ -42,9 +43,8 @@ def _error(model: str, contender: str) -> float:
 
 def _time(model: str, contender: str, seconds: float) -> dict[str, float]:
     error = _error(model, contender)
-    calls = {
-        name: _made(model, kind)[1] for name, kind in (("plain", "plain"), ("control", "plain"), ("it", contender))
-    }
+    plain = "plain compiled" if contender in COMPILED else "plain"
+    calls = {name: _made(model, kind)[1] for name, kind in (("plain", plain), ("control", plain), ("it", contender))}
     for call in calls.values():
         start = time.perf_counter()
         for _ in range(8):

@@ -25,7 +25,6 @@ class EmbeddingRule(Rule):
 
     methods = ()
     how = SUMS_OVER_INDICES
-    needs_only_batch = True
 
     def refuses(self, module: Any) -> str:
         return SCALED_BY_BATCH if module.scale_grad_by_freq else ""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lipcore import functional as F
+from lipcore.functional import library
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_products import (
@@ -125,10 +126,21 @@ class Tied(Factor):
     def norms_sq(self) -> Tensor:
         squares = self.embedding.norms_sq() + self.head.norms_sq()
         total: Tensor = (squares + 2 * self._cross()).clamp(min=0)  # clamp keeps NaN
-        if not torch.compiler.is_compiling() and total.is_cpu:
-            # Where both uses nearly cancel, the difference of float32 squares has no digits left.
-            for sample in (total < 5e-3 * squares).nonzero().flatten().tolist():
-                total[sample] = self.dense(sample).square().sum()
+        if not total.is_cpu:
+            return total
+        if not torch.compiler.is_compiling():
+            return self._again(total, squares)
+        e, h = self.embedding, self.head
+        if e.offsets is None and h.offsets is None:
+            parts = e.indices, e.grad, e.num, e.weights, e.padding_idx, h.x, h.grad
+            total = torch.ops.lipcore.tied_again(total, squares, *parts)
+        return total
+
+    def _again(self, total: Tensor, squares: Tensor) -> Tensor:
+        """Return the squared norms, those of samples for which both uses nearly cancel computed anew: the difference of
+        float32 squares has no digits left there."""
+        for sample in (total < 5e-3 * squares).nonzero().flatten().tolist():
+            total[sample] = self.dense(sample).square().sum()
         return total
 
     def dense(self, sample: int) -> Tensor:
@@ -173,3 +185,26 @@ class Tied(Factor):
             sample = (rows(t, o, b)[None] for t, o in zip(parts, offsets, strict=True))
             out.append(F.tied_cross(*sample, padding_idx=padding_idx))
         return torch.cat(out)
+
+
+def _tied_again(
+    total: Tensor,
+    squares: Tensor,
+    indices: Tensor,
+    grad: Tensor,
+    num: int,
+    weights: Tensor | None,
+    padding_idx: int | None,
+    x: Tensor,
+    grad_head: Tensor,
+) -> Tensor:
+    embedding = Indexed(indices, grad, num, weights=weights, padding_idx=padding_idx)
+    return Tied(embedding, Outer(x, grad_head))._again(total.clone(), squares)
+
+
+library.register(
+    "tied_again(Tensor total, Tensor squares, Tensor indices, Tensor grad, int num, Tensor? weights, int? padding_idx, "
+    "Tensor x, Tensor grad_head) -> Tensor",
+    _tied_again,
+    lambda total, *_: torch.empty_like(total),
+)

@@ -16,7 +16,6 @@ from lipcore.layers.rule import GRAM_OR_DIRECT, Batch, Rule
 
 class LinearRule(Rule):
     methods = (*GRAM_OR_DIRECT, "estimate")
-    needs_only_batch = True
 
     def fuses(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward

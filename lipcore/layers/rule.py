@@ -62,15 +62,12 @@ class Rule(ABC):
             each forward pass, and batches of one are not read from the gradients.
         in_place_after: an in-place activation may follow directly: the layer's backward pass does not need its output,
             which is no part of a tuple. Asked of layers whose forward is torch's own.
-        needs_only_batch: what save() returns beside tensors is the batch, so that factors() can be called where nothing
-            but tensors arrives: outside a compiled region, which joins there what shared parameters get.
     """
 
     methods: ClassVar[tuple[str, ...] | None] = None
     how: ClassVar[str] = ""
     may_mix_samples: ClassVar[bool] = False
     in_place_after: ClassVar[bool] = True
-    needs_only_batch: ClassVar[bool] = False
 
     def refuses(self, module: nn.Module) -> str:
         """Return why this module, configured as it is, has no per-sample gradients that could be measured, or ""."""

@@ -75,6 +75,21 @@ default_store: Any = (
     _found("distributed.distributed_c10d._get_default_store") if torch.distributed.is_available() else None
 )
 
+_COMPILING = "_is_compiling_flag"
+_found(f"compiler.{_COMPILING}")
+
+
+@contextmanager
+def as_compiling() -> Iterator[None]:
+    """Have torch.compiler.is_compiling() say True, also while a compiler records what it does not look into."""
+    before = getattr(torch.compiler, _COMPILING)
+    setattr(torch.compiler, _COMPILING, True)
+    try:
+        yield
+    finally:
+        setattr(torch.compiler, _COMPILING, before)
+
+
 MKLDNN_LAYOUT = _found("_mkldnn")
 OptimizedModule = _found("_dynamo.OptimizedModule")
 

@@ -362,6 +362,91 @@ def test_settings_and_calls(name: str) -> None:
 # ---- modules that are called by others
 
 
+class Scaled(nn.Module):
+    """A layer without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.linspace(0.5, 1.5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x
+
+
+class ScaledRule(layers.Rule):
+    def save(self, module: nn.Module, arguments: Any, keywords: Any, batch: layers.Batch) -> Any:
+        return (arguments[0],), batch
+
+    def factors(self, module: nn.Module, grad_output: Tensor, extra: Any, *saved: Tensor) -> dict[str, layers.Factor]:
+        return {"scale": layers.RowSum(extra.tokens(grad_output), extra.tokens(saved[0]))}
+
+
+def compiled(scaled: nn.Module | None = None) -> tuple[nn.Module, nn.Module]:
+    torch._dynamo.reset()
+    inner = net(Scaled() if scaled is None else scaled)
+    return inner, torch.compile(inner, fullgraph=True, backend="aot_eager")
+
+
+def compiled_without_rule() -> None:
+    PerSampleGradNorms(compiled()[1], loss_reduction="sum")
+
+
+def compiled_skipped() -> None:
+    inner, model = compiled()
+    expected = norms_sq(inner, samples_of((X,), 6), sum_loss)
+    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip") as norms:
+        assert any("torch.compile leaves no autograd graph" in line.rule for line in norms.plan())
+        sum_loss(model(X)).backward()
+        for name, found in norms.per_parameter.items():
+            assert torch.allclose(found, expected.pop(name).sqrt(), rtol=1e-5)
+    assert set(expected) == {"1.scale"}
+
+
+def compiled_with_a_rule() -> None:
+    layers.register(Scaled, ScaledRule())
+    inner, model = compiled()
+    expected = torch.stack(list(norms_sq(inner, samples_of((X,), 6), sum_loss).values())).sum(0)
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+        sum_loss(model(X)).backward()
+        assert torch.allclose(norms.per_sample, expected.sqrt(), rtol=1e-5)
+
+
+def compiled_but_for_every_third_step() -> None:
+    """Norms are right, and training is that of the same loop without the metric."""
+    trained = []
+    for measured in (True, False):
+        inner, model = compiled()
+        optimizer = torch.optim.SGD(inner.parameters(), lr=1e-3)
+        norms = PerSampleGradNorms(loss_reduction="sum")
+        monitor = Monitor(inner, optimizer, metrics=[norms]) if measured else None
+        for step in range(8):
+            expected = norms_sq(inner, samples_of((X,), 6), sum_loss)
+            optimizer.zero_grad()
+            sum_loss((model if step % 3 else inner)(X)).backward()
+            if measured and step % 3 == 0:
+                total = torch.stack(list(expected.values())).sum(0).sqrt()
+                assert torch.allclose(norms.per_sample, total, rtol=1e-5)
+            optimizer.step()
+        if monitor is not None:
+            assert monitor.compute()["per_sample_grad_norm"].norm["total"].mean.count == 18
+            monitor.close()
+        trained.append([p.detach().clone() for p in inner.parameters()])
+    assert all(map(torch.equal, *trained))
+
+
+@pytest.mark.parametrize(
+    ("said", "tried"),
+    [
+        (r"on_unsupported='skip' measures the other parameters", compiled_skipped),
+        (r"lipcore\.layers\.register\(\) takes a rule for the module", compiled_with_a_rule),
+        (r"make the metric of that module, and call it, not the compiled one", compiled_but_for_every_third_step),
+    ],
+    ids=["skip", "rule", "eager steps"],
+)
+def test_compiled_models_with_a_layer_without_a_rule(said: str, tried: Callable[[], None]) -> None:
+    try_it(Remedy(compiled_without_rule, said, tried))
+
+
 class Lightning(nn.Module):
     """As a LightningModule: its training_step calls what is inside."""
 

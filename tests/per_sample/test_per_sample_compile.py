@@ -287,33 +287,6 @@ def test_compiled_in_place_is_refused() -> None:
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
-def test_a_tie_that_cannot_be_joined_is_refused() -> None:
-    inner = nn.Sequential(nn.Conv1d(2, 2, 3, padding=1), nn.Conv1d(2, 2, 3, padding=1))
-    inner[1].weight = inner[0].weight
-    model = torch.compile(inner, backend="eager")
-    with pytest.raises(ValueError, match=r"'0.weight' is shared by .* inside torch.compile"):
-        PerSampleGradNorms(model, loss_reduction="sum")
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-
-
-class Reused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(5, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.linear(self.linear(x).tanh())
-        return y
-
-
-def test_a_module_that_is_called_twice_is_an_error(counters: Any) -> None:
-    model = torch.compile(made(Reused), fullgraph=True, backend="aot_eager")
-    with pytest.raises(ValueError, match=r"module 'linear' .*is called more than once in a compiled forward pass"):
-        with PerSampleGradNorms(model, loss_reduction="sum"):
-            with pytest.warns(RuntimeWarning, match="stopped recording"):
-                sum_loss(model(torch.randn(3, 5))).backward()
-
-
 class Direct(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -325,7 +298,7 @@ class Direct(nn.Module):
 
 def test_a_layer_whose_weight_is_used_without_it_is_an_error(counters: Any) -> None:
     model = torch.compile(made(Direct), fullgraph=True, backend="aot_eager")
-    with pytest.raises(ValueError, match="'b.weight': has a gradient, but none came from its layer's hooks"):
+    with pytest.raises(ValueError, match="'b.weight': is used 1 times in the forward pass, but only 0 times"):
         with PerSampleGradNorms(model, loss_reduction="sum"):
             with pytest.warns(RuntimeWarning, match="stopped recording"):
                 sum_loss(model(torch.randn(3, 5))).backward()
@@ -334,7 +307,7 @@ def test_a_layer_whose_weight_is_used_without_it_is_an_error(counters: Any) -> N
 def test_wrong_shapes_inside_a_region_are_an_error_and_training_goes_on(counters: Any) -> None:
     inner = made(lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 4)))
     model = torch.compile(inner, backend="aot_eager")
-    with pytest.raises(ValueError, match=r"module '1' \(Linear\): a compiled region calls it on other shapes"):
+    with pytest.raises(ValueError, match=r"module '1' \(Linear\): a compiled region makes a call of other shapes"):
         with PerSampleGradNorms(model, loss_reduction="sum"):
             with pytest.warns(RuntimeWarning, match="stopped recording"):
                 sum_loss(model(torch.randn(3, 2, 5))).backward()

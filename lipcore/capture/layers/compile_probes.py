@@ -1,26 +1,26 @@
-"""Layer taps inside compiled regions: a probe per layer and forward pass takes the place of the pass itself.
+"""Layer taps inside compiled regions: a probe per group of layers and forward pass takes the place of the pass itself.
 
-Such a probe is a leaf inside a compiled region, and none of the fixed points that Monitor.probe follows.
+Such a probe is a leaf inside a compiled region, and none of the fixed points that Monitor.probe follows. Layers are in
+a group where they have parameters in common, whose uses the region joins (:mod:`.compiled_uses`).
 """
 
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipcore.capture.compiled import armed
+from lipcore.capture.layers import compiled_uses
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass
 from lipcore.capture.layers.layer_site import OTHER_OUTPUT, LayerSite
-from lipcore.capture.layers.region_factors import register
 
 _REFUSED = (
-    "module '{0}' ({1}): a compiled region calls it on other shapes than its rule is for (positions without the batch "
-    "dimension, a flattened batch); name it in broadcast= or pass batch_dim= where that is it, or run the model in "
-    "eager mode, where it is measured from the autograd graph"
+    "{0}: a compiled region makes a call of other shapes than the rule is for (positions without the batch dimension, "
+    "a flattened batch); name the layer in broadcast= or pass batch_dim= where that is it, or run the model in eager "
+    "mode, where it is measured from the autograd graph"
 )
 _MAX_PENDING = 64  # forward passes whose probes may wait for their backward
 
@@ -29,67 +29,67 @@ class LayerProbes:
     """The probes of all layers: made outside the region for each forward pass, read when their gradients have come.
 
     Args:
-        model: the module that is called.
         sites: every tapped layer.
         on_return: called in the backward pass when a probe gets its gradient.
-        compiled: a part of the model is compiled.
     """
 
-    def __init__(
-        self, model: nn.Module, sites: list[LayerSite], on_return: Callable[[LayerPass], None], *, compiled: bool
-    ) -> None:
-        self._sites = sites
+    def __init__(self, sites: list[LayerSite], on_return: Callable[[LayerPass], None]) -> None:
+        self._groups = _groups(sites)
         self._on_return = weakref.WeakMethod(on_return)
         self._pending: list[LayerPass] = []  # whose probes may come back: a region keeps only the probes alive
-        for site in sites if compiled else ():
-            site.shared, site.pending = shared_keys(site, sites, model), self._pending
-            if site.shared:
-                register(site)
+        for group in self._groups:
+            columns = [*dict.fromkeys(name for site in group for name in site.rows), "regions"]
+            for site in group:
+                site.columns = columns
+
+    def allow(self) -> None:
+        """Make the sites known to torch.compile."""
+        compiled_uses.allow([site for group in self._groups for site in group])
 
     def arm(self, run: LayerPass, device: torch.device) -> None:
         """Make the probes of a forward pass that begins, and put them within the compiled region's reach."""
-        for site in self._sites:
-            probe = torch.empty(
-                len(site.columns), run.batch.size, dtype=torch.float64, device=device, requires_grad=True
-            )
+        for group in self._groups:
+            columns = len(group[0].columns)
+            probe = torch.empty(columns, run.batch.size, dtype=torch.float64, device=device, requires_grad=True)
             probe.register_post_accumulate_grad_hook(_ProbeHook(self._on_return, run))
-            run.probes[site.number] = probe
-            armed[site.number] = probe
-            for key in site.shared:  # to be held until all of them are there
-                run.calls[site.names[key]] += 2
+            for site in group:
+                run.probes[site.number] = armed[site.number] = probe
         self._pending.append(run)
         del self._pending[:-_MAX_PENDING]
 
     def disarm(self) -> None:
         """Take the probes out of the region's reach when the forward pass is over."""
-        for site in self._sites:
-            armed.pop(site.number, None)
+        for group in self._groups:
+            for site in group:
+                armed.pop(site.number, None)
+        compiled_uses.forget()
 
     def read(self, run: LayerPass) -> dict[str, str]:
         """Add the gradients of the probes to their pass, when its backward pass is over; return the parameters of
         layers that were called in a way their rule is not for, and what to do."""
         refused: dict[str, str] = {}
-        for site in self._sites if run.probes else ():
-            probe = run.probes[site.number]
+        for group in self._groups if run.probes else ():
+            probe = run.probes[group[0].number]
             if probe.grad is None:
                 continue
-            *rows, calls = probe.grad.unbind()
+            *rows, regions = probe.grad.unbind()
             probe.grad = None
-            if bool(calls.isnan().any()):
-                raise ValueError(f"module '{site.name}' ({type(site.module).__name__}): {OTHER_OUTPUT}")
-            if bool((calls < 1).any()):
-                refused |= dict.fromkeys(site.names.values(), _REFUSED.format(site.name, type(site.module).__name__))
+            named = " + ".join(f"'{site.name}' ({type(site.module).__name__})" for site in group)
+            named = f"module{'s' * (len(group) > 1)} {named}"
+            if bool(regions.isnan().any()):
+                raise ValueError(f"{named}: {OTHER_OUTPUT}")
+            if bool((regions < 0).any()):
+                why = _REFUSED.format(named)
+                refused |= dict.fromkeys((name for site in group for name in site.names.values()), why)
                 continue
-            if bool((calls > 1).any()) and not site.joins_calls:
+            if bool((regions > 1).any()):
                 raise ValueError(
-                    f"module '{site.name}' is called more than once in a compiled forward pass; its squares cannot be "
-                    "joined there. Run it in eager mode, or leave it out with on_unsupported='skip'"
+                    f"{named}: the same parameter is used more than once in a compiled forward pass, and not all of it "
+                    "in one region, so that its squares cannot be joined. Compile the model with fullgraph=True, run "
+                    "it in eager mode, or leave the parameter out with on_unsupported='skip'"
                 )
-            run.came.add(site.name)
-            joined = {site.names[key] for key in site.shared}
-            for name, row in zip(site.columns, rows, strict=False):
-                if name in joined:
-                    continue
+            run.came.update(site.name for site in group)
+            for name, row in zip(group[0].columns, rows, strict=False):
                 run.calls[name] += 0
                 run.add_row(name, row)
         if run.output_sq is not None:
@@ -99,14 +99,18 @@ class LayerProbes:
         return refused
 
 
-def shared_keys(site: LayerSite, sites: Iterable[LayerSite], model: nn.Module) -> tuple[str, ...]:
-    """Return the keys of a layer's parameters that may be used more than once: other layers have them too, or the layer
-    itself stands in several places of the model."""
-    if not site.rule.needs_only_batch:
-        return ()
-    places = sum(module is site.module for _, module in model.named_modules(remove_duplicate=False))
-    users = Counter(name for one in sites for name in one.names.values())
-    return tuple(key for key, name in site.names.items() if users[name] > 1 or places > 1)
+def _groups(sites: list[LayerSite]) -> list[list[LayerSite]]:
+    """Return the sites in groups that have parameters in common, directly or through others."""
+    group_of: dict[str, list[LayerSite]] = {}
+    groups: dict[int, list[LayerSite]] = {}
+    for site in sites:
+        group = [site]
+        for earlier in {id(found): found for name in site.names.values() if (found := group_of.get(name))}.values():
+            group = [*earlier, *group]
+            del groups[id(earlier)]
+        groups[id(group)] = group
+        group_of |= dict.fromkeys((name for each in group for name in each.names.values()), group)
+    return list(groups.values())
 
 
 class _ProbeHook:

@@ -14,6 +14,11 @@ from lipcore.models.names import named_modules
 
 _RULE = "lipcore.layers.register() takes a rule for the module that uses them"
 _GRAPH = "max_replay_bytes= above 0 measures them from the autograd graph"
+_COMPILED = ", and torch.compile leaves no autograd graph to measure it from"
+_UNCOMPILED = (
+    "the autograd graph of the module that was compiled measures them: make the metric of that module, and call it, "
+    "not the compiled one, in the steps that are to be measured"
+)
 _SKIP, _FREEZE = (
     "on_unsupported='skip' measures the other parameters",
     "requires_grad_(False) freezes what is not trained",
@@ -36,6 +41,7 @@ class ParameterCoverage:
         self.uncovered: dict[str, str] = {}  #: parameter -> why
         self.by_graph: dict[str, str] = {}  #: parameter that is measured from the autograd graph -> why no rule serves
         self.graph_is_off = False  #: the graph might measure parameters, and was not asked to
+        self._compiled = False  # there is no graph that might
         self._without_rule: set[str] = set()  # of the uncovered ones, those that the graph may measure
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
@@ -110,6 +116,12 @@ class ParameterCoverage:
             if name in self._without_rule:
                 self.leave_to_graph(name, why)
 
+    def tell_compiled(self) -> None:
+        """Say, of the parameters without a rule, that the model is compiled, so that the graph does not show them."""
+        self._compiled = True
+        for name in self._without_rule & self.uncovered.keys():
+            self.uncovered[name] += _COMPILED
+
     def owners_by_graph(self) -> list[nn.Module]:
         """Return the modules with parameters that are measured from the autograd graph."""
         return list(dict.fromkeys(self._parameters[name][0] for name in self.by_graph))
@@ -123,21 +135,12 @@ class ParameterCoverage:
         ways = [_SKIP, _RULE, _FREEZE] if self.covered else [_RULE]  # beside these there is nothing to measure
         if self.graph_is_off and not self._without_rule.isdisjoint(self.uncovered):
             ways.insert(0, _GRAPH)
+        if self._compiled and not self._without_rule.isdisjoint(self.uncovered):
+            ways.insert(0, _UNCOMPILED)
         raise ValueError(
             f"model: {len(named)} trainable parameter{'s' * (len(named) > 1)} cannot be measured per sample: "
             f"{'; '.join(named[:5])}{more}. Ways out: {'; '.join(ways)}"
         )
-
-    def check_single_use(self) -> None:
-        """Raise ValueError when a parameter is tied whose uses in a compiled region cannot be joined."""
-        joined = {name for *_, rule, names in self.tapped if rule.needs_only_batch for name in names.values()}
-        joined -= {name for *_, rule, names in self.tapped if not rule.needs_only_batch for name in names.values()}
-        for name, layers in self.covered.items():
-            if " + " in layers and name not in joined:
-                raise ValueError(
-                    f"model: parameter '{name}' is shared by {layers}; inside torch.compile the two gradients cannot "
-                    "be joined. Run the model in eager mode, or untie them"
-                )
 
     @property
     def share(self) -> str:

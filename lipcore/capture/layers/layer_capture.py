@@ -16,6 +16,7 @@ from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
+from lipcore.capture.layers.compiled_audit import audit_uncompiled
 from lipcore.capture.layers.coverage import ParameterCoverage, cover
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
@@ -83,6 +84,9 @@ class LayerCapture:
         self.coverage.graph_is_off = not self._compiled and options.max_replay_bytes == 0
         if by_graph:
             self.coverage.leave_rest_to_graph()
+        if self._compiled:
+            self.coverage.tell_compiled()
+        self._audited = not options.prove  # as a compiled model
         self.structure = Structure(self.model)
         whole = options.keep_factors or options.measure is not norms_sq_of
         self.graph = GraphWays(self.model, max_bytes=options.max_replay_bytes, prove=options.prove, whole=whole)
@@ -116,7 +120,7 @@ class LayerCapture:
         )
         passes.coverage, passes.single = self.coverage, self.single
         passes.graph_serves = by_graph and not options.normalized
-        self._probes = LayerProbes(self.model, self.sites, passes.probe_comes_back, compiled=self._compiled)
+        self._probes = LayerProbes(self.sites, passes.probe_comes_back)
 
     def _check_names(self) -> None:
         """Raise ValueError for an argument that names no tapped layer, or for a method that compiled models lack."""
@@ -142,7 +146,7 @@ class LayerCapture:
         if not self._options.skip_uncovered:
             self.coverage.check()
         if self._compiled:
-            self.coverage.check_single_use()
+            self._probes.allow()
             if self._options.keep_factors or self._options.measure is not norms_sq_of:
                 raise ValueError(
                     "model: is compiled, and the factors of its samples' gradients stay inside the compiled graph, "
@@ -271,6 +275,13 @@ class LayerCapture:
             first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
             square = list(first.shape[:2]).count(batch.size) == 2
             passes.as_long_as_large = square and not first.is_floating_point()
+            if not self._audited:
+                self._audited = True
+                try:
+                    skip = options.skip_uncovered
+                    audit_uncompiled(self.model, (arguments, keywords), batch, self.coverage, self.sites, skip=skip)
+                except Exception as error:
+                    passes.fail(error)
             self._probes.arm(run, first.device)
         self._audit.before_forward()
         try:

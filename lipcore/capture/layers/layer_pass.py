@@ -220,7 +220,7 @@ class LayerPass:
     def add_row(self, name: str, norms_sq: Tensor) -> None:
         if name in self.frozen:
             return
-        if name in self._rows and not name.startswith(_BESIDE):
+        if (name in self._rows or name in self._held) and not name.startswith(_BESIDE):
             self.broken = (
                 f"parameter '{name}' was used again in a part of the forward pass that could not be followed, so the "
                 "squares cannot be joined"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from lipcore import _core, functional
 from lipcore.capture.compiled import armed
 from lipcore.capture.identity import InPlaceAfter, passed_on
+from lipcore.capture.layers.compiled_uses import coded, used
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, LayerPass
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
-from lipcore.capture.layers.region_factors import hand_over
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
@@ -38,6 +38,8 @@ OTHER_OUTPUT = (
     "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
     "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
 )
+#: In the place of the number of regions, in the last row of a probe: a call did not fit its rule.
+REFUSED = -64.0
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 
@@ -55,8 +57,6 @@ class LayerSite:
         how: the way in which the weight's norms are computed, once that is known.
         broadcast: True where the layer's output has no batch dimension and is expanded here.
         left_to_graph: True where a call did not fit the rule, and the graph measures the layer's parameters.
-        shared: keys of parameters whose uses in compiled regions are joined outside.
-        pending: passes whose probes may come back.
     """
 
     def __init__(
@@ -73,9 +73,11 @@ class LayerSite:
         self.how = ""
         self.broadcast = name in options.broadcast
         self.number = next(_numbers)
+        self.key = str(self.number)  # as a compiled region's graph holds it
+        #: The names of the rows of a probe that compiled regions bring: those of all layers that have parameters in
+        #: common with this one, and last, how many regions brought some.
+        self.columns: list[str] = []
         self.left_to_graph = False
-        self.shared: tuple[str, ...] = ()
-        self.pending: list[LayerPass] = []
         self._passes = passes
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
@@ -93,10 +95,9 @@ class LayerSite:
         return type(self.module).forward.__module__.startswith("torch.nn.modules.") or "copy"
 
     @property
-    def columns(self) -> list[str]:
-        """The names of a probe's rows: the parameters' norms and, last, how often the layer was called."""
-        deltas = [DELTA + self.name] if self._normalized else []
-        return [*self.names.values(), *deltas, "calls"]
+    def rows(self) -> list[str]:
+        """The names of the rows that the layer brings: the parameters' norms, and that of its output's gradient."""
+        return [*self.names.values(), *([DELTA + self.name] if self._normalized else [])]
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
@@ -300,53 +301,35 @@ class LayerSite:
             saved, extra = self._saved(module, arguments, keywords, batch)
         except ValueError:  # raised, it would end the user's forward pass; what is said in it is not known here
             return _with_tensor(output, _Refused.apply(tensor, probe, self))  # type: ignore[no-untyped-call]
-        tapped = _with_tensor(output, _Probed.apply(tensor, probe, self, extra, *saved))  # type: ignore[no-untyped-call]
-        return watch_probed(tapped, probe)
+        code = coded(extra)
+        if code is None:  # a layer of a rule of the user's own, which can be called once
+            probed = _Probed.apply(tensor, probe, self, extra, *saved)  # type: ignore[no-untyped-call]
+        else:
+            probed = used(tensor, probe, self.key, code, *saved)
+        return watch_probed(_with_tensor(output, probed), probe)
 
     def reduce(self, grad: Tensor, extra: Any, saved: tuple[Tensor, ...], samples: int) -> Tensor:
-        """Return the gradient of a compiled region's probe: float64 [columns, B]."""
-        norms_sq: dict[str, Tensor] = {}
-        if self.shared:
-            *saved, probe = saved  # type: ignore[assignment]
-            norms_sq = dict(zip(self.shared, hand_over(grad, saved, probe, self.number, len(self.shared)), strict=True))
+        """Return the gradient of a compiled region's probe, where one call brings it: float64 [columns, B]."""
         factors: dict[str, Factor] = self.rule.factors(self.module, grad, extra, *saved)
         nothing = torch.full((samples,), torch.nan, dtype=torch.float64, device=grad.device)
-        norms_sq |= norms_sq_of({key: f for key, f in factors.items() if key in self.names and key not in norms_sq})
-        rows = [norms_sq.get(key, nothing) for key in self.names]
+        rows = norms_sq_of({self.names[key]: factor for key, factor in factors.items() if key in self.names})
         if self._normalized:
-            rows.append(self.squares_of(grad, Batch(samples, self._batch_dim)))
-        return torch.stack([*rows, torch.ones_like(nothing)])
+            rows[DELTA + self.name] = self.squares_of(grad, Batch(samples, self._batch_dim))
+        return torch.stack([*[rows.get(name, nothing) for name in self.columns[:-1]], torch.ones_like(nothing)])
 
-    @property
-    def joins_calls(self) -> bool:
-        """True where several calls in a compiled region are joined."""
-        return set(self.shared) >= self.names.keys()
-
-    def factors_came_back(self, grad: Tensor, saved: Sequence[Tensor], probe: Tensor) -> Tensor | None:
-        """Take in the factors of shared parameters that a compiled region hands over in its backward pass; return rows
-        for the probe where they are not the training's."""
-        passes = self._passes
-        if not passes.recording:
-            return None
+    def brought(
+        self, grad: Tensor, samples: int, extra: Any, saved: tuple[Tensor, ...]
+    ) -> tuple[dict[str, Factor], dict[str, Tensor]]:
+        """Return, while a compiled region's backward pass is recorded, the factors of one call and the rows beside
+        them; neither, and recording ends, where the rule fails."""
         try:
-            with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
-                proof = is_proof() or not accumulates_everything()
-                if not proof:  # the region may use their memory again
-                    grad, saved = grad.clone(), [tensor.clone() for tensor in saved]
-                batch = Batch(probe.shape[1], self._batch_dim)
-                factors = self.rule.factors(self.module, grad, batch, *saved)
-                own = {key: self._tuned(factors[key]) for key in self.shared if key in factors}
-                if proof:
-                    nothing = probe.new_zeros(probe.shape[1])
-                    return torch.stack([own[key].norms_sq() if key in own else nothing for key in self.shared])
-                numbers = probe.data_ptr()  # of this very pass: the region's own handle of it is another object
-                run = next((r for r in self.pending if r.probes[self.number].data_ptr() == numbers), None)
-                if run is not None:
-                    passes.probe_comes_back(run)
-                    run.add_factors({self.names[key]: factor for key, factor in own.items()})
+            factors = self.rule.factors(self.module, grad, extra, *saved)
+            own = {self.names[key]: self._tuned(factor) for key, factor in factors.items() if key in self.names}
+            batch = Batch(samples, self._batch_dim)
+            return own, {DELTA + self.name: self.squares_of(grad, batch)} if self._normalized else {}
         except Exception as error:
-            passes.fail(_named(error, self))
-        return None
+            self._passes.fail(_named(error, self))
+            return {}, {}
 
 
 class _Call(NamedTuple):
@@ -385,23 +368,24 @@ class _Tapped(torch.autograd.Function):
 
 
 class _Probed(torch.autograd.Function):
-    """The Function on a tapped output in a compiled region, where the numbers leave as the gradient of a probe."""
+    """The Function on a tapped output in a compiled region, where the numbers of one call leave as the gradient of a
+    probe."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite, extra: Any, *saved: Tensor) -> Tensor:
-        ctx.site, ctx.extra, ctx.samples, ctx.count = site, extra, probe.shape[1], len(saved)
-        ctx.save_for_backward(*saved, *([probe] if site.shared else []))
+        ctx.site, ctx.extra, ctx.samples = site, extra, probe.shape[1]
+        ctx.save_for_backward(*saved)
         return passed_on(ctx, output, site.in_place_after)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         columns = ctx.site.reduce(grad, ctx.extra, ctx.saved_tensors, ctx.samples)
-        return (grad, columns, None, None, *(None for _ in range(ctx.count)))
+        return (grad, columns, None, None, *(None for _ in ctx.saved_tensors))
 
 
 class _Refused(torch.autograd.Function):
     """The Function on the output of a call in a compiled region that the layer's rule is not for: the probe gets NaN,
-    and -1 in the place of the number of calls."""
+    and REFUSED in the place of the number of regions."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite) -> Tensor:
@@ -412,7 +396,7 @@ class _Refused(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         rows, samples = ctx.shape
         nothing = torch.full((rows - 1, samples), torch.nan, dtype=torch.float64, device=grad.device)
-        refused = torch.full((1, samples), -1.0, dtype=torch.float64, device=grad.device)
+        refused = torch.full((1, samples), REFUSED, dtype=torch.float64, device=grad.device)
         return grad, torch.cat([nothing, refused]), None
 
 

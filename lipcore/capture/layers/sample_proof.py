@@ -144,9 +144,8 @@ class _Weighed:
         suspects: dict[str, tuple[int, str]] = {}  # by layer: a sample whose row shows it, and what is said then
         for (site, _), rows in zip(self._points, self._rows, strict=True):
             calls = self._calls.get(site.number)
-            odd = calls is not None and bool((calls < 1) | (calls > 1) & (not site.joins_calls))
-            if rows is None or odd:
-                continue  # called twice in a compiled region, or on other shapes: refused when the probe is read
+            if rows is None or (calls is not None and bool((calls > 1) | (calls < 0))):
+                continue  # called twice in a compiled region: refused when the probe is read
             size = max(1, self._seeds.size)
             expected = torch.arange(len(rows.ids), device="cpu") % size
             right, mixed = rows.ids == expected, rows.ids == MIXED
