@@ -9,27 +9,43 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from lipcore.capture.identity import InPlaceAfter
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.models.torch_internals import as_compiling
 
-if TYPE_CHECKING:
-    from lipcore.capture.layers.layer_site import LayerSite
+
+class Site(Protocol):
+    """A tapped layer, as far as a region's graph knows of it."""
+
+    key: str
+    columns: list[str]
+    names: dict[str, str]
+
+    @property
+    def in_place_after(self) -> InPlaceAfter: ...
+
+    def brought(
+        self, grad: Tensor, samples: int, extra: Any, saved: tuple[Tensor, ...]
+    ) -> tuple[dict[str, Factor], dict[str, Tensor]]:
+        """Return the factors of one call, and the rows beside them."""
+
 
 _BATCH = "lipcore.Batch"
-_sites: weakref.WeakValueDictionary[str, LayerSite] = weakref.WeakValueDictionary()
+_sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 # Of the forward pass under way, by id of the probe, which is kept so that no other gets its id. Tensors of a compiler's
 # own are among them while it records a graph.
 _begun: dict[int, tuple[Tensor, Tensor]] = {}
 
 
-def allow(sites: list[LayerSite]) -> None:
+def allow(sites: Sequence[Site]) -> None:
     """Make :func:`used` known to torch.compile, and these sites to it."""
     torch.compiler.allow_in_graph(used)
     _sites.update({site.key: site for site in sites})
@@ -123,9 +139,7 @@ class _Use(torch.autograd.Function):
     """The Function on a tapped output, which it passes on; its backward hands factors to those of the other uses."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, token: Tensor, site: LayerSite, uses: _Uses, extra: Any, *saved: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, token: Tensor, site: Site, uses: _Uses, extra: Any, *saved: Tensor) -> Tensor:
         ctx.site, ctx.uses, ctx.extra = site, uses, extra
         uses.calls.update(site.names.values())
         ctx.use = uses.calls.total()
