@@ -61,6 +61,9 @@ queue_callback = _found("_execution_engine.queue_callback", Variable)
 #: Return the hooks that tensors go through which the graph keeps now (those of a checkpoint, say); None for none.
 top_saved_tensors_hooks = _found("_C._autograd._top_saved_tensors_default_hooks")
 
+_push_hooks = _found("_C._autograd._push_saved_tensors_default_hooks")
+_pop_hooks = _found("_C._autograd._pop_saved_tensors_default_hooks")
+
 #: Return the node of the graph that a backward pass is at.
 current_node = _found("_C._current_autograd_node")
 
@@ -109,6 +112,20 @@ def is_packed(node: Any, name: str) -> bool:
 
 
 _raw_names: dict[type, list[str]] = {}  # by the type of a node
+
+
+@contextmanager
+def without_saved_tensors_hooks() -> Iterator[None]:
+    """Have graphs keep their tensors themselves, as if no hooks were there through which they go."""
+    hooks = []
+    while (top := top_saved_tensors_hooks(True)) is not None:
+        hooks.append(top)
+        _pop_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            _push_hooks(pack, unpack)
 
 
 def keeps_by_hooks(node: Any) -> bool:

@@ -14,7 +14,7 @@ from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
 from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import module_state_put_back, random_numbers_put_back, without_cached_casts
-from lipcore.models.torch_internals import TorchDispatchMode, top_saved_tensors_hooks, tree_map
+from lipcore.models.torch_internals import tree_map
 
 HOOKED = (
     "the forward pass keeps its tensors by hooks (activation checkpointing, saved_tensors_hooks, save_on_cpu), and a "
@@ -40,7 +40,7 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
     if why:
         raise CannotRun(why)
 
-    watch, failure = _SavingHooks(), None
+    failure = None
     for blocks in (False, True):  # the second time also what has a block of rows of each sample: patches of all images
         longer = functools.partial(_longer, samples=samples, dim=dim, blocks=blocks)
         try:
@@ -53,7 +53,6 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
                 paused(),
                 without_cached_casts(),
                 without_communication(),
-                watch,
             ):
                 more, words = tree_map(longer, (arguments, keywords))
                 output = model(*more, **words)
@@ -66,8 +65,6 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
             f"({type(failure).__name__}: {str(failure)[:200]}); where its arguments have other dimensions of size "
             f"{samples}, use another batch size"
         ) from failure
-    if watch.seen:
-        raise CannotRun(HOOKED)
     return output
 
 
@@ -97,15 +94,3 @@ def _buffers_exchanged(model: nn.Module) -> Iterator[None]:
         for module, buffers in kept:
             module._buffers.clear()
             module._buffers.update(buffers)
-
-
-class _SavingHooks(TorchDispatchMode):
-    """Mode that notices operations whose tensors are kept by hooks."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = False
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or top_saved_tensors_hooks(True) is not None
-        return function(*args, **(kwargs or {}))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.graph.walk import Walk, shapes
-from lipcore.models.torch_internals import saved
+from lipcore.models.torch_internals import keeps_by_hooks, saved
 
 _KINDS = ("Index", "UnsafeIndex", "Gather", "Scatter", "Masked", "Take", "Sort", "Topk", "Kthvalue")
 
@@ -30,6 +30,8 @@ def moves_along(node: Any, dim: int, dimensions: int) -> bool:
 
 def keeps_samples(node: Any, samples: int) -> bool:
     """Return whether an index takes each sample's own row: `x[torch.arange(B), last]`, or none along the batch."""
+    if keeps_by_hooks(node):  # read once more it may raise
+        return False
     indices = saved(node, "indices")
     if isinstance(indices, (tuple, list)) and indices:
         if indices[0] is None:

@@ -101,7 +101,8 @@ class Audit:
         for name, why in wrong.items():
             self._coverage.leave_to_graph(name, why)
         for site in self._sites:
-            site.left_to_graph |= self._coverage.by_graph.keys() >= set(site.names.values())
+            if self._coverage.by_graph.keys() >= set(site.names.values()):
+                site.leave_to_graph()
 
     def refuse(self, wrong: Mapping[str, str]) -> None:
         """Uncover parameters; raise ValueError where they are not to be left out."""

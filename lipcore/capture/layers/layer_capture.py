@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.capture.graph.another_size import HOOKED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
@@ -22,15 +21,16 @@ from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
 from lipcore.capture.layers.options import LayerOptions
+from lipcore.capture.layers.outside_hooks import run_outside_hooks
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
-from lipcore.capture.training_pass import Untraced, is_training_forward
+from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
-from lipcore.models.torch_internals import compiles_its_call, is_compiled, top_saved_tensors_hooks, tree_leaves
+from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
 
 ROOT = "model"  #: what the model itself is called where it is a layer
 
@@ -149,8 +149,10 @@ class LayerCapture:
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
         self.proofs.attach()
-        watch = Untraced(WeakCall(self._look_at_hooks))
-        self._watching = [owner.register_forward_pre_hook(watch) for owner in self.coverage.owners_by_graph()]
+        outside = Untraced(WeakCall(self._run_outside_hooks))
+        own = {id(site.module) for site in self.sites}
+        owners = [owner for owner in self.coverage.owners_by_graph() if id(owner) not in own]
+        self._watching = [owner.register_forward_hook(outside, with_kwargs=True, prepend=True) for owner in owners]
 
     def _serve(self, before_forward: Any, after_forward: Any) -> None:
         if self._hooks is not None:
@@ -309,11 +311,12 @@ class LayerCapture:
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
 
-    def _look_at_hooks(self, *_: Any) -> None:
-        """Note, before a module whose parameters the graph measures, that hooks keep what it saves (a checkpoint)."""
-        run = self.passes.current
-        if run is not None and top_saved_tensors_hooks(True) is not None:
-            run.call_kept_by_hooks = True
+    def _run_outside_hooks(self, module: nn.Module, arguments: Any, keywords: dict[str, Any], _: Any) -> Any:
+        """Return the output of a module whose parameters the graph measures, inside a checkpoint, with a graph that may
+        be read."""
+        if self.passes.current is None or in_backward() != -1 or not is_training_forward():
+            return None
+        return run_outside_hooks(module, arguments, keywords)
 
     def _follow_graph(self, run: LayerPass, output: Any) -> None:
         """Put hooks on the graph of a pass, for the parameters without a rule."""
@@ -326,15 +329,12 @@ class LayerCapture:
         if not parameters:
             return
         try:
-            if run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None:
-                refused = dict.fromkeys(parameters, HOOKED)
-            else:
-                run.replay, refused, unproved = self.graph.follow(
-                    *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
-                    due=run.due,
-                )
-                run.unproved = run.unproved or unproved
-                run.proved = run.proved and not unproved
+            run.replay, refused, unproved = self.graph.follow(
+                *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
+                due=run.due,
+            )
+            run.unproved = run.unproved or unproved
+            run.proved = run.proved and not unproved
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:
             passes.fail(error)

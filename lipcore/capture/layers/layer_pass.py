@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ UNSEEN_ROWS = (
     "these rows are; they are NaN until a later pass proves them"
 )
 UNREACHED = "the model's outputs bring no gradient to layer '{0}' (a loss of its own inside the model)"
+#: Numbers of events in their order: a pass begins, a layer is left to the graph.
+TURNS = itertools.count()
 #: The number of a backward pass that was not seen to come into a graph: it did so in a reentrant checkpoint.
 INNER = -2
 
@@ -113,6 +116,7 @@ class LayerPass:
         keep: bool = False,
     ) -> None:
         self.batch = batch
+        self.number = next(TURNS)  # of its beginning
         self.keep = keep
         self._measure = measure
         self.frozen = frozen
@@ -129,7 +133,6 @@ class LayerPass:
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, until its end
-        self.call_kept_by_hooks = False  # a part of it that the graph is asked about: nodes may be run once only
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
@@ -266,7 +269,8 @@ class Recomputation(LayerPass):
 
     def __init__(self, passes: set[LayerPass]) -> None:
         super().__init__(next(iter(passes)).batch)
-        self.note, self.loss = next(iter(passes)).note, next(iter(passes)).loss
+        first = next(iter(passes))
+        self.note, self.loss, self.number = first.note, first.loss, first.number
         self.passes = passes
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -15,9 +16,10 @@ from lipcore import _core, functional
 from lipcore.capture.compiled import armed
 from lipcore.capture.identity import InPlaceAfter, passed_on
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
-from lipcore.capture.layers.layer_pass import DELTA, LayerPass
+from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed
+from lipcore.capture.layers.outside_hooks import run_outside_hooks
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.proof import is_proof
@@ -25,7 +27,7 @@ from lipcore.capture.training_pass import accumulates_everything, in_backward, i
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 from lipcore.layers.registry import type_with_rule
-from lipcore.models.torch_internals import ANY_FORWARD_HOOKS, top_saved_tensors_hooks
+from lipcore.models.torch_internals import ANY_FORWARD_HOOKS
 
 _BROADCAST = "; broadcast= names layers that are called without the batch dimension"
 _PREPENDED = (
@@ -53,7 +55,6 @@ class LayerSite:
     Attributes:
         how: the way in which the weight's norms are computed, once that is known.
         broadcast: True where the layer's output has no batch dimension and is expanded here.
-        left_to_graph: True where a call did not fit the rule, and the graph measures the layer's parameters.
     """
 
     def __init__(
@@ -70,7 +71,7 @@ class LayerSite:
         self.how = ""
         self.broadcast = name in options.broadcast
         self.number = next(_numbers)
-        self.left_to_graph = False
+        self._left_at = math.inf
         self._passes = passes
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
@@ -105,9 +106,8 @@ class LayerSite:
         run = passes.pass_of_recomputation() if inner else passes.current
         if run is not None and not inner:
             run.calls.update(self.names.values())
-            if self.left_to_graph:
-                self._look_at_hooks(run)
-                return None
+        if run is not None and run.number > self._left_at:
+            return None if inner else run_outside_hooks(module, arguments, keywords)
         if not torch.is_grad_enabled():
             return None
         tensor = _tensor_of(output)
@@ -131,11 +131,12 @@ class LayerSite:
                 raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
             call = self._prepared(module, arguments, keywords, tensor, run.batches)
         except Exception as error:
+            if inner and self._left_at < math.inf:
+                return None  # as in the forward pass
             if isinstance(error, ValueError) and self._may_leave and not inner and not refusal:
                 passes.leave_to_graph(self.names.values(), str(_named(error, self)))
-                self.left_to_graph = True
-                self._look_at_hooks(run)
-                return None
+                self.leave_to_graph()
+                return run_outside_hooks(module, arguments, keywords)
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
@@ -147,9 +148,10 @@ class LayerSite:
         tapped = _Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
         return _with_tensor(output, tapped)
 
-    def _look_at_hooks(self, run: LayerPass) -> None:
-        """Note that hooks keep what the layer saves (a checkpoint), so that the graph cannot measure it."""
-        run.call_kept_by_hooks = run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None
+    def leave_to_graph(self) -> None:
+        """Tap no call in passes that begin from now on, since the graph measures the layer's parameters. In those under
+        way a checkpoint counts on what the layer has done the first time."""
+        self._left_at = min(self._left_at, next(TURNS))
 
     @property
     def _may_leave(self) -> bool:
@@ -182,7 +184,8 @@ class LayerSite:
         error = _named(ValueError(OTHER_OUTPUT), self)
         if self._may_leave:  # from the next pass on
             self._passes.leave_to_graph(self.names.values(), str(error))
-            self.left_to_graph, run.spoiled = True, f"{error}; the next passes are measured from the autograd graph"
+            self.leave_to_graph()
+            run.spoiled = f"{error}; the next passes are measured from the autograd graph"
         else:
             self._passes.fail(error)
 
