@@ -61,9 +61,6 @@ queue_callback = _found("_execution_engine.queue_callback", Variable)
 #: Return the hooks that tensors go through which the graph keeps now (those of a checkpoint, say); None for none.
 top_saved_tensors_hooks = _found("_C._autograd._top_saved_tensors_default_hooks")
 
-_push_hooks = _found("_C._autograd._push_saved_tensors_default_hooks")
-_pop_hooks = _found("_C._autograd._pop_saved_tensors_default_hooks")
-
 #: Return the node of the graph that a backward pass is at.
 current_node = _found("_C._current_autograd_node")
 
@@ -114,29 +111,15 @@ def is_packed(node: Any, name: str) -> bool:
 _raw_names: dict[type, list[str]] = {}  # by the type of a node
 
 
-@contextmanager
-def without_saved_tensors_hooks() -> Iterator[None]:
-    """Have graphs keep their tensors themselves, as if no hooks were there through which they go."""
-    hooks = []
-    while (top := top_saved_tensors_hooks(True)) is not None:
-        hooks.append(top)
-        _pop_hooks()
-    try:
-        yield
-    finally:
-        for pack, unpack in reversed(hooks):
-            _push_hooks(pack, unpack)
-
-
-def keeps_by_hooks(node: Any) -> bool:
-    """Return whether hooks are on what a node of the graph has kept (those of a checkpoint, say): unpacked once more it
-    may raise."""
+def keeps_by_hooks(node: Any, but: Any = None) -> bool:
+    """Return whether hooks are on what a node of the graph has kept (those of a checkpoint, say), other than the one
+    that unpacks by `but`: unpacked once more it may raise."""
     kind = type(node)
     if kind not in _raw_names:
         _raw_names[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     found = (getattr(node, name) for name in _raw_names[kind])
     each = (kept for one in found for kept in (one if isinstance(one, (tuple, list)) else [one]))
-    return any(getattr(kept, "unpack_hook", None) is not None for kept in each)
+    return any(getattr(kept, "unpack_hook", None) not in (None, but) for kept in each)
 
 
 def forward_shape(node: Any, index: int = 0) -> tuple[int, ...]:

@@ -43,6 +43,90 @@ def test_against_one_sample_at_a_time(name: str, size: int) -> None:
     assert not metric.coverage().uncovered
 
 
+@pytest.mark.parametrize("name", sorted(_ELSEWHERE))
+def test_the_next_passes_keep_what_is_used_elsewhere(name: str) -> None:
+    model, x = Switched(made(WITHOUT_RULES[name])), torch.randn(4, T, C)
+    expected = norms_sq(model, samples_of((x,), 4), weighted_sum)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(3):
+            model.zero_grad()
+            weighted_sum(model(x)).backward()
+            if metric.per_sample.isnan().any():
+                assert "inside an activation checkpoint" in metric.broken
+        assert_norms(metric, expected)
+        assert not metric.unproved
+
+
+class Blocks(nn.Module):
+    """A bias that the first block owns and all use, each behind an operation inside its checkpoint."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(Biased(i == 0)) for i in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None
+        for block in self.blocks:
+            x, bias = checkpoint(block[0], x, bias, use_reentrant=False)  # type: ignore[index, misc]
+        return x
+
+
+class Biased(nn.Module):
+    def __init__(self, owner: bool) -> None:
+        super().__init__()
+        self.mix, self.table = nn.Linear(C, C), nn.Embedding(3, C) if owner else None
+
+    def forward(self, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.table is not None:
+            bias = self.table(torch.arange(T) % 3)
+        assert bias is not None
+        return self.mix(x).tanh() + bias.sin(), bias
+
+
+def test_what_the_first_of_several_blocks_owns() -> None:
+    model, x = made(Blocks), torch.randn(4, T, C)
+    expected = norms_sq(model, samples_of((x,), 4), weighted_sum)
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(5):
+            model.zero_grad()
+            weighted_sum(model(x)).backward()
+        assert_norms(metric, expected)
+
+
+def test_the_bound_on_what_is_kept() -> None:
+    model, x = Switched(made(WITHOUT_RULES["two of one product"])), torch.randn(4, T, C)
+    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="checkpointing.*or raise max_replay_bytes=700"):
+        with PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=700):
+            for _ in range(4):
+                weighted_sum(model(x)).backward()
+
+
+class Drawn(nn.Module):
+    """A recomputation that draws other numbers: the training's gradients are those of the second run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.part = nn.Linear(C, C), made(WITHOUT_RULES["own RMSNorm"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        def part(h: Tensor) -> Tensor:
+            y: Tensor = self.part(h * torch.rand(C))
+            return y
+
+        y: Tensor = checkpoint(part, self.first(x), use_reentrant=False, preserve_rng_state=False)
+        return y
+
+
+def test_the_training_has_what_the_checkpoint_has_run_again() -> None:
+    model, x = made(Drawn), torch.randn(4, T, C)
+    plain = copy.deepcopy(model)
+    with PerSampleGradNorms(model, loss_reduction="sum", prove=False):
+        for each in (model, plain):
+            torch.manual_seed(5)
+            weighted_sum(each(x)).backward()
+    assert_equal([p.grad for p in model.parameters()], [p.grad for p in plain.parameters()])
+
+
 @pytest.mark.parametrize("name", ["own RMSNorm", "Conv1D", "positions", "dropout"])
 def test_the_training_is_the_same_bits_while_checkpoints_come_and_go(name: str) -> None:
     model = Switched(made(WITHOUT_RULES[name]))

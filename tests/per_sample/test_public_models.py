@@ -89,6 +89,44 @@ def test_a_public_model(name: str) -> None:
     assert_equal(case.model.buffers(), plain.buffers())
 
 
+#: Those that are left to the next pass: what is used in a checkpoint outside of its own module.
+CHECKPOINTED = {
+    "GPT-2": 1,
+    "Llama": 1,
+    "BERT, masked tokens": 1,
+    "ViT": 1,
+    "T5": 4,
+    "Mistral, sliding window": 1,
+    "Qwen2": 1,
+    "Gemma": 1,
+    "Mixtral": 1,
+    "Mamba": 1,
+    "Swin": 2,
+    "Qwen3-Next": 3,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in ("GPT-2", "Llama") else pytest.param(n, marks=pytest.mark.ci) for n in CHECKPOINTED]
+)
+def test_under_gradient_checkpointing(name: str) -> None:
+    case = built(MODELS[name])
+    case.model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+    case.model.config.use_cache = False  # type: ignore[union-attr]
+    expected, plain = case.norms_sq(), copy.deepcopy(case.model)
+    optimizer = optimizer_of(case.model)
+    with PerSampleGradNorms(case.model, loss_reduction="mean", loss_terms=case.terms(case.batch)) as metric:
+        for _ in range(CHECKPOINTED[name]):
+            step(case, optimizer)
+        assert_norms(metric, expected, case.tolerance)
+        assert metric.unproved == metric.broken == ""
+        assert not metric.coverage().uncovered
+        optimizer.zero_grad()
+        trained(case, case.model)
+    trained(case, plain)
+    assert_equal(weights(case.model), weights(plain))
+
+
 @pytest.mark.parametrize("name", ["GPT-2", "BERT, masked tokens", "T5"])
 def test_dropout_draws_the_same_numbers(name: str) -> None:
     case = built(MODELS[name])

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
 from lipcore.capture.graph.closed_forms import CLOSED_FORMS
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
+from lipcore.capture.graph.kept_tensors import is_once_only
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.graph.walk import Signature, Walk, shapes
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
-from lipcore.models.torch_internals import keeps_by_hooks, tree_leaves
+from lipcore.models.torch_internals import tree_leaves
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
 _MOST_MOVES = 24  # of one structure's frontier: past an expert's matrices, biases, gate and activation
@@ -51,12 +52,12 @@ class _Structure:
 
     def index_kept_by_hooks(self, walk: Walk) -> bool:
         """Return whether hooks are on an index that is read in every pass."""
-        return any(keeps_by_hooks(walk.nodes[place]) for place in self.frontier.indexed)
+        return any(is_once_only(walk.nodes[place]) for place in self.frontier.indexed)
 
     def kept_by_hooks(self, walk: Walk) -> dict[str, str]:
         """Return the parameters for which a node would be read or run again on whose tensors hooks are."""
         frontier = self.frontier
-        hooked = {p for p in (*frontier.nodes, *frontier.free) if keeps_by_hooks(walk.nodes[p])}
+        hooked = {p for p in (*frontier.nodes, *frontier.free) if is_once_only(walk.nodes[p])}
         if not hooked:
             return {}
         behind = frontier.behind.items()

@@ -109,10 +109,6 @@ class ParameterCoverage:
             if name in self._without_rule:
                 self.leave_to_graph(name, why)
 
-    def owners_by_graph(self) -> list[nn.Module]:
-        """Return the modules with parameters that are measured from the autograd graph."""
-        return list(dict.fromkeys(self._parameters[name][0] for name in self.by_graph))
-
     def check(self) -> None:
         """Raise ValueError that names the parameters without a rule."""
         if not self.uncovered:

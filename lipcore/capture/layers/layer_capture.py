@@ -9,29 +9,35 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.capture.graph.another_size import HOOKED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
+from lipcore.capture.graph.kept_tensors import reading
 from lipcore.capture.layers.audit import Audit, depends_on
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.coverage import ParameterCoverage, cover
+from lipcore.capture.layers.keepers import Keepers
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
 from lipcore.capture.layers.options import LayerOptions
-from lipcore.capture.layers.outside_hooks import run_outside_hooks
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
-from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
+from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
 from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
 
+LATER = (
+    "parameter '{0}' is used inside an activation checkpoint, outside of its own module; the next passes keep what is "
+    "needed there"
+)
 ROOT = "model"  #: what the model itself is called where it is a layer
 
 
@@ -67,7 +73,6 @@ class LayerCapture:
         self._compiled = any(is_compiled(module) for module in model.modules())
         self._hooks: ModelHooks | None = None
         self._kept: KeptFactors | None = None  # of the last record
-        self._watching: list[Any] = []
         self._look()
 
     # ---- the life cycle
@@ -114,6 +119,7 @@ class LayerCapture:
         )
         passes.coverage, passes.single = self.coverage, self.single
         passes.graph_serves = by_graph and not options.normalized
+        self._keepers = Keepers(self.model, self.coverage, passes, options.max_replay_bytes)
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
 
     def _check_names(self) -> None:
@@ -149,10 +155,7 @@ class LayerCapture:
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
         self.proofs.attach()
-        outside = Untraced(WeakCall(self._run_outside_hooks))
-        own = {id(site.module) for site in self.sites}
-        owners = [owner for owner in self.coverage.owners_by_graph() if id(owner) not in own]
-        self._watching = [owner.register_forward_hook(outside, with_kwargs=True, prepend=True) for owner in owners]
+        self._keepers.attach()
 
     def _serve(self, before_forward: Any, after_forward: Any) -> None:
         if self._hooks is not None:
@@ -184,9 +187,8 @@ class LayerCapture:
         if self._hooks is not None:
             self._hooks.remove()
             self.proofs.detach()
-        for handle in self._watching:
-            handle.remove()
-        self._hooks, self._watching = None, []
+        self._keepers.detach()
+        self._hooks = None
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()  # a copied or pickled model is not watched
@@ -311,13 +313,6 @@ class LayerCapture:
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
 
-    def _run_outside_hooks(self, module: nn.Module, arguments: Any, keywords: dict[str, Any], _: Any) -> Any:
-        """Return the output of a module whose parameters the graph measures, inside a checkpoint, with a graph that may
-        be read."""
-        if self.passes.current is None or in_backward() != -1 or not is_training_forward():
-            return None
-        return run_outside_hooks(module, arguments, keywords)
-
     def _follow_graph(self, run: LayerPass, output: Any) -> None:
         """Put hooks on the graph of a pass, for the parameters without a rule."""
         passes, call, run.call = self.passes, run.call, None
@@ -329,12 +324,17 @@ class LayerCapture:
         if not parameters:
             return
         try:
-            run.replay, refused, unproved = self.graph.follow(
-                *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
-                due=run.due,
-            )
+            with reading(run.kept):
+                run.replay, refused, unproved = self.graph.follow(
+                    *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
+                    due=run.due,
+                )
             run.unproved = run.unproved or unproved
             run.proved = run.proved and not unproved
+            later = {name for name, why in refused.items() if why == HOOKED and self._keepers.widen(name)}
+            if later:
+                run.spoiled = LATER.format(min(later))
+            refused = {n: self._keepers.why(w) if w == HOOKED else w for n, w in refused.items() if n not in later}
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:
             passes.fail(error)

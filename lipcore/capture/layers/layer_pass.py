@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.graph.kept_tensors import KeptTensors
 from lipcore.capture.graph.replay import Replay
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.proof import NOTHING
@@ -133,6 +134,7 @@ class LayerPass:
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, until its end
+        self.kept: KeptTensors | None = None  # what it keeps inside checkpoints
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved

@@ -19,7 +19,6 @@ from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed
-from lipcore.capture.layers.outside_hooks import run_outside_hooks
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.proof import is_proof
@@ -107,7 +106,7 @@ class LayerSite:
         if run is not None and not inner:
             run.calls.update(self.names.values())
         if run is not None and run.number > self._left_at:
-            return None if inner else run_outside_hooks(module, arguments, keywords)
+            return None
         if not torch.is_grad_enabled():
             return None
         tensor = _tensor_of(output)
@@ -136,7 +135,7 @@ class LayerSite:
             if isinstance(error, ValueError) and self._may_leave and not inner and not refusal:
                 passes.leave_to_graph(self.names.values(), str(_named(error, self)))
                 self.leave_to_graph()
-                return run_outside_hooks(module, arguments, keywords)
+                return None
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None

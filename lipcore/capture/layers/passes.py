@@ -81,6 +81,11 @@ class Passes:
         self._thread.run = run
 
     @property
+    def last(self) -> LayerPass | None:
+        """The forward pass that has begun last."""
+        return self._last
+
+    @property
     def tapping(self) -> bool:
         """True when a forward pass that begins now is to be recorded."""
         return self.recording and self.active
