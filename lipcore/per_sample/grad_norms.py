@@ -24,6 +24,7 @@ from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.pass_norms import Norms, PassNorms
 from lipcore.per_sample.results import add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.total import total_of
 from lipcore.per_sample.weighted_sum import (
     Coefficients,
     add_into,
@@ -169,14 +170,14 @@ class PerSampleGradNorms(PerSampleMetric):
         )
 
     def _numbers_of(self, record: LayerRecord, factor: LossFactor) -> PassNorms:
-        return PassNorms(record, factor, self._layer_index)
+        return PassNorms(record, factor, self._layer_index, total_of(self._capture))
 
     def _add_numbers(self, result: MetricResult, note: str, doubt: str) -> None:
         estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
-        add_norms(result, self._layers, self._window.merged(), estimated, note, doubt)
+        add_norms(result, self._layers, total_of(self._capture), self._window.merged(), estimated, note, doubt)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
-        pairs = zip([*self._layers, "total"], self._window.merged(), strict=False)
+        pairs = zip([*self._layers, total_of(self._capture)], self._window.merged(), strict=False)
         return [(place, distribution.reduced("exact")) for place, distribution in pairs]
 
     def _own_plan(self) -> list[PlanLine]:
@@ -220,8 +221,8 @@ class PerSampleGradNorms(PerSampleMetric):
     @property
     def standard_error(self) -> Norms:
         """Standard errors of estimated norms, float64 [B], by layer with ``methods={layer: "estimate"}``: that of
-        :attr:`per_layer`, as the probes show it; and ``["total"]``, that of :attr:`per_sample`. Empty where all
-        norms are exact."""
+        :attr:`per_layer`, as the probes show it; and ``["total"]``, or ``["total_of_measured"]`` where trained
+        parameters are left out: that of :attr:`per_sample`. Empty where all norms are exact."""
         return self._last_norms().standard_error
 
     @property
@@ -271,7 +272,8 @@ class PerSampleGradNorms(PerSampleMetric):
 
     def gram(self) -> Norms:
         r"""Compute :math:`\langle \nabla l_i, \nabla l_j \rangle` for the samples of the last backward pass: per layer,
-        and over all measured parameters as ``["total"]``, float64 [B, B] each. Needs ``keep_factors=True``, and to be
+        and over all measured parameters as ``["total"]`` (``["total_of_measured"]`` where trained ones are left
+        out), float64 [B, B] each. Needs ``keep_factors=True``, and to be
         called before the next forward pass.
 
         Returns:
