@@ -17,7 +17,7 @@ from lipcore import PerSampleGradNorms
 pytest.importorskip("transformers", reason="public models need the transformers library: pip install 'lipcore[models]'")
 pytest.importorskip("peft", reason="adapters need the peft library: pip install 'lipcore[models]'")
 
-from public_cases import Build, Case, errors
+from public_cases import Build, Case, errors, text
 from public_models import FIRST, MODELS, REFUSED
 
 LARGEST = 700_000  # parameters: a size that its configuration does not know would be a real model's
@@ -125,6 +125,27 @@ def test_under_gradient_checkpointing(name: str) -> None:
         trained(case, case.model)
     trained(case, plain)
     assert_equal(weights(case.model), weights(plain))
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-NeoX", pytest.param("T5", marks=pytest.mark.ci)])
+def test_fused_linears_among_others(name: str) -> None:
+    """Sequences are long enough for them; their sums are in another order."""
+    case = built(MODELS[name])
+    with seeded(2):
+        case.batch.update(text(56))
+    expected = case.norms_sq()
+    case.loss(case.model, case.batch).backward()
+    grads = {n: p.grad for n, p in case.model.named_parameters() if p.grad is not None}
+    case.model.zero_grad()
+    terms = case.terms(case.batch)
+    with PerSampleGradNorms(case.model, loss_reduction="mean", loss_terms=terms, fused=True) as metric:
+        case.loss(case.model, case.batch).backward()
+        assert_norms(metric, expected, case.tolerance)
+        assert metric.unproved == metric.broken == ""
+        assert "inside the weight gradient" in str(metric.plan())
+    for n, p in case.model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(p.grad, grads[n], rtol=1e-4, atol=1e-5 * float(grads[n].abs().max()))
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "BERT, masked tokens", "T5"])

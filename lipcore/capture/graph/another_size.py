@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.layers import Batch
 from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
 from lipcore.models.ranks import below_ddp, without_communication
@@ -20,6 +23,40 @@ HOOKED = (
     "the forward pass keeps its tensors by hooks (activation checkpointing, saved_tensors_hooks, save_on_cpu), and a "
     "node of its graph may be run once only there; run the model without them"
 )
+
+
+class AnotherSize:
+    """A pass of lipcore's own on more samples, which layers that are no longer torch's are to look alike in.
+
+    Attributes:
+        batch: its samples.
+        calls: how often each layer was called so far, by the layer's number.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.calls: Counter[int] = Counter()
+
+
+class _UnderWay(threading.local):
+    now: AnotherSize | None = None
+
+
+_under_way = _UnderWay()
+
+
+def another_size() -> AnotherSize | None:
+    """Return the pass of lipcore's own that is under way in this thread."""
+    return _under_way.now
+
+
+@contextmanager
+def _under_way_now(batch: Batch) -> Iterator[None]:
+    _under_way.now = AnotherSize(batch)
+    try:
+        yield
+    finally:
+        _under_way.now = None
 
 
 class CannotRun(ValueError):
@@ -53,6 +90,7 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
                 paused(),
                 without_cached_casts(),
                 without_communication(),
+                _under_way_now(Batch(samples + 1, dim)),
             ):
                 more, words = tree_map(longer, (arguments, keywords))
                 output = model(*more, **words)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import HOOKED
+from lipcore.capture.graph.frontier import FUSED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.graph.kept_tensors import reading
 from lipcore.capture.layers.audit import Audit, depends_on
@@ -37,6 +38,10 @@ from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_
 LATER = (
     "parameter '{0}' is used inside an activation checkpoint, outside of its own module; the next passes keep what is "
     "needed there"
+)
+FUSED_THEN = (
+    "parameter '{0}' is used by others than its own layer, which is fused; in the next passes that layer is not, and "
+    "the graph measures it"
 )
 ROOT = "model"  #: what the model itself is called where it is a layer
 
@@ -81,8 +86,7 @@ class LayerCapture:
         """Find the model's layers and parameters."""
         passes, options = self.passes, self._options
         self.coverage: ParameterCoverage = cover(self.model)
-        # A fused layer's place in the graph is not the one that it has in a pass of lipcore's own.
-        by_graph = not self._compiled and not options.fused and options.max_replay_bytes > 0
+        by_graph = not self._compiled and options.max_replay_bytes > 0
         self.coverage.graph_is_off = not self._compiled and options.max_replay_bytes == 0
         if by_graph:
             self.coverage.leave_rest_to_graph()
@@ -249,6 +253,7 @@ class LayerCapture:
             batch = batch_of(arguments, keywords, self._options.batch_dim, self._options.offsets_of)
             options = self._options
             run = LayerPass(batch, self.coverage.frozen_since(), options.measure, options.keep_factors)
+            run.left_to_graph = frozenset(self.coverage.by_graph)
             if self._options.note_of is not None:
                 run.note = self._options.note_of(arguments, keywords)
             self.structure.check()
@@ -334,6 +339,10 @@ class LayerCapture:
             later = {name for name, why in refused.items() if why == HOOKED and self._keepers.widen(name)}
             if later:
                 run.spoiled = LATER.format(min(later))
+            fused = {name for name, why in refused.items() if why == FUSED and name not in run.left_to_graph}
+            if fused:
+                run.spoiled = FUSED_THEN.format(min(fused))
+                later |= fused
             refused = {n: self._keepers.why(w) if w == HOOKED else w for n, w in refused.items() if n not in later}
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -124,6 +124,8 @@ class LayerPass:
         self.by_graph: Collection[str] = ()  # parameters whose norms the layers' rules do not bring
         self.replay: Replay | None = None  # and what brings them
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
+        self.left_to_graph: frozenset[str] = frozenset()  # parameters that were so when it began
+        self.fused: defaultdict[int, list[bool]] = defaultdict(list)  # by number of the site, whether its calls were
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.output_sq: Tensor | None = None  # beside probes: of the model's output
         self.fresh = (-1, False)  # in which backward pass, and whether no gradients were there when it began
@@ -273,6 +275,7 @@ class Recomputation(LayerPass):
         super().__init__(next(iter(passes)).batch)
         first = next(iter(passes))
         self.note, self.loss, self.number = first.note, first.loss, first.number
+        self.left_to_graph = first.left_to_graph
         self.passes = passes
 
     @property

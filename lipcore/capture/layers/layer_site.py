@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lipcore import _core, functional
 from lipcore.capture.compiled import armed
+from lipcore.capture.graph.another_size import AnotherSize, another_size
 from lipcore.capture.identity import InPlaceAfter, passed_on
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
@@ -97,6 +98,9 @@ class LayerSite:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
         passes = self._passes
+        own = another_size() if self._fused else None
+        if own is not None:
+            return self._fused_alike(own, module, arguments, keywords, output)
         inner = in_backward() != -1
         if not is_plain_run():
             return None
@@ -105,6 +109,7 @@ class LayerSite:
         run = passes.pass_of_recomputation() if inner else passes.current
         if run is not None and not inner:
             run.calls.update(self.names.values())
+            run.fused[self.number].append(False)
         if run is not None and run.number > self._left_at:
             return None
         if not torch.is_grad_enabled():
@@ -140,12 +145,31 @@ class LayerSite:
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        if self._fused and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None:
-            bias = module.bias if isinstance(module.bias, Tensor) else None
-            fused = FusedLinear.apply(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)  # type: ignore[no-untyped-call]
-            return _with_tensor(output, fused)
+        fuses = self._fused and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None
+        if fuses and run.left_to_graph.isdisjoint(self.names.values()):
+            if not inner:
+                run.fused[self.number][-1] = True
+            return _with_tensor(output, self._fuse(module, call, run, inner))
         tapped = _Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
         return _with_tensor(output, tapped)
+
+    def _fuse(self, module: Any, call: _Call, run: LayerPass | None, inner: bool) -> Tensor:
+        bias = module.bias if isinstance(module.bias, Tensor) else None
+        fused: Tensor = FusedLinear.apply(
+            *(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)
+        )  # type: ignore[no-untyped-call]
+        return fused
+
+    def _fused_alike(self, own: AnotherSize, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        """Return the output of a call in a pass of lipcore's own, fused where the same call of the last pass was."""
+        made, last, tensor = own.calls[self.number], self._passes.last, _tensor_of(output)
+        own.calls[self.number] += 1
+        if last is None or tensor is None or not any(last.fused.get(self.number, [])[made : made + 1]):
+            return None
+        with suppress(ValueError):
+            call = self._prepared(module, arguments, keywords, tensor, [own.batch])
+            return _with_tensor(output, self._fuse(module, call, None, False))
+        return None
 
     def leave_to_graph(self) -> None:
         """Tap no call in passes that begin from now on, since the graph measures the layer's parameters. In those under
