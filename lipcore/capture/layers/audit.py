@@ -192,6 +192,12 @@ def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> b
     return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
 
 
+def uses_of(output: Any, coverage: ParameterCoverage) -> dict[str, int]:
+    """Count the edges of the graph into each parameter, by name."""
+    uses = _uses(output)
+    return {name: uses.get(id(parameter), 0) for name, parameter in coverage.parameters()}
+
+
 def _uses(output: Any) -> dict[int, int]:
     """Count the edges of the graph into each parameter, by id. A cast that autocast keeps for several uses counts once
     per use."""

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from lipcore.capture.graph.kept_tensors import KeptTensors, under_hooks
+from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.parameters import WeakCall
@@ -17,6 +20,16 @@ from lipcore.capture.training_pass import Untraced, in_backward, is_training_for
 
 _NUMBERS = re.compile(r"\b\d+\b")
 _NEVER_CALLED = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
+
+
+class _Called(NamedTuple):
+    """One call of a module, until the end of the forward pass."""
+
+    module: nn.Module
+    rule: OwnGraph
+    saved: tuple[Tensor, ...]
+    extra: Any
+    output: Any
 
 
 class Keepers:
@@ -35,6 +48,9 @@ class Keepers:
         self._at: dict[str, str] = {}  # parameter -> the name of the module
         self._handles: dict[str, list[Any]] = {}
         self._outside: set[str] = set()  # names of modules that were called where no hooks are
+        self._called: dict[str, _Called] = {}  # in this pass, for the first time under hooks
+        self._tried: set[str] = set()
+        self._calls: Counter[str] = Counter()  # that kept their tensors, in this pass
         self._open: list[tuple[nn.Module, Any]] = []
 
     def attach(self) -> None:
@@ -85,9 +101,10 @@ class Keepers:
         if at not in self._handles:
             module = self._model.get_submodule(at)
             before = Untraced(functools.partial(WeakCall(self._before), at))
+            after = Untraced(functools.partial(WeakCall(self._after), at))
             self._handles[at] = [
                 module.register_forward_pre_hook(before, prepend=True),
-                module.register_forward_hook(Untraced(WeakCall(self._after)), always_call=True),
+                module.register_forward_hook(after, always_call=True, with_kwargs=True),
             ]
 
     def _before(self, at: str, module: nn.Module, *_: Any) -> None:
@@ -103,9 +120,49 @@ class Keepers:
             hooks.__enter__()
             self._open.append((module, hooks))
 
-    def _after(self, module: nn.Module, *_: Any) -> None:
-        if self._open and self._open[-1][0] is module:
-            self._open.pop()[1].__exit__(None, None, None)
+    def _after(self, at: str, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> None:
+        if not self._open or self._open[-1][0] is not module:
+            return
+        self._open.pop()[1].__exit__(None, None, None)
+        run = self._passes.current
+        if run is None or output is None:
+            return
+        self._calls[at] += 1
+        if at in self._tried:
+            return
+        self._tried.add(at)
+        own = tuple(name.rpartition(".")[2] for name in self._coverage.by_graph if name.rpartition(".")[0] == at)
+        trained = {key for key, p in module._parameters.items() if p is not None and p.requires_grad}
+        inside = any(True for child in module.children() for _ in child.parameters())
+        if inside or set(own) != trained:
+            return
+        rule = OwnGraph(module, own, self._max_bytes)
+        with suppress(ValueError):
+            saved, extra = rule.save(module, arguments, keywords, run.batch)
+            self._called[at] = _Called(module, rule, saved, extra, output)
+
+    def own_graphs(self, uses: Mapping[str, int]) -> Iterator[tuple[str, nn.Module, OwnGraph, dict[str, str]]]:
+        """Yield name, module, rule and parameters' names of modules whose calls need to keep nothing in later passes,
+        since they can be run again in the backward pass.
+
+        Args:
+            uses: of each parameter in the pass that has just ended.
+        """
+        called, calls = dict(self._called), Counter(self._calls)
+        self._called.clear()
+        self._calls.clear()
+        for at, (module, rule, saved, extra, output) in called.items():
+            names = {key: f"{at}.{key}" if at else key for key in rule.keys}
+            if any(self._at.get(name) != at for name in names.values()):
+                continue
+            why, each = rule.refusal(module, output, extra, saved)
+            if not why and all(uses.get(name) == calls[at] * each.get(key, 0) for key, name in names.items()):
+                yield at, module, rule, names
+
+    def leave(self, at: str) -> None:
+        """Keep nothing in a module any more."""
+        for handle in self._handles.pop(at, []):
+            handle.remove()
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()

@@ -13,7 +13,8 @@ from lipcore.capture.graph.another_size import HOOKED
 from lipcore.capture.graph.frontier import FUSED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.graph.kept_tensors import reading
-from lipcore.capture.layers.audit import Audit, depends_on
+from lipcore.capture.graph.own_graph import OwnGraph
+from lipcore.capture.layers.audit import Audit, depends_on, uses_of
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
@@ -124,6 +125,7 @@ class LayerCapture:
         passes.coverage, passes.single = self.coverage, self.single
         passes.graph_serves = by_graph and not options.normalized
         self._keepers = Keepers(self.model, self.coverage, passes, options.max_replay_bytes)
+        self._with_own_graph: list[tuple[str, nn.Module, OwnGraph, dict[str, str]]] = []  # from the next pass on
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
 
     def _check_names(self) -> None:
@@ -250,6 +252,7 @@ class LayerCapture:
         if not passes.before_forward():
             return
         try:
+            self._tap_own_graphs()
             batch = batch_of(arguments, keywords, self._options.batch_dim, self._options.offsets_of)
             options = self._options
             run = LayerPass(batch, self.coverage.frozen_since(), options.measure, options.keep_factors)
@@ -284,6 +287,22 @@ class LayerCapture:
             self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
         except Exception as error:
             passes.fail(error)
+
+    def _tap_own_graphs(self) -> None:
+        """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""
+        if not self._audit.done or self._hooks is None:
+            return
+        for at, module, rule, names in self._with_own_graph:
+            if not self.coverage.by_graph.keys() >= set(names.values()):
+                continue
+            site = LayerSite(self.passes, at or ROOT, module, rule, names, self._options, self._signs)
+            site.tap_from_now()
+            self.sites.append(site)
+            self._hooks.add(site)
+            self._keepers.leave(at)
+            for name in names.values():
+                self.coverage.leave_to_own_graph(name, module)
+        self._with_own_graph = []
 
     @property
     def _may_serve(self) -> bool:
@@ -344,6 +363,8 @@ class LayerCapture:
                 run.spoiled = FUSED_THEN.format(min(fused))
                 later |= fused
             refused = {n: self._keepers.why(w) if w == HOOKED else w for n, w in refused.items() if n not in later}
+            if run.kept is not None and not self._options.normalized:
+                self._with_own_graph += self._keepers.own_graphs(uses_of(output, self.coverage))
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:
             passes.fail(error)

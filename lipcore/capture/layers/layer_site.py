@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lipcore import _core, functional
 from lipcore.capture.compiled import armed
 from lipcore.capture.graph.another_size import AnotherSize, another_size
+from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.identity import InPlaceAfter, passed_on
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
@@ -71,7 +72,7 @@ class LayerSite:
         self.how = ""
         self.broadcast = name in options.broadcast
         self.number = next(_numbers)
-        self._left_at = math.inf
+        self._from, self._left_at = -1, math.inf
         self._passes = passes
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
@@ -110,7 +111,7 @@ class LayerSite:
         if run is not None and not inner:
             run.calls.update(self.names.values())
             run.fused[self.number].append(False)
-        if run is not None and run.number > self._left_at:
+        if run is not None and not self._from <= run.number <= self._left_at:
             return None
         if not torch.is_grad_enabled():
             return None
@@ -170,6 +171,10 @@ class LayerSite:
             call = self._prepared(module, arguments, keywords, tensor, [own.batch])
             return _with_tensor(output, self._fuse(module, call, None, False))
         return None
+
+    def tap_from_now(self) -> None:
+        """Tap no call in passes that have begun before, since a checkpoint in them has not seen it either."""
+        self._from = next(TURNS)
 
     def leave_to_graph(self) -> None:
         """Tap no call in passes that begin from now on, since the graph measures the layer's parameters. In those under
@@ -246,6 +251,11 @@ class LayerSite:
                 if self._normalized:
                     run.add_row(DELTA + self.name, self.squares_of(grad, run.batch))
         except Exception as error:
+            if isinstance(error, ValueError) and isinstance(self.rule, OwnGraph):
+                passes.leave_to_graph(self.names.values(), str(error))
+                self.leave_to_graph()
+                run.spoiled = f"{_named(error, self)}; the next passes are measured from the autograd graph"
+                return
             passes.fail(_named(error, self))
 
     def _tuned(self, factor: Factor) -> Factor:
