@@ -102,8 +102,9 @@ class PerSampleGradNorms(PerSampleMetric):
             With ``loss_reduction="auto"`` they are tapped.
         max_replay_bytes: parameters that no layer's rule covers are measured from the autograd graph, in eager mode, by
             products and sums where they meet the batch or by running nodes once more for every sample (:meth:`plan`
-            says which); the gradients of single samples of a parameter may take so many bytes at once (default: 1 GiB).
-            0: such parameters are refused, or skipped.
+            says which); the gradients of single samples of a parameter may take so many bytes at once (default: 1 GiB),
+            and so many may be kept in one pass where a checkpoint would keep none. 0: such parameters are refused, or
+            skipped.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
         keep_factors: keep each layer's input and output gradient from the backward pass until the next forward pass
             begins, for :meth:`weighted_sum` and :meth:`gram`: about as much memory as the activations themselves

@@ -306,3 +306,23 @@ def test_dots_and_sums_of_what_has_a_graph_of_its_own() -> None:
         torch.testing.assert_close(metric.gram()["total"].diagonal().sqrt(), metric.per_sample)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(sums[name], parameter.grad)
+
+
+@pytest.mark.parametrize("wrapped", ["0", "1"])
+def test_checkpoints_that_are_wrappers_around_modules(wrapped: str) -> None:
+    """Their names are not in the canonical ones."""
+    wrappers = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    model = made(lambda: nn.Sequential(nn.Linear(C, C), nn.Sequential(nn.Tanh(), OwnRMSNorm())))
+    if wrapped == "0":
+        model[1][1] = wrappers.checkpoint_wrapper(model[1][1])
+    else:
+        model[1] = wrappers.checkpoint_wrapper(model[1])
+    with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+        for _ in range(3):
+            x = torch.randn(4, T, C)
+            expected = norms_sq(model, samples_of((x,), 4), weighted_sum)
+            model.zero_grad()
+            weighted_sum(model(x)).backward()
+            total = torch.stack(list(expected.values())).sum(0).sqrt()
+            torch.testing.assert_close(metric.per_sample, total, rtol=1e-5, atol=0.0)
+        assert "1.1.weight" in metric.per_parameter

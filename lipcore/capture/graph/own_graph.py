@@ -25,7 +25,7 @@ _REFUSED = "its own graph, in which it is run once more in the backward pass, do
 
 @dataclass(frozen=True)
 class _Call:
-    """What a call's saved tensors are to be put back into."""
+    """The rest of a call, into which its saved tensors are to be put back."""
 
     arguments: Any  # with an object in the place of each tensor
     batch: Batch

@@ -17,6 +17,7 @@ from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
+from lipcore.models.names import named_modules
 
 _NUMBERS = re.compile(r"\b\d+\b")
 _NEVER_CALLED = (nn.ParameterList, nn.ParameterDict, nn.ModuleList, nn.ModuleDict)
@@ -44,7 +45,8 @@ class Keepers:
     """
 
     def __init__(self, model: nn.Module, coverage: ParameterCoverage, passes: Passes, max_bytes: int) -> None:
-        self._model, self._coverage, self._passes, self._max_bytes = model, coverage, passes, max_bytes
+        self._coverage, self._passes, self._max_bytes = coverage, passes, max_bytes
+        self._modules = dict(named_modules(model))
         self._at: dict[str, str] = {}  # parameter -> the name of the module
         self._handles: dict[str, list[Any]] = {}
         self._outside: set[str] = set()  # names of modules that were called where no hooks are
@@ -56,7 +58,7 @@ class Keepers:
     def attach(self) -> None:
         """Put hooks on the modules that own parameters which the graph measures."""
         for name in self._coverage.by_graph:
-            self._put(name, _around(self._model, name.rpartition(".")[0]))
+            self._put(name, _around(self._modules, name.rpartition(".")[0]))
 
     def detach(self) -> None:
         """Take all hooks off."""
@@ -72,9 +74,9 @@ class Keepers:
         if self._full:
             return False
         if at is None:
-            self._put(name, _around(self._model, name.rpartition(".")[0]))
+            self._put(name, _around(self._modules, name.rpartition(".")[0]))
             return True
-        alike = [path for path in _alike(self._model, at) if path not in self._handles]
+        alike = [path for path in _alike(self._modules, at) if path not in self._handles]
         for path in alike:  # a position bias is used in every layer, and owned by the first
             self._put(name, path)
         if alike:
@@ -82,7 +84,7 @@ class Keepers:
             return True
         if not at or at in self._outside:
             return False
-        self._put(name, _around(self._model, at.rpartition(".")[0]))
+        self._put(name, _around(self._modules, at.rpartition(".")[0]))
         return True
 
     def why(self, why: str) -> str:
@@ -99,7 +101,7 @@ class Keepers:
     def _put(self, name: str, at: str) -> None:
         self._at[name] = at
         if at not in self._handles:
-            module = self._model.get_submodule(at)
+            module = self._modules[at]
             before = Untraced(functools.partial(WeakCall(self._before), at))
             after = Untraced(functools.partial(WeakCall(self._after), at))
             self._handles[at] = [
@@ -168,20 +170,20 @@ class Keepers:
         return _nothing, ()
 
 
-def _around(model: nn.Module, path: str) -> str:
+def _around(modules: Mapping[str, nn.Module], path: str) -> str:
     """Return the name of the module at a path, or of the first around it that is called as a whole."""
     parts = path.split(".") if path else []
     if "parametrizations" in parts:  # whose tensor the module around uses
         parts = parts[: parts.index("parametrizations")]
-    while parts and isinstance(model.get_submodule(".".join(parts)), _NEVER_CALLED):
+    while parts and isinstance(modules[".".join(parts)], _NEVER_CALLED):
         parts.pop()
     return ".".join(parts)
 
 
-def _alike(model: nn.Module, path: str) -> list[str]:
+def _alike(modules: Mapping[str, nn.Module], path: str) -> list[str]:
     """Return the names of the modules that differ from this one in numbers alone: the same place in other blocks."""
     wanted = _NUMBERS.sub("#", path)
-    return [name for name, _ in model.named_modules() if _NUMBERS.sub("#", name) == wanted]
+    return [name for name in modules if _NUMBERS.sub("#", name) == wanted]
 
 
 def _nothing() -> None:
