@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipcore.models.outputs import tensors_of
+from lipcore.models.torch_internals import keeps_by_hooks
 
 
 def function_of(node: Any) -> Any:
@@ -30,7 +31,9 @@ def put_back(nodes: Iterable[Any]) -> Iterator[None]:
     kept = [(node, dict(vars(node))) for node in nodes]
     tensors: dict[int, Tensor] = {}
     for node, attributes in kept:
-        for tensor in tensors_of([list(node.saved_tensors), list(attributes.values())]):
+        # Inside a checkpoint they are others in every backward pass; asked for here, they would be run for once more.
+        saved = [] if keeps_by_hooks(node) else list(node.saved_tensors)
+        for tensor in tensors_of([saved, list(attributes.values())]):
             tensors[id(tensor)] = tensor
     values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
     try:

@@ -126,15 +126,15 @@ def is_packed(node: Any, name: str) -> bool:
 _raw_names: dict[type, list[str]] = {}  # by the type of a node
 
 
-def keeps_by_hooks(node: Any) -> bool:
-    """Return whether hooks are on what a node of the graph has kept (those of a checkpoint, say): unpacked once more it
-    may raise."""
+def keeps_by_hooks(node: Any, but: Any = None) -> bool:
+    """Return whether hooks are on what a node of the graph has kept (those of a checkpoint, say), other than the one
+    that unpacks by `but`: unpacked once more it may raise."""
     kind = type(node)
     if kind not in _raw_names:
         _raw_names[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     found = (getattr(node, name) for name in _raw_names[kind])
     each = (kept for one in found for kept in (one if isinstance(one, (tuple, list)) else [one]))
-    return any(getattr(kept, "unpack_hook", None) is not None for kept in each)
+    return any(getattr(kept, "unpack_hook", None) not in (None, but) for kept in each)
 
 
 def forward_shape(node: Any, index: int = 0) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from lipcore.per_sample.references import Gradient, References
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.scores.score_columns import ScoreColumns
 from lipcore.per_sample.signed import add_dots, quantities, shown_dots
+from lipcore.per_sample.total import total_of
 
 
 class PerSampleGradDots(PerSampleMetric):
@@ -138,10 +139,10 @@ class PerSampleGradDots(PerSampleMetric):
         return PassDots(record, factor, self._layer_index, self._references.columns, self._references.single)
 
     def _add_numbers(self, result: MetricResult, note: str, doubt: str) -> None:
-        add_dots(result, self._layers, self._window.merged(), self._quantities, note, doubt)
+        add_dots(result, self._layers, total_of(self._capture), self._window.merged(), self._quantities, note, doubt)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
-        return shown_dots(self._layers, self._window.merged(), self._quantities)
+        return shown_dots(self._layers, total_of(self._capture), self._window.merged(), self._quantities)
 
     def _own_plan(self) -> list[PlanLine]:
         return [PlanLine("reference", f"copies of {self._references.columns}", self._references.nbytes)]

@@ -24,6 +24,7 @@ from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.pass_norms import Norms, PassNorms
 from lipcore.per_sample.results import add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.total import total_of
 from lipcore.per_sample.weighted_sum import (
     Coefficients,
     add_into,
@@ -103,8 +104,9 @@ class PerSampleGradNorms(PerSampleMetric):
             With ``loss_reduction="auto"`` they are tapped.
         max_replay_bytes: parameters that no layer's rule covers are measured from the autograd graph, in eager mode, by
             products and sums where they meet the batch or by running nodes once more for every sample (:meth:`plan`
-            says which); the gradients of single samples of a parameter may take so many bytes at once (default: 1 GiB).
-            0: such parameters are refused, or skipped.
+            says which); the gradients of single samples of a parameter may take so many bytes at once (default: 1 GiB),
+            and so many may be kept in one pass where a checkpoint would keep none. 0: such parameters are refused, or
+            skipped.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
         keep_factors: keep each layer's input and output gradient from the backward pass until the next forward pass
             begins, for :meth:`weighted_sum` and :meth:`gram`: about as much memory as the activations themselves
@@ -171,14 +173,14 @@ class PerSampleGradNorms(PerSampleMetric):
         )
 
     def _numbers_of(self, record: LayerRecord, factor: LossFactor) -> PassNorms:
-        return PassNorms(record, factor, self._layer_index)
+        return PassNorms(record, factor, self._layer_index, total_of(self._capture))
 
     def _add_numbers(self, result: MetricResult, note: str, doubt: str) -> None:
         estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
-        add_norms(result, self._layers, self._window.merged(), estimated, note, doubt)
+        add_norms(result, self._layers, total_of(self._capture), self._window.merged(), estimated, note, doubt)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
-        pairs = zip([*self._layers, "total"], self._window.merged(), strict=False)
+        pairs = zip([*self._layers, total_of(self._capture)], self._window.merged(), strict=False)
         return [(place, distribution.reduced("exact")) for place, distribution in pairs]
 
     def _own_plan(self) -> list[PlanLine]:
@@ -222,8 +224,8 @@ class PerSampleGradNorms(PerSampleMetric):
     @property
     def standard_error(self) -> Norms:
         """Standard errors of estimated norms, float64 [B], by layer with ``methods={layer: "estimate"}``: that of
-        :attr:`per_layer`, as the probes show it; and ``["total"]``, that of :attr:`per_sample`. Empty where all
-        norms are exact."""
+        :attr:`per_layer`, as the probes show it; and ``["total"]``, or ``["total_of_measured"]`` where trained
+        parameters are left out: that of :attr:`per_sample`. Empty where all norms are exact."""
         return self._last_norms().standard_error
 
     @property
@@ -273,7 +275,8 @@ class PerSampleGradNorms(PerSampleMetric):
 
     def gram(self) -> Norms:
         r"""Compute :math:`\langle \nabla l_i, \nabla l_j \rangle` for the samples of the last backward pass: per layer,
-        and over all measured parameters as ``["total"]``, float64 [B, B] each. Needs ``keep_factors=True``, and to be
+        and over all measured parameters as ``["total"]`` (``["total_of_measured"]`` where trained ones are left
+        out), float64 [B, B] each. Needs ``keep_factors=True``, and to be
         called before the next forward pass.
 
         Returns:

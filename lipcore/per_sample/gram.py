@@ -6,13 +6,12 @@ import torch
 from torch import Tensor
 
 from lipcore.per_sample.pass_norms import Norms, PassNorms, layer_reasons
-from lipcore.per_sample.results import TOTAL
 from lipcore.per_sample.weighted_sum import usable_factors
 
 
 def gram_of(norms: PassNorms) -> Norms:
-    """Return f^2 <g_i, g_j> per layer and, as "total", over all measured parameters, float64 [B, B] each, with the
-    pass's loss factor f. NaN where one of the two samples has no norm."""
+    """Return f^2 <g_i, g_j> per layer and, in total, over all measured parameters, float64 [B, B] each, with
+    the pass's loss factor f. NaN where one of the two samples has no norm."""
     record, layer_of = norms.record, norms.layer_index.layer_of
     factors = usable_factors(norms, "gram")
     scale = norms.factor.value * norms.factor.value
@@ -24,10 +23,10 @@ def gram_of(norms: PassNorms) -> Norms:
             gram = factors[name].gram() * scale
             missing = record.norms_sq[name].isnan()
             gram = ((gram + gram.T) / 2).masked_fill(missing | missing[:, None], torch.nan)
-            for place in (layer_of[name], TOTAL):
+            for place in (layer_of[name], norms.total):
                 rows[place] = rows[place] + gram if place in rows else gram
-    reasons = layer_reasons(norms.layer_index, record, [place for place in rows if place != TOTAL])
-    if record.broken or TOTAL not in rows:
-        rows.pop(TOTAL, None)
-        reasons[TOTAL] = record.broken or "no gradient reached a measured parameter in this backward pass"
+    reasons = layer_reasons(norms.layer_index, record, [place for place in rows if place != norms.total])
+    if record.broken or norms.total not in rows:
+        rows.pop(norms.total, None)
+        reasons[norms.total] = record.broken or "no gradient reached a measured parameter in this backward pass"
     return Norms("layer", rows, reasons, (norms.samples, norms.samples))

@@ -38,6 +38,7 @@ from lipcore.per_sample.open_step import OpenStep, PassNumbers, take_in
 from lipcore.per_sample.results import add_noise
 from lipcore.per_sample.scores.score_columns import Scores
 from lipcore.per_sample.show import shown
+from lipcore.per_sample.total import total_of
 from lipcore.per_sample.unproved import Unproved
 
 _SILENT = 4  # steps without a number after which the user is told why
@@ -453,7 +454,7 @@ class PerSampleMetric(StandaloneMetric):
         note = f"over the covered parameters only: {share}" if share else ""
         self._add_numbers(result, note, next(iter(doubts), ""))
         if self._noise is not None:
-            add_noise(result, self._layers, self._noise, self._open_step.sums)
+            add_noise(result, self._layers, total_of(capture), self._noise, self._open_step.sums)
         if self._waits and self._window.unproved:
             self._unproved.handed_out.add(result)
         return result

@@ -13,6 +13,7 @@ from lipcore.capture.layers.layer_pass import DELTA, ERROR, OUTPUT, LayerRecord,
 from lipcore.metric.distribution import Distribution, observe_roots
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
+from lipcore.per_sample.total import TOTAL
 
 _float64 = torch.float64
 
@@ -46,11 +47,12 @@ class PassNorms:
     Attributes:
         names, layers: the parameters and the layers that brought numbers.
         layer_index: the layers of the model.
+        total: the name of the total's place.
     """
 
-    def __init__(self, record: LayerRecord, factor: LossFactor, layer_index: LayerIndex) -> None:
+    def __init__(self, record: LayerRecord, factor: LossFactor, layer_index: LayerIndex, total: str = TOTAL) -> None:
         self.record, self.factor = record, factor
-        self.layer_index = layer_index
+        self.layer_index, self.total = layer_index, total
         # In the model's order; backward passes bring them from the end.
         found = record.norms_sq
         self.names, self.layers, self._index = layer_index.of(found)
@@ -121,9 +123,9 @@ class PassNorms:
         variance: dict[str, Tensor] = {}
         for name, error in self.record.norms_sq.items():
             if name.startswith(ERROR):
-                for place in (self.layer_index.layer_of[name[len(ERROR) :]], "total"):
+                for place in (self.layer_index.layer_of[name[len(ERROR) :]], self.total):
                     variance[place] = variance.get(place, 0.0) + error.square()
-        norms = dict(zip([*self.layers, "total"], self.squares.sqrt(), strict=True))
+        norms = dict(zip([*self.layers, self.total], self.squares.sqrt(), strict=True))
         factor_sq = self.factor.value * self.factor.value
         rows = {place: factor_sq * total.sqrt() / (2 * norms[place]) for place, total in variance.items()}
         # Where the estimate is 0, so is what it estimates but for probability 0.

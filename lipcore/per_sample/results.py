@@ -13,7 +13,6 @@ from lipcore.metric.results import Label, MetricResult
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import NoiseSums
 
-TOTAL = "total"
 _REDUCERS = ("mean", "min", "max", "p50", "p99")
 _QUANTILES = (0.5, 0.99)
 
@@ -21,17 +20,18 @@ _QUANTILES = (0.5, 0.99)
 def add_norms(
     result: MetricResult,
     layers: Sequence[str],
+    total: str,
     distributions: Sequence[Distribution],
     estimated: Sequence[str],
     note: str,
     doubt: str = "",
 ) -> None:
-    """Add the distributions of the norms per layer and, with the note, in total; `estimated`: layers that are no exact
-    ones; `doubt`: why it is not proved that they are single samples'."""
+    """Add the distributions of the norms per layer and, with the note, in total, at the place of that name;
+    `estimated`: layers that are no exact ones; `doubt`: why it is not proved that they are single samples'."""
     if not distributions:
         return  # before the layers are known
     found = described(distributions, _QUANTILES)
-    places = places_of(tuple(layers))
+    places = places_of(tuple(layers), total)
     result.leave(lambda into: _add_described(into, found, places, frozenset(estimated), note, doubt), found.nbytes)
 
 
@@ -42,9 +42,8 @@ def _add_described(
     plain: Label = "heuristic" if doubt else "exact"
     labels: list[Label] = ["estimate" if layer in estimated else plain for layer in places.names]
     notes = [f"not proved: {doubt}" if doubt else ""] * len(places)
-    if places.names[-1] == TOTAL:
-        labels[-1] = "estimate" if estimated else labels[-1]
-        notes[-1] = "; ".join(said for said in (note, notes[-1]) if said)
+    labels[-1] = "estimate" if estimated else labels[-1]
+    notes[-1] = "; ".join(said for said in (note, notes[-1]) if said)
     counted = count > 0
     notes = [said if any_ else "nothing recorded" for said, any_ in zip(notes, counted.tolist(), strict=True)]
     worth = one_if_same(count.astype(np.int64)), words_of(labels), one_if_same(counted), words_of(notes)
@@ -55,14 +54,16 @@ def _add_described(
 
 
 @lru_cache(maxsize=8)
-def places_of(layers: tuple[str, ...]) -> Places:
+def places_of(layers: tuple[str, ...], total: str) -> Places:
     """Return the layers and the total; the same object for all windows of a metric."""
-    return Places([*layers, TOTAL], [*["group"] * len(layers), "total"])  # type: ignore[list-item]
+    return Places([*layers, total], [*["group"] * len(layers), "total"])  # type: ignore[list-item]
 
 
-def add_noise(result: MetricResult, layers: Sequence[str], noise: NoiseScale, sums: NoiseSums | None) -> None:
+def add_noise(
+    result: MetricResult, layers: Sequence[str], total: str, noise: NoiseScale, sums: NoiseSums | None
+) -> None:
     """Add the gradient noise scale and its two estimators, and why steps were left out."""
-    found, places = noise.condensed(), places_of(tuple(layers))
+    found, places = noise.condensed(), places_of(tuple(layers), total)
 
     def add(into: MetricResult) -> None:
         for quantity, columns in found.get().items():

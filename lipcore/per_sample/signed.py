@@ -10,7 +10,7 @@ from lipcore.metric.columns import Column, Columns, Numbers, one_if_same, words_
 from lipcore.metric.distribution import Distribution, described
 from lipcore.metric.results import Label, MetricResult
 from lipcore.metric.values import Value
-from lipcore.per_sample.results import TOTAL, places_of
+from lipcore.per_sample.results import places_of
 
 _REDUCERS = ("mean", "min", "max", "negative")
 
@@ -39,6 +39,7 @@ def quantities(columns: int, single: bool) -> list[str]:
 def add_dots(
     result: MetricResult,
     layers: Sequence[str],
+    total: str,
     distributions: Sequence[Distribution],
     names: Sequence[str],
     note: str,
@@ -48,7 +49,7 @@ def add_dots(
     are single samples'."""
     if not distributions:
         return  # before the layers are known
-    found, places = joined(distributions), places_of(tuple(layers))
+    found, places = joined(distributions), places_of(tuple(layers), total)
     label: Label = "heuristic" if doubt else "exact"
     notes = [f"not proved: {doubt}" if doubt else ""] * len(places)
     notes[-1] = "; ".join(said for said in (note, notes[-1]) if said)
@@ -67,12 +68,12 @@ def add_dots(
 
 
 def shown_dots(
-    layers: Sequence[str], distributions: Sequence[Distribution], names: Sequence[str]
+    layers: Sequence[str], total: str, distributions: Sequence[Distribution], names: Sequence[str]
 ) -> list[tuple[str, dict[str, Value]]]:
     """Return the reducers by place, and reference where there are several, the total last."""
     result = MetricResult("")
-    add_dots(result, layers, distributions, names, "", "")
-    places = [*layers, TOTAL] if distributions else []
+    add_dots(result, layers, total, distributions, names, "", "")
+    places = [*layers, total] if distributions else []
     told = {(place, name): result[name][place] for place in places for name in names}
     rows = [(place if len(names) == 1 else f"{place} {name}", reducers) for (place, name), reducers in told.items()]
     return [(name, {r: v for r, v in reducers.items() if r in _REDUCERS}) for name, reducers in rows]

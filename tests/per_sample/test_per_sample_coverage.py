@@ -154,7 +154,8 @@ def test_skipping_measures_the_others(name: str, size: int) -> None:
     share = re.search(r"(\d+) of (\d+) trainable parameters, ([\d.]+) % of their elements", repr(metric))
     assert share
     assert share[0] in str(metric.coverage())
-    assert f"over the covered parameters only: {share[0]}" in result.norm["total"].mean.note
+    assert f"over the covered parameters only: {share[0]}" in result.norm["total_of_measured"].mean.note
+    assert "total" not in result.norm
     trained = [p.numel() for _, p in model.named_parameters()]
     left_out = [p.numel() for n, p in model.named_parameters() if n in metric.coverage().uncovered]
     assert share.group(1, 2) == (str(len(trained) - len(left_out)), str(len(trained)))
@@ -351,3 +352,26 @@ def test_a_layer_that_is_added_in_mid_run() -> None:
         assert_norms(metric, norms_sq(model, samples_of((x,), 3), sum_loss))
         monitor.step()
         assert monitor.compute()["per_sample_grad_norm"].norm["5"].mean.count == 3
+
+
+def test_no_number_of_a_part_stands_under_the_name_of_the_whole() -> None:
+    parts = {"a": nn.Linear(5, 4), "b": nn.GRU(4, 4, batch_first=True), "c": nn.Linear(4, 2)}
+    model = made(lambda: Graph(lambda m, x: m.c(m.b(m.a(x))[0]), **parts))
+    reference = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    options: dict[str, Any] = {"loss_reduction": "sum", "on_unsupported": "skip", "max_replay_bytes": 0}
+    norms = lipcore.PerSampleGradNorms(noise_scale=True, keep_factors=True, methods={"a": "estimate"}, **options)
+    dots = lipcore.PerSampleGradDots(reference=reference, **options)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with Monitor(model, optimizer, metrics=[norms, dots]) as monitor:
+        sum_loss(model(torch.randn(3, 4, 5))).backward()
+        for rows in (norms.gram(), norms.standard_error):
+            assert "total_of_measured" in rows
+            assert "total" not in rows
+        assert "total_of_measured" in repr(norms)
+        assert "total_of_measured" in repr(dots)
+        optimizer.step()
+        found = monitor.compute()
+    for result in (found[norms.name], found[dots.name]):
+        for quantity in result.values():
+            assert [p for p in quantity if quantity.level(p) == "total"] == ["total_of_measured"]
+        assert not [key for key in result.flat() if key.endswith("total")]

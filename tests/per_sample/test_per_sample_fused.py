@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from models import Graph
+from models_without_rules import C, OwnRMSNorm
 from per_sample_models import Block, made, sum_loss
 from per_sample_oracle import assert_norms, check, norms_sq, samples_of
 from torch import Tensor, nn
@@ -56,6 +57,46 @@ def test_norms_and_gradients(options: dict[str, Any], size: int) -> None:
             sum_loss(model(x)).backward()  # accumulates
             assert_norms(metric, expected, 5e-5)
             assert_close(gradients(model), gradients(plain))
+
+
+class Others(nn.Module):
+    """Linears among parameters without a rule, one of whose weights a function is given too where `shared`."""
+
+    def __init__(self, shared: bool, checkpointed: bool) -> None:
+        super().__init__()
+        self.norm, self.scale = OwnRMSNorm(), nn.Parameter(torch.ones(C))
+        self.a, self.b = nn.Linear(C, C), nn.Linear(C, C)
+        self.shared, self.checkpointed = shared, checkpointed
+
+    def part(self, x: Tensor) -> Tensor:
+        return x + self.norm(self.a(x)).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x = x + self.b(x)
+        x = self.b(x) * self.scale
+        x = checkpoint(self.part, x, use_reentrant=False) if self.checkpointed else self.part(x)
+        return x @ self.b.weight if self.shared else x
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+def test_beside_parameters_that_the_graph_measures(shared: bool, checkpointed: bool) -> None:
+    plain, model = made(lambda: Others(shared, checkpointed)), made(lambda: Others(shared, checkpointed))
+    with PerSampleGradNorms(model, loss_reduction="sum", fused=True) as metric:
+        for number in range(3):
+            x = torch.randn(4, LENGTH, C)
+            expected = norms_sq(model, samples_of((x,), 4), sum_loss)
+            sum_loss(plain(x)).backward()
+            sum_loss(model(x)).backward()
+            assert_close(gradients(model), gradients(plain))
+            if shared and number == 0:
+                assert "in the next passes that layer is not" in metric.broken
+                continue
+            assert_norms(metric, expected, 5e-5)
+            assert not metric.unproved
+        ways = {site.name: site.how for site in metric._capture.sites}  # type: ignore[union-attr]
+    assert ways["a"] == "inside the weight gradient"
 
 
 def test_it_is_the_fused_way_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:

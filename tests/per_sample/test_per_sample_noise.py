@@ -357,3 +357,33 @@ def test_a_backward_pass_through_a_layer_called_alone_is_in_the_gradient() -> No
     result = after(loop)
     assert math.isnan(result.gradient_sq["total"].mean.value)
     assert any("called outside the model's forward pass" in reason for reason in result.details["noise_scale_skipped"])
+
+
+def not_zeroed(gradient: Tensor) -> Tensor:
+    return gradient
+
+
+def halved(gradient: Tensor) -> Tensor:
+    return gradient.mul_(0.5)
+
+
+def zeroed(gradient: Tensor) -> Tensor:
+    return gradient.zero_()
+
+
+@pytest.mark.parametrize(("between", "left_out"), [(not_zeroed, 3), (halved, 3), (zeroed, 0), (None, 0)])
+def test_gradients_of_the_step_before(between: Callable[[Tensor], Tensor] | None, left_out: int) -> None:
+    model = made(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    metric = PerSampleGradNorms(loss_reduction="mean")
+    with Monitor(model, optimizer, metrics=[metric]) as monitor:
+        for _ in range(4):
+            for _ in range(2):
+                (mean_loss(model, 6) / 2).backward()
+            optimizer.step()
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.grad = None if between is None else between(parameter.grad)
+        result = monitor.compute()["per_sample_grad_norm"]
+    assert result.skipped_steps["total"]["sum"].value == left_out
+    assert result.details["noise_scale_skipped"] == ({steps.NOT_EMPTY: left_out} if left_out else {})

@@ -391,7 +391,7 @@ def test_an_error_under_a_checkpoint_does_not_reach_the_training(reentrant: bool
     def run(watched: bool) -> list[Tensor]:
         model = made(lambda: Checkpointed(reentrant, Flattened))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        metric = PerSampleGradNorms(loss_reduction="sum")
+        metric = PerSampleGradNorms(loss_reduction="sum", max_replay_bytes=0)
         monitor = Monitor(model, optimizer, metrics=[metric]) if watched else None
         torch.manual_seed(3)
         data = [torch.randn(3, 5) for _ in range(3)]

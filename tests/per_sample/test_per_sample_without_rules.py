@@ -198,42 +198,8 @@ class _Double(torch.autograd.Function):
         return grad * 2
 
 
-class _Checkpointed(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(super().forward, x, use_reentrant=False)
-        return y
-
-
 def test_a_function_in_python() -> None:
     _refused(made(parameters(lambda x, g: x * _Double.apply(g), g=(C,))), "'1.g': .* autograd Function _Double")
-
-
-def test_activation_checkpointing() -> None:
-    model = made(WITHOUT_RULES["own RMSNorm"])
-    model[1] = _Checkpointed(model[1])  # type: ignore[operator, index]
-    _refused(model, r"'1.0.weight': .*checkpointing.*without them")
-
-
-def test_a_checkpoint_that_is_turned_on_in_mid_run() -> None:
-    """A node that is run twice there would raise in the user's backward pass."""
-    layer = made(WITHOUT_RULES["own RMSNorm"])
-    model = _Switched(layer)
-    with pytest.warns(RuntimeWarning), pytest.raises(ValueError, match="checkpointing"):
-        with PerSampleGradNorms(model, loss_reduction="sum") as metric:
-            model(torch.randn(4, T, C)).sum().backward()
-            assert not metric.per_sample.isnan().any()
-            model.on = True
-            model(torch.randn(4, T, C)).sum().backward()
-
-
-class _Switched(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer, self.on = layer, False
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = checkpoint(self.layer, x, use_reentrant=False) if self.on else self.layer(x)
-        return y
 
 
 def test_the_bound() -> None:

@@ -76,7 +76,7 @@ def test_passes_since_the_last_good_proof_leave_the_window(mixes_from: int, skip
     (said,) = [str(w.message) for w in warned if "took back" in str(w.message)]
     assert f"of {SIZE * (fails_at - 1 - last_good)} samples" in said
     right = torch.stack(expected[:last_good]).flatten()
-    total = metric.finalize().norm["total"]
+    total = metric.finalize().norm["total_of_measured"]
     assert total.mean.count == len(right)
     assert total.mean.value == pytest.approx(float(right.mean()), rel=1e-5)
     assert total.max.value == pytest.approx(float(right.max()), rel=1e-5)
@@ -118,7 +118,7 @@ def test_a_monitor_is_as_if_it_had_stopped_at_the_last_good_proof() -> None:
         assert "a later proof failed" in window[name].norm["total"].mean.note
         assert not window[name].norm["total"].mean.valid
         assert "a later proof failed" in window[name].details["withdrawn"]
-    assert metric.finalize().norm["total"].mean.count == 0
+    assert metric.finalize().norm["total_of_measured"].mean.count == 0
     averages = [m._noise.state_dict()["ema"] for m in (metric, before.metrics[name])]
     assert torch.equal(*averages)
 
@@ -135,7 +135,7 @@ def test_a_sliding_window_keeps_what_is_proved() -> None:
     with pytest.warns(UserWarning, match=f"of {63 * SIZE} samples"):
         backward(model, 128)
     right = torch.cat([exact(turning(10**6), x(number)) for number in range(31, 65)])
-    total = metric.finalize().norm["total"]
+    total = metric.finalize().norm["total_of_measured"]
     assert total.mean.count == len(right)  # the window began in step 31
     assert total.mean.value == pytest.approx(float(right.mean()), rel=1e-5)
     with pytest.raises(ValueError, match="model: "):
@@ -154,7 +154,7 @@ def test_micro_batches_of_the_open_step_are_taken_back_too() -> None:
                 optimizer.zero_grad()
         with pytest.warns(UserWarning, match=TOOK_BACK):
             sum_loss(model(x(64))).backward()
-        assert metric.finalize().norm["total"].mean.count in (0, SIZE, 5 * SIZE)
+        assert metric.finalize().norm["total_of_measured"].mean.count in (0, SIZE, 5 * SIZE)
         assert not metric._open_step or metric._open_step.samples == SIZE
 
 

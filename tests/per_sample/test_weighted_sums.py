@@ -444,7 +444,7 @@ def test_other_bad_arguments() -> None:
 
 
 def test_gradients_that_would_stay_plain_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(C, C), made(WITHOUT_RULES["own RMSNorm"]))
+    model = nn.Sequential(nn.Linear(C, C), made(WITHOUT_RULES["layer scale"]))
     with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip", max_replay_bytes=0) as norms:
         sum_loss(model(torch.randn(4, T, C))).backward()
         assert norms.weighted_sum(torch.ones(4))

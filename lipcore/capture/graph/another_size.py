@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,16 +12,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.layers import Batch
 from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
 from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import module_state_put_back, random_numbers_put_back, without_cached_casts
-from lipcore.models.torch_internals import TorchDispatchMode, top_saved_tensors_hooks, tree_map
+from lipcore.models.torch_internals import tree_map
 
 HOOKED = (
     "the forward pass keeps its tensors by hooks (activation checkpointing, saved_tensors_hooks, save_on_cpu), and a "
     "node of its graph may be run once only there; run the model without them"
 )
+
+
+class AnotherSize:
+    """A pass of lipcore's own on more samples, which layers that are no longer torch's are to look alike in.
+
+    Attributes:
+        batch: its samples.
+        calls: how often each layer was called so far, by the layer's number.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.calls: Counter[int] = Counter()
+
+
+class _UnderWay(threading.local):
+    now: AnotherSize | None = None
+
+
+_under_way = _UnderWay()
+
+
+def another_size() -> AnotherSize | None:
+    """Return the pass of lipcore's own that is under way in this thread."""
+    return _under_way.now
+
+
+@contextmanager
+def _under_way_now(batch: Batch) -> Iterator[None]:
+    _under_way.now = AnotherSize(batch)
+    try:
+        yield
+    finally:
+        _under_way.now = None
 
 
 class CannotRun(ValueError):
@@ -40,7 +77,7 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
     if why:
         raise CannotRun(why)
 
-    watch, failure = _SavingHooks(), None
+    failure = None
     for blocks in (False, True):  # the second time also what has a block of rows of each sample: patches of all images
         longer = functools.partial(_longer, samples=samples, dim=dim, blocks=blocks)
         try:
@@ -53,7 +90,7 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
                 paused(),
                 without_cached_casts(),
                 without_communication(),
-                watch,
+                _under_way_now(Batch(samples + 1, dim)),
             ):
                 more, words = tree_map(longer, (arguments, keywords))
                 output = model(*more, **words)
@@ -66,8 +103,6 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
             f"({type(failure).__name__}: {str(failure)[:200]}); where its arguments have other dimensions of size "
             f"{samples}, use another batch size"
         ) from failure
-    if watch.seen:
-        raise CannotRun(HOOKED)
     return output
 
 
@@ -97,15 +132,3 @@ def _buffers_exchanged(model: nn.Module) -> Iterator[None]:
         for module, buffers in kept:
             module._buffers.clear()
             module._buffers.update(buffers)
-
-
-class _SavingHooks(TorchDispatchMode):
-    """Mode that notices operations whose tensors are kept by hooks."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.seen = False
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or top_saved_tensors_hooks(True) is not None
-        return function(*args, **(kwargs or {}))

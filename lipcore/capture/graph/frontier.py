@@ -20,6 +20,7 @@ class GraphsDiffer(ValueError):
     """The reason why two graphs of one model are not the same but for shapes."""
 
 
+FUSED = "its layer is fused, whose backward cannot be run once more; pass fused=False"
 #: In the place of a dimension: all of the gradient is one sample's.
 EVERYTHING = -1
 
@@ -193,6 +194,8 @@ def _check(walk: Walk, free: Iterable[int], met: Iterable[int]) -> None:
         )
     for place in (*free, *met):
         function = function_of(walk.nodes[place])
+        if getattr(function, "makes_another", False):
+            raise ValueError(FUSED)
         if function is not None:
             raise ValueError(
                 f"it goes through the autograd Function {function.__name__}, whose backward cannot be run once more; "

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
 from lipcore.capture.graph.closed_forms import CLOSED_FORMS
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
+from lipcore.capture.graph.kept_tensors import is_once_only
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.graph.walk import Signature, Walk, shapes
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
-from lipcore.models.torch_internals import keeps_by_hooks, tree_leaves
+from lipcore.models.torch_internals import tree_leaves
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
 _MOST_MOVES = 24  # of one structure's frontier: past an expert's matrices, biases, gate and activation
@@ -49,10 +50,18 @@ class _Structure:
     frontier: Frontier
     rows: RowOrders = field(default_factory=lambda: RowOrders(unproved=_NOT_YET))
 
-    def kept_by_hooks(self, walk: Walk) -> bool:
-        """Return whether hooks are on what a node keeps that is read or run again."""
-        places = (*self.frontier.nodes, *self.frontier.free, *self.frontier.indexed)
-        return any(keeps_by_hooks(walk.nodes[place]) for place in places)
+    def index_kept_by_hooks(self, walk: Walk) -> bool:
+        """Return whether hooks are on an index that is read in every pass."""
+        return any(is_once_only(walk.nodes[place]) for place in self.frontier.indexed)
+
+    def kept_by_hooks(self, walk: Walk) -> dict[str, str]:
+        """Return the parameters for which a node would be read or run again on whose tensors hooks are."""
+        frontier = self.frontier
+        hooked = {p for p in (*frontier.nodes, *frontier.free) if is_once_only(walk.nodes[p])}
+        if not hooked:
+            return {}
+        behind = frontier.behind.items()
+        return {name: HOOKED for name, free in behind if not hooked.isdisjoint(free | frontier.met(name, walk))}
 
     def fits(self, walk: Walk, samples: int) -> bool:
         """Return whether every sample has as many rows at every frontier node."""
@@ -106,7 +115,7 @@ class GraphWays:
         dims = int(batch.size == 1), *(leaf.dim() for leaf in leaves)
         key = dims, tuple(walk.parameters(names).items()), walk.signature()
         structure = self._known.get(key)
-        if structure is not None and structure.kept_by_hooks(walk):  # asked before anything is read of the nodes
+        if structure is not None and structure.index_kept_by_hooks(walk):  # asked before anything is read of the nodes
             return Followed(None, dict.fromkeys(parameters, HOOKED), "")
         try:
             if structure is None or not structure.fits(walk, batch.size):
@@ -120,8 +129,6 @@ class GraphWays:
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = structure
-        if structure.kept_by_hooks(walk):
-            return Followed(None, dict.fromkeys(parameters, HOOKED), "")
         return self._followed(structure, walk, batch, counts, fail)
 
     def _followed(
@@ -134,6 +141,7 @@ class GraphWays:
     ) -> Followed:
         frontier, rows = structure.frontier, structure.rows
         refused = frontier.refused | self._wrong(structure, walk) | self._too_large(walk, frontier, batch.size)
+        refused |= structure.kept_by_hooks(walk)
         leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
         if not leaves:
             return Followed(None, refused, "")

@@ -12,6 +12,7 @@ from torch import Tensor
 from lipcore.capture.gradient_sums import GradientSums
 from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows, keeps_norms
 from lipcore.capture.graph.frontier import EVERYTHING, Frontier
+from lipcore.capture.graph.kept_tensors import reading
 from lipcore.capture.graph.rows import as_real
 from lipcore.capture.graph.walk import Walk, shapes
 from lipcore.capture.proof import NOTHING, is_proof
@@ -267,7 +268,7 @@ class Replay:
     def guarded(self, call: Callable[..., None], *arguments: Any) -> None:
         """Call one of the hooks' functions; hand on what it raises."""
         try:
-            with torch.no_grad():
+            with torch.no_grad(), reading():
                 call(*arguments)
         except Exception as error:
             self._fail(ValueError(f"model: parameters {self._names()} could not be measured from the graph: {error}"))

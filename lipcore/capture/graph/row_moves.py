@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.graph.kept_tensors import is_once_only
 from lipcore.capture.graph.walk import Walk, shapes
 from lipcore.models.torch_internals import saved
 
@@ -30,6 +31,8 @@ def moves_along(node: Any, dim: int, dimensions: int) -> bool:
 
 def keeps_samples(node: Any, samples: int) -> bool:
     """Return whether an index takes each sample's own row: `x[torch.arange(B), last]`, or none along the batch."""
+    if is_once_only(node):  # read once more it may raise
+        return False
     indices = saved(node, "indices")
     if isinstance(indices, (tuple, list)) and indices:
         if indices[0] is None:

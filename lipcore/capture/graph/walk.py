@@ -50,11 +50,16 @@ class Walk:
         return found
 
 
+def is_identity(function: type) -> bool:
+    """Return whether an autograd Function is lipcore's and passes its first argument on."""
+    return function.__module__.startswith("lipcore.") and not getattr(function, "makes_another", False)
+
+
 def _passed(node: Any) -> Any:
     """Return the first node at or behind this one that is no identity: lipcore's, or DistributedDataParallel's."""
     while node is not None:
         function = function_of(node)
-        if function is None or not (function.__module__.startswith("lipcore.") or is_ddp_sink(node)):
+        if function is None or not (is_identity(function) or is_ddp_sink(node)):
             break
         node = node.next_functions[0][0]
     return node

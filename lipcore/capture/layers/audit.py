@@ -101,7 +101,8 @@ class Audit:
         for name, why in wrong.items():
             self._coverage.leave_to_graph(name, why)
         for site in self._sites:
-            site.left_to_graph |= self._coverage.by_graph.keys() >= set(site.names.values())
+            if self._coverage.by_graph.keys() >= set(site.names.values()):
+                site.leave_to_graph()
 
     def refuse(self, wrong: Mapping[str, str]) -> None:
         """Uncover parameters; raise ValueError where they are not to be left out."""
@@ -189,6 +190,12 @@ def depends_on(arguments: Any, keywords: Any, parameters: Iterable[Tensor]) -> b
     """Return whether a forward pass's input was computed from one of the parameters."""
     inputs = [tensor for tensor in tensors_of((arguments, keywords)) if tensor.grad_fn]
     return bool(inputs) and not _uses(inputs).keys().isdisjoint(map(id, parameters))
+
+
+def uses_of(output: Any, coverage: ParameterCoverage) -> dict[str, int]:
+    """Count the edges of the graph into each parameter, by name."""
+    uses = _uses(output)
+    return {name: uses.get(id(parameter), 0) for name, parameter in coverage.parameters()}
 
 
 def _uses(output: Any) -> dict[int, int]:

@@ -110,6 +110,11 @@ class ParameterCoverage:
         self.by_graph[name] = why
         self.covered[name] = f"{name.rpartition('.')[0] or 'model'} (graph)"
 
+    def leave_to_own_graph(self, name: str, module: nn.Module) -> None:
+        """Have a parameter measured by its module's own graph, which is run again in the backward pass."""
+        self.by_graph.pop(name, None)
+        self.covered[name] = f"{name.rpartition('.')[0] or 'model'} ({type(module).__name__}, in a graph of its own)"
+
     def leave_rest_to_graph(self) -> None:
         """Have the parameters without a rule measured from the autograd graph."""
         for name, why in list(self.uncovered.items()):
@@ -121,10 +126,6 @@ class ParameterCoverage:
         self._compiled = True
         for name in self._without_rule & self.uncovered.keys():
             self.uncovered[name] += _COMPILED
-
-    def owners_by_graph(self) -> list[nn.Module]:
-        """Return the modules with parameters that are measured from the autograd graph."""
-        return list(dict.fromkeys(self._parameters[name][0] for name in self.by_graph))
 
     def check(self) -> None:
         """Raise ValueError that names the parameters without a rule."""

@@ -32,7 +32,13 @@ class FusedSite(Protocol):
 
 
 class FusedLinear(torch.autograd.Function):
-    """The backward of y = x W^T + b, in the place of torch's; y is what the layer itself has computed."""
+    """The backward of y = x W^T + b, in the place of torch's; y is what the layer itself has computed.
+
+    Attributes:
+        makes_another: True, unlike that of lipcore's identities, behind which the graph is as without them.
+    """
+
+    makes_another = True
 
     @staticmethod
     def forward(
@@ -42,7 +48,7 @@ class FusedLinear(torch.autograd.Function):
         bias: Tensor | None,
         output: Tensor,
         site: FusedSite,
-        run: LayerPass,
+        run: LayerPass | None,
         inner: bool,
     ) -> Tensor:
         ctx.site, ctx.run, ctx.inner, ctx.x_dtype = site, run, inner, x.dtype

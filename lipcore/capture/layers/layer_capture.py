@@ -11,13 +11,17 @@ from torch import Tensor, nn
 
 from lipcore.capture.gradient_sums import GradientSums
 from lipcore.capture.graph.another_size import HOOKED
+from lipcore.capture.graph.frontier import FUSED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
-from lipcore.capture.layers.audit import Audit, depends_on
+from lipcore.capture.graph.kept_tensors import reading
+from lipcore.capture.graph.own_graph import OwnGraph
+from lipcore.capture.layers.audit import Audit, depends_on, uses_of
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.compiled_audit import audit_uncompiled
 from lipcore.capture.layers.coverage import ParameterCoverage, cover
+from lipcore.capture.layers.keepers import Keepers
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
@@ -32,8 +36,16 @@ from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
-from lipcore.models.torch_internals import compiles_its_call, is_compiled, top_saved_tensors_hooks, tree_leaves
+from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
 
+LATER = (
+    "parameter '{0}' is used inside an activation checkpoint, outside of its own module; the next passes keep what is "
+    "needed there"
+)
+FUSED_THEN = (
+    "parameter '{0}' is used by others than its own layer, which is fused; in the next passes that layer is not, and "
+    "the graph measures it"
+)
 ROOT = "model"  #: what the model itself is called where it is a layer
 
 
@@ -70,7 +82,6 @@ class LayerCapture:
         self._hooks: ModelHooks | None = None
         self._kept: KeptFactors | None = None  # of the last record
         self._differs = ""  # what else comes to the parameters, when sums were compared last
-        self._watching: list[Any] = []
         self._look()
 
     # ---- the life cycle
@@ -78,8 +89,7 @@ class LayerCapture:
     def _look(self) -> None:
         """Find the model's layers and parameters."""
         passes, options = self.passes, self._options
-        # A fused layer's place in the graph is not the one that it has in a pass of lipcore's own.
-        by_graph = not self._compiled and not options.fused and options.max_replay_bytes > 0
+        by_graph = not self._compiled and options.max_replay_bytes > 0
         self.coverage: ParameterCoverage = cover(self.model, alike=not by_graph)
         self.coverage.graph_is_off = not self._compiled and options.max_replay_bytes == 0
         if by_graph:
@@ -120,6 +130,8 @@ class LayerCapture:
         )
         passes.coverage, passes.single = self.coverage, self.single
         passes.graph_serves = by_graph and not options.normalized
+        self._keepers = Keepers(self.model, self.coverage, passes, options.max_replay_bytes)
+        self._with_own_graph: list[tuple[str, nn.Module, OwnGraph, dict[str, str]]] = []  # from the next pass on
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
 
     def _check_names(self) -> None:
@@ -155,8 +167,7 @@ class LayerCapture:
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
         self.proofs.attach()
-        watch = Untraced(WeakCall(self._look_at_hooks))
-        self._watching = [owner.register_forward_pre_hook(watch) for owner in self.coverage.owners_by_graph()]
+        self._keepers.attach()
 
     def _serve(self, before_forward: Any, after_forward: Any) -> None:
         if self._hooks is not None:
@@ -188,9 +199,8 @@ class LayerCapture:
         if self._hooks is not None:
             self._hooks.remove()
             self.proofs.detach()
-        for handle in self._watching:
-            handle.remove()
-        self._hooks, self._watching = None, []
+        self._keepers.detach()
+        self._hooks = None
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()  # a copied or pickled model is not watched
@@ -248,9 +258,11 @@ class LayerCapture:
         if not passes.before_forward():
             return
         try:
+            self._tap_own_graphs()
             batch = batch_of(arguments, keywords, self._options.batch_dim, self._options.offsets_of)
             options = self._options
             run = LayerPass(batch, self.coverage.frozen_since(), options.measure, options.keep_factors)
+            run.left_to_graph = frozenset(self.coverage.by_graph)
             if self._options.note_of is not None:
                 run.note = self._options.note_of(arguments, keywords)
             self.structure.check()
@@ -291,6 +303,22 @@ class LayerCapture:
         except Exception as error:
             passes.fail(error)
 
+    def _tap_own_graphs(self) -> None:
+        """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""
+        if not self._audit.done or self._hooks is None:
+            return
+        for at, module, rule, names in self._with_own_graph:
+            if not self.coverage.by_graph.keys() >= set(names.values()):
+                continue
+            site = LayerSite(self.passes, at or ROOT, module, rule, names, self._options, self._signs)
+            site.tap_from_now()
+            self.sites.append(site)
+            self._hooks.add(site)
+            self._keepers.leave(at)
+            for name in names.values():
+                self.coverage.leave_to_own_graph(name, module)
+        self._with_own_graph = []
+
     @property
     def _may_serve(self) -> bool:
         """True where norms of batches of one might be read from the parameters' gradients."""
@@ -324,12 +352,6 @@ class LayerCapture:
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
 
-    def _look_at_hooks(self, *_: Any) -> None:
-        """Note, before a module whose parameters the graph measures, that hooks keep what it saves (a checkpoint)."""
-        run = self.passes.current
-        if run is not None and top_saved_tensors_hooks(True) is not None:
-            run.call_kept_by_hooks = True
-
     def _follow_graph(self, run: LayerPass, output: Any) -> None:
         """Put hooks on the graph of a pass, for the parameters without a rule."""
         passes, call, run.call = self.passes, run.call, None
@@ -341,17 +363,25 @@ class LayerCapture:
         if not parameters:
             return
         try:
-            if run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None:
-                refused = dict.fromkeys(parameters, HOOKED)
-            else:
+            with reading(run.kept):
                 run.replay, refused, unproved = self.graph.follow(
                     *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
                     due=run.due,
                 )
                 if run.replay is not None:
                     run.replay.sums = run.sums
-                run.unproved = run.unproved or unproved
-                run.proved = run.proved and not unproved
+            run.unproved = run.unproved or unproved
+            run.proved = run.proved and not unproved
+            later = {name for name, why in refused.items() if why == HOOKED and self._keepers.widen(name)}
+            if later:
+                run.spoiled = LATER.format(min(later))
+            fused = {name for name, why in refused.items() if why == FUSED and name not in run.left_to_graph}
+            if fused:
+                run.spoiled = FUSED_THEN.format(min(fused))
+                later |= fused
+            refused = {n: self._keepers.why(w) if w == HOOKED else w for n, w in refused.items() if n not in later}
+            if run.kept is not None and not self._options.normalized:
+                self._with_own_graph += self._keepers.own_graphs(uses_of(output, self.coverage))
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:
             passes.fail(error)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.gradient_sums import GradientSums
+from lipcore.capture.graph.kept_tensors import KeptTensors
 from lipcore.capture.graph.replay import Replay
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.proof import NOTHING
@@ -31,6 +33,8 @@ UNSEEN_ROWS = (
     "these rows are; they are NaN until a later pass proves them"
 )
 UNREACHED = "the model's outputs bring no gradient to layer '{0}' (a loss of its own inside the model)"
+#: Numbers of events in their order: a pass begins, a layer is left to the graph.
+TURNS = itertools.count()
 #: The number of a backward pass that was not seen to come into a graph: it did so in a reentrant checkpoint.
 INNER = -2
 
@@ -73,6 +77,7 @@ class LayerRecord:
     loss: Any = None  #: and `loss_of`
     hidden: str = ""  #: why those of some samples are NaN
     factors: KeptFactors | None = None  #: of the parameters' gradients, where the options say so
+    began_with: bool = False  #: it was seen that gradients other than 0 were there when it began
     differs: str = ""  #: what else than the samples' gradients came to the parameters, when that was looked at last
 
     def explain(self, covered: Iterable[str], frozen: frozenset[str] = frozenset()) -> None:
@@ -115,15 +120,19 @@ class LayerPass:
         keep: bool = False,
     ) -> None:
         self.batch = batch
+        self.number = next(TURNS)  # of its beginning
         self.keep = keep
         self._measure = measure
         self.frozen = frozen
         self.by_graph: Collection[str] = ()  # parameters whose norms the layers' rules do not bring
         self.replay: Replay | None = None  # and what brings them
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
+        self.left_to_graph: frozenset[str] = frozenset()  # parameters that were so when it began
+        self.fused: defaultdict[int, list[bool]] = defaultdict(list)  # by number of the site, whether its calls were
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.output_sq: Tensor | None = None  # beside probes: of the model's output
         self.fresh = (-1, False)  # in which backward pass, and whether no gradients were there when it began
+        self.began_with = (-1, False)  # in which backward pass, and whether gradients other than 0 were seen there then
         self.proves = False  # a batch of one that is tapped to see whether the gradients tell the same
         self.task = -1  # the backward pass that the rows came from
         self.entered = INNER  # the backward pass that came into its graph last
@@ -131,7 +140,7 @@ class LayerPass:
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count
         self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, until its end
-        self.call_kept_by_hooks = False  # a part of it that the graph is asked about: nodes may be run once only
+        self.kept: KeptTensors | None = None  # what it keeps inside checkpoints
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
         self.adds_up = False  # its samples' gradients are to be added up, and compared with the parameters'
@@ -247,6 +256,7 @@ class LayerPass:
         broken = self.broken or self.spoiled
         fresh, repeated = self.fresh == (self.task, True), self.finished_task != -1
         record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)
+        record.began_with = self.began_with == (self.task, True)
         record.unproved = self.unproved or (self.replay.unproved if self.replay is not None else "")
         record.note, record.loss = self.note, self.loss
         record.factors = self._kept if self.keep else None
@@ -277,7 +287,9 @@ class Recomputation(LayerPass):
 
     def __init__(self, passes: set[LayerPass]) -> None:
         super().__init__(next(iter(passes)).batch)
-        self.note, self.loss = next(iter(passes)).note, next(iter(passes)).loss
+        first = next(iter(passes))
+        self.note, self.loss, self.number = first.note, first.loss, first.number
+        self.left_to_graph = first.left_to_graph
         self.passes = passes
 
     @property

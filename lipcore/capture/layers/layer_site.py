@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from lipcore import _core, functional
 from lipcore.capture.compiled import armed
+from lipcore.capture.graph.another_size import AnotherSize, another_size
+from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.identity import InPlaceAfter, passed_on
 from lipcore.capture.layers.compiled_uses import coded, used
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
-from lipcore.capture.layers.layer_pass import DELTA, LayerPass
+from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed
 from lipcore.capture.layers.packed import check_rows
@@ -26,7 +29,7 @@ from lipcore.capture.training_pass import accumulates_everything, in_backward, i
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
 from lipcore.layers.factor_estimate import EstimatedOuter, Signs
 from lipcore.layers.registry import type_with_rule
-from lipcore.models.torch_internals import ANY_FORWARD_HOOKS, top_saved_tensors_hooks
+from lipcore.models.torch_internals import ANY_FORWARD_HOOKS
 
 _BROADCAST = "; broadcast= names layers that are called without the batch dimension"
 _PREPENDED = (
@@ -56,7 +59,6 @@ class LayerSite:
     Attributes:
         how: the way in which the weight's norms are computed, once that is known.
         broadcast: True where the layer's output has no batch dimension and is expanded here.
-        left_to_graph: True where a call did not fit the rule, and the graph measures the layer's parameters.
     """
 
     def __init__(
@@ -77,7 +79,7 @@ class LayerSite:
         #: The names of the rows of a probe that compiled regions bring: those of all layers that have parameters in
         #: common with this one, and last, how many regions brought some.
         self.columns: list[str] = []
-        self.left_to_graph = False
+        self._from, self._left_at = -1, math.inf
         self._passes = passes
         # As attributes of its own: a compiled region looks at every attribute of what it reads these from.
         self._batch_dim, self._fused, self._normalized = options.batch_dim, options.fused, options.normalized
@@ -103,6 +105,9 @@ class LayerSite:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
         passes = self._passes
+        own = another_size() if self._fused else None
+        if own is not None:
+            return self._fused_alike(own, module, arguments, keywords, output)
         inner = in_backward() != -1
         if not is_plain_run():
             return None
@@ -111,9 +116,9 @@ class LayerSite:
         run = passes.pass_of_recomputation() if inner else passes.current
         if run is not None and not inner:
             run.calls.update(self.names.values())
-            if self.left_to_graph:
-                self._look_at_hooks(run)
-                return None
+            run.fused[self.number].append(False)
+        if run is not None and not self._from <= run.number <= self._left_at:
+            return None
         if not torch.is_grad_enabled():
             return None
         tensor = _tensor_of(output)
@@ -137,25 +142,50 @@ class LayerSite:
                 raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
             call = self._prepared(module, arguments, keywords, tensor, run.batches)
         except Exception as error:
+            if inner and self._left_at < math.inf:
+                return None  # as in the forward pass
             if isinstance(error, ValueError) and self._may_leave and not inner and not refusal:
                 passes.leave_to_graph(self.names.values(), str(_named(error, self)))
-                self.left_to_graph = True
-                self._look_at_hooks(run)
+                self.leave_to_graph()
                 return None
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None
         watch(output, functools.partial(self._other_output_used, run))
-        if self._fused and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None:
-            bias = module.bias if isinstance(module.bias, Tensor) else None
-            fused = FusedLinear.apply(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)  # type: ignore[no-untyped-call]
-            return _with_tensor(output, fused)
+        fuses = self._fused and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None
+        if fuses and run.left_to_graph.isdisjoint(self.names.values()):
+            if not inner:
+                run.fused[self.number][-1] = True
+            return _with_tensor(output, self._fuse(module, call, run, inner))
         tapped = _Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
         return _with_tensor(output, tapped)
 
-    def _look_at_hooks(self, run: LayerPass) -> None:
-        """Note that hooks keep what the layer saves (a checkpoint), so that the graph cannot measure it."""
-        run.call_kept_by_hooks = run.call_kept_by_hooks or top_saved_tensors_hooks(True) is not None
+    def _fuse(self, module: Any, call: _Call, run: LayerPass | None, inner: bool) -> Tensor:
+        bias = module.bias if isinstance(module.bias, Tensor) else None
+        fused: Tensor = FusedLinear.apply(
+            *(call.arguments[0], module.weight, bias, call.output.detach(), self, run, inner)
+        )  # type: ignore[no-untyped-call]
+        return fused
+
+    def _fused_alike(self, own: AnotherSize, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        """Return the output of a call in a pass of lipcore's own, fused where the same call of the last pass was."""
+        made, last, tensor = own.calls[self.number], self._passes.last, _tensor_of(output)
+        own.calls[self.number] += 1
+        if last is None or tensor is None or not any(last.fused.get(self.number, [])[made : made + 1]):
+            return None
+        with suppress(ValueError):
+            call = self._prepared(module, arguments, keywords, tensor, [own.batch])
+            return _with_tensor(output, self._fuse(module, call, None, False))
+        return None
+
+    def tap_from_now(self) -> None:
+        """Tap no call in passes that have begun before, since a checkpoint in them has not seen it either."""
+        self._from = next(TURNS)
+
+    def leave_to_graph(self) -> None:
+        """Tap no call in passes that begin from now on, since the graph measures the layer's parameters. In those under
+        way a checkpoint counts on what the layer has done the first time."""
+        self._left_at = min(self._left_at, next(TURNS))
 
     @property
     def _may_leave(self) -> bool:
@@ -188,7 +218,8 @@ class LayerSite:
         error = _named(ValueError(OTHER_OUTPUT), self)
         if self._may_leave:  # from the next pass on
             self._passes.leave_to_graph(self.names.values(), str(error))
-            self.left_to_graph, run.spoiled = True, f"{error}; the next passes are measured from the autograd graph"
+            self.leave_to_graph()
+            run.spoiled = f"{error}; the next passes are measured from the autograd graph"
         else:
             self._passes.fail(error)
 
@@ -227,6 +258,11 @@ class LayerSite:
                 if self._normalized:
                     run.add_row(DELTA + self.name, self.squares_of(grad, run.batch))
         except Exception as error:
+            if isinstance(error, ValueError) and isinstance(self.rule, OwnGraph):
+                passes.leave_to_graph(self.names.values(), str(error))
+                self.leave_to_graph()
+                run.spoiled = f"{_named(error, self)}; the next passes are measured from the autograd graph"
+                return
             passes.fail(_named(error, self))
 
     def _tuned(self, factor: Factor) -> Factor:

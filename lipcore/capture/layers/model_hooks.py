@@ -28,6 +28,10 @@ class ModelHooks:
             site.module.register_forward_hook(site, with_kwargs=True, prepend=True) for site in self._sites
         ]
 
+    def add(self, site: LayerSite) -> None:
+        """Tap one more layer, which is among the sites already."""
+        self._on_layers.append(site.module.register_forward_hook(site, with_kwargs=True, prepend=True))
+
     def _unhook_layers(self) -> None:
         for handle in self._on_layers:
             handle.remove()

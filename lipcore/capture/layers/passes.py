@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
+from torch import Tensor
 
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.coverage import ParameterCoverage
@@ -18,6 +19,7 @@ from lipcore.models.outputs import on_backward
 from lipcore.models.torch_internals import queue_callback
 
 _MAX_STRAY = 64
+_LOOKS = 8  # backward passes whose gradients before them are looked at
 STRAYED = (
     "the backward pass came through layers that were called outside the model's forward pass alone (or through the "
     "whole model in a checkpoint with use_reentrant=True)"
@@ -69,6 +71,7 @@ class Passes:
         self._last: LayerPass | None = None  # whose end no callback may have told
         self._delivered = self._lost = -1  # numbers of backward passes
         self._returning: set[LayerPass] = set()  # passes of the backward pass under way
+        self._found, self._filled = 0, False  # backward passes that found gradients; some were other than 0
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
 
     @property
@@ -79,6 +82,11 @@ class Passes:
     @current.setter
     def current(self, run: LayerPass | None) -> None:
         self._thread.run = run
+
+    @property
+    def last(self) -> LayerPass | None:
+        """The forward pass that has begun last."""
+        return self._last
 
     @property
     def tapping(self) -> bool:
@@ -166,9 +174,24 @@ class Passes:
         self._returning.add(run)
         run.entered = in_backward()
         if run.fresh[0] != in_backward():
-            run.fresh = in_backward(), all(p.grad is None for p in self.coverage.measured().values())
+            there = [p.grad for p in self.coverage.measured().values() if p.grad is not None]
+            run.fresh = in_backward(), not there
+            run.began_with = in_backward(), self._seen_to_be_filled(there)
             if run.probes and self.recording:
                 self._after_backward(lambda task: self._nothing_came(run, task))
+
+    def _seen_to_be_filled(self, gradients: list[Tensor]) -> bool:
+        """Return whether gradients that a backward pass finds are other than 0. That is looked at in the first of such
+        passes, and in one of 64 where it was never so."""
+        if not gradients or not self.recording:
+            return False
+        self._found += 1
+        if not self._filled and self._found > _LOOKS and self._found % 64:
+            return False
+        known = (gradient for gradient in gradients if gradient.is_cpu and gradient.layout == torch.strided)
+        found = any(bool(gradient.any()) for gradient in known)  # no other device is waited for
+        self._filled |= found
+        return found
 
     def comes_back(self, run: LayerPass, inner: bool) -> bool:
         """Note that a gradient comes back to a pass; return True when it counts.

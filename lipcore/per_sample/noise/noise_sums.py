@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
@@ -31,10 +32,16 @@ NOT_FOUND = (
     "Monitor.rebind()), something took the gradients away in that pass, or all layers are inside reentrant checkpoints "
     "(pass use_reentrant=False)"
 )
+NOT_EMPTY = (
+    "gradients were there already when its first backward pass began, so that they are not what its samples add up to; "
+    "call zero_grad() before every step"
+)
 NO_SAMPLES = (
     "the gradient is longer than the mean of its samples' gradients can be, so it has parts that are no sample's "
     "(a penalty in the loss), or the loss reduction is not what was declared"
 )
+#: A gradient, and its version when it was seen.
+_Seen = tuple[weakref.ref[Tensor], int]
 _JENSEN = 1 + 1 / 64  # a few units in the last place of bfloat16, in which gradients may have been computed
 
 
@@ -49,6 +56,7 @@ class NoiseSums:
         self._layer_index = layer_index
         self._parameters = parameters
         self.off = ""  #: why there are no estimates
+        self._versions: dict[str, _Seen] = {}  # of the gradients when they were read last
         self.reset()
         self._start()
 
@@ -62,7 +70,7 @@ class NoiseSums:
         self._hooked = False
         self._stray = ""
         self._gradient_sq: Tensor | None = None
-        self._versions: dict[str, tuple[int, int]] = {}  # of the gradients when they were read last
+        self._left, self._versions = self._versions, {}
         self._changed = False  # whether something else than a backward pass has changed them since
 
     def _forget_samples(self) -> None:
@@ -93,6 +101,8 @@ class NoiseSums:
             self._forget_samples()  # gradients were zeroed in mid-step (a closure, two passes a step)
         elif record.repeated:
             self._wrong = TWICE
+        if not self._samples and record.began_with:
+            self._wrong = self._wrong or NOT_EMPTY
         self._task = record.task
         sums = norms.squares.sum(1)
         if len(norms.layers) < len(self._layer_index.layers):  # a layer that was not reached has no gradient: 0
@@ -133,8 +143,11 @@ class NoiseSums:
                 index.append(self._layer_index.number[self._layer_index.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
                 if alone and _has_own_version(parameter.grad):
-                    versions[name] = id(parameter.grad), parameter.grad._version
+                    versions[name] = weakref.ref(parameter.grad), parameter.grad._version
         self._changed |= any(not _is_added_to(before, versions.get(name)) for name, before in self._versions.items())
+        left, self._left = self._left, {}
+        if left and all(_is_added_to(before, versions.get(name)) for name, before in left.items()):
+            self._wrong = self._wrong or NOT_EMPTY
         self._versions = versions
         if not gradients or self.off:
             return
@@ -201,9 +214,10 @@ def _has_own_version(gradient: Tensor) -> bool:
     return type(gradient) is Tensor and gradient.layout == torch.strided and not gradient._is_view()
 
 
-def _is_added_to(before: tuple[int, int], now: tuple[int, int] | None) -> bool:
+def _is_added_to(before: _Seen, now: _Seen | None) -> bool:
     """Return whether a backward pass at most has changed a gradient: it adds in place, once."""
-    return now is not None and now[0] == before[0] and now[1] - before[1] <= 1
+    same = now is not None and now[0]() is before[0]() is not None
+    return same and now is not None and now[1] - before[1] <= 1
 
 
 def _is_sharded(gradient: Tensor) -> bool:
