@@ -1,6 +1,6 @@
 """lipcore: measure what a neural network is learning while it trains, at almost no cost."""
 
-import sys
+from sys import modules as _modules
 
 from lipcore import _connect
 
@@ -11,6 +11,7 @@ from lipcore.functional import reference  # noqa: E402
 from lipcore.lipschitz import Lipschitz, local_lipschitz  # noqa: E402
 from lipcore.metric.distribution import Distribution  # noqa: E402
 from lipcore.metric.protocol import Metric  # noqa: E402
+from lipcore.metric.values import Value  # noqa: E402
 from lipcore.monitor import Monitor  # noqa: E402
 from lipcore.per_sample import PerSampleGradDots, PerSampleGradNorms  # noqa: E402
 from lipcore.per_sample.clipping import clip_factors  # noqa: E402
@@ -18,7 +19,7 @@ from lipcore.per_sample.scores.sample_scores import SampleScores  # noqa: E402
 from lipcore.trajectory import Trajectory  # noqa: E402
 from lipcore.trajectory.groups import by_block  # noqa: E402
 
-sys.modules["lipcore.reference"] = reference  # for `import lipcore.reference`: the specification is a front page
+_modules["lipcore.reference"] = reference  # for `import lipcore.reference`: the specification is a front page
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "PerSampleGradNorms",
     "SampleScores",
     "Trajectory",
+    "Value",
     "by_block",
     "clip_factors",
     "functional",
@@ -37,3 +39,9 @@ __all__ = [
     "local_lipschitz",
     "reference",
 ]
+_PACKAGES = ["metric", "regions", "theory"]  # public, beside the names above
+
+
+def __dir__() -> list[str]:
+    """List the public names, without the packages inside that importing them has left here."""
+    return [*__all__, *_PACKAGES, "__version__"]

@@ -25,6 +25,7 @@ from lipcore.metric.blocks import Block, BlockWindow
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.handed_out import HandedOut
 from lipcore.metric.hook_warnings import warn_in_hook
+from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine, TapCounts
 from lipcore.metric.results import Label, MetricResult, Value, weakest
 from lipcore.metric.standalone import StandaloneMetric
@@ -413,10 +414,10 @@ class Lipschitz(StandaloneMetric):
 
     # ---- results
 
-    def plan(self) -> list[PlanLine]:
+    def plan(self) -> PlanLines:
         """Return lines that say what is tapped, and by which rule."""
         if self.off:
-            return [PlanLine("off", self.off)]
+            return PlanLines([PlanLine("off", self.off)])
         first = (
             f"'{self._first.name}' ({type(self._first.module).__name__})"
             if self._first.module is not None
@@ -436,7 +437,7 @@ class Lipschitz(StandaloneMetric):
         lines = [PlanLine("first layer", first if by_input else f"{first}, {self._first.rule}", size)]
         if by_input:
             lines.append(PlanLine("lambda", self._at_input.rule))
-        return [*lines, PlanLine("output", f"{self._last.place}: {what}")]
+        return PlanLines([*lines, PlanLine("output", f"{self._last.place}: {what}")])
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what makes a copy or a pickle: the metric as it is before it is bound, and the open window's
@@ -453,9 +454,9 @@ class Lipschitz(StandaloneMetric):
         quantity = self._resolved or self._quantity
         result = MetricResult(self.name, first_layer=self._first.name, output=self._last.place, quantity=quantity)
         label: Label = "one-sided" if quantity == "residual" else "exact"
-        note = ""
+        note = self._last.of_values if quantity == "residual" else ""
         if self._mixed:
-            label, note = "heuristic", f"{self._mixer} mixes samples"
+            label, note = "heuristic", f"{self._mixer} mixes samples" + f"; {note} where nothing mixes" * bool(note)
         place = self._last.place
         ratios, lambdas, paired = self._open.merged()
         if self._counts is not None:

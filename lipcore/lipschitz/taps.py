@@ -54,6 +54,7 @@ class FirstLayerTap(FirstLayer):
         self.begins = False  #: a plain chain begins with it, so that its input is the model's
         self.weight = WeightInUse()
         self._calls = 0
+        self._work: int | None = None  # multiplications of W_1^T delta, once a pass has shown them
         self.name = ""
         self.module: nn.Module | None = None
         self.batch_shape: tuple[int, ...] | None = None  # of the layer's input, as last seen
@@ -129,7 +130,12 @@ class FirstLayerTap(FirstLayer):
         """Words for how often lambda is computed."""
         if self._every is not None:
             return f"lambda every {self._every} micro-batches" if self._every > 1 else "lambda every micro-batch"
-        return f"lambda every micro-batch, every {_SPARSE} where W_1^T delta takes over {_CHEAP:,} multiplications"
+        if self._work is None:
+            limit = f"{_CHEAP:,} multiplications per micro-batch"
+            return f"lambda every micro-batch, or every {_SPARSE}nd if the first one shows that it takes over {limit}"
+        if self._work <= _CHEAP:
+            return "lambda every micro-batch"
+        return f"lambda every {_SPARSE} micro-batches, since it takes {self._work:,} multiplications"
 
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
@@ -137,9 +143,13 @@ class FirstLayerTap(FirstLayer):
             norms = functional.sample_norms(grad_output)
             # Integers are no vector: what depends on them does so by way of the Embedding's output.
             embedded = not self._at_input.is_vector and isinstance(self.module, nn.Embedding)
+            if embedded and not compiling:
+                self._work = 0
             return _columns(norms, norms if embedded else None)
         (weight,), (shape, call, checks) = saved, extra
         work = grad_output.numel() * weight[0].numel()
+        if not compiling:
+            self._work = work
         every = 1 if compiling else self._every or (1 if work <= _CHEAP else _SPARSE)
         if every > 1 and call % every != 1 and not checks:
             return _columns(functional.sample_norms(grad_output))
@@ -185,6 +195,7 @@ class OutputTap(Tap):
         self.name = ""
         self.module: nn.Module | None = None
         self.kind = ""  # what made the output, as far as it can be seen
+        self._dims = 2  # of the output
 
     def resolve(self, name: str, module: nn.Module) -> None:
         self.name, self.module = name, module
@@ -204,7 +215,14 @@ class OutputTap(Tap):
             )
         if not self.kind and output.grad_fn is not None and output.grad_fn.name().startswith("Sigmoid"):
             self.kind = "Sigmoid"
+        self._dims = output.dim()
         self._check(output)
+
+    @property
+    def of_values(self) -> str:
+        """Words for what a number is where a sample has several output values."""
+        whole = "one number per sample, over all positions and values of its output; " if self._dims > 2 else ""
+        return f"residual: {whole}at most the spectral norm of the Jacobian"
 
     @property
     def place(self) -> str:

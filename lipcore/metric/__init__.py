@@ -5,6 +5,7 @@ For metrics of one's own (docs/own_metric.md); provisional, so that it may still
 
 from lipcore.capture.taps.tap import FIRST_LAYER, Record, Tap
 from lipcore.metric.distribution import Distribution
+from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Metric, Needs, PlanLine
 from lipcore.metric.results import MetricResult, Value
 from lipcore.metric.state import check_version, checked_count, checked_tensor
@@ -16,6 +17,7 @@ __all__ = [
     "MetricResult",
     "Needs",
     "PlanLine",
+    "PlanLines",
     "Record",
     "Tap",
     "Value",

@@ -242,6 +242,8 @@ class Engine:
                 f"a GradScaler makes {self._clock}(), and lipcore was given none, so gradient norms hold its scale; "
                 "pass it as scaler= (Lightning's: trainer.strategy.precision_plugin.scaler)"
             )
+            reason = "a GradScaler makes the step, and lipcore was given none: these numbers hold its scale"
+            self._call(self.metrics.values(), lambda metric: metric.observe_unknown_scale(reason))
 
     def _before_step(self) -> None:
         self._call(self._wanting["before_step"], lambda metric: metric.before_step())

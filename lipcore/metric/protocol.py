@@ -127,7 +127,7 @@ class Metric(ABC):
 
     @abstractmethod
     def plan(self) -> list[PlanLine]:
-        """Say what will be measured, by which rule, for how many bytes."""
+        """Say what will be measured, by which rule, for how many bytes: a list, or a PlanLines of one."""
 
     def tapped(self, layers: TappedLayers) -> None:  # noqa: B027
         """Take the layers that are tapped for it; called before its hooks are registered."""
@@ -186,6 +186,9 @@ class Metric(ABC):
     def observe_skipped_step(self) -> None:  # noqa: B027
         """Learn that a GradScaler skipped the step: what the backward passes since the last one brought does not
         count."""
+
+    def observe_unknown_scale(self, reason: str) -> None:  # noqa: B027
+        """Learn, at the first step, that a GradScaler makes it that nobody has passed: gradients hold its scale."""
 
     def take_error(self) -> Exception | None:
         """Return, once, what a user's callback raised in a hook; the engine raises it in the user's next call."""

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from textwrap import indent
+
+from lipcore.metric.plan_lines import PlanLines, size_text
 from lipcore.metric.protocol import PlanLine
+from lipcore.metric.show import Shown
 
 
 class Plan:
@@ -25,22 +29,29 @@ class Plan:
         """Persistent state of all metrics; the history of windows comes on top."""
         return sum(line.bytes for lines in self.lines.values() for line in lines)
 
-    def __str__(self) -> str:
-        out = [f"lipcore plan: {_size(self.bytes)} of state; {self.window}; clock: {self.clock}"]
+    @property
+    def _title(self) -> str:
+        return f"lipcore plan: {size_text(self.bytes)} of state; {self.window}; clock: {self.clock}"
+
+    @property
+    def _history(self) -> str:
+        if self.history_bytes is None:
+            return ""
+        return f"at most {self.history_limit} windows, {size_text(self.history_bytes)}"
+
+    def __repr__(self) -> str:
+        out = [self._title]
         for metric, lines in self.lines.items():
             out.append(f"  {metric}")
-            width = max((len(line.what) for line in lines), default=0)
-            for line in lines:
-                cost = f"  {_size(line.bytes)}" if line.bytes else ""
-                out.append(f"    {line.what:<{width}}  {line.rule}{cost}")
-        if self.history_bytes is not None:
-            out += ["  history", f"    at most {self.history_limit} windows, {_size(self.history_bytes)}"]
+            if lines:
+                out.append(indent(repr(PlanLines(lines)), "    "))
+        if self._history:
+            out += ["  history", f"    {self._history}"]
         return "\n".join(out)
 
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    raise AssertionError
+    def _repr_html_(self) -> str:
+        rows = []
+        for metric, lines in self.lines.items():
+            rows += [(f"{metric}: {what}", rule, cost) for what, rule, cost in PlanLines(lines).rows()]
+        rows += [("history", self._history, "")] * bool(self._history)
+        return Shown(self._title, rows).html()

@@ -56,7 +56,8 @@ class PerSampleGradNorms(PerSampleMetric):
     Alone, it needs the model and nothing else::
 
         with lipcore.PerSampleGradNorms(model, loss_reduction="mean") as norms:
-            loss_fn(model(x), y).backward() norms.per_sample
+            loss_fn(model(x), y).backward()
+            norms.per_sample
 
     In a Monitor it makes windows. They hold the distributions of the norms in total and per layer (``norm``), and
     the gradient noise scale :math:`B_{simple} = \mathrm{tr}\,\Sigma / |G|^2` of McCandlish et al. (2018) with its two

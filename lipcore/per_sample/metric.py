@@ -20,6 +20,7 @@ from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.blocks import BlockWindow
 from lipcore.metric.hook_warnings import warn_in_hook
+from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
@@ -103,6 +104,7 @@ class PerSampleMetric(StandaloneMetric):
         self._noise: NoiseScale | None = None
         self._told_of_hooks = self._told_of_sums = False  # of hooks on parameters, of what else comes to them
         self._heard = False  # a step has brought numbers
+        self._unknown_scale = ""  # why what the loss was multiplied with is not known
         self._raised: Warning | None = None  # by a warning, where the filters make an error of it
         if model is not None:
             self._watch(model, scaler)
@@ -143,6 +145,7 @@ class PerSampleMetric(StandaloneMetric):
         self._blocks = window_blocks
         self._doubts, self._unproved = Doubts(window_blocks), Unproved(window_blocks)
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._unknown_scale = ""
 
     def bind(self, model: nn.Module) -> None:
         """Bind to no parameters yet: they and the layers are found when the layers are tapped."""
@@ -209,8 +212,8 @@ class PerSampleMetric(StandaloneMetric):
         self._joint = before is not None and before.factors is not None and before.task == record.task
         self._last = norms
         self._note_doubt(record)
-        if record.unproved:
-            self._doubts.add(record.unproved)
+        if doubt := self._unknown_scale or record.unproved:
+            self._doubts.add(doubt)
         if record.differs and not self._told_of_sums:
             self._told_of_sums = True
             message = f"lipcore does not label {self.name} exact: {record.differs}"
@@ -288,6 +291,13 @@ class PerSampleMetric(StandaloneMetric):
         """Give NaN for the last pass: its numbers are those of the pass before the error."""
         self._raised = None  # the error that stops the metric says it
         self.observe_unrecorded(0 if self._last is None else self._last.samples, reason)
+
+    def observe_unknown_scale(self, reason: str) -> None:
+        """Label nothing exact from the step under way on, where the scale is not read from the loss."""
+        if self._reduction.reduction != "auto":
+            self._unknown_scale = reason
+            if self._open_step:
+                self._doubts.add(reason)
 
     def observe_gradients(self) -> None:
         if self._open_step.sums is not None and self._open_step:
@@ -373,8 +383,9 @@ class PerSampleMetric(StandaloneMetric):
     @property
     def unproved(self) -> str:
         """Reason why it is not proved that the last backward pass's norms are those of single samples; empty when it
-        is proved: row i of every layer's gradient is that of sample i, bit for bit."""
-        return self._last_norms().record.unproved
+        is proved: row i of every layer's gradient is that of sample i, bit for bit. Also, what else is in them where a
+        GradScaler was not passed."""
+        return self._last_norms().record.unproved or self._unknown_scale
 
     def set_ids(self, ids: Any) -> None:
         """Name the samples of the next backward pass by their ids (integers [B]); its norms are kept in
@@ -413,7 +424,7 @@ class PerSampleMetric(StandaloneMetric):
 
     # ---- results
 
-    def plan(self) -> list[PlanLine]:
+    def plan(self) -> PlanLines:
         """Return what is measured of each layer, by which rule, and in which way, once a backward pass has shown the
         sizes."""
         every = f" in every {self._every}th step" if self._every > 1 else ""
@@ -421,7 +432,7 @@ class PerSampleMetric(StandaloneMetric):
         lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1) * self._columns)]
         lines += self._own_plan()
         if self._capture is None:
-            return lines
+            return PlanLines(lines)
         by_graph = self._capture.coverage.by_graph
         for site in self._capture.sites:
             keys = [key for key, name in site.names.items() if name not in by_graph]
@@ -433,7 +444,7 @@ class PerSampleMetric(StandaloneMetric):
             way = self._capture.graph.ways.get(name, "chosen at the first forward pass")
             lines.append(PlanLine(name, f"graph: {way}; by no rule, since {why}"))
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
-        return lines
+        return PlanLines(lines)
 
     def finalize(self) -> MetricResult:
         """Return the distributions over the window, in total and per layer, and the noise scale."""

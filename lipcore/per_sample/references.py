@@ -89,8 +89,8 @@ class References:
         if missing:
             more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
             raise ValueError(
-                f"{self._at(0)}: has no gradient of {', '.join(map(repr, missing[:5]))}{more}, which are measured; "
-                "give zeros where a parameter does not count, or freeze it"
+                f"{self._at(0)}: expected a gradient of every measured parameter, found none of "
+                f"{', '.join(map(repr, missing[:5]))}{more}; give zeros where a parameter does not count, or freeze it"
             )
 
     @property

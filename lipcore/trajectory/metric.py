@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Metric, Needs, PlanLine
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_same
@@ -466,12 +467,12 @@ class Trajectory(Metric):
 
     # ---- results
 
-    def plan(self) -> list[PlanLine]:
+    def plan(self) -> PlanLines:
         """Return what was chosen, the groups, and the bytes of every kind of state."""
         if self._numbers is not None:
-            return [PlanLine("copy", "holds numbers, and watches nothing")]
+            return PlanLines([PlanLine("copy", "holds numbers, and watches nothing")])
         self._require_bound()
-        return plan_lines(self._built, self._watched)
+        return PlanLines(plan_lines(self._built, self._watched))
 
     def finalize(self) -> MetricResult:
         """Return the open window's numbers; the class's docstring says what they are."""

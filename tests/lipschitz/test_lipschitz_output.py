@@ -298,3 +298,55 @@ def test_a_squeezed_output_of_a_last_batch_of_one_is_still_one_value_per_sample(
             model(torch.randn(size, 5)).sum().backward()
             monitor.step()
         assert monitor.compute()["lipschitz"].normalized_gradient_norm["model"].mean.count == 5
+
+
+# ---- what the notes and the plan say
+
+
+def notes_of(model: nn.Module, x: Tensor, **settings: Any) -> set[str]:
+    with warnings.catch_warnings(), Monitor(model, metrics=[Lipschitz(lambda_every=1, **settings)]) as monitor:
+        warnings.simplefilter("ignore")
+        model(x).square().sum().backward()
+        monitor.step()
+        result = monitor.compute()["lipschitz"]
+    quantities = ("normalized_gradient_norm", "local_lipschitz", "steadiness")
+    return {value.note for quantity in quantities for place in result[quantity].values() for value in place.values()}
+
+
+BOUND = "at most the spectral norm of the Jacobian"
+
+
+def test_a_number_of_several_outputs_says_what_it_is() -> None:
+    assert notes_of(mlp(5, 7, 3), torch.randn(4, 5)) == {f"residual: {BOUND}"}
+    assert notes_of(mlp(5, 7, 1), torch.randn(4, 5)) == {""}
+
+
+def test_a_number_of_a_sequence_says_that_it_is_of_all_its_positions() -> None:
+    whole = "one number per sample, over all positions and values of its output"
+    assert notes_of(mlp(5, 7, 3), torch.randn(4, 6, 5)) == {f"residual: {whole}; {BOUND}"}
+
+
+def test_a_heuristic_number_of_several_outputs_says_both() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.ReLU(), nn.Linear(7, 3))
+    said = f"BatchNorm in train mode mixes samples; residual: {BOUND} where nothing mixes"
+    assert notes_of(model, torch.randn(4, 5)) == {said}
+
+
+@pytest.mark.parametrize(
+    ("width", "settings", "said"),
+    [
+        (16, {}, "lambda every micro-batch"),
+        (600, {}, "lambda every 32 micro-batches, since it takes 1,440,000 multiplications"),
+        (600, {"lambda_every": 3}, "lambda every 3 micro-batches"),
+    ],
+)
+def test_the_plan_says_how_often_lambda_is_taken_once_sizes_are_known(
+    width: int, settings: dict[str, Any], said: str
+) -> None:
+    model = mlp(width, width, 1)
+    with Monitor(model, metrics=[Lipschitz(**settings)]) as monitor:
+        first = monitor.metrics["lipschitz"].plan()[0].rule
+        assert settings or "or every 32nd if the first one shows that it takes over 1,048,576" in first
+        model(torch.randn(4, width)).square().sum().backward()
+        monitor.step()
+        assert monitor.metrics["lipschitz"].plan()[0].rule == f"'0' (Linear), {said}"

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from wrappers import AcceleratedScaled, LightningStep, mlp
 
-from lipcore import Monitor, PerSampleGradNorms, Trajectory
+from lipcore import Monitor, PerSampleGradDots, PerSampleGradNorms, Trajectory
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 Y = X.sin().sum(1, keepdim=True)
@@ -154,3 +154,42 @@ def test_a_scaler_that_nobody_passed_is_told_once(metric: Callable[[], Any]) -> 
         warnings.simplefilter("error")
         by_hand(mlp(), True, metric())
         by_hand(mlp(), False, Trajectory(stats=["path_length"]))  # needs no gradient
+
+
+def dots(model: nn.Module) -> PerSampleGradDots:
+    reference = {name: torch.ones_like(parameter) for name, parameter in model.named_parameters()}
+    return PerSampleGradDots(reference=reference, loss_reduction="mean")
+
+
+@pytest.mark.parametrize("make", [lambda _: PerSampleGradNorms(loss_reduction="mean"), dots], ids=["norms", "dots"])
+def test_numbers_that_hold_the_scale_of_an_unknown_scaler_are_not_labelled_exact(
+    make: Callable[[nn.Module], Any],
+) -> None:
+    model = mlp()
+    metric = make(model)
+    with pytest.warns(RuntimeWarning, match="a GradScaler makes"):
+        (result,) = by_hand(model, False, metric).values()
+    value = result["dot" if "dot" in metric.name else "norm"]["total"]["mean"]
+    assert value.label == "heuristic"
+    assert "a GradScaler makes the step, and lipcore was given none: these numbers hold its scale" in value.note
+    assert sum(result.details["not_proved"].values()) == 3  # of every step: the first one too
+    assert "hold its scale" in metric.unproved
+
+    model = mlp()
+    (result,) = by_hand(model, True, make(model)).values()
+    assert result["dot" if "dot" in metric.name else "norm"]["total"]["mean"].label == "exact"
+
+
+def test_a_scale_that_is_read_from_the_loss_is_known_without_the_scaler() -> None:
+    model, by, metric = mlp(), scaler(), PerSampleGradNorms(loss_reduction="auto")
+    optimizer = MADE["SGD"](model)
+    with warnings.catch_warnings(), Monitor(model, optimizer, [metric], window_steps=None) as monitor:
+        warnings.simplefilter("ignore")
+        for _ in range(2):
+            loss = nn.functional.mse_loss(model(X), Y)
+            monitor.log(loss=loss)
+            by.scale(loss).backward()
+            by.step(optimizer)
+            by.update()
+            model.zero_grad()
+        assert monitor.compute()[metric.name].norm["total"].mean.label == "exact"

@@ -10,6 +10,7 @@ import json
 import math
 import resource
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 import pytest
@@ -360,6 +361,21 @@ def test_the_plan_is_there_before_the_first_step() -> None:
     ):
         assert words in text
     assert "one value per sample" in text
+
+
+def test_a_metric_s_plan_prints_as_the_monitor_s_does() -> None:
+    _, _, monitor = watched(window_steps=10)
+    whole = monitor.plan()
+    assert str(whole) == repr(whole)
+    for metric in monitor.metrics.values():
+        lines = metric.plan()
+        assert all(f"    {row}" in str(whole) for row in str(lines).splitlines())
+        assert "PlanLine(" not in str(lines)
+        html = lines._repr_html_()  # type: ignore[attr-defined]
+        for line in lines:
+            assert all(f"<td>{escape(cell)}</td>" in html for cell in (line.what, line.rule))
+            assert f"<td>{escape(line.rule)}</td>" in whole._repr_html_()
+    assert "<td>history</td>" in whole._repr_html_()
 
 
 def test_the_plan_before_and_after_the_first_layer_is_found() -> None:

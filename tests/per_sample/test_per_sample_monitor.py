@@ -125,6 +125,23 @@ def test_the_default_clock_of_several_optimizers() -> None:
         assert_window(monitor.compute(), every)
 
 
+@pytest.mark.parametrize(("together", "steps", "samples"), [(True, 2, 8), (False, 4, 4)])
+def test_optimizers_that_take_turns(together: bool, steps: int, samples: int) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    turns = [sgd(model[0]), sgd(model[2])]
+    metric = PerSampleGradNorms(loss_reduction="sum")
+    with Monitor(model, turns if together else None, metrics=[metric], window_steps=1) as monitor:
+        for _ in range(2):
+            for optimizer in turns:
+                sum_loss(model(torch.randn(4, 3))).backward()
+                optimizer.step()
+                if not together:
+                    monitor.step()
+                model.zero_grad()
+    counts = [window[NAME].norm["total"].mean.count for window in monitor.history]
+    assert counts == [samples] * steps
+
+
 def test_together_with_the_other_metrics() -> None:
     model = made(lambda: nn.Sequential(*mlp(), nn.Linear(4, 1)))
     optimizer = sgd(model)

@@ -16,6 +16,7 @@ from oracle import assert_same_state
 from lipcore import SampleScores
 from lipcore.per_sample.scores import sample_scores
 from lipcore.per_sample.scores.id_index import _DENSE, IdIndex
+from lipcore.per_sample.scores.score_columns import ScoreColumns
 
 LIMITS = np.iinfo(np.int64)
 NAN, INF = math.nan, math.inf
@@ -367,3 +368,14 @@ def test_cuda_without_synchronising():
         plain.observe(torch.from_numpy(ids), torch.from_numpy(values))
     for ours, theirs in zip(scores.to_numpy().values(), plain.to_numpy().values(), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_scores_say_how_many_ids_they_have_and_what_is_kept_of_each() -> None:
+    scores = SampleScores()
+    assert repr(scores) == "SampleScores: count, mean, variance and max of a value for each of 0 ids"
+    scores.observe(torch.tensor([3, 4, 3, 5, 6]), torch.tensor([1.0, 2.0, 3.0, math.nan, math.inf]))
+    said = "SampleScores: count, mean, variance and max of a value for each of 2 ids"
+    assert repr(scores) == f"{said}; 1 missing values left out; 1 infinite values left out"
+    columns = ScoreColumns(2)
+    columns.observe(torch.tensor([3, 4]), torch.ones(2, 2))
+    assert repr(columns) == f"ScoreColumns: scores[k] of 2 references, the first: {said}"

@@ -255,6 +255,14 @@ class SampleScores:
         self._missing, self._invalid = missing, invalid
         self.mark()
 
+    def __repr__(self) -> str:
+        left_out = "".join(
+            f"; {count} {what} values left out"
+            for count, what in ((self.missing, "missing"), (self.invalid, "infinite"))
+            if count
+        )
+        return f"{type(self).__name__}: count, mean, variance and max of a value for each of {len(self)} ids{left_out}"
+
     def __getstate__(self) -> dict[str, Any]:
         self._fold()  # events of a device cannot be copied
         return self.__dict__.copy()

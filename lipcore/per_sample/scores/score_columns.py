@@ -29,6 +29,9 @@ class ScoreColumns(Sequence[SampleScores]):
     def __iter__(self) -> Iterator[SampleScores]:
         return iter(self._columns)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}: scores[k] of {len(self)} references, the first: {self._columns[0]!r}"
+
     def observe(self, ids: Tensor, values: Tensor) -> None:
         """Add the values [B, K] of samples with these ids [B]."""
         for scores, column in zip(self._columns, values.unbind(1), strict=True):
