@@ -296,10 +296,18 @@ class Direct(nn.Module):
         return nn.functional.linear(self.a(x), self.b.weight, self.b.bias)
 
 
-def test_a_layer_whose_weight_is_used_without_it_is_an_error(counters: Any) -> None:
+@pytest.mark.parametrize(
+    ("prove", "said"),
+    [
+        (True, "'b.weight': is used 1 times in the forward pass, but only 0 times by its own layer's call"),
+        (False, "'b.weight': has a gradient, but none came from its layer's hooks"),
+    ],
+    ids=["seen in eager mode", "seen by its gradient"],
+)
+def test_a_layer_whose_weight_is_used_without_it_is_an_error(prove: bool, said: str, counters: Any) -> None:
     model = torch.compile(made(Direct), fullgraph=True, backend="aot_eager")
-    with pytest.raises(ValueError, match="'b.weight': has a gradient, but none came from its layer's hooks"):
-        with PerSampleGradNorms(model, loss_reduction="sum"):
+    with pytest.raises(ValueError, match=said):
+        with PerSampleGradNorms(model, loss_reduction="sum", prove=prove):
             with pytest.warns(RuntimeWarning, match="stopped recording"):
                 sum_loss(model(torch.randn(3, 5))).backward()
 

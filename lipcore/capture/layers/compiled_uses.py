@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,17 +20,32 @@ from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.models.torch_internals import as_compiling
 
-if TYPE_CHECKING:
-    from lipcore.capture.layers.layer_site import LayerSite
+
+class Site(Protocol):
+    """The part of a tapped layer that is asked for here."""
+
+    key: str  #: its name in graphs
+    names: dict[str, str]  #: the parameter's key in the module -> its canonical name
+    columns: list[str]  #: the rows of its group's probe
+
+    @property
+    def in_place_after(self) -> Any:
+        """The way in which an in-place operation may follow."""
+
+    def brought(
+        self, grad: Tensor, samples: int, extra: Any, saved: tuple[Tensor, ...]
+    ) -> tuple[dict[str, Factor], dict[str, Tensor]]:
+        """Return the factors of one call, and the rows beside them."""
+
 
 _BATCH = "lipcore.Batch"
-_sites: weakref.WeakValueDictionary[str, LayerSite] = weakref.WeakValueDictionary()
+_sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 # Of the forward pass under way, by id of the probe, which is kept so that no other gets its id. Tensors of a compiler's
 # own are among them while it records a graph.
 _begun: dict[int, tuple[Tensor, Tensor]] = {}
 
 
-def allow(sites: list[LayerSite]) -> None:
+def allow(sites: Iterable[Site]) -> None:
     """Make :func:`used` known to torch.compile, and these sites to it."""
     torch.compiler.allow_in_graph(used)
     _sites.update({site.key: site for site in sites})
@@ -123,9 +139,7 @@ class _Use(torch.autograd.Function):
     """The Function on a tapped output, which it passes on; its backward hands factors to those of the other uses."""
 
     @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, token: Tensor, site: LayerSite, uses: _Uses, extra: Any, *saved: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, output: Tensor, token: Tensor, site: Site, uses: _Uses, extra: Any, *saved: Tensor) -> Tensor:
         ctx.site, ctx.uses, ctx.extra = site, uses, extra
         uses.calls.update(site.names.values())
         ctx.use = uses.calls.total()
