@@ -119,6 +119,31 @@ def test_uses_that_nearly_cancel_keep_their_digits() -> None:
         assert_norms(metric, expected, 1e-3)  # of float32 squares, the difference is wrong by a tenth
 
 
+def test_the_pass_in_eager_mode_draws_no_random_numbers_of_the_loop_and_leaves_buffers() -> None:
+    class Random(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.dropout = nn.Linear(5, 5), nn.Dropout(0.3)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count.add_(1)
+            y: Tensor = self.dropout(self.linear(x))
+            return y
+
+    trained = []
+    for watched in (True, False):
+        torch._dynamo.reset()
+        inner = made(Random)
+        model = compiled(inner)
+        metric = PerSampleGradNorms(model, loss_reduction="sum") if watched else None
+        for _ in range(3):
+            sum_loss(model(torch.randn(4, 5))).backward()
+        assert metric is None or bool(metric.per_sample.isfinite().all())
+        trained.append([p.grad for p in inner.parameters()] + [inner.count, torch.rand(1)])
+    assert_equal(*trained)
+
+
 # ---- what cannot be joined is said
 
 

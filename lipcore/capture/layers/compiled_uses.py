@@ -9,28 +9,28 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lipcore.capture.identity import InPlaceAfter
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.models.torch_internals import as_compiling
 
 
 class Site(Protocol):
-    """A tapped layer, as far as a region's graph knows of it."""
+    """The part of a tapped layer that is asked for here."""
 
-    key: str
-    columns: list[str]
-    names: dict[str, str]
+    key: str  #: its name in graphs
+    names: dict[str, str]  #: the parameter's key in the module -> its canonical name
+    columns: list[str]  #: the rows of its group's probe
 
     @property
-    def in_place_after(self) -> InPlaceAfter: ...
+    def in_place_after(self) -> Any:
+        """The way in which an in-place operation may follow."""
 
     def brought(
         self, grad: Tensor, samples: int, extra: Any, saved: tuple[Tensor, ...]
@@ -45,7 +45,7 @@ _sites: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 _begun: dict[int, tuple[Tensor, Tensor]] = {}
 
 
-def allow(sites: Sequence[Site]) -> None:
+def allow(sites: Iterable[Site]) -> None:
     """Make :func:`used` known to torch.compile, and these sites to it."""
     torch.compiler.allow_in_graph(used)
     _sites.update({site.key: site for site in sites})
