@@ -12,7 +12,7 @@ from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, two_of
-from lipcore.models.restored import buffers_put_back, random_numbers_put_back
+from lipcore.models.restored import all_put_back
 
 
 class GraphCheck:
@@ -59,8 +59,7 @@ class GraphCheck:
         collector.under_way.checking = True
         try:
             with (
-                random_numbers_put_back(self._model, allowed=True),
-                buffers_put_back(self._model),
+                all_put_back(self._model, random=True),
                 asked_within_backward(self._output.node),
             ):
                 (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)
