@@ -3,7 +3,6 @@ modules keep them."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import random
 import weakref
@@ -50,13 +49,13 @@ class Held:
         self.containers: list[Any] = []
         self.objects: list[Any] = []
         self._seen: set[int] = set()
-        left: list[tuple[Any, int]] = [(model, 0)]
+        left: list[tuple[Any, int, bool]] = [(model, 0, True)]
         while left:
-            value, depth = left.pop()
+            value, depth, owned = left.pop()
             if type(value) in _PLAIN or id(value) in self._seen:
                 continue
             self._seen.add(id(value))
-            left += self._inside(value, depth)
+            left += self._inside(value, depth, owned)
         self.sharded = any(_is_sharded(type(module)) for module in self.modules)
         if self.sharded:
             self.containers, self.objects = [], []
@@ -73,38 +72,38 @@ class Held:
         """Yield the buffers of all modules."""
         return (b for module in self.modules for b in module.buffers(recurse=False))
 
-    def _inside(self, value: Any, depth: int) -> Iterable[tuple[Any, int]]:
-        """Sort a value, and return what is in it, with how deep that is."""
+    def _inside(self, value: Any, depth: int, owned: bool) -> Iterable[tuple[Any, int, bool]]:
+        """Sort a value, and return what is in it, with how deep that is, and whether it belongs to the model."""
         inside: Iterable[Any] = ()
         if isinstance(value, nn.Module):
             self.modules.append(value)
             own = (entry for key, entry in value.__dict__.items() if not _is_of_torch(key))
-            return [(entry, depth) for entry in (*own, *value._modules.values())]
+            return [(entry, depth, True) for entry in (*own, *value._modules.values())]
         if isinstance(value, Tensor):
             self.tensors.append(value)
         elif isinstance(value, GENERATORS):
             self.generators.append(value)
         elif isinstance(value, (*CONTAINERS, tuple, frozenset)):
-            if isinstance(value, CONTAINERS) and depth < _DEEPEST:
+            if owned and isinstance(value, CONTAINERS):
                 self.containers.append(value)
             inside = value.values() if isinstance(value, dict) else value
-            return [(entry, depth) for entry in inside if type(entry) not in _PLAIN]
-        elif isinstance(value, FunctionType):  # variables around it are others' too: only generators are of interest
-            cells = [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
-            return [(entry, _DEEPEST) for entry in cells]
+            return [(entry, depth, owned) for entry in inside if type(entry) not in _PLAIN]
         elif depth < _DEEPEST and not isinstance(value, (type, ModuleType)):
-            inside = self._parts(value, depth)
-        return [(entry, depth + 1) for entry in inside]
+            inside = self._parts(value, owned and depth < _OWNED)
+            owned = owned and not isinstance(value, FunctionType)  # others use the variables around it, too
+        return [(entry, depth + 1, owned) for entry in inside]
 
-    def _parts(self, value: Any, depth: int) -> Iterable[Any]:
+    def _parts(self, value: Any, owned: bool) -> Iterable[Any]:
         if isinstance(value, functools.partial):
             return value.func, *value.args, *value.keywords.values()
         if isinstance(value, MethodType):
             return (value.__self__,)
+        if isinstance(value, FunctionType):
+            return [cell.cell_contents for cell in value.__closure__ or () if not _is_empty(cell)]
         if type(value).__module__.startswith(_FOREIGN):
             return ()
         attributes = attributes_of(value)
-        if attributes and (depth < _OWNED or dataclasses.is_dataclass(value)):
+        if owned and attributes:
             self.objects.append(value)
         return attributes.values()
 
@@ -112,12 +111,11 @@ class Held:
 def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes that an object has, in slots too."""
     names = (name for kind in type(value).__mro__ for name in _names(kind.__dict__.get("__slots__", ())))
-    slots = {name: getattr(value, name) for name in names if name != "__dict__" and hasattr(value, name)}
+    slots = {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
     own = getattr(value, "__dict__", None)
     return slots | own if isinstance(own, dict) else slots
 
 
-@functools.cache
 def _is_sharded(kind: type) -> bool:
     return not _SHARDED.isdisjoint(base.__name__ for base in kind.__mro__)
 
