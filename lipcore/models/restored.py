@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -32,20 +32,22 @@ class PassState:
 
 
 @contextmanager
-def all_put_back(model: nn.Module, *, random: bool = False) -> Iterator[None]:
+def all_put_back(model: nn.Module, *, random: bool = False, writes: bool = True) -> Iterator[None]:
     """Put back whatever a pass of lipcore's own changes: parameters that it writes into, buffers, attributes of modules
     and of what they hold, and generators of random numbers.
 
     Args:
         model: that is run.
         random: it may draw random numbers.
+        writes: it may write into parameters; a backward pass in which no forward pass runs again does not, and is
+            spared the cost of looking.
 
     Raises:
         RandomPass: it did, and may not.
     """
     state, used = PassState(model), False
     try:
-        with writes_put_back(state.held.watched()):
+        with writes_put_back(state.held.watched()) if writes else nullcontext():
             yield
     finally:
         used = state.put_back()

@@ -241,7 +241,7 @@ class Proofs:
             return Verdict(reason)
         found = Verdict()
         try:
-            with all_put_back(self._model, random=True):  # a checkpoint runs again
+            with all_put_back(self._model, random=True, writes=graph.runs_forward):
                 found = verdict(run, seeds, graph, self._sites, fixed=self.sharded)
         except Exception as error:
             return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))

@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from lipcore import functional
+from lipcore.capture.checkpoints import runs_forward
 from lipcore.capture.proof import asked_within_backward
 from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, two_of
+from lipcore.models.outputs import nodes_before
 from lipcore.models.restored import all_put_back
 
 
@@ -57,9 +59,10 @@ class GraphCheck:
         if not grad_output.dim():
             seed = grad_output
         collector.under_way.checking = True
+        again = any(map(runs_forward, nodes_before([self._output.node])))
         try:
             with (
-                all_put_back(self._model, random=True),
+                all_put_back(self._model, random=True, writes=again),
                 asked_within_backward(self._output.node),
             ):
                 (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)
