@@ -8,8 +8,7 @@ is the same bits where it does not depend on the others.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -132,7 +131,6 @@ class Before:
             paused(),
             without_cached_casts(),
             without_communication(),
-            _eager(self._model),
         ):
             return self._model(*arguments, **keywords)
 
@@ -165,12 +163,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _compiles(model: nn.Module) -> bool:
     return any(is_compiled(module) for module in model.modules())
-
-
-@contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Nothing is compiled, where another pass without gradients would take a graph of its own."""
-    with ExitStack() as stack:
-        if _compiles(model):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield

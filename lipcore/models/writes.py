@@ -8,8 +8,9 @@ renormalised, weights that are kept in range through `.data`.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -45,11 +46,12 @@ class Kept:
 
 @contextmanager
 def writes_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Put back what operations within the with block write into these tensors, and exchange in them (`p.data = q`)."""
+    """Put back what operations within the with block write into these tensors, and exchange in them (`p.data = q`).
+    What is compiled runs as it is written."""
     watched = [(tensor, tensor.data) for tensor in tensors if _can_be_watched(tensor)]
     writes = _Writes([tensor for tensor, _ in watched])
     try:
-        with writes:
+        with _eager(), writes:
             yield
     finally:
         for tensor, data in watched:
@@ -57,6 +59,14 @@ def writes_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
                 tensor.data = data
         for kept in writes.kept:
             kept.write_back()
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compile nothing, and run nothing compiled: modes do not see into it, and `fullgraph=True` refuses to run under
+    one."""
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+        yield
 
 
 def _can_be_watched(tensor: Tensor) -> bool:
