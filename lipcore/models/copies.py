@@ -8,20 +8,17 @@ is the same bits where it does not depend on the others.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lipcore.models.chains import home_of
-from lipcore.models.module_state import ModuleState
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
-from lipcore.models.random_numbers import RandomNumbers
 from lipcore.models.ranks import below_ddp, without_communication
-from lipcore.models.restored import without_cached_casts
+from lipcore.models.restored import PassState, without_cached_casts
 from lipcore.models.torch_internals import (
     ANY_FORWARD_HOOKS,
     ANY_FORWARD_PRE_HOOKS,
@@ -29,6 +26,7 @@ from lipcore.models.torch_internals import (
     tree_leaves,
     tree_map,
 )
+from lipcore.models.writes import writes_put_back
 
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
 #: Whose hooks on forward passes see nothing that could surprise them: transformers' output_capturing collects what a
@@ -81,7 +79,7 @@ class Before:
         if not self.refused:
             self._kept = first.detach().clone()
             self.bytes = _BATCHES * self._kept.nbytes
-            self._state, self._random = ModuleState(model), RandomNumbers(model)
+            self._state = PassState(model)
 
     def difference(
         self, output: Any, rows: Sequence[tuple[int, int]], run: Callable[[Callable[[], Any]], Any] = _returned
@@ -96,28 +94,27 @@ class Before:
         """
         if self.refused:
             return self.refused, []
-        after = ModuleState(self._model), RandomNumbers(self._model)
+        after = PassState(self._model)
         try:
             if _compiles(self._model):  # the compiled numbers are not the eager ones
                 output = run(lambda: self._run(self._kept))
             tensors = list(tensors_of(output))
             for sample in (0, self._kept.shape[self._dim] - 1):
                 copies = list(tensors_of(run(functools.partial(self._run, self._copies(sample)))))
-                used = self._random.now()
+                used = self._state.random.now()
                 wrong = [i for i, d in rows if not _same(tensors[i].select(d, sample), copies[i].select(d, sample))]
                 if not wrong:
                     continue
                 again = list(tensors_of(run(lambda: self._run(self._kept))))
                 if not all(_same(tensors[i], again[i]) for i, _ in rows):
                     return "its output is another one when it is run again on the same batch", []
-                if any(not torch.equal(a, b) for a, b in zip(used, self._random.now(), strict=True)):
+                if not self._state.random.are_same(used, self._state.random.now()):
                     return "how many random numbers it draws depends on the batch", []
                 return DEPENDS.format(sample), wrong
         except Exception as error:
             return f"it could not be run again ({type(error).__name__}: {error})", []
         finally:
-            for kept in after:
-                kept.put_back()
+            after.put_back()
         return "", []
 
     def _copies(self, sample: int) -> Tensor:
@@ -126,10 +123,15 @@ class Before:
     def _run(self, x: Tensor) -> Any:
         """Return what the model makes of x in the place of the batch, from the same state as the pass had."""
         self._state.put_back()
-        self._random.put_back()
         x = x.clone()
         arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
-        with torch.no_grad(), paused(), without_cached_casts(), without_communication(), _eager(self._model):
+        with (
+            writes_put_back(self._state.held.watched()),
+            torch.no_grad(),
+            paused(),
+            without_cached_casts(),
+            without_communication(),
+        ):
             return self._model(*arguments, **keywords)
 
 
@@ -161,12 +163,3 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _compiles(model: nn.Module) -> bool:
     return any(is_compiled(module) for module in model.modules())
-
-
-@contextmanager
-def _eager(model: nn.Module) -> Iterator[None]:
-    """Nothing is compiled, where another pass without gradients would take a graph of its own."""
-    with ExitStack() as stack:
-        if _compiles(model):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        yield

@@ -2,48 +2,41 @@
 
 from __future__ import annotations
 
-from collections import deque
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipcore.models.chains import is_own
+from lipcore.models.held import Held, attributes_of
+from lipcore.models.writes import Kept
 
 
 class ModuleState:
-    """Attributes of modules, the entries of containers among them, buffers, and values of plain tensors, as they are at
-    one moment: a state that a model carries from pass to pass, counters, a memory. So are hooks on forward passes,
-    which a model may install in its first one; lipcore's own come and go as they do."""
+    """Attributes of modules and of what they hold, the entries of containers, buffers, and values of plain tensors
+    that are attributes, as they are at one moment: a state that a model carries from pass to pass, counters, a memory.
+    So are hooks on forward passes, which a model may install in its first one; lipcore's own come and go as they do."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes = [(module.__dict__, _copied(module.__dict__)) for module in model.modules()]
-        self._inside = [
-            (value, _copied(value))
-            for owner, _ in self._attributes
-            for key, value in owner.items()
-            if isinstance(value, (dict, list, set, deque)) and "_hooks" not in key
-        ]
-        self._hooks = [(h, dict(h)) for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
-        own = [
-            v for owner, _ in self._attributes for v in owner.values() if isinstance(v, Tensor) and v.grad_fn is None
-        ]
-        self._tensors = [(t, t.detach().clone()) for t in (*model.buffers(), *own) if not t.is_inference()]
+    def __init__(self, held: Held) -> None:
+        modules = [] if held.sharded else held.modules
+        # TorchScript's modules keep theirs in C++.
+        inside = [d for m in modules for d in (m._parameters, m._buffers, m._modules) if isinstance(d, dict)]
+        owners = [m.__dict__ for m in modules]
+        self._entries = [(owner, _copied(owner)) for owner in (*owners, *inside, *held.containers)]
+        self._objects = [(value, attributes_of(value)) for value in held.objects]
+        self._hooks = [(h, dict(h)) for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
+        own = [v for owner in owners for v in owner.values() if isinstance(v, Tensor) and v.grad_fn is None]
+        self._tensors = [Kept(t) for t in (*held.buffers(), *own) if not t.is_inference()]
 
     def put_back(self) -> None:
         """Make everything what it was then."""
-        for owner, kept in (*self._attributes, *self._inside):
+        for owner, kept in self._entries:
             _restore(owner, kept)
+        for value, attributes in self._objects:
+            _restore_attributes(value, attributes)
         for hooks, before in self._hooks:
             _restore_hooks(hooks, before)
-        for tensor, value in self._tensors:
-            if not same(tensor, value):
-                tensor.data.copy_(value)  # without a new version, which a graph of the user's would refuse
-
-
-def same(tensor: Tensor, value: Tensor) -> bool:
-    """Return whether a tensor holds these values; False where it is not strided, and cannot be compared."""
-    return tensor.layout == torch.strided and torch.equal(tensor, value)
+        for tensor in self._tensors:
+            tensor.put_back()
 
 
 def _copied(owner: Any) -> Any:
@@ -58,6 +51,15 @@ def _restore(owner: Any, kept: Any) -> None:
     elif len(owner) != len(kept) or any(a is not b for a, b in zip(owner, kept, strict=True)):
         owner.clear()
         (owner.update if isinstance(owner, set) else owner.extend)(kept)
+
+
+def _restore_attributes(value: Any, kept: dict[str, Any]) -> None:
+    now = attributes_of(value)
+    for name in now.keys() - kept.keys():
+        object.__delattr__(value, name)
+    for name, attribute in kept.items():
+        if now.get(name, now) is not attribute:
+            object.__setattr__(value, name, attribute)
 
 
 def _restore_hooks(hooks: dict[int, Any], before: dict[int, Any]) -> None:

@@ -12,21 +12,20 @@ from torch import Tensor, nn
 
 from lipcore.models.chains import first_of_chain
 from lipcore.models.pause import paused
-from lipcore.models.restored import buffers_put_back, random_numbers_put_back
+from lipcore.models.restored import all_put_back
 
 
 @contextmanager
 def own_pass(model: nn.Module) -> Iterator[None]:
     """Run a pass, with gradients, that training does not notice: no metric records it, and what it changes gets its
-    value back when it ends: buffers (spectral_norm's vectors, InstanceNorm's running statistics, counters) and the
-    state of the random numbers, whose use is refused.
+    value back when it ends: buffers (spectral_norm's vectors, InstanceNorm's running statistics, counters), parameters
+    that it writes into, what modules hold, and the state of the random numbers, whose use is refused.
 
     Running in eval mode instead would measure another function where spectral_norm is in train mode. Autocast is off:
     it rounds, and the weights it has cached may be older than the last step.
     """
     with (
-        random_numbers_put_back(model),
-        buffers_put_back(model),
+        all_put_back(model),
         without_autocast(model),
         torch.inference_mode(False),
         torch.enable_grad(),

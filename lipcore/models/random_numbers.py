@@ -1,48 +1,80 @@
-"""The random numbers that a forward pass may draw: torch's, Python's and NumPy's, kept at one moment and put back."""
+"""The random numbers that a forward pass may draw, kept at one moment and put back: torch's, Python's and NumPy's, and
+those of generators that the model holds."""
 
 from __future__ import annotations
 
+import operator
 import random
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+
+from lipcore.models.held import Held
+
+
+class _Generator(NamedTuple):
+    state: Callable[[], Any]
+    restore: Callable[[Any], Any]
+    equal: Callable[[Any, Any], bool]
 
 
 class RandomNumbers:
-    """States of the generators at one moment: torch's on the CPU and on the model's CUDA devices, Python's, NumPy's."""
+    """States at one moment of the generators that a forward pass may use: torch's on the CPU and on the model's CUDA
+    devices, Python's, NumPy's, and the model's own."""
 
-    def __init__(self, model: nn.Module) -> None:
-        devices = {t.device for tensors in (model.parameters(), model.buffers()) for t in tensors if t.is_cuda}
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
-        self._cpu, self._others = torch.get_rng_state(), _others()
+    def __init__(self, held: Held) -> None:
+        devices = {t.device for tensors in (held.parameters(), held.buffers()) for t in tensors if t.is_cuda}
+        generators = [_TORCH, _PYTHON, _NUMPY, *map(_on_device, devices), *map(_held, held.generators)]
+        self._kept = [(generator, generator.state()) for generator in generators]
 
-    def now(self) -> list[Tensor]:
-        """Return the states of torch's generators as they are now."""
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._cuda)]
+    def now(self) -> list[Any]:
+        """Return the states as they are now."""
+        return [generator.state() for generator, _ in self._kept]
+
+    def are_same(self, one: list[Any], other: list[Any]) -> bool:
+        """Return whether the generators had the same states at two moments."""
+        return all(kept[0].equal(a, b) for kept, a, b in zip(self._kept, one, other, strict=True))
 
     def put_back(self) -> bool:
         """Put the generators back; return whether one of them had been used."""
-        used = not torch.equal(self._cpu, torch.get_rng_state())
-        if used:
-            torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            if not torch.equal(state, torch.cuda.get_rng_state(device)):
+        used = False
+        for generator, state in self._kept:
+            if not generator.equal(state, generator.state()):
                 used = True
-                torch.cuda.set_rng_state(state, device)
-        if not _equal(self._others, _others()):
-            used = True
-            python, numpy = self._others
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+                generator.restore(state)
         return used
 
 
-def _others() -> tuple[Any, Any]:
-    return random.getstate(), np.random.get_state()  # noqa: NPY002
+def _on_device(device: torch.device) -> _Generator:
+    return _Generator(
+        lambda: torch.cuda.get_rng_state(device), lambda state: torch.cuda.set_rng_state(state, device), torch.equal
+    )
 
 
-def _equal(one: tuple[Any, Any], other: tuple[Any, Any]) -> bool:
-    numpy, now = one[1], other[1]
-    return bool(one[0] == other[0] and numpy[2:] == now[2:] and np.array_equal(numpy[1], now[1]))
+def _held(generator: Any) -> _Generator:
+    if isinstance(generator, torch.Generator):
+        return _Generator(generator.get_state, generator.set_state, torch.equal)
+    if isinstance(generator, random.SystemRandom):
+        return _Generator(lambda: None, lambda state: None, operator.is_)
+    if isinstance(generator, random.Random):
+        return _Generator(generator.getstate, generator.setstate, operator.eq)
+    if isinstance(generator, np.random.RandomState):
+        return _Generator(generator.get_state, generator.set_state, _equal)
+    bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+    return _Generator(lambda: bits.state, lambda state: setattr(bits, "state", state), _equal)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Return whether two states of NumPy's are the same: dicts, tuples and arrays of numbers and words."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(_equal(value, other[key]) for key, value in one.items())
+    if isinstance(one, tuple):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return np.array_equal(one, other) if isinstance(one, np.ndarray) else bool(one == other)
+
+
+_TORCH = _Generator(torch.get_rng_state, torch.set_rng_state, torch.equal)
+_PYTHON = _Generator(random.getstate, random.setstate, operator.eq)
+_NUMPY = _Generator(np.random.get_state, np.random.set_state, _equal)

@@ -1,64 +1,57 @@
-"""What a pass of lipcore's own may change beside gradients, and has back when it ends: buffers and random numbers."""
+"""What a pass of lipcore's own may change beside gradients, and has back when it ends: one way for all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import nn
 
-from lipcore.models.module_state import ModuleState, same
+from lipcore.models.held import Held
+from lipcore.models.module_state import ModuleState
 from lipcore.models.random_numbers import RandomNumbers
+from lipcore.models.writes import writes_put_back
 
 
 class RandomPass(ValueError):
     """Warning that the model drew random numbers: what was measured is one draw of many."""
 
 
-@contextmanager
-def buffers_put_back(model: nn.Module) -> Iterator[None]:
-    """Put back the values that buffers had, whether they are changed in place, exchanged, or changed through .data."""
-    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    values = [
-        (buffer, buffer._version, buffer.detach().clone())
-        for _, buffers in kept
-        for buffer in buffers.values()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        for owner, buffers in kept:
-            owner._buffers.update(buffers)
-        for buffer, version, value in values:
-            if buffer._version != version or not same(buffer, value):
-                buffer.data.copy_(value)  # without a new version, which a graph of the user's would refuse
+class PassState:
+    """What a forward pass begins with: buffers, attributes of modules and of what they hold, random numbers."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.held = Held(model)
+        self._modules, self.random = ModuleState(self.held), RandomNumbers(self.held)
+
+    def put_back(self) -> bool:
+        """Make everything what it was then; return whether random numbers had been drawn."""
+        self._modules.put_back()
+        return self.random.put_back()
 
 
 @contextmanager
-def module_state_put_back(model: nn.Module) -> Iterator[None]:
-    """Put back buffers, attributes of the modules and what stands in them."""
-    state = ModuleState(model)
-    try:
-        yield
-    finally:
-        state.put_back()
+def all_put_back(model: nn.Module, *, random: bool = False, writes: bool = True) -> Iterator[None]:
+    """Put back whatever a pass of lipcore's own changes: parameters that it writes into, buffers, attributes of modules
+    and of what they hold, and generators of random numbers.
 
-
-@contextmanager
-def random_numbers_put_back(model: nn.Module, *, allowed: bool = False) -> Iterator[None]:
-    """Put the generators that a forward pass may use back where they were.
+    Args:
+        model: that is run.
+        random: it may draw random numbers.
+        writes: it may write into parameters; a backward pass in which no forward pass runs again does not, and is
+            spared the cost of looking.
 
     Raises:
-        RandomPass: one of them was used, and that is not `allowed`.
+        RandomPass: it did, and may not.
     """
-    numbers, used = RandomNumbers(model), False
+    state, used = PassState(model), False
     try:
-        yield
+        with writes_put_back(state.held.watched()) if writes else nullcontext():
+            yield
     finally:
-        used = numbers.put_back()
-    if used and not allowed:
+        used = state.put_back()
+    if used and not random:
         raise RandomPass(
             "model: its forward pass draws random numbers, so its output is random; call model.eval(), or leave the "
             "noise out"

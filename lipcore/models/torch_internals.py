@@ -67,6 +67,9 @@ current_node = _found("_C._current_autograd_node")
 #: Whether a tensor is seen from inside a transform of torch.func.
 is_functorch_wrapped = _found("_C._functorch.is_functorch_wrapped_tensor")
 
+#: Keep the versions of tensors, by which a graph tells that they were written into, through a with block.
+preserved_version = _found("autograd._unsafe_preserve_version_counter")
+
 #: Norms of a list of tensors in a few launches.
 foreach_norm = _found("_foreach_norm")
 

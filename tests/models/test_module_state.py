@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import PerSampleGradNorms
+from lipcore.models.held import Held
 from lipcore.models.module_state import ModuleState
 
 
@@ -48,10 +49,10 @@ def test_hooks_that_a_model_installs_are_there_once() -> None:
 def test_hooks_of_both_moments() -> None:
     layer = nn.Linear(2, 2)
     first = layer.register_forward_hook(lambda module, arguments, output: None)
-    before = ModuleState(layer)
+    before = ModuleState(Held(layer))
     own = PerSampleGradNorms(layer, loss_reduction="sum")
     second = layer.register_forward_hook(lambda module, arguments, output: None)
-    after, ours = ModuleState(layer), dict(layer._forward_hooks)
+    after, ours = ModuleState(Held(layer)), dict(layer._forward_hooks)
     before.put_back()
     assert layer._forward_hooks == {number: hook for number, hook in ours.items() if number != second.id}
     after.put_back()

@@ -16,7 +16,7 @@ from lipcore.layers import Batch
 from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
 from lipcore.models.ranks import below_ddp, without_communication
-from lipcore.models.restored import module_state_put_back, random_numbers_put_back, without_cached_casts
+from lipcore.models.restored import all_put_back, without_cached_casts
 from lipcore.models.torch_internals import tree_map
 
 HOOKED = (
@@ -82,8 +82,7 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
         longer = functools.partial(_longer, samples=samples, dim=dim, blocks=blocks)
         try:
             with (
-                random_numbers_put_back(model, allowed=True),
-                module_state_put_back(model),
+                all_put_back(model, random=True),
                 _buffers_exchanged(model),
                 torch.inference_mode(False),
                 torch.enable_grad(),

@@ -16,7 +16,7 @@ from lipcore.capture.graph.walk import Walk
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Batch, Factor, Rule, norms_sq_of
 from lipcore.models.pause import paused
-from lipcore.models.restored import module_state_put_back, random_numbers_put_back, without_cached_casts
+from lipcore.models.restored import all_put_back, without_cached_casts
 from lipcore.models.torch_internals import tree_leaves, tree_map
 
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 5e-2  # of a norm, relative
@@ -143,8 +143,7 @@ def _run_again(
     parameters = {key: nn.Parameter(p.detach()) for key, p in before.items() if p is not None}
     enabled, dtype = call.autocast
     with (
-        random_numbers_put_back(module),
-        module_state_put_back(module),
+        all_put_back(module),
         torch.enable_grad(),
         torch.autocast(saved[0].device.type, dtype, enabled),
         without_cached_casts(),

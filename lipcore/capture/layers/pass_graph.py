@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from lipcore.capture.checkpoints import runs_forward
 from lipcore.capture.foreign_functions import is_foreign
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
@@ -23,6 +24,7 @@ class Graph:
     Attributes:
         tapped: nodes with a layer of this capture.
         foreign: nodes of autograd Functions of the user's.
+        runs_forward: a backward pass may run code of the forward pass again.
         refused: why the graph allows no other backward pass, or "".
         dtypes: the dtypes of gradients in the graph.
         bytes: the memory that a backward pass through the graph takes, roughly.
@@ -32,6 +34,7 @@ class Graph:
         mine = {id(site) for site in sites}
         self.tapped: list[Any] = []
         self.foreign: list[Any] = []
+        self.runs_forward = False
         self.refused = ""
         self.dtypes: set[torch.dtype] = set()
         largest = 0
@@ -41,6 +44,7 @@ class Graph:
                 largest = max(largest, data.dtype.itemsize * math.prod(map(int, data.shape)))
             if id(getattr(node, "site", None)) in mine and getattr(node, "run", None) is run:
                 self.tapped.append(node)
+            self.runs_forward = self.runs_forward or runs_forward(node)
             once = why_once_only(node)
             if once:
                 self.refused = once

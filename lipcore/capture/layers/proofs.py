@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +26,7 @@ from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import on_backward, tensors_of
 from lipcore.models.ranks import under_process_group
-from lipcore.models.restored import RandomPass, buffers_put_back, random_numbers_put_back
+from lipcore.models.restored import all_put_back
 
 NO_OUTPUT = (
     "none of the model's outputs has a batch dimension (it returns its loss alone); name the module inside that makes "
@@ -242,11 +241,7 @@ class Proofs:
             return Verdict(reason)
         found = Verdict()
         try:
-            with (
-                suppress(RandomPass),
-                random_numbers_put_back(self._model),  # a checkpoint runs again
-                buffers_put_back(self._model),
-            ):
+            with all_put_back(self._model, random=True, writes=graph.runs_forward):
                 found = verdict(run, seeds, graph, self._sites, fixed=self.sharded)
         except Exception as error:
             return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))

@@ -7,12 +7,14 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from lipcore import functional
+from lipcore.capture.checkpoints import runs_forward
 from lipcore.capture.proof import asked_within_backward
 from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import NOT_DIFFERENTIABLE, two_of
-from lipcore.models.restored import buffers_put_back, random_numbers_put_back
+from lipcore.models.outputs import nodes_before
+from lipcore.models.restored import all_put_back
 
 
 class GraphCheck:
@@ -57,10 +59,10 @@ class GraphCheck:
         if not grad_output.dim():
             seed = grad_output
         collector.under_way.checking = True
+        again = any(map(runs_forward, nodes_before([self._output.node])))
         try:
             with (
-                random_numbers_put_back(self._model, allowed=True),
-                buffers_put_back(self._model),
+                all_put_back(self._model, random=True, writes=again),
                 asked_within_backward(self._output.node),
             ):
                 (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)

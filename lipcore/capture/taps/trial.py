@@ -18,12 +18,7 @@ from lipcore.capture.training_pass import in_backward
 from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
-from lipcore.models.restored import (
-    RandomPass,
-    module_state_put_back,
-    random_numbers_put_back,
-    without_cached_casts,
-)
+from lipcore.models.restored import RandomPass, all_put_back, without_cached_casts
 from lipcore.models.torch_internals import OptimizedModule, original, without_backward_hooks
 
 NOT_DIFFERENTIABLE = (
@@ -71,7 +66,7 @@ def trial(asked: Question) -> Trial:
     gradients are not called: they may change them, and the function's gradient is asked for."""
     found = Trial()
     try:
-        with warnings.catch_warnings(), _unnoticed(asked.model), random_numbers_put_back(asked.model):
+        with warnings.catch_warnings(), _unnoticed(asked.model):
             warnings.simplefilter("ignore")
             found = _run(asked)
     except RandomPass:
@@ -96,7 +91,7 @@ def _bare(model: nn.Module) -> nn.Module:
 def _unnoticed(model: nn.Module) -> Iterator[None]:
     with (
         without_backward_hooks(model),
-        module_state_put_back(model),
+        all_put_back(model),
         paused(),
         torch.compiler.set_stance("force_eager"),
         without_cached_casts(),
