@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import sys
+import threading
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from lipcore.models.torch_internals import TorchDispatchMode, preserved_version
 
 #: Operations that change running statistics, and whose schemas do not say so.
 _UNDECLARED = ("native_batch_norm", "cudnn_batch_norm", "miopen_batch_norm")
+
+_lock = threading.Lock()
+_stances: list[Any] = []  # what takes the stance back, then one entry per pass under way
 
 
 class Kept:
@@ -65,8 +69,21 @@ def writes_put_back(tensors: Iterable[Tensor]) -> Iterator[None]:
 def _eager() -> Iterator[None]:
     """Compile nothing, and run nothing compiled: modes do not see into it, and `fullgraph=True` refuses to run under
     one."""
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext():
+    if "torch._dynamo" not in sys.modules:
         yield
+        return
+    with _lock:  # the stance is every thread's: the first sets it, and the last takes it back
+        if not _stances:
+            _stances.append(torch.compiler.set_stance("force_eager"))
+            _stances[0].__enter__()
+        _stances.append(None)
+    try:
+        yield
+    finally:
+        with _lock:
+            _stances.pop()
+            if len(_stances) == 1:
+                _stances.pop().__exit__(None, None, None)
 
 
 def _can_be_watched(tensor: Tensor) -> bool:
