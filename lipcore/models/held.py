@@ -31,7 +31,7 @@ _FOREIGN = ("lipcore", "torch._")  # whose objects are in the middle of the pass
 
 
 class Held:
-    """What the modules of a model hold, found once.
+    """State that the modules of a model hold, found once.
 
     Attributes:
         modules: those of the model, and others that stand in attributes and containers without being registered.

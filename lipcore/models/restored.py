@@ -19,7 +19,7 @@ class RandomPass(ValueError):
 
 
 class PassState:
-    """What a forward pass begins with: buffers, attributes of modules and of what they hold, random numbers."""
+    """State that a forward pass begins with: buffers, attributes of modules and of what they hold, random numbers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.held = Held(model)
