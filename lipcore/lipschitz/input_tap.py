@@ -119,6 +119,10 @@ class ModelInputTap(InputTap):
             self._checks.disturbed()
         return self.checks or wanted or self.by_product is None, self.checks
 
+    def check_later(self) -> None:
+        """Ask for the check again in the next pass."""
+        self._check_wanted, self.checks = True, False
+
     def refuse(self, reason: str) -> None:
         """Take no gradient at the input any more, and report why."""
         if not self.off:

@@ -71,6 +71,15 @@ class FirstLayerTap(FirstLayer):
         if self._virtual_bias is not None:
             self._virtual_bias.found(name, module)
 
+    def check(self, output: Any) -> None:
+        super().check(output)
+        dims = 1 if isinstance(self.module, nn.Embedding) else 2 + len(getattr(self.module, "kernel_size", ()))
+        if output.dim() < dims:
+            raise ValueError(
+                f"module '{self.name}' ({type(self.module).__name__}): is called on one sample without a batch "
+                f"dimension (its output has the shape {list(output.shape)}); call the model on [1, ...], x.unsqueeze(0)"
+            )
+
     def leaf(self, output: Tensor) -> Tensor | None:
         """Return the leaf of the virtual bias, where that is asked for."""
         return None if self._virtual_bias is None else self._virtual_bias.leaf(output)

@@ -31,7 +31,7 @@ def spread_layers(output: Any, samples: int) -> list[tuple[LayerSite, str]]:
     while todo:
         node = todo.pop()
         site = getattr(node, "site", None)
-        if isinstance(site, LayerSite):
+        if isinstance(site, LayerSite) and hasattr(node, "run"):  # not of a layer that is called outside another model
             tapped.append(node)
         for child, _ in node.next_functions:
             if child is None:

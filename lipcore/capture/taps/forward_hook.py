@@ -62,6 +62,11 @@ class ForwardHook:
         given = output
         try:
             output = site.taps[0].pick(output)
+            if getattr(output, "is_nested", False):
+                raise ValueError(
+                    f"module '{site.name}' ({type(module).__name__}): its output is a nested tensor, whose samples "
+                    "have different shapes; pad them, or name another module"
+                )
             for tap in site.taps:
                 tap.check(output)
             leaf = site.leaf(output)

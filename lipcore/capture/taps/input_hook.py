@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, increment_version
 
 from lipcore.capture.compiled import armed
+from lipcore.capture.once_only import why_once_only
 from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.compile_probes import batch_in
 from lipcore.capture.taps.graph import goes_past
@@ -36,6 +37,10 @@ _OTHER_ROWS = (
 _UNPROVED = (
     "not compared with the gradients of single samples: the model's graph cannot be gone through twice ({0}), and a "
     "pass of lipcore's own shows nothing where it {1}"
+)
+_SHARDED = (
+    "the model's parameters are sharded over ranks (fully_shard), which are gathered for the training's own backward "
+    "pass only; lipcore.local_lipschitz on a copy that is not sharded gives it at any points"
 )
 
 
@@ -195,6 +200,9 @@ class InputHook:
         first one; a plain sequence of torch's own layers needs no trial."""
         if self._tried:
             return True
+        if any(hasattr(parameter, "placements") for parameter in self._model.parameters()):
+            self.tap.refuse(_SHARDED)
+            return False
         self._tried, self._hooked = True, has_backward_hooks(self._model)
         by_graph = not compiled and not self._hooked  # which the check will go through once more
         if by_graph and self.at is self._model and modules_in_order(self._model) is not None:
@@ -299,7 +307,9 @@ class InputHook:
         layer = nodes.get(self.first) if self.first is not None else None
         if layer is not None and self.at is self._model:
             self.tap.seen(goes_past(made[0], under_way.node, layer[0]))
-        if under_way.check and not has_backward_hooks(self._model):
+        if under_way.check and why_once_only(made[0]):
+            self.tap.check_later()
+        elif under_way.check and not has_backward_hooks(self._model):
             ends = GradientEdge(*made), GradientEdge(under_way.node, 0)
             who = self._model, self.tap, self._collector
             self._collector.check = GraphCheck(*who, under_way.micro, self.last, *ends)

@@ -101,6 +101,10 @@ class InputTap(Tap):
         """Say whether the gradient is wanted in the pass that begins, and whether it is to be checked."""
 
     @abstractmethod
+    def check_later(self) -> None:
+        """Note that the pass that was to be checked allows no check."""
+
+    @abstractmethod
     def refuse(self, reason: str) -> None:
         """Note that there is no gradient at the input, and why."""
 
