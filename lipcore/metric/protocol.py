@@ -19,6 +19,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
 from lipcore.metric.ordinary import make_ordinary
+from lipcore.metric.rank_part import NOT_MERGED, RankPart
 from lipcore.metric.results import MetricResult
 
 #: How batches of one sample are measured: tapped like others, or read from the parameters' gradients.
@@ -92,7 +93,7 @@ class Metric(ABC):
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
             *("observe_proof", "observe_loss"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
-            "observe_stop",
+            *("observe_stop", "rank_part"),
         }
     )
 
@@ -205,6 +206,10 @@ class Metric(ABC):
     @abstractmethod
     def finalize(self) -> MetricResult:
         """Make the open window's results; changes nothing."""
+
+    def rank_part(self) -> RankPart | str:
+        """Return what the open window adds to that of all ranks, or why there is nothing to add; changes nothing."""
+        return NOT_MERGED
 
     @abstractmethod
     def reset(self) -> None:
