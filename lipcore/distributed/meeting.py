@@ -17,65 +17,62 @@ from typing import Any
 _GO, _STOP = "go", "stop: "
 _LOOK_AROUND = 0.25  # seconds between looks at what the missing ranks do
 _LONGEST_PAUSE = 0.02  # seconds
-_made: Counter[str] = Counter()  # meetings made on this rank, by name
 
 Header = dict[str, Any]
 
 
-def numbered(name: str) -> str:
-    """Return the name with the number of times that it was asked for on this rank: ranks that make the same things in
-    the same order get the same names."""
-    _made[name] += 1
-    return f"{name}/{_made[name]}"
-
-
 class Meeting:
-    """The place in a store where ranks meet, again and again.
+    """The place in a store where ranks meet, again and again. Each of them makes one of these per process group.
 
     Args:
         store: what all ranks can write to, a torch.distributed.Store.
         name: the same on all ranks, and nobody else's.
         place: this rank's place among them.
-        ranks: their numbers in words.
-        timeout: seconds that a rank waits for the others.
+        ranks: their numbers.
     """
 
-    def __init__(self, store: Any, name: str, place: int, ranks: Sequence[int], timeout: float) -> None:
-        self._store, self._name, self._place, self._ranks = store, name, place, list(ranks)
-        self._timeout = timeout
-        self._attempts: Counter[str] = Counter()  # by what they were for
+    def __init__(self, store: Any, name: str, place: int, ranks: Sequence[int]) -> None:
+        self._store, self._place, self._ranks = store, place, list(ranks)
+        # A store may outlive a process group: what was written for that one is not read again.
+        self._name = f"{name}/{store.add(f'{name}/made/{place}', 1)}"
+        self._attempts: Counter[int] = Counter()  # by step
         self._old: list[str] = []  # keys of the last meeting that took place, which nobody needs when the next one does
 
-    def meet(self, what: str, when: str, header: Header) -> list[Header]:
+    def pass_by(self, what: str, step: int) -> None:
+        """Tell ranks that wait for this one that it has nothing to meet them for at this step."""
+        self._store.set(self._at(self._place), json.dumps({"key": "", "step": step, "what": what}))
+
+    def meet(self, what: str, step: int, header: Header, timeout: float) -> list[Header]:
         """Return the headers of all ranks, when all of them have come.
 
         Args:
             what: it is about, in words.
-            when: the same on ranks that belong together, another one for every meeting.
+            step: of the training; ranks meet for the same step.
             header: what this rank has to say, JSON-ready.
+            timeout: seconds to wait for the others.
 
         Raises:
             RuntimeError: a rank has not come in time, is waiting for something else, or had given up before this one
                 came. The message names it. No rank goes on then.
         """
-        key = f"{self._name}/{when}/{self._attempts[when]}"
-        self._attempts[when] += 1
+        key = f"{self._name}/{step}/{self._attempts[step]}"
+        self._attempts[step] += 1
         text = json.dumps(header, sort_keys=True)
         kind = f"{key}/of/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self._store.set(f"{key}/header/{self._place}", text)
-        self._store.set(self._at(self._place), json.dumps({"key": key, "what": what}))
+        self._store.set(self._at(self._place), json.dumps({"key": key, "step": step, "what": what}))
         self._store.add(kind, 1)
         try:
             if self._store.add(f"{key}/arrived", 1) == len(self._ranks):
                 decision = self._decide(key, _GO)
             else:
-                decision = self._wait(key, what)
+                decision = self._wait(key, what, step, timeout)
         finally:
             self._store.set(self._at(self._place), "")
         if decision != _GO:
             raise RuntimeError(f"lipcore: {decision.removeprefix(_STOP)}")
         same = self._store.add(kind, 0) == len(self._ranks)
-        self._attempts = Counter({when: self._attempts[when]})
+        self._attempts = Counter({step: self._attempts[step]})
         self._forget(
             [f"{key}/header/{self._place}", *([f"{key}/arrived", f"{key}/decision", kind] if self._place == 0 else [])]
         )
@@ -92,18 +89,18 @@ class Meeting:
         stands: bytes = self._store.compare_set(f"{key}/decision", "", decision)
         return stands.decode()
 
-    def _wait(self, key: str, what: str) -> str:
+    def _wait(self, key: str, what: str, step: int, timeout: float) -> str:
         start = look = time.monotonic()
         pause = 1e-4
         while not self._store.check([f"{key}/decision"]):
             now = time.monotonic()
-            if now - start > self._timeout:
-                return self._decide(key, _STOP + self._nobody_came(key, what))
+            if now - start > timeout:
+                return self._decide(key, _STOP + self._nobody_came(key, what, timeout))
             if now >= look:
                 look = now + _LOOK_AROUND
-                if elsewhere := self._waiting_elsewhere(key):
+                if elsewhere := self._waiting_elsewhere(key, step):
                     why = _STOP + self._apart(what, elsewhere)
-                    for other in {place["key"] for place in elsewhere.values()}:
+                    for other in {place["key"] for place in elsewhere.values() if place["key"]}:
                         self._decide(other, why)  # which waits for this rank in vain
                     return self._decide(key, why)
             time.sleep(pause)
@@ -114,30 +111,32 @@ class Meeting:
         places = range(len(self._ranks))
         return [i for i in places if i != self._place and not self._store.check([f"{key}/header/{i}"])]
 
-    def _waiting_elsewhere(self, key: str) -> dict[int, Mapping[str, str]]:
-        """Return where ranks that have not come are waiting in vain, by their places."""
+    def _waiting_elsewhere(self, key: str, step: int) -> dict[int, Mapping[str, Any]]:
+        """Return where ranks are that will not come, by their places: waiting for something else, or past this
+        step."""
         found = {}
         for i in self._missing(key):
             if not self._store.check([self._at(i)]) or not (text := self._store.get(self._at(i))):
                 continue
             place = json.loads(text)
-            if place["key"] != key and not self._store.check([f"{place['key']}/decision"]):
+            waits = place["key"] not in ("", key) and not self._store.check([f"{place['key']}/decision"])
+            if waits or (not place["key"] and place["step"] >= step):
                 found[i] = place
         return found
 
-    def _apart(self, what: str, elsewhere: Mapping[int, Mapping[str, str]]) -> str:
+    def _apart(self, what: str, elsewhere: Mapping[int, Mapping[str, Any]]) -> str:
         others = "; ".join(f"rank {self._ranks[i]} is at {place['what']}" for i, place in elsewhere.items())
         return (
             f"ranks are at different places: rank {self._ranks[self._place]} is at {what}; {others}. No collective was "
             "started. All ranks have to make this call at the same step, with the same windows"
         )
 
-    def _nobody_came(self, key: str, what: str) -> str:
+    def _nobody_came(self, key: str, what: str, timeout: float) -> str:
         missing = self._missing(key)
         never = [i for i in missing if not self._store.check([self._at(i)])]
         note = f" ({self._named(never)} never called it)" if never else ""
         return (
-            f"{what}: {self._named([self._place])} has waited {self._timeout:g} s for {self._named(missing)}{note} and "
+            f"{what}: {self._named([self._place])} has waited {timeout:g} s for {self._named(missing)}{note} and "
             "gave up. No collective was started; this rank's own numbers can be read. Every rank of the group has to "
             "make this call at the same step; where one is slower, pass a longer timeout="
         )

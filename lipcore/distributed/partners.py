@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import weakref
 from numbers import Real
 from typing import Any
 
 import torch
 
 from lipcore.distributed.group import Group, checked_group, found_group
-from lipcore.distributed.meeting import Header, Meeting, numbered
+from lipcore.distributed.meeting import Header, Meeting
+
+#: By the default process group and the name of the group.
+_meetings: weakref.WeakKeyDictionary[Any, dict[str, Meeting]] = weakref.WeakKeyDictionary()
 
 
 class Partners:
@@ -30,7 +34,6 @@ class Partners:
             raise ValueError(f"timeout: expected seconds > 0, got {timeout!r}")
         self._given: Any = checked_group(group)
         self._timeout: float = float(timeout)
-        self._met: tuple[Any, Meeting] | None = None
 
     @property
     def none_asked_for(self) -> bool:
@@ -41,14 +44,23 @@ class Partners:
         """Return the group as it is now; None where this process stands alone."""
         return found_group(self._given)
 
-    def meet(self, group: Group, what: str, when: str, header: Header) -> list[Header]:
+    def meet(self, group: Group, what: str, step: int, header: Header) -> list[Header]:
         """Return the headers of all ranks; what :meth:`Meeting.meet` raises."""
-        world = torch.distributed.group.WORLD
-        if self._met is None or self._met[0] is not world:  # another process group in the place of one that was ended
-            name = numbered(f"lipcore/{group.name}")
-            self._met = world, Meeting(group.store, name, group.place, group.ranks, self._timeout)
-        return self._met[1].meet(what, when, header)
+        return _meeting(group).meet(what, step, header, self._timeout)
+
+    def pass_by(self, group: Group, what: str, step: int) -> None:
+        """Tell the other ranks that this one has nothing to meet them for at this step."""
+        _meeting(group).pass_by(what, step)
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: no process group."""
-        return {"_given": None, "_timeout": self._timeout, "_met": None}
+        return {"_given": None, "_timeout": self._timeout}
+
+
+def _meeting(group: Group) -> Meeting:
+    """Return where the ranks of a group meet: one place for all Monitors, whose calls come in the same order on all
+    ranks."""
+    meetings = _meetings.setdefault(torch.distributed.group.WORLD, {})
+    if group.name not in meetings:
+        meetings[group.name] = Meeting(group.store, f"lipcore/{group.name}", group.place, group.ranks)
+    return meetings[group.name]

@@ -63,9 +63,9 @@ def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequen
     unknown = {name: holding.text() for name, holding in holdings.items() if holding.ownership is None}
     rooms = {name: holding.room for name, holding in holdings.items()}
     header: Header = {"version": _VERSION, "step": step, "windows": [offer.header() for offer in offers]}
-    header |= {"unknown": sorted(unknown), "rooms": rooms}
+    header |= {"call": what.partition(" ")[0], "unknown": sorted(unknown), "rooms": rooms}
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
-    headers = partners.meet(group, what, str(newest.last_step), header)
+    headers = partners.meet(group, what, step, header)
     _check_same(what, headers, group)
     for name in sorted({name for other in headers for name in other["unknown"]} & holdings.keys()):
         if all(name in other["rooms"] for other in headers):
@@ -107,7 +107,7 @@ def _check_same(what: str, headers: Sequence[Header], group: Group) -> None:
     """Raise ValueError where ranks cannot go on together; on all of them alike, since all have the same headers."""
     first = headers[0]
     for rank, other in zip(group.ranks, headers, strict=True):
-        for key, words in (("version", "lipcore's headers of version"), ("step", "are at step")):
+        for key, words in (("version", "have headers of version"), ("step", "are at step"), ("call", "are at")):
             if other[key] != first[key]:
                 raise ValueError(
                     f"{what}: ranks {words} {first[key]} (rank {group.ranks[0]}) and {other[key]} (rank {rank}); all "

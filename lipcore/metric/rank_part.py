@@ -51,6 +51,11 @@ class RankPart(ABC):
     agreed: dict[str, Any]
     holding: Holding | None
 
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that it keeps, about."""
+
     @abstractmethod
     def packed(self) -> Packed:
         """Return what this rank adds; the shapes follow from `agreed` and the ownership alone."""

@@ -204,7 +204,7 @@ class Trajectory(Metric):
             self._optimizers = [given] if isinstance(given, Optimizer) else list(given)
         # An iterator is read once, a rebind() later must find the same pairs.
         self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
-        self._build(find_watched(self._model, self._groups, self._masters))
+        self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
 
     def _build(self, watched: list[WatchedParameter]) -> None:
         self._built = build(self._wanted, watched, self._optimizers, self._window_blocks)
@@ -222,7 +222,7 @@ class Trajectory(Metric):
     def _follow(self) -> None:
         """Go on with the parameters of modules that were replaced, as with replaced parameters: what lies between them
         is an update."""
-        watched = find_watched(self._model, self._groups, self._masters)
+        watched = find_watched(self._model, self._groups, self._masters, self.prefix)
         names, shapes = ([one.name for one in members] for members in (watched, self._watched)), self._shapes
         if len({tuple(found) for found in names}) > 1 or [one.tensor.shape for one in watched] != shapes:
             raise ValueError(
@@ -247,7 +247,7 @@ class Trajectory(Metric):
         before = self._built.trackers
         self._single.before += int(next(iter(before.values())).table.cursor[0])
         steps, rebased = self._steps_seen, self._rebased
-        self._build(find_watched(self._model, self._groups, self._masters))
+        self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
         for key, tracker in self._built.trackers.items():
             if key in before:
                 tracker.inherit(before[key])
@@ -408,7 +408,7 @@ class Trajectory(Metric):
         tracker = self._tracker
         if tracker.copies is None:
             raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
-        here = {parameter.name: parameter.tensor for parameter in self._watched}
+        here = {parameter.own_name: parameter.tensor for parameter in self._watched}
         values = values_of(here if reference is None else reference, self._watched, "reference")
         tracker.set_reference(values)
         self._apart = "" if all(map(torch.equal, values, here.values())) else "set_reference"

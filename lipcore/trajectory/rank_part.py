@@ -45,6 +45,11 @@ class TrajectoryPart(RankPart):
     before: PathSoFar
     open: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the single steps."""
+        return sum(tensor.nbytes for tensor in (self.sums.steps, *self.sums.gradients.values()))
+
     def packed(self) -> Packed:
         """Return the sums with a column for each parameter of all ranks, and 0 where another rank counts it."""
         owners = self.holding.ownership
