@@ -99,7 +99,7 @@ class Meeting:
             if now >= look:
                 look = now + _LOOK_AROUND
                 if elsewhere := self._waiting_elsewhere(key, step):
-                    why = _STOP + self._apart(what, elsewhere)
+                    why = _STOP + self._apart(what, step, elsewhere)
                     for other in {place["key"] for place in elsewhere.values() if place["key"]}:
                         self._decide(other, why)  # which waits for this rank in vain
                     return self._decide(key, why)
@@ -124,11 +124,13 @@ class Meeting:
                 found[i] = place
         return found
 
-    def _apart(self, what: str, elsewhere: Mapping[int, Mapping[str, Any]]) -> str:
-        others = "; ".join(f"rank {self._ranks[i]} is at {place['what']}" for i, place in elsewhere.items())
+    def _apart(self, what: str, step: int, elsewhere: Mapping[int, Mapping[str, Any]]) -> str:
+        others = "; ".join(
+            f"rank {self._ranks[i]} is at step {place['step']}, {place['what']}" for i, place in elsewhere.items()
+        )
         return (
-            f"ranks are at different places: rank {self._ranks[self._place]} is at {what}; {others}. No collective was "
-            "started. All ranks have to make this call at the same step, with the same windows"
+            f"ranks are at different places: rank {self._ranks[self._place]} is at step {step}, {what}; {others}. No "
+            "collective was started. All ranks have to make this call at the same step, with the same windows"
         )
 
     def _nobody_came(self, key: str, what: str, timeout: float) -> str:

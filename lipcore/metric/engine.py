@@ -466,10 +466,10 @@ class Engine:
         :attr:`global_history`. In a process without others it returns the newest window that has closed.
 
         Raises:
-            RuntimeError: a rank has not come in time, or is elsewhere. No collective was started, the training can go
-                on, and the windows wait for the next call.
-            ValueError: ranks have different windows, are at different steps, or their parameters are not parts of one
-                model; the message names them. These windows are given up; each rank's own stay in its history.
+            RuntimeError: a rank has not come in time, or is at another step. No collective was started, the training
+                can go on, and the windows wait for the next call.
+            ValueError: ranks have different windows, or their parameters are not parts of one model; the message names
+                them. These windows are given up; each rank's own stay in its history.
         """
         self._failures.raise_kept()
         return self._global.merge(self._windows.step)

@@ -56,13 +56,13 @@ def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequen
 
     Raises:
         RuntimeError: a rank has not come, or is elsewhere. No collective was started.
-        ValueError: ranks are at different steps or have different windows; or their parameters are not parts of one
+        ValueError: ranks are at different calls or have different windows; or their parameters are not parts of one
             model.
     """
     newest, holdings = offers[-1], _holdings(offers)
     unknown = {name: holding.text() for name, holding in holdings.items() if holding.ownership is None}
     rooms = {name: holding.room for name, holding in holdings.items()}
-    header: Header = {"version": _VERSION, "step": step, "windows": [offer.header() for offer in offers]}
+    header: Header = {"version": _VERSION, "windows": [offer.header() for offer in offers]}
     header |= {"call": what.partition(" ")[0], "unknown": sorted(unknown), "rooms": rooms}
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
     headers = partners.meet(group, what, step, header)
@@ -107,11 +107,11 @@ def _check_same(what: str, headers: Sequence[Header], group: Group) -> None:
     """Raise ValueError where ranks cannot go on together; on all of them alike, since all have the same headers."""
     first = headers[0]
     for rank, other in zip(group.ranks, headers, strict=True):
-        for key, words in (("version", "have headers of version"), ("step", "are at step"), ("call", "are at")):
+        for key, words in (("version", "have headers of version"), ("call", "are at")):
             if other[key] != first[key]:
                 raise ValueError(
                     f"{what}: ranks {words} {first[key]} (rank {group.ranks[0]}) and {other[key]} (rank {rank}); all "
-                    "ranks have to make this call at the same step, with the same lipcore"
+                    "ranks have to make the same call, with the same lipcore"
                 )
         mine, theirs = (header["windows"][-1]["steps"] for header in (first, other))
         if mine != theirs:

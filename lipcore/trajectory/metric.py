@@ -669,9 +669,9 @@ class Trajectory(Metric):
             timeout: seconds to wait for the other ranks.
 
         Raises:
-            RuntimeError: torch.distributed is not initialised; a rank has not come in time, or is elsewhere.
-            ValueError: the window is longer than the ring; ranks are at different steps; their parameters are not parts
-                of one model.
+            RuntimeError: torch.distributed is not initialised; a rank has not come in time, or is at another step.
+            ValueError: the window is longer than the ring; ranks have other windows; their parameters are not parts of
+                one model.
         """
         self._require_bound()
         if not under_process_group():

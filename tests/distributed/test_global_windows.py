@@ -16,6 +16,7 @@ from ranks import run_ranks
 
 RIGHT = (
     *("ddp", "unequal_batches", "fsdp2", "tensor_parallel", "pipeline", "skipped_calls", "open_window"),
+    *("a_metric_that_stops_on_one_rank", "after_rebind"),
     *("hsdp", "tensor_parallel_and_fsdp2", "subgroups", "mesh_as_group"),
 )
 #: What the error says, on all ranks that make the call.
@@ -29,13 +30,15 @@ REFUSED = {
     "shifted_windows": r"ValueError: monitor.global_window\(\) of window 0 .*: the windows of ranks differ: steps 1 "
     r"to 4 on rank 0, steps 1 to 2 on rank 1",
 }
+REFUSED["other_calls"] = r"ValueError: .*: ranks are at monitor.global_window\(\) .* and trajectory.sync\(\) .rank 1."
 #: What the error says on rank 0, while nothing else is wrong.
 NAMED = {
     "a_rank_that_never_calls": r"window 0 over steps 1 to 4: rank 0 has waited 0.5 s for rank 1 \(rank 1 never called",
     "on_rank_0_alone": r"window 0 over steps 1 to 4: rank 0 has waited 0.5 s for rank 1 \(rank 1 never called it\)",
     "skipped_calls": r"rank 0 has waited 0.5 s for rank 1",
-    "other_window_steps": "ranks are at different places: rank 0 is at monitor.global_window.. of window 0 over steps "
-    "1 to 4; rank 1 is at monitor.global_window.. with no window that waits",
+    "other_window_steps": "ranks are at different places: rank 0 is at step 4, monitor.global_window.. of window 0 "
+    "over steps 1 to 4; rank 1 is at step 4, monitor.global_window.. with no window that waits",
+    "other_steps": r"at different places: rank \d is at step [45], monitor.*; rank \d is at step [45], monitor",
     "a_rank_that_dies": r"window 0 over steps 1 to 4: rank \d has waited 1 s for rank 3",
 }
 OTHERS = {"counted", "independent_for_themselves"}
@@ -102,6 +105,12 @@ def test_named_and_the_training_goes_on(found: dict[str, list[Any]], name: str) 
         assert numbers.get("goes_on", True)
         assert numbers.get("local", 1) > 0
         assert numbers.get("scope", "rank") == "rank"
+
+
+def test_a_metric_that_has_stopped_is_left_out_with_the_reason(found: dict[str, list[Any]]) -> None:
+    for numbers in found["a_metric_that_stops_on_one_rank"]:
+        assert "this one stops" in numbers["off"]["stopping"]
+        assert "not merged over ranks" in numbers["off"]["lipschitz"]
 
 
 def test_models_that_each_rank_trains_for_itself(found: dict[str, list[Any]]) -> None:

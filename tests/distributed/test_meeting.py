@@ -128,7 +128,7 @@ def test_a_rank_that_has_nothing_to_meet_for_is_told_at_once() -> None:
     start = time.monotonic()
     found = together(call(7), passing, timeout=60)
     assert time.monotonic() - start < 10
-    assert "rank 10 is at the call at 7; rank 11 is at a call without windows" in str(found[0])
+    assert "rank 10 is at step 7, the call at 7; rank 11 is at step 7, a call without windows" in str(found[0])
     assert "for rank 11 and gave up" in str(together(call(8), passing, timeout=0.4)[0])  # it may come yet
 
 

@@ -439,6 +439,77 @@ def open_window(rank: int, world: int) -> dict[str, Any]:
     return errors([window], expected[1:])
 
 
+def other_steps(rank: int, world: int) -> dict[str, Any]:
+    """A rank has counted a step more, in which it trained nothing."""
+    model, said = nn.parallel.DistributedDataParallel(made()), ""
+    optimizer, monitor = monitored(model, timeout=60)
+    with monitor:
+        train(model, optimizer, data_of(range(world))[rank], steps=range(WINDOW))
+        if rank == 1:
+            monitor.step()
+        try:
+            monitor.global_window()
+        except RuntimeError as error:
+            said = str(error)
+        return {"said": said, "goes_on": trained_on(model, optimizer, data_of(range(world))[rank])}
+
+
+def other_calls(rank: int, world: int) -> Any:
+    model = nn.parallel.DistributedDataParallel(made())
+    optimizer, monitor = monitored(model, window_steps=WINDOW)
+    with monitor:
+        train(model, optimizer, data_of(range(world))[rank], steps=range(WINDOW))
+        return monitor.metrics["trajectory"].sync() if rank else monitor.global_window()  # type: ignore[attr-defined]
+
+
+class Stopping(Trajectory):
+    """Stops on rank 1, where its step raises."""
+
+    name = "stopping"
+
+    def observe_step(self) -> None:
+        if dist.get_rank() == 1:
+            raise ValueError("this one stops")
+        super().observe_step()
+
+    @property
+    def step_call(self) -> Callable[[], object]:
+        return self.observe_step
+
+
+def a_metric_that_stops_on_one_rank(rank: int, world: int) -> dict[str, Any]:
+    model, expected = nn.parallel.DistributedDataParallel(made()), truth(made(), data_of(range(world)))
+    optimizer, monitor = monitored(model, metrics=[Stopping(), Trajectory(stats=STATS), lipcore.Lipschitz()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, optimizer, data_of(range(world))[rank])
+    try:
+        monitor.close()
+    except ValueError:
+        monitor.close()
+    assert monitor.global_window() is monitor.global_history[-1]
+    assert list(monitor.global_history[-1]) == ["trajectory"]
+    return errors(monitor.global_history, expected) | {"off": monitor.global_history[-1].off}
+
+
+def after_rebind(rank: int, world: int) -> dict[str, Any]:
+    """What was not merged before is given up; later windows are merged, with new owners."""
+    model = fsdp(made())
+    optimizer, monitor = monitored(model)
+    data = data_of(range(world))[rank]
+    expected = truth(made(), data_of(range(world)))[1]
+    with monitor:
+        train(model, optimizer, data, steps=range(WINDOW))
+        monitor.rebind()
+        train(model, optimizer, data, steps=range(WINDOW, STEPS))
+        monitor.global_window()
+    # A window since the reference was not merged: only what one rank has alone (a layer of one row) knows its path.
+    since = ("path_length.cumulative", "directness.last")
+    lost = {key for key in expected if any(word in key for word in since) and "/c" not in key}
+    assert not lost & flat_of(monitor.global_history[-1]).keys()
+    return errors(monitor.global_history, [{key: value for key, value in expected.items() if key not in lost}])
+
+
 def counted(rank: int, world: int) -> dict[str, Any]:
     """Collectives with and without a Monitor, in training steps and in global_window()."""
     from lipcore.models.torch_internals import TorchDispatchMode
@@ -503,7 +574,8 @@ def situations() -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each; the last one leaves a rank dead."""
     for work in (ddp, unequal_batches, fsdp2, tensor_parallel, pipeline, pipeline_without_prefix, independent,
                  independent_for_themselves, fsdp1, shifted_windows, other_window_steps, a_rank_that_never_calls,
-                 on_rank_0_alone, skipped_calls, open_window, counted):  # fmt: skip
+                 on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
+                 a_metric_that_stops_on_one_rank, after_rebind, counted):  # fmt: skip
         yield work.__name__, 2, work
     for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, mesh_as_group, a_rank_that_dies):
         yield work.__name__, 4, work
