@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from lipcore.distributed.partners import Partners
-from lipcore.metric.merging import Merged, Offer, merge
+from lipcore.metric.merging import Merged, Offer, merge, turn_to
 from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_part import RankPart
 from lipcore.metric.results import History, Window
@@ -98,6 +98,7 @@ class GlobalWindows:
         if group is None:
             newest, self._newest = self._newest, None
             return newest
+        turn_to(group, (offer for _, offer in self._waiting))
         self._drop_unknown()
         if not self._waiting:
             self._partners.pass_by(group, "monitor.global_window() with no window that waits", step)

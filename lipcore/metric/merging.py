@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from lipcore.distributed.group import Group
@@ -60,6 +60,7 @@ def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequen
             model.
     """
     newest, holdings = offers[-1], _holdings(offers)
+    turn_to(group, offers)
     unknown = {name: holding.text() for name, holding in holdings.items() if holding.ownership is None}
     rooms = {name: holding.room for name, holding in holdings.items()}
     header: Header = {"version": _VERSION, "windows": [offer.header() for offer in offers]}
@@ -78,6 +79,13 @@ def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequen
         Merged(offer, {name: offer.parts[name].result(next(packed)) for name in names}, left_out)
         for offer, names, left_out in chosen
     ]
+
+
+def turn_to(group: Group, offers: Iterable[Offer]) -> None:
+    """Let the parts of windows speak of the ranks of this group; they may have been merged over another one."""
+    for holding in (part.holding for offer in offers for part in offer.parts.values()):
+        if holding is not None:
+            holding.turn_to(group.ranks)
 
 
 def merge_open(

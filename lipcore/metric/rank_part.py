@@ -25,8 +25,22 @@ class Holding:
 
     def __init__(self, parameters: Callable[[], Iterable[tuple[str, str, Any]]], refused: str = "") -> None:
         self._parameters, self._refused = parameters, refused
-        self.ownership: Ownership | None = None  #: not known yet
-        self.room = 0  #: bytes for the text, once there is one; it is as long at other values of the parameters
+        self._found: dict[tuple[int, ...], Ownership] = {}  # by the ranks of a group
+        self._ranks: tuple[int, ...] = ()
+        self.room = 1024  #: bytes for the text, once there is one; it is as long at other values of the parameters
+
+    def turn_to(self, ranks: tuple[int, ...]) -> None:
+        """Speak of the ranks of this group from now on."""
+        self._ranks = ranks
+
+    @property
+    def ownership(self) -> Ownership | None:
+        """Who counts what among the ranks of the group; None where they have not found it yet."""
+        return self._found.get(self._ranks)
+
+    @ownership.setter
+    def ownership(self, found: Ownership) -> None:
+        self._found[self._ranks] = found
 
     def text(self) -> str:
         """Return what this rank holds, as JSON; or why that cannot be said. Waits for the device."""
@@ -34,7 +48,7 @@ class Holding:
         try:
             found = {"refused": self._refused} if self._refused else describe(self._parameters())
         except Exception as error:  # the other ranks wait for a word of this one
-            found = {"refused": str(error)}
+            found = {"refused": str(error)[:150]}  # there is room for that at any later time too
         text = json.dumps(found)
         self.room = max(self.room, room_for(text))
         return text

@@ -17,7 +17,7 @@ from ranks import run_ranks
 RIGHT = (
     *("ddp", "unequal_batches", "fsdp2", "tensor_parallel", "pipeline", "skipped_calls", "open_window"),
     *("a_metric_that_stops_on_one_rank", "after_rebind"),
-    *("hsdp", "tensor_parallel_and_fsdp2", "subgroups", "mesh_as_group"),
+    *("hsdp", "tensor_parallel_and_fsdp2", "subgroups", "two_groups", "mesh_as_group"),
 )
 #: What the error says, on all ranks that make the call.
 REFUSED = {

@@ -301,6 +301,21 @@ def subgroups(rank: int, world: int) -> dict[str, Any]:
     return errors(merged(model, data, group=groups[mine]), expected)
 
 
+def two_groups(rank: int, world: int) -> dict[str, Any]:
+    """One Trajectory over all ranks, then over half of them, then over all again: others own its parts each time."""
+    halves = [list(range(world // 2)), list(range(world // 2, world))]
+    mine = [dist.new_group(half) for half in halves][0 if rank in halves[0] else 1]
+    expected = truth(made(), data_of(range(world)))
+    trajectory = Trajectory(stats=STATS)
+    optimizer, monitor = monitored(model := nn.parallel.DistributedDataParallel(made()), metrics=[trajectory])
+    with monitor:
+        monitor._windows.steps = None
+        train(model, optimizer, data_of(range(world))[rank], steps=range(WINDOW))
+        found = [trajectory.sync(), trajectory.sync(mine), trajectory.sync()]
+    windows = [Window(0, 1, WINDOW, False, "global", {"trajectory": each}) for each in found]
+    return errors(windows, expected[:1] * 3)
+
+
 def mesh_as_group(rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("a", "b"))
     ranks = mesh["b"].mesh.tolist()
@@ -435,6 +450,7 @@ def open_window(rank: int, world: int) -> dict[str, Any]:
         monitor._windows.steps = None  # the last step closes nothing
         train(model, optimizer, data, steps=range(STEPS - 1, STEPS))
         found = trajectory.sync()
+    assert {window.scope for window in monitor.history} == {"shard"}
     window = Window(1, WINDOW + 1, STEPS, False, "global", {"trajectory": found})
     return errors([window], expected[1:])
 
@@ -577,5 +593,5 @@ def situations() -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
                  on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
                  a_metric_that_stops_on_one_rank, after_rebind, counted):  # fmt: skip
         yield work.__name__, 2, work
-    for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, mesh_as_group, a_rank_that_dies):
+    for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, two_groups, mesh_as_group, a_rank_that_dies):
         yield work.__name__, 4, work
