@@ -30,12 +30,12 @@ class Holding:
         self.room = 1024  #: bytes for the text, once there is one; it is as long at other values of the parameters
 
     def turn_to(self, ranks: tuple[int, ...]) -> None:
-        """Speak of the ranks of this group from now on."""
+        """Say who counts what among the ranks of this group from now on."""
         self._ranks = ranks
 
     @property
     def ownership(self) -> Ownership | None:
-        """Who counts what among the ranks of the group; None where they have not found it yet."""
+        """Owners of all parts among the ranks of the group; None where these have not found them yet."""
         return self._found.get(self._ranks)
 
     @ownership.setter
