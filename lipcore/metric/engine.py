@@ -18,8 +18,10 @@ from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.capture.parameters import GradientWatch, LoadWatch, WeakCall
 from lipcore.capture.taps.tap import Record
 from lipcore.capture.taps.tap_capture import Capture, inert_capture
+from lipcore.distributed.group import AUTO
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.failures import Failures
+from lipcore.metric.global_windows import GlobalWindows
 from lipcore.metric.optimizers import checked_optimizers, refuse_strangers, scaler_above, scaler_inside, updating
 from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
@@ -29,7 +31,6 @@ from lipcore.metric.step_end import StepEnd, StepEndCalls
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import never_called, refuse_script
 from lipcore.models.names import called_inside
-from lipcore.models.ranks import world_size
 
 Self = TypeVar("Self", bound="Engine")
 
@@ -54,6 +55,9 @@ class Engine:
         scaler: a torch.amp.GradScaler whose scale is to be taken out of gradient norms; by default that of a trainer's
             wrapper around the optimizer.
         needs_steps: nothing is measured without steps, so that a loop in which none is seen is told.
+        group: the ranks whose windows :meth:`global_window` merges.
+        timeout: seconds that it waits for them.
+        prefix: what stands before the names of parameters.
     """
 
     _version = 2
@@ -71,8 +75,14 @@ class Engine:
         history_bytes: int = HISTORY_BYTES,
         scaler: Any = None,
         needs_steps: bool = True,
+        group: Any = AUTO,
+        timeout: float = 60,
+        prefix: str = "",
     ) -> None:
+        if not isinstance(prefix, str):
+            raise TypeError(f"prefix: expected a str, got {type(prefix).__name__}")
         self._windows = Windows(window_steps, window_blocks, history_limit, history_bytes)
+        self._global = GlobalWindows(group, timeout, history_limit, history_bytes)
         self.metrics = by_name(metrics)
         chosen = list(self.metrics.values())
         for metric in chosen if window_blocks > 1 else ():
@@ -90,6 +100,7 @@ class Engine:
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         for metric in chosen:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
+            metric.prefix = prefix
             metric.before_moves = WeakCall(self._moved_by_hand)
             metric.bind(model)
         needs = {metric: metric.needs() for metric in chosen}
@@ -448,10 +459,35 @@ class Engine:
         self._failures.raise_kept()
         return self._windows.pop()
 
+    @ordinary
+    def global_window(self) -> Window | None:
+        """Merge the closed windows of all ranks that wait for it, and return the newest; None where none waits.
+
+        Every rank of the group calls it at the same step: where a training loop logs, say. It is a collective; it
+        starts none before all ranks have come and have windows of the same steps. What it merges goes to
+        :attr:`global_history`. In a process without others it returns the newest window that has closed.
+
+        Raises:
+            RuntimeError: a rank has not come in time, or is at another step. No collective was started, the training
+                can go on, and the windows wait for the next call.
+            ValueError: ranks have different windows, or their parameters are not parts of one model; the message names
+                them. These windows are given up; each rank's own stay in its history.
+        """
+        self._failures.raise_kept()
+        return self._global.merge(self._windows.step)
+
+    @property
+    def global_history(self) -> History:
+        """The windows that :meth:`global_window` has merged, oldest first; without other ranks, all closed ones."""
+        merged = self._global.history
+        return self._windows.history if self._global.stands_alone and not merged else merged
+
     def _close(self) -> Window:
         window = self._window() if self._windows.final is None else self._windows.final
         window = replace(window, closed=True, results=window.results | self._results_at_close())
         self._windows.close(window, self._capture.unrecorded)
+        if warning := self._global.keep(window, self.metrics):
+            self._failures.warn(warning)
         sliding = self._windows.blocks > 1
         for metric in self.metrics.values():
             if not metric.off:
@@ -476,9 +512,9 @@ class Engine:
                 results[name] = _checked_result(name, self.metrics[name].finalize())
             except Exception as error:  # noqa: PERF203
                 self._stop_metric(self.metrics[name], error)
-        local = world_size() > 1
+        scope = self._global.scope(self.model)
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
-        return Window(windows.number, windows.begin + 1, windows.step, False, local, results, off)
+        return Window(windows.number, windows.begin + 1, windows.step, False, scope, results, off)
 
     @ordinary
     def rebind(self) -> None:

@@ -19,6 +19,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
 from lipcore.metric.ordinary import make_ordinary
+from lipcore.metric.rank_part import NOT_MERGED, RankPart
 from lipcore.metric.results import MetricResult
 
 #: How batches of one sample are measured: tapped like others, or read from the parameters' gradients.
@@ -83,6 +84,7 @@ class Metric(ABC):
     optional: bool = False  #: where it does not apply it turns itself off instead of raising
     reads_masters: bool = False  #: looks at master copies, which parameters follow after the step
     before_moves: Callable[[], None] | None = None  #: tells the engine that the user moves the parameters by hand
+    prefix: str = ""  #: what stands before the names of parameters; the engine sets it before bind()
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 
     #: For the engine, not for users: left out of dir().
@@ -92,7 +94,7 @@ class Metric(ABC):
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
             *("observe_proof", "observe_loss"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
-            "observe_stop",
+            *("observe_stop", "rank_part"),
         }
     )
 
@@ -208,6 +210,10 @@ class Metric(ABC):
     @abstractmethod
     def finalize(self) -> MetricResult:
         """Make the open window's results; changes nothing."""
+
+    def rank_part(self) -> RankPart | str:
+        """Return what the open window adds to that of all ranks, or why there is nothing to add; changes nothing."""
+        return NOT_MERGED
 
     @abstractmethod
     def reset(self) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from lipcore.metric.metric_result import MetricResult
 from lipcore.metric.show import LINES, Showable, Shown, shortened
 from lipcore.metric.values import Level
+
+Scope = Literal["rank", "shard", "global"]
 
 
 @dataclass(frozen=True, repr=False)
@@ -19,9 +21,16 @@ class Window(Showable, Mapping[str, MetricResult]):
     first_step: int  #: optimizer steps are counted from 1
     last_step: int
     closed: bool  #: False for the open window that compute() returns
-    local: bool  #: True when other ranks hold parts that are not in these numbers
+    #: What is in these numbers: all there is ("global"), this rank's data and whole parameters ("rank"), or this rank's
+    #: data and its parts of the parameters ("shard").
+    scope: Scope
     results: dict[str, MetricResult]
     off: dict[str, str] = field(default_factory=dict, compare=False)  #: metrics that are turned off, and why
+
+    @property
+    def local(self) -> bool:
+        """Answer to whether other ranks hold parts that are not in these numbers."""
+        return self.scope != "global"
 
     @property
     def steps(self) -> int:
@@ -54,7 +63,7 @@ class Window(Showable, Mapping[str, MetricResult]):
         header = {"index": self.index, "first_step": self.first_step, "last_step": self.last_step}
         return header | {
             "closed": self.closed,
-            "local": self.local,
+            "scope": self.scope,
             "metrics": {name: result.to_dict() for name, result in self.results.items()},
         }
 
@@ -62,7 +71,7 @@ class Window(Showable, Mapping[str, MetricResult]):
     def from_dict(cls, state: Mapping[str, Any]) -> Window:
         """Restore what :meth:`to_dict` gave."""
         results = {name: MetricResult.from_dict(name, result) for name, result in state["metrics"].items()}
-        header = {key: state[key] for key in ("index", "first_step", "last_step", "closed", "local")}
+        header = {key: state[key] for key in ("index", "first_step", "last_step", "closed", "scope")}
         return cls(**header, results=results)
 
     @property

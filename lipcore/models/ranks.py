@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -19,6 +20,21 @@ def under_process_group() -> bool:
 def world_size() -> int:
     """Return the number of ranks, 1 without a process group."""
     return torch.distributed.get_world_size() if under_process_group() else 1
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether a rank holds parts of some parameters only: DTensors that are cut, or FSDP1's pieces."""
+    if is_fsdp1(model):
+        return True
+    placements = (getattr(p, "placements", ()) for p in model.parameters())
+    return any(not placement.is_replicate() for each in placements for placement in each)
+
+
+def is_fsdp1(model: nn.Module) -> bool:
+    """Return whether FullyShardedDataParallel is in it, whose parameters are pieces of flat ones and do not say of
+    what."""
+    fsdp = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", None)
+    return fsdp is not None and any(isinstance(module, fsdp) for module in model.modules())
 
 
 def below_ddp(model: nn.Module) -> nn.Module:

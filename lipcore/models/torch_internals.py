@@ -93,6 +93,14 @@ def as_compiling() -> Iterator[None]:
         setattr(torch.compiler, _COMPILING, before)
 
 
+def shard_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return shape and offset, in the whole tensor, of this rank's part of a DTensor."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return tuple(shape), tuple(offset)
+
+
 MKLDNN_LAYOUT = _found("_mkldnn")
 OptimizedModule = _found("_dynamo.OptimizedModule")
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lipcore.distributed.group import AUTO
 from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.engine import Engine
 from lipcore.metric.protocol import Metric
@@ -42,6 +43,10 @@ class Monitor(Engine):
             covers the last window_steps steps (fewer at the start).
         scaler: a torch.amp.GradScaler, whose scale is then taken out of gradient norms; that of a trainer's wrapper
             around the optimizer (accelerate's, Lightning's) is found.
+        group: the ranks whose windows :meth:`global_window` merges: "auto", the default process group, where there is
+            one; a ProcessGroup or a DeviceMesh; None, none: for models that each rank trains for itself.
+        timeout: seconds that it waits for the other ranks.
+        prefix: what stands before the names of parameters, for the stages of a pipeline: "stages.1".
         history_limit: how many closed windows are kept.
         history_bytes: for how many bytes of them: see :class:`lipcore.metric.results.History`.
 
@@ -67,6 +72,9 @@ class Monitor(Engine):
         history_limit: int = 1000,
         history_bytes: int = HISTORY_BYTES,
         scaler: Any = None,
+        group: Any = AUTO,
+        timeout: float = 60,
+        prefix: str = "",
     ) -> None:
         parts = isinstance(model, Mapping)
         if isinstance(model, Mapping) and all(isinstance(part, nn.Module) for part in model.values()):
@@ -87,6 +95,9 @@ class Monitor(Engine):
             history_limit=history_limit,
             history_bytes=history_bytes,
             scaler=scaler,
+            group=group,
+            timeout=timeout,
+            prefix=prefix,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Inventory:
 
     def _look(self) -> list[str]:
         held = {id(tensor) for one in self._watched for tensor in (one.owner.get(one.key), one.shadow)}
-        names = {parameter.name for parameter in self._watched}
+        names = {parameter.own_name for parameter in self._watched}
         return [
             name
             for owner, key, name in trainable(self._model)

@@ -10,12 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lipcore.distributed.group import AUTO
+from lipcore.distributed.partners import Partners
+from lipcore.metric.merging import merge_open
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Metric, Needs, PlanLine
+from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_same
 from lipcore.models.arguments import check_count
-from lipcore.models.ranks import under_process_group
+from lipcore.models.ranks import is_fsdp1, under_process_group
 from lipcore.trajectory.building import ALL, Built, Stat, Wanted, build, checked_stats
 from lipcore.trajectory.gradient_norms import BEFORE
 from lipcore.trajectory.groups import Groups, by_block
@@ -29,9 +33,9 @@ from lipcore.trajectory.parameters import (
     of_modules,
     values_of,
 )
+from lipcore.trajectory.rank_part import FSDP1_PIECES, TrajectoryPart, part_of
 from lipcore.trajectory.results import add_quantities, plan_lines
 from lipcore.trajectory.saved import prepared_loads
-from lipcore.trajectory.shards import gather
 from lipcore.trajectory.single_steps import SingleSteps
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.sketch_tracker import SketchTracker
@@ -41,6 +45,7 @@ from lipcore.trajectory.table import points_of
 from lipcore.trajectory.tracker import Tracker
 from lipcore.trajectory.trouble import Trouble
 from lipcore.trajectory.update_tracker import UpdateTracker
+from lipcore.trajectory.whole import PathSoFar
 
 _ONLY_NUMBERS = (
     "this Trajectory is a copy, which holds the numbers of compute() and no model; to go on, make a new Trajectory and "
@@ -172,6 +177,8 @@ class Trajectory(Metric):
         self._late_moves = 0  # of the window's steps: after how many the parameters moved once more
         self._apart = ""  # by what the distance is not between the ends of the path since the reference
         self._trouble = Trouble()
+        self._path_so_far = PathSoFar()
+        self._partners: dict[Any, Partners] = {}  # of sync(), by what was asked for
         if model is not None:
             self.bind(model)
 
@@ -198,19 +205,25 @@ class Trajectory(Metric):
             self._optimizers = [given] if isinstance(given, Optimizer) else list(given)
         # An iterator is read once, a rebind() later must find the same pairs.
         self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
-        self._build(find_watched(self._model, self._groups, self._masters))
+        self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
 
     def _build(self, watched: list[WatchedParameter]) -> None:
         self._built = build(self._wanted, watched, self._optimizers, self._window_blocks)
         self._watched, self._links = watched, ModuleLinks(self._model)
         self._shapes = [one.tensor.shape for one in watched]
         self._jumps = []
+        fsdp1 = isinstance(self._model, nn.Module) and is_fsdp1(self._model)
+        self._holding = Holding(self._held, FSDP1_PIECES if fsdp1 else "")
         self._single.start(self._built)
+
+    def _held(self) -> list[tuple[str, str, Tensor]]:
+        """Return name, group and tensor of all that is watched."""
+        return [(one.name, one.group, one.owner[one.key]) for one in self._watched]
 
     def _follow(self) -> None:
         """Go on with the parameters of modules that were replaced, as with replaced parameters: what lies between them
         is an update."""
-        watched = find_watched(self._model, self._groups, self._masters)
+        watched = find_watched(self._model, self._groups, self._masters, self.prefix)
         names, shapes = ([one.name for one in members] for members in (watched, self._watched)), self._shapes
         if len({tuple(found) for found in names}) > 1 or [one.tensor.shape for one in watched] != shapes:
             raise ValueError(
@@ -235,7 +248,7 @@ class Trajectory(Metric):
         before = self._built.trackers
         self._single.before += int(next(iter(before.values())).table.cursor[0])
         steps, rebased = self._steps_seen, self._rebased
-        self._build(find_watched(self._model, self._groups, self._masters))
+        self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
         for key, tracker in self._built.trackers.items():
             if key in before:
                 tracker.inherit(before[key])
@@ -396,7 +409,7 @@ class Trajectory(Metric):
         tracker = self._tracker
         if tracker.copies is None:
             raise ValueError("reference: mode 'updates' keeps no reference point; use mode 'exact' or 'sketch'")
-        here = {parameter.name: parameter.tensor for parameter in self._watched}
+        here = {parameter.own_name: parameter.tensor for parameter in self._watched}
         values = values_of(here if reference is None else reference, self._watched, "reference")
         tracker.set_reference(values)
         self._apart = "" if all(map(torch.equal, values, here.values())) else "set_reference"
@@ -408,7 +421,14 @@ class Trajectory(Metric):
             return self.__dict__
         nothing: dict[str, Any] = {"_watched": [], "_model": None, "_masters": None}
         nothing |= {"_built": Built(self._built.choice, {}, None), "_single": SingleSteps(None)}
-        nothing |= {"_optimizers": [], "_given_optimizer": None, "_scaler": None, "_groups": by_block}
+        nothing |= {
+            "_holding": None,
+            "_partners": {},
+            "_optimizers": [],
+            "_given_optimizer": None,
+            "_scaler": None,
+            "_groups": by_block,
+        }
         return self.__dict__ | nothing | {"_numbers": self.finalize()}
 
     # ---- single steps
@@ -479,6 +499,17 @@ class Trajectory(Metric):
         if self._numbers is not None:
             return self._numbers
         self._require_bound()
+        result = self._empty_result()
+        add_quantities(result, self._built, self._stats, self.every_steps)
+        self._trouble.look(self._model, self._watched, self._tracker, self._built.gradients)
+        return result
+
+    @property
+    def _stats(self) -> tuple[Stat, ...]:
+        return ALL if self._wanted.stats is None else self._wanted.stats
+
+    def _empty_result(self) -> MetricResult:
+        """Return the open window's details without its numbers."""
         result = MetricResult(self.name, every_steps=self.every_steps, mode=self._built.choice.mode)
         result.details["source"] = self._built.choice.source
         if self._rebased:
@@ -491,10 +522,16 @@ class Trajectory(Metric):
             result.details["moved_after_steps"] = self._late_moves
         if self._apart:
             result.details["distance_apart_by"] = self._apart
-        wanted = ALL if self._wanted.stats is None else self._wanted.stats
-        add_quantities(result, self._built, wanted, self.every_steps)
-        self._trouble.look(self._model, self._watched, self._tracker, self._built.gradients)
         return result
+
+    def rank_part(self) -> RankPart | str:
+        """Return what the open window adds to that of all ranks, or why there is nothing to add."""
+        if self._numbers is not None:
+            return _ONLY_NUMBERS
+        return part_of(
+            self._built, self._watched, self._stats, self.every_steps, self._holding, self._empty_result(),
+            self._path_so_far,
+        )  # fmt: skip
 
     def element_variance(self) -> dict[str, Tensor]:
         """Return the variance of every element over the open window's points, 1 / (n + 1) sum (w_t - mean)^2, by
@@ -585,6 +622,7 @@ class Trajectory(Metric):
             load()
         self._steps_seen, self._rebased = state["steps_seen"], state["rebased"]
         self._apart, self._jumps = state.get("apart", ""), jumps
+        self._path_so_far = PathSoFar()  # of another run
         self._single.before = 0  # the state's own numbers
         self._single.start(self._built)
 
@@ -619,22 +657,40 @@ class Trajectory(Metric):
             self._single.stream.skip()  # the other one's are its own callback's
         self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
-    def sync(self, group: Any = None) -> MetricResult:
-        """Gather the open window of whole parameters from the shards on all ranks (FSDP2, tensor parallelism, DDP).
-        Every rank calls it and gets the same result; replicated parameters count once. It is a collective and needs the
-        default process group. The window must fit the `ring`, since only the squares of single steps add up over
-        shards.
+    def sync(self, group: Any = AUTO, *, timeout: float = 60) -> MetricResult:
+        """Return the open window of whole parameters, from what the ranks of a group hold of them (DDP, FSDP2, tensor
+        parallelism and all of these together). Every rank of the group calls it at the same step and gets the same
+        numbers. What several ranks hold alike counts once.
+
+        No rank starts a collective before all have come. The window must fit the `ring`, since only the squares of
+        single steps add up over shards.
+
+        Args:
+            group: "auto" for the default process group; a ProcessGroup or a DeviceMesh.
+            timeout: seconds to wait for the other ranks.
 
         Raises:
-            RuntimeError: torch.distributed is not initialised.
-            ValueError: the window is longer than the ring, or ranks have seen different numbers of steps.
+            RuntimeError: torch.distributed is not initialised; a rank has not come in time, or is at another step.
+            ValueError: the window is longer than the ring; ranks have other windows; their parameters are not parts of
+                one model.
         """
         self._require_bound()
         if not under_process_group():
             raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
-        if "sketch" in self._built.trackers:
-            raise RuntimeError("sync: sketches of shards are not merged yet; use mode 'exact' or 'updates'")
-        return gather(self.summary(), group)
+        if (group, timeout) not in self._partners:
+            self._partners[group, timeout] = Partners(group, timeout)
+        partners = self._partners[group, timeout]
+        found = partners.find()
+        if found is None:
+            return self.compute()
+        part = self.rank_part()
+        if isinstance(part, TrajectoryPart):
+            part.open = True
+        elif "sketch" in self._built.trackers:
+            raise RuntimeError(f"sync: {part}")
+        last = int(self._built.first.table.cursor[0])
+        steps = last - self._built.first.window_steps + 1, last
+        return merge_open(partners, found, "trajectory.sync()", self._steps_seen, steps, part, self.name)
 
     def summary(self) -> dict[str, Any]:
         """Return what :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from lipcore import _core
 from lipcore.models.checks import refuse_script
 from lipcore.models.names import named_modules
-from lipcore.models.ranks import under_process_group
 from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES
 from lipcore.trajectory.groups import Groups, group_names
 
@@ -29,6 +28,12 @@ class WatchedParameter:
     name: str
     group: str
     shadow: Tensor | None = None  #: the parameter whose master copy this is
+    prefix: str = ""  #: what stands before the model's own name for it
+
+    @property
+    def own_name(self) -> str:
+        """Its name in the model."""
+        return self.name[len(self.prefix) :]
 
     @property
     def tensor(self) -> Tensor:
@@ -51,16 +56,6 @@ class WatchedParameter:
         tensor = self.owner.get(self.key)
         return None if tensor is None else (tensor if self.shadow is None else self.shadow).dtype
 
-    @property
-    def is_mine(self) -> bool:
-        """True on the rank that counts the tensor: of replicated ones, on the first alone."""
-        tensor: Any = self.owner[self.key]
-        if type(tensor).__name__ != "DTensor":
-            return not under_process_group() or torch.distributed.get_rank() == 0
-        coordinate = tensor.device_mesh.get_coordinate()
-        pairs = zip(tensor.placements, coordinate or (), strict=False)
-        return coordinate is not None and all(at == 0 or not placement.is_replicate() for placement, at in pairs)
-
 
 def local_shard(tensor: Any) -> Tensor:
     """Return this rank's shard of a DTensor; any other tensor as it is."""
@@ -71,8 +66,9 @@ def local_shard(tensor: Any) -> Tensor:
     return tensor._local_tensor  # type: ignore[no-any-return]
 
 
-def find_watched(model: Model, groups: Groups, masters: Masters | None) -> list[WatchedParameter]:
-    """Return all trainable parameters of a module (or of a dict of modules), or the given (name, tensor) pairs.
+def find_watched(model: Model, groups: Groups, masters: Masters | None, prefix: str = "") -> list[WatchedParameter]:
+    """Return all trainable parameters of a module (or of a dict of modules), or the given (name, tensor) pairs;
+    `prefix` stands before their names.
 
     Raises:
         TypeError, ValueError: the model, a group or a master copy is not usable; the message names it.
@@ -82,9 +78,13 @@ def find_watched(model: Model, groups: Groups, masters: Masters | None) -> list[
     found = trainable(model) if isinstance(model, nn.Module) else _of_pairs(model)  # type: ignore[arg-type]
     if not found:
         raise ValueError("model: has no trainable parameter; a trajectory needs at least one with requires_grad=True")
-    watched = [WatchedParameter(owner, key, name, _checked_group(name_group, name)) for owner, key, name in found]
+    watched = [WatchedParameter(owner, key, name, "") for owner, key, name in found]
     if masters is not None:
         watched = _with_masters(watched, masters)
+    for parameter in watched:
+        parameter.prefix = f"{prefix}." if prefix else ""
+        parameter.name = parameter.prefix + parameter.name
+        parameter.group = _checked_group(name_group, parameter.name)
     if isinstance(groups, Mapping):
         unused = set(groups) - {parameter.group for parameter in watched}
         if unused:
@@ -206,7 +206,7 @@ def values_of(source: nn.Module | Mapping[str, Any], watched: list[WatchedParame
         raise TypeError(f"{argument}: expected a module or a state_dict, got {type(source).__name__}")
     values = []
     for parameter in watched:
-        value = named.get(parameter.name, named.get(f"module.{parameter.name}"))
+        value = named.get(parameter.own_name, named.get(f"module.{parameter.own_name}"))
         if not isinstance(value, Tensor):
             raise ValueError(f"{argument}: has no tensor for parameter '{parameter.name}'")
         if value.shape != parameter.tensor.shape:

@@ -258,7 +258,6 @@ class Tracker(TrackerBase):
             "quantities": [q for q in self.quantities if q in (*MOVES, *OFFSETS)],
             "names": [parameter.name for parameter in self.watched],
             "groups": [parameter.group for parameter in self.watched],
-            "mine": [parameter.is_mine for parameter in self.watched],
             "rows": rows[: len(self.watched)],
             "steps": self.recent.steps(count)[:, : len(self.watched)],
         }

@@ -235,5 +235,5 @@ def test_places_named_twice_are_the_later_one() -> None:
     assert result.q["a"].x.value == 2
     assert result.q.level("a") == "group"
     assert len(result.q) == 1
-    window = Window(0, 1, 1, True, False, {"own": result})
+    window = Window(0, 1, 1, True, "global", {"own": result})
     assert Window.from_dict(window.to_dict()).flat("group") == {"own/q.x/a": 2.0}

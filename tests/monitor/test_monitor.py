@@ -189,7 +189,7 @@ def test_results_are_json() -> None:
         text = json.dumps(thing, allow_nan=False)
         assert json.loads(text) == thing
     first = monitor.history.to_dict()["windows"][0]
-    assert set(first) == {"index", "first_step", "last_step", "closed", "local", "metrics"}
+    assert set(first) == {"index", "first_step", "last_step", "closed", "scope", "metrics"}
     mean = first["metrics"]["lipschitz"]["quantities"]["local_lipschitz"]["model:Sigmoid"]["mean"]
     assert set(mean) >= {"value", "count", "label", "valid"}
 
@@ -240,7 +240,9 @@ def test_results_say_what_they_have() -> None:
 def test_the_window_is_not_local_in_a_single_process() -> None:
     _, _, monitor = watched()
     monitor.step()
-    assert monitor.compute().local is False
+    window = monitor.compute()
+    assert window.scope == "global"
+    assert window.local is False
 
 
 # ---- the clock

@@ -422,4 +422,36 @@ MUTANTS = (
         "scaled @ self._costs[columns]",
         ("regions/test_coverage.py::test_bounds_are_never_below_the_truth",),
     ),
+    # ---- several ranks
+    Mutant(
+        "a replica counts on every rank that holds it",
+        "lipcore/trajectory/rank_part.py",
+        "for i, name in enumerate(self.names) if name in owners.mine]",
+        "for i, name in enumerate(self.names)]",
+        ("distributed/test_global_windows.py::test_right",),
+    ),
+    Mutant(
+        "owners of one group speak for another",
+        "lipcore/metric/rank_part.py",
+        "self._ranks = ranks",
+        "self._ranks = self._ranks or ranks",
+        ("distributed/test_global_windows.py::test_right",),
+    ),
+    Mutant(
+        "a rank that gives up and the last one that comes decide differently",
+        "lipcore/distributed/meeting.py",
+        """return stands.decode()""",
+        """return stands.decode() and decision""",
+        ("distributed/test_meeting.py::test_a_decision_is_made_once",),
+    ),
+    Mutant(
+        "ranks that train models of their own are one",
+        "lipcore/distributed/ownership.py",
+        "if its_bits != piece.bits:",
+        "if False:",
+        (
+            "distributed/test_one_process.py::test_what_does_not_fit_together_is_named",
+            "distributed/test_global_windows.py::test_refused",
+        ),
+    ),
 )

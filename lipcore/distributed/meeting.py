@@ -1,0 +1,154 @@
+"""Ranks that meet in the store before a collective starts: all of them, for the same thing, or none.
+
+A collective that not all ranks join never ends, and one that is given up is paired with whatever the training sends
+next. So none is started before every rank has said here what it is about to do. Whether a meeting takes place is
+decided once, by whoever writes the decision first: the last rank that comes, or the first that gives up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_GO, _STOP = "go", "stop: "
+_LOOK_AROUND = 0.25  # seconds between looks at what the missing ranks do
+_LONGEST_PAUSE = 0.02  # seconds
+
+Header = dict[str, Any]
+
+
+class Meeting:
+    """The place in a store where ranks meet, again and again. Each of them makes one of these per process group.
+
+    Args:
+        store: what all ranks can write to, a torch.distributed.Store.
+        name: the same on all ranks, and nobody else's.
+        place: this rank's place among them.
+        ranks: their numbers.
+    """
+
+    def __init__(self, store: Any, name: str, place: int, ranks: Sequence[int]) -> None:
+        self._store, self._place, self._ranks = store, place, list(ranks)
+        # A store may outlive a process group: what was written for that one is not read again.
+        self._name = f"{name}/{store.add(f'{name}/made/{place}', 1)}"
+        self._attempts: Counter[int] = Counter()  # by step
+        self._old: list[str] = []  # keys of the last meeting that took place, which nobody needs when the next one does
+
+    def pass_by(self, what: str, step: int) -> None:
+        """Tell ranks that wait for this one that it has nothing to meet them for at this step."""
+        self._store.set(self._at(self._place), json.dumps({"key": "", "step": step, "what": what}))
+
+    def meet(self, what: str, step: int, header: Header, timeout: float) -> list[Header]:
+        """Return the headers of all ranks, when all of them have come.
+
+        Args:
+            what: it is about, in words.
+            step: of the training; ranks meet for the same step.
+            header: what this rank has to say, JSON-ready.
+            timeout: seconds to wait for the others.
+
+        Raises:
+            RuntimeError: a rank has not come in time, is waiting for something else, or had given up before this one
+                came. The message names it. No rank goes on then.
+        """
+        key = f"{self._name}/{step}/{self._attempts[step]}"
+        self._attempts[step] += 1
+        text = json.dumps(header, sort_keys=True)
+        kind = f"{key}/of/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self._store.set(f"{key}/header/{self._place}", text)
+        self._store.set(self._at(self._place), json.dumps({"key": key, "step": step, "what": what}))
+        self._store.add(kind, 1)
+        try:
+            if self._store.add(f"{key}/arrived", 1) == len(self._ranks):
+                decision = self._decide(key, _GO)
+            else:
+                decision = self._wait(key, what, step, timeout)
+        finally:
+            self._store.set(self._at(self._place), "")
+        if decision != _GO:
+            raise RuntimeError(f"lipcore: {decision.removeprefix(_STOP)}")
+        same = self._store.add(kind, 0) == len(self._ranks)
+        self._attempts = Counter({step: self._attempts[step]})
+        self._forget(
+            [f"{key}/header/{self._place}", *([f"{key}/arrived", f"{key}/decision", kind] if self._place == 0 else [])]
+        )
+        return [header] * len(self._ranks) if same else [self._header(key, i) for i in range(len(self._ranks))]
+
+    def _at(self, place: int) -> str:
+        return f"{self._name}/at/{place}"
+
+    def _header(self, key: str, place: int) -> Header:
+        return json.loads(self._store.get(f"{key}/header/{place}"))  # type: ignore[no-any-return]
+
+    def _decide(self, key: str, decision: str) -> str:
+        """Write the decision, unless there is one; return the one that stands."""
+        stands: bytes = self._store.compare_set(f"{key}/decision", "", decision)
+        return stands.decode()
+
+    def _wait(self, key: str, what: str, step: int, timeout: float) -> str:
+        start = look = time.monotonic()
+        pause = 1e-4
+        while not self._store.check([f"{key}/decision"]):
+            now = time.monotonic()
+            if now - start > timeout:
+                return self._decide(key, _STOP + self._nobody_came(key, what, timeout))
+            if now >= look:
+                look = now + _LOOK_AROUND
+                if elsewhere := self._waiting_elsewhere(key, step):
+                    why = _STOP + self._apart(what, step, elsewhere)
+                    for other in {place["key"] for place in elsewhere.values() if place["key"]}:
+                        self._decide(other, why)  # which waits for this rank in vain
+                    return self._decide(key, why)
+            time.sleep(pause)
+            pause = min(1.5 * pause, _LONGEST_PAUSE)
+        return self._decide(key, _STOP)  # there is one
+
+    def _missing(self, key: str) -> list[int]:
+        places = range(len(self._ranks))
+        return [i for i in places if i != self._place and not self._store.check([f"{key}/header/{i}"])]
+
+    def _waiting_elsewhere(self, key: str, step: int) -> dict[int, Mapping[str, Any]]:
+        """Return where ranks are that will not come, by their places: waiting for something else, or past this
+        step."""
+        found = {}
+        for i in self._missing(key):
+            if not self._store.check([self._at(i)]) or not (text := self._store.get(self._at(i))):
+                continue
+            place = json.loads(text)
+            waits = place["key"] not in ("", key) and not self._store.check([f"{place['key']}/decision"])
+            if waits or (not place["key"] and place["step"] >= step):
+                found[i] = place
+        return found
+
+    def _apart(self, what: str, step: int, elsewhere: Mapping[int, Mapping[str, Any]]) -> str:
+        others = "; ".join(
+            f"rank {self._ranks[i]} is at step {place['step']}, {place['what']}" for i, place in elsewhere.items()
+        )
+        return (
+            f"ranks are at different places: rank {self._ranks[self._place]} is at step {step}, {what}; {others}. No "
+            "collective was started. All ranks have to make this call at the same step, with the same windows"
+        )
+
+    def _nobody_came(self, key: str, what: str, timeout: float) -> str:
+        missing = self._missing(key)
+        never = [i for i in missing if not self._store.check([self._at(i)])]
+        note = f" ({self._named(never)} never called it)" if never else ""
+        return (
+            f"{what}: {self._named([self._place])} has waited {timeout:g} s for {self._named(missing)}{note} and "
+            "gave up. No collective was started; this rank's own numbers can be read. Every rank of the group has to "
+            "make this call at the same step; where one is slower, pass a longer timeout="
+        )
+
+    def _named(self, places: Sequence[int]) -> str:
+        names = ", ".join(str(self._ranks[i]) for i in places[:8]) + (", ..." if len(places) > 8 else "")
+        return f"rank{'s' * (len(places) > 1)} {names}"
+
+    def _forget(self, keys: list[str]) -> None:
+        """Delete the keys of the meeting before: all ranks have left it, since they have come to this one."""
+        old, self._old = self._old, keys
+        for key in old:
+            self._store.delete_key(key)

@@ -1,0 +1,154 @@
+"""Which rank counts which part of which parameter, found from what the ranks hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.models.torch_internals import shard_of
+
+Shape = tuple[int, ...]
+Description = dict[str, Any]  #: JSON-ready
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank holds of one parameter."""
+
+    group: str  #: to which group of parameters it adds
+    whole: Shape  #: shape of the whole parameter
+    offset: Shape
+    shape: Shape
+    bits: str  #: a sum of its elements' bits: replicas have the same
+
+    @property
+    def place(self) -> tuple[Shape, Shape]:
+        """Where in the whole parameter it lies."""
+        return self.offset, self.shape
+
+    @property
+    def count(self) -> int:
+        """Number of its elements."""
+        return math.prod(self.shape)
+
+
+def describe(parameters: Iterable[tuple[str, str, Any]]) -> Description:
+    """Return what this rank holds, for :meth:`Ownership.of`; waits for the device once.
+
+    Args:
+        parameters: (name, group, tensor) of each; of a DTensor, the tensor itself.
+    """
+    found = list(parameters)
+    local = [getattr(tensor, "_local_tensor", tensor).detach() for _, _, tensor in found]
+    sums = torch.stack([_bits(tensor) for tensor in local]).tolist() if found else []
+    bits = [f"{each & (1 << 64) - 1:016x}" for each in sums]  # as long for other values
+    out: Description = {"names": [], "groups": [], "whole": [], "offset": [], "shape": [], "bits": bits}
+    for (name, group, tensor), part in zip(found, local, strict=True):
+        offset = shard_of(tensor)[1] if part is not tensor and hasattr(tensor, "_local_tensor") else ()
+        out["names"].append(name)
+        out["groups"].append(group)
+        out["whole"].append(list(tensor.shape))
+        out["offset"].append(list(offset) or [0] * tensor.ndim)
+        out["shape"].append(list(part.shape))
+    return out
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the sum of the elements as integers: the same for the same bits, in whatever order they are added."""
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
+    if integer is None or tensor.is_complex():
+        tensor, integer = torch.view_as_real(tensor).contiguous(), torch.int64
+        return tensor.double().view(torch.int64).sum()
+    return tensor.contiguous().view(integer).sum(dtype=torch.int64)
+
+
+class Ownership:
+    """Every parameter's pieces over the ranks of a group, each counted by one of them.
+
+    Attributes:
+        names: of all parameters on all ranks, in the order in which ranks name them.
+        groups: the group of each.
+        mine: those of them of which this rank counts its piece.
+        whole: those of which one rank counts all.
+    """
+
+    def __init__(self, pieces: Sequence[Mapping[str, Piece]], ranks: Sequence[int], here: int) -> None:
+        self.names = list(dict.fromkeys(name for each in pieces for name in each))
+        self.groups: list[str] = []
+        self.mine: frozenset[str] = frozenset()
+        counted: dict[str, set[int]] = {}
+        for name in self.names:
+            held = [(i, each[name]) for i, each in enumerate(pieces) if name in each]
+            owners = _owners(name, held, ranks)
+            self.groups.append(held[0][1].group)
+            counted[name] = set(owners.values())
+        self.mine = frozenset(name for name, owners in counted.items() if here in owners)
+        self.whole = frozenset(name for name, owners in counted.items() if len(owners) == 1)
+        self._counted = counted
+
+    @classmethod
+    def of(cls, descriptions: Sequence[Description], ranks: Sequence[int], here: int) -> Ownership:
+        """Find it from the descriptions of all ranks, the same on each of them.
+
+        Raises:
+            ValueError: pieces of one name that do not make one parameter; the message names the parameter and ranks.
+        """
+        for i, description in enumerate(descriptions):
+            if "refused" in description:
+                raise ValueError(f"rank {ranks[i]}: {description['refused']}")
+        return cls([_pieces(description) for description in descriptions], ranks, here)
+
+    def alone(self, names: Iterable[str]) -> bool:
+        """Return whether one rank counts all of these parameters, whole."""
+        owners = [self._counted[name] for name in names]
+        return len(set().union(*owners)) == 1
+
+
+def _pieces(description: Description) -> dict[str, Piece]:
+    keys = ("groups", "whole", "offset", "shape", "bits")
+    rows = zip(*(description[key] for key in keys), strict=True)
+    return {
+        name: Piece(group, tuple(whole), tuple(offset), tuple(shape), bits)
+        for name, (group, whole, offset, shape, bits) in zip(description["names"], rows, strict=True)
+    }
+
+
+def _owners(name: str, held: Sequence[tuple[int, Piece]], ranks: Sequence[int]) -> dict[tuple[Shape, Shape], int]:
+    """Return the rank that counts each piece: the lowest that holds it."""
+    first, reference = held[0]
+    owners: dict[tuple[Shape, Shape], int] = {}
+    bits: dict[tuple[Shape, Shape], tuple[int, str]] = {}
+    for i, piece in held:
+        if piece.whole != reference.whole:
+            raise ValueError(
+                f"parameter '{name}' has shape {list(reference.whole)} on rank {ranks[first]} and {list(piece.whole)} "
+                f"on rank {ranks[i]}, so these are not parts of one parameter. Stages of a pipeline: give each rank "
+                "names of its own with prefix=; pieces that are not DTensors (FSDP1) cannot be merged: use "
+                "fully_shard()"
+            )
+        if piece.group != reference.group:
+            raise ValueError(
+                f"parameter '{name}' is in group {reference.group!r} on rank {ranks[first]} and in {piece.group!r} on "
+                f"rank {ranks[i]}; pass the same groups= on all ranks"
+            )
+        other, its_bits = bits.setdefault(piece.place, (i, piece.bits))
+        if its_bits != piece.bits:
+            raise ValueError(
+                f"parameter '{name}' has other values on rank {ranks[i]} than on rank {ranks[other]}, where it should "
+                "be the same. Models that are trained apart: pass group= (or group=None), the ranks that train one "
+                "model; stages of a pipeline: prefix=; weights that ranks average now and then: right after that"
+            )
+        if piece.count:
+            owners.setdefault(piece.place, i)
+    covered, total = sum(math.prod(shape) for _, shape in owners), math.prod(reference.whole)
+    if covered != total:
+        raise ValueError(
+            f"parameter '{name}': the ranks hold {covered} of its {total} elements between them, so its pieces overlap "
+            "or one is missing; pass as group= all ranks that hold a part of it"
+        )
+    return owners or {reference.place: first}

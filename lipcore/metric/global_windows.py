@@ -1,0 +1,146 @@
+"""Closed windows that wait for those of the other ranks, and the windows of all ranks made of them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from lipcore.distributed.partners import Partners
+from lipcore.metric.merging import Merged, Offer, merge, turn_to
+from lipcore.metric.protocol import Metric
+from lipcore.metric.rank_part import RankPart
+from lipcore.metric.results import History, Window
+from lipcore.metric.window import Scope
+from lipcore.models.ranks import is_sharded, world_size
+
+#: How many closed windows, and bytes of them, wait at most.
+_MOST, _MOST_BYTES = 32, 64 << 20
+_NEVER_CALLED = (
+    "nobody has called monitor.global_window() for so long that closed windows are no longer kept for it: what is read "
+    "here covers this rank alone (window.scope). Call it on every rank at logging steps, or pass group=None to the "
+    "Monitor"
+)
+
+
+class GlobalWindows:
+    """Keeper of what closed windows add to those of all ranks, until :meth:`merge`.
+
+    Args:
+        group, timeout: of the Monitor.
+        limit, bytes_limit: how many merged windows are kept.
+    """
+
+    def __init__(self, group: Any, timeout: float, limit: int, bytes_limit: int) -> None:
+        self._partners = Partners(group, timeout)
+        self._waiting: deque[tuple[Window, Offer]] = deque()
+        self._newest: Window | None = None  # of a process that stands alone
+        self._warned = False
+        self.history = History(maxlen=limit, bytes_limit=bytes_limit)  #: windows of all ranks, oldest first
+
+    def scope(self, model: nn.Module) -> Scope:
+        """Return what this process's own windows cover."""
+        if self.stands_alone:
+            return "global"
+        return "shard" if is_sharded(model) else "rank"
+
+    @property
+    def stands_alone(self) -> bool:
+        """True where this process's own windows are all there is."""
+        return self._partners.find() is None and not (self._partners.none_asked_for and world_size() > 1)
+
+    def keep(self, window: Window, metrics: Mapping[str, Metric]) -> str:
+        """Keep what this rank adds to a closed window, before the metrics start the next one; return a warning, once,
+        where too many wait. No collective."""
+        if self._partners.none_asked_for and world_size() > 1:
+            return ""
+        if self._partners.find() is None:
+            self._newest = window
+            return ""
+        parts: dict[str, RankPart] = {}
+        left_out: dict[str, str] = {}
+        for name, metric in metrics.items():
+            part = _part_of(metric)
+            if isinstance(part, str):
+                left_out[name] = part
+            else:
+                parts[name] = part
+        self._waiting.append((window, Offer(window.first_step, window.last_step, parts, left_out)))
+        lost = False
+        while len(self._waiting) > 1 and (len(self._waiting) > _MOST or self._bytes > _MOST_BYTES):
+            self._waiting.popleft()
+            lost = True
+        if not lost or self._warned:
+            return ""
+        self._warned = True
+        return _NEVER_CALLED
+
+    @property
+    def _bytes(self) -> int:
+        return sum(part.nbytes for _, offer in self._waiting for part in offer.parts.values())
+
+    def merge(self, step: int) -> Window | None:
+        """Merge all windows that wait, add them to the history and return the newest; None where none waits. With other
+        ranks a collective.
+
+        Raises:
+            RuntimeError: group=None; a rank has not come, or is elsewhere: the windows go on waiting.
+            ValueError: what the ranks have does not fit together: the windows are given up.
+        """
+        if self._partners.none_asked_for and world_size() > 1:
+            raise RuntimeError(
+                "global_window: this Monitor was made with group=None, so its windows are this rank's; pass "
+                "group='auto' to merge those of all ranks"
+            )
+        group = self._partners.find()
+        if group is None:
+            newest, self._newest = self._newest, None
+            return newest
+        turn_to(group, (offer for _, offer in self._waiting))
+        self._drop_unknown()
+        if not self._waiting:
+            self._partners.pass_by(group, "monitor.global_window() with no window that waits", step)
+            return None
+        what = f"monitor.global_window() of window {self._waiting[-1][0].index}"
+        try:
+            found = merge(self._partners, group, what, step, [offer for _, offer in self._waiting])
+        except ValueError:
+            self._waiting.clear()
+            raise
+        windows = {id(offer): window for window, offer in self._waiting}
+        self._waiting.clear()
+        for merged in found:
+            self.history.append(_window_of(windows[id(merged.offer)], merged))
+        return self.history[-1]
+
+    def _drop_unknown(self) -> None:
+        """Drop windows of parameters that are not watched any more and whose owners were never found."""
+        if not self._waiting:
+            return
+        now = {id(part.holding) for part in self._waiting[-1][1].parts.values()}
+
+        def known(offer: Offer) -> bool:
+            holdings = (part.holding for part in offer.parts.values() if part.holding is not None)
+            return all(holding.ownership is not None or id(holding) in now for holding in holdings)
+
+        self._waiting = deque(each for each in self._waiting if known(each[1]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Make what a copy has: what was merged, and nothing that waits."""
+        return self.__dict__ | {"_waiting": deque()}
+
+
+def _part_of(metric: Metric) -> RankPart | str:
+    if metric.off:
+        return metric.off
+    try:
+        return metric.rank_part()
+    except Exception as error:  # the other ranks are told; what this rank measures goes on
+        return str(error)
+
+
+def _window_of(window: Window, merged: Merged) -> Window:
+    steps = window.first_step, window.last_step
+    return Window(window.index, *steps, True, "global", merged.results, merged.left_out)

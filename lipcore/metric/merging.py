@@ -1,0 +1,158 @@
+"""Windows of all ranks as one: the ranks meet, find out who owns what, and add up in one packed reduce."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from lipcore.distributed.group import Group
+from lipcore.distributed.meeting import Header
+from lipcore.distributed.ownership import Ownership
+from lipcore.distributed.packed import gathered, reduced
+from lipcore.distributed.partners import Partners
+from lipcore.metric.rank_part import Holding, RankPart
+from lipcore.metric.results import MetricResult
+
+_VERSION = 1
+
+
+@dataclass
+class Offer:
+    """One window of this rank that waits to be merged."""
+
+    first_step: int
+    last_step: int
+    parts: dict[str, RankPart]
+    left_out: dict[str, str]  #: metrics without a part, and why
+
+    @property
+    def steps(self) -> list[int]:
+        """The first and the last step."""
+        return [self.first_step, self.last_step]
+
+    def header(self) -> Header:
+        """Return what other ranks have to know of it."""
+        parts = {name: part.agreed for name, part in self.parts.items()}
+        return {"steps": self.steps, "parts": parts, "left_out": self.left_out}
+
+
+@dataclass
+class Merged:
+    """One window of all ranks."""
+
+    offer: Offer
+    results: dict[str, MetricResult]
+    left_out: dict[str, str]
+
+
+def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequence[Offer]) -> list[Merged]:
+    """Return the windows that all ranks offer, oldest first; the newest is among them. A collective: all ranks call it.
+
+    Args:
+        what: for which call, in words.
+        step: the number of steps that this rank has made.
+        offers: the windows that wait, oldest first.
+
+    Raises:
+        RuntimeError: a rank has not come, or is elsewhere. No collective was started.
+        ValueError: ranks are at different calls or have different windows; or their parameters are not parts of one
+            model.
+    """
+    newest, holdings = offers[-1], _holdings(offers)
+    turn_to(group, offers)
+    unknown = {name: holding.text() for name, holding in holdings.items() if holding.ownership is None}
+    rooms = {name: holding.room for name, holding in holdings.items()}
+    header: Header = {"version": _VERSION, "windows": [offer.header() for offer in offers]}
+    header |= {"call": what.partition(" ")[0], "unknown": sorted(unknown), "rooms": rooms}
+    what = f"{what} over steps {newest.first_step} to {newest.last_step}"
+    headers = partners.meet(group, what, step, header)
+    _check_same(what, headers, group)
+    for name in sorted({name for other in headers for name in other["unknown"]} & holdings.keys()):
+        if all(name in other["rooms"] for other in headers):
+            text = unknown.get(name) or holdings[name].text()
+            texts = gathered(text, max(other["rooms"][name] for other in headers), group)
+            holdings[name].ownership = Ownership.of([json.loads(each) for each in texts], group.ranks, group.place)
+    chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
+    packed = iter(reduced([offer.parts[name].packed() for offer, names, _ in chosen for name in names], group))
+    return [
+        Merged(offer, {name: offer.parts[name].result(next(packed)) for name in names}, left_out)
+        for offer, names, left_out in chosen
+    ]
+
+
+def turn_to(group: Group, offers: Iterable[Offer]) -> None:
+    """Let the parts of windows speak of the ranks of this group; they may have been merged over another one."""
+    for holding in (part.holding for offer in offers for part in offer.parts.values()):
+        if holding is not None:
+            holding.turn_to(group.ranks)
+
+
+def merge_open(
+    partners: Partners, group: Group, what: str, step: int, steps: tuple[int, int], part: RankPart | str, name: str
+) -> MetricResult:
+    """Return one metric's open window of all ranks; as :func:`merge`, and ValueError where there is nothing to add.
+
+    Args:
+        steps: the window's first and last.
+        part: of this rank.
+        name: of the metric.
+    """
+    offer = Offer(*steps, *(({}, {name: part}) if isinstance(part, str) else ({name: part}, {})))
+    (merged,) = merge(partners, group, what, step, [offer])
+    if merged.left_out:
+        raise ValueError(merged.left_out[name])
+    return merged.results[name]
+
+
+def _holdings(offers: Sequence[Offer]) -> dict[str, Holding]:
+    """Return what the newest window's parts are about, by metric; windows of what was watched earlier are not
+    offered."""
+    return {name: part.holding for name, part in offers[-1].parts.items() if part.holding is not None}
+
+
+def _check_same(what: str, headers: Sequence[Header], group: Group) -> None:
+    """Raise ValueError where ranks cannot go on together; on all of them alike, since all have the same headers."""
+    first = headers[0]
+    for rank, other in zip(group.ranks, headers, strict=True):
+        for key, words in (("version", "have headers of version"), ("call", "are at")):
+            if other[key] != first[key]:
+                raise ValueError(
+                    f"{what}: ranks {words} {first[key]} (rank {group.ranks[0]}) and {other[key]} (rank {rank}); all "
+                    "ranks have to make the same call, with the same lipcore"
+                )
+        mine, theirs = (header["windows"][-1]["steps"] for header in (first, other))
+        if mine != theirs:
+            raise ValueError(
+                f"{what}: the windows of ranks differ: steps {mine[0]} to {mine[1]} on rank {group.ranks[0]}, steps "
+                f"{theirs[0]} to {theirs[1]} on rank {rank}; pass the same window_steps= on all ranks, and close "
+                "windows at the same steps"
+            )
+
+
+def _of_all(offer: Offer, headers: Sequence[Header]) -> list[Header]:
+    """Return this window as every rank has it; [] where one does not have it."""
+    found = [[window for window in header["windows"] if window["steps"] == offer.steps] for header in headers]
+    return [windows[0] for windows in found] if all(found) else []
+
+
+def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[list[str], dict[str, str]]:
+    """Return the metrics of a window that all ranks have alike, and why others are left out."""
+    left_out: dict[str, str] = {}
+    for rank, window in zip(group.ranks, found, strict=True):
+        for name, why in window["left_out"].items():
+            left_out.setdefault(name, why if name in offer.left_out else f"on rank {rank}: {why}")
+    for name in sorted({name for window in found for name in window["parts"]}):
+        first = found[0]["parts"].get(name)
+        for rank, window in zip(group.ranks, found, strict=True):
+            theirs = window["parts"].get(name)
+            if theirs is None:
+                left_out.setdefault(name, f"rank {rank} has no such metric")
+            elif first is not None and theirs != first:
+                keys = [key for key in first if first[key] != theirs.get(key)]
+                key = keys[0] if keys else next(iter(theirs.keys() - first.keys()))
+                left_out.setdefault(
+                    name,
+                    f"{key} is {first.get(key)!r} on rank {group.ranks[0]} and {theirs.get(key)!r} on rank {rank}",
+                )
+    return [name for name in sorted(offer.parts) if name not in left_out], left_out

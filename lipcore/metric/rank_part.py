@@ -1,0 +1,79 @@
+"""What one rank adds to the numbers of all: a metric's part of a window, and the parameters that it is about."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from lipcore.distributed.ownership import Description, Ownership, describe
+from lipcore.distributed.packed import Packed, room_for
+from lipcore.metric.results import MetricResult
+
+#: Why a metric without parts is not in a global window.
+NOT_MERGED = "its numbers are not merged over ranks; each rank's own are in pop_window() and history"
+
+
+class Holding:
+    """The parameters that this rank watches, or parts of them, and who counts what, once the ranks have found it.
+
+    Args:
+        parameters: returns (name, group, tensor) of each.
+        refused: why they cannot be merged; "" where they can.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterable[tuple[str, str, Any]]], refused: str = "") -> None:
+        self._parameters, self._refused = parameters, refused
+        self._found: dict[tuple[int, ...], Ownership] = {}  # by the ranks of a group
+        self._ranks: tuple[int, ...] = ()
+        self.room = 1024  #: bytes for the text, once there is one; it is as long at other values of the parameters
+
+    def turn_to(self, ranks: tuple[int, ...]) -> None:
+        """Say who counts what among the ranks of this group from now on."""
+        self._ranks = ranks
+
+    @property
+    def ownership(self) -> Ownership | None:
+        """Owners of all parts among the ranks of the group; None where these have not found them yet."""
+        return self._found.get(self._ranks)
+
+    @ownership.setter
+    def ownership(self, found: Ownership) -> None:
+        self._found[self._ranks] = found
+
+    def text(self) -> str:
+        """Return what this rank holds, as JSON; or why that cannot be said. Waits for the device."""
+        found: Description
+        try:
+            found = {"refused": self._refused} if self._refused else describe(self._parameters())
+        except Exception as error:  # the other ranks wait for a word of this one
+            found = {"refused": str(error)[:150]}  # there is room for that at any later time too
+        text = json.dumps(found)
+        self.room = max(self.room, room_for(text))
+        return text
+
+
+class RankPart(ABC):
+    """A metric's numbers of one window on one rank, for the numbers of all.
+
+    Attributes:
+        agreed: what has to be the same on all ranks, JSON-ready.
+        holding: the parameters that it is about; None where it is about none.
+    """
+
+    agreed: dict[str, Any]
+    holding: Holding | None
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes that it keeps, about."""
+
+    @abstractmethod
+    def packed(self) -> Packed:
+        """Return what this rank adds; the shapes follow from `agreed` and the ownership alone."""
+
+    @abstractmethod
+    def result(self, packed: Packed) -> MetricResult:
+        """Return the metric's numbers, from the parts of all ranks together."""

@@ -1,0 +1,134 @@
+"""What a Trajectory on one rank adds to the window of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lipcore.distributed.packed import Packed
+from lipcore.metric.rank_part import Holding, RankPart
+from lipcore.metric.results import Level, MetricResult
+from lipcore.trajectory.building import Built
+from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
+from lipcore.trajectory.parameters import WatchedParameter
+from lipcore.trajectory.shard_sums import ShardSums
+from lipcore.trajectory.sketch_tracker import SketchTracker
+from lipcore.trajectory.table import COLUMN
+from lipcore.trajectory.whole import PathSoFar, Place, Whole, places_of
+
+FSDP1_PIECES = (
+    "the parameters of FullyShardedDataParallel (FSDP1) are pieces of flat tensors that do not say where they belong, "
+    "so their numbers cannot be merged over ranks; use torch.distributed.fsdp.fully_shard()"
+)
+
+
+@dataclass
+class TrajectoryPart(RankPart):
+    """A Trajectory's window on one rank: scalars per parameter and step, no copies of parameters.
+
+    Attributes:
+        agreed: settings and the number of steps.
+        holding: the parameters.
+        names: of the parameters here, in the order of the columns of `sums`.
+        own_paths: path since the reference of this rank's places, by name and level.
+        empty: a result without numbers.
+        before: the paths up to the last window; brought up to this one, unless it is `open`.
+    """
+
+    agreed: dict[str, Any]
+    holding: Holding
+    names: list[str]
+    sums: ShardSums
+    own_paths: dict[tuple[str, Level], float]
+    empty: MetricResult
+    before: PathSoFar
+    open: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the single steps."""
+        return sum(tensor.nbytes for tensor in (self.sums.steps, *self.sums.gradients.values()))
+
+    def packed(self) -> Packed:
+        """Return the sums with a column for each parameter of all ranks, and 0 where another rank counts it."""
+        owners = self.holding.ownership
+        assert owners is not None
+        index = {name: i for i, name in enumerate(owners.names)}
+        counted = [i for i, name in enumerate(self.names) if name in owners.mine]
+        spread = self.sums.spread([index[name] for name in self.names], counted, len(index))
+        places = self._places
+        spread.paths = spread.added.new_zeros(len(places))
+        for i in self._alone(places):
+            name, level, members = places[i]
+            if owners.names[members[0]] in owners.mine:
+                spread.paths[i] = self.own_paths[name, level]
+        return spread.packed()
+
+    def result(self, packed: Packed) -> MetricResult:
+        """Return the numbers of whole parameters."""
+        places, wanted = self._places, frozenset(self.agreed["quantities"])
+        sums = ShardSums.of_packed(packed, self.agreed["gradients"])
+        whole = Whole(sums, places, self.agreed["end"], self.before, self._alone(places))
+        after = whole.add_to(self.empty, wanted, self.agreed["length"])
+        if not self.open:
+            self.before.end, self.before.paths = after.end, after.paths
+        return self.empty
+
+    @property
+    def _places(self) -> list[Place]:
+        owners = self.holding.ownership
+        assert owners is not None
+        return places_of(owners.names, owners.groups)
+
+    def _alone(self, places: Sequence[Place]) -> set[int]:
+        """Return which places one rank counts alone."""
+        owners = self.holding.ownership
+        assert owners is not None
+        return {i for i, (*_, members) in enumerate(places) if owners.alone(owners.names[m] for m in members)}
+
+
+def part_of(
+    built: Built,
+    watched: list[WatchedParameter],
+    wanted: Sequence[str],
+    every_steps: int,
+    holding: Holding,
+    empty: MetricResult,
+    before: PathSoFar,
+) -> TrajectoryPart | str:
+    """Return what is to be merged of the open window; why there is nothing, where it cannot be."""
+    tracker = built.first
+    if isinstance(tracker, SketchTracker):
+        return "sketches of shards are not merged yet; use mode 'exact' or 'updates'"
+    steps, ring = tracker.window_steps, tracker.table.recent.shape[0]
+    if steps > ring:
+        return (
+            f"ring: the window has {steps} steps, the ring keeps {ring}; path lengths of shards do not add up, only "
+            f"the squares of single steps do. Use ring={steps} or more, or shorter windows"
+        )
+    built.align()
+    count, rows = len(watched), tracker.window_rows().cpu()
+    sums = ShardSums.of_rows(rows[:count], tracker.recent.steps(steps)[:, :count], 0)
+    for stage, gradients in built.of_gradients.items():
+        if stage in wanted:
+            sums.gradients[stage] = gradients.recent.steps(steps)[:, :count, 0].contiguous()
+            sums.no_gradients[stage] = sums.added.new_tensor([float(steps - gradients.window_steps)])
+    known = [q for q in tracker.quantities if q in (*MOVES, *OFFSETS) and q in wanted]
+    if every_steps > 1 and next(iter(built.trackers)) == "updates":
+        known.remove("path_length")  # single steps out of many make neither a path nor a chord
+    for quantity in wanted:
+        if quantity not in (*known, *GRADIENTS) and any(quantity in t.quantities for t in built.trackers.values()):
+            empty.details[f"{quantity}_off"] = "not merged over ranks; each rank's own is in its own window"
+    agreed = {
+        "every_steps": every_steps,
+        "quantities": [*known, *sorted(sums.gradients)],
+        "gradients": sorted(sums.gradients),
+        "length": "path_length" if every_steps == 1 else "chord_length",
+        "steps": steps,
+        "end": int(tracker.table.cursor[0]),
+    }
+    paths = dict(zip(zip(tracker.places.names, tracker.places.levels, strict=True),
+                     rows[-len(tracker.places) :, COLUMN["total_path"]].tolist(), strict=True))  # fmt: skip
+    names = [parameter.name for parameter in watched]
+    return TrajectoryPart(agreed, holding, names, sums, paths, empty, before)

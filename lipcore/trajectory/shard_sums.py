@@ -1,0 +1,87 @@
+"""What shards of one model add up to over a window: squares of single steps add up, lengths do not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lipcore.distributed.packed import Packed
+from lipcore.trajectory.table import COLUMN, M2, points_of
+
+#: Columns of `added` and of `largest`.
+M2_SUM, DISTANCE_SQ, WEIGHT_SQ, NONFINITE_ELEMENTS = range(4)
+MAX_ABS_LAST, MAX_ABS, FEWEST_POINTS, TOTAL_STEPS = range(4)  # the third is negative
+
+
+@dataclass
+class ShardSums:
+    """Sums over shards of every parameter, float64.
+
+    Attributes:
+        steps: [steps, parameters, 2], squared norms of update and weight; NaN where a shard was left out.
+        added: [parameters, 4].
+        largest: [parameters, 4].
+        gradients: by quantity, squared norms [steps, parameters]; NaN where there was none.
+        no_gradients: by quantity, how many of the steps had none.
+        paths: [places], the path since the reference of places that one rank has alone; 0 elsewhere.
+    """
+
+    steps: Tensor
+    added: Tensor
+    largest: Tensor
+    paths: Tensor
+    gradients: dict[str, Tensor] = field(default_factory=dict)
+    no_gradients: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of_rows(cls, rows: Tensor, steps: Tensor, places: int) -> ShardSums:
+        """Return those of the tensors' rows of the ledger and their single steps."""
+        square = [COLUMN[name] for name in ("distance", "weight")]
+        elements = rows[:, COLUMN["nonfinite_elements"]]
+        added = torch.stack([rows[:, M2], *rows[:, square].square().unbind(1), elements], dim=1)
+        others = [rows[:, COLUMN[name]] for name in ("max_abs_last", "max_abs_max", "total_steps")]
+        largest = torch.stack([*others[:2], -points_of(rows), others[2]], dim=1)
+        return cls(steps, added, largest, rows.new_zeros(places))
+
+    def spread(self, index: Sequence[int], counted: Sequence[int], parameters: int) -> ShardSums:
+        """Return the same with a column for each of the parameters of all ranks.
+
+        Args:
+            index: where each of the columns here stands among them.
+            counted: which of the columns here count; the others are replicas that another rank counts.
+            parameters: how many there are.
+        """
+        where = torch.tensor([index[i] for i in counted], dtype=torch.int64, device="cpu")
+        chosen = torch.tensor(list(counted), dtype=torch.int64, device="cpu")
+
+        def put(values: Tensor, dim: int, nothing: float = 0.0) -> Tensor:
+            shape = list(values.shape)
+            shape[dim] = parameters
+            return values.new_full(shape, nothing).index_copy_(dim, where, values.index_select(dim, chosen))
+
+        return ShardSums(
+            put(self.steps, 1),
+            put(self.added, 0),
+            put(self.largest, 0, -torch.inf),
+            self.paths,
+            {stage: put(squares, 1) for stage, squares in self.gradients.items()},
+            self.no_gradients,
+        )
+
+    def packed(self) -> Packed:
+        """Return them in the order of :meth:`of_packed`."""
+        stages = sorted(self.gradients)
+        sums = [self.steps, self.added, self.paths, *(self.gradients[stage] for stage in stages)]
+        return Packed(sums, [self.largest, *(self.no_gradients[stage] for stage in stages)])
+
+    @classmethod
+    def of_packed(cls, packed: Packed, stages: Sequence[str]) -> ShardSums:
+        """Return what :meth:`packed` of all ranks together says."""
+        steps, added, paths, *squares = packed.sums
+        largest, *missing = packed.largest
+        stages = sorted(stages)
+        gradients, none = dict(zip(stages, squares, strict=True)), dict(zip(stages, missing, strict=True))
+        return cls(steps, added, largest, paths, gradients, none)

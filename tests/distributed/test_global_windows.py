@@ -1,0 +1,127 @@
+"""Windows of all ranks against one process in float64: each situation is right to 1e-7, or refused by name."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from rank_situations import situations
+from ranks import run_ranks
+
+RIGHT = (
+    *("ddp", "unequal_batches", "fsdp2", "tensor_parallel", "pipeline", "skipped_calls", "open_window"),
+    *("a_metric_that_stops_on_one_rank", "after_rebind"),
+    *("hsdp", "tensor_parallel_and_fsdp2", "subgroups", "two_groups", "mesh_as_group"),
+)
+#: What the error says, on all ranks that make the call.
+REFUSED = {
+    "pipeline_without_prefix": r"ValueError: parameter '0.weight' has shape \[8, 6\] on rank 0 and \[1, 5\] on rank "
+    r"1, .*Stages of a pipeline: give each rank names of its own with prefix=",
+    "independent": r"ValueError: parameter 'a.weight' has other values on rank 1 than on rank 0, .* "
+    r"pass group= \(or group=None\)",
+    "fsdp1": r"ValueError: rank 0: the parameters of FullyShardedDataParallel .* use "
+    r"torch.distributed.fsdp.fully_shard",
+    "shifted_windows": r"ValueError: monitor.global_window\(\) of window 0 .*: the windows of ranks differ: steps 1 "
+    r"to 4 on rank 0, steps 1 to 2 on rank 1",
+}
+REFUSED["other_calls"] = r"ValueError: .*: ranks are at monitor.global_window\(\) .* and trajectory.sync\(\) .rank 1."
+#: What the error says on rank 0, while nothing else is wrong.
+NAMED = {
+    "a_rank_that_never_calls": r"window 0 over steps 1 to 4: rank 0 has waited 0.5 s for rank 1 \(rank 1 never called",
+    "on_rank_0_alone": r"window 0 over steps 1 to 4: rank 0 has waited 0.5 s for rank 1 \(rank 1 never called it\)",
+    "skipped_calls": r"rank 0 has waited 0.5 s for rank 1",
+    "other_window_steps": "ranks are at different places: rank 0 is at step 4, monitor.global_window.. of window 0 "
+    "over steps 1 to 4; rank 1 is at step 4, monitor.global_window.. with no window that waits",
+    "other_steps": r"at different places: rank \d is at step [45], monitor.*; rank \d is at step [45], monitor",
+    "a_rank_that_dies": r"window 0 over steps 1 to 4: rank \d has waited 1 s for rank 3",
+}
+OTHERS = {"counted", "independent_for_themselves"}
+
+
+def work_through(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(seconds=120)
+    for name, world, work in situations():
+        if rank >= world:
+            continue
+        store = dist.FileStore(f"{folder}/{name}", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+        try:
+            found: Any = work(rank, world)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found, default=str))
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: Any) -> dict[str, list[Any]]:
+    """What every rank has found, by situation; ranks are started once."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(work_through, str(folder), ranks=4)
+    out: dict[str, list[Any]] = {}
+    for name, world, _ in situations():
+        files = [folder / f"{name}.{rank}.json" for rank in range(world)]
+        out[name] = [json.loads(file.read_text()) for file in files if file.exists()]
+    return out
+
+
+def test_every_situation_is_in_the_table() -> None:
+    names = [name for name, *_ in situations()]
+    assert len(set(names)) == len(names)
+    assert set(names) == {*RIGHT, *REFUSED, *NAMED, *OTHERS}
+    assert names[-1] == "a_rank_that_dies"
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right(found: dict[str, list[Any]], name: str) -> None:
+    for numbers in found[name]:
+        assert isinstance(numbers, dict), numbers
+        assert not numbers["absent"]
+        assert set(numbers["scopes"]) == {"global"}
+        assert numbers["error"] <= 1e-7
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(found: dict[str, list[Any]], name: str) -> None:
+    errors = found[name]
+    assert len(errors) == 2
+    for error in errors:
+        assert isinstance(error, str), error
+        assert re.search(REFUSED[name], error), error
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_named_and_the_training_goes_on(found: dict[str, list[Any]], name: str) -> None:
+    assert re.search(NAMED[name], found[name][0]["said"]), found[name][0]["said"]
+    assert found[name][0]["said"].startswith("lipcore: ")
+    for numbers in found[name]:
+        assert numbers.get("goes_on", True)
+        assert numbers.get("local", 1) > 0
+        assert numbers.get("scope", "rank") == "rank"
+
+
+def test_a_metric_that_has_stopped_is_left_out_with_the_reason(found: dict[str, list[Any]]) -> None:
+    for numbers in found["a_metric_that_stops_on_one_rank"]:
+        assert "this one stops" in numbers["off"]["stopping"]
+        assert "not merged over ranks" in numbers["off"]["lipschitz"]
+
+
+def test_models_that_each_rank_trains_for_itself(found: dict[str, list[Any]]) -> None:
+    for numbers in found["independent_for_themselves"]:
+        assert numbers["error"] <= 1e-7
+        assert numbers["scopes"] == ["rank", "rank"]
+
+
+def test_collectives(found: dict[str, list[Any]]) -> None:
+    for counts in found["counted"]:
+        assert counts["training, watched=True"] == counts["training, watched=False"] > 0
+        assert counts["first global_window"] <= 3  # who owns what, sums, maxima
+        assert counts["global_window"] <= 2
+        assert counts["nothing waits"] == 0

@@ -1,0 +1,139 @@
+"""Ranks that meet in a store: all go on or none does, and whoever is missing is named. Threads stand for ranks here."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from lipcore.distributed.meeting import Meeting
+
+NAME = "lipcore/test"
+
+
+class Timed(Meeting):
+    """With one timeout for all meetings."""
+
+    def __init__(self, store: Any, name: str, place: int, ranks: list[int], timeout: float) -> None:
+        super().__init__(store, name, place, ranks)
+        self.timeout = timeout
+
+    def at(self, step: int, **header: Any) -> Any:
+        return self.meet(f"the call at {step}", step, header, self.timeout)
+
+
+def together(*ranks: Callable[[Timed], Any], timeout: float = 5.0, store: Any = None) -> list[Any]:
+    """What each rank returned, or the error that it raised."""
+    store = dist.HashStore() if store is None else store
+    found: list[Any] = [None] * len(ranks)
+
+    def run(i: int) -> None:
+        try:
+            found[i] = ranks[i](Timed(store, NAME, i, [10 + j for j in range(len(ranks))], timeout))
+        except Exception as error:
+            found[i] = error
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads)
+    return found
+
+
+def call(when: int, **header: Any) -> Callable[[Timed], Any]:
+    return lambda meeting: meeting.at(when, **header)
+
+
+def test_all_ranks_get_all_headers() -> None:
+    assert together(*[call(1, a=3)] * 4) == [[{"a": 3}] * 4] * 4
+    found = together(*(call(1, a=i) for i in range(3)))
+    assert found == [[{"a": 0}, {"a": 1}, {"a": 2}]] * 3
+
+
+def test_many_meetings_leave_few_keys() -> None:
+    store = dist.HashStore()
+
+    def rank(meeting: Timed) -> int:
+        for i in range(20):
+            meeting.at(i, i=i)
+        return i
+
+    assert together(rank, rank, rank, store=store) == [19] * 3
+    assert store.num_keys() <= 3 * 3 + 6
+
+
+def test_who_does_not_come_is_named() -> None:
+    found = together(call(7), lambda meeting: None, call(7), timeout=0.3)
+    assert found[1] is None
+    for error in (found[0], found[2]):
+        assert isinstance(error, RuntimeError)
+        assert str(error).startswith("lipcore: the call at 7: rank 1")
+        assert "has waited 0.3 s for rank 11 (rank 11 never called it) and gave up. No collective" in str(error)
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_a_rank_that_comes_late_is_told_and_the_next_meeting_is_held(again: int) -> None:
+    """For the same step, at the second attempt, or for a later one."""
+    both = threading.Barrier(2)
+
+    def rank(meeting: Timed, pause: float) -> Any:
+        time.sleep(pause)
+        with pytest.raises(RuntimeError, match="the call at 1: rank 10 has waited 0.2 s for rank 11"):
+            meeting.at(1)
+        both.wait()
+        meeting.timeout = 10.0
+        return meeting.at(again)
+
+    assert together(lambda m: rank(m, 0), lambda m: rank(m, 0.6), timeout=0.2) == [[{}, {}]] * 2
+
+
+def test_ranks_at_different_places_are_told_at_once() -> None:
+    start = time.monotonic()
+    found = together(call(200), call(190), call(200), timeout=60)
+    assert time.monotonic() - start < 10
+    for error in found:
+        assert isinstance(error, RuntimeError)
+        assert "ranks are at different places" in str(error)
+        assert "the call at 200" in str(error)
+        assert "the call at 190" in str(error)
+
+
+def test_a_decision_is_made_once() -> None:
+    """The last rank comes just when the first one gives up: both go on, or neither does."""
+    outcomes = set()
+    for i in range(60):
+
+        def late(meeting: Timed, pause: float = 0.02 + 0.0005 * (i % 20)) -> Any:
+            time.sleep(pause)
+            return meeting.at(1)
+
+        found = together(call(1), late, timeout=0.025)
+        kinds = {type(each) for each in found}
+        assert len(kinds) == 1, found
+        outcomes |= kinds
+    assert RuntimeError in outcomes
+
+
+def test_a_rank_that_has_nothing_to_meet_for_is_told_at_once() -> None:
+    def passing(meeting: Timed) -> None:
+        meeting.pass_by("a call without windows", 6)
+        meeting.pass_by("a call without windows", 7)
+
+    start = time.monotonic()
+    found = together(call(7), passing, timeout=60)
+    assert time.monotonic() - start < 10
+    assert "rank 10 is at step 7, the call at 7; rank 11 is at step 7, a call without windows" in str(found[0])
+    assert "for rank 11 and gave up" in str(together(call(8), passing, timeout=0.4)[0])  # it may come yet
+
+
+def test_a_store_that_was_used_before() -> None:
+    store = dist.HashStore()
+    assert together(call(1, a=1), call(1, a=1), store=store) == [[{"a": 1}] * 2] * 2
+    assert together(call(1, a=2), call(1, a=2), store=store) == [[{"a": 2}] * 2] * 2
+    assert "rank 11 never called it" in str(together(call(1), lambda meeting: None, store=store, timeout=0.3)[0])
