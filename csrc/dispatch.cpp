@@ -10,16 +10,10 @@
 
 namespace lipcore {
 
-#define LIPCORE_DECLARE_ISA(isa)                      \
-  namespace isa {                                     \
-  extern const SampleNormsKernels sample_norms;       \
-  extern const TrajectoryStepKernels trajectory_step; \
-  extern const SketchKernels sketch;                  \
-  extern const UpdateSumsKernels update_sums;         \
-  extern const LinearNormsKernels linear_norms;       \
-  extern const RowSumNormsKernels row_sum_norms;      \
-  extern const TokenSumsKernels token_sums;           \
-  extern const ConvNormsKernels conv_norms;           \
+#define LIPCORE_DECLARE_TABLE(type, family) extern const type family;
+#define LIPCORE_DECLARE_ISA(isa)         \
+  namespace isa {                        \
+  LIPCORE_KERNELS(LIPCORE_DECLARE_TABLE) \
   }
 
 LIPCORE_DECLARE_ISA(base)
@@ -30,16 +24,13 @@ LIPCORE_DECLARE_ISA(avx512)
 
 namespace {
 
-#define LIPCORE_TABLE(isa) \
-  {#isa,                   \
-   &isa::sample_norms,     \
-   &isa::trajectory_step,  \
-   &isa::sketch,           \
-   &isa::update_sums,      \
-   &isa::linear_norms,     \
-   &isa::row_sum_norms,    \
-   &isa::token_sums,       \
-   &isa::conv_norms}
+// Inside the namespace of an instruction set, which is where a family's name means its table.
+#define LIPCORE_ADDRESS_OF_TABLE(type, family) &family,
+#define LIPCORE_TABLE(isa)                                    \
+  []() -> Kernels {                                           \
+    using namespace isa;                                      \
+    return {#isa, LIPCORE_KERNELS(LIPCORE_ADDRESS_OF_TABLE)}; \
+  }()
 
 const Kernels kBase = LIPCORE_TABLE(base);
 const Kernels* g_kernels = &kBase;

@@ -157,16 +157,23 @@ struct ConvNormsKernels {
   double (*gram)(const ConvShape& shape, const ConvSample& sample, void* scratch, double* bound);
 };
 
+// The list of families: X(type of the table, its name, which is also that of its file in csrc/cpu). The declarations of
+// every instruction set and its row in csrc/dispatch.cpp follow from it.
+#define LIPCORE_KERNELS(X)                  \
+  X(SampleNormsKernels, sample_norms)       \
+  X(TrajectoryStepKernels, trajectory_step) \
+  X(SketchKernels, sketch)                  \
+  X(UpdateSumsKernels, update_sums)         \
+  X(LinearNormsKernels, linear_norms)       \
+  X(RowSumNormsKernels, row_sum_norms)      \
+  X(TokenSumsKernels, token_sums)           \
+  X(ConvNormsKernels, conv_norms)
+
 struct Kernels {
   const char* name;  // "base", "avx2" or "avx512"
-  const SampleNormsKernels* sample_norms;
-  const TrajectoryStepKernels* trajectory_step;
-  const SketchKernels* sketch;
-  const UpdateSumsKernels* update_sums;
-  const LinearNormsKernels* linear_norms;
-  const RowSumNormsKernels* row_sum_norms;
-  const TokenSumsKernels* token_sums;
-  const ConvNormsKernels* conv_norms;
+#define LIPCORE_MEMBER_OF_TABLE(type, family) const type* family;
+  LIPCORE_KERNELS(LIPCORE_MEMBER_OF_TABLE)
+#undef LIPCORE_MEMBER_OF_TABLE
 };
 
 // The table in use: the best one this CPU runs, or the one LIPCORE_ISA names.

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstring>
 
-#include "ops/ops.h"
+#include "ops/square_sums.h"
 #include "python/training_pass.h"
 
 namespace lipcore {

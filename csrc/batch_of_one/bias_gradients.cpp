@@ -3,7 +3,7 @@
 #include <initializer_list>
 #include <utility>
 
-#include "ops/ops.h"
+#include "ops/first_layer_norms.h"
 #include "python/attributes.h"
 
 namespace lipcore {

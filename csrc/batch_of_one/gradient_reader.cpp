@@ -1,6 +1,6 @@
 #include "batch_of_one/gradient_reader.h"
 
-#include "ops/ops.h"
+#include "ops/square_sums.h"
 #include "python/attributes.h"
 
 namespace lipcore {

@@ -6,7 +6,7 @@
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "distribution.h"
-#include "ops/ops.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {

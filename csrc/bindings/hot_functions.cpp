@@ -3,8 +3,8 @@
 
 #include "bindings/bind.h"
 #include "bindings/views.h"
-#include "ops/ops.h"
-#include "ops/per_sample.h"
+#include "ops/outer_norms.h"
+#include "ops/sample_norms.h"
 #include "python/training_pass.h"
 
 namespace lipcore {

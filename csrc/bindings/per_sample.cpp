@@ -7,9 +7,14 @@
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "ops/conv_norms.h"
+#include "ops/embedding_norms.h"
+#include "ops/first_layer_norms.h"
 #include "ops/linear_norms.h"
-#include "ops/ops.h"
-#include "ops/per_sample.h"
+#include "ops/noise_steps.h"
+#include "ops/offsets.h"
+#include "ops/row_sum_norms.h"
+#include "ops/tied_cross.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {
@@ -25,19 +30,25 @@ TensorView result_of(py::handle out, int64_t count) {
 
 int64_t count_samples(py::handle offsets, const TensorView& grad, Offsets* packed) {
   if (!offsets.is_none()) {
-    check(read_offsets(view_of(offsets, "offsets"), grad.ndim == 3 ? grad.shape[1] : 0, packed));
+    check(read_offsets(integers_of(offsets, "offsets"), grad.ndim == 3 ? grad.shape[1] : 0, packed));
     return packed->samples;
   }
   return grad.ndim ? grad.shape[0] : 0;
 }
 
-// int64 tensors come as the float64 view of their bits: see Offsets.
-TensorView flat_of(py::handle tensor, const char* name, int64_t count) {
-  const TensorView view = view_of(tensor, name, Access::kWrite);
-  if (view.dtype != DType::kFloat64 || view.numel != count || !view.on_cpu())
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(count) + " numbers, got " +
+// `count` numbers on the CPU.
+const TensorView& counted(const TensorView& view, const char* name, int64_t count) {
+  if (view.numel != count || !view.on_cpu())
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(count) + " numbers on the CPU, got " +
                           ShapeText(view).text);
   return view;
+}
+
+// One row of x and grad per token: [N, ...] beside offsets, which are None where there is a dimension of samples.
+Offsets packed_of(py::handle offsets, const TensorView& x) {
+  Offsets packed;
+  if (!offsets.is_none()) check(read_offsets(integers_of(offsets, "offsets"), x.ndim ? x.shape[0] : 0, &packed));
+  return packed;
 }
 
 void conv_norms_sq_of(py::handle x, py::handle grad, const std::vector<int64_t>& kernel_size,
@@ -47,15 +58,16 @@ void conv_norms_sq_of(py::handle x, py::handle grad, const std::vector<int64_t>&
                       view_of(out, "out", Access::kWrite)));
 }
 
-void linear_norms_of(py::handle x, py::handle grad, const std::vector<int64_t>& offsets, int method, py::handle out) {
-  check(linear_norms(view_of(x, "x"), view_of(grad, "grad"), offsets, static_cast<LinearMethod>(method),
-                     view_of(out, "out", Access::kWrite), nullptr));
+void linear_norms_of(py::handle x, py::handle grad, py::handle offsets, int method, py::handle out) {
+  const TensorView inputs = view_of(x, "x");
+  check(linear_norms(inputs, view_of(grad, "grad"), packed_of(offsets, inputs),
+                     enumerator_of<LinearMethod>(method, "method", kLinearMethods), view_of(out, "out", Access::kWrite),
+                     nullptr));
 }
 
-void linear_weight_grad_of(py::handle x, py::handle grad, const std::vector<int64_t>& offsets, py::handle total,
-                           py::handle out) {
-  const TensorView weight_grad = view_of(total, "total", Access::kWrite);
-  check(linear_norms(view_of(x, "x"), view_of(grad, "grad"), offsets, LinearMethod::kChoose,
+void linear_weight_grad_of(py::handle x, py::handle grad, py::handle offsets, py::handle total, py::handle out) {
+  const TensorView inputs = view_of(x, "x"), weight_grad = view_of(total, "total", Access::kWrite);
+  check(linear_norms(inputs, view_of(grad, "grad"), packed_of(offsets, inputs), LinearMethod::kChoose,
                      view_of(out, "out", Access::kWrite), &weight_grad));
 }
 
@@ -63,14 +75,14 @@ void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int ter
   const TensorView g = view_of(grad, "grad");
   TensorView other;
   if (!x.is_none()) other = view_of(x, "x");
-  const bool fits = x.is_none() ? terms == 0
-                                : other.ndim == 3 && g.ndim == 3 && terms >= 0 && terms <= 2 &&
-                                      std::equal(g.shape, g.shape + 3, other.shape);
+  const Terms wanted = enumerator_of<Terms>(terms, "terms", kTerms);
+  const bool fits = x.is_none() ? wanted == Terms::kShift
+                                : other.ndim == 3 && g.ndim == 3 && std::equal(g.shape, g.shape + 3, other.shape);
   if (!fits) throw py::value_error("x: expected the shape of grad, got " + std::string(ShapeText(g).text));
   Offsets packed;
   const int64_t samples = count_samples(offsets, g, &packed);
-  check(row_sum_norms(g, x.is_none() ? nullptr : &other, packed, static_cast<Terms>(terms),
-                      result_of(out, terms == 2 ? 2 * samples : samples)));
+  check(row_sum_norms(g, x.is_none() ? nullptr : &other, packed, wanted,
+                      result_of(out, wanted == Terms::kBoth ? 2 * samples : samples)));
 }
 
 void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std::optional<int64_t> padding,
@@ -79,15 +91,19 @@ void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std
   Offsets packed;
   const int64_t samples = count_samples(offsets, g, &packed), rows = g.ndim == 3 ? g.shape[0] * g.shape[1] : 0;
   TensorView w;
-  if (!weights.is_none()) w = flat_of(weights, "weights", rows);
-  check(embedding_norms(flat_of(ids, "indices", rows), g, weights.is_none() ? nullptr : &w,
+  if (!weights.is_none()) {
+    w = counted(view_of(weights, "weights", Access::kWrite), "weights", rows);
+    if (w.dtype != DType::kFloat64)
+      throw py::value_error(std::string("weights: expected float64, got ") + dtype_name(w.dtype));
+  }
+  check(embedding_norms(counted(integers_of(ids, "indices"), "indices", rows), g, weights.is_none() ? nullptr : &w,
                         padding ? &*padding : nullptr, packed, result_of(out, samples)));
 }
 
 void tied_cross_of(py::handle ids, py::handle grad_embedding, py::handle x, py::handle grad_head,
                    std::optional<int64_t> padding, py::handle out) {
-  TensorView i = view_of(ids, "indices", Access::kWrite);
-  i = flat_of(ids, "indices", i.numel);
+  const TensorView i = integers_of(ids, "indices");
+  counted(i, "indices", i.numel);
   check(tied_cross(i, view_of(grad_embedding, "grad_embedding"), view_of(x, "x"), view_of(grad_head, "grad_head"),
                    padding ? &*padding : nullptr, result_of(out, i.ndim ? i.shape[0] : 0)));
 }

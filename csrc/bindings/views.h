@@ -23,6 +23,19 @@ inline TensorView view_of(py::handle object, const char* name, Access access = A
   return view;
 }
 
+inline TensorView integers_of(py::handle object, const char* name) {
+  TensorView view;
+  check(view_integers(object.ptr(), {name}, &view));
+  return view;
+}
+
+// A number that stands for one of `count` enumerators, 0 upwards.
+template <class Enum>
+Enum enumerator_of(int value, const char* name, int count) {
+  if (value < 0 || value >= count) check(fail({name}, "expected one of 0 to %d, got %d", count - 1, value));
+  return static_cast<Enum>(value);
+}
+
 // A list or tuple of tensors; anything else is a TypeError that says what it was.
 inline std::vector<TensorView> views_of(py::handle list, const char* name, Access access = Access::kRead) {
   if (!PyList_Check(list.ptr()) && !PyTuple_Check(list.ptr()))

@@ -8,7 +8,8 @@
 #include "cuda/kernels.h"
 #include "cuda/sketch_runner.h"
 #include "cuda/torch_memory.h"
-#include "ops/ops.h"
+#include "ops/sample_norms.h"
+#include "ops/trajectory_step.h"
 
 namespace lipcore::cuda {
 

@@ -15,10 +15,11 @@
 
 namespace lipcore {
 
-enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3 };
+// Kernels see the floating types alone. int64 is for what counts elements: ids and offsets.
+enum class DType : int32_t { kFloat32 = 0, kFloat64 = 1, kBfloat16 = 2, kFloat16 = 3, kInt64 = 4 };
 
 LIPCORE_INLINE int64_t item_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+  return dtype == DType::kFloat64 || dtype == DType::kInt64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
 LIPCORE_INLINE float float_from_bits(uint32_t bits) {

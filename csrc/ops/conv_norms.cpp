@@ -5,8 +5,9 @@
 #include <cstdlib>
 #include <vector>
 
-#include "ops/ops.h"
+#include "kernels.h"
 #include "python/parallel.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {
@@ -56,7 +57,7 @@ void for_each(const void* data, DType dtype, const int64_t* size, const int64_t*
             case DType::kBfloat16:
               visit(bfloat16_to_float(static_cast<const uint16_t*>(data)[i]));
               break;
-            case DType::kFloat16:
+            default:
               visit(float16_to_float(static_cast<const uint16_t*>(data)[i]));
           }
         }

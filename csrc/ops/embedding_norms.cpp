@@ -1,9 +1,12 @@
+#include "ops/embedding_norms.h"
+
 #include <algorithm>
 
-#include "ops/ops.h"
-#include "ops/per_sample.h"
+#include "kernels.h"
+#include "ops/offsets.h"
 #include "ops/token_groups.h"
 #include "python/parallel.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 

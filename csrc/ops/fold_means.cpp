@@ -1,7 +1,9 @@
+#include "ops/fold_means.h"
+
 #include <algorithm>
 #include <vector>
 
-#include "ops/ops.h"
+#include "kernels.h"
 #include "python/parallel.h"
 
 namespace lipcore {

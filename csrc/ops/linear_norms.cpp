@@ -5,9 +5,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <vector>
 
-#include "ops/ops.h"
+#include "kernels.h"
 #include "python/parallel.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {
@@ -193,11 +195,11 @@ LinearMethod linear_method(int64_t tokens, int64_t inputs, int64_t outputs) {
   return ratio < (tokens <= 64 ? 0.45 : 0.6) ? LinearMethod::kGram : LinearMethod::kDirect;
 }
 
-bool linear_norms(const TensorView& x, const TensorView& grad, const std::vector<int64_t>& offsets, LinearMethod method,
+bool linear_norms(const TensorView& x, const TensorView& grad, Offsets offsets, LinearMethod method,
                   const TensorView& out, const TensorView* total) {
-  const bool packed = !offsets.empty();
+  const bool packed = offsets.begin != nullptr;
   const int last = packed ? 1 : 2;
-  const auto samples = packed ? static_cast<int64_t>(offsets.size()) - 1 : x.shape[0];
+  const auto samples = packed ? offsets.samples : x.shape[0];
   for (int side = 0; side < 2; ++side) {
     const TensorView& view = side ? grad : x;
     const char* name = side ? "grad" : "x";
@@ -222,10 +224,10 @@ bool linear_norms(const TensorView& x, const TensorView& grad, const std::vector
                 ShapeText(*total).text);
   Batch batch{x.shape[last], grad.shape[last], {}};
   for (int64_t b = 0; b < samples; ++b) {
-    const int64_t first = packed ? offsets[b] : b;
+    const int64_t first = packed ? offsets.begin[b] : b;
     batch.samples.push_back({x.at(first * x.strides[0]), grad.at(first * grad.strides[0]),
-                             packed ? offsets[b + 1] - first : x.shape[1], x.strides[last - 1], grad.strides[last - 1],
-                             x.dtype, wide, 1, 1});
+                             packed ? offsets.begin[b + 1] - first : x.shape[1], x.strides[last - 1],
+                             grad.strides[last - 1], x.dtype, wide, 1, 1});
   }
   PyThreadState* state = x.numel + grad.numel >= kSerialElements ? PyEval_SaveThread() : nullptr;
   if (total) {

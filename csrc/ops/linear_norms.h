@@ -1,21 +1,21 @@
 // Per-sample gradient norms of Linear layers with several tokens per sample.
 #pragma once
 
-#include <vector>
-
+#include "ops/offsets.h"
 #include "python/tensor_view.h"
 
 namespace lipcore {
 
 enum class LinearMethod : int { kChoose = 0, kGram = 1, kDirect = 2 };
+constexpr int kLinearMethods = 3;
 
 // The cheaper method; direct unless Gram is clearly so, because Gram cancels.
 LinearMethod linear_method(int64_t tokens, int64_t inputs, int64_t outputs);
 
 // out[b] = ||grad_b^T x_b||_F^2, float64. x [B, T, I] and grad [B, T, O] of one dtype with contiguous last dimensions,
-// or, packed, [N, I] and [N, O] with samples [offsets[b], offsets[b + 1]), which the caller has checked. With `total`
-// also the batch's weight gradient, [O, I] in float32, or in float64 if x is.
-bool linear_norms(const TensorView& x, const TensorView& grad, const std::vector<int64_t>& offsets, LinearMethod method,
+// or, packed, [N, I] and [N, O] with offsets. With `total` also the batch's weight gradient, [O, I] in float32, or in
+// float64 if x is.
+bool linear_norms(const TensorView& x, const TensorView& grad, Offsets offsets, LinearMethod method,
                   const TensorView& out, const TensorView* total);
 
 }  // namespace lipcore

@@ -1,7 +1,9 @@
+#include "ops/noise_steps.h"
+
 #include <cmath>
 #include <initializer_list>
 
-#include "ops/ops.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {

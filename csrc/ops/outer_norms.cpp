@@ -1,9 +1,11 @@
+#include "ops/outer_norms.h"
+
 #include <algorithm>
 
-#include "ops/ops.h"
-#include "ops/per_sample.h"
+#include "kernels.h"
 #include "ops/sample_norms.h"
 #include "python/parallel.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {

@@ -5,8 +5,9 @@
 #include <cstring>
 #include <limits>
 
-#include "ops/ops.h"
+#include "kernels.h"
 #include "python/parallel.h"
+#include "python/tensor_text.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif

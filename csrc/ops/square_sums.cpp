@@ -1,8 +1,10 @@
+#include "ops/square_sums.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "ops/ops.h"
+#include "kernels.h"
 #include "python/parallel.h"
 
 namespace lipcore {

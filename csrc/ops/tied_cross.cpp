@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstring>
 
-#include "ops/ops.h"
-#include "ops/per_sample.h"
+#include "kernels.h"
 #include "ops/token_groups.h"
 #include "python/parallel.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {

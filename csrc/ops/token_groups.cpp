@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "ops/ops.h"
+#include "ops/offsets.h"
 #include "python/parallel.h"
 
 namespace lipcore {

@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ops/per_sample.h"
+#include "ops/offsets.h"
 
 namespace lipcore {
 

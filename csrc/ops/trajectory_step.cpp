@@ -1,9 +1,12 @@
+#include "ops/trajectory_step.h"
+
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
-#include "ops/ops.h"
+#include "kernels.h"
 #include "python/parallel.h"
+#include "python/tensor_text.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif

@@ -4,8 +4,9 @@
 #include <cmath>
 #include <limits>
 
-#include "ops/ops.h"
+#include "kernels.h"
 #include "python/parallel.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {

@@ -5,6 +5,9 @@
 
 namespace lipcore {
 
+// Below this many elements a call stays on its thread and keeps the GIL: a fork-join costs more than the work.
+constexpr int64_t kSerialElements = 65536;
+
 // Finds torch's C symbols in the library at `path`, which must already be loaded. False when they are not there; then
 // everything runs on the calling thread.
 bool use_torch_threads(const char* path);

@@ -4,6 +4,8 @@
 #include <cstdio>
 #include <initializer_list>
 
+#include "python/tensor_text.h"
+
 namespace lipcore {
 namespace {
 
@@ -69,6 +71,7 @@ bool dtype_of(dlpack::DataType type, DType* out) {
   if (type.code == dlpack::kFloat && type.bits == 64) return *out = DType::kFloat64, true;
   if (type.code == dlpack::kFloat && type.bits == 16) return *out = DType::kFloat16, true;
   if (type.code == dlpack::kBfloat && type.bits == 16) return *out = DType::kBfloat16, true;
+  if (type.code == dlpack::kInt && type.bits == 64) return *out = DType::kInt64, true;
   return false;
 }
 
@@ -98,7 +101,10 @@ bool register_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* r
   return true;
 }
 
-bool view_tensor(PyObject* object, ArgumentName name, Access access, TensorView* view) {
+namespace {
+
+// Of any dtype the core knows.
+bool view_any(PyObject* object, ArgumentName name, TensorView* view) {
   const dlpack::ExchangeApi* api = api_of(object);
   if (!api) return refuse(object, name);
   dlpack::Tensor tensor;
@@ -114,8 +120,27 @@ bool view_tensor(PyObject* object, ArgumentName name, Access access, TensorView*
   if (view->numel && !tensor.data) return refuse(object, name);
   if (tensor.ndim && !tensor.strides) return refuse(object, name);
   view->data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+  return true;
+}
+
+}  // namespace
+
+bool view_tensor(PyObject* object, ArgumentName name, Access access, TensorView* view) {
+  if (!view_any(object, name, view)) return false;
+  if (view->dtype == DType::kInt64) return refuse(object, name);
   if (access == Access::kWrite && !view->is_dense())
     return fail(name, "lipcore writes to it, so it must be dense: no gaps and no overlap; pass a contiguous tensor");
+  return true;
+}
+
+bool view_integers(PyObject* object, ArgumentName name, TensorView* view) {
+  if (!view_any(object, name, view)) return false;
+  if (view->dtype != DType::kInt64) {
+    PyErr_Format(PyExc_TypeError, "%s: expected an int64 tensor, got %s; pass tensor.long()", name.name,
+                 dtype_name(view->dtype));
+    return false;
+  }
+  if (!view->is_dense()) return fail(name, "is read as one run of memory; pass a contiguous tensor");
   return true;
 }
 

@@ -1,7 +1,8 @@
 // The gatekeeper: every tensor that reaches a kernel passes through view_tensor(). It accepts a plain torch.Tensor (or
 // a subclass without __torch_dispatch__) of a floating type the kernels know, on a device they run on, with memory
-// behind it. Everything else is refused with a Python TypeError or ValueError that names the argument, what it was and
-// the way out; the words for unusual tensors are lipcore/refusals.py, which the gatekeeper calls.
+// behind it; view_integers() does the same for int64, of which ids and offsets are. Everything else is refused with a
+// Python TypeError or ValueError that names the argument, what it was and the way out; the words for unusual tensors
+// are lipcore/_connect.py, which the gatekeeper calls.
 #pragma once
 
 #define PY_SSIZE_T_CLEAN
@@ -49,8 +50,12 @@ enum class Access {
 // subclasses, once per type. Without this call (the module alone, no torch) every tensor is refused.
 bool register_torch(PyObject* tensor_type, PyObject* parameter_type, PyObject* refuse, PyObject* accepts);
 
-// Fills `view` and returns true, or sets a Python exception and returns false. Never touches the tensor.
+// Fills `view` of a floating tensor and returns true, or sets a Python exception and returns false. Never touches the
+// tensor.
 bool view_tensor(PyObject* object, ArgumentName name, Access access, TensorView* view);
+
+// The same of ids or offsets: int64, dense.
+bool view_integers(PyObject* object, ArgumentName name, TensorView* view);
 
 // The checks DLPack cannot make, through the tensor's own Python methods (about 0.2 us): 0 fine, 1 the negative bit is
 // set (the memory holds -x), -1 refused with a Python exception (storage smaller than the shape and strides say).

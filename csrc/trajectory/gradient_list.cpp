@@ -1,6 +1,7 @@
 #include "trajectory/gradient_list.h"
 
-#include "ops/ops.h"
+#include "ops/square_sums.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 

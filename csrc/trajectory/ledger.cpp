@@ -1,6 +1,6 @@
 #include "trajectory/ledger.h"
 
-#include "ops/ops.h"
+#include "python/tensor_text.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif

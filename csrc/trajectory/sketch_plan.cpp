@@ -1,6 +1,7 @@
 #include "trajectory/sketch_plan.h"
 
-#include "ops/ops.h"
+#include "python/parallel.h"
+#include "python/tensor_text.h"
 
 namespace lipcore {
 namespace {

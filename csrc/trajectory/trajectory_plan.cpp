@@ -1,5 +1,7 @@
 #include "trajectory/trajectory_plan.h"
 
+#include "python/parallel.h"
+
 namespace lipcore {
 
 TrajectoryPlan::~TrajectoryPlan() {

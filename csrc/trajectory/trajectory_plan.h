@@ -3,12 +3,12 @@
 
 #include <vector>
 
+#include "ops/trajectory_step.h"
+#include "trajectory/ledger.h"
+#include "trajectory/parameter_list.h"
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif
-#include "ops/ops.h"
-#include "trajectory/ledger.h"
-#include "trajectory/parameter_list.h"
 
 namespace lipcore {
 

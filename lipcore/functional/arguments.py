@@ -54,16 +54,11 @@ def rows(tensor: Tensor, name: str, packed: bool) -> Tensor:
 
 
 def integers(tensor: Tensor, name: str) -> Tensor:
-    """Return an integer tensor as int64, the negative bit and gradients not being possible."""
+    """Return an integer tensor as the core takes it, int64 and dense; it has no negative bit and no gradient."""
     if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS or tensor.layout != torch.strided:
         what = f"dtype {tensor.dtype}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected an int64 or int32 tensor, got {what}")
-    return tensor.to(torch.int64)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    """Return int64 as the core takes it: dense, under the name of a floating type, which is all the gatekeeper sees."""
-    return tensor.contiguous().view(torch.float64)
+    return tensor.to(torch.int64).contiguous()
 
 
 def packed_offsets(offsets: Tensor | None, like: Tensor) -> Tensor | None:

@@ -11,7 +11,6 @@ from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
 from lipcore.functional.arguments import (
-    bits,
     flat_rows,
     integers,
     packed_offsets,
@@ -78,12 +77,11 @@ def embedding_norms_sq(
     if not grad.is_cpu:
         return portable.embedding_norms_sq(indices, grad, weights, padding_idx, offsets)
     weights = None if weights is None else weights.to(torch.float64).contiguous()
-    packed = None if offsets is None else bits(offsets)
-    samples, ids = len(g) if offsets is None else len(offsets) - 1, bits(indices)
+    samples = len(g) if offsets is None else len(offsets) - 1
 
     def compute(grad: Tensor, weights: Tensor | None = None) -> Tensor:
         out = torch.empty(samples, dtype=torch.float64, device=_library.CPU)
-        _core.embedding_norms(ids, grad, weights, padding_idx, packed, out)
+        _core.embedding_norms(indices, grad, weights, padding_idx, offsets, out)
         return out
 
     tensors = (flat_rows(g),) if weights is None else (flat_rows(g), weights)
@@ -132,7 +130,7 @@ def tied_cross(
     if not e.is_cpu:
         return portable.tied_cross(indices, e, a, g, padding_idx)
     e, a, g = rows(e, "grad_embedding", False), rows(a, "x", False), rows(g, "grad_head", False)
-    ids = bits(indices.reshape(e.shape[:2]))
+    ids = indices.reshape(e.shape[:2])
 
     def compute(e: Tensor, a: Tensor, g: Tensor) -> Tensor:
         out = torch.empty(len(e), dtype=torch.float64, device=_library.CPU)

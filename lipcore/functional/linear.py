@@ -10,6 +10,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
+from lipcore.functional.arguments import integers
 from lipcore.models.arguments import check_choice, check_count
 
 Method = Literal["gram", "direct"]
@@ -197,12 +198,12 @@ def _is_compiled_for(x: Tensor, grad: Tensor) -> bool:
     return x.is_cpu and grad.is_cpu and x.dtype in _COMPILED and grad.dtype in _COMPILED
 
 
-def _for_the_core(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, list[int]]:
+def _for_the_core(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return both in one dtype, with contiguous features, and dimensions [B, T, features] or [N, features]."""
     dtype = torch.promote_types(x.dtype, grad.dtype)
     x, grad = (t.to(dtype) if offsets is not None else portable.three_dimensional(t.to(dtype)) for t in (x, grad))
     x, grad = (_with_dense_rows(t) for t in (x, grad))
-    return x, grad, [] if offsets is None else offsets.tolist()
+    return x, grad, None if offsets is None else integers(offsets, "offsets")
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
-from lipcore.functional.arguments import bits, of_one_dtype, packed_offsets, readable, rows, same_place, within_range
+from lipcore.functional.arguments import of_one_dtype, packed_offsets, readable, rows, same_place, within_range
 
 _SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/per_sample.h: Terms
 
@@ -159,13 +159,12 @@ def _space_first(t: Tensor) -> Tensor:
 def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Tensor:
     if x is not None and x.dtype != g.dtype:
         g, x = of_one_dtype(g, x)
-    packed = None if offsets is None else bits(offsets)
     samples = g.shape[0] if offsets is None else len(offsets) - 1
 
     def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
         g, x = _alike(g, x)
         out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64, device=_library.CPU)
-        _core.row_sum_norms(g, x, packed, terms, out)
+        _core.row_sum_norms(g, x, offsets, terms, out)
         return out
 
     found = compute(g, x)
