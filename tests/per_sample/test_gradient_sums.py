@@ -220,7 +220,13 @@ def test_what_begins_later_is_found_by_the_next_proof_and_forgotten_by_the_one_a
                 (loss + model[0].weight.square().sum() if 10 <= step < 100 else loss).backward()
             if metric.unproved:
                 doubted.append(step)
+        result = metric.compute()
     assert doubted == list(range(64, 128))
+    # What came after the proof of the first pass and before that of the 64th is taken back.
+    ((reason, count),) = result.details["taken_back"].items()
+    assert "is not the sum of the samples' gradients" in reason
+    assert count == 3 * 62
+    assert result["norm"]["total"]["mean"].count == 3 * (129 - 62)
 
 
 def test_a_window_is_not_labelled_exact() -> None:

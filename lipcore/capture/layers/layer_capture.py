@@ -82,6 +82,7 @@ class LayerCapture:
         self._hooks: ModelHooks | None = None
         self._kept: KeptFactors | None = None  # of the last record
         self._differs = ""  # what else comes to the parameters, when sums were compared last
+        self._added_up = False  # in some pass they were the same
         self._look()
 
     # ---- the life cycle
@@ -434,13 +435,16 @@ class LayerCapture:
 
     def _compare_sums(self, run: LayerPass, record: LayerRecord) -> None:
         """Note on a record what else than its samples' gradients comes to the parameters, as a pass in which sums are
-        compared has shown."""
+        compared has shown. Where it was not so in an earlier one, it may have begun in any pass in between."""
         sums, run.sums = run.sums, None
         if sums is not None:
             if not record.broken and self.passes.came_alone(run, record.task):
                 rows = record.norms_sq if self._options.measure is norms_sq_of else {}
                 found = sums.difference(record.task, rows, self.coverage.covered)
+                if found and not self._differs and self._added_up:
+                    self._on_proof(found, False)
                 self._differs = self._differs if found is None else found
+                self._added_up |= found == ""
             sums.remove()
         record.differs = self._differs
         record.unproved = self._differs or record.unproved
