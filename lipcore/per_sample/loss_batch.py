@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lipcore.models.torch_internals import saved
 from lipcore.per_sample.loss_factor import LossFactor, agreed, product
-from lipcore.per_sample.loss_nodes import SAME_VALUE, Made, dims_of, kept, number, signed, unknown
+from lipcore.per_sample.loss_nodes import ADDED, SAME_VALUE, Made, alpha, dims_of, kept, number, signed, unknown
 
 _GROUPS = ("IndexAdd", "ScatterAdd", "IndexReduce", "ScatterReduce", "SegmentReduce")
 _VIEWS = ("View", "UnsafeView", "ReshapeAlias")
@@ -50,6 +50,8 @@ def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> Los
             raise unknown(made.node, "it moves the batch's dimension before a part of the dimensions is reduced")
         elif kind not in (*SAME_VALUE, "Add", "Sub"):
             break
+        if kind in ADDED:
+            steps.append((kind, alpha(made)))
         (made,) = origins
     return found
 
@@ -94,6 +96,8 @@ def _undone(steps: list[tuple[str, Any]]) -> list[float | Tensor]:
     for kind, what in steps:
         if kind == "Mean":
             factors.append(float(what))
+        elif kind in ADDED:
+            factors.append(1 / what)
         elif kind != "Sum":
             constant = kept(*what)
             if isinstance(constant, Tensor) and constant.numel() != 1:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lipcore.models.torch_internals import saved
 from lipcore.per_sample.loss_batch import over_batch
 from lipcore.per_sample.loss_factor import LossFactor, agreed, product
-from lipcore.per_sample.loss_nodes import SAME_VALUE, Made, number, scaled, unknown
+from lipcore.per_sample.loss_nodes import ADDED, SAME_VALUE, Made, alpha, number, scaled, unknown
 
 _REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
 #: Losses that average over all elements of their input, over its first dimension, and over weights that they keep.
@@ -80,6 +80,8 @@ def _step(made: Made, batch_dim: int, parts: list[float | Tensor]) -> Made | Non
     """Add what this operation has done to the factor, and return what it was done to; None after the reduction."""
     kind, node = made.kind, made.node
     if kind in (*SAME_VALUE, "Add", "Sub"):  # added: a constant
+        if kind in ADDED:
+            parts.append(1 / alpha(made))
         return made.origin
     if kind in ("Mul", "Div"):
         inner, constant = scaled(made)

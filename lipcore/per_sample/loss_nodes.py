@@ -16,6 +16,8 @@ SAME_VALUE = (
     *("Clone", "ToCopy", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Neg"),
     *("Rsub", "_DDPSink"),  # a constant minus the loss; what DistributedDataParallel returns its outputs through
 )
+#: Operations that add a constant to one of their operands, which they may multiply with another one first.
+ADDED = ("Add", "Sub", "Rsub")
 
 
 @functools.lru_cache
@@ -69,16 +71,26 @@ def scaled(made: Made) -> tuple[Made, str]:
 
 
 def number(node: Any, name: str) -> float | Tensor:
-    """Return a constant that a node keeps."""
+    """Return the size of a constant that a node keeps. Its sign is the loss's own, as that of a minus in front of it:
+    it is not undone."""
     constant = kept(node, name)
     if constant is None:
         raise unknown(node, "its constant was not kept")
     if isinstance(constant, Tensor) and constant.numel() != 1:
         raise unknown(node, f"its constant has shape {list(constant.shape)}")
     factor = of_host(constant) if isinstance(constant, Tensor) else float(constant)
+    factor = factor.abs() if isinstance(factor, Tensor) else abs(factor)
     if not isinstance(factor, Tensor) and (factor == 0 or not math.isfinite(factor)):
         raise unknown(node, f"its constant is {factor}")
     return factor
+
+
+def alpha(made: Made) -> float:
+    """Return the size of what add(a, b, alpha=), sub() or rsub() have multiplied the only one with that depends on
+    anything trained."""
+    scales = made.kind == "Rsub" or made.origins[0] is None
+    factor = saved(made.node, "alpha")
+    return float(number(made.node, "alpha")) if scales and factor is not None else 1.0
 
 
 def kept(node: Any, name: str) -> Any:

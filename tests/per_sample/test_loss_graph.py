@@ -108,6 +108,33 @@ def test_it_is_what_single_samples_say(name: str) -> None:
         assert torch.allclose(float(factor) * brought[i], alone[i], rtol=1e-5, atol=1e-7)
 
 
+SIGNS: dict[str, tuple[float, Loss]] = {
+    "-(mean)": (-1, lambda e: -e.mean()),
+    "-1 * mean": (-1, lambda e: -1 * e.mean()),
+    "mean * tensor": (-1, lambda e: e.mean() * torch.tensor(-3.0)),
+    "sum / -24": (-1, lambda e: e.sum() / -24),
+    "-sum / -24": (1, lambda e: -e.sum() / -24),
+    "(-e).mean()": (-1, lambda e: (-e).mean()),
+    "-2 * mean(0), summed": (-1, lambda e: (-2 * e.mean(0)).sum()),
+    "0 - mean": (-1, lambda e: 0 - e.mean()),
+    "sub(0, mean, alpha=2)": (-1, lambda e: torch.sub(torch.zeros(()), e.mean(), alpha=2)),
+    "sub(mean, 0, alpha=2)": (1, lambda e: torch.sub(e.mean(), torch.zeros(()), alpha=2)),
+    "add(0, mean, alpha=-2)": (-1, lambda e: torch.add(torch.zeros(()), e.mean(), alpha=-2)),
+    "rsub(mean, 0, alpha=2)": (-1, lambda e: torch.rsub(e.mean(), 0, alpha=2)),
+    "add(0, mean(0), alpha=2), summed": (1, lambda e: torch.add(torch.zeros(4), e.mean(0), alpha=2).sum()),
+}
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_the_sign_is_the_losss_own(name: str) -> None:
+    """A constant's size is undone, and its sign is not, as that of a minus."""
+    sign, loss = SIGNS[name]
+    z = Z.clone().requires_grad_()
+    value = loss(z.square())
+    factor = read_factor(value).value
+    assert torch.allclose(float(factor) * torch.autograd.grad(value, z)[0], sign * 2 * z.detach())
+
+
 def test_reading_it_leaves_the_graph_as_it_was() -> None:
     model = nn.Linear(4, 4)
     grads = []
