@@ -39,6 +39,13 @@ NO_TERMS = (
 )
 
 
+SEVERAL = (
+    "another loss was set before this one, and no backward pass had come to it: of several forward passes with one "
+    "backward pass it is not known whose loss is whose; call backward() after each set_loss(), or pass "
+    "loss_reduction='mean' or 'sum' with loss_terms= or scale= in place of 'auto'"
+)
+
+
 class Reduction:
     """The loss reduction as the factor f with grad l_i = f * (what the backward pass brings of sample i), l_i being the
     sum of sample i's unreduced loss terms.
@@ -86,8 +93,10 @@ class Reduction:
             raise RuntimeError(
                 f"set_loss: is for loss_reduction='auto'; this metric has '{self.reduction}', which needs no loss"
             )
-        self._set = None
-        self._set = WatchedLoss(loss, confirm=self._confirms, batch_dim=self._batch_dim)
+        before, self._set = self._set, None
+        watched = WatchedLoss(loss, confirm=self._confirms, batch_dim=self._batch_dim)
+        several = before == SEVERAL or (isinstance(before, WatchedLoss) and before.waits_beside(loss))
+        self._set = SEVERAL if several else watched
 
     def look_at_output(self, output: Any, samples: int) -> WatchedLoss | str | None:
         """Return the loss that a model has returned, watched (:func:`loss_of_output`)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from itertools import islice
 from typing import Any
@@ -53,6 +54,7 @@ class WatchedLoss:
 
     def __init__(self, loss: Tensor, *, confirm: bool = False, batch_dim: int = 0) -> None:
         self._read, reduction = read_loss(loss, batch_dim)
+        self._loss: weakref.ref[Tensor] | None = weakref.ref(loss)
         self._index = loss.output_nr
         self._task, self._gradient = -1, 0.0  # of the last backward pass that came to it
         self._past = -1  # the last that also came to an output which is not behind it
@@ -62,6 +64,13 @@ class WatchedLoss:
         look = confirm or not _is_known(loss)
         self._confirmation = confirmation_of(reduction, self._came_to_logits) if look else None
         loss.grad_fn.register_prehook(self._came)  # type: ignore[union-attr]
+
+    def waits_beside(self, loss: Tensor) -> bool:
+        """Return whether no backward pass has come to this loss yet, and it is another than that."""
+        return self._task == -1 and (self._loss is None or self._loss() is not loss)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_loss": None}  # of a copy no backward pass comes
 
     def _came(self, gradients: tuple[Tensor | None, ...]) -> None:
         gradient = gradients[self._index]

@@ -418,3 +418,21 @@ def test_a_number_of_terms_may_be_right_for_another_loss_than_the_models() -> No
         output = model(Z, y, num_items_in_batch=9)
         (nnf.cross_entropy(output["logits"], y, reduction="sum") / 9).backward()
         assert torch.allclose(norms.per_sample, truth(model.net, Z, y), rtol=1e-5)
+
+
+def test_losses_of_several_forward_passes_with_one_backward_pass() -> None:
+    model = nn.Linear(4, 1)
+    first, second = torch.randn(2, 4), torch.randn(8, 4)
+    with PerSampleGradNorms(model, loss_reduction="auto") as norms:
+        losses = []
+        for x in (first, second):
+            losses.append(model(x).square().mean())
+            norms.set_loss(losses[-1])
+            norms.set_loss(losses[-1])  # the same once more is no other
+        (sum(losses) / 2).backward()
+        assert norms.per_sample.isnan().all()
+        assert "another loss was set before this one" in norms.broken or "no loss" in norms.broken.lower()
+        loss = model(first).square().mean()
+        norms.set_loss(loss)
+        loss.backward()
+        assert norms.per_sample.isfinite().all()
