@@ -116,6 +116,16 @@ class GradientSums:
             return ""
         return DIFFER.format(list(came)[worst], float(by[worst] / norm[worst].clamp_min(1e-300)))
 
+    def different(self, gradients: Mapping[str, Tensor]) -> list[str]:
+        """Return which of these gradients are others than what the samples' gradients have added up to."""
+        self.look_at(gradients.values())
+        share, noise = (_ROUGH, _ROUGH_NOISE) if self.rough else (_EXACT, _EXACT_NOISE)
+        there = {name: _projected(gradient).cpu() for name, gradient in gradients.items()}
+        norms = {name: float(each.norm()) for name, each in there.items()}
+        floor = noise * max(norms.values(), default=0.0)
+        by = {n: float((each - self._samples.get(n, torch.zeros(())).cpu()).norm()) for n, each in there.items()}
+        return [name for name in there if by[name] > share * norms[name] + floor]
+
     def remove(self) -> None:
         """Take the hooks off, and let go of the nodes."""
         for _, handle in self._handles:

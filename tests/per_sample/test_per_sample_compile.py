@@ -332,3 +332,33 @@ def test_hooks_that_come_too_late_for_a_metric_that_stands_alone(counters: Any) 
         sum_loss(model(torch.randn(4, 5))).backward()
         with pytest.raises(RuntimeError, match=r"before its first call \(or torch\._dynamo\.reset\(\)\)"):
             _ = metric.per_sample
+
+
+class Otherwise(nn.Module):
+    """A layer that is called with another weight than its own, which depends on that."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.a, self.b, self.way = nn.Linear(5, 5), nn.Linear(5, 5), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).tanh()
+        if self.way == "its own":
+            return self.b(x)  # type: ignore[no-any-return]
+        weights = {"weight": 2 * self.b.weight if self.way == "twice" else self.b.weight.T, "bias": self.b.bias}
+        return torch.func.functional_call(self.b, weights, (x,))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("way", ["its own", "twice", "transposed"])
+def test_a_layer_that_is_called_with_another_weight_is_refused(way: str, counters: Any) -> None:
+    model = torch.compile(made(lambda: Otherwise(way)), fullgraph=True, backend="aot_eager")
+    x = torch.randn(3, 5)
+    if way == "its own":
+        with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+            sum_loss(model(x)).backward()
+            assert metric.per_sample.isfinite().all()
+        return
+    with pytest.raises(ValueError, match=r"'b.weight': in a pass of lipcore's own in eager mode its gradient is not"):
+        with PerSampleGradNorms(model, loss_reduction="sum"):
+            with pytest.warns(RuntimeWarning, match="stopped recording"):
+                sum_loss(model(x)).backward()
