@@ -18,9 +18,18 @@ dist = torch.distributed
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
 
 
+SHARDED = ("fully_shard", "tensor parallel")
+
+
 def wrapped(kind: str) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    if kind == "tensor parallel":
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+        return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
     if kind == "fully_shard":
         from torch.distributed.fsdp import fully_shard
 
@@ -43,9 +52,11 @@ def trained(rank: int, kind: str, watched: bool) -> list[torch.Tensor]:
     if monitor is not None:
         window = monitor.pop_window()
         assert window is not None
-        constants = window["lipschitz"].local_lipschitz
-        ((_, values),) = constants.items()
-        assert values.mean.valid is (kind != "fully_shard")
+        if kind == "tensor parallel":
+            assert "(tensor parallel), of which a rank has a part" in window.off["lipschitz"]
+        else:
+            ((_, values),) = window["lipschitz"].local_lipschitz.items()
+            assert values.mean.valid is (kind != "fully_shard")
         monitor.close()
     return [getattr(p, "to_local", lambda p=p: p)().detach().clone() for p in model.parameters()]
 
@@ -57,13 +68,13 @@ def work(rank: int, folder: str, kind: str) -> None:
         plain, watched = trained(rank, kind, False), trained(rank, kind, True)
     same = all(map(torch.equal, plain, watched))
     off = [str(one.message) for one in said if "turned local_lipschitz off" in str(one.message)]
-    told = len(off) == 1 and "are sharded over ranks (fully_shard)" in off[0] if kind == "fully_shard" else not off
+    told = len(off) == 1 and "are sharded over ranks" in off[0] if kind in SHARDED else not off
     Path(folder, str(rank)).write_text(f"{same} {told}")
     dist.destroy_process_group()
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("kind", ["plain", "static graph", "fully_shard"])
+@pytest.mark.parametrize("kind", ["plain", "static graph", *SHARDED])
 def test_training_is_the_same_bits(kind: str, tmp_path: Path) -> None:
     run_ranks(work, str(tmp_path), kind)
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["True True"] * 2

@@ -67,6 +67,11 @@ class ForwardHook:
                     f"module '{site.name}' ({type(module).__name__}): its output is a nested tensor, whose samples "
                     "have different shapes; pad them, or name another module"
                 )
+            if hasattr(output, "placements") or any(hasattr(a, "placements") for a in arguments):
+                raise ValueError(
+                    f"module '{site.name}' ({type(module).__name__}): is called on a DTensor or returns one (tensor "
+                    "parallel), of which a rank has a part; leave this metric out, metrics=[Trajectory()]"
+                )
             for tap in site.taps:
                 tap.check(output)
             leaf = site.leaf(output)

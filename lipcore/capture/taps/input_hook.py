@@ -39,8 +39,9 @@ _UNPROVED = (
     "pass of lipcore's own shows nothing where it {1}"
 )
 _SHARDED = (
-    "the model's parameters are sharded over ranks (fully_shard), which are gathered for the training's own backward "
-    "pass only; lipcore.local_lipschitz on a copy that is not sharded gives it at any points"
+    "the model's parameters are sharded over ranks (fully_shard, tensor parallel), and are there as a whole in the "
+    "training's own backward pass only, or never; lipcore.local_lipschitz on a copy that is not sharded gives it at "
+    "any points"
 )
 
 
