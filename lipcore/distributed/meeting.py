@@ -100,9 +100,11 @@ class Meeting:
                 look = now + _LOOK_AROUND
                 if elsewhere := self._waiting_elsewhere(key, step):
                     why = _STOP + self._apart(what, step, elsewhere)
-                    for other in {place["key"] for place in elsewhere.values() if place["key"]}:
-                        self._decide(other, why)  # which waits for this rank in vain
-                    return self._decide(key, why)
+                    decision = self._decide(key, why)
+                    if decision == why:  # else a missing rank came meanwhile, and has gone on since
+                        for other in {place["key"] for place in elsewhere.values() if place["key"]}:
+                            self._decide(other, why)  # which waits for this rank in vain
+                    return decision
             time.sleep(pause)
             pause = min(1.5 * pause, _LONGEST_PAUSE)
         return self._decide(key, _STOP)  # there is one

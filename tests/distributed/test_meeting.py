@@ -68,6 +68,28 @@ def test_many_meetings_leave_few_keys() -> None:
     assert store.num_keys() <= 3 * 3 + 6
 
 
+def test_a_rank_that_looks_around_while_the_others_go_on_stops_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has seen that one was missing, which comes and goes on before it reads where that one is."""
+    look = Meeting._missing
+
+    def slow(meeting: Meeting, key: str) -> list[int]:
+        missing = look(meeting, key)
+        if missing and meeting._place == 1:
+            time.sleep(0.05)
+        return missing
+
+    monkeypatch.setattr(Meeting, "_missing", slow)
+
+    def rank(meeting: Timed) -> int:
+        for i in range(12):
+            if meeting._place == 0:
+                time.sleep(0.02)
+            meeting.at(i, i=i)
+        return i
+
+    assert together(rank, rank) == [11] * 2
+
+
 def test_who_does_not_come_is_named() -> None:
     found = together(call(7), lambda meeting: None, call(7), timeout=0.3)
     assert found[1] is None
