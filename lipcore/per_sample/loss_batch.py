@@ -12,6 +12,15 @@ from lipcore.per_sample.loss_factor import LossFactor, agreed, product
 from lipcore.per_sample.loss_nodes import ADDED, SAME_VALUE, Made, alpha, dims_of, kept, number, signed, unknown
 
 _GROUPS = ("IndexAdd", "ScatterAdd", "IndexReduce", "ScatterReduce", "SegmentReduce")
+#: Losses whose node keeps whether it has reduced them.
+_LOSSES = (
+    *("NllLoss", "NllLoss2D", "MseLoss", "SmoothL1Loss", "HuberLoss", "SoftMarginLoss", "BinaryCrossEntropy"),
+    *("BinaryCrossEntropyWithLogits", "MultiMarginLoss", "MultilabelMarginLoss"),
+)
+_PRODUCTS = ("Mm", "Mv", "Bmm")
+#: What brings terms of several tensors together, or some of one.
+_JOINS = ("Cat", "Stack", "CopySlices", "IndexPut", "Slice", "Select", "Index", "IndexSelect", "Gather", "Repeat")
+_PER_TERM = ("Mul", "Div", "Expand", "MaskedFill", "Where", "Permute", "Transpose", "T")
 _VIEWS = ("View", "UnsafeView", "ReshapeAlias")
 _MOST = 64  # nodes that are looked at
 
@@ -54,6 +63,38 @@ def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> Los
             steps.append((kind, alpha(made)))
         (made,) = origins
     return found
+
+
+def check_terms(made: Made, batch_dim: int) -> None:
+    """Look at what is summed up last, through operations that join, pick or scale its terms.
+
+    Raises:
+        ValueError: terms in it were summed up or averaged over the batch before, so that they are no sample's.
+    """
+    todo, seen = [(made, False)], set[Made]()
+    while todo and len(seen) < _MOST:
+        now, picked = todo.pop()
+        if now in seen:
+            continue
+        seen.add(now)
+        kind, origins = now.kind, [origin for origin in now.origins if origin is not None]
+        reduces = kind in ("Mean", "Sum") or (kind in _LOSSES and saved(now.node, "reduction") != 0)
+        if reduces and now.is_one_number and now is not made:
+            raise unknown(now.node, "its one number is made into several terms again, which are no single samples'")
+        shape = origins[0].shape if origins and kind in ("Mean", "Sum") else ()
+        if picked and shape and batch_dim in {dim % len(shape) for dim in dims_of(now.node)}:
+            raise unknown(now.node, "parts of what it has reduced over the batch are joined or picked")
+        if kind in _PRODUCTS and len(now.origins) == 2 and now.origins[0] is None and not _is_leaf(origins):
+            raise unknown(now.node, "it may sum up several samples' terms")
+        if kind in (*_JOINS, *_PER_TERM, *SAME_VALUE, "Add", "Sub"):
+            todo += [(origin, picked or kind in _JOINS) for origin in origins]
+
+
+def _is_leaf(origins: list[Made]) -> bool:
+    """Return whether an operand is a parameter, perhaps transposed: the weight of a layer."""
+    while origins and origins[-1].kind in ("T", "Transpose", *SAME_VALUE):
+        origins = [origin for origin in origins[-1].origins if origin is not None]
+    return bool(origins) and hasattr(origins[-1].node, "variable")
 
 
 def _moves_batch(made: Made, origin: Made, batch_dim: int, *, over: bool) -> bool:

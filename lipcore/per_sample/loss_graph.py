@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lipcore.models.torch_internals import saved
-from lipcore.per_sample.loss_batch import over_batch
+from lipcore.per_sample.loss_batch import check_terms, over_batch
 from lipcore.per_sample.loss_factor import LossFactor, agreed, product
 from lipcore.per_sample.loss_nodes import ADDED, SAME_VALUE, Made, alpha, number, scaled, unknown
 
@@ -96,6 +96,7 @@ def _step(made: Made, batch_dim: int, parts: list[float | Tensor]) -> Made | Non
             parts.append(float(math.prod(inner.shape)))
         if inner.shape == ():  # of one number it was no reduction
             return inner
+        check_terms(inner, batch_dim)
         before = over_batch(inner, batch_dim)
         if before is not None:
             parts += [before.number, *before.tensors]

@@ -22,7 +22,7 @@ ADDED = ("Add", "Sub", "Rsub")
 
 @functools.lru_cache
 def _kind_of(name: str) -> str:
-    return name.rstrip("0123456789").removesuffix("Backward")
+    return name.rpartition("::")[2].rstrip("0123456789").removesuffix("Backward")
 
 
 class Made(NamedTuple):

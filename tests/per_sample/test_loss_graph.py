@@ -436,3 +436,51 @@ def test_losses_of_several_forward_passes_with_one_backward_pass() -> None:
         norms.set_loss(loss)
         loss.backward()
         assert norms.per_sample.isfinite().all()
+
+
+def filled(terms: Tensor) -> Tensor:
+    buffer = torch.zeros(2)
+    buffer[0], buffer[1] = terms[:, 0].mean(), terms[:, 1].mean()
+    return buffer.sum()
+
+
+def written(terms: Tensor) -> Tensor:
+    terms = terms.clone()
+    terms[:, 2] = 0.0
+    return terms.mean()
+
+
+#: Of terms [12, 3]: what was reduced over the batch and is made into several terms again.
+REDUCED_BEFORE: dict[str, Callable[[Tensor], Tensor]] = {
+    "a mean times weights": lambda e: (e.mean() * torch.rand(12)).sum(),
+    "a loss times weights": lambda e: (nn.functional.mse_loss(e, torch.zeros_like(e)) * torch.rand(12)).sum(),
+    "a buffer that was filled": filled,
+    "means joined": lambda e: torch.cat([e.mean(0), e.abs().mean(0)]).sum(),
+    "means stacked": lambda e: torch.stack([e.mean(0), e.abs().mean(0)]).sum(),
+    "some of the means": lambda e: e.mean(0)[:2].sum(),
+    "one of the sums": lambda e: e.sum(0)[1:2].mean(),
+    "a product that averages": lambda e: ((torch.ones(12) / 12) @ e).sum(),
+}
+TERMS_KEPT: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
+    "weights": (lambda e: (e.sum(1) * torch.arange(12.0)).sum(), 1.0),
+    "a mean over the batch": (lambda e: e.mean(0).sum(), 12.0),
+    "some columns": (lambda e: e[:, :2].mean(), 24.0),
+    "columns written": (written, 36.0),
+    "joined": (lambda e: torch.cat([e, e.abs()], 1).mean(), 72.0),
+    "chosen": (lambda e: torch.where(e > 0, e, e.square()).sum(), 1.0),
+    "gathered": (lambda e: e.gather(1, (torch.arange(12) % 3)[:, None]).mean(), 12.0),
+}
+
+
+@pytest.mark.parametrize("name", REDUCED_BEFORE)
+def test_terms_that_were_reduced_before_are_no_samples(name: str) -> None:
+    terms = nn.Linear(5, 3)(torch.randn(12, 5)).square()
+    with pytest.raises(ValueError, match="loss: its graph has .*pass loss_reduction='mean' or 'sum'"):
+        read_factor(REDUCED_BEFORE[name](terms))
+
+
+@pytest.mark.parametrize("name", TERMS_KEPT)
+def test_terms_that_are_samples_still(name: str) -> None:
+    loss, factor = TERMS_KEPT[name]
+    terms = nn.Linear(5, 3)(torch.randn(12, 5)).square()
+    assert float(read_factor(loss(terms)).number) == pytest.approx(factor)
