@@ -106,6 +106,9 @@ class _Note:
         except Exception:  # it is said of the compiled call
             saved, extra = (), None
             seen.unknown.update(site.names.values())
+        if isinstance(output, tuple) and any(isinstance(each, Tensor) and each.requires_grad for each in output[1:]):
+            # Attention weights that the model returns: whether they enter the loss, the user's own pass shows.
+            seen.unknown.update(site.names.values())
         noted = _Noted.apply(tensor, site, seen, extra, *[t.detach() for t in saved])  # type: ignore[no-untyped-call]
         return (noted, *output[1:]) if isinstance(output, tuple) else noted
 
