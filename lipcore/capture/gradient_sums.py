@@ -100,31 +100,34 @@ class GradientSums:
         came = {name: each for name, each in self._came.items() if name in names}
         if task != self._task or not came or not self._samples:
             return None
+        over, share = self._compared(came, norms_sq)
+        if bool(over.isnan().any()):
+            return None
+        worst = int(over.argmax())
+        return DIFFER.format(list(came)[worst], float(share[worst])) if bool(over[worst] > 1) else ""
+
+    def different(self, gradients: Mapping[str, Tensor]) -> list[str]:
+        """Return which of these gradients are others than what the samples' gradients have added up to."""
+        if not gradients:
+            return []
+        self.look_at(gradients.values())
+        over, _ = self._compared({name: _projected(gradient) for name, gradient in gradients.items()}, {})
+        return [name for name, beyond in zip(gradients, over > 1, strict=True) if bool(beyond)]
+
+    def _compared(self, came: Mapping[str, Tensor], norms_sq: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return by how much each gradient differs, over what rounding explains, and over its norm; NaN where a number
+        is not finite."""
         found = torch.stack([self._samples.get(name, torch.zeros_like(each)) for name, each in came.items()]).cpu()
         there = torch.stack(list(came.values())).cpu()
         sizes = {name: row.clamp_min(0).sqrt().sum() for name, row in norms_sq.items() if name in came}
         size = torch.stack([sizes.get(name, each.new_zeros(())).cpu() for name, each in came.items()])
-        if not bool(found.isfinite().all() and there.isfinite().all() and size.isfinite().all()):
-            return None
         norm = there.square().mean(1).sqrt()
         scale = norm + size
         share, noise = (_ROUGH, _ROUGH_NOISE) if self.rough else (_EXACT, _EXACT_NOISE)
         by = (there - found).square().mean(1).sqrt()
         over = by / (share * scale + noise * scale.max()).clamp_min(torch.finfo(torch.float64).tiny)
-        worst = int(over.argmax())
-        if not bool(over[worst] > 1):
-            return ""
-        return DIFFER.format(list(came)[worst], float(by[worst] / norm[worst].clamp_min(1e-300)))
-
-    def different(self, gradients: Mapping[str, Tensor]) -> list[str]:
-        """Return which of these gradients are others than what the samples' gradients have added up to."""
-        self.look_at(gradients.values())
-        share, noise = (_ROUGH, _ROUGH_NOISE) if self.rough else (_EXACT, _EXACT_NOISE)
-        there = {name: _projected(gradient).cpu() for name, gradient in gradients.items()}
-        norms = {name: float(each.norm()) for name, each in there.items()}
-        floor = noise * max(norms.values(), default=0.0)
-        by = {n: float((each - self._samples.get(n, torch.zeros(())).cpu()).norm()) for n, each in there.items()}
-        return [name for name in there if by[name] > share * norms[name] + floor]
+        finite = there.isfinite().all(1) & found.isfinite().all(1) & size.isfinite()
+        return over.where(finite, torch.nan), by / norm.clamp_min(1e-300)
 
     def remove(self) -> None:
         """Take the hooks off, and let go of the nodes."""

@@ -215,7 +215,7 @@ class LayerCapture:
 
     @active.setter
     def active(self, active: bool) -> None:
-        self.passes.active = active
+        self.passes.begin_step(active=active)
         self.single.set_active(active)
 
     @property

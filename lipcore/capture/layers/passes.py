@@ -71,7 +71,8 @@ class Passes:
         self._last: LayerPass | None = None  # whose end no callback may have told
         self._delivered = self._lost = -1  # numbers of backward passes
         self._returning: set[LayerPass] = set()  # passes of the backward pass under way
-        self._found, self._filled = 0, False  # backward passes that found gradients; some were other than 0
+        self._first_of_step = True  # no backward pass has come since the optimizer's last step
+        self._found, self._filled = 0, False  # first ones that found gradients; some were other than 0
         self._stray: dict[int, set[str]] = {}  # per backward pass, parameters of layers called outside a forward pass
 
     @property
@@ -122,6 +123,10 @@ class Passes:
         """Have the parameters of a call that does not fit its layer's rule measured from the autograd graph."""
         for name in names:
             self.coverage.leave_to_graph(name, why)
+
+    def begin_step(self, *, active: bool) -> None:
+        """Note that the optimizer has made a step, and whether the next one is to be recorded."""
+        self.active, self._first_of_step = active, True
 
     # ---- the forward pass
 
@@ -176,13 +181,14 @@ class Passes:
         if run.fresh[0] != in_backward():
             there = [p.grad for p in self.coverage.measured().values() if p.grad is not None]
             run.fresh = in_backward(), not there
-            run.began_with = in_backward(), self._seen_to_be_filled(there)
+            run.began_with = in_backward(), self._first_of_step and self._seen_to_be_filled(there)
+            self._first_of_step &= not accumulates_everything()
             if run.probes and self.recording:
                 self._after_backward(lambda task: self._nothing_came(run, task))
 
     def _seen_to_be_filled(self, gradients: list[Tensor]) -> bool:
-        """Return whether gradients that a backward pass finds are other than 0. That is looked at in the first of such
-        passes, and in one of 64 where it was never so."""
+        """Return whether gradients that a step's first backward pass finds are other than 0. That is looked at in the
+        first of such passes, and in one of 64 where it was never so."""
         if not gradients or not self.recording:
             return False
         self._found += 1
