@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,16 +13,9 @@ from lipcore import PerSampleGradNorms
 
 pytestmark = [
     pytest.mark.ci,
+    pytest.mark.usefixtures("fresh_dynamo"),
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[Any]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
 
 
 def gpt2() -> tuple[Any, dict[str, Any]]:
@@ -83,7 +75,7 @@ def called(name: str, model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "backend"), [*((name, "aot_eager") for name in LIBRARY), ("llama", "inductor"), ("t5", "inductor")]
 )
-def test_models_of_the_transformers_library(name: str, backend: str, counters: Any) -> None:
+def test_models_of_the_transformers_library(name: str, backend: str, fresh_dynamo: Any) -> None:
     pytest.importorskip("transformers", reason="models of the transformers library: pip install 'lipcore[models]'")
     torch.manual_seed(0)
     inner, options = LIBRARY[name]()
@@ -108,4 +100,4 @@ def test_models_of_the_transformers_library(name: str, backend: str, counters: A
         left_out = {key.rpartition(".")[0].rpartition(".")[2] for key in expected.keys() - found.keys()}
         assert left_out <= {"relative_attention_bias", "embed_positions"}  # of positions, which meet no batch
         assert not metric.unproved
-    assert not counters["graph_break"]
+    assert not fresh_dynamo["graph_break"]

@@ -3,7 +3,6 @@ where there is one region; else the parameter is refused by name."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +15,13 @@ from torch import Tensor, nn
 from lipcore import PerSampleGradNorms, layers
 from lipcore.layers import registry
 
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 each_model = pytest.mark.parametrize(
     "name", [name if name == "small" else pytest.param(name, marks=pytest.mark.ci) for name in TIED]
 )
-
-
-@pytest.fixture(autouse=True)
-def counters() -> Iterator[Any]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
 
 
 def compiled(inner: nn.Module, backend: str = "aot_eager", **options: Any) -> Any:
@@ -60,10 +54,10 @@ def check(name: str, backend: str, sizes: tuple[int, ...]) -> None:
 
 
 @each_model
-def test_norms_and_training(name: str, counters: Any) -> None:
+def test_norms_and_training(name: str, fresh_dynamo: Any) -> None:
     """The third size of the batch is compiled for no more."""
     check(name, "aot_eager", (3, 4, 5))
-    assert not counters["graph_break"]
+    assert not fresh_dynamo["graph_break"]
 
 
 @each_model
@@ -73,12 +67,12 @@ def test_without_a_compiler_behind_the_graph(name: str) -> None:
 
 @pytest.mark.ci
 @pytest.mark.parametrize("name", TIED)
-def test_inductor(name: str, counters: Any) -> None:
+def test_inductor(name: str, fresh_dynamo: Any) -> None:
     check(name, "inductor", (3, 3, 4) if name == "small" else (3, 3))
-    assert not counters["graph_break"]
+    assert not fresh_dynamo["graph_break"]
 
 
-def test_the_graph_may_be_walked_twice(counters: Any) -> None:
+def test_the_graph_may_be_walked_twice(fresh_dynamo: Any) -> None:
     """An autograd.grad that reaches some of the uses, and a backward pass after it."""
     for backend in ("eager", "aot_eager"):
         case = TIED["small"]

@@ -5,7 +5,7 @@ Most also compute the wrong number, so that the test shows that it would notice.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -262,15 +262,7 @@ def test_frozen_parts() -> None:
 # ---- torch.compile
 
 
-@pytest.fixture
-def counters() -> Iterator[Any]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
-
-
-def test_no_graph_break(counters: Any) -> None:
+def test_no_graph_break(fresh_dynamo: Any) -> None:
     """Three of them with hooks that keep state on parameters."""
     inner = made(cnn)
     model, x = torch.compile(inner, backend="aot_eager"), floats(1, 6, 6)(3)
@@ -278,7 +270,7 @@ def test_no_graph_break(counters: Any) -> None:
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
         sum_loss(model(x)).backward()
         assert torch.allclose(metric.per_sample, torch.stack(list(expected.values())).sum(0).sqrt(), rtol=1e-5)
-    assert sum(counters["graph_break"].values()) == 0
+    assert sum(fresh_dynamo["graph_break"].values()) == 0
 
 
 # ---- nothing on the user's objects

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from any_models import Square
 from models import Graph
 from models_without_rules import WITHOUT_RULES, C, OwnRMSNorm, T
 from per_sample_models import assert_equal, made
@@ -328,19 +329,6 @@ def test_checkpoints_that_are_wrappers_around_modules(wrapped: str) -> None:
         assert "1.1.weight" in metric.per_parameter
 
 
-class _Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        y: Tensor = 2 * x * grad
-        return y
-
-
 def test_a_function_of_the_users_inside_a_checkpoint_is_proved() -> None:
     """What it keeps there is not asked for outside of a backward pass, where layers are tapped in no recomputation."""
-    run(called(OwnRMSNorm, lambda m, x: m.b(_Square.apply(m.n(m.a(x))))), 3)
+    run(called(OwnRMSNorm, lambda m, x: m.b(Square.apply(m.n(m.a(x))))), 3)

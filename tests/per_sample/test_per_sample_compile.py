@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,14 +15,6 @@ from torch.utils.checkpoint import checkpoint
 from lipcore import Monitor, PerSampleGradNorms
 
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-
-
-@pytest.fixture
-def counters() -> Iterator[Any]:
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch._dynamo.reset()
 
 
 def embedded() -> nn.Module:
@@ -60,37 +52,37 @@ def compare(
 @pytest.mark.parametrize(
     "name", ["mlp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("transformer", "cnn"))]
 )
-def test_aot_eager(name: str, counters: Any) -> None:
+def test_aot_eager(name: str, fresh_dynamo: Any) -> None:
     """Sizes become symbols with the second one."""
     build, inputs = COMPILED[name]
     inner = made(build)
     compare(torch.compile(inner, fullgraph=True, backend="aot_eager"), inner, inputs, (4, 3, 6, 1))
-    assert sum(counters["graph_break"].values()) == 0
-    assert counters["stats"]["unique_graphs"] <= 6  # training and evaluation: this size, any size, size one
+    assert sum(fresh_dynamo["graph_break"].values()) == 0
+    assert fresh_dynamo["stats"]["unique_graphs"] <= 6  # training and evaluation: this size, any size, size one
 
 
 @pytest.mark.ci
-def test_inductor(counters: Any) -> None:
+def test_inductor(fresh_dynamo: Any) -> None:
     inner = made(mlp)
     compare(torch.compile(inner, fullgraph=True), inner, floats(5), (4, 4))
-    assert sum(counters["graph_break"].values()) == 0
+    assert sum(fresh_dynamo["graph_break"].values()) == 0
 
 
 @pytest.mark.slow
 @each_model
-def test_inductor_on_every_model(build: Any, inputs: Any, counters: Any) -> None:
+def test_inductor_on_every_model(build: Any, inputs: Any, fresh_dynamo: Any) -> None:
     inner = made(build)
     compare(torch.compile(inner, fullgraph=True), inner, inputs, (4, 4, 3, 1, 6))
-    assert sum(counters["graph_break"].values()) == 0
+    assert sum(fresh_dynamo["graph_break"].values()) == 0
 
 
 @pytest.mark.ci
-def test_training_is_bitwise_unchanged_and_recompiles_are_bounded(counters: Any) -> None:
+def test_training_is_bitwise_unchanged_and_recompiles_are_bounded(fresh_dynamo: Any) -> None:
     graphs = {}
 
     def run(watched: bool, every_steps: int = 1) -> list[Tensor]:
         torch._dynamo.reset()
-        counters.clear()
+        fresh_dynamo.clear()
         inner = made(mlp)
         model = torch.compile(inner, fullgraph=True, backend="aot_eager")
         optimizer = torch.optim.SGD(inner.parameters(), lr=1e-2)
@@ -102,7 +94,7 @@ def test_training_is_bitwise_unchanged_and_recompiles_are_bounded(counters: Any)
             count = monitor.compute()["per_sample_grad_norm"].norm["total"].mean.count
             assert count == (28 if every_steps == 1 else 4 + 3 + 6 + 4)
             monitor.close()
-        graphs[watched, every_steps] = counters["stats"]["unique_graphs"]
+        graphs[watched, every_steps] = fresh_dynamo["stats"]["unique_graphs"]
         return weights(inner)
 
     plain = run(False)
@@ -113,7 +105,7 @@ def test_training_is_bitwise_unchanged_and_recompiles_are_bounded(counters: Any)
 
 
 @pytest.mark.ci
-def test_accumulation_interleaved_passes_and_autograd_grad(counters: Any) -> None:
+def test_accumulation_interleaved_passes_and_autograd_grad(fresh_dynamo: Any) -> None:
     inner = made(mlp)
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
@@ -134,7 +126,7 @@ def test_accumulation_interleaved_passes_and_autograd_grad(counters: Any) -> Non
 
 
 @pytest.mark.ci
-def test_an_evaluation_between_forward_and_backward(counters: Any) -> None:
+def test_an_evaluation_between_forward_and_backward(fresh_dynamo: Any) -> None:
     inner = made(mlp)
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
@@ -147,7 +139,7 @@ def test_an_evaluation_between_forward_and_backward(counters: Any) -> None:
         assert_norms(metric, norms_sq(inner, samples_of((x,), 3), sum_loss))
 
 
-def test_normalized_and_methods(counters: Any) -> None:
+def test_normalized_and_methods(fresh_dynamo: Any) -> None:
     inner = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 1)))
     model, x = torch.compile(inner, fullgraph=True, backend="aot_eager"), torch.randn(3, 5)
     found = []
@@ -167,7 +159,7 @@ def test_there_is_no_estimate() -> None:
 
 
 @pytest.mark.ci
-def test_packed_sequences_with_batch_dim(counters: Any) -> None:
+def test_packed_sequences_with_batch_dim(fresh_dynamo: Any) -> None:
     """Sequence first: [T, B, features]."""
     inner = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2)))
     model, x = torch.compile(inner, fullgraph=True, backend="aot_eager"), torch.randn(6, 3, 5)
@@ -181,7 +173,7 @@ def test_packed_sequences_with_batch_dim(counters: Any) -> None:
         assert_norms(metric, expected)
 
 
-def test_a_compiled_part_of_an_eager_model(counters: Any) -> None:
+def test_a_compiled_part_of_an_eager_model(fresh_dynamo: Any) -> None:
     """Its hooks are traced without a probe in the pass of an outer module that is not compiled."""
     inner = made(mlp)
     model = nn.Sequential(torch.compile(inner, backend="aot_eager"), nn.Linear(4, 2))
@@ -216,7 +208,7 @@ class Halves(nn.Module):
 
 @pytest.mark.ci
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["graph break", "checkpoint"])
-def test_regions_and_checkpoints(checkpointed: bool, counters: Any) -> None:
+def test_regions_and_checkpoints(checkpointed: bool, fresh_dynamo: Any) -> None:
     inner = made(lambda: Halves(checkpointed))
     compare(torch.compile(inner, fullgraph=checkpointed, backend="aot_eager"), inner, floats(4, 5), (3, 4))
 
@@ -224,7 +216,7 @@ def test_regions_and_checkpoints(checkpointed: bool, counters: Any) -> None:
 @pytest.mark.ci
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
 @pytest.mark.parametrize("outside", [False, True], ids=["DDP of compiled", "compiled DDP"])
-def test_distributed_data_parallel(outside: bool, counters: Any) -> None:
+def test_distributed_data_parallel(outside: bool, fresh_dynamo: Any) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
@@ -240,7 +232,7 @@ def test_distributed_data_parallel(outside: bool, counters: Any) -> None:
 
 
 @pytest.mark.ci
-def test_freezing_in_mid_run_and_two_passes_in_one_backward(counters: Any) -> None:
+def test_freezing_in_mid_run_and_two_passes_in_one_backward(fresh_dynamo: Any) -> None:
     inner = made(mlp)
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
@@ -256,7 +248,7 @@ def test_freezing_in_mid_run_and_two_passes_in_one_backward(counters: Any) -> No
 
 
 @pytest.mark.ci
-def test_a_chain_of_passes_has_no_number(counters: Any) -> None:
+def test_a_chain_of_passes_has_no_number(fresh_dynamo: Any) -> None:
     inner = made(lambda: nn.Sequential(nn.Linear(5, 5), nn.Tanh()))
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
@@ -265,7 +257,7 @@ def test_a_chain_of_passes_has_no_number(counters: Any) -> None:
         assert "output of another forward pass" in metric.broken
 
 
-def test_batch_norm_that_goes_into_train_mode_is_an_error(counters: Any) -> None:
+def test_batch_norm_that_goes_into_train_mode_is_an_error(fresh_dynamo: Any) -> None:
     inner = made(lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 3))).eval()
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match=r"module '1' \(BatchNorm1d\): .*statistics"):
@@ -296,7 +288,7 @@ class Direct(nn.Module):
         return nn.functional.linear(self.a(x), self.b.weight, self.b.bias)
 
 
-def test_a_layer_whose_weight_is_used_without_it_is_an_error(counters: Any) -> None:
+def test_a_layer_whose_weight_is_used_without_it_is_an_error(fresh_dynamo: Any) -> None:
     model = torch.compile(made(Direct), fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="'b.weight': is used 1 times in the forward pass, but only 0 times"):
         with PerSampleGradNorms(model, loss_reduction="sum"):
@@ -304,7 +296,7 @@ def test_a_layer_whose_weight_is_used_without_it_is_an_error(counters: Any) -> N
                 sum_loss(model(torch.randn(3, 5))).backward()
 
 
-def test_wrong_shapes_inside_a_region_are_an_error_and_training_goes_on(counters: Any) -> None:
+def test_wrong_shapes_inside_a_region_are_an_error_and_training_goes_on(fresh_dynamo: Any) -> None:
     inner = made(lambda: nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 4)))
     model = torch.compile(inner, backend="aot_eager")
     with pytest.raises(ValueError, match=r"module '1' \(Linear\): a compiled region makes a call of other shapes"):
@@ -314,7 +306,7 @@ def test_wrong_shapes_inside_a_region_are_an_error_and_training_goes_on(counters
             assert all(p.grad is not None for p in inner.parameters())
 
 
-def test_hooks_that_come_after_the_first_compiled_call_say_so(counters: Any) -> None:
+def test_hooks_that_come_after_the_first_compiled_call_say_so(fresh_dynamo: Any) -> None:
     inner = made(mlp)
     model = torch.compile(inner, backend="eager")
     optimizer = torch.optim.SGD(inner.parameters(), lr=1e-2)
@@ -325,7 +317,7 @@ def test_hooks_that_come_after_the_first_compiled_call_say_so(counters: Any) -> 
                 train(model, optimizer, [torch.randn(4, 5)] * 3)
 
 
-def test_hooks_that_come_too_late_for_a_metric_that_stands_alone(counters: Any) -> None:
+def test_hooks_that_come_too_late_for_a_metric_that_stands_alone(fresh_dynamo: Any) -> None:
     model = torch.compile(made(mlp), backend="eager")
     sum_loss(model(torch.randn(4, 5))).backward()
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
@@ -350,7 +342,7 @@ class Otherwise(nn.Module):
 
 
 @pytest.mark.parametrize("way", ["its own", "twice", "transposed"])
-def test_a_layer_that_is_called_with_another_weight_is_refused(way: str, counters: Any) -> None:
+def test_a_layer_that_is_called_with_another_weight_is_refused(way: str, fresh_dynamo: Any) -> None:
     model = torch.compile(made(lambda: Otherwise(way)), fullgraph=True, backend="aot_eager")
     x = torch.randn(3, 5)
     if way == "its own":
