@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lipcore.models.chains import home_of
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
-from lipcore.models.ranks import below_ddp, without_communication
+from lipcore.models.ranks import below_ddp, has_dtensors, without_communication
 from lipcore.models.restored import PassState, without_cached_casts
 from lipcore.models.torch_internals import (
     ANY_FORWARD_HOOKS,
@@ -140,7 +140,7 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any) -> str:
     odd = [leaf for leaf in tree_leaves((arguments, keywords)) if not isinstance(leaf, (*_PLAIN, Tensor))]
     if odd:
         return f"it is called with a {type(odd[0]).__name__}, which another pass may change"
-    if any(hasattr(p, "placements") for p in model.parameters()):
+    if has_dtensors(model):
         return "it is sharded"
     if ANY_FORWARD_HOOKS or ANY_FORWARD_PRE_HOOKS:
         return "hooks on all modules would see another forward pass"

@@ -22,6 +22,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if under_process_group() else 1
 
 
+def has_dtensors(model: nn.Module) -> bool:
+    """Return whether parameters are DTensors, cut or not."""
+    return any(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
 def is_sharded(model: nn.Module) -> bool:
     """Return whether a rank holds parts of some parameters only: DTensors that are cut, or FSDP1's pieces."""
     if is_fsdp1(model):

@@ -9,14 +9,23 @@ from torch import Tensor
 
 from lipcore.models.torch_internals import saved
 from lipcore.per_sample.loss_factor import LossFactor, agreed, product
-from lipcore.per_sample.loss_nodes import ADDED, SAME_VALUE, Made, alpha, dims_of, kept, number, signed, unknown
+from lipcore.per_sample.loss_nodes import (
+    ADDED,
+    OVER_ELEMENTS,
+    OVER_SAMPLES,
+    OVER_WEIGHTS,
+    SAME_VALUE,
+    Made,
+    alpha,
+    dims_of,
+    kept,
+    number,
+    signed,
+    unknown,
+)
 
 _GROUPS = ("IndexAdd", "ScatterAdd", "IndexReduce", "ScatterReduce", "SegmentReduce")
-#: Losses whose node keeps whether it has reduced them.
-_LOSSES = (
-    *("NllLoss", "NllLoss2D", "MseLoss", "SmoothL1Loss", "HuberLoss", "SoftMarginLoss", "BinaryCrossEntropy"),
-    *("BinaryCrossEntropyWithLogits", "MultiMarginLoss", "MultilabelMarginLoss"),
-)
+_LOSSES = (*OVER_ELEMENTS, *OVER_SAMPLES, *OVER_WEIGHTS)
 _PRODUCTS = ("Mm", "Mv", "Bmm")
 #: What brings terms of several tensors together, or some of one.
 _JOINS = ("Cat", "Stack", "CopySlices", "IndexPut", "Slice", "Select", "Index", "IndexSelect", "Gather", "Repeat")

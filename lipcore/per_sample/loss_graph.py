@@ -10,16 +10,20 @@ from torch import Tensor
 from lipcore.models.torch_internals import saved
 from lipcore.per_sample.loss_batch import check_terms, over_batch
 from lipcore.per_sample.loss_factor import LossFactor, agreed, product
-from lipcore.per_sample.loss_nodes import ADDED, SAME_VALUE, Made, alpha, number, scaled, unknown
+from lipcore.per_sample.loss_nodes import (
+    ADDED,
+    OVER_ELEMENTS,
+    OVER_SAMPLES,
+    OVER_WEIGHTS,
+    SAME_VALUE,
+    Made,
+    alpha,
+    number,
+    scaled,
+    unknown,
+)
 
 _REDUCTIONS = ("none", "mean", "sum")  # by torch's numbers
-#: Losses that average over all elements of their input, over its first dimension, and over weights that they keep.
-_OVER_ELEMENTS = (
-    *("MseLoss", "SmoothL1Loss", "HuberLoss", "SoftMarginLoss"),
-    *("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"),
-)
-_OVER_SAMPLES = ("MultiMarginLoss", "MultilabelMarginLoss")
-_OVER_WEIGHTS = ("NllLoss", "NllLoss2D")
 _SUMS = ("Sum", "Nansum", "Dot")
 _LISTS = ("Stack", "Cat")
 #: What may stand between a log-softmax and the sum of its rows' terms.
@@ -101,7 +105,7 @@ def _step(made: Made, batch_dim: int, parts: list[float | Tensor]) -> Made | Non
         if before is not None:
             parts += [before.number, *before.tensors]
         return None
-    if kind in (*_OVER_ELEMENTS, *_OVER_SAMPLES, *_OVER_WEIGHTS):
+    if kind in (*OVER_ELEMENTS, *OVER_SAMPLES, *OVER_WEIGHTS):
         parts.append(_terms(made))
         return None
     raise unknown(node, "what it does to the factor is not known")
@@ -111,10 +115,10 @@ def _terms(made: Made) -> float | Tensor:
     """Return how many terms a loss function has averaged, or their weight."""
     if _REDUCTIONS[saved(made.node, "reduction")] != "mean":
         return 1.0
-    if made.kind in _OVER_WEIGHTS:
+    if made.kind in OVER_WEIGHTS:
         return number(made.node, "total_weight")
     shape = next(origin for origin in made.origins if origin is not None).shape
-    return float(math.prod(shape) if made.kind in _OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
+    return float(math.prod(shape) if made.kind in OVER_ELEMENTS else (shape[0] if len(shape) > 1 else 1))
 
 
 def _is_list_of_losses(made: Made) -> bool:
@@ -174,7 +178,7 @@ def _log_softmax(made: Made, *, at_targets: bool) -> Any:
         kind = made.kind
         if kind == "LogSoftmax":
             return made.node if reduced else None
-        per_target = kind in (*_OVER_WEIGHTS, "Gather") if at_targets else kind == "Sum" and not made.is_one_number
+        per_target = kind in (*OVER_WEIGHTS, "Gather") if at_targets else kind == "Sum" and not made.is_one_number
         on_the_way = kind in _PER_ELEMENT or (kind in ("Sum", "Mean") and made.is_one_number)
         reduced |= per_target
         if not per_target and not on_the_way:

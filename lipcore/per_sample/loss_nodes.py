@@ -11,6 +11,14 @@ from torch import Tensor
 from lipcore.models.torch_internals import forward_shape, is_packed, saved
 from lipcore.per_sample.loss_factor import of_host
 
+#: Losses that average over all elements of their input, over its first dimension, and over weights that they keep;
+#: their nodes keep whether they have reduced at all.
+OVER_ELEMENTS = (
+    *("MseLoss", "SmoothL1Loss", "HuberLoss", "SoftMarginLoss"),
+    *("BinaryCrossEntropy", "BinaryCrossEntropyWithLogits"),
+)
+OVER_SAMPLES = ("MultiMarginLoss", "MultilabelMarginLoss")
+OVER_WEIGHTS = ("NllLoss", "NllLoss2D")
 #: Operations that leave the value as it is, but for its sign, shape, dtype and a constant that is added.
 SAME_VALUE = (
     *("Clone", "ToCopy", "Alias", "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Neg"),

@@ -25,7 +25,7 @@ from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import on_backward, tensors_of
-from lipcore.models.ranks import under_process_group
+from lipcore.models.ranks import has_dtensors, under_process_group
 from lipcore.models.restored import all_put_back
 
 NO_OUTPUT = (
@@ -102,7 +102,7 @@ class Proofs:
         self._model, self._sites = model, sites
         self._wanted, self._skip, self._graph = prove, skip, graph
         self._output = ProofOutput(model, output)
-        self.sharded = any(hasattr(p, "placements") for p in model.parameters())
+        self.sharded = has_dtensors(model)
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
         self._schedule = ProofSchedule()
         self._begun: tuple[int, int] | None = None  # the kind of a pass that is to be proved, until it has ended

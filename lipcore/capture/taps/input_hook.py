@@ -28,6 +28,7 @@ from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
 from lipcore.models.chains import modules_in_order
 from lipcore.models.inputs import exchanged
+from lipcore.models.ranks import has_dtensors
 from lipcore.models.torch_internals import has_backward_hooks
 
 _OTHER_ROWS = (
@@ -201,7 +202,7 @@ class InputHook:
         first one; a plain sequence of torch's own layers needs no trial."""
         if self._tried:
             return True
-        if any(hasattr(parameter, "placements") for parameter in self._model.parameters()):
+        if has_dtensors(self._model):
             self.tap.refuse(_SHARDED)
             return False
         self._tried, self._hooked = True, has_backward_hooks(self._model)
