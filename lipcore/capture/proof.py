@@ -58,9 +58,9 @@ def is_proof() -> bool:
 
 
 @contextmanager
-def asked_within_backward(node: Any) -> Iterator[None]:
-    """Make backward passes from this node that are asked for in the with block, within the backward pass under way,
-    known as none of the training's."""
+def own_backward(node: Any) -> Iterator[None]:
+    """Make backward passes from this node that are asked for in the with block, be it within the backward pass under
+    way, known as none of the training's."""
     before, mine = _asking.within, [-2]  # a number that no pass has: something is under way
 
     def begin(_: Any) -> None:
@@ -136,7 +136,7 @@ def row_ids(
     """
     numbers = torch.arange(seeds.size, device="cpu")
     base = 1 << bits
-    used = digits or max(1, -(-max(1, seeds.size - 1).bit_length() // bits))
+    used = digits or digits_of(seeds.size, bits)
     plain = squared_norms(seeds, points, torch.ones(seeds.size, device="cpu"), foreign)
     weighted = []
     for place in range(used):
@@ -148,7 +148,7 @@ def row_ids(
         rows = [each[i] for each in weighted]
         known = [row for row in rows if row is not None]
         there = first is not None and len(known) == len(rows)
-        found.append(_spelled(first, known, bits, seeds.size, tolerance) if there and first is not None else None)
+        found.append(spelled(first, known, bits, seeds.size, tolerance) if there and first is not None else None)
     return found
 
 
@@ -229,7 +229,14 @@ def _lowest(outputs: Sequence[Tensor], points: Sequence[Point]) -> list[Point]:
     return [point for point in points if isinstance(point.at, Tensor) or not above.get(point.at, False)]
 
 
-def _spelled(plain: Tensor, weighted: Sequence[Tensor], bits: int, size: int, tolerance: float) -> RowIds:
+def digits_of(size: int, bits: int) -> int:
+    """Return how many digits of so many bits spell the numbers below a size."""
+    return max(1, -(-max(1, size - 1).bit_length() // bits))
+
+
+def spelled(plain: Tensor, weighted: Sequence[Tensor], bits: int, size: int, tolerance: float) -> RowIds:
+    """Return the numbers below `size` that squared norms of rows spell, from those of a pass without weights and of one
+    for each digit."""
     ids, rounding = torch.zeros(len(plain), dtype=torch.int64, device="cpu"), 0.0
     finite, none = plain.isfinite(), plain < NOTHING
     fits = torch.ones_like(finite)

@@ -153,6 +153,12 @@ def forward_shape(node: Any, index: int = 0) -> tuple[int, ...]:
     return tuple(node._input_metadata[index].shape)
 
 
+def forward_kind(node: Any, index: int = 0) -> tuple[torch.dtype, torch.device]:
+    """Return dtype and device of a tensor that the node has made."""
+    known = node._input_metadata[index]
+    return known.dtype, known.device
+
+
 # ---- hooks that others have registered
 
 #: Of every module: called after a forward pass, and before it.

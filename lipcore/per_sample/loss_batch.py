@@ -16,6 +16,7 @@ from lipcore.per_sample.loss_nodes import (
     OVER_WEIGHTS,
     SAME_VALUE,
     Made,
+    Summed,
     alpha,
     dims_of,
     kept,
@@ -34,23 +35,26 @@ _VIEWS = ("View", "UnsafeView", "ReshapeAlias")
 _MOST = 64  # nodes that are looked at
 
 
-def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> LossFactor | None:
+def over_batch(made: Made, batch_dim: int, summed: list[Summed], seen: set[Made] | None = None) -> LossFactor | None:
     """Return what a tensor's terms were divided by on the way from where the batch's dimension was summed up or
-    averaged; None where that is not found behind operations on single elements: the tensor has it still.
+    averaged; None where that is not found behind operations on single elements: the tensor has it still. What has it
+    there is added to `summed`.
 
     Raises:
         ValueError: one part of a sum was reduced over the batch, and another was not, or otherwise.
     """
     seen = set() if seen is None else seen
     steps: list[tuple[str, Any]] = []  # undone if the batch turns out to be reduced behind them
-    found: LossFactor | None = None
+    found: tuple[LossFactor, Made] | None = None
     partly: set[bool] = set()  # whether the batch's dimension was among some that were reduced, and others were not
     while made not in seen and len(seen) < _MOST:
         seen.add(made)
         kind, origins = made.kind, [origin for origin in made.origins if origin is not None]
         if kind in ("Add", "Sub") and len(origins) == 2:
-            below = _of_sum(made, [over_batch(origin, batch_dim, seen) for origin in origins])
-            return found if below is None else product(below.number, *_undone(steps))
+            below = _of_sum(made, [over_batch(origin, batch_dim, summed, seen) for origin in origins])
+            if below is not None:
+                return product(below.number, *_undone(steps))
+            break
         if kind in _GROUPS:
             raise unknown(made.node, "it sums up groups of terms, which may be of several samples")
         if len(origins) != 1:
@@ -61,7 +65,7 @@ def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> Los
             steps.append((kind, math.prod(shape[dim] for dim in dims)))
             partly |= {dim == batch_dim for dim in dims} if len(dims) < len(shape) else set()
             if batch_dim in dims:
-                found = product(1.0, *_undone(steps))
+                found = product(1.0, *_undone(steps)), origins[0]
         elif kind == "Mul" or (kind == "Div" and made.origins[0] is not None):
             steps.append((kind, (made.node, "self" if made.origins[0] is None else "other")))
         elif partly and _moves_batch(made, origins[0], batch_dim, over=True in partly):
@@ -71,7 +75,10 @@ def over_batch(made: Made, batch_dim: int, seen: set[Made] | None = None) -> Los
         if kind in ADDED:
             steps.append((kind, alpha(made)))
         (made,) = origins
-    return found
+    if found is None:
+        return None
+    summed.append(Summed(found[1], batch_dim))
+    return found[0]
 
 
 def check_terms(made: Made, batch_dim: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from lipcore.per_sample.loss_nodes import (
     OVER_WEIGHTS,
     SAME_VALUE,
     Made,
+    Summed,
     alpha,
     number,
     scaled,
@@ -48,11 +49,25 @@ def read_factor(loss: Tensor, batch_dim: int = 0) -> LossFactor:
         ValueError: not one number, no graph, a graph that was freed, or an operation in it whose factor is not known;
             the message names it.
     """
-    return read_loss(loss, batch_dim)[0]
+    return read_loss(loss, batch_dim).factor
 
 
-def read_loss(loss: Tensor, batch_dim: int = 0) -> tuple[LossFactor, Made]:
-    """Return the factor and, as read_factor(), what the graph was followed to: the reduction, or a sum of losses."""
+class Loss(NamedTuple):
+    """What the graph of a loss says.
+
+    Attributes:
+        factor: f, as read_factor() returns it.
+        reduction: what the graph was followed to: the reduction, or a sum of losses.
+        summed: the tensors whose elements are summed up there.
+    """
+
+    factor: LossFactor
+    reduction: Made
+    summed: list[Summed]
+
+
+def read_loss(loss: Tensor, batch_dim: int = 0) -> Loss:
+    """Return what read_factor() does, and where in the graph it was found."""
     if not isinstance(loss, Tensor):
         raise TypeError(f"loss: expected the loss, a tensor with a graph, got {type(loss).__name__}")
     if loss.numel() != 1 or loss.grad_fn is None:
@@ -60,28 +75,30 @@ def read_loss(loss: Tensor, batch_dim: int = 0) -> tuple[LossFactor, Made]:
         raise ValueError(
             f"loss: expected the one number that backward() is called on, before it is; this tensor {what}"
         )
+    summed: list[Summed] = []
     try:
-        return _factor(Made(loss.grad_fn, loss.output_nr), batch_dim)
+        return Loss(*_factor(Made(loss.grad_fn, loss.output_nr), batch_dim, summed), summed)
     except RuntimeError as error:
         raise ValueError(
             f"loss: expected the loss before its backward pass, which frees the graph that is read ({error})"
         ) from error
 
 
-def _factor(made: Made, batch_dim: int) -> tuple[LossFactor, Made]:
+def _factor(made: Made, batch_dim: int, summed: list[Summed]) -> tuple[LossFactor, Made]:
     parts: list[float | Tensor] = []
     following: Made | None = made
     while following is not None and following.is_one_number:
         made = following
         if made.kind in ("Add", "Sub") and None not in made.origins:
-            joined = _joined(made, batch_dim)
+            joined = _joined(made, batch_dim, summed)
             return product(joined.number, *joined.tensors, *parts, doubt=joined.doubt), made
-        following = _step(made, batch_dim, parts)
+        following = _step(made, batch_dim, parts, summed)
     return product(1.0, *parts), made
 
 
-def _step(made: Made, batch_dim: int, parts: list[float | Tensor]) -> Made | None:
-    """Add what this operation has done to the factor, and return what it was done to; None after the reduction."""
+def _step(made: Made, batch_dim: int, parts: list[float | Tensor], summed: list[Summed]) -> Made | None:
+    """Add what this operation has done to the factor, and return what it was done to; None after the reduction, whose
+    operands are added to `summed`."""
     kind, node = made.kind, made.node
     if kind in (*SAME_VALUE, "Add", "Sub"):  # added: a constant
         if kind in ADDED:
@@ -101,12 +118,15 @@ def _step(made: Made, batch_dim: int, parts: list[float | Tensor]) -> Made | Non
         if inner.shape == ():  # of one number it was no reduction
             return inner
         check_terms(inner, batch_dim)
-        before = over_batch(inner, batch_dim)
+        before = over_batch(inner, batch_dim, summed)
         if before is not None:
             parts += [before.number, *before.tensors]
+        else:
+            summed += [Summed(origin) for origin in made.origins if origin is not None]
         return None
     if kind in (*OVER_ELEMENTS, *OVER_SAMPLES, *OVER_WEIGHTS):
         parts.append(_terms(made))
+        summed += [Summed(origin) for origin in made.origins if origin is not None]
         return None
     raise unknown(node, "what it does to the factor is not known")
 
@@ -128,13 +148,13 @@ def _is_list_of_losses(made: Made) -> bool:
 # ---- sums of losses
 
 
-def _joined(made: Made, batch_dim: int) -> LossFactor:
+def _joined(made: Made, batch_dim: int, summed: list[Summed]) -> LossFactor:
     """Return the factor of a sum of losses: the one that all of them have, without the weights that they are added
     with."""
     parts = _parts(made)
     at_targets = {_log_softmax(part, at_targets=True) for part in parts} - {None}
     counted = [part for part in parts if _log_softmax(part, at_targets=False) not in at_targets]
-    factors = [_factor(part, batch_dim)[0] for part in counted]
+    factors = [_factor(part, batch_dim, summed)[0] for part in counted]
     for other in factors[1:]:
         factor = agreed(factors[0], other)
         if factor is None:

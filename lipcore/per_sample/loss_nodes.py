@@ -6,9 +6,10 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lipcore.models.torch_internals import forward_shape, is_packed, saved
+from lipcore.models.torch_internals import forward_kind, forward_shape, is_packed, saved
 from lipcore.per_sample.loss_factor import of_host
 
 #: Losses that average over all elements of their input, over its first dimension, and over weights that they keep;
@@ -48,6 +49,14 @@ class Made(NamedTuple):
         return forward_shape(self.node, self.place)
 
     @property
+    def dtype(self) -> torch.dtype:
+        return forward_kind(self.node, self.place)[0]
+
+    @property
+    def device(self) -> torch.device:
+        return forward_kind(self.node, self.place)[1]
+
+    @property
     def is_one_number(self) -> bool:
         return math.prod(self.shape) == 1
 
@@ -65,6 +74,18 @@ class Made(NamedTuple):
         if len(found) != 1:
             raise unknown(self.node, "several of what it joins depend on the model")
         return found[0]
+
+
+class Summed(NamedTuple):
+    """A tensor whose elements a loss sums up, or averages.
+
+    Attributes:
+        made: the tensor.
+        dim: the batch's dimension, where the sum over this one alone is undone; None: that over all elements is.
+    """
+
+    made: Made
+    dim: int | None = None
 
 
 def scaled(made: Made) -> tuple[Made, str]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lipcore.models.arguments import check_choice
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
+from lipcore.per_sample.loss_terms import LossTerms
 from lipcore.per_sample.watched_loss import WatchedLoss, loss_of_output
 
 LossReduction = Literal["mean", "sum", "auto"]
@@ -70,7 +71,7 @@ class Reduction:
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
             raise ValueError(f"scale: expected a finite number > 0, got {scale!r}")
         self.reduction, self.terms, self.scale = reduction, terms, scale
-        self._batch_dim = batch_dim
+        self._batch_dim, self._terms = batch_dim, LossTerms(batch_dim)
         self._passes, self._disagrees = 0, False
         self._set: WatchedLoss | str | None = None  # the loss that was set, or why it cannot be read
         self.missing = NO_LOSS  #: why factor() has returned None
@@ -94,14 +95,17 @@ class Reduction:
                 f"set_loss: is for loss_reduction='auto'; this metric has '{self.reduction}', which needs no loss"
             )
         before, self._set = self._set, None
-        watched = WatchedLoss(loss, confirm=self._confirms, batch_dim=self._batch_dim)
+        watched = WatchedLoss(loss, self._terms, confirm=self._confirms, batch_dim=self._batch_dim)
         several = before == SEVERAL or (isinstance(before, WatchedLoss) and before.waits_beside(loss))
         self._set = SEVERAL if several else watched
 
-    def look_at_output(self, output: Any, samples: int) -> WatchedLoss | str | None:
-        """Return the loss that a model has returned, watched (:func:`loss_of_output`)."""
+    def look_at_output(self, output: Any, samples: int, may_prove: bool) -> WatchedLoss | str | None:
+        """Return the loss that a model has returned, watched (:func:`loss_of_output`); `may_prove`: backward passes of
+        lipcore's own may go through its graph."""
         self._passes += 1
-        return loss_of_output(output, samples, confirm=self._confirms, batch_dim=self._batch_dim)
+        if may_prove and self.reduction == "auto":
+            self._terms.mark_outputs(output, samples)
+        return loss_of_output(output, samples, self._terms, confirm=self._confirms, batch_dim=self._batch_dim)
 
     @property
     def _confirms(self) -> bool:

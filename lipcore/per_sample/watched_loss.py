@@ -17,6 +17,7 @@ from lipcore.models.torch_internals import top_saved_tensors_hooks
 from lipcore.per_sample.loss_confirmation import NOT_CONFIRMED, confirmation_of
 from lipcore.per_sample.loss_factor import LossFactor, of_host, product
 from lipcore.per_sample.loss_graph import read_loss
+from lipcore.per_sample.loss_terms import LossTerms
 
 _HOOKED = (
     "the model's `loss` was made under a checkpoint around the model or under saved_tensors_hooks, where reading its "
@@ -44,16 +45,19 @@ class WatchedLoss:
 
     Args:
         loss: before its backward pass.
-        confirm: also look at the gradient at the logits, where L is a softmax cross-entropy; always done on a device,
-            whose answer is not waited for.
+        terms: proves that its terms are those of single samples.
+        confirm: also prove it where that is known of such a loss, and look at the gradient at the logits, where L is a
+            softmax cross-entropy; this always on a device, whose answer is not waited for.
         batch_dim: of the samples' terms.
 
     Raises:
-        TypeError, ValueError: as :func:`read_factor`.
+        TypeError, ValueError: as :func:`read_factor` and :meth:`LossTerms.check`.
     """
 
-    def __init__(self, loss: Tensor, *, confirm: bool = False, batch_dim: int = 0) -> None:
-        self._read, reduction = read_loss(loss, batch_dim)
+    def __init__(self, loss: Tensor, terms: LossTerms, *, confirm: bool = False, batch_dim: int = 0) -> None:
+        read = read_loss(loss, batch_dim)
+        terms.check(read.summed, again=confirm)
+        self._read = read.factor
         self._loss: weakref.ref[Tensor] | None = weakref.ref(loss)
         self._index = loss.output_nr
         self._task, self._gradient = -1, 0.0  # of the last backward pass that came to it
@@ -62,7 +66,7 @@ class WatchedLoss:
         self._doubt = ""
         self._agrees: Tensor | None = None  # on a device
         look = confirm or not _is_known(loss)
-        self._confirmation = confirmation_of(reduction, self._came_to_logits) if look else None
+        self._confirmation = confirmation_of(read.reduction, self._came_to_logits) if look else None
         loss.grad_fn.register_prehook(self._came)  # type: ignore[union-attr]
 
     def waits_beside(self, loss: Tensor) -> bool:
@@ -133,7 +137,9 @@ def _is_known(tensor: Tensor) -> bool:
     return tensor.is_cpu
 
 
-def loss_of_output(output: Any, samples: int, *, confirm: bool = False, batch_dim: int = 0) -> WatchedLoss | str | None:
+def loss_of_output(
+    output: Any, samples: int, terms: LossTerms, *, confirm: bool = False, batch_dim: int = 0
+) -> WatchedLoss | str | None:
     """Watch the loss that a model has returned: what it calls `loss` (a key or an attribute), or a number without
     dimensions that it returns alone or as the first of several. Return why it cannot be watched, or None where there
     is no such loss.
@@ -150,7 +156,7 @@ def loss_of_output(output: Any, samples: int, *, confirm: bool = False, batch_di
     if loss.numel() != 1:
         return _SEVERAL.format(list(loss.shape))
     try:
-        watched = WatchedLoss(loss, confirm=confirm, batch_dim=batch_dim)
+        watched = WatchedLoss(loss, terms, confirm=confirm, batch_dim=batch_dim)
     except ValueError as error:
         return f"the `loss` that the model returned cannot be read: {error}"
     if confirm:

@@ -510,8 +510,8 @@ def test_a_wrong_factor_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     read = watched_loss.read_loss
 
     def misread(loss: Tensor, batch_dim: int) -> Any:
-        factor, reduction = read(loss, batch_dim)
-        return replace(factor, number=factor.number * 1.01), reduction
+        found = read(loss, batch_dim)
+        return found._replace(factor=replace(found.factor, number=found.factor.number * 1.01))
 
     monkeypatch.setattr(watched_loss, "read_loss", misread)
     with PerSampleGradNorms(model, loss_reduction="auto") as norms:

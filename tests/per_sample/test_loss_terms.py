@@ -1,113 +1,235 @@
-"""The number of loss terms, from what the model is called with."""
+"""loss_reduction="auto" where terms of the loss may be of several samples: right, or refused by name."""
 
 from __future__ import annotations
 
 import copy
-import pickle
+import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as nnf
+from torch.utils.checkpoint import checkpoint
 
-from lipcore import Monitor, PerSampleGradNorms
+from lipcore import PerSampleGradNorms
 
-
-class Trained(nn.Module):
-    """A model that returns its loss, as a trainer's do: summed over targets, over the items of all micro-batches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
-
-    def forward(self, x: Tensor, labels: Tensor, num_items_in_batch: Any = None) -> dict[str, Tensor]:
-        logits = self.body(x)
-        loss = nnf.cross_entropy(logits, labels, reduction="sum")
-        return {"loss": loss / (len(x) if num_items_in_batch is None else num_items_in_batch), "logits": logits}
-
-
-X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-Y = torch.tensor([0, 2, 1, -100, 2, 2])
-PARTS = [(X[:2], Y[:2]), (X[2:], Y[2:])]
-ITEMS = 5
+B, T, C = 12, 5, 3
+Loss = Callable[[Tensor], Tensor]
+X = torch.randn(B, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(B) % C
+R = torch.randn(B, C, generator=torch.Generator().manual_seed(1))
+W = torch.tensor([0.5, 2.0, 1.0])
+TOKENS = torch.randn(B, T, 8, generator=torch.Generator().manual_seed(2))
+YT = torch.randint(0, C, (B, T), generator=torch.Generator().manual_seed(3))
+KEPT = torch.rand(B, T, generator=torch.Generator().manual_seed(4)) < 0.4
+SOME = torch.tensor([0, 3, 4, 9, 10])
 
 
-def made() -> Trained:
+def model() -> nn.Module:
     torch.manual_seed(0)
-    return Trained()
+    return nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, C))
 
 
-def truth(model: Trained, x: Tensor, y: Tensor) -> Tensor:
-    norms = []
+def truth(net: nn.Module, x: Tensor, terms: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Norms of the gradients of single samples' terms, given the outputs of all samples and a sample's number."""
+    exact, norms = copy.deepcopy(net).double(), []
     for i in range(len(x)):
-        loss = nnf.cross_entropy(model.body(x[i : i + 1]), y[i : i + 1], reduction="sum")
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        norms.append(torch.cat([g.double().flatten() for g in grads]).norm())
+        grads = torch.autograd.grad(terms(exact(x.double()), i), list(exact.parameters()), allow_unused=True)
+        norms.append(torch.cat([g.flatten() for g in grads if g is not None]).norm())
     return torch.stack(norms)
 
 
-TERMS: dict[str, Any] = {
-    "keyword": "num_items_in_batch",
-    "function": lambda arguments, keywords: keywords["num_items_in_batch"],
-    "arguments": lambda arguments, keywords: 5 * torch.ones(()) if len(arguments) else None,
+def measured(net: nn.Module, x: Tensor, loss: Loss, **options: Any) -> PerSampleGradNorms:
+    with PerSampleGradNorms(net, loss_reduction="auto", **options) as norms:
+        value = loss(net(x))
+        norms.set_loss(value)
+        value.backward()
+    return norms
+
+
+def squares(z: Tensor) -> Tensor:
+    return (z - R.to(z.dtype)).square()
+
+
+def pooled(z: Tensor, over: int = B) -> Tensor:
+    return nnf.avg_pool1d(squares(z).sum(1)[None], over).sum()
+
+
+def smeared(z: Tensor) -> Tensor:
+    return nnf.conv1d(squares(z).sum(1)[None, None], torch.ones(1, 1, 3) / 3, padding=1).sum()
+
+
+#: Terms of several samples: a loss of the outputs [12, 3].
+SEVERAL: dict[str, Loss] = {
+    "a pooled mean": pooled,
+    "a pooled mean of two and two": lambda z: pooled(z, 2),
+    "a pooled mean, of each class": lambda z: nnf.avg_pool1d(squares(z).T[None], B).sum(),
+    "a convolution over the batch": smeared,
+    "a convolution that averages": lambda z: nnf.conv1d(squares(z).T[None], torch.ones(1, C, B) / B).sum(),
+    "a product that averages": lambda z: torch.einsum("b,bc->c", torch.ones(B) / B, squares(z)).sum(),
+    "a softmax over the batch": lambda z: (z.softmax(0) * R).sum(),
+    "similarities": lambda z: nnf.cross_entropy(z @ z.T, torch.arange(B)),
+    "centred": lambda z: (z - z.mean(0)).square().mean(),
+    "sorted sums": lambda z: squares(z).sum(1).sort()[0].cumsum(0).mean(),
+    "pairs": lambda z: torch.pdist(z).mean(),
+    "halves added": lambda z: (squares(z)[:6] + squares(z)[6:]).mean(),
+    "a mean over some": lambda z: squares(z).view(6, 2, C).mean(0).sum(),
+}
+
+#: A loss, and one sample's terms.
+SINGLE: dict[str, tuple[Loss, Callable[[Tensor, int], Tensor]]] = {
+    "a mean": (lambda z: squares(z).mean(), lambda z, i: squares(z)[i].sum()),
+    "a mean over the batch": (lambda z: squares(z).mean(0).sum(), lambda z, i: squares(z)[i].sum()),
+    "a power": (lambda z: squares(z).sum(1).pow(0.7).mean(), lambda z, i: squares(z)[i].sum().pow(0.7)),
+    "pooled over classes": (
+        lambda z: nnf.avg_pool1d(squares(z)[:, None], C).mean(),
+        lambda z, i: squares(z)[i].mean(),
+    ),
+    "turned": (lambda z: squares(z).T.contiguous().mean(), lambda z, i: squares(z)[i].sum()),
+    "in reverse": (lambda z: squares(z).flip(0).sum(1).mean(), lambda z, i: squares(z)[i].sum()),
+    "some samples": (lambda z: squares(z)[SOME].mean(), lambda z, i: squares(z)[i].sum() * (i in SOME)),
+    "some of a half": (lambda z: squares(z)[:6].sum(1).mean(), lambda z, i: squares(z)[i].sum() * (i < 6)),
+    "chosen by a mask": (
+        lambda z: nnf.cross_entropy(z[Y > 0], Y[Y > 0]),
+        lambda z, i: nnf.cross_entropy(z[i], Y[i], reduction="sum") * bool(Y[i] > 0),
+    ),
+    "two views": (
+        lambda z: torch.cat([squares(z).sum(1), z.abs().sum(1)]).mean(),
+        lambda z, i: squares(z)[i].sum() + z[i].abs().sum(),
+    ),
+    "lengths": (
+        lambda z: torch.linalg.vector_norm(z, dim=1).mean(),
+        lambda z, i: torch.linalg.vector_norm(z[i]),
+    ),
 }
 
 
-@pytest.mark.parametrize("items", [ITEMS, torch.tensor(ITEMS)], ids=["number", "tensor"])
-@pytest.mark.parametrize("name", TERMS)
-def test_the_number_comes_with_the_forward_pass(name: str, items: Any) -> None:
-    model = made()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    metric = PerSampleGradNorms(loss_reduction="mean", loss_terms=TERMS[name])
-    with Monitor(model, optimizer, [metric], window_steps=1) as monitor:
-        expected = [truth(model, x, y) for x, y in PARTS]
-        for (x, y), norms in zip(PARTS, expected, strict=True):
-            model(x, labels=y, num_items_in_batch=items)["loss"].backward()
-            assert torch.allclose(metric.per_sample, norms, rtol=1e-5)
-        optimizer.step()
-        (window,) = monitor.history
-    found = window["per_sample_grad_norm"].norm["total"].mean
-    assert found.value == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)
+@pytest.mark.parametrize("name", SEVERAL)
+def test_terms_of_several_samples_are_refused(name: str) -> None:
+    net = model()
+    with PerSampleGradNorms(net, loss_reduction="auto") as norms:
+        for _ in range(2):
+            loss = SEVERAL[name](net(X))
+            with pytest.raises(ValueError, match="loss: its graph has .*pass loss_reduction='mean' or 'sum'"):
+                norms.set_loss(loss)
+            loss.backward()
+            assert bool(norms.per_sample.isnan().all())
 
 
-@pytest.mark.parametrize("fast", ["exact", "fast"])
-def test_of_single_samples_too(fast: Any) -> None:
-    model = made()
-    with PerSampleGradNorms(model, loss_reduction="mean", loss_terms="num_items_in_batch", batch_of_one=fast) as norms:
-        for items in (1, 7, 3, 5, 2, 9):
-            model.zero_grad()
-            model(X[:1], labels=Y[:1], num_items_in_batch=items)["loss"].backward()
-            assert torch.allclose(norms.per_sample, truth(model, X[:1], Y[:1]), rtol=1e-5)
+@pytest.mark.parametrize("name", SINGLE)
+def test_terms_of_single_samples_are_read(name: str) -> None:
+    loss, terms = SINGLE[name]
+    net = model()
+    norms = measured(net, X, loss)
+    assert torch.allclose(norms.per_sample.double(), truth(net, X, terms), rtol=1e-5, atol=1e-8)
 
 
-def test_a_pass_without_it_has_no_number() -> None:
-    model = made()
-    with PerSampleGradNorms(model, loss_reduction="mean", loss_terms="num_items_in_batch") as norms:
-        for items in (5, None, 5):
-            model(X, labels=Y, num_items_in_batch=items)["loss"].backward()
-            assert bool(norms.per_sample.isfinite().all()) == (items is not None)
-            assert ("loss_terms='num_items_in_batch': the forward pass was called without" in norms.broken) == (
-                items is None
-            )
-        unrecorded = norms.compute().details["unrecorded"]
-    assert [count for why, count in unrecorded.items() if "num_items_in_batch" in why] == [1]
+def flat(z: Tensor, i: slice = slice(None)) -> Tensor:
+    return nnf.cross_entropy(z[i].reshape(-1, C), YT[i].flatten(), reduction="sum")
 
 
-def test_a_function_without_arguments_is_called_after_the_backward_pass() -> None:
-    model, calls = made(), []
-    with PerSampleGradNorms(model, loss_reduction="mean", loss_terms=lambda: calls.append(1) or 6) as norms:
-        model(X, labels=Y, num_items_in_batch=6)["loss"].backward()
-        assert torch.allclose(norms.per_sample, truth(model, X, Y), rtol=1e-5)
-    assert calls == [1]
+TOKEN_LOSSES: dict[str, tuple[Loss, Callable[[Tensor, int], Tensor]]] = {
+    "flat": (
+        lambda z: nnf.cross_entropy(z.view(-1, C), YT.flatten()),
+        lambda z, i: nnf.cross_entropy(z[i], YT[i], reduction="sum"),
+    ),
+    "shifted": (
+        lambda z: nnf.cross_entropy(z[:, :-1].reshape(-1, C), YT[:, 1:].flatten()),
+        lambda z, i: nnf.cross_entropy(z[i, :-1], YT[i, 1:], reduction="sum"),
+    ),
+    "time first": (
+        lambda z: nnf.cross_entropy(z.transpose(0, 1).reshape(-1, C), YT.T.flatten()),
+        lambda z, i: nnf.cross_entropy(z[i], YT[i], reduction="sum"),
+    ),
+    "masked": (
+        lambda z: nnf.cross_entropy(z[KEPT], YT[KEPT]),
+        lambda z, i: nnf.cross_entropy(z[i][KEPT[i]], YT[i][KEPT[i]], reduction="sum"),
+    ),
+    "masked by hand": (
+        lambda z: -z.log_softmax(-1).gather(-1, YT[..., None])[KEPT].mean(),
+        lambda z, i: nnf.cross_entropy(z[i][KEPT[i]], YT[i][KEPT[i]], reduction="sum"),
+    ),
+}
 
 
-def test_a_metric_with_a_keyword_is_copied_and_pickled() -> None:
-    metric = PerSampleGradNorms(loss_reduction="mean", loss_terms="num_items_in_batch")
-    for other in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
-        assert "loss_terms" in str(other._reduction)
+@pytest.mark.parametrize("name", TOKEN_LOSSES)
+def test_tokens_are_their_samples(name: str) -> None:
+    loss, terms = TOKEN_LOSSES[name]
+    net = model()
+    norms = measured(net, TOKENS, loss)
+    assert torch.allclose(norms.per_sample.double(), truth(net, TOKENS, terms), rtol=1e-5, atol=1e-8)
 
 
-def test_a_name_has_no_place_beside_a_sum() -> None:
-    with pytest.raises(ValueError, match="loss_terms: a loss that is summed"):
-        PerSampleGradNorms(loss_reduction="sum", loss_terms="num_items_in_batch")
+def test_a_loss_that_averages_tokens_of_several_samples() -> None:
+    net = model()
+    with pytest.raises(ValueError, match=r"elements of what it has made, of shape \[5, 3\]"):
+        measured(net, TOKENS, lambda z: torch.einsum("btc,b->tc", z.square(), torch.ones(B) / B).sum())
+
+
+def test_it_is_looked_at_again_where_the_kind_of_loss_is_another() -> None:
+    net = model()
+    with PerSampleGradNorms(net, loss_reduction="auto") as norms:
+        for _ in range(4):
+            loss = squares(net(X)).mean()
+            norms.set_loss(loss)
+            loss.backward()
+        with pytest.raises(ValueError, match="not of one sample each"):
+            norms.set_loss(pooled(net(X)))
+
+
+def test_a_models_own_loss_is_looked_at() -> None:
+    class Trained(nn.Module):
+        def __init__(self, loss: Loss) -> None:
+            super().__init__()
+            self.net, self.loss = model(), loss
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            logits = self.net(x)
+            return {"logits": logits, "loss": self.loss(logits)}
+
+    for loss, known in ((pooled, False), (SINGLE["a power"][0], True)):
+        net = Trained(loss)
+        with PerSampleGradNorms(net, loss_reduction="auto") as norms, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            net(X)["loss"].backward()
+            assert bool(norms.per_sample.isfinite().all()) == known
+            assert ("not of one sample each" in norms.broken) != known
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    net = model().to(dtype)
+    norms = measured(net, X.to(dtype), lambda z: squares(z).sum(1).pow(0.7).mean())
+    assert not norms.broken
+    with pytest.raises(ValueError, match="not of one sample each"):
+        measured(net, X.to(dtype), lambda z: z.softmax(0).sum(1).square().mean())
+
+
+def test_training_stays_bit_for_bit_the_same() -> None:
+    grads = []
+    for watched in (False, True):
+        net = model()
+        loss: Loss = lambda z: checkpoint(squares, z.relu(), use_reentrant=False).pow(0.7).mean()  # noqa: E731
+        with PerSampleGradNorms(net, loss_reduction="auto") as norms:
+            value = loss(net(X))
+            if watched:
+                norms.set_loss(value)
+            value.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.equal(*grads)
+
+
+def test_nothing_is_run_where_no_proof_is_wanted() -> None:
+    net, calls = model(), []
+
+    def loss(z: Tensor) -> Tensor:
+        terms = squares(z).sum(1).pow(0.7)
+        terms.register_hook(lambda g: calls.append(1))
+        return terms.exp().mean()
+
+    for prove in (False, True):
+        measured(net, X, loss, prove=prove)
+        assert (len(calls) > 1) == prove
+        calls.clear()

@@ -347,7 +347,7 @@ class LayerCapture:
             self._follow_graph(run, output)
         if passes.recording and self._options.loss_of is not None:
             try:
-                run.loss = self._options.loss_of(output, run.batch.size)
+                run.loss = self._options.loss_of(output, run.batch.size, self.proofs.alone)
             except Exception as error:
                 passes.fail(error)
         passes.await_backward(run, output)

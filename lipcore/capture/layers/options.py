@@ -26,7 +26,8 @@ class LayerOptions:
         prove: run a backward pass of one sample through the first pass's graph, and compare.
         output: where proofs begin: a module's name, or a key, attribute or function of what the model returns.
         note_of: takes the model's arguments and keywords to what the record of the pass is to hold of them.
-        loss_of: takes what the model has returned, and the number of samples, to what the record keeps of its loss.
+        loss_of: takes what the model has returned, the number of samples, and whether backward passes of lipcore's own
+            may go through the graph, to what the record keeps of its loss.
         max_replay_bytes: the most that gradients of single samples may take where they come from the autograd graph;
             0: none do.
         fast_batch_of_one: serve batches of one from the parameters' gradients, where that has proved right.
@@ -44,7 +45,7 @@ class LayerOptions:
     prove: bool = True
     output: OutputChoice | None = None
     note_of: NoteOf | None = None
-    loss_of: Callable[[Any, int], Any] | None = None
+    loss_of: Callable[[Any, int, bool], Any] | None = None
     fast_batch_of_one: bool = False
     max_replay_bytes: int = 0
     measure: Measure = norms_sq_of

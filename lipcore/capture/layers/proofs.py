@@ -116,6 +116,11 @@ class Proofs:
         """True where a due proof must be run on this rank because other ranks run it too."""
         return self._ranks is not None
 
+    @property
+    def alone(self) -> bool:
+        """True where this rank may run backward passes that other ranks do not."""
+        return self._wanted and not self.sharded and not self._refused
+
     def attach(self) -> None:
         """Put a hook on the module that was named as output."""
         self._output.attach()

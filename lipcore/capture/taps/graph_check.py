@@ -8,7 +8,7 @@ from torch.autograd.graph import GradientEdge
 
 from lipcore import functional
 from lipcore.capture.checkpoints import runs_forward
-from lipcore.capture.proof import asked_within_backward
+from lipcore.capture.proof import own_backward
 from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
@@ -63,7 +63,7 @@ class GraphCheck:
         try:
             with (
                 all_put_back(self._model, random=True, writes=again),
-                asked_within_backward(self._output.node),
+                own_backward(self._output.node),
             ):
                 (found,) = torch.autograd.grad([self._output], [self._at], [seed], retain_graph=True, allow_unused=True)
             if found is None:
