@@ -12,10 +12,11 @@ from lipcore.lipschitz import Lipschitz, local_lipschitz  # noqa: E402
 from lipcore.metric.distribution import Distribution  # noqa: E402
 from lipcore.metric.protocol import Metric  # noqa: E402
 from lipcore.metric.values import Value  # noqa: E402
-from lipcore.monitor import Monitor  # noqa: E402
+from lipcore.monitor import Monitor, watch  # noqa: E402
 from lipcore.per_sample import PerSampleGradDots, PerSampleGradNorms  # noqa: E402
 from lipcore.per_sample.clipping import clip_factors  # noqa: E402
 from lipcore.per_sample.scores.sample_scores import SampleScores  # noqa: E402
+from lipcore.recording import RecordError, open_run  # noqa: E402
 from lipcore.trajectory import Trajectory  # noqa: E402
 from lipcore.trajectory.groups import by_block  # noqa: E402
 
@@ -29,6 +30,7 @@ __all__ = [
     "Monitor",
     "PerSampleGradDots",
     "PerSampleGradNorms",
+    "RecordError",
     "SampleScores",
     "Trajectory",
     "Value",
@@ -37,7 +39,9 @@ __all__ = [
     "functional",
     "layers",
     "local_lipschitz",
+    "open_run",
     "reference",
+    "watch",
 ]
 _PACKAGES = ["metric", "regions", "theory"]  # public, beside the names above
 

@@ -22,6 +22,7 @@ from lipcore.distributed.group import AUTO
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.failures import Failures
 from lipcore.metric.global_windows import GlobalWindows
+from lipcore.metric.listener import Listener
 from lipcore.metric.optimizers import checked_optimizers, refuse_strangers, scaler_above, scaler_inside, updating
 from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
@@ -90,6 +91,7 @@ class Engine:
                 raise ValueError(f"window_blocks: {metric.name} has no sliding windows")
         self.model = model = called_inside(model)
         self._failures = Failures(self.metrics)
+        self._listeners: list[Listener] = []
         self._steps_here = 0  # since this object was made, without those of a loaded state
         self._closed, self._needs_steps, self._asked_for_scaler = False, needs_steps, False
         refuse_script(model)
@@ -486,6 +488,7 @@ class Engine:
         window = self._window() if self._windows.final is None else self._windows.final
         window = replace(window, closed=True, results=window.results | self._results_at_close())
         self._windows.close(window, self._capture.unrecorded)
+        self._tell(lambda listener: listener.window_closed(window))
         if warning := self._global.keep(window, self.metrics):
             self._failures.warn(warning)
         sliding = self._windows.blocks > 1
@@ -493,6 +496,17 @@ class Engine:
             if not metric.off:
                 self._call([metric], lambda metric: metric.advance() if sliding else metric.reset())
         return window
+
+    def _tell(self, call: Callable[[Listener], None]) -> None:
+        """Tell the listeners; one that raises is told no more."""
+        for listener in list(self._listeners):
+            try:
+                call(listener)
+            except Exception as error:  # noqa: PERF203
+                self._listeners.remove(listener)
+                self._failures.warn(
+                    f"lipcore's {type(listener).__name__} has ended with {type(error).__name__}: {error}"
+                )
 
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Make results that only closed windows have."""
@@ -542,6 +556,7 @@ class Engine:
         """Return the state of the clock and of the metrics. Closed windows are results and not part of it."""
         self._step_end.take_waiting()
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
+        self._tell(lambda listener: listener.state_taken())
         return {"version": self._version, **self._windows.state(), "metrics": metrics}
 
     @ordinary
@@ -559,6 +574,7 @@ class Engine:
                 metric.load_state_dict(before[name])
             raise
         self._windows.load(state["step"], state["windows"], starts)
+        self._tell(lambda listener: listener.state_loaded(self._windows.step))
 
     @ordinary
     def close(self) -> None:
@@ -576,6 +592,7 @@ class Engine:
                 metric.flush()
             if not self._failures.all_stopped:
                 self._windows.final = self._so_far()  # results refer to parameters, which may go on moving
+            self._tell(lambda listener: listener.closed())
         self._failures.raise_kept()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -587,7 +604,7 @@ class Engine:
         none: dict[str, list[Any]] = {
             name: [] for name in ("_optimizers", "_tapping", "_step_calls", "_layer_captures")
         }
-        kept = {"_windows": windows, "_closed": True, "_wanting": {}}
+        kept = {"_windows": windows, "_closed": True, "_wanting": {}, "_listeners": []}
         return self.__dict__ | dict.fromkeys(gone) | none | kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,8 +14,10 @@ from lipcore.metric.engine import Engine
 from lipcore.metric.protocol import Metric
 from lipcore.metric.results import HISTORY_BYTES, MetricResult
 from lipcore.monitor.fixed_points import Probe, Probes
+from lipcore.monitor.logged import Logged, LoggedListener, check_logged
 from lipcore.monitor.plan import Plan
 from lipcore.monitor.show import shown
+from lipcore.recording.recorder import Recorder
 from lipcore.trajectory.metric import Trajectory
 
 
@@ -85,7 +86,7 @@ class Monitor(Engine):
             raise TypeError(f"metrics: expected a list of lipcore metrics, got {metrics!r}")
         if metrics is None:
             metrics = [Trajectory()] if parts else [Trajectory(), Lipschitz(optional=True)]
-        self._probes = Probes()
+        self._probes, self._logged = Probes(), Logged()
         super().__init__(
             model,
             optimizer,
@@ -101,48 +102,62 @@ class Monitor(Engine):
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_probes": Probes()}
+        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged()}
 
     def plan(self) -> Plan:
         """Return what is measured, by which rule, for how many bytes."""
         lines = {name: metric.plan() for name, metric in self.metrics.items()}
         return Plan(lines, self._windows.rule, str(self._clock), (self.history.maxlen, self.history.bytes_limit))
 
-    def log(self, *, loss: Tensor | float, **others: Any) -> None:
-        """Hand the loss to the metrics that want it; call it before ``loss.backward()``, in every micro-batch.
+    def log(self, **numbers: Tensor | float) -> None:
+        """Take numbers that the loop knows: the loss, the learning rate, the tokens so far.
 
+        They stand in each closed window as ``window["logged"].loss["total"]`` (mean, min, max and last of the calls in
+        it), and in the record of :func:`lipcore.watch` by step. No device is waited for: tensors are read later. A call
+        belongs to the step that comes next, or to the last one, as the first call of all came before the first step or
+        after it; several calls in one step (micro-batches) are averaged in the record.
+
+        Called before ``loss.backward()``, in every micro-batch, it also hands the loss to the metrics that want it:
         ``PerSampleGradNorms(loss_reduction="auto")`` reads from its graph what it was divided by, as
-        :meth:`lipcore.PerSampleGradNorms.set_loss` does; where it cannot, the norms are NaN and say why. Other metrics
-        have no use for it. Nothing is kept of a loss, nothing is written down, and no device is waited for; a call
-        after the backward pass, or with a number that has no graph, tells nobody anything.
+        :meth:`lipcore.PerSampleGradNorms.set_loss` does; where it cannot, the norms are NaN and say why.
 
         Args:
-            loss: the one number that backward() is called on, or the part of it that is made of the samples' terms.
-            others: none; what else a loop knows has no place yet.
+            numbers: each a number, or a tensor with one; ``loss`` is the one that backward() is called on, or the part
+                of it that is made of the samples' terms.
 
         Raises:
-            TypeError: no number; another keyword than loss.
+            TypeError: no number.
             ValueError: a tensor of several numbers.
         """
-        if others:
-            names = ", ".join(f"{name}=" for name in others)
-            raise TypeError(f"log: expected loss= alone, got {names} too, which nothing reads; leave it out")
-        if not isinstance(loss, (Tensor, Real)) or isinstance(loss, bool):
-            raise TypeError(f"loss: expected a tensor with one number, got {type(loss).__name__}")
-        if isinstance(loss, Tensor) and loss.numel() != 1:
-            raise ValueError(f"loss: expected a tensor with one number, got one of shape {list(loss.shape)}; reduce it")
+        check_logged(numbers)
         self._failures.raise_kept()
+        loss = numbers.get("loss")
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
             self._call(self.metrics.values(), lambda metric: metric.observe_loss(loss))
+        self._logged.add(self._windows.step, self._steps_here, numbers)
+
+    def _attach_recorder(self, recorder: Recorder) -> None:
+        """Have windows, single steps and what is logged written down from now on; of :func:`lipcore.watch`."""
+        self._logged.listener = recorder.logged
+        for metric in self.metrics.values():
+            if isinstance(metric, Trajectory):
+                metric.listen(recorder.steps)
+        self._listeners += [LoggedListener(self._logged), recorder]
+
+    def _warn_of_record(self, message: str) -> None:
+        """Warn, as of everything that happens in a hook."""
+        self._failures.warn(message)
 
     def _results_at_close(self) -> dict[str, MetricResult]:
-        """Measure the fixed points."""
+        """Measure the fixed points, and read what was logged."""
+        logged = self._logged.result()
+        found = {} if logged is None else {"logged": logged}
         if not self._probes:
-            return {}
+            return found
         result, errors = self._probes.finalize()
         for name, error in errors.items():
             self._failures.warn(f"lipcore could not measure the probe {name!r}: {error}")
-        return {"probes": result}
+        return found | {"probes": result}
 
     def probe(
         self,

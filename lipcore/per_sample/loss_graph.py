@@ -53,7 +53,7 @@ def read_factor(loss: Tensor, batch_dim: int = 0) -> LossFactor:
 
 
 class Loss(NamedTuple):
-    """What the graph of a loss says.
+    """The findings of read_loss() in the graph of a loss.
 
     Attributes:
         factor: f, as read_factor() returns it.

@@ -95,7 +95,7 @@ def _check(summed: Summed) -> None:
 
 
 class _Way(NamedTuple):
-    """What lies between terms and the outputs of the model that they are made of.
+    """The part of a graph between terms and the outputs of the model that they are made of.
 
     Attributes:
         marks: these outputs.

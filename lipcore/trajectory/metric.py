@@ -456,6 +456,13 @@ class Trajectory(Metric):
         if self._watched:
             self._single.start(self._built)
 
+    def listen(self, listener: OnStep) -> None:
+        """Call this too for the steps from now on, as `on_step` is and before it, without its being the user's."""
+        self.flush()
+        self._single.listeners.append(listener)
+        if self._watched:
+            self._single.start(self._built)
+
     def flush(self) -> None:
         """Hand all steps so far to :attr:`on_step`. Waits for a device."""
         self._single.flush()

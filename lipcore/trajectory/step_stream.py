@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lipcore import _core
+from lipcore.metric.columns import Places
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.trajectory.table import Table
 
@@ -24,9 +25,10 @@ class StepArrays(dict[str, NDArray[np.float64]]):
     """Arrays [steps, places] by quantity: update_norm, weight_norm (after the step), grad_norm, clipped_grad_norm. NaN
     where a step has none."""
 
-    def __init__(self, places: list[str], arrays: Mapping[str, NDArray[np.float64]]) -> None:
+    def __init__(self, places: Places, arrays: Mapping[str, NDArray[np.float64]]) -> None:
         super().__init__(arrays)
-        self.places = places  #: what the columns are of
+        self.places = list(places.names)  #: what the columns are of
+        self.levels = list(places.levels)  #: whether each is a parameter ("tensor"), a "group" or the "total"
 
 
 OnStep = Callable[[int, StepArrays], object]
@@ -37,25 +39,25 @@ class StepStream:
     observed.
 
     Args:
-        call: gets the number of the first step, and the arrays.
+        calls: each gets the number of the first step, and the arrays; they are not to change them.
         places: what the last rows of the tables are of.
         table: with update and weight norms; `gradients` with those of gradients by quantity, at the same steps.
         before: called before rings are read.
-        fail: gets what the callback raised, after which it is not called any more.
+        fail: gets a callback and what it raised, after which it is not called any more.
         first: the number of the first step in the rings.
     """
 
     def __init__(
         self,
-        call: OnStep,
-        places: list[str],
+        calls: Sequence[OnStep],
+        places: Places,
         table: Table,
         gradients: Mapping[str, Table],
         before: Callable[[], None],
-        fail: Callable[[Exception], None],
+        fail: Callable[[OnStep, Exception], None],
         first: int = 1,
     ) -> None:
-        self._call: OnStep | None = call
+        self._calls = list(calls)
         self._places, self._first, self._before, self._fail = places, first, before, fail
         self._cursor = table.cursor
         self._rings = {"update_norm": table.recent} | {name: gradients[name].recent for name in gradients}
@@ -67,7 +69,7 @@ class StepStream:
     def step(self) -> None:
         """Count a step, and hand over a block when there are enough."""
         self._waiting += 1
-        if self._waiting >= self._block and self._call is not None:
+        if self._waiting >= self._block and self._calls:
             self._before()
             if self._cursor.is_cpu:
                 self._hand_over(self._rings, int(self._cursor[0]))
@@ -79,7 +81,7 @@ class StepStream:
     def flush(self) -> None:
         """Hand over all steps so far. Waits for a device."""
         self._waiting = 0
-        if self._call is None:
+        if not self._calls:
             return
         self._before()
         self._take_copied()
@@ -105,20 +107,21 @@ class StepStream:
     def _hand_over(self, rings: Mapping[str, Tensor], end: int) -> None:
         begin = max(self._done, end - len(rings["update_norm"]))  # steps of replayed CUDA graphs may be lost
         self._done = end
-        if end <= begin or self._call is None:
+        if end <= begin or not self._calls:
             return
         found = {name: torch.full((end - begin, len(self._places)), torch.nan, dtype=torch.float64, device="cpu")
                  for name in STEP_QUANTITIES}  # fmt: skip
         for name, ring in rings.items():
             _core.step_norms(ring, begin, end, found[name], found["weight_norm"] if name == "update_norm" else None)
         arrays = StepArrays(self._places, {name: tensor.numpy() for name, tensor in found.items()})
-        try:
-            self._call(self._first + begin, arrays)
-        except Exception as error:
-            self._call = None
-            self._fail(error)
-            message = f"trajectory: on_step raised {type(error).__name__}: {error}; it is not called any more"
-            warn_in_hook(message, RuntimeWarning, stacklevel=5)
+        for call in list(self._calls):
+            try:
+                call(self._first + begin, arrays)
+            except Exception as error:  # noqa: PERF203
+                self._calls.remove(call)
+                self._fail(call, error)
+                message = f"trajectory: on_step raised {type(error).__name__}: {error}; it is not called any more"
+                warn_in_hook(message, RuntimeWarning, stacklevel=5)
 
 
 def _pinned(tensor: Tensor) -> Tensor:

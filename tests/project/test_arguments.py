@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import re
+import tempfile
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -76,6 +77,12 @@ def history() -> Any:
     return monitor.history
 
 
+def recorded() -> str:
+    folder = tempfile.mkdtemp()
+    lipcore.watch(linear(), run=folder).close()
+    return folder
+
+
 def of_trajectory(name: str, **others: Any) -> Callable[[Any], Any]:
     return lambda value: lipcore.Trajectory(linear(), **{name: value}, **others)
 
@@ -130,6 +137,8 @@ CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "PerSampleGradNorms(every_steps)": (of_norms("every_steps"), 1),
     "PerSampleGradNorms(batch_dim)": (of_norms("batch_dim"), 0),
     "PerSampleGradNorms(max_replay_bytes)": (of_norms("max_replay_bytes"), 0),
+    "open_run(rank)": (lambda v: lipcore.open_run(recorded(), v), 0),
+    "watch(max_bytes)": (lambda v: lipcore.watch(linear(), max_bytes=v), 1 << 20),
     "SampleScores.top(k)": (lambda v: lipcore.SampleScores().top(v), 0),
     "Trajectory(every_steps)": (of_trajectory("every_steps"), 1),
     "Trajectory(window_blocks)": (of_trajectory("window_blocks"), 1),
@@ -211,6 +220,7 @@ def test_the_names_of_a_choice_are_those_of_its_type() -> None:
         "local_lipschitz(quantity)": lambda v: lipcore.local_lipschitz(linear(), X, quantity=v),
         "clip_factors(missing)": lambda v: lipcore.clip_factors(X[:, 0], 1.0, missing=v),
         "Distribution.reduced(label)": lambda v: lipcore.Distribution().reduced(v),
+        "watch(record_level)": lambda v: lipcore.watch(linear(), record_level=v),
         "SampleScores.top(by)": lambda v: lipcore.SampleScores().top(1, v),
         "linear_norms_sq(method)": lambda v: F.linear_norms_sq(ROWS, ROWS, method=v),
         "conv_norms_sq(method)": lambda v: of_conv(method=v),

@@ -1,0 +1,142 @@
+"""What a loop logs: the loss, the learning rate, the tokens; read later, so that no device is waited for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from numbers import Real
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lipcore.metric.later import Later
+from lipcore.metric.listener import Listener
+from lipcore.metric.results import MetricResult
+from lipcore.metric.values import Value
+
+OnLogged = Callable[[int, Mapping[str, NDArray[np.float64]]], None]
+_BLOCK = 64  # steps that are handed on together
+
+
+class Logged:
+    """The numbers that a loop logs, by step.
+
+    A call belongs to the step that comes next, or to the last one: as the first call came before the first step, or
+    after it. Several calls in one step (micro-batches) are averaged.
+    """
+
+    def __init__(self) -> None:
+        self.listener: OnLogged | None = None
+        self._before: bool | None = None  # whether calls come before their step
+        self._window: list[tuple[str, Any]] = []  # of the open window
+        self._waiting: list[tuple[int, str, Any]] = []  # for the listener
+
+    def add(self, step: int, steps_here: int, values: Mapping[str, Any]) -> None:
+        """Take numbers when so many steps have been made, in this process too."""
+        if self._before is None:
+            self._before = steps_here == 0
+        number = step + 1 if self._before else step
+        for name, value in values.items():
+            kept = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
+            if isinstance(kept, Tensor):
+                kept = kept.clone()  # the loop may go on with the tensor in place
+            self._window.append((name, kept))
+            if self.listener is not None:
+                self._waiting.append((number, name, kept))
+        if self._waiting and number - self._waiting[0][0] >= _BLOCK:
+            self.hand_on(number - 1)
+
+    def result(self) -> MetricResult | None:
+        """Return the numbers of the open window, and start the next one; None where nothing was logged."""
+        taken, self._window = self._window, []
+        if not taken:
+            return None
+        result = MetricResult("logged")
+        read = Later(lambda: _read([value for _, value in taken]), 8 * len(taken))
+        for name in dict.fromkeys(name for name, _ in taken):
+            where = [i for i, (other, _) in enumerate(taken) if other == name]
+            reducers = read.then(lambda numbers, where=where: _reduced(numbers[where]))  # type: ignore[misc]
+            result.add_later(name, "total", "total", read, reducers)
+        return result
+
+    def hand_on(self, last: int | None = None) -> None:
+        """Hand the numbers up to a step, or all of them, to the listener. Waits for a device."""
+        if self.listener is None:
+            return
+        ready = [one for one in self._waiting if last is None or one[0] <= last]
+        self._waiting = [] if last is None else [one for one in self._waiting if one[0] > last]
+        if not ready:
+            return
+        numbers = _read([value for _, _, value in ready])
+        first, steps = ready[0][0], ready[-1][0] - ready[0][0] + 1
+        arrays: dict[str, NDArray[np.float64]] = {}
+        for name in dict.fromkeys(name for _, name, _ in ready):
+            of_name = [(step - first, number) for (step, other, _), number in zip(ready, numbers, strict=True)
+                       if other == name]  # fmt: skip
+            sums, counts = np.zeros(steps), np.zeros(steps)
+            for at, number in of_name:
+                sums[at] += number
+                counts[at] += 1
+            with np.errstate(invalid="ignore"):
+                arrays[name] = sums / counts
+        self.listener(first, arrays)
+
+    def forget(self) -> None:
+        """Forget what waits: a checkpoint was loaded."""
+        self._window, self._waiting = [], []
+
+
+class LoggedListener(Listener):
+    """Listener by which what a loop has logged is handed on before a checkpoint is made, and at the end."""
+
+    def __init__(self, logged: Logged) -> None:
+        self._logged = logged
+
+    def state_taken(self) -> None:
+        self._logged.hand_on()
+
+    def state_loaded(self, step: int) -> None:
+        self._logged.forget()
+
+    def closed(self) -> None:
+        self._logged.hand_on()
+
+
+def check_logged(values: Mapping[str, Any]) -> None:
+    """Raise TypeError or ValueError, naming the keyword, for what is no number."""
+    for name, value in values.items():
+        if not isinstance(value, (Tensor, Real)) or isinstance(value, bool):
+            raise TypeError(f"{name}: expected a tensor with one number, got {type(value).__name__}")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{name}: expected a tensor with one number, got one of shape {list(value.shape)}; reduce it"
+            )
+        if isinstance(value, Tensor) and value.is_complex():
+            raise TypeError(f"{name}: expected a tensor with one number, got a complex one; log its abs()")
+
+
+def _read(values: list[Any]) -> NDArray[np.float64]:
+    """Return numbers, of which some may lie on a device: one copy for all of those."""
+    found = np.empty(len(values))
+    tensors = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
+    for i, value in enumerate(values):
+        if not isinstance(value, Tensor):
+            found[i] = value
+    for device in {tensor.device for _, tensor in tensors}:
+        where = [i for i, tensor in tensors if tensor.device == device]
+        found[where] = torch.stack([values[i].double() for i in where]).cpu().numpy()
+    return found
+
+
+def _reduced(numbers: NDArray[np.float64]) -> dict[str, Value]:
+    finite = numbers[np.isfinite(numbers)]
+    found = {"mean": finite.mean(), "min": finite.min(), "max": finite.max()} if len(finite) else {}
+    count, lost = len(finite), len(numbers) - len(finite)
+    note = f"{lost} that are not finite are left out" if lost else ""
+    names = ("mean", "min", "max")
+    reducers = {name: Value(float(found.get(name, math.nan)), count, "exact", count > 0, note) for name in names}
+    last = float(numbers[-1])
+    return reducers | {"last": Value(last, 1, "exact", math.isfinite(last), "")}

@@ -1,0 +1,127 @@
+"""The front door: a Monitor that records what it sees."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lipcore.lipschitz.metric import Lipschitz
+from lipcore.metric.protocol import Metric
+from lipcore.models.arguments import check_choice, check_count
+from lipcore.models.names import named_modules
+from lipcore.models.ranks import under_process_group
+from lipcore.monitor.monitor import Monitor
+from lipcore.recording.record import MAX_BYTES, RecordLevel, RunRecord, checked_config
+from lipcore.recording.recorder import Recorder
+from lipcore.trajectory.copies import bytes_of
+from lipcore.trajectory.metric import Trajectory
+
+#: Copies of the parameters are taken up to this share of model and optimizer, and always up to so many bytes.
+_SHARE, _SMALL = 0.05, 64 << 20
+
+
+def watch(
+    model: nn.Module | Mapping[str, nn.Module],
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    *,
+    run: str | os.PathLike[str] | None = None,
+    metrics: Iterable[Metric] | None = None,
+    record_level: RecordLevel = "group",
+    max_bytes: int = MAX_BYTES,
+    config: Mapping[str, Any] | None = None,
+    **monitor: Any,
+) -> Monitor:
+    """Watch a model while it trains, and record what is seen.
+
+    It returns a :class:`Monitor`; the loop stays as it is. With `run`, every closed window, the norms of every single
+    step and what :meth:`Monitor.log` is given are written to ``<run>/rank<rank>.lipcore``, by a thread of its own, in
+    blocks of at least 64 steps. :func:`lipcore.open_run` reads it, also meanwhile. ``monitor.state_dict()`` waits until
+    everything so far is in the file, so that a checkpoint and the record end at the same step; going on from a
+    checkpoint removes the steps behind it from the record, which are made again. Without `run` nothing is written.
+
+    A record that cannot be written any more (a full disk) is warned of; the training goes on.
+
+    Args:
+        model, optimizer: as of :class:`Monitor`.
+        run: the run's folder, "runs/a"; made where it does not exist. A run that begins at step 0 in the folder of an
+            older one keeps that one's file beside its own.
+        metrics: default: those of :class:`Monitor`; where the copies that a Trajectory takes would be more than 5 % of
+            model and optimizer together, and more than 64 MiB, it does without (mode "updates"), as `plan()` says.
+        record_level: the finest places that are written: "group", or "tensor" for every parameter.
+        max_bytes: where the file grows beyond, older steps become minimum, mean and maximum of 64 each.
+        config: facts about the run, kept with it: a dict that JSON can hold.
+        monitor: further arguments of :class:`Monitor`.
+
+    Raises:
+        TypeError, ValueError: as :class:`Monitor`; `run` is no path of a folder; `config` is no dict.
+        RecordError: the record cannot be made, is another model's, or another process writes it.
+
+    >>> import tempfile, torch
+    >>> model = nn.Linear(3, 1)
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> folder = tempfile.mkdtemp()
+    >>> with watch(model, optimizer, run=f"{folder}/a", window_steps=2) as monitor:
+    ...     for _ in range(4):
+    ...         loss = model(torch.ones(5, 3)).square().mean()
+    ...         loss.backward(); optimizer.step(); optimizer.zero_grad()
+    ...         monitor.log(loss=loss)
+    >>> import lipcore
+    >>> lipcore.open_run(f"{folder}/a").series("loss").steps.tolist()
+    [1, 2, 3, 4]
+    """
+    checked_config(config)
+    check_choice("record_level", record_level, get_args(RecordLevel))
+    check_count("max_bytes", max_bytes, 1 << 20)
+    if metrics is None:
+        metrics = _default_metrics(model, optimizer)
+    made = Monitor(model, optimizer, metrics, **monitor)
+    if run is None:
+        return made
+    try:
+        rank = torch.distributed.get_rank() if under_process_group() else 0
+        facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": rank, **dict(config or {})}
+        record = RunRecord(
+            run, rank=rank, level=record_level, max_bytes=max_bytes, model=_fingerprint(made.model), config=facts
+        )
+    except Exception:
+        made.close()
+        raise
+    made._attach_recorder(Recorder(record, made._warn_of_record))
+    return made
+
+
+def _default_metrics(
+    model: nn.Module | Mapping[str, nn.Module], optimizer: Optimizer | Sequence[Optimizer] | None
+) -> list[Metric]:
+    parts = list(model.values()) if isinstance(model, Mapping) else [model]
+    parameters = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters() if p.requires_grad]
+    copies = sum(sum(bytes_of(p.numel(), p.dtype, blocks=1).values()) for p in parameters)
+    trajectory = Trajectory(mode="exact" if copies <= _budget(parameters, optimizer) else "updates")
+    return [trajectory] if isinstance(model, Mapping) else [trajectory, Lipschitz(optional=True)]
+
+
+def _budget(parameters: Sequence[torch.Tensor], optimizer: Optimizer | Sequence[Optimizer] | None) -> int:
+    """Return the bytes of copies that a Trajectory may take."""
+    size = sum(p.numel() * p.element_size() for p in parameters)
+    optimizers = [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
+    moments = max((_moments(one) for one in optimizers), default=0)
+    return max(_SMALL, int(_SHARE * size * (1 + moments)))
+
+
+def _moments(optimizer: Any) -> int:
+    """Return how many numbers per parameter an optimizer keeps, by its settings: it may not have begun."""
+    defaults = getattr(optimizer, "defaults", {})
+    return 2 if "betas" in defaults else int(bool(defaults.get("momentum")))
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Return what tells a model from another: names and shapes of its parameters, as a digest."""
+    found = ((f"{name}.{own}", p) for name, module in named_modules(model) for own, p in module._parameters.items())
+    text = ";".join(f"{name}{list(p.shape)}" for name, p in found if p is not None)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

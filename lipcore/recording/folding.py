@@ -1,0 +1,62 @@
+"""Older steps of a record as minimum, mean and maximum, so that a file stays within its bytes."""
+
+from __future__ import annotations
+
+import sqlite3
+import warnings
+from typing import Any
+
+import numpy as np
+
+from lipcore.recording.pack import Steps, unpacked_steps
+
+#: Steps that become one.
+FOLD = 64
+
+
+def used_bytes(connection: sqlite3.Connection) -> int:
+    """Return the bytes of a file's pages that hold something."""
+    size, pages, free = (
+        connection.execute(f"pragma {name}").fetchone()[0] for name in ("page_size", "page_count", "freelist_count")
+    )
+    return int(size * (pages - free))
+
+
+def fold_oldest(connection: sqlite3.Connection, places: dict[int, int]) -> bool:
+    """Fold the older half of the blocks that hold single steps; return False where there is nothing to fold.
+
+    Args:
+        places: number of places by layout.
+    """
+    blocks = connection.execute(
+        "select quantity, layout, first, last, data from steps where fold = 1 order by first"
+    ).fetchall()
+    older = [block for block in blocks[: len(blocks) // 2] if block[3] - block[2] + 1 >= FOLD]
+    for quantity, layout, first, last, data in older:
+        connection.execute(
+            "update steps set fold = ?, data = ? where quantity = ? and first = ? and layout = ? and last = ?",
+            (FOLD, folded(unpacked_steps(data, places[layout])), quantity, first, layout, last),
+        )
+    return bool(older)
+
+
+def folded(values: Steps) -> bytes:
+    """Return numbers [steps, places] as a blob [3, places, steps / 64, rounded up]: minimum, mean and maximum, of the
+    numbers that are finite; NaN where none is."""
+    steps, places = values.shape
+    padded = np.full((-(-steps // FOLD) * FOLD, places), np.nan, np.float32)
+    padded[:steps] = np.where(np.isfinite(values), values, np.nan)
+    groups = padded.reshape(-1, FOLD, places)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a group of NaN alone
+        found = [reduce(groups, axis=1) for reduce in (np.nanmin, _mean, np.nanmax)]
+    return np.ascontiguousarray(np.stack(found).transpose(0, 2, 1), dtype="<f4").tobytes()
+
+
+def unfolded(blob: bytes, places: int) -> np.ndarray[Any, Any]:
+    """Return a folded blob's numbers [3, groups, places]."""
+    return np.frombuffer(blob, dtype="<f4").reshape(3, places, -1).transpose(0, 2, 1)
+
+
+def _mean(values: Any, axis: int) -> Any:
+    return np.nanmean(values.astype(np.float64), axis=axis)

@@ -1,0 +1,109 @@
+"""Where the file of a run record lies, who may write it, and file systems on which SQLite cannot be trusted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from lipcore.recording.schema import RecordError
+
+SUFFIX = ".lipcore"
+#: Kinds of file systems whose locks, or memory maps, are not those of one machine.
+_OF_A_NETWORK = ("nfs", "nfs4", "cifs", "smb3", "smbfs", "9p", "afs", "ceph", "lustre", "gpfs", "beegfs", "glusterfs")
+
+
+def record_path(run: str | os.PathLike[str], rank: int) -> Path:
+    """Return the file of one rank in a run's folder, which is made where it does not exist.
+
+    Raises:
+        TypeError, ValueError: `run` is no path of a folder.
+        RecordError: the folder cannot be made or written to.
+    """
+    folder = checked_folder(run)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecordError(f"run: {folder} cannot be made ({error.strerror}); choose another folder") from error
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RecordError(f"run: {folder} cannot be written to; choose another folder")
+    return folder / f"rank{rank}{SUFFIX}"
+
+
+def checked_folder(run: str | os.PathLike[str]) -> Path:
+    """Return a run's folder; a file, an empty name and one with `..` in it are refused."""
+    if not isinstance(run, (str, os.PathLike)) or isinstance(run, bytes):
+        raise TypeError(f"run: expected the path of a folder, got {type(run).__name__}")
+    folder = Path(run)
+    if not str(run).strip() or "\0" in str(run) or ".." in folder.parts:
+        raise ValueError(f"run: expected the path of a folder, without '..', got {str(run)!r}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run: expected the path of a folder, and {folder} is a file")
+    return folder
+
+
+def of_a_network(folder: Path) -> str:
+    """Return the kind of the file system that a folder lies on where that is a network's, or ""."""
+    try:
+        mounts = Path("/proc/self/mounts").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    real, best, kind = str(folder.resolve()), "", ""
+    for line in mounts:
+        _, where, what, *_ = line.split(" ")
+        where = where.replace("\\040", " ")
+        inside = real == where or real.startswith(where.rstrip("/") + "/")
+        if inside and len(where) >= len(best):
+            best, kind = where, what
+    return kind if kind in _OF_A_NETWORK or kind.startswith("fuse.") else ""
+
+
+def local_copy(path: Path) -> Path:
+    """Return a file of this machine's own for a record that lies on a network's file system."""
+    folder = Path(tempfile.mkdtemp(prefix="lipcore-"))
+    return folder / path.name
+
+
+_held: set[Path] = set()  # by this process, in which the locks below would let two writers in
+
+
+class Hold:
+    """The right of this process to write a record; no other process gets it until close().
+
+    Raises:
+        RecordError: another writer has it, in this process or in another.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path.absolute().with_name(path.name + "-writer")
+        self._file: int | None = None
+        if self._path in _held:
+            raise RecordError(f"run: {path} cannot be written twice: this process writes it already; close that first")
+        try:
+            import fcntl
+        except ImportError:  # a system without such locks
+            return
+        # Not of the database's own file: closing that would drop the locks that SQLite has on it.
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.read(self._file, 32).decode(errors="replace") or "unknown"
+            os.close(self._file)
+            self._file = None
+            raise RecordError(
+                f"run: {path} is being written by another process (number {owner}); choose another folder, or end that"
+            ) from None
+        os.ftruncate(self._file, 0)
+        os.write(self._file, str(os.getpid()).encode())
+        _held.add(self._path)
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._file is not None:
+            _held.discard(self._path)
+            with contextlib.suppress(OSError):
+                self._path.unlink()
+            os.close(self._file)
+            self._file = None

@@ -1,0 +1,309 @@
+"""The writer of a run record: one file per writing process, written by a thread of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from lipcore.metric.results import Window
+from lipcore.metric.values import LEVELS, Level
+from lipcore.models.arguments import check_choice, check_count
+from lipcore.recording.folding import fold_oldest, used_bytes
+from lipcore.recording.location import Hold, local_copy, of_a_network, record_path
+from lipcore.recording.pack import PackedWindow, layout_text, packed_steps, places_of, unpacked_steps
+from lipcore.recording.schema import RecordError, connect
+
+RecordLevel = Literal["group", "tensor"]
+MAX_BYTES = 2 << 30
+_BLOCK = 256  # steps of a block, about: a later one is joined to one that is shorter
+_LOOK = 16  # blocks between two looks at the size of the file
+_WAITING = 256  # things to write that wait at most; then the training waits
+
+
+class RunRecord:
+    """A record of one process's part of a run, in ``<run>/rank<rank>.lipcore``.
+
+    What is written goes to a thread of its own; :meth:`flush` waits until it is in the file. Where writing fails (a
+    full disk), the rest of the run is not recorded and :attr:`failed` says why: nothing is raised.
+
+    Args:
+        run: folder of the run, which is made where it does not exist.
+        rank: the number of the process.
+        level: the finest places that are written: "group", or "tensor" for every parameter.
+        max_bytes: where the file grows beyond, older steps are folded to minimum, mean and maximum of 64.
+        model: what tells one model from another; a record of another one is refused.
+        config: facts about the run, as JSON has them.
+
+    Raises:
+        TypeError, ValueError: an argument is no such thing.
+        RecordError: the file cannot be written, is no record, is another model's, or another process writes it.
+    """
+
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        *,
+        rank: int = 0,
+        level: RecordLevel = "group",
+        max_bytes: int = MAX_BYTES,
+        model: str = "",
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        check_choice("record_level", level, get_args(RecordLevel))
+        check_count("max_bytes", max_bytes, 1 << 20)
+        self.config = checked_config(config)
+        self.levels: tuple[Level, ...] = LEVELS if level == "tensor" else ("group", "total")
+        self.path = record_path(run, rank)
+        self._limit = max_bytes
+        self._hold = Hold(self.path)
+        self._network = of_a_network(self.path.parent)
+        self._file = local_copy(self.path) if self._network else self.path
+        self.failed = ""  #: why nothing is written any more
+        try:
+            if self._network and self.path.exists():
+                _backup(self.path, self._file)
+            self._connection = connect(self._file, write=True)
+            self._check_model(model)
+        except Exception:
+            self._hold.close()
+            raise
+        self._layouts: dict[str, int] = {
+            text: i for i, text in self._connection.execute("select id, text from layouts")
+        }
+        self._places = {i: len(places_of(text)) for text, i in self._layouts.items()}
+        self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
+        self._blocks, self._begun, self._closed = 0, False, False
+        self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(_WAITING)
+        self._thread = threading.Thread(target=self._work, name="lipcore record", daemon=True)
+        self._process = os.getpid()
+        self._thread.start()
+
+    def _check_model(self, model: str) -> None:
+        row = self._connection.execute("select value from meta where key = 'model'").fetchone()
+        if row is None:
+            self._connection.execute("insert into meta values('model', ?)", (model,))
+        elif row[0] != model:
+            self._connection.close()
+            raise RecordError(
+                f"run: {self.path} is the record of another model (its parameters have other names or shapes); choose "
+                "another folder"
+            )
+
+    # ---- what is written; each returns at once
+
+    def begin(self, step: int) -> None:
+        """Begin, or go on, behind this step: what the record has of later ones is removed, since they are made again.
+
+        A run that begins anew, at step 0, where the file has an older one, gets a file of its own; the older one is
+        kept beside it."""
+        self._put(lambda: self._begin(step))
+
+    def add_steps(
+        self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], names: Sequence[str], levels: Sequence[Level]
+    ) -> None:
+        """Add numbers of single steps by quantity, [steps, places], the first of them of step `first`. They must not
+        change later."""
+        where = [i for i, level in enumerate(levels) if level in self.levels]
+        text = layout_text([names[i] for i in where], [levels[i] for i in where])
+        if not where:
+            return
+        for quantity, array in arrays.items():
+            if not array.size or (quantity not in self._known and np.isnan(array).all()):
+                continue  # one that nobody measures; NaN of one that is measured is kept
+            self._known.add(quantity)
+            self._put(lambda q=quantity, a=array[:, where]: self._add_steps(q, first, a, text))  # type: ignore[misc]
+
+    def add_window(self, window: Window) -> None:
+        """Add a closed window."""
+        self._put(lambda: self._add_window(window))
+
+    def add_event(self, step: int, kind: str, text: str, data: Mapping[str, Any] | None = None) -> None:
+        """Add something that happened at a step."""
+        row = (step, time.time(), kind, text, json.dumps(dict(data or {}), default=str))
+        self._put(lambda: self._execute("insert into events(step, wall, kind, text, data) values(?, ?, ?, ?, ?)", row))
+
+    def flush(self, timeout: float = 60.0) -> bool:
+        """Wait until everything so far is in the file; return False where it is not after so many seconds, or writing
+        has failed."""
+        if self._process != os.getpid() or self._closed:
+            return not self.failed
+        done = threading.Event()
+
+        def last() -> None:
+            if self._network:
+                _backup_from(self._connection, self.path)
+
+        self._put(last)
+        self._put(done.set, always=True)
+        return done.wait(timeout) and not self.failed
+
+    def close(self) -> None:
+        """Write what waits, and close the file."""
+        if self._closed or self._process != os.getpid():
+            return
+        self.flush()
+        self._closed = True
+        self._queue.put(None)
+        self._thread.join(60.0)
+        self._connection.close()
+        self._hold.close()
+        if self._network:
+            self._file.unlink(missing_ok=True)
+
+    def _put(self, work: Callable[[], object], *, always: bool = False) -> None:
+        if self._closed or (self.failed and not always) or self._process != os.getpid():  # a forked child
+            return
+        self._queue.put(work)
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        while (work := self._queue.get()) is not None:
+            try:
+                work()
+            except Exception as error:  # noqa: PERF203 (it goes on: flush() waits for what it has put)
+                self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
+                if self._connection.in_transaction:
+                    self._connection.rollback()
+
+    def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
+        return self._connection.execute(sql, values)
+
+    def _begin(self, step: int) -> None:
+        last = self._last()
+        if step == 0 and last and not self._begun:
+            self._set_aside()
+            last = 0
+        kind = "rewind" if step < last else "resume" if last or self._begun else "start"
+        self._execute("begin")
+        if step < last:
+            self._cut(step)
+        self._execute(
+            "insert into starts(kind, step, wall, config) values(?, ?, ?, ?)",
+            (kind, step, time.time(), json.dumps(self.config)),
+        )
+        self._execute("commit")
+        self._begun = True
+
+    def _last(self) -> int:
+        rows = [self._execute(f"select max(last) from {table}").fetchone()[0] for table in ("steps", "windows")]
+        return max(0, *(int(row or 0) for row in rows))
+
+    def _cut(self, step: int) -> None:
+        """Remove everything that is later than a step."""
+        self._execute("delete from windows where last > ?", (step,))
+        self._execute("delete from events where step > ?", (step,))
+        across = self._execute(
+            "select quantity, first, layout, fold, data from steps where first <= ? and last > ?", (step, step)
+        ).fetchall()
+        for quantity, first, layout, fold, data in across:
+            kept = step - first + 1
+            if fold == 1:
+                data = packed_steps(unpacked_steps(data, self._places[layout])[:kept])
+                self._execute(
+                    "update steps set last = ?, data = ? where quantity = ? and first = ? and layout = ?",
+                    (step, data, quantity, first, layout),
+                )
+            else:  # minima and maxima may be of steps that go: the block is what it was, up to whole groups
+                groups = kept // fold
+                three = np.frombuffer(data, "<f4").reshape(3, self._places[layout], -1)[..., :groups]
+                self._execute(
+                    "update steps set last = ?, data = ? where quantity = ? and first = ? and layout = ?",
+                    (first + groups * fold - 1, np.ascontiguousarray(three).tobytes(), quantity, first, layout),
+                )
+        self._execute("delete from steps where first > ? or last < first", (step,))
+
+    def _set_aside(self) -> None:
+        """Give an older run's file another name, and begin a new one."""
+        self._execute("pragma wal_checkpoint(truncate)")
+        model = self._execute("select value from meta where key = 'model'").fetchone()[0]
+        self._connection.close()
+        number = 1
+        while (older := self._file.with_name(f"{self._file.stem}-before-{number}.older")).exists():
+            number += 1
+        self._file.rename(older)
+        self._connection = connect(self._file, write=True)
+        self._execute("insert into meta values('model', ?)", (model,))
+        self._execute("insert into meta values('older', ?)", (older.name,))
+        self._layouts, self._places = {}, {}
+
+    def _layout(self, text: str) -> int:
+        if text not in self._layouts:
+            number = int(self._execute("insert into layouts(text) values(?)", (text,)).lastrowid or 0)
+            self._layouts[text], self._places[number] = number, len(places_of(text))
+        return self._layouts[text]
+
+    def _add_steps(self, quantity: str, first: int, values: np.ndarray[Any, Any], text: str) -> None:
+        self._execute("begin immediate")
+        layout, last = self._layout(text), first + len(values) - 1
+        before = self._execute(
+            "select first, data from steps where quantity = ? and layout = ? and last = ? and fold = 1"
+            " and first > ? order by first desc limit 1",
+            (quantity, layout, first - 1, first - _BLOCK),
+        ).fetchone()
+        if before is not None:
+            values = np.concatenate([unpacked_steps(before[1], self._places[layout]), values])
+            first = before[0]
+        self._execute(
+            "insert or replace into steps values(?, ?, ?, ?, 1, ?)",
+            (quantity, layout, first, last, packed_steps(values)),
+        )
+        self._execute("commit")
+        self._blocks += 1
+        if self._blocks % _LOOK == 0 and used_bytes(self._connection) > self._limit:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        self._execute("begin")
+        while used_bytes(self._connection) > 0.8 * self._limit and fold_oldest(self._connection, self._places):
+            pass
+        self._execute("commit")
+
+    def _add_window(self, window: Window) -> None:
+        packed = PackedWindow(window, self.levels)
+        self._execute("begin immediate")
+        layouts = [self._layout(text) for text in packed.layouts]
+        header, floats, counts = packed.blobs(layouts)
+        self._execute(
+            "insert or replace into windows values(?, ?, ?, ?, ?, ?, ?, ?)",
+            (window.last_step, window.first_step, window.index, window.scope, time.time(), header, floats, counts),
+        )
+        self._execute("commit")
+
+
+def checked_config(config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return facts about a run as JSON has them; TypeError for what is no mapping with names as keys."""
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping) or not all(isinstance(key, str) for key in config):
+        raise TypeError(f"config: expected a dict with names as keys, got {type(config).__name__}")
+    return {key: json.loads(json.dumps(value, default=str)) for key, value in config.items()}
+
+
+def _backup(source: Path, target: Path) -> None:
+    connection = sqlite3.connect(source)
+    try:
+        _backup_from(connection, target)
+    finally:
+        connection.close()
+
+
+def _backup_from(connection: sqlite3.Connection, target: Path) -> None:
+    """Copy a record as it is now to another file, which is whole at every moment."""
+    half = target.with_name(target.name + "-half")
+    half.unlink(missing_ok=True)
+    copy = sqlite3.connect(half)
+    try:
+        connection.backup(copy)
+    finally:
+        copy.close()
+    os.replace(half, target)

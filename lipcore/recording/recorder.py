@@ -1,0 +1,68 @@
+"""What a run's record and its writers are given as training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lipcore.metric.listener import Listener
+from lipcore.metric.window import Window
+from lipcore.recording.record import RunRecord
+from lipcore.trajectory.step_stream import StepArrays
+
+_TOTAL = ["total"]
+
+
+class Recorder(Listener):
+    """Listener that writes windows, single steps and logged numbers to a record.
+
+    Args:
+        record: written to from the first numbers on.
+        warn: told, once, that nothing is recorded any more, and why.
+        step: steps that have been made before.
+    """
+
+    def __init__(self, record: RunRecord, warn: Callable[[str], None], step: int = 0) -> None:
+        self.record = record
+        self._warn, self._step = warn, step
+        self._begun = self._told = False
+
+    def steps(self, first: int, arrays: StepArrays) -> None:
+        """Add a Trajectory's numbers of single steps."""
+        self._begin()
+        self.record.add_steps(first, arrays, arrays.places, arrays.levels)
+
+    def logged(self, first: int, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        """Add what the loop has logged, [steps] by name."""
+        self._begin()
+        self.record.add_steps(first, {name: array[:, None] for name, array in arrays.items()}, _TOTAL, ["total"])
+
+    def window_closed(self, window: Window) -> None:
+        self._begin()
+        self.record.add_window(window)
+
+    def state_taken(self) -> None:
+        self.record.flush()
+        self._tell()
+
+    def state_loaded(self, step: int) -> None:
+        self._step = step
+        if self._begun:
+            self.record.begin(step)
+
+    def closed(self) -> None:
+        self.record.close()
+        self._tell()
+
+    def _begin(self) -> None:
+        if not self._begun:
+            self._begun = True
+            self.record.begin(self._step)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self.record.failed and not self._told:
+            self._told = True
+            self._warn(f"the run is no longer recorded, and the training goes on: {self.record.failed}")

@@ -1,0 +1,323 @@
+"""The reader of a run record, also while the training writes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lipcore.metric.columns import Places
+from lipcore.metric.results import History, Window
+from lipcore.metric.show import LINES, Showable, Shown
+from lipcore.models.arguments import check_count
+from lipcore.recording.folding import FOLD, unfolded
+from lipcore.recording.location import SUFFIX
+from lipcore.recording.pack import UnpackedWindow, places_of
+from lipcore.recording.schema import RecordError, connect
+from lipcore.recording.series import Series, matching
+
+Numbers = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Start:
+    """One beginning of a run's recording."""
+
+    kind: str  #: "start", "resume" (behind the last step) or "rewind" (later steps were made again)
+    step: int  #: steps that had been made
+    wall: float  #: seconds since 1970
+    config: dict[str, Any]  #: what was said about the run then
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run."""
+
+    step: int
+    wall: float  #: seconds since 1970
+    kind: str
+    text: str
+    data: dict[str, Any]
+
+
+class Run(Showable):
+    """A recorded run: series of single steps and of windows, what happened, and what was said about it.
+
+    Nothing is kept in memory: everything is read from the file when it is asked for, and what the training has written
+    meanwhile is there then.
+
+    Args:
+        path: the run's folder, or the file of one rank.
+        rank: whose file is read, of a folder.
+
+    Raises:
+        RecordError: there is no such record, or it cannot be read.
+        ValueError: the folder has records of several ranks, and not this one's.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], rank: int = 0) -> None:
+        check_count("rank", rank, 0)
+        if not isinstance(path, (str, os.PathLike)):
+            raise TypeError(f"path: expected the path of a run, got {type(path).__name__}")
+        self.path = _file_of(Path(path), rank)
+        self._connection = connect(self.path)
+        self._layouts: dict[int, Places] = {}
+
+    # ---- what there is
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Facts about the run, as of its last start."""
+        starts = self.starts
+        return starts[-1].config if starts else {}
+
+    @property
+    def starts(self) -> list[Start]:
+        """Every start, resume and rewind, oldest first."""
+        rows = self._rows("select kind, step, wall, config from starts order by id")
+        return [Start(kind, step, wall, json.loads(config)) for kind, step, wall, config in rows]
+
+    @property
+    def events(self) -> list[Event]:
+        """Everything that happened, by step."""
+        rows = self._rows("select step, wall, kind, text, data from events order by step, id")
+        return [Event(step, wall, kind, text, json.loads(data)) for step, wall, kind, text, data in rows]
+
+    @property
+    def last_step(self) -> int:
+        """Number of the last step that is in the file; 0 where there is none."""
+        rows = [self._rows(f"select max(last) from {table}")[0][0] for table in ("steps", "windows")]
+        return max(0, *(row or 0 for row in rows))
+
+    @property
+    def quantities(self) -> list[str]:
+        """Names that :meth:`series` takes: quantities of single steps, then `quantity.reducer` of windows, with the
+        metric's name before it where two metrics have it."""
+        return [*self._step_quantities(), *self._window_names()]
+
+    @property
+    def windows(self) -> History:
+        """The closed windows, oldest first."""
+        return History(self._windows())
+
+    def places(self, name: str) -> list[str]:
+        """Return the places of a quantity, in the order in which they were first written."""
+        return list(self._read(name, "*").places)
+
+    def series(self, name: str, places: str = "*") -> Series:
+        """Return one quantity over the run.
+
+        Args:
+            name: of single steps ("update_norm", "loss"), or `quantity.reducer` of windows ("update_norm.mean"); with
+                the metric's name before it where that alone is ambiguous ("trajectory/update_norm.mean").
+            places: a pattern of places, as of file names: "layers.*", "total".
+
+        Raises:
+            KeyError: there is no such quantity, or no such place.
+            ValueError: several metrics have the name.
+        """
+        found = self._read(name, places)
+        if not found.places:
+            known = ", ".join(map(repr, self._read(name, "*").places[:8]))
+            raise KeyError(f"{name} has no place {places!r}; it has {known}")
+        return found
+
+    def _read(self, name: str, places: str) -> Series:
+        if name in self._step_quantities():
+            return self._of_steps(name, places)
+        return self._of_windows(name, places)
+
+    # ---- single steps
+
+    def _step_quantities(self) -> list[str]:
+        return [row[0] for row in self._rows("select distinct quantity from steps order by quantity")]
+
+    def _of_steps(self, name: str, pattern: str) -> Series:
+        columns: dict[str, int] = {}
+        pieces: list[tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]] = []
+        rows = self._rows("select first, last, layout, fold, rowid from steps where quantity = ? order by first", name)
+        for first, last, layout, fold, rowid in rows:
+            names = list(self._places(layout).names)
+            where = matching(names, pattern)
+            if not where:
+                continue
+            if fold == 1:
+                steps = np.arange(first, last + 1)
+                found = self._part(rowid, where, len(steps))
+                three = np.stack([found, found, found])
+            else:
+                (blob,) = self._rows("select data from steps where rowid = ?", rowid)[0]
+                three = unfolded(blob, len(names))[:, :, where]
+                steps = np.minimum(first - 1 + FOLD * np.arange(1, three.shape[1] + 1), last)
+            pieces.append((steps, [columns.setdefault(names[i], len(columns)) for i in where], three))
+        total = sum(len(steps) for steps, _, _ in pieces)
+        values = np.full((3, total, len(columns)), np.nan)
+        at, numbers = 0, np.empty(total, np.int64)
+        for steps, where, three in pieces:
+            numbers[at : at + len(steps)] = steps
+            values[:, at : at + len(steps), where] = three
+            at += len(steps)
+        return _joined(name, numbers, values, list(columns))
+
+    def _part(self, rowid: int, where: Sequence[int], steps: int) -> Numbers:
+        """Return some places of a block, [steps, places], without reading the others."""
+        size = 4 * steps
+        pieces = []
+        for begin, end in _stretches(where):
+            blob = self._rows(
+                "select substr(data, ?, ?) from steps where rowid = ?", begin * size + 1, (end - begin) * size, rowid
+            )[0][0]
+            pieces.append(np.frombuffer(blob, "<f4").reshape(end - begin, steps))
+        return np.concatenate(pieces).T.astype(np.float64)
+
+    # ---- windows
+
+    def _windows(self) -> Iterator[Window]:
+        rows = self._rows("select number, first, last, scope, header, floats, counts from windows order by last")
+        for number, first, last, scope, header, floats, counts in rows:
+            found = UnpackedWindow(header, floats, counts, self._texts())
+            yield Window(number, first, last, True, scope, found.results, found.off)
+
+    def _window_names(self) -> list[str]:
+        metrics: dict[str, list[str]] = {}
+        for window in self._windows():
+            for metric, result in window.results.items():
+                for quantity, values in result.items():
+                    for part in values.parts:
+                        for reducer in part.reducers:
+                            names = metrics.setdefault(f"{quantity}.{reducer}", [])
+                            names += [metric] * (metric not in names)
+        return [
+            name if len(having) == 1 else f"{metric}/{name}" for name, having in metrics.items() for metric in having
+        ]
+
+    def _of_windows(self, name: str, pattern: str) -> Series:
+        metric, _, rest = name.rpartition("/")
+        quantity, _, reducer = rest.rpartition(".")
+        columns: dict[str, int] = {}
+        found: list[tuple[int, dict[int, float]]] = []
+        having: set[str] = set()
+        for window in self._windows():
+            numbers: dict[int, float] = {}
+            for owner, result in window.results.items():
+                if (metric and owner != metric) or quantity not in result:
+                    continue
+                for part in result[quantity].parts:
+                    if reducer not in part.reducers:
+                        continue
+                    having.add(owner)
+                    names = list(part.places.names)
+                    array = part.reducers[reducer].array(len(names))
+                    for i in matching(names, pattern):
+                        numbers[columns.setdefault(names[i], len(columns))] = float(array[i])
+            found.append((window.last_step, numbers))
+        if not having:
+            known = ", ".join(self.quantities) or "none: nothing was recorded yet"
+            raise KeyError(f"there is no {name!r} in this run; it has {known}")
+        if len(having) > 1:
+            raise ValueError(
+                f"name: several metrics have {rest!r}; choose {' or '.join(f'{m}/{rest}' for m in sorted(having))}"
+            )
+        values = np.full((len(found), len(columns)), np.nan)
+        for row, (_, numbers) in enumerate(found):
+            for column, number in numbers.items():
+                values[row, column] = number
+        steps = np.array([step for step, _ in found], np.int64)
+        return Series(name, steps, values, list(columns), values, values)
+
+    # ---- the file
+
+    def _places(self, layout: int) -> Places:
+        if layout not in self._layouts:
+            self._layouts |= {number: places_of(text) for number, text in self._texts().items()}
+        return self._layouts[layout]
+
+    def _texts(self) -> dict[int, str]:
+        return dict(self._rows("select id, text from layouts"))
+
+    def _rows(self, sql: str, *values: Any) -> list[Any]:
+        with self._named():
+            return self._connection.execute(sql, values).fetchall()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise RecordError(f"{self.path}: cannot be read ({error})") from error
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connection.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _shown(self) -> Shown:
+        starts, steps = self.starts, self._step_quantities()
+        rows = [("steps", f"{self.last_step}", ", ".join(steps))]
+        rows.append(("windows", str(self._rows("select count(*) from windows")[0][0]), ""))
+        rows += [(start.kind, f"at step {start.step}", "") for start in starts[-3:]]
+        rows += [(f"step {event.step}", event.kind, event.text) for event in self.events[-(LINES - len(rows)) :]]
+        return Shown(f"Run {self.path}", rows)
+
+
+def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
+    """Open a recorded run for reading, also while it is written.
+
+    Args:
+        path: the run's folder, or the file of one rank.
+        rank: whose file is read, of a folder.
+
+    Raises:
+        RecordError, ValueError: as :class:`lipcore.recording.Run`.
+    """
+    return Run(path, rank)
+
+
+def _file_of(path: Path, rank: int) -> Path:
+    if not path.is_dir():
+        if not path.exists():
+            raise RecordError(f"path: there is no run {path}")
+        return path
+    found = sorted(path.glob(f"rank*{SUFFIX}"))
+    wanted = path / f"rank{rank}{SUFFIX}"
+    if wanted in found:
+        return wanted
+    if found:
+        raise ValueError(f"rank: the run has no record of rank {rank}; it has {', '.join(each.name for each in found)}")
+    runs = sorted({each.parent.name for each in path.glob(f"*/rank*{SUFFIX}")})
+    if runs:
+        raise RecordError(f"path: {path} holds several runs, {', '.join(runs)}; open one of them")
+    raise RecordError(f"path: there is no record in {path}")
+
+
+def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) of stretches of increasing numbers without gaps."""
+    begin = 0
+    for i in range(1, len(numbers) + 1):
+        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
+            yield numbers[begin], numbers[i - 1] + 1
+            begin = i
+
+
+def _joined(name: str, steps: np.ndarray[Any, Any], values: Numbers, places: list[str]) -> Series:
+    """Return a series in which blocks of the same steps, with other places, are one."""
+    order, inverse = np.unique(steps, return_inverse=True)
+    if len(order) == len(steps) and (order == steps).all():
+        return Series(name, steps, values[1], places, values[0], values[2])
+    joined = np.full((3, len(order), len(places)), np.nan)
+    for row in range(len(steps)):
+        there = ~np.isnan(values[1, row])
+        joined[:, inverse[row], there] = values[:, row, there]
+    return Series(name, order, joined[1], places, joined[0], joined[2])
