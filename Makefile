@@ -2,11 +2,13 @@
 #   PYTHON=python3.12                 the interpreter for .venv (only when it is first made)
 #   PIP_FLAGS="--extra-index-url ..." passed to every pip call
 #   DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS   passed to lipcore demo, pytest, pytest bench
+#   PYTEST_WORKERS=2          processes that `make test` runs at a time
 #   LIPCORE_CUDA=AUTO|ON|OFF          see CMakeLists.txt
 PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_FLAGS ?= --force
 PYTEST_FLAGS ?=
+PYTEST_WORKERS ?= 2
 BENCH_FLAGS ?=
 
 VENV := .venv
@@ -36,7 +38,7 @@ demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figur
 	$(BIN)/lipcore demo $(DEMO_FLAGS)
 
 test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
-	$(BIN)/pytest $(PYTEST_FLAGS)
+	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 
 test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
 	$(BIN)/pytest -m "ci and not slow" $(PYTEST_FLAGS)
