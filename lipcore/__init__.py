@@ -6,7 +6,7 @@ from lipcore import _connect
 
 _connect.connect()
 
-from lipcore import functional, layers  # noqa: E402
+from lipcore import functional, integrations, layers  # noqa: E402
 from lipcore.functional import reference  # noqa: E402
 from lipcore.lipschitz import Lipschitz, local_lipschitz  # noqa: E402
 from lipcore.metric.distribution import Distribution  # noqa: E402
@@ -37,6 +37,7 @@ __all__ = [
     "by_block",
     "clip_factors",
     "functional",
+    "integrations",
     "layers",
     "local_lipschitz",
     "open_run",

@@ -71,18 +71,15 @@ class Logged:
         if not ready:
             return
         numbers = _read([value for _, _, value in ready])
-        first, steps = ready[0][0], ready[-1][0] - ready[0][0] + 1
-        arrays: dict[str, NDArray[np.float64]] = {}
         for name in dict.fromkeys(name for _, name, _ in ready):
-            of_name = [(step - first, number) for (step, other, _), number in zip(ready, numbers, strict=True)
-                       if other == name]  # fmt: skip
-            sums, counts = np.zeros(steps), np.zeros(steps)
-            for at, number in of_name:
-                sums[at] += number
-                counts[at] += 1
-            with np.errstate(invalid="ignore"):
-                arrays[name] = sums / counts
-        self.listener(first, arrays)
+            of_name: dict[int, list[float]] = {}
+            for (step, other, _), number in zip(ready, numbers, strict=True):
+                if other == name:
+                    of_name.setdefault(step, []).append(number)
+            steps = np.array(sorted(of_name))
+            means = np.array([np.mean(of_name[step]) for step in steps])
+            for run in np.split(np.arange(len(steps)), np.flatnonzero(np.diff(steps) != 1) + 1):
+                self.listener(int(steps[run[0]]), {name: means[run]})  # a name that is not logged at every step
 
     def forget(self) -> None:
         """Forget what waits: a checkpoint was loaded."""

@@ -19,6 +19,7 @@ from lipcore.models.ranks import under_process_group
 from lipcore.monitor.monitor import Monitor
 from lipcore.recording.record import MAX_BYTES, RecordLevel, RunRecord, checked_config
 from lipcore.recording.recorder import Recorder
+from lipcore.recording.writers import made_writers
 from lipcore.trajectory.copies import bytes_of
 from lipcore.trajectory.metric import Trajectory
 
@@ -31,10 +32,12 @@ def watch(
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     *,
     run: str | os.PathLike[str] | None = None,
+    writers: Iterable[Any] = (),
     metrics: Iterable[Metric] | None = None,
     record_level: RecordLevel = "group",
     max_bytes: int = MAX_BYTES,
     config: Mapping[str, Any] | None = None,
+    first_step: int = 1,
     **monitor: Any,
 ) -> Monitor:
     """Watch a model while it trains, and record what is seen.
@@ -51,15 +54,22 @@ def watch(
         model, optimizer: as of :class:`Monitor`.
         run: the run's folder, "runs/a"; made where it does not exist. A run that begins at step 0 in the folder of an
             older one keeps that one's file beside its own.
+        writers: what else gets every closed window's totals and groups, finite and valid numbers by name
+            ("lipcore/trajectory/update_norm.mean/layers.0"): "tensorboard" (its file goes to `run`), "wandb", "mlflow",
+            "trackio" (to the run that has begun there), a SummaryWriter, or any function of (numbers, step). They have
+            threads of their own; one that fails or is too slow is given up with a warning. On several ranks the first
+            alone has them.
         metrics: default: those of :class:`Monitor`; where the copies that a Trajectory takes would be more than 5 % of
             model and optimizer together, and more than 64 MiB, it does without (mode "updates"), as `plan()` says.
         record_level: the finest places that are written: "group", or "tensor" for every parameter.
         max_bytes: where the file grows beyond, older steps become minimum, mean and maximum of 64 each.
         config: facts about the run, kept with it: a dict that JSON can hold.
+        first_step: the number that your loop gives its first step, for the writers.
         monitor: further arguments of :class:`Monitor`.
 
     Raises:
         TypeError, ValueError: as :class:`Monitor`; `run` is no path of a folder; `config` is no dict.
+        ImportError: a writer's library is missing. RuntimeError: it has no run that has begun.
         RecordError: the record cannot be made, is another model's, or another process writes it.
 
     >>> import tempfile, torch
@@ -80,11 +90,13 @@ def watch(
     check_count("max_bytes", max_bytes, 1 << 20)
     if metrics is None:
         metrics = _default_metrics(model, optimizer)
+    check_count("first_step", first_step, 0)
     made = Monitor(model, optimizer, metrics, **monitor)
-    if run is None:
-        return made
+    rank = torch.distributed.get_rank() if under_process_group() else 0
     try:
-        rank = torch.distributed.get_rank() if under_process_group() else 0
+        made._listeners += made_writers(writers, run, made._warn_of_record, first_step) if rank == 0 else []
+        if run is None:
+            return made
         facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": rank, **dict(config or {})}
         record = RunRecord(
             run, rank=rank, level=record_level, max_bytes=max_bytes, model=_fingerprint(made.model), config=facts
@@ -99,11 +111,18 @@ def watch(
 def _default_metrics(
     model: nn.Module | Mapping[str, nn.Module], optimizer: Optimizer | Sequence[Optimizer] | None
 ) -> list[Metric]:
+    trajectory = default_trajectory(model, optimizer)
+    return [trajectory] if isinstance(model, Mapping) else [trajectory, Lipschitz(optional=True)]
+
+
+def default_trajectory(
+    model: nn.Module | Mapping[str, nn.Module], optimizer: Optimizer | Sequence[Optimizer] | None
+) -> Trajectory:
+    """Return a Trajectory with exact copies where these are small beside model and optimizer, else without copies."""
     parts = list(model.values()) if isinstance(model, Mapping) else [model]
     parameters = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters() if p.requires_grad]
     copies = sum(sum(bytes_of(p.numel(), p.dtype, blocks=1).values()) for p in parameters)
-    trajectory = Trajectory(mode="exact" if copies <= _budget(parameters, optimizer) else "updates")
-    return [trajectory] if isinstance(model, Mapping) else [trajectory, Lipschitz(optional=True)]
+    return Trajectory(mode="exact" if copies <= _budget(parameters, optimizer) else "updates")
 
 
 def _budget(parameters: Sequence[torch.Tensor], optimizer: Optimizer | Sequence[Optimizer] | None) -> int:

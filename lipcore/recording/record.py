@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import queue
@@ -86,6 +87,7 @@ class RunRecord:
         self._thread = threading.Thread(target=self._work, name="lipcore record", daemon=True)
         self._process = os.getpid()
         self._thread.start()
+        atexit.register(self.close)  # a loop that raises ends no Monitor
 
     def _check_model(self, model: str) -> None:
         row = self._connection.execute("select value from meta where key = 'model'").fetchone()
@@ -152,6 +154,7 @@ class RunRecord:
             return
         self.flush()
         self._closed = True
+        atexit.unregister(self.close)
         self._queue.put(None)
         self._thread.join(60.0)
         self._connection.close()

@@ -100,6 +100,18 @@ def test_what_is_logged_may_change_later_and_be_nan() -> None:
     assert found.mean.note == "1 that are not finite are left out"
 
 
+def test_what_is_logged_now_and_then_stands_at_its_steps(tmp_path: Path) -> None:
+    model, _ = parts()
+    with lipcore.watch(model, metrics=[lipcore.Trajectory()], run=tmp_path / "a", window_steps=None) as monitor:
+        for step in range(1, 21):
+            monitor.log(loss=float(step)) if step % 5 else monitor.log(loss=float("nan"), accuracy=step / 20)
+            monitor.step()
+    run = lipcore.open_run(tmp_path / "a")
+    assert run.series("accuracy").steps.tolist() == [5, 10, 15, 20]
+    assert run.series("loss").steps.tolist() == list(range(1, 21))
+    assert np.isnan(run.series("loss")["total"]).sum() == 4
+
+
 def test_micro_batches_of_a_step_are_averaged(tmp_path: Path) -> None:
     model, optimizer = parts()
     with lipcore.watch(model, optimizer, run=tmp_path / "a", window_steps=None) as monitor:

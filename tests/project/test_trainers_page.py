@@ -11,6 +11,7 @@ import torch
 
 PAGE = Path(__file__).parents[2] / "docs" / "loops.md"
 FENCE = re.compile(r"^```python trainers\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+CALLBACK = re.compile(r"^```python trainers callback\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TRAINERS = ("accelerate", "transformers", "lightning")
 
 
@@ -30,6 +31,26 @@ def test_every_block_is_of_one_trainer() -> None:
     assert len(FENCE.findall(PAGE.read_text(encoding="utf-8"))) == len(TRAINERS)
     for trainer in TRAINERS:
         block(trainer)
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("number", range(2))
+def test_a_callback_runs(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    found = list(CALLBACK.finditer(text))
+    assert len(found) == 2
+    source = found[number].group(1)
+    for trainer in TRAINERS:
+        if f"import {trainer}" in source:
+            pytest.importorskip(trainer)
+    monkeypatch.chdir(tmp_path)
+    line = text.count("\n", 0, found[number].start(1))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        exec(compile("\n" * line + source, str(PAGE), "exec"), {"__name__": "__main__"})
+    assert not [str(one.message) for one in told if "lipcore" in f"{one.message} {one.filename}"]
 
 
 @pytest.mark.ci

@@ -1,0 +1,120 @@
+"""The callback of Lightning's Trainer, against a loop by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as nnf
+from torch.utils.data import DataLoader, TensorDataset
+
+import lipcore
+
+lightning = pytest.importorskip("lightning", reason="needs the extra `trainers` (make test-ci)")
+pytestmark = [pytest.mark.ci, pytest.mark.filterwarnings("ignore")]
+
+X = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(64) % 3
+
+
+class Inside(lightning.LightningModule):  # type: ignore[misc]
+    """A module whose training_step() calls a module inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return nnf.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Itself(Inside):
+    """One whose training_step() calls itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return nnf.cross_entropy(self(batch[0]), batch[1])
+
+
+class Two(Inside):
+    """One with two modules inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(3, 3)
+
+    def training_step(self, batch: Any, index: int) -> Tensor:
+        return nnf.cross_entropy(self.other(self.net(batch[0])), batch[1])
+
+
+def trained(module: Any, folder: Path, callbacks: list[Any], ckpt: Any = None, **more: Any) -> Any:
+    data = DataLoader(TensorDataset(X, Y), batch_size=8)
+    quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    settings: dict[str, Any] = {"accelerator": "cpu", "max_epochs": 2, "enable_checkpointing": False}
+    trainer = lightning.Trainer(default_root_dir=folder, callbacks=callbacks, **quiet, **settings | more)
+    trainer.fit(module, data, ckpt_path=ckpt)
+    return trainer
+
+
+def weights(module: nn.Module) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+
+@pytest.mark.parametrize("kind", [Inside, Itself])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_it_records_the_training_and_leaves_it_as_it_is(tmp_path: Path, kind: type[Inside], accumulate: int) -> None:
+    plain, watched = kind(), kind()
+    trained(plain, tmp_path, [], accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
+    callback = lipcore.integrations.LightningCallback(run=tmp_path / "run", window_steps=4)
+    trained(watched, tmp_path, [callback], accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
+    assert torch.equal(weights(plain), weights(watched))
+    with lipcore.open_run(tmp_path / "run") as run:
+        steps = 16 // accumulate
+        norms = run.series("update_norm")
+        assert norms.steps.tolist() == list(range(1, steps + 1))
+        assert norms.places == ["net.0", "net.2", "total"]
+        assert run.series("loss").steps.tolist() == list(range(1, steps + 1))
+        assert (run.series("local_lipschitz.max").values > 0).all()
+
+
+def test_a_module_that_has_to_be_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="module: it cannot be told .* there are 'net', 'other'"):
+        trained(Two(), tmp_path, [lipcore.integrations.LightningCallback()])
+    callback = lipcore.integrations.LightningCallback(run=tmp_path / "run", module="net", window_steps=4)
+    trained(Two(), tmp_path, [callback])
+    assert len(lipcore.open_run(tmp_path / "run").series("update_norm")) == 16
+
+
+def test_resuming_makes_one_history(tmp_path: Path) -> None:
+    class Stop(lightning.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.global_step == 8:
+                trainer.save_checkpoint(tmp_path / "at8.ckpt")
+            if trainer.global_step == 11:
+                raise ZeroDivisionError
+
+    whole, resumed = Inside(), Inside()
+    trained(whole, tmp_path, [lipcore.integrations.LightningCallback(run=tmp_path / "whole", window_steps=4)])
+    with pytest.raises(ZeroDivisionError):
+        trained(
+            Inside(), tmp_path, [lipcore.integrations.LightningCallback(run=tmp_path / "run", window_steps=4), Stop()]
+        )
+    again = lipcore.integrations.LightningCallback(run=tmp_path / "run", window_steps=4)
+    trained(resumed, tmp_path, [again], ckpt=tmp_path / "at8.ckpt")
+    assert torch.equal(weights(whole), weights(resumed))
+    one, other = lipcore.open_run(tmp_path / "whole"), lipcore.open_run(tmp_path / "run")
+    assert [(start.kind, start.step) for start in other.starts] == [("start", 0), ("rewind", 8)]
+    for name in ("update_norm", "loss", "update_norm.mean", "path_length.cumulative"):
+        mine, theirs = one.series(name), other.series(name)
+        assert mine.steps.tolist() == theirs.steps.tolist()
+        assert np.array_equal(mine.values, theirs.values, equal_nan=True)
