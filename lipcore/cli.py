@@ -1,10 +1,10 @@
-"""The command line: ``lipcore demo``."""
+"""The command line: ``lipcore demo``, ``lipcore doctor``, ``lipcore export``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lipcore import __version__
@@ -12,7 +12,16 @@ from lipcore import __version__
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0, 2 for what the user can put right, 130 after Ctrl-C."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    run: dict[str, Callable[[argparse.Namespace], int]] = {"demo": _demo, "doctor": _doctor, "export": _export}
+    return run[options.command](options)
+
+
+def _demo(options: argparse.Namespace) -> int:
     from lipcore import demo
 
     try:
@@ -26,12 +35,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _doctor(options: argparse.Namespace) -> int:
+    from lipcore.doctor import findings
+
+    found = findings()
+    width = max(map(len, found))
+    for name, text in found.items():
+        print(f"{name:<{width}}  {text}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    from lipcore.recording import RecordError, open_run
+    from lipcore.recording.export import export_csv, export_parquet
+
+    try:
+        with open_run(options.run, options.rank) as run:
+            if options.csv is not None:
+                path, rows = options.csv, export_csv(run, options.csv)
+            else:
+                path, rows = options.parquet, export_parquet(run, options.parquet)
+    except (RecordError, ValueError, ImportError) as error:
+        print(f"lipcore export: error: {error}", file=sys.stderr)
+        return 2
+    print(f"{path}: {rows} rows")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lipcore", description="Measure what a neural network is learning while it trains."
     )
     parser.add_argument("--version", action="version", version=f"lipcore {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     about = "Train small networks on harder and harder tasks, measured by lipcore; draw a figure and print a table."
     demo = commands.add_parser("demo", help=about, description=about)
     demo.add_argument(
@@ -51,6 +87,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--force", action="store_true", help="replace figure.png and metrics.json in a folder that exists"
     )
+    about = "Print versions, instruction set, CUDA, threads, and which extras are there."
+    commands.add_parser("doctor", help=about, description=about)
+    about = "Write all numbers of a recorded run into a table: quantity, place, step, value, least and greatest value."
+    export = commands.add_parser("export", help=about, description=about)
+    export.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or the file of one rank")
+    export.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
+    form = export.add_mutually_exclusive_group(required=True)
+    form.add_argument("--csv", type=Path, metavar="FILE", help="as comma-separated values")
+    form.add_argument("--parquet", type=Path, metavar="FILE", help="as Parquet; needs pyarrow")
     return parser
 
 

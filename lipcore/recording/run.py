@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,11 +17,15 @@ from lipcore.metric.columns import Places
 from lipcore.metric.results import History, Window
 from lipcore.metric.show import LINES, Showable, Shown
 from lipcore.models.arguments import check_count
+from lipcore.recording import plots
 from lipcore.recording.folding import FOLD, unfolded
 from lipcore.recording.location import SUFFIX
 from lipcore.recording.pack import UnpackedWindow, places_of
 from lipcore.recording.schema import RecordError, connect
 from lipcore.recording.series import Series, matching
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -133,6 +137,31 @@ class Run(Showable):
         if name in self._step_quantities():
             return self._of_steps(name, places)
         return self._of_windows(name, places)
+
+    # ---- pictures; they need matplotlib
+
+    def plot(self, name: str, places: str = "*", *, log: bool = True) -> Figure:
+        """Draw a quantity over the steps, a line per place; names as of :meth:`series`, without a reducer means."""
+        return plots.line_plot(self._drawn(name, places), f"{name} of {self._name}", log=log)
+
+    def heatmap(self, name: str, places: str = "*") -> Figure:
+        """Draw a quantity as a map: a row per place, steps from left to right."""
+        return plots.heat_map(self._drawn(name, places), f"{name} of {self._name}")
+
+    def compare_plot(self, other: Run, name: str, place: str = "total", *, log: bool = True) -> Figure:
+        """Draw a quantity of this run and of another in one place."""
+        found = {self._name: self._drawn(name, place)}
+        twice = other._name in found
+        found[f"{other._name} ({other.path})" if twice else other._name] = other._drawn(name, place)
+        return plots.compare_plot(found, f"{name}, {place}", log=log)
+
+    def _drawn(self, name: str, places: str) -> Series:
+        quantities = self.quantities
+        return self.series(f"{name}.mean" if name not in quantities and f"{name}.mean" in quantities else name, places)
+
+    @property
+    def _name(self) -> str:
+        return self.path.parent.name or self.path.name
 
     # ---- single steps
 

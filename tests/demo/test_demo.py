@@ -155,7 +155,7 @@ def test_a_missing_package_is_named_with_the_remedy(
     "arguments",
     [
         *(["demo", "--seeds", value] for value in ("0", "-1", "abc", "1.5", "")),
-        *(["demo", "--quickly"], ["demo", "extra"], ["train"], []),
+        *(["demo", "--quickly"], ["demo", "extra"], ["train"]),
     ],
     ids=" ".join,
 )
