@@ -47,13 +47,12 @@ LIPCORE_INLINE F64x16 sum_edge_squares(const Lanes (&c)[kRows][kVectors], int64_
   return load(lanes);
 }
 
-// `count` elements of a row from element `first` on, in the working type. The dtype is looked at once per row: kernels
-// for each would be four times the code and gain nothing.
-template <class T>
-LIPCORE_OUTLINE void read_row(const void* data, DType dtype, int64_t first, int64_t count, double scale, T* to) {
-  with_dtype(dtype, [&](auto element) {
-    convert(element, static_cast<const typename decltype(element)::Stored*>(data) + first, count, scale, to);
-  });
+// Of a sample, from a token and a feature on.
+LIPCORE_INLINE Rows input_rows(const LinearSample& s, int64_t token, int64_t feature) {
+  return {s.x, s.dtype, token * s.x_stride + feature, s.x_stride, s.x_scale};
+}
+LIPCORE_INLINE Rows grad_rows(const LinearSample& s, int64_t token, int64_t feature) {
+  return {s.grad, s.dtype, token * s.grad_stride + feature, s.grad_stride, s.grad_scale};
 }
 
 template <class T>
@@ -64,12 +63,9 @@ LIPCORE_INLINE double direct_of(const LinearSample& sample, const LinearBlock& b
   for (int64_t t = 0; t < sample.tokens; t += kDepth) {
     const int64_t steps = sample.tokens - t < kDepth ? sample.tokens - t : kDepth;
     const bool resume = t > 0, last = t + steps == sample.tokens;
-    pack_columns<T, kRows>(steps, block.rows, steps, 0, scratch.a, [&](int64_t k, T* to) {
-      read_row(sample.grad, sample.dtype, block.row + (t + k) * sample.grad_stride, block.rows, sample.grad_scale, to);
-    });
-    pack_columns<T, kWidth>(steps, block.columns, steps, 0, scratch.b, [&](int64_t k, T* to) {
-      read_row(sample.x, sample.dtype, block.column + (t + k) * sample.x_stride, block.columns, sample.x_scale, to);
-    });
+    const Rows g = grad_rows(sample, t, block.row), x = input_rows(sample, t, block.column);
+    pack_columns<T, kRows>(g, steps, block.rows, steps, 0, scratch.a);
+    pack_columns<T, kWidth>(x, steps, block.columns, steps, 0, scratch.b);
     const Segment all{0, steps};
     multiply<T, kRows, kRows>(
         block.rows, block.columns, steps, &all, 1, scratch.a, scratch.b,
@@ -120,17 +116,12 @@ LIPCORE_INLINE void gram_of(const LinearSample& sample, const LinearBlock& block
   F64x16 total = f64(0), both = f64(0), x_diagonal = f64(0), grad_diagonal = f64(0);
   for (int operand = 0; operand < 2; ++operand) {
     const int64_t features = operand ? block.outputs : block.inputs;
-    const int64_t stride = operand ? sample.grad_stride : sample.x_stride;
-    const void* tokens = operand ? sample.grad : sample.x;
     T* sums_of = operand ? scratch.second : scratch.first;
     for (int64_t f = 0; f < features; f += kDepth) {
       const int64_t steps = features - f < kDepth ? features - f : kDepth;
       const bool resume = f > 0, last = f + steps == features;
-      const auto pack = [&](int64_t first_token, int64_t count, T* to) {
-        pack_rows<T, kWidth>(steps, count, to, [&](int64_t i, T* row) {
-          read_row(tokens, sample.dtype, (first_token + i) * stride + f, steps,
-                   operand ? sample.grad_scale : sample.x_scale, row);
-        });
+      const auto pack = [&](int64_t token, int64_t count, T* to) {
+        pack_rows<T, kWidth>(operand ? grad_rows(sample, token, f) : input_rows(sample, token, f), steps, count, to);
       };
       pack(block.row, block.rows, scratch.a);
       if (!diagonal) pack(block.column, block.columns, scratch.b);
@@ -215,14 +206,9 @@ LIPCORE_INLINE void weight_grad_of(const LinearSample* samples, int64_t count, c
     for (int64_t p = 0; p < parts; ++p) {
       const LinearSample& sample = samples[owners[p]];
       const int64_t from = last ? (resume ? sample.tokens - segments[p].count : 0) : token - segments[p].count;
-      pack_columns<T, kRows>(
-          segments[p].count, block.rows, packed, segments[p].begin, scratch.a, [&](int64_t k, T* to) {
-            read_row(sample.grad, sample.dtype, block.row + (from + k) * sample.grad_stride, block.rows, 1.0, to);
-          });
-      pack_columns<T, kWidth>(
-          segments[p].count, block.columns, packed, segments[p].begin, scratch.b, [&](int64_t k, T* to) {
-            read_row(sample.x, sample.dtype, block.column + (from + k) * sample.x_stride, block.columns, 1.0, to);
-          });
+      const Rows g = grad_rows(sample, from, block.row), x = input_rows(sample, from, block.column);
+      pack_columns<T, kRows>(g, segments[p].count, block.rows, packed, segments[p].begin, scratch.a);
+      pack_columns<T, kWidth>(x, segments[p].count, block.columns, packed, segments[p].begin, scratch.b);
     }
     multiply<T, kRows, kRows>(
         block.rows, block.columns, packed, segments, parts, scratch.a, scratch.b,
@@ -266,7 +252,7 @@ double largest(const void* rows, DType dtype, int64_t stride, int64_t count, int
     for (int64_t i = 0; i < length; i += 256) {
       double values[256];
       const int64_t run = length - i < 256 ? length - i : 256;
-      read_row(rows, dtype, r * stride + i, run, 1.0, values);
+      read_rows({rows, dtype, r * stride + i, stride, 1}, 0, 1, run, values, run);
       for (int64_t k = 0; k < run; ++k) {
         const double magnitude = values[k] < 0 ? -values[k] : values[k];
         found = found >= magnitude ? found : magnitude;
