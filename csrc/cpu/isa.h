@@ -10,3 +10,6 @@
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
+
+// For what is better called than copied into every caller. A template that the compiler may inline would be.
+#define LIPCORE_OUTLINE __attribute__((noinline)) static

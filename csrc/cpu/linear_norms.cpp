@@ -47,22 +47,25 @@ LIPCORE_INLINE F64x16 sum_edge_squares(const Lanes (&c)[kRows][kVectors], int64_
   return load(lanes);
 }
 
-template <class T, class E>
-LIPCORE_INLINE double direct_of(E element, const LinearSample& sample, const LinearBlock& block, void* memory) {
+// Of a sample, from a token and a feature on.
+LIPCORE_INLINE Rows input_rows(const LinearSample& s, int64_t token, int64_t feature) {
+  return {s.x, s.dtype, token * s.x_stride + feature, s.x_stride, s.x_scale};
+}
+LIPCORE_INLINE Rows grad_rows(const LinearSample& s, int64_t token, int64_t feature) {
+  return {s.grad, s.dtype, token * s.grad_stride + feature, s.grad_stride, s.grad_scale};
+}
+
+template <class T>
+LIPCORE_INLINE double direct_of(const LinearSample& sample, const LinearBlock& block, void* memory) {
   constexpr int kRows = Tile<T>::kRows, kWidth = Tile<T>::kWidth;
   const Scratch<T> scratch(memory);
-  const auto* x = static_cast<const typename E::Stored*>(sample.x) + block.column;
-  const auto* g = static_cast<const typename E::Stored*>(sample.grad) + block.row;
   F64x16 sum = f64(0);
   for (int64_t t = 0; t < sample.tokens; t += kDepth) {
     const int64_t steps = sample.tokens - t < kDepth ? sample.tokens - t : kDepth;
     const bool resume = t > 0, last = t + steps == sample.tokens;
-    pack_columns<T, kRows>(steps, block.rows, steps, 0, scratch.a, [&](int64_t k, T* to) {
-      convert(element, g + (t + k) * sample.grad_stride, block.rows, sample.grad_scale, to);
-    });
-    pack_columns<T, kWidth>(steps, block.columns, steps, 0, scratch.b, [&](int64_t k, T* to) {
-      convert(element, x + (t + k) * sample.x_stride, block.columns, sample.x_scale, to);
-    });
+    const Rows g = grad_rows(sample, t, block.row), x = input_rows(sample, t, block.column);
+    pack_columns<T, kRows>(g, steps, block.rows, steps, 0, scratch.a);
+    pack_columns<T, kWidth>(x, steps, block.columns, steps, 0, scratch.b);
     const Segment all{0, steps};
     multiply<T, kRows, kRows>(
         block.rows, block.columns, steps, &all, 1, scratch.a, scratch.b,
@@ -83,10 +86,7 @@ LIPCORE_INLINE double direct_of(E element, const LinearSample& sample, const Lin
 }
 
 double direct(const LinearSample& sample, const LinearBlock& block, void* scratch) {
-  return with_dtype(sample.dtype, [&](auto element) {
-    if (sample.in_float64) return direct_of<double>(element, sample, block, scratch);
-    return direct_of<float>(element, sample, block, scratch);
-  });
+  return sample.in_float64 ? direct_of<double>(sample, block, scratch) : direct_of<float>(sample, block, scratch);
 }
 
 // Weight of element (row i, column j) of a lower triangle that counts twice: ramp[kRamp + j - i].
@@ -107,9 +107,8 @@ constexpr Ramps<T> make_ramps() {
 template <class T>
 constexpr Ramps<T> kRamps = make_ramps<T>();
 
-template <class T, class E>
-LIPCORE_INLINE void gram_of(E element, const LinearSample& sample, const LinearBlock& block, void* memory,
-                            GramSums* sums) {
+template <class T>
+LIPCORE_INLINE void gram_of(const LinearSample& sample, const LinearBlock& block, void* memory, GramSums* sums) {
   using Lanes = typename Tile<T>::Lanes;
   constexpr int kRows = Tile<T>::kSharedRows, kWidth = Tile<T>::kWidth;
   const Scratch<T> scratch(memory);
@@ -117,17 +116,12 @@ LIPCORE_INLINE void gram_of(E element, const LinearSample& sample, const LinearB
   F64x16 total = f64(0), both = f64(0), x_diagonal = f64(0), grad_diagonal = f64(0);
   for (int operand = 0; operand < 2; ++operand) {
     const int64_t features = operand ? block.outputs : block.inputs;
-    const int64_t stride = operand ? sample.grad_stride : sample.x_stride;
-    const auto* tokens = static_cast<const typename E::Stored*>(operand ? sample.grad : sample.x);
     T* sums_of = operand ? scratch.second : scratch.first;
     for (int64_t f = 0; f < features; f += kDepth) {
       const int64_t steps = features - f < kDepth ? features - f : kDepth;
       const bool resume = f > 0, last = f + steps == features;
-      const auto pack = [&](int64_t first_token, int64_t count, T* to) {
-        pack_rows<T, kWidth>(steps, count, to, [&](int64_t i, T* row) {
-          convert(element, tokens + (first_token + i) * stride + f, steps, operand ? sample.grad_scale : sample.x_scale,
-                  row);
-        });
+      const auto pack = [&](int64_t token, int64_t count, T* to) {
+        pack_rows<T, kWidth>(operand ? grad_rows(sample, token, f) : input_rows(sample, token, f), steps, count, to);
       };
       pack(block.row, block.rows, scratch.a);
       if (!diagonal) pack(block.column, block.columns, scratch.b);
@@ -178,17 +172,15 @@ LIPCORE_INLINE void gram_of(E element, const LinearSample& sample, const LinearB
 }
 
 void gram(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums) {
-  with_dtype(sample.dtype, [&](auto element) {
-    if (sample.in_float64) return gram_of<double>(element, sample, block, scratch, sums);
-    return gram_of<float>(element, sample, block, scratch, sums);
-  });
+  if (sample.in_float64) return gram_of<double>(sample, block, scratch, sums);
+  gram_of<float>(sample, block, scratch, sums);
 }
 
 // Whole samples are packed together as long as they fit, so that the block's running total is touched while it is in
 // the first-level cache; a longer sample goes by kDepth tokens at a time.
-template <class T, class E>
-LIPCORE_INLINE void weight_grad_of(E element, const LinearSample* samples, int64_t count, const LinearBlock& block,
-                                   void* memory, void* out, double* norms, int64_t norms_stride) {
+template <class T>
+LIPCORE_INLINE void weight_grad_of(const LinearSample* samples, int64_t count, const LinearBlock& block, void* memory,
+                                   void* out, double* norms, int64_t norms_stride) {
   constexpr int kRows = Tile<T>::kRows, kWidth = Tile<T>::kWidth;
   const Scratch<T> scratch(memory);
   memset(scratch.second, 0, sizeof(T) * kPadded * kPadded);
@@ -214,14 +206,9 @@ LIPCORE_INLINE void weight_grad_of(E element, const LinearSample* samples, int64
     for (int64_t p = 0; p < parts; ++p) {
       const LinearSample& sample = samples[owners[p]];
       const int64_t from = last ? (resume ? sample.tokens - segments[p].count : 0) : token - segments[p].count;
-      const auto* x = static_cast<const typename E::Stored*>(sample.x) + block.column;
-      const auto* g = static_cast<const typename E::Stored*>(sample.grad) + block.row;
-      pack_columns<T, kRows>(
-          segments[p].count, block.rows, packed, segments[p].begin, scratch.a,
-          [&](int64_t k, T* to) { convert(element, g + (from + k) * sample.grad_stride, block.rows, 1.0, to); });
-      pack_columns<T, kWidth>(
-          segments[p].count, block.columns, packed, segments[p].begin, scratch.b,
-          [&](int64_t k, T* to) { convert(element, x + (from + k) * sample.x_stride, block.columns, 1.0, to); });
+      const Rows g = grad_rows(sample, from, block.row), x = input_rows(sample, from, block.column);
+      pack_columns<T, kRows>(g, segments[p].count, block.rows, packed, segments[p].begin, scratch.a);
+      pack_columns<T, kWidth>(x, segments[p].count, block.columns, packed, segments[p].begin, scratch.b);
     }
     multiply<T, kRows, kRows>(
         block.rows, block.columns, packed, segments, parts, scratch.a, scratch.b,
@@ -254,33 +241,26 @@ LIPCORE_INLINE void weight_grad_of(E element, const LinearSample* samples, int64
 
 void weight_grad(const LinearSample* samples, int64_t count, const LinearBlock& block, void* scratch, void* out,
                  double* norms, int64_t norms_stride) {
-  with_dtype(samples[0].dtype, [&](auto element) {
-    if (samples[0].in_float64)
-      return weight_grad_of<double>(element, samples, count, block, scratch, out, norms, norms_stride);
-    return weight_grad_of<float>(element, samples, count, block, scratch, out, norms, norms_stride);
-  });
+  if (samples[0].in_float64) return weight_grad_of<double>(samples, count, block, scratch, out, norms, norms_stride);
+  weight_grad_of<float>(samples, count, block, scratch, out, norms, norms_stride);
 }
 
 // On the bits, where NaN and infinity are larger than every number.
 double largest(const void* rows, DType dtype, int64_t stride, int64_t count, int64_t length) {
-  return with_dtype(dtype, [&](auto element) {
-    using E = decltype(element);
-    double found = 0;
-    for (int64_t r = 0; r < count; ++r) {
-      const auto* row = static_cast<const typename E::Stored*>(rows) + r * stride;
-      for (int64_t i = 0; i < length; i += 256) {
-        double values[256];
-        const int64_t run = length - i < 256 ? length - i : 256;
-        convert(element, row + i, run, 1.0, values);
-        for (int64_t k = 0; k < run; ++k) {
-          const double magnitude = values[k] < 0 ? -values[k] : values[k];
-          found = found >= magnitude ? found : magnitude;
-          if (found != found) return found;
-        }
+  double found = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    for (int64_t i = 0; i < length; i += 256) {
+      double values[256];
+      const int64_t run = length - i < 256 ? length - i : 256;
+      read_rows({rows, dtype, r * stride + i, stride, 1}, 0, 1, run, values, run);
+      for (int64_t k = 0; k < run; ++k) {
+        const double magnitude = values[k] < 0 ? -values[k] : values[k];
+        found = found >= magnitude ? found : magnitude;
+        if (found != found) return found;
       }
     }
-    return found;
-  });
+  }
+  return found;
 }
 
 }  // namespace

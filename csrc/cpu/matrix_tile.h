@@ -171,21 +171,40 @@ LIPCORE_INLINE void convert(E, const typename E::Stored* from, int64_t count, do
   memcpy(to + i, values, static_cast<size_t>(count - i) * sizeof values[0]);
 }
 
-// Steps [at, at + steps) of panels of `depth` steps, kWidth columns each; read(k, to) writes step k's `columns` values.
-// Eight steps at a time, so that rows are read from end to end and panels are written in runs.
-template <class T, int kWidth, class Read>
-LIPCORE_INLINE void pack_columns(int64_t steps, int64_t columns, int64_t depth, int64_t at, T* to, const Read& read) {
-  constexpr int kRun = 8;
-  T rows[kRun][kPadded + 16];
+// Rows of memory: element j of row i is data[first + i * stride + j].
+struct Rows {
+  const void* data;
+  DType dtype;
+  int64_t first, stride;
+  double scale;
+};
+
+// `length` elements of rows [begin, begin + count) in the working type, to + i * pitch. A call of its own for some rows
+// at a time: a kernel for each dtype would be four times the code and gain nothing.
+template <class T>
+LIPCORE_OUTLINE void read_rows(const Rows& rows, int64_t begin, int64_t count, int64_t length, T* to, int64_t pitch) {
+  with_dtype(rows.dtype, [&](auto element) {
+    const auto* from = static_cast<const typename decltype(element)::Stored*>(rows.data) + rows.first;
+    for (int64_t i = 0; i < count; ++i)
+      convert(element, from + (begin + i) * rows.stride, length, rows.scale, to + i * pitch);
+  });
+}
+
+// Steps [at, at + steps) of panels of `depth` steps, kWidth columns each, from as many rows: step k is row k. Eight
+// steps at a time, so that rows are read from end to end and panels are written in runs.
+template <class T, int kWidth>
+LIPCORE_INLINE void pack_columns(const Rows& rows, int64_t steps, int64_t columns, int64_t depth, int64_t at, T* to) {
+  constexpr int64_t kRun = 8, kPitch = kPadded + 16;
+  alignas(64) T buffer[kRun * kPitch];
   const int64_t whole = (columns + kWidth - 1) / kWidth * kWidth;
   for (int64_t k = 0; k < steps; k += kRun) {
     const int64_t run = steps - k < kRun ? steps - k : kRun;
-    for (int64_t r = 0; r < run; ++r) {
-      read(k + r, rows[r]);
-      for (int64_t j = columns; j < whole; ++j) rows[r][j] = 0;
-    }
+    read_rows(rows, k, run, columns, buffer, kPitch);
+    for (int64_t r = 0; r < run; ++r)
+      for (int64_t j = columns; j < whole; ++j) buffer[r * kPitch + j] = 0;
     for (int64_t j = 0; j < columns; j += kWidth)
-      for (int64_t r = 0; r < run; ++r) memcpy(to + j * depth + (at + k + r) * kWidth, rows[r] + j, sizeof(T) * kWidth);
+      for (int64_t r = 0; r < run; ++r)
+        memcpy(to + j * depth + (at + k + r) * kWidth, buffer + r * kPitch + j, sizeof(T) * kWidth);
   }
 }
 
@@ -231,21 +250,17 @@ LIPCORE_INLINE void transpose_16(const double* from, int64_t stride, double* to,
     for (int i = 0; i < 16; ++i) to[k * width + i] = from[i * stride + k];
 }
 
-// Panels whose columns are rows of memory (the Gram matrix): read(i, to) writes `steps` values of row i.
-template <class T, int kWidth, class Read>
-LIPCORE_INLINE void pack_rows(int64_t steps, int64_t rows, T* to, const Read& read) {
+// Panels whose columns are rows of memory (the Gram matrix), `steps` values of each.
+template <class T, int kWidth>
+LIPCORE_OUTLINE void pack_rows(const Rows& rows, int64_t steps, int64_t count, T* to) {
   constexpr int64_t kStride = kDepth + 16;  // not a power of two: rows would share cache sets
-  T buffer[16 * kStride];
-  for (int64_t panel = 0; panel < rows; panel += kWidth) {
+  alignas(64) T buffer[16 * kStride];
+  for (int64_t panel = 0; panel < count; panel += kWidth) {
     for (int64_t i = 0; i < kWidth; i += 16) {
       T* group = to + panel * steps + i;
-      for (int64_t r = 0; r < 16; ++r) {
-        if (panel + i + r < rows) {
-          read(panel + i + r, buffer + r * kStride);
-        } else {
-          memset(buffer + r * kStride, 0, sizeof(T) * static_cast<size_t>(steps));
-        }
-      }
+      const int64_t left = count - panel - i, read = left < 0 ? 0 : left < 16 ? left : 16;
+      read_rows(rows, panel + i, read, steps, buffer, kStride);
+      for (int64_t r = read; r < 16; ++r) memset(buffer + r * kStride, 0, sizeof(T) * static_cast<size_t>(steps));
       int64_t k = 0;
       for (; k + 16 <= steps; k += 16) transpose_16(buffer + k, kStride, group + k * kWidth, kWidth);
       for (; k < steps; ++k)

@@ -109,84 +109,98 @@ LIPCORE_INLINE F32x16 widen_float16(const uint16_t* p) {
            _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))}};
 }
 
-#else  // base: plain loops, which the compiler turns into whatever the platform's baseline has
+#else  // base: vectors of 16 bytes, which every platform has in some form
 
-struct F32x16 {
-  float v[16];
+typedef float Float4 __attribute__((vector_size(16)));
+typedef double Double2 __attribute__((vector_size(16)));
+typedef double Double4 __attribute__((vector_size(32)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef int64_t Long2 __attribute__((vector_size(16)));
+
+// Halves of halves and not an array, which the compiler would keep in memory.
+template <class V>
+struct Two {
+  V lo, hi;
 };
-struct F64x16 {
-  double v[16];
-};
+using F32x16 = Two<Two<Float4>>;
+using F64x16 = Two<Two<Two<Double2>>>;
 
-#define LIPCORE_LANES for (int i = 0; i < 16; ++i)
-
-LIPCORE_INLINE F32x16 f32(float x) {
-  F32x16 a;
-  LIPCORE_LANES a.v[i] = x;
-  return a;
+template <class V>
+LIPCORE_INLINE Two<V> both(V a) {
+  return {a, a};
 }
-LIPCORE_INLINE F64x16 f64(double x) {
-  F64x16 a;
-  LIPCORE_LANES a.v[i] = x;
-  return a;
+LIPCORE_INLINE F32x16 f32(float x) { return both(both(Float4{x, x, x, x})); }
+LIPCORE_INLINE F64x16 f64(double x) { return both(both(both(Double2{x, x}))); }
+
+template <class V, class T>
+LIPCORE_INLINE void load_into(V* a, const T* p) {
+  memcpy(a, p, sizeof *a);
+}
+template <class V, class T>
+LIPCORE_INLINE void load_into(Two<V>* a, const T* p) {
+  load_into(&a->lo, p);
+  load_into(&a->hi, p + sizeof(V) / sizeof *p);
+}
+template <class V, class T>
+LIPCORE_INLINE void store_from(V a, T* p) {
+  memcpy(p, &a, sizeof a);
+}
+template <class V, class T>
+LIPCORE_INLINE void store_from(const Two<V>& a, T* p) {
+  store_from(a.lo, p);
+  store_from(a.hi, p + sizeof(V) / sizeof *p);
 }
 LIPCORE_INLINE F32x16 load(const float* p) {
   F32x16 a;
-  LIPCORE_LANES a.v[i] = p[i];
+  load_into(&a, p);
   return a;
 }
 LIPCORE_INLINE F64x16 load(const double* p) {
   F64x16 a;
-  LIPCORE_LANES a.v[i] = p[i];
+  load_into(&a, p);
   return a;
 }
-LIPCORE_INLINE void store(float* p, F32x16 a) { LIPCORE_LANES p[i] = a.v[i]; }
-LIPCORE_INLINE void store(double* p, F64x16 a) { LIPCORE_LANES p[i] = a.v[i]; }
+LIPCORE_INLINE void store(float* p, F32x16 a) { store_from(a, p); }
+LIPCORE_INLINE void store(double* p, F64x16 a) { store_from(a, p); }
 
-#define LIPCORE_BINARY(symbol)                                \
-  LIPCORE_INLINE F32x16 operator symbol(F32x16 a, F32x16 b) { \
-    LIPCORE_LANES a.v[i] = a.v[i] symbol b.v[i];              \
-    return a;                                                 \
-  }                                                           \
-  LIPCORE_INLINE F64x16 operator symbol(F64x16 a, F64x16 b) { \
-    LIPCORE_LANES a.v[i] = a.v[i] symbol b.v[i];              \
-    return a;                                                 \
+#define LIPCORE_BINARY(symbol)                                              \
+  template <class V>                                                        \
+  LIPCORE_INLINE Two<V> operator symbol(const Two<V>& a, const Two<V>& b) { \
+    return {a.lo symbol b.lo, a.hi symbol b.hi};                            \
   }
 LIPCORE_BINARY(+)
 LIPCORE_BINARY(-)
 LIPCORE_BINARY(*)
 #undef LIPCORE_BINARY
 
-LIPCORE_INLINE F32x16 max_abs(F32x16 a, F32x16 b) {
-  LIPCORE_LANES {
-    const float x = b.v[i] < 0 ? -b.v[i] : b.v[i];
-    a.v[i] = a.v[i] > x ? a.v[i] : x;
-  }
-  return a;
+LIPCORE_INLINE Float4 max_abs(Float4 a, Float4 b) {
+  const Float4 x = reinterpret_cast<Float4>(reinterpret_cast<Int4>(b) & INT32_MAX);
+  return a > x ? a : x;
 }
-LIPCORE_INLINE F64x16 max_abs(F64x16 a, F64x16 b) {
-  LIPCORE_LANES {
-    const double x = b.v[i] < 0 ? -b.v[i] : b.v[i];
-    a.v[i] = a.v[i] > x ? a.v[i] : x;
-  }
-  return a;
+LIPCORE_INLINE Double2 max_abs(Double2 a, Double2 b) {
+  const Double2 x = reinterpret_cast<Double2>(reinterpret_cast<Long2>(b) & INT64_MAX);
+  return a > x ? a : x;
 }
-LIPCORE_INLINE F64x16 widen(F32x16 a) {
-  F64x16 b;
-  LIPCORE_LANES b.v[i] = a.v[i];
-  return b;
+template <class V>
+LIPCORE_INLINE Two<V> max_abs(const Two<V>& a, const Two<V>& b) {
+  return {max_abs(a.lo, b.lo), max_abs(a.hi, b.hi)};
 }
+
+LIPCORE_INLINE Two<Double2> widen(Float4 a) {
+  const auto wide = __builtin_convertvector(a, Double4);  // element by element it would be one at a time
+  return {Double2{wide[0], wide[1]}, Double2{wide[2], wide[3]}};
+}
+LIPCORE_INLINE F64x16 widen(F32x16 a) { return {{widen(a.lo.lo), widen(a.lo.hi)}, {widen(a.hi.lo), widen(a.hi.hi)}}; }
 LIPCORE_INLINE F32x16 widen_bfloat16(const uint16_t* p) {
-  F32x16 a;
-  LIPCORE_LANES a.v[i] = bfloat16_to_float(p[i]);
-  return a;
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = bfloat16_to_float(p[i]);
+  return load(lanes);
 }
-LIPCORE_INLINE F32x16 widen_float16(const uint16_t* p) {
-  F32x16 a;
-  LIPCORE_LANES a.v[i] = float16_to_float(p[i]);
-  return a;
+LIPCORE_OUTLINE F32x16 widen_float16(const uint16_t* p) {
+  float lanes[16];
+  for (int i = 0; i < 16; ++i) lanes[i] = float16_to_float(p[i]);
+  return load(lanes);
 }
-#undef LIPCORE_LANES
 
 #endif
 
@@ -216,9 +230,10 @@ LIPCORE_INLINE double sum_lanes(F64x16 a) {
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 #else
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];
-  return a.v[0];
+  const auto eight = a.lo + a.hi;
+  const auto four = eight.lo + eight.hi;
+  const Double2 two = four.lo + four.hi;
+  return two[0] + two[1];
 #endif
 }
 

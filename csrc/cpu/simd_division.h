@@ -25,21 +25,17 @@ LIPCORE_INLINE F64x16 square_root(F64x16 a) {
 
 #else
 
-LIPCORE_INLINE F32x16 operator/(F32x16 a, F32x16 b) {
-  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] / b.v[i];
-  return a;
+LIPCORE_INLINE Float4 square_root(Float4 a) {
+  return Float4{__builtin_sqrtf(a[0]), __builtin_sqrtf(a[1]), __builtin_sqrtf(a[2]), __builtin_sqrtf(a[3])};
 }
-LIPCORE_INLINE F64x16 operator/(F64x16 a, F64x16 b) {
-  for (int i = 0; i < 16; ++i) a.v[i] = a.v[i] / b.v[i];
-  return a;
+LIPCORE_INLINE Double2 square_root(Double2 a) { return Double2{__builtin_sqrt(a[0]), __builtin_sqrt(a[1])}; }
+template <class V>
+LIPCORE_INLINE Two<V> square_root(const Two<V>& a) {
+  return {square_root(a.lo), square_root(a.hi)};
 }
-LIPCORE_INLINE F32x16 square_root(F32x16 a) {
-  for (int i = 0; i < 16; ++i) a.v[i] = __builtin_sqrtf(a.v[i]);
-  return a;
-}
-LIPCORE_INLINE F64x16 square_root(F64x16 a) {
-  for (int i = 0; i < 16; ++i) a.v[i] = __builtin_sqrt(a.v[i]);
-  return a;
+template <class V>
+LIPCORE_INLINE Two<V> operator/(const Two<V>& a, const Two<V>& b) {
+  return {a.lo / b.lo, a.hi / b.hi};
 }
 
 #endif

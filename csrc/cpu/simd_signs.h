@@ -83,17 +83,36 @@ LIPCORE_INLINE F64x16 flip_signs(F64x16 a, uint32_t bits) {
 
 #else
 
-template <class Lanes>
-LIPCORE_INLINE Lanes xor_lanes(Lanes a, uint32_t by) {
-  Lanes b;
-  for (uint32_t i = 0; i < 16; ++i) b.v[i] = a.v[i ^ by];
-  return b;
+LIPCORE_INLINE F32x16 xor_lanes(F32x16 a, uint32_t by) {
+  float from[16], to[16];
+  store(from, a);
+  for (uint32_t i = 0; i < 16; ++i) to[i] = from[i ^ by];
+  return load(to);
+}
+LIPCORE_INLINE F64x16 xor_lanes(F64x16 a, uint32_t by) {
+  double from[16], to[16];
+  store(from, a);
+  for (uint32_t i = 0; i < 16; ++i) to[i] = from[i ^ by];
+  return load(to);
 }
 
-template <class Lanes>
-LIPCORE_INLINE Lanes flip_signs(Lanes a, uint32_t bits) {
-  for (int i = 0; i < 16; ++i) a.v[i] = bits >> i & 1 ? -a.v[i] : a.v[i];
-  return a;
+// Lanes of the lowest bits; the rest is for the lanes behind.
+LIPCORE_INLINE Float4 flip_signs(Float4 a, uint32_t bits) {
+  const auto all = static_cast<int32_t>(bits);
+  const Int4 lane = {1, 2, 4, 8}, set = (Int4{all, all, all, all} & lane) == lane;
+  return reinterpret_cast<Float4>(reinterpret_cast<Int4>(a) ^ (set & INT32_MIN));
+}
+LIPCORE_INLINE Double2 flip_signs(Double2 a, uint32_t bits) {
+  const auto all = static_cast<int64_t>(bits);
+  return reinterpret_cast<Double2>(reinterpret_cast<Long2>(a) ^ ((Long2{all << 1, all} << 62) & INT64_MIN));
+}
+template <class V>
+constexpr int kLanesOf = sizeof(V) / sizeof(V{}[0]);
+template <class V>
+constexpr int kLanesOf<Two<V>> = 2 * kLanesOf<V>;
+template <class V>
+LIPCORE_INLINE Two<V> flip_signs(const Two<V>& a, uint32_t bits) {
+  return {flip_signs(a.lo, bits), flip_signs(a.hi, bits >> kLanesOf<V>)};
 }
 
 #endif

@@ -24,13 +24,32 @@ UpdateCoefficients<typename E::Lanes> coefficients(const UpdateScalars& s) {
 constexpr bool reads_first(UpdateForm form) { return form != UpdateForm::kHeld; }
 constexpr bool reads_second(UpdateForm form) { return form == UpdateForm::kTwo || form == UpdateForm::kAdaptive; }
 
+template <UpdateForm kForm>
+struct Form {
+  static constexpr UpdateForm value = kForm;
+};
+// Calls body with the run-time form as a type.
+template <class Body>
+LIPCORE_INLINE auto with_form(UpdateForm form, const Body& body) {
+  switch (form) {
+    case UpdateForm::kOne:
+      return body(Form<UpdateForm::kOne>{});
+    case UpdateForm::kTwo:
+      return body(Form<UpdateForm::kTwo>{});
+    case UpdateForm::kAdaptive:
+      return body(Form<UpdateForm::kAdaptive>{});
+    default:
+      return body(Form<UpdateForm::kHeld>{});
+  }
+}
+
 template <class E, UpdateForm kForm>
 struct Sums {
   UpdateCoefficients<typename E::Lanes> c;
   F64x16 weight_sq = f64(0), dw_sq = f64(0), direction_sq = f64(0);
   typename E::Lanes max_dw = E::set(0);
 
-  LIPCORE_MEMBER void observe_16(typename E::Lanes w, typename E::Lanes a, typename E::Lanes b, int64_t) {
+  LIPCORE_MEMBER void observe_16(typename E::Lanes w, typename E::Lanes a, typename E::Lanes b) {
     const auto update = update_of<kForm>(w, a, b, c);
     weight_sq = add_square(weight_sq, w);
     dw_sq = add_square(dw_sq, update.moved);
@@ -39,34 +58,17 @@ struct Sums {
   }
 };
 
-// Elements whose parameter or update is NaN or infinite. Only asked for when a sum was not finite.
 template <class E, UpdateForm kForm>
-struct Nonfinite {
-  UpdateCoefficients<typename E::Lanes> c;
-  int64_t found = 0;
-
-  LIPCORE_MEMBER void observe_16(typename E::Lanes w, typename E::Lanes a, typename E::Lanes b, int64_t lanes) {
-    typename E::Mean elements[2][16];
-    store(elements[0], w);
-    store(elements[1], update_of<kForm>(w, a, b, c).moved);
-    for (int64_t i = 0; i < lanes; ++i) {
-      const auto x = elements[0][i], y = elements[1][i];
-      found += !(x - x == 0 && y - y == 0);  // NaN - NaN and inf - inf are NaN
-    }
-  }
-};
-
-template <class E, UpdateForm kForm, class Statistic>
 LIPCORE_INLINE void observe_run(const typename E::Stored* w, const typename E::Stored* a, const typename E::Stored* b,
-                                int64_t count, Statistic* statistic) {
+                                int64_t count, Sums<E, kForm>* sums) {
   const auto zero = E::set(0);
   int64_t i = 0;
   for (; i + 16 <= count; i += 16) {
     __builtin_prefetch(w + i + kPrefetch);
     if (reads_first(kForm)) __builtin_prefetch(a + i + kPrefetch);
     if (reads_second(kForm)) __builtin_prefetch(b + i + kPrefetch);
-    statistic->observe_16(E::read(w + i), reads_first(kForm) ? E::read(a + i) : zero,
-                          reads_second(kForm) ? E::read(b + i) : zero, 16);
+    sums->observe_16(E::read(w + i), reads_first(kForm) ? E::read(a + i) : zero,
+                     reads_second(kForm) ? E::read(b + i) : zero);
   }
   if (const int64_t rest = count - i) {
     // Padded so that it adds nothing: with 0, but with 1 under the root, where eps may be 0 as well.
@@ -82,7 +84,7 @@ LIPCORE_INLINE void observe_run(const typename E::Stored* w, const typename E::S
       for (int64_t k = rest; k < 16; ++k) lanes[k] = 1;
       second = load(lanes);
     }
-    statistic->observe_16(E::read(last[0]), E::read(last[1]), second, rest);
+    sums->observe_16(E::read(last[0]), E::read(last[1]), second);
   }
 }
 
@@ -93,7 +95,7 @@ LIPCORE_INLINE void store_as(float*, F64x16) {}  // never: a float64 tensor make
 
 // count <= kBlock elements of any type; what lies behind them is left as it is.
 template <class T>
-void widen_block(T* out, const void* data, DType dtype, int64_t begin, int64_t count) {
+LIPCORE_OUTLINE void widen_block(T* out, const void* data, DType dtype, int64_t begin, int64_t count) {
   with_dtype(dtype, [&](auto element) {
     using E = decltype(element);
     const auto* x = static_cast<const typename E::Stored*>(data) + begin;
@@ -107,70 +109,102 @@ void widen_block(T* out, const void* data, DType dtype, int64_t begin, int64_t c
   });
 }
 
-template <class E, UpdateForm kForm, class Statistic>
-void observe_mixed(const UpdateChunk& chunk, Statistic* statistic) {
-  alignas(64) typename E::Stored w[kBlock], a[kBlock], b[kBlock];
+// Calls body(w, first, second, count) for every kBlock elements, widened to T.
+template <class T, UpdateForm kForm, class Body>
+LIPCORE_INLINE void for_widened(const UpdateChunk& chunk, const Body& body) {
+  alignas(64) T w[kBlock], a[kBlock], b[kBlock];
   for (int64_t begin = 0; begin < chunk.count; begin += kBlock) {
     const int64_t count = chunk.count - begin < kBlock ? chunk.count - begin : kBlock;
     widen_block(w, chunk.w, chunk.dtype, begin, count);
     if (reads_first(kForm)) widen_block(a, chunk.first, chunk.first_dtype, begin, count);
     if (reads_second(kForm)) widen_block(b, chunk.second, chunk.second_dtype, begin, count);
-    observe_run<E, kForm>(w, a, b, count, statistic);
+    body(w, a, b, count);
   }
 }
 
-// Calls body(element type of the lanes, form, observe) with the reading that the chunk's dtypes need.
-template <UpdateForm kForm, template <class, UpdateForm> class Statistic, class Finish>
-void with_form(const UpdateChunk& chunk, const Finish& finish) {
-  const DType first = reads_first(kForm) ? chunk.first_dtype : chunk.dtype;
-  const DType second = reads_second(kForm) ? chunk.second_dtype : chunk.dtype;
-  if (first == chunk.dtype && second == chunk.dtype) {
-    with_dtype(chunk.dtype, [&](auto element) {
-      using E = decltype(element);
-      using Stored = typename E::Stored;
-      Statistic<E, kForm> statistic{coefficients<E>(chunk.scalars)};
-      observe_run<E, kForm>(static_cast<const Stored*>(chunk.w), static_cast<const Stored*>(chunk.first),
-                            static_cast<const Stored*>(chunk.second), chunk.count, &statistic);
-      finish(statistic);
-    });
-  } else if (chunk.dtype == DType::kFloat64 || first == DType::kFloat64 || second == DType::kFloat64) {
-    Statistic<Float64, kForm> statistic{coefficients<Float64>(chunk.scalars)};
-    observe_mixed<Float64, kForm>(chunk, &statistic);
-    finish(statistic);
+template <class E, UpdateForm kForm, class Observe>
+LIPCORE_INLINE void sums_of(const UpdateChunk& chunk, UpdateSums* out, const Observe& observe) {
+  Sums<E, kForm> sums{coefficients<E>(chunk.scalars)};
+  observe(&sums);
+  out->step.weight_sq = sum_lanes(sums.weight_sq);
+  out->step.dw_sq = sum_lanes(sums.dw_sq);
+  out->step.max_abs_dw = max_lane(widen(sums.max_dw));
+  out->direction_sq = sum_lanes(sums.direction_sq);
+}
+
+template <class E, UpdateForm kForm>
+LIPCORE_OUTLINE void observe_mixed(const UpdateChunk& chunk, UpdateSums* out) {
+  using T = typename E::Stored;
+  sums_of<E, kForm>(chunk, out, [&](Sums<E, kForm>* sums) {
+    for_widened<T, kForm>(
+        chunk, [&](const T* w, const T* a, const T* b, int64_t count) { observe_run<E, kForm>(w, a, b, count, sums); });
+  });
+}
+
+template <class E, UpdateForm kForm>
+LIPCORE_OUTLINE void observe_alike(const UpdateChunk& chunk, UpdateSums* out) {
+  using Stored = typename E::Stored;
+  sums_of<E, kForm>(chunk, out, [&](Sums<E, kForm>* sums) {
+    observe_run<E, kForm>(static_cast<const Stored*>(chunk.w), static_cast<const Stored*>(chunk.first),
+                          static_cast<const Stored*>(chunk.second), chunk.count, sums);
+  });
+}
+
+// The dtypes that a form reads; the parameter's own for a tensor that it does not.
+struct DTypes {
+  DType w, first, second;
+  LIPCORE_MEMBER bool alike() const { return first == w && second == w; }
+  LIPCORE_MEMBER bool any_float64() const {
+    return w == DType::kFloat64 || first == DType::kFloat64 || second == DType::kFloat64;
+  }
+};
+template <UpdateForm kForm>
+LIPCORE_INLINE DTypes dtypes_of(const UpdateChunk& chunk) {
+  return {chunk.dtype, reads_first(kForm) ? chunk.first_dtype : chunk.dtype,
+          reads_second(kForm) ? chunk.second_dtype : chunk.dtype};
+}
+
+template <UpdateForm kForm>
+LIPCORE_INLINE void observe(const UpdateChunk& chunk, UpdateSums* out) {
+  const DTypes dtypes = dtypes_of<kForm>(chunk);
+  if (dtypes.alike()) {
+    with_dtype(chunk.dtype, [&](auto element) { observe_alike<decltype(element), kForm>(chunk, out); });
+  } else if (dtypes.any_float64()) {
+    observe_mixed<Float64, kForm>(chunk, out);
   } else {
-    Statistic<Float32, kForm> statistic{coefficients<Float32>(chunk.scalars)};
-    observe_mixed<Float32, kForm>(chunk, &statistic);
-    finish(statistic);
-  }
-}
-
-template <template <class, UpdateForm> class Statistic, class Finish>
-void observe(const UpdateChunk& chunk, const Finish& finish) {
-  switch (chunk.form) {
-    case UpdateForm::kHeld:
-      return with_form<UpdateForm::kHeld, Statistic>(chunk, finish);
-    case UpdateForm::kOne:
-      return with_form<UpdateForm::kOne, Statistic>(chunk, finish);
-    case UpdateForm::kTwo:
-      return with_form<UpdateForm::kTwo, Statistic>(chunk, finish);
-    case UpdateForm::kAdaptive:
-      return with_form<UpdateForm::kAdaptive, Statistic>(chunk, finish);
+    observe_mixed<Float32, kForm>(chunk, out);
   }
 }
 
 void chunk(const UpdateChunk& chunk, UpdateSums* out) {
-  observe<Sums>(chunk, [&](const auto& sums) {
-    out->step.weight_sq = sum_lanes(sums.weight_sq);
-    out->step.dw_sq = sum_lanes(sums.dw_sq);
-    out->step.max_abs_dw = max_lane(widen(sums.max_dw));
-    out->direction_sq = sum_lanes(sums.direction_sq);
+  with_form(chunk.form, [&](auto form) { observe<decltype(form)::value>(chunk, out); });
+}
+
+// Elements whose parameter or update is NaN or infinite. Only asked for when a sum was not finite, so one element at a
+// time will do, and one loop for all dtypes.
+template <class T, UpdateForm kForm>
+LIPCORE_OUTLINE int64_t nonfinite_of(const UpdateChunk& chunk) {
+  const UpdateScalars& s = chunk.scalars;
+  const UpdateCoefficients<T> c = {static_cast<T>(s.rate),         static_cast<T>(s.mix),
+                                   static_cast<T>(s.decay),        static_cast<T>(s.first_scale),
+                                   static_cast<T>(s.second_scale), static_cast<T>(s.eps)};
+  int64_t found = 0;
+  for_widened<T, kForm>(chunk, [&](const T* w, const T* a, const T* b, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+      const T x = w[i];
+      const T y = update_of<kForm>(x, reads_first(kForm) ? a[i] : T(0), reads_second(kForm) ? b[i] : T(0), c).moved;
+      found += !(x - x == 0 && y - y == 0);  // NaN - NaN and inf - inf are NaN
+    }
   });
+  return found;
 }
 
 int64_t count_nonfinite(const UpdateChunk& chunk) {
-  int64_t found = 0;
-  observe<Nonfinite>(chunk, [&](const auto& nonfinite) { found = nonfinite.found; });
-  return found;
+  return with_form(chunk.form, [&](auto form) {
+    constexpr UpdateForm kForm = decltype(form)::value;
+    return dtypes_of<kForm>(chunk).any_float64() ? nonfinite_of<double, kForm>(chunk)
+                                                 : nonfinite_of<float, kForm>(chunk);
+  });
 }
 
 }  // namespace

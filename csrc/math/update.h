@@ -31,6 +31,9 @@ struct UpdateStep {
 #if defined(__CUDACC__)
 LIPCORE_INLINE float square_root(float x) { return sqrtf(x); }
 LIPCORE_INLINE double square_root(double x) { return sqrt(x); }
+#else
+LIPCORE_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
+LIPCORE_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 #endif
 
 // Multiply, then add: never fused, so that every instruction set gives the same bits.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -48,6 +49,28 @@ def test_the_page_names_every_room() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     table = text[text.index("| room |") : text.index("`csrc/` has rooms")]
     assert {room for row in table.split("\n| ") for room in re.findall(r"`(\w+)`", row.split(" |")[0])} == set(ORDER)
+
+
+def test_an_operator_has_the_places_that_are_listed() -> None:
+    """Ten at most: files of the core and of functional that speak of the operator which CONTRIBUTING names to read."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text[text.index("## A new operator") : text.index("## CUDA kernels")]
+    (name,) = re.findall(r"`(\w+)` is one to read", section)
+    places = [place.replace("X", name) for place in re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)]
+    assert len(places) <= 10
+    sources = [
+        *(path for path in (ROOT / "csrc").rglob("*.[ch]*") if path.parent.name != "cuda"),
+        *(ROOT / "lipcore" / "functional").glob("*.py"),
+        *(ROOT / "CMakeLists.txt", ROOT / "lipcore" / "_core.pyi"),
+    ]
+    said = re.compile(rf"\b{name}(_sq)?\b")
+    speaking = [path.relative_to(ROOT).as_posix() for path in sources if said.search(path.read_text(encoding="utf-8"))]
+    # A place with a star is the file of the operator's family: one of those that no other place names.
+    for place in sorted(places, key=lambda place: "*" in place):
+        found = fnmatch.filter(speaking, place)
+        assert len(found) == 1, f"{place}: {found} speak of {name}"
+        speaking.remove(found[0])
+    assert not speaking, f"{name} also stands in {speaking}"
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
