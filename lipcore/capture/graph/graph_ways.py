@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
-from lipcore.capture.graph.closed_forms import CLOSED_FORMS
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
 from lipcore.capture.graph.kept_tensors import is_once_only
 from lipcore.capture.graph.replay import Replay, is_sum
+from lipcore.capture.graph.replay_costs import ReplayCosts
 from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.graph.walk import Signature, Walk, shapes
 from lipcore.capture.seeds import seeds_of
@@ -75,12 +75,14 @@ class GraphWays:
     Args:
         model: the module that is called.
         max_bytes: what the gradients of single samples of one parameter may take.
+        max_flops: what the replays for one parameter may take in one pass; None: any number.
         prove: find out whose rows are whose, by backward passes.
         whole: as of :class:`Replay`.
     """
 
-    def __init__(self, model: nn.Module, *, max_bytes: int, prove: bool, whole: bool) -> None:
-        self._model, self._max_bytes, self._prove, self._whole = model, max_bytes, prove, whole
+    def __init__(self, model: nn.Module, *, max_bytes: int, max_flops: int | None, prove: bool, whole: bool) -> None:
+        self._model, self._max_bytes, self._max_flops = model, max_bytes, max_flops
+        self._prove, self._whole = prove, whole
         self._spare = _SPARE
         self._known: dict[tuple[tuple[int, ...], tuple[tuple[int, str], ...], Signature], _Structure] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
@@ -142,16 +144,15 @@ class GraphWays:
         frontier, rows = structure.frontier, structure.rows
         refused = frontier.refused | self._wrong(structure, walk) | self._too_large(walk, frontier, batch.size)
         refused |= structure.kept_by_hooks(walk)
-        leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
-        if not leaves:
+        measured = _without(frontier, refused)
+        if self._max_flops is not None or not self.ways.keys() >= set(measured.leaves.values()):
+            refused |= self._too_long(walk, measured, batch.size)
+            measured = _without(frontier, refused)
+        if not measured.leaves:
             return Followed(None, refused, "")
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
-        # Nothing behind a refused parameter is run: its leaf would accumulate once more.
-        free = frozenset[int]().union(*(frontier.behind[name] for name in leaves.values()))
-        measured = replace(frontier, leaves=leaves, free=free)
         replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen, self._whole)
-        self._note_ways(walk, structure, batch.size, replay.direct)
         unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
         unproved = rows.unproved or (_NOT_YET if unknown else "")
         if frontier.loose and not rows.proved_in(walk):
@@ -220,19 +221,39 @@ class GraphWays:
                 )
         return found
 
-    def _note_ways(self, walk: Walk, structure: _Structure, samples: int, direct: Collection[str]) -> None:
-        for name in structure.frontier.behind:
-            if name in self.ways:
-                continue
-            met = structure.frontier.met(name, walk)
-            kinds = sorted({walk.nodes[p].name() for p in met})
-            way = f"{samples} replays"
-            if all(map(is_sum, kinds)):
-                way = "sums over rows"
-            elif name in direct and samples > 1 and CLOSED_FORMS.keys() >= set(kinds):
-                way = "products of rows"
-            said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
-            self.ways[name] = f"{way} at {said}"
+    def _too_long(self, walk: Walk, frontier: Frontier, samples: int) -> dict[str, str]:
+        """Return the parameters whose replays take more than they may; note the ways of all."""
+        costs, found = ReplayCosts(walk, frontier, samples, self._whole), {}
+        for name in frontier.leaves.values():
+            flops = costs.flops(name)
+            if self._max_flops is not None and flops > self._max_flops:
+                found[name] = (
+                    f"the replays of {samples} samples take {flops:,} FLOPs, more than max_replay_flops="
+                    f"{self._max_flops:,}; raise that, or register a rule for its layer"
+                )
+            elif name not in self.ways:
+                self.ways[name] = _way(name, walk, frontier, samples, costs)
+        return found
+
+
+def _way(name: str, walk: Walk, frontier: Frontier, samples: int, costs: ReplayCosts) -> str:
+    met = frontier.met(name, walk)
+    kinds = sorted({walk.nodes[p].name() for p in met})
+    if all(map(is_sum, kinds)):
+        way = "sums over rows"
+    else:
+        way = "products of rows" if met.isdisjoint(costs.replays(name)) else f"{samples} replays"
+    said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
+    flops = costs.flops(name)
+    return f"{way} at {said}" + (f" ({flops:,} FLOPs in replays)" if flops else "")
+
+
+def _without(frontier: Frontier, refused: Container[str]) -> Frontier:
+    """Return a frontier without the parameters that are refused. Nothing behind them is run: their leaves would
+    accumulate once more."""
+    leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
+    free = frozenset[int]().union(*(frontier.behind[name] for name in leaves.values()))
+    return replace(frontier, leaves=leaves, free=free)
 
 
 def _elements(node: Any) -> int:
