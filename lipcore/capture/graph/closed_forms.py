@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipcore.layers import Factor, Outer, RowSum
+from lipcore.layers import Factor, Outer, RowSum, Stacked
 from lipcore.models.torch_internals import saved
 
 
@@ -20,7 +20,7 @@ class SampleRows:
 
     Attributes:
         dim: where they are.
-        ids: the sample of each, int64 [N].
+        ids: the sample of each, int64 [N]; negative where no gradient comes to it.
         samples: B.
     """
 
@@ -36,9 +36,15 @@ class SampleRows:
             return x.reshape(self.samples, each, *x.shape[1:]), None
         if each and torch.equal(self.ids, numbers % self.samples):
             return x.reshape(each, self.samples, *x.shape[1:]).transpose(0, 1), None
-        counts = torch.bincount(self.ids, minlength=self.samples)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return x.index_select(0, self.ids.argsort(stable=True).to(x.device)), offsets.to(x.device)
+        # From nobody's on; they come first.
+        bounds = torch.bincount(self.ids + 1, minlength=self.samples + 1).cumsum(0)
+        order = self.ids.argsort(stable=True)[bounds[0] :]
+        return x.index_select(0, order.to(x.device)), (bounds - bounds[0]).to(x.device)
+
+    def of_parts(self, part: Tensor, parts: int) -> SampleRows:
+        """Return the rows as those of pairs of a sample and the part that each row meets (of none from `parts` on)."""
+        nobody = (self.ids < 0) | (part >= parts)
+        return SampleRows(self.dim, torch.where(nobody, -1, self.ids * parts + part), self.samples * parts)
 
 
 #: From a node, the gradient that comes to it, its rows and the shapes of what is behind it: factors by child.
@@ -82,7 +88,7 @@ def _sum(child: int, grad: Tensor, x: Tensor | None, rows: SampleRows, shape: tu
         split, offsets = rows.split(tensor)
         if offsets is None:
             return split.reshape(rows.samples, -1, features), None
-        return split.reshape(-1, features), offsets * (split[0].numel() // features)
+        return split.reshape(-1, features), offsets * (math.prod(split.shape[1:]) // features)
 
     grads, offsets = flat(grad)
     return {child: RowSum(grads, None if x is None else flat(x)[0], offsets, torch.Size(shape))}
@@ -119,6 +125,28 @@ def _layer_norm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, 
     return found | (_sum(2, grad, None, rows, shapes[2]) if 2 in shapes else {})
 
 
+def _grouped_mm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    x, ends = saved(node, "self"), saved(node, "offs")
+    if 1 not in shapes or rows.dim != 0 or ends is None or x is None or not x.dim() == grad.dim() == 2:
+        return {}
+    part = torch.bucketize(torch.arange(len(rows.ids), device="cpu"), ends.cpu(), right=True)
+    (tokens, offsets), (grads, _) = (rows.of_parts(part, len(ends)).split(t) for t in (x, grad))
+    return {1: Stacked(Outer(grads, tokens, offsets), len(ends))}
+
+
+def _index(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    """Return the factor of a parameter whose rows the model takes by its own index: each token's expert's matrices."""
+    index = [each for each in saved(node, "indices") if each is not None]
+    if len(index) != 1 or index[0].dim() != 1 or index[0].dtype in (torch.bool, torch.uint8) or rows.dim != 0:
+        return {}
+    parts, shape = shapes[0][0], torch.Size(shapes[0][1:])
+    if saved(node, "indices")[0] is None or grad.shape[1:] != shape:
+        return {}
+    grads, offsets = rows.of_parts(index[0].cpu() % parts, parts).split(grad)
+    flat = grads.reshape(*grads.shape[: grads.dim() - len(shape)], math.prod(shape))
+    return {0: Stacked(RowSum(flat, None, offsets, shape), parts)}
+
+
 CLOSED_FORMS: dict[str, ClosedForm] = {
     "MmBackward0": _mm,
     "AddmmBackward0": _addmm,
@@ -126,6 +154,8 @@ CLOSED_FORMS: dict[str, ClosedForm] = {
     "AddBackward0": _add,
     "ExpandBackward0": _expand,
     "NativeLayerNormBackward0": _layer_norm,
+    "GroupedMmBackward0": _grouped_mm,
+    "IndexBackward0": _index,
 }
 
 #: Nodes without the batch that change no gradient's norm on its way to the one node behind them.

@@ -163,7 +163,8 @@ class Replay:
         else:
             if self.sums is not None:
                 self.sums.add_factors(named)
-            self._squares |= norms_sq_of(named)
+            for name, row in norms_sq_of(named).items():
+                self._add_squares(name, row)
         return factors
 
     def _free(self, grads: tuple[Tensor | None, ...], node: Any, place: int) -> None:
@@ -209,6 +210,10 @@ class Replay:
             else:
                 self._add(child, number, stacked)
 
+    def _add_squares(self, name: str, row: Tensor) -> None:
+        """Take in squared norms, of all of a parameter or of a part that nothing else comes to."""
+        self._squares[name] = self._squares[name] + row if name in self._squares else row
+
     def _only_squares(self, place: int) -> bool:
         return not self.whole and place in self._leaves and self._edges.uses[place] == 1
 
@@ -226,7 +231,8 @@ class Replay:
                 if self.sums is not None:
                     self.sums.add(name, self._sums[place][0].sum(0))
                 rows = as_real(self._sums[place][0]).double().reshape(self._samples, -1)
-                found[name] = rows.square().sum(1)
+                square = rows.square().sum(1)
+                found[name] = found[name] + square if name in found else square  # of the other parts
         self._sums, self._squares, self._task = {}, {}, -1
         return {name: torch.full_like(row, torch.nan) for name, row in found.items()} if self._unknown else found
 
@@ -299,7 +305,9 @@ def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int
     if dim < 0:
         return out.sum_to_size(shape)[None]
     padded = (1,) * (out.dim() - len(shape)) + shape
+    if padded[dim] != 1:  # what is behind has these rows too
+        return torch.stack([_only(out, dim, whose == b).sum_to_size(shape) for b in range(samples)])
     over = [i for i in range(out.dim()) if i != dim and padded[i] == 1 and out.shape[i] != 1]
     rows = (out.sum(over, keepdim=True) if over else out).movedim(dim, 0)
-    found = rows.new_zeros(samples, *rows.shape[1:]).index_add_(0, whose, rows)
-    return found.reshape(samples, *shape)
+    found = rows.new_zeros(samples + 1, *rows.shape[1:]).index_add_(0, whose % (samples + 1), rows)  # nobody's are last
+    return found[:samples].reshape(samples, *shape)

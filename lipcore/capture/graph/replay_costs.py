@@ -107,14 +107,14 @@ def _of_convolution(node: Any, out: Shape, found: dict[int, Shape]) -> int:
 
 
 class _Shapes:
-    """A node whose tensors are shapes without numbers."""
+    """A node whose tensors are shapes without numbers, but for integers, which may choose rows."""
 
     def __init__(self, node: Any) -> None:
         self._node = node
 
     def __getattr__(self, name: str) -> Any:
         kept = getattr(self._node, name)
-        return kept.to("meta") if isinstance(kept, Tensor) else kept
+        return kept.to("meta") if isinstance(kept, Tensor) and kept.is_floating_point() else kept
 
 
 def _by_closed_form(node: Any, place: int, at: int | None, edges: Edges, whole: bool) -> set[int]:
