@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from lipcore import PerSampleGradNorms
 from lipcore.capture.graph import structure
+from lipcore.capture.graph.closed_forms import SampleRows
 from lipcore.capture.graph.edge_ids import ids_behind
 from lipcore.capture.graph.ids_step import NOBODY, Step
 from lipcore.capture.graph.walk import shapes
@@ -206,6 +207,17 @@ def test_an_experts_only_row() -> None:
     others = [i for i in range(B) if k[i] != k[B - 1]]
     assert others
     check(model, (x[[*others, B - 1]],))
+
+
+@pytest.mark.parametrize(
+    "ids", [[0, 1, 2, 0, 1, 2], [0, 0, 1, 1, 2, 2], [0, 1, 2, 0], [2, NOBODY, 0], [NOBODY], []], ids=str
+)
+def test_the_rows_of_samples(ids: list[int]) -> None:
+    rows, x = SampleRows(0, torch.tensor(ids, dtype=torch.int64), 3), torch.arange(len(ids)) + 10
+    split, offsets = rows.split(x)
+    for sample in range(3):
+        mine = split[sample] if offsets is None else split[offsets[sample] : offsets[sample + 1]]
+        assert mine.tolist() == [10 + i for i, owner in enumerate(ids) if owner == sample]
 
 
 # ---- one step

@@ -15,7 +15,7 @@ from lipcore.capture.graph.edge_ids import ids_behind
 from lipcore.capture.graph.frontier import Frontier
 from lipcore.capture.graph.ids_step import Step, merged, narrowed
 from lipcore.capture.graph.kept_tensors import is_once_only
-from lipcore.capture.graph.walk import Walk, shapes
+from lipcore.capture.graph.walk import Walk
 
 
 class Rows(NamedTuple):
@@ -98,19 +98,19 @@ def _ids(
         node = walk.nodes[place]
         if place in frontier.free:
             each = came.pop(place, {})
-            if place in frontier.leaves or place in stopped or not each or None in each.values():
+            if place in frontier.leaves or place in stopped or not each or any(v is None for v in each.values()):
                 here = None
             else:
-                here = ids[place] = [each.get(k) for k in range(len(shapes(node)))]
+                here = ids[place] = [each.get(k) for k in range(len(walk.shapes(place)))]
         else:
             here = ids.get(place)
         edges = [(i, c) for i, c in enumerate(walk.next[place]) if c in frontier.free and c not in frontier.leaves]
         if not edges:
             continue
         told = here is not None and not is_once_only(node)
-        outs, others = shapes(node), _shapes_behind(walk, place) if told else []
+        outs, others = walk.shapes(place), _shapes_behind(walk, place) if told else []
         for i, child in edges:
-            number = node.next_functions[i][1]
+            number = walk.numbers[place][i]
             shape = others[i] if told else None
             found = None
             if told and here is not None and shape is not None:
@@ -121,13 +121,13 @@ def _ids(
 
 
 def _shapes_behind(walk: Walk, place: int) -> list[tuple[int, ...] | None]:
-    numbers = [number for _, number in walk.nodes[place].next_functions]
-    return [None if c < 0 else shapes(walk.nodes[c])[n] for c, n in zip(walk.next[place], numbers, strict=True)]
+    behind = zip(walk.next[place], walk.numbers[place], strict=True)
+    return [None if child < 0 else walk.shapes(child)[number] for child, number in behind]
 
 
 def _ids_at(walk: Walk, dims: tuple[int | None, ...], place: int, whose: Tensor) -> list[Tensor | None]:
     found: list[Tensor | None] = []
-    for dim, shape in zip(dims, shapes(walk.nodes[place]), strict=True):
+    for dim, shape in zip(dims, walk.shapes(place), strict=True):
         found.append(None if dim is None else whose.reshape([-1 if d == dim else 1 for d in range(len(shape))]))
     return found
 
@@ -136,7 +136,7 @@ def _rows(ids: list[Tensor | None], walk: Walk, place: int) -> Rows | None:
     """Return ids as those of rows along one dimension; None where they are not."""
     dims: list[int | None] = []
     whose: Tensor | None = None
-    for each, shape in zip(ids, shapes(walk.nodes[place]), strict=True):
+    for each, shape in zip(ids, walk.shapes(place), strict=True):
         if each is None:
             dims.append(None)
             continue

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lipcore.capture.graph.rows import Order
 from lipcore.layers import Factor, Outer, RowSum, Stacked
 from lipcore.models.torch_internals import saved
 
@@ -31,15 +33,25 @@ class SampleRows:
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a tensor's rows as [B, T, ...], or packed [N, ...] with the offsets of the samples."""
         x, each = x.movedim(self.dim, 0), len(self.ids) // self.samples
-        numbers = torch.arange(len(self.ids), device="cpu")
-        if each and torch.equal(self.ids, numbers // each):
+        if self._order is Order.BLOCKS:
             return x.reshape(self.samples, each, *x.shape[1:]), None
-        if each and torch.equal(self.ids, numbers % self.samples):
+        if self._order is Order.TURNS:
             return x.reshape(each, self.samples, *x.shape[1:]).transpose(0, 1), None
-        # From nobody's on; they come first.
+        places, offsets = self._places
+        return x.index_select(0, places.to(x.device)), offsets.to(x.device)
+
+    @cached_property
+    def _order(self) -> Order | None:
+        if not len(self.ids) or len(self.ids) % self.samples:
+            return None
+        orders = (Order.BLOCKS, Order.TURNS)
+        return next((o for o in orders if torch.equal(self.ids, o.samples(len(self.ids), self.samples))), None)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The rows' places sample by sample, without nobody's, and the offsets of the samples."""
         bounds = torch.bincount(self.ids + 1, minlength=self.samples + 1).cumsum(0)
-        order = self.ids.argsort(stable=True)[bounds[0] :]
-        return x.index_select(0, order.to(x.device)), (bounds - bounds[0]).to(x.device)
+        return self.ids.argsort(stable=True)[bounds[0] :], bounds - bounds[0]
 
     def of_parts(self, part: Tensor, parts: int) -> SampleRows:
         """Return the rows as those of pairs of a sample and the part that each row meets (of none from `parts` on)."""

@@ -9,7 +9,7 @@ from typing import Any
 from lipcore.capture.graph.closed_forms import keeps_norms
 from lipcore.capture.graph.frontier import Frontier
 from lipcore.capture.graph.ids_step import integer
-from lipcore.capture.graph.walk import Walk, shapes
+from lipcore.capture.graph.walk import Walk
 from lipcore.models.torch_internals import saved
 
 
@@ -32,8 +32,8 @@ class Edges:
     def __init__(self, walk: Walk, frontier: Frontier) -> None:
         self.leaves = frontier.leaves
         self.next = {p: walk.next[p] for p in (*frontier.nodes, *frontier.free)}
-        self.numbers = {p: [nr for _, nr in walk.nodes[p].next_functions] for p in self.next}
-        self.shapes = {p: shapes(walk.nodes[p]) for p in frontier.free}
+        self.numbers = {p: walk.numbers[p] for p in self.next}
+        self.shapes = {p: walk.shapes(p) for p in frontier.free}
         self.uses = Counter(c for behind in self.next.values() for c in behind if c in self.shapes)
         self._apart = self._leaves_apart(walk)
         self.direct = {c: n for p in frontier.nodes for c in walk.next[p] if (n := self._name_behind(c, walk))}

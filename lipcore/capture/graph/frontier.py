@@ -60,7 +60,7 @@ class Frontier:
 
     def rows(self, place: int, walk: Walk) -> int:
         """Return how many rows the gradient at a frontier node has in a pass's graph."""
-        each = zip(self.nodes[place], shapes(walk.nodes[place]), strict=True)
+        each = zip(self.nodes[place], walk.shapes(place), strict=True)
         return next((1 if dim == EVERYTHING else shape[dim] for dim, shape in each if dim is not None), 0)
 
 
@@ -92,7 +92,7 @@ def frontier_of(
     loose: set[int] = set()
 
     def passes(place: int, *, strict: bool = True) -> bool:
-        mine, theirs = shapes(walk.nodes[place]), shapes(pairs[place])
+        mine, theirs = walk.shapes(place), shapes(pairs[place])
         at = _batch_at(mine, theirs, samples)
         if mine == theirs or place in absorbed or at is None:
             return True
@@ -109,7 +109,7 @@ def frontier_of(
             except ValueError:  # it is known of passes that are proved at least
                 mine, met = _split(walk, leaf, parents, functools.partial(passes, strict=False))
                 loose |= met
-            found = {p: _batch_at(shapes(walk.nodes[p]), shapes(pairs[p]), samples) or () for p in met}
+            found = {p: _batch_at(walk.shapes(p), shapes(pairs[p]), samples) or () for p in met}
         except ValueError as error:
             refused[name] = str(error)
             continue
@@ -119,7 +119,7 @@ def frontier_of(
     kept = {place: name for place, name in leaves.items() if name not in refused}
     # Where another parameter's gradient comes through, it comes sample by sample.
     nodes = {place: at for place, at in nodes.items() if place not in free}
-    moved = {p for p in free if p in absorbed or (p in pairs and shapes(walk.nodes[p]) != shapes(pairs[p]))}
+    moved = {p for p in free if p in absorbed or (p in pairs and walk.shapes(p) != shapes(pairs[p]))}
     sets = (frozenset(moves.indexed), frozenset(loose & moves.below), frozenset(moved))
     return Frontier(kept, frozenset(free), nodes, refused, behind, *sets)
 
@@ -135,7 +135,7 @@ def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
         except ValueError as error:
             refused[name] = str(error)
             continue
-        nodes |= {place: tuple(EVERYTHING for _ in shapes(walk.nodes[place])) for place in met}
+        nodes |= {place: tuple(EVERYTHING for _ in walk.shapes(place)) for place in met}
     kept = {place: name for place, name in leaves.items() if name not in refused}
     return Frontier(kept, frozenset(kept), nodes, refused, {name: frozenset({leaf}) for leaf, name in kept.items()})
 
