@@ -34,7 +34,7 @@ def _indices(node: Any, shape: Shape) -> _Indices | None:
     given = [index.cpu() for index in given]
     dims = sum(index.dim() if index.dtype in (torch.bool, torch.uint8) else 1 for index in given)
     rows = shape[first : first + dims]
-    places = torch.arange(math.prod(rows)).reshape(rows)[tuple(given)]
+    places = torch.arange(math.prod(rows), device="cpu").reshape(rows)[tuple(given)]
     return _Indices(places, first, dims, math.prod(rows))
 
 

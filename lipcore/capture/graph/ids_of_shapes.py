@@ -59,13 +59,13 @@ def sliced(step: Step, ids: Tensor) -> Tensor | None:
         return ids
     bounds = (saved(step.node, name) for name in ("start", "end", "step"))
     taken = slice(*(bound if bound is None else integer(bound) for bound in bounds))
-    return placed(ids, torch.arange(step.shape[dim])[taken], dim, step.shape[dim])
+    return placed(ids, torch.arange(step.shape[dim], device="cpu")[taken], dim, step.shape[dim])
 
 
 def selected(step: Step, ids: Tensor) -> Tensor | None:
     dim = dim_of(step, len(step.shape))
     index = integer(saved(step.node, "index")) % step.shape[dim]
-    return placed(ids.unsqueeze(dim), torch.tensor([index]), dim, step.shape[dim])
+    return placed(ids.unsqueeze(dim), torch.tensor([index], device="cpu"), dim, step.shape[dim])
 
 
 def of_split(step: Step) -> Tensor | None:
