@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lipcore
 from lipcore import Monitor
 from lipcore.capture.graph.replay_costs import flops_of
+from lipcore.capture.graph.walk import shapes
 
 ENOUGH = 1 << 30
 PerSampleGradNorms = functools.partial(lipcore.PerSampleGradNorms, max_replay_bytes=ENOUGH)
@@ -251,6 +253,32 @@ def test_operations_are_those_that_torch_counts(build: Any, shapes: list[tuple[i
     with FlopCounterMode(display=False) as counter:
         out.grad_fn(torch.ones_like(out))
     assert flops_of(out.grad_fn) == counter.get_total_flops() + elements
+
+
+def test_operations_of_attention() -> None:
+    q, k, v = (torch.randn(2, 3, size, 4, requires_grad=True) for size in (5, 7, 7))
+    node = F.scaled_dot_product_attention(q, k, v).grad_fn
+    products = 10 * 2 * 3 * 5 * 7 * 4 if node.name().startswith("ScaledDotProduct") else 0
+    assert flops_of(node) - products == sum(math.prod(s) for s in (*shapes(node), q.shape, k.shape, v.shape))
+
+
+class _Recurrent:
+    """The node of a fused recurrent layer, which is there on some devices alone: rows, and a weight and a bias."""
+
+    _input_metadata = (torch.empty(5, 2, 3),)
+
+    def __init__(self) -> None:
+        nodes = [
+            (x * 1).grad_fn for x in (torch.ones(size, requires_grad=True) for size in ((5, 2, 4), (12, 4), (12,)))
+        ]
+        self.next_functions = [(node, 0) for node in nodes]
+
+    def name(self) -> str:
+        return "CudnnRnnBackward0"
+
+
+def test_operations_of_fused_recurrent_layers() -> None:
+    assert flops_of(_Recurrent()) == 4 * 10 * 12 * 4 + 5 * 2 * 3 + 5 * 2 * 4 + 12 * 4 + 12
 
 
 def test_operations_of_grouped_products_count_every_row_once() -> None:

@@ -157,10 +157,10 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> 
         mine, theirs = walk.next[x], other.next[y]
         kinds = _kind(one), _kind(two)
         # Where a single row is written (an expert's only one), python's setitem views it as no row.
-        if kinds[0] == "view" != kinds[1] and len(mine) == 1:
+        if kinds[0] == "view" != kinds[1] and mine[0] >= 0:
             todo.append((mine[0], y))
             continue
-        if kinds[1] == "view" != kinds[0] and len(theirs) == 1:
+        if kinds[1] == "view" != kinds[0] and theirs[0] >= 0:
             del pairs[x]
             todo.append((x, theirs[0]))
             continue
