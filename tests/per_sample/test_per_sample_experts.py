@@ -277,6 +277,8 @@ STEPS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], int]] = {
     "where": (lambda x, v: torch.where(ROWS[:, None], x, v), [(5, 3), (5, 3)], 0),
     "layer norm": (lambda x, w, b: F.layer_norm(x, (3,), w, b), [(5, 3), (3,), (3,)], 0),
     "layer norm of rows": (lambda x: F.layer_norm(x, (5, 3)), [(2, 5, 3)], 1),
+    "attention": (F.scaled_dot_product_attention, [(5, 2, 4, 3)] * 3, 0),
+    "attention of heads": (F.scaled_dot_product_attention, [(2, 5, 4, 3)] * 3, 1),
     "no rows": (lambda x: x[:0].view(0, 1, 3), [(5, 3)], 0),
 }
 TOLD = {  # that ids go on through these
@@ -321,16 +323,17 @@ def test_one_step_of_ids(name: str, ids: list[int]) -> None:
         full = found.expand(shape)
         for sample in range(NOBODY, 5):
             grad = torch.where((here == sample) & (here != NOBODY), torch.randn_like(out), 0)
-            each = node(grad)
+            each = node(grad, *[None] * (len(shapes(node)) - 1))
             came = (each[edge] if isinstance(each, tuple) else each).sum_to_size(shape)  # as the engine does
             assert not came[full != sample].any(), (edge, sample, found)
     # Rows that are taken twice are told where they are of one sample in both places.
     assert told or name not in TOLD or ids[:2] == [0, 0]
 
 
-def test_parts_of_a_split() -> None:
+@pytest.mark.parametrize("size", [3, [3, 3]], ids=["size", "sizes"])
+def test_parts_of_a_split(size: Any) -> None:
     x = torch.randn(4, 6, requires_grad=True)
-    node = x.split(3, 1)[0].grad_fn  # type: ignore[no-untyped-call]
+    node = x.split(size, 1)[0].grad_fn  # type: ignore[no-untyped-call]
     ids = torch.tensor([[2], [0], [0], [1]])
     step = Step(node, 0, [ids, ids], shapes(node), (4, 6), [(4, 6)])
     assert torch.equal(ids_behind(step), ids)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from lipcore.models.torch_internals import saved
 def ids_behind(step: Step) -> Tensor | None:
     """Return the ids at what is behind one edge of a node."""
     name = step.node.name().partition("Backward")[0]
-    if name == "Split":
+    if name in ("Split", "SplitWithSizes"):
         return ids_of_shapes.of_split(step)
     rule, first = _RULES.get(name), step.ids[0]
     if rule is None or first is None:
@@ -50,6 +50,11 @@ def _normed(step: Step, ids: Tensor) -> Tensor | None:
     return ids if step.edge == 0 and is_one(ids, range(ids.dim() - last, ids.dim())) else None
 
 
+def _attended(step: Step, ids: Tensor) -> Tensor | None:
+    return summed_to(ids, step.shape) if is_one(ids, range(1, ids.dim())) else None
+
+
+_ATTENTION = ("FlashAttention", "FlashAttentionForCpu", "EfficientAttention", "CudnnAttention")
 _POINTWISE = (
     *("Add", "Sub", "Rsub", "Mul", "Div", "Neg", "Abs", "Pow", "Sqrt", "Rsqrt", "Reciprocal", "Exp", "Log", "Sin"),
     *("Cos", "Tanh", "Erf", "Silu", "Gelu", "Relu", "LeakyRelu", "Elu", "Mish", "Hardtanh", "Hardswish", "Sigmoid"),
@@ -76,5 +81,6 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("Mm", "Bmm"), _product(0)),
     **dict.fromkeys(("Addmm", "Baddbmm"), _product(1)),
     "GroupedMm": _grouped,
+    **{f"ScaledDotProduct{kind}": _attended for kind in _ATTENTION},
     **dict.fromkeys(("NativeLayerNorm", "FusedRmsNorm"), _normed),
 }
