@@ -121,7 +121,7 @@ class GraphWays:
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
         seeds = functools.partial(seeds_of, output, batch) if self._prove else None
-        nearer, more = structure.carried(walk, whose, unseen, seeds)
+        nearer, more = structure.carried(walk, whose, unseen, seeds, self._whole)
         refused = frontier.refused | structure.wrong(walk) | self._too_large(walk, nearer, batch.size)
         refused |= structure.kept_by_hooks(walk)
         measured = _without(nearer, refused)

@@ -54,6 +54,10 @@ class ReplayCosts:
                 self._free_run.add(place)
                 todo += [c for c in edges.next[place] if c in edges.shapes]
 
+    def __len__(self) -> int:
+        """Return how many nodes are run for every sample."""
+        return sum(map(bool, self._frontier_run.values())) + len(self._free_run)
+
     def replays(self, name: str) -> set[int]:
         """Return the places of the nodes that are run for every sample for one parameter."""
         behind = self._frontier.behind[name]

@@ -11,10 +11,12 @@ from lipcore.capture.graph.another_size import HOOKED
 from lipcore.capture.graph.carried import Carried, carried
 from lipcore.capture.graph.frontier import Frontier
 from lipcore.capture.graph.kept_tensors import is_once_only
+from lipcore.capture.graph.replay_costs import ReplayCosts
 from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.graph.walk import Walk
 from lipcore.capture.seeds import Seeds
 
+_WORTH = 2  # to follow rows costs about as much as to run a node for a few samples
 NOT_YET = "no pass whose graph has this structure was proved yet"
 
 
@@ -25,13 +27,14 @@ class Structure:
     Attributes:
         frontier: where rows are in the order of the batch.
         rows: what proofs have found there.
-        carries: samples may be carried from there on; not once a proof has found others.
+        carries: samples may be carried from there on; not once a proof has found others, nor where nearly all that
+            is behind is to be replayed even so. None: not known yet.
         confirmed: places to which they were carried in a pass that was proved.
     """
 
     frontier: Frontier
     rows: RowOrders = field(default_factory=lambda: RowOrders(unproved=NOT_YET))
-    carries: bool = True
+    carries: bool | None = None
     confirmed: set[int] = field(default_factory=set)
 
     def index_kept_by_hooks(self, walk: Walk) -> bool:
@@ -61,7 +64,12 @@ class Structure:
         return {name: why[0] for name, why in found.items() if why}
 
     def carried(
-        self, walk: Walk, whose: Mapping[int, Tensor], unseen: Mapping[int, Tensor], seeds: Callable[[], Seeds] | None
+        self,
+        walk: Walk,
+        whose: Mapping[int, Tensor],
+        unseen: Mapping[int, Tensor],
+        seeds: Callable[[], Seeds] | None,
+        whole: bool,
     ) -> Carried:
         """Return the frontier of a pass, nearer to the parameters where the model chooses rows.
 
@@ -70,13 +78,19 @@ class Structure:
             whose: the samples of the rows at the frontier.
             unseen: places there with rows that no proof has seen.
             seeds: make what proofs begin with; None where passes are not to be proved.
+            whole: as of :class:`Replay`.
         """
-        if not self.frontier.moved or not self.carries:
+        if not self.frontier.moved or self.carries is False or self.kept_by_hooks(walk):
             return Carried(self.frontier, {})
         known = [p for p in self.frontier.nodes if p not in unseen and p not in self.rows.unreached]
         proves = seeds is not None and self.rows.proved_in(walk)
         free = seeds is None or proves
         found = carried(walk, self.frontier, whose, known, lambda place: free or place in self.confirmed)
+        if self.carries is None and free:
+            before, after = (len(ReplayCosts(walk, f, 1, whole)) for f in (self.frontier, found.frontier))
+            self.carries = _WORTH * after <= before
+            if not self.carries:
+                return Carried(self.frontier, {})
         if proves and seeds is not None and found.whose:
             confirmed = self.rows.confirmed(walk, *found, seeds())
             if confirmed is None:
