@@ -26,7 +26,8 @@ when it mixes samples, whether an in-place activation may follow. See :class:`Ru
 
 Factors: :class:`Outer` (a weight that multiplies rows), :class:`RowSum` and :class:`ChannelSum` (biases and scales),
 :class:`Indexed` (tables of rows), :class:`Patches` (convolutions), :class:`Dense` (per-sample gradients as they are),
-:class:`Blocks` (a parameter whose blocks of rows have different factors).
+:class:`Blocks` (a parameter whose blocks of rows have different factors), :class:`Stacked` (one of parts, of which each
+row meets one).
 """
 
 from lipcore.layers import (
@@ -49,6 +50,7 @@ from lipcore.layers.factor_dense import Blocks, Dense
 from lipcore.layers.factor_indexed import Indexed, Tied
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_patches import Patches
+from lipcore.layers.factor_stacked import Stacked
 from lipcore.layers.factor_sums import ChannelSum, RowSum
 from lipcore.layers.registry import register, registered, rule_for
 from lipcore.layers.rule import Batch, Rule
@@ -64,6 +66,7 @@ __all__ = [
     "Patches",
     "RowSum",
     "Rule",
+    "Stacked",
     "Sum",
     "Tied",
     "attention",

@@ -25,12 +25,14 @@ def layer_options(
     prove: bool,
     output: Any,
     max_replay_bytes: int,
+    max_replay_flops: int | None,
     **others: Any,
 ) -> LayerOptions:
     """Return how the layers are tapped, from what the user has given; `others` goes there as it is."""
     if output is not None and not isinstance(output, str) and not callable(output):
         raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
     check_count("max_replay_bytes", max_replay_bytes, least=0)
+    check_count("max_replay_flops", max_replay_flops, least=0, optional=True)
     return LayerOptions(
         batch_dim=batch_dim,
         offsets_of=offsets_of(cu_seqlens),
@@ -41,6 +43,7 @@ def layer_options(
         note_of=reduction.note_of,
         loss_of=reduction.loss_of,
         max_replay_bytes=max_replay_bytes,
+        max_replay_flops=max_replay_flops,
         **others,
     )
 

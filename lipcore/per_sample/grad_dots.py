@@ -82,6 +82,7 @@ class PerSampleGradDots(PerSampleMetric):
         prove: bool = True,
         output: str | Callable[[Any], Any] | None = None,
         max_replay_bytes: int = 1 << 30,
+        max_replay_flops: int | None = None,
         scaler: Any = None,
     ) -> None:
         self._references = References(reference)
@@ -96,6 +97,7 @@ class PerSampleGradDots(PerSampleMetric):
             prove=prove,
             output=output,
             max_replay_bytes=max_replay_bytes,
+            max_replay_flops=max_replay_flops,
             measure=self._measure,
         )
         columns = self._references.columns

@@ -108,6 +108,14 @@ class PerSampleGradNorms(PerSampleMetric):
             says which); the gradients of single samples of a parameter may take so many bytes at once (default: 1 GiB),
             and so many may be kept in one pass where a checkpoint would keep none. 0: such parameters are refused, or
             skipped.
+        max_replay_flops: of these, the replays for one parameter may take so many floating-point operations in one
+            recorded pass: B times those of the nodes that its gradient comes through, as :meth:`plan` shows them. Of a
+            product of a [M, K] and b [K, N] a node takes 2MKN for each gradient, of a convolution 2 per element of the
+            weight and position of its output, of attention 10 per query, key and feature; of anything else 1 per
+            element of its output and of the gradients that it brings. Nodes that several parameters share count for
+            each. Products and sums of rows count nothing; passes that prove themselves take more. 0: nothing is
+            replayed. Default: None, any number, since replays beyond a bound of time are slow where those beyond a
+            bound of memory end the training; the norms are right either way.
         scaler: a torch.amp.GradScaler, when the metric stands alone (a Monitor has its own).
         keep_factors: keep each layer's input and output gradient from the backward pass until the next forward pass
             begins, for :meth:`weighted_sum` and :meth:`gram`: about as much memory as the activations themselves
@@ -141,6 +149,7 @@ class PerSampleGradNorms(PerSampleMetric):
         output: str | Callable[[Any], Any] | None = None,
         batch_of_one: BatchOfOne = "exact",
         max_replay_bytes: int = 1 << 30,
+        max_replay_flops: int | None = None,
         scaler: Any = None,
         keep_factors: bool = False,
     ) -> None:
@@ -158,6 +167,7 @@ class PerSampleGradNorms(PerSampleMetric):
             prove=prove,
             output=output,
             max_replay_bytes=max_replay_bytes,
+            max_replay_flops=max_replay_flops,
             methods=dict(methods or {}),
             fused=fused,
             normalized=normalized,

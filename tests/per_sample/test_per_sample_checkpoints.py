@@ -106,6 +106,23 @@ def test_the_bound_on_what_is_kept() -> None:
                 weighted_sum(model(x)).backward()
 
 
+def test_the_bound_of_operations() -> None:
+    model, x = Switched(made(WITHOUT_RULES["two of one product"])), torch.randn(4, T, C)
+    expected = norms_sq(model, samples_of((x,), 4), weighted_sum)
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(ValueError, match="'part.f.w'.* max_replay_flops=25,823;"),
+    ):
+        with PerSampleGradNorms(model, loss_reduction="sum", max_replay_flops=25823):
+            for _ in range(4):
+                weighted_sum(model(x)).backward()
+    with PerSampleGradNorms(model, loss_reduction="sum", max_replay_flops=25824) as metric:
+        for _ in range(4):
+            model.zero_grad()
+            weighted_sum(model(x)).backward()
+        assert_norms(metric, expected)
+
+
 class Drawn(nn.Module):
     """A recomputation that draws other numbers: the training's gradients are those of the second run."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from typing import Any
 
 import pytest
@@ -13,10 +14,14 @@ from models_without_rules import WITHOUT_RULES, C, OwnLinear, OwnRMSNorm, T, bet
 from per_sample_models import assert_equal, made, train, weights
 from per_sample_oracle import assert_norms, check, norms_sq, samples_of, weighted_sum
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import lipcore
 from lipcore import Monitor
+from lipcore.capture.graph.replay_costs import flops_of
+from lipcore.capture.graph.walk import shapes
 
 ENOUGH = 1 << 30
 PerSampleGradNorms = functools.partial(lipcore.PerSampleGradNorms, max_replay_bytes=ENOUGH)
@@ -204,6 +209,85 @@ def test_a_function_in_python() -> None:
 
 def test_the_bound() -> None:
     _refused(made(lambda: between(OwnLinear(C, C))), "'1.weight': .*max_replay_bytes=100; raise", max_replay_bytes=100)
+
+
+def test_the_bound_of_operations() -> None:
+    """Raised to what the refusal says, the norms are right; products and sums need none."""
+    model, words = made(WITHOUT_RULES["scaled product"]), "replays of 4 samples take 12,648 FLOPs, more than"
+    _refused(model, f"'1.a': .*{words} max_replay_flops=12,647; raise", max_replay_flops=12647)
+    x = (torch.randn(4, T, C),)
+    metric = check(model, x, max_replay_flops=12648)
+    assert "4 replays at Addmm (12,648 FLOPs in replays)" in str(metric.plan())
+    check(made(WITHOUT_RULES["Conv1D"]), x, max_replay_flops=0)
+    check(made(WITHOUT_RULES["own RMSNorm"]), x, max_replay_flops=0)
+
+
+def test_only_what_is_beyond_the_bound_of_operations_is_left_out() -> None:
+    model, x = made(WITHOUT_RULES["weight norm"]), torch.randn(4, T, C)
+    expected = norms_sq(model, samples_of((x,), 4), weighted_sum)
+    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip", max_replay_flops=12648) as metric:
+        weighted_sum(model(x)).backward()
+        left_out = metric.coverage().uncovered
+        assert set(left_out) == {name for name in expected if "parametrizations" in name}
+        assert all("more than max_replay_flops=12,648; raise" in why for why in left_out.values())
+        for name in expected.keys() - left_out.keys():
+            torch.testing.assert_close(metric.per_parameter[name], expected[name].sqrt(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("build", "shapes"),
+    [
+        (lambda a, b: a @ b, [(7, 3), (3, 5)]),
+        (lambda a, b, c: torch.addmm(a, b, c), [(5,), (7, 3), (3, 5)]),
+        (torch.bmm, [(2, 7, 3), (2, 3, 5)]),
+        (lambda a, b, c: torch.baddbmm(a, b, c), [(2, 7, 5), (2, 7, 3), (2, 3, 5)]),
+        (lambda x, w: F.conv2d(x, w, stride=2), [(3, 4, 9, 8), (6, 4, 3, 3)]),
+        (lambda x, w: F.conv_transpose1d(x, w, stride=2), [(3, 4, 9), (4, 6, 3)]),
+    ],
+    ids=["mm", "addmm", "bmm", "baddbmm", "conv", "conv_transpose"],
+)
+def test_operations_are_those_that_torch_counts(build: Any, shapes: list[tuple[int, ...]]) -> None:
+    made_of = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    out = build(*made_of)
+    elements = out.numel() + sum(x.numel() for x in made_of)
+    with FlopCounterMode(display=False) as counter:
+        out.grad_fn(torch.ones_like(out))
+    assert flops_of(out.grad_fn) == counter.get_total_flops() + elements
+
+
+def test_operations_of_attention() -> None:
+    q, k, v = (torch.randn(2, 3, size, 4, requires_grad=True) for size in (5, 7, 7))
+    node = F.scaled_dot_product_attention(q, k, v).grad_fn
+    products = 10 * 2 * 3 * 5 * 7 * 4 if node.name().startswith("ScaledDotProduct") else 0
+    assert flops_of(node) - products == sum(math.prod(s) for s in (*shapes(node), q.shape, k.shape, v.shape))
+
+
+class _Recurrent:
+    """The node of a fused recurrent layer, which is there on some devices alone: rows, and a weight and a bias."""
+
+    _input_metadata = (torch.empty(5, 2, 3),)
+
+    def __init__(self) -> None:
+        nodes = [
+            (x * 1).grad_fn for x in (torch.ones(size, requires_grad=True) for size in ((5, 2, 4), (12, 4), (12,)))
+        ]
+        self.next_functions = [(node, 0) for node in nodes]
+
+    def name(self) -> str:
+        return "CudnnRnnBackward0"
+
+
+def test_operations_of_fused_recurrent_layers() -> None:
+    assert flops_of(_Recurrent()) == 4 * 10 * 12 * 4 + 5 * 2 * 3 + 5 * 2 * 4 + 12 * 4 + 12
+
+
+def test_operations_of_grouped_products_count_every_row_once() -> None:
+    x, w = torch.randn(7, 4, requires_grad=True), torch.randn(3, 4, 8, requires_grad=True)
+    try:
+        out = F.grouped_mm(x, w, offs=torch.tensor([2, 5, 7], dtype=torch.int32))
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f"no grouped product here: {error}")
+    assert flops_of(out.grad_fn) == 2 * 2 * 7 * 4 * 8 + x.numel() + w.numel() + out.numel()
 
 
 def test_a_parameter_that_mixes_samples() -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lipcore.layers import Factor, Outer, RowSum
+from lipcore.capture.graph.rows import Order
+from lipcore.layers import Factor, Outer, RowSum, Stacked
 from lipcore.models.torch_internals import saved
 
 
@@ -20,7 +22,7 @@ class SampleRows:
 
     Attributes:
         dim: where they are.
-        ids: the sample of each, int64 [N].
+        ids: the sample of each, int64 [N]; negative where no gradient comes to it.
         samples: B.
     """
 
@@ -31,14 +33,30 @@ class SampleRows:
     def split(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return a tensor's rows as [B, T, ...], or packed [N, ...] with the offsets of the samples."""
         x, each = x.movedim(self.dim, 0), len(self.ids) // self.samples
-        numbers = torch.arange(len(self.ids), device="cpu")
-        if each and torch.equal(self.ids, numbers // each):
+        if self._order is Order.BLOCKS:
             return x.reshape(self.samples, each, *x.shape[1:]), None
-        if each and torch.equal(self.ids, numbers % self.samples):
+        if self._order is Order.TURNS:
             return x.reshape(each, self.samples, *x.shape[1:]).transpose(0, 1), None
-        counts = torch.bincount(self.ids, minlength=self.samples)
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return x.index_select(0, self.ids.argsort(stable=True).to(x.device)), offsets.to(x.device)
+        places, offsets = self._places
+        return x.index_select(0, places.to(x.device)), offsets.to(x.device)
+
+    @cached_property
+    def _order(self) -> Order | None:
+        if not len(self.ids) or len(self.ids) % self.samples:
+            return None
+        orders = (Order.BLOCKS, Order.TURNS)
+        return next((o for o in orders if torch.equal(self.ids, o.samples(len(self.ids), self.samples))), None)
+
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """The rows' places sample by sample, without nobody's, and the offsets of the samples."""
+        bounds = torch.bincount(self.ids + 1, minlength=self.samples + 1).cumsum(0)
+        return self.ids.argsort(stable=True)[bounds[0] :], bounds - bounds[0]
+
+    def of_parts(self, part: Tensor, parts: int) -> SampleRows:
+        """Return the rows as those of pairs of a sample and the part that each row meets (of none from `parts` on)."""
+        nobody = (self.ids < 0) | (part >= parts)
+        return SampleRows(self.dim, torch.where(nobody, -1, self.ids * parts + part), self.samples * parts)
 
 
 #: From a node, the gradient that comes to it, its rows and the shapes of what is behind it: factors by child.
@@ -82,7 +100,7 @@ def _sum(child: int, grad: Tensor, x: Tensor | None, rows: SampleRows, shape: tu
         split, offsets = rows.split(tensor)
         if offsets is None:
             return split.reshape(rows.samples, -1, features), None
-        return split.reshape(-1, features), offsets * (split[0].numel() // features)
+        return split.reshape(-1, features), offsets * (math.prod(split.shape[1:]) // features)
 
     grads, offsets = flat(grad)
     return {child: RowSum(grads, None if x is None else flat(x)[0], offsets, torch.Size(shape))}
@@ -119,6 +137,28 @@ def _layer_norm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, 
     return found | (_sum(2, grad, None, rows, shapes[2]) if 2 in shapes else {})
 
 
+def _grouped_mm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    x, ends = saved(node, "self"), saved(node, "offs")
+    if 1 not in shapes or rows.dim != 0 or ends is None or x is None or not x.dim() == grad.dim() == 2:
+        return {}
+    part = torch.bucketize(torch.arange(len(rows.ids), device="cpu"), ends.cpu(), right=True)
+    (tokens, offsets), (grads, _) = (rows.of_parts(part, len(ends)).split(t) for t in (x, grad))
+    return {1: Stacked(Outer(grads, tokens, offsets), len(ends))}
+
+
+def _index(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, tuple[int, ...]]) -> dict[int, Factor]:
+    """Return the factor of a parameter whose rows the model takes by its own index: each token's expert's matrices."""
+    index = [each for each in saved(node, "indices") if each is not None]
+    if len(index) != 1 or index[0].dim() != 1 or index[0].dtype in (torch.bool, torch.uint8) or rows.dim != 0:
+        return {}
+    parts, shape = shapes[0][0], torch.Size(shapes[0][1:])
+    if saved(node, "indices")[0] is None or grad.shape[1:] != shape:
+        return {}
+    grads, offsets = rows.of_parts(index[0].cpu() % parts, parts).split(grad)
+    flat = grads.reshape(*grads.shape[: grads.dim() - len(shape)], math.prod(shape))
+    return {0: Stacked(RowSum(flat, None, offsets, shape), parts)}
+
+
 CLOSED_FORMS: dict[str, ClosedForm] = {
     "MmBackward0": _mm,
     "AddmmBackward0": _addmm,
@@ -126,6 +166,8 @@ CLOSED_FORMS: dict[str, ClosedForm] = {
     "AddBackward0": _add,
     "ExpandBackward0": _expand,
     "NativeLayerNormBackward0": _layer_norm,
+    "GroupedMmBackward0": _grouped_mm,
+    "IndexBackward0": _index,
 }
 
 #: Nodes without the batch that change no gradient's norm on its way to the one node behind them.

@@ -38,6 +38,7 @@ class Frontier:
         behind: by parameter, the free places that its gradient comes through.
         indexed: places of nodes that would move rows if their index were not each sample's own.
         loose: frontier nodes whose rows may be others' in a pass that is not proved.
+        moved: free places of tensors with the batch, whose rows the model has chosen.
     """
 
     leaves: dict[int, str]
@@ -47,6 +48,7 @@ class Frontier:
     behind: dict[str, frozenset[int]]
     indexed: frozenset[int] = frozenset()
     loose: frozenset[int] = frozenset()
+    moved: frozenset[int] = frozenset()
 
     def samples_kept(self, walk: Walk, samples: int) -> bool:
         """Return whether nodes that took each sample's own row do so in this pass's graph too."""
@@ -58,7 +60,7 @@ class Frontier:
 
     def rows(self, place: int, walk: Walk) -> int:
         """Return how many rows the gradient at a frontier node has in a pass's graph."""
-        each = zip(self.nodes[place], shapes(walk.nodes[place]), strict=True)
+        each = zip(self.nodes[place], walk.shapes(place), strict=True)
         return next((1 if dim == EVERYTHING else shape[dim] for dim, shape in each if dim is not None), 0)
 
 
@@ -90,7 +92,7 @@ def frontier_of(
     loose: set[int] = set()
 
     def passes(place: int, *, strict: bool = True) -> bool:
-        mine, theirs = shapes(walk.nodes[place]), shapes(pairs[place])
+        mine, theirs = walk.shapes(place), shapes(pairs[place])
         at = _batch_at(mine, theirs, samples)
         if mine == theirs or place in absorbed or at is None:
             return True
@@ -107,7 +109,7 @@ def frontier_of(
             except ValueError:  # it is known of passes that are proved at least
                 mine, met = _split(walk, leaf, parents, functools.partial(passes, strict=False))
                 loose |= met
-            found = {p: _batch_at(shapes(walk.nodes[p]), shapes(pairs[p]), samples) or () for p in met}
+            found = {p: _batch_at(walk.shapes(p), shapes(pairs[p]), samples) or () for p in met}
         except ValueError as error:
             refused[name] = str(error)
             continue
@@ -117,9 +119,9 @@ def frontier_of(
     kept = {place: name for place, name in leaves.items() if name not in refused}
     # Where another parameter's gradient comes through, it comes sample by sample.
     nodes = {place: at for place, at in nodes.items() if place not in free}
-    return Frontier(
-        kept, frozenset(free), nodes, refused, behind, frozenset(moves.indexed), frozenset(loose & moves.below)
-    )
+    moved = {p for p in free if p in absorbed or (p in pairs and walk.shapes(p) != shapes(pairs[p]))}
+    sets = (frozenset(moves.indexed), frozenset(loose & moves.below), frozenset(moved))
+    return Frontier(kept, frozenset(free), nodes, refused, behind, *sets)
 
 
 def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
@@ -133,7 +135,7 @@ def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
         except ValueError as error:
             refused[name] = str(error)
             continue
-        nodes |= {place: tuple(EVERYTHING for _ in shapes(walk.nodes[place])) for place in met}
+        nodes |= {place: tuple(EVERYTHING for _ in walk.shapes(place)) for place in met}
     kept = {place: name for place, name in leaves.items() if name not in refused}
     return Frontier(kept, frozenset(kept), nodes, refused, {name: frozenset({leaf}) for leaf, name in kept.items()})
 
@@ -153,8 +155,17 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> 
             continue  # an input of the model's, which the user may have computed from something
         pairs[x] = two
         mine, theirs = walk.next[x], other.next[y]
+        kinds = _kind(one), _kind(two)
+        # Where a single row is written (an expert's only one), python's setitem views it as no row.
+        if kinds[0] == "view" != kinds[1] and mine[0] >= 0:
+            todo.append((mine[0], y))
+            continue
+        if kinds[1] == "view" != kinds[0] and theirs[0] >= 0:
+            del pairs[x]
+            todo.append((x, theirs[0]))
+            continue
         each = len(mine) * (samples + 1) == len(theirs) * samples
-        if _kind(one) != _kind(two) or not (each or len(mine) == len(theirs)):
+        if kinds[0] != kinds[1] or not (each or len(mine) == len(theirs)):
             raise GraphsDiffer(
                 f"the model's graph is another one for one sample more ({one.name()} against {two.name()})"
             )

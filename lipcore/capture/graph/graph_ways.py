@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
-from lipcore.capture.graph.closed_forms import CLOSED_FORMS
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
-from lipcore.capture.graph.kept_tensors import is_once_only
 from lipcore.capture.graph.replay import Replay, is_sum
-from lipcore.capture.graph.rows import RowOrders
+from lipcore.capture.graph.replay_costs import ReplayCosts
+from lipcore.capture.graph.structure import NOT_YET, Structure
 from lipcore.capture.graph.walk import Signature, Walk, shapes
 from lipcore.capture.seeds import seeds_of
 from lipcore.layers import Batch
@@ -28,7 +28,6 @@ _LOOSE = (
     "the model chooses rows anew in every pass where parameters meet the batch, so that it is known of passes that are "
     "proved alone whose they are"
 )
-_NOT_YET = "no pass whose graph has this structure was proved yet"
 
 
 class Followed(NamedTuple):
@@ -45,44 +44,22 @@ class Followed(NamedTuple):
     unproved: str
 
 
-@dataclass
-class _Structure:
-    frontier: Frontier
-    rows: RowOrders = field(default_factory=lambda: RowOrders(unproved=_NOT_YET))
-
-    def index_kept_by_hooks(self, walk: Walk) -> bool:
-        """Return whether hooks are on an index that is read in every pass."""
-        return any(is_once_only(walk.nodes[place]) for place in self.frontier.indexed)
-
-    def kept_by_hooks(self, walk: Walk) -> dict[str, str]:
-        """Return the parameters for which a node would be read or run again on whose tensors hooks are."""
-        frontier = self.frontier
-        hooked = {p for p in (*frontier.nodes, *frontier.free) if is_once_only(walk.nodes[p])}
-        if not hooked:
-            return {}
-        behind = frontier.behind.items()
-        return {name: HOOKED for name, free in behind if not hooked.isdisjoint(free | frontier.met(name, walk))}
-
-    def fits(self, walk: Walk, samples: int) -> bool:
-        """Return whether every sample has as many rows at every frontier node."""
-        each = all(self.frontier.rows(place, walk) % samples == 0 for place in self.frontier.nodes)
-        return each and self.frontier.samples_kept(walk, samples)
-
-
 class GraphWays:
     """The ways from the graph of one model's passes.
 
     Args:
         model: the module that is called.
         max_bytes: what the gradients of single samples of one parameter may take.
+        max_flops: what the replays for one parameter may take in one pass; None: any number.
         prove: find out whose rows are whose, by backward passes.
         whole: as of :class:`Replay`.
     """
 
-    def __init__(self, model: nn.Module, *, max_bytes: int, prove: bool, whole: bool) -> None:
-        self._model, self._max_bytes, self._prove, self._whole = model, max_bytes, prove, whole
+    def __init__(self, model: nn.Module, *, max_bytes: int, max_flops: int | None, prove: bool, whole: bool) -> None:
+        self._model, self._max_bytes, self._max_flops = model, max_bytes, max_flops
+        self._prove, self._whole = prove, whole
         self._spare = _SPARE
-        self._known: dict[tuple[tuple[int, ...], tuple[tuple[int, str], ...], Signature], _Structure] = {}
+        self._known: dict[tuple[tuple[int, ...], tuple[tuple[int, str], ...], Signature], Structure] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
 
     def follow(
@@ -129,31 +106,33 @@ class GraphWays:
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = structure
-        return self._followed(structure, walk, batch, counts, fail)
+        return self._followed(structure, walk, output, batch, counts, fail)
 
     def _followed(
         self,
-        structure: _Structure,
+        structure: Structure,
         walk: Walk,
+        output: Any,
         batch: Batch,
         counts: Callable[[], bool],
         fail: Callable[[Exception], None],
     ) -> Followed:
         frontier, rows = structure.frontier, structure.rows
-        refused = frontier.refused | self._wrong(structure, walk) | self._too_large(walk, frontier, batch.size)
-        refused |= structure.kept_by_hooks(walk)
-        leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
-        if not leaves:
-            return Followed(None, refused, "")
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
-        # Nothing behind a refused parameter is run: its leaf would accumulate once more.
-        free = frozenset[int]().union(*(frontier.behind[name] for name in leaves.values()))
-        measured = replace(frontier, leaves=leaves, free=free)
-        replay = Replay(walk, measured, whose, batch.size, counts, fail, rows.unreached, unseen, self._whole)
-        self._note_ways(walk, structure, batch.size, replay.direct)
+        seeds = functools.partial(seeds_of, output, batch) if self._prove else None
+        nearer, more = structure.carried(walk, whose, unseen, seeds, self._whole)
+        refused = frontier.refused | structure.wrong(walk) | self._too_large(walk, nearer, batch.size)
+        refused |= structure.kept_by_hooks(walk)
+        measured = _without(nearer, refused)
+        if self._max_flops is not None or not self.ways.keys() >= set(measured.leaves.values()):
+            refused |= self._too_long(walk, measured, batch.size)
+            measured = _without(nearer, refused)
+        if not measured.leaves:
+            return Followed(None, refused, "")
+        replay = Replay(walk, measured, whose | more, batch.size, counts, fail, rows.unreached, unseen, self._whole)
         unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
-        unproved = rows.unproved or (_NOT_YET if unknown else "")
+        unproved = rows.unproved or (NOT_YET if unknown else "")
         if frontier.loose and not rows.proved_in(walk):
             unproved = unproved or _LOOSE
         return Followed(replay, refused, unproved if self._prove and batch.size > 1 and frontier.nodes else "")
@@ -167,17 +146,17 @@ class GraphWays:
         names: Mapping[int, str],
         *,
         due: bool,
-    ) -> _Structure:
+    ) -> Structure:
         """Find a structure's frontier and prove its rows; the frontier is moved towards the output past the nodes whose
         rows turn out to be in an order of the model's own."""
         if batch.offsets is not None:
             raise CannotRun("the samples are packed sequences, and the graph shows no rows of documents")
         other = Walk(on_one_more(self._model, *call, batch.size, batch.dim))
         if batch.size == 1:
-            return _Structure(frontier_of_one(walk, names))
+            return Structure(frontier_of_one(walk, names))
         absorbed: set[int] = set()
         for _ in range(_MOST_MOVES):
-            structure = _Structure(frontier_of(walk, other, names, batch.size, absorbed))
+            structure = Structure(frontier_of(walk, other, names, batch.size, absorbed))
             if not self._proves(structure, walk, batch, due=due):
                 break
             structure.rows.prove(walk, structure.frontier, seeds_of(output, batch))
@@ -187,7 +166,7 @@ class GraphWays:
             due = True
         return structure
 
-    def _proves(self, structure: _Structure, walk: Walk, batch: Batch, *, due: bool) -> bool:
+    def _proves(self, structure: Structure, walk: Walk, batch: Batch, *, due: bool) -> bool:
         """Return whether a structure's rows are to be proved in this pass."""
         if not self._prove or batch.size == 1 or not structure.frontier.nodes:
             return False
@@ -198,13 +177,6 @@ class GraphWays:
             self._spare -= 1
             return True
         return due
-
-    def _wrong(self, structure: _Structure, walk: Walk) -> dict[str, str]:
-        wrong, frontier = structure.rows.wrong, structure.frontier
-        if not wrong:
-            return {}
-        found = {n: [wrong[p] for p in frontier.met(n, walk) if p in wrong] for n in frontier.behind}
-        return {name: why[0] for name, why in found.items() if why}
 
     def _too_large(self, walk: Walk, frontier: Frontier, samples: int) -> dict[str, str]:
         found = {}
@@ -220,19 +192,39 @@ class GraphWays:
                 )
         return found
 
-    def _note_ways(self, walk: Walk, structure: _Structure, samples: int, direct: Collection[str]) -> None:
-        for name in structure.frontier.behind:
-            if name in self.ways:
-                continue
-            met = structure.frontier.met(name, walk)
-            kinds = sorted({walk.nodes[p].name() for p in met})
-            way = f"{samples} replays"
-            if all(map(is_sum, kinds)):
-                way = "sums over rows"
-            elif name in direct and samples > 1 and CLOSED_FORMS.keys() >= set(kinds):
-                way = "products of rows"
-            said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
-            self.ways[name] = f"{way} at {said}"
+    def _too_long(self, walk: Walk, frontier: Frontier, samples: int) -> dict[str, str]:
+        """Return the parameters whose replays take more than they may; note the ways of all."""
+        costs, found = ReplayCosts(walk, frontier, samples, self._whole), {}
+        for name in frontier.leaves.values():
+            flops = costs.flops(name)
+            if self._max_flops is not None and flops > self._max_flops:
+                found[name] = (
+                    f"the replays of {samples} samples take {flops:,} FLOPs, more than max_replay_flops="
+                    f"{self._max_flops:,}; raise that, or register a rule for its layer"
+                )
+            elif name not in self.ways:
+                self.ways[name] = _way(name, walk, frontier, samples, costs)
+        return found
+
+
+def _way(name: str, walk: Walk, frontier: Frontier, samples: int, costs: ReplayCosts) -> str:
+    met = frontier.met(name, walk)
+    kinds = sorted({walk.nodes[p].name() for p in met})
+    if all(map(is_sum, kinds)):
+        way = "sums over rows"
+    else:
+        way = "products of rows" if met.isdisjoint(costs.replays(name)) else f"{samples} replays"
+    said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
+    flops = costs.flops(name)
+    return f"{way} at {said}" + (f" ({flops:,} FLOPs in replays)" if flops else "")
+
+
+def _without(frontier: Frontier, refused: Container[str]) -> Frontier:
+    """Return a frontier without the parameters that are refused. Nothing behind them is run: their leaves would
+    accumulate once more."""
+    leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
+    free = frozenset[int]().union(*(frontier.behind[name] for name in leaves.values()))
+    return replace(frontier, leaves=leaves, free=free)
 
 
 def _elements(node: Any) -> int:

@@ -42,15 +42,15 @@ class OwnGraph(Rule):
     Args:
         module: without parameters in modules inside it.
         keys: of its parameters.
-        max_bytes: as of :class:`GraphWays`.
+        max_bytes, max_flops: as of :class:`GraphWays`.
     """
 
     methods = ()
     how = "a graph of its own, run in the backward pass"
 
-    def __init__(self, module: nn.Module, keys: tuple[str, ...], max_bytes: int) -> None:
+    def __init__(self, module: nn.Module, keys: tuple[str, ...], max_bytes: int, max_flops: int | None) -> None:
         self.keys = keys
-        self._ways = GraphWays(module, max_bytes=max_bytes, prove=True, whole=True)
+        self._ways = GraphWays(module, max_bytes=max_bytes, max_flops=max_flops, prove=True, whole=True)
 
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping
 from typing import Any
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.gradient_sums import GradientSums
-from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows, keeps_norms
+from lipcore.capture.graph.closed_forms import CLOSED_FORMS, SampleRows
+from lipcore.capture.graph.edges import Edges
 from lipcore.capture.graph.frontier import EVERYTHING, Frontier
 from lipcore.capture.graph.kept_tensors import reading
 from lipcore.capture.graph.rows import as_real
-from lipcore.capture.graph.walk import Walk, shapes
+from lipcore.capture.graph.walk import Walk
 from lipcore.capture.proof import NOTHING, is_proof
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Dense, Factor, norms_sq_of
@@ -80,12 +80,7 @@ class Replay:
         self._unknown = False
         self.unproved = ""
         self.sums: GradientSums | None = None
-        # Of each place what is needed later, without the nodes, which would keep the graph alive.
-        self._next = {p: walk.next[p] for p in (*frontier.nodes, *frontier.free)}
-        self._numbers = {p: [nr for _, nr in walk.nodes[p].next_functions] for p in self._next}
-        self._shapes = {p: shapes(walk.nodes[p]) for p in frontier.free}
-        self._edges = Counter(c for behind in self._next.values() for c in behind if c in self._shapes)
-        self._direct = {c: n for p in frontier.nodes for c in walk.next[p] if (n := self._name_behind(c, walk))}
+        self._edges = Edges(walk, frontier)
         self._sums: dict[int, dict[int, Tensor]] = {}  # per free node and output, [B, *shape]
         self._task = -1
         self._squares: dict[str, Tensor] = {}
@@ -95,20 +90,6 @@ class Replay:
         for place in frontier.free:
             if not hasattr(walk.nodes[place], "variable"):  # a leaf would accumulate
                 walk.nodes[place].register_prehook(_Hook(self._free, place))
-
-    @property
-    def direct(self) -> set[str]:
-        """Parameters whose gradient has the norm of the one at the frontier, and closed forms where there are some."""
-        return set(self._direct.values())
-
-    def _name_behind(self, place: int, walk: Walk) -> str:
-        """Return the parameter whose gradient has the norm of the one at a free node, or ""."""
-        while self._edges.get(place) == 1 and place not in self._leaves:
-            behind = [c for c in self._next[place] if c in self._shapes]
-            if len(behind) != 1 or not keeps_norms(walk.nodes[place], self._shapes[place], self._shapes[behind[0]]):
-                return ""
-            place = behind[0]
-        return self._leaves.get(place, "") if self._edges.get(place) == 1 else ""
 
     def _begin(self) -> bool:
         if is_proof() or not self._counts():
@@ -139,7 +120,7 @@ class Replay:
         if place in self._unseen and any(_touches(g, d, self._unseen[place]) for g, d in _dims(grads, at)):
             self._unknown, self.unproved = True, UNSEEN_ROWS
         done = self._closed_form(node, grads, place, at, whose)
-        if all(child not in self._shapes for i, child in enumerate(self._next[place]) if i not in done):
+        if all(child not in self._edges.shapes for i, child in enumerate(self._edges.next[place]) if i not in done):
             return
         name = node.name()
         if is_sum(name) and at[0] is not None and grads[0] is not None:
@@ -147,8 +128,8 @@ class Replay:
             found = (grad,) if name == EXPAND else _run(node, (grad,))
             owners = whose.to(grad.device)
             for i, (child, number, out) in enumerate(self._behind(place, found)):
-                if out is not None and child in self._shapes and i not in done:
-                    shape = self._shapes[child][number]
+                if out is not None and child in self._edges.shapes and i not in done:
+                    shape = self._edges.shapes[child][number]
                     self._add(child, number, _summed(out, at[0], owners, self._samples, shape))
             return
         rows: dict[tuple[int, int], list[Tensor]] = {}
@@ -161,29 +142,29 @@ class Replay:
         self._add_all(rows)
 
     def _behind(self, place: int, found: tuple[Tensor | None, ...]) -> Iterator[tuple[int, int, Tensor | None]]:
-        return zip(self._next[place], self._numbers[place], found, strict=True)
+        return zip(self._edges.next[place], self._edges.numbers[place], found, strict=True)
 
     def _closed_form(
         self, node: Any, grads: tuple[Tensor | None, ...], place: int, at: tuple[int | None, ...], whose: Tensor
     ) -> Container[int]:
         """Take in what a closed form knows of; return the numbers of those of the node's children."""
         form = CLOSED_FORMS.get(node.name())
-        behind = enumerate(zip(self._next[place], self._numbers[place], strict=True))
-        shapes = {i: self._shapes[child][number] for i, (child, number) in behind if child in self._direct}
+        shapes = self._edges.direct_shapes(place)
         first = grads[0]
         if form is None or not shapes or first is None or first.is_complex() or at[0] is None or at[0] == EVERYTHING:
             return ()
         factors = form(node, first, SampleRows(at[0], whose, self._samples), shapes)
         adds_up = self.sums is not None and not self.whole
         if self.whole or adds_up:  # in the shape of the parameter: not behind a transposition
-            factors = {i: factor for i, factor in factors.items() if self._next[place][i] in self._leaves}
-        named = {self._direct[self._next[place][i]]: factor for i, factor in factors.items()}
+            factors = {i: factor for i, factor in factors.items() if self._edges.next[place][i] in self._leaves}
+        named = {self._edges.direct[self._edges.next[place][i]]: factor for i, factor in factors.items()}
         if self.whole:
             self._factors |= named
         else:
             if self.sums is not None:
                 self.sums.add_factors(named)
-            self._squares |= norms_sq_of(named)
+            for name, row in norms_sq_of(named).items():
+                self._add_squares(name, row)
         return factors
 
     def _free(self, grads: tuple[Tensor | None, ...], node: Any, place: int) -> None:
@@ -208,10 +189,10 @@ class Replay:
     ) -> None:
         here: dict[tuple[int, int], Tensor] = {}
         for i, (child, number, out) in enumerate(self._behind(place, found)):
-            if out is None or child not in self._shapes or i in done:
+            if out is None or child not in self._edges.shapes or i in done:
                 continue
             out = out.to_dense() if out.layout != torch.strided else out
-            out = out.sum_to_size(self._shapes[child][number])  # as the engine does between nodes
+            out = out.sum_to_size(self._edges.shapes[child][number])  # as the engine does between nodes
             key = child, number
             here[key] = here[key] + out if key in here else out
         for key, out in here.items():
@@ -229,8 +210,12 @@ class Replay:
             else:
                 self._add(child, number, stacked)
 
+    def _add_squares(self, name: str, row: Tensor) -> None:
+        """Take in squared norms, of all of a parameter or of a part that nothing else comes to."""
+        self._squares[name] = self._squares[name] + row if name in self._squares else row
+
     def _only_squares(self, place: int) -> bool:
-        return not self.whole and place in self._leaves and self._edges[place] == 1
+        return not self.whole and place in self._leaves and self._edges.uses[place] == 1
 
     def _add(self, child: int, number: int, rows: Tensor) -> None:
         sums = self._sums.setdefault(child, {})
@@ -246,7 +231,8 @@ class Replay:
                 if self.sums is not None:
                     self.sums.add(name, self._sums[place][0].sum(0))
                 rows = as_real(self._sums[place][0]).double().reshape(self._samples, -1)
-                found[name] = rows.square().sum(1)
+                square = rows.square().sum(1)
+                found[name] = found[name] + square if name in found else square  # of the other parts
         self._sums, self._squares, self._task = {}, {}, -1
         return {name: torch.full_like(row, torch.nan) for name, row in found.items()} if self._unknown else found
 
@@ -319,7 +305,9 @@ def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int
     if dim < 0:
         return out.sum_to_size(shape)[None]
     padded = (1,) * (out.dim() - len(shape)) + shape
+    if padded[dim] != 1:  # what is behind has these rows too
+        return torch.stack([_only(out, dim, whose == b).sum_to_size(shape) for b in range(samples)])
     over = [i for i in range(out.dim()) if i != dim and padded[i] == 1 and out.shape[i] != 1]
     rows = (out.sum(over, keepdim=True) if over else out).movedim(dim, 0)
-    found = rows.new_zeros(samples, *rows.shape[1:]).index_add_(0, whose, rows)
-    return found.reshape(samples, *shape)
+    found = rows.new_zeros(samples + 1, *rows.shape[1:]).index_add_(0, whose % (samples + 1), rows)  # nobody's are last
+    return found[:samples].reshape(samples, *shape)

@@ -4,6 +4,7 @@ model's."""
 from __future__ import annotations
 
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -103,28 +104,30 @@ class RowOrders:
         if once or not seeds.outputs:
             self.unproved = once or _NO_OUTPUT
             return
-        outputs = [(p, k, d) for p, at in frontier.nodes.items() for k, d in enumerate(at) if d is not None]
-        places = [place for place, _, _ in outputs]
-        points = [Point(walk.nodes[p], _Squares(d), k) for p, k, d in outputs]
-        dtypes = {data.dtype for node in walk.nodes for data in node._input_metadata}
-        half = bool(dtypes & {torch.float16, torch.bfloat16})
         try:
-            found = row_ids(
-                seeds,
-                points,
-                bits=BITS_OF_FLOAT16 if torch.float16 in dtypes else BITS,
-                tolerance=6e-2 if half else _TOLERANCE[torch.float64 if dtypes == {torch.float64} else torch.float32],
-                foreign=[node for node in walk.nodes if is_foreign(node)],
-            )
+            found = _ids(walk, frontier.nodes, seeds)
         except RuntimeError as error:
             self.unproved = _FAILED.format(str(error)[:200])
             return
-        reached = {place for place, rows in zip(places, found, strict=True) if rows is not None}
-        self.unreached = set(places) - reached
-        for place, rows in zip(places, found, strict=True):
-            if rows is not None:
-                self._take(place, rows.ids, seeds.size)
+        reached = {place for place, ids in found if ids is not None}
+        self.unreached = {place for place, _ in found} - reached
+        for place, ids in found:
+            if ids is not None:
+                self._take(place, ids, seeds.size)
         self.unproved = _NO_GRADIENT if self.open(walk, frontier, seeds.size) else ""
+
+    def confirmed(self, walk: Walk, frontier: Frontier, whose: Mapping[int, Tensor], seeds: Seeds) -> set[int] | None:
+        """Find the samples of rows that were carried from the frontier by backward passes too; return the places where
+        some row was found, None where a row is another sample's or of several."""
+        try:
+            found = _ids(walk, {place: frontier.nodes[place] for place in whose}, seeds)
+        except RuntimeError:
+            return None
+        known = {place: ids >= 0 for place, ids in found if ids is not None}
+        for place, ids in found:
+            if ids is not None and (bool((ids == MIXED).any()) or bool((ids != whose[place])[known[place]].any())):
+                return None
+        return {place for place, mask in known.items() if bool(mask.any())}
 
     def _take(self, place: int, ids: Tensor, samples: int) -> None:
         known = ids >= 0
@@ -149,6 +152,23 @@ class RowOrders:
             self._seen[place] = seen | earlier if earlier is not None and len(earlier) == len(seen) else seen
 
 
+def _ids(walk: Walk, nodes: Mapping[int, tuple[int | None, ...]], seeds: Seeds) -> list[tuple[int, Tensor | None]]:
+    """Return places with the samples of the rows at each output of these nodes, as weighted backward passes find them;
+    None where no gradient comes."""
+    outputs = [(p, k, d) for p, at in nodes.items() for k, d in enumerate(at) if d is not None]
+    points = [Point(walk.nodes[p], _Squares(d), k) for p, k, d in outputs]
+    dtypes = {data.dtype for node in walk.nodes for data in node._input_metadata}
+    half = bool(dtypes & {torch.float16, torch.bfloat16})
+    found = row_ids(
+        seeds,
+        points,
+        bits=BITS_OF_FLOAT16 if torch.float16 in dtypes else BITS,
+        tolerance=6e-2 if half else _TOLERANCE[torch.float64 if dtypes == {torch.float64} else torch.float32],
+        foreign=[node for node in walk.nodes if is_foreign(node)],
+    )
+    return [(p, None if rows is None else rows.ids) for (p, _, _), rows in zip(outputs, found, strict=True)]
+
+
 def as_real(tensor: Tensor) -> Tensor:
     """Return a tensor of real numbers with the same norm, where it is complex with one dimension more."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
@@ -162,5 +182,6 @@ class _Squares:
 
     def __call__(self, gradient: Any) -> Tensor:
         real = as_real(gradient)
-        rows: Tensor = real.movedim(self._dim, 0).reshape(real.shape[self._dim], -1)
+        count = real.shape[self._dim]
+        rows: Tensor = real.movedim(self._dim, 0).reshape(count, real.numel() // max(1, count))
         return rows.double().square().sum(1)

@@ -16,7 +16,14 @@ Signature = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
 
 
 class Walk:
-    """The nodes of a graph in an order that depends on its structure alone, without lipcore's own identities."""
+    """The nodes of a graph in an order that depends on its structure alone, without lipcore's own identities.
+
+    Attributes:
+        nodes: in that order.
+        roots: places of those that have made the outputs.
+        next: by place, the places behind; -1 where there is nothing.
+        numbers: by place, which output of each of these.
+    """
 
     def __init__(self, output: Any) -> None:
         self.nodes: list[Any] = []
@@ -24,9 +31,12 @@ class Walk:
         roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
         self.roots = list(dict.fromkeys(self._place(_passed(node)) for node in roots))
         self.next: list[tuple[int, ...]] = []
+        self.numbers: list[tuple[int, ...]] = []
+        self._shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
         for node in self.nodes:  # which grows
-            behind = [-1 if child is None else self._place(_passed(child)) for child, _ in node.next_functions]
-            self.next.append(tuple(behind))
+            edges = node.next_functions
+            self.next.append(tuple([-1 if child is None else self._place(_passed(child)) for child, _ in edges]))
+            self.numbers.append(tuple([number for _, number in edges]))
 
     def _place(self, node: Any) -> int:
         if node is None:
@@ -35,6 +45,12 @@ class Walk:
         if place == len(self.nodes):
             self.nodes.append(node)
         return place
+
+    def shapes(self, place: int) -> tuple[tuple[int, ...], ...]:
+        """Return the shapes of what the node at a place has made."""
+        if place not in self._shapes:
+            self._shapes[place] = shapes(self.nodes[place])
+        return self._shapes[place]
 
     def signature(self) -> Signature:
         """Return what two graphs have in common that are the same but for the sizes of tensors."""

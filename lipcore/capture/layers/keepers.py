@@ -42,10 +42,19 @@ class Keepers:
         coverage: which parameters the graph measures.
         passes: the forward passes under way.
         max_bytes: what one pass may keep.
+        max_flops: as of :class:`OwnGraph`.
     """
 
-    def __init__(self, model: nn.Module, coverage: ParameterCoverage, passes: Passes, max_bytes: int) -> None:
-        self._coverage, self._passes, self._max_bytes = coverage, passes, max_bytes
+    def __init__(
+        self,
+        model: nn.Module,
+        coverage: ParameterCoverage,
+        passes: Passes,
+        max_bytes: int,
+        max_flops: int | None,
+    ) -> None:
+        self._coverage, self._passes = coverage, passes
+        self._max_bytes, self._max_flops = max_bytes, max_flops
         self._modules = dict(named_modules(model))
         self._at: dict[str, str] = {}  # parameter -> the name of the module
         self._handles: dict[str, list[Any]] = {}
@@ -138,7 +147,7 @@ class Keepers:
         inside = any(True for child in module.children() for _ in child.parameters())
         if inside or set(own) != trained:
             return
-        rule = OwnGraph(module, own, self._max_bytes)
+        rule = OwnGraph(module, own, self._max_bytes, self._max_flops)
         with suppress(ValueError):
             saved, extra = rule.save(module, arguments, keywords, run.batch)
             self._called[at] = _Called(module, rule, saved, extra, output)

@@ -100,7 +100,8 @@ class LayerCapture:
         self._audited = not options.prove  # as a compiled model
         self.structure = Structure(self.model)
         whole = options.keep_factors or options.measure is not norms_sq_of
-        self.graph = GraphWays(self.model, max_bytes=options.max_replay_bytes, prove=options.prove, whole=whole)
+        bounds = options.max_replay_bytes, options.max_replay_flops
+        self.graph = GraphWays(self.model, max_bytes=bounds[0], max_flops=bounds[1], prove=options.prove, whole=whole)
         self.sites = [
             LayerSite(passes, name or ROOT, module, rule, names, options, self._signs)
             for name, module, rule, names in self.coverage.tapped
@@ -131,7 +132,7 @@ class LayerCapture:
         )
         passes.coverage, passes.single = self.coverage, self.single
         passes.graph_serves = by_graph and not options.normalized
-        self._keepers = Keepers(self.model, self.coverage, passes, options.max_replay_bytes)
+        self._keepers = Keepers(self.model, self.coverage, passes, *bounds)
         self._with_own_graph: list[tuple[str, nn.Module, OwnGraph, dict[str, str]]] = []  # from the next pass on
         self._probes = LayerProbes(self.sites, passes.probe_comes_back)
 

@@ -30,6 +30,7 @@ class LayerOptions:
             may go through the graph, to what the record keeps of its loss.
         max_replay_bytes: the most that gradients of single samples may take where they come from the autograd graph;
             0: none do.
+        max_replay_flops: the most that replays for one parameter may take in one pass there; None: any number.
         fast_batch_of_one: serve batches of one from the parameters' gradients, where that has proved right.
         measure: what is made of the factors; squared norms are what the other settings speak of.
         keep_factors: records keep the factors until the next forward pass begins.
@@ -48,5 +49,6 @@ class LayerOptions:
     loss_of: Callable[[Any, int, bool], Any] | None = None
     fast_batch_of_one: bool = False
     max_replay_bytes: int = 0
+    max_replay_flops: int | None = None
     measure: Measure = norms_sq_of
     keep_factors: bool = False
