@@ -138,7 +138,6 @@ CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "PerSampleGradNorms(every_steps)": (of_norms("every_steps"), 1),
     "PerSampleGradNorms(batch_dim)": (of_norms("batch_dim"), 0),
     "PerSampleGradNorms(max_replay_bytes)": (of_norms("max_replay_bytes"), 0),
-    "watch(first_step)": (lambda v: lipcore.watch(linear(), first_step=v), 0),
     "watch(max_bytes)": (lambda v: lipcore.watch(linear(), max_bytes=v), 1 << 20),
     "open_run(rank)": (lambda v: lipcore.open_run(recorded(), v), 0),
     "PerSampleGradNorms(max_replay_flops)": (of_norms("max_replay_flops"), 0),
