@@ -69,6 +69,7 @@ class RunRecord:
         self._network = of_a_network(self.path.parent)
         self._file = local_copy(self.path) if self._network else self.path
         self.failed = ""  #: why nothing is written any more
+        self.older = ""  #: the name that an older run's file was given
         try:
             if self._network and self.path.exists():
                 _backup(self.path, self._file)
@@ -234,6 +235,7 @@ class RunRecord:
         while (older := self._file.with_name(f"{self._file.stem}-before-{number}.older")).exists():
             number += 1
         self._file.rename(older)
+        self.older = older.name
         self._connection = connect(self._file, write=True)
         self._execute("insert into meta values('model', ?)", (model,))
         self._execute("insert into meta values('older', ?)", (older.name,))

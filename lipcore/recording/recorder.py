@@ -28,6 +28,7 @@ class Recorder(Listener):
         self.record = record
         self._warn, self._step = warn, step
         self._begun = self._told = False
+        self._older = ""
 
     def steps(self, first: int, arrays: StepArrays) -> None:
         """Add a Trajectory's numbers of single steps."""
@@ -63,6 +64,13 @@ class Recorder(Listener):
         self._tell()
 
     def _tell(self) -> None:
+        if self.record.older != self._older:
+            self._older = self.record.older
+            self._warn(
+                f"run: {self.record.path} had the record of an older run, and this one begins at its first step, so that "
+                f"file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before the first "
+                "step; for a run of its own choose another folder"
+            )
         if self.record.failed and not self._told:
             self._told = True
             self._warn(f"the run is no longer recorded, and the training goes on: {self.record.failed}")

@@ -175,6 +175,19 @@ def _saved(state: Any, tmp_path: Path) -> Path:
     return tmp_path / "checkpoint.pt"
 
 
+def test_a_run_that_forgot_to_go_on_is_told(tmp_path: Path) -> None:
+    for again in (False, True):
+        model, optimizer = parts()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            with lipcore.watch(model, optimizer, run=tmp_path / "a", window_steps=10) as monitor:
+                train(monitor, model, optimizer, range(20))
+        messages = [str(one.message) for one in told if "record of an older run" in str(one.message)]
+        assert len(messages) == again
+        assert all("rank0-before-1.older" in message for message in messages)
+    assert lipcore.open_run(tmp_path / "a" / "rank0-before-1.older").last_step == 20
+
+
 def test_a_state_that_is_loaded_in_mid_run(tmp_path: Path) -> None:
     model, optimizer = parts()
     with lipcore.watch(model, optimizer, run=tmp_path / "a", window_steps=10) as monitor:
