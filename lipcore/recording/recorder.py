@@ -67,9 +67,9 @@ class Recorder(Listener):
         if self.record.older != self._older:
             self._older = self.record.older
             self._warn(
-                f"run: {self.record.path} had the record of an older run, and this one begins at its first step, so that "
-                f"file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before the first "
-                "step; for a run of its own choose another folder"
+                f"run: {self.record.path} had the record of an older run, and this one begins at its first step, so "
+                f"that file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before the "
+                "first step; for a run of its own choose another folder"
             )
         if self.record.failed and not self._told:
             self._told = True
