@@ -68,8 +68,8 @@ class Recorder(Listener):
             self._older = self.record.older
             self._warn(
                 f"run: {self.record.path} had the record of an older run, and this one begins at its first step, so "
-                f"that file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before the "
-                "first step; for a run of its own choose another folder"
+                f"that file is {self._older} now. To go on from a checkpoint, call monitor.load_state_dict() before "
+                "the first step; for a run of its own choose another folder"
             )
         if self.record.failed and not self._told:
             self._told = True
