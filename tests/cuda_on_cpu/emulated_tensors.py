@@ -1,0 +1,136 @@
+"""A mode in which tensors in emulated device memory say that they are on cuda:0, and torch's functions keep them there.
+
+torch itself computes on the CPU memory that it is. So the same tests, written for a GPU, run on either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from emulated_core import emulator
+from emulated_memory import CUDA, on_device, placed
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_GETTERS: dict[Any, Callable[[Tensor], Any]] = {
+    Tensor.is_cuda.__get__: on_device,
+    Tensor.is_cpu.__get__: lambda tensor: tensor.is_cpu and not on_device(tensor),
+    Tensor.device.__get__: lambda tensor: CUDA if on_device(tensor) else tensor.device,
+    Tensor.get_device: lambda tensor: 0 if on_device(tensor) else tensor.get_device(),
+}
+_READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"}
+_MOVES = {"to", "cuda", "cpu"}
+_MEMORY = {"data_ptr", "untyped_storage", "storage_offset", "stride", "size", "dim", "numel", "is_contiguous"}
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda"))
+
+
+class EmulatedTensors(TorchFunctionMode):
+    """The mode; one at a time.
+
+    Attributes:
+        refuse_reads: whether reading a device tensor from the host is an error, as under ``set_sync_debug_mode``.
+        record: takes the operations of a graph that is captured.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refuse_reads = False
+        self.record: Callable[[Callable[[], Any]], None] | None = None
+        self.reads = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _GETTERS:
+            return _GETTERS[function](*args)
+        name = getattr(function, "__name__", "")
+        if name in ("__get__", "__set__") or name in _MEMORY or function is torch.device:
+            return function(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        there = [on_device(tensor) for tensor in tensors]
+        if any(there):
+            self._look(name, function)
+        args, kwargs, device = _without_device(name, args, kwargs)
+        to_device = device if device is not None else any(there)
+        if name == "to" and device is None:
+            to_device = there[-1]
+        run = _Run(function, args, kwargs, tensors, to_device)
+        if self.record is None or not (to_device or any(there)):
+            return run()
+        return run.recorded(name, self.record)
+
+    def _look(self, name: str, function: Any) -> None:
+        """Let the device catch up: torch's operation comes after what was launched before it."""
+        if name in _READS:
+            if self.refuse_reads:
+                raise RuntimeError(f"called a synchronizing operation: {name} of a tensor on the emulated device")
+            self.reads += 1
+        if self.record is None:
+            emulator.synchronize()
+
+
+def _without_device(name: str, args: Any, kwargs: Any) -> tuple[Any, Any, bool | None]:
+    """Return the arguments with the CPU for every device, and whether they name the emulated one (None: none)."""
+    if name in ("cuda", "cpu"):
+        return args[:1], {}, name == "cuda"
+    named = [v for v in (*args, *kwargs.values()) if _is_device(v)]
+    if not named:
+        return args, kwargs, None
+    args = tuple(torch.device("cpu") if _is_device(v) else v for v in args)
+    kwargs = {k: torch.device("cpu") if _is_device(v) else v for k, v in kwargs.items()}
+    return args, kwargs, torch.device(named[0]).type == "cuda"
+
+
+class _Run:
+    """One call of torch, whose results end on the emulated device or off it."""
+
+    def __init__(self, function: Any, args: Any, kwargs: Any, tensors: list[Tensor], to_device: bool) -> None:
+        self._function, self._args, self._kwargs = function, args, kwargs
+        self._inputs, self._to_device = {id(tensor) for tensor in tensors}, to_device
+        self._moves = getattr(function, "__name__", "") in _MOVES
+
+    def __call__(self) -> Any:
+        if self._function is Tensor.cuda:
+            return self._moved(self._args[0])
+        result = self._function(*self._args, **self._kwargs)
+        if self._moves:
+            return self._moved(result)
+        for tensor in _results(result):
+            if self._to_device and id(tensor) not in self._inputs and not on_device(tensor):
+                tensor.data = placed(tensor)
+        return result
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        if on_device(tensor) == self._to_device:
+            return tensor
+        if id(tensor) in self._inputs or on_device(tensor):
+            tensor = tensor.clone()
+        if self._to_device:
+            tensor.data = placed(tensor)
+        return tensor
+
+    def recorded(self, name: str, record: Callable[[Callable[[], Any]], None]) -> Any:
+        """Run at every replay; now only where the result's shape is asked for."""
+        if (name.endswith("_") and not name.endswith("__")) or "out" in self._kwargs or name == "__setitem__":
+            record(self)
+            return self._kwargs.get("out", self._args[0])
+        result = self()
+
+        def again() -> None:
+            for old, new in zip(_results(result), _results(self()), strict=True):
+                if old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+        record(again)
+        return result
+
+
+def _results(result: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
