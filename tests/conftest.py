@@ -36,12 +36,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def _emulated_tensors() -> Any:
-    from emulated_tensors import EmulatedTensors
+    from emulated_tensors import EmulatedTensors, ResultsStay
     from emulated_torch_cuda import stand_in
 
     mode = EmulatedTensors()
     stand_in(mode)
-    return mode
+    return mode, ResultsStay()
 
 
 @pytest.fixture(autouse=True)
@@ -50,9 +50,9 @@ def _on_the_emulated_device(request: pytest.FixtureRequest) -> Any:
     if emulator is None or not request.node.get_closest_marker("gpu"):
         yield
         return
-    mode = request.getfixturevalue("_emulated_tensors")
-    emulator.set_deferred(1)
-    with mode:
+    above, below = request.getfixturevalue("_emulated_tensors")
+    emulator.begin_test()
+    with below, above:
         yield
     found = emulator.take_findings()
     assert not found, "the emulator found:\n" + "\n".join(found)

@@ -53,6 +53,12 @@ class Emulator:
     def __getattr__(self, name: str) -> Any:  # for type checkers: all are set above
         raise AttributeError(name)
 
+    def begin_test(self) -> None:
+        """Set what a GPU does: launches come later, blocks and threads in no order; an H100's cache."""
+        self.set_deferred(1)
+        self.set_order(ORDERS["shuffled"], 1)
+        self.set_cache(50 << 20)
+
     def take_findings(self) -> list[str]:
         """Return what was found since the last call, in words."""
         self.synchronize()

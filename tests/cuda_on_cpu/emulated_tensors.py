@@ -13,7 +13,8 @@ from emulated_core import emulator
 from emulated_memory import CUDA, on_device, placed
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 _GETTERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.is_cuda.__get__: on_device,
@@ -23,11 +24,28 @@ _GETTERS: dict[Any, Callable[[Tensor], Any]] = {
 }
 _READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"}
 _MOVES = {"to", "cuda", "cpu"}
-_MEMORY = {"data_ptr", "untyped_storage", "storage_offset", "stride", "size", "dim", "numel", "is_contiguous"}
+#: Functions that make no tensor and read none.
+_QUESTIONS = {"device", "_parse_to", "data_ptr", "untyped_storage", "storage_offset", "stride", "size", "dim", "numel", "is_contiguous", "__get__", "__set__"}
 
 
 def _is_device(value: Any) -> bool:
     return isinstance(value, torch.device) or (isinstance(value, str) and value.split(":")[0] in ("cpu", "cuda"))
+
+
+class ResultsStay(TorchDispatchMode):
+    """The mode below autograd: what is computed from a device's tensors, gradients too, lies on the device."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not any(map(on_device, inputs)):
+            return function(*args, **(kwargs or {}))
+        emulator.synchronize()
+        known = {id(tensor) for tensor in inputs}
+        return tree_map_only(
+            Tensor,
+            lambda tensor: tensor if id(tensor) in known or on_device(tensor) else placed(tensor),
+            function(*args, **(kwargs or {})),
+        )
 
 
 class EmulatedTensors(TorchFunctionMode):
@@ -47,11 +65,11 @@ class EmulatedTensors(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {key: value for key, value in (kwargs or {}).items() if key != "pin_memory"}
         if function in _GETTERS:
             return _GETTERS[function](*args)
         name = getattr(function, "__name__", "")
-        if name in ("__get__", "__set__") or name in _MEMORY or function is torch.device:
+        if name in _QUESTIONS:
             return function(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         there = [on_device(tensor) for tensor in tensors]
@@ -111,7 +129,8 @@ class _Run:
         if on_device(tensor) == self._to_device:
             return tensor
         if id(tensor) in self._inputs or on_device(tensor):
-            tensor = tensor.clone()
+            with _disable_current_modes():
+                tensor = tensor.clone()
         if self._to_device:
             tensor.data = placed(tensor)
         return tensor

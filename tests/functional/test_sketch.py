@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cases import CHUNK, ODD_SIZES, values
+from devices import sized
 from oracle import DTYPES, in_layout, same_bits
 from torch import nn
 from ways import assert_same_in_all_ways
@@ -305,15 +306,15 @@ class Model(nn.Module):
         self.exact = nn.Linear(16, 3).double()
 
 
-def bind(model, buckets=1024, rows=3, seed=11):
+def bind(model, buckets=1024, rows=3, seed=11, device="cpu"):
     entries, names, index = [], [], 5
     for i, (name, p) in enumerate(model.named_parameters()):
         module, _, key = name.rpartition(".")
         entries.append((model.get_submodule(module)._parameters, key, name, index, i % 2))
         names.append(name)
         index += p.numel()
-    sketches = torch.full((rows, buckets), 7.0, dtype=torch.float64)
-    weights = torch.full((len(entries), 2), 7.0, dtype=torch.float64)
+    sketches = torch.full((rows, buckets), 7.0, dtype=torch.float64, device=device)
+    weights = torch.full((len(entries), 2), 7.0, dtype=torch.float64, device=device)
     return _core.SketchPlan(entries, sketches, weights, seed), entries, sketches, weights
 
 
@@ -438,9 +439,9 @@ def test_sizes_on_cuda(dtype, buckets):
 @pytest.mark.gpu
 @pytest.mark.parametrize("buckets", BUCKETS)
 def test_parts_add_up_on_cuda(buckets):
-    w = values((3 * TASK + 5,), torch.float32).cuda()
+    w = values((sized(3 * TASK, 10 * CHUNK) + 5,), torch.float32).cuda()
     whole = functional.sketch([w], [3], buckets=buckets, seed=1)
-    for cut in (1, 16, 31, TASK + 7):
+    for cut in sized((1, 16, 31, TASK + 7), (31, CHUNK + 7)):
         parts = [functional.sketch([t], [i], buckets=buckets, seed=1) for t, i in ((w[:cut], 3), (w[cut:], 3 + cut))]
         assert_sketch(sum(parts), whole, w.double().norm())
 
@@ -451,9 +452,7 @@ def test_plan_on_cuda():
     model, other = Model(), Model().cuda()
     other.load_state_dict(model.state_dict())
     plan, _, sketches, weights = bind(model)
-    _, entries, *_ = bind(other)
-    on_device = [torch.full_like(t, 7.0, device="cuda") for t in (sketches, weights)]
-    cuda_plan = _core.SketchPlan(entries, *on_device, 11)
+    cuda_plan, _, *on_device = bind(other, device="cuda")
     for step in range(4):
         with torch.no_grad():
             for m in (model, other):
