@@ -36,7 +36,9 @@ def build(mode: str, source: Path, objects: Path, folder: Path) -> Path:
     for command in (configure, ["cmake", "--build", folder, "--target", f"core_{mode}"]):
         done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
         if done.returncode:
-            raise RuntimeError(f"{command[0]} ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+            raise RuntimeError(
+                f"{command[0]} ended with {done.returncode}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+            )
     return folder / mode / "core.so"
 
 
@@ -44,7 +46,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Build lipcore's core over the CUDA emulator.")
     parser.add_argument("mode", choices=MODES)
     parser.add_argument("--source", type=Path, default=ROOT, help="the tree whose csrc is built")
-    parser.add_argument("--objects", type=Path, help="a build tree of the ordinary core; by default the installed one's")
+    parser.add_argument(
+        "--objects", type=Path, help="a build tree of the ordinary core; by default the installed one's"
+    )
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "cuda_on_cpu", help="where it is built")
     options = parser.parse_args()
     objects = options.objects or ordinary_build(ROOT)

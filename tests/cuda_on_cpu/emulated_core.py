@@ -9,6 +9,8 @@ import ctypes
 import importlib.abc
 import importlib.util
 import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from typing import Any
 import torch
 
 PATH = os.environ.get("LIPCORE_CUDA_ON_CPU", "")
+#: plain, asan or tsan
+MODE = Path(PATH).parent.name
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "findings": (ctypes.c_int64, ()),
     "finding": (ctypes.c_char_p, (ctypes.c_int64,)),
@@ -41,6 +45,7 @@ class Emulator:
     """What emulator/control.h offers, without its prefix."""
 
     def __init__(self, library: Path) -> None:
+        self._library, self._names = library, dict[int, str]()
         handle = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         for name, (result, arguments) in _SIGNATURES.items():
             function = getattr(handle, f"emulator_{name}")
@@ -64,7 +69,17 @@ class Emulator:
         self.synchronize()
         found = [self.finding(i).decode() for i in range(self.findings())]
         self.clear_findings()
-        return found
+        return [
+            re.sub(r"kernel\+([0-9a-f]+)", lambda match: self._kernel_at(int(match[1], 16)), text) for text in found
+        ]
+
+    def _kernel_at(self, offset: int) -> str:
+        if not self._names:
+            symbols = subprocess.run(["nm", "-C", self._library], capture_output=True, text=True, check=True).stdout
+            for line in symbols.splitlines():
+                if match := re.match(r"([0-9a-f]+) t (.*)", line):
+                    self._names[int(match[1], 16)] = match[2].replace("(anonymous namespace)::", "").split("(")[0]
+        return self._names.get(offset, "a kernel")
 
 
 class _InPlaceOfTheOrdinaryCore(importlib.abc.MetaPathFinder):

@@ -5,7 +5,7 @@ torch itself computes on the CPU memory that it is. So the same tests, written f
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from emulated_memory import CUDA, on_device, placed
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 _GETTERS: dict[Any, Callable[[Tensor], Any]] = {
     Tensor.is_cuda.__get__: on_device,
@@ -25,7 +24,33 @@ _GETTERS: dict[Any, Callable[[Tensor], Any]] = {
 _READS = {"item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__", "equal", "allclose"}
 _MOVES = {"to", "cuda", "cpu"}
 #: Functions that make no tensor and read none.
-_QUESTIONS = {"device", "_parse_to", "data_ptr", "untyped_storage", "storage_offset", "stride", "size", "dim", "numel", "is_contiguous", "__get__", "__set__"}
+_QUESTIONS = {
+    "device",
+    "_parse_to",
+    "data_ptr",
+    "untyped_storage",
+    "storage_offset",
+    "stride",
+    "size",
+    "dim",
+    "numel",
+    "is_contiguous",
+    "__get__",
+    "__set__",
+}
+
+
+def tensors_in(*values: Any) -> list[Tensor]:
+    """Return the tensors of arguments or results, those in lists, tuples and dicts too."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += tensors_in(*value)
+        elif isinstance(value, dict):
+            found += tensors_in(*value.values())
+    return found
 
 
 def _is_device(value: Any) -> bool:
@@ -36,16 +61,25 @@ class ResultsStay(TorchDispatchMode):
     """The mode below autograd: what is computed from a device's tensors, gradients too, lies on the device."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = tensors_in(args, kwargs)
         if not any(map(on_device, inputs)):
             return function(*args, **(kwargs or {}))
         emulator.synchronize()
         known = {id(tensor) for tensor in inputs}
-        return tree_map_only(
-            Tensor,
-            lambda tensor: tensor if id(tensor) in known or on_device(tensor) else placed(tensor),
-            function(*args, **(kwargs or {})),
-        )
+        return _there(function(*args, **(kwargs or {})), known)
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # its wrapper costs as much as all that is done here
+
+
+def _there(result: Any, known: set[int]) -> Any:
+    """Return what a function has returned, with copies on the device of all that is new and not there."""
+    if isinstance(result, Tensor):
+        return result if id(result) in known or on_device(result) else placed(result)
+    if isinstance(result, (list, tuple)):
+        return type(result)(_there(part, known) for part in result)
+    return result
 
 
 class EmulatedTensors(TorchFunctionMode):
@@ -71,7 +105,7 @@ class EmulatedTensors(TorchFunctionMode):
         name = getattr(function, "__name__", "")
         if name in _QUESTIONS:
             return function(*args, **kwargs)
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        tensors = tensors_in(args, kwargs)
         there = [on_device(tensor) for tensor in tensors]
         if any(there):
             self._look(name, function)
@@ -120,7 +154,7 @@ class _Run:
         result = self._function(*self._args, **self._kwargs)
         if self._moves:
             return self._moved(result)
-        for tensor in _results(result):
+        for tensor in tensors_in(result):
             if self._to_device and id(tensor) not in self._inputs and not on_device(tensor):
                 tensor.data = placed(tensor)
         return result
@@ -143,13 +177,9 @@ class _Run:
         result = self()
 
         def again() -> None:
-            for old, new in zip(_results(result), _results(self()), strict=True):
+            for old, new in zip(tensors_in(result), tensors_in(self()), strict=True):
                 if old.data_ptr() != new.data_ptr():
                     old.copy_(new)
 
         record(again)
         return result
-
-
-def _results(result: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))

@@ -78,7 +78,7 @@ def norms_in_float64(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_norms_of_every_length(cuda: torch.device, dtype: torch.dtype, layout: str) -> None:
-    for rows in (0, 1, 3, 65):
+    for rows in sized((0, 1, 3, 65), (0, 33)):
         for length in LENGTHS:
             x = on(cuda, LAYOUTS[layout](rows, length), dtype)
             assert_relative(functional.sample_norms(x), norms_in_float64(x), NORM_ERROR)
@@ -155,7 +155,25 @@ def test_normalized_norms_stay_on_the_device(cuda: torch.device) -> None:
 
 # ---- trajectory_step
 
-STEP_SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 63, 64, 65, 129, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5, sized(2**20 + 3, 2**16 + 3)]
+STEP_SIZES = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    15,
+    16,
+    17,
+    63,
+    64,
+    65,
+    129,
+    CHUNK - 1,
+    CHUNK,
+    CHUNK + 1,
+    3 * CHUNK + 5,
+    sized(2**20 + 3, 2**16 + 3),
+]
 
 
 def make_step(dtypes: list[torch.dtype], sizes: list[int], offset: int = 0) -> list[list[Tensor]]:

@@ -88,7 +88,7 @@ void Block::say_deadlock(const Launch& launch) const {
   }
   std::string all;
   for (const std::string& place : places) all += place;
-  finding("deadlock: threads of a block of %s wait in%s", launch.kernel, all.c_str());
+  finding("deadlock: threads of a block of %s wait in%s", name_of_kernel(launch.kernel).c_str(), all.c_str());
 }
 
 bool Block::run(const Launch& launch, unsigned number, const std::vector<int>& order) {

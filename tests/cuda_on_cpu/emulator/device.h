@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <string>
 
 struct dim3 {
   unsigned x, y, z;
@@ -33,10 +34,14 @@ void collective(Collective kind, unsigned mask, int argument, const void* in, vo
 // Notes something that a GPU would not forgive, or would not show. Tests ask for it: control.h.
 void finding(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
+// "kernel+OFFSET" into this library, whose symbols tests look up: a kernel is local to its file, so dladdr() knows no
+// name.
+std::string name_of_kernel(const void* kernel);
+
 void check_aligned(const void* pointer, size_t bytes, const char* what);
 
 struct Launch {
-  const char* kernel;
+  const void* kernel;  // the function; name_of_kernel() makes words of it
   dim3 grid, block;
   size_t dynamic_shared;
   std::function<void()> thread;  // one thread's body; owns a copy of the parameters

@@ -42,7 +42,7 @@ bool survives(const std::function<void()>& body) {
   sigaction(SIGSEGV, &before[0], nullptr);
   sigaction(SIGBUS, &before[1], nullptr);
   if (fault)
-    finding("%s touched an address %s", current_launch()->kernel,
+    finding("%s touched an address %s", name_of_kernel(current_launch()->kernel).c_str(),
             describe_address(const_cast<const void*>(g_address)).c_str());
   return !fault;
 }

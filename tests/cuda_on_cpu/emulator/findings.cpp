@@ -1,3 +1,5 @@
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -25,6 +27,14 @@ void finding(const char* format, ...) {
   va_end(arguments);
   // A faulty kernel says the same for every thread of every block.
   if (std::find(findings().begin(), findings().end(), text) == findings().end()) findings().emplace_back(text);
+}
+
+std::string name_of_kernel(const void* kernel) {
+  Dl_info info;
+  if (!dladdr(kernel, &info)) return "a kernel";
+  char text[32];
+  std::snprintf(text, sizeof text, "kernel+%tx", static_cast<const char*>(kernel) - static_cast<char*>(info.dli_fbase));
+  return text;
 }
 
 void check_aligned(const void* pointer, size_t bytes, const char* what) {

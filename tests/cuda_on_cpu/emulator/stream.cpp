@@ -34,7 +34,7 @@ bool allowed(const Launch& launch) {
       threads <= kMostThreads && launch.dynamic_shared <= kMostDynamicShared)
     return true;
   finding("no GPU launches %s with a grid of %u x %u x %u, blocks of %u x %u x %u and %zu bytes of shared memory",
-          launch.kernel, g.x, g.y, g.z, b.x, b.y, b.z, launch.dynamic_shared);
+          name_of_kernel(launch.kernel).c_str(), g.x, g.y, g.z, b.x, b.y, b.z, launch.dynamic_shared);
   return false;
 }
 

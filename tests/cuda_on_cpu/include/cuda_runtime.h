@@ -110,6 +110,6 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   // By value, as the driver copies them: the host's own may be gone when the kernel runs.
   std::tuple<std::decay_t<Parameters>...> copy(std::forward<Arguments>(arguments)...);
   return static_cast<cudaError_t>(
-      emulator::submit({__PRETTY_FUNCTION__, config->gridDim, config->blockDim, config->dynamicSmemBytes,
-                        [kernel, copy] { std::apply(kernel, copy); }}));
+      emulator::submit({reinterpret_cast<const void*>(kernel), config->gridDim, config->blockDim,
+                        config->dynamicSmemBytes, [kernel, copy] { std::apply(kernel, copy); }}));
 }
