@@ -50,6 +50,7 @@ test-all: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those of both, and the sl
 
 mutants: $(STAMPS)/test $(CORE) ## plant small faults one by one in a copy: the tests must see each
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/mutants/run.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/cuda_on_cpu/mutate.py
 
 bench: $(STAMPS)/bench $(CORE) ## run the benchmarks (half an hour)
 	$(BIN)/pytest bench $(BENCH_FLAGS)

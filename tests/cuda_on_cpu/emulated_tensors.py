@@ -1,4 +1,4 @@
-"""A mode in which tensors in emulated device memory say that they are on cuda:0, and torch's functions keep them there.
+"""The modes in which tensors in emulated device memory say that they are on cuda:0, and torch's functions keep them there.
 
 torch itself computes on the CPU memory that it is. So the same tests, written for a GPU, run on either.
 """
@@ -108,7 +108,7 @@ class EmulatedTensors(TorchFunctionMode):
         tensors = tensors_in(args, kwargs)
         there = [on_device(tensor) for tensor in tensors]
         if any(there):
-            self._look(name, function)
+            self._look(name)
         args, kwargs, device = _without_device(name, args, kwargs)
         to_device = device if device is not None else any(there)
         if name == "to" and device is None:
@@ -118,7 +118,7 @@ class EmulatedTensors(TorchFunctionMode):
             return run()
         return run.recorded(name, self.record)
 
-    def _look(self, name: str, function: Any) -> None:
+    def _look(self, name: str) -> None:
         """Let the device catch up: torch's operation comes after what was launched before it."""
         if name in _READS:
             if self.refuse_reads:

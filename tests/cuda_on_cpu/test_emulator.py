@@ -39,7 +39,7 @@ FINDINGS = {
     "read_beyond": r"read_beyond touched an address 576 bytes from the start of 512 bytes of device memory",
     "two_barriers": r"threads of a block meet at different places, specimens\.cu:\d+ and specimens\.cu:\d+",
     "missing_lane": r"deadlock: threads of a block of missing_lane wait in __shfl_xor_sync at specimens\.cu:\d+ __sync",
-    "lane_that_left": r"__shfl_xor_sync at specimens\.cu:\d+: the mask ffffffff names lane 3, which is not there or has left",
+    "lane_that_left": r"__shfl_xor_sync at specimens\.cu:\d+: the mask ffffffff names lane 3, which is not there",
     "foreign_mask": r"__shfl_xor_sync at specimens\.cu:\d+: lane 31 is not in its own mask 7fff0000",
     "misaligned": r"__ldcs of an address that is not a multiple of its 16 bytes",
     "no_blocks": r"no GPU launches lanes with a grid of 0 x 1 x 1",

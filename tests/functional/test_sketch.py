@@ -438,6 +438,13 @@ def test_sizes_on_cuda(dtype, buckets):
 
 
 @pytest.mark.gpu
+def test_many_tensors_on_cuda():
+    """More than one kernel's parameters can hold: the tables travel in several pieces."""
+    tensors = [values((3 + i % 5,), torch.float32, i).cuda() for i in range(300)]
+    check(tensors, [10 * i for i in range(300)], 256)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("buckets", BUCKETS)
 def test_parts_add_up_on_cuda(buckets):
     w = values((sized(3 * TASK, 10 * CHUNK) + 5,), torch.float32).cuda()

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,15 @@ def test_without_a_driver_the_module_says_that_there_is_no_device() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "0"
+
+
+def test_only_operators_and_plans_ask_whether_there_is_cuda() -> None:
+    """Else an object of a core without CUDA would not fit into the one of tests/cuda_on_cpu."""
+    csrc = Path(__file__).parents[2] / "csrc"
+    files = [file for file in csrc.rglob("*") if file.is_file()]
+    asking = [file for file in files if "defined(LIPCORE_WITH_CUDA)" in file.read_text()]
+    assert asking
+    assert all(file.parent.name in ("ops", "trajectory") and file.suffix == ".cpp" for file in asking), asking
 
 
 @pytest.mark.gpu
@@ -252,6 +262,18 @@ def test_trajectory_step_does_not_depend_on_alignment(cuda: torch.device) -> Non
 
 
 @pytest.mark.gpu
+def test_a_past_that_is_not_finite_is_seen_in_every_sum(cuda: torch.device) -> None:
+    """Comparisons drop NaN, so the largest movement has to be told."""
+    lists = make_step([torch.float32], [5, 3 * CHUNK])
+    for prev in lists[1]:
+        prev[3] = math.nan
+    on_device = to_device(cuda, lists)
+    got, on_cpu = functional.trajectory_step(*on_device, 2), functional.trajectory_step(*lists, 2)
+    assert on_cpu[:, 3].isnan().all()
+    assert_relative(got, on_cpu, 1e-12)
+
+
+@pytest.mark.gpu
 def test_trajectory_step_refuses_mixed_devices(cuda: torch.device) -> None:
     params, prev, ref, mean = make_step([torch.float32], [5, 6])
     with pytest.raises(ValueError, match=r"params\[1\]"):
@@ -317,6 +339,20 @@ def test_trajectory_agrees_with_the_cpu(models: tuple[nn.Module, nn.Module]) -> 
                 trajectory.reset()
             trajectory.update()
         assert_same_trajectory(*trajectories)
+
+
+@pytest.mark.gpu
+def test_variances_of_elements_agree_with_the_cpu(models: tuple[nn.Module, nn.Module]) -> None:
+    trajectories = [lipcore.Trajectory(model, stats=["variance", "element_variance"]) for model in models]
+    for step in range(6):
+        move(models, step)
+        for trajectory in trajectories:
+            if step == 3:
+                trajectory.reset()
+            trajectory.update()
+        here, there = (trajectory.element_variance() for trajectory in trajectories)
+        for name, variance in here.items():
+            assert_relative(there[name], variance, 1e-12)
 
 
 @pytest.mark.gpu
