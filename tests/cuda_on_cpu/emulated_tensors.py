@@ -1,4 +1,4 @@
-"""The modes in which tensors in emulated device memory say that they are on cuda:0, and torch's functions keep them there.
+"""Modes in which tensors in emulated device memory say that they are on cuda:0, and torch's functions keep them there.
 
 torch itself computes on the CPU memory that it is. So the same tests, written for a GPU, run on either.
 """

@@ -13,7 +13,9 @@ using Reduce = cub::BlockReduce<double, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTI
 
 __global__ void read_beyond(double* x, int64_t count) { x[0] = x[count + 8]; }
 
-__global__ void write_beside(double* x, int64_t count) { reinterpret_cast<char*>(x + count)[threadIdx.x % 4] = 0; }
+__global__ void write_beside(double* x, int64_t count) {
+  if (threadIdx.x == 7) reinterpret_cast<char*>(x + count)[0] = 0;
+}
 
 __global__ void two_barriers(double* x, int64_t) {
   if (threadIdx.x < kThreads / 2)

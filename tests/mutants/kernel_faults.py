@@ -82,15 +82,15 @@ KERNEL_MUTANTS = (
         "csrc/cuda/sample_norms.cu",
         "} else if (*rest >= divisor) {",
         "} else if (*rest > divisor) {",
-        _NORMS,
-        equivalent="the estimate is too high or right for every size that memory can hold: a product rounds up",
+        (f"{_CUDA}::test_sample_norms_of_strided_rows_with_every_size",),
     ),
     KernelMutant(
         "a remainder below zero is kept",
         "csrc/cuda/sample_norms.cu",
         "if (*rest < 0) {",
         "if (*rest < -divisor) {",
-        _NORMS,
+        (f"{_CUDA}::test_sample_norms_of_strided_rows_with_every_size",),
+        equivalent="a rounded product reaches the next whole number from below only beyond 2^52 elements",
     ),
     KernelMutant(
         "strided rows leave out their last elements",

@@ -113,6 +113,14 @@ def test_sample_norms_of_long_rows_and_many_rows(
 
 
 @pytest.mark.gpu
+def test_sample_norms_of_strided_rows_with_every_size(cuda: torch.device) -> None:
+    """Places come from products with a reciprocal; some, as that of 49, are too small: 49 * (1 / 49) < 1."""
+    for size in range(1, 200):
+        x = torch.randn(2, size, 3, device=cuda).permute(0, 2, 1)
+        assert_relative(functional.sample_norms(x), norms_in_float64(x), NORM_ERROR)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_norms_do_not_depend_on_alignment_or_run(cuda: torch.device, dtype: torch.dtype) -> None:
     for length in (7, 129, 5001, 3 * CHUNK + 77):
