@@ -88,6 +88,8 @@ class EmulatedTensors(TorchFunctionMode):
     Attributes:
         refuse_reads: whether reading a device tensor from the host is an error, as under ``set_sync_debug_mode``.
         record: takes the operations of a graph that is captured.
+        reads: how often the host has read.
+        entered: how often it was entered and not left.
     """
 
     def __init__(self) -> None:
@@ -95,6 +97,15 @@ class EmulatedTensors(TorchFunctionMode):
         self.refuse_reads = False
         self.record: Callable[[Callable[[], Any]], None] | None = None
         self.reads = 0
+        self.entered = 0
+
+    def __enter__(self) -> Any:
+        self.entered += 1
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.entered -= 1
+        super().__exit__(*error)
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -107,10 +118,13 @@ class EmulatedTensors(TorchFunctionMode):
             return function(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
         there = [on_device(tensor) for tensor in tensors]
-        if any(there):
-            self._look(name)
+        waits = name in _READS and any(there)
+        asynchronous = kwargs.get("non_blocking", False)
         args, kwargs, device = _without_device(name, args, kwargs)
         to_device = device if device is not None else any(there)
+        waits = waits or (not asynchronous and _crosses(name, args, there, to_device))
+        if waits or any(there):
+            self._look(name, waits)
         if name == "to" and device is None:
             to_device = there[-1]
         run = _Run(function, args, kwargs, tensors, to_device)
@@ -118,14 +132,31 @@ class EmulatedTensors(TorchFunctionMode):
             return run()
         return run.recorded(name, self.record)
 
-    def _look(self, name: str) -> None:
+    def _look(self, name: str, waits: bool) -> None:
         """Let the device catch up: torch's operation comes after what was launched before it."""
-        if name in _READS:
+        if waits:
             if self.refuse_reads:
-                raise RuntimeError(f"called a synchronizing operation: {name} of a tensor on the emulated device")
+                raise RuntimeError(f"called a synchronizing operation: {name} between the host and the emulated device")
             self.reads += 1
         if self.record is None:
             emulator.synchronize()
+
+
+def _crosses(name: str, args: Any, there: list[bool], to_device: bool) -> bool:
+    """Return whether a call copies from pageable host memory to the device or back, for which torch waits."""
+    if name in ("tensor", "as_tensor", "from_numpy"):
+        return to_device and not any(there)
+    if name in _MOVES or name == "copy_":
+        return len({*there, to_device}) > 1
+    if name in ("__getitem__", "__setitem__") and any(there):
+        return _has_indices_on_the_host(args[1])
+    return False
+
+
+def _has_indices_on_the_host(index: Any) -> bool:
+    if isinstance(index, tuple):
+        return any(map(_has_indices_on_the_host, index))
+    return isinstance(index, list) or (isinstance(index, Tensor) and index.dim() > 0 and not on_device(index))
 
 
 def _without_device(name: str, args: Any, kwargs: Any) -> tuple[Any, Any, bool | None]:

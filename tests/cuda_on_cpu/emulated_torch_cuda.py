@@ -108,8 +108,22 @@ def stand_in(mode: EmulatedTensors) -> None:
         "graph": contextlib.contextmanager(lambda graph: graph.capture(mode)),
         "is_current_stream_capturing": lambda: mode.record is not None,
         "memory_stats": lambda device=None: {"allocation.all.allocated": emulator.allocations()},
+        "mem_get_info": lambda device=None: (1 << 36, 1 << 36),
+        # Its random numbers come from the CPU's generator.
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "set_sync_debug_mode": set_sync_debug_mode,
         "_sleep": stream.sleep,
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+
+    run_backward = torch.autograd._engine_run_backward
+
+    def run_with_the_mode(*args: Any, **kwargs: Any) -> Any:
+        if mode.entered:
+            with mode:  # it is off while it handles backward() and grad(), and hooks are to see the device
+                return run_backward(*args, **kwargs)
+        return run_backward(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = run_with_the_mode

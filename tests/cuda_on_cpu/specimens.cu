@@ -53,7 +53,7 @@ __global__ void result_of_all(double* x, int64_t) {
 
 __global__ void unwritten_shared(double* x, int64_t) {
   __shared__ double shared[kThreads];
-  x[threadIdx.x] = shared[threadIdx.x];
+  if (threadIdx.x % 2 == blockIdx.x) x[threadIdx.x] = shared[threadIdx.x];
   shared[threadIdx.x] = 0;
 }
 

@@ -455,12 +455,13 @@ def test_parts_add_up_on_cuda(buckets):
 
 
 @pytest.mark.gpu
-def test_plan_on_cuda():
+@pytest.mark.parametrize("buckets", [1024, 8192])  # one slice, and several
+def test_plan_on_cuda(buckets):
     """The CPU's sketches, also after a parameter was replaced and after a step that was not finite; captured steps."""
     model, other = Model(), Model().cuda()
     other.load_state_dict(model.state_dict())
-    plan, _, sketches, weights = bind(model)
-    cuda_plan, _, *on_device = bind(other, device="cuda")
+    plan, _, sketches, weights = bind(model, buckets)
+    cuda_plan, _, *on_device = bind(other, buckets, device="cuda")
     for step in range(4):
         with torch.no_grad():
             for m in (model, other):
