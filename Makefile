@@ -88,7 +88,8 @@ test-sanitized: ## a part of the tests, with one sanitizer after the other
 # The GPU tests on the emulator of tests/cuda_on_cpu; with a sanitizer in the kernels those that call each of them. An
 # empty CUDA_TESTS is all of them. Nothing of what was asked for with -k may be among them: pytest's 5.
 CUDA_TESTS := cuda_on_cpu project/test_cuda.py functional/test_sketch.py core
-CUDA_SANITIZED_TESTS := cuda_on_cpu project/test_cuda.py
+CUDA_SANITIZED_TESTS := cuda_on_cpu project/test_cuda.py $(addprefix functional/test_sketch.py::test_,many_tensors_on_cuda plan_on_cuda)
+CUDA_TOO_LARGE := project/test_cuda.py::test_trajectory_step_in_groups
 CUDA_BUILD = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/cuda_on_cpu/build.py
 test-cuda-on-cpu: $(STAMPS)/test $(CORE) ## the GPU tests on the CPU: the .cu files over an emulator
 	core="$$($(CUDA_BUILD) plain)" && LIPCORE_CUDA_ON_CPU="$$core" \
@@ -101,7 +102,7 @@ test-cuda-on-cpu-asan test-cuda-on-cpu-tsan: test-cuda-on-cpu-%: $(STAMPS)/test 
 	ASAN_OPTIONS=detect_leaks=0:log_path=build/cuda_on_cpu/$*/report \
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=build/cuda_on_cpu/$*/report \
 	TSAN_OPTIONS=suppressions=tests/tsan.supp:log_path=build/cuda_on_cpu/$*/report \
-	$(BIN)/pytest -m gpu $(addprefix tests/,$(CUDA_SANITIZED_TESTS)) $(PYTEST_FLAGS) || \
+	$(BIN)/pytest -m gpu $(addprefix tests/,$(CUDA_SANITIZED_TESTS)) --deselect tests/$(CUDA_TOO_LARGE) $(PYTEST_FLAGS) || \
 	{ cat build/cuda_on_cpu/$*/report.* >&2; exit 1; }
 
 lint: lint-ruff lint-mypy lint-cpp lint-includes lint-spelling ## everything CI checks apart from the tests

@@ -23,11 +23,14 @@ class KernelMutant(Mutant):
 _CUDA = "project/test_cuda.py"
 _NORMS = (f"{_CUDA}::test_sample_norms_of_every_length", f"{_CUDA}::test_sample_norms_of_long_rows_and_many_rows")
 _SPECIAL = (f"{_CUDA}::test_sample_norms_of_special_values", f"{_CUDA}::test_sample_norms_keep_the_whole_range")
+_RACES_OF_NORMS = (f"{_CUDA}::test_sample_norms_keep_the_whole_range",)
 _ALIGNMENT = (f"{_CUDA}::test_sample_norms_do_not_depend_on_alignment_or_run",)
 _STEP = (f"{_CUDA}::test_trajectory_step_against_the_specification",)
 _GROUPS = (f"{_CUDA}::test_trajectory_step_in_groups",)
 _PLAN = (f"{_CUDA}::test_trajectory_agrees_with_the_cpu",)
 _GRAPH = (f"{_CUDA}::test_steps_can_be_captured_in_a_graph",)
+_RACES_OF_A_STEP = (f"{_CUDA}::test_a_past_that_is_not_finite_is_seen_in_every_sum",)
+_RACES_OF_A_SKETCH = ("functional/test_sketch.py::test_many_tensors_on_cuda",)
 _SKETCH = ("functional/test_sketch.py::test_sizes_on_cuda", "functional/test_sketch.py::test_plan_on_cuda")
 
 KERNEL_MUTANTS = (
@@ -65,7 +68,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/sample_norms.cu",
         "if (threadIdx.x == 0) storage->result = x;\n    __syncthreads();",
         "if (threadIdx.x == 0) storage->result = x;",
-        _SPECIAL,
+        _RACES_OF_NORMS,
         mode="tsan",
     ),
     KernelMutant(
@@ -73,7 +76,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/sample_norms.cu",
         "    __syncthreads();  // the storage may be used again\n",
         "",
-        _SPECIAL,
+        _RACES_OF_NORMS,
         mode="tsan",
         equivalent="the next reduction has a barrier of its own before its thread 0 writes the result again",
     ),
@@ -184,7 +187,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/trajectory_step.cu",
         "    __syncthreads();  // for skip, and because the reduction's memory is used again\n",
         "",
-        _STEP,
+        _RACES_OF_A_STEP,
         mode="tsan",
     ),
     KernelMutant(
@@ -298,7 +301,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/sketch.cu",
         "first_bucket(h, buckets) == first_bucket(other, buckets)",
         "false",
-        _SKETCH,
+        _RACES_OF_A_SKETCH,
         mode="tsan",
     ),
     KernelMutant(
@@ -306,7 +309,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/sketch.cu",
         "queued += __popc(lows) + __popc(highs);\n    __syncwarp();",
         "queued += __popc(lows) + __popc(highs);",
-        _SKETCH,
+        _RACES_OF_A_SKETCH,
         mode="tsan",
     ),
     KernelMutant(
@@ -314,7 +317,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/sketch.cu",
         "    __syncwarp();  // the queue is used again\n",
         "",
-        _SKETCH,
+        _RACES_OF_A_SKETCH,
         mode="tsan",
         equivalent="drain() ends with a barrier of the warp after its last reading of the queue, and no group is left",
     ),
@@ -337,7 +340,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/sketch.cu",
         "sums[warp][thread] = sum;\n  __syncthreads();",
         "sums[warp][thread] = sum;",
-        _SKETCH,
+        _RACES_OF_A_SKETCH,
         mode="tsan",
     ),
     KernelMutant(

@@ -1,8 +1,9 @@
 #include "emulator/grid.h"
 
 #include <algorithm>
-#include <atomic>
+#include <condition_variable>
 #include <map>
+#include <mutex>
 #include <random>
 #include <thread>
 
@@ -54,19 +55,23 @@ char* place_of_shared_memory() {
 }
 
 bool run_blocks(const Launch& launch, const std::vector<unsigned>& blocks, const std::vector<int>& threads) {
-  std::atomic<bool> ended{true};
+  bool ended = true;
   for (size_t first = 0; first < blocks.size() && ended; first += races::kSets) {
     const size_t last = std::min(first + races::kSets, blocks.size());
-    std::atomic<size_t> turn{first};
+    size_t turn = first;
+    std::mutex mutex;
+    std::condition_variable moved;
     std::vector<std::thread> alive;
     for (size_t i = first; i < last; ++i)
       alive.emplace_back([&, i] {
-        while (turn.load() != i) std::this_thread::yield();
+        std::unique_lock<std::mutex> lock(mutex);
+        moved.wait(lock, [&] { return turn == i; });
         g_shared = place_of_shared_memory();
         races::release(g_shared);  // the sanitizer counts a thread's start as its writing of its thread_locals
-        if (ended) ended = run_block(launch, blocks[i], threads);
-        turn.store(i + 1);
-        while (turn.load() != last) std::this_thread::yield();  // keeps its thread_locals from the next one
+        ended = ended && run_block(launch, blocks[i], threads);
+        ++turn;
+        moved.notify_all();
+        moved.wait(lock, [&] { return turn == last; });  // keeps its thread_locals from the next one
       });
     for (std::thread& thread : alive) thread.join();
   }
