@@ -85,14 +85,14 @@ KERNEL_MUTANTS = (
         "csrc/cuda/sample_norms.cu",
         "} else if (*rest >= divisor) {",
         "} else if (*rest > divisor) {",
-        (f"{_CUDA}::test_sample_norms_of_strided_rows_with_every_size",),
+        (f"{_CUDA}::test_sample_norms_of_sliced_rows_of_every_size",),
     ),
     KernelMutant(
         "a remainder below zero is kept",
         "csrc/cuda/sample_norms.cu",
         "if (*rest < 0) {",
         "if (*rest < -divisor) {",
-        (f"{_CUDA}::test_sample_norms_of_strided_rows_with_every_size",),
+        (f"{_CUDA}::test_sample_norms_of_sliced_rows_of_every_size",),
         equivalent="a rounded product reaches the next whole number from below only beyond 2^52 elements",
     ),
     KernelMutant(
@@ -131,7 +131,7 @@ KERNEL_MUTANTS = (
         _NORMS,
     ),
     KernelMutant(
-        "a row's first 256 partial sums alone",
+        "a row's first partial sum is left out",
         "csrc/cuda/sample_norms.cu",
         "for (int64_t i = threadIdx.x; i < work.per_row; i += kThreads) sum +=",
         "for (int64_t i = threadIdx.x + 1; i < work.per_row; i += kThreads) sum +=",
@@ -358,14 +358,14 @@ KERNEL_MUTANTS = (
         _SKETCH,
     ),
     KernelMutant(
-        "the first slice's weights alone",
+        "a tensor's last slice is left out",
         "csrc/cuda/sketch.cu",
         "i < tensor.last_piece * tables.slices;",
         "i < tensor.last_piece * tables.slices - (tables.slices > 1);",
         _SKETCH,
     ),
     KernelMutant(
-        "a table of more than one batch of words",
+        "every batch of words is the first",
         "csrc/cuda/sketch.cu",
         "static_cast<const uint64_t*>(host) + first, static_cast",
         "static_cast<const uint64_t*>(host), static_cast",
@@ -387,7 +387,7 @@ KERNEL_MUTANTS = (
         _GRAPH,
     ),
     KernelMutant(
-        "scratch memory for one chunk too few",
+        "the flags of tensors have no memory of their own",
         "csrc/cuda/launch.cpp",
         "Memory::size_of<StepSums>(chunks) + Memory::size_of<int32_t>(tensors)",
         "Memory::size_of<StepSums>(chunks) + Memory::size_of<int32_t>(0)",
