@@ -128,7 +128,8 @@ class NoiseScale:
         pending, device = self._pending, self._pending[0].device
         self._pending = []
         if device != self._ema.device:
-            self._ema, self._sums = self._ema.to(device), self._sums.to(device)
+            ahead = device.type != "cpu"  # what comes from a device is read at once
+            self._ema, self._sums = (sums.to(device, non_blocking=ahead) for sums in (self._ema, self._sums))
         if device.type == "cpu":
             steps = torch.empty(len(pending), 3, self.places, dtype=torch.float64, device="cpu")
             _core.noise_steps(pending, self._samples, self.decay, self._ema, steps)
