@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.t
 # too, where a plain install would be hidden by ./lipcore. No isolation: the build tools of .venv keep builds incremental.
 INSTALL := $(PIP) --quiet --no-build-isolation --editable
 CORE_SOURCES := CMakeLists.txt pyproject.toml $(shell find csrc -type f)
-CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(CORE_SOURCES))
+CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(CORE_SOURCES) $(shell find tests/cuda_on_cpu -type f))
 
 STAMPS := $(VENV)/stamps
 CORE := $(STAMPS)/core
@@ -28,7 +28,8 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # two pips in one .venv
 
-.PHONY: help demo test test-ci test-all test-asan test-tsan test-sanitized test-peers mutants bench bench-peers plots clean distclean check FORCE
+.PHONY: help demo test test-ci test-all test-asan test-tsan test-sanitized test-cuda-on-cpu test-cuda-on-cpu-asan
+.PHONY: test-cuda-on-cpu-tsan test-peers mutants bench bench-peers plots clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -39,9 +40,11 @@ demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figur
 
 test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
 	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
+	$(MAKE) --no-print-directory test-cuda-on-cpu
 
 test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
 	$(BIN)/pytest -m "ci and not slow" $(PYTEST_FLAGS)
+	$(MAKE) --no-print-directory test-cuda-on-cpu CUDA_TESTS=
 	$(MAKE) --no-print-directory test-sanitized
 
 test-all: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those of both, and the slow ones
@@ -49,6 +52,7 @@ test-all: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those of both, and the sl
 
 mutants: $(STAMPS)/test $(CORE) ## plant small faults one by one in a copy: the tests must see each
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/mutants/run.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/cuda_on_cpu/mutate.py
 
 bench: $(STAMPS)/bench $(CORE) ## run the benchmarks (half an hour)
 	$(BIN)/pytest bench $(BENCH_FLAGS)
@@ -81,6 +85,27 @@ TSAN_TESTS := project/test_determinism.py capture/test_shortcut.py functional/te
 test-sanitized: ## a part of the tests, with one sanitizer after the other
 	$(MAKE) --no-print-directory test-asan PYTEST_FLAGS="$(addprefix tests/,$(ASAN_TESTS))"
 	$(MAKE) --no-print-directory test-tsan PYTEST_FLAGS="$(addprefix tests/,$(TSAN_TESTS))"
+	$(MAKE) --no-print-directory test-cuda-on-cpu-asan test-cuda-on-cpu-tsan
+
+# The GPU tests on the emulator of tests/cuda_on_cpu; with a sanitizer in the kernels those that call each of them. An
+# empty CUDA_TESTS is all of them. Nothing of what was asked for with -k may be among them: pytest's 5.
+CUDA_TESTS := cuda_on_cpu project/test_cuda.py functional/test_sketch.py core
+CUDA_SANITIZED_TESTS := cuda_on_cpu project/test_cuda.py $(addprefix functional/test_sketch.py::test_,many_tensors_on_cuda plan_on_cuda)
+CUDA_TOO_LARGE := project/test_cuda.py::test_trajectory_step_in_groups
+CUDA_BUILD = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/cuda_on_cpu/build.py
+test-cuda-on-cpu: $(STAMPS)/test $(CORE) ## the GPU tests on the CPU: the .cu files over an emulator
+	core="$$($(CUDA_BUILD) plain)" && LIPCORE_CUDA_ON_CPU="$$core" \
+	$(BIN)/pytest -m gpu $(addprefix tests/,$(CUDA_TESTS)) $(PYTEST_FLAGS) || [ $$? = 5 ]
+
+test-cuda-on-cpu-asan test-cuda-on-cpu-tsan: test-cuda-on-cpu-%: $(STAMPS)/test $(CORE)
+	@rm -f build/cuda_on_cpu/$*/report.*
+	core="$$($(CUDA_BUILD) $*)" && LIPCORE_CUDA_ON_CPU="$$core" \
+	LD_PRELOAD="$$($(CXX) -print-file-name=lib$*.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	ASAN_OPTIONS=detect_leaks=0:log_path=build/cuda_on_cpu/$*/report \
+	UBSAN_OPTIONS=print_stacktrace=1:log_path=build/cuda_on_cpu/$*/report \
+	TSAN_OPTIONS=suppressions=tests/tsan.supp:log_path=build/cuda_on_cpu/$*/report \
+	$(BIN)/pytest -m gpu $(addprefix tests/,$(CUDA_SANITIZED_TESTS)) --deselect tests/$(CUDA_TOO_LARGE) $(PYTEST_FLAGS) || \
+	{ cat build/cuda_on_cpu/$*/report.* >&2; exit 1; }
 
 lint: lint-ruff lint-mypy lint-cpp lint-includes lint-spelling ## everything CI checks apart from the tests
 

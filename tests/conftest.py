@@ -1,4 +1,5 @@
-"""GPU tests that cannot run are visibly skipped; every instruction set and number of threads can be forced."""
+"""GPU tests run on a device or on the emulated one, or are visibly skipped; every instruction set and number of threads
+can be forced."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulated_core import emulator
 from ways import ISAS
 
 from lipcore import _core
@@ -14,6 +16,8 @@ from lipcore import _core
 
 def why_no_cuda() -> str:
     """Empty when GPU tests can run."""
+    if emulator is not None:
+        return ""
     if not _core.cuda_built:
         return "this lipcore was built without CUDA"
     if not torch.cuda.is_available():
@@ -28,6 +32,30 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if os.environ.get("LIPCORE_REQUIRE_CUDA") == "1":
         pytest.fail(f"LIPCORE_REQUIRE_CUDA=1, but {reason}", pytrace=False)
     pytest.skip(f"GPU test: {reason}")
+
+
+@pytest.fixture(scope="session")
+def _emulated_tensors() -> Any:
+    from emulated_tensors import EmulatedTensors, ResultsStay
+    from emulated_torch_cuda import stand_in
+
+    mode = EmulatedTensors()
+    stand_in(mode)
+    return mode, ResultsStay()
+
+
+@pytest.fixture(autouse=True)
+def _on_the_emulated_device(request: pytest.FixtureRequest) -> Any:
+    """In a process with the emulator (tests/cuda_on_cpu), the device of the GPU tests; what it finds fails the test."""
+    if emulator is None or not request.node.get_closest_marker("gpu"):
+        yield
+        return
+    above, below = request.getfixturevalue("_emulated_tensors")
+    emulator.begin_test()
+    with below, above:
+        yield
+    found = emulator.take_findings()
+    assert not found, "the emulator found:\n" + "\n".join(found)
 
 
 @pytest.fixture(params=ISAS)

@@ -8,13 +8,11 @@
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "kernels.h"
+#include "ops/devices.h"
 #include "python/backward_hook.h"
 #include "python/parallel.h"
 #include "python/tensor_view.h"
 #include "python/training_pass.h"
-#if defined(LIPCORE_WITH_CUDA)
-#include "cuda/launch.h"
-#endif
 
 namespace lipcore {
 namespace {
@@ -71,11 +69,6 @@ PYBIND11_MODULE(_core, m) {
   bind_per_sample(m);
   bind_single_sample(m);
   bind_single_batch(m);
-#if defined(LIPCORE_WITH_CUDA)
-  m.attr("cuda_built") = true;
-  m.def("cuda_device_count", &cuda::device_count);
-#else
-  m.attr("cuda_built") = false;
-  m.def("cuda_device_count", [] { return 0; });
-#endif
+  m.attr("cuda_built") = cuda_built();
+  m.def("cuda_device_count", &cuda_device_count);
 }

@@ -2,6 +2,9 @@
 
 #include "python/parallel.h"
 #include "python/tensor_text.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace lipcore {
 namespace {
@@ -50,7 +53,8 @@ bool SketchPlan::capture(std::vector<ParameterEntry> entries, std::vector<Sketch
   if (device_.type != dlpack::kCPU) {
 #if defined(LIPCORE_WITH_CUDA)
     moved_ = false;  // the tables get the pointers as they are now
-    return cuda_runner_.plan(items_, device_, rows, buckets, seed, sketches_, weights_);
+    cuda_runner_ = std::make_shared<cuda::SketchRunner>();
+    return cuda_runner_->plan(items_, device_, rows, buckets, seed, sketches_, weights_);
 #else
     return fail({"sketches"},
                 "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON "
@@ -80,7 +84,7 @@ bool SketchPlan::step() {
   if (!look_up_all()) return false;
   if (device_.type != dlpack::kCPU) {
 #if defined(LIPCORE_WITH_CUDA)
-    if (!cuda_runner_.step(items_, moved_)) return false;
+    if (!cuda_runner_->step(items_, moved_)) return false;
     moved_ = false;
 #endif
     return true;

@@ -2,15 +2,17 @@
 // belong to Python.
 #pragma once
 
+#include <memory>
 #include <vector>
 
-#if defined(LIPCORE_WITH_CUDA)
-#include "cuda/launch.h"
-#endif
 #include "ops/sketch.h"
 #include "trajectory/parameter_list.h"
 
 namespace lipcore {
+
+namespace cuda {
+class SketchRunner;
+}
 
 struct SketchPlace {
   int64_t first_index;  // global index of the parameter's first element
@@ -45,9 +47,7 @@ class SketchPlan {
   dlpack::Device device_{dlpack::kCPU, 0};
   bool moved_ = false;  // a pointer in items_ has changed since the last step on a CUDA device
   SketchRunner runner_;
-#if defined(LIPCORE_WITH_CUDA)
-  cuda::SketchRunner cuda_runner_;
-#endif
+  std::shared_ptr<cuda::SketchRunner> cuda_runner_;  // shared: it knows how to end what only a core with CUDA can see
 };
 
 }  // namespace lipcore

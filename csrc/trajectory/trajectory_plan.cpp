@@ -1,6 +1,9 @@
 #include "trajectory/trajectory_plan.h"
 
 #include "python/parallel.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace lipcore {
 
@@ -24,7 +27,8 @@ bool TrajectoryPlan::capture(std::vector<ParameterEntry> entries, std::vector<Tr
   if (!ledger->on_cpu()) {
 #if defined(LIPCORE_WITH_CUDA)
     moved_ = false;  // the tables get the pointers as they are now
-    return cuda_runner_.plan(items_, ledger->device(), ledger->tables());
+    cuda_runner_ = std::make_shared<cuda::StepRunner>();
+    return cuda_runner_->plan(items_, ledger->device(), ledger->tables());
 #else
     return fail({"ledger"},
                 "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON "
@@ -83,7 +87,7 @@ bool TrajectoryPlan::step() {
 
 bool TrajectoryPlan::step_on_device() {
 #if defined(LIPCORE_WITH_CUDA)
-  if (!cuda_runner_.step(items_, moved_)) return false;
+  if (!cuda_runner_->step(items_, moved_)) return false;
   moved_ = false;
 #endif
   return true;

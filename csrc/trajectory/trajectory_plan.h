@@ -1,16 +1,18 @@
 // The stateful hot path: parameters, the copies kept of them, and the ledger of their movement.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "ops/trajectory_step.h"
 #include "trajectory/ledger.h"
 #include "trajectory/parameter_list.h"
-#if defined(LIPCORE_WITH_CUDA)
-#include "cuda/launch.h"
-#endif
 
 namespace lipcore {
+
+namespace cuda {
+class StepRunner;
+}
 
 // State tensors of one parameter, with its layout; strong references. m2 is None where no variance per element is kept.
 struct TrajectoryCopies {
@@ -51,9 +53,7 @@ class TrajectoryPlan {
   Ledger* ledger_ = nullptr;
   bool moved_ = false;  // a pointer in items_ has changed since the last step on a CUDA device
   TrajectoryRunner runner_;
-#if defined(LIPCORE_WITH_CUDA)
-  cuda::StepRunner cuda_runner_;
-#endif
+  std::shared_ptr<cuda::StepRunner> cuda_runner_;  // shared: it knows how to end what only a core with CUDA can see
 };
 
 }  // namespace lipcore

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipcore import _core
 from lipcore.functional import library as _library
+from lipcore.functional.arguments import same_place
 from lipcore.functional.sample_norms import sample_norms
 
 
@@ -81,6 +82,10 @@ def _outer(x: Sequence[Tensor], grad: Sequence[Tensor], parts: int) -> Tensor:
 def _portable(x: Sequence[Tensor], grad: Sequence[Tensor], parts: int) -> Tensor:
     if len(x) != len(grad):
         raise ValueError(f"grad: expected {len(x)} tensors, one per tensor of x, got {len(grad)}")
+    for name, tensors in (("x", x), ("grad", grad)):
+        for i, tensor in enumerate(tensors):
+            if isinstance(tensor, Tensor):  # sample_norms refuses what is none
+                same_place(tensor, f"{name}[{i}]", x[0], "x[0]")
     norms = [(sample_norms(a), sample_norms(g)) for a, g in zip(x, grad, strict=True)]
     weight = torch.stack([(a * g).square() for a, g in norms])
     return weight[None] if parts == 1 else torch.stack([weight, torch.stack([g.square() for _, g in norms])])

@@ -55,8 +55,7 @@ class Distribution:
 
     def reset(self) -> None:
         """Forget everything."""
-        self._core.reset()
-        self._device = None
+        reset_all([self])
 
     @property
     def core(self) -> Any:
@@ -170,7 +169,8 @@ def reset_all(distributions: Sequence[Distribution]) -> None:
     """Reset all of these distributions."""
     _core.reset_distributions([distribution._core for distribution in distributions])
     for distribution in distributions:
-        distribution._device = None
+        if distribution._device is not None:
+            distribution._device.empty()  # and kept: a captured graph goes on writing into it
 
 
 class _DeviceAccumulator:
@@ -179,7 +179,16 @@ class _DeviceAccumulator:
     def __init__(self, device: torch.device) -> None:
         self.bins = torch.zeros(_core.BINS, dtype=torch.int64, device=device)
         # count, sum, sum of squared deviations are merged per batch by Chan's formula; min, max; missing; invalid.
-        self.moments = torch.tensor([0, 0, 0, math.inf, -math.inf, 0, 0], dtype=torch.float64, device=device)
+        self.moments = torch.zeros(7, dtype=torch.float64, device=device)
+        self.empty()
+
+    def empty(self) -> None:
+        """Forget everything, in place."""
+        # Filled on the device: a tensor of numbers would be copied there, for which torch waits.
+        self.bins.zero_()
+        self.moments.zero_()
+        self.moments[3].fill_(math.inf)
+        self.moments[4].fill_(-math.inf)
 
     def observe(self, values: Tensor) -> None:
         if not values.numel():
@@ -198,23 +207,25 @@ class _DeviceAccumulator:
         difference = mean - old[1]
         share = n / count.clamp(min=1)
         missing = values.isnan().sum()
-        self.moments = torch.stack(
-            [
-                count,
-                old[1] + difference * share,
-                old[2] + m2 + difference**2 * old[0] * share,
-                torch.minimum(old[3], torch.where(usable, values, math.inf).min()),
-                torch.maximum(old[4], torch.where(usable, values, -math.inf).max()),
-                old[5] + missing,
-                old[6] + (values.numel() - missing) - n,
-            ]
-        )
+        moments = [
+            count,
+            old[1] + difference * share,
+            old[2] + m2 + difference**2 * old[0] * share,
+            torch.minimum(old[3], torch.where(usable, values, math.inf).min()),
+            torch.maximum(old[4], torch.where(usable, values, -math.inf).max()),
+            old[5] + missing,
+            old[6] + (values.numel() - missing) - n,
+        ]
+        # In place: a replayed CUDA graph would read the tensor that it was captured with, and lose all replays but one.
+        self.moments.copy_(torch.stack(moments))
 
     def drain_into(self, core: Any) -> None:
-        count, mean, m2, low, high, missing, invalid = self.moments.tolist()
+        # One copy for both: each would be waited for.
+        copied = torch.cat([self.moments.view(torch.int64), self.bins]).cpu()
+        count, mean, m2, low, high, missing, invalid = copied[:7].view(torch.float64).tolist()
         if not count + missing + invalid:
             return
-        bins = self.bins.cpu()
+        bins = copied[7:]
         used = bins.nonzero().flatten()
         pairs = torch.stack([used, bins[used]], dim=1).flatten().tolist()
         other = _core.Distribution()
@@ -222,4 +233,4 @@ class _DeviceAccumulator:
             low = high = 0.0
         other.set_state(count, mean, m2, low, high, int(missing), int(invalid), pairs)
         core.merge(other)
-        self.__init__(self.bins.device)  # type: ignore[misc]
+        self.empty()

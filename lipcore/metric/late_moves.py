@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
+from lipcore.metric.host_copy import HostCopy
 from lipcore.models.torch_internals import foreach_norm
 
 _ALWAYS = 24  # steps that are all looked at: a Lookahead's slow weights move at every fifth or tenth one
@@ -20,8 +21,8 @@ _PATIENCE = 4  # backward passes without a step; then at every power of two
 class LateMoves:
     """Compares the weights at a step's end, and before the first step, with those that the next backward pass finds.
 
-    Sums of squares are compared, so one reading of the weights is made at each end. What a device knows is asked for
-    when the next comparison is due.
+    Sums of squares are compared, so one reading of the weights is made at each end. What a device finds is looked at
+    when a later comparison is due and it is there: no step waits for it.
 
     Args:
         parameters: the trainable ones, as they are now.
@@ -39,7 +40,7 @@ class LateMoves:
         self._after_step, self._without_step = after_step, without_step
         self._mark: Reading | None = None  # of the weights at the end of a step
         self._first: Reading | None = None  # of the weights before the first step
-        self._moved: Tensor | None = None  # a comparison that a device has made
+        self._moved: HostCopy | None = None  # a comparison that a device makes
         self._steps = self._passes = 0
         self._suspected = False  # at the last look the weights had moved without a step
         self.done = False  #: nothing more is looked for
@@ -47,7 +48,8 @@ class LateMoves:
     def step(self, *, compare: bool) -> None:
         """Note that a step was counted, and is over; `compare`: the weights are to stay where they are from here on."""
         self._steps += 1
-        self._first = None
+        if self._first is not None:
+            self._first = self._moved = None
         if self.done or not compare:
             return
         if self._steps <= _ALWAYS or self._steps * 2654435761 % 2**32 < 2**32 // _SOMETIMES:
@@ -78,7 +80,7 @@ class LateMoves:
             self._first = self._sums()
         elif self._first is not None and self._passes >= _PATIENCE and self._passes & (self._passes - 1) == 0:
             now = self._sums()
-            moved = now is not None and bool(now.moved_from(self._first))
+            moved = now is not None and self._known(now.moved_from(self._first))
             self.done = moved and self._suspected  # twice, since SAM's first steps come before the first step
             self._suspected = moved
             if self.done:
@@ -86,13 +88,17 @@ class LateMoves:
 
     def _differs(self, mark: Reading) -> bool:
         now = self._sums()
-        if now is None:
-            return False
-        moved = now.moved_from(mark)
+        return now is not None and self._known(now.moved_from(mark))
+
+    def _known(self, moved: Tensor) -> bool:
+        """Return a comparison's answer; on a device that of an earlier one, where it is there."""
         if moved.is_cpu:
             return bool(moved)
-        before, self._moved = self._moved, moved
-        return before is not None and bool(before)
+        earlier = self._moved
+        if earlier is not None and not earlier.is_there:
+            return False
+        self._moved = HostCopy(moved)
+        return earlier is not None and bool(earlier.tensors()[0])
 
     @torch.no_grad()
     def _sums(self) -> Reading | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.metric.columns import Numbers
 from lipcore.metric.distribution import Distribution, reset_all
+from lipcore.metric.host_copy import HostCopy
 from lipcore.trajectory.describe import GRADIENTS
 from lipcore.trajectory.table import Table
 
@@ -37,7 +38,7 @@ class Recent:
         self._table = table
         self._absorbed = 0  # steps in the distributions
         self._drained = 0
-        self._pending: tuple[Tensor, int, int, Any] | None = None
+        self._pending: tuple[HostCopy, int, int] | None = None
         self.distributions = [Distribution() for _ in range(2 * len(table.rows))]
         self._empty = True  # nothing is in the distributions
 
@@ -66,11 +67,7 @@ class Recent:
             return
         self._take_pending()
         if end > begin:
-            copy = torch.empty(self._table.recent.shape, dtype=torch.float64, pin_memory=True, device="cpu")
-            copy.copy_(self._table.recent, non_blocking=True)
-            copied = torch.cuda.Event()
-            copied.record()
-            self._pending = copy, begin, end, copied
+            self._pending = HostCopy(self._table.recent), begin, end
 
     def restart(self, end: int) -> None:
         """Forget the steps up to `end`, taken in or not: a new window begins after it."""
@@ -100,10 +97,8 @@ class Recent:
 
     def _take_pending(self) -> None:
         if self._pending is not None:
-            copy, begin, end, copied = self._pending
-            self._pending = None
-            copied.synchronize()
-            self._observe(copy, begin, end)
+            (copy, begin, end), self._pending = self._pending, None
+            self._observe(copy.tensors()[0], begin, end)
 
     def _observe(self, recent: Tensor, begin: int, end: int) -> None:
         if end > begin:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.metric.columns import Places
 from lipcore.metric.hook_warnings import warn_in_hook
+from lipcore.metric.host_copy import HostCopy
 from lipcore.trajectory.table import Table
 
 #: What a ring holds of a step, and the quantities made of it.
@@ -64,7 +65,7 @@ class StepStream:
         self._done = int(self._cursor[0])
         self._waiting = 0
         self._block = BLOCK if self._cursor.is_cpu else _DEVICE_BLOCK
-        self._copied: tuple[dict[str, Tensor], Tensor, Any] | None = None
+        self._copied: HostCopy | None = None
 
     def step(self) -> None:
         """Count a step, and hand over a block when there are enough."""
@@ -93,16 +94,12 @@ class StepStream:
         self._done = int(self._cursor[0])
 
     def _copy(self) -> None:
-        copies = {name: _pinned(ring) for name, ring in self._rings.items()}
-        cursor, event = _pinned(self._cursor), torch.cuda.Event()
-        event.record()
-        self._copied = copies, cursor, event
+        self._copied = HostCopy(self._cursor, *self._rings.values())
 
     def _take_copied(self) -> None:
         if self._copied is not None:
-            (rings, cursor, event), self._copied = self._copied, None
-            event.synchronize()  # of a block ago
-            self._hand_over(rings, int(cursor[0]))
+            (cursor, *rings), self._copied = self._copied.tensors(), None  # of a block ago
+            self._hand_over(dict(zip(self._rings, rings, strict=True)), int(cursor[0]))
 
     def _hand_over(self, rings: Mapping[str, Tensor], end: int) -> None:
         begin = max(self._done, end - len(rings["update_norm"]))  # steps of replayed CUDA graphs may be lost
@@ -122,11 +119,6 @@ class StepStream:
                 self._fail(call, error)
                 message = f"trajectory: on_step raised {type(error).__name__}: {error}; it is not called any more"
                 warn_in_hook(message, RuntimeWarning, stacklevel=5)
-
-
-def _pinned(tensor: Tensor) -> Tensor:
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
-    return copy.copy_(tensor, non_blocking=True)
 
 
 def checked_callback(on_step: Any) -> OnStep | None:

@@ -14,7 +14,7 @@ import torch
 from oracle import assert_same_state
 
 from lipcore import Distribution, _core
-from lipcore.metric.distribution import _DeviceAccumulator
+from lipcore.metric.distribution import _DeviceAccumulator, reset_all
 
 QUANTILES = (0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
@@ -238,6 +238,38 @@ def test_values_on_cuda():
         here.observe(values)
         there.observe(values.cuda())
     assert numbers(there) == numbers(here)
+
+
+@pytest.mark.gpu
+def test_every_replay_of_a_captured_observation_counts():
+    values = torch.rand(7, dtype=torch.float64).cuda()
+    there, here = Distribution(), Distribution()
+    there.observe(values)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        there.observe(values)
+    here.observe(values.cpu())
+    for replay in range(4):
+        if replay == 2:  # a new window, which the graph knows nothing of
+            reset_all([here, there])
+        values.mul_(3)
+        graph.replay()
+        here.observe(values.cpu())
+    assert numbers(there) == numbers(here)
+
+
+@pytest.mark.gpu
+def test_a_new_window_copies_nothing_to_the_device():
+    distribution, values = Distribution(), torch.rand(5, dtype=torch.float64).cuda()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2):
+            distribution.observe(values)
+            reset_all([distribution])
+        distribution.observe(values)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert distribution.count == 5
 
 
 # ---- state

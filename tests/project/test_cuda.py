@@ -7,9 +7,12 @@ import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from devices import EMULATED, sized
+from emulated_core import emulator
 from oracle import assert_close, same_bits
 from torch import Tensor, nn
 
@@ -39,6 +42,15 @@ def test_without_a_driver_the_module_says_that_there_is_no_device() -> None:
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "0"
+
+
+def test_only_operators_and_plans_ask_whether_there_is_cuda() -> None:
+    """Else an object of a core without CUDA would not fit into the one of tests/cuda_on_cpu."""
+    csrc = Path(__file__).parents[2] / "csrc"
+    files = [file for file in csrc.rglob("*") if file.is_file()]
+    asking = [file for file in files if "defined(LIPCORE_WITH_CUDA)" in file.read_text()]
+    assert asking
+    assert all(file.parent.name in ("ops", "trajectory") and file.suffix == ".cpp" for file in asking), asking
 
 
 @pytest.mark.gpu
@@ -76,7 +88,7 @@ def norms_in_float64(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_sample_norms_of_every_length(cuda: torch.device, dtype: torch.dtype, layout: str) -> None:
-    for rows in (0, 1, 3, 65):
+    for rows in sized((0, 1, 3, 65), (0, 33)):
         for length in LENGTHS:
             x = on(cuda, LAYOUTS[layout](rows, length), dtype)
             assert_relative(functional.sample_norms(x), norms_in_float64(x), NORM_ERROR)
@@ -85,7 +97,11 @@ def test_sample_norms_of_every_length(cuda: torch.device, dtype: torch.dtype, la
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("rows", "length"), [(2, CHUNK), (2, CHUNK + 1), (3, 3 * CHUNK + 77), (1, 2**20 + 3), (2, 5 * 2**20), (300_001, 3)]
+    ("rows", "length"),
+    [
+        *[(2, CHUNK), (2, CHUNK + 1), (3, 3 * CHUNK + 77)],
+        *sized([(1, 2**20 + 3), (2, 5 * 2**20), (300_001, 3)], [(1, 2**17 + 3), (30_001, 3)]),
+    ],
 )
 def test_sample_norms_of_long_rows_and_many_rows(
     cuda: torch.device, dtype: torch.dtype, rows: int, length: int
@@ -94,6 +110,14 @@ def test_sample_norms_of_long_rows_and_many_rows(
     assert_relative(functional.sample_norms(x), norms_in_float64(x), NORM_ERROR)
     y = torch.randn(2 * length, rows, device=cuda).to(dtype).t()[:, ::2]
     assert_relative(functional.sample_norms(y), norms_in_float64(y), NORM_ERROR)
+
+
+@pytest.mark.gpu
+def test_sample_norms_of_sliced_rows_of_every_size(cuda: torch.device) -> None:
+    """Places come from products with a reciprocal; some, as that of 49, are too small: 49 * (1 / 49) < 1."""
+    for size in range(1, 200):
+        x = torch.randn(2, 3, size + 1, device=cuda)[..., :size]
+        assert_relative(functional.sample_norms(x), norms_in_float64(x), NORM_ERROR)
 
 
 @pytest.mark.gpu
@@ -149,7 +173,25 @@ def test_normalized_norms_stay_on_the_device(cuda: torch.device) -> None:
 
 # ---- trajectory_step
 
-STEP_SIZES = [0, 1, 2, 3, 7, 15, 16, 17, 63, 64, 65, 129, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5, 2**20 + 3]
+STEP_SIZES = [
+    0,
+    1,
+    2,
+    3,
+    7,
+    15,
+    16,
+    17,
+    63,
+    64,
+    65,
+    129,
+    CHUNK - 1,
+    CHUNK,
+    CHUNK + 1,
+    3 * CHUNK + 5,
+    sized(2**20 + 3, 2**16 + 3),
+]
 
 
 def make_step(dtypes: list[torch.dtype], sizes: list[int], offset: int = 0) -> list[list[Tensor]]:
@@ -202,6 +244,9 @@ def test_trajectory_step_against_the_specification(cuda: torch.device, offset: i
 def test_trajectory_step_in_groups(cuda: torch.device) -> None:
     """Tensors that together, or alone, exceed the cache: launches that check one group and step another."""
     sizes = [3_000_000, 5, 9_000_000, 4_000_001, 20_000_000, 70_000, 8_000_000, 8_000_000]
+    if EMULATED:  # groups are half of the cache, which may not be smaller
+        emulator.set_cache(16 << 20)
+        sizes = [375_000, 5, 1_125_000, 500_001, 2_500_000, 70_000, 1_000_000, 1_000_000]
     lists = make_step([torch.float32], sizes)
     lists[0][4][-1] = math.nan
     lists[0][5][0] = math.inf
@@ -222,6 +267,18 @@ def test_trajectory_step_does_not_depend_on_alignment(cuda: torch.device) -> Non
     assert same_bits(functional.trajectory_step(*aligned, 3), functional.trajectory_step(*shifted, 3))
     for a, b in zip(aligned[3], shifted[3], strict=True):
         assert same_bits(a, b)
+
+
+@pytest.mark.gpu
+def test_a_past_that_is_not_finite_is_seen_in_every_sum(cuda: torch.device) -> None:
+    """Comparisons drop NaN, so the largest movement has to be told."""
+    lists = make_step([torch.float32], [5, 3 * CHUNK])
+    for prev in lists[1]:
+        prev[3] = math.nan
+    on_device = to_device(cuda, lists)
+    got, on_cpu = functional.trajectory_step(*on_device, 2), functional.trajectory_step(*lists, 2)
+    assert on_cpu[:, 3].isnan().all()
+    assert_relative(got, on_cpu, 1e-12)
 
 
 @pytest.mark.gpu
@@ -290,6 +347,20 @@ def test_trajectory_agrees_with_the_cpu(models: tuple[nn.Module, nn.Module]) -> 
                 trajectory.reset()
             trajectory.update()
         assert_same_trajectory(*trajectories)
+
+
+@pytest.mark.gpu
+def test_variances_of_elements_agree_with_the_cpu(models: tuple[nn.Module, nn.Module]) -> None:
+    trajectories = [lipcore.Trajectory(model, stats=["variance", "element_variance"]) for model in models]
+    for step in range(6):
+        move(models, step)
+        for trajectory in trajectories:
+            if step == 3:
+                trajectory.reset()
+            trajectory.update()
+        here, there = (trajectory.element_variance() for trajectory in trajectories)
+        for name, variance in here.items():
+            assert_relative(there[name], variance, 1e-12)
 
 
 @pytest.mark.gpu

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 from faults import MUTANTS, Mutant
+from kernel_faults import KERNEL_MUTANTS
 
 _ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "_"))
+@pytest.mark.parametrize("mutant", [*MUTANTS, *KERNEL_MUTANTS], ids=lambda mutant: mutant.name.replace(" ", "_"))
 def test_a_fault_can_be_planted(mutant: Mutant) -> None:
     source = (_ROOT / mutant.file).read_text()
     assert mutant.applied(source) != source
@@ -22,6 +23,12 @@ def test_a_fault_can_be_planted(mutant: Mutant) -> None:
 
 def test_there_are_thirty_with_names_of_their_own() -> None:
     assert len({mutant.name for mutant in MUTANTS}) == len(MUTANTS) >= 30
+
+
+def test_every_kernel_has_faults_of_its_own() -> None:
+    assert len({mutant.name for mutant in KERNEL_MUTANTS}) == len(KERNEL_MUTANTS)
+    kernels = {f"csrc/cuda/{file.name}" for file in (_ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert kernels <= {mutant.file for mutant in KERNEL_MUTANTS}
 
 
 def test_a_text_that_is_not_there_exactly_once_is_said() -> None:

@@ -128,7 +128,8 @@ class NoiseScale:
         pending, device = self._pending, self._pending[0].device
         self._pending = []
         if device != self._ema.device:
-            self._ema, self._sums = self._ema.to(device), self._sums.to(device)
+            ahead = device.type != "cpu"  # what comes from a device is read at once
+            self._ema, self._sums = (sums.to(device, non_blocking=ahead) for sums in (self._ema, self._sums))
         if device.type == "cpu":
             steps = torch.empty(len(pending), 3, self.places, dtype=torch.float64, device="cpu")
             _core.noise_steps(pending, self._samples, self.decay, self._ema, steps)
@@ -296,7 +297,7 @@ def _on_device(pending: list[Tensor], samples: int, decay: float, ema: Tensor) -
     steps = torch.stack([torch.ones_like(mean), batch - excess, excess * samples], dim=1)
     usable = steps.isfinite().all(1) & (mean >= 0) & (batch >= 0)
     steps = torch.where(usable.unsqueeze(1), steps, 0.0)
-    passed = usable.double().cumsum(0)
+    passed = usable.cumsum(0).double()  # of integers: torch has no deterministic sum of this kind of floats on a device
     weights = (1 - decay) * decay ** (passed[-1] - passed)  # decay ** 0 is 1, also for decay 0
     faded = ema[:3] * decay ** passed[-1] + (steps * weights.unsqueeze(1)).sum(0)
     return steps, torch.cat([faded, ema[3:] + passed[-1:]])

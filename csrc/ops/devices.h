@@ -1,0 +1,10 @@
+// What this core knows of CUDA devices. Only .cpp files below csrc/ops and csrc/trajectory ask whether
+// LIPCORE_WITH_CUDA is defined, so that all other objects serve a core with CUDA as well as one without.
+#pragma once
+
+namespace lipcore {
+
+bool cuda_built();
+int cuda_device_count();  // 0 without CUDA, without a GPU and without a driver
+
+}  // namespace lipcore

@@ -1,0 +1,29 @@
+// What tests ask of the emulator, through ctypes.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+// ---- findings
+int64_t emulator_findings();
+const char* emulator_finding(int64_t index);  // its words; equal ones are kept once
+void emulator_clear_findings();
+
+// ---- memory
+void* emulator_allocate(int64_t bytes);
+void emulator_free(void* begin);  // once everything queued has run
+int emulator_is_device(const void* pointer);
+int64_t emulator_allocations();  // so far
+
+// ---- launches
+void emulator_set_order(int kind, uint64_t seed);  // of threads and blocks: 0 ascending, 1 descending, 2 shuffled
+void emulator_set_cache(int64_t bytes);            // of the second level, which launch.cpp asks for
+void emulator_set_deferred(int on);                // launches wait for emulator_synchronize()
+void emulator_synchronize();
+void emulator_begin_capture();
+int64_t emulator_end_capture();  // the graph's number
+void emulator_replay(int64_t graph);
+int64_t emulator_launches();  // that have run
+int64_t emulator_blocks();
+}

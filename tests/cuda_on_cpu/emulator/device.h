@@ -1,0 +1,57 @@
+// What the stand-in headers in include/ are made of: the part of the emulator that a kernel and its launch touch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+
+namespace emulator {
+
+enum class Collective { kSyncBlock, kSyncWarp, kBallot, kShuffle, kShuffleXor, kShuffleDown, kShuffleUp };
+
+// Where a kernel's source calls a collective.
+struct Site {
+  const char* file;
+  int line;
+};
+
+constexpr int kWarp = 32;
+constexpr int kMostThreads = 1024;  // of a block
+constexpr int kMostBytes = 64;      // that a lane hands to a collective
+
+// The calling GPU thread takes part: it waits for the others of its block or of `mask`. `in` and `out` hold `bytes`.
+void collective(Collective kind, unsigned mask, int argument, const void* in, void* out, int bytes, Site site);
+
+// Notes something that a GPU would not forgive, or would not show. Tests ask for it: control.h.
+void finding(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// "kernel+OFFSET" into this library, whose symbols tests look up: a kernel is local to its file, so dladdr() knows no
+// name.
+std::string name_of_kernel(const void* kernel);
+
+void check_aligned(const void* pointer, size_t bytes, const char* what);
+
+struct Launch {
+  const void* kernel;  // the function; name_of_kernel() makes words of it
+  dim3 grid, block;
+  size_t dynamic_shared;
+  std::function<void()> thread;  // one thread's body; owns a copy of the parameters
+};
+
+// Runs it, or keeps it for later: stream.cpp. Returns a cudaError_t.
+int submit(Launch launch);
+
+}  // namespace emulator
+
+// Written by the emulator before it lets a GPU thread run.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;

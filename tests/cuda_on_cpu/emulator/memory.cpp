@@ -1,0 +1,108 @@
+#include "emulator/memory.h"
+
+#include <sys/mman.h>
+
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "emulator/control.h"
+#include "emulator/device.h"
+
+namespace emulator {
+namespace {
+
+constexpr size_t kPage = 4096;
+constexpr size_t kAlign = 16;               // of the widest access; a GPU's allocator would align to 256 and hide it
+constexpr unsigned char kUnwritten = 0xff;  // NaN in every floating dtype: who reads before anybody wrote sees it
+constexpr unsigned char kBeside = 0xcb;     // between the allocation's ends and the guard pages
+
+struct Allocation {
+  char* begin;
+  size_t bytes;
+  char* map;  // the first guard page
+  size_t map_bytes;
+};
+
+std::mutex g_mutex;
+int64_t g_allocations = 0;
+std::map<const char*, Allocation>& allocations() {  // by begin
+  static auto* const all = new std::map<const char*, Allocation>;
+  return *all;
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+// The sanitizer's own guards are exact to the byte.
+Allocation make(size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kAlign, bytes) != 0) std::abort();
+  return {static_cast<char*>(memory), bytes, static_cast<char*>(memory), bytes};
+}
+void unmake(const Allocation& allocation) { std::free(allocation.begin); }
+#else
+Allocation make(size_t bytes) {
+  const size_t body = (bytes + kPage - 1) / kPage * kPage, all = body + 2 * kPage;
+  void* memory = mmap(nullptr, all, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (memory == MAP_FAILED) std::abort();
+  auto* map = static_cast<char*>(memory);
+  mprotect(map, kPage, PROT_NONE);
+  mprotect(map + kPage + body, kPage, PROT_NONE);
+  std::memset(map + kPage, kBeside, body);
+  return {map + kPage + (body - bytes) / kAlign * kAlign, bytes, map, all};
+}
+void unmake(const Allocation& allocation) {
+  const char* first = allocation.map + kPage;
+  const char* last = allocation.map + allocation.map_bytes - kPage;
+  for (const char* p = first; p < last; ++p)
+    if ((p < allocation.begin || p >= allocation.begin + allocation.bytes) &&
+        static_cast<unsigned char>(*p) != kBeside) {
+      finding("something was written %td bytes from the start of %zu bytes of device memory", p - allocation.begin,
+              allocation.bytes);
+      break;
+    }
+  munmap(allocation.map, allocation.map_bytes);
+}
+#endif
+
+}  // namespace
+
+std::string describe_address(const void* address) {
+  const auto* at = static_cast<const char*>(address);
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  for (const auto& [begin, allocation] : allocations())
+    if (at >= allocation.map && at < allocation.map + allocation.map_bytes)
+      return std::to_string(at - begin) + " bytes from the start of " + std::to_string(allocation.bytes) +
+             " bytes of device memory";
+  return "in no device memory";
+}
+
+void release_memory(void* begin) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  const auto found = allocations().find(static_cast<char*>(begin));
+  if (found == allocations().end()) return finding("device memory that is not allocated was freed");
+  unmake(found->second);
+  allocations().erase(found);
+}
+
+}  // namespace emulator
+
+int64_t emulator_allocations() { return emulator::g_allocations; }
+
+void* emulator_allocate(int64_t bytes) {
+  const emulator::Allocation made = emulator::make(static_cast<size_t>(bytes > 0 ? bytes : 1));
+  std::memset(made.begin, emulator::kUnwritten, made.bytes);
+  const std::lock_guard<std::mutex> lock(emulator::g_mutex);
+  emulator::allocations()[made.begin] = made;
+  ++emulator::g_allocations;
+  return made.begin;
+}
+
+int emulator_is_device(const void* pointer) {
+  const auto* at = static_cast<const char*>(pointer);
+  const std::lock_guard<std::mutex> lock(emulator::g_mutex);
+  auto after = emulator::allocations().upper_bound(at);
+  if (after == emulator::allocations().begin()) return 0;
+  const emulator::Allocation& before = (--after)->second;
+  return at < before.begin + before.bytes;
+}

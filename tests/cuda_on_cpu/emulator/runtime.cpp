@@ -1,0 +1,42 @@
+// The few functions of the CUDA runtime that lipcore's launch code calls.
+#include "cuda_runtime_api.h"
+#include "emulator/control.h"
+
+namespace emulator {
+
+bool is_capturing();
+
+namespace {
+int64_t g_cache = 50 << 20;  // an H100's
+}
+
+}  // namespace emulator
+
+void emulator_set_cache(int64_t bytes) { emulator::g_cache = bytes; }
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrL2CacheSize) return cudaErrorInvalidValue;
+  *value = static_cast<int>(emulator::g_cache);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = emulator::is_capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "the emulator's findings say more"; }
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaErrorLaunchFailure";
+}

@@ -1,0 +1,167 @@
+"""The emulator finds what a GPU would not forgive, and shows what a GPU does but rarely."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+
+import pytest
+import torch
+from devices import EMULATED
+from emulated_core import MODE, ORDERS, PATH, emulator
+from torch import Tensor
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not EMULATED, reason="of the emulator: runs with `make test-cuda-on-cpu`"),
+]
+#: In the order of kSpecimens in specimens.cu.
+SPECIMENS = (
+    *("read_beyond", "write_beside", "two_barriers", "missing_lane", "lane_that_left", "foreign_mask", "misaligned"),
+    *("result_of_all", "unwritten_shared", "number_of_block", "lanes", "no_blocks", "too_many_threads"),
+)
+THREADS = 64
+
+
+def run(name: str, x: Tensor) -> int:
+    specimen = ctypes.CDLL(PATH.replace("core.so", "libdevice.so")).emulator_run_specimen
+    specimen.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
+    return int(specimen(SPECIMENS.index(name), x.data_ptr(), x.numel()))
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.zeros(THREADS, dtype=torch.float64, device="cuda")
+
+
+FINDINGS = {
+    "read_beyond": r"read_beyond touched an address 576 bytes from the start of 512 bytes of device memory",
+    "two_barriers": r"threads of a block meet at different places, specimens\.cu:\d+ and specimens\.cu:\d+",
+    "missing_lane": r"deadlock: threads of a block of missing_lane wait in __shfl_xor_sync at specimens\.cu:\d+ __sync",
+    "lane_that_left": r"__shfl_xor_sync at specimens\.cu:\d+: the mask ffffffff names lane 3, which is not there",
+    "foreign_mask": r"__shfl_xor_sync at specimens\.cu:\d+: lane 31 is not in its own mask 7fff0000",
+    "misaligned": r"__ldcs of an address that is not a multiple of its 16 bytes",
+    "no_blocks": r"no GPU launches lanes with a grid of 0 x 1 x 1",
+    "too_many_threads": r"no GPU launches lanes with a grid of 1 x 1 x 1, blocks of 2048 x 1 x 1",
+}
+
+
+@pytest.mark.parametrize("name", FINDINGS)
+def test_what_is_found(name: str, x: Tensor) -> None:
+    if MODE == "asan" and name in ("read_beyond", "misaligned"):
+        pytest.skip("the sanitizer ends the process instead")
+    if MODE == "tsan":
+        pytest.skip("threads that are left where they wait are never ordered before the host")
+    refused = run(name, x)
+    assert (refused != 0) == (name in ("no_blocks", "too_many_threads"))
+    found = emulator.take_findings()
+    assert any(re.search(FINDINGS[name], text) for text in found), found
+
+
+def test_a_write_beside_an_allocation_is_found_when_it_is_freed() -> None:
+    if MODE == "asan":
+        pytest.skip("the sanitizer ends the process instead")
+    x = torch.zeros(THREADS + 1, dtype=torch.float64, device="cuda")  # ends 8 bytes before the guard page
+    run("write_beside", x)
+    assert not emulator.take_findings()
+    del x
+    (found,) = emulator.take_findings()
+    assert found == "something was written 520 bytes from the start of 520 bytes of device memory"
+
+
+def test_only_thread_0_has_the_result_of_a_reduction(x: Tensor) -> None:
+    run("result_of_all", x)
+    assert x[0] == THREADS
+    assert (x[1:] != THREADS).all()
+
+
+def test_memory_holds_nan_before_it_is_written(x: Tensor) -> None:
+    run("unwritten_shared", x)  # two blocks, of which each leaves zeros
+    assert x.isnan().all()
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        bits = torch.tensor([-1], dtype=torch.int64).view(dtype)
+        assert math.isnan(bits[0]), "what emulator/memory.cpp fills device memory with"
+
+
+# Blocks that hand a number on are no race on the emulator, where one runs after the other, but they are one.
+no_races = pytest.mark.skipif(MODE == "tsan", reason="the sanitizer sees the race")
+
+
+@no_races
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_come_in_every_order(order: str, x: Tensor) -> None:
+    emulator.set_order(ORDERS[order], 3)
+    run("number_of_block", x)
+    turns = x[:5].tolist()
+    assert sorted(turns) == [0, 1, 2, 3, 4]
+    assert (turns == [0, 1, 2, 3, 4]) == (order == "ascending")
+    assert (turns == [4, 3, 2, 1, 0]) == (order == "descending")
+
+
+def test_lanes_exchange_by_the_rules(x: Tensor) -> None:
+    run("lanes", x)
+    for thread, value in enumerate(x.tolist()):
+        lane = thread % 32
+        down, up = min(lane + 1, 31), lane - 2 if lane >= 2 else lane
+        assert value == down + 100 * up + 10000 * 7 + 1e6 * (lane % 2)
+
+
+def test_launches_wait_until_somebody_looks(x: Tensor) -> None:
+    before = emulator.launches()
+    run("lanes", x)
+    assert emulator.launches() == before
+    assert x[0] != 0
+    assert emulator.launches() == before + 1
+
+
+def test_device_memory_is_kept_for_what_is_queued() -> None:
+    x = torch.zeros(THREADS, dtype=torch.float64, device="cuda")
+    run("lanes", x)
+    del x
+    assert not emulator.take_findings()
+
+
+@no_races
+def test_a_captured_launch_runs_at_every_replay(x: Tensor) -> None:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run("number_of_block", x)
+        x.add_(1)
+    assert not x.any()
+    for _ in range(2):
+        graph.replay()
+    assert x[-1] == 2 * (5 + 1)
+
+
+# ---- the tensors
+
+
+def test_results_stay_where_their_inputs_are() -> None:
+    w = torch.randn(3, 4, device="cuda", requires_grad=True)
+    y = (torch.randn(2, 3).cuda() @ w).tanh()
+    y.sum().backward()
+    for tensor in (w, y, w.grad, w.t(), y[0], y.detach().double(), torch.zeros_like(w), w.new_empty(3)):
+        assert tensor.is_cuda
+        assert not tensor.is_cpu
+        assert tensor.device == torch.device("cuda", 0)
+    for tensor in (y.cpu(), w.detach().to("cpu", torch.float64), torch.zeros(3), torch.empty(2, device="cpu")):
+        assert tensor.is_cpu
+        assert not tensor.is_cuda
+    torch.testing.assert_close(w.grad, (w * 0 + w.grad))
+
+
+def test_a_moved_module_moves_its_parameters() -> None:
+    module = torch.nn.Linear(3, 4).cuda()
+    assert all(parameter.is_cuda for parameter in module.parameters())
+    assert not any(parameter.is_cuda for parameter in module.cpu().parameters())
+
+
+def test_a_read_can_be_refused(x: Tensor) -> None:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchronizing operation: item"):
+            x.sum().item()
+        x.add_(1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

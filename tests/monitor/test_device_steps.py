@@ -1,0 +1,94 @@
+"""Steps on a device: nothing in them waits for it, and nothing is copied to it or from it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import nn
+
+import lipcore
+from lipcore.metric.late_moves import LateMoves
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(10, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)).cuda()
+
+
+def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+    x, y = torch.randn(8, 10).cuda(), torch.randn(8, 1).cuda()
+
+    def step() -> None:
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+@pytest.mark.gpu
+def test_a_monitor() -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    step = step_of(model, optimizer)
+    with lipcore.Monitor(model, optimizer, window_steps=100) as monitor:
+        for _ in range(3):
+            step()
+        with nothing_waits():
+            for _ in range(3):
+                step()
+        window = monitor.close_window()
+    assert window["trajectory"].path_length["total"].sum.value > 0
+    (place,) = window["lipschitz"].local_lipschitz
+    assert window["lipschitz"].local_lipschitz[place].mean.value > 0
+
+
+@pytest.mark.gpu
+def test_per_sample_norms() -> None:
+    model = mlp()
+    step = step_of(model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    with lipcore.PerSampleGradNorms(model, loss_reduction="mean") as norms:
+        for _ in range(3):
+            step()
+        with nothing_waits():
+            for _ in range(3):
+                step()
+        assert (norms.per_sample > 0).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("moving", [False, True])
+def test_weights_that_move_after_a_step_are_noticed_later(moving: bool) -> None:
+    weights, noticed = torch.ones(5).cuda(), []
+    moves = LateMoves(lambda: [weights], lambda: noticed.append("after"), lambda: noticed.append("without"))
+    with nothing_waits():
+        for _ in range(4):
+            moves.step(compare=True)
+            if moving:
+                weights.add_(1)
+            torch.cuda.synchronize()
+            moves.backward_begins()
+    assert noticed == ["after"] * moving
+
+
+@pytest.mark.gpu
+def test_weights_that_move_without_a_step_are_noticed_later() -> None:
+    weights, noticed = torch.ones(5).cuda(), []
+    moves = LateMoves(lambda: [weights], lambda: noticed.append("after"), lambda: noticed.append("without"))
+    with nothing_waits():
+        for _ in range(64):
+            weights.add_(1)
+            torch.cuda.synchronize()
+            moves.backward_begins()
+    assert noticed == ["without"]
