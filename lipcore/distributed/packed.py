@@ -1,8 +1,8 @@
-"""Numbers of all ranks together: everything that is added up in one all-reduce, all maxima in a second one."""
+"""Numbers of all ranks together: all maxima in one all-reduce, everything that is added up in a second one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,30 +13,43 @@ from lipcore.distributed.group import Group
 
 @dataclass
 class Packed:
-    """What one rank adds to a merged window: float64 tensors on the CPU, of the same shapes on all ranks."""
+    """What one rank adds to a merged window: float64 tensors on the CPU, of the same shapes on all ranks.
+
+    Attributes:
+        sums: to be added up; or a function that makes them of the maxima over all ranks, which may say their shapes.
+        largest: of which the maxima are wanted.
+    """
+
+    sums: list[Tensor] | Callable[[list[Tensor]], list[Tensor]]
+    largest: list[Tensor]
+
+
+@dataclass
+class Together:
+    """What :class:`Packed` of all ranks comes to."""
 
     sums: list[Tensor]
     largest: list[Tensor]
 
 
-def reduced(parts: Sequence[Packed], group: Group) -> list[Packed]:
+def reduced(parts: Sequence[Packed], group: Group) -> list[Together]:
     """Return the parts of all ranks together. Two collectives, or one where no maxima are asked for."""
-    sums = _all_reduced([t for part in parts for t in part.sums], group, torch.distributed.ReduceOp.SUM)
-    largest = _all_reduced([t for part in parts for t in part.largest], group, torch.distributed.ReduceOp.MAX)
-    found = []
-    for part in parts:
-        found.append(Packed(sums[: len(part.sums)], largest[: len(part.largest)]))
-        sums, largest = sums[len(part.sums) :], largest[len(part.largest) :]
-    return found
+    largest = _all_reduced([part.largest for part in parts], group, torch.distributed.ReduceOp.MAX)
+    made = [part.sums(most) if callable(part.sums) else part.sums for part, most in zip(parts, largest, strict=True)]
+    sums = _all_reduced(made, group, torch.distributed.ReduceOp.SUM)
+    return [Together(*both) for both in zip(sums, largest, strict=True)]
 
 
-def _all_reduced(tensors: list[Tensor], group: Group, operation: torch.distributed.ReduceOp.RedOpType) -> list[Tensor]:
+def _all_reduced(
+    parts: Sequence[list[Tensor]], group: Group, operation: torch.distributed.ReduceOp.RedOpType
+) -> list[list[Tensor]]:
+    tensors = [tensor for part in parts for tensor in part]
     if not tensors:
-        return []
+        return [[] for _ in parts]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(group.device)
     torch.distributed.all_reduce(flat, operation, group=group.handle)
-    pieces = flat.cpu().split([tensor.numel() for tensor in tensors])
-    return [piece.reshape(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+    pieces = iter(flat.cpu().split([tensor.numel() for tensor in tensors]))
+    return [[next(pieces).reshape(tensor.shape) for tensor in part] for part in parts]
 
 
 def room_for(text: str) -> int:

@@ -47,6 +47,11 @@ class GlobalWindows:
         return "shard" if is_sharded(model) else "rank"
 
     @property
+    def none_asked_for(self) -> bool:
+        """True with group=None."""
+        return self._partners.none_asked_for
+
+    @property
     def stands_alone(self) -> bool:
         """True where this process's own windows are all there is."""
         return self._partners.find() is None and not (self._partners.none_asked_for and world_size() > 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lipcore.distributed.group import Group
@@ -33,8 +33,14 @@ class Offer:
 
     def header(self) -> Header:
         """Return what other ranks have to know of it."""
-        parts = {name: part.agreed for name, part in self.parts.items()}
-        return {"steps": self.steps, "parts": parts, "left_out": self.left_out}
+        withdrawn = {name: part.withdrawn for name, part in self.parts.items() if part.withdrawn}
+        parts = {name: part for name, part in self.parts.items() if name not in withdrawn}
+        return {
+            "steps": self.steps,
+            "parts": {name: part.agreed for name, part in parts.items()},
+            "told": {name: part.told for name, part in parts.items()},
+            "left_out": self.left_out | withdrawn,
+        }
 
 
 @dataclass
@@ -68,17 +74,29 @@ def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequen
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
     headers = partners.meet(group, what, step, header)
     _check_same(what, headers, group)
-    for name in sorted({name for other in headers for name in other["unknown"]} & holdings.keys()):
-        if all(name in other["rooms"] for other in headers):
-            text = unknown.get(name) or holdings[name].text()
-            texts = gathered(text, max(other["rooms"][name] for other in headers), group)
-            holdings[name].ownership = Ownership.of([json.loads(each) for each in texts], group.ranks, group.place)
+    _find_owners(headers, holdings, unknown, group)
     chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
-    packed = iter(reduced([offer.parts[name].packed() for offer, names, _ in chosen for name in names], group))
+    together = iter(reduced([offer.parts[name].packed() for offer, names, _ in chosen for name in names], group))
     return [
-        Merged(offer, {name: offer.parts[name].result(next(packed)) for name in names}, left_out)
+        Merged(offer, {name: offer.parts[name].result(next(together)) for name in names}, left_out)
         for offer, names, left_out in chosen
     ]
+
+
+def _find_owners(
+    headers: Sequence[Header], holdings: Mapping[str, Holding], unknown: Mapping[str, str], group: Group
+) -> None:
+    """Find who counts what where a rank does not know that yet: one collective for all metrics."""
+    asked = sorted({name for other in headers for name in other["unknown"]})
+    asked = [name for name in asked if all(name in other["rooms"] for other in headers)]
+    if not asked:
+        return
+    own = {name: unknown.get(name) or holdings[name].text() for name in asked}
+    room = sum(max(other["rooms"][name] for other in headers) + 2 * len(name) + 16 for name in asked)
+    texts = gathered("{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in own.items()) + "}", room, group)
+    found = [json.loads(each) for each in texts]
+    for name in asked:
+        holdings[name].ownership = Ownership.of([each[name] for each in found], group.ranks, group.place)
 
 
 def turn_to(group: Group, offers: Iterable[Offer]) -> None:
@@ -155,4 +173,7 @@ def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[list[s
                     name,
                     f"{key} is {first.get(key)!r} on rank {group.ranks[0]} and {theirs.get(key)!r} on rank {rank}",
                 )
-    return [name for name in sorted(offer.parts) if name not in left_out], left_out
+    names = [name for name in sorted(offer.parts) if name not in left_out]
+    for name in names:
+        offer.parts[name].hear([window["told"][name] for window in found])
+    return names, left_out

@@ -15,7 +15,7 @@ from lipcore.distributed.partners import Partners
 from lipcore.metric.merging import merge_open
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Metric, Needs, PlanLine
-from lipcore.metric.rank_part import Holding, RankPart
+from lipcore.metric.rank_part import FSDP1_PIECES, Holding, RankPart
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_same
 from lipcore.models.arguments import check_count
@@ -33,7 +33,7 @@ from lipcore.trajectory.parameters import (
     of_modules,
     values_of,
 )
-from lipcore.trajectory.rank_part import FSDP1_PIECES, TrajectoryPart, part_of
+from lipcore.trajectory.rank_part import TrajectoryPart, part_of
 from lipcore.trajectory.results import add_quantities, plan_lines
 from lipcore.trajectory.saved import prepared_loads
 from lipcore.trajectory.single_steps import SingleSteps

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lipcore.distributed.packed import Packed
+from lipcore.distributed.packed import Packed, Together
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import Level, MetricResult
 from lipcore.trajectory.building import Built
@@ -16,11 +16,6 @@ from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.whole import PathSoFar, Place, Whole, places_of
-
-FSDP1_PIECES = (
-    "the parameters of FullyShardedDataParallel (FSDP1) are pieces of flat tensors that do not say where they belong, "
-    "so their numbers cannot be merged over ranks; use torch.distributed.fsdp.fully_shard()"
-)
 
 
 @dataclass
@@ -65,10 +60,10 @@ class TrajectoryPart(RankPart):
                 spread.paths[i] = self.own_paths[name, level]
         return spread.packed()
 
-    def result(self, packed: Packed) -> MetricResult:
+    def result(self, together: Together) -> MetricResult:
         """Return the numbers of whole parameters."""
         places, wanted = self._places, frozenset(self.agreed["quantities"])
-        sums = ShardSums.of_packed(packed, self.agreed["gradients"])
+        sums = ShardSums.of_packed(together, self.agreed["gradients"])
         whole = Whole(sums, places, self.agreed["end"], self.before, self._alone(places))
         after = whole.add_to(self.empty, wanted, self.agreed["length"])
         if not self.open:

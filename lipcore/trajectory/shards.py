@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lipcore.distributed.packed import Packed
+from lipcore.distributed.packed import Together
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.whole import Whole, places_of
@@ -46,6 +46,6 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
     largest = [torch.stack(tensors).amax(dim=0) for tensors in zip(*(part.largest for part in parts), strict=True)]
     result = MetricResult("trajectory", every_steps=first["every_steps"], shards=len(summaries))
     length = "path_length" if first["every_steps"] == 1 else "chord_length"
-    whole = Whole(ShardSums.of_packed(Packed(sums, largest), []), places, len(first["steps"]))
+    whole = Whole(ShardSums.of_packed(Together(sums, largest), []), places, len(first["steps"]))
     whole.add_to(result, frozenset(first["quantities"]), length)
     return result

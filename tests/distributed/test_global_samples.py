@@ -1,0 +1,86 @@
+"""Per-sample norms and the noise scale of all ranks against one process in float64 that takes every sample by itself:
+each situation is right to 1e-7, or refused by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from rank_runs import Found, run_situations
+from sample_situations import situations
+
+RIGHT = {
+    2: (
+        *("ddp", "summed_loss", "unequal_batches", "one_sample_each", "empty_rank", "accumulated"),
+        *("fsdp2", "fsdp2_unequal", "independent_for_themselves"),
+    ),
+    4: ("hsdp", "subgroups"),
+}
+#: Norms are right; of the noise scale this is said.
+WITHOUT_NOISE = {
+    2: {
+        "reduced_by_hand": r"other gradients of parameters that they hold alike when the backward pass is over",
+        "module_inside": r"no DistributedDataParallel and not fully_shard\(\)ed here, .* pass the wrapped module",
+        "communication_hook": r"the DistributedDataParallel was given a rule of its own by which gradients are reduced",
+        "other_divisor": r"the fully_shard\(\)ed model was given a rule of its own by which gradients are reduced",
+    },
+    4: {
+        "group_of_some": r"the mean over ranks 0, 1, 2, 3, and the window is that of ranks (0, 1|2, 3); pass .* group="
+    },
+}
+#: What the error says, on both ranks.
+REFUSED = {
+    "independent": r"ValueError: parameter 'a.weight' has other values on rank 1 than on rank 0, .* group=",
+    "joined": r"RuntimeError: .* at different places: rank . is at step [48], .*; rank . is at step [48], .* 1 to 4",
+}
+
+
+def named(table: Any) -> list[Any]:
+    return [
+        pytest.param(ranks, name, marks=[pytest.mark.ci] if ranks > 2 else [], id=name)
+        for ranks, names in table.items()
+        for name in names
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: Any) -> dict[int, Found]:
+    """What every rank has found, by number of ranks."""
+    return {}
+
+
+def found_of(runs: dict[int, Found], ranks: int, name: str, tmp_path_factory: Any) -> list[Any]:
+    if ranks not in runs:
+        runs[ranks] = run_situations(tmp_path_factory.mktemp("ranks"), "sample_situations", ranks)
+    return runs[ranks][name]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_situation_is_in_the_table(ranks: int) -> None:
+    names = [name for name, *_ in situations(ranks)]
+    assert sorted(names) == sorted([*RIGHT[ranks], *WITHOUT_NOISE[ranks], *(REFUSED if ranks == 2 else ())])
+
+
+@pytest.mark.parametrize(("ranks", "name"), named(RIGHT))
+def test_right(runs: dict[int, Found], ranks: int, name: str, tmp_path_factory: Any) -> None:
+    for numbers in found_of(runs, ranks, name, tmp_path_factory):
+        assert isinstance(numbers, dict), numbers
+        assert not numbers["absent"]
+        assert set(numbers["scopes"]) == {"rank" if "themselves" in name else "global"}
+        assert numbers["error"] <= 1e-7, numbers["where"]
+        assert all(not details.get("noise_scale_skipped") for details in numbers["details"])
+
+
+@pytest.mark.parametrize(("ranks", "name"), named(WITHOUT_NOISE))
+def test_norms_without_a_noise_scale(runs: dict[int, Found], ranks: int, name: str, tmp_path_factory: Any) -> None:
+    for numbers in found_of(runs, ranks, name, tmp_path_factory):
+        assert isinstance(numbers, dict), numbers
+        assert re.search(WITHOUT_NOISE[ranks][name], numbers["said"]), numbers["said"]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(runs: dict[int, Found], name: str, tmp_path_factory: Any) -> None:
+    for error in found_of(runs, 2, name, tmp_path_factory):
+        assert isinstance(error, str), error
+        assert re.search(REFUSED[name], error), error
