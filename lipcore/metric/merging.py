@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Header
@@ -43,6 +44,15 @@ class Offer:
         }
 
 
+class Withdrawn(NamedTuple):
+    """Numbers of a metric over a window that has been merged, which have turned out to be wrong on a rank."""
+
+    metric: str
+    first_step: int
+    last_step: int
+    why: str
+
+
 @dataclass
 class Merged:
     """One window of all ranks."""
@@ -52,13 +62,22 @@ class Merged:
     left_out: dict[str, str]
 
 
-def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequence[Offer]) -> list[Merged]:
-    """Return the windows that all ranks offer, oldest first; the newest is among them. A collective: all ranks call it.
+def merge(
+    partners: Partners,
+    group: Group,
+    what: str,
+    step: int,
+    offers: Sequence[Offer],
+    withdrawn: Sequence[Withdrawn] = (),
+) -> tuple[list[Merged], list[Withdrawn]]:
+    """Return the windows that all ranks offer, oldest first, the newest among them; and what ranks have to take back of
+    windows that were merged before. A collective: all ranks call it.
 
     Args:
         what: for which call, in words.
         step: the number of steps that this rank has made.
         offers: the windows that wait, oldest first.
+        withdrawn: what this rank has to take back.
 
     Raises:
         RuntimeError: a rank has not come, or is elsewhere. No collective was started.
@@ -71,16 +90,18 @@ def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequen
     rooms = {name: holding.room for name, holding in holdings.items()}
     header: Header = {"version": _VERSION, "windows": [offer.header() for offer in offers]}
     header |= {"call": what.partition(" ")[0], "unknown": sorted(unknown), "rooms": rooms}
+    header["withdrawn"] = [list(each) for each in withdrawn]
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
     headers = partners.meet(group, what, step, header)
     _check_same(what, headers, group)
     _find_owners(headers, holdings, unknown, group)
     chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
     together = iter(reduced([offer.parts[name].packed() for offer, names, _ in chosen for name in names], group))
-    return [
+    merged = [
         Merged(offer, {name: offer.parts[name].result(next(together)) for name in names}, left_out)
         for offer, names, left_out in chosen
     ]
+    return merged, list(dict.fromkeys(Withdrawn(*each) for other in headers for each in other["withdrawn"]))
 
 
 def _find_owners(
@@ -117,7 +138,7 @@ def merge_open(
         name: of the metric.
     """
     offer = Offer(*steps, *(({}, {name: part}) if isinstance(part, str) else ({name: part}, {})))
-    (merged,) = merge(partners, group, what, step, [offer])
+    ((merged,), _) = merge(partners, group, what, step, [offer])
     if merged.left_out:
         raise ValueError(merged.left_out[name])
     return merged.results[name]

@@ -104,7 +104,7 @@ class Metric(ABC):
         {
             *("__init__", "update", "compute", "reset", "close", "state_dict", "load_state_dict", "rebind", "merge"),
             *("sync", "rebase", "set_reference", "advance", "drain", "observe_gradients", "set_ids", "bind"),
-            *("weighted_sum", "gram"),
+            *("weighted_sum", "gram", "sync_scores"),
         }
     )
 

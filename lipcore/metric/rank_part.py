@@ -69,14 +69,11 @@ class RankPart(ABC):
     Attributes:
         agreed: what has to be the same on all ranks, JSON-ready.
         holding: the parameters that it is about; None where it is about none.
-        told: what else the other ranks are to know, JSON-ready; most often the same on all of them, since ranks read
-            each other's words only where they differ.
         withdrawn: why its numbers have turned out to be wrong since the window closed; "" where they have not.
     """
 
     agreed: dict[str, Any]
     holding: Holding | None
-    told: dict[str, Any] = {}  # noqa: RUF012
     withdrawn: str = ""
 
     @property
@@ -91,6 +88,12 @@ class RankPart(ABC):
     @abstractmethod
     def result(self, together: Together) -> MetricResult:
         """Return the metric's numbers, from the parts of all ranks together."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Words for the other ranks beside `agreed`, JSON-ready; most often the same on all ranks, which read each
+        other's only where they differ."""
+        return {}
 
     def hear(self, told: Sequence[dict[str, Any]]) -> None:  # noqa: B027
         """Take what the ranks have told, in their order, this one included; called before packed()."""

@@ -17,6 +17,8 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
+from lipcore.distributed.group import AUTO
+from lipcore.distributed.partners import Partners
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.blocks import BlockWindow
 from lipcore.metric.hook_warnings import warn_in_hook
@@ -39,7 +41,9 @@ from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
 from lipcore.per_sample.noise.shared_gradient import SharedGradient
 from lipcore.per_sample.open_step import OpenStep, PassNumbers, take_in
 from lipcore.per_sample.results import add_noise
-from lipcore.per_sample.scores.score_columns import Scores
+from lipcore.per_sample.scores.rank_scores import scores_of_all
+from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.scores.score_columns import ScoreColumns, Scores
 from lipcore.per_sample.show import shown
 from lipcore.per_sample.total import total_of
 from lipcore.per_sample.unproved import Unproved
@@ -412,6 +416,24 @@ class PerSampleMetric(StandaloneMetric):
         if not self._takes_ids:
             self._takes_ids = True
             self._renew_sink()
+
+    def sync_scores(self, group: Any = AUTO, *, timeout: float = 60) -> Any:
+        """Return :attr:`scores` with what all ranks of a group have observed; those of each rank stay as they are.
+        Every rank of the group calls it at the same step. A sample that several ranks have seen counts once for each.
+
+        Args:
+            group: "auto" for the default process group, where there is one; a ProcessGroup or a DeviceMesh.
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            RuntimeError: a rank has not come in time, or is at another step. No collective was started.
+            ValueError: ranks are at different calls.
+        """
+        partners = Partners(group, timeout)
+        several = not isinstance(self.scores, SampleScores)
+        own = list(self.scores) if several else [self.scores]
+        found = scores_of_all(partners, own, f"{self.name}.sync_scores()", self._steps)
+        return ScoreColumns.of(found) if several else found[0]
 
     def set_loss(self, loss: Tensor) -> None:
         r"""Read from a loss's own graph what it was divided by; call it before ``loss.backward()``, in every

@@ -46,12 +46,13 @@ class PerSamplePart(RankPart):
     dropped: int
     noise: RankNoise | None
     empty: MetricResult
-    told: dict[str, Any] = field(init=False)
+    heard: dict[str, list[str]] = field(default_factory=dict)  #: reasons of all ranks
 
-    def __post_init__(self) -> None:
-        self.told = {name: sorted(self.details[name]) for name in COUNTS}
-        self.told |= {"noise": self.noise.told if self.noise is not None else {}}
-        self._heard: dict[str, list[str]] = {}
+    @property
+    def told(self) -> dict[str, Any]:
+        """Reasons on this rank, and how far it knows the noise scale's averages."""
+        reasons: dict[str, Any] = {name: sorted(self.details[name]) for name in COUNTS}
+        return reasons | {"noise": self.noise.told if self.noise is not None else {}}
 
     @property
     def nbytes(self) -> int:
@@ -60,7 +61,7 @@ class PerSamplePart(RankPart):
 
     def hear(self, told: Sequence[dict[str, Any]]) -> None:
         """Take the reasons of all ranks."""
-        self._heard = {name: sorted({reason for each in told for reason in each[name]}) for name in COUNTS}
+        self.heard = {name: sorted({reason for each in told for reason in each[name]}) for name in COUNTS}
         if self.noise is not None:
             self.noise.hear([each["noise"] for each in told])
 
@@ -90,7 +91,7 @@ class PerSamplePart(RankPart):
         largest = [self.distributions.largest(where, len(place) + 1)]
         if self._noise is not None:
             largest.append(self._noise.largest())
-        found = [float(self.details[name].get(why, 0)) for name in COUNTS for why in self._heard[name]]
+        found = [float(self.details[name].get(why, 0)) for name in COUNTS for why in self.heard[name]]
         counts = torch.tensor([float(self.dropped), *found], dtype=torch.float64, device="cpu")
 
         def sums(most: list[Tensor]) -> list[Tensor]:
@@ -105,12 +106,12 @@ class PerSamplePart(RankPart):
         numbers = iter(counts.long().tolist())
         result.details["dropped_samples"] = next(numbers)
         for name in COUNTS:
-            found = {why: next(numbers) for why in self._heard[name]}
+            found = {why: next(numbers) for why in self.heard[name]}
             if found or name == "unrecorded":
                 result.details[name] = found
-        result.details["proved"] = not self._heard["not_proved"]
+        result.details["proved"] = not self.heard["not_proved"]
         distributions = distributions_of(largest[0], sums[:2])
-        layers, doubt = self._all_layers, next(iter(self._heard["not_proved"]), "")
+        layers, doubt = self._all_layers, next(iter(self.heard["not_proved"]), "")
         total = self.total
         if not self._on_all_ranks:
             distributions, total = distributions[:-1], ""

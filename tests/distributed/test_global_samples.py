@@ -10,10 +10,11 @@ import pytest
 from rank_runs import Found, run_situations
 from sample_situations import situations
 
+pytestmark = pytest.mark.ci
 RIGHT = {
     2: (
         *("ddp", "summed_loss", "unequal_batches", "one_sample_each", "empty_rank", "accumulated"),
-        *("fsdp2", "fsdp2_unequal", "independent_for_themselves"),
+        *("fsdp2", "fsdp2_unequal", "independent_for_themselves", "pipeline"),
     ),
     4: ("hsdp", "subgroups"),
 }
@@ -29,6 +30,12 @@ WITHOUT_NOISE = {
         "group_of_some": r"the mean over ranks 0, 1, 2, 3, and the window is that of ranks (0, 1|2, 3); pass .* group="
     },
 }
+#: Norms that a rank cannot know: the other ranks' windows say so.
+LEFT_OUT = {
+    "tensor_parallel": r"module 'a' \(Linear\): a DTensor \(tensor parallel\) has no per-sample gradients on one rank",
+    "context_parallel": r"exchanges activations with other ranks \(tensor, sequence, context or expert parallelism\)",
+}
+OTHERS = {"scores_by_id", "taken_back"}
 #: What the error says, on both ranks.
 REFUSED = {
     "independent": r"ValueError: parameter 'a.weight' has other values on rank 1 than on rank 0, .* group=",
@@ -37,11 +44,7 @@ REFUSED = {
 
 
 def named(table: Any) -> list[Any]:
-    return [
-        pytest.param(ranks, name, marks=[pytest.mark.ci] if ranks > 2 else [], id=name)
-        for ranks, names in table.items()
-        for name in names
-    ]
+    return [pytest.param(ranks, name, id=name) for ranks, names in table.items() for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +62,8 @@ def found_of(runs: dict[int, Found], ranks: int, name: str, tmp_path_factory: An
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_every_situation_is_in_the_table(ranks: int) -> None:
     names = [name for name, *_ in situations(ranks)]
-    assert sorted(names) == sorted([*RIGHT[ranks], *WITHOUT_NOISE[ranks], *(REFUSED if ranks == 2 else ())])
+    of_two = [*REFUSED, *LEFT_OUT, *OTHERS] if ranks == 2 else []
+    assert sorted(names) == sorted([*RIGHT[ranks], *WITHOUT_NOISE[ranks], *of_two])
 
 
 @pytest.mark.parametrize(("ranks", "name"), named(RIGHT))
@@ -84,3 +88,24 @@ def test_refused(runs: dict[int, Found], name: str, tmp_path_factory: Any) -> No
     for error in found_of(runs, 2, name, tmp_path_factory):
         assert isinstance(error, str), error
         assert re.search(REFUSED[name], error), error
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_left_out(runs: dict[int, Found], name: str, tmp_path_factory: Any) -> None:
+    for numbers in found_of(runs, 2, name, tmp_path_factory):
+        assert isinstance(numbers, dict), numbers
+        assert re.search(LEFT_OUT[name], numbers["said"]), numbers["said"]
+
+
+def test_scores_of_all_ranks(runs: dict[int, Found], tmp_path_factory: Any) -> None:
+    for numbers in found_of(runs, 2, "scores_by_id", tmp_path_factory):
+        assert isinstance(numbers, dict), numbers
+        assert numbers["error"] <= 1e-7
+
+
+def test_all_ranks_take_back_what_one_takes_back(runs: dict[int, Found], tmp_path_factory: Any) -> None:
+    for numbers in found_of(runs, 2, "taken_back", tmp_path_factory):
+        assert isinstance(numbers, dict), numbers
+        assert "a later proof failed: a test" in numbers["off"]
+        assert "a later proof failed: a test" in numbers["first"]
+        assert numbers["nan"]

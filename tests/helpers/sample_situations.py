@@ -11,11 +11,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rank_situations import STEPS, WINDOW, Data, data_of, fsdp, made
+from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lipcore import Monitor, PerSampleGradNorms
+from lipcore import Monitor, PerSampleGradNorms, Trajectory
 from lipcore.metric.distribution import Distribution
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 
@@ -338,6 +338,145 @@ def joined(rank: int, world: int) -> Any:
         return monitor.global_window()
 
 
+def pipeline(rank: int, world: int) -> dict[str, Any]:
+    """Two stages as a schedule runs them; each knows the norms of its own layers."""
+    whole = made()
+    stage = [nn.Sequential(whole.a, nn.Tanh(), whole.b), nn.Sequential(whole.c)][rank]
+    data = data_of([0])
+    expected = []
+    for numbers in Truth(made()).windows(data):
+        at = {"a": "stages.0.0", "b": "stages.0.2", "c": "stages.1.0"}
+        split = {key.rpartition("/"): value for key, value in numbers.items() if "/norm." in key}
+        expected.append({f"{key}/{at[place]}": v for (key, _, place), v in split.items() if place in at})
+    optimizer, monitor = monitored(stage, prefix=f"stages.{rank}")
+    found = []
+    with monitor:
+        for x, y in data[0]:
+            optimizer.zero_grad()
+            if rank == 0:
+                sent = stage(x)
+                dist.send(sent.detach(), 1)
+                dist.recv(grad := torch.empty_like(sent), 1)
+                sent.backward(grad)
+            else:
+                dist.recv(received := torch.empty(len(x), 5, dtype=torch.float64), 0)
+                mean_loss(stage(torch.tanh(received.requires_grad_())), y).backward()
+                dist.send(received.grad, 0)
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+    for window in found:
+        assert not any(place.startswith("total") for place in window[NAME].norm)
+        assert "hold other layers" in window[NAME].details["total_off"]
+        assert "noise_scale_off" in window[NAME].details
+    return compared(found, expected)
+
+
+def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
+    model = planned(made(Columns), init_device_mesh("cpu", (world,)))
+    optimizer, monitor = monitored(model, metrics=[PerSampleGradNorms(loss_reduction="mean"), Trajectory()])
+    return stopped(monitor, model, optimizer, data_of([0])[0])
+
+
+class Exchanging(nn.Module):
+    """Half of each sequence on each rank; tokens see those of the other half."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_reduce
+
+        hidden = torch.tanh(self.a(x))
+        return self.b(hidden + all_reduce(hidden)).sum(1)
+
+
+def context_parallel(rank: int, world: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    model = DDP(Exchanging().double())
+    optimizer, monitor = monitored(model, metrics=[PerSampleGradNorms(loss_reduction="mean"), Trajectory()])
+    data = [(torch.randn(3, 4, 6).double(), torch.randn(3, 1).double()) for _ in range(WINDOW)]
+    return stopped(monitor, model, optimizer, data)
+
+
+def stopped(monitor: Monitor, model: Any, optimizer: Any, data: Data) -> dict[str, Any]:
+    """Train on, whatever the metric says, and return why it is not in the window of all ranks."""
+    for x, y in data[:WINDOW]:
+        optimizer.zero_grad()
+        mean_loss(model(x), y).backward()
+        optimizer.step()
+    try:
+        monitor.close()
+    except ValueError:
+        monitor.close()
+    window = monitor.global_window()
+    assert window is not None
+    assert NAME not in window
+    return {"said": window.off[NAME]}
+
+
+def scores_by_id(rank: int, world: int) -> dict[str, Any]:
+    """Of some samples both ranks have a value; what each has observed stays as it is."""
+    model = DDP(made())
+    metric = PerSampleGradNorms(loss_reduction="mean")
+    optimizer, monitor = monitored(model, metrics=[metric])
+    all_values: dict[int, list[float]] = {}
+    twin = Truth(made())
+    batches = data_of(range(world), {0: 2, 1: 5})
+    with monitor:
+        for step in range(3):
+            for other, data in enumerate(batches):
+                grads, _ = twin._samples([data], step)
+                for i, norm in zip(ids_of(other, step, len(data[step][0])), _per_layer(twin.model, grads)[:, -1].sqrt(),
+                                   strict=True):  # fmt: skip
+                    all_values.setdefault(i, []).append(float(norm))
+            x, y = batches[rank][step]
+            metric.set_ids(ids_of(rank, step, len(x)))
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+            twin.model.load_state_dict(model.module.state_dict())
+        before = metric.scores.to_numpy()
+        found = metric.sync_scores()
+        assert all((before[key] == after).all() for key, after in metric.scores.to_numpy().items())
+    ids = sorted(all_values)
+    assert found.to_numpy()["ids"].tolist() == ids
+    statistics = found.lookup(ids)
+    assert statistics.count.tolist() == [len(all_values[i]) for i in ids]
+    errors = [abs(a - sum(all_values[i]) / len(all_values[i])) / a for i, a in zip(ids, statistics.mean, strict=True)]
+    errors += [abs(a - max(all_values[i])) / a for i, a in zip(ids, statistics.max, strict=True)]
+    return {"error": float(max(errors))}
+
+
+def ids_of(rank: int, step: int, size: int) -> list[int]:
+    return [10 * step + 3 * rank + i for i in range(size)]
+
+
+def taken_back(rank: int, world: int) -> dict[str, Any]:
+    """A proof fails on rank 1 after a window was merged, and after another one has closed."""
+    model = DDP(made())
+    optimizer, monitor = monitored(model)
+    data, metric = data_of(range(world))[rank], monitor.metrics[NAME]
+    with monitor:
+        for step, (x, y) in enumerate(data):
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            metric._unproved.tapped = True  # as between two proofs
+            if step == WINDOW + 1:
+                first = monitor.global_window()
+                assert first is not None
+                assert first[NAME].norm["total"].mean.valid
+            optimizer.step()
+        if rank == 1:
+            metric.observe_proof("a test", served=False)
+        second = monitor.global_window()
+    assert second is not None
+    assert first is not None
+    return {"off": second.off.get(NAME, ""), "first": first[NAME].details.get("withdrawn", ""),
+            "nan": math.isnan(first[NAME].norm["total"].mean.value)}  # fmt: skip
+
+
 def quiet(work: Callable[[int, int], Any]) -> Callable[[int, int], Any]:
     def run(rank: int, world: int) -> Any:
         with warnings.catch_warnings():
@@ -351,6 +490,6 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     """Name, ranks and work of each that needs so many."""
     two = (ddp, summed_loss, unequal_batches, one_sample_each, empty_rank, accumulated, fsdp2, fsdp2_unequal,
            reduced_by_hand, module_inside, communication_hook, other_divisor, independent, independent_for_themselves,
-           joined)  # fmt: skip
+           joined, pipeline, tensor_parallel, context_parallel, scores_by_id, taken_back)  # fmt: skip
     for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

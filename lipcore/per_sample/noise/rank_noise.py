@@ -78,8 +78,8 @@ class RankNoise:
     def hear(self, told: Sequence[dict[str, Any]]) -> None:
         """Take what the ranks have told."""
         self.reasons = sorted({reason for each in told for reason in each["reasons"]})
-        if any(each["averages"] != self.begin for each in told):
-            self.so_far.end = -1  # on all ranks or on none
+        if len({each["averages"] for each in told}) > 1:
+            self.so_far.end = -1  # all ranks begin anew
 
     def largest(self) -> Tensor:
         """Return why steps are left out, [steps]: 0, or 1 + the number of a reason."""
