@@ -181,6 +181,9 @@ def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[list[s
     for rank, window in zip(group.ranks, found, strict=True):
         for name, why in window["left_out"].items():
             left_out.setdefault(name, why if name in offer.left_out else f"on rank {rank}: {why}")
+    for name, part in offer.parts.items():
+        if name not in left_out and (why := part.refused()):
+            left_out[name] = why
     for name in sorted({name for window in found for name in window["parts"]}):
         first = found[0]["parts"].get(name)
         for rank, window in zip(group.ranks, found, strict=True):

@@ -81,6 +81,11 @@ class RankPart(ABC):
     def nbytes(self) -> int:
         """Bytes that it keeps, about."""
 
+    def refused(self) -> str:
+        """Return why what the ranks hold cannot be merged for this metric, from the ownership alone; "" where it
+        can."""
+        return ""
+
     @abstractmethod
     def packed(self) -> Packed:
         """Return what this rank adds; the shapes follow from `agreed` and the ownership alone."""
