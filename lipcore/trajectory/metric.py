@@ -662,8 +662,8 @@ class Trajectory(Metric):
         parallelism and all of these together). Every rank of the group calls it at the same step and gets the same
         numbers. What several ranks hold alike counts once.
 
-        No rank starts a collective before all have come. The window must fit the `ring`, since only the squares of
-        single steps add up over shards.
+        No rank starts a collective before all have come. Of a window that is longer than the `ring` the steps before
+        are kept beside it, up to 64 MiB, since only the squares of single steps add up over shards.
 
         Args:
             group: "auto" for the default process group; a ProcessGroup or a DeviceMesh.
@@ -671,7 +671,7 @@ class Trajectory(Metric):
 
         Raises:
             RuntimeError: torch.distributed is not initialised; a rank has not come in time, or is at another step.
-            ValueError: the window is longer than the ring; ranks have other windows; their parameters are not parts of
+            ValueError: steps of the window are gone; ranks have other windows; their parameters are not parts of
                 one model.
         """
         self._require_bound()
