@@ -117,6 +117,8 @@ def _find_owners(
     texts = gathered("{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in own.items()) + "}", room, group)
     found = [json.loads(each) for each in texts]
     for name in asked:
+        # So that later headers are the same on all ranks, which then need not read each other's.
+        holdings[name].room = max(other["rooms"][name] for other in headers)
         holdings[name].ownership = Ownership.of([each[name] for each in found], group.ranks, group.place)
 
 
