@@ -577,8 +577,8 @@ class PerSampleMetric(StandaloneMetric):
         self._steps, self._dropped = steps, dropped
         self._mark()
         self._renew_sink()
-        if self._shared is not None:
-            self._shared.interrupt("the window began before a state was loaded, which holds no single steps")
+        if self._shared is not None and self._noise is not None:
+            self._shared.load(self._steps, bool(self._noise.steps))
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
 

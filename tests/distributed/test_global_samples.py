@@ -15,6 +15,7 @@ RIGHT = {
     2: (
         *("ddp", "summed_loss", "unequal_batches", "one_sample_each", "empty_rank", "accumulated"),
         *("fsdp2", "fsdp2_unequal", "independent_for_themselves", "pipeline"),
+        *("every_second_step", "late_call"),
     ),
     4: ("hsdp", "subgroups"),
 }
@@ -35,7 +36,7 @@ LEFT_OUT = {
     "tensor_parallel": r"module 'a' \(Linear\): a DTensor \(tensor parallel\) has no per-sample gradients on one rank",
     "context_parallel": r"exchanges activations with other ranks \(tensor, sequence, context or expert parallelism\)",
 }
-OTHERS = {"scores_by_id", "taken_back"}
+OTHERS = {"scores_by_id", "taken_back", "left_over", "counted"}
 #: What the error says, on both ranks.
 REFUSED = {
     "independent": r"ValueError: parameter 'a.weight' has other values on rank 1 than on rank 0, .* group=",
@@ -109,3 +110,18 @@ def test_all_ranks_take_back_what_one_takes_back(runs: dict[int, Found], tmp_pat
         assert "a later proof failed: a test" in numbers["off"]
         assert "a later proof failed: a test" in numbers["first"]
         assert numbers["nan"]
+
+
+def test_a_step_that_is_wrong_on_one_rank_is_left_out_on_all(runs: dict[int, Found], tmp_path_factory: Any) -> None:
+    first, second = found_of(runs, 2, "left_over", tmp_path_factory)
+    assert isinstance(first, dict), first
+    assert "gradients were there already" in first["said"]
+    assert first == second
+
+
+def test_collectives(runs: dict[int, Found], tmp_path_factory: Any) -> None:
+    for counts in found_of(runs, 2, "counted", tmp_path_factory):
+        assert isinstance(counts, dict), counts
+        assert counts["training"] == counts["plain"]
+        assert counts["first"] == 3  # who owns what, maxima, sums
+        assert counts["second"] == 2

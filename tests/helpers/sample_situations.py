@@ -15,8 +15,9 @@ from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, p
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lipcore import Monitor, PerSampleGradNorms, Trajectory
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
 from lipcore.metric.distribution import Distribution
+from lipcore.models.torch_internals import TorchDispatchMode
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 
 NAME = "per_sample_grad_norm"
@@ -39,10 +40,11 @@ class Truth:
     Args:
         reduction: "mean" divides the samples of a rank by their number, and the sum over ranks by theirs.
         micro: micro-batches per step, each a batch of the data.
+        every: steps of which one is recorded.
     """
 
-    def __init__(self, model: nn.Module, reduction: str = "mean", micro: int = 1) -> None:
-        self.model, self.reduction, self.micro = model, reduction, micro
+    def __init__(self, model: nn.Module, reduction: str = "mean", micro: int = 1, every: int = 1) -> None:
+        self.model, self.reduction, self.micro, self.every = model, reduction, micro, every
         self.noise = NoiseScale(len(LAYERS) + 1)
 
     def windows(self, batches: Sequence[Data]) -> list[dict[str, float]]:
@@ -53,10 +55,12 @@ class Truth:
         for step in range(steps):
             grads, weights = self._samples(batches, step)
             squares = _per_layer(self.model, grads)
+            recorded = step % self.every == 0
             for place, row in zip(norms, squares.sqrt().unbind(1), strict=True):
-                place.observe(row)
+                place.observe(row[: len(row) * recorded])
             gradient = [sum(w * g[i] for w, g in zip(weights, grads, strict=True)) for i in range(len(grads[0]))]
-            self._observe(squares, torch.tensor(weights, dtype=torch.float64), gradient)
+            if recorded:
+                self._observe(squares, torch.tensor(weights, dtype=torch.float64), gradient)
             for parameter, grad in zip(self.model.parameters(), gradient, strict=True):
                 parameter.grad = grad
             optimizer.step()
@@ -205,6 +209,85 @@ def accumulated(rank: int, world: int) -> dict[str, Any]:
             if (window := monitor.global_window()) is not None:
                 found.append(window)
     return compared(found, expected)
+
+
+def every_second_step(rank: int, world: int) -> dict[str, Any]:
+    expected = Truth(made(), every=2).windows(data_of(range(world)))
+    metric = PerSampleGradNorms(loss_reduction="mean", every_steps=2)
+    return compared(merged(DDP(made()), data_of(range(world))[rank], metrics=[metric]), expected)
+
+
+def late_call(rank: int, world: int) -> dict[str, Any]:
+    """All windows are merged by one call at the end."""
+    expected = Truth(made()).windows(data_of(range(world)))
+    model = DDP(made())
+    optimizer, monitor = monitored(model)
+    with monitor:
+        for x, y in data_of(range(world))[rank]:
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+        monitor.global_window()
+    return compared(list(monitor.global_history), expected)
+
+
+def left_over(rank: int, world: int) -> dict[str, Any]:
+    """In the third step rank 1 begins with gradients of the second."""
+    model = DDP(made())
+    optimizer, monitor = monitored(model)
+    with monitor:
+        for step, (x, y) in enumerate(data_of(range(world))[rank][:WINDOW]):
+            if step != 2 or rank == 0:
+                optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+        found = monitor.global_window()
+    assert found is not None
+    result = found[NAME]
+    assert result.norm["total"].mean.count == 3 * world * WINDOW
+    assert result.noise_scale["total"].mean.count == WINDOW - 1
+    ((why, count),) = result.details["noise_scale_skipped"].items()
+    assert count == result.skipped_steps["total"].sum.value == 1
+    return {"said": why, "value": result.gradient_sq["total"].mean.value}
+
+
+def counted(rank: int, world: int) -> dict[str, Any]:
+    """Collectives of training steps and of global_window(), with three metrics."""
+    model = DDP(made())
+    metrics = [PerSampleGradNorms(loss_reduction="mean"), Trajectory(), Lipschitz()]
+    optimizer, monitor = monitored(model, metrics=metrics)
+    data, found = data_of(range(world))[rank], {}
+
+    def train(steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            mean_loss(model(data[step][0]), data[step][1]).backward()
+            optimizer.step()
+
+    with monitor:
+        found["training"] = collectives(lambda: train(range(WINDOW)))
+        found["first"] = collectives(monitor.global_window)
+        train(range(WINDOW, STEPS))
+        found["second"] = collectives(monitor.global_window)
+        assert len(monitor.global_history[-1]) == 3
+    twin = DDP(made())
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9)
+    model = twin
+    found["plain"] = collectives(lambda: train(range(WINDOW)))
+    return found
+
+
+def collectives(work: Callable[[], Any]) -> int:
+    class Count(TorchDispatchMode):
+        calls = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.calls += "c10d" in function.namespace
+            return function(*args, **(kwargs or {}))
+
+    with Count() as mode:
+        work()
+    return mode.calls
 
 
 def fsdp2(rank: int, world: int) -> dict[str, Any]:
@@ -487,6 +570,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     """Name, ranks and work of each that needs so many."""
     two = (ddp, summed_loss, unequal_batches, one_sample_each, empty_rank, accumulated, fsdp2, fsdp2_unequal,
            reduced_by_hand, module_inside, communication_hook, other_divisor, independent, independent_for_themselves,
-           joined, pipeline, tensor_parallel, context_parallel, scores_by_id, taken_back)  # fmt: skip
+           joined, every_second_step, late_call, left_over, counted, pipeline, tensor_parallel, context_parallel,
+           scores_by_id, taken_back)  # fmt: skip
     for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

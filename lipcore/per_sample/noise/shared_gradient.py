@@ -11,6 +11,8 @@ from lipcore.per_sample.noise.noise_sums import UNEQUAL, NoiseSums
 from lipcore.per_sample.noise.rank_noise import NoiseSoFar, RankNoise
 from lipcore.per_sample.noise.rank_steps import RankSteps
 
+_LOADED = "the window began before a state was loaded, which holds no single steps"
+
 
 class SharedGradient:
     """The gradient of a model as one rank sees it, and what it keeps for the noise scale of all.
@@ -75,6 +77,13 @@ class SharedGradient:
         if self._kept is not None:
             self._kept.take_back(reason)
         self._so_far.end = -1
+
+    def load(self, steps: int, within: bool) -> None:
+        """Go on after so many steps of a state that was loaded, `within` a window."""
+        self.reset(steps)
+        self._so_far.end = -1
+        if within:
+            self.interrupt(_LOADED)
 
     def interrupt(self, why: str) -> None:
         """Note that the open window has steps that are not kept."""
