@@ -12,9 +12,11 @@ from rank_runs import Found, run_situations
 
 pytestmark = pytest.mark.ci
 RIGHT = ("ddp", "unequal_batches", "fsdp2")
+RIGHT_ON_FOUR = ("hsdp", "subgroups", "group_of_some")
 #: What window.off says on both ranks, while other metrics are merged.
 LEFT_OUT = {
     "pipeline": r"stages of a pipeline\), and the constant of a stage is not that of the model",
+    "tensor_parallel": r"\(tensor parallel\), of which a rank has a part",
     "other_settings": r"quantity is 'scalar' on rank 0 and 'residual' on rank 1",
 }
 REFUSED = {"independent": r"ValueError: parameter 'a.weight' has other values on rank 1 than on rank 0"}
@@ -22,14 +24,16 @@ REFUSED = {"independent": r"ValueError: parameter 'a.weight' has other values on
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: Any) -> Found:
-    return run_situations(tmp_path_factory.mktemp("ranks"), "lipschitz_situations", 2)
+    of_two = run_situations(tmp_path_factory.mktemp("two"), "lipschitz_situations", 2)
+    return of_two | run_situations(tmp_path_factory.mktemp("four"), "lipschitz_situations", 4)
 
 
 def test_every_situation_is_in_the_table() -> None:
     assert sorted(name for name, *_ in situations(2)) == sorted([*RIGHT, *LEFT_OUT, *REFUSED])
+    assert sorted(name for name, *_ in situations(4)) == sorted(RIGHT_ON_FOUR)
 
 
-@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("name", [*RIGHT, *RIGHT_ON_FOUR])
 def test_right(found: Found, name: str) -> None:
     for numbers in found[name]:
         assert isinstance(numbers, dict), numbers

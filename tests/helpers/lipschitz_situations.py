@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rank_situations import STEPS, WINDOW, Data, data_of, fsdp, made
+from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
 from sample_situations import DDP, compared_numbers, mean_loss, quiet
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from lipcore import Lipschitz, Monitor, Trajectory
 from lipcore.metric.distribution import Distribution
@@ -18,16 +19,18 @@ from lipcore.metric.distribution import Distribution
 NAME, PLACE = "lipschitz", "model"
 
 
-def truth(model: nn.Module, batches: Sequence[Data], sigma: bool = True) -> list[dict[str, float]]:
-    """Numbers of every window: r, lambda and the sides of Theorem 1."""
+def truth(
+    model: nn.Module, batches: Sequence[Data], sigma: bool = True, seen: Sequence[int] = range(9)
+) -> list[dict[str, float]]:
+    """Numbers of every window: r, lambda and the sides of Theorem 1, at the samples of the `seen` ranks."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     first: Any = model.a
     found, both = [], (Distribution(), Distribution())
     for step in range(STEPS):
         optimizer.zero_grad()
-        for data in batches:
+        for rank, data in enumerate(batches):
             x, y = data[step]
-            for i in range(len(x)):
+            for i in range(len(x) if rank in seen else 0):
                 r, constant = constants_of(model, first, x[i : i + 1])
                 both[0].observe(r)
                 both[1].observe(constant)
@@ -102,6 +105,49 @@ def fsdp2(rank: int, world: int) -> dict[str, Any]:
     return compared_numbers(windows, expected)
 
 
+def hsdp(rank: int, world: int) -> dict[str, Any]:
+    expected = truth(made(), data_of(range(world)), sigma=False)
+    expected = [{key: v for key, v in each.items() if "local_lipschitz" not in key} for each in expected]
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+    return compared_numbers(merged(fsdp(made(), mesh), data_of(range(world))[rank]), expected)
+
+
+def subgroups(rank: int, world: int) -> dict[str, Any]:
+    """Two models, each on two ranks with a group of its own."""
+    halves = [list(range(world // 2)), list(range(world // 2, world))]
+    groups = [dist.new_group(half) for half in halves]
+    mine = 0 if rank in halves[0] else 1
+    expected = truth(made(seed=mine), data_of(halves[mine]))
+    model = DDP(made(seed=mine), process_group=groups[mine])
+    data = data_of(halves[mine])[halves[mine].index(rank)]
+    return compared_numbers(merged(model, data, group=groups[mine]), expected)
+
+
+def group_of_some(rank: int, world: int) -> dict[str, Any]:
+    """All ranks train one model, and windows are those of two of them."""
+    halves = [list(range(world // 2)), list(range(world // 2, world))]
+    groups = [dist.new_group(half) for half in halves]
+    mine = 0 if rank in halves[0] else 1
+    expected = truth(made(), data_of(range(world)), seen=halves[mine])
+    return compared_numbers(merged(DDP(made()), data_of(range(world))[rank], group=groups[mine]), expected)
+
+
+def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := planned(made(Columns), init_device_mesh("cpu", (world,))))
+    for x, y in data_of([0])[0][:WINDOW]:
+        optimizer.zero_grad()
+        mean_loss(model(x), y).backward()
+        optimizer.step()
+    try:
+        monitor.close()  # raises what has stopped the metric
+    except ValueError:
+        monitor.close()
+    window = monitor.global_window()
+    assert window is not None
+    assert list(window) == ["trajectory"]
+    return {"said": window.off[NAME]}
+
+
 def stage_of(rank: int) -> nn.Module:
     whole = made()
     return [nn.Sequential(whole.a, nn.Tanh(), whole.b), nn.Sequential(whole.c)][rank]
@@ -144,5 +190,6 @@ def other_settings(rank: int, world: int) -> dict[str, Any]:
 
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each."""
-    for work in (ddp, unequal_batches, fsdp2, pipeline, independent, other_settings):
+    two = (ddp, unequal_batches, fsdp2, tensor_parallel, pipeline, independent, other_settings)
+    for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

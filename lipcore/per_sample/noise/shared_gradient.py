@@ -11,6 +11,7 @@ from lipcore.per_sample.noise.noise_sums import UNEQUAL, NoiseSums
 from lipcore.per_sample.noise.rank_noise import NoiseSoFar, RankNoise
 from lipcore.per_sample.noise.rank_steps import RankSteps
 
+_GONE = "parameters have gone since the layers were tapped; call Monitor.rebind()"
 _LOADED = "the window began before a state was loaded, which holds no single steps"
 
 
@@ -96,6 +97,8 @@ class SharedGradient:
         self._ask()
         if self._kept is None or self._kept.off:
             return None, self.off if self._kept is None else self._kept.off
+        if len(names) != len(self._layers):
+            return None, _GONE
         table = self._kept.table()
         numbers = (names, self._places, self.begin, steps, len(self.averaged), self._so_far)
         return RankNoise(table, self._layers, *numbers), ""
