@@ -23,6 +23,7 @@ RIGHT = {
 WITHOUT_NOISE = {
     2: {
         "reduced_by_hand": r"other gradients of parameters that they hold alike when the backward pass is over",
+        "loaded_within": r"the window began before a state was loaded, which holds no single steps",
         "module_inside": r"no DistributedDataParallel and not fully_shard\(\)ed here, .* pass the wrapped module",
         "communication_hook": r"the DistributedDataParallel was given a rule of its own by which gradients are reduced",
         "other_divisor": r"the fully_shard\(\)ed model was given a rule of its own by which gradients are reduced",
@@ -82,6 +83,8 @@ def test_norms_without_a_noise_scale(runs: dict[int, Found], ranks: int, name: s
     for numbers in found_of(runs, ranks, name, tmp_path_factory):
         assert isinstance(numbers, dict), numbers
         assert re.search(WITHOUT_NOISE[ranks][name], numbers["said"]), numbers["said"]
+        assert numbers.get("error", 0.0) <= 1e-7
+        assert not numbers.get("absent")
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -231,6 +231,31 @@ def late_call(rank: int, world: int) -> dict[str, Any]:
     return compared(list(monitor.global_history), expected)
 
 
+def loaded_within(rank: int, world: int) -> dict[str, Any]:
+    """A state of the middle of a window holds no single steps; the next window is right again."""
+    expected = Truth(made()).windows(data_of(range(world)))[1]
+    model = DDP(made())
+    optimizer, monitor = monitored(model)
+    found = []
+    for step, (x, y) in enumerate(data_of(range(world))[rank]):
+        if step == 2:
+            state = monitor.state_dict()
+            monitor.close()
+            metric = PerSampleGradNorms(loss_reduction="mean")
+            monitor = Monitor(model, optimizer, metrics=[metric], window_steps=WINDOW, timeout=20)
+            monitor.load_state_dict(state)
+        optimizer.zero_grad()
+        mean_loss(model(x), y).backward()
+        optimizer.step()
+        if (window := monitor.global_window()) is not None:
+            found.append(window)
+    monitor.close()
+    first, second = found
+    assert first[NAME].norm["total"].mean.count == 3 * world * WINDOW
+    numbers = {key: value for key, value in expected.items() if ".ema" not in key}  # the averages begin anew
+    return compared_numbers([second], [numbers]) | without_noise([first])
+
+
 def left_over(rank: int, world: int) -> dict[str, Any]:
     """In the third step rank 1 begins with gradients of the second."""
     model = DDP(made())
@@ -570,7 +595,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     """Name, ranks and work of each that needs so many."""
     two = (ddp, summed_loss, unequal_batches, one_sample_each, empty_rank, accumulated, fsdp2, fsdp2_unequal,
            reduced_by_hand, module_inside, communication_hook, other_divisor, independent, independent_for_themselves,
-           joined, every_second_step, late_call, left_over, counted, pipeline, tensor_parallel, context_parallel,
-           scores_by_id, taken_back)  # fmt: skip
+           joined, every_second_step, late_call, loaded_within, left_over, counted, pipeline, tensor_parallel,
+           context_parallel, scores_by_id, taken_back)  # fmt: skip
     for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

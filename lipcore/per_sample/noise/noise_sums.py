@@ -59,6 +59,7 @@ class NoiseSums:
         self._parameters = parameters
         self.off = ""  #: why there are no estimates
         self.names = list(layer_index.layer_of)  #: of the parameters
+        self._place = {name: i for i, name in enumerate(self.names)}
         self._versions: dict[str, _Seen] = {}  # of the gradients when they were read last
         self.reset()
         self._start()
@@ -135,7 +136,6 @@ class NoiseSums:
         """Read, after a backward pass and before anything clips, the squared norm of what has accumulated so far, per
         place."""
         which, index, gradients, versions = [], [], [], {}
-        place = {name: i for i, name in enumerate(self.names)}
         # DDP writes what it has reduced over the ranks, which is a change too.
         alone = not under_process_group()
         self._hooked = False
@@ -145,7 +145,7 @@ class NoiseSums:
                 if _is_sharded(parameter.grad):
                     self.off = SHARDED
                 self._hooked |= _is_hooked(parameter)
-                which.append(place[name])
+                which.append(self._place[name])
                 index.append(self._layer_index.number[self._layer_index.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
                 if alone and _has_own_version(parameter.grad):

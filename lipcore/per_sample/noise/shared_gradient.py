@@ -33,6 +33,7 @@ class SharedGradient:
         self._model, self._sums, self._layers, self._places, self._apart = model, sums, layers, places, apart
         self._asked = False
         self._kept: RankSteps | None = None
+        self._interrupted = ""  # why the open window has steps that are not kept
         self.begin = begin
         self.averaged: tuple[int, ...] = ()  #: ranks, where there are several
         self.off = ""  #: why all ranks together have no noise scale
@@ -64,7 +65,7 @@ class SharedGradient:
 
     def reset(self, steps: int) -> None:
         """Start a new window after so many steps."""
-        self.begin = steps
+        self.begin, self._interrupted = steps, ""
         if self._kept is not None:
             self._kept.reset()
 
@@ -88,15 +89,14 @@ class SharedGradient:
 
     def interrupt(self, why: str) -> None:
         """Note that the open window has steps that are not kept."""
-        if self._kept is not None:
-            self._kept.off = why
+        self._interrupted = why
 
     def part(self, names: list[str], steps: int) -> tuple[RankNoise | None, str]:
         """Return what this rank adds to the noise scale of all after so many steps; None and why there is nothing.
         Waits for the device."""
         self._ask()
-        if self._kept is None or self._kept.off:
-            return None, self.off if self._kept is None else self._kept.off
+        if self._kept is None or self._kept.off or self._interrupted:
+            return None, self.off if self._kept is None else self._kept.off or self._interrupted
         if len(names) != len(self._layers):
             return None, _GONE
         table = self._kept.table()
