@@ -15,8 +15,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _GO, _STOP = "go", "stop: "
-_LOOK_AROUND = 0.25  # seconds between looks at what the missing ranks do
+_LOOK_AROUND = 0.25  # seconds between looks at what missing ranks do
 _LONGEST_PAUSE = 0.02  # seconds
+_MANY = 64  # ranks; of more each looks rarer, so that the store serves as many questions a second
+_LOOKED_AT = 16  # missing ranks that one rank looks at in a time; beside it others look at others
 
 Header = dict[str, Any]
 
@@ -58,8 +60,10 @@ class Meeting:
         key = f"{self._name}/{step}/{self._attempts[step]}"
         self._attempts[step] += 1
         text = json.dumps(header, sort_keys=True)
-        kind = f"{key}/of/{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        self._store.set(f"{key}/header/{self._place}", text)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        kind, words = f"{key}/of/{digest}", f"{key}/text/{digest}"
+        self._store.set(words, text)
+        self._store.append(f"{key}/came", f"{self._place}:{digest};")
         self._store.set(self._at(self._place), json.dumps({"key": key, "step": step, "what": what}))
         self._store.add(kind, 1)
         try:
@@ -73,16 +77,26 @@ class Meeting:
             raise RuntimeError(f"lipcore: {decision.removeprefix(_STOP)}")
         same = self._store.add(kind, 0) == len(self._ranks)
         self._attempts = Counter({step: self._attempts[step]})
-        self._forget(
-            [f"{key}/header/{self._place}", *([f"{key}/arrived", f"{key}/decision", kind] if self._place == 0 else [])]
-        )
-        return [header] * len(self._ranks) if same else [self._header(key, i) for i in range(len(self._ranks))]
+        of_all = [f"{key}/{what}" for what in ("arrived", "decision", "came")]
+        self._forget([words, kind, *(of_all if self._place == 0 else [])])
+        return [header] * len(self._ranks) if same else self._headers(key)
 
     def _at(self, place: int) -> str:
         return f"{self._name}/at/{place}"
 
-    def _header(self, key: str, place: int) -> Header:
-        return json.loads(self._store.get(f"{key}/header/{place}"))  # type: ignore[no-any-return]
+    def _came(self, key: str) -> dict[int, str]:
+        """Return which ranks have come, by their places, and the digests of their headers: one question to the store,
+        however many they are."""
+        if not self._store.check([f"{key}/came"]):
+            return {}
+        pairs = self._store.get(f"{key}/came").decode().split(";")[:-1]
+        return {int(place): digest for place, _, digest in (pair.partition(":") for pair in pairs)}
+
+    def _headers(self, key: str) -> list[Header]:
+        """Return the headers of all ranks; each of those that are different is read once."""
+        came = self._came(key)
+        texts = {digest: json.loads(self._store.get(f"{key}/text/{digest}")) for digest in set(came.values())}
+        return [texts[came[i]] for i in range(len(self._ranks))]
 
     def _decide(self, key: str, decision: str) -> str:
         """Write the decision, unless there is one; return the one that stands."""
@@ -90,14 +104,16 @@ class Meeting:
         return stands.decode()
 
     def _wait(self, key: str, what: str, step: int, timeout: float) -> str:
-        start = look = time.monotonic()
+        start = time.monotonic()
+        rarer = max(1.0, len(self._ranks) / _MANY)
+        look = start if rarer == 1 else start + rarer * _LOOK_AROUND * self._place / len(self._ranks)
         pause = 1e-4
         while not self._store.check([f"{key}/decision"]):
             now = time.monotonic()
             if now - start > timeout:
                 return self._decide(key, _STOP + self._nobody_came(key, what, timeout))
             if now >= look:
-                look = now + _LOOK_AROUND
+                look = now + rarer * _LOOK_AROUND
                 if elsewhere := self._waiting_elsewhere(key, step):
                     why = _STOP + self._apart(what, step, elsewhere)
                     decision = self._decide(key, why)
@@ -106,18 +122,20 @@ class Meeting:
                             self._decide(other, why)  # which waits for this rank in vain
                     return decision
             time.sleep(pause)
-            pause = min(1.5 * pause, _LONGEST_PAUSE)
+            pause = min(1.5 * pause, rarer * _LONGEST_PAUSE)
         return self._decide(key, _STOP)  # there is one
 
     def _missing(self, key: str) -> list[int]:
-        places = range(len(self._ranks))
-        return [i for i in places if i != self._place and not self._store.check([f"{key}/header/{i}"])]
+        came = self._came(key)
+        return [i for i in range(len(self._ranks)) if i != self._place and i not in came]
 
     def _waiting_elsewhere(self, key: str, step: int) -> dict[int, Mapping[str, Any]]:
         """Return where ranks are that will not come, by their places: waiting for something else, or past this
-        step."""
+        step. Of many that are missing it looks at those behind its own place."""
         found = {}
-        for i in self._missing(key):
+        missing = self._missing(key)
+        behind = sum(i < self._place for i in missing)
+        for i in (missing[behind:] + missing[:behind])[:_LOOKED_AT]:
             if not self._store.check([self._at(i)]) or not (text := self._store.get(self._at(i))):
                 continue
             place = json.loads(text)

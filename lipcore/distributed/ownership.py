@@ -74,6 +74,8 @@ class Ownership:
         names: of all parameters on all ranks, in the order in which ranks name them.
         groups: the group of each.
         mine: those of them of which this rank counts its piece.
+        copies: on how many ranks the piece of a parameter is that this rank holds, this one included.
+        everywhere: those that every rank holds, wholly or in part.
         whole: those of which one rank counts all.
     """
 
@@ -81,14 +83,19 @@ class Ownership:
         self.names = list(dict.fromkeys(name for each in pieces for name in each))
         self.groups: list[str] = []
         self.mine: frozenset[str] = frozenset()
+        self.copies: dict[str, int] = {}
         counted: dict[str, set[int]] = {}
         for name in self.names:
             held = [(i, each[name]) for i, each in enumerate(pieces) if name in each]
             owners = _owners(name, held, ranks)
             self.groups.append(held[0][1].group)
             counted[name] = set(owners.values())
+            if name in pieces[here]:
+                place = pieces[here][name].place
+                self.copies[name] = sum(piece.place == place for _, piece in held)
         self.mine = frozenset(name for name, owners in counted.items() if here in owners)
         self.whole = frozenset(name for name, owners in counted.items() if len(owners) == 1)
+        self.everywhere = frozenset(name for name in self.names if all(name in each for each in pieces))
         self._counted = counted
 
     @classmethod

@@ -1,8 +1,8 @@
-"""Numbers of all ranks together: everything that is added up in one all-reduce, all maxima in a second one."""
+"""Numbers of all ranks together: all maxima in one all-reduce, everything that is added up in a second one."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,30 +13,71 @@ from lipcore.distributed.group import Group
 
 @dataclass
 class Packed:
-    """What one rank adds to a merged window: float64 tensors on the CPU, of the same shapes on all ranks."""
+    """What one rank adds to a merged window: float64 tensors on the CPU, of the same shapes on all ranks.
+
+    Attributes:
+        sums: to be added up; or a function that makes them of the maxima over all ranks, which may say their shapes.
+        largest: of which the maxima are wanted.
+    """
+
+    sums: list[Tensor] | Callable[[list[Tensor]], list[Tensor]]
+    largest: list[Tensor]
+
+
+@dataclass
+class Together:
+    """What :class:`Packed` of all ranks comes to."""
 
     sums: list[Tensor]
     largest: list[Tensor]
 
 
-def reduced(parts: Sequence[Packed], group: Group) -> list[Packed]:
+def folded(parts: Callable[[], Iterable[Packed]]) -> Together:
+    """Return what :func:`reduced` of so many ranks' parts gives, without ranks: one part after the other, so that
+    memory does not grow with their number.
+
+    Args:
+        parts: gives them, alike; called twice where sums are made of maxima.
+    """
+    largest: list[Tensor] | None = None
+    sums: list[Tensor] | None = None
+    later = False  # some of the sums are made of the maxima
+    for part in parts():
+        largest = _with(largest, part.largest, torch.maximum)
+        later |= callable(part.sums)
+        if not callable(part.sums):
+            sums = _with(sums, part.sums, torch.add)
+    for part in parts() if later else ():
+        sums = _with(sums, part.sums(largest or []) if callable(part.sums) else [], torch.add)
+    return Together(sums or [], largest or [])
+
+
+def _with(so_far: list[Tensor] | None, more: Sequence[Tensor], operation: Callable[..., Tensor]) -> list[Tensor]:
+    if so_far is None:
+        return [tensor.clone() for tensor in more]
+    for into, tensor in zip(so_far, more, strict=True):
+        operation(into, tensor, out=into)
+    return so_far
+
+
+def reduced(parts: Sequence[Packed], group: Group) -> list[Together]:
     """Return the parts of all ranks together. Two collectives, or one where no maxima are asked for."""
-    sums = _all_reduced([t for part in parts for t in part.sums], group, torch.distributed.ReduceOp.SUM)
-    largest = _all_reduced([t for part in parts for t in part.largest], group, torch.distributed.ReduceOp.MAX)
-    found = []
-    for part in parts:
-        found.append(Packed(sums[: len(part.sums)], largest[: len(part.largest)]))
-        sums, largest = sums[len(part.sums) :], largest[len(part.largest) :]
-    return found
+    largest = _all_reduced([part.largest for part in parts], group, torch.distributed.ReduceOp.MAX)
+    made = [part.sums(most) if callable(part.sums) else part.sums for part, most in zip(parts, largest, strict=True)]
+    sums = _all_reduced(made, group, torch.distributed.ReduceOp.SUM)
+    return [Together(*both) for both in zip(sums, largest, strict=True)]
 
 
-def _all_reduced(tensors: list[Tensor], group: Group, operation: torch.distributed.ReduceOp.RedOpType) -> list[Tensor]:
+def _all_reduced(
+    parts: Sequence[list[Tensor]], group: Group, operation: torch.distributed.ReduceOp.RedOpType
+) -> list[list[Tensor]]:
+    tensors = [tensor for part in parts for tensor in part]
     if not tensors:
-        return []
+        return [[] for _ in parts]
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors]).to(group.device)
     torch.distributed.all_reduce(flat, operation, group=group.handle)
-    pieces = flat.cpu().split([tensor.numel() for tensor in tensors])
-    return [piece.reshape(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True)]
+    pieces = iter(flat.cpu().split([tensor.numel() for tensor in tensors]))
+    return [[next(pieces).reshape(tensor.shape) for tensor in part] for part in parts]
 
 
 def room_for(text: str) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,24 +17,27 @@ from lipcore.lipschitz.bias_steps import BiasSteps
 from lipcore.lipschitz.first_weight import singular_values_later
 from lipcore.lipschitz.input_tap import ModelInputTap
 from lipcore.lipschitz.numerators import Numerators
-from lipcore.lipschitz.sandwich import no_sides, sandwich_sides
+from lipcore.lipschitz.rank_part import LipschitzPart
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
+from lipcore.lipschitz.window_facts import Facts, Theorem
 from lipcore.metric.blocks import Block, BlockWindow
-from lipcore.metric.distribution import Distribution
-from lipcore.metric.handed_out import HandedOut
+from lipcore.metric.handed_out import HandedOut, Withdrawable
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine, TapCounts
-from lipcore.metric.results import Label, MetricResult, Value, weakest
+from lipcore.metric.rank_distributions import RankDistributions
+from lipcore.metric.rank_part import FSDP1_PIECES, Holding, RankPart
+from lipcore.metric.results import Label, MetricResult
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.checks import has_statistics, mixes_samples
 from lipcore.models.inputs import InputChoice
 from lipcore.models.named_output import find_output
-from lipcore.models.names import named_modules, unwrap
+from lipcore.models.names import named_modules, unwrap, with_prefix
+from lipcore.models.ranks import is_fsdp1
 from lipcore.models.torch_internals import AnyBatchNorm
 
 _PROBE = "follow fixed points in eval mode, monitor.probe(x, name), or use GroupNorm or LayerNorm"
@@ -176,6 +179,7 @@ class Lipschitz(StandaloneMetric):
         self._unchecked = HandedOut()  # results with lambdas that no check has come after yet
         self._since_check = 0  # micro-batches, since a check has agreed in one
         self._taken_back = 0  # of this window
+        self._doubt = ""  # why lambdas that were merged into this window are not shown to be right
         self._record: tuple[Tensor, Tensor] | None = None  # the last one's numerators and output gradients
         self._batchnorms: list[nn.Module] = []
         self._mixed = False  # a BatchNorm in train mode was seen in this window
@@ -183,6 +187,7 @@ class Lipschitz(StandaloneMetric):
         self._raised: Warning | None = None  # by a warning, where it could not be handed on
         self._served = False  # the shortcut has been used
         self._model: nn.Module | None = None
+        self._holding: Holding | None = None
         self._counts: TapCounts | None = None
         if model is not None:
             self._watch(model)
@@ -268,6 +273,7 @@ class Lipschitz(StandaloneMetric):
                 "and load_state_dict() of the original"
             )
         self._model = model
+        self._holding = Holding(self._held)
         self._first.target, self._at_input.choice = find_input(model, self._input)
         self._last.target, self._last.choice = find_output(model, self._output)
         self._first.begins = begins_with_layer(model)
@@ -449,95 +455,95 @@ class Lipschitz(StandaloneMetric):
         """Return the open window's numbers; the class says what they are."""
         if self._numbers is not None:
             return self._numbers
+        ratios, lambdas, paired = self._open.merged()
+        result = self._facts(sandwich=bool(paired.count)).result(ratios, lambdas, paired)
+        self._follow([result], bool(lambdas.count))
+        return result
+
+    def _follow(self, handed_out: Sequence[Withdrawable], has_lambdas: bool) -> None:
+        """Have checks to come reach what is handed out."""
+        for each in handed_out:
+            if self._served and self._open.unproved:
+                self._handed_out.add(each)
+            if has_lambdas and self._since_check:
+                self._unchecked.add(each)
+
+    def rank_part(self) -> RankPart | str:
+        """Return what the open window adds to that of all ranks, or why there is nothing to add."""
+        if self._model is None or self._holding is None:
+            return "it watches no model: this is a copy, or no Monitor has bound it"
+        if is_fsdp1(self._model):
+            return FSDP1_PIECES
+        distributions = RankDistributions(self._open.merged())
+        part = LipschitzPart.of(self._facts(sandwich=True), self._holding, distributions)
+        self._follow([part, part.empty], True)
+        return part
+
+    def _held(self) -> list[tuple[str, str, Tensor]]:
+        """Return name, group and tensor of all parameters: ranks with others train other models."""
+        found: dict[int, tuple[str, str, Tensor]] = {}
+        for module_name, module in named_modules(self._model) if self._model is not None else ():
+            for key, parameter in module._parameters.items():
+                if parameter is not None:
+                    name = with_prefix(self.prefix, with_prefix(module_name, key))
+                    found.setdefault(id(parameter), (name, "", parameter))
+        return list(found.values())
+
+    def _facts(self, *, sandwich: bool) -> Facts:
+        """Return what is known of the open window beside its distributions; `sandwich`: W_1 is asked for."""
         self._numerators.settle()
         self._heed_checks()
         quantity = self._resolved or self._quantity
-        result = MetricResult(self.name, first_layer=self._first.name, output=self._last.place, quantity=quantity)
         label: Label = "one-sided" if quantity == "residual" else "exact"
         note = self._last.of_values if quantity == "residual" else ""
         if self._mixed:
             label, note = "heuristic", f"{self._mixer} mixes samples" + f"; {note} where nothing mixes" * bool(note)
-        place = self._last.place
-        ratios, lambdas, paired = self._open.merged()
-        if self._counts is not None:
-            result.details["unrecorded_forwards"] = self._counts.unrecorded
-            if self._counts.refused:
-                result.details["unrecorded_because"] = list(self._counts.refused)
-        count, skipped = ratios.count, ratios.missing + ratios.invalid
-        if self._numerators.first_off:
-            result.details["normalized_gradient_norm_off"] = self._numerators.first_off
-            count, skipped = lambdas.count, lambdas.missing + lambdas.invalid
-        first_note = self._numerators.first_off or note
-        result.add("normalized_gradient_norm", place, "total", **ratios.reduced(label, total=True, note=first_note))
-        result.add(
-            "steadiness", place, "total", max=Value(ratios.max, ratios.count, label, ratios.count > 0, first_note)
-        )
-        result.add("skipped", place, "total", sum=Value(float(skipped), count + skipped))
-        result.details["infinite_ratios"] = ratios.invalid
-        self._add_constants(result, place, label, note, lambdas)
-        if self._first.module is not None:
-            self._add_sandwich(result, place, label, note, lambdas.mean, paired)
-            result.details["first_bias"] = self._first_bias(count + skipped)
-        if self._virtual_bias is not None:
-            self._virtual_bias.add_to(result)
-        if self._taken_back:
-            result.details["taken_back"] = self._taken_back
-        if self._served and self._open.unproved:
-            self._handed_out.add(result)
-        if lambdas.count and self._since_check:
-            self._unchecked.add(result)
-        return result
-
-    def _add_constants(self, result: MetricResult, place: str, label: Label, note: str, lambdas: Distribution) -> None:
-        """Add lambda to the result, or the reason why it was not taken."""
-        off = self._at_input.off or self._at_input.suspended
+        off, lambda_note = self._at_input.off or self._at_input.suspended, note
         if not self._at_input.is_vector and isinstance(self._first.module, nn.Embedding):
             where = f"at the output of Embedding '{self._first.name}': the input holds integers"
-            off, note = "", f"{note}; " * bool(note) + where
-        if off:
-            result.details["local_lipschitz_off"] = off
-            lambdas, note = Distribution(), off
-        elif self._at_input.unproved and lambdas.count:
-            label, note = weakest([label, "heuristic"]), f"{note}; " * bool(note) + self._at_input.unproved
-        values = lambdas.reduced(label, note=note)
-        if off:
-            values = {reducer: replace(value, note=off) for reducer, value in values.items()}
-        result.add("local_lipschitz", place, "total", **values)
+            off, lambda_note = "", f"{note}; " * bool(note) + where
+        return Facts(
+            name=self.name,
+            first_layer=with_prefix(self.prefix, self._first.name),
+            place=with_prefix(self.prefix, self._last.place),
+            quantity=quantity,
+            label=label,
+            note=note,
+            first_off=self._numerators.first_off,
+            lambda_off=off,
+            lambda_note=lambda_note,
+            unproved=self._at_input.unproved or self._doubt,
+            theorem=self._theorem() if sandwich else None,
+            first_bias=self._first_bias() if self._first.module is not None else None,
+            unrecorded=None if self._counts is None else self._counts.unrecorded,
+            because=[] if self._counts is None else list(self._counts.refused),
+            taken_back=self._taken_back,
+            add_others=self._add_virtual_bias,
+        )
 
-    def _add_sandwich(
-        self, result: MetricResult, place: str, label: Label, note: str, average: float, paired: Distribution
-    ) -> None:
-        module, weight, count = self._first.module, self._first.weight(), paired.count
-        if module is None or isinstance(module, nn.Embedding) or not count or self._resolved != "scalar":
-            return
+    def _add_virtual_bias(self, result: MetricResult) -> None:
+        if self._virtual_bias is not None:
+            self._virtual_bias.add_to(result)
+
+    def _theorem(self) -> Theorem | None:
+        """Return W_1 as it is now, for the sandwich; None where there is none to speak of."""
+        module, weight = self._first.module, self._first.weight()
+        if module is None or isinstance(module, nn.Embedding) or self._resolved != "scalar":
+            return None
         if weight is None or not self._at_input.by_product:
-            sides = no_sides(paired.mean, count, label, note, self._first.name)
-            result.add("sandwich", place, "total", **sides)
-            result.details["sandwich_off"] = sides["lower"].note
-            return
+            return Theorem(None)
         sigma = singular_values_later(module, weight, self._first.batch_shape, self._weight_before)
-        if sigma is None:
-            return
-        shape = tuple(weight.shape)
-        moved = result.details["first_weight_moved"] = self._weight_moved()
-        if moved:
-            label, note = (
-                "heuristic",
-                f"{note}; " * bool(note) + "W_1 of the window's close, but it moved within the window",
-            )
-        result.details["singular_values"] = sigma.then(asdict)
-        middle = paired.mean
-        later = sigma.then(lambda found: sandwich_sides(found, shape, average, middle, count, label, note))
-        result.add_later("sandwich", place, "total", sigma, later)
+        return None if sigma is None else Theorem(sigma, tuple(weight.shape), self._weight_moved())
 
-    def _first_bias(self, samples: int) -> dict[str, Any]:
-        """Return what Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check."""
+    def _first_bias(self) -> dict[str, Any]:
+        """Return what Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check; without
+        the number of samples."""
         shape = self._first.batch_shape
+        own = f"{self._first.name}.bias" if self._first.name else "bias"
         return {
-            "parameter": f"{self._first.name}.bias" if self._first.name else "bias",
+            "parameter": with_prefix(self.prefix, own),
             "layer": type(self._first.module).__name__,
             "rows_per_sample": None if shape is None else math.prod(shape[1:-1]),
-            "samples": samples,
             **self._bias.details(),
         }
 
@@ -552,7 +558,7 @@ class Lipschitz(StandaloneMetric):
     def reset(self) -> None:
         """Start a new window."""
         self._open.reset()
-        self._mixed = self._moved = False
+        self._mixed, self._moved, self._doubt = False, False, ""
         self._taken_back = 0
         self._at_input.start_window()
         self._bias.reset()
@@ -585,14 +591,23 @@ class Lipschitz(StandaloneMetric):
         return self._moved or (before is not None and weight is not None and not torch.equal(before, weight.detach()))
 
     def merge(self, other: Lipschitz) -> None:
-        """Add the open window of another Lipschitz metric (of another rank, say) to this one's."""
+        """Add the open window of another Lipschitz metric (of another rank, say) to this one's, with what its numbers
+        are worth."""
         if not isinstance(other, Lipschitz):
             raise TypeError(f"other: expected a Lipschitz, got {type(other).__name__}")
+        if other._numbers is not None:
+            raise ValueError(
+                "other: this Lipschitz is a copy, which holds the numbers of compute() and no distributions; merge the "
+                "original"
+            )
         if self._resolved and other._resolved not in ("", self._resolved):
             raise ValueError(f"other: its quantity is {other._resolved!r}, this one's is {self._resolved!r}")
         self._resolved = self._resolved or other._resolved
         self._open.merge(other._open)
         self._mixed |= other._mixed
+        self._moved |= other._weight_moved()
+        self._taken_back += other._taken_back
+        self._doubt = self._doubt or other._at_input.unproved or other._doubt
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of the window: its version, distributions, labels and the bias' steps."""

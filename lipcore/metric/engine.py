@@ -103,6 +103,7 @@ class Engine:
         for metric in chosen:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
             metric.prefix = prefix
+            metric.ranks_apart = self._global.none_asked_for
             metric.before_moves = WeakCall(self._moved_by_hand)
             metric.bind(model)
         needs = {metric: metric.needs() for metric in chosen}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from lipcore.distributed.partners import Partners
-from lipcore.metric.merging import Merged, Offer, merge, turn_to
+from lipcore.metric.merging import Merged, Offer, Withdrawn, merge, turn_to
 from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_part import RankPart
 from lipcore.metric.results import History, Window
@@ -38,6 +38,7 @@ class GlobalWindows:
         self._waiting: deque[tuple[Window, Offer]] = deque()
         self._newest: Window | None = None  # of a process that stands alone
         self._warned = False
+        self._told: set[Withdrawn] = set()
         self.history = History(maxlen=limit, bytes_limit=bytes_limit)  #: windows of all ranks, oldest first
 
     def scope(self, model: nn.Module) -> Scope:
@@ -45,6 +46,11 @@ class GlobalWindows:
         if self.stands_alone:
             return "global"
         return "shard" if is_sharded(model) else "rank"
+
+    @property
+    def none_asked_for(self) -> bool:
+        """True with group=None."""
+        return self._partners.none_asked_for
 
     @property
     def stands_alone(self) -> bool:
@@ -105,15 +111,36 @@ class GlobalWindows:
             return None
         what = f"monitor.global_window() of window {self._waiting[-1][0].index}"
         try:
-            found = merge(self._partners, group, what, step, [offer for _, offer in self._waiting])
+            offers, lost = [offer for _, offer in self._waiting], self._withdrawn()
+            found, withdrawn = merge(self._partners, group, what, step, offers, lost)
         except ValueError:
             self._waiting.clear()
             raise
+        self._withdraw(withdrawn)
         windows = {id(offer): window for window, offer in self._waiting}
         self._waiting.clear()
         for merged in found:
             self.history.append(_window_of(windows[id(merged.offer)], merged))
         return self.history[-1]
+
+    def _withdrawn(self) -> list[Withdrawn]:
+        """Return what has been withdrawn on this rank of merged windows, which the other ranks are not told of yet."""
+        found = [
+            Withdrawn(name, window.first_step, window.last_step, result.details["withdrawn"])
+            for window in self.history
+            for name, result in window.items()
+            if "withdrawn" in result.details
+        ]
+        return [each for each in found if each not in self._told]
+
+    def _withdraw(self, withdrawn: Sequence[Withdrawn]) -> None:
+        """Take back here what a rank has to take back."""
+        self._told.update(withdrawn)
+        for window in self.history:
+            for name, first, last, why in withdrawn:
+                meant = (window.first_step, window.last_step) == (first, last) and name in window
+                if meant and "withdrawn" not in window[name].details:
+                    window[name].withdraw(why)
 
     def _drop_unknown(self) -> None:
         """Drop windows of parameters that are not watched any more and whose owners were never found."""

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
+from typing import Protocol
 
-from lipcore.metric.metric_result import MetricResult
+
+class Withdrawable(Protocol):
+    """Numbers that were handed out: a result, or what a rank adds to one of all."""
+
+    def withdraw(self, why: str, names: Collection[str] | None = None) -> None:
+        """Give up its numbers, or those of some quantities, for a reason."""
 
 
 class HandedOut:
     """The results with samples that no proof has come after yet; nothing here keeps them alive."""
 
     def __init__(self) -> None:
-        self._results: list[weakref.ref[MetricResult]] = []
+        self._results: list[weakref.ref[Withdrawable]] = []
 
-    def add(self, result: MetricResult) -> None:
+    def add(self, result: Withdrawable) -> None:
         """Remember a result that holds such samples."""
         self._results = [known for known in self._results if known() is not None]
         self._results.append(weakref.ref(result))

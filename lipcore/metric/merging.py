@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Header
@@ -33,8 +34,23 @@ class Offer:
 
     def header(self) -> Header:
         """Return what other ranks have to know of it."""
-        parts = {name: part.agreed for name, part in self.parts.items()}
-        return {"steps": self.steps, "parts": parts, "left_out": self.left_out}
+        withdrawn = {name: part.withdrawn for name, part in self.parts.items() if part.withdrawn}
+        parts = {name: part for name, part in self.parts.items() if name not in withdrawn}
+        return {
+            "steps": self.steps,
+            "parts": {name: part.agreed for name, part in parts.items()},
+            "told": {name: part.told for name, part in parts.items()},
+            "left_out": self.left_out | withdrawn,
+        }
+
+
+class Withdrawn(NamedTuple):
+    """Numbers of a metric over a window that has been merged, which have turned out to be wrong on a rank."""
+
+    metric: str
+    first_step: int
+    last_step: int
+    why: str
 
 
 @dataclass
@@ -46,13 +62,22 @@ class Merged:
     left_out: dict[str, str]
 
 
-def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequence[Offer]) -> list[Merged]:
-    """Return the windows that all ranks offer, oldest first; the newest is among them. A collective: all ranks call it.
+def merge(
+    partners: Partners,
+    group: Group,
+    what: str,
+    step: int,
+    offers: Sequence[Offer],
+    withdrawn: Sequence[Withdrawn] = (),
+) -> tuple[list[Merged], list[Withdrawn]]:
+    """Return the windows that all ranks offer, oldest first, the newest among them; and what ranks have to take back of
+    windows that were merged before. A collective: all ranks call it.
 
     Args:
         what: for which call, in words.
         step: the number of steps that this rank has made.
         offers: the windows that wait, oldest first.
+        withdrawn: what this rank has to take back.
 
     Raises:
         RuntimeError: a rank has not come, or is elsewhere. No collective was started.
@@ -65,20 +90,36 @@ def merge(partners: Partners, group: Group, what: str, step: int, offers: Sequen
     rooms = {name: holding.room for name, holding in holdings.items()}
     header: Header = {"version": _VERSION, "windows": [offer.header() for offer in offers]}
     header |= {"call": what.partition(" ")[0], "unknown": sorted(unknown), "rooms": rooms}
+    header["withdrawn"] = [list(each) for each in withdrawn]
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
     headers = partners.meet(group, what, step, header)
     _check_same(what, headers, group)
-    for name in sorted({name for other in headers for name in other["unknown"]} & holdings.keys()):
-        if all(name in other["rooms"] for other in headers):
-            text = unknown.get(name) or holdings[name].text()
-            texts = gathered(text, max(other["rooms"][name] for other in headers), group)
-            holdings[name].ownership = Ownership.of([json.loads(each) for each in texts], group.ranks, group.place)
+    _find_owners(headers, holdings, unknown, group)
     chosen = [(offer, *_shared(offer, found, group)) for offer in offers if (found := _of_all(offer, headers))]
-    packed = iter(reduced([offer.parts[name].packed() for offer, names, _ in chosen for name in names], group))
-    return [
-        Merged(offer, {name: offer.parts[name].result(next(packed)) for name in names}, left_out)
+    together = iter(reduced([offer.parts[name].packed() for offer, names, _ in chosen for name in names], group))
+    merged = [
+        Merged(offer, {name: offer.parts[name].result(next(together)) for name in names}, left_out)
         for offer, names, left_out in chosen
     ]
+    return merged, list(dict.fromkeys(Withdrawn(*each) for other in headers for each in other["withdrawn"]))
+
+
+def _find_owners(
+    headers: Sequence[Header], holdings: Mapping[str, Holding], unknown: Mapping[str, str], group: Group
+) -> None:
+    """Find who counts what where a rank does not know that yet: one collective for all metrics."""
+    asked = sorted({name for other in headers for name in other["unknown"]})
+    asked = [name for name in asked if all(name in other["rooms"] for other in headers)]
+    if not asked:
+        return
+    own = {name: unknown.get(name) or holdings[name].text() for name in asked}
+    room = sum(max(other["rooms"][name] for other in headers) + 2 * len(name) + 16 for name in asked)
+    texts = gathered("{" + ", ".join(f"{json.dumps(name)}: {text}" for name, text in own.items()) + "}", room, group)
+    found = [json.loads(each) for each in texts]
+    for name in asked:
+        # So that later headers are the same on all ranks, which then need not read each other's.
+        holdings[name].room = max(other["rooms"][name] for other in headers)
+        holdings[name].ownership = Ownership.of([each[name] for each in found], group.ranks, group.place)
 
 
 def turn_to(group: Group, offers: Iterable[Offer]) -> None:
@@ -99,7 +140,7 @@ def merge_open(
         name: of the metric.
     """
     offer = Offer(*steps, *(({}, {name: part}) if isinstance(part, str) else ({name: part}, {})))
-    (merged,) = merge(partners, group, what, step, [offer])
+    ((merged,), _) = merge(partners, group, what, step, [offer])
     if merged.left_out:
         raise ValueError(merged.left_out[name])
     return merged.results[name]
@@ -142,6 +183,9 @@ def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[list[s
     for rank, window in zip(group.ranks, found, strict=True):
         for name, why in window["left_out"].items():
             left_out.setdefault(name, why if name in offer.left_out else f"on rank {rank}: {why}")
+    for name, part in offer.parts.items():
+        if name not in left_out and (why := part.refused()):
+            left_out[name] = why
     for name in sorted({name for window in found for name in window["parts"]}):
         first = found[0]["parts"].get(name)
         for rank, window in zip(group.ranks, found, strict=True):
@@ -155,4 +199,7 @@ def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[list[s
                     name,
                     f"{key} is {first.get(key)!r} on rank {group.ranks[0]} and {theirs.get(key)!r} on rank {rank}",
                 )
-    return [name for name in sorted(offer.parts) if name not in left_out], left_out
+    names = [name for name in sorted(offer.parts) if name not in left_out]
+    for name in names:
+        offer.parts[name].hear([window["told"][name] for window in found])
+    return names, left_out

@@ -85,6 +85,7 @@ class Metric(ABC):
     reads_masters: bool = False  #: looks at master copies, which parameters follow after the step
     before_moves: Callable[[], None] | None = None  #: tells the engine that the user moves the parameters by hand
     prefix: str = ""  #: what stands before the names of parameters; the engine sets it before bind()
+    ranks_apart: bool = False  #: each rank trains a model of its own (group=None); the engine sets it before bind()
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 
     #: For the engine, not for users: left out of dir().
@@ -103,7 +104,7 @@ class Metric(ABC):
         {
             *("__init__", "update", "compute", "reset", "close", "state_dict", "load_state_dict", "rebind", "merge"),
             *("sync", "rebase", "set_reference", "advance", "drain", "observe_gradients", "set_ids", "bind"),
-            *("weighted_sum", "gram"),
+            *("weighted_sum", "gram", "sync_scores"),
         }
     )
 

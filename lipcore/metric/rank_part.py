@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from lipcore.distributed.ownership import Description, Ownership, describe
-from lipcore.distributed.packed import Packed, room_for
+from lipcore.distributed.packed import Packed, Together, room_for
 from lipcore.metric.results import MetricResult
 
 #: Why a metric without parts is not in a global window.
 NOT_MERGED = "its numbers are not merged over ranks; each rank's own are in pop_window() and history"
+FSDP1_PIECES = (
+    "the parameters of FullyShardedDataParallel (FSDP1) are pieces of flat tensors that do not say where they belong, "
+    "so their numbers cannot be merged over ranks; use torch.distributed.fsdp.fully_shard()"
+)
 
 
 class Holding:
@@ -32,6 +36,11 @@ class Holding:
     def turn_to(self, ranks: tuple[int, ...]) -> None:
         """Say who counts what among the ranks of this group from now on."""
         self._ranks = ranks
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Ranks of the group."""
+        return self._ranks
 
     @property
     def ownership(self) -> Ownership | None:
@@ -60,20 +69,40 @@ class RankPart(ABC):
     Attributes:
         agreed: what has to be the same on all ranks, JSON-ready.
         holding: the parameters that it is about; None where it is about none.
+        withdrawn: why its numbers have turned out to be wrong since the window closed; "" where they have not.
     """
 
     agreed: dict[str, Any]
     holding: Holding | None
+    withdrawn: str = ""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes that it keeps, about."""
 
+    def refused(self) -> str:
+        """Return why what the ranks hold cannot be merged for this metric, from the ownership alone; "" where it
+        can."""
+        return ""
+
     @abstractmethod
     def packed(self) -> Packed:
         """Return what this rank adds; the shapes follow from `agreed` and the ownership alone."""
 
     @abstractmethod
-    def result(self, packed: Packed) -> MetricResult:
+    def result(self, together: Together) -> MetricResult:
         """Return the metric's numbers, from the parts of all ranks together."""
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """Words for the other ranks beside `agreed`, JSON-ready; most often the same on all ranks, which read each
+        other's only where they differ."""
+        return {}
+
+    def hear(self, told: Sequence[dict[str, Any]]) -> None:  # noqa: B027
+        """Take what the ranks have told, in their order, this one included; called before packed()."""
+
+    def withdraw(self, why: str, names: Collection[str] | None = None) -> None:
+        """Give up the numbers of this window, where they have not been merged yet."""
+        self.withdrawn = why

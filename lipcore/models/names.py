@@ -58,6 +58,11 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     return walk(model, "")
 
 
+def with_prefix(prefix: str, name: str) -> str:
+    """Return the name of what is in a part of a model, by that part's own name."""
+    return f"{prefix}.{name}" if prefix else name
+
+
 def find_module(model: nn.Module, name: str, argument: str) -> tuple[str, nn.Module]:
     """Return canonical name and module of what is called so (wrappers' prefixes in the name are accepted too)."""
     modules = dict(named_modules(model))

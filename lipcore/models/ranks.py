@@ -48,14 +48,18 @@ def below_ddp(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+class Communicates(RuntimeError):
+    """The error that says that other ranks would have been spoken to."""
+
+
 def without_communication() -> AbstractContextManager[Any]:
-    """Raise RuntimeError where other ranks are spoken to: whether a pass of our own is run need not be the same on all
-    of them."""
+    """Raise :class:`Communicates` where other ranks are spoken to: whether a pass of our own is run need not be the
+    same on all of them."""
     return _Silence() if under_process_group() else nullcontext()  # type: ignore[no-untyped-call]
 
 
 class _Silence(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if "c10d" in function.namespace:
-            raise RuntimeError("its forward pass communicates with other ranks")
+            raise Communicates("its forward pass communicates with other ranks")
         return function(*args, **(kwargs or {}))

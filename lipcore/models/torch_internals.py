@@ -219,3 +219,24 @@ def original(module: nn.Module) -> nn.Module:
     """Return the module that torch.compile was given; itself where it is not the result of that."""
     found: nn.Module = module._orig_mod if isinstance(module, OptimizedModule) else module
     return found
+
+
+# ---- wrappers for several ranks
+
+
+def reduces_by_own_rule(module: nn.Module) -> bool:
+    """Return whether a DistributedDataParallel, or a module that fully_shard() was called on, reduces gradients by
+    another rule than the mean over its ranks."""
+    if isinstance(module, nn.parallel.DistributedDataParallel):
+        return bool(module._comm_hooks)
+    state_of: Any = getattr(module, "_get_fsdp_state", lambda: None)
+    state = state_of()
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # of an earlier torch
+        groups = [group for group in [getattr(state, "_fsdp_param_group", None)] if group is not None]
+    usual = {"DefaultReduceScatter", "SymmMemReduceScatter", "NoneType"}
+    return any(
+        type(getattr(group, "_reduce_scatter_comm", None)).__name__ not in usual
+        or any(getattr(group, name, None) is not None for name in ("gradient_divide_factor", "_all_reduce_hook"))
+        for group in groups
+    )

@@ -17,17 +17,20 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
+from lipcore.distributed.group import AUTO
+from lipcore.distributed.partners import Partners
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.blocks import BlockWindow
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Needs, PlanLine
+from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.metric.values import Value
-from lipcore.models.ranks import world_size
+from lipcore.models.names import with_prefix
 from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
@@ -35,9 +38,12 @@ from lipcore.per_sample.loss_reduction import Reduction
 from lipcore.per_sample.methods import check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
+from lipcore.per_sample.noise.shared_gradient import SharedGradient
 from lipcore.per_sample.open_step import OpenStep, PassNumbers, take_in
 from lipcore.per_sample.results import add_noise
-from lipcore.per_sample.scores.score_columns import Scores
+from lipcore.per_sample.scores.rank_scores import scores_of_all
+from lipcore.per_sample.scores.sample_scores import SampleScores
+from lipcore.per_sample.scores.score_columns import ScoreColumns, Scores
 from lipcore.per_sample.show import shown
 from lipcore.per_sample.total import total_of
 from lipcore.per_sample.unproved import Unproved
@@ -85,6 +91,9 @@ class PerSampleMetric(StandaloneMetric):
         self._columns, self._make_scores = columns, make_scores
         self._wants_noise = noise_scale
         self._capture: TappedLayers | None = None
+        self._model: nn.Module | None = None
+        self._holding: Holding | None = None
+        self._shared: SharedGradient | None = None
         self._scaler = scaler
         self._stands_alone = model is not None
         self._steps = 0
@@ -149,6 +158,7 @@ class PerSampleMetric(StandaloneMetric):
 
     def bind(self, model: nn.Module) -> None:
         """Bind to no parameters yet: they and the layers are found when the layers are tapped."""
+        self._model = model
 
     def needs(self) -> Needs:
         """Say that all layers are to be tapped; and of the gradients, for the noise scale."""
@@ -174,10 +184,13 @@ class PerSampleMetric(StandaloneMetric):
         if self._layers != before or not self._window.open:
             places = (len(self._layers) + 1) * self._columns
             self._window, self._noise = BlockWindow(places, self._blocks), None
-        sums = None
+        sums, places = None, len(self._layers) + 1
+        self._holding = Holding(self._held)
         if self._wants_noise:
-            self._noise = self._noise or NoiseScale(len(self._layers) + 1)
+            self._noise = self._noise or NoiseScale(places)
             sums = NoiseSums(self._layer_index, layers.coverage.parameters)
+            numbers = [self._layer_index.number[layer] for layer in self._layer_index.layer_of.values()]
+            self._shared = SharedGradient(self._model, sums, numbers, places, self.ranks_apart, self._steps)
         self._open_step = OpenStep(sums, self._make_scores)
         self._mark()
         if self._stands_alone:
@@ -277,9 +290,13 @@ class PerSampleMetric(StandaloneMetric):
 
     def _mark(self) -> None:
         self._unproved.mark(self._window, self.scores, self._noise)
+        if self._shared is not None:
+            self._shared.mark()
 
     def _take_back(self, reason: str) -> None:
         count, self._noise = self._unproved.take_back(reason, self._window, self.scores, self._open_step)
+        if self._shared is not None:
+            self._shared.take_back(f"samples of it were taken back: {reason}")
         if count:
             message = (
                 f"lipcore took back the gradient norms of {count} samples, all since the last good proof: {reason}; "
@@ -309,9 +326,9 @@ class PerSampleMetric(StandaloneMetric):
         self._reduction.forget()
         recorded = bool(self._open_step)
         self._open_step.take_into(self._window.open, self.scores)
-        if self._open_step.sums is not None and self._noise is not None and recorded:
-            self._open_step.sums.finish(self._noise.observe, world_size())
-            if self._open_step.sums.hooked and not self._told_of_hooks:
+        if self._open_step.sums is not None and self._noise is not None and self._shared is not None:
+            self._shared.finish(self._noise, recorded, self._steps % self._every == 0)
+            if recorded and self._open_step.sums.hooked and not self._told_of_hooks:
                 self._told_of_hooks = True
                 message = f"lipcore leaves steps out of the gradient noise scale: {HOOKED}"
                 self._raised = warn_in_hook(message, UserWarning) or self._raised
@@ -400,6 +417,24 @@ class PerSampleMetric(StandaloneMetric):
             self._takes_ids = True
             self._renew_sink()
 
+    def sync_scores(self, group: Any = AUTO, *, timeout: float = 60) -> Any:
+        """Return :attr:`scores` with what all ranks of a group have observed; those of each rank stay as they are.
+        Every rank of the group calls it at the same step. A sample that several ranks have seen counts once for each.
+
+        Args:
+            group: "auto" for the default process group, where there is one; a ProcessGroup or a DeviceMesh.
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            RuntimeError: a rank has not come in time, or is at another step. No collective was started.
+            ValueError: ranks are at different calls.
+        """
+        partners = Partners(group, timeout)
+        several = not isinstance(self.scores, SampleScores)
+        own = list(self.scores) if several else [self.scores]
+        found = scores_of_all(partners, own, f"{self.name}.sync_scores()", self._steps)
+        return ScoreColumns.of(found) if several else found[0]
+
     def set_loss(self, loss: Tensor) -> None:
         r"""Read from a loss's own graph what it was divided by; call it before ``loss.backward()``, in every
         micro-batch, with ``loss_reduction="auto"``.
@@ -446,21 +481,36 @@ class PerSampleMetric(StandaloneMetric):
         lines += [PlanLine(name, f"not covered: {why}") for name, why in self._capture.coverage.uncovered.items()]
         return PlanLines(lines)
 
+    def _facts(self) -> dict[str, Any]:
+        """Return what was not recorded, not proved, taken back and not covered."""
+        if self._capture is None:
+            return {}
+        doubts, taken_back = self._doubts.counts(), self._unproved.taken_back.counts()
+        uncovered = dict(self._capture.coverage.uncovered)
+        facts: dict[str, Any] = {"unrecorded": dict(self._capture.unrecorded) | self._without_loss}
+        facts["proved"] = not doubts
+        more = {"taken_back": taken_back, "not_proved": doubts, "not_covered": uncovered}
+        return facts | {name: found for name, found in more.items() if found}
+
+    def _follow(self, part: RankPart, result: MetricResult) -> None:
+        """Have a failed proof reach what a rank adds to a window of all, and what that has become."""
+        if self._waits and self._window.unproved:
+            self._unproved.handed_out.add(part)
+            self._unproved.handed_out.add(result)
+
+    def _held(self) -> list[tuple[str, str, Tensor]]:
+        """Return name, layer and tensor of all measured parameters, as this rank has them."""
+        assert self._capture is not None
+        found = dict(self._capture.coverage.parameters())
+        known = [(name, layer) for name, layer in self._layer_index.layer_of.items() if name in found]
+        return [(with_prefix(self.prefix, n), with_prefix(self.prefix, layer), found[n]) for n, layer in known]
+
     def finalize(self) -> MetricResult:
         """Return the distributions over the window, in total and per layer, and the noise scale."""
         capture = self._capture
         result = MetricResult(self.name, dropped_samples=self._dropped)
+        result.details.update(self._facts())
         doubts = self._doubts.counts()
-        if capture is not None:
-            result.details["unrecorded"] = dict(capture.unrecorded)
-            result.details["unrecorded"] |= self._without_loss
-            result.details["proved"] = not doubts
-            if taken_back := self._unproved.taken_back.counts():
-                result.details["taken_back"] = taken_back
-            if doubts:
-                result.details["not_proved"] = doubts
-            if capture.coverage.uncovered:
-                result.details["not_covered"] = dict(capture.coverage.uncovered)
         share = capture.coverage.share if capture is not None else ""
         note = f"over the covered parameters only: {share}" if share else ""
         self._add_numbers(result, note, next(iter(doubts), ""))
@@ -486,6 +536,8 @@ class PerSampleMetric(StandaloneMetric):
 
     def _start_block(self) -> None:
         self._renew_sink()
+        if self._shared is not None:
+            self._shared.reset(self._steps)
         if self._noise is not None:
             self._noise.reset()
         if self._open_step.sums is not None:
@@ -525,6 +577,8 @@ class PerSampleMetric(StandaloneMetric):
         self._steps, self._dropped = steps, dropped
         self._mark()
         self._renew_sink()
+        if self._shared is not None and self._noise is not None:
+            self._shared.load(self._steps, bool(self._noise.steps))
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
 
@@ -542,6 +596,8 @@ class PerSampleMetric(StandaloneMetric):
         if self._noise is not None and other._noise is not None:
             self._noise.merge(other._noise)
             self._unproved.merge(other._noise)
+        if self._shared is not None:
+            self._shared.interrupt("another window was merged into this one, without its single steps")
         self._window.merge(other._window)
         self._doubts.merge(other._doubts)
         self.scores.merge(other.scores)
@@ -553,6 +609,7 @@ class PerSampleMetric(StandaloneMetric):
         if self._last is not None:
             self._last_norms()  # takes in what has not been delivered yet
         attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}
+        attached |= {"_model": None, "_holding": None, "_shared": None}
         return self.__dict__ | attached | {"_open_step": OpenStep(None, self._make_scores)}
 
     def __repr__(self) -> str:

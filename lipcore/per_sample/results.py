@@ -26,7 +26,7 @@ def add_norms(
     note: str,
     doubt: str = "",
 ) -> None:
-    """Add the distributions of the norms per layer and, with the note, in total, at the place of that name;
+    """Add the distributions of the norms per layer and, with the note, in total, at the place of that name (""; none);
     `estimated`: layers that are no exact ones; `doubt`: why it is not proved that they are single samples'."""
     if not distributions:
         return  # before the layers are known
@@ -42,8 +42,9 @@ def _add_described(
     plain: Label = "heuristic" if doubt else "exact"
     labels: list[Label] = ["estimate" if layer in estimated else plain for layer in places.names]
     notes = [f"not proved: {doubt}" if doubt else ""] * len(places)
-    labels[-1] = "estimate" if estimated else labels[-1]
-    notes[-1] = "; ".join(said for said in (note, notes[-1]) if said)
+    if places.levels[-1] == "total":
+        labels[-1] = "estimate" if estimated else labels[-1]
+        notes[-1] = "; ".join(said for said in (note, notes[-1]) if said)
     counted = count > 0
     notes = [said if any_ else "nothing recorded" for said, any_ in zip(notes, counted.tolist(), strict=True)]
     worth = one_if_same(count.astype(np.int64)), words_of(labels), one_if_same(counted), words_of(notes)
@@ -55,7 +56,9 @@ def _add_described(
 
 @lru_cache(maxsize=8)
 def places_of(layers: tuple[str, ...], total: str) -> Places:
-    """Return the layers and the total; the same object for all windows of a metric."""
+    """Return the layers and the total, where it has a name; the same object for all windows of a metric."""
+    if not total:
+        return Places(layers, ["group"] * len(layers))
     return Places([*layers, total], [*["group"] * len(layers), "total"])  # type: ignore[list-item]
 
 

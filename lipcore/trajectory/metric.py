@@ -15,7 +15,7 @@ from lipcore.distributed.partners import Partners
 from lipcore.metric.merging import merge_open
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Metric, Needs, PlanLine
-from lipcore.metric.rank_part import Holding, RankPart
+from lipcore.metric.rank_part import FSDP1_PIECES, Holding, RankPart
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_same
 from lipcore.models.arguments import check_count
@@ -33,7 +33,7 @@ from lipcore.trajectory.parameters import (
     of_modules,
     values_of,
 )
-from lipcore.trajectory.rank_part import FSDP1_PIECES, TrajectoryPart, part_of
+from lipcore.trajectory.rank_part import TrajectoryPart, part_of
 from lipcore.trajectory.results import add_quantities, plan_lines
 from lipcore.trajectory.saved import prepared_loads
 from lipcore.trajectory.single_steps import SingleSteps
@@ -669,8 +669,8 @@ class Trajectory(Metric):
         parallelism and all of these together). Every rank of the group calls it at the same step and gets the same
         numbers. What several ranks hold alike counts once.
 
-        No rank starts a collective before all have come. The window must fit the `ring`, since only the squares of
-        single steps add up over shards.
+        No rank starts a collective before all have come. Of a window that is longer than the `ring` the steps before
+        are kept beside it, up to 64 MiB, since only the squares of single steps add up over shards.
 
         Args:
             group: "auto" for the default process group; a ProcessGroup or a DeviceMesh.
@@ -678,7 +678,7 @@ class Trajectory(Metric):
 
         Raises:
             RuntimeError: torch.distributed is not initialised; a rank has not come in time, or is at another step.
-            ValueError: the window is longer than the ring; ranks have other windows; their parameters are not parts of
+            ValueError: steps of the window are gone; ranks have other windows; their parameters are not parts of
                 one model.
         """
         self._require_bound()

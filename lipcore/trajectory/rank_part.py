@@ -6,20 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lipcore.distributed.packed import Packed
+from lipcore.distributed.packed import Packed, Together
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import Level, MetricResult
 from lipcore.trajectory.building import Built
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
+from lipcore.trajectory.kept_steps import MOST_BYTES
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.whole import PathSoFar, Place, Whole, places_of
 
-FSDP1_PIECES = (
-    "the parameters of FullyShardedDataParallel (FSDP1) are pieces of flat tensors that do not say where they belong, "
-    "so their numbers cannot be merged over ranks; use torch.distributed.fsdp.fully_shard()"
+_GONE = (
+    "ring: the window has {0} steps, the ring keeps {1}, and of those before not all are kept beside it ({2} MiB at "
+    "most, and none over a load_state_dict()); path lengths of shards do not add up, only the squares of single steps "
+    "do. Use ring={0} or more, or shorter windows"
 )
 
 
@@ -65,10 +67,10 @@ class TrajectoryPart(RankPart):
                 spread.paths[i] = self.own_paths[name, level]
         return spread.packed()
 
-    def result(self, packed: Packed) -> MetricResult:
+    def result(self, together: Together) -> MetricResult:
         """Return the numbers of whole parameters."""
         places, wanted = self._places, frozenset(self.agreed["quantities"])
-        sums = ShardSums.of_packed(packed, self.agreed["gradients"])
+        sums = ShardSums.of_packed(together, self.agreed["gradients"])
         whole = Whole(sums, places, self.agreed["end"], self.before, self._alone(places))
         after = whole.add_to(self.empty, wanted, self.agreed["length"])
         if not self.open:
@@ -101,18 +103,18 @@ def part_of(
     tracker = built.first
     if isinstance(tracker, SketchTracker):
         return "sketches of shards are not merged yet; use mode 'exact' or 'updates'"
-    steps, ring = tracker.window_steps, tracker.table.recent.shape[0]
-    if steps > ring:
-        return (
-            f"ring: the window has {steps} steps, the ring keeps {ring}; path lengths of shards do not add up, only "
-            f"the squares of single steps do. Use ring={steps} or more, or shorter windows"
-        )
+    steps = tracker.window_steps
     built.align()
     count, rows = len(watched), tracker.window_rows().cpu()
-    sums = ShardSums.of_rows(rows[:count], tracker.recent.steps(steps)[:, :count], 0)
+    single = tracker.recent.of_tensors(steps)
+    of_gradients = {name: found.recent.of_tensors(steps) for name, found in built.of_gradients.items()}
+    if single is None or any(found is None for name, found in of_gradients.items() if name in wanted):
+        return _GONE.format(steps, tracker.table.recent.shape[0], MOST_BYTES >> 20)
+    sums = ShardSums.of_rows(rows[:count], single, 0)
     for stage, gradients in built.of_gradients.items():
-        if stage in wanted:
-            sums.gradients[stage] = gradients.recent.steps(steps)[:, :count, 0].contiguous()
+        squares = of_gradients[stage]
+        if stage in wanted and squares is not None:
+            sums.gradients[stage] = squares[:, :, 0].contiguous()
             sums.no_gradients[stage] = sums.added.new_tensor([float(steps - gradients.window_steps)])
     known = [q for q in tracker.quantities if q in (*MOVES, *OFFSETS) and q in wanted]
     if every_steps > 1 and next(iter(built.trackers)) == "updates":

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from lipcore.distributed.packed import Packed
+from lipcore.distributed.packed import Packed, Together
 from lipcore.trajectory.table import COLUMN, M2, points_of
 
 #: Columns of `added` and of `largest`.
@@ -78,10 +78,10 @@ class ShardSums:
         return Packed(sums, [self.largest, *(self.no_gradients[stage] for stage in stages)])
 
     @classmethod
-    def of_packed(cls, packed: Packed, stages: Sequence[str]) -> ShardSums:
+    def of_packed(cls, together: Together, stages: Sequence[str]) -> ShardSums:
         """Return what :meth:`packed` of all ranks together says."""
-        steps, added, paths, *squares = packed.sums
-        largest, *missing = packed.largest
+        steps, added, paths, *squares = together.sums
+        largest, *missing = together.largest
         stages = sorted(stages)
         gradients, none = dict(zip(stages, squares, strict=True)), dict(zip(stages, missing, strict=True))
         return cls(steps, added, largest, paths, gradients, none)

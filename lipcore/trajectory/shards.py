@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
-
-from lipcore.distributed.packed import Packed
+from lipcore.distributed.packed import Packed, folded
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.whole import Whole, places_of
@@ -37,15 +35,15 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
     found = {name: group for s in summaries for name, group in zip(s["names"], s["groups"], strict=True)}
     index = {name: i for i, name in enumerate(found)}
     places = places_of(list(found), list(found.values()))
-    parts = []
-    for summary in summaries:
-        shard = ShardSums.of_rows(summary["rows"], summary["steps"], len(places))
-        where = [index[name] for name in summary["names"]]
-        parts.append(shard.spread(where, range(len(where)), len(index)).packed())
-    sums = [torch.stack(tensors).sum(dim=0) for tensors in zip(*(part.sums for part in parts), strict=True)]
-    largest = [torch.stack(tensors).amax(dim=0) for tensors in zip(*(part.largest for part in parts), strict=True)]
+
+    def parts() -> Iterator[Packed]:
+        for summary in summaries:
+            shard = ShardSums.of_rows(summary["rows"], summary["steps"], len(places))
+            where = [index[name] for name in summary["names"]]
+            yield shard.spread(where, range(len(where)), len(index)).packed()
+
     result = MetricResult("trajectory", every_steps=first["every_steps"], shards=len(summaries))
     length = "path_length" if first["every_steps"] == 1 else "chord_length"
-    whole = Whole(ShardSums.of_packed(Packed(sums, largest), []), places, len(first["steps"]))
+    whole = Whole(ShardSums.of_packed(folded(parts), []), places, len(first["steps"]))
     whole.add_to(result, frozenset(first["quantities"]), length)
     return result

@@ -15,6 +15,7 @@ from lipcore.metric.columns import Numbers
 from lipcore.metric.distribution import Distribution, reset_all
 from lipcore.metric.host_copy import HostCopy
 from lipcore.trajectory.describe import GRADIENTS
+from lipcore.trajectory.kept_steps import KeptSteps
 from lipcore.trajectory.table import Table
 
 
@@ -39,6 +40,7 @@ class Recent:
         self._absorbed = 0  # steps in the distributions
         self._drained = 0
         self._pending: tuple[HostCopy, int, int] | None = None
+        self._kept = KeptSteps(table.tensors)
         self.distributions = [Distribution() for _ in range(2 * len(table.rows))]
         self._empty = True  # nothing is in the distributions
 
@@ -72,6 +74,7 @@ class Recent:
     def restart(self, end: int) -> None:
         """Forget the steps up to `end`, taken in or not: a new window begins after it."""
         self._absorbed, self._pending = end, None
+        self._kept.clear()
         if not self._empty:
             reset_all(self._distributions)
             self._empty = True
@@ -103,6 +106,7 @@ class Recent:
     def _observe(self, recent: Tensor, begin: int, end: int) -> None:
         if end > begin:
             self._empty = False
+            self._kept.add(recent, begin, end)
             _core.observe_recent(recent, begin, end, self._cores)
 
     def take_distributions(self) -> list[Distribution]:
@@ -117,6 +121,15 @@ class Recent:
         end = int(self._table.cursor[0])
         index = torch.arange(end - count, end, device="cpu") % self._ring
         return self._table.recent.cpu()[index]
+
+    def of_tensors(self, count: int) -> Tensor | None:
+        """Return the last `count` steps of tensors as [count, tensors, 2] on the CPU, oldest first, also where the ring
+        does not hold all of them; None where some are gone."""
+        if count <= self._ring:
+            return self.steps(count)[:, : self._table.tensors]
+        end = int(self._table.cursor[0])
+        self._take_pending()
+        return self._kept.window(self._table.recent.cpu(), end - count, end)
 
     def drain(self, places: list[str], gradients: Mapping[str, Recent]) -> StepHistory:
         """Return all steps since the last call that are still in the ring, beside those of `gradients` by quantity."""
@@ -138,4 +151,5 @@ class Recent:
     def load(self, state: dict[str, Any]) -> None:
         """Take over a state that was checked."""
         self._drained, self._absorbed, self._pending = state["drained"], state["absorbed"], None
+        self._kept.clear()
         self._table.recent.copy_(state["ring"])

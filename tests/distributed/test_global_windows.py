@@ -110,7 +110,7 @@ def test_named_and_the_training_goes_on(found: dict[str, list[Any]], name: str) 
 def test_a_metric_that_has_stopped_is_left_out_with_the_reason(found: dict[str, list[Any]]) -> None:
     for numbers in found["a_metric_that_stops_on_one_rank"]:
         assert "this one stops" in numbers["off"]["stopping"]
-        assert "not merged over ranks" in numbers["off"]["lipschitz"]
+        assert "not merged over ranks" in numbers["off"]["own"]
 
 
 def test_models_that_each_rank_trains_for_itself(found: dict[str, list[Any]]) -> None:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from lipcore import Lipschitz, Monitor, Trajectory
+from lipcore import Monitor, Trajectory
 from lipcore.distributed.ownership import Ownership, describe
-from lipcore.metric import global_windows
+from lipcore.metric import Metric, global_windows
 
 
 def monitored(**settings: Any) -> tuple[nn.Module, Any, Monitor]:
@@ -109,6 +109,13 @@ def test_masters_and_groups_with_a_prefix() -> None:
     assert list(trajectory.compute().weight_norm) == ["a.b.weight", "a.b.bias", "a.b", "total"]
 
 
+class OfOnesOwn(Trajectory):
+    """Has no part in the windows of all ranks."""
+
+    name = "own"
+    rank_part = Metric.rank_part
+
+
 class Group:
     """Stands for a process group of two ranks."""
 
@@ -118,14 +125,14 @@ class Group:
 def test_nobody_calls(monkeypatch: Any) -> None:
     """Windows wait, not for ever; the warning comes once. Metrics that are not merged say so."""
     monkeypatch.setattr(global_windows, "_MOST", 3)
-    model, optimizer, monitor = monitored(window_steps=1, metrics=[Trajectory(), Lipschitz()])
+    model, optimizer, monitor = monitored(window_steps=1, metrics=[Trajectory(), OfOnesOwn()])
     monkeypatch.setattr(monitor._global._partners, "find", Group)
     with pytest.warns(RuntimeWarning, match=r"nobody has called monitor.global_window\(\) for so long") as caught:
         train(model, optimizer, 6)
     assert len(caught) == 1
     waiting = monitor._global._waiting
     assert [window.index for window, _ in waiting] == [3, 4, 5]
-    assert "not merged over ranks" in waiting[0][1].left_out["lipschitz"]
+    assert "not merged over ranks" in waiting[0][1].left_out["own"]
     assert {window.scope for window in monitor.history} == {"rank"}
     assert not monitor.global_history
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from models import mlp, reference, seeded
+from torch import nn
 
 from lipcore import Lipschitz, Monitor
 
@@ -94,3 +96,27 @@ def test_merging_two_windows_gives_the_distribution_of_both() -> None:
         for reducer in expected:
             assert found[reducer].count == 10
             assert found[reducer].value == pytest.approx(expected[reducer].value, rel=1e-14)
+
+
+def test_merge_of_sliding_windows_takes_all_blocks_and_labels() -> None:
+    metrics = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+        optimizer = torch.optim.SGD(model.parameters(), 0.1 * seed)  # the first one's weights stay
+        metrics.append(Lipschitz())
+        Monitor(model, optimizer, metrics=metrics[-1:], window_steps=4, window_blocks=2)
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(torch.randn(8, 3)).square().mean().backward()
+            optimizer.step()
+    first, second = metrics
+    counts = [metric.compute().local_lipschitz["model:Linear"].mean.count for metric in metrics]
+    assert counts == [24, 24]
+    assert not first.compute().details["first_weight_moved"]
+    first.merge(second)
+    found = first.compute()
+    assert found.local_lipschitz["model:Linear"].mean.count == 48
+    assert found.details["first_weight_moved"]
+    with pytest.raises(ValueError, match="other: this Lipschitz is a copy"):
+        first.merge(copy.deepcopy(second))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import on_backward, tensors_of
-from lipcore.models.ranks import has_dtensors, under_process_group
+from lipcore.models.ranks import Communicates, has_dtensors, under_process_group, without_communication
 from lipcore.models.restored import all_put_back
 
 NO_OUTPUT = (
@@ -46,6 +47,10 @@ _NOT_RUN = "statistics over the batch that the model may detach were not looked 
 _OFFSETS = "the samples are packed sequences"
 _ALONE = "the model is sharded, and not all of its ranks have this metric"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
+_COMMUNICATES = (
+    "model: its pass exchanges activations with other ranks (tensor, sequence, context or expert parallelism), so that "
+    "the gradient of a sample lies on several of them, and this rank would measure parts"
+)
 _PAST = (
     "the loss reaches layer '{0}' past the output that proofs begin at (output=); name the one by which all of it comes"
 )
@@ -246,8 +251,12 @@ class Proofs:
             return Verdict(reason)
         found = Verdict()
         try:
-            with all_put_back(self._model, random=True, writes=graph.runs_forward):
+            # The ranks of a sharded model have agreed to go through it together.
+            silence = nullcontext() if self.sharded else without_communication()
+            with all_put_back(self._model, random=True, writes=graph.runs_forward), silence:
                 found = verdict(run, seeds, graph, self._sites, fixed=self.sharded)
+        except Communicates:
+            raise Disproved(_COMMUNICATES) from None
         except Exception as error:
             return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))
         return found

@@ -73,7 +73,7 @@ class NoiseScale:
         # Rows 0-2: the steps' total weight, |G|^2 and tr(Sigma), decaying; row 3: how many steps, not decaying.
         self._ema = torch.zeros(4, places, dtype=torch.float64, device="cpu")
         self._pending: list[Tensor] = []  # [2, P] of steps that are not yet in the sums
-        self._samples = 0  # B of these steps
+        self._samples: float = 0  # 1 / (sum of squared weights) of these steps: B where all weights are equal
         self._start()
 
     def reset(self) -> None:
@@ -109,12 +109,24 @@ class NoiseScale:
         if mean_norm_sq.device != batch_grad_sq.device:
             raise ValueError(f"batch_grad_sq: on {batch_grad_sq.device}, but mean_norm_sq is on {mean_norm_sq.device}")
         check_count("samples", samples, 0)
+        self.observe_weighted(mean_norm_sq, batch_grad_sq, samples, samples)
+
+    @torch.no_grad()
+    def observe_weighted(self, mean_norm_sq: Tensor, batch_grad_sq: Tensor, samples: int, effective: float) -> None:
+        r"""Add an optimizer step whose samples are in the gradient with weights :math:`v_i` that sum to 1.
+
+        Args:
+            mean_norm_sq: [P], :math:`\sum v_i^2 \|\nabla l_i\|^2 / \sum v_i^2`.
+            batch_grad_sq: [P], :math:`\|\sum v_i \nabla l_i\|^2`.
+            samples: B.
+            effective: :math:`1 / \sum v_i^2`, which is B where all weights are equal.
+        """
         if samples < 2:
             self.skipped += 1
             return
-        if self._pending and (samples != self._samples or mean_norm_sq.device != self._pending[0].device):
+        if self._pending and (effective != self._samples or mean_norm_sq.device != self._pending[0].device):
             self._fold()
-        self._samples = samples
+        self._samples = effective
         self._pending.append(torch.stack([mean_norm_sq.double(), batch_grad_sq.double()]))
         if len(self._pending) >= _PENDING:
             self._fold()
@@ -130,7 +142,7 @@ class NoiseScale:
         if device != self._ema.device:
             ahead = device.type != "cpu"  # what comes from a device is read at once
             self._ema, self._sums = (sums.to(device, non_blocking=ahead) for sums in (self._ema, self._sums))
-        if device.type == "cpu":
+        if device.type == "cpu" and isinstance(self._samples, int):
             steps = torch.empty(len(pending), 3, self.places, dtype=torch.float64, device="cpu")
             _core.noise_steps(pending, self._samples, self.decay, self._ema, steps)
         else:
@@ -290,7 +302,7 @@ def _float64(state: dict[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
     return value
 
 
-def _on_device(pending: list[Tensor], samples: int, decay: float, ema: Tensor) -> tuple[Tensor, Tensor]:
+def _on_device(pending: list[Tensor], samples: float, decay: float, ema: Tensor) -> tuple[Tensor, Tensor]:
     """Return what _core.noise_steps() writes, without waiting for the device."""
     mean, batch = torch.stack(pending, dim=1)  # [steps, P]
     excess = (mean - batch) / (samples - 1)  # of the mean gradient's square over |G|^2: tr(Sigma) / B

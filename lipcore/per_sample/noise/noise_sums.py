@@ -15,6 +15,7 @@ from lipcore.models.ranks import under_process_group
 from lipcore.models.torch_internals import hooks_after_accumulation
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
+from lipcore.per_sample.noise.rank_steps import StepSums
 from lipcore.per_sample.pass_norms import PassNorms
 
 UNEQUAL = "the loss divides a sample's terms by another number from micro-batch to micro-batch"
@@ -36,13 +37,14 @@ NOT_EMPTY = (
     "gradients were there already when its first backward pass began, so that they are not what its samples add up to; "
     "call zero_grad() before every step"
 )
+SHARDED = "gradients are sharded, and a rank knows the norm of its shard only"
 NO_SAMPLES = (
     "the gradient is longer than the mean of its samples' gradients can be, so it has parts that are no sample's "
     "(a penalty in the loss), or the loss reduction is not what was declared"
 )
 #: A gradient, and its version when it was seen.
 _Seen = tuple[weakref.ref[Tensor], int]
-_JENSEN = 1 + 1 / 64  # a few units in the last place of bfloat16, in which gradients may have been computed
+JENSEN = 1 + 1 / 64  # a few units in the last place of bfloat16, in which gradients may have been computed
 
 
 class NoiseSums:
@@ -56,6 +58,8 @@ class NoiseSums:
         self._layer_index = layer_index
         self._parameters = parameters
         self.off = ""  #: why there are no estimates
+        self.names = list(layer_index.layer_of)  #: of the parameters
+        self._place = {name: i for i, name in enumerate(self.names)}
         self._versions: dict[str, _Seen] = {}  # of the gradients when they were read last
         self.reset()
         self._start()
@@ -70,6 +74,7 @@ class NoiseSums:
         self._hooked = False
         self._stray = ""
         self._gradient_sq: Tensor | None = None
+        self._found: tuple[list[int], Tensor] | None = None  # parameters, and the squared norms of their gradients
         self._left, self._versions = self._versions, {}
         self._changed = False  # whether something else than a backward pass has changed them since
 
@@ -130,7 +135,7 @@ class NoiseSums:
     def read_gradients(self) -> None:
         """Read, after a backward pass and before anything clips, the squared norm of what has accumulated so far, per
         place."""
-        index, gradients, versions = [], [], {}
+        which, index, gradients, versions = [], [], [], {}
         # DDP writes what it has reduced over the ranks, which is a change too.
         alone = not under_process_group()
         self._hooked = False
@@ -138,8 +143,9 @@ class NoiseSums:
             # One that was frozen may still have a gradient of before.
             if parameter.grad is not None and parameter.requires_grad and name in self._layer_index.layer_of:
                 if _is_sharded(parameter.grad):
-                    self.off = "gradients are sharded, and a rank knows the norm of its shard only"
+                    self.off = SHARDED
                 self._hooked |= _is_hooked(parameter)
+                which.append(self._place[name])
                 index.append(self._layer_index.number[self._layer_index.layer_of[name]])
                 gradients.append(_dense(parameter.grad))
                 if alone and _has_own_version(parameter.grad):
@@ -149,7 +155,7 @@ class NoiseSums:
         if left and all(_is_added_to(before, versions.get(name)) for name, before in left.items()):
             self._wrong = self._wrong or NOT_EMPTY
         self._versions = versions
-        if not gradients or self.off:
+        if not gradients:
             return
         if gradients[0].is_cpu:
             rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
@@ -157,10 +163,25 @@ class NoiseSums:
             squares = rows[:, 0]
         else:
             squares = torch.cat([functional.sample_norms(g.reshape(1, -1)) for g in gradients]).square()
+        self._found = which, squares
         places = torch.zeros(len(self._layer_index.layers) + 1, dtype=torch.float64, device=squares.device)
         places.index_add_(0, self._layer_index.on(squares.device, index), squares)
         places[-1] = squares.sum()
         self._gradient_sq = places
+
+    def step_sums(self) -> StepSums:
+        """Return what this rank knows of a step that was made, for the noise scale of all ranks."""
+        gradient = None
+        if self._found is not None:
+            which, squares = self._found
+            gradient = squares.new_zeros(len(self.names), dtype=torch.float64)
+            gradient[self._layer_index.on(squares.device, which)] = squares.double()
+        weight: float | Tensor = 1.0
+        if self._factor is not None and self._samples:
+            value = self._factor.value
+            weight = 1 / value if isinstance(value, Tensor) or value else 0.0
+        wrong = self._reason(changed=False)
+        return StepSums(self._sum, self._samples, weight, gradient, self._same, wrong)
 
     def finish(self, observe: Callable[[Tensor, Tensor, int], None], ranks: int) -> None:
         """Hand a step that was made to `observe`, (mean ||grad l_i||^2, ||mean grad l_i||^2, samples), and start the
@@ -176,9 +197,7 @@ class NoiseSums:
 
     def _checked(self, mean: Tensor, batch: Tensor, alone: bool) -> Tensor:
         """Return the squared norm of the mean gradient; NaN where it is not that."""
-        wrong = self._wrong or self._stray or (HOOKED if self._hooked else CHANGED if self._changed else "")
-        wrong = NOT_FOUND if self._gradient_sq is None else wrong
-        if wrong:
+        if wrong := self._reason(self._changed):
             self._skipped[wrong] = self._skipped.get(wrong, 0) + 1
             return torch.full_like(batch, torch.nan)
         if self._same is not None:
@@ -186,12 +205,18 @@ class NoiseSums:
             batch = torch.where(self._same, batch, torch.nan)
         if not alone:  # the gradient is that of all ranks' samples, the norms are of this rank's
             return batch
-        impossible = batch > mean * _JENSEN  # by Jensen's inequality: the mean's square, the mean of the squares
+        impossible = batch > mean * JENSEN  # by Jensen's inequality: the mean's square, the mean of the squares
         if impossible.is_cpu and not bool(impossible.any()):
             return batch  # as nearly always; another device is not waited for
         impossible[-1] = impossible.any()
         self._count(NO_SAMPLES, impossible[-1])
         return batch.masked_fill(impossible, torch.nan)
+
+    def _reason(self, changed: bool) -> str:
+        """Return why the gradient is not the mean over the samples, as far as the host knows; "" where it is."""
+        if self._gradient_sq is None:
+            return NOT_FOUND
+        return self._wrong or self._stray or (HOOKED if self._hooked else CHANGED if changed else "")
 
     def _count(self, reason: str, skipped: Tensor) -> None:
         count = self._on_device.get(reason)

@@ -20,6 +20,13 @@ class ScoreColumns(Sequence[SampleScores]):
     def __init__(self, columns: int) -> None:
         self._columns = [SampleScores() for _ in range(columns)]
 
+    @classmethod
+    def of(cls, columns: Sequence[SampleScores]) -> ScoreColumns:
+        """Return these scores as one."""
+        found = cls(0)
+        found._columns = list(columns)
+        return found
+
     def __getitem__(self, column: Any) -> Any:
         return self._columns[column]
 

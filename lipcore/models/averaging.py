@@ -1,0 +1,39 @@
+"""Over which ranks the gradient is averaged in the backward pass, as wrappers of the model say it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipcore.models.torch_internals import reduces_by_own_rule
+
+UNKNOWN = (
+    "there are other ranks, and the model is no DistributedDataParallel and not fully_shard()ed here, so that nobody "
+    "knows whose samples are in its gradient; pass the wrapped module that your loop calls, or, where each rank trains "
+    "a model of its own, group=None to the Monitor"
+)
+_OWN_RULE = (
+    "the {0} was given a rule of its own by which gradients are reduced (a communication hook, another divisor), so "
+    "that nobody knows whose mean they are; leave that out"
+)
+_MESHES = "its parameters lie on several device meshes, so that nobody knows whose mean their gradients are"
+
+
+def averaged_over(model: nn.Module) -> tuple[tuple[int, ...], str]:
+    """Return the ranks over which the gradient is the mean when a backward pass is over; () and the reason where that
+    is not known."""
+    for module in model.modules():
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            if reduces_by_own_rule(module):
+                return (), _OWN_RULE.format("DistributedDataParallel")
+            return tuple(torch.distributed.get_process_group_ranks(module.process_group)), ""
+    meshes: list[Any] = list(dict.fromkeys(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh")))
+    if not meshes:
+        return (), UNKNOWN
+    if len(meshes) > 1:
+        return (), _MESHES
+    if any(reduces_by_own_rule(module) for module in model.modules()):
+        return (), _OWN_RULE.format("fully_shard()ed model")
+    return tuple(sorted(meshes[0].mesh.flatten().tolist())), ""

@@ -1,0 +1,195 @@
+"""Situations of several ranks for local Lipschitz constants, each beside one float64 process that differentiates every
+sample of every rank by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
+from sample_situations import DDP, compared_numbers, mean_loss, quiet
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from lipcore import Lipschitz, Monitor, Trajectory
+from lipcore.metric.distribution import Distribution
+
+NAME, PLACE = "lipschitz", "model"
+
+
+def truth(
+    model: nn.Module, batches: Sequence[Data], sigma: bool = True, seen: Sequence[int] = range(9)
+) -> list[dict[str, float]]:
+    """Numbers of every window: r, lambda and the sides of Theorem 1, at the samples of the `seen` ranks."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    first: Any = model.a
+    found, both = [], (Distribution(), Distribution())
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for rank, data in enumerate(batches):
+            x, y = data[step]
+            for i in range(len(x) if rank in seen else 0):
+                r, constant = constants_of(model, first, x[i : i + 1])
+                both[0].observe(r)
+                both[1].observe(constant)
+            (mean_loss(model(x), y) / len(batches)).backward()
+        optimizer.step()
+        if (step + 1) % WINDOW == 0:
+            values = [("normalized_gradient_norm", both[0].reduced("exact", total=True))]
+            values.append(("local_lipschitz", both[1].reduced("exact")))
+            numbers = {f"{NAME}/{q}.{key}/{PLACE}": v.value for q, reduced in values for key, v in reduced.items()}
+            numbers[f"{NAME}/steadiness.max/{PLACE}"] = both[0].max
+            if sigma:
+                largest = float(torch.linalg.svdvals(first.weight.detach())[0])
+                numbers[f"{NAME}/sandwich.lower/{PLACE}"] = both[1].mean / largest
+                numbers[f"{NAME}/sandwich.middle/{PLACE}"] = both[0].mean
+            found.append(numbers)
+            both = (Distribution(), Distribution())
+    return found
+
+
+def constants_of(model: nn.Module, first: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    kept: list[Tensor] = []
+    handle = first.register_forward_hook(lambda module, into, out: kept.append(out))
+    x = x.clone().requires_grad_()
+    output = model(x)
+    handle.remove()
+    at_first, at_input = torch.autograd.grad(output.sum(), [kept[0], x])
+    return at_first.norm(), at_input.norm()
+
+
+def monitored(model: Any, **settings: Any) -> tuple[Any, Monitor]:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    settings = {"window_steps": WINDOW, "metrics": [Lipschitz(), Trajectory()], "timeout": 20} | settings
+    return optimizer, Monitor(model, optimizer, **settings)
+
+
+def merged(model: Any, data: Data, **settings: Any) -> list[Any]:
+    optimizer, monitor = monitored(model, **settings)
+    found: list[Any] = []
+    with monitor:
+        for x, y in data:
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+    return found
+
+
+def ddp(rank: int, world: int) -> dict[str, Any]:
+    expected = truth(made(), data_of(range(world)))
+    windows = merged(DDP(made()), data_of(range(world))[rank])
+    assert all(w[NAME].details["first_bias"]["samples"] == 3 * world * WINDOW for w in windows)
+    assert all(w[NAME].sandwich[PLACE].lower.label == "heuristic" for w in windows)  # W_1 moves
+    return compared_numbers(windows, expected)
+
+
+def unequal_batches(rank: int, world: int) -> dict[str, Any]:
+    sizes = {0: 2, 1: 7}
+    expected = truth(made(), data_of(range(world), sizes))
+    return compared_numbers(merged(DDP(made()), data_of(range(world), sizes)[rank]), expected)
+
+
+def fsdp2(rank: int, world: int) -> dict[str, Any]:
+    """Of sharded models there is no lambda, by name."""
+    expected = truth(made(), data_of(range(world)), sigma=False)
+    expected = [{key: v for key, v in each.items() if "local_lipschitz" not in key} for each in expected]
+    windows = merged(fsdp(made()), data_of(range(world))[rank])
+    for window in windows:
+        assert "sharded over ranks" in window[NAME].details["local_lipschitz_off"]
+        assert not window[NAME].local_lipschitz[PLACE].mean.valid
+        assert "sandwich" not in window[NAME]
+    return compared_numbers(windows, expected)
+
+
+def hsdp(rank: int, world: int) -> dict[str, Any]:
+    expected = truth(made(), data_of(range(world)), sigma=False)
+    expected = [{key: v for key, v in each.items() if "local_lipschitz" not in key} for each in expected]
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+    return compared_numbers(merged(fsdp(made(), mesh), data_of(range(world))[rank]), expected)
+
+
+def subgroups(rank: int, world: int) -> dict[str, Any]:
+    """Two models, each on two ranks with a group of its own."""
+    halves = [list(range(world // 2)), list(range(world // 2, world))]
+    groups = [dist.new_group(half) for half in halves]
+    mine = 0 if rank in halves[0] else 1
+    expected = truth(made(seed=mine), data_of(halves[mine]))
+    model = DDP(made(seed=mine), process_group=groups[mine])
+    data = data_of(halves[mine])[halves[mine].index(rank)]
+    return compared_numbers(merged(model, data, group=groups[mine]), expected)
+
+
+def group_of_some(rank: int, world: int) -> dict[str, Any]:
+    """All ranks train one model, and windows are those of two of them."""
+    halves = [list(range(world // 2)), list(range(world // 2, world))]
+    groups = [dist.new_group(half) for half in halves]
+    mine = 0 if rank in halves[0] else 1
+    expected = truth(made(), data_of(range(world)), seen=halves[mine])
+    return compared_numbers(merged(DDP(made()), data_of(range(world))[rank], group=groups[mine]), expected)
+
+
+def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := planned(made(Columns), init_device_mesh("cpu", (world,))))
+    for x, y in data_of([0])[0][:WINDOW]:
+        optimizer.zero_grad()
+        mean_loss(model(x), y).backward()
+        optimizer.step()
+    try:
+        monitor.close()  # raises what has stopped the metric
+    except ValueError:
+        monitor.close()
+    window = monitor.global_window()
+    assert window is not None
+    assert list(window) == ["trajectory"]
+    return {"said": window.off[NAME]}
+
+
+def stage_of(rank: int) -> nn.Module:
+    whole = made()
+    return [nn.Sequential(whole.a, nn.Tanh(), whole.b), nn.Sequential(whole.c)][rank]
+
+
+def pipeline(rank: int, world: int) -> dict[str, Any]:
+    """A stage's constant is not the model's."""
+    stage = stage_of(rank)
+    optimizer, monitor = monitored(stage, prefix=f"stages.{rank}")
+    with monitor:
+        for x, y in data_of([0])[0][:WINDOW]:
+            optimizer.zero_grad()
+            if rank == 0:
+                sent = stage(x)
+                dist.send(sent.detach(), 1)
+                dist.recv(grad := torch.empty_like(sent), 1)
+                sent.backward(grad)
+            else:
+                dist.recv(received := torch.empty(len(x), 5, dtype=torch.float64), 0)
+                mean_loss(stage(torch.tanh(received.requires_grad_())), y).backward()
+                dist.send(received.grad, 0)
+            optimizer.step()
+        window = monitor.global_window()
+    assert window is not None
+    assert list(window) == ["trajectory"]
+    assert all(place.startswith(f"stages.{rank}.") for place in monitor.history[0][NAME].local_lipschitz)
+    return {"said": window.off[NAME]}
+
+
+def independent(rank: int, world: int) -> Any:
+    return merged(made(seed=rank), data_of([rank])[0], metrics=[Lipschitz()])
+
+
+def other_settings(rank: int, world: int) -> dict[str, Any]:
+    """One rank asks for the bounds of a vector."""
+    metrics = [Lipschitz(quantity="residual" if rank else "scalar"), Trajectory()]
+    windows = merged(DDP(made()), data_of(range(world))[rank], metrics=metrics)
+    return {"said": windows[-1].off[NAME]}
+
+
+def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
+    """Name, ranks and work of each."""
+    two = (ddp, unequal_batches, fsdp2, tensor_parallel, pipeline, independent, other_settings)
+    for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
+        yield work.__name__, ranks, quiet(work)

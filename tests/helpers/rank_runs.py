@@ -1,0 +1,39 @@
+"""Situations of several ranks, one after the other in processes that are started once; what each rank has found."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+
+Found = dict[str, list[Any]]
+
+
+def run_situations(folder: Path, module: str, ranks: int) -> Found:
+    """Run what `module.situations(ranks)` gives; what a rank raises is its name and message."""
+    run_ranks(work_through, str(folder), module, ranks, ranks=ranks)
+    found: Found = {}
+    for name, world, _ in importlib.import_module(module).situations(ranks):
+        files = [folder / f"{name}.{rank}.json" for rank in range(world)]
+        found[name] = [json.loads(file.read_text()) for file in files if file.exists()]
+    return found
+
+
+def work_through(rank: int, folder: str, module: str, ranks: int) -> None:
+    torch.set_num_threads(1)
+    patience = datetime.timedelta(seconds=120)
+    for name, world, work in importlib.import_module(module).situations(ranks):
+        store = dist.FileStore(f"{folder}/{name}", world)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
+        try:
+            found: Any = work(rank, world)
+        except Exception as error:
+            found = f"{type(error).__name__}: {error}"
+        Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found, default=str))
+        dist.destroy_process_group()
