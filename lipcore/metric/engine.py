@@ -477,7 +477,10 @@ class Engine:
                 them. These windows are given up; each rank's own stay in its history.
         """
         self._failures.raise_kept()
-        return self._global.merge(self._windows.step)
+        newest = self._global.merge(self._windows.step)
+        for window in self._global.last_merged:
+            self._tell(lambda listener, window=window: listener.windows_met(window))  # type: ignore[misc]
+        return newest
 
     @property
     def global_history(self) -> History:

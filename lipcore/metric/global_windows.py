@@ -40,6 +40,7 @@ class GlobalWindows:
         self._warned = False
         self._told: set[Withdrawn] = set()
         self.history = History(maxlen=limit, bytes_limit=bytes_limit)  #: windows of all ranks, oldest first
+        self.last_merged: list[Window] = []  #: those that the last merge() has added to it
 
     def scope(self, model: nn.Module) -> Scope:
         """Return what this process's own windows cover."""
@@ -56,6 +57,11 @@ class GlobalWindows:
     def stands_alone(self) -> bool:
         """True where this process's own windows are all there is."""
         return self._partners.find() is None and not (self._partners.none_asked_for and world_size() > 1)
+
+    @property
+    def waits(self) -> bool:
+        """True where closed windows wait to be merged with those of other ranks."""
+        return bool(self._waiting)
 
     def keep(self, window: Window, metrics: Mapping[str, Metric]) -> str:
         """Keep what this rank adds to a closed window, before the metrics start the next one; return a warning, once,
@@ -95,6 +101,7 @@ class GlobalWindows:
             RuntimeError: group=None; a rank has not come, or is elsewhere: the windows go on waiting.
             ValueError: what the ranks have does not fit together: the windows are given up.
         """
+        self.last_merged = []
         if self._partners.none_asked_for and world_size() > 1:
             raise RuntimeError(
                 "global_window: this Monitor was made with group=None, so its windows are this rank's; pass "
@@ -119,8 +126,9 @@ class GlobalWindows:
         self._withdraw(withdrawn)
         windows = {id(offer): window for window, offer in self._waiting}
         self._waiting.clear()
-        for merged in found:
-            self.history.append(_window_of(windows[id(merged.offer)], merged))
+        self.last_merged = [_window_of(windows[id(merged.offer)], merged) for merged in found]
+        for window in self.last_merged:
+            self.history.append(window)
         return self.history[-1]
 
     def _withdrawn(self) -> list[Withdrawn]:

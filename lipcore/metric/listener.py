@@ -12,6 +12,12 @@ class Listener:
     def window_closed(self, window: Window) -> None:
         """Take a window that has closed."""
 
+    def windows_met(self, window: Window) -> None:
+        """Take the window of all ranks that this rank's of the same steps is part of."""
+
+    def ranks_part(self) -> None:
+        """Go on with this rank's own windows: those of all ranks do not come any more."""
+
     def state_taken(self) -> None:
         """Write down what waits: a checkpoint is being made."""
 

@@ -87,6 +87,7 @@ class Monitor(Engine):
         if metrics is None:
             metrics = [Trajectory()] if parts else [Trajectory(), Lipschitz(optional=True)]
         self._probes, self._logged = Probes(), Logged()
+        self._meets = False  # log() merges the windows of all ranks
         super().__init__(
             model,
             optimizer,
@@ -113,7 +114,9 @@ class Monitor(Engine):
         """Take numbers that the loop knows: the loss, the learning rate, the tokens so far.
 
         They stand in each closed window as ``window["logged"].loss["total"]`` (mean, min, max and last of the calls in
-        it), and in the record of :func:`lipcore.watch` by step. No device is waited for: tensors are read later. A call
+        it), and in the record of :func:`lipcore.watch` by step. Under watch() with several ranks it is also where these
+        meet: the first call after a window has closed merges it with those of the others (:meth:`global_window`), so
+        every rank has to call it. No device is waited for: tensors are read later. A call
         belongs to the step that comes next, or to the last one, as the first call of all came before the first step or
         after it; several calls in one step (micro-batches) are averaged in the record.
 
@@ -135,6 +138,20 @@ class Monitor(Engine):
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
             self._call(self.metrics.values(), lambda metric: metric.observe_loss(loss))
         self._logged.add(self._windows.step, self._steps_here, numbers)
+        if self._meets and self._global.waits:
+            self._meet()
+
+    def _meet(self) -> None:
+        """Merge the closed windows with those of the other ranks, which log at the same step."""
+        try:
+            self.global_window()
+        except (RuntimeError, ValueError) as error:
+            self._meets = False
+            self._tell(lambda listener: listener.ranks_part())
+            self._failures.warn(
+                f"lipcore merges the windows of all ranks no more, and each rank goes on with its own: {error}. Call "
+                "monitor.log() on every rank at the same steps, or pass group=None"
+            )
 
     def _attach_recorder(self, recorder: Recorder) -> None:
         """Have windows, single steps and what is logged written down from now on; of :func:`lipcore.watch`."""

@@ -15,7 +15,7 @@ from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.protocol import Metric
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.names import named_modules
-from lipcore.models.ranks import under_process_group
+from lipcore.models.ranks import under_process_group, world_size
 from lipcore.monitor.monitor import Monitor
 from lipcore.recording.record import MAX_BYTES, RecordLevel, RunRecord, checked_config
 from lipcore.recording.recorder import Recorder
@@ -47,6 +47,9 @@ def watch(
     blocks of at least 64 steps. :func:`lipcore.open_run` reads it, also meanwhile. ``monitor.state_dict()`` waits until
     everything so far is in the file, so that a checkpoint and the record end at the same step; going on from a
     checkpoint removes the steps behind it from the record, which are made again. Without `run` nothing is written.
+
+    With several ranks :meth:`Monitor.log`, which every rank then has to call, merges windows that have closed
+    (:meth:`Monitor.global_window`): records and writers have those of all ranks, and a rank's own where that fails.
 
     A record that cannot be written any more (a full disk) is warned of; the training goes on.
 
@@ -94,7 +97,10 @@ def watch(
     made = Monitor(model, optimizer, metrics, **monitor)
     rank = torch.distributed.get_rank() if under_process_group() else 0
     try:
-        made._listeners += made_writers(writers, run, made._warn_of_record, first_step) if rank == 0 else []
+        made._meets = not made._global.none_asked_for
+        together = made._meets and world_size() > 1
+        if rank == 0:
+            made._listeners += made_writers(writers, run, made._warn_of_record, first_step, of_all_ranks=together)
         if run is None:
             return made
         facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": rank, **dict(config or {})}

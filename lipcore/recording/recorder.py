@@ -44,6 +44,9 @@ class Recorder(Listener):
         self._begin()
         self.record.add_window(window)
 
+    def windows_met(self, window: Window) -> None:
+        self.record.add_window(window)  # in the place of this rank's
+
     def state_taken(self) -> None:
         self.record.flush()
         self._tell()

@@ -30,6 +30,7 @@ class Writer(Listener):
         warn: told, once, that it was given up.
         first_step: the number that the loop gives the first step.
         close: ends the logger; called in its thread.
+        of_all_ranks: windows of all ranks are to be written, not this rank's.
     """
 
     def __init__(
@@ -39,16 +40,29 @@ class Writer(Listener):
         warn: Callable[[str], None],
         first_step: int = 1,
         close: Callable[[], object] | None = None,
+        *,
+        of_all_ranks: bool = False,
     ) -> None:
         self.name, self.failed = name, ""
         self._write, self._warn, self._close, self._shift = write, warn, close, first_step - 1
-        self._told = False
+        self._told, self._of_all_ranks = False, of_all_ranks
         self._queue: queue.Queue[tuple[dict[str, float], int] | threading.Event | None] = queue.Queue(_WAITING)
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name=f"lipcore {name}", daemon=True)
         self._thread.start()
 
     def window_closed(self, window: Window) -> None:
+        if not self._of_all_ranks:
+            self._hand_on(window)
+
+    def windows_met(self, window: Window) -> None:
+        if self._of_all_ranks:
+            self._hand_on(window)
+
+    def ranks_part(self) -> None:
+        self._of_all_ranks = False
+
+    def _hand_on(self, window: Window) -> None:
         if self._process != os.getpid():
             return
         if not self.failed:
@@ -92,7 +106,12 @@ class Writer(Listener):
 
 
 def made_writers(
-    writers: Iterable[Any], run: str | os.PathLike[str] | None, warn: Callable[[str], None], first_step: int
+    writers: Iterable[Any],
+    run: str | os.PathLike[str] | None,
+    warn: Callable[[str], None],
+    first_step: int,
+    *,
+    of_all_ranks: bool = False,
 ) -> list[Writer]:
     """Return the writers of a run.
 
@@ -100,6 +119,7 @@ def made_writers(
         writers: names ("tensorboard", "wandb", "mlflow", "trackio"), which the tool's own module is imported for;
             functions of (numbers, step); or the tools' own objects: a SummaryWriter, a run of W&B's.
         run: folder of the run; TensorBoard's file goes there.
+        warn, first_step, of_all_ranks: as of :class:`Writer`.
 
     Raises:
         TypeError, ValueError: one of them is no writer.
@@ -122,7 +142,7 @@ def made_writers(
             made.append((getattr(writer, "__name__", type(writer).__name__), writer, None))
         else:
             raise TypeError(f"writers: expected a name or a function of (numbers, step), got {type(writer).__name__}")
-    return [Writer(name, write, warn, first_step, close) for name, write, close in made]
+    return [Writer(name, write, warn, first_step, close, of_all_ranks=of_all_ranks) for name, write, close in made]
 
 
 Made = tuple[Write, "Callable[[], object] | None"]
