@@ -134,6 +134,8 @@ def default_trajectory(
 def _budget(parameters: Sequence[torch.Tensor], optimizer: Optimizer | Sequence[Optimizer] | None) -> int:
     """Return the bytes of copies that a Trajectory may take."""
     size = sum(p.numel() * p.element_size() for p in parameters)
+    if optimizer is None:  # updates are made from an optimizer's state, or around its step
+        return 2**63
     optimizers = [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
     moments = max((_moments(one) for one in optimizers), default=0)
     return max(_SMALL, int(_SHARE * size * (1 + moments)))

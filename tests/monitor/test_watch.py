@@ -288,6 +288,10 @@ def test_copies_of_large_models_are_not_taken(monkeypatch: pytest.MonkeyPatch) -
     assert _mode_of(*parts()) == "exact"
     monkeypatch.setattr(module, "_SMALL", 0)
     assert _mode_of(*parts()) == "updates"
+    model = nn.Linear(4, 1)
+    with lipcore.watch(model, window_steps=1) as monitor:  # whose steps are counted by hand
+        monitor.step()
+    assert monitor.history[-1]["trajectory"].details["mode"] == "exact"
 
 
 def _mode_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
