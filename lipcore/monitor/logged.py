@@ -31,7 +31,7 @@ class Logged:
     def __init__(self) -> None:
         self.listener: OnLogged | None = None
         self._before: bool | None = None  # whether calls come before their step
-        self._window: list[tuple[str, Any]] = []  # of the open window
+        self._window: list[tuple[int, str, Any]] = []  # of the open window
         self._waiting: list[tuple[int, str, Any]] = []  # for the listener
 
     def add(self, step: int, steps_here: int, values: Mapping[str, Any]) -> None:
@@ -43,22 +43,28 @@ class Logged:
             kept = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
             if isinstance(kept, Tensor):
                 kept = kept.clone()  # the loop may go on with the tensor in place
-            self._window.append((name, kept))
+            self._window.append((number, name, kept))
             if self.listener is not None:
                 self._waiting.append((number, name, kept))
         if self._waiting and number - self._waiting[0][0] >= _BLOCK:
             self.hand_on(number - 1)
 
-    def result(self) -> MetricResult | None:
-        """Return the numbers of the open window, and start the next one; None where nothing was logged."""
+    def result(self, first: int, last: int) -> MetricResult | None:
+        """Return what was logged since the last window closed, and start the next one; None where nothing was. What is
+        logged after its step comes too late for a window that this step closes: where the numbers are not those of the
+        window's steps, from the first to the last, their notes say of which."""
         taken, self._window = self._window, []
         if not taken:
             return None
-        result = MetricResult("logged")
-        read = Later(lambda: _read([value for _, value in taken]), 8 * len(taken))
-        for name in dict.fromkeys(name for name, _ in taken):
-            where = [i for i, (other, _) in enumerate(taken) if other == name]
-            reducers = read.then(lambda numbers, where=where: _reduced(numbers[where]))  # type: ignore[misc]
+        steps = sorted({step for step, _, _ in taken})
+        note = ""
+        if steps[0] < first or steps[-1] > last or not self._before:
+            note = f"logged at steps {steps[0]} to {steps[-1]}; log before optimizer.step() for those of the window"
+        result = MetricResult("logged", steps=[steps[0], steps[-1]])
+        read = Later(lambda: _read([value for _, _, value in taken]), 8 * len(taken))
+        for name in dict.fromkeys(name for _, name, _ in taken):
+            where = [i for i, (_, other, _) in enumerate(taken) if other == name]
+            reducers = read.then(lambda numbers, where=where: _reduced(numbers[where], note))  # type: ignore[misc]
             result.add_later(name, "total", "total", read, reducers)
         return result
 
@@ -81,9 +87,23 @@ class Logged:
             for run in np.split(np.arange(len(steps)), np.flatnonzero(np.diff(steps) != 1) + 1):
                 self.listener(int(steps[run[0]]), {name: means[run]})  # a name that is not logged at every step
 
-    def forget(self) -> None:
-        """Forget what waits: a checkpoint was loaded."""
-        self._window, self._waiting = [], []
+    def state_dict(self) -> dict[str, Any]:
+        """Return what was logged in the open window."""
+        numbers = torch.from_numpy(_read([value for _, _, value in self._window]))
+        steps = [step for step, _, _ in self._window]
+        return {"steps": steps, "names": [name for _, name, _ in self._window], "numbers": numbers}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over such a state; ValueError where it is none."""
+        steps, names, numbers = (state.get(key) for key in ("steps", "names", "numbers"))
+        fits = isinstance(steps, list) and isinstance(names, list) and isinstance(numbers, Tensor)
+        if not fits or not len(steps) == len(names) == numbers.numel():  # type: ignore[arg-type, union-attr]
+            raise ValueError("logged: expected steps, names and numbers of the same length")
+        self._window = list(zip(steps, names, numbers.tolist(), strict=True))  # type: ignore[arg-type, union-attr]
+
+    def take_over(self, loaded: Logged) -> None:
+        """Go on with what a checkpoint had of the open window; what waits here is not of its steps."""
+        self._window, self._waiting = loaded._window, []
 
 
 class LoggedListener(Listener):
@@ -94,9 +114,6 @@ class LoggedListener(Listener):
 
     def state_taken(self) -> None:
         self._logged.hand_on()
-
-    def state_loaded(self, step: int) -> None:
-        self._logged.forget()
 
     def closed(self) -> None:
         self._logged.hand_on()
@@ -128,11 +145,11 @@ def _read(values: list[Any]) -> NDArray[np.float64]:
     return found
 
 
-def _reduced(numbers: NDArray[np.float64]) -> dict[str, Value]:
+def _reduced(numbers: NDArray[np.float64], note: str) -> dict[str, Value]:
     finite = numbers[np.isfinite(numbers)]
     found = {"mean": finite.mean(), "min": finite.min(), "max": finite.max()} if len(finite) else {}
     count, lost = len(finite), len(numbers) - len(finite)
-    note = f"{lost} that are not finite are left out" if lost else ""
+    note = "; ".join([note] * bool(note) + [f"{lost} that are not finite are left out"] * bool(lost))
     names = ("mean", "min", "max")
     reducers = {name: Value(float(found.get(name, math.nan)), count, "exact", count > 0, note) for name in names}
     last = float(numbers[-1])

@@ -110,6 +110,20 @@ class Monitor(Engine):
         lines = {name: metric.plan() for name, metric in self.metrics.items()}
         return Plan(lines, self._windows.rule, str(self._clock), (self.history.maxlen, self.history.bytes_limit))
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the clock, of the metrics and of what was logged in the open window. Closed windows are
+        results and not part of it."""
+        return super().state_dict() | {"logged": self._logged.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not fit,
+        raise a ValueError that names the first wrong key, and change nothing."""
+        logged = Logged()
+        if isinstance(state, dict) and "logged" in state:
+            logged.load_state_dict(state["logged"])
+        super().load_state_dict(state)
+        self._logged.take_over(logged)
+
     def log(self, **numbers: Tensor | float) -> None:
         """Take numbers that the loop knows: the loss, the learning rate, the tokens so far.
 
@@ -167,7 +181,7 @@ class Monitor(Engine):
 
     def _results_at_close(self) -> dict[str, MetricResult]:
         """Measure the fixed points, and read what was logged."""
-        logged = self._logged.result()
+        logged = self._logged.result(self._windows.begin + 1, self._windows.step)
         found = {} if logged is None else {"logged": logged}
         if not self._probes:
             return found

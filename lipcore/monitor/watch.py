@@ -82,8 +82,8 @@ def watch(
     >>> with watch(model, optimizer, run=f"{folder}/a", window_steps=2) as monitor:
     ...     for _ in range(4):
     ...         loss = model(torch.ones(5, 3)).square().mean()
-    ...         loss.backward(); optimizer.step(); optimizer.zero_grad()
     ...         monitor.log(loss=loss)
+    ...         loss.backward(); optimizer.step(); optimizer.zero_grad()
     >>> import lipcore
     >>> lipcore.open_run(f"{folder}/a").series("loss").steps.tolist()
     [1, 2, 3, 4]

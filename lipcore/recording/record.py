@@ -111,17 +111,23 @@ class RunRecord:
         self._put(lambda: self._begin(step))
 
     def add_steps(
-        self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], names: Sequence[str], levels: Sequence[Level]
+        self,
+        first: int,
+        arrays: Mapping[str, np.ndarray[Any, Any]],
+        names: Sequence[str],
+        levels: Sequence[Level],
+        *,
+        measured: bool = False,
     ) -> None:
-        """Add numbers of single steps by quantity, [steps, places], the first of them of step `first`. They must not
-        change later."""
+        """Add numbers of single steps by "metric/quantity", [steps, places], the first of them of step `first`. They
+        must not change later. `measured`: NaN alone is a finding too, not a quantity that nobody measures."""
         where = [i for i, level in enumerate(levels) if level in self.levels]
         text = layout_text([names[i] for i in where], [levels[i] for i in where])
         if not where:
             return
         for quantity, array in arrays.items():
-            if not array.size or (quantity not in self._known and np.isnan(array).all()):
-                continue  # one that nobody measures; NaN of one that is measured is kept
+            if not array.size or (not measured and quantity not in self._known and np.isnan(array).all()):
+                continue
             self._known.add(quantity)
             self._put(lambda q=quantity, a=array[:, where]: self._add_steps(q, first, a, text))  # type: ignore[misc]
 
@@ -227,19 +233,18 @@ class RunRecord:
         self._execute("delete from steps where first > ? or last < first", (step,))
 
     def _set_aside(self) -> None:
-        """Give an older run's file another name, and begin a new one."""
-        self._execute("pragma wal_checkpoint(truncate)")
-        model = self._execute("select value from meta where key = 'model'").fetchone()[0]
-        self._connection.close()
+        """Copy an older run's record to a file of another name, and empty this one: who is reading it goes on, which a
+        file that is renamed would not let him do."""
         number = 1
-        while (older := self._file.with_name(f"{self._file.stem}-before-{number}.older")).exists():
+        while (older := self.path.with_name(f"{self.path.stem}-before-{number}.older")).exists():
             number += 1
-        self._file.rename(older)
+        _backup_from(self._connection, older)
         self.older = older.name
-        self._connection = connect(self._file, write=True)
-        self._execute("insert into meta values('model', ?)", (model,))
-        self._execute("insert into meta values('older', ?)", (older.name,))
-        self._layouts, self._places = {}, {}
+        self._execute("begin")
+        for table in ("starts", "steps", "windows", "events"):
+            self._execute(f"delete from {table}")
+        self._execute("insert or replace into meta values('older', ?)", (older.name,))
+        self._execute("commit")
 
     def _layout(self, text: str) -> int:
         if text not in self._layouts:

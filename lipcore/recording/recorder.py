@@ -33,12 +33,14 @@ class Recorder(Listener):
     def steps(self, first: int, arrays: StepArrays) -> None:
         """Add a Trajectory's numbers of single steps."""
         self._begin()
-        self.record.add_steps(first, arrays, arrays.places, arrays.levels)
+        named = {f"trajectory/{name}": array for name, array in arrays.items()}
+        self.record.add_steps(first, named, arrays.places, arrays.levels)
 
     def logged(self, first: int, arrays: Mapping[str, NDArray[np.float64]]) -> None:
         """Add what the loop has logged, [steps] by name."""
         self._begin()
-        self.record.add_steps(first, {name: array[:, None] for name, array in arrays.items()}, _TOTAL, ["total"])
+        columns = {f"logged/{name}": array[:, None] for name, array in arrays.items()}
+        self.record.add_steps(first, columns, _TOTAL, ["total"], measured=True)
 
     def window_closed(self, window: Window) -> None:
         self._begin()

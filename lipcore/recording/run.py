@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sqlite3
@@ -103,8 +104,11 @@ class Run(Showable):
     @property
     def quantities(self) -> list[str]:
         """Names that :meth:`series` takes: quantities of single steps, then `quantity.reducer` of windows, with the
-        metric's name before it where two metrics have it."""
-        return [*self._step_quantities(), *self._window_names()]
+        metric's name before it where two metrics have it; what was logged is the metric "logged"."""
+        full = self._step_quantities()
+        short = [name.rpartition("/")[2] for name in full]
+        steps = [own if short.count(own) == 1 else name for name, own in zip(full, short, strict=True)]
+        return [*steps, *self._window_names()]
 
     @property
     def windows(self) -> History:
@@ -134,9 +138,13 @@ class Run(Showable):
         return found
 
     def _read(self, name: str, places: str) -> Series:
-        if name in self._step_quantities():
-            return self._of_steps(name, places)
-        return self._of_windows(name, places)
+        for argument, value in (("name", name), ("places", places)):
+            if not isinstance(value, str):
+                raise TypeError(f"{argument}: expected a str, got {type(value).__name__}")
+        found = [full for full in self._step_quantities() if name in (full, full.rpartition("/")[2])]
+        if len(found) > 1:
+            raise ValueError(f"name: several metrics have {name!r}; choose {' or '.join(found)}")
+        return self._of_steps(found[0], places, name) if found else self._of_windows(name, places)
 
     # ---- pictures; they need matplotlib
 
@@ -150,13 +158,15 @@ class Run(Showable):
 
     def compare_plot(self, other: Run, name: str, place: str = "total", *, log: bool = True) -> Figure:
         """Draw a quantity of this run and of another in one place."""
+        if not isinstance(other, Run):
+            raise TypeError(f"other: expected a Run, as open_run() returns it, got {type(other).__name__}")
         found = {self._name: self._drawn(name, place)}
         twice = other._name in found
         found[f"{other._name} ({other.path})" if twice else other._name] = other._drawn(name, place)
         return plots.compare_plot(found, f"{name}, {place}", log=log)
 
     def _drawn(self, name: str, places: str) -> Series:
-        quantities = self.quantities
+        quantities = self.quantities if isinstance(name, str) else []
         return self.series(f"{name}.mean" if name not in quantities and f"{name}.mean" in quantities else name, places)
 
     @property
@@ -168,10 +178,12 @@ class Run(Showable):
     def _step_quantities(self) -> list[str]:
         return [row[0] for row in self._rows("select distinct quantity from steps order by quantity")]
 
-    def _of_steps(self, name: str, pattern: str) -> Series:
+    def _of_steps(self, quantity: str, pattern: str, name: str) -> Series:
         columns: dict[str, int] = {}
         pieces: list[tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]] = []
-        rows = self._rows("select first, last, layout, fold, rowid from steps where quantity = ? order by first", name)
+        rows = self._rows(
+            "select first, last, layout, fold, rowid from steps where quantity = ? order by first", quantity
+        )
         for first, last, layout, fold, rowid in rows:
             names = list(self._places(layout).names)
             where = matching(names, pattern)
@@ -248,8 +260,12 @@ class Run(Showable):
                         numbers[columns.setdefault(names[i], len(columns))] = float(array[i])
             found.append((window.last_step, numbers))
         if not having:
-            known = ", ".join(self.quantities) or "none: nothing was recorded yet"
-            raise KeyError(f"there is no {name!r} in this run; it has {known}")
+            names = self.quantities
+            close = difflib.get_close_matches(name, names, cutoff=0.6)
+            close += [each for each in names if each.startswith(f"{name}.") and each not in close]
+            hint = f"; did you mean {' or '.join(map(repr, close[:3]))}?" if close else ""
+            known = ", ".join(names) or "none: nothing was recorded yet"
+            raise KeyError(f"there is no {name!r} in this run{hint} It has {known}")
         if len(having) > 1:
             raise ValueError(
                 f"name: several metrics have {rest!r}; choose {' or '.join(f'{m}/{rest}' for m in sorted(having))}"
@@ -296,6 +312,8 @@ class Run(Showable):
         starts, steps = self.starts, self._step_quantities()
         rows = [("steps", f"{self.last_step}", ", ".join(steps))]
         rows.append(("windows", str(self._rows("select count(*) from windows")[0][0]), ""))
+        older = self._rows("select value from meta where key = 'older'")
+        rows += [("older run", self.path.with_name(older[0][0]).name, "")] if older else []
         rows += [(start.kind, f"at step {start.step}", "") for start in starts[-3:]]
         rows += [(f"step {event.step}", event.kind, event.text) for event in self.events[-(LINES - len(rows)) :]]
         return Shown(f"Run {self.path}", rows)

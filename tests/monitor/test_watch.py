@@ -112,6 +112,62 @@ def test_what_is_logged_now_and_then_stands_at_its_steps(tmp_path: Path) -> None
     assert np.isnan(run.series("loss")["total"]).sum() == 4
 
 
+def test_names_that_a_metric_has_too_are_kept_apart(tmp_path: Path) -> None:
+    model, optimizer = parts()
+    with lipcore.watch(model, optimizer, run=tmp_path / "a", window_steps=10) as monitor:
+        for step in range(20):
+            monitor.log(update_norm=100.0, grad_norm=float("nan"), only=float("nan"))
+            model(batch(step)).square().mean().backward()
+            optimizer.step()
+    run = lipcore.open_run(tmp_path / "a")
+    with pytest.raises(ValueError, match="several metrics have 'update_norm'; choose logged/"):
+        run.series("update_norm")
+    assert (run.series("logged/update_norm").values == 100).all()
+    assert (run.series("trajectory/update_norm").values != 100).all()
+    assert np.isnan(run.series("only").values).all()
+    assert {"only", "logged/update_norm", "trajectory/update_norm", "weight_norm"} <= set(run.quantities)
+
+
+def test_what_was_logged_in_an_open_window_is_in_the_state(tmp_path: Path) -> None:
+    means = []
+    for stops in (False, True):
+        model, optimizer = parts()
+        monitor = lipcore.Monitor(model, optimizer, window_steps=10)
+        for step in range(20):
+            if step == 15 and stops:
+                state = torch.load(_saved(monitor.state_dict(), tmp_path), weights_only=True)
+                monitor.close()
+                monitor = lipcore.Monitor(model, optimizer, window_steps=10)
+                monitor.load_state_dict(state)
+            monitor.log(loss=float(step))
+            model(batch(step)).square().mean().backward()
+            optimizer.step()
+        means.append(monitor.history[-1]["logged"].loss["total"].mean)
+        monitor.close()
+    assert means[0] == means[1]
+    assert (means[0].value, means[0].count, means[0].note) == (14.5, 10, "")
+
+
+def test_numbers_of_other_steps_than_the_windows_say_so() -> None:
+    model, optimizer = parts()
+    with lipcore.Monitor(model, optimizer, window_steps=5) as monitor:
+        train(monitor, model, optimizer, range(10), after=True)
+    first, second = (window["logged"].loss["total"].mean for window in monitor.history)
+    assert first.note == "logged at steps 1 to 4; log before optimizer.step() for those of the window"
+    assert second.note.startswith("logged at steps 5 to 9;")
+
+
+def test_a_state_whose_logged_numbers_are_none() -> None:
+    model, optimizer = parts()
+    monitor = lipcore.Monitor(model, optimizer)
+    state = monitor.state_dict()
+    for bad in ({}, {"steps": [1], "names": [], "numbers": torch.ones(1)}):
+        with pytest.raises(ValueError, match="logged: expected steps, names and numbers"):
+            monitor.load_state_dict(state | {"logged": bad})
+    monitor.load_state_dict({key: value for key, value in state.items() if key != "logged"})
+    monitor.close()
+
+
 def test_micro_batches_of_a_step_are_averaged(tmp_path: Path) -> None:
     model, optimizer = parts()
     with lipcore.watch(model, optimizer, run=tmp_path / "a", window_steps=None) as monitor:

@@ -85,7 +85,7 @@ def test_a_name_that_two_metrics_have(tmp_path: Path) -> None:
             run.series("norm.max")
         assert {"one/norm.max", "two/norm.max", "norm.mean"} <= set(run.quantities)
         assert run.series("two/norm.max").values.shape == (1, 3)
-        with pytest.raises(KeyError, match="there is no 'gone.mean' in this run; it has .*norm.mean"):
+        with pytest.raises(KeyError, match="there is no 'gone.mean' in this run.* It has .*norm.mean"):
             run.series("gone.mean")
         with pytest.raises(KeyError, match="norm.mean has no place 'c.*'"):
             run.series("norm.mean", "c*")
@@ -125,6 +125,29 @@ def test_a_run_that_begins_anew_keeps_the_older_one(tmp_path: Path) -> None:
     assert steps_of(tmp_path / "a") == list(range(1, 6))
     (older,) = (tmp_path / "a").glob("*.older")
     assert steps_of(older) == list(range(1, 65))
+
+
+def test_who_reads_the_older_one_goes_on(tmp_path: Path) -> None:
+    write(tmp_path / "a", [(1, 64)])
+    with open_run(tmp_path / "a") as reader:
+        assert len(reader.series("update_norm")) == 64
+        write(tmp_path / "a", [(1, 5)])
+        assert len(reader.series("update_norm")) == 5
+        (older,) = (tmp_path / "a").glob("*.older")
+        assert older.name in repr(reader)
+        assert steps_of(older) == list(range(1, 65))
+
+
+def test_names_that_are_none(tmp_path: Path) -> None:
+    write(tmp_path / "a", [(1, 64)])
+    with open_run(tmp_path / "a") as run:
+        for name, places in ((["update_norm"], "*"), ("update_norm", 0), ("update_norm", ["a"])):
+            with pytest.raises(TypeError, match="expected a str, got"):
+                run.series(name, places)  # type: ignore[arg-type]
+        with pytest.raises(KeyError, match="there is no 'updte_norm' in this run; did you mean 'update_norm'"):
+            run.series("updte_norm")
+        with pytest.raises(TypeError, match="other: expected a Run, as open_run"):
+            run.compare_plot("b", "update_norm")  # type: ignore[arg-type]
 
 
 @pytest.mark.slow
