@@ -358,12 +358,10 @@ def test_a_penalty_on_the_parameters_is_no_samples_gradient(from_step: int) -> N
 def test_models_trained_in_threads_of_their_own() -> None:
     failures: list[BaseException] = []
 
-    def work(seed: int) -> None:
+    def work(model: nn.Module, batches: list[Tensor]) -> None:
         try:
-            model = mlp()
             with watched(model) as metric:
-                for step in range(20):
-                    x = torch.randn(1 + (seed + step) % 3, 5)
+                for x in batches:
                     expected = expected_of(model, x)
                     model.zero_grad()
                     sum_loss(model(x)).backward()
@@ -371,7 +369,10 @@ def test_models_trained_in_threads_of_their_own() -> None:
         except BaseException as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    # Made here: of numbers that threads draw in turns, some in 10,000 are of a LayerNorm whose input hardly varies.
+    torch.manual_seed(0)
+    given = [(mlp(), [torch.randn(1 + (seed + step) % 3, 5) for step in range(20)]) for seed in range(4)]
+    threads = [threading.Thread(target=work, args=one) for one in given]
     for thread in threads:
         thread.start()
     for thread in threads:
