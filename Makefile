@@ -38,8 +38,9 @@ help: ## list the targets
 demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figure.png (2 minutes)
 	$(BIN)/lipcore demo $(DEMO_FLAGS)
 
+# A thread each: the pools of two processes would wait for each other's cores. Tests of several threads ask for them.
 test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
-	$(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
 	$(MAKE) --no-print-directory test-cuda-on-cpu
 
 test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
