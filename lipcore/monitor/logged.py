@@ -15,6 +15,7 @@ from torch import Tensor
 from lipcore.metric.later import Later
 from lipcore.metric.listener import Listener
 from lipcore.metric.results import MetricResult
+from lipcore.metric.state import checked_tensor, is_count
 from lipcore.metric.values import Value
 
 OnLogged = Callable[[int, Mapping[str, NDArray[np.float64]]], None]
@@ -93,13 +94,19 @@ class Logged:
         steps = [step for step, _, _ in self._window]
         return {"steps": steps, "names": [name for _, name, _ in self._window], "numbers": numbers}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over such a state; ValueError where it is none."""
-        steps, names, numbers = (state.get(key) for key in ("steps", "names", "numbers"))
-        fits = isinstance(steps, list) and isinstance(names, list) and isinstance(numbers, Tensor)
-        if not fits or not len(steps) == len(names) == numbers.numel():  # type: ignore[arg-type, union-attr]
-            raise ValueError("logged: expected steps, names and numbers of the same length")
-        self._window = list(zip(steps, names, numbers.tolist(), strict=True))  # type: ignore[arg-type, union-attr]
+    def load_state_dict(self, state: Any) -> None:
+        """Take over such a state; ValueError naming what is wrong where it is none."""
+        if not isinstance(state, dict):
+            raise ValueError(f"logged: expected a dict, got {type(state).__name__}")
+        steps, names = state.get("steps"), state.get("names")
+        if not isinstance(steps, list) or not all(map(is_count, steps)):
+            raise ValueError("logged.steps: expected a list of counts")
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != len(steps):
+            raise ValueError("logged.names: expected a list of as many names as steps")
+        numbers = checked_tensor("logged.numbers", state.get("numbers"), torch.float64, (None,))
+        if len(numbers) != len(steps):
+            raise ValueError(f"logged.numbers: expected {len(steps)} of them, got {len(numbers)}")
+        self._window = list(zip(steps, names, numbers.tolist(), strict=True))
 
     def take_over(self, loaded: Logged) -> None:
         """Go on with what a checkpoint had of the open window; what waits here is not of its steps."""

@@ -119,8 +119,8 @@ class Monitor(Engine):
         """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not fit,
         raise a ValueError that names the first wrong key, and change nothing."""
         logged = Logged()
-        if isinstance(state, dict) and "logged" in state:
-            logged.load_state_dict(state["logged"])
+        if isinstance(state, dict):
+            logged.load_state_dict(state.get("logged"))
         super().load_state_dict(state)
         self._logged.take_over(logged)
 

@@ -161,10 +161,16 @@ def test_a_state_whose_logged_numbers_are_none() -> None:
     model, optimizer = parts()
     monitor = lipcore.Monitor(model, optimizer)
     state = monitor.state_dict()
-    for bad in ({}, {"steps": [1], "names": [], "numbers": torch.ones(1)}):
-        with pytest.raises(ValueError, match="logged: expected steps, names and numbers"):
+    one = torch.ones(1, dtype=torch.float64)
+    for bad, message in (
+        (None, "logged: expected a dict, got NoneType"),
+        ({"steps": [-1], "names": ["x"], "numbers": one}, "logged.steps: expected a list of counts"),
+        ({"steps": [1], "names": [], "numbers": one}, "logged.names: expected a list of as many names"),
+        ({"steps": [1], "names": ["x"], "numbers": one.float()}, "logged.numbers: expected torch.float64"),
+        ({"steps": [], "names": [], "numbers": one}, "logged.numbers: expected 0 of them, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
             monitor.load_state_dict(state | {"logged": bad})
-    monitor.load_state_dict({key: value for key, value in state.items() if key != "logged"})
     monitor.close()
 
 
