@@ -79,8 +79,7 @@ class LightningCallback(Callback):  # type: ignore[misc]
     def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
         """End: the training has."""
         if self.monitor is not None:
-            self.monitor._failures.drop_kept()  # the training's own exception goes first
-            self.monitor.close()
+            self.monitor.__exit__(type(exception), exception, exception.__traceback__)
 
     def state_dict(self) -> dict[str, Any]:
         """Return lipcore's state, which Lightning puts into its checkpoint."""

@@ -222,8 +222,9 @@ class Run(Showable):
 
     def _windows(self) -> Iterator[Window]:
         rows = self._rows("select number, first, last, scope, header, floats, counts from windows order by last")
+        texts = self._texts() if rows else {}
         for number, first, last, scope, header, floats, counts in rows:
-            found = UnpackedWindow(header, floats, counts, self._texts())
+            found = UnpackedWindow(header, floats, counts, texts)
             yield Window(number, first, last, True, scope, found.results, found.off)
 
     def _window_names(self) -> list[str]:

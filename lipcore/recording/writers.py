@@ -46,7 +46,7 @@ class Writer(Listener):
         self.name, self.failed = name, ""
         self._write, self._warn, self._close, self._shift = write, warn, close, first_step - 1
         self._told, self._of_all_ranks = False, of_all_ranks
-        self._queue: queue.Queue[tuple[dict[str, float], int] | threading.Event | None] = queue.Queue(_WAITING)
+        self._queue: queue.Queue[tuple[Window, int] | None] = queue.Queue(_WAITING)
         self._process = os.getpid()
         self._thread = threading.Thread(target=self._work, name=f"lipcore {name}", daemon=True)
         self._thread.start()
@@ -67,7 +67,7 @@ class Writer(Listener):
             return
         if not self.failed:
             try:
-                self._queue.put_nowait((numbers_of(window), window.last_step + self._shift))
+                self._queue.put_nowait((window, window.last_step + self._shift))
             except queue.Full:
                 self.failed = f"it is {_WAITING} windows behind"
         self._tell()
@@ -95,8 +95,9 @@ class Writer(Listener):
     def _work(self) -> None:
         try:
             while (item := self._queue.get()) is not None:
-                if isinstance(item, tuple) and not self.failed:
-                    self._write(*item)
+                if not self.failed:
+                    window, step = item
+                    self._write(numbers_of(window), step)  # made here, where nobody waits for it
             if self._close is not None:
                 self._close()
         except BaseException as error:  # a thread has nobody to raise to
