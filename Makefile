@@ -2,7 +2,7 @@
 #   PYTHON=python3.12                 the interpreter for .venv (only when it is first made)
 #   PIP_FLAGS="--extra-index-url ..." passed to every pip call
 #   DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS   passed to lipcore demo, pytest, pytest bench
-#   PYTEST_WORKERS=2          processes that `make test` runs at a time
+#   PYTEST_WORKERS=2          processes that `make test` and `make test-ci` run at a time
 #   LIPCORE_CUDA=AUTO|ON|OFF          see CMakeLists.txt
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -39,12 +39,13 @@ demo: $(STAMPS)/demo $(CORE) ## train small networks and draw lipcore-demo/figur
 	$(BIN)/lipcore demo $(DEMO_FLAGS)
 
 # A thread each: the pools of two processes would wait for each other's cores. Tests of several threads ask for them.
+PARALLEL_PYTEST = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile
 test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_FLAGS)
+	$(PARALLEL_PYTEST) $(PYTEST_FLAGS)
 	$(MAKE) --no-print-directory test-cuda-on-cpu
 
 test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
-	$(BIN)/pytest -m "ci and not slow" $(PYTEST_FLAGS)
+	$(PARALLEL_PYTEST) -m "ci and not slow" $(PYTEST_FLAGS)
 	$(MAKE) --no-print-directory test-cuda-on-cpu CUDA_TESTS=
 	$(MAKE) --no-print-directory test-sanitized
 

@@ -18,10 +18,10 @@ except ImportError as error:
     raise ImportError("HFCallback needs transformers; pip install 'lipcore[hf]'") from error
 
 from lipcore.integrations.totals import totals_of
-from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.protocol import Metric
+from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.monitor import Monitor
-from lipcore.monitor.watch import default_trajectory, watch
+from lipcore.monitor.watch import watch
 
 
 class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -57,19 +57,15 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Begin to watch; go on from the checkpoint that the Trainer goes on from."""
         if self.monitor is not None:
             self.monitor.close()
-        metrics = list(self._metrics) if self._metrics is not None else self._default_metrics(args, model, optimizer)
+        # Hooks on the module inside a compiled one are never called, and a callback is given no other.
+        default = default_metrics(model, optimizer, output="logits", has_calls=not args.torch_compile)
+        metrics = default if self._metrics is None else list(self._metrics)
         config = {"training_arguments": args.to_sanitized_dict()} | dict(self._watching.get("config") or {})
         watching = self._watching | {"config": config}
         self.monitor = watch(model, optimizer, run=self._run, metrics=metrics, **watching)
         self._folder = Path(args.output_dir)
         if state.global_step:
             self._resume(args, state.global_step)
-
-    @staticmethod
-    def _default_metrics(args: Any, model: Any, optimizer: Any) -> list[Metric]:
-        trajectory = default_trajectory(model, optimizer)
-        # Hooks on the module inside a compiled one are never called, and a callback is given no other.
-        return [trajectory] if args.torch_compile else [trajectory, Lipschitz(output="logits", optional=True)]
 
     def _resume(self, args: Any, step: int) -> None:
         given = args.resume_from_checkpoint

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.distributed.group import AUTO
-from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.engine import Engine
 from lipcore.metric.protocol import Metric
 from lipcore.metric.results import HISTORY_BYTES, MetricResult
+from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.logged import Logged, LoggedListener, check_logged
 from lipcore.monitor.plan import Plan
@@ -38,7 +38,9 @@ class Monitor(Engine):
         optimizer: the object whose step() your loop calls: an optimizer, or a wrapper around one (Lookahead, SAM,
             accelerate's); or several that step in turn: a step is over when all of them have stepped. Without one,
             call :meth:`step` after every step.
-        metrics: default [Trajectory(), Lipschitz()], the latter only where the output is a tensor.
+        metrics: default [Trajectory(), Lipschitz()], the latter only where the output is a tensor. Where the copies
+            that this Trajectory takes would be more than 5 % of model and optimizer together, and more than 64 MiB, it
+            does without (mode "updates"), as :meth:`plan` says.
         window_steps: steps in a window; None: one window stays open until close_window() is called.
         window_blocks: with more than one, windows slide: every window_steps / window_blocks steps a window closes that
             covers the last window_steps steps (fewer at the start).
@@ -77,7 +79,7 @@ class Monitor(Engine):
         timeout: float = 60,
         prefix: str = "",
     ) -> None:
-        parts = isinstance(model, Mapping)
+        given = model
         if isinstance(model, Mapping) and all(isinstance(part, nn.Module) for part in model.values()):
             model = nn.ModuleDict(model)
         if not isinstance(model, nn.Module):
@@ -85,7 +87,7 @@ class Monitor(Engine):
         if not (metrics is None or isinstance(metrics, Iterable)) or isinstance(metrics, type):
             raise TypeError(f"metrics: expected a list of lipcore metrics, got {metrics!r}")
         if metrics is None:
-            metrics = [Trajectory()] if parts else [Trajectory(), Lipschitz(optional=True)]
+            metrics = default_metrics(given, optimizer)
         self._probes, self._logged = Probes(), Logged()
         self._meets = False  # log() merges the windows of all ranks
         super().__init__(

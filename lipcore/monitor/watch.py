@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.protocol import Metric
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.names import named_modules
@@ -20,11 +19,6 @@ from lipcore.monitor.monitor import Monitor
 from lipcore.recording.record import MAX_BYTES, RecordLevel, RunRecord, checked_config
 from lipcore.recording.recorder import Recorder
 from lipcore.recording.writers import made_writers
-from lipcore.trajectory.copies import bytes_of
-from lipcore.trajectory.metric import Trajectory
-
-#: Copies of the parameters are taken up to this share of model and optimizer, and always up to so many bytes.
-_SHARE, _SMALL = 0.05, 64 << 20
 
 
 def watch(
@@ -62,8 +56,7 @@ def watch(
             "trackio" (to the run that has begun there), a SummaryWriter, or any function of (numbers, step). They have
             threads of their own; one that fails or is too slow is given up with a warning. On several ranks the first
             alone has them.
-        metrics: default: those of :class:`Monitor`; where the copies that a Trajectory takes would be more than 5 % of
-            model and optimizer together, and more than 64 MiB, it does without (mode "updates"), as `plan()` says.
+        metrics: as of :class:`Monitor`.
         record_level: the finest places that are written: "group", or "tensor" for every parameter.
         max_bytes: where the file grows beyond, older steps become minimum, mean and maximum of 64 each.
         config: facts about the run, kept with it: a dict that JSON can hold.
@@ -91,8 +84,6 @@ def watch(
     checked_config(config)
     check_choice("record_level", record_level, get_args(RecordLevel))
     check_count("max_bytes", max_bytes, 1 << 20)
-    if metrics is None:
-        metrics = _default_metrics(model, optimizer)
     check_count("first_step", first_step, 0)
     made = Monitor(model, optimizer, metrics, **monitor)
     rank = torch.distributed.get_rank() if under_process_group() else 0
@@ -112,39 +103,6 @@ def watch(
         raise
     made._attach_recorder(Recorder(record, made._warn_of_record))
     return made
-
-
-def _default_metrics(
-    model: nn.Module | Mapping[str, nn.Module], optimizer: Optimizer | Sequence[Optimizer] | None
-) -> list[Metric]:
-    trajectory = default_trajectory(model, optimizer)
-    return [trajectory] if isinstance(model, Mapping) else [trajectory, Lipschitz(optional=True)]
-
-
-def default_trajectory(
-    model: nn.Module | Mapping[str, nn.Module], optimizer: Optimizer | Sequence[Optimizer] | None
-) -> Trajectory:
-    """Return a Trajectory with exact copies where these are small beside model and optimizer, else without copies."""
-    parts = list(model.values()) if isinstance(model, Mapping) else [model]
-    parameters = [p for part in parts if isinstance(part, nn.Module) for p in part.parameters() if p.requires_grad]
-    copies = sum(sum(bytes_of(p.numel(), p.dtype, blocks=1).values()) for p in parameters)
-    return Trajectory(mode="exact" if copies <= _budget(parameters, optimizer) else "updates")
-
-
-def _budget(parameters: Sequence[torch.Tensor], optimizer: Optimizer | Sequence[Optimizer] | None) -> int:
-    """Return the bytes of copies that a Trajectory may take."""
-    size = sum(p.numel() * p.element_size() for p in parameters)
-    if optimizer is None:  # updates are made from an optimizer's state, or around its step
-        return 2**63
-    optimizers = [optimizer] if not isinstance(optimizer, Sequence) else list(optimizer)
-    moments = max((_moments(one) for one in optimizers), default=0)
-    return max(_SMALL, int(_SHARE * size * (1 + moments)))
-
-
-def _moments(optimizer: Any) -> int:
-    """Return how many numbers per parameter an optimizer keeps, by its settings: it may not have begun."""
-    defaults = getattr(optimizer, "defaults", {})
-    return 2 if "betas" in defaults else int(bool(defaults.get("momentum")))
 
 
 def _fingerprint(model: nn.Module) -> str:

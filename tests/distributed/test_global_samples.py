@@ -42,7 +42,8 @@ OTHERS = {"scores_by_id", "taken_back", "left_over", "counted"}
 REFUSED = {
     "independent": r"ValueError: parameter 'a.weight' has other values on rank 1 than on rank 0, .* group=",
     # The rank that notices first speaks for both, and names itself first.
-    "joined": r"RuntimeError: .* at different places: (?=.*rank 0 is at step 8, .* 5 to 8)(?=.*rank 1 is at step 4, .* 1 to 4)",
+    "joined": r"RuntimeError: .* at different places: "
+    r"(?=.*rank 0 is at step 8, .* 5 to 8)(?=.*rank 1 is at step 4, .* 1 to 4)",
 }
 
 

@@ -697,8 +697,9 @@ def test_memory_does_not_grow(build: Callable[[], nn.Module], size: int) -> None
 
     rounds = [run(steps) for steps in (1200, 800, 800, 800)]  # past the first 512 steps and once round the ring
     kib, objects = zip(*rounds, strict=True)
-    assert objects[-1] - objects[0] <= 50
-    # A leak grows in every round; torch and the allocator take what they keep in some of them, megabytes at a time.
+    # A leak grows in every round. Torch and the allocator take what they keep in some of them, megabytes at a time, and
+    # other threads (pytest-xdist's) make objects of their own.
+    assert min(after - before for before, after in itertools.pairwise(objects)) <= 10
     assert min(after - before for before, after in itertools.pairwise(kib)) <= 256
     assert isinstance(monitor.history[-1], Window)
     monitor.close()
