@@ -81,11 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         default=Path("lipcore-demo"),
         metavar="DIR",
-        help="folder for figure.png and metrics.json (default: %(default)s)",
+        help="folder for figure.png, metrics.json and runs/ (default: %(default)s)",
     )
     demo.add_argument("--quick", action="store_true", help="a few epochs, to see that it works; too few for the result")
     demo.add_argument(
-        "--force", action="store_true", help="replace figure.png and metrics.json in a folder that exists"
+        "--force", action="store_true", help="replace figure.png, metrics.json and the runs in a folder that exists"
     )
     about = "Print versions, instruction set, CUDA, threads, and which extras are there."
     commands.add_parser("doctor", help=about, description=about)

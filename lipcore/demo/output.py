@@ -31,8 +31,10 @@ def staging(out: Path, *, force: bool) -> Iterator[Path]:
     try:
         with temporary as name:
             yield Path(name)
-            for file in sorted(Path(name).iterdir()):
-                os.replace(file, out / file.name)
+            for file in sorted(path for path in Path(name).rglob("*") if path.is_file()):
+                place = out / file.relative_to(name)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(file, place)
     except OSError as error:
         raise DemoError(f"cannot write to '{out}': {error}") from error
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,19 +46,21 @@ class TaskResult:
         return [run for run in self.runs if run.level == level]
 
 
-def train(task: Task, level: float, seed: int, after_epoch: Callable[[], None]) -> Run:
-    """Train one network, calling `after_epoch` after every epoch."""
+def train(task: Task, level: float, seed: int, after_epoch: Callable[[], None], record: Path | None = None) -> Run:
+    """Train one network, calling `after_epoch` after every epoch, and record the run in the folder `record`."""
     problem = task.build(level, seed)
     model, loss_function, count = problem.model, problem.loss, len(problem.x)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.Adam(parameters, lr=task.learning_rate)
     run = Run(level, seed)
-    with lipcore.Monitor(model, optimizer, [lipcore.Lipschitz()], window_steps=None) as monitor:
+    metrics: list[Any] = [lipcore.Lipschitz()] if record is None else [lipcore.Lipschitz(), lipcore.Trajectory()]
+    with lipcore.watch(model, optimizer, run=record, metrics=metrics, window_steps=None) as monitor:
         for _ in range(task.epochs):
             total = 0.0
             for batch in torch.from_numpy(problem.random.permutation(count)).split(task.batch_size):
                 optimizer.zero_grad()
                 loss = loss_function(model(problem.x[batch]), problem.y[batch])
+                monitor.log(loss=loss)
                 loss.backward()
                 optimizer.step()
                 total += loss.item() * len(batch)

@@ -8,6 +8,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,15 +21,19 @@ _MOST_WORKERS = 4  # each costs an import of torch, which more of them would not
 _epochs_done: Any = None  # in a worker: per task, shared with the process that shows the progress
 
 
-def train_all(tasks: Sequence[Task]) -> list[TaskResult]:
-    """Train every task at every level and seed; the numbers do not depend on how many processes share the work."""
+def train_all(tasks: Sequence[Task], records: Path) -> list[TaskResult]:
+    """Train every task at every level and seed, and record the first seed of each in a folder of `records`; the numbers
+    do not depend on how many processes share the work."""
     context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
     epochs_done = context.Array("q", len(tasks))
     jobs = [(i, level, seed) for i, task in enumerate(tasks) for level in task.levels for seed in task.seed_numbers]
     workers = min(_available_cores(), len(jobs), _MOST_WORKERS)
     with _pool(ProcessPoolExecutor(workers, context, _begin, (epochs_done,))) as pool:
         with _interrupts_ignored():  # which workers inherit: Ctrl-C is for this process alone, and it ends them
-            futures = [pool.submit(_work, tasks[i], i, level, seed) for i, level, seed in jobs]
+            futures = [
+                pool.submit(_work, tasks[i], i, level, seed, _record(records, tasks[i], level, seed))
+                for i, level, seed in jobs
+            ]
         _show_progress(futures, tasks, epochs_done)
         runs = [future.result() for future in futures]
     return [
@@ -60,12 +65,16 @@ def _begin(epochs_done: Any) -> None:
     torch.set_num_threads(1)  # these networks are too small to be worth a second one
 
 
-def _work(task: Task, index: int, level: float, seed: int) -> Run:
+def _record(records: Path, task: Task, level: float, seed: int) -> Path | None:
+    return records / f"{task.name}-{level:g}" if seed == task.seed_numbers[0] else None
+
+
+def _work(task: Task, index: int, level: float, seed: int, record: Path | None) -> Run:
     def after_epoch() -> None:
         with _epochs_done.get_lock():
             _epochs_done[index] += 1
 
-    return train(task, level, seed, after_epoch)
+    return train(task, level, seed, after_epoch, record)
 
 
 @contextmanager

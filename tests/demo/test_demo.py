@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -44,16 +45,16 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Training at all is a failure."""
     from lipcore.demo import train
 
-    monkeypatch.setattr(train, "train_all", lambda tasks: pytest.fail("it began to train"))
+    monkeypatch.setattr(train, "train_all", lambda *_: pytest.fail("it began to train"))
 
 
 @pytest.mark.ci
-def test_quick_run_writes_two_files_and_prints_the_table(
+def test_quick_run_writes_its_files_and_prints_the_table(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, run = finished
     assert run.returncode == 0, run.stderr
-    assert sorted(file.name for file in folder.iterdir()) == ["figure.png", "metrics.json"]
+    assert sorted(file.name for file in folder.iterdir()) == ["figure.png", "metrics.json", "runs"]
     assert (folder / "figure.png").read_bytes().startswith(b"\x89PNG")
     for words in (
         "Sinusoid regression",
@@ -174,7 +175,7 @@ def test_an_interrupted_run_leaves_nothing(
 ) -> None:
     from lipcore.demo import train
 
-    def interrupted(tasks: object) -> None:
+    def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "train_all", interrupted)
@@ -183,13 +184,34 @@ def test_an_interrupted_run_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.ci
+def test_what_it_says_to_do_next_works(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, run = finished
+    assert len(list((folder / "runs").iterdir())) == 8  # the first seed of each level of two tasks
+    said = [line.split("  ")[-1].strip() for line in run.stdout.partition("What to do next:")[2].splitlines()]
+    commands = [line for line in said if line.startswith(("python", "lipcore export"))]
+    assert len(commands) == 2
+    root, scripts = Path(cli.__file__).parents[1], str(Path(sys.executable).parent)
+    env = os.environ | {"PYTHONPATH": str(root), "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
+    for command in commands:
+        words = shlex.split(command)
+        words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "lipcore"]
+        subprocess.run(words, cwd=folder.parent, env=env, check=True, timeout=120)
+    assert (folder.parent / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert "update_norm" in (folder.parent / "numbers.csv").read_text(encoding="utf-8")
+
+
 def test_force_replaces_only_its_own_files(tmp_path: Path) -> None:
-    for name in ("metrics.json", "notes.txt"):
+    for name in ("metrics.json", "notes.txt", "runs/a/mine", "runs/a/rank0"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("old")
     with output.staging(tmp_path, force=True) as folder:
-        (folder / "metrics.json").write_text("new")
-        assert (tmp_path / "metrics.json").read_text() == "old"
-    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"metrics.json": "new", "notes.txt": "old"}
+        (folder / "runs" / "a").mkdir(parents=True)
+        for name in ("metrics.json", "runs/a/rank0"):
+            (folder / name).write_text("new")
+            assert (tmp_path / name).read_text() == "old"
+    left = {file.relative_to(tmp_path).as_posix(): file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert left == {"metrics.json": "new", "notes.txt": "old", "runs/a/mine": "old", "runs/a/rank0": "new"}
 
 
 def test_an_empty_folder_may_be_used(tmp_path: Path) -> None:

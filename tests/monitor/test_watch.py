@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import lipcore
+from lipcore.monitor import defaults
 from lipcore.trajectory.step_stream import StepArrays
 
 
@@ -345,19 +345,19 @@ def test_a_callback_of_the_users_that_raises_ends_no_record(tmp_path: Path) -> N
     assert lipcore.open_run(tmp_path / "a").series("update_norm").steps.tolist() == list(range(1, 201))
 
 
-def test_copies_of_large_models_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = sys.modules["lipcore.monitor.watch"]
-    assert _mode_of(*parts()) == "exact"
-    monkeypatch.setattr(module, "_SMALL", 0)
-    assert _mode_of(*parts()) == "updates"
+@pytest.mark.parametrize("made", [lipcore.watch, lipcore.Monitor])
+def test_copies_of_large_models_are_not_taken(monkeypatch: pytest.MonkeyPatch, made: Any) -> None:
+    assert _mode_of(made, *parts()) == "exact"
+    monkeypatch.setattr(defaults, "_SMALL", 0)
+    assert _mode_of(made, *parts()) == "updates"
     model = nn.Linear(4, 1)
-    with lipcore.watch(model, window_steps=1) as monitor:  # whose steps are counted by hand
+    with made(model, window_steps=1) as monitor:  # whose steps are counted by hand
         monitor.step()
     assert monitor.history[-1]["trajectory"].details["mode"] == "exact"
 
 
-def _mode_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    with lipcore.watch(model, optimizer, window_steps=5) as monitor:
+def _mode_of(made: Any, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    with made(model, optimizer, window_steps=5) as monitor:
         train(monitor, model, optimizer, range(5))
         mode: str = monitor.history[-1]["trajectory"].details["mode"]
     return mode
