@@ -31,11 +31,12 @@ from lipcore.trajectory.parameters import (
     WatchedParameter,
     find_watched,
     of_modules,
+    piece_of,
     values_of,
 )
 from lipcore.trajectory.rank_part import TrajectoryPart, part_of
 from lipcore.trajectory.results import add_quantities, plan_lines
-from lipcore.trajectory.saved import prepared_loads
+from lipcore.trajectory.saved import check_pieces, prepared_loads
 from lipcore.trajectory.single_steps import SingleSteps
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.sketch_tracker import SketchTracker
@@ -211,6 +212,7 @@ class Trajectory(Metric):
         self._built = build(self._wanted, watched, self._optimizers, self._window_blocks)
         self._watched, self._links = watched, ModuleLinks(self._model)
         self._shapes = [one.tensor.shape for one in watched]
+        self._pieces = [piece_of(one.owner[one.key]) for one in watched]
         self._jumps = []
         fsdp1 = isinstance(self._model, nn.Module) and is_fsdp1(self._model)
         self._holding = Holding(self._held, FSDP1_PIECES if fsdp1 else "")
@@ -609,6 +611,10 @@ class Trajectory(Metric):
             "ring": self._wanted.ring,
         }
 
+    def _check_fits(self, state: Any) -> None:
+        check_same(state, self._settings())
+        check_pieces(state.get("pieces"), self._pieces, [parameter.name for parameter in self._watched])
+
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
         self._require_bound()
@@ -616,14 +622,14 @@ class Trajectory(Metric):
         trackers = {key: tracker.state_dict() for key, tracker in self._built.trackers.items()}
         gradients = self._built.gradients.state_dict() if self._built.gradients else {}
         counts: dict[str, Any] = {"steps_seen": self._steps_seen, "rebased": self._rebased}
-        counts |= {"apart": self._apart, "jumps": list(self._jumps)}
+        counts |= {"apart": self._apart, "jumps": list(self._jumps), "pieces": list(self._pieces)}
         return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state of the same model; ValueError naming the first difference, and nothing changed,
         otherwise."""
         self._require_bound()
-        check_same(state, self._settings())
+        self._check_fits(state)
         loads, jumps = prepared_loads(state, self._built)
         for load in loads:
             load()
@@ -644,7 +650,7 @@ class Trajectory(Metric):
         """
         self._require_bound()
         state = other.state_dict() if isinstance(other, Trajectory) else other
-        check_same(state, self._settings())
+        self._check_fits(state)
         choice = self._built.choice
         twin = Trajectory(
             groups=self._groups, stats=self._wanted.stats, every_steps=self.every_steps, masters=self._masters,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lipcore import _core
 from lipcore.models.checks import refuse_script
 from lipcore.models.names import named_modules
-from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES
+from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES, shard_of
 from lipcore.trajectory.groups import Groups, group_names
 
 Model = nn.Module | Mapping[str, nn.Module] | Iterable[tuple[str, Tensor]]
@@ -64,6 +64,14 @@ def local_shard(tensor: Any) -> Tensor:
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError("a DTensor with partial sums has no values of its own; redistribute it first")
     return tensor._local_tensor  # type: ignore[no-any-return]
+
+
+def piece_of(tensor: Any) -> str:
+    """Return which part of a DTensor this rank holds, "[4, 5] at [4, 0] of [8, 5]"; "" for any other tensor."""
+    if type(tensor).__name__ != "DTensor":
+        return ""
+    shape, offset = shard_of(tensor)
+    return f"{list(shape)} at {list(offset)} of {list(tensor.shape)}"
 
 
 def find_watched(model: Model, groups: Groups, masters: Masters | None, prefix: str = "") -> list[WatchedParameter]:

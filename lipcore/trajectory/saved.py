@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lipcore.metric.state import check_like
 from lipcore.trajectory.building import Built
 from lipcore.trajectory.tracker import Tracker
+
+
+def check_pieces(pieces: Any, mine: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ValueError where a state is of other parts of sharded parameters than this rank's (`mine`)."""
+    check_like("pieces", pieces, list(mine))
+    for name, theirs, own in zip(names, pieces, mine, strict=True):
+        if theirs != own:
+            raise ValueError(
+                f"pieces: of parameter '{name}' the state has {theirs or 'all'}, and this rank holds {own or 'all'}. "
+                "Each rank loads the state that it saved itself, with as many ranks as then; on another number of "
+                "ranks, begin with a new Monitor"
+            )
 
 
 def prepared_loads(state: dict[str, Any], built: Built) -> tuple[list[Callable[[], None]], list[int]]:

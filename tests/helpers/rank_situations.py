@@ -226,6 +226,22 @@ def fsdp2(rank: int, world: int) -> dict[str, Any]:
     return errors(merged(fsdp(made()), data_of(range(world))[rank]), expected)
 
 
+def state_of_another_rank(rank: int, world: int) -> Any:
+    """Each rank loads the other one's state, and then its own, which fits whatever was tried before."""
+    model = fsdp(made())
+    optimizer, monitor = monitored(model)
+    with monitor:
+        train(model, optimizer, data_of(range(world))[rank], steps=range(WINDOW - 1))
+        states: list[Any] = [None] * world
+        dist.all_gather_object(states, monitor.state_dict())
+        monitor.load_state_dict(states[rank])
+        try:
+            monitor.load_state_dict(states[1 - rank])
+        finally:
+            monitor.load_state_dict(states[rank])
+    return {}
+
+
 def hsdp(rank: int, world: int) -> dict[str, Any]:
     expected = truth(made(), data_of(range(world)))
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
@@ -599,7 +615,7 @@ def situations() -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     for work in (ddp, unequal_batches, fsdp2, tensor_parallel, pipeline, pipeline_without_prefix, independent,
                  independent_for_themselves, fsdp1, shifted_windows, other_window_steps, a_rank_that_never_calls,
                  on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
-                 a_metric_that_stops_on_one_rank, after_rebind, counted):  # fmt: skip
+                 a_metric_that_stops_on_one_rank, after_rebind, counted, state_of_another_rank):  # fmt: skip
         yield work.__name__, 2, work
     for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, two_groups, mesh_as_group, a_rank_that_dies):
         yield work.__name__, 4, work
