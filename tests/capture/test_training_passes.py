@@ -294,8 +294,9 @@ WAYS = [
 ]
 
 
-# A compiled row takes seconds. These are a transform, a backward pass into some leaves, and no backward pass.
-COMPILED_SOON = ("func.grad of inputs", "backward(inputs=one)", "no_grad and inference_mode")
+# A compiled row takes seconds; this is a transform. Calls that compile or export take long too.
+SLOW_CALLS = ("compiled around it", "export strictly", "export", "fake tensors")
+COMPILED_SOON = ("func.grad of inputs",)
 
 
 def rows() -> list[Any]:
@@ -304,6 +305,8 @@ def rows() -> list[Any]:
         for way in WAYS:
             if not (call.eager and way[1] == "compiled"):
                 late = way[1] == "compiled" and name not in COMPILED_SOON
+                late |= name in SLOW_CALLS and way != WAYS[0]
+                late |= way[1] == "frozen_first" and way[2] == "between"
                 found.append(pytest.param(name, *way, marks=[pytest.mark.ci] if late else []))
     return found
 

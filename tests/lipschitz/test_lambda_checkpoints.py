@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from any_models import Normalize, before, constants
+from few import few
 from models import Graph, mlp, relative_error, seeded
 from oracle import same_bits
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("every", [1, 3, None])
+@pytest.mark.parametrize("every", few([1, 3, None], 1))
 def test_checkpoints(model: str, call: str, every: int | None) -> None:
     build, x = MODELS[model], data(4, 5)
     expected = constants(seeded(build, dtype=torch.float64), x)

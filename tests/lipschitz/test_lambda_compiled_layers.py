@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from any_models import constants
+from few import few
 from models import Graph, mlp, relative_error, seeded
 from oracle import same_bits
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ def observed(model: nn.Module, batches: list[Tensor], **settings: Any) -> tuple[
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", few(MODELS, 1))
 def test_it_is_the_gradient_at_the_layers_input(name: str, backend: str, fresh_dynamo: Any) -> None:
     build = MODELS[name]
     rest, makes = behind(seeded(build, dtype=torch.float64))
@@ -123,6 +124,7 @@ def test_it_is_the_gradient_at_the_layers_input(name: str, backend: str, fresh_d
         assert one.grad is None or (same_bits(one.grad, other.grad) if backend == "aot_eager" else True)
 
 
+@pytest.mark.ci
 def test_passes_with_and_without_it_are_two_graphs(fresh_dynamo: Any) -> None:
     model = torch.compile(seeded(MODELS["another forward"], dtype=torch.float64), fullgraph=True, backend="aot_eager")
     _, result, _ = observed(model, [data()] * 9, lambda_every=3)
@@ -132,6 +134,7 @@ def test_passes_with_and_without_it_are_two_graphs(fresh_dynamo: Any) -> None:
     assert sum(fresh_dynamo["graph_break"].values()) == 0
 
 
+@pytest.mark.ci
 def test_other_sizes_of_the_batch_take_one_more_graph(fresh_dynamo: Any) -> None:
     model = torch.compile(seeded(MODELS["another forward"], dtype=torch.float64), fullgraph=True, backend="aot_eager")
     _, result, _ = observed(model, [data(size) for size in (5, 6, 7, 8, 5)], lambda_every=1)

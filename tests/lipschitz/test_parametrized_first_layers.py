@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from any_models import constants
+from few import few
 from models import batches, mlp, mse, seeded, sgd
 from oracle import same_bits
 from torch import Tensor, nn
@@ -131,7 +132,7 @@ def _constants(model: nn.Module, weight: Tensor, x: Tensor, convolution: bool) -
     return constants(nn.Sequential(first, nn.Tanh(), nn.Flatten(), head), x)
 
 
-@pytest.mark.parametrize("size", [4, 1])
+@pytest.mark.parametrize("size", few([4, 1], 1))
 @pytest.mark.parametrize("convolution", [False, True], ids=["linear", "convolution"])
 @pytest.mark.parametrize("name", WAYS)
 def test_five_steps_are_bit_for_bit_the_same_and_lambda_is_right(name: str, convolution: bool, size: int) -> None:

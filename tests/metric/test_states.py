@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from few import few
 from models import batches, mlp, seeded
 from torch import Tensor, nn
 
@@ -134,7 +135,7 @@ def test_a_version_is_a_number(name: str) -> None:
         assert refused(thing, state | {"version": version}).startswith("version: ")
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", few(STATEFUL, 2))
 def test_tensors_that_hold_nothing_to_take_over(name: str) -> None:
     thing = STATEFUL[name]()
     state = thing.state_dict()
