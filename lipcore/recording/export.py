@@ -62,9 +62,8 @@ def export_parquet(run: Run, path: str | os.PathLike[str]) -> int:
 
 def rows_of(run: Run) -> Iterator[Row]:
     """Yield (quantity, place, step, value, least, greatest value) of everything in a run."""
-    for name in run.quantities:
-        series = run.series(name)
+    for series in run.all_series():
         for i, place in enumerate(series.places):
             columns = (series.steps, series.values[:, i], series.low[:, i], series.high[:, i])
             for step, value, low, high in zip(*(column.tolist() for column in columns), strict=True):
-                yield name, place, step, value, low, high
+                yield series.name, place, step, value, low, high

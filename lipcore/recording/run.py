@@ -8,7 +8,7 @@ import os
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,8 @@ from lipcore.recording.folding import FOLD, unfolded
 from lipcore.recording.location import SUFFIX
 from lipcore.recording.pack import UnpackedWindow, places_of
 from lipcore.recording.schema import RecordError, connect
-from lipcore.recording.series import Series, matching
+from lipcore.recording.series import Series, listed, matching
+from lipcore.recording.window_series import series_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -105,10 +106,7 @@ class Run(Showable):
     def quantities(self) -> list[str]:
         """Names that :meth:`series` takes: quantities of single steps, then `quantity.reducer` of windows, with the
         metric's name before it where two metrics have it; what was logged is the metric "logged"."""
-        full = self._step_quantities()
-        short = [name.rpartition("/")[2] for name in full]
-        steps = [own if short.count(own) == 1 else name for name, own in zip(full, short, strict=True)]
-        return [*steps, *self._window_names()]
+        return [*self._step_names(), *self._window_names()]
 
     @property
     def windows(self) -> History:
@@ -133,8 +131,7 @@ class Run(Showable):
         """
         found = self._read(name, places)
         if not found.places:
-            known = ", ".join(map(repr, self._read(name, "*").places[:8]))
-            raise KeyError(f"{name} has no place {places!r}; it has {known}")
+            raise KeyError(f"{name} has no place {places!r}; it has {listed(self._read(name, '*').places)}")
         return found
 
     def _read(self, name: str, places: str) -> Series:
@@ -177,6 +174,11 @@ class Run(Showable):
 
     def _step_quantities(self) -> list[str]:
         return [row[0] for row in self._rows("select distinct quantity from steps order by quantity")]
+
+    def _step_names(self) -> list[str]:
+        full = self._step_quantities()
+        short = [name.rpartition("/")[2] for name in full]
+        return [own if short.count(own) == 1 else name for name, own in zip(full, short, strict=True)]
 
     def _of_steps(self, quantity: str, pattern: str, name: str) -> Series:
         columns: dict[str, int] = {}
@@ -240,26 +242,19 @@ class Run(Showable):
             name if len(having) == 1 else f"{metric}/{name}" for name, having in metrics.items() for metric in having
         ]
 
+    def all_series(self) -> Iterator[Series]:
+        """Yield every series of the run, with the windows read once: as :meth:`series` of all :attr:`quantities`."""
+        for name in self._step_names():
+            yield self._read(name, "*")
+        found = series_of(self._windows(), lambda metric, name: True)
+        names = [name for _, name in found]
+        for (metric, name), series in found.items():
+            yield series if names.count(name) == 1 else replace(series, name=f"{metric}/{name}")
+
     def _of_windows(self, name: str, pattern: str) -> Series:
         metric, _, rest = name.rpartition("/")
-        quantity, _, reducer = rest.rpartition(".")
-        columns: dict[str, int] = {}
-        found: list[tuple[int, dict[int, float]]] = []
-        having: set[str] = set()
-        for window in self._windows():
-            numbers: dict[int, float] = {}
-            for owner, result in window.results.items():
-                if (metric and owner != metric) or quantity not in result:
-                    continue
-                for part in result[quantity].parts:
-                    if reducer not in part.reducers:
-                        continue
-                    having.add(owner)
-                    names = list(part.places.names)
-                    array = part.reducers[reducer].array(len(names))
-                    for i in matching(names, pattern):
-                        numbers[columns.setdefault(names[i], len(columns))] = float(array[i])
-            found.append((window.last_step, numbers))
+        found = series_of(self._windows(), lambda owner, own: own == rest and metric in ("", owner), pattern)
+        having = sorted(owner for owner, _ in found)
         if not having:
             names = self.quantities
             close = difflib.get_close_matches(name, names, cutoff=0.6)
@@ -269,14 +264,9 @@ class Run(Showable):
             raise KeyError(f"there is no {name!r} in this run{hint} It has {known}")
         if len(having) > 1:
             raise ValueError(
-                f"name: several metrics have {rest!r}; choose {' or '.join(f'{m}/{rest}' for m in sorted(having))}"
+                f"name: several metrics have {rest!r}; choose {' or '.join(f'{m}/{rest}' for m in having)}"
             )
-        values = np.full((len(found), len(columns)), np.nan)
-        for row, (_, numbers) in enumerate(found):
-            for column, number in numbers.items():
-                values[row, column] = number
-        steps = np.array([step for step, _ in found], np.int64)
-        return Series(name, steps, values, list(columns), values, values)
+        return replace(found[having[0], rest], name=name)
 
     # ---- the file
 

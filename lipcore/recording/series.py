@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,12 @@ from lipcore.metric.show import Showable, Shown
 
 if TYPE_CHECKING:
     import pandas
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return names for a message; of many the first, and how many there are beside."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more or "none"
 
 
 @dataclass(frozen=True, repr=False)
@@ -40,8 +47,7 @@ class Series(Showable):
     def __getitem__(self, place: str) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Return the values in one place, [k]."""
         if place not in self.places:
-            known = ", ".join(map(repr, self.places[:8]))
-            raise KeyError(f"{self.name} has no place {place!r} here; it has {known or 'none'}")
+            raise KeyError(f"{self.name} has no place {place!r} here; it has {listed(self.places)}")
         column: np.ndarray[Any, np.dtype[np.float64]] = self.values[:, self.places.index(place)]
         return column
 
