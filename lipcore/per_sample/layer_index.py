@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lipcore.models.device_index import DeviceIndices
+
 _MOST = 64  # of what is kept: layers may come and go at random
 
 
@@ -22,7 +24,7 @@ class LayerIndex:
         self.layer_of = dict(layer_of)
         self.layers = list(dict.fromkeys(layer_of.values()))
         self.number = {layer: i for i, layer in enumerate(self.layers)}
-        self._on: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+        self._indices = DeviceIndices()
         self._of: dict[frozenset[str], tuple[tuple[str, ...], list[str], list[int]]] = {}
 
     def of(self, names: Collection[str]) -> tuple[tuple[str, ...], list[str], list[int]]:
@@ -40,12 +42,5 @@ class LayerIndex:
         return found
 
     def on(self, device: torch.device, index: Sequence[int]) -> Tensor:
-        """Return an index on a device. It is kept, since copying it there waits for all that the device was told
-        before."""
-        key = device, tuple(index)
-        found = self._on.get(key)
-        if found is None:
-            if len(self._on) > _MOST:
-                self._on.clear()
-            found = self._on[key] = torch.tensor(index, dtype=torch.int64, device=device)
-        return found
+        """Return an index on a device, where it is kept."""
+        return self._indices.on(device, index)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lipcore import _core, functional
 from lipcore.metric.results import MetricResult
+from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.describe import GRADIENTS
 from lipcore.trajectory.parameters import WatchedParameter, local_shard
 from lipcore.trajectory.table import COLUMN
@@ -110,6 +111,7 @@ class Gradients:
         self._before: Tensor | None = None  # what the last backward pass left
         self._used: Tensor | None = None  # what the optimizers found
         self._list = _core.GradientList([(parameter.owner, parameter.key, parameter.shadow) for parameter in watched])
+        self._indices = DeviceIndices()
         self._buffers = {stage: _empty(len(watched)) for stage in self.trackers}
         #: Whether somebody says when backward has ended. By default they come where somebody does; whoever asks for
         #: them by name is told when nobody did.
@@ -138,10 +140,15 @@ class Gradients:
             self._used = None
             return
         own = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        rows = [
-            i for i, parameter in enumerate(self._watched) if id(parameter.tensor) in own or id(parameter.shadow) in own
-        ]
-        self._used[rows] = sums[rows]
+        rows = self._indices.on(
+            sums.device,
+            [
+                i
+                for i, parameter in enumerate(self._watched)
+                if id(parameter.tensor) in own or id(parameter.shadow) in own
+            ],
+        )
+        self._used.index_copy_(0, rows, sums.index_select(0, rows))
 
     def observe_step(self) -> None:
         """Count a step with the gradients that were taken for it."""
@@ -168,7 +175,7 @@ class Gradients:
             dense = [None if g is None else _dense(local_shard(g)) for g in gradients]
             out = _sums_on_cpu(dense, out) if self._device.type == "cpu" else _sums_on(self._device, dense)
         if isinstance(scale, Tensor) or scale != 1.0:
-            square = torch.as_tensor(scale, dtype=torch.float64, device=out.device) ** 2
+            square = _square_of(scale, out)
             out[:, 0] /= square
             out[:, 4] /= square
         return out
@@ -184,6 +191,15 @@ class Gradients:
     def state_dict(self) -> dict[str, Any]:
         """Return the states of the stages that are wanted."""
         return {stage: tracker.state_dict() for stage, tracker in self.trackers.items()}
+
+
+def _square_of(scale: Tensor | float, like: Tensor) -> Tensor | float:
+    """Return the square of a number in float64, one that a device's tensors can be divided by without a copy to it."""
+    if not isinstance(scale, Tensor):
+        return float(scale) * float(scale)
+    # One number of the host is an argument of the kernel.
+    scale = scale.detach().reshape(())
+    return (scale if scale.is_cpu else scale.to(like.device)).double().square()
 
 
 def _empty(count: int) -> Tensor:

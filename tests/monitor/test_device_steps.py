@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import lipcore
 from lipcore.metric.late_moves import LateMoves
@@ -92,3 +92,43 @@ def test_weights_that_move_without_a_step_are_noticed_later() -> None:
             torch.cuda.synchronize()
             moves.backward_begins()
     assert noticed == ["without"]
+
+
+class Unscaling(torch.optim.Optimizer):
+    """Takes a scale out of the gradients itself, as a fused optimizer under a GradScaler."""
+
+    def __init__(self, parameters: Iterable[Tensor], grad_scale: Tensor | float) -> None:
+        super().__init__(parameters, {})
+        self.grad_scale = grad_scale
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad / self.grad_scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [1.0, 8.0, torch.tensor(8.0)], ids=["none", "number", "tensor"])
+def test_gradients_of_several_optimizers(scale: Tensor | float) -> None:
+    model = mlp()
+    optimizers = [Unscaling(model[i].parameters(), scale) for i in (0, 2, 4)]
+    x, y = torch.randn(8, 10).cuda(), torch.randn(8, 1).cuda()
+
+    def step() -> None:
+        nn.functional.mse_loss(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    with lipcore.Monitor(model, optimizers, [lipcore.Trajectory(stats=["grad_norm", "clipped_grad_norm"])]) as monitor:
+        for _ in range(3):
+            step()
+        with nothing_waits():
+            for _ in range(3):
+                step()
+        result = monitor.compute()["trajectory"]
+    before, used = result["grad_norm"]["total"]["mean"], result["clipped_grad_norm"]["total"]["mean"]
+    assert before.count == used.count == 6
+    assert used.value * float(scale) == pytest.approx(before.value, rel=1e-12)
