@@ -23,6 +23,7 @@ from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.lipschitz.window_facts import Facts, Theorem
 from lipcore.metric.blocks import Block, BlockWindow
+from lipcore.metric.distribution import observe_rows
 from lipcore.metric.handed_out import HandedOut, Withdrawable
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.plan_lines import PlanLines
@@ -322,9 +323,7 @@ class Lipschitz(StandaloneMetric):
         if numerators.is_cpu:
             _core.observe_ratios(numerators, output_grad, cores, self._last.smallest)
         else:
-            ratios = _ratios(numerators, output_grad, self._last.smallest)
-            for distribution, values in zip(block, ratios, strict=True):
-                distribution.observe(values)
+            observe_rows(_ratios(numerators, output_grad, self._last.smallest), block)
 
     def observe_gradients(self) -> None:
         if self._virtual_bias is not None:

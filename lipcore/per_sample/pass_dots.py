@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.layers.layer_pass import LayerRecord
-from lipcore.metric.distribution import Distribution
+from lipcore.metric.distribution import Distribution, observe_rows
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.pass_norms import Norms, layer_reasons
@@ -80,5 +80,4 @@ class PassDots:
         table = torch.stack(every).flatten(0, 1)
         signs = torch.stack([table, -table], 1)
         signs = signs.masked_fill(torch.stack([table < 0, table >= 0], 1), torch.nan).flatten(0, 1)
-        for distribution, row in zip(distributions, signs, strict=True):
-            distribution.observe(row)
+        observe_rows(signs, distributions)
