@@ -660,4 +660,9 @@ def _ratios(numerators: Tensor, output_grad: Tensor, smallest: float) -> Tensor:
     """Return r, lambda, and r where there is a lambda, [3, B]; NaN where the output's gradient is 0, not finite or
     below `smallest`."""
     eps = output_grad.abs()
+    if not eps.is_cpu:
+        # In few operations: eps becomes NaN up to the limit, and eps - eps is NaN where it is not finite.
+        limit = math.nextafter(smallest, 0.0) if smallest > 0 else 0.0
+        eps = torch.nn.functional.threshold(eps, limit, math.nan)
+        return torch.addcdiv(eps - eps, numerators, eps)
     return torch.where((eps > 0) & (eps >= smallest) & eps.isfinite(), numerators / eps, math.nan)

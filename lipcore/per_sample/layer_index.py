@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lipcore.functional.ordered_sums import sum_by_index, sum_of_runs
 from lipcore.models.device_index import DeviceIndices
 
 _MOST = 64  # of what is kept: layers may come and go at random
@@ -40,6 +41,13 @@ class LayerIndex:
                 self._of.clear()
             found = self._of[key] = parameters, layers, index
         return found
+
+    def sums(self, rows: Tensor, index: Sequence[int], count: int) -> Tensor:
+        """Return the sums of the rows, [N, ...], of every index in [0, count): in their order on every device."""
+        if rows.is_cpu:
+            return sum_by_index(rows, self.on(rows.device, index), count)
+        order, offsets = self._indices.runs(rows.device, index, count)
+        return sum_of_runs(rows if order is None else rows.index_select(0, order), offsets)
 
     def on(self, device: torch.device, index: Sequence[int]) -> Tensor:
         """Return an index on a device, where it is kept."""

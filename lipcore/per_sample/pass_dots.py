@@ -44,8 +44,7 @@ class PassDots:
     def _places(self) -> Tensor:
         """Sums per layer that brought numbers and, last, in total, [layers + 1, K, B]."""
         rows = self._rows
-        sums = rows.new_zeros(len(self._layers) + 1, *rows.shape[1:])
-        sums.index_add_(0, self._layer_index.on(rows.device, self._index), rows)
+        sums = self._layer_index.sums(rows, self._index, len(self._layers) + 1)
         sums[-1] = rows.sum(0) if self._names and not self.record.broken else torch.nan
         return sums
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lipcore import _core, functional
+from lipcore import _core
 from lipcore.metric.results import MetricResult
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.describe import GRADIENTS
+from lipcore.trajectory.device_sums import DeviceSums
 from lipcore.trajectory.parameters import WatchedParameter, local_shard
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
@@ -107,12 +108,13 @@ class Gradients:
         self.trackers = {
             stage: GradientTracker(watched, ring, window_blocks, steps) for stage in GRADIENTS if stage in wanted
         }
-        self._device = steps.table.rows.device
+        self._device_sums = None if steps.table.rows.is_cpu else DeviceSums(len(watched), steps.table.rows.device)
         self._before: Tensor | None = None  # what the last backward pass left
         self._used: Tensor | None = None  # what the optimizers found
         self._list = _core.GradientList([(parameter.owner, parameter.key, parameter.shadow) for parameter in watched])
         self._indices = DeviceIndices()
-        self._buffers = {stage: _empty(len(watched)) for stage in self.trackers}
+        self._buffers = {stage: self._new_sums() for stage in self.trackers}
+        self._others: Tensor | None = None  # sums before the step of one of several optimizers
         #: Whether somebody says when backward has ended. By default they come where somebody does; whoever asks for
         #: them by name is told when nobody did.
         self._expected = BEFORE in self.trackers and by_name
@@ -135,7 +137,9 @@ class Gradients:
         if self._used is None or optimizer is None:
             self._used = self._sums(scale, self._buffers[USED])
             return  # others' parameters too, until their own call
-        sums = self._sums(scale, _empty(len(self._watched)))
+        if self._others is None:
+            self._others = self._new_sums()
+        sums = self._sums(scale, self._others)
         if sums is None:
             self._used = None
             return
@@ -165,15 +169,18 @@ class Gradients:
     def _any(self) -> bool:
         return any(_gradient(parameter) is not None for parameter in self._watched)
 
+    def _new_sums(self) -> Tensor:
+        return _empty(len(self._watched)) if self._device_sums is None else self._device_sums.new()
+
     def _sums(self, scale: Tensor | float, out: Tensor) -> Tensor | None:
         """Return the sums of every parameter's gradient, in `out` where they are on the CPU; None where one has no
         value of its own."""
-        if not self._list.read(out):
+        if self._device_sums is not None or not self._list.read(out):
             gradients = [_gradient(parameter) for parameter in self._watched]
             if any(_is_partial(gradient) for gradient in gradients):
                 return None
             dense = [None if g is None else _dense(local_shard(g)) for g in gradients]
-            out = _sums_on_cpu(dense, out) if self._device.type == "cpu" else _sums_on(self._device, dense)
+            out = _sums_on_cpu(dense, out) if self._device_sums is None else self._device_sums.read(dense, out)
         if isinstance(scale, Tensor) or scale != 1.0:
             square = _square_of(scale, out)
             out[:, 0] /= square
@@ -214,19 +221,6 @@ def _sums_on_cpu(gradients: list[Tensor | None], out: Tensor) -> Tensor:
     out.zero_()
     out[there] = found
     return out
-
-
-def _sums_on(device: torch.device, gradients: list[Tensor | None]) -> Tensor:
-    """Sum gradients on a device, which nothing waits for. No list of indices goes there, so that a CUDA graph can
-    capture it."""
-    nothing = torch.zeros(1, dtype=torch.float64, device=device)
-    norms = [nothing if g is None else functional.sample_norms(g.reshape(1, g.numel())) for g in gradients]
-    squares = torch.cat(norms).square()
-    finite = squares.isfinite()
-    sums = torch.zeros(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
-    sums[:, 0] = sums[:, 4] = torch.where(finite, squares, torch.nan)
-    sums[:, 5] = (~finite).double()
-    return sums
 
 
 def _gradient(parameter: WatchedParameter) -> Tensor | None:
