@@ -86,9 +86,10 @@ def _portable(x: Sequence[Tensor], grad: Sequence[Tensor], parts: int) -> Tensor
         for i, tensor in enumerate(tensors):
             if isinstance(tensor, Tensor):  # sample_norms refuses what is none
                 same_place(tensor, f"{name}[{i}]", x[0], "x[0]")
-    norms = [(sample_norms(a), sample_norms(g)) for a, g in zip(x, grad, strict=True)]
-    weight = torch.stack([(a * g).square() for a, g in norms])
-    return weight[None] if parts == 1 else torch.stack([weight, torch.stack([g.square() for _, g in norms])])
+    norms = torch.stack([*map(sample_norms, x), *map(sample_norms, grad)]).unflatten(0, (2, len(x)))
+    norms[0].mul_(norms[1])  # in place, so that few operations serve all tensors
+    squares: Tensor = norms[:parts].square_()
+    return squares
 
 
 def _fake(x: Sequence[Tensor], grad: Sequence[Tensor]) -> Tensor:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lipcore.functional.ordered_sums import sum_by_index
+
 _float64 = torch.float64
 _CHUNK = 1 << 24  # elements of the gradients that are held at a time
 
@@ -110,7 +112,10 @@ def embedding_norms_sq(
     fresh[:, 1:] = sorted_ids[:, 1:] != sorted_ids[:, :-1]
     run = fresh.cumsum(1) - 1
     g = g.gather(1, order.unsqueeze(-1).expand_as(g))
-    return torch.zeros_like(g).scatter_add_(1, run.unsqueeze(-1).expand_as(g), g).square().sum((1, 2))
+    run += length * torch.arange(samples, device=run.device).unsqueeze(1)
+    sums = sum_by_index(g.flatten(0, 1), run.flatten(), samples * length)
+    per_sample: Tensor = sums.unflatten(0, (samples, length)).square().sum((1, 2))
+    return per_sample
 
 
 def tied_cross(

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lipcore import functional as F
 from lipcore.functional import library
+from lipcore.functional.ordered_sums import sum_by_index
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
 from lipcore.layers.factor_products import (
@@ -51,8 +52,7 @@ class Indexed(Factor):
 
     def dense(self, sample: int) -> Tensor:
         indices, grad = (rows(t, self.offsets, sample) for t in (self.indices, self._weighted()))
-        out = torch.zeros(self.num, grad.shape[-1], dtype=torch.float64, device=grad.device)
-        out.index_add_(0, indices, grad.double())
+        out = sum_by_index(grad.double(), indices, self.num)
         if self.padding_idx is not None:
             out[self.padding_idx] = 0
         return out
@@ -69,7 +69,7 @@ class Indexed(Factor):
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
         terms = self._terms()
         terms = terms * spread(coefficients, terms, self.offsets).unsqueeze(-1)
-        return terms.new_zeros(self.shape).index_add_(0, self.indices.flatten(), terms.flatten(0, -2))
+        return sum_by_index(terms.flatten(0, -2), self.indices.flatten(), self.num)
 
     def dots(self, references: Tensor) -> Tensor:
         terms, tables = alike(self._terms(), references)
@@ -84,10 +84,7 @@ class Indexed(Factor):
         place = owners(terms, self.offsets) * count + place
         terms = terms.flatten(0, -2)
         step = max(1, CHUNK // max(1, samples * count))
-        parts = (
-            part.new_zeros((samples + 1) * count, part.shape[1]).index_add_(0, place, part)[: samples * count]
-            for part in terms.split(step, 1)
-        )
+        parts = (sum_by_index(part, place, (samples + 1) * count)[: samples * count] for part in terms.split(step, 1))
         return gram_of_slices((part.reshape(samples, count * part.shape[1]) for part in parts), samples, terms.device)
 
     def join(self, other: Factor) -> Factor:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from lipcore.functional.ordered_sums import add_by_index, sum_by_index
 from lipcore.layers.factor_rows import number_of_samples
 
 #: Elements of slices of gradients, and of products of pairs of rows, that are held at a time.
@@ -44,8 +45,7 @@ def collected(terms: Tensor, x: Tensor, offsets: Tensor | None) -> Tensor:
     """Return the sum per sample of terms per row of x, [B, T] or packed [N]: float64 [B]."""
     if offsets is None:
         return terms.sum(1, dtype=torch.float64)
-    sums = terms.new_zeros(number_of_samples(x, offsets) + 1, dtype=torch.float64)
-    return sums.index_add_(0, owners(x, offsets), terms.double())[:-1]
+    return sum_by_index(terms.double(), owners(x, offsets), number_of_samples(x, offsets) + 1)[:-1]
 
 
 def gram_of_slices(slices: Iterable[Tensor], samples: int, device: torch.device) -> Tensor:
@@ -69,8 +69,9 @@ def gram_of_pairs(product: Callable[[slice], Tensor], left: Tensor, right: Tenso
     for first in range(0, len(left), step):
         some = slice(first, first + step)
         terms = product(some).double()
-        columns = terms.new_zeros(len(terms), samples + 1).index_add_(1, right, terms)
-        sums.index_add_(0, left[some], columns)
+        columns = terms.new_zeros(len(terms), samples + 1)
+        add_by_index(columns.T, terms.T, right)
+        add_by_index(sums, columns, left[some])
     return sums[:-1, :-1]
 
 

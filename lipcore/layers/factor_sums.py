@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lipcore import functional as F
+from lipcore.functional.ordered_sums import sum_by_index
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_products import owners, product, vector_dots, vector_gram, vector_sum
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
@@ -48,8 +49,7 @@ class RowSum(Factor):
         terms = product(self.grad, self.x)
         if self.offsets is None:
             return terms.sum(1) if terms.shape[1] != 1 else terms[:, 0]
-        sums = terms.new_zeros(self.samples + 1, terms.shape[-1])
-        return sums.index_add_(0, owners(self.grad, self.offsets), terms)[:-1]
+        return sum_by_index(terms, owners(self.grad, self.offsets), self.samples + 1)[:-1]
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
         return vector_sum(self._vectors(), coefficients, self.shape)

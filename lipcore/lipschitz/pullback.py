@@ -8,6 +8,8 @@ import torch
 import torch.nn.grad
 from torch import Tensor, nn
 
+from lipcore.functional.ordered_sums import add_by_index
+
 _CONV_INPUT: dict[type, Any] = {
     nn.Conv1d: torch.nn.grad.conv1d_input,
     nn.Conv2d: torch.nn.grad.conv2d_input,
@@ -51,7 +53,9 @@ def _unpadded(grad: Tensor, dim: int, size: int, left: int, right: int, mode: st
     source = nn.functional.pad(places, (left, right), mode=mode)[0, 0].long()
     shape = list(grad.shape)
     shape[dim] = size
-    return grad.new_zeros(shape).index_add(dim, source, grad)
+    out = grad.new_zeros(shape)
+    add_by_index(out.movedim(dim, 0), grad.movedim(dim, 0), source)
+    return out
 
 
 def push_forward(module: nn.Module, weight: Tensor, x: Tensor) -> Tensor:

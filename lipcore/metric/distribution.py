@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lipcore import _core
 from lipcore.metric.columns import Numbers
+from lipcore.metric.device_rows import DeviceRows, fetch
 from lipcore.metric.state import check_version, checked_count, checked_tensor
 from lipcore.metric.values import LABELS, Label, Value
 from lipcore.models.arguments import check_choice
@@ -37,17 +38,15 @@ class Distribution:
 
     def __init__(self) -> None:
         self._core = _core.Distribution()
-        self._device: _DeviceAccumulator | None = None
+        self._device: list[tuple[DeviceRows, int]] = []  # what holds values on a device, and this one's place there
 
     def observe(self, values: Tensor) -> None:
         """Add the values of a tensor of any shape."""
-        values = values.detach().reshape(-1).to(torch.float64)
+        values = values.detach().reshape(-1)
         if values.is_cpu:
-            self._core.observe_all(values)
-            return
-        if self._device is None:
-            self._device = _DeviceAccumulator(values.device)
-        self._device.observe(values)
+            self._core.observe_all(values.to(torch.float64))
+        else:
+            observe_rows(values.unsqueeze(0), [self])
 
     def merge(self, other: Distribution) -> None:
         """Add everything that another distribution has observed."""
@@ -60,8 +59,10 @@ class Distribution:
     @property
     def core(self) -> Any:
         """Compiled object, with everything observed so far in it."""
-        if self._device is not None:
-            self._device.drain_into(self._core)
+        if self._device:
+            fetch(rows for rows, _ in self._device)
+            for rows, place in self._device:
+                rows.drain_into(self._core, place)
         return self._core
 
     count = property(lambda self: self.core.count, doc="Number of finite values.")
@@ -121,13 +122,13 @@ class Distribution:
         if len(bins[::2].unique()) != len(bins[::2]):
             raise ValueError("bins: a bin stands there twice")
         self._core.set_state(count, mean, m2, low, high, missing, invalid, bins.tolist())
-        self._device = None
+        self._device = []
 
     def __getstate__(self) -> dict[str, Any]:
         return self.state_dict()  # the compiled object cannot be copied
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._core, self._device = _core.Distribution(), None
+        self._core, self._device = _core.Distribution(), []
         self.load_state_dict(state)
 
 
@@ -152,14 +153,44 @@ def observe_roots(squares: Tensor, distributions: Sequence[Distribution]) -> Non
     if squares.is_cpu:
         _core.observe_roots(squares, [distribution._core for distribution in distributions])
         return
-    for distribution, row in zip(distributions, squares.sqrt(), strict=True):
-        distribution.observe(row)
+    observe_rows(squares.sqrt(), distributions)
+
+
+def observe_rows(values: Tensor, distributions: Sequence[Distribution]) -> None:
+    """Add row k of values, [K, B], to distribution k: on a device by the same operations for all of them."""
+    values = values.detach()
+    if values.is_cpu:
+        for distribution, row in zip(distributions, values, strict=True):
+            distribution.observe(row)
+    elif distributions:
+        _rows_of(distributions, values.device).observe(values)
+
+
+def _rows_of(distributions: Sequence[Distribution], device: torch.device) -> DeviceRows:
+    """Return what holds the values of exactly these distributions on a device."""
+    for rows, _ in distributions[0]._device:
+        if (
+            rows.device == device
+            and rows.places == len(distributions)
+            and all((rows, k) in distribution._device for k, distribution in enumerate(distributions))
+        ):
+            return rows
+    made = DeviceRows(len(distributions), device)
+    for k, distribution in enumerate(distributions):
+        distribution._device.append((made, k))  # beside those that it has: a captured graph goes on writing into them
+    return made
+
+
+def fetch_all(distributions: Iterable[Distribution]) -> None:
+    """Copy what these distributions have on a device to the host, together."""
+    fetch(rows for distribution in distributions for rows, _ in distribution._device)
 
 
 def described(distributions: Sequence[Distribution], quantiles: Sequence[float] = ()) -> Numbers:
     """Return count, mean, min, max (NaN where nothing was observed), missing, invalid and quantiles of each, float64
     [columns, distributions]. One compiled call for all of them."""
     out = np.empty((len(distributions), 6 + len(quantiles)))
+    fetch_all(distributions)
     cores = [distribution.core for distribution in distributions]
     _core.describe_distributions(cores, list(quantiles), torch.from_numpy(out))
     return np.ascontiguousarray(out.T)
@@ -168,69 +199,9 @@ def described(distributions: Sequence[Distribution], quantiles: Sequence[float] 
 def reset_all(distributions: Sequence[Distribution]) -> None:
     """Reset all of these distributions."""
     _core.reset_distributions([distribution._core for distribution in distributions])
+    places: dict[DeviceRows, list[int]] = {}
     for distribution in distributions:
-        if distribution._device is not None:
-            distribution._device.empty()  # and kept: a captured graph goes on writing into it
-
-
-class _DeviceAccumulator:
-    """Bins on the device by torch operations: no synchronisation until drained. Integer counts, so deterministic."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.bins = torch.zeros(_core.BINS, dtype=torch.int64, device=device)
-        # count, sum, sum of squared deviations are merged per batch by Chan's formula; min, max; missing; invalid.
-        self.moments = torch.zeros(7, dtype=torch.float64, device=device)
-        self.empty()
-
-    def empty(self) -> None:
-        """Forget everything, in place."""
-        # Filled on the device: a tensor of numbers would be copied there, for which torch waits.
-        self.bins.zero_()
-        self.moments.zero_()
-        self.moments[3].fill_(math.inf)
-        self.moments[4].fill_(-math.inf)
-
-    def observe(self, values: Tensor) -> None:
-        if not values.numel():
-            return
-        usable = values.isfinite() & (values >= 0)
-        kept = torch.where(usable, values, 0.0)
-        # As bin_of() in csrc/math/log_bins.h; adding 0.0 turns -0.0 into 0.0.
-        in_range = torch.where(kept < 3.4028234663852886e38, kept + 0.0, math.inf)
-        bits = in_range.float().view(torch.int32) >> 16
-        self.bins.index_add_(0, bits.long(), usable.long())
-        n = usable.sum().double()
-        mean = kept.sum() / n.clamp(min=1)
-        m2 = torch.where(usable, (values - mean) ** 2, 0.0).sum()
-        old = self.moments
-        count = old[0] + n
-        difference = mean - old[1]
-        share = n / count.clamp(min=1)
-        missing = values.isnan().sum()
-        moments = [
-            count,
-            old[1] + difference * share,
-            old[2] + m2 + difference**2 * old[0] * share,
-            torch.minimum(old[3], torch.where(usable, values, math.inf).min()),
-            torch.maximum(old[4], torch.where(usable, values, -math.inf).max()),
-            old[5] + missing,
-            old[6] + (values.numel() - missing) - n,
-        ]
-        # In place: a replayed CUDA graph would read the tensor that it was captured with, and lose all replays but one.
-        self.moments.copy_(torch.stack(moments))
-
-    def drain_into(self, core: Any) -> None:
-        # One copy for both: each would be waited for.
-        copied = torch.cat([self.moments.view(torch.int64), self.bins]).cpu()
-        count, mean, m2, low, high, missing, invalid = copied[:7].view(torch.float64).tolist()
-        if not count + missing + invalid:
-            return
-        bins = copied[7:]
-        used = bins.nonzero().flatten()
-        pairs = torch.stack([used, bins[used]], dim=1).flatten().tolist()
-        other = _core.Distribution()
-        if not count:
-            low = high = 0.0
-        other.set_state(count, mean, m2, low, high, int(missing), int(invalid), pairs)
-        core.merge(other)
-        self.empty()
+        for rows, place in distribution._device:
+            places.setdefault(rows, []).append(place)
+    for rows, theirs in places.items():
+        rows.forget(theirs)  # and kept: a captured graph goes on writing into it

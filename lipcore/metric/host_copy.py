@@ -10,14 +10,17 @@ class HostCopy:
     """Copies of tensors of one CUDA device in pinned memory, there when what the device was doing then is done."""
 
     def __init__(self, *tensors: Tensor) -> None:
+        # Of the tensors' device, where the copies are queued; another one may be current.
+        stream = torch.cuda.current_stream(tensors[0].device)
+        for tensor in tensors:
+            tensor.record_stream(stream)  # it may be freed before it was read, and belong to another stream
         self._copies = [
             torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu").copy_(
                 tensor, non_blocking=True
             )
             for tensor in tensors
         ]
-        # Of the tensors' device, where the copies are queued; another one may be current.
-        self._event = torch.cuda.current_stream(tensors[0].device).record_event()
+        self._event = stream.record_event()
 
     @property
     def is_there(self) -> bool:

@@ -7,6 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lipcore.functional.ordered_sums import sum_by_index, sum_of_runs
+from lipcore.models.device_index import DeviceIndices
+
 _MOST = 64  # of what is kept: layers may come and go at random
 
 
@@ -22,7 +25,7 @@ class LayerIndex:
         self.layer_of = dict(layer_of)
         self.layers = list(dict.fromkeys(layer_of.values()))
         self.number = {layer: i for i, layer in enumerate(self.layers)}
-        self._on: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+        self._indices = DeviceIndices()
         self._of: dict[frozenset[str], tuple[tuple[str, ...], list[str], list[int]]] = {}
 
     def of(self, names: Collection[str]) -> tuple[tuple[str, ...], list[str], list[int]]:
@@ -39,13 +42,13 @@ class LayerIndex:
             found = self._of[key] = parameters, layers, index
         return found
 
+    def sums(self, rows: Tensor, index: Sequence[int], count: int) -> Tensor:
+        """Return the sums of the rows, [N, ...], of every index in [0, count): in their order on every device."""
+        if rows.is_cpu:
+            return sum_by_index(rows, self.on(rows.device, index), count)
+        order, offsets = self._indices.runs(rows.device, index, count)
+        return sum_of_runs(rows if order is None else rows.index_select(0, order), offsets)
+
     def on(self, device: torch.device, index: Sequence[int]) -> Tensor:
-        """Return an index on a device. It is kept, since copying it there waits for all that the device was told
-        before."""
-        key = device, tuple(index)
-        found = self._on.get(key)
-        if found is None:
-            if len(self._on) > _MOST:
-                self._on.clear()
-            found = self._on[key] = torch.tensor(index, dtype=torch.int64, device=device)
-        return found
+        """Return an index on a device, where it is kept."""
+        return self._indices.on(device, index)

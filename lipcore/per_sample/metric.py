@@ -30,6 +30,7 @@ from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.metric.values import Value
+from lipcore.models.capturing import is_capturing
 from lipcore.models.names import with_prefix
 from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import LayerIndex
@@ -215,6 +216,11 @@ class PerSampleMetric(StandaloneMetric):
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
+        if torch.cuda.is_initialized() and any(map(is_capturing, record.norms_sq.values())):
+            raise RuntimeError(
+                f"{self.name}: a backward pass is captured into a CUDA graph, and no replay of it would be recorded; "
+                "run the steps that are to be measured without the graph, or capture them without this metric"
+            )
         factor = self._reduction.factor(record.samples, self._scaler, record.note, record.loss, record.task)
         if factor is None:
             self._without_loss[self._reduction.missing] += 1

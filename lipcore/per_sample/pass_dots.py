@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.layers.layer_pass import LayerRecord
-from lipcore.metric.distribution import Distribution
+from lipcore.metric.distribution import Distribution, observe_rows
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.pass_norms import Norms, layer_reasons
@@ -44,8 +44,7 @@ class PassDots:
     def _places(self) -> Tensor:
         """Sums per layer that brought numbers and, last, in total, [layers + 1, K, B]."""
         rows = self._rows
-        sums = rows.new_zeros(len(self._layers) + 1, *rows.shape[1:])
-        sums.index_add_(0, self._layer_index.on(rows.device, self._index), rows)
+        sums = self._layer_index.sums(rows, self._index, len(self._layers) + 1)
         sums[-1] = rows.sum(0) if self._names and not self.record.broken else torch.nan
         return sums
 
@@ -80,5 +79,4 @@ class PassDots:
         table = torch.stack(every).flatten(0, 1)
         signs = torch.stack([table, -table], 1)
         signs = signs.masked_fill(torch.stack([table < 0, table >= 0], 1), torch.nan).flatten(0, 1)
-        for distribution, row in zip(distributions, signs, strict=True):
-            distribution.observe(row)
+        observe_rows(signs, distributions)

@@ -73,10 +73,9 @@ class PassNorms:
             squares = torch.empty(len(self.layers) + 1, self.samples, dtype=_float64, device="cpu")
             _core.place_sums(rows, self._index, known, squares)
             return squares
-        index = self.layer_index.on(rows.device, self._index)
-        squares = rows.new_zeros(len(self.layers) + 1, self.samples).index_add_(0, index, rows)
-        squares[-1] = rows.sum(0) if known else torch.nan
-        return squares
+        layers = self.layer_index.sums(rows, self._index, len(self.layers))
+        total = rows.sum(0) if known else rows.new_full((self.samples,), torch.nan)
+        return torch.cat([layers, total.unsqueeze(0)])
 
     @property
     def _known(self) -> bool:

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lipcore import _core, functional
+from lipcore import _core
 from lipcore.metric.results import MetricResult
+from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.describe import GRADIENTS
+from lipcore.trajectory.device_sums import DeviceSums
 from lipcore.trajectory.parameters import WatchedParameter, local_shard
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
@@ -106,11 +108,13 @@ class Gradients:
         self.trackers = {
             stage: GradientTracker(watched, ring, window_blocks, steps) for stage in GRADIENTS if stage in wanted
         }
-        self._device = steps.table.rows.device
+        self._device_sums = None if steps.table.rows.is_cpu else DeviceSums(len(watched), steps.table.rows.device)
         self._before: Tensor | None = None  # what the last backward pass left
         self._used: Tensor | None = None  # what the optimizers found
         self._list = _core.GradientList([(parameter.owner, parameter.key, parameter.shadow) for parameter in watched])
-        self._buffers = {stage: _empty(len(watched)) for stage in self.trackers}
+        self._indices = DeviceIndices()
+        self._buffers = {stage: self._new_sums() for stage in self.trackers}
+        self._others: Tensor | None = None  # sums before the step of one of several optimizers
         #: Whether somebody says when backward has ended. By default they come where somebody does; whoever asks for
         #: them by name is told when nobody did.
         self._expected = BEFORE in self.trackers and by_name
@@ -133,15 +137,22 @@ class Gradients:
         if self._used is None or optimizer is None:
             self._used = self._sums(scale, self._buffers[USED])
             return  # others' parameters too, until their own call
-        sums = self._sums(scale, _empty(len(self._watched)))
+        if self._others is None:
+            self._others = self._new_sums()
+        sums = self._sums(scale, self._others)
         if sums is None:
             self._used = None
             return
         own = {id(tensor) for group in optimizer.param_groups for tensor in group["params"]}
-        rows = [
-            i for i, parameter in enumerate(self._watched) if id(parameter.tensor) in own or id(parameter.shadow) in own
-        ]
-        self._used[rows] = sums[rows]
+        rows = self._indices.on(
+            sums.device,
+            [
+                i
+                for i, parameter in enumerate(self._watched)
+                if id(parameter.tensor) in own or id(parameter.shadow) in own
+            ],
+        )
+        self._used.index_copy_(0, rows, sums.index_select(0, rows))
 
     def observe_step(self) -> None:
         """Count a step with the gradients that were taken for it."""
@@ -158,17 +169,20 @@ class Gradients:
     def _any(self) -> bool:
         return any(_gradient(parameter) is not None for parameter in self._watched)
 
+    def _new_sums(self) -> Tensor:
+        return _empty(len(self._watched)) if self._device_sums is None else self._device_sums.new()
+
     def _sums(self, scale: Tensor | float, out: Tensor) -> Tensor | None:
         """Return the sums of every parameter's gradient, in `out` where they are on the CPU; None where one has no
         value of its own."""
-        if not self._list.read(out):
+        if self._device_sums is not None or not self._list.read(out):
             gradients = [_gradient(parameter) for parameter in self._watched]
             if any(_is_partial(gradient) for gradient in gradients):
                 return None
             dense = [None if g is None else _dense(local_shard(g)) for g in gradients]
-            out = _sums_on_cpu(dense, out) if self._device.type == "cpu" else _sums_on(self._device, dense)
+            out = _sums_on_cpu(dense, out) if self._device_sums is None else self._device_sums.read(dense, out)
         if isinstance(scale, Tensor) or scale != 1.0:
-            square = torch.as_tensor(scale, dtype=torch.float64, device=out.device) ** 2
+            square = _square_of(scale, out)
             out[:, 0] /= square
             out[:, 4] /= square
         return out
@@ -186,6 +200,15 @@ class Gradients:
         return {stage: tracker.state_dict() for stage, tracker in self.trackers.items()}
 
 
+def _square_of(scale: Tensor | float, like: Tensor) -> Tensor | float:
+    """Return the square of a number in float64, one that a device's tensors can be divided by without a copy to it."""
+    if not isinstance(scale, Tensor):
+        return float(scale) * float(scale)
+    # One number of the host is an argument of the kernel.
+    scale = scale.detach().reshape(())
+    return (scale if scale.is_cpu else scale.to(like.device)).double().square()
+
+
 def _empty(count: int) -> Tensor:
     return torch.empty(count, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
 
@@ -198,19 +221,6 @@ def _sums_on_cpu(gradients: list[Tensor | None], out: Tensor) -> Tensor:
     out.zero_()
     out[there] = found
     return out
-
-
-def _sums_on(device: torch.device, gradients: list[Tensor | None]) -> Tensor:
-    """Sum gradients on a device, which nothing waits for. No list of indices goes there, so that a CUDA graph can
-    capture it."""
-    nothing = torch.zeros(1, dtype=torch.float64, device=device)
-    norms = [nothing if g is None else functional.sample_norms(g.reshape(1, g.numel())) for g in gradients]
-    squares = torch.cat(norms).square()
-    finite = squares.isfinite()
-    sums = torch.zeros(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
-    sums[:, 0] = sums[:, 4] = torch.where(finite, squares, torch.nan)
-    sums[:, 5] = (~finite).double()
-    return sums
 
 
 def _gradient(parameter: WatchedParameter) -> Tensor | None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lipcore import _core, functional
+from lipcore.functional.ordered_sums import sum_by_index
 from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of, words_of
 from lipcore.metric.results import Level, MetricResult
 from lipcore.metric.state import checked_tensor
@@ -166,7 +167,7 @@ class SketchTracker(Tracker):
 
     def _grouped(self, of_parameters: Tensor) -> Tensor:
         index = torch.tensor(self._row_of, device=of_parameters.device)
-        groups = of_parameters.new_zeros(len(self.groups)).index_add_(0, index, of_parameters)
+        groups = sum_by_index(of_parameters, index, len(self.groups))
         return torch.cat([groups, of_parameters.sum().reshape(1)])
 
     def _describe_angles(self, result: MetricResult) -> None:

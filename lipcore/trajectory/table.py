@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lipcore import _core
+from lipcore.functional.ordered_sums import sum_by_index
 
 # In the order of struct TrajectoryRow (csrc/math/trajectory_row.h).
 COLUMNS = (
@@ -39,7 +40,7 @@ class Table:
 
     def with_groups(self, of_tensors: Tensor) -> Tensor:
         """Append, to the tensors' own values, their sum over the members of every group and over all."""
-        groups = of_tensors.new_zeros(self.groups).index_add_(0, self._group_of, of_tensors)
+        groups = sum_by_index(of_tensors, self._group_of, self.groups)
         return torch.cat([of_tensors, groups, of_tensors.sum().reshape(1)])
 
     @property

@@ -18,6 +18,7 @@ class Stream:
     def __init__(self, mode: EmulatedTensors) -> None:
         self._mode, self._reads = mode, 0
         self.device, self.cuda_stream = CUDA, 0
+        self.recorded: list[int] = []  #: addresses of tensors that were used on this stream
 
     def wait_stream(self, other: Any) -> None:
         """Do nothing."""
@@ -97,6 +98,7 @@ def stand_in(mode: EmulatedTensors) -> None:
         mode.refuse_reads = debug_mode == "error"
 
     replacements = {
+        "is_initialized": lambda: True,
         "current_device": lambda: 0,
         "device_count": lambda: 1,
         "synchronize": lambda device=None: stream.synchronize(),
@@ -117,6 +119,11 @@ def stand_in(mode: EmulatedTensors) -> None:
     }
     for name, replacement in replacements.items():
         setattr(torch.cuda, name, replacement)
+
+    def record_stream(tensor: torch.Tensor, stream: Stream) -> None:
+        stream.recorded.append(tensor.data_ptr())
+
+    torch.Tensor.record_stream = record_stream  # type: ignore[assignment, method-assign]
 
     run_backward = torch.autograd._engine_run_backward
 

@@ -14,7 +14,8 @@ import torch
 from oracle import assert_same_state
 
 from lipcore import Distribution, _core
-from lipcore.metric.distribution import _DeviceAccumulator, reset_all
+from lipcore.metric.device_rows import DeviceRows, fetch
+from lipcore.metric.distribution import fetch_all, observe_rows, reset_all
 
 QUANTILES = (0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
@@ -190,10 +191,11 @@ def through(path, batches):
         for batch in batches:
             d.observe(batch)
         return d
-    accumulator = _DeviceAccumulator(torch.device("cpu"))
+    rows = DeviceRows(1, torch.device("cpu"))
     for batch in batches:
-        accumulator.observe(batch.double().reshape(-1))
-    accumulator.drain_into(d._core)
+        rows.observe(batch.reshape(1, -1))
+    fetch([rows])
+    rows.drain_into(d._core, 0)
     return d
 
 
@@ -221,14 +223,53 @@ def test_the_device_path_gives_the_same(case):
 
 def test_draining_twice_adds_nothing():
     d = Distribution()
-    accumulator = _DeviceAccumulator(torch.device("cpu"))
-    accumulator.observe(torch.ones(3, dtype=torch.float64))
-    accumulator.drain_into(d._core)
-    accumulator.drain_into(d._core)
-    assert d.count == 3
-    accumulator.observe(torch.ones(2, dtype=torch.float64))
-    accumulator.drain_into(d._core)
-    assert d.count == 5
+    rows = DeviceRows(1, torch.device("cpu"))
+    for size, count in ((3, 3), (2, 5)):
+        rows.observe(torch.ones(1, size, dtype=torch.float64))
+        for _ in range(2):
+            fetch([rows])
+            rows.drain_into(d._core, 0)
+        assert d.count == count
+
+
+def test_what_was_fetched_twice_and_not_drained_adds_up():
+    d = Distribution()
+    rows = DeviceRows(2, torch.device("cpu"))
+    for value in (1.0, 3.0):
+        rows.observe(torch.tensor([[value], [math.nan]]))
+        fetch([rows])
+    rows.drain_into(d._core, 0)
+    assert (d.count, d.min, d.max, d.missing) == (2, 1.0, 3.0, 0)
+
+
+@pytest.mark.gpu
+def test_rows_of_values_on_cuda():
+    values = torch.from_numpy(STREAMS["lognormal"][:15_000].reshape(3, -1))
+    here, there = ([Distribution() for _ in range(3)] for _ in range(2))
+    for part in values.split(1000, dim=1):
+        observe_rows(part, here)
+        observe_rows(part.cuda(), there)
+    for distributions, of in ((here, values[:2]), (there, values[:2].cuda())):  # others together
+        observe_rows(of, distributions[:2])
+        distributions[1].observe(of[0])
+        reset_all(distributions[2:])
+        observe_rows(of, distributions[1:])
+    assert [numbers(d) for d in there] == [numbers(d) for d in here]
+
+
+@pytest.mark.gpu
+def test_distributions_are_fetched_together():
+    groups = [[Distribution() for _ in range(k)] for k in (1, 2)]
+    every = [distribution for group in groups for distribution in group]
+    for group in groups:
+        observe_rows(torch.rand(len(group), 5).cuda(), group)
+    fetch_all(every)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        assert [distribution.count for distribution in every] == [5, 5, 5]
+        assert all(distribution.core.bins() for distribution in every)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

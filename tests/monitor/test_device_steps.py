@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from devices import EMULATED
+from torch import Tensor, nn
 
 import lipcore
+from lipcore.metric.host_copy import HostCopy
 from lipcore.metric.late_moves import LateMoves
 
 
@@ -35,6 +38,17 @@ def step_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], 
         optimizer.zero_grad()
 
     return step
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not EMULATED, reason="asks the emulator")
+def test_a_copy_is_made_on_the_stream_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor, stream, asked = torch.ones(3).cuda(), torch.cuda.current_stream(), []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: asked.append(device) or stream)
+    (copied,) = HostCopy(tensor).tensors()
+    assert copied.tolist() == [1, 1, 1]
+    assert asked == [tensor.device]
+    assert tensor.data_ptr() in stream.recorded
 
 
 @pytest.mark.gpu
@@ -92,3 +106,64 @@ def test_weights_that_move_without_a_step_are_noticed_later() -> None:
             torch.cuda.synchronize()
             moves.backward_begins()
     assert noticed == ["without"]
+
+
+class Unscaling(torch.optim.Optimizer):
+    """Takes a scale out of the gradients itself, as a fused optimizer under a GradScaler."""
+
+    def __init__(self, parameters: Iterable[Tensor], grad_scale: Tensor | float) -> None:
+        super().__init__(parameters, {})
+        self.grad_scale = grad_scale
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for parameter in self.param_groups[0]["params"]:
+            assert parameter.grad is not None
+            parameter.sub_(parameter.grad / self.grad_scale)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [1.0, 8.0, torch.tensor(8.0)], ids=["none", "number", "tensor"])
+def test_gradients_of_several_optimizers(scale: Tensor | float) -> None:
+    model = mlp()
+    optimizers = [Unscaling(model[i].parameters(), scale) for i in (0, 2, 4)]
+    x, y = torch.randn(8, 10).cuda(), torch.randn(8, 1).cuda()
+
+    def step() -> None:
+        nn.functional.mse_loss(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+
+    with lipcore.Monitor(model, optimizers, [lipcore.Trajectory(stats=["grad_norm", "clipped_grad_norm"])]) as monitor:
+        for _ in range(3):
+            step()
+        with nothing_waits():
+            for _ in range(3):
+                step()
+        result = monitor.compute()["trajectory"]
+    before, used = result["grad_norm"]["total"]["mean"], result["clipped_grad_norm"]["total"]["mean"]
+    assert before.count == used.count == 6
+    assert used.value * float(scale) == pytest.approx(before.value, rel=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["norms", "monitor"])
+def test_a_captured_step_has_no_per_sample_norms(kind: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    step = step_of(model, optimizer)
+    norms = lipcore.PerSampleGradNorms(loss_reduction="mean") if kind == "monitor" else None
+    metric: Any = (
+        lipcore.PerSampleGradNorms(model, loss_reduction="mean")
+        if norms is None
+        else lipcore.Monitor(model, optimizer, [norms, lipcore.Trajectory(mode="updates")])
+    )
+    with pytest.raises(RuntimeError, match="captured into a CUDA graph.*without the graph"), metric:
+        step()
+        with (
+            pytest.warns(RuntimeWarning, match="stopped recording.*captured into a CUDA graph"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            step()

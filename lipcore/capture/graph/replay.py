@@ -17,6 +17,7 @@ from lipcore.capture.graph.rows import as_real
 from lipcore.capture.graph.walk import Walk
 from lipcore.capture.proof import NOTHING, is_proof
 from lipcore.capture.training_pass import in_backward
+from lipcore.functional.ordered_sums import sum_by_index
 from lipcore.layers import Dense, Factor, norms_sq_of
 from lipcore.models.torch_internals import current_node
 
@@ -309,5 +310,5 @@ def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int
         return torch.stack([_only(out, dim, whose == b).sum_to_size(shape) for b in range(samples)])
     over = [i for i in range(out.dim()) if i != dim and padded[i] == 1 and out.shape[i] != 1]
     rows = (out.sum(over, keepdim=True) if over else out).movedim(dim, 0)
-    found = rows.new_zeros(samples + 1, *rows.shape[1:]).index_add_(0, whose % (samples + 1), rows)  # nobody's are last
+    found = sum_by_index(rows, whose % (samples + 1), samples + 1)  # nobody's are last
     return found[:samples].reshape(samples, *shape)

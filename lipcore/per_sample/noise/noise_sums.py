@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from lipcore import _core, functional
+from lipcore import _core
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
 from lipcore.models.ranks import under_process_group
-from lipcore.models.torch_internals import hooks_after_accumulation
+from lipcore.models.torch_internals import foreach_norm, hooks_after_accumulation
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.noise.rank_steps import StepSums
@@ -162,10 +162,9 @@ class NoiseSums:
             _core.square_sums(gradients, rows)
             squares = rows[:, 0]
         else:
-            squares = torch.cat([functional.sample_norms(g.reshape(1, -1)) for g in gradients]).square()
+            squares = torch.stack(foreach_norm(gradients, 2, dtype=torch.float64)).square()
         self._found = which, squares
-        places = torch.zeros(len(self._layer_index.layers) + 1, dtype=torch.float64, device=squares.device)
-        places.index_add_(0, self._layer_index.on(squares.device, index), squares)
+        places = self._layer_index.sums(squares, index, len(self._layer_index.layers) + 1)
         places[-1] = squares.sum()
         self._gradient_sq = places
 
