@@ -31,8 +31,9 @@ def layer_options(
     """Return how the layers are tapped, from what the user has given; `others` goes there as it is."""
     if output is not None and not isinstance(output, str) and not callable(output):
         raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
-    check_count("max_replay_bytes", max_replay_bytes, least=0)
-    check_count("max_replay_flops", max_replay_flops, least=0, optional=True)
+    max_bytes, max_flops = _whole(max_replay_bytes), _whole(max_replay_flops)
+    check_count("max_replay_bytes", max_bytes, least=0)
+    check_count("max_replay_flops", max_flops, least=0, optional=True)
     return LayerOptions(
         batch_dim=batch_dim,
         offsets_of=offsets_of(cu_seqlens),
@@ -42,10 +43,15 @@ def layer_options(
         output=output,
         note_of=reduction.note_of,
         loss_of=reduction.loss_of,
-        max_replay_bytes=max_replay_bytes,
-        max_replay_flops=max_replay_flops,
+        max_replay_bytes=max_bytes,
+        max_replay_flops=max_flops,
         **others,
     )
+
+
+def _whole(value: Any) -> Any:
+    """Return a float that is whole, such as 1e9, as an integer; anything else as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_arguments(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipcore.functional.ordered_sums import sum_by_index, sum_of_runs
 from lipcore.models.device_index import DeviceIndices
+from lipcore.models.names import unwrap
 
 _MOST = 64  # of what is kept: layers may come and go at random
 
@@ -19,10 +20,11 @@ class LayerIndex:
     Attributes:
         layer_of: parameter -> the layer it is measured at, in the model's order.
         layers: these layers.
+        tied: second names of parameters and layers that are tied -> the name that their numbers are found under.
     """
 
-    def __init__(self, layer_of: Mapping[str, str]) -> None:
-        self.layer_of = dict(layer_of)
+    def __init__(self, layer_of: Mapping[str, str], tied: Mapping[str, str] | None = None) -> None:
+        self.layer_of, self.tied = dict(layer_of), dict(tied or {})
         self.layers = list(dict.fromkeys(layer_of.values()))
         self.number = {layer: i for i, layer in enumerate(self.layers)}
         self._indices = DeviceIndices()
@@ -52,3 +54,16 @@ class LayerIndex:
     def on(self, device: torch.device, index: Sequence[int]) -> Tensor:
         """Return an index on a device, where it is kept."""
         return self._indices.on(device, index)
+
+
+def tied_names(model: nn.Module | None, layer_of: Mapping[str, str]) -> dict[str, str]:
+    """Return the further names of tied parameters, and of the layers they belong to there, with the name that the
+    numbers of each are found under."""
+    found: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, parameter in () if model is None else unwrap(model).named_parameters(remove_duplicate=False):
+        canonical = first.setdefault(id(parameter), name)
+        if name != canonical and canonical in layer_of:
+            found[name] = canonical
+            found.setdefault(name.rpartition(".")[0], layer_of[canonical])
+    return found

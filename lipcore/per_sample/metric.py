@@ -33,7 +33,7 @@ from lipcore.metric.values import Value
 from lipcore.models.capturing import is_capturing
 from lipcore.models.names import with_prefix
 from lipcore.per_sample.doubts import Doubts
-from lipcore.per_sample.layer_index import LayerIndex
+from lipcore.per_sample.layer_index import LayerIndex, tied_names
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.loss_reduction import Reduction
 from lipcore.per_sample.methods import check_methods, how
@@ -181,7 +181,7 @@ class PerSampleMetric(StandaloneMetric):
                 layer_of.setdefault(parameter, site.name)
         for parameter in layers.coverage.by_graph:
             layer_of.setdefault(parameter, parameter.rpartition(".")[0] or "model")
-        before, self._layer_index = self._layers, LayerIndex(layer_of)
+        before, self._layer_index = self._layers, LayerIndex(layer_of, tied_names(self._model, layer_of))
         if self._layers != before or not self._window.open:
             places = (len(self._layers) + 1) * self._columns
             self._window, self._noise = BlockWindow(places, self._blocks), None

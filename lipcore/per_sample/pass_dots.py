@@ -62,12 +62,13 @@ class PassDots:
     @property
     def per_layer(self) -> Norms:
         rows = {layer: self._told(numbers) for layer, numbers in zip(self._layers, self._places, strict=False)}
-        return Norms("layer", rows, layer_reasons(self._layer_index, self.record, rows), self._shape)
+        reasons = layer_reasons(self._layer_index, self.record, rows)
+        return Norms("layer", rows, reasons, self._shape, self._layer_index.tied)
 
     @property
     def per_parameter(self) -> Norms:
         rows = {name: self._told(numbers) for name, numbers in zip(self._names, self._rows, strict=True)}
-        return Norms("parameter", rows, self.record.reasons, self._shape)
+        return Norms("parameter", rows, self.record.reasons, self._shape, self._layer_index.tied)
 
     def observe(self, distributions: list[Distribution]) -> None:
         """Add the numbers per layer of the model and in total, per reference, and apart by sign: a distribution is one

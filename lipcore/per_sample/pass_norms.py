@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from functools import cached_property
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -16,22 +18,42 @@ from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.total import TOTAL
 
 _float64 = torch.float64
+_SHOWN, _ALIKE = 8, 0.4  # names that an error shows, and how like the one asked for the first of them are
 
 
 class Norms(Mapping[str, Tensor]):
     """Numbers by name, float64 of one shape ([B] for norms); NaN throughout where there is none, with the reason in
-    :attr:`reasons`."""
+    :attr:`reasons`. `same_as` has names by which users may ask for what stands under another one."""
 
-    def __init__(self, what: str, rows: dict[str, Tensor], reasons: dict[str, str], shape: tuple[int, ...]) -> None:
-        self._what, self._rows, self.reasons, self._shape = what, rows, reasons, shape
+    def __init__(
+        self,
+        what: str,
+        rows: dict[str, Tensor],
+        reasons: dict[str, str],
+        shape: tuple[int, ...],
+        same_as: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self._what, self._rows, self.reasons, self._shape, self._same_as = what, rows, reasons, shape, same_as
 
     def __getitem__(self, name: str) -> Tensor:
         if name in self._rows:
             return self._rows[name]
         if name in self.reasons:
             return torch.full(self._shape, torch.nan, dtype=_float64, device="cpu")
-        known = ", ".join(repr(n) for n in list(self)[:8])
-        raise KeyError(f"no {self._what} {name!r} was measured; there are {known}")
+        raise KeyError(self._unknown(name))
+
+    def _unknown(self, name: str) -> str:
+        """Say that there is no such name, and which there are, those that are most like it first."""
+        first = self._same_as.get(name)
+        if first is not None and first in self:
+            return f"no {self._what} {name!r} was measured; it is tied, and is found as {first!r}"
+        names = list(self)
+        if not names:
+            return f"no {self._what} {name!r} was measured; there are none"
+        close = get_close_matches(str(name), names, _SHOWN, _ALIKE)
+        shown = [*close, *(other for other in names if other not in close)][:_SHOWN]
+        count = f" {len(shown)} of {len(names)}:" if len(shown) < len(names) else ""
+        return f"no {self._what} {name!r} was measured; there are{count} {', '.join(map(repr, shown))}"
 
     def __iter__(self) -> Iterator[str]:
         yield from self._rows
@@ -108,12 +130,13 @@ class PassNorms:
     @property
     def per_parameter(self) -> Norms:
         rows = dict(zip(self.names, self._rows.sqrt(), strict=True)) if self.names else {}
-        return Norms("parameter", rows, self.record.reasons, (self.samples,))
+        return Norms("parameter", rows, self.record.reasons, (self.samples,), self.layer_index.tied)
 
     @property
     def per_layer(self) -> Norms:
         rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
-        return Norms("layer", rows, layer_reasons(self.layer_index, self.record, rows), (self.samples,))
+        reasons = layer_reasons(self.layer_index, self.record, rows)
+        return Norms("layer", rows, reasons, (self.samples,), self.layer_index.tied)
 
     @property
     def standard_error(self) -> Norms:

@@ -24,6 +24,10 @@ _SKIP, _FREEZE = (
     "requires_grad_(False) freezes what is not trained",
 )
 
+_CONTAINER = (
+    "is in a {0}, which is never called and so can have no rule; a rule for the module that uses it serves where the "
+    "parameters are that module's own attributes"
+)
 UNSEEN = (
     "has a gradient, but none came from its layer's hooks: its call was not seen, or its rule forgets the parameter"
 )
@@ -233,4 +237,6 @@ def _why(owner: nn.Module, key: str) -> str:
         return f"is not used by {kind} itself, which has a tensor that is computed from it (pruning, weight_norm)"
     if kind == "ParametrizationList":
         return "is behind a parametrization (weight_norm, spectral_norm), whose gradient is not the layer's"
+    if isinstance(owner, (nn.ParameterList, nn.ParameterDict)):
+        return _CONTAINER.format(kind)
     return why_no_rule(owner)

@@ -42,6 +42,10 @@ OTHER_OUTPUT = (
     "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
 )
 #: In the place of the number of regions, in the last row of a probe: a call did not fit its rule.
+_SAVED = (
+    "save() of its rule {0} is to return (tensors, extra), a tuple or list of tensors and anything else that factors() "
+    "needs, and has returned {1}; put what is no tensor into extra"
+)
 REFUSED = -64.0
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
@@ -208,7 +212,11 @@ class LayerSite:
         return _Call(last, arguments, output, saved, extra)
 
     def _saved(self, module: nn.Module, arguments: Any, keywords: Any, batch: Batch) -> tuple[list[Tensor], Any]:
-        saved, extra = self.rule.save(module, arguments, keywords, batch)
+        returned = self.rule.save(module, arguments, keywords, batch)
+        wrong = _not_saved(returned)
+        if wrong:
+            raise TypeError(_SAVED.format(type(self.rule).__name__, wrong))
+        saved, extra = returned
         # No edges of the graph: a saved parameter would seem to be used once more.
         return [t.detach() for t in saved], extra
 
@@ -487,3 +495,14 @@ def _with_tensor(output: Any, tensor: Tensor) -> Any:
 def _named(error: Exception, site: LayerSite) -> Exception:
     text = f"module '{site.name}' ({type(site.module).__name__}): {error}"
     return type(error)(text) if isinstance(error, (ValueError, TypeError)) else RuntimeError(text)
+
+
+def _not_saved(returned: Any) -> str:
+    """Say what a rule's save() has returned in place of (tensors, extra); "" where it has returned that."""
+    if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+        return type(returned).__name__ + (f" of {len(returned)}" if isinstance(returned, (tuple, list)) else "")
+    tensors = returned[0]
+    if not isinstance(tensors, (tuple, list)):
+        return f"{type(tensors).__name__} in the place of the tensors"
+    wrong = next((type(each).__name__ for each in tensors if not isinstance(each, Tensor)), "")
+    return wrong and f"{wrong} among the tensors"

@@ -1,0 +1,110 @@
+"""What errors about names, bounds and rules say to somebody who has only the documentation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lipcore
+from lipcore import PerSampleGradDots, PerSampleGradNorms
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.table(x).tanh())
+
+
+def _measured(model: nn.Module, x: Tensor, **arguments: object) -> PerSampleGradNorms:
+    with PerSampleGradNorms(model, loss_reduction="sum", **arguments) as metric:
+        model(x).square().sum().backward()
+    return metric
+
+
+def test_a_tied_modules_second_name_is_told_its_first() -> None:
+    metric = _measured(Tied(), torch.randint(7, (3, 5)))
+    with pytest.raises(KeyError, match="no layer 'head' was measured; it is tied, and is found as 'table'"):
+        metric.per_layer["head"]
+    with pytest.raises(KeyError, match=r"no parameter 'head.weight' .* is found as 'table.weight'"):
+        metric.per_parameter["head.weight"]
+
+
+def test_an_unknown_name_is_told_how_many_there_are_and_the_closest_first() -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(12)))
+    metric = _measured(model, torch.randn(2, 3))
+    with pytest.raises(KeyError, match=r"there are 8 of 12: '11', '1'"):
+        metric.per_layer["111"]
+    with pytest.raises(KeyError, match=r"there are 8 of 24: '11\.bias'"):
+        metric.per_parameter["11.bais"]
+    few = _measured(nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3))
+    with pytest.raises(KeyError, match=r"there are '0'\""):
+        few.per_layer["fc"]
+
+
+@pytest.mark.parametrize("bound", ["max_replay_bytes", "max_replay_flops"])
+def test_bounds_may_be_whole_floats(bound: str) -> None:
+    for kind in (lambda **given: PerSampleGradNorms(loss_reduction="sum", **given), _dots):
+        kind(**{bound: 1e6})
+        for wrong in (1.5, float("inf"), float("nan"), -1.0, True, "1e6"):
+            with pytest.raises(ValueError, match=f"{bound}: expected an integer >= 0"):
+                kind(**{bound: wrong})
+
+
+def _dots(**given: object) -> PerSampleGradDots:
+    return PerSampleGradDots(reference={"0.weight": torch.zeros(1)}, loss_reduction="sum", **given)
+
+
+class Own(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore:lipcore stopped recording")
+@pytest.mark.parametrize(
+    ("returned", "seen"),
+    [
+        (((1.5,), None), "float among the tensors"),
+        ((1.5, None), "float in the place of the tensors"),
+        (1.5, "has returned float;"),
+        ((1, 2, 3), "has returned tuple of 3;"),
+    ],
+)
+def test_a_rule_whose_save_returns_no_tensors_is_named(returned: object, seen: str) -> None:
+    class Wrong(type(lipcore.layers.registered()[nn.Linear])):  # type: ignore[misc]
+        def save(self, *_: object) -> object:
+            return returned
+
+    class Layer(Own):
+        pass
+
+    lipcore.layers.register(Layer, Wrong())
+    model = nn.Sequential(Layer(3, 2))
+    with (
+        pytest.raises(TypeError, match=f"'0'.*save\\(\\) of its rule Wrong .*{seen}"),
+        PerSampleGradNorms(model, loss_reduction="sum"),
+    ):
+        model(torch.randn(4, 3)).sum().backward()
+
+
+class Listed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList([nn.Parameter(torch.ones(3))])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.parts[0]
+
+
+def test_a_list_of_parameters_is_told_what_works() -> None:
+    with pytest.raises(ValueError, match="is in a ParameterList, which is never called") as caught:
+        PerSampleGradNorms(Listed(), loss_reduction="sum", max_replay_bytes=0)
+    assert "max_replay_bytes= above 0 measures them" in str(caught.value)
+    assert torch.equal(
+        _measured(Listed(), torch.ones(2, 3)).per_sample, torch.full((2,), 12.0, dtype=torch.float64).sqrt()
+    )
