@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from lipcore import _core
 
 Scalar = float | Tensor  #: a Tensor only for CUDA parameters: a 0-dimensional one that nothing on the host waits for
 
@@ -93,34 +90,3 @@ def sums_on_device(w: Tensor, a: Tensor | None, b: Tensor | None, rule: UpdateRu
 def _sum_of_squares(x: Tensor) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
     return norm.square()
-
-
-def update_sums_on_device(
-    params: Sequence[Tensor],
-    first: Sequence[Tensor | None],
-    second: Sequence[Tensor | None],
-    rules: Sequence[UpdateRule],
-) -> tuple[Tensor, Tensor]:
-    """Compute :func:`lipcore.functional.update_sums` in torch's operations, for tensors on a device."""
-    rows, normalized = [], []
-    for i, (w, a, b, rule) in enumerate(zip(params, first, second, rules, strict=True)):
-        if not isinstance(rule, UpdateRule):
-            raise TypeError(
-                f"rules[{i}]: expected a lipcore.functional.update_rules.UpdateRule, got {type(rule).__name__}"
-            )
-        if w.device != params[0].device:
-            raise ValueError(f"params[{i}]: is on another device than params[0]; put all on one")
-        for name, tensor, scalar in (("first", a, rule.rate), ("second", b, rule.mix)):
-            if tensor is None:
-                if rule.adaptive or isinstance(scalar, Tensor) or scalar != 0:
-                    _core.check_storage(tensor, name, i)  # says what None is instead of a tensor
-            elif tensor.shape != w.shape:
-                raise ValueError(
-                    f"{name}[{i}]: expected shape {list(w.shape)} of params[{i}], got {list(tensor.shape)}"
-                )
-            elif tensor.device != w.device:
-                raise ValueError(f"{name}[{i}]: is on another device than params[{i}]; put all on one")
-        row, mean_square = sums_on_device(w, a, b, rule)
-        rows.append(row)
-        normalized.append(mean_square)
-    return torch.stack(rows), torch.stack(normalized)

@@ -22,12 +22,12 @@ def singular_values_later(
     Args:
         weight: as the layer has used it: a parametrization is not computed again.
         batch_shape: of the layer's input.
-        before: an earlier copy of the weight, which serves where nothing has changed.
+        before: a copy of the weight that serves; None where one has to be made.
     """
     if not has_singular_values(module, weight, batch_shape):
         return None
     weight = weight.detach()
-    copy = before if before is not None and torch.equal(before, weight) else weight.clone()
+    copy = weight.clone() if before is None else before
     twin = _twin(module, copy)
 
     def taken() -> SingularValues:

@@ -23,9 +23,10 @@ from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.lipschitz.window_facts import Facts, Theorem
 from lipcore.metric.blocks import Block, BlockWindow
-from lipcore.metric.distribution import observe_rows
+from lipcore.metric.distribution import observe_rows, on_device
 from lipcore.metric.handed_out import HandedOut, Withdrawable
 from lipcore.metric.hook_warnings import warn_in_hook
+from lipcore.metric.host_reads import OnDevice, TensorRead
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import BatchOfOne, Needs, PlanLine, TapCounts
 from lipcore.metric.rank_distributions import RankDistributions
@@ -162,6 +163,7 @@ class Lipschitz(StandaloneMetric):
         self.optional = optional
         self._fast = batch_of_one == "fast"
         self._weight_before: Tensor | None = None
+        self._weight_stood = TensorRead(self._compare_weights)
         self._moved = False  # W_1 had moved within the window before its state was loaded
         self._resolved = "" if quantity == "auto" else str(quantity)  # "auto" is settled by the first output
         self._bias = BiasSteps(virtual=virtual_bias)
@@ -450,6 +452,15 @@ class Lipschitz(StandaloneMetric):
         numbers = self.finalize() if self._model is not None else self._numbers
         return _copy_of, (type(self), self._settings, numbers, self.off)
 
+    def on_device(self) -> list[OnDevice]:
+        if self._numbers is not None:
+            return []
+        found = [*on_device([*self._open.open, *self._open.proved]), *self._numerators.on_device()]
+        weight = self._first.weight()
+        if weight is not None and not weight.is_cpu and self._weight_before is not None:
+            found.append(self._weight_stood)
+        return found
+
     def finalize(self) -> MetricResult:
         """Return the open window's numbers; the class says what they are."""
         if self._numbers is not None:
@@ -531,7 +542,8 @@ class Lipschitz(StandaloneMetric):
             return None
         if weight is None or not self._at_input.by_product:
             return Theorem(None)
-        sigma = singular_values_later(module, weight, self._first.batch_shape, self._weight_before)
+        before = self._weight_before if self._weight_is_as_before() else None
+        sigma = singular_values_later(module, weight, self._first.batch_shape, before)
         return None if sigma is None else Theorem(sigma, tuple(weight.shape), self._weight_moved())
 
     def _first_bias(self) -> dict[str, Any]:
@@ -586,8 +598,20 @@ class Lipschitz(StandaloneMetric):
         self._bias.find(self._model, self._first.module)
 
     def _weight_moved(self) -> bool:
+        known = self._weight_before is not None and self._first.weight() is not None
+        return self._moved or (known and not self._weight_is_as_before())
+
+    def _weight_is_as_before(self) -> bool:
+        return bool(self._weight_stood.on_host())
+
+    def _compare_weights(self) -> Tensor:
+        """Return 1 where W_1 is what it was at the window's start, else 0."""
         weight, before = self._first.weight(), self._weight_before
-        return self._moved or (before is not None and weight is not None and not torch.equal(before, weight.detach()))
+        if weight is None or before is None or weight.shape != before.shape or weight.device != before.device:
+            return torch.zeros((), dtype=torch.float64, device="cpu" if weight is None else weight.device)
+        if weight.is_cpu:
+            return torch.scalar_tensor(torch.equal(before, weight.detach()), dtype=torch.float64, device="cpu")
+        return (before == weight.detach()).all().double()
 
     def merge(self, other: Lipschitz) -> None:
         """Add the open window of another Lipschitz metric (of another rank, say) to this one's, with what its numbers

@@ -13,6 +13,7 @@ from lipcore.capture.taps.tap import Record
 from lipcore.capture.taps.trial import two_of
 from lipcore.lipschitz.input_tap import INTEGERS, ModelInputTap
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
+from lipcore.metric.host_reads import OnDevice, fetch
 
 _MOST_WAITING = 64
 _LOSS = "; if the model returns its loss, name the module inside that makes its predictions: output='<module>'"
@@ -26,6 +27,42 @@ class _Comparison(NamedTuple):
     norms: Tensor
     reference: Tensor
     tolerance: float
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of the norms that are there."""
+        return [tensor for tensor in (self.product, self.norms, self.reference) if tensor is not None]
+
+
+class ComparisonsRead:
+    """Comparisons on a device, which are replaced by those of the same numbers on the host."""
+
+    def __init__(self, waiting: list[_Comparison]) -> None:
+        self._waiting = waiting
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first, and of all."""
+        return self._waiting[0].norms.device
+
+    @property
+    def is_changed(self) -> bool:
+        """True until they are on the host."""
+        return bool(self._waiting) and not self._waiting[0].norms.is_cpu
+
+    def packed(self) -> Tensor:
+        """Return all their numbers behind each other."""
+        return torch.cat([tensor.double() for one in self._waiting for tensor in one.tensors]).view(torch.int64)
+
+    def take(self, packed: Tensor) -> None:
+        """Put the comparisons of the host in their place."""
+        numbers = iter(packed.view(torch.float64).split([len(t) for one in self._waiting for t in one.tensors]))
+        for i, one in enumerate(self._waiting):
+            product = None if one.product is None else next(numbers)
+            self._waiting[i] = one._replace(product=product, norms=next(numbers), reference=next(numbers))
+
+    def release(self) -> None:
+        """Do nothing: the host has them."""
 
 
 class Numerators:
@@ -126,8 +163,13 @@ class Numerators:
         else:
             del self._waiting[:-_MOST_WAITING]
 
+    def on_device(self) -> list[OnDevice]:
+        """Return the comparisons that wait."""
+        return [ComparisonsRead(self._waiting)] if self._waiting else []
+
     def settle(self) -> None:
         """Make the comparisons that wait: on a device each would wait for it in the middle of a step."""
+        fetch(self.on_device())
         waiting, self._waiting = self._waiting, []
         for comparison in waiting:
             self._compare(comparison)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -144,16 +144,5 @@ class DeviceRows:
             else:
                 self._fetched[place] = fetched
 
-
-def fetch(rows: Iterable[DeviceRows]) -> None:
-    """Copy to the host what has changed of these, by one copy per device: each is waited for."""
-    by_device: dict[torch.device, list[DeviceRows]] = {}
-    for one in dict.fromkeys(rows):
-        if one.is_changed:
-            by_device.setdefault(one.device, []).append(one)
-    for changed in by_device.values():
-        packed = [one.packed() for one in changed]
-        # A copy of a single one, so that a window of one metric needs its bytes once.
-        copied = (packed[0] if len(packed) == 1 else torch.cat(packed)).cpu()
-        for one, part in zip(changed, copied.split([len(part) for part in packed]), strict=True):
-            one.take(part)
+    def release(self) -> None:
+        """Do nothing: what was fetched is nowhere else."""

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lipcore import _core
 from lipcore.metric.columns import Numbers
-from lipcore.metric.device_rows import DeviceRows, fetch
+from lipcore.metric.device_rows import DeviceRows
+from lipcore.metric.host_reads import OnDevice, fetch
 from lipcore.metric.state import check_version, checked_count, checked_tensor
 from lipcore.metric.values import LABELS, Label, Value
 from lipcore.models.arguments import check_choice
@@ -181,16 +182,16 @@ def _rows_of(distributions: Sequence[Distribution], device: torch.device) -> Dev
     return made
 
 
-def fetch_all(distributions: Iterable[Distribution]) -> None:
-    """Copy what these distributions have on a device to the host, together."""
-    fetch(rows for distribution in distributions for rows, _ in distribution._device)
+def on_device(distributions: Iterable[Distribution]) -> list[OnDevice]:
+    """Return what these distributions have on devices."""
+    return [rows for distribution in distributions for rows, _ in distribution._device]
 
 
 def described(distributions: Sequence[Distribution], quantiles: Sequence[float] = ()) -> Numbers:
     """Return count, mean, min, max (NaN where nothing was observed), missing, invalid and quantiles of each, float64
     [columns, distributions]. One compiled call for all of them."""
     out = np.empty((len(distributions), 6 + len(quantiles)))
-    fetch_all(distributions)
+    fetch(on_device(distributions))
     cores = [distribution.core for distribution in distributions]
     _core.describe_distributions(cores, list(quantiles), torch.from_numpy(out))
     return np.ascontiguousarray(out.T)

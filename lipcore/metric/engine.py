@@ -22,6 +22,7 @@ from lipcore.distributed.group import AUTO
 from lipcore.metric.clock import Calls, Clock, ScaledSteps
 from lipcore.metric.failures import Failures
 from lipcore.metric.global_windows import GlobalWindows
+from lipcore.metric.host_reads import OnDevice, fetched
 from lipcore.metric.listener import Listener
 from lipcore.metric.optimizers import checked_optimizers, refuse_strangers, scaler_above, scaler_inside, updating
 from lipcore.metric.ordinary import ordinary
@@ -522,14 +523,24 @@ class Engine:
             return self._windows.final
         return self._window() if self._windows.step > self._windows.begin else None
 
+    def _on_device(self, names: Iterable[str]) -> list[OnDevice]:
+        found: list[OnDevice] = []
+        for name in names:
+            try:
+                found += self.metrics[name].on_device()
+            except Exception as error:  # noqa: PERF203
+                self._stop_metric(self.metrics[name], error)
+        return found
+
     def _window(self) -> Window:
         """Make the open window as it is now."""
         results, windows = {}, self._windows
-        for name in self._failures.readable(windows.number):
-            try:
-                results[name] = _checked_result(name, self.metrics[name].finalize())
-            except Exception as error:  # noqa: PERF203
-                self._stop_metric(self.metrics[name], error)
+        with fetched(self._on_device(self._failures.readable(windows.number))):
+            for name in self._failures.readable(windows.number):
+                try:
+                    results[name] = _checked_result(name, self.metrics[name].finalize())
+                except Exception as error:  # noqa: PERF203
+                    self._stop_metric(self.metrics[name], error)
         scope = self._global.scope(self.model)
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
         return Window(windows.number, windows.begin + 1, windows.step, False, scope, results, off)

@@ -18,6 +18,7 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
+from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.ordinary import make_ordinary
 from lipcore.metric.rank_part import NOT_MERGED, RankPart
 from lipcore.metric.results import MetricResult
@@ -211,6 +212,10 @@ class Metric(ABC):
     @abstractmethod
     def finalize(self) -> MetricResult:
         """Make the open window's results; changes nothing."""
+
+    def on_device(self) -> Iterable[OnDevice]:
+        """Return what finalize() reads from a device: it is copied to the host before, together with that of others."""
+        return ()
 
     def rank_part(self) -> RankPart | str:
         """Return what the open window adds to that of all ranks, or why there is nothing to add; changes nothing."""

@@ -21,7 +21,9 @@ from lipcore.distributed.group import AUTO
 from lipcore.distributed.partners import Partners
 from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.blocks import BlockWindow
+from lipcore.metric.distribution import on_device
 from lipcore.metric.hook_warnings import warn_in_hook
+from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.rank_part import Holding, RankPart
@@ -510,6 +512,9 @@ class PerSampleMetric(StandaloneMetric):
         found = dict(self._capture.coverage.parameters())
         known = [(name, layer) for name, layer in self._layer_index.layer_of.items() if name in found]
         return [(with_prefix(self.prefix, n), with_prefix(self.prefix, layer), found[n]) for n, layer in known]
+
+    def on_device(self) -> list[OnDevice]:
+        return on_device(self._window.open)
 
     def finalize(self) -> MetricResult:
         """Return the distributions over the window, in total and per layer, and the noise scale."""

@@ -53,8 +53,9 @@ class GradientTracker(Tracker):
     @property
     def has_steps(self) -> bool:
         """True when there was a step with a gradient."""
-        rows = self.table.rows
-        return any(bool(rows[:, COLUMN[column]].any()) for column in ("total_steps", "nonfinite_steps"))
+        rows = self.table.rows if self.closed else self.known_rows()
+        total, nonfinite = (rows[:, COLUMN[column]].any() for column in ("total_steps", "nonfinite_steps"))
+        return bool(total | nonfinite)
 
     def state_dict(self) -> dict[str, Any]:
         self.catch_up()

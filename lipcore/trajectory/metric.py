@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lipcore.distributed.group import AUTO
 from lipcore.distributed.partners import Partners
+from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.merging import merge_open
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Metric, Needs, PlanLine
@@ -502,6 +503,12 @@ class Trajectory(Metric):
             return PlanLines([PlanLine("copy", "holds numbers, and watches nothing")])
         self._require_bound()
         return PlanLines(plan_lines(self._built, self._watched))
+
+    def on_device(self) -> list[OnDevice]:
+        if self._numbers is not None:
+            return []
+        self._require_bound()
+        return [part for tracker in self._built.all_trackers for part in tracker.on_device()]
 
     def finalize(self) -> MetricResult:
         """Return the open window's numbers; the class's docstring says what they are."""

@@ -134,6 +134,10 @@ class OptimizerSource:
             return _sums(names, params, moves, (self._rows, self._normalized))
         if chosen:
             rows, normalized = _sums(names, params, moves)
+            if len(chosen) == len(weights) and not any(isinstance(found, Tensor) for found in skipped.values()):
+                self._rows.copy_(rows)
+                self._normalized.copy_(normalized)
+                return self._rows, self._normalized
             for k, i in enumerate(chosen):
                 self._put(i, rows[k], normalized[k], skipped[id(places[id(weights[i])][0])])
         return self._rows, self._normalized

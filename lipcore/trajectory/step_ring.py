@@ -94,6 +94,12 @@ class Recent:
         self.absorb(end)
         self._take_pending()
 
+    def flush_from(self, recent: Tensor, end: int) -> None:
+        """Take in all steps so far from a copy of the ring as it is now."""
+        self._take_pending()
+        begin, self._absorbed = self._absorbed, end
+        self._observe(recent, begin, end)
+
     def skip_to(self, end: int) -> None:
         """Pass over the steps up to `end`, which are in the distributions already."""
         self._absorbed = end

@@ -43,7 +43,7 @@ class Tracker(TrackerBase):
 
     def described_rows(self) -> Rows:
         """Return the window's rows with their quantiles."""
-        return Rows(self.places, self.window_rows(), self.window_quantiles())
+        return Rows(self.places, self.known_rows(), self.window_quantiles())
 
     # ---- state
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.metric.columns import Numbers
 from lipcore.metric.distribution import Distribution
+from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.results import Level, Places
 from lipcore.trajectory.copies import Copies, bytes_of, distances
 from lipcore.trajectory.describe import QUANTILES, quantiles_of
@@ -30,6 +31,7 @@ from lipcore.trajectory.table import (
     merge_rows,
     points_of,
 )
+from lipcore.trajectory.window_read import WindowRead
 
 
 @dataclass
@@ -64,6 +66,9 @@ class TrackerBase:
         self.recent = Recent(self.table)
         self.closed: deque[Block] = deque(maxlen=window_blocks - 1)
         self.copies = Copies(tensors, per_element=per_element) if copies else None
+        self._window_read = WindowRead(
+            self.table, self.window_rows, lambda ring: self.recent.flush_from(ring, self.seen)
+        )
         self._plan: _core.TrajectoryPlan | None = None
         self._settled = 0  # steps up to the last settle()
         self._observed = 0  # steps since then that were not the plan's
@@ -190,6 +195,15 @@ class TrackerBase:
         if self.copies and (self.closed or self.copies.earlier):
             rows[:, M2] += self.table.with_groups(torch.stack([self.merged(i)[0] for i in range(len(self.watched))]))
         return rows
+
+    def on_device(self) -> list[OnDevice]:
+        """Return what described_rows() reads, where it lies on a device."""
+        return [] if self.table.rows.is_cpu else [self._window_read]
+
+    def known_rows(self) -> Tensor:
+        """Return window_rows(); those on the host, while they are there."""
+        known = self._window_read.rows
+        return self.window_rows() if known is None else known
 
     def window_quantiles(self) -> Numbers:
         """Return median and 99 % quantile of update norm and ratio of every row over the window, [2, 2 * rows]."""

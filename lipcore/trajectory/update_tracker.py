@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of
+from lipcore.metric.host_reads import OnDevice, TensorRead
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
 from lipcore.trajectory.parameters import WatchedParameter
@@ -53,6 +54,7 @@ class UpdateTracker(Tracker):
             self.source = SnapshotSource(named) if source == "snapshot" else GivenSource(named)
         # Root mean square of the normalised update per tensor: last, sum, largest, steps.
         self._rms = self.table.rows.new_zeros(4, len(watched)) if source == "optimizer" else None
+        self._rms_read = TensorRead(lambda: self._rms)  # type: ignore[arg-type, return-value]
         self.quantities = (*MOVES, *(NORMALIZED if source == "optimizer" else ()))
 
     def give(self, updates: Mapping[str, Tensor]) -> None:
@@ -79,14 +81,19 @@ class UpdateTracker(Tracker):
             each, self._each = self._each, None
             sums, mean_square = each or self.source.sums()
         if self._rms is not None:
+            last, total, largest, counts = self._rms.unbind()
             rms = mean_square.sqrt()
-            counted = rms.isfinite()
-            rms = torch.where(counted, rms, 0.0)
-            self._rms[0] = torch.where(counted, rms, self._rms[0])
-            self._rms[1] += rms
-            torch.maximum(self._rms[2], rms, out=self._rms[2])
-            self._rms[3] += counted
+            counted = rms < math.inf  # NaN is not
+            torch.where(counted, rms, last, out=last)
+            rms = rms.masked_fill_(~counted, 0.0)
+            total.add_(rms)
+            torch.maximum(largest, rms, out=largest)
+            counts.add_(counted)
         return self.observe(sums)
+
+    def on_device(self) -> list[OnDevice]:
+        found = super().on_device()
+        return [*found, self._rms_read] if found and self._rms is not None else found
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes of persistent state: nothing per parameter."""
@@ -101,7 +108,7 @@ class UpdateTracker(Tracker):
         super().describe(result, wanted, length=length)
         if self._rms is None or NORMALIZED[0] not in wanted:
             return
-        last, total, largest, counts = self._rms.cpu().numpy()
+        last, total, largest, counts = self._rms_read.on_host().numpy()
         counted = counts > 0
         with np.errstate(all="ignore"):
             numbers = {"last": last, "mean": total / counts, "max": largest}

@@ -20,6 +20,11 @@ class Stream:
         self.device, self.cuda_stream = CUDA, 0
         self.recorded: list[int] = []  #: addresses of tensors that were used on this stream
 
+    @property
+    def reads(self) -> int:
+        """How often the host has waited for the device to read what is there."""
+        return self._mode.reads
+
     def wait_stream(self, other: Any) -> None:
         """Do nothing."""
 

@@ -13,8 +13,9 @@ from oracle import DTYPES, LAYOUTS, assert_close, eps_of, in_layout, same_bits
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipcore import _core, functional
-from lipcore.functional import reference
+from lipcore.functional import reference, update_sums_together
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule, sums_on_device
+from lipcore.functional.update_sums_together import sums_together
 
 RULES = {
     "held": UpdateRule(),
@@ -201,32 +202,48 @@ class NoSynchronisation(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def on_device(params, first, second, rules):
+def on_device(params, first, second, rules, *, together):
     with NoSynchronisation():
+        if together:
+            return sums_together(list(zip(params, first, second, rules, strict=True)))
         results = [sums_on_device(*entry) for entry in zip(params, first, second, rules, strict=True)]
     return torch.stack([row for row, _ in results]), torch.stack([mean for _, mean in results])
 
 
+TOGETHER = pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
+
+
+@TOGETHER
 @pytest.mark.parametrize("scalars", ["numbers", "tensors"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
-def test_torch_form(rule, dtype, scalars):
+def test_torch_form(rule, dtype, scalars, together):
     lists = lists_of(STEP_LISTS["mixed"] + [(CHUNK + 1,)], RULES[rule], [DTYPES[dtype]] * 3)
     rules = lists[3]
     if scalars == "tensors":
         rules = [UpdateRule(*(torch.tensor(x, dtype=torch.float64) for x in r[:6]), r.adaptive) for r in rules]
-    assert_right(on_device(*lists[:3], rules), *lists, k=64)  # the norm is torch's, in an order of its own
+    got = on_device(*lists[:3], rules, together=together)
+    assert_right(got, *lists, k=64)  # the norm is torch's, in an order of its own
 
 
-def test_torch_form_of_mixed_dtypes_and_non_finite_values():
+@TOGETHER
+def test_torch_form_of_mixed_dtypes_and_non_finite_values(together):
     lists = lists_of([(17,), (33,)], RULES["adamw"], [torch.bfloat16, torch.float32, torch.float64])
     lists[1][0][3] = math.nan
     lists[0][0][4] = math.inf
-    rows, normalized = on_device(*lists)
+    rows, normalized = on_device(*lists, together=together)
     assert rows[0, :5].isnan().all()
     assert rows[0, 5] == 2
     assert normalized[0].isnan()
     assert_right((rows[1:], normalized[1:]), *(t[1:] for t in lists))
+
+
+@pytest.mark.parametrize("limit", [0, 40, 1 << 20])
+def test_tensors_are_taken_together_in_their_order(monkeypatch, limit):
+    monkeypatch.setattr(update_sums_together, "_TOGETHER", limit)
+    both = [lists_of([(17,), (33,), (0,), (5,)], RULES[rule], [torch.float32] * 3) for rule in ("adam", "sgd")]
+    lists = [[*ours, *theirs] for ours, theirs in zip(*both, strict=True)]
+    assert_right(on_device(*lists, together=True), *lists, k=64)
 
 
 @pytest.mark.gpu

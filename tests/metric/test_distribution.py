@@ -14,8 +14,9 @@ import torch
 from oracle import assert_same_state
 
 from lipcore import Distribution, _core
-from lipcore.metric.device_rows import DeviceRows, fetch
-from lipcore.metric.distribution import fetch_all, observe_rows, reset_all
+from lipcore.metric.device_rows import DeviceRows
+from lipcore.metric.distribution import observe_rows, on_device, reset_all
+from lipcore.metric.host_reads import fetch
 
 QUANTILES = (0.0, 0.001, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
@@ -263,7 +264,7 @@ def test_distributions_are_fetched_together():
     every = [distribution for group in groups for distribution in group]
     for group in groups:
         observe_rows(torch.rand(len(group), 5).cuda(), group)
-    fetch_all(every)
+    fetch(on_device(every))
     torch.cuda.set_sync_debug_mode("error")
     try:
         assert [distribution.count for distribution in every] == [5, 5, 5]

@@ -17,7 +17,8 @@ from torch.optim import SGD, Adam, AdamW
 from ways import assert_same_in_all_ways
 
 from lipcore.functional import reference
-from lipcore.functional.update_rules import GIVEN, update_sums_on_device
+from lipcore.functional.update_rules import GIVEN
+from lipcore.functional.update_sums import update_sums_on_device
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
 
 OPTIMIZERS = {
