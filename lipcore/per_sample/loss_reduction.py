@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from numbers import Real
@@ -38,6 +37,7 @@ NO_TERMS = (
     "loss_terms={0!r}: the forward pass was called without that keyword, or with None, so that nobody knows what its "
     "loss is divided by"
 )
+NO_NUMBER = "loss_terms: the function returned None in place of a number of terms"
 
 
 SEVERAL = (
@@ -75,6 +75,7 @@ class Reduction:
         self._passes, self._disagrees = 0, False
         self._set: WatchedLoss | str | None = None  # the loss that was set, or why it cannot be read
         self.missing = NO_LOSS  #: why factor() has returned None
+        self.untold, self._told = "", False  #: what is wrong with `terms`, until the user is told
         #: From the model's arguments and keywords to the number of terms, where it comes from there.
         self.note_of = _note_of(terms)
         #: From what the model returns to its loss, where that says, or may contradict, what it is divided by.
@@ -141,7 +142,8 @@ class Reduction:
         given: Any = self.terms
         terms: Any = 1 if self.reduction == "sum" else samples
         if self.note_of is not None and note is None:
-            self.missing = NO_TERMS.format(given)
+            self.missing = f"{(NO_TERMS if isinstance(given, str) else NO_NUMBER).format(given)}; {self.note_of.seen}"
+            self.untold, self._told = "" if self._told else self.missing, True
             return None
         if given is not None:
             terms = note if self.note_of is not None else given() if _is_function(given) else given
@@ -176,13 +178,13 @@ class Reduction:
         return f"loss reduction '{self.reduction}'{terms}" + (f", scale {self.scale:g}" if self.scale != 1 else "")
 
 
-def _note_of(terms: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | None:
+def _note_of(terms: Any) -> _Note | None:
     """Return the function that takes the number of terms from what the model is called with, where it comes from
     there: from a keyword with this name, or from a function of (arguments, keywords)."""
     if isinstance(terms, str):
         if not terms.isidentifier():
             raise TypeError(f"loss_terms: expected {_EXPECTED}, got {terms!r}, which names no keyword")
-        return functools.partial(_keyword, terms)
+        return _Note(terms)
     if not _is_function(terms):
         return None
     try:
@@ -190,11 +192,33 @@ def _note_of(terms: Any) -> Callable[[tuple[Any, ...], dict[str, Any]], Any] | N
     except (TypeError, ValueError):
         return None
     needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    return terms if len(needed) == 2 else None
+    return _Note(terms) if len(needed) == 2 else None
 
 
-def _keyword(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
-    return keywords.get(name)
+class _Note:
+    """Function that takes the number of terms from a call of the model; it notes which keywords the last one had.
+
+    Args:
+        terms: the name of a keyword, or a function of (arguments, keywords).
+    """
+
+    def __init__(self, terms: Any) -> None:
+        self._terms = terms
+        self.names: tuple[str, ...] = ()
+
+    def __call__(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        self.names = tuple(keywords)
+        if isinstance(self._terms, str):
+            return keywords.get(self._terms)
+        try:
+            return self._terms(arguments, keywords)
+        except KeyError as error:
+            raise ValueError(f"loss_terms: the function asks for {error}; {self.seen}") from error
+
+    @property
+    def seen(self) -> str:
+        """The keywords of the last call, in words."""
+        return f"the keywords of that call were {', '.join(map(repr, self.names)) or 'none'}"
 
 
 def _is_function(terms: Any) -> bool:

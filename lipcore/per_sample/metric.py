@@ -227,6 +227,9 @@ class PerSampleMetric(StandaloneMetric):
         if factor is None:
             self._without_loss[self._reduction.missing] += 1
             self.observe_unrecorded(record.samples, self._reduction.missing)
+            if self._reduction.untold:
+                message, self._reduction.untold = f"lipcore has no {self.name}: {self._reduction.untold}", ""
+                self._raised = warn_in_hook(message, UserWarning) or self._raised
             return
         norms = self._numbers_of(record, factor)
         before = None if self._last is None else self._last.record

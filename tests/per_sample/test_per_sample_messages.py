@@ -108,3 +108,36 @@ def test_a_list_of_parameters_is_told_what_works() -> None:
     assert torch.equal(
         _measured(Listed(), torch.ones(2, 3)).per_sample, torch.full((2,), 12.0, dtype=torch.float64).sqrt()
     )
+
+
+class Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, n_items: int | None = None) -> Tensor:
+        return self.body(x)
+
+
+@pytest.mark.parametrize("terms", ["n_itms", lambda _, keywords: keywords.get("n_itms")], ids=["name", "function"])
+def test_terms_that_the_call_does_not_have_are_told_once(terms: object) -> None:
+    model = Counting()
+    with (
+        pytest.warns(UserWarning, match=r"loss_terms.*the keywords of that call were 'n_items'") as told,
+        PerSampleGradNorms(model, loss_reduction="mean", loss_terms=terms) as metric,
+    ):
+        for _ in range(3):
+            model(torch.randn(4, 3), n_items=4).sum().backward()
+    assert len(told) == 1
+    assert "the keywords of that call were 'n_items'" in metric.broken
+
+
+def test_a_function_of_the_keywords_that_asks_for_another_is_told_which_there_are() -> None:
+    model = Counting()
+    with (
+        pytest.warns(RuntimeWarning, match="stopped recording"),
+        pytest.raises(ValueError, match="asks for 'n_itms'; the keywords of that call were 'n_items'"),
+        PerSampleGradNorms(model, loss_reduction="mean", loss_terms=lambda _, keywords: keywords["n_itms"]) as metric,
+    ):
+        model(torch.randn(4, 3), n_items=4).sum().backward()
+        _ = metric.per_sample

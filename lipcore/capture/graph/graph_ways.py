@@ -170,9 +170,8 @@ class GraphWays:
         """Return whether a structure's rows are to be proved in this pass."""
         if not self._prove or batch.size == 1 or not structure.frontier.nodes:
             return False
-        unknown = bool(structure.rows.unproved) or structure.rows.open(
-            walk, structure.frontier, batch.size, silent=True
-        )
+        rows = structure.rows
+        unknown = bool(rows.unproved) or rows.not_finite or rows.open(walk, structure.frontier, batch.size, silent=True)
         if not due and unknown and self._spare > 0:
             self._spare -= 1
             return True

@@ -28,8 +28,10 @@ _UNREACHED = (
     "the model's outputs bring no gradient to a place where parameters without a rule meet the batch (a loss of its "
     "own inside the model), so that it is not proved whose rows it has there"
 )
-
-
+NOT_FINITE_ROWS = (
+    "no sample has a finite norm here: the node that is run again for each of them keeps all samples' rows, and some "
+    "of these (a sample's input or activation) are NaN or infinite; leave such samples out of the batch"
+)
 UNSEEN_ROWS = (
     "in every proof so far some rows had no gradient where parameters meet the batch, so that it is not known whose "
     "they are; the norms of passes in which they have one are NaN until a proof has seen it"
@@ -78,7 +80,8 @@ class Replay:
         self.whole = whole
         self._leaves, self._samples = frontier.leaves, samples
         self._counts, self._fail, self._unreached, self._unseen = counts, fail, unreached, unseen or {}
-        self._unknown = False
+        self._behind_leaf = {name: frontier.behind[name] for name in frontier.leaves.values()}
+        self._unknown, self._looped = False, set[int]()  # places behind frontier nodes that were run for every sample
         self.unproved = ""
         self.sums: GradientSums | None = None
         self._edges = Edges(walk, frontier)
@@ -98,6 +101,7 @@ class Replay:
         if self._task != in_backward():
             self._task = in_backward()
             self._sums, self._squares, self._factors, self.unproved, self._unknown = {}, {}, {}, "", False
+            self._looped = set()
             if self.sums is not None:
                 self.sums.begin(self._task)
         return True
@@ -118,8 +122,8 @@ class Replay:
             self.unproved = _UNREACHED
         if any(g is not None and each is None for g, each in zip(grads, at, strict=True)):
             raise RuntimeError("an output without the batch got a gradient, whose samples cannot be told apart")
-        if place in self._unseen and any(_touches(g, d, self._unseen[place]) for g, d in _dims(grads, at)):
-            self._unknown, self.unproved = True, UNSEEN_ROWS
+        if place in self._unseen:
+            self._look_at_unseen(grads, at, self._unseen[place])
         done = self._closed_form(node, grads, place, at, whose)
         if all(child not in self._edges.shapes for i, child in enumerate(self._edges.next[place]) if i not in done):
             return
@@ -133,6 +137,7 @@ class Replay:
                     shape = self._edges.shapes[child][number]
                     self._add(child, number, _summed(out, at[0], owners, self._samples, shape))
             return
+        self._looped |= {c for i, c in enumerate(self._edges.next[place]) if i not in done}
         rows: dict[tuple[int, int], list[Tensor]] = {}
         for sample in range(self._samples):
             masked = tuple(
@@ -141,6 +146,16 @@ class Replay:
             )
             self._collect(rows, place, _run(node, masked), done)
         self._add_all(rows)
+
+    def _look_at_unseen(self, grads: tuple[Tensor | None, ...], at: tuple[int | None, ...], rows: Tensor) -> None:
+        """Note rows with a gradient that no proof has seen. Where it is not finite, it makes the norm of the sample
+        that they are taken for NaN by itself."""
+        for grad, dim in _dims(grads, at):
+            touched, finite = _touches(grad, dim, rows)
+            if finite:
+                self._unknown, self.unproved = True, UNSEEN_ROWS
+            elif touched:
+                self.unproved = self.unproved or UNSEEN_ROWS
 
     def _behind(self, place: int, found: tuple[Tensor | None, ...]) -> Iterator[tuple[int, int, Tensor | None]]:
         return zip(self._edges.next[place], self._edges.numbers[place], found, strict=True)
@@ -237,6 +252,24 @@ class Replay:
         self._sums, self._squares, self._task = {}, {}, -1
         return {name: torch.full_like(row, torch.nan) for name, row in found.items()} if self._unknown else found
 
+    def hidden(self, rows: Mapping[str, Tensor]) -> dict[str, str]:
+        """Return the parameters of which samples have no norm because of other samples' rows, and why.
+
+        Args:
+            rows: the numbers per parameter that the last backward pass brought, [B] or [K, B].
+        """
+        mine = {name: rows[name] for name in self._behind_leaf if name in rows}
+        if self._unknown:
+            return dict.fromkeys(mine, UNSEEN_ROWS)
+        if self._samples < 2 or not self._looped:
+            return {}
+        run = [name for name in mine if not self._looped.isdisjoint(self._behind_leaf[name])]
+        if not run:
+            return {}
+        # One question to a device.
+        finite = torch.stack([mine[name].isfinite().any() for name in run]).tolist()
+        return {name: NOT_FINITE_ROWS for name, any_finite in zip(run, finite, strict=True) if not any_finite}
+
     def factors(self, task: int) -> dict[str, Factor]:
         """Return the gradients of single samples that a backward pass has brought; to be asked once, where they are
         kept whole."""
@@ -294,9 +327,12 @@ def _dims(grads: tuple[Tensor | None, ...], at: tuple[int | None, ...]) -> Itera
     return ((g, d) for g, d in zip(grads, at, strict=True) if g is not None and d is not None and d != EVERYTHING)
 
 
-def _touches(grad: Tensor, dim: int, rows: Tensor) -> bool:
+def _touches(grad: Tensor, dim: int, rows: Tensor) -> tuple[bool, bool]:
+    """Return whether these rows have a gradient, and whether a whole row of them is finite and has one."""
     rest = grad.index_select(dim, rows.nonzero().flatten().to(grad.device))
-    return not bool((rest.abs().double() ** 2 < NOTHING).all())
+    rest = rest.movedim(dim, 0).flatten(1) if rest.dim() > 1 else rest[:, None]
+    there = (~(rest.abs().double() ** 2 < NOTHING)).any(1)
+    return bool(there.any()), bool((there & rest.isfinite().all(1)).any())
 
 
 def _summed(out: Tensor, dim: int, whose: Tensor, samples: int, shape: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ from lipcore.capture.foreign_functions import is_foreign
 from lipcore.capture.graph.frontier import Frontier
 from lipcore.capture.graph.walk import Walk
 from lipcore.capture.once_only import why_once_only
-from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, NO_GRADIENT, Point, row_ids
+from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, NO_GRADIENT, NOT_FINITE, Point, row_ids
 from lipcore.capture.seeds import Seeds
 
 _MIXES = "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples"
@@ -62,6 +62,7 @@ class RowOrders:
         moved: of these, places whose rows are in an order of the model's own.
         unreached: places that no gradient came to from the outputs.
         silent: places where no row had a gradient in any proof: every row is one that no proof has seen.
+        not_finite: the last proof met rows that are not finite, of which it shows nothing.
     """
 
     orders: dict[int, Order] = field(default_factory=dict)
@@ -70,6 +71,7 @@ class RowOrders:
     moved: set[int] = field(default_factory=set)
     unreached: set[int] = field(default_factory=set)
     silent: set[int] = field(default_factory=set)
+    not_finite: bool = False
     _last: weakref.ref[Walk] | None = None  # the pass that was proved last
     _seen: dict[int, Tensor] = field(default_factory=dict)  # by place, the groups of rows that had a gradient
 
@@ -111,6 +113,7 @@ class RowOrders:
             return
         reached = {place for place, ids in found if ids is not None}
         self.unreached = {place for place, _ in found} - reached
+        self.not_finite = any(bool((ids == NOT_FINITE).any()) for _, ids in found if ids is not None)
         for place, ids in found:
             if ids is not None:
                 self._take(place, ids, seeds.size)

@@ -258,6 +258,8 @@ class LayerPass:
         record = LayerRecord(self.batch.size, rows, {}, broken, self.task, fresh, repeated)
         record.began_with = self.began_with == (self.task, True)
         record.unproved = self.unproved or (self.replay.unproved if self.replay is not None else "")
+        for name, why in self.replay.hidden(rows).items() if self.replay is not None else ():
+            record.reasons[name] = record.hidden = why
         record.note, record.loss = self.note, self.loss
         record.factors = self._kept if self.keep else None
         record.explain(covered, self.frozen)
