@@ -181,8 +181,10 @@ class PerSampleMetric(StandaloneMetric):
         for site in layers.sites:
             for parameter in site.names.values():
                 layer_of.setdefault(parameter, site.name)
+        owners = {name.rpartition(".")[0] for name, _ in layers.coverage.parameters()}
+        root = "(root)" if "model" in owners else "model"  # a child of this name has its own place
         for parameter in layers.coverage.by_graph:
-            layer_of.setdefault(parameter, parameter.rpartition(".")[0] or "model")
+            layer_of.setdefault(parameter, parameter.rpartition(".")[0] or root)
         before, self._layer_index = self._layers, LayerIndex(layer_of, tied_names(self._model, layer_of))
         if self._layers != before or not self._window.open:
             places = (len(self._layers) + 1) * self._columns

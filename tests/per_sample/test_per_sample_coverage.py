@@ -65,7 +65,10 @@ def with_statistics() -> nn.Module:
 STRUCTURE: dict[str, tuple[Callable[[], nn.Module], list[str]]] = {
     "raw parameter": (Scaled, ["'scale': there is no rule for Scaled"]),
     "LSTM": (lambda: Recurrent(nn.LSTM), ["'rnn.weight_ih_l0': there is no rule for LSTM", "4 trainable parameters"]),
-    "GRU": (lambda: Recurrent(nn.GRU), ["'rnn.bias_hh_l0': there is no rule for GRU"]),
+    "GRU": (
+        lambda: Recurrent(nn.GRU),
+        ["there is no rule for GRU (so too 'rnn.weight_hh_l0', 'rnn.bias_ih_l0', 'rnn.bias_hh_l0')"],
+    ),
     "batch norm": (with_statistics, ["'1.weight': normalises by the statistics of the batch", "or GroupNorm"]),
     "batch norm, not affine": (
         lambda: nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, affine=False)),

@@ -141,3 +141,102 @@ def test_a_function_of_the_keywords_that_asks_for_another_is_told_which_there_ar
     ):
         model(torch.randn(4, 3), n_items=4).sum().backward()
         _ = metric.per_sample
+
+
+class Routed(nn.Module):
+    """A mixture of experts whose router and experts see batch and sequence in one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.router, self.last = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        flat = h.reshape(-1, 6)
+        weight, chosen = self.router(flat).softmax(-1).max(-1)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            out = out.index_add(0, rows, expert(flat[rows]) * weight[rows, None])
+        return self.last(h + out.reshape(h.shape))
+
+
+def test_skip_leaves_out_the_flattened_layers_where_the_graph_may_not_serve() -> None:
+    torch.manual_seed(0)
+    model, x = Routed(), torch.randn(3, 5, 4)
+    whole = _measured(model, x)
+    left = _measured(model, x, max_replay_bytes=0, on_unsupported="skip")
+    assert torch.equal(left.per_parameter["last.weight"], whole.per_parameter["last.weight"])
+    assert torch.equal(left.per_layer["first"], whole.per_layer["first"])
+    assert not bool(left.per_sample.isnan().any())
+    assert "not covered  router.weight: module 'router' (Linear): expected 3 samples" in str(left.coverage())
+    assert "measured     4 of 10 trainable parameters" in str(left.coverage())
+
+
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.positions = nn.Linear(4, 6), nn.Parameter(torch.randn(9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.model(x) + self.positions[: x.shape[1]]
+
+
+def test_a_table_of_positions_is_summed_without_operations_in_replays() -> None:
+    metric = _measured(Table(), torch.randn(3, 5, 4), max_replay_flops=0)
+    assert "positions  graph: sums over rows at Add; by no rule" in str(metric.plan())
+
+
+def test_the_models_own_parameters_have_a_place_beside_a_child_called_model() -> None:
+    metric = _measured(Table(), torch.randn(3, 5, 4))
+    assert torch.equal(metric.per_layer["(root)"], metric.per_parameter["positions"])
+    squares = metric.per_parameter["model.weight"] ** 2 + metric.per_parameter["model.bias"] ** 2
+    assert torch.allclose(metric.per_layer["model"], squares.sqrt())
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.scale, self.shift = nn.Linear(4, 6), nn.Parameter(torch.ones(6)), nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) * self.scale + self.shift
+
+
+def test_a_refusal_says_each_reason_once() -> None:
+    with pytest.raises(
+        ValueError, match=r"2 trainable parameters .*'scale': there is no rule for Two \(so too 'shift'\)"
+    ):
+        PerSampleGradNorms(Two(), loss_reduction="sum", max_replay_bytes=0)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_later_pass_that_takes_more_than_the_bound_raises_nothing_in_training(skip: bool) -> None:
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.weight = nn.Linear(4, 6), nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) @ self.weight.exp()
+
+    torch.manual_seed(0)
+    model = Long()
+    metric = PerSampleGradNorms(
+        model, loss_reduction="sum", max_replay_flops=20_000, on_unsupported="skip" if skip else "error"
+    )
+    model(torch.randn(3, 5, 4)).square().sum().backward()
+    assert not bool(metric.per_sample.isnan().any())
+    assert "FLOPs in replays of the first pass" in str(metric.plan())
+    longer = torch.randn(3, 50, 4)
+    if skip:
+        model(longer).square().sum().backward()
+        assert "more than max_replay_flops=20,000" in str(metric.coverage())
+        assert not bool(metric.per_layer["body"].isnan().any())
+    else:
+        with pytest.warns(RuntimeWarning, match=r"stopped recording: .*'weight'.*max_replay_flops=20,000"):
+            model(longer).square().sum().backward()
+        with pytest.raises(ValueError, match=r"'weight'.*max_replay_flops=20,000"):
+            _ = metric.per_sample
+    metric.close()

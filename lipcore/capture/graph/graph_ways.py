@@ -215,7 +215,7 @@ def _way(name: str, walk: Walk, frontier: Frontier, samples: int, costs: ReplayC
         way = "products of rows" if met.isdisjoint(costs.replays(name)) else f"{samples} replays"
     said = ", ".join(kind.removesuffix("0").removesuffix("Backward") for kind in kinds)
     flops = costs.flops(name)
-    return f"{way} at {said}" + (f" ({flops:,} FLOPs in replays)" if flops else "")
+    return f"{way} at {said}" + (f" ({flops:,} FLOPs in replays of the first pass)" if flops else "")
 
 
 def _without(frontier: Frontier, refused: Container[str]) -> Frontier:

@@ -18,6 +18,10 @@ from lipcore.models.torch_internals import saved
 #: By name of a product of matrices, the numbers of its edges to the left and to the right one.
 _PRODUCTS = {"Mm": (0, 1), "Bmm": (0, 1), "GroupedMm": (0, 1), "Addmm": (1, 2), "Baddbmm": (1, 2), "Addbmm": (1, 2)}
 _RECURRENT = ("CudnnRnn", "MkldnnRnnLayer", "MiopenRnn")
+#: Names of nodes that move numbers and compute nothing.
+_MOVES = frozenset(
+    ("Slice", "Select", "View", "UnsafeView", "ReshapeAlias", "Alias", "Unsqueeze", "Squeeze", "T", "Transpose")
+)
 
 Shape = tuple[int, ...]
 
@@ -65,8 +69,12 @@ class ReplayCosts:
 
     def flops(self, name: str) -> int:
         """Return the FLOPs of one parameter's replays in a pass: B times those of :func:`flops_of` of each node that
-        its gradient comes through; what several parameters share is counted for each."""
-        return self._samples * sum(flops_of(self._walk.nodes[place]) for place in self.replays(name))
+        its gradient comes through; what several parameters share is counted for each. None where all of these only
+        move numbers (the rows of a table)."""
+        nodes = [self._walk.nodes[place] for place in self.replays(name)]
+        if all(node.name().rstrip("012").removesuffix("Backward") in _MOVES for node in nodes):
+            return 0
+        return self._samples * sum(map(flops_of, nodes))
 
 
 def flops_of(node: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -12,6 +12,7 @@ from lipcore.layers.registry import why_no_rule
 from lipcore.models.checks import refuse_script
 from lipcore.models.names import named_modules
 
+_SHOWN = 5  # parameters, and reasons, that an error names
 _RULE = "lipcore.layers.register() takes a rule for the module that uses them"
 _GRAPH = "max_replay_bytes= above 0 measures them from the autograd graph"
 _COMPILED = ", and torch.compile leaves no autograd graph to measure it from"
@@ -135,16 +136,20 @@ class ParameterCoverage:
         """Raise ValueError that names the parameters without a rule."""
         if not self.uncovered:
             return
-        named = [f"'{name}': {reason}" for name, reason in self.uncovered.items()]
-        more = f"; and {len(named) - 5} more" if len(named) > 5 else ""
+        count, by_reason = len(self.uncovered), dict[str, list[str]]()
+        for name, reason in self.uncovered.items():
+            by_reason.setdefault(reason, []).append(name)
+        named = [_named(names, reason) for reason, names in by_reason.items()][:_SHOWN]
+        left = count - sum(map(len, [*by_reason.values()][:_SHOWN]))
+        more = f"; and {left} more" if left else ""
         ways = [_SKIP, _RULE, _FREEZE] if self.covered else [_RULE]  # beside these there is nothing to measure
         if self.graph_is_off and not self._without_rule.isdisjoint(self.uncovered):
             ways.insert(0, _GRAPH)
         if self._compiled and not self._without_rule.isdisjoint(self.uncovered):
             ways.insert(0, _UNCOMPILED)
         raise ValueError(
-            f"model: {len(named)} trainable parameter{'s' * (len(named) > 1)} cannot be measured per sample: "
-            f"{'; '.join(named[:5])}{more}. Ways out: {'; '.join(ways)}"
+            f"model: {count} trainable parameter{'s' * (count > 1)} cannot be measured per sample: "
+            f"{'; '.join(named)}{more}. Ways out: {'; '.join(ways)}"
         )
 
     @property
@@ -224,6 +229,14 @@ def cover(model: nn.Module, *, alike: bool = False) -> ParameterCoverage:
             coverage._without_rule.add(name)
     coverage._trainable = {name: parameter.requires_grad for name, parameter in coverage.parameters()}
     return coverage
+
+
+def _named(names: Sequence[str], reason: str) -> str:
+    """Say once why some parameters are not covered."""
+    first, *others = names
+    also = [f"'{name}'" for name in others[:_SHOWN]]
+    also += [f"{len(others) - _SHOWN} more"] if len(others) > _SHOWN else []
+    return f"'{first}': {reason}" + (f" (so too {', '.join(also)})" if also else "")
 
 
 def _makes_another(module: nn.Module, key: str) -> bool:

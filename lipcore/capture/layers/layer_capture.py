@@ -131,6 +131,7 @@ class LayerCapture:
             lambda failure: self._on_proof(failure, True),
         )
         passes.coverage, passes.single = self.coverage, self.single
+        passes.skips = options.skip_uncovered and not self._compiled
         passes.graph_serves = by_graph and not options.normalized
         self._keepers = Keepers(self.model, self.coverage, passes, *bounds)
         self._with_own_graph: list[tuple[str, nn.Module, OwnGraph, dict[str, str]]] = []  # from the next pass on

@@ -152,6 +152,13 @@ class LayerSite:
                 passes.leave_to_graph(self.names.values(), str(_named(error, self)))
                 self.leave_to_graph()
                 return None
+            if isinstance(error, ValueError) and passes.skips and not inner and not refusal and not self.broadcast:
+                try:
+                    passes.leave_out(self.names.values(), str(_named(error, self)))
+                except ValueError as nothing:
+                    passes.fail(nothing)
+                self.leave_to_graph()
+                return None
             hint = isinstance(error, ValueError) and "pass batch_dim=" in str(error)
             passes.fail(_named(ValueError(f"{error}{_BROADCAST}") if hint else error, self))
             return None

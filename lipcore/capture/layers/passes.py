@@ -51,6 +51,7 @@ class Passes:
     """
 
     coverage: ParameterCoverage  # of the model as it was looked at last
+    skips = False  # parameters of calls that do not fit their rules are left out, where no graph serves
     graph_serves = False  # parameters of calls that do not fit their rules are measured from the autograd graph
     single: SingleBatches
 
@@ -123,6 +124,13 @@ class Passes:
         """Have the parameters of a call that does not fit its layer's rule measured from the autograd graph."""
         for name in names:
             self.coverage.leave_to_graph(name, why)
+
+    def leave_out(self, names: Iterable[str], why: str) -> None:
+        """Measure no parameters of a call that does not fit its layer's rule; raise ValueError where none is left."""
+        for name in names:
+            self.coverage.uncover(name, why)
+        if not self.coverage.covered:
+            self.coverage.check()
 
     def begin_step(self, *, active: bool) -> None:
         """Note that the optimizer has made a step, and whether the next one is to be recorded."""
