@@ -41,7 +41,7 @@ def test_an_unknown_name_is_told_how_many_there_are_and_the_closest_first() -> N
     with pytest.raises(KeyError, match=r"there are 8 of 12: '11', '1'"):
         metric.per_layer["111"]
     with pytest.raises(KeyError, match=r"there are 8 of 24: '11\.bias'"):
-        metric.per_parameter["11.bais"]
+        metric.per_parameter["11.bia"]
     few = _measured(nn.Sequential(nn.Linear(3, 3)), torch.randn(2, 3))
     with pytest.raises(KeyError, match=r"there are '0'\""):
         few.per_layer["fc"]
