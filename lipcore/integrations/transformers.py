@@ -57,9 +57,10 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Begin to watch; go on from the checkpoint that the Trainer goes on from."""
         if self.monitor is not None:
             self.monitor.close()
-        # Hooks on the module inside a compiled one are never called, and a callback is given no other.
-        default = default_metrics(model, optimizer, output="logits", has_calls=not args.torch_compile)
-        metrics = default if self._metrics is None else list(self._metrics)
+        if self._metrics is not None:
+            metrics = list(self._metrics)
+        else:  # hooks on the module inside a compiled one are never called, and a callback is given no other
+            metrics = default_metrics(model, optimizer, output="logits", has_calls=not args.torch_compile)
         config = {"training_arguments": args.to_sanitized_dict()} | dict(self._watching.get("config") or {})
         watching = self._watching | {"config": config}
         self.monitor = watch(model, optimizer, run=self._run, metrics=metrics, **watching)

@@ -10,6 +10,7 @@ import numpy as np
 
 from lipcore.metric.columns import Column, Columns, Numbers, Places
 from lipcore.metric.values import Level, Value
+from lipcore.models.names import listed
 
 
 class Reduced(Mapping[str, Value]):
@@ -110,10 +111,7 @@ class Quantity(Mapping[str, Reduced]):
         try:
             part, i = self._find(place)
         except KeyError:
-            known = ", ".join(repr(p) for p in list(self)[:8])
-            raise KeyError(
-                f"{self.name} has no place {place!r}; it has {known}{', ...' if len(self) > 8 else ''}"
-            ) from None
+            raise KeyError(f"{self.name} has no place {place!r}; it has {listed(list(self))}") from None
         return Reduced(part.reducers, i)
 
     def __iter__(self) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -11,6 +11,12 @@ from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES
 
 # Lightning's Fabric keeps what it calls beside what it was given, often the same module twice.
 _FABRIC = {"_forward_module", "_original_module"}
+
+
+def listed(names: Sequence[str], most: int = 8) -> str:
+    """Return names for a message; of many the first, and how many there are beside."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(map(repr, names[:most])) + more or "none"
 
 
 def called_inside(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from typing import Literal
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.functional.linear import METHODS, Method
 from lipcore.models.arguments import check_choice
+from lipcore.models.names import listed
 
 #: What a layer of lipcore's own can be told; a rule of one's own may have other names.
 LayerMethod = Method | Literal["estimate"]
@@ -26,8 +27,8 @@ def check_methods(methods: Mapping[str, str], sites: Sequence[LayerSite], fused:
         site = by_name[layer]
         ways = _choice(site)
         if ways == ():
-            having = [repr(name) for name, other in by_name.items() if _choice(other)]
-            which = f"those that have are {', '.join(having[:8])}" if having else "no layer of this model has"
+            having = [name for name, other in by_name.items() if _choice(other)]
+            which = f"those that have are {listed(having)}" if having else "no layer of this model has"
             raise ValueError(
                 f"methods[{layer!r}]: {type(site.module).__name__} has one way to compute its norms and no choice; "
                 f"{which}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore.layers import Factor
+from lipcore.models.names import listed
 
 #: A gradient by parameter name; parameters without one may be None.
 Gradient = Mapping[str, Tensor | None]
@@ -75,10 +76,9 @@ class References:
         for name, rows in self._rows.items():
             parameter = parameters.get(name)
             if parameter is None:
-                known = ", ".join(map(repr, list(parameters)[:8]))
                 raise ValueError(
                     f"{self._at(0, name)}: the model has no parameter of that name (a shared one goes by its first, "
-                    f"one in a wrapper such as DDP by its name inside); it has {known}"
+                    f"one in a wrapper such as DDP by its name inside); it has {listed(list(parameters))}"
                 )
             if parameter.shape != rows.shape[1:] or parameter.device != rows.device:
                 raise ValueError(

@@ -18,12 +18,13 @@ from lipcore.metric.columns import Places
 from lipcore.metric.results import History, Window
 from lipcore.metric.show import LINES, Showable, Shown
 from lipcore.models.arguments import check_count
+from lipcore.models.names import listed
 from lipcore.recording import plots
 from lipcore.recording.folding import FOLD, unfolded
 from lipcore.recording.location import SUFFIX
 from lipcore.recording.pack import UnpackedWindow, places_of
 from lipcore.recording.schema import RecordError, connect
-from lipcore.recording.series import Series, listed, matching
+from lipcore.recording.series import Series, matching
 from lipcore.recording.window_series import series_of
 
 if TYPE_CHECKING:
@@ -259,7 +260,7 @@ class Run(Showable):
             names = self.quantities
             close = difflib.get_close_matches(name, names, cutoff=0.6)
             close += [each for each in names if each.startswith(f"{name}.") and each not in close]
-            hint = f"; did you mean {' or '.join(map(repr, close[:3]))}?" if close else ""
+            hint = f"; did you mean {' or '.join(map(repr, close[:3]))}?" if close else "."
             known = ", ".join(names) or "none: nothing was recorded yet"
             raise KeyError(f"there is no {name!r} in this run{hint} It has {known}")
         if len(having) > 1:

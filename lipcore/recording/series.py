@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
@@ -10,15 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lipcore.metric.show import Showable, Shown
+from lipcore.models.names import listed
 
 if TYPE_CHECKING:
     import pandas
-
-
-def listed(names: Sequence[str], most: int = 8) -> str:
-    """Return names for a message; of many the first, and how many there are beside."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(map(repr, names[:most])) + more or "none"
 
 
 @dataclass(frozen=True, repr=False)

@@ -69,7 +69,7 @@ class ReplayCosts:
 
     def flops(self, name: str) -> int:
         """Return the FLOPs of one parameter's replays in a pass: B times those of :func:`flops_of` of each node that
-        its gradient comes through; what several parameters share is counted for each. None where all of these only
+        its gradient comes through; what several parameters share is counted for each. 0 where all of these only
         move numbers (the rows of a table)."""
         nodes = [self._walk.nodes[place] for place in self.replays(name)]
         if all(node.name().rstrip("012").removesuffix("Backward") in _MOVES for node in nodes):

@@ -36,6 +36,7 @@ from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
+from lipcore.models.names import listed
 from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
 
 LATER = (
@@ -140,7 +141,7 @@ class LayerCapture:
     def _check_names(self) -> None:
         """Raise ValueError for an argument that names no tapped layer, or for a method that compiled models lack."""
         names = [site.name for site in self.sites]
-        known = ", ".join(map(repr, names[:8])) + (", ..." if len(names) > 8 else "")
+        known = listed(names)
         for argument, given in (("methods", self._options.methods), ("broadcast", self._options.broadcast)):
             for name in given:
                 if name not in names:
