@@ -7,7 +7,6 @@
 // do not depend on the GPU or on alignment.
 #include <algorithm>
 #include <cub/block/block_reduce.cuh>
-#include <limits>
 
 #include "cuda/common.cuh"
 #include "math/trajectory_row.h"
@@ -19,7 +18,6 @@ namespace {
 // multiprocessor that hides the latency of memory; twice as many spill.
 template <class E>
 constexpr int kUnroll = sizeof(typename E::Stored) == 2 ? 1 : 2;
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct Merge {
   __device__ StepSums operator()(StepSums a, const StepSums& b) const {
