@@ -8,6 +8,7 @@
 
 #include "math/trajectory_row.h"
 #include "math/update.h"
+#include "ops/observe_rows.h"
 #include "ops/rows.h"
 #include "ops/sketch_schedule.h"
 
@@ -190,5 +191,15 @@ struct FoldTables {
   double* gap_sq;       // the result
 };
 Status fold_means(const FoldTables& tables, const std::vector<FoldTensor>& tensors, void* stream);
+
+// ---- observe_rows
+
+struct ObserveTables {
+  ObservedRow* rows;      // per place
+  int64_t* bins;          // [places, kBins]
+  ObservedRow* partials;  // per place and chunk; null for one chunk
+  int64_t chunks;         // of the values of a place
+};
+Status observe_rows(const ObservedTable& table, const ObserveTables& out, void* stream);
 
 }  // namespace lipcore::cuda

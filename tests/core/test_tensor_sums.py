@@ -45,6 +45,12 @@ def test_squares_of_more_tensors_than_a_launch_takes(device: str) -> None:
 
 
 @DEVICES
+@pytest.mark.parametrize("count", [1, 3])
+def test_squares_of_nothing(count: int, device: str) -> None:
+    assert squares_of([torch.empty(0)] * count, device).tolist() == [[0] * 6] * count
+
+
+@DEVICES
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_squares_of_values_that_are_not_finite(dtype: torch.dtype, device: str) -> None:
     tensors = [torch.ones(size).to(dtype) for size in (5, 3 * DEVICE_CHUNK, 4, 7)]

@@ -34,6 +34,8 @@ _SQUARES = (
     "core/test_tensor_sums.py::test_squares_of_more_tensors_than_a_launch_takes",
 )
 _MEANS = ("core/test_tensor_sums.py::test_means_of_blocks",)
+_OBSERVED = ("core/test_observed_rows.py::test_values",)
+_LEDGER = ("core/test_ledger.py::test_steps_of_sums",)
 _UPDATES = ("functional/test_update_sums.py::test_on_cuda",)
 _RACES_OF_A_STEP = (f"{_CUDA}::test_a_past_that_is_not_finite_is_seen_in_every_sum",)
 _RACES_OF_A_SKETCH = ("functional/test_sketch.py::test_many_tensors_on_cuda",)
@@ -269,8 +271,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "a group takes in its neighbour's tensors",
         "csrc/cuda/trajectory_step.cu",
-        "ledger.rows[i].group == static_cast<double>(group)",
-        "ledger.rows[i].group >= static_cast<double>(group)",
+        "ledger.rows[tensor].group == static_cast<double>(group)",
+        "ledger.rows[tensor].group >= static_cast<double>(group)",
         _PLAN,
     ),
     KernelMutant(
@@ -397,7 +399,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/kernels.h",
         "return count > 0 ? (count + kCudaChunk - 1) / kCudaChunk : 1; }",
         "return (count + kCudaChunk - 1) / kCudaChunk; }",
-        _SQUARES,
+        ("core/test_tensor_sums.py::test_squares_of_nothing",),
     ),
     KernelMutant(
         "a tensor's first chunk is not added up",
@@ -531,6 +533,87 @@ KERNEL_MUTANTS = (
         "TorchMemory::size_of<Partial>(chunks) +",
         "TorchMemory::size_of<Partial>(chunks / 2) +",
         (*_SQUARES, *_UPDATES),
+    ),
+    # ---- distributions
+    KernelMutant(
+        "the last chunk of values is as long as the others",
+        "csrc/cuda/observe_rows.cu",
+        "static_cast<int>(left < kCudaChunk ? left : kCudaChunk);",
+        "static_cast<int>(kCudaChunk);",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "places count in the first one's bins",
+        "csrc/cuda/observe_rows.cu",
+        "out.bins + place * kBins;",
+        "out.bins + 0 * place * kBins;",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "values that are not there are counted in a bin",
+        "csrc/cuda/observe_rows.cu",
+        "if (bin >= 0) atomicAdd",
+        "atomicAdd",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "bins are counted without care for other threads",
+        "csrc/cuda/observe_rows.cu",
+        "if (bin >= 0) atomicAdd(reinterpret_cast<unsigned long long*>(&bins[bin]), 1ull);",
+        "if (bin >= 0) ++bins[bin];",
+        _OBSERVED,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "a step's moments replace those before",
+        "csrc/cuda/observe_rows.cu",
+        "if (out.chunks == 1)\n    merge(&out.rows[place], row);",
+        "if (out.chunks == 1)\n    out.rows[place] = row;",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "chunks of other places are merged",
+        "csrc/cuda/observe_rows.cu",
+        "out.partials[place * out.chunks + i]",
+        "out.partials[place + i]",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "values follow each other in every table",
+        "csrc/cuda/observe_rows.cu",
+        "E::widen(values[b * table.stride]);",
+        "E::widen(values[b]);",
+        ("core/test_observed_rows.py::test_dtypes_strides_and_special_values",),
+    ),
+    KernelMutant(
+        "ratios are to the first gradient",
+        "csrc/cuda/observe_rows.cu",
+        "table.gradient[b * table.gradient_stride]",
+        "table.gradient[0 * b * table.gradient_stride]",
+        ("core/test_observed_rows.py::test_ratios",),
+    ),
+    # ---- the ledger
+    KernelMutant(
+        "the cursor moves while others read it",
+        "csrc/cuda/trajectory_step.cu",
+        "  __syncthreads();  // everybody has read the cursor\n",
+        "",
+        _LEDGER,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "every other group is left out",
+        "csrc/cuda/trajectory_step.cu",
+        "group <= ledger.groups; group += kThreads / kWarp)",
+        "group <= ledger.groups; group += 2 * kThreads / kWarp)",
+        _LEDGER,
+    ),
+    KernelMutant(
+        "the last lane's share of a group is left out",
+        "csrc/cuda/trajectory_step.cu",
+        "for (int distance = 16; distance; distance /= 2) {\n    double others",
+        "for (int distance = 8; distance; distance /= 2) {\n    double others",
+        _LEDGER,
     ),
     # ---- the launch code
     KernelMutant(
