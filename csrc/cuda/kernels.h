@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <vector>
 
+#include "math/observed.h"
 #include "math/trajectory_row.h"
 #include "math/update.h"
-#include "ops/observe_rows.h"
 #include "ops/rows.h"
 #include "ops/sketch_schedule.h"
 
