@@ -19,18 +19,18 @@
 namespace lipcore {
 namespace {
 
-// A float64 result of `count` elements, as lipcore.functional makes it.
-TensorView result_of(py::handle out, int64_t count) {
+// A float64 result of `count` elements on the device of `like`, as lipcore.functional makes it.
+TensorView result_of(py::handle out, int64_t count, const TensorView& like) {
   const TensorView view = view_of(out, "out", Access::kWrite);
-  if (view.dtype != DType::kFloat64 || !view.on_cpu() || view.numel != count)
-    throw py::value_error("out: expected " + std::to_string(count) + " float64 numbers on the CPU, got " +
-                          ShapeText(view).text);
+  if (view.dtype != DType::kFloat64 || !view.same_device(like) || view.numel != count)
+    throw py::value_error("out: expected " + std::to_string(count) + " float64 numbers on the device of the input, " +
+                          "got " + ShapeText(view).text);
   return view;
 }
 
 int64_t count_samples(py::handle offsets, const TensorView& grad, Offsets* packed) {
   if (!offsets.is_none()) {
-    check(read_offsets(integers_of(offsets, "offsets"), grad.ndim == 3 ? grad.shape[1] : 0, packed));
+    check(read_offsets(integers_of(offsets, "offsets"), grad, grad.ndim == 3 ? grad.shape[1] : 0, packed));
     return packed->samples;
   }
   return grad.ndim ? grad.shape[0] : 0;
@@ -47,7 +47,7 @@ const TensorView& counted(const TensorView& view, const char* name, int64_t coun
 // One row of x and grad per token: [N, ...] beside offsets, which are None where there is a dimension of samples.
 Offsets packed_of(py::handle offsets, const TensorView& x) {
   Offsets packed;
-  if (!offsets.is_none()) check(read_offsets(integers_of(offsets, "offsets"), x.ndim ? x.shape[0] : 0, &packed));
+  if (!offsets.is_none()) check(read_offsets(integers_of(offsets, "offsets"), x, x.ndim ? x.shape[0] : 0, &packed));
   return packed;
 }
 
@@ -82,7 +82,7 @@ void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int ter
   Offsets packed;
   const int64_t samples = count_samples(offsets, g, &packed);
   check(row_sum_norms(g, x.is_none() ? nullptr : &other, packed, wanted,
-                      result_of(out, wanted == Terms::kBoth ? 2 * samples : samples)));
+                      result_of(out, wanted == Terms::kBoth ? 2 * samples : samples, g)));
 }
 
 void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std::optional<int64_t> padding,
@@ -97,7 +97,7 @@ void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std
       throw py::value_error(std::string("weights: expected float64, got ") + dtype_name(w.dtype));
   }
   check(embedding_norms(counted(integers_of(ids, "indices"), "indices", rows), g, weights.is_none() ? nullptr : &w,
-                        padding ? &*padding : nullptr, packed, result_of(out, samples)));
+                        padding ? &*padding : nullptr, packed, result_of(out, samples, g)));
 }
 
 void tied_cross_of(py::handle ids, py::handle grad_embedding, py::handle x, py::handle grad_head,
@@ -105,7 +105,7 @@ void tied_cross_of(py::handle ids, py::handle grad_embedding, py::handle x, py::
   const TensorView i = integers_of(ids, "indices");
   counted(i, "indices", i.numel);
   check(tied_cross(i, view_of(grad_embedding, "grad_embedding"), view_of(x, "x"), view_of(grad_head, "grad_head"),
-                   padding ? &*padding : nullptr, result_of(out, i.ndim ? i.shape[0] : 0)));
+                   padding ? &*padding : nullptr, result_of(out, i.ndim ? i.shape[0] : 0, i)));
 }
 
 void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {

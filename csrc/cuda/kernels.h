@@ -28,6 +28,24 @@ struct Status {
 int64_t sample_norms_scratch(const Rows& rows);
 Status sample_norms(const Rows& rows, double* out, double* scratch, void* stream);
 
+// ---- row_sum_norms
+
+// Rows of g, and of x where it is not null, whose columns are summed up per sample. Strides are in elements: from
+// sample to sample, row to row, column to column.
+struct RowSums {
+  const void *g, *x;
+  DType dtype;
+  int64_t samples, rows, columns;  // rows of one sample, or with offsets of all together
+  int64_t g_strides[3], x_strides[3];
+  const int64_t* offsets;  // of packed rows, [samples + 1]; null: every sample has its own rows
+  bool shift, scale;       // of which sums the norms are wanted: of g, of g * x
+};
+
+// How many float64 of scratch memory the call needs.
+int64_t row_sum_norms_scratch(const RowSums& sums);
+// out [samples], or where both are wanted [2, samples]: of the scale, then of the shift.
+Status row_sum_norms(const RowSums& sums, double* out, double* scratch, void* stream);
+
 // ---- trajectory_step
 
 struct TensorEntry {

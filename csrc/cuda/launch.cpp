@@ -65,6 +65,15 @@ bool sample_norms(const Rows& rows, dlpack::Device device, double* out) {
   return on.check(sample_norms(rows, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
 }
 
+bool row_sum_norms(const RowSums& sums, dlpack::Device device, double* out) {
+  OnDevice on("row_sum_norms");
+  if (!on.enter(device)) return false;
+  TorchMemory memory;
+  const int64_t scratch = row_sum_norms_scratch(sums);
+  if (scratch && !memory.allocate(device, TorchMemory::size_of<double>(scratch))) return false;
+  return on.check(row_sum_norms(sums, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
+}
+
 bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out) {
   if (items.empty()) return true;
   OnDevice on("trajectory_step");

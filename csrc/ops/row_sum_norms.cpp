@@ -5,9 +5,13 @@
 #include <vector>
 
 #include "kernels.h"
+#include "ops/devices.h"
 #include "ops/offsets.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace lipcore {
 namespace {
@@ -24,11 +28,35 @@ double sum_squares(const double* x, int64_t count) {
   return kernels().sample_norms->sum_squares(x, DType::kFloat64, count);
 }
 
+// Of any strides.
+bool on_device(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out) {
+#if defined(LIPCORE_WITH_CUDA)
+  const bool packed = offsets.begin != nullptr;
+  cuda::RowSums sums{grad.data, terms != Terms::kShift ? x->data : nullptr, grad.dtype};
+  sums.samples = packed ? offsets.samples : grad.shape[0];
+  sums.rows = grad.shape[1];
+  sums.columns = grad.shape[2];
+  for (int d = 0; d < 3; ++d) {
+    sums.g_strides[d] = grad.strides[d];
+    sums.x_strides[d] = x ? x->strides[d] : 0;
+  }
+  sums.offsets = offsets.begin;
+  sums.shift = terms != Terms::kScale;
+  sums.scale = terms != Terms::kShift;
+  return cuda::row_sum_norms(sums, grad.device, static_cast<double*>(out.data));
+#else
+  (void)grad, (void)x, (void)offsets, (void)terms, (void)out;
+  return refuse_device("grad");
+#endif
+}
+
 }  // namespace
 
 bool row_sum_norms(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out) {
-  if (grad.ndim != 3 || (x && (x->ndim != 3 || x->dtype != grad.dtype || !x->on_cpu())) || !grad.on_cpu())
-    return fail({"grad"}, "expected [B, T, F] and x of the same dtype on the CPU, got %s", ShapeText(grad).text);
+  if (grad.ndim != 3 || (x && (x->ndim != 3 || x->dtype != grad.dtype || !x->same_device(grad))))
+    return fail({"grad"}, "expected [B, T, F] and x of the same dtype on the same device, got %s",
+                ShapeText(grad).text);
+  if (!grad.on_cpu()) return on_device(grad, x, offsets, terms, out);
   auto* norms = static_cast<double*>(out.data);
   std::fill(norms, norms + out.numel, 0.0);
   if (!grad.numel) return true;  // its strides mean nothing

@@ -10,8 +10,8 @@ enum class Terms { kShift = 0, kScale = 1, kBoth = 2 };
 constexpr int kTerms = 3;
 
 // Squared norms of sum_t g_bt (kShift), sum_t g_bt * x_bt (kScale), or scale and shift (kBoth, in this order).
-// grad [B, T, F], or [1, N, F] with offsets; either its rows or its columns are flat runs. x is of the same shape,
-// dtype and orientation; null for kShift. out float64 [1 or 2, B].
+// grad [B, T, F], or [1, N, F] with offsets; on the CPU either its rows or its columns are flat runs. x is of the same
+// shape, dtype and orientation; null for kShift. out float64 [1 or 2, B]. All on one device.
 bool row_sum_norms(const TensorView& grad, const TensorView* x, Offsets offsets, Terms terms, const TensorView& out);
 
 }  // namespace lipcore

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "ops/devices.h"
 #include "ops/read_element.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
@@ -231,10 +232,7 @@ bool sample_norms(const TensorView& x, const TensorView& out) {
 #if defined(LIPCORE_WITH_CUDA)
   if (!x.on_cpu()) return cuda::sample_norms(rows, x.device, static_cast<double*>(out.data));
 #endif
-  if (!x.on_cpu())
-    return fail({"x"},
-                "is on a CUDA device, but this lipcore was built without CUDA; rebuild with "
-                "LIPCORE_CUDA=ON or pass x.cpu()");
+  if (!x.on_cpu()) return refuse_device("x");
   without_gil(x.numel, [&] { norms_of_rows(rows, static_cast<double*>(out.data)); });
   return true;
 }

@@ -62,13 +62,14 @@ def integers(tensor: Tensor, name: str) -> Tensor:
 
 
 def packed_offsets(offsets: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the offsets as checked int64 [B + 1]; whether they ascend from 0 to N is for the core to see."""
+    """Return the offsets as checked int64 [B + 1] beside the rows; whether they ascend from 0 to N is for the core to
+    see."""
     if offsets is None:
         return None
     offsets = integers(offsets, "offsets")
     if offsets.dim() != 1 or not len(offsets):
         raise ValueError(f"offsets: expected shape [B + 1], from 0 to the number of rows, got {list(offsets.shape)}")
-    return offsets.cpu() if like.is_cpu else offsets
+    return offsets if offsets.device == like.device else offsets.to(like.device)
 
 
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:

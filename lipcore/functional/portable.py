@@ -63,22 +63,6 @@ def linear_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple
     return weight_grad, linear_norms_sq(x, grad, offsets)
 
 
-def row_sum_norms_sq(grad: Tensor, x: Tensor | None, offsets: Tensor | None) -> Tensor:
-    if offsets is not None:
-        pairs = zip(pieces(grad, offsets), pieces(grad if x is None else x, offsets), strict=True)
-        return per_piece([row_sum_norms_sq(g[None], None if x is None else a[None], None) for g, a in pairs], grad)
-    g = three_dimensional(grad.detach())
-    # Products and sums in float64: a sum over a sequence cancels.
-    terms = g.sum(1, dtype=_float64) if x is None else (g.to(_float64) * three_dimensional(x.detach())).sum(1)
-    return terms.square().sum(1)
-
-
-def channel_sum_norms_sq(grad: Tensor, x: Tensor | None) -> Tensor:
-    g = grad.detach().flatten(2) if grad.dim() > 2 else grad.detach().unsqueeze(2)
-    terms = g.sum(2, dtype=_float64) if x is None else (g.to(_float64) * x.detach().reshape(g.shape)).sum(2)
-    return terms.square().sum(1)
-
-
 def embedding_norms_sq(
     indices: Tensor, grad: Tensor, weights: Tensor | None, padding_idx: int | None, offsets: Tensor | None
 ) -> Tensor:

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from lipcore import _core
 from lipcore.functional import library as _library
-from lipcore.functional import portable
 from lipcore.functional.arguments import of_one_dtype, packed_offsets, readable, rows, same_place, within_range
 
-_SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/per_sample.h: Terms
+_SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/row_sum_norms.h: Terms
 
 
 def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:
@@ -133,8 +132,6 @@ def _row_sums(grad: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int
     grad, x = _checked(grad, x, terms)
     offsets = packed_offsets(offsets, grad)
     g = rows(grad, "grad", offsets is not None)
-    if not grad.is_cpu:
-        return _portable(portable.row_sum_norms_sq, terms, grad.reshape(-1, 1) if grad.dim() == 1 else grad, x, offsets)
     return _sums(g, None if x is None else rows(x, "x", offsets is not None), offsets, terms)
 
 
@@ -142,8 +139,6 @@ def _channel_sums(grad: Tensor, x: Tensor | None, terms: int) -> Tensor:
     grad, x = _checked(grad, x, terms)
     if grad.dim() < 2:
         raise ValueError(f"grad: expected shape [B, C, *space], got {list(grad.shape)}")
-    if not grad.is_cpu:
-        return _portable(portable.channel_sum_norms_sq, terms, grad, x)
     return _sums(_space_first(grad), None if x is None else _space_first(x), None, terms)
 
 
@@ -162,13 +157,14 @@ def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Te
     samples = g.shape[0] if offsets is None else len(offsets) - 1
 
     def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
-        g, x = _alike(g, x)
-        out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64, device=_library.CPU)
+        if g.is_cpu:
+            g, x = _alike(g, x)
+        out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64, device=g.device)
         _core.row_sum_norms(g, x, offsets, terms, out)
         return out
 
     found = compute(g, x)
-    if g.dtype != torch.float64:
+    if g.dtype != torch.float64 or not g.is_cpu:  # a device's kernels see to the range themselves
         return found
     if terms != _BOTH or x is None:
         return within_range(found, compute, (g,) if x is None else (g, x), 2)
@@ -188,13 +184,6 @@ def _alike(g: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 def _is_flat(t: Tensor, dim: int) -> bool:
     return t.shape[dim] <= 1 or t.stride(dim) == 1
-
-
-def _portable(function, terms: int, grad: Tensor, x: Tensor | None, *offsets: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-    if terms != _BOTH:
-        result: Tensor = function(grad, x, *offsets)
-        return result
-    return torch.stack([function(grad, x, *offsets), function(grad, None, *offsets)])
 
 
 def _fake(grad: Tensor, offsets: Tensor | None, *parts: int) -> Tensor:

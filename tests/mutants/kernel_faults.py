@@ -32,6 +32,10 @@ _GRAPH = (f"{_CUDA}::test_steps_can_be_captured_in_a_graph",)
 _RACES_OF_A_STEP = (f"{_CUDA}::test_a_past_that_is_not_finite_is_seen_in_every_sum",)
 _RACES_OF_A_SKETCH = ("functional/test_sketch.py::test_many_tensors_on_cuda",)
 _SKETCH = ("functional/test_sketch.py::test_sizes_on_cuda", "functional/test_sketch.py::test_plan_on_cuda")
+_ROW_TESTS = "functional/test_row_sum_norms.py"
+_ROW_SUMS = (f"{_ROW_TESTS}::test_layouts_on_cuda", f"{_ROW_TESTS}::test_sizes_on_cuda")
+_PACKED_SUMS = (f"{_ROW_TESTS}::test_packed_documents_on_cuda",)
+_OFFSETS = (f"{_ROW_TESTS}::test_offsets_that_do_not_fit_give_nan_on_cuda",)
 
 KERNEL_MUTANTS = (
     # ---- row norms
@@ -44,28 +48,28 @@ KERNEL_MUTANTS = (
     ),
     KernelMutant(
         "the last lane of a warp is not in its mask",
-        "csrc/cuda/sample_norms.cu",
+        "csrc/cuda/teams.cuh",
         "kSize == 32 ? 0xffffffffu",
         "kSize == 32 ? 0x7fffffffu",
         _NORMS,
     ),
     KernelMutant(
         "a mask of four lanes starts one lane too early",
-        "csrc/cuda/sample_norms.cu",
+        "csrc/cuda/teams.cuh",
         "((1u << kSize % 32) - 1) << (threadIdx.x % 32 / kSize * kSize)",
         "((1u << kSize % 32) - 1) << (threadIdx.x % 32 / kSize * kSize - (threadIdx.x % 32 >= 4))",
         _NORMS,
     ),
     KernelMutant(
         "every thread takes a block's sum for its own",
-        "csrc/cuda/sample_norms.cu",
+        "csrc/cuda/teams.cuh",
         "return share(Reduce(storage->reduce).Sum(x));",
         "return Reduce(storage->reduce).Sum(x);",
         _SPECIAL,
     ),
     KernelMutant(
         "a block's result is read before it is written",
-        "csrc/cuda/sample_norms.cu",
+        "csrc/cuda/teams.cuh",
         "if (threadIdx.x == 0) storage->result = x;\n    __syncthreads();",
         "if (threadIdx.x == 0) storage->result = x;",
         _RACES_OF_NORMS,
@@ -73,7 +77,7 @@ KERNEL_MUTANTS = (
     ),
     KernelMutant(
         "a block's storage is used again without a barrier",
-        "csrc/cuda/sample_norms.cu",
+        "csrc/cuda/teams.cuh",
         "    __syncthreads();  // the storage may be used again\n",
         "",
         _RACES_OF_NORMS,
@@ -136,6 +140,129 @@ KERNEL_MUTANTS = (
         "for (int64_t i = threadIdx.x; i < work.per_row; i += kThreads) sum +=",
         "for (int64_t i = threadIdx.x + 1; i < work.per_row; i += kThreads) sum +=",
         _NORMS,
+    ),
+    # ---- sums of rows
+    KernelMutant(
+        "a piece's last row is left out",
+        "csrc/cuda/row_sum_norms.cu",
+        "row < piece.rows; row += kWarps)",
+        "row < piece.rows - 1; row += kWarps)",
+        _ROW_SUMS,
+    ),
+    KernelMutant(
+        "a run's last quad is left out",
+        "csrc/cuda/row_sum_norms.cu",
+        "row < piece.rows; row += kQuad * kWarp)",
+        "row < piece.rows - kQuad; row += kQuad * kWarp)",
+        _ROW_SUMS,
+    ),
+    KernelMutant(
+        "a quad's tail is read as a whole one",
+        "csrc/cuda/row_sum_norms.cu",
+        "if (kQuads && count >= kQuad) {",
+        "if (kQuads && count > 0) {",
+        _ROW_SUMS,
+    ),
+    KernelMutant(
+        "quads are read wherever neighbours are",
+        "csrc/cuda/row_sum_norms.cu",
+        "across % kQuad == 0 && sample % kQuad == 0 &&",
+        "sample % kQuad == 0 &&",
+        _ROW_SUMS,
+    ),
+    KernelMutant(
+        "samples are taken for aligned",
+        "csrc/cuda/row_sum_norms.cu",
+        "across % kQuad == 0 && sample % kQuad == 0 &&",
+        "across % kQuad == 0 &&",
+        (f"{_ROW_TESTS}::test_samples_that_are_not_aligned_on_cuda",),
+    ),
+    KernelMutant(
+        "the first element is taken for aligned",
+        "csrc/cuda/row_sum_norms.cu",
+        "reinterpret_cast<uintptr_t>(data) % alignment == 0",
+        "alignment > 0",
+        (f"{_ROW_TESTS}::test_neither_alignment_nor_run_changes_a_bit_on_cuda",),
+    ),
+    KernelMutant(
+        "a warp's sums are left out",
+        "csrc/cuda/row_sum_norms.cu",
+        "for (int k = 1; k < kWarps; ++k) total",
+        "for (int k = 1; k < kWarps - 1; ++k) total",
+        _ROW_SUMS,
+    ),
+    KernelMutant(
+        "sums of warps are added before all are there",
+        "csrc/cuda/row_sum_norms.cu",
+        "    __syncthreads();\n    const int64_t most",
+        "    const int64_t most",
+        (f"{_ROW_TESTS}::test_races_on_cuda",),
+        mode="tsan",
+    ),
+    KernelMutant(
+        "the sums' memory is used again too early",
+        "csrc/cuda/row_sum_norms.cu",
+        "    __syncthreads();  // the sums' memory is used again\n",
+        "",
+        (f"{_ROW_TESTS}::test_races_on_cuda",),
+        mode="tsan",
+        equivalent="a block takes a second turn only where there are more than a million of them",
+    ),
+    KernelMutant(
+        "the last piece of a sample is not added up",
+        "csrc/cuda/row_sum_norms.cu",
+        "valid ? (rows.count + size - 1) / size : 0;",
+        "valid ? rows.count / size : 0;",
+        _ROW_SUMS,
+    ),
+    KernelMutant(
+        "scale and shift change places",
+        "csrc/cuda/row_sum_norms.cu",
+        "out[(scale ? 0 : sums.scale) * sums.samples + sample]",
+        "out[(scale ? sums.shift : 0) * sums.samples + sample]",
+        _ROW_SUMS,
+    ),
+    KernelMutant(
+        "what overflowed on the way stays so",
+        "csrc/cuda/row_sum_norms.cu",
+        "if (sums.dtype == DType::kFloat64 && !isfinite(squares))",
+        "if (sums.dtype == DType::kFloat32 && !isfinite(squares))",
+        (f"{_ROW_TESTS}::test_range_and_special_values_on_cuda",),
+    ),
+    KernelMutant(
+        "packed samples have no places of their own",
+        "csrc/cuda/row_sum_norms.cu",
+        "return first_row / kPieceRows + sample;",
+        "return first_row / kPieceRows;",
+        _PACKED_SUMS,
+    ),
+    KernelMutant(
+        "a piece of packed rows reaches into the next sample",
+        "csrc/cuda/row_sum_norms.cu",
+        "return {low, left < kPieceRows ? left : kPieceRows, rows.first + begin};",
+        "return {low, kPieceRows, rows.first + begin};",
+        _PACKED_SUMS,
+    ),
+    KernelMutant(
+        "offsets are believed",
+        "csrc/cuda/packed_rows.cuh",
+        "return team.max(fine ? 0.0 : 1.0) == 0.0;",
+        "return true;",
+        _OFFSETS,
+    ),
+    KernelMutant(
+        "the last offset is not looked at",
+        "csrc/cuda/packed_rows.cuh",
+        "offsets[0] == 0 && offsets[samples] == rows;",
+        "offsets[0] == 0;",
+        _OFFSETS,
+    ),
+    KernelMutant(
+        "rows are read wherever offsets point to",
+        "csrc/cuda/packed_rows.cuh",
+        "  if (first < 0 || last > rows || first > last) return {0, 0};\n",
+        "",
+        _OFFSETS,
     ),
     # ---- what all kernels share
     KernelMutant(
