@@ -128,9 +128,18 @@ struct RowSumBlock {
 };
 constexpr int kRowSumColumns = 1024;
 
+struct RowStatistics {
+  double mean, factor;
+};
+
 struct RowSumNormsKernels {
   // Adds to the sums of kRowSumColumns columns; either may be null.
   void (*add)(const RowSumBlock& block, double* shift, double* scale);
+  // Of each row of a norm layer's input (x, x_step): its mean, 0 where it is not to be centred, and 1 / sqrt(the mean
+  // square about it + eps); `columns` may be any number.
+  void (*statistics)(const RowSumBlock& block, double eps, bool center, RowStatistics* rows);
+  // out[r][i] = (x[r][i] - mean) factor, as float32, or float64 for float64; out has rows of `columns`.
+  void (*normalize)(const RowSumBlock& block, const RowStatistics* rows, void* out);
 };
 
 constexpr int kCrossTokens = 8, kCrossLanes = 16;

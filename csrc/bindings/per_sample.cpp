@@ -71,7 +71,8 @@ void linear_weight_grad_of(py::handle x, py::handle grad, py::handle offsets, py
                      view_of(out, "out", Access::kWrite), &weight_grad));
 }
 
-void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int terms, py::handle out) {
+void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int terms, py::handle out,
+                      std::optional<double> eps, bool center) {
   const TensorView g = view_of(grad, "grad");
   TensorView other;
   if (!x.is_none()) other = view_of(x, "x");
@@ -81,8 +82,10 @@ void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int ter
   if (!fits) throw py::value_error("x: expected the shape of grad, got " + std::string(ShapeText(g).text));
   Offsets packed;
   const int64_t samples = count_samples(offsets, g, &packed);
+  const Normalizer normalizer{eps.value_or(0), center};
+  if (eps && (!(*eps >= 0) || x.is_none())) throw py::value_error("eps: expected a number >= 0, and an x");
   check(row_sum_norms(g, x.is_none() ? nullptr : &other, packed, wanted,
-                      result_of(out, wanted == Terms::kBoth ? 2 * samples : samples, g)));
+                      result_of(out, wanted == Terms::kBoth ? 2 * samples : samples, g), eps ? &normalizer : nullptr));
 }
 
 void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std::optional<int64_t> padding,
@@ -131,7 +134,7 @@ void bind_per_sample(py::module_& m) {
       "linear_uses_gram", [](int64_t t, int64_t i, int64_t o) { return linear_method(t, i, o) == LinearMethod::kGram; },
       py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
   m.def("row_sum_norms", &row_sum_norms_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
-        py::arg("out"));
+        py::arg("out"), py::arg("eps") = py::none(), py::arg("center") = true);
   m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("grad"), py::arg("weights"),
         py::arg("padding"), py::arg("offsets"), py::arg("out"));
   m.def("tied_cross", &tied_cross_of, py::arg("indices"), py::arg("grad_embedding"), py::arg("x"), py::arg("grad_head"),

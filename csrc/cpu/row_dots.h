@@ -1,8 +1,8 @@
 // Dot products of all pairs of a few rows of float32 that lie in memory: the Gram matrices of a sample with few tokens,
-// where packing panels (cpu/matrix_tile.h) takes as long as half of the products. A vector holds 16 features of one row,
-// so rows are read where they lie and nothing is transposed; the 16 lanes of a sum are added in a fixed tree. Included
-// once by a kernel source after cpu/simd.h, inside its own namespace. AVX-512 alone: with the 16 registers of AVX2 the
-// tiles are too small to gain anything (measured: 0.8 to 1.4 of the time of packed panels).
+// where packing panels (cpu/matrix_tile.h) takes as long as half of the products. A vector holds 16 features of one
+// row, so rows are read where they lie and nothing is transposed; the 16 lanes of a sum are added in a fixed tree.
+// Included once by a kernel source after cpu/simd.h, inside its own namespace. AVX-512 alone: with the 16 registers of
+// AVX2 the tiles are too small to gain anything (measured: 0.8 to 1.4 of the time of packed panels).
 
 constexpr int kDotSide = 4;             // rows by rows whose sums stay in registers
 constexpr int kDots = 16;               // of one such tile
@@ -11,8 +11,8 @@ constexpr int64_t kDotFeatures = 1024;  // summed at a time: kDotSide rows of th
 
 // sums[kDotSide * r + s] += the sum of the lanes of c[r][s].
 LIPCORE_INLINE void add_lanes(const F32x16 (&c)[kDotSide][kDotSide], float* sums) {
-  // Of two vectors the sums of halves fill one, of two such ones those of quarters, and so on: a blend, a shuffle and an
-  // addition each. (Two shuffles and an addition take longer: one port shuffles.)
+  // Of two vectors the sums of halves fill one, of two such ones those of quarters, and so on: a blend, a shuffle and
+  // an addition each. (Two shuffles and an addition take longer: one port shuffles.)
   __m512 a[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) a[i] = c[i / 4][i % 4].v;

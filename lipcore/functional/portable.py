@@ -46,6 +46,14 @@ def three_dimensional(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
+def normalized(x: Tensor, eps: float, center: bool) -> Tensor:
+    """Return the rows of a norm layer's input as it normalises them, in float32 at least."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if center:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
 def linear_norms_sq(x: Tensor, grad: Tensor, offsets: Tensor | None) -> Tensor:
     if offsets is not None:
         pairs = zip(pieces(x, offsets), pieces(grad, offsets), strict=True)

@@ -176,6 +176,16 @@ def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -
     return torch.stack([row_sum_norms_sq(grad, x, offsets=offsets), row_sum_norms_sq(grad, offsets=offsets)])
 
 
+def norm_layer_norms_sq(
+    grad: Tensor, x: Tensor, *, eps: float, center: bool = True, offsets: Tensor | None = None
+) -> Tensor:
+    """Return affine_norms_sq() of the rows of x, less their means where `center` says so, over the root of their mean
+    squares and eps."""
+    x = x.detach().double()
+    x = x - x.mean(-1, keepdim=True) if center else x
+    return affine_norms_sq(grad, x / (x.square().mean(-1, keepdim=True) + eps).sqrt(), offsets=offsets)
+
+
 def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:
     """Return row_sum_norms_sq() of channels first, [B, C, *space]: sums are over space."""
     return row_sum_norms_sq(_channels_last(grad), None if x is None else _channels_last(x))

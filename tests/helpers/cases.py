@@ -239,6 +239,13 @@ OPS = [
         at_least_1d=("grad",),
     ),
     Op(
+        "norm_layer_norms_sq",
+        _token_arguments,
+        lambda a: F.norm_layer_norms_sq(a["grad"], a["x"], eps=1e-5),
+        tensors=("grad", "x"),
+        at_least_1d=("grad",),
+    ),
+    Op(
         "row_sum_norms_sq",
         _token_arguments,
         lambda a: F.row_sum_norms_sq(a["grad"], a["x"]),

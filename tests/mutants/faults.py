@@ -94,6 +94,20 @@ MUTANTS = (
         ("functional/test_row_sum_norms.py::test_channels",),
     ),
     Mutant(
+        "the mean of a normalised row is rounded before it is taken off",
+        "csrc/cpu/row_sum_norms.cpp",
+        "(E::read(x + i) - high - low) * factor);",
+        "(E::read(x + i) - high) * factor);",
+        ("functional/test_norm_layer_norms.py::test_rows_far_from_zero_and_an_element_far_from_its_row",),
+    ),
+    Mutant(
+        "the last rows of a Gram matrix count twice",
+        "csrc/cpu/row_dots.h",
+        "for (int64_t k = 0; k < kDotSide * rows; ++k)",
+        "for (int64_t k = 0; k < kDots; ++k)",
+        ("functional/test_linear_norms.py",),
+    ),
+    Mutant(
         "zeros around an image on one side less",
         "csrc/cpu/conv_pack.h",
         "if (d) to += shape.padding[d - 1] * image.stride[d];",
