@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "math/conv_shape.h"
+#include "math/gram_sums.h"
 #include "math/trajectory_row.h"
 #include "ops/rows.h"
 #include "ops/sketch_schedule.h"
@@ -45,6 +47,33 @@ struct RowSums {
 int64_t row_sum_norms_scratch(const RowSums& sums);
 // out [samples], or where both are wanted [2, samples]: of the scale, then of the shift.
 Status row_sum_norms(const RowSums& sums, double* out, double* scratch, void* stream);
+
+// ---- weight_norms
+
+// One side of a product over positions: strides in elements, from sample to sample, channel to channel, and along
+// depth, height and width.
+struct Factor {
+  const void* data;
+  DType dtype;
+  int64_t sample, channel, along[3];
+};
+
+// Squared norms of sums over positions t of grad[o, t] * x[patch (i, tap), t]: of convolutions, and of Linear layers as
+// convolutions with kernels of one element whose tokens lie along the width.
+struct WeightNorms {
+  ConvShape shape;
+  Factor x, grad;
+  int64_t samples;
+  const int64_t* offsets;  // of packed tokens, [samples + 1], of shape.out[2] rows; null: samples of their own
+  bool gram;               // by the Gram matrices of tokens: Linear alone, and not packed
+};
+
+// How many float64 of scratch memory the call needs.
+int64_t weight_norms_scratch(const WeightNorms& norms);
+Status weight_norms(const WeightNorms& norms, double* out, double* scratch, void* stream);
+
+// Samples whose out[b], made elsewhere of float32 sums, left their range are made again in float64.
+Status redo_weight_norms(const WeightNorms& norms, double* out, void* stream);
 
 // ---- trajectory_step
 

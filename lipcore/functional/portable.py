@@ -46,23 +46,6 @@ def three_dimensional(x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
-def linear_norms_sq(x: Tensor, grad: Tensor, offsets: Tensor | None) -> Tensor:
-    if offsets is not None:
-        pairs = zip(pieces(x, offsets), pieces(grad, offsets), strict=True)
-        return per_piece([linear_norms_sq(a[None], g[None], None) for a, g in pairs], grad)
-    dtype = torch.promote_types(x.dtype, grad.dtype)
-    (a, a_scale), (g, g_scale) = (scaled(three_dimensional(t).to(dtype)) for t in (x, grad))
-    step = max(1, _CHUNK // max(1, a.shape[-1] * g.shape[-1]))
-    parts = [squares(h.transpose(1, 2) @ b) for b, h in zip(a.split(step), g.split(step), strict=True)]
-    return (torch.cat(parts) if parts else a.new_zeros(0, dtype=_float64)) * a_scale * g_scale
-
-
-def linear_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    x, grad = x.detach(), grad.detach()
-    weight_grad = grad.flatten(0, -2).T @ x.flatten(0, -2)
-    return weight_grad, linear_norms_sq(x, grad, offsets)
-
-
 def embedding_norms_sq(
     indices: Tensor, grad: Tensor, weights: Tensor | None, padding_idx: int | None, offsets: Tensor | None
 ) -> Tensor:

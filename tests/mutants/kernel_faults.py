@@ -36,6 +36,12 @@ _ROW_TESTS = "functional/test_row_sum_norms.py"
 _ROW_SUMS = (f"{_ROW_TESTS}::test_layouts_on_cuda", f"{_ROW_TESTS}::test_sizes_on_cuda")
 _PACKED_SUMS = (f"{_ROW_TESTS}::test_packed_documents_on_cuda",)
 _OFFSETS = (f"{_ROW_TESTS}::test_offsets_that_do_not_fit_give_nan_on_cuda",)
+_LINEAR_TESTS = "functional/test_linear_norms.py"
+_LINEAR_RANGE = (f"{_LINEAR_TESTS}::test_range_and_special_values_on_cuda",)
+_LINEAR = (f"{_LINEAR_TESTS}::test_sizes_on_cuda", f"{_LINEAR_TESTS}::test_layouts_and_dtypes_on_cuda")
+_LINEAR_RACES = (f"{_LINEAR_TESTS}::test_races_on_cuda",)
+_CONV_TESTS = "functional/test_conv_norms.py"
+_CONV = (f"{_CONV_TESTS}::test_geometries_on_cuda",)
 
 KERNEL_MUTANTS = (
     # ---- row norms
@@ -263,6 +269,157 @@ KERNEL_MUTANTS = (
         "  if (first < 0 || last > rows || first > last) return {0, 0};\n",
         "",
         _OFFSETS,
+    ),
+    # ---- weight gradients
+    KernelMutant(
+        "the last position of a step is left out",
+        "csrc/cuda/weight_norms.cu",
+        "for (int64_t first = 0; first < a.positions; first += kDepth)",
+        "for (int64_t first = 0; first < a.positions - 1; first += kDepth)",
+        _LINEAR,
+    ),
+    KernelMutant(
+        "channels beyond the last are read",
+        "csrc/cuda/weight_norms.cu",
+        "if (m >= side.channels) return",
+        "if (m > side.channels) return",
+        _LINEAR,
+    ),
+    KernelMutant(
+        "positions beyond the last are read",
+        "csrc/cuda/weight_norms.cu",
+        "if (k >= side.positions) return",
+        "if (k > side.positions) return",
+        _LINEAR,
+    ),
+    KernelMutant(
+        "a second quad follows the first at once",
+        "csrc/cuda/weight_norms.cu",
+        "j / kQuad * kSide * kQuad + thread * kQuad",
+        "j / kQuad * kQuad + thread * kQuad",
+        (f"{_LINEAR_TESTS}::test_range_and_special_values_on_cuda",),
+    ),
+    KernelMutant(
+        "tiles are multiplied before they are filled",
+        "csrc/cuda/weight_norms.cu",
+        "    fill<Sum, kTile, kPatches>(memory.b, memory.b_channels, b, first);\n    __syncthreads();",
+        "    fill<Sum, kTile, kPatches>(memory.b, memory.b_channels, b, first);",
+        _LINEAR_RACES,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "tiles are filled before they are multiplied",
+        "csrc/cuda/weight_norms.cu",
+        "    __syncthreads();  // for the channels, and because the tiles are used again\n",
+        "    if (first == 0) __syncthreads();\n",
+        _LINEAR_RACES,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "a new tile's channels are written while the old one is filled",
+        "csrc/cuda/weight_norms.cu",
+        "  __syncthreads();  // the channels are used again\n",
+        "",
+        _LINEAR_RACES,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "a pair of tiles of tokens counts once",
+        "csrc/cuda/weight_norms.cu",
+        "if (row != rest) sums.total *= 2;",
+        "",
+        (f"{_LINEAR_TESTS}::test_sizes_on_cuda",),
+    ),
+    KernelMutant(
+        "Gram's result is always believed",
+        "csrc/math/gram_sums.h",
+        "  constexpr double kCancelled = 5e-3;",
+        "  constexpr double kCancelled = -1e300;",
+        (f"{_LINEAR_TESTS}::test_gram_knows_when_it_has_lost_its_digits_on_cuda",),
+    ),
+    KernelMutant(
+        "what lost digits to underflow is believed",
+        "csrc/cuda/weight_norms.cu",
+        "(work.wide ? 1e-290 : 1e-44)",
+        "0",
+        _LINEAR_RANGE,
+    ),
+    KernelMutant(
+        "what overflowed is believed",
+        "csrc/cuda/weight_norms.cu",
+        ": isfinite(total) && total >= safe_sum(work)",
+        ": !(total < safe_sum(work))",
+        _LINEAR_RANGE,
+    ),
+    KernelMutant(
+        "what is made again is not scaled",
+        "csrc/cuda/weight_norms.cu",
+        "  const int exponent = -ilogb(largest);",
+        "  const int exponent = 0;",
+        _LINEAR_RANGE,
+    ),
+    KernelMutant(
+        "infinity beside a tile's end makes NaN",
+        "csrc/cuda/weight_norms.cu",
+        "if (element_of(thread / kSide, i) < rows && element_of(thread % kSide, j) < columns) visit(i, j);",
+        "visit(i, j);",
+        _LINEAR_RANGE,
+    ),
+    KernelMutant(
+        "packed tokens begin at the first row",
+        "csrc/cuda/weight_norms.cu",
+        "norms.offsets ? tokens.first * factor.along[2] : sample * factor.sample",
+        "norms.offsets ? 0 : sample * factor.sample",
+        (f"{_LINEAR_TESTS}::test_packed_documents_on_cuda",),
+    ),
+    KernelMutant(
+        "the last unit is not added up",
+        "csrc/cuda/weight_norms.cu",
+        "unit < work.units; unit += kThreads)",
+        "unit < work.units - (work.units > 1); unit += kThreads)",
+        (f"{_LINEAR_TESTS}::test_sizes_on_cuda",),
+    ),
+    KernelMutant(
+        "the tap's dilation is left out",
+        "csrc/cuda/weight_norms.cu",
+        "tap[d] * shape.dilation[d] - shape.padding[d]",
+        "tap[d] - shape.padding[d]",
+        _CONV,
+    ),
+    KernelMutant(
+        "the position's stride is left out",
+        "csrc/cuda/weight_norms.cu",
+        "if (side.patches) at[d] *= side.shape->stride[d];",
+        "",
+        _CONV,
+    ),
+    KernelMutant(
+        "the image is read beyond its lower end",
+        "csrc/cuda/weight_norms.cu",
+        "if (at < 0 || at >= side.shape->size[d]) return false;",
+        "if (at >= side.shape->size[d]) return false;",
+        _CONV,
+    ),
+    KernelMutant(
+        "the image is read beyond its upper end",
+        "csrc/cuda/weight_norms.cu",
+        "if (at < 0 || at >= side.shape->size[d]) return false;",
+        "if (at < 0 || at > side.shape->size[d]) return false;",
+        _CONV,
+    ),
+    KernelMutant(
+        "every group reads the first one's image",
+        "csrc/cuda/weight_norms.cu",
+        "start_of(x, norms, sample, group * shape.inputs, tokens)",
+        "start_of(x, norms, sample, 0, tokens)",
+        _CONV,
+    ),
+    KernelMutant(
+        "rows with gaps are taken for one run",
+        "csrc/cuda/weight_norms.cu",
+        "size[1] == 1 || along[1] == along[2] * size[2]",
+        "true",
+        (f"{_CONV_TESTS}::test_layouts_and_dtypes_on_cuda",),
     ),
     # ---- what all kernels share
     KernelMutant(
