@@ -75,6 +75,23 @@ Status weight_norms(const WeightNorms& norms, double* out, double* scratch, void
 // Samples whose out[b], made elsewhere of float32 sums, left their range are made again in float64.
 Status redo_weight_norms(const WeightNorms& norms, double* out, void* stream);
 
+// ---- embedding_norms
+
+struct EmbeddingNorms {
+  const int64_t *tokens, *rows;  // tokens in ascending order, and the row of each: of equal ones in ascending order too
+  const void* grad;
+  DType dtype;
+  int64_t strides[3];                // from sample to sample, row to row, column to column
+  const double* weights;             // by row; may be null
+  const int64_t* padding;            // host: the token that does not count; may be null
+  int64_t samples, length, columns;  // rows of one sample, or with offsets of all together
+  const int64_t* offsets;            // of packed rows, [samples + 1], or null
+};
+
+// How many float64 of scratch memory the call needs.
+int64_t embedding_norms_scratch(const EmbeddingNorms& norms);
+Status embedding_norms(const EmbeddingNorms& norms, double* out, double* scratch, void* stream);
+
 // ---- trajectory_step
 
 struct TensorEntry {

@@ -42,6 +42,8 @@ _LINEAR = (f"{_LINEAR_TESTS}::test_sizes_on_cuda", f"{_LINEAR_TESTS}::test_layou
 _LINEAR_RACES = (f"{_LINEAR_TESTS}::test_races_on_cuda",)
 _CONV_TESTS = "functional/test_conv_norms.py"
 _CONV = (f"{_CONV_TESTS}::test_geometries_on_cuda",)
+_TOKEN_TESTS = "functional/test_embedding_norms.py"
+_TOKENS = (f"{_TOKEN_TESTS}::test_packed_documents_on_cuda", f"{_TOKEN_TESTS}::test_sizes_on_cuda")
 
 KERNEL_MUTANTS = (
     # ---- row norms
@@ -164,28 +166,28 @@ KERNEL_MUTANTS = (
     ),
     KernelMutant(
         "a quad's tail is read as a whole one",
-        "csrc/cuda/row_sum_norms.cu",
+        "csrc/cuda/quads.cuh",
         "if (kQuads && count >= kQuad) {",
         "if (kQuads && count > 0) {",
         _ROW_SUMS,
     ),
     KernelMutant(
         "quads are read wherever neighbours are",
-        "csrc/cuda/row_sum_norms.cu",
+        "csrc/cuda/quads.cuh",
         "across % kQuad == 0 && sample % kQuad == 0 &&",
         "sample % kQuad == 0 &&",
         _ROW_SUMS,
     ),
     KernelMutant(
         "samples are taken for aligned",
-        "csrc/cuda/row_sum_norms.cu",
+        "csrc/cuda/quads.cuh",
         "across % kQuad == 0 && sample % kQuad == 0 &&",
         "across % kQuad == 0 &&",
         (f"{_ROW_TESTS}::test_samples_that_are_not_aligned_on_cuda",),
     ),
     KernelMutant(
         "the first element is taken for aligned",
-        "csrc/cuda/row_sum_norms.cu",
+        "csrc/cuda/quads.cuh",
         "reinterpret_cast<uintptr_t>(data) % alignment == 0",
         "alignment > 0",
         (f"{_ROW_TESTS}::test_neither_alignment_nor_run_changes_a_bit_on_cuda",),
@@ -420,6 +422,77 @@ KERNEL_MUTANTS = (
         "size[1] == 1 || along[1] == along[2] * size[2]",
         "true",
         (f"{_CONV_TESTS}::test_layouts_and_dtypes_on_cuda",),
+    ),
+    # ---- embeddings
+    KernelMutant(
+        "a run reaches into the next sample",
+        "csrc/cuda/embedding_norms.cu",
+        "norms.tokens[last] == token && norms.rows[last] < rows.first + rows.count)",
+        "norms.tokens[last] == token)",
+        _TOKENS,
+    ),
+    KernelMutant(
+        "a run begins in the sample before",
+        "csrc/cuda/embedding_norms.cu",
+        "norms.tokens[place - 1] == token && norms.rows[place - 1] >= rows.first)",
+        "norms.tokens[place - 1] == token)",
+        _TOKENS,
+    ),
+    KernelMutant(
+        "every place begins a run",
+        "csrc/cuda/embedding_norms.cu",
+        "if (place > 0 && norms.tokens[place - 1] == token",
+        "if (place > work.rows && norms.tokens[place - 1] == token",
+        _TOKENS,
+    ),
+    KernelMutant(
+        "a run's last row is left out",
+        "csrc/cuda/embedding_norms.cu",
+        "place < run.last; ++place) {",
+        "place < run.last - 1; ++place) {",
+        _TOKENS,
+    ),
+    KernelMutant(
+        "padding counts",
+        "csrc/cuda/embedding_norms.cu",
+        "if (work.padded && token == work.padding) return",
+        "if (work.padded && token == work.padding && place == 0) return",
+        (f"{_TOKEN_TESTS}::test_layouts_padding_and_weights_on_cuda",),
+    ),
+    KernelMutant(
+        "weights are those of the sorted rows",
+        "csrc/cuda/embedding_norms.cu",
+        "norms.weights ? norms.weights[row] : 1;\n#pragma",
+        "norms.weights ? norms.weights[place] : 1;\n#pragma",
+        (f"{_TOKEN_TESTS}::test_layouts_padding_and_weights_on_cuda",),
+    ),
+    KernelMutant(
+        "places without a run keep what was there",
+        "csrc/cuda/embedding_norms.cu",
+        "if (team.rank() == 0) partials[row",
+        "if (team.rank() == 0 && run.first < run.last) partials[row",
+        _TOKENS,
+    ),
+    KernelMutant(
+        "strips after the first are left out",
+        "csrc/cuda/embedding_norms.cu",
+        "i < rows.count * work.strips; i += kThreads)\n      squares",
+        "i < rows.count; i += kThreads)\n      squares",
+        _TOKENS,
+    ),
+    KernelMutant(
+        "what overflowed on the way stays so",
+        "csrc/cuda/embedding_norms.cu",
+        "if (!isfinite(squares) && (norms.dtype == DType::kFloat64 || norms.weights))",
+        "if (!isfinite(squares) && norms.weights)",
+        (f"{_TOKEN_TESTS}::test_range_and_special_values_on_cuda",),
+    ),
+    KernelMutant(
+        "weights are not scaled",
+        "csrc/cuda/embedding_norms.cu",
+        "ldexp(norms.weights[row], -weight_exponent)",
+        "norms.weights[row]",
+        (f"{_TOKEN_TESTS}::test_range_and_special_values_on_cuda",),
     ),
     # ---- what all kernels share
     KernelMutant(
