@@ -12,6 +12,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
+from lipcore.functional.arguments import result_beside
 from lipcore.functional.linear import Method
 from lipcore.models.arguments import check_choice, check_count, is_integer
 
@@ -85,7 +86,7 @@ def conv_norms_sq(
         return portable.conv_norms_sq(x, grad, kernel_size, stride, padding, dilation, groups)
     if method is None and x.is_cpu:
         method = conv_method(x.shape, grad.shape, kernel_size=kernel_size, padding=padding, groups=groups)
-    out = torch.empty(x.shape[0], dtype=torch.float64, device=x.device)
+    out = result_beside(x, x.shape[0])
     _core.conv_norms_sq(x, grad, kernel_size, stride, padding, dilation, groups, method == "gram", out)
     return out
 

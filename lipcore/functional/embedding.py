@@ -15,6 +15,7 @@ from lipcore.functional.arguments import (
     integers,
     packed_offsets,
     readable,
+    result_beside,
     rows,
     same_place,
     within_range,
@@ -82,7 +83,7 @@ def embedding_norms_sq(
         indices, order = indices.flatten().sort(stable=True)
 
     def compute(grad: Tensor, weights: Tensor | None = None) -> Tensor:
-        out = torch.empty(samples, dtype=torch.float64, device=grad.device)
+        out = result_beside(grad, samples)
         _core.embedding_norms(indices, order, grad, weights, padding_idx, offsets, out)
         return out
 

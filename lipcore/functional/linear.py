@@ -10,7 +10,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
-from lipcore.functional.arguments import integers
+from lipcore.functional.arguments import integers, result_beside
 from lipcore.models.arguments import check_choice, check_count
 
 Method = Literal["gram", "direct"]
@@ -191,7 +191,7 @@ def _checked(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, T
 
 
 def _norms(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | None) -> Tensor:
-    out = torch.empty(_samples(x, offsets), dtype=torch.float64, device=x.device)
+    out = result_beside(x, _samples(x, offsets))
     if x.is_cpu:
         x, grad, offsets = _for_the_core(x, grad, offsets)
     elif offsets is None:
