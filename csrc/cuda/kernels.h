@@ -66,6 +66,8 @@ struct WeightNorms {
   int64_t samples;
   const int64_t* offsets;  // of packed tokens, [samples + 1], of shape.out[2] rows; null: samples of their own
   bool gram;               // by the Gram matrices of tokens: Linear alone, and not packed
+  void* total;             // of a Linear the batch's gradient as well, directly: rows of inputs, one per output, in
+  int64_t total_stride;    // float32, or in float64 if an input is; null: not wanted
 };
 
 // How many float64 of scratch memory the call needs.

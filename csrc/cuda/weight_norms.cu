@@ -295,6 +295,42 @@ __global__ void __launch_bounds__(kThreads, 2) tiles(const __grid_constant__ Wor
   }
 }
 
+// A block per tile of the batch's weight gradient: every sample's tile is made, squared and added to it in turn.
+template <class Sum, int kMicro>
+__global__ void __launch_bounds__(kThreads, 2) total_tiles(const __grid_constant__ Work work, double* partials) {
+  constexpr int kTile = kSide * kMicro;
+  __shared__ Memory<Sum, kMicro> memory;
+  const WeightNorms& norms = work.norms;
+  const Block team{&memory.storage};
+  const auto thread = static_cast<int>(threadIdx.x), down = thread / kSide, across = thread % kSide;
+  const bool valid = offsets_ascend(norms.samples, norms.shape.out[2], norms.offsets, team);
+  for (int64_t unit = blockIdx.x; unit < work.units; unit += gridDim.x) {
+    int64_t column;
+    const int64_t row = divide(unit, (work.columns + kTile - 1) / kTile, &column) * kTile;
+    column *= kTile;
+    Sum total[kMicro][kMicro] = {};
+    const int64_t rows = norms.shape.outputs - row, columns = work.columns - column;
+    for (int64_t sample = 0; sample < norms.samples; ++sample) {
+      const RowRange tokens = tokens_of(norms, sample);
+      Sum sums[kMicro][kMicro] = {};
+      multiply<Sum, kMicro, false>(grad_side(work, sample, 0, tokens), x_side(work, sample, 0, tokens), row, column,
+                                   memory, sums);
+      double squares = 0;
+      for_each_element<kMicro>(rows, columns, [&](int i, int j) {
+        squares = add_product(squares, sums[i][j], sums[i][j]);
+        total[i][j] += sums[i][j];
+      });
+      squares = team.sum(squares);
+      if (thread == 0) partials[sample * work.units + unit] = squares;
+    }
+    auto* to = static_cast<Sum*>(norms.total);
+    for_each_element<kMicro>(rows, columns, [&](int i, int j) {
+      to[(row + element_of(down, i)) * norms.total_stride + column + element_of(across, j)] =
+          valid ? total[i][j] : static_cast<Sum>(nan(""));
+    });
+  }
+}
+
 // Tokens as channels and features as positions.
 __device__ __forceinline__ Side transposed(Side side) {
   const int64_t tokens = side.positions, token = side.along[2];
@@ -443,7 +479,9 @@ bool is_flat(const int64_t (&along)[3], const int64_t (&size)[3]) {
 }
 
 // With few channels tiles of 64 waste less than those of 128 gain.
-bool is_large(const Work& work) { return !work.wide && work.norms.shape.outputs > 64 && work.columns > 64; }
+bool is_large(const Work& work) {
+  return !work.wide && !work.norms.total && work.norms.shape.outputs > 64 && work.columns > 64;
+}
 
 Work work_of(const WeightNorms& norms) {
   const ConvShape& shape = norms.shape;
@@ -484,6 +522,12 @@ Status launch_products(const Work& work, double* partials, void* stream) {
     return work.wide ? launch(doing, &gram_tiles<double, 4>, blocks, stream, work, partials)
                      : launch(doing, &gram_tiles<float, 4>, blocks, stream, work, partials);
   }
+  if (work.norms.total) {
+    const int64_t blocks = blocks_for(work.units);
+    const char* doing = "making a weight gradient";
+    return work.wide ? launch(doing, &total_tiles<double, 4>, blocks, stream, work, partials)
+                     : launch(doing, &total_tiles<float, 4>, blocks, stream, work, partials);
+  }
   if (work.wide) return launch_tiles<double, 4>(work, partials, stream);
   return is_large(work) ? launch_tiles<float, 8>(work, partials, stream)
                         : launch_tiles<float, 4>(work, partials, stream);
@@ -502,12 +546,12 @@ int64_t weight_norms_scratch(const WeightNorms& norms) {
 }
 
 Status weight_norms(const WeightNorms& norms, double* out, double* scratch, void* stream) {
-  if (!norms.samples) return {0, ""};
   const Work work = work_of(norms);
-  if (norms.samples * work.units > 0) {
+  if (work.units > 0 && (norms.samples > 0 || norms.total)) {  // the total of no samples is zero
     const Status status = launch_products(work, scratch, stream);
     if (status.code) return status;
   }
+  if (!norms.samples) return {0, ""};
   return finish(work, scratch, out, stream);
 }
 

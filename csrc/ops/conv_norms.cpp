@@ -229,7 +229,9 @@ bool on_device(const TensorView& x, const Work& work, const TensorView& out) {
                                 factor(first.grad, first.grad_dtype, first.grad_step, first.grad_stride),
                                 x.shape[0],
                                 nullptr,
-                                false};
+                                false,
+                                nullptr,
+                                0};
   return cuda::weight_norms(norms, x.device, static_cast<double*>(out.data));
 #else
   (void)x, (void)work, (void)out;

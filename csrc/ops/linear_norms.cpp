@@ -186,8 +186,8 @@ void weight_grad(const Batch& batch, void* total, size_t total_item_size, double
 }
 
 // Of any strides and dtypes; kRedo takes what is in out, made of float32 sums.
-bool on_device(const TensorView& x, const TensorView& grad, Offsets offsets, LinearMethod method,
-               const TensorView& out) {
+bool on_device(const TensorView& x, const TensorView& grad, Offsets offsets, LinearMethod method, const TensorView& out,
+               const TensorView* total) {
 #if defined(LIPCORE_WITH_CUDA)
   const bool packed = offsets.begin != nullptr;
   const int token = packed ? 0 : 1;
@@ -203,12 +203,14 @@ bool on_device(const TensorView& x, const TensorView& grad, Offsets offsets, Lin
       factor(grad),
       packed ? offsets.samples : x.shape[0],
       offsets.begin,
-      !packed && chosen == LinearMethod::kGram};
+      !packed && !total && chosen == LinearMethod::kGram,
+      total ? total->data : nullptr,
+      total ? total->strides[0] : 0};
   auto* to = static_cast<double*>(out.data);
   return method == LinearMethod::kRedo ? cuda::redo_weight_norms(norms, x.device, to)
                                        : cuda::weight_norms(norms, x.device, to);
 #else
-  (void)x, (void)grad, (void)offsets, (void)method, (void)out;
+  (void)x, (void)grad, (void)offsets, (void)method, (void)out, (void)total;
   return refuse_device("x");
 #endif
 }
@@ -230,7 +232,6 @@ bool linear_norms(const TensorView& x, const TensorView& grad, Offsets offsets, 
   for (int side = 0; side < 2; ++side) {
     const TensorView& view = side ? grad : x;
     const char* name = side ? "grad" : "x";
-    if (!view.on_cpu() && total) return fail({name}, "the fused weight gradient is made on the CPU; pass a CPU tensor");
     if (!view.same_device(x)) return fail({name}, "is on another device than x; put both on one");
     if (view.ndim != last + 1) return fail({name}, "expected %d dimensions, got %s", last + 1, ShapeText(view).text);
     if (view.on_cpu() && view.shape[last] > 1 && view.strides[last] != 1)
@@ -244,14 +245,14 @@ bool linear_norms(const TensorView& x, const TensorView& grad, Offsets offsets, 
   if (out.dtype != DType::kFloat64 || out.ndim != 1 || out.shape[0] != samples || !out.same_device(x))
     return fail({"out"}, "expected float64 [%lld] on the device of x, got %s", static_cast<long long>(samples),
                 ShapeText(out).text);
-  if (!x.on_cpu()) return on_device(x, grad, offsets, method, out);
-  if (method == LinearMethod::kRedo) return fail({"method"}, "redoes what was made on a CUDA device");
-  const bool wide = x.dtype == DType::kFloat64;
+  const bool wide = x.dtype == DType::kFloat64 || grad.dtype == DType::kFloat64;
   if (total && (total->ndim != 2 || total->shape[0] != grad.shape[last] || total->shape[1] != x.shape[last] ||
-                !total->on_cpu() || total->dtype != (wide ? DType::kFloat64 : DType::kFloat32) ||
+                !total->same_device(x) || total->dtype != (wide ? DType::kFloat64 : DType::kFloat32) ||
                 (total->numel && total->shape[1] > 1 && total->strides[1] != 1)))
     return fail({"total"}, "expected a contiguous %s tensor [outputs, inputs], got %s", wide ? "float64" : "float32",
                 ShapeText(*total).text);
+  if (!x.on_cpu()) return on_device(x, grad, offsets, method, out, total);
+  if (method == LinearMethod::kRedo) return fail({"method"}, "redoes what was made on a CUDA device");
   Batch batch{x.shape[last], grad.shape[last], {}};
   for (int64_t b = 0; b < samples; ++b) {
     const int64_t first = packed ? offsets.begin[b] : b;

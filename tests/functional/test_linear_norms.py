@@ -336,11 +336,35 @@ def test_packed_documents_on_cuda():
 
 
 @pytest.mark.gpu
-def test_weight_grad_on_cuda():
-    x, grad = pair(3, 9, 17, 5)
-    total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda())
-    assert_near(norms.cpu(), reference.linear_norms_sq(x, grad), 2e-6)
-    torch.testing.assert_close(total.cpu().double(), reference.linear_weight_grad(x, grad)[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("tiles", [0, linear._FUSED])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_grad_on_cuda(dtype, tiles, monkeypatch):
+    """By one kernel for both from so many tiles on, else by torch's product and the norms."""
+    monkeypatch.setattr(linear, "_FUSED", tiles)
+    for size in [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (3, 17, 5, 7), (2, 33, 65, 130)]:
+        x, grad = pair(*size, dtype=DTYPES[dtype])
+        total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda())
+        assert_near(norms.cpu(), reference.linear_norms_sq(x, grad), 4 * EXACT[dtype])
+        assert total.dtype == x.dtype
+        expected = reference.linear_weight_grad(x, grad)[0]
+        largest = float(expected.abs().max()) if expected.numel() else 0
+        error = 8 * torch.finfo(x.dtype).eps * largest
+        torch.testing.assert_close(total.cpu().double(), expected, rtol=0, atol=max(error, 1e-30))
+    starts = torch.tensor([0, 0, 5, 9])
+    x, grad = (t[0, :9].contiguous() for t in pair(1, 33, 65, 70, dtype=DTYPES[dtype]))
+    total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda(), offsets=starts.cuda())
+    assert_near(norms.cpu(), reference.linear_norms_sq(x, grad, offsets=starts), 4 * EXACT[dtype])
+    expected = reference.linear_weight_grad(x, grad, offsets=starts)[0]
+    error = 8 * torch.finfo(x.dtype).eps * float(expected.abs().max())
+    torch.testing.assert_close(total.cpu().double(), expected, rtol=0, atol=error)
+    if tiles == 0 and dtype in ("f32", "f64"):
+        total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda(), offsets=torch.tensor([0, 8]).cuda())
+        assert norms.isnan().all()
+        assert total.isnan().all()
+        tiny, _ = functional.linear_weight_grad(x[None].cuda() * 1e-25, grad[None].cuda())
+        torch.testing.assert_close(
+            tiny.cpu().double() * 1e25, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
 
 
 @pytest.mark.gpu
@@ -392,11 +416,13 @@ def test_captured_in_a_graph_on_cuda():
 
 
 @pytest.mark.gpu
-def test_races_on_cuda():
+def test_races_on_cuda(monkeypatch):
     """One of each kernel, for the thread sanitizer."""
+    monkeypatch.setattr(linear, "_FUSED", 0)
     for dtype in (torch.float32, torch.float64):
         x, grad = pair(2, 17, 66, 65, dtype=dtype)
         check_on_cuda(x, grad, 2e-6)
+        functional.linear_weight_grad(x.cuda(), grad.cuda())
     check_on_cuda(x * 1e-200, grad, 1e-12)
     check_on_cuda(x[0], grad[0], 2e-6, torch.tensor([0, 1, 17]))
 

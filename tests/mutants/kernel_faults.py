@@ -423,6 +423,34 @@ KERNEL_MUTANTS = (
         "true",
         (f"{_CONV_TESTS}::test_layouts_and_dtypes_on_cuda",),
     ),
+    KernelMutant(
+        "the batch's gradient is the last sample's",
+        "csrc/cuda/weight_norms.cu",
+        "        total[i][j] += sums[i][j];",
+        "        total[i][j] = sums[i][j];",
+        (f"{_LINEAR_TESTS}::test_weight_grad_on_cuda",),
+    ),
+    KernelMutant(
+        "the batch's gradient is written transposed",
+        "csrc/cuda/weight_norms.cu",
+        "to[(row + element_of(down, i)) * norms.total_stride + column + element_of(across, j)] =",
+        "to[(row + element_of(across, j)) * norms.total_stride + column + element_of(down, i)] =",
+        (f"{_LINEAR_TESTS}::test_weight_grad_on_cuda",),
+    ),
+    KernelMutant(
+        "the batch's gradient is believed whatever offsets say",
+        "csrc/cuda/weight_norms.cu",
+        '          valid ? total[i][j] : static_cast<Sum>(nan(""));',
+        "          total[i][j];",
+        (f"{_LINEAR_TESTS}::test_weight_grad_on_cuda",),
+    ),
+    KernelMutant(
+        "the gradient of no samples is not written",
+        "csrc/cuda/weight_norms.cu",
+        "if (work.units > 0 && (norms.samples > 0 || norms.total)) {",
+        "if (work.units > 0 && norms.samples > 0) {",
+        (f"{_LINEAR_TESTS}::test_weight_grad_on_cuda",),
+    ),
     # ---- embeddings
     KernelMutant(
         "a run reaches into the next sample",
