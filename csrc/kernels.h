@@ -4,7 +4,9 @@
 
 #include <cstdint>
 
+#include "math/conv_shape.h"
 #include "math/dtype.h"
+#include "math/gram_sums.h"
 #include "math/sketch.h"
 #include "math/trajectory.h"
 #include "math/update.h"
@@ -47,13 +49,6 @@ struct UpdateChunk {
   int64_t count;
   UpdateForm form;
   UpdateScalars scalars;
-};
-
-struct ConvShape {          // of a convolution in three dimensions: depth, height, width; 1 where there are fewer
-  int64_t groups;           // at least 1
-  int64_t inputs, outputs;  // channels per group
-  int64_t size[3], out[3];  // of the image, and of the gradient (at most the full output)
-  int64_t kernel[3], stride[3], padding[3], dilation[3];
 };
 
 // What fills a vector: outputs of one group, groups of some samples, or pairs of pixels.
@@ -99,16 +94,11 @@ struct LinearBlock {
   int64_t inputs, outputs;
 };
 
-struct GramSums {
-  double total;              // of the products of both Gram matrices over the block, elements off the diagonal twice
-  double diagonal, x, grad;  // over the diagonal alone: of the products and of each matrix
-};
-
 struct LinearNormsKernels {
   int64_t block;    // rows and columns of a LinearBlock at most
   int64_t scratch;  // bytes that a call needs
   double (*direct)(const LinearSample& sample, const LinearBlock& block, void* scratch);  // sum of squares
-  void (*gram)(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums);
+  void (*gram)(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums);  // of the block
   // out [outputs, inputs] in float32 (float64 when the samples are) and norms[b * norms_stride]: of the block
   void (*weight_grad)(const LinearSample* samples, int64_t count, const LinearBlock& block, void* scratch, void* out,
                       double* norms, int64_t norms_stride);

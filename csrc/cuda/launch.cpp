@@ -74,6 +74,29 @@ bool row_sum_norms(const RowSums& sums, dlpack::Device device, double* out) {
   return on.check(row_sum_norms(sums, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
 }
 
+bool weight_norms(const WeightNorms& norms, dlpack::Device device, double* out) {
+  OnDevice on("weight_norms");
+  if (!on.enter(device)) return false;
+  TorchMemory memory;
+  const int64_t scratch = weight_norms_scratch(norms);
+  if (scratch && !memory.allocate(device, TorchMemory::size_of<double>(scratch))) return false;
+  return on.check(weight_norms(norms, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
+}
+
+bool redo_weight_norms(const WeightNorms& norms, dlpack::Device device, double* out) {
+  OnDevice on("weight_norms");
+  return on.enter(device) && on.check(redo_weight_norms(norms, out, on.stream()));
+}
+
+bool embedding_norms(const EmbeddingNorms& norms, dlpack::Device device, double* out) {
+  OnDevice on("embedding_norms");
+  if (!on.enter(device)) return false;
+  TorchMemory memory;
+  const int64_t scratch = embedding_norms_scratch(norms);
+  if (scratch && !memory.allocate(device, TorchMemory::size_of<double>(scratch))) return false;
+  return on.check(embedding_norms(norms, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
+}
+
 bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out) {
   if (items.empty()) return true;
   OnDevice on("trajectory_step");

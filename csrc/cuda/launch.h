@@ -20,6 +20,11 @@ bool sample_norms(const Rows& rows, dlpack::Device device, double* out);
 
 bool row_sum_norms(const RowSums& sums, dlpack::Device device, double* out);
 
+bool weight_norms(const WeightNorms& norms, dlpack::Device device, double* out);
+bool redo_weight_norms(const WeightNorms& norms, dlpack::Device device, double* out);
+
+bool embedding_norms(const EmbeddingNorms& norms, dlpack::Device device, double* out);
+
 bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out);
 
 bool observe_sums(const LedgerTables& ledger, const StepSums* sums, dlpack::Device device);

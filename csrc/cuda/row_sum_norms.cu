@@ -4,13 +4,12 @@
 // both factors scaled by powers of two. Error <= 1e-13 of the terms' absolute sum, relative.
 #include "cuda/common.cuh"
 #include "cuda/packed_rows.cuh"
+#include "cuda/quads.cuh"
 #include "cuda/teams.cuh"
 
 namespace lipcore::cuda {
 namespace {
 
-constexpr int kWarp = 32, kWarps = kThreads / kWarp;
-constexpr int kQuad = 4;  // neighbouring elements that a thread takes at once
 // A block's piece where columns are neighbours in memory: each warp takes every eighth row, each lane four columns.
 constexpr int64_t kPieceRows = 128, kPieceColumns = kQuad * kWarp;
 // And where rows are neighbours: each warp takes a column, its lanes four rows in turn.
@@ -66,31 +65,6 @@ __device__ __forceinline__ const T* element_at(const void* data, const int64_t (
                                                int64_t sample, int64_t row, int64_t column) {
   return static_cast<const T*>(data) +
          ((sums.offsets ? 0 : sample * strides[0]) + row * strides[1] + column * strides[2]);
-}
-
-// `count` elements of four, `step` apart; zeros for the others.
-template <class E, bool kQuads>
-__device__ __forceinline__ void load_quad(const typename E::Stored* from, int64_t step, int64_t count,
-                                          typename E::Work (&to)[kQuad]) {
-  using Stored = typename E::Stored;
-  if (kQuads && count >= kQuad) {
-    Stored four[kQuad];
-    if constexpr (sizeof four == sizeof(uint2)) {
-      const uint2 word = *reinterpret_cast<const uint2*>(from);
-      memcpy(four, &word, sizeof four);
-    } else {
-      uint4 words[sizeof four / sizeof(uint4)];
-#pragma unroll
-      for (int i = 0; i < static_cast<int>(sizeof four / sizeof(uint4)); ++i)
-        words[i] = reinterpret_cast<const uint4*>(from)[i];
-      memcpy(four, words, sizeof four);
-    }
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) to[k] = E::widen(four[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kQuad; ++k) to[k] = k < count ? E::widen(from[k * step]) : typename E::Work{0};
-  }
 }
 
 struct Sums {
@@ -263,11 +237,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 bool reads_quads(const void* data, const int64_t (&strides)[3], const RowSums& sums, int along) {
-  const auto bytes = static_cast<uintptr_t>(kQuad * item_size(sums.dtype));
-  const int64_t across = strides[along == 1 ? 2 : 1], sample = sums.offsets || sums.samples == 1 ? 0 : strides[0];
-  const uintptr_t alignment = bytes < 16 ? bytes : 16;
-  return strides[along] == 1 && across % kQuad == 0 && sample % kQuad == 0 &&
-         reinterpret_cast<uintptr_t>(data) % alignment == 0;
+  return cuda::reads_quads(data, sums.dtype, strides[along], strides[along == 1 ? 2 : 1],
+                           sums.offsets || sums.samples == 1 ? 0 : strides[0]);
 }
 
 Work work_of(const RowSums& sums) {

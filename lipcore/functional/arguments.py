@@ -11,6 +11,7 @@ from torch import Tensor
 from lipcore import _core
 
 _INTEGERS = (torch.int64, torch.int32)
+_CPU = torch.device("cpu")  # torch.set_default_device() may be another
 
 
 def resolved(tensor: Tensor, name: str, index: int = -1) -> Tensor:
@@ -80,6 +81,13 @@ def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def result_beside(tensor: Tensor, *shape: int) -> Tensor:
+    """Return memory for a result in float64 on the tensor's device."""
+    if tensor.is_cpu:
+        return torch.empty(shape, dtype=torch.float64, device=_CPU)
+    return tensor.new_empty(shape, dtype=torch.float64)
 
 
 def flat_rows(tensor: Tensor) -> Tensor:

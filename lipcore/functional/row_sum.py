@@ -10,7 +10,15 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
-from lipcore.functional.arguments import of_one_dtype, packed_offsets, readable, rows, same_place, within_range
+from lipcore.functional.arguments import (
+    of_one_dtype,
+    packed_offsets,
+    readable,
+    result_beside,
+    rows,
+    same_place,
+    within_range,
+)
 
 _SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/row_sum_norms.h: Terms
 
@@ -212,7 +220,7 @@ def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Te
     def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
         if g.is_cpu:
             g, x = _alike(g, x)
-        out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64, device=g.device)
+        out = result_beside(g, 2, samples) if terms == _BOTH else result_beside(g, samples)
         _core.row_sum_norms(g, x, offsets, terms, out)
         return out
 
