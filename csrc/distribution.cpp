@@ -16,23 +16,12 @@ Distribution::Page& Distribution::page(int index) {
 }
 
 void Distribution::observe(double x) {
-  if (std::isnan(x)) {
-    ++missing_;
-    return;
-  }
-  if (!(x >= 0) || std::isinf(x)) {
-    ++invalid_;
-    return;
-  }
-  lipcore::observe(&moments_, x);
-  const int bin = bin_of(x);
-  ++page(bin / kBinsPerPage)[bin % kBinsPerPage];
+  const int bin = lipcore::observe(&row_, x);
+  if (bin >= 0) ++page(bin / kBinsPerPage)[bin % kBinsPerPage];
 }
 
 void Distribution::merge(const Distribution& other) {
-  lipcore::merge(&moments_, other.moments_);
-  missing_ += other.missing_;
-  invalid_ += other.invalid_;
+  lipcore::merge(&row_, other.row_);
   for (int p = other.first_; p <= other.last_; ++p) {
     if (!other.pages_[p]) continue;
     Page& mine = page(p);
@@ -41,22 +30,22 @@ void Distribution::merge(const Distribution& other) {
 }
 
 double Distribution::quantile(double q) const {
-  if (moments_.count == 0) return std::numeric_limits<double>::quiet_NaN();
+  if (row_.moments.count == 0) return std::numeric_limits<double>::quiet_NaN();
   // The rank of numpy's default rule, rounded to an observed value: interpolating inside a bin would claim more than
   // the bin knows.
-  const double rank = q * (moments_.count - 1);
-  if (rank <= 0) return moments_.min;
-  if (rank >= moments_.count - 1) return moments_.max;
+  const double rank = q * (row_.moments.count - 1);
+  if (rank <= 0) return row_.moments.min;
+  if (rank >= row_.moments.count - 1) return row_.moments.max;
   const auto target = static_cast<int64_t>(std::floor(rank + 0.5));
   int64_t below = 0;
   for (int p = first_; p <= last_; ++p) {
     if (!pages_[p]) continue;
     for (int i = 0; i < kBinsPerPage; ++i) {
       below += (*pages_[p])[i];
-      if (below > target) return value_of_bin(p * kBinsPerPage + i, moments_);
+      if (below > target) return value_of_bin(p * kBinsPerPage + i, row_.moments);
     }
   }
-  return moments_.max;
+  return row_.moments.max;
 }
 
 void Distribution::quantiles(const double* values, int64_t count, const double* q, int64_t quantiles, int* bins,
@@ -99,8 +88,7 @@ void Distribution::quantiles(const double* values, int64_t count, const double* 
 }
 
 void Distribution::reset() {
-  moments_ = {};
-  missing_ = invalid_ = 0;
+  row_ = {};
   // The next window touches the same powers of two, and the hot path allocates nothing then. Those of windows long ago
   // would add up while values drift.
   const int first = first_, last = last_;
@@ -142,9 +130,7 @@ bool Distribution::set_state(const Moments& moments, int64_t missing, int64_t in
   }
   if (static_cast<double>(total) != moments.count) return false;
   reset();
-  moments_ = moments;
-  missing_ = missing;
-  invalid_ = invalid;
+  row_ = {moments, static_cast<double>(missing), static_cast<double>(invalid)};
   for (size_t i = 0; i < bins.size(); i += 2) {
     const int bin = static_cast<int>(bins[i]);
     page(bin / kBinsPerPage)[bin % kBinsPerPage] = bins[i + 1];

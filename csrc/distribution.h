@@ -8,8 +8,7 @@
 #include <memory>
 #include <vector>
 
-#include "math/log_bins.h"
-#include "math/moments.h"
+#include "math/observed.h"
 
 namespace lipcore {
 
@@ -29,9 +28,9 @@ class Distribution {
   // Pages that the values since the last reset have touched stay, empty; others are given back.
   void reset();
 
-  const Moments& moments() const { return moments_; }
-  int64_t missing() const { return missing_; }  // NaN
-  int64_t invalid() const { return invalid_; }  // infinite or negative
+  const Moments& moments() const { return row_.moments; }
+  int64_t missing() const { return static_cast<int64_t>(row_.missing); }  // NaN
+  int64_t invalid() const { return static_cast<int64_t>(row_.invalid); }  // infinite or negative
 
   // The quantiles of a few values without the pages of a histogram: the same numbers as observing them all would give.
   // An infinite value counts as one that is larger than all others. `bins` is room for `count` numbers.
@@ -46,8 +45,7 @@ class Distribution {
   using Page = std::array<int64_t, kBinsPerPage>;
   Page& page(int index);
 
-  Moments moments_;
-  int64_t missing_ = 0, invalid_ = 0;
+  ObservedRow row_;
   int first_ = kPages, last_ = -1;  // no page lies outside: reading hundreds of distributions is reading their pages
   std::array<std::unique_ptr<Page>, kPages> pages_;
 };

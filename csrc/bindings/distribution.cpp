@@ -6,6 +6,7 @@
 #include "bindings/bind.h"
 #include "bindings/views.h"
 #include "distribution.h"
+#include "ops/observe_rows.h"
 #include "python/tensor_text.h"
 
 namespace lipcore {
@@ -20,8 +21,7 @@ void observe_values(Distribution& distribution, py::handle values) {
   for (int64_t i = 0; i < v.numel; ++i) distribution.observe(x[i * v.strides[0]]);
 }
 
-// numerators[k, b] / |output_grad[0, b]| into distribution k; NaN ("missing") where output_grad is 0, below `smallest`
-// (a gradient that is subnormal in its dtype has lost digits) or not finite.
+// numerators[k, b] / |output_grad[0, b]| into distribution k; NaN ("missing") where usable_ratio() says so.
 void observe_ratios(py::handle numerators, py::handle output_grad, const std::vector<Distribution*>& distributions,
                     double smallest) {
   const TensorView n = view_of(numerators, "numerators"), g = view_of(output_grad, "output_grad");
@@ -33,11 +33,10 @@ void observe_ratios(py::handle numerators, py::handle output_grad, const std::ve
   const auto* x = static_cast<const double*>(n.data);
   const auto* gradient = static_cast<const double*>(g.data);
   for (int64_t b = 0; b < g.numel; ++b) {
-    const double eps = std::abs(gradient[b * g.strides[1]]);
-    const bool usable = eps > 0 && eps >= smallest && std::isfinite(eps);
+    const double by = gradient[b * g.strides[1]];
     for (size_t k = 0; k < distributions.size(); ++k)
-      distributions[k]->observe(usable ? x[static_cast<int64_t>(k) * n.strides[0] + b * n.strides[1]] / eps
-                                       : std::nan(""));
+      distributions[k]->observe(
+          usable_ratio(x[static_cast<int64_t>(k) * n.strides[0] + b * n.strides[1]], by, smallest));
   }
 }
 
@@ -52,6 +51,16 @@ void observe_roots(py::handle squares, const std::vector<Distribution*>& distrib
   for (int64_t b = 0; b < s.shape[1]; ++b)
     for (size_t k = 0; k < distributions.size(); ++k)
       distributions[k]->observe(std::sqrt(x[static_cast<int64_t>(k) * s.strides[0] + b * s.strides[1]]));
+}
+
+// `what` is an Observable; gradient None but for ratios.
+void observe_rows_of(py::handle values, int what, py::handle gradient, double smallest, py::handle rows,
+                     py::handle bins) {
+  TensorView by{};
+  if (!gradient.is_none()) by = view_of(gradient, "gradient");
+  check(observe_rows(view_of(values, "values"), enumerator_of<Observable>(what, "what", 3),
+                     gradient.is_none() ? nullptr : &by, smallest, view_of(rows, "rows", Access::kWrite),
+                     integers_of(bins, "bins")));
 }
 
 // out[k, b] = the sum over squares[p, b] with index[p] = k; out's last row the sum over all p, NaN unless they are
@@ -149,6 +158,12 @@ void bind_distribution(py::module_& m) {
   m.def("reset_distributions", &reset_distributions, py::arg("distributions"));
   m.def("observe_ratios", &observe_ratios, py::arg("numerators"), py::arg("output_grad"), py::arg("distributions"),
         py::arg("smallest"));
+  m.attr("OBSERVED_COLUMNS") = kObservedColumns;
+  m.attr("OBSERVE_VALUES") = static_cast<int>(Observable::kValues);
+  m.attr("OBSERVE_ROOTS") = static_cast<int>(Observable::kRoots);
+  m.attr("OBSERVE_RATIOS") = static_cast<int>(Observable::kRatios);
+  m.def("observe_rows", &observe_rows_of, py::arg("values"), py::arg("what"), py::arg("gradient"), py::arg("smallest"),
+        py::arg("rows"), py::arg("bins"));
   m.def("observe_roots", &observe_roots, py::arg("squares"), py::arg("distributions"));
   m.def("place_sums", &place_sums, py::arg("squares"), py::arg("index"), py::arg("known"), py::arg("out"));
 }

@@ -43,12 +43,27 @@ PyObject** objects_of(py::handle list, const char* name, const char* what, Py_ss
   return PySequence_Fast_ITEMS(list.ptr());
 }
 
+// Whether a field of a rule is a number on a device, which nobody waits for.
+bool is_on_device(PyObject* field, int64_t index, TensorView* view) {
+  if (PyFloat_Check(field) || PyLong_Check(field)) return false;
+  if (view_tensor(field, {"rules", index}, Access::kRead, view)) return view->numel == 1 && !view->on_cpu();
+  PyErr_Clear();  // whatever else has a value as a float
+  return false;
+}
+
 // The fields of lipcore.update_rules.UpdateRule, in its order.
 void read_rule(PyObject* rule, int64_t index, UpdateItem* item) {
   double fields[7];
   const bool shaped = PyTuple_Check(rule) && PyTuple_GET_SIZE(rule) == 7;
   for (Py_ssize_t k = 0; shaped && k < 7; ++k) {
-    fields[k] = PyFloat_AsDouble(PyTuple_GET_ITEM(rule, k));
+    PyObject* field = PyTuple_GET_ITEM(rule, k);
+    TensorView there{};
+    if (k < 6 && is_on_device(field, index, &there)) {
+      item->scalar_at[k] = there;
+      fields[k] = std::nan("");
+      continue;
+    }
+    fields[k] = PyFloat_AsDouble(field);
     if (fields[k] == -1 && PyErr_Occurred()) throw py::error_already_set();
   }
   if (!shaped) {
@@ -85,25 +100,30 @@ void update_sums_of(py::handle params, py::handle first, py::handle second, py::
   check(update_sums(items, view_of(rows, "rows", Access::kWrite), view_of(normalized, "normalized", Access::kWrite)));
 }
 
+void observe_normalized_of(py::handle mean_square, py::handle table) {
+  check(observe_normalized(view_of(mean_square, "mean_square"), view_of(table, "table", Access::kWrite)));
+}
+
 // share and gap_sq float64 [n]; see fold_means().
 void fold_means_of(py::handle mean, py::handle earlier, py::handle share, py::handle gap_sq) {
   const auto means = views_of(mean, "mean"), earliers = views_of(earlier, "earlier", Access::kWrite);
   const TensorView s = view_of(share, "share", Access::kWrite), out = view_of(gap_sq, "gap_sq", Access::kWrite);
   for (const TensorView* vector : {&s, &out})
-    if (vector->dtype != DType::kFloat64 || !vector->on_cpu() || vector->numel != static_cast<int64_t>(means.size()))
-      throw py::value_error("share, gap_sq: expected float64 CPU tensors with one number per tensor");
+    if (vector->dtype != DType::kFloat64 || !vector->same_device(s) ||
+        vector->numel != static_cast<int64_t>(means.size()))
+      throw py::value_error("share, gap_sq: expected float64 tensors on one device with one number per tensor");
   if (means.size() != earliers.size()) throw py::value_error("earlier: expected one tensor per mean");
-  check(fold_means(means, earliers, static_cast<const double*>(s.data), static_cast<double*>(out.data)));
+  check(fold_means(means, earliers, static_cast<const double*>(s.data), static_cast<double*>(out.data), out.device));
 }
 
 void square_sums_of(py::handle tensors, py::handle out) {
   const auto views = views_of(tensors, "tensors");
   const TensorView table = view_of(out, "out", Access::kWrite);
   if (table.dtype != DType::kFloat64 || table.ndim != 2 || table.shape[0] != static_cast<int64_t>(views.size()) ||
-      table.shape[1] != kStepSums || !table.on_cpu())
-    throw py::value_error("out: expected a float64 CPU tensor with a row per tensor and " + std::to_string(kStepSums) +
+      table.shape[1] != kStepSums)
+    throw py::value_error("out: expected a float64 tensor with a row per tensor and " + std::to_string(kStepSums) +
                           " columns, got " + ShapeText(table).text);
-  check(square_sums(views, static_cast<StepSums*>(table.data)));
+  check(square_sums(views, static_cast<StepSums*>(table.data), table.device));
 }
 
 std::unique_ptr<Ledger> make_ledger(py::handle rows, py::handle recent, py::handle cursor, int64_t tensors) {
@@ -253,6 +273,7 @@ void bind_trajectory(py::module_& m) {
   m.def("sketch", &sketch_of, py::arg("tensors"), py::arg("first_index"), py::arg("seed"), py::arg("out"));
   m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
         py::arg("rows"), py::arg("normalized"));
+  m.def("observe_normalized", &observe_normalized_of, py::arg("mean_square"), py::arg("table"));
   m.def("fold_means", &fold_means_of, py::arg("mean"), py::arg("earlier"), py::arg("share"), py::arg("gap_sq"));
   m.def("square_sums", &square_sums_of, py::arg("tensors"), py::arg("out"));
   py::class_<Ledger>(m, "Ledger", "Scalars of a trajectory: tensors, groups and the total.")

@@ -21,9 +21,6 @@ UpdateCoefficients<typename E::Lanes> coefficients(const UpdateScalars& s) {
   return {E::set(s.rate), E::set(s.mix), E::set(s.decay), E::set(s.first_scale), E::set(s.second_scale), E::set(s.eps)};
 }
 
-constexpr bool reads_first(UpdateForm form) { return form != UpdateForm::kHeld; }
-constexpr bool reads_second(UpdateForm form) { return form == UpdateForm::kTwo || form == UpdateForm::kAdaptive; }
-
 template <UpdateForm kForm>
 struct Form {
   static constexpr UpdateForm value = kForm;

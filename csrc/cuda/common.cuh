@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "cuda/kernels.h"
@@ -13,6 +14,7 @@ namespace lipcore::cuda {
 
 constexpr int kThreads = 256;    // per block, for every kernel
 constexpr int kBlocksPerSm = 3;  // at least, for the kernels that stream memory: 80 registers per thread
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 constexpr int64_t kMaxBlocks = 1 << 20;  // where there is more to do, blocks take several turns
 inline int64_t blocks_for(int64_t work) { return work < kMaxBlocks ? work : kMaxBlocks; }

@@ -9,6 +9,8 @@
 #include "math/conv_shape.h"
 #include "math/gram_sums.h"
 #include "math/trajectory_row.h"
+#include "math/update.h"
+#include "ops/observe_rows.h"
 #include "ops/rows.h"
 #include "ops/sketch_schedule.h"
 
@@ -186,5 +188,84 @@ int64_t sketch_task_elements(int64_t total, int64_t buckets);
 Status upload_words(const void* host, int64_t bytes, void* device, void* stream);
 
 Status run_sketch(const SketchTables& tables, void* stream);
+
+// ---- square_sums, update_sums, fold_means: sums of many tensors, chunk by chunk, then tensor by tensor. The tensors
+// travel as kernel parameters, a few dozen per launch: nothing is kept of them between calls, so they may lie elsewhere
+// in each, and a captured graph carries its own.
+
+// Chunks of a tensor. An empty one has one too, which says that it is there.
+LIPCORE_INLINE int64_t chunks_of(int64_t count) { return count > 0 ? (count + kCudaChunk - 1) / kCudaChunk : 1; }
+
+// Where the chunks of a tensor are: written by its first one, for the launch that adds them up.
+struct ChunkSpan {
+  int64_t first, count;
+  double elements;  // of a tensor whose mean square is asked for, else NaN
+};
+
+struct SquareTensor {
+  const void* x;
+  int64_t count;
+  int64_t first_chunk;  // those of the tensor before it are right before
+  DType dtype;
+};
+struct SquarePartial {
+  double square, nonfinite;
+};
+struct SquareTables {
+  SquarePartial* partials;  // per chunk
+  ChunkSpan* spans;         // per tensor
+  StepSums* rows;           // per tensor: the result
+};
+Status square_sums(const SquareTables& tables, const std::vector<SquareTensor>& tensors, void* stream);
+
+constexpr int kUpdateScalars = 6;  // of UpdateCoefficients, in its order
+struct UpdateScalar {
+  double value;
+  const void* at;  // on the device; null where the value is known
+  DType dtype;     // of what is there
+};
+struct UpdateTensor {
+  const void *w, *first, *second;  // null where the form reads none
+  int64_t count;
+  int64_t first_chunk;
+  DType dtype, first_dtype, second_dtype;
+  UpdateForm form;
+  UpdateScalar scalars[kUpdateScalars];
+};
+struct UpdateTables {
+  UpdateSums* partials;
+  ChunkSpan* spans;
+  StepSums* rows;      // the results
+  double* normalized;  // mean squares of normalised updates
+};
+Status update_sums(const UpdateTables& tables, const std::vector<UpdateTensor>& tensors, void* stream);
+
+// Takes the mean squares of a step into the table [kNormalizedRows, tensors].
+Status observe_normalized(const double* mean_square, int64_t tensors, double* table, void* stream);
+
+struct FoldTensor {
+  const void* mean;  // float32 or float64
+  double* earlier;
+  int64_t count;
+  int64_t first_chunk;
+  DType dtype;
+};
+struct FoldTables {
+  double* partials;
+  ChunkSpan* spans;
+  const double* share;  // per tensor
+  double* gap_sq;       // the result
+};
+Status fold_means(const FoldTables& tables, const std::vector<FoldTensor>& tensors, void* stream);
+
+// ---- observe_rows
+
+struct ObserveTables {
+  ObservedRow* rows;      // per place
+  int64_t* bins;          // [places, kBins]
+  ObservedRow* partials;  // per place and chunk; null for one chunk
+  int64_t chunks;         // of the values of a place
+};
+Status observe_rows(const ObservedTable& table, const ObserveTables& out, void* stream);
 
 }  // namespace lipcore::cuda

@@ -119,6 +119,19 @@ bool observe_sums(const LedgerTables& ledger, const StepSums* sums, dlpack::Devi
   return on.enter(device) && on.check(observe_sums(ledger, sums, on.stream()));
 }
 
+bool observe_rows(const ObservedTable& table, dlpack::Device device, ObservedRow* rows, int64_t* bins) {
+  OnDevice on("observe_rows");
+  if (!on.enter(device)) return false;
+  ObserveTables out{rows, bins, nullptr, chunks_of(table.count)};
+  TorchMemory memory;
+  if (out.chunks > 1) {
+    const int64_t partials = table.places * out.chunks;
+    if (!memory.allocate(device, TorchMemory::size_of<ObservedRow>(partials))) return false;
+    out.partials = memory.take<ObservedRow>(partials);
+  }
+  return on.check(observe_rows(table, out, on.stream()));
+}
+
 bool StepRunner::plan(const std::vector<TrajectoryItem>& items, dlpack::Device device, const LedgerTables& ledger) {
   OnDevice on("trajectory");
   int64_t bytes, chunks;

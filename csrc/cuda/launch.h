@@ -29,6 +29,8 @@ bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device de
 
 bool observe_sums(const LedgerTables& ledger, const StepSums* sums, dlpack::Device device);
 
+bool observe_rows(const ObservedTable& table, dlpack::Device device, ObservedRow* rows, int64_t* bins);
+
 // The stateful form: tables on the device are made once, and the ledger, which is there too, tells each step whether it
 // is the first of a window. So a step depends on nothing on the host but the pointers: it can be captured in a CUDA
 // graph.

@@ -7,7 +7,6 @@
 // do not depend on the GPU or on alignment.
 #include <algorithm>
 #include <cub/block/block_reduce.cuh>
-#include <limits>
 
 #include "cuda/common.cuh"
 #include "math/trajectory_row.h"
@@ -19,7 +18,6 @@ namespace {
 // multiprocessor that hides the latency of memory; twice as many spill.
 template <class E>
 constexpr int kUnroll = sizeof(typename E::Stored) == 2 ? 1 : 2;
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
 struct Merge {
   __device__ StepSums operator()(StepSums a, const StepSums& b) const {
@@ -255,6 +253,10 @@ __global__ void __launch_bounds__(kThreads)
   if (tensor < ledger.tensors) observe_tensor(ledger, tensor, sums[tensor]);
 }
 
+__device__ __forceinline__ bool is_member(const LedgerTables& ledger, int64_t tensor, int64_t group) {
+  return group == ledger.groups || ledger.rows[tensor].group == static_cast<double>(group);
+}
+
 // One block per group, and one for the total.
 __global__ void __launch_bounds__(kThreads)
     finish_groups(const __grid_constant__ LedgerTables ledger, const StepSums* tensors) {
@@ -262,12 +264,48 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t group = blockIdx.x;
   StepSums sums = no_member();
   for (int64_t i = threadIdx.x; i < ledger.tensors; i += kThreads)
-    if (group == ledger.groups || ledger.rows[i].group == static_cast<double>(group)) merge_member(&sums, tensors[i]);
+    if (is_member(ledger, i, group)) merge_member(&sums, tensors[i]);
   sums = Reduce(storage).Reduce(sums, Merge{});
   if (threadIdx.x != 0) return;
   const int64_t row = ledger.tensors + group;
   observe_group(&ledger.rows[row], &recent_of(ledger, ledger.cursor[1])[row], sums);
   if (group == ledger.groups) ledger.cursor[0] = ledger.cursor[1] + 1;
+}
+
+__device__ __forceinline__ StepSums merge_warp(const StepSums& own) {
+  double sums[kStepSums];
+  memcpy(sums, &own, sizeof sums);
+  StepSums merged = own;
+  for (int distance = 16; distance; distance /= 2) {
+    double others[kStepSums];
+#pragma unroll
+    for (int i = 0; i < kStepSums; ++i) others[i] = __shfl_down_sync(0xffffffffu, sums[i], distance);
+    StepSums other;
+    memcpy(&other, others, sizeof others);
+    merge(&merged, other);
+    memcpy(sums, &merged, sizeof sums);
+  }
+  return merged;
+}
+
+// By one block, a warp per group: of few tensors this takes no longer than one launch more does.
+constexpr int64_t kMostMembers = 1 << 14;  // tensors times groups
+__global__ void __launch_bounds__(kThreads)
+    observe_all(const __grid_constant__ LedgerTables ledger, const StepSums* tensors) {
+  RecentStep* recent = recent_of(ledger, ledger.cursor[0]);
+  for (int64_t i = threadIdx.x; i < ledger.tensors; i += kThreads) observe_row(&ledger.rows[i], &recent[i], tensors[i]);
+  constexpr int kWarp = 32;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  for (int64_t group = threadIdx.x / kWarp; group <= ledger.groups; group += kThreads / kWarp) {
+    StepSums sums = no_member();
+    for (int64_t i = lane; i < ledger.tensors; i += kWarp)
+      if (is_member(ledger, i, group)) merge_member(&sums, tensors[i]);
+    sums = merge_warp(sums);
+    const int64_t row = ledger.tensors + group;
+    if (lane == 0) observe_group(&ledger.rows[row], &recent[row], sums);
+  }
+  __syncthreads();  // everybody has read the cursor
+  if (threadIdx.x == 0) ledger.cursor[0] += 1;
 }
 
 // As many entries as fit into the 4 KiB that every driver allows for a kernel's parameters.
@@ -322,6 +360,8 @@ Status finish_step(const StepTables& tables, void* stream) {
 }
 
 Status observe_sums(const LedgerTables& ledger, const StepSums* sums, void* stream) {
+  if (ledger.tensors * (ledger.groups + 1) <= kMostMembers)
+    return launch("taking in a step", &observe_all, 1, stream, ledger, sums);
   const int64_t blocks = (ledger.tensors + kThreads - 1) / kThreads;
   const Status status = launch("taking in the tensors", &observe_tensors, blocks, stream, ledger, sums);
   if (status.code) return status;

@@ -5,6 +5,8 @@
 // difference of nearly equal numbers is taken. The division is in the coefficients, so that dw = -(decay w + s) here.
 #pragma once
 
+#include <cmath>
+
 #include "math/trajectory.h"
 
 namespace lipcore {
@@ -16,6 +18,11 @@ enum class UpdateForm : int32_t {
   kTwo,       // s = rate a + mix b: Nesterov's momentum (a the gradient, b the buffer)
   kAdaptive,  // s = rate u, u = first_scale a / (second_scale sqrt(b) + eps): Adam, AdamW
 };
+
+LIPCORE_INLINE constexpr bool reads_first(UpdateForm form) { return form != UpdateForm::kHeld; }
+LIPCORE_INLINE constexpr bool reads_second(UpdateForm form) {
+  return form == UpdateForm::kTwo || form == UpdateForm::kAdaptive;
+}
 
 template <class V>
 struct UpdateCoefficients {
@@ -62,6 +69,21 @@ struct UpdateSums {
 LIPCORE_INLINE void merge(UpdateSums* into, const UpdateSums& from) {
   merge(&into->step, from.step);
   into->direction_sq += from.direction_sq;
+}
+
+// What is kept of a tensor's normalised updates over a window: the root mean square of the last one, their sum, the
+// largest, and their number. A table has a row of each, with a column per tensor.
+constexpr int kNormalizedRows = 4;
+
+// NaN, for a step that normalised nothing or was not finite, leaves all as it was.
+LIPCORE_INLINE void observe_normalized(double* table, int64_t tensors, int64_t tensor, double mean_square) {
+  const double rms = square_root(mean_square);
+  if (!(rms < static_cast<double>(INFINITY))) return;
+  double* column = table + tensor;
+  column[0] = rms;
+  column[tensors] += rms;
+  column[2 * tensors] = rms > column[2 * tensors] ? rms : column[2 * tensors];
+  column[3 * tensors] += 1;
 }
 
 }  // namespace lipcore

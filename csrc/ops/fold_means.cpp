@@ -4,28 +4,39 @@
 #include <vector>
 
 #include "kernels.h"
+#include "math/fold.h"
 #include "python/parallel.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/tensor_sums.h"
+#endif
 
 namespace lipcore {
 namespace {
 
-// Returns sum (mean - earlier)^2; earlier becomes their mean, `mean` with this share.
 template <class T>
 double fold(const T* mean, double* earlier, int64_t count, double share) {
   double sum = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const double gap = mean[i] - earlier[i];
-    sum += gap * gap;
-    // From the nearer end, so that a share of one gives the mean itself.
-    earlier[i] = share < 0.5 ? earlier[i] + share * gap : mean[i] - gap * (1 - share);
-  }
+  for (int64_t i = 0; i < count; ++i) sum += fold_mean(mean[i], &earlier[i], share);
   return sum;
 }
 
 }  // namespace
 
 bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, const double* share,
-                double* gap_sq) {
+                double* gap_sq, dlpack::Device device) {
+  for (size_t i = 0; i < mean.size(); ++i) {
+    const bool there = mean[i].device.type == device.type && mean[i].device.id == device.id;
+    if (earlier[i].dtype != DType::kFloat64 || mean[i].numel != earlier[i].numel || !there ||
+        !mean[i].same_device(earlier[i]) || (mean[i].dtype != DType::kFloat32 && mean[i].dtype != DType::kFloat64))
+      return fail({"earlier", static_cast<int64_t>(i)}, "does not fit mean[%zu]", i);
+  }
+  if (device.type != dlpack::kCPU) {
+#if defined(LIPCORE_WITH_CUDA)
+    return mean.empty() || cuda::fold_means(mean, earlier, device, share, gap_sq);
+#else
+    return fail({"mean"}, "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON");
+#endif
+  }
   struct Chunk {
     size_t tensor;
     int64_t begin;
@@ -34,9 +45,6 @@ bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorVie
   std::vector<Chunk> chunks;
   int64_t total = 0;
   for (size_t i = 0; i < mean.size(); ++i) {
-    if (earlier[i].dtype != DType::kFloat64 || mean[i].numel != earlier[i].numel || !mean[i].on_cpu() ||
-        (mean[i].dtype != DType::kFloat32 && mean[i].dtype != DType::kFloat64))
-      return fail({"earlier", static_cast<int64_t>(i)}, "does not fit mean[%zu]", i);
     for (int64_t begin = 0; begin < mean[i].numel; begin += kChunk) chunks.push_back({i, begin, 0});
     total += mean[i].numel;
   }

@@ -6,6 +6,9 @@
 
 #include "kernels.h"
 #include "python/parallel.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/tensor_sums.h"
+#endif
 
 namespace lipcore {
 namespace {
@@ -16,9 +19,30 @@ StepSums sums_of(double square, double nonfinite) {
   return {nan, nan, nan, nan, nan, nonfinite};
 }
 
+bool check_all(const std::vector<TensorView>& tensors, dlpack::Device device) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorView& t = tensors[i];
+    const ArgumentName name = {"tensors", static_cast<int64_t>(i)};
+    if (t.device.type != device.type || t.device.id != device.id)
+      return fail(name, device.type == dlpack::kCPU ? "is not on the CPU" : "is on another device than the result");
+    if (!t.is_dense()) return fail(name, "is not dense memory; pass a contiguous copy");
+  }
+  return true;
+}
+
 }  // namespace
 
-bool square_sums(const std::vector<TensorView>& tensors, StepSums* out) {
+bool square_sums(const std::vector<TensorView>& tensors, StepSums* out, dlpack::Device device) {
+  if (!check_all(tensors, device)) return false;
+  if (device.type != dlpack::kCPU) {
+#if defined(LIPCORE_WITH_CUDA)
+    return tensors.empty() || cuda::square_sums(tensors, device, out);
+#else
+    return fail({"tensors"},
+                "are on a CUDA device, but this lipcore was built without CUDA; rebuild with "
+                "LIPCORE_CUDA=ON or pass CPU tensors");
+#endif
+  }
   struct Chunk {
     const char* data;
     DType dtype;
@@ -27,10 +51,7 @@ bool square_sums(const std::vector<TensorView>& tensors, StepSums* out) {
   };
   std::vector<Chunk> chunks;
   int64_t total = 0;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const TensorView& t = tensors[i];
-    if (!t.on_cpu()) return fail({"tensors", static_cast<int64_t>(i)}, "is not on the CPU");
-    if (!t.is_dense()) return fail({"tensors", static_cast<int64_t>(i)}, "is not dense memory; pass a contiguous copy");
+  for (const TensorView& t : tensors) {
     for (int64_t begin = 0; begin < t.numel; begin += kChunk)
       chunks.push_back({static_cast<const char*>(t.data) + begin * item_size(t.dtype), t.dtype,
                         std::min(kChunk, t.numel - begin), 0, 0});

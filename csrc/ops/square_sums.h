@@ -9,8 +9,8 @@
 namespace lipcore {
 
 // out[i] = the step of a tensor that moved by tensors[i] (of gradients: their norms in the columns of a trajectory):
-// dw_sq and weight_sq its sum of squares, NaN with the count where there are NaN or infinite elements. Dense, on the
-// CPU.
-bool square_sums(const std::vector<TensorView>& tensors, StepSums* out);
+// dw_sq and weight_sq its sum of squares, NaN with the count where there are NaN or infinite elements; zeros for an
+// empty one. Dense, all on the device where `out` is.
+bool square_sums(const std::vector<TensorView>& tensors, StepSums* out, dlpack::Device device = {dlpack::kCPU, 0});
 
 }  // namespace lipcore

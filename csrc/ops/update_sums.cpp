@@ -7,6 +7,9 @@
 #include "kernels.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/tensor_sums.h"
+#endif
 
 namespace lipcore {
 namespace {
@@ -59,28 +62,27 @@ bool check_all(const std::vector<UpdateItem>& items, const TensorView& rows, con
   const auto n = static_cast<int64_t>(items.size());
   for (int64_t i = 0; i < n; ++i) {
     const UpdateItem& item = items[i];
-    if (!item.w.on_cpu())
-      return fail({"params", i},
-                  "is on a CUDA device; lipcore.functional.update_sums takes it, this CPU kernel cannot");
+    if (!item.w.same_device(items[0].w))
+      return fail({"params", i}, "is on another device than params[0]; put all on one");
     if (!item.w.is_dense()) return fail({"params", i}, "is not dense memory; pass a contiguous copy");
     if (item.has_first && !check_state(item.first, item.w, {"first", i})) return false;
     if (item.has_second && !check_state(item.second, item.w, {"second", i})) return false;
+    for (const TensorView& scalar : item.scalar_at)
+      if (scalar.data && !scalar.same_device(item.w))
+        return fail({"rules", i}, "has a number on another device than params[%lld]; put all on one",
+                    static_cast<long long>(i));
   }
+  const auto beside = [&](const TensorView& out) { return n ? out.same_device(items[0].w) : out.on_cpu(); };
   if (rows.dtype != DType::kFloat64 || rows.ndim != 2 || rows.shape[0] != n || rows.shape[1] != kStepSums ||
-      (n > 1 && rows.strides[0] != kStepSums) || (n && rows.strides[1] != 1) || !rows.on_cpu())
-    return fail({"rows"}, "expected a contiguous float64 CPU tensor of shape [%lld, %d], got %s %s",
+      (n > 1 && rows.strides[0] != kStepSums) || (n && rows.strides[1] != 1) || !beside(rows))
+    return fail({"rows"}, "expected a contiguous float64 tensor of shape [%lld, %d] on the params' device, got %s %s",
                 static_cast<long long>(n), kStepSums, dtype_name(rows.dtype), ShapeText(rows).text);
-  if (normalized.dtype != DType::kFloat64 || normalized.ndim != 1 || normalized.numel != n || !normalized.on_cpu())
-    return fail({"normalized"}, "expected a float64 CPU tensor of shape [%lld], got %s %s", static_cast<long long>(n),
-                dtype_name(normalized.dtype), ShapeText(normalized).text);
+  if (normalized.dtype != DType::kFloat64 || normalized.ndim != 1 || normalized.numel != n || !beside(normalized))
+    return fail({"normalized"}, "expected a float64 tensor of shape [%lld] on the params' device, got %s %s",
+                static_cast<long long>(n), dtype_name(normalized.dtype), ShapeText(normalized).text);
   if (n && overlap(rows, normalized))
     return fail({"normalized"}, "is written to but shares memory with rows; pass separate tensors");
   return check_written(rows, {"rows"}, items) && check_written(normalized, {"normalized"}, items);
-}
-
-UpdateForm form_of(const UpdateItem& item) {
-  if (item.adaptive) return UpdateForm::kAdaptive;
-  return item.has_second ? UpdateForm::kTwo : item.has_first ? UpdateForm::kOne : UpdateForm::kHeld;
 }
 
 const void* at(const TensorView& view, int64_t element) {
@@ -120,8 +122,24 @@ void sum_chunk(const UpdateChunk& work, UpdateSums* sums) {
 
 }  // namespace
 
+UpdateForm form_of(const UpdateItem& item) {
+  if (item.adaptive) return UpdateForm::kAdaptive;
+  return item.has_second ? UpdateForm::kTwo : item.has_first ? UpdateForm::kOne : UpdateForm::kHeld;
+}
+
 bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& normalized) {
   if (!check_all(items, rows, normalized)) return false;
+  auto* row = static_cast<StepSums*>(rows.data);
+  auto* mean_square = static_cast<double*>(normalized.data);
+  if (!items.empty() && !items[0].w.on_cpu()) {
+#if defined(LIPCORE_WITH_CUDA)
+    return cuda::update_sums(items, items[0].w.device, row, mean_square);
+#else
+    return fail({"params"},
+                "are on a CUDA device, but this lipcore was built without CUDA; rebuild with "
+                "LIPCORE_CUDA=ON or pass CPU tensors");
+#endif
+  }
   const std::vector<Chunk> chunks = chunks_of(items);
   std::vector<UpdateSums> partials(chunks.size());
   int64_t total = 0;
@@ -134,8 +152,6 @@ bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, c
   if (state) PyEval_RestoreThread(state);
 
   const double nan = std::numeric_limits<double>::quiet_NaN();
-  auto* row = static_cast<StepSums*>(rows.data);
-  auto* mean_square = static_cast<double*>(normalized.data);
   size_t c = 0;
   for (size_t i = 0; i < items.size(); ++i) {
     UpdateSums sums{};
@@ -145,6 +161,29 @@ bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, c
     const auto count = static_cast<double>(items[i].w.numel);
     mean_square[i] = finite && items[i].adaptive && count > 0 ? sums.direction_sq / count : nan;
   }
+  return true;
+}
+
+bool observe_normalized(const TensorView& mean_square, const TensorView& table) {
+  const int64_t n = mean_square.numel;
+  if (mean_square.dtype != DType::kFloat64 || mean_square.ndim != 1)
+    return fail({"mean_square"}, "expected a float64 tensor of shape [tensors], got %s %s",
+                dtype_name(mean_square.dtype), ShapeText(mean_square).text);
+  if (table.dtype != DType::kFloat64 || table.ndim != 2 || table.shape[0] != kNormalizedRows || table.shape[1] != n ||
+      (n && (table.strides[0] != n || table.strides[1] != 1)) || !table.same_device(mean_square))
+    return fail({"table"}, "expected a contiguous float64 tensor of shape [%d, %lld] beside mean_square, got %s %s",
+                kNormalizedRows, static_cast<long long>(n), dtype_name(table.dtype), ShapeText(table).text);
+  const auto* values = static_cast<const double*>(mean_square.data);
+  auto* rows = static_cast<double*>(table.data);
+  if (!table.on_cpu()) {
+#if defined(LIPCORE_WITH_CUDA)
+    return n == 0 || cuda::observe_normalized(values, n, table.device, rows);
+#else
+    return fail({"table"},
+                "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON");
+#endif
+  }
+  for (int64_t i = 0; i < n; ++i) observe_normalized(rows, n, i, values[i]);
   return true;
 }
 

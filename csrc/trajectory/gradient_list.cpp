@@ -27,13 +27,14 @@ bool GradientList::look_up(const GradientEntry& entry, PyObject** gradient) cons
 GradientList::Found GradientList::read(const TensorView& out) {
   const int64_t n = static_cast<int64_t>(entries_.size());
   if (out.dtype != DType::kFloat64 || out.ndim != 2 || out.shape[0] != n || out.shape[1] != kStepSums ||
-      !out.on_cpu()) {
-    fail({"out"}, "expected a float64 CPU tensor of shape [%lld, %d], got %s %s", static_cast<long long>(n), kStepSums,
-         dtype_name(out.dtype), ShapeText(out).text);
+      (n > 0 && out.strides[1] != 1)) {
+    fail({"out"}, "expected a contiguous float64 tensor of shape [%lld, %d], got %s %s", static_cast<long long>(n),
+         kStepSums, dtype_name(out.dtype), ShapeText(out).text);
     return Found::kError;
   }
   views_.clear();
-  index_.clear();
+  TensorView nothing{};  // in the place of a gradient that is not there
+  nothing.device = out.device;
   Found found = Found::kPlain;
   for (size_t i = 0; i < entries_.size() && found == Found::kPlain; ++i) {
     PyObject* gradient = nullptr;
@@ -43,29 +44,21 @@ GradientList::Found GradientList::read(const TensorView& out) {
       break;
     }
     held_.push_back(gradient);
-    if (gradient == Py_None) continue;
+    if (gradient == Py_None) {
+      views_.push_back(nothing);
+      continue;
+    }
     if (!view_tensor(gradient, {"grad", static_cast<int64_t>(i)}, Access::kRead, &view)) {
       PyErr_Clear();  // the slow way says it in words, or can do with it
       found = Found::kUnusual;
-    } else if (!view.on_cpu() || !view.is_dense()) {
+    } else if (!view.same_device(out) || !view.is_dense()) {
       found = Found::kUnusual;
     } else {
       views_.push_back(view);
-      index_.push_back(i);
     }
   }
-  if (found == Found::kPlain) {
-    auto* sums = static_cast<StepSums*>(out.data);
-    if (!square_sums(views_, sums)) found = Found::kError;
-    // Where some have none, the others' move up from the end, so that none is overwritten before it was moved.
-    for (size_t i = entries_.size(), k = index_.size(); found == Found::kPlain && k < i;) {
-      --i;
-      if (k > 0 && index_[k - 1] == i)
-        sums[i] = sums[--k];
-      else
-        sums[i] = {};
-    }
-  }
+  if (found == Found::kPlain && !square_sums(views_, static_cast<StepSums*>(out.data), out.device))
+    found = Found::kError;
   for (PyObject* gradient : held_) Py_DECREF(gradient);
   held_.clear();
   return found;

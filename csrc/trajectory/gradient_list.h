@@ -27,7 +27,7 @@ class GradientList {
   enum class Found {
     kError,    // a Python exception is set
     kPlain,    // out[i] is the step of a tensor that moved by the i-th gradient; of none, zeros
-    kUnusual,  // a parameter is gone, or a gradient is sparse, sharded, strided or not on the CPU; out is as it was
+    kUnusual,  // a parameter is gone, or a gradient is sparse, sharded, strided or elsewhere; out is as it was
   };
   Found read(const TensorView& out);
 
@@ -37,7 +37,6 @@ class GradientList {
   std::vector<GradientEntry> entries_;
   std::vector<PyObject*> held_;  // a view borrows from its tensor
   std::vector<TensorView> views_;
-  std::vector<size_t> index_;
 };
 
 }  // namespace lipcore

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 Scalar = float | Tensor  #: a Tensor only for CUDA parameters: a 0-dimensional one that nothing on the host waits for
@@ -54,39 +53,3 @@ class UpdateRule(NamedTuple):
 
 GIVEN = UpdateRule(rate=-1.0)  #: the first tensor is dw itself
 DIFFERENCE = UpdateRule(rate=1.0, decay=-1.0)  #: the first tensor is the parameter before the step
-
-
-def sums_on_device(w: Tensor, a: Tensor | None, b: Tensor | None, rule: UpdateRule) -> tuple[Tensor, Tensor]:
-    """Return a row of :func:`lipcore.functional.update_sums` and its mean square by torch's operations, without a host
-    synchronisation. Transient memory: about four copies of the tensor in its working type."""
-    tensors = [t.detach() for t in (w, a, b) if t is not None]
-    work = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-    w = w.detach().to(work)
-    moved = w * rule.decay
-    mean_square = w.new_full((), torch.nan, dtype=torch.float64)
-    if rule.adaptive:
-        assert a is not None
-        assert b is not None
-        denominator = b.detach().to(work).sqrt().mul_(rule.second_scale).add_(rule.eps)
-        direction = (a.detach().to(work) * rule.first_scale).div_(denominator)
-        del denominator
-        if w.numel():
-            mean_square = _sum_of_squares(direction) / w.numel()
-        moved += direction.mul_(rule.rate)
-        del direction
-    else:
-        for tensor, factor in ((a, rule.rate), (b, rule.mix)):
-            if tensor is not None:
-                moved += tensor.detach().to(work) * factor
-    largest = moved.abs().amax().double() if moved.numel() else mean_square.new_zeros(())
-    zero = mean_square.new_zeros(())
-    nonfinite = (~(w.isfinite() & moved.isfinite())).sum().double()
-    row = torch.stack([_sum_of_squares(moved), zero, zero, largest, _sum_of_squares(w)])
-    usable = nonfinite == 0
-    row = torch.where(usable, row, torch.nan)
-    return torch.cat([row, nonfinite.reshape(1)]), torch.where(usable, mean_square, torch.nan)
-
-
-def _sum_of_squares(x: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return norm.square()

@@ -23,7 +23,7 @@ from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.lipschitz.window_facts import Facts, Theorem
 from lipcore.metric.blocks import Block, BlockWindow
-from lipcore.metric.distribution import observe_rows, on_device
+from lipcore.metric.distribution import observe_ratios, on_device
 from lipcore.metric.handed_out import HandedOut, Withdrawable
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.host_reads import OnDevice, TensorRead
@@ -325,7 +325,7 @@ class Lipschitz(StandaloneMetric):
         if numerators.is_cpu:
             _core.observe_ratios(numerators, output_grad, cores, self._last.smallest)
         else:
-            observe_rows(_ratios(numerators, output_grad, self._last.smallest), block)
+            observe_ratios(numerators, output_grad[0], self._last.smallest, block)
 
     def observe_gradients(self) -> None:
         if self._virtual_bias is not None:
@@ -684,9 +684,4 @@ def _ratios(numerators: Tensor, output_grad: Tensor, smallest: float) -> Tensor:
     """Return r, lambda, and r where there is a lambda, [3, B]; NaN where the output's gradient is 0, not finite or
     below `smallest`."""
     eps = output_grad.abs()
-    if not eps.is_cpu:
-        # In few operations: eps becomes NaN up to the limit, and eps - eps is NaN where it is not finite.
-        limit = math.nextafter(smallest, 0.0) if smallest > 0 else 0.0
-        eps = torch.nn.functional.threshold(eps, limit, math.nan)
-        return torch.addcdiv(eps - eps, numerators, eps)
     return torch.where((eps > 0) & (eps >= smallest) & eps.isfinite(), numerators / eps, math.nan)

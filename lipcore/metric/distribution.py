@@ -154,11 +154,20 @@ def observe_roots(squares: Tensor, distributions: Sequence[Distribution]) -> Non
     if squares.is_cpu:
         _core.observe_roots(squares, [distribution._core for distribution in distributions])
         return
-    observe_rows(squares.sqrt(), distributions)
+    if distributions:
+        _rows_of(distributions, squares.device).observe(squares.detach(), _core.OBSERVE_ROOTS)
+
+
+def observe_ratios(
+    numerators: Tensor, gradient: Tensor, smallest: float, distributions: Sequence[Distribution]
+) -> None:
+    """Add numerators[k] / |gradient|, float64 [K, B] and [B] on a device, to distribution k; a ratio is missing where
+    the gradient is 0, not finite or below `smallest`."""
+    _rows_of(distributions, numerators.device).observe(numerators, _core.OBSERVE_RATIOS, gradient, smallest)
 
 
 def observe_rows(values: Tensor, distributions: Sequence[Distribution]) -> None:
-    """Add row k of values, [K, B], to distribution k: on a device by the same operations for all of them."""
+    """Add row k of values, [K, B], to distribution k: on a device by one kernel for all of them."""
     values = values.detach()
     if values.is_cpu:
         for distribution, row in zip(distributions, values, strict=True):

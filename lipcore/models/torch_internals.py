@@ -73,10 +73,6 @@ preserved_version = _found("autograd._unsafe_preserve_version_counter")
 #: Norms of a list of tensors in a few launches.
 foreach_norm = _found("_foreach_norm")
 
-#: Arithmetic of lists of tensors, with lists of tensors or of numbers, in a few launches.
-foreach_add_, foreach_div_, foreach_mul_ = _found("_foreach_add_"), _found("_foreach_div_"), _found("_foreach_mul_")
-foreach_mul, foreach_sub, foreach_sqrt = _found("_foreach_mul"), _found("_foreach_sub"), _found("_foreach_sqrt")
-
 #: Return the store by which ranks find each other; only where there is a process group.
 default_store: Any = (
     _found("distributed.distributed_c10d._get_default_store") if torch.distributed.is_available() else None

@@ -8,17 +8,15 @@ import torch
 from torch import Tensor
 
 from lipcore import _core, functional
+from lipcore.functional.update_rules import DIFFERENCE
 
 _ALIGNMENT = 64  # elements; every tensor's state starts on a cache line
 
 
-def distances(ones: list[Tensor], others: list[Tensor]) -> Tensor:
-    """Return ||one - other|| of every pair, as float64."""
-    norms = []
-    for one, other in zip(ones, others, strict=True):
-        dtype = mean_dtype(one.dtype)
-        norms.append(functional.sample_norms((one.to(dtype) - other.to(dtype)).reshape(1, one.numel())))
-    return torch.cat(norms)
+def squared_distances(ones: list[Tensor], others: list[Tensor]) -> Tensor:
+    """Return ||one - other||^2 of every pair, as float64; NaN where either is not finite."""
+    nothing: list[Tensor | None] = [None] * len(ones)
+    return functional.update_sums(ones, others, nothing, [DIFFERENCE] * len(ones))[0][:, 0]
 
 
 def mean_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -106,13 +104,8 @@ class Copies:
             weight = share[i].to(self.mean[i].dtype)
             apart = (self.mean[i] - self.earlier[i].to(weight)).square_().mul_(folded[i].to(weight) * weight)
             self.earlier_m2[i].add_(apart).add_(torch.where(points[i] > 0, self.m2[i], torch.zeros_like(weight)))
-        if share.is_cpu:
-            gap_sq = torch.empty_like(share)
-            _core.fold_means(self.mean, self.earlier, share, gap_sq)
-            return gap_sq
-        gap_sq = distances(self.mean, self.earlier).square()
-        for i, earlier in enumerate(self.earlier):
-            earlier.lerp_(self.mean[i].double(), share[i])
+        gap_sq = torch.empty_like(share)
+        _core.fold_means(self.mean, self.earlier, share, gap_sq)
         return gap_sq
 
     def shift(self, means: list[Tensor], reference: list[Tensor]) -> None:

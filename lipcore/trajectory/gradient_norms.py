@@ -14,7 +14,6 @@ from lipcore import _core
 from lipcore.metric.results import MetricResult
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.describe import GRADIENTS
-from lipcore.trajectory.device_sums import DeviceSums
 from lipcore.trajectory.parameters import WatchedParameter, local_shard
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.tracker import Tracker
@@ -109,7 +108,7 @@ class Gradients:
         self.trackers = {
             stage: GradientTracker(watched, ring, window_blocks, steps) for stage in GRADIENTS if stage in wanted
         }
-        self._device_sums = None if steps.table.rows.is_cpu else DeviceSums(len(watched), steps.table.rows.device)
+        self._device = steps.table.rows.device
         self._before: Tensor | None = None  # what the last backward pass left
         self._used: Tensor | None = None  # what the optimizers found
         self._list = _core.GradientList([(parameter.owner, parameter.key, parameter.shadow) for parameter in watched])
@@ -171,17 +170,18 @@ class Gradients:
         return any(_gradient(parameter) is not None for parameter in self._watched)
 
     def _new_sums(self) -> Tensor:
-        return _empty(len(self._watched)) if self._device_sums is None else self._device_sums.new()
+        return torch.empty(len(self._watched), _core.STEP_COLUMNS, dtype=torch.float64, device=self._device)
 
     def _sums(self, scale: Tensor | float, out: Tensor) -> Tensor | None:
-        """Return the sums of every parameter's gradient, in `out` where they are on the CPU; None where one has no
-        value of its own."""
-        if self._device_sums is not None or not self._list.read(out):
+        """Write the sums of every parameter's gradient to `out` and return it; None where one has no value of its
+        own."""
+        if not self._list.read(out):
+            # The slow way, for those that are sparse, sharded or strided.
             gradients = [_gradient(parameter) for parameter in self._watched]
             if any(_is_partial(gradient) for gradient in gradients):
                 return None
-            dense = [None if g is None else _dense(local_shard(g)) for g in gradients]
-            out = _sums_on_cpu(dense, out) if self._device_sums is None else self._device_sums.read(dense, out)
+            nothing = torch.empty(0, device=self._device)
+            _core.square_sums([nothing if g is None else _dense(local_shard(g)) for g in gradients], out)
         if isinstance(scale, Tensor) or scale != 1.0:
             square = _square_of(scale, out)
             out[:, 0] /= square
@@ -208,20 +208,6 @@ def _square_of(scale: Tensor | float, like: Tensor) -> Tensor | float:
     # One number of the host is an argument of the kernel.
     scale = scale.detach().reshape(())
     return (scale if scale.is_cpu else scale.to(like.device)).double().square()
-
-
-def _empty(count: int) -> Tensor:
-    return torch.empty(count, _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
-
-
-def _sums_on_cpu(gradients: list[Tensor | None], out: Tensor) -> Tensor:
-    """Sum gradients the slow way, for those that are sparse, sharded or strided."""
-    there = [i for i, gradient in enumerate(gradients) if gradient is not None]
-    found = _empty(len(there))
-    _core.square_sums([gradient for gradient in gradients if gradient is not None], found)
-    out.zero_()
-    out[there] = found
-    return out
 
 
 def _gradient(parameter: WatchedParameter) -> Tensor | None:

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore import _core, functional
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
+from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
@@ -90,6 +91,7 @@ class OptimizerSource:
                 "updates are unknown; pass every optimizer that moves them, or leave those parameters out"
             )
         device = tensors[0].device if tensors else None
+        self._indices = DeviceIndices()
         self._rows = torch.zeros(len(tensors), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
         self._normalized = torch.full((len(tensors),), torch.nan, dtype=torch.float64, device=device)
 
@@ -130,27 +132,21 @@ class OptimizerSource:
                 raise ValueError(f"trajectory: parameter {self._parameters[i][0]!r}: {error}") from None
         names = [self._parameters[i][0] for i in chosen]
         params = [weights[i] for i in chosen]
-        if len(chosen) == len(weights) and self._rows.is_cpu:
+        # Where only the GPU knows whether a step was skipped, the GPU chooses.
+        verdicts = [skipped[id(places[id(w)][0])] for w in params]
+        unsure = any(isinstance(verdict, Tensor) for verdict in verdicts)
+        if len(chosen) == len(weights) and not unsure:
             return _sums(names, params, moves, (self._rows, self._normalized))
         if chosen:
-            rows, normalized = _sums(names, params, moves)
-            if len(chosen) == len(weights) and not any(isinstance(found, Tensor) for found in skipped.values()):
-                self._rows.copy_(rows)
-                self._normalized.copy_(normalized)
-                return self._rows, self._normalized
-            for k, i in enumerate(chosen):
-                self._put(i, rows[k], normalized[k], skipped[id(places[id(weights[i])][0])])
+            found = _sums(names, params, moves)
+            if unsure:
+                held = _sums(names, params, [HELD] * len(params))
+                stays = torch.stack([_flag(verdict, self._rows) for verdict in verdicts])
+                found = torch.where(stays.unsqueeze(1), held[0], found[0]), torch.where(stays, held[1], found[1])
+            index = self._indices.on(self._rows.device, chosen)
+            self._rows.index_copy_(0, index, found[0])
+            self._normalized.index_copy_(0, index, found[1])
         return self._rows, self._normalized
-
-    def _put(self, i: int, row: Tensor, normalized: Tensor, found_inf: bool | Tensor) -> None:
-        """Write one parameter's result; where only the GPU knows whether the step was skipped, the GPU chooses."""
-        if isinstance(found_inf, Tensor):
-            tensor = self._parameters[i][1][self._parameters[i][2]]
-            held, nothing = _sums([self._parameters[i][0]], [tensor], [HELD])
-            row = torch.where(found_inf != 0, held[0], row)
-            normalized = torch.where(found_inf != 0, nothing[0], normalized)
-        self._rows[i].copy_(row)
-        self._normalized[i].copy_(normalized.reshape(()))
 
     def _refuse_stranger(self, i: int) -> NoReturn:
         raise ValueError(
@@ -291,6 +287,13 @@ def _found_inf(optimizer: Optimizer) -> bool | Tensor:
     if not isinstance(found, Tensor):
         return False
     return bool(found) if found.is_cpu else found
+
+
+def _flag(verdict: bool | Tensor, like: Tensor) -> Tensor:
+    """Return the verdict as a tensor of no dimension: whether a step was skipped."""
+    if isinstance(verdict, Tensor):
+        return verdict.reshape(()) != 0
+    return torch.full((), verdict, device=like.device)
 
 
 def _sums(names: Sequence[str], params: list[Tensor], moves: Sequence[Move], out: Sums | None = None) -> Sums:

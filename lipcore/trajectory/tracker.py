@@ -13,7 +13,7 @@ from lipcore.metric.distribution import loaded_distributions
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_like
 from lipcore.trajectory.checkpoint import check_counters
-from lipcore.trajectory.copies import distances
+from lipcore.trajectory.copies import squared_distances
 from lipcore.trajectory.describe import MOVES, OFFSETS, Rows
 from lipcore.trajectory.table import (
     COLUMN,
@@ -178,7 +178,7 @@ class Tracker(TrackerBase):
                 other.copies.shift(other.copies.earlier, self.copies.ref)
             other._leave_out_start(self.copies.prev, self.copies.ref, points_of(rows) > 0)
             points, more = points_of(rows)[: len(self.watched)], points_of(theirs)[: len(self.watched)]
-            apart = distances(other.copies.earlier, self.copies.earlier).square()
+            apart = squared_distances(other.copies.earlier, self.copies.earlier)
             added = self.table.with_groups(between(points, more, apart))
             for i, prev in enumerate(self.copies.prev):
                 share = (more[i] / (points[i] + more[i]).clamp(min=1)).to(self.copies.earlier[i].dtype)

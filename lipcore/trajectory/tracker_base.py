@@ -15,7 +15,7 @@ from lipcore.metric.columns import Numbers
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.results import Level, Places
-from lipcore.trajectory.copies import Copies, bytes_of, distances
+from lipcore.trajectory.copies import Copies, bytes_of, squared_distances
 from lipcore.trajectory.describe import QUANTILES, quantiles_of
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.step_ring import Recent, StepHistory
@@ -235,7 +235,7 @@ class TrackerBase:
         blocks.append((open_points, self.copies.mean[i], open_m2))
         points, mean, elements = blocks[0]
         for other_points, other, other_elements in blocks[1:]:
-            added = added + between(points, other_points, distances([mean], [other])[0].square())
+            added = added + between(points, other_points, squared_distances([mean], [other])[0])
             share = (other_points / (points + other_points).clamp(min=1)).to(mean.dtype)
             if elements is not None and other_elements is not None:
                 elements = elements + other_elements + (other - mean).square_().mul_(points.to(mean.dtype) * share)
@@ -305,5 +305,5 @@ class TrackerBase:
 
     def _measure_distance(self) -> None:
         assert self.copies
-        squares = distances(self.copies.prev, self.copies.ref).square()
+        squares = squared_distances(self.copies.prev, self.copies.ref)
         self.table.rows[:, COLUMN["distance"]] = self.table.with_groups(squares).sqrt()

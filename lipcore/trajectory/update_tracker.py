@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lipcore import _core
 from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of
 from lipcore.metric.host_reads import OnDevice, TensorRead
 from lipcore.metric.results import MetricResult
@@ -81,14 +82,7 @@ class UpdateTracker(Tracker):
             each, self._each = self._each, None
             sums, mean_square = each or self.source.sums()
         if self._rms is not None:
-            last, total, largest, counts = self._rms.unbind()
-            rms = mean_square.sqrt()
-            counted = rms < math.inf  # NaN is not
-            torch.where(counted, rms, last, out=last)
-            rms = rms.masked_fill_(~counted, 0.0)
-            total.add_(rms)
-            torch.maximum(largest, rms, out=largest)
-            counts.add_(counted)
+            _core.observe_normalized(mean_square, self._rms)
         return self.observe(sums)
 
     def on_device(self) -> list[OnDevice]:

@@ -27,13 +27,14 @@ class _Memory:
 
 
 def on_device(tensor: Tensor) -> bool:
-    """Return whether a tensor's memory is emulated device memory. Called outside the mode only."""
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        return False
-    try:
-        return bool(emulator.is_device(tensor.untyped_storage().data_ptr()))
-    except (RuntimeError, NotImplementedError):  # a tensor without a storage, as those of torch.func
-        return False
+    """Return whether a tensor's memory is emulated device memory, whatever the mode says of its device."""
+    with torch._C.DisableTorchFunction():
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+            return False
+        try:
+            return bool(emulator.is_device(tensor.untyped_storage().data_ptr()))
+        except (RuntimeError, NotImplementedError):  # a tensor without a storage, as those of torch.func
+            return False
 
 
 def placed(tensor: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """update_sums against the float64 specification: every rule, dtype, mixture of dtypes, size, layout and non-finite
-value; the torch form that CUDA tensors take against the same."""
+value; the CUDA kernels against the same."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import pytest
 import torch
 from cases import CHUNK, FEW_STEP_LISTS, STEP_LISTS, thinned, values
 from oracle import DTYPES, LAYOUTS, assert_close, eps_of, in_layout, same_bits
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lipcore import _core, functional
-from lipcore.functional import reference, update_sums_together
-from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule, sums_on_device
-from lipcore.functional.update_sums_together import sums_together
+from lipcore.functional import reference
+from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
 
 RULES = {
     "held": UpdateRule(),
@@ -190,71 +188,139 @@ def test_of_step_inverts_the_step():
         UpdateRule.of_step(0.1, shrink=0.95)
 
 
-# ---- the form for CUDA tensors, run on the CPU
+# ---- on a device
+
+DEVICE_CHUNK = 16384  # kCudaChunk
+DEVICE_SIZES = [(), (0, 4), (1,), (3,), (4,), (5,), (1023,), (1024,), (1028,), (DEVICE_CHUNK - 1,), (DEVICE_CHUNK + 5,)]
 
 
-class NoSynchronisation(TorchDispatchMode):
-    """Refuses what makes the host wait for a device, or a shape depend on values."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function._schema.name
-        assert name not in ("aten::_local_scalar_dense", "aten::nonzero", "aten::is_nonzero", "aten::equal"), name
-        return function(*args, **(kwargs or {}))
+def moved(lists, device):
+    """Tensors on another device, with their rules."""
+    return [[None if t is None else t.to(device) for t in tensors] for tensors in lists[:3]] + [lists[3]]
 
 
-def on_device(params, first, second, rules, *, together):
-    with NoSynchronisation():
-        if together:
-            return sums_together(list(zip(params, first, second, rules, strict=True)))
-        results = [sums_on_device(*entry) for entry in zip(params, first, second, rules, strict=True)]
-    return torch.stack([row for row, _ in results]), torch.stack([mean for _, mean in results])
-
-
-TOGETHER = pytest.mark.parametrize("together", [False, True], ids=["alone", "together"])
-
-
-@TOGETHER
-@pytest.mark.parametrize("scalars", ["numbers", "tensors"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", RULES)
-def test_torch_form(rule, dtype, scalars, together):
-    lists = lists_of(STEP_LISTS["mixed"] + [(CHUNK + 1,)], RULES[rule], [DTYPES[dtype]] * 3)
-    rules = lists[3]
-    if scalars == "tensors":
-        rules = [UpdateRule(*(torch.tensor(x, dtype=torch.float64) for x in r[:6]), r.adaptive) for r in rules]
-    got = on_device(*lists[:3], rules, together=together)
-    assert_right(got, *lists, k=64)  # the norm is torch's, in an order of its own
-
-
-@TOGETHER
-def test_torch_form_of_mixed_dtypes_and_non_finite_values(together):
-    lists = lists_of([(17,), (33,)], RULES["adamw"], [torch.bfloat16, torch.float32, torch.float64])
-    lists[1][0][3] = math.nan
-    lists[0][0][4] = math.inf
-    rows, normalized = on_device(*lists, together=together)
-    assert rows[0, :5].isnan().all()
-    assert rows[0, 5] == 2
-    assert normalized[0].isnan()
-    assert_right((rows[1:], normalized[1:]), *(t[1:] for t in lists))
-
-
-@pytest.mark.parametrize("limit", [0, 40, 1 << 20])
-def test_tensors_are_taken_together_in_their_order(monkeypatch, limit):
-    monkeypatch.setattr(update_sums_together, "_TOGETHER", limit)
-    both = [lists_of([(17,), (33,), (0,), (5,)], RULES[rule], [torch.float32] * 3) for rule in ("adam", "sgd")]
-    lists = [[*ours, *theirs] for ours, theirs in zip(*both, strict=True)]
-    assert_right(on_device(*lists, together=True), *lists, k=64)
+def assert_as_on_the_cpu(got, lists, error):
+    """Sums as close as their order allows, largest movements and counts the same, bit for bit."""
+    for mine, theirs in zip(got, functional.update_sums(*moved(lists, "cpu")), strict=True):
+        mine = mine.cpu()
+        assert_close(mine, theirs, eps=error, k=1)
+        if mine.dim() == 2:
+            assert same_bits(mine[:, 3], theirs[:, 3])
+            assert same_bits(mine[:, 5], theirs[:, 5])
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", RULES)
 def test_on_cuda(rule, dtype):
-    lists = lists_of(STEP_LISTS["mixed"], RULES[rule], [DTYPES[dtype]] * 3, "cuda")
-    host = [[None if t is None else t.cpu() for t in tensors] for tensors in lists[:3]]
-    rows, normalized = functional.update_sums(*lists)
-    assert rows.is_cuda
-    assert_right((rows.cpu(), normalized.cpu()), *host, lists[3], k=64)
+    lists = lists_of(DEVICE_SIZES, RULES[rule], [DTYPES[dtype]] * 3)
+    found = functional.update_sums(*moved(lists, "cuda"))
+    assert all(tensor.is_cuda for tensor in found)
+    assert_right(tuple(tensor.cpu() for tensor in found), *lists)
+    assert_as_on_the_cpu(found, lists, 1e-12)
+
+
+@pytest.mark.gpu
+def test_mixtures_on_cuda():
+    """All dtypes and forms in one call: more tensors, and more rules, than a launch takes."""
+    lists = [[], [], [], []]
+    for k, (name, dtypes) in enumerate([*MIXTURES, *MIXTURES]):
+        for mine, more in zip(lists, lists_of([(5 * k % 23,)], RULES[name], [DTYPES[d] for d in dtypes]), strict=True):
+            mine += more
+    lists[3] = [rule if k % 3 else rule._replace(rate=0.01 * (k + 1)) for k, rule in enumerate(lists[3])]
+    found = functional.update_sums(*moved(lists, "cuda"))
+    assert_right(tuple(tensor.cpu() for tensor in found), *lists)
+    assert_as_on_the_cpu(found, lists, 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_on_cuda_do_not_depend_on_alignment_or_dtype(dtype):
+    lists = moved(lists_of([(3,), (1030,), (DEVICE_CHUNK + 7,)], RULES["adamw"], [DTYPES[dtype]] * 3), "cuda")
+    expected = functional.update_sums(*lists)
+    for which in range(3):
+        shifted = list(lists)
+        shifted[which] = [t.new_empty(t.numel() + 1)[1:].copy_(t) for t in lists[which]]
+        for x, y in zip(functional.update_sums(*shifted), expected, strict=True):
+            assert same_bits(x, y)
+    if dtype in ("bf16", "f16"):
+        wide = [[t.float() for t in tensors] for tensors in lists[:3]]
+        for x, y in zip(functional.update_sums(*wide, lists[3]), expected, strict=True):
+            assert same_bits(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["f32", "f64", "bf16"])
+def test_values_that_are_not_finite_on_cuda(dtype):
+    lists = lists_of([(5,), (1030,), (7,), (3 * DEVICE_CHUNK,), (17,)], RULES["adamw"], [DTYPES[dtype]] * 3)
+    lists[0][1][-1], lists[1][1][0], lists[2][3][DEVICE_CHUNK] = math.inf, math.nan, math.nan
+    lists[0][3][-1] = lists[1][3][-1] = -math.inf
+    assert_as_on_the_cpu(functional.update_sums(*moved(lists, "cuda")), lists, 1e-12)
+
+
+@pytest.mark.gpu
+def test_float64_squares_may_overflow_on_cuda():
+    w = torch.full((3,), 1e200, dtype=torch.float64)
+    lists = [[w], [w], [None], [GIVEN]]
+    assert_as_on_the_cpu(functional.update_sums(*moved(lists, "cuda")), lists, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rule", ["nesterov", "adamw"])
+def test_numbers_of_a_rule_may_lie_on_cuda(rule, dtype):
+    """They are read there, and nothing waits for them."""
+    lists = moved(lists_of([(17,), (1030,)], RULES[rule], [torch.float32] * 3), "cuda")
+    there = [
+        UpdateRule(*(torch.tensor(x, dtype=dtype, device="cuda") for x in rule[:6]), rule.adaptive) for rule in lists[3]
+    ]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = functional.update_sums(*lists[:3], there)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    rounded = [UpdateRule(*(float(x) for x in rule[:6]), rule.adaptive) for rule in there]
+    for x, y in zip(found, functional.update_sums(*lists[:3], rounded), strict=True):
+        assert same_bits(x, y)
+    with pytest.raises(ValueError, match=r"^rules\[0\]: has a number on another device than params\[0\]"):
+        functional.update_sums(*moved(lists, "cpu")[:3], there)
+
+
+@pytest.mark.gpu
+def test_update_sums_can_be_captured_in_a_graph():
+    """A replay reads what lies in the tensors then, and the window's table of a replayed step takes in every one."""
+    lists = moved(lists_of([(17,), (DEVICE_CHUNK + 5,)], RULES["adamw"], [torch.float32] * 3), "cuda")
+    functional.update_sums(*lists)
+    table, expected = torch.zeros(4, 2, dtype=torch.float64, device="cuda"), torch.zeros(4, 2, dtype=torch.float64)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows, normalized = functional.update_sums(*lists)
+        _core.observe_normalized(normalized, table)
+    for step in range(3):
+        for k, first in enumerate(lists[1]):
+            first.copy_(values(first.shape, torch.float32, 100 + 10 * step + k))
+        if step == 1:
+            lists[1][0][3] = math.nan
+        graph.replay()
+        assert_as_on_the_cpu((rows, normalized), lists, 1e-12)
+        _core.observe_normalized(normalized.cpu(), expected)
+    assert same_bits(table, expected)
+    assert table[3].tolist() == [2, 3]
+    roots = normalized.cpu().sqrt()
+    assert same_bits(table[0].cpu(), roots)
+    assert bool((table[2].cpu() >= roots).all())
+
+
+def test_a_table_of_normalised_updates():
+    table = torch.zeros(4, 3, dtype=torch.float64)
+    for squares in ([4.0, 1.0, math.nan], [9.0, math.nan, math.inf], [1.0, 0.0, math.nan]):
+        _core.observe_normalized(torch.tensor(squares, dtype=torch.float64), table)
+    assert table.tolist() == [[1, 0, 0], [6, 1, 0], [3, 1, 0], [3, 2, 0]]
+    with pytest.raises(ValueError, match=r"^table: expected .* \[4, 3\] beside mean_square, got float64 \[3, 4\]"):
+        _core.observe_normalized(table[0].clone(), table.t().contiguous())
+    with pytest.raises(ValueError, match=r"^mean_square: expected a float64 tensor of shape \[tensors\], got float32"):
+        _core.observe_normalized(torch.zeros(3), table)
 
 
 # ---- refusals that the table of operations does not have

@@ -53,6 +53,7 @@ class DeviceOperations(TorchDispatchMode):
 
     def __enter__(self) -> Any:
         if emulator is not None:
+            emulator.synchronize()  # what was launched before is no part of it
             self._begin = emulator.launches()
         return super().__enter__()
 

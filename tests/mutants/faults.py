@@ -188,9 +188,9 @@ MUTANTS = (
     ),
     Mutant(
         "a block's mean is merged with half its weight",
-        "csrc/ops/fold_means.cpp",
-        "sum += gap * gap;",
-        "sum += 0.5 * gap * gap;",
+        "csrc/math/fold.h",
+        "return gap * gap;",
+        "return 0.5 * gap * gap;",
         (
             "trajectory/test_trajectory_windows.py::test_a_drift_without_noise",
             "trajectory/test_trajectory_windows.py::test_sliding",

@@ -29,6 +29,14 @@ _STEP = (f"{_CUDA}::test_trajectory_step_against_the_specification",)
 _GROUPS = (f"{_CUDA}::test_trajectory_step_in_groups",)
 _PLAN = (f"{_CUDA}::test_trajectory_agrees_with_the_cpu",)
 _GRAPH = (f"{_CUDA}::test_steps_can_be_captured_in_a_graph",)
+_SQUARES = (
+    "core/test_tensor_sums.py::test_squares",
+    "core/test_tensor_sums.py::test_squares_of_more_tensors_than_a_launch_takes",
+)
+_MEANS = ("core/test_tensor_sums.py::test_means_of_blocks",)
+_OBSERVED = ("core/test_observed_rows.py::test_values",)
+_LEDGER = ("core/test_ledger.py::test_steps_of_sums",)
+_UPDATES = ("functional/test_update_sums.py::test_on_cuda",)
 _RACES_OF_A_STEP = (f"{_CUDA}::test_a_past_that_is_not_finite_is_seen_in_every_sum",)
 _RACES_OF_A_SKETCH = ("functional/test_sketch.py::test_many_tensors_on_cuda",)
 _SKETCH = ("functional/test_sketch.py::test_sizes_on_cuda", "functional/test_sketch.py::test_plan_on_cuda")
@@ -648,8 +656,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "a group takes in its neighbour's tensors",
         "csrc/cuda/trajectory_step.cu",
-        "ledger.rows[i].group == static_cast<double>(group)",
-        "ledger.rows[i].group >= static_cast<double>(group)",
+        "ledger.rows[tensor].group == static_cast<double>(group)",
+        "ledger.rows[tensor].group >= static_cast<double>(group)",
         _PLAN,
     ),
     KernelMutant(
@@ -755,6 +763,242 @@ KERNEL_MUTANTS = (
         "static_cast<const uint64_t*>(host) + first, static_cast",
         "static_cast<const uint64_t*>(host), static_cast",
         ("functional/test_sketch.py::test_many_tensors_on_cuda",),
+    ),
+    # ---- sums of many tensors
+    KernelMutant(
+        "a chunk is taken for one of the tensor behind it",
+        "csrc/cuda/tensor_slices.cuh",
+        "if (tensors[middle].first_chunk <= index)",
+        "if (tensors[middle].first_chunk <= index + 1)",
+        _SQUARES,
+    ),
+    KernelMutant(
+        "chunks of tensors are as long as the first",
+        "csrc/cuda/tensor_slices.cuh",
+        "count = static_cast<int>(left < kCudaChunk ? left : kCudaChunk);",
+        "count = static_cast<int>(kCudaChunk);",
+        _SQUARES,
+    ),
+    KernelMutant(
+        "an empty tensor has no chunk",
+        "csrc/cuda/kernels.h",
+        "return count > 0 ? (count + kCudaChunk - 1) / kCudaChunk : 1; }",
+        "return (count + kCudaChunk - 1) / kCudaChunk; }",
+        ("core/test_tensor_sums.py::test_squares_of_nothing",),
+    ),
+    KernelMutant(
+        "a tensor's first chunk is not added up",
+        "csrc/cuda/tensor_slices.cuh",
+        "for (int64_t i = threadIdx.x; i < span.count; i += kThreads) sums =",
+        "for (int64_t i = threadIdx.x + 1; i < span.count; i += kThreads) sums =",
+        _SQUARES,
+    ),
+    KernelMutant(
+        "every launch works on the first tensors",
+        "csrc/cuda/tensor_slices.cuh",
+        "std::copy(tensors.begin() + first, tensors.begin() + last, slice.tensors);",
+        "std::copy(tensors.begin(), tensors.begin() + (last - first), slice.tensors);",
+        (*_SQUARES, *_MEANS),
+    ),
+    KernelMutant(
+        "eight bytes are read as sixteen",
+        "csrc/cuda/tensor_slices.cuh",
+        "std::conditional_t<sizeof lanes == sizeof(uint2), uint2, uint4>",
+        "uint4",
+        _SQUARES,
+    ),
+    KernelMutant(
+        "squares of the last elements are left out",
+        "csrc/cuda/square_sums.cu",
+        "if (rest < count) observe<E>",
+        "if (rest + 1 < count) observe<E>",
+        _SQUARES,
+    ),
+    KernelMutant(
+        "an overflow of squares is no infinite sum",
+        "csrc/cuda/square_sums.cu",
+        "isfinite(sum.square) ?",
+        "sum.nonfinite == 0 ?",
+        ("core/test_tensor_sums.py::test_squares_that_leave_float64",),
+    ),
+    KernelMutant(
+        "one thread leaves before its tensor is added up",
+        "csrc/cuda/square_sums.cu",
+        "const int64_t tensor = blockIdx.x;\n",
+        "const int64_t tensor = blockIdx.x;\n  if (threadIdx.x == 200) return;\n",
+        _SQUARES,
+    ),
+    KernelMutant(
+        "means of the last elements are kept",
+        "csrc/cuda/fold_means.cu",
+        "i < chunk.count; i += kThreads)",
+        "i + 1 < chunk.count; i += kThreads)",
+        _MEANS,
+    ),
+    KernelMutant(
+        "all means have the first share",
+        "csrc/cuda/fold_means.cu",
+        "tables.share[slice.head.first_tensor + chunk.place]",
+        "tables.share[0 * chunk.place]",
+        _MEANS,
+    ),
+    KernelMutant(
+        "shares are those of the first launch",
+        "csrc/cuda/fold_means.cu",
+        "tables.share[slice.head.first_tensor + chunk.place]",
+        "tables.share[chunk.place]",
+        _MEANS,
+    ),
+    KernelMutant(
+        "a parameter's largest movement is the last one",
+        "csrc/cuda/update_sums.cu",
+        "if (size > max_dw) max_dw = size;",
+        "max_dw = size;",
+        _UPDATES,
+    ),
+    KernelMutant(
+        "infinite parameters are not counted",
+        "csrc/cuda/update_sums.cu",
+        "nonfinite += !(isfinite(w) && isfinite(update.moved));",
+        "nonfinite += !isfinite(update.moved);",
+        ("functional/test_update_sums.py::test_values_that_are_not_finite_on_cuda",),
+    ),
+    KernelMutant(
+        "the half of a group is left out",
+        "csrc/cuda/update_sums.cu",
+        "part < kGroup; part += kElements)",
+        "part < kElements; part += kElements)",
+        _UPDATES,
+    ),
+    KernelMutant(
+        "an unaligned moment is read by wide accesses",
+        "csrc/cuda/update_sums.cu",
+        "(tensor.second_dtype == tensor.dtype && is_aligned(tensor.second))",
+        "tensor.second_dtype == tensor.dtype",
+        ("functional/test_update_sums.py::test_sums_on_cuda_do_not_depend_on_alignment_or_dtype",),
+    ),
+    KernelMutant(
+        "a mixture with float64 is added up in float32",
+        "csrc/cuda/update_sums.cu",
+        "(kFirst && tensor.first_dtype == kDouble)",
+        "false",
+        ("functional/test_update_sums.py::test_mixtures_on_cuda",),
+    ),
+    KernelMutant(
+        "a ninth rule is the first",
+        "csrc/cuda/update_sums.cu",
+        "if (place == kRules) return false;",
+        "if (place == kRules) place = 0;",
+        ("functional/test_update_sums.py::test_mixtures_on_cuda",),
+    ),
+    KernelMutant(
+        "the address of a number is taken for it",
+        "csrc/cuda/update_sums.cu",
+        "if (rule.stored[i] >= 0)",
+        "if (rule.stored[i] > 100)",
+        ("functional/test_update_sums.py::test_numbers_of_a_rule_may_lie_on_cuda",),
+    ),
+    KernelMutant(
+        "what is normalised is not divided by its elements",
+        "csrc/cuda/update_sums.cu",
+        "finite ? sums.direction_sq / span.elements : kNaN",
+        "finite ? sums.direction_sq : kNaN",
+        _UPDATES,
+    ),
+    KernelMutant(
+        "the table of normalised updates has one column",
+        "csrc/cuda/update_sums.cu",
+        "if (tensor < tensors) lipcore",
+        "if (tensor < 1) lipcore",
+        ("functional/test_update_sums.py::test_update_sums_can_be_captured_in_a_graph",),
+    ),
+    KernelMutant(
+        "partial sums have the room of one chunk less",
+        "csrc/cuda/tensor_sums.cpp",
+        "TorchMemory::size_of<Partial>(chunks) +",
+        "TorchMemory::size_of<Partial>(chunks / 2) +",
+        (*_SQUARES, *_UPDATES),
+    ),
+    # ---- distributions
+    KernelMutant(
+        "the last chunk of values is as long as the others",
+        "csrc/cuda/observe_rows.cu",
+        "static_cast<int>(left < kCudaChunk ? left : kCudaChunk);",
+        "static_cast<int>(kCudaChunk);",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "places count in the first one's bins",
+        "csrc/cuda/observe_rows.cu",
+        "out.bins + place * kBins;",
+        "out.bins + 0 * place * kBins;",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "values that are not there are counted in a bin",
+        "csrc/cuda/observe_rows.cu",
+        "if (bin >= 0) atomicAdd",
+        "atomicAdd",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "bins are counted without care for other threads",
+        "csrc/cuda/observe_rows.cu",
+        "if (bin >= 0) atomicAdd(reinterpret_cast<unsigned long long*>(&bins[bin]), 1ull);",
+        "if (bin >= 0) ++bins[bin];",
+        _OBSERVED,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "a step's moments replace those before",
+        "csrc/cuda/observe_rows.cu",
+        "if (out.chunks == 1)\n    merge(&out.rows[place], row);",
+        "if (out.chunks == 1)\n    out.rows[place] = row;",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "chunks of other places are merged",
+        "csrc/cuda/observe_rows.cu",
+        "out.partials[place * out.chunks + i]",
+        "out.partials[place + i]",
+        _OBSERVED,
+    ),
+    KernelMutant(
+        "values follow each other in every table",
+        "csrc/cuda/observe_rows.cu",
+        "E::widen(values[b * table.stride]);",
+        "E::widen(values[b]);",
+        ("core/test_observed_rows.py::test_dtypes_strides_and_special_values",),
+    ),
+    KernelMutant(
+        "ratios are to the first gradient",
+        "csrc/cuda/observe_rows.cu",
+        "table.gradient[b * table.gradient_stride]",
+        "table.gradient[0 * b * table.gradient_stride]",
+        ("core/test_observed_rows.py::test_ratios",),
+    ),
+    # ---- the ledger
+    KernelMutant(
+        "the cursor moves while others read it",
+        "csrc/cuda/trajectory_step.cu",
+        "  __syncthreads();  // everybody has read the cursor\n",
+        "",
+        _LEDGER,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "every other group is left out",
+        "csrc/cuda/trajectory_step.cu",
+        "group <= ledger.groups; group += kThreads / kWarp)",
+        "group <= ledger.groups; group += 2 * kThreads / kWarp)",
+        _LEDGER,
+    ),
+    KernelMutant(
+        "the last lane's share of a group is left out",
+        "csrc/cuda/trajectory_step.cu",
+        "for (int distance = 16; distance; distance /= 2) {\n    double others",
+        "for (int distance = 8; distance; distance /= 2) {\n    double others",
+        _LEDGER,
     ),
     # ---- the launch code
     KernelMutant(

@@ -18,7 +18,6 @@ from ways import assert_same_in_all_ways
 
 from lipcore.functional import reference
 from lipcore.functional.update_rules import GIVEN
-from lipcore.functional.update_sums import update_sums_on_device
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
 
 OPTIMIZERS = {
@@ -663,17 +662,3 @@ def test_given_updates(dtype):
         source.sums({"weight": torch.zeros(3), "bias": None})
     with pytest.raises(TypeError, match=r"parameter 'weight'.* numpy array"):
         source.sums({"weight": dw.float().numpy(), "bias": None})
-
-
-def test_the_torch_form_gives_the_same(monkeypatch):
-    """What CUDA parameters go through, on the CPU."""
-    model, made = build("adamw_wd", "default")
-    train(model, made, batches(3, 8))
-    source = OptimizerSource([made], listed(model))
-    compiled = [t.clone() for t in source.sums()]
-    lists = []
-    monkeypatch.setattr("lipcore._core.update_sums", lambda *arguments: lists.append(arguments[:4]))
-    source.sums()
-    torch_form = update_sums_on_device(*lists[0])
-    for a, b in zip(compiled, torch_form, strict=True):
-        assert torch.allclose(a, b, rtol=1e-6, atol=0)

@@ -12,7 +12,7 @@ from lipcore import _core
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.parameters import GradientWatch
 from lipcore.models.ranks import under_process_group
-from lipcore.models.torch_internals import foreach_norm, hooks_after_accumulation
+from lipcore.models.torch_internals import hooks_after_accumulation
 from lipcore.per_sample.layer_index import LayerIndex
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.noise.rank_steps import StepSums
@@ -157,12 +157,9 @@ class NoiseSums:
         self._versions = versions
         if not gradients:
             return
-        if gradients[0].is_cpu:
-            rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
-            _core.square_sums(gradients, rows)
-            squares = rows[:, 0]
-        else:
-            squares = torch.stack(foreach_norm(gradients, 2, dtype=torch.float64)).square()
+        rows = torch.empty(len(gradients), _core.STEP_COLUMNS, dtype=torch.float64, device=gradients[0].device)
+        _core.square_sums(gradients, rows)
+        squares = rows[:, 0]
         self._found = which, squares
         places = self._layer_index.sums(squares, index, len(self._layer_index.layers) + 1)
         places[-1] = squares.sum()

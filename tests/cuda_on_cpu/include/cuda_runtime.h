@@ -46,6 +46,11 @@ inline void __stcs(T* to, T value) {
   *to = value;
 }
 
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  emulator::check_aligned(to, sizeof value, "atomicAdd");
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+
 // ---- arithmetic
 
 inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }

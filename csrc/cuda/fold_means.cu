@@ -1,0 +1,57 @@
+// Merges the running means of a block of steps into those of the blocks before it: once in 512 steps, in float64, with
+// the CPU's operations, so that the means have its bits.
+#include "cuda/tensor_slices.cuh"
+#include "math/fold.h"
+
+namespace lipcore::cuda {
+namespace {
+
+using Means = Slice<FoldTables, FoldTensor>;
+
+struct Add {
+  __device__ double operator()(double a, double b) const { return a + b; }
+};
+using Reduce = cub::BlockReduce<double, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+
+template <class T>
+__device__ __forceinline__ double fold_run(const void* means, double* earlier, const SliceChunk& chunk, double share) {
+  const T* mean = static_cast<const T*>(means) + chunk.begin;
+  earlier += chunk.begin;
+  double sum = 0;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < chunk.count; i += kThreads)
+    sum += fold_mean(static_cast<double>(mean[i]), &earlier[i], share);
+  return sum;
+}
+
+// One block per chunk.
+__global__ void __launch_bounds__(kThreads)
+    fold_chunks(const __grid_constant__ FoldTables tables, const __grid_constant__ Means slice) {
+  __shared__ typename Reduce::TempStorage storage;
+  const SliceChunk chunk(slice.head, slice.tensors);
+  const FoldTensor& tensor = slice.tensors[chunk.place];
+  chunk.write_span(tables.spans, slice.head, slice.tensors, 0);
+  const double share = tables.share[slice.head.first_tensor + chunk.place];
+  double sum = tensor.dtype == DType::kFloat64 ? fold_run<double>(tensor.mean, tensor.earlier, chunk, share)
+                                               : fold_run<float>(tensor.mean, tensor.earlier, chunk, share);
+  sum = Reduce(storage).Sum(sum);
+  if (threadIdx.x == 0) tables.partials[chunk.index] = sum;
+}
+
+// One block per tensor.
+__global__ void __launch_bounds__(kThreads) finish_gaps(const __grid_constant__ FoldTables tables) {
+  __shared__ typename Reduce::TempStorage storage;
+  const int64_t tensor = blockIdx.x;
+  const double sum = Reduce(storage).Sum(add_chunks(tables.partials, tables.spans[tensor], Add{}));
+  if (threadIdx.x == 0) tables.gap_sq[tensor] = sum;
+}
+
+}  // namespace
+
+Status fold_means(const FoldTables& tables, const std::vector<FoldTensor>& tensors, void* stream) {
+  const Status status = launch_slices("merging means", &fold_chunks, tables, tensors, stream);
+  if (status.code) return status;
+  return launch("adding up the tensors", &finish_gaps, static_cast<int64_t>(tensors.size()), stream, tables);
+}
+
+}  // namespace lipcore::cuda

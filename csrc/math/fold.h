@@ -1,0 +1,16 @@
+// Running means of a long window, block by block. Host and device.
+#pragma once
+
+#include "math/dtype.h"
+
+namespace lipcore {
+
+// `earlier` becomes the mean of both, `mean` weighing `share`. Returns how far apart they were, squared.
+LIPCORE_INLINE double fold_mean(double mean, double* earlier, double share) {
+  const double gap = mean - *earlier;
+  // From the nearer end, so that a share of one gives the mean itself.
+  *earlier = share < 0.5 ? *earlier + share * gap : mean - gap * (1 - share);
+  return gap * gap;
+}
+
+}  // namespace lipcore
