@@ -6,6 +6,7 @@
 
 #include "math/dtype.h"
 #include "math/sketch.h"
+#include "math/tensor_stats.h"
 #include "math/trajectory.h"
 #include "math/update.h"
 
@@ -133,6 +134,11 @@ struct RowSumNormsKernels {
   void (*add)(const RowSumBlock& block, double* shift, double* scale);
 };
 
+struct TensorStatsKernels {
+  // Writes the statistics of at most kChunk elements and adds these to the histogram, kTensorBins counts.
+  void (*chunk)(const void* x, DType dtype, int64_t count, TensorStats* stats, uint32_t* bins);
+};
+
 constexpr int kCrossTokens = 8, kCrossLanes = 16;
 
 struct TokenSumsKernels {
@@ -166,6 +172,7 @@ struct ConvNormsKernels {
   X(UpdateSumsKernels, update_sums)         \
   X(LinearNormsKernels, linear_norms)       \
   X(RowSumNormsKernels, row_sum_norms)      \
+  X(TensorStatsKernels, tensor_stats)       \
   X(TokenSumsKernels, token_sums)           \
   X(ConvNormsKernels, conv_norms)
 

@@ -12,6 +12,7 @@ from lipcore.functional.outer import outer_and_bias_norms_sq, outer_norms_sq
 from lipcore.functional.row_sum import affine_norms_sq, channel_affine_norms_sq, channel_sum_norms_sq, row_sum_norms_sq
 from lipcore.functional.sample_norms import normalized_norms, sample_norms
 from lipcore.functional.sketch import sketch
+from lipcore.functional.tensor_stats import tensor_stats
 from lipcore.functional.trajectory_step import trajectory_step
 from lipcore.functional.update_sums import update_sums
 
@@ -32,6 +33,7 @@ __all__ = [
     "row_sum_norms_sq",
     "sample_norms",
     "sketch",
+    "tensor_stats",
     "tied_cross",
     "trajectory_step",
     "update_sums",

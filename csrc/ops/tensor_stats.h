@@ -1,0 +1,24 @@
+// Statistics and histograms of the elements of many tensors at once, added to those that are there.
+#pragma once
+
+#include <vector>
+
+#include "math/tensor_stats.h"
+#include "ops/rows.h"
+#include "python/tensor_view.h"
+
+namespace lipcore {
+
+// A tensor, as one row, and where it goes.
+struct TensorStatsItem {
+  Rows rows;
+  int64_t place;
+};
+
+// Adds tensor i to row places[i] of rows, float64 [n, kTensorStats], and of bins, int64 [n, kTensorBins]: dense, on the
+// device of the tensors, which have any strides. False with a Python exception set, and nothing written, where an
+// argument is wrong; places that come twice are.
+bool tensor_stats(const std::vector<TensorView>& tensors, const std::vector<int64_t>& places, const TensorView& rows,
+                  const TensorView& bins);
+
+}  // namespace lipcore
