@@ -156,7 +156,7 @@ LIPCORE_INLINE void observe_block(const T* x, int64_t count, Histogram* histogra
     seen = look(x, count, bins);
   }
   histogram->add(bins, count);
-  TensorStats block;
+  TensorStats block{};
   block.count = static_cast<double>(count);
   block.zeros = static_cast<double>(seen.zeros);
   block.min = value_of_key<T>(seen.least);
@@ -195,7 +195,7 @@ LIPCORE_OUTLINE void observe_run(const void* data, int64_t count, Histogram hist
 }
 
 void chunk(const void* x, DType dtype, int64_t count, TensorStats* out, uint32_t* bins) {
-  TensorStats stats;
+  TensorStats stats{};
   alignas(64) uint32_t tables[kTables * kTensorBins];
   Histogram histogram{bins, count >= kSeveralTables};
   if (histogram.several) {

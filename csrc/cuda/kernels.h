@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "math/tensor_stats.h"
 #include "math/trajectory_row.h"
 #include "ops/rows.h"
 #include "ops/sketch_schedule.h"
@@ -120,5 +121,25 @@ int64_t sketch_task_elements(int64_t total, int64_t buckets);
 Status upload_words(const void* host, int64_t bytes, void* device, void* stream);
 
 Status run_sketch(const SketchTables& tables, void* stream);
+
+// ---- tensor_stats
+
+struct StatsTensor {
+  const void* x;  // dense
+  int64_t count;
+  int64_t first_chunk;  // of its run of partials
+  int64_t place;        // its row of rows and bins; no other tensor's
+  int64_t dtype;
+};
+
+struct StatsTables {
+  StatsTensor* tensors;
+  TensorStats* partials;  // per chunk
+  TensorStats* rows;      // the result, added to
+  int64_t* bins;          // [rows, kTensorBins], added to
+  int64_t tensor_count, chunk_count;
+};
+
+Status run_tensor_stats(const StatsTables& tables, void* stream);
 
 }  // namespace lipcore::cuda

@@ -1,6 +1,6 @@
 // What is said of a tensor's elements: count, mean, sums of the 2nd to 4th powers of deviations, extremes, zeros and
 // non-finite elements, by the one-pass update and the merge of Pebay (2008), which are Chan's for the first two. Beside
-// them a histogram of magnitudes. Host and device. A default one is the identity of merge.
+// them a histogram of magnitudes. Host and device. One of zeros is the identity of merge.
 #pragma once
 
 #include "math/log_bins.h"
@@ -8,13 +8,12 @@
 namespace lipcore {
 
 struct TensorStats {
-  double count = 0;  // finite elements; the others enter nothing but the last field
-  double mean = 0;
-  double m2 = 0, m3 = 0, m4 = 0;  // sum (x - mean)^k
-  double min = 0;                 // meaningless while count == 0
-  double max = 0;
-  double zeros = 0;
-  double nonfinite = 0;
+  double count;  // finite elements; the others enter nothing but the last field
+  double mean;
+  double m2, m3, m4;  // sum (x - mean)^k
+  double min, max;    // meaningless while count == 0
+  double zeros;
+  double nonfinite;
 };
 constexpr int kTensorStats = 9;
 static_assert(sizeof(TensorStats) == kTensorStats * sizeof(double), "a row of float64 numbers");
@@ -64,9 +63,8 @@ LIPCORE_INLINE void merge(TensorStats* into, const TensorStats& from) {
 
 LIPCORE_INLINE void observe(TensorStats* stats, double x) {
   const bool finite = x - x == 0;
-  TensorStats one{1, x, 0, 0, 0, x, x, x == 0 ? 1.0 : 0.0, 0};
-  if (!finite) one = {0, 0, 0, 0, 0, 0, 0, 0, 1};
-  merge(stats, one);
+  merge(stats,
+        finite ? TensorStats{1, x, 0, 0, 0, x, x, x == 0 ? 1.0 : 0.0, 0} : TensorStats{0, 0, 0, 0, 0, 0, 0, 0, 1});
 }
 
 }  // namespace lipcore

@@ -97,7 +97,7 @@ void observe(const std::vector<TensorStatsItem>& items, int64_t total, TensorSta
   });
   size_t c = 0;
   for (size_t i = 0; i < items.size(); ++i) {
-    TensorStats all;
+    TensorStats all{};
     for (; c < chunks.size() && chunks[c].item == i; ++c) merge(&all, partials[c]);
     merge(rows + items[i].place, all);
   }
@@ -113,10 +113,15 @@ bool tensor_stats(const std::vector<TensorView>& tensors, const std::vector<int6
   for (size_t i = 0; i < tensors.size(); ++i) {
     if (!describe(tensors[i], static_cast<int64_t>(i), &items[i].rows)) return false;
     items[i].place = places[i];
+    if (!rows.on_cpu() && !items[i].rows.dense)
+      return fail({"tensors", static_cast<int64_t>(i)}, "is not dense memory; pass a contiguous copy");
     total += tensors[i].numel;
   }
   auto* stats = static_cast<TensorStats*>(rows.data);
   auto* counts = static_cast<int64_t*>(bins.data);
+#if defined(LIPCORE_WITH_CUDA)
+  if (!rows.on_cpu()) return cuda::tensor_stats(items, rows.device, stats, counts);
+#endif
   if (!rows.on_cpu())
     return fail({"rows"}, "is on a CUDA device; lipcore.functional.tensor_stats takes it, this CPU kernel cannot");
   // The caller's lists hold the tensors, so their memory stays while other threads of Python run.

@@ -61,7 +61,7 @@ def tensor_stats(
         raise ValueError(f"places: expected {len(tensors)} places, one per tensor, got {len(places)}")
     elif not all(is_integer(place) for place in places):
         raise ValueError(f"places: expected integers, got {list(places)}")
-    readable = [_walkable(resolved(tensor, "tensors", i)) for i, tensor in enumerate(tensors)]
+    readable = [_readable(resolved(tensor, "tensors", i)) for i, tensor in enumerate(tensors)]
     if into is None:
         rows, bins = empty_tensor_stats(len(tensors), readable[0].device if readable else _library.CPU)
     else:
@@ -80,5 +80,10 @@ def empty_tensor_stats(places: int, device: torch.device) -> tuple[Tensor, Tenso
     return rows, torch.zeros(places, _core.TENSOR_BINS, dtype=torch.int64, device=device)
 
 
-def _walkable(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous() if tensor.dim() > _MOST_DIMENSIONS else tensor
+def _readable(tensor: Tensor) -> Tensor:
+    """Return the tensor, or a contiguous copy where the kernel of its device cannot walk through it."""
+    if tensor.is_cpu and tensor.dim() <= _MOST_DIMENSIONS:
+        return tensor
+    if tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return tensor
+    return tensor.detach().contiguous()

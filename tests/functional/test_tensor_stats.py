@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cases import CHUNK, FEW_LAYOUTS, FEW_SIZES, ODD_SIZES, thinned, values
+from devices import EMULATED, sized
 from oracle import DTYPES, LAYOUTS, assert_close, eps_of, in_layout, same_bits
 from ways import assert_same_in_all_ways
 
@@ -205,3 +206,38 @@ def test_memory_that_is_written_to_is_no_input():
 
 def test_more_dimensions_than_the_core_walks_through():
     check([torch.randn([2] * 12).permute(*reversed(range(12)))[..., ::2]])
+
+
+# ---- CUDA
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_on_cuda(dtype):
+    """Sizes, alignments, several chunks, strided tensors, what is not finite."""
+    sizes = [0, 17, 16385] if EMULATED and dtype != "f32" else [*ODD_SIZES, 16384, 2 * 16384 + 17]
+    tensors = [values((n,), DTYPES[dtype]) for n in sizes]
+    tensors += [in_layout(values((17, 65), DTYPES[dtype]), layout) for layout in ("offset", "sliced", "transposed")]
+    bad = values((20_000,), DTYPES[dtype])
+    bad[:7], bad[-3:], bad[100] = math.nan, -math.inf, math.inf
+    tensors += [bad, torch.full((40,), 0.1, dtype=bad.dtype), torch.full((3,), math.nan, dtype=bad.dtype)]
+    there = [tensor.cuda() for tensor in tensors]
+    got = functional.tensor_stats(there)
+    assert_rows(got, reference.tensor_stats(tensors), tensors)
+    if dtype == "bf16":
+        again = functional.tensor_stats(there)
+        assert all(same_bits(a, b) for a, b in zip(got, again, strict=True))
+        functional.tensor_stats(there, into=got, places=range(len(there)))
+        twice = [torch.cat([tensor.flatten(), tensor.flatten()]) for tensor in tensors]
+        assert_rows(got, reference.tensor_stats(twice), twice)
+
+
+@pytest.mark.gpu
+def test_many_tensors_on_cuda():
+    """More than one kernel's parameters can hold, empty ones among them, to places in another order."""
+    count = sized(300, 110)
+    tensors = [values((i % 3,), torch.float32, i) for i in range(count)]
+    into = tuple(table.cuda() for table in empty_tensor_stats(count, torch.device("cpu")))
+    functional.tensor_stats([t.cuda() for t in tensors], into=into, places=list(range(count))[::-1])
+    truth = reference.tensor_stats(tensors)
+    assert_rows([table.cpu().flip(0) for table in into], truth, tensors)
