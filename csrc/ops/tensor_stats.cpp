@@ -29,10 +29,7 @@ bool overlap(const TensorView& tensor, const TensorView& table) {
   return tensor.at(0) < table.at(table.numel) && table.at(0) < tensor.at(last + 1);
 }
 
-bool check_all(const std::vector<TensorView>& tensors, const std::vector<int64_t>& places, const TensorView& rows,
-               const TensorView& bins) {
-  if (places.size() != tensors.size())
-    return fail({"places"}, "expected %zu places, one per tensor, got %zu", tensors.size(), places.size());
+bool check_tables(const TensorView& rows, const TensorView& bins) {
   if (!check_table(rows, "rows", DType::kFloat64, kTensorStats) ||
       !check_table(bins, "bins", DType::kInt64, kTensorBins))
     return false;
@@ -41,6 +38,14 @@ bool check_all(const std::vector<TensorView>& tensors, const std::vector<int64_t
                 ShapeText(bins).text);
   if (!bins.same_device(rows)) return fail({"bins"}, "is on another device than rows; put both on one");
   if (overlap(bins, rows)) return fail({"bins"}, "shares memory with rows; pass separate tensors");
+  return true;
+}
+
+bool check_all(const std::vector<TensorView>& tensors, const std::vector<int64_t>& places, const TensorView& rows,
+               const TensorView& bins) {
+  if (places.size() != tensors.size())
+    return fail({"places"}, "expected %zu places, one per tensor, got %zu", tensors.size(), places.size());
+  if (!check_tables(rows, bins)) return false;
   std::vector<bool> taken(static_cast<size_t>(rows.shape[0]));
   for (size_t i = 0; i < tensors.size(); ++i) {
     const ArgumentName name{"tensors", static_cast<int64_t>(i)};
@@ -128,6 +133,31 @@ bool tensor_stats(const std::vector<TensorView>& tensors, const std::vector<int6
   PyThreadState* state = total >= kSerialElements ? PyEval_SaveThread() : nullptr;
   observe(items, total, stats, counts);
   if (state) PyEval_RestoreThread(state);
+  return true;
+}
+
+bool merge_tensor_stats(const TensorView& other_rows, const TensorView& other_bins, const std::vector<int64_t>& places,
+                        const TensorView& rows, const TensorView& bins) {
+  if (!check_tables(other_rows, other_bins) || !check_tables(rows, bins)) return false;
+  if (!rows.on_cpu() || !other_rows.on_cpu()) return fail({"rows"}, "tables are merged on the CPU");
+  if (overlap(rows, other_rows) || overlap(bins, other_bins))
+    return fail({"rows"}, "is written to but shares memory with the other table; pass separate tensors");
+  const auto n = static_cast<int64_t>(places.size());
+  if (n != other_rows.shape[0])
+    return fail({"places"}, "expected %lld places, one per row, got %lld", static_cast<long long>(other_rows.shape[0]),
+                static_cast<long long>(n));
+  for (int64_t i = 0; i < n; ++i)
+    if (places[i] >= rows.shape[0])
+      return fail({"places", i}, "expected less than %lld, got %lld", static_cast<long long>(rows.shape[0]),
+                  static_cast<long long>(places[i]));
+  const auto* from = static_cast<const TensorStats*>(other_rows.data);
+  for (int64_t i = 0; i < n; ++i) {
+    if (places[i] < 0 || (from[i].count == 0 && from[i].nonfinite == 0)) continue;
+    merge(static_cast<TensorStats*>(rows.data) + places[i], from[i]);
+    const auto* counts = static_cast<const int64_t*>(other_bins.data) + i * kTensorBins;
+    int64_t* into = static_cast<int64_t*>(bins.data) + places[i] * kTensorBins;
+    for (int b = 0; b < kTensorBins; ++b) into[b] += counts[b];
+  }
   return true;
 }
 

@@ -21,4 +21,9 @@ struct TensorStatsItem {
 bool tensor_stats(const std::vector<TensorView>& tensors, const std::vector<int64_t>& places, const TensorView& rows,
                   const TensorView& bins);
 
+// Merges row i of other_rows and other_bins into row places[i] of rows and bins; a place may come more than once, and
+// one below 0 takes nothing. All on the CPU.
+bool merge_tensor_stats(const TensorView& other_rows, const TensorView& other_bins, const std::vector<int64_t>& places,
+                        const TensorView& rows, const TensorView& bins);
+
 }  // namespace lipcore

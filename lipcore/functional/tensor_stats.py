@@ -10,7 +10,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional.arguments import check_state, resolved
-from lipcore.functional.tensor_stats_rows import add_on_device
+from lipcore.functional.tensor_stats_rows import add_on_device, merged_rows
 from lipcore.models.arguments import is_integer
 
 _MOST_DIMENSIONS = 8  # that the core walks through without a copy
@@ -78,6 +78,19 @@ def empty_tensor_stats(places: int, device: torch.device) -> tuple[Tensor, Tenso
     """Return rows and bins of nothing: what others can be merged into."""
     rows = torch.zeros(places, _core.TENSOR_STATS, dtype=torch.float64, device=device)
     return rows, torch.zeros(places, _core.TENSOR_BINS, dtype=torch.int64, device=device)
+
+
+def merge_tensor_stats(into: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor], places: Sequence[int]) -> None:
+    """Merge row i of another table into row places[i] of this one, on one device; on the CPU a place may come more than
+    once, and one below 0 takes nothing."""
+    (rows, bins), (other_rows, other_bins) = into, other
+    if rows.is_cpu:
+        _core.merge_tensor_stats(other_rows, other_bins, places, rows, bins)
+        return
+    if list(places) != list(range(len(rows))):
+        raise ValueError("places: on a device rows are merged into those of their own number")
+    rows.copy_(merged_rows(rows, other_rows))
+    bins.add_(other_bins)
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ways import assert_same_in_all_ways
 
 from lipcore import _core, functional
 from lipcore.functional import reference
-from lipcore.functional.tensor_stats import empty_tensor_stats
+from lipcore.functional.tensor_stats import empty_tensor_stats, merge_tensor_stats
 from lipcore.functional.tensor_stats_rows import add_on_device, merged_rows
 
 BLOCK = 1024  # elements that the kernel takes together
@@ -141,6 +141,20 @@ def test_parts_merge_to_the_whole(cuts):
         assert_rows(found, truth, [x])
     assert not table[0][:2].any()
     assert not table[1][:2].any()
+
+
+def test_tables_merge_by_place():
+    tensors = [values((n,), torch.float32, n) for n in (5, 70, 0, 300)]
+    into, other = empty_tensor_stats(2, torch.device("cpu")), functional.tensor_stats(tensors)
+    merge_tensor_stats(into, other, [1, 0, 1, 1])
+    merge_tensor_stats(into, other, [-1, -1, -1, -1])
+    whole = [tensors[1], torch.cat([tensors[0], tensors[3]])]
+    assert_rows(into, reference.tensor_stats(whole), whole)
+    for places, words in (([0, 0, 0], "places: expected 4 places"), ([0, 0, 0, 2], r"places\[3\]: expected less than 2")):
+        with pytest.raises(ValueError, match=words):
+            merge_tensor_stats(into, other, places)
+    with pytest.raises(ValueError, match="rows: is written to but shares memory"):
+        merge_tensor_stats(other, other, [0, 1, 2, 3])
 
 
 def test_the_empty_row_is_the_identity_of_merging():
