@@ -150,7 +150,10 @@ def test_tables_merge_by_place():
     merge_tensor_stats(into, other, [-1, -1, -1, -1])
     whole = [tensors[1], torch.cat([tensors[0], tensors[3]])]
     assert_rows(into, reference.tensor_stats(whole), whole)
-    for places, words in (([0, 0, 0], "places: expected 4 places"), ([0, 0, 0, 2], r"places\[3\]: expected less than 2")):
+    for places, words in (
+        ([0, 0, 0], "places: expected 4 places"),
+        ([0, 0, 0, 2], r"places\[3\]: expected less than 2"),
+    ):
         with pytest.raises(ValueError, match=words):
             merge_tensor_stats(into, other, places)
     with pytest.raises(ValueError, match="rows: is written to but shares memory"):
