@@ -32,18 +32,23 @@ def hookable(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, str]]:
         for below in original(module).modules()
         if below is not original(module)
     }
-    has_no_call = type(model).forward is nn.Module.forward
+    has_call = is_called(model)
     for name, module in named_modules(model):
         at = model if not name else wrappers.get(id(module), module)
-        if has_no_call:
+        if not has_call:
             unseen[name] = _NO_CALL
         elif compiles_its_call(at):
             unseen[name] = _IN_PLACE
         elif id(module) in inside:
             unseen[name] = _INSIDE
-        elif type(module).forward is not nn.Module.forward:
+        elif is_called(module):
             seen[name] = at
     return seen, unseen
+
+
+def is_called(module: nn.Module) -> bool:
+    """Return whether a module has a forward pass of its own, unlike nn.ModuleList and nn.ModuleDict."""
+    return getattr(module.forward, "__func__", None) is not nn.Module.forward
 
 
 class OutputWatch:

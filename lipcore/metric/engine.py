@@ -199,6 +199,8 @@ class Engine:
         ]
 
     def _wants_outputs(self, metric: Metric) -> bool:
+        if self._scaled is not None:
+            self._scaled.look()  # whether the step before this forward pass was skipped
         return not self._failures.stopped(metric) and metric.wants_outputs()
 
     def _observe_output(self, metric: Metric, name: str, module: nn.Module, output: Any) -> None:

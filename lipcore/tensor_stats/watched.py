@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lipcore.capture.outputs import hookable
+from lipcore.capture.outputs import hookable, is_called
 from lipcore.metric.columns import Places
 from lipcore.metric.values import Level
 from lipcore.models.names import listed, named_modules
@@ -56,7 +56,7 @@ class Watched:
         self.parameters = _chosen(found, wishes.parameters, wishes.exclude, "parameters")
         self.gradients = _chosen(found, wishes.gradients, wishes.exclude, "gradients")
         self.modules, unseen = hookable(model)
-        kinds = {name: module for name, module in named_modules(model) if type(module).forward is not nn.Module.forward}
+        kinds = {name: module for name, module in named_modules(model) if is_called(module)}
         names = _matching(list(kinds), wishes.outputs, wishes.exclude, "outputs")
         if wishes.outputs is True:
             names = [name for name in names if not (name and isinstance(kinds[name], nn.Sequential))]
