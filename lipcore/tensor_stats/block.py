@@ -12,7 +12,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional.tensor_stats import empty_tensor_stats, merge_tensor_stats, tensor_stats
 from lipcore.metric.host_reads import TensorRead
-from lipcore.metric.state import checked_tensor
+from lipcore.metric.state import checked_tensor, is_count
 
 _CPU = torch.device("cpu")
 
@@ -160,7 +160,7 @@ class Block:
         if not torch.equal(numbers.bins.sum(1).double(), numbers.rows[:, 0]):
             raise ValueError(f"{path}.bins: counts do not add up to the number of elements in rows")
         for key in ("steps", "passes"):
-            if not isinstance(state[key], int) or isinstance(state[key], bool) or state[key] < 0:
+            if not is_count(state[key]):
                 raise ValueError(f"{path}.{key}: expected a count >= 0, got {state[key]!r}")
         block.steps, block.passes = state["steps"], state["passes"]
         return block
