@@ -8,6 +8,7 @@
 #include "math/dtype.h"
 #include "math/gram_sums.h"
 #include "math/sketch.h"
+#include "math/tensor_stats.h"
 #include "math/trajectory.h"
 #include "math/update.h"
 
@@ -132,6 +133,11 @@ struct RowSumNormsKernels {
   void (*normalize)(const RowSumBlock& block, const RowStatistics* rows, void* out);
 };
 
+struct TensorStatsKernels {
+  // Writes the statistics of at most kChunk elements and adds these to the histogram, kTensorBins counts.
+  void (*chunk)(const void* x, DType dtype, int64_t count, TensorStats* stats, uint32_t* bins);
+};
+
 constexpr int kCrossTokens = 8, kCrossLanes = 16;
 
 struct TokenSumsKernels {
@@ -165,6 +171,7 @@ struct ConvNormsKernels {
   X(UpdateSumsKernels, update_sums)         \
   X(LinearNormsKernels, linear_norms)       \
   X(RowSumNormsKernels, row_sum_norms)      \
+  X(TensorStatsKernels, tensor_stats)       \
   X(TokenSumsKernels, token_sums)           \
   X(ConvNormsKernels, conv_norms)
 

@@ -8,6 +8,7 @@
 
 #include "math/conv_shape.h"
 #include "math/gram_sums.h"
+#include "math/tensor_stats.h"
 #include "math/trajectory_row.h"
 #include "math/update.h"
 #include "ops/observe_rows.h"
@@ -267,5 +268,24 @@ struct ObserveTables {
   int64_t chunks;         // of the values of a place
 };
 Status observe_rows(const ObservedTable& table, const ObserveTables& out, void* stream);
+// ---- tensor_stats
+
+struct StatsTensor {
+  const void* x;  // dense
+  int64_t count;
+  int64_t first_chunk;  // of its run of partials
+  int64_t place;        // its row of rows and bins; no other tensor's
+  int64_t dtype;
+};
+
+struct StatsTables {
+  StatsTensor* tensors;
+  TensorStats* partials;  // per chunk
+  TensorStats* rows;      // the result, added to
+  int64_t* bins;          // [rows, kTensorBins], added to
+  int64_t tensor_count, chunk_count;
+};
+
+Status run_tensor_stats(const StatsTables& tables, void* stream);
 
 }  // namespace lipcore::cuda

@@ -72,7 +72,8 @@ void gather_as(const Rows& rows, const char* row, int64_t begin, int64_t count, 
   }
 }
 
-// Elements [begin, begin + count) of a row as a flat run: in place, or gathered into a buffer of this thread.
+}  // namespace
+
 const void* row_run(const Rows& rows, int64_t row, int64_t begin, int64_t count) {
   const char* start = rows.data + row * rows.stride * item_size(rows.dtype);
   if (rows.dense) return start + begin * item_size(rows.dtype);
@@ -90,6 +91,8 @@ const void* row_run(const Rows& rows, int64_t row, int64_t begin, int64_t count)
   }
   return buffer.data();
 }
+
+namespace {
 
 template <class Visit>
 void for_each_in_row(const Rows& rows, int64_t row, const Visit& visit) {

@@ -18,6 +18,7 @@ from lipcore.functional.row_sum import (
 )
 from lipcore.functional.sample_norms import normalized_norms, sample_norms
 from lipcore.functional.sketch import sketch
+from lipcore.functional.tensor_stats import tensor_stats
 from lipcore.functional.trajectory_step import trajectory_step
 from lipcore.functional.update_sums import update_sums
 
@@ -39,6 +40,7 @@ __all__ = [
     "row_sum_norms_sq",
     "sample_norms",
     "sketch",
+    "tensor_stats",
     "tied_cross",
     "trajectory_step",
     "update_sums",

@@ -55,6 +55,20 @@ def trajectory_step(
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64), new_prev, new_mean
 
 
+def tensor_stats(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return rows (count, mean, m2, m3, m4, min, max, zeros, nonfinite), where m_k is the sum of (x - mean)^k over the
+    finite elements, and the counts of their magnitudes per bin: the top 11 bits below the sign of |x| in float32."""
+    rows, bins = torch.zeros(len(tensors), 9, dtype=torch.float64), torch.zeros(len(tensors), 2048, dtype=torch.int64)
+    for row, counts, tensor in zip(rows, bins, tensors, strict=True):
+        x = tensor.detach().double().flatten()
+        row[8], x = (~x.isfinite()).sum(), x[x.isfinite()]
+        if len(x):
+            powers = [(x - x.mean()).pow(k).sum() for k in (2, 3, 4)]
+            row[:8] = torch.stack([x.new_tensor(len(x)), x.mean(), *powers, x.min(), x.max(), (x == 0).sum()])
+            counts += torch.bincount(x.abs().float().view(torch.int32) >> 20, minlength=2048)
+    return rows, bins
+
+
 def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: int, seed: int) -> Tensor:
     """Return y_b = sum of s(i) w_i over the elements with h(i) = b; NaN when an element is not finite.
 

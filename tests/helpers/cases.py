@@ -181,6 +181,11 @@ def _token_arguments() -> dict[str, Any]:
     }
 
 
+def _stats_arguments() -> dict[str, Any]:
+    tensors = [values((4, 6), torch.float32), values((5,), torch.float32, 1)]
+    return {"tensors": tensors, "rows": _float64(2, 9), "bins": torch.zeros(2, 2048, dtype=torch.int64)}
+
+
 def _pair_arguments() -> dict[str, Any]:
     return {name: [values((2, n), torch.float32, n) for n in (3, 5)] for name in ("x", "grad")}
 
@@ -224,6 +229,14 @@ OPS = [
         _sketch_arguments,
         lambda a: F.sketch(a["tensors"], a["first_index"], buckets=256, seed=1),
         lists=("tensors",),
+    ),
+    Op(
+        "tensor_stats",
+        _stats_arguments,
+        lambda a: F.tensor_stats(a["tensors"], into=(a["rows"], a["bins"])),
+        tensors=("rows",),
+        lists=("tensors",),
+        state=("rows",),
     ),
     Op(
         "outer_norms_sq",
@@ -321,6 +334,14 @@ OPS = [
         _sketch_arguments,
         lambda a: _core.sketch(a["tensors"], a["first_index"], 1, a["out"]),
         tensors=("out",),
+        lists=("tensors",),
+        full_check=False,
+    ),
+    Op(
+        "core.tensor_stats",
+        _stats_arguments,
+        lambda a: _core.tensor_stats(a["tensors"], [0, 1], a["rows"], a["bins"]),
+        tensors=("rows",),
         lists=("tensors",),
         full_check=False,
     ),

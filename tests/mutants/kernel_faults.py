@@ -52,6 +52,8 @@ _CONV_TESTS = "functional/test_conv_norms.py"
 _CONV = (f"{_CONV_TESTS}::test_geometries_on_cuda",)
 _TOKEN_TESTS = "functional/test_embedding_norms.py"
 _TOKENS = (f"{_TOKEN_TESTS}::test_packed_documents_on_cuda", f"{_TOKEN_TESTS}::test_sizes_on_cuda")
+_STATS = ("functional/test_tensor_stats.py::test_on_cuda",)
+_RACES_OF_STATS = ("functional/test_tensor_stats.py::test_many_tensors_on_cuda",)
 
 KERNEL_MUTANTS = (
     # ---- row norms
@@ -1042,5 +1044,49 @@ KERNEL_MUTANTS = (
         "row.last_place = task.place + 1;",
         "row.last_place = task.place;",
         _SKETCH,
+    ),
+    # ---- statistics of tensors
+    KernelMutant(
+        "an element behind the last one is observed",
+        "csrc/cuda/tensor_stats.cu",
+        "if (rest < count) visit(E::widen(x[rest]));",
+        "if (rest <= count) visit(E::widen(x[rest]));",
+        _STATS,
+    ),
+    KernelMutant(
+        "a chunk is taken for one of the tensor before",
+        "csrc/cuda/tensor_stats.cu",
+        "tables.tensors[middle].first_chunk <= chunk",
+        "tables.tensors[middle].first_chunk < chunk",
+        _STATS,
+    ),
+    KernelMutant(
+        "the mean is read before it is there",
+        "csrc/cuda/tensor_stats.cu",
+        "  __syncthreads();  // for the mean and the counts\n",
+        "",
+        _STATS,
+    ),
+    KernelMutant(
+        "counts are added to while others are still set to zero",
+        "csrc/cuda/tensor_stats.cu",
+        "counts[b] = 0;\n  __syncthreads();",
+        "counts[b] = 0;",
+        _RACES_OF_STATS,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "deviations of what is not finite are added",
+        "csrc/cuda/tensor_stats.cu",
+        "    if (!isfinite(x)) return;\n",
+        "",
+        _STATS,
+    ),
+    KernelMutant(
+        "what is in a row is lost",
+        "csrc/cuda/tensor_stats.cu",
+        "if (threadIdx.x == 0) merge(&tables.rows[tensor.place], all);",
+        "if (threadIdx.x == 0) tables.rows[tensor.place] = all;",
+        _STATS,
     ),
 )

@@ -58,6 +58,13 @@ inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 
+// ---- atomics, of integers alone: sums of floating-point numbers would depend on who comes first
+
+inline unsigned atomicAdd(unsigned* to, unsigned value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
+
 // ---- collectives. The last parameter is where they are called from.
 
 #define EMULATOR_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
