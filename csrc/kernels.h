@@ -99,7 +99,7 @@ struct LinearNormsKernels {
   int64_t block;    // rows and columns of a LinearBlock at most
   int64_t scratch;  // bytes that a call needs
   double (*direct)(const LinearSample& sample, const LinearBlock& block, void* scratch);  // sum of squares
-  void (*gram)(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums);  // of the block
+  void (*gram)(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums);
   // out [outputs, inputs] in float32 (float64 when the samples are) and norms[b * norms_stride]: of the block
   void (*weight_grad)(const LinearSample* samples, int64_t count, const LinearBlock& block, void* scratch, void* out,
                       double* norms, int64_t norms_stride);

@@ -519,7 +519,7 @@ KERNEL_MUTANTS = (
         _TOKENS,
     ),
     KernelMutant(
-        "what overflowed on the way stays so",
+        "what overflowed on the way to a token's sum stays so",
         "csrc/cuda/embedding_norms.cu",
         "if (!isfinite(squares) && (norms.dtype == DType::kFloat64 || norms.weights))",
         "if (!isfinite(squares) && norms.weights)",
