@@ -266,6 +266,30 @@ def test_several_tensors_and_none() -> None:
     assert_place(stats.compute(), "output", "(model)", seen)
     assert_place(stats.compute(), "output", "rnn", seen)
     assert "count" not in stats.compute().output
+    assert list(stats.compute().details["not_read"]) == ["output count"]
+
+
+def test_a_tensor_that_kernels_cannot_read_is_named() -> None:
+    """The others are measured."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tanh = nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(self.tanh)(x)
+
+    model = nn.Sequential(nn.Linear(5, 5), Odd())
+    model[0].complex = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model[0].sparse = nn.Embedding(4, 2, sparse=True)
+    with TensorStats(model, every_steps=1) as stats:
+        (model(torch.randn(3, 5)).sum() + model[0].sparse(torch.tensor([1])).sum()).backward()
+        stats.update()
+    result = stats.compute()
+    assert list(result.details["not_read"]) == ["output 1.tanh", "parameter 0.complex"]
+    assert list(result.output) == ["(model)", "0", "1", "total"]
+    assert result.gradient["0.sparse.weight"].zeros.value == 0.75
 
 
 # ---- passes that are not the training's, and loops
