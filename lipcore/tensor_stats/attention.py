@@ -25,7 +25,8 @@ from lipcore.tensor_stats.extra import Extra
 #: keys and values, in this order.
 AttentionChoice = Mapping[str, Sequence[Any]]
 
-_PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("to_q", "to_k"), ("wq", "wk"))
+_PAIRS = (("q_proj", "k_proj"), ("query", "key"), ("to_q", "to_k"), ("wq", "wk"), ("q_lin", "k_lin"))
+_ALL_IN_ONE = ("query_key_value", "qkv_proj", "Wqkv", "qkv", "to_qkv", "c_attn", "in_proj_qkv")
 _FUSED = {"GPT2Attention": "c_attn", "CausalSelfAttention": "c_attn", "Attention": "qkv"}  # by class, of thirds
 _NORMS = (("q_norm", "k_norm"), ("q_layernorm", "k_layernorm"), ("norm_q", "norm_k"), ("query_norm", "key_norm"))
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
@@ -215,6 +216,9 @@ def _found(model: nn.Module) -> tuple[list[HeadBounds], dict[str, str]]:
             assert fused is not None
             pair = (fused, fused)
         if pair is None:
+            one = next((part for part in _ALL_IN_ONE if part in children), None)
+            if one is not None:
+                refused[name] = f"the order of what {one!r} returns is not known; name it if it is three equal parts"
             continue
         try:
             bounds.append(_bounds_of(name, module, children, pair))

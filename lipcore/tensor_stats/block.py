@@ -100,13 +100,18 @@ class Block:
         """The numbers on all devices."""
         return list(self._on.values())
 
-    def observe(self, tensors: Sequence[Tensor], places: Sequence[int]) -> None:
-        """Add the statistics of tensors, each to its place."""
-        devices = dict.fromkeys(tensor.device for tensor in tensors)
-        for device in devices:
+    def observe(self, tensors: Sequence[Tensor], places: Sequence[int]) -> dict[int, str]:
+        """Add the statistics of tensors, each to its place; return the places of those that cannot be read, and why."""
+        refused: dict[int, str] = {}
+        for device in dict.fromkeys(tensor.device for tensor in tensors):
             numbers = self.on(device)
+            into = numbers.rows, numbers.bins
             pairs = [(t, place) for t, place in zip(tensors, places, strict=True) if t.device == device]
-            tensor_stats([t for t, _ in pairs], into=(numbers.rows, numbers.bins), places=[place for _, place in pairs])
+            try:
+                tensor_stats([t for t, _ in pairs], into=into, places=[place for _, place in pairs])
+            except (TypeError, ValueError):  # and nothing was added
+                refused |= _observed_one_by_one(pairs, into)
+        return refused
 
     def clear(self) -> None:
         """Forget everything."""
@@ -164,3 +169,14 @@ class Block:
                 raise ValueError(f"{path}.{key}: expected a count >= 0, got {state[key]!r}")
         block.steps, block.passes = state["steps"], state["passes"]
         return block
+
+
+def _observed_one_by_one(pairs: Sequence[tuple[Tensor, int]], into: tuple[Tensor, Tensor]) -> dict[int, str]:
+    """Add the tensors that can be read; return the places of the others, and why."""
+    refused = {}
+    for tensor, place in pairs:
+        try:
+            tensor_stats([tensor], into=into, places=[place])
+        except (TypeError, ValueError) as error:  # noqa: PERF203
+            refused[place] = str(error).removeprefix("tensors[0]: ")
+    return refused

@@ -7,12 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lipcore.functional.dtypes import FLOATING
 from lipcore.metric.results import MetricResult
 from lipcore.models.outputs import output_names, tensors_of
 
+UNREADABLE = "no float32, float64, bfloat16 or float16 tensor with values of its own"
 ROOT = "(model)"  #: the place of what the model itself returns
 
 
@@ -64,8 +66,8 @@ def readable(tensor: Any) -> Tensor | None:
         if any(placement.is_partial() for placement in tensor.placements):
             return None
         tensor = tensor._local_tensor
-    if tensor.is_nested or tensor.is_meta or not tensor.is_floating_point():
+    if tensor.is_nested or tensor.is_meta or tensor.dtype not in FLOATING:
         return None
-    if tensor.is_sparse:
+    if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
-    return tensor.detach() if tensor.dtype in FLOATING and tensor.device.type in ("cpu", "cuda") else None
+    return tensor.detach() if tensor.device.type in ("cpu", "cuda") else None

@@ -23,7 +23,7 @@ from lipcore.models.ranks import is_fsdp1
 from lipcore.tensor_stats.attention import AttentionChoice
 from lipcore.tensor_stats.block import Block, Numbers
 from lipcore.tensor_stats.describe import add_extras, add_rows, histogram_of
-from lipcore.tensor_stats.extra import ROOT, Extra, main_tensor, readable
+from lipcore.tensor_stats.extra import ROOT, UNREADABLE, Extra, main_tensor, readable
 from lipcore.tensor_stats.rank_part import TensorStatsPart
 from lipcore.tensor_stats.router import RouterChoice
 from lipcore.tensor_stats.watched import QUANTITIES, Names, Watched, Wishes, checked_names
@@ -225,10 +225,12 @@ class TensorStats(StandaloneMetric):
     def observe_output(self, name: str, module: nn.Module, output: Any) -> None:
         """Take what a module has returned."""
         found, tensor = self._found, main_tensor(output)
+        if tensor is None and name in found.row_of_output:
+            self._note(found.row_of_output[name], UNREADABLE)
         if tensor is None or self._is_captured(tensor):
             return
         if name in found.row_of_output:
-            self._step.observe([tensor], [found.row_of_output[name]])
+            self._add([tensor], [found.row_of_output[name]])
         for entry in found.readers.get(name, ()):
             self._read(*entry, name, tensor)
 
@@ -260,12 +262,21 @@ class TensorStats(StandaloneMetric):
                 numbers.forget(begin, begin + len(found.gradients))
         tensors = self._tensors(found.gradients, begin, of_gradients=True)
         if self._scaler is None:
-            self._step.observe(*tensors)
+            self._add(*tensors)
         else:
             scale = self._scaler._scale
             for tensor, place in zip(*tensors, strict=True):  # one at a time: each is a copy
-                self._step.observe([_without_scale(tensor, scale)], [place])
+                self._add([_without_scale(tensor, scale)], [place])
         self._has_gradients = True
+
+    def _add(self, tensors: Sequence[Tensor], places: Sequence[int]) -> None:
+        for place, why in self._step.observe(tensors, places).items():
+            self._note(place, why)
+
+    def _note(self, place: int, why: str) -> None:
+        """Note why a tensor has no numbers."""
+        quantity, name, _, _ = self._found.rows[place]
+        self._notes.setdefault("not_read", {})[f"{quantity} {name}"] = why
 
     def _tensors(
         self, parameters: Sequence[WatchedParameter], begin: int, *, of_gradients: bool = False
@@ -276,8 +287,12 @@ class TensorStats(StandaloneMetric):
             tensor: Tensor | None = parameter.owner.get(parameter.key)
             if tensor is not None and of_gradients:
                 tensor = tensor.grad
-            values = None if tensor is None else readable(tensor)
-            if values is not None and not self._is_captured(values):
+            if tensor is None:
+                continue
+            values = readable(tensor)
+            if values is None:
+                self._note(place, UNREADABLE)
+            elif not self._is_captured(values):
                 tensors.append(values)
                 places.append(place)
         return tensors, places
@@ -291,7 +306,7 @@ class TensorStats(StandaloneMetric):
     def observe_step(self) -> None:
         """Take the parameters, and count the step with what came before it."""
         if self._due:
-            self._step.observe(*self._tensors(self._found.parameters, 0))
+            self._add(*self._tensors(self._found.parameters, 0))
             self._step.steps = 1
             self._open.merge(self._step)
             self._step.clear()

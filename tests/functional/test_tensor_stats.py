@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from cases import CHUNK, FEW_LAYOUTS, FEW_SIZES, ODD_SIZES, thinned, values
+from cases import CHUNK, FEW_LAYOUTS, ODD_SIZES, values
 from devices import EMULATED, sized
 from oracle import DTYPES, LAYOUTS, assert_close, eps_of, in_layout, same_bits
 from ways import assert_same_in_all_ways
@@ -18,9 +18,9 @@ from lipcore.functional.tensor_stats import empty_tensor_stats, merge_tensor_sta
 from lipcore.functional.tensor_stats_rows import add_on_device, merged_rows
 
 BLOCK = 1024  # elements that the kernel takes together
+SEVERAL_TABLES = 4096  # from so many on its histogram has several tables
 COUNT, MEAN, M2, M3, M4, MIN, MAX, ZEROS, NONFINITE = range(9)
 EXACT = [COUNT, MIN, MAX, ZEROS, NONFINITE]
-SIZES = thinned([(n,) for n in (*ODD_SIZES, BLOCK - 1, BLOCK, BLOCK + 17)], [(n,) for n in FEW_SIZES])
 
 
 def assert_rows(got, truth, tensors, k=200):
@@ -44,20 +44,22 @@ def check(tensors, k=200):
     return got
 
 
-@pytest.mark.parametrize(("size", "dtype"), SIZES)
-def test_sizes(size, dtype, isa):
-    check([values(size, DTYPES[dtype])])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes(dtype, isa):
+    """Each in a list of all, so that a tensor's numbers are no neighbour's."""
+    sizes = (*ODD_SIZES, BLOCK - 1, BLOCK, BLOCK + 17, SEVERAL_TABLES - 1, SEVERAL_TABLES + 3)
+    check([values((n,), DTYPES[dtype]) for n in sizes])
 
 
-@pytest.mark.parametrize(
-    ("dtype", "layout"), [(d, lay) for d in DTYPES for lay in LAYOUTS if d == "f32" or lay in FEW_LAYOUTS]
-)
-def test_layouts(dtype, layout):
-    tensors = [in_layout(values(s, DTYPES[dtype]), layout) for s in ((2, 3, 5, 7), (129,), (3, 65), (0, 4))]
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(dtype):
+    layouts = LAYOUTS if dtype == "f32" else FEW_LAYOUTS
+    shapes = ((2, 3, 5, 7), (129,), (3, 65), (0, 4))
+    tensors = [in_layout(values(shape, DTYPES[dtype]), layout) for shape in shapes for layout in layouts]
     check([tensor for tensor in tensors if tensor is not None])
 
 
-def test_many_tensors_at_once(two_threads):
+def test_many_tensors_at_once():
     shapes = [(), (0,), (7,), (CHUNK + 1,), (3, 5), (2 * CHUNK + 3,), *[(16,)] * 50]
     check([values(shape, dtype, i) for i, shape in enumerate(shapes) for dtype in (torch.float32, torch.bfloat16)])
 

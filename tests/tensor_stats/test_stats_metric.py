@@ -266,6 +266,30 @@ def test_several_tensors_and_none() -> None:
     assert_place(stats.compute(), "output", "(model)", seen)
     assert_place(stats.compute(), "output", "rnn", seen)
     assert "count" not in stats.compute().output
+    assert list(stats.compute().details["not_read"]) == ["output count"]
+
+
+def test_a_tensor_that_kernels_cannot_read_is_named() -> None:
+    """The others are measured."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tanh = nn.Tanh()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.vmap(self.tanh)(x)
+
+    model = nn.Sequential(nn.Linear(5, 5), Odd())
+    model[0].complex = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model[0].sparse = nn.Embedding(4, 2, sparse=True)
+    with TensorStats(model, every_steps=1) as stats:
+        (model(torch.randn(3, 5)).sum() + model[0].sparse(torch.tensor([1])).sum()).backward()
+        stats.update()
+    result = stats.compute()
+    assert list(result.details["not_read"]) == ["output 1.tanh", "parameter 0.complex"]
+    assert list(result.output) == ["(model)", "0", "1", "total"]
+    assert result.gradient["0.sparse.weight"].zeros.value == 0.75
 
 
 # ---- passes that are not the training's, and loops
@@ -316,6 +340,7 @@ def test_a_scaler(skip: bool) -> None:
     assert result.details.get("skipped_steps", 0) == int(skip)
 
 
+@pytest.mark.ci
 def test_a_compiled_model_and_a_compiled_part(fresh_dynamo: Any) -> None:
     """What no hook sees is named; parameters and gradients are measured, and no graph breaks."""
     model = make()
@@ -425,3 +450,41 @@ def test_it_is_recorded(tmp_path: Any) -> None:
         expected = [window["tensor_stats"].output["0"].kurtosis.value for window in m.history]
     with lipcore.open_run(tmp_path / "a") as run:
         assert [w["tensor_stats"].output["0"].kurtosis.value for w in run.windows] == expected
+
+
+# ---- on a device
+
+
+@pytest.mark.gpu
+def test_on_a_device() -> None:
+    """The CPU's numbers, and no step waits for the device."""
+
+    def trained(device: str) -> MetricResult:
+        model = make().to(device)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wishes = {"attention": None, "logits": True, "router": {"2": 1}}
+        with Monitor(model, optimizer, metrics=[TensorStats(every_steps=2, **wishes)], window_steps=None) as monitor:
+            generator = torch.Generator().manual_seed(0)
+            inputs = [torch.randn(7, 5, generator=generator).to(device) for _ in range(4)]
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            for x in inputs:
+                optimizer.zero_grad()
+                model(x).square().mean().backward()
+                optimizer.step()
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+            return monitor.compute()["tensor_stats"]
+
+    there, here = trained("cuda"), trained("cpu")
+    assert list(there) == list(here)
+    for quantity in here:
+        for place in here[quantity]:
+            for reducer, value in here[quantity][place].items():
+                found = there[quantity][place][reducer]
+                assert found.value == pytest.approx(value.value, rel=1e-4, abs=1e-6, nan_ok=True), (
+                    quantity,
+                    place,
+                    reducer,
+                )
+                assert found.count == value.count
