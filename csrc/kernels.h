@@ -4,8 +4,11 @@
 
 #include <cstdint>
 
+#include "math/conv_shape.h"
 #include "math/dtype.h"
+#include "math/gram_sums.h"
 #include "math/sketch.h"
+#include "math/tensor_stats.h"
 #include "math/trajectory.h"
 #include "math/update.h"
 
@@ -47,13 +50,6 @@ struct UpdateChunk {
   int64_t count;
   UpdateForm form;
   UpdateScalars scalars;
-};
-
-struct ConvShape {          // of a convolution in three dimensions: depth, height, width; 1 where there are fewer
-  int64_t groups;           // at least 1
-  int64_t inputs, outputs;  // channels per group
-  int64_t size[3], out[3];  // of the image, and of the gradient (at most the full output)
-  int64_t kernel[3], stride[3], padding[3], dilation[3];
 };
 
 // What fills a vector: outputs of one group, groups of some samples, or pairs of pixels.
@@ -99,11 +95,6 @@ struct LinearBlock {
   int64_t inputs, outputs;
 };
 
-struct GramSums {
-  double total;              // of the products of both Gram matrices over the block, elements off the diagonal twice
-  double diagonal, x, grad;  // over the diagonal alone: of the products and of each matrix
-};
-
 struct LinearNormsKernels {
   int64_t block;    // rows and columns of a LinearBlock at most
   int64_t scratch;  // bytes that a call needs
@@ -128,9 +119,23 @@ struct RowSumBlock {
 };
 constexpr int kRowSumColumns = 1024;
 
+struct RowStatistics {
+  double mean, factor;
+};
+
 struct RowSumNormsKernels {
   // Adds to the sums of kRowSumColumns columns; either may be null.
   void (*add)(const RowSumBlock& block, double* shift, double* scale);
+  // Of each row of a norm layer's input (x, x_step): its mean, 0 where it is not to be centred, and 1 / sqrt(the mean
+  // square about it + eps); `columns` may be any number.
+  void (*statistics)(const RowSumBlock& block, double eps, bool center, RowStatistics* rows);
+  // out[r][i] = (x[r][i] - mean) factor, as float32, or float64 for float64; out has rows of `columns`.
+  void (*normalize)(const RowSumBlock& block, const RowStatistics* rows, void* out);
+};
+
+struct TensorStatsKernels {
+  // Writes the statistics of at most kChunk elements and adds these to the histogram, kTensorBins counts.
+  void (*chunk)(const void* x, DType dtype, int64_t count, TensorStats* stats, uint32_t* bins);
 };
 
 constexpr int kCrossTokens = 8, kCrossLanes = 16;
@@ -166,6 +171,7 @@ struct ConvNormsKernels {
   X(UpdateSumsKernels, update_sums)         \
   X(LinearNormsKernels, linear_norms)       \
   X(RowSumNormsKernels, row_sum_norms)      \
+  X(TensorStatsKernels, tensor_stats)       \
   X(TokenSumsKernels, token_sums)           \
   X(ConvNormsKernels, conv_norms)
 

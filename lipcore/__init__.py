@@ -17,6 +17,7 @@ from lipcore.per_sample import PerSampleGradDots, PerSampleGradNorms  # noqa: E4
 from lipcore.per_sample.clipping import clip_factors  # noqa: E402
 from lipcore.per_sample.scores.sample_scores import SampleScores  # noqa: E402
 from lipcore.recording import RecordError, open_run  # noqa: E402
+from lipcore.tensor_stats import TensorStats  # noqa: E402
 from lipcore.trajectory import Trajectory  # noqa: E402
 from lipcore.trajectory.groups import by_block  # noqa: E402
 
@@ -32,6 +33,7 @@ __all__ = [
     "PerSampleGradNorms",
     "RecordError",
     "SampleScores",
+    "TensorStats",
     "Trajectory",
     "Value",
     "by_block",

@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'BackwardHook', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'GradientList', 'LEDGER_COLUMNS', 'Ledger', 'OBSERVED_COLUMNS', 'OBSERVE_RATIOS', 'OBSERVE_ROOTS', 'OBSERVE_VALUES', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'describe_distributions', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'noise_steps', 'normalized_norms', 'observe_normalized', 'observe_ratios', 'observe_recent', 'observe_roots', 'observe_rows', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'recent_quantiles', 'register_passes', 'register_torch', 'reset_distributions', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'step_norms', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'BackwardHook', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'GradientList', 'LEDGER_COLUMNS', 'Ledger', 'OBSERVED_COLUMNS', 'OBSERVE_RATIOS', 'OBSERVE_ROOTS', 'OBSERVE_VALUES', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TENSOR_BINS', 'TENSOR_STATS', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'describe_distributions', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'merge_tensor_stats', 'noise_steps', 'normalized_norms', 'observe_normalized', 'observe_ratios', 'observe_recent', 'observe_roots', 'observe_rows', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'recent_quantiles', 'register_passes', 'register_torch', 'reset_distributions', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'step_norms', 'tensor_bin_low', 'tensor_stats', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class BackwardHook:
     """
     Calls once per backward pass.
@@ -176,7 +176,7 @@ def cuda_device_count() -> int:
     ...
 def describe_distributions(distributions: collections.abc.Sequence[Distribution], quantiles: collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], out: typing.Any) -> None:
     ...
-def embedding_norms(indices: typing.Any, grad: typing.Any, weights: typing.Any, padding: typing.SupportsInt | typing.SupportsIndex | None, offsets: typing.Any, out: typing.Any) -> None:
+def embedding_norms(indices: typing.Any, order: typing.Any, grad: typing.Any, weights: typing.Any, padding: typing.SupportsInt | typing.SupportsIndex | None, offsets: typing.Any, out: typing.Any) -> None:
     ...
 def first_layer_norms(delta: typing.Any, weight: typing.Any, out: typing.Any) -> None:
     ...
@@ -199,6 +199,8 @@ def linear_norms(x: typing.Any, grad: typing.Any, offsets: typing.Any, method: t
 def linear_uses_gram(tokens: typing.SupportsInt | typing.SupportsIndex, inputs: typing.SupportsInt | typing.SupportsIndex, outputs: typing.SupportsInt | typing.SupportsIndex) -> bool:
     ...
 def linear_weight_grad(x: typing.Any, grad: typing.Any, offsets: typing.Any, total: typing.Any, out: typing.Any) -> None:
+    ...
+def merge_tensor_stats(other_rows: typing.Any, other_bins: typing.Any, places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], rows: typing.Any, bins: typing.Any) -> None:
     ...
 def noise_steps(pending: typing.Any, samples: typing.SupportsInt | typing.SupportsIndex, decay: typing.SupportsFloat | typing.SupportsIndex, ema: typing.Any, out: typing.Any) -> None:
     ...
@@ -236,7 +238,7 @@ def register_torch(tensor: typing.Any, parameter: typing.Any, refuse: typing.Any
     ...
 def reset_distributions(distributions: collections.abc.Sequence[Distribution]) -> None:
     ...
-def row_sum_norms(grad: typing.Any, x: typing.Any, offsets: typing.Any, terms: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
+def row_sum_norms(grad: typing.Any, x: typing.Any, offsets: typing.Any, terms: typing.SupportsInt | typing.SupportsIndex, out: typing.Any, eps: typing.SupportsFloat | typing.SupportsIndex | None = None, center: bool = True) -> None:
     ...
 def sample_norms(x: typing.Any, out: typing.Any) -> None:
     """
@@ -247,6 +249,10 @@ def sketch(tensors: typing.Any, first_index: collections.abc.Sequence[typing.Sup
 def square_sums(tensors: typing.Any, out: typing.Any) -> None:
     ...
 def step_norms(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, first: typing.Any, second: typing.Any) -> None:
+    ...
+def tensor_bin_low(bin: typing.SupportsInt | typing.SupportsIndex) -> float:
+    ...
+def tensor_stats(tensors: typing.Any, places: collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], rows: typing.Any, bins: typing.Any) -> None:
     ...
 def tied_cross(indices: typing.Any, grad_embedding: typing.Any, x: typing.Any, grad_head: typing.Any, padding: typing.SupportsInt | typing.SupportsIndex | None, out: typing.Any) -> None:
     ...
@@ -278,4 +284,6 @@ SINGLE_ELSEWHERE: int = 3
 SINGLE_GRAPH: int = 2
 SINGLE_STOPPED: int = 4
 STEP_COLUMNS: int = 6
+TENSOR_BINS: int = 2048
+TENSOR_STATS: int = 9
 cuda_built: bool = False

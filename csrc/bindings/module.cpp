@@ -65,6 +65,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("paused", &is_paused);
   bind_hot_functions(m);
   bind_distribution(m);
+  bind_tensor_stats(m);
   bind_trajectory(m);
   bind_per_sample(m);
   bind_single_sample(m);

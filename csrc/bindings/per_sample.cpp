@@ -19,35 +19,35 @@
 namespace lipcore {
 namespace {
 
-// A float64 result of `count` elements, as lipcore.functional makes it.
-TensorView result_of(py::handle out, int64_t count) {
+// A float64 result of `count` elements on the device of `like`, as lipcore.functional makes it.
+TensorView result_of(py::handle out, int64_t count, const TensorView& like) {
   const TensorView view = view_of(out, "out", Access::kWrite);
-  if (view.dtype != DType::kFloat64 || !view.on_cpu() || view.numel != count)
-    throw py::value_error("out: expected " + std::to_string(count) + " float64 numbers on the CPU, got " +
-                          ShapeText(view).text);
+  if (view.dtype != DType::kFloat64 || !view.same_device(like) || view.numel != count)
+    throw py::value_error("out: expected " + std::to_string(count) + " float64 numbers on the device of the input, " +
+                          "got " + ShapeText(view).text);
   return view;
 }
 
 int64_t count_samples(py::handle offsets, const TensorView& grad, Offsets* packed) {
   if (!offsets.is_none()) {
-    check(read_offsets(integers_of(offsets, "offsets"), grad.ndim == 3 ? grad.shape[1] : 0, packed));
+    check(read_offsets(integers_of(offsets, "offsets"), grad, grad.ndim == 3 ? grad.shape[1] : 0, packed));
     return packed->samples;
   }
   return grad.ndim ? grad.shape[0] : 0;
 }
 
-// `count` numbers on the CPU.
-const TensorView& counted(const TensorView& view, const char* name, int64_t count) {
-  if (view.numel != count || !view.on_cpu())
-    throw py::value_error(std::string(name) + ": expected " + std::to_string(count) + " numbers on the CPU, got " +
-                          ShapeText(view).text);
+// `count` numbers on the device of `like`.
+const TensorView& counted(const TensorView& view, const char* name, int64_t count, const TensorView& like) {
+  if (view.numel != count || !view.same_device(like))
+    throw py::value_error(std::string(name) + ": expected " + std::to_string(count) +
+                          " numbers on the device of the gradient, got " + ShapeText(view).text);
   return view;
 }
 
 // One row of x and grad per token: [N, ...] beside offsets, which are None where there is a dimension of samples.
 Offsets packed_of(py::handle offsets, const TensorView& x) {
   Offsets packed;
-  if (!offsets.is_none()) check(read_offsets(integers_of(offsets, "offsets"), x.ndim ? x.shape[0] : 0, &packed));
+  if (!offsets.is_none()) check(read_offsets(integers_of(offsets, "offsets"), x, x.ndim ? x.shape[0] : 0, &packed));
   return packed;
 }
 
@@ -71,7 +71,8 @@ void linear_weight_grad_of(py::handle x, py::handle grad, py::handle offsets, py
                      view_of(out, "out", Access::kWrite), &weight_grad));
 }
 
-void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int terms, py::handle out) {
+void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int terms, py::handle out,
+                      std::optional<double> eps, bool center) {
   const TensorView g = view_of(grad, "grad");
   TensorView other;
   if (!x.is_none()) other = view_of(x, "x");
@@ -81,31 +82,37 @@ void row_sum_norms_of(py::handle grad, py::handle x, py::handle offsets, int ter
   if (!fits) throw py::value_error("x: expected the shape of grad, got " + std::string(ShapeText(g).text));
   Offsets packed;
   const int64_t samples = count_samples(offsets, g, &packed);
+  const Normalizer normalizer{eps.value_or(0), center};
+  if (eps && (!(*eps >= 0) || x.is_none())) throw py::value_error("eps: expected a number >= 0, and an x");
   check(row_sum_norms(g, x.is_none() ? nullptr : &other, packed, wanted,
-                      result_of(out, wanted == Terms::kBoth ? 2 * samples : samples)));
+                      result_of(out, wanted == Terms::kBoth ? 2 * samples : samples, g), eps ? &normalizer : nullptr));
 }
 
-void embedding_norms_of(py::handle ids, py::handle grad, py::handle weights, std::optional<int64_t> padding,
-                        py::handle offsets, py::handle out) {
+void embedding_norms_of(py::handle ids, py::handle order, py::handle grad, py::handle weights,
+                        std::optional<int64_t> padding, py::handle offsets, py::handle out) {
   const TensorView g = view_of(grad, "grad");
   Offsets packed;
   const int64_t samples = count_samples(offsets, g, &packed), rows = g.ndim == 3 ? g.shape[0] * g.shape[1] : 0;
   TensorView w;
   if (!weights.is_none()) {
-    w = counted(view_of(weights, "weights", Access::kWrite), "weights", rows);
+    w = counted(view_of(weights, "weights", Access::kWrite), "weights", rows, g);
     if (w.dtype != DType::kFloat64)
       throw py::value_error(std::string("weights: expected float64, got ") + dtype_name(w.dtype));
   }
-  check(embedding_norms(counted(integers_of(ids, "indices"), "indices", rows), g, weights.is_none() ? nullptr : &w,
-                        padding ? &*padding : nullptr, packed, result_of(out, samples)));
+  TensorView sorted;
+  if (!order.is_none()) sorted = counted(integers_of(order, "order"), "order", rows, g);
+  check(embedding_norms(counted(integers_of(ids, "indices"), "indices", rows, g), order.is_none() ? nullptr : &sorted,
+                        g, weights.is_none() ? nullptr : &w, padding ? &*padding : nullptr, packed,
+                        result_of(out, samples, g)));
 }
 
 void tied_cross_of(py::handle ids, py::handle grad_embedding, py::handle x, py::handle grad_head,
                    std::optional<int64_t> padding, py::handle out) {
   const TensorView i = integers_of(ids, "indices");
-  counted(i, "indices", i.numel);
-  check(tied_cross(i, view_of(grad_embedding, "grad_embedding"), view_of(x, "x"), view_of(grad_head, "grad_head"),
-                   padding ? &*padding : nullptr, result_of(out, i.ndim ? i.shape[0] : 0)));
+  const TensorView e = view_of(grad_embedding, "grad_embedding");
+  counted(i, "indices", i.numel, e);
+  check(tied_cross(i, e, view_of(x, "x"), view_of(grad_head, "grad_head"), padding ? &*padding : nullptr,
+                   result_of(out, i.ndim ? i.shape[0] : 0, i)));
 }
 
 void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {
@@ -131,9 +138,9 @@ void bind_per_sample(py::module_& m) {
       "linear_uses_gram", [](int64_t t, int64_t i, int64_t o) { return linear_method(t, i, o) == LinearMethod::kGram; },
       py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
   m.def("row_sum_norms", &row_sum_norms_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
-        py::arg("out"));
-  m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("grad"), py::arg("weights"),
-        py::arg("padding"), py::arg("offsets"), py::arg("out"));
+        py::arg("out"), py::arg("eps") = py::none(), py::arg("center") = true);
+  m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("order"), py::arg("grad"),
+        py::arg("weights"), py::arg("padding"), py::arg("offsets"), py::arg("out"));
   m.def("tied_cross", &tied_cross_of, py::arg("indices"), py::arg("grad_embedding"), py::arg("x"), py::arg("grad_head"),
         py::arg("padding"), py::arg("out"));
   m.def("noise_steps", &noise_steps_of, py::arg("pending"), py::arg("samples"), py::arg("decay"), py::arg("ema"),

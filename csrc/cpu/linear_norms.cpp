@@ -171,7 +171,24 @@ LIPCORE_INLINE void gram_of(const LinearSample& sample, const LinearBlock& block
   *sums = {sum_lanes(total), sum_lanes(both), sum_lanes(x_diagonal), sum_lanes(grad_diagonal)};
 }
 
+#if defined(__AVX512F__)
+#include "cpu/row_dots.h"
+
+// The same for a whole sample, by all_dots().
+LIPCORE_INLINE void gram_of_rows(const LinearSample& sample, const LinearBlock& block, void* memory, GramSums* sums) {
+  const Scratch<float> scratch(memory);
+  all_dots(static_cast<const float*>(sample.x), sample.x_stride, block.rows, block.inputs, scratch.a, scratch.first);
+  all_dots(static_cast<const float*>(sample.grad), sample.grad_stride, block.rows, block.outputs, scratch.a,
+           scratch.second);
+  *sums = sum_dots(scratch.first, scratch.second, block.rows);
+}
+#endif
+
 void gram(const LinearSample& sample, const LinearBlock& block, void* scratch, GramSums* sums) {
+#if defined(__AVX512F__)
+  if (!sample.in_float64 && sample.dtype == DType::kFloat32 && sample.tokens <= kDotRows)
+    return gram_of_rows(sample, block, scratch, sums);
+#endif
   if (sample.in_float64) return gram_of<double>(sample, block, scratch, sums);
   gram_of<float>(sample, block, scratch, sums);
 }

@@ -101,9 +101,63 @@ void add(const RowSumBlock& block, double* shift, double* scale) {
   });
 }
 
+// A row is read twice while it is in the first-level cache: squares about the mean itself lose no digits, however far
+// from 0 the row is.
+void statistics(const RowSumBlock& block, double eps, bool center, RowStatistics* rows) {
+  with_dtype(block.dtype, [&](auto element) {
+    using E = decltype(element);
+    const auto* x = static_cast<const typename E::Stored*>(block.x);
+    const int64_t whole = block.columns / 16 * 16;
+    const double share = 1 / static_cast<double>(block.columns);
+    for (int64_t r = 0; r < block.rows; ++r, x += block.x_step) {
+      double tail[16], mean = 0, square = 0;
+      if (whole < block.columns) store(tail, read_wide<E>(x + whole, block.columns - whole));
+      if (center) {
+        F64x16 sum[2] = {f64(0), f64(0)};
+        for (int64_t i = 0, k = 0; i < whole; i += 16, k ^= 1) sum[k] = sum[k] + widen(E::read(x + i));
+        mean = sum_lanes(sum[0] + sum[1]);
+        for (int64_t k = 0; k < block.columns - whole; ++k) mean += tail[k];
+        mean *= share;
+      }
+      F64x16 squares[2] = {f64(0), f64(0)};
+      for (int64_t i = 0, k = 0; i < whole; i += 16, k ^= 1) {
+        const F64x16 apart = widen(E::read(x + i)) - f64(mean);
+        squares[k] = squares[k] + apart * apart;
+      }
+      square = sum_lanes(squares[0] + squares[1]);
+      for (int64_t k = 0; k < block.columns - whole; ++k) square += (tail[k] - mean) * (tail[k] - mean);
+      rows[r] = {mean, 1 / __builtin_sqrt(square * share + eps)};
+    }
+  });
+}
+
+// In the layer's own precision. A mean of float64 is taken off in two parts, so that what is left of numbers far from 0
+// has all its digits.
+void normalize(const RowSumBlock& block, const RowStatistics* rows, void* out) {
+  with_dtype(block.dtype, [&](auto element) {
+    using E = decltype(element);
+    using T = typename E::Mean;
+    const auto* x = static_cast<const typename E::Stored*>(block.x);
+    T* to = static_cast<T*>(out);
+    for (int64_t r = 0; r < block.rows; ++r, x += block.x_step, to += block.columns) {
+      const T rounded = static_cast<T>(rows[r].mean);
+      const auto high = E::set(rows[r].mean), low = E::set(rows[r].mean - static_cast<double>(rounded));
+      const auto factor = E::set(rows[r].factor);
+      int64_t i = 0;
+      for (; i + 16 <= block.columns; i += 16) store(to + i, (E::read(x + i) - high - low) * factor);
+      if (i == block.columns) continue;
+      typename E::Stored tail[16] = {};
+      T values[16];
+      memcpy(tail, x + i, static_cast<size_t>(block.columns - i) * sizeof tail[0]);
+      store(values, (E::read(tail) - high - low) * factor);
+      memcpy(to + i, values, static_cast<size_t>(block.columns - i) * sizeof values[0]);
+    }
+  });
+}
+
 }  // namespace
 
 extern const RowSumNormsKernels row_sum_norms;
-const RowSumNormsKernels row_sum_norms = {&add};
+const RowSumNormsKernels row_sum_norms = {&add, &statistics, &normalize};
 
 }  // namespace lipcore::LIPCORE_ISA

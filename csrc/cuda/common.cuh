@@ -16,6 +16,9 @@ constexpr int kThreads = 256;    // per block, for every kernel
 constexpr int kBlocksPerSm = 3;  // at least, for the kernels that stream memory: 80 registers per thread
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
+constexpr int64_t kMaxBlocks = 1 << 20;  // where there is more to do, blocks take several turns
+inline int64_t blocks_for(int64_t work) { return work < kMaxBlocks ? work : kMaxBlocks; }
+
 // Stored: as in memory. Work: differences and means. Squares and sums are float64 for all.
 struct Float32 {
   using Stored = float;

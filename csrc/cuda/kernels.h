@@ -6,7 +6,10 @@
 #include <cstdint>
 #include <vector>
 
+#include "math/conv_shape.h"
+#include "math/gram_sums.h"
 #include "math/observed.h"
+#include "math/tensor_stats.h"
 #include "math/trajectory_row.h"
 #include "math/update.h"
 #include "ops/rows.h"
@@ -29,6 +32,70 @@ struct Status {
 // How many float64 of scratch memory the call needs.
 int64_t sample_norms_scratch(const Rows& rows);
 Status sample_norms(const Rows& rows, double* out, double* scratch, void* stream);
+
+// ---- row_sum_norms
+
+// Rows of g, and of x where it is not null, whose columns are summed up per sample. Strides are in elements: from
+// sample to sample, row to row, column to column.
+struct RowSums {
+  const void *g, *x;
+  DType dtype;
+  int64_t samples, rows, columns;  // rows of one sample, or with offsets of all together
+  int64_t g_strides[3], x_strides[3];
+  const int64_t* offsets;  // of packed rows, [samples + 1]; null: every sample has its own rows
+  bool shift, scale;       // of which sums the norms are wanted: of g, of g * x
+};
+
+// How many float64 of scratch memory the call needs.
+int64_t row_sum_norms_scratch(const RowSums& sums);
+// out [samples], or where both are wanted [2, samples]: of the scale, then of the shift.
+Status row_sum_norms(const RowSums& sums, double* out, double* scratch, void* stream);
+
+// ---- weight_norms
+
+// One side of a product over positions: strides in elements, from sample to sample, channel to channel, and along
+// depth, height and width.
+struct Factor {
+  const void* data;
+  DType dtype;
+  int64_t sample, channel, along[3];
+};
+
+// Squared norms of sums over positions t of grad[o, t] * x[patch (i, tap), t]: of convolutions, and of Linear layers as
+// convolutions with kernels of one element whose tokens lie along the width.
+struct WeightNorms {
+  ConvShape shape;
+  Factor x, grad;
+  int64_t samples;
+  const int64_t* offsets;  // of packed tokens, [samples + 1], of shape.out[2] rows; null: samples of their own
+  bool gram;               // by the Gram matrices of tokens: Linear alone, and not packed
+  void* total;             // of a Linear the batch's gradient as well, directly: rows of inputs, one per output, in
+  int64_t total_stride;    // float32, or in float64 if an input is; null: not wanted
+};
+
+// How many float64 of scratch memory the call needs.
+int64_t weight_norms_scratch(const WeightNorms& norms);
+Status weight_norms(const WeightNorms& norms, double* out, double* scratch, void* stream);
+
+// Samples whose out[b], made elsewhere of float32 sums, left their range are made again in float64.
+Status redo_weight_norms(const WeightNorms& norms, double* out, void* stream);
+
+// ---- embedding_norms
+
+struct EmbeddingNorms {
+  const int64_t *tokens, *rows;  // tokens in ascending order, and the row of each: of equal ones in ascending order too
+  const void* grad;
+  DType dtype;
+  int64_t strides[3];                // from sample to sample, row to row, column to column
+  const double* weights;             // by row; may be null
+  const int64_t* padding;            // host: the token that does not count; may be null
+  int64_t samples, length, columns;  // rows of one sample, or with offsets of all together
+  const int64_t* offsets;            // of packed rows, [samples + 1], or null
+};
+
+// How many float64 of scratch memory the call needs.
+int64_t embedding_norms_scratch(const EmbeddingNorms& norms);
+Status embedding_norms(const EmbeddingNorms& norms, double* out, double* scratch, void* stream);
 
 // ---- trajectory_step
 
@@ -201,5 +268,24 @@ struct ObserveTables {
   int64_t chunks;         // of the values of a place
 };
 Status observe_rows(const ObservedTable& table, const ObserveTables& out, void* stream);
+// ---- tensor_stats
+
+struct StatsTensor {
+  const void* x;  // dense
+  int64_t count;
+  int64_t first_chunk;  // of its run of partials
+  int64_t place;        // its row of rows and bins; no other tensor's
+  int64_t dtype;
+};
+
+struct StatsTables {
+  StatsTensor* tensors;
+  TensorStats* partials;  // per chunk
+  TensorStats* rows;      // the result, added to
+  int64_t* bins;          // [rows, kTensorBins], added to
+  int64_t tensor_count, chunk_count;
+};
+
+Status run_tensor_stats(const StatsTables& tables, void* stream);
 
 }  // namespace lipcore::cuda

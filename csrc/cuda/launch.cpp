@@ -65,6 +65,58 @@ bool sample_norms(const Rows& rows, dlpack::Device device, double* out) {
   return on.check(sample_norms(rows, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
 }
 
+bool row_sum_norms(const RowSums& sums, dlpack::Device device, double* out) {
+  OnDevice on("row_sum_norms");
+  if (!on.enter(device)) return false;
+  TorchMemory memory;
+  const int64_t scratch = row_sum_norms_scratch(sums);
+  if (scratch && !memory.allocate(device, TorchMemory::size_of<double>(scratch))) return false;
+  return on.check(row_sum_norms(sums, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
+}
+
+bool weight_norms(const WeightNorms& norms, dlpack::Device device, double* out) {
+  OnDevice on("weight_norms");
+  if (!on.enter(device)) return false;
+  TorchMemory memory;
+  const int64_t scratch = weight_norms_scratch(norms);
+  if (scratch && !memory.allocate(device, TorchMemory::size_of<double>(scratch))) return false;
+  return on.check(weight_norms(norms, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
+}
+
+bool redo_weight_norms(const WeightNorms& norms, dlpack::Device device, double* out) {
+  OnDevice on("weight_norms");
+  return on.enter(device) && on.check(redo_weight_norms(norms, out, on.stream()));
+}
+
+bool embedding_norms(const EmbeddingNorms& norms, dlpack::Device device, double* out) {
+  OnDevice on("embedding_norms");
+  if (!on.enter(device)) return false;
+  TorchMemory memory;
+  const int64_t scratch = embedding_norms_scratch(norms);
+  if (scratch && !memory.allocate(device, TorchMemory::size_of<double>(scratch))) return false;
+  return on.check(embedding_norms(norms, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
+}
+
+bool tensor_stats(const std::vector<TensorStatsItem>& items, dlpack::Device device, TensorStats* rows, int64_t* bins) {
+  OnDevice on("tensor_stats");
+  if (items.empty()) return true;
+  if (!on.enter(device)) return false;
+  std::vector<StatsTensor> tensors;
+  int64_t chunks = 0;
+  for (const TensorStatsItem& item : items) {
+    tensors.push_back({item.rows.data, item.rows.length, chunks, item.place, static_cast<int64_t>(item.rows.dtype)});
+    chunks += (item.rows.length + kCudaChunk - 1) / kCudaChunk;
+  }
+  const auto count = static_cast<int64_t>(tensors.size());
+  TorchMemory memory;
+  if (!memory.allocate(device, TorchMemory::size_of<StatsTensor>(count) + TorchMemory::size_of<TensorStats>(chunks)))
+    return false;
+  StatsTables tables{memory.take<StatsTensor>(count), memory.take<TensorStats>(chunks), rows, bins, count, chunks};
+  return on.check(upload_words(tensors.data(), count * static_cast<int64_t>(sizeof(StatsTensor)), tables.tensors,
+                               on.stream())) &&
+         on.check(run_tensor_stats(tables, on.stream()));
+}
+
 bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out) {
   if (items.empty()) return true;
   OnDevice on("trajectory_step");

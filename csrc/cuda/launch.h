@@ -9,6 +9,7 @@
 #include "cuda/sketch_runner.h"
 #include "cuda/torch_memory.h"
 #include "ops/sample_norms.h"
+#include "ops/tensor_stats.h"
 #include "ops/trajectory_step.h"
 
 namespace lipcore::cuda {
@@ -17,6 +18,15 @@ namespace lipcore::cuda {
 int device_count();
 
 bool sample_norms(const Rows& rows, dlpack::Device device, double* out);
+
+bool row_sum_norms(const RowSums& sums, dlpack::Device device, double* out);
+
+bool weight_norms(const WeightNorms& norms, dlpack::Device device, double* out);
+bool redo_weight_norms(const WeightNorms& norms, dlpack::Device device, double* out);
+
+bool embedding_norms(const EmbeddingNorms& norms, dlpack::Device device, double* out);
+// Of dense tensors.
+bool tensor_stats(const std::vector<TensorStatsItem>& items, dlpack::Device device, TensorStats* rows, int64_t* bins);
 
 bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out);
 

@@ -1,9 +1,8 @@
 // Row norms. Every element is squared in float64 (a float32 square is exact there and neither overflows nor underflows,
 // so a gradient of 1e-24 keeps its norm); float64 rows whose squares leave float64's range are scaled by a power of two
 // first. Error <= 1e-13 relative. The order of additions depends on a row's length and dtype alone.
-#include <cub/block/block_reduce.cuh>
-
 #include "cuda/common.cuh"
+#include "cuda/teams.cuh"
 
 namespace lipcore::cuda {
 namespace {
@@ -11,58 +10,9 @@ namespace {
 // A row is summed by a team of threads: a few lanes, a warp or a block, by its length.
 constexpr int64_t kLanesRow = 32;
 constexpr int64_t kWarpRow = 2048;
-constexpr int64_t kMaxBlocks = 1 << 20;  // more rows than that: blocks take several
 // Outside, the sum of float64 squares has overflowed or lost digits to subnormals. A float32 square never gets there.
 constexpr double kSmallestSum = 1e-280;
 constexpr double kLargestSum = 1e300;
-
-template <int kSize>
-struct Lanes {  // kSize neighbouring lanes of a warp
-  __device__ int rank() const { return static_cast<int>(threadIdx.x) % kSize; }
-  __device__ static constexpr int size() { return kSize; }
-  __device__ unsigned mask() const {
-    return kSize == 32 ? 0xffffffffu : ((1u << kSize % 32) - 1) << (threadIdx.x % 32 / kSize * kSize);
-  }
-  // All lanes of the team get the same bits: at every level both partners add the same two numbers.
-  __device__ double sum(double x) const {
-#pragma unroll
-    for (int distance = kSize / 2; distance; distance /= 2) x += __shfl_xor_sync(mask(), x, distance);
-    return x;
-  }
-  __device__ double max(double x) const {
-#pragma unroll
-    for (int distance = kSize / 2; distance; distance /= 2) {
-      const double other = __shfl_xor_sync(mask(), x, distance);
-      x = other > x ? other : x;
-    }
-    return x;
-  }
-};
-
-struct Larger {
-  __device__ double operator()(double a, double b) const { return b > a ? b : a; }
-};
-
-struct Block {
-  using Reduce = cub::BlockReduce<double, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
-  struct Storage {
-    typename Reduce::TempStorage reduce;
-    double result;
-  };
-  Storage* storage;
-
-  __device__ int rank() const { return static_cast<int>(threadIdx.x); }
-  __device__ static constexpr int size() { return kThreads; }
-  __device__ double share(double x) const {
-    if (threadIdx.x == 0) storage->result = x;
-    __syncthreads();
-    x = storage->result;
-    __syncthreads();  // the storage may be used again
-    return x;
-  }
-  __device__ double sum(double x) const { return share(Reduce(storage->reduce).Sum(x)); }
-  __device__ double max(double x) const { return share(Reduce(storage->reduce).Reduce(x, Larger{})); }
-};
 
 // A quotient and what is left, with the divisor's reciprocal at hand: a 64-bit division is a call of 70 instructions,
 // around which registers spill. Exact for 0 <= a < 2^53: the product is off by less than one.
@@ -209,8 +159,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
 }
 
 int64_t chunks_of(const Rows& rows) { return (rows.length + kCudaChunk - 1) / kCudaChunk; }
-
-int64_t blocks_for(int64_t work) { return work < kMaxBlocks ? work : kMaxBlocks; }
 
 template <int kSize>
 Status launch_lanes(const Work& work, double* out, void* stream) {

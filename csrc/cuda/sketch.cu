@@ -238,8 +238,8 @@ Status upload_words(const void* host, int64_t bytes, void* device, void* stream)
     const int64_t count = std::min(kWords, total - first);
     Words words{};
     std::memcpy(words.word, static_cast<const uint64_t*>(host) + first, static_cast<size_t>(count) * sizeof(uint64_t));
-    const Status status = launch("writing the tables of a sketch", &write_words, 1, stream, words,
-                                 static_cast<uint64_t*>(device) + first, count);
+    const Status status =
+        launch("writing the tables", &write_words, 1, stream, words, static_cast<uint64_t*>(device) + first, count);
     if (status.code) return status;
   }
   return {0, ""};

@@ -6,8 +6,12 @@
 #include <vector>
 
 #include "kernels.h"
+#include "ops/devices.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace lipcore {
 namespace {
@@ -169,8 +173,7 @@ bool check(const TensorView& x, const TensorView& grad, const ConvGeometry& g, c
   if (out.dtype != DType::kFloat64 || out.ndim != 1 || out.shape[0] != x.shape[0])
     return fail({"out"}, "expected float64 [%lld], got %s %s", static_cast<long long>(x.shape[0]),
                 dtype_name(out.dtype), ShapeText(out).text);
-  if (!x.on_cpu() || !grad.on_cpu() || !out.on_cpu())
-    return fail({"x"}, "this kernel runs on the CPU: pass x.cpu() and grad.cpu()");
+  if (!x.same_device(grad) || !x.same_device(out)) return fail({"x"}, "is on another device; put all on one");
   return true;
 }
 
@@ -215,6 +218,27 @@ int64_t parts_of(int64_t tiles, int64_t samples) {
   return samples >= 8 || most < 2 ? 1 : most < 8 ? most : 8;
 }
 
+bool on_device(const TensorView& x, const Work& work, const TensorView& out) {
+#if defined(LIPCORE_WITH_CUDA)
+  const ConvSample& first = work.first;
+  const auto factor = [](const void* data, DType dtype, int64_t step, const int64_t* stride) {
+    return cuda::Factor{data, dtype, step, stride[0], {stride[1], stride[2], stride[3]}};
+  };
+  const cuda::WeightNorms norms{work.shape,
+                                factor(first.x, first.x_dtype, first.x_step, first.x_stride),
+                                factor(first.grad, first.grad_dtype, first.grad_step, first.grad_stride),
+                                x.shape[0],
+                                nullptr,
+                                false,
+                                nullptr,
+                                0};
+  return cuda::weight_norms(norms, x.device, static_cast<double*>(out.data));
+#else
+  (void)x, (void)work, (void)out;
+  return refuse_device("x");
+#endif
+}
+
 }  // namespace
 
 bool conv_norms_sq(const TensorView& x, const TensorView& grad, const ConvGeometry& geometry, bool gram,
@@ -223,6 +247,7 @@ bool conv_norms_sq(const TensorView& x, const TensorView& grad, const ConvGeomet
   Work work;
   work.kernel = kernels().conv_norms;
   describe(x, grad, geometry, &work);
+  if (!x.on_cpu()) return on_device(x, work, out);
   auto* norms = static_cast<double*>(out.data);
   const int64_t samples = x.shape[0];
   if (x.numel == 0 || grad.numel == 0) {

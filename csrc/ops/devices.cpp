@@ -1,5 +1,7 @@
 #include "ops/devices.h"
 
+#include "python/tensor_view.h"
+
 #if defined(LIPCORE_WITH_CUDA)
 #include "cuda/launch.h"
 #endif
@@ -13,5 +15,12 @@ int cuda_device_count() { return cuda::device_count(); }
 bool cuda_built() { return false; }
 int cuda_device_count() { return 0; }
 #endif
+
+bool refuse_device(const char* name) {
+  return fail({name},
+              "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON or pass "
+              "%s.cpu()",
+              name);
+}
 
 }  // namespace lipcore

@@ -7,4 +7,7 @@ namespace lipcore {
 bool cuda_built();
 int cuda_device_count();  // 0 without CUDA, without a GPU and without a driver
 
+// Raises that this core was built without CUDA; false.
+bool refuse_device(const char* name);
+
 }  // namespace lipcore

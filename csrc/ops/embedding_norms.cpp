@@ -3,18 +3,48 @@
 #include <algorithm>
 
 #include "kernels.h"
+#include "ops/devices.h"
 #include "ops/offsets.h"
 #include "ops/token_groups.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace lipcore {
+namespace {
 
-bool embedding_norms(const TensorView& ids, const TensorView& grad, const TensorView* weights, const int64_t* padding,
-                     Offsets offsets, const TensorView& out) {
+bool on_device(const TensorView& tokens, const TensorView& order, const TensorView& grad, const TensorView* weights,
+               const int64_t* padding, Offsets offsets, const TensorView& out) {
+#if defined(LIPCORE_WITH_CUDA)
+  const cuda::EmbeddingNorms norms{static_cast<const int64_t*>(tokens.data),
+                                   static_cast<const int64_t*>(order.data),
+                                   grad.data,
+                                   grad.dtype,
+                                   {grad.strides[0], grad.strides[1], grad.strides[2]},
+                                   weights ? static_cast<const double*>(weights->data) : nullptr,
+                                   padding,
+                                   offsets.begin ? offsets.samples : grad.shape[0],
+                                   grad.shape[1],
+                                   grad.shape[2],
+                                   offsets.begin};
+  return cuda::embedding_norms(norms, grad.device, static_cast<double*>(out.data));
+#else
+  (void)tokens, (void)order, (void)grad, (void)weights, (void)padding, (void)offsets, (void)out;
+  return refuse_device("grad");
+#endif
+}
+
+}  // namespace
+
+bool embedding_norms(const TensorView& ids, const TensorView* order, const TensorView& grad, const TensorView* weights,
+                     const int64_t* padding, Offsets offsets, const TensorView& out) {
   // The strides of an empty tensor mean nothing.
-  if (grad.ndim != 3 || !grad.on_cpu() || (grad.numel && grad.shape[2] > 1 && grad.strides[2] != 1))
-    return fail({"grad"}, "expected [B, T, D] with flat rows on the CPU, got %s", ShapeText(grad).text);
+  if (grad.ndim != 3 || (grad.on_cpu() && grad.numel && grad.shape[2] > 1 && grad.strides[2] != 1))
+    return fail({"grad"}, "expected [B, T, D], with flat rows on the CPU, got %s", ShapeText(grad).text);
+  if ((order != nullptr) == grad.on_cpu()) return fail({"order"}, "expected the rows' order on a CUDA device alone");
+  if (order) return on_device(ids, *order, grad, weights, padding, offsets, out);
   const int64_t length = grad.shape[1], width = grad.shape[2];
   const int64_t samples = offsets.begin ? offsets.samples : grad.shape[0];
   static thread_local TokenGroups group_memory;

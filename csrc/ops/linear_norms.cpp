@@ -8,8 +8,12 @@
 #include <vector>
 
 #include "kernels.h"
+#include "ops/devices.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
+#if defined(LIPCORE_WITH_CUDA)
+#include "cuda/launch.h"
+#endif
 
 namespace lipcore {
 namespace {
@@ -90,14 +94,9 @@ double safe_sum(const Batch& batch, bool in_float64) {
   return static_cast<double>(batch.inputs) * static_cast<double>(batch.outputs) * (in_float64 ? 1e-290 : 1e-29);
 }
 
-constexpr double kCancelled = 5e-3;  // below this ratio Gram's error exceeds 1e-5
-
 bool trust_gram(const Batch& batch, const LinearSample& sample, const GramSums& sums) {
-  const double lost = sample.in_float64 ? 1e-307 : 1e-37, tokens = static_cast<double>(sample.tokens);
-  const double underflow =
-      lost * tokens *
-      (static_cast<double>(batch.inputs) * sums.grad + static_cast<double>(batch.outputs) * sums.x + tokens);
-  return std::isfinite(sums.total) && sums.total >= kCancelled * sums.diagonal && underflow <= 1e-7 * sums.total;
+  return gram_holds(sums, static_cast<double>(sample.tokens), static_cast<double>(batch.inputs),
+                    static_cast<double>(batch.outputs), sample.in_float64);
 }
 
 // A power of two that brings the largest element near 1; 0 for zeros, 1 where there are elements that are not finite.
@@ -186,6 +185,36 @@ void weight_grad(const Batch& batch, void* total, size_t total_item_size, double
   redo(batch, suspicious, out);
 }
 
+// Of any strides and dtypes; kRedo takes what is in out, made of float32 sums.
+bool on_device(const TensorView& x, const TensorView& grad, Offsets offsets, LinearMethod method, const TensorView& out,
+               const TensorView* total) {
+#if defined(LIPCORE_WITH_CUDA)
+  const bool packed = offsets.begin != nullptr;
+  const int token = packed ? 0 : 1;
+  const int64_t tokens = x.shape[token], inputs = x.shape[token + 1], outputs = grad.shape[token + 1];
+  const auto factor = [&](const TensorView& view) {
+    return cuda::Factor{
+        view.data, view.dtype, packed ? 0 : view.strides[0], view.strides[token + 1], {0, 0, view.strides[token]}};
+  };
+  const LinearMethod chosen = method == LinearMethod::kChoose ? linear_method(tokens, inputs, outputs) : method;
+  cuda::WeightNorms norms{
+      {1, inputs, outputs, {1, 1, tokens}, {1, 1, tokens}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}},
+      factor(x),
+      factor(grad),
+      packed ? offsets.samples : x.shape[0],
+      offsets.begin,
+      !packed && !total && chosen == LinearMethod::kGram,
+      total ? total->data : nullptr,
+      total ? total->strides[0] : 0};
+  auto* to = static_cast<double*>(out.data);
+  return method == LinearMethod::kRedo ? cuda::redo_weight_norms(norms, x.device, to)
+                                       : cuda::weight_norms(norms, x.device, to);
+#else
+  (void)x, (void)grad, (void)offsets, (void)method, (void)out, (void)total;
+  return refuse_device("x");
+#endif
+}
+
 }  // namespace
 
 LinearMethod linear_method(int64_t tokens, int64_t inputs, int64_t outputs) {
@@ -203,25 +232,27 @@ bool linear_norms(const TensorView& x, const TensorView& grad, Offsets offsets, 
   for (int side = 0; side < 2; ++side) {
     const TensorView& view = side ? grad : x;
     const char* name = side ? "grad" : "x";
-    if (!view.on_cpu()) return fail({name}, "the compiled matrix kernels run on the CPU; pass a CPU tensor");
+    if (!view.same_device(x)) return fail({name}, "is on another device than x; put both on one");
     if (view.ndim != last + 1) return fail({name}, "expected %d dimensions, got %s", last + 1, ShapeText(view).text);
-    if (view.shape[last] > 1 && view.strides[last] != 1)
+    if (view.on_cpu() && view.shape[last] > 1 && view.strides[last] != 1)
       return fail({name}, "expected a contiguous last dimension; pass a contiguous tensor");
   }
   for (int d = 0; d < last; ++d)
     if (x.shape[d] != grad.shape[d])
       return fail({"grad"}, "expected the samples and tokens of x, %s, got %s", ShapeText(x).text,
                   ShapeText(grad).text);
-  if (x.dtype != grad.dtype) return fail({"grad"}, "expected the dtype of x, %s", dtype_name(x.dtype));
-  if (out.dtype != DType::kFloat64 || out.ndim != 1 || out.shape[0] != samples || !out.on_cpu())
-    return fail({"out"}, "expected float64 [%lld] on the CPU, got %s", static_cast<long long>(samples),
+  if (x.on_cpu() && x.dtype != grad.dtype) return fail({"grad"}, "expected the dtype of x, %s", dtype_name(x.dtype));
+  if (out.dtype != DType::kFloat64 || out.ndim != 1 || out.shape[0] != samples || !out.same_device(x))
+    return fail({"out"}, "expected float64 [%lld] on the device of x, got %s", static_cast<long long>(samples),
                 ShapeText(out).text);
-  const bool wide = x.dtype == DType::kFloat64;
+  const bool wide = x.dtype == DType::kFloat64 || grad.dtype == DType::kFloat64;
   if (total && (total->ndim != 2 || total->shape[0] != grad.shape[last] || total->shape[1] != x.shape[last] ||
-                !total->on_cpu() || total->dtype != (wide ? DType::kFloat64 : DType::kFloat32) ||
+                !total->same_device(x) || total->dtype != (wide ? DType::kFloat64 : DType::kFloat32) ||
                 (total->numel && total->shape[1] > 1 && total->strides[1] != 1)))
     return fail({"total"}, "expected a contiguous %s tensor [outputs, inputs], got %s", wide ? "float64" : "float32",
                 ShapeText(*total).text);
+  if (!x.on_cpu()) return on_device(x, grad, offsets, method, out, total);
+  if (method == LinearMethod::kRedo) return fail({"method"}, "redoes what was made on a CUDA device");
   Batch batch{x.shape[last], grad.shape[last], {}};
   for (int64_t b = 0; b < samples; ++b) {
     const int64_t first = packed ? offsets.begin[b] : b;

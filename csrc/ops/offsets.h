@@ -11,7 +11,8 @@ struct Offsets {
   int64_t samples = 0;
 };
 
-// Checks that int64 offsets, [samples + 1], ascend from 0 to `rows`.
-bool read_offsets(const TensorView& offsets, int64_t rows, Offsets* out);
+// Checks that int64 offsets, [samples + 1], are on the device of `like` and ascend from 0 to `rows`; whether they do is
+// on a CUDA device for the kernels to see, whose results are NaN where they do not.
+bool read_offsets(const TensorView& offsets, const TensorView& like, int64_t rows, Offsets* out);
 
 }  // namespace lipcore

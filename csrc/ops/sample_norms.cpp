@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "ops/devices.h"
 #include "ops/read_element.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
@@ -71,7 +72,8 @@ void gather_as(const Rows& rows, const char* row, int64_t begin, int64_t count, 
   }
 }
 
-// Elements [begin, begin + count) of a row as a flat run: in place, or gathered into a buffer of this thread.
+}  // namespace
+
 const void* row_run(const Rows& rows, int64_t row, int64_t begin, int64_t count) {
   const char* start = rows.data + row * rows.stride * item_size(rows.dtype);
   if (rows.dense) return start + begin * item_size(rows.dtype);
@@ -89,6 +91,8 @@ const void* row_run(const Rows& rows, int64_t row, int64_t begin, int64_t count)
   }
   return buffer.data();
 }
+
+namespace {
 
 template <class Visit>
 void for_each_in_row(const Rows& rows, int64_t row, const Visit& visit) {
@@ -231,10 +235,7 @@ bool sample_norms(const TensorView& x, const TensorView& out) {
 #if defined(LIPCORE_WITH_CUDA)
   if (!x.on_cpu()) return cuda::sample_norms(rows, x.device, static_cast<double*>(out.data));
 #endif
-  if (!x.on_cpu())
-    return fail({"x"},
-                "is on a CUDA device, but this lipcore was built without CUDA; rebuild with "
-                "LIPCORE_CUDA=ON or pass x.cpu()");
+  if (!x.on_cpu()) return refuse_device("x");
   without_gil(x.numel, [&] { norms_of_rows(rows, static_cast<double*>(out.data)); });
   return true;
 }

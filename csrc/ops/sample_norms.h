@@ -16,6 +16,10 @@ bool normalized_norms(const TensorView& delta, const TensorView& output_grad, co
 // x [B, ...] of at least one dimension; false when a row has more than kRowDims dimensions that cannot be merged.
 bool describe_rows(const TensorView& x, Rows* rows);
 
+// Elements [begin, begin + count) of a row, at most kChunk, as a flat run: in place, or gathered into a buffer of this
+// thread.
+const void* row_run(const Rows& rows, int64_t row, int64_t begin, int64_t count);
+
 // Sum of squares of a row, in float64; of a float64 row it may have under- or overflowed.
 double sum_squares_of_row(const Rows& rows, int64_t row);
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lipcore import _core
 
 _INTEGERS = (torch.int64, torch.int32)
+_CPU = torch.device("cpu")  # torch.set_default_device() may be another
 
 
 def resolved(tensor: Tensor, name: str, index: int = -1) -> Tensor:
@@ -62,13 +63,14 @@ def integers(tensor: Tensor, name: str) -> Tensor:
 
 
 def packed_offsets(offsets: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return the offsets as checked int64 [B + 1]; whether they ascend from 0 to N is for the core to see."""
+    """Return the offsets as checked int64 [B + 1] beside the rows; whether they ascend from 0 to N is for the core to
+    see."""
     if offsets is None:
         return None
     offsets = integers(offsets, "offsets")
     if offsets.dim() != 1 or not len(offsets):
         raise ValueError(f"offsets: expected shape [B + 1], from 0 to the number of rows, got {list(offsets.shape)}")
-    return offsets.cpu() if like.is_cpu else offsets
+    return offsets if offsets.device == like.device else offsets.to(like.device)
 
 
 def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -79,6 +81,13 @@ def of_one_dtype(*tensors: Tensor) -> tuple[Tensor, ...]:
     for tensor in tensors[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
     return tuple(tensor.to(dtype) for tensor in tensors)
+
+
+def result_beside(tensor: Tensor, *shape: int) -> Tensor:
+    """Return memory for a result in float64 on the tensor's device."""
+    if tensor.is_cpu:
+        return torch.empty(shape, dtype=torch.float64, device=_CPU)
+    return tensor.new_empty(shape, dtype=torch.float64)
 
 
 def flat_rows(tensor: Tensor) -> Tensor:

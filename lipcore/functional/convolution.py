@@ -12,6 +12,7 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
+from lipcore.functional.arguments import result_beside
 from lipcore.functional.linear import Method
 from lipcore.models.arguments import check_choice, check_count, is_integer
 
@@ -56,7 +57,7 @@ def conv_norms_sq(
         method: "direct" makes every entry of the weight gradient and squares it, "gram" multiplies pixels of the input
             with each other and gradients with each other (small maps with many channels; float32 samples that cancel
             are done again directly), "portable" is torch's own operations, None is :func:`conv_method` on the CPU and
-            "portable" elsewhere.
+            "direct" on a CUDA device.
 
     Returns:
         float64 [B], detached.
@@ -77,15 +78,15 @@ def conv_norms_sq(
     if _core.check_storage(grad, "grad"):
         grad = grad.resolve_neg()
     _check(x, grad, kernel_size, stride, padding, dilation, groups, method)
-    if not x.is_cpu and method in ("direct", "gram"):
-        raise ValueError(f"method: expected None or 'portable' for tensors on {x.device}, got {method!r}")
+    if not x.is_cpu and method == "gram":
+        raise ValueError(f"method: expected 'direct', 'portable' or None for tensors on {x.device}, got 'gram'")
     if not x.numel() or not grad.numel():
         return x.new_zeros(x.shape[0], dtype=torch.float64)
-    if method == "portable" or not x.is_cpu:
+    if method == "portable":
         return portable.conv_norms_sq(x, grad, kernel_size, stride, padding, dilation, groups)
-    if method is None:
+    if method is None and x.is_cpu:
         method = conv_method(x.shape, grad.shape, kernel_size=kernel_size, padding=padding, groups=groups)
-    out = torch.empty(x.shape[0], dtype=torch.float64, device=_library.CPU)
+    out = result_beside(x, x.shape[0])
     _core.conv_norms_sq(x, grad, kernel_size, stride, padding, dilation, groups, method == "gram", out)
     return out
 

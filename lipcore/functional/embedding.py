@@ -15,6 +15,7 @@ from lipcore.functional.arguments import (
     integers,
     packed_offsets,
     readable,
+    result_beside,
     rows,
     same_place,
     within_range,
@@ -34,8 +35,8 @@ def embedding_norms_sq(
 
     .. math:: n_b^2 = \sum_v \|\sum_{t:\,i_{bt}=v} w_{bt}\,g_{bt}\|_2^2
 
-    A hash per sample finds the repeated tokens, so the cost is one read of grad. Sums are float64. The number is what
-    grad is: under a mean-reduced loss it carries 1/B^2.
+    A hash per sample finds the repeated tokens, on a CUDA device one sort, so the cost is one read of grad. Sums are
+    float64. The number is what grad is: under a mean-reduced loss it carries 1/B^2.
 
     Args:
         indices: int64 or int32 [B, ...] of T tokens per sample, or with offsets the packed tokens [N].
@@ -74,16 +75,20 @@ def embedding_norms_sq(
                 f"weights: expected the shape of indices, {list(indices.shape)}, got {list(weights.shape)}"
             )
     g = rows(grad, "grad", offsets is not None)
-    if not grad.is_cpu:
-        return portable.embedding_norms_sq(indices, grad, weights, padding_idx, offsets)
     weights = None if weights is None else weights.to(torch.float64).contiguous()
     samples = len(g) if offsets is None else len(offsets) - 1
+    order = None
+    if not grad.is_cpu:
+        # Stable: of equal tokens those of a sample stay behind each other.
+        indices, order = indices.flatten().sort(stable=True)
 
     def compute(grad: Tensor, weights: Tensor | None = None) -> Tensor:
-        out = torch.empty(samples, dtype=torch.float64, device=_library.CPU)
-        _core.embedding_norms(indices, grad, weights, padding_idx, offsets, out)
+        out = result_beside(grad, samples)
+        _core.embedding_norms(indices, order, grad, weights, padding_idx, offsets, out)
         return out
 
+    if order is not None:  # a device's kernels see to the range themselves
+        return compute(g, weights)
     tensors = (flat_rows(g),) if weights is None else (flat_rows(g), weights)
     return within_range(compute(*tensors), compute, tensors, 2)
 

@@ -10,13 +10,16 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
-from lipcore.functional.arguments import integers
+from lipcore.functional.arguments import integers, of_one_dtype, result_beside
 from lipcore.models.arguments import check_choice, check_count
 
 Method = Literal["gram", "direct"]
 METHODS: tuple[Method, ...] = get_args(Method)
 _NUMBER = {None: 0, "gram": 1, "direct": 2}  # in the core
-_COMPILED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_REDO = 3
+_FUSED = 128  # tiles, so that there are blocks for the multiprocessors of a large device
+_ON_TENSOR_CORES = 1 << 27  # from as many multiplications of 16-bit numbers on, torch multiplies on a CUDA device
+_PRODUCTS = 1 << 23  # elements of weight gradients that it makes at a time, in float32: what second-level caches hold
 
 
 def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, method: Method | None = None) -> Tensor:
@@ -34,7 +37,7 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, m
         offsets: int [B + 1], 0 = offsets[0] <= ... <= offsets[B] = N: sample b is the rows offsets[b]:offsets[b + 1].
         method: "gram" (the right-hand side: cheap for short sequences, but loses digits where tokens cancel; such
             samples are computed again directly), "direct" (the left-hand side), or None for the cheaper one, named by
-            :func:`linear_method`.
+            :func:`linear_method`. Packed rows on a CUDA device are always taken directly.
 
     Returns:
         float64 [B], detached; never negative, and NaN only for input that is not finite.
@@ -50,13 +53,7 @@ def linear_norms_sq(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None, m
     if torch.compiler.is_compiling():
         traced: Tensor = torch.ops.lipcore.linear_norms_sq(x.detach(), grad.detach(), offsets, method)
         return traced
-    x, grad, offsets = _checked(x, grad, offsets)
-    if not _is_compiled_for(x, grad):
-        return portable.linear_norms_sq(x, grad, offsets)
-    x, grad, starts = _for_the_core(x, grad, offsets)
-    out = torch.empty(_samples(x, offsets), dtype=torch.float64, device=_library.CPU)
-    _core.linear_norms(x, grad, starts, _NUMBER[method], out)
-    return out
+    return _norms(*_checked(x, grad, offsets), method)
 
 
 def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -85,12 +82,11 @@ def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None
         return traced
     x, grad, offsets = _checked(x, grad, offsets)
     dtype = torch.promote_types(x.dtype, grad.dtype)
-    if not _is_compiled_for(x, grad):
-        return portable.linear_weight_grad(x.to(dtype), grad.to(dtype), offsets)
+    if not x.is_cpu and not _suits_the_kernel(x, grad):
+        return grad.to(dtype).flatten(0, -2).T @ x.to(dtype).flatten(0, -2), _norms(x, grad, offsets, None)
     x, grad, starts = _for_the_core(x, grad, offsets)
-    wide = torch.promote_types(dtype, torch.float32)
-    total = torch.empty(grad.shape[-1], x.shape[-1], dtype=wide, device=_library.CPU)
-    out = torch.empty(_samples(x, offsets), dtype=torch.float64, device=_library.CPU)
+    out = result_beside(x, _samples(x, offsets))
+    total = out.new_empty(grad.shape[-1], x.shape[-1], dtype=torch.promote_types(dtype, torch.float32))
     _core.linear_weight_grad(x, grad, starts, total, out)
     return total.to(dtype), out
 
@@ -194,16 +190,50 @@ def _checked(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, T
     return x, grad, offsets
 
 
-def _is_compiled_for(x: Tensor, grad: Tensor) -> bool:
-    return x.is_cpu and grad.is_cpu and x.dtype in _COMPILED and grad.dtype in _COMPILED
+def _norms(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | None) -> Tensor:
+    out = result_beside(x, _samples(x, offsets))
+    x, grad, offsets = _for_the_core(x, grad, offsets)
+    if method is None and offsets is None and not x.is_cpu and _suits_tensor_cores(x, grad):
+        _norms_of_products(x, grad, out)
+    else:
+        _core.linear_norms(x, grad, offsets, _NUMBER[method], out)
+    return out
+
+
+def _suits_the_kernel(x: Tensor, grad: Tensor) -> bool:
+    """Return whether one pass for gradient and norms is worth it on a CUDA device: a block makes a tile of 64 x 64."""
+    wide = x.dtype in (torch.float32, torch.float64) or grad.dtype in (torch.float32, torch.float64)
+    return wide and x.shape[-1] * grad.shape[-1] >= _FUSED * 64 * 64
+
+
+def _suits_tensor_cores(x: Tensor, grad: Tensor) -> bool:
+    narrow = x.dtype == grad.dtype and x.dtype in (torch.bfloat16, torch.float16)
+    return narrow and x.numel() * grad.shape[-1] >= _ON_TENSOR_CORES
+
+
+def _norms_of_products(x: Tensor, grad: Tensor, out: Tensor) -> None:
+    """Write the norms of weight gradients that torch makes, of some samples and outputs at a time."""
+    samples, outputs = grad.shape[0], grad.shape[-1]
+    rows = max(1, min(outputs, _PRODUCTS // x.shape[-1]))
+    step = max(1, _PRODUCTS // (rows * x.shape[-1]))
+    sums = out.new_empty((outputs + rows - 1) // rows, samples)
+    for part, some_grad in zip(sums, grad.transpose(1, 2).split(rows, 1), strict=True):
+        for into, a, g in zip(part.split(step), x.split(step), some_grad.split(step), strict=True):
+            _core.sample_norms(torch.bmm(g, a, out_dtype=torch.float32), into)
+    torch.sum(sums.square_(), 0, out=out)
+    _core.linear_norms(x, grad, None, _REDO, out)
 
 
 def _for_the_core(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return both in one dtype, with contiguous features, and dimensions [B, T, features] or [N, features]."""
-    dtype = torch.promote_types(x.dtype, grad.dtype)
-    x, grad = (t.to(dtype) if offsets is not None else portable.three_dimensional(t.to(dtype)) for t in (x, grad))
-    x, grad = (_with_dense_rows(t) for t in (x, grad))
-    return x, grad, None if offsets is None else integers(offsets, "offsets")
+    """Return both in dimensions [B, T, features] or [N, features], on the CPU in one dtype, with contiguous features;
+    offsets beside them."""
+    if offsets is None:
+        x, grad = portable.three_dimensional(x), portable.three_dimensional(grad)
+    else:
+        offsets = integers(offsets, "offsets").to(x.device)
+    if x.is_cpu:
+        x, grad = (_with_dense_rows(t) for t in of_one_dtype(x, grad))
+    return x, grad, offsets
 
 
 def _with_dense_rows(x: Tensor) -> Tensor:

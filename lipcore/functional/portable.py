@@ -11,10 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lipcore.functional.ordered_sums import sum_by_index
-
 _float64 = torch.float64
-_CHUNK = 1 << 24  # elements of the gradients that are held at a time
 
 
 def scaled(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,85 +34,17 @@ def pieces(x: Tensor, offsets: Tensor) -> tuple[Tensor, ...]:
     return x.detach().tensor_split(offsets[1:-1].cpu()) if len(offsets) > 1 else ()
 
 
-def per_piece(values: list[Tensor], like: Tensor) -> Tensor:
-    return torch.cat(values) if values else like.new_zeros(0, dtype=_float64)
-
-
 def three_dimensional(x: Tensor) -> Tensor:
     """Return x as [B, T, features]."""
     return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
 
 
-def linear_norms_sq(x: Tensor, grad: Tensor, offsets: Tensor | None) -> Tensor:
-    if offsets is not None:
-        pairs = zip(pieces(x, offsets), pieces(grad, offsets), strict=True)
-        return per_piece([linear_norms_sq(a[None], g[None], None) for a, g in pairs], grad)
-    dtype = torch.promote_types(x.dtype, grad.dtype)
-    (a, a_scale), (g, g_scale) = (scaled(three_dimensional(t).to(dtype)) for t in (x, grad))
-    step = max(1, _CHUNK // max(1, a.shape[-1] * g.shape[-1]))
-    parts = [squares(h.transpose(1, 2) @ b) for b, h in zip(a.split(step), g.split(step), strict=True)]
-    return (torch.cat(parts) if parts else a.new_zeros(0, dtype=_float64)) * a_scale * g_scale
-
-
-def linear_weight_grad(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-    x, grad = x.detach(), grad.detach()
-    weight_grad = grad.flatten(0, -2).T @ x.flatten(0, -2)
-    return weight_grad, linear_norms_sq(x, grad, offsets)
-
-
-def row_sum_norms_sq(grad: Tensor, x: Tensor | None, offsets: Tensor | None) -> Tensor:
-    if offsets is not None:
-        pairs = zip(pieces(grad, offsets), pieces(grad if x is None else x, offsets), strict=True)
-        return per_piece([row_sum_norms_sq(g[None], None if x is None else a[None], None) for g, a in pairs], grad)
-    g = three_dimensional(grad.detach())
-    # Products and sums in float64: a sum over a sequence cancels.
-    terms = g.sum(1, dtype=_float64) if x is None else (g.to(_float64) * three_dimensional(x.detach())).sum(1)
-    return terms.square().sum(1)
-
-
-def channel_sum_norms_sq(grad: Tensor, x: Tensor | None) -> Tensor:
-    g = grad.detach().flatten(2) if grad.dim() > 2 else grad.detach().unsqueeze(2)
-    terms = g.sum(2, dtype=_float64) if x is None else (g.to(_float64) * x.detach().reshape(g.shape)).sum(2)
-    return terms.square().sum(1)
-
-
-def embedding_norms_sq(
-    indices: Tensor, grad: Tensor, weights: Tensor | None, padding_idx: int | None, offsets: Tensor | None
-) -> Tensor:
-    if offsets is not None:
-        parts = zip(
-            pieces(indices, offsets),
-            pieces(grad, offsets),
-            pieces(indices if weights is None else weights, offsets),
-            strict=True,
-        )
-        return per_piece(
-            [
-                embedding_norms_sq(i[None], g[None], None if weights is None else w[None], padding_idx, None)
-                for i, g, w in parts
-            ],
-            grad,
-        )
-    ids = indices.flatten(1)
-    samples, length = ids.shape
-    g = grad.detach().reshape(samples, length, grad.shape[-1]).to(_float64)
-    if weights is not None:
-        g = g * weights.detach().reshape(samples, length, 1)
-    if padding_idx is not None:
-        g = g * (ids != padding_idx).unsqueeze(-1)
-    if not ids.numel():
-        return g.new_zeros(samples)
-    # Equal tokens of a sample become runs, which are summed into the place of their first element.
-    order = ids.argsort(dim=1, stable=True)
-    sorted_ids = ids.gather(1, order)
-    fresh = torch.ones_like(sorted_ids, dtype=torch.bool)
-    fresh[:, 1:] = sorted_ids[:, 1:] != sorted_ids[:, :-1]
-    run = fresh.cumsum(1) - 1
-    g = g.gather(1, order.unsqueeze(-1).expand_as(g))
-    run += length * torch.arange(samples, device=run.device).unsqueeze(1)
-    sums = sum_by_index(g.flatten(0, 1), run.flatten(), samples * length)
-    per_sample: Tensor = sums.unflatten(0, (samples, length)).square().sum((1, 2))
-    return per_sample
+def normalized(x: Tensor, eps: float, center: bool) -> Tensor:
+    """Return the rows of a norm layer's input as it normalises them, in float32 at least."""
+    x = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    if center:
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
 def tied_cross(

@@ -55,6 +55,20 @@ def trajectory_step(
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64), new_prev, new_mean
 
 
+def tensor_stats(tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return rows (count, mean, m2, m3, m4, min, max, zeros, nonfinite), where m_k is the sum of (x - mean)^k over the
+    finite elements, and the counts of their magnitudes per bin: the top 11 bits below the sign of |x| in float32."""
+    rows, bins = torch.zeros(len(tensors), 9, dtype=torch.float64), torch.zeros(len(tensors), 2048, dtype=torch.int64)
+    for row, counts, tensor in zip(rows, bins, tensors, strict=True):
+        x = tensor.detach().double().flatten()
+        row[8], x = (~x.isfinite()).sum(), x[x.isfinite()]
+        if len(x):
+            powers = [(x - x.mean()).pow(k).sum() for k in (2, 3, 4)]
+            row[:8] = torch.stack([x.new_tensor(len(x)), x.mean(), *powers, x.min(), x.max(), (x == 0).sum()])
+            counts += torch.bincount(x.abs().float().view(torch.int32) >> 20, minlength=2048)
+    return rows, bins
+
+
 def sketch(tensors: Sequence[Tensor], first_index: Sequence[int], *, buckets: int, seed: int) -> Tensor:
     """Return y_b = sum of s(i) w_i over the elements with h(i) = b; NaN when an element is not finite.
 
@@ -174,6 +188,16 @@ def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor |
 def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -> Tensor:
     """Return [2, B]: row_sum_norms_sq() with x (of the scale) and without (of the shift)."""
     return torch.stack([row_sum_norms_sq(grad, x, offsets=offsets), row_sum_norms_sq(grad, offsets=offsets)])
+
+
+def norm_layer_norms_sq(
+    grad: Tensor, x: Tensor, *, eps: float, center: bool = True, offsets: Tensor | None = None
+) -> Tensor:
+    """Return affine_norms_sq() of the rows of x, less their means where `center` says so, over the root of their mean
+    squares and eps."""
+    x = x.detach().double()
+    x = x - x.mean(-1, keepdim=True) if center else x
+    return affine_norms_sq(grad, x / (x.square().mean(-1, keepdim=True) + eps).sqrt(), offsets=offsets)
 
 
 def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:

@@ -10,9 +10,17 @@ from torch import Tensor
 from lipcore import _core
 from lipcore.functional import library as _library
 from lipcore.functional import portable
-from lipcore.functional.arguments import of_one_dtype, packed_offsets, readable, rows, same_place, within_range
+from lipcore.functional.arguments import (
+    of_one_dtype,
+    packed_offsets,
+    readable,
+    result_beside,
+    rows,
+    same_place,
+    within_range,
+)
 
-_SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/per_sample.h: Terms
+_SHIFT, _SCALE, _BOTH = 0, 1, 2  # csrc/ops/row_sum_norms.h: Terms
 
 
 def row_sum_norms_sq(grad: Tensor, x: Tensor | None = None, *, offsets: Tensor | None = None) -> Tensor:
@@ -69,6 +77,58 @@ def affine_norms_sq(grad: Tensor, x: Tensor, *, offsets: Tensor | None = None) -
         traced: Tensor = torch.ops.lipcore.affine_norms_sq(grad.detach(), x.detach(), offsets)
         return traced
     return _row_sums(grad, x, offsets, _BOTH)
+
+
+def norm_layer_norms_sq(
+    grad: Tensor, x: Tensor, *, eps: float, center: bool = True, offsets: Tensor | None = None
+) -> Tensor:
+    r"""Compute :func:`affine_norms_sq` of a layer norm, or without `center` of an RMS norm, from the layer's input.
+
+    .. math:: \hat x_{bt} = (x_{bt} - \mu_{bt}) / \sqrt{\sigma^2_{bt} + \epsilon}, \quad
+        \|\sum_t g_{bt}\odot\hat x_{bt}\|_2^2, \quad \|\sum_t g_{bt}\|_2^2
+
+    with mean and variance of the features of a row; without `center` the mean is 0 and the variance the mean square.
+    On the CPU rows are normalised on the way, and no :math:`\hat x` is made. Means and variances are float64,
+    :math:`\hat x` is float32 (float64 for float64), as in the layer itself.
+
+    Args:
+        grad: [B, ..., F], the gradient at the layer's output, or packed [N, F]; see :func:`row_sum_norms_sq`.
+        x: of the shape and dtype of grad, the layer's input.
+        eps: what the layer adds to the variance, at least 0.
+        center: whether the layer takes the mean off.
+        offsets: int [B + 1] of packed rows.
+
+    Returns:
+        float64 [2, B]: of the scale, of the shift; detached.
+
+    Raises:
+        TypeError, ValueError: as for row_sum_norms_sq; eps is no number that is at least 0, or the dtypes differ.
+
+    >>> norm_layer_norms_sq(torch.tensor([[[1.0, 2.0]]]), torch.tensor([[[3.0, 5.0]]]), eps=0.0)
+    tensor([[5.],
+            [5.]], dtype=torch.float64)
+    """
+    if torch.compiler.is_compiling():
+        traced: Tensor = torch.ops.lipcore.norm_layer_norms_sq(grad.detach(), x.detach(), eps, center, offsets)
+        return traced
+    grad, checked = _checked(grad, x, _BOTH)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps: expected a number that is at least 0, got {eps!r}")
+    if checked is None or checked.dtype != grad.dtype:
+        raise ValueError(f"x: expected the dtype of grad, {grad.dtype}, got {x.dtype}; pass x.to(grad.dtype)")
+    if not grad.is_cpu:
+        return _row_sums(grad, portable.normalized(checked, eps, center), offsets, _BOTH)
+    offsets = packed_offsets(offsets, grad)
+    g, x = (rows(t, name, offsets is not None) for t, name in ((grad, "grad"), (checked, "x")))
+    g, x = (t if _is_flat(t, 2) else t.contiguous() for t in (g, x))
+    found = torch.empty(2, g.shape[0] if offsets is None else len(offsets) - 1, dtype=torch.float64, device=g.device)
+
+    def compute(g: Tensor) -> Tensor:
+        out = torch.empty_like(found)
+        _core.row_sum_norms(g, x, offsets, _BOTH, out, float(eps), center)
+        return out
+
+    return within_range(compute(g), compute, (g,), 2)
 
 
 def channel_sum_norms_sq(grad: Tensor, x: Tensor | None = None) -> Tensor:
@@ -133,8 +193,6 @@ def _row_sums(grad: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int
     grad, x = _checked(grad, x, terms)
     offsets = packed_offsets(offsets, grad)
     g = rows(grad, "grad", offsets is not None)
-    if not grad.is_cpu:
-        return _portable(portable.row_sum_norms_sq, terms, grad.reshape(-1, 1) if grad.dim() == 1 else grad, x, offsets)
     return _sums(g, None if x is None else rows(x, "x", offsets is not None), offsets, terms)
 
 
@@ -142,8 +200,6 @@ def _channel_sums(grad: Tensor, x: Tensor | None, terms: int) -> Tensor:
     grad, x = _checked(grad, x, terms)
     if grad.dim() < 2:
         raise ValueError(f"grad: expected shape [B, C, *space], got {list(grad.shape)}")
-    if not grad.is_cpu:
-        return _portable(portable.channel_sum_norms_sq, terms, grad, x)
     return _sums(_space_first(grad), None if x is None else _space_first(x), None, terms)
 
 
@@ -162,13 +218,14 @@ def _sums(g: Tensor, x: Tensor | None, offsets: Tensor | None, terms: int) -> Te
     samples = g.shape[0] if offsets is None else len(offsets) - 1
 
     def compute(g: Tensor, x: Tensor | None = None, *, terms: int = terms) -> Tensor:
-        g, x = _alike(g, x)
-        out = torch.empty((2, samples) if terms == _BOTH else samples, dtype=torch.float64, device=_library.CPU)
+        if g.is_cpu:
+            g, x = _alike(g, x)
+        out = result_beside(g, 2, samples) if terms == _BOTH else result_beside(g, samples)
         _core.row_sum_norms(g, x, offsets, terms, out)
         return out
 
     found = compute(g, x)
-    if g.dtype != torch.float64:
+    if g.dtype != torch.float64 or not g.is_cpu:  # a device's kernels see to the range themselves
         return found
     if terms != _BOTH or x is None:
         return within_range(found, compute, (g,) if x is None else (g, x), 2)
@@ -190,13 +247,6 @@ def _is_flat(t: Tensor, dim: int) -> bool:
     return t.shape[dim] <= 1 or t.stride(dim) == 1
 
 
-def _portable(function, terms: int, grad: Tensor, x: Tensor | None, *offsets: Tensor | None) -> Tensor:  # type: ignore[no-untyped-def]
-    if terms != _BOTH:
-        result: Tensor = function(grad, x, *offsets)
-        return result
-    return torch.stack([function(grad, x, *offsets), function(grad, None, *offsets)])
-
-
 def _fake(grad: Tensor, offsets: Tensor | None, *parts: int) -> Tensor:
     return grad.new_empty(*parts, grad.shape[0] if offsets is None else offsets.shape[0] - 1, dtype=torch.float64)
 
@@ -210,6 +260,13 @@ _library.register(
     "affine_norms_sq(Tensor grad, Tensor x, Tensor? offsets=None) -> Tensor",
     lambda grad, x, offsets=None: affine_norms_sq(grad, x, offsets=offsets),
     lambda grad, x, offsets=None: _fake(grad, offsets, 2),
+)
+_library.register(
+    "norm_layer_norms_sq(Tensor grad, Tensor x, float eps, bool center=True, Tensor? offsets=None) -> Tensor",
+    lambda grad, x, eps, center=True, offsets=None: norm_layer_norms_sq(
+        grad, x, eps=eps, center=center, offsets=offsets
+    ),
+    lambda grad, x, eps, center=True, offsets=None: _fake(grad, offsets, 2),
 )
 _library.register(
     "channel_sum_norms_sq(Tensor grad, Tensor? x=None) -> Tensor",

@@ -133,6 +133,9 @@ class _NormAlike(FeatureNormRule):
     def feature_dims(self, module: Any) -> int:
         return 1
 
+    def eps(self, module: Any, x: Tensor) -> float | None:
+        return self._eps
+
     def kept(self, x: Tensor) -> Tensor:
         # A composition of operations, which need not keep their input: what is not kept may be changed in place.
         own = x.requires_grad and x.dtype in (torch.float32, torch.float64)
@@ -153,6 +156,8 @@ class RMSNormAlike(_NormAlike):
 
 class LayerNormAlike(_NormAlike):
     """The rule of y = xhat w + b, with xhat = (x - mean x) / sqrt(var x + eps)."""
+
+    center = True
 
     def normalized(self, module: Any, x: Tensor) -> Tensor:
         return nnf.layer_norm(x, x.shape[-1:], eps=self._eps)

@@ -44,8 +44,8 @@ class Outer(Factor):
                 return "product of norms"
         else:
             tokens = self.x.shape[0] // max(1, self.samples)  # on average
-        if not self.x.is_cpu:
-            return "torch"
+        if self.offsets is not None and not self.x.is_cpu:
+            return "direct"
         return self.method or F.linear_method(tokens, self.x.shape[-1], self.grad.shape[-1])
 
     def norms_sq(self) -> Tensor:

@@ -44,7 +44,7 @@ class Patches(Factor):
     @property
     def how(self) -> str:
         if not self.x.is_cpu:
-            return "torch"
+            return self.method or "direct"
         return self.method or F.conv_method(
             self.x.shape, self.grad.shape, kernel_size=self.kernel_size, padding=self.padding, groups=self.groups
         )

@@ -12,6 +12,11 @@ from lipcore.layers.registry import register
 
 
 class LayerNormRule(FeatureNormRule):
+    center = True
+
+    def eps(self, module: Any, x: Tensor) -> float | None:
+        return float(module.eps)
+
     def normalized(self, module: Any, x: Tensor) -> Tensor:
         return nnf.layer_norm(x, module.normalized_shape, eps=module.eps)
 

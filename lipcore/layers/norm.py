@@ -6,12 +6,15 @@ xhat is computed from the input once more: (y - beta) / gamma has no answer wher
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lipcore.layers.calls import apart_from_autocast, at_least_float32, check_channels, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
+from lipcore.layers.factor_norm import NormalizedRowSum
 from lipcore.layers.factor_sums import ChannelSum, RowSum
 from lipcore.layers.rule import Batch, Rule
 
@@ -23,9 +26,15 @@ class FeatureNormRule(Rule):
 
     methods = ()
     how = _HOW
+    center = False  #: the mean of a row is taken off
 
     def feature_dims(self, module: Any) -> int:
         return len(module.normalized_shape)
+
+    def eps(self, module: Any, x: Tensor) -> float | None:
+        """Return what is added to the variance of a row of x; None where xhat is more than a row over the root of its
+        variance and that."""
+        return None
 
     @abstractmethod
     def normalized(self, module: Any, x: Tensor) -> Tensor:
@@ -52,11 +61,36 @@ class FeatureNormRule(Rule):
 
         grad = rows(grad_output)
         if saved:
-            xhat = self.normalized(module, at_least_float32(saved[0]))
-            factors["weight"] = RowSum(grad, rows(xhat), batch.offsets, shape)
+            factors["weight"] = self._scale(module, grad, saved[0], rows, batch.offsets, shape)
         if is_trainable(module, "bias"):
             factors["bias"] = RowSum(grad, None, batch.offsets, shape)
         return factors
+
+    def _scale(
+        self,
+        module: Any,
+        grad: Tensor,
+        x: Tensor,
+        rows: Callable[[Tensor], Tensor],
+        offsets: Tensor | None,
+        shape: torch.Size,
+    ) -> RowSum:
+        eps = self.eps(module, x) if x.dtype == grad.dtype else None
+        if eps is None:
+            return RowSum(grad, rows(self.normalized(module, at_least_float32(x))), offsets, shape)
+
+        def normalized(raw: Tensor) -> Tensor:
+            features = at_least_float32(raw).unflatten(-1, shape)
+            return self.normalized(module, features).flatten(-len(shape))
+
+        return NormalizedRowSum(
+            *(grad, rows(x)),
+            eps=eps,
+            center=self.center,
+            normalized=normalized,
+            offsets=offsets,
+            shape=shape,
+        )
 
 
 class ChannelNormRule(Rule):

@@ -19,6 +19,10 @@ class RMSNormRule(FeatureNormRule):
         own = x.requires_grad and x.dtype in (torch.float32, torch.float64)
         return super().kept(x) if own or not x.is_cpu else x.detach().clone()
 
+    def eps(self, module: Any, x: Tensor) -> float | None:
+        computed = torch.promote_types(x.dtype, torch.float32)
+        return float(torch.finfo(computed).eps if module.eps is None else module.eps)
+
     def normalized(self, module: Any, x: Tensor) -> Tensor:
         # eps=None is the eps of the type that is computed in, float32 for bfloat16, and x is in that type here.
         return nnf.rms_norm(x, module.normalized_shape, None, module.eps)

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lipcore.capture.layers.layer_capture import LayerCapture
+from lipcore.capture.outputs import OutputWatch
 from lipcore.capture.parameters import GradientWatch, LoadWatch, WeakCall
 from lipcore.capture.taps.tap import Record
 from lipcore.capture.taps.tap_capture import Capture, inert_capture
@@ -186,6 +187,24 @@ class Engine:
         if self._scaler is not None and self._optimizers:
             self._scaled = ScaledSteps(self._scaler, self._clock, self._after_skipped_step)
         self._watch_gradients()
+        self._output_watches = [
+            OutputWatch(
+                self.model,
+                wanted.outputs,
+                functools.partial(self._wants_outputs, metric),
+                functools.partial(self._observe_output, metric),
+            )
+            for metric, wanted in needs.items()
+            if wanted.outputs is not None and not metric.off
+        ]
+
+    def _wants_outputs(self, metric: Metric) -> bool:
+        if self._scaled is not None:
+            self._scaled.look()  # whether the step before this forward pass was skipped
+        return not self._failures.stopped(metric) and metric.wants_outputs()
+
+    def _observe_output(self, metric: Metric, name: str, module: nn.Module, output: Any) -> None:
+        self._call([metric], lambda metric: metric.observe_output(name, module, output))
 
     def _watch_gradients(self) -> None:
         wanted = self._scaled is not None or self._step_end.late or bool(self._wanting["gradients"])
@@ -208,6 +227,8 @@ class Engine:
     def _unwatch(self) -> None:
         for watch in (self._clock, self._load_watch, self._gradient_watch):
             watch.close()
+        for outputs in self._output_watches:
+            outputs.close()
 
     def _find_step_calls(self) -> None:
         stepping = [m for m in self.metrics.values() if type(m).observe_step is not Metric.observe_step]
@@ -617,7 +638,7 @@ class Engine:
         windows.final = windows.final if self._failures.all_stopped else self._so_far()
         gone = ("model", "_scaler", "_scaled", "_clock", "_load_watch", "_gradient_watch", "_step_end", "_capture")
         none: dict[str, list[Any]] = {
-            name: [] for name in ("_optimizers", "_tapping", "_step_calls", "_layer_captures")
+            name: [] for name in ("_optimizers", "_tapping", "_step_calls", "_layer_captures", "_output_watches")
         }
         kept = {"_windows": windows, "_closed": True, "_wanting": {}, "_listeners": []}
         return self.__dict__ | dict.fromkeys(gone) | none | kept

@@ -45,6 +45,8 @@ class Needs:
             FIRST_LAYER, or "" for the model's own output). They come to observe_record().
         single_sample: what batches of one may fill instead of the taps; None: always tap.
         layers: how all layers are to be tapped; their norms come to observe_layers(). None: not at all.
+        outputs: what the modules of these canonical names ("" is the model itself) return in the training's forward
+            passes, while wants_outputs() says so; it comes to observe_output(). None: nothing.
         gradients: call observe_gradients() at the end of every backward pass.
         before_step: call before_step().
         used_gradients: call observe_used_gradients().
@@ -55,6 +57,7 @@ class Needs:
     taps: Mapping[Tap, str] = field(default_factory=dict)
     single_sample: SingleSample | None = None
     layers: LayerOptions | None = None
+    outputs: Sequence[str] | None = None
     gradients: bool = False
     before_step: bool = False
     used_gradients: bool = False
@@ -94,7 +97,7 @@ class Metric(ABC):
         {
             *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
-            *("observe_proof", "observe_loss"),
+            *("observe_proof", "observe_loss", "observe_output", "wants_outputs"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
             *("observe_stop", "rank_part"),
         }
@@ -157,6 +160,13 @@ class Metric(ABC):
             failure: the reason; "" for a good proof.
             served: the proof is about passes that were read from the parameters' gradients, else about tapped ones.
         """
+
+    def wants_outputs(self) -> bool:
+        """Say, when a forward pass of the training begins, whether its modules' outputs are wanted."""
+        return True
+
+    def observe_output(self, name: str, module: nn.Module, output: Any) -> None:  # noqa: B027
+        """Look at what a module has returned, while the forward pass is under way."""
 
     def observe_loss(self, loss: Tensor) -> None:  # noqa: B027
         """Look at the loss whose backward pass is to come."""

@@ -12,7 +12,7 @@ from lipcore import _core
 def embedding_norms(ids: object, offsets: Tensor | None = None) -> Tensor:
     packed = offsets is not None
     out = torch.zeros(2, dtype=torch.float64)
-    _core.embedding_norms(ids, torch.ones(1, 4, 3) if packed else torch.ones(2, 2, 3), None, None, offsets, out)
+    _core.embedding_norms(ids, None, torch.ones(1, 4, 3) if packed else torch.ones(2, 2, 3), None, None, offsets, out)
     return out
 
 
@@ -41,10 +41,12 @@ def test_offsets_are_checked_by_the_core() -> None:
             _core.linear_norms(x, x, torch.tensor(offsets), 0, out)
 
 
-@pytest.mark.parametrize("number", [-1, 3])
+@pytest.mark.parametrize("number", [-1, 4])
 def test_enumerators_are_checked(number: int) -> None:
     x, out = torch.ones(2, 4, 3), torch.zeros(2, dtype=torch.float64)
-    with pytest.raises(ValueError, match=rf"^method: expected one of 0 to 2, got {number}"):
+    with pytest.raises(ValueError, match=rf"^method: expected one of 0 to 3, got {number}"):
         _core.linear_norms(x, x, None, number, out)
+    with pytest.raises(ValueError, match=r"^method: redoes what was made on a CUDA device"):
+        _core.linear_norms(x, x, None, 3, out)
     with pytest.raises(ValueError, match=rf"^terms: expected one of 0 to 2, got {number}"):
         _core.row_sum_norms(x, x, None, number, out)

@@ -114,6 +114,8 @@ class EmulatedTensors(TorchFunctionMode):
         if function in _GETTERS:
             return _GETTERS[function](*args)
         name = getattr(function, "__name__", "")
+        if function is torch.bmm and "out_dtype" in kwargs:
+            function = _bmm
         if name in _QUESTIONS:
             return function(*args, **kwargs)
         tensors = tensors_in(args, kwargs)
@@ -140,6 +142,13 @@ class EmulatedTensors(TorchFunctionMode):
             self.reads += 1
         if self.record is None:
             emulator.synchronize()
+
+
+def _bmm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype) -> Tensor:
+    """torch.bmm with a wider result, which torch has for CUDA alone."""
+    if a.dtype not in (torch.bfloat16, torch.float16) or b.dtype != a.dtype or out_dtype != torch.float32:
+        raise RuntimeError(f"out_dtype is for products of 16-bit numbers in float32, not {a.dtype} in {out_dtype}")
+    return torch.bmm(a.float(), b.float())
 
 
 def _crosses(name: str, args: Any, there: list[bool], to_device: bool) -> bool:

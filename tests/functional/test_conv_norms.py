@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cases import FEW_LAYOUTS, FEW_SIZES, thinned
+from devices import placed_as_it_is
 from oracle import DTYPES, LAYOUTS, assert_close, in_layout, same_bits
 from torch import Tensor
 
@@ -332,3 +333,61 @@ def test_what_is_no_tensor_is_refused():
         F.conv_norms_sq(x, None, **PLAIN.geometry)
     with pytest.raises(ValueError, match="kernel_size: expected 2 integers.*got 3"):
         F.conv_norms_sq(x, grad, **{**PLAIN.geometry, "kernel_size": 3})
+
+
+# ---- on a CUDA device
+
+
+def _assert_on_cuda(case: Case, x: Tensor, grad: Tensor) -> None:
+    got = F.conv_norms_sq(placed_as_it_is(x), placed_as_it_is(grad), **case.geometry)
+    assert got.is_cuda
+    _assert_right(got.cpu(), case, x.detach(), grad.detach())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_geometries_on_cuda(dtype):
+    for name in CASES if dtype == "f32" else [n for n in FEW if n[1] == "d"][::3]:
+        _assert_on_cuda(CASES[name], *CASES[name].tensors(DTYPES[dtype]))
+
+
+@pytest.mark.gpu
+def test_layouts_and_dtypes_on_cuda():
+    for name in ("1d", "2d", "2d, groups", "3d"):
+        for layout in ("transposed", "sliced", "expanded", "offset", "channels_last"):
+            x, grad = (in_layout(t, layout) for t in CASES[name].tensors(torch.float32))
+            if x is not None and grad is not None:
+                _assert_on_cuda(CASES[name], x, grad)
+    x, grad = PLAIN.tensors(torch.float32)
+    for one, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.float16), (torch.float64, torch.float32)):
+        _assert_on_cuda(PLAIN, x.to(one), grad.to(other))
+    strided = Case((6, 7), (1, 1), outputs=3)
+    x, grad = strided.tensors(torch.float32)
+    _assert_on_cuda(strided, x.movedim(2, 3).contiguous().movedim(2, 3), grad)
+    _assert_on_cuda(strided, x, grad.movedim(2, 3).contiguous().movedim(2, 3))
+
+
+@pytest.mark.gpu
+def test_range_and_special_values_on_cuda():
+    x, grad = PLAIN.tensors(torch.float32)
+    for x_scale, grad_scale in ((1e-30, 1e-30), (1e30, 1e30), (1e-38, 1e37), (0.0, 1.0)):
+        _assert_on_cuda(PLAIN, x * x_scale, grad * grad_scale)
+    x, grad = x.double(), grad.double()
+    for x_scale, grad_scale in ((1e-200, 1e100), (1e200, 1e-200)):
+        _assert_on_cuda(PLAIN, x * x_scale, grad * grad_scale)
+    x[1, 0, 2, 3] = torch.nan
+    assert F.conv_norms_sq(x.float().cuda(), grad.cuda(), **PLAIN.geometry).isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.gpu
+def test_only_direct_or_portable_on_cuda():
+    x, grad = PLAIN.tensors(torch.float32)
+    with pytest.raises(ValueError, match="method: expected 'direct', 'portable' or None for tensors on cuda:0"):
+        F.conv_norms_sq(x.cuda(), grad.cuda(), **PLAIN.geometry, method="gram")
+    _assert_right(F.conv_norms_sq(x.cuda(), grad.cuda(), **PLAIN.geometry, method="portable").cpu(), PLAIN, x, grad)
+
+
+@pytest.mark.gpu
+def test_races_on_cuda():
+    """For the thread sanitizer."""
+    _assert_on_cuda(PLAIN, *PLAIN.tensors(torch.float32))

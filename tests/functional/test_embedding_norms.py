@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cases import CHUNK, FEW_SIZES, ODD_SIZES, row_cases, shape_id, thinned, triples, values
+from devices import placed_as_it_is
 from oracle import DTYPES, assert_close, eps_of, in_layout, same_bits
 
 from lipcore import functional
@@ -26,8 +27,9 @@ def magnitude(x):
     return None if x is None else x.detach().double().abs()
 
 
-def check(indices, grad, **options):
-    found = functional.embedding_norms_sq(indices, grad, **options)
+def check(indices, grad, place=lambda t: t, **options):
+    there = {key: place(value) if isinstance(value, torch.Tensor) else value for key, value in options.items()}
+    found = functional.embedding_norms_sq(place(indices), place(grad), **there).cpu()
     truth = reference.embedding_norms_sq(indices, grad, **options)
     weights = magnitude(options.get("weights"))
     scale = reference.embedding_norms_sq(indices, magnitude(grad), **options | {"weights": weights})
@@ -303,3 +305,98 @@ def test_inside_compiled_graphs():
     tied = functional.tied_cross
     compiled = torch.compile(lambda i, g: tied(i, g, g * 2, g, padding_idx=0), backend="aot_eager", fullgraph=True)
     assert same_bits(compiled(ids % 4, grad), tied(ids % 4, grad, grad * 2, grad, padding_idx=0))
+
+
+# ---- on a CUDA device
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_on_cuda(dtype):
+    sizes = [*itertools.product((0, 1, 3), (0, 1, 5, 33), (0, 1, 3, 4, 129)), (2, 70, 260)]
+    for size in sizes[:: 1 if dtype == "f32" else 7]:
+        for vocabulary in (1, 4, 1000):
+            check(tokens(size[:2], vocabulary), values(size, DTYPES[dtype]), place=placed_as_it_is)
+
+
+@pytest.mark.gpu
+def test_layouts_padding_and_weights_on_cuda():
+    for dtype in DTYPES.values():
+        for layout in ("contiguous", "transposed", "sliced", "expanded", "offset"):
+            grad = in_layout(values((3, 5, 8), dtype), layout)
+            weights = in_layout(values((3, 5), dtype, 1), layout)
+            for padding_idx in (None, 2, -1):
+                check(tokens((3, 5), 3), grad, place=placed_as_it_is, padding_idx=padding_idx)
+                check(tokens((3, 5), 3).int(), grad, place=placed_as_it_is, padding_idx=padding_idx, weights=weights)
+    check(tokens((2, 3, 5)), values((2, 3, 5, 7), torch.float32), place=placed_as_it_is)
+    check(tokens((5,)), values((5, 7), torch.float32), place=placed_as_it_is)
+    check(torch.full((2, 5), 4), torch.ones(2, 5, 3), place=placed_as_it_is, padding_idx=4)
+    grad = values((2, 4 * 8 + 2), torch.float32).as_strided((2, 4, 8), (33, 8, 1))
+    check(tokens((2, 4), 3), grad, place=placed_as_it_is)
+    for ids in ([0, 2**62, -(2**62), 2**62], [-1, -1, 1, -(2**63)], [2**32, 0, 2**33, 2**32]):
+        check(torch.tensor([ids]), values((1, 4, 5), torch.float32), place=placed_as_it_is)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("offsets", [[0, 23], [0, 1, 8, 23], [0, 0, 5, 5, 5, 23, 23], [*range(24)]])
+def test_packed_documents_on_cuda(offsets):
+    for layout in ("contiguous", "transposed", "sliced"):
+        grad, indices = in_layout(values((23, 17), torch.float32), layout), tokens((23,), 4)
+        check(indices, grad, place=placed_as_it_is, offsets=torch.tensor(offsets))
+        options = {"padding_idx": 2, "weights": values((23,), torch.float32, 1), "offsets": torch.tensor(offsets)}
+        check(indices, grad, place=placed_as_it_is, **options)
+
+
+@pytest.mark.gpu
+def test_nothing_and_offsets_that_do_not_fit_on_cuda():
+    empty = torch.empty(0).long()
+    for offsets in ([0], [0, 0, 0]):
+        check(empty, torch.empty(0, 4), place=placed_as_it_is, offsets=torch.tensor(offsets))
+    ids, grad = torch.zeros(9).long().cuda(), torch.ones(9, 2).cuda()
+    for offsets in ([1, 9], [0, 8], [0, 6, 3, 9], [0, 2**62, 9], [0, -(2**62), 9]):
+        assert functional.embedding_norms_sq(ids, grad, offsets=torch.tensor(offsets).cuda()).isnan().all()
+
+
+@pytest.mark.gpu
+def test_range_and_special_values_on_cuda():
+    largest = torch.tensor([[[1.7e308], [1.7e308], [-1.7e308], [-1.7e308]]], dtype=torch.float64).cuda()
+    same = torch.zeros(1, 4, dtype=torch.int64).cuda()
+    assert functional.embedding_norms_sq(same, largest).tolist() == [0.0]
+    weights = torch.full((1, 4), 1e200, dtype=torch.float64).cuda()
+    assert functional.embedding_norms_sq(same, largest, weights=weights).tolist() == [0.0]
+    grad = values((3, 9, 5), torch.float64)
+    for scale, of_weights in ((1e160, None), (1e300, 1e-300), (1e-300, 1e300)):
+        options = {} if of_weights is None else {"weights": values((3, 9), torch.float64, 1) * of_weights}
+        truth = functional.embedding_norms_sq(tokens((3, 9), 4), grad * scale, **options)
+        options = {key: value.cuda() for key, value in options.items()}
+        found = functional.embedding_norms_sq(tokens((3, 9), 4).cuda(), (grad * scale).cuda(), **options).cpu()
+        torch.testing.assert_close(found, truth, rtol=1e-12, atol=0)
+    for value in (1e-45, 3e38):
+        check(tokens((2, 33), 4), torch.full((2, 33, 17), value), place=placed_as_it_is)
+    grad = torch.ones(4, 3, 2)
+    grad[1, 2, 1], grad[2, 0, 0] = torch.nan, torch.inf
+    for dtype in DTYPES.values():
+        found = functional.embedding_norms_sq(torch.tensor([[1, 1, 2]] * 4).cuda(), grad.to(dtype).cuda()).cpu()
+        assert found[1].isnan()
+        assert found[2].isinf()
+        assert found[[0, 3]].tolist() == [10, 10]
+
+
+@pytest.mark.gpu
+def test_neither_alignment_nor_run_changes_a_bit_on_cuda():
+    ids = tokens((3, 40), 7).cuda()
+    for dtype in DTYPES.values():
+        grad = values((3, 40, 12), dtype).cuda()
+        expected = functional.embedding_norms_sq(ids, grad)
+        for offset in (0, 1, 2, 3):
+            moved = torch.empty(grad.numel() + offset, dtype=dtype, device=grad.device)[offset:].view_as(grad)
+            assert same_bits(functional.embedding_norms_sq(ids, moved.copy_(grad)), expected)
+
+
+@pytest.mark.gpu
+def test_races_on_cuda():
+    """For the thread sanitizer."""
+    grad = values((3, 9, 5), torch.float64)
+    check(tokens((3, 9), 4), grad, place=placed_as_it_is)
+    check(tokens((9,), 4), grad[0], place=placed_as_it_is, offsets=torch.tensor([0, 2, 9]))
+    assert functional.embedding_norms_sq(tokens((3, 9), 4).cuda(), (grad * 1e200).cuda()).cpu().isinf().all()

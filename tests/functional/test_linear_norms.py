@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from cases import FEW_SIZES, thinned
+from devices import placed_as_it_is
 from oracle import DTYPES, in_layout, same_bits
 from torch import Tensor
 
@@ -279,3 +280,165 @@ def test_examples():
     result = doctest.testmod(linear)
     assert result.attempted
     assert not result.failed
+
+
+# ---- on a CUDA device
+
+ON_A_DEVICE = [
+    *((2, n, 5, 3) for n in (0, 1, 15, 16, 17, 65, 130)),
+    *((2, 5, n, 3) for n in (0, 1, 17, 64, 129)),
+    *((2, 5, 3, n) for n in (0, 1, 17, 64, 129)),
+    *[(0, 3, 4, 5), (1, 40, 70, 33), (3, 33, 65, 129)],
+]
+
+
+def check_on_cuda(x: Tensor, grad: Tensor, tolerance: float, offsets: Tensor | None = None) -> None:
+    truth = reference.linear_norms_sq(x, grad, offsets=offsets)
+    there = [placed_as_it_is(t) for t in (x, grad, offsets)]
+    for method in METHODS:
+        found = functional.linear_norms_sq(*there[:2], offsets=there[2], method=method)
+        assert found.is_cuda
+        assert_near(found.cpu(), truth, tolerance)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_on_cuda(dtype):
+    for size in ON_A_DEVICE[:: 1 if dtype == "f32" else 3]:
+        x, grad = pair(*size, dtype=DTYPES[dtype])
+        check_on_cuda(x, grad, EXACT[dtype] * max(1, size[1] ** 0.5 / 4))
+
+
+@pytest.mark.gpu
+def test_layouts_and_dtypes_on_cuda():
+    for layout in ("transposed", "sliced", "expanded", "offset"):
+        for dtype in DTYPES.values():
+            x, grad = (in_layout(t, layout) for t in pair(3, 17, 19, 33, dtype=dtype))
+            check_on_cuda(x, grad, 4e-6)
+    for x_dtype, grad_dtype in itertools.permutations(DTYPES, 2):
+        check_on_cuda(randn(3, 7, 9, dtype=DTYPES[x_dtype]), randn(3, 7, 5, seed=1, dtype=DTYPES[grad_dtype]), 2e-6)
+    x, grad = randn(2, 3, 4, 5), randn(2, 3, 4, 7, seed=1)
+    check_on_cuda(x, grad, 2e-6)
+    check_on_cuda(x[:, 0, 0], grad[:, 0, 0], 2e-6)
+
+
+@pytest.mark.gpu
+def test_packed_documents_on_cuda():
+    for dtype in DTYPES:
+        for offsets in ([0, 0, 5, 5, 40, 40], [0, 40], [0, 1, 2, 40], [0]):
+            x, grad = randn(offsets[-1], 17, dtype=DTYPES[dtype]), randn(offsets[-1], 9, seed=1, dtype=DTYPES[dtype])
+            check_on_cuda(x, grad, 4 * EXACT[dtype], torch.tensor(offsets))
+    for offsets in ([1, 40], [0, 39], [0, 30, 20, 40], [0, 41, 40]):
+        found = functional.linear_norms_sq(
+            torch.ones(40, 3).cuda(), torch.ones(40, 2).cuda(), offsets=torch.tensor(offsets)
+        )
+        assert found.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tiles", [0, linear._FUSED])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weight_grad_on_cuda(dtype, tiles, monkeypatch):
+    """By one kernel for both from so many tiles on, else by torch's product and the norms."""
+    monkeypatch.setattr(linear, "_FUSED", tiles)
+    for size in [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (3, 17, 5, 7), (2, 33, 65, 130)]:
+        x, grad = pair(*size, dtype=DTYPES[dtype])
+        total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda())
+        assert_near(norms.cpu(), reference.linear_norms_sq(x, grad), 4 * EXACT[dtype])
+        assert total.dtype == x.dtype
+        expected = reference.linear_weight_grad(x, grad)[0]
+        largest = float(expected.abs().max()) if expected.numel() else 0
+        error = 8 * torch.finfo(x.dtype).eps * largest
+        torch.testing.assert_close(total.cpu().double(), expected, rtol=0, atol=max(error, 1e-30))
+    starts = torch.tensor([0, 0, 5, 9])
+    x, grad = (t[0, :9].contiguous() for t in pair(1, 33, 65, 70, dtype=DTYPES[dtype]))
+    total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda(), offsets=starts.cuda())
+    assert_near(norms.cpu(), reference.linear_norms_sq(x, grad, offsets=starts), 4 * EXACT[dtype])
+    expected = reference.linear_weight_grad(x, grad, offsets=starts)[0]
+    error = 8 * torch.finfo(x.dtype).eps * float(expected.abs().max())
+    torch.testing.assert_close(total.cpu().double(), expected, rtol=0, atol=error)
+    if tiles == 0 and dtype in ("f32", "f64"):
+        total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda(), offsets=torch.tensor([0, 8]).cuda())
+        assert norms.isnan().all()
+        assert total.isnan().all()
+        tiny, _ = functional.linear_weight_grad(x[None].cuda() * 1e-25, grad[None].cuda())
+        torch.testing.assert_close(
+            tiny.cpu().double() * 1e25, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [(3, 20, 40, 30), (3, 5, 70, 66)])
+def test_range_and_special_values_on_cuda(size):
+    x, grad = pair(*size)
+    scales = (1e-30, 1), (1e30, 1), (1e-30, 1e-30), (1e30, 1e30), (1e-38, 1e38), (1e-15, 1e-10)
+    for x_scale, grad_scale in scales:
+        a, g = x * x_scale, grad * grad_scale
+        a[1], g[2] = a[1] * 1e-3, 0
+        check_on_cuda(a, g, 4e-6)
+    wide, wide_grad = x.double(), grad.double()
+    for scale in (1e-100, 1e-200, 1e100):
+        truth = reference.linear_norms_sq(wide, wide_grad)
+        found = functional.linear_norms_sq((wide * scale).cuda(), (wide_grad / scale).cuda())
+        assert_near(found.cpu(), truth, 1e-13)
+    for value in (math.nan, math.inf, -math.inf):
+        clean = {method: functional.linear_norms_sq(x.cuda(), grad.cuda(), method=method).cpu() for method in METHODS}
+        bad = x.clone()
+        bad[1, 3, 5] = value
+        for method in METHODS:
+            found = functional.linear_norms_sq(bad.cuda(), grad.cuda(), method=method).cpu()
+            assert not found[1].isfinite()
+            assert same_bits(found[[0, 2]], clean[method][[0, 2]])
+
+
+@pytest.mark.gpu
+def test_gram_knows_when_it_has_lost_its_digits_on_cuda():
+    x, grad = randn(2, 1, 40).expand(2, 64, 40), randn(2, 64, 30, seed=1)
+    for kept in (1e-1, 1e-2, 1e-4):
+        cancelling = grad - grad.mean(1, keepdim=True) * (1 - kept)
+        check_on_cuda(x, cancelling, 3e-7 * 8 / kept)
+    both, exact = torch.cat([x, x], 1).cuda(), torch.cat([grad, -grad], 1).cuda()
+    found = functional.linear_norms_sq(both, exact, method="gram").cpu()
+    assert (found <= 1e-10 * float(grad.square().sum())).all()
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph_on_cuda():
+    x, grad = torch.ones(3, 20, 5).cuda(), torch.ones(3, 20, 7).cuda()
+    graph = torch.cuda.CUDAGraph()
+    out = functional.linear_norms_sq(x, grad)
+    with torch.cuda.graph(graph):
+        out = functional.linear_norms_sq(x, grad)
+    for value in (2.0, 1e-25):
+        x.fill_(value)
+        graph.replay()
+        assert_near(out.cpu(), torch.full((3,), 35 * (20 * value) ** 2, dtype=torch.float64), 1e-6)
+
+
+@pytest.mark.gpu
+def test_races_on_cuda(monkeypatch):
+    """One of each kernel, for the thread sanitizer."""
+    monkeypatch.setattr(linear, "_FUSED", 0)
+    for dtype in (torch.float32, torch.float64):
+        x, grad = pair(2, 17, 66, 65, dtype=dtype)
+        check_on_cuda(x, grad, 2e-6)
+        functional.linear_weight_grad(x.cuda(), grad.cuda())
+    check_on_cuda(x * 1e-200, grad, 1e-12)
+    check_on_cuda(x[0], grad[0], 2e-6, torch.tensor([0, 1, 17]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_products_by_torch_on_cuda(dtype, monkeypatch):
+    """Large layers of 16-bit numbers, in pieces; what leaves float32's range is made again."""
+    monkeypatch.setattr(linear, "_ON_TENSOR_CORES", 0)
+    x, grad = pair(5, 9, 17, 13, dtype=dtype)
+    x[3], grad[4] = 0, grad[4] * 1e-6
+    truth = reference.linear_norms_sq(x, grad)
+    for most in (1, 17 * 4, 17 * 13 * 2, 1 << 20):
+        monkeypatch.setattr(linear, "_PRODUCTS", most)
+        assert_near(functional.linear_norms_sq(x.cuda(), grad.cuda()).cpu(), truth, 2e-6)
+    if dtype == torch.bfloat16:
+        for scale in (1e-30, 1e30):
+            truth = reference.linear_norms_sq(x * scale, grad * scale)
+            assert_near(functional.linear_norms_sq((x * scale).cuda(), (grad * scale).cuda()).cpu(), truth, 2e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,24 +61,20 @@ def torch_form(name: str, args: tuple[Any, ...], options: dict[str, Any]) -> Ten
     operation = name.split(",")[0]
     if operation == "outer_norms_sq":
         return portable_outer(*args, 1)[0]
-    if operation == "embedding_norms_sq":
-        return portable.embedding_norms_sq(*args, *(options.get(k) for k in ("weights", "padding_idx", "offsets")))
     if operation == "tied_cross":
         return portable.tied_cross(*args, options["padding_idx"])
-    if operation == "affine_norms_sq":
-        return torch.stack([portable.row_sum_norms_sq(args[0], x, options.get("offsets")) for x in (args[1], None)])
-    if operation == "channel_affine_norms_sq":
-        return torch.stack([portable.channel_sum_norms_sq(args[0], x) for x in (args[1], None)])
-    function: Callable[..., Tensor] = getattr(portable, operation)
-    other = args[1] if len(args) > 1 else None
-    return function(args[0], other, *([options.get("offsets")] if operation == "row_sum_norms_sq" else []))
+    raise NotImplementedError(operation)
+
+
+WITH_A_TORCH_FORM = ("outer_norms_sq", "tied_cross")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_torch_form(dtype: str, shape: tuple[int, ...]) -> None:
     for name, (args, options) in arguments(DTYPES[dtype], shape).items():
-        check(name, torch_form(name, args, options), args, options)
+        if name.startswith(WITH_A_TORCH_FORM):
+            check(name, torch_form(name, args, options), args, options)
 
 
 @pytest.mark.gpu
@@ -96,12 +91,3 @@ def test_on_cuda(dtype: str, shape: tuple[int, ...]) -> None:
         got = function(*map(to_device, args), **{key: to_device(value) for key, value in options.items()})
         assert got.is_cuda
         check(name, got, args, options)
-
-
-@pytest.mark.parametrize("value", [1e-30, 1e30])
-def test_magnitudes(value: float) -> None:
-    ones = torch.full((2, 3, 4), value)
-    for name, (args, options) in arguments(torch.float32, (2, 3, 4)).items():
-        if name.startswith(("affine", "channel", "row_sum", "embedding_norms_sq")):
-            args = tuple(ones if isinstance(a, Tensor) and a.is_floating_point() else a for a in args)
-            check(name, torch_form(name, args, options), args, options)

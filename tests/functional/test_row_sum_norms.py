@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from cases import CHUNK, FEW_SIZES, ODD_SIZES, row_cases, shape_id, thinned, triples, values
+from devices import placed_as_it_is, sized
 from oracle import DTYPES, assert_close, eps_of, in_layout, same_bits
 from torch import Tensor
 
@@ -24,6 +25,7 @@ LARGE = [(1, 5, 2049), (1, 3 * CHUNK // 64 + 1, 64), (2, 40, 1025), (300, 9, 33)
 
 
 def close(got, truth, scale):
+    got = got.cpu()
     assert got.dtype == torch.float64
     assert not got.requires_grad
     assert_close(got, truth, scale=scale, **PRECISION)
@@ -34,18 +36,20 @@ def magnitude(x):
     return x.detach().double().abs()
 
 
-def check_rows(grad, x, offsets=None):
+def check_rows(grad, x, offsets=None, place=lambda t: t):
     scale = reference.affine_norms_sq(magnitude(grad), magnitude(x), offsets=offsets)
-    both = functional.affine_norms_sq(grad, x, offsets=offsets)
-    close(both, reference.affine_norms_sq(grad, x, offsets=offsets), scale)
+    both = reference.affine_norms_sq(grad, x, offsets=offsets)
+    grad, x, offsets = map(place, (grad, x, offsets))
+    close(functional.affine_norms_sq(grad, x, offsets=offsets), both, scale)
     close(functional.row_sum_norms_sq(grad, x, offsets=offsets), both[0], scale[0])
     close(functional.row_sum_norms_sq(grad, offsets=offsets), both[1], scale[1])
 
 
-def check_channels(grad, x):
+def check_channels(grad, x, place=lambda t: t):
     scale = reference.channel_affine_norms_sq(magnitude(grad), magnitude(x))
-    both = functional.channel_affine_norms_sq(grad, x)
-    close(both, reference.channel_affine_norms_sq(grad, x), scale)
+    both = reference.channel_affine_norms_sq(grad, x)
+    grad, x = map(place, (grad, x))
+    close(functional.channel_affine_norms_sq(grad, x), both, scale)
     close(functional.channel_sum_norms_sq(grad, x), both[0], scale[0])
     close(functional.channel_sum_norms_sq(grad), both[1], scale[1])
 
@@ -310,3 +314,141 @@ def test_expanded_gradients_of_float64_whatever_comes_out(value: float | None) -
             (functional.affine_norms_sq(grad.movedim(1, -1), x.movedim(1, -1)), torch.stack([scale, shift])),
         ):
             assert torch.allclose(found, truth, rtol=1e-9, equal_nan=True), (one, other)
+
+
+# ---- on a CUDA device
+
+ON_A_DEVICE = [
+    *itertools.product((0, 1, 3), (0, 1, 5, 17, 129, 300), (0, 1, 3, 4, 65, 128, 260)),
+    *sized([(2, 5000, 9), (1, 9000, 257)], [(1, 4500, 9)]),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sizes_on_cuda(dtype):
+    """Fewer rows than warps, one piece, several; fewer columns than a quad, several blocks of them; long runs."""
+    for size in ON_A_DEVICE[:: 1 if dtype == "f32" else 5]:
+        grad, x = values(size, DTYPES[dtype]), values(size, DTYPES[dtype], 1)
+        check_rows(grad, x, place=placed_as_it_is)
+        check_channels(grad, x, place=placed_as_it_is)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts_on_cuda(dtype):
+    for shape in ((3,), (3, 8), (3, 140, 8), (2, 3, 5, 7), (2, 8, 4, 4, 8))[:: 1 if dtype == "f32" else 2]:
+        for layout in ("contiguous", "transposed", "sliced", "expanded", "offset", "channels_last"):
+            if layout == "channels_last" and len(shape) < 4:
+                continue
+            grad, x = (in_layout(values(shape, DTYPES[dtype], seed), layout) for seed in (0, 1))
+            for other in (x, values(shape, DTYPES[dtype], 2)):
+                check_rows(grad, other, place=placed_as_it_is)
+                if len(shape) > 1:
+                    check_channels(grad, other, place=placed_as_it_is)
+
+
+@pytest.mark.gpu
+def test_mixed_dtypes_on_cuda():
+    for grad_dtype, x_dtype in PAIRS:
+        grad, x = values((3, 17, 18), DTYPES[grad_dtype]), values((3, 17, 18), DTYPES[x_dtype], 1)
+        check_rows(grad, x, place=placed_as_it_is)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packed_documents_on_cuda(dtype):
+    for offsets in ([0, 300], [0, 1, 128, 256, 300], [0, 0, 5, 5, 300, 300], [*range(30), 300], [0, 127, 300]):
+        for layout in ("contiguous", "transposed", "sliced")[: 3 if dtype == "f32" else 1]:
+            grad, x = (in_layout(values((300, 9), DTYPES[dtype], seed), layout) for seed in (0, 1))
+            check_rows(grad, x, torch.tensor(offsets), place=placed_as_it_is)
+    nothing = torch.empty(0, 4, dtype=DTYPES[dtype])
+    check_rows(nothing, nothing, torch.tensor([0]), place=placed_as_it_is)
+    check_rows(nothing, nothing, torch.tensor([0, 0, 0]), place=placed_as_it_is)
+    from_the_host = torch.tensor([0, 2])
+    assert functional.row_sum_norms_sq(torch.ones(2, 3).cuda(), offsets=from_the_host).tolist() == [12.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "offsets", [[1, 300], [0, 299], [0, 200, 100, 300], [0, 301, 300], [-5, 300], [0, 2**62, 300], [0, -(2**62), 300]]
+)
+def test_offsets_that_do_not_fit_give_nan_on_cuda(offsets):
+    """Nobody can say so without waiting for the device."""
+    grad = torch.ones(300, 5).cuda()
+    found = functional.affine_norms_sq(grad, grad, offsets=torch.tensor(offsets).cuda())
+    assert found.isnan().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(3, 2, 5), (3, 200, 140)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_range_and_special_values_on_cuda(shape, transposed):
+    generator = torch.Generator().manual_seed(0)
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if transposed:
+        grad = grad.transpose(1, 2).contiguous().transpose(1, 2)
+    for of_grad, of_x in ((1e200, 1e200), (1e300, 1e-300), (1e-200, 1e-200), (1e160, 1.0)):
+        g, x = placed_as_it_is(grad * of_grad), placed_as_it_is(grad * of_x)
+        found, truth = functional.affine_norms_sq(g, x).cpu(), functional.affine_norms_sq(grad * of_grad, grad * of_x)
+        assert torch.allclose(found, truth, rtol=1e-11, atol=0)
+        assert found.isfinite().sum() == truth.isfinite().sum()
+    for dtype in DTYPES.values():
+        bad = torch.ones(shape, dtype=dtype)
+        bad[1, -1, -1], bad[2, 0, 0] = torch.nan, torch.inf
+        if transposed:
+            bad = bad.transpose(1, 2).contiguous().transpose(1, 2)
+        found = functional.affine_norms_sq(placed_as_it_is(bad), torch.ones(shape, dtype=dtype).cuda()).cpu()
+        assert found[:, 1].isnan().all()
+        assert found[:, 2].isinf().all()
+        assert (found[:, 0] == shape[2] * shape[1] ** 2).all()
+    cancelling = torch.tensor([[[1e200], [-1e200], [3.0]]], dtype=torch.float64).cuda()
+    found = functional.affine_norms_sq(cancelling, cancelling.abs()).cpu()
+    assert found.isfinite().all()
+    assert found[1].item() == 9.0
+    largest = torch.tensor([[[1.7e308], [1.7e308], [-1.7e308], [-1.7e308]]], dtype=torch.float64).cuda()
+    assert functional.row_sum_norms_sq(largest).tolist() == [0.0]
+
+
+@pytest.mark.gpu
+def test_neither_alignment_nor_run_changes_a_bit_on_cuda():
+    for dtype in DTYPES.values():
+        for shape in ((2, 37, 132), (3, 140, 8)):
+            grad, x = values(shape, dtype).cuda(), values(shape, dtype, 1).cuda()
+            expected = functional.affine_norms_sq(grad, x)
+            assert same_bits(functional.affine_norms_sq(grad, x), expected)
+            for offset in (1, 2, 3):
+                moved = torch.empty(grad.numel() + offset, dtype=dtype, device=grad.device)[offset:].view_as(grad)
+                assert same_bits(functional.affine_norms_sq(moved.copy_(grad), x), expected)
+
+
+@pytest.mark.gpu
+def test_captured_in_a_graph_on_cuda():
+    grad, x = torch.ones(3, 300, 5).cuda(), torch.ones(3, 300, 5).cuda()
+    out = functional.affine_norms_sq(grad, x)  # what a first call allocates
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = functional.affine_norms_sq(grad, x)
+    for value in (2.0, 3.0):
+        grad.fill_(value)
+        graph.replay()
+        assert out.cpu().unique().tolist() == [5 * (300 * value) ** 2]
+
+
+@pytest.mark.gpu
+def test_samples_that_are_not_aligned_on_cuda():
+    for dtype in DTYPES.values():
+        grad = values((2, 4 * 8 + 2), dtype).as_strided((2, 4, 8), (33, 8, 1))
+        check_rows(grad, grad, place=placed_as_it_is)
+
+
+@pytest.mark.gpu
+def test_races_on_cuda():
+    """One of each shape, for the thread sanitizer."""
+    for size in ((2, 9, 5), (2, 130, 130)):
+        grad, x = values(size, torch.float64), values(size, torch.float64, 1)
+        check_rows(grad, x, place=placed_as_it_is)
+        check_channels(grad, x, place=placed_as_it_is)
+    check_rows(grad[0], x[0], torch.tensor([0, 1, 130]), place=placed_as_it_is)
+    huge = placed_as_it_is(grad * 1e200)
+    assert functional.affine_norms_sq(huge, huge).cpu().isinf().all()

@@ -181,6 +181,11 @@ def _token_arguments() -> dict[str, Any]:
     }
 
 
+def _stats_arguments() -> dict[str, Any]:
+    tensors = [values((4, 6), torch.float32), values((5,), torch.float32, 1)]
+    return {"tensors": tensors, "rows": _float64(2, 9), "bins": torch.zeros(2, 2048, dtype=torch.int64)}
+
+
 def _pair_arguments() -> dict[str, Any]:
     return {name: [values((2, n), torch.float32, n) for n in (3, 5)] for name in ("x", "grad")}
 
@@ -226,6 +231,14 @@ OPS = [
         lists=("tensors",),
     ),
     Op(
+        "tensor_stats",
+        _stats_arguments,
+        lambda a: F.tensor_stats(a["tensors"], into=(a["rows"], a["bins"])),
+        tensors=("rows",),
+        lists=("tensors",),
+        state=("rows",),
+    ),
+    Op(
         "outer_norms_sq",
         _pair_arguments,
         lambda a: F.outer_norms_sq(a["x"], a["grad"]),
@@ -235,6 +248,13 @@ OPS = [
         "affine_norms_sq",
         _token_arguments,
         lambda a: F.affine_norms_sq(a["grad"], a["x"]),
+        tensors=("grad", "x"),
+        at_least_1d=("grad",),
+    ),
+    Op(
+        "norm_layer_norms_sq",
+        _token_arguments,
+        lambda a: F.norm_layer_norms_sq(a["grad"], a["x"], eps=1e-5),
         tensors=("grad", "x"),
         at_least_1d=("grad",),
     ),
@@ -314,6 +334,14 @@ OPS = [
         _sketch_arguments,
         lambda a: _core.sketch(a["tensors"], a["first_index"], 1, a["out"]),
         tensors=("out",),
+        lists=("tensors",),
+        full_check=False,
+    ),
+    Op(
+        "core.tensor_stats",
+        _stats_arguments,
+        lambda a: _core.tensor_stats(a["tensors"], [0, 1], a["rows"], a["bins"]),
+        tensors=("rows",),
         lists=("tensors",),
         full_check=False,
     ),

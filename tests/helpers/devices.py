@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from emulated_core import emulator
+from torch import Tensor
 
 EMULATED = emulator is not None
 T = TypeVar("T")
@@ -13,3 +15,13 @@ T = TypeVar("T")
 def sized(on_a_gpu: T, emulated: T) -> T:
     """Return the sizes for the device at hand."""
     return emulated if EMULATED else on_a_gpu
+
+
+def placed_as_it_is(x: Tensor | None) -> Tensor | None:
+    """Return a copy on the device with the strides and the offset that x has."""
+    if x is None:
+        return None
+    x = x.detach().resolve_neg()
+    memory = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
+    there = memory.to(torch.device("cuda", torch.cuda.current_device()), copy=True)
+    return there.as_strided(x.shape, x.stride(), x.storage_offset())

@@ -12,7 +12,7 @@ from few import few
 from models import batches, mlp, seeded
 from torch import Tensor, nn
 
-from lipcore import Distribution, Lipschitz, Monitor, PerSampleGradNorms, SampleScores, Trajectory
+from lipcore import Distribution, Lipschitz, Monitor, PerSampleGradNorms, SampleScores, TensorStats, Trajectory
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 
 
@@ -51,6 +51,7 @@ STATEFUL: dict[str, Callable[[], Any]] = {
     "sketch": metric(lambda: Trajectory(mode="sketch", buckets=256)),
     "lipschitz": metric(Lipschitz),
     "per_sample": metric(lambda: PerSampleGradNorms(loss_reduction="mean")),
+    "tensor_stats": metric(lambda: TensorStats(every_steps=1)),
     "monitor": lambda: trained([Trajectory(), Lipschitz()])[1],
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from device_operations import Counts, DeviceOperations
-from torch import nn
+from torch import Tensor, nn
 
 import lipcore
 
@@ -20,17 +20,17 @@ REACHED = {"monitor": (12, 12), "trajectory": (6, 6), "updates": (4, 4), "per sa
 
 
 class Plain:
-    """A training's own steps."""
+    """A training's own steps: of an MLP, or of other layers with an input for them."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: list[nn.Module] | None = None, x: Tensor | None = None) -> None:
         torch.manual_seed(0)
-        layers = nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)
-        self.model = nn.Sequential(*layers).cuda()
+        mlp = [nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1)]
+        self.model = nn.Sequential(*(layers or mlp)).cuda()
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-3)
-        self._x, self._y = torch.randn(256, 10).cuda(), torch.randn(256, 1).cuda()
+        self._x = (torch.randn(256, 10) if x is None else x).cuda()
 
     def step(self) -> None:
-        nn.functional.mse_loss(self.model(self._x), self._y).backward()
+        self.model(self._x).square().mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -47,11 +47,11 @@ WATCHED: dict[str, Callable[[Plain], Any]] = {
 }
 
 
-def counts_of(watch: Callable[[Plain], Any]) -> list[Counts]:
+def counts_of(watch: Callable[[Plain], Any], plain: Plain | None = None, warm: int = WARM) -> list[Counts]:
     """Return what each of some steps after the first ones has done."""
-    plain, counts = Plain(), []
+    plain, counts = plain or Plain(), []
     with watch(plain):
-        for _ in range(WARM):
+        for _ in range(warm):
             plain.step()
         torch.cuda.set_sync_debug_mode("error")
         try:
@@ -72,6 +72,35 @@ def test_a_step(what: str) -> None:
     usual, most = REACHED[what]
     assert statistics.mode(found) <= usual, found
     assert max(found) <= most, found
+    for counts in watched:
+        assert not counts.waits
+        assert not counts.from_host
+        assert not counts.refused
+        assert not counts.unordered
+
+
+def sequence(*layers: nn.Module) -> Plain:
+    return Plain([*layers], torch.randn(4, 20, 8))
+
+
+#: Training with one kind of layer, how many there are, and operations of most steps.
+LAYERS: dict[str, tuple[Callable[[], Plain], int, int]] = {
+    "sequences through Linear": (lambda: sequence(nn.Linear(8, 40), nn.GELU(), nn.Linear(40, 8)), 2, 13),
+    "LayerNorm": (lambda: sequence(nn.LayerNorm(8), nn.GELU(), nn.LayerNorm(8)), 2, 11),
+    "Embedding": (lambda: Plain([nn.Embedding(50, 8)], torch.randint(50, (4, 20))), 1, 10),
+    "Conv2d": (lambda: Plain([nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)], torch.randn(4, 3, 9, 9)), 2, 13),
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", LAYERS)
+def test_per_sample_norms_of_a_layer(kind: str) -> None:
+    make, layers, reached = LAYERS[kind]
+    plain = counts_of(lambda plain: contextlib.nullcontext(), make(), 2)[0]
+    watched = counts_of(WATCHED["per sample"], make(), 4)
+    found = [counts.all - plain.all for counts in watched]
+    assert reached <= 4 * layers + 12
+    assert statistics.mode(found) <= reached, found
     for counts in watched:
         assert not counts.waits
         assert not counts.from_host

@@ -142,6 +142,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "open_run(rank)": (lambda v: lipcore.open_run(recorded(), v), 0),
     "PerSampleGradNorms(max_replay_flops)": (of_norms("max_replay_flops"), 0),
     "SampleScores.top(k)": (lambda v: lipcore.SampleScores().top(v), 0),
+    "TensorStats(every_steps)": (lambda v: lipcore.TensorStats(every_steps=v), 1),
     "Trajectory(every_steps)": (of_trajectory("every_steps"), 1),
     "Trajectory(window_blocks)": (of_trajectory("window_blocks"), 1),
     "Trajectory(ring)": (of_trajectory("ring"), 512),

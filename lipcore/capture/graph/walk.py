@@ -59,8 +59,8 @@ class Walk:
     def parameters(self, names: Mapping[int, str]) -> dict[int, str]:
         """Return the places of the leaves whose tensors' ids have names."""
         found = {}
-        for place, node in enumerate(self.nodes):
-            leaf = getattr(node, "variable", None)
+        for place, behind in enumerate(self.next):
+            leaf = None if behind else getattr(self.nodes[place], "variable", None)
             if leaf is not None and id(leaf) in names:
                 found[place] = names[id(leaf)]
         return found
@@ -86,4 +86,4 @@ def shapes(node: Any) -> tuple[tuple[int, ...], ...]:
     leaf = getattr(node, "variable", None)
     if isinstance(leaf, Tensor):
         return (tuple(leaf.shape),)
-    return tuple(tuple(map(int, data.shape)) for data in node._input_metadata)
+    return tuple([tuple(data.shape) for data in node._input_metadata])

@@ -152,16 +152,22 @@ class Keepers:
             saved, extra = rule.save(module, arguments, keywords, run.batch)
             self._called[at] = _Called(module, rule, saved, extra, output)
 
-    def own_graphs(self, uses: Mapping[str, int]) -> Iterator[tuple[str, nn.Module, OwnGraph, dict[str, str]]]:
+    def own_graphs(
+        self, uses_of: Callable[[], Mapping[str, int]]
+    ) -> Iterator[tuple[str, nn.Module, OwnGraph, dict[str, str]]]:
         """Yield name, module, rule and parameters' names of modules whose calls need to keep nothing in later passes,
         since they can be run again in the backward pass.
 
         Args:
-            uses: of each parameter in the pass that has just ended.
+            uses_of: called once, where there are any: returns the uses of each parameter in the pass that has just
+                ended.
         """
         called, calls = dict(self._called), Counter(self._calls)
         self._called.clear()
         self._calls.clear()
+        if not called:
+            return
+        uses = uses_of()
         for at, (module, rule, saved, extra, output) in called.items():
             names = {key: f"{at}.{key}" if at else key for key in rule.keys}
             if any(self._at.get(name) != at for name in names.values()):

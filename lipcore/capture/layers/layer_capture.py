@@ -385,7 +385,7 @@ class LayerCapture:
                 later |= fused
             refused = {n: self._keepers.why(w) if w == HOOKED else w for n, w in refused.items() if n not in later}
             if run.kept is not None and not self._options.normalized:
-                self._with_own_graph += self._keepers.own_graphs(uses_of(output, self.coverage))
+                self._with_own_graph += self._keepers.own_graphs(lambda: uses_of(output, self.coverage))
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:
             passes.fail(error)

@@ -46,17 +46,19 @@ inline void __stcs(T* to, T value) {
   *to = value;
 }
 
-inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
-  emulator::check_aligned(to, sizeof value, "atomicAdd");
-  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
-}
-
 // ---- arithmetic
 
 inline double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
 inline float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+
+// ---- atomics, of integers alone: sums of floating-point numbers would depend on who comes first
+
+inline unsigned atomicAdd(unsigned* to, unsigned value) { return __atomic_fetch_add(to, value, __ATOMIC_RELAXED); }
+inline unsigned long long atomicAdd(unsigned long long* to, unsigned long long value) {
+  return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
+}
 
 // ---- collectives. The last parameter is where they are called from.
 

@@ -1,0 +1,9 @@
+"""The metric TensorStats: what the elements of parameters, gradients and modules' outputs are like, on sampled steps.
+
+``watched.py`` says what is measured and what it is called, ``block.py`` keeps the numbers, ``attention.py``,
+``router.py`` and ``logits.py`` read what only some models have.
+"""
+
+from lipcore.tensor_stats.metric import TensorStats
+
+__all__ = ["TensorStats"]

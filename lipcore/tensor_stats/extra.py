@@ -1,0 +1,73 @@
+"""What is watched beside statistics of tensors: numbers that are made of the outputs of modules which only some models
+have."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lipcore.functional.dtypes import FLOATING
+from lipcore.metric.results import MetricResult
+from lipcore.models.outputs import output_names, tensors_of
+
+UNREADABLE = "no float32, float64, bfloat16 or float16 tensor with values of its own"
+ROOT = "(model)"  #: the place of what the model itself returns
+
+
+class Extra(ABC):
+    """One of them: `sums` numbers that are added up and `most` of which the largest is kept, on the device of the
+    outputs.
+
+    Attributes:
+        modules: names of the modules whose outputs it reads.
+        problem: why it has no numbers, once an output did not fit.
+    """
+
+    kind: str
+    place: str
+    modules: tuple[str, ...]
+    sums: int
+    most: int
+    problem: str = ""
+
+    @property
+    @abstractmethod
+    def rule(self) -> str:
+        """The words for the plan."""
+
+    def begin(self) -> None:  # noqa: B027
+        """Learn that a forward pass begins."""
+
+    @abstractmethod
+    def read(self, module: str, output: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Return what an output adds to the sums, and the numbers to take maxima with; None where there is nothing
+        yet. ValueError, with the words for :attr:`problem`, for an output that does not fit."""
+
+    @abstractmethod
+    def add_to(self, result: MetricResult, sums: Tensor, most: Tensor) -> None:
+        """Add the numbers of a window to a result, where there are any."""
+
+
+def main_tensor(output: Any) -> Tensor | None:
+    """Return the tensor that is measured of what a module returns: itself, of several that under "logits", else the
+    first floating one; None where there is none that the kernels read."""
+    if not isinstance(output, Tensor) and "logits" in output_names(output):
+        output = output["logits"] if isinstance(output, Mapping) else output.logits
+    return next((found for tensor in tensors_of(output) if (found := readable(tensor)) is not None), None)
+
+
+def readable(tensor: Any) -> Tensor | None:
+    """Return the tensor's values on this rank as the kernels read them; None where they cannot."""
+    if hasattr(tensor, "placements"):
+        if any(placement.is_partial() for placement in tensor.placements):
+            return None
+        tensor = tensor._local_tensor
+    if tensor.is_nested or tensor.is_meta or tensor.dtype not in FLOATING:
+        return None
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return tensor.detach() if tensor.device.type in ("cpu", "cuda") else None

@@ -1,0 +1,153 @@
+"""What a TensorStats on one rank adds to the window of all ranks: sums of powers about one number per place that all
+ranks know, and histograms between bins that all know."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lipcore import _core
+from lipcore.distributed.packed import Packed, Together
+from lipcore.metric.rank_part import Holding, RankPart
+from lipcore.metric.results import MetricResult
+from lipcore.metric.values import Level
+from lipcore.tensor_stats.block import Numbers
+from lipcore.tensor_stats.describe import add_extras, add_rows
+from lipcore.tensor_stats.extra import ROOT
+from lipcore.tensor_stats.watched import Watched
+
+_COUNT, _MEAN, _M2, _M3, _M4, _MIN, _MAX, _ZEROS, _NONFINITE = range(_core.TENSOR_STATS)
+_NEAR, _HIGH, _LESS_LOW, _LAST, _LESS_FIRST = range(5)  # columns of maxima over ranks
+_SUMS = 7  # count, sums of the first to fourth powers of x - near, zeros, nonfinite
+
+
+@dataclass
+class TensorStatsPart(RankPart):
+    """Statistics of one rank over a window. Parameters and gradients count on the rank that owns them (a part of them);
+    outputs on all, as those of other samples.
+
+    Attributes:
+        watched: what is measured here.
+        numbers: of the window.
+        untrue: why gradients are not what they are called.
+        empty: a result without numbers.
+    """
+
+    agreed: dict[str, Any]
+    holding: Holding | None
+    watched: Watched
+    numbers: Numbers
+    passes: int
+    untrue: str
+    empty: MetricResult
+
+    @classmethod
+    def of(
+        cls, watched: Watched, holding: Holding | None, numbers: Numbers, passes: int, untrue: str, empty: MetricResult
+    ) -> TensorStatsPart:
+        """Return the part with these numbers."""
+        agreed = {
+            "every_steps": empty.details["every_steps"],
+            "sampled_steps": empty.details["sampled_steps"],
+            "outputs": watched.outputs,
+            "extras": [[extra.kind, extra.place, extra.sums, extra.most] for extra in watched.extras],
+            "untrue": untrue,
+        }
+        return cls(agreed, holding, watched, numbers, passes, untrue, empty)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of rows and histograms."""
+        return self.watched.size.nbytes
+
+    @property
+    def _rows(self) -> list[tuple[str, str, str, Level]]:
+        """Quantity, place, group and level of every row of all ranks."""
+        owners = None if self.holding is None else self.holding.ownership
+        names = [] if owners is None else list(zip(owners.names, owners.groups, strict=True))
+        rows: list[tuple[str, str, str, Level]] = []
+        for quantity in ("parameter", "gradient"):
+            rows += [(quantity, name, group, "tensor") for name, group in names]
+        return [*rows, *(("output", name or ROOT, "", "group") for name in self.watched.outputs)]
+
+    def _where(self) -> list[tuple[int, int]]:
+        """Return which row here is which of all ranks, for those that this rank counts."""
+        owners = None if self.holding is None else self.holding.ownership
+        index = {row[:2]: i for i, row in enumerate(self._rows)}
+        return [
+            (i, index[quantity, name])
+            for i, (quantity, name, _, _) in enumerate(self.watched.rows)
+            if quantity == "output" or (owners is not None and name in owners.mine)
+        ]
+
+    def packed(self) -> Packed:
+        """Return rows and histograms with a place for each of all ranks."""
+        where, count = self._where(), len(self._rows)
+        rows, bins = self.numbers.rows, self.numbers.bins
+        largest = torch.full((count, 5), -torch.inf, dtype=torch.float64, device="cpu")
+        for i, place in where:
+            if rows[i, _COUNT]:
+                used = bins[i].nonzero().flatten()
+                numbers = [rows[i, _MEAN], rows[i, _MAX], -rows[i, _MIN], used[-1], -used[0]]
+                largest[place] = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device="cpu")
+
+        def sums(most: list[Tensor]) -> list[Tensor]:
+            return [*self._sums(where, most[0]), self.numbers.sums, self.numbers.sums.new_tensor([float(self.passes)])]
+
+        return Packed(sums, [largest, self.numbers.most])
+
+    def _sums(self, where: list[tuple[int, int]], largest: Tensor) -> list[Tensor]:
+        moments = torch.zeros(len(largest), _SUMS, dtype=torch.float64, device="cpu")
+        begins = _begins(largest)
+        counts = np.zeros(begins[-1])
+        for i, place in where:
+            row = self.numbers.rows[i].tolist()
+            n, m2, m3, m4 = row[_COUNT], row[_M2], row[_M3], row[_M4]
+            d = row[_MEAN] - float(largest[place, _NEAR]) if n else 0.0
+            powers = [n * d, m2 + n * d**2, m3 + 3 * d * m2 + n * d**3, m4 + 4 * d * m3 + 6 * d**2 * m2 + n * d**4]
+            numbers = [n, *powers, row[_ZEROS], row[_NONFINITE]]
+            moments[place] += torch.tensor(numbers, dtype=torch.float64, device="cpu")
+            used = self.numbers.bins[i].nonzero().flatten().numpy()
+            if len(used):
+                counts[begins[place] + used + int(largest[place, _LESS_FIRST])] += self.numbers.bins[i].numpy()[used]
+        return [moments, torch.from_numpy(counts)]
+
+    def result(self, together: Together) -> MetricResult:
+        """Return the numbers of whole parameters, and of the outputs on all ranks."""
+        (moments, counts, sums, passes), (largest, most) = together.sums, together.largest
+        begins = _begins(largest)
+        rows = torch.zeros(len(largest), _core.TENSOR_STATS, dtype=torch.float64, device="cpu")
+        bins = torch.zeros(len(largest), _core.TENSOR_BINS, dtype=torch.int64, device="cpu")
+        for place, (numbers, limits) in enumerate(zip(moments.tolist(), largest.tolist(), strict=True)):
+            n, s1, s2, s3, s4, zeros, nonfinite = numbers
+            rows[place, [_ZEROS, _NONFINITE]] = rows.new_tensor([zeros, nonfinite])
+            if not n:
+                continue
+            d = s1 / n
+            m2, m3 = s2 - n * d**2, s3 - 3 * d * s2 + 2 * n * d**3
+            m4 = s4 - 4 * d * s3 + 6 * d**2 * s2 - 3 * n * d**4
+            low, high = -limits[_LESS_LOW], limits[_HIGH]
+            if low == high:
+                m2 = m3 = m4 = 0.0
+            row = [n, limits[_NEAR] + d, max(m2, 0.0), m3, max(m4, 0.0), low, high]
+            rows[place, :_ZEROS] = rows.new_tensor(row)
+            first = -int(limits[_LESS_FIRST])
+            bins[place, first : int(limits[_LAST]) + 1] = counts[begins[place] : begins[place + 1]].long()
+        if "forward_passes" in self.empty.details:
+            self.empty.details["forward_passes"] = int(passes)
+            if passes:
+                self.empty.details.pop("output_off", None)
+        add_rows(self.empty, self._rows, rows, bins, self.untrue)
+        add_extras(self.empty, self.watched, sums, most)
+        return self.empty
+
+
+def _begins(largest: Tensor) -> list[int]:
+    """Return where the bins of each place begin among those of all, and where the last ones end."""
+    last, less_first = largest[:, _LAST], largest[:, _LESS_FIRST]
+    sizes = torch.where(last.isfinite(), last + less_first + 1, 0.0)
+    return [0, *sizes.cumsum(0).long().tolist()]
