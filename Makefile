@@ -91,7 +91,7 @@ test-sanitized: ## a part of the tests, with one sanitizer after the other
 
 # The GPU tests on the emulator of tests/cuda_on_cpu; with a sanitizer in the kernels those that call each of them. An
 # empty CUDA_TESTS is all of them. Nothing of what was asked for with -k may be among them: pytest's 5.
-CUDA_TESTS := cuda_on_cpu project/test_cuda.py functional/test_sketch.py functional/test_tensor_stats.py core
+CUDA_TESTS := cuda_on_cpu project/test_cuda.py functional/test_sketch.py functional/test_tensor_stats.py tensor_stats core
 CUDA_SANITIZED_TESTS := cuda_on_cpu project/test_cuda.py $(addprefix functional/test_sketch.py::test_,many_tensors_on_cuda plan_on_cuda) functional/test_tensor_stats.py
 CUDA_TOO_LARGE := project/test_cuda.py::test_trajectory_step_in_groups
 CUDA_BUILD = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/cuda_on_cpu/build.py

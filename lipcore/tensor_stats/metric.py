@@ -36,7 +36,7 @@ _ONLY_NUMBERS = (
 )
 _NO_PASS = (
     "no forward pass came through the model's hooks in the sampled steps: the loop calls another object, without "
-    "gradients, or inside an activation checkpoint"
+    "gradients, in a compiled function or inside an activation checkpoint"
 )
 _CAPTURED = "tensors inside a CUDA graph that is captured are left out: its replays tell the host nothing"
 
