@@ -280,9 +280,10 @@ __device__ __forceinline__ double tile_squares(const Work& work, int64_t sample,
   return total;
 }
 
-// A block per sample and tile of its weight gradient.
+// A block per sample and tile of its weight gradient. 64 sums a thread leave room for one block on a multiprocessor.
 template <class Sum, int kMicro, bool kPatches>
-__global__ void __launch_bounds__(kThreads, 2) tiles(const __grid_constant__ Work work, double* partials) {
+__global__ void __launch_bounds__(kThreads, kMicro > 4 ? 1 : 2)
+    tiles(const __grid_constant__ Work work, double* partials) {
   __shared__ Memory<Sum, kMicro> memory;
   const Block team{&memory.storage};
   for (int64_t task = blockIdx.x; task < work.norms.samples * work.units; task += gridDim.x) {
