@@ -8,10 +8,10 @@
 
 #include "math/conv_shape.h"
 #include "math/gram_sums.h"
+#include "math/observed.h"
 #include "math/tensor_stats.h"
 #include "math/trajectory_row.h"
 #include "math/update.h"
-#include "ops/observe_rows.h"
 #include "ops/rows.h"
 #include "ops/sketch_schedule.h"
 

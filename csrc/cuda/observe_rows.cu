@@ -44,8 +44,8 @@ __global__ void __launch_bounds__(kThreads)
     out.partials[blockIdx.x] = row;
 }
 
-// One block per place.
-__global__ void __launch_bounds__(kThreads) merge_chunks(const __grid_constant__ ObserveTables out) {
+// One block per place. Left to itself ptxas keeps to 64 registers for sm_75, and spills.
+__global__ void __launch_bounds__(kThreads, 1) merge_chunks(const __grid_constant__ ObserveTables out) {
   __shared__ typename Reduce::TempStorage storage;
   const int64_t place = blockIdx.x;
   ObservedRow row;

@@ -48,6 +48,19 @@ LIPCORE_INLINE double usable_ratio(double numerator, double gradient, double sma
 // What is observed of a table's numbers.
 enum class Observable : int32_t { kValues, kRoots, kRatios };
 
+// A table [places, B] of any dtype and strides, and what is observed of it: its values, their roots, or their ratios to
+// gradient[b], float64 [B].
+struct ObservedTable {
+  const void* values;
+  DType dtype;
+  int64_t places, count;
+  int64_t place_stride, stride;
+  Observable what;
+  const double* gradient;  // null but for ratios
+  int64_t gradient_stride;
+  double smallest;  // gradient that is used
+};
+
 LIPCORE_INLINE double observable_of(Observable what, double x, double gradient, double smallest) {
   if (what == Observable::kValues) return x;
   return what == Observable::kRoots ? sqrt(x) : usable_ratio(x, gradient, smallest);

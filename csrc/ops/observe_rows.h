@@ -6,19 +6,6 @@
 
 namespace lipcore {
 
-// A table [places, B] of any dtype and strides, and what is observed of it: its values, their roots, or their ratios to
-// gradient[b], float64 [B].
-struct ObservedTable {
-  const void* values;
-  DType dtype;
-  int64_t places, count;
-  int64_t place_stride, stride;
-  Observable what;
-  const double* gradient;  // null but for ratios
-  int64_t gradient_stride;
-  double smallest;  // gradient that is used
-};
-
 // Observes row k of `values` at place k: rows float64 [places, kObservedColumns] and bins int64 [places, kBins] are
 // what an ObservedRow and a histogram hold, and all lie on one device. `gradient` is asked for by ratios alone; null
 // for none. False with a Python exception set.

@@ -118,7 +118,8 @@ def test_tensors_and_results_on_two_devices_are_refused() -> None:
 def test_means_of_blocks(dtype: torch.dtype, device: str) -> None:
     torch.manual_seed(0)
     shares = [0.0, 0.25, 0.5, 0.75, 1.0] * 25  # more tensors than a launch takes
-    sizes = [(0, 1, 300, 1030, 65536 + 17 if k < 5 else 3)[k % 5] for k in range(len(shares))]
+    long = 65536 + 17 if device == "cpu" else DEVICE_CHUNK + 5
+    sizes = [(0, 1, 300, 1030, long if k < 5 else 3)[k % 5] for k in range(len(shares))]
     means = [torch.randn(size).to(dtype) for size in sizes]
     earlier = [torch.randn(size, dtype=torch.float64) for size in sizes]
     on_device = [tensor.to(device, copy=True) for tensor in earlier]

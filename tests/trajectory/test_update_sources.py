@@ -249,7 +249,7 @@ def test_the_bits_are_those_of_any_instruction_set_and_number_of_threads():
 )
 @pytest.mark.parametrize("optimizer", ["sgd_wd", "nesterov", "nesterov_wd", "adamw_wd", "adam_amsgrad"])
 def test_every_step_on_cuda(optimizer, implementation):
-    """By torch's operations, and the host waits for nothing."""
+    """By the kernels, and the host waits for nothing."""
     kind, settings = OPTIMIZERS[optimizer]
     if implementation == "capturable" and kind is SGD:
         pytest.skip("SGD has no such setting")
@@ -268,6 +268,38 @@ def test_every_step_on_cuda(optimizer, implementation):
     source.sums = sums
     Watch(model, made, 3e-5, source)
     train(model, made, [(x.cuda(), y.cuda()) for x, y in batches(20, 8)])
+
+
+@pytest.mark.gpu
+def test_a_skipped_step_that_only_the_device_knows_of() -> None:
+    """A GradScaler tells two fused optimizers in a tensor; the parameters of the one that skips have not moved."""
+    models = [seeded(lambda: mlp(5, 17, 1)).cuda() for _ in range(2)]
+    made = [torch.optim.Adam(model.parameters(), lr=1e-2) for model in models]
+    for model, optimizer in zip(models, made, strict=True):
+        train(model, optimizer, [(x.cuda(), y.cuda()) for x, y in batches(2, 8)])
+    every = [(f"{i}.{name}", *where) for i, model in enumerate(models) for name, *where in listed(model)]
+    source, count = OptimizerSource(made, every), len(listed(models[0]))
+    expected = [tensor.cpu().clone() for tensor in source.sums()]
+    for optimizer in made:
+        optimizer.found_inf = torch.zeros((), device="cuda")
+    for only in (None, made[0]):
+        source.sums(only=only)  # which parameters that are is copied to the device once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        made[0].found_inf.fill_(1.0)
+        rows, normalized = source.sums()
+        both = rows.clone(), normalized.clone()
+        made[0].found_inf.zero_()
+        rows, normalized = source.sums(only=made[0])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert same_bits(rows.cpu(), expected[0])
+    assert same_bits(normalized.cpu(), expected[1])
+    assert not both[0][:count, [0, 3]].any()
+    assert both[1][:count].isnan().all()
+    assert same_bits(both[0].cpu()[:, [4, 5]], expected[0][:, [4, 5]])
+    assert same_bits(both[0].cpu()[count:], expected[0][count:])
+    assert same_bits(both[1].cpu()[count:], expected[1][count:])
 
 
 # ---- parameters that are stepped now and then, or never
