@@ -92,10 +92,10 @@ test-sanitized: ## a part of the tests, with one sanitizer after the other
 # The GPU tests on the emulator of tests/cuda_on_cpu; with a sanitizer in the kernels those that call each of them. An
 # empty CUDA_TESTS is all of them. Nothing of what was asked for with -k may be among them: pytest's 5.
 CUDA_TESTS_OF_LAYERS := $(patsubst %,functional/test_%_norms.py::test_races_on_cuda,row_sum linear conv embedding)
-CUDA_TESTS := cuda_on_cpu project/test_cuda.py $(patsubst %,functional/test_%.py,sketch update_sums tensor_stats) core $(CUDA_TESTS_OF_LAYERS)
-CUDA_SANITIZED_TESTS := cuda_on_cpu project/test_cuda.py functional/test_tensor_stats.py core \
-  $(CUDA_TESTS_OF_LAYERS) $(addprefix functional/test_sketch.py::test_,many_tensors_on_cuda plan_on_cuda) \
-  $(addprefix functional/test_update_sums.py::test_,mixtures_on_cuda values_that_are_not_finite_on_cuda)
+CUDA_TESTS := cuda_on_cpu project/test_cuda.py $(patsubst %,functional/test_%.py,sketch update_sums tensor_stats) tensor_stats core $(CUDA_TESTS_OF_LAYERS)
+CUDA_SANITIZED_TESTS := cuda_on_cpu project/test_cuda.py functional/test_tensor_stats.py core $(CUDA_TESTS_OF_LAYERS) \
+  $(addprefix functional/test_update_sums.py::test_,mixtures_on_cuda values_that_are_not_finite_on_cuda) \
+  $(addprefix functional/test_sketch.py::test_,many_tensors_on_cuda plan_on_cuda)
 CUDA_TOO_LARGE := project/test_cuda.py::test_trajectory_step_in_groups
 CUDA_BUILD = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/cuda_on_cpu/build.py
 test-cuda-on-cpu: $(STAMPS)/test $(CORE) ## the GPU tests on the CPU: the .cu files over an emulator

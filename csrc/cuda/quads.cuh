@@ -17,13 +17,13 @@ __device__ __forceinline__ void load_quad(const typename E::Stored* from, int64_
   if (kQuads && count >= kQuad) {
     Stored four[kQuad];
     if constexpr (sizeof four == sizeof(uint2)) {
-      const uint2 word = *reinterpret_cast<const uint2*>(from);
+      const uint2 word = __ldg(reinterpret_cast<const uint2*>(from));
       memcpy(four, &word, sizeof four);
     } else {
       uint4 words[sizeof four / sizeof(uint4)];
 #pragma unroll
       for (int i = 0; i < static_cast<int>(sizeof four / sizeof(uint4)); ++i)
-        words[i] = reinterpret_cast<const uint4*>(from)[i];
+        words[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
       memcpy(four, words, sizeof four);
     }
 #pragma unroll

@@ -163,6 +163,7 @@ __device__ __forceinline__ void multiply(const Side& a, const Side& b, int64_t r
     memory.b_channels[thread] = channel_of<kPatches>(b, column + thread);
   }
   const bool works = row + down * kQuad < a.channels && column + across * kQuad < b.channels;
+  // The next call writes the channels when all threads have passed the last barrier here, and so have read them.
   for (int64_t first = 0; first < a.positions; first += kDepth) {
     __syncthreads();  // for the channels, and because the tiles are used again
     fill<Sum, kTile, kPatches>(memory.a, memory.a_channels, a, first);
@@ -183,7 +184,6 @@ __device__ __forceinline__ void multiply(const Side& a, const Side& b, int64_t r
         for (int j = 0; j < kMicro; ++j) sums[i][j] = fused(of_a[i], of_b[j], sums[i][j]);
     }
   }
-  __syncthreads();  // the channels are used again
 }
 
 struct Work {
@@ -280,9 +280,10 @@ __device__ __forceinline__ double tile_squares(const Work& work, int64_t sample,
   return total;
 }
 
-// A block per sample and tile of its weight gradient.
+// A block per sample and tile of its weight gradient. 64 sums a thread leave room for one block on a multiprocessor.
 template <class Sum, int kMicro, bool kPatches>
-__global__ void __launch_bounds__(kThreads, 2) tiles(const __grid_constant__ Work work, double* partials) {
+__global__ void __launch_bounds__(kThreads, kMicro > 4 ? 1 : 2)
+    tiles(const __grid_constant__ Work work, double* partials) {
   __shared__ Memory<Sum, kMicro> memory;
   const Block team{&memory.storage};
   for (int64_t task = blockIdx.x; task < work.norms.samples * work.units; task += gridDim.x) {

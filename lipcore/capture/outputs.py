@@ -75,8 +75,7 @@ class OutputWatch:
         self._root = "" in self._modules
         self._wanted, self._observe = wanted, observe
         self._on_modules: list[Any] = []
-        self._thread = 0
-        self._depth = 0  # calls of the model by itself
+        self._thread = 0  # that runs the pass under way; 0 for none
         self._handles: list[Any] = []
         if self._modules:
             self._handles = [
@@ -85,21 +84,18 @@ class OutputWatch:
             ]
 
     def _begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
-        if self._depth:
-            self._depth += threading.get_ident() == self._thread
+        if self._thread and self._thread != threading.get_ident() and _is_alive(self._thread):
             return
+        self._take_off()  # of a pass that was broken off: nothing tells of a KeyboardInterrupt
         if not is_training_forward() or not self._wanted():
             return
-        self._depth, self._thread = 1, threading.get_ident()
+        self._thread = threading.get_ident()
         self._on_modules = [
             at.register_forward_hook(_Hook(WeakCall(self._came), name)) for name, at in self._modules.items() if name
         ]
 
     def _end(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if not self._depth or threading.get_ident() != self._thread:
-            return
-        self._depth -= 1
-        if self._depth:
+        if threading.get_ident() != self._thread:
             return
         self._take_off()
         if self._root and output is not None and is_training_forward():  # None: it has raised
@@ -113,14 +109,18 @@ class OutputWatch:
     def _take_off(self) -> None:
         for handle in self._on_modules:
             handle.remove()
-        self._on_modules = []
+        self._on_modules, self._thread = [], 0
 
     def close(self) -> None:
         """Remove the hooks."""
         self._take_off()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._depth = [], 0
+        self._handles = []
+
+
+def _is_alive(thread: int) -> bool:
+    return any(each.ident == thread for each in threading.enumerate())
 
 
 class _Hook:

@@ -42,8 +42,9 @@ def conv_norms_sq(
     .. math:: n_b^2 = \Big\|\frac{\partial L_b}{\partial W}\Big\|_F^2 = \sum_{o,i,\delta} \Big(\sum_t g_{b,o,t}\,
         x_{b,i,\,t\cdot stride + \delta\cdot dilation - padding}\Big)^2
 
-    Float32 sums of at most 1024 products, float64 from there on; samples whose result float32 cannot hold are done
-    again in float64. No patches are written. The number is what grad is: under a mean-reduced loss it carries 1/B^2.
+    Float32 sums of at most 1024 products, float64 from there on (on a CUDA device float32 sums of all products);
+    samples whose result float32 cannot hold are done again in float64. No patches are written. The number is what grad
+    is: under a mean-reduced loss it carries 1/B^2.
     A transposed convolution is this one with input and gradient in each other's place.
 
     Args:

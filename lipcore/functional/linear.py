@@ -95,7 +95,7 @@ def linear_method(tokens: int, in_features: int, out_features: int) -> Method:
     """Return how :func:`linear_norms_sq` treats T tokens per sample on the CPU unless told: "gram" or "direct".
 
     The cheaper of both by multiplications and by how well tiles are filled; direct where they are close, because Gram
-    loses digits.
+    loses digits. A CUDA device does as the CPU, but takes packed sequences and large layers of 16-bit numbers directly.
 
     Raises:
         ValueError: a size below 0.

@@ -36,7 +36,7 @@ _ONLY_NUMBERS = (
 )
 _NO_PASS = (
     "no forward pass came through the model's hooks in the sampled steps: the loop calls another object, without "
-    "gradients, or inside an activation checkpoint"
+    "gradients, in a compiled function or inside an activation checkpoint"
 )
 _CAPTURED = "tensors inside a CUDA graph that is captured are left out: its replays tell the host nothing"
 
@@ -225,6 +225,8 @@ class TensorStats(StandaloneMetric):
     def observe_output(self, name: str, module: nn.Module, output: Any) -> None:
         """Take what a module has returned."""
         found, tensor = self._found, main_tensor(output)
+        if not self._has_outputs:
+            return  # the pass began before the step under way
         if tensor is None and name in found.row_of_output:
             self._note(found.row_of_output[name], UNREADABLE)
         if tensor is None or self._is_captured(tensor):

@@ -381,6 +381,9 @@ def test_range_and_special_values_on_cuda(size):
         truth = reference.linear_norms_sq(wide, wide_grad)
         found = functional.linear_norms_sq((wide * scale).cuda(), (wide_grad / scale).cuda())
         assert_near(found.cpu(), truth, 1e-13)
+    huge = torch.full((1, 2, 3), 2.0**600, dtype=torch.float64).cuda()  # whose products are exact
+    opposite = huge * torch.tensor([[[1.0], [-1.0]]]).cuda()
+    assert functional.linear_norms_sq(huge, opposite, method="direct").tolist() == [0.0]
     for value in (math.nan, math.inf, -math.inf):
         clean = {method: functional.linear_norms_sq(x.cuda(), grad.cuda(), method=method).cpu() for method in METHODS}
         bad = x.clone()

@@ -13,7 +13,7 @@ from models import batches, mlp, seeded
 from torch import nn
 from windows import assert_same
 
-from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms, TensorStats, Trajectory
 
 
 def pickled(thing: Any) -> Any:
@@ -59,7 +59,7 @@ def test_a_monitor(copied: Callable[[Any], Any], many: bool) -> None:
 
 
 @COPIES
-@pytest.mark.parametrize("make", [Trajectory, Lipschitz])
+@pytest.mark.parametrize("make", [Trajectory, Lipschitz, TensorStats])
 def test_a_metric(copied: Callable[[Any], Any], make: Callable[[], Any]) -> None:
     metric = make()
     model, _, monitor = trained([metric])
@@ -72,7 +72,7 @@ def test_a_metric(copied: Callable[[Any], Any], make: Callable[[], Any]) -> None
 
 
 @COPIES
-@pytest.mark.parametrize("make", [Trajectory, Lipschitz, lambda: PerSampleGradNorms(loss_reduction="sum")])
+@pytest.mark.parametrize("make", [Trajectory, Lipschitz, TensorStats, lambda: PerSampleGradNorms(loss_reduction="sum")])
 def test_what_watches_nothing_yet(copied: Callable[[Any], Any], make: Callable[[], Any]) -> None:
     _, _, monitor = trained([copied(make())])
     assert monitor.compute().steps == 5

@@ -12,7 +12,7 @@ from few import few
 from torch import nn
 from wrappers import mlp
 
-from lipcore import Distribution, Lipschitz, Monitor, PerSampleGradNorms, Trajectory
+from lipcore import Distribution, Lipschitz, Monitor, PerSampleGradNorms, TensorStats, Trajectory
 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(3))
 
@@ -21,6 +21,7 @@ def metrics() -> list[Any]:
     return [
         Trajectory(stats=["update_norm", "variance", "element_variance", "grad_norm", "distance"], window_blocks=1),
         Lipschitz(),
+        TensorStats(every_steps=1),
         PerSampleGradNorms(loss_reduction="mean"),
     ]
 

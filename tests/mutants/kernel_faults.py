@@ -328,14 +328,6 @@ KERNEL_MUTANTS = (
         mode="tsan",
     ),
     KernelMutant(
-        "a new tile's channels are written while the old one is filled",
-        "csrc/cuda/weight_norms.cu",
-        "  __syncthreads();  // the channels are used again\n",
-        "",
-        _LINEAR_RACES,
-        mode="tsan",
-    ),
-    KernelMutant(
         "a pair of tiles of tokens counts once",
         "csrc/cuda/weight_norms.cu",
         "if (row != rest) sums.total *= 2;",
@@ -523,13 +515,6 @@ KERNEL_MUTANTS = (
         "csrc/cuda/embedding_norms.cu",
         "if (!isfinite(squares) && (norms.dtype == DType::kFloat64 || norms.weights))",
         "if (!isfinite(squares) && norms.weights)",
-        (f"{_TOKEN_TESTS}::test_range_and_special_values_on_cuda",),
-    ),
-    KernelMutant(
-        "weights are not scaled",
-        "csrc/cuda/embedding_norms.cu",
-        "ldexp(norms.weights[row], -weight_exponent)",
-        "norms.weights[row]",
         (f"{_TOKEN_TESTS}::test_range_and_special_values_on_cuda",),
     ),
     # ---- what all kernels share

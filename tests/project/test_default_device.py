@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import mlp, seeded
 
-from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory, local_lipschitz
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms, TensorStats, Trajectory, local_lipschitz
 
 
 def flat(device: str, size: int, options: dict[str, Any]) -> dict[str, float]:
@@ -16,6 +16,7 @@ def flat(device: str, size: int, options: dict[str, Any]) -> dict[str, float]:
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     x, fixed = (torch.randn(n, 5, generator=torch.Generator().manual_seed(n)) for n in (size, 3))
     metrics = [Lipschitz(), Trajectory(**options), PerSampleGradNorms(loss_reduction="mean")]
+    metrics.append(TensorStats(every_steps=2, logits="1", router={"0": 2}))
     for _ in range(2):  # the optimizer's state is made where its parameters are
         model(x).square().mean().backward()
         optimizer.step()

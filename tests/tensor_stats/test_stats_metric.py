@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -315,6 +316,33 @@ def test_a_forward_pass_that_raises() -> None:
     assert not loop.model[0]._forward_hooks
     loop.step()
     loop.check(loop.monitor.compute()["tensor_stats"], ("parameter", "gradient"))
+
+
+def test_a_pass_that_is_interrupted_and_passes_of_other_threads() -> None:
+    """Of neither do hooks stay; another thread's pass is not this one's."""
+    loop = Loop(make(), TensorStats(every_steps=1, outputs=["0"]))
+
+    def interrupt(module: nn.Module, arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = loop.model[2].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        loop.model(torch.randn(3, 5))
+    handle.remove()
+    loop.monitor.rebind()
+    assert not loop.model[0]._forward_hooks
+
+    def beside(module: nn.Module, arguments: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            thread = threading.Thread(target=loop.model, args=(torch.randn(50, 5),))
+            thread.start()
+            thread.join()
+
+    handle = loop.model[0].register_forward_pre_hook(beside)
+    loop.step()
+    handle.remove()
+    loop.seen["output", "0"] = [tensor for tensor in loop.seen["output", "0"] if len(tensor) == 7]
+    assert_place(loop.monitor.compute()["tensor_stats"], "output", "0", loop.seen["output", "0"])
 
 
 @pytest.mark.parametrize("skip", [False, True])
