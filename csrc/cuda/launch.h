@@ -25,6 +25,7 @@ bool weight_norms(const WeightNorms& norms, dlpack::Device device, double* out);
 bool redo_weight_norms(const WeightNorms& norms, dlpack::Device device, double* out);
 
 bool embedding_norms(const EmbeddingNorms& norms, dlpack::Device device, double* out);
+
 // Of dense tensors.
 bool tensor_stats(const std::vector<TensorStatsItem>& items, dlpack::Device device, TensorStats* rows, int64_t* bins);
 
