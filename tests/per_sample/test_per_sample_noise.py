@@ -13,7 +13,7 @@ from per_sample_models import made, mlp, sum_loss
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lipcore import Distribution, Monitor, PerSampleGradNorms
+from lipcore import Monitor, PerSampleGradNorms
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.metric.results import MetricResult
 from lipcore.per_sample.layer_index import LayerIndex
@@ -328,18 +328,16 @@ def test_nothing_grows_without_steps_and_a_skipped_step_counts_what_it_drops() -
 
 
 def test_nothing_waits_for_a_device() -> None:
-    """Tensors on the meta device have no values: reading one raises."""
+    """Tensors on the meta device have no values: reading one raises. (Distributions have kernels, and the emulator
+    tells whether anything waits for them.)"""
     meta = torch.device("meta")
     places = LayerIndex({"0.weight": "0", "1.weight": "1"})
     layers = [nn.Linear(1, 1, bias=False) for _ in range(2)]
     sums = steps.NoiseSums(places, lambda: [(f"{i}.weight", layer.weight) for i, layer in enumerate(layers)])
     reduction = Reduction("mean", lambda: torch.tensor(4, device=meta), 0.5)
-    distributions = [Distribution() for _ in range(3)]
     for task in range(2):
         rows = {"0.weight": torch.ones(2, dtype=torch.float64, device=meta)}
-        micro = PassNorms(LayerRecord(2, rows, task=task), reduction.factor(2, None), places)
-        micro.observe(distributions)
-        sums.add(micro)
+        sums.add(PassNorms(LayerRecord(2, rows, task=task), reduction.factor(2, None), places))
     sums._gradient_sq = torch.ones(3, dtype=torch.float64, device=meta)
     noise = NoiseScale(3)
     sums.finish(noise.observe, 1)

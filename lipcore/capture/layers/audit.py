@@ -14,6 +14,7 @@ from lipcore.capture.layers.coverage import UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.proofs import Proofs
+from lipcore.capture.layers.reordered import reordered_layers
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything
 from lipcore.models.outputs import nodes_of, on_backward, tensors_of
@@ -84,14 +85,29 @@ class Audit:
         if run.disproved:
             self._disproved(run.disproved)
         wrong = {name: why for name, why in wrong.items() if name not in self._coverage.by_graph}
+        # Said where the proof has found nothing wrong: it knows of this pass alone.
+        looks = (not self.done or run.due) and not self._compiled and not run.mixes
+        wrong = (self._reordered(run, output) if looks else {}) | wrong
         if self._graph and not run.mixes:
-            own = {name for site in self._sites if site.has_own_rule for name in site.names.values()}
-            self._leave_to_graph({name: why for name, why in wrong.items() if name not in own})
-            wrong = {name: why for name, why in wrong.items() if name in own}
+            left = self._without_own_rules(wrong)
+            self._leave_to_graph(left)
+            wrong = {name: why for name, why in wrong.items() if name not in left}
         self.refuse(wrong)
         suspects, run.suspects = run.suspects, []  # which would keep its graph alive
         for outputs, wrong in suspects:
             on_backward(outputs, functools.partial(self._suspected, run, wrong))
+
+    def _reordered(self, run: LayerPass, output: Any) -> dict[str, str]:
+        """Return the parameters of layers whose rows may be other samples' in every pass, and why."""
+        found = [(site, why) for site, why in reordered_layers(output, run.batch.size) if site in self._sites]
+        by_rule = self._coverage.covered.keys() - self._coverage.by_graph.keys()
+        return {name: why for site, why in found for name in site.names.values() if name in by_rule}
+
+    def _without_own_rules(self, wrong: Mapping[str, str]) -> dict[str, str]:
+        """Return the parameters that the graph may measure instead of their layers' rules: not those of a rule that
+        the user has given."""
+        own = {name for site in self._sites if site.has_own_rule for name in site.names.values()}
+        return {name: why for name, why in wrong.items() if name not in own}
 
     def _leave_to_graph(self, wrong: Mapping[str, str]) -> None:
         """Have parameters whose rules were wrong measured from the graph, in this pass already."""
