@@ -108,12 +108,12 @@ class Alarms(Showable):
 
     @property
     def multiplier(self) -> float:
-        """What all limits are multiplied by, to keep to the budget."""
+        """Factor of all limits, by which alarms keep to the budget."""
         return self._budget.multiplier
 
     @property
     def needs_norms(self) -> bool:
-        """Whether a signal is of groups of parameters, which a Trajectory measures."""
+        """True where a signal is of groups of parameters, which a Trajectory measures."""
         return any(signal.of_groups for signal in self.signals.values())
 
     def _shown(self) -> Shown:

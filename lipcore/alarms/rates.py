@@ -23,7 +23,7 @@ class CommonRate:
 
     @property
     def known(self) -> bool:
-        """Whether there is an optimizer whose rates these are."""
+        """True where there is an optimizer whose rates these are."""
         return bool(self._optimizers)
 
     def log_factor(self) -> float:

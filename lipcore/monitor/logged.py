@@ -37,7 +37,7 @@ class Logged:
 
     @property
     def begun(self) -> bool:
-        """Whether the loop has logged anything."""
+        """True once the loop has logged anything."""
         return self._before is not None
 
     def add(self, step: int, steps_here: int, values: Mapping[str, Any]) -> None:
