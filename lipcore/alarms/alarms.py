@@ -42,8 +42,8 @@ class Alarms(Showable):
 
     Beside z a cumulative sum finds smaller changes that last: S = max(0, S + z / limit - 1/2) > 5. Nothing alarms in
     the first 100 steps, nor in the 20 after an alarm. One multiplier of all limits, at least 1, is calibrated on the
-    run, by the last 4000 steps, so that alarms keep to the budget. Where an update's norm stands out, the alarm names
-    that group; of a gradient's fault, the group whose gradient does.
+    run, by the last 4000 steps, so that alarms come to keep to the budget, after some thousand steps. Where an update's
+    norm stands out, the alarm names that group; of a gradient's fault, the group whose gradient does.
 
     ``nonfinite`` is exact and outside the budget: the step in which a loss, a gradient or a parameter becomes NaN or
     infinite, and which parameter.

@@ -17,7 +17,7 @@ from lipcore.alarms.signals import Signal
 
 @dataclass(frozen=True)
 class Columns:
-    """What the numbers of a step are of: a signal and a place for each."""
+    """Signal and place of each number of a step."""
 
     signals: tuple[Signal, ...]
     places: tuple[str, ...]

@@ -16,7 +16,7 @@ _MOST = 128  # steps that wait for what is logged: it comes in blocks of 64, or 
 
 @dataclass
 class StepNumbers:
-    """What is known of one step."""
+    """Numbers that are known of one step."""
 
     step: int
     norms: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)  #: by quantity, [places]
