@@ -46,7 +46,7 @@ __all__ = [
     "reference",
     "watch",
 ]
-_PACKAGES = ["metric", "regions", "theory"]  # public, beside the names above
+_PACKAGES = ["alarms", "metric", "regions", "theory"]  # public, beside the names above
 
 
 def __dir__() -> list[str]:

@@ -54,6 +54,10 @@ class Failures:
         error = warn_in_hook(message, RuntimeWarning, stacklevel=6)
         self._error = self._error or error
 
+    def keep(self, error: Exception) -> None:
+        """Keep an error of the user's own functions, while the recording goes on."""
+        self._error = self._error or error
+
     def raise_kept(self) -> None:
         """Raise the error that was kept, by this object or by a metric; later calls do not raise it again."""
         kept = chain([self._error], (metric.take_error() for metric in self._metrics.values()))

@@ -30,10 +30,15 @@ class Logged:
     """
 
     def __init__(self) -> None:
-        self.listener: OnLogged | None = None
+        self.listeners: list[OnLogged] = []
         self._before: bool | None = None  # whether calls come before their step
         self._window: list[tuple[int, str, Any]] = []  # of the open window
-        self._waiting: list[tuple[int, str, Any]] = []  # for the listener
+        self._waiting: list[tuple[int, str, Any]] = []  # for the listeners
+
+    @property
+    def begun(self) -> bool:
+        """True once the loop has logged anything."""
+        return self._before is not None
 
     def add(self, step: int, steps_here: int, values: Mapping[str, Any]) -> None:
         """Take numbers when so many steps have been made, in this process too."""
@@ -45,7 +50,7 @@ class Logged:
             if isinstance(kept, Tensor):
                 kept = kept.clone()  # the loop may go on with the tensor in place
             self._window.append((number, name, kept))
-            if self.listener is not None:
+            if self.listeners:
                 self._waiting.append((number, name, kept))
         if self._waiting and number - self._waiting[0][0] >= _BLOCK:
             self.hand_on(number - 1)
@@ -70,8 +75,8 @@ class Logged:
         return result
 
     def hand_on(self, last: int | None = None) -> None:
-        """Hand the numbers up to a step, or all of them, to the listener. Waits for a device."""
-        if self.listener is None:
+        """Hand the numbers up to a step, or all of them, to the listeners. Waits for a device."""
+        if not self.listeners:
             return
         ready = [one for one in self._waiting if last is None or one[0] <= last]
         self._waiting = [] if last is None else [one for one in self._waiting if one[0] > last]
@@ -86,7 +91,8 @@ class Logged:
             steps = np.array(sorted(of_name))
             means = np.array([np.mean(of_name[step]) for step in steps])
             for run in np.split(np.arange(len(steps)), np.flatnonzero(np.diff(steps) != 1) + 1):
-                self.listener(int(steps[run[0]]), {name: means[run]})  # a name that is not logged at every step
+                for listener in self.listeners:  # a name that is not logged at every step comes in pieces
+                    listener(int(steps[run[0]]), {name: means[run]})
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was logged in the open window."""

@@ -8,8 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lipcore.alarms.alarms import Alarms
+from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, trajectory_of
 from lipcore.distributed.group import AUTO
 from lipcore.metric.engine import Engine
+from lipcore.metric.optimizers import updating
 from lipcore.metric.protocol import Metric
 from lipcore.metric.results import HISTORY_BYTES, MetricResult
 from lipcore.monitor.defaults import default_metrics
@@ -52,6 +55,8 @@ class Monitor(Engine):
         prefix: what stands before the names of parameters, for the stages of a pipeline: "stages.1".
         history_limit: how many closed windows are kept.
         history_bytes: for how many bytes of them: see :class:`lipcore.metric.results.History`.
+        alarms: "default", or a :class:`lipcore.alarms.Alarms`: tell of steps that are not as usual, and of the layer;
+            what they have told stands in ``monitor.alarms.events``. They need a Trajectory among the metrics.
 
     >>> import torch
     >>> model = nn.Linear(3, 1)
@@ -78,6 +83,7 @@ class Monitor(Engine):
         group: Any = AUTO,
         timeout: float = 60,
         prefix: str = "",
+        alarms: Alarms | AlarmChoice | None = None,
     ) -> None:
         given = model
         if isinstance(model, Mapping) and all(isinstance(part, nn.Module) for part in model.values()):
@@ -88,6 +94,8 @@ class Monitor(Engine):
             raise TypeError(f"metrics: expected a list of lipcore metrics, got {metrics!r}")
         if metrics is None:
             metrics = default_metrics(given, optimizer)
+        metrics = list(metrics)
+        self.alarms = checked_alarms(alarms, metrics)  #: None without `alarms`
         self._probes, self._logged = Probes(), Logged()
         self._meets = False  # log() merges the windows of all ranks
         super().__init__(
@@ -103,6 +111,9 @@ class Monitor(Engine):
             timeout=timeout,
             prefix=prefix,
         )
+        self._listeners.append(LoggedListener(self._logged))
+        if self.alarms is not None:
+            self._attach_alarms(self.alarms)
 
     def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"_probes": Probes(), "_logged": Logged()}
@@ -171,11 +182,28 @@ class Monitor(Engine):
 
     def _attach_recorder(self, recorder: Recorder) -> None:
         """Have windows, single steps and what is logged written down from now on; of :func:`lipcore.watch`."""
-        self._logged.listener = recorder.logged
+        self._logged.listeners.append(recorder.logged)
         for metric in self.metrics.values():
             if isinstance(metric, Trajectory):
                 metric.listen(recorder.steps)
-        self._listeners += [LoggedListener(self._logged), recorder]
+        self._listeners.append(recorder)
+        if self.alarms is not None:
+            self.alarms._write_to(recorder.alarm)
+
+    def _attach_alarms(self, alarms: Alarms) -> None:
+        """Have single steps and what is logged looked at from now on."""
+        trajectory = trajectory_of(self.metrics.values())
+        optimizers = updating(self._optimizers)
+        alarms._begin(optimizers, self._failures.keep, lambda: self._logged.begun, has_norms=trajectory is not None)
+        if trajectory is not None:
+            trajectory.listen(alarms._norms)
+        self._logged.listeners.append(alarms._logged)
+        self._listeners.append(AlarmsListener(alarms))
+
+    def _after_step(self) -> None:
+        if self.alarms is not None:
+            self.alarms._begin_step(self._windows.step + 1)
+        super()._after_step()
 
     def _warn_of_record(self, message: str) -> None:
         """Warn, as of everything that happens in a hook."""

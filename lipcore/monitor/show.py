@@ -18,6 +18,8 @@ def shown(monitor: Any) -> Shown:
     )
     for name, metric in monitor.metrics.items():
         out.rows.append((name, "off" if metric.off else "on", metric.off))
+    if monitor.alarms is not None:
+        out.rows.append(("alarms", f"{len(monitor.alarms.events)} told", ""))
     if windows:
         last = windows[-1]._shown()
         out.rows.append((last.title, "", ""))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lipcore.alarms.event import AlarmEvent
 from lipcore.metric.listener import Listener
 from lipcore.metric.window import Window
 from lipcore.recording.record import RunRecord
@@ -41,6 +43,16 @@ class Recorder(Listener):
         self._begin()
         columns = {f"logged/{name}": array[:, None] for name, array in arrays.items()}
         self.record.add_steps(first, columns, _TOTAL, ["total"], measured=True)
+
+    def alarm(self, event: AlarmEvent) -> None:
+        """Add an alarm to what has happened."""
+        self._begin()
+        data = {
+            "signal": event.signal,
+            "place": event.place,
+            "score": event.score if math.isfinite(event.score) else None,
+        }
+        self.record.add_event(event.step, "alarm", event.message, data)
 
     def window_closed(self, window: Window) -> None:
         self._begin()

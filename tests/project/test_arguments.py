@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 import lipcore
+from lipcore import alarms, regions, theory
 from lipcore import functional as F
-from lipcore import regions, theory
 from lipcore.models.arguments import check_choice, check_count
 
-ROOMS = (lipcore, F, regions, theory)
+ROOMS = (lipcore, F, alarms, regions, theory)
 #: Methods that an engine calls, no user.
 PROTOCOL = {"prepare", "observe_unrecorded"}
 
@@ -223,6 +223,7 @@ def test_the_names_of_a_choice_are_those_of_its_type() -> None:
         "local_lipschitz(quantity)": lambda v: lipcore.local_lipschitz(linear(), X, quantity=v),
         "clip_factors(missing)": lambda v: lipcore.clip_factors(X[:, 0], 1.0, missing=v),
         "Distribution.reduced(label)": lambda v: lipcore.Distribution().reduced(v),
+        "Monitor(alarms)": lambda v: lipcore.Monitor(linear(), alarms=v),
         "watch(record_level)": lambda v: lipcore.watch(linear(), record_level=v),
         "SampleScores.top(by)": lambda v: lipcore.SampleScores().top(1, v),
         "linear_norms_sq(method)": lambda v: F.linear_norms_sq(ROWS, ROWS, method=v),

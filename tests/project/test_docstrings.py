@@ -14,6 +14,7 @@ ROOT = Path(lipcore.__file__).parent
 #: Rooms whose docstrings are held to it.
 ROOMS = (
     "_connect",
+    "alarms",
     "capture",
     "cli",
     "demo",

@@ -15,10 +15,10 @@ ROOT = Path(lipcore.__file__).parent
 #: docs/architecture.md draws it. Names of packages and of modules at the root.
 ORDER = [
     *("_core", "models", "_connect", "functional", "layers", "capture", "distributed", "metric", "trajectory"),
-    *("lipschitz", "per_sample", "tensor_stats", "regions", "theory", "recording", "monitor", "integrations"),
-    *("demo", "doctor", "cli", "__main__"),
+    *("lipschitz", "per_sample", "tensor_stats", "regions", "theory", "alarms", "recording", "monitor"),
+    *("integrations", "demo", "doctor", "cli", "__main__"),
 ]
-MOST_AT_THE_ROOT = 23
+MOST_AT_THE_ROOT = 24
 
 
 def imports_of(path: Path) -> Iterator[tuple[int, str]]:

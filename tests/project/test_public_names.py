@@ -9,7 +9,7 @@ import lipcore
 
 
 def test_only_public_names_are_listed() -> None:
-    packages = {"metric", "regions", "theory"}
+    packages = {"alarms", "metric", "regions", "theory"}
     assert set(dir(lipcore)) == {*lipcore.__all__, *packages, "__version__"}
     assert all(isinstance(import_module(f"lipcore.{name}"), ModuleType) for name in packages)
     for name in lipcore.__all__:

@@ -1,0 +1,231 @@
+"""Alarms: what users see."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lipcore.alarms.budget import Budget
+from lipcore.alarms.detector import Columns, Detector
+from lipcore.alarms.event import AlarmEvent, AlarmStop
+from lipcore.alarms.nonfinite import NonFinite
+from lipcore.alarms.rates import CommonRate
+from lipcore.alarms.signals import checked_signals
+from lipcore.alarms.waiting import StepNumbers, Waiting
+from lipcore.metric.show import LINES, Showable, Shown, shortened
+from lipcore.trajectory.step_stream import StepArrays
+
+_LOGGER = logging.getLogger("lipcore")
+_LEAST = 1e-30  # what does not move at all
+
+
+class Alarms(Showable):
+    r"""Alarms of a Monitor: steps that are not as usual, and the layer.
+
+    Every signal x is compared with its own last 100 quiet steps, the step itself excluded:
+
+    .. math:: z = \frac{\log x - \mathrm{median}}{1.4826\, \mathrm{MAD} + 0.01}
+
+    ========================  ==================================================================  ============
+    signal                    x                                                                   limit
+    ========================  ==================================================================  ============
+    ``loss``                  what :meth:`Monitor.log` is given as ``loss``                       z > 3
+    ``update_norm``           norm of each group's update, over the learning rate                 abs(z) > 6
+    ``grad_norm``             norm of each group's gradient, as backward left it                  abs(z) > 6
+    ========================  ==================================================================  ============
+
+    Beside z a cumulative sum finds smaller changes that last: S = max(0, S + z / limit - 1/2) > 5. Nothing alarms in
+    the first 100 steps, nor in the 20 after an alarm. One multiplier of all limits, at least 1, is calibrated on the
+    run, by the last 4000 steps, so that alarms come to keep to the budget, after some thousand steps. Where an update's
+    norm stands out, the alarm names that group; of a gradient's fault, the group whose gradient does.
+
+    ``nonfinite`` is exact and outside the budget: the step in which a loss, a gradient or a parameter becomes NaN or
+    infinite, and which parameter.
+
+    Steps come in blocks, so an alarm is heard of 64 to 128 steps later, from a CUDA device about 512;
+    :meth:`Monitor.close` hands on all. Each alarm is a warning of the logger "lipcore", an event in the record of
+    :func:`lipcore.watch`, and a call of `on_event`. The training is never changed, and nothing is raised in it.
+
+    Args:
+        budget: alarms per 1000 steps.
+        signals: names of signals, or limits by name; default all of them.
+        on_event: called with every :class:`AlarmEvent`. What it raises is raised by the user's next call of a method of
+            the Monitor, and it is not called any more.
+        stop: raise :class:`AlarmStop` at the user's next call of a method of the Monitor, or at the end of the with
+            block.
+
+    Raises:
+        TypeError, ValueError: an argument is no such thing.
+
+    >>> Alarms(budget=2.0, signals={"loss": 4.0, "update_norm": 6.0})
+    Alarms: 0 in 0 steps; budget 2 per 1000; multiplier of the limits 1
+      loss         limit 4  upwards
+      update_norm  limit 6  both ways
+      nonfinite    exact
+    """
+
+    def __init__(
+        self,
+        budget: float = 1.0,
+        *,
+        signals: Mapping[str, float] | Iterable[str] | None = None,
+        on_event: Callable[[AlarmEvent], object] | None = None,
+        stop: bool = False,
+    ) -> None:
+        per_1000 = _checked_budget(budget)
+        if on_event is not None and not callable(on_event):
+            raise TypeError(f"on_event: expected a callable (event) or None, got {type(on_event).__name__}")
+        if not isinstance(stop, bool):
+            raise TypeError(f"stop: expected True or False, got {stop!r}")
+        self.signals = checked_signals(signals)  #: by name
+        self.events: list[AlarmEvent] = []  #: all of them, oldest first
+        self._budget, self._on_event, self._stop = Budget(per_1000), on_event, stop
+        self._waiting, self._nonfinite = Waiting(), NonFinite()
+        self._columns: Columns | None = None
+        self._detector: Detector | None = None
+        self._record: Callable[[AlarmEvent], None] | None = None
+        self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
+        self._logs: Callable[[], bool] = lambda: False
+        self._has_norms = False
+        self._rate = CommonRate([])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Make what a copy has: the events, and nobody to call."""
+        gone = dict.fromkeys(("_on_event", "_record", "_logs", "_rate"))
+        return self.__dict__ | gone | {"_keep": None}
+
+    @property
+    def rate(self) -> float:
+        """Alarms per 1000 steps that there really were, without those of non-finite values; NaN before the first
+        step that was compared."""
+        return self._budget.met
+
+    @property
+    def multiplier(self) -> float:
+        """Factor of all limits, by which alarms keep to the budget."""
+        return self._budget.multiplier
+
+    @property
+    def needs_norms(self) -> bool:
+        """True where a signal is of groups of parameters, which a Trajectory measures."""
+        return any(signal.of_groups for signal in self.signals.values())
+
+    def _shown(self) -> Shown:
+        budget = self._budget
+        met = f", {self.rate:.3g} per 1000" if budget.steps else ""
+        title = f"Alarms: {budget.alarms} in {budget.steps} steps{met}; budget {budget.per_1000:g} per 1000"
+        out = Shown(f"{title}; multiplier of the limits {budget.multiplier:.3g}")
+        for signal in self.signals.values():
+            ways = "both ways" if signal.two_sided else "upwards"
+            out.rows.append((signal.name, f"limit {signal.limit:g}  {ways}", ""))
+        out.rows.append(("nonfinite", "exact", ""))
+        newest = [(f"step {event.step}", event.signal, event.message) for event in reversed(self.events)]
+        out.rows += shortened(newest, LINES - 2 - len(out.rows))
+        return out
+
+    # ---- of a Monitor
+
+    def _begin(
+        self,
+        optimizers: Sequence[Any],
+        keep: Callable[[Exception], None],
+        logs: Callable[[], bool],
+        *,
+        has_norms: bool,
+    ) -> None:
+        """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs."""
+        self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
+
+    def _write_to(self, record: Callable[[AlarmEvent], None]) -> None:
+        """Write events to a record too."""
+        self._record = record
+
+    def _begin_step(self, step: int) -> None:
+        """Look at the learning rate that a step is made with."""
+        if "update_norm" in self.signals:
+            self._waiting.begin_step(step, self._rate.log_factor())
+
+    def _norms(self, first: int, arrays: StepArrays) -> None:
+        """Take a Trajectory's numbers of single steps."""
+        self._waiting.add_norms(first, arrays)
+        self._go_on()
+
+    def _logged(self, first: int, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+        """Take what the loop has logged."""
+        self._waiting.add_logged(first, arrays)
+        self._go_on()
+
+    def _go_behind(self, step: int) -> None:
+        """Go on behind this step: a checkpoint was loaded. The next 100 steps are silent."""
+        self._waiting.forget(step)
+        self._columns, self._nonfinite = None, NonFinite()
+        self.events[:] = [event for event in self.events if event.step <= step]
+
+    def _end(self) -> None:
+        """Look at all that waits: nothing more comes."""
+        self._go_on(all_of_them=True)
+
+    def _go_on(self, *, all_of_them: bool = False) -> None:
+        for one in self._waiting.ready(logs=self._logs(), norms=self._has_norms, all_of_them=all_of_them):
+            level = one.at("tensor") if "tensor" in one.levels else one.at("group")
+            row = {name: array[level] for name, array in one.norms.items()}
+            self._tell(self._nonfinite.step(one.step, one.loss, row, [one.places[i] for i in level]))
+            self._tell(self._score(one))
+
+    def _score(self, one: StepNumbers) -> AlarmEvent | None:
+        groups = one.at("group") if "group" in one.levels else one.at("total")
+        columns = Columns.of(self.signals, [one.places[i] for i in groups])
+        if (one.norms and columns != self._columns) or self._detector is None or self._columns is None:
+            self._columns = columns  # other places than before begin anew, with silent steps
+            self._detector = Detector(columns, self._budget)
+        return self._detector.step(one.step, self._logarithms(one, groups, self._columns))
+
+    def _logarithms(self, one: StepNumbers, groups: NDArray[np.intp], columns: Columns) -> NDArray[np.float64]:
+        logs = np.full(len(columns.signals), np.nan)
+        if one.loss is not None and one.loss > 0 and "loss" in self.signals:
+            logs[columns.where("loss")] = math.log(one.loss) if math.isfinite(one.loss) else math.nan
+        for name in ("update_norm", "grad_norm"):
+            if name in self.signals and name in one.norms:
+                numbers = one.norms[name][groups]
+                numbers = np.where(np.isfinite(numbers), numbers, np.nan)
+                logs[columns.where(name)] = np.log(np.maximum(numbers, _LEAST))
+        if "update_norm" in self.signals:
+            logs[columns.where("update_norm")] -= self._log_rate(one)
+        return logs
+
+    def _log_rate(self, one: StepNumbers) -> float:
+        if self._rate.known or one.rate is None:
+            return one.log_factor
+        return math.log(one.rate) if one.rate > 0 and math.isfinite(one.rate) else math.nan
+
+    def _tell(self, event: AlarmEvent | None) -> None:
+        if event is None:
+            return
+        self.events.append(event)
+        _LOGGER.warning("%s", event.message)
+        if self._record is not None:
+            self._record(event)
+        if self._on_event is not None:
+            try:
+                self._on_event(event)
+            except Exception as error:
+                self._on_event = None
+                self._keep_error(error)
+        if self._stop:
+            self._keep_error(AlarmStop(event))
+
+    def _keep_error(self, error: Exception) -> None:
+        if self._keep is not None:
+            self._keep(error)
+
+
+def _checked_budget(budget: Any) -> float:
+    if not isinstance(budget, Real) or isinstance(budget, bool) or not 0 < float(budget) < math.inf:
+        raise ValueError(f"budget: expected a number > 0 of alarms per 1000 steps, got {budget!r}")
+    return float(budget)

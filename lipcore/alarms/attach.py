@@ -1,0 +1,60 @@
+"""Alarms and what brings them their numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Literal
+
+from lipcore.alarms.alarms import Alarms
+from lipcore.metric.listener import Listener
+from lipcore.metric.protocol import Metric
+from lipcore.models.arguments import check_choice
+from lipcore.trajectory.metric import Trajectory
+
+AlarmChoice = Literal["default"]
+
+
+def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric]) -> Alarms | None:
+    """Return the alarms that are asked for.
+
+    Raises:
+        ValueError: no such choice; these Alarms belong to another Monitor; no Trajectory that looks at every step
+            brings what they need.
+    """
+    if alarms is None:
+        return None
+    if not isinstance(alarms, Alarms):
+        check_choice("alarms", alarms, ("default",), optional=True, why="; or an Alarms")
+        alarms = Alarms()
+    if alarms._keep is not None:
+        raise ValueError("alarms: these Alarms belong to another Monitor; make one Alarms per Monitor")
+    trajectory = trajectory_of(metrics)
+    if alarms.needs_norms and trajectory is None:
+        raise ValueError(
+            "alarms: update_norm and grad_norm come from a Trajectory, and metrics has none; add lipcore.Trajectory(), "
+            'or pass Alarms(signals=["loss"])'
+        )
+    if trajectory is not None and trajectory.every_steps != 1:
+        raise ValueError(
+            f"alarms: they look at every step, and the Trajectory at one of {trajectory.every_steps}; make it with "
+            "every_steps=1"
+        )
+    return alarms
+
+
+def trajectory_of(metrics: Iterable[Metric]) -> Trajectory | None:
+    """Return the Trajectory among metrics; None where there is none."""
+    return next((metric for metric in metrics if isinstance(metric, Trajectory)), None)
+
+
+class AlarmsListener(Listener):
+    """Listener by which Alarms hear of checkpoints and of the end."""
+
+    def __init__(self, alarms: Alarms) -> None:
+        self._alarms = alarms
+
+    def state_loaded(self, step: int) -> None:
+        self._alarms._go_behind(step)
+
+    def closed(self) -> None:
+        self._alarms._end()

@@ -1,0 +1,27 @@
+"""What an alarm says, and the exception that ends a training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AlarmEvent:
+    """One alarm."""
+
+    step: int  #: number of the optimizer step, from 1
+    signal: str  #: "loss", "update_norm", "grad_norm" or "nonfinite"
+    place: str  #: group of parameters; a parameter for "nonfinite"; "total" where none stands out
+    score: float  #: what was compared with the signal's limit; infinite for "nonfinite"
+    message: str  #: a sentence for people
+
+
+class AlarmStop(RuntimeError):
+    """The error that ends a training after an alarm; :attr:`event` says which."""
+
+    def __init__(self, event: AlarmEvent) -> None:
+        super().__init__(event.message)
+        self.event = event
+
+    def __reduce__(self) -> tuple[type[AlarmStop], tuple[AlarmEvent]]:
+        return type(self), (self.event,)

@@ -1,0 +1,217 @@
+"""Alarms of a Monitor: faults are told with their step and layer, and training stays as it is."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lipcore
+from lipcore.alarms import AlarmEvent, Alarms, AlarmStop
+
+Fault = Callable[[int, nn.Module, torch.optim.Optimizer], None]
+AT = 140  # the step of a fault
+
+
+def train(
+    steps: int = 150,
+    *,
+    alarms: Any = None,
+    fault: Fault | None = None,
+    flip: int | None = None,
+    metrics: list[lipcore.Metric] | None = None,
+    schedule: bool = False,
+    **watch: Any,
+) -> tuple[lipcore.Monitor, nn.Module]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 1))
+    optimizer = torch.optim.SGD([{"params": layer.parameters()} for layer in model[::2]], lr=0.1)
+    data = torch.Generator().manual_seed(1)
+    with lipcore.watch(model, optimizer, metrics=metrics, alarms=alarms, **watch) as monitor:
+        for step in range(1, steps + 1):
+            x = torch.randn(64, 6, generator=data)
+            y = (2 * x[:, :1].sin() + 0.5) * (-1 if step == flip else 1)
+            loss = nn.functional.mse_loss(model(x), y)
+            monitor.log(loss=loss)
+            loss.backward()
+            if schedule and step == AT:
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-3
+            if fault is not None:
+                fault(step, model, optimizer)
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor, model
+
+
+def metrics() -> list[lipcore.Metric]:
+    return [lipcore.Trajectory()]
+
+
+def large_rate(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[1]["lr"] = 3.0 if step == AT else 0.1
+
+
+def large_gradient(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if step == AT:
+        model[4].weight.grad *= 1e-3
+        model[4].bias.grad *= 1e-3
+
+
+def nan_gradient(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    if step == AT:
+        model[2].bias.grad[3] = float("nan")
+
+
+def test_the_layer_whose_learning_rate_jumps_is_named() -> None:
+    monitor, _ = train(alarms="default", fault=large_rate, metrics=metrics())
+    event = monitor.alarms.events[0]
+    assert (event.step, event.signal, event.place) == (AT, "update_norm", "2")
+    assert event.score > 6
+    assert "alarm in step 140 at 2: update norm" in event.message
+
+
+def test_a_small_update_alarms_too() -> None:
+    event = train(alarms="default", fault=large_gradient, metrics=metrics())[0].alarms.events[0]
+    assert (event.step, event.signal, event.place) == (AT, "update_norm", "4")
+    assert event.score < -6
+
+
+def test_a_batch_of_wrong_labels_is_told_in_its_step() -> None:
+    monitor, _ = train(alarms="default", flip=AT, metrics=metrics())
+    event = monitor.alarms.events[0]
+    assert event.step == AT
+    assert event.score > 3
+
+
+def test_a_nan_is_told_with_its_parameter() -> None:
+    monitor, _ = train(alarms="default", fault=nan_gradient, metrics=metrics())
+    event = monitor.alarms.events[0]
+    assert (event.step, event.signal, event.place) == (AT, "nonfinite", "2.bias")
+    assert monitor.alarms.events[1].step == AT + 1  # the loss, which spoils the others
+    assert monitor.alarms.events[1].place == "total"
+    assert len(monitor.alarms.events) == 2
+
+
+def test_a_schedule_alone_alarms_nobody() -> None:
+    monitor, _ = train(alarms=Alarms(signals=["update_norm"]), schedule=True, metrics=metrics())
+    assert not monitor.alarms.events
+    assert monitor.alarms.rate == 0
+
+
+def test_training_stays_bit_for_bit_the_same() -> None:
+    def raises(event: AlarmEvent) -> None:
+        raise ValueError("no")
+
+    found = []
+
+    def keep(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        found[-1] = model
+        large_rate(step, model, optimizer)
+
+    for alarms in (None, Alarms(on_event=raises)):
+        found.append(None)
+        if alarms is None:
+            train(fault=keep, metrics=metrics())
+            continue
+        with pytest.raises(ValueError, match="no"):  # by the end of the with block
+            train(alarms=alarms, fault=keep, metrics=metrics())
+    for one, other in zip(found[0].parameters(), found[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_is_done_about_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[AlarmEvent] = []
+    with caplog.at_level(logging.WARNING, "lipcore"):
+        alarms = Alarms(on_event=heard.append)
+        monitor, _ = train(alarms=alarms, fault=large_rate, metrics=metrics(), run=tmp_path / "a")
+    assert heard == monitor.alarms.events
+    assert [record.message for record in caplog.records] == [event.message for event in heard]
+    kept = lipcore.open_run(tmp_path / "a").events
+    assert [(event.step, event.kind, event.text) for event in kept] == [(e.step, "alarm", e.message) for e in heard]
+    assert kept[0].data == {"signal": "update_norm", "place": "2", "score": heard[0].score}
+    assert " in 50 steps" in repr(alarms)
+    assert f"step {AT}" in repr(alarms)
+    assert "alarms" in repr(monitor)
+    for twin in (copy.deepcopy(alarms), pickle.loads(pickle.dumps(alarms))):
+        assert twin.events == heard
+
+
+def test_a_training_stops_at_the_next_call() -> None:
+    steps = []
+
+    def count(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        steps.append(step)
+        nan_gradient(step, model, optimizer)
+
+    with pytest.raises(AlarmStop, match="not finite: gradient|not finite: parameter") as caught:
+        train(400, alarms=Alarms(stop=True), fault=count, metrics=metrics())
+    assert caught.value.event.step == AT
+    assert AT < steps[-1] <= AT + 64 + 1 + 64
+    assert pickle.loads(pickle.dumps(caught.value)).event == caught.value.event
+
+
+def test_the_loss_alone_needs_no_trajectory() -> None:
+    monitor, _ = train(alarms=Alarms(signals={"loss": 4.0}), flip=AT, metrics=[])
+    assert [(event.step, event.signal, event.place) for event in monitor.alarms.events] == [(AT, "loss", "total")]
+
+
+def test_a_loop_that_logs_nothing_has_the_other_signals() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    alarms = Alarms()
+    with lipcore.Monitor(model, metrics=metrics(), alarms=alarms) as monitor:
+        for step in range(1, 150):
+            with torch.no_grad():
+                model.weight += 0.01 * torch.randn(1, 4) * (30 if step == 140 else 1)
+            monitor.step()
+    assert alarms.events[0].step == 140
+
+
+def test_a_rewind_takes_later_events_back() -> None:
+    alarms = Alarms()
+    model = nn.Linear(2, 1)
+    with lipcore.Monitor(model, metrics=metrics(), alarms=alarms) as monitor:
+        monitor.step()
+        state = monitor.state_dict()
+        with torch.no_grad():
+            model.weight.fill_(float("nan"))
+        monitor.step()
+        monitor.state_dict()  # hands on what waits
+        assert [event.step for event in alarms.events] == [2]
+        with torch.no_grad():
+            model.weight.fill_(0.0)
+        monitor.load_state_dict(state)
+        assert alarms.events == []
+
+
+@pytest.mark.parametrize("arguments", [
+    {"budget": 0}, {"budget": True}, {"budget": float("nan")}, {"budget": "1"}, {"signals": "loss"}, {"signals": 3},
+    {"signals": []}, {"signals": ["los"]}, {"signals": {"loss": 0}}, {"signals": {"loss": True}}, {"on_event": 3},
+    {"stop": 1},
+])  # fmt: skip
+def test_what_cannot_be_is_refused_by_name(arguments: dict[str, Any]) -> None:
+    (name,) = arguments
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected "):
+        Alarms(**arguments)
+
+
+def test_alarms_that_a_monitor_cannot_have_are_refused() -> None:
+    model = nn.Linear(2, 1)
+    with pytest.raises(ValueError, match=r"^alarms: expected 'default' or None, got 'all'; or an Alarms$"):
+        lipcore.Monitor(model, alarms="all")
+    with pytest.raises(ValueError, match=r"^alarms: update_norm and grad_norm come from a Trajectory"):
+        lipcore.Monitor(model, metrics=[], alarms="default")
+    with pytest.raises(ValueError, match=r"^alarms: they look at every step"):
+        lipcore.Monitor(model, metrics=[lipcore.Trajectory(every_steps=2)], alarms="default")
+    alarms = Alarms()
+    lipcore.Monitor(model, metrics=metrics(), alarms=alarms).close()
+    with pytest.raises(ValueError, match=r"^alarms: these Alarms belong to another Monitor"):
+        lipcore.Monitor(model, metrics=metrics(), alarms=alarms)
