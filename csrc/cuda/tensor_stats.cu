@@ -88,8 +88,8 @@ __device__ __forceinline__ int64_t tensor_of(const StatsTables& tables, int64_t 
   return low;
 }
 
-// One block per chunk.
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) observe_chunks(const __grid_constant__ StatsTables tables) {
+// One block per chunk. Two per multiprocessor: with kBlocksPerSm registers are spilled on some architectures.
+__global__ void __launch_bounds__(kThreads, 2) observe_chunks(const __grid_constant__ StatsTables tables) {
   __shared__ typename ReduceFirst::TempStorage first_storage;
   __shared__ typename ReducePowers::TempStorage powers_storage;
   __shared__ unsigned counts[kTensorBins];
