@@ -104,10 +104,11 @@ def test_a_constant_has_no_deviation(isa):
 
 
 def test_a_far_mean(isa):
-    """Deviations of 1e-3 about 1e4, where sums of powers about zero would leave nothing."""
+    """Deviations of 1e-3 about 1e4, where sums of powers about zero would leave nothing. The mean's own rounding is
+    1e-11 of the fourth."""
     x = 1e4 + 1e-3 * torch.randn(100_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     row, truth = functional.tensor_stats([x])[0][0], reference.tensor_stats([x])[0][0]
-    assert_close(row[[M2, M4]], truth[[M2, M4]], eps=1e-11, k=1)
+    assert_close(row[[M2, M4]], truth[[M2, M4]], eps=1e-10, k=1)
 
 
 def test_bins_are_those_of_the_distribution():
