@@ -8,7 +8,6 @@ keys (RoPE) change no norm; what is added to logits (masks, position biases) or 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from lipcore.functional.sample_norms import sample_norms
 from lipcore.metric.results import MetricResult, Value
 from lipcore.models.arguments import is_integer
 from lipcore.models.names import listed, named_modules, with_prefix
-from lipcore.tensor_stats.extra import Extra
+from lipcore.tensor_stats.extra import Extra, matching_modules
 
 #: By the name of an attention module or a pattern of such: (queries, keys, heads) or (queries, keys, heads, scale), the
 #: names of the projections in it; or (all three, heads) or (all three, heads, scale) for one projection to queries,
@@ -161,18 +160,11 @@ def find_attention(model: nn.Module, choice: AttentionChoice | str | None) -> tu
     """
     if choice is None:
         return [], {}
-    if isinstance(choice, str):
-        if choice != "auto":
-            raise ValueError(f"attention: expected None, 'auto' or a dict of modules, got {choice!r}")
+    if choice == "auto":
         return _found(model)
-    if not isinstance(choice, Mapping):
-        raise TypeError(f"attention: expected None, 'auto' or a dict of modules, got {type(choice).__name__}")
     modules = dict(named_modules(model))
     bounds = []
-    for pattern, parts in choice.items():
-        names = [name for name in modules if fnmatchcase(name, pattern)]
-        if not names:
-            raise ValueError(f"attention: the model has no module {pattern!r}; it has {listed(list(modules)[1:])}")
+    for pattern, names, parts in matching_modules(model, choice, "attention"):
         query, key, heads, scale = _checked_parts(pattern, parts)
         for name in names:
             for part in (query, key):

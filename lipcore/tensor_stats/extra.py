@@ -4,14 +4,16 @@ have."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipcore.functional.dtypes import FLOATING
 from lipcore.metric.results import MetricResult
+from lipcore.models.names import listed, named_modules
 from lipcore.models.outputs import output_names, tensors_of
 
 UNREADABLE = "no float32, float64, bfloat16 or float16 tensor with values of its own"
@@ -50,6 +52,27 @@ class Extra(ABC):
     @abstractmethod
     def add_to(self, result: MetricResult, sums: Tensor, most: Tensor) -> None:
         """Add the numbers of a window to a result, where there are any."""
+
+
+def matching_modules(
+    model: nn.Module, choice: Mapping[str, Any] | str, argument: str
+) -> Iterator[tuple[str, list[str], Any]]:
+    """Yield pattern, names of the modules that match it, and value of a user's choice of modules.
+
+    Raises:
+        TypeError: it is no dict.
+        ValueError: it is another word than "auto", or a pattern that names nothing in the model.
+    """
+    if isinstance(choice, str):
+        raise ValueError(f"{argument}: expected None, 'auto' or a dict of modules, got {choice!r}")
+    if not isinstance(choice, Mapping):
+        raise TypeError(f"{argument}: expected None, 'auto' or a dict of modules, got {type(choice).__name__}")
+    modules = [name for name, _ in named_modules(model)]
+    for pattern, value in choice.items():
+        names = [name for name in modules if fnmatchcase(name, pattern)]
+        if not names:
+            raise ValueError(f"{argument}: the model has no module {pattern!r}; it has {listed(modules[1:])}")
+        yield pattern, names, value
 
 
 def main_tensor(output: Any) -> Tensor | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 
 from lipcore.metric.results import MetricResult, Value
 from lipcore.models.arguments import is_integer
-from lipcore.models.names import listed, named_modules, with_prefix
-from lipcore.tensor_stats.extra import Extra
+from lipcore.models.names import named_modules, with_prefix
+from lipcore.tensor_stats.extra import Extra, matching_modules
 
 #: By the name of a router or a pattern of such: to how many experts a token goes. Routers return logits.
 RouterChoice = Mapping[str, int]
@@ -84,18 +83,11 @@ def find_routers(model: nn.Module, choice: RouterChoice | str | None) -> tuple[l
     """
     if choice is None:
         return [], {}
-    if isinstance(choice, str):
-        if choice != "auto":
-            raise ValueError(f"router: expected None, 'auto' or a dict of modules, got {choice!r}")
+    if choice == "auto":
         return _found(model)
-    if not isinstance(choice, Mapping):
-        raise TypeError(f"router: expected None, 'auto' or a dict of modules, got {type(choice).__name__}")
     modules = dict(named_modules(model))
     shares = []
-    for pattern, top_k in choice.items():
-        names = [name for name in modules if fnmatchcase(name, pattern)]
-        if not names:
-            raise ValueError(f"router: the model has no module {pattern!r}; it has {listed(list(modules)[1:])}")
+    for pattern, names, top_k in matching_modules(model, choice, "router"):
         for name in names:
             experts = _outputs_of(modules[name])
             if experts is None:
