@@ -16,7 +16,7 @@ _VIEWS = {
     *("view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "detach", "alias", "unsqueeze"),
     *("squeeze", "as_strided", "split", "split_with_sizes", "unbind", "_reshape_alias", "unfold", "diagonal"),
 }
-_MEMORY = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like"}
+_MEMORY = {"empty", "new_empty", "empty_strided", "new_empty_strided", "empty_like", "set_"}
 _QUESTIONS = {"promote_types", "is_nonzero"}
 _WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_consecutive", "unique_dim", "equal"}
 #: Of torch.use_deterministic_algorithms(): those that raise on CUDA, for floating-point numbers at least.
