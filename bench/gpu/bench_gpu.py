@@ -15,21 +15,20 @@ import json
 import os
 import platform
 import re
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import of_layers
+import of_models
 import torch
+from timing import LIMIT_BYTES, Call, assert_close, copy_limit, host_us, measure
 from torch import Tensor
 
 import lipcore
 from lipcore import functional
 
-ROUNDS = 9
-MIN_MS = 3.0  # of one measurement
-LIMIT_BYTES = 1 << 32  # limits are timed on at most so much memory, and longer ones are that in proportion
 HOST_ELEMENTS = 10_000_000  # the host's time is only seen where the device does not hold it up
 # (parameters, tensors, dtype, also torch.compile)
 STEPS = [
@@ -50,49 +49,6 @@ NORMS = [
     (1, 1 << 28, torch.float32),
     (64, 1 << 22, torch.bfloat16),
 ]
-
-Call = Callable[[], Any]
-
-
-def time_together(calls: dict[str, Call]) -> dict[str, float]:
-    """Median milliseconds per call; the calls take turns, so that a change of clocks meets them all."""
-    repeats = {}
-    for name, call in calls.items():
-        call()
-        repeats[name] = max(1, min(1000, int(MIN_MS / max(events_ms(call, 3), 1e-3))))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(ROUNDS):
-        for name, call in calls.items():
-            times[name].append(events_ms(call, repeats[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def events_ms(call: Call, repeats: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(repeats):
-        call()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / repeats
-
-
-def host_us(call: Call, repeats: int = 200) -> float:
-    """Microseconds the host spends on a call that it does not wait for."""
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    elapsed = time.perf_counter() - start
-    torch.cuda.synchronize()
-    return elapsed / repeats * 1e6
-
-
-def assert_close(got: Tensor, want: Tensor, error: float) -> None:
-    difference = ((got.double() - want.double()).abs() / want.double().abs().clamp_min(1e-300)).max()
-    assert bool(difference <= error), f"wrong result: relative error {float(difference):.2e}, allowed {error:.0e}"
-
 
 # ---- trajectory_step and what people write instead
 
@@ -174,7 +130,7 @@ def time_step(elements: int, tensors: int, dtype: torch.dtype, compiled: bool, s
     part = min(1.0, LIMIT_BYTES / bytes_moved)
     calls["stream_limit"] = stream_limit(int(elements * part), dtype, stream)
     calls["copy_limit"] = copy_limit(int(bytes_moved * part))
-    result |= measure(calls, "lipcore", bytes_moved, part)
+    result |= measure(calls, bytes_moved, part)
     if elements <= HOST_ELEMENTS:
         result["host_us"] = round(host_us(trajectory.update), 2)
     return result
@@ -194,12 +150,6 @@ def stream_limit(elements: int, dtype: torch.dtype, stream: ctypes.CDLL) -> Call
     return run
 
 
-def copy_limit(bytes_moved: int) -> Call:
-    """Half of the bytes are read, half are written."""
-    halves = torch.zeros(2, max(bytes_moved // 16, 1), dtype=torch.float64, device="cuda")
-    return lambda: halves[0].copy_(halves[1])
-
-
 def time_norms(rows: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
     x = torch.randn(rows, length, device="cuda").to(dtype)
     assert_close(functional.sample_norms(x), torch.linalg.vector_norm(x, dim=1, dtype=torch.float64), 1e-12)
@@ -211,23 +161,9 @@ def time_norms(rows: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
         "copy_limit": copy_limit(bytes_read),
     }
     result: dict[str, Any] = {"op": "sample_norms", "rows": rows, "length": length, "dtype": str(dtype)[6:]}
-    result |= measure(calls, "lipcore", bytes_read)
+    result |= measure(calls, bytes_read)
     if x.numel() <= HOST_ELEMENTS:
         result["host_us"] = round(host_us(calls["lipcore"]), 2)
-    return result
-
-
-def measure(calls: dict[str, Call], ours: str, bytes_moved: int, part: float = 1.0) -> dict[str, Any]:
-    """`part` of the bytes is what the limits move."""
-    times = time_together(calls)
-    times = {name: ms / part if name.endswith("_limit") else ms for name, ms in times.items()}
-    result: dict[str, Any] = {"ms": {name: round(ms, 5) for name, ms in times.items()}}
-    result["GB_per_s"] = round(bytes_moved / times[ours] / 1e6, 1)
-    for name, ms in times.items():
-        if name.endswith("_limit"):
-            result[f"share_of_{name}"] = round(ms / times[ours], 3)
-        elif name != ours:
-            result[f"times_faster_than_{name}"] = round(ms / times[ours], 2)
     return result
 
 
@@ -254,6 +190,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, required=True, help="folder for gpu-<name>.json")
     parser.add_argument("--name", help="default: the GPU's")
     parser.add_argument("--seconds", type=float, default=240, help="start no further case after that")
+    parser.add_argument("--only", help="regular expression for the cases' titles")
     parser.add_argument(
         "--check", action="append", default=[], help="name=outcome of a check made before, for the file"
     )
@@ -273,9 +210,13 @@ def main() -> None:
     cases: list[tuple[str, Callable[..., dict[str, Any]], tuple[Any, ...]]] = [
         *((f"trajectory {c[0]:,} parameters in {c[1]} {c[2]}", time_step, (*c, stream)) for c in STEPS),
         *((f"sample_norms {c[0]:,} x {c[1]:,} {c[2]}", time_norms, c) for c in NORMS),
+        *((" ".join(map(str, (f.__name__, *c))), f, c) for f, c in of_layers.CASES),
+        *((" ".join(map(str, (f.__name__, *c))), f, c) for f, c in of_models.CASES),
     ]
-    start = time.monotonic()
+    start, failed = time.monotonic(), 0
     for title, bench, case in cases:
+        if arguments.only and not re.search(arguments.only, title):
+            continue
         if time.monotonic() - start > arguments.seconds:
             report["left_out"].append(f"{title}: out of time")
             continue
@@ -283,15 +224,20 @@ def main() -> None:
             result = bench(*case)
         except torch.cuda.OutOfMemoryError:
             report["left_out"].append(f"{title}: not enough memory")
+        except Exception as error:
+            failed += 1
+            report["left_out"].append(f"{title}: {type(error).__name__}: {error}")
         else:
             report["results"].append(result)
             figures = {key: value for key, value in result.items() if re.match("times_|share_|GB_|host_", key)}
-            print(f"{title}: {result['ms']['lipcore']} ms", *(f"{k}={v}" for k, v in figures.items()), flush=True)
+            print(f"{title}: {result['ms'].get('lipcore')} ms", *(f"{k}={v}" for k, v in figures.items()), flush=True)
         torch.cuda.empty_cache()
         path.write_text(json.dumps(report, indent=1) + "\n")  # after every case: a run cut short leaves what it has
     for line in report["left_out"]:
         print("left out:", line)
     print(path)
+    if failed:
+        raise SystemExit(f"{failed} cases failed")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds lipcore with CUDA from what is installed, runs the GPU tests and the benchmarks, writes
 # bench/results/gpu-<name>.json. Needs no network: torch >= 2.10 with CUDA, nvcc, cmake, ninja, pybind11, pytest, and
-# scikit-build-core if it is there. About 8 minutes at most.
+# scikit-build-core and pytest-xdist if they are there. About 10 minutes at most.
 #
 #   bench/gpu/run.sh [--name NAME] [--seconds N] [--compile-only]
 #
@@ -26,9 +26,12 @@ for folder in "$(dirname "$python")" /usr/local/cuda/bin /opt/cuda/bin; do PATH=
 for tool in nvcc cmake; do
   command -v $tool > /dev/null || { echo "run.sh: no $tool on PATH" >&2 && exit 1; }
 done
+for module in torch pybind11 pytest; do
+  "$python" -c "import $module" 2> /dev/null || { echo "run.sh: no $module for $python; install it there" >&2 && exit 1; }
+done
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-export PYTHONPATH=$work/site PYTHONDONTWRITEBYTECODE=1
+export PYTHONPATH=$work/site${PYTHONPATH:+:$PYTHONPATH} PYTHONDONTWRITEBYTECODE=1
 export LIPCORE_CUDA=ON
 if [ -z "${LIPCORE_CUDA_ARCHS:-}" ]; then
   LIPCORE_CUDA_ARCHS=$([ $compile_only ] && echo 90-real || echo native)
@@ -68,13 +71,14 @@ pytest=("$python" -m pytest -q -c "$root/pyproject.toml" --rootdir "$root" -p no
 export LIPCORE_REQUIRE_CUDA=1
 
 echo "== GPU tests"
-tests=()
-for op in cuda sample_norms normalized_norms trajectory_step; do tests+=("$root"/tests/*/"test_$op.py"); done
-timeout 200 "${pytest[@]}" -m gpu "${tests[@]}"
+parallel=()
+"$python" -c 'import xdist' 2> /dev/null && parallel=(-n 8 --dist loadfile)
+timeout 300 "${pytest[@]}" "${parallel[@]}" -m gpu "$root/tests"
 checks+=(--check tests=passed)
 
 # A few tests that between them launch every kernel, because the tool makes everything slow.
-small='(special_values and float32) or agrees_with_the_cpu'
+small='(special_values and float32) or agrees_with_the_cpu or races_on_cuda or many_tensors_on_cuda or mixtures_on_cuda'
+few=("$root"/tests/project/test_cuda.py "$root"/tests/functional "$root"/tests/core)
 for tool in memcheck racecheck; do
   if ! command -v compute-sanitizer > /dev/null; then
     echo "== $tool: no compute-sanitizer here"
@@ -84,11 +88,11 @@ for tool in memcheck racecheck; do
   echo "== $tool"
   status=0
   # Without torch's cache every tensor is an allocation of its own, and an access beside it is seen.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 60 compute-sanitizer --tool $tool --error-exitcode 9 \
-    "${pytest[@]}" "$root/tests/project/test_cuda.py" -k "$small" > "$work/$tool.log" 2>&1 || status=$?
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 90 compute-sanitizer --tool $tool --error-exitcode 9 \
+    "${pytest[@]}" -m gpu "${few[@]}" -k "$small" > "$work/$tool.log" 2>&1 || status=$?
   case $status in
     0) checks+=(--check "$tool=passed") ;;
-    124) echo "not finished after 60 s" && checks+=(--check "$tool=not finished") ;;
+    124) echo "not finished after 90 s" && checks+=(--check "$tool=not finished") ;;
     *) tail -n 60 "$work/$tool.log" && exit 1 ;;
   esac
 done

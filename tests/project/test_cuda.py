@@ -359,8 +359,8 @@ def test_variances_of_elements_agree_with_the_cpu(models: tuple[nn.Module, nn.Mo
                 trajectory.reset()
             trajectory.update()
         here, there = (trajectory.element_variance() for trajectory in trajectories)
-        for name, variance in here.items():
-            assert_relative(there[name], variance, 1e-12)
+        for name, variance in here.items():  # torch divides by a reciprocal on a device
+            assert_relative(there[name], variance, 2 * torch.finfo(variance.dtype).eps)
 
 
 @pytest.mark.gpu
