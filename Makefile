@@ -96,7 +96,6 @@ CUDA_TESTS := cuda_on_cpu project/test_cuda.py $(patsubst %,functional/test_%.py
 CUDA_SANITIZED_TESTS := cuda_on_cpu project/test_cuda.py functional/test_tensor_stats.py core $(CUDA_TESTS_OF_LAYERS) \
   $(addprefix functional/test_update_sums.py::test_,mixtures_on_cuda values_that_are_not_finite_on_cuda) \
   $(addprefix functional/test_sketch.py::test_,many_tensors_on_cuda plan_on_cuda)
-CUDA_TOO_LARGE := project/test_cuda.py::test_trajectory_step_in_groups
 CUDA_BUILD = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/cuda_on_cpu/build.py
 test-cuda-on-cpu: $(STAMPS)/test $(CORE) ## the GPU tests on the CPU: the .cu files over an emulator
 	core="$$($(CUDA_BUILD) plain)" && LIPCORE_CUDA_ON_CPU="$$core" \
@@ -109,7 +108,7 @@ test-cuda-on-cpu-asan test-cuda-on-cpu-tsan: test-cuda-on-cpu-%: $(STAMPS)/test 
 	ASAN_OPTIONS=detect_leaks=0:log_path=build/cuda_on_cpu/$*/report \
 	UBSAN_OPTIONS=print_stacktrace=1:log_path=build/cuda_on_cpu/$*/report \
 	TSAN_OPTIONS=suppressions=tests/tsan.supp:log_path=build/cuda_on_cpu/$*/report \
-	$(BIN)/pytest -m gpu $(addprefix tests/,$(CUDA_SANITIZED_TESTS)) --deselect tests/$(CUDA_TOO_LARGE) $(PYTEST_FLAGS) || \
+	$(BIN)/pytest -m gpu $(addprefix tests/,$(CUDA_SANITIZED_TESTS)) $(PYTEST_FLAGS) || \
 	{ cat build/cuda_on_cpu/$*/report.* >&2; exit 1; }
 
 lint: lint-ruff lint-mypy lint-cpp lint-includes lint-spelling ## everything CI checks apart from the tests

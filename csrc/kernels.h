@@ -70,7 +70,7 @@ struct SampleNormsKernels {
 };
 
 struct TrajectoryStepKernels {
-  void (*chunk)(const TrajectoryChunk& chunk, StepSums* sums);  // writes dw_sq, dist_sq, m2_increment, max_abs_dw
+  void (*chunk)(const TrajectoryChunk& chunk, StepSums* sums);
 };
 
 struct SketchKernels {

@@ -20,6 +20,8 @@ LIPCORE_INLINE F32x16 operator+(F32x16 a, F32x16 b) { return {_mm512_add_ps(a.v,
 LIPCORE_INLINE F32x16 operator-(F32x16 a, F32x16 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 LIPCORE_INLINE F32x16 operator*(F32x16 a, F32x16 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 LIPCORE_INLINE F32x16 max_abs(F32x16 a, F32x16 b) { return {_mm512_max_ps(a.v, _mm512_abs_ps(b.v))}; }
+constexpr int kNotFinite = 0x99;  // infinities, quiet and signalling NaN
+LIPCORE_INLINE bool all_finite(F32x16 a) { return _mm512_fpclass_ps_mask(a.v, kNotFinite) == 0; }
 
 LIPCORE_INLINE F64x16 f64(double x) { return {_mm512_set1_pd(x), _mm512_set1_pd(x)}; }
 LIPCORE_INLINE F64x16 load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
@@ -32,6 +34,9 @@ LIPCORE_INLINE F64x16 operator-(F64x16 a, F64x16 b) { return {_mm512_sub_pd(a.lo
 LIPCORE_INLINE F64x16 operator*(F64x16 a, F64x16 b) { return {_mm512_mul_pd(a.lo, b.lo), _mm512_mul_pd(a.hi, b.hi)}; }
 LIPCORE_INLINE F64x16 max_abs(F64x16 a, F64x16 b) {
   return {_mm512_max_pd(a.lo, _mm512_abs_pd(b.lo)), _mm512_max_pd(a.hi, _mm512_abs_pd(b.hi))};
+}
+LIPCORE_INLINE bool all_finite(F64x16 a) {
+  return (_mm512_fpclass_pd_mask(a.lo, kNotFinite) | _mm512_fpclass_pd_mask(a.hi, kNotFinite)) == 0;
 }
 
 LIPCORE_INLINE F64x16 widen(F32x16 a) {
@@ -93,6 +98,16 @@ LIPCORE_INLINE F64x16 max_abs(F64x16 a, F64x16 b) {
   const __m256d sign = _mm256_set1_pd(-0.0);
   for (int i = 0; i < 4; ++i) a.v[i] = _mm256_max_pd(a.v[i], _mm256_andnot_pd(sign, b.v[i]));
   return a;
+}
+// x - x is NaN where x is not finite, and so is a sum in which that is.
+LIPCORE_INLINE bool all_finite(F32x16 a) {
+  const __m256 sum = _mm256_add_ps(_mm256_sub_ps(a.v[0], a.v[0]), _mm256_sub_ps(a.v[1], a.v[1]));
+  return _mm256_movemask_ps(_mm256_cmp_ps(sum, sum, _CMP_UNORD_Q)) == 0;
+}
+LIPCORE_INLINE bool all_finite(F64x16 a) {
+  __m256d sum = _mm256_sub_pd(a.v[0], a.v[0]);
+  for (int i = 1; i < 4; ++i) sum = _mm256_add_pd(sum, _mm256_sub_pd(a.v[i], a.v[i]));
+  return _mm256_movemask_pd(_mm256_cmp_pd(sum, sum, _CMP_UNORD_Q)) == 0;
 }
 
 LIPCORE_INLINE F64x16 widen(F32x16 a) {
@@ -184,6 +199,20 @@ LIPCORE_INLINE Double2 max_abs(Double2 a, Double2 b) {
 template <class V>
 LIPCORE_INLINE Two<V> max_abs(const Two<V>& a, const Two<V>& b) {
   return {max_abs(a.lo, b.lo), max_abs(a.hi, b.hi)};
+}
+
+// x - x is NaN where x is not finite, and so is a sum in which that is.
+LIPCORE_INLINE bool all_finite(Float4 a) {
+  const Float4 zero = a - a;
+  return zero[0] + zero[1] + zero[2] + zero[3] == 0;
+}
+LIPCORE_INLINE bool all_finite(Double2 a) {
+  const Double2 zero = a - a;
+  return zero[0] + zero[1] == 0;
+}
+template <class V>
+LIPCORE_INLINE bool all_finite(const Two<V>& a) {
+  return all_finite(a.lo - a.lo + (a.hi - a.hi));
 }
 
 LIPCORE_INLINE Two<Double2> widen(Float4 a) {

@@ -14,23 +14,48 @@ constexpr int64_t kPrefetch = 512;
 
 template <class E>
 struct Sums {
-  F64x16 dw_sq = f64(0), dist_sq = f64(0), m2 = f64(0);
+  F64x16 dw_sq = f64(0), dist_sq = f64(0), m2 = f64(0), weight_sq = f64(0);
   typename E::Lanes max_dw = E::set(0);
+  int64_t nonfinite = 0;
 };
+
+// Sixteen elements some of which are not finite: those count as what they were before. Rare, so plain.
+template <class E>
+LIPCORE_OUTLINE int64_t stand_still(const typename E::Stored* w, const typename E::Stored* w_prev,
+                                    typename E::Stored* standing) {
+  typename E::Mean values[16];
+  store(values, E::read(w));
+  int64_t count = 0;
+  for (int i = 0; i < 16; ++i) {
+    const bool finite = values[i] - values[i] == 0;
+    standing[i] = finite ? w[i] : w_prev[i];
+    count += !finite;
+  }
+  return count;
+}
 
 template <class E, bool kRestart, bool kElements>
 LIPCORE_INLINE void observe_16(const typename E::Stored* w, typename E::Stored* w_prev, const typename E::Stored* w0,
                                typename E::Mean* mean, typename E::Mean* m2, typename E::Lanes inv_count,
                                Sums<E>* sums) {
-  const auto now = E::read(w), before = E::read(w_prev), origin = E::read(w0);
+  const auto before = E::read(w_prev), origin = E::read(w0);
+  auto now = E::read(w);
+  if (__builtin_expect(all_finite(now), 1)) {
+    memcpy(w_prev, w, 16 * sizeof *w);
+  } else {
+    typename E::Stored standing[16];
+    sums->nonfinite += stand_still<E>(w, w_prev, standing);
+    now = E::read(standing);
+    memcpy(w_prev, standing, sizeof standing);
+  }
   const auto old_mean = kRestart ? before - origin : load(mean);
   const auto m = observe_movement(now, before, origin, old_mean, inv_count);
-  memcpy(w_prev, w, 16 * sizeof *w);
   store(mean, m.mean);
   if (kElements) store(m2, (kRestart ? E::set(0) : load(m2)) + m.deviation * m.deviation_after);
   sums->dw_sq = add_square(sums->dw_sq, m.step);
   sums->dist_sq = add_square(sums->dist_sq, m.offset);
   sums->m2 = sums->m2 + widen(m.deviation) * widen(m.deviation_after);
+  sums->weight_sq = add_square(sums->weight_sq, now);
   sums->max_dw = max_abs(sums->max_dw, m.step);
 }
 
@@ -70,6 +95,8 @@ LIPCORE_INLINE void observe_run(const TrajectoryChunk& chunk, StepSums* out) {
   out->dist_sq = sum_lanes(sums.dist_sq);
   out->m2_increment = sum_lanes(sums.m2);
   out->max_abs_dw = max_lane(widen(sums.max_dw));
+  out->weight_sq = sum_lanes(sums.weight_sq);
+  out->nonfinite = static_cast<double>(sums.nonfinite);
 }
 
 void chunk(const TrajectoryChunk& chunk, StepSums* sums) {

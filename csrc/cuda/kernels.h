@@ -106,7 +106,7 @@ struct TensorEntry {
   void* mean;
   void* m2;  // may be null
   int64_t count;
-  int64_t first_chunk;  // of its row of chunks in the chunk table; schedule_steps() sets it
+  int64_t first_chunk;  // of its row of chunks in the chunk table
   DType dtype;
 };
 
@@ -115,24 +115,12 @@ struct ChunkEntry {
   int32_t index;  // elements from index * kCudaChunk on
 };
 
-// One launch over a run of chunks: the first `steps` are stepped, the `checks` after them are checked, and where a
-// chunk is a whole tensor it is stepped right after.
-struct StepLaunch {
-  int64_t first, steps, checks;
-};
-
-// Lays out the chunks and cuts a step into launches. Whether a tensor is finite must be known before any of it is
-// written, so it is read twice; tensors are therefore checked in groups of at most group_bytes of parameters (or one
-// tensor), each while the group before it is stepped, and the second reading comes from the GPU's second-level cache.
-std::vector<StepLaunch> schedule_steps(std::vector<TensorEntry>* tensors, int64_t group_bytes, int64_t* chunks);
-
 struct StepTables {
   TensorEntry* tensors;
   ChunkEntry* chunks;
-  StepSums* partials;   // per chunk
-  int32_t* not_finite;  // per tensor: 1 once a chunk with NaN or infinite elements was seen in this step
-  StepSums* sums;       // per tensor: the result
-  int64_t tensor_count;
+  StepSums* partials;  // per chunk
+  StepSums* sums;      // per tensor: the result
+  int64_t tensor_count, chunk_count;
   LedgerTables ledger;  // rows == null for the stateless form
 };
 
@@ -141,12 +129,9 @@ struct StepTables {
 // graph carries its own copy.
 Status upload_tensors(const StepTables& tables, const TensorEntry* host, bool lay_out, void* stream);
 
-// One of the launches of a step. Restart and the mean's factor come from the ledger, or without one are false and
-// inv_count.
-Status launch_step(const StepTables& tables, const StepLaunch& launch, double inv_count, void* stream);
-
-// Reduces the partials in fixed order into sums, and into the ledger if there is one.
-Status finish_step(const StepTables& tables, void* stream);
+// One step into sums, by chunks and then by tensors in fixed order, and into the ledger if there is one. Restart and
+// the mean's factor come from the ledger, or without one are false and inv_count.
+Status run_step(const StepTables& tables, double inv_count, void* stream);
 
 // One step of all tensors into the ledger, from sums that were made elsewhere.
 Status observe_sums(const LedgerTables& ledger, const StepSums* sums, void* stream);

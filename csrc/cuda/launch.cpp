@@ -7,21 +7,16 @@
 namespace lipcore::cuda {
 namespace {
 
-// Where the second-level cache is smaller than this, nothing of a group would be left in it for the second reading, and
-// more launches would only cost.
-constexpr int64_t kSmallCache = 16 << 20;
-
-bool group_bytes(const OnDevice& on, int device, int64_t* bytes) {
-  int cache = 0;
-  if (!on.check(cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device), "asking for the cache's size"))
-    return false;
-  // Half: the other half is for what streams through while the group waits.
-  *bytes = cache >= kSmallCache ? cache / 2 : INT64_MAX / 2;
-  return true;
-}
-
-TensorEntry entry_of(const TrajectoryItem& item) {
-  return {item.w, item.w_prev, item.w0, item.mean, item.m2, item.count, 0, item.dtype};
+// Their chunks lie one behind the other; returns how many there are.
+int64_t lay_out(const std::vector<TrajectoryItem>& items, std::vector<TensorEntry>* entries) {
+  int64_t chunks = 0;
+  entries->clear();
+  entries->reserve(items.size());
+  for (const TrajectoryItem& item : items) {
+    entries->push_back({item.w, item.w_prev, item.w0, item.mean, item.m2, item.count, chunks, item.dtype});
+    chunks += (item.count + kCudaChunk - 1) / kCudaChunk;
+  }
+  return chunks;
 }
 
 // Device memory for the tables; `sums` when the caller has none of its own for the results.
@@ -29,22 +24,15 @@ bool make_tables(dlpack::Device device, int64_t tensors, int64_t chunks, bool su
                  StepTables* tables) {
   using Memory = TorchMemory;
   const int64_t bytes = Memory::size_of<TensorEntry>(tensors) + Memory::size_of<ChunkEntry>(chunks) +
-                        Memory::size_of<StepSums>(chunks) + Memory::size_of<int32_t>(tensors) +
-                        (sums ? Memory::size_of<StepSums>(tensors) : 0);
+                        Memory::size_of<StepSums>(chunks) + (sums ? Memory::size_of<StepSums>(tensors) : 0);
   if (!memory->allocate(device, bytes)) return false;
   tables->tensors = memory->take<TensorEntry>(tensors);
   tables->chunks = memory->take<ChunkEntry>(chunks);
   tables->partials = memory->take<StepSums>(chunks);
-  tables->not_finite = memory->take<int32_t>(tensors);
   if (sums) tables->sums = memory->take<StepSums>(tensors);
   tables->tensor_count = tensors;
+  tables->chunk_count = chunks;
   return true;
-}
-
-bool run(const OnDevice& on, const StepTables& tables, const std::vector<StepLaunch>& launches, double inv_count) {
-  for (const StepLaunch& launch : launches)
-    if (!on.check(launch_step(tables, launch, inv_count, on.stream()))) return false;
-  return on.check(finish_step(tables, on.stream()));
 }
 
 }  // namespace
@@ -120,18 +108,15 @@ bool tensor_stats(const std::vector<TensorStatsItem>& items, dlpack::Device devi
 bool trajectory_step(const std::vector<TrajectoryItem>& items, dlpack::Device device, StepSums* out) {
   if (items.empty()) return true;
   OnDevice on("trajectory_step");
-  int64_t bytes, chunks;
-  if (!on.enter(device) || !group_bytes(on, device.id, &bytes)) return false;
+  if (!on.enter(device)) return false;
   std::vector<TensorEntry> entries;
-  entries.reserve(items.size());
-  for (const TrajectoryItem& item : items) entries.push_back(entry_of(item));
-  const std::vector<StepLaunch> launches = schedule_steps(&entries, bytes, &chunks);
+  const int64_t chunks = lay_out(items, &entries);
   TorchMemory memory;
   StepTables tables{};
   if (!make_tables(device, static_cast<int64_t>(items.size()), chunks, false, &memory, &tables)) return false;
   tables.sums = out;
   return on.check(upload_tensors(tables, entries.data(), true, on.stream())) &&
-         run(on, tables, launches, items[0].inv_count);
+         on.check(run_step(tables, items[0].inv_count, on.stream()));
 }
 
 bool observe_sums(const LedgerTables& ledger, const StepSums* sums, dlpack::Device device) {
@@ -154,12 +139,9 @@ bool observe_rows(const ObservedTable& table, dlpack::Device device, ObservedRow
 
 bool StepRunner::plan(const std::vector<TrajectoryItem>& items, dlpack::Device device, const LedgerTables& ledger) {
   OnDevice on("trajectory");
-  int64_t bytes, chunks;
-  if (!on.enter(device) || !group_bytes(on, device.id, &bytes)) return false;
+  if (!on.enter(device)) return false;
   device_ = device;
-  entries_.clear();
-  for (const TrajectoryItem& item : items) entries_.push_back(entry_of(item));
-  launches_ = schedule_steps(&entries_, bytes, &chunks);
+  const int64_t chunks = lay_out(items, &entries_);
   if (!make_tables(device, static_cast<int64_t>(items.size()), chunks, true, &memory_, &tables_)) return false;
   tables_.ledger = ledger;
   return on.check(upload_tensors(tables_, entries_.data(), true, on.stream()));
@@ -186,7 +168,7 @@ bool StepRunner::step(const std::vector<TrajectoryItem>& items, bool moved) {
     if (!on.check(upload_tensors(tables_, entries_.data(), false, on.stream()))) return false;
     stale_ = false;
   }
-  return run(on, tables_, launches_, 1.0);
+  return on.check(run_step(tables_, 1.0, on.stream()));
 }
 
 }  // namespace lipcore::cuda

@@ -49,7 +49,6 @@ class StepRunner {
  private:
   dlpack::Device device_{};
   std::vector<TensorEntry> entries_;
-  std::vector<StepLaunch> launches_;
   StepTables tables_{};
   TorchMemory memory_;
   bool stale_ = false;  // the tables on the device may hold other pointers than entries_

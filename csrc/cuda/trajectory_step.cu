@@ -1,5 +1,5 @@
 // One optimizer step of every parameter: reads w, w_prev, w0 and the mean, writes w_prev and the mean, 24 bytes per
-// float32 element, and 4 more for the check wherever the second reading of w is not served by the cache.
+// float32 element and nothing twice.
 // Differences and the mean in the working type (float32, or float64 for float64 parameters), multiplied then added, so
 // w_prev, the mean and max |dw| have the CPU's bits. Every product and sum is float64 (error of a sum <= 1e-13
 // relative): float32 squares would lose everything below 1e-19. Even a GPU with 1/64 of the float64 rate does those 9
@@ -28,47 +28,32 @@ struct Merge {
 using Reduce = cub::BlockReduce<StepSums, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
 
 template <class E>
-__device__ __forceinline__ void check_element(typename E::Stored stored, double* weight_sq, int* nonfinite) {
-  const auto w = E::widen(stored);
-  *weight_sq = add_product(*weight_sq, w, w);
-  *nonfinite += !isfinite(w);
-}
-
-// Cached: the step reads w again.
-template <class E, bool kAligned>
-__device__ __forceinline__ void check_run(const typename E::Stored* w, int count, double* weight_sq, int* nonfinite) {
-  const int packs = count / kLanes<E>;
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < packs; i += kThreads) {
-    Pack<typename E::Stored, kLanes<E>> now;
-    load_pack<kAligned, Keep::kCached>(w + i * kLanes<E>, &now);
-#pragma unroll
-    for (int k = 0; k < kLanes<E>; ++k) check_element<E>(now.lane[k], weight_sq, nonfinite);
-  }
-  const int rest = packs * kLanes<E> + static_cast<int>(threadIdx.x);
-  if (rest < count) check_element<E>(w[rest], weight_sq, nonfinite);
-}
-
-template <class E>
 struct Sums {
-  double dw_sq = 0, dist_sq = 0, m2 = 0;
+  double dw_sq = 0, dist_sq = 0, m2 = 0, weight_sq = 0;
   typename E::Work max_dw = 0;
+  int nonfinite = 0;
 };
 
-// Takes the old mean, gives the new one.
+// Takes the old mean and w_prev, gives the new ones: w_prev is w, or where that is not finite what it was.
 template <class E>
-__device__ __forceinline__ void step_element(typename E::Stored w, typename E::Stored w_prev, typename E::Stored w0,
+__device__ __forceinline__ void step_element(typename E::Stored w, typename E::Stored* w_prev, typename E::Stored w0,
                                              typename E::Work* mean, bool restart, typename E::Work inv_count,
-                                             Sums<E>* sums, typename E::Work* squared_deviation = nullptr) {
-  const auto now = E::widen(w), before = E::widen(w_prev), origin = E::widen(w0);
+                                             Sums<E>* sums, typename E::Work* m2 = nullptr) {
+  const auto before = E::widen(*w_prev), origin = E::widen(w0);
+  auto now = E::widen(w);
+  const bool finite = isfinite(now);
+  *w_prev = finite ? w : *w_prev;
+  now = finite ? now : before;
+  sums->nonfinite += !finite;
   const auto m = observe_movement(now, before, origin, restart ? before - origin : *mean, inv_count);
   *mean = m.mean;
   sums->dw_sq = add_product(sums->dw_sq, m.step, m.step);
   sums->dist_sq = add_product(sums->dist_sq, m.offset, m.offset);
   sums->m2 = add_product(sums->m2, m.deviation, m.deviation_after);
+  sums->weight_sq = add_product(sums->weight_sq, now, now);
   const typename E::Work size = fabs(m.step);
   if (size > sums->max_dw) sums->max_dw = size;
-  if (squared_deviation) *squared_deviation = m.deviation * m.deviation_after;
+  if (m2) *m2 = (restart ? typename E::Work{0} : *m2) + m.deviation * m.deviation_after;
 }
 
 template <class E, bool kAligned>
@@ -95,17 +80,16 @@ __device__ __forceinline__ void step_run(const typename E::Stored* w, typename E
       if (i + u * kThreads >= packs) break;
 #pragma unroll
       for (int k = 0; k < kLane; ++k)
-        step_element<E>(now[u].lane[k], before[u].lane[k], origin[u].lane[k], &means[u].lane[k], restart, inv_count,
+        step_element<E>(now[u].lane[k], &before[u].lane[k], origin[u].lane[k], &means[u].lane[k], restart, inv_count,
                         sums);
-      store_pack<kAligned>(now[u], w_prev + at);
+      store_pack<kAligned>(before[u], w_prev + at);
       store_pack<kAligned>(means[u], mean + at);
     }
   }
   const int rest = packs * kLane + static_cast<int>(threadIdx.x);
   if (rest < count) {
     auto old_mean = restart ? typename E::Work{0} : mean[rest];
-    step_element<E>(w[rest], w_prev[rest], w0[rest], &old_mean, restart, inv_count, sums);
-    w_prev[rest] = w[rest];
+    step_element<E>(w[rest], &w_prev[rest], w0[rest], &old_mean, restart, inv_count, sums);
     mean[rest] = old_mean;
   }
 }
@@ -118,11 +102,8 @@ __device__ __forceinline__ void step_elements(const typename E::Stored* w, typen
                                               Sums<E>* sums) {
   for (int i = static_cast<int>(threadIdx.x); i < count; i += kThreads) {
     auto old_mean = restart ? typename E::Work{0} : mean[i];
-    typename E::Work added;
-    step_element<E>(w[i], w_prev[i], w0[i], &old_mean, restart, inv_count, sums, &added);
-    w_prev[i] = w[i];
+    step_element<E>(w[i], &w_prev[i], w0[i], &old_mean, restart, inv_count, sums, &m2[i]);
     mean[i] = old_mean;
-    m2[i] = (restart ? typename E::Work{0} : m2[i]) + added;
   }
 }
 
@@ -138,20 +119,6 @@ struct Chunk {
     count = static_cast<int>(left < kCudaChunk ? left : kCudaChunk);
   }
 };
-
-__device__ __forceinline__ StepSums check(const Chunk& chunk) {
-  double weight_sq = 0;
-  int nonfinite = 0;
-  with_dtype(chunk.tensor.dtype, [&](auto element) {
-    using E = decltype(element);
-    const auto* w = static_cast<const typename E::Stored*>(chunk.tensor.w) + chunk.begin;
-    if (is_aligned(w))
-      check_run<E, true>(w, chunk.count, &weight_sq, &nonfinite);
-    else
-      check_run<E, false>(w, chunk.count, &weight_sq, &nonfinite);
-  });
-  return {0, 0, 0, 0, weight_sq, static_cast<double>(nonfinite)};
-}
 
 __device__ __forceinline__ StepSums step(const Chunk& chunk, bool restart, double inv_count) {
   StepSums result{};
@@ -170,49 +137,23 @@ __device__ __forceinline__ StepSums step(const Chunk& chunk, bool restart, doubl
       step_run<E, true>(w, w_prev, w0, mean, chunk.count, restart, factor, &sums);
     else
       step_run<E, false>(w, w_prev, w0, mean, chunk.count, restart, factor, &sums);
-    result = {sums.dw_sq, sums.dist_sq, sums.m2, static_cast<double>(sums.max_dw), 0, 0};
+    result = {sums.dw_sq,     sums.dist_sq,
+              sums.m2,        static_cast<double>(sums.max_dw),
+              sums.weight_sq, static_cast<double>(sums.nonfinite)};
   });
   return result;
 }
 
 // One block per chunk.
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm)
-    step_chunks(const __grid_constant__ StepTables tables, const __grid_constant__ StepLaunch work, double inv_count) {
+    step_chunks(const __grid_constant__ StepTables tables, double inv_count) {
   __shared__ typename Reduce::TempStorage storage;
-  __shared__ bool skip;
-  const int64_t block = blockIdx.x;
-  const bool only_step = block < work.steps;
-  // Backwards: of a tensor larger than the cache, the end was checked last and is still there.
-  const int64_t index = only_step ? work.first + work.steps - 1 - block : work.first + block;
-  const ChunkEntry entry = tables.chunks[index];
-  const Chunk chunk(tables, entry);
-  const bool whole = chunk.tensor.count <= kCudaChunk;
-  if (only_step) {
-    if (tables.not_finite[entry.tensor]) return;
-  } else {
-    const StepSums sums = Reduce(storage).Reduce(check(chunk), Merge{});
-    if (threadIdx.x == 0) {
-      tables.partials[index].weight_sq = sums.weight_sq;
-      tables.partials[index].nonfinite = sums.nonfinite;
-      skip = sums.nonfinite > 0;
-      if (skip) tables.not_finite[entry.tensor] = 1;  // every chunk that finds some writes the same
-    }
-    if (!whole) return;
-    __syncthreads();  // for skip, and because the reduction's memory is used again
-    if (skip) return;
-  }
-  bool restart = false;
-  if (tables.ledger.rows) {
-    restart = starts_block(tables.ledger.rows[entry.tensor]);
-    inv_count = 1.0 / points_after_step(tables.ledger.rows[entry.tensor]);
-  }
-  const StepSums sums = Reduce(storage).Reduce(step(chunk, restart, inv_count), Merge{});
-  if (threadIdx.x == 0) {
-    tables.partials[index].dw_sq = sums.dw_sq;
-    tables.partials[index].dist_sq = sums.dist_sq;
-    tables.partials[index].m2_increment = sums.m2_increment;
-    tables.partials[index].max_abs_dw = sums.max_abs_dw;
-  }
+  const ChunkEntry entry = tables.chunks[blockIdx.x];
+  const TrajectoryRow* row = tables.ledger.rows ? tables.ledger.rows + entry.tensor : nullptr;
+  const bool restart = row && starts_block(*row);
+  if (row) inv_count = 1.0 / points_after_step(*row);
+  const StepSums sums = Reduce(storage).Reduce(step(Chunk(tables, entry), restart, inv_count), Merge{});
+  if (threadIdx.x == 0) tables.partials[blockIdx.x] = sums;
 }
 
 __device__ __forceinline__ RecentStep* recent_of(const LedgerTables& ledger, double step) {
@@ -236,13 +177,9 @@ __global__ void __launch_bounds__(kThreads) finish_tensors(const __grid_constant
   for (int64_t i = first + threadIdx.x; i < last; i += kThreads) merge(&sums, tables.partials[i]);
   sums = Reduce(storage).Reduce(sums, Merge{});
   if (threadIdx.x != 0) return;
-  if (sums.nonfinite > 0) {
-    // What the partials hold beside the count is left from an earlier step.
-    sums = {kNaN, kNaN, kNaN, kNaN, kNaN, sums.nonfinite};
-  }
   if (sums.dw_sq != sums.dw_sq) sums.max_abs_dw = sums.dw_sq;  // comparisons drop NaN
+  if (sums.nonfinite > 0) sums = left_out(sums);
   tables.sums[tensor] = sums;
-  tables.not_finite[tensor] = 0;
   if (tables.ledger.rows) observe_tensor(tables.ledger, tensor, sums);
 }
 
@@ -323,7 +260,6 @@ __global__ void __launch_bounds__(kThreads)
   const TensorEntry& entry = batch.entries[blockIdx.x];
   if (threadIdx.x == 0) tables.tensors[tensor] = entry;
   if (!lay_out) return;
-  if (threadIdx.x == 0) tables.not_finite[tensor] = 0;
   const int64_t chunks = (entry.count + kCudaChunk - 1) / kCudaChunk;
   for (int64_t i = threadIdx.x; i < chunks; i += kThreads)
     tables.chunks[entry.first_chunk + i] = {static_cast<int32_t>(tensor), static_cast<int32_t>(i)};
@@ -344,13 +280,11 @@ Status upload_tensors(const StepTables& tables, const TensorEntry* host, bool la
   return {0, ""};
 }
 
-Status launch_step(const StepTables& tables, const StepLaunch& work, double inv_count, void* stream) {
-  const int64_t blocks = work.steps + work.checks;
-  if (blocks == 0) return {0, ""};
-  return launch("stepping the tensors", &step_chunks, blocks, stream, tables, work, inv_count);
-}
-
-Status finish_step(const StepTables& tables, void* stream) {
+Status run_step(const StepTables& tables, double inv_count, void* stream) {
+  if (tables.chunk_count) {
+    const Status status = launch("stepping the tensors", &step_chunks, tables.chunk_count, stream, tables, inv_count);
+    if (status.code) return status;
+  }
   if (tables.tensor_count) {
     const Status status = launch("adding up the tensors", &finish_tensors, tables.tensor_count, stream, tables);
     if (status.code) return status;

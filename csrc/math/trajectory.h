@@ -5,6 +5,8 @@
 // float32 mean of w, while the offset is exact (Sterbenz) and as small as the movement itself.
 #pragma once
 
+#include <cmath>
+
 #include "math/dtype.h"
 
 namespace lipcore {
@@ -32,7 +34,8 @@ LIPCORE_INLINE Movement<V> observe_movement(V w, V w_prev, V w0, V mean, V inv_c
 }
 
 // Sums over the elements of one tensor (or of one chunk of it) for one step. All float64; an empty one is the identity
-// of merge. A tensor with a non-finite element gives NaN everywhere but in `nonfinite`.
+// of merge. A non-finite element counts as what it was before, w_prev, so that the state stays as it would be had it
+// stood still.
 struct StepSums {
   double dw_sq;         // sum (w - w_prev)^2
   double dist_sq;       // sum (w - w0)^2
@@ -51,6 +54,13 @@ LIPCORE_INLINE void merge(StepSums* into, const StepSums& from) {
   if (from.max_abs_dw > into->max_abs_dw) into->max_abs_dw = from.max_abs_dw;
   into->weight_sq += from.weight_sq;
   into->nonfinite += from.nonfinite;
+}
+
+// A tensor's sums of a step that is left out because of non-finite elements: what they are without those says little of
+// its update. The increment stays, since the mean has taken the point in.
+LIPCORE_INLINE StepSums left_out(const StepSums& sums) {
+  const double nan = static_cast<double>(NAN);
+  return {nan, nan, sums.m2_increment, nan, nan, sums.nonfinite};
 }
 
 }  // namespace lipcore

@@ -52,27 +52,33 @@ LIPCORE_INLINE double points_after_step(const TrajectoryRow& row) {
 // A weight of norm zero that did not move has ratio 0; one that moved has no finite ratio, and infinity says so.
 LIPCORE_INLINE double update_ratio(double update, double weight) { return update == 0 ? 0 : update / weight; }
 
-// NaN everywhere is a tensor with non-finite elements; zeros beside a count of them, a group of nothing but such
-// tensors.
+// NaN is a tensor with non-finite elements; zeros beside a count of them, a group of nothing but such tensors.
 LIPCORE_INLINE bool is_counted(const StepSums& step) {
   const bool anything = step.weight_sq > 0 || step.dw_sq > 0 || step.dist_sq > 0;
   return step.nonfinite > 0 ? anything : step.dw_sq == step.dw_sq;
+}
+
+LIPCORE_INLINE void add_point(TrajectoryRow* row, const StepSums& step) {
+  row->points = points_after_step(*row);
+  row->m2 = larger(row->m2 + step.m2_increment, 0);  // of points that hardly differ rounding can leave less
 }
 
 LIPCORE_INLINE void observe(TrajectoryRow* row, const StepSums& step) {
   if (step.nonfinite > 0) {
     row->nonfinite_steps += 1;
     row->nonfinite_elements += step.nonfinite;
-    if (!is_counted(step)) return;  // a group goes on with its finite members
+    if (!is_counted(step)) {  // a group goes on with its finite members
+      if (step.m2_increment == step.m2_increment) add_point(row, step);
+      return;
+    }
   }
   const double update = sqrt(step.dw_sq);
   const double weight = sqrt(step.weight_sq);
   const double ratio = update_ratio(update, weight);
-  row->points = points_after_step(*row);
+  add_point(row, step);
   row->steps += 1;
   row->zero_steps += update == 0;
   row->path += update;
-  row->m2 = larger(row->m2 + step.m2_increment, 0);  // of points that hardly differ rounding can leave less
   row->update_last = update;
   row->update_max = larger(row->update_max, update);
   row->max_abs_last = step.max_abs_dw;
@@ -101,12 +107,12 @@ LIPCORE_INLINE void observe_row(TrajectoryRow* row, RecentStep* recent, const St
 // A group before its first finite member: the largest of no absolute values.
 LIPCORE_INLINE StepSums no_member() { return {0, 0, 0, -1, 0, 0}; }
 
-// Sums of a group's step from its members'. A non-finite member adds only its count, so the rest goes on.
+// Sums of a group's step from its members'. A non-finite member adds its count, and to the variance, and the rest goes
+// on.
 LIPCORE_INLINE void merge_member(StepSums* group, const StepSums& member) {
-  if (member.dw_sq == member.dw_sq)
-    merge(group, member);
-  else
-    group->nonfinite += member.nonfinite;
+  if (member.dw_sq == member.dw_sq) return merge(group, member);
+  group->nonfinite += member.nonfinite;
+  if (member.m2_increment == member.m2_increment) group->m2_increment += member.m2_increment;
 }
 
 // A group none of whose members is finite is left out of the step as a tensor is: it has not stood still at norm zero.

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "kernels.h"
 #include "python/parallel.h"
@@ -14,9 +13,6 @@
 namespace lipcore {
 namespace {
 
-constexpr int64_t kSoloElements = 4 * kChunk;        // 1 MiB of float32: stays in a core's second-level cache
-constexpr int64_t kGroupElements = 2 * 1024 * 1024;  // 8 MiB of float32: stays in the shared cache
-
 const char* at(const void* base, int64_t element, DType dtype) {
   return static_cast<const char*>(base) + element * item_size(dtype);
 }
@@ -26,45 +22,15 @@ const char* at(const void* base, int64_t element, DType dtype) {
 void TrajectoryRunner::plan(const std::vector<int64_t>& counts) {
   first_chunk_.clear();
   chunks_.clear();
-  solo_.clear();
-  groups_.clear();
   total_ = 0;
-  int64_t in_group = 0;
   for (int64_t item = 0; item < static_cast<int64_t>(counts.size()); ++item) {
-    const auto first = static_cast<int64_t>(chunks_.size());
-    first_chunk_.push_back(first);
+    first_chunk_.push_back(static_cast<int64_t>(chunks_.size()));
     for (int64_t begin = 0; begin < counts[item]; begin += kChunk)
       chunks_.push_back({item, begin, std::min(kChunk, counts[item] - begin)});
-    const auto last = static_cast<int64_t>(chunks_.size());
     total_ += counts[item];
-    if (counts[item] <= kSoloElements) {
-      solo_.push_back(item);
-      continue;
-    }
-    const bool adjacent = !groups_.empty() && groups_.back().last_item == item;
-    if (adjacent && in_group + counts[item] <= kGroupElements) {
-      groups_.back().last_item = item + 1;
-      groups_.back().last_chunk = last;
-      in_group += counts[item];
-    } else {
-      groups_.push_back({item, item + 1, first, last});
-      in_group = counts[item];
-    }
   }
   first_chunk_.push_back(static_cast<int64_t>(chunks_.size()));
   partials_.resize(chunks_.size());
-}
-
-void TrajectoryRunner::check(const TrajectoryItem& item, int64_t chunk) {
-  const Chunk& c = chunks_[chunk];
-  const void* w = at(item.w, c.begin, item.dtype);
-  const auto& kernel = *kernels().sample_norms;
-  StepSums& sums = partials_[chunk];
-  sums = {};
-  sums.weight_sq = kernel.sum_squares(w, item.dtype, c.count);
-  // A float64 sum of float32 squares cannot overflow, so it is finite exactly when every element is.
-  if (!std::isfinite(sums.weight_sq))
-    sums.nonfinite = static_cast<double>(kernel.count_nonfinite(w, item.dtype, c.count));
 }
 
 void TrajectoryRunner::step(const TrajectoryItem& item, int64_t chunk) {
@@ -83,40 +49,14 @@ void TrajectoryRunner::step(const TrajectoryItem& item, int64_t chunk) {
   kernels().trajectory_step->chunk(work, &partials_[chunk]);
 }
 
-bool TrajectoryRunner::settle(int64_t item) {
-  double nonfinite = 0;
-  for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) nonfinite += partials_[c].nonfinite;
-  if (nonfinite == 0) return true;
-  const double nan = std::numeric_limits<double>::quiet_NaN();
-  for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c)
-    partials_[c] = {nan, nan, nan, nan, nan, partials_[c].nonfinite};
-  return false;
-}
-
 void TrajectoryRunner::run(const TrajectoryItem* items, StepSums* sums) {
-  const bool parallel = total_ >= kSerialElements;
-  parallel_for(static_cast<int64_t>(solo_.size()), parallel, [&](int64_t i) {
-    const int64_t item = solo_[i];
-    for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) check(items[item], c);
-    if (!settle(item)) return;
-    for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) step(items[item], c);
-  });
-  for (const Group& group : groups_) {
-    const int64_t chunks = group.last_chunk - group.first_chunk;
-    parallel_for(chunks, parallel, [&](int64_t i) {
-      const int64_t chunk = group.first_chunk + i;
-      check(items[chunks_[chunk].item], chunk);
-    });
-    for (int64_t item = group.first_item; item < group.last_item; ++item) settle(item);
-    parallel_for(chunks, parallel, [&](int64_t i) {
-      const int64_t chunk = group.first_chunk + i;
-      if (!std::isnan(partials_[chunk].dw_sq)) step(items[chunks_[chunk].item], chunk);
-    });
-  }
+  parallel_for(static_cast<int64_t>(chunks_.size()), total_ >= kSerialElements,
+               [&](int64_t chunk) { step(items[chunks_[chunk].item], chunk); });
   for (size_t item = 0; item + 1 < first_chunk_.size(); ++item) {
-    sums[item] = {};
-    for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) merge(&sums[item], partials_[c]);
-    if (std::isnan(sums[item].dw_sq)) sums[item].max_abs_dw = sums[item].dw_sq;  // merge's comparison drops NaN
+    StepSums whole{};
+    for (int64_t c = first_chunk_[item]; c < first_chunk_[item + 1]; ++c) merge(&whole, partials_[c]);
+    if (std::isnan(whole.dw_sq)) whole.max_abs_dw = whole.dw_sq;  // merge's comparison drops NaN
+    sums[item] = whole.nonfinite > 0 ? left_out(whole) : whole;
   }
 }
 

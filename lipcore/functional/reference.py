@@ -34,24 +34,24 @@ def trajectory_step(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Return rows (dw_sq, dist_sq, m2_increment, max_abs_dw, weight_sq, nonfinite) and the new prev and mean.
 
-    mean is the running mean of w - ref over `count` points, this one included. A tensor with a non-finite element has a
-    row of NaN with the number of such elements, and keeps its prev and mean.
+    mean is the running mean of w - ref over `count` points, this one included. A non-finite element counts as what it
+    was in prev; the row of its tensor is NaN but for m2_increment and the number of such elements.
     """
     rows, new_prev, new_mean = [], [], []
     for w, p, z, m in zip(params, prev, ref, mean, strict=True):
         w, p, z, m = (t.detach().double() for t in (w, p, z, m))
         nonfinite = (~w.isfinite()).sum().double()
+        w = torch.where(w.isfinite(), w, p)
         step, offset = w - p, w - z
         after = m + (offset - m) / count
         largest = step.abs().max() if w.numel() else torch.tensor(0.0)
         m2_increment = ((offset - m) * (offset - after)).sum()
         row = [step.pow(2).sum(), offset.pow(2).sum(), m2_increment, largest, w.pow(2).sum(), nonfinite]
-        bad = bool(nonfinite)
-        rows.append(
-            torch.tensor([torch.nan] * 5 + [float(nonfinite)] if bad else [float(v) for v in row], dtype=torch.float64)
-        )
-        new_prev.append(p if bad else w)
-        new_mean.append(m if bad else after)
+        if nonfinite:
+            row[:2] = row[3:5] = [torch.tensor(torch.nan)] * 2
+        rows.append(torch.tensor([float(v) for v in row], dtype=torch.float64))
+        new_prev.append(w)
+        new_mean.append(after)
     return torch.stack(rows) if rows else torch.zeros(0, 6, dtype=torch.float64), new_prev, new_mean
 
 

@@ -25,9 +25,9 @@ def trajectory_step(
 
     With dw = w - prev and x = w - ref, the columns of the result are :math:`\sum dw^2`, :math:`\sum x^2`, the Welford
     increment :math:`\sum (x - \bar x_{old})(x - \bar x_{new})`, :math:`\max |dw|`, :math:`\sum w^2` and the number of
-    non-finite elements of w. Then prev becomes w and mean becomes the mean of x over `count` points. A tensor with
-    non-finite elements gets a row of NaN with their number and keeps its prev and mean; the other tensors are
-    unaffected.
+    non-finite elements of w. Then prev becomes w and mean becomes the mean of x over `count` points. A non-finite
+    element counts as having stood still: as what it was in prev, where it stays. The row of its tensor has NaN but for
+    the increment and the number of such elements; the other tensors are unaffected.
 
     Args:
         params: the tensors as they are now.

@@ -94,6 +94,14 @@ class Rows:
         """Points of the variance."""
         return (self["folded"] + np.maximum(self["points"], 0)).astype(np.int64)
 
+    @cached_property
+    def _steps_taken(self) -> int:
+        """Steps of the window, those too in which a tensor was left out: groups count a step with finite and other
+        members twice."""
+        of_tensors = np.array([level == "tensor" for level in self.places.levels])
+        each = self.steps + np.where(of_tensors, self.skipped, 0)
+        return int(each.max(initial=0))
+
     def __getitem__(self, column: str) -> Numbers:
         return self._numbers[COLUMN[column]]
 
@@ -172,12 +180,14 @@ class Rows:
     def _notes(self, quantity: str, length: str, counted: Flags, otherwise: str) -> str | Words:
         if quantity != "variance" and not self.skipped.any() and counted.all():
             return ""
-        sliding = self.points <= self.steps if quantity == "variance" else np.zeros_like(counted)
+        variance = quantity == "variance"
+        sliding = self.points <= self._steps_taken if variance else np.zeros_like(counted)
         facts = np.stack([counted, sliding, self.skipped])
-        thinned = quantity == "variance" and length == "chord_length"
+        thinned = variance and length == "chord_length"
+        left_out = "elements, which count as unmoved" if variance else "parameters, which were left out"
 
         def note(counted: int, sliding: int, skipped: int) -> str:
-            notes = [f"{skipped} steps had non-finite parameters, which were left out"] if skipped else []
+            notes = [f"{skipped} steps had non-finite {left_out}"] if skipped else []
             if thinned:
                 notes.append("over the steps that were looked at only")
             if sliding:

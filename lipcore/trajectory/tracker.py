@@ -207,8 +207,8 @@ class Tracker(TrackerBase):
         point of the interval before. A merged M2 is larger than what goes, so nothing cancels in it."""
         assert self.copies
         rows = self.table.rows
-        counted = had_points & (points_of(rows) == rows[:, STEPS] + 1) & (rows[:, STEPS] > 0)
-        left = rows[:, STEPS].clamp(min=1)
+        counted = had_points & (points_of(rows) == self._steps_of(rows) + 1) & (points_of(rows) > 1)
+        left = (points_of(rows) - 1).clamp(min=1)
         removed = rows.new_zeros(len(self.watched))
         for i, mean in enumerate(self.copies.earlier):
             if not counted[i]:

@@ -28,7 +28,6 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "free": (None, (ctypes.c_void_p,)),
     "is_device": (ctypes.c_int, (ctypes.c_void_p,)),
     "set_order": (None, (ctypes.c_int, ctypes.c_uint64)),
-    "set_cache": (None, (ctypes.c_int64,)),
     "set_deferred": (None, (ctypes.c_int,)),
     "synchronize": (None, ()),
     "begin_capture": (None, ()),
@@ -59,10 +58,9 @@ class Emulator:
         raise AttributeError(name)
 
     def begin_test(self) -> None:
-        """Set what a GPU does: launches come later, blocks and threads in no order; an H100's cache."""
+        """Set what a GPU does: launches come later, blocks and threads in no order."""
         self.set_deferred(1)
         self.set_order(ORDERS["shuffled"], 1)
-        self.set_cache(50 << 20)
 
     def take_findings(self) -> list[str]:
         """Return what was found since the last call, in words."""

@@ -24,7 +24,8 @@ ALL = (
 
 
 class Path:
-    """Every parameter's values after every step, in float64. Where they are not finite, the step is left out."""
+    """Every parameter's values after every step, in float64. Elements that are not finite stand still, and such a step
+    of their tensor is left out of everything but the variance."""
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]] | Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
@@ -35,19 +36,17 @@ class Path:
         self.points.append({n: t.detach().double().flatten().clone() for n, t in self.tensors.items()})
 
     def values_of(self, name: str, points: list[Point]) -> Tensor:
-        """A parameter's points as rows; in place of those that are not finite, the last finite one before."""
+        """A parameter's points as rows; in place of elements that are not finite, what they were before."""
         values = torch.stack([point[name] for point in points])
-        there = values.isfinite().all(dim=1)
-        return values[torch.where(there, torch.arange(len(values)), 0).cummax(0).values]
+        steps = torch.arange(len(values))[:, None].expand_as(values)
+        return values.gather(0, torch.where(values.isfinite(), steps, 0).cummax(0).values)
 
     def is_finite(self, name: str, points: list[Point]) -> Tensor:
         return torch.stack([point[name] for point in points]).isfinite().all(dim=1)
 
     def window_of(self, name: str, points: list[Point], start: int, from_start: bool) -> Tensor:
-        """A parameter's finite points after step `start`, as rows; before them the one that step left, if asked."""
-        values, finite = self.values_of(name, points), self.is_finite(name, points)
-        after = values[start + 1 :][finite[start + 1 :]]
-        return torch.cat([values[start : start + 1], after]) if from_start else after
+        """A parameter's points after step `start`, as rows; before them the one that step left, if asked."""
+        return self.values_of(name, points)[start if from_start else start + 1 :]
 
     def element_variance(self, name: str, start: int = 0, from_start: bool = True) -> Tensor:
         window = self.window_of(name, self.points, start, from_start)
@@ -92,7 +91,7 @@ class Path:
             "path_length" if every == 1 else "chord_length": {"sum": norms[in_window].sum(), "cumulative": cumulative},
             "distance": {"last": distance},
             "directness": {"last": distance / cumulative},
-            "variance": {"last": m2 / (int(in_window.sum()) + from_start)},
+            "variance": {"last": m2 / len(windows[0])},
             "weight_norm": {"last": weights[last]},
             "unmoved_steps": {"sum": (norms[in_window] == 0).sum()},
             "nonfinite_steps": {"sum": (bad > 0).sum()},

@@ -59,6 +59,27 @@ MUTANTS = (
         ("functional/test_trajectory_step.py::test_sums_are_of_float64",),
     ),
     Mutant(
+        "elements that are not finite move",
+        "csrc/cpu/trajectory_step.cpp",
+        "standing[i] = finite ? w[i] : w_prev[i];",
+        "standing[i] = w[i];",
+        ("functional/test_trajectory_step.py::test_non_finite_elements",),
+    ),
+    Mutant(
+        "the point of a step that is left out is forgotten",
+        "csrc/math/trajectory_row.h",
+        "if (step.m2_increment == step.m2_increment) add_point(row, step);",
+        "",
+        ("trajectory/test_trajectory_left_out.py::test_steps_that_were_left_out",),
+    ),
+    Mutant(
+        "a group's variance lacks members that are left out",
+        "csrc/math/trajectory_row.h",
+        "if (member.m2_increment == member.m2_increment) group->m2_increment += member.m2_increment;",
+        "",
+        ("trajectory/test_trajectory_left_out.py::test_steps_that_were_left_out",),
+    ),
+    Mutant(
         "Nesterov's step without the buffer",
         "csrc/math/update.h",
         "return {(shrunk + c.rate * a) + c.mix * b, shrunk};",

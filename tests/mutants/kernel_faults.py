@@ -26,7 +26,6 @@ _SPECIAL = (f"{_CUDA}::test_sample_norms_of_special_values", f"{_CUDA}::test_sam
 _RACES_OF_NORMS = (f"{_CUDA}::test_sample_norms_keep_the_whole_range",)
 _ALIGNMENT = (f"{_CUDA}::test_sample_norms_do_not_depend_on_alignment_or_run",)
 _STEP = (f"{_CUDA}::test_trajectory_step_against_the_specification",)
-_GROUPS = (f"{_CUDA}::test_trajectory_step_in_groups",)
 _PLAN = (f"{_CUDA}::test_trajectory_agrees_with_the_cpu",)
 _GRAPH = (f"{_CUDA}::test_steps_can_be_captured_in_a_graph",)
 _SQUARES = (
@@ -37,7 +36,6 @@ _MEANS = ("core/test_tensor_sums.py::test_means_of_blocks",)
 _OBSERVED = ("core/test_observed_rows.py::test_values",)
 _LEDGER = ("core/test_ledger.py::test_steps_of_sums",)
 _UPDATES = ("functional/test_update_sums.py::test_on_cuda",)
-_RACES_OF_A_STEP = (f"{_CUDA}::test_a_past_that_is_not_finite_is_seen_in_every_sum",)
 _RACES_OF_A_SKETCH = ("functional/test_sketch.py::test_many_tensors_on_cuda",)
 _SKETCH = ("functional/test_sketch.py::test_sizes_on_cuda", "functional/test_sketch.py::test_plan_on_cuda")
 _ROW_TESTS = "functional/test_row_sum_norms.py"
@@ -549,47 +547,39 @@ KERNEL_MUTANTS = (
     ),
     # ---- the trajectory step
     KernelMutant(
-        "the check reads an element behind the last one",
+        "the step reads an element behind the last one",
         "csrc/cuda/trajectory_step.cu",
-        "if (rest < count) check_element",
-        "if (rest <= count) check_element",
+        "  if (rest < count) {\n    auto old_mean",
+        "  if (rest <= count) {\n    auto old_mean",
         _STEP,
     ),
     KernelMutant(
-        "one thread leaves before the barrier",
+        "an element that is not finite becomes the previous one",
         "csrc/cuda/trajectory_step.cu",
-        "if (!whole) return;",
-        "if (!whole || threadIdx.x == 3) return;",
+        "*w_prev = finite ? w : *w_prev;",
+        "*w_prev = w;",
         _STEP,
     ),
     KernelMutant(
-        "threads ask whether to skip before it is known",
+        "an element that is not finite moves",
         "csrc/cuda/trajectory_step.cu",
-        "    __syncthreads();  // for skip, and because the reduction's memory is used again\n",
-        "",
-        _RACES_OF_A_STEP,
-        mode="tsan",
-    ),
-    KernelMutant(
-        "once not finite, always not finite",
-        "csrc/cuda/trajectory_step.cu",
-        "  tables.not_finite[tensor] = 0;\n  if (tables.ledger.rows) observe_tensor",
-        "  if (tables.ledger.rows) observe_tensor",
-        _PLAN,
-    ),
-    KernelMutant(
-        "a tensor that is not finite is stepped all the same",
-        "csrc/cuda/trajectory_step.cu",
-        "if (skip) return;",
+        "now = finite ? now : before;",
         "",
         _STEP,
     ),
     KernelMutant(
-        "large tensors that are not finite are stepped all the same",
+        "elements that are not finite are not counted",
         "csrc/cuda/trajectory_step.cu",
-        "if (tables.not_finite[entry.tensor]) return;",
+        "sums->nonfinite += !finite;",
         "",
-        (*_STEP, *_GROUPS),
+        _STEP,
+    ),
+    KernelMutant(
+        "a tensor with elements that are not finite is not left out",
+        "csrc/cuda/trajectory_step.cu",
+        "  if (sums.nonfinite > 0) sums = left_out(sums);\n",
+        "",
+        _STEP,
     ),
     KernelMutant(
         "the second pack of two is left out",
@@ -599,9 +589,9 @@ KERNEL_MUTANTS = (
         _STEP,
     ),
     KernelMutant(
-        "w_prev of the last elements is kept",
+        "the mean of the last elements is kept",
         "csrc/cuda/trajectory_step.cu",
-        "    w_prev[rest] = w[rest];\n",
+        "    mean[rest] = old_mean;\n",
         "",
         _STEP,
     ),
@@ -622,8 +612,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "variances of a new block are added to the old ones",
         "csrc/cuda/trajectory_step.cu",
-        "m2[i] = (restart ? typename E::Work{0} : m2[i]) + added;",
-        "m2[i] = m2[i] + added;",
+        "*m2 = (restart ? typename E::Work{0} : *m2) +",
+        "*m2 = *m2 +",
         ("project/test_cuda.py::test_variances_of_elements_agree_with_the_cpu",),
     ),
     KernelMutant(
@@ -1001,20 +991,6 @@ KERNEL_MUTANTS = (
         "captured_ = captured_ || capturing != cudaStreamCaptureStatusNone;",
         "",
         _GRAPH,
-    ),
-    KernelMutant(
-        "the flags of tensors have no memory of their own",
-        "csrc/cuda/launch.cpp",
-        "Memory::size_of<StepSums>(chunks) + Memory::size_of<int32_t>(tensors)",
-        "Memory::size_of<StepSums>(chunks) + Memory::size_of<int32_t>(0)",
-        _STEP,
-    ),
-    KernelMutant(
-        "a tensor opens no group of its own",
-        "csrc/cuda/step_schedule.cpp",
-        "      launches.push_back({group_first, next - group_first, 0});\n      group_first = next;",
-        "      launches.push_back({group_first, next - group_first, 0});",
-        _GROUPS,
     ),
     KernelMutant(
         "a sketch forgets which tensors moved",

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from devices import EMULATED, sized
-from emulated_core import emulator
+from devices import sized
 from oracle import assert_close, same_bits
 from torch import Tensor, nn
 
@@ -241,15 +240,11 @@ def test_trajectory_step_against_the_specification(cuda: torch.device, offset: i
 
 
 @pytest.mark.gpu
-def test_trajectory_step_in_groups(cuda: torch.device) -> None:
-    """Tensors that together, or alone, exceed the cache: launches that check one group and step another."""
-    sizes = [3_000_000, 5, 9_000_000, 4_000_001, 20_000_000, 70_000, 8_000_000, 8_000_000]
-    if EMULATED:  # groups are half of the cache, which may not be smaller
-        emulator.set_cache(16 << 20)
-        sizes = [375_000, 5, 1_125_000, 500_001, 2_500_000, 70_000, 1_000_000, 1_000_000]
+def test_trajectory_step_of_large_tensors(cuda: torch.device) -> None:
+    sizes = sized([3_000_000, 5, 20_000_000, 70_000, 8_000_000], [75_000, 5, 500_001, 70_000])
     lists = make_step([torch.float32], sizes)
-    lists[0][4][-1] = math.nan
-    lists[0][5][0] = math.inf
+    lists[0][2][-1] = math.nan
+    lists[0][3][0] = math.inf
     on_device = to_device(cuda, lists)
     got = functional.trajectory_step(*on_device, 2)
     assert_relative(got, functional.trajectory_step(*lists, 2), 1e-11)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import batches, mlp, mse, seeded, train
+from paths import Path
 from points import Points
 from torch import Tensor, nn
 
@@ -63,7 +64,8 @@ def test_implementations_of_a_step(implementation: str, optimizer: Any) -> None:
 
 def test_nan_steps_are_flagged_and_left_out() -> None:
     model = model_of()
-    optimizer, points = sgd(model), Points(model.named_parameters())
+    optimizer, points, path = sgd(model), Points(model.named_parameters()), Path(model.named_parameters())
+    optimizer.register_step_post_hook(lambda *_: path.look())
     with Monitor(model, optimizer, [Trajectory()]) as monitor:
         for i, (x, y) in enumerate(DATA):
             kept = model[0].weight.detach().clone()
@@ -80,8 +82,13 @@ def test_nan_steps_are_flagged_and_left_out() -> None:
     assert result.nonfinite_steps["0.weight"].sum.value == 1
     assert result.nonfinite_elements["0.weight"].sum.value == 1
     assert result.update_norm["0.weight"].last.count == 7
-    norms = points.norms("0.weight")
-    assert result.path_length["0.weight"].sum.value == pytest.approx(float(norms.sum()), rel=1e-5)  # it stood still
+    for quantity in (
+        "path_length",
+        "variance",
+        "distance",
+    ):  # elements stood still and came back
+        for reducer, truth in path.expected(["0.weight"])[quantity].items():
+            assert result[quantity]["0.weight"][reducer].value == pytest.approx(float(truth), rel=1e-5)
     for place in ("0.bias", "2.weight", "2.bias"):
         assert result.path_length[place].sum.value == pytest.approx(float(points.norms(place).sum()), rel=1e-5)
 

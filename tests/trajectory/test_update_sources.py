@@ -136,8 +136,8 @@ class Watch:
             norm, largest = float(rows[i, 0]) ** 0.5, float(rows[i, 3])
             where = f"step {self.steps}, {name}"
             group = places[id(owner[key])]
-            # Decay may cancel what the moments add, and torch's fused kernels round those. Then what the parameter's own
-            # rounding makes of the decay, and in float64 of the truth, which is a difference.
+            # Decay may cancel what the moments add, and torch's fused kernels round those. Then what the parameter's
+            # own rounding makes of the decay, and in float64 of the truth, which is a difference.
             decay = float(group["lr"]) * float(group["weight_decay"])
             weight = float(w.double().norm())
             slack = self.tolerance * (float(dw.norm()) + decay * weight)

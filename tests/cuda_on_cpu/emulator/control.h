@@ -18,7 +18,6 @@ int64_t emulator_allocations();  // so far
 
 // ---- launches
 void emulator_set_order(int kind, uint64_t seed);  // of threads and blocks: 0 ascending, 1 descending, 2 shuffled
-void emulator_set_cache(int64_t bytes);            // of the second level, which launch.cpp asks for
 void emulator_set_deferred(int on);                // launches wait for emulator_synchronize()
 void emulator_synchronize();
 void emulator_begin_capture();

@@ -6,13 +6,7 @@ namespace emulator {
 
 bool is_capturing();
 
-namespace {
-int64_t g_cache = 50 << 20;  // an H100's
-}
-
 }  // namespace emulator
-
-void emulator_set_cache(int64_t bytes) { emulator::g_cache = bytes; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
@@ -23,12 +17,6 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  if (attribute != cudaDevAttrL2CacheSize) return cudaErrorInvalidValue;
-  *value = static_cast<int>(emulator::g_cache);
-  return cudaSuccess;
-}
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = emulator::is_capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;

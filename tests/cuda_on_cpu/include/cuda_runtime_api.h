@@ -14,13 +14,11 @@ enum cudaError_t : int {
   cudaErrorLaunchFailure = 719
 };
 using cudaStream_t = struct CUstream_st*;
-enum cudaDeviceAttr { cudaDevAttrL2CacheSize = 38 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
 
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
 cudaError_t cudaGetLastError();
 const char* cudaGetErrorString(cudaError_t error);
