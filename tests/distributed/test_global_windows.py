@@ -14,6 +14,8 @@ import torch.distributed as dist
 from rank_situations import situations
 from ranks import run_ranks
 
+pytestmark = pytest.mark.ci  # four processes, for 20 s
+
 RIGHT = (
     *("ddp", "unequal_batches", "fsdp2", "tensor_parallel", "pipeline", "skipped_calls", "open_window"),
     *("a_metric_that_stops_on_one_rank", "after_rebind"),

@@ -179,6 +179,7 @@ sys.exit(code)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this platform cannot fork")
+@pytest.mark.ci
 def test_a_forked_child_is_serial_and_right():
     """The pool's threads do not survive a fork; waiting for them would hang."""
     done = python(FORK)

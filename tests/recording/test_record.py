@@ -291,6 +291,7 @@ def test_another_model(tmp_path: Path) -> None:
     write(tmp_path / "a", [(6, 5)], begin=5, model="one")  # and nothing is held after the error
 
 
+@pytest.mark.ci
 def test_two_writers(tmp_path: Path) -> None:
     record = RunRecord(tmp_path / "a")
     with pytest.raises(RecordError, match="this process writes it already"):

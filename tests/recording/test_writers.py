@@ -74,6 +74,7 @@ def test_one_that_fails_is_given_up() -> None:
     assert len(monitor.history) == 4
 
 
+@pytest.mark.ci
 def test_one_that_is_slow_makes_nobody_wait() -> None:
     release = threading.Event()
 
