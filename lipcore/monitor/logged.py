@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from lipcore.metric.later import Later
 from lipcore.metric.listener import Listener
+from lipcore.metric.pace import PROMPT, Pace
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import checked_tensor, is_count
 from lipcore.metric.values import Value
+from lipcore.monitor.logged_queue import Entry, LoggedQueue, OnLogged, read_numbers
 
-OnLogged = Callable[[int, Mapping[str, NDArray[np.float64]]], None]
 _BLOCK = 64  # steps that are handed on together
 
 
@@ -30,30 +31,33 @@ class Logged:
     """
 
     def __init__(self) -> None:
-        self.listeners: list[OnLogged] = []
+        self._blocks, self._prompt = LoggedQueue(Pace(_BLOCK)), LoggedQueue(Pace(_BLOCK, PROMPT))
         self._before: bool | None = None  # whether calls come before their step
-        self._window: list[tuple[int, str, Any]] = []  # of the open window
-        self._waiting: list[tuple[int, str, Any]] = []  # for the listeners
+        self._window: list[Entry] = []  # of the open window
 
     @property
     def begun(self) -> bool:
         """True once the loop has logged anything."""
         return self._before is not None
 
+    def listen(self, listener: OnLogged, *, prompt: bool = False) -> None:
+        """Call this for the numbers from now on, in blocks; a `prompt` one as soon as it costs little."""
+        (self._prompt if prompt else self._blocks).listeners.append(listener)
+
     def add(self, step: int, steps_here: int, values: Mapping[str, Any]) -> None:
         """Take numbers when so many steps have been made, in this process too."""
         if self._before is None:
             self._before = steps_here == 0
         number = step + 1 if self._before else step
+        entries: list[Entry] = []
         for name, value in values.items():
             kept = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
             if isinstance(kept, Tensor):
                 kept = kept.clone()  # the loop may go on with the tensor in place
-            self._window.append((number, name, kept))
-            if self.listeners:
-                self._waiting.append((number, name, kept))
-        if self._waiting and number - self._waiting[0][0] >= _BLOCK:
-            self.hand_on(number - 1)
+            entries.append((number, name, kept))
+        self._window += entries
+        self._blocks.add(entries)
+        self._prompt.add(entries)
 
     def result(self, first: int, last: int) -> MetricResult | None:
         """Return what was logged since the last window closed, and start the next one; None where nothing was. What is
@@ -67,36 +71,21 @@ class Logged:
         if steps[0] < first or steps[-1] > last or not self._before:
             note = f"logged at steps {steps[0]} to {steps[-1]}; log before optimizer.step() for those of the window"
         result = MetricResult("logged", steps=[steps[0], steps[-1]])
-        read = Later(lambda: _read([value for _, _, value in taken]), 8 * len(taken))
+        read = Later(lambda: read_numbers(taken), 8 * len(taken))
         for name in dict.fromkeys(name for _, name, _ in taken):
             where = [i for i, (_, other, _) in enumerate(taken) if other == name]
             reducers = read.then(lambda numbers, where=where: _reduced(numbers[where], note))  # type: ignore[misc]
             result.add_later(name, "total", "total", read, reducers)
         return result
 
-    def hand_on(self, last: int | None = None) -> None:
-        """Hand the numbers up to a step, or all of them, to the listeners. Waits for a device."""
-        if not self.listeners:
-            return
-        ready = [one for one in self._waiting if last is None or one[0] <= last]
-        self._waiting = [] if last is None else [one for one in self._waiting if one[0] > last]
-        if not ready:
-            return
-        numbers = _read([value for _, _, value in ready])
-        for name in dict.fromkeys(name for _, name, _ in ready):
-            of_name: dict[int, list[float]] = {}
-            for (step, other, _), number in zip(ready, numbers, strict=True):
-                if other == name:
-                    of_name.setdefault(step, []).append(number)
-            steps = np.array(sorted(of_name))
-            means = np.array([np.mean(of_name[step]) for step in steps])
-            for run in np.split(np.arange(len(steps)), np.flatnonzero(np.diff(steps) != 1) + 1):
-                for listener in self.listeners:  # a name that is not logged at every step comes in pieces
-                    listener(int(steps[run[0]]), {name: means[run]})
+    def hand_on(self) -> None:
+        """Hand all numbers to the listeners. Waits for a device."""
+        self._blocks.hand_on()
+        self._prompt.hand_on()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what was logged in the open window."""
-        numbers = torch.from_numpy(_read([value for _, _, value in self._window]))
+        numbers = torch.from_numpy(read_numbers(self._window))
         steps = [step for step, _, _ in self._window]
         return {"steps": steps, "names": [name for _, name, _ in self._window], "numbers": numbers}
 
@@ -116,7 +105,9 @@ class Logged:
 
     def take_over(self, loaded: Logged) -> None:
         """Go on with what a checkpoint had of the open window; what waits here is not of its steps."""
-        self._window, self._waiting = loaded._window, []
+        self._window = loaded._window
+        self._blocks.clear()
+        self._prompt.clear()
 
 
 class LoggedListener(Listener):
@@ -143,19 +134,6 @@ def check_logged(values: Mapping[str, Any]) -> None:
             )
         if isinstance(value, Tensor) and value.is_complex():
             raise TypeError(f"{name}: expected a tensor with one number, got a complex one; log its abs()")
-
-
-def _read(values: list[Any]) -> NDArray[np.float64]:
-    """Return numbers, of which some may lie on a device: one copy for all of those."""
-    found = np.empty(len(values))
-    tensors = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
-    for i, value in enumerate(values):
-        if not isinstance(value, Tensor):
-            found[i] = value
-    for device in {tensor.device for _, tensor in tensors}:
-        where = [i for i, tensor in tensors if tensor.device == device]
-        found[where] = torch.stack([values[i].double() for i in where]).cpu().numpy()
-    return found
 
 
 def _reduced(numbers: NDArray[np.float64], note: str) -> dict[str, Value]:

@@ -182,7 +182,7 @@ class Monitor(Engine):
 
     def _attach_recorder(self, recorder: Recorder) -> None:
         """Have windows, single steps and what is logged written down from now on; of :func:`lipcore.watch`."""
-        self._logged.listeners.append(recorder.logged)
+        self._logged.listen(recorder.logged)
         for metric in self.metrics.values():
             if isinstance(metric, Trajectory):
                 metric.listen(recorder.steps)
@@ -196,8 +196,8 @@ class Monitor(Engine):
         optimizers = updating(self._optimizers)
         alarms._begin(optimizers, self._failures.keep, lambda: self._logged.begun, has_norms=trajectory is not None)
         if trajectory is not None:
-            trajectory.listen(alarms._norms)
-        self._logged.listeners.append(alarms._logged)
+            trajectory.listen(alarms._norms, prompt=True)
+        self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms))
 
     def _after_step(self) -> None:

@@ -319,8 +319,7 @@ class Trajectory(Metric):
                     tracker.settle()
             if self._built.gradients:
                 self._built.gradients.observe_step()
-            if self._single.stream is not None:
-                self._single.stream.step()
+            self._single.step()
         self._steps_seen += 1
 
     @property
@@ -342,8 +341,7 @@ class Trajectory(Metric):
                 tracker.settle()
             if gradients is not None:
                 gradients.observe_step()
-            if self._single.stream is not None:
-                self._single.stream.step()
+            self._single.step()
             self._steps_seen += 1
 
         return call
@@ -460,10 +458,11 @@ class Trajectory(Metric):
         if self._watched:
             self._single.start(self._built)
 
-    def listen(self, listener: OnStep) -> None:
-        """Call this too for the steps from now on, as `on_step` is and before it, without its being the user's."""
+    def listen(self, listener: OnStep, *, prompt: bool = False) -> None:
+        """Call this too for the steps from now on, as `on_step` is and before it, without its being the user's; a
+        `prompt` one as soon as it costs little, and not in blocks."""
         self.flush()
-        self._single.listeners.append(listener)
+        (self._single.prompt if prompt else self._single.listeners).append(listener)
         if self._watched:
             self._single.start(self._built)
 
@@ -674,8 +673,7 @@ class Trajectory(Metric):
         behind = self._tracker.window_steps
         continued = [merge() for merge in merges]  # every one of them, whatever the first says
         self._jumps = [*self._jumps, *(steps + behind for steps in twin._jumps)][-2:]
-        if self._single.stream is not None:
-            self._single.stream.skip()  # the other one's are its own callback's
+        self._single.skip()  # the other one's are its own callback's
         self._steps_seen = twin._steps_seen + (0 if all(continued) else self._steps_seen)
 
     def sync(self, group: Any = AUTO, *, timeout: float = 60) -> MetricResult:

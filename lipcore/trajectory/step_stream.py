@@ -14,6 +14,7 @@ from lipcore import _core
 from lipcore.metric.columns import Places
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.host_copy import HostCopy
+from lipcore.metric.pace import Pace
 from lipcore.trajectory.table import Table
 
 #: What a ring holds of a step, and the quantities made of it.
@@ -46,6 +47,7 @@ class StepStream:
         before: called before rings are read.
         fail: gets a callback and what it raised, after which it is not called any more.
         first: the number of the first step in the rings.
+        seconds: how long a step waits at most until it is handed over, on a device one more step; None: for a block.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class StepStream:
         before: Callable[[], None],
         fail: Callable[[OnStep, Exception], None],
         first: int = 1,
+        seconds: float | None = None,
     ) -> None:
         self._calls = list(calls)
         self._places, self._first, self._before, self._fail = places, first, before, fail
@@ -64,19 +67,26 @@ class StepStream:
         self._rings = {"update_norm": table.recent} | {name: gradients[name].recent for name in gradients}
         self._done = int(self._cursor[0])
         self._waiting = 0
-        self._block = BLOCK if self._cursor.is_cpu else _DEVICE_BLOCK
+        self._prompt = seconds is not None
+        self._pace = Pace(BLOCK if self._cursor.is_cpu else _DEVICE_BLOCK, seconds)
         self._copied: HostCopy | None = None
+        self._whole = not self._prompt  # the copy is of whole rings, not of the last steps alone
 
     def step(self) -> None:
         """Count a step, and hand over a block when there are enough."""
         self._waiting += 1
-        if self._waiting >= self._block and self._calls:
+        if not self._calls:
+            return
+        if self._prompt and self._copied is not None and self._copied.is_there:
+            self._take_copied()
+        free = self._copied is None or self._waiting >= self._pace.block
+        if free and self._pace.is_due(self._waiting):
             self._before()
             if self._cursor.is_cpu:
                 self._hand_over(self._rings, int(self._cursor[0]))
             else:
                 self._take_copied()
-                self._copy()
+                self._copy(self._waiting)
             self._waiting = 0
 
     def flush(self) -> None:
@@ -93,23 +103,41 @@ class StepStream:
         self._copied, self._waiting = None, 0
         self._done = int(self._cursor[0])
 
-    def _copy(self) -> None:
-        self._copied = HostCopy(self._cursor, *self._rings.values())
+    def _copy(self, steps: int) -> None:
+        rings = list(self._rings.values())
+        if not self._whole and steps < len(rings[0]):
+            # Where they are is known on the device alone: replays of CUDA graphs make steps of which nobody tells.
+            last = torch.arange(-steps, 0, device=self._cursor.device)
+            index = last.add(self._cursor[0]).remainder_(len(rings[0])).long()
+            rings = [ring.index_select(0, index) for ring in rings]
+        self._copied = HostCopy(self._cursor, *rings)
 
     def _take_copied(self) -> None:
-        if self._copied is not None:
-            (cursor, *rings), self._copied = self._copied.tensors(), None  # of a block ago
-            self._hand_over(dict(zip(self._rings, rings, strict=True)), int(cursor[0]))
+        if self._copied is None:
+            return
+        (cursor, *rings), self._copied = self._copied.tensors(), None  # of a block ago
+        end = int(cursor[0])
+        whole = len(rings[0]) == len(self._rings["update_norm"])
+        if not whole and end - len(rings[0]) > self._done:
+            self._whole = True  # there were more steps than one knew of: the next copy has them
+            return
+        self._whole = not self._prompt
+        self._hand_over(dict(zip(self._rings, rings, strict=True)), end, whole=whole)
 
-    def _hand_over(self, rings: Mapping[str, Tensor], end: int) -> None:
-        begin = max(self._done, end - len(rings["update_norm"]))  # steps of replayed CUDA graphs may be lost
+    def _hand_over(self, rings: Mapping[str, Tensor], end: int, *, whole: bool = True) -> None:
+        """Hand over the steps up to number `end`; rings that are not whole have the last steps alone, in order."""
+        length = len(rings["update_norm"])
+        begin = max(self._done, end - length)  # steps of replayed CUDA graphs may be lost
         self._done = end
         if end <= begin or not self._calls:
             return
+        shift = 0 if whole else end - length
         found = {name: torch.full((end - begin, len(self._places)), torch.nan, dtype=torch.float64, device="cpu")
                  for name in STEP_QUANTITIES}  # fmt: skip
         for name, ring in rings.items():
-            _core.step_norms(ring, begin, end, found[name], found["weight_norm"] if name == "update_norm" else None)
+            _core.step_norms(
+                ring, begin - shift, end - shift, found[name], found["weight_norm"] if name == "update_norm" else None
+            )
         arrays = StepArrays(self._places, {name: tensor.numpy() for name, tensor in found.items()})
         for call in list(self._calls):
             try:

@@ -1,0 +1,56 @@
+"""An alarm comes at most two steps after its step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import lipcore
+from lipcore.alarms import Alarms, AlarmStop
+
+AT = 110
+
+
+@pytest.fixture(autouse=True)
+def slow_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every step takes longer than numbers wait."""
+    for module in ("lipcore.trajectory.single_steps", "lipcore.monitor.logged"):
+        monkeypatch.setattr(f"{module}.PROMPT", 0.0)
+
+
+def train(device: str, alarms: Alarms, *, log: bool, steps: int = AT + 5) -> list[int]:
+    """Return after which step each alarm was there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1)).to(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = torch.randn(64, 6).to(device)
+    seen: list[int] = []
+    with lipcore.Monitor(model, optimizer, [lipcore.Trajectory()], alarms=alarms) as monitor:
+        for step in range(1, steps + 1):
+            loss = nn.functional.mse_loss(model(x), x[:, :1].sin())
+            if log:
+                monitor.log(loss=loss)
+            loss.backward()
+            if step == AT:
+                model[2].weight.grad.mul_(1e3)
+            optimizer.step()
+            optimizer.zero_grad()
+            seen += [step] * (len(alarms.events) - len(seen))
+    return seen
+
+
+@pytest.mark.parametrize("log", [True, False])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_lag(device: str, log: bool) -> None:
+    alarms = Alarms()
+    seen = train(device, alarms, log=log)
+    assert (alarms.events[0].step, alarms.events[0].place) == (AT, "2")
+    assert seen[0] <= AT + 2
+
+
+def test_the_loop_stops_in_the_step_after() -> None:
+    alarms = Alarms(stop=True)
+    with pytest.raises(AlarmStop) as stop:
+        train("cpu", alarms, log=True)
+    assert stop.value.event.step == AT
