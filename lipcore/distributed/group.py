@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lipcore.models.ranks import under_process_group
+from lipcore.models.ranks import rank, under_process_group
 from lipcore.models.torch_internals import default_store
 
 #: What users pass as `group=`: "auto" is the default process group, where there is one; None merges nothing.
@@ -84,7 +84,7 @@ def found_group(group: Any) -> Group | None:
         return None
     handle = None if group == AUTO else group
     ranks = tuple(torch.distributed.get_process_group_ranks(handle))
-    here = torch.distributed.get_rank()
+    here = rank()
     if here not in ranks:
         raise ValueError(
             f"group: rank {here} is not in it (ranks {_listed(ranks)}); pass another group on this rank, or group=None"

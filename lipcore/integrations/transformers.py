@@ -19,6 +19,7 @@ except ImportError as error:
 
 from lipcore.integrations.totals import totals_of
 from lipcore.metric.protocol import Metric
+from lipcore.models.ranks import rank
 from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
@@ -89,7 +90,7 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     @property
     def _name(self) -> str:
-        return f"lipcore-rank{torch.distributed.get_rank() if torch.distributed.is_initialized() else 0}.pt"
+        return f"lipcore-rank{rank()}.pt"
 
     def _checkpoint(self, step: int) -> Path:
         return self._folder / f"checkpoint-{step}"

@@ -29,11 +29,12 @@ from lipcore.metric.optimizers import checked_optimizers, refuse_strangers, scal
 from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
-from lipcore.metric.state import checked_starts
+from lipcore.metric.state import checked_saver, checked_starts
 from lipcore.metric.step_end import StepEnd, StepEndCalls
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import never_called, refuse_script
 from lipcore.models.names import called_inside
+from lipcore.models.ranks import rank, world_size
 
 Self = TypeVar("Self", bound="Engine")
 
@@ -593,14 +594,19 @@ class Engine:
         self._step_end.take_waiting()
         metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
         self._tell(lambda listener: listener.state_taken())
-        return {"version": self._version, **self._windows.state(), "metrics": metrics}
+        saver = {"rank": rank(), "ranks": world_size()}
+        return {"version": self._version, **self._windows.state(), "saver": saver, "metrics": metrics}
 
     @ordinary
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not
-        fit, raise a ValueError that names the first wrong key, and change nothing."""
+        fit, raise a ValueError that names the first wrong key, and change nothing.
+
+        The state of another rank, or of a training on another number of them, has other samples in its open window:
+        metrics of samples begin that window anew, with a warning, and are left out of it in global windows."""
         self._step_end.take_waiting()
         starts = checked_starts(state, self._version, sorted(self.metrics), self._windows.blocks)
+        saver = checked_saver(state)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         try:
             for name, metric in self.metrics.items():
@@ -610,7 +616,26 @@ class Engine:
                 metric.load_state_dict(before[name])
             raise
         self._windows.load(state["step"], state["windows"], starts)
+        if saver != (rank(), world_size()):
+            self._leave_out_samples_of(*saver)
         self._tell(lambda listener: listener.state_loaded(self._windows.step))
+
+    def _leave_out_samples_of(self, saver: int, ranks: int) -> None:
+        """Begin the open window of metrics of samples anew: what the loaded state has in it another rank has seen."""
+        names = [name for name, metric in self.metrics.items() if metric.counts_samples and not metric.off]
+        if not names or self._windows.step == self._windows.begin:
+            return
+        for name in names:
+            self.metrics[name].reset()
+        why = (
+            f"rank {rank()} of {world_size()} goes on from the state of rank {saver} of {ranks}, which has the samples "
+            "of that one in the open window"
+        )
+        self._global.leave_out(names, self._windows.step, why)
+        self._failures.warn(
+            f"{', '.join(names)}: {why}; they are left out here. Load the state that each rank saved, or save at the "
+            "end of a window"
+        )
 
     @ordinary
     def close(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -38,6 +38,7 @@ class GlobalWindows:
         self._waiting: deque[tuple[Window, Offer]] = deque()
         self._newest: Window | None = None  # of a process that stands alone
         self._warned = False
+        self._partial: dict[str, tuple[int, str]] = {}  # metrics whose windows from a step or before lack samples
         self._told: set[Withdrawn] = set()
         self.history = History(maxlen=limit, bytes_limit=bytes_limit)  #: windows of all ranks, oldest first
         self.last_merged: list[Window] = []  #: those that the last merge() has added to it
@@ -58,6 +59,10 @@ class GlobalWindows:
         """True where this process's own windows are all there is."""
         return self._partners.find() is None and not (self._partners.none_asked_for and world_size() > 1)
 
+    def leave_out(self, names: Iterable[str], step: int, why: str) -> None:
+        """Leave some metrics out of windows with steps up to this one."""
+        self._partial |= dict.fromkeys(names, (step, why))
+
     @property
     def waits(self) -> bool:
         """True where closed windows wait to be merged with those of other ranks."""
@@ -74,7 +79,8 @@ class GlobalWindows:
         parts: dict[str, RankPart] = {}
         left_out: dict[str, str] = {}
         for name, metric in metrics.items():
-            part = _part_of(metric)
+            step, why = self._partial.get(name, (0, ""))
+            part = why if window.first_step <= step else _part_of(metric)
             if isinstance(part, str):
                 left_out[name] = part
             else:

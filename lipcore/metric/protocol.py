@@ -89,6 +89,7 @@ class Metric(ABC):
     reads_masters: bool = False  #: looks at master copies, which parameters follow after the step
     before_moves: Callable[[], None] | None = None  #: tells the engine that the user moves the parameters by hand
     prefix: str = ""  #: what stands before the names of parameters; the engine sets it before bind()
+    counts_samples: bool = True  #: its windows hold this rank's own samples, and a state of another rank those of that
     ranks_apart: bool = False  #: each rank trains a model of its own (group=None); the engine sets it before bind()
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 

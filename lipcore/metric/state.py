@@ -126,7 +126,7 @@ def checked_starts(state: Any, version: int, metrics: list[str], blocks: int) ->
     engine of this version with these metrics and at most so many blocks a window."""
     if not isinstance(state, dict):
         raise ValueError(f"state: expected a dict, got {type(state).__name__}")
-    for key in ("version", "step", "windows", "starts", "metrics"):
+    for key in ("version", "step", "windows", "starts", "saver", "metrics"):
         if key not in state:
             raise ValueError(f"{key}: missing from the monitor's state")
     check_version(state, version, "monitor")
@@ -144,6 +144,15 @@ def checked_starts(state: Any, version: int, metrics: list[str], blocks: int) ->
     if any(earlier > later for earlier, later in pairwise([*steps, state["step"]])):
         raise ValueError(f"starts: blocks begin after steps {steps}, but the state is of step {state['step']}")
     return steps
+
+
+def checked_saver(state: dict[str, Any]) -> tuple[int, int]:
+    """Return which rank saved a monitor's state, and of how many."""
+    saver = state["saver"]
+    fits = isinstance(saver, dict) and all(is_count(saver.get(key)) for key in ("rank", "ranks"))
+    if not fits or saver["rank"] >= saver["ranks"]:
+        raise ValueError(f"saver: expected a rank and the number of ranks, got {saver!r}")
+    return saver["rank"], saver["ranks"]
 
 
 def _is_start(value: Any) -> bool:

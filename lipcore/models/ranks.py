@@ -22,6 +22,11 @@ def world_size() -> int:
     return torch.distributed.get_world_size() if under_process_group() else 1
 
 
+def rank() -> int:
+    """Return the number of this process among the ranks, 0 without a process group."""
+    return torch.distributed.get_rank() if under_process_group() else 0
+
+
 def has_dtensors(model: nn.Module) -> bool:
     """Return whether parameters are DTensors, cut or not."""
     return any(hasattr(parameter, "placements") for parameter in model.parameters())

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from lipcore.metric.protocol import Metric
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.names import named_modules
-from lipcore.models.ranks import under_process_group, world_size
+from lipcore.models.ranks import rank, world_size
 from lipcore.monitor.monitor import Monitor
 from lipcore.recording.record import MAX_BYTES, RecordLevel, RunRecord, checked_config
 from lipcore.recording.recorder import Recorder
@@ -86,17 +86,17 @@ def watch(
     check_count("max_bytes", max_bytes, 1 << 20)
     check_count("first_step", first_step, 0)
     made = Monitor(model, optimizer, metrics, **monitor)
-    rank = torch.distributed.get_rank() if under_process_group() else 0
+    here = rank()
     try:
         made._meets = not made._global.none_asked_for
         together = made._meets and world_size() > 1
-        if rank == 0:
+        if here == 0:
             made._listeners += made_writers(writers, run, made._warn_of_record, first_step, of_all_ranks=together)
         if run is None:
             return made
-        facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": rank, **dict(config or {})}
+        facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": here, **dict(config or {})}
         record = RunRecord(
-            run, rank=rank, level=record_level, max_bytes=max_bytes, model=_fingerprint(made.model), config=facts
+            run, rank=here, level=record_level, max_bytes=max_bytes, model=_fingerprint(made.model), config=facts
         )
     except Exception:
         made.close()

@@ -129,6 +129,7 @@ class Trajectory(Metric):
     """
 
     name = "trajectory"
+    counts_samples = False
     _version = 2
 
     def __init__(

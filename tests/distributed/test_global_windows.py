@@ -18,7 +18,7 @@ pytestmark = pytest.mark.ci  # four processes, for 20 s
 
 RIGHT = (
     *("ddp", "unequal_batches", "fsdp2", "tensor_parallel", "pipeline", "skipped_calls", "open_window"),
-    *("a_metric_that_stops_on_one_rank", "after_rebind"),
+    *("a_metric_that_stops_on_one_rank", "after_rebind", "one_state_for_all"),
     *("hsdp", "tensor_parallel_and_fsdp2", "subgroups", "two_groups", "mesh_as_group"),
 )
 #: What the error says, on all ranks that make the call.
@@ -117,6 +117,15 @@ def test_a_metric_that_has_stopped_is_left_out_with_the_reason(found: dict[str, 
     for numbers in found["a_metric_that_stops_on_one_rank"]:
         assert "this one stops" in numbers["off"]["stopping"]
         assert "not merged over ranks" in numbers["off"]["own"]
+
+
+def test_the_samples_of_another_ranks_state_are_left_out(found: dict[str, list[Any]]) -> None:
+    first, second = found["one_state_for_all"]
+    assert not first["said"]
+    assert re.match(r"per_sample_grad_norm: rank 1 of 2 goes on from the state of rank 0 of 2", second["said"][0])
+    for numbers in (first, second):
+        assert "rank 1 of 2 goes on from the state of rank 0" in numbers["off"][0]
+        assert numbers["off"][1:] == [""]
 
 
 def test_models_that_each_rank_trains_for_itself(found: dict[str, list[Any]]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 import lipcore
-from lipcore import Monitor, Trajectory
+from lipcore import Monitor, PerSampleGradNorms, Trajectory
 from lipcore.metric import Metric
 from lipcore.metric.results import Window
 
@@ -240,6 +240,31 @@ def state_of_another_rank(rank: int, world: int) -> Any:
         finally:
             monitor.load_state_dict(states[rank])
     return {}
+
+
+def one_state_for_all(rank: int, world: int) -> dict[str, Any]:
+    """All ranks load rank 0's state in the middle of a window: its samples are its own, the movement is everybody's."""
+    data = data_of(range(world))[rank]
+    expected = truth(made(), data_of(range(world)))
+    model = nn.parallel.DistributedDataParallel(made())
+    metrics = [Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean")]
+    optimizer, monitor = monitored(model, metrics=metrics)
+    found, said = [], []
+    with monitor:
+        train(model, optimizer, data, steps=range(WINDOW - 1))
+        states: list[Any] = [None] * world
+        dist.all_gather_object(states, monitor.state_dict())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            monitor.load_state_dict(states[0])
+        said = [str(warning.message) for warning in caught]
+        for step in range(WINDOW - 1, STEPS):
+            train(model, optimizer, data, steps=[step])
+            window = monitor.global_window()
+            if window is not None:
+                found.append(window)
+    off = [window.off.get("per_sample_grad_norm", "") for window in found]
+    return errors(found, expected) | {"off": off, "said": said}
 
 
 def hsdp(rank: int, world: int) -> dict[str, Any]:
@@ -615,7 +640,8 @@ def situations() -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     for work in (ddp, unequal_batches, fsdp2, tensor_parallel, pipeline, pipeline_without_prefix, independent,
                  independent_for_themselves, fsdp1, shifted_windows, other_window_steps, a_rank_that_never_calls,
                  on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
-                 a_metric_that_stops_on_one_rank, after_rebind, counted, state_of_another_rank):  # fmt: skip
+                 a_metric_that_stops_on_one_rank, after_rebind, counted, state_of_another_rank,
+                 one_state_for_all):  # fmt: skip
         yield work.__name__, 2, work
     for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, two_groups, mesh_as_group, a_rank_that_dies):
         yield work.__name__, 4, work

@@ -1,0 +1,63 @@
+"""States say which rank saved them."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import lipcore
+
+
+def train(steps: int, state: Any = None) -> lipcore.Monitor:
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    metrics = [lipcore.Trajectory(), lipcore.PerSampleGradNorms(loss_reduction="mean")]
+    monitor = lipcore.Monitor(model, metrics=metrics, window_steps=4)
+    if state is not None:
+        monitor.load_state_dict(state)
+    for _ in range(steps):
+        model(torch.randn(5, 3)).square().mean().backward()
+        monitor.step()
+    return monitor
+
+
+def of_rank(state: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
+    return copy.deepcopy(state) | {"saver": {"rank": rank, "ranks": ranks}}
+
+
+@pytest.mark.filterwarnings("ignore:PerSampleGradNorms:UserWarning")
+def test_samples_of_another_rank_are_left_out() -> None:
+    state = of_rank(train(2).state_dict(), 1, 3)
+    with pytest.warns(RuntimeWarning, match="per_sample_grad_norm: rank 0 of 1 goes on from the state of rank 1 of 3"):
+        monitor = train(1, state)
+    result = monitor.compute()
+    assert result["trajectory"].path_length["total"].sum.count == 3
+    assert result["per_sample_grad_norm"].norm["total"].mean.count == 5
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+def test_nothing_is_left_out_of_a_window_that_has_just_begun(steps: int, recwarn: pytest.WarningsRecorder) -> None:
+    state = of_rank(train(steps).state_dict(), 0, 2)
+    recwarn.clear()
+    monitor = train(1, state)
+    assert not recwarn
+    assert monitor.compute()["per_sample_grad_norm"].norm["total"].mean.count == 5
+
+
+def test_ones_own_state_goes_on(recwarn: pytest.WarningsRecorder) -> None:
+    state = train(2).state_dict()
+    assert state["saver"] == {"rank": 0, "ranks": 1}
+    recwarn.clear()
+    assert train(1, state).compute()["per_sample_grad_norm"].norm["total"].mean.count == 15
+    assert not recwarn
+
+
+@pytest.mark.parametrize("saver", [3, {"rank": 1}, {"rank": 2, "ranks": 2}, {"rank": -1, "ranks": 2}])
+def test_what_says_nothing_is_refused(saver: Any) -> None:
+    state = train(2).state_dict() | {"saver": saver}
+    with pytest.raises(ValueError, match="saver: expected a rank and the number of ranks"):
+        train(0, state)
