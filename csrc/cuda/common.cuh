@@ -62,6 +62,21 @@ __device__ __forceinline__ double add_product(double sum, float a, float b) {
 }
 __device__ __forceinline__ double add_product(double sum, double a, double b) { return sum + a * b; }
 
+// Of entries that begin at ascending chunks, the last one that begins at this chunk or before. Empty ones, which begin
+// where the next one does, come before it.
+template <class Entry>
+__device__ __forceinline__ int64_t holder_of(const Entry* entries, int64_t count, int64_t chunk) {
+  int64_t low = 0, high = count - 1;
+  while (low < high) {
+    const int64_t middle = (low + high + 1) / 2;
+    if (entries[middle].first_chunk <= chunk)
+      low = middle;
+    else
+      high = middle - 1;
+  }
+  return low;
+}
+
 // As many elements as one 128-bit access moves.
 template <class E>
 constexpr int kLanes = 16 / static_cast<int>(sizeof(typename E::Stored));

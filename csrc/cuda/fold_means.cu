@@ -1,5 +1,6 @@
 // Merges the running means of a block of steps into those of the blocks before it: once in 512 steps, in float64, with
 // the CPU's operations, so that the means have its bits.
+#include "cuda/teams.cuh"
 #include "cuda/tensor_slices.cuh"
 #include "math/fold.h"
 
@@ -11,7 +12,7 @@ using Means = Slice<FoldTables, FoldTensor>;
 struct Add {
   __device__ double operator()(double a, double b) const { return a + b; }
 };
-using Reduce = cub::BlockReduce<double, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+using Reduce = ReduceBlock<double>;
 
 template <class T>
 __device__ __forceinline__ double fold_run(const void* means, double* earlier, const SliceChunk& chunk, double share) {

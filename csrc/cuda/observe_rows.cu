@@ -1,20 +1,14 @@
 // Observes values of many places: moments by Welford's update per thread and Chan's merge, in float64 and in a fixed
 // order, a histogram by counting, whose order does not matter. All that is kept lies on the device and is changed in
 // place, so that every replay of a captured launch counts.
-#include <cub/block/block_reduce.cuh>
 
 #include "cuda/common.cuh"
+#include "cuda/teams.cuh"
 
 namespace lipcore::cuda {
 namespace {
 
-struct Merge {
-  __device__ ObservedRow operator()(ObservedRow a, const ObservedRow& b) const {
-    merge(&a, b);
-    return a;
-  }
-};
-using Reduce = cub::BlockReduce<ObservedRow, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+using Reduce = ReduceBlock<ObservedRow>;
 
 // One block per chunk of a place's values. A chunk that is all of them is merged at once; nobody else writes there.
 __global__ void __launch_bounds__(kThreads)

@@ -7,10 +7,10 @@
 // sixteen buckets. With more warps on one array of buckets, atomics or a sort would be needed; with all buckets in one
 // slice (512 KiB for 65536) nothing would fit. A hash costs less than a tenth of reading what it places.
 #include <algorithm>
-#include <cub/block/block_reduce.cuh>
 #include <limits>
 
 #include "cuda/common.cuh"
+#include "cuda/teams.cuh"
 
 namespace lipcore::cuda {
 namespace {
@@ -189,7 +189,7 @@ struct Merge {
     return {a.weight_sq + b.weight_sq, a.nonfinite + b.nonfinite};
   }
 };
-using Reduce = cub::BlockReduce<SketchWeight, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+using Reduce = ReduceBlock<SketchWeight>;
 
 // One block per tensor; together they also forget which rows were not finite.
 __global__ void __launch_bounds__(kThreads) finish_weights(const __grid_constant__ SketchTables tables) {

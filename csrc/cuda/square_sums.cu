@@ -1,6 +1,7 @@
 // Sums of squares of many tensors. Each element is read once and squared in float64 (a float32 square is exact there),
 // so the error of a sum is <= 1e-13 relative. The order of additions depends on a tensor's size alone: not on its
 // dtype, its alignment or the GPU.
+#include "cuda/teams.cuh"
 #include "cuda/tensor_slices.cuh"
 
 namespace lipcore::cuda {
@@ -13,7 +14,7 @@ struct Add {
     return {a.square + b.square, a.nonfinite + b.nonfinite};
   }
 };
-using Reduce = cub::BlockReduce<SquarePartial, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+using Reduce = ReduceBlock<SquarePartial>;
 
 template <class E>
 __device__ __forceinline__ void observe(typename E::Stored stored, double* square, int* nonfinite) {

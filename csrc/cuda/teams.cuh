@@ -7,6 +7,18 @@
 
 namespace lipcore::cuda {
 
+template <class T>
+using ReduceBlock = cub::BlockReduce<T, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+
+// The host's merge(&into, from) as CUB wants it.
+struct Merge {
+  template <class T>
+  __device__ T operator()(T a, const T& b) const {
+    merge(&a, b);
+    return a;
+  }
+};
+
 template <int kSize>
 struct Lanes {  // kSize neighbouring lanes of a warp
   __device__ int rank() const { return static_cast<int>(threadIdx.x) % kSize; }
@@ -35,7 +47,7 @@ struct Larger {
 };
 
 struct Block {
-  using Reduce = cub::BlockReduce<double, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+  using Reduce = ReduceBlock<double>;
   struct Storage {
     typename Reduce::TempStorage reduce;
     double result;

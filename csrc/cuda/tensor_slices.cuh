@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cub/block/block_reduce.cuh>
 #include <vector>
 
 #include "cuda/common.cuh"
@@ -36,17 +35,9 @@ struct SliceChunk {
   template <class Tensor>
   __device__ SliceChunk(const SliceHead& head, const Tensor* tensors) {
     index = head.first_chunk + blockIdx.x;
-    int low = 0, high = static_cast<int>(head.tensors) - 1;  // the last one that begins here or before
-    while (low < high) {
-      const int middle = (low + high + 1) / 2;
-      if (tensors[middle].first_chunk <= index)
-        low = middle;
-      else
-        high = middle - 1;
-    }
-    place = low;
-    begin = (index - tensors[low].first_chunk) * kCudaChunk;
-    const int64_t left = tensors[low].count - begin;
+    place = static_cast<int>(holder_of(tensors, head.tensors, index));
+    begin = (index - tensors[place].first_chunk) * kCudaChunk;
+    const int64_t left = tensors[place].count - begin;
     count = static_cast<int>(left < kCudaChunk ? left : kCudaChunk);
   }
 

@@ -2,10 +2,10 @@
 // second time: for the mean, extremes and bins, then for the powers of deviations from that mean. All sums are float64
 // in an order that depends on the sizes alone (error of the powers' sums <= 1e-13 of what they would be without signs);
 // chunks are merged in order by the formulas the CPU has. Atomics add integers, whose sums are the same in any order.
-#include <cub/block/block_reduce.cuh>
 #include <limits>
 
 #include "cuda/common.cuh"
+#include "cuda/teams.cuh"
 
 namespace lipcore::cuda {
 namespace {
@@ -36,16 +36,9 @@ struct AddPowers {
   __device__ Powers operator()(Powers a, const Powers& b) const { return {a.m2 + b.m2, a.m3 + b.m3, a.m4 + b.m4}; }
 };
 
-struct Merge {
-  __device__ TensorStats operator()(TensorStats a, const TensorStats& b) const {
-    merge(&a, b);
-    return a;
-  }
-};
-
-using ReduceFirst = cub::BlockReduce<First, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
-using ReducePowers = cub::BlockReduce<Powers, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
-using ReduceRows = cub::BlockReduce<TensorStats, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+using ReduceFirst = ReduceBlock<First>;
+using ReducePowers = ReduceBlock<Powers>;
+using ReduceRows = ReduceBlock<TensorStats>;
 
 // Calls visit(x) for this thread's share of a chunk: the same elements whether they are aligned or not.
 template <class E, bool kAligned, class Visit>
@@ -74,20 +67,6 @@ __device__ __forceinline__ void visit_chunk(const StatsTensor& tensor, int64_t b
   });
 }
 
-// The tensor that a chunk belongs to: the last one that begins there or before. Empty ones, which begin where the next
-// one does, come before it.
-__device__ __forceinline__ int64_t tensor_of(const StatsTables& tables, int64_t chunk) {
-  int64_t low = 0, high = tables.tensor_count - 1;
-  while (low < high) {
-    const int64_t middle = (low + high + 1) / 2;
-    if (tables.tensors[middle].first_chunk <= chunk)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  return low;
-}
-
 // One block per chunk. Two per multiprocessor: with kBlocksPerSm registers are spilled on some architectures.
 __global__ void __launch_bounds__(kThreads, 2) observe_chunks(const __grid_constant__ StatsTables tables) {
   __shared__ typename ReduceFirst::TempStorage first_storage;
@@ -95,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, 2) observe_chunks(const __grid_const
   __shared__ unsigned counts[kTensorBins];
   __shared__ double shared_mean;
   const int64_t chunk = blockIdx.x;
-  const StatsTensor tensor = tables.tensors[tensor_of(tables, chunk)];
+  const StatsTensor tensor = tables.tensors[holder_of(tables.tensors, tables.tensor_count, chunk)];
   const int64_t begin = (chunk - tensor.first_chunk) * kCudaChunk, left = tensor.count - begin;
   const int count = static_cast<int>(left < kCudaChunk ? left : kCudaChunk);
   for (int b = static_cast<int>(threadIdx.x); b < kTensorBins; b += kThreads) counts[b] = 0;

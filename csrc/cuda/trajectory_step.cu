@@ -6,9 +6,9 @@
 // operations in less time than it moves the 24 bytes. Chunks, threads and reductions come in a fixed order, so results
 // do not depend on the GPU or on alignment.
 #include <algorithm>
-#include <cub/block/block_reduce.cuh>
 
 #include "cuda/common.cuh"
+#include "cuda/teams.cuh"
 #include "math/trajectory_row.h"
 
 namespace lipcore::cuda {
@@ -19,13 +19,7 @@ namespace {
 template <class E>
 constexpr int kUnroll = sizeof(typename E::Stored) == 2 ? 1 : 2;
 
-struct Merge {
-  __device__ StepSums operator()(StepSums a, const StepSums& b) const {
-    merge(&a, b);
-    return a;
-  }
-};
-using Reduce = cub::BlockReduce<StepSums, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+using Reduce = ReduceBlock<StepSums>;
 
 template <class E>
 struct Sums {

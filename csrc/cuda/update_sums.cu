@@ -3,6 +3,7 @@
 // added, so max |dw| has the CPU's bits; every product and sum is float64: error <= 1e-6 of what the terms would be
 // without their signs, 1e-14 in float64. The order of additions depends on a tensor's size alone: not on dtypes,
 // alignment or the GPU.
+#include "cuda/teams.cuh"
 #include "cuda/tensor_slices.cuh"
 
 namespace lipcore::cuda {
@@ -29,13 +30,7 @@ struct Updates {
 };
 static_assert(sizeof(UpdateTables) + sizeof(Updates) <= kParameterBytes, "kernel parameters");
 
-struct Merge {
-  __device__ UpdateSums operator()(UpdateSums a, const UpdateSums& b) const {
-    merge(&a, b);
-    return a;
-  }
-};
-using Reduce = cub::BlockReduce<UpdateSums, kThreads, cub::BLOCK_REDUCE_WARP_REDUCTIONS>;
+using Reduce = ReduceBlock<UpdateSums>;
 
 template <UpdateForm kForm>
 struct Form {

@@ -8,6 +8,7 @@
 
 #include "cuda/common.cuh"
 #include "cuda/packed_rows.cuh"
+#include "cuda/quads.cuh"
 #include "cuda/teams.cuh"
 
 namespace lipcore::cuda {
@@ -15,7 +16,6 @@ namespace {
 
 constexpr int kDepth = 16;  // positions that are multiplied at once
 constexpr int kSide = 16;   // threads along each side of a tile
-constexpr int kQuad = 4;    // neighbouring elements that a thread reads at once
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr int kPad = 4;  // so that threads along the depth write to different banks
 

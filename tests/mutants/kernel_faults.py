@@ -744,9 +744,9 @@ KERNEL_MUTANTS = (
     # ---- sums of many tensors
     KernelMutant(
         "a chunk is taken for one of the tensor behind it",
-        "csrc/cuda/tensor_slices.cuh",
-        "if (tensors[middle].first_chunk <= index)",
-        "if (tensors[middle].first_chunk <= index + 1)",
+        "csrc/cuda/common.cuh",
+        "if (entries[middle].first_chunk <= chunk)",
+        "if (entries[middle].first_chunk <= chunk + 1)",
         _SQUARES,
     ),
     KernelMutant(
@@ -1016,9 +1016,9 @@ KERNEL_MUTANTS = (
     ),
     KernelMutant(
         "a chunk is taken for one of the tensor before",
-        "csrc/cuda/tensor_stats.cu",
-        "tables.tensors[middle].first_chunk <= chunk",
-        "tables.tensors[middle].first_chunk < chunk",
+        "csrc/cuda/common.cuh",
+        "entries[middle].first_chunk <= chunk",
+        "entries[middle].first_chunk < chunk",
         _STATS,
     ),
     KernelMutant(
