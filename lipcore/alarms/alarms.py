@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lipcore.alarms.budget import Budget
 from lipcore.alarms.detector import Columns, Detector
 from lipcore.alarms.event import AlarmEvent, AlarmStop
+from lipcore.alarms.layout import Layout
 from lipcore.alarms.nonfinite import NonFinite
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.signals import checked_signals
@@ -88,6 +89,7 @@ class Alarms(Showable):
         self._budget, self._on_event, self._stop = Budget(per_1000), on_event, stop
         self._waiting, self._nonfinite = Waiting(), NonFinite()
         self._columns: Columns | None = None
+        self._layout: Layout | None = None
         self._detector: Detector | None = None
         self._record: Callable[[AlarmEvent], None] | None = None
         self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
@@ -173,18 +175,19 @@ class Alarms(Showable):
 
     def _go_on(self, *, all_of_them: bool = False) -> None:
         for one in self._waiting.ready(logs=self._logs(), norms=self._has_norms, all_of_them=all_of_them):
-            level = one.at("tensor") if "tensor" in one.levels else one.at("group")
-            row = {name: array[level] for name, array in one.norms.items()}
-            self._tell(self._nonfinite.step(one.step, one.loss, row, [one.places[i] for i in level]))
-            self._tell(self._score(one))
+            if self._layout is None or not self._layout.fits(one.places, one.levels):
+                self._layout = Layout(self.signals, one.places, one.levels)
+            layout = self._layout
+            row = {name: array[layout.single] for name, array in one.norms.items()}
+            self._tell(self._nonfinite.step(one.step, one.loss, row, layout.names))
+            self._tell(self._score(one, layout))
 
-    def _score(self, one: StepNumbers) -> AlarmEvent | None:
-        groups = one.at("group") if "group" in one.levels else one.at("total")
-        columns = Columns.of(self.signals, [one.places[i] for i in groups])
+    def _score(self, one: StepNumbers, layout: Layout) -> AlarmEvent | None:
+        columns = layout.columns
         if (one.norms and columns != self._columns) or self._detector is None or self._columns is None:
             self._columns = columns  # other places than before begin anew, with silent steps
             self._detector = Detector(columns, self._budget)
-        return self._detector.step(one.step, self._logarithms(one, groups, self._columns))
+        return self._detector.step(one.step, self._logarithms(one, layout.groups, self._columns))
 
     def _logarithms(self, one: StepNumbers, groups: NDArray[np.intp], columns: Columns) -> NDArray[np.float64]:
         logs = np.full(len(columns.signals), np.nan)

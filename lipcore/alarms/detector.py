@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,9 +29,15 @@ class Columns:
         pairs = [(s, place) for s in signals.values() for place in (groups if s.of_groups else ["total"])]
         return cls(tuple(s for s, _ in pairs), tuple(place for _, place in pairs))
 
+    @cached_property
+    def _where(self) -> dict[str, NDArray[np.bool_]]:
+        names = [signal.name for signal in self.signals]
+        return {name: np.array([other == name for other in names]) for name in dict.fromkeys(names)}
+
     def where(self, name: str) -> NDArray[np.bool_]:
         """Return which columns are a signal's."""
-        return np.array([signal.name == name for signal in self.signals], dtype=bool)
+        found = self._where.get(name)
+        return np.zeros(len(self.signals), bool) if found is None else found
 
 
 class Detector:
@@ -47,20 +54,21 @@ class Detector:
         self._two_sided = np.array([signal.two_sided for signal in columns.signals], dtype=bool)
         self._of = {signal.name: columns.where(signal.name) for signal in columns.signals}
         self._baseline = Baseline(len(self._limits))
-        self._lasting = Lasting(self._limits, self._two_sided)
+        self._lasting = Lasting(self._two_sided)
         self._over = np.zeros(len(self._limits), np.int64)  # steps over the limit, less those that were not, since
         self._silent_to = 0  # the last step of an alarm's 20
 
     def step(self, number: int, logs: NDArray[np.float64]) -> AlarmEvent | None:
         """Take the logarithms of a step's numbers in, NaN where there is none; return its alarm."""
         z = self._baseline.scores(logs)
-        if np.isnan(z).all():
+        unknown = np.isnan(z)
+        if unknown.all():
             self._baseline.take(logs, np.ones(len(logs), bool))
             return None
-        signed = np.nan_to_num(z) / self._limits
+        signed = np.where(unknown, 0.0, z) / self._limits
         shares = np.where(self._two_sided, np.abs(signed), np.maximum(signed, 0))
         multiplier = self._budget.multiplier
-        sums = self._lasting.observe(z, shares <= multiplier)
+        sums = self._lasting.observe(signed, shares <= multiplier)
         shares = np.maximum(shares, np.abs(sums))
         over = shares > multiplier
         self._over = np.where(over, self._over + 1, np.maximum(0, self._over - 1))

@@ -17,18 +17,16 @@ class Lasting:
     times 25 steps'): such a trend is not found.
 
     Args:
-        limits: of the columns' scores.
         two_sided: which columns alarm downwards too.
     """
 
-    def __init__(self, limits: NDArray[np.float64], two_sided: NDArray[np.bool_]) -> None:
-        self._limits, self._two_sided = limits, two_sided
-        self._up, self._down = np.zeros(len(limits)), np.zeros(len(limits))
+    def __init__(self, two_sided: NDArray[np.bool_]) -> None:
+        self._two_sided = two_sided
+        self._up, self._down = np.zeros(len(two_sided)), np.zeros(len(two_sided))
 
-    def observe(self, z: NDArray[np.float64], quiet: NDArray[np.bool_]) -> NDArray[np.float64]:
-        """Take the scores of a step in and return how full each sum is, 1 where it alarms, negative downwards. What is
-        not quiet empties its column's sums: its score has spoken already."""
-        steps = np.nan_to_num(z) / self._limits
+    def observe(self, steps: NDArray[np.float64], quiet: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Take the scores of a step in, z / limit, 0 where there is none, and return how full each sum is, 1 where it
+        alarms, negative downwards. What is not quiet empties its column's sums: its score has spoken already."""
         self._up = np.where(quiet, np.maximum(0, self._up + steps - _ALLOWED), 0)
         self._down = np.where(quiet & self._two_sided, np.maximum(0, self._down - steps - _ALLOWED), 0)
         return np.where(self._up >= self._down, self._up, -self._down) / _ENOUGH

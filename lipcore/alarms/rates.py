@@ -31,6 +31,8 @@ class CommonRate:
         device, which would have to be waited for, is taken to be constant."""
         groups = [group for optimizer in self._optimizers for group in getattr(optimizer, "param_groups", ())]
         rates = [_host_number(group.get("lr", 1.0)) for group in groups]
+        if rates == self._last:
+            return self._log
         if len(rates) != len(self._last):  # a group came or went: what was is of other groups
             self._last = [0.0] * len(rates)
         changes = [math.log(new / old) for new, old in zip(rates, self._last, strict=True) if new > 0 and old > 0]

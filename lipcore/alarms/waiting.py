@@ -26,10 +26,6 @@ class StepNumbers:
     rate: float | None = None  #: logged as "lr"
     log_factor: float = 0.0  #: logarithm of the optimizers' common learning rate, in units of their first
 
-    def at(self, level: Level) -> NDArray[np.intp]:
-        """Return which places are of a level."""
-        return np.array([i for i, one in enumerate(self.levels) if one == level], dtype=np.intp)
-
 
 class Waiting:
     """Queue of steps: norms and logged numbers come in blocks, each in its own time."""

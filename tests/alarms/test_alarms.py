@@ -107,24 +107,28 @@ def test_a_schedule_alone_alarms_nobody() -> None:
 
 
 def test_training_stays_bit_for_bit_the_same() -> None:
+    heard: list[AlarmEvent] = []
+    (_, plain), (_, watched) = (
+        train(alarms=alarms, fault=large_rate, metrics=metrics()) for alarms in (None, Alarms(on_event=heard.append))
+    )
+    assert heard
+    for one, other in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_on_event_raises_comes_with_the_next_call() -> None:
+    steps = []
+
     def raises(event: AlarmEvent) -> None:
-        raise ValueError("no")
+        raise ValueError(f"no, at {event.step}")
 
-    found = []
-
-    def keep(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        found[-1] = model
+    def count(step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        steps.append(step)
         large_rate(step, model, optimizer)
 
-    for alarms in (None, Alarms(on_event=raises)):
-        found.append(None)
-        if alarms is None:
-            train(fault=keep, metrics=metrics())
-            continue
-        with pytest.raises(ValueError, match="no"):  # by the end of the with block
-            train(alarms=alarms, fault=keep, metrics=metrics())
-    for one, other in zip(found[0].parameters(), found[1].parameters(), strict=True):
-        assert torch.equal(one, other)
+    with pytest.raises(ValueError, match=f"no, at {AT}"):  # of log(), or of the end of the block
+        train(alarms=Alarms(on_event=raises), fault=count, metrics=metrics())
+    assert steps[-1] >= AT
 
 
 def test_what_is_done_about_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -154,7 +158,7 @@ def test_a_training_stops_at_the_next_call() -> None:
     with pytest.raises(AlarmStop, match="not finite: gradient|not finite: parameter") as caught:
         train(400, alarms=Alarms(stop=True), fault=count, metrics=metrics())
     assert caught.value.event.step == AT
-    assert AT < steps[-1] <= AT + 64 + 1 + 64
+    assert AT <= steps[-1] <= AT + 64 + 1 + 64  # steps of less than 10 ms come in blocks
     assert pickle.loads(pickle.dumps(caught.value)).event == caught.value.event
 
 

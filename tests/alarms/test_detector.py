@@ -60,7 +60,7 @@ def test_scores_are_those_of_the_specification() -> None:
 
 def test_cumulative_sums_are_those_of_the_specification() -> None:
     limits, two_sided = np.array([3.0, 6.0]), np.array([False, True])
-    sums, up, down = Lasting(limits, two_sided), [0.0, 0.0], [0.0, 0.0]
+    sums, up, down = Lasting(two_sided), [0.0, 0.0], [0.0, 0.0]
     rng = np.random.default_rng(0)
     for _ in range(50):
         z, quiet = rng.normal(scale=4, size=2), rng.random(2) < 0.9
@@ -68,7 +68,7 @@ def test_cumulative_sums_are_those_of_the_specification() -> None:
             up[i] = max(0.0, up[i] + z[i] / limits[i] - 0.5) if quiet[i] else 0.0
             down[i] = max(0.0, down[i] - z[i] / limits[i] - 0.5) if quiet[i] and two_sided[i] else 0.0
         expected = [(u if u >= d else -d) / 5 for u, d in zip(up, down, strict=True)]
-        np.testing.assert_allclose(sums.observe(z, quiet), expected, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(sums.observe(z / limits, quiet), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("at", "told"), [(99, False), (100, True)])

@@ -1,0 +1,32 @@
+"""Which of a step's numbers the alarms look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lipcore.alarms.detector import Columns
+from lipcore.alarms.signals import Signal
+from lipcore.metric.values import Level
+
+
+class Layout:
+    """Places of a step's numbers: those that are scored, groups of parameters, and single ones, whose values have to be
+    finite. The total and the groups take their place where there are none."""
+
+    def __init__(self, signals: Mapping[str, Signal], places: tuple[str, ...], levels: tuple[Level, ...]) -> None:
+        self._key = places, levels
+        self.single = _at(levels, "tensor" if "tensor" in levels else "group")
+        self.groups = _at(levels, "group" if "group" in levels else "total")
+        self.names = [places[i] for i in self.single]
+        self.columns = Columns.of(signals, [places[i] for i in self.groups])
+
+    def fits(self, places: tuple[str, ...], levels: tuple[Level, ...]) -> bool:
+        """Return whether numbers of these places lie so."""
+        return self._key == (places, levels)
+
+
+def _at(levels: tuple[Level, ...], level: str) -> NDArray[np.intp]:
+    return np.array([i for i, one in enumerate(levels) if one == level], dtype=np.intp)
