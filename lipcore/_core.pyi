@@ -86,6 +86,9 @@ class TrajectoryPlan:
     @block.setter
     def block(self, arg0: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
+    @property
+    def captured(self) -> bool:
+        ...
 class SketchPlan:
     """
     Parameters and the tensors that their sketches and weights are written to.

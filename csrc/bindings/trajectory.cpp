@@ -288,7 +288,8 @@ void bind_trajectory(py::module_& m) {
              check(plan.step());
              return plan.block == kTrajectoryBlock;
            })
-      .def_readwrite("block", &TrajectoryPlan::block);
+      .def_readwrite("block", &TrajectoryPlan::block)
+      .def_readonly("captured", &TrajectoryPlan::captured);
   py::class_<SketchPlan>(m, "SketchPlan", "Parameters and the tensors that their sketches and weights are written to.")
       .def(py::init(&make_sketch_plan), py::arg("entries"), py::arg("sketches"), py::arg("weights"), py::arg("seed"))
       .def("step", [](SketchPlan& plan) { check(plan.step()); });

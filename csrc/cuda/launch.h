@@ -46,6 +46,9 @@ class StepRunner {
   // Allocates nothing.
   bool step(const std::vector<TrajectoryItem>& items, bool moved);
 
+  // A step was captured in a CUDA graph, whose replays nobody tells of.
+  bool captured() const { return captured_; }
+
  private:
   dlpack::Device device_{};
   std::vector<TensorEntry> entries_;

@@ -88,6 +88,7 @@ bool TrajectoryPlan::step() {
 bool TrajectoryPlan::step_on_device() {
 #if defined(LIPCORE_WITH_CUDA)
   if (!cuda_runner_->step(items_, moved_)) return false;
+  captured = cuda_runner_->captured();
   moved_ = false;
 #endif
   return true;

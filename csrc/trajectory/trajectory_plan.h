@@ -38,7 +38,8 @@ class TrajectoryPlan {
   // current stream, and nothing about it is known here: restarts and counts come from the ledger there.
   bool step();
 
-  int64_t block = 0;  // steps in the open block; whoever calls step() folds it when it is full
+  int64_t block = 0;      // steps in the open block; whoever calls step() folds it when it is full
+  bool captured = false;  // a step was captured in a CUDA graph: its replays are not counted in the block
 
  private:
   bool look_up_all();

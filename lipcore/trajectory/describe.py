@@ -129,6 +129,8 @@ class Rows:
                     known = ~np.isnan(numbers) if reducer == "cumulative" else None
                     if known is not None and not known.any():
                         continue
+                    if reducer in ("p50", "p99") and counts.any() and np.isnan(numbers).all():
+                        continue  # steps were gone before they were read
                     numbers = numbers if counts.all() else np.where(counts > 0, numbers, math.nan)
                     error = errors[quantity] * numbers if quantity in errors else None
                     key = quantity == "variance", id(counts)

@@ -41,6 +41,7 @@ class Recent:
         self._drained = 0
         self._pending: tuple[HostCopy, int, int] | None = None
         self._kept = KeptSteps(table.tensors)
+        self.lost = 0  #: steps since restart() that were gone before they were read: those of replayed CUDA graphs
         self.distributions = [Distribution() for _ in range(2 * len(table.rows))]
         self._empty = True  # nothing is in the distributions
 
@@ -73,7 +74,7 @@ class Recent:
 
     def restart(self, end: int) -> None:
         """Forget the steps up to `end`, taken in or not: a new window begins after it."""
-        self._absorbed, self._pending = end, None
+        self._absorbed, self._pending, self.lost = end, None, 0
         self._kept.clear()
         if not self._empty:
             reset_all(self._distributions)
@@ -110,6 +111,8 @@ class Recent:
             self._observe(copy.tensors()[0], begin, end)
 
     def _observe(self, recent: Tensor, begin: int, end: int) -> None:
+        self.lost += max(0, end - begin - self._ring)
+        begin = max(begin, end - self._ring)
         if end > begin:
             self._empty = False
             self._kept.add(recent, begin, end)

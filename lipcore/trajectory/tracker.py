@@ -49,6 +49,7 @@ class Tracker(TrackerBase):
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything needed to go on bit for bit."""
+        self.count_replays()
         self.recent.flush(self.seen)
         state: dict[str, Any] = {
             "rows": self.table.rows.clone(),

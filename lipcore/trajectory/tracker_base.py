@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from lipcore.metric.columns import Numbers
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.results import Level, Places
+from lipcore.models.capturing import is_capturing
 from lipcore.trajectory.copies import Copies, bytes_of, squared_distances
 from lipcore.trajectory.describe import QUANTILES, quantiles_of
 from lipcore.trajectory.parameters import WatchedParameter
@@ -67,11 +69,12 @@ class TrackerBase:
         self.closed: deque[Block] = deque(maxlen=window_blocks - 1)
         self.copies = Copies(tensors, per_element=per_element) if copies else None
         self._window_read = WindowRead(
-            self.table, self.window_rows, lambda ring: self.recent.flush_from(ring, self.seen)
+            self.table, self.window_rows, lambda ring, cursor: self.recent.flush_from(ring, self._seen_at(cursor))
         )
         self._plan: _core.TrajectoryPlan | None = None
         self._settled = 0  # steps up to the last settle()
         self._observed = 0  # steps since then that were not the plan's
+        self._captured = False  # one of those was captured in a CUDA graph
         if self.copies:
             entries = [
                 (parameter.owner, parameter.key, parameter.name, *self.copies.entry(i))
@@ -119,6 +122,7 @@ class TrackerBase:
         """Count a step from sums made elsewhere, float64 [tensors, 6] as `trajectory_step` returns them; True when
         settle() is due."""
         self.table.core.observe(sums)
+        self._captured = self._captured or is_capturing(sums)
         self._observed += 1
         return bool(self._observed == _core.BLOCK_STEPS)
 
@@ -135,8 +139,25 @@ class TrackerBase:
 
     @property
     def seen(self) -> int:
-        """Number of all steps so far; those in a replayed CUDA graph are not known here."""
+        """Number of all steps so far; those in a replayed CUDA graph are known after count_replays()."""
         return self._settled + self.open_steps
+
+    @property
+    def _has_replays(self) -> bool:
+        """True where there may be steps of which nobody tells: those of a CUDA graph."""
+        return self._captured or (self._plan is not None and self._plan.captured)
+
+    def count_replays(self) -> None:
+        """Count the steps that replays of CUDA graphs have made too, for which the device is waited for; one that was
+        captured was none."""
+        if self._has_replays:
+            self._seen_at(int(self.table.cursor[0]))
+
+    def _seen_at(self, cursor: int) -> int:
+        """Return the number of steps when the table's cursor was here."""
+        if self._has_replays:
+            self._settled += cursor - self.seen
+        return self.seen
 
     @property
     def window_steps(self) -> int:
@@ -152,7 +173,8 @@ class TrackerBase:
         """Close the open block: its mean joins that of the earlier ones, its distance from it joins M2, its steps the
         quantiles. Nothing waits for a device."""
         self._end_block()
-        self.recent.absorb(self._settled)
+        if not self._has_replays:  # else the ring may be further than is known here
+            self.recent.absorb(self._settled)
         if not self.copies:
             return
         rows = self.table.rows
@@ -168,6 +190,7 @@ class TrackerBase:
 
     def reset(self) -> None:
         """Start a new window at the tensors' last observed values."""
+        self.count_replays()
         self._end_block()
         self.recent.restart(self._settled)
         self.closed.clear()
@@ -180,6 +203,7 @@ class TrackerBase:
         if self.closed.maxlen == 0:
             self.reset()
             return
+        self.count_replays()
         self.settle()
         self.recent.flush(self._settled)
         means, m2 = self.copies.take_earlier() if self.copies else ([], [])
@@ -208,10 +232,13 @@ class TrackerBase:
     def window_quantiles(self) -> Numbers:
         """Return median and 99 % quantile of update norm and ratio of every row over the window, [2, 2 * rows]."""
         found = None if self.closed else self.recent.quantiles(self.seen, QUANTILES)
-        return quantiles_of(self.window_distributions()) if found is None else found
+        if found is None:
+            found = quantiles_of(self.window_distributions())
+        return np.full_like(found, np.nan) if self.recent.lost else found
 
     def window_distributions(self) -> list[Distribution]:
         """Return the distributions of update norm and ratio of every row over the whole window."""
+        self.count_replays()
         self.recent.flush(self.seen)
         if not self.closed:
             return self.recent.distributions

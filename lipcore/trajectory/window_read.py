@@ -16,7 +16,7 @@ class WindowRead:
     Args:
         table: the tracker's.
         window_rows: makes the rows of the whole window.
-        take_ring: gets the ring on the host.
+        take_ring: gets the ring on the host, and at which step that was.
 
     Attributes:
         rows: of the whole window, on the host; None where they were not brought there.
@@ -24,7 +24,9 @@ class WindowRead:
 
     is_changed = True
 
-    def __init__(self, table: Table, window_rows: Callable[[], Tensor], take_ring: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self, table: Table, window_rows: Callable[[], Tensor], take_ring: Callable[[Tensor, int], None]
+    ) -> None:
         self._table, self._window_rows, self._take_ring = table, window_rows, take_ring
         self.rows: Tensor | None = None
 
@@ -34,14 +36,17 @@ class WindowRead:
         return self._table.rows.device
 
     def packed(self) -> Tensor:
-        """Return rows and ring as one row."""
-        return torch.cat([part.view(torch.int64).reshape(-1) for part in (self._window_rows(), self._table.recent)])
+        """Return rows, ring and cursor as one row."""
+        parts = self._window_rows(), self._table.recent, self._table.cursor
+        return torch.cat([part.view(torch.int64).reshape(-1) for part in parts])
 
     def take(self, packed: Tensor) -> None:
         """Keep the rows, and have the ring's steps join the quantiles."""
-        rows, recent = packed.view(torch.float64).split([self._table.rows.numel(), self._table.recent.numel()])
+        table = self._table
+        sizes = [part.numel() for part in (table.rows, table.recent, table.cursor)]
+        rows, recent, cursor = packed.view(torch.float64).split(sizes)
         self.rows = rows.reshape(self._table.rows.shape)
-        self._take_ring(recent.reshape(self._table.recent.shape))
+        self._take_ring(recent.reshape(self._table.recent.shape), int(cursor[0]))
 
     def release(self) -> None:
         """Forget the rows."""
