@@ -111,9 +111,9 @@ def check_same(state: Any, mine: dict[str, Any]) -> None:
         raise ValueError(f"state: expected a dict, got {type(state).__name__}")
     for key, value in mine.items():
         if key not in state:
-            raise ValueError(f"{key}: missing from the trajectory state")
+            raise ValueError(f"{key}: missing from the metric's state")
         if state[key] != value or isinstance(state[key], bool) != isinstance(value, bool):  # True is not 1
-            raise ValueError(f"{key}: the state has {_shorten(state[key])}, this trajectory has {_shorten(value)}")
+            raise ValueError(f"{key}: the state has {_shorten(state[key])}, this metric has {_shorten(value)}")
 
 
 def _shorten(value: Any) -> str:

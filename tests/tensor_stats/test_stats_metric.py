@@ -440,7 +440,7 @@ def test_a_state_goes_on_bit_for_bit() -> None:
     assert one.monitor.compute()["tensor_stats"].to_dict() == other.monitor.compute()["tensor_stats"].to_dict()
     metric = TensorStats(every_steps=3)
     Monitor(make(), metrics=[metric])
-    with pytest.raises(ValueError, match="every_steps: the state has 2, this trajectory has 3"):
+    with pytest.raises(ValueError, match="every_steps: the state has 2, this metric has 3"):
         metric.load_state_dict(state["metrics"]["tensor_stats"])
 
 
