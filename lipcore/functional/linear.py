@@ -18,7 +18,10 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _NUMBER = {None: 0, "gram": 1, "direct": 2}  # in the core
 _REDO = 3
 _FUSED = 128  # tiles, so that there are blocks for the multiprocessors of a large device
-_ON_TENSOR_CORES = 1 << 27  # from as many multiplications of 16-bit numbers on, torch multiplies on a CUDA device
+_ON_TENSOR_CORES = 1 << 27  # from as many multiplications of 16-bit numbers on, torch may multiply on a CUDA device
+# On tensor cores a multiplication costs this share of one in float32 without them, and an element of a product that is
+# written and read again as much as so many of those: data sheets say 1/15 (H100) to 1/2 (RTX 4090), and 100 to 130.
+_TENSOR_CORE_SHARE, _PRODUCT_COST = 1 / 8, 100
 _PRODUCTS = 1 << 23  # elements of weight gradients that it makes at a time, in float32: what second-level caches hold
 
 
@@ -95,7 +98,8 @@ def linear_method(tokens: int, in_features: int, out_features: int) -> Method:
     """Return how :func:`linear_norms_sq` treats T tokens per sample on the CPU unless told: "gram" or "direct".
 
     The cheaper of both by multiplications and by how well tiles are filled; direct where they are close, because Gram
-    loses digits. A CUDA device does as the CPU, but takes packed sequences and large layers of 16-bit numbers directly.
+    loses digits. A CUDA device does as the CPU, but takes packed sequences directly, and large layers of 16-bit numbers
+    unless their sequences are short: up to some 300 tokens in common layers.
 
     Raises:
         ValueError: a size below 0.
@@ -208,7 +212,18 @@ def _suits_the_kernel(x: Tensor, grad: Tensor) -> bool:
 
 def _suits_tensor_cores(x: Tensor, grad: Tensor) -> bool:
     narrow = x.dtype == grad.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return narrow and x.numel() * grad.shape[-1] >= _ON_TENSOR_CORES
+    return narrow and made_by_torch(*x.shape, grad.shape[-1])
+
+
+def made_by_torch(samples: int, tokens: int, inputs: int, outputs: int) -> bool:
+    """Return whether products of 16-bit numbers are torch's on a CUDA device: where there are many, and lipcore's
+    kernel, which writes none of them, would take more time all the same. Gram matrices of short sequences take less."""
+    if samples * tokens * inputs * outputs < _ON_TENSOR_CORES:
+        return False
+    cost = 2 * tokens * inputs * outputs
+    if _core.linear_uses_gram(tokens, inputs, outputs):
+        cost = tokens * (tokens + 1) * (inputs + outputs)  # both matrices are symmetric
+    return cost > (2 * tokens * _TENSOR_CORE_SHARE + _PRODUCT_COST) * inputs * outputs
 
 
 def _norms_of_products(x: Tensor, grad: Tensor, out: Tensor) -> None:

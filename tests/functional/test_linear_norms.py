@@ -430,11 +430,20 @@ def test_races_on_cuda(monkeypatch):
     check_on_cuda(x[0], grad[0], 2e-6, torch.tensor([0, 1, 17]))
 
 
+@pytest.mark.parametrize(("sizes", "by_torch"), [
+    ((8, 1024, 768, 3072), True), ((8, 2048, 4096, 4096), True), ((256, 128, 64, 64), True),  # (samples, tokens, I, O)
+    ((64, 65, 768, 3072), False), ((64, 197, 768, 768), False), ((64, 197, 1024, 4096), False),  # Gram is less
+    ((64, 8, 64, 64), False), ((1, 1, 768, 3072), False), ((0, 65, 768, 3072), False),  # there is little to do
+])  # fmt: skip
+def test_which_products_are_torchs_on_cuda(sizes, by_torch):
+    assert linear.made_by_torch(*sizes) is by_torch
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_by_torch_on_cuda(dtype, monkeypatch):
     """Large layers of 16-bit numbers, in pieces; what leaves float32's range is made again."""
-    monkeypatch.setattr(linear, "_ON_TENSOR_CORES", 0)
+    monkeypatch.setattr(linear, "made_by_torch", lambda *sizes: True)
     x, grad = pair(5, 9, 17, 13, dtype=dtype)
     x[3], grad[4] = 0, grad[4] * 1e-6
     truth = reference.linear_norms_sq(x, grad)
