@@ -6,7 +6,7 @@ import functools
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lipcore.layers import Batch
 from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
+from lipcore.models.random_draws import Draws
 from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import all_put_back, without_cached_casts
 from lipcore.models.torch_internals import tree_map
@@ -63,11 +64,26 @@ class CannotRun(ValueError):
     """The reason why the model cannot be run once more."""
 
 
-def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], samples: int, dim: int) -> Any:
+def on_one_more(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    samples: int,
+    dim: int,
+    draws: Draws | None = None,
+) -> Any:
     """Return what the model makes of the batch with its last sample a second time.
 
     Random numbers, buffers and attributes are as before when it returns. Buffers are changed in copies, since a graph
     of the user's may have kept them.
+
+    Args:
+        model: that is called.
+        arguments: of the call.
+        keywords: of the call.
+        samples: B.
+        dim: where the batch is.
+        draws: the random numbers that the pass on B samples has drawn; the draws here are those.
 
     Raises:
         CannotRun: with the reason.
@@ -81,18 +97,10 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
     for blocks in (False, True):  # the second time also what has a block of rows of each sample: patches of all images
         longer = functools.partial(_longer, samples=samples, dim=dim, blocks=blocks)
         try:
-            with (
-                all_put_back(model, random=True),
-                _buffers_exchanged(model),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                paused(),
-                without_cached_casts(),
-                without_communication(),
-                _under_way_now(Batch(samples + 1, dim)),
-            ):
+            with _own_pass(model, Batch(samples + 1, dim)):
                 more, words = tree_map(longer, (arguments, keywords))
-                output = model(*more, **words)
+                with draws.again(model, samples) if draws is not None else nullcontext():
+                    output = model(*more, **words)
             break
         except Exception as error:
             failure = failure or error
@@ -103,6 +111,44 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
             f"{samples}, use another batch size"
         ) from failure
     return output
+
+
+def note_draws(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], draws: Draws) -> None:
+    """Run the model once more on the batch, to note what random numbers it draws.
+
+    Raises:
+        CannotRun: with the reason.
+    """
+    model = below_ddp(model)
+    try:
+        with _own_pass(model, None):
+            same, words = tree_map(_copied, (arguments, keywords))
+            with draws.noted(model):
+                model(*same, **words)
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CannotRun(f"the model could not be run once more on the same samples ({what})") from error
+
+
+@contextmanager
+def _own_pass(model: nn.Module, batch: Batch | None) -> Iterator[None]:
+    """Run the model in this with block as if it had not been run; `batch`: of samples that its layers are to look alike
+    in."""
+    with (
+        all_put_back(model, random=True),
+        _buffers_exchanged(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        paused(),
+        without_cached_casts(),
+        without_communication(),
+        nullcontext() if batch is None else _under_way_now(batch),
+    ):
+        yield
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
 def _longer(leaf: Any, samples: int, dim: int, blocks: bool) -> Any:

@@ -13,6 +13,7 @@ from lipcore.capture.foreign_functions import function_of
 from lipcore.capture.graph.row_moves import Moves, keeps_samples
 from lipcore.capture.graph.walk import Walk, shapes
 
+_OTHER = "the model's graph is another one for one sample more ({0})"
 _VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
 
 
@@ -79,7 +80,7 @@ def frontier_of(
     Raises:
         GraphsDiffer: with the place where they do.
     """
-    pairs = _paired(walk, other, names, samples)
+    pairs = paired(walk, other, names, samples)
     leaves = walk.parameters(names)
     parents: list[list[int]] = [[] for _ in walk.nodes]
     for place, children in enumerate(walk.next):
@@ -140,9 +141,13 @@ def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
     return Frontier(kept, frozenset(kept), nodes, refused, {name: frozenset({leaf}) for leaf, name in kept.items()})
 
 
-def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> dict[int, Any]:
+def paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> dict[int, Any]:
     """Pair the nodes of two graphs. Where the model goes from sample to sample (a cat, an output that is a list), the
-    other graph has an edge more, which has no partner."""
+    other graph has an edge more, which has no partner.
+
+    Raises:
+        GraphsDiffer: with the place where they do.
+    """
     pairs: dict[int, Any] = {}
     todo = list(zip(walk.roots, other.roots, strict=False))
     while todo:
@@ -153,6 +158,9 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> 
         leaf = getattr(two, "variable", None)
         if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
             continue  # an input of the model's, which the user may have computed from something
+        own = getattr(one, "variable", None)
+        if leaf is not None and own is not None and own is not leaf and {id(own), id(leaf)} <= names.keys():
+            raise GraphsDiffer(_OTHER.format(f"parameter '{names[id(own)]}' against '{names[id(leaf)]}'"))
         pairs[x] = two
         mine, theirs = walk.next[x], other.next[y]
         kinds = _kind(one), _kind(two)
@@ -166,9 +174,7 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> 
             continue
         each = len(mine) * (samples + 1) == len(theirs) * samples
         if kinds[0] != kinds[1] or not (each or len(mine) == len(theirs)):
-            raise GraphsDiffer(
-                f"the model's graph is another one for one sample more ({one.name()} against {two.name()})"
-            )
+            raise GraphsDiffer(_OTHER.format(f"{one.name()} against {two.name()}"))
         todo += [(u, v) for u, v in zip(mine, theirs, strict=False) if u >= 0 and v >= 0]
     return pairs
 

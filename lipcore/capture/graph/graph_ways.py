@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
+from lipcore.capture.graph.another_size import HOOKED, CannotRun
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
+from lipcore.capture.graph.other_graph import Call, OtherGraphs
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.replay_costs import ReplayCosts
 from lipcore.capture.graph.structure import NOT_YET, Structure
@@ -56,16 +57,21 @@ class GraphWays:
     """
 
     def __init__(self, model: nn.Module, *, max_bytes: int, max_flops: int | None, prove: bool, whole: bool) -> None:
-        self._model, self._max_bytes, self._max_flops = model, max_bytes, max_flops
+        self._max_bytes, self._max_flops = max_bytes, max_flops
+        self._others = OtherGraphs(model)
         self._prove, self._whole = prove, whole
         self._spare = _SPARE
         self._known: dict[tuple[tuple[int, ...], tuple[tuple[int, str], ...], Signature], Structure] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
 
+    def begun(self) -> list[Any]:
+        """Return the states of the generators of random numbers, of which a pass that begins now draws."""
+        return self._others.begun()
+
     def follow(
         self,
         output: Any,
-        call: tuple[tuple[Any, ...], dict[str, Any]],
+        call: Call,
         batch: Batch,
         parameters: Mapping[str, nn.Parameter],
         counts: Callable[[], bool],
@@ -77,7 +83,7 @@ class GraphWays:
 
         Args:
             output: of the model in this pass.
-            call: the arguments and keywords of the call.
+            call: of the model in this pass.
             batch: the pass's samples.
             parameters: to be measured.
             counts: asked in every backward pass: whether it is to be recorded.
@@ -88,7 +94,7 @@ class GraphWays:
             return Followed(None, {}, "")
         walk = Walk(output)
         names = {id(parameter): name for name, parameter in parameters.items()}
-        leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_leaves(call[:2]) if isinstance(leaf, Tensor)]
         dims = int(batch.size == 1), *(leaf.dim() for leaf in leaves)
         key = dims, tuple(walk.parameters(names).items()), walk.signature()
         structure = self._known.get(key)
@@ -141,7 +147,7 @@ class GraphWays:
         self,
         walk: Walk,
         output: Any,
-        call: tuple[Any, dict[str, Any]],
+        call: Call,
         batch: Batch,
         names: Mapping[int, str],
         *,
@@ -151,7 +157,7 @@ class GraphWays:
         rows turn out to be in an order of the model's own."""
         if batch.offsets is not None:
             raise CannotRun("the samples are packed sequences, and the graph shows no rows of documents")
-        other = Walk(on_one_more(self._model, *call, batch.size, batch.dim))
+        other = self._others.beside(walk, names, call, batch)
         if batch.size == 1:
             return Structure(frontier_of_one(walk, names))
         absorbed: set[int] = set()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.capture.graph.graph_ways import Followed, GraphWays
+from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.walk import Walk
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Batch, Factor, Rule, norms_sq_of
@@ -103,7 +104,7 @@ class OwnGraph(Rule):
         self,
         output: Tensor,
         parameters: Mapping[str, nn.Parameter],
-        call: Any,
+        call: Call,
         batch: Batch,
         grad: Tensor,
         *,
@@ -134,7 +135,7 @@ class _Counts:
 @contextmanager
 def _run_again(
     module: nn.Module, keys: tuple[str, ...], call: _Call, saved: tuple[Tensor, ...]
-) -> Iterator[tuple[Tensor, dict[str, nn.Parameter], Any]]:
+) -> Iterator[tuple[Tensor, dict[str, nn.Parameter], Call]]:
     """Run a module's forward on parameters of the same values, at which nobody's hooks are; within the with block these
     are in the module."""
     tensors = iter(saved)
@@ -153,7 +154,7 @@ def _run_again(
         try:
             output = module.forward(*arguments, **keywords)
             output = output[0] if isinstance(output, tuple) else output
-            yield output, parameters, (arguments, keywords)
+            yield output, parameters, Call(arguments, keywords)
         finally:
             module._parameters.update(before)
 

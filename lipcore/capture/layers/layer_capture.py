@@ -14,6 +14,7 @@ from lipcore.capture.graph.another_size import HOOKED
 from lipcore.capture.graph.frontier import FUSED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.graph.kept_tensors import reading
+from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.layers.audit import Audit, depends_on, uses_of
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
@@ -283,7 +284,7 @@ class LayerCapture:
         if batch.size == 1 and self._may_serve and not run.chained:
             run.proves = not waiting and self.single.may_prove()
         if not self._compiled:
-            run.call = arguments, keywords
+            run.call = Call(arguments, keywords)
         passes.begin(run)
         self.single.stop()  # where another thread has made it serve meanwhile
         if self._compiled:
@@ -304,6 +305,8 @@ class LayerCapture:
             self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
             if run.adds_up and not self._compiled and not self.proofs.sharded:
                 run.sums = GradientSums(self.coverage.measured(), passes.fail)
+            if run.call is not None and (self.coverage.by_graph or run.due or not self._audit.done):
+                run.call = run.call._replace(begun=self.graph.begun())
         except Exception as error:
             passes.fail(error)
 

@@ -16,7 +16,7 @@ from lipcore import _core, functional
 from lipcore.capture.compiled import armed
 from lipcore.capture.graph.another_size import AnotherSize, another_size
 from lipcore.capture.graph.own_graph import OwnGraph
-from lipcore.capture.identity import InPlaceAfter, passed_on
+from lipcore.capture.identity import InPlaceAfter, PassedOn, passed_on
 from lipcore.capture.layers.compiled_uses import coded, used
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
@@ -109,9 +109,9 @@ class LayerSite:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
         passes = self._passes
-        own = another_size() if self._fused else None
+        own = another_size()
         if own is not None:
-            return self._fused_alike(own, module, arguments, keywords, output)
+            return self._alike(own, module, arguments, keywords, output)
         inner = in_backward() != -1
         if not is_plain_run():
             return None
@@ -120,7 +120,7 @@ class LayerSite:
         run = passes.pass_of_recomputation() if inner else passes.current
         if run is not None and not inner:
             run.calls.update(self.names.values())
-            run.fused[self.number].append(False)
+            run.tapped[self.number].append("")
         if run is not None and not self._from <= run.number <= self._left_at:
             return None
         if not torch.is_grad_enabled():
@@ -164,9 +164,10 @@ class LayerSite:
             return None
         watch(output, functools.partial(self._other_output_used, run))
         fuses = self._fused and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None
-        if fuses and run.left_to_graph.isdisjoint(self.names.values()):
-            if not inner:
-                run.fused[self.number][-1] = True
+        fuses = fuses and run.left_to_graph.isdisjoint(self.names.values())
+        if not inner:
+            run.tapped[self.number][-1] = "fused" if fuses else "passed on"
+        if fuses:
             return _with_tensor(output, self._fuse(module, call, run, inner))
         tapped = _Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
         return _with_tensor(output, tapped)
@@ -178,12 +179,16 @@ class LayerSite:
         )  # type: ignore[no-untyped-call]
         return fused
 
-    def _fused_alike(self, own: AnotherSize, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
-        """Return the output of a call in a pass of lipcore's own, fused where the same call of the last pass was."""
+    def _alike(self, own: AnotherSize, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        """Return the output of a call in a pass of lipcore's own, tapped as the same call of the last pass was:
+        in-place operations that follow make other nodes behind a view."""
         made, last, tensor = own.calls[self.number], self._passes.last, _tensor_of(output)
         own.calls[self.number] += 1
-        if last is None or tensor is None or not any(last.fused.get(self.number, [])[made : made + 1]):
+        how = "" if last is None else next(iter(last.tapped.get(self.number, [])[made : made + 1]), "")
+        if not how or tensor is None or self.broadcast:
             return None
+        if how != "fused":
+            return _with_tensor(output, PassedOn.apply(tensor, self.in_place_after))  # type: ignore[no-untyped-call]
         with suppress(ValueError):
             call = self._prepared(module, arguments, keywords, tensor, [own.batch])
             return _with_tensor(output, self._fuse(module, call, None, False))

@@ -65,6 +65,8 @@ class _Known:
     seen: dict[str, Tensor] = field(default_factory=dict)
     unseen: dict[str, Tensor] = field(default_factory=dict)
     unreached: dict[str, set[str]] = field(default_factory=dict)
+    met: set[str] = field(default_factory=set)  # layers that were called in a proof, and that no gradient came to
+    left_out: dict[str, int] = field(default_factory=dict)  # of these, the numbers of layers that were not called
     ids: dict[str, list[SampleIds]] = field(default_factory=dict)
 
     def add(self, found: Mapping[str, list[SampleIds]]) -> None:
@@ -187,7 +189,9 @@ class Proofs:
             found = self._known.get(run.kind)
             run.unproved = _NOT_YET.format(run.batch.size) if found is None else found.reason or found.past
             if found is not None:
-                run.unseen, run.unreached = found.unseen, found.unreached
+                run.unseen, run.unreached, run.left_out = found.unseen, found.unreached, found.left_out
+                if before is None and any(run.tapped.get(number) for number in found.left_out.values()):
+                    self._schedule.ask_soon(run.kind)
         return wrong
 
     def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
@@ -214,6 +218,9 @@ class Proofs:
             known.reason = ""
         known.unseen = {} if known.reason else unseen_rows(self._sites, known.seen)
         unreached = [site for site in self._sites if site.name in found.unreached and site.name not in known.seen]
+        called = {site.name for site in unreached if run.tapped.get(site.number) or site.number in run.probes}
+        known.left_out = {s.name: s.number for s in unreached if s.name not in called | known.met}
+        known.met |= called
         known.unreached = {site.name: set(site.names.values()) for site in unreached}
         if found.wrong and found.entered:
             run.suspects.append((found.entered, found.wrong))
