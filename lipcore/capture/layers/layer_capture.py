@@ -26,6 +26,7 @@ from lipcore.capture.layers.keepers import Keepers
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.missed_passes import MissedPasses
 from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
 from lipcore.capture.layers.options import LayerOptions
@@ -76,6 +77,7 @@ class LayerCapture:
     ) -> None:
         self.model = model
         self.passes = Passes(self._deliver, self._stopped, on_unrecorded)
+        self._missed = MissedPasses(options, on_unrecorded)
         self._on_error = on_error
         self._on_record, self._on_proof = on_record, on_proof
         self._options = options
@@ -190,7 +192,7 @@ class LayerCapture:
         self.proofs.withdraw()
         self.passes.forget()
         self._look()
-        self.passes.recording = True
+        self.passes.start_again()
         self.attach()
 
     def close(self) -> None:
@@ -228,6 +230,11 @@ class LayerCapture:
         return self.passes.skipped
 
     @property
+    def skipped_samples(self) -> int | None:
+        """The number of its samples; None where that cannot be told."""
+        return self._missed.samples
+
+    @property
     def watches(self) -> bool:
         """True while the hooks are on the model and record."""
         return self.passes.recording and self._hooks is not None
@@ -261,6 +268,7 @@ class LayerCapture:
             self._kept.release()
             self._kept = None
         if not passes.before_forward():
+            self._missed.begin(arguments, keywords)
             return
         try:
             self._tap_own_graphs()
@@ -277,6 +285,7 @@ class LayerCapture:
             run.spoiled = mixing
         except Exception as error:
             passes.fail(error)
+            self._missed.begin(arguments, keywords)
             return
         waiting = passes.waiting()
         if waiting:
@@ -344,6 +353,8 @@ class LayerCapture:
         if self._compiled:
             self._probes.disarm()
         if run is None or output is None:  # None: the forward pass raised
+            if passes.stopped and output is not None:
+                self._missed.end(output, passes.stopped)
             return None
         if passes.recording or (run.before is not None and self.proofs.together):
             try:
