@@ -74,7 +74,9 @@ class OwnGraph(Rule):
     ) -> tuple[str, dict[str, int]]:
         """Return why a call cannot be measured so, or "", and how often each parameter is used in it. One sample's
         gradient is compared with autograd's."""
-        theirs, batch = output[0] if isinstance(output, tuple) else output, extra.batch
+        theirs, batch = output[0] if isinstance(output, tuple) and output else output, extra.batch
+        if not isinstance(theirs, Tensor):
+            return f"it returns a {type(output).__name__} whose first is no tensor", {}
         try:
             with _run_again(module, self.keys, extra, saved) as (mine, parameters, call):
                 if not torch.equal(mine, theirs):

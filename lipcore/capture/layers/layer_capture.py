@@ -323,6 +323,7 @@ class LayerCapture:
         """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""
         if not self._audit.done or self._hooks is None:
             return
+        self._keepers.keep_again()
         for at, module, rule, names in self._with_own_graph:
             if not self.coverage.by_graph.keys() >= set(names.values()):
                 continue
@@ -399,7 +400,7 @@ class LayerCapture:
                 later |= fused
             refused = {n: self._keepers.why(w) if w == HOOKED else w for n, w in refused.items() if n not in later}
             if run.kept is not None and not self._options.normalized:
-                self._with_own_graph += self._keepers.own_graphs(lambda: uses_of(output, self.coverage))
+                self._with_own_graph += self._keepers.own_graphs(output, lambda: uses_of(output, self.coverage))
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:
             passes.fail(error)

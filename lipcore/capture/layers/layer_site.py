@@ -21,7 +21,7 @@ from lipcore.capture.layers.compiled_uses import coded, used
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
 from lipcore.capture.layers.options import LayerOptions
-from lipcore.capture.layers.other_outputs import watch, watch_probed
+from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.proof import is_proof
@@ -36,10 +36,6 @@ _PREPENDED = (
     "another forward hook runs before lipcore's and may change the output before it is seen (one registered with "
     "prepend=True after lipcore's, or by register_module_forward_hook()); register it on the module, before the metric "
     "is attached or without prepend"
-)
-OTHER_OUTPUT = (
-    "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
-    "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
 )
 #: In the place of the number of regions, in the last row of a probe: a call did not fit its rule.
 _SAVED = (
@@ -235,7 +231,7 @@ class LayerSite:
     def _other_output_used(self, run: LayerPass) -> None:
         if not self._passes.recording or is_proof() or not accumulates_everything():
             return
-        error = _named(ValueError(OTHER_OUTPUT), self)
+        error = _named(ValueError(why_not(self.module, self.rule)), self)
         if self._may_leave:  # from the next pass on
             self._passes.leave_to_graph(self.names.values(), str(error))
             self.leave_to_graph()
