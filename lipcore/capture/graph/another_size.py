@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -26,16 +26,22 @@ HOOKED = (
 )
 
 
+#: By number of a layer, the shapes of what its calls returned.
+Shapes = defaultdict[int, list[tuple[int, ...]]]
+
+
 class AnotherSize:
     """A pass of lipcore's own on more samples, which layers that are no longer torch's are to look alike in.
 
     Attributes:
         batch: its samples.
         calls: how often each layer was called so far, by the layer's number.
+        shapes: gets, by that number, the shapes of its outputs.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, shapes: Shapes | None = None) -> None:
         self.batch = batch
+        self.shapes: Shapes = defaultdict(list) if shapes is None else shapes
         self.calls: Counter[int] = Counter()
 
 
@@ -52,8 +58,8 @@ def another_size() -> AnotherSize | None:
 
 
 @contextmanager
-def _under_way_now(batch: Batch) -> Iterator[None]:
-    _under_way.now = AnotherSize(batch)
+def _under_way_now(batch: Batch, shapes: Shapes | None) -> Iterator[None]:
+    _under_way.now = AnotherSize(batch, shapes)
     try:
         yield
     finally:
@@ -71,6 +77,7 @@ def on_one_more(
     samples: int,
     dim: int,
     draws: Draws | None = None,
+    shapes: Shapes | None = None,
 ) -> Any:
     """Return what the model makes of the batch with its last sample a second time.
 
@@ -84,6 +91,7 @@ def on_one_more(
         samples: B.
         dim: where the batch is.
         draws: the random numbers that the pass on B samples has drawn; the draws here are those.
+        shapes: gets those of the tapped layers' outputs.
 
     Raises:
         CannotRun: with the reason.
@@ -97,7 +105,9 @@ def on_one_more(
     for blocks in (False, True):  # the second time also what has a block of rows of each sample: patches of all images
         longer = functools.partial(_longer, samples=samples, dim=dim, blocks=blocks)
         try:
-            with _own_pass(model, Batch(samples + 1, dim)):
+            if shapes is not None:
+                shapes.clear()
+            with _own_pass(model, Batch(samples + 1, dim), shapes):
                 more, words = tree_map(longer, (arguments, keywords))
                 with draws.again(model, samples) if draws is not None else nullcontext():
                     output = model(*more, **words)
@@ -131,7 +141,7 @@ def note_draws(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str,
 
 
 @contextmanager
-def _own_pass(model: nn.Module, batch: Batch | None) -> Iterator[None]:
+def _own_pass(model: nn.Module, batch: Batch | None, shapes: Shapes | None = None) -> Iterator[None]:
     """Run the model in this with block as if it had not been run; `batch`: of samples that its layers are to look alike
     in."""
     with (
@@ -142,7 +152,7 @@ def _own_pass(model: nn.Module, batch: Batch | None) -> Iterator[None]:
         paused(),
         without_cached_casts(),
         without_communication(),
-        nullcontext() if batch is None else _under_way_now(batch),
+        nullcontext() if batch is None else _under_way_now(batch, shapes),
     ):
         yield
 

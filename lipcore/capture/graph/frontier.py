@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lipcore.capture.foreign_functions import function_of
 from lipcore.capture.graph.row_moves import Moves, keeps_samples
-from lipcore.capture.graph.walk import Walk, shapes
+from lipcore.capture.graph.row_views import RowViews
+from lipcore.capture.graph.walk import VIEWS, Walk, shapes
 
 _OTHER = "the model's graph is another one for one sample more ({0})"
-_VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
 
 
 class GraphsDiffer(ValueError):
@@ -40,6 +40,7 @@ class Frontier:
         indexed: places of nodes that would move rows if their index were not each sample's own.
         loose: frontier nodes whose rows may be others' in a pass that is not proved.
         moved: free places of tensors with the batch, whose rows the model has chosen.
+        turns: whether samples take turns in the rows of a frontier node, as far as views near it say.
     """
 
     leaves: dict[int, str]
@@ -50,6 +51,7 @@ class Frontier:
     indexed: frozenset[int] = frozenset()
     loose: frozenset[int] = frozenset()
     moved: frozenset[int] = frozenset()
+    turns: Mapping[int, bool] = field(default_factory=dict)
 
     def samples_kept(self, walk: Walk, samples: int) -> bool:
         """Return whether nodes that took each sample's own row do so in this pass's graph too."""
@@ -121,8 +123,14 @@ def frontier_of(
     # Where another parameter's gradient comes through, it comes sample by sample.
     nodes = {place: at for place, at in nodes.items() if place not in free}
     moved = {p for p in free if p in absorbed or (p in pairs and walk.shapes(p) != shapes(pairs[p]))}
+    views, turns = RowViews(walk, pairs, parents), dict[int, bool]()
+    for place, at in nodes.items():
+        dim = next((d for d in at if d is not None), 0)
+        told = views.in_turns(place, dim) if walk.shapes(place)[0][dim : dim + 1] != (samples,) else None
+        if told is not None:
+            turns[place] = told
     sets = (frozenset(moves.indexed), frozenset(loose & moves.below), frozenset(moved))
-    return Frontier(kept, frozenset(free), nodes, refused, behind, *sets)
+    return Frontier(kept, frozenset(free), nodes, refused, behind, *sets, turns)
 
 
 def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
@@ -182,7 +190,7 @@ def paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> d
 def _kind(node: Any) -> str:
     """Return a node's name, the same for views that a reshape chooses among by strides."""
     name: str = node.name()
-    return "view" if name in _VIEWS else name
+    return "view" if name in VIEWS else name
 
 
 def _above(leaf: int, parents: list[list[int]], same: Callable[[int], bool]) -> set[int]:

@@ -49,8 +49,8 @@ class OtherGraphs:
             self._random = RandomNumbers(Held(self._model))
         return self._random.now()
 
-    def beside(self, walk: Walk, names: Mapping[int, str], call: Call, batch: Batch) -> Walk:
-        """Return the graph of a pass on one sample more.
+    def beside(self, walk: Walk, names: Mapping[int, str], call: Call, batch: Batch) -> tuple[Walk, Any]:
+        """Return the graph of a pass on one sample more, and what the model has returned in it.
 
         Args:
             walk: the graph of the pass.
@@ -62,24 +62,24 @@ class OtherGraphs:
             CannotRun: the model cannot be run once more.
             GraphsDiffer: the graph is another one, whatever random numbers are drawn.
         """
-        found = None
         if not self._chooses or call.begun is None:
             found = self._run(call, batch, None)
-            if call.begun is None or _differs(walk, found, names, batch) is None:
+            if call.begun is None or _differs(walk, found[0], names, batch) is None:
                 return found
         assert self._random is not None  # which has made call.begun
         assert call.begun is not None
         draws = Draws(self._random, call.begun)
         note_draws(self._model, call.arguments, call.keywords, draws)
         held = self._run(call, batch, draws)
-        why = _differs(walk, held, names, batch)
+        why = _differs(walk, held[0], names, batch)
         if why is not None:
             raise GraphsDiffer(_DRAWN.format(why) if draws.any else str(why)) from why
         self._chooses = True
         return held
 
-    def _run(self, call: Call, batch: Batch, draws: Draws | None) -> Walk:
-        return Walk(on_one_more(self._model, call.arguments, call.keywords, batch.size, batch.dim, draws))
+    def _run(self, call: Call, batch: Batch, draws: Draws | None) -> tuple[Walk, Any]:
+        returned = on_one_more(self._model, call.arguments, call.keywords, batch.size, batch.dim, draws)
+        return Walk(returned), returned
 
 
 def _differs(walk: Walk, other: Walk, names: Mapping[int, str], batch: Batch) -> GraphsDiffer | None:

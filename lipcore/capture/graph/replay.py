@@ -59,6 +59,7 @@ class Replay:
         unreached: frontier nodes of whose rows no proof knows, since no gradient comes to them from the outputs.
         unseen: per frontier node, rows that had no gradient in any proof, and whose norms are NaN when they have.
         whole: keep the gradients of single samples until they are asked for, not only their squares.
+        untold: why rows are among `unseen` of which nothing says whose they are.
 
     Attributes:
         unproved: why it is not proved whose rows came in the last backward pass, or "".
@@ -76,8 +77,11 @@ class Replay:
         unreached: Container[int] = (),
         unseen: Mapping[int, Tensor] | None = None,
         whole: bool = False,
+        *,
+        untold: str = "",
     ) -> None:
         self.whole = whole
+        self._why_unseen = untold or UNSEEN_ROWS
         self._leaves, self._samples = frontier.leaves, samples
         self._counts, self._fail, self._unreached, self._unseen = counts, fail, unreached, unseen or {}
         self._behind_leaf = {name: frontier.behind[name] for name in frontier.leaves.values()}
@@ -153,9 +157,9 @@ class Replay:
         for grad, dim in _dims(grads, at):
             touched, finite = _touches(grad, dim, rows)
             if finite:
-                self._unknown, self.unproved = True, UNSEEN_ROWS
+                self._unknown, self.unproved = True, self._why_unseen
             elif touched:
-                self.unproved = self.unproved or UNSEEN_ROWS
+                self.unproved = self.unproved or self._why_unseen
 
     def _behind(self, place: int, found: tuple[Tensor | None, ...]) -> Iterator[tuple[int, int, Tensor | None]]:
         return zip(self._edges.next[place], self._edges.numbers[place], found, strict=True)
@@ -260,7 +264,7 @@ class Replay:
         """
         mine = {name: rows[name] for name in self._behind_leaf if name in rows}
         if self._unknown:
-            return dict.fromkeys(mine, UNSEEN_ROWS)
+            return dict.fromkeys(mine, self._why_unseen)
         if self._samples < 2 or not self._looped:
             return {}
         run = [name for name in mine if not self._looped.isdisjoint(self._behind_leaf[name])]

@@ -34,6 +34,7 @@ from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
+from lipcore.capture.seeds import Begins
 from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
@@ -385,6 +386,7 @@ class LayerCapture:
             with reading(run.kept):
                 run.replay, refused, unproved = self.graph.follow(
                     *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
+                    begins=run.begins if self._options.output is None else run.begins or Begins(None, run.batch),
                     due=run.due,
                 )
                 if run.replay is not None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.gradient_sums import GradientSums
+from lipcore.capture.graph.another_size import Shapes
 from lipcore.capture.graph.kept_tensors import KeptTensors
 from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.replay import Replay
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.proof import NOTHING
+from lipcore.capture.seeds import Begins
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.layers.factor import Measure
 from lipcore.layers.factor_estimate import EstimatedOuter
@@ -134,6 +136,7 @@ class LayerPass:
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
         self.left_to_graph: frozenset[str] = frozenset()  # parameters that were so when it began
         self.tapped: defaultdict[int, list[str]] = defaultdict(list)  # by number of the site, how its calls were
+        self.shapes: Shapes = defaultdict(list)  # of the outputs of tapped layers, where a proof is due
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.output_sq: Tensor | None = None  # beside probes: of the model's output
         self.fresh = (-1, False)  # in which backward pass, and whether no gradients were there when it began
@@ -147,6 +150,7 @@ class LayerPass:
         self.call: Call | None = None  # until its end
         self.kept: KeptTensors | None = None  # what it keeps inside checkpoints
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
+        self.begins: Begins | None = None  # where proofs of it begin; None: at all that the model returns
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
         self.adds_up = False  # its samples' gradients are to be added up, and compared with the parameters'
         self.sums: GradientSums | None = None  # where that is done

@@ -117,6 +117,9 @@ class LayerSite:
         if run is not None and not inner:
             run.calls.update(self.names.values())
             run.tapped[self.number].append("")
+            if run.due:
+                shown = _tensor_of(output)
+                run.shapes[self.number].append(() if shown is None else tuple(shown.shape))
         if run is not None and not self._from <= run.number <= self._left_at:
             return None
         if not torch.is_grad_enabled():
@@ -179,6 +182,7 @@ class LayerSite:
         """Return the output of a call in a pass of lipcore's own, tapped as the same call of the last pass was:
         in-place operations that follow make other nodes behind a view."""
         made, last, tensor = own.calls[self.number], self._passes.last, _tensor_of(output)
+        own.shapes[self.number].append(() if tensor is None else tuple(tensor.shape))
         own.calls[self.number] += 1
         how = "" if last is None else next(iter(last.tapped.get(self.number, [])[made : made + 1]), "")
         if not how or tensor is None or self.broadcast:
