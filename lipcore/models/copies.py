@@ -47,6 +47,10 @@ DEPENDS = (
 #: Largest relative difference that rounding explains: experts that get other numbers of rows use other kernels.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
 _ROUNDING_HALF = 3e-2
+_OTHERS = (
+    "the output of sample {0} is another one when the other samples are exchanged, and it is called with tensors of "
+    "other numbers of rows beside, which may belong to samples by what these hold (pictures in texts)"
+)
 _BATCHES = 3  # held at once: what was kept, the copies, and what the model is given
 
 
@@ -80,6 +84,9 @@ class Before:
             self._kept = first.detach().clone()
             self.bytes = _BATCHES * self._kept.nbytes
             self._state = PassState(model)
+            leaves = [leaf for leaf in tree_leaves(self._call) if isinstance(leaf, Tensor) and leaf is not first]
+            beside = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.dim() > 1]
+            self._has_others = any(leaf.shape[min(dim, leaf.dim() - 1)] != first.shape[dim] for leaf in beside)
 
     def difference(
         self, output: Any, rows: Sequence[tuple[int, int, Tensor]], run: Callable[[Callable[[], Any]], Any] = _returned
@@ -114,6 +121,8 @@ class Before:
                     return "its output is another one when it is run again on the same batch", []
                 if not self._state.random.are_same(used, self._state.random.now()):
                     return "how many random numbers it draws depends on the batch", []
+                if self._has_others:
+                    return _OTHERS.format(sample), []
                 return DEPENDS.format(sample), wrong
         except Exception as error:
             return f"it could not be run again ({type(error).__name__}: {error})", []

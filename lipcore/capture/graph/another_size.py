@@ -7,7 +7,7 @@ import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,30 @@ def _under_way_now(batch: Batch, shapes: Shapes | None) -> Iterator[None]:
         _under_way.now = None
 
 
+class _Longer(NamedTuple):
+    """One way to make a batch longer.
+
+    Attributes:
+        sample: that is there a second time, in arguments of whole numbers; in others the last one is.
+        blocks: also what has a block of rows of each sample: patches of all images.
+        only_numbers: what is not of whole numbers stays as it is: the pictures of a text that has none.
+        others: so many of the last rows are there again in matrices that have another number: a text's own pictures.
+    """
+
+    sample: int
+    blocks: bool = False
+    only_numbers: bool = False
+    others: int = 0
+
+
+def _tries(samples: int) -> list[_Longer]:
+    last = samples - 1
+    some = list(dict.fromkeys([last, 0, samples // 2, samples // 3]))
+    ways = [_Longer(last), _Longer(last, blocks=True), *map(_Longer, some[1:])]
+    ways += [_Longer(sample, only_numbers=True) for sample in some]
+    return ways + [_Longer(last, others=count) for count in (1, 2, 3)]
+
+
 class CannotRun(ValueError):
     """The reason why the model cannot be run once more."""
 
@@ -79,7 +103,8 @@ def on_one_more(
     draws: Draws | None = None,
     shapes: Shapes | None = None,
 ) -> Any:
-    """Return what the model makes of the batch with its last sample a second time.
+    """Return what the model makes of the batch with its last sample a second time; or another one, where it does not
+    run so (a text with more than one of as many pictures as there are texts).
 
     Random numbers, buffers and attributes are as before when it returns. Buffers are changed in copies, since a graph
     of the user's may have kept them.
@@ -102,8 +127,8 @@ def on_one_more(
         raise CannotRun(why)
 
     failure = None
-    for blocks in (False, True):  # the second time also what has a block of rows of each sample: patches of all images
-        longer = functools.partial(_longer, samples=samples, dim=dim, blocks=blocks)
+    for more_of in _tries(samples):
+        longer = functools.partial(_longer, samples=samples, dim=dim, way=more_of)
         try:
             if shapes is not None:
                 shapes.clear()
@@ -161,13 +186,19 @@ def _copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
-def _longer(leaf: Any, samples: int, dim: int, blocks: bool) -> Any:
-    """Return an argument with its last sample a second time, or a copy of one that has no samples."""
+def _longer(leaf: Any, samples: int, dim: int, way: _Longer) -> Any:
+    """Return an argument with a sample a second time, or a copy of one that has no samples."""
     if not isinstance(leaf, Tensor):
         return leaf
     more, rows = leaf.detach(), leaf.shape[dim] if leaf.dim() > dim else 0
-    if leaf.layout == torch.strided and (rows == samples or (blocks and rows and rows % samples == 0)):
-        more = torch.cat([more, more.narrow(dim, rows - rows // samples, rows // samples)], dim)
+    floats = leaf.is_floating_point()
+    has = leaf.layout == torch.strided and (rows == samples or (way.blocks and rows and rows % samples == 0))
+    if has and not (floats and way.only_numbers):
+        # Pictures are in the order of their texts: that of the one at the end is the last.
+        sample = samples - 1 if floats else way.sample
+        more = torch.cat([more, more.narrow(dim, sample * (rows // samples), rows // samples)], dim)
+    elif way.others and leaf.layout == torch.strided and leaf.dim() > 1 and rows >= way.others:
+        more = torch.cat([more, more.narrow(dim, rows - way.others, way.others)], dim)
     else:
         more = more.clone()
     return more.requires_grad_(leaf.requires_grad)
