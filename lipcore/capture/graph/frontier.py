@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,6 +41,7 @@ class Frontier:
         loose: frontier nodes whose rows may be others' in a pass that is not proved.
         moved: free places of tensors with the batch, whose rows the model has chosen.
         turns: whether samples take turns in the rows of a frontier node, as far as views near it say.
+        returned: free places of tensors that the model returns, and that nothing with the batch is behind.
     """
 
     leaves: dict[int, str]
@@ -52,6 +53,7 @@ class Frontier:
     loose: frozenset[int] = frozenset()
     moved: frozenset[int] = frozenset()
     turns: Mapping[int, bool] = field(default_factory=dict)
+    returned: frozenset[int] = frozenset()
 
     def samples_kept(self, walk: Walk, samples: int) -> bool:
         """Return whether nodes that took each sample's own row do so in this pass's graph too."""
@@ -103,14 +105,15 @@ def frontier_of(
         flat = any(d is not None and shape[d] != samples for d, shape in zip(at, mine, strict=True))
         return strict and place in (moves.below if flat else moves.inside)
 
+    alone = _without_batch(walk, pairs)
     for leaf, name in leaves.items():
         try:
             if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
                 raise ValueError("the model's input was computed from it")
             try:
-                mine, met = _split(walk, leaf, parents, passes)
+                mine, met = _split(walk, leaf, parents, passes, alone)
             except ValueError:  # it is known of passes that are proved at least
-                mine, met = _split(walk, leaf, parents, functools.partial(passes, strict=False))
+                mine, met = _split(walk, leaf, parents, functools.partial(passes, strict=False), alone)
                 loose |= met
             found = {p: _batch_at(walk.shapes(p), shapes(pairs[p]), samples) or () for p in met}
         except ValueError as error:
@@ -130,7 +133,7 @@ def frontier_of(
         if told is not None:
             turns[place] = told
     sets = (frozenset(moves.indexed), frozenset(loose & moves.below), frozenset(moved))
-    return Frontier(kept, frozenset(free), nodes, refused, behind, *sets, turns)
+    return Frontier(kept, frozenset(free), nodes, refused, behind, *sets, turns, frozenset(alone & free))
 
 
 def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
@@ -203,16 +206,34 @@ def _above(leaf: int, parents: list[list[int]], same: Callable[[int], bool]) -> 
     return found
 
 
-def _split(walk: Walk, leaf: int, parents: list[list[int]], passes: Callable[[int], bool]) -> tuple[set[int], set[int]]:
-    """Return the places behind the frontier that a leaf's gradient comes through, and its frontier nodes."""
+def _without_batch(walk: Walk, pairs: Mapping[int, Any]) -> set[int]:
+    """Return the roots that nothing with the batch is behind."""
+    found = set()
+    for root in walk.roots:
+        behind, todo = {root}, [root]
+        while todo and all(p in pairs and walk.shapes(p) == shapes(pairs[p]) for p in todo[-1:]):
+            for child in walk.next[todo.pop()]:
+                if child >= 0 and child not in behind:
+                    behind.add(child)
+                    todo.append(child)
+        if not todo and root in pairs:
+            found.add(root)
+    return found
+
+
+def _split(
+    walk: Walk, leaf: int, parents: list[list[int]], passes: Callable[[int], bool], alone: Container[int]
+) -> tuple[set[int], set[int]]:
+    """Return the places behind the frontier that a leaf's gradient comes through, and its frontier nodes; `alone`:
+    roots that may be among the places."""
     mine = _above(leaf, parents, passes)
     met = {p for x in mine for p in parents[x]} - mine
-    _check(walk, mine, met)
+    _check(walk, mine, met, alone)
     return mine, met
 
 
-def _check(walk: Walk, free: Iterable[int], met: Iterable[int]) -> None:
-    if not set(walk.roots).isdisjoint(free):
+def _check(walk: Walk, free: Collection[int], met: Iterable[int], alone: Container[int] = ()) -> None:
+    if any(root in free and root not in alone for root in walk.roots):
         raise ValueError(
             "it comes to the model's output without meeting the batch, or without a place where it can be told which "
             "rows are whose (a penalty, or a parameter that is returned); return it expanded over the samples"

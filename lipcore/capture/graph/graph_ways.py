@@ -40,6 +40,12 @@ _UNTOLD = (
 )
 
 
+_RETURNED = (
+    "the model returns what it makes of it without the batch, and no sums and products of samples' gradients are taken "
+    "there; detach() what is returned, or return it expanded over the samples"
+)
+
+
 class Followed(NamedTuple):
     """Findings about a pass before its backward pass.
 
@@ -142,6 +148,9 @@ class GraphWays:
         nearer, more = structure.carried(walk, whose, unseen, seeds, self._whole)
         refused = frontier.refused | structure.wrong(walk) | self._too_large(walk, nearer, batch.size)
         refused |= structure.kept_by_hooks(walk)
+        if self._whole:
+            returned = {name: free & frontier.returned for name, free in frontier.behind.items()}
+            refused |= {name: _RETURNED for name, places in returned.items() if places}
         measured = _without(nearer, refused)
         if self._max_flops is not None or not self.ways.keys() >= set(measured.leaves.values()):
             refused |= self._too_long(walk, measured, batch.size)

@@ -433,6 +433,10 @@ class LayerCapture:
             self._audit.refuse(self._probes.read(run))
             run.broken = passes.entangled(run, task) or run.broken
             record = run.record(self.coverage.covered)
+            if run.replay is not None:
+                outside = run.replay.outside()
+                record.leave_out(outside)
+                self._audit.refuse(outside)
             if run.frozen and not record.norms_sq and not record.broken:
                 passes.count("all of the parameters that it reached were frozen")
                 return

@@ -94,6 +94,12 @@ class LayerRecord:
                 why = "is frozen" if name in frozen else "no gradient reached it in this backward pass"
                 self.reasons[name] = self.broken or why
 
+    def leave_out(self, wrong: Mapping[str, str]) -> None:
+        """Take out the numbers of these parameters, and note why."""
+        if wrong:
+            self.norms_sq = {name: row for name, row in self.norms_sq.items() if name not in wrong}
+            self.reasons |= wrong
+
     def hide(self, unseen: Mapping[str, Tensor]) -> None:
         """Replace by NaN the numbers, other than 0, of samples that no proof has seen."""
         rows = dict(self.norms_sq)
