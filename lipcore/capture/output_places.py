@@ -36,7 +36,8 @@ OutputPlaces = list[OutputPlace | None]
 
 
 def places_of(output: Any, other: Any, batch: Batch) -> OutputPlaces | None:
-    """Return where the samples are in each tensor of an output; None where the other has not as many tensors.
+    """Return where the samples are in each tensor of an output; None where the other has fewer tensors. It may have
+    more: one of the sample more.
 
     Args:
         output: what a model has returned of a batch.
@@ -44,9 +45,9 @@ def places_of(output: Any, other: Any, batch: Batch) -> OutputPlaces | None:
         batch: the samples.
     """
     mine, theirs = list(tensors_of(output)), list(tensors_of(other))
-    if len(mine) != len(theirs):
+    if len(mine) > len(theirs):
         return None
-    return [_place(one, two, batch) for one, two in zip(mine, theirs, strict=True)]
+    return [_place(one, two, batch) for one, two in zip(mine, theirs, strict=False)]
 
 
 def is_clear(output: Any, batch: Batch) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -54,19 +55,22 @@ Put = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Reader(nn.Module):
-    def __init__(self, put: Put, linear: type[nn.Linear]) -> None:
+    def __init__(self, put: Put, linear: type[nn.Linear], beside: str = "") -> None:
         super().__init__()
-        self.put = put
+        self.put, self.beside = put, beside
         self.words, self.patches = nn.Embedding(WORDS, C), nn.Conv2d(3, C, 2, 2)
         self.seen, self.joined, self.body, self.head = linear(C, C), linear(C, C), linear(C, C), nn.Linear(C, WORDS)
         self.shift = nn.Parameter(torch.randn(C))
 
-    def forward(self, ids: Tensor, pictures: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, pictures: Tensor) -> Any:
         features = self.patches(pictures).flatten(2).transpose(1, 2)[:, :PATCHES]
         features = self.joined(torch.tanh(self.seen(features) + self.shift))
         x = self.put(self.words(ids.clamp(max=WORDS - 1)), ids == PLACE, features)
-        found: Tensor = self.head(torch.tanh(self.body(x)))
-        return found
+        logits = self.head(torch.tanh(self.body(x)))
+        if not self.beside:
+            return logits
+        pooled = features.mean(1)
+        return {"logits": logits, "beside": pooled if self.beside == "pooled" else features.unbind()}
 
 
 def batch(counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -86,7 +90,8 @@ def exact(model: Reader, ids: Tensor, pictures: Tensor, counts: list[int]) -> di
     double, given = copy.deepcopy(model).double(), weights(torch.Size((B, T, WORDS))).double()
     rows = []
     for i, own in enumerate(pictures.double().split(counts)):
-        loss = (double(ids[i : i + 1], own) * given[i]).sum()
+        returned = double(ids[i : i + 1], own)
+        loss = ((returned["logits"] if model.beside else returned) * given[i]).sum()
         gradients = torch.autograd.grad(loss, list(double.parameters()), allow_unused=True)
         rows.append([0.0 if g is None else float(g.norm()) for g in gradients])
     columns = zip(*rows, strict=True)
@@ -141,3 +146,28 @@ def test_rows_that_are_taken_for_other_places_too_have_the_right_norm_or_none(na
                 found = metric.per_parameter[parameter]
                 assert torch.allclose(found[~found.isnan()], row.double()[~found.isnan()], rtol=1e-4, atol=1e-6)
                 assert not found.isnan().any() or parameter in metric.per_parameter.reasons
+
+
+@pytest.mark.parametrize("name", few(["all in one", "one each at first", "two at the end", "other numbers"], 1))
+@pytest.mark.parametrize("beside", ["pooled", "list"])
+def test_features_that_are_returned_beside_the_logits(name: str, beside: str) -> None:
+    model = made(lambda: Reader(by_masked_scatter, nn.Linear, beside))
+    with PerSampleGradNorms(model, loss_reduction="sum", output="logits") as metric:
+        for counts in BATCHES[name]:
+            ids, pictures = batch(counts)
+            expected = exact(model, ids, pictures, counts)
+            output = model(ids, pictures)["logits"]
+            (output * weights(output.shape)).sum().backward()
+            for parameter, row in expected.items():
+                torch.testing.assert_close(metric.per_parameter[parameter], row.double(), rtol=1e-4, atol=1e-6)
+
+
+def test_pooled_features_in_another_order_are_refused_with_the_remedy() -> None:
+    model = made(lambda: Reader(by_masked_scatter, nn.Linear, "pooled"))
+    with pytest.warns(RuntimeWarning, match="beside what the loss is made of .*output="):
+        metric = PerSampleGradNorms(model, loss_reduction="sum")
+        output = model(*batch([0, 1, 1, 2]))["logits"]
+        (output * weights(output.shape)).sum().backward()
+    with pytest.raises(ValueError, match="beside what the loss is made of .*output="):
+        _ = metric.per_sample
+    metric.close()

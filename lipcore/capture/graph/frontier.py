@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from lipcore.capture.graph.row_moves import Moves, keeps_samples
 from lipcore.capture.graph.row_views import RowViews
 from lipcore.capture.graph.walk import VIEWS, Walk, shapes
 
+_LISTS = ("CatBackward0", "StackBackward0")  # of samples, or of their pictures
 _OTHER = "the model's graph is another one for one sample more ({0})"
 
 
@@ -41,7 +43,8 @@ class Frontier:
         loose: frontier nodes whose rows may be others' in a pass that is not proved.
         moved: free places of tensors with the batch, whose rows the model has chosen.
         turns: whether samples take turns in the rows of a frontier node, as far as views near it say.
-        returned: free places of tensors that the model returns, and that nothing with the batch is behind.
+        returned: free places of tensors that the model returns: nothing with the batch is behind them, or their rows
+            are in an order of the model's own (the features of pictures).
     """
 
     leaves: dict[int, str]
@@ -105,7 +108,7 @@ def frontier_of(
         flat = any(d is not None and shape[d] != samples for d, shape in zip(at, mine, strict=True))
         return strict and place in (moves.below if flat else moves.inside)
 
-    alone = _without_batch(walk, pairs)
+    alone = _without_batch(walk, pairs) | {root for root in walk.roots if math.prod(walk.shapes(root)[0]) > 1}
     for leaf, name in leaves.items():
         try:
             if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
@@ -183,7 +186,7 @@ def paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> d
             del pairs[x]
             todo.append((x, theirs[0]))
             continue
-        each = len(mine) * (samples + 1) == len(theirs) * samples
+        each = len(mine) * (samples + 1) == len(theirs) * samples or kinds[0] in _LISTS
         if kinds[0] != kinds[1] or not (each or len(mine) == len(theirs)):
             raise GraphsDiffer(_OTHER.format(f"{one.name()} against {two.name()}"))
         todo += [(u, v) for u, v in zip(mine, theirs, strict=False) if u >= 0 and v >= 0]

@@ -41,7 +41,7 @@ _UNTOLD = (
 
 
 _RETURNED = (
-    "the model returns what it makes of it without the batch, and no sums and products of samples' gradients are taken "
+    "the model returns what it makes of it where samples cannot be told apart, and no sums and products are taken "
     "there; detach() what is returned, or return it expanded over the samples"
 )
 
@@ -149,7 +149,7 @@ class GraphWays:
         refused = frontier.refused | structure.wrong(walk) | self._too_large(walk, nearer, batch.size)
         refused |= structure.kept_by_hooks(walk)
         if self._whole:
-            returned = {name: free & frontier.returned for name, free in frontier.behind.items()}
+            returned = {name: free & nearer.returned for name, free in nearer.behind.items()}
             refused |= {name: _RETURNED for name, places in returned.items() if places}
         measured = _without(nearer, refused)
         if self._max_flops is not None or not self.ways.keys() >= set(measured.leaves.values()):

@@ -19,7 +19,10 @@ from lipcore.capture.once_only import why_once_only
 from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, NO_GRADIENT, NOT_FINITE, Point, row_ids
 from lipcore.capture.seeds import Seeds
 
-_MIXES = "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples"
+_MIXES = (
+    "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples, or "
+    "returns rows in another order beside what the loss is made of (name that, output='<key or module>')"
+)
 _MOVED = (
     "where it meets the batch, the rows are in an order of the model's own (routing, sorting), which may be another in "
     "every pass"

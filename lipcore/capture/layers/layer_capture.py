@@ -434,7 +434,8 @@ class LayerCapture:
             run.broken = passes.entangled(run, task) or run.broken
             record = run.record(self.coverage.covered)
             if run.replay is not None:
-                outside = run.replay.outside()
+                by_graph = self.coverage.by_graph
+                outside = {n: REFUSED.format(by_graph.get(n, ""), why) for n, why in run.replay.outside().items()}
                 record.leave_out(outside)
                 self._audit.refuse(outside)
             if run.frozen and not record.norms_sq and not record.broken:

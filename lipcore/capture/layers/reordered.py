@@ -26,9 +26,9 @@ WHY = (
 
 
 def reordered_layers(output: Any, samples: int) -> list[tuple[LayerSite, str]]:
-    """Return the layers to which every way from a model's outputs leads through a node that may put as many rows as
-    there are samples into another order, or may put its rows where other samples are (the pictures in a text), and what
-    is to be said of each."""
+    """Return the layers to which every way from one of a model's outputs leads through a node that may put as many rows
+    as there are samples into another order, or may put its rows where other samples are (the pictures in a text), and
+    what is to be said of each."""
     if samples < 2:
         return []
     moves: dict[Any, tuple[int, ...]] = {}  # by node, the edges that lead to rows in another order
@@ -39,20 +39,18 @@ def reordered_layers(output: Any, samples: int) -> list[tuple[LayerSite, str]]:
             moves[node] = edges
     if not moves:
         return []
-    roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
-    free, behind = _free(roots, moves), [node.next_functions[e][0] for node, edges in moves.items() for e in edges]
-    why = WHY.format(next(iter(moves)).name())
-    found = {
-        site: why
-        for node in nodes_before(behind)
-        if node not in free and isinstance(site := getattr(node, "site", None), LayerSite)
-    }
+    why, found = WHY.format(next(iter(moves)).name()), dict[LayerSite, str]()
+    behind = nodes_before(node.next_functions[e][0] for node, edges in moves.items() for e in edges)
+    sites = [(node, site) for node in behind if isinstance(site := getattr(node, "site", None), LayerSite)]
+    for root in dict.fromkeys(tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None):
+        free, mine = _free(root, moves), _free(root, {})
+        found |= {site: why for node, site in sites if node in mine and node not in free}
     return list(found.items())
 
 
-def _free(roots: list[Any], moves: Mapping[Any, Container[int]]) -> set[Any]:
-    """Return the nodes that are reached without these edges."""
-    found, todo = set(roots), list(dict.fromkeys(roots))
+def _free(root: Any, moves: Mapping[Any, Container[int]]) -> set[Any]:
+    """Return the nodes that are reached from one without these edges."""
+    found, todo = {root}, [root]
     while todo:
         node = todo.pop()
         closed = moves.get(node, ())
