@@ -1,4 +1,4 @@
-"""The two autograd Functions that pass an output on unchanged, to get at its gradient."""
+"""What the autograd Functions have in common that pass an output on unchanged, to get at its gradient."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def passed_on(ctx: Any, output: Tensor, in_place_after: InPlaceAfter) -> Tensor:
         ctx.mark_dirty(output)
         return output
     return output.view_as(output)
+
+
+class PassedOn(torch.autograd.Function):
+    """The Function on an output in a pass of lipcore's own, whose graph is to be like that of a pass that is tapped."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, in_place_after: InPlaceAfter) -> Tensor:
+        return passed_on(ctx, output, in_place_after)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None

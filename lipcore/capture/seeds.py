@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lipcore.capture.output_places import OutputPlaces
 from lipcore.layers import Batch
 from lipcore.models.outputs import tensors_of
 
@@ -28,6 +29,11 @@ class Seeds(NamedTuple):
     dims: list[int]
     size: int
 
+    def differ(self, other: Seeds) -> bool:
+        """Return whether these begin elsewhere than others."""
+        pairs = [zip(map(id, each.outputs), each.dims, strict=True) for each in (self, other)]
+        return list(pairs[0]) != list(pairs[1])
+
     def only(self, number: int) -> Seeds:
         """Return the seeds of one output alone, chosen by its number."""
         chosen = slice(number, number + 1)
@@ -48,9 +54,33 @@ class Seeds(NamedTuple):
         return found
 
 
-def seeds_of(output: Any, batch: Batch) -> Seeds:
+class Begins:
+    """The output that proofs of a pass begin at.
+
+    Args:
+        output: it; None where it is not known in this pass.
+        batch: the samples.
+        places: where they are in it, where that is known and it is not all that the model returns.
+        named: it is a part or a module's.
+    """
+
+    def __init__(self, output: Any, batch: Batch, places: OutputPlaces | None = None, *, named: bool = False) -> None:
+        self.output, self._batch, self._places, self._named = output, batch, places, named
+
+    def seeds(self, places: OutputPlaces | None) -> Seeds:
+        """Return the seeds there; `places`: where the samples are in all that the model returns."""
+        return seeds_of(self.output, self._batch, self._places if self._named else places)
+
+
+def seeds_of(output: Any, batch: Batch, places: OutputPlaces | None = None) -> Seeds:
     """Return the seeds in what a model returned for this batch; no outputs are in them where none has a batch
-    dimension."""
+    dimension. `places`: where that is, where it is known."""
+    if places is not None and batch.offsets is None:
+        pairs = zip(tensors_of(output), places, strict=True)
+        told = [(t, at) for t, at in pairs if at is not None and t.grad_fn is not None and t.is_floating_point()]
+        if told:  # else the model drops the sample more, as one with a fixed order of its samples
+            whose = [at.samples(batch.size) for _, at in told]
+            return Seeds([t for t, _ in told], whose, [at.dim for _, at in told], batch.size)
     order = torch.arange(batch.size, device="cpu")
     if batch.offsets is not None:
         order = order.repeat_interleave(batch.offsets.cpu().diff())

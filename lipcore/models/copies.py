@@ -47,6 +47,10 @@ DEPENDS = (
 #: Largest relative difference that rounding explains: experts that get other numbers of rows use other kernels.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
 _ROUNDING_HALF = 3e-2
+_OTHERS = (
+    "the output of sample {0} is another one when the other samples are exchanged, and it is called with tensors of "
+    "other numbers of rows beside, which may belong to samples by what these hold (pictures in texts)"
+)
 _BATCHES = 3  # held at once: what was kept, the copies, and what the model is given
 
 
@@ -80,16 +84,19 @@ class Before:
             self._kept = first.detach().clone()
             self.bytes = _BATCHES * self._kept.nbytes
             self._state = PassState(model)
+            leaves = [leaf for leaf in tree_leaves(self._call) if isinstance(leaf, Tensor) and leaf is not first]
+            beside = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.dim() > 1]
+            self._has_others = any(leaf.shape[min(dim, leaf.dim() - 1)] != first.shape[dim] for leaf in beside)
 
     def difference(
-        self, output: Any, rows: Sequence[tuple[int, int]], run: Callable[[Callable[[], Any]], Any] = _returned
+        self, output: Any, rows: Sequence[tuple[int, int, Tensor]], run: Callable[[Callable[[], Any]], Any] = _returned
     ) -> tuple[str, list[int]]:
         """Return why samples are not independent of each other, or "", and the places of the tensors that show it; none
         where it is not certain.
 
         Args:
             output: of the model in this pass; rows of its tensors are compared.
-            rows: of the tensors in it, in their order, the place and the batch dimension.
+            rows: of the tensors in it, in their order: the place, the batch dimension, the sample of each row there.
             run: takes a function that calls the model to the model's output, where that is not what it returns.
         """
         if self.refused:
@@ -102,14 +109,20 @@ class Before:
             for sample in (0, self._kept.shape[self._dim] - 1):
                 copies = list(tensors_of(run(functools.partial(self._run, self._copies(sample)))))
                 used = self._state.random.now()
-                wrong = [i for i, d in rows if not _same(tensors[i].select(d, sample), copies[i].select(d, sample))]
+                wrong = [
+                    i
+                    for i, d, whose in rows
+                    if not _same(_of(tensors[i], d, whose, sample), _of(copies[i], d, whose, sample))
+                ]
                 if not wrong:
                     continue
                 again = list(tensors_of(run(lambda: self._run(self._kept))))
-                if not all(_same(tensors[i], again[i]) for i, _ in rows):
+                if not all(_same(tensors[i], again[i]) for i, *_ in rows):
                     return "its output is another one when it is run again on the same batch", []
                 if not self._state.random.are_same(used, self._state.random.now()):
                     return "how many random numbers it draws depends on the batch", []
+                if self._has_others:
+                    return _OTHERS.format(sample), []
                 return DEPENDS.format(sample), wrong
         except Exception as error:
             return f"it could not be run again ({type(error).__name__}: {error})", []
@@ -149,6 +162,10 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any) -> str:
         if any(not home_of(hook).startswith(_KNOWN) for hook in hooks):
             return f"a hook on module '{name}' would see another forward pass"
     return ""
+
+
+def _of(tensor: Tensor, dim: int, whose: Tensor, sample: int) -> Tensor:
+    return tensor.detach().index_select(dim, (whose == sample).nonzero().flatten().to(tensor.device))
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -33,6 +33,11 @@ class RandomNumbers:
         """Return the states as they are now."""
         return [generator.state() for generator, _ in self._kept]
 
+    def set(self, states: list[Any]) -> None:
+        """Give the generators states that they had at another moment."""
+        for (generator, _), state in zip(self._kept, states, strict=True):
+            generator.restore(state)
+
     def are_same(self, one: list[Any], other: list[Any]) -> bool:
         """Return whether the generators had the same states at two moments."""
         return all(kept[0].equal(a, b) for kept, a, b in zip(self._kept, one, other, strict=True))

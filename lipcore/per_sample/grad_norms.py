@@ -278,14 +278,21 @@ class PerSampleGradNorms(PerSampleMetric):
         """Standard errors of estimated norms, float64 [B], by layer with ``methods={layer: "estimate"}``: that of
         :attr:`per_layer`, as the probes show it; and ``["total"]``, or ``["total_of_measured"]`` where trained
         parameters are left out: that of :attr:`per_sample`. Empty where all norms are exact."""
-        return self._last_norms().standard_error
+        last = self._last_norms()
+        estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
+        if last.record.broken and estimated:
+            return last.missing([*estimated, last.total])
+        return last.standard_error
 
     @property
     def normalized(self) -> Norms:
         r"""Normalised gradient norms per layer, float64 [B] each: :math:`r_i = \|\partial L/\partial u_i\| /
         |\partial L/\partial\hat y_i|` with u the layer's output; every factor of the loss cancels. NaN where the
         output's gradient is 0 or not finite."""
-        return self._last_norms().normalized
+        last = self._last_norms()
+        if last.record.broken and self._options.normalized:
+            return last.missing(self._layers)
+        return last.normalized
 
     def weighted_sum(
         self, coefficients: Coefficients, *, into: dict[str, Tensor] | None = None, set_grad: bool = False

@@ -95,15 +95,21 @@ def check_terms(made: Made, batch_dim: int) -> None:
         seen.add(now)
         kind, origins = now.kind, [origin for origin in now.origins if origin is not None]
         reduces = kind in ("Mean", "Sum") or (kind in _LOSSES and saved(now.node, "reduction") != 0)
-        if reduces and now.is_one_number and now is not made:
-            raise unknown(now.node, "its one number is made into several terms again, which are no single samples'")
         shape = origins[0].shape if origins and kind in ("Mean", "Sum") else ()
+        if reduces and now.is_one_number and now is not made and not _keeps_batch(now, shape, batch_dim):
+            raise unknown(now.node, "several terms are made of its one number again, of which none is a sample's own")
         if picked and shape and batch_dim in {dim % len(shape) for dim in dims_of(now.node)}:
             raise unknown(now.node, "parts of what it has reduced over the batch are joined or picked")
         if kind in _PRODUCTS and len(now.origins) == 2 and now.origins[0] is None and not _is_leaf(origins):
             raise unknown(now.node, "it may sum up several samples' terms")
         if kind in (*_JOINS, *_PER_TERM, *SAME_VALUE, "Add", "Sub"):
             todo += [(origin, picked or kind in _JOINS) for origin in origins]
+
+
+def _keeps_batch(made: Made, shape: tuple[int, ...], batch_dim: int) -> bool:
+    """Return whether a sum or a mean of a tensor of this shape has left the batch's dimension, of a single sample."""
+    dims = {dim % len(shape) for dim in dims_of(made.node)} if shape else set()
+    return bool(dims) and batch_dim not in dims and len(shape) > batch_dim
 
 
 def _is_leaf(origins: list[Made]) -> bool:

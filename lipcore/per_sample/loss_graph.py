@@ -21,6 +21,7 @@ from lipcore.per_sample.loss_nodes import (
     alpha,
     number,
     scaled,
+    signed,
     unknown,
 )
 
@@ -191,14 +192,15 @@ def _unweighted(made: Made) -> Made:
 
 
 def _log_softmax(made: Made, *, at_targets: bool) -> Any:
-    """Return the node of the log-softmax of which a part of a loss is a sum over the targets, or over all classes; None
-    where it is no such sum."""
+    """Return of what, and along which dimension, that log-softmax is of which a part of a loss is a sum over the
+    targets, or over all classes; None where it is no such sum."""
     reduced = False  # to one term per target
     while True:
         kind = made.kind
         if kind == "LogSoftmax":
-            return made.node if reduced else None
-        per_target = kind in (*OVER_WEIGHTS, "Gather") if at_targets else kind == "Sum" and not made.is_one_number
+            dim = signed(saved(made.node, "dim")) % max(1, len(made.shape))
+            return (made.origin, dim) if reduced else None
+        per_target = kind in ((*OVER_WEIGHTS, "Gather") if at_targets else ("Sum", "Mean"))
         on_the_way = kind in _PER_ELEMENT or (kind in ("Sum", "Mean") and made.is_one_number)
         reduced |= per_target
         if not per_target and not on_the_way:

@@ -395,7 +395,9 @@ class PerSampleMetric(StandaloneMetric):
                 )
             )
         if self._capture is not None and self._capture.skipped:
-            return self._without(self._last.samples, f"the step is not recorded (every_steps={self._every})")
+            samples = self._capture.skipped_samples
+            samples = self._last.samples if samples is None else samples
+            return self._without(samples, f"the step is not recorded (every_steps={self._every})")
         return self._last
 
     def _without(self, samples: int, reason: str) -> PassNumbers:

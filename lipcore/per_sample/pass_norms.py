@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from functools import cached_property
 from types import MappingProxyType
@@ -137,6 +137,10 @@ class PassNorms:
         rows = dict(zip(self.layers, self.squares[:-1].sqrt(), strict=True))
         reasons = layer_reasons(self.layer_index, self.record, rows)
         return Norms("layer", rows, reasons, (self.samples,), self.layer_index.tied)
+
+    def missing(self, places: Iterable[str]) -> Norms:
+        """Return NaN, with the reason, for places of a pass that was not recorded."""
+        return Norms("layer", {}, dict.fromkeys(places, self.record.broken), (self.samples,))
 
     @property
     def standard_error(self) -> Norms:

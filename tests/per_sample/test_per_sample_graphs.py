@@ -391,7 +391,7 @@ def test_evaluation_in_another_thread_during_the_forward_pass(size: int) -> None
                 assert evaluated.wait(20)
             return x
 
-    model = made(lambda: nn.Sequential(nn.Linear(5, 4), Waiting(), nn.Linear(4, 3)))
+    model = made(lambda: nn.Sequential(nn.Linear(5, 4), Waiting(), nn.Linear(4, 2)))
 
     def evaluate() -> None:
         for _ in range(2):

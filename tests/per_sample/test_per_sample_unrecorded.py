@@ -162,3 +162,51 @@ def test_a_model_that_is_one_layer_is_called_model(alone: bool) -> None:
     with pytest.raises(ValueError, match="module 'model'"), PerSampleGradNorms(model, loss_reduction="sum"):
         with pytest.warns(RuntimeWarning, match="module 'model'"):
             model(torch.randn(5)).sum().backward()
+
+
+def stopped_by_another_layer(model: nn.Module, metric: PerSampleGradNorms) -> None:
+    model[0] = nn.Linear(5, 7)  # type: ignore[operator]
+
+
+def stopped_by_ids(model: nn.Module, metric: PerSampleGradNorms) -> None:
+    metric.set_ids([1, 2])
+
+
+@pytest.mark.parametrize("stop", [stopped_by_another_layer, stopped_by_ids])
+@pytest.mark.parametrize("first", [True, False])
+def test_after_recording_has_stopped_the_numbers_are_nan_in_the_length_of_the_last_pass(
+    stop: Callable[[nn.Module, PerSampleGradNorms], None], first: bool
+) -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+    options = {"normalized": True, "methods": {"0": "estimate"}}
+    with pytest.warns(RuntimeWarning, match="stopped recording"):
+        metric = PerSampleGradNorms(model, loss_reduction="sum", **options)  # type: ignore[arg-type]
+        if not first:
+            passed(model, 4)
+        stop(model, metric)
+        passed(model, 5)
+    with pytest.raises(ValueError, match=r"was replaced|ids: 2 ids"):
+        _ = metric.per_sample
+    for size in (5, 3, 1, 6):
+        if size != 5:
+            passed(model, size)
+        tables = [metric.per_layer, metric.per_parameter, metric.normalized, metric.standard_error]
+        places = ["0", "0.weight", "0", "total"]
+        for found in (metric.per_sample, *[table[place] for table, place in zip(tables, places, strict=True)]):
+            assert found.isnan().tolist() == [True] * size
+        assert metric.broken.startswith("recording has stopped: ")
+        assert {table.reasons[place] for table, place in zip(tables, places, strict=True)} == {metric.broken}
+    autograd_grad(model, sum_loss(model(torch.randn(2, 5))))
+    assert metric.per_sample.isnan().tolist() == [True] * 2
+    metric.close()
+
+
+def test_a_step_between_those_that_are_recorded_has_nan_in_its_own_length() -> None:
+    model = made(mlp)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    metric = PerSampleGradNorms(loss_reduction="sum", every_steps=2)
+    with Monitor(model, optimizer, metrics=[metric]):
+        for step, size in enumerate((4, 5, 2, 7, 3)):
+            passed(model, size)
+            optimizer.step()
+            assert metric.per_sample.isnan().tolist() == [step % 2 == 1] * size

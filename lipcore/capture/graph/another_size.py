@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lipcore.layers import Batch
 from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
+from lipcore.models.random_draws import Draws
 from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import all_put_back, without_cached_casts
 from lipcore.models.torch_internals import tree_map
@@ -25,16 +26,22 @@ HOOKED = (
 )
 
 
+#: By number of a layer, the shapes of what its calls returned.
+Shapes = defaultdict[int, list[tuple[int, ...]]]
+
+
 class AnotherSize:
     """A pass of lipcore's own on more samples, which layers that are no longer torch's are to look alike in.
 
     Attributes:
         batch: its samples.
         calls: how often each layer was called so far, by the layer's number.
+        shapes: gets, by that number, the shapes of its outputs.
     """
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self, batch: Batch, shapes: Shapes | None = None) -> None:
         self.batch = batch
+        self.shapes: Shapes = defaultdict(list) if shapes is None else shapes
         self.calls: Counter[int] = Counter()
 
 
@@ -51,23 +58,65 @@ def another_size() -> AnotherSize | None:
 
 
 @contextmanager
-def _under_way_now(batch: Batch) -> Iterator[None]:
-    _under_way.now = AnotherSize(batch)
+def _under_way_now(batch: Batch, shapes: Shapes | None) -> Iterator[None]:
+    _under_way.now = AnotherSize(batch, shapes)
     try:
         yield
     finally:
         _under_way.now = None
 
 
+class _Longer(NamedTuple):
+    """One way to make a batch longer.
+
+    Attributes:
+        sample: that is there a second time, in arguments of whole numbers; in others the last one is.
+        blocks: also what has a block of rows of each sample: patches of all images.
+        only_numbers: what is not of whole numbers stays as it is: the pictures of a text that has none.
+        others: so many of the last rows are there again in matrices that have another number: a text's own pictures.
+    """
+
+    sample: int
+    blocks: bool = False
+    only_numbers: bool = False
+    others: int = 0
+
+
+def _tries(samples: int) -> list[_Longer]:
+    last = samples - 1
+    some = list(dict.fromkeys([last, 0, samples // 2, samples // 3]))
+    ways = [_Longer(last), _Longer(last, blocks=True), *map(_Longer, some[1:])]
+    ways += [_Longer(sample, only_numbers=True) for sample in some]
+    return ways + [_Longer(last, others=count) for count in (1, 2, 3)]
+
+
 class CannotRun(ValueError):
     """The reason why the model cannot be run once more."""
 
 
-def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], samples: int, dim: int) -> Any:
-    """Return what the model makes of the batch with its last sample a second time.
+def on_one_more(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    samples: int,
+    dim: int,
+    draws: Draws | None = None,
+    shapes: Shapes | None = None,
+) -> Any:
+    """Return what the model makes of the batch with its last sample a second time; or another one, where it does not
+    run so (a text with more than one of as many pictures as there are texts).
 
     Random numbers, buffers and attributes are as before when it returns. Buffers are changed in copies, since a graph
     of the user's may have kept them.
+
+    Args:
+        model: that is called.
+        arguments: of the call.
+        keywords: of the call.
+        samples: B.
+        dim: where the batch is.
+        draws: the random numbers that the pass on B samples has drawn; the draws here are those.
+        shapes: gets those of the tapped layers' outputs.
 
     Raises:
         CannotRun: with the reason.
@@ -78,21 +127,15 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
         raise CannotRun(why)
 
     failure = None
-    for blocks in (False, True):  # the second time also what has a block of rows of each sample: patches of all images
-        longer = functools.partial(_longer, samples=samples, dim=dim, blocks=blocks)
+    for more_of in _tries(samples):
+        longer = functools.partial(_longer, samples=samples, dim=dim, way=more_of)
         try:
-            with (
-                all_put_back(model, random=True),
-                _buffers_exchanged(model),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                paused(),
-                without_cached_casts(),
-                without_communication(),
-                _under_way_now(Batch(samples + 1, dim)),
-            ):
+            if shapes is not None:
+                shapes.clear()
+            with _own_pass(model, Batch(samples + 1, dim), shapes):
                 more, words = tree_map(longer, (arguments, keywords))
-                output = model(*more, **words)
+                with draws.again(model, samples) if draws is not None else nullcontext():
+                    output = model(*more, **words)
             break
         except Exception as error:
             failure = failure or error
@@ -105,13 +148,57 @@ def on_one_more(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str
     return output
 
 
-def _longer(leaf: Any, samples: int, dim: int, blocks: bool) -> Any:
-    """Return an argument with its last sample a second time, or a copy of one that has no samples."""
+def note_draws(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], draws: Draws) -> None:
+    """Run the model once more on the batch, to note what random numbers it draws.
+
+    Raises:
+        CannotRun: with the reason.
+    """
+    model = below_ddp(model)
+    try:
+        with _own_pass(model, None):
+            same, words = tree_map(_copied, (arguments, keywords))
+            with draws.noted(model):
+                model(*same, **words)
+    except Exception as error:
+        what = f"{type(error).__name__}: {str(error)[:200]}"
+        raise CannotRun(f"the model could not be run once more on the same samples ({what})") from error
+
+
+@contextmanager
+def _own_pass(model: nn.Module, batch: Batch | None, shapes: Shapes | None = None) -> Iterator[None]:
+    """Run the model in this with block as if it had not been run; `batch`: of samples that its layers are to look alike
+    in."""
+    with (
+        all_put_back(model, random=True),
+        _buffers_exchanged(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        paused(),
+        without_cached_casts(),
+        without_communication(),
+        nullcontext() if batch is None else _under_way_now(batch, shapes),
+    ):
+        yield
+
+
+def _copied(leaf: Any) -> Any:
+    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+
+def _longer(leaf: Any, samples: int, dim: int, way: _Longer) -> Any:
+    """Return an argument with a sample a second time, or a copy of one that has no samples."""
     if not isinstance(leaf, Tensor):
         return leaf
     more, rows = leaf.detach(), leaf.shape[dim] if leaf.dim() > dim else 0
-    if leaf.layout == torch.strided and (rows == samples or (blocks and rows and rows % samples == 0)):
-        more = torch.cat([more, more.narrow(dim, rows - rows // samples, rows // samples)], dim)
+    floats = leaf.is_floating_point()
+    has = leaf.layout == torch.strided and (rows == samples or (way.blocks and rows and rows % samples == 0))
+    if has and not (floats and way.only_numbers):
+        # Pictures are in the order of their texts: that of the one at the end is the last.
+        sample = samples - 1 if floats else way.sample
+        more = torch.cat([more, more.narrow(dim, sample * (rows // samples), rows // samples)], dim)
+    elif way.others and leaf.layout == torch.strided and leaf.dim() > 1 and rows >= way.others:
+        more = torch.cat([more, more.narrow(dim, rows - way.others, way.others)], dim)
     else:
         more = more.clone()
     return more.requires_grad_(leaf.requires_grad)

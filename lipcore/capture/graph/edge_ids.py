@@ -76,6 +76,7 @@ _RULES: dict[str, Rule] = {
     "IndexPut": ids_of_indices.put,
     **dict.fromkeys(("IndexAdd", "IndexCopy"), ids_of_indices.added_at),
     "IndexSelect": ids_of_indices.taken,
+    "MaskedScatter": ids_of_indices.masked,
     "Gather": ids_of_indices.gathered,
     **dict.fromkeys(("Scatter", "ScatterAdd"), ids_of_indices.scatter),
     **dict.fromkeys(("Mm", "Bmm"), _product(0)),

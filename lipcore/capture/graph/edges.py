@@ -35,18 +35,20 @@ class Edges:
         self.numbers = {p: walk.numbers[p] for p in self.next}
         self.shapes = {p: walk.shapes(p) for p in frontier.free}
         self.uses = Counter(c for behind in self.next.values() for c in behind if c in self.shapes)
-        self._apart = self._leaves_apart(walk)
+        self._apart, self._returned = self._leaves_apart(walk), frontier.returned
         self.direct = {c: n for p in frontier.nodes for c in walk.next[p] if (n := self._name_behind(c, walk))}
 
     def _name_behind(self, place: int, walk: Walk) -> str:
         """Return the parameter whose gradient has the norm of the one at a free node, or ""."""
-        while self.uses.get(place) == 1 and place not in self.leaves:
+        while self.uses.get(place) == 1 and place not in self.leaves and place not in self._returned:
             behind = [c for c in self.next[place] if c in self.shapes]
             if len(behind) == 1 and behind[0] in self._apart:
                 return self.leaves[behind[0]]
             if len(behind) != 1 or not keeps_norms(walk.nodes[place], self.shapes[place], self.shapes[behind[0]]):
                 return ""
             place = behind[0]
+        if place in self._returned:  # where all that comes is added up, and compared
+            return ""
         return self.leaves.get(place, "") if self.uses.get(place) == 1 else ""
 
     def _leaves_apart(self, walk: Walk) -> set[int]:

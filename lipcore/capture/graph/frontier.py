@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Collection, Container, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from lipcore.capture.foreign_functions import function_of
 from lipcore.capture.graph.row_moves import Moves, keeps_samples
-from lipcore.capture.graph.walk import Walk, shapes
+from lipcore.capture.graph.row_views import RowViews
+from lipcore.capture.graph.walk import VIEWS, Walk, shapes
 
-_VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
+_LISTS = ("CatBackward0", "StackBackward0")  # of samples, or of their pictures
+_OTHER = "the model's graph is another one for one sample more ({0})"
 
 
 class GraphsDiffer(ValueError):
@@ -39,6 +42,9 @@ class Frontier:
         indexed: places of nodes that would move rows if their index were not each sample's own.
         loose: frontier nodes whose rows may be others' in a pass that is not proved.
         moved: free places of tensors with the batch, whose rows the model has chosen.
+        turns: whether samples take turns in the rows of a frontier node, as far as views near it say.
+        returned: free places of tensors that the model returns: nothing with the batch is behind them, or their rows
+            are in an order of the model's own (the features of pictures).
     """
 
     leaves: dict[int, str]
@@ -49,6 +55,8 @@ class Frontier:
     indexed: frozenset[int] = frozenset()
     loose: frozenset[int] = frozenset()
     moved: frozenset[int] = frozenset()
+    turns: Mapping[int, bool] = field(default_factory=dict)
+    returned: frozenset[int] = frozenset()
 
     def samples_kept(self, walk: Walk, samples: int) -> bool:
         """Return whether nodes that took each sample's own row do so in this pass's graph too."""
@@ -79,7 +87,7 @@ def frontier_of(
     Raises:
         GraphsDiffer: with the place where they do.
     """
-    pairs = _paired(walk, other, names, samples)
+    pairs = paired(walk, other, names, samples)
     leaves = walk.parameters(names)
     parents: list[list[int]] = [[] for _ in walk.nodes]
     for place, children in enumerate(walk.next):
@@ -100,14 +108,15 @@ def frontier_of(
         flat = any(d is not None and shape[d] != samples for d, shape in zip(at, mine, strict=True))
         return strict and place in (moves.below if flat else moves.inside)
 
+    alone = _without_batch(walk, pairs) | {root for root in walk.roots if math.prod(walk.shapes(root)[0]) > 1}
     for leaf, name in leaves.items():
         try:
             if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
                 raise ValueError("the model's input was computed from it")
             try:
-                mine, met = _split(walk, leaf, parents, passes)
+                mine, met = _split(walk, leaf, parents, passes, alone)
             except ValueError:  # it is known of passes that are proved at least
-                mine, met = _split(walk, leaf, parents, functools.partial(passes, strict=False))
+                mine, met = _split(walk, leaf, parents, functools.partial(passes, strict=False), alone)
                 loose |= met
             found = {p: _batch_at(walk.shapes(p), shapes(pairs[p]), samples) or () for p in met}
         except ValueError as error:
@@ -120,8 +129,14 @@ def frontier_of(
     # Where another parameter's gradient comes through, it comes sample by sample.
     nodes = {place: at for place, at in nodes.items() if place not in free}
     moved = {p for p in free if p in absorbed or (p in pairs and walk.shapes(p) != shapes(pairs[p]))}
+    views, turns = RowViews(walk, pairs, parents), dict[int, bool]()
+    for place, at in nodes.items():
+        dim = next((d for d in at if d is not None), 0)
+        told = views.in_turns(place, dim) if walk.shapes(place)[0][dim : dim + 1] != (samples,) else None
+        if told is not None:
+            turns[place] = told
     sets = (frozenset(moves.indexed), frozenset(loose & moves.below), frozenset(moved))
-    return Frontier(kept, frozenset(free), nodes, refused, behind, *sets)
+    return Frontier(kept, frozenset(free), nodes, refused, behind, *sets, turns, frozenset(alone & free))
 
 
 def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
@@ -140,9 +155,13 @@ def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
     return Frontier(kept, frozenset(kept), nodes, refused, {name: frozenset({leaf}) for leaf, name in kept.items()})
 
 
-def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> dict[int, Any]:
+def paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> dict[int, Any]:
     """Pair the nodes of two graphs. Where the model goes from sample to sample (a cat, an output that is a list), the
-    other graph has an edge more, which has no partner."""
+    other graph has an edge more, which has no partner.
+
+    Raises:
+        GraphsDiffer: with the place where they do.
+    """
     pairs: dict[int, Any] = {}
     todo = list(zip(walk.roots, other.roots, strict=False))
     while todo:
@@ -153,6 +172,9 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> 
         leaf = getattr(two, "variable", None)
         if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
             continue  # an input of the model's, which the user may have computed from something
+        own = getattr(one, "variable", None)
+        if leaf is not None and own is not None and own is not leaf and {id(own), id(leaf)} <= names.keys():
+            raise GraphsDiffer(_OTHER.format(f"parameter '{names[id(own)]}' against '{names[id(leaf)]}'"))
         pairs[x] = two
         mine, theirs = walk.next[x], other.next[y]
         kinds = _kind(one), _kind(two)
@@ -164,11 +186,9 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> 
             del pairs[x]
             todo.append((x, theirs[0]))
             continue
-        each = len(mine) * (samples + 1) == len(theirs) * samples
+        each = len(mine) * (samples + 1) == len(theirs) * samples or kinds[0] in _LISTS
         if kinds[0] != kinds[1] or not (each or len(mine) == len(theirs)):
-            raise GraphsDiffer(
-                f"the model's graph is another one for one sample more ({one.name()} against {two.name()})"
-            )
+            raise GraphsDiffer(_OTHER.format(f"{one.name()} against {two.name()}"))
         todo += [(u, v) for u, v in zip(mine, theirs, strict=False) if u >= 0 and v >= 0]
     return pairs
 
@@ -176,7 +196,7 @@ def _paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> 
 def _kind(node: Any) -> str:
     """Return a node's name, the same for views that a reshape chooses among by strides."""
     name: str = node.name()
-    return "view" if name in _VIEWS else name
+    return "view" if name in VIEWS else name
 
 
 def _above(leaf: int, parents: list[list[int]], same: Callable[[int], bool]) -> set[int]:
@@ -189,16 +209,34 @@ def _above(leaf: int, parents: list[list[int]], same: Callable[[int], bool]) -> 
     return found
 
 
-def _split(walk: Walk, leaf: int, parents: list[list[int]], passes: Callable[[int], bool]) -> tuple[set[int], set[int]]:
-    """Return the places behind the frontier that a leaf's gradient comes through, and its frontier nodes."""
+def _without_batch(walk: Walk, pairs: Mapping[int, Any]) -> set[int]:
+    """Return the roots that nothing with the batch is behind."""
+    found = set()
+    for root in walk.roots:
+        behind, todo = {root}, [root]
+        while todo and all(p in pairs and walk.shapes(p) == shapes(pairs[p]) for p in todo[-1:]):
+            for child in walk.next[todo.pop()]:
+                if child >= 0 and child not in behind:
+                    behind.add(child)
+                    todo.append(child)
+        if not todo and root in pairs:
+            found.add(root)
+    return found
+
+
+def _split(
+    walk: Walk, leaf: int, parents: list[list[int]], passes: Callable[[int], bool], alone: Container[int]
+) -> tuple[set[int], set[int]]:
+    """Return the places behind the frontier that a leaf's gradient comes through, and its frontier nodes; `alone`:
+    roots that may be among the places."""
     mine = _above(leaf, parents, passes)
     met = {p for x in mine for p in parents[x]} - mine
-    _check(walk, mine, met)
+    _check(walk, mine, met, alone)
     return mine, met
 
 
-def _check(walk: Walk, free: Iterable[int], met: Iterable[int]) -> None:
-    if not set(walk.roots).isdisjoint(free):
+def _check(walk: Walk, free: Collection[int], met: Iterable[int], alone: Container[int] = ()) -> None:
+    if any(root in free and root not in alone for root in walk.roots):
         raise ValueError(
             "it comes to the model's output without meeting the batch, or without a place where it can be told which "
             "rows are whose (a penalty, or a parameter that is returned); return it expanded over the samples"

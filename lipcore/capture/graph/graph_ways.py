@@ -8,15 +8,18 @@ from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lipcore.capture.graph.another_size import HOOKED, CannotRun, on_one_more
+from lipcore.capture.graph.another_size import HOOKED, CannotRun
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
+from lipcore.capture.graph.other_graph import Call, OtherGraphs
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.replay_costs import ReplayCosts
 from lipcore.capture.graph.structure import NOT_YET, Structure
 from lipcore.capture.graph.walk import Signature, Walk, shapes
-from lipcore.capture.seeds import seeds_of
+from lipcore.capture.output_places import places_of
+from lipcore.capture.seeds import Begins
 from lipcore.layers import Batch
 from lipcore.models.torch_internals import tree_leaves
 
@@ -27,6 +30,19 @@ REFUSED = "{0}; and it cannot be measured from the autograd graph either: {1}"
 _LOOSE = (
     "the model chooses rows anew in every pass where parameters meet the batch, so that it is known of passes that are "
     "proved alone whose they are"
+)
+
+
+_UNTOLD = (
+    "where parameters meet the batch it is flattened with another dimension, and nothing shows whether the rows of a "
+    "sample stand together or the samples take turns: {0}; let the model return what has the batch, or name the module "
+    "inside that does, output='<module>'"
+)
+
+
+_RETURNED = (
+    "the model returns what it makes of it where samples cannot be told apart, and no sums and products are taken "
+    "there; detach() what is returned, or return it expanded over the samples"
 )
 
 
@@ -56,39 +72,47 @@ class GraphWays:
     """
 
     def __init__(self, model: nn.Module, *, max_bytes: int, max_flops: int | None, prove: bool, whole: bool) -> None:
-        self._model, self._max_bytes, self._max_flops = model, max_bytes, max_flops
+        self._max_bytes, self._max_flops = max_bytes, max_flops
+        self._others = OtherGraphs(model)
         self._prove, self._whole = prove, whole
         self._spare = _SPARE
         self._known: dict[tuple[tuple[int, ...], tuple[tuple[int, str], ...], Signature], Structure] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
 
+    def begun(self) -> list[Any]:
+        """Return the states of the generators of random numbers, of which a pass that begins now draws."""
+        return self._others.begun()
+
     def follow(
         self,
         output: Any,
-        call: tuple[tuple[Any, ...], dict[str, Any]],
+        call: Call,
         batch: Batch,
         parameters: Mapping[str, nn.Parameter],
         counts: Callable[[], bool],
         fail: Callable[[Exception], None],
         *,
+        begins: Begins | None = None,
         due: bool = False,
     ) -> Followed:
         """Put hooks on a pass's graph.
 
         Args:
             output: of the model in this pass.
-            call: the arguments and keywords of the call.
+            call: of the model in this pass.
             batch: the pass's samples.
             parameters: to be measured.
             counts: asked in every backward pass: whether it is to be recorded.
             fail: gets what would have been raised in a backward pass.
+            begins: where proofs begin; None: at all that the model returns.
             due: whether a proof is due in this pass.
         """
+        begins = begins or Begins(output, batch)
         if not batch.size:
             return Followed(None, {}, "")
         walk = Walk(output)
         names = {id(parameter): name for name, parameter in parameters.items()}
-        leaves = [leaf for leaf in tree_leaves(call) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in tree_leaves(call[:2]) if isinstance(leaf, Tensor)]
         dims = int(batch.size == 1), *(leaf.dim() for leaf in leaves)
         key = dims, tuple(walk.parameters(names).items()), walk.signature()
         structure = self._known.get(key)
@@ -96,23 +120,23 @@ class GraphWays:
             return Followed(None, dict.fromkeys(parameters, HOOKED), "")
         try:
             if structure is None or not structure.fits(walk, batch.size):
-                structure = self._look(walk, output, call, batch, names, due=due)
-            elif self._proves(structure, walk, batch, due=due):
-                structure.rows.prove(walk, structure.frontier, seeds_of(output, batch))
+                structure = self._look(walk, output, call, batch, names, begins, due=due)
+            elif self._proves(structure, walk, batch, begins, due=due):
+                structure.rows.prove(walk, structure.frontier, begins.seeds(structure.places))
                 if structure.rows.moved:
-                    structure = self._look(walk, output, call, batch, names, due=True)
+                    structure = self._look(walk, output, call, batch, names, begins, due=True)
         except (CannotRun, GraphsDiffer) as error:
             return Followed(None, dict.fromkeys(parameters, str(error)), "")
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[key] = structure
-        return self._followed(structure, walk, output, batch, counts, fail)
+        return self._followed(structure, walk, begins, batch, counts, fail)
 
     def _followed(
         self,
         structure: Structure,
         walk: Walk,
-        output: Any,
+        begins: Begins,
         batch: Batch,
         counts: Callable[[], bool],
         fail: Callable[[Exception], None],
@@ -120,17 +144,28 @@ class GraphWays:
         frontier, rows = structure.frontier, structure.rows
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
-        seeds = functools.partial(seeds_of, output, batch) if self._prove else None
+        seeds = functools.partial(begins.seeds, structure.places) if self._prove else None
         nearer, more = structure.carried(walk, whose, unseen, seeds, self._whole)
         refused = frontier.refused | structure.wrong(walk) | self._too_large(walk, nearer, batch.size)
         refused |= structure.kept_by_hooks(walk)
+        if self._whole:
+            returned = {name: free & nearer.returned for name, free in nearer.behind.items()}
+            refused |= {name: _RETURNED for name, places in returned.items() if places}
         measured = _without(nearer, refused)
         if self._max_flops is not None or not self.ways.keys() >= set(measured.leaves.values()):
             refused |= self._too_long(walk, measured, batch.size)
             measured = _without(nearer, refused)
         if not measured.leaves:
             return Followed(None, refused, "")
-        replay = Replay(walk, measured, whose | more, batch.size, counts, fail, rows.unreached, unseen, self._whole)
+        untold = ""
+        if self._prove and batch.size > 1 and rows.unproved:
+            for place in frontier.nodes.keys() & whose.keys():
+                if rows.untold(place, len(whose[place]), batch.size):
+                    unseen[place], untold = torch.ones(len(whose[place]), dtype=torch.bool), rows.unproved
+        replay = Replay(
+            *(walk, measured, whose | more, batch.size, counts, fail, rows.unreached, unseen, self._whole),
+            untold=untold and _UNTOLD.format(untold),
+        )
         unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
         unproved = rows.unproved or (NOT_YET if unknown else "")
         if frontier.loose and not rows.proved_in(walk):
@@ -141,9 +176,10 @@ class GraphWays:
         self,
         walk: Walk,
         output: Any,
-        call: tuple[Any, dict[str, Any]],
+        call: Call,
         batch: Batch,
         names: Mapping[int, str],
+        begins: Begins,
         *,
         due: bool,
     ) -> Structure:
@@ -151,24 +187,25 @@ class GraphWays:
         rows turn out to be in an order of the model's own."""
         if batch.offsets is not None:
             raise CannotRun("the samples are packed sequences, and the graph shows no rows of documents")
-        other = Walk(on_one_more(self._model, *call, batch.size, batch.dim))
+        other, returned = self._others.beside(walk, names, call, batch)
         if batch.size == 1:
             return Structure(frontier_of_one(walk, names))
         absorbed: set[int] = set()
         for _ in range(_MOST_MOVES):
             structure = Structure(frontier_of(walk, other, names, batch.size, absorbed))
-            if not self._proves(structure, walk, batch, due=due):
+            structure.places = places_of(output, returned, batch)
+            if not self._proves(structure, walk, batch, begins, due=due):
                 break
-            structure.rows.prove(walk, structure.frontier, seeds_of(output, batch))
+            structure.rows.prove(walk, structure.frontier, begins.seeds(structure.places))
             if not structure.rows.moved:
                 break
             absorbed |= structure.rows.moved
             due = True
         return structure
 
-    def _proves(self, structure: Structure, walk: Walk, batch: Batch, *, due: bool) -> bool:
+    def _proves(self, structure: Structure, walk: Walk, batch: Batch, begins: Begins, *, due: bool) -> bool:
         """Return whether a structure's rows are to be proved in this pass."""
-        if not self._prove or batch.size == 1 or not structure.frontier.nodes:
+        if not self._prove or batch.size == 1 or not structure.frontier.nodes or begins.output is None:
             return False
         rows = structure.rows
         unknown = bool(rows.unproved) or rows.not_finite or rows.open(walk, structure.frontier, batch.size, silent=True)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lipcore.capture.graph.ids_step import Shape, Step, dim_of, is_one, scattered, summed_to
+from lipcore.capture.graph.ids_step import NOBODY, Shape, Step, dim_of, is_one, narrowed, scattered, summed_to
 from lipcore.models.torch_internals import saved
 
 
@@ -68,6 +68,22 @@ def put(step: Step, ids: Tensor) -> Tensor | None:
         return None
     each = ids.reshape(block).expand(step.outs[0][found.first : found.first + found.dims]).flatten()[found.places]
     return summed_to(each.reshape(*before, *found.places.shape, *after), step.shape)
+
+
+def masked(step: Step, ids: Tensor) -> Tensor | None:
+    """Return the ids behind a masked_scatter: its source's elements stand in the mask's places, one after the other."""
+    if step.edge == 0:
+        return summed_to(ids, step.shape)
+    out, source = step.outs[0], step.shape
+    mask = saved(step.node, "mask").cpu().expand(out)
+    whole = mask.narrow(-1, 0, 1)  # of rows, mostly
+    if source and ids.shape[-1] == 1 and source[-1] == out[-1] and bool((mask == whole).all()):
+        mask, out, source = whole, (*out[:-1], 1), (*source[:-1], 1)
+    found, taken = ids.new_full([math.prod(source)], NOBODY), ids.expand(out)[mask]
+    if len(taken) > len(found):
+        return None
+    found[: len(taken)] = taken
+    return narrowed(found.reshape(source))
 
 
 def added_at(step: Step, ids: Tensor) -> Tensor | None:

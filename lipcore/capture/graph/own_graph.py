@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.capture.graph.graph_ways import Followed, GraphWays
+from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.walk import Walk
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Batch, Factor, Rule, norms_sq_of
@@ -73,7 +74,9 @@ class OwnGraph(Rule):
     ) -> tuple[str, dict[str, int]]:
         """Return why a call cannot be measured so, or "", and how often each parameter is used in it. One sample's
         gradient is compared with autograd's."""
-        theirs, batch = output[0] if isinstance(output, tuple) else output, extra.batch
+        theirs, batch = output[0] if isinstance(output, tuple) and output else output, extra.batch
+        if not isinstance(theirs, Tensor):
+            return f"it returns a {type(output).__name__} whose first is no tensor", {}
         try:
             with _run_again(module, self.keys, extra, saved) as (mine, parameters, call):
                 if not torch.equal(mine, theirs):
@@ -103,7 +106,7 @@ class OwnGraph(Rule):
         self,
         output: Tensor,
         parameters: Mapping[str, nn.Parameter],
-        call: Any,
+        call: Call,
         batch: Batch,
         grad: Tensor,
         *,
@@ -134,7 +137,7 @@ class _Counts:
 @contextmanager
 def _run_again(
     module: nn.Module, keys: tuple[str, ...], call: _Call, saved: tuple[Tensor, ...]
-) -> Iterator[tuple[Tensor, dict[str, nn.Parameter], Any]]:
+) -> Iterator[tuple[Tensor, dict[str, nn.Parameter], Call]]:
     """Run a module's forward on parameters of the same values, at which nobody's hooks are; within the with block these
     are in the module."""
     tensors = iter(saved)
@@ -153,7 +156,7 @@ def _run_again(
         try:
             output = module.forward(*arguments, **keywords)
             output = output[0] if isinstance(output, tuple) else output
-            yield output, parameters, (arguments, keywords)
+            yield output, parameters, Call(arguments, keywords)
         finally:
             module._parameters.update(before)
 

@@ -38,6 +38,16 @@ UNSEEN_ROWS = (
 )
 
 
+RETURNED = (
+    "the model returns what it makes of it without the batch, and the loss uses that, so that its gradient is not the "
+    "sum of what the samples bring; return it expanded over the samples, x.expand(B, ...), or do what the loss does "
+    "with it in forward()"
+)
+#: Share of a gradient that rounding explains, where sums of samples' gradients are compared with it.
+_OUTSIDE, _OUTSIDE_HALF = 1e-4, 3e-2
+_HALF = (torch.float16, torch.bfloat16)
+
+
 def is_sum(name: str) -> bool:
     """Return whether a frontier node of this name is measured by sums over rows, and not by a replay per sample."""
     return name in ELEMENTWISE or name == EXPAND
@@ -59,6 +69,7 @@ class Replay:
         unreached: frontier nodes of whose rows no proof knows, since no gradient comes to them from the outputs.
         unseen: per frontier node, rows that had no gradient in any proof, and whose norms are NaN when they have.
         whole: keep the gradients of single samples until they are asked for, not only their squares.
+        untold: why rows are among `unseen` of which nothing says whose they are.
 
     Attributes:
         unproved: why it is not proved whose rows came in the last backward pass, or "".
@@ -76,8 +87,13 @@ class Replay:
         unreached: Container[int] = (),
         unseen: Mapping[int, Tensor] | None = None,
         whole: bool = False,
+        *,
+        untold: str = "",
     ) -> None:
         self.whole = whole
+        self._why_unseen = untold or UNSEEN_ROWS
+        self._returned = frontier.returned
+        self._outside: dict[str, Tensor] = {}  # by parameter, whether a gradient came past its samples', on its device
         self._leaves, self._samples = frontier.leaves, samples
         self._counts, self._fail, self._unreached, self._unseen = counts, fail, unreached, unseen or {}
         self._behind_leaf = {name: frontier.behind[name] for name in frontier.leaves.values()}
@@ -101,7 +117,7 @@ class Replay:
         if self._task != in_backward():
             self._task = in_backward()
             self._sums, self._squares, self._factors, self.unproved, self._unknown = {}, {}, {}, "", False
-            self._looped = set()
+            self._looped, self._outside = set(), {}
             if self.sums is not None:
                 self.sums.begin(self._task)
         return True
@@ -153,9 +169,9 @@ class Replay:
         for grad, dim in _dims(grads, at):
             touched, finite = _touches(grad, dim, rows)
             if finite:
-                self._unknown, self.unproved = True, UNSEEN_ROWS
+                self._unknown, self.unproved = True, self._why_unseen
             elif touched:
-                self.unproved = self.unproved or UNSEEN_ROWS
+                self.unproved = self.unproved or self._why_unseen
 
     def _behind(self, place: int, found: tuple[Tensor | None, ...]) -> Iterator[tuple[int, int, Tensor | None]]:
         return zip(self._edges.next[place], self._edges.numbers[place], found, strict=True)
@@ -184,9 +200,13 @@ class Replay:
         return factors
 
     def _free(self, grads: tuple[Tensor | None, ...], node: Any, place: int) -> None:
+        if place in self._returned and any(grad is not None for grad in grads) and not self._begin():
+            return
         if self._task != in_backward():
             return
         sums = self._sums.pop(place, {})
+        if place in self._returned:
+            self._compare(grads, sums, place)
         rows: dict[tuple[int, int], list[Tensor]] = {}
         for sample in range(self._samples if sums else 0):
             # Sums of half precision are float32; a node takes the dtype of its outputs, as from the engine.
@@ -195,6 +215,24 @@ class Replay:
             )
             self._collect(rows, place, _run(node, mine))
         self._add_all(rows)
+
+    def _compare(self, grads: tuple[Tensor | None, ...], sums: Mapping[int, Tensor], place: int) -> None:
+        """Note whether more has come to a tensor that the model returns than its samples' gradients."""
+        for k, grad in enumerate(grads):
+            if grad is None:
+                continue
+            more, scale = grad.double(), grad.double().norm()
+            if k in sums:
+                more = more - sums[k].sum(0).double()
+                scale = torch.maximum(scale, sums[k].double().reshape(self._samples, -1).norm(dim=1).sum())
+            came = ~(more.norm() <= (_OUTSIDE_HALF if grad.dtype in _HALF else _OUTSIDE) * scale)
+            for name, behind in self._behind_leaf.items():
+                if place in behind:
+                    self._outside[name] = self._outside[name] | came if name in self._outside else came
+
+    def outside(self) -> dict[str, str]:
+        """Return the parameters of which the last backward pass brought more than samples' gradients, and why."""
+        return {name: RETURNED for name, came in self._outside.items() if bool(came)}
 
     def _collect(
         self,
@@ -260,7 +298,7 @@ class Replay:
         """
         mine = {name: rows[name] for name in self._behind_leaf if name in rows}
         if self._unknown:
-            return dict.fromkeys(mine, UNSEEN_ROWS)
+            return dict.fromkeys(mine, self._why_unseen)
         if self._samples < 2 or not self._looped:
             return {}
         run = [name for name in mine if not self._looped.isdisjoint(self._behind_leaf[name])]

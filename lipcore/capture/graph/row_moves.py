@@ -50,8 +50,8 @@ class Moves:
 
     Attributes:
         below: places behind one of them.
-        inside: places to which every way from the model's outputs leads through one: where rows may be in another order
-            although there are as many as samples.
+        inside: places to which every way from one of the model's outputs leads through one: where rows may be in
+            another order although there are as many as samples.
         indexed: nodes that do not move rows as long as their index is each sample's own.
     """
 
@@ -59,7 +59,9 @@ class Moves:
         self.indexed: list[int] = []
         moves = {place for place, node in enumerate(walk.nodes) if self._moves(place, node, samples)}
         self.below = _behind(walk, [c for place in moves for c in walk.next[place]], ())
-        self.inside = self.below - _behind(walk, walk.roots, moves)
+        self.inside: set[int] = set()
+        for root in walk.roots if moves else ():
+            self.inside |= (self.below & _behind(walk, [root], ())) - _behind(walk, [root], moves)
 
     def _moves(self, place: int, node: Any, samples: int) -> bool:
         if not may_move(node):

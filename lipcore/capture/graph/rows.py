@@ -19,7 +19,10 @@ from lipcore.capture.once_only import why_once_only
 from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, NO_GRADIENT, NOT_FINITE, Point, row_ids
 from lipcore.capture.seeds import Seeds
 
-_MIXES = "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples"
+_MIXES = (
+    "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples, or "
+    "returns rows in another order beside what the loss is made of (name that, output='<key or module>')"
+)
 _MOVED = (
     "where it meets the batch, the rows are in an order of the model's own (routing, sorting), which may be another in "
     "every pass"
@@ -63,6 +66,7 @@ class RowOrders:
         unreached: places that no gradient came to from the outputs.
         silent: places where no row had a gradient in any proof: every row is one that no proof has seen.
         not_finite: the last proof met rows that are not finite, of which it shows nothing.
+        views: whether samples take turns at a place, as far as views say it; asked where no proof has told.
     """
 
     orders: dict[int, Order] = field(default_factory=dict)
@@ -72,12 +76,20 @@ class RowOrders:
     unreached: set[int] = field(default_factory=set)
     silent: set[int] = field(default_factory=set)
     not_finite: bool = False
+    views: Mapping[int, bool] = field(default_factory=dict)
     _last: weakref.ref[Walk] | None = None  # the pass that was proved last
     _seen: dict[int, Tensor] = field(default_factory=dict)  # by place, the groups of rows that had a gradient
 
     def samples(self, place: int, rows: int, samples: int) -> Tensor:
         """Return the sample of each row of a frontier node's gradient."""
-        return self.orders.get(place, Order.EITHER).samples(rows, samples)
+        order = self.orders.get(place, Order.EITHER)
+        if order is Order.EITHER and self.views.get(place):
+            order = Order.TURNS
+        return order.samples(rows, samples)
+
+    def untold(self, place: int, rows: int, samples: int) -> bool:
+        """Return whether neither a proof nor a view says whose the rows at a place are."""
+        return rows != samples and place not in self.views and self.orders.get(place, Order.EITHER) is Order.EITHER
 
     def unseen(self, place: int, rows: int, samples: int) -> Tensor | None:
         """Return which rows of a frontier node's gradient are of groups that no proof has seen, bool [rows]; None where

@@ -14,6 +14,7 @@ from lipcore.capture.graph.kept_tensors import is_once_only
 from lipcore.capture.graph.replay_costs import ReplayCosts
 from lipcore.capture.graph.rows import RowOrders
 from lipcore.capture.graph.walk import Walk
+from lipcore.capture.output_places import OutputPlaces
 from lipcore.capture.seeds import Seeds
 
 _WORTH = 2  # to follow rows costs about as much as to run a node for a few samples
@@ -30,12 +31,17 @@ class Structure:
         carries: samples may be carried from there on; not once a proof has found others, nor where nearly all that
             is behind is to be replayed even so. None: not known yet.
         confirmed: places to which they were carried in a pass that was proved.
+        places: where the samples are in what the model returns; None: where its shapes say it.
     """
 
     frontier: Frontier
     rows: RowOrders = field(default_factory=lambda: RowOrders(unproved=NOT_YET))
     carries: bool | None = None
     confirmed: set[int] = field(default_factory=set)
+    places: OutputPlaces | None = None
+
+    def __post_init__(self) -> None:
+        self.rows.views = self.frontier.turns
 
     def index_kept_by_hooks(self, walk: Walk) -> bool:
         """Return whether hooks are on an index that is read in every pass."""

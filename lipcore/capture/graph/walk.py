@@ -11,6 +11,8 @@ from lipcore.capture.foreign_functions import function_of
 from lipcore.capture.once_only import is_ddp_sink
 from lipcore.models.outputs import tensors_of
 
+#: Names of nodes of views that a reshape chooses among by strides.
+VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
 #: In the order of the walk: the nodes' names, and where the nodes behind each are.
 Signature = tuple[tuple[str, ...], tuple[tuple[int, ...], ...]]
 
@@ -29,13 +31,13 @@ class Walk:
         self.nodes: list[Any] = []
         self._places: dict[Any, int] = {}
         roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
-        self.roots = list(dict.fromkeys(self._place(_passed(node)) for node in roots))
+        self.roots = list(dict.fromkeys(self._place(passed(node)) for node in roots))
         self.next: list[tuple[int, ...]] = []
         self.numbers: list[tuple[int, ...]] = []
         self._shapes: dict[int, tuple[tuple[int, ...], ...]] = {}
         for node in self.nodes:  # which grows
             edges = node.next_functions
-            self.next.append(tuple([-1 if child is None else self._place(_passed(child)) for child, _ in edges]))
+            self.next.append(tuple([-1 if child is None else self._place(passed(child)) for child, _ in edges]))
             self.numbers.append(tuple([number for _, number in edges]))
 
     def _place(self, node: Any) -> int:
@@ -71,7 +73,7 @@ def is_identity(function: type) -> bool:
     return function.__module__.startswith("lipcore.") and not getattr(function, "makes_another", False)
 
 
-def _passed(node: Any) -> Any:
+def passed(node: Any) -> Any:
     """Return the first node at or behind this one that is no identity: lipcore's, or DistributedDataParallel's."""
     while node is not None:
         function = function_of(node)

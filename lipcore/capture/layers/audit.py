@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.capture.layers.broadcast import spread_layers
-from lipcore.capture.layers.coverage import UNSEEN, ParameterCoverage
+from lipcore.capture.layers.coverage import OUTSIDE, UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.proofs import Proofs
@@ -197,7 +197,7 @@ def audit_gradients(
     whether the parameter had a gradient before the pass."""
     for name, parameter in coverage.measured().items():
         if parameter.grad is not None and not before.get(name, False) and name not in recorded:
-            coverage.uncover(name, UNSEEN)
+            coverage.uncover(name, OUTSIDE if name in coverage.by_graph else UNSEEN)
     if not skip or not coverage.covered:
         coverage.check()
 

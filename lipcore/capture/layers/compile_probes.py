@@ -15,7 +15,8 @@ from torch import Tensor
 from lipcore.capture.compiled import armed
 from lipcore.capture.layers import compiled_uses
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass
-from lipcore.capture.layers.layer_site import OTHER_OUTPUT, LayerSite
+from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.other_outputs import why_not
 
 _REFUSED = (
     "{0}: a compiled region makes a call of other shapes than the rule is for (positions without the batch dimension, "
@@ -77,7 +78,7 @@ class LayerProbes:
             named = " + ".join(f"'{site.name}' ({type(site.module).__name__})" for site in group)
             named = f"module{'s' * (len(group) > 1)} {named}"
             if bool(regions.isnan().any()):
-                raise ValueError(f"{named}: {OTHER_OUTPUT}")
+                raise ValueError(f"{named}: {why_not(group[0].module, group[0].rule)}")
             if bool((regions < 0).any()):
                 why = _REFUSED.format(named)
                 refused |= dict.fromkeys((name for site in group for name in site.names.values()), why)

@@ -29,6 +29,11 @@ _CONTAINER = (
     "is in a {0}, which is never called and so can have no rule; a rule for the module that uses it serves where the "
     "parameters are that module's own attributes"
 )
+OUTSIDE = (
+    "has a gradient that no sample's row has brought: the loss uses it itself (the model returns it, or a penalty); "
+    "return it expanded over the samples, x.expand(B, ...), or use it in forward(); penalties are for the optimizer's "
+    "weight_decay"
+)
 UNSEEN = (
     "has a gradient, but none came from its layer's hooks: its call was not seen, or its rule forgets the parameter"
 )

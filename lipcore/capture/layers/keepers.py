@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lipcore.capture.graph.kept_tensors import KeptTensors, under_hooks
 from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.layers.coverage import ParameterCoverage
+from lipcore.capture.layers.other_outputs import has_used_others
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
@@ -153,12 +154,14 @@ class Keepers:
             self._called[at] = _Called(module, rule, saved, extra, output)
 
     def own_graphs(
-        self, uses_of: Callable[[], Mapping[str, int]]
+        self, returned: Any, uses_of: Callable[[], Mapping[str, int]]
     ) -> Iterator[tuple[str, nn.Module, OwnGraph, dict[str, str]]]:
         """Yield name, module, rule and parameters' names of modules whose calls need to keep nothing in later passes,
         since they can be run again in the backward pass.
 
         Args:
+            returned: by the model in that pass. Modules of which it has used more than their first output go on keeping
+                their tensors.
             uses_of: called once, where there are any: returns the uses of each parameter in the pass that has just
                 ended.
         """
@@ -172,9 +175,18 @@ class Keepers:
             names = {key: f"{at}.{key}" if at else key for key in rule.keys}
             if any(self._at.get(name) != at for name in names.values()):
                 continue
+            if has_used_others(output, returned):
+                continue
             why, each = rule.refusal(module, output, extra, saved)
             if not why and all(uses.get(name) == calls[at] * each.get(key, 0) for key, name in names.items()):
                 yield at, module, rule, names
+
+    def keep_again(self) -> None:
+        """Have modules keep their tensors again whose parameters the graph is to measure after all."""
+        for name in self._coverage.by_graph:
+            at = self._at.get(name)
+            if at is not None and at not in self._handles:
+                self._put(name, at)
 
     def leave(self, at: str) -> None:
         """Keep nothing in a module any more."""

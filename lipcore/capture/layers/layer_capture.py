@@ -14,6 +14,7 @@ from lipcore.capture.graph.another_size import HOOKED
 from lipcore.capture.graph.frontier import FUSED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.graph.kept_tensors import reading
+from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.layers.audit import Audit, depends_on, uses_of
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
@@ -25,6 +26,7 @@ from lipcore.capture.layers.keepers import Keepers
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.layers.layer_pass import OUTPUT, LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.missed_passes import MissedPasses
 from lipcore.capture.layers.model_hooks import ModelHooks
 from lipcore.capture.layers.model_output import tap_output
 from lipcore.capture.layers.options import LayerOptions
@@ -32,6 +34,7 @@ from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
 from lipcore.capture.parameters import WeakCall
+from lipcore.capture.seeds import Begins
 from lipcore.capture.training_pass import Untraced, is_training_forward
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
@@ -75,6 +78,7 @@ class LayerCapture:
     ) -> None:
         self.model = model
         self.passes = Passes(self._deliver, self._stopped, on_unrecorded)
+        self._missed = MissedPasses(options, on_unrecorded)
         self._on_error = on_error
         self._on_record, self._on_proof = on_record, on_proof
         self._options = options
@@ -189,7 +193,7 @@ class LayerCapture:
         self.proofs.withdraw()
         self.passes.forget()
         self._look()
-        self.passes.recording = True
+        self.passes.start_again()
         self.attach()
 
     def close(self) -> None:
@@ -227,6 +231,11 @@ class LayerCapture:
         return self.passes.skipped
 
     @property
+    def skipped_samples(self) -> int | None:
+        """The number of its samples; None where that cannot be told."""
+        return self._missed.samples
+
+    @property
     def watches(self) -> bool:
         """True while the hooks are on the model and record."""
         return self.passes.recording and self._hooks is not None
@@ -260,6 +269,7 @@ class LayerCapture:
             self._kept.release()
             self._kept = None
         if not passes.before_forward():
+            self._missed.begin(arguments, keywords)
             return
         try:
             self._tap_own_graphs()
@@ -276,6 +286,7 @@ class LayerCapture:
             run.spoiled = mixing
         except Exception as error:
             passes.fail(error)
+            self._missed.begin(arguments, keywords)
             return
         waiting = passes.waiting()
         if waiting:
@@ -283,7 +294,7 @@ class LayerCapture:
         if batch.size == 1 and self._may_serve and not run.chained:
             run.proves = not waiting and self.single.may_prove()
         if not self._compiled:
-            run.call = arguments, keywords
+            run.call = Call(arguments, keywords)
         passes.begin(run)
         self.single.stop()  # where another thread has made it serve meanwhile
         if self._compiled:
@@ -304,6 +315,8 @@ class LayerCapture:
             self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
             if run.adds_up and not self._compiled and not self.proofs.sharded:
                 run.sums = GradientSums(self.coverage.measured(), passes.fail)
+            if run.call is not None and (self.coverage.by_graph or run.due or not self._audit.done):
+                run.call = run.call._replace(begun=self.graph.begun())
         except Exception as error:
             passes.fail(error)
 
@@ -311,6 +324,7 @@ class LayerCapture:
         """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""
         if not self._audit.done or self._hooks is None:
             return
+        self._keepers.keep_again()
         for at, module, rule, names in self._with_own_graph:
             if not self.coverage.by_graph.keys() >= set(names.values()):
                 continue
@@ -341,6 +355,8 @@ class LayerCapture:
         if self._compiled:
             self._probes.disarm()
         if run is None or output is None:  # None: the forward pass raised
+            if passes.stopped and output is not None:
+                self._missed.end(output, passes.stopped)
             return None
         if passes.recording or (run.before is not None and self.proofs.together):
             try:
@@ -370,6 +386,7 @@ class LayerCapture:
             with reading(run.kept):
                 run.replay, refused, unproved = self.graph.follow(
                     *(output, call, run.batch, parameters, functools.partial(_counts, passes, run), passes.fail),
+                    begins=run.begins if self._options.output is None else run.begins or Begins(None, run.batch),
                     due=run.due,
                 )
                 if run.replay is not None:
@@ -385,7 +402,7 @@ class LayerCapture:
                 later |= fused
             refused = {n: self._keepers.why(w) if w == HOOKED else w for n, w in refused.items() if n not in later}
             if run.kept is not None and not self._options.normalized:
-                self._with_own_graph += self._keepers.own_graphs(lambda: uses_of(output, self.coverage))
+                self._with_own_graph += self._keepers.own_graphs(output, lambda: uses_of(output, self.coverage))
             self._audit.refuse({n: REFUSED.format(names[n], why) for n, why in refused.items() if n in names})
         except Exception as error:
             passes.fail(error)
@@ -416,6 +433,11 @@ class LayerCapture:
             self._audit.refuse(self._probes.read(run))
             run.broken = passes.entangled(run, task) or run.broken
             record = run.record(self.coverage.covered)
+            if run.replay is not None:
+                by_graph = self.coverage.by_graph
+                outside = {n: REFUSED.format(by_graph.get(n, ""), why) for n, why in run.replay.outside().items()}
+                record.leave_out(outside)
+                self._audit.refuse(outside)
             if run.frozen and not record.norms_sq and not record.broken:
                 passes.count("all of the parameters that it reached were frozen")
                 return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.gradient_sums import GradientSums
+from lipcore.capture.graph.another_size import Shapes
 from lipcore.capture.graph.kept_tensors import KeptTensors
+from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.replay import Replay
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.proof import NOTHING
+from lipcore.capture.seeds import Begins
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.layers.factor import Measure
 from lipcore.layers.factor_estimate import EstimatedOuter
@@ -33,6 +36,10 @@ UNSEEN_ROWS = (
     "these rows are; they are NaN until a later pass proves them"
 )
 UNREACHED = "the model's outputs bring no gradient to layer '{0}' (a loss of its own inside the model)"
+LEFT_OUT = (
+    "layer '{0}' was not called in any pass that was proved so far (it is left out at random, perhaps); a proof of one "
+    "of the next passes with it is to come"
+)
 #: Numbers of events in their order: a pass begins, a layer is left to the graph.
 TURNS = itertools.count()
 #: The number of a backward pass that was not seen to come into a graph: it did so in a reentrant checkpoint.
@@ -87,6 +94,12 @@ class LayerRecord:
                 why = "is frozen" if name in frozen else "no gradient reached it in this backward pass"
                 self.reasons[name] = self.broken or why
 
+    def leave_out(self, wrong: Mapping[str, str]) -> None:
+        """Take out the numbers of these parameters, and note why."""
+        if wrong:
+            self.norms_sq = {name: row for name, row in self.norms_sq.items() if name not in wrong}
+            self.reasons |= wrong
+
     def hide(self, unseen: Mapping[str, Tensor]) -> None:
         """Replace by NaN the numbers, other than 0, of samples that no proof has seen."""
         rows = dict(self.norms_sq)
@@ -128,7 +141,8 @@ class LayerPass:
         self.replay: Replay | None = None  # and what brings them
         self.calls: Counter[str] = Counter()  # uses of each parameter, as far as modules' calls show them
         self.left_to_graph: frozenset[str] = frozenset()  # parameters that were so when it began
-        self.fused: defaultdict[int, list[bool]] = defaultdict(list)  # by number of the site, whether its calls were
+        self.tapped: defaultdict[int, list[str]] = defaultdict(list)  # by number of the site, how its calls were
+        self.shapes: Shapes = defaultdict(list)  # of the outputs of tapped layers, where a proof is due
         self.probes: dict[int, Tensor] = {}  # by number of the site, for compiled regions
         self.output_sq: Tensor | None = None  # beside probes: of the model's output
         self.fresh = (-1, False)  # in which backward pass, and whether no gradients were there when it began
@@ -139,9 +153,10 @@ class LayerPass:
         self.inner_only = False  # whose end nobody will tell: its rows came from a checkpoint's own backward passes
         self.finished_task = -1
         self.refused_task = -1  # a backward pass that does not count
-        self.call: tuple[tuple[Any, ...], dict[str, Any]] | None = None  # what it was called with, until its end
+        self.call: Call | None = None  # until its end
         self.kept: KeptTensors | None = None  # what it keeps inside checkpoints
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
+        self.begins: Begins | None = None  # where proofs of it begin; None: at all that the model returns
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
         self.adds_up = False  # its samples' gradients are to be added up, and compared with the parameters'
         self.sums: GradientSums | None = None  # where that is done
@@ -154,6 +169,7 @@ class LayerPass:
         # Outputs that bring parts of several samples to some parameters, and what is wrong if a gradient comes to them.
         self.suspects: list[tuple[list[Tensor], dict[str, str]]] = []
         self.unreached: dict[str, set[str]] = {}  # layers that the model's outputs bring no gradient to: rows
+        self.left_out: Container[str] = ()  # of these, layers that were not called in any proof
         self.came: set[str] = set()  # layers whose gradient came in the last backward pass
         self.unseen: dict[str, Tensor] = {}  # by row, samples that no proof has seen
         self.chained = False  # its input depends on the model's parameters
@@ -276,7 +292,7 @@ class LayerPass:
             None,
         )
         if reached is not None:
-            record.unproved = record.unproved or UNREACHED.format(reached)
+            record.unproved = record.unproved or (LEFT_OUT if reached in self.left_out else UNREACHED).format(reached)
         self._rows, self.broken = {}, ""
         self.finished_task = self.task
         return record

@@ -16,14 +16,15 @@ from lipcore import _core, functional
 from lipcore.capture.compiled import armed
 from lipcore.capture.graph.another_size import AnotherSize, another_size
 from lipcore.capture.graph.own_graph import OwnGraph
-from lipcore.capture.identity import InPlaceAfter, passed_on
+from lipcore.capture.identity import InPlaceAfter, PassedOn
 from lipcore.capture.layers.compiled_uses import coded, used
 from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
 from lipcore.capture.layers.options import LayerOptions
-from lipcore.capture.layers.other_outputs import watch, watch_probed
+from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
+from lipcore.capture.layers.site_functions import Probed, Refused, Strayed, Tapped
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
@@ -37,16 +38,10 @@ _PREPENDED = (
     "prepend=True after lipcore's, or by register_module_forward_hook()); register it on the module, before the metric "
     "is attached or without prepend"
 )
-OTHER_OUTPUT = (
-    "a gradient came to an output beside its first (attention weights that enter the loss), which its rule does not "
-    "know; call it with need_weights=False, detach() that output, or leave the layer out with on_unsupported='skip'"
-)
-#: In the place of the number of regions, in the last row of a probe: a call did not fit its rule.
 _SAVED = (
     "save() of its rule {0} is to return (tensors, extra), a tuple or list of tensors and anything else that factors() "
     "needs, and has returned {1}; put what is no tensor into extra"
 )
-REFUSED = -64.0
 _numbers = itertools.count(1 << 40)  # apart from those of capture.site
 
 
@@ -109,9 +104,9 @@ class LayerSite:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
         passes = self._passes
-        own = another_size() if self._fused else None
+        own = another_size()
         if own is not None:
-            return self._fused_alike(own, module, arguments, keywords, output)
+            return self._alike(own, module, arguments, keywords, output)
         inner = in_backward() != -1
         if not is_plain_run():
             return None
@@ -120,7 +115,10 @@ class LayerSite:
         run = passes.pass_of_recomputation() if inner else passes.current
         if run is not None and not inner:
             run.calls.update(self.names.values())
-            run.fused[self.number].append(False)
+            run.tapped[self.number].append("")
+            if run.due:
+                shown = _tensor_of(output)
+                run.shapes[self.number].append(() if shown is None else tuple(shown.shape))
         if run is not None and not self._from <= run.number <= self._left_at:
             return None
         if not torch.is_grad_enabled():
@@ -136,7 +134,7 @@ class LayerSite:
                 passes.unfollowed()
             if inner or _core.paused():
                 return None
-            return _with_tensor(output, _Strayed.apply(tensor, self))  # type: ignore[no-untyped-call]
+            return _with_tensor(output, Strayed.apply(tensor, self))  # type: ignore[no-untyped-call]
         refusal = ""
         try:
             refusal = self.rule.refuses(module)
@@ -164,11 +162,12 @@ class LayerSite:
             return None
         watch(output, functools.partial(self._other_output_used, run))
         fuses = self._fused and can_fuse(self.rule, module, call.arguments, call.batch) and _site_of(tensor) is None
-        if fuses and run.left_to_graph.isdisjoint(self.names.values()):
-            if not inner:
-                run.fused[self.number][-1] = True
+        fuses = fuses and run.left_to_graph.isdisjoint(self.names.values())
+        if not inner:
+            run.tapped[self.number][-1] = "fused" if fuses else "passed on"
+        if fuses:
             return _with_tensor(output, self._fuse(module, call, run, inner))
-        tapped = _Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
+        tapped = Tapped.apply(call.output, self, run, call.extra, inner, *call.saved)  # type: ignore[no-untyped-call]
         return _with_tensor(output, tapped)
 
     def _fuse(self, module: Any, call: _Call, run: LayerPass | None, inner: bool) -> Tensor:
@@ -178,12 +177,17 @@ class LayerSite:
         )  # type: ignore[no-untyped-call]
         return fused
 
-    def _fused_alike(self, own: AnotherSize, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
-        """Return the output of a call in a pass of lipcore's own, fused where the same call of the last pass was."""
+    def _alike(self, own: AnotherSize, module: nn.Module, arguments: Any, keywords: Any, output: Any) -> Any:
+        """Return the output of a call in a pass of lipcore's own, tapped as the same call of the last pass was:
+        in-place operations that follow make other nodes behind a view."""
         made, last, tensor = own.calls[self.number], self._passes.last, _tensor_of(output)
+        own.shapes[self.number].append(() if tensor is None else tuple(tensor.shape))
         own.calls[self.number] += 1
-        if last is None or tensor is None or not any(last.fused.get(self.number, [])[made : made + 1]):
+        how = "" if last is None else next(iter(last.tapped.get(self.number, [])[made : made + 1]), "")
+        if not how or tensor is None or self.broadcast:
             return None
+        if how != "fused":
+            return _with_tensor(output, PassedOn.apply(tensor, self.in_place_after))  # type: ignore[no-untyped-call]
         with suppress(ValueError):
             call = self._prepared(module, arguments, keywords, tensor, [own.batch])
             return _with_tensor(output, self._fuse(module, call, None, False))
@@ -230,7 +234,7 @@ class LayerSite:
     def _other_output_used(self, run: LayerPass) -> None:
         if not self._passes.recording or is_proof() or not accumulates_everything():
             return
-        error = _named(ValueError(OTHER_OUTPUT), self)
+        error = _named(ValueError(why_not(self.module, self.rule)), self)
         if self._may_leave:  # from the next pass on
             self._passes.leave_to_graph(self.names.values(), str(error))
             self.leave_to_graph()
@@ -325,6 +329,10 @@ class LayerSite:
         theirs = kind is not None and not kind.__module__.startswith("torch.")
         return theirs or not type(self.rule).__module__.startswith("lipcore.")
 
+    def strayed(self) -> None:
+        """Take in that a gradient came to a call outside the model's forward pass."""
+        self._passes.strayed(self.names.values())
+
     def squares_of(self, grad: Tensor, batch: Batch) -> Tensor:
         """Return the squared norm of every sample's part of a gradient at the output, float64 [B]."""
         if batch.offsets is None:
@@ -351,10 +359,10 @@ class LayerSite:
         try:
             saved, extra = self._saved(module, arguments, keywords, batch)
         except ValueError:  # raised, it would end the user's forward pass; what is said in it is not known here
-            return _with_tensor(output, _Refused.apply(tensor, probe, self))  # type: ignore[no-untyped-call]
+            return _with_tensor(output, Refused.apply(tensor, probe, self))  # type: ignore[no-untyped-call]
         code = coded(extra)
         if code is None:  # a layer of a rule of the user's own, which can be called once
-            probed = _Probed.apply(tensor, probe, self, extra, *saved)  # type: ignore[no-untyped-call]
+            probed = Probed.apply(tensor, probe, self, extra, *saved)  # type: ignore[no-untyped-call]
         else:
             probed = used(tensor, probe, self.key, code, *saved)
         return watch_probed(_with_tensor(output, probed), probe)
@@ -398,72 +406,6 @@ class _InertHook:
 
     def __call__(self, *_: Any) -> None:
         return None
-
-
-class _Tapped(torch.autograd.Function):
-    """The Function on a tapped output, which it passes on; the activations are its saved tensors, so that checkpointing
-    and offloading apply."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, site: LayerSite, run: LayerPass, extra: Any, inner: bool, *saved: Tensor
-    ) -> Tensor:
-        ctx.site, ctx.run, ctx.extra, ctx.inner = site, run, extra, inner
-        ctx.save_for_backward(*saved)
-        return passed_on(ctx, output, site.in_place_after)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.site.came_back(ctx.run, grad, ctx.extra, ctx.inner, ctx.saved_tensors)
-        return (grad, *(None for _ in range(len(ctx.needs_input_grad) - 1)))
-
-
-class _Probed(torch.autograd.Function):
-    """The Function on a tapped output in a compiled region, where the numbers of one call leave as the gradient of a
-    probe."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite, extra: Any, *saved: Tensor) -> Tensor:
-        ctx.site, ctx.extra, ctx.samples = site, extra, probe.shape[1]
-        ctx.save_for_backward(*saved)
-        return passed_on(ctx, output, site.in_place_after)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        columns = ctx.site.reduce(grad, ctx.extra, ctx.saved_tensors, ctx.samples)
-        return (grad, columns, None, None, *(None for _ in ctx.saved_tensors))
-
-
-class _Refused(torch.autograd.Function):
-    """The Function on the output of a call in a compiled region that the layer's rule is not for: the probe gets NaN,
-    and REFUSED in the place of the number of regions."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, probe: Tensor, site: LayerSite) -> Tensor:
-        ctx.shape = probe.shape
-        return passed_on(ctx, output, site.in_place_after)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, samples = ctx.shape
-        nothing = torch.full((rows - 1, samples), torch.nan, dtype=torch.float64, device=grad.device)
-        refused = torch.full((1, samples), REFUSED, dtype=torch.float64, device=grad.device)
-        return grad, torch.cat([nothing, refused]), None
-
-
-class _Strayed(torch.autograd.Function):
-    """The Function on the output of a layer that was called outside the model's forward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, site: LayerSite) -> Tensor:
-        ctx.site = site
-        return passed_on(ctx, output, site.in_place_after)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if not is_proof():
-            ctx.site._passes.strayed(ctx.site.names.values())
-        return grad, None
 
 
 def _precedes(module: nn.Module, site: LayerSite) -> bool:

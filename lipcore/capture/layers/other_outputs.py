@@ -6,7 +6,38 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lipcore.capture.graph.own_graph import OwnGraph
+from lipcore.layers import Rule
+from lipcore.models.outputs import nodes_of, tensors_of
+
+_BESIDE = "a gradient came to an output beside its first, {0}"
+_WAYS = "detach() that output, or leave the layer out with on_unsupported='skip'"
+_OF_RULE = _BESIDE.format("which its rule does not know; " + _WAYS)
+_OF_ATTENTION = _BESIDE.format(
+    "attention weights that enter the loss, which its rule does not know; call it with need_weights=False, " + _WAYS
+)
+_OF_OWN_GRAPH = _BESIDE.format(
+    "a state perhaps, which earlier passes did not use; its own graph, in which it is run once more in the backward "
+    "pass, measures the first alone"
+)
+
+
+def why_not(module: nn.Module, rule: Rule) -> str:
+    """Say what is wrong where a gradient comes to an output of a module beside the first, and what to do."""
+    if isinstance(rule, OwnGraph):
+        return _OF_OWN_GRAPH
+    return _OF_ATTENTION if isinstance(module, nn.MultiheadAttention) else _OF_RULE
+
+
+def has_used_others(output: Any, returned: Any) -> bool:
+    """Return whether what a model has returned was made of outputs of a layer beside the first."""
+    others = {(other.grad_fn, other.output_nr) for other in _others(output)}
+    if not others:
+        return False
+    roots = {(tensor.grad_fn, tensor.output_nr) for tensor in tensors_of(returned)}
+    return bool(others & roots) or any(edge in others for node in nodes_of(returned) for edge in node.next_functions)
 
 
 def watch(output: Any, on_gradient: Callable[[], None]) -> None:
@@ -22,15 +53,26 @@ def watch(output: Any, on_gradient: Callable[[], None]) -> None:
 def watch_probed(output: Any, probe: Tensor) -> Any:
     """Return a layer's output, inside a compiled region, with the tensors beside the first watched: a gradient at one
     of them makes the probe's gradient NaN."""
-    others = {id(other) for other in _others(output)}
-    if not others:
+    if not _others(output):
         return output
-    return tuple(_Watched.apply(t, probe) if id(t) in others else t for t in output)  # type: ignore[no-untyped-call]
+    return (output[0], *_watched(output[1:], probe))
+
+
+def _watched(outputs: tuple[Any, ...], probe: Tensor) -> tuple[Any, ...]:
+    found = []
+    for each in outputs:
+        if type(each) is tuple:
+            each = _watched(each, probe)
+        elif isinstance(each, Tensor) and each.requires_grad:
+            each = _Watched.apply(each, probe)  # type: ignore[no-untyped-call]
+        found.append(each)
+    return tuple(found)
 
 
 def _others(output: Any) -> list[Tensor]:
+    """Return the tensors beside the first, in tuples inside too: (output, (h, c))."""
     rest = output[1:] if isinstance(output, tuple) else ()
-    return [t for t in rest if isinstance(t, Tensor) and t.requires_grad]
+    return [t for t in tensors_of(rest) if t.requires_grad]
 
 
 class _Watched(torch.autograd.Function):

@@ -43,6 +43,7 @@ class Passes:
 
     Attributes:
         recording: False after an error and after closing.
+        stopped: the reason why an error has ended that, or "".
         active: False in steps that are not to be recorded.
         skipped: the last forward pass was in one of those.
         as_long_as_large: a compiled model's input has as many positions as samples.
@@ -62,6 +63,7 @@ class Passes:
         on_unrecorded: Callable[[int, str], None],
     ) -> None:
         self.recording = self.active = True
+        self.stopped = ""
         self.skipped = False
         self.as_long_as_large = False
         self.records = 0
@@ -104,11 +106,15 @@ class Passes:
         """Stop recording and hand the error on to `on_error`."""
         if self.recording:
             run = self.current or self._last
-            self.recording = False
+            self.recording, self.stopped = False, f"recording has stopped: {error}"
             self.single.set_active(False)
             self._on_error(error)
             # What was recorded before is not this pass's, nor that of any to come.
-            self._on_unrecorded(run.batch.size if run is not None else 1, f"recording has stopped: {error}")
+            self._on_unrecorded(run.batch.size if run is not None else 1, self.stopped)
+
+    def start_again(self) -> None:
+        """Record again after an error."""
+        self.recording, self.stopped = True, ""
 
     def count(self, reason: str) -> None:
         """Count, under its reason, a backward pass that is not recorded."""

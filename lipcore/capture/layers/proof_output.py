@@ -34,6 +34,11 @@ class ProofOutput:
         self._heard = _Heard()
         self._handle: Any = None
 
+    @property
+    def is_named(self) -> bool:
+        """True where it is not all that the model returns."""
+        return self._module is not None or self._part is not None
+
     def attach(self) -> None:
         """Put the hook on the module, if one was named."""
         if self._module is not None and self._handle is None:

@@ -64,3 +64,9 @@ class ProofSchedule:
         """Note that the last proof has left something open, in a pass of so many dimensions and samples."""
         self._asked[kind] += 1
         self._again[kind] = self.passes + max(1, self._asked[kind] ** 2 // 4)
+
+    def ask_soon(self, kind: tuple[int, int]) -> None:
+        """Note that a pass of so many dimensions and samples has had what no proof has seen; does nothing where another
+        proof is to come by what one has left open."""
+        if self._again.get(kind, 0) <= self.passes:
+            self.ask_again(kind)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.pass_graph import Graph
@@ -18,9 +19,10 @@ from lipcore.capture.layers.proof_output import ProofOutput
 from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
+from lipcore.capture.output_places import OutputPlaces, is_clear
 from lipcore.capture.proof import is_proof
 from lipcore.capture.sample_ids import SampleIds
-from lipcore.capture.seeds import Seeds, seeds_of
+from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.capture.training_pass import accumulates_everything
 from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
@@ -65,6 +67,8 @@ class _Known:
     seen: dict[str, Tensor] = field(default_factory=dict)
     unseen: dict[str, Tensor] = field(default_factory=dict)
     unreached: dict[str, set[str]] = field(default_factory=dict)
+    met: set[str] = field(default_factory=set)  # layers that were called in a proof, and that no gradient came to
+    left_out: dict[str, int] = field(default_factory=dict)  # of these, the numbers of layers that were not called
     ids: dict[str, list[SampleIds]] = field(default_factory=dict)
 
     def add(self, found: Mapping[str, list[SampleIds]]) -> None:
@@ -107,6 +111,7 @@ class Proofs:
         self._model, self._sites = model, sites
         self._wanted, self._skip, self._graph = prove, skip, graph
         self._output = ProofOutput(model, output)
+        self._places = BatchPlaces(model, self._output)
         self.sharded = has_dtensors(model)
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
         self._schedule = ProofSchedule()
@@ -187,18 +192,33 @@ class Proofs:
             found = self._known.get(run.kind)
             run.unproved = _NOT_YET.format(run.batch.size) if found is None else found.reason or found.past
             if found is not None:
-                run.unseen, run.unreached = found.unseen, found.unreached
+                run.unseen, run.unreached, run.left_out = found.unseen, found.unreached, found.left_out
+                if before is None and any(run.tapped.get(number) for number in found.left_out.values()):
+                    self._schedule.ask_soon(run.kind)
         return wrong
 
     def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
         if run.batch.size < 2 and not self.sharded:  # whose passes run on every rank
             return {}
+        seen = None if is_clear(output, run.batch) else self._places.look(run, output)
         try:
-            seeds, graph = seeds_of(output, run.batch), Graph(run, output, self._sites)
+            graph = Graph(run, output, self._sites)
+            seeds = seeds_of(output, run.batch, _places(seen))
+            found = self._weighed(run, output, seeds, graph, before.bytes)
+            if found.wrong and seen is None:  # a tensor of parameters alone may be as large as the batch
+                seen = self._places.look(run, output)
+                elsewhere = seeds_of(output, run.batch, _places(seen))
+                if elsewhere.differ(seeds):
+                    seeds, found = elsewhere, self._weighed(run, output, elsewhere, graph, before.bytes)
+        except Disproved:
+            raise
         except Exception as error:
             known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
             return {}
-        found = self._weighed(run, output, seeds, graph, before.bytes)
+        if self._output.is_named:
+            run.begins = Begins(output, run.batch, _places(seen), named=True)
+        if seen is not None and not seeds.outputs:
+            found.wrong |= misplaced(run, self._sites, seen.shapes)
         if run.batch.size < 2:
             return {}
         if found.open and run.kind is not None:
@@ -214,6 +234,9 @@ class Proofs:
             known.reason = ""
         known.unseen = {} if known.reason else unseen_rows(self._sites, known.seen)
         unreached = [site for site in self._sites if site.name in found.unreached and site.name not in known.seen]
+        called = {site.name for site in unreached if run.tapped.get(site.number) or site.number in run.probes}
+        known.left_out = {s.name: s.number for s in unreached if s.name not in called | known.met}
+        known.met |= called
         known.unreached = {site.name: set(site.names.values()) for site in unreached}
         if found.wrong and found.entered:
             run.suspects.append((found.entered, found.wrong))
@@ -270,8 +293,8 @@ class Proofs:
         tensors = list(tensors_of(output))
         places = {id(tensor): i for i, tensor in enumerate(tensors)}
         suspected = {id(tensor) for outputs, _ in run.suspects for tensor in outputs}
-        pairs = zip(seeds.outputs, seeds.dims, strict=True)
-        rows = [(places[id(t)], dim) for t, dim in pairs if id(t) not in suspected]
+        pairs = zip(seeds.outputs, seeds.dims, seeds.samples, strict=True)
+        rows = [(places[id(t)], dim, whose) for t, dim, whose in pairs if id(t) not in suspected]
         why, wrong = before.difference(output, rows, self._run_again)
         if why and not wrong:
             known.reason = _NOT_RUN.format(why)
@@ -302,6 +325,10 @@ class Proofs:
         when = "proved: every sample, in passes 1, 64, 128, ... and where shapes are new"
         took = f", with about {-(-self.bytes // 1024)} KB beside the pass" if self.bytes else ""
         return f"not proved: {'; '.join(reasons)}" if reasons else when + took
+
+
+def _places(seen: Seen | None) -> OutputPlaces | None:
+    return None if seen is None else seen.places
 
 
 def _came_past(run: LayerPass, known: _Known, why: str, gradients: Any) -> None:

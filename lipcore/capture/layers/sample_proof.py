@@ -35,13 +35,15 @@ from lipcore.layers import Batch
 _MIXED = (
     "of one sample's outputs alone, its gradient has parts at other samples ({0:.3g} of its norm). Either the layer is "
     "called without the batch dimension (name it in broadcast=), or the batch dimension is not where it is looked for "
-    "(batch_dim=), or the model mixes its samples (statistics over the batch, sorting), and then there are no "
+    "(batch_dim=), or the model returns other rows beside what the loss is made of (name that, output='<key or module>'), "
+    "or the model mixes its samples (statistics over the batch, sorting), and then there are no "
     "gradients per sample"
 )
 _MOVED = (
     "of its gradient, row {0} is that of sample {1}: the model moves its samples (flip, roll, sort, a shuffle) before "
     "this layer, and norms would go to the wrong ones. Bring the batch into that order before the model is called, or "
-    "put the samples back before the next layer"
+    "put the samples back before the next layer; where it returns rows in another order beside what the loss is made "
+    "of (features of pictures), name that, output='<key or module>'"
 )
 _NOT_LINEAR = (
     "a backward pass through it is not linear (a hook or an autograd Function clips or normalises gradients), so that "

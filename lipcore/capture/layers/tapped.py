@@ -39,6 +39,10 @@ class TappedLayers(Protocol):
         """True where the last forward pass was in a step that is not to be recorded."""
 
     @property
+    def skipped_samples(self) -> int | None:
+        """Number of its samples; None where that cannot be told."""
+
+    @property
     def watches(self) -> bool:
         """True while the hooks are on the model and record."""
 
