@@ -1,4 +1,4 @@
-"""The command line: ``lipcore demo``, ``lipcore doctor``, ``lipcore export``."""
+"""The command line: ``lipcore demo``, ``lipcore doctor``, ``lipcore export``, ``lipcore report``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    run: dict[str, Callable[[argparse.Namespace], int]] = {"demo": _demo, "doctor": _doctor, "export": _export}
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
+        "demo": _demo,
+        "doctor": _doctor,
+        "export": _export,
+        "report": _report,
+    }
     return run[options.command](options)
 
 
@@ -36,7 +41,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from lipcore.doctor import findings
+    from lipcore.cli.doctor import findings
 
     found = findings()
     width = max(map(len, found))
@@ -59,6 +64,23 @@ def _export(options: argparse.Namespace) -> int:
         print(f"lipcore export: error: {error}", file=sys.stderr)
         return 2
     print(f"{path}: {rows} rows")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lipcore.recording import RecordError, open_run
+    from lipcore.report.output import ReportError, write_whole
+    from lipcore.report.page import page_of
+
+    try:
+        with open_run(options.run, options.rank) as run:
+            own = "report" if run.path.stem == "rank0" else f"report-{run.path.stem}"
+            target = options.output or run.path.with_name(f"{own}.html")
+            path = write_whole(page_of(run), target)
+    except (RecordError, ReportError, ValueError, ImportError) as error:
+        print(f"lipcore report: error: {error}", file=sys.stderr)
+        return 2
+    print(path)
     return 0
 
 
@@ -96,6 +118,11 @@ def _parser() -> argparse.ArgumentParser:
     form = export.add_mutually_exclusive_group(required=True)
     form.add_argument("--csv", type=Path, metavar="FILE", help="as comma-separated values")
     form.add_argument("--parquet", type=Path, metavar="FILE", help="as Parquet; needs pyarrow")
+    about = "Write one page about a recorded run, which a browser opens without a network; needs the extra `report`."
+    report = commands.add_parser("report", help=about, description=about)
+    report.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or the file of one rank")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
+    report.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
     return parser
 
 

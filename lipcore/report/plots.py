@@ -1,0 +1,220 @@
+"""Figures of a page, drawn by bokeh."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lipcore.report.binned import Binned
+
+#: Told apart by colour-blind people too (Okabe and Ito), and by the dashes.
+COLORS = ("#0072b2", "#c77c00", "#007a5a", "#a8457d", "#3a3a3a")
+DASHES = ("solid", "dashed", "dotted", "dotdash", "dashdot")
+ALARM = "#d55e00"
+_LEFT = 150  # pixels before the axis, the same everywhere, so that steps stand under each other
+_MOST_ALARMS = 200
+
+
+def check_installed() -> None:
+    """Raise an ImportError that names the extra where bokeh is missing."""
+    try:
+        import bokeh  # noqa: F401
+    except ImportError as error:
+        raise ImportError('the report needs bokeh; run: pip install "lipcore[report]"') from error
+
+
+class Plots:
+    """Figures that share the axis of steps, and the script that draws them.
+
+    Args:
+        first, last: the steps of the axis.
+        alarms: steps that are marked in every figure.
+    """
+
+    def __init__(self, first: int, last: int, alarms: Sequence[int] = ()) -> None:
+        from bokeh.models import Range1d
+
+        margin = max(1, last - first) * 0.01
+        bounds = (first - margin - 0.5, last + margin + 0.5)
+        self._steps = Range1d(*bounds, bounds=bounds)
+        self._alarms = list(alarms)[:_MOST_ALARMS]
+        self._figures: dict[str, Any] = {}
+
+    def lines(
+        self, key: str, lines: Sequence[tuple[str, Binned, int]], label: str, *, height: int = 150, log: bool = True
+    ) -> None:
+        """Add a figure of lines with bands from the least to the greatest value.
+
+        Args:
+            key: the figure's name in the page.
+            lines: name, numbers and column of each.
+            label: of the vertical axis.
+            log: draw it on a logarithmic axis where all numbers are positive and far apart.
+        """
+        from bokeh.models import ColumnDataSource, HoverTool
+
+        figure = self._figure(key, label, height, log=log and _wants_log(lines))
+        positive = log and _wants_log(lines)
+        for i, (name, numbers, column) in enumerate(lines):
+            source = ColumnDataSource(_columns(numbers, column, positive=positive), name=f"{key}-{i}")
+            color, dash = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+            legend = {"legend_label": name} if len(lines) > 1 else {}
+            if _spread(numbers, column):
+                figure.varea("end", "low", "high", source=source, color=color, alpha=0.25, **legend)
+            drawn = figure.line("end", "mean", source=source, color=color, line_dash=dash, line_width=1.6, **legend)
+            tips = [("steps", "@begin to @end"), (name if len(lines) > 1 else "mean", "@mean{%.4g}")]
+            tips += [("least, greatest", "@low{%.4g}, @high{%.4g}")] if _spread(numbers, column) else []
+            formats = {f"@{name}": "printf" for name in ("mean", "low", "high")}
+            figure.add_tools(HoverTool(renderers=[drawn], mode="vline", tooltips=tips, formatters=formats))
+        if len(lines) > 1:
+            figure.legend.orientation = "horizontal"
+            figure.legend.padding = figure.legend.margin = 2
+            figure.legend.background_fill_alpha = 0.6
+            figure.legend.border_line_color = None
+            figure.legend.label_text_font_size = "11px"
+            figure.add_layout(figure.legend[0], "above")
+
+    def band(self, key: str, low: Binned, middle: Binned, high: Binned, column: int, label: str) -> None:
+        """Add a figure of a line and the interval around it."""
+        from bokeh.models import ColumnDataSource
+
+        lines = [("", low, column), ("", middle, column), ("", high, column)]
+        log = _wants_log(lines)
+        figure = self._figure(key, label, 150, log=log)
+        own = _columns(middle, column, positive=log)
+        ends = middle.ends[middle.count[:, column] > 0]
+        for name, one in (("low", low), ("high", high)):
+            values = dict(zip(one.ends.tolist(), one.mean[:, column].tolist(), strict=True))
+            own[name] = np.array([values.get(end, math.nan) for end in ends.tolist()], np.float32)
+        known = np.isfinite(own["low"]) & np.isfinite(own["high"])
+        area = ColumnDataSource({name: own[name][known] for name in ("end", "low", "high")})
+        figure.varea("end", "low", "high", source=area, color=COLORS[0], alpha=0.25)
+        figure.line("end", "mean", source=ColumnDataSource(own, name=f"{key}-0"), color=COLORS[0], line_width=1.6)
+
+    def map(self, key: str, names: Sequence[str], marks: Sequence[tuple[int, int]], *, height: int) -> None:
+        """Add an empty map with a row per name, from top to bottom, which the page's own script colours.
+
+        Args:
+            marks: step and row of what is marked.
+        """
+        from bokeh.models import ColumnDataSource, FixedTicker, Range1d
+
+        rows = len(names)
+        figure = self._figure(key, "", height, log=False, alarms=False)
+        figure.y_range = Range1d(0, rows, bounds=(0, rows))
+        image = ColumnDataSource({"image": [np.zeros((1, 1), np.uint32)], "x": [0.0], "w": [1.0]}, name=f"{key}-image")
+        figure.image_rgba("image", "x", 0, "w", rows, source=image)
+        every = max(1, math.ceil(rows * 13 / max(height - 40, 1)))
+        ticks = {rows - row - 0.5: names[row] for row in range(0, rows, every)}
+        figure.yaxis.ticker = FixedTicker(ticks=list(ticks))
+        figure.yaxis.major_label_overrides = dict(ticks.items())
+        figure.grid.visible = False
+        marked = {"x": [step for step, _ in marks], "y": [rows - row - 0.5 for _, row in marks]}
+        look = {"fill_color": None, "line_color": "#ffffff", "line_width": 4, "size": 13}
+        source = ColumnDataSource(marked)
+        figure.scatter("x", "y", source=source, marker="circle", **look)
+        figure.scatter("x", "y", source=source, marker="circle", **(look | {"line_color": ALARM, "line_width": 2}))
+        at = ColumnDataSource({"x": [], "y": []}, name=f"{key}-cursor")
+        figure.scatter("x", "y", source=at, marker="square", fill_color=None, line_color="#000000", size=11)
+
+    def chosen(self, key: str, label: str, end: Any, low: Any, mean: Any, high: Any) -> None:
+        """Add the figure of the row that is chosen in a map, which the page's own script changes."""
+        from bokeh.models import ColumnDataSource
+
+        there = high > 0
+        figure = self._figure(key, label, 150, log=bool(there.any()))
+        columns = {"end": end, "low": np.where(low > 0, low, high), "mean": mean, "high": high}
+        source = ColumnDataSource(
+            {name: np.asarray(one[there], np.float32) for name, one in columns.items()}, name=f"{key}-0"
+        )
+        figure.varea("end", "low", "high", source=source, color=COLORS[0], alpha=0.25)
+        figure.line("end", "mean", source=source, color=COLORS[0], line_width=1.6)
+
+    def _figure(self, key: str, label: str, height: int, *, log: bool, alarms: bool = True) -> Any:
+        from bokeh.models import ColumnDataSource, NumeralTickFormatter
+        from bokeh.plotting import figure
+
+        made = figure(
+            name=key,
+            height=height,
+            sizing_mode="stretch_width",
+            x_range=self._steps,
+            y_axis_type="log" if log else "linear",
+            tools="xpan,xbox_zoom,reset,save",
+            active_drag="xbox_zoom",
+            toolbar_location="right",
+            min_border_left=_LEFT,
+            output_backend="canvas",
+        )
+        made.toolbar.logo = None
+        made.toolbar.autohide = True
+        made.xaxis.formatter = NumeralTickFormatter(format="0,0")
+        made.yaxis.axis_label = label or None
+        made.axis.axis_label_text_font_style = "normal"
+        made.axis.axis_label_text_font_size = made.axis.major_label_text_font_size = "12px"
+        made.axis.minor_tick_line_color = None
+        made.grid.grid_line_alpha = 0.4
+        made.outline_line_color = None
+        if alarms and self._alarms:
+            made.vspan("x", source=ColumnDataSource({"x": self._alarms}), color=ALARM, line_width=1.5, line_dash="4 3")
+        self._figures[key] = made
+        return made
+
+    def script(self) -> Any:
+        """Return what bokeh's embed_items() takes, as JSON has it: each figure in the element "plot-<key>"."""
+        from bokeh.core.json_encoder import serialize_json
+        from bokeh.document import Document
+
+        document = Document(title="lipcore")
+        for figure in self._figures.values():
+            document.add_root(figure)
+        roots = {figure.id: f"plot-{key}" for key, figure in self._figures.items()}
+        item = {"docid": "run", "roots": roots, "root_ids": list(roots)}
+        return json.loads(serialize_json({"docs": {"run": document.to_json(deferred=False)}, "items": [item]}))
+
+
+def library() -> str:
+    """Return bokeh's JavaScript, as it lies in the package."""
+    from bokeh.resources import Resources
+
+    return "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
+
+
+def _spread(numbers: Binned, column: int) -> bool:
+    return bool((numbers.low[:, column] < numbers.high[:, column]).any())
+
+
+def _wants_log(lines: Sequence[tuple[str, Binned, int]]) -> bool:
+    low = [numbers.low[:, column] for _, numbers, column in lines]
+    high = [numbers.high[:, column] for _, numbers, column in lines]
+    lows, highs = (np.concatenate(arrays) for arrays in (low, high))
+    lows, highs = lows[np.isfinite(lows)], highs[np.isfinite(highs)]
+    if not len(lows) or lows.min() < 0:
+        return False
+    positive = lows[lows > 0]
+    return bool(len(positive) > 0.9 * len(lows) and highs.max() > 30 * positive.min())
+
+
+def _columns(numbers: Binned, column: int, *, positive: bool) -> dict[str, Any]:
+    """Return what is drawn of a place: bins without a number are left out where they are empty, not in between."""
+    there = np.flatnonzero(numbers.count[:, column] > 0)
+    found: dict[str, Any] = {
+        "begin": (numbers.first + numbers.width * there).astype(np.int32),
+        "end": numbers.ends[there].astype(np.int32),
+    }
+    for name, array in (("low", numbers.low), ("mean", numbers.mean), ("high", numbers.high)):
+        values = array[there, column]
+        if positive:
+            values = np.where(values > 0, values, _least(values) if name == "low" else np.nan)
+        found[name] = values.astype(np.float32)
+    return found
+
+
+def _least(values: Any) -> float:
+    """Return the least positive number, which stands for what a logarithmic axis cannot show."""
+    positive = values[values > 0]
+    return float(positive.min()) if len(positive) else math.nan
