@@ -11,7 +11,7 @@ _WORDS = {
     ),
     "directness": (
         "Distance from the start over the length of the way: near 1 on a straight way, near 0 where parameters go "
-        "to and fro."
+        "back and forth."
     ),
     "distance": "Euclidean norm of the parameters minus those at the start, or at the reference that was set.",
     "gradient norm": (

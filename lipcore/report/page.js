@@ -2,7 +2,8 @@
 (async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
   if (data.reload) setTimeout(() => location.reload(), 1000 * data.reload);
-  if (!data.plots.items || !data.plots.items[0].root_ids.length) return;
+  const ready = () => { document.body.dataset.ready = "yes"; };
+  if (!data.plots.items[0].root_ids.length) return ready();
 
   // On a narrow screen the figures need the room that names take on a wide one.
   const narrow = window.innerWidth < 640;
@@ -32,7 +33,7 @@
   }
 
   const map = data.map;
-  if (!map) { document.body.dataset.ready = "yes"; return; }
+  if (!map) return ready();
   const rows = map.names.length, bins = map.bins;
   const grid = (text) => new Int16Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
   const away = grid(map.away), low = grid(map.low), mean = grid(map.mean), high = grid(map.high);
@@ -156,5 +157,5 @@
   paint();
   tell();
   choose();
-  document.body.dataset.ready = "yes";
+  ready();
 })();

@@ -55,10 +55,12 @@ class Plots:
             label: of the vertical axis.
             log: draw it on a logarithmic axis where all numbers are positive and far apart.
         """
-        from bokeh.models import ColumnDataSource, HoverTool
+        from bokeh.models import ColumnDataSource, HoverTool, Range1d
 
         figure = self._figure(key, label, height, log=log and _wants_log(lines))
         positive = log and _wants_log(lines)
+        if not any(numbers.count[:, column].any() for _, numbers, column in lines):
+            figure.y_range = Range1d(0, 1)  # bokeh warns of one that it can make of nothing
         for i, (name, numbers, column) in enumerate(lines):
             source = ColumnDataSource(_columns(numbers, column, positive=positive), name=f"{key}-{i}")
             color, dash = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
@@ -66,7 +68,8 @@ class Plots:
             if _spread(numbers, column):
                 figure.varea("end", "low", "high", source=source, color=color, alpha=0.25, **legend)
             drawn = figure.line("end", "mean", source=source, color=color, line_dash=dash, line_width=1.6, **legend)
-            tips = [("steps", "@begin to @end"), (name if len(lines) > 1 else "mean", "@mean{%.4g}")]
+            steps = ("steps", "@begin to @end") if numbers.width > 1 else ("step", "@end")
+            tips = [steps, (name if len(lines) > 1 else "mean", "@mean{%.4g}")]
             tips += [("least, greatest", "@low{%.4g}, @high{%.4g}")] if _spread(numbers, column) else []
             formats = {f"@{name}": "printf" for name in ("mean", "low", "high")}
             figure.add_tools(HoverTool(renderers=[drawn], mode="vline", tooltips=tips, formatters=formats))
@@ -123,10 +126,12 @@ class Plots:
 
     def chosen(self, key: str, label: str, end: Any, low: Any, mean: Any, high: Any) -> None:
         """Add the figure of the row that is chosen in a map, which the page's own script changes."""
-        from bokeh.models import ColumnDataSource
+        from bokeh.models import ColumnDataSource, Range1d
 
         there = high > 0
         figure = self._figure(key, label, 150, log=bool(there.any()))
+        if not there.any():
+            figure.y_range = Range1d(0, 1)
         columns = {"end": end, "low": np.where(low > 0, low, high), "mean": mean, "high": high}
         source = ColumnDataSource(
             {name: np.asarray(one[there], np.float32) for name, one in columns.items()}, name=f"{key}-0"

@@ -113,7 +113,7 @@ class RatioMap:
         key = "White: as in the steps before; orange: larger, blue: smaller. "
         if not np.isfinite(away):
             return html(key)
-        times = 10 ** float(abs(away))
+        times = 10 ** (round(_SCALE * float(abs(away))) / _SCALE)  # as the page's script has it
         step = self._step(at, row) if away > 0 else self._binned.ends[at]
         said = f" at step {step:,}, {number(times)} times {'larger' if away > 0 else 'smaller'} than before."
         return joined([key, "Most unusual: ", name_of(self.names[row]), said])

@@ -62,6 +62,8 @@ class Page:
             self.troubles.append(details.get("exception", {}).get("description", details["text"]))
         elif method == "Log.entryAdded" and found["entry"]["level"] in ("error", "warning"):
             self.troubles.append(found["entry"]["text"])
+        elif method == "Page.javascriptDialogOpening":
+            self.troubles.append(f"a dialog: {found['message']}")
         elif method == "Network.requestWillBeSent":
             self.requests.append(found["request"]["url"])
         return message

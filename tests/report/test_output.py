@@ -39,7 +39,7 @@ def test_what_the_user_can_put_right(
     places = {"a": tmp_path / "a", "no": tmp_path / "no"}
     assert main(["report", *(argument.format(**places) for argument in arguments)]) == 2
     assert said in capsys.readouterr().err
-    assert not [path for path in tmp_path.rglob("*half*")]
+    assert not list(tmp_path.rglob("*half*"))
 
 
 def test_a_missing_extra_is_named(

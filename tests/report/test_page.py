@@ -23,6 +23,25 @@ from lipcore.report.page import page_of
 pytest.importorskip("bokeh", reason="needs the extra `report`")
 
 
+@pytest.fixture(autouse=True)
+def short(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave bokeh's own script out, which takes long to parse."""
+    if "whole" not in request.fixturenames:
+        monkeypatch.setattr("lipcore.report.page.library", lambda: "// bokeh")
+
+
+@pytest.fixture
+def whole() -> None:
+    """Keep bokeh's script in the page."""
+
+
+@pytest.fixture(scope="module")
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The page of a run with a fault, and an alarm about it."""
+    with recorded(tmp_path_factory.mktemp("run") / "a", fault=(240, "layers.1"), alarm=True) as run:
+        return page_of(run)
+
+
 class Seen(HTMLParser):
     """The text of a page that people read, its elements, and what it would ask of elsewhere."""
 
@@ -56,9 +75,8 @@ def verdict(page: str) -> str:
     return Seen(page[page.index('id="verdict"') - 40 : page.index('id="training"')]).text
 
 
-def test_a_planted_fault_is_the_headline_with_step_and_layer(tmp_path: Path) -> None:
-    with recorded(tmp_path / "a", fault=(240, "layers.1"), alarm=True) as run:
-        page = page_of(run)
+def test_a_planted_fault_is_the_headline_with_step_and_layer(faulty: str) -> None:
+    page = faulty
     headline = re.findall(r'<p class="headline">(.*?)</p>', page)[0]
     assert Seen(headline).text == (
         "▲1 alarm in step 240, layers.1: update norm over learning rate is 50 times its usual value"
@@ -69,6 +87,7 @@ def test_a_planted_fault_is_the_headline_with_step_and_layer(tmp_path: Path) -> 
     assert page.index("headline") < page.index('id="plot-loss"') < page.index('id="plot-ratio-map"')
 
 
+@pytest.mark.ci
 def test_the_map_alone_finds_a_fault_without_alarms(tmp_path: Path) -> None:
     with recorded(tmp_path / "a", steps=3000, fault=(2222, "layers.2")) as run:
         page = page_of(run)
@@ -77,6 +96,7 @@ def test_the_map_alone_finds_a_fault_without_alarms(tmp_path: Path) -> None:
     assert 'alarms="default"' in verdict(page)
 
 
+@pytest.mark.ci
 def test_a_quiet_run_says_how_many_checks_were_made_and_what_was_not_measured(tmp_path: Path) -> None:
     with recorded(tmp_path / "a", alarm=True) as run:
         said = verdict(page_of(run))
@@ -86,9 +106,8 @@ def test_a_quiet_run_says_how_many_checks_were_made_and_what_was_not_measured(tm
     assert "lipcore.TensorStats() in metrics" in said
 
 
-def test_nothing_is_asked_of_elsewhere(tmp_path: Path) -> None:
-    with recorded(tmp_path / "a") as run:
-        page = page_of(run)
+def test_nothing_is_asked_of_elsewhere(faulty: str) -> None:
+    page = faulty
     seen = Seen(page)
     assert {where for where in seen.asked if not where.startswith("data:")} == {"#"}
     assert "link" in seen.elements
@@ -122,7 +141,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
             ),
             ({"steps": 1, "windows": 0, "places": []}, "total"),
         ],
-        4,
+        2,
     ),
 )
 def test_a_run_that_lacks_something_says_so(tmp_path: Path, case: tuple[dict[str, Any], str]) -> None:
@@ -130,7 +149,12 @@ def test_a_run_that_lacks_something_says_so(tmp_path: Path, case: tuple[dict[str
     with recorded(tmp_path / "a", **what) as run:
         page = page_of(run)
     assert said in Seen(page).text or said in data_of(page)["map"]["names"]
-    assert len(page) < 3 << 20
+
+
+@pytest.mark.ci
+def test_a_page_of_300_parameters_and_100_000_steps_is_below_3_mb(tmp_path: Path, whole: None) -> None:
+    with recorded(tmp_path / "a", 100_000, [f"layers.{i}.weight" for i in range(300)], level="tensor") as run:
+        assert len(page_of(run).encode()) < 3e6
 
 
 def test_a_run_that_is_being_written(tmp_path: Path) -> None:
@@ -174,6 +198,7 @@ def test_steps_of_all_blocks_are_read(tmp_path: Path) -> None:
     assert facts.ratios.span(0)[2] == pytest.approx(ratio.max(), rel=1e-6)
 
 
+@pytest.mark.ci
 def test_what_each_metric_has_recorded_has_a_section(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))

@@ -73,7 +73,7 @@ def way(facts: Facts, plots: Plots) -> Made:
         column = directness.places.index("total")
         plots.lines("directness", [("directness", directness, column)], "directness", height=110, log=False)
         end = directness.first_and_last(column)[1]
-        said = "it is still on its way" if end > 0.5 else "parameters go to and fro more than on" if end < 0.1 else ""
+        said = "still on its way" if end > 0.5 else "parameters go back and forth more than on" if end < 0.1 else ""
         what = "Distance over path length: near 1 on a straight way, near 0 where parameters jitter"
         figures.append(
             Figure("directness", "Directness", f"{what}. At the end {number(end)}{': ' + said if said else ''}.")
