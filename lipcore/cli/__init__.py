@@ -69,14 +69,18 @@ def _export(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from lipcore.recording import RecordError, open_run
-    from lipcore.report.output import ReportError, write_whole
-    from lipcore.report.page import page_of
+    from lipcore.report.follow import follow
+    from lipcore.report.output import ReportError
 
     try:
         with open_run(options.run, options.rank) as run:
             own = "report" if run.path.stem == "rank0" else f"report-{run.path.stem}"
-            target = options.output or run.path.with_name(f"{own}.html")
-            path = write_whole(page_of(run), target)
+            path = options.output or run.path.with_name(f"{own}.html")
+            if options.follow is None:
+                run.report().save(path)
+        if options.follow is not None:
+            print(f"{path}: written every {options.follow:g} s while the run goes on; Ctrl-C ends it", flush=True)
+            follow(lambda: open_run(options.run, options.rank), path, options.follow)
     except (RecordError, ReportError, ValueError, ImportError) as error:
         print(f"lipcore report: error: {error}", file=sys.stderr)
         return 2
@@ -122,8 +126,23 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help=about, description=about)
     report.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or the file of one rank")
     report.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
+    report.add_argument(
+        *("--follow",),
+        type=_seconds,
+        metavar="SECONDS",
+        help="write it anew whenever the run has gone on, until Ctrl-C; the page loads itself anew",
+    )
     report.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
     return parser
+
+
+def _seconds(text: str) -> float:
+    from lipcore.report.follow import checked_seconds
+
+    try:
+        return checked_seconds(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds >= 0.1, got {text!r}") from None
 
 
 def _count(text: str) -> int:

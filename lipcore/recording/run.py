@@ -31,6 +31,8 @@ from lipcore.report.source import Block
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from lipcore.report.page import Page
+
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
 
@@ -160,6 +162,18 @@ class Run(Showable):
         if len(found) > 1:
             raise ValueError(f"name: several metrics have {name!r}; choose {' or '.join(found)}")
         return self._of_steps(found[0], places, name) if found else self._of_windows(name, places)
+
+    def report(self) -> Page:
+        """Make the page about this run, as it is now: a notebook shows it, ``.save("page.html")`` writes it. It needs
+        bokeh: docs/report.md.
+
+        Raises:
+            ImportError: bokeh is missing.
+            RecordError: the record cannot be read at all.
+        """
+        from lipcore.report.page import Page, page_of
+
+        return Page(page_of(self), self.name)
 
     # ---- pictures; they need matplotlib
 

@@ -1,7 +1,17 @@
 "use strict";
 (async () => {
   const data = JSON.parse(document.getElementById("data").textContent);
-  if (data.reload) setTimeout(() => location.reload(), 1000 * data.reload);
+  // A page that is followed loads itself anew, and stays as it was: what is unfolded, the layer that was chosen.
+  const kept = (() => { try { return JSON.parse(sessionStorage.getItem("lipcore") ?? "{}"); } catch { return {}; } })();
+  const folds = [...document.querySelectorAll("details")];
+  if (data.reload) {
+    folds.forEach((fold, i) => { fold.open ||= Boolean(kept.open?.includes(i)); });
+    setTimeout(() => {
+      kept.open = folds.flatMap((fold, i) => fold.open ? [i] : []);
+      try { sessionStorage.setItem("lipcore", JSON.stringify(kept)); } catch { /* a browser that keeps nothing */ }
+      location.reload();
+    }, 1000 * data.reload);
+  }
   const ready = () => { document.body.dataset.ready = "yes"; };
   if (!data.plots.items[0].root_ids.length) return ready();
 
@@ -88,6 +98,8 @@
   }
 
   const cursor = { row: map.start[1], bin: map.start[0] };
+  if (data.reload && map.names.includes(kept.layer)) cursor.row = map.names.indexOf(kept.layer);
+  if (data.reload && kept.relative === false) element("map-relative").checked = false;
   function tell() {
     const at = cursor.row * bins + cursor.bin, code = away[at];
     const times = code === NONE ? "" : `; ${text(10 ** (Math.abs(code) / map.scale))} times ${code < 0 ? "smaller" : "larger"} than before`;
@@ -111,6 +123,7 @@
       }
     }
     model(`${map.chosen}-0`).data = columns;
+    kept.layer = map.names[cursor.row];
     const name = document.createElement("bdi");
     name.className = "name";
     name.textContent = map.names[cursor.row];
@@ -153,9 +166,10 @@
     mark();
     if (event.key === "Enter") choose();
   });
-  element("map-relative").addEventListener("change", paint);
+  element("map-relative").addEventListener("change", () => { kept.relative = element("map-relative").checked; paint(); });
   paint();
   tell();
   choose();
+  delete kept.layer; // until somebody chooses one
   ready();
 })();

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from dataclasses import dataclass, field
+from html import escape
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from lipcore.report.checks import checks_of, worst_first
@@ -11,6 +15,7 @@ from lipcore.report.facts import Facts, facts_of
 from lipcore.report.glossary import glossary
 from lipcore.report.head import doubts, run_facts, verdict
 from lipcore.report.html import Html, joined, tag
+from lipcore.report.output import write_whole
 from lipcore.report.plots import Plots, check_installed, library
 from lipcore.report.ratio_map import RatioMap
 from lipcore.report.section import Missing
@@ -23,6 +28,27 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline' 'unsafe-eval'; style-src 'unsafe-inline'; img-src data: blob:; "
     "font-src data:; base-uri 'none'; form-action 'none'"
 )
+
+
+@dataclass(frozen=True)
+class Page:
+    """The page about a run; a notebook shows it."""
+
+    html: str = field(repr=False)  #: the whole file
+    name: str = ""  #: of the run
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write it to a file, whole or not at all; return its path.
+
+        Raises:
+            ReportError: the file cannot be written.
+        """
+        return write_whole(self.html, path)
+
+    def _repr_html_(self) -> str:
+        """Show it in a frame of its own: its style and its scripts stay there."""
+        frame = "width:100%;height:800px;border:1px solid #d4d4d4"
+        return f'<iframe title="lipcore report" style="{frame}" srcdoc="{escape(self.html)}"></iframe>'
 
 
 def page_of(run: Source, *, reload_seconds: float | None = None) -> str:

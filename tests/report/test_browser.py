@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -135,3 +136,20 @@ def test_it_prints(chromium: Page, tmp_path: Path) -> None:
     page = opened(chromium, tmp_path, **CASES["usual"])
     assert page.pdf().startswith(b"%PDF")
     assert page.troubles == []
+
+
+def test_a_followed_page_loads_itself_anew_and_stays_as_it_was(chromium: Page, tmp_path: Path) -> None:
+    with recorded(tmp_path / "a", **CASES["usual"]) as run:
+        path = write_whole(page_of(run, reload_seconds=1), tmp_path / "page.html")
+    chromium.open(path)
+    chromium.value("window.older = true; document.querySelector('#not-measured').open = true")
+    chromium.value("document.querySelector('#plot-ratio-map').focus()")
+    for key in ("ArrowDown", "Enter"):
+        chromium.key(key)
+    for _ in range(200):
+        if chromium.value("window.older !== true && document.body?.dataset.ready === 'yes'"):
+            break
+        time.sleep(0.05)
+    assert chromium.value("document.querySelector('#not-measured').open")
+    assert chromium.value("document.querySelector('#chosen').innerText").startswith("layers.2")
+    chromium.call("Page.navigate", url="about:blank")
