@@ -1,4 +1,4 @@
-"""The command line: ``lipcore demo``, ``lipcore doctor``, ``lipcore export``, ``lipcore report``."""
+"""The command line: ``lipcore demo``, ``doctor``, ``export``, ``report``, ``compare``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "export": _export,
         "report": _report,
+        "compare": _compare,
     }
     return run[options.command](options)
 
@@ -88,6 +89,24 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _compare(options: argparse.Namespace) -> int:
+    from contextlib import ExitStack
+
+    from lipcore.recording import RecordError, open_run
+    from lipcore.report.compare.page import compare_page
+    from lipcore.report.output import ReportError, write_whole
+
+    try:
+        with ExitStack() as opened:
+            runs = [opened.enter_context(open_run(run, options.rank)) for run in [options.run, *options.others]]
+            path = write_whole(compare_page(runs, options.by), options.output)
+    except (RecordError, ReportError, ValueError, ImportError) as error:
+        print(f"lipcore compare: error: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lipcore", description="Measure what a neural network is learning while it trains."
@@ -133,6 +152,21 @@ def _parser() -> argparse.ArgumentParser:
         help="write it anew whenever the run has gone on, until Ctrl-C; the page loads itself anew",
     )
     report.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
+    about = "Write one page that compares recorded runs: where they part, their settings, their curves at equal loss."
+    compare = commands.add_parser("compare", help=about, description=about)
+    compare.add_argument("run", type=Path, metavar="RUN", help="what the others are compared with")
+    compare.add_argument("others", type=Path, nargs="+", metavar="OTHER", help="the other runs")
+    compare.add_argument(
+        *("-o", "--output"),
+        type=Path,
+        default=Path("compare.html"),
+        metavar="FILE",
+        help="the page (default: %(default)s)",
+    )
+    compare.add_argument(
+        "--by", metavar="AXIS", help="step, loss, or a logged name that only grows (default: step, and loss for theory)"
+    )
+    compare.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of folders (default: 0)")
     return parser
 
 

@@ -113,6 +113,11 @@ class Run(Showable):
         return min((row for row in rows if row), default=0)
 
     @property
+    def last_wall(self) -> float:
+        """Time at which a window was last written, in seconds since 1970; 0 where there is none."""
+        return float(self._rows("select max(wall) from windows")[0][0] or 0.0)
+
+    @property
     def quantities(self) -> list[str]:
         """Names that :meth:`series` takes: quantities of single steps, then `quantity.reducer` of windows, with the
         metric's name before it where two metrics have it; what was logged is the metric "logged"."""

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from lipcore.report.alarms_told import told, worst_first
 from lipcore.report.facts import Facts
 from lipcore.report.html import count, number
-from lipcore.report.source import Happened
+from lipcore.report.ratio_map import RatioMap
 
 State = Literal["fired", "quiet", "not measured"]
+
+
+_SUDDEN = 10.0
 
 
 @dataclass(frozen=True)
@@ -24,24 +27,9 @@ class Check:
     remedy: str = ""  #: what measures it, where it was not measured
 
 
-def checks_of(facts: Facts) -> list[Check]:
+def checks_of(facts: Facts, ratios: RatioMap | None) -> list[Check]:
     """Return all checks of a run, in the order of importance."""
-    return [check(facts) for check in _ALL]
-
-
-def worst_first(alarms: list[Happened]) -> list[Happened]:
-    """Return alarms by score, the largest first; one without (a value that is not finite) before all, by step."""
-
-    def rank(event: Happened) -> tuple[float, int]:
-        score = event.data.get("score")
-        return (-math.inf if score is None else -abs(float(score)), event.step)
-
-    return sorted(alarms, key=rank)
-
-
-def told(event: Happened) -> str:
-    """Return an alarm's message without step, place and score, which stand beside it."""
-    return (event.text.partition(": ")[2] or event.text).partition(" (score ")[0]
+    return [_alarms(facts), _not_finite(facts), _sudden(ratios), *(check(facts) for check in _OTHERS)]
 
 
 def _alarms(facts: Facts) -> Check:
@@ -80,6 +68,21 @@ def _not_finite(facts: Facts) -> Check:
         return Check(name, "not measured", "Nothing says whether all values were finite.", "a Trajectory in metrics")
     what = " and ".join(["the loss"] * ("logged/loss" in lines) + ["the parameters"] * (steps is not None))
     return Check(name, "quiet", f"No NaN and no infinite value in {what or 'what was logged'}.")
+
+
+def _sudden(ratios: RatioMap | None) -> Check:
+    """Check that no layer's updates become ten times larger or smaller at once: the ends of the map's colours."""
+    name = "Sudden changes"
+    found = None if ratios is None else ratios.most_sudden()
+    if ratios is None or found is None:
+        return Check(name, "not measured", "Nothing says how updates changed.", "a Trajectory in metrics")
+    place, step, times, larger = found
+    what = "larger" if larger else "smaller"
+    if times >= _SUDDEN:
+        said = f"Step {step:,}, {place}: the update over the weight norm is {number(times)} times {what} than before."
+        return Check(name, "fired", said)
+    said = f"No layer's update over weight norm changed by more than {number(times)} times at once"
+    return Check(name, "quiet", f"{said} ({place}, step {step:,}).")
 
 
 def _unmoved(facts: Facts) -> Check:
@@ -135,4 +138,4 @@ def _record(facts: Facts) -> Check:
     return Check(name, "quiet", f"The record can be read to its last step, {facts.last_step:,}{more}.")
 
 
-_ALL: tuple[Callable[[Facts], Check], ...] = (_alarms, _not_finite, _unmoved, _loss, _metrics_off, _record)
+_OTHERS: tuple[Callable[[Facts], Check], ...] = (_unmoved, _loss, _metrics_off, _record)

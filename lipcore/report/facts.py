@@ -37,6 +37,7 @@ class Facts:
     events: list[Happened] = field(default_factory=list)
     first_step: int = 0
     last_step: int = 0
+    last_wall: float = 0.0  #: seconds since 1970, when a window was last written
     single_steps: int = 0
     lines: dict[str, Binned] = field(default_factory=dict)
     ratios: Binned | None = None
@@ -84,7 +85,7 @@ _UNREADABLE = (RuntimeError, sqlite3.Error, zlib.error, ValueError, KeyError, In
 
 
 def _read_extent(facts: Facts, run: Source) -> None:
-    facts.first_step, facts.last_step = run.first_step, run.last_step
+    facts.first_step, facts.last_step, facts.last_wall = run.first_step, run.last_step, run.last_wall
 
 
 def _read_line(facts: Facts, run: Source, quantity: str) -> None:

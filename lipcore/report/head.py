@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from lipcore.report.checks import Check, told, worst_first
+from lipcore.report.alarms_told import told, worst_first
+from lipcore.report.checks import Check
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, count, html, joined, name_of, number, tag
 from lipcore.report.section import Missing
@@ -69,7 +70,7 @@ def _not_measured(checks: Sequence[Check], missing: Sequence[Missing]) -> Html:
     lines = [Missing(check.text.rstrip("."), check.remedy) for check in checks if check.state == "not measured"]
     lines += [one for one in missing if not (one.what == "Loss" and any("loss" in line.what for line in lines))]
     if not lines:
-        return tag("p", "Everything that this page knows was measured.", class_="also")
+        return tag("p", "Everything that this page can show was measured.", class_="also")
     names = "; ".join(line.what[:1].lower() + line.what[1:] for line in lines)
     ways = tag("ul", *(tag("li", line.html()) for line in lines))
     return tag("details", tag("summary", f"Not measured: {names}"), ways, id="not-measured")
@@ -81,11 +82,15 @@ def run_facts(facts: Facts) -> Html:
     said = [str(config["model"])] if "model" in config else []
     said += [count(facts.last_step, "step"), count(facts.windows.count, "window")]
     if facts.starts:
-        said.append(f"begun {_time(facts.starts[0].wall)}")
+        begin, end = facts.starts[0].wall, max(facts.last_wall, facts.starts[-1].wall)
+        said.append(f"{_time(begin)} to {_time(end, day=_time(begin)[:10] != _time(end)[:10])} UTC")
     said += ["being written now"] if facts.being_written else []
+    if len(facts.starts) == 1 and facts.last_wall > facts.starts[0].wall:
+        rate = facts.last_step / (facts.last_wall - facts.starts[0].wall)
+        said.append(f"about {number(rate)} steps a second")
     rows: list[tuple[object, object]] = [("file", tag("bdi", facts.path))]
     rows += [(tag("bdi", key), tag("bdi", _plain(value))) for key, value in config.items()]
-    rows += [(f"{start.kind} at step {start.step:,}", _time(start.wall)) for start in facts.starts]
+    rows += [(f"{start.kind} at step {start.step:,}", f"{_time(start.wall)} UTC") for start in facts.starts]
     if facts.windows.scopes:
         rows.append(("numbers of windows are of", ", ".join(sorted(_SCOPES[s] for s in facts.windows.scopes))))
     rows += [(metric, ", ".join(quantities)) for metric, quantities in facts.windows.metrics.items()]
@@ -120,8 +125,8 @@ def doubts(facts: Facts) -> Html:
     )
 
 
-def _time(wall: float) -> str:
-    return datetime.fromtimestamp(wall, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+def _time(wall: float, *, day: bool = True) -> str:
+    return datetime.fromtimestamp(wall, timezone.utc).strftime("%Y-%m-%d %H:%M" if day else "%H:%M")
 
 
 def _plain(value: object) -> str:

@@ -10,7 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from lipcore.report.checks import checks_of, worst_first
+from lipcore.report.alarms_told import worst_first
+from lipcore.report.checks import checks_of
 from lipcore.report.facts import Facts, facts_of
 from lipcore.report.glossary import glossary
 from lipcore.report.head import doubts, run_facts, verdict
@@ -77,24 +78,26 @@ def made_page(facts: Facts, reload_seconds: float | None = None) -> str:
     made = [section(facts, plots) for section in SECTIONS]
     missing += [section for section in made if isinstance(section, Missing)]
     sections = [first] + [section for section in made if not isinstance(section, Missing)]
-    checks = checks_of(facts)
+    checks = checks_of(facts, ratios)
     shown = [verdict(facts, checks, missing), *(section.html() for section in sections), doubts(facts), glossary()]
     body = joined([
         tag("header", tag("h1", "Run ", tag("bdi", facts.name)), run_facts(facts)),
         tag("main", *shown),
-        tag("footer", _footer()),
+        tag("footer", footer()),
     ])  # fmt: skip
     data = {"plots": plots.script(), "map": None if ratios is None else ratios.json(), "reload": reload_seconds}
-    return _document(facts.name, body, data)
+    return document(facts.name, body, data)
 
 
-def _footer() -> str:
+def footer() -> str:
+    """Return what stands at the end of a page."""
     from lipcore import __version__
 
     return f"Made by lipcore {__version__}. Drag in a figure to zoom; the reset button of its toolbar undoes it."
 
 
-def _document(title: str, body: Html, data: dict[str, Any]) -> str:
+def document(title: str, body: Html, data: dict[str, Any]) -> str:
+    """Return a whole file: the style, the body, the data of the figures, and the scripts."""
     style, script = (
         files("lipcore.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )

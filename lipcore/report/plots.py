@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lipcore.report.binned import Binned
+from lipcore.report.html import number
 
 #: Told apart by colour-blind people too (Okabe and Ito), and by the dashes.
 COLORS = ("#0072b2", "#c77c00", "#007a5a", "#a8457d", "#3a3a3a")
@@ -17,6 +18,7 @@ DASHES = ("solid", "dashed", "dotted", "dotdash", "dashdot")
 ALARM = "#d55e00"
 _LEFT = 150  # pixels before the axis, the same everywhere, so that steps stand under each other
 _MOST_ALARMS = 200
+_DENSE = 600  # points of a line
 
 
 def check_installed() -> None:
@@ -61,9 +63,13 @@ class Plots:
         positive = log and _wants_log(lines)
         if not any(numbers.count[:, column].any() for _, numbers, column in lines):
             figure.y_range = Range1d(0, 1)  # bokeh warns of one that it can make of nothing
+        if positive:
+            ends = [array[:, column] for _, numbers, column in lines for array in (numbers.low, numbers.high)]
+            _tick_logarithms(figure, _positive(ends))
         for i, (name, numbers, column) in enumerate(lines):
             source = ColumnDataSource(_columns(numbers, column, positive=positive), name=f"{key}-{i}")
-            color, dash = COLORS[i % len(COLORS)], DASHES[i % len(DASHES)]
+            color = COLORS[i % len(COLORS)]
+            dash = DASHES[i % len(DASHES)] if numbers.bins <= _DENSE else "solid"  # dashes of points are a fog
             legend = {"legend_label": name} if len(lines) > 1 else {}
             if _spread(numbers, column):
                 figure.varea("end", "low", "high", source=source, color=color, alpha=0.25, **legend)
@@ -74,12 +80,44 @@ class Plots:
             formats = {f"@{name}": "printf" for name in ("mean", "low", "high")}
             figure.add_tools(HoverTool(renderers=[drawn], mode="vline", tooltips=tips, formatters=formats))
         if len(lines) > 1:
-            figure.legend.orientation = "horizontal"
-            figure.legend.padding = figure.legend.margin = 2
-            figure.legend.background_fill_alpha = 0.6
-            figure.legend.border_line_color = None
-            figure.legend.label_text_font_size = "11px"
-            figure.add_layout(figure.legend[0], "above")
+            _legend_above(figure)
+
+    def against(
+        self, key: str, lines: Sequence[tuple[str, Any, Any, Any]], label: str, axis: str, *, falls: bool
+    ) -> None:
+        """Add a figure of curves over an axis of its own.
+
+        Args:
+            lines: name, x, y and steps of each.
+            label, axis: of the vertical and the horizontal axis.
+            falls: x becomes smaller in the course of training, which goes from left to right.
+        """
+        from bokeh.models import BasicTickFormatter, ColumnDataSource, DataRange1d, HoverTool
+
+        every = np.concatenate([y[np.isfinite(y)] for _, _, y, _ in lines])
+        log = bool(len(every) and every.min() > 0 and every.max() > 30 * every.min())
+        along = np.concatenate([x for _, x, _, _ in lines])
+        log_along = bool(falls and len(along) and along.min() > 0 and along.max() > 10 * along.min())
+        figure = self._figure(key, label, 220, log=log, alarms=False, log_steps=log_along)
+        if axis != "step":
+            figure.x_range = DataRange1d(flipped=falls)
+            figure.xaxis.axis_label = axis
+            if not log_along:
+                figure.xaxis.formatter = BasicTickFormatter()
+        if log:
+            _tick_logarithms(figure, every)
+        for i, (name, x, y, steps) in enumerate(lines):
+            there = np.isfinite(y) & np.isfinite(x)
+            columns = {"end": steps, "x": x, "low": y, "mean": y, "high": y}
+            data = {column: np.asarray(array)[there].astype(np.float32) for column, array in columns.items()}
+            source = ColumnDataSource(data, name=f"{key}-{i}")
+            dash = DASHES[i % len(DASHES)] if len(steps) <= _DENSE else "solid"  # dashes of points are a fog
+            look = {"color": COLORS[i % len(COLORS)], "line_dash": dash, "line_width": 1.8}
+            drawn = figure.line("x", "mean", source=source, legend_label=name, **look)
+            tips = [("step", "@end{0,0}"), (label, "@mean{%.4g}"), (axis, "@x{%.4g}")]
+            formats = {"@mean": "printf", "@x": "printf"}
+            figure.add_tools(HoverTool(renderers=[drawn], mode="mouse", tooltips=tips, formatters=formats))
+        _legend_above(figure)
 
     def band(self, key: str, low: Binned, middle: Binned, high: Binned, column: int, label: str) -> None:
         """Add a figure of a line and the interval around it."""
@@ -88,6 +126,8 @@ class Plots:
         lines = [("", low, column), ("", middle, column), ("", high, column)]
         log = _wants_log(lines)
         figure = self._figure(key, label, 150, log=log)
+        if log:
+            _tick_logarithms(figure, _positive([one.mean[:, column] for one in (low, middle, high)]))
         own = _columns(middle, column, positive=log)
         ends = middle.ends[middle.count[:, column] > 0]
         for name, one in (("low", low), ("high", high)):
@@ -124,14 +164,17 @@ class Plots:
         at = ColumnDataSource({"x": [], "y": []}, name=f"{key}-cursor")
         figure.scatter("x", "y", source=at, marker="square", fill_color=None, line_color="#000000", size=11)
 
-    def chosen(self, key: str, label: str, end: Any, low: Any, mean: Any, high: Any) -> None:
-        """Add the figure of the row that is chosen in a map, which the page's own script changes."""
+    def chosen(self, key: str, label: str, end: Any, low: Any, mean: Any, high: Any, span: Any) -> None:
+        """Add the figure of the row that is chosen in a map, which the page's own script changes; `span` holds the
+        positive numbers of all rows."""
         from bokeh.models import ColumnDataSource, Range1d
 
         there = high > 0
         figure = self._figure(key, label, 150, log=bool(there.any()))
         if not there.any():
             figure.y_range = Range1d(0, 1)
+        else:
+            _tick_logarithms(figure, span)
         columns = {"end": end, "low": np.where(low > 0, low, high), "mean": mean, "high": high}
         source = ColumnDataSource(
             {name: np.asarray(one[there], np.float32) for name, one in columns.items()}, name=f"{key}-0"
@@ -139,7 +182,9 @@ class Plots:
         figure.varea("end", "low", "high", source=source, color=COLORS[0], alpha=0.25)
         figure.line("end", "mean", source=source, color=COLORS[0], line_width=1.6)
 
-    def _figure(self, key: str, label: str, height: int, *, log: bool, alarms: bool = True) -> Any:
+    def _figure(
+        self, key: str, label: str, height: int, *, log: bool, alarms: bool = True, log_steps: bool = False
+    ) -> Any:
         from bokeh.models import ColumnDataSource, NumeralTickFormatter
         from bokeh.plotting import figure
 
@@ -149,6 +194,7 @@ class Plots:
             sizing_mode="stretch_width",
             x_range=self._steps,
             y_axis_type="log" if log else "linear",
+            x_axis_type="log" if log_steps else "linear",
             tools="xpan,xbox_zoom,reset,save",
             active_drag="xbox_zoom",
             toolbar_location="right",
@@ -157,7 +203,8 @@ class Plots:
         )
         made.toolbar.logo = None
         made.toolbar.autohide = True
-        made.xaxis.formatter = NumeralTickFormatter(format="0,0")
+        if not log_steps:
+            made.xaxis.formatter = NumeralTickFormatter(format="0,0")
         made.yaxis.axis_label = label or None
         made.axis.axis_label_text_font_style = "normal"
         made.axis.axis_label_text_font_size = made.axis.major_label_text_font_size = "12px"
@@ -180,6 +227,37 @@ class Plots:
         roots = {figure.id: f"plot-{key}" for key, figure in self._figures.items()}
         item = {"docid": "run", "roots": roots, "root_ids": list(roots)}
         return json.loads(serialize_json({"docs": {"run": document.to_json(deferred=False)}, "items": [item]}))
+
+
+def _tick_logarithms(figure: Any, values: Any) -> None:
+    """Mark a logarithmic axis at powers of ten, or between them where there are few; bokeh's own marks run into each
+    other."""
+    from bokeh.models import FixedTicker
+
+    if not len(values):
+        return
+    low, high = (math.log10(end) for end in (values.min(), values.max()))
+    between = (1, 2, 5) if high - low < 1.2 else (1, 3) if high - low < 2.5 else (1,)
+    every = max(1, round((high - low) / 5))
+    powers = [power for power in range(math.floor(low) - 1, math.ceil(high) + 2) if power % every == 0]
+    ticks = [factor * 10.0**power for power in powers for factor in between]
+    figure.yaxis.ticker = FixedTicker(ticks=ticks)
+    figure.yaxis.major_label_overrides = {tick: number(tick) for tick in ticks}
+    figure.ygrid.ticker = FixedTicker(ticks=ticks)
+
+
+def _positive(arrays: Sequence[Any]) -> Any:
+    values = np.concatenate(arrays)
+    return values[np.isfinite(values) & (values > 0)]
+
+
+def _legend_above(figure: Any) -> None:
+    figure.legend.orientation = "horizontal"
+    figure.legend.padding = figure.legend.margin = 2
+    figure.legend.background_fill_alpha = 0.6
+    figure.legend.border_line_color = None
+    figure.legend.label_text_font_size = "11px"
+    figure.add_layout(figure.legend[0], "above")
 
 
 def library() -> str:

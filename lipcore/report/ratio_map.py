@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from lipcore.report.alarms_told import worst_first
 from lipcore.report.binned import Binned
-from lipcore.report.checks import worst_first
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, html, joined, name_of, number, shortened_name, tag
 from lipcore.report.plots import Plots
@@ -66,8 +66,24 @@ class RatioMap:
             row = self._row(str(event.data.get("place", "")))
             if row is not None:
                 return self._bin(event.step), row
+        return self._furthest()
+
+    def _furthest(self) -> tuple[int, int]:
         away = np.where(np.isfinite(self.away), np.abs(self.away), -1)
-        return tuple(int(i) for i in np.unravel_index(int(away.argmax()), away.shape))  # type: ignore[return-value]
+        at, row = np.unravel_index(int(away.argmax()), away.shape)
+        return int(at), int(row)
+
+    def most_sudden(self) -> tuple[str, int, float, bool] | None:
+        """Return place, step, how many times, and whether it became larger, of the cell that is furthest from the bins
+        before; None where there is none."""
+        at, row = self._furthest()
+        away = float(self.away[at, row])
+        if not np.isfinite(away):
+            return None
+        return self.names[row], self._step_away(at, row), _times(away), away > 0
+
+    def _step_away(self, at: int, row: int) -> int:
+        return self._step(at, row) if self.away[at, row] > 0 else int(self._binned.ends[at])
 
     def _bin(self, step: int) -> int:
         return int(np.clip((step - self._binned.first) // self._binned.width, 0, self._binned.bins - 1))
@@ -97,9 +113,10 @@ class RatioMap:
         labels = [shortened_name(name, _LABEL) for name in self.names]
         plots.map(KEY, labels, self.marks(), height=height)
         _, row = self.start
-        plots.chosen(
-            CHOSEN, "update / weight", self._binned.ends, *(a[:, row] for a in (self.low, self.mean, self.high))
-        )
+        low, mean, high = (array[:, row] for array in (self.low, self.mean, self.high))
+        span = np.concatenate([self.low.ravel(), self.high.ravel()])
+        span = span[np.isfinite(span) & (span > 0)]
+        plots.chosen(CHOSEN, "update / weight", self._binned.ends, low, mean, high, span)
         return [
             Figure(KEY, "How much each layer moved: update over weight norm", self._sentence(), self._table(), _BELOW),
             Figure(CHOSEN, "One layer of the map", tag("span", "Click a cell of the map.", id="chosen")),
@@ -113,9 +130,8 @@ class RatioMap:
         key = "White: as in the steps before; orange: larger, blue: smaller. "
         if not np.isfinite(away):
             return html(key)
-        times = 10 ** (round(_SCALE * float(abs(away))) / _SCALE)  # as the page's script has it
-        step = self._step(at, row) if away > 0 else self._binned.ends[at]
-        said = f" at step {step:,}, {number(times)} times {'larger' if away > 0 else 'smaller'} than before."
+        what = f"{number(_times(away))} times {'larger' if away > 0 else 'smaller'}"
+        said = f" at step {self._step_away(at, row):,}, {what} than before."
         return joined([key, "Most unusual: ", name_of(self.names[row]), said])
 
     def _step(self, at: int, row: int) -> int:
@@ -171,6 +187,11 @@ def _packed_logs(logs: Any) -> str:
 
 def _text(found: Any) -> str:
     return base64.b64encode(np.ascontiguousarray(found.T).astype("<i2").tobytes()).decode()
+
+
+def _times(away: float) -> float:
+    """Return the factor of a decimal logarithm, as the page's script has it."""
+    return float(10 ** (round(_SCALE * abs(away)) / _SCALE))
 
 
 def _away(values: Any) -> Any:

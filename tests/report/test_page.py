@@ -92,6 +92,7 @@ def test_the_map_alone_finds_a_fault_without_alarms(tmp_path: Path) -> None:
     with recorded(tmp_path / "a", steps=3000, fault=(2222, "layers.2")) as run:
         page = page_of(run)
     assert re.search(r"Most unusual: layers\.2 at step 2,222, [45]\d(\.\d)? times larger", Seen(page).text)
+    assert "▲Step 2,222, layers.2: the update over the weight norm is" in verdict(page)
     assert "Alarms were off" in verdict(page)
     assert 'alarms="default"' in verdict(page)
 
@@ -100,7 +101,7 @@ def test_the_map_alone_finds_a_fault_without_alarms(tmp_path: Path) -> None:
 def test_a_quiet_run_says_how_many_checks_were_made_and_what_was_not_measured(tmp_path: Path) -> None:
     with recorded(tmp_path / "a", alarm=True) as run:
         said = verdict(page_of(run))
-    assert "None of 6 checks fired." in said
+    assert "None of 7 checks fired." in said
     assert "The loss fell from" in said
     assert "Gradient noise scale: lipcore.PerSampleGradNorms(" in said
     assert "lipcore.TensorStats() in metrics" in said
