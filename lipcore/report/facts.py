@@ -38,7 +38,6 @@ class Facts:
     first_step: int = 0
     last_step: int = 0
     last_wall: float = 0.0  #: seconds since 1970, when a window was last written
-    single_steps: int = 0
     lines: dict[str, Binned] = field(default_factory=dict)
     ratios: Binned | None = None
     folded: bool = False
@@ -97,7 +96,6 @@ def _read_line(facts: Facts, run: Source, quantity: str) -> None:
         found.add(block.steps, names, block.values[:, where], low, high, ["total"] * len(where))
     if found.places:
         facts.lines[quantity] = found
-        facts.single_steps = max(facts.single_steps, int(found.count.sum(0).max() + found.not_finite.max()))
 
 
 def _read_windows(facts: Facts, run: Source) -> None:

@@ -84,6 +84,8 @@ def run_facts(facts: Facts) -> Html:
     if facts.starts:
         begin, end = facts.starts[0].wall, max(facts.last_wall, facts.starts[-1].wall)
         said.append(f"{_time(begin)} to {_time(end, day=_time(begin)[:10] != _time(end)[:10])} UTC")
+    again = [start.kind for start in facts.starts[1:]]
+    said += [count(again.count(kind), kind) for kind in dict.fromkeys(again)]
     said += ["being written now"] if facts.being_written else []
     if len(facts.starts) == 1 and facts.last_wall > facts.starts[0].wall:
         rate = facts.last_step / (facts.last_wall - facts.starts[0].wall)
@@ -94,6 +96,7 @@ def run_facts(facts: Facts) -> Html:
     if facts.windows.scopes:
         rows.append(("numbers of windows are of", ", ".join(sorted(_SCOPES[s] for s in facts.windows.scopes))))
     rows += [(metric, ", ".join(quantities)) for metric, quantities in facts.windows.metrics.items()]
+    rows += [(f"{metric}, last window", _plain(said)) for metric, said in facts.windows.details.items() if said]
     others = [event for event in facts.events if event.kind != "alarm"]
     rows += [(f"step {event.step:,}: {event.kind}", event.text) for event in others]
     table = Table(("fact", ""), rows, most=30, of_numbers=False)

@@ -69,7 +69,7 @@ def number(value: float, digits: int = 3) -> str:
     size = abs(value)
     if size and not 1e-4 <= size < 1e7:
         return f"{value:.{digits}g}"
-    if size >= 1000:
+    if size >= 1000 and digits <= 4:
         return f"{value:,.0f}"
     return f"{value:.{digits}g}"
 
@@ -91,6 +91,7 @@ class Table:
     rows: Sequence[Sequence[object]]
     caption: str = ""
     most: int = 10
+    limit: int = 300  #: rows that stand on the page at all
     of_numbers: bool = True  #: all columns but the first are numbers
 
     def html(self) -> Html:
@@ -98,10 +99,12 @@ class Table:
         if not self.rows:
             return Html("")
         seen = self._table(self.rows[: self.most], self.caption)
-        rest = self.rows[self.most :]
+        rest = self.rows[self.most : self.limit]
         if not rest:
             return seen
-        return joined([seen, tag("details", tag("summary", f"{len(rest):,} more rows"), self._table(rest, ""))])
+        beyond = len(self.rows) - self.most - len(rest)
+        said = f"{len(rest):,} more rows" + (f", of {len(rest) + beyond:,}" if beyond else "")
+        return joined([seen, tag("details", tag("summary", said), self._table(rest, ""))])
 
     def _table(self, rows: Sequence[Sequence[object]], caption: str) -> Html:
         heads = tag("tr", *(tag("th", head, scope="col") for head in self.heads))

@@ -22,6 +22,18 @@
   const model = (name) => bokeh.get_model_by_name(name);
   if (narrow) for (const root of bokeh.roots()) root.min_border_left = 70;
 
+  // Paper is narrower than the screen, and a printer does not wait until figures have drawn themselves anew.
+  const plots = [...document.querySelectorAll(".plot")], paper = 680;
+  window.addEventListener("beforeprint", () => {
+    for (const [plot, width] of plots.map((plot) => [plot, plot.clientWidth])) {
+      plot.style.width = `${width}px`;
+      plot.style.zoom = String(Math.min(1, paper / width));
+    }
+  });
+  window.addEventListener("afterprint", () => {
+    for (const plot of plots) plot.style.width = plot.style.zoom = "";
+  });
+
   for (const link of document.querySelectorAll("a.csv")) {
     const fill = () => { link.href = "data:text/csv;charset=utf-8," + encodeURIComponent(csv(link.dataset.figure)); };
     link.addEventListener("click", fill);

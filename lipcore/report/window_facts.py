@@ -39,7 +39,7 @@ WANTED: dict[str, dict[str, tuple[str, ...]]] = {
         "noise_scale": ("mean", "lower", "upper"),
         "skipped_steps": ("sum",),
     },
-    "per_sample_grad_dot": {"dot": ("mean", "min", "max")},
+    "per_sample_grad_dot": {"dot*": ("mean", "min", "max")},  # "dot", or "dot_0" and so on
     "tensor_stats": {
         "parameter": ("sd", "max", "kurtosis", "zeros", "nonfinite"),
         "gradient": ("sd", "max", "kurtosis", "zeros", "nonfinite"),
@@ -69,11 +69,9 @@ class WindowFacts:
     def __init__(self, first: int = 0, last: int = 0) -> None:
         self._first, self._last = first, last
         self.count = 0
-        self.steps = 0  #: steps in all windows
-        self.uneven = False  #: windows overlap, or steps are missing between them
+        self.steps = 0  #: steps that `sums` are of
         self.numbers: dict[Key, Binned] = {}
-        self.sums: dict[Key, dict[str, float]] = {}  #: of the reducer "sum", over all windows
-        self.levels: dict[str, dict[str, str]] = {}  #: level of each place by metric
+        self.sums: dict[Key, dict[str, float]] = {}  #: of the reducer "sum", over windows that do not overlap
         self.labels: dict[Key, str] = {}
         self.doubts: dict[tuple[str, str, str], Doubt] = {}  #: by metric, quantity and reason
         self.off: dict[str, tuple[int, str]] = {}  #: metrics that were switched off: since which step, and why
@@ -81,15 +79,15 @@ class WindowFacts:
         self.metrics: dict[str, list[str]] = {}  #: quantities by metric
         self.scopes: set[str] = set()
         self.samples: list[float] = []  #: samples per step, as the per-sample metrics count them
-        self._before = first - 1
+        self._counted_to, self._counts = first - 1, True
         self._waiting: dict[Key, list[tuple[int, tuple[str, ...], tuple[str, ...], np.ndarray[Any, Any]]]] = {}
 
     def take(self, window: Window) -> None:
         """Take a window in."""
         self.count += 1
-        self.steps += window.steps
-        self.uneven |= window.first_step != self._before + 1
-        self._before = window.last_step
+        self._counts = window.first_step > self._counted_to  # windows that slide have steps in common
+        if self._counts:
+            self.steps, self._counted_to = self.steps + window.steps, window.last_step
         self.scopes.add(window.scope)
         for metric, why in window.off.items():
             self.off.setdefault(metric, (window.last_step, why))
@@ -103,7 +101,8 @@ class WindowFacts:
                     self._take_part(window, metric, quantity, part)
 
     def _take_part(self, window: Window, metric: str, quantity: str, part: Columns) -> None:
-        wanted = WANTED.get(metric, _NO_QUANTITY).get(quantity, ())
+        quantities = WANTED.get(metric, _NO_QUANTITY)
+        wanted = quantities.get(quantity) or quantities.get(f"{quantity.partition('_')[0]}*", ())
         for reducer, column in part.reducers.items():
             self._doubt(window, metric, quantity, part, column)
             if reducer not in wanted:
@@ -112,7 +111,7 @@ class WindowFacts:
             valid = np.broadcast_to(np.asarray(column.valid), (count,))
             numbers = np.where(valid, column.array(count), np.nan)
             self.labels[key] = column.labels if isinstance(column.labels, str) else column.labels[count - 1]
-            if reducer == "sum":
+            if reducer == "sum" and self._counts:
                 sums = self.sums.setdefault(key, {})
                 for place, number in zip(part.places.names, numbers.tolist(), strict=True):
                     sums[place] = sums.get(place, 0.0) + (number if np.isfinite(number) else 0.0)

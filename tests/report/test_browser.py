@@ -135,6 +135,10 @@ def test_a_link_saves_the_numbers_of_a_figure(chromium: Page, tmp_path: Path) ->
 def test_it_prints(chromium: Page, tmp_path: Path) -> None:
     page = opened(chromium, tmp_path, **CASES["usual"])
     assert page.pdf().startswith(b"%PDF")
+    widths = "Math.max(...[...document.querySelectorAll('.plot')].map((p) => p.getBoundingClientRect().width))"
+    before = page.value(widths)
+    assert page.value(f"dispatchEvent(new Event('beforeprint')), {widths}") <= 681
+    assert page.value(f"dispatchEvent(new Event('afterprint')), {widths}") == before > 1000
     assert page.troubles == []
 
 

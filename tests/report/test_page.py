@@ -5,20 +5,25 @@ from __future__ import annotations
 import json
 import re
 import sqlite3
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from few import few
-from recorded_runs import HOSTILE, recorded
+from recorded_runs import HOSTILE, recorded, window_of_trajectory
 from torch import nn
 
 import lipcore
+from lipcore.metric.columns import Column, Columns, Places
 from lipcore.recording import RunRecord, open_run
 from lipcore.report.facts import facts_of
+from lipcore.report.html import Table
 from lipcore.report.page import page_of
+from lipcore.report.window_facts import WindowFacts
 
 pytest.importorskip("bokeh", reason="needs the extra `report`")
 
@@ -225,3 +230,23 @@ def test_what_each_metric_has_recorded_has_a_section(tmp_path: Path) -> None:
     assert "Alarms were off" in said
     assert "PerSampleGradNorms" not in said
     assert "the batch of 16" in Seen(page).text
+
+
+def test_windows_that_slide_count_no_step_twice() -> None:
+    facts = WindowFacts(1, 40)
+    names, levels = ["a", "total"], ["group", "total"]
+    for first in range(1, 32, 5):  # of 10 steps each, every 5 steps
+        window = window_of_trajectory(0, 10, names, levels)
+        columns = {"sum": Column(np.array([10.0, 0.0]), 10)}
+        window["trajectory"].add_columns("unmoved_steps", Columns(Places(names, levels), columns))
+        facts.take(replace(window, first_step=first, last_step=first + 9))
+    facts.finish()
+    assert facts.steps == 40
+    assert facts.sums["trajectory", "unmoved_steps", "sum"] == {"a": 40.0, "total": 0.0}
+    assert facts.numbers["trajectory", "distance", "last"].count[:, 0].sum() == 7
+
+
+def test_long_tables_are_cut_and_say_so() -> None:
+    table = Table(("a",), [(str(i),) for i in range(1000)]).html()
+    assert "290 more rows, of 990" in table
+    assert table.count("<tr>") == 302

@@ -137,7 +137,7 @@ def _verdict(names: Sequence[str], facts: Sequence[Facts], parted: Sequence[Part
     rows = []
     for name, one in zip(names[1:], parted, strict=True):
         rows += [
-            (name_of(name), _words(each.quantity), name_of(each.place), number(each.one, 7), number(each.other, 7))
+            (name_of(name), _words(each.quantity), name_of(each.place), number(each.one, 9), number(each.other, 9))
             for each in one.differences
         ]
     heads = ("run", "quantity", "place", f"in {shortened_name(names[0], 20)}", "in the run")
@@ -164,7 +164,8 @@ def _parted(one: str, other: str, found: Parting) -> Html:
     what = _words(worst.quantity)
     where = Html("") if worst.quantity.startswith("logged/") else joined([" of ", name_of(worst.place)])
     same = f"are the same up to step {found.step - 1:,}, and " if found.steps else ""
-    numbers = f": {number(worst.one, 5)} against {number(worst.other, 5)}."
+    digits = next((n for n in (4, 6) if number(worst.one, n) != number(worst.other, n)), 9)
+    numbers = f": {number(worst.one, digits)} against {number(worst.other, digits)}."
     return joined(
         [name_of(one), " and ", name_of(other), f" {same}part in step {found.step:,}: {what}", where, numbers]
     )
