@@ -29,7 +29,7 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .NOTPARALLEL: # two pips in one .venv
 
 .PHONY: help demo test test-ci test-all test-asan test-tsan test-sanitized test-cuda-on-cpu test-cuda-on-cpu-asan
-.PHONY: test-cuda-on-cpu-tsan test-peers mutants bench bench-peers plots clean distclean check FORCE
+.PHONY: test-cuda-on-cpu-tsan test-peers browser mutants bench bench-peers plots clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -44,12 +44,18 @@ test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
 	$(PARALLEL_PYTEST) $(PYTEST_FLAGS)
 	$(MAKE) --no-print-directory test-cuda-on-cpu
 
-test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
+test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) browser ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
 	$(PARALLEL_PYTEST) -m "ci and not slow" $(PYTEST_FLAGS)
 	$(MAKE) --no-print-directory test-cuda-on-cpu CUDA_TESTS=
 	$(MAKE) --no-print-directory test-sanitized
 
-test-all: $(STAMPS)/test $(STAMPS)/trainers $(CORE) ## those of both, and the slow ones
+# Debian's, where this user may install it; without one the tests of the report's page are skipped, and say so.
+browser:
+	@command -v chromium chromium-browser google-chrome > /dev/null || \
+	{ [ "$$(id -u)" = 0 ] && apt-get update -q && apt-get install -y -q --no-install-recommends chromium; } > /dev/null 2>&1 || \
+	echo "no chromium could be installed: the browser's tests will be skipped" >&2
+
+test-all: $(STAMPS)/test $(STAMPS)/trainers $(CORE) browser ## those of both, and the slow ones
 	$(BIN)/pytest -m "slow or not slow" $(PYTEST_FLAGS)
 
 mutants: $(STAMPS)/test $(CORE) ## plant small faults one by one in a copy: the tests must see each

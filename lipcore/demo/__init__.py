@@ -13,7 +13,7 @@ __all__ = ["DemoError", "run"]
 
 NEXT = """
 What to do next:
-  look at a recorded run  python -c 'import lipcore; lipcore.open_run("{run}").plot("update_norm").savefig("run.png")'
+  look at a recorded run  lipcore report {run} -o run.html   (pip install "lipcore[report]")
   take its numbers        lipcore export {run} --csv numbers.csv
   record your own         lipcore.watch(model, optimizer, run="runs/a") before the loop: docs/record.md"""
 _NEEDED = {"matplotlib": "matplotlib", "sklearn": "scikit-learn", "rich": "rich"}

@@ -94,7 +94,8 @@ def watch(
             made._listeners += made_writers(writers, run, made._warn_of_record, first_step, of_all_ranks=together)
         if run is None:
             return made
-        facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": here, **dict(config or {})}
+        facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": here}
+        facts |= {"alarms": "off" if made.alarms is None else [*made.alarms.signals, "nonfinite"], **dict(config or {})}
         record = RunRecord(
             run, rank=here, level=record_level, max_bytes=max_bytes, model=_fingerprint(made.model), config=facts
         )

@@ -107,3 +107,23 @@ class Hold:
                 self._path.unlink()
             os.close(self._file)
             self._file = None
+
+
+def being_written(path: Path) -> bool:
+    """Say whether a process, this one or another, has the right to write a record now."""
+    lock = path.absolute().with_name(path.name + "-writer")
+    if lock in _held:  # not by the lock: to close its file here would give it back
+        return True
+    try:
+        import fcntl
+
+        file = os.open(lock, os.O_RDONLY)
+    except (ImportError, OSError):
+        return False
+    try:
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False

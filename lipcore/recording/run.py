@@ -21,14 +21,17 @@ from lipcore.models.arguments import check_count
 from lipcore.models.names import listed
 from lipcore.recording import plots
 from lipcore.recording.folding import FOLD, unfolded
-from lipcore.recording.location import SUFFIX
-from lipcore.recording.pack import UnpackedWindow, places_of
+from lipcore.recording.location import SUFFIX, being_written
+from lipcore.recording.pack import UnpackedWindow, places_of, unpacked_steps
 from lipcore.recording.schema import RecordError, connect
 from lipcore.recording.series import Series, matching
 from lipcore.recording.window_series import series_of
+from lipcore.report.source import Block
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from lipcore.report.page import Page
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -104,15 +107,36 @@ class Run(Showable):
         return max(0, *(row or 0 for row in rows))
 
     @property
+    def first_step(self) -> int:
+        """Number of the first step that is in the file; 0 where there is none."""
+        rows = [self._rows(f"select min(first) from {table}")[0][0] for table in ("steps", "windows")]
+        return min((row for row in rows if row), default=0)
+
+    @property
+    def last_wall(self) -> float:
+        """Time at which a window was last written, in seconds since 1970; 0 where there is none."""
+        return float(self._rows("select max(wall) from windows")[0][0] or 0.0)
+
+    @property
     def quantities(self) -> list[str]:
         """Names that :meth:`series` takes: quantities of single steps, then `quantity.reducer` of windows, with the
         metric's name before it where two metrics have it; what was logged is the metric "logged"."""
         return [*self._step_names(), *self._window_names()]
 
     @property
+    def name(self) -> str:
+        """Name of the run's folder."""
+        return self.path.parent.name or self.path.name
+
+    @property
+    def being_written(self) -> bool:
+        """True while a training writes the file."""
+        return being_written(self.path)
+
+    @property
     def windows(self) -> History:
         """The closed windows, oldest first."""
-        return History(self._windows())
+        return History(self.each_window())
 
     def places(self, name: str) -> list[str]:
         """Return the places of a quantity, in the order in which they were first written."""
@@ -139,45 +163,55 @@ class Run(Showable):
         for argument, value in (("name", name), ("places", places)):
             if not isinstance(value, str):
                 raise TypeError(f"{argument}: expected a str, got {type(value).__name__}")
-        found = [full for full in self._step_quantities() if name in (full, full.rpartition("/")[2])]
+        found = [full for full in self.step_quantities if name in (full, full.rpartition("/")[2])]
         if len(found) > 1:
             raise ValueError(f"name: several metrics have {name!r}; choose {' or '.join(found)}")
         return self._of_steps(found[0], places, name) if found else self._of_windows(name, places)
+
+    def report(self) -> Page:
+        """Make the page about this run, as it is now: a notebook shows it, ``.save("page.html")`` writes it. It needs
+        bokeh: docs/report.md.
+
+        Raises:
+            ImportError: bokeh is missing.
+            RecordError: the record cannot be read at all.
+        """
+        from lipcore.report.page import Page, page_of
+
+        return Page(page_of(self), self.name)
 
     # ---- pictures; they need matplotlib
 
     def plot(self, name: str, places: str = "*", *, log: bool = True) -> Figure:
         """Draw a quantity over the steps, a line per place; names as of :meth:`series`, without a reducer means."""
-        return plots.line_plot(self._drawn(name, places), f"{name} of {self._name}", log=log)
+        return plots.line_plot(self._drawn(name, places), f"{name} of {self.name}", log=log)
 
     def heatmap(self, name: str, places: str = "*") -> Figure:
         """Draw a quantity as a map: a row per place, steps from left to right."""
-        return plots.heat_map(self._drawn(name, places), f"{name} of {self._name}")
+        return plots.heat_map(self._drawn(name, places), f"{name} of {self.name}")
 
     def compare_plot(self, other: Run, name: str, place: str = "total", *, log: bool = True) -> Figure:
         """Draw a quantity of this run and of another in one place."""
         if not isinstance(other, Run):
             raise TypeError(f"other: expected a Run, as open_run() returns it, got {type(other).__name__}")
-        found = {self._name: self._drawn(name, place)}
-        twice = other._name in found
-        found[f"{other._name} ({other.path})" if twice else other._name] = other._drawn(name, place)
+        found = {self.name: self._drawn(name, place)}
+        twice = other.name in found
+        found[f"{other.name} ({other.path})" if twice else other.name] = other._drawn(name, place)
         return plots.compare_plot(found, f"{name}, {place}", log=log)
 
     def _drawn(self, name: str, places: str) -> Series:
         quantities = self.quantities if isinstance(name, str) else []
         return self.series(f"{name}.mean" if name not in quantities and f"{name}.mean" in quantities else name, places)
 
-    @property
-    def _name(self) -> str:
-        return self.path.parent.name or self.path.name
-
     # ---- single steps
 
-    def _step_quantities(self) -> list[str]:
+    @property
+    def step_quantities(self) -> list[str]:
+        """Full names of the quantities of single steps: "trajectory/update_norm", "logged/loss"."""
         return [row[0] for row in self._rows("select distinct quantity from steps order by quantity")]
 
     def _step_names(self) -> list[str]:
-        full = self._step_quantities()
+        full = self.step_quantities
         short = [name.rpartition("/")[2] for name in full]
         return [own if short.count(own) == 1 else name for name, own in zip(full, short, strict=True)]
 
@@ -210,6 +244,30 @@ class Run(Showable):
             at += len(steps)
         return _joined(name, numbers, values, list(columns))
 
+    def blocks(self, quantity: str) -> Iterator[Block]:
+        """Yield the single steps of a quantity as they lie in the file, so that a long run is never in memory.
+
+        Args:
+            quantity: one of :attr:`step_quantities`.
+        """
+        for first, layout in self._rows(
+            "select first, layout from steps where quantity = ? order by first, layout", quantity
+        ):
+            rows = self._rows(
+                "select last, fold, data from steps where quantity = ? and first = ? and layout = ?",
+                *(quantity, first, layout),
+            )
+            if not rows:  # joined to an older block meanwhile, or rewound
+                continue
+            (last, fold, blob), places = rows[0], self._places(layout)
+            if fold == 1:
+                values = unpacked_steps(blob, len(places))
+                yield Block(np.arange(first, last + 1), places.names, places.levels, values, values, values)
+            else:
+                low, mean, high = unfolded(blob, len(places))
+                steps = np.minimum(first - 1 + FOLD * np.arange(1, len(mean) + 1), last)
+                yield Block(steps, places.names, places.levels, mean, low, high)
+
     def _part(self, rowid: int, where: Sequence[int], steps: int) -> Numbers:
         """Return some places of a block, [steps, places], without reading the others."""
         size = 4 * steps
@@ -223,16 +281,23 @@ class Run(Showable):
 
     # ---- windows
 
-    def _windows(self) -> Iterator[Window]:
-        rows = self._rows("select number, first, last, scope, header, floats, counts from windows order by last")
-        texts = self._texts() if rows else {}
-        for number, first, last, scope, header, floats, counts in rows:
+    def each_window(self) -> Iterator[Window]:
+        """Yield the closed windows, oldest first, one after the other."""
+        steps = self._rows("select last from windows order by last")
+        texts = self._texts() if steps else {}
+        for (step,) in steps:
+            rows = self._rows(
+                "select number, first, last, scope, header, floats, counts from windows where last = ?", step
+            )
+            if not rows:  # a rewind has removed it meanwhile
+                continue
+            number, first, last, scope, header, floats, counts = rows[0]
             found = UnpackedWindow(header, floats, counts, texts)
             yield Window(number, first, last, True, scope, found.results, found.off)
 
     def _window_names(self) -> list[str]:
         metrics: dict[str, list[str]] = {}
-        for window in self._windows():
+        for window in self.each_window():
             for metric, result in window.results.items():
                 for quantity, values in result.items():
                     for part in values.parts:
@@ -247,14 +312,14 @@ class Run(Showable):
         """Yield every series of the run, with the windows read once: as :meth:`series` of all :attr:`quantities`."""
         for name in self._step_names():
             yield self._read(name, "*")
-        found = series_of(self._windows(), lambda metric, name: True)
+        found = series_of(self.each_window(), lambda metric, name: True)
         names = [name for _, name in found]
         for (metric, name), series in found.items():
             yield series if names.count(name) == 1 else replace(series, name=f"{metric}/{name}")
 
     def _of_windows(self, name: str, pattern: str) -> Series:
         metric, _, rest = name.rpartition("/")
-        found = series_of(self._windows(), lambda owner, own: own == rest and metric in ("", owner), pattern)
+        found = series_of(self.each_window(), lambda owner, own: own == rest and metric in ("", owner), pattern)
         having = sorted(owner for owner, _ in found)
         if not having:
             names = self.quantities
@@ -290,6 +355,16 @@ class Run(Showable):
         except sqlite3.Error as error:
             raise RecordError(f"{self.path}: cannot be read ({error})") from error
 
+    @contextmanager
+    def as_of_now(self) -> Iterator[None]:
+        """Read the file as it is now, whatever is written meanwhile, in a with block."""
+        with self._named():
+            self._connection.execute("begin")
+        try:
+            yield
+        finally:
+            self._connection.execute("rollback")
+
     def close(self) -> None:
         """Close the file."""
         self._connection.close()
@@ -301,7 +376,7 @@ class Run(Showable):
         self.close()
 
     def _shown(self) -> Shown:
-        starts, steps = self.starts, self._step_quantities()
+        starts, steps = self.starts, self.step_quantities
         rows = [("steps", f"{self.last_step}", ", ".join(steps))]
         rows.append(("windows", str(self._rows("select count(*) from windows")[0][0]), ""))
         older = self._rows("select value from meta where key = 'older'")

@@ -26,6 +26,7 @@ ROOMS = (
     "monitor",
     "per_sample",
     "regions",
+    "report",
     "theory",
     "trajectory",
 )

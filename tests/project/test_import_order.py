@@ -15,8 +15,8 @@ ROOT = Path(lipcore.__file__).parent
 #: docs/architecture.md draws it. Names of packages and of modules at the root.
 ORDER = [
     *("_core", "models", "_connect", "functional", "layers", "capture", "distributed", "metric", "trajectory"),
-    *("lipschitz", "per_sample", "tensor_stats", "regions", "theory", "alarms", "recording", "monitor"),
-    *("integrations", "demo", "doctor", "cli", "__main__"),
+    *("lipschitz", "per_sample", "tensor_stats", "regions", "theory", "alarms", "report", "recording", "monitor"),
+    *("integrations", "demo", "cli", "__main__"),
 ]
 MOST_AT_THE_ROOT = 24
 

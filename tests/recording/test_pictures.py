@@ -86,8 +86,8 @@ def test_every_number_is_in_the_table(tmp_path: Path) -> None:
 
 def test_a_table_reads_the_windows_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, read = recorded(tmp_path / "one", steps=20), []
-    windows = Run._windows
-    monkeypatch.setattr(Run, "_windows", lambda self: read.append(1) or windows(self))
+    windows = Run.each_window
+    monkeypatch.setattr(Run, "each_window", lambda self: read.append(1) or windows(self))
     export_csv(run, tmp_path / "x.csv")
     assert len(read) == 1
 

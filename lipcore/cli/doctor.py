@@ -17,6 +17,7 @@ from lipcore import _core
 EXTRAS = {
     "demo": ("matplotlib", "sklearn", "rich"),
     "theory": ("scipy", "rich"),
+    "report": ("bokeh",),
     "hf": ("transformers", "accelerate"),
     "lightning": ("lightning",),
     "tensorboard": ("tensorboard",),

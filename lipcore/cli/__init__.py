@@ -1,4 +1,4 @@
-"""The command line: ``lipcore demo``, ``lipcore doctor``, ``lipcore export``."""
+"""The command line: ``lipcore demo``, ``doctor``, ``export``, ``report``, ``compare``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command is None:
         parser.print_help()
         return 0
-    run: dict[str, Callable[[argparse.Namespace], int]] = {"demo": _demo, "doctor": _doctor, "export": _export}
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
+        "demo": _demo,
+        "doctor": _doctor,
+        "export": _export,
+        "report": _report,
+        "compare": _compare,
+    }
     return run[options.command](options)
 
 
@@ -36,7 +42,7 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from lipcore.doctor import findings
+    from lipcore.cli.doctor import findings
 
     found = findings()
     width = max(map(len, found))
@@ -59,6 +65,45 @@ def _export(options: argparse.Namespace) -> int:
         print(f"lipcore export: error: {error}", file=sys.stderr)
         return 2
     print(f"{path}: {rows} rows")
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from lipcore.recording import RecordError, open_run
+    from lipcore.report.follow import follow
+    from lipcore.report.output import ReportError
+
+    try:
+        with open_run(options.run, options.rank) as run:
+            own = "report" if run.path.stem == "rank0" else f"report-{run.path.stem}"
+            path = options.output or run.path.with_name(f"{own}.html")
+            if options.follow is None:
+                run.report().save(path)
+        if options.follow is not None:
+            print(f"{path}: written every {options.follow:g} s while the run goes on; Ctrl-C ends it", flush=True)
+            follow(lambda: open_run(options.run, options.rank), path, options.follow)
+    except (RecordError, ReportError, ValueError, ImportError) as error:
+        print(f"lipcore report: error: {error}", file=sys.stderr)
+        return 2
+    print(path)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from contextlib import ExitStack
+
+    from lipcore.recording import RecordError, open_run
+    from lipcore.report.compare.page import compare_page
+    from lipcore.report.output import ReportError, write_whole
+
+    try:
+        with ExitStack() as opened:
+            runs = [opened.enter_context(open_run(run, options.rank)) for run in [options.run, *options.others]]
+            path = write_whole(compare_page(runs, options.by), options.output)
+    except (RecordError, ReportError, ValueError, ImportError) as error:
+        print(f"lipcore compare: error: {error}", file=sys.stderr)
+        return 2
+    print(path)
     return 0
 
 
@@ -96,7 +141,42 @@ def _parser() -> argparse.ArgumentParser:
     form = export.add_mutually_exclusive_group(required=True)
     form.add_argument("--csv", type=Path, metavar="FILE", help="as comma-separated values")
     form.add_argument("--parquet", type=Path, metavar="FILE", help="as Parquet; needs pyarrow")
+    about = "Write one page about a recorded run, which a browser opens without a network; needs the extra `report`."
+    report = commands.add_parser("report", help=about, description=about)
+    report.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or the file of one rank")
+    report.add_argument("-o", "--output", type=Path, metavar="FILE", help="the page (default: report.html in RUN)")
+    report.add_argument(
+        *("--follow",),
+        type=_seconds,
+        metavar="SECONDS",
+        help="write it anew whenever the run has gone on, until Ctrl-C; the page loads itself anew",
+    )
+    report.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
+    about = "Write one page that compares recorded runs: where they part, their settings, their curves at equal loss."
+    compare = commands.add_parser("compare", help=about, description=about)
+    compare.add_argument("run", type=Path, metavar="RUN", help="what the others are compared with")
+    compare.add_argument("others", type=Path, nargs="+", metavar="OTHER", help="the other runs")
+    compare.add_argument(
+        *("-o", "--output"),
+        type=Path,
+        default=Path("compare.html"),
+        metavar="FILE",
+        help="the page (default: %(default)s)",
+    )
+    compare.add_argument(
+        "--by", metavar="AXIS", help="step, loss, or a logged name that only grows (default: step, and loss for theory)"
+    )
+    compare.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of folders (default: 0)")
     return parser
+
+
+def _seconds(text: str) -> float:
+    from lipcore.report.follow import checked_seconds
+
+    try:
+        return checked_seconds(float(text))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds >= 0.1, got {text!r}") from None
 
 
 def _count(text: str) -> int:

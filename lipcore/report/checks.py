@@ -1,0 +1,141 @@
+"""Checks of a run: what the verdict at the top of the page is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from lipcore.report.alarms_told import told, worst_first
+from lipcore.report.facts import Facts
+from lipcore.report.html import count, number
+from lipcore.report.ratio_map import RatioMap
+
+State = Literal["fired", "quiet", "not measured"]
+
+
+_SUDDEN = 10.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check and what came of it."""
+
+    name: str
+    state: State
+    text: str  #: a sentence
+    remedy: str = ""  #: what measures it, where it was not measured
+
+
+def checks_of(facts: Facts, ratios: RatioMap | None) -> list[Check]:
+    """Return all checks of a run, in the order of importance."""
+    return [_alarms(facts), _not_finite(facts), _sudden(ratios), *(check(facts) for check in _OTHERS)]
+
+
+def _alarms(facts: Facts) -> Check:
+    alarms = facts.alarms
+    remedy = 'pass alarms="default" to watch()'
+    if alarms:
+        worst = worst_first(alarms)[0]
+        place = str(worst.data.get("place", "total"))
+        where = "" if place == "total" or worst.data.get("signal") == "nonfinite" else f", {place}"
+        more = "; the worst" if len(alarms) > 1 else ""
+        return Check(
+            "Alarms", "fired", f"{count(len(alarms), 'alarm')}{more} in step {worst.step:,}{where}: {told(worst)}"
+        )
+    known = facts.config.get("alarms")
+    if not known or known == "off":
+        said = "were off" if known == "off" else "are not in this record"
+        return Check("Alarms", "not measured", f"Alarms {said}.", remedy)
+    return Check("Alarms", "quiet", f"No alarm in {count(facts.last_step, 'step')} ({', '.join(known)}).")
+
+
+def _not_finite(facts: Facts) -> Check:
+    lines = {name: line for name, line in facts.lines.items() if name.startswith("logged/")}
+    bad = [(int(line.first_not_finite[0]), name) for name, line in lines.items() if line.not_finite[0]]
+    steps = facts.windows.total("trajectory", "nonfinite_steps")
+    name = "Values that are not finite"
+    if bad:
+        first, which = min(bad)
+        lost = int(lines[which].not_finite[0])
+        what = "The loss" if which == "logged/loss" else which.partition("/")[2]
+        return Check(
+            name, "fired", f"{what} is NaN or infinite in {count(lost, 'step')}, for the first time at step {first:,}."
+        )
+    if steps:
+        return Check(name, "fired", f"Parameters were NaN or infinite after {count(int(steps), 'step')}.")
+    if steps is None and not lines:
+        return Check(name, "not measured", "Nothing says whether all values were finite.", "a Trajectory in metrics")
+    what = " and ".join(["the loss"] * ("logged/loss" in lines) + ["the parameters"] * (steps is not None))
+    return Check(name, "quiet", f"No NaN and no infinite value in {what or 'what was logged'}.")
+
+
+def _sudden(ratios: RatioMap | None) -> Check:
+    """Check that no layer's updates become ten times larger or smaller at once: the ends of the map's colours."""
+    name = "Sudden changes"
+    found = None if ratios is None else ratios.most_sudden()
+    if ratios is None or found is None:
+        return Check(name, "not measured", "Nothing says how updates changed.", "a Trajectory in metrics")
+    place, step, times, larger = found
+    what = "larger" if larger else "smaller"
+    if times >= _SUDDEN:
+        said = f"Step {step:,}, {place}: the update over the weight norm is {number(times)} times {what} than before."
+        return Check(name, "fired", said)
+    said = f"No layer's update over weight norm changed by more than {number(times)} times at once"
+    return Check(name, "quiet", f"{said} ({place}, step {step:,}).")
+
+
+def _unmoved(facts: Facts) -> Check:
+    sums = facts.windows.sums.get(("trajectory", "unmoved_steps", "sum"))
+    name = "Layers that do not move"
+    if sums is None or not facts.windows.steps:
+        return Check(name, "not measured", "Nothing says which layers moved.", "a Trajectory in metrics")
+    steps = facts.windows.steps - int(facts.windows.total("trajectory", "nonfinite_steps") or 0)
+    still = [place for place, unmoved in sums.items() if place != "total" and steps > 0 and unmoved >= steps]
+    if still:
+        more = f" and {len(still) - 3} more" if len(still) > 3 else ""
+        return Check(name, "fired", f"{', '.join(still[:3])}{more} did not move in any step.")
+    part = max(((unmoved, place) for place, unmoved in sums.items() if place != "total"), default=(0.0, ""))
+    if part[0] > 0.5 * steps:
+        return Check(name, "fired", f"{part[1]} did not move in {int(part[0]):,} of {count(steps, 'step')}.")
+    return Check(name, "quiet", "Every layer moved in most steps.")
+
+
+def _loss(facts: Facts) -> Check:
+    name, line = "The loss", facts.lines.get("logged/loss")
+    if line is None:
+        return Check(name, "not measured", "No loss was logged.", "call monitor.log(loss=loss) in the loop")
+    means = line.mean[:, 0][line.count[:, 0] > 0]
+    if not len(means):
+        return Check(name, "fired", "The loss was never finite.")
+    part = max(1, len(means) // 10)
+    begin, end = float(means[:part].mean()), float(means[-part:].mean())
+    said = f"from {number(begin)} to {number(end)} (means of the first and the last tenth)"
+    if end >= begin and len(means) > 1:
+        return Check(name, "fired", f"The loss did not fall: it went {said}.")
+    finite = ", while it was finite" if line.not_finite[0] else ""
+    return Check(name, "quiet", f"The loss fell {said}{finite}.")
+
+
+def _metrics_off(facts: Facts) -> Check:
+    name, off = "Metrics that stopped", facts.windows.off
+    if not facts.windows.count:
+        return Check(name, "not measured", "No window was recorded.", "a window closes after window_steps steps")
+    if off:
+        metric, (step, why) = next(iter(off.items()))
+        return Check(name, "fired", f"{metric} is off since step {step:,} or earlier: {why}")
+    return Check(name, "quiet", f"All metrics were on: {', '.join(facts.windows.metrics) or 'none'}.")
+
+
+def _record(facts: Facts) -> Check:
+    name = "The record"
+    if facts.unread:
+        return Check(name, "fired", f"Parts of the record cannot be read: {facts.unread[0]}")
+    if not facts.last_step:
+        return Check(name, "not measured", "The record has no step.", "call optimizer.step() in the loop")
+    rewinds = sum(start.kind == "rewind" for start in facts.starts)
+    more = f"; {count(rewinds, 'rewind')} to a checkpoint" if rewinds else ""
+    return Check(name, "quiet", f"The record can be read to its last step, {facts.last_step:,}{more}.")
+
+
+_OTHERS: tuple[Callable[[Facts], Check], ...] = (_unmoved, _loss, _metrics_off, _record)
