@@ -212,7 +212,8 @@ def _suits_the_kernel(x: Tensor, grad: Tensor) -> bool:
 
 def _suits_tensor_cores(x: Tensor, grad: Tensor) -> bool:
     narrow = x.dtype == grad.dtype and x.dtype in (torch.bfloat16, torch.float16)
-    return narrow and made_by_torch(*x.shape, grad.shape[-1])
+    samples, tokens, inputs = x.shape
+    return narrow and made_by_torch(samples, tokens, inputs, grad.shape[-1])
 
 
 def made_by_torch(samples: int, tokens: int, inputs: int, outputs: int) -> bool:
