@@ -1,0 +1,77 @@
+"""Alarms beside a training step, of which each is looked at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from measure import interleave, ratios, threads
+from small_transformer import SmallTransformer
+from torch import Tensor, nn
+
+from lipcore import Monitor, Trajectory
+
+STEPS = 20
+
+Made = tuple[nn.Module, Tensor, int]  # model, input, classes
+
+
+def transformer() -> Made:
+    return SmallTransformer(), torch.randint(32, (16, 32)), 32
+
+
+def mlp() -> Made:
+    layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
+    return nn.Sequential(*layers), torch.randn(256, 784), 10
+
+
+MODELS: dict[str, tuple[Callable[[], Made], str]] = {
+    "transformer": (transformer, "small transformer, 16 x 32 tokens"),
+    "mlp": (mlp, "MLP 784-1024-1024-10, batch 256"),
+}
+
+
+class Training:
+    """A training that is watched in one of the ways, past the alarms' silent steps."""
+
+    def __init__(self, make: Callable[[], Made], way: str) -> None:
+        torch.manual_seed(0)
+        self.model, self.x, classes = make()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
+        self.y = torch.randint(classes, self.x.shape[:1] if self.x.is_floating_point() else self.x.shape).flatten()
+        self.monitor = None
+        if way not in ("plain", "control"):
+            alarms: Any = "default" if way == "alarms" else None
+            self.monitor = Monitor(self.model, self.optimizer, [Trajectory()], window_steps=None, alarms=alarms)
+        for _ in range(120):
+            self.step()
+
+    def step(self) -> None:
+        loss = nn.functional.cross_entropy(self.model(self.x).flatten(0, -2), self.y)
+        if self.monitor is not None:
+            self.monitor.log(loss=loss)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def steps(self) -> None:
+        for _ in range(STEPS):
+            self.step()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def bench_beside_a_step(benchmark: Any, report: Any, name: str) -> None:
+    make, title = MODELS[name]
+    with threads(1):
+        trainings = {way: Training(make, way) for way in ("plain", "control", "without", "alarms")}
+        monitor = trainings["alarms"].monitor
+        assert monitor is not None
+        assert monitor.alarms is not None
+        calls = {way: training.steps for way, training in trainings.items()}
+        found = ratios(interleave(calls, seconds=30, rounds=15), "plain")
+        benchmark.pedantic(calls["alarms"], rounds=1, iterations=1)
+    where = f"Monitor(alarms='default'), {title}, 1 thread"
+    details = {"control": found["control"], "without_alarms": found["without"]}
+    report.add(where, found["alarms"], "x plain", **details)
