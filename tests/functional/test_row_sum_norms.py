@@ -350,6 +350,15 @@ def test_layouts_on_cuda(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_columns_of_wider_rows_on_cuda(dtype):
+    """Every row begins so that four elements can be read at once, but there is no memory behind the last one."""
+    for columns in (1, 5, 6, 7, 130):
+        long = [values((26 * 132 + columns,), DTYPES[dtype], seed) for seed in (0, 1)]
+        check_rows(*(t.as_strided((3, 9, columns), (9 * 132, 132, 1)) for t in long), place=placed_as_it_is)
+
+
+@pytest.mark.gpu
 def test_mixed_dtypes_on_cuda():
     for grad_dtype, x_dtype in PAIRS:
         grad, x = values((3, 17, 18), DTYPES[grad_dtype]), values((3, 17, 18), DTYPES[x_dtype], 1)

@@ -177,7 +177,7 @@ KERNEL_MUTANTS = (
         "csrc/cuda/quads.cuh",
         "if (kQuads && count >= kQuad) {",
         "if (kQuads && count > 0) {",
-        _ROW_SUMS,
+        (f"{_ROW_TESTS}::test_columns_of_wider_rows_on_cuda",),
     ),
     KernelMutant(
         "quads are read wherever neighbours are",
