@@ -79,8 +79,9 @@ class GraphWays:
         self._known: dict[tuple[tuple[int, ...], tuple[tuple[int, str], ...], Signature], Structure] = {}
         self.ways: dict[str, str] = {}  #: per parameter, how it is measured
 
-    def begun(self) -> list[Any]:
-        """Return the states of the generators of random numbers, of which a pass that begins now draws."""
+    def begun(self) -> list[Any] | None:
+        """Return the states of the generators of random numbers, of which a pass that begins now draws, where they are
+        known."""
         return self._others.begun()
 
     def follow(

@@ -43,11 +43,15 @@ class OtherGraphs:
         self._random: RandomNumbers | None = None
         self._chooses = False  # what is run by random numbers
 
-    def begun(self) -> list[Any]:
-        """Return the states of the generators, as a pass that begins now finds them."""
-        if self._random is None:
-            self._random = RandomNumbers(Held(self._model))
-        return self._random.now()
+    def begun(self) -> list[Any] | None:
+        """Return the states of the generators, as a pass that begins now finds them; None where a device does not tell
+        (while it captures a graph)."""
+        try:
+            if self._random is None:
+                self._random = RandomNumbers(Held(self._model))
+            return self._random.now()
+        except RuntimeError:
+            return None
 
     def beside(self, walk: Walk, names: Mapping[int, str], call: Call, batch: Batch) -> tuple[Walk, Any]:
         """Return the graph of a pass on one sample more, and what the model has returned in it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Iterable
 from typing import Any
 
@@ -59,8 +60,10 @@ class Moves:
         self.indexed: list[int] = []
         moves = {place for place, node in enumerate(walk.nodes) if self._moves(place, node, samples)}
         self.below = _behind(walk, [c for place in moves for c in walk.next[place]], ())
-        self.inside: set[int] = set()
-        for root in walk.roots if moves else ():
+        self.inside = self.below - _behind(walk, walk.roots, moves)
+        # A loss beside, one number, may choose among the rows of what is returned.
+        several = [root for root in walk.roots if math.prod(walk.shapes(root)[0]) > 1] if moves else []
+        for root in several:
             self.inside |= (self.below & _behind(walk, [root], ())) - _behind(walk, [root], moves)
 
     def _moves(self, place: int, node: Any, samples: int) -> bool:

@@ -42,7 +42,10 @@ def reordered_layers(output: Any, samples: int) -> list[tuple[LayerSite, str]]:
     why, found = WHY.format(next(iter(moves)).name()), dict[LayerSite, str]()
     behind = nodes_before(node.next_functions[e][0] for node, edges in moves.items() for e in edges)
     sites = [(node, site) for node in behind if isinstance(site := getattr(node, "site", None), LayerSite)]
-    for root in dict.fromkeys(tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None):
+    returned = [tensor for tensor in tensors_of(output) if tensor.grad_fn is not None]
+    # A loss beside, one number, may choose among the rows of what is returned.
+    returned = [tensor for tensor in returned if tensor.numel() > 1] or returned
+    for root in dict.fromkeys(tensor.grad_fn for tensor in returned):
         free, mine = _free(root, moves), _free(root, {})
         found |= {site: why for node, site in sites if node in mine and node not in free}
     return list(found.items())

@@ -35,9 +35,9 @@ from lipcore.layers import Batch
 _MIXED = (
     "of one sample's outputs alone, its gradient has parts at other samples ({0:.3g} of its norm). Either the layer is "
     "called without the batch dimension (name it in broadcast=), or the batch dimension is not where it is looked for "
-    "(batch_dim=), or the model returns other rows beside what the loss is made of (name that, "
-    "output='<key or module>'), or the model mixes its samples (statistics over the batch, sorting), and then there "
-    "are no gradients per sample"
+    "(batch_dim=), or the model returns other rows beside what the loss is made of (name that, output='<key or "
+    "module>'), or the model mixes its samples (statistics over the batch, sorting), and then there are no gradients "
+    "per sample"
 )
 _MOVED = (
     "of its gradient, row {0} is that of sample {1}: the model moves its samples (flip, roll, sort, a shuffle) before "
