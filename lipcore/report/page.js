@@ -126,7 +126,6 @@
   function choose() {
     const columns = { begin: [], end: [], low: [], mean: [], high: [] }, from = cursor.row * bins;
     for (let bin = 0; bin < bins; bin++) {
-      if (high[from + bin] === NONE) continue;
       columns.begin.push(begin(bin));
       columns.end.push(end(bin));
       for (const [key, codes] of [["low", low], ["mean", mean], ["high", high]]) {

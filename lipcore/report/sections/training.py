@@ -59,6 +59,8 @@ def training(facts: Facts, plots: Plots, ratios: RatioMap | None) -> tuple[Secti
             )
     if facts.folded:
         notes.append("Older steps of this record were folded to least value, mean and greatest value of 64 each.")
+    if any(line.lost.any() for line in facts.lines.values()):
+        notes.append("Grey: steps in which the number is NaN or infinite.")
     if facts.alarms:
         notes.append("Dashed lines and circles are alarms.")
     return Section("training", "Step by step", figures=figures, notes=notes), missing
