@@ -170,14 +170,13 @@ class Plots:
         positive numbers of all rows."""
         from bokeh.models import ColumnDataSource, Range1d
 
-        there = high > 0
-        figure = self._figure(key, label, 150, log=bool(there.any()))
-        if not there.any():
+        figure = self._figure(key, label, 150, log=bool((high > 0).any()))
+        if not (high > 0).any():
             figure.y_range = Range1d(0, 1)
         else:
             _tick_logarithms(figure, span)
-        columns = {"low": np.where(low > 0, low, high), "mean": mean, "high": high}
-        data = {name: np.where(there, one, np.nan).astype(np.float32) for name, one in columns.items()}
+        columns = {"low": low, "mean": mean, "high": high, "floor": np.where(low > 0, low, high)}
+        data = {name: one.astype(np.float32) for name, one in columns.items()}
         source = ColumnDataSource(data | {"end": end}, name=f"{key}-0")
         _draw_band(figure, source, COLORS[0])
         figure.line("end", "mean", source=source, color=COLORS[0], line_width=1.6)
@@ -244,8 +243,9 @@ def _draw_gaps(figure: Any, numbers: Binned, column: int) -> None:
 
 def _draw_band(figure: Any, source: Any, color: str) -> None:
     """Draw the band from the least to the greatest value, with its edges: a bin of one pixel is seen by them."""
-    figure.varea("end", "low", "high", source=source, color=color, alpha=0.2)
-    for edge in ("low", "high"):
+    low = "floor" if "floor" in source.data else "low"
+    figure.varea("end", low, "high", source=source, color=color, alpha=0.2)
+    for edge in (low, "high"):
         figure.line("end", edge, source=source, color=color, alpha=0.6, line_width=0.8)
 
 
@@ -303,22 +303,16 @@ def _wants_log(lines: Sequence[tuple[str, Binned, int]]) -> bool:
 
 
 def drawn_columns(numbers: Binned, column: int, *, positive: bool) -> dict[str, Any]:
-    """Return what is drawn of a place: the bins that have anything, NaN where that is not finite, which is a gap."""
+    """Return what is drawn of a place: the bins that have anything, NaN where that is not finite, which is a gap.
+
+    On an axis of `positive` numbers the band goes down to "floor": the least positive number, where "low" has none.
+    """
     there = np.flatnonzero(numbers.count[:, column] + numbers.lost[:, column] > 0)
-    found: dict[str, Any] = {
-        "begin": (numbers.first + numbers.width * there).astype(np.int32),
-        "end": numbers.ends[there].astype(np.int32),
-    }
-    for name, array in (("low", numbers.low), ("mean", numbers.mean), ("high", numbers.high)):
-        values = array[there, column]
-        if positive:
-            zero = _least(values) if name == "low" else np.nan
-            values = np.where(values > 0, values, np.where(np.isnan(values), np.nan, zero))
-        found[name] = values.astype(np.float32)
+    arrays = {"low": numbers.low, "mean": numbers.mean, "high": numbers.high}
+    found: dict[str, Any] = {name: array[there, column].astype(np.float32) for name, array in arrays.items()}
+    found["begin"] = (numbers.first + numbers.width * there).astype(np.int32)
+    found["end"] = numbers.ends[there].astype(np.int32)
+    low = found["low"]
+    if positive and (low <= 0).any():
+        found["floor"] = np.where(low <= 0, low[low > 0].min(initial=np.inf), low)
     return found
-
-
-def _least(values: Any) -> float:
-    """Return the least positive number, which stands for what a logarithmic axis cannot show."""
-    positive = values[values > 0]
-    return float(positive.min()) if len(positive) else math.nan

@@ -70,4 +70,6 @@ def test_steps_that_are_not_finite_are_a_gap_and_zeros_stay_on_a_logarithmic_axi
     drawn = drawn_columns(binned, 0, positive=True)
     assert drawn["end"].tolist() == [2, 4, 6, 8]
     assert np.array_equal(drawn["mean"], [1.5, np.nan, 2, 5.5], equal_nan=True)
-    assert np.array_equal(drawn["low"], [1, np.nan, 1, 5], equal_nan=True)
+    assert np.array_equal(drawn["low"], [1, np.nan, 0, 5], equal_nan=True)
+    assert np.array_equal(drawn["floor"], [1, np.nan, 1, 5], equal_nan=True)
+    assert "floor" not in drawn_columns(binned, 0, positive=False)
