@@ -78,13 +78,13 @@ def _sudden(ratios: RatioMap | None) -> Check:
     found = None if ratios is None else ratios.most_sudden()
     if ratios is None or found is None:
         return Check(name, "not measured", "Nothing says how updates changed.", _TRAJECTORY)
-    place, step, times, larger = found
-    what = "larger" if larger else "smaller"
-    if times >= _SUDDEN:
-        said = f"Step {step:,}, {place}: the update over the weight norm is {number(times)} times {what} than before."
-        return Check(name, "fired", said)
-    said = f"No layer's update over weight norm changed by more than {number(times)} times at once"
-    return Check(name, "quiet", f"{said} ({place}, step {step:,}).")
+    times = f"{number(found.times)} times {'larger' if found.larger else 'smaller'}"
+    if found.times >= _SUDDEN and (found.larger or not found.shared):
+        said = f"Step {found.step:,}, {found.place}: the update over the weight norm is {times} than before"
+        shared = ", as in most layers: a new learning rate?" if found.shared else "."
+        return Check(name, "fired", said + shared)
+    said = "No layer's update over weight norm became ten times larger at once, or smaller unlike the others"
+    return Check(name, "quiet", f"{said}; step {found.step:,}, {found.place}: {times}.")
 
 
 def _unmoved(facts: Facts) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,17 @@ _SCALE = 1000  # of decimal logarithms, which are sent as 16-bit integers
 _BEFORE = 40  # bins that a cell is compared with
 _LEAST = 5  # of them; the first bins have none
 _NONE, _ZERO = -32768, -32767
+
+
+@dataclass(frozen=True)
+class Sudden:
+    """A change of a layer's update over weight norm, against the bins before."""
+
+    place: str
+    step: int
+    times: float
+    larger: bool
+    shared: bool  #: most other layers changed in the same way
 
 
 class RatioMap:
@@ -69,18 +81,29 @@ class RatioMap:
         return self._furthest()
 
     def _furthest(self) -> tuple[int, int]:
+        """Return bin and row of what is furthest from the bins before, where only what all layers share and is smaller
+        comes last: so a learning rate falls."""
         away = np.where(np.isfinite(self.away), np.abs(self.away), -1)
+        away[self._shared() & (self.away < 0)] *= 1e-3
         at, row = np.unravel_index(int(away.argmax()), away.shape)
         return int(at), int(row)
 
-    def most_sudden(self) -> tuple[str, int, float, bool] | None:
-        """Return place, step, how many times, and whether it became larger, of the cell that is furthest from the bins
-        before; None where there is none."""
+    def _shared(self) -> Any:
+        """Return which cells go at least half as far, in logarithms, in most of the other rows; [bins, rows]."""
+        if len(self.names) < 3:
+            return np.zeros(self.away.shape, bool)
+        known = np.where(np.isfinite(self.away), self.away, 0.0)
+        others = np.median(known, axis=1)[:, None]
+        return (np.sign(others) == np.sign(known)) & (np.abs(others) >= 0.5 * np.abs(known)) & (others != 0)
+
+    def most_sudden(self) -> Sudden | None:
+        """Return the change that is furthest from the bins before; None where there is none."""
         at, row = self._furthest()
         away = float(self.away[at, row])
         if not np.isfinite(away):
             return None
-        return self.names[row], self._step_away(at, row), _times(away), away > 0
+        step = self._step_away(at, row)
+        return Sudden(self.names[row], step, _times(away), away > 0, bool(self._shared()[at, row]))
 
     def _step_away(self, at: int, row: int) -> int:
         return self._step(at, row) if self.away[at, row] > 0 else int(self._binned.ends[at])
