@@ -21,6 +21,7 @@ _ROWS = 400  # more would be less than a pixel each
 _LABEL = 22  # characters of a row's name beside the map
 _SCALE = 1000  # of decimal logarithms, which are sent as 16-bit integers
 _BEFORE = 40  # bins that a cell is compared with
+_BEGUN = 0.7  # of a change, in logarithms: it has begun
 _LEAST = 5  # of them; the first bins have none
 _NONE, _ZERO = -32768, -32767
 
@@ -81,12 +82,15 @@ class RatioMap:
         return self._furthest()
 
     def _furthest(self) -> tuple[int, int]:
-        """Return bin and row of what is furthest from the bins before, where only what all layers share and is smaller
-        comes last: so a learning rate falls."""
+        """Return bin and row of what is furthest from the bins before, or the bin in which that began. What all layers
+        share and is smaller comes last: so a learning rate falls."""
         away = np.where(np.isfinite(self.away), np.abs(self.away), -1)
         away[self._shared() & (self.away < 0)] *= 1e-3
-        at, row = np.unravel_index(int(away.argmax()), away.shape)
-        return int(at), int(row)
+        at, row = (int(i) for i in np.unravel_index(int(away.argmax()), away.shape))
+        most = self.away[at, row]
+        while at > 0 and most and self.away[at - 1, row] / most >= _BEGUN:
+            at -= 1
+        return at, row
 
     def _shared(self) -> Any:
         """Return which cells go at least half as far, in logarithms, in most of the other rows; [bins, rows]."""
