@@ -20,7 +20,7 @@
   await Bokeh.embed.embed_items(data.plots.docs, data.plots.items);
   const bokeh = Bokeh.documents[Bokeh.documents.length - 1];
   const model = (name) => bokeh.get_model_by_name(name);
-  if (narrow) for (const root of bokeh.roots()) root.min_border_left = 70;
+  if (narrow) for (const root of bokeh.roots()) root.min_border_left = 90;
 
   // Paper is narrower than the screen, and a printer does not wait until figures have drawn themselves anew.
   const plots = [...document.querySelectorAll(".plot")], paper = 680;

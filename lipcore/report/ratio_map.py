@@ -31,8 +31,8 @@ class Sudden:
     """A change of a layer's update over weight norm, against the bins before."""
 
     place: str
-    step: int
-    times: float
+    step: int  #: in which it began
+    times: float  #: at the most
     larger: bool
     shared: bool  #: most other layers changed in the same way
 
@@ -79,18 +79,20 @@ class RatioMap:
             row = self._row(str(event.data.get("place", "")))
             if row is not None:
                 return self._bin(event.step), row
-        return self._furthest()
+        begun, _, row = self._furthest()
+        return begun, row
 
-    def _furthest(self) -> tuple[int, int]:
-        """Return bin and row of what is furthest from the bins before, or the bin in which that began. What all layers
-        share and is smaller comes last: so a learning rate falls."""
+    def _furthest(self) -> tuple[int, int, int]:
+        """Return the bin in which it began, the bin, and the row of what is furthest from the bins before. What all
+        layers share and is smaller comes last: so a learning rate falls."""
         away = np.where(np.isfinite(self.away), np.abs(self.away), -1)
         away[self._shared() & (self.away < 0)] *= 1e-3
         at, row = (int(i) for i in np.unravel_index(int(away.argmax()), away.shape))
         most = self.away[at, row]
-        while at > 0 and most and self.away[at - 1, row] / most >= _BEGUN:
-            at -= 1
-        return at, row
+        begun = at
+        while begun > 0 and most and self.away[begun - 1, row] / most >= _BEGUN:
+            begun -= 1
+        return begun, at, row
 
     def _shared(self) -> Any:
         """Return which cells go at least half as far, in logarithms, in most of the other rows; [bins, rows]."""
@@ -102,11 +104,11 @@ class RatioMap:
 
     def most_sudden(self) -> Sudden | None:
         """Return the change that is furthest from the bins before; None where there is none."""
-        at, row = self._furthest()
+        begun, at, row = self._furthest()
         away = float(self.away[at, row])
         if not np.isfinite(away):
             return None
-        step = self._step_away(at, row)
+        step = self._step_away(begun, row)
         return Sudden(self.names[row], step, _times(away), away > 0, bool(self._shared()[at, row]))
 
     def _step_away(self, at: int, row: int) -> int:

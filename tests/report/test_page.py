@@ -268,6 +268,7 @@ def test_a_schedule_is_no_sudden_change_of_one_layer(factors: list[float], said:
     ratios = Binned(1, 300, 300)
     values = 0.01 * np.exp(0.05 * np.random.default_rng(0).standard_normal((300, 3)))
     values[200:] *= factors
+    values[210:] *= np.where(np.array(factors) > 1, 2.0, 1.0)  # the largest is not the first
     ratios.add(np.arange(1, 301), ["a", "b", "c"], values)
     facts = Facts("x", "x")
     (check,) = [one for one in checks_of(facts, RatioMap(ratios, facts)) if one.name == "Sudden changes"]
