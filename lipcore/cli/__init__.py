@@ -81,7 +81,8 @@ def _report(options: argparse.Namespace) -> int:
                 run.report().save(path)
         if options.follow is not None:
             print(f"{path}: written every {options.follow:g} s while the run goes on; Ctrl-C ends it", flush=True)
-            follow(lambda: open_run(options.run, options.rank), path, options.follow)
+            if not follow(lambda: open_run(options.run, options.rank), path, options.follow):
+                return 130
     except (RecordError, ReportError, ValueError, ImportError) as error:
         print(f"lipcore report: error: {error}", file=sys.stderr)
         return 2

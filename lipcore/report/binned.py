@@ -39,7 +39,7 @@ class Binned:
         self._sum = np.empty((self.bins, 0))
         self.count = np.empty((self.bins, 0), np.int64)  #: finite numbers
         self.at_high = np.empty((self.bins, 0), np.int64)  #: the step of the greatest one; -1 where there is none
-        self.not_finite = np.empty(0, np.int64)  #: per place, how many numbers are NaN or infinite
+        self.lost = np.empty((self.bins, 0), np.int64)  #: numbers that are NaN or infinite
         self.first_not_finite = np.empty(0, np.int64)  #: the first step of these, -1 where there is none
 
     @property
@@ -51,6 +51,11 @@ class Binned:
         """Return :attr:`mean` of one place, [bins]."""
         count = self.count[:, column]
         return np.where(count > 0, self._sum[:, column] / np.maximum(count, 1), np.nan)
+
+    @property
+    def not_finite(self) -> Array:
+        """Counts of the numbers of each place that are NaN or infinite."""
+        return np.asarray(self.lost.sum(0))
 
     @property
     def ends(self) -> Array:
@@ -76,11 +81,11 @@ class Binned:
         columns = self._columns(places, levels or ["total"] * len(places))
         values = np.asarray(values, np.float64)
         finite = np.isfinite(values)
-        self._count_lost(steps, columns, ~finite)
         values = np.where(finite, values, np.nan)
         lows = values if low is None else np.where(np.isfinite(low), low, np.nan)
         highs = values if high is None else np.where(np.isfinite(high), high, np.nan)
         bins = (steps - self.first) // self.width
+        self._note_first_lost(steps, columns, ~finite)
         starts = np.flatnonzero(np.diff(bins, prepend=bins[0] - 1))
         at = np.ix_(bins[starts], np.array(columns))
         greatest = np.fmax.reduceat(highs, starts, axis=0)
@@ -91,6 +96,7 @@ class Binned:
         self.high[at] = np.fmax(self.high[at], greatest)
         self.low[at] = np.fmin(self.low[at], np.fmin.reduceat(lows, starts, axis=0))
         self._sum[at] += np.add.reduceat(np.where(finite, values, 0.0), starts, axis=0)
+        self.lost[at] += np.add.reduceat((~finite).astype(np.int64), starts, axis=0)
         self.count[at] += np.add.reduceat(finite.astype(np.int64), starts, axis=0)
 
     def _columns(self, places: Sequence[str], levels: Sequence[str]) -> list[int]:
@@ -102,16 +108,18 @@ class Binned:
         if unknown:
             wide = ((0, 0), (0, len(unknown)))
             self.low, self.high = (np.pad(array, wide, constant_values=np.nan) for array in (self.low, self.high))
-            self._sum, self.count = np.pad(self._sum, wide), np.pad(self.count, wide)
+            self._sum, self.count, self.lost = (
+                np.pad(self._sum, wide),
+                np.pad(self.count, wide),
+                np.pad(self.lost, wide),
+            )
             self.at_high = np.pad(self.at_high, wide, constant_values=-1)
-            self.not_finite = np.pad(self.not_finite, (0, len(unknown)))
             self.first_not_finite = np.pad(self.first_not_finite, (0, len(unknown)), constant_values=-1)
         return [self._index[place] for place in places]
 
-    def _count_lost(self, steps: Array, columns: list[int], lost: Array) -> None:
+    def _note_first_lost(self, steps: Array, columns: list[int], lost: Array) -> None:
         if not lost.any():
             return
-        self.not_finite[columns] += lost.sum(0)
         before = self.first_not_finite[columns]
         here = np.where(lost.any(0), steps[lost.argmax(0)], -1)
         self.first_not_finite[columns] = np.where(before >= 0, before, here)

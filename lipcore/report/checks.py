@@ -10,11 +10,13 @@ from lipcore.report.alarms_told import told, worst_first
 from lipcore.report.facts import Facts
 from lipcore.report.html import count, number
 from lipcore.report.ratio_map import RatioMap
+from lipcore.report.section import with_metric
 
 State = Literal["fired", "quiet", "not measured"]
 
 
 _SUDDEN = 10.0
+_TRAJECTORY = with_metric("Trajectory()", ", or no metrics at all")
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def _not_finite(facts: Facts) -> Check:
     if steps:
         return Check(name, "fired", f"Parameters were NaN or infinite after {count(int(steps), 'step')}.")
     if steps is None and not lines:
-        return Check(name, "not measured", "Nothing says whether all values were finite.", "a Trajectory in metrics")
+        return Check(name, "not measured", "Nothing says whether all values were finite.", _TRAJECTORY)
     what = " and ".join(["the loss"] * ("logged/loss" in lines) + ["the parameters"] * (steps is not None))
     return Check(name, "quiet", f"No NaN and no infinite value in {what or 'what was logged'}.")
 
@@ -75,21 +77,21 @@ def _sudden(ratios: RatioMap | None) -> Check:
     name = "Sudden changes"
     found = None if ratios is None else ratios.most_sudden()
     if ratios is None or found is None:
-        return Check(name, "not measured", "Nothing says how updates changed.", "a Trajectory in metrics")
-    place, step, times, larger = found
-    what = "larger" if larger else "smaller"
-    if times >= _SUDDEN:
-        said = f"Step {step:,}, {place}: the update over the weight norm is {number(times)} times {what} than before."
-        return Check(name, "fired", said)
-    said = f"No layer's update over weight norm changed by more than {number(times)} times at once"
-    return Check(name, "quiet", f"{said} ({place}, step {step:,}).")
+        return Check(name, "not measured", "Nothing says how updates changed.", _TRAJECTORY)
+    times = f"{number(found.times)} times {'larger' if found.larger else 'smaller'}"
+    if found.times >= _SUDDEN and (found.larger or not found.shared):
+        said = f"Step {found.step:,}, {found.place}: the update over the weight norm is {times} than before"
+        shared = ", as in most layers: a new learning rate?" if found.shared else "."
+        return Check(name, "fired", said + shared)
+    said = "No layer's update over weight norm became ten times larger at once, or smaller unlike the others"
+    return Check(name, "quiet", f"{said}; step {found.step:,}, {found.place}: {times}.")
 
 
 def _unmoved(facts: Facts) -> Check:
     sums = facts.windows.sums.get(("trajectory", "unmoved_steps", "sum"))
     name = "Layers that do not move"
     if sums is None or not facts.windows.steps:
-        return Check(name, "not measured", "Nothing says which layers moved.", "a Trajectory in metrics")
+        return Check(name, "not measured", "Nothing says which layers moved.", _TRAJECTORY)
     steps = facts.windows.steps - int(facts.windows.total("trajectory", "nonfinite_steps") or 0)
     still = [place for place, unmoved in sums.items() if place != "total" and steps > 0 and unmoved >= steps]
     if still:

@@ -20,7 +20,7 @@
   await Bokeh.embed.embed_items(data.plots.docs, data.plots.items);
   const bokeh = Bokeh.documents[Bokeh.documents.length - 1];
   const model = (name) => bokeh.get_model_by_name(name);
-  if (narrow) for (const root of bokeh.roots()) root.min_border_left = 70;
+  if (narrow) for (const root of bokeh.roots()) root.min_border_left = 90;
 
   // Paper is narrower than the screen, and a printer does not wait until figures have drawn themselves anew.
   const plots = [...document.querySelectorAll(".plot")], paper = 680;
@@ -124,15 +124,14 @@
   }
   function mark() { model(`${map.key}-cursor`).data = { x: [(begin(cursor.bin) + end(cursor.bin)) / 2], y: [rows - cursor.row - 0.5] }; }
   function choose() {
-    const columns = { begin: [], end: [], low: [], mean: [], high: [] }, from = cursor.row * bins;
+    const columns = { begin: [], end: [], low: [], mean: [], high: [], floor: [] }, from = cursor.row * bins;
     for (let bin = 0; bin < bins; bin++) {
-      if (high[from + bin] === NONE) continue;
       columns.begin.push(begin(bin));
       columns.end.push(end(bin));
       for (const [key, codes] of [["low", low], ["mean", mean], ["high", high]]) {
-        const number = value(codes[from + bin]);
-        columns[key].push(number > 0 ? number : NaN);
+        columns[key].push(value(codes[from + bin]));
       }
+      columns.floor.push(columns.low[bin] > 0 ? columns.low[bin] : columns.high[bin]); // a logarithmic axis has no zero
     }
     model(`${map.chosen}-0`).data = columns;
     kept.layer = map.names[cursor.row];

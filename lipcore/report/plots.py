@@ -66,13 +66,14 @@ class Plots:
         if positive:
             ends = [array[:, column] for _, numbers, column in lines for array in (numbers.low, numbers.high)]
             _tick_logarithms(figure, _positive(ends))
+        _draw_gaps(figure, lines[0][1], lines[0][2])
         for i, (name, numbers, column) in enumerate(lines):
-            source = ColumnDataSource(_columns(numbers, column, positive=positive), name=f"{key}-{i}")
+            source = ColumnDataSource(drawn_columns(numbers, column, positive=positive), name=f"{key}-{i}")
             color = COLORS[i % len(COLORS)]
             dash = DASHES[i % len(DASHES)] if numbers.bins <= _DENSE else "solid"  # dashes of points are a fog
             legend = {"legend_label": name} if len(lines) > 1 else {}
             if _spread(numbers, column):
-                figure.varea("end", "low", "high", source=source, color=color, alpha=0.25, **legend)
+                _draw_band(figure, source, color)
             drawn = figure.line("end", "mean", source=source, color=color, line_dash=dash, line_width=1.6, **legend)
             steps = ("steps", "@begin to @end") if numbers.width > 1 else ("step", "@end")
             tips = [steps, (name if len(lines) > 1 else "mean", "@mean{%.4g}")]
@@ -128,7 +129,7 @@ class Plots:
         figure = self._figure(key, label, 150, log=log)
         if log:
             _tick_logarithms(figure, _positive([one.mean[:, column] for one in (low, middle, high)]))
-        own = _columns(middle, column, positive=log)
+        own = drawn_columns(middle, column, positive=log)
         ends = middle.ends[middle.count[:, column] > 0]
         for name, one in (("low", low), ("high", high)):
             values = dict(zip(one.ends.tolist(), one.mean[:, column].tolist(), strict=True))
@@ -169,17 +170,15 @@ class Plots:
         positive numbers of all rows."""
         from bokeh.models import ColumnDataSource, Range1d
 
-        there = high > 0
-        figure = self._figure(key, label, 150, log=bool(there.any()))
-        if not there.any():
+        figure = self._figure(key, label, 150, log=bool((high > 0).any()))
+        if not (high > 0).any():
             figure.y_range = Range1d(0, 1)
         else:
             _tick_logarithms(figure, span)
-        columns = {"end": end, "low": np.where(low > 0, low, high), "mean": mean, "high": high}
-        source = ColumnDataSource(
-            {name: np.asarray(one[there], np.float32) for name, one in columns.items()}, name=f"{key}-0"
-        )
-        figure.varea("end", "low", "high", source=source, color=COLORS[0], alpha=0.25)
+        columns = {"low": low, "mean": mean, "high": high, "floor": np.where(low > 0, low, high)}
+        data = {name: one.astype(np.float32) for name, one in columns.items()}
+        source = ColumnDataSource(data | {"end": end}, name=f"{key}-0")
+        _draw_band(figure, source, COLORS[0])
         figure.line("end", "mean", source=source, color=COLORS[0], line_width=1.6)
 
     def _figure(
@@ -227,6 +226,27 @@ class Plots:
         roots = {figure.id: f"plot-{key}" for key, figure in self._figures.items()}
         item = {"docid": "run", "roots": roots, "root_ids": list(roots)}
         return json.loads(serialize_json({"docs": {"run": document.to_json(deferred=False)}, "items": [item]}))
+
+
+def _draw_gaps(figure: Any, numbers: Binned, column: int) -> None:
+    """Draw the steps grey in which a number is NaN or infinite."""
+    from bokeh.models import ColumnDataSource
+
+    bins = np.flatnonzero(numbers.lost[:, column] > 0)
+    if not len(bins):
+        return
+    stretches = np.split(bins, np.flatnonzero(np.diff(bins) > 1) + 1)[:500]
+    left = [numbers.first + numbers.width * int(some[0]) - 0.5 for some in stretches]
+    right = [float(numbers.ends[some[-1]]) + 0.5 for some in stretches]
+    figure.vstrip("left", "right", source=ColumnDataSource({"left": left, "right": right}), color="#d0d0d0", alpha=0.7)
+
+
+def _draw_band(figure: Any, source: Any, color: str) -> None:
+    """Draw the band from the least to the greatest value, with its edges: a bin of one pixel is seen by them."""
+    low = "floor" if "floor" in source.data else "low"
+    figure.varea("end", low, "high", source=source, color=color, alpha=0.2)
+    for edge in (low, "high"):
+        figure.line("end", edge, source=source, color=color, alpha=0.6, line_width=0.8)
 
 
 def _tick_logarithms(figure: Any, values: Any) -> None:
@@ -282,22 +302,17 @@ def _wants_log(lines: Sequence[tuple[str, Binned, int]]) -> bool:
     return bool(len(positive) > 0.9 * len(lows) and highs.max() > 30 * positive.min())
 
 
-def _columns(numbers: Binned, column: int, *, positive: bool) -> dict[str, Any]:
-    """Return what is drawn of a place: bins without a number are left out where they are empty, not in between."""
-    there = np.flatnonzero(numbers.count[:, column] > 0)
-    found: dict[str, Any] = {
-        "begin": (numbers.first + numbers.width * there).astype(np.int32),
-        "end": numbers.ends[there].astype(np.int32),
-    }
-    for name, array in (("low", numbers.low), ("mean", numbers.mean), ("high", numbers.high)):
-        values = array[there, column]
-        if positive:
-            values = np.where(values > 0, values, _least(values) if name == "low" else np.nan)
-        found[name] = values.astype(np.float32)
+def drawn_columns(numbers: Binned, column: int, *, positive: bool) -> dict[str, Any]:
+    """Return what is drawn of a place: the bins that have anything, NaN where that is not finite, which is a gap.
+
+    On an axis of `positive` numbers the band goes down to "floor": the least positive number, where "low" has none.
+    """
+    there = np.flatnonzero(numbers.count[:, column] + numbers.lost[:, column] > 0)
+    arrays = {"low": numbers.low, "mean": numbers.mean, "high": numbers.high}
+    found: dict[str, Any] = {name: array[there, column].astype(np.float32) for name, array in arrays.items()}
+    found["begin"] = (numbers.first + numbers.width * there).astype(np.int32)
+    found["end"] = numbers.ends[there].astype(np.int32)
+    low = found["low"]
+    if positive and (low <= 0).any():
+        found["floor"] = np.where(low <= 0, low[low > 0].min(initial=np.inf), low)
     return found
-
-
-def _least(values: Any) -> float:
-    """Return the least positive number, which stands for what a logarithmic axis cannot show."""
-    positive = values[values > 0]
-    return float(positive.min()) if len(positive) else math.nan

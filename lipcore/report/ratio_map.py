@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,20 @@ _ROWS = 400  # more would be less than a pixel each
 _LABEL = 22  # characters of a row's name beside the map
 _SCALE = 1000  # of decimal logarithms, which are sent as 16-bit integers
 _BEFORE = 40  # bins that a cell is compared with
+_BEGUN = 0.7  # of a change, in logarithms: it has begun
 _LEAST = 5  # of them; the first bins have none
 _NONE, _ZERO = -32768, -32767
+
+
+@dataclass(frozen=True)
+class Sudden:
+    """A change of a layer's update over weight norm, against the bins before."""
+
+    place: str
+    step: int  #: in which it began
+    times: float  #: at the most
+    larger: bool
+    shared: bool  #: most other layers changed in the same way
 
 
 class RatioMap:
@@ -66,21 +79,37 @@ class RatioMap:
             row = self._row(str(event.data.get("place", "")))
             if row is not None:
                 return self._bin(event.step), row
-        return self._furthest()
+        begun, _, row = self._furthest()
+        return begun, row
 
-    def _furthest(self) -> tuple[int, int]:
+    def _furthest(self) -> tuple[int, int, int]:
+        """Return the bin in which it began, the bin, and the row of what is furthest from the bins before. What all
+        layers share and is smaller comes last: so a learning rate falls."""
         away = np.where(np.isfinite(self.away), np.abs(self.away), -1)
-        at, row = np.unravel_index(int(away.argmax()), away.shape)
-        return int(at), int(row)
+        away[self._shared() & (self.away < 0)] *= 1e-3
+        at, row = (int(i) for i in np.unravel_index(int(away.argmax()), away.shape))
+        most = self.away[at, row]
+        begun = at
+        while begun > 0 and most and self.away[begun - 1, row] / most >= _BEGUN:
+            begun -= 1
+        return begun, at, row
 
-    def most_sudden(self) -> tuple[str, int, float, bool] | None:
-        """Return place, step, how many times, and whether it became larger, of the cell that is furthest from the bins
-        before; None where there is none."""
-        at, row = self._furthest()
+    def _shared(self) -> Any:
+        """Return which cells go at least half as far, in logarithms, in most of the other rows; [bins, rows]."""
+        if len(self.names) < 3:
+            return np.zeros(self.away.shape, bool)
+        known = np.where(np.isfinite(self.away), self.away, 0.0)
+        others = np.median(known, axis=1)[:, None]
+        return (np.sign(others) == np.sign(known)) & (np.abs(others) >= 0.5 * np.abs(known)) & (others != 0)
+
+    def most_sudden(self) -> Sudden | None:
+        """Return the change that is furthest from the bins before; None where there is none."""
+        begun, at, row = self._furthest()
         away = float(self.away[at, row])
         if not np.isfinite(away):
             return None
-        return self.names[row], self._step_away(at, row), _times(away), away > 0
+        step = self._step_away(begun, row)
+        return Sudden(self.names[row], step, _times(away), away > 0, bool(self._shared()[at, row]))
 
     def _step_away(self, at: int, row: int) -> int:
         return self._step(at, row) if self.away[at, row] > 0 else int(self._binned.ends[at])

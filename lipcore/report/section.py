@@ -70,5 +70,10 @@ class Missing:
         return joined([tag("strong", self.what), ": ", html(self.remedy)])
 
 
+def with_metric(metric: str, more: str = "") -> str:
+    """Say which metric measures something: a remedy of :class:`Missing`."""
+    return f"pass metrics=[..., lipcore.{metric}] to watch(){more}"
+
+
 Made = Section | Missing
 Make = Callable[[Facts, Plots], Made]

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from lipcore.report.binned import Binned
+from lipcore.report.plots import drawn_columns
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7, 100, 1001])
@@ -28,6 +29,7 @@ def test_bins_are_what_a_plain_loop_finds(steps: int, most: int, block: int) -> 
             own = values[i * binned.width : (i + 1) * binned.width, column]
             finite = own[np.isfinite(own)]
             assert binned.count[i, column] == len(finite)
+            assert binned.lost[i, column] == len(own) - len(finite)
             if not len(finite):
                 assert np.isnan([binned.low[i, column], binned.mean[i, column], binned.high[i, column]]).all()
                 continue
@@ -60,3 +62,14 @@ def test_folded_steps_keep_their_extremes() -> None:
     three = (np.array([[number], [number + 1]]) for number in (5.0, 1.0, 9.0))
     binned.add(np.array([64, 128]), ["a"], *three)
     assert binned.span(0) == (1.0, 5.5, 10.0)
+
+
+def test_steps_that_are_not_finite_are_a_gap_and_zeros_stay_on_a_logarithmic_axis() -> None:
+    binned = Binned(1, 8, most=4)
+    binned.add(np.arange(1, 9), ["a"], np.array([[1.0], [2], [np.nan], [np.inf], [0], [4], [5], [6]]))
+    drawn = drawn_columns(binned, 0, positive=True)
+    assert drawn["end"].tolist() == [2, 4, 6, 8]
+    assert np.array_equal(drawn["mean"], [1.5, np.nan, 2, 5.5], equal_nan=True)
+    assert np.array_equal(drawn["low"], [1, np.nan, 0, 5], equal_nan=True)
+    assert np.array_equal(drawn["floor"], [1, np.nan, 1, 5], equal_nan=True)
+    assert "floor" not in drawn_columns(binned, 0, positive=False)

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 import pytest
 from recorded_runs import HOSTILE, recorded
 
+from lipcore.report.compare.page import compare_page
 from lipcore.report.output import write_whole
 from lipcore.report.page import page_of
 
@@ -130,6 +131,23 @@ def test_a_link_saves_the_numbers_of_a_figure(chromium: Page, tmp_path: Path) ->
     with recorded(tmp_path / "again", **CASES["usual"]) as run:
         loss = run.series("loss")["total"]
     assert float(found["loss"][17].split(",")[4]) == pytest.approx(loss[16], rel=1e-6)
+
+
+def test_a_comparison_draws_itself_too(chromium: Page, tmp_path: Path) -> None:
+    chromium.troubles.clear()
+    chromium.requests.clear()
+    what = [{"places": HOSTILE}, {"places": HOSTILE, "fault": (200, HOSTILE[1])}, {"only_nan": True}]
+    runs = [recorded(tmp_path / str(i), **one) for i, one in enumerate(what)]
+    path = write_whole(compare_page(runs), tmp_path / "page.html")
+    for width in (1280, 390):
+        chromium.open(path, width)
+        assert chromium.value("document.querySelectorAll('.plot').length") >= 5
+        assert chromium.value("[...document.querySelectorAll('.plot')].every((p) => p.childElementCount > 0)")
+        assert chromium.value("document.documentElement.scrollWidth <= window.innerWidth")
+    assert chromium.troubles == []
+    assert asked(chromium) == []
+    for run in runs:
+        run.close()
 
 
 def test_it_prints(chromium: Page, tmp_path: Path) -> None:

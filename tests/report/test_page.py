@@ -20,9 +20,12 @@ from torch import nn
 import lipcore
 from lipcore.metric.columns import Column, Columns, Places
 from lipcore.recording import RunRecord, open_run
-from lipcore.report.facts import facts_of
+from lipcore.report.binned import Binned
+from lipcore.report.checks import checks_of
+from lipcore.report.facts import Facts, facts_of
 from lipcore.report.html import Table
 from lipcore.report.page import page_of
+from lipcore.report.ratio_map import RatioMap
 from lipcore.report.window_facts import WindowFacts
 
 pytest.importorskip("bokeh", reason="needs the extra `report`")
@@ -108,8 +111,8 @@ def test_a_quiet_run_says_how_many_checks_were_made_and_what_was_not_measured(tm
         said = verdict(page_of(run))
     assert "None of 7 checks fired." in said
     assert "The loss fell from" in said
-    assert "Gradient noise scale: lipcore.PerSampleGradNorms(" in said
-    assert "lipcore.TensorStats() in metrics" in said
+    assert "Gradient noise scale: pass metrics=[..., lipcore.PerSampleGradNorms(" in said
+    assert "metrics=[..., lipcore.TensorStats()]" in said
 
 
 def test_nothing_is_asked_of_elsewhere(faulty: str) -> None:
@@ -250,3 +253,25 @@ def test_long_tables_are_cut_and_say_so() -> None:
     table = Table(("a",), [(str(i),) for i in range(1000)]).html()
     assert "290 more rows, of 990" in table
     assert table.count("<tr>") == 302
+
+
+@pytest.mark.parametrize(
+    ("factors", "said"),
+    [
+        ([1e-3, 1e-3, 1e-3], "No layer's update over weight norm became ten times larger at once"),  # a schedule
+        ([1e-3, 1, 1], "a: the update over the weight norm is"),
+        ([100, 100, 100], "than before, as in most layers: a new learning rate?"),
+        ([1, 100, 1], "b: the update over the weight norm is"),
+    ],
+)
+def test_a_schedule_is_no_sudden_change_of_one_layer(factors: list[float], said: str) -> None:
+    ratios = Binned(1, 300, 300)
+    values = 0.01 * np.exp(0.05 * np.random.default_rng(0).standard_normal((300, 3)))
+    values[200:] *= factors
+    values[210:] *= np.where(np.array(factors) > 1, 2.0, 1.0)  # the largest is not the first
+    ratios.add(np.arange(1, 301), ["a", "b", "c"], values)
+    facts = Facts("x", "x")
+    (check,) = [one for one in checks_of(facts, RatioMap(ratios, facts)) if one.name == "Sudden changes"]
+    assert said in check.text
+    assert (check.state == "quiet") == check.text.startswith("No layer")
+    assert ("tep 201, " in check.text) == (check.state == "fired")

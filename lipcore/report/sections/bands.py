@@ -5,7 +5,7 @@ from __future__ import annotations
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, name_of, number
 from lipcore.report.plots import Plots
-from lipcore.report.section import Figure, Made, Missing, Section
+from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _REDUCERS = {"p50": "median of a window", "p99": "99 % quantile", "max": "greatest"}
 _STEPS = {
@@ -24,7 +24,10 @@ def update_bands(facts: Facts, plots: Plots) -> Made:
         if line is not None and "total" in line.places:
             lines.append((words, line, line.places.index("total")))
     if not lines:
-        return Missing("Update over weight norm by window", "a lipcore.Trajectory in metrics, and one closed window")
+        return Missing(
+            "Update over weight norm by window",
+            with_metric("Trajectory()", ", and let a window close"),
+        )
     plots.lines("bands", lines, "update / weight")
     middle = lines[0][1].usual(lines[0][2])
     peak = lines[-1][1].span(lines[-1][2])[2]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, name_of, number
 from lipcore.report.plots import Plots
-from lipcore.report.section import Figure, Made, Missing, Section
+from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _REDUCERS = {"mean": "mean", "p99": "99 % quantile", "max": "greatest"}
 _OTHERS = {
@@ -47,7 +47,8 @@ def lipschitz(facts: Facts, plots: Plots) -> Made:
             rows.append((words, name_of(place), *map(number, line.first_and_last(column)), worth))
     if not figures and not rows:
         return Missing(
-            "Local Lipschitz constants", "lipcore.Lipschitz() in metrics, as by default for models that return a tensor"
+            "Local Lipschitz constants",
+            with_metric("Lipschitz()", ", for a model that returns a tensor"),
         )
     notes = []
     if label == "one-sided":

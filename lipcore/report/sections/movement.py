@@ -8,7 +8,7 @@ from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, name_of, number, tag
 from lipcore.report.plots import Plots
-from lipcore.report.section import Figure, Made, Missing, Section
+from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _MOST = 10
 _PATHS = ("path_length", "chord_length")
@@ -22,7 +22,7 @@ def most_changed(facts: Facts, plots: Plots) -> Made:
     path = next((found for name in _PATHS if (found := windows.get("trajectory", name, "cumulative"))), None)
     moved, what = (distance, "distance from the start") if distance is not None else (path, "length of the way")
     if weights is None or moved is None:
-        return Missing("Places that changed most", "a lipcore.Trajectory in metrics, and at least one closed window")
+        return Missing("Places that changed most", with_metric("Trajectory()", ", and let a window close"))
     rows = []
     ratios = facts.ratios
     for place, column in _places(moved):
@@ -62,7 +62,7 @@ def way(facts: Facts, plots: Plots) -> Made:
     lines = [(name, line) for name, line in (("distance", distance), ("path length", path)) if line is not None]
     lines = [(name, line) for name, line in lines if "total" in line.places]
     if not lines:
-        return Missing("Distance and path", 'a lipcore.Trajectory that keeps copies (mode="exact" or "sketch")')
+        return Missing("Distance and path", with_metric('Trajectory(mode="exact")', ', or mode="sketch"'))
     figures = []
     plots.lines("way", [(name, line, line.places.index("total")) for name, line in lines], "norm")
     said = "; ".join(

@@ -10,14 +10,14 @@ from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, name_of, number
 from lipcore.report.plots import Plots
-from lipcore.report.section import Figure, Made, Missing, Section
+from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _METRIC, _NAME = "per_sample_grad_norm", "noise_scale"
 
 
 def noise_scale(facts: Facts, plots: Plots) -> Made:
     """Show the noise scale as a word, with its interval, and over the run."""
-    remedy = 'lipcore.PerSampleGradNorms(loss_reduction="auto") in metrics, with batches of at least 2 samples'
+    remedy = with_metric('PerSampleGradNorms(loss_reduction="auto")', "; batches need 2 samples")
     found = [facts.windows.get(_METRIC, _NAME, reducer) for reducer in ("lower", "mean", "upper")]
     low, mean, high = found
     if mean is None or "total" not in mean.places:

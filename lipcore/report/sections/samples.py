@@ -5,7 +5,7 @@ from __future__ import annotations
 from lipcore.report.facts import Facts
 from lipcore.report.html import Table, name_of, number
 from lipcore.report.plots import Plots
-from lipcore.report.section import Figure, Made, Missing, Section
+from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
 _METRIC = "per_sample_grad_norm"
 _REDUCERS = {"p50": "median", "p99": "99 % quantile", "max": "greatest"}
@@ -20,7 +20,8 @@ def sample_norms(facts: Facts, plots: Plots) -> Made:
             lines.append((words, line, line.places.index("total")))
     if not lines:
         return Missing(
-            "Gradient norms of single samples", 'lipcore.PerSampleGradNorms(loss_reduction="auto") in metrics'
+            "Gradient norms of single samples",
+            with_metric('PerSampleGradNorms(loss_reduction="auto")'),
         )
     plots.lines("samples", lines, "norm")
     middle, top = lines[0][1].usual(lines[0][2]), lines[-1][1]

@@ -7,7 +7,7 @@ from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, joined, name_of, number, shortened_name
 from lipcore.report.plots import Plots
 from lipcore.report.ratio_map import RatioMap
-from lipcore.report.section import Figure, Missing, Section
+from lipcore.report.section import Figure, Missing, Section, with_metric
 
 _LOSS = "logged/loss"
 _NORMS = {
@@ -30,7 +30,7 @@ def training(facts: Facts, plots: Plots, ratios: RatioMap | None) -> tuple[Secti
     if ratios is not None:
         figures += ratios.figures(plots)
     else:
-        missing.append(Missing("Updates of each layer", "a lipcore.Trajectory in metrics, as by default"))
+        missing.append(Missing("Updates of each layer", with_metric("Trajectory()", ", or no metrics at all")))
     norms = {words: facts.lines[name] for name, words in _NORMS.items() if name in facts.lines}
     if norms:
         plots.lines("norms", [(words, line, 0) for words, line in norms.items()], "norm")
@@ -59,6 +59,8 @@ def training(facts: Facts, plots: Plots, ratios: RatioMap | None) -> tuple[Secti
             )
     if facts.folded:
         notes.append("Older steps of this record were folded to least value, mean and greatest value of 64 each.")
+    if any(line.lost.any() for line in facts.lines.values()):
+        notes.append("Grey: steps in which the number is NaN or infinite.")
     if facts.alarms:
         notes.append("Dashed lines and circles are alarms.")
     return Section("training", "Step by step", figures=figures, notes=notes), missing
