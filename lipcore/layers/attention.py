@@ -27,6 +27,7 @@ class MultiheadAttentionRule(Rule):
 
     methods = GRAM_OR_DIRECT
     in_place_after = False  # the output is part of a tuple
+    beside = "attention weights that enter the loss, which its rule does not know; call it with need_weights=False, "
 
     def refuses(self, module: Any) -> str:
         if module.training and module.dropout > 0:

@@ -62,12 +62,14 @@ class Rule(ABC):
             each forward pass, and batches of one are not read from the gradients.
         in_place_after: an in-place activation may follow directly: the layer's backward pass does not need its output,
             which is no part of a tuple. Asked of layers whose forward is torch's own.
+        beside: for messages, what an output beside the first is, and how to do without it; "" where nothing is known.
     """
 
     methods: ClassVar[tuple[str, ...] | None] = None
     how: ClassVar[str] = ""
     may_mix_samples: ClassVar[bool] = False
     in_place_after: ClassVar[bool] = True
+    beside: ClassVar[str] = ""
 
     def refuses(self, module: nn.Module) -> str:
         """Return why this module, configured as it is, has no per-sample gradients that could be measured, or ""."""

@@ -78,7 +78,7 @@ class LayerProbes:
             named = " + ".join(f"'{site.name}' ({type(site.module).__name__})" for site in group)
             named = f"module{'s' * (len(group) > 1)} {named}"
             if bool(regions.isnan().any()):
-                raise ValueError(f"{named}: {why_not(group[0].module, group[0].rule)}")
+                raise ValueError(f"{named}: {why_not(group[0].rule)}")
             if bool((regions < 0).any()):
                 why = _REFUSED.format(named)
                 refused |= dict.fromkeys((name for site in group for name in site.names.values()), why)

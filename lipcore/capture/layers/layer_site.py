@@ -234,7 +234,7 @@ class LayerSite:
     def _other_output_used(self, run: LayerPass) -> None:
         if not self._passes.recording or is_proof() or not accumulates_everything():
             return
-        error = _named(ValueError(why_not(self.module, self.rule)), self)
+        error = _named(ValueError(why_not(self.rule)), self)
         if self._may_leave:  # from the next pass on
             self._passes.leave_to_graph(self.names.values(), str(error))
             self.leave_to_graph()

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.layers import Rule
@@ -15,20 +15,17 @@ from lipcore.models.outputs import nodes_of, tensors_of
 _BESIDE = "a gradient came to an output beside its first, {0}"
 _WAYS = "detach() that output, or leave the layer out with on_unsupported='skip'"
 _OF_RULE = _BESIDE.format("which its rule does not know; " + _WAYS)
-_OF_ATTENTION = _BESIDE.format(
-    "attention weights that enter the loss, which its rule does not know; call it with need_weights=False, " + _WAYS
-)
 _OF_OWN_GRAPH = _BESIDE.format(
     "a state perhaps, which earlier passes did not use; its own graph, in which it is run once more in the backward "
     "pass, measures the first alone"
 )
 
 
-def why_not(module: nn.Module, rule: Rule) -> str:
+def why_not(rule: Rule) -> str:
     """Say what is wrong where a gradient comes to an output of a module beside the first, and what to do."""
     if isinstance(rule, OwnGraph):
         return _OF_OWN_GRAPH
-    return _OF_ATTENTION if isinstance(module, nn.MultiheadAttention) else _OF_RULE
+    return _BESIDE.format(rule.beside + _WAYS) if rule.beside else _OF_RULE
 
 
 def has_used_others(output: Any, returned: Any) -> bool:
