@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lipcore.capture.outputs import is_called
 from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.protocol import Metric
 from lipcore.trajectory.copies import bytes_of
@@ -24,9 +25,9 @@ def default_metrics(
     output: str | None = None,
     has_calls: bool = True,
 ) -> list[Metric]:
-    """Return a Trajectory, and Lipschitz for a model whose own calls the hooks see: no dict of modules, and none inside
-    a compiled one. `output` is where its output has the tensor."""
-    if isinstance(model, Mapping) or not has_calls:
+    """Return a Trajectory, and Lipschitz for a model whose own calls the hooks see: no dict or list of modules, and none
+    inside a compiled one. `output` is where its output has the tensor."""
+    if isinstance(model, Mapping) or not has_calls or not is_called(model):
         return [_trajectory(model, optimizer)]
     return [_trajectory(model, optimizer), Lipschitz(output=output, optional=True)]
 

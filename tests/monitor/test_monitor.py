@@ -729,3 +729,15 @@ def test_the_first_batch_after_a_rebind_keeps_all_its_numbers() -> None:
             assert window["lipschitz"].local_lipschitz["model:Linear"].mean.count == 8
             assert window["per_sample_grad_norm"].norm["total"].mean.count == 8
             monitor.rebind()
+
+
+@pytest.mark.parametrize("kind", [nn.ModuleDict, nn.ModuleList])
+def test_default_metrics_of_modules_that_nobody_calls_together(kind: type[nn.Module]) -> None:
+    layer = nn.Linear(3, 1)
+    model = kind({"a": layer} if kind is nn.ModuleDict else [layer])  # type: ignore[call-arg]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer) as monitor:
+        layer(torch.randn(4, 3)).mean().backward()
+        optimizer.step()
+        assert list(monitor.metrics) == ["trajectory"]
+        assert monitor.compute()["trajectory"].path_length["total"].sum.value > 0
