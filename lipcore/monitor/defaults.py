@@ -25,8 +25,8 @@ def default_metrics(
     output: str | None = None,
     has_calls: bool = True,
 ) -> list[Metric]:
-    """Return a Trajectory, and Lipschitz for a model whose own calls the hooks see: no dict or list of modules, and none
-    inside a compiled one. `output` is where its output has the tensor."""
+    """Return a Trajectory, and Lipschitz for a model whose own calls the hooks see: no dict or list of modules, and
+    none inside a compiled one. `output` is where its output has the tensor."""
     if isinstance(model, Mapping) or not has_calls or not is_called(model):
         return [_trajectory(model, optimizer)]
     return [_trajectory(model, optimizer), Lipschitz(output=output, optional=True)]
