@@ -55,6 +55,9 @@ def _found(path: str, start: Any = torch) -> Any:
 #: Return the number of the backward pass under way, -1 outside.
 graph_task = _found("_C._current_graph_task_id")
 
+#: Return how many graph nodes this thread has made.
+nodes_made = _found("_C._autograd._get_sequence_nr")
+
 #: Call a function at the end of the backward pass under way, after those that were queued before.
 queue_callback = _found("_execution_engine.queue_callback", Variable)
 

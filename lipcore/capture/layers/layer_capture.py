@@ -40,7 +40,7 @@ from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
 from lipcore.models.names import listed
-from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
+from lipcore.models.torch_internals import compiles_its_call, is_compiled, nodes_made, tree_leaves
 
 LATER = (
     "parameter '{0}' is used inside an activation checkpoint, outside of its own module; the next passes keep what is "
@@ -319,6 +319,9 @@ class LayerCapture:
                 run.call = run.call._replace(begun=self.graph.begun())
         except Exception as error:
             passes.fail(error)
+        # What lipcore itself adds to a graph is the same in every pass where rules measure all there is.
+        by_rules = not self._compiled and not self.coverage.by_graph and not self._with_own_graph and run.kept is None
+        run.nodes = nodes_made() if by_rules else -1
 
     def _tap_own_graphs(self) -> None:
         """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""
@@ -470,7 +473,11 @@ class LayerCapture:
                     self._on_proof(found, False)
                 self._differs = self._differs if found is None else found
                 self._added_up |= found == ""
+                if found == "":
+                    self.proofs.count_nodes(run)
             sums.remove()
+        else:
+            self.proofs.count_nodes(run)
         record.differs = self._differs
         record.unproved = self._differs or record.unproved
 

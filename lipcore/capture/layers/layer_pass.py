@@ -161,6 +161,8 @@ class LayerPass:
         self.adds_up = False  # its samples' gradients are to be added up, and compared with the parameters'
         self.sums: GradientSums | None = None  # where that is done
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
+        self.shape: tuple[int, ...] = ()  # of the input
+        self.nodes = -1  # of graphs, that this thread had made when the forward pass began; then, that it has made
         self.note: Any = None  # what the options' note_of returned
         self.loss: Any = None  # and loss_of
         self.unproved = ""  # why its norms are not proved

@@ -30,6 +30,7 @@ from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import on_backward, tensors_of
 from lipcore.models.ranks import Communicates, has_dtensors, under_process_group, without_communication
 from lipcore.models.restored import all_put_back
+from lipcore.models.torch_internals import nodes_made
 
 NO_OUTPUT = (
     "none of the model's outputs has a batch dimension (it returns its loss alone); name the module inside that makes "
@@ -41,6 +42,7 @@ NOT_RUN_OUTPUT = (
 )
 NOT_ASKED = "prove=False was passed"
 _NOT_YET = "no batch of {0} samples was proved yet"
+_OTHER = "no pass that does as many operations was proved yet"
 _FAILED = "its graph allows no other backward pass ({0})"
 _OPEN = "the numbers of the pass that was to be proved are not finite"
 NO_GRADIENTS = "the model's outputs bring no gradient to any layer"
@@ -117,6 +119,7 @@ class Proofs:
         self._schedule = ProofSchedule()
         self._begun: tuple[int, int] | None = None  # the kind of a pass that is to be proved, until it has ended
         self._known: dict[tuple[int, int], _Known] = {}
+        self._nodes: dict[tuple[int, ...], set[int]] = {}  # by shape of the input, of passes that were proved
         self._ranks = Ranks(model) if self.sharded and prove and under_process_group() else None
         if self._ranks is not None:
             self._ranks.announce(1)
@@ -153,6 +156,7 @@ class Proofs:
             self._schedule.ask_again(self._begun)
         self._begun = None
         run.kind = first.dim(), run.batch.size
+        run.shape = tuple(first.shape)
         due = self._schedule.due(tuple(first.shape), run.batch.size)
         run.adds_up = due or self._schedule.by_number
         if self._ranks is not None and self._schedule.due_next():
@@ -181,6 +185,7 @@ class Proofs:
             return {}
         before, run.before = run.before, None
         self._begun = None
+        run.nodes = nodes_made() - run.nodes if run.nodes >= 0 else -1
         wrong: dict[str, str] = {}
         if before is not None:
             known = self._known.setdefault(run.kind, _Known())
@@ -193,9 +198,19 @@ class Proofs:
             run.unproved = _NOT_YET.format(run.batch.size) if found is None else found.reason or found.past
             if found is not None:
                 run.unseen, run.unreached, run.left_out = found.unseen, found.unreached, found.left_out
-                if before is None and any(run.tapped.get(number) for number in found.left_out.values()):
+                left_out = any(run.tapped.get(number) for number in found.left_out.values())  # has a reason of its own
+                other = run.nodes not in self._nodes.get(run.shape, {run.nodes}) | {-1}
+                if before is None and other and not (left_out or run.unproved):
+                    run.unproved = _OTHER
+                if before is None and (other or left_out):
                     self._schedule.ask_soon(run.kind)
         return wrong
+
+    def count_nodes(self, run: LayerPass) -> None:
+        """Note how many graph nodes the forward pass of a proved pass has made, the sums of whose samples' gradients
+        were right too. A pass whose input has the same shape and that makes another number does something else."""
+        if run.proved and run.nodes >= 0:
+            self._nodes.setdefault(run.shape, set()).add(run.nodes)
 
     def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
         if run.batch.size < 2 and not self.sharded:  # whose passes run on every rank
