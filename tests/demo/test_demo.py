@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -188,16 +189,19 @@ def test_an_interrupted_run_leaves_nothing(
 def test_what_it_says_to_do_next_works(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
     folder, run = finished
     assert len(list((folder / "runs").iterdir())) == 8  # the first seed of each level of two tasks
-    said = [line.split("  ")[-1].strip() for line in run.stdout.partition("What to do next:")[2].splitlines()]
-    commands = [line for line in said if line.startswith(("python", "lipcore export"))]
+    lines = run.stdout.partition("What to do next:")[2].splitlines()
+    said = [re.split(r"\s{2,}", line.strip())[1:2] for line in lines]  # what for, and the command
+    commands = [
+        command for each in said for command in each if command.startswith(("lipcore report", "lipcore export"))
+    ]
     assert len(commands) == 2
     root, scripts = Path(cli.__file__).parents[1], str(Path(sys.executable).parent)
     env = os.environ | {"PYTHONPATH": str(root), "PATH": os.pathsep.join([scripts, os.environ["PATH"]])}
     for command in commands:
         words = shlex.split(command)
-        words[:1] = [sys.executable] if words[0] == "python" else [sys.executable, "-m", "lipcore"]
+        words[:1] = [sys.executable, "-m", "lipcore"]
         subprocess.run(words, cwd=folder.parent, env=env, check=True, timeout=120)
-    assert (folder.parent / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert (folder.parent / "run.html").read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
     assert "update_norm" in (folder.parent / "numbers.csv").read_text(encoding="utf-8")
 
 
