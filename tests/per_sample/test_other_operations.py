@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lipcore import PerSampleGradNorms
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms
 
 OTHER = "no pass that does as many operations was proved yet"
 
@@ -69,3 +69,14 @@ def test_an_input_of_another_shape_may_take_more() -> None:
     model = Changing(lambda _, hidden: hidden.relu())
     found = unproved(model, 12, lambda number: number % 2 == 1, sizes=(4, 6))
     assert not any(found)
+
+
+def test_beside_another_metric_that_adds_to_the_graph() -> None:
+    """What that one adds differs by pass: nothing is concluded from the number of operations."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1))
+    with Monitor(model, metrics=[PerSampleGradNorms(loss_reduction="sum"), Lipschitz()]) as monitor:
+        for _ in range(12):
+            model(torch.randn(4, 5)).square().sum().backward()
+            assert not monitor.metrics["per_sample_grad_norm"].unproved  # type: ignore[attr-defined]
+            monitor.step()
+            model.zero_grad()

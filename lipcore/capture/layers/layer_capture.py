@@ -16,6 +16,7 @@ from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.graph.kept_tensors import reading
 from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.own_graph import OwnGraph
+from lipcore.capture.hooked import hooked, is_alone, unhooked
 from lipcore.capture.layers.audit import Audit, depends_on, uses_of
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
@@ -174,6 +175,7 @@ class LayerCapture:
                 )
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
+        hooked(self)
         self.proofs.attach()
         self._keepers.attach()
 
@@ -206,6 +208,7 @@ class LayerCapture:
     def _unhook(self) -> None:
         if self._hooks is not None:
             self._hooks.remove()
+            unhooked(self)
             self.proofs.detach()
         self._keepers.detach()
         self._hooks = None
@@ -321,7 +324,7 @@ class LayerCapture:
             passes.fail(error)
         # What lipcore itself adds to a graph is the same in every pass where rules measure all there is.
         by_rules = not self._compiled and not self.coverage.by_graph and not self._with_own_graph and run.kept is None
-        run.nodes = nodes_made() if by_rules else -1
+        run.nodes = nodes_made() if by_rules and is_alone(self) else -1
 
     def _tap_own_graphs(self) -> None:
         """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""
