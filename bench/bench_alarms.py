@@ -8,29 +8,12 @@ from typing import Any
 import pytest
 import torch
 from measure import interleave, ratios, threads
-from small_transformer import SmallTransformer
-from torch import Tensor, nn
+from torch import nn
+from watched_models import MODELS, Made
 
 from lipcore import Monitor, Trajectory
 
 STEPS = 20
-
-Made = tuple[nn.Module, Tensor, int]  # model, input, classes
-
-
-def transformer() -> Made:
-    return SmallTransformer(), torch.randint(32, (16, 32)), 32
-
-
-def mlp() -> Made:
-    layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
-    return nn.Sequential(*layers), torch.randn(256, 784), 10
-
-
-MODELS: dict[str, tuple[Callable[[], Made], str]] = {
-    "transformer": (transformer, "small transformer, 16 x 32 tokens"),
-    "mlp": (mlp, "MLP 784-1024-1024-10, batch 256"),
-}
 
 
 class Training:

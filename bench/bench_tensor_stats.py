@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+import watched_models
 from measure import interleave, ratios, threads
-from small_transformer import SmallTransformer
 from torch import Tensor, nn
+from watched_models import Made
 
 from lipcore import Monitor, TensorStats, functional
 from lipcore.functional import reference
@@ -80,9 +81,6 @@ class Block(nn.Module):
         return y
 
 
-Made = tuple[nn.Module, Tensor, int]  # model, input, classes
-
-
 def gpt() -> Made:
     """Four layers of 256, 8 x 256 tokens, as in the table of per-sample norms."""
     blocks = [Block(256, 4) for _ in range(4)]
@@ -90,20 +88,8 @@ def gpt() -> Made:
     return model, torch.randint(1000, (8, 256)), 1000
 
 
-def transformer() -> Made:
-    return SmallTransformer(), torch.randint(32, (16, 32)), 32
-
-
-def mlp() -> Made:
-    layers = [nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10)]
-    return nn.Sequential(*layers), torch.randn(256, 784), 10
-
-
-MODELS: dict[str, tuple[Callable[[], Made], str]] = {
-    "gpt": (gpt, "GPT-like model (4 layers of 256), T=256, batch 8"),
-    "transformer": (transformer, "small transformer, 16 x 32 tokens"),
-    "mlp": (mlp, "MLP 784-1024-1024-10, batch 256"),
-}
+GPT = "GPT-like model (4 layers of 256), T=256, batch 8"
+MODELS: dict[str, tuple[Callable[[], Made], str]] = {"gpt": (gpt, GPT), **watched_models.MODELS}
 WISHES: dict[str, dict[str, Any]] = {
     "TensorStats": {},
     "with attention and logits": {"attention": "auto", "logits": True},

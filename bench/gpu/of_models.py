@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -179,10 +180,7 @@ def sums() -> dict[str, Any]:
 
 
 def _starts(params: list[nn.Parameter]) -> list[int]:
-    starts = [0]
-    for p in params[:-1]:
-        starts.append(starts[-1] + p.numel())
-    return starts
+    return list(itertools.accumulate((p.numel() for p in params[:-1]), initial=0))
 
 
 def _naive(x: Tensor) -> list[Tensor]:

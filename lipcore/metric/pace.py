@@ -24,10 +24,8 @@ class Pace:
 
     def is_due(self, waiting: int) -> bool:
         """Return whether so many steps are to be handed on now; if so, the next ones wait anew."""
-        if waiting < self.block and (self._seconds is None or not waiting):
+        early = waiting < self.block
+        if early and (self._seconds is None or not waiting or time.monotonic() - self._last < self._seconds):
             return False
-        now = time.monotonic()
-        if waiting < self.block and self._seconds is not None and now - self._last < self._seconds:
-            return False
-        self._last = now
+        self._last = time.monotonic()
         return True

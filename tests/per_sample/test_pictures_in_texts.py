@@ -4,7 +4,7 @@ place for them, whatever the first batch was like."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -115,16 +115,22 @@ CASES = [
 ]
 
 
+def passes(model: nn.Module, name: str) -> Iterator[dict[str, Tensor]]:
+    """Make a backward pass for each of some batches, and give what its norms are."""
+    for counts in BATCHES[name]:
+        ids, pictures = batch(counts)
+        expected = exact(model, ids, pictures, counts)
+        output = model(ids, pictures)
+        (output * weights(output.shape)).sum().backward()
+        yield expected
+
+
 @pytest.mark.parametrize("case", few(CASES, 3), ids=str)
 def test_norms_in_every_pass(case: tuple[str, type[nn.Linear], str]) -> None:
     put, linear, name = case
     model = made(lambda: Reader(PUTS[put], linear))
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
-        for counts in BATCHES[name]:
-            ids, pictures = batch(counts)
-            expected = exact(model, ids, pictures, counts)
-            output = model(ids, pictures)
-            (output * weights(output.shape)).sum().backward()
+        for expected in passes(model, name):
             found = metric.per_parameter
             for parameter, row in expected.items():
                 torch.testing.assert_close(found[parameter], row.double(), rtol=1e-4, atol=1e-6)
@@ -137,11 +143,7 @@ def test_rows_that_are_taken_for_other_places_too_have_the_right_norm_or_none(na
     """Which of them have no gradient is known behind the backward pass alone."""
     model = made(lambda: Reader(by_where, nn.Linear))
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
-        for counts in BATCHES[name]:
-            ids, pictures = batch(counts)
-            expected = exact(model, ids, pictures, counts)
-            output = model(ids, pictures)
-            (output * weights(output.shape)).sum().backward()
+        for expected in passes(model, name):
             for parameter, row in expected.items():
                 found = metric.per_parameter[parameter]
                 assert torch.allclose(found[~found.isnan()], row.double()[~found.isnan()], rtol=1e-4, atol=1e-6)

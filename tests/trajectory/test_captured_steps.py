@@ -53,6 +53,14 @@ for _name in list(OPTIMIZERS):
     }[_name]
 
 
+def captured(training: Training) -> torch.cuda.CUDAGraph:
+    """Return a graph whose replays are steps."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        training.step()
+    return graph
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_replays_are_steps(optimizer: str) -> None:
@@ -70,9 +78,7 @@ def test_replays_are_steps(optimizer: str) -> None:
         for seed in range(3):
             both(seed, there.step)
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        there.step()
+    graph = captured(there)
     for seed in range(3, 23):
         both(seed, graph.replay)
     expected, found = (training.trajectory.compute() for training in (here, there))
@@ -90,9 +96,7 @@ def test_more_replays_than_the_ring_holds_have_no_quantiles() -> None:
     training = Training("sgd", "cuda")
     training.load(0)
     training.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        training.step()
+    graph = captured(training)
     for _ in range(600):
         graph.replay()
     found = training.trajectory.compute()
@@ -111,9 +115,7 @@ def test_a_state_after_replays_goes_on() -> None:
     training = Training("sgd", "cuda")
     training.load(0)
     training.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        training.step()
+    graph = captured(training)
     for _ in range(5):
         graph.replay()
     state = training.trajectory.state_dict()
