@@ -41,7 +41,9 @@ class Batch:
         if x.dim() <= features or x.shape[dim] != self.size:
             raise ValueError(
                 f"expected {self.size} samples at dimension {dim}, got shape {list(x.shape)}; pass batch_dim= where "
-                "the batch is not first, cu_seqlens= for packed sequences, and never flatten batch and sequence"
+                "the batch is not first, cu_seqlens= for packed sequences, and never flatten batch and sequence; the "
+                "first tensor that the model is called with says how many samples there are: let it be one with a row "
+                "for each (offsets or padded sequences in place of a list of all rows)"
             )
 
 

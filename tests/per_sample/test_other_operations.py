@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lipcore import Lipschitz, Monitor, PerSampleGradNorms
 
@@ -27,12 +28,19 @@ class Changing(nn.Module):
         return y
 
 
-def unproved(model: Changing, passes: int, on: Callable[[int], bool], sizes: tuple[int, ...] = (4,)) -> list[str]:
+def unproved(
+    model: Changing,
+    passes: int,
+    on: Callable[[int], bool],
+    sizes: tuple[int, ...] = (4,),
+    call: Callable[[Tensor], Tensor] | None = None,
+) -> list[str]:
     found = []
-    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+    called = model if call is None else call
+    with PerSampleGradNorms(called, loss_reduction="sum") as norms:  # type: ignore[arg-type]
         for number in range(passes):
             model.on = on(number)
-            model(torch.randn(sizes[number % len(sizes)], 5)).square().sum().backward()
+            called(torch.randn(sizes[number % len(sizes)], 5)).square().sum().backward()
             found.append(norms.unproved)
             model.zero_grad()
     return found
@@ -71,12 +79,82 @@ def test_an_input_of_another_shape_may_take_more() -> None:
     assert not any(found)
 
 
-def test_beside_another_metric_that_adds_to_the_graph() -> None:
-    """What that one adds differs by pass: nothing is concluded from the number of operations."""
-    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1))
+class ByGraph(Changing):
+    """As its like, with a parameter that no rule is for."""
+
+    def __init__(self, more: Callable[[Changing, Tensor], Tensor]) -> None:
+        super().__init__(more)
+        self.scale = nn.Parameter(torch.ones(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x * self.scale)
+
+
+class Checkpointed(Changing):
+    """As its like, with an activation checkpoint."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:lipcore:UserWarning", "ignore:lipcore:RuntimeWarning")
+@pytest.mark.parametrize("kind", [ByGraph, Checkpointed])
+def test_where_the_graph_measures_and_in_checkpoints(kind: type[Changing]) -> None:
+    mixes = kind(lambda _, hidden: hidden - hidden.mean(0))
+    if kind is ByGraph:  # another graph is proved at once
+        with pytest.raises(ValueError, match="the model mixes its samples"):
+            unproved(mixes, 4, lambda number: number >= 3)
+    else:
+        assert unproved(mixes, 4, lambda number: number >= 3)[-1] == OTHER
+    found = unproved(kind(lambda m, hidden: F.linear(hidden, m.inner.weight)), 9, lambda number: number >= 3)
+    assert not any(found[:3])
+    assert all(found[3:])
+
+
+class Bypassed(Changing):
+    """A model that gives a layer's weight to a function instead, by as many operations."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.linear(x, self.inner.weight, self.inner.bias) if self.on else self.inner(x)
+        y: Tensor = self.head(hidden.tanh())
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:lipcore:UserWarning", "ignore:PerSampleGradNorms:UserWarning")
+def test_a_layer_that_is_not_called_in_later_passes() -> None:
+    found = unproved(Bypassed(lambda _, hidden: hidden), 9, lambda number: number >= 3)
+    assert not any(found[:3])
+    assert all(found[3:])
+
+
+@pytest.mark.ci
+@pytest.mark.filterwarnings("ignore:lipcore:UserWarning", "ignore:lipcore:RuntimeWarning")
+def test_another_compiled_region_in_later_passes() -> None:
+    model = Changing(lambda _, hidden: hidden - hidden.mean(0))
+    found = unproved(model, 4, lambda number: number >= 3, call=torch.compile(model, dynamic=False))
+    assert not any(found[:3])
+    assert found[3] == OTHER
+
+
+def beside_lipschitz(model: nn.Module, mixes: Callable[[int], bool]) -> list[str]:
+    found = []
     with Monitor(model, metrics=[PerSampleGradNorms(loss_reduction="sum"), Lipschitz()]) as monitor:
-        for _ in range(12):
+        for number in range(12):
+            if hasattr(model, "on"):
+                model.on = mixes(number)
             model(torch.randn(4, 5)).square().sum().backward()
-            assert not monitor.metrics["per_sample_grad_norm"].unproved  # type: ignore[attr-defined]
+            found.append(monitor.metrics["per_sample_grad_norm"].unproved)  # type: ignore[attr-defined]
             monitor.step()
             model.zero_grad()
+    return found
+
+
+def test_beside_another_metric_that_adds_to_the_graph() -> None:
+    """What that one adds is counted apart."""
+    assert not any(beside_lipschitz(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)), bool))
+    model = Changing(lambda m, hidden: F.linear(hidden, m.inner.weight))
+    model.head = nn.Linear(5, 1)
+    found = beside_lipschitz(model, lambda number: number >= 6)
+    assert not any(found[:6])
+    assert found[6]

@@ -16,6 +16,10 @@ from lipcore.capture.graph.row_views import RowViews
 from lipcore.capture.graph.walk import VIEWS, Walk, shapes
 
 _LISTS = ("CatBackward0", "StackBackward0")  # of samples, or of their pictures
+_ALONE = (
+    "it is used for some of the samples, and the same model on one sample more uses it in another place; call its "
+    "layer on all of them, and choose among what it returns (torch.where)"
+)
 _OTHER = "the model's graph is another one for one sample more ({0})"
 
 
@@ -73,7 +77,13 @@ class Frontier:
 
 
 def frontier_of(
-    walk: Walk, other: Walk, names: Mapping[int, str], samples: int, absorbed: Container[int] = ()
+    walk: Walk,
+    other: Walk,
+    names: Mapping[int, str],
+    samples: int,
+    absorbed: Container[int] = (),
+    *,
+    joining: bool = False,
 ) -> Frontier:
     """Find the frontier by a graph of the same model on one sample more.
 
@@ -83,11 +93,14 @@ def frontier_of(
         names: of the parameters, by id.
         samples: B.
         absorbed: places that are to be behind the frontier, since their rows are in an order of the model's own.
+        joining: so are those from where the model puts samples together again that it has taken apart.
 
     Raises:
         GraphsDiffer: with the place where they do.
     """
-    pairs = paired(walk, other, names, samples)
+    computed = set[int]()
+    pairs = paired(walk, other, names, samples, computed)
+    before_input = walk.behind(computed)
     leaves = walk.parameters(names)
     parents: list[list[int]] = [[] for _ in walk.nodes]
     for place, children in enumerate(walk.next):
@@ -96,10 +109,12 @@ def frontier_of(
                 parents[child].append(place)
     free, nodes, refused = set(leaves), dict[int, tuple[int | None, ...]](), dict[str, str]()
     behind: dict[str, frozenset[int]] = {}
-    moves = Moves(walk, samples)
+    moves = Moves(walk, samples, joining=joining)
     loose: set[int] = set()
 
     def passes(place: int, *, strict: bool = True) -> bool:
+        if place not in pairs:
+            raise ValueError(_ALONE)
         mine, theirs = walk.shapes(place), shapes(pairs[place])
         at = _batch_at(mine, theirs, samples)
         if mine == theirs or place in absorbed or at is None:
@@ -112,12 +127,14 @@ def frontier_of(
     for leaf, name in leaves.items():
         try:
             if leaf not in pairs or any(p not in pairs for p in parents[leaf]):
-                raise ValueError("the model's input was computed from it")
+                raise ValueError("the model's input was computed from it" if leaf in before_input else _ALONE)
             try:
                 mine, met = _split(walk, leaf, parents, passes, alone)
             except ValueError:  # it is known of passes that are proved at least
                 mine, met = _split(walk, leaf, parents, functools.partial(passes, strict=False), alone)
                 loose |= met
+            if not met <= pairs.keys():
+                raise ValueError(_ALONE)
             found = {p: _batch_at(walk.shapes(p), shapes(pairs[p]), samples) or () for p in met}
         except ValueError as error:
             refused[name] = str(error)
@@ -155,9 +172,11 @@ def frontier_of_one(walk: Walk, names: Mapping[int, str]) -> Frontier:
     return Frontier(kept, frozenset(kept), nodes, refused, {name: frozenset({leaf}) for leaf, name in kept.items()})
 
 
-def paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> dict[int, Any]:
+def paired(
+    walk: Walk, other: Walk, names: Mapping[int, str], samples: int, computed: set[int] | None = None
+) -> dict[int, Any]:
     """Pair the nodes of two graphs. Where the model goes from sample to sample (a cat, an output that is a list), the
-    other graph has an edge more, which has no partner.
+    other graph has an edge more, which has no partner. `computed` gets the places where the model's input was made.
 
     Raises:
         GraphsDiffer: with the place where they do.
@@ -171,6 +190,8 @@ def paired(walk: Walk, other: Walk, names: Mapping[int, str], samples: int) -> d
         one, two = walk.nodes[x], other.nodes[y]
         leaf = getattr(two, "variable", None)
         if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
+            if computed is not None:
+                computed.add(x)
             continue  # an input of the model's, which the user may have computed from something
         own = getattr(one, "variable", None)
         if leaf is not None and own is not None and own is not leaf and {id(own), id(leaf)} <= names.keys():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lipcore.capture.graph.another_size import HOOKED, CannotRun
 from lipcore.capture.graph.frontier import Frontier, GraphsDiffer, frontier_of, frontier_of_one
+from lipcore.capture.graph.orders import Orders
 from lipcore.capture.graph.other_graph import Call, OtherGraphs
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.replay_costs import ReplayCosts
@@ -69,9 +70,20 @@ class GraphWays:
         max_flops: what the replays for one parameter may take in one pass; None: any number.
         prove: find out whose rows are whose, by backward passes.
         whole: as of :class:`Replay`.
+        orders: of the model's samples.
     """
 
-    def __init__(self, model: nn.Module, *, max_bytes: int, max_flops: int | None, prove: bool, whole: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        max_bytes: int,
+        max_flops: int | None,
+        prove: bool,
+        whole: bool,
+        orders: Orders | None = None,
+    ) -> None:
+        self._orders = orders or Orders()
         self._max_bytes, self._max_flops = max_bytes, max_flops
         self._others = OtherGraphs(model)
         self._prove, self._whole = prove, whole
@@ -115,7 +127,8 @@ class GraphWays:
         names = {id(parameter): name for name, parameter in parameters.items()}
         leaves = [leaf for leaf in tree_leaves(call[:2]) if isinstance(leaf, Tensor)]
         dims = int(batch.size == 1), *(leaf.dim() for leaf in leaves)
-        key = dims, tuple(walk.parameters(names).items()), walk.signature()
+        vary = self._orders.vary
+        key = (*dims, int(vary)), tuple(walk.parameters(names).items()), walk.signature()
         structure = self._known.get(key)
         if structure is not None and structure.index_kept_by_hooks(walk):  # asked before anything is read of the nodes
             return Followed(None, dict.fromkeys(parameters, HOOKED), "")
@@ -193,7 +206,7 @@ class GraphWays:
             return Structure(frontier_of_one(walk, names))
         absorbed: set[int] = set()
         for _ in range(_MOST_MOVES):
-            structure = Structure(frontier_of(walk, other, names, batch.size, absorbed))
+            structure = Structure(frontier_of(walk, other, names, batch.size, absorbed, joining=self._orders.vary))
             structure.places = places_of(output, returned, batch)
             if not self._proves(structure, walk, batch, begins, due=due):
                 break

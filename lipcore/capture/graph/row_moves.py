@@ -10,16 +10,27 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.graph.kept_tensors import is_once_only
+from lipcore.capture.graph.orders import joins
 from lipcore.capture.graph.walk import Walk, shapes
 from lipcore.models.torch_internals import saved
 
 _KINDS = ("Index", "UnsafeIndex", "Gather", "Scatter", "Masked", "Take", "Sort", "Topk", "Kthvalue")
+_PRODUCTS = ("Mm", "Bmm")
 
 
 def may_move(node: Any) -> bool:
     """Return whether a node's name is one of those that choose rows by the values of a tensor."""
     name: str = node.name()
     return name.startswith(_KINDS) and not name.startswith("MaskedFill")
+
+
+def is_permutation(node: Any, samples: int) -> bool:
+    """Return whether a node is the product of a square matrix that needs no gradient with as many rows as samples: of 0
+    and 1, it puts them into another order."""
+    if not node.name().startswith(_PRODUCTS) or node.next_functions[0][0] is not None or is_once_only(node):
+        return False
+    matrix = saved(node, "self")
+    return isinstance(matrix, Tensor) and tuple(matrix.shape[-2:]) == (samples, samples)
 
 
 def moves_along(node: Any, dim: int, dimensions: int) -> bool:
@@ -31,9 +42,13 @@ def moves_along(node: Any, dim: int, dimensions: int) -> bool:
 
 
 def keeps_samples(node: Any, samples: int) -> bool:
-    """Return whether an index takes each sample's own row: `x[torch.arange(B), last]`, or none along the batch."""
+    """Return whether an index takes each sample's own row: `x[torch.arange(B), last]`, or none along the batch; or a
+    product is with a matrix of ones on its diagonal."""
     if is_once_only(node):  # read once more it may raise
         return False
+    if is_permutation(node, samples):
+        matrix = saved(node, "self")
+        return torch.equal(matrix, torch.eye(samples, dtype=matrix.dtype, device=matrix.device).expand_as(matrix))
     indices = saved(node, "indices")
     if isinstance(indices, (tuple, list)) and indices:
         if indices[0] is None:
@@ -47,7 +62,8 @@ def keeps_samples(node: Any, samples: int) -> bool:
 
 
 class Moves:
-    """The nodes that move rows along the batch by the values of a tensor, and what lies behind them.
+    """The nodes that move rows along the batch by the values of a tensor, and what lies behind them; with `joining`,
+    those too that join rows in an order which their edges say.
 
     Attributes:
         below: places behind one of them.
@@ -56,9 +72,11 @@ class Moves:
         indexed: nodes that do not move rows as long as their index is each sample's own.
     """
 
-    def __init__(self, walk: Walk, samples: int) -> None:
+    def __init__(self, walk: Walk, samples: int, *, joining: bool = False) -> None:
         self.indexed: list[int] = []
         moves = {place for place, node in enumerate(walk.nodes) if self._moves(place, node, samples)}
+        if joining:
+            moves |= {place for place, node in enumerate(walk.nodes) if joins(node, samples)}
         self.below = _behind(walk, [c for place in moves for c in walk.next[place]], ())
         self.inside = self.below - _behind(walk, walk.roots, moves)
         # A loss beside, one number, may choose among the rows of what is returned.
@@ -67,7 +85,7 @@ class Moves:
             self.inside |= (self.below & _behind(walk, [root], ())) - _behind(walk, [root], moves)
 
     def _moves(self, place: int, node: Any, samples: int) -> bool:
-        if not may_move(node):
+        if not (may_move(node) or is_permutation(node, samples)):
             return False
         shape = shapes(node)[0]
         if shape and shape[0] == samples and not moves_along(node, 0, len(shape)):

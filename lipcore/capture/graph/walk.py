@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -53,6 +53,16 @@ class Walk:
         if place not in self._shapes:
             self._shapes[place] = shapes(self.nodes[place])
         return self._shapes[place]
+
+    def behind(self, places: Collection[int]) -> set[int]:
+        """Return these places and all behind them."""
+        found, todo = set(places), list(places)
+        while todo:
+            for child in self.next[todo.pop()]:
+                if child >= 0 and child not in found:
+                    found.add(child)
+                    todo.append(child)
+        return found
 
     def signature(self) -> Signature:
         """Return what two graphs have in common that are the same but for the sizes of tensors."""

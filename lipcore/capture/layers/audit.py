@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lipcore.capture.checkpoints import is_reentrant_checkpoint
 from lipcore.capture.layers.broadcast import spread_layers
-from lipcore.capture.layers.coverage import OUTSIDE, UNSEEN, ParameterCoverage
+from lipcore.capture.layers.coverage import OUTSIDE, REENTRANT, UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.proofs import Proofs
@@ -52,6 +53,7 @@ class Audit:
         self._compiled, self._skip, self._graph = compiled, skip, graph
         self._proofs, self._fail, self._disproved = proofs, fail, disproved
         self._grads_before: dict[str, bool] = {}
+        self._reentrant = False  # the first pass has a checkpoint whose graph is made in the backward pass
 
     def before_forward(self) -> None:
         """Note which parameters have a gradient before the forward pass."""
@@ -68,6 +70,7 @@ class Audit:
             return
         try:
             if not self.done and not self._compiled:
+                self._reentrant = any(is_reentrant_checkpoint(node) for node in nodes_of(output))
                 for site, why in spread_layers(output, run.batch.size):
                     if not self._graph:
                         raise ValueError(why)
@@ -99,7 +102,11 @@ class Audit:
 
     def _reordered(self, run: LayerPass, output: Any) -> dict[str, str]:
         """Return the parameters of layers whose rows may be other samples' in every pass, and why."""
-        found = [(site, why) for site, why in reordered_layers(output, run.batch.size) if site in self._sites]
+        found = [
+            (site, why)
+            for site, why in reordered_layers(output, run.batch.size, joining=self._proofs.orders.vary)
+            if site in self._sites
+        ]
         by_rule = self._coverage.covered.keys() - self._coverage.by_graph.keys()
         return {name: why for site, why in found for name in site.names.values() if name in by_rule}
 
@@ -145,7 +152,8 @@ class Audit:
         """Raise ValueError that names parameters which have got a gradient and are not in the first record."""
         if not self.done and not record.broken:
             self.done = True
-            audit_gradients(self._coverage, self._grads_before, record.norms_sq, skip=self._skip)
+            outside = REENTRANT if self._reentrant else OUTSIDE
+            audit_gradients(self._coverage, self._grads_before, record.norms_sq, outside, skip=self._skip)
 
 
 def audit_graph(
@@ -191,13 +199,18 @@ def _taps(output: Any, sites: Iterable[LayerSite]) -> Counter[str]:
 
 
 def audit_gradients(
-    coverage: ParameterCoverage, before: Mapping[str, bool], recorded: Container[str], *, skip: bool
+    coverage: ParameterCoverage,
+    before: Mapping[str, bool],
+    recorded: Container[str],
+    outside: str,
+    *,
+    skip: bool,
 ) -> None:
     """Look, after the first record, for a parameter whose gradient was brought by no layer's call. `before` says
-    whether the parameter had a gradient before the pass."""
+    whether the parameter had a gradient before the pass; `outside`: what is said of one that the graph measures."""
     for name, parameter in coverage.measured().items():
         if parameter.grad is not None and not before.get(name, False) and name not in recorded:
-            coverage.uncover(name, OUTSIDE if name in coverage.by_graph else UNSEEN)
+            coverage.uncover(name, outside if name in coverage.by_graph else UNSEEN)
     if not skip or not coverage.covered:
         coverage.check()
 

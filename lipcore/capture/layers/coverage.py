@@ -34,6 +34,10 @@ OUTSIDE = (
     "return it expanded over the samples, x.expand(B, ...), or use it in forward(); penalties are for the optimizer's "
     "weight_decay"
 )
+REENTRANT = (
+    "has a gradient that no sample's row has brought, and the model has a checkpoint with use_reentrant=True, whose "
+    "graph is made in the backward pass alone; use use_reentrant=False"
+)
 UNSEEN = (
     "has a gradient, but none came from its layer's hooks: its call was not seen, or its rule forgets the parameter"
 )

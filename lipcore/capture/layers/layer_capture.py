@@ -14,9 +14,9 @@ from lipcore.capture.graph.another_size import HOOKED
 from lipcore.capture.graph.frontier import FUSED
 from lipcore.capture.graph.graph_ways import REFUSED, GraphWays
 from lipcore.capture.graph.kept_tensors import reading
+from lipcore.capture.graph.orders import Orders
 from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.own_graph import OwnGraph
-from lipcore.capture.hooked import hooked, is_alone, unhooked
 from lipcore.capture.layers.audit import Audit, depends_on, uses_of
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor
 from lipcore.capture.layers.batch_of_one import SingleBatches
@@ -34,6 +34,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
+from lipcore.capture.own_nodes import counted, nodes_of_others
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.seeds import Begins
 from lipcore.capture.training_pass import Untraced, is_training_forward
@@ -41,7 +42,7 @@ from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
 from lipcore.models.names import listed
-from lipcore.models.torch_internals import compiles_its_call, is_compiled, nodes_made, tree_leaves
+from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
 
 LATER = (
     "parameter '{0}' is used inside an activation checkpoint, outside of its own module; the next passes keep what is "
@@ -107,7 +108,10 @@ class LayerCapture:
         self.structure = Structure(self.model)
         whole = options.keep_factors or options.measure is not norms_sq_of
         bounds = options.max_replay_bytes, options.max_replay_flops
-        self.graph = GraphWays(self.model, max_bytes=bounds[0], max_flops=bounds[1], prove=options.prove, whole=whole)
+        orders = Orders()
+        self.graph = GraphWays(
+            self.model, max_bytes=bounds[0], max_flops=bounds[1], prove=options.prove, whole=whole, orders=orders
+        )
         self.sites = [
             LayerSite(passes, name or ROOT, module, rule, names, options, self._signs)
             for name, module, rule, names in self.coverage.tapped
@@ -119,6 +123,7 @@ class LayerCapture:
             skip=options.skip_uncovered,
             graph=by_graph,
             output=options.output,
+            orders=orders,
         )
         self._audit = Audit(
             self.model,
@@ -133,7 +138,9 @@ class LayerCapture:
         )
         self.single = SingleBatches(
             *(self.coverage, self.structure, options.batch_dim, self._serve, self._tap),
-            *(self._begin_forward, self._single_came_back, lambda: passes.not_accumulated(1)),
+            self._begin_forward,
+            self._single_came_back,
+            lambda: passes.not_accumulated(1),
             lambda failure: self._on_proof(failure, True),
         )
         passes.coverage, passes.single = self.coverage, self.single
@@ -175,7 +182,6 @@ class LayerCapture:
                 )
         begin, end = Untraced(WeakCall(self._begin_forward)), Untraced(WeakCall(self._end_forward))
         self._hooks = ModelHooks(self.model, self.sites, begin, end)
-        hooked(self)
         self.proofs.attach()
         self._keepers.attach()
 
@@ -208,7 +214,6 @@ class LayerCapture:
     def _unhook(self) -> None:
         if self._hooks is not None:
             self._hooks.remove()
-            unhooked(self)
             self.proofs.detach()
         self._keepers.detach()
         self._hooks = None
@@ -264,6 +269,7 @@ class LayerCapture:
 
     # ---- the model's hooks, in which nothing may be raised
 
+    @counted
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         passes = self.passes
         if torch.compiler.is_compiling() or not is_training_forward():
@@ -322,9 +328,7 @@ class LayerCapture:
                 run.call = run.call._replace(begun=self.graph.begun())
         except Exception as error:
             passes.fail(error)
-        # What lipcore itself adds to a graph is the same in every pass where rules measure all there is.
-        by_rules = not self._compiled and not self.coverage.by_graph and not self._with_own_graph and run.kept is None
-        run.nodes = nodes_made() if by_rules and is_alone(self) else -1
+        run.nodes = -1 if self._compiled else nodes_of_others()
 
     def _tap_own_graphs(self) -> None:
         """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""
@@ -353,6 +357,7 @@ class LayerCapture:
         may = norms_only and not self._compiled and not self.coverage.may_mix and not self.coverage.by_graph
         return options.fast_batch_of_one and self._audit.done and may
 
+    @counted
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         if torch.compiler.is_compiling() or not is_training_forward():
             return None
@@ -444,6 +449,8 @@ class LayerCapture:
                 outside = {n: REFUSED.format(by_graph.get(n, ""), why) for n, why in run.replay.outside().items()}
                 record.leave_out(outside)
                 self._audit.refuse(outside)
+                if run.replay.unproved:
+                    self.proofs.ask_soon(run)
             if run.frozen and not record.norms_sq and not record.broken:
                 passes.count("all of the parameters that it reached were frozen")
                 return
@@ -477,10 +484,10 @@ class LayerCapture:
                 self._differs = self._differs if found is None else found
                 self._added_up |= found == ""
                 if found == "":
-                    self.proofs.count_nodes(run)
+                    self.proofs.note_operations(run)
             sums.remove()
         else:
-            self.proofs.count_nodes(run)
+            self.proofs.note_operations(run)
         record.differs = self._differs
         record.unproved = self._differs or record.unproved
 

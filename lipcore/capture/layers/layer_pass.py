@@ -14,6 +14,7 @@ from torch import Tensor
 from lipcore.capture.gradient_sums import GradientSums
 from lipcore.capture.graph.another_size import Shapes
 from lipcore.capture.graph.kept_tensors import KeptTensors
+from lipcore.capture.graph.orders import Order
 from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.replay import Replay
 from lipcore.capture.layers.kept_factors import KeptFactors
@@ -162,7 +163,10 @@ class LayerPass:
         self.sums: GradientSums | None = None  # where that is done
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved
         self.shape: tuple[int, ...] = ()  # of the input
-        self.nodes = -1  # of graphs, that this thread had made when the forward pass began; then, that it has made
+        # Of graphs, that this thread had made when the forward pass began; then, that it has made. -1: it is compiled.
+        self.nodes = -1
+        self.taps = 0  # calls of tapped layers
+        self.order: Order | None = None  # of its samples, where it puts them together again
         self.note: Any = None  # what the options' note_of returned
         self.loss: Any = None  # and loss_of
         self.unproved = ""  # why its norms are not proved

@@ -25,6 +25,7 @@ from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
 from lipcore.capture.layers.packed import check_rows
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.site_functions import Probed, Refused, Strayed, Tapped
+from lipcore.capture.own_nodes import counted
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything, in_backward, is_plain_run
 from lipcore.layers import Batch, Factor, Outer, Rule, norms_sq_of
@@ -103,6 +104,10 @@ class LayerSite:
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         if torch.compiler.is_compiling():
             return self._trace(module, arguments, keywords, output)
+        return self._tap(module, arguments, keywords, output)
+
+    @counted
+    def _tap(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> Any:
         passes = self._passes
         own = another_size()
         if own is not None:
@@ -115,6 +120,7 @@ class LayerSite:
         run = passes.pass_of_recomputation() if inner else passes.current
         if run is not None and not inner:
             run.calls.update(self.names.values())
+            run.taps += self._from < 0  # others came later, by lipcore's own choice
             run.tapped[self.number].append("")
             if run.due:
                 shown = _tensor_of(output)

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lipcore.capture.graph.orders import WRITES, Orders, order_of
 from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
@@ -20,6 +21,7 @@ from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
 from lipcore.capture.output_places import OutputPlaces, is_clear
+from lipcore.capture.own_nodes import nodes_of_others
 from lipcore.capture.proof import is_proof
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
@@ -27,10 +29,9 @@ from lipcore.capture.training_pass import accumulates_everything
 from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
-from lipcore.models.outputs import on_backward, tensors_of
+from lipcore.models.outputs import nodes_of, on_backward, tensors_of
 from lipcore.models.ranks import Communicates, has_dtensors, under_process_group, without_communication
 from lipcore.models.restored import all_put_back
-from lipcore.models.torch_internals import nodes_made
 
 NO_OUTPUT = (
     "none of the model's outputs has a batch dimension (it returns its loss alone); name the module inside that makes "
@@ -43,6 +44,7 @@ NOT_RUN_OUTPUT = (
 NOT_ASKED = "prove=False was passed"
 _NOT_YET = "no batch of {0} samples was proved yet"
 _OTHER = "no pass that does as many operations was proved yet"
+_OTHER_ORDER = "no pass that puts its samples into this order was proved yet"
 _FAILED = "its graph allows no other backward pass ({0})"
 _OPEN = "the numbers of the pass that was to be proved are not finite"
 NO_GRADIENTS = "the model's outputs bring no gradient to any layer"
@@ -97,6 +99,7 @@ class Proofs:
     Attributes:
         bytes: the memory that the last proof took beside what the pass itself keeps, roughly.
         sharded: parameters of the model are spread over ranks.
+        orders: of the samples, in passes that were proved.
     """
 
     def __init__(
@@ -108,6 +111,7 @@ class Proofs:
         skip: bool,
         graph: bool = False,
         output: OutputChoice | None = None,
+        orders: Orders | None = None,
     ) -> None:
         self.bytes = 0
         self._model, self._sites = model, sites
@@ -119,7 +123,9 @@ class Proofs:
         self._schedule = ProofSchedule()
         self._begun: tuple[int, int] | None = None  # the kind of a pass that is to be proved, until it has ended
         self._known: dict[tuple[int, int], _Known] = {}
-        self._nodes: dict[tuple[int, ...], set[int]] = {}  # by shape of the input, of passes that were proved
+        self.orders = orders or Orders()
+        # By shape of the input, of passes that were proved: nodes, and calls of tapped layers.
+        self._operations: dict[tuple[int, ...], set[tuple[int, int]]] = {}
         self._ranks = Ranks(model) if self.sharded and prove and under_process_group() else None
         if self._ranks is not None:
             self._ranks.announce(1)
@@ -185,7 +191,7 @@ class Proofs:
             return {}
         before, run.before = run.before, None
         self._begun = None
-        run.nodes = nodes_made() - run.nodes if run.nodes >= 0 else -1
+        run.nodes = nodes_of_others() - run.nodes if run.nodes >= 0 else _kinds_of_nodes(output)
         wrong: dict[str, str] = {}
         if before is not None:
             known = self._known.setdefault(run.kind, _Known())
@@ -199,18 +205,44 @@ class Proofs:
             if found is not None:
                 run.unseen, run.unreached, run.left_out = found.unseen, found.unreached, found.left_out
                 left_out = any(run.tapped.get(number) for number in found.left_out.values())  # has a reason of its own
-                other = run.nodes not in self._nodes.get(run.shape, {run.nodes}) | {-1}
+                other = self._does_other(run, output, proved=before is not None)
                 if before is None and other and not (left_out or run.unproved):
-                    run.unproved = _OTHER
-                if before is None and (other or left_out):
+                    run.unproved = other
+                if before is None and (other or left_out) and other != WRITES:
                     self._schedule.ask_soon(run.kind)
         return wrong
 
-    def count_nodes(self, run: LayerPass) -> None:
+    def _does_other(self, run: LayerPass, output: Any, *, proved: bool) -> str:
+        """Return what a pass may do that none has done which was proved, or "" where there is nothing."""
+        if run.kind is None:
+            return ""
+        orders, samples = self.orders, run.batch.size
+        if proved:
+            orders.look(output, samples)
+        run.order = order_of(output, samples) if orders.chosen else None
+        if proved:
+            return ""
+        done = run.nodes, run.taps
+        if done not in self._operations.get(run.shape, {done}):
+            return _OTHER
+        if run.order is not None and orders.is_new(run.kind, run.order):
+            return _OTHER_ORDER
+        return WRITES if orders.writes else ""
+
+    def ask_soon(self, run: LayerPass) -> None:
+        """Have one of the next passes proved that are like this one: it had what no proof has seen."""
+        if run.kind is not None and self._wanted:
+            self._schedule.ask_soon(run.kind)
+
+    def note_operations(self, run: LayerPass) -> None:
         """Note how many graph nodes the forward pass of a proved pass has made, the sums of whose samples' gradients
-        were right too. A pass whose input has the same shape and that makes another number does something else."""
-        if run.proved and run.nodes >= 0:
-            self._nodes.setdefault(run.shape, set()).add(run.nodes)
+        were right too, how many calls of layers it had, and the order of its samples. A pass whose input has the same
+        shape and that has other numbers does something else."""
+        if not run.proved:
+            return
+        self._operations.setdefault(run.shape, set()).add((run.nodes, run.taps))
+        if run.order is not None and run.kind is not None:
+            self.orders.add(run.kind, run.order)
 
     def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
         if run.batch.size < 2 and not self.sharded:  # whose passes run on every rank
@@ -344,6 +376,12 @@ class Proofs:
 
 def _places(seen: Seen | None) -> OutputPlaces | None:
     return None if seen is None else seen.places
+
+
+def _kinds_of_nodes(output: Any) -> int:
+    """Return a number that is the same for two passes of a compiled model that ran the same compiled regions: each has
+    a type of nodes of its own."""
+    return abs(hash(tuple([type(node) for node in nodes_of(output)])))
 
 
 def _came_past(run: LayerPass, known: _Known, why: str, gradients: Any) -> None:

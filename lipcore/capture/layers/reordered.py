@@ -11,29 +11,29 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.graph.kept_tensors import is_once_only
-from lipcore.capture.graph.row_moves import keeps_samples, may_move, moves_along
+from lipcore.capture.graph.orders import joins
+from lipcore.capture.graph.row_moves import is_permutation, keeps_samples, may_move, moves_along
 from lipcore.capture.graph.walk import shapes
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.models.outputs import nodes_before, nodes_of, tensors_of
 from lipcore.models.torch_internals import saved
 
 _PLACES = ("MaskedScatter", "IndexPut", "Scatter", "ScatterAdd", "IndexAdd", "IndexCopy")
-_PRODUCTS = ("Mm", "Bmm")  # with a matrix of 0 and 1
 WHY = (
     "the model puts its samples into another order between this layer and its output ({0}), which may be a new one in "
     "every pass"
 )
 
 
-def reordered_layers(output: Any, samples: int) -> list[tuple[LayerSite, str]]:
+def reordered_layers(output: Any, samples: int, *, joining: bool = False) -> list[tuple[LayerSite, str]]:
     """Return the layers to which every way from one of a model's outputs leads through a node that may put as many rows
     as there are samples into another order, or may put its rows where other samples are (the pictures in a text), and
-    what is to be said of each."""
+    what is to be said of each; with `joining`, through one too that joins rows in an order which its edges say."""
     if samples < 2:
         return []
     moves: dict[Any, tuple[int, ...]] = {}  # by node, the edges that lead to rows in another order
     for node in nodes_of(output):
-        if _reorders(node, samples):
+        if _reorders(node, samples) or (joining and joins(node, samples)):
             moves[node] = tuple(range(len(node.next_functions)))
         elif edges := _placed_at_will(node, samples):
             moves[node] = edges
@@ -97,14 +97,15 @@ def _takes_rows(node: Any, samples: int) -> bool:
 def _reorders(node: Any, samples: int) -> bool:
     """Return whether a node may put `samples` rows into another order, whatever its index is in this pass."""
     name: str = node.name()
-    if not (may_move(node) or name.startswith(_PRODUCTS)) or name.startswith("Masked"):
+    product = is_permutation(node, samples)
+    if not (may_move(node) or product) or name.startswith("Masked"):
         return False  # masks keep the order
     shape = shapes(node)[0]
     if not shape or shape[0] != samples:
         return False
+    if product:
+        return True
     behind = [child for child, _ in node.next_functions]
-    if name.startswith(_PRODUCTS):
-        return behind[0] is None and not is_once_only(node) and _is_square(saved(node, "self"), samples)
     if all(child is None or shapes(child)[0][:1] != (samples,) for child in behind):
         return False
     indices = None if is_once_only(node) else saved(node, "indices")
@@ -113,7 +114,3 @@ def _reorders(node: Any, samples: int) -> bool:
         # Two are a place in each sample, x[torch.arange(B), last].
         return len(given) == 1 and indices[0] is not None and given[0].dtype not in (torch.bool, torch.uint8)
     return moves_along(node, 0, len(shape))
-
-
-def _is_square(matrix: Any, samples: int) -> bool:
-    return isinstance(matrix, Tensor) and tuple(matrix.shape[-2:]) == (samples, samples)

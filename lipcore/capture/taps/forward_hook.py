@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.capture.compiled import armed
+from lipcore.capture.own_nodes import counted
 from lipcore.capture.taps.collector import Collector, MicroBatch, inert_collector
 from lipcore.capture.taps.identity import Anchored, Probed, Summed
 from lipcore.capture.taps.site import Site
@@ -45,6 +46,7 @@ class ForwardHook:
             return None
         return self.tap(module, arguments, output)
 
+    @counted
     def tap(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
         """Tap the output of a forward pass that is known to be a plain run in grad mode; return the output to use in
         its place, or None."""

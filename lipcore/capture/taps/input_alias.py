@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lipcore.capture.own_nodes import counted
+
 
 class Alias(torch.autograd.Function):
     """The Function that returns a tensor with the same memory as x, which requires a gradient by way of the anchor; x
@@ -25,6 +27,7 @@ class Alias(torch.autograd.Function):
         return (grad if ctx.needs_input_grad[0] else None), None
 
 
+@counted
 def alias_of(x: Tensor, anchor: Tensor) -> Tensor:
     """Return an alias of x, with the attributes that the user has put on x."""
     alias: Tensor = Alias.apply(x, anchor)  # type: ignore[no-untyped-call]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from lipcore.capture.hooked import hooked, unhooked
 from lipcore.capture.taps.batch_of_one import ends_of_chain, shortcut_hooks
 from lipcore.capture.taps.collector import Collector
 from lipcore.capture.taps.compile_probes import Probes
@@ -83,7 +82,6 @@ class Capture:
                 "compiled = torch.compile(model) and pass `compiled`"
             )
         self._resolve()
-        hooked(self)
         ends = ends_of_chain(self.model) if single_sample is not None else None
         if ends is None or single_sample is None:
             self._hook_taps()
@@ -171,7 +169,6 @@ class Capture:
     def close(self) -> None:
         """Remove every hook; records that were delivered stay."""
         self.flush()
-        unhooked(self)
         self._collector.check = None
         self._collector.recording = self._collector.tapping = False
         if self._finder is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lipcore import functional
 from lipcore.capture.checkpoints import is_reentrant_checkpoint
+from lipcore.capture.own_nodes import counted
 from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.training_pass import in_backward
@@ -60,6 +61,7 @@ class _Ran(NamedTuple):
     rows: int
 
 
+@counted
 def trial(asked: Question) -> Trial:
     """Run the model as the user is about to, differentiated by the input of one of its modules, and leave no trace:
     neither in buffers, attributes, gradients and random numbers, nor in what metrics record. Modules' hooks on
