@@ -22,8 +22,8 @@ WRITES = (
 
 
 class Order(NamedTuple):
-    """What one pass has done, as two numbers that are others where that was something else: which operations, and which
-    samples they were given."""
+    """Two numbers of one pass, which are others where it has done something else: of its operations, and of the samples
+    that these were given."""
 
     operations: int
     samples: int
