@@ -29,7 +29,7 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .NOTPARALLEL: # two pips in one .venv
 
 .PHONY: help demo test test-ci test-all test-asan test-tsan test-sanitized test-cuda-on-cpu test-cuda-on-cpu-asan
-.PHONY: test-cuda-on-cpu-tsan test-peers browser mutants bench bench-peers plots clean distclean check FORCE
+.PHONY: wheel test-cuda-on-cpu-tsan test-peers browser mutants bench bench-peers plots clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -117,6 +117,12 @@ test-cuda-on-cpu-asan test-cuda-on-cpu-tsan: test-cuda-on-cpu-%: $(STAMPS)/test 
 	$(BIN)/pytest -m gpu $(addprefix tests/,$(CUDA_SANITIZED_TESTS)) $(PYTEST_FLAGS) || \
 	{ cat build/cuda_on_cpu/$*/report.* >&2; exit 1; }
 
+# Whatever C library this machine has says the tag; those that are published come from cibuildwheel (pyproject.toml).
+wheel: $(STAMPS)/wheel $(CORE) ## build a manylinux wheel for this Python, in dist/
+	rm -rf build/wheel && PATH="$(abspath $(BIN)):$$PATH" LIPCORE_CUDA=OFF \
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --quiet --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/lipcore-*.whl
+
 lint: lint-ruff lint-mypy lint-cpp lint-includes lint-spelling ## everything CI checks apart from the tests
 
 lint-ruff: $(STAMPS)/dev
@@ -156,7 +162,7 @@ $(STAMPS)/base: $(STAMPS)/venv constraints.txt
 	$(PIP) torch numpy scikit-build-core pybind11 cmake ninja
 	@touch $@
 
-$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/trainers $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/base pyproject.toml | $(STAMPS)/settings
+$(STAMPS)/demo $(STAMPS)/test $(STAMPS)/trainers $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/wheel $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/base pyproject.toml | $(STAMPS)/settings
 	$(INSTALL) ".[$*]"
 	@touch $@ $(CORE)
 

@@ -71,11 +71,30 @@ def test_it_needs_nothing_that_a_system_may_lack(wheel: Path, tmp_path: Path) ->
     assert "RUNPATH" not in run("readelf", "-d", module)
 
 
-def test_it_works_without_a_compiler(wheel: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def manylinux(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel with the tag that auditwheel gives it."""
+    pytest.importorskip("auditwheel", reason="needs the extra `wheel` (make test-ci)")
+    folder = tmp_path_factory.mktemp("manylinux")
+    tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    repair = (sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", folder, wheel)
+    run(*repair, env=os.environ | {"PATH": tools})
+    (found,) = folder.glob("*.whl")
+    return found
+
+
+def test_auditwheel_adds_no_library(wheel: Path, manylinux: Path) -> None:
+    assert "manylinux_2_" in manylinux.name
+    with zipfile.ZipFile(wheel) as before, zipfile.ZipFile(manylinux) as after:
+        added = set(after.namelist()) - set(before.namelist())
+        assert not [name for name in added if not name.endswith("/")]
+
+
+def test_it_works_without_a_compiler(manylinux: Path, tmp_path: Path) -> None:
     bare = tmp_path / "bare"
     venv.create(bare, with_pip=True)
     python = bare / "bin" / "python"
-    run(python, "-m", "pip", "install", "--no-deps", "-q", wheel)
+    run(python, "-m", "pip", "install", "--no-deps", "-q", manylinux)
     # torch and numpy are those of this environment: only lipcore is looked at.
     site = run(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))").strip()
     for library in (torch, numpy):
