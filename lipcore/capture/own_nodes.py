@@ -16,6 +16,7 @@ R = TypeVar("R")
 class _Own(threading.local):
     made = 0
     others = -1  # made by others, while a hook of lipcore's is running; -1 outside
+    begun = 0  # tensors that require gradients by lipcore alone
 
 
 _own = _Own()
@@ -35,6 +36,17 @@ def counted(hook: Callable[P, R]) -> Callable[P, R]:
             _own.made, _own.others = nodes_made() - _own.others, -1
 
     return inner
+
+
+def note_begun() -> None:
+    """Note that a tensor requires gradients from here on which would not: what others make of it adds nodes that they
+    would not make without lipcore."""
+    _own.begun += 1
+
+
+def gradients_begun() -> int:
+    """Return a number that grows by one with every call of :func:`note_begun` in this thread."""
+    return _own.begun
 
 
 def nodes_of_others() -> int:

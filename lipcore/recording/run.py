@@ -375,6 +375,15 @@ class Run(Showable):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _repr_html_(self) -> str:
+        """Show the head of the run's report: what fired, and what was not measured."""
+        from lipcore.report.page import framed, head_of
+
+        try:
+            return framed(head_of(self), 260)
+        except RecordError:  # a text says why
+            return super()._repr_html_()
+
     def _shown(self) -> Shown:
         starts, steps = self.starts, self.step_quantities
         rows = [("steps", f"{self.last_step}", ", ".join(steps))]

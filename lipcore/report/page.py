@@ -47,9 +47,7 @@ class Page:
         return write_whole(self.html, path)
 
     def _repr_html_(self) -> str:
-        """Show it in a frame of its own: its style and its scripts stay there."""
-        frame = "width:100%;height:800px;border:1px solid #d4d4d4"
-        return f'<iframe title="lipcore report" style="{frame}" srcdoc="{escape(self.html)}"></iframe>'
+        return framed(self.html, 800)
 
 
 def page_of(run: Source, *, reload_seconds: float | None = None) -> str:
@@ -71,9 +69,7 @@ def page_of(run: Source, *, reload_seconds: float | None = None) -> str:
 def made_page(facts: Facts, reload_seconds: float | None = None) -> str:
     """Return the page that says these facts."""
     plots = Plots(facts.first_step, facts.last_step, [event.step for event in worst_first(facts.alarms)])
-    ratios = None
-    if facts.ratios is not None and facts.ratios.places:
-        ratios = RatioMap(facts.ratios, facts)
+    ratios = _ratios_of(facts)
     first, missing = training(facts, plots, ratios)
     made = [section(facts, plots) for section in SECTIONS]
     missing += [section for section in made if isinstance(section, Missing)]
@@ -89,6 +85,27 @@ def made_page(facts: Facts, reload_seconds: float | None = None) -> str:
     return document(facts.name, body, data)
 
 
+def _ratios_of(facts: Facts) -> RatioMap | None:
+    return RatioMap(facts.ratios, facts) if facts.ratios is not None and facts.ratios.places else None
+
+
+def head_of(run: Source) -> str:
+    """Return the head of a run's page, as HTML: the verdict and the facts, without figures. It needs no bokeh.
+
+    Raises:
+        RecordError: the record cannot be read at all.
+    """
+    facts = facts_of(run)
+    head = tag("header", tag("h1", "Run ", tag("bdi", facts.name)), run_facts(facts))
+    return document(facts.name, joined([head, verdict(facts, checks_of(facts, _ratios_of(facts)), ())]))
+
+
+def framed(page: str, height: int) -> str:
+    """Return a whole page as an element of another one: its style and its scripts stay inside."""
+    frame = f"width:100%;height:{height}px;border:1px solid #d4d4d4"
+    return f'<iframe title="lipcore report" style="{frame}" srcdoc="{escape(page)}"></iframe>'
+
+
 def footer() -> str:
     """Return what stands at the end of a page."""
     from lipcore import __version__
@@ -96,8 +113,8 @@ def footer() -> str:
     return f"Made by lipcore {__version__}. Drag in a figure to zoom; the reset button of its toolbar undoes it."
 
 
-def document(title: str, body: Html, data: dict[str, Any]) -> str:
-    """Return a whole file: the style, the body, the data of the figures, and the scripts."""
+def document(title: str, body: Html, data: dict[str, Any] | None = None) -> str:
+    """Return a whole file: the style, the body, and where there are figures their data and the scripts."""
     style, script = (
         files("lipcore.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
     )
@@ -109,9 +126,16 @@ def document(title: str, body: Html, data: dict[str, Any]) -> str:
         tag("title", title, " · lipcore report"),
         f"<style>{style}</style></head><body>",
         body,
+        "" if data is None else _scripts(script, data),
+        "</body></html>\n",
+    ))  # fmt: skip
+
+
+def _scripts(script: str, data: dict[str, Any]) -> str:
+    return "".join((
         "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>",
         f'<script type="application/json" id="data">{_json(data)}</script>',
-        f"<script>{_inside(library())}</script><script>{script}</script></body></html>\n",
+        f"<script>{_inside(library())}</script><script>{script}</script>",
     ))  # fmt: skip
 
 

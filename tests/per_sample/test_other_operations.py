@@ -137,6 +137,11 @@ def test_another_compiled_region_in_later_passes() -> None:
     assert found[3] == OTHER
 
 
+class Twice(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack(list(x)) * 2
+
+
 def beside_lipschitz(model: nn.Module, mixes: Callable[[int], bool]) -> list[str]:
     found = []
     with Monitor(model, metrics=[PerSampleGradNorms(loss_reduction="sum"), Lipschitz()]) as monitor:
@@ -153,6 +158,8 @@ def beside_lipschitz(model: nn.Module, mixes: Callable[[int], bool]) -> list[str
 def test_beside_another_metric_that_adds_to_the_graph() -> None:
     """What that one adds is counted apart."""
     assert not any(beside_lipschitz(nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)), bool))
+    # It begins a gradient at the input, in the first pass alone: what is made of that adds nodes.
+    assert not any(beside_lipschitz(nn.Sequential(Twice(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 1)), bool))
     model = Changing(lambda m, hidden: F.linear(hidden, m.inner.weight))
     model.head = nn.Linear(5, 1)
     found = beside_lipschitz(model, lambda number: number >= 6)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from recorded_runs import recorded
+from recorded_runs import HOSTILE, recorded
 
 from lipcore.cli import main
 from lipcore.recording import RunRecord, open_run
@@ -80,6 +80,20 @@ def test_a_notebook_shows_the_page_in_a_frame(tmp_path: Path) -> None:
     assert shown.count("<") == 2
     assert unescape(shown.partition('srcdoc="')[2].removesuffix('"></iframe>')) == page.html
     assert page.save(tmp_path / "x.html").read_text() == page.html
+
+
+def test_a_notebook_shows_the_head_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bokeh", None)  # it draws nothing
+    with recorded(tmp_path / "a", fault=(240, "layers.1"), alarm=True) as run:
+        shown = run._repr_html_()
+    page = unescape(shown.partition('srcdoc="')[2].removesuffix('"></iframe>'))
+    assert "240" in page.partition('class="headline"')[2][:300]
+    assert "layers.1" in page
+    assert "<script" not in page
+    with recorded(tmp_path / "b", places=HOSTILE, alarm=True, fault=(240, HOSTILE[0])) as run:
+        assert run._repr_html_().count("<") == 2
+    with recorded(tmp_path / "c", steps=0, windows=0) as run:
+        assert "Nothing was recorded yet" in run._repr_html_()
 
 
 def test_a_page_follows_its_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

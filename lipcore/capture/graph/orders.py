@@ -40,7 +40,7 @@ class Orders:
 
     def __init__(self) -> None:
         self.chosen = self.vary = self.writes = False
-        self._known: dict[tuple[int, int], set[Order]] = {}
+        self._known: dict[tuple[int, ...], set[Order]] = {}
 
     def look(self, output: Any, samples: int) -> None:
         """Look at what a pass has returned that is to be proved."""
@@ -48,11 +48,11 @@ class Orders:
         self.chosen = self.chosen or any(joins(node, samples) for node in nodes)
         self.writes = self.writes or any(_writes_samples(node, samples) for node in nodes)
 
-    def add(self, kind: tuple[int, int], order: Order) -> None:
-        """Take in the order of a pass that was proved, of so many dimensions and samples."""
+    def add(self, kind: tuple[int, ...], order: Order) -> None:
+        """Take in the order of a pass of a kind that was proved."""
         self._known.setdefault(kind, set()).add(order)
 
-    def is_new(self, kind: tuple[int, int], order: Order) -> bool:
+    def is_new(self, kind: tuple[int, ...], order: Order) -> bool:
         """Return whether no pass of a kind with this order was proved, where some were."""
         known = self._known.get(kind)
         if known is None or order in known:

@@ -34,7 +34,7 @@ from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.proofs import Proofs
 from lipcore.capture.layers.structure import Structure
-from lipcore.capture.own_nodes import counted, nodes_of_others
+from lipcore.capture.own_nodes import counted, gradients_begun, nodes_of_others
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.seeds import Begins
 from lipcore.capture.training_pass import Untraced, is_training_forward
@@ -328,7 +328,7 @@ class LayerCapture:
                 run.call = run.call._replace(begun=self.graph.begun())
         except Exception as error:
             passes.fail(error)
-        run.nodes = -1 if self._compiled else nodes_of_others()
+        run.nodes, run.begun = -1 if self._compiled else nodes_of_others(), gradients_begun()
 
     def _tap_own_graphs(self) -> None:
         """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""

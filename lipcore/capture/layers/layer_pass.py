@@ -166,6 +166,7 @@ class LayerPass:
         # Of graphs, that this thread had made when the forward pass began; then, that it has made. -1: it is compiled.
         self.nodes = -1
         self.taps = 0  # calls of tapped layers
+        self.begun = 0  # as of gradients_begun(): when it began; then, within it
         self.order: Order | None = None  # of its samples, where it puts them together again
         self.note: Any = None  # what the options' note_of returned
         self.loss: Any = None  # and loss_of

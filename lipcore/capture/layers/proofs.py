@@ -21,7 +21,7 @@ from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
 from lipcore.capture.output_places import OutputPlaces, is_clear
-from lipcore.capture.own_nodes import nodes_of_others
+from lipcore.capture.own_nodes import gradients_begun, nodes_of_others
 from lipcore.capture.proof import is_proof
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
@@ -124,8 +124,9 @@ class Proofs:
         self._begun: tuple[int, int] | None = None  # the kind of a pass that is to be proved, until it has ended
         self._known: dict[tuple[int, int], _Known] = {}
         self.orders = orders or Orders()
-        # By shape of the input, of passes that were proved: nodes, and calls of tapped layers.
-        self._operations: dict[tuple[int, ...], set[tuple[int, int]]] = {}
+        # By shape of the input, of passes that were proved: nodes, and calls of tapped layers; apart where another
+        # metric has begun gradients, which add to the nodes.
+        self._operations: dict[tuple[int, ...], dict[int, set[tuple[int, int]]]] = {}
         self._ranks = Ranks(model) if self.sharded and prove and under_process_group() else None
         if self._ranks is not None:
             self._ranks.announce(1)
@@ -192,6 +193,7 @@ class Proofs:
         before, run.before = run.before, None
         self._begun = None
         run.nodes = nodes_of_others() - run.nodes if run.nodes >= 0 else _kinds_of_nodes(output)
+        run.begun = gradients_begun() - run.begun
         wrong: dict[str, str] = {}
         if before is not None:
             known = self._known.setdefault(run.kind, _Known())
@@ -222,10 +224,12 @@ class Proofs:
         run.order = order_of(output, samples) if orders.chosen else None
         if proved:
             return ""
-        done = run.nodes, run.taps
-        if done not in self._operations.get(run.shape, {done}):
+        done, known = (run.nodes, run.taps), self._operations.get(run.shape)
+        if known is not None and run.begun not in known:
+            self._schedule.ask_soon(run.kind)
+        if known is not None and done not in known.get(run.begun, {done}):
             return _OTHER
-        if run.order is not None and orders.is_new(run.kind, run.order):
+        if run.order is not None and orders.is_new((*run.kind, run.begun), run.order):
             return _OTHER_ORDER
         return WRITES if orders.writes else ""
 
@@ -240,9 +244,9 @@ class Proofs:
         shape and that has other numbers does something else."""
         if not run.proved:
             return
-        self._operations.setdefault(run.shape, set()).add((run.nodes, run.taps))
+        self._operations.setdefault(run.shape, {}).setdefault(run.begun, set()).add((run.nodes, run.taps))
         if run.order is not None and run.kind is not None:
-            self.orders.add(run.kind, run.order)
+            self.orders.add((*run.kind, run.begun), run.order)
 
     def _prove(self, run: LayerPass, output: Any, before: Before, known: _Known) -> dict[str, str]:
         if run.batch.size < 2 and not self.sharded:  # whose passes run on every rank

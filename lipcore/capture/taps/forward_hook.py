@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.capture.compiled import armed
-from lipcore.capture.own_nodes import counted
+from lipcore.capture.own_nodes import counted, note_begun
 from lipcore.capture.taps.collector import Collector, MicroBatch, inert_collector
 from lipcore.capture.taps.identity import Anchored, Probed, Summed
 from lipcore.capture.taps.site import Site
@@ -90,6 +90,7 @@ class ForwardHook:
             if given is not output:
                 return None  # nothing trains it
             micro.anchored.add(site)
+            note_begun()
             output = result = Anchored.apply(output, self._anchor, site.in_place_after)  # type: ignore[no-untyped-call]
         saved, extra = site.save(micro.sources, module, arguments)
         made, inner = output, in_backward() != -1

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lipcore.capture.own_nodes import counted
+from lipcore.capture.own_nodes import counted, note_begun
 
 
 class Alias(torch.autograd.Function):
@@ -30,6 +30,8 @@ class Alias(torch.autograd.Function):
 @counted
 def alias_of(x: Tensor, anchor: Tensor) -> Tensor:
     """Return an alias of x, with the attributes that the user has put on x."""
+    if not x.requires_grad:
+        note_begun()
     alias: Tensor = Alias.apply(x, anchor)  # type: ignore[no-untyped-call]
     alias.__dict__.update(x.__dict__)
     return alias
