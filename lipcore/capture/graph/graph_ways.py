@@ -21,6 +21,7 @@ from lipcore.capture.graph.structure import NOT_YET, Structure
 from lipcore.capture.graph.walk import Signature, Walk, shapes
 from lipcore.capture.output_places import places_of
 from lipcore.capture.seeds import Begins
+from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.layers import Batch
 from lipcore.models.torch_internals import tree_leaves
 
@@ -182,6 +183,8 @@ class GraphWays:
         )
         unknown = self._prove and batch.size > 1 and rows.open(walk, frontier, batch.size)
         unproved = rows.unproved or (NOT_YET if unknown else "")
+        if rows.by_zero and not rows.proved_in(walk):
+            unproved = unproved or BY_ZERO
         if frontier.loose and not rows.proved_in(walk):
             unproved = unproved or _LOOSE
         return Followed(replay, refused, unproved if self._prove and batch.size > 1 and frontier.nodes else "")

@@ -4,7 +4,7 @@ model's."""
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -16,8 +16,18 @@ from lipcore.capture.foreign_functions import is_foreign
 from lipcore.capture.graph.frontier import Frontier
 from lipcore.capture.graph.walk import Walk
 from lipcore.capture.once_only import why_once_only
-from lipcore.capture.proof import BITS, BITS_OF_FLOAT16, MIXED, NO_GRADIENT, NOT_FINITE, Point, row_ids
+from lipcore.capture.proof import (
+    BITS,
+    BITS_OF_FLOAT16,
+    MIXED,
+    NO_GRADIENT,
+    NOT_FINITE,
+    Point,
+    RowIds,
+    row_ids,
+)
 from lipcore.capture.seeds import Seeds
+from lipcore.capture.zero_mixing import mixes_by_zero
 
 _MIXES = (
     "where it meets the batch, rows of its gradient have parts of several samples: the model mixes its samples, or "
@@ -31,6 +41,7 @@ _CHANGED = "where it meets the batch, the order of the samples' rows is another 
 _NO_GRADIENT = "in no proof so far the rows of every parameter that the autograd graph measures had a gradient"
 _NO_OUTPUT = "none of the model's outputs has a batch dimension, by which rows could be told"
 _FAILED = "its graph allows no other backward pass ({0})"
+Points = list[tuple[int, int, int]]  # place of a node, number of its output, dimension of the rows
 _TRUE = torch.ones((), dtype=torch.bool)
 _TOLERANCE = {torch.float64: 2e-9, torch.float32: 2e-5}
 
@@ -66,6 +77,7 @@ class RowOrders:
         unreached: places that no gradient came to from the outputs.
         silent: places where no row had a gradient in any proof: every row is one that no proof has seen.
         not_finite: the last proof met rows that are not finite, of which it shows nothing.
+        by_zero: samples are mixed by factors that were 0 in a pass that was proved.
         views: whether samples take turns at a place, as far as views say it; asked where no proof has told.
     """
 
@@ -76,6 +88,7 @@ class RowOrders:
     unreached: set[int] = field(default_factory=set)
     silent: set[int] = field(default_factory=set)
     not_finite: bool = False
+    by_zero: bool = False
     views: Mapping[int, bool] = field(default_factory=dict)
     _last: weakref.ref[Walk] | None = None  # the pass that was proved last
     _seen: dict[int, Tensor] = field(default_factory=dict)  # by place, the groups of rows that had a gradient
@@ -120,6 +133,7 @@ class RowOrders:
             return
         try:
             found = _ids(walk, frontier.nodes, seeds)
+            self.by_zero = self.by_zero or _mixes_by_zero(walk, _outputs(frontier.nodes), seeds, found)
         except RuntimeError as error:
             self.unproved = _FAILED.format(str(error)[:200])
             return
@@ -167,11 +181,15 @@ class RowOrders:
             self._seen[place] = seen | earlier if earlier is not None and len(earlier) == len(seen) else seen
 
 
+def _outputs(nodes: Mapping[int, tuple[int | None, ...]]) -> Points:
+    return [(place, number, dim) for place, at in nodes.items() for number, dim in enumerate(at) if dim is not None]
+
+
 def _ids(walk: Walk, nodes: Mapping[int, tuple[int | None, ...]], seeds: Seeds) -> list[tuple[int, Tensor | None]]:
     """Return places with the samples of the rows at each output of these nodes, as weighted backward passes find them;
     None where no gradient comes."""
-    outputs = [(p, k, d) for p, at in nodes.items() for k, d in enumerate(at) if d is not None]
-    points = [Point(walk.nodes[p], _Squares(d), k) for p, k, d in outputs]
+    outputs = _outputs(nodes)
+    points = _points(walk, outputs)
     dtypes = {data.dtype for node in walk.nodes for data in node._input_metadata}
     half = bool(dtypes & {torch.float16, torch.bfloat16})
     found = row_ids(
@@ -182,6 +200,15 @@ def _ids(walk: Walk, nodes: Mapping[int, tuple[int | None, ...]], seeds: Seeds) 
         foreign=[node for node in walk.nodes if is_foreign(node)],
     )
     return [(p, None if rows is None else rows.ids) for (p, _, _), rows in zip(outputs, found, strict=True)]
+
+
+def _mixes_by_zero(walk: Walk, points: Points, seeds: Seeds, found: Sequence[tuple[int, Tensor | None]]) -> bool:
+    rows = [None if ids is None else RowIds(ids, 0.0, ids) for _, ids in found]
+    return mixes_by_zero(seeds, _points(walk, points), rows)
+
+
+def _points(walk: Walk, outputs: Points) -> list[Point]:
+    return [Point(walk.nodes[place], _Squares(dim), number) for place, number, dim in outputs]
 
 
 def as_real(tensor: Tensor) -> Tensor:

@@ -38,6 +38,7 @@ from lipcore.capture.own_nodes import counted, gradients_begun, nodes_of_others
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.seeds import Begins
 from lipcore.capture.training_pass import Untraced, is_training_forward
+from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
@@ -402,6 +403,8 @@ class LayerCapture:
                 )
                 if run.replay is not None:
                     run.replay.sums = run.sums
+            if unproved == BY_ZERO:
+                self.proofs.ask_soon(run)
             run.unproved = run.unproved or unproved
             run.proved = run.proved and not unproved
             later = {name for name, why in refused.items() if why == HOOKED and self._keepers.widen(name)}

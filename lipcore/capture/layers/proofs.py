@@ -26,6 +26,7 @@ from lipcore.capture.proof import is_proof
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.capture.training_pass import accumulates_everything
+from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.models.copies import Before
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
@@ -67,6 +68,7 @@ class _Known:
     """Findings of earlier proofs about passes with one number of dimensions and samples."""
 
     reason: str = _OPEN
+    by_zero: bool = False  # samples were mixed by factors of 0
     past: str = ""  # the loss came past the output that was proved
     seen: dict[str, Tensor] = field(default_factory=dict)
     unseen: dict[str, Tensor] = field(default_factory=dict)
@@ -231,6 +233,8 @@ class Proofs:
             return _OTHER
         if run.order is not None and orders.is_new((*run.kind, run.begun), run.order):
             return _OTHER_ORDER
+        if self._known[run.kind].by_zero:
+            return BY_ZERO
         return WRITES if orders.writes else ""
 
     def ask_soon(self, run: LayerPass) -> None:
@@ -274,6 +278,7 @@ class Proofs:
             return {}
         if found.open and run.kind is not None:
             self._schedule.ask_again(run.kind)
+        known.by_zero |= found.by_zero
         known.add(found.ids)
         for layer, rows in found.seen.items():
             known.seen[layer] = known.seen.get(layer, rows) | rows

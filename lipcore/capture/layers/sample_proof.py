@@ -30,6 +30,7 @@ from lipcore.capture.proof import (
 )
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Seeds
+from lipcore.capture.zero_mixing import mixes_by_zero
 from lipcore.layers import Batch
 
 _MIXED = (
@@ -70,6 +71,7 @@ class Verdict:
         unreached: layers that no gradient came to.
         ids: per layer and call of it, in the order of the graph, which samples the rows of its gradient are of.
         open: something was not finite or had no gradient, and should be asked again.
+        by_zero: samples are mixed by factors that are 0 in this pass.
     """
 
     reason: str = ""
@@ -79,6 +81,7 @@ class Verdict:
     unreached: set[str] = field(default_factory=set)
     ids: dict[str, list[SampleIds]] = field(default_factory=dict)
     open: bool = False
+    by_zero: bool = False
 
 
 def verdict(run: LayerPass, seeds: Seeds, graph: Graph, sites: Sequence[LayerSite], *, fixed: bool) -> Verdict:
@@ -97,6 +100,7 @@ def verdict(run: LayerPass, seeds: Seeds, graph: Graph, sites: Sequence[LayerSit
         seeds = Seeds(seeds.outputs[:-1], seeds.samples[:-1], seeds.dims[:-1], seeds.size)
         found = _Weighed(run, seeds, graph, sites, fixed=fixed)
     result = found.verdict()
+    result.by_zero = not (fixed or result.wrong or result.reason) and found.mixes_by_zero()
     if not fixed and (result.wrong or result.reason) and len(seeds.outputs) > 1:
         each = [_Weighed(run, seeds.only(i), graph, sites, fixed=False).verdict() for i in range(len(seeds.outputs))]
         good = [one for one in each if not one.wrong and not one.reason and one.seen]
@@ -140,6 +144,11 @@ class _Weighed:
     def spoiled(self) -> bool:
         """True where a compiled layer got a gradient at an output beside its first."""
         return any(bool(calls.isnan()) for calls in self._calls.values())
+
+    def mixes_by_zero(self) -> bool:
+        """Return whether samples are mixed by factors that are 0 in this pass."""
+        points = [point for _, point in self._points]
+        return not self._run.probes and mixes_by_zero(self._seeds, points, self._rows)
 
     def verdict(self) -> Verdict:
         result, rounding = Verdict(), 0.0
