@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
-from torch.nn.modules._functions import BackwardHookFunction
 
 from lipcore.capture.foreign_functions import function_of, is_foreign
 from lipcore.capture.graph.orders import joins
@@ -16,6 +15,7 @@ from lipcore.capture.graph.walk import shapes
 from lipcore.capture.proof import Point, RowIds, squared_norms
 from lipcore.capture.seeds import Seeds
 from lipcore.models.outputs import nodes_of
+from lipcore.models.torch_internals import BackwardHookFunction
 
 BY_ZERO = (
     "in a pass that was proved the model mixed its samples by a factor of exactly 0 (a gate that begins there, or a "

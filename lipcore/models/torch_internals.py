@@ -55,6 +55,9 @@ def _found(path: str, start: Any = torch) -> Any:
 #: Return the number of the backward pass under way, -1 outside.
 graph_task = _found("_C._current_graph_task_id")
 
+#: The Function by which hooks of modules see gradients.
+BackwardHookFunction = _found("nn.modules._functions.BackwardHookFunction")
+
 #: Return how many graph nodes this thread has made.
 nodes_made = _found("_C._autograd._get_sequence_nr")
 
