@@ -86,10 +86,12 @@ def read_numbers(entries: Sequence[Entry]) -> NDArray[np.float64]:
     """Return numbers, of which some may lie on a device: one copy for all of those."""
     values = [value for _, _, value in entries]
     found = np.empty(len(values))
-    tensors = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor)]
+    tensors = [(i, value) for i, value in enumerate(values) if isinstance(value, Tensor) and not value.is_cpu]
     for i, value in enumerate(values):
         if not isinstance(value, Tensor):
             found[i] = value
+        elif value.is_cpu:
+            found[i] = value.item()
     for device in {tensor.device for _, tensor in tensors}:
         where = [i for i, tensor in tensors if tensor.device == device]
         found[where] = torch.stack([values[i].double() for i in where]).cpu().numpy()
