@@ -28,21 +28,24 @@ class Failures:
         return self.__dict__ | {"_error": None, "all_stopped": True}
 
     def stop(self, metrics: Iterable[Metric], error: Exception, step: int, window: int) -> None:
-        """Stop metrics in this step of this window, warn, and keep the error; the others go on."""
+        """Stop metrics in this step of this window, warn, and keep the error, but not where it is about the model and
+        they can be done without; the others go on."""
         stopping = [metric for metric in metrics if not metric.off]
         for metric in stopping:
             metric.off = f"stopped recording in step {step}: {error}"
             self._stopped[metric.name] = window
             metric.observe_stop(metric.off)
         self.all_stopped = all(metric.off for metric in self._metrics.values())
-        if stopping:
+        if stopping and _can_be_done_without(stopping, error):
+            self.warn(f"lipcore turned {' and '.join(metric.name for metric in stopping)} off: {error}")
+        elif stopping:
             self._error = self._error or error
             names = "" if self.all_stopped else f" {' and '.join(metric.name for metric in stopping)}"
             warn_in_hook(f"lipcore stopped recording{names}: {error}", RuntimeWarning, stacklevel=6)
 
     def turn_off(self, metrics: list[Metric], error: Exception) -> bool:
         """Turn these metrics off with one warning, if each can be done without; return whether that is so."""
-        optional = isinstance(error, ValueError) and all(metric.optional for metric in metrics)
+        optional = _can_be_done_without(metrics, error)
         if optional and metrics:
             for metric in metrics:
                 metric.off = str(error)
@@ -90,3 +93,9 @@ class Failures:
             self._metrics[name].off = ""
             self._metrics[name].reset()
         self._stopped.clear()
+
+
+def _can_be_done_without(metrics: Iterable[Metric], error: Exception) -> bool:
+    """Return whether these are metrics that nobody has asked for, and the error says that the model has no such
+    numbers."""
+    return isinstance(error, ValueError) and all(metric.optional for metric in metrics)

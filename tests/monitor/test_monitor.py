@@ -404,6 +404,24 @@ def test_by_default_lipschitz_turns_itself_off_where_it_does_not_apply() -> None
     monitor.close()
 
 
+def test_by_default_lipschitz_raises_nothing_where_it_cannot_begin() -> None:
+    """A language model whose block is compiled: no layer can be found by watching it, and its input holds integers."""
+    parts = {"a": nn.Embedding(9, 5), "b": nn.Linear(5, 5), "c": nn.Linear(5, 9)}
+    model = Graph(lambda m, x: m.c(m.b(m.a(x))), **parts)
+    model.b.compile(backend="eager")
+    with pytest.warns(UserWarning, match="normalized_gradient_norm off"):
+        monitor = Monitor(model, optimizer := sgd(model), window_steps=2)
+    with pytest.warns(RuntimeWarning, match="lipcore turned lipschitz off: the first layer of a compiled model"):
+        for _ in range(3):
+            loss = model(torch.arange(6).reshape(3, 2)).logsumexp(-1).mean()
+            monitor.log(loss=loss)  # where what was kept is raised
+            loss.backward()
+            optimizer.step()
+    assert list(monitor.history[0]) == ["trajectory", "logged"]
+    assert "cannot be found by watching it run" in monitor.history[0].off["lipschitz"]
+    monitor.close()
+
+
 def test_by_default_a_classifier_has_bounds_of_its_jacobians() -> None:
     model, optimizer, monitor = watched(lambda: mlp(5, 7, 3), window_steps=2)
     for x, _ in batches(4, 6):
