@@ -3,8 +3,10 @@ expect one backward pass; after a backward pass of lipcore's own they have it ba
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -27,21 +29,40 @@ def is_foreign(node: Any) -> bool:
 
 @contextmanager
 def put_back(nodes: Iterable[Any]) -> Iterator[None]:
-    """Give these nodes back, after the with block, the attributes and tensor values that they had before it."""
+    """Give these nodes back, after the with block, the attributes and tensor values that they had before it, and what
+    was in containers among these."""
     kept = [(node, dict(vars(node))) for node in nodes]
+    containers = [each for _, attributes in kept for each in _containers(attributes)]
     tensors: dict[int, Tensor] = {}
     for node, attributes in kept:
         # Inside a checkpoint they are others in every backward pass; asked for here, they would be run for once more.
         saved = [] if keeps_by_hooks(node) else list(node.saved_tensors)
         for tensor in tensors_of([saved, list(attributes.values())]):
             tensors[id(tensor)] = tensor
-    values = [(tensor, tensor.detach().clone()) for tensor in tensors.values()]
+    values = [(tensor, tensor.detach().clone(), tensor.untyped_storage().nbytes()) for tensor in tensors.values()]
     try:
         yield
     finally:
         for node, attributes in kept:
             vars(node).clear()
             vars(node).update(attributes)
-        for tensor, value in values:
+        for container, before in containers:
+            _fill(container, before)
+        for tensor, value, size in values:
+            if tensor.untyped_storage().nbytes() < size:  # it was freed
+                tensor.untyped_storage().resize_(size)
             if not torch.equal(tensor.detach(), value):
                 tensor.data.copy_(value)  # without a new version, which the graph would refuse
+
+
+def _containers(value: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield the containers in a value that can change, each with a copy of it."""
+    if isinstance(value, (list, dict, set, deque)):
+        yield value, copy(value)
+        for each in list(value.values() if isinstance(value, dict) else value):
+            yield from _containers(each)
+
+
+def _fill(container: Any, before: Any) -> None:
+    container.clear()
+    (container.extend if isinstance(container, (list, deque)) else container.update)(before)

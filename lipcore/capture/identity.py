@@ -7,6 +7,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lipcore.models.torch_internals import in_selective_checkpoint
+
 #: Whether an in-place operation may follow: never (a view), always (the same memory), or on a copy.
 InPlaceAfter = Literal[False, True, "copy"]
 
@@ -21,6 +23,8 @@ def passed_on(ctx: Any, output: Tensor, in_place_after: InPlaceAfter) -> Tensor:
         # what it makes of a view that was marked is wrong once sizes are symbols.
         if torch.compiler.is_compiling() or (output._is_view() and type(output) is not Tensor):
             return output.clone()
+        if in_selective_checkpoint():  # which has kept the output, in the version that it has now
+            return output.view_as(output)
         if output._is_view():
             # The same memory, but no view in autograd's eyes: what mark_dirty makes of a tensor that is none. Linears
             # of three dimensions return views; copies of them would be a fifth of a transformer's memory.

@@ -6,8 +6,10 @@ from typing import Any
 
 from lipcore.capture.checkpoints import is_reentrant_checkpoint
 from lipcore.capture.foreign_functions import function_of
+from lipcore.models.torch_internals import gives_once
 
 REENTRANT = "a checkpoint with use_reentrant=True allows no other backward pass; use use_reentrant=False"
+GIVES_ONCE = "{0} may give what it keeps to one backward pass alone"
 STATIC = "the first pass of DistributedDataParallel(static_graph=True) allows no other backward pass"
 
 
@@ -21,4 +23,7 @@ def why_once_only(node: Any) -> str:
     """Return why the graph of this node allows no other backward pass, or ""."""
     if is_reentrant_checkpoint(node):
         return REENTRANT
+    once = gives_once(node)
+    if once:
+        return GIVES_ONCE.format(once)
     return STATIC if is_ddp_sink(node) and node.ddp_weakref().static_graph else ""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import random
 import weakref
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from types import FunctionType, MethodType, ModuleType
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 CONTAINERS = (dict, list, set, deque)  # that can change
+ARRAYS = (np.ndarray, bytearray, array)  # of numbers, outside of torch
+_LARGEST = 16 << 20  # bytes of an array that may be state; a larger one is data
 _PLAIN = frozenset(
-    {type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, np.ndarray}
+    {type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size}
     | {weakref.ProxyType, weakref.CallableProxyType}  # which look like what they stand for
 )
 #: How many objects, one in the other, are gone into: a trainer that a module knows holds the rest of the program.
@@ -36,6 +39,7 @@ class Held:
     Attributes:
         modules: those of the model, and others that stand in attributes and containers without being registered.
         tensors: plain ones in attributes, containers and objects.
+        arrays: of numbers, outside of torch.
         generators: of random numbers.
         containers: that may be changed, entries of containers and attributes among them.
         objects: whose attributes may be changed.
@@ -45,6 +49,7 @@ class Held:
     def __init__(self, model: nn.Module) -> None:
         self.modules: list[nn.Module] = []
         self.tensors: list[Tensor] = []
+        self.arrays: list[Any] = []
         self.generators: list[Any] = []
         self.containers: list[Any] = []
         self.objects: list[Any] = []
@@ -58,7 +63,7 @@ class Held:
             left += self._inside(value, depth, owned)
         self.sharded = any(_is_sharded(type(module)) for module in self.modules)
         if self.sharded:
-            self.containers, self.objects = [], []
+            self.arrays, self.containers, self.objects = [], [], []
 
     def parameters(self) -> Iterator[Tensor]:
         """Yield the parameters of all modules."""
@@ -81,6 +86,9 @@ class Held:
             return [(entry, depth, True) for entry in (*own, *value._modules.values())]
         if isinstance(value, Tensor):
             self.tensors.append(value)
+        elif isinstance(value, ARRAYS):
+            if owned and _size(value) <= _LARGEST:
+                self.arrays.append(value)
         elif isinstance(value, GENERATORS):
             self.generators.append(value)
         elif isinstance(value, (*CONTAINERS, tuple, frozenset)):
@@ -106,6 +114,13 @@ class Held:
         if owned and attributes:
             self.objects.append(value)
         return attributes.values()
+
+
+def _size(value: Any) -> int:
+    """Return the bytes of an array's numbers; more than any where they cannot be written."""
+    if isinstance(value, np.ndarray):
+        return value.nbytes if value.flags.writeable else 1 << 62
+    return len(value) * (value.itemsize if isinstance(value, array) else 1)
 
 
 def attributes_of(value: Any) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from lipcore.models.chains import is_own
@@ -23,6 +25,7 @@ class ModuleState:
         owners = [m.__dict__ for m in modules]
         self._entries = [(owner, _copied(owner)) for owner in (*owners, *inside, *held.containers)]
         self._objects = [(value, attributes_of(value)) for value in held.objects]
+        self._arrays = [(value, copy(value)) for value in held.arrays]
         self._hooks = [(h, dict(h)) for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
         own = [v for owner in owners for v in owner.values() if isinstance(v, Tensor) and v.grad_fn is None]
         self._tensors = [Kept(t) for t in (*held.buffers(), *own) if not t.is_inference()]
@@ -33,6 +36,8 @@ class ModuleState:
             _restore(owner, kept)
         for value, attributes in self._objects:
             _restore_attributes(value, attributes)
+        for array, numbers in self._arrays:
+            array[... if isinstance(array, np.ndarray) else slice(None)] = numbers
         for hooks, before in self._hooks:
             _restore_hooks(hooks, before)
         for tensor in self._tensors:

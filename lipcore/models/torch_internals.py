@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any
 
 import torch
@@ -146,12 +146,52 @@ _raw_names: dict[type, list[str]] = {}  # by the type of a node
 def keeps_by_hooks(node: Any, but: Any = None) -> bool:
     """Return whether hooks are on what a node of the graph has kept (those of a checkpoint, say), other than the one
     that unpacks by `but`: unpacked once more it may raise."""
+    return any(hook is not but for hook in _unpack_hooks(node))
+
+
+def _unpack_hooks(node: Any) -> Iterator[Any]:
+    """Yield the functions that unpack what a node of the graph has kept."""
     kind = type(node)
     if kind not in _raw_names:
         _raw_names[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     found = (getattr(node, name) for name in _raw_names[kind])
     each = (kept for one in found for kept in (one if isinstance(one, (tuple, list)) else [one]))
-    return any(getattr(kept, "unpack_hook", None) not in (None, but) for kept in each)
+    return (hook for kept in each if (hook := getattr(kept, "unpack_hook", None)) is not None)
+
+
+def gives_once(node: Any) -> str:
+    """Return why what a node of the graph has kept may be given once alone, or "": hooks of others (offloading that
+    forgets what it has brought back), a checkpoint whose recomputation is not the same a second time."""
+    for hook in _unpack_hooks(node):
+        owner = getattr(hook, "__module__", None) or ""
+        if owner == "torch.utils.checkpoint":
+            frame = _around(hook).get("frame")
+            context = _around(getattr(frame, "recompute_fn", None)).get("recompute_context")
+            if context is not None and not isinstance(context, nullcontext):
+                return "a checkpoint with a context_fn of its own (selective checkpointing, debug=True)"
+        elif not owner.startswith(("torch.", "lipcore.")):
+            return f"a hook on saved tensors ({getattr(hook, '__qualname__', type(hook).__name__)})"
+    return ""
+
+
+def _around(function: Any) -> dict[str, Any]:
+    """Return the variables around a function that it uses, by name."""
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    found = {}
+    for name, cell in zip(code.co_freevars, cells, strict=True) if code is not None and cells else ():
+        with suppress(ValueError):  # it is empty
+            found[name] = cell.cell_contents
+    return found
+
+
+_dispatch_modes = _found("_C._len_torch_dispatch_stack")
+_dispatch_mode = _found("_C._get_dispatch_stack_at")
+
+
+def in_selective_checkpoint() -> bool:
+    """Return whether what operations make now is kept by selective checkpointing, each in the version that it has."""
+    modes = (_dispatch_mode(i) for i in range(_dispatch_modes()))
+    return any(type(mode).__module__ == "torch.utils.checkpoint" for mode in modes)
 
 
 def forward_shape(node: Any, index: int = 0) -> tuple[int, ...]:

@@ -165,3 +165,44 @@ def test_beside_another_metric_that_adds_to_the_graph() -> None:
     found = beside_lipschitz(model, lambda number: number >= 6)
     assert not any(found[:6])
     assert found[6]
+
+
+@pytest.mark.filterwarnings("ignore:lipcore:UserWarning", "ignore:PerSampleGradNorms:UserWarning")
+def test_batches_of_one_are_compared_at_once() -> None:
+    model = Changing(lambda m, hidden: F.linear(hidden, m.inner.weight))
+    found = unproved(model, 9, lambda number: number >= 3, sizes=(1,))
+    assert not any(found[:3])
+    assert all("is not the sum of the samples' gradients" in why for why in found[3:])
+
+
+class Frozen(Changing):
+    """A model that freezes a layer while it calls it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.inner(x).tanh()
+        self.head.requires_grad_(False)
+        y: Tensor = self.head(hidden)
+        self.head.requires_grad_(True)
+        return y
+
+
+def test_a_layer_that_is_frozen_while_it_is_called_is_not_counted() -> None:
+    torch.manual_seed(0)
+    model, x = Frozen(lambda _, hidden: hidden), torch.randn(4, 5)
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+        model(x).square().sum().backward()
+    for row, norm in zip(x, norms.per_sample, strict=True):
+        grads = torch.autograd.grad(model(row[None]).square().sum(), list(model.inner.parameters()))
+        assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-5)
+
+
+def test_a_list_of_samples_of_one_row_each_is_refused() -> None:
+    class Pictures(Changing):
+        def forward(self, pictures: list[Tensor]) -> Tensor:  # type: ignore[override]
+            return torch.stack([self.inner(each).mean(0) for each in pictures])
+
+    with PerSampleGradNorms(Pictures(lambda _, hidden: hidden), loss_reduction="sum") as norms:
+        with pytest.warns(RuntimeWarning, match="stopped recording"):
+            norms._capture.model([torch.randn(1, 5) for _ in range(3)]).sum().backward()  # type: ignore[union-attr]
+        with pytest.raises(ValueError, match="called with a list of 3 tensors.*returns 3 rows: these are its samples"):
+            _ = norms.per_sample

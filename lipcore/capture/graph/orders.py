@@ -20,6 +20,9 @@ WRITES = (
     "show where; torch.stack() and index_copy() do"
 )
 
+OTHER = "no pass that does as many operations was proved yet"
+OTHER_ORDER = "no pass that puts its samples into this order was proved yet"
+
 
 class Order(NamedTuple):
     """Two numbers of one pass, which are others where it has done something else: of its operations, and of the samples
@@ -52,15 +55,16 @@ class Orders:
         """Take in the order of a pass of a kind that was proved."""
         self._known.setdefault(kind, set()).add(order)
 
-    def is_new(self, kind: tuple[int, ...], order: Order) -> bool:
-        """Return whether no pass of a kind with this order was proved, where some were."""
+    def news(self, kind: tuple[int, ...], order: Order, *, shape_is_known: bool) -> str:
+        """Return what no pass of a kind has had that was proved, or "". An input of another shape may take other
+        operations (a loop over the positions), of whose order nothing is known then."""
         known = self._known.get(kind)
         if known is None or order in known:
-            return False
-        alike = any(order.operations == each.operations for each in known)
-        new = not (alike and self.vary)
-        self.vary = self.vary or alike
-        return new
+            return ""
+        if all(order.operations != each.operations for each in known):
+            return OTHER if shape_is_known else ""
+        told, self.vary = self.vary, True
+        return "" if told else OTHER_ORDER
 
 
 def order_of(output: Any, samples: int) -> Order:
@@ -70,25 +74,31 @@ def order_of(output: Any, samples: int) -> Order:
 
 
 def joins(node: Any, samples: int) -> bool:
-    """Return whether a node puts rows together to as many as samples: what it is given, and in which order, may be
-    another in every pass."""
+    """Return whether a node puts rows together to as many as samples, or to as many for each: what it is given, and in
+    which order, may be another in every pass."""
     name: str = node.name()
     if not name.startswith(_JOINS):
         return False
     shape = shapes(node)[0]
     dims = saved(node, "dims") if name.startswith("Roll") else (saved(node, "dim"),)
-    return any(shape[integer(dim) % len(shape)] == samples for dim in dims or range(len(shape)))
+    at = {integer(dim) % len(shape) for dim in dims or range(len(shape))} if shape else set()
+    return any(shape[dim] == samples or (dim == 0 and shape[dim] % samples == 0) for dim in at)
 
 
 def _writes_samples(node: Any, samples: int) -> bool:
-    """Return whether a node writes fewer rows than there are samples into a tensor of as many."""
-    if not node.name().endswith("CopySlices"):
+    """Return whether a node writes some of its samples' rows into a tensor of all of them."""
+    if not node.name().endswith("CopySlices") or samples < 2:
         return False
     into = shapes(node)[0]
-    if into[:1] != (samples,) or samples < 2:
+    if samples not in into and (not into or into[0] % samples):
         return False
     written = [shapes(child)[number] for child, number in node.next_functions[1:] if child is not None]
-    return any(shape[:1] != into[:1] and 1 < math.prod(shape) * 2 <= math.prod(into) for shape in written)
+    return any(_is_part(math.prod(into), math.prod(shape), samples) and samples not in shape for shape in written)
+
+
+def _is_part(whole: int, part: int, samples: int) -> bool:
+    """Return whether a number of elements is that of some samples, out of the number of all of them."""
+    return 0 < part < whole and part * samples % whole == 0
 
 
 def _parts(walk: Walk, samples: int) -> Iterator[tuple[Any, ...]]:
@@ -97,6 +107,8 @@ def _parts(walk: Walk, samples: int) -> Iterator[tuple[Any, ...]]:
         name: str = node.name()
         if name.startswith("RollBackward"):
             yield place, tuple(saved(node, "dims")), tuple(saved(node, "shifts"))
+        elif name.startswith("FlipBackward"):
+            yield place, tuple(saved(node, "dims"))
         elif name in _PARTS:
             shape = saved(node, "self_sym_sizes")
             dim = integer(saved(node, "dim")) % len(shape)

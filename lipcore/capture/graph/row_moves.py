@@ -15,22 +15,42 @@ from lipcore.capture.graph.walk import Walk, shapes
 from lipcore.models.torch_internals import saved
 
 _KINDS = ("Index", "UnsafeIndex", "Gather", "Scatter", "Masked", "Take", "Sort", "Topk", "Kthvalue")
-_PRODUCTS = ("Mm", "Bmm")
+#: Products of matrices: what keeps their factors.
+_PRODUCTS = {
+    "Mm": ("self", "mat2"),
+    "Bmm": ("self", "mat2"),
+    "Addmm": ("mat1", "mat2"),
+    "Baddbmm": ("batch1", "batch2"),
+}
 
 
 def may_move(node: Any) -> bool:
     """Return whether a node's name is one of those that choose rows by the values of a tensor."""
     name: str = node.name()
+    if name.startswith("EmbeddingBackward"):  # of a table that the model has made of its samples
+        table = node.next_functions[0][0]
+        return table is not None and not hasattr(table, "variable")
     return name.startswith(_KINDS) and not name.startswith("MaskedFill")
 
 
 def is_permutation(node: Any, samples: int) -> bool:
     """Return whether a node is the product of a square matrix that needs no gradient with as many rows as samples: of 0
     and 1, it puts them into another order."""
-    if not node.name().startswith(_PRODUCTS) or node.next_functions[0][0] is not None or is_once_only(node):
-        return False
-    matrix = saved(node, "self")
-    return isinstance(matrix, Tensor) and tuple(matrix.shape[-2:]) == (samples, samples)
+    return _matrix(node, samples) is not None
+
+
+def _matrix(node: Any, samples: int) -> Tensor | None:
+    """Return that matrix of a product, which may stand left or right; None where there is none."""
+    name: str = node.name().partition("Backward")[0]
+    if name not in _PRODUCTS or is_once_only(node):
+        return None
+    factors = _PRODUCTS[name]
+    edges = node.next_functions[-len(factors) :]
+    for factor, (child, _) in zip(factors, edges, strict=True):
+        matrix = saved(node, factor) if child is None else None
+        if isinstance(matrix, Tensor) and tuple(matrix.shape[-2:]) == (samples, samples):
+            return matrix
+    return None
 
 
 def moves_along(node: Any, dim: int, dimensions: int) -> bool:
@@ -46,8 +66,8 @@ def keeps_samples(node: Any, samples: int) -> bool:
     product is with a matrix of ones on its diagonal."""
     if is_once_only(node):  # read once more it may raise
         return False
-    if is_permutation(node, samples):
-        matrix = saved(node, "self")
+    matrix = _matrix(node, samples)
+    if matrix is not None:
         return torch.equal(matrix, torch.eye(samples, dtype=matrix.dtype, device=matrix.device).expand_as(matrix))
     indices = saved(node, "indices")
     if isinstance(indices, (tuple, list)) and indices:

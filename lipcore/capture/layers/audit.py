@@ -20,6 +20,13 @@ from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import accumulates_everything
 from lipcore.models.outputs import nodes_of, on_backward, tensors_of
 
+_OTHER_TENSOR = "its layer was called with another tensor in its place (a frozen or detached one, functional_call)"
+
+_OTHER_USES = (
+    "is used {0} times in the forward pass, but only {1} times by its own layer's call (a function such as F.linear is "
+    "given it directly)"
+)
+
 
 class Audit:
     """The questions that a model's first passes are asked and later ones are not.
@@ -75,7 +82,15 @@ class Audit:
                     if not self._graph:
                         raise ValueError(why)
                     self._leave_to_graph(dict.fromkeys(site.names.values(), why))
-                audit_graph(output, self._coverage, self._sites, run.calls, skip=self._skip, graph=self._graph)
+                audit_graph(
+                    output,
+                    self._coverage,
+                    self._sites,
+                    run.calls,
+                    skip=self._skip,
+                    graph=self._graph,
+                    sharded=self._proofs.sharded,
+                )
         except ValueError:
             if self._proofs.together:
                 self._proofs.end(run, output)
@@ -164,6 +179,7 @@ def audit_graph(
     *,
     skip: bool,
     graph: bool = False,
+    sharded: bool = False,
 ) -> None:
     """Compare the graph behind a forward pass's output with the calls that came through hooks. A parameter that is used
     more often than it was tapped (F.linear on another layer's weight) would get a wrong norm, and is left to the graph
@@ -174,11 +190,9 @@ def audit_graph(
             continue
         used = uses.get(id(parameter), 0)
         # A call that the output does not depend on is no use of it.
-        if used > max(1, calls[name]) or used > taps[name]:
-            why = (
-                f"is used {used} times in the forward pass, but only {min(calls[name], taps[name])} times by its own "
-                "layer's call (a function such as F.linear is given it directly)"
-            )
+        if used > max(1, calls[name]) or used > taps[name] or (used < taps[name] and not sharded):
+            calls_of = min(calls[name], taps[name])
+            why = _OTHER_TENSOR if used < taps[name] else _OTHER_USES.format(used, calls_of)
             if graph:
                 coverage.leave_to_graph(name, why)
             else:

@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lipcore.capture.layers.packed import boundaries
 from lipcore.layers import Batch
+from lipcore.models.outputs import tensors_of
 from lipcore.models.torch_internals import tree_leaves
 
 #: From the model's arguments and keywords to the document boundaries of packed sequences.
@@ -32,6 +33,20 @@ def batch_of(
     raise ValueError(
         f"model: none of its arguments is a tensor with a dimension {batch_dim}, so there is no batch size"
     )
+
+
+def check_lists(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
+    """Raise ValueError where a pass that was taken for one of a single sample was given its samples as a list."""
+    for argument in (*arguments, *keywords.values()):
+        rows = len(argument) if isinstance(argument, (list, tuple)) else 0
+        if rows < 2 or any(not isinstance(each, Tensor) for each in argument):
+            continue
+        if any(tensor.shape[:1] == (rows,) for tensor in tensors_of(output)):
+            raise ValueError(
+                f"model: is called with a {type(argument).__name__} of {rows} tensors, the first of which has shape "
+                f"{list(argument[0].shape)}, and returns {rows} rows: these are its samples, and not the first "
+                "dimension of the first tensor; call it with one tensor that has them first (torch.stack, padded)"
+            )
 
 
 def batch_tensor(arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim: int) -> Tensor | None:

@@ -18,7 +18,7 @@ from lipcore.capture.graph.orders import Orders
 from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.layers.audit import Audit, depends_on, uses_of
-from lipcore.capture.layers.batch_of import batch_of, batch_tensor
+from lipcore.capture.layers.batch_of import batch_of, batch_tensor, check_lists
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.compiled_audit import audit_uncompiled
@@ -323,13 +323,18 @@ class LayerCapture:
         self._audit.before_forward()
         try:
             self.proofs.begin(run, arguments, keywords, batch_tensor(arguments, keywords, batch.dim))
-            if run.adds_up and not self._compiled and not self.proofs.sharded:
+            if run.adds_up and self._adds_up:
                 run.sums = GradientSums(self.coverage.measured(), passes.fail)
             if run.call is not None and (self.coverage.by_graph or run.due or not self._audit.done):
                 run.call = run.call._replace(begun=self.graph.begun())
         except Exception as error:
             passes.fail(error)
         run.nodes, run.begun = -1 if self._compiled else nodes_of_others(), gradients_begun()
+
+    @property
+    def _adds_up(self) -> bool:
+        """True where the samples' gradients may be added up and compared."""
+        return self._options.prove and not self._compiled and not self.proofs.sharded
 
     def _tap_own_graphs(self) -> None:
         """Have modules run again in the backward pass that have kept their tensors inside checkpoints so far."""
@@ -372,7 +377,11 @@ class LayerCapture:
             return None
         if passes.recording or (run.before is not None and self.proofs.together):
             try:
+                if run.batch.size == 1 and run.call is not None:
+                    check_lists(run.call.arguments, run.call.keywords, output)
                 self._audit.after_forward(run, output)
+                if run.sums is None and self._adds_up and self.proofs.is_unknown(run):
+                    run.sums = GradientSums(self.coverage.measured(), passes.fail)
             except Exception as error:
                 passes.fail(error)
             self._follow_graph(run, output)
@@ -482,7 +491,8 @@ class LayerCapture:
             if not record.broken and self.passes.came_alone(run, record.task):
                 rows = record.norms_sq if self._options.measure is norms_sq_of else {}
                 found = sums.difference(record.task, rows, self.coverage.covered)
-                if found and not self._differs and self._added_up:
+                # Of one sample all passes are compared that are not like others: those before were right.
+                if found and not self._differs and self._added_up and run.batch.size > 1:
                     self._on_proof(found, False)
                 self._differs = self._differs if found is None else found
                 self._added_up |= found == ""

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.capture.graph.orders import WRITES, Orders, order_of
+from lipcore.capture.graph.orders import OTHER, WRITES, Orders, order_of
 from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
@@ -44,8 +44,6 @@ NOT_RUN_OUTPUT = (
 )
 NOT_ASKED = "prove=False was passed"
 _NOT_YET = "no batch of {0} samples was proved yet"
-_OTHER = "no pass that does as many operations was proved yet"
-_OTHER_ORDER = "no pass that puts its samples into this order was proved yet"
 _FAILED = "its graph allows no other backward pass ({0})"
 _OPEN = "the numbers of the pass that was to be proved are not finite"
 NO_GRADIENTS = "the model's outputs bring no gradient to any layer"
@@ -216,6 +214,11 @@ class Proofs:
                     self._schedule.ask_soon(run.kind)
         return wrong
 
+    def is_unknown(self, run: LayerPass) -> bool:
+        """Return whether a pass of one sample is the first that does as much: its sums show all that is to be shown."""
+        done = run.nodes, run.taps
+        return run.batch.size == 1 and done not in self._operations.get(run.shape, {}).get(run.begun, ())
+
     def _does_other(self, run: LayerPass, output: Any, *, proved: bool) -> str:
         """Return what a pass may do that none has done which was proved, or "" where there is nothing."""
         if run.kind is None:
@@ -230,9 +233,14 @@ class Proofs:
         if known is not None and run.begun not in known:
             self._schedule.ask_soon(run.kind)
         if known is not None and done not in known.get(run.begun, {done}):
-            return _OTHER
-        if run.order is not None and orders.is_new((*run.kind, run.begun), run.order):
-            return _OTHER_ORDER
+            return OTHER
+        news = (
+            ""
+            if run.order is None
+            else orders.news((*run.kind, run.begun), run.order, shape_is_known=known is not None)
+        )
+        if news:
+            return news
         if self._known[run.kind].by_zero:
             return BY_ZERO
         return WRITES if orders.writes else ""
@@ -246,7 +254,7 @@ class Proofs:
         """Note how many graph nodes the forward pass of a proved pass has made, the sums of whose samples' gradients
         were right too, how many calls of layers it had, and the order of its samples. A pass whose input has the same
         shape and that has other numbers does something else."""
-        if not run.proved:
+        if not run.proved and run.batch.size > 1:
             return
         self._operations.setdefault(run.shape, {}).setdefault(run.begun, set()).add((run.nodes, run.taps))
         if run.order is not None and run.kind is not None:
