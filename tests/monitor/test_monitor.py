@@ -417,7 +417,7 @@ def test_by_default_lipschitz_raises_nothing_where_it_cannot_begin() -> None:
             monitor.log(loss=loss)  # where what was kept is raised
             loss.backward()
             optimizer.step()
-    assert list(monitor.history[0]) == ["trajectory", "logged"]
+    assert {"trajectory", "logged"} <= set(monitor.history[0])
     assert "cannot be found by watching it run" in monitor.history[0].off["lipschitz"]
     monitor.close()
 
