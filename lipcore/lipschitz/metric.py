@@ -22,7 +22,7 @@ from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.lipschitz.window_facts import Facts, Theorem
-from lipcore.metric.blocks import Block, BlockWindow
+from lipcore.metric.blocks import Block, BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.distribution import observe_ratios, on_device
 from lipcore.metric.handed_out import HandedOut, Withdrawable
 from lipcore.metric.hook_warnings import warn_in_hook
@@ -666,6 +666,18 @@ class Lipschitz(StandaloneMetric):
         self._mixed, self._moved = state["mixed"], state["weight_moved"]
         self._bias.load(bias_steps)
         self._remember_weight()
+
+    def empty_state(self, rest: dict[str, Any]) -> dict[str, Any]:
+        """Return its state without samples."""
+        return {**rest, "mixed": False, "weight_moved": False, **empty_blocks(rest, "distributions")}
+
+    def add_states(self, begin: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state with the samples of all of these, which is worth what the least of them is."""
+        found = [begin, *others]
+        labels = {key: any(state[key] for state in found) for key in ("mixed", "weight_moved")}
+        known = [state["quantity"] for state in found if state["quantity"] != "auto"]
+        quantity = known[0] if known else "auto"
+        return {**begin, **labels, "quantity": quantity, **added_blocks(found, "distributions")}
 
 
 def _copy_of(kind: type[Lipschitz], settings: dict[str, Any], numbers: MetricResult | None, off: str) -> Lipschitz:

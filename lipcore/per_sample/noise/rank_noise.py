@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lipcore.distributed.ownership import Ownership
+from lipcore.metric.state import is_count, under_key
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import JENSEN, NO_SAMPLES
 from lipcore.per_sample.noise.rank_steps import NOTHING, StepTable
@@ -30,6 +31,24 @@ class NoiseSoFar:
 
     scale: NoiseScale | None = None
     end: int = -1  #: after how many steps
+
+    def state(self) -> dict[str, Any]:
+        """Return it as a checkpoint holds it."""
+        if self.scale is None or self.end < 0:
+            return {}
+        return {"end": self.end, "places": self.scale.places, "scale": self.scale.state_dict()}
+
+    @classmethod
+    def of_state(cls, state: Any) -> NoiseSoFar:
+        """Return it from :meth:`state`; ValueError naming what does not fit."""
+        if state == {}:
+            return cls()
+        if not isinstance(state, dict) or not is_count(state.get("end")) or not is_count(state.get("places")):
+            raise ValueError(f"so_far: expected a step and a number of places, got {state!r:.80}")
+        scale = NoiseScale(state["places"])
+        with under_key("so_far.scale"):
+            scale.load_state_dict(state.get("scale"))  # type: ignore[arg-type]
+        return cls(scale, state["end"])
 
     def of(self, places: int, begin: int) -> NoiseScale:
         """Return it, with an empty window, where it is known up to this step; else a new one."""
