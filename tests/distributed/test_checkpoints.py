@@ -56,8 +56,8 @@ def test_a_run_goes_on_as_if_nothing_had_been(folder: Path, row: Row) -> None:
         for found in read(folder, row, phase):
             assert "error" not in found, found.get("trace", found)
             assert len(found["global"]) == len(truth["global"]) > 0
-            for numbers, expected in zip(found["global"], truth["global"], strict=True):
-                difference = apart(numbers, expected_of(row, expected, phase))
+            for numbers, expected, off in zip(found["global"], truth["global"], found["off"], strict=True):
+                difference = apart(numbers, expected_of(row, expected, phase, off))
                 assert not difference["absent"], difference
                 assert difference["error"] <= 1e-7, difference
             assert found.get("scores") == truth.get("scores") or apart_scores(found, truth) <= 1e-12
