@@ -234,12 +234,9 @@ def expected_of(row: Row, numbers: Numbers, phase: str, off: Iterable[str] = ())
     """What a window of all ranks has of what one process finds: docs/distributed.md says what is left out; `off`: the
     metrics of which the window says why."""
     cut = row.before if phase == "saved" else row.after
-    other = phase == "loaded" and (row.ranks != row.then or row.before != row.after) and row.at % WINDOW
     gone = [f"{name}/" for name in off]
     if "fsdp2" in (cut, row.before):
         gone += ["lipschitz/local_lipschitz", "lipschitz/sandwich"]
-    if other:
-        gone += [f"per_sample_grad_norm/{name}" for name in ("noise", "gradient_", "skipped_steps")]
     if row.metrics == "updates":
         gone.append("trajectory/normalized_update_rms")
     if "window_blocks" in str(row) and "fsdp2" in (row.before, row.after):
