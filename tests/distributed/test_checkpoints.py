@@ -29,12 +29,7 @@ from ranks import run_ranks
 
 import lipcore
 
-FEW = 2  #: rows that `make test` runs
-Runs = dict[str, Path]
-
-
-def rows() -> list[Any]:
-    return [pytest.param(row, id=row.name, marks=[pytest.mark.ci] * (i >= FEW)) for i, row in enumerate(ROWS)]
+pytestmark = pytest.mark.ci  # three processes, for 60 s
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +44,7 @@ def folder(tmp_path_factory: Any, request: Any) -> Path:
     return place
 
 
-@pytest.mark.parametrize("row", rows())
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
 def test_a_run_goes_on_as_if_nothing_had_been(folder: Path, row: Row) -> None:
     truth = whole(row)
     for phase in ("saved", "loaded"):
@@ -77,7 +72,6 @@ def apart_scores(found: Any, truth: Any) -> float:
     return max(abs(a - b) / abs(b) for a, b in zip(found["scores"][1], truth["scores"][1], strict=True))
 
 
-@pytest.mark.ci
 def test_what_is_refused_is_named(tmp_path: Path) -> None:
     run_ranks(refusals, str(tmp_path), ranks=4)
     for name, (_, _, ranks, _, words) in REFUSED.items():
@@ -111,7 +105,6 @@ for step in range(8):
 """
 
 
-@pytest.mark.ci
 def test_a_save_that_is_killed_leaves_the_one_before(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

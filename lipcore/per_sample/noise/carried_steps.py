@@ -20,7 +20,7 @@ _NOTHING, _ALL = 3, 4  # columns of the totals
 
 @dataclass
 class CarriedSteps:
-    """What ranks add up per step, as :meth:`RankNoise.sums` of one of them says it, and why steps are left out.
+    """Sums that ranks add up per step, as :meth:`RankNoise.sums` of one of them says it, and why steps are left out.
 
     Attributes:
         sums: weighted squares, squares with squared weights and gradients [steps, places], totals [steps, 5].
@@ -92,7 +92,7 @@ class CarriedSteps:
 
 @dataclass
 class PlacedOwners:
-    """Who counts which parameters, as their placements say it, without a word of other ranks.
+    """Owners of parameters, as their placements say it, without a word of other ranks.
 
     Attributes:
         mine: those that this rank counts.
