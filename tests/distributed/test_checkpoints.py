@@ -20,6 +20,7 @@ from checkpoint_situations import (
     apart,
     expected_of,
     left_out,
+    models_apart,
     read,
     refusals,
     whole,
@@ -78,6 +79,10 @@ def test_what_is_refused_is_named(tmp_path: Path) -> None:
         said = [(tmp_path / name / f"{rank}.txt").read_text() for rank in range(ranks)]
         assert all(re.search(words, each, re.DOTALL) for each in said), (name, said)
         assert set(said) != {"went on"}, name
+
+
+def test_models_that_ranks_train_apart(tmp_path: Path) -> None:
+    run_ranks(models_apart, str(tmp_path), ranks=2)
 
 
 KILLED = """

@@ -299,6 +299,42 @@ def sketch() -> list[Any]:
     return [Trajectory(mode="sketch", buckets=256)]
 
 
+def models_apart(rank: int, folder: str) -> None:
+    """Each rank trains a model of its own, and goes on from its own part of one checkpoint."""
+    warnings.simplefilter("ignore")
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+
+    def train(monitor: Monitor, model: nn.Module, begin: int, end: int) -> None:
+        for step in range(begin, end):
+            x, y, _ = batch(step, rank, 2, alike=False)
+            model.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.sub_(0.1 * (rank + 1) * parameter.grad)  # type: ignore[operator]
+            monitor.step()
+
+    model = made(Net, seed=rank)
+    metrics = [Trajectory(), PerSampleGradNorms(loss_reduction="mean")]
+    monitor = Monitor(model, metrics=metrics, window_steps=WINDOW, group=None)
+    train(monitor, model, 0, 10)
+    dcp.save({"lipcore": monitor}, checkpoint_id=f"{folder}/checkpoint")
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    train(monitor, model, 10, STEPS)
+    again = made(Net, seed=5)
+    metrics = [Trajectory(), PerSampleGradNorms(loss_reduction="mean")]
+    resumed = Monitor(again, metrics=metrics, window_steps=WINDOW, group=None)
+    again.load_state_dict(weights)
+    dcp.load({"lipcore": resumed}, checkpoint_id=f"{folder}/checkpoint")
+    train(resumed, again, 10, STEPS)
+    for name in ("trajectory", "per_sample_grad_norm"):
+        one, other = (str(found.history[-1][name].to_dict()) for found in (monitor, resumed))
+        assert one == other, name
+    assert resumed.history[-1].steps == WINDOW
+    dist.barrier()
+
+
 Made = tuple[Callable[[int], Any], Callable[[], list[Any]]]
 #: Who saves, how many load what, and what is said there.
 REFUSED: dict[str, tuple[int, Made, int, Made, str]] = {
