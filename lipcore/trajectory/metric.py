@@ -697,10 +697,13 @@ class Trajectory(Metric):
         if self._carried is not None:
             steps += len(self._carried.steps)
             missed = {stage: count + int(self._carried.no_gradients[stage]) for stage, count in missed.items()}
+        whole = not any(self._pieces) and self._carried is None
         rest["window"] = {
             "steps": steps,
             "missed": missed,
-            "paths": paths_before(self._built, self._path_so_far, not any(self._pieces) and self._carried is None),
+            "paths": paths_before(
+                self._built, self._path_so_far, steps, not any(self._pieces) and self._carried is None
+            ),
             "bits": rest["trackers"].get("exact", {}).get("bits", {}),
         }
         return tensors, rest

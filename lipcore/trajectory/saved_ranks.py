@@ -41,7 +41,7 @@ def split(state: State, watched: Sequence[WatchedParameter]) -> tuple[State, Sta
         return {}, dict(state)
     blocks, closed = state["window_blocks"] - 1, exact["closed"]
     tensors: State = {}
-    bits: State = {}
+    whole_ones: State = {}
     for parameter in watched:
         name = parameter.name
         own = dict(exact["tensors"][name])
@@ -56,12 +56,12 @@ def split(state: State, watched: Sequence[WatchedParameter]) -> tuple[State, Sta
                 own[f"closed{i}_m2"] = closed[i]["m2"][name] if i < len(closed) else torch.zeros_like(mean)
         whole = parameter.owner[parameter.key]
         if not hasattr(whole, "placements"):
-            bits[name] = _bits(own)
+            whole_ones[name] = own
         tensors[name] = {kind: placed_like(tensor, whole) for kind, tensor in own.items()}
     first = exact["tensors"][watched[0].name]
     rest = {key: value for key, value in exact.items() if key != "tensors"}
     rest["closed"] = [{key: block[key] for key in ("rows", "distributions")} for block in closed]
-    rest["earlier"], rest["bits"] = "earlier" in first, bits
+    rest["earlier"], rest["bits"] = "earlier" in first, _bits(whole_ones)
     return tensors, {**state, "trackers": {**state["trackers"], "exact": rest}}
 
 
@@ -76,8 +76,9 @@ def joined(tensors: Mapping[str, Any], rest: State) -> State:
     for name, own in local.items():
         if missing := sorted({"prev", "ref", "mean", "earlier"} - own.keys()):
             raise ValueError(f"copies: {missing[0]!r} is missing for parameter '{name}'")
-    for name, theirs in bits.items():
-        if name in local and _bits(local[name]) != list(theirs):
+    here = _bits({name: local[name] for name in bits if name in local})
+    for name, own_bits in here.items():
+        if own_bits != list(bits[name]):
             raise ValueError(_OTHER_VALUES.format(name))
     kinds = ["prev", "ref", "mean", "m2", *(["earlier", "earlier_m2"] if earlier else [])]
     exact["tensors"] = {name: {k: own[k] for k in kinds if k in own} for name, own in local.items()}
@@ -92,8 +93,11 @@ def joined(tensors: Mapping[str, Any], rest: State) -> State:
     return {**rest, "trackers": {**rest["trackers"], "exact": exact}}
 
 
-def _bits(copies: Mapping[str, Tensor]) -> list[int]:
-    return [int(bits_of(copies[kind])) for kind in ("prev", "ref")]
+def _bits(copies: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:
+    """Return sums of the bits of each parameter's last values and reference; waits for a device once."""
+    found = [bits_of(own[kind]) for own in copies.values() for kind in ("prev", "ref")]
+    numbers = torch.stack(found).tolist() if found else []
+    return {name: numbers[2 * i : 2 * i + 2] for i, name in enumerate(copies)}
 
 
 # ---- the steps of the open window
@@ -149,11 +153,11 @@ def nothing_of(steps: int, parameters: int, missing: Mapping[str, float]) -> Sha
     return found
 
 
-def paths_before(built: Built, known: PathSoFar, whole: bool) -> State:
-    """Return the paths since the reference up to the open window's begin, of whole parameters, by place; {} where they
-    are not known."""
+def paths_before(built: Built, known: PathSoFar, steps: int, whole: bool) -> State:
+    """Return the paths since the reference up to the begin of the open window of so many steps, of whole parameters, by
+    place; {} where they are not known."""
     tracker = built.first
-    steps, end = tracker.window_steps, int(tracker.table.cursor[0])
+    end = int(tracker.table.cursor[0])
     if whole and tracker.groups and not tracker.closed:
         rows = tracker.table.rows
         before = (rows[:, COLUMN["total_path"]] - rows[:, COLUMN["path"]]).clamp(min=0).tolist()

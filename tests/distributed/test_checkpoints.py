@@ -4,6 +4,7 @@ docs/distributed.md says what is left out, and each row of that table stands her
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from checkpoint_situations import (
     ROWS,
     Row,
     apart,
+    chained,
     expected_of,
     left_out,
     models_apart,
@@ -79,6 +81,18 @@ def test_what_is_refused_is_named(tmp_path: Path) -> None:
         said = [(tmp_path / name / f"{rank}.txt").read_text() for rank in range(ranks)]
         assert all(re.search(words, each, re.DOTALL) for each in said), (name, said)
         assert set(said) != {"went on"}, name
+
+
+def test_a_window_that_several_numbers_of_ranks_make(tmp_path: Path) -> None:
+    run_ranks(chained, str(tmp_path), ranks=3)
+    row = Row("chain", "fsdp2", 2, "ddp", 2)
+    (expected,) = whole(row)["global"]
+    for rank in range(2):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert not any(found["off"])
+        difference = apart(found["global"][0], expected_of(row, expected, "loaded"))
+        assert not difference["absent"], difference
+        assert difference["error"] <= 1e-7, difference
 
 
 def test_models_that_ranks_train_apart(tmp_path: Path) -> None:

@@ -299,6 +299,32 @@ def sketch() -> list[Any]:
     return [Trajectory(mode="sketch", buckets=256)]
 
 
+#: One run by several numbers of ranks, three of them in one window: how the model is cut, ranks, and the last step.
+CHAIN = (("fsdp2", 2, 8), ("fsdp2", 3, 9), ("fsdp2", 2, 11), ("fsdp2", 2, 12), ("plain", 1, 13), ("ddp", 2, STEPS))
+
+
+def chained(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    row, begin = Row("chain", "", 0, "", 0), 0
+    for kind, world, end in CHAIN:
+        if rank < world:
+            store = dist.FileStore(f"{folder}/store{end}", world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world)
+            run = Run(row, kind)
+            with run.monitor:
+                if begin:
+                    run.load(f"{folder}/{begin}")
+                run.train(begin, end)
+                if end < STEPS:
+                    dcp.save(run.state(), checkpoint_id=f"{folder}/{end}")
+                else:
+                    Path(folder, f"{rank}.json").write_text(json.dumps(result(run, begin), default=str))
+            dist.barrier()
+            dist.destroy_process_group()
+        begin = end
+
+
 def models_apart(rank: int, folder: str) -> None:
     """Each rank trains a model of its own, and goes on from its own part of one checkpoint."""
     warnings.simplefilter("ignore")
