@@ -701,9 +701,7 @@ class Trajectory(Metric):
         rest["window"] = {
             "steps": steps,
             "missed": missed,
-            "paths": paths_before(
-                self._built, self._path_so_far, steps, not any(self._pieces) and self._carried is None
-            ),
+            "paths": paths_before(self._built, self._path_so_far, steps, whole),
             "bits": rest["trackers"].get("exact", {}).get("bits", {}),
         }
         return tensors, rest
