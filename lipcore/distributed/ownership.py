@@ -45,7 +45,7 @@ def describe(parameters: Iterable[tuple[str, str, Any]]) -> Description:
     """
     found = list(parameters)
     local = [getattr(tensor, "_local_tensor", tensor).detach() for _, _, tensor in found]
-    sums = torch.stack([_bits(tensor) for tensor in local]).tolist() if found else []
+    sums = torch.stack([bits_of(tensor) for tensor in local]).tolist() if found else []
     bits = [f"{each & (1 << 64) - 1:016x}" for each in sums]  # as long for other values
     out: Description = {"names": [], "groups": [], "whole": [], "offset": [], "shape": [], "bits": bits}
     for (name, group, tensor), part in zip(found, local, strict=True):
@@ -58,7 +58,7 @@ def describe(parameters: Iterable[tuple[str, str, Any]]) -> Description:
     return out
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def bits_of(tensor: Tensor) -> Tensor:
     """Return the sum of the elements as integers: the same for the same bits, in whatever order they are added."""
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.element_size())
     if integer is None or tensor.is_complex():

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lipcore import _core
 from lipcore.capture.taps.tap import FIRST_LAYER, Record, SingleSample, Tap
+from lipcore.distributed.placed import local_of
 from lipcore.lipschitz.bias_steps import BiasSteps
 from lipcore.lipschitz.first_weight import singular_values_later
 from lipcore.lipschitz.input_tap import ModelInputTap
@@ -22,7 +23,7 @@ from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.lipschitz.window_facts import Facts, Theorem
-from lipcore.metric.blocks import Block, BlockWindow
+from lipcore.metric.blocks import Block, BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.distribution import observe_ratios, on_device
 from lipcore.metric.handed_out import HandedOut, Withdrawable
 from lipcore.metric.hook_warnings import warn_in_hook
@@ -593,7 +594,7 @@ class Lipschitz(StandaloneMetric):
 
     def _remember_weight(self) -> None:
         """Keep W_1 at the window's start, to tell at its close whether Theorem 1 can be stated with one W_1."""
-        weight = self._first.weight()
+        weight = local_of(self._first.weight())
         self._weight_before = weight.detach().clone() if weight is not None else None
         self._bias.find(self._model, self._first.module)
 
@@ -605,8 +606,10 @@ class Lipschitz(StandaloneMetric):
         return bool(self._weight_stood.on_host())
 
     def _compare_weights(self) -> Tensor:
-        """Return 1 where W_1 is what it was at the window's start, else 0."""
-        weight, before = self._first.weight(), self._weight_before
+        """Return 1 where W_1 is what it was at the window's start, else 0; of a sharded one, where this rank's part is:
+        DTensors would ask the other ranks."""
+        weight: Tensor | None = local_of(self._first.weight())
+        before = self._weight_before
         if weight is None or before is None or weight.shape != before.shape or weight.device != before.device:
             return torch.zeros((), dtype=torch.float64, device="cpu" if weight is None else weight.device)
         if weight.is_cpu:
@@ -666,6 +669,18 @@ class Lipschitz(StandaloneMetric):
         self._mixed, self._moved = state["mixed"], state["weight_moved"]
         self._bias.load(bias_steps)
         self._remember_weight()
+
+    def empty_state(self, rest: dict[str, Any]) -> dict[str, Any]:
+        """Return its state without samples."""
+        return {**rest, "mixed": False, "weight_moved": False, **empty_blocks(rest, "distributions")}
+
+    def add_states(self, begin: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state with the samples of all of these, which is worth what the least of them is."""
+        found = [begin, *others]
+        labels = {key: any(state[key] for state in found) for key in ("mixed", "weight_moved")}
+        known = [state["quantity"] for state in found if state["quantity"] != "auto"]
+        quantity = known[0] if known else "auto"
+        return {**begin, **labels, "quantity": quantity, **added_blocks(found, "distributions")}
 
 
 def _copy_of(kind: type[Lipschitz], settings: dict[str, Any], numbers: MetricResult | None, off: str) -> Lipschitz:

@@ -136,6 +136,29 @@ class BlockWindow:
             _add(block, other.merged())
 
 
+# ---- states of several ranks
+
+
+def empty_blocks(state: dict[str, Any], name: str = "open") -> dict[str, Any]:
+    """Return the state of a :class:`BlockWindow` with as many places and blocks and nothing in them."""
+    empty = Distribution().state_dict()
+    return {name: [empty for _ in state[name]], "closed": [[empty for _ in block] for block in state["closed"]]}
+
+
+def added_blocks(states: Sequence[dict[str, Any]], name: str = "open") -> dict[str, Any]:
+    """Return the state that has what all of these have, block by block; ValueError where they have other places or
+    other numbers of blocks."""
+    places, blocks = len(states[0][name]), len(states[0]["closed"])
+    if any(len(state[name]) != places or len(state["closed"]) != blocks for state in states):
+        raise ValueError(f"{name}: the states of ranks have other places or blocks than each other")
+    window = BlockWindow(places, blocks + 1)
+    window._closed.extend(window._block() for _ in range(blocks))
+    for state in states:
+        for into, found in zip((window.open, *window._closed), (state[name], *state["closed"]), strict=True):
+            _add(into, loaded_distributions(name, found, places))
+    return window.state_dict(name)
+
+
 def _add(into: Block, block: Block) -> None:
     for mine, theirs in zip(into, block, strict=True):
         mine.merge(theirs)

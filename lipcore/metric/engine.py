@@ -28,13 +28,13 @@ from lipcore.metric.listener import Listener
 from lipcore.metric.optimizers import checked_optimizers, refuse_strangers, scaler_above, scaler_inside, updating
 from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
+from lipcore.metric.rank_states import SavedRanks, saved
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
-from lipcore.metric.state import checked_saver, checked_starts
+from lipcore.metric.state import checked_starts
 from lipcore.metric.step_end import StepEnd, StepEndCalls
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import never_called, refuse_script
 from lipcore.models.names import called_inside
-from lipcore.models.ranks import rank, world_size
 
 Self = TypeVar("Self", bound="Engine")
 
@@ -64,7 +64,7 @@ class Engine:
         prefix: what stands before the names of parameters.
     """
 
-    _version = 2
+    _version = 3
 
     @ordinary
     def __init__(
@@ -590,52 +590,67 @@ class Engine:
 
     @ordinary
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the clock and of the metrics. Closed windows are results and not part of it."""
+        """Return the state of the clock and of the metrics. Closed windows are results and not part of it.
+
+        torch.distributed.checkpoint calls it: ``dcp.save({"lipcore": monitor, ...})`` on all ranks. It is also what
+        each rank may write into a file of its own. No rank waits for another."""
         self._step_end.take_waiting()
-        metrics = {name: metric.state_dict() for name, metric in self.metrics.items()}
+        state = saved(self.metrics, self._global.place, self._own_state())
         self._tell(lambda listener: listener.state_taken())
-        saver = {"rank": rank(), "ranks": world_size()}
-        return {"version": self._version, **self._windows.state(), "saver": saver, "metrics": metrics}
+        return {"version": self._version, **self._windows.state(), **state}
 
     @ordinary
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not
         fit, raise a ValueError that names the first wrong key, and change nothing.
 
-        The state of another rank, or of a training on another number of them, has other samples in its open window:
-        metrics of samples begin that window anew, with a warning, and are left out of it in global windows."""
-        self._step_end.take_waiting()
-        starts = checked_starts(state, self._version, sorted(self.metrics), self._windows.blocks)
-        saver = checked_saver(state)
+        From a checkpoint of torch.distributed.checkpoint (``dcp.load({"lipcore": monitor, ...})``) a training goes on
+        with any number of ranks. A file that one rank has written by itself is that rank's: it has other samples in its
+        open window, so that metrics of samples begin this window anew on another rank, with a warning, and are left
+        out of it in global windows."""
+        self._step_end.moved_by_hand()  # what loads a checkpoint writes into the parameters
+        place = self._global.place
+        starts = checked_starts(state, self._version, self._windows.blocks)
+        ranks = SavedRanks(state, place)
+        if ranks.names != sorted(self.metrics):
+            raise ValueError(f"metrics: the state has {ranks.names}, this monitor has {sorted(self.metrics)}")
+        take_own = self._loaded_own(ranks.first)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
+        lacking: dict[str, str] = {}
         try:
             for name, metric in self.metrics.items():
-                metric.load_state_dict(state["metrics"][name])
+                if why := metric.load_ranks(ranks.of(name)):
+                    lacking[name] = why
         except Exception:
             for name, metric in self.metrics.items():  # all or nothing
                 metric.load_state_dict(before[name])
             raise
+        take_own()
         self._windows.load(state["step"], state["windows"], starts)
-        if saver != (rank(), world_size()):
-            self._leave_out_samples_of(*saver)
+        self._leave_out(lacking)
         self._tell(lambda listener: listener.state_loaded(self._windows.step))
 
-    def _leave_out_samples_of(self, saver: int, ranks: int) -> None:
-        """Begin the open window of metrics of samples anew: what the loaded state has in it another rank has seen."""
-        names = [name for name, metric in self.metrics.items() if metric.counts_samples and not metric.off]
-        if not names or self._windows.step == self._windows.begin:
+    def _own_state(self) -> dict[str, Any]:
+        """Return what else this rank saves."""
+        return {}
+
+    def _loaded_own(self, own: dict[str, Any]) -> Callable[[], None]:
+        """Check what :meth:`_own_state` gave, {} where it goes on from no rank; the function returned takes it over."""
+        return lambda: None
+
+    def _leave_out(self, lacking: dict[str, str]) -> None:
+        """Leave metrics out of the global window that is open, for these reasons, and warn."""
+        if self._windows.step == self._windows.begin:
             return
-        for name in names:
-            self.metrics[name].reset()
-        why = (
-            f"rank {rank()} of {world_size()} goes on from the state of rank {saver} of {ranks}, which has the samples "
-            "of that one in the open window"
-        )
-        self._global.leave_out(names, self._windows.step, why)
-        self._failures.warn(
-            f"{', '.join(names)}: {why}; they are left out here. Load the state that each rank saved, or save at the "
-            "end of a window"
-        )
+        for why in dict.fromkeys(lacking.values()):
+            names = [name for name, each in lacking.items() if each == why and not self.metrics[name].off]
+            if names:
+                self._global.leave_out(names, self._windows.step, why)
+                self._failures.warn(
+                    f"{', '.join(names)}: {why}; they are left out here. Load a checkpoint that all ranks have saved "
+                    "together (torch.distributed.checkpoint), the file that each rank has saved, or save at the end of "
+                    "a window"
+                )
 
     @ordinary
     def close(self) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from torch import nn
 
 from lipcore.distributed.partners import Partners
+from lipcore.distributed.rank_axis import Place
 from lipcore.metric.merging import Merged, Offer, Withdrawn, merge, turn_to
 from lipcore.metric.protocol import Metric
 from lipcore.metric.rank_part import RankPart
 from lipcore.metric.results import History, Window
 from lipcore.metric.window import Scope
-from lipcore.models.ranks import is_sharded, world_size
+from lipcore.models.ranks import is_sharded, rank, world_size
 
 #: How many closed windows, and bytes of them, wait at most.
 _MOST, _MOST_BYTES = 32, 64 << 20
@@ -58,6 +59,15 @@ class GlobalWindows:
     def stands_alone(self) -> bool:
         """True where this process's own windows are all there is."""
         return self._partners.find() is None and not (self._partners.none_asked_for and world_size() > 1)
+
+    @property
+    def place(self) -> Place:
+        """This rank among those that train the model."""
+        group = self._partners.find()
+        if group is not None:
+            return Place(group.place, group.size, group.ranks)
+        apart = self._partners.none_asked_for and world_size() > 1
+        return Place(rank(), world_size(), (rank(),), apart=True) if apart else Place(0, 1, (rank(),))
 
     def leave_out(self, names: Iterable[str], step: int, why: str) -> None:
         """Leave some metrics out of windows with steps up to this one."""

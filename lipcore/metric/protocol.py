@@ -18,9 +18,11 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
+from lipcore.distributed.rank_axis import Place
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.ordinary import make_ordinary
 from lipcore.metric.rank_part import NOT_MERGED, RankPart
+from lipcore.metric.rank_states import RankStates
 from lipcore.metric.results import MetricResult
 
 #: How batches of one sample are measured: tapped like others, or read from the parameters' gradients.
@@ -101,6 +103,7 @@ class Metric(ABC):
             *("observe_proof", "observe_loss", "observe_output", "wants_outputs"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
             *("observe_stop", "rank_part"),
+            *("split_state", "joined_state", "empty_state", "add_states", "continues", "load_ranks"),
         }
     )
 
@@ -271,6 +274,46 @@ class Metric(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; ValueError naming the first key that does not fit, and nothing changed, otherwise."""
         raise NotImplementedError(f"{type(self).__name__} has no load_state_dict()")
+
+    # ---- its state among those of other ranks; see docs/distributed.md
+
+    def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Split its state into tensors that lie as parameters do, {parameter: {kind: tensor}}, and the rest."""
+        return {}, state
+
+    def joined_state(self, tensors: Mapping[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+        """Return the state that :meth:`split_state` has split."""
+        return rest
+
+    def empty_state(self, rest: dict[str, Any]) -> dict[str, Any] | None:
+        """Return what a rank begins with that goes on from none of those that have saved: the same on all of them. None
+        where it cannot be said."""
+        return None if self.counts_samples else rest
+
+    def add_states(self, begin: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return a state that begins with an empty one and has what all others have."""
+        raise NotImplementedError
+
+    def continues(self, rest: dict[str, Any]) -> bool:
+        """Return whether the state that this rank itself has saved fits as it is."""
+        return True
+
+    def load_ranks(self, saved: RankStates) -> str:
+        """Continue from states that ranks have saved, and return what the open window lacks then; "" for nothing."""
+        own, begin = saved.own, saved.alike
+        if own is not None and self.continues(own):
+            self.load_state_dict(self.joined_state(saved.tensors, own))
+            return ""
+        if begin is not None and not self.counts_samples:
+            self.load_state_dict(self.joined_state(saved.tensors, begin))
+            return ""
+        if begin is not None:
+            self.load_state_dict(self.add_states(begin, saved.others) if saved.complete else begin)
+            return "" if saved.complete else saved.why
+        for state in list(saved.by_rank.values())[:1]:
+            self.load_state_dict(state)
+        self.reset()
+        return saved.why
 
     def merge(self, other: Any) -> None:
         """Add the open window of another metric of the same kind."""

@@ -121,22 +121,18 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def checked_starts(state: Any, version: int, metrics: list[str], blocks: int) -> list[int]:
+def checked_starts(state: Any, version: int, blocks: int) -> list[int]:
     """Return the step before every block of the open window; ValueError naming the first key that does not fit an
-    engine of this version with these metrics and at most so many blocks a window."""
+    engine of this version with at most so many blocks a window."""
     if not isinstance(state, dict):
         raise ValueError(f"state: expected a dict, got {type(state).__name__}")
-    for key in ("version", "step", "windows", "starts", "saver", "metrics"):
+    for key in ("version", "step", "windows", "starts", "alike", "copies", "ranks"):
         if key not in state:
             raise ValueError(f"{key}: missing from the monitor's state")
     check_version(state, version, "monitor")
     for key in ("step", "windows"):
         if not is_count(state[key]):
             raise ValueError(f"{key}: expected a count >= 0, got {state[key]!r}")
-    theirs = state["metrics"]
-    if not isinstance(theirs, dict) or sorted(map(str, theirs)) != metrics:
-        what = sorted(map(str, theirs)) if isinstance(theirs, dict) else type(theirs).__name__
-        raise ValueError(f"metrics: the state has {what}, this monitor has {metrics}")
     starts = state["starts"]
     if not isinstance(starts, list) or not 1 <= len(starts) <= blocks or not all(map(_is_start, starts)):
         raise ValueError(f"starts: expected [step, unrecorded] of 1 to {blocks} blocks, got {starts!r}")
@@ -144,15 +140,6 @@ def checked_starts(state: Any, version: int, metrics: list[str], blocks: int) ->
     if any(earlier > later for earlier, later in pairwise([*steps, state["step"]])):
         raise ValueError(f"starts: blocks begin after steps {steps}, but the state is of step {state['step']}")
     return steps
-
-
-def checked_saver(state: dict[str, Any]) -> tuple[int, int]:
-    """Return which rank saved a monitor's state, and of how many."""
-    saver = state["saver"]
-    fits = isinstance(saver, dict) and all(is_count(saver.get(key)) for key in ("rank", "ranks"))
-    if not fits or saver["rank"] >= saver["ranks"]:
-        raise ValueError(f"saver: expected a rank and the number of ranks, got {saver!r}")
-    return saver["rank"], saver["ranks"]
 
 
 def _is_start(value: Any) -> bool:

@@ -123,19 +123,16 @@ class Monitor(Engine):
         lines = {name: metric.plan() for name, metric in self.metrics.items()}
         return Plan(lines, self._windows.rule, str(self._clock), (self.history.maxlen, self.history.bytes_limit))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the clock, of the metrics and of what was logged in the open window. Closed windows are
-        results and not part of it."""
-        return super().state_dict() | {"logged": self._logged.state_dict()}
+    def _own_state(self) -> dict[str, Any]:
+        """Return what was logged in the open window."""
+        return {"logged": self._logged.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not fit,
-        raise a ValueError that names the first wrong key, and change nothing."""
+    def _loaded_own(self, own: dict[str, Any]) -> Callable[[], None]:
+        """Check what was logged in the open window of the state; the function returned goes on with it."""
         logged = Logged()
-        if isinstance(state, dict):
-            logged.load_state_dict(state.get("logged"))
-        super().load_state_dict(state)
-        self._logged.take_over(logged)
+        if own:
+            logged.load_state_dict(own.get("logged"))
+        return lambda: self._logged.take_over(logged)
 
     def log(self, **numbers: Tensor | float) -> None:
         """Take numbers that the loop knows: the loss, the learning rate, the tokens so far.

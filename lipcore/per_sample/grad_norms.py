@@ -210,7 +210,7 @@ class PerSampleGradNorms(PerSampleMetric):
             "every_steps": self._every,
             "estimated": [layer for layer, method in self._methods.items() if method == "estimate"],
             "share": coverage.share,
-            "steps": None if noise is None else len(noise.table.codes),
+            "steps": None if noise is None else noise.steps,
             "averaged_over": [] if self._shared is None else list(self._shared.averaged),
             "noise_scale": off,
         }

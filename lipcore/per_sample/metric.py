@@ -19,14 +19,16 @@ from lipcore.capture.layers.passes import STRAYED
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.distributed.group import AUTO
 from lipcore.distributed.partners import Partners
+from lipcore.distributed.rank_axis import Place
 from lipcore.functional.dtypes import INTEGERS
-from lipcore.metric.blocks import BlockWindow
+from lipcore.metric.blocks import BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.distribution import on_device
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.rank_part import Holding, RankPart
+from lipcore.metric.rank_states import RankStates
 from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
 from lipcore.metric.standalone import StandaloneMetric
@@ -41,7 +43,7 @@ from lipcore.per_sample.loss_reduction import Reduction
 from lipcore.per_sample.methods import check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
-from lipcore.per_sample.noise.shared_gradient import SharedGradient
+from lipcore.per_sample.noise.shared_gradient import SharedGradient, checked_shared, noise_of_all, with_steps
 from lipcore.per_sample.open_step import OpenStep, PassNumbers, take_in
 from lipcore.per_sample.results import add_noise
 from lipcore.per_sample.scores.rank_scores import scores_of_all
@@ -572,6 +574,7 @@ class PerSampleMetric(StandaloneMetric):
             "dropped": self._dropped,
             **self._window.state_dict(),
             "noise": self._noise.state_dict() if self._noise is not None else {},
+            "shared": self._shared.state_dict() if self._shared is not None else {},
             "scores": self.scores.state_dict(),
         }
 
@@ -586,6 +589,7 @@ class PerSampleMetric(StandaloneMetric):
         noise = state.get("noise")
         if not isinstance(noise, dict) or bool(noise) != (self._noise is not None):
             raise ValueError("noise: the state was made with the other setting of noise_scale=")
+        shared = checked_shared(state.get("shared"), len(self._layers) + 1)
         with under_key("scores"):
             scores.load_state_dict(state.get("scores"))  # type: ignore[arg-type]
         if self._noise is not None:
@@ -596,9 +600,43 @@ class PerSampleMetric(StandaloneMetric):
         self._mark()
         self._renew_sink()
         if self._shared is not None and self._noise is not None:
-            self._shared.load(self._steps, bool(self._noise.steps))
+            self._shared.load(self._steps, shared, bool(self._noise.steps))
         if self._capture is not None:
             self._capture.active = self._steps % self._every == 0
+
+    def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return its state, with what its steps add to the noise scale of all ranks, and whether it is that of all."""
+        share: dict[str, Any] = {}
+        if self._shared is not None and self._capture is not None:
+            share = self._shared.share(self._held(), self._steps, place)
+        return {}, {**state, "alone": place.ranks == 1, "share": share}
+
+    def empty_state(self, rest: dict[str, Any]) -> dict[str, Any]:
+        """Return its state without samples. The averages of the noise scale go on from the last window that is that of
+        all ranks; the open window's begins anew, since it is made of the steps of all ranks."""
+        state = {**rest, "dropped": 0, "scores": self._make_scores().state_dict(), **empty_blocks(rest)}
+        if rest["noise"]:
+            state |= noise_of_all(rest["noise"], rest["shared"], rest["share"], rest["steps"], alone=rest["alone"])
+        return {**state, "share": {}}
+
+    def add_states(self, begin: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state with the samples of all of these."""
+        scores = self._make_scores()
+        for state in others:
+            one = self._make_scores()
+            one.load_state_dict(state["scores"])
+            scores.merge(one)  # type: ignore[arg-type]
+        dropped = sum(state["dropped"] for state in others)
+        shared = with_steps(begin["shared"], [state["share"] for state in others if state["share"]])
+        found = {"dropped": dropped, "scores": scores.state_dict(), "shared": shared}
+        return {**begin, **found, **added_blocks([begin, *others])}
+
+    def load_ranks(self, saved: RankStates) -> str:
+        """Continue from states that ranks have saved, and return what the open window lacks then; "" for nothing."""
+        why = super().load_ranks(saved)
+        if saved.place.ranks == 1 and self._shared is not None and self._noise is not None:
+            self._shared.settle(self._noise, self._open_step.sums)
+        return why
 
     def merge(self, other: PerSampleMetric) -> None:
         """Add the open window of another one of the same layers (of another rank or interval): distributions, noise

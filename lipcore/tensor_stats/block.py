@@ -126,6 +126,16 @@ class Block:
         for numbers in other.parts:
             self.on(numbers.device).merge(numbers)
 
+    def keep(self, places: Sequence[int], *, sums: bool = False) -> None:
+        """Forget all places but these, and what extras have added up unless it is wanted."""
+        gone = sorted({*range(self.size.places)} - {*places})
+        for numbers in self.parts:
+            for tensor in (numbers.rows, numbers.bins):
+                tensor[gone] = 0
+            if not sums:
+                numbers.sums.zero_()
+                numbers.most.fill_(-torch.inf)
+
     def on_host(self) -> Numbers:
         """Return what all devices have, on the CPU."""
         found = Numbers(self.size, _CPU)

@@ -9,10 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.distributed.placed import counts_here, tied_to
+from lipcore.distributed.rank_axis import Place
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Needs, PlanLine
 from lipcore.metric.rank_part import FSDP1_PIECES, Holding, RankPart
+from lipcore.metric.rank_states import RankStates
 from lipcore.metric.results import MetricResult
 from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_same, checked_count
@@ -28,7 +31,7 @@ from lipcore.tensor_stats.rank_part import TensorStatsPart
 from lipcore.tensor_stats.router import RouterChoice
 from lipcore.tensor_stats.watched import QUANTITIES, Names, Watched, Wishes, checked_names
 from lipcore.trajectory.groups import Groups, by_block
-from lipcore.trajectory.parameters import WatchedParameter
+from lipcore.trajectory.parameters import WatchedParameter, piece_of
 
 _ONLY_NUMBERS = (
     "this TensorStats is a copy, which holds the numbers of compute() and no model; to go on, make a new one and "
@@ -477,6 +480,58 @@ class TensorStats(StandaloneMetric):
             what = len(blocks) if isinstance(blocks, list) else type(blocks).__name__
             raise ValueError(f"blocks: expected a list of 1 to {self._window_blocks}, got {what}")
         return [self._open.loaded(block, f"blocks[{i}]") for i, block in enumerate(blocks)], steps
+
+    def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return its state with which rows this rank counts: what other ranks hold alike of parameters and gradients
+        counts once."""
+        held = {name: tensor for name, _, tensor in self._holds()}
+        rows = [(quantity, name) for quantity, name, *_ in self._found.rows]
+        counted = [i for i, (q, name) in enumerate(rows) if q == "output" or counts_here(held[name], place.rank)]
+        tied = next((f"parameter '{n}' {why}" for n, t in held.items() if (why := tied_to(t, place.numbers))), "")
+        return {}, state | {"counted": counted, "pieces": self._pieces(), "tied": tied}
+
+    def _pieces(self) -> list[str]:
+        return [piece_of(tensor) for _, _, tensor in self._holds()]
+
+    def _outputs(self) -> list[int]:
+        return [i for i, (quantity, *_) in enumerate(self._found.rows) if quantity == "output"]
+
+    def empty_state(self, rest: dict[str, Any]) -> dict[str, Any]:
+        """Return its state without outputs; without parameters and gradients too, where ranks hold parts of these."""
+        blocks, _ = self._loaded(rest)
+        kept = [] if any(rest["pieces"]) else sorted({*range(self._found.size.places)} - {*self._outputs()})
+        for block in blocks:
+            block.keep(kept)
+            block.passes = 0
+        return rest | {"blocks": [block.state_dict() for block in blocks], "counted": []}
+
+    def add_states(self, begin: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state with what all of these have seen."""
+        blocks, _ = self._loaded(begin)
+        in_parts = any(begin["pieces"])
+        for state in others:
+            for into, block in zip(blocks, self._loaded(state)[0], strict=True):
+                steps = into.steps
+                block.keep(state["counted"] if in_parts else self._outputs(), sums=True)
+                into.merge(block)
+                into.steps = steps  # which all ranks have made together
+        return begin | {"blocks": [block.state_dict() for block in blocks]}
+
+    def continues(self, rest: dict[str, Any]) -> bool:
+        """Return whether this rank holds the parts of parameters that it held then."""
+        return bool(rest.get("pieces") == self._pieces())
+
+    def load_ranks(self, saved: RankStates) -> str:
+        """Continue from states that ranks have saved, and return what the open window lacks then; "" for nothing."""
+        begin, several = saved.alike, saved.place.ranks > 1
+        if begin is not None and not (saved.own is not None and self.continues(saved.own)):
+            check_same(begin, self._settings())
+            if begin["tied"] or (several and any([*begin["pieces"], *self._pieces()])):
+                nothing = self.empty_state(begin | {"pieces": ["all"]})
+                self.load_state_dict(nothing)
+                held = begin["tied"] or "parameters were in other parts"
+                return f"{saved.place} goes on from the states of {saved.ranks} ranks, where {held}"
+        return super().load_ranks(saved)
 
     def merge(self, other: TensorStats | dict[str, Any]) -> None:
         """Add the window of another TensorStats of the same places, or its state."""

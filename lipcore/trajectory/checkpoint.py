@@ -39,8 +39,10 @@ def _check_rows(rows: Tensor) -> None:
     """Raise ValueError when a ledger could not have come to hold these numbers."""
     least = torch.zeros(len(COLUMNS), dtype=rows.dtype, device=rows.device)
     least[POINTS] = _core.CONTINUES
+    may_be_unknown = torch.zeros_like(least, dtype=torch.bool)
+    may_be_unknown[COLUMN["total_path"]] = True  # of parts that other ranks had before
     for column, wrong in (
-        ("", rows.isnan() | (rows < least)),
+        ("", (rows.isnan() & ~may_be_unknown) | (rows < least)),
         ("steps", (rows[:, _COUNTS] != rows[:, _COUNTS].floor()) | (rows[:, _COUNTS] > MOST)),
     ):
         if bool(wrong.any()):

@@ -12,13 +12,15 @@ from torch.optim import Optimizer
 
 from lipcore.distributed.group import AUTO
 from lipcore.distributed.partners import Partners
+from lipcore.distributed.rank_axis import Place
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.merging import merge_open
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Metric, Needs, PlanLine
 from lipcore.metric.rank_part import FSDP1_PIECES, Holding, RankPart
+from lipcore.metric.rank_states import RankStates
 from lipcore.metric.results import MetricResult
-from lipcore.metric.state import check_same
+from lipcore.metric.state import check_same, under_key
 from lipcore.models.arguments import check_count
 from lipcore.models.ranks import is_fsdp1, under_process_group
 from lipcore.trajectory.building import ALL, Built, Stat, Wanted, build, checked_stats
@@ -38,6 +40,19 @@ from lipcore.trajectory.parameters import (
 from lipcore.trajectory.rank_part import TrajectoryPart, part_of
 from lipcore.trajectory.results import add_quantities, plan_lines
 from lipcore.trajectory.saved import check_pieces, prepared_loads
+from lipcore.trajectory.saved_ranks import (
+    ANEW,
+    added_up,
+    counters_of,
+    in_parts,
+    in_whole,
+    joined,
+    nothing_of,
+    paths_before,
+    shares_of,
+    split,
+)
+from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.single_steps import SingleSteps
 from lipcore.trajectory.sketch_history import SketchHistory
 from lipcore.trajectory.sketch_tracker import SketchTracker
@@ -52,6 +67,13 @@ from lipcore.trajectory.whole import PathSoFar
 _ONLY_NUMBERS = (
     "this Trajectory is a copy, which holds the numbers of compute() and no model; to go on, make a new Trajectory and "
     "load_state_dict() of the original"
+)
+
+
+_NOT_ALL = (
+    "ranks: this is what one of {0} ranks has written by itself, and parameters were or are in parts. Load a "
+    "checkpoint that all of them have saved together (torch.distributed.checkpoint), or on each rank the file that it "
+    "has written"
 )
 
 
@@ -130,7 +152,7 @@ class Trajectory(Metric):
 
     name = "trajectory"
     counts_samples = False
-    _version = 2
+    _version = 3
 
     def __init__(
         self,
@@ -182,6 +204,7 @@ class Trajectory(Metric):
         self._apart = ""  # by what the distance is not between the ends of the path since the reference
         self._trouble = Trouble()
         self._path_so_far = PathSoFar()
+        self._carried: ShardSums | None = None  # steps of the open window that ranks with other parts have made
         self._partners: dict[Any, Partners] = {}  # of sync(), by what was asked for
         if model is not None:
             self.bind(model)
@@ -539,6 +562,8 @@ class Trajectory(Metric):
             result.details["moved_after_steps"] = self._late_moves
         if self._apart:
             result.details["distance_apart_by"] = self._apart
+        if self._carried is not None:
+            result.details["steps_of_other_parts"] = len(self._carried.steps)
         return result
 
     def rank_part(self) -> RankPart | str:
@@ -547,7 +572,7 @@ class Trajectory(Metric):
             return _ONLY_NUMBERS
         return part_of(
             self._built, self._watched, self._stats, self.every_steps, self._holding, self._empty_result(),
-            self._path_so_far,
+            self._path_so_far, self._carried,
         )  # fmt: skip
 
     def element_variance(self) -> dict[str, Tensor]:
@@ -590,6 +615,7 @@ class Trajectory(Metric):
         self._require_bound()
         for tracker in self._built.all_trackers:
             tracker.reset()
+        self._carried = None
         self._jumps, self._late_moves = [], 0
         self._skipped = deque([0], maxlen=self._window_blocks)
 
@@ -631,6 +657,7 @@ class Trajectory(Metric):
         gradients = self._built.gradients.state_dict() if self._built.gradients else {}
         counts: dict[str, Any] = {"steps_seen": self._steps_seen, "rebased": self._rebased}
         counts |= {"apart": self._apart, "jumps": list(self._jumps), "pieces": list(self._pieces)}
+        counts |= {"so_far": self._path_so_far.state(), "carried": self._carried.state() if self._carried else {}}
         return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -639,13 +666,107 @@ class Trajectory(Metric):
         self._require_bound()
         self._check_fits(state)
         loads, jumps = prepared_loads(state, self._built)
+        so_far, carried = PathSoFar.of_state(state.get("so_far")), self._checked_carried(state.get("carried"))
         for load in loads:
             load()
         self._steps_seen, self._rebased = state["steps_seen"], state["rebased"]
         self._apart, self._jumps = state.get("apart", ""), jumps
-        self._path_so_far = PathSoFar()  # of another run
+        self._path_so_far, self._carried = so_far, carried
         self._single.before = 0  # the state's own numbers
         self._single.start(self._built)
+
+    def _checked_carried(self, state: Any) -> ShardSums | None:
+        if state == {}:
+            return None
+        with under_key("carried"):
+            found = ShardSums.of_state(state)
+            if found.steps.shape[1] != len(self._watched) or found.gradients.keys() != self._built.of_gradients.keys():
+                raise ValueError(f"sums: of {found.steps.shape[1]} parameters, and there are {len(self._watched)}")
+        return found
+
+    # ---- its state among those of other ranks
+
+    def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Split its state into copies that lie as the parameters do, and the rest, with what this rank counts of the
+        open window."""
+        tensors, rest = split(state, self._watched)
+        self._built.align()
+        rest["share"] = shares_of(self._built, self._watched, place, self._carried)
+        steps = self._built.first.window_steps
+        missed = {stage: steps - found.window_steps for stage, found in self._built.of_gradients.items()}
+        if self._carried is not None:
+            steps += len(self._carried.steps)
+            missed = {stage: count + int(self._carried.no_gradients[stage]) for stage, count in missed.items()}
+        whole = not any(self._pieces) and self._carried is None
+        rest["window"] = {
+            "steps": steps,
+            "missed": missed,
+            "paths": paths_before(self._built, self._path_so_far, steps, whole),
+            "bits": rest["trackers"].get("exact", {}).get("bits", {}),
+        }
+        return tensors, rest
+
+    def joined_state(self, tensors: Mapping[str, Any], rest: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in joined(tensors, rest).items() if key not in ("share", "window")}
+
+    def empty_state(self, rest: dict[str, Any]) -> dict[str, Any]:
+        """Return what all ranks have alike: where each holds whole parameters, everything."""
+        counts = {key: value for key, value in rest.items() if key not in ("trackers", "gradients", "share", "pieces")}
+        whole = not any(rest["pieces"]) and not rest["carried"]
+        state = {key: value for key, value in rest.items() if key != "share"} if whole else {}
+        why = {key: why for key, why in rest["share"].items() if key != "sums"}
+        return {**counts, **why, "carried": {}, "counters": counters_of(rest), "whole": state}
+
+    def continues(self, rest: dict[str, Any]) -> bool:
+        """Return whether this rank holds the parts of parameters that it held then."""
+        return bool(rest.get("pieces") == self._pieces)
+
+    def load_ranks(self, saved: RankStates) -> str:
+        """Continue from states that ranks have saved, and return what the open window lacks then; "" for nothing."""
+        self._require_bound()
+        own, alike = saved.own, saved.alike
+        if own is not None and self.continues(own):
+            self.load_state_dict(self.joined_state(saved.tensors, own))
+            return ""
+        check_same(alike, self._settings())
+        assert alike is not None
+        if alike.get("whole") and not any(self._pieces):
+            self.load_state_dict(self.joined_state(saved.tensors, alike["whole"]))
+            return ""
+        if not saved.complete:
+            theirs = next((state.get("pieces") for state in saved.by_rank.values()), None)
+            check_pieces(theirs, self._pieces, [parameter.name for parameter in self._watched])
+            raise ValueError(_NOT_ALL.format(saved.ranks))
+        if "tied" in alike:
+            raise ValueError(
+                f"{self.name}: the state was saved by {saved.ranks} ranks that held other parts of the parameters than "
+                f"{saved.place} does, and cannot be cut anew: {alike['tied']}. Load it with the ranks, meshes and "
+                f"placements of then{ANEW}"
+            )
+        return self._go_on(saved, alike)
+
+    def _go_on(self, saved: RankStates, alike: dict[str, Any]) -> str:
+        """Continue with other parts of the parameters than those that have saved had."""
+        window, counters = alike["window"], alike["counters"]
+        gone = str(alike.get("gone", ""))
+        steps = 0 if gone else window["steps"]
+        nothing = nothing_of(steps, len(self._watched), window["missed"])
+        sums = nothing if gone else added_up([state["share"] for state in saved.others], nothing)
+        here = split(self.state_dict(), self._watched)[1]
+        keys = ("steps_seen", "rebased", "apart")
+        state = {**here, **{key: alike[key] for key in keys}, "jumps": [], "carried": {}, "so_far": window["paths"]}
+        if "exact" in counters["trackers"] and not any(self._pieces):
+            counters["trackers"]["exact"]["bits"] = window["bits"]
+        if saved.place.ranks == 1 and not gone:
+            paths = PathSoFar.of_state(window["paths"])
+            state = in_whole(counters, state, sums, self._watched, paths) | {"jumps": alike["jumps"]}
+        else:
+            state = in_parts(counters, state) | {"carried": sums.state() if steps else {}}
+        self.load_state_dict(joined(saved.tensors, state))
+        for tracker in self._built.trackers.values():
+            if tracker.copies:
+                tracker.measure()
+        return gone
 
     def merge(self, other: Trajectory | dict[str, Any]) -> None:
         """Add the window of the interval that follows this one (another Trajectory of the same parameters, or its

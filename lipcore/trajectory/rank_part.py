@@ -36,6 +36,7 @@ class TrajectoryPart(RankPart):
         own_paths: path since the reference of this rank's places, by name and level.
         empty: a result without numbers.
         before: the paths up to the last window; brought up to this one, unless it is `open`.
+        carried: of earlier steps of the window, which ranks have made that held other parts; counted here.
     """
 
     agreed: dict[str, Any]
@@ -45,6 +46,7 @@ class TrajectoryPart(RankPart):
     own_paths: dict[tuple[str, Level], float]
     empty: MetricResult
     before: PathSoFar
+    carried: ShardSums | None = None
     open: bool = False
 
     @property
@@ -58,7 +60,10 @@ class TrajectoryPart(RankPart):
         assert owners is not None
         index = {name: i for i, name in enumerate(owners.names)}
         counted = [i for i, name in enumerate(self.names) if name in owners.mine]
-        spread = self.sums.spread([index[name] for name in self.names], counted, len(index))
+        where = [index[name] for name in self.names]
+        spread = self.sums.spread(where, counted, len(index))
+        if self.carried is not None:
+            spread = spread.after(self.carried.spread(where, range(len(where)), len(index)))
         places = self._places
         spread.paths = spread.added.new_zeros(len(places))
         for i in self._alone(places):
@@ -84,8 +89,10 @@ class TrajectoryPart(RankPart):
         return places_of(owners.names, owners.groups)
 
     def _alone(self, places: Sequence[Place]) -> set[int]:
-        """Return which places one rank counts alone."""
+        """Return which places one rank counts alone, and knows the path of."""
         owners = self.holding.ownership
+        if not self.agreed["paths"]:
+            return set()
         assert owners is not None
         return {i for i, (*_, members) in enumerate(places) if owners.alone(owners.names[m] for m in members)}
 
@@ -98,6 +105,7 @@ def part_of(
     holding: Holding,
     empty: MetricResult,
     before: PathSoFar,
+    carried: ShardSums | None,
 ) -> TrajectoryPart | str:
     """Return what is to be merged of the open window; why there is nothing, where it cannot be."""
     tracker = built.first
@@ -127,10 +135,13 @@ def part_of(
         "quantities": [*known, *sorted(sums.gradients)],
         "gradients": sorted(sums.gradients),
         "length": "path_length" if every_steps == 1 else "chord_length",
-        "steps": steps,
+        "steps": steps + (0 if carried is None else len(carried.steps)),
         "end": int(tracker.table.cursor[0]),
+        "paths": not bool(rows[-1, COLUMN["total_path"]].isnan()),
     }
     paths = dict(zip(zip(tracker.places.names, tracker.places.levels, strict=True),
                      rows[-len(tracker.places) :, COLUMN["total_path"]].tolist(), strict=True))  # fmt: skip
     names = [parameter.name for parameter in watched]
-    return TrajectoryPart(agreed, holding, names, sums, paths, empty, before)
+    if carried is not None:
+        carried = carried.of_stages(sums.gradients)
+    return TrajectoryPart(agreed, holding, names, sums, paths, empty, before, carried)

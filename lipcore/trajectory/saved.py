@@ -17,8 +17,8 @@ def check_pieces(pieces: Any, mine: Sequence[str], names: Sequence[str]) -> None
         if theirs != own:
             raise ValueError(
                 f"pieces: of parameter '{name}' the state has {theirs or 'all'}, and this rank holds {own or 'all'}. "
-                "Each rank loads the state that it saved itself, with as many ranks as then; on another number of "
-                "ranks, begin with a new Monitor"
+                "A file that one rank has written by itself is for that rank; for another number of ranks save with "
+                "torch.distributed.checkpoint: dcp.save({'lipcore': monitor}) on all ranks"
             )
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lipcore.distributed.packed import Packed, Together
+from lipcore.metric.state import checked_tensor
 from lipcore.trajectory.table import COLUMN, M2, points_of
 
 #: Columns of `added` and of `largest`.
@@ -70,6 +72,66 @@ class ShardSums:
             {stage: put(squares, 1) for stage, squares in self.gradients.items()},
             self.no_gradients,
         )
+
+    def plus(self, other: ShardSums) -> ShardSums:
+        """Return those of other shards of the same parameters over the same steps, with these."""
+        return ShardSums(
+            self.steps + other.steps,
+            self.added + other.added,
+            torch.maximum(self.largest, other.largest),
+            self.paths,
+            {stage: squares + other.gradients[stage] for stage, squares in self.gradients.items()},
+            {stage: torch.maximum(n, other.no_gradients[stage]) for stage, n in self.no_gradients.items()},
+        )
+
+    def after(self, before: ShardSums) -> ShardSums:
+        """Return those of earlier steps of the window and these together. What is known of the last step, of points and
+        since the reference is as it is here."""
+        added, largest = self.added.clone(), self.largest.clone()
+        for column in (M2_SUM, NONFINITE_ELEMENTS):
+            added[:, column] += before.added[:, column]
+        for column in (MAX_ABS,) if len(self.steps) else (MAX_ABS, MAX_ABS_LAST):
+            largest[:, column] = torch.maximum(largest[:, column], before.largest[:, column])
+        return ShardSums(
+            torch.cat([before.steps, self.steps]),
+            added,
+            largest,
+            self.paths,
+            {stage: torch.cat([before.gradients[stage], squares]) for stage, squares in self.gradients.items()},
+            {stage: before.no_gradients[stage] + n for stage, n in self.no_gradients.items()},
+        )
+
+    def of_stages(self, stages: Iterable[str]) -> ShardSums:
+        """Return the same with these kinds of gradients alone."""
+        kinds = [{stage: each[stage] for stage in stages} for each in (self.gradients, self.no_gradients)]
+        return ShardSums(self.steps, self.added, self.largest, self.paths, *kinds)
+
+    def state(self) -> dict[str, Any]:
+        """Return them as a checkpoint holds them."""
+        found = {name: getattr(self, name) for name in ("steps", "added", "largest")}
+        return found | {"gradients": dict(self.gradients), "no_gradients": dict(self.no_gradients)}
+
+    @classmethod
+    def of_state(cls, state: Any) -> ShardSums:
+        """Return them from :meth:`state`; ValueError naming what does not fit."""
+        if not isinstance(state, dict):
+            raise ValueError(f"sums: expected a dict, got {type(state).__name__}")
+        steps = checked_tensor("sums.steps", state.get("steps"), torch.float64, (None, None, 2))
+        count, parameters = steps.shape[:2]
+        added, largest = (
+            checked_tensor(f"sums.{key}", state.get(key), torch.float64, (parameters, 4))
+            for key in ("added", "largest")
+        )
+        stages: list[dict[str, Tensor]] = []
+        for key, shape in (("gradients", (count, parameters)), ("no_gradients", (1,))):
+            given = state.get(key)
+            if not isinstance(given, dict):
+                raise ValueError(f"sums.{key}: expected a dict, got {type(given).__name__}")
+            stages.append({
+                stage: checked_tensor(f"sums.{key}.{stage}", value, torch.float64, shape)
+                for stage, value in given.items()
+            })  # fmt: skip
+        return cls(steps, added, largest, steps.new_zeros(0), *stages)
 
     def packed(self) -> Packed:
         """Return them in the order of :meth:`of_packed`."""

@@ -18,6 +18,7 @@ from lipcore import _core, functional
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
+from lipcore.trajectory.parameters import local_shard
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
 Sums = tuple[Tensor, Tensor]  #: float64 [n, 6], and float64 [n]
@@ -297,7 +298,8 @@ def _flag(verdict: bool | Tensor, like: Tensor) -> Tensor:
 
 
 def _sums(names: Sequence[str], params: list[Tensor], moves: Sequence[Move], out: Sums | None = None) -> Sums:
-    first, second = [move[0] for move in moves], [move[1] for move in moves]
+    params = [local_shard(tensor) for tensor in params]  # of a sharded parameter, what this rank has of it
+    first, second = ([None if m[i] is None else local_shard(m[i]) for m in moves] for i in range(2))
     rules: list[UpdateRule] = [move[2] for move in moves]
     if out is not None:
         try:

@@ -330,6 +330,14 @@ class TrackerBase:
             self.copies.ref[i].copy_(before.copies.ref[j])
         self._measure_distance()
 
+    def measure(self) -> None:
+        """Take the norms of the weights, and their distances from the reference, from the copies as they are."""
+        assert self.copies
+        nothing: list[Tensor] = [torch.zeros_like(prev) for prev in self.copies.prev]
+        squares = squared_distances(self.copies.prev, nothing)
+        self.table.rows[:, COLUMN["weight"]] = self.table.with_groups(squares).sqrt()
+        self._measure_distance()
+
     def _measure_distance(self) -> None:
         assert self.copies
         squares = squared_distances(self.copies.prev, self.copies.ref)

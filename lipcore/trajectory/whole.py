@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.results import Level, MetricResult, Places
+from lipcore.metric.state import is_count
 from lipcore.trajectory.describe import NormRows, Rows, quantiles_of
 from lipcore.trajectory.shard_sums import (
     DISTANCE_SQ,
@@ -45,6 +47,22 @@ class PathSoFar:
     end: int = -1  #: after how many steps; -1: nothing is known
     paths: dict[tuple[str, Level], float] = field(default_factory=dict)
 
+    def state(self) -> dict[str, Any]:
+        """Return it as a checkpoint holds it."""
+        if self.end < 0:
+            return {}
+        return {"end": self.end, "places": [[name, level, path] for (name, level), path in self.paths.items()]}
+
+    @classmethod
+    def of_state(cls, state: Any) -> PathSoFar:
+        """Return it from :meth:`state`; {} is one of which nothing is known. ValueError where it is neither."""
+        if state == {}:
+            return cls()
+        places = state.get("places") if isinstance(state, dict) else None
+        if not isinstance(places, list) or not is_count(state.get("end")) or not all(map(_is_place, places)):
+            raise ValueError(f"so_far: expected a step and the paths up to it, got {state!r:.80}")
+        return cls(state["end"], {(name, level): float(path) for name, level, path in places})
+
 
 @dataclass
 class Whole:
@@ -66,6 +84,16 @@ class Whole:
     def add_to(self, result: MetricResult, wanted: frozenset[str], length: str) -> PathSoFar:
         """Add all wanted quantities to a result; return the paths up to the window's end. `length` is what the sum of
         update norms is called."""
+        rows, distributions, after = self.rows()
+        where = Places([name for name, *_ in self.places], [level for _, level, _ in self.places])
+        Rows(where, torch.stack(rows), quantiles_of(distributions)).add_to(result, wanted, length=length)
+        for stage in self.sums.gradients.keys() & wanted:
+            self._add_gradients(result, stage, where)
+        return after
+
+    def rows(self) -> tuple[list[Tensor], list[Distribution], PathSoFar]:
+        """Return the ledger's row of every place, the distributions of its update norm and ratio, and the paths up to
+        the window's end."""
         rows, distributions = [], []
         after = PathSoFar(self.end)
         firsts = [self._first_step(i) for i in range(self.sums.steps.shape[1])]
@@ -83,11 +111,23 @@ class Whole:
             ratios.observe(_ratios(norms))
             rows.append(row)
             distributions += [updates, ratios]
-        where = Places([name for name, *_ in self.places], [level for _, level, _ in self.places])
-        Rows(where, torch.stack(rows), quantiles_of(distributions)).add_to(result, wanted, length=length)
-        for stage in self.sums.gradients.keys() & wanted:
-            self._add_gradients(result, stage, where)
-        return after
+        return rows, distributions, after
+
+    def squares(self, of_tensors: Tensor) -> Tensor:
+        """Return squares of single steps of every place, [steps, places, kinds], from those of parameters."""
+        return torch.stack([_together(of_tensors[:, members])[0] for _, _, members in self.places], dim=1)
+
+    def norm_rows(self, stage: str) -> tuple[list[Tensor], list[Distribution]]:
+        """Return what the ledger has of the norms of gradients, as :meth:`rows` does."""
+        rows, distributions = [], []
+        for numbers, distribution in self._gradients(stage):
+            row = self.sums.added.new_zeros(len(COLUMNS))
+            for column, number in zip(("steps", "nonfinite_steps", "path", "update_last", "update_max"), numbers,
+                                      strict=True):  # fmt: skip
+                row[COLUMN[column]] = number
+            rows.append(row)
+            distributions += [distribution, Distribution()]
+        return rows, distributions
 
     def _row(self, members: list[int], norms: Tensor) -> Tensor:
         added, largest = self.sums.added[members], self.sums.largest[members]
@@ -128,22 +168,26 @@ class Whole:
         return int(finite[-since]) if since < len(finite) else 0 if since == len(finite) else -1
 
     def _add_gradients(self, result: MetricResult, stage: str, where: Places) -> None:
-        missing = int(self.sums.no_gradients[stage])
-        squares = self.sums.gradients[stage]
-        if missing >= len(squares):
+        if int(self.sums.no_gradients[stage]) >= len(self.sums.gradients[stage]):
             return
-        columns, distributions = [], []
+        columns, distributions = zip(*self._gradients(stage), strict=True)
+        numbers = np.concatenate([np.array(columns, dtype=np.float64).T, quantiles_of(list(distributions))])
+        NormRows(where, numbers).add_to(result, stage)
+
+    def _gradients(self, stage: str) -> list[tuple[list[float], Distribution]]:
+        """Return of every place: steps, steps left out, sum, last and largest norm; and the norms' distribution."""
+        missing, squares = int(self.sums.no_gradients[stage]), self.sums.gradients[stage]
+        found = []
         for _, _, members in self.places:
             joined, left_out = _together(squares[:, members, None])
             norms = joined[:, 0].sqrt()
             finite = norms[norms.isfinite()]
             last, most = (float(finite[-1]), float(finite.max())) if len(finite) else (0.0, 0.0)
             skipped = max(int(left_out.sum()) - missing, 0)
-            columns.append([len(finite), skipped, float(finite.sum()), last, most])
-            distributions.append(Distribution())
-            distributions[-1].observe(norms)
-        numbers = np.concatenate([np.array(columns, dtype=np.float64).T, quantiles_of(distributions)])
-        NormRows(where, numbers).add_to(result, stage)
+            distribution = Distribution()
+            distribution.observe(norms)
+            found.append(([len(finite), skipped, float(finite.sum()), last, most], distribution))
+        return found
 
 
 def _together(each: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,6 +197,10 @@ def _together(each: Tensor) -> tuple[Tensor, Tensor]:
     squares = torch.where(left_out[..., None], 0.0, each).sum(dim=1)
     squares[left_out.all(dim=1)] = torch.nan
     return squares, left_out.any(dim=1)
+
+
+def _is_place(place: Any) -> bool:
+    return isinstance(place, list) and len(place) == 3 and isinstance(place[2], float)
 
 
 def _ratios(norms: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ RIGHT = {
     2: (
         *("ddp", "summed_loss", "unequal_batches", "one_sample_each", "empty_rank", "accumulated"),
         *("fsdp2", "fsdp2_unequal", "independent_for_themselves", "pipeline"),
-        *("every_second_step", "late_call"),
+        *("every_second_step", "late_call", "loaded_within"),
     ),
     4: ("hsdp", "subgroups"),
 }
@@ -23,7 +23,6 @@ RIGHT = {
 WITHOUT_NOISE = {
     2: {
         "reduced_by_hand": r"other gradients of parameters that they hold alike when the backward pass is over",
-        "loaded_within": r"the window began before a state was loaded, which holds no single steps",
         "module_inside": r"no DistributedDataParallel and not fully_shard\(\)ed here, .* pass the wrapped module",
         "communication_hook": r"the DistributedDataParallel was given a rule of its own by which gradients are reduced",
         "other_divisor": r"the fully_shard\(\)ed model was given a rule of its own by which gradients are reduced",

@@ -13,6 +13,7 @@ import pytest
 import torch
 from models import Graph, seeded
 from oracle import same_bits
+from states import opened
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -267,7 +268,7 @@ def test_a_state_continues_bit_for_bit() -> None:
                 monitor.close()
                 monitor = Monitor(model, optimizer, metrics=[Lipschitz(virtual_bias=True)])
                 monitor.load_state_dict(state)
-                assert monitor.state_dict()["metrics"]["lipschitz"]["virtual_bias"].keys() == {"value", "path"}
+                assert opened(monitor.state_dict())["metrics"]["lipschitz"]["virtual_bias"].keys() == {"value", "path"}
             plain(model, optimizer, x)
         found.append(monitor.compute()["lipschitz"])
         monitor.close()

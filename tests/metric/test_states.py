@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lipcore import Distribution, Lipschitz, Monitor, PerSampleGradNorms, SampleScores, TensorStats, Trajectory
 from lipcore.per_sample.noise.noise_scale import NoiseScale
+from lipcore.trajectory.table import COLUMNS
 
 
 def trained(metrics: list[Any]) -> tuple[nn.Module, Monitor]:
@@ -172,6 +173,8 @@ def test_rows_that_no_ledger_holds(name: str, value: float) -> None:
     state = thing.state_dict()
     rows = state["trackers"]["exact" if name == "trajectory" else "sketch"]["rows"]
     for column in range(rows.shape[1] - 1):  # the last one is the group, which is compared
+        if value != value and COLUMNS[column] == "total_path":
+            continue  # not known of parts that other ranks had before
         bad = rows.clone()
         bad[0, column] = value
         path = ("trackers", "exact" if name == "trajectory" else "sketch", "rows")

@@ -17,9 +17,11 @@ import pytest
 import torch
 from models import Graph, batches, cnn, mlp, mse, seeded, train
 from oracle import assert_same_state
+from states import opened, sealed
 from torch import Tensor, nn
 
 from lipcore import Lipschitz, Metric, Monitor, PerSampleGradNorms, Trajectory
+from lipcore.distributed.rank_axis import packed
 from lipcore.metric.protocol import PlanLine
 from lipcore.metric.results import MetricResult, Window
 
@@ -570,21 +572,21 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"metrics: the state has \['lipschitz', 'trajectory'\], this monitor has"):
         other.load_state_dict(good)
     for key, value in (("version", 99), ("quantity", "residual")):
-        bad = copy.deepcopy(good)
+        bad = opened(good)
         bad["metrics"]["lipschitz"][key] = value
         with pytest.raises(ValueError, match=f"{key}: the state has"):
-            monitor.load_state_dict(bad)
+            monitor.load_state_dict(sealed(bad))
         assert monitor.compute().to_dict() == before
 
 
 MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     **{f"without_{key}": ((lambda s, key=key: s.pop(key)), f"{key}: missing from the monitor's state")
-       for key in ("version", "step", "windows", "starts", "metrics")},
-    "version": (lambda s: s.update(version=1), "version: the state has 1, this monitor has 2"),
+       for key in ("version", "step", "windows", "starts")},
+    "version": (lambda s: s.update(version=1), "version: the state has 1, this monitor has 3"),
     "step_text": (lambda s: s.update(step="3"), "step: expected a count >= 0, got '3'"),
     "step_negative": (lambda s: s.update(step=-1), "step: expected a count >= 0, got -1"),
     "windows": (lambda s: s.update(windows=None), "windows: expected a count >= 0, got None"),
-    "metrics_list": (lambda s: s.update(metrics=[]), "metrics: the state has list"),
+    "metrics_list": (lambda s: s.update(metrics=[]), "alike: expected the number of ranks and the metrics, got "),
     "metrics_more": (lambda s: s["metrics"].update(other={}), r"metrics: the state has \['lipschitz', 'other', "),
     "starts_empty": (lambda s: s.update(starts=[]), "starts: expected .* 1 to 2 blocks"),
     "starts_many": (lambda s: s.update(starts=[[0, 0]] * 3), "starts: expected .* 1 to 2 blocks"),
@@ -596,7 +598,8 @@ MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
        for key in ("mixed", "weight_moved", "closed")},
     "lipschitz_without_distributions": (lambda s: s["metrics"]["lipschitz"].pop("distributions"),
                                         "distributions: expected a list of 3, got NoneType"),
-    "lipschitz_none": (lambda s: s["metrics"].update(lipschitz=None), "state: expected a dict, got NoneType"),
+    "lipschitz_none": (lambda s: s["metrics"].update(lipschitz=None),
+                       "ranks.0.metrics.lipschitz: expected a dict, got NoneType"),
     "lipschitz_closed_many": (lambda s: s["metrics"]["lipschitz"].update(closed=[[]] * 2),
                               "closed: expected a list of at most 1 blocks, got 2 of them"),
     "lipschitz_closed_bad": (lambda s: s["metrics"]["lipschitz"].update(closed=[[{}] * 3]),
@@ -608,6 +611,40 @@ MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }  # fmt: skip
 
 
+#: Of what ranks do not have alike, and of what they have.
+RANKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    **{f"without_{key}": ((lambda s, key=key: s.pop(key)), f"{key}: missing from the monitor's state")
+       for key in ("alike", "copies", "ranks")},
+    "alike_text": (lambda s: s["alike"].update(all="x"), "alike: expected bytes, got str"),
+    "alike_bytes": (lambda s: s["alike"].update(all=b"x"), "alike: cannot be read"),
+    "alike_list": (lambda s: s["alike"].update(all=packed([1])), "alike: expected the number of ranks and the metrics"),
+    "alike_ranks": (lambda s: s["alike"].update(all=packed({"ranks": 0, "metrics": {}})), "alike: expected the number"),
+    "ranks_list": (lambda s: s.update(ranks=[]), "ranks: expected entries by rank, got list"),
+    "ranks_names": (lambda s: s["ranks"].update(a=b"-"), "ranks: expected entries by rank, got keys"),
+    "ranks_text": (lambda s: s["ranks"].update({"0": "x"}), "ranks.0: expected bytes, got str"),
+    "ranks_bytes": (lambda s: s["ranks"].update({"0": b"x"}), "ranks.0: cannot be read"),
+    "ranks_empty": (lambda s: s["ranks"].update({"0": packed({})}), "ranks.0: expected the metrics of a rank of 1"),
+    "ranks_more": (lambda s: s["ranks"].update({"7": packed({"metrics": {}})}), "ranks.7: expected the metrics of a"),
+    "copies_list": (lambda s: s.update(copies={"all": []}), "copies: expected tensors by metric, got list"),
+    "copies_of_another": (lambda s: s["copies"]["all"]["trajectory"]["0.weight"]["prev"].add_(1),
+                          "copies: parameter '0.weight' has other values in the checkpoint than"),
+    "copies_without_one": (lambda s: s["copies"]["all"]["trajectory"]["0.weight"].pop("ref"), "copies: .*'0.weight'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", RANKS)
+def test_what_ranks_have_alike_and_not_is_checked(case: str) -> None:
+    corrupt, words = RANKS[case]
+    _, optimizer, source = watched()
+    train(source.model, batches(3, 2), optimizer)
+    bad = source.state_dict()
+    corrupt(bad)
+    before = copy.deepcopy(source.state_dict())
+    with pytest.raises(ValueError, match=words):
+        source.load_state_dict(bad)
+    assert_same_state(source.state_dict(), before)
+
+
 @pytest.mark.parametrize("case", MONITOR_STATES)
 def test_a_bad_key_is_named_and_nothing_changes(case: str) -> None:
     corrupt, words = MONITOR_STATES[case]
@@ -616,10 +653,10 @@ def test_a_bad_key_is_named_and_nothing_changes(case: str) -> None:
     model, optimizer, monitor = watched(window_steps=4, window_blocks=2)
     train(model, batches(5, 2), optimizer)
     before, numbers = copy.deepcopy(monitor.state_dict()), monitor.compute().to_dict()
-    bad = copy.deepcopy(source.state_dict())
+    bad = opened(source.state_dict())
     corrupt(bad)
     with pytest.raises(ValueError, match=words):
-        monitor.load_state_dict(bad)
+        monitor.load_state_dict(sealed(bad))
     assert_same_state(monitor.state_dict(), before)
     assert monitor.compute().to_dict() == numbers
     monitor.load_state_dict(source.state_dict())
@@ -636,12 +673,12 @@ def test_a_state_must_be_a_dict(bad: Any) -> None:
 def test_a_state_that_does_not_fit_changes_no_metric_at_all() -> None:
     model, optimizer, monitor = watched()
     train(model, batches(3, 2), optimizer)
-    bad = copy.deepcopy(monitor.state_dict())
+    bad = opened(monitor.state_dict())
     train(model, batches(2, 2), optimizer)
     before = monitor.compute().to_dict()
     bad["metrics"]["lipschitz"]["version"] = 99  # the trajectory's part is fine
     with pytest.raises(ValueError, match="version"):
-        monitor.load_state_dict(bad)
+        monitor.load_state_dict(sealed(bad))
     assert monitor.compute().to_dict() == before
 
 

@@ -1,12 +1,12 @@
-"""States say which rank saved them."""
+"""States say which ranks saved them, and of how many."""
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import pytest
 import torch
+from states import opened, sealed
 from torch import nn
 
 import lipcore
@@ -26,7 +26,14 @@ def train(steps: int, state: Any = None) -> lipcore.Monitor:
 
 
 def of_rank(state: dict[str, Any], rank: int, ranks: int) -> dict[str, Any]:
-    return copy.deepcopy(state) | {"saver": {"rank": rank, "ranks": ranks}}
+    """What another rank would have written by itself."""
+    return sealed(opened(state), rank, ranks)
+
+
+def of_ranks(*states: dict[str, Any]) -> dict[str, Any]:
+    """What one process reads of a checkpoint that several ranks have saved together."""
+    parts = [of_rank(state, rank, len(states)) for rank, state in enumerate(states)]
+    return {**parts[0], "ranks": {key: entry for part in parts for key, entry in part["ranks"].items()}}
 
 
 @pytest.mark.filterwarnings("ignore:PerSampleGradNorms:UserWarning")
@@ -37,6 +44,16 @@ def test_samples_of_another_rank_are_left_out() -> None:
     result = monitor.compute()
     assert result["trajectory"].path_length["total"].sum.count == 3
     assert result["per_sample_grad_norm"].norm["total"].mean.count == 5
+
+
+def test_samples_of_all_ranks_are_there(recwarn: pytest.WarningsRecorder) -> None:
+    state = train(2).state_dict()
+    state = of_ranks(state, state, state)
+    recwarn.clear()
+    result = train(1, state).compute()
+    assert not recwarn
+    assert result["trajectory"].path_length["total"].sum.count == 3
+    assert result["per_sample_grad_norm"].norm["total"].mean.count == 3 * 10 + 5
 
 
 @pytest.mark.parametrize("steps", [4, 8])
@@ -50,14 +67,6 @@ def test_nothing_is_left_out_of_a_window_that_has_just_begun(steps: int, recwarn
 
 def test_ones_own_state_goes_on(recwarn: pytest.WarningsRecorder) -> None:
     state = train(2).state_dict()
-    assert state["saver"] == {"rank": 0, "ranks": 1}
     recwarn.clear()
     assert train(1, state).compute()["per_sample_grad_norm"].norm["total"].mean.count == 15
     assert not recwarn
-
-
-@pytest.mark.parametrize("saver", [3, {"rank": 1}, {"rank": 2, "ranks": 2}, {"rank": -1, "ranks": 2}])
-def test_what_says_nothing_is_refused(saver: Any) -> None:
-    state = train(2).state_dict() | {"saver": saver}
-    with pytest.raises(ValueError, match="saver: expected a rank and the number of ranks"):
-        train(0, state)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from states import opened, sealed
 from torch import Tensor, nn
 
 import lipcore
@@ -170,7 +171,7 @@ def test_a_state_whose_logged_numbers_are_none() -> None:
         ({"steps": [], "names": [], "numbers": one}, "logged.numbers: expected 0 of them, got 1"),
     ):
         with pytest.raises(ValueError, match=message):
-            monitor.load_state_dict(state | {"logged": bad})
+            monitor.load_state_dict(sealed(opened(state) | {"logged": bad}))
     monitor.close()
 
 

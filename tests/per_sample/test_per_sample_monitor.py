@@ -14,6 +14,7 @@ import pytest
 import torch
 from per_sample_models import assert_equal, made, mlp, sum_loss, train, weights
 from per_sample_oracle import assert_norms, norms_sq, samples_of
+from states import opened, sealed
 from torch import Tensor, nn
 
 from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory, functional
@@ -425,10 +426,10 @@ def test_a_state_that_does_not_fit_changes_nothing() -> None:
     with pytest.raises(ValueError, match="noise: the state was made with the other setting"):
         monitor.load_state_dict(silent.state_dict())
     for key, value in (("version", 99), ("scores", {}), ("open", []), ("noise", {"x": 1})):
-        state = copy.deepcopy(monitor.state_dict())
+        state = opened(monitor.state_dict())
         state["metrics"][NAME][key] = value
         with pytest.raises((ValueError, KeyError)):
-            monitor.load_state_dict(state)
+            monitor.load_state_dict(sealed(state))
         assert str(monitor.compute().to_dict()) == before
     for one in (monitor, other, silent):
         one.close()

@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, on two ranks."""
+"""The examples run as their first lines say, on two ranks and more."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import pytest
 import lipcore
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node")
 
 
-def run(name: str, *arguments: str) -> str:
-    """Return what an example prints, of two ranks."""
+def run(name: str, *arguments: str, ranks: int = 2) -> str:
+    """Return what an example prints."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
-        [*TORCHRUN, f"examples/{name}.py", *arguments],
+        [*TORCHRUN, str(ranks), f"examples/{name}.py", *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -32,7 +32,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 def test_each_has_a_test() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"ddp", *OF_TWO_WINDOWS}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"ddp", "resume", *OF_TWO_WINDOWS}
 
 
 OF_TWO_WINDOWS = {
@@ -63,3 +63,19 @@ def test_ddp_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
         assert record.series("path_length.sum", "total").steps.tolist() == list(range(20, 121, 20))
         assert record.series("loss").steps.tolist() == list(range(1, 121))
         assert [start.kind for start in record.starts] == ["start", "resume"]
+
+
+@pytest.mark.ci
+def test_a_training_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    run("resume", str(tmp_path / "whole"), "60")
+    run("resume", str(tmp_path / "parts"), "30")  # the last checkpoint is of step 25
+    run("resume", str(tmp_path / "parts"), "60", ranks=3)
+    found = []
+    for name in ("whole", "parts"):
+        with lipcore.open_run(tmp_path / name) as record:
+            found.append(record.series("path_length.sum", "total"))
+            assert record.series("loss").steps.tolist() == list(range(1, 61))
+            assert record.windows[-1].scope == "global"
+    one, other = found
+    assert one.steps.tolist() == other.steps.tolist() == [20, 40, 60]
+    assert other.values[:, 0].tolist() == pytest.approx(one.values[:, 0].tolist(), rel=1e-5)

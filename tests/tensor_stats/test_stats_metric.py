@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models import mlp, seeded
+from states import opened
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -441,7 +442,7 @@ def test_a_state_goes_on_bit_for_bit() -> None:
     metric = TensorStats(every_steps=3)
     Monitor(make(), metrics=[metric])
     with pytest.raises(ValueError, match="every_steps: the state has 2, this metric has 3"):
-        metric.load_state_dict(state["metrics"]["tensor_stats"])
+        metric.load_state_dict(opened(state)["metrics"]["tensor_stats"])
 
 
 def test_merging_is_observing_everything() -> None:

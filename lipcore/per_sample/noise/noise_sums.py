@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +91,11 @@ class NoiseSums:
     def hooked(self) -> bool:
         """True where steps were left out because parameters have hooks."""
         return HOOKED in self._skipped
+
+    def count_skipped(self, steps: Mapping[str, int]) -> None:
+        """Count steps that were left out, by reason."""
+        for reason, count in steps.items():
+            self._skipped[reason] = self._skipped.get(reason, 0) + count
 
     def skipped(self) -> dict[str, int]:
         """Return how many steps were left out, by reason. Waits for the device."""
@@ -241,8 +247,9 @@ def _is_added_to(before: _Seen, now: _Seen | None) -> bool:
     return same and now is not None and now[1] - before[1] <= 1
 
 
-def _is_sharded(gradient: Tensor) -> bool:
-    return any(not placement.is_replicate() for placement in getattr(gradient, "placements", ()))
+def _is_sharded(gradient: Any) -> bool:
+    placements = getattr(gradient, "placements", ())
+    return any(not each.is_replicate() and gradient.device_mesh.size(i) > 1 for i, each in enumerate(placements))
 
 
 def _dense(gradient: Tensor) -> Tensor:

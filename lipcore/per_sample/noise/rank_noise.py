@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from lipcore.distributed.ownership import Ownership
+from lipcore.metric.state import is_count, under_key
+from lipcore.per_sample.noise.carried_steps import CarriedSteps, PlacedOwners
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import JENSEN, NO_SAMPLES
 from lipcore.per_sample.noise.rank_steps import NOTHING, StepTable
@@ -30,6 +32,24 @@ class NoiseSoFar:
 
     scale: NoiseScale | None = None
     end: int = -1  #: after how many steps
+
+    def state(self) -> dict[str, Any]:
+        """Return it as a checkpoint holds it."""
+        if self.scale is None or self.end < 0:
+            return {}
+        return {"end": self.end, "places": self.scale.places, "scale": self.scale.state_dict()}
+
+    @classmethod
+    def of_state(cls, state: Any) -> NoiseSoFar:
+        """Return it from :meth:`state`; ValueError naming what does not fit."""
+        if state == {}:
+            return cls()
+        if not isinstance(state, dict) or not is_count(state.get("end")) or not is_count(state.get("places")):
+            raise ValueError(f"so_far: expected a step and a number of places, got {state!r:.80}")
+        scale = NoiseScale(state["places"])
+        with under_key("so_far.scale"):
+            scale.load_state_dict(state.get("scale"))  # type: ignore[arg-type]
+        return cls(scale, state["end"])
 
     def of(self, places: int, begin: int) -> NoiseScale:
         """Return it, with an empty window, where it is known up to this step; else a new one."""
@@ -57,6 +77,8 @@ class RankNoise:
         begin, end: steps before and after the window.
         averaged: over how many ranks the gradient is the mean.
         so_far: of windows before.
+        carried: steps that other ranks have made before.
+        window: the noise scale of one process that has made steps before, with its window.
         reasons: those of all ranks, once they have been told.
     """
 
@@ -68,12 +90,23 @@ class RankNoise:
     end: int
     averaged: int
     so_far: NoiseSoFar
+    carried: CarriedSteps | None = None
+    window: NoiseScale | None = None
     reasons: list[str] = field(default_factory=list)
+
+    @property
+    def steps(self) -> int:
+        """Steps of the window that ranks add up."""
+        return len(self.table.codes) + (0 if self.carried is None else len(self.carried.codes))
+
+    @property
+    def _own_reasons(self) -> list[str]:
+        return sorted({*self.table.reasons, *(self.carried.reasons if self.carried is not None else ())})
 
     @property
     def told(self) -> dict[str, Any]:
         """Words for the other ranks: reasons, and up to which step this one knows the averages."""
-        return {"reasons": self.table.reasons, "averages": self.so_far.end}
+        return {"reasons": self._own_reasons, "averages": self.so_far.end}
 
     def hear(self, told: Sequence[dict[str, Any]]) -> None:
         """Take what the ranks have told."""
@@ -84,11 +117,22 @@ class RankNoise:
     def largest(self) -> Tensor:
         """Return why steps are left out, [steps]: 0, or 1 + the number of a reason."""
         numbers = [0.0, *(1.0 + self.reasons.index(reason) for reason in self.table.reasons)]
-        codes = self.table.codes
-        return torch.tensor(numbers, dtype=torch.float64, device="cpu")[codes.clamp(min=0).long()]
+        codes = torch.tensor(numbers, dtype=torch.float64, device="cpu")[self.table.codes.clamp(min=0).long()]
+        return codes if self.carried is None else torch.cat([self.carried.codes_among(self.reasons), codes])
 
-    def sums(self, owners: Ownership) -> list[Tensor]:
+    def sums(self, owners: Ownership | PlacedOwners) -> list[Tensor]:
         """Return what the ranks add up, per step and place."""
+        if self.carried is None:
+            return self._sums(owners)
+        both = zip(self.carried.scaled_to(self.averaged), self._sums(owners), strict=True)
+        return [torch.cat(pair) for pair in both]
+
+    def share(self, owners: PlacedOwners) -> CarriedSteps:
+        """Return what this rank adds, for a rank that goes on from here."""
+        self.reasons = self._own_reasons
+        return CarriedSteps(self.sums(owners), self.largest(), self.reasons, self.averaged)
+
+    def _sums(self, owners: Ownership | PlacedOwners) -> list[Tensor]:
         table = self.table
         weights, samples = table.weights[:, None], table.samples
         counts = [name in owners.mine for name in self.names]
@@ -114,6 +158,8 @@ class RankNoise:
         weight, weight_sq = totals[:, _ONES, None], totals[:, _SQUARES, None]
         scaled = gradients / (weight / self.averaged).square()
         noise, skipped = self.so_far.of(self.places, self.begin), dict[str, int]()
+        if self.window is not None:
+            noise = self.so_far.scale = self.window.copy()
         effective = (weight.square() / weight_sq)[:, 0].tolist()
         for t, (code, row) in enumerate(zip(codes.long().tolist(), totals.tolist(), strict=True)):
             if row[_NOTHING] == ranks:

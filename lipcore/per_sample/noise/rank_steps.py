@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from lipcore.metric.state import checked_tensor, is_count
 
 #: As many steps of a window are kept; a step is a few numbers per layer and per parameter.
 MOST = 4096
@@ -99,10 +102,29 @@ class RankSteps:
             self._steps[i] = StepSums(None, 0, 1.0, None, None, reason)
         self.mark()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps, how many of them are proved, and why some are missing. Waits for the device."""
+        return {**vars(self.table()), "proved": self._proved, "off": self.off}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state that was checked; where it is of other parameters, they are not all steps."""
+        self.reset()
+        if state["gradients"].shape[1] != self._parameters:
+            self.off = "the window began before a state was loaded, of other parameters"
+            return
+        for squares, gradient, samples, weight, code in zip(
+            state["squares"], state["gradients"], state["samples"], state["weights"].tolist(), state["codes"],
+            strict=True,
+        ):  # fmt: skip
+            why = state["reasons"][int(code) - 1] if code > 0 else ""
+            here = StepSums(squares, int(samples), weight, gradient, None, why)
+            self._steps.append(None if code == NOTHING else here)
+        self._proved, self.off = state["proved"], state["off"]
+
     def table(self) -> StepTable:
         """Return the steps. Waits for the device."""
         squares, gradients = (
-            _stacked([getattr(step, name) for step in self._steps], length)
+            _stacked([None if step is None else getattr(step, name) for step in self._steps], length)
             for name, length in (("squares", self._places), ("gradient", self._parameters))
         )
         weights = _stacked([None if s is None else _one(s.weight) for s in self._steps], 1)[:, 0]
@@ -118,6 +140,21 @@ class RankSteps:
         weights = torch.where(weights.isfinite(), weights, 0.0)  # f of a micro-batch without samples is 0
         numbers = [torch.tensor(each, dtype=torch.float64, device="cpu") for each in (samples, codes)]
         return StepTable(squares, gradients, numbers[0], weights, numbers[1], reasons)
+
+
+def checked_table(state: Any, places: int) -> None:
+    """Raise ValueError where what :meth:`RankSteps.state_dict` gives is none of so many places."""
+    if not isinstance(state, dict):
+        raise ValueError(f"steps: expected a dict, got {type(state).__name__}")
+    codes = checked_tensor("steps.codes", state.get("codes"), torch.float64, (None,))
+    count = len(codes)
+    for key, shape in (("squares", (count, places)), ("gradients", (count, None)), ("samples", (count,)),
+                       ("weights", (count,))):  # fmt: skip
+        checked_tensor(f"steps.{key}", state.get(key), torch.float64, shape)
+    reasons, proved = state.get("reasons"), state.get("proved")
+    known = isinstance(reasons, list) and bool((codes <= len(reasons)).all()) and isinstance(state.get("off"), str)
+    if not known or not is_count(proved) or int(proved or 0) > count:
+        raise ValueError(f"steps.reasons: expected those of {count} steps, got {reasons!r:.80}")
 
 
 def _one(value: float | Tensor) -> Tensor:
