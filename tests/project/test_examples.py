@@ -32,7 +32,7 @@ def run(name: str, *arguments: str, ranks: int = 2) -> str:
 
 
 def test_each_has_a_test() -> None:
-    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"ddp", "resume", *OF_TWO_WINDOWS}
+    assert {path.stem for path in (ROOT / "examples").glob("*.py")} == {"ddp", "pretraining", "resume", *OF_TWO_WINDOWS}
 
 
 OF_TWO_WINDOWS = {
@@ -79,3 +79,17 @@ def test_a_training_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None
     one, other = found
     assert one.steps.tolist() == other.steps.tolist() == [20, 40, 60]
     assert other.values[:, 0].tolist() == pytest.approx(one.values[:, 0].tolist(), rel=1e-5)
+
+
+@pytest.mark.ci
+def test_pretraining_goes_on_with_other_ranks_and_compiled(tmp_path: Path) -> None:
+    run("pretraining", str(tmp_path), "--steps", "30")  # the last checkpoint is of step 20
+    said = run("pretraining", str(tmp_path), "--steps", "60", "--compile", ranks=3)
+    assert "alarms: 0" in said
+    with lipcore.open_run(tmp_path) as record:
+        losses = record.series("loss")
+        assert losses.steps.tolist() == list(range(1, 61))
+        assert losses.values[-1, 0] < 0.2 * losses.values[0, 0]
+        assert record.series("tokens").values[-1, 0] == 60 * 2 * 24 * 16
+        assert [(start.kind, start.step) for start in record.starts] == [("start", 0), ("rewind", 20)]
+        assert record.windows[-1].scope == "global"
