@@ -215,9 +215,10 @@ class Proofs:
         return wrong
 
     def is_unknown(self, run: LayerPass) -> bool:
-        """Return whether a pass of one sample is the first that does as much: its sums show all that is to be shown."""
-        done = run.nodes, run.taps
-        return run.batch.size == 1 and done not in self._operations.get(run.shape, {}).get(run.begun, ())
+        """Return whether a pass of one sample does what those before did not whose input had its shape: its sums show
+        all that is to be shown."""
+        done, known = (run.nodes, run.taps), self._operations.get(run.shape, {}).get(run.begun)
+        return run.batch.size == 1 and known is not None and done not in known
 
     def _does_other(self, run: LayerPass, output: Any, *, proved: bool) -> str:
         """Return what a pass may do that none has done which was proved, or "" where there is nothing."""
@@ -234,13 +235,10 @@ class Proofs:
             self._schedule.ask_soon(run.kind)
         if known is not None and done not in known.get(run.begun, {done}):
             return OTHER
-        news = (
-            ""
-            if run.order is None
-            else orders.news((*run.kind, run.begun), run.order, shape_is_known=known is not None)
-        )
-        if news:
-            return news
+        if run.order is not None:
+            news = orders.news((*run.kind, run.begun), run.order, shape_is_known=known is not None)
+            if news:
+                return news
         if self._known[run.kind].by_zero:
             return BY_ZERO
         return WRITES if orders.writes else ""
