@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from lipcore.alarms.event import AlarmEvent
 from lipcore.metric.listener import Listener
 from lipcore.metric.window import Window
+from lipcore.recording.batches import Batch
+from lipcore.recording.endings import told
 from lipcore.recording.record import RunRecord
 from lipcore.trajectory.step_stream import StepArrays
 
@@ -29,6 +32,7 @@ class Recorder(Listener):
     def __init__(self, record: RunRecord, warn: Callable[[str], None], step: int = 0) -> None:
         self.record = record
         self._warn, self._step = warn, step
+        self.on_alarm: Callable[[], None] = _nothing  #: told of an alarm, whose steps are to be in the file soon
         self._begun = self._told = False
         self._older = ""
 
@@ -37,6 +41,8 @@ class Recorder(Listener):
         self._begin()
         named = {f"trajectory/{name}": array for name, array in arrays.items()}
         self.record.add_steps(first, named, arrays.places, arrays.levels)
+        details = {f"flight/tensor_{name}": array for name, array in arrays.items()}
+        self.record.add_details(first, details, arrays.places, arrays.levels)
 
     def logged(self, first: int, arrays: Mapping[str, NDArray[np.float64]]) -> None:
         """Add what the loop has logged, [steps] by name."""
@@ -53,6 +59,34 @@ class Recorder(Listener):
             "score": event.score if math.isfinite(event.score) else None,
         }
         self.record.add_event(event.step, "alarm", event.message, data)
+
+        self.on_alarm()
+
+    def batches(self, batches: Sequence[Batch]) -> None:
+        """Add the samples of single steps."""
+        self._begin()
+        self.record.add_batches(batches)
+
+    def rates(self, first: int, rates: NDArray[np.float64], groups: Sequence[str]) -> None:
+        """Add the learning rates of the optimizers' groups, [steps, groups]."""
+        self._begin()
+        self.record.add_steps(first, {"optimizer/group_lr": rates}, groups, ["group"] * len(groups))
+
+    def taken_back(self, after: int, reason: str) -> None:
+        """Forget the norms of the samples of later steps."""
+        self.record.forget_norms(after)
+        if self._begun:
+            text = f"the gradient norms of single samples since step {after} were taken back: {reason}"
+            self.record.add_event(after, "taken back", text)
+
+    def ended(self, step: int, kind: str, text: str, facts: Mapping[str, Any]) -> None:
+        """Add what has ended the run, or may have, after so many steps."""
+        self._begin()
+        self.record.add_event(step, kind, text, facts)
+
+    def interrupted(self, step: int, error: BaseException) -> None:
+        if not isinstance(error, (SystemExit, GeneratorExit)):
+            self.ended(step, "exception", *told(error))
 
     def window_closed(self, window: Window) -> None:
         self._begin()
@@ -91,3 +125,7 @@ class Recorder(Listener):
         if self.record.failed and not self._told:
             self._told = True
             self._warn(f"the run is no longer recorded, and the training goes on: {self.record.failed}")
+
+
+def _nothing() -> None:
+    """Do nothing."""

@@ -20,6 +20,7 @@ from lipcore.metric.show import LINES, Showable, Shown
 from lipcore.models.arguments import check_count
 from lipcore.models.names import listed
 from lipcore.recording import plots
+from lipcore.recording.batches import Batch, read_batches
 from lipcore.recording.folding import FOLD, unfolded
 from lipcore.recording.location import SUFFIX, being_written
 from lipcore.recording.pack import UnpackedWindow, places_of, unpacked_steps
@@ -278,6 +279,12 @@ class Run(Showable):
             )[0][0]
             pieces.append(np.frombuffer(blob, "<f4").reshape(end - begin, steps))
         return np.concatenate(pieces).T.astype(np.float64)
+
+    def batches(self, first: int = 1, last: int | None = None) -> list[Batch]:
+        """Return the samples of the steps between two, of those that the flight recorder has: the last 512 of the run,
+        and 32 before to 8 after each alarm (docs/postmortem.md)."""
+        with self._named():
+            return list(read_batches(self._connection, first, (1 << 62) if last is None else last))
 
     # ---- windows
 

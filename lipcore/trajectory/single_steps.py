@@ -36,6 +36,11 @@ class SingleSteps:
         for stream in self._streams:
             stream.step()
 
+    def hurry(self) -> None:
+        """Hand over what waits at the next steps, however little it is."""
+        for stream in self._streams:
+            stream.hurry()
+
     def skip(self) -> None:
         """Pass over the steps that wait."""
         for stream in self._streams:

@@ -77,7 +77,7 @@ class StepStream:
         self._waiting += 1
         if not self._calls:
             return
-        if self._prompt and self._copied is not None and self._copied.is_there:
+        if (self._prompt or self._pace.hurries) and self._copied is not None and self._copied.is_there:
             self._take_copied()
         free = self._copied is None or self._waiting >= self._pace.block
         if free and self._pace.is_due(self._waiting):
@@ -88,6 +88,10 @@ class StepStream:
                 self._take_copied()
                 self._copy(self._waiting)
             self._waiting = 0
+
+    def hurry(self) -> None:
+        """Hand over what waits at the next two steps, however little it is; no device is waited for."""
+        self._pace.hurry()
 
     def flush(self) -> None:
         """Hand over all steps so far. Waits for a device."""
