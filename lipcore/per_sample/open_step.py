@@ -39,7 +39,7 @@ class PassNumbers(Protocol):
 
 
 class MicroBatch(NamedTuple):
-    """What a backward pass has brought of its samples."""
+    """Micro-batch: what a backward pass has brought of its samples."""
 
     norms: PassNumbers
     ids: Tensor | None  #: [B]

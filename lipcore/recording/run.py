@@ -33,8 +33,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lipcore.report.page import Page
+    from lipcore.report.postmortem.account import Account
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
+_ANY = 1 << 62  # later than any step
 
 
 @dataclass(frozen=True)
@@ -181,6 +183,20 @@ class Run(Showable):
 
         return Page(page_of(self), self.name)
 
+    def postmortem(self, step: int | None = None) -> Account:
+        """Look into a step in which something went wrong: printed, it says what moved first and in which layer, how it
+        spread, which samples stand out, and what to check; docs/postmortem.md.
+
+        Args:
+            step: default: that of the alarm with the largest score, without alarms that of the exception that ended it.
+
+        Raises:
+            ValueError: the step is not in the record; there is no alarm, and no step was asked for.
+        """
+        from lipcore.report.postmortem.account import account_of
+
+        return account_of(self, step)
+
     # ---- pictures; they need matplotlib
 
     def plot(self, name: str, places: str = "*", *, log: bool = True) -> Figure:
@@ -245,28 +261,30 @@ class Run(Showable):
             at += len(steps)
         return _joined(name, numbers, values, list(columns))
 
-    def blocks(self, quantity: str) -> Iterator[Block]:
+    def blocks(self, quantity: str, first: int = 1, last: int | None = None) -> Iterator[Block]:
         """Yield the single steps of a quantity as they lie in the file, so that a long run is never in memory.
 
         Args:
             quantity: one of :attr:`step_quantities`.
+            first, last: blocks without a step between these two are left out.
         """
-        for first, layout in self._rows(
-            "select first, layout from steps where quantity = ? order by first, layout", quantity
+        for begin, layout in self._rows(
+            "select first, layout from steps where quantity = ? and last >= ? and first <= ? order by first, layout",
+            *(quantity, first, _ANY if last is None else last),
         ):
             rows = self._rows(
                 "select last, fold, data from steps where quantity = ? and first = ? and layout = ?",
-                *(quantity, first, layout),
+                *(quantity, begin, layout),
             )
             if not rows:  # joined to an older block meanwhile, or rewound
                 continue
-            (last, fold, blob), places = rows[0], self._places(layout)
+            (end, fold, blob), places = rows[0], self._places(layout)
             if fold == 1:
                 values = unpacked_steps(blob, len(places))
-                yield Block(np.arange(first, last + 1), places.names, places.levels, values, values, values)
+                yield Block(np.arange(begin, end + 1), places.names, places.levels, values, values, values)
             else:
                 low, mean, high = unfolded(blob, len(places))
-                steps = np.minimum(first - 1 + FOLD * np.arange(1, len(mean) + 1), last)
+                steps = np.minimum(begin - 1 + FOLD * np.arange(1, len(mean) + 1), end)
                 yield Block(steps, places.names, places.levels, mean, low, high)
 
     def _part(self, rowid: int, where: Sequence[int], steps: int) -> Numbers:
@@ -284,7 +302,7 @@ class Run(Showable):
         """Return the samples of the steps between two, of those that the flight recorder has: the last 512 of the run,
         and 32 before to 8 after each alarm (docs/postmortem.md)."""
         with self._named():
-            return list(read_batches(self._connection, first, (1 << 62) if last is None else last))
+            return list(read_batches(self._connection, first, _ANY if last is None else last))
 
     # ---- windows
 

@@ -131,6 +131,12 @@ class RatioMap:
             found = inside[0]
         return next(i for i, group in enumerate(self._groups) if found in group)
 
+    def look_at(self, step: int, place: str) -> None:
+        """Have the page begin at a step and a place, where the map has that."""
+        row = self._row(place)
+        if row is not None:
+            self.start = self._bin(step), row
+
     def marks(self) -> list[tuple[int, int]]:
         """Return step and row of the alarms that are of a layer."""
         found = ((event.step, self._row(str(event.data.get("place", "")))) for event in self._facts.alarms)
