@@ -1,4 +1,4 @@
-"""The command line: ``lipcore demo``, ``doctor``, ``export``, ``report``, ``postmortem``, ``compare``."""
+"""The command line: ``lipcore demo``, ``doctor``, ``export``, ``report``, ``postmortem``, ``compare``, ``top``."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "report": _report,
         "postmortem": _postmortem,
         "compare": _compare,
+        "top": _top,
     }
     try:
         status = run[options.command](options)
@@ -136,6 +137,24 @@ def _compare(options: argparse.Namespace) -> int:
     return 0
 
 
+def _top(options: argparse.Namespace) -> int:
+    from lipcore.recording import RecordError
+
+    try:
+        from lipcore.cli.top.screen import top
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        print('lipcore top: error: it needs rich; run: pip install "lipcore[top]"', file=sys.stderr)
+        return 2
+    try:
+        top(options.run, options.rank, options.every)
+    except (RecordError, ValueError) as error:
+        print(f"lipcore top: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lipcore", description="Measure what a neural network is learning while it trains."
@@ -209,6 +228,17 @@ def _parser() -> argparse.ArgumentParser:
         "--by", metavar="AXIS", help="step, loss, or a logged name that only grows (default: step, and loss for theory)"
     )
     compare.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of folders (default: 0)")
+    about = "Show a run in the terminal as it goes on: loss, norms, the hottest layers, alarms; needs the extra `top`."
+    top = commands.add_parser("top", help=about, description=about)
+    top.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or the file of one rank")
+    top.add_argument(
+        *("--every",),
+        type=_seconds,
+        default=1.0,
+        metavar="SECONDS",
+        help="between two looks at the record (default: %(default)s)",
+    )
+    top.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
     return parser
 
 

@@ -121,6 +121,17 @@ class Run(Showable):
         return float(self._rows("select max(wall) from windows")[0][0] or 0.0)
 
     @property
+    def steps_per_second(self) -> float:
+        """Steps per second between the last two windows that were written since the last start; NaN where there are
+        fewer."""
+        rows = self._rows(
+            "select last, wall from windows where wall > (select max(wall) from starts) order by last desc limit 2"
+        )
+        if len(rows) < 2 or rows[0][1] <= rows[1][1]:
+            return float("nan")
+        return float((rows[0][0] - rows[1][0]) / (rows[0][1] - rows[1][1]))
+
+    @property
     def quantities(self) -> list[str]:
         """Names that :meth:`series` takes: quantities of single steps, then `quantity.reducer` of windows, with the
         metric's name before it where two metrics have it; what was logged is the metric "logged"."""

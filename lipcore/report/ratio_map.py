@@ -55,6 +55,8 @@ class RatioMap:
         #: [bins, rows]
         self.low, self.high = (self._reduced(a, f) for a, f in ((ratios.low, np.fmin), (ratios.high, np.fmax)))
         self.mean = self._mean(ratios.mean)
+        #: Whether a cell has a step that is not finite; [bins, rows].
+        self.lost = np.stack([self._lost(group) for group in self._groups], axis=1)
         self.usual = [_median(column) for column in self.mean.T]
         #: Decimal logarithm of each cell over what the row was in the bins before: of its greatest or its least value,
         #: whichever is further away.
@@ -64,6 +66,11 @@ class RatioMap:
     def _name(self, group: list[int]) -> str:
         first = self._binned.places[group[0]]
         return first if len(group) == 1 else f"{first} and {len(group) - 1} after it"
+
+    def _lost(self, group: list[int]) -> Any:
+        """Return which bins of a row have a step that is not finite: one without any number is not measured."""
+        lost, count = self._binned.lost[:, group], self._binned.count[:, group]
+        return (lost[:, count.any(0)] > 0).any(1)
 
     def _reduced(self, array: Any, function: np.ufunc) -> Any:
         return np.stack([function.reduce(array[:, group], axis=1) for group in self._groups], axis=1)
@@ -193,7 +200,7 @@ class RatioMap:
             "key": KEY, "chosen": CHOSEN, "names": self.names, "bins": self._binned.bins,
             "first": self._binned.first, "last": self._binned.last, "width": self._binned.width, "start": self.start,
             "usual": [None if not np.isfinite(u) else u for u in self.usual], "scale": _SCALE,
-            "away": _packed_logs(self.away),
+            "away": _packed_logs(self.away), "lost": _text(self.lost),
             **{name: _packed(a) for name, a in (("low", self.low), ("mean", self.mean), ("high", self.high))},
         }  # fmt: skip
 
@@ -201,6 +208,7 @@ class RatioMap:
 _BELOW = Html(
     '<div class="legend"><span id="map-low"></span><canvas id="map-colors" width="256" height="10"></canvas>'
     '<span id="map-high"></span><span class="box none"></span>no number <span class="box zero"></span>did not move'
+    '<span class="box lost"></span>not finite'
     '<label><input type="checkbox" id="map-relative" checked> compared with the steps before</label></div>'
     '<p id="map-told" aria-live="polite">Point at a cell, or go there with the arrow keys; Enter or a click shows the '
     "layer below.</p>"

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lipcore.report.alarms_told import worst_first
-from lipcore.report.postmortem.around import Stretch, stretch
 from lipcore.report.postmortem.changes import (
     AFTER,
     BEFORE,
@@ -22,6 +21,7 @@ from lipcore.report.postmortem.changes import (
 )
 from lipcore.report.postmortem.samples import Samples, samples_of
 from lipcore.report.source import Happened, Source
+from lipcore.report.stretch import Stretch, stretch
 
 LOSS, RATES, UPDATE = "logged/loss", "optimizer/group_lr", "trajectory/update_norm"
 _PROPORTION = 3.0  # times as many as of the gradient: an update is more than that explains

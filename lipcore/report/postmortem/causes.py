@@ -108,9 +108,7 @@ def _not_finite(what: set[str]) -> str:
     ):
         if first in what:
             return said
-    return (
-        "Parameters became NaN or infinite in the update, from finite gradients or with a loss that was not looked at."
-    )
+    return "Parameters became NaN or infinite in the update: by their gradients, the optimizer, or other code."
 
 
 def _data(account: Account, what: set[str]) -> str:

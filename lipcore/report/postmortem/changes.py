@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lipcore.report.postmortem.around import Stretch
+from lipcore.report.stretch import Stretch
 
 Array = np.ndarray[Any, Any]
 

@@ -13,7 +13,7 @@ from lipcore.report.html import Html, Table, count, html, joined, name_of, tag
 from lipcore.report.page import document, footer
 from lipcore.report.plots import Plots, check_installed
 from lipcore.report.postmortem.account import RATES, Account, account_of
-from lipcore.report.postmortem.around import Around, stretch
+from lipcore.report.postmortem.around import Around
 from lipcore.report.postmortem.causes import checks_of
 from lipcore.report.postmortem.samples import Samples
 from lipcore.report.postmortem.words import beside, cells, headline, of_ranking, settings, spread, told_of
@@ -21,6 +21,7 @@ from lipcore.report.ratio_map import RatioMap
 from lipcore.report.section import Figure, Missing
 from lipcore.report.sections.training import training
 from lipcore.report.source import Source
+from lipcore.report.stretch import stretch
 
 _MOST_RATES = 5  # lines of one figure
 

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from lipcore.report.alarms_told import told
-from lipcore.report.html import count, number, shortened_name
+from lipcore.report.html import count, number, printable, shortened_name
 from lipcore.report.postmortem.account import Account, Rate
 from lipcore.report.postmortem.causes import cause_of, checks_of
 from lipcore.report.postmortem.changes import BEFORE, LEAD, Change
@@ -34,7 +34,7 @@ def text_of(account: Account) -> str:
         ("Not in this record", [f"{what}: {how}" for what, how in account.missing]),
     ):
         parts += ["\n".join([title, *(_item(line) for line in lines)])] if lines else []
-    return "\n\n".join(parts)
+    return "\n".join(map(printable, "\n\n".join(parts).split("\n")))
 
 
 def headline(account: Account) -> str:
