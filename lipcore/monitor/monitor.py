@@ -219,20 +219,6 @@ class Monitor(Engine):
         for metric in self.metrics.values():
             if isinstance(metric, Trajectory):
                 metric.listen(recorder.steps)
-        flight = Flight(
-            updating(self._optimizers),
-            lambda: dict(self.model.named_parameters()),
-            recorder.batches,
-            recorder.rates,
-            recorder.taken_back,
-        )
-        for metric in self.metrics.values():
-            if isinstance(metric, PerSampleGradNorms):
-                metric.listen(flight)
-        self._flight = flight
-        if self.alarms is not None:
-            self.alarms._write_to(recorder.alarm)
-            recorder.on_alarm = self._hurry
         here = ref(self)
 
         def ended(kind: EndKind, text: str, facts: dict[str, Any]) -> None:
@@ -240,7 +226,23 @@ class Monitor(Engine):
             if monitor is not None:
                 monitor._write_down(recorder, kind, text, facts)
 
-        self._listeners += [Endings(ended), flight, recorder]  # the last closes the file, after what it is given
+        endings, model = Endings(ended), self.model
+        flight = Flight(
+            updating(self._optimizers),
+            model.named_parameters,
+            recorder.batches,
+            recorder.rates,
+            recorder.taken_back,
+            endings.begin,
+        )
+        for metric in self.metrics.values():
+            if isinstance(metric, PerSampleGradNorms):
+                metric.listen(flight)
+        self._flight = flight
+        self._listeners += [endings, flight, recorder]  # the last closes the file, after what it is given
+        if self.alarms is not None:
+            self.alarms._write_to(recorder.alarm)
+            recorder.on_alarm = self._hurry
 
     def _hurry(self) -> None:
         """Have the steps around an alarm written soon: it may be the last that there is to see."""

@@ -38,8 +38,13 @@ class Endings(Listener):
         self._previous: Any = None
         self._tries, self._open = 0, True
         atexit.register(self._at_exit)
-        # A handler that is not Python's could not be called, and only the main thread may set one.
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is not None:
+
+    def begin(self) -> None:
+        """Take the signal, at the first step: trainers that have a handler for it look, when they begin, whether there
+        is one."""
+        here = threading.current_thread() is threading.main_thread()  # which alone may
+        # A handler that is not Python's could not be called.
+        if here and self._previous is None and signal.getsignal(signal.SIGTERM) is not None:
             self._previous = signal.signal(signal.SIGTERM, self._handler)
 
     def closed(self) -> None:

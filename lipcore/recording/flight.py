@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,20 +29,23 @@ class Flight(Listener, StepListener):
 
     Args:
         optimizers: whose rates are read.
-        parameters: returns the model's, by name.
+        parameters: returns the model's, with their names.
         on_batches: takes the samples of some steps.
         on_rates: takes the first step, learning rates [steps, groups] and the groups' names.
         on_taken_back: told behind which step the norms of samples were wrong, and why.
+        on_first: called at the first step.
     """
 
     def __init__(
         self,
         optimizers: Sequence[Any],
-        parameters: Callable[[], Mapping[str, Tensor]],
+        parameters: Callable[[], Iterable[tuple[str, Tensor]]],
         on_batches: Callable[[Sequence[Batch]], None],
         on_rates: OnRates,
         on_taken_back: Callable[[int, str], None],
+        on_first: Callable[[], None] = lambda: None,
     ) -> None:
+        self._on_first: Callable[[], None] | None = on_first
         self._optimizers, self._parameters = optimizers, parameters
         self._on_batches, self._on_rates, self._on_taken_back = on_batches, on_rates, on_taken_back
         self._pace = Pace(_BLOCK)
@@ -60,6 +63,9 @@ class Flight(Listener, StepListener):
 
     def begin_step(self, step: int) -> None:
         """Note that a step is made, before its samples come."""
+        if self._on_first is not None:
+            first, self._on_first = self._on_first, None
+            first()
         if self._pace.is_due(len(self._rates)):
             self._pass_on()
         self._step = step
@@ -167,7 +173,7 @@ class Flight(Listener, StepListener):
             self._on_rates(last - len(rates) + 1, np.array(rates), self._group_names)
 
     def _named_groups(self, count: int) -> list[str]:
-        names = {id(parameter): name for name, parameter in self._parameters().items()}
+        names = {id(parameter): name for name, parameter in self._parameters()}
         groups = [group for optimizer in self._optimizers for group in _groups(optimizer)]
         found = [f"param_groups[{i}]{_inside(group, names)}" for i, group in enumerate(groups)]
         return (found + [f"param_groups[{i}]" for i in range(len(found), count)])[:count]  # of groups that are gone

@@ -204,7 +204,7 @@ class Run(Showable):
         Raises:
             ValueError: the step is not in the record; there is no alarm, and no step was asked for.
         """
-        from lipcore.report.postmortem.account import account_of
+        from lipcore.report.postmortem.reading import account_of
 
         return account_of(self, step)
 

@@ -336,16 +336,21 @@ def test_an_exception_is_told_with_its_place(tmp_path: Path, way: str) -> None:
 
 
 def test_the_handler_that_was_there_is_back_after_close(tmp_path: Path) -> None:
+    def watch(name: str) -> lipcore.Monitor:
+        model, optimizer = parts()
+        monitor = lipcore.watch(model, optimizer, run=tmp_path / name)
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        return monitor
+
     before = signal.getsignal(signal.SIGTERM)
-    model, optimizer = parts()
-    one = lipcore.watch(model, optimizer, run=tmp_path / "a")
-    other = lipcore.watch(*parts(), run=tmp_path / "b")
+    lipcore.watch(*parts(), run=tmp_path / "none").close()
+    one, other = watch("a"), watch("b")
     assert signal.getsignal(signal.SIGTERM) is not before
     other.close()
     one.close()
     assert signal.getsignal(signal.SIGTERM) is before
-    one = lipcore.watch(model, optimizer, run=tmp_path / "c")
-    other = lipcore.watch(*parts(), run=tmp_path / "d")
+    one, other = watch("c"), watch("d")
     one.close()  # in the other order: what is left does nothing but hand the signal on
     other.close()
     signal.signal(signal.SIGTERM, before)

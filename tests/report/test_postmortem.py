@@ -15,9 +15,10 @@ from recorded_runs import HOSTILE, recorded
 
 from lipcore.cli import main
 from lipcore.recording import RunRecord, open_run
-from lipcore.report.postmortem.account import Account, account_of
+from lipcore.report.postmortem.account import Account
 from lipcore.report.postmortem.causes import cause_of, checks_of
 from lipcore.report.postmortem.changes import scores
+from lipcore.report.postmortem.reading import account_of
 from lipcore.report.postmortem.samples import samples_of
 from lipcore.report.postmortem.words import text_of
 from lipcore.report.stretch import Stretch

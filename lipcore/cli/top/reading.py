@@ -54,7 +54,7 @@ class Layer:
 
     @property
     def heat(self) -> float:
-        """How far it is from what is usual, in logarithms."""
+        """Distance from what is usual, in logarithms."""
         return abs(math.log(self.times)) if 0 < self.times < math.inf else math.inf if self.times == math.inf else 0.0
 
 

@@ -12,9 +12,10 @@ from lipcore.report.glossary import glossary
 from lipcore.report.html import Html, Table, count, html, joined, name_of, tag
 from lipcore.report.page import document, footer
 from lipcore.report.plots import Plots, check_installed
-from lipcore.report.postmortem.account import RATES, Account, account_of
+from lipcore.report.postmortem.account import Account
 from lipcore.report.postmortem.around import Around
 from lipcore.report.postmortem.causes import checks_of
+from lipcore.report.postmortem.reading import RATES, account_of
 from lipcore.report.postmortem.samples import Samples
 from lipcore.report.postmortem.words import beside, cells, headline, of_ranking, settings, spread, told_of
 from lipcore.report.ratio_map import RatioMap

@@ -63,7 +63,7 @@ class Samples:
 
     @property
     def verdict(self) -> Verdict:
-        """What the rankings say together."""
+        """Verdict of the rankings together."""
         said = [ranking.verdict for ranking in self.rankings]
         return next((verdict for verdict in _ORDER if verdict in said), "unknown")
 
