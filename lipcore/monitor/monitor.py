@@ -274,6 +274,16 @@ class Monitor(Engine):
         self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms))
 
+    def _after_backward(self) -> None:
+        super()._after_backward()
+        if self._flight is not None:
+            self._flight.backward_ends()
+
+    def _after_skipped_step(self) -> None:
+        super()._after_skipped_step()
+        if self._flight is not None:
+            self._flight.skip_step()
+
     def _after_step(self) -> None:
         if self.alarms is not None:
             self.alarms._begin_step(self._windows.step + 1)

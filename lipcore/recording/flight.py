@@ -52,8 +52,10 @@ class Flight(Listener, StepListener):
         self._step = 0  # that was made last
         self._proved = 0  # up to where norms are those of single samples
         self._samples: dict[int, list[_Samples]] = {}  # by step
-        self._given: list[_Samples] = []  # of the step to come, as the loop names them
-        self._generator: Tensor | None = None
+        # Micro-batches of the step to come and states of a generator, as the loop says, and how many had their backward
+        # pass.
+        self._given: list[tuple[_Samples | None, Tensor | None]] = []
+        self._passed = 0
         self._generators: dict[int, Tensor] = {}
         self._rates: list[list[float]] = []
         self._group_names: list[str] = []
@@ -73,17 +75,26 @@ class Flight(Listener, StepListener):
         if self._rates and len(rates) != len(self._rates[-1]):
             self._pass_on_rates(step - 1)
         self._rates.append(rates)
-        if self._given:
-            self._samples[step], self._given = self._given, []
-        if self._generator is not None:
-            self._generators[step], self._generator = self._generator, None
+        given, self._given, self._passed = self._given, [], 0
+        if samples := [one for one, _ in given if one is not None]:
+            self._samples[step] = samples
+        # The state before the first micro-batch makes all of them.
+        if generators := [generator for _, generator in given if generator is not None]:
+            self._generators[step] = generators[0]
 
     def name_batch(self, ids: Tensor | None, losses: Tensor | None, generator: Tensor | None) -> None:
         """Take what the loop says of the next backward pass: a micro-batch of the step to come."""
-        if ids is not None:
-            self._given.append((ids, None, losses))
-        if generator is not None and self._generator is None:  # the state before the first micro-batch
-            self._generator = generator
+        self._given.append((None if ids is None else (ids, None, losses), generator))
+
+    def backward_ends(self) -> None:
+        """Note that what the loop has named so far had its backward pass."""
+        self._passed = len(self._given)
+
+    def skip_step(self) -> None:
+        """Forget what was named of a step that a GradScaler skipped. That may be found out when the next one has begun:
+        what had no backward pass yet is of that."""
+        del self._given[: self._passed or None]
+        self._passed = 0
 
     def step_samples(self, batches: Sequence[MicroBatch]) -> None:
         if batches:  # in the place of what the loop has said of them
@@ -116,7 +127,7 @@ class Flight(Listener, StepListener):
     def state_loaded(self, step: int) -> None:
         self._step = self._proved = step
         self._samples, self._given, self._generators, self._rates = {}, [], {}, []
-        self._copied = self._generator = None
+        self._passed, self._copied = 0, None
 
     def closed(self) -> None:
         self.hand_on()

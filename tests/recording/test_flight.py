@@ -151,6 +151,32 @@ def test_a_monitor_records_samples_rates_and_generators(tmp_path: Path) -> None:
     assert norms.loss_scores.lookup([302]).mean.item() == pytest.approx(seen[3][0][1][2].item())
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("measured", [False, True])
+def test_samples_of_a_step_that_a_scaler_skipped_are_not_those_of_the_next(
+    tmp_path: Path, micro: int, measured: bool
+) -> None:
+    model, optimizer = parts()
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    norms = [lipcore.PerSampleGradNorms(loss_reduction="mean", noise_scale=False)] * measured
+    metrics = [lipcore.Trajectory(), *norms]
+    with lipcore.watch(model, optimizer, metrics=metrics, run=tmp_path / "a", scaler=scaler) as monitor:
+        for step in range(5):
+            for part in range(micro):
+                each = model(torch.randn(2, 3))[:, 0].square()
+                ids = 100 * step + 10 * part + np.arange(2)
+                monitor.log_batch(ids, losses=each, rng_state=torch.full((3,), 10 * step + part, dtype=torch.uint8))
+                loss = each.mean() * (float("inf") if step == 2 else 1.0)
+                scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    with open_run(tmp_path / "a") as run:
+        wanted = [[100 * s + 10 * p + i for p in range(micro) for i in range(2)] for s in (0, 1, 3, 4)]
+        assert [batch.ids.tolist() for batch in run.batches()] == wanted  # type: ignore[union-attr]
+        assert [batch.rng_state for batch in run.batches()] == [bytes([10 * s] * 3) for s in (0, 1, 3, 4)]
+
+
 def test_samples_by_loss_alone_and_nothing_where_no_batch_is_named(tmp_path: Path) -> None:
     model, optimizer = parts()
     with lipcore.watch(model, optimizer, run=tmp_path / "a") as monitor:
