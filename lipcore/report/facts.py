@@ -111,7 +111,7 @@ def _read_windows(facts: Facts, run: Source) -> None:
 
 def _read_ratios(facts: Facts, run: Source) -> None:
     found: Binned | None = None
-    for block in _ratio_blocks(run, facts.left_out):
+    for block, none in _ratio_blocks(run, facts.left_out):
         level = "tensor" if "tensor" in block.levels else "group" if "group" in block.levels else "total"
         where = [i for i, each in enumerate(block.levels) if each == level]
         if found is None:
@@ -121,11 +121,13 @@ def _read_ratios(facts: Facts, run: Source) -> None:
         names, levels = [block.places[i] for i in where], [level] * len(where)
         values, low, high = (array[:, where] for array in (block.values, block.low, block.high))
         found.add(block.steps, names, values, low, high, levels)
+        found.forgive(block.steps, names, none[:, where])
     facts.ratios = found
 
 
-def _ratio_blocks(run: Source, left_out: LeftOut) -> Iterator[Block]:
-    """Yield update over weight norm. Of folded steps the extremes are bounds: the weights' are not of the same step."""
+def _ratio_blocks(run: Source, left_out: LeftOut) -> Iterator[tuple[Block, Any]]:
+    """Yield update over weight norm, and where there is none, since the weights are 0. Of folded steps the extremes are
+    bounds: the weights' are not of the same step."""
     weights = left_out.blocks(run, _WEIGHT)
     waiting: dict[tuple[int, int, int], Block] = {}
     for update in left_out.blocks(run, _UPDATE):
@@ -148,7 +150,8 @@ def _ratio_blocks(run: Source, left_out: LeftOut) -> Iterator[Block]:
                 )
             )
         single = update.low is update.values
-        yield Block(*(update.steps, update.places, update.levels, mean), *((mean, mean) if single else (low, high)))
+        ends = (mean, mean) if single else (low, high)
+        yield Block(update.steps, update.places, update.levels, mean, *ends), np.asarray(weight.values) == 0
 
 
 def _key(block: Block) -> tuple[int, int, int]:

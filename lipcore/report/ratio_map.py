@@ -154,13 +154,14 @@ class RatioMap:
         height = int(np.clip(13 * len(self.names), 70, 520)) + 40
         labels = [shortened_name(name, _LABEL) for name in self.names]
         plots.map(KEY, labels, self.marks(), height=height)
+        below = Html(_BELOW % (_LOST if self.lost.any() else ""))
         _, row = self.start
         low, mean, high = (array[:, row] for array in (self.low, self.mean, self.high))
         span = np.concatenate([self.low.ravel(), self.high.ravel()])
         span = span[np.isfinite(span) & (span > 0)]
         plots.chosen(CHOSEN, "update / weight", self._binned.ends, low, mean, high, span)
         return [
-            Figure(KEY, "How much each layer moved: update over weight norm", self._sentence(), self._table(), _BELOW),
+            Figure(KEY, "How much each layer moved: update over weight norm", self._sentence(), self._table(), below),
             Figure(CHOSEN, "One layer of the map", tag("span", "Click a cell of the map.", id="chosen")),
         ]
 
@@ -205,10 +206,10 @@ class RatioMap:
         }  # fmt: skip
 
 
-_BELOW = Html(
+_LOST = '<span class="box lost"></span>not finite'
+_BELOW = (
     '<div class="legend"><span id="map-low"></span><canvas id="map-colors" width="256" height="10"></canvas>'
-    '<span id="map-high"></span><span class="box none"></span>no number <span class="box zero"></span>did not move'
-    '<span class="box lost"></span>not finite'
+    '<span id="map-high"></span><span class="box none"></span>no number <span class="box zero"></span>did not move%s'
     '<label><input type="checkbox" id="map-relative" checked> compared with the steps before</label></div>'
     '<p id="map-told" aria-live="polite">Point at a cell, or go there with the arrow keys; Enter or a click shows the '
     "layer below.</p>"

@@ -309,3 +309,17 @@ def test_a_group_of_which_a_parameter_is_not_finite_is_said_to_be_so(tmp_path: P
     assert RatioMap(facts.ratios, facts).lost[:, row].nonzero()[0].tolist() == [49]
     assert "0: a parameter is NaN or infinite in 1 step, for the first time in step 50." in verdict(page)
     assert "Most unusual: 0 at step 50" not in Seen(page).text
+
+
+def test_weights_of_zero_have_no_ratio_which_is_not_a_value_that_is_not_finite(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "a")
+    record.begin(0)
+    update, weight = np.full((60, 1), 0.1), np.full((60, 1), 1.0)
+    update[:5], weight[:5], update[30] = 0.0, 0.0, np.nan
+    arrays = {"trajectory/update_norm": update, "trajectory/weight_norm": weight}
+    record.add_steps(1, arrays, ["a"], ["group"])
+    record.close()
+    with open_run(tmp_path / "a") as run:
+        facts = facts_of(run)
+    assert facts.ratios is not None
+    assert RatioMap(facts.ratios, facts).lost[:, 0].nonzero()[0].tolist() == [30]
