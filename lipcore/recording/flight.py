@@ -140,19 +140,25 @@ class Flight(Listener, StepListener):
         samples, self._samples = self._samples, {}
         for step in self._generators.keys() - samples.keys():
             samples[step] = []
-        on_device = [t for step in samples.values() for batch in step for t in batch[1:] if t is not None and t.is_cuda]
+        on_device = [
+            _bits(t)
+            for step in sorted(samples)
+            for batch in samples[step]
+            for t in batch
+            if t is not None and t.is_cuda
+        ]
         if len({tensor.device for tensor in on_device}) == 1:
-            self._copied = samples, HostCopy(torch.cat([tensor.double() for tensor in on_device]))
+            self._copied = samples, HostCopy(torch.cat(on_device))
         else:
-            self._add(samples, iter(()))
+            self._add(samples, None)
 
     def _take_copied(self) -> None:
         if self._copied is not None:
             (samples, copy), self._copied = self._copied, None
-            self._add(samples, iter(copy.tensors()))
+            self._add(samples, copy.tensors()[0])
 
-    def _add(self, samples: dict[int, list[_Samples]], copies: Any) -> None:
-        copied, at = next(copies, None), 0
+    def _add(self, samples: dict[int, list[_Samples]], copied: Tensor | None) -> None:
+        at = 0
 
         def on_host(tensor: Tensor | None) -> Any:
             nonlocal at
@@ -161,7 +167,8 @@ class Flight(Listener, StepListener):
             if copied is None or not tensor.is_cuda:
                 return tensor.cpu().numpy()
             at += len(tensor)
-            return copied[at - len(tensor) : at].numpy()
+            bits = copied[at - len(tensor) : at]
+            return (bits.view(torch.float64) if tensor.is_floating_point() else bits).numpy()
 
         found = []
         for step in sorted(samples):
@@ -202,6 +209,11 @@ def checked_generator(state: Any) -> Tensor | None:
         what = str(state.dtype) if isinstance(state, Tensor) else type(state).__name__
         raise TypeError(f"rng_state: expected what torch.get_rng_state() returns, a uint8 tensor, got {what}")
     return state.detach().flatten().clone()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return numbers as int64, those of floating-point ones by their bits, so that all go in one copy."""
+    return tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor.long()
 
 
 def _groups(optimizer: Any) -> Any:
