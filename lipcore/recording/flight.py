@@ -140,13 +140,8 @@ class Flight(Listener, StepListener):
         samples, self._samples = self._samples, {}
         for step in self._generators.keys() - samples.keys():
             samples[step] = []
-        on_device = [
-            _bits(t)
-            for step in sorted(samples)
-            for batch in samples[step]
-            for t in batch
-            if t is not None and t.is_cuda
-        ]
+        batches = [batch for step in sorted(samples) for batch in samples[step]]
+        on_device = [_bits(tensor) for batch in batches for tensor in batch if tensor is not None and tensor.is_cuda]
         if len({tensor.device for tensor in on_device}) == 1:
             self._copied = samples, HostCopy(torch.cat(on_device))
         else:
