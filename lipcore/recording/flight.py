@@ -75,6 +75,10 @@ class Flight(Listener, StepListener):
         if self._rates and len(rates) != len(self._rates[-1]):
             self._pass_on_rates(step - 1)
         self._rates.append(rates)
+        if self._given:
+            self._take_given(step)
+
+    def _take_given(self, step: int) -> None:
         given, self._given, self._passed = self._given, [], 0
         if samples := [one for one, _ in given if one is not None]:
             self._samples[step] = samples
