@@ -43,6 +43,8 @@ def test_a_learning_rate_of_one_layer_in_one_step(tmp_path: Path) -> None:
     assert (first.step, first.place, first.what) == (AT, "2", "update norm")
     assert first.parameter in ("2.weight", "2.bias")
     assert 20 < first.times < 60
+    assert account.beyond is not None
+    assert account.beyond[0] == "2"
     (jump,) = account.jumps
     assert jump.group == "param_groups[1]: 2.weight to 2.bias"
     assert (jump.here, jump.before) == pytest.approx((1.5, 0.05))
