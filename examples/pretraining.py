@@ -1,5 +1,5 @@
-"""A loop for pretraining in the way of torchtitan: a mesh, FSDP2, activation checkpoints, compiled blocks, accumulation,
-warm-up, clipping, checkpoints of everything that has a state, and lipcore as one of these things.
+"""A loop for pretraining in the way of torchtitan: a mesh, FSDP2, activation checkpoints, compiled blocks, warm-up,
+accumulation, clipping, checkpoints of everything that has a state, and lipcore as one of these things.
 
 torchrun --nproc-per-node 2 examples/pretraining.py runs/pretraining --steps 60 [--compile]
 It goes on from the last whole checkpoint in its folder, on any number of ranks.

@@ -1,8 +1,10 @@
-"""The command line: ``lipcore demo``, ``doctor``, ``export``, ``report``, ``compare``."""
+"""The command line: ``lipcore demo``, ``doctor``, ``export``, ``report``, ``postmortem``, ``compare``, ``top``."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,9 +24,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "doctor": _doctor,
         "export": _export,
         "report": _report,
+        "postmortem": _postmortem,
         "compare": _compare,
+        "top": _top,
     }
-    return run[options.command](options)
+    try:
+        status = run[options.command](options)
+        sys.stdout.flush()  # here, not at exit, where nobody can be told
+    except BrokenPipeError:  # who reads it has had enough: `lipcore doctor | head`
+        # What is still in the buffer would be tried once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    return status
 
 
 def _demo(options: argparse.Namespace) -> int:
@@ -90,6 +101,24 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _postmortem(options: argparse.Namespace) -> int:
+    from lipcore.recording import RecordError, open_run
+    from lipcore.report.output import ReportError, write_whole
+
+    try:
+        with open_run(options.run, options.rank) as run:
+            if options.output is None:
+                print(run.postmortem(options.step))
+            else:
+                from lipcore.report.postmortem.page import postmortem_page
+
+                print(write_whole(postmortem_page(run, options.step), options.output))
+    except (RecordError, ReportError, ValueError, ImportError) as error:
+        print(f"lipcore postmortem: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def _compare(options: argparse.Namespace) -> int:
     from contextlib import ExitStack
 
@@ -105,6 +134,24 @@ def _compare(options: argparse.Namespace) -> int:
         print(f"lipcore compare: error: {error}", file=sys.stderr)
         return 2
     print(path)
+    return 0
+
+
+def _top(options: argparse.Namespace) -> int:
+    from lipcore.recording import RecordError
+
+    try:
+        from lipcore.cli.top.screen import top
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] != "rich":
+            raise
+        print('lipcore top: error: it needs rich; run: pip install "lipcore[top]"', file=sys.stderr)
+        return 2
+    try:
+        top(options.run, options.rank, options.every)
+    except (RecordError, ValueError) as error:
+        print(f"lipcore top: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
@@ -153,6 +200,19 @@ def _parser() -> argparse.ArgumentParser:
         help="write it anew whenever the run has gone on, until Ctrl-C; the page loads itself anew",
     )
     report.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
+    about = "Say what went wrong in a step: what moved first, how it spread, which samples stand out, what to check."
+    postmortem = commands.add_parser("postmortem", help=about, description=about)
+    postmortem.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or the file of one rank")
+    postmortem.add_argument(
+        "--step", type=int, metavar="N", help="which (default: that of the alarm with the largest score)"
+    )
+    postmortem.add_argument(
+        *("-o", "--output"),
+        type=Path,
+        metavar="FILE",
+        help="write it as a page, which needs the extra `report`, in place of words in the terminal",
+    )
+    postmortem.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
     about = "Write one page that compares recorded runs: where they part, their settings, their curves at equal loss."
     compare = commands.add_parser("compare", help=about, description=about)
     compare.add_argument("run", type=Path, metavar="RUN", help="what the others are compared with")
@@ -168,6 +228,17 @@ def _parser() -> argparse.ArgumentParser:
         "--by", metavar="AXIS", help="step, loss, or a logged name that only grows (default: step, and loss for theory)"
     )
     compare.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of folders (default: 0)")
+    about = "Show a run in the terminal as it goes on: loss, norms, the hottest layers, alarms; needs the extra `top`."
+    top = commands.add_parser("top", help=about, description=about)
+    top.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or the file of one rank")
+    top.add_argument(
+        *("--every",),
+        type=_seconds,
+        default=1.0,
+        metavar="SECONDS",
+        help="between two looks at the record (default: %(default)s)",
+    )
+    top.add_argument("--rank", type=int, default=0, metavar="N", help="whose file, of a folder (default: 0)")
     return parser
 
 

@@ -19,10 +19,13 @@ class Listener:
         """Go on with this rank's own windows: those of all ranks do not come any more."""
 
     def state_taken(self) -> None:
-        """Write down what waits: a checkpoint is being made."""
+        """Write down what waits: a checkpoint is being made, or the process ends."""
 
     def state_loaded(self, step: int) -> None:
         """Go on behind this step: a checkpoint was loaded."""
+
+    def interrupted(self, step: int, error: BaseException) -> None:
+        """Note what has ended the with block, in which so many steps were made."""
 
     def closed(self) -> None:
         """End: nothing more comes."""

@@ -100,7 +100,7 @@ class Metric(ABC):
         {
             *("prepare", "bind", "needs", "tapped", "counted", "step_call", "settle", "finalize", "advance"),
             *("observe_record", "observe_layers", "observe_unrecorded", "observe_step", "observe_skipped_step"),
-            *("observe_proof", "observe_loss", "observe_output", "wants_outputs"),
+            *("observe_proof", "observe_loss", "observe_batch", "observe_output", "wants_outputs"),
             *("observe_used_gradients", "before_step", "after_step_of", "observe_late_move"),
             *("observe_stop", "rank_part"),
             *("split_state", "joined_state", "empty_state", "add_states", "continues", "load_ranks"),
@@ -112,7 +112,7 @@ class Metric(ABC):
         {
             *("__init__", "update", "compute", "reset", "close", "state_dict", "load_state_dict", "rebind", "merge"),
             *("sync", "rebase", "set_reference", "advance", "drain", "observe_gradients", "set_ids", "bind"),
-            *("weighted_sum", "gram", "sync_scores"),
+            *("weighted_sum", "gram", "sync_scores", "set_losses"),
         }
     )
 
@@ -174,6 +174,9 @@ class Metric(ABC):
 
     def observe_loss(self, loss: Tensor) -> None:  # noqa: B027
         """Look at the loss whose backward pass is to come."""
+
+    def observe_batch(self, ids: Tensor, losses: Tensor | None) -> None:  # noqa: B027
+        """Take the ids [B] of the samples of the next backward pass, and their losses where they are known."""
 
     def observe_gradients(self) -> None:  # noqa: B027
         """Look at the gradients after a backward pass."""

@@ -78,6 +78,10 @@ class Logged:
             result.add_later(name, "total", "total", read, reducers)
         return result
 
+    def hurry(self) -> None:
+        """Hand what waits to the listeners at the next steps, not only when there is a block."""
+        self._blocks.hurry()
+
     def hand_on(self) -> None:
         """Hand all numbers to the listeners. Waits for a device."""
         self._blocks.hand_on()

@@ -47,6 +47,10 @@ class LoggedQueue:
         on_device = [value.double() for _, _, value in ready if isinstance(value, Tensor) and value.is_cuda]
         self._copied = ready, HostCopy(torch.stack(on_device))
 
+    def hurry(self) -> None:
+        """Hand on what waits at the next steps, however little it is."""
+        self._pace.hurry()
+
     def hand_on(self) -> None:
         """Hand on all that waits. Waits for a device."""
         self._take_copied()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import TracebackType
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +22,10 @@ from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.logged import Logged, LoggedListener, check_logged
 from lipcore.monitor.plan import Plan
 from lipcore.monitor.show import shown
+from lipcore.per_sample.grad_norms import PerSampleGradNorms
+from lipcore.per_sample.sample_names import checked_ids, checked_losses
+from lipcore.recording.endings import Endings, EndKind
+from lipcore.recording.flight import Flight, checked_generator
 from lipcore.recording.recorder import Recorder
 from lipcore.trajectory.metric import Trajectory
 
@@ -98,6 +104,7 @@ class Monitor(Engine):
         self.alarms = checked_alarms(alarms, metrics)  #: None without `alarms`
         self._probes, self._logged = Probes(), Logged()
         self._meets = False  # log() merges the windows of all ranks
+        self._flight: Flight | None = None  # of a record
         super().__init__(
             model,
             optimizer,
@@ -116,7 +123,7 @@ class Monitor(Engine):
             self._attach_alarms(self.alarms)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged()}
+        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged(), "_flight": None}
 
     def plan(self) -> Plan:
         """Return what is measured, by which rule, for how many bytes."""
@@ -165,6 +172,32 @@ class Monitor(Engine):
         if self._meets and self._global.waits:
             self._meet()
 
+    def log_batch(self, ids: Any = None, *, losses: Tensor | None = None, rng_state: Tensor | None = None) -> None:
+        """Say which samples the next backward pass is of; call it before ``loss.backward()``, in every micro-batch.
+
+        Every metric of single samples takes the ids and the losses, as by its ``set_ids()`` and ``set_losses()``: the
+        numbers are kept by id in its ``scores`` and ``loss_scores``. The record of :func:`lipcore.watch` keeps them of
+        the last 512 steps and around alarms, so that ``lipcore postmortem`` names samples. No device is waited for.
+
+        Args:
+            ids: integers [B].
+            losses: floating-point numbers [B], each sample's own.
+            rng_state: what ``torch.get_rng_state()`` returned before the batch was made, to make it once more.
+
+        Raises:
+            ValueError, TypeError: one of them is no such thing; losses without ids.
+        """
+        if losses is not None and ids is None:
+            raise ValueError("ids: losses were given without the ids of their samples; pass ids= too")
+        found = None if ids is None else checked_ids(ids)
+        each = None if losses is None or found is None else checked_losses(losses, found)
+        generator = checked_generator(rng_state)
+        self._failures.raise_kept()
+        if found is not None:
+            self._call(self.metrics.values(), lambda metric: metric.observe_batch(found, each))
+        if self._flight is not None:
+            self._flight.name_batch(found, each, generator)
+
     def _meet(self) -> None:
         """Merge the closed windows with those of the other ranks, which log at the same step."""
         try:
@@ -183,9 +216,50 @@ class Monitor(Engine):
         for metric in self.metrics.values():
             if isinstance(metric, Trajectory):
                 metric.listen(recorder.steps)
-        self._listeners.append(recorder)
+        here = ref(self)
+
+        def ended(kind: EndKind, text: str, facts: dict[str, Any]) -> None:
+            monitor = here()
+            if monitor is not None:
+                monitor._write_down(recorder, kind, text, facts)
+
+        endings, model = Endings(ended), self.model
+        flight = Flight(
+            updating(self._optimizers),
+            model.named_parameters,
+            recorder.batches,
+            recorder.rates,
+            recorder.taken_back,
+            endings.begin,
+        )
+        for metric in self.metrics.values():
+            if isinstance(metric, PerSampleGradNorms):
+                metric.listen(flight)
+        self._flight = flight
+        self._listeners += [endings, flight, recorder]  # the last closes the file, after what it is given
         if self.alarms is not None:
             self.alarms._write_to(recorder.alarm)
+            recorder.on_alarm = self._hurry
+
+    def _hurry(self) -> None:
+        """Have the steps around an alarm written soon: it may be the last that there is to see."""
+        self._logged.hurry()
+        if self._flight is not None:
+            self._flight.hurry()
+        for metric in self.metrics.values():
+            if isinstance(metric, Trajectory):
+                metric.hurry()
+
+    def _write_down(self, recorder: Recorder, kind: EndKind, text: str, facts: Mapping[str, Any]) -> None:
+        """Write all that waits to the file, and what ends the run, which may yet go on. Waits for a device."""
+        if not self._failures.all_stopped:
+            for metric in self.metrics.values():
+                metric.flush()
+        self._tell(lambda listener: listener.state_taken())
+        if self.alarms is not None and kind != "SIGTERM":  # after which the training may go on
+            self.alarms._end()
+        recorder.ended(self._windows.step, kind, text, facts)
+        recorder.record.flush()
 
     def _attach_alarms(self, alarms: Alarms) -> None:
         """Have single steps and what is logged looked at from now on."""
@@ -197,9 +271,21 @@ class Monitor(Engine):
         self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms))
 
+    def _after_backward(self) -> None:
+        super()._after_backward()
+        if self._flight is not None:
+            self._flight.backward_ends()
+
+    def _after_skipped_step(self) -> None:
+        super()._after_skipped_step()
+        if self._flight is not None:
+            self._flight.skip_step()
+
     def _after_step(self) -> None:
         if self.alarms is not None:
             self.alarms._begin_step(self._windows.step + 1)
+        if self._flight is not None:
+            self._flight.begin_step(self._windows.step + 1)
         super()._after_step()
 
     def _warn_of_record(self, message: str) -> None:
@@ -264,6 +350,13 @@ class Monitor(Engine):
         probe = Probe(self.model, x, name, output, regions, batch_size)
         self._probes.add(probe)
         return probe
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._tell(lambda listener: listener.interrupted(self._windows.step, error))
+        super().__exit__(kind, error, trace)
 
     def __repr__(self) -> str:
         return shown(self).text()

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,7 +19,6 @@ from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.distributed.group import AUTO
 from lipcore.distributed.partners import Partners
 from lipcore.distributed.rank_axis import Place
-from lipcore.functional.dtypes import INTEGERS
 from lipcore.metric.blocks import BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.distribution import on_device
 from lipcore.metric.hook_warnings import warn_in_hook
@@ -44,12 +42,14 @@ from lipcore.per_sample.methods import check_methods, how
 from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
 from lipcore.per_sample.noise.shared_gradient import SharedGradient, checked_shared, noise_of_all, with_steps
-from lipcore.per_sample.open_step import OpenStep, PassNumbers, take_in
+from lipcore.per_sample.open_step import MicroBatch, OpenStep, PassNumbers, take_in
 from lipcore.per_sample.results import add_noise
+from lipcore.per_sample.sample_names import checked_ids, checked_losses
 from lipcore.per_sample.scores.rank_scores import scores_of_all
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.scores.score_columns import ScoreColumns, Scores
 from lipcore.per_sample.show import shown
+from lipcore.per_sample.step_listener import StepListener
 from lipcore.per_sample.total import total_of
 from lipcore.per_sample.unproved import Unproved
 
@@ -75,6 +75,7 @@ class PerSampleMetric(StandaloneMetric):
 
     Attributes:
         scores: statistics per sample id, when `ids` are given.
+        loss_scores: of the losses, when :meth:`set_losses` gives them too.
     """
 
     _version = 1
@@ -105,8 +106,11 @@ class PerSampleMetric(StandaloneMetric):
         self._last: PassNumbers | None = None
         self._joint = False  # another forward pass had the same backward pass
         self._ids: Tensor | None = None
+        self._losses: Tensor | None = None
         self._takes_ids = False
         self.scores: Any = make_scores()
+        self.loss_scores = SampleScores()
+        self._step_listener: StepListener | None = None
         self._layer_index = LayerIndex({})
         self._open_step = OpenStep(None, make_scores)
         self._blocks = 1
@@ -211,7 +215,7 @@ class PerSampleMetric(StandaloneMetric):
         """Look at the model anew after parameters were frozen or unfrozen, layers added or removed; statistics start
         anew where the layers are others than before."""
         self._open_step.drop()
-        self._ids = None
+        self._take_ids()
         if self._capture is not None:
             self._capture.rebind()
             self.tapped(self._capture)
@@ -248,21 +252,27 @@ class PerSampleMetric(StandaloneMetric):
             self._raised = warn_in_hook(message, UserWarning) or self._raised
         if record.observed:
             return
-        ids, self._ids = self._ids, None
+        ids, losses = self._take_ids()
         if ids is not None and len(ids) != record.samples:
             raise ValueError(f"ids: {len(ids)} ids were given for a micro-batch of {record.samples} samples")
+        batch = MicroBatch(norms, ids, losses)
         if self._stands_alone:
-            self._take_in(norms, ids)
+            self._take_in(batch)
         else:
-            self._open_step.add(norms, ids, len(self._window.open))
+            self._open_step.add(batch, len(self._window.open))
 
-    def _take_in(self, norms: PassNumbers, ids: Tensor | None) -> None:
-        take_in(norms, ids, self._window.open, self.scores)
+    def _take_in(self, batch: MicroBatch) -> None:
+        take_in(batch, self._window.open, self.scores, self.loss_scores)
+
+    def _take_ids(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the ids and the losses that were set for a backward pass, and forget them."""
+        ids, losses, self._ids, self._losses = self._ids, self._losses, None, None
+        return ids, losses
 
     def observe_unrecorded(self, samples: int, reason: str) -> None:
         """Take in a backward pass without a record: the numbers of the one before are not its numbers, nor are the ids
         set for it those of the next."""
-        self._ids = None
+        self._take_ids()
         self._reduction.forget()
         self._last = self._without(samples, reason)
         if (reason == STRAYED or reason in self._without_loss) and self._open_step.sums is not None:
@@ -270,6 +280,15 @@ class PerSampleMetric(StandaloneMetric):
 
     def observe_loss(self, loss: Tensor) -> None:
         self._reduction.look_at(loss)
+
+    def observe_batch(self, ids: Tensor, losses: Tensor | None) -> None:
+        self.set_ids(ids)
+        if losses is not None:
+            self.set_losses(losses)
+
+    def listen(self, listener: StepListener) -> None:
+        """Tell this listener of the samples of every step from now on."""
+        self._step_listener = listener
 
     def _note_doubt(self, record: LayerRecord) -> None:
         """Note that a pass waits for a proof; a mark is made before the first of them."""
@@ -307,11 +326,15 @@ class PerSampleMetric(StandaloneMetric):
         self._unproved.mark(self._window, self.scores, self._noise)
         if self._shared is not None:
             self._shared.mark()
+        if self._step_listener is not None:
+            self._step_listener.samples_proved()
 
     def _take_back(self, reason: str) -> None:
         count, self._noise = self._unproved.take_back(reason, self._window, self.scores, self._open_step)
         if self._shared is not None:
             self._shared.take_back(f"samples of it were taken back: {reason}")
+        if self._step_listener is not None:
+            self._step_listener.samples_taken_back(reason)
         if count:
             message = (
                 f"lipcore took back the gradient norms of {count} samples, all since the last good proof: {reason}; "
@@ -337,10 +360,12 @@ class PerSampleMetric(StandaloneMetric):
 
     def observe_step(self) -> None:
         """Count what the backward passes of the optimizer's step brought."""
-        self._ids = None  # set for a backward pass that did not come, or that was in a step without records
+        self._take_ids()  # set for a backward pass that did not come, or that was in a step without records
         self._reduction.forget()
         recorded = bool(self._open_step)
-        self._open_step.take_into(self._window.open, self.scores)
+        if recorded and self._step_listener is not None:
+            self._step_listener.step_samples(self._open_step.named())
+        self._open_step.take_into(self._window.open, self.scores, self.loss_scores)
         if self._open_step.sums is not None and self._noise is not None and self._shared is not None:
             self._shared.finish(self._noise, recorded, self._steps % self._every == 0)
             if recorded and self._open_step.sums.hooked and not self._told_of_hooks:
@@ -424,32 +449,49 @@ class PerSampleMetric(StandaloneMetric):
     def set_ids(self, ids: Any) -> None:
         """Name the samples of the next backward pass by their ids (integers [B]); its norms are kept in
         :attr:`scores`. The ids are forgotten when that pass is not recorded, and at the end of the optimizer step."""
-        given = ids if isinstance(ids, Tensor) else np.asarray(ids)
-        found = given if isinstance(given, Tensor) else torch.from_numpy(given) if given.dtype.kind in "iu" else None
-        if found is None or found.dim() != 1 or found.dtype not in INTEGERS:
-            what = list(given.shape)
-            raise ValueError(f"ids: expected integers of shape [B], got {given.dtype} of shape {what}")
-        self._ids = found.clone()  # a loader may fill its buffer anew before the step
+        self._ids, self._losses = checked_ids(ids), None
         if not self._takes_ids:
             self._takes_ids = True
             self._renew_sink()
 
-    def sync_scores(self, group: Any = AUTO, *, timeout: float = 60) -> Any:
+    def set_losses(self, losses: Tensor) -> None:
+        """Keep the losses of the samples of the next backward pass, in :attr:`loss_scores`, by the ids that
+        :meth:`set_ids` was given before. A wrong label shows in the loss rather than in the gradient's norm, an input
+        that is too large in the norm rather than in the loss. Nothing waits for a device; the losses are forgotten
+        where the ids are.
+
+        Args:
+            losses: floating-point numbers [B], each sample's own: what a loss with ``reduction="none"`` returns, or its
+                sum over a sample's terms.
+
+        Raises:
+            ValueError: no such tensor, no ids, or not as many.
+        """
+        if self._ids is None:
+            raise ValueError(
+                "losses: there are no ids to keep them by; call set_ids(ids) before, in the same micro-batch"
+            )
+        self._losses = checked_losses(losses, self._ids)
+
+    def sync_scores(self, group: Any = AUTO, *, timeout: float = 60, losses: bool = False) -> Any:
         """Return :attr:`scores` with what all ranks of a group have observed; those of each rank stay as they are.
         Every rank of the group calls it at the same step. A sample that several ranks have seen counts once for each.
 
         Args:
             group: "auto" for the default process group, where there is one; a ProcessGroup or a DeviceMesh.
             timeout: seconds to wait for the other ranks.
+            losses: return :attr:`loss_scores` so.
 
         Raises:
             RuntimeError: a rank has not come in time, or is at another step. No collective was started.
             ValueError: ranks are at different calls.
         """
         partners = Partners(group, timeout)
-        several = not isinstance(self.scores, SampleScores)
-        own = list(self.scores) if several else [self.scores]
-        found = scores_of_all(partners, own, f"{self.name}.sync_scores()", self._steps)
+        scores: Any = self.loss_scores if losses else self.scores
+        several = not isinstance(scores, SampleScores)
+        own = list(scores) if several else [scores]
+        what = f"{self.name}.sync_scores({'losses=True' if losses else ''})"
+        found = scores_of_all(partners, own, what, self._steps)
         return ScoreColumns.of(found) if several else found[0]
 
     def set_loss(self, loss: Tensor) -> None:
@@ -576,6 +618,7 @@ class PerSampleMetric(StandaloneMetric):
             "noise": self._noise.state_dict() if self._noise is not None else {},
             "shared": self._shared.state_dict() if self._shared is not None else {},
             "scores": self.scores.state_dict(),
+            "loss_scores": self.loss_scores.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -592,10 +635,13 @@ class PerSampleMetric(StandaloneMetric):
         shared = checked_shared(state.get("shared"), len(self._layers) + 1)
         with under_key("scores"):
             scores.load_state_dict(state.get("scores"))  # type: ignore[arg-type]
+        loss_scores = SampleScores()
+        with under_key("loss_scores"):
+            loss_scores.load_state_dict(state.get("loss_scores"))  # type: ignore[arg-type]
         if self._noise is not None:
             with under_key("noise"):  # last: it checks itself wholly, then takes over
                 self._noise.load_state_dict(noise)
-        self._window, self.scores = window, scores
+        self._window, self.scores, self.loss_scores = window, scores, loss_scores
         self._steps, self._dropped = steps, dropped
         self._mark()
         self._renew_sink()
@@ -615,20 +661,23 @@ class PerSampleMetric(StandaloneMetric):
         """Return its state without samples. The averages of the noise scale go on from the last window that is that of
         all ranks; the open window's begins anew, since it is made of the steps of all ranks."""
         state = {**rest, "dropped": 0, "scores": self._make_scores().state_dict(), **empty_blocks(rest)}
+        state["loss_scores"] = SampleScores().state_dict()
         if rest["noise"]:
             state |= noise_of_all(rest["noise"], rest["shared"], rest["share"], rest["steps"], alone=rest["alone"])
         return {**state, "share": {}}
 
     def add_states(self, begin: dict[str, Any], others: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the state with the samples of all of these."""
-        scores = self._make_scores()
-        for state in others:
-            one = self._make_scores()
-            one.load_state_dict(state["scores"])
-            scores.merge(one)  # type: ignore[arg-type]
         dropped = sum(state["dropped"] for state in others)
         shared = with_steps(begin["shared"], [state["share"] for state in others if state["share"]])
-        found = {"dropped": dropped, "scores": scores.state_dict(), "shared": shared}
+        found = {"dropped": dropped, "shared": shared}
+        for key, make in (("scores", self._make_scores), ("loss_scores", SampleScores)):
+            scores = make()
+            for state in others:
+                one = make()
+                one.load_state_dict(state[key])
+                scores.merge(one)  # type: ignore[arg-type]
+            found[key] = scores.state_dict()
         return {**begin, **found, **added_blocks([begin, *others])}
 
     def load_ranks(self, saved: RankStates) -> str:
@@ -657,6 +706,7 @@ class PerSampleMetric(StandaloneMetric):
         self._window.merge(other._window)
         self._doubts.merge(other._doubts)
         self.scores.merge(other.scores)
+        self.loss_scores.merge(other.loss_scores)
         self._dropped += other._dropped
 
     def __getstate__(self) -> dict[str, Any]:
@@ -665,7 +715,7 @@ class PerSampleMetric(StandaloneMetric):
         if self._last is not None:
             self._last_norms()  # takes in what has not been delivered yet
         attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}
-        attached |= {"_model": None, "_holding": None, "_shared": None}
+        attached |= {"_model": None, "_holding": None, "_shared": None, "_losses": None, "_step_listener": None}
         return self.__dict__ | attached | {"_open_step": OpenStep(None, self._make_scores)}
 
     def __repr__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from lipcore.metric.distribution import Distribution
 from lipcore.per_sample.loss_factor import LossFactor
 from lipcore.per_sample.noise.noise_sums import NoiseSums
 from lipcore.per_sample.pass_norms import PassNorms
+from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.scores.score_columns import Scores
 
 # As many are kept as they are: then they are summed up, so that nothing grows in a loop that never steps. Summing up
@@ -37,6 +38,14 @@ class PassNumbers(Protocol):
         """Add the numbers to the distributions of a window's places."""
 
 
+class MicroBatch(NamedTuple):
+    """Micro-batch: what a backward pass has brought of its samples."""
+
+    norms: PassNumbers
+    ids: Tensor | None  #: [B]
+    losses: Tensor | None  #: [B]
+
+
 class OpenStep:
     """Micro-batches of the open step, which are all given away, or forgotten.
 
@@ -51,36 +60,45 @@ class OpenStep:
 
     def _forget(self) -> None:
         self.samples = 0
-        self._waiting: list[tuple[PassNumbers, Tensor | None]] = []
-        self._held: tuple[list[Distribution], Scores] | None = None
+        self._waiting: list[MicroBatch] = []
+        self._held: tuple[list[Distribution], Scores, SampleScores] | None = None
 
     def __bool__(self) -> bool:
         return bool(self._waiting) or self._held is not None
 
-    def add(self, norms: PassNumbers, ids: Tensor | None, places: int) -> None:
-        """Add a micro-batch, and the ids of its samples."""
-        self._waiting.append((norms, ids))
+    def add(self, batch: MicroBatch, places: int) -> None:
+        """Add a micro-batch."""
+        self._waiting.append(batch)
         if self.sums is not None:
-            self.sums.expect(norms.record)
-        self.samples += norms.samples
+            self.sums.expect(batch.norms.record)
+        self.samples += batch.norms.samples
         if len(self._waiting) >= _MOST:
-            self._held = self._held or ([Distribution() for _ in range(places)], self._make_scores())
+            self._held = self._held or (
+                [Distribution() for _ in range(places)],
+                self._make_scores(),
+                SampleScores(),
+            )
             self._hand_on(*self._held)
 
-    def _hand_on(self, distributions: list[Distribution], scores: Any) -> None:
-        waiting, self._waiting = self._waiting, []
-        for norms, ids in waiting:
-            take_in(norms, ids, distributions, scores)
-            if self.sums is not None and isinstance(norms, PassNorms):
-                self.sums.add(norms)
+    def named(self) -> list[MicroBatch]:
+        """Return the micro-batches whose samples have ids; none where some are summed up already."""
+        return [] if self._held is not None else [batch for batch in self._waiting if batch.ids is not None]
 
-    def take_into(self, distributions: list[Distribution], scores: Any) -> None:
+    def _hand_on(self, distributions: list[Distribution], scores: Any, losses: SampleScores) -> None:
+        waiting, self._waiting = self._waiting, []
+        for batch in waiting:
+            take_in(batch, distributions, scores, losses)
+            if self.sums is not None and isinstance(batch.norms, PassNorms):
+                self.sums.add(batch.norms)
+
+    def take_into(self, distributions: list[Distribution], scores: Any, losses: SampleScores) -> None:
         """Hand everything on: the step was made."""
         if self._held is not None:
             for into, held in zip(distributions, self._held[0], strict=True):
                 into.merge(held)
             scores.merge(self._held[1])
-        self._hand_on(distributions, scores)
+            losses.merge(self._held[2])
+        self._hand_on(distributions, scores, losses)
         self._forget()
 
     def drop(self) -> int:
@@ -92,8 +110,10 @@ class OpenStep:
         return samples
 
 
-def take_in(norms: PassNumbers, ids: Tensor | None, distributions: list[Distribution], scores: Any) -> None:
-    """Take in the norms of a micro-batch, per layer, in total and per sample id."""
-    norms.observe(distributions)
-    if ids is not None:
-        scores.observe(ids, norms.per_sample)
+def take_in(batch: MicroBatch, distributions: list[Distribution], scores: Any, losses: SampleScores) -> None:
+    """Take in the norms of a micro-batch, per layer, in total and per sample id, and the losses per sample id."""
+    batch.norms.observe(distributions)
+    if batch.ids is not None:
+        scores.observe(batch.ids, batch.norms.per_sample)
+        if batch.losses is not None:
+            losses.observe(batch.ids, batch.losses)

@@ -18,6 +18,7 @@ import numpy as np
 from lipcore.metric.results import Window
 from lipcore.metric.values import LEVELS, Level
 from lipcore.models.arguments import check_choice, check_count
+from lipcore.recording.batches import KEPT, Batch, add_batches, forget_details, forget_norms, make_table
 from lipcore.recording.folding import fold_oldest, used_bytes
 from lipcore.recording.location import Hold, local_copy, of_a_network, record_path
 from lipcore.recording.pack import PackedWindow, layout_text, packed_steps, places_of, unpacked_steps
@@ -26,6 +27,8 @@ from lipcore.recording.schema import RecordError, connect
 RecordLevel = Literal["group", "tensor"]
 MAX_BYTES = 2 << 30
 _BLOCK = 256  # steps of a block, about: a later one is joined to one that is shorter
+_DETAIL_BLOCK = 64  # steps of a block of which the older ones are forgotten
+_DETAIL_SHARE = 8  # of `max_bytes`, the part that the last steps of single parameters may take
 _LOOK = 16  # blocks between two looks at the size of the file
 _WAITING = 256  # things to write that wait at most; then the training waits
 
@@ -75,6 +78,7 @@ class RunRecord:
                 _backup(self.path, self._file)
             self._connection = connect(self._file, write=True)
             self._check_model(model)
+            make_table(self._connection)
         except Exception:
             self._hold.close()
             raise
@@ -130,6 +134,28 @@ class RunRecord:
                 continue
             self._known.add(quantity)
             self._put(lambda q=quantity, a=array[:, where]: self._add_steps(q, first, a, text))  # type: ignore[misc]
+
+    def add_details(
+        self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], names: Sequence[str], levels: Sequence[Level]
+    ) -> None:
+        """Add numbers of single parameters, [steps, places] by quantity, of which the last 512 steps and those around
+        an alarm are kept; nothing where the record has every parameter anyway, or where they would be too large."""
+        where = [i for i, level in enumerate(levels) if level == "tensor"]
+        if "tensor" in self.levels or 4 * KEPT * len(where) * len(arrays) > self._limit // _DETAIL_SHARE or not where:
+            return
+        text = layout_text([names[i] for i in where], ["tensor"] * len(where))
+        for quantity, array in arrays.items():
+            if quantity in self._known or not np.isnan(array).all():
+                self._known.add(quantity)
+                self._put(lambda q=quantity, a=array[:, where]: self._add_steps(q, first, a, text, detail=True))  # type: ignore[misc]
+
+    def add_batches(self, batches: Sequence[Batch]) -> None:
+        """Add the samples of single steps, of which the last 512 steps and those around an alarm are kept."""
+        self._put(lambda: add_batches(self._connection, batches))
+
+    def forget_norms(self, after: int) -> None:
+        """Forget the gradient norms of samples of later steps than this."""
+        self._put(lambda: forget_norms(self._connection, after))
 
     def add_window(self, window: Window) -> None:
         """Add a closed window."""
@@ -212,6 +238,7 @@ class RunRecord:
         """Remove everything that is later than a step."""
         self._execute("delete from windows where last > ?", (step,))
         self._execute("delete from events where step > ?", (step,))
+        self._execute("delete from batches where step > ?", (step,))
         across = self._execute(
             "select quantity, first, layout, fold, data from steps where first <= ? and last > ?", (step, step)
         ).fetchall()
@@ -241,7 +268,7 @@ class RunRecord:
         _backup_from(self._connection, older)
         self.older = older.name
         self._execute("begin")
-        for table in ("starts", "steps", "windows", "events"):
+        for table in ("starts", "steps", "windows", "events", "batches"):
             self._execute(f"delete from {table}")
         self._execute("insert or replace into meta values('older', ?)", (older.name,))
         self._execute("commit")
@@ -252,13 +279,15 @@ class RunRecord:
             self._layouts[text], self._places[number] = number, len(places_of(text))
         return self._layouts[text]
 
-    def _add_steps(self, quantity: str, first: int, values: np.ndarray[Any, Any], text: str) -> None:
+    def _add_steps(
+        self, quantity: str, first: int, values: np.ndarray[Any, Any], text: str, *, detail: bool = False
+    ) -> None:
         self._execute("begin immediate")
         layout, last = self._layout(text), first + len(values) - 1
         before = self._execute(
             "select first, data from steps where quantity = ? and layout = ? and last = ? and fold = 1"
             " and first > ? order by first desc limit 1",
-            (quantity, layout, first - 1, first - _BLOCK),
+            (quantity, layout, first - 1, first - (_DETAIL_BLOCK if detail else _BLOCK)),
         ).fetchone()
         if before is not None:
             values = np.concatenate([unpacked_steps(before[1], self._places[layout]), values])
@@ -267,6 +296,8 @@ class RunRecord:
             "insert or replace into steps values(?, ?, ?, ?, 1, ?)",
             (quantity, layout, first, last, packed_steps(values)),
         )
+        if detail:
+            forget_details(self._connection, quantity, last)
         self._execute("commit")
         self._blocks += 1
         if self._blocks % _LOOK == 0 and used_bytes(self._connection) > self._limit:

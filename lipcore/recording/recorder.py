@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lipcore.alarms.event import AlarmEvent
 from lipcore.metric.listener import Listener
+from lipcore.metric.values import Level
 from lipcore.metric.window import Window
+from lipcore.recording.batches import Batch
+from lipcore.recording.endings import told
 from lipcore.recording.record import RunRecord
+from lipcore.report.left_out import NOT_FINITE
 from lipcore.trajectory.step_stream import StepArrays
 
 _TOTAL = ["total"]
@@ -29,7 +34,9 @@ class Recorder(Listener):
     def __init__(self, record: RunRecord, warn: Callable[[str], None], step: int = 0) -> None:
         self.record = record
         self._warn, self._step = warn, step
+        self.on_alarm: Callable[[], None] = _nothing  #: told of an alarm, whose steps are to be in the file soon
         self._begun = self._told = False
+        self._measured = np.zeros(0, bool)  # parameters that have had a norm
         self._older = ""
 
     def steps(self, first: int, arrays: StepArrays) -> None:
@@ -37,6 +44,29 @@ class Recorder(Listener):
         self._begin()
         named = {f"trajectory/{name}": array for name, array in arrays.items()}
         self.record.add_steps(first, named, arrays.places, arrays.levels)
+        self._left_out(first, arrays)
+        details = {f"flight/tensor_{name}": array for name, array in arrays.items()}
+        self.record.add_details(first, details, arrays.places, arrays.levels)
+
+    def _left_out(self, first: int, arrays: StepArrays) -> None:
+        """Add the steps in which a parameter was not finite, by group: the group's numbers are of its others."""
+        if not arrays.groups:
+            return
+        norms = arrays["update_norm"][:, : len(arrays.groups)]
+        finite = np.isfinite(norms)
+        if len(self._measured) != len(arrays.groups):
+            self._measured = np.zeros(len(arrays.groups), bool)
+        self._measured |= finite.any(0)
+        lost = ~finite & self._measured  # else nobody measures it
+        rows = np.flatnonzero(lost.any(1))
+        if not len(rows):
+            return
+        names = [*dict.fromkeys(arrays.groups), "total"]
+        columns = [np.array([group == name for group in arrays.groups]) for name in names[:-1]]
+        counts = np.stack([*(lost[:, column].sum(1) for column in columns), lost.sum(1)], axis=1)
+        levels: list[Level] = [*["group"] * len(columns), "total"]  # type: ignore[list-item]
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            self.record.add_steps(first + int(run[0]), {NOT_FINITE: counts[run].astype(np.float64)}, names, levels)
 
     def logged(self, first: int, arrays: Mapping[str, NDArray[np.float64]]) -> None:
         """Add what the loop has logged, [steps] by name."""
@@ -53,6 +83,34 @@ class Recorder(Listener):
             "score": event.score if math.isfinite(event.score) else None,
         }
         self.record.add_event(event.step, "alarm", event.message, data)
+
+        self.on_alarm()
+
+    def batches(self, batches: Sequence[Batch]) -> None:
+        """Add the samples of single steps."""
+        self._begin()
+        self.record.add_batches(batches)
+
+    def rates(self, first: int, rates: NDArray[np.float64], groups: Sequence[str]) -> None:
+        """Add the learning rates of the optimizers' groups, [steps, groups]."""
+        self._begin()
+        self.record.add_steps(first, {"optimizer/group_lr": rates}, groups, ["group"] * len(groups))
+
+    def taken_back(self, after: int, reason: str) -> None:
+        """Forget the norms of the samples of later steps."""
+        self.record.forget_norms(after)
+        if self._begun:
+            text = f"the gradient norms of single samples since step {after} were taken back: {reason}"
+            self.record.add_event(after, "taken back", text)
+
+    def ended(self, step: int, kind: str, text: str, facts: Mapping[str, Any]) -> None:
+        """Add what has ended the run, or may have, after so many steps."""
+        self._begin()
+        self.record.add_event(step, kind, text, facts)
+
+    def interrupted(self, step: int, error: BaseException) -> None:
+        if not isinstance(error, (SystemExit, GeneratorExit)):
+            self.ended(step, "exception", *told(error))
 
     def window_closed(self, window: Window) -> None:
         self._begin()
@@ -91,3 +149,7 @@ class Recorder(Listener):
         if self.record.failed and not self._told:
             self._told = True
             self._warn(f"the run is no longer recorded, and the training goes on: {self.record.failed}")
+
+
+def _nothing() -> None:
+    """Do nothing."""

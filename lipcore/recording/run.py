@@ -20,6 +20,7 @@ from lipcore.metric.show import LINES, Showable, Shown
 from lipcore.models.arguments import check_count
 from lipcore.models.names import listed
 from lipcore.recording import plots
+from lipcore.recording.batches import Batch, read_batches
 from lipcore.recording.folding import FOLD, unfolded
 from lipcore.recording.location import SUFFIX, being_written
 from lipcore.recording.pack import UnpackedWindow, places_of, unpacked_steps
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from lipcore.report.page import Page
+    from lipcore.report.postmortem.account import Account
 
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
+_ANY = 1 << 62  # later than any step
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,17 @@ class Run(Showable):
         return float(self._rows("select max(wall) from windows")[0][0] or 0.0)
 
     @property
+    def steps_per_second(self) -> float:
+        """Steps per second between the last two windows that were written since the last start; NaN where there are
+        fewer."""
+        rows = self._rows(
+            "select last, wall from windows where wall > (select max(wall) from starts) order by last desc limit 2"
+        )
+        if len(rows) < 2 or rows[0][1] <= rows[1][1]:
+            return float("nan")
+        return float((rows[0][0] - rows[1][0]) / (rows[0][1] - rows[1][1]))
+
+    @property
     def quantities(self) -> list[str]:
         """Names that :meth:`series` takes: quantities of single steps, then `quantity.reducer` of windows, with the
         metric's name before it where two metrics have it; what was logged is the metric "logged"."""
@@ -179,6 +193,20 @@ class Run(Showable):
         from lipcore.report.page import Page, page_of
 
         return Page(page_of(self), self.name)
+
+    def postmortem(self, step: int | None = None) -> Account:
+        """Look into a step in which something went wrong: printed, it says what moved first and in which layer, how it
+        spread, which samples stand out, and what to check; docs/postmortem.md.
+
+        Args:
+            step: default: that of the alarm with the largest score, without alarms that of the exception that ended it.
+
+        Raises:
+            ValueError: the step is not in the record; there is no alarm, and no step was asked for.
+        """
+        from lipcore.report.postmortem.reading import account_of
+
+        return account_of(self, step)
 
     # ---- pictures; they need matplotlib
 
@@ -244,28 +272,30 @@ class Run(Showable):
             at += len(steps)
         return _joined(name, numbers, values, list(columns))
 
-    def blocks(self, quantity: str) -> Iterator[Block]:
+    def blocks(self, quantity: str, first: int = 1, last: int | None = None) -> Iterator[Block]:
         """Yield the single steps of a quantity as they lie in the file, so that a long run is never in memory.
 
         Args:
             quantity: one of :attr:`step_quantities`.
+            first, last: blocks without a step between these two are left out.
         """
-        for first, layout in self._rows(
-            "select first, layout from steps where quantity = ? order by first, layout", quantity
+        for begin, layout in self._rows(
+            "select first, layout from steps where quantity = ? and last >= ? and first <= ? order by first, layout",
+            *(quantity, first, _ANY if last is None else last),
         ):
             rows = self._rows(
                 "select last, fold, data from steps where quantity = ? and first = ? and layout = ?",
-                *(quantity, first, layout),
+                *(quantity, begin, layout),
             )
             if not rows:  # joined to an older block meanwhile, or rewound
                 continue
-            (last, fold, blob), places = rows[0], self._places(layout)
+            (end, fold, blob), places = rows[0], self._places(layout)
             if fold == 1:
                 values = unpacked_steps(blob, len(places))
-                yield Block(np.arange(first, last + 1), places.names, places.levels, values, values, values)
+                yield Block(np.arange(begin, end + 1), places.names, places.levels, values, values, values)
             else:
                 low, mean, high = unfolded(blob, len(places))
-                steps = np.minimum(first - 1 + FOLD * np.arange(1, len(mean) + 1), last)
+                steps = np.minimum(begin - 1 + FOLD * np.arange(1, len(mean) + 1), end)
                 yield Block(steps, places.names, places.levels, mean, low, high)
 
     def _part(self, rowid: int, where: Sequence[int], steps: int) -> Numbers:
@@ -278,6 +308,12 @@ class Run(Showable):
             )[0][0]
             pieces.append(np.frombuffer(blob, "<f4").reshape(end - begin, steps))
         return np.concatenate(pieces).T.astype(np.float64)
+
+    def batches(self, first: int = 1, last: int | None = None) -> list[Batch]:
+        """Return the samples of the steps between two, of those that the flight recorder has: the last 512 of the run,
+        and 32 before to 8 after each alarm (docs/postmortem.md)."""
+        with self._named():
+            return list(read_batches(self._connection, first, _ANY if last is None else last))
 
     # ---- windows
 

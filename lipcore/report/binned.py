@@ -99,6 +99,13 @@ class Binned:
         self.lost[at] += np.add.reduceat((~finite).astype(np.int64), starts, axis=0)
         self.count[at] += np.add.reduceat(finite.astype(np.int64), starts, axis=0)
 
+    def forgive(self, steps: Array, places: Sequence[str], where: Array) -> None:
+        """Count numbers that were added, [steps, places], as none, where they are not finite for lack of one."""
+        if where.any():
+            columns = np.array(self._columns(places, ["total"] * len(places)))
+            bins = (steps - self.first) // self.width
+            np.subtract.at(self.lost, (bins[:, None], columns[None, :]), where.astype(np.int64))
+
     def _columns(self, places: Sequence[str], levels: Sequence[str]) -> list[int]:
         unknown = [i for i, place in enumerate(places) if place not in self._index]
         for i in unknown:

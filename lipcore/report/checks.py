@@ -64,6 +64,10 @@ def _not_finite(facts: Facts) -> Check:
         return Check(
             name, "fired", f"{what} is NaN or infinite in {count(lost, 'step')}, for the first time at step {first:,}."
         )
+    if facts.left_out.first is not None:
+        step, place = facts.left_out.first
+        said = f"{place}: a parameter is NaN or infinite in {count(facts.left_out.count, 'step')}"
+        return Check(name, "fired", f"{said}, for the first time in step {step:,}.")
     if steps:
         return Check(name, "fired", f"Parameters were NaN or infinite after {count(int(steps), 'step')}.")
     if steps is None and not lines:

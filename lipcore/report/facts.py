@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lipcore.report.binned import Binned
+from lipcore.report.left_out import LeftOut
 from lipcore.report.source import Block, Happened, Source, Started
 from lipcore.report.window_facts import WindowFacts
 
@@ -26,6 +27,7 @@ class Facts:
 
     Attributes:
         lines: totals of single steps by full name ("trajectory/update_norm", "logged/loss").
+        left_out: steps in which a parameter was not finite, by group.
         ratios: update over weight norm of the finest places that are recorded, in the bins of the map.
         unread: what could not be read, and why.
     """
@@ -40,6 +42,7 @@ class Facts:
     last_wall: float = 0.0  #: seconds since 1970, when a window was last written
     lines: dict[str, Binned] = field(default_factory=dict)
     ratios: Binned | None = None
+    left_out: LeftOut = field(default_factory=LeftOut)
     folded: bool = False
     windows: WindowFacts = field(default_factory=WindowFacts)
     unread: list[str] = field(default_factory=list)
@@ -70,6 +73,7 @@ def facts_of(run: Source) -> Facts:
         tried("events", lambda: facts.events.extend(run.events))
         quantities: list[str] = []
         tried("single steps", lambda: quantities.extend(run.step_quantities))
+        tried("steps that are not finite", lambda: setattr(facts, "left_out", LeftOut.of(run)))
         tried("number of steps", lambda: _read_extent(facts, run))
         for quantity in quantities:
             tried(quantity, lambda quantity=quantity: _read_line(facts, run, quantity))  # type: ignore[misc]
@@ -89,7 +93,7 @@ def _read_extent(facts: Facts, run: Source) -> None:
 
 def _read_line(facts: Facts, run: Source, quantity: str) -> None:
     found = Binned(facts.first_step, facts.last_step, _LINE)
-    for block in run.blocks(quantity):
+    for block in facts.left_out.blocks(run, quantity):
         where = [i for i, level in enumerate(block.levels) if level == "total"]
         low, high = (None, None) if block.low is block.values else (block.low[:, where], block.high[:, where])
         names = [block.places[i] for i in where]
@@ -107,7 +111,7 @@ def _read_windows(facts: Facts, run: Source) -> None:
 
 def _read_ratios(facts: Facts, run: Source) -> None:
     found: Binned | None = None
-    for block in _ratio_blocks(run):
+    for block, none in _ratio_blocks(run, facts.left_out):
         level = "tensor" if "tensor" in block.levels else "group" if "group" in block.levels else "total"
         where = [i for i, each in enumerate(block.levels) if each == level]
         if found is None:
@@ -117,14 +121,16 @@ def _read_ratios(facts: Facts, run: Source) -> None:
         names, levels = [block.places[i] for i in where], [level] * len(where)
         values, low, high = (array[:, where] for array in (block.values, block.low, block.high))
         found.add(block.steps, names, values, low, high, levels)
+        found.forgive(block.steps, names, none[:, where])
     facts.ratios = found
 
 
-def _ratio_blocks(run: Source) -> Iterator[Block]:
-    """Yield update over weight norm. Of folded steps the extremes are bounds: the weights' are not of the same step."""
-    weights = run.blocks(_WEIGHT)
+def _ratio_blocks(run: Source, left_out: LeftOut) -> Iterator[tuple[Block, Any]]:
+    """Yield update over weight norm, and where there is none, since the weights are 0. Of folded steps the extremes are
+    bounds: the weights' are not of the same step."""
+    weights = left_out.blocks(run, _WEIGHT)
     waiting: dict[tuple[int, int, int], Block] = {}
-    for update in run.blocks(_UPDATE):
+    for update in left_out.blocks(run, _UPDATE):
         key = _key(update)
         while key not in waiting:
             weight = next(weights, None)
@@ -144,7 +150,8 @@ def _ratio_blocks(run: Source) -> Iterator[Block]:
                 )
             )
         single = update.low is update.values
-        yield Block(*(update.steps, update.places, update.levels, mean), *((mean, mean) if single else (low, high)))
+        ends = (mean, mean) if single else (low, high)
+        yield Block(update.steps, update.places, update.levels, mean, *ends), np.asarray(weight.values) == 0
 
 
 def _key(block: Block) -> tuple[int, int, int]:

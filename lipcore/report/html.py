@@ -56,6 +56,15 @@ def shortened_name(place: str, most: int = NAME) -> str:
     return f"{place[:front]}…{place[len(place) - (most - 1 - front) :]}"
 
 
+def printable(text: str) -> str:
+    """Return a text of as many characters for a terminal, which those that are not printable would command.
+
+    >>> printable("layer\x1b[31m")
+    'layer?[31m'
+    """
+    return "".join(one if one.isprintable() else "?" for one in text)
+
+
 def number(value: float, digits: int = 3) -> str:
     """Return a number as people read it.
 

@@ -59,7 +59,8 @@
   const rows = map.names.length, bins = map.bins;
   const grid = (text) => new Int16Array(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
   const away = grid(map.away), low = grid(map.low), mean = grid(map.mean), high = grid(map.high);
-  const NONE = -32768, ZERO = -32767;
+  const lost = grid(map.lost);
+  const NONE = -32768, ZERO = -32767, LOST = 0xff7d45a8;
   const value = (code) => code === NONE ? NaN : code === ZERO ? 0 : 10 ** (code / map.scale);
   const begin = (bin) => map.first + bin * map.width;
   const end = (bin) => Math.min(map.first - 1 + (bin + 1) * map.width, map.last);
@@ -93,7 +94,8 @@
     for (let row = 0; row < rows; row++) for (let bin = 0; bin < bins; bin++) {
       const at = row * bins + bin;
       let shown = 0xffe3e3e3;
-      if (high[at] === ZERO) shown = 0xff000000;
+      if (lost[at]) shown = LOST;
+      else if (high[at] === ZERO) shown = 0xff000000;
       else if (codes[at] !== NONE) shown = colour(table, (codes[at] - least) / (most - least));
       else if (high[at] !== NONE) shown = 0xfff7f7f7;
       pixels[(rows - 1 - row) * bins + bin] = shown;
@@ -114,8 +116,8 @@
   if (data.reload && kept.relative === false) element("map-relative").checked = false;
   function tell() {
     const at = cursor.row * bins + cursor.bin, code = away[at];
-    const times = code === NONE ? "" : `; ${text(10 ** (Math.abs(code) / map.scale))} times ${code < 0 ? "smaller" : "larger"} than before`;
-    const range = low[at] === high[at] ? text(value(high[at])) : `${text(value(low[at]))} to ${text(value(high[at]))}`;
+    const times = lost[at] ? (high[at] === NONE ? "" : "; not finite in some of these steps") : code === NONE ? "" : `; ${text(10 ** (Math.abs(code) / map.scale))} times ${code < 0 ? "smaller" : "larger"} than before`;
+    const range = lost[at] && high[at] === NONE ? "not finite" : low[at] === high[at] ? text(value(high[at])) : `${text(value(low[at]))} to ${text(value(high[at]))}`;
     element("map-told").textContent = "";
     const name = document.createElement("bdi");
     name.className = "name";
@@ -142,12 +144,12 @@
     element("chosen").append(name, `: median ${text(map.usual[cursor.row] ?? NaN)}. Click a cell of the map for another layer.`);
   }
   function mapCsv() {
-    const lines = ["layer,first_step,last_step,least,mean,greatest"];
+    const lines = ["layer,first_step,last_step,least,mean,greatest,not_finite"];
     for (let row = 0; row < rows; row++) for (let bin = 0; bin < bins; bin++) {
       const at = row * bins + bin;
-      if (high[at] === NONE) continue;
+      if (high[at] === NONE && !lost[at]) continue;
       const quoted = `"${map.names[row].replaceAll('"', '""')}"`;
-      lines.push([quoted, begin(bin), end(bin), ...[low, mean, high].map((codes) => value(codes[at]).toPrecision(4))].join(","));
+      lines.push([quoted, begin(bin), end(bin), ...[low, mean, high].map((codes) => value(codes[at]).toPrecision(4)), lost[at]].join(","));
     }
     return lines.join("\n");
   }

@@ -55,6 +55,8 @@ class RatioMap:
         #: [bins, rows]
         self.low, self.high = (self._reduced(a, f) for a, f in ((ratios.low, np.fmin), (ratios.high, np.fmax)))
         self.mean = self._mean(ratios.mean)
+        #: Whether a cell has a step that is not finite; [bins, rows].
+        self.lost = np.stack([self._lost(group) for group in self._groups], axis=1)
         self.usual = [_median(column) for column in self.mean.T]
         #: Decimal logarithm of each cell over what the row was in the bins before: of its greatest or its least value,
         #: whichever is further away.
@@ -64,6 +66,11 @@ class RatioMap:
     def _name(self, group: list[int]) -> str:
         first = self._binned.places[group[0]]
         return first if len(group) == 1 else f"{first} and {len(group) - 1} after it"
+
+    def _lost(self, group: list[int]) -> Any:
+        """Return which bins of a row have a step that is not finite: one without any number is not measured."""
+        lost, count = self._binned.lost[:, group], self._binned.count[:, group]
+        return (lost[:, count.any(0)] > 0).any(1)
 
     def _reduced(self, array: Any, function: np.ufunc) -> Any:
         return np.stack([function.reduce(array[:, group], axis=1) for group in self._groups], axis=1)
@@ -131,6 +138,12 @@ class RatioMap:
             found = inside[0]
         return next(i for i, group in enumerate(self._groups) if found in group)
 
+    def look_at(self, step: int, place: str) -> None:
+        """Have the page begin at a step and a place, where the map has that."""
+        row = self._row(place)
+        if row is not None:
+            self.start = self._bin(step), row
+
     def marks(self) -> list[tuple[int, int]]:
         """Return step and row of the alarms that are of a layer."""
         found = ((event.step, self._row(str(event.data.get("place", "")))) for event in self._facts.alarms)
@@ -141,13 +154,14 @@ class RatioMap:
         height = int(np.clip(13 * len(self.names), 70, 520)) + 40
         labels = [shortened_name(name, _LABEL) for name in self.names]
         plots.map(KEY, labels, self.marks(), height=height)
+        below = Html(_BELOW % (_LOST if self.lost.any() else ""))
         _, row = self.start
         low, mean, high = (array[:, row] for array in (self.low, self.mean, self.high))
         span = np.concatenate([self.low.ravel(), self.high.ravel()])
         span = span[np.isfinite(span) & (span > 0)]
         plots.chosen(CHOSEN, "update / weight", self._binned.ends, low, mean, high, span)
         return [
-            Figure(KEY, "How much each layer moved: update over weight norm", self._sentence(), self._table(), _BELOW),
+            Figure(KEY, "How much each layer moved: update over weight norm", self._sentence(), self._table(), below),
             Figure(CHOSEN, "One layer of the map", tag("span", "Click a cell of the map.", id="chosen")),
         ]
 
@@ -187,14 +201,15 @@ class RatioMap:
             "key": KEY, "chosen": CHOSEN, "names": self.names, "bins": self._binned.bins,
             "first": self._binned.first, "last": self._binned.last, "width": self._binned.width, "start": self.start,
             "usual": [None if not np.isfinite(u) else u for u in self.usual], "scale": _SCALE,
-            "away": _packed_logs(self.away),
+            "away": _packed_logs(self.away), "lost": _text(self.lost),
             **{name: _packed(a) for name, a in (("low", self.low), ("mean", self.mean), ("high", self.high))},
         }  # fmt: skip
 
 
-_BELOW = Html(
+_LOST = '<span class="box lost"></span>not finite'
+_BELOW = (
     '<div class="legend"><span id="map-low"></span><canvas id="map-colors" width="256" height="10"></canvas>'
-    '<span id="map-high"></span><span class="box none"></span>no number <span class="box zero"></span>did not move'
+    '<span id="map-high"></span><span class="box none"></span>no number <span class="box zero"></span>did not move%s'
     '<label><input type="checkbox" id="map-relative" checked> compared with the steps before</label></div>'
     '<p id="map-told" aria-live="polite">Point at a cell, or go there with the arrow keys; Enter or a click shows the '
     "layer below.</p>"

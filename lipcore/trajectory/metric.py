@@ -490,6 +490,10 @@ class Trajectory(Metric):
         if self._watched:
             self._single.start(self._built)
 
+    def hurry(self) -> None:
+        """Hand what waits to the listeners of :meth:`listen` at the next steps, not only when there is a block."""
+        self._single.hurry()
+
     def flush(self) -> None:
         """Hand all steps so far to :attr:`on_step`. Waits for a device."""
         self._single.flush()

@@ -22,12 +22,14 @@ class SingleSteps:
         """Stream the steps of these trackers from now on, if there is a callback."""
         self._streams = []
         blocks = [*self.listeners, *([] if self.on_step is None else [self.on_step])]
+        first = built.first
+        groups = [one.group for one in first.watched] if "tensor" in first.places.levels else []
         tables = {stage: of_stage.table for stage, of_stage in built.of_gradients.items()}
         for calls, seconds in ((blocks, None), (self.prompt, PROMPT)):
             if calls:
                 stream = StepStream(
-                    calls, built.first.places, built.first.table, tables, built.align, self._failed,
-                    first=self.before + 1, seconds=seconds,
+                    calls, first.places, first.table, tables, built.align, self._failed,
+                    first=self.before + 1, seconds=seconds, groups=groups,
                 )  # fmt: skip
                 self._streams.append(stream)
 
@@ -35,6 +37,11 @@ class SingleSteps:
         """Count a step, and hand over what is due."""
         for stream in self._streams:
             stream.step()
+
+    def hurry(self) -> None:
+        """Hand over what waits at the next steps, however little it is."""
+        for stream in self._streams:
+            stream.hurry()
 
     def skip(self) -> None:
         """Pass over the steps that wait."""

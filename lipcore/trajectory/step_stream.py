@@ -27,8 +27,9 @@ class StepArrays(dict[str, NDArray[np.float64]]):
     """Arrays [steps, places] by quantity: update_norm, weight_norm (after the step), grad_norm, clipped_grad_norm. NaN
     where a step has none."""
 
-    def __init__(self, places: Places, arrays: Mapping[str, NDArray[np.float64]]) -> None:
+    def __init__(self, places: Places, arrays: Mapping[str, NDArray[np.float64]], groups: Sequence[str] = ()) -> None:
         super().__init__(arrays)
+        self.groups = groups  #: group of each column of a parameter, which stand before the others
         self.places = list(places.names)  #: what the columns are of
         self.levels = list(places.levels)  #: whether each is a parameter ("tensor"), a "group" or the "total"
 
@@ -48,6 +49,7 @@ class StepStream:
         fail: gets a callback and what it raised, after which it is not called any more.
         first: the number of the first step in the rings.
         seconds: how long a step waits at most until it is handed over, on a device one more step; None: for a block.
+        groups: of the parameters among the places.
     """
 
     def __init__(
@@ -60,8 +62,9 @@ class StepStream:
         fail: Callable[[OnStep, Exception], None],
         first: int = 1,
         seconds: float | None = None,
+        groups: Sequence[str] = (),
     ) -> None:
-        self._calls = list(calls)
+        self._calls, self._groups = list(calls), groups
         self._places, self._first, self._before, self._fail = places, first, before, fail
         self._cursor = table.cursor
         self._rings = {"update_norm": table.recent} | {name: gradients[name].recent for name in gradients}
@@ -77,7 +80,7 @@ class StepStream:
         self._waiting += 1
         if not self._calls:
             return
-        if self._prompt and self._copied is not None and self._copied.is_there:
+        if (self._prompt or self._pace.hurries) and self._copied is not None and self._copied.is_there:
             self._take_copied()
         free = self._copied is None or self._waiting >= self._pace.block
         if free and self._pace.is_due(self._waiting):
@@ -88,6 +91,10 @@ class StepStream:
                 self._take_copied()
                 self._copy(self._waiting)
             self._waiting = 0
+
+    def hurry(self) -> None:
+        """Hand over what waits at the next two steps, however little it is; no device is waited for."""
+        self._pace.hurry()
 
     def flush(self) -> None:
         """Hand over all steps so far. Waits for a device."""
@@ -138,7 +145,7 @@ class StepStream:
             _core.step_norms(
                 ring, begin - shift, end - shift, found[name], found["weight_norm"] if name == "update_norm" else None
             )
-        arrays = StepArrays(self._places, {name: tensor.numpy() for name, tensor in found.items()})
+        arrays = StepArrays(self._places, {name: tensor.numpy() for name, tensor in found.items()}, self._groups)
         for call in list(self._calls):
             try:
                 call(self._first + begin, arrays)

@@ -440,9 +440,9 @@ def test_one_model_trained_by_several_threads(sizes: tuple[int, ...], served: bo
             model.zero_grad()
             record = metric._take_in
 
-            def keep(micro: Any, ids: Any, record: Any = record, found: list[Tensor] = found) -> None:
-                found.append(micro.per_sample.clone())
-                record(micro, ids)
+            def keep(batch: Any, record: Any = record, found: list[Tensor] = found) -> None:
+                found.append(batch.norms.per_sample.clone())
+                record(batch)
 
             metric._take_in = keep  # type: ignore[method-assign]
             at_once(work, xs)

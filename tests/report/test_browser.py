@@ -16,6 +16,7 @@ from recorded_runs import HOSTILE, recorded
 from lipcore.report.compare.page import compare_page
 from lipcore.report.output import write_whole
 from lipcore.report.page import page_of
+from lipcore.report.postmortem.page import postmortem_page
 
 pytest.importorskip("bokeh", reason="needs the extra `report`")
 from browser import CHROMIUM, Page, browser
@@ -127,11 +128,29 @@ def test_a_link_saves_the_numbers_of_a_figure(chromium: Page, tmp_path: Path) ->
         link = page.value(f"document.querySelector('a.csv[data-figure={figure}]').href")
         found[figure] = unquote(link.partition(",")[2]).splitlines()
     assert len(found["loss"]) == 301
-    assert found["ratio-map"][0] == "layer,first_step,last_step,least,mean,greatest"
+    assert found["ratio-map"][0] == "layer,first_step,last_step,least,mean,greatest,not_finite"
     assert len(found["ratio-map"]) == 1 + 3 * 300
     with recorded(tmp_path / "again", **CASES["usual"]) as run:
         loss = run.series("loss")["total"]
     assert float(found["loss"][17].split(",")[4]) == pytest.approx(loss[16], rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["usual", "hostile names", "NaN alone", "one place"])
+def test_a_postmortem_draws_itself_too(chromium: Page, tmp_path: Path, case: str) -> None:
+    chromium.troubles.clear()
+    chromium.requests.clear()
+    with recorded(tmp_path / "a", **CASES[case]) as run:
+        path = write_whole(
+            postmortem_page(run, None if CASES[case].get("alarm") else run.last_step), tmp_path / "page.html"
+        )
+    for width in (1280, 390):
+        chromium.open(path, width)
+        assert chromium.value("[...document.querySelectorAll('.plot')].every((p) => p.childElementCount > 0)")
+        assert chromium.value("document.querySelector('.headline').getBoundingClientRect().bottom") < 300
+        assert chromium.value("document.documentElement.scrollWidth <= window.innerWidth")
+    assert chromium.value("window.injected") is None
+    assert chromium.troubles == []
+    assert asked(chromium) == []
 
 
 def test_a_comparison_draws_itself_too(chromium: Page, tmp_path: Path) -> None:

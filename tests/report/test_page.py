@@ -275,3 +275,51 @@ def test_a_schedule_is_no_sudden_change_of_one_layer(factors: list[float], said:
     assert said in check.text
     assert (check.state == "quiet") == check.text.startswith("No layer")
     assert ("tep 201, " in check.text) == (check.state == "fired")
+
+
+def test_a_group_of_which_a_parameter_is_not_finite_is_said_to_be_so(tmp_path: Path) -> None:
+    """What is recorded of the group then is of the others, and would look like a sudden change."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with lipcore.watch(model, optimizer, run=tmp_path / "a", metrics=[lipcore.Trajectory()]) as monitor:
+        for step in range(1, 61):
+            loss = (model(torch.randn(8, 4)) + torch.randn(8, 1)).square().mean()
+            monitor.log(loss=loss)
+            loss.backward()
+            before = model[0][1].weight.detach().clone()
+            if step == 50:
+                model[0][1].weight.grad[0, 0] = float("nan")
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 50:
+                with torch.no_grad():
+                    model[0][1].weight.copy_(before)
+    with open_run(tmp_path / "a") as run:
+        left_out = run.series("not_finite")
+        assert left_out.steps.tolist() == [50]
+        assert (left_out["0"].item(), left_out["1"].item(), left_out["total"].item()) == (1, 0, 1)
+        facts = facts_of(run)
+        page = page_of(run)
+    assert facts.ratios is not None
+    row = facts.ratios.places.index("0")
+    assert np.isnan(facts.ratios.high[49, row])
+    assert np.isfinite(facts.ratios.high[[48, 50], row]).all()
+    assert facts.lines["trajectory/update_norm"].first_not_finite.tolist() == [50]
+    assert RatioMap(facts.ratios, facts).lost[:, row].nonzero()[0].tolist() == [49]
+    assert "0: a parameter is NaN or infinite in 1 step, for the first time in step 50." in verdict(page)
+    assert "Most unusual: 0 at step 50" not in Seen(page).text
+
+
+def test_weights_of_zero_have_no_ratio_which_is_not_a_value_that_is_not_finite(tmp_path: Path) -> None:
+    record = RunRecord(tmp_path / "a")
+    record.begin(0)
+    update, weight = np.full((60, 1), 0.1), np.full((60, 1), 1.0)
+    update[:5], weight[:5], update[30] = 0.0, 0.0, np.nan
+    arrays = {"trajectory/update_norm": update, "trajectory/weight_norm": weight}
+    record.add_steps(1, arrays, ["a"], ["group"])
+    record.close()
+    with open_run(tmp_path / "a") as run:
+        facts = facts_of(run)
+    assert facts.ratios is not None
+    assert RatioMap(facts.ratios, facts).lost[:, 0].nonzero()[0].tolist() == [30]

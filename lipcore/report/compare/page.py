@@ -34,6 +34,13 @@ _WINDOWS = (
 )
 
 
+_WORDS = {
+    "trajectory/weight_norm": "weight norm",
+    "trajectory/not_finite": "number of parameters that are not finite",
+    "optimizer/group_lr": "learning rate",
+}
+
+
 @dataclass
 class Compared:
     """Curves of one quantity, one per run; None where a run does not have it."""
@@ -172,7 +179,7 @@ def _parted(one: str, other: str, found: Parting) -> Html:
 
 
 def _words(quantity: str) -> str:
-    known = {name: words for name, words, _, _ in _LINES} | {"trajectory/weight_norm": "weight norm"}
+    known = {name: words for name, words, _, _ in _LINES} | _WORDS
     return known.get(quantity, quantity.partition("/")[2])
 
 

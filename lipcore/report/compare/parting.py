@@ -11,6 +11,7 @@ import numpy as np
 from lipcore.report.source import Source
 
 _STEPS = 256  # of a chunk
+_RING = "flight/"  # of which a run keeps the last steps alone; the same numbers as of groups
 
 Array = np.ndarray[Any, Any]
 
@@ -49,12 +50,13 @@ class Parting:
 
 def parting(one: Source, other: Source) -> Parting:
     """Compare the single steps that two runs both have, number by number; folded steps are left out."""
-    shared = [name for name in one.step_quantities if name in other.step_quantities]
+    names = [name for name in other.step_quantities if not name.startswith(_RING)]
+    shared = [name for name in one.step_quantities if name in names]
     first: int | None = None
     found: list[Difference] = []
     seen: set[int] = set()
     for quantity in shared:
-        for start, names, mine, theirs, both in _together(one, other, quantity):
+        for start, places, mine, theirs, both in _together(one, other, quantity):
             if first is not None and start > first:
                 break
             differ = both[:, None] & (mine != theirs) & ~(np.isnan(mine) & np.isnan(theirs))
@@ -69,7 +71,7 @@ def parting(one: Source, other: Source) -> Parting:
             if step == first:
                 at = np.flatnonzero(differ[rows[0]]).tolist()
                 found += [
-                    Difference(quantity, names[i], float(mine[rows[0], i]), float(theirs[rows[0], i])) for i in at
+                    Difference(quantity, places[i], float(mine[rows[0], i]), float(theirs[rows[0], i])) for i in at
                 ]
             break
     if any(each.place != "total" for each in found):

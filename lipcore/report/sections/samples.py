@@ -33,7 +33,10 @@ def sample_norms(facts: Facts, plots: Plots) -> Made:
     )
     table = _layers(facts)
     missing = facts.windows.get(_METRIC, "norm", "missing")
-    notes = ["Which samples they were stands in the metric's .scores while the process lives, not in the record."]
+    notes = [
+        "Which samples they were stands in the metric's .scores while the process lives; of the last steps and around "
+        "alarms lipcore postmortem names them, where the loop calls monitor.log_batch()."
+    ]
     if missing is not None and "total" in missing.places and missing.span(missing.places.index("total"))[2] > 0:
         notes.append("Of some samples the norm is not known; the windows' notes say why.")
     figure = Figure(

@@ -1,0 +1,1 @@
+"""``lipcore top``: a run in the terminal, as it goes on."""

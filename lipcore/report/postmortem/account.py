@@ -1,0 +1,112 @@
+"""The account of what went wrong in a step: facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from lipcore.report.postmortem.changes import Change
+from lipcore.report.postmortem.samples import Samples
+from lipcore.report.source import Happened
+
+UPDATE = "trajectory/update_norm"
+_JUMP = 1.5  # of a learning rate from one step to the next
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Learning rate of a group of the optimizer, or as it was logged: in the step, in the step before, and the
+    greatest of the steps before that are compared with."""
+
+    group: str
+    here: float
+    before: float
+    greatest: float
+
+    @property
+    def jumped(self) -> bool:
+        """True where it is another one than in the step before, by half or more."""
+        times = self.here / self.before if self.before > 0 else np.nan
+        return bool(times > _JUMP or times < 1 / _JUMP)
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Norm of the whole gradient, before and after it was clipped, in the step and usually; NaN for what is unknown."""
+
+    before: float
+    after: float
+    usual: float
+
+
+@dataclass
+class Account:
+    """Account of what went wrong in a step of a run.
+
+    Attributes:
+        run: its name.
+        step: what is looked at.
+        event: the alarm, or the end of the run, that it was chosen by; None where it was asked for.
+        first, last: the steps that were looked at.
+        begin: the step in which it began.
+        changes: what changed, in order.
+        compared: steps that it was compared with; 0 where there were too few.
+        beyond: the place whose update is most out of proportion to its gradient where it began, and how many times.
+        weakest: the largest score that is no change, where there is no change.
+        samples: of the step in which it began, and of `step` where that is another one.
+        rates: of the step in which it began.
+        logged: what else was logged: name, value in the step in which it began, in the step before.
+        others: other alarms and ends of the run near by.
+        missing: what the record does not have, and how it is recorded.
+        folded: some of the steps are in the record as means of 64 alone.
+        text: all of it in words.
+    """
+
+    run: str
+    step: int
+    event: Happened | None
+    first: int
+    last: int
+    begin: int
+    changes: Sequence[Change] = ()
+    compared: int = 0
+    beyond: tuple[str, float] | None = None
+    weakest: tuple[str, str, int, float] | None = None
+    samples: Sequence[Samples] = ()
+    rates: Sequence[Rate] = ()
+    clipping: Clipping | None = None
+    logged: Sequence[tuple[str, float, float]] = ()
+    others: Sequence[Happened] = ()
+    missing: Sequence[tuple[str, str]] = field(default_factory=list)
+    folded: bool = False
+    text: str = ""
+
+    @property
+    def at_begin(self) -> list[Change]:
+        """Changes of the first step in which there are any; first what a step makes first, or an update that is out
+        of proportion."""
+        found = [one for one in self.changes if one.step == self.changes[0].step]
+        cause = None if self.beyond is None else (UPDATE, self.beyond[0])
+        return sorted(found, key=lambda one: ((one.quantity, one.place) != cause, one.stage))  # in a stage by score
+
+    @property
+    def places(self) -> list[Change]:
+        """The first change of each place but the total, of that what a step makes first: how it spread."""
+        found: dict[str, Change] = {}
+        for one in [*self.at_begin[:1], *self.changes]:
+            before = found.get(one.place)
+            sooner = before is not None and before.step == one.step and one.stage < before.stage
+            cause = self.beyond is not None and one.place == self.beyond[0]
+            if one.place != "total" and (before is None or (sooner and not cause)):
+                found[one.place] = one
+        return list(found.values())
+
+    @property
+    def jumps(self) -> list[Rate]:
+        """Learning rates that jumped."""
+        return [rate for rate in self.rates if rate.jumped]
+
+    def __str__(self) -> str:
+        return self.text

@@ -1,0 +1,230 @@
+"""The account of what went wrong in a step, read from a record."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from lipcore.report.alarms_told import worst_first
+from lipcore.report.postmortem.account import UPDATE, Account, Clipping, Rate
+from lipcore.report.postmortem.changes import (
+    AFTER,
+    BEFORE,
+    LEAD,
+    STAGES,
+    Change,
+    Scores,
+    begin_of,
+    changes,
+    scores,
+)
+from lipcore.report.postmortem.samples import samples_of
+from lipcore.report.postmortem.words import text_of
+from lipcore.report.source import Happened, Source
+from lipcore.report.stretch import Stretch, stretch
+
+LOSS, RATES = "logged/loss", "optimizer/group_lr"
+_PROPORTION = 3.0  # times as many as of the gradient: an update is more than that explains
+
+
+def account_of(run: Source, step: int | None = None) -> Account:
+    """Return what a record says of a step: by default of the alarm with the largest score, without alarms of the end of
+    the run by an exception.
+
+    Raises:
+        ValueError: the step is not in the record; there is no alarm, and no step was asked for.
+    """
+    with run.as_of_now():
+        account = _account(run, step)
+    account.text = text_of(account)
+    return account
+
+
+def _account(run: Source, step: int | None) -> Account:
+    events, extent = list(run.events), (run.first_step, run.last_step)
+    if not extent[1]:
+        raise ValueError(f"{run.path}: nothing was recorded yet: this run has no step")
+    event = None
+    if step is None:
+        event = _chosen(events)
+        if event is None:
+            raise ValueError(
+                f"{run.path}: this run has no alarm; choose a step with --step, from {extent[0]} to {extent[1]}"
+                + _why_no_alarm(run)
+            )
+        step = min(max(event.step, extent[0]), extent[1])
+    elif not extent[0] <= step <= extent[1]:
+        raise ValueError(f"step: the record has steps {extent[0]} to {extent[1]}, and not {step}")
+    else:
+        event = next(iter(worst_first(one for one in events if one.kind == "alarm" and one.step == step)), None)
+    first, last = max(extent[0], step - BEFORE - LEAD), min(extent[1], step + AFTER)
+    account = Account(run.name, step, event, first, last, step)
+    account.others = [one for one in events if first <= one.step <= last and one is not event]
+    names = list(run.step_quantities)
+    stretches = {name: stretch(run, name, first, last) for name in STAGES if name in names}
+    account.folded = any(one.folded for one in stretches.values())
+    every = {name: scores(_chosen_places(one), step, upwards=name == LOSS) for name, one in stretches.items()}
+    every = {name: one for name, one in every.items() if one.stretch.places}
+    account.compared = max((one.compared for one in every.values()), default=0)
+    own_loss = step if event is not None and event.data.get("signal") == "loss" else None
+    account.begin = begin_of(list(every.values()), step)
+    account.changes = changes(every, account.begin, last, loss_at=own_loss)
+    if account.changes:
+        account.begin = account.changes[0].step
+    account.beyond = _beyond(every, account.changes)
+    account.changes = [_with_parameter(run, one, names, first, last, step) for one in account.changes]
+    account.weakest = None if account.changes else _weakest(every, step)
+    account.rates = _rates(run, names, first, account.begin)
+    account.clipping = _clipping(run, names, first, last, account.begin)
+    account.logged = _logged(run, names, account.begin)
+    batches = run.batches(first, last)
+    steps = dict.fromkeys([account.begin, step])
+    account.samples = [one for one in (samples_of(batches, each) for each in steps) if one is not None]
+    account.missing = _missing(account, names, has_details="flight/tensor_update_norm" in names)
+    return account
+
+
+def _chosen(events: Sequence[Happened]) -> Happened | None:
+    alarms = [event for event in events if event.kind == "alarm"]
+    if alarms:
+        return worst_first(alarms)[0]
+    return next((event for event in reversed(events) if event.kind == "exception"), None)
+
+
+def _why_no_alarm(run: Source) -> str:
+    starts = run.starts
+    off = bool(starts) and starts[-1].config.get("alarms") == "off"
+    return '. Alarms were off; pass alarms="default" to watch()' if off else ""
+
+
+def _chosen_places(found: Stretch) -> Stretch:
+    """Return the groups of parameters; single ones, or the total, where there are none."""
+    for level in ("group", "tensor", "total"):
+        where = found.at(level)
+        if where:
+            places, levels = [found.places[i] for i in where], [found.levels[i] for i in where]
+            return replace(found, places=places, levels=levels, values=found.values[:, where])
+    return found
+
+
+def _with_parameter(run: Source, one: Change, names: Sequence[str], first: int, last: int, step: int) -> Change:
+    """Return a change with the parameter of its group whose number changed most."""
+    own = f"flight/tensor_{one.quantity.partition('/')[2]}"
+    if own not in names and one.quantity in names:
+        own = one.quantity  # a record of every parameter
+    if one.quantity == LOSS or own not in names:
+        return one
+    found = stretch(run, own, first, last)
+    where = [i for i in found.at("tensor") if found.places[i].startswith(f"{one.place}.") or one.place == "total"]
+    if not where or not found.there[found.row(one.step)]:
+        return one
+    part = replace(found, places=[found.places[i] for i in where], values=found.values[:, where])
+    sizes = np.nan_to_num(np.abs(scores(part, step).z[part.row(one.step)]), nan=-1.0, posinf=np.inf)
+    return replace(one, parameter=part.places[int(sizes.argmax())]) if sizes.max() > 0 else one
+
+
+def _beyond(every: Mapping[str, Scores], found: Sequence[Change]) -> tuple[str, float] | None:
+    """Return the update that is more times its usual size than its gradient is, in the step in which it began."""
+    gradients = every.get("trajectory/grad_norm")
+    most: tuple[str, float] | None = None
+    for one in found:
+        if one.quantity == UPDATE and one.step == found[0].step and one.finite and gradients is not None:
+            places, row = gradients.stretch.places, gradients.stretch.row(one.step)
+            column = places.index(one.place) if one.place in places else -1
+            usual = float(gradients.usual[column]) if column >= 0 else 0.0
+            own = float(gradients.stretch.values[row, column]) / usual if usual > 0 else float("nan")
+            times = one.times / max(1.0, own)
+            if np.isfinite(own) and times > max(_PROPORTION, most[1] if most else 0.0):
+                most = one.place, times
+    return most
+
+
+def _weakest(every: Mapping[str, Scores], step: int) -> tuple[str, str, int, float] | None:
+    """Return the most unusual number near the step: quantity, place, step, score."""
+    found: tuple[str, str, int, float] | None = None
+    for quantity, one in every.items():
+        begin = max(0, one.stretch.row(step - LEAD))
+        sizes = np.abs(one.z[begin:])
+        if np.isfinite(sizes).any():
+            at, column = np.unravel_index(int(np.nanargmax(sizes)), sizes.shape)
+            score = float(sizes[at, column])
+            if found is None or score > found[3]:
+                found = (STAGES[quantity], one.stretch.places[column], int(one.stretch.steps[begin + at]), score)
+    return found
+
+
+def _rates(run: Source, names: Sequence[str], first: int, step: int) -> list[Rate]:
+    found = []
+    logged = [name for name in names if name.startswith("logged/") and _is_rate(name)]
+    for quantity in [RATES] if RATES in names else logged:
+        one = stretch(run, quantity, first, step)
+        for column, group in enumerate(one.places):
+            values = one.values[:, column]
+            if np.isfinite(values[-1]):
+                earlier = values[:-1][np.isfinite(values[:-1])]
+                before = float(earlier[-1]) if len(earlier) else float("nan")
+                own = quantity.partition("/")[2] if quantity != RATES else group
+                found.append(Rate(own, float(values[-1]), before, float(earlier.max()) if len(earlier) else before))
+    return found
+
+
+def _is_rate(name: str) -> bool:
+    own = name.partition("/")[2].lower()
+    return own == "lr" or own.endswith("_lr") or own.startswith("lr") or "learning_rate" in own
+
+
+def _clipping(run: Source, names: Sequence[str], first: int, last: int, step: int) -> Clipping | None:
+    if "trajectory/grad_norm" not in names:
+        return None
+    raw = stretch(run, "trajectory/grad_norm", first, last)
+    total = raw.at("total")
+    if not total or not raw.there[raw.row(step)]:
+        return None
+    row = raw.row(step)
+    earlier = raw.values[: max(row, 0), total[0]]
+    usual = float(np.median(earlier[np.isfinite(earlier)])) if np.isfinite(earlier).any() else float("nan")
+    after = float("nan")
+    if "trajectory/clipped_grad_norm" in names:
+        clipped = stretch(run, "trajectory/clipped_grad_norm", first, last)
+        after = float(clipped.values[row, clipped.at("total")[0]]) if clipped.at("total") else after
+    return Clipping(float(raw.values[row, total[0]]), after, usual)
+
+
+def _logged(run: Source, names: Sequence[str], step: int) -> list[tuple[str, float, float]]:
+    found = []
+    for name in names:
+        if name.startswith("logged/"):
+            one = stretch(run, name, max(1, step - 1), step)
+            if one.places and one.there[-1]:
+                before = float(one.values[0, 0]) if len(one.steps) > 1 else float("nan")
+                found.append((name.partition("/")[2], float(one.values[-1, 0]), before))
+    return found
+
+
+def _missing(account: Account, names: Sequence[str], *, has_details: bool) -> list[tuple[str, str]]:
+    trajectory = "pass metrics=[..., lipcore.Trajectory()] to watch(), or no metrics at all"
+    found = []
+    if account.folded:
+        found.append(("older steps one by one", "they were folded to 64 each; raise max_bytes= of watch()"))
+    if LOSS not in names:
+        found.append(("the loss", "call monitor.log(loss=loss) in the loop, before optimizer.step()"))
+    if "trajectory/update_norm" not in names:
+        found.append(("how each layer moved", trajectory))
+    elif not has_details and not any(one.parameter for one in account.changes):
+        found.append(("single parameters", "the record is of an older version, or too small for them: max_bytes="))
+    if RATES not in names and not account.rates:
+        found.append(("the learning rate", "pass the optimizer to watch(), or call monitor.log(lr=...)"))
+    if not account.samples:
+        said = "pass their ids to monitor.log_batch(ids, losses=...) before loss.backward()"
+        found.append((f"the samples of step {account.begin}", f"{said}; the last 512 steps and alarms are kept"))
+    else:
+        by = [ranking.by for ranking in account.samples[0].rankings]
+        if "gradient norm" not in by:
+            found.append(("gradient norms of samples", "add lipcore.PerSampleGradNorms(loss_reduction=...) to metrics"))
+        if "loss" not in by:
+            found.append(("losses of samples", "pass them to monitor.log_batch(ids, losses=...)"))
+    if account.clipping is not None and np.isnan(account.clipping.after):
+        found.append(("the gradient after clipping", 'lipcore.Trajectory(stats=[..., "clipped_grad_norm"]) has it'))
+    return found

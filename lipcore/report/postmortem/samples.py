@@ -1,0 +1,113 @@
+"""Which samples of a step stand out, by their gradient norms and by their losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from lipcore.report.source import SamplesOfStep
+
+_BEFORE = 32  # steps whose samples a step's are compared with
+_TIMES = 2.0  # the greatest of all samples before: a sample beyond stands out
+_SHOWN = 5
+_MANY = 0.3  # of a batch: it is the batch then, not single samples
+_HIGHER = 3.0  # times the median before: so is the whole batch
+
+Verdict = Literal["single", "batch", "usual", "unknown"]
+_ORDER: tuple[Verdict, ...] = ("batch", "single", "usual")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample of a step; None for what was not recorded."""
+
+    id: int
+    norm: float | None
+    loss: float | None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Samples of a step by one of their numbers.
+
+    Attributes:
+        by: "gradient norm" or "loss".
+        top: those with the largest one, values that are not finite first.
+        median: of the step.
+        usual: median of the samples of the steps before; NaN where there are none.
+        outstanding: how many are more than twice as large as every sample of the steps before, or not finite.
+        share: of the first sample in the sum of the losses; 0 where that says nothing.
+        verdict: whether single samples stand out, the whole batch, or nothing; "unknown" without steps before.
+    """
+
+    by: str
+    top: Sequence[Sample]
+    median: float
+    usual: float
+    outstanding: int
+    verdict: Verdict
+    share: float = 0.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples of a step: how many there were, and their rankings, those by gradient norm first."""
+
+    step: int
+    count: int
+    rankings: Sequence[Ranking]
+    has_generator: bool  #: the state of a random generator was recorded
+
+    @property
+    def verdict(self) -> Verdict:
+        """Verdict of the rankings together."""
+        said = [ranking.verdict for ranking in self.rankings]
+        return next((verdict for verdict in _ORDER if verdict in said), "unknown")
+
+    @property
+    def suspects(self) -> list[int]:
+        """Ids of the samples that stand out."""
+        found = [s.id for one in self.rankings if one.verdict == "single" for s in one.top[: one.outstanding]]
+        return list(dict.fromkeys(found))
+
+
+def samples_of(batches: Sequence[SamplesOfStep], step: int) -> Samples | None:
+    """Return the samples of a step among those of several; None where nothing was recorded of it."""
+    here = next((one for one in batches if one.step == step), None)
+    if here is None or here.ids is None:
+        return None
+    before = [one for one in batches if step - _BEFORE <= one.step < step]
+    rankings = []
+    for by, own, attribute in (("gradient norm", here.norms, "norms"), ("loss", here.losses, "losses")):
+        if own is not None:
+            arrays = [getattr(one, attribute) for one in before]
+            usual = np.concatenate([a for a in arrays if a is not None] or [np.empty(0)]).astype(np.float64)
+            rankings.append(_ranking(by, here, np.asarray(own, np.float64), usual))
+    return Samples(step, len(here.ids), rankings, here.rng_state is not None)
+
+
+def _ranking(by: str, here: SamplesOfStep, own: Any, usual: Any) -> Ranking:
+    usual = usual[np.isfinite(usual)]
+    finite = np.isfinite(own)
+    order = np.argsort(np.where(finite, -own, -np.inf), kind="stable")[:_SHOWN]
+    assert here.ids is not None
+    numbers = [[None] * len(own) if a is None else a.tolist() for a in (here.norms, here.losses)]
+    top = [Sample(int(here.ids[i]), numbers[0][i], numbers[1][i]) for i in order]
+    median = float(np.median(own[finite])) if finite.any() else float("nan")
+    adds_up = by == "loss" and finite.all() and len(own) > 1 and own.min() >= 0 and own.sum() > 0
+    share = float(own.max() / own.sum()) if adds_up else 0.0
+    lost = int((~finite).sum())
+    if not len(usual):
+        verdict: Verdict = "single" if 0 < lost <= _MANY * len(own) else "unknown"
+        return Ranking(by, top, median, float("nan"), lost, verdict, share)
+    middle = float(np.median(usual))
+    out = ~finite | (own > _TIMES * float(usual.max()))
+    verdict = "usual"
+    if out.mean() > _MANY or (median > _HIGHER * middle and median > _HIGHER * abs(middle)):
+        verdict = "batch"
+    elif out.any():
+        verdict = "single"
+    return Ranking(by, top, median, middle, int(out.sum()), verdict, share)

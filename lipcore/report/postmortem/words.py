@@ -1,0 +1,204 @@
+"""An account as text for a terminal."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Sequence
+
+from lipcore.report.alarms_told import told
+from lipcore.report.html import count, number, printable, shortened_name
+from lipcore.report.postmortem.account import Account, Rate
+from lipcore.report.postmortem.causes import cause_of, checks_of
+from lipcore.report.postmortem.changes import BEFORE, LEAD, Change
+from lipcore.report.postmortem.samples import Ranking, Sample, Samples
+from lipcore.report.source import Happened
+
+_WIDTH = 80
+_ROWS = 12
+_NAME = 28
+_SHARE = 0.3  # of a batch's loss, that is told of one sample
+
+
+def text_of(account: Account) -> str:
+    """Return an account in words, in lines of 80 characters."""
+    parts = [_wrapped(headline(account)), *map(_wrapped, told_of(account))]
+    if account.places:
+        parts.append("\n".join(["How it spread", *_rows(spread(account))]))
+    for title, lines in (("Learning rate, clipping, and what was logged", settings(account)),):
+        parts += ["\n".join([title, *(_item(line) for line in lines)])] if lines else []
+    parts += ["\n".join(_samples(one)) for one in account.samples]
+    for title, lines in (
+        ("Near by", [beside(event) for event in account.others[:_ROWS]]),
+        ("What to check", checks_of(account)),
+        ("Not in this record", [f"{what}: {how}" for what, how in account.missing]),
+    ):
+        parts += ["\n".join([title, *(_item(line) for line in lines)])] if lines else []
+    return "\n".join(map(printable, "\n\n".join(parts).split("\n")))
+
+
+def headline(account: Account) -> str:
+    """Return what is looked at, and why."""
+    said = f"Run {account.run}, step {account.step:,}"
+    event = account.event
+    if event is None:
+        first = account.at_begin[0] if account.changes else None
+        return f"{said}: {change(first)}" if first is not None and first.step == account.step else f"{said}: no alarm"
+    return f"{said}: {told(event) if event.kind == 'alarm' else f'ended by {event.text}'}"
+
+
+def told_of(account: Account) -> list[str]:
+    """Return sentences on what moved first, and on the cause."""
+    if account.compared == 0:
+        nothing = "the steps around are in the record as means of 64 alone" if account.folded else "nothing before it"
+        return [f"What moved first cannot be said: there is too little to compare the step with ({nothing})."]
+    if not account.changes:
+        said = (
+            f"Nothing in steps {max(account.first, account.step - LEAD):,} to {account.last:,} is beyond what is usual."
+        )
+        if account.weakest is not None:
+            what, place, step, score = account.weakest
+            said += f" The most unusual: {what}{_of(place)} in step {step:,}, with a score of {number(score)}."
+        return [said, *_where(account)]
+    first = account.at_begin[0]
+    layers = [one for one in account.at_begin if one.place not in ("total", first.place)]
+    others = ""
+    if layers and first.place == "total":
+        others = f"; in the same step {change(layers[0])}"
+        layers = [one for one in layers if one.place != layers[0].place]
+    if names := list(dict.fromkeys(one.place for one in layers)):
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        others += f"; in the same step also in {', '.join(names[:4])}{more}"
+    parts = [f"First: step {first.step:,}, {change(first)}{others}."]
+    if away := account.step - account.begin:
+        what = "the alarm" if account.event is not None else "the step that was asked for"
+        parts.append(f"That is {count(abs(away), 'step')} {'before' if away > 0 else 'after'} {what}.")
+    earlier = [f"{one.step:,}" for one in account.others if one.kind == "alarm" and one.step < account.begin]
+    if earlier:
+        parts.append(f"There were alarms before, in step {', '.join(earlier[-3:])}: --step shows each.")
+    return [" ".join(parts), *filter(None, [cause_of(account)]), *_where(account)]
+
+
+def _where(account: Account) -> list[str]:
+    """Say where an exception was raised."""
+    where = account.event.data.get("where") if account.event is not None else None
+    return [f"It was raised in {where}."] if where else []
+
+
+def change(one: Change) -> str:
+    """Return a change in words."""
+    inside = f" (most in {one.parameter})" if one.parameter and one.parameter != one.place else ""
+    if not one.finite:
+        return f"{one.what}{_of(one.place)} is not finite{inside}"
+    return f"{one.what}{_of(one.place)}, {number(one.times)} times its usual value{inside}"
+
+
+def spread(account: Account) -> list[tuple[str, ...]]:
+    """Return the first change of each place, in order: step, place, quantity, times, at the most, parameter."""
+    return [
+        (
+            f"{one.step:,}",
+            one.place,
+            one.what,
+            f"{number(one.times)} x" if one.finite else "not finite",
+            f"{number(one.peak_times)} x in {one.peak_step:,}" if not math.isnan(one.peak_times) else "",
+            one.parameter,
+        )
+        for one in account.places
+    ]
+
+
+def settings(account: Account) -> list[str]:
+    """Return learning rates, clipping and what was logged in the step in which it began."""
+    alike: dict[tuple[float, float, float], list[Rate]] = {}
+    for rate in account.rates:
+        alike.setdefault((rate.here, rate.before, rate.greatest), []).append(rate)
+    lines = [_rate(same) for same in sorted(alike.values(), key=lambda same: not same[0].jumped)[:_ROWS]]
+    clipping = account.clipping
+    if clipping is not None:
+        said = f"gradient norm {value_of(clipping.before)}, {number(clipping.usual)} usually"
+        if clipping.after < 0.999 * clipping.before:
+            said += f"; clipped to {number(clipping.after)}, by a factor of {number(clipping.before / clipping.after)}"
+        elif not math.isnan(clipping.after):
+            said += "; not clipped"
+        lines.append(said)
+    return lines + [f"{name}: {value_of(here)}{_step_before(before)}" for name, here, before in account.logged]
+
+
+def _rate(same: Sequence[Rate]) -> str:
+    """Return the learning rate of groups that have the same one."""
+    rate, whose = same[0], same[0].group if len(same) == 1 else f"{len(same)} groups of parameters"
+    if rate.jumped:
+        return f"learning rate of {whose}: {number(rate.here)}{_step_before(rate.before)}"
+    highest = rate.here >= rate.greatest * (1 - 1e-6)
+    steps = "" if highest else f"; in the {BEFORE + LEAD} steps before up to {number(rate.greatest)}"
+    return f"learning rate of {whose}: {number(rate.here)}, without a jump{steps}"
+
+
+def _step_before(value: float) -> str:
+    return "" if math.isnan(value) else f", {number(value)} in the step before"
+
+
+def value_of(value: float) -> str:
+    """Return a number, or that it is none."""
+    return number(value) if math.isfinite(value) else "not finite"
+
+
+def of_ranking(samples: Samples, ranking: Ranking) -> str:
+    """Return what a ranking says."""
+    one = ranking.outstanding == 1
+    said = {
+        "single": f"{ranking.outstanding} of {samples.count} stand{'s' if one else ''} out",
+        "batch": "the whole batch is not as usual",
+        "usual": "none stands out",
+        "unknown": "nothing to compare with",
+    }[ranking.verdict]
+    said += f"; median {number(ranking.median)}"
+    if not math.isnan(ranking.usual):
+        said += f", {number(ranking.usual)} in the steps before"
+    if ranking.share > _SHARE:
+        said += f"; the first one makes {round(100 * ranking.share)} % of the sum"
+    return said
+
+
+def cells(sample: Sample) -> tuple[str, str, str]:
+    """Return id, gradient norm and loss of a sample."""
+    norm, loss = ("-" if value is None else value_of(value) for value in (sample.norm, sample.loss))
+    return str(sample.id), norm, loss
+
+
+def beside(event: Happened) -> str:
+    """Return another event in words."""
+    return f"step {event.step:,}, {event.kind}: {told(event) if event.kind == 'alarm' else event.text}"
+
+
+def _samples(samples: Samples) -> list[str]:
+    lines = [f"Samples of step {samples.step:,} ({samples.count})"]
+    for ranking in samples.rankings:
+        lines.append(_item(f"by {ranking.by}: {of_ranking(samples, ranking)}"))
+        lines += _rows([("id", "gradient norm", "loss"), *map(cells, ranking.top)], "      ")
+    return lines
+
+
+def _rows(rows: Sequence[tuple[str, ...]], before: str = "  ") -> list[str]:
+    shown = [tuple(shortened_name(cell, _NAME) for cell in row) for row in rows[:_ROWS]]
+    widths = [max(len(row[i]) for row in shown) for i in range(len(shown[0]))]
+    lines = []
+    for row in shown:
+        line = before + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        lines.append(line if len(line) <= _WIDTH else line[: _WIDTH - 1].rstrip() + "…")
+    return lines + ([f"{before}and {len(rows) - _ROWS} more"] if len(rows) > _ROWS else [])
+
+
+def _of(place: str) -> str:
+    return "" if place == "total" else f" of {place}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, _WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def _item(text: str) -> str:
+    return textwrap.fill(
+        text, _WIDTH, initial_indent="  - ", subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
+    )
