@@ -25,6 +25,10 @@ DIFFER = (
     "its gradient; the norms are without that. Use the optimizer's weight_decay for penalties, and do the rest in "
     "forward()"
 )
+NOTHING = (
+    "no gradient came to parameter '{0}', and its layer was called with another tensor in its place (functional_call, "
+    "a frozen or detached one), whose gradients are in the norms; call it so in the first pass too, and they are not"
+)
 _NUMBERS, _PROJECTIONS = 1024, 4
 # What may differ by rounding: of the gradient and of the samples' gradients, and of the largest of all parameters',
 # where the terms of a gradient cancel but for rounding (a bias that softmax or a batch norm takes away again).
@@ -50,9 +54,11 @@ class GradientSums:
         self._samples: dict[str, Tensor] = {}
         self._came: dict[str, Tensor] = {}
         self._handles = []
+        self._watched: set[str] = set()
         for name, parameter in parameters.items():
             if parameter.is_leaf and parameter.requires_grad:
                 # Of the node and not of the tensor, whose hooks belong to others and run before.
+                self._watched.add(name)
                 accumulates = get_gradient_edge(parameter).node
                 self._handles.append((accumulates, accumulates.register_prehook(_Hook(self, name))))
 
@@ -98,13 +104,19 @@ class GradientSums:
             names: of the parameters to be compared.
         """
         came = {name: each for name, each in self._came.items() if name in names}
+        if came:  # in the same pass others get nothing: a layer that was called with another tensor in its place
+            none = (name for name in self._samples if name in names and name in self._watched and name not in came)
+            came |= {name: torch.zeros_like(self._samples[name]) for name in none}
         if task != self._task or not came or not self._samples:
             return None
         over, share = self._compared(came, norms_sq)
         if bool(over.isnan().any()):
             return None
         worst = int(over.argmax())
-        return DIFFER.format(list(came)[worst], float(share[worst])) if bool(over[worst] > 1) else ""
+        if not bool(over[worst] > 1):
+            return ""
+        name = list(came)[worst]
+        return DIFFER.format(name, float(share[worst])) if name in self._came else NOTHING.format(name)
 
     def different(self, gradients: Mapping[str, Tensor]) -> list[str]:
         """Return which of these gradients are others than what the samples' gradients have added up to."""

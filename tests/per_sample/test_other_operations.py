@@ -196,6 +196,24 @@ def test_a_layer_that_is_frozen_while_it_is_called_is_not_counted() -> None:
         assert float(norm) == pytest.approx(float(torch.cat([g.flatten() for g in grads]).norm()), rel=1e-5)
 
 
+class Exchanged(Changing):
+    """A model that calls a layer with other parameters in their place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = {name: p.detach().requires_grad_() for name, p in self.inner.named_parameters()}
+        hidden = torch.func.functional_call(self.inner, others, (x,)) if self.on else self.inner(x)
+        y: Tensor = self.head(hidden.tanh())
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:lipcore:UserWarning", "ignore:PerSampleGradNorms:UserWarning")
+def test_parameters_that_are_exchanged_in_later_passes() -> None:
+    """By as many operations: the next proof tells, pass 64."""
+    found = unproved(Exchanged(lambda _, hidden: hidden), 66, lambda number: number >= 60)
+    assert not any(found[:60])
+    assert all("was called with another tensor in its place" in why for why in found[63:])
+
+
 def test_a_list_of_samples_of_one_row_each_is_refused() -> None:
     class Pictures(Changing):
         def forward(self, pictures: list[Tensor]) -> Tensor:  # type: ignore[override]
