@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.models.chains import home_of
+from lipcore.models.drawing_operations import DrawingOperations
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
 from lipcore.models.ranks import below_ddp, has_dtensors, without_communication
@@ -121,6 +122,8 @@ class Before:
                     return "its output is another one when it is run again on the same batch", []
                 if not self._state.random.are_same(used, self._state.random.now()):
                     return "how many random numbers it draws depends on the batch", []
+                if self._draws(self._kept) != self._draws(self._copies(sample)):
+                    return "for how many rows it draws random numbers depends on the batch (dropout in experts)", []
                 if self._has_others:
                     return _OTHERS.format(sample), []
                 return DEPENDS.format(sample), wrong
@@ -132,6 +135,13 @@ class Before:
 
     def _copies(self, sample: int) -> Tensor:
         return self._kept.narrow(self._dim, sample, 1).expand_as(self._kept).clone()
+
+    def _draws(self, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
+        """Return the operations that draw random numbers, and how many each draws, as the model is run on x."""
+        drawn = DrawingOperations()
+        with drawn:
+            self._run(x)
+        return drawn.found
 
     def _run(self, x: Tensor) -> Any:
         """Return what the model makes of x in the place of the batch, from the same state as the pass had."""

@@ -341,3 +341,37 @@ def test_parts_of_a_split(size: Any) -> None:
     assert other is not None
     assert torch.equal(other, torch.cat([ids.expand(4, 3), ids.flip(0).expand(4, 3)], 1))
     assert ids_behind(step._replace(ids=[ids, None])) is None
+
+
+class Dropping(nn.Module):
+    """Experts with dropout inside: which row gets which mask depends on how many rows each expert has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router, self.head = nn.Linear(C, E), nn.Linear(C, 3)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(C, C), nn.Dropout(0.2)) for _ in range(E))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, chosen = self.router(x).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (chosen == number).nonzero()[:, 0]
+            if len(rows):
+                out = out.index_add(0, rows, expert(x[rows]) * weights[rows, None])
+        y: Tensor = self.head(x + out)
+        return y
+
+
+@pytest.mark.filterwarnings("ignore:lipcore:UserWarning")
+def test_dropout_in_experts_is_not_taken_for_mixing() -> None:
+    torch.manual_seed(0)
+    model, x, y = Dropping(), torch.randn(B, C), torch.arange(B) % 3
+    with PerSampleGradNorms(model, loss_reduction="mean") as norms:
+        losses = F.cross_entropy(model(x), y, reduction="none")
+        losses.mean().backward(retain_graph=True)
+        assert "draws random numbers" in norms.unproved
+        found = norms.per_sample
+    for loss, norm in zip(losses, found, strict=True):
+        each = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+        square = sum(float(g.double().square().sum()) for g in each if g is not None)
+        assert float(norm) == pytest.approx(square**0.5, rel=1e-5)
