@@ -14,6 +14,7 @@ from lipcore.distributed.ownership import bits_of
 from lipcore.distributed.placed import counts_here, local_of, placed_like, tied_to
 from lipcore.distributed.rank_axis import Place
 from lipcore.metric.distribution import Distribution
+from lipcore.metric.state import trouble_of
 from lipcore.trajectory.building import Built
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.shard_sums import ShardSums
@@ -23,10 +24,10 @@ from lipcore.trajectory.whole import PathSoFar, Whole, places_of
 State = dict[str, Any]
 _KEPT = [COLUMN["total_steps"], POINTS, FOLDED]  # columns that a part of a parameter has as the whole does
 _OTHER_VALUES = (
-    "copies: parameter '{0}' has other values in the checkpoint than on the rank that loads it here had when it was "
-    "saved: several ranks had different parameters of this name, and a checkpoint keeps one of them. Stages of a "
-    "pipeline: give each rank names of its own with prefix=; models that ranks train apart: pass group=None; then save "
-    "anew. This checkpoint cannot be used for lipcore: leave the monitor out of the load"
+    "copies.{0}.{1}: parameter '{0}' has other values in the checkpoint than on the rank that loads it here had when "
+    "it was saved: several ranks had different parameters of this name, and a checkpoint keeps one of them. Stages of "
+    "a pipeline: give each rank names of its own with prefix=; models that ranks train apart: pass group=None; then "
+    "save anew. This checkpoint cannot be used for lipcore: leave the monitor out of the load"
 )
 ANEW = "; to go on without it, leave the monitor out of the load and begin with a new one"
 
@@ -76,10 +77,12 @@ def joined(tensors: Mapping[str, Any], rest: State) -> State:
     for name, own in local.items():
         if missing := sorted({"prev", "ref", "mean", "earlier"} - own.keys()):
             raise ValueError(f"copies: {missing[0]!r} is missing for parameter '{name}'")
+        _check_copies(name, own)
     here = _bits({name: local[name] for name in bits if name in local})
     for name, own_bits in here.items():
-        if own_bits != list(bits[name]):
-            raise ValueError(_OTHER_VALUES.format(name))
+        for kind, mine, theirs in zip(("prev", "ref"), own_bits, bits[name], strict=True):
+            if mine != theirs:
+                raise ValueError(_OTHER_VALUES.format(name, kind))
     kinds = ["prev", "ref", "mean", "m2", *(["earlier", "earlier_m2"] if earlier else [])]
     exact["tensors"] = {name: {k: own[k] for k in kinds if k in own} for name, own in local.items()}
     exact["closed"] = [
@@ -91,6 +94,22 @@ def joined(tensors: Mapping[str, Any], rest: State) -> State:
         for i, block in enumerate(exact["closed"])
     ]
     return {**rest, "trackers": {**rest["trackers"], "exact": exact}}
+
+
+def _check_copies(name: str, own: Mapping[str, Any]) -> None:
+    """Raise ValueError for what cannot be the copies of one parameter."""
+    for kind, tensor in own.items():
+        why = trouble_of(tensor) if isinstance(tensor, Tensor) else f"expected a tensor, got {type(tensor).__name__}"
+        if why:
+            raise ValueError(f"copies.{name}.{kind}: {why}")
+    for kind, tensor in own.items():
+        like = own["prev" if kind == "ref" else "mean"].dtype
+        fits = kind == "prev" or tensor.dtype == like or (kind != "ref" and tensor.dtype == torch.float64)
+        if not fits or tensor.shape != own["prev"].shape:
+            raise ValueError(
+                f"copies.{name}.{kind}: expected {like} {list(own['prev'].shape)}, as prev and mean have, got "
+                f"{tensor.dtype} {list(tensor.shape)}"
+            )
 
 
 def _bits(copies: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[int]]:

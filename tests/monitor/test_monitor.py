@@ -627,7 +627,7 @@ RANKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "ranks_more": (lambda s: s["ranks"].update({"7": packed({"metrics": {}})}), "ranks.7: expected the metrics of a"),
     "copies_list": (lambda s: s.update(copies={"all": []}), "copies: expected tensors by metric, got list"),
     "copies_of_another": (lambda s: s["copies"]["all"]["trajectory"]["0.weight"]["prev"].add_(1),
-                          "copies: parameter '0.weight' has other values in the checkpoint than"),
+                          "copies.0.weight.prev: parameter '0.weight' has other values in the checkpoint than"),
     "copies_without_one": (lambda s: s["copies"]["all"]["trajectory"]["0.weight"].pop("ref"), "copies: .*'0.weight'"),
 }  # fmt: skip
 
