@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from types import TracebackType
@@ -702,7 +703,8 @@ class Engine:
         for metric in self.metrics.values():
             metric.flush()
         self._failures.drop_kept()  # the user's own exception goes first
-        self.close()
+        with suppress(Exception):  # and before what comes to light at the end, an alarm of the step after it, say
+            self.close()
 
 
 def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:
