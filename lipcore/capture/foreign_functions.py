@@ -3,15 +3,15 @@ expect one backward pass; after a backward pass of lipcore's own they have it ba
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lipcore.models.held import CONTAINERS
+from lipcore.models.module_state import copied, restore
 from lipcore.models.outputs import tensors_of
 from lipcore.models.torch_internals import keeps_by_hooks
 
@@ -47,7 +47,7 @@ def put_back(nodes: Iterable[Any]) -> Iterator[None]:
             vars(node).clear()
             vars(node).update(attributes)
         for container, before in containers:
-            _fill(container, before)
+            restore(container, before)
         for tensor, value, size in values:
             if tensor.untyped_storage().nbytes() < size:  # it was freed
                 tensor.untyped_storage().resize_(size)
@@ -57,12 +57,7 @@ def put_back(nodes: Iterable[Any]) -> Iterator[None]:
 
 def _containers(value: Any) -> Iterator[tuple[Any, Any]]:
     """Yield the containers in a value that can change, each with a copy of it."""
-    if isinstance(value, (list, dict, set, deque)):
-        yield value, copy(value)
+    if isinstance(value, CONTAINERS):
+        yield value, copied(value)
         for each in list(value.values() if isinstance(value, dict) else value):
             yield from _containers(each)
-
-
-def _fill(container: Any, before: Any) -> None:
-    container.clear()
-    (container.extend if isinstance(container, (list, deque)) else container.update)(before)

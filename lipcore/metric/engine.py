@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 from types import TracebackType
@@ -656,6 +655,11 @@ class Engine:
     @ordinary
     def close(self) -> None:
         """Remove every hook and raise an error that was kept; results stay readable."""
+        self._shut()
+        self._failures.raise_kept()
+
+    def _shut(self) -> None:
+        """Remove every hook; errors that come to light are kept."""
         if not self._closed:
             self._step_end.take_waiting()
             if self._scaled is not None:
@@ -670,7 +674,6 @@ class Engine:
             if not self._failures.all_stopped:
                 self._windows.final = self._so_far()  # results refer to parameters, which may go on moving
             self._tell(lambda listener: listener.closed())
-        self._failures.raise_kept()
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy or a pickle has: all numbers so far and no model; it is closed, and records nothing."""
@@ -702,9 +705,8 @@ class Engine:
         self._step_end.drop_waiting()  # the loop has raised in the middle of it
         for metric in self.metrics.values():
             metric.flush()
-        self._failures.drop_kept()  # the user's own exception goes first
-        with suppress(Exception):  # and before what comes to light at the end, an alarm of the step after it, say
-            self.close()
+        self._shut()
+        self._failures.drop_kept()  # the exception that ends the loop goes first: the user's own, or an alarm's
 
 
 def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:

@@ -23,7 +23,7 @@ class ModuleState:
         # TorchScript's modules keep theirs in C++.
         inside = [d for m in modules for d in (m._parameters, m._buffers, m._modules) if isinstance(d, dict)]
         owners = [m.__dict__ for m in modules]
-        self._entries = [(owner, _copied(owner)) for owner in (*owners, *inside, *held.containers)]
+        self._entries = [(owner, copied(owner)) for owner in (*owners, *inside, *held.containers)]
         self._objects = [(value, attributes_of(value)) for value in held.objects]
         self._arrays = [(value, copy(value)) for value in held.arrays]
         self._hooks = [(h, dict(h)) for m in modules for h in (m._forward_hooks, m._forward_pre_hooks)]
@@ -33,7 +33,7 @@ class ModuleState:
     def put_back(self) -> None:
         """Make everything what it was then."""
         for owner, kept in self._entries:
-            _restore(owner, kept)
+            restore(owner, kept)
         for value, attributes in self._objects:
             _restore_attributes(value, attributes)
         for array, numbers in self._arrays:
@@ -44,11 +44,13 @@ class ModuleState:
             tensor.put_back()
 
 
-def _copied(owner: Any) -> Any:
+def copied(owner: Any) -> Any:
+    """Return the entries of a container that can change."""
     return dict(owner) if isinstance(owner, dict) else list(owner)
 
 
-def _restore(owner: Any, kept: Any) -> None:
+def restore(owner: Any, kept: Any) -> None:
+    """Give a container the entries that it had, where they are others now."""
     if isinstance(owner, dict):
         if len(owner) != len(kept) or any(owner.get(key, owner) is not value for key, value in kept.items()):
             owner.clear()

@@ -115,27 +115,28 @@ def footer() -> str:
 
 def document(title: str, body: Html, data: dict[str, Any] | None = None) -> str:
     """Return a whole file: the style, the body, and where there are figures their data and the scripts."""
-    style, script = (
-        files("lipcore.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
-    )
     return "".join((
         "<!DOCTYPE html>\n",
         '<html lang="en"><head><meta charset="utf-8">',
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">',
         tag("title", title, " · lipcore report"),
-        f"<style>{style}</style></head><body>",
+        f"<style>{_own_file('page.css')}</style></head><body>",
         body,
-        "" if data is None else _scripts(script, data),
+        "" if data is None else _scripts(data),
         "</body></html>\n",
     ))  # fmt: skip
 
 
-def _scripts(script: str, data: dict[str, Any]) -> str:
+def _own_file(name: str) -> str:
+    return files("lipcore.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _scripts(data: dict[str, Any]) -> str:
     return "".join((
         "<noscript><p>The figures need JavaScript; the tables do not.</p></noscript>",
         f'<script type="application/json" id="data">{_json(data)}</script>',
-        f"<script>{_inside(library())}</script><script>{script}</script>",
+        f"<script>{_inside(library())}</script><script>{_own_file('page.js')}</script>",
     ))  # fmt: skip
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
@@ -15,6 +17,16 @@ T = TypeVar("T")
 def sized(on_a_gpu: T, emulated: T) -> T:
     """Return the sizes for the device at hand."""
     return emulated if EMULATED else on_a_gpu
+
+
+@contextlib.contextmanager
+def nothing_waits() -> Iterator[None]:
+    """Raise an error where the host waits for the device within the with block."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def placed_as_it_is(x: Tensor | None) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as nnf
 
 import lipcore
 
@@ -57,6 +58,17 @@ def norms_sq(model: nn.Module, samples: list[tuple[Any, ...]], loss: Loss) -> di
 def weighted_sum(output: Any) -> Tensor:
     """A loss whose gradient differs from element to element and from sample to sample."""
     return (output * torch.cos(output.detach() * 3 + 1)).sum()
+
+
+def one_at_a_time(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Return the gradient norms of a classifier's samples under cross entropy, float64 [B], each passed alone."""
+    model = copy.deepcopy(model).double()
+    norms = []
+    for i in range(len(x)):
+        loss = nnf.cross_entropy(model(x[i : i + 1].double()), y[i : i + 1])
+        grads = torch.autograd.grad(loss, list(model.parameters()))
+        norms.append(torch.cat([g.flatten() for g in grads]).norm())
+    return torch.stack(norms)
 
 
 def check(

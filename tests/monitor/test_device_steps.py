@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
-from devices import EMULATED
+from devices import EMULATED, nothing_waits
 from torch import Tensor, nn
 
 import lipcore
 from lipcore.metric.host_copy import HostCopy
 from lipcore.metric.late_moves import LateMoves
-
-
-@contextlib.contextmanager
-def nothing_waits() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def mlp() -> nn.Sequential:

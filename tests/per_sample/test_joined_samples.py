@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from helpers.few import few
+from per_sample_oracle import one_at_a_time
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -128,16 +128,6 @@ class Joins(nn.Module):
         now = self.order(len(x))
         hidden = self.inside(self.join(x, now)).tanh()
         return self.head(self.join(hidden, [now.index(i) for i in range(len(x))]))
-
-
-def one_at_a_time(model: Joins, x: Tensor, y: Tensor) -> Tensor:
-    model = copy.deepcopy(model).double()
-    norms = []
-    for i in range(len(x)):
-        loss = nnf.cross_entropy(model(x[i : i + 1].double()), y[i : i + 1])
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        norms.append(torch.cat([g.flatten() for g in grads]).norm())
-    return torch.stack(norms)
 
 
 def steps(model: Joins, orders: Sequence[Sequence[int]]) -> list[tuple[bool, str]]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import pytest
 import torch
+from per_sample_oracle import one_at_a_time
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -72,16 +72,6 @@ def batches() -> list[tuple[Tensor, Tensor]]:
     found = [torch.randn(SAMPLES, 4, generator=generator) for _ in range(3)]
     found[0] = found[0][found[0][:, 0].argsort()]
     return [(x, torch.randint(3, (SAMPLES,), generator=generator)) for x in found]
-
-
-def one_at_a_time(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    model = copy.deepcopy(model).double()
-    norms = []
-    for i in range(len(x)):
-        loss = nnf.cross_entropy(model(x[i : i + 1].double()), y[i : i + 1])
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        norms.append(torch.cat([g.flatten() for g in grads]).norm())
-    return torch.stack(norms)
 
 
 def check_steps(model: nn.Module) -> PerSampleGradNorms:

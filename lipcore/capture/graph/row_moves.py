@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -97,12 +96,12 @@ class Moves:
         moves = {place for place, node in enumerate(walk.nodes) if self._moves(place, node, samples)}
         if joining:
             moves |= {place for place, node in enumerate(walk.nodes) if joins(node, samples)}
-        self.below = _behind(walk, [c for place in moves for c in walk.next[place]], ())
-        self.inside = self.below - _behind(walk, walk.roots, moves)
+        self.below = walk.behind(c for place in moves for c in walk.next[place])
+        self.inside = self.below - walk.behind(walk.roots, moves)
         # A loss beside, one number, may choose among the rows of what is returned.
         several = [root for root in walk.roots if math.prod(walk.shapes(root)[0]) > 1] if moves else []
         for root in several:
-            self.inside |= (self.below & _behind(walk, [root], ())) - _behind(walk, [root], moves)
+            self.inside |= (self.below & walk.behind([root])) - walk.behind([root], moves)
 
     def _moves(self, place: int, node: Any, samples: int) -> bool:
         if not (may_move(node) or is_permutation(node, samples)):
@@ -114,16 +113,3 @@ class Moves:
             self.indexed.append(place)
             return False
         return True
-
-
-def _behind(walk: Walk, places: Iterable[int], stop: Container[int]) -> set[int]:
-    """Return these places and those behind them, but for those behind the ones to stop at."""
-    todo = [place for place in places if place >= 0]
-    found = set(todo)
-    while todo:
-        place = todo.pop()
-        for child in walk.next[place] if place not in stop else ():
-            if child >= 0 and child not in found:
-                found.add(child)
-                todo.append(child)
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -54,11 +54,13 @@ class Walk:
             self._shapes[place] = shapes(self.nodes[place])
         return self._shapes[place]
 
-    def behind(self, places: Collection[int]) -> set[int]:
-        """Return these places and all behind them."""
-        found, todo = set(places), list(places)
+    def behind(self, places: Iterable[int], stop: Container[int] = ()) -> set[int]:
+        """Return these places and those behind them, but for those behind the ones to stop at."""
+        todo = [place for place in places if place >= 0]
+        found = set(todo)
         while todo:
-            for child in self.next[todo.pop()]:
+            place = todo.pop()
+            for child in self.next[place] if place not in stop else ():
                 if child >= 0 and child not in found:
                     found.add(child)
                     todo.append(child)
