@@ -150,6 +150,29 @@ def test_blocks_that_are_left_out(name: str) -> None:
     assert trained(model, [(torch.randn(B, 4),) for _ in range(12)], lambda output: output) > 5
 
 
+class Repeated(nn.Module):
+    """A model that goes through a layer and a scale a random number of times, and adds a shift wherever it does."""
+
+    def __init__(self, draw: Callable[[], float]) -> None:
+        super().__init__()
+        self.draw, self.inside, self.last = draw, nn.Linear(C, C), nn.Linear(C, 3)
+        self.scale, self.shift = nn.Parameter(torch.rand(C) + 0.5), nn.Parameter(torch.randn(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(int(self.draw() * 3)):
+            x = torch.tanh(self.inside(x) * self.scale) + self.shift
+        found: Tensor = self.last(x)
+        return found
+
+
+@pytest.mark.parametrize("name", few(["python", "numpy", "torch"], 1))
+def test_loops_of_random_length(name: str) -> None:
+    """The pass on one sample more is held to as many rounds, where it had others by chance."""
+    begin()
+    model = Repeated({"python": random.random, "numpy": by_numpy, "torch": lambda: float(torch.rand([]))}[name])
+    assert trained(model, [(torch.randn(B, C),) for _ in range(20)], lambda output: output) > 0
+
+
 @pytest.mark.ci
 @pytest.mark.parametrize("name", CASES)
 def test_many_steps(name: str) -> None:
