@@ -7,7 +7,6 @@ way. The two sums are compared by a few random projections, so that neither has 
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping
 
@@ -18,6 +17,7 @@ from torch.autograd.graph import get_gradient_edge
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Factor
+from lipcore.layers.projections import projected
 
 DIFFER = (
     "the gradient that came to parameter '{0}' is not the sum of the samples' gradients (they differ by {1:.2g} times "
@@ -29,7 +29,6 @@ NOTHING = (
     "no gradient came to parameter '{0}', and its layer was called with another tensor in its place (functional_call, "
     "a frozen or detached one), whose gradients are in the norms; call it so in the first pass too, and they are not"
 )
-_NUMBERS, _PROJECTIONS = 1024, 4
 # What may differ by rounding: of the gradient and of the samples' gradients, and of the largest of all parameters',
 # where the terms of a gradient cancel but for rounding (a bias that softmax or a batch norm takes away again).
 _EXACT, _EXACT_NOISE = 1e-3, 1e-5
@@ -76,13 +75,13 @@ class GradientSums:
         for name, factor in factors.items():
             self.look_at(factor.tensors())
             if factor.samples:
-                ones = torch.ones(factor.samples, dtype=torch.float64, device=next(factor.tensors()).device)
-                with torch.autocast(ones.device.type, enabled=False):
-                    self.add(name, factor.weighted_sum(ones))
+                with torch.autocast(next(factor.tensors()).device.type, enabled=False):
+                    _add(self._samples, name, factor.projected_sum())
 
     def add(self, name: str, total: Tensor) -> None:
         """Take in a sum of samples' gradients."""
-        _add(self._samples, name, total)
+        with torch.autocast(total.device.type, enabled=False):
+            _add(self._samples, name, projected(total))
 
     def _at_parameter(self, name: str, gradient: Tensor | None) -> None:
         # What comes in another backward pass (another thread's) is of another forward pass.
@@ -90,7 +89,8 @@ class GradientSums:
             return
         try:
             self.look_at([gradient])
-            _add(self._came, name, gradient)
+            with torch.autocast(gradient.device.type, enabled=False):
+                _add(self._came, name, projected(gradient))
         except Exception as error:
             self._on_error(error)
 
@@ -123,7 +123,7 @@ class GradientSums:
         if not gradients:
             return []
         self.look_at(gradients.values())
-        over, _ = self._compared({name: _projected(gradient) for name, gradient in gradients.items()}, {})
+        over, _ = self._compared({name: projected(gradient) for name, gradient in gradients.items()}, {})
         return [name for name, beyond in zip(gradients, over > 1, strict=True) if bool(beyond)]
 
     def _compared(self, came: Mapping[str, Tensor], norms_sq: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -164,28 +164,5 @@ class _Hook:
                 sums._at_parameter(self._name, gradients[0])
 
 
-def _add(sums: dict[str, Tensor], name: str, total: Tensor) -> None:
-    with torch.autocast(total.device.type, enabled=False):
-        found = _projected(total)
+def _add(sums: dict[str, Tensor], name: str, found: Tensor) -> None:
     sums[name] = sums[name] + found if name in sums else found
-
-
-def _projected(tensor: Tensor) -> Tensor:
-    """Return a tensor's inner products with random ones of its size, float64 [_PROJECTIONS]."""
-    tensor = tensor.detach()
-    tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    numbers = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, torch.float32))
-    directions, signs = (t.to(numbers.device, numbers.dtype) for t in _random())
-    whole = len(numbers) // _NUMBERS
-    rows = numbers[: whole * _NUMBERS].reshape(whole, _NUMBERS) @ directions
-    turns = signs[torch.arange(whole, device=numbers.device) % len(signs)]  # rows that are alike must not look alike
-    rest = numbers[whole * _NUMBERS :]
-    return ((rows * turns).sum(0) + rest @ directions[: len(rest)]).double()
-
-
-@functools.cache
-def _random() -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    directions = torch.randn(_NUMBERS, _PROJECTIONS, generator=generator, dtype=torch.float64)
-    return directions, torch.randn(_NUMBERS - 1, 1, generator=generator, dtype=torch.float64)

@@ -9,6 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from lipcore.layers.projections import projected
+
 
 class Factor(ABC):
     """The contribution of one call of a layer to the per-sample gradients of one of its parameters.
@@ -54,6 +56,12 @@ class Factor(ABC):
         for sample in range(1, self.samples):
             total = total + coefficients[sample] * self.dense(sample)
         return total
+
+    def projected_sum(self) -> Tensor:
+        """Return the projections (:mod:`lipcore.layers.projections`) of the sum of all samples' gradients; B > 0. A
+        kind of factor that has them without the sum has its own."""
+        tensor = next(self.tensors())
+        return projected(self.weighted_sum(torch.ones(self.samples, dtype=torch.float64, device=tensor.device)))
 
     def dots(self, references: Tensor) -> Tensor:
         r"""Return :math:`\langle g_i, r_k \rangle`, float64 [K, B], for references [K, \*shape of the parameter]."""
@@ -104,6 +112,9 @@ class Sum(Factor):
         for part in self.parts[1:]:
             total = total + part.weighted_sum(coefficients)
         return total
+
+    def projected_sum(self) -> Tensor:
+        return torch.stack([part.projected_sum() for part in self.parts]).sum(0)
 
     def dots(self, references: Tensor) -> Tensor:
         return torch.stack([part.dots(references) for part in self.parts]).sum(0)

@@ -20,6 +20,7 @@ from lipcore.layers.factor_products import (
     spread,
 )
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
+from lipcore.layers.projections import LAST, directions, projected_rows
 
 
 class Indexed(Factor):
@@ -70,6 +71,14 @@ class Indexed(Factor):
         terms = self._terms()
         terms = terms * spread(coefficients, terms, self.offsets).unsqueeze(-1)
         return sum_by_index(terms.flatten(0, -2), self.indices.flatten(), self.num)
+
+    def projected_sum(self) -> Tensor:
+        terms = self._terms()
+        table = directions(0, terms.new_empty(self.num))
+        found = projected_rows(terms, LAST) * table[:, self.indices.flatten()]
+        if self.offsets is not None:
+            found *= spread(found.new_ones(self.samples), terms, self.offsets)
+        return found.sum(1)
 
     def dots(self, references: Tensor) -> Tensor:
         terms, tables = alike(self._terms(), references)
@@ -145,6 +154,9 @@ class Tied(Factor):
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
         return self.embedding.weighted_sum(coefficients) + self.head.weighted_sum(coefficients)
+
+    def projected_sum(self) -> Tensor:
+        return self.embedding.projected_sum() + self.head.projected_sum()
 
     def dots(self, references: Tensor) -> Tensor:
         return self.embedding.dots(references) + self.head.dots(references)

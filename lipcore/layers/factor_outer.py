@@ -11,6 +11,7 @@ from lipcore.layers.factor import Factor
 from lipcore.layers.factor_products import CHUNK, alike, collected, gram_of_pairs, gram_of_slices, owners, spread
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
 from lipcore.layers.factor_sums import is_sum_of
+from lipcore.layers.projections import LAST, projected_rows
 
 
 class Outer(Factor):
@@ -70,6 +71,23 @@ class Outer(Factor):
         x, grad = alike(self.x, self.grad)
         scaled = grad * spread(coefficients, grad, self.offsets).unsqueeze(-1)
         return (scaled.flatten(0, -2).T @ x.flatten(0, -2)).reshape(self.shape)
+
+    def projected_sum(self) -> Tensor:
+        return super().projected_sum() if self.is_reshaped else self.projected_rows().sum(1)
+
+    @property
+    def is_reshaped(self) -> bool:
+        """True where the parameter is not [O, I]."""
+        return self.shape != (self.grad.shape[-1], self.x.shape[-1])
+
+    def projected_rows(self, axis: int = 0) -> Tensor:
+        """Return the projections of every row's outer product, float64 [K, N]; 0 of rows outside all samples. `axis`:
+        the number of dimension O in the parameter."""
+        x, grad = alike(self.x, self.grad)
+        found = projected_rows(grad, axis) * projected_rows(x, LAST)
+        if self.offsets is not None:
+            found *= spread(found.new_ones(self.samples), grad, self.offsets)
+        return found
 
     def dots(self, references: Tensor) -> Tensor:
         x, grad, flat = alike(self.x, self.grad, references.flatten(1))

@@ -43,7 +43,7 @@ class RowSum(Factor):
             terms = terms * rows(self.x, self.offsets, sample)
         return terms.sum(0).reshape(self.shape)
 
-    def _vectors(self) -> Tensor:
+    def vectors(self) -> Tensor:
         """Return the gradients, [B, F], which are smaller than the rows; in float32 at least, as torch sums the
         batch's."""
         terms = product(self.grad, self.x)
@@ -52,13 +52,13 @@ class RowSum(Factor):
         return sum_by_index(terms, owners(self.grad, self.offsets), self.samples + 1)[:-1]
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
-        return vector_sum(self._vectors(), coefficients, self.shape)
+        return vector_sum(self.vectors(), coefficients, self.shape)
 
     def dots(self, references: Tensor) -> Tensor:
-        return vector_dots(self._vectors(), references)
+        return vector_dots(self.vectors(), references)
 
     def gram(self) -> Tensor:
-        return vector_gram(self._vectors())
+        return vector_gram(self.vectors())
 
     def join(self, other: Factor) -> Factor:
         if not isinstance(other, RowSum) or other.shape != self.shape:
@@ -104,19 +104,19 @@ class ChannelSum(Factor):
             terms = terms * self.x[sample].detach()
         return terms.flatten(1).sum(1) if terms.dim() > 1 else terms
 
-    def _vectors(self) -> Tensor:
+    def vectors(self) -> Tensor:
         """Return the gradients, [B, C], which are smaller than the activations; in float32 at least."""
         terms = product(self.grad, self.x)
         return terms.flatten(2).sum(2) if terms.dim() > 2 else terms
 
     def weighted_sum(self, coefficients: Tensor) -> Tensor:
-        return vector_sum(self._vectors(), coefficients, self.shape)
+        return vector_sum(self.vectors(), coefficients, self.shape)
 
     def dots(self, references: Tensor) -> Tensor:
-        return vector_dots(self._vectors(), references)
+        return vector_dots(self.vectors(), references)
 
     def gram(self) -> Tensor:
-        return vector_gram(self._vectors())
+        return vector_gram(self.vectors())
 
     def join(self, other: Factor) -> Factor:
         if not isinstance(other, ChannelSum) or other.grad.shape[1] != self.grad.shape[1]:

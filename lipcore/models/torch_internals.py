@@ -149,14 +149,19 @@ def keeps_by_hooks(node: Any, but: Any = None) -> bool:
     return any(hook is not but for hook in _unpack_hooks(node))
 
 
-def _unpack_hooks(node: Any) -> Iterator[Any]:
-    """Yield the functions that unpack what a node of the graph has kept."""
-    kind = type(node)
-    if kind not in _raw_names:
-        _raw_names[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
-    found = (getattr(node, name) for name in _raw_names[kind])
-    each = (kept for one in found for kept in (one if isinstance(one, (tuple, list)) else [one]))
-    return (hook for kept in each if (hook := getattr(kept, "unpack_hook", None)) is not None)
+def _unpack_hooks(node: Any) -> list[Any]:
+    """Return the functions that unpack what a node of the graph has kept."""
+    kind, found = type(node), []
+    names = _raw_names.get(kind)
+    if names is None:
+        names = _raw_names[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+    for name in names:  # no generators: every node of a graph is asked in every pass
+        kept = getattr(node, name)
+        for one in kept if isinstance(kept, (tuple, list)) else (kept,):
+            hook = getattr(one, "unpack_hook", None)
+            if hook is not None:
+                found.append(hook)
+    return found
 
 
 def gives_once(node: Any) -> str:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from lipcore import layers
 from lipcore.layers import Batch, Dense, Outer, Sum, factor_indexed, factor_outer, factor_patches, factor_products
+from lipcore.layers.factor_stacked import Stacked
+from lipcore.layers.projections import projected
 
 TOLERANCE = {torch.float64: 1e-12}
 
@@ -31,6 +33,8 @@ def check(factor: layers.Factor, truth: Tensor, tolerance: float) -> None:
         assert found.dtype in (torch.float32, torch.float64)
         error = (found.double() - torch.tensordot(c, truth, 1)).norm()
         assert error <= tolerance * (c.abs() * lengths).sum()
+        error = (factor.projected_sum() - projected(truth.sum(0))).norm()
+        assert error <= 10 * tolerance * lengths.sum()
     dots, gram = factor.dots(references), factor.gram()
     assert dots.dtype == gram.dtype == torch.float64
     assert (dots.shape, gram.shape) == ((3, samples), (samples, samples))
@@ -106,6 +110,33 @@ def test_rows_behind_the_last_document_belong_to_none() -> None:
         layers.Indexed(torch.randint(4, (9,)), grad, 4, offsets=offsets),
     ):
         check(factor, torch.stack([factor.dense(0), factor.dense(1)]), 1e-12)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_rows_of_which_each_meets_one_of_several_parts(packed: bool) -> None:
+    torch.manual_seed(0)
+    offsets = torch.tensor([0, 3, 3, 8, 9, 10, 11]) if packed else None
+    shape = (12,) if packed else (6, 2)
+    x, grad = torch.randn(*shape, 4).double(), torch.randn(*shape, 5).double()
+    for pairs in (Outer(x, grad, offsets), layers.RowSum(grad, None, offsets)):
+        factor = Stacked(pairs, 3)
+        dense = torch.stack([factor.dense(0), factor.dense(1)])
+        assert dense.shape == (2, 3, *pairs.shape)
+        check(factor, dense, 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (7,), (5, 7), (3, 5, 7), (3, 5, 2, 2), (0, 3), (3, 0)])
+def test_projections_are_those_of_one_linear_map_that_keeps_lengths(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    one, other = torch.randn(2, *shape).double()
+    sum_of = projected(one) + projected(other)
+    assert sum_of.dtype == torch.float64
+    torch.testing.assert_close(projected(one + other), sum_of, rtol=0, atol=1e-12)
+    for element in torch.eye(one.numel()).double():  # none is invisible
+        assert (projected(element.reshape(shape)).abs() > 0.1).all()
+    if one.numel() > 4:
+        found = torch.stack([projected(each) for each in torch.randn(500, *shape).double()])
+        assert 0.5 < float(found.square().mean() / one.numel()) < 2
 
 
 @pytest.mark.parametrize(("tokens", "positions"), [(1, 1), (7, 7), (17, 3), (2, 0)])

@@ -14,7 +14,6 @@ from torch import Tensor
 from lipcore.capture.graph.edge_ids import ids_behind
 from lipcore.capture.graph.frontier import Frontier
 from lipcore.capture.graph.ids_step import Step, merged, narrowed
-from lipcore.capture.graph.kept_tensors import is_once_only
 from lipcore.capture.graph.walk import Walk
 
 
@@ -43,7 +42,7 @@ def carried(
     """Carry the samples of rows from the frontier on, as far as they can be told.
 
     Args:
-        walk: the graph of the pass.
+        walk: the graph of the pass, on whose tensors are no hooks.
         frontier: where rows are in the order of the batch.
         whose: per node there, the samples of its rows.
         known: the nodes there to carry from.
@@ -95,7 +94,6 @@ def _ids(
     ids = dict(start)
     came: dict[int, dict[int, Tensor | None]] = {}
     for place in order:
-        node = walk.nodes[place]
         if place in frontier.free:
             each = came.pop(place, {})
             if place in frontier.leaves or place in stopped or not each or any(v is None for v in each.values()):
@@ -107,13 +105,11 @@ def _ids(
         edges = [(i, c) for i, c in enumerate(walk.next[place]) if c in frontier.free and c not in frontier.leaves]
         if not edges:
             continue
-        told = here is not None and not is_once_only(node)
-        outs, others = walk.shapes(place), _shapes_behind(walk, place) if told else []
+        node, outs, others = walk.nodes[place], walk.shapes(place), _shapes_behind(walk, place)
         for i, child in edges:
-            number = walk.numbers[place][i]
-            shape = others[i] if told else None
+            number, shape = walk.numbers[place][i], others[i]
             found = None
-            if told and here is not None and shape is not None:
+            if here is not None and shape is not None:
                 found = ids_behind(Step(node, i, here, outs, shape, others))
             before = came.setdefault(child, {})
             before[number] = merged(before[number], found) if number in before else found

@@ -142,7 +142,8 @@ def _grouped_mm(node: Any, grad: Tensor, rows: SampleRows, shapes: Mapping[int, 
     if 1 not in shapes or rows.dim != 0 or ends is None or x is None or not x.dim() == grad.dim() == 2:
         return {}
     part = torch.bucketize(torch.arange(len(rows.ids), device="cpu"), ends.cpu(), right=True)
-    (tokens, offsets), (grads, _) = (rows.of_parts(part, len(ends)).split(t) for t in (x, grad))
+    pairs = rows.of_parts(part, len(ends))
+    (tokens, offsets), (grads, _) = pairs.split(x), pairs.split(grad)
     return {1: Stacked(Outer(grads, tokens, offsets), len(ends))}
 
 

@@ -211,7 +211,7 @@ def paired(
         if kinds[0] != kinds[1] or not (each or len(mine) == len(theirs)):
             raise GraphsDiffer(_OTHER.format(f"{one.name()} against {two.name()}"))
         for u, v in zip(mine, theirs, strict=False):
-            if (u < 0) != (v < 0):  # a loop that ends here, and goes on there
+            if (u < 0) != (v < 0) and kinds[0] not in _LISTS:  # a loop that ends here, and goes on there
                 behind = walk.nodes[u] if v < 0 else other.nodes[v]
                 raise GraphsDiffer(_OTHER.format(f"{one.name()} has {behind.name()} behind it in one of them alone"))
         todo += [(u, v) for u, v in zip(mine, theirs, strict=False) if u >= 0 and v >= 0]

@@ -160,9 +160,11 @@ class GraphWays:
         whose = {p: rows.samples(p, n, batch.size) for p in frontier.nodes if (n := frontier.rows(p, walk))}
         unseen = {p: mask for p, w in whose.items() if (mask := rows.unseen(p, len(w), batch.size)) is not None}
         seeds = functools.partial(begins.seeds, structure.places) if self._prove else None
-        nearer, more = structure.carried(walk, whose, unseen, seeds, self._whole)
-        refused = frontier.refused | structure.wrong(walk) | self._too_large(walk, nearer, batch.size)
-        refused |= structure.kept_by_hooks(walk)
+        hooked = structure.kept_by_hooks(walk)
+        nearer, more = frontier, dict[int, Tensor]()
+        if not hooked:
+            nearer, more = structure.carried(walk, whose, unseen, seeds, whole=self._whole)
+        refused = frontier.refused | structure.wrong(walk) | self._too_large(walk, nearer, batch.size) | hooked
         if self._whole:
             returned = {name: free & nearer.returned for name, free in nearer.behind.items()}
             refused |= {name: _RETURNED for name, places in returned.items() if places}

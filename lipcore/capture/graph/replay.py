@@ -102,6 +102,7 @@ class Replay:
         self.sums: GradientSums | None = None
         self._edges = Edges(walk, frontier)
         self._sums: dict[int, dict[int, Tensor]] = {}  # per free node and output, [B, *shape]
+        self._totals: dict[int, Tensor] = {}  # at free nodes, sums over the samples of what has a closed form
         self._task = -1
         self._squares: dict[str, Tensor] = {}
         self._factors: dict[str, Factor] = {}  # in place of squares, where gradients are kept whole
@@ -117,7 +118,7 @@ class Replay:
         if self._task != in_backward():
             self._task = in_backward()
             self._sums, self._squares, self._factors, self.unproved, self._unknown = {}, {}, {}, "", False
-            self._looped, self._outside = set(), {}
+            self._looped, self._outside, self._totals = set(), {}, {}
             if self.sums is not None:
                 self.sums.begin(self._task)
         return True
@@ -186,18 +187,34 @@ class Replay:
         if form is None or not shapes or first is None or first.is_complex() or at[0] is None or at[0] == EVERYTHING:
             return ()
         factors = form(node, first, SampleRows(at[0], whose, self._samples), shapes)
-        adds_up = self.sums is not None and not self.whole
-        if self.whole or adds_up:  # in the shape of the parameter: not behind a transposition
+        if self.whole:  # in the shape of the parameter: not behind a transposition
             factors = {i: factor for i, factor in factors.items() if self._edges.next[place][i] in self._leaves}
         named = {self._edges.direct[self._edges.next[place][i]]: factor for i, factor in factors.items()}
         if self.whole:
             self._factors |= named
         else:
             if self.sums is not None:
-                self.sums.add_factors(named)
+                self._add_up(self.sums, place, factors)
             for name, row in norms_sq_of(named).items():
                 self._add_squares(name, row)
         return factors
+
+    def _add_up(self, sums: GradientSums, place: int, factors: Mapping[int, Factor]) -> None:
+        """Take in the sums of the samples' gradients at a node's children; they go on from there as gradients do."""
+        for i, factor in factors.items():
+            child = self._edges.next[place][i]
+            if child in self._leaves:
+                sums.add_factors({self._leaves[child]: factor})
+            else:
+                self._totals[child] = factor.weighted_sum(torch.ones(factor.samples, dtype=torch.float64))
+
+    def _pass_on(self, sums: GradientSums, place: int, node: Any, total: Tensor) -> None:
+        """Take a sum of the samples' gradients at a node to what is behind it."""
+        for child, number, out in self._behind(place, _run(node, (total.to(node._input_metadata[0].dtype),))):
+            if out is not None and child in self._leaves:
+                sums.add(self._leaves[child], out)
+            elif out is not None and child in self._edges.shapes:
+                self._totals[child] = out.sum_to_size(self._edges.shapes[child][number])
 
     def _free(self, grads: tuple[Tensor | None, ...], node: Any, place: int) -> None:
         if place in self._returned and any(grad is not None for grad in grads) and not self._begin():
@@ -207,6 +224,9 @@ class Replay:
         sums = self._sums.pop(place, {})
         if place in self._returned:
             self._compare(grads, sums, place)
+        total = self._totals.pop(place, None)
+        if total is not None and self.sums is not None:
+            self._pass_on(self.sums, place, node, total)
         rows: dict[tuple[int, int], list[Tensor]] = {}
         for sample in range(self._samples if sums else 0):
             # Sums of half precision are float32; a node takes the dtype of its outputs, as from the engine.

@@ -3,6 +3,7 @@ model's."""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -54,8 +55,9 @@ class Order(Enum):
     TURNS = "turns"
     EITHER = "either"
 
+    @functools.lru_cache(maxsize=64)
     def samples(self, rows: int, samples: int) -> Tensor:
-        """Return the sample of each row, int64 [rows]."""
+        """Return the sample of each row, int64 [rows], which is not to be written to."""
         numbers = torch.arange(rows, device="cpu")
         return numbers % samples if self is Order.TURNS else numbers // (rows // samples)
 

@@ -75,9 +75,11 @@ class Structure:
         whose: Mapping[int, Tensor],
         unseen: Mapping[int, Tensor],
         seeds: Callable[[], Seeds] | None,
+        *,
         whole: bool,
     ) -> Carried:
-        """Return the frontier of a pass, nearer to the parameters where the model chooses rows.
+        """Return the frontier of a pass on whose tensors are no hooks, nearer to the parameters where the model chooses
+        rows.
 
         Args:
             walk: the graph of the pass.
@@ -86,7 +88,7 @@ class Structure:
             seeds: make what proofs begin with; None where passes are not to be proved.
             whole: as of :class:`Replay`.
         """
-        if not self.frontier.moved or self.carries is False or self.kept_by_hooks(walk):
+        if not self.frontier.moved or self.carries is False:
             return Carried(self.frontier, {})
         known = [p for p in self.frontier.nodes if p not in unseen and p not in self.rows.unreached]
         proves = seeds is not None and self.rows.proved_in(walk)

@@ -8,6 +8,7 @@ from lipcore.models.ranks import under_process_group
 
 _SECOND, _LONGEST = 64, 4096  # passes; the distance doubles in between
 _EARLY = (2, 4)  # under a process group, where what a pass leaves open does not bring another
+_COMPARED = 32  # passes: the samples' gradients are added up once in so many, which takes up to a third of a step
 _KINDS = 8  # numbers of samples or of dimensions that are proved as they come; later ones one per distance
 
 
@@ -18,6 +19,9 @@ class ProofSchedule:
     (rows without a gradient, numbers that are not finite) is followed by others of as many samples, ever farther apart.
     Under a process group the number of the pass decides alone, and is 2 and 4 too: where one rank ran a pass of its
     own, sharded models would hang.
+
+    What the samples' gradients add up to needs no backward pass more: it is compared with what comes to the parameters
+    in every 32nd pass too.
     """
 
     def __init__(self) -> None:
@@ -55,6 +59,11 @@ class ProofSchedule:
             self._kinds.add(kind)
             self._shapes.add(shape)
         return due
+
+    @property
+    def adds_up(self) -> bool:
+        """True where the samples' gradients of the last pass are to be added up and compared, though it is not due."""
+        return self.by_number or self.passes % _COMPARED == 0
 
     def due_next(self) -> bool:
         """Return whether the next pass is to be proved by its number, as under a process group."""

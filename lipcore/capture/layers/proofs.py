@@ -165,7 +165,7 @@ class Proofs:
         run.kind = first.dim(), run.batch.size
         run.shape = tuple(first.shape)
         due = self._schedule.due(tuple(first.shape), run.batch.size)
-        run.adds_up = due or self._schedule.by_number
+        run.adds_up = due or self._schedule.adds_up
         if self._ranks is not None and self._schedule.due_next():
             self._ranks.announce(self._schedule.passes + 1)
         if not due or (run.chained and self._ranks is None):
