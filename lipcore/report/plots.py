@@ -130,10 +130,9 @@ class Plots:
         if log:
             _tick_logarithms(figure, _positive([one.mean[:, column] for one in (low, middle, high)]))
         own = drawn_columns(middle, column, positive=log)
-        ends = middle.ends[middle.count[:, column] > 0]
         for name, one in (("low", low), ("high", high)):
             values = dict(zip(one.ends.tolist(), one.mean[:, column].tolist(), strict=True))
-            own[name] = np.array([values.get(end, math.nan) for end in ends.tolist()], np.float32)
+            own[name] = np.array([values.get(end, math.nan) for end in own["end"].tolist()], np.float32)
         known = np.isfinite(own["low"]) & np.isfinite(own["high"])
         area = ColumnDataSource({name: own[name][known] for name in ("end", "low", "high")})
         figure.varea("end", "low", "high", source=area, color=COLORS[0], alpha=0.25)
