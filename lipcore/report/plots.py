@@ -75,6 +75,7 @@ class Plots:
             if _spread(numbers, column):
                 _draw_band(figure, source, color)
             drawn = figure.line("end", "mean", source=source, color=color, line_dash=dash, line_width=1.6, **legend)
+            _draw_single_points(figure, source, color)
             steps = ("steps", "@begin to @end") if numbers.width > 1 else ("step", "@end")
             tips = [steps, (name if len(lines) > 1 else "mean", "@mean{%.4g}")]
             tips += [("least, greatest", "@low{%.4g}, @high{%.4g}")] if _spread(numbers, column) else []
@@ -136,7 +137,9 @@ class Plots:
         known = np.isfinite(own["low"]) & np.isfinite(own["high"])
         area = ColumnDataSource({name: own[name][known] for name in ("end", "low", "high")})
         figure.varea("end", "low", "high", source=area, color=COLORS[0], alpha=0.25)
-        figure.line("end", "mean", source=ColumnDataSource(own, name=f"{key}-0"), color=COLORS[0], line_width=1.6)
+        source = ColumnDataSource(own, name=f"{key}-0")
+        figure.line("end", "mean", source=source, color=COLORS[0], line_width=1.6)
+        _draw_single_points(figure, source, COLORS[0])
 
     def map(self, key: str, names: Sequence[str], marks: Sequence[tuple[int, int]], *, height: int) -> None:
         """Add an empty map with a row per name, from top to bottom, which the page's own script colours.
@@ -240,6 +243,17 @@ def _draw_gaps(figure: Any, numbers: Binned, column: int) -> None:
     figure.vstrip("left", "right", source=ColumnDataSource({"left": left, "right": right}), color="#d0d0d0", alpha=0.7)
 
 
+def _draw_single_points(figure: Any, source: Any, color: str) -> None:
+    """Draw the points that have no neighbour as such: a line does not show them."""
+    from bokeh.models import ColumnDataSource
+
+    there = np.pad(np.isfinite(source.data["mean"]), 1)
+    alone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:])
+    if len(alone):
+        points = ColumnDataSource({name: source.data[name][alone] for name in ("end", "mean")})
+        figure.scatter("end", "mean", source=points, color=color, size=5)
+
+
 def _draw_band(figure: Any, source: Any, color: str) -> None:
     """Draw the band from the least to the greatest value, with its edges: a bin of one pixel is seen by them."""
     low = "floor" if "floor" in source.data else "low"
@@ -273,6 +287,7 @@ def _positive(arrays: Sequence[Any]) -> Any:
 def _legend_above(figure: Any) -> None:
     figure.legend.orientation = "horizontal"
     figure.legend.padding = figure.legend.margin = 2
+    figure.legend.spacing = 14
     figure.legend.background_fill_alpha = 0.6
     figure.legend.border_line_color = None
     figure.legend.label_text_font_size = "11px"

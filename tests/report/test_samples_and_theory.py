@@ -93,7 +93,7 @@ def test_theory_is_said_with_labels_and_what_is_not_valid_is_grey(tmp_path: Path
     page = made.html()
     assert "6 of 7 numbers about the whole run are valid; the others are grey, each with the reason." in page
     assert '<span class="greyed">W_1 has more outputs than inputs' in page
-    assert "The side that is not drawn does not hold for this first layer." in page
+    assert "A side that is not drawn is not valid here; the table says why." in page
     assert "lower side: heuristic" in page
     assert [one.where for one in facts.theory].count("Corollary 2") == 0  # single parameters are not in the record
     assert isinstance(theory(Facts("a", "a"), Plots(1, 2)), Missing)
@@ -131,4 +131,8 @@ def test_an_interval_is_drawn_where_some_of_the_middles_are_not_valid() -> None:
     middle.add(steps, ["total"], np.array([[1.5], [np.nan], [2.5]]))
     plots = Plots(1, 30)
     plots.band("noise", ends, middle, ends, 0, "samples")
+    plots.lines("norm", [("norm", middle, 0)], "norm")
+    for figure in plots._figures.values():  # both points stand alone: a line would show neither
+        points = [one.data_source.data for one in figure.renderers if type(one.glyph).__name__ == "Scatter"]
+        assert [data["end"].tolist() for data in points] == [[10, 30]]
     assert plots.script()["items"][0]["roots"]

@@ -40,7 +40,7 @@ def _figures(facts: Facts, plots: Plots) -> list[Figure]:
         plots.lines(key, lines, "r")
         said = f"The first layer's normalised gradient norm r lies between means of the slope ({'; '.join(labels)})."
         if len(lines) < len(_SIDES):
-            said += " The side that is not drawn does not hold for this first layer."
+            said += " A side that is not drawn is not valid here; the table says why."
         figures.append(Figure(key, f"Theorem 1 by window: {place}", said))
     return figures
 
