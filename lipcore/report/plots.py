@@ -104,7 +104,9 @@ class Plots:
         if axis != "step":
             figure.x_range = DataRange1d(flipped=falls)
             figure.xaxis.axis_label = axis
-            if not log_along:
+            if log_along:
+                _tick_logarithms(figure, along, "x")
+            else:
                 figure.xaxis.formatter = BasicTickFormatter()
         if log:
             _tick_logarithms(figure, every)
@@ -262,9 +264,9 @@ def _draw_band(figure: Any, source: Any, color: str) -> None:
         figure.line("end", edge, source=source, color=color, alpha=0.6, line_width=0.8)
 
 
-def _tick_logarithms(figure: Any, values: Any) -> None:
+def _tick_logarithms(figure: Any, values: Any, along: str = "y") -> None:
     """Mark a logarithmic axis at powers of ten, or between them where there are few; bokeh's own marks run into each
-    other."""
+    other, or are few."""
     from bokeh.models import FixedTicker
 
     if not len(values):
@@ -274,9 +276,10 @@ def _tick_logarithms(figure: Any, values: Any) -> None:
     every = max(1, round((high - low) / 5))
     powers = [power for power in range(math.floor(low) - 1, math.ceil(high) + 2) if power % every == 0]
     ticks = [factor * 10.0**power for power in powers for factor in between]
-    figure.yaxis.ticker = FixedTicker(ticks=ticks)
-    figure.yaxis.major_label_overrides = {tick: number(tick) for tick in ticks}
-    figure.ygrid.ticker = FixedTicker(ticks=ticks)
+    axis, grid = (figure.yaxis, figure.ygrid) if along == "y" else (figure.xaxis, figure.xgrid)
+    axis.ticker = FixedTicker(ticks=ticks)
+    axis.major_label_overrides = {tick: number(tick) for tick in ticks}
+    grid.ticker = FixedTicker(ticks=ticks)
 
 
 def _positive(arrays: Sequence[Any]) -> Any:
