@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -43,10 +44,21 @@ class Theory:
         quantity = self._windows[-1][_METRIC].get("normalized_gradient_norm")
         places = [] if quantity is None else list(quantity)
         found = []
-        for part in (self._sandwich, self._steadiness, self._corollary_1):
+        parts = {"Theorem 1": self._sandwich, "Definition 1": self._steadiness, "Corollary 1": self._corollary_1}
+        for where, part in parts.items():
             for place in places:
-                found += _tried(part, place, f" ({place})" if len(places) > 1 else "")
-        return found + _tried(self._corollary_2)
+                found += self._tried(where, part, place, f" ({place})" if len(places) > 1 else "")
+        return found + self._tried("Corollary 2", self._corollary_2)
+
+    def _tried(self, where: str, part: Callable[..., list[Statement]], *of: str) -> list[Statement]:
+        try:
+            return part(*of)
+        except ValueError as error:  # the windows have not what it is about: no Linear as first layer
+            value = Value(math.nan, 0, "exact", False, str(error).removeprefix("history: "))
+            first, last = self._windows[0].first_step, self._windows[-1].last_step
+            return [Statement(where, f"cannot be said{''.join(of[1:])}", value, first, last)]
+        except KeyError:  # of this place nothing of the kind was recorded
+            return []
 
     def _sandwich(self, place: str, of: str) -> list[Statement]:
         one = sandwich(self._windows, place=place)
@@ -65,7 +77,8 @@ class Theory:
         found = []
         for i in dict.fromkeys((0, len(curve.steps) // 2)):
             phi = curve.phi[i]
-            value = Value(phi, len(curve.steps) - i, curve.label, phi == phi, curve.note)
+            valid = math.isfinite(phi) and not curve.note
+            value = Value(phi, len(curve.steps) - i, curve.label, valid, curve.note)
             what = f"phi: largest r from step {curve.steps[i]:,} on{of}"
             found.append(Statement("Definition 1", what, value, curve.steps[i], curve.ends[-1]))
         return found
@@ -84,10 +97,3 @@ class Theory:
         one = bias_variance([window], parameter)
         values = {"lower bound, by the steps' lengths": one.lower, f"variance of {parameter}": one.variance}
         return [Statement("Corollary 2", what, value, one.first_step, one.last_step) for what, value in values.items()]
-
-
-def _tried(part: Callable[..., list[Statement]], *where: str) -> list[Statement]:
-    try:
-        return part(*where)
-    except (ValueError, KeyError, IndexError):  # the windows have not what it is about: an Embedding, no slope
-        return []

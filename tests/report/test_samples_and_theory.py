@@ -109,6 +109,21 @@ def test_both_sides_and_a_parameter_of_its_own(tmp_path: Path) -> None:
     assert (lower.first_step, lower.last_step) == (16, 20)
 
 
+def test_what_cannot_be_said_gives_the_reason(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    metrics = [lipcore.Lipschitz()]
+    with lipcore.watch(model, optimizer, run=tmp_path / "a", metrics=metrics, window_steps=5):
+        for _ in range(5):
+            model(torch.randint(9, (8, 3))).square().mean().backward()
+            optimizer.step()
+    with lipcore.open_run(tmp_path / "a") as run:
+        said = {one.where: one for one in facts_of(run).theory}
+    assert said["Definition 1"].value.valid
+    assert (said["Theorem 1"].what, said["Theorem 1"].value.valid) == ("cannot be said", False)
+    assert "it needs a Linear or convolution as first layer" in said["Theorem 1"].value.note
+
+
 def test_windows_without_a_slope_say_nothing() -> None:
     said = Theory()
     assert said.statements() == []
