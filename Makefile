@@ -29,7 +29,7 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .NOTPARALLEL: # two pips in one .venv
 
 .PHONY: help demo test test-ci test-all test-asan test-tsan test-sanitized test-cuda-on-cpu test-cuda-on-cpu-asan
-.PHONY: wheel test-cuda-on-cpu-tsan test-peers browser mutants bench bench-peers plots clean distclean check FORCE
+.PHONY: wheel test-cuda-on-cpu-tsan test-peers browser mutants bench bench-peers plots gallery clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -73,6 +73,9 @@ test-peers: $(STAMPS)/peers $(CORE) ## Opacus's shipped layer tests against lipc
 
 plots: $(STAMPS)/bench ## draw bench/results/*.png from the results there
 	$(BIN)/python bench/plots.py
+
+gallery: $(STAMPS)/test $(CORE) browser ## draw the pictures of docs/gallery.md, which needs chromium; NAMES= for some of them
+	$(BIN)/python docs/figures/gallery.py $(NAMES)
 
 # The instrumented module takes the place of the ordinary one until the next build; Python and torch themselves are not
 # instrumented, so the sanitizer has to be loaded before them, and Python's own leaks are left out.

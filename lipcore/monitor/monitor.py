@@ -27,6 +27,7 @@ from lipcore.per_sample.sample_names import checked_ids, checked_losses
 from lipcore.recording.endings import Endings, EndKind
 from lipcore.recording.flight import Flight, checked_generator
 from lipcore.recording.recorder import Recorder
+from lipcore.recording.stopwatch import Stopwatch
 from lipcore.trajectory.metric import Trajectory
 
 
@@ -105,6 +106,7 @@ class Monitor(Engine):
         self._probes, self._logged = Probes(), Logged()
         self._meets = False  # log() merges the windows of all ranks
         self._flight: Flight | None = None  # of a record
+        self._stopwatch: Stopwatch | None = None  # of one too
         super().__init__(
             model,
             optimizer,
@@ -123,7 +125,7 @@ class Monitor(Engine):
             self._attach_alarms(self.alarms)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged(), "_flight": None}
+        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged(), "_flight": None, "_stopwatch": None}
 
     def plan(self) -> Plan:
         """Return what is measured, by which rule, for how many bytes."""
@@ -236,7 +238,9 @@ class Monitor(Engine):
             if isinstance(metric, PerSampleGradNorms):
                 metric.listen(flight)
         self._flight = flight
-        self._listeners += [endings, flight, recorder]  # the last closes the file, after what it is given
+        self._stopwatch = Stopwatch(recorder.step_time)
+        # The last closes the file, after what it is given.
+        self._listeners += [endings, flight, self._stopwatch, recorder]
         if self.alarms is not None:
             self.alarms._write_to(recorder.alarm)
             recorder.on_alarm = self._hurry
@@ -282,11 +286,16 @@ class Monitor(Engine):
             self._flight.skip_step()
 
     def _after_step(self) -> None:
+        stopwatch = self._stopwatch
+        if stopwatch is not None:
+            stopwatch.begin()
         if self.alarms is not None:
             self.alarms._begin_step(self._windows.step + 1)
         if self._flight is not None:
             self._flight.begin_step(self._windows.step + 1)
         super()._after_step()
+        if stopwatch is not None:
+            stopwatch.end()
 
     def _warn_of_record(self, message: str) -> None:
         """Warn, as of everything that happens in a hook."""

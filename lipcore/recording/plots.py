@@ -47,7 +47,9 @@ def heat_map(series: Series, title: str) -> Figure:
         cells = np.array([_greatest(values[begin:end]) for begin, end in itertools.pairwise(edges)]).T
         finite = cells[np.isfinite(cells)]
         scale = LogNorm(finite.min(), finite.max()) if len(finite) and finite.min() < finite.max() else None
-        times = np.append(series.steps[edges[:-1]], series.steps[-1] + 1)
+        # A number is of the steps up to its own: of one, or of a window's.
+        before = series.steps[0] - (series.steps[1] - series.steps[0] if len(series) > 1 else 1)
+        times = np.append(before, series.steps[edges[1:] - 1])
         drawn = axis.pcolormesh(times, np.arange(len(keep) + 1), cells, norm=scale, cmap="cividis", rasterized=True)
         figure.colorbar(drawn, ax=axis, label=_unit(series.name))
     axis.set_yticks(np.arange(len(keep)) + 0.5, [series.places[i] for i in keep])

@@ -23,6 +23,8 @@ from lipcore.recording.folding import fold_oldest, used_bytes
 from lipcore.recording.location import Hold, local_copy, of_a_network, record_path
 from lipcore.recording.pack import PackedWindow, layout_text, packed_steps, places_of, unpacked_steps
 from lipcore.recording.schema import RecordError, connect
+from lipcore.recording.step_time import add_step_time
+from lipcore.report.source import StepTime
 
 RecordLevel = Literal["group", "tensor"]
 MAX_BYTES = 2 << 30
@@ -161,6 +163,10 @@ class RunRecord:
         """Add a closed window."""
         self._put(lambda: self._add_window(window))
 
+    def add_step_time(self, time: StepTime) -> None:
+        """Add the time of some steps to that of all."""
+        self._put(lambda: add_step_time(self._connection, time))
+
     def add_event(self, step: int, kind: str, text: str, data: Mapping[str, Any] | None = None) -> None:
         """Add something that happened at a step."""
         row = (step, time.time(), kind, text, json.dumps(dict(data or {}), default=str))
@@ -271,6 +277,7 @@ class RunRecord:
         for table in ("starts", "steps", "windows", "events", "batches"):
             self._execute(f"delete from {table}")
         self._execute("insert or replace into meta values('older', ?)", (older.name,))
+        self._execute("delete from meta where key = 'step_time'")
         self._execute("commit")
 
     def _layout(self, text: str) -> int:

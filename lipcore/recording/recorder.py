@@ -17,6 +17,7 @@ from lipcore.recording.batches import Batch
 from lipcore.recording.endings import told
 from lipcore.recording.record import RunRecord
 from lipcore.report.left_out import NOT_FINITE
+from lipcore.report.source import StepTime
 from lipcore.trajectory.step_stream import StepArrays
 
 _TOTAL = ["total"]
@@ -95,6 +96,11 @@ class Recorder(Listener):
         """Add the learning rates of the optimizers' groups, [steps, groups]."""
         self._begin()
         self.record.add_steps(first, {"optimizer/group_lr": rates}, groups, ["group"] * len(groups))
+
+    def step_time(self, time: StepTime) -> None:
+        """Add the time of some steps."""
+        self._begin()
+        self.record.add_step_time(time)
 
     def taken_back(self, after: int, reason: str) -> None:
         """Forget the norms of the samples of later steps."""

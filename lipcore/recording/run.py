@@ -26,8 +26,9 @@ from lipcore.recording.location import SUFFIX, being_written
 from lipcore.recording.pack import UnpackedWindow, places_of, unpacked_steps
 from lipcore.recording.schema import RecordError, connect
 from lipcore.recording.series import Series, matching
+from lipcore.recording.step_time import read_step_time
 from lipcore.recording.window_series import series_of
-from lipcore.report.source import Block
+from lipcore.report.source import Block, StepTime
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -119,6 +120,13 @@ class Run(Showable):
     def last_wall(self) -> float:
         """Time at which a window was last written, in seconds since 1970; 0 where there is none."""
         return float(self._rows("select max(wall) from windows")[0][0] or 0.0)
+
+    @property
+    def step_time(self) -> StepTime:
+        """Time of the steps, and what of it was spent inside lipcore's calls at their ends; the first ten steps after
+        each start are left out."""
+        with self._named():
+            return read_step_time(self._connection)
 
     @property
     def steps_per_second(self) -> float:

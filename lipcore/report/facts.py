@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from lipcore.report.binned import Binned
+from lipcore.report.largest_samples import LargestSamples
 from lipcore.report.left_out import LeftOut
-from lipcore.report.source import Block, Happened, Source, Started
+from lipcore.report.source import Block, Happened, Source, Started, StepTime
+from lipcore.report.statements import Statement, Theory
 from lipcore.report.window_facts import WindowFacts
 
 _LINE = 2000  # bins of a line
@@ -45,6 +47,9 @@ class Facts:
     left_out: LeftOut = field(default_factory=LeftOut)
     folded: bool = False
     windows: WindowFacts = field(default_factory=WindowFacts)
+    step_time: StepTime = field(default_factory=StepTime)
+    samples: LargestSamples = field(default_factory=LargestSamples)
+    theory: list[Statement] = field(default_factory=list)  #: about the whole run
     unread: list[str] = field(default_factory=list)
 
     @property
@@ -80,6 +85,8 @@ def facts_of(run: Source) -> Facts:
         if _UPDATE in quantities and _WEIGHT in quantities:
             tried("update ratio", lambda: _read_ratios(facts, run))
         tried("windows", lambda: _read_windows(facts, run))
+        tried("time of steps", lambda: setattr(facts, "step_time", run.step_time))
+        tried("samples", lambda: setattr(facts, "samples", LargestSamples.of(run.batches())))
     return facts
 
 
@@ -104,9 +111,12 @@ def _read_line(facts: Facts, run: Source, quantity: str) -> None:
 
 def _read_windows(facts: Facts, run: Source) -> None:
     facts.windows = WindowFacts(facts.first_step, facts.last_step)
+    theory = Theory()
     for window in run.each_window():
         facts.windows.take(window)
+        theory.take(window)
     facts.windows.finish()
+    facts.theory = theory.statements()
 
 
 def _read_ratios(facts: Facts, run: Source) -> None:

@@ -11,6 +11,7 @@ from lipcore.report.checks import Check
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, count, html, joined, name_of, number, tag
 from lipcore.report.section import Missing
+from lipcore.report.source import StepTime
 
 _MOST_ALARMS = 5
 _LONG = 130  # characters of an alarm's message
@@ -87,10 +88,15 @@ def run_facts(facts: Facts) -> Html:
     again = [start.kind for start in facts.starts[1:]]
     said += [count(again.count(kind), kind) for kind in dict.fromkeys(again)]
     said += ["being written now"] if facts.being_written else []
-    if len(facts.starts) == 1 and facts.last_wall > facts.starts[0].wall:
+    timed = None
+    if facts.step_time.usual > 0:
+        short, timed = _time_of_a_step(facts.step_time)
+        said += short
+    elif len(facts.starts) == 1 and facts.last_wall > facts.starts[0].wall:
         rate = facts.last_step / (facts.last_wall - facts.starts[0].wall)
         said.append(f"about {number(rate)} steps a second")
     rows: list[tuple[object, object]] = [("file", tag("bdi", facts.path))]
+    rows += [] if timed is None else [("time of a step", timed)]
     rows += [(tag("bdi", key), tag("bdi", _plain(value))) for key, value in config.items()]
     rows += [(f"{start.kind} at step {start.step:,}", f"{_time(start.wall)} UTC") for start in facts.starts]
     if facts.windows.scopes:
@@ -104,6 +110,18 @@ def run_facts(facts: Facts) -> Html:
         tag("p", " · ".join(said), class_="facts"),
         tag("details", tag("summary", "Configuration, starts and what was recorded"), table.html(), class_="facts"),
     ])  # fmt: skip
+
+
+def _time_of_a_step(time: StepTime) -> tuple[list[str], str]:
+    """Return the time from step to step and what of it is lipcore's, in few words and in full."""
+    step, own = (number(1000 * seconds / time.steps) for seconds in (time.usual, time.inside))
+    short = [f"{number(time.steps / time.usual)} steps a second", f"lipcore's call: {own} of {step} ms a step"]
+    return short, (
+        f"{step} ms from step to step (medians of each 64 of {count(time.steps, 'step')}), of which {own} ms "
+        f"({number(100 * time.inside / time.usual, 2)} %) inside lipcore's call at its end, on average. Not in this: "
+        "its hooks in the forward and backward pass, log(), its threads, work on a device. docs/benchmarks.md "
+        "compares whole steps with and without lipcore."
+    )
 
 
 _SCOPES = {"rank": "this rank", "shard": "this rank's shards", "global": "all ranks"}

@@ -112,7 +112,7 @@ class Table:
         if not rest:
             return seen
         beyond = len(self.rows) - self.most - len(rest)
-        said = f"{len(rest):,} more rows" + (f", of {len(rest) + beyond:,}" if beyond else "")
+        said = count(len(rest), "more row") + (f", of {len(rest) + beyond:,}" if beyond else "")
         return joined([seen, tag("details", tag("summary", said), self._table(rest, ""))])
 
     def _table(self, rows: Sequence[Sequence[object]], caption: str) -> Html:

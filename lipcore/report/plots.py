@@ -75,6 +75,7 @@ class Plots:
             if _spread(numbers, column):
                 _draw_band(figure, source, color)
             drawn = figure.line("end", "mean", source=source, color=color, line_dash=dash, line_width=1.6, **legend)
+            _draw_single_points(figure, source, color)
             steps = ("steps", "@begin to @end") if numbers.width > 1 else ("step", "@end")
             tips = [steps, (name if len(lines) > 1 else "mean", "@mean{%.4g}")]
             tips += [("least, greatest", "@low{%.4g}, @high{%.4g}")] if _spread(numbers, column) else []
@@ -103,7 +104,9 @@ class Plots:
         if axis != "step":
             figure.x_range = DataRange1d(flipped=falls)
             figure.xaxis.axis_label = axis
-            if not log_along:
+            if log_along:
+                _tick_logarithms(figure, along, "x")
+            else:
                 figure.xaxis.formatter = BasicTickFormatter()
         if log:
             _tick_logarithms(figure, every)
@@ -130,14 +133,15 @@ class Plots:
         if log:
             _tick_logarithms(figure, _positive([one.mean[:, column] for one in (low, middle, high)]))
         own = drawn_columns(middle, column, positive=log)
-        ends = middle.ends[middle.count[:, column] > 0]
         for name, one in (("low", low), ("high", high)):
             values = dict(zip(one.ends.tolist(), one.mean[:, column].tolist(), strict=True))
-            own[name] = np.array([values.get(end, math.nan) for end in ends.tolist()], np.float32)
+            own[name] = np.array([values.get(end, math.nan) for end in own["end"].tolist()], np.float32)
         known = np.isfinite(own["low"]) & np.isfinite(own["high"])
         area = ColumnDataSource({name: own[name][known] for name in ("end", "low", "high")})
         figure.varea("end", "low", "high", source=area, color=COLORS[0], alpha=0.25)
-        figure.line("end", "mean", source=ColumnDataSource(own, name=f"{key}-0"), color=COLORS[0], line_width=1.6)
+        source = ColumnDataSource(own, name=f"{key}-0")
+        figure.line("end", "mean", source=source, color=COLORS[0], line_width=1.6)
+        _draw_single_points(figure, source, COLORS[0])
 
     def map(self, key: str, names: Sequence[str], marks: Sequence[tuple[int, int]], *, height: int) -> None:
         """Add an empty map with a row per name, from top to bottom, which the page's own script colours.
@@ -241,6 +245,17 @@ def _draw_gaps(figure: Any, numbers: Binned, column: int) -> None:
     figure.vstrip("left", "right", source=ColumnDataSource({"left": left, "right": right}), color="#d0d0d0", alpha=0.7)
 
 
+def _draw_single_points(figure: Any, source: Any, color: str) -> None:
+    """Draw the points that have no neighbour as such: a line does not show them."""
+    from bokeh.models import ColumnDataSource
+
+    there = np.pad(np.isfinite(source.data["mean"]), 1)
+    alone = np.flatnonzero(there[1:-1] & ~there[:-2] & ~there[2:])
+    if len(alone):
+        points = ColumnDataSource({name: source.data[name][alone] for name in ("end", "mean")})
+        figure.scatter("end", "mean", source=points, color=color, size=5)
+
+
 def _draw_band(figure: Any, source: Any, color: str) -> None:
     """Draw the band from the least to the greatest value, with its edges: a bin of one pixel is seen by them."""
     low = "floor" if "floor" in source.data else "low"
@@ -249,9 +264,9 @@ def _draw_band(figure: Any, source: Any, color: str) -> None:
         figure.line("end", edge, source=source, color=color, alpha=0.6, line_width=0.8)
 
 
-def _tick_logarithms(figure: Any, values: Any) -> None:
+def _tick_logarithms(figure: Any, values: Any, along: str = "y") -> None:
     """Mark a logarithmic axis at powers of ten, or between them where there are few; bokeh's own marks run into each
-    other."""
+    other, or are few."""
     from bokeh.models import FixedTicker
 
     if not len(values):
@@ -261,9 +276,10 @@ def _tick_logarithms(figure: Any, values: Any) -> None:
     every = max(1, round((high - low) / 5))
     powers = [power for power in range(math.floor(low) - 1, math.ceil(high) + 2) if power % every == 0]
     ticks = [factor * 10.0**power for power in powers for factor in between]
-    figure.yaxis.ticker = FixedTicker(ticks=ticks)
-    figure.yaxis.major_label_overrides = {tick: number(tick) for tick in ticks}
-    figure.ygrid.ticker = FixedTicker(ticks=ticks)
+    axis, grid = (figure.yaxis, figure.ygrid) if along == "y" else (figure.xaxis, figure.xgrid)
+    axis.ticker = FixedTicker(ticks=ticks)
+    axis.major_label_overrides = {tick: number(tick) for tick in ticks}
+    grid.ticker = FixedTicker(ticks=ticks)
 
 
 def _positive(arrays: Sequence[Any]) -> Any:
@@ -274,6 +290,7 @@ def _positive(arrays: Sequence[Any]) -> Any:
 def _legend_above(figure: Any) -> None:
     figure.legend.orientation = "horizontal"
     figure.legend.padding = figure.legend.margin = 2
+    figure.legend.spacing = 14
     figure.legend.background_fill_alpha = 0.6
     figure.legend.border_line_color = None
     figure.legend.label_text_font_size = "11px"

@@ -43,6 +43,7 @@ class Section:
     sentences: Sequence[object] = ()
     figures: Sequence[Figure] = ()
     tables: Sequence[Table] = ()
+    beside: Sequence[Table] = ()  #: tables that stand beside each other
     notes: Sequence[object] = field(default_factory=list)  #: small print
 
     def html(self) -> Html:
@@ -52,6 +53,7 @@ class Section:
             tag("h2", self.title),
             *(tag("p", sentence) for sentence in self.sentences),
             *(figure.html() for figure in self.figures),
+            tag("div", *(table.html() for table in self.beside), class_="beside") if self.beside else "",
             *(table.html() for table in self.tables),
             *(tag("p", note, class_="note") for note in self.notes),
             id=self.key,

@@ -34,6 +34,24 @@ class Block:
     high: np.ndarray[Any, Any]
 
 
+@dataclass(frozen=True)
+class StepTime:
+    """Time of some steps.
+
+    Attributes:
+        steps: how many.
+        inside: seconds inside lipcore's calls at their ends, in all.
+        usual: seconds from step to step: the median of each 64 steps, times their number.
+    """
+
+    steps: int = 0
+    inside: float = 0.0
+    usual: float = 0.0
+
+    def __add__(self, other: StepTime) -> StepTime:
+        return StepTime(self.steps + other.steps, self.inside + other.inside, self.usual + other.usual)
+
+
 class Started(Protocol):
     """One beginning of a run's recording."""
 
@@ -96,6 +114,8 @@ class Source(Protocol):
     def last_step(self) -> int: ...
     @property
     def last_wall(self) -> float: ...
+    @property
+    def step_time(self) -> StepTime: ...
     @property
     def step_quantities(self) -> Sequence[str]: ...
     def blocks(self, quantity: str, first: int = 1, last: int | None = None) -> Iterator[Block]: ...

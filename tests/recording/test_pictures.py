@@ -12,6 +12,8 @@ from windows_of import window_of
 from lipcore.cli import main
 from lipcore.recording import Run, RunRecord, open_run
 from lipcore.recording.export import export_csv
+from lipcore.recording.plots import heat_map
+from lipcore.recording.series import Series
 
 pytest.importorskip("matplotlib", reason="needs the extra `demo`")
 
@@ -54,8 +56,15 @@ def test_a_map_has_a_row_per_place(tmp_path: Path) -> None:
     assert cells.shape == (3, 600)
     values = run.series("update_norm").values[:, :3]
     assert np.allclose(cells[:, 0], np.nanmax(values[:5], axis=0))
+    assert mesh.get_coordinates()[0, [0, 1, -1], 0].tolist() == [0, 5, 3000]  # steps 1 to 5 end at 5
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b", "c<script>"]
     figure.savefig(tmp_path / "x.png")
+
+
+def test_a_cell_of_a_window_ends_where_the_window_does() -> None:
+    steps, values = np.array([20, 40, 60]), np.array([[1.0], [2.0], [3.0]])
+    figure = heat_map(Series("x", steps, values, ["a"], values, values), "x")
+    assert figure.axes[0].collections[0].get_coordinates()[0, :, 0].tolist() == [0, 20, 40, 60]
 
 
 def test_two_runs_in_one_picture(tmp_path: Path) -> None:

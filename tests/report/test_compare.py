@@ -110,17 +110,19 @@ def test_runs_that_lack_something(tmp_path: Path) -> None:
             compare_page([one])
 
 
-def test_a_learning_rate_that_differs_is_named_and_the_flight_recorder_is_not(tmp_path: Path) -> None:
+def test_a_learning_rate_that_differs_is_named_first_and_the_flight_recorder_is_not(tmp_path: Path) -> None:
     runs = []
     for number, rate in enumerate((0.1, 0.2)):
         record = RunRecord(tmp_path / str(number))
         record.begin(0)
         same, rates = np.ones((9, 1)), np.full((9, 1), 0.1)
         rates[5:] = rate
-        record.add_steps(1, {"trajectory/update_norm": same}, ["total"], ["total"])
+        moved = same + np.where(rates == 0.2, 5.0, 0.0)
+        record.add_steps(1, {"trajectory/update_norm": moved}, ["a"], ["group"])
         record.add_steps(1, {"optimizer/group_lr": rates}, ["param_groups[0]: all"], ["group"])
         record.add_details(1, {"flight/tensor_update_norm": same + number}, ["a"], ["tensor"])
         record.close()
         runs.append(open_run(tmp_path / str(number)))
     found = parting(*runs)
-    assert (found.step, [one.quantity for one in found.differences]) == (6, ["optimizer/group_lr"])
+    assert found.step == 6
+    assert [one.quantity for one in found.differences] == ["optimizer/group_lr", "trajectory/update_norm"]

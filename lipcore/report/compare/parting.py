@@ -13,6 +13,9 @@ from lipcore.report.source import Source
 _STEPS = 256  # of a chunk
 _RING = "flight/"  # of which a run keeps the last steps alone; the same numbers as of groups
 
+#: Quantities that are told first where several differ: a learning rate is why updates differ.
+_RANKS = {"logged/loss": 0, "optimizer/group_lr": 1}
+
 Array = np.ndarray[Any, Any]
 
 
@@ -40,7 +43,7 @@ class Parting:
     Attributes:
         steps: of how many steps both have numbers, up to the first difference.
         step: the first step that differs; None where none does.
-        differences: at that step, the loss first, then the largest.
+        differences: at that step, the loss first, then learning rates, then the largest.
     """
 
     steps: int
@@ -76,7 +79,7 @@ def parting(one: Source, other: Source) -> Parting:
             break
     if any(each.place != "total" for each in found):
         found = [each for each in found if each.place != "total" or each.quantity.startswith("logged/")]
-    found.sort(key=lambda each: (each.quantity != "logged/loss", -each.relative))
+    found.sort(key=lambda each: (_RANKS.get(each.quantity, len(_RANKS)), -each.relative))
     return Parting(len(seen) if first is None else len([step for step in seen if step < first]), first, found)
 
 

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from lipcore.metric.window import Window
-from lipcore.report.source import Block, Happened, SamplesOfStep, Source, Started
+from lipcore.report.source import Block, Happened, SamplesOfStep, Source, Started, StepTime
 
 
 class Around:
@@ -40,6 +40,10 @@ class Around:
     @property
     def last_wall(self) -> float:
         return self._run.last_wall
+
+    @property
+    def step_time(self) -> StepTime:
+        return self._run.step_time
 
     @property
     def step_quantities(self) -> Sequence[str]:

@@ -60,7 +60,7 @@ def postmortem_page(run: Source, step: int | None = None) -> str:
         _missing(account, missing),
         glossary(),
     ]
-    said = f"{count(account.compared, 'step')} before are compared with"
+    said = f"compared with the {count(account.compared, 'step')} before"
     body = joined([
         tag("header", tag("h1", "Post-mortem of ", tag("bdi", facts.name)), tag("p", said, class_="facts")),
         tag("main", *shown),

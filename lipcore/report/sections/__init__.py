@@ -9,6 +9,7 @@ from lipcore.report.sections.movement import most_changed, way
 from lipcore.report.sections.noise import noise_scale
 from lipcore.report.sections.samples import sample_norms
 from lipcore.report.sections.tensors import tensor_statistics
+from lipcore.report.sections.theory import theory
 
 SECTIONS: tuple[Make, ...] = (
     most_changed,
@@ -18,4 +19,5 @@ SECTIONS: tuple[Make, ...] = (
     sample_norms,
     tensor_statistics,
     lipschitz,
+    theory,
 )

@@ -1,4 +1,4 @@
-"""Local Lipschitz constants at the training samples, at fixed points, and what theory says of them."""
+"""Local Lipschitz constants at the training samples and at fixed points."""
 
 from __future__ import annotations
 
@@ -11,9 +11,6 @@ _REDUCERS = {"mean": "mean", "p99": "99 % quantile", "max": "greatest"}
 _OTHERS = {
     ("normalized_gradient_norm", "sum"): "normalised gradient length of a window",
     ("steadiness", "max"): "steadiness (largest normalised gradient norm)",
-    ("sandwich", "lower"): "Theorem 1, lower side",
-    ("sandwich", "middle"): "Theorem 1, mean in between",
-    ("sandwich", "upper"): "Theorem 1, upper side",
 }
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+
+from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
-from lipcore.report.html import Table, name_of, number
+from lipcore.report.html import Table, count, name_of, number
 from lipcore.report.plots import Plots
 from lipcore.report.section import Figure, Made, Missing, Section, with_metric
 
@@ -18,11 +23,24 @@ def sample_norms(facts: Facts, plots: Plots) -> Made:
         line = facts.windows.get(_METRIC, "norm", reducer)
         if line is not None and "total" in line.places:
             lines.append((words, line, line.places.index("total")))
-    if not lines:
+    if not lines and not facts.samples.by:
         return Missing(
             "Gradient norms of single samples",
             with_metric('PerSampleGradNorms(loss_reduction="auto")'),
         )
+    figures = [_quantiles(facts, plots, lines)] if lines else []
+    notes = []
+    missing = facts.windows.get(_METRIC, "norm", "missing")
+    if missing is not None and "total" in missing.places and missing.span(missing.places.index("total"))[2] > 0:
+        notes.append("Of some samples the norm is not known; the windows' notes say why.")
+    if not facts.samples.by:
+        notes.append("Which samples they were is recorded where the loop calls monitor.log_batch().")
+    said, tables = _largest(facts)
+    return Section("samples", "Single samples", said, figures, [_dots(facts)], tables, notes)
+
+
+def _quantiles(facts: Facts, plots: Plots, lines: Sequence[tuple[str, Binned, int]]) -> Figure:
+    """Return the figure of the norms' quantiles by window."""
     plots.lines("samples", lines, "norm")
     middle, top = lines[0][1].usual(lines[0][2]), lines[-1][1]
     peak = top.span(lines[-1][2])[2]
@@ -31,19 +49,33 @@ def sample_norms(facts: Facts, plots: Plots) -> Made:
         f"{number(peak / middle) if middle > 0 else 'many'} times that, in the window up to step "
         f"{int(top.ends[(top.high[:, lines[-1][2]] == peak).argmax()]):,}."
     )
-    table = _layers(facts)
-    missing = facts.windows.get(_METRIC, "norm", "missing")
-    notes = [
-        "Which samples they were stands in the metric's .scores while the process lives; of the last steps and around "
-        "alarms lipcore postmortem names them, where the loop calls monitor.log_batch()."
-    ]
-    if missing is not None and "total" in missing.places and missing.span(missing.places.index("total"))[2] > 0:
-        notes.append("Of some samples the norm is not known; the windows' notes say why.")
-    figure = Figure(
-        "samples", "Gradient norm of a sample: median, 99 % quantile and greatest of each window", sentence, table
-    )
-    dots = _dots(facts)
-    return Section("samples", "Single samples", figures=[figure], tables=[dots], notes=notes)
+    title = "Gradient norm of a sample: median, 99 % quantile and greatest of each window"
+    return Figure("samples", title, sentence, _layers(facts))
+
+
+def _largest(facts: Facts) -> tuple[list[str], list[Table]]:
+    """Return which samples had the largest norms and losses, in the steps that are known."""
+    found, tables = facts.samples, []
+    for by, samples in found.by.items():
+        usual = found.usual[by]
+        rows = [
+            (
+                str(one.id),
+                number(one.value) if np.isfinite(one.value) else "not finite",
+                number(one.value / usual) if usual > 0 and np.isfinite(one.value) else "",
+                f"{one.step:,}",
+                f"{one.times:,}",
+            )
+            for one in samples
+        ]
+        heads = ("sample", by, "times the median", "in step", "steps it was in")
+        tables.append(Table(heads, rows, f"Samples with the largest {by}, each where it was largest"))
+    if not tables:
+        return [], []
+    between = found.last - found.first + 1 > found.steps
+    steps = f"{count(found.steps, 'step')} from {found.first:,} to {found.last:,}"
+    kept = ", the last ones and those around alarms" if between else ""
+    return [f"Samples are known by name in {steps}{kept}."], tables
 
 
 def _layers(facts: Facts) -> Table:

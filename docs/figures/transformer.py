@@ -1,12 +1,7 @@
-"""Draws docs/figures/report.png: the head of the report of a run with a fault, as a browser shows it.
-
-Needs chromium: `.venv/bin/python docs/figures/report.py`.
-"""
+"""A small transformer with a fault: the run of which docs/figures/gallery.py draws the report and the update ratios."""
 
 from __future__ import annotations
 
-import sys
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -14,10 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import lipcore
-
-HERE = Path(__file__).parent
-sys.path.append(str(HERE.parents[1] / "tests" / "helpers"))
-from browser import browser  # noqa: E402
 
 STEPS, FAULT = 1000, 700
 
@@ -55,16 +46,3 @@ def train(run: Path) -> None:
             optimizer.param_groups[3]["lr"] = 0.1 if step == FAULT else 1e-3
             optimizer.step()
             optimizer.zero_grad()
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as folder, browser() as page:
-        train(Path(folder) / "transformer")
-        with lipcore.open_run(Path(folder) / "transformer") as run:
-            path = run.report().save(Path(folder) / "page.html")
-        page.open(path, width=1100, height=860)
-        page.picture(HERE / "report.png")
-
-
-if __name__ == "__main__":
-    main()

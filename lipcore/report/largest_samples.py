@@ -1,0 +1,71 @@
+"""Samples with the largest gradient norms and losses, among the steps that the flight recorder has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lipcore.report.source import SamplesOfStep
+
+_SHOWN = 10
+_BY = {"gradient norm": "norms", "loss": "losses"}
+
+
+@dataclass(frozen=True)
+class LargeSample:
+    """A sample at the step in which its number was largest."""
+
+    id: int
+    step: int
+    value: float  #: NaN or infinite where it was that
+    times: int  #: how many of the steps it was in
+
+
+@dataclass
+class LargestSamples:
+    """Samples with the largest numbers.
+
+    Attributes:
+        first, last: the first and the last step that is known.
+        steps: how many are known; those between may not be.
+        by: of "gradient norm" and "loss", where they were recorded: each sample once, those that are not finite first.
+        usual: medians of all finite ones.
+    """
+
+    first: int = 0
+    last: int = 0
+    steps: int = 0
+    by: dict[str, list[LargeSample]] = field(default_factory=dict)
+    usual: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, batches: Sequence[SamplesOfStep]) -> LargestSamples:
+        """Find them."""
+        named = [batch for batch in batches if batch.ids is not None]
+        if not named:
+            return cls()
+        found = cls(min(b.step for b in named), max(b.step for b in named), len(named))
+        for by, attribute in _BY.items():
+            having = [batch for batch in named if getattr(batch, attribute) is not None]
+            if having:
+                ids = np.concatenate([batch.ids for batch in having if batch.ids is not None])
+                values = np.concatenate([getattr(batch, attribute) for batch in having]).astype(np.float64)
+                steps = np.repeat([batch.step for batch in having], [len(getattr(b, attribute)) for b in having])
+                found.by[by] = _largest(ids, values, steps)
+                finite = values[np.isfinite(values)]
+                found.usual[by] = float(np.median(finite)) if len(finite) else float("nan")
+        return found
+
+
+def _largest(ids: Any, values: Any, steps: Any) -> list[LargeSample]:
+    found: dict[int, int] = {}
+    for i in np.argsort(np.where(np.isfinite(values), -values, -np.inf), kind="stable").tolist():
+        found.setdefault(int(ids[i]), i)
+        if len(found) == _SHOWN:
+            break
+    return [
+        LargeSample(own, int(steps[i]), float(values[i]), len(np.unique(steps[ids == own]))) for own, i in found.items()
+    ]

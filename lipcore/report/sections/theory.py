@@ -1,0 +1,52 @@
+"""What theory says of the run: Theorem 1, Definition 1 and Corollaries 1 and 2, each number with its label."""
+
+from __future__ import annotations
+
+from lipcore.report.facts import Facts
+from lipcore.report.html import Html, Table, number, tag
+from lipcore.report.plots import Plots
+from lipcore.report.section import Figure, Made, Missing, Section, with_metric
+from lipcore.report.statements import Statement
+
+_SIDES = {"lower": "lower side", "middle": "mean of r", "upper": "upper side"}
+_NOTE = (
+    "Loukas, Poiitis, Jegelka, NeurIPS 2021. lambda: the local Lipschitz constant at a sample; r: the norm of the "
+    "first layer's gradient over that of the output's; W_1: the first layer's weight, with singular values sigma."
+)
+
+
+def theory(facts: Facts, plots: Plots) -> Made:
+    """Show the two sides of Theorem 1 by window, and what holds of the whole run."""
+    if not facts.theory:
+        return Missing("What theory says", with_metric("Lipschitz()", ", for a model whose first layer is a Linear"))
+    valid = sum(one.value.valid for one in facts.theory)
+    said = f"{valid} of {len(facts.theory)} numbers about the whole run are valid"
+    said += "." if valid == len(facts.theory) else "; the others are grey, each with the reason."
+    heads = ("statement", "number", "value", "worth", "steps", "note")
+    table = Table(heads, [_row(one) for one in facts.theory], "Over the whole run", most=12, of_numbers=False)
+    return Section("theory", "What theory says", [said], _figures(facts, plots), [table], notes=[_NOTE])
+
+
+def _figures(facts: Facts, plots: Plots) -> list[Figure]:
+    middle = facts.windows.get("lipschitz", "sandwich", "middle")
+    figures = []
+    for column, place in enumerate(middle.places[:2] if middle is not None else []):
+        key, lines, labels = f"theorem-1-{column}", [], []
+        for side, words in _SIDES.items():
+            line = facts.windows.get("lipschitz", "sandwich", side)
+            if line is not None and place in line.places:
+                lines.append((words, line, line.places.index(place)))
+                labels.append(f"{words}: {facts.windows.labels['lipschitz', 'sandwich', side]}")
+        plots.lines(key, lines, "r")
+        said = f"The first layer's normalised gradient norm r lies between means of the slope ({'; '.join(labels)})."
+        if len(lines) < len(_SIDES):
+            said += " A side that is not drawn is not valid here; the table says why."
+        figures.append(Figure(key, f"Theorem 1 by window: {place}", said))
+    return figures
+
+
+def _row(one: Statement) -> list[Html]:
+    value = one.value
+    worth, steps = value.label if value.valid else "not valid", f"{one.first_step:,} to {one.last_step:,}"
+    cells = (one.where.replace(" ", "\u00a0"), one.what, number(value.value), worth, steps, value.note)
+    return [tag("span", cell, class_=None if value.valid else "greyed") for cell in cells]
