@@ -40,7 +40,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draw the figure of a results file."""
     tasks = list(found["models"])
     names = sorted(found["totals"], key=lambda name: found["totals"][name]["found"] / found["totals"][name]["runs"])
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 6.4), width_ratios=(1.2, 1, 1.5))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 7), width_ratios=(1.2, 1, 1.5), layout="constrained")
     shares = {task: _shares(found["faults"][task]) for task in tasks}
     rates = {
         task: {name: (row["per_1000"], row["low"], row["high"]) for name, row in found["false_alarms"][task].items()}
@@ -50,13 +50,12 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     left.set_yticks(range(len(names)), names, fontsize=8)
     left.set_xlim(0, 1)
     left.set_title("share of injected faults found", fontsize=9)
-    left.legend(fontsize=8, loc="lower right")
+    left.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=len(tasks), frameon=False)
     _dots(middle, names, [rates[task] for task in tasks], tasks)
     middle.set_yticks(range(len(names)), [])
     middle.axvline(found["budget_per_1000"], color="black", linewidth=0.8, linestyle=":")
     middle.set_title("alarms per 1000 steps without a fault, other seeds", fontsize=9)
     _map(right, found)
-    figure.tight_layout()
     figure.savefig(path, dpi=80, metadata={"Software": None})
     plt.close(figure)
     with Image.open(path) as image:

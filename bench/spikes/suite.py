@@ -32,8 +32,8 @@ class Size:
     """Numbers of trainings of each kind, per model, and the steps of those without a fault."""
 
     calibration: int = 12
-    clean: int = 10
-    faulty: int = 8
+    clean: int = 7
+    faulty: int = 7
     organic: int = 4
     steps: int = 1000
     before: int = BEFORE
