@@ -1,7 +1,7 @@
 # Every target prepares .venv by itself; a second run starts at once.
 #   PYTHON=python3.12                 the interpreter for .venv (only when it is first made)
 #   PIP_FLAGS="--extra-index-url ..." passed to every pip call
-#   DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS   passed to lipcore demo, pytest, pytest bench
+#   DEMO_FLAGS, PYTEST_FLAGS, BENCH_FLAGS, SPIKES_FLAGS   passed to lipcore demo, pytest, pytest bench, bench/spikes
 #   PYTEST_WORKERS=2          processes that `make test` and `make test-ci` run at a time
 #   LIPCORE_CUDA=AUTO|ON|OFF          see CMakeLists.txt
 PYTHON ?= python3
@@ -10,6 +10,7 @@ DEMO_FLAGS ?= --force
 PYTEST_FLAGS ?=
 PYTEST_WORKERS ?= 2
 BENCH_FLAGS ?=
+SPIKES_FLAGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +30,7 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .NOTPARALLEL: # two pips in one .venv
 
 .PHONY: help demo test test-ci test-all test-asan test-tsan test-sanitized test-cuda-on-cpu test-cuda-on-cpu-asan
-.PHONY: wheel test-cuda-on-cpu-tsan test-peers browser mutants bench bench-peers plots gallery clean distclean check FORCE
+.PHONY: wheel test-cuda-on-cpu-tsan test-peers browser mutants bench bench-peers plots gallery spikes clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -70,6 +71,10 @@ bench-peers: $(STAMPS)/peers $(CORE) ## those against other published tools, whi
 
 test-peers: $(STAMPS)/peers $(CORE) ## Opacus's shipped layer tests against lipcore; counts go to bench/results
 	OPACUS_RESULTS=bench/results/opacus-layer-tests.json $(BIN)/pytest -m slow tests/peers $(PYTEST_FLAGS)
+
+spikes: $(STAMPS)/test $(CORE) ## inject faults into three small models and count what each alarm finds (some minutes)
+	$(BIN)/python bench/spikes $(SPIKES_FLAGS)
+	$(BIN)/python bench/evidence_page.py
 
 plots: $(STAMPS)/bench ## draw bench/results/*.png from the results there
 	$(BIN)/python bench/plots.py

@@ -13,16 +13,16 @@ _ALPHABET, _LENGTH, _WIDTH, _BATCH = 32, 32, 64, 16
 class SmallTransformer(nn.Module):
     """106,000 parameters in 30 tensors; embeddings, attention, LayerNorm and Linear, as in the large ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = _WIDTH) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(_ALPHABET, _WIDTH)
-        self.position = nn.Parameter(0.02 * torch.randn(_LENGTH, _WIDTH))
-        shape = {"d_model": _WIDTH, "nhead": 4, "dim_feedforward": 4 * _WIDTH, "dropout": 0.0}
+        self.embedding = nn.Embedding(_ALPHABET, width)
+        self.position = nn.Parameter(0.02 * torch.randn(_LENGTH, width))
+        shape = {"d_model": width, "nhead": 4, "dim_feedforward": 4 * width, "dropout": 0.0}
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(**shape, batch_first=True, norm_first=True) for _ in range(2)
         )
-        self.norm = nn.LayerNorm(_WIDTH)
-        self.head = nn.Linear(_WIDTH, _ALPHABET)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, _ALPHABET)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(_LENGTH), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -6,12 +6,14 @@ from lipcore.theory.assumptions import SigmoidHead, Slack, sigmoid_head, slack
 from lipcore.theory.bias_motion import BiasVariance, bias_variance
 from lipcore.theory.bias_path import BiasDistance, bias_distance
 from lipcore.theory.dimension import intrinsic_dimension, log_covering_number
+from lipcore.theory.equal_loss import AtLoss, at_loss
 from lipcore.theory.generalization import Generalization, generalization
 from lipcore.theory.global_bound import GlobalBound, lipschitz_bound
 from lipcore.theory.spectral_product import spectral_norm_product
 from lipcore.theory.training import Sandwich, Steadiness, sandwich, steadiness
 
 __all__ = [
+    "AtLoss",
     "BiasDistance",
     "BiasVariance",
     "Generalization",
@@ -20,6 +22,7 @@ __all__ = [
     "SigmoidHead",
     "Slack",
     "Steadiness",
+    "at_loss",
     "bias_distance",
     "bias_variance",
     "generalization",

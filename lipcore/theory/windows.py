@@ -20,7 +20,7 @@ def select(history: Iterable[Window], metric: str, first_step: int | None, last_
     for name, step in (("first_step", first_step), ("last_step", last_step)):
         if step is not None and (not hasattr(step, "__index__") or isinstance(step, bool)):
             raise ValueError(f"{name}: expected a step (an integer) or None, got {step!r}")
-    windows = sorted(_checked(history), key=lambda window: (window.first_step, window.last_step))
+    windows = sorted(checked(history), key=lambda window: (window.first_step, window.last_step))
     chosen = [
         window
         for window in windows
@@ -51,7 +51,8 @@ def select(history: Iterable[Window], metric: str, first_step: int | None, last_
     return kept[::-1]
 
 
-def _checked(history: Any) -> list[Window]:
+def checked(history: Any) -> list[Window]:
+    """Return windows as a list, or raise a TypeError that says what was given."""
     if isinstance(history, Window):
         return [history]
     expected = "history: expected windows of a Monitor (monitor.history)"

@@ -9,10 +9,10 @@ import numpy as np
 
 from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts
+from lipcore.theory.falling import first_at, smoothed
 
 Array = np.ndarray[Any, Any]
 LOSS = "logged/loss"
-_SMOOTHED = 100  # stretches of a run over whose means the loss is followed
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,13 @@ class Curve:
 
     def at(self, x: float) -> float:
         """Return the number where a falling axis first comes down to a value; NaN where it does not."""
-        where = np.flatnonzero(self.x <= x)
-        return float(self.y[where[0]]) if len(where) else np.nan
+        where = first_at(self.x, x)
+        return np.nan if where is None else float(self.y[where])
 
     def step_at(self, x: float) -> int | None:
         """Return the step there."""
-        where = np.flatnonzero(self.x <= x)
-        return int(self.steps[where[0]]) if len(where) else None
+        where = first_at(self.x, x)
+        return None if where is None else int(self.steps[where])
 
 
 def curve(facts: Facts, numbers: Binned, column: int, by: str) -> Curve | None:
@@ -60,19 +60,9 @@ def curve(facts: Facts, numbers: Binned, column: int, by: str) -> Curve | None:
         if (np.diff(values) < 0).any():
             raise ValueError(f"by: {by!r} does not only grow in the run {facts.name}; choose step, loss, or what does")
         return Curve(np.interp(steps, ends, values), y, steps)
-    values = _smoothed(values)
+    values = smoothed(values)
     x = np.interp(steps, ends, values)
-    y = _smoothed(y) if len(y) > _SMOOTHED else y
+    y = smoothed(y)
     lowest = np.minimum.accumulate(x)
     new = np.append(True, lowest[1:] < lowest[:-1])
     return Curve(x[new], y[new], steps[new])
-
-
-def _smoothed(values: Array) -> Array:
-    """Return means over a hundredth of the numbers that went before."""
-    width = max(1, len(values) // _SMOOTHED)
-    sums = np.cumsum(np.insert(values, 0, 0.0))
-    begin = np.maximum(np.arange(1, len(values) + 1) - width, 0)
-    end = np.arange(1, len(values) + 1)
-    found: Array = (sums[end] - sums[begin]) / (end - begin)
-    return found

@@ -1,0 +1,56 @@
+"""docs/evidence.md shows the committed results."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    if not (ROOT / "bench").exists():
+        pytest.skip("there is no bench folder")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import evidence_page
+
+    yield evidence_page
+    sys.modules.pop("evidence_page", None)
+
+
+def test_the_page_shows_the_results(module: Any) -> None:
+    text = module.PAGE.read_text(encoding="utf-8")
+    assert module.page(module.read(), text) == text, "run python bench/evidence_page.py"
+
+
+def test_every_table_stands_on_the_page(module: Any) -> None:
+    shown = re.findall(r"<!-- (?!end)(\w+) -->", module.PAGE.read_text(encoding="utf-8"))
+    assert sorted(shown) == sorted(module.TABLES)
+
+
+def test_the_final_runs_are_none_of_those_that_thresholds_come_from(module: Any) -> None:
+    """Faults are counted once per run, and rates lie within their intervals."""
+    found = module.read()["spikes"]
+    for task in found["models"]:
+        for rows in found["faults"][task].values():
+            assert all(row["runs"] == found["size"]["faulty"] for row in rows.values())
+            assert all(
+                row.get("right", 0) <= row.get("named", 0) <= row["found"] <= row["runs"] for row in rows.values()
+            )
+        for row in found["false_alarms"][task].values():
+            assert row["low"] <= row["per_1000"] <= row["high"]
+            assert row["steps"] == found["size"]["clean"] * (found["size"]["steps"] - 100)
+    for total in found["totals"].values():
+        assert total["low"] <= total["found"] / total["runs"] <= total["high"]
+
+
+def test_the_default_alarm_keeps_to_its_budget(module: Any) -> None:
+    found = module.read()["spikes"]
+    for rows in found["false_alarms"].values():
+        assert rows['alarms="default"']["low"] <= found["budget_per_1000"]
