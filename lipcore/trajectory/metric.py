@@ -55,6 +55,8 @@ from lipcore.trajectory.saved_ranks import (
 from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.single_steps import SingleSteps
 from lipcore.trajectory.sketch_history import SketchHistory
+from lipcore.trajectory.sketch_part import SketchPart, kept_part
+from lipcore.trajectory.sketch_places import first_indices
 from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.step_ring import StepHistory
 from lipcore.trajectory.step_stream import OnStep, checked_callback
@@ -641,13 +643,18 @@ class Trajectory(Metric):
             "version": self._version,
             "mode": choice.mode,
             "source": choice.source,
-            "sketch": [choice.buckets, choice.seed] if choice.mode == "sketch" else [],
+            "sketch": [choice.buckets, choice.seed, *self._numbered] if choice.mode == "sketch" else [],
             "names": [parameter.name for parameter in self._watched],
             "groups": [parameter.group for parameter in self._watched],
             "every_steps": self.every_steps,
             "window_blocks": self._window_blocks,
             "ring": self._wanted.ring,
         }
+
+    @property
+    def _numbered(self) -> list[int]:
+        """Numbers of the first elements here in sketches of parts; none in those of whole parameters."""
+        return first_indices(self._watched) if any(self._pieces) else []
 
     def _check_fits(self, state: Any) -> None:
         check_same(state, self._settings())
@@ -822,20 +829,47 @@ class Trajectory(Metric):
         self._require_bound()
         if not under_process_group():
             raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
-        if (group, timeout) not in self._partners:
-            self._partners[group, timeout] = Partners(group, timeout)
-        partners = self._partners[group, timeout]
+        partners = self._partners_of(group, timeout)
         found = partners.find()
         if found is None:
             return self.compute()
         part = self.rank_part()
-        if isinstance(part, TrajectoryPart):
+        if isinstance(part, (TrajectoryPart, SketchPart)):
             part.open = True
-        elif "sketch" in self._built.trackers:
-            raise RuntimeError(f"sync: {part}")
         last = int(self._built.first.table.cursor[0])
         steps = last - self._built.first.window_steps + 1, last
         return merge_open(partners, found, "trajectory.sync()", self._steps_seen, steps, part, self.name)
+
+    def sync_sketches(self, group: Any = AUTO, *, timeout: float = 60) -> SketchHistory:
+        """Return :attr:`sketches` of whole parameters, from those of all ranks of a group; each rank's own stay as they
+        are. Every rank of the group calls it at the same step and gets the same. What several ranks hold alike counts
+        once. One collective of as many bytes as the sketches have.
+
+        Args:
+            group: "auto" for the default process group, where there is one; a ProcessGroup or a DeviceMesh.
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            RuntimeError: no sketches are kept; a rank has not come in time, or is at another step.
+            ValueError: ranks have kept other steps, or sketches of other parameters.
+        """
+        mine = self.sketches
+        tracker = self._built.trackers["sketch"]
+        assert isinstance(tracker, SketchTracker)
+        partners = self._partners_of(group, timeout)
+        found, whole = partners.find(), SketchHistory(mine.buckets, self._wanted.keep_limit)
+        matrix = mine.matrix
+        if found is not None:
+            part, steps = kept_part(tracker, self._holding, tracker.agreed), (0, self._steps_seen)
+            merged = merge_open(partners, found, "trajectory.sync_sketches()", self._steps_seen, steps, part, self.name)
+            matrix = merged.details["matrix"]
+        whole.load(mine.steps, matrix)
+        return whole
+
+    def _partners_of(self, group: Any, timeout: float) -> Partners:
+        if (group, timeout) not in self._partners:
+            self._partners[group, timeout] = Partners(group, timeout)
+        return self._partners[group, timeout]
 
     def summary(self) -> dict[str, Any]:
         """Return what :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""
