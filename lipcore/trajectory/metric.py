@@ -643,7 +643,7 @@ class Trajectory(Metric):
             "version": self._version,
             "mode": choice.mode,
             "source": choice.source,
-            "sketch": [choice.buckets, choice.seed, *self._numbered] if choice.mode == "sketch" else [],
+            "sketch": [choice.buckets, choice.seed] if choice.mode == "sketch" else [],
             "names": [parameter.name for parameter in self._watched],
             "groups": [parameter.group for parameter in self._watched],
             "every_steps": self.every_steps,
@@ -653,12 +653,14 @@ class Trajectory(Metric):
 
     @property
     def _numbered(self) -> list[int]:
-        """Numbers of the first elements here in sketches of parts; none in those of whole parameters."""
-        return first_indices(self._watched) if any(self._pieces) else []
+        """Numbers of the first elements here in sketches of parts; none in others."""
+        return first_indices(self._watched) if "sketch" in self._built.trackers and any(self._pieces) else []
 
     def _check_fits(self, state: Any) -> None:
         check_same(state, self._settings())
         check_pieces(state.get("pieces"), self._pieces, [parameter.name for parameter in self._watched])
+        if state.get("numbered", []) != self._numbered:
+            raise ValueError("numbered: the state's sketches number the elements of parts in another way; start anew")
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
@@ -668,6 +670,7 @@ class Trajectory(Metric):
         gradients = self._built.gradients.state_dict() if self._built.gradients else {}
         counts: dict[str, Any] = {"steps_seen": self._steps_seen, "rebased": self._rebased}
         counts |= {"apart": self._apart, "jumps": list(self._jumps), "pieces": list(self._pieces)}
+        counts["numbered"] = self._numbered
         counts |= {"so_far": self._path_so_far.state(), "carried": self._carried.state() if self._carried else {}}
         return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lipcore import Monitor, PerSampleGradDots
+from lipcore import Monitor, PerSampleGradDots, Trajectory
 from lipcore.distributed.ownership import Ownership, describe
 from lipcore.distributed.packed import folded
 from lipcore.metric import Metric
@@ -24,7 +24,7 @@ def parts_of(metrics: Sequence[Metric], train: Callable[[int, nn.Module], None])
     for rank, metric in enumerate(metrics):
         torch.manual_seed(0)
         model = nn.Linear(3, 2).double()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         with Monitor(model, optimizer, metrics=[metric], window_steps=9):
             train(rank, model)
             optimizer.step()
@@ -77,3 +77,32 @@ def test_products_with_other_references_are_refused() -> None:
         part.holding.turn_to((0, 1))
         part.hear([part.told for part in parts])
         assert part.refused().startswith("reference: rank 1 has multiplied its samples with other references")
+
+
+def sketched() -> Trajectory:
+    return Trajectory(mode="sketch", buckets=256, stats=["update_norm", "weight_norm", "distance", "grad_norm"])
+
+
+def test_sketches_of_what_all_ranks_hold_count_once() -> None:
+    metrics = [sketched(), sketched()]
+
+    def train(rank: int, model: nn.Module) -> None:
+        model(torch.ones(2, 3).double()).square().sum().backward()
+
+    result = together(parts_of(metrics, train))
+    own = metrics[0].compute()
+    assert sorted(result) == sorted(own) == ["distance", "grad_norm", "update_norm", "weight_norm"]
+    for quantity in own:
+        expected, found = own[quantity]["total"].last, result[quantity]["total"].last
+        assert found.value == pytest.approx(expected.value, rel=1e-12)
+        assert (found.label, found.error is None) == (expected.label, expected.error is None)
+        assert (found.error or 0.0) == pytest.approx(expected.error or 0.0, rel=1e-12)
+
+
+def test_sketches_that_number_elements_in_another_way_are_refused() -> None:
+    model = nn.Linear(3, 2)
+    metric = Trajectory(model, mode="sketch", buckets=256)
+    state = metric.state_dict()
+    with pytest.raises(ValueError, match="numbered: the state's sketches number the elements of parts in another way"):
+        metric.load_state_dict({**state, "numbered": [1, 2]})
+    metric.load_state_dict(state)
