@@ -85,18 +85,20 @@ class Ownership:
         self.mine: frozenset[str] = frozenset()
         self.copies: dict[str, int] = {}
         counted: dict[str, set[int]] = {}
+        empty: dict[str, set[int]] = {}
         for name in self.names:
             held = [(i, each[name]) for i, each in enumerate(pieces) if name in each]
             owners = _owners(name, held, ranks)
             self.groups.append(held[0][1].group)
             counted[name] = set(owners.values())
+            empty[name] = {i for i, piece in held if not piece.count}
             if name in pieces[here]:
                 place = pieces[here][name].place
                 self.copies[name] = sum(piece.place == place for _, piece in held)
         self.mine = frozenset(name for name, owners in counted.items() if here in owners)
         self.whole = frozenset(name for name, owners in counted.items() if len(owners) == 1)
         self.everywhere = frozenset(name for name in self.names if all(name in each for each in pieces))
-        self._counted = counted
+        self._counted, self._empty = counted, empty
 
     @classmethod
     def of(cls, descriptions: Sequence[Description], ranks: Sequence[int], here: int) -> Ownership:
@@ -114,6 +116,12 @@ class Ownership:
         """Return whether one rank counts all of these parameters, whole."""
         owners = [self._counted[name] for name in names]
         return len(set().union(*owners)) == 1
+
+    def counted_together(self, names: Iterable[str]) -> bool:
+        """Return whether each rank counts all of what it holds of these parameters, or none of it."""
+        names = list(names)
+        some = set().union(*(self._counted[name] for name in names))
+        return all(some - self._counted[name] <= self._empty[name] for name in names)
 
 
 def _pieces(description: Description) -> dict[str, Piece]:

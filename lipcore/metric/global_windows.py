@@ -32,10 +32,13 @@ class GlobalWindows:
     Args:
         group, timeout: of the Monitor.
         limit, bytes_limit: how many merged windows are kept.
+
+    Attributes:
+        partners: the ranks of the group.
     """
 
     def __init__(self, group: Any, timeout: float, limit: int, bytes_limit: int) -> None:
-        self._partners = Partners(group, timeout)
+        self.partners = Partners(group, timeout)
         self._waiting: deque[tuple[Window, Offer]] = deque()
         self._newest: Window | None = None  # of a process that stands alone
         self._warned = False
@@ -53,20 +56,20 @@ class GlobalWindows:
     @property
     def none_asked_for(self) -> bool:
         """True with group=None."""
-        return self._partners.none_asked_for
+        return self.partners.none_asked_for
 
     @property
     def stands_alone(self) -> bool:
         """True where this process's own windows are all there is."""
-        return self._partners.find() is None and not (self._partners.none_asked_for and world_size() > 1)
+        return self.partners.find() is None and not (self.partners.none_asked_for and world_size() > 1)
 
     @property
     def place(self) -> Place:
         """This rank among those that train the model."""
-        group = self._partners.find()
+        group = self.partners.find()
         if group is not None:
             return Place(group.place, group.size, group.ranks)
-        apart = self._partners.none_asked_for and world_size() > 1
+        apart = self.partners.none_asked_for and world_size() > 1
         return Place(rank(), world_size(), (rank(),), apart=True) if apart else Place(0, 1, (rank(),))
 
     def leave_out(self, names: Iterable[str], step: int, why: str) -> None:
@@ -81,9 +84,9 @@ class GlobalWindows:
     def keep(self, window: Window, metrics: Mapping[str, Metric]) -> str:
         """Keep what this rank adds to a closed window, before the metrics start the next one; return a warning, once,
         where too many wait. No collective."""
-        if self._partners.none_asked_for and world_size() > 1:
+        if self.partners.none_asked_for and world_size() > 1:
             return ""
-        if self._partners.find() is None:
+        if self.partners.find() is None:
             self._newest = window
             return ""
         parts: dict[str, RankPart] = {}
@@ -118,24 +121,24 @@ class GlobalWindows:
             ValueError: what the ranks have does not fit together: the windows are given up.
         """
         self.last_merged = []
-        if self._partners.none_asked_for and world_size() > 1:
+        if self.partners.none_asked_for and world_size() > 1:
             raise RuntimeError(
                 "global_window: this Monitor was made with group=None, so its windows are this rank's; pass "
                 "group='auto' to merge those of all ranks"
             )
-        group = self._partners.find()
+        group = self.partners.find()
         if group is None:
             newest, self._newest = self._newest, None
             return newest
         turn_to(group, (offer for _, offer in self._waiting))
         self._drop_unknown()
         if not self._waiting:
-            self._partners.pass_by(group, "monitor.global_window() with no window that waits", step)
+            self.partners.pass_by(group, "monitor.global_window() with no window that waits", step)
             return None
         what = f"monitor.global_window() of window {self._waiting[-1][0].index}"
         try:
             offers, lost = [offer for _, offer in self._waiting], self._withdrawn()
-            found, withdrawn = merge(self._partners, group, what, step, offers, lost)
+            found, withdrawn = merge(self.partners, group, what, step, offers, lost)
         except ValueError:
             self._waiting.clear()
             raise

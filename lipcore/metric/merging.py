@@ -201,5 +201,8 @@ def _shared(offer: Offer, found: Sequence[Header], group: Group) -> tuple[list[s
                 )
     names = [name for name in sorted(offer.parts) if name not in left_out]
     for name in names:
-        offer.parts[name].hear([window["told"][name] for window in found])
-    return names, left_out
+        part = offer.parts[name]
+        part.hear([window["told"][name] for window in found])
+        if why := part.refused():
+            left_out[name] = why
+    return [name for name in names if name not in left_out], left_out

@@ -82,8 +82,8 @@ class RankPart(ABC):
         """Bytes that it keeps, about."""
 
     def refused(self) -> str:
-        """Return why what the ranks hold cannot be merged for this metric, from the ownership alone; "" where it
-        can."""
+        """Return why what the ranks hold cannot be merged for this metric, from the ownership and from what they have
+        told, if they have, alone; "" where it can. The same on all ranks."""
         return ""
 
     @abstractmethod

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -68,6 +69,7 @@ class Before:
         keywords: of the call.
         first: the argument that has the batch.
         dim: where.
+        together: all ranks run it again, each on its own batch: a sharded model is then run as often on each.
 
     Attributes:
         refused: why the pass cannot be run again, or "".
@@ -75,11 +77,18 @@ class Before:
     """
 
     def __init__(
-        self, model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], first: Tensor, dim: int
+        self,
+        model: nn.Module,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        first: Tensor,
+        dim: int,
+        *,
+        together: bool = False,
     ) -> None:
-        model = below_ddp(model)
+        model, self._together = below_ddp(model), together
         self._model, self._call, self._first, self._dim = model, (arguments, keywords), first, dim
-        self.refused = why_not_again(model, arguments, keywords)
+        self.refused = why_not_again(model, arguments, keywords, together=together)
         self.bytes = 0
         if not self.refused:
             self._kept = first.detach().clone()
@@ -102,6 +111,8 @@ class Before:
         """
         if self.refused:
             return self.refused, []
+        if self._together:
+            return self._difference_together(output, rows, run)
         after = PassState(self._model)
         try:
             if _compiles(self._model):  # the compiled numbers are not the eager ones
@@ -133,6 +144,38 @@ class Before:
             after.put_back()
         return "", []
 
+    def _difference_together(
+        self, output: Any, rows: Sequence[tuple[int, int, Tensor]], run: Callable[[Callable[[], Any]], Any]
+    ) -> tuple[str, list[int]]:
+        """Return the same from three passes, whatever they bring: every rank runs as many."""
+        after, found, random = PassState(self._model), [], []
+        samples = (0, self._kept.shape[self._dim] - 1)
+        try:
+            for x in (self._copies(samples[0]), self._copies(samples[1]), self._kept):
+                found.append(list(tensors_of(run(functools.partial(self._run, x)))))
+                random.append(self._state.random.now())
+        except Exception as error:
+            return f"it could not be run again ({type(error).__name__}: {error})", []
+        finally:
+            after.put_back()
+        again = found.pop()
+        tensors = again if _compiles(self._model) else list(tensors_of(output))
+        if not all(_same(tensors[i], again[i]) for i, *_ in rows):
+            return "its output is another one when it is run again on the same batch", []
+        for sample, copies in zip(samples, found, strict=True):
+            wrong = [
+                i
+                for i, d, whose in rows
+                if not _same(_of(tensors[i], d, whose, sample), _of(copies[i], d, whose, sample))
+            ]
+            if wrong and not all(self._state.random.are_same(each, random[-1]) for each in random):
+                return "how many random numbers it draws depends on the batch", []
+            if wrong and self._has_others:
+                return _OTHERS.format(sample), []
+            if wrong:
+                return DEPENDS.format(sample), wrong
+        return "", []
+
     def _copies(self, sample: int) -> Tensor:
         return self._kept.narrow(self._dim, sample, 1).expand_as(self._kept).clone()
 
@@ -148,28 +191,29 @@ class Before:
         self._state.put_back()
         x = x.clone()
         arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
-        with (
-            writes_put_back(self._state.held.watched()),
-            torch.no_grad(),
-            paused(),
-            without_cached_casts(),
-            without_communication(),
-        ):
+        # Sharded parameters come and go within the pass, which speaks to other ranks.
+        alone = (writes_put_back(self._state.held.watched()), without_communication())
+        with ExitStack() as stack:
+            for context in (torch.no_grad(), paused(), without_cached_casts(), *(() if self._together else alone)):
+                stack.enter_context(context)
+
             return self._model(*arguments, **keywords)
 
 
-def why_not_again(model: nn.Module, arguments: Any, keywords: Any) -> str:
-    """Return why a model that was called so cannot be run again without anyone noticing, or ""."""
+def why_not_again(model: nn.Module, arguments: Any, keywords: Any, *, together: bool = False) -> str:
+    """Return why a model that was called so cannot be run again without anyone noticing, or ""; `together`: by all
+    ranks."""
+    known = (*_KNOWN, "torch.distributed") if together else _KNOWN
     odd = [leaf for leaf in tree_leaves((arguments, keywords)) if not isinstance(leaf, (*_PLAIN, Tensor))]
     if odd:
         return f"it is called with a {type(odd[0]).__name__}, which another pass may change"
-    if has_dtensors(model):
+    if has_dtensors(model) and not together:
         return "it is sharded"
     if ANY_FORWARD_HOOKS or ANY_FORWARD_PRE_HOOKS:
         return "hooks on all modules would see another forward pass"
     for name, module in model.named_modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if any(not home_of(hook).startswith(_KNOWN) for hook in hooks):
+        if any(not home_of(hook).startswith(known) for hook in hooks):
             return f"a hook on module '{name}' would see another forward pass"
     return ""
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lipcore.alarms.alarms import Alarms
 from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, trajectory_of
+from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.distributed.group import AUTO
 from lipcore.metric.engine import Engine
 from lipcore.metric.optimizers import updating
@@ -21,8 +22,10 @@ from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.logged import Logged, LoggedListener, check_logged
 from lipcore.monitor.plan import Plan
+from lipcore.monitor.prove import prove_together
 from lipcore.monitor.show import shown
 from lipcore.per_sample.grad_norms import PerSampleGradNorms
+from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.sample_names import checked_ids, checked_losses
 from lipcore.recording.endings import Endings, EndKind
 from lipcore.recording.flight import Flight, checked_generator
@@ -199,6 +202,35 @@ class Monitor(Engine):
             self._call(self.metrics.values(), lambda metric: metric.observe_batch(found, each))
         if self._flight is not None:
             self._flight.name_batch(found, each, generator)
+
+    def prove(self, batch: Any) -> dict[str, str]:
+        """Prove that the rows of a batch's gradients are single samples', by passes that all ranks run together: under
+        FSDP2 statistics over the batch that a model may detach are looked for in no other way, and numbers are not
+        labelled exact before. From then on those of passes with as many samples are.
+
+        Every rank of the group calls it at the same step, between two steps (no backward pass is waited for), with a
+        batch of its own as the training's are. The model runs forward, and backward to activations alone: no parameter
+        gets a gradient, and buffers, attributes and random numbers get their values back. A few steps' time.
+
+        Args:
+            batch: what the model is called with: a tensor, a tuple of arguments, or a dict of keywords.
+
+        Returns:
+            by metric of single samples what is not proved, and on which rank; "" where all is. The same on all ranks.
+
+        Raises:
+            RuntimeError: a rank has not come in time, or is at another step; nothing was run.
+            ValueError: ranks have other metrics, or one that has stopped; `group=` lacks ranks of the model; there
+                is no metric of single samples. Nothing was run.
+        """
+        self._failures.raise_kept()
+        metrics = {name: one for name, one in self.metrics.items() if isinstance(one, PerSampleMetric)}
+        captures = {name: one._capture for name, one in metrics.items() if isinstance(one._capture, LayerCapture)}
+        if not captures:
+            raise ValueError("metrics: there is none of single samples' gradients, and so nothing to prove")
+        self.flush()
+        off = [name for name, metric in metrics.items() if metric.off]
+        return prove_together(self.model, captures, batch, self._global.partners, self._windows.step, off)
 
     def _meet(self) -> None:
         """Merge the closed windows with those of the other ranks, which log at the same step."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
 from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.pass_dots import PassDots
 from lipcore.per_sample.pass_norms import Norms
+from lipcore.per_sample.rank_dots import DotsPart
 from lipcore.per_sample.references import Gradient, References
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.scores.score_columns import ScoreColumns
@@ -101,6 +103,7 @@ class PerSampleGradDots(PerSampleMetric):
             measure=self._measure,
         )
         columns = self._references.columns
+        self._bits: Tensor | None = None  # of all references since it was bound, and of when they were set
         super().__init__(
             *(model, reduction, options),
             every_steps=every_steps,
@@ -116,6 +119,8 @@ class PerSampleGradDots(PerSampleMetric):
     def tapped(self, layers: TappedLayers) -> None:
         self._check(self._references, layers)
         super().tapped(layers)
+        if self._bits is None:
+            self._bits = self._references.bits()
 
     def _check(self, references: References, layers: TappedLayers) -> None:
         coverage = layers.coverage
@@ -130,18 +135,28 @@ class PerSampleGradDots(PerSampleMetric):
         """
         references = References(reference)
         before = self._references
+        if self._engine is not None:
+            self._engine.flush()
         if (references.single, references.columns) != (before.single, before.columns):
             expected = "one dict" if before.single else f"a list of {before.columns} dicts"
             raise ValueError(f"reference: expected {expected}, as before; make another metric for another number")
         if self._capture is not None:
             self._check(references, self._capture)
         self._references = references
+        if self._bits is not None:
+            self._bits = 1000003 * self._bits + references.bits().to(self._bits.device) + self._steps
 
     def _numbers_of(self, record: LayerRecord, factor: LossFactor) -> PassDots:
         return PassDots(record, factor, self._layer_index, self._references.columns, self._references.single)
 
     def _add_numbers(self, result: MetricResult, note: str, doubt: str) -> None:
         add_dots(result, self._layers, total_of(self._capture), self._window.merged(), self._quantities, note, doubt)
+
+    def _part_of(self, agreed: dict[str, Any], **found: Any) -> DotsPart:
+        names = ",".join(name for name, *_ in self._held())
+        agreed |= {"quantities": self._quantities}
+        assert self._bits is not None
+        return DotsPart(agreed, **found, names=hashlib.sha256(names.encode()).hexdigest()[:16], bits=self._bits)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
         return shown_dots(self._layers, total_of(self._capture), self._window.merged(), self._quantities)

@@ -12,13 +12,9 @@ from torch import Tensor, nn
 from lipcore.capture.layers.batch_of_one import Sink
 from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.metric.protocol import BatchOfOne, PlanLine
-from lipcore.metric.rank_distributions import RankDistributions
-from lipcore.metric.rank_part import FSDP1_PIECES, RankPart
 from lipcore.metric.results import MetricResult
 from lipcore.metric.values import Value
 from lipcore.models.arguments import check_choice
-from lipcore.models.names import with_prefix
-from lipcore.models.ranks import is_fsdp1
 from lipcore.per_sample.arguments import OnUnsupported, check_arguments, layer_options
 from lipcore.per_sample.gram import gram_of
 from lipcore.per_sample.loss_factor import LossFactor
@@ -26,7 +22,7 @@ from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
 from lipcore.per_sample.methods import LayerMethod
 from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.pass_norms import Norms, PassNorms
-from lipcore.per_sample.rank_part import COUNTS, PerSamplePart
+from lipcore.per_sample.rank_part import PerSamplePart
 from lipcore.per_sample.results import add_norms
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.total import total_of
@@ -195,41 +191,18 @@ class PerSampleGradNorms(PerSampleMetric):
         estimated = [layer for layer, method in self._methods.items() if method == "estimate"]
         add_norms(result, self._layers, total_of(self._capture), self._window.merged(), estimated, note, doubt)
 
-    def rank_part(self) -> RankPart | str:
-        """Return what the open window adds to that of all ranks, or why there is nothing to add."""
-        if self._capture is None or self._holding is None or self._model is None:
-            return "it watches no model: this is a copy, or no Monitor has bound it"
-        if is_fsdp1(self._model):
-            return FSDP1_PIECES
-        facts, coverage = self._facts(), self._capture.coverage
+    def _part_of(self, agreed: dict[str, Any], **found: Any) -> PerSamplePart:
         noise, off = None, None
         if self._shared is not None:
             names = [name for name, *_ in self._held()]
             noise, off = self._shared.part(names, self._steps)
-        agreed = {
-            "every_steps": self._every,
+        agreed |= {
             "estimated": [layer for layer, method in self._methods.items() if method == "estimate"],
-            "share": coverage.share,
             "steps": None if noise is None else noise.steps,
             "averaged_over": [] if self._shared is None else list(self._shared.averaged),
             "noise_scale": off,
         }
-        empty = MetricResult(self.name)
-        if coverage.uncovered:
-            empty.details["not_covered"] = facts["not_covered"]
-        part = PerSamplePart(
-            agreed,
-            self._holding,
-            layers=[with_prefix(self.prefix, layer) for layer in self._layers],
-            total=total_of(self._capture),
-            distributions=RankDistributions(self._window.merged()),
-            details={name: facts.get(name, {}) for name in COUNTS},
-            dropped=self._dropped,
-            noise=noise,
-            empty=empty,
-        )
-        self._follow(part, empty)
-        return part
+        return PerSamplePart(agreed, **found, noise=noise)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
         pairs = zip([*self._layers, total_of(self._capture)], self._window.merged(), strict=False)

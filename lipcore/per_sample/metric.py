@@ -25,7 +25,8 @@ from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.plan_lines import PlanLines
 from lipcore.metric.protocol import Needs, PlanLine
-from lipcore.metric.rank_part import Holding, RankPart
+from lipcore.metric.rank_distributions import RankDistributions
+from lipcore.metric.rank_part import FSDP1_PIECES, Holding, RankPart
 from lipcore.metric.rank_states import RankStates
 from lipcore.metric.results import MetricResult
 from lipcore.metric.show import Shown
@@ -34,6 +35,7 @@ from lipcore.metric.state import check_version, checked_count, under_key
 from lipcore.metric.values import Value
 from lipcore.models.capturing import is_capturing
 from lipcore.models.names import with_prefix
+from lipcore.models.ranks import is_fsdp1
 from lipcore.per_sample.doubts import Doubts
 from lipcore.per_sample.layer_index import LayerIndex, tied_names
 from lipcore.per_sample.loss_factor import LossFactor
@@ -43,6 +45,7 @@ from lipcore.per_sample.noise.noise_scale import NoiseScale
 from lipcore.per_sample.noise.noise_sums import HOOKED, NoiseSums
 from lipcore.per_sample.noise.shared_gradient import SharedGradient, checked_shared, noise_of_all, with_steps
 from lipcore.per_sample.open_step import MicroBatch, OpenStep, PassNumbers, take_in
+from lipcore.per_sample.rank_part import COUNTS, PerSamplePart
 from lipcore.per_sample.results import add_noise
 from lipcore.per_sample.sample_names import checked_ids, checked_losses
 from lipcore.per_sample.scores.rank_scores import scores_of_all
@@ -136,6 +139,10 @@ class PerSampleMetric(StandaloneMetric):
     @abstractmethod
     def _add_numbers(self, result: MetricResult, note: str, doubt: str) -> None:
         """Add the window's distributions to a result; `note` goes with the total, `doubt`: why they are not proved."""
+
+    @abstractmethod
+    def _part_of(self, agreed: dict[str, Any], **found: Any) -> PerSamplePart:
+        """Return the window's part in that of all ranks, of what ranks agree on and what was found so far."""
 
     @abstractmethod
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
@@ -581,6 +588,30 @@ class PerSampleMetric(StandaloneMetric):
         if self._waits and self._window.unproved:
             self._unproved.handed_out.add(result)
         return result
+
+    def rank_part(self) -> RankPart | str:
+        """Return what the open window adds to that of all ranks, or why there is nothing to add."""
+        if self._capture is None or self._holding is None or self._model is None:
+            return "it watches no model: this is a copy, or no Monitor has bound it"
+        if is_fsdp1(self._model):
+            return FSDP1_PIECES
+        facts, coverage = self._facts(), self._capture.coverage
+        empty = MetricResult(self.name)
+        if coverage.uncovered:
+            empty.details["not_covered"] = facts["not_covered"]
+        part = self._part_of(
+            {"every_steps": self._every, "share": coverage.share},
+            holding=self._holding,
+            layers=[with_prefix(self.prefix, layer) for layer in self._layers],
+            total=total_of(self._capture),
+            distributions=RankDistributions(self._window.merged()),
+            details={name: facts.get(name, {}) for name in COUNTS},
+            dropped=self._dropped,
+            empty=empty,
+            columns=self._columns,
+        )
+        self._follow(part, empty)
+        return part
 
     def reset(self) -> None:
         """Start a new window."""

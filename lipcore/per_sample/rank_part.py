@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lipcore.distributed.packed import Packed, Together
+from lipcore.metric.distribution import Distribution
 from lipcore.metric.rank_distributions import RankDistributions, distributions_of
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
@@ -35,6 +36,7 @@ class PerSamplePart(RankPart):
         details: counts by reason, and of dropped samples.
         noise: its part of the noise scale; None where there is none.
         empty: a result without numbers.
+        columns: distributions per layer.
     """
 
     agreed: dict[str, Any]
@@ -44,8 +46,9 @@ class PerSamplePart(RankPart):
     distributions: RankDistributions
     details: Mapping[str, Mapping[str, int]]
     dropped: int
-    noise: RankNoise | None
     empty: MetricResult
+    noise: RankNoise | None = None
+    columns: int = 1
     heard: dict[str, list[str]] = field(default_factory=dict)  #: reasons of all ranks
 
     @property
@@ -87,8 +90,9 @@ class PerSamplePart(RankPart):
         owners = self.holding.ownership
         assert owners is not None
         place = {layer: i for i, layer in enumerate(self._all_layers)}
-        where = [*(place[layer] for layer in self.layers), len(place)]
-        largest = [self.distributions.largest(where, len(place) + 1)]
+        rows = [*(place[layer] for layer in self.layers), len(place)]
+        where = [row * self.columns + column for row in rows for column in range(self.columns)]
+        largest = [self.distributions.largest(where, (len(place) + 1) * self.columns)]
         if self._noise is not None:
             largest.append(self._noise.largest())
         found = [float(self.details[name].get(why, 0)) for name in COUNTS for why in self.heard[name]]
@@ -101,8 +105,8 @@ class PerSamplePart(RankPart):
         return Packed(sums, largest)
 
     def result(self, together: Together) -> MetricResult:
-        """Return the distributions of the norms of all ranks' samples, and their noise scale."""
-        result, (counts, *sums), largest = self.empty, together.sums, together.largest
+        """Return the distributions of all ranks' samples, and their noise scale."""
+        result, (counts, *sums) = self.empty, together.sums
         numbers = iter(counts.long().tolist())
         result.details["dropped_samples"] = next(numbers)
         for name in COUNTS:
@@ -110,18 +114,25 @@ class PerSamplePart(RankPart):
             if found or name == "unrecorded":
                 result.details[name] = found
         result.details["proved"] = not self.heard["not_proved"]
-        distributions = distributions_of(largest[0], sums[:2])
-        layers, doubt = self._all_layers, next(iter(self.heard["not_proved"]), "")
+        distributions = distributions_of(together.largest[0], sums[:2])
         total = self.total
         if not self._on_all_ranks:
-            distributions, total = distributions[:-1], ""
+            distributions, total = distributions[: -self.columns], ""
             result.details["total_off"] = STAGES
         share = self.agreed["share"]
         note = f"over the covered parameters only: {share}" if share else ""
-        add_norms(result, layers, total, distributions, self.agreed["estimated"], note, doubt)
-        if self.agreed["noise_scale"] is not None:
-            self._add_noise(result, layers, together)
+        self._add_numbers(result, total, distributions, note)
+        if self.agreed.get("noise_scale") is not None:
+            self._add_noise(result, self._all_layers, together)
         return result
+
+    @property
+    def _doubt(self) -> str:
+        """Reason why it is not proved that the numbers are single samples'; "" where it is."""
+        return next(iter(self.heard["not_proved"]), "")
+
+    def _add_numbers(self, result: MetricResult, total: str, distributions: Sequence[Distribution], note: str) -> None:
+        add_norms(result, self._all_layers, total, distributions, self.agreed["estimated"], note, self._doubt)
 
     def _add_noise(self, result: MetricResult, layers: Sequence[str], together: Together) -> None:
         averaged, ranks = self.agreed["averaged_over"], self.holding.ranks

@@ -45,14 +45,15 @@ def add_dots(
     note: str,
     doubt: str,
 ) -> None:
-    """Add quantities with these names, per layer and, with the note, in total; `doubt`: why it is not proved that they
-    are single samples'."""
+    """Add quantities with these names, per layer and, with the note, in total, at the place of that name ("": none);
+    `doubt`: why it is not proved that they are single samples'."""
     if not distributions:
         return  # before the layers are known
     found, places = joined(distributions), places_of(tuple(layers), total)
     label: Label = "heuristic" if doubt else "exact"
     notes = [f"not proved: {doubt}" if doubt else ""] * len(places)
-    notes[-1] = "; ".join(said for said in (note, notes[-1]) if said)
+    if total:
+        notes[-1] = "; ".join(said for said in (note, notes[-1]) if said)
 
     def add(into: MetricResult) -> None:
         for k, name in enumerate(names):

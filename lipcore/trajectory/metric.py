@@ -55,6 +55,8 @@ from lipcore.trajectory.saved_ranks import (
 from lipcore.trajectory.shard_sums import ShardSums
 from lipcore.trajectory.single_steps import SingleSteps
 from lipcore.trajectory.sketch_history import SketchHistory
+from lipcore.trajectory.sketch_part import SketchPart, kept_part
+from lipcore.trajectory.sketch_places import first_indices
 from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.step_ring import StepHistory
 from lipcore.trajectory.step_stream import OnStep, checked_callback
@@ -649,9 +651,16 @@ class Trajectory(Metric):
             "ring": self._wanted.ring,
         }
 
+    @property
+    def _numbered(self) -> list[int]:
+        """Numbers of the first elements here in sketches of parts; none in others."""
+        return first_indices(self._watched) if "sketch" in self._built.trackers and any(self._pieces) else []
+
     def _check_fits(self, state: Any) -> None:
         check_same(state, self._settings())
         check_pieces(state.get("pieces"), self._pieces, [parameter.name for parameter in self._watched])
+        if state.get("numbered", []) != self._numbered:
+            raise ValueError("numbered: the state's sketches number the elements of parts in another way; start anew")
 
     def state_dict(self) -> dict[str, Any]:
         """Return settings, counters, scalars and copies by canonical names: tensors, numbers and strings only."""
@@ -661,6 +670,7 @@ class Trajectory(Metric):
         gradients = self._built.gradients.state_dict() if self._built.gradients else {}
         counts: dict[str, Any] = {"steps_seen": self._steps_seen, "rebased": self._rebased}
         counts |= {"apart": self._apart, "jumps": list(self._jumps), "pieces": list(self._pieces)}
+        counts["numbered"] = self._numbered
         counts |= {"so_far": self._path_so_far.state(), "carried": self._carried.state() if self._carried else {}}
         return {**self._settings(), **counts, "trackers": trackers, "gradients": gradients}
 
@@ -822,20 +832,47 @@ class Trajectory(Metric):
         self._require_bound()
         if not under_process_group():
             raise RuntimeError("sync: torch.distributed is not initialised; use compute() in a single process")
-        if (group, timeout) not in self._partners:
-            self._partners[group, timeout] = Partners(group, timeout)
-        partners = self._partners[group, timeout]
+        partners = self._partners_of(group, timeout)
         found = partners.find()
         if found is None:
             return self.compute()
         part = self.rank_part()
-        if isinstance(part, TrajectoryPart):
+        if isinstance(part, (TrajectoryPart, SketchPart)):
             part.open = True
-        elif "sketch" in self._built.trackers:
-            raise RuntimeError(f"sync: {part}")
         last = int(self._built.first.table.cursor[0])
         steps = last - self._built.first.window_steps + 1, last
         return merge_open(partners, found, "trajectory.sync()", self._steps_seen, steps, part, self.name)
+
+    def sync_sketches(self, group: Any = AUTO, *, timeout: float = 60) -> SketchHistory:
+        """Return :attr:`sketches` of whole parameters, from those of all ranks of a group; each rank's own stay as they
+        are. Every rank of the group calls it at the same step and gets the same. What several ranks hold alike counts
+        once. One collective of as many bytes as the sketches have.
+
+        Args:
+            group: "auto" for the default process group, where there is one; a ProcessGroup or a DeviceMesh.
+            timeout: seconds to wait for the other ranks.
+
+        Raises:
+            RuntimeError: no sketches are kept; a rank has not come in time, or is at another step.
+            ValueError: ranks have kept other steps, or sketches of other parameters.
+        """
+        mine = self.sketches
+        tracker = self._built.trackers["sketch"]
+        assert isinstance(tracker, SketchTracker)
+        partners = self._partners_of(group, timeout)
+        found, whole = partners.find(), SketchHistory(mine.buckets, self._wanted.keep_limit)
+        matrix = mine.matrix
+        if found is not None:
+            part, steps = kept_part(tracker, self._holding, tracker.agreed), (0, self._steps_seen)
+            merged = merge_open(partners, found, "trajectory.sync_sketches()", self._steps_seen, steps, part, self.name)
+            matrix = merged.details["matrix"]
+        whole.load(mine.steps, matrix)
+        return whole
+
+    def _partners_of(self, group: Any, timeout: float) -> Partners:
+        if (group, timeout) not in self._partners:
+            self._partners[group, timeout] = Partners(group, timeout)
+        return self._partners[group, timeout]
 
     def summary(self) -> dict[str, Any]:
         """Return what :func:`merge_shards` needs of the open window: scalars of rows and steps, no copies."""

@@ -14,6 +14,7 @@ from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.kept_steps import MOST_BYTES
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.shard_sums import ShardSums
+from lipcore.trajectory.sketch_part import SketchPart, paths_of, sketch_sums
 from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.table import COLUMN
 from lipcore.trajectory.whole import PathSoFar, Place, Whole, places_of
@@ -106,11 +107,9 @@ def part_of(
     empty: MetricResult,
     before: PathSoFar,
     carried: ShardSums | None,
-) -> TrajectoryPart | str:
+) -> TrajectoryPart | SketchPart | str:
     """Return what is to be merged of the open window; why there is nothing, where it cannot be."""
     tracker = built.first
-    if isinstance(tracker, SketchTracker):
-        return "sketches of shards are not merged yet; use mode 'exact' or 'updates'"
     steps = tracker.window_steps
     built.align()
     count, rows = len(watched), tracker.window_rows().cpu()
@@ -118,12 +117,16 @@ def part_of(
     of_gradients = {name: found.recent.of_tensors(steps) for name, found in built.of_gradients.items()}
     if single is None or any(found is None for name, found in of_gradients.items() if name in wanted):
         return _GONE.format(steps, tracker.table.recent.shape[0], MOST_BYTES >> 20)
-    sums = ShardSums.of_rows(rows[:count], single, 0)
+    gradient_sums = sums = ShardSums.nothing(count)
+    if isinstance(tracker, SketchTracker):
+        sums = sketch_sums(tracker, rows, single)
+    else:
+        gradient_sums = sums = ShardSums.of_rows(rows[:count], single, 0)
     for stage, gradients in built.of_gradients.items():
         squares = of_gradients[stage]
         if stage in wanted and squares is not None:
-            sums.gradients[stage] = squares[:, :, 0].contiguous()
-            sums.no_gradients[stage] = sums.added.new_tensor([float(steps - gradients.window_steps)])
+            gradient_sums.gradients[stage] = squares[:, :, 0].contiguous()
+            gradient_sums.no_gradients[stage] = sums.added.new_tensor([float(steps - gradients.window_steps)])
     known = [q for q in tracker.quantities if q in (*MOVES, *OFFSETS) and q in wanted]
     if every_steps > 1 and next(iter(built.trackers)) == "updates":
         known.remove("path_length")  # single steps out of many make neither a path nor a chord
@@ -132,16 +135,22 @@ def part_of(
             empty.details[f"{quantity}_off"] = "not merged over ranks; each rank's own is in its own window"
     agreed = {
         "every_steps": every_steps,
-        "quantities": [*known, *sorted(sums.gradients)],
-        "gradients": sorted(sums.gradients),
+        "quantities": [*known, *sorted(gradient_sums.gradients)],
+        "gradients": sorted(gradient_sums.gradients),
         "length": "path_length" if every_steps == 1 else "chord_length",
         "steps": steps + (0 if carried is None else len(carried.steps)),
         "end": int(tracker.table.cursor[0]),
         "paths": not bool(rows[-1, COLUMN["total_path"]].isnan()),
     }
+    names = [parameter.name for parameter in watched]
+    if isinstance(tracker, SketchTracker):
+        agreed |= tracker.agreed
+        own = paths_of(tracker, rows, COLUMN["total_path"])
+        return SketchPart(
+            agreed, holding, tracker.members, tracker.sketch_groups, sums, gradient_sums, names, own, empty, before
+        )
     paths = dict(zip(zip(tracker.places.names, tracker.places.levels, strict=True),
                      rows[-len(tracker.places) :, COLUMN["total_path"]].tolist(), strict=True))  # fmt: skip
-    names = [parameter.name for parameter in watched]
     if carried is not None:
         carried = carried.of_stages(sums.gradients)
     return TrajectoryPart(agreed, holding, names, sums, paths, empty, before, carried)

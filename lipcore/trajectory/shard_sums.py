@@ -48,6 +48,12 @@ class ShardSums:
         largest = torch.stack([*others[:2], -points_of(rows), others[2]], dim=1)
         return cls(steps, added, largest, rows.new_zeros(places))
 
+    @classmethod
+    def nothing(cls, parameters: int) -> ShardSums:
+        """Return those of no step, for what is known of gradients alone."""
+        empty = torch.zeros(parameters, 4, dtype=torch.float64, device="cpu")
+        return cls(empty.new_zeros(0, parameters, 2), empty, empty.clone(), empty.new_zeros(0))
+
     def spread(self, index: Sequence[int], counted: Sequence[int], parameters: int) -> ShardSums:
         """Return the same with a column for each of the parameters of all ranks.
 

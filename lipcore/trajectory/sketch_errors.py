@@ -8,25 +8,40 @@ from collections.abc import Sequence
 import numpy as np
 
 from lipcore.metric.columns import Numbers
-from lipcore.trajectory.table import COLUMN
+from lipcore.trajectory.table import COLUMN, M2
 
 Row = Sequence[float]
 
 
-def relative_errors(pieces: Numbers, groups: Numbers, split: int) -> dict[str, Numbers]:
+def relative_errors(pieces: Numbers, groups: Numbers, split: int, row_group: Sequence[int]) -> dict[str, Numbers]:
     """Return the standard error over the value of each quantity, for every group and the total.
 
     Args:
-        pieces: rows of the ledger, `split` for every group.
+        pieces: rows of the ledger, `split` for every sketch.
         groups: rows of the groups.
+        row_group: to which of the groups each sketch belongs.
     """
     rows = groups.tolist()
-    errors = [_of_group(pieces[i * split : (i + 1) * split].tolist()) for i in range(len(rows))]
+    by_group: list[list[list[Row]]] = [[] for _ in rows]
+    for i, group in enumerate(row_group):
+        by_group[group].append(pieces[i * split : (i + 1) * split].tolist())
+    errors = [_of_several(sketches) for sketches in by_group]
     errors.append(_of_total(rows, errors))
     return {quantity: np.array([error[quantity] for error in errors]) for quantity in errors[-1]}
 
 
-def _of_group(pieces: list[Row]) -> dict[str, float]:
+def _of_several(sketches: Sequence[Sequence[Row]]) -> dict[str, float]:
+    """Return the error of a group that has several sketches, which are independent."""
+    errors = [_of_group(sketch) for sketch in sketches]
+    if len(errors) == 1:
+        return errors[0]
+    added = [[math.fsum(piece[i] ** (1 if i == M2 else 2) for piece in sketch) for i in range(len(sketch[0]))]
+             for sketch in sketches]  # fmt: skip
+    rows: list[Row] = [[one if i == M2 else math.sqrt(one) for i, one in enumerate(row)] for row in added]
+    return _of_total(rows, errors)
+
+
+def _of_group(pieces: Sequence[Row]) -> dict[str, float]:
     split = len(pieces)
 
     def spread(column: str, power: int) -> float:

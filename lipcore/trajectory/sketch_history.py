@@ -19,6 +19,7 @@ class SketchHistory:
 
     def __init__(self, buckets: int, limit: int) -> None:
         self.buckets = buckets
+        #: Each [buckets], or [kinds, buckets] where ranks hold copies of some parameters and parts of others.
         self._rows: deque[tuple[int, Tensor]] = deque(maxlen=limit)
 
     def keep(self, step: int, sketch: Tensor) -> None:
@@ -28,6 +29,12 @@ class SketchHistory:
     def rows(self) -> list[tuple[int, Tensor]]:
         """Return step and sketch of every kept row, oldest first."""
         return list(self._rows)
+
+    @property
+    def by_kind(self) -> Tensor:
+        """The sketches by which ranks hold copies of what they are of, float64 [T, kinds, buckets] on the CPU."""
+        rows = [sketch.reshape(-1, self.buckets).cpu() for _, sketch in self._rows]
+        return torch.stack(rows) if rows else torch.empty(0, 1, self.buckets, dtype=torch.float64, device="cpu")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -40,13 +47,12 @@ class SketchHistory:
     @property
     def matrix(self) -> Tensor:
         """The sketches themselves, float64 [T, buckets] on the CPU."""
-        rows = [sketch.cpu() for _, sketch in self._rows]
-        return torch.stack(rows) if rows else torch.empty(0, self.buckets, dtype=torch.float64, device="cpu")
+        return self.by_kind.sum(1)
 
     def _row(self, step: int) -> Tensor:
         for kept, sketch in self._rows:
             if kept == step:
-                return sketch.cpu()
+                return sketch.cpu().reshape(-1, self.buckets).sum(0)
         raise KeyError(f"step {step} was not kept; kept are {self.steps.tolist()[:8]} ...")
 
     def distance(self, step: int, other_step: int) -> Value:
@@ -79,7 +85,7 @@ class SketchHistory:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return steps and sketches."""
-        return {"steps": self.steps, "matrix": self.matrix}
+        return {"steps": self.steps, "matrix": self.by_kind.squeeze(1)}
 
     def load(self, steps: Tensor, matrix: Tensor) -> None:
         """Take over a state that was checked."""

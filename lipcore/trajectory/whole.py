@@ -87,9 +87,14 @@ class Whole:
         rows, distributions, after = self.rows()
         where = Places([name for name, *_ in self.places], [level for _, level, _ in self.places])
         Rows(where, torch.stack(rows), quantiles_of(distributions)).add_to(result, wanted, length=length)
+        self.add_gradients(result, wanted)
+        return after
+
+    def add_gradients(self, result: MetricResult, wanted: frozenset[str]) -> None:
+        """Add the wanted norms of gradients to a result."""
+        where = Places([name for name, *_ in self.places], [level for _, level, _ in self.places])
         for stage in self.sums.gradients.keys() & wanted:
             self._add_gradients(result, stage, where)
-        return after
 
     def rows(self) -> tuple[list[Tensor], list[Distribution], PathSoFar]:
         """Return the ledger's row of every place, the distributions of its update norm and ratio, and the paths up to

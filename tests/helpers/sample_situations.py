@@ -502,7 +502,7 @@ def context_parallel(rank: int, world: int) -> dict[str, Any]:
     return stopped(monitor, model, optimizer, data)
 
 
-def stopped(monitor: Monitor, model: Any, optimizer: Any, data: Data) -> dict[str, Any]:
+def stopped(monitor: Monitor, model: Any, optimizer: Any, data: Data, name: str = NAME) -> dict[str, Any]:
     """Train on, whatever the metric says, and return why it is not in the window of all ranks."""
     for x, y in data[:WINDOW]:
         optimizer.zero_grad()
@@ -514,8 +514,8 @@ def stopped(monitor: Monitor, model: Any, optimizer: Any, data: Data) -> dict[st
         monitor.close()
     window = monitor.global_window()
     assert window is not None
-    assert NAME not in window
-    return {"said": window.off[NAME]}
+    assert name not in window
+    return {"said": window.off[name]}
 
 
 def scores_by_id(rank: int, world: int) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,6 +54,8 @@ FUSED_THEN = (
     "parameter '{0}' is used by others than its own layer, which is fused; in the next passes that layer is not, and "
     "the graph measures it"
 )
+_NO_PASS = "the model was not called in the pass that was to be proved"
+_ONE_SAMPLE = "a batch of one sample has nothing to prove; pass two or more"
 ROOT = "model"  #: what the model itself is called where it is a layer
 
 
@@ -263,6 +266,25 @@ class LayerCapture:
         """Deliver the passes whose end no callback tells; see :meth:`Passes.flush`."""
         self.passes.flush()
 
+    @contextmanager
+    def proving(self) -> Iterator[None]:
+        """Prove the pass of the model in the with block, which is none of the training's."""
+        self.proofs.asked, self.proofs.answer = True, _NO_PASS
+        try:
+            yield
+        finally:
+            self.proofs.asked = False
+
+    def finish_proof(self, *, together: bool) -> str:
+        """Return what the pass of :meth:`proving` has left unproved, "" for nothing; with passes that all ranks run, if
+        they do it `together`."""
+        try:
+            self.proofs.finish(together=together)
+        except Exception as error:
+            self.proofs.answer = self.proofs.answer or str(error)
+            self.passes.fail(error)
+        return self.proofs.answer
+
     def check_that_something_came(self) -> None:
         """Keep an error when, after some steps, no backward pass has come through the hooks."""
         if not self.records and not self.unrecorded:
@@ -385,6 +407,10 @@ class LayerCapture:
             except Exception as error:
                 passes.fail(error)
             self._follow_graph(run, output)
+        if self.proofs.asked:
+            self.proofs.answer = passes.stopped or run.unproved or (_ONE_SAMPLE if run.batch.size < 2 else "")
+            passes.drop(run)
+            return None
         if passes.recording and self._options.loss_of is not None:
             try:
                 run.loss = self._options.loss_of(output, run.batch.size, self.proofs.alone)

@@ -159,6 +159,11 @@ class Passes:
         self.current = self._last = run
         self._alive[id(run)] = run
 
+    def drop(self, run: LayerPass) -> None:
+        """Forget a pass that no backward pass will come back to."""
+        self._alive.pop(id(run), None)
+        self._last = None if self._last is run else self._last
+
     def end(self) -> LayerPass | None:
         """Return the pass that was under way in this thread, whose forward pass has ended."""
         run, self.current = self.current, None

@@ -49,6 +49,7 @@ _OPEN = "the numbers of the pass that was to be proved are not finite"
 NO_GRADIENTS = "the model's outputs bring no gradient to any layer"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
 _NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
+_OTHERS_OPEN = "on another rank the pass left something open before"
 _OFFSETS = "the samples are packed sequences"
 _ALONE = "the model is sharded, and not all of its ranks have this metric"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
@@ -74,6 +75,7 @@ class _Known:
     met: set[str] = field(default_factory=set)  # layers that were called in a proof, and that no gradient came to
     left_out: dict[str, int] = field(default_factory=dict)  # of these, the numbers of layers that were not called
     ids: dict[str, list[SampleIds]] = field(default_factory=dict)
+    together: bool = False  # all ranks have looked for detached statistics together, and found none
 
     def add(self, found: Mapping[str, list[SampleIds]]) -> None:
         """Take in whose rows a further proof has found; where a layer's calls are others than before, they count."""
@@ -100,6 +102,8 @@ class Proofs:
         bytes: the memory that the last proof took beside what the pass itself keeps, roughly.
         sharded: parameters of the model are spread over ranks.
         orders: of the samples, in passes that were proved.
+        asked: the pass under way is the user's prove(), on all ranks.
+        answer: what the last one that was asked for has left unproved; "" for nothing.
     """
 
     def __init__(
@@ -114,6 +118,8 @@ class Proofs:
         orders: Orders | None = None,
     ) -> None:
         self.bytes = 0
+        self.asked, self.answer = False, ""
+        self._later: Callable[[bool], str] | None = None  # what is looked at when the pass that was asked for is over
         self._model, self._sites = model, sites
         self._wanted, self._skip, self._graph = prove, skip, graph
         self._output = ProofOutput(model, output)
@@ -164,14 +170,15 @@ class Proofs:
         self._begun = None
         run.kind = first.dim(), run.batch.size
         run.shape = tuple(first.shape)
-        due = self._schedule.due(tuple(first.shape), run.batch.size)
-        run.adds_up = due or self._schedule.adds_up
-        if self._ranks is not None and self._schedule.due_next():
+        due = self.asked or self._schedule.due(tuple(first.shape), run.batch.size)
+        run.adds_up = not self.asked and (due or self._schedule.adds_up)
+        if self._ranks is not None and not self.asked and self._schedule.due_next():
             self._ranks.announce(self._schedule.passes + 1)
         if not due or (run.chained and self._ranks is None):
             return
         try:
-            run.before = Before(self._model, arguments, keywords, first, run.batch.dim)
+            together = self.asked and self.sharded
+            run.before = Before(self._model, arguments, keywords, first, run.batch.dim, together=together)
             self._output.listen()
             run.due, self._begun = True, run.kind
         except Exception as error:  # no memory for a copy of the batch
@@ -323,7 +330,7 @@ class Proofs:
         reason = graph.refused
         if self._refused:
             reason = f"{self._refused} allows no other backward pass; use fully_shard"
-        elif self._ranks is not None and not self._ranks.agree(self._schedule.passes):
+        elif self._ranks is not None and not self.asked and not self._ranks.agree(self._schedule.passes):
             reason = _ALONE
         elif not seeds.outputs:
             reason = NO_OUTPUT if output is not None else NOT_RUN_OUTPUT
@@ -357,6 +364,11 @@ class Proofs:
         suspected = {id(tensor) for outputs, _ in run.suspects for tensor in outputs}
         pairs = zip(seeds.outputs, seeds.dims, seeds.samples, strict=True)
         rows = [(places[id(t)], dim, whose) for t, dim, whose in pairs if id(t) not in suspected]
+        if self.asked and self.sharded:  # the pass has to be over on all ranks before another one begins
+            self._later = functools.partial(self._look_together, output, rows, before, known)
+            return
+        if self.sharded and known.together:
+            return
         why, wrong = before.difference(output, rows, self._run_again)
         if why and not wrong:
             known.reason = _NOT_RUN.format(why)
@@ -367,6 +379,34 @@ class Proofs:
         elif wrong:
             every = {name: why for site in self._sites for name in site.names.values()}
             run.suspects.append(([tensors[i] for i in wrong], every))
+
+    def _look_together(
+        self, output: Any, rows: Sequence[tuple[int, int, Tensor]], before: Before, known: _Known, together: bool
+    ) -> str:
+        why, wrong = before.difference(output, rows, self._run_again) if together else (_OTHERS_OPEN, [])
+        known.together = not why
+        if not why:
+            return ""
+        known.reason = why if wrong else _NOT_RUN.format(why)
+        if wrong and not self._skip:
+            raise Disproved(f"model: {why}")
+        return known.reason
+
+    @property
+    def waits(self) -> bool:
+        """True where :meth:`finish` has passes to run, which speak to other ranks."""
+        return self._later is not None
+
+    def finish(self, *, together: bool) -> None:
+        """Look at what could not be looked at within the pass that was asked for, where all ranks do it `together`.
+
+        Raises:
+            Disproved: samples depend on each other in a way that spoils all norms.
+        """
+        later, self._later = self._later, None
+        if later is not None:
+            found = later(together)
+            self.answer = self.answer or found
 
     def _run_again(self, call: Callable[[], Any]) -> Any:
         self._output.listen()

@@ -1,0 +1,163 @@
+"""Proofs that all ranks run together, of a batch that the user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipcore.capture.layers.layer_capture import LayerCapture
+from lipcore.distributed.group import Group
+from lipcore.distributed.partners import Partners
+from lipcore.models.ranks import below_ddp, has_dtensors, world_size
+from lipcore.models.restored import all_put_back, without_cached_casts
+
+_CALL = "monitor.prove()"
+_INACTIVE = "this step is not recorded (every_steps)"
+
+
+def prove_together(
+    model: nn.Module,
+    captures: Mapping[str, LayerCapture],
+    batch: Any,
+    partners: Partners,
+    step: int,
+    off: Iterable[str],
+) -> dict[str, str]:
+    """Return, by metric, what the proof of a batch has left unproved, and on which rank; the same on all ranks.
+
+    Args:
+        captures: of the metrics of single samples.
+        batch: of this rank.
+        partners: the other ranks.
+        step: the number of steps that this rank has made.
+        off: metrics that have stopped.
+    """
+    arguments, keywords = _as_call(batch)
+    group = partners.find()
+    _check_mesh(model, group, partners)
+    off = set(off)
+    state = {name: _state(capture, stopped=name in off) for name, capture in captures.items()}
+    headers = _met(partners, group, step, {"version": 1, "call": _CALL, "metrics": list(map(list, state.items()))})
+    _check_alike(headers, group)
+    error: Exception | None = None
+    able = {name: capture for name, capture in captures.items() if not state[name]}
+    found = dict(state)
+    try:
+        try:
+            _run(model, arguments, keywords, able.values())
+        except Exception as raised:  # the other ranks wait for a word of this one
+            error = raised
+            found |= dict.fromkeys(able, f"the forward pass raised {type(raised).__name__}: {str(raised)[:200]}")
+        waits = {name: error is None and capture.proofs.waits for name, capture in able.items()}
+        ready = _met(partners, group, step, {"version": 1, "call": f"{_CALL}, its second part", "waits": waits})
+        for name, capture in able.items() if error is None else ():
+            together = all(other["waits"].get(name) for other in ready)
+            found[name] = capture.finish_proof(together=together)
+    finally:
+        _cut_again(model)
+    told = _met(partners, group, step, {"version": 1, "call": f"{_CALL}, what it found", "found": found})
+    if error is not None:
+        raise error
+    if group is None:
+        return found
+    return {name: _of_all(name, told, group) for name in captures}
+
+
+def _run(model: nn.Module, arguments: Any, keywords: Any, captures: Iterable[LayerCapture]) -> None:
+    """Run the forward pass, with the proofs in it; what it changes gets its value back."""
+    with ExitStack() as stack:
+        stack.enter_context(all_put_back(model, random=True, writes=False))
+        stack.enter_context(_unsynchronised(model))
+        for capture in captures:
+            stack.enter_context(capture.proving())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(without_cached_casts())
+        model(*arguments, **keywords)
+
+
+def _cut_again(model: nn.Module) -> None:
+    """Let fully_shard()ed modules hold their parts again: what they have gathered would be used by the next forward
+    pass, whatever the optimizer has changed since."""
+    if not has_dtensors(below_ddp(model)):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def _unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Keep DistributedDataParallel from waiting for the backward pass of a forward pass that has none."""
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        yield
+        return
+    before = model.require_forward_param_sync
+    with model.no_sync():
+        yield
+    model.require_forward_param_sync = before
+
+
+def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+def _state(capture: LayerCapture, *, stopped: bool) -> str:
+    """Return why this rank cannot take part in a metric's proof, or ""."""
+    if stopped or not capture.watches:
+        return "it has stopped"
+    return "" if capture.active else _INACTIVE
+
+
+def _check_mesh(model: nn.Module, group: Group | None, partners: Partners) -> None:
+    """Raise where ranks that hold parts of the model would not take part, and so would be waited for."""
+    meshes = [p.device_mesh.mesh.flatten().tolist() for p in model.parameters() if hasattr(p, "device_mesh")]
+    apart = partners.none_asked_for and world_size() > 1
+    here = set(() if group is None else group.ranks)
+    for ranks in meshes:
+        if len(ranks) > 1 and (apart or not here.issuperset(ranks)):
+            raise ValueError(
+                f"group: the model's parameters are spread over ranks {', '.join(map(str, ranks[:8]))}, all of which "
+                "have to run a proof together; pass these, or all, as group= of the Monitor"
+            )
+
+
+def _met(partners: Partners, group: Group | None, step: int, header: dict[str, Any]) -> Sequence[dict[str, Any]]:
+    return [header] if group is None else partners.meet(group, _CALL, step, header)
+
+
+def _check_alike(headers: Sequence[Mapping[str, Any]], group: Group | None) -> None:
+    """Raise ValueError, on all ranks alike, where these would not run the same passes."""
+    if group is None:
+        return
+    first = headers[0]
+    for rank, other in zip(group.ranks, headers, strict=True):
+        if other["call"] != first["call"]:
+            raise ValueError(
+                f"{_CALL}: ranks are at {first['call']} (rank {group.ranks[0]}) and {other['call']} (rank {rank}); all "
+                "ranks have to make the same call"
+            )
+        if other["metrics"] != first["metrics"]:
+            mine, theirs = (_words(header["metrics"]) for header in (first, other))
+            raise ValueError(
+                f"{_CALL}: rank {group.ranks[0]} would prove {mine}, and rank {rank} {theirs}, so no rank has run "
+                "anything; the ranks of a model need the same metrics, which go on everywhere, at the same step"
+            )
+
+
+def _words(metrics: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"{name} (not: {why})" if why else name for name, why in metrics) or "nothing"
+
+
+def _of_all(name: str, told: Sequence[Mapping[str, Any]], group: Group) -> str:
+    found = [f"rank {rank}: {each['found'][name]}" for rank, each in zip(group.ranks, told, strict=True)
+             if each["found"][name]]  # fmt: skip
+    return "; ".join(found)

@@ -1,0 +1,46 @@
+"""Inner products of samples' gradients over all ranks against one process in float64: each situation is right to 1e-7,
+or refused by name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from dot_situations import situations
+from rank_runs import Found, run_situations
+
+pytestmark = pytest.mark.ci
+RIGHT = ("ddp", "fsdp2", "pipeline")
+#: Why windows of all ranks have no such numbers.
+LEFT_OUT = {
+    "tensor_parallel": r"module 'a' \(Linear\): a DTensor \(tensor parallel\) has no per-sample gradients on one rank",
+    "other_references": r"reference: rank 1 has multiplied its samples with other references than rank 0",
+    "set_elsewhere": r"reference: rank 1 .* other references than rank 0, or has set them at another step",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: Any) -> Found:
+    """What every rank has found; ranks are started once."""
+    return run_situations(tmp_path_factory.mktemp("ranks"), "dot_situations", 2)
+
+
+def test_every_situation_is_in_the_table() -> None:
+    assert sorted(name for name, *_ in situations(2)) == sorted([*RIGHT, *LEFT_OUT])
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_right(found: Found, name: str) -> None:
+    for numbers in found[name]:
+        assert isinstance(numbers, dict), numbers
+        assert not numbers["absent"]
+        assert set(numbers["scopes"]) == {"global"}
+        assert numbers["error"] <= 1e-7, numbers["where"]
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_left_out(found: Found, name: str) -> None:
+    for numbers in found[name]:
+        assert isinstance(numbers, dict), numbers
+        assert re.search(LEFT_OUT[name], numbers["said"]), numbers["said"]

@@ -1,0 +1,115 @@
+"""Proofs that ranks run together: training goes on bit for bit, what is wrong is told on all ranks, and nothing is run
+where they would not run the same."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from prove_situations import NAME, batch_of, made, monitored, situations
+from rank_runs import Found, run_situations
+
+from lipcore import Monitor, Trajectory
+
+FLAWS = {
+    "ddp_detaches": "samples are exchanged",
+    "ddp_mixes": "parts at other samples",
+    "fsdp2_detaches": "samples are exchanged",
+    "fsdp2_mixes": "parts at other samples",
+}
+REFUSED = {
+    "other_metrics": r"ValueError: monitor.prove\(\): rank 0 would prove per_sample_grad_norm, and rank 1 "
+    r"per_sample_grad_norm, per_sample_grad_dot, so no rank has run anything",
+    "apart": r"ValueError: group: the model's parameters are spread over ranks 0, 1, all of which have to",
+}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: Any) -> Found:
+    """What every rank has found; ranks are started once."""
+    return run_situations(tmp_path_factory.mktemp("ranks"), "prove_situations", 2)
+
+
+def test_every_situation_is_in_the_table() -> None:
+    assert sorted(name for name, *_ in situations(2)) == sorted(
+        ["ddp", "fsdp2", "on_rank_0_alone", "one_sample", *FLAWS, *REFUSED]
+    )
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ["ddp", "fsdp2"])
+def test_a_proof_leaves_no_trace_but_labels(found: Found, name: str) -> None:
+    for numbers in found[name]:
+        assert isinstance(numbers, dict), numbers
+        assert numbers["answer"] == numbers["second"] == {NAME: "", "per_sample_grad_dot": ""}
+        assert numbers["untouched"]
+        assert numbers["weights"]
+        assert numbers["windows"]
+        without, with_proof = numbers["labels"]
+        assert without == ["exact" if name == "ddp" else "heuristic"] * 3
+        assert with_proof == [without[0], "exact", "exact"]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", FLAWS)
+def test_flaws_are_told_on_all_ranks(found: Found, name: str) -> None:
+    first, second = found[name]
+    assert isinstance(first, dict), first
+    assert first["answer"] == second["answer"]
+    assert FLAWS[name] in first["answer"]
+    assert "rank 0: " in first["answer"]
+    assert "; rank 1: " in first["answer"]
+    assert FLAWS[name] in first["kept"]
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(found: Found, name: str) -> None:
+    for error in found[name]:
+        assert isinstance(error, str), error
+        assert re.search(REFUSED[name], error), error
+
+
+@pytest.mark.ci
+def test_what_one_rank_leaves_open_is_told_on_all(found: Found) -> None:
+    """Rank 1 has a batch of one: no rank waits for passes that it does not run."""
+    for numbers in found["one_sample"]:
+        assert isinstance(numbers, dict), numbers
+        assert "rank 0: statistics over the batch that the model may detach were not looked for" in numbers["answer"]
+        assert "rank 1: a batch of one sample has nothing to prove" in numbers["answer"]
+        assert not numbers["then"]
+
+
+@pytest.mark.ci
+def test_a_rank_that_does_not_come_is_named(found: Found) -> None:
+    first, second = found["on_rank_0_alone"]
+    assert isinstance(first, dict), first
+    assert re.search(r"monitor.prove\(\): rank 0 has waited 0.5 s for rank 1 \(rank 1 never called it\)", first["said"])
+    assert not second["said"]
+
+
+def test_one_process() -> None:
+    model = made()
+    optimizer, monitor = monitored(model)
+    random = torch.get_rng_state()
+    assert monitor.prove(batch_of(0, 0)) == {NAME: ""}
+    assert monitor.prove({"x": batch_of(0, 0)}) == {NAME: ""}
+    assert "a batch of one sample has nothing to prove" in monitor.prove(batch_of(0, 0, 1))[NAME]
+    assert torch.equal(random, torch.get_rng_state())
+    assert not model.get_buffer("seen")
+    assert all(p.grad is None for p in model.parameters())
+    model(batch_of(0, 1)).square().mean().backward()
+    optimizer.step()
+    assert monitor.metrics[NAME].per_sample.isfinite().all()
+
+
+def test_what_is_raised() -> None:
+    model = made()
+    _, monitor = monitored(model)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        monitor.prove(torch.ones(2, 3).double())
+    assert monitor.prove(batch_of(0, 0)) == {NAME: ""}
+    with pytest.raises(ValueError, match="metrics: there is none of single samples' gradients"):
+        Monitor(made(), metrics=[Trajectory()]).prove(batch_of(0, 0))

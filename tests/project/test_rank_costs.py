@@ -1,0 +1,39 @@
+"""The table of costs in docs/distributed.md is what bench/rank_costs.py has written, and that is what plan() says."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "bench" / "rank_costs.py"
+ROWS: list[dict[str, Any]] = json.loads(FILE.with_suffix(".json").read_text())
+
+
+@pytest.fixture(scope="module")
+def script() -> dict[str, Any]:
+    return runpy.run_path(str(FILE))
+
+
+def test_the_table_is_made_of_the_file(script: dict[str, Any]) -> None:
+    assert "\n".join(script["table"](ROWS)) in (ROOT / "docs" / "distributed.md").read_text()
+
+
+def test_bytes_of_each_element_are_those_of_plan(script: dict[str, Any]) -> None:
+    names = list(script["shapes_of"]("7B"))[:3]
+    for row in ROWS:
+        assert script["kept"](names, script["MODES"][row["mode"]])[1] == row["bytes_per_element"]
+
+
+def test_shapes_are_those_of_the_models(script: dict[str, Any]) -> None:
+    assert {row["model"]: row["elements"] for row in ROWS} == {"7B": 6_738_415_616, "70B": 68_976_648_192}
+    assert script["part_of"]((1000, 3), 64) == 16 * 3
+
+
+@pytest.mark.ci
+def test_the_file_is_what_the_script_finds(script: dict[str, Any]) -> None:
+    assert script["rows"]() == ROWS
