@@ -39,7 +39,11 @@ class Alarms(Showable):
     ``loss``                  what :meth:`Monitor.log` is given as ``loss``                       z > 3
     ``update_norm``           norm of each group's update, over the learning rate                 abs(z) > 6
     ``grad_norm``             norm of each group's gradient, as backward left it                  abs(z) > 6
+    ``rms_t``                 of each group's gradient over the root of Adam's second moment      abs(z) > 8
     ========================  ==================================================================  ============
+
+    ``rms_t`` is looked at where `signals` names it, and comes from a ``Trajectory(source="optimizer", stats=[...,
+    "rms_t"])``.
 
     Beside z a cumulative sum finds smaller changes that last: S = max(0, S + z / limit - 1/2) > 5. Nothing alarms in
     the first 100 steps, nor in the 20 after an alarm. One multiplier of all limits, at least 1, is calibrated on the
@@ -55,7 +59,7 @@ class Alarms(Showable):
 
     Args:
         budget: alarms per 1000 steps.
-        signals: names of signals, or limits by name; default all of them.
+        signals: names of signals, or limits by name; default the first three.
         on_event: called with every :class:`AlarmEvent`. What it raises is raised by the user's next call of a method of
             the Monitor, and it is not called any more.
         stop: raise :class:`AlarmStop` at the user's next call of a method of the Monitor, or at the end of the with
@@ -193,7 +197,7 @@ class Alarms(Showable):
         logs = np.full(len(columns.signals), np.nan)
         if one.loss is not None and one.loss > 0 and "loss" in self.signals:
             logs[columns.where("loss")] = math.log(one.loss) if math.isfinite(one.loss) else math.nan
-        for name in ("update_norm", "grad_norm"):
+        for name in ("update_norm", "grad_norm", "rms_t"):
             if name in self.signals and name in one.norms:
                 numbers = one.norms[name][groups]
                 numbers = np.where(np.isfinite(numbers), numbers, np.nan)

@@ -34,6 +34,11 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
             "alarms: update_norm and grad_norm come from a Trajectory, and metrics has none; add lipcore.Trajectory(), "
             'or pass Alarms(signals=["loss"])'
         )
+    if "rms_t" in alarms.signals and not (trajectory is not None and trajectory.knows_rms_t):
+        raise ValueError(
+            "alarms: rms_t comes from a Trajectory that reads the optimizer's state, and metrics has none; add "
+            'lipcore.Trajectory(source="optimizer", stats=["update_norm", "grad_norm", "rms_t"])'
+        )
     if trajectory is not None and trajectory.every_steps != 1:
         raise ValueError(
             f"alarms: they look at every step, and the Trajectory at one of {trajectory.every_steps}; make it with "

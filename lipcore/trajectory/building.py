@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lipcore.trajectory.describe import GRADIENTS
@@ -31,6 +32,9 @@ Stat = Literal[
     "variance",
     "update_cosine",
     "normalized_update_rms",
+    "rms_t",
+    "momentum_norm",
+    "second_moment_norm",
     "grad_norm",
     "clipped_grad_norm",
     "element_variance",
@@ -73,6 +77,15 @@ class Built:
         return self.gradients.trackers if self.gradients else {}
 
     @property
+    def step_rings(self) -> dict[str, Tensor]:
+        """Rings beside that of the updates, by quantity, whose entries are of the same steps."""
+        rings = {stage: tracker.table.recent for stage, tracker in self.of_gradients.items()}
+        updates = self.trackers.get("updates")
+        if isinstance(updates, UpdateTracker) and updates.ratios is not None:
+            rings["rms_t"] = updates.ratios.recent
+        return rings
+
+    @property
     def all_trackers(self) -> list[Tracker]:
         """Trackers of parameters, then those of gradients."""
         return [*self.trackers.values(), *self.of_gradients.values()]
@@ -101,7 +114,8 @@ def build(
         kept: dict[str, Any] = {"keep_every": wanted.keep_every, "keep_limit": wanted.keep_limit}
         trackers["sketch"] = SketchTracker(watched, choice.buckets, choice.seed, **kept, **settings)
     if choice.source != "difference":
-        trackers = {"updates": UpdateTracker(watched, choice.source, optimizers, **settings), **trackers}
+        updates = UpdateTracker(watched, choice.source, optimizers, ratios="rms_t" in stats, **settings)
+        trackers = {"updates": updates, **trackers}
     known = [name for tracker in trackers.values() for name in tracker.quantities]
     for name in stats:
         if name not in known and name not in GRADIENTS:

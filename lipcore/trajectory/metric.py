@@ -96,8 +96,13 @@ class Trajectory(Metric):
     * ``unmoved_steps``: steps in which not one element changed; ``nonfinite_steps`` and ``nonfinite_elements`` (sum)
     * ``grad_norm``: the norm of the batch's gradient as the backward pass left it, where a Monitor or
       :meth:`observe_gradients` says when that is
-    * on request, by `stats`: ``clipped_grad_norm``, that of the gradient as the optimizer got it; ``element_variance``
-      (see :meth:`element_variance`)
+    * of an optimizer's state, by tensor, with ``source="optimizer"``: ``normalized_update_rms`` of Adam and AdamW,
+      :math:`\sqrt{\mathrm{mean}(u^2)}` of :math:`u = \hat m / (\sqrt{\hat v} + \epsilon)`; ``momentum_norm``, of the
+      first moment or of the buffer of momentum; ``second_moment_norm`` (last, mean, max)
+    * on request, by `stats`: ``rms_t`` of Adam and AdamW, :math:`\sqrt{\mathrm{mean}(g^2 / \max(\hat v, \epsilon^2))}`
+      of the gradient that the optimizer finds, with the second moment :math:`\hat v` after the step, without its bias
+      (Wortsman et al., NeurIPS 2023), from ``source="optimizer"``; ``clipped_grad_norm``, that of the gradient as the
+      optimizer got it; ``element_variance`` (see :meth:`element_variance`)
 
     The norm of a group is that of its parameters taken together. A parameter with NaN or infinite elements is left out
     of that step and counted, and those elements stand still: they count as what they last were, in the variance of that
@@ -313,6 +318,11 @@ class Trajectory(Metric):
     def _due(self) -> bool:
         return (self._steps_seen + 1) % self.every_steps == 0
 
+    @property
+    def knows_rms_t(self) -> bool:
+        """True where `stats` asks for rms_t."""
+        return "rms_t" in (self._wanted.stats or ())
+
     def observe_late_move(self) -> None:
         """Count a step that was read before the parameters had come to rest."""
         self._late_moves += 1
@@ -467,9 +477,9 @@ class Trajectory(Metric):
 
         ``first_step`` is the number of the block's first step, from 1; ``arrays`` a dict of float64 arrays [steps,
         places] with "update_norm", "weight_norm" (after the step), "grad_norm" and "clipped_grad_norm", NaN where a
-        step has none; ``arrays.places`` names the columns. The arrays are the callback's to keep. No step waits for a
-        device; the callback itself runs in the training thread. What it raises is kept and raised by your next call, a
-        warning says so, and it is not called any more.
+        step has none, and with "rms_t" where `stats` has it; ``arrays.places`` names the columns. The arrays are the
+        callback's to keep. No step waits for a device; the callback itself runs in the training thread. What it raises
+        is kept and raised by your next call, a warning says so, and it is not called any more.
         """
         return self._single.on_step
 

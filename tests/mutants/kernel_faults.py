@@ -877,16 +877,16 @@ KERNEL_MUTANTS = (
     ),
     KernelMutant(
         "what is normalised is not divided by its elements",
-        "csrc/cuda/update_sums.cu",
-        "finite ? sums.direction_sq / span.elements : kNaN",
-        "finite ? sums.direction_sq : kNaN",
+        "csrc/math/update.h",
+        "finite ? sums.direction_sq / elements : nan",
+        "finite ? sums.direction_sq : nan",
         _UPDATES,
     ),
     KernelMutant(
-        "the table of normalised updates has one column",
+        "the table of roots has one column",
         "csrc/cuda/update_sums.cu",
-        "if (tensor < tensors) lipcore",
-        "if (tensor < 1) lipcore",
+        "if (column < columns) observe_square",
+        "if (column < 1) observe_square",
         ("functional/test_update_sums.py::test_update_sums_can_be_captured_in_a_graph",),
     ),
     KernelMutant(
