@@ -199,9 +199,9 @@ __device__ __forceinline__ UpdateSums sum_mixed(const Tensor& tensor, const Rule
     const T b = reads_second(kForm) ? element_of<T>(tensor.second, static_cast<DType>(tensor.second_dtype), at) : T{0};
     const T moved = observer.observe(w, a, b);
     if constexpr (std::is_same_v<Tensor, FullEntry>) {
-      if (kForm == UpdateForm::kAdaptive && tensor.gradient)
+      if (kForm == UpdateForm::kAdaptive && tensor.has_gradient)
         observer.observe_gradient(element_of<T>(tensor.gradient, static_cast<DType>(tensor.gradient_dtype), at), b);
-      if (tensor.previous)
+      if (tensor.has_previous)
         observer.observe_previous(element_of<T>(tensor.previous, static_cast<DType>(tensor.previous_dtype), at), w,
                                   moved);
     }
@@ -218,16 +218,16 @@ __device__ __forceinline__ UpdateSums sum_mixed(const Tensor& tensor, const Rule
 template <class Tensor>
 __device__ __forceinline__ bool asked_for_alike(const Tensor& tensor) {
   if constexpr (std::is_same_v<Tensor, FullEntry>)
-    return (!tensor.gradient || (tensor.gradient_dtype == tensor.dtype && is_aligned(tensor.gradient))) &&
-           (!tensor.previous || (tensor.previous_dtype == tensor.dtype && is_aligned(tensor.previous)));
+    return (!tensor.has_gradient || (tensor.gradient_dtype == tensor.dtype && is_aligned(tensor.gradient))) &&
+           (!tensor.has_previous || (tensor.previous_dtype == tensor.dtype && is_aligned(tensor.previous)));
   return true;
 }
 template <class Tensor>
 __device__ __forceinline__ bool asked_for_is_double(const Tensor& tensor) {
   constexpr auto kDouble = static_cast<uint8_t>(DType::kFloat64);
   if constexpr (std::is_same_v<Tensor, FullEntry>)
-    return (tensor.gradient && tensor.gradient_dtype == kDouble) ||
-           (tensor.previous && tensor.previous_dtype == kDouble);
+    return (tensor.has_gradient && tensor.gradient_dtype == kDouble) ||
+           (tensor.has_previous && tensor.previous_dtype == kDouble);
   return false;
 }
 

@@ -855,6 +855,27 @@ KERNEL_MUTANTS = (
         ("functional/test_update_sums.py::test_sums_on_cuda_do_not_depend_on_alignment_or_dtype",),
     ),
     KernelMutant(
+        "an unaligned parameter before the step is read by wide accesses",
+        "csrc/cuda/update_sums.cu",
+        "(tensor.previous_dtype == tensor.dtype && is_aligned(tensor.previous))",
+        "tensor.previous_dtype == tensor.dtype",
+        ("functional/test_update_sums.py::test_what_is_asked_for_may_lie_anywhere_on_cuda",),
+    ),
+    KernelMutant(
+        "the gradient of a chunk is that of the first",
+        "csrc/cuda/update_sums.cu",
+        "if (kFull && gradients) gradients += chunk.begin;",
+        "",
+        ("functional/test_update_sums.py::test_gradients_and_parameters_before_the_step_on_cuda",),
+    ),
+    KernelMutant(
+        "a gradient in float64 is divided in float32",
+        "csrc/cuda/update_sums.cu",
+        "(tensor.has_gradient && tensor.gradient_dtype == kDouble)" ,
+        "false",
+        ("functional/test_update_sums.py::test_gradients_and_parameters_before_the_step_on_cuda",),
+    ),
+    KernelMutant(
         "a mixture with float64 is added up in float32",
         "csrc/cuda/update_sums.cu",
         "(kFirst && tensor.first_dtype == kDouble)",
