@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from lipcore.alarms.alarms import Alarms
+from lipcore.alarms.unexplained import SIGNAL
 from lipcore.metric.listener import Listener
 from lipcore.metric.protocol import Metric
 from lipcore.models.arguments import check_choice
@@ -45,6 +46,13 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
             "every_steps=1"
         )
     return alarms
+
+
+def prepare_for(alarms: Alarms | None, metrics: Iterable[Metric]) -> None:
+    """Have the Trajectory, before it is bound, look for what alarms need besides norms."""
+    trajectory = trajectory_of(metrics)
+    if alarms is not None and SIGNAL in alarms.signals and trajectory is not None:
+        trajectory.explain()
 
 
 def trajectory_of(metrics: Iterable[Metric]) -> Trajectory | None:

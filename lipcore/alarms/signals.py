@@ -19,6 +19,7 @@ class Signal:
     two_sided: bool  #: a fall alarms too
     of_groups: bool  #: it has a value in every group
     by_default: bool = True  #: looked at where no signals are named
+    exact: bool = False  #: compared with its limit itself, without a score and outside the budget
 
 
 _ALL = (
@@ -26,6 +27,7 @@ _ALL = (
     Signal("update_norm", "update norm over learning rate", 6.0, two_sided=True, of_groups=True),
     Signal("grad_norm", "gradient norm", 6.0, two_sided=True, of_groups=True),
     Signal("rms_t", "RMS_t", 8.0, two_sided=True, of_groups=True, by_default=False),
+    Signal("unexplained_movement", "", 1.0, two_sided=False, of_groups=True, by_default=False, exact=True),
 )
 SIGNALS = {signal.name: signal for signal in _ALL}
 

@@ -15,6 +15,7 @@ from lipcore.trajectory.mode import Choice, choose
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.tracker import Tracker
+from lipcore.trajectory.unexplained import Unexplained
 from lipcore.trajectory.update_tracker import UpdateTracker
 
 #: A quantity that a Trajectory can report.
@@ -51,6 +52,7 @@ class Wanted:
     ring: int
     keep_every: int | None
     keep_limit: int
+    explains: bool = False  #: look for movement that the optimizers did not make
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Built:
     choice: Choice
     trackers: dict[str, Tracker]
     gradients: Gradients | None
+    unexplained: Unexplained | None = None
 
     @property
     def first(self) -> Tracker:
@@ -83,6 +86,8 @@ class Built:
         updates = self.trackers.get("updates")
         if isinstance(updates, UpdateTracker) and updates.ratios is not None:
             rings["rms_t"] = updates.ratios.recent
+        if self.unexplained is not None:
+            rings["unexplained_movement"] = self.unexplained.ring.recent
         return rings
 
     @property
@@ -127,7 +132,11 @@ def build(
     stages = set(GRADIENTS) & set(stats if by_name else (BEFORE,))
     first = next(iter(trackers.values()))
     gradients = Gradients(watched, wanted.ring, window_blocks, stages, first, by_name=by_name) if stages else None
-    return Built(choice, trackers, gradients)
+    unexplained = None
+    exact = trackers.get("exact")
+    if wanted.explains and exact is not None and exact.copies is not None:
+        unexplained = Unexplained(watched, optimizers, exact.copies.prev, exact.table)
+    return Built(choice, trackers, gradients, unexplained)
 
 
 def checked_stats(stats: Iterable[Stat]) -> tuple[Stat, ...]:

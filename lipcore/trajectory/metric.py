@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -294,12 +295,13 @@ class Trajectory(Metric):
         """Say what it looks at, and when."""
         # Read in each optimizer's own hook: its state and gradients, and a GradScaler's verdict, are there alone.
         each = len(self._optimizers) > 1 or self._scaler is not None
+        reads_state = self._built.choice.source == "optimizer" or self._built.unexplained is not None
         return Needs(
             gradients=self._reads_gradients,
             before_step=self._built.choice.source == "snapshot",
             used_gradients=self._built.gradients is not None,
-            each_optimizer=self._built.choice.source == "optimizer" and each,
-            at_step=self._built.choice.source == "optimizer",
+            each_optimizer=reads_state and each,
+            at_step=reads_state,
         )
 
     @property
@@ -342,12 +344,16 @@ class Trajectory(Metric):
         tracker = self._built.trackers.get("updates")
         if isinstance(tracker, UpdateTracker) and self._due:
             tracker.after_step_of(optimizer)
+        if self._built.unexplained is not None and self._due:
+            self._built.unexplained.after_step_of(optimizer)
 
     def observe_step(self) -> None:
         """Take the parameters as they are now for the next point of the trajectory."""
         if self._due:
             if not self._links.are_intact():
                 self._follow()
+            if self._built.unexplained is not None:
+                self._built.unexplained.observe()
             for tracker in self._built.trackers.values():
                 if tracker.step():  # raises before anything has changed
                     tracker.settle()
@@ -360,7 +366,7 @@ class Trajectory(Metric):
     def step_call(self) -> Callable[[], object]:
         """A function that does what :meth:`observe_step` does, without a look at the ways that are not taken."""
         self._require_bound()
-        if self.every_steps != 1 or list(self._built.trackers) != ["exact"]:
+        if self.every_steps != 1 or list(self._built.trackers) != ["exact"] or self._built.unexplained is not None:
             return self.observe_step
         tracker, step, gradients = self._tracker, self._tracker.step, self._built.gradients
         intact = self._links.are_intact
@@ -499,6 +505,23 @@ class Trajectory(Metric):
         (self._single.prompt if prompt else self._single.listeners).append(listener)
         if self._watched:
             self._single.start(self._built)
+
+    def explain(self) -> None:
+        """Look, once bound and in mode "exact", in every step for movement that the optimizers did not make."""
+        self._wanted = replace(self._wanted, explains=True)
+
+    @property
+    def checks_movement(self) -> bool:
+        """True where some parameter is checked for it."""
+        return self._built.unexplained is not None and self._built.unexplained.checked > 0
+
+    @property
+    def why_unchecked(self) -> str:
+        """Why parameters are not checked for it, each reason once; "" where all are."""
+        check = self._built.unexplained
+        if check is None:
+            return f"mode {self._built.choice.mode!r} keeps no copies"
+        return "; ".join(dict.fromkeys(check.why_not.values()))
 
     def hurry(self) -> None:
         """Hand what waits to the listeners of :meth:`listen` at the next steps, not only when there is a block."""

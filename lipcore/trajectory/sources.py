@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore import _core, functional
-from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
+from lipcore.functional.update_rules import DIFFERENCE, GIVEN, Scalar, UpdateRule
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
 from lipcore.trajectory.parameters import local_shard
@@ -98,6 +98,7 @@ class OptimizerSource:
         device = tensors[0].device if tensors else None
         self._indices = DeviceIndices()
         self._rows = torch.zeros(len(tensors), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
+        self._mixes: list[Scalar] = [0.0] * len(tensors)
         self._squares = self._rows.new_full((_core.UPDATE_SQUARES, len(tensors)), torch.nan)
 
     def describe(self) -> list[str]:
@@ -106,12 +107,13 @@ class OptimizerSource:
         tensors = _look_up(self._parameters)
         return [f"{type(places[id(t)][0]).__name__}, closed form" for t in tensors]
 
-    def sums(self, only: Optimizer | None = None) -> Sums:
+    def sums(self, only: Optimizer | None = None, *, previous: Sequence[Tensor] | None = None) -> Sums:
         """Return rows and squares of the step that was just made; valid until the next call.
 
         Args:
             only: where several optimizers step one after the other, the one whose hook this is. The rows of the others'
                 parameters keep the values of their own call. Without it, of all.
+            previous: the parameters before the step, for what they did beside it.
 
         Raises:
             ValueError: a parameter was removed, or replaced by one that is not the optimizer's; a shape, device or
@@ -135,24 +137,31 @@ class OptimizerSource:
                 moves.append(HELD if skipped[id(optimizer)] is True else move_of(optimizer, group, w, memo))
             except ValueError as error:
                 raise ValueError(f"trajectory: parameter {self._parameters[i][0]!r}: {error}") from None
+        for i, move in zip(chosen, moves, strict=True):
+            self._mixes[i] = move[2].mix
         names = [self._parameters[i][0] for i in chosen]
         params = [weights[i] for i in chosen]
         # Where only the GPU knows whether a step was skipped, the GPU chooses.
         verdicts = [skipped[id(places[id(w)][0])] for w in params]
         unsure = any(isinstance(verdict, Tensor) for verdict in verdicts)
-        gradients = [w.grad for w in params] if self._ratios else None
+        asked = Asked([w.grad for w in params] if self._ratios else None, previous and [previous[i] for i in chosen])
         if len(chosen) == len(weights) and not unsure:
-            return _sums(names, params, moves, (self._rows, self._squares), gradients)
+            return _sums(names, params, moves, (self._rows, self._squares), asked)
         if chosen:
-            found = _sums(names, params, moves, gradients=gradients)
+            found = _sums(names, params, moves, asked=asked)
             if unsure:
-                held = _sums(names, params, [HELD] * len(params))
+                held = _sums(names, params, [HELD] * len(params), asked=asked)
                 stays = torch.stack([_flag(verdict, self._rows) for verdict in verdicts])
                 found = torch.where(stays.unsqueeze(1), held[0], found[0]), torch.where(stays, held[1], found[1])
             index = self._indices.on(self._rows.device, chosen)
             self._rows.index_copy_(0, index, found[0])
             self._squares.index_copy_(1, index, found[1])
         return self._rows, self._squares
+
+    def mixes(self) -> list[Scalar]:
+        """Return, each once, the factors other than 0 of what the last step read as second tensors of linear rules."""
+        found = {id(mix) if isinstance(mix, Tensor) else mix: mix for mix in self._mixes}
+        return [mix for mix in found.values() if isinstance(mix, Tensor) or mix != 0]
 
     def _refuse_stranger(self, i: int) -> NoReturn:
         raise ValueError(
@@ -302,13 +311,21 @@ def _flag(verdict: bool | Tensor, like: Tensor) -> Tensor:
     return torch.full((), verdict, device=like.device)
 
 
+class Asked(NamedTuple):
+    """Tensors that are read for squares which only some ask for."""
+
+    gradients: Sequence[Tensor | None] | None = None
+    previous: Sequence[Tensor] | None = None
+
+
 def _sums(
     names: Sequence[str],
     params: list[Tensor],
     moves: Sequence[Move],
     out: Sums | None = None,
-    gradients: Sequence[Tensor | None] | None = None,
+    asked: Asked | None = None,
 ) -> Sums:
+    gradients, previous = asked or Asked()
     params = [local_shard(tensor) for tensor in params]  # of a sharded parameter, what this rank has of it
     first, second = ([None if m[i] is None else local_shard(m[i]) for m in moves] for i in range(2))
     if gradients is not None:
@@ -316,12 +333,12 @@ def _sums(
     rules: list[UpdateRule] = [move[2] for move in moves]
     if out is not None:
         try:
-            _core.update_sums(params, first, second, rules, *out, gradients)
+            _core.update_sums(params, first, second, rules, *out, gradients, previous)
             return out
         except (TypeError, ValueError):
             pass  # a layout that has to be copied; what is wrong for good is said below
     try:
-        rows, squares = functional.update_sums(params, first, second, rules, gradients=gradients)
+        rows, squares = functional.update_sums(params, first, second, rules, gradients=gradients, previous=previous)
     except (TypeError, ValueError) as error:
         raise type(error)(_in_words(str(error), names)) from None
     if out is None:
@@ -333,10 +350,10 @@ def _sums(
 
 def _in_words(message: str, names: Sequence[str]) -> str:
     """Turn the message about an argument of the op into one about the parameter."""
-    found = re.match(r"(params|first|second|rules|gradients)\[(\d+)\]: ", message)
+    found = re.match(r"(params|first|second|rules|gradients|previous)\[(\d+)\]: ", message)
     if not found:
         return f"trajectory: {message}"
     tensor = {"params": "", "first": ": its gradient, momentum or update", "second": ": its second state", "rules": ""}
-    tensor["gradients"] = ": its gradient"
+    tensor |= {"gradients": ": its gradient", "previous": ": its value before the step"}
     what = message[found.end() :]
     return f"trajectory: parameter {names[int(found.group(2))]!r}{tensor[found.group(1)]} {what}"

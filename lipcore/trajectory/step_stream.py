@@ -19,8 +19,8 @@ from lipcore.trajectory.table import Table
 
 #: What a ring holds of a step, and the quantities made of it.
 STEP_QUANTITIES = ("update_norm", "weight_norm", "grad_norm", "clipped_grad_norm")
-#: What one holds besides, where it was asked for: a sum of squares, and the number of its terms.
-MEANS = ("rms_t",)
+#: What one holds besides, where it was asked for: a sum of squares, and what its mean is taken over.
+MEANS = ("rms_t", "unexplained_movement")
 BLOCK = 64
 _DEVICE_BLOCK = 256  # a copy from a device is in flight while the next block is made, and a ring has 512 steps
 

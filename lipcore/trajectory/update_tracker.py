@@ -18,8 +18,8 @@ from lipcore.metric.columns import Column, Columns, Numbers, Places, one_if_same
 from lipcore.metric.host_reads import OnDevice, TensorRead
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
+from lipcore.trajectory.mean_ring import MeanRing
 from lipcore.trajectory.parameters import WatchedParameter
-from lipcore.trajectory.ratio_ring import RatioRing
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
 from lipcore.trajectory.tracker import Tracker
 
@@ -74,8 +74,8 @@ class UpdateTracker(Tracker):
         # Of the roots of each row of squares, tensor by tensor: last, sum, largest, steps.
         self._roots = self.table.rows.new_zeros(4, _KEPT * len(watched)) if source == "optimizer" else None
         self._roots_read = TensorRead(lambda: self._roots)  # type: ignore[arg-type, return-value]
-        elements = [parameter.tensor.numel() for parameter in watched]
-        self.ratios = RatioRing(self.table, elements) if ratios and source == "optimizer" else None
+        self.ratios = MeanRing(self.table) if ratios and source == "optimizer" else None
+        self._elements = self.table.rows.new_tensor([parameter.tensor.numel() for parameter in watched])
         known = [name for name, row in ROOTS.items() if ratios or row != RATIO]
         self.quantities = (*MOVES, *(known if source == "optimizer" else ()))
 
@@ -105,7 +105,7 @@ class UpdateTracker(Tracker):
         if self._roots is not None:
             _core.observe_squares(squares[:_KEPT].view(-1), self._roots)
         if self.ratios is not None:
-            self.ratios.take(squares[RATIO])
+            self.ratios.take(torch.stack([squares[RATIO] * self._elements, self._elements], dim=1))
         return self.observe(sums)
 
     def on_device(self) -> list[OnDevice]:

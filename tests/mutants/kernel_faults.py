@@ -871,7 +871,7 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "a gradient in float64 is divided in float32",
         "csrc/cuda/update_sums.cu",
-        "(tensor.has_gradient && tensor.gradient_dtype == kDouble)" ,
+        "(tensor.has_gradient && tensor.gradient_dtype == kDouble)",
         "false",
         ("functional/test_update_sums.py::test_gradients_and_parameters_before_the_step_on_cuda",),
     ),
