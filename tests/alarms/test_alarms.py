@@ -91,10 +91,11 @@ def test_a_batch_of_wrong_labels_is_told_in_its_step() -> None:
     assert event.score > 3
 
 
-def test_gradients_that_outgrow_their_second_moment() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_that_outgrow_their_second_moment(device: str) -> None:
     """RMS_t of a group, of those whose elements are known, is that of all its elements."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1))
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999))
     stats: Any = ["update_norm", "rms_t", "grad_norm"]
     steps: dict[str, list[float]] = {"0": [], "2": []}
@@ -103,7 +104,8 @@ def test_gradients_that_outgrow_their_second_moment() -> None:
     alarms = Alarms(signals=["rms_t"])
     with lipcore.Monitor(model, optimizer, metrics=[trajectory], alarms=alarms):
         for step in range(1, 151):
-            nn.functional.mse_loss(model(torch.randn(64, 6)), torch.randn(64, 1)).backward()
+            x, y = torch.randn(64, 6).to(device), torch.randn(64, 1).to(device)
+            nn.functional.mse_loss(model(x), y).backward()
             if step == AT:
                 for parameter in model[2].parameters():
                     parameter.grad *= 100
