@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipcore.functional.update_sums import MOMENTUM, UNEXPLAINED
+from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.trajectory.mean_ring import MeanRing
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.sources import OptimizerSource, Sums, supported
@@ -79,6 +80,7 @@ class Unexplained:
         self._previous, self._places = previous, found.places
         chosen = [watched[i] for i in found.places]
         named = [(one.name, one.owner, one.key) for one in chosen]
+        self._names = [one.name for one in chosen]
         self._source = OptimizerSource(found.optimizers, named) if chosen else None
         self._each: Sums | None = None
         units = [LIMITS[one.tensor.dtype] * torch.finfo(one.tensor.dtype).eps / 2 for one in chosen]
@@ -94,10 +96,11 @@ class Unexplained:
         return len(self._places) if self._source is not None else 0
 
     def stop(self, why: str) -> None:
-        """Check nothing from now on."""
-        names = [name for name, _, _ in self._source._parameters] if self._source is not None else []
+        """Check nothing from now on, and warn of it."""
+        message = f"alarms: unexplained_movement checks nothing from now on: {why}"
+        warn_in_hook(message, RuntimeWarning, stacklevel=6)
         self._source, self._each = None, None
-        self.why_not = self.why_not | dict.fromkeys(names, why)
+        self.why_not = self.why_not | dict.fromkeys(self._names, why)
 
     def after_step_of(self, optimizer: Optimizer) -> None:
         """Take the step of one of several optimizers, in whose hook alone its gradients and verdict are there."""

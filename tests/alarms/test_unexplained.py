@@ -334,6 +334,18 @@ def test_others_are_not_checked_by_name() -> None:
         )
 
 
+def test_a_step_that_cannot_be_read_ends_the_check_with_a_warning() -> None:
+    def replace(run: Run) -> None:
+        run.model.blocks[0].weight = nn.Parameter(run.weight.detach().clone())
+
+    run = Run("adam")
+    with pytest.warns(
+        RuntimeWarning, match="checks nothing from now on: .*'blocks.0.weight' of the model is not the opt"
+    ):
+        assert not run.go(between=replace)
+    assert run.monitor.metrics["trajectory"].why_unchecked.startswith("the optimizer's step could not be read")
+
+
 def test_a_lasting_cause_is_told_once() -> None:
     events = Run("adam").go(before_step=lambda run, _: run.weight.data.mul_(0.99), steps=50)
     assert [(event.step, event.place) for event in events] == [(1, "blocks.0.weight")]
