@@ -517,7 +517,7 @@ class Trajectory(Metric):
 
     @property
     def why_unchecked(self) -> str:
-        """Why parameters are not checked for it, each reason once; "" where all are."""
+        """Reasons why parameters are not checked for it, each once; "" where all are."""
         check = self._built.unexplained
         if check is None:
             return f"mode {self._built.choice.mode!r} keeps no copies"
