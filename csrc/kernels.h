@@ -46,7 +46,9 @@ struct UpdateChunk {
   const void* w;      // the parameter after the step
   const void* first;  // the optimizer's tensors, of any dtype; null where the form reads none
   const void* second;
-  DType dtype, first_dtype, second_dtype;
+  const void* gradient;  // null where they are not asked for
+  const void* previous;  // the parameter before the step
+  DType dtype, first_dtype, second_dtype, gradient_dtype, previous_dtype;
   int64_t count;
   UpdateForm form;
   UpdateScalars scalars;

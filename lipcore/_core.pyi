@@ -5,7 +5,7 @@ Compiled core of lipcore.
 from __future__ import annotations
 import collections.abc
 import typing
-__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'BackwardHook', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'GradientList', 'LEDGER_COLUMNS', 'Ledger', 'OBSERVED_COLUMNS', 'OBSERVE_RATIOS', 'OBSERVE_ROOTS', 'OBSERVE_VALUES', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TENSOR_BINS', 'TENSOR_STATS', 'TrajectoryPlan', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'describe_distributions', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'merge_tensor_stats', 'noise_steps', 'normalized_norms', 'observe_normalized', 'observe_ratios', 'observe_recent', 'observe_roots', 'observe_rows', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'recent_quantiles', 'register_passes', 'register_torch', 'reset_distributions', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'step_norms', 'tensor_bin_low', 'tensor_stats', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
+__all__: list[str] = ['BINS', 'BLOCK_STEPS', 'BackwardHook', 'CHECKED', 'CONTINUES', 'Distribution', 'GRADIENTS_EXPECTED', 'GRADIENTS_NOTHING', 'GRADIENTS_OTHERS', 'GRADIENTS_STRIDED', 'GradientList', 'LEDGER_COLUMNS', 'Ledger', 'OBSERVED_COLUMNS', 'OBSERVE_RATIOS', 'OBSERVE_ROOTS', 'OBSERVE_VALUES', 'SERVED', 'SINGLE_ADDED', 'SINGLE_CALLS', 'SINGLE_ELSEWHERE', 'SINGLE_GRAPH', 'SINGLE_STOPPED', 'STEP_COLUMNS', 'SingleBatch', 'SingleSampleHooks', 'SketchPlan', 'TENSOR_BINS', 'TENSOR_STATS', 'TrajectoryPlan', 'UPDATE_SQUARES', 'accumulates_everything', 'advise_huge_pages', 'bin_middle', 'bin_of', 'check_storage', 'conv_norms_sq', 'cuda_built', 'cuda_device_count', 'describe_distributions', 'embedding_norms', 'first_layer_norms', 'float16_to_float', 'fold_means', 'is_plain_run', 'is_training_forward', 'isa', 'linear_norms', 'linear_uses_gram', 'linear_weight_grad', 'merge_tensor_stats', 'noise_steps', 'normalized_norms', 'observe_ratios', 'observe_recent', 'observe_roots', 'observe_rows', 'observe_squares', 'outer_norms', 'pause', 'paused', 'place_sums', 'pool_size', 'recent_quantiles', 'register_passes', 'register_torch', 'reset_distributions', 'row_sum_norms', 'sample_norms', 'sketch', 'square_sums', 'step_norms', 'tensor_bin_low', 'tensor_stats', 'tied_cross', 'trajectory_step', 'update_sums', 'use_isa', 'use_torch_threads']
 class BackwardHook:
     """
     Calls once per backward pass.
@@ -211,8 +211,6 @@ def normalized_norms(delta: typing.Any, output_grad: typing.Any, r: typing.Any) 
     """
     r[b] = ||delta[b]||_2 / |output_grad[b]|; returns how many were skipped.
     """
-def observe_normalized(mean_square: typing.Any, table: typing.Any) -> None:
-    ...
 def observe_ratios(numerators: typing.Any, output_grad: typing.Any, distributions: collections.abc.Sequence[Distribution], smallest: typing.SupportsFloat | typing.SupportsIndex) -> None:
     ...
 def observe_recent(recent: typing.Any, begin: typing.SupportsInt | typing.SupportsIndex, end: typing.SupportsInt | typing.SupportsIndex, distributions: collections.abc.Sequence[Distribution]) -> None:
@@ -220,6 +218,8 @@ def observe_recent(recent: typing.Any, begin: typing.SupportsInt | typing.Suppor
 def observe_roots(squares: typing.Any, distributions: collections.abc.Sequence[Distribution]) -> None:
     ...
 def observe_rows(values: typing.Any, what: typing.SupportsInt | typing.SupportsIndex, gradient: typing.Any, smallest: typing.SupportsFloat | typing.SupportsIndex, rows: typing.Any, bins: typing.Any) -> None:
+    ...
+def observe_squares(squares: typing.Any, table: typing.Any) -> None:
     ...
 def outer_norms(x: typing.Any, grad: typing.Any, out: typing.Any) -> None:
     """
@@ -261,7 +261,7 @@ def tied_cross(indices: typing.Any, grad_embedding: typing.Any, x: typing.Any, g
     ...
 def trajectory_step(params: typing.Any, prev: typing.Any, ref: typing.Any, mean: typing.Any, count: typing.SupportsInt | typing.SupportsIndex, out: typing.Any) -> None:
     ...
-def update_sums(params: typing.Any, first: typing.Any, second: typing.Any, rules: typing.Any, rows: typing.Any, normalized: typing.Any) -> None:
+def update_sums(params: typing.Any, first: typing.Any, second: typing.Any, rules: typing.Any, rows: typing.Any, squares: typing.Any, gradients: typing.Any = None, previous: typing.Any = None) -> None:
     ...
 def use_isa(name: str) -> None:
     ...
@@ -289,4 +289,5 @@ SINGLE_STOPPED: int = 4
 STEP_COLUMNS: int = 6
 TENSOR_BINS: int = 2048
 TENSOR_STATS: int = 9
+UPDATE_SQUARES: int = 5
 cuda_built: bool = False

@@ -53,9 +53,9 @@ bool is_on_device(PyObject* field, int64_t index, TensorView* view) {
 
 // The fields of lipcore.update_rules.UpdateRule, in its order.
 void read_rule(PyObject* rule, int64_t index, UpdateItem* item) {
-  double fields[7];
-  const bool shaped = PyTuple_Check(rule) && PyTuple_GET_SIZE(rule) == 7;
-  for (Py_ssize_t k = 0; shaped && k < 7; ++k) {
+  double fields[8];
+  const bool shaped = PyTuple_Check(rule) && PyTuple_GET_SIZE(rule) == 8;
+  for (Py_ssize_t k = 0; shaped && k < 8; ++k) {
     PyObject* field = PyTuple_GET_ITEM(rule, k);
     TensorView there{};
     if (k < 6 && is_on_device(field, index, &there)) {
@@ -73,6 +73,7 @@ void read_rule(PyObject* rule, int64_t index, UpdateItem* item) {
   }
   item->scalars = {fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]};
   item->adaptive = fields[6] != 0;
+  item->has_momentum = fields[7] != 0;
 }
 
 // None stands for a tensor that the rule has no use for.
@@ -82,13 +83,20 @@ bool view_or_none(PyObject* object, const char* name, int64_t index, bool needed
   return true;
 }
 
+// A list with an entry per parameter, or None for none of them.
+PyObject** optional_objects(py::handle list, const char* name, Py_ssize_t n) {
+  return list.is_none() ? nullptr : objects_of(list, name, "tensors", n);
+}
+
 void update_sums_of(py::handle params, py::handle first, py::handle second, py::handle rules, py::handle rows,
-                    py::handle normalized) {
+                    py::handle squares, py::handle gradients, py::handle previous) {
   const std::vector<TensorView> views = views_of(params, "params");
   const auto n = static_cast<Py_ssize_t>(views.size());
   PyObject** firsts = objects_of(first, "first", "tensors", n);
   PyObject** seconds = objects_of(second, "second", "tensors", n);
   PyObject** given = objects_of(rules, "rules", "rules", n);
+  PyObject** grads = optional_objects(gradients, "gradients", n);
+  PyObject** before = optional_objects(previous, "previous", n);
   std::vector<UpdateItem> items(views.size());
   for (Py_ssize_t i = 0; i < n; ++i) {
     UpdateItem& item = items[i];
@@ -96,12 +104,15 @@ void update_sums_of(py::handle params, py::handle first, py::handle second, py::
     read_rule(given[i], i, &item);
     item.has_second = view_or_none(seconds[i], "second", i, item.adaptive || item.scalars.mix != 0, &item.second);
     item.has_first = view_or_none(firsts[i], "first", i, item.has_second || item.scalars.rate != 0, &item.first);
+    // Only what a rule can use: of a gradient, the ratio to the second moment.
+    item.has_gradient = grads && item.adaptive && view_or_none(grads[i], "gradients", i, false, &item.gradient);
+    item.has_previous = before && view_or_none(before[i], "previous", i, false, &item.previous);
   }
-  check(update_sums(items, view_of(rows, "rows", Access::kWrite), view_of(normalized, "normalized", Access::kWrite)));
+  check(update_sums(items, view_of(rows, "rows", Access::kWrite), view_of(squares, "squares", Access::kWrite)));
 }
 
-void observe_normalized_of(py::handle mean_square, py::handle table) {
-  check(observe_normalized(view_of(mean_square, "mean_square"), view_of(table, "table", Access::kWrite)));
+void observe_squares_of(py::handle squares, py::handle table) {
+  check(observe_squares(view_of(squares, "squares"), view_of(table, "table", Access::kWrite)));
 }
 
 // share and gap_sq float64 [n]; see fold_means().
@@ -272,8 +283,8 @@ void bind_trajectory(py::module_& m) {
         py::arg("count"), py::arg("out"));
   m.def("sketch", &sketch_of, py::arg("tensors"), py::arg("first_index"), py::arg("seed"), py::arg("out"));
   m.def("update_sums", &update_sums_of, py::arg("params"), py::arg("first"), py::arg("second"), py::arg("rules"),
-        py::arg("rows"), py::arg("normalized"));
-  m.def("observe_normalized", &observe_normalized_of, py::arg("mean_square"), py::arg("table"));
+        py::arg("rows"), py::arg("squares"), py::arg("gradients") = py::none(), py::arg("previous") = py::none());
+  m.def("observe_squares", &observe_squares_of, py::arg("squares"), py::arg("table"));
   m.def("fold_means", &fold_means_of, py::arg("mean"), py::arg("earlier"), py::arg("share"), py::arg("gap_sq"));
   m.def("square_sums", &square_sums_of, py::arg("tensors"), py::arg("out"));
   py::class_<Ledger>(m, "Ledger", "Scalars of a trajectory: tensors, groups and the total.")
@@ -305,6 +316,7 @@ void bind_trajectory(py::module_& m) {
   m.attr("CONTINUES") = kContinues;
   m.attr("BLOCK_STEPS") = kTrajectoryBlock;
   m.attr("STEP_COLUMNS") = kStepSums;
+  m.attr("UPDATE_SQUARES") = static_cast<int>(kUpdateSquares);
   m.attr("LEDGER_COLUMNS") = kTrajectoryColumns;
 }
 

@@ -185,7 +185,7 @@ LIPCORE_INLINE int64_t chunks_of(int64_t count) { return count > 0 ? (count + kC
 // Where the chunks of a tensor are: written by its first one, for the launch that adds them up.
 struct ChunkSpan {
   int64_t first, count;
-  double elements;  // of a tensor whose mean square is asked for, else NaN
+  double elements;  // of the tensor, where a mean is made
 };
 
 struct SquareTensor {
@@ -211,23 +211,25 @@ struct UpdateScalar {
   DType dtype;     // of what is there
 };
 struct UpdateTensor {
-  const void *w, *first, *second;  // null where the form reads none
+  const void *w, *first, *second;    // null where the form reads none
+  const void *gradient, *previous;
   int64_t count;
   int64_t first_chunk;
-  DType dtype, first_dtype, second_dtype;
+  DType dtype, first_dtype, second_dtype, gradient_dtype, previous_dtype;
   UpdateForm form;
+  bool has_momentum, has_gradient, has_previous;
   UpdateScalar scalars[kUpdateScalars];
 };
 struct UpdateTables {
   UpdateSums* partials;
   ChunkSpan* spans;
-  StepSums* rows;      // the results
-  double* normalized;  // mean squares of normalised updates
+  StepSums* rows;   // the results
+  double* squares;  // [kUpdateSquares, tensors]
 };
 Status update_sums(const UpdateTables& tables, const std::vector<UpdateTensor>& tensors, void* stream);
 
-// Takes the mean squares of a step into the table [kNormalizedRows, tensors].
-Status observe_normalized(const double* mean_square, int64_t tensors, double* table, void* stream);
+// Takes the squares of a step into the table [kRootRows, columns].
+Status observe_squares(const double* squares, int64_t columns, double* table, void* stream);
 
 struct FoldTensor {
   const void* mean;  // float32 or float64

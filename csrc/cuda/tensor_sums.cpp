@@ -37,7 +37,7 @@ bool square_sums(const std::vector<TensorView>& tensors, dlpack::Device device, 
          on.check(square_sums(tables, list, on.stream()));
 }
 
-bool update_sums(const std::vector<UpdateItem>& items, dlpack::Device device, StepSums* rows, double* normalized) {
+bool update_sums(const std::vector<UpdateItem>& items, dlpack::Device device, StepSums* rows, double* squares) {
   OnDevice on("update_sums");
   if (!on.enter(device)) return false;
   std::vector<UpdateTensor> list;
@@ -46,10 +46,15 @@ bool update_sums(const std::vector<UpdateItem>& items, dlpack::Device device, St
     UpdateTensor tensor{};
     tensor.w = item.w.data;
     tensor.dtype = tensor.first_dtype = tensor.second_dtype = item.w.dtype;
+    tensor.gradient_dtype = tensor.previous_dtype = item.w.dtype;
     if (item.has_first) tensor.first = item.first.data, tensor.first_dtype = item.first.dtype;
     if (item.has_second) tensor.second = item.second.data, tensor.second_dtype = item.second.dtype;
+    if (item.has_gradient) tensor.gradient = item.gradient.data, tensor.gradient_dtype = item.gradient.dtype;
+    if (item.has_previous) tensor.previous = item.previous.data, tensor.previous_dtype = item.previous.dtype;
     tensor.count = item.w.numel;
     tensor.form = form_of(item);
+    tensor.has_momentum = item.has_momentum;
+    tensor.has_gradient = item.has_gradient, tensor.has_previous = item.has_previous;
     const UpdateScalars& s = item.scalars;
     const double values[kUpdateScalars] = {s.rate, s.mix, s.decay, s.first_scale, s.second_scale, s.eps};
     for (int i = 0; i < kUpdateScalars; ++i)
@@ -57,14 +62,14 @@ bool update_sums(const std::vector<UpdateItem>& items, dlpack::Device device, St
     list.push_back(tensor);
   }
   TorchMemory memory;
-  UpdateTables tables{nullptr, nullptr, rows, normalized};
+  UpdateTables tables{nullptr, nullptr, rows, squares};
   return make_room(device, &list, &memory, &tables.partials, &tables.spans) &&
          on.check(update_sums(tables, list, on.stream()));
 }
 
-bool observe_normalized(const double* mean_square, int64_t tensors, dlpack::Device device, double* table) {
+bool observe_squares(const double* squares, int64_t columns, dlpack::Device device, double* table) {
   OnDevice on("trajectory");
-  return on.enter(device) && on.check(observe_normalized(mean_square, tensors, table, on.stream()));
+  return on.enter(device) && on.check(observe_squares(squares, columns, table, on.stream()));
 }
 
 bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, dlpack::Device device,

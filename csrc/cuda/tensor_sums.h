@@ -13,9 +13,9 @@ namespace lipcore::cuda {
 // All on `device`, at least one; an empty tensor adds a row of zeros.
 bool square_sums(const std::vector<TensorView>& tensors, dlpack::Device device, StepSums* rows);
 
-bool update_sums(const std::vector<UpdateItem>& items, dlpack::Device device, StepSums* rows, double* normalized);
+bool update_sums(const std::vector<UpdateItem>& items, dlpack::Device device, StepSums* rows, double* squares);
 
-bool observe_normalized(const double* mean_square, int64_t tensors, dlpack::Device device, double* table);
+bool observe_squares(const double* squares, int64_t columns, dlpack::Device device, double* table);
 
 bool fold_means(const std::vector<TensorView>& mean, const std::vector<TensorView>& earlier, dlpack::Device device,
                 const double* share, double* gap_sq);

@@ -52,13 +52,15 @@ bool check_written(const TensorView& out, ArgumentName name, const std::vector<U
     const char* with = overlap(out, item.w)                           ? "params"
                        : item.has_first && overlap(out, item.first)   ? "first"
                        : item.has_second && overlap(out, item.second) ? "second"
+                       : item.has_gradient && overlap(out, item.gradient) ? "gradients"
+                       : item.has_previous && overlap(out, item.previous) ? "previous"
                                                                       : nullptr;
     if (with) return fail(name, "is written to but shares memory with %s[%zu]; pass separate tensors", with, i);
   }
   return true;
 }
 
-bool check_all(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& normalized) {
+bool check_all(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& squares) {
   const auto n = static_cast<int64_t>(items.size());
   for (int64_t i = 0; i < n; ++i) {
     const UpdateItem& item = items[i];
@@ -67,6 +69,8 @@ bool check_all(const std::vector<UpdateItem>& items, const TensorView& rows, con
     if (!item.w.is_dense()) return fail({"params", i}, "is not dense memory; pass a contiguous copy");
     if (item.has_first && !check_state(item.first, item.w, {"first", i})) return false;
     if (item.has_second && !check_state(item.second, item.w, {"second", i})) return false;
+    if (item.has_gradient && !check_state(item.gradient, item.w, {"gradients", i})) return false;
+    if (item.has_previous && !check_state(item.previous, item.w, {"previous", i})) return false;
     for (const TensorView& scalar : item.scalar_at)
       if (scalar.data && !scalar.same_device(item.w))
         return fail({"rules", i}, "has a number on another device than params[%lld]; put all on one",
@@ -77,12 +81,14 @@ bool check_all(const std::vector<UpdateItem>& items, const TensorView& rows, con
       (n > 1 && rows.strides[0] != kStepSums) || (n && rows.strides[1] != 1) || !beside(rows))
     return fail({"rows"}, "expected a contiguous float64 tensor of shape [%lld, %d] on the params' device, got %s %s",
                 static_cast<long long>(n), kStepSums, dtype_name(rows.dtype), ShapeText(rows).text);
-  if (normalized.dtype != DType::kFloat64 || normalized.ndim != 1 || normalized.numel != n || !beside(normalized))
-    return fail({"normalized"}, "expected a float64 tensor of shape [%lld] on the params' device, got %s %s",
-                static_cast<long long>(n), dtype_name(normalized.dtype), ShapeText(normalized).text);
-  if (n && overlap(rows, normalized))
-    return fail({"normalized"}, "is written to but shares memory with rows; pass separate tensors");
-  return check_written(rows, {"rows"}, items) && check_written(normalized, {"normalized"}, items);
+  if (squares.dtype != DType::kFloat64 || squares.ndim != 2 || squares.shape[0] != kUpdateSquares ||
+      squares.shape[1] != n || (n && squares.strides[0] != n) || (n > 1 && squares.strides[1] != 1) || !beside(squares))
+    return fail({"squares"},
+                "expected a contiguous float64 tensor of shape [%d, %lld] on the params' device, got %s %s",
+                kUpdateSquares, static_cast<long long>(n), dtype_name(squares.dtype), ShapeText(squares).text);
+  if (n && overlap(rows, squares))
+    return fail({"squares"}, "is written to but shares memory with rows; pass separate tensors");
+  return check_written(rows, {"rows"}, items) && check_written(squares, {"squares"}, items);
 }
 
 const void* at(const TensorView& view, int64_t element) {
@@ -100,6 +106,8 @@ std::vector<Chunk> chunks_of(const std::vector<UpdateItem>& items) {
       work.dtype = item.w.dtype;
       if (item.has_first) work.first = at(item.first, begin), work.first_dtype = item.first.dtype;
       if (item.has_second) work.second = at(item.second, begin), work.second_dtype = item.second.dtype;
+      if (item.has_gradient) work.gradient = at(item.gradient, begin), work.gradient_dtype = item.gradient.dtype;
+      if (item.has_previous) work.previous = at(item.previous, begin), work.previous_dtype = item.previous.dtype;
       work.count = std::min(kChunk, item.w.numel - begin);
       work.form = form;
       work.scalars = item.scalars;
@@ -127,13 +135,13 @@ UpdateForm form_of(const UpdateItem& item) {
   return item.has_second ? UpdateForm::kTwo : item.has_first ? UpdateForm::kOne : UpdateForm::kHeld;
 }
 
-bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& normalized) {
-  if (!check_all(items, rows, normalized)) return false;
+bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& squares) {
+  if (!check_all(items, rows, squares)) return false;
   auto* row = static_cast<StepSums*>(rows.data);
-  auto* mean_square = static_cast<double*>(normalized.data);
+  auto* square = static_cast<double*>(squares.data);
   if (!items.empty() && !items[0].w.on_cpu()) {
 #if defined(LIPCORE_WITH_CUDA)
-    return cuda::update_sums(items, items[0].w.device, row, mean_square);
+    return cuda::update_sums(items, items[0].w.device, row, square);
 #else
     return fail({"params"},
                 "are on a CUDA device, but this lipcore was built without CUDA; rebuild with "
@@ -158,32 +166,33 @@ bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, c
     for (; c < chunks.size() && chunks[c].item == static_cast<int64_t>(i); ++c) merge(&sums, partials[c]);
     const bool finite = sums.step.nonfinite == 0;
     row[i] = finite ? sums.step : StepSums{nan, nan, nan, nan, nan, sums.step.nonfinite};
-    const auto count = static_cast<double>(items[i].w.numel);
-    mean_square[i] = finite && items[i].adaptive && count > 0 ? sums.direction_sq / count : nan;
+    leave_unknown(form_of(items[i]), items[i].has_momentum, items[i].has_gradient, items[i].has_previous, &sums);
+    take_squares(sums, static_cast<double>(items[i].w.numel), square, static_cast<int64_t>(items.size()),
+                 static_cast<int64_t>(i));
   }
   return true;
 }
 
-bool observe_normalized(const TensorView& mean_square, const TensorView& table) {
-  const int64_t n = mean_square.numel;
-  if (mean_square.dtype != DType::kFloat64 || mean_square.ndim != 1)
-    return fail({"mean_square"}, "expected a float64 tensor of shape [tensors], got %s %s",
-                dtype_name(mean_square.dtype), ShapeText(mean_square).text);
-  if (table.dtype != DType::kFloat64 || table.ndim != 2 || table.shape[0] != kNormalizedRows || table.shape[1] != n ||
-      (n && (table.strides[0] != n || table.strides[1] != 1)) || !table.same_device(mean_square))
-    return fail({"table"}, "expected a contiguous float64 tensor of shape [%d, %lld] beside mean_square, got %s %s",
-                kNormalizedRows, static_cast<long long>(n), dtype_name(table.dtype), ShapeText(table).text);
-  const auto* values = static_cast<const double*>(mean_square.data);
+bool observe_squares(const TensorView& squares, const TensorView& table) {
+  const int64_t n = squares.numel;
+  if (squares.dtype != DType::kFloat64 || squares.ndim != 1 || (n > 1 && squares.strides[0] != 1))
+    return fail({"squares"}, "expected a contiguous float64 tensor of shape [squares], got %s %s",
+                dtype_name(squares.dtype), ShapeText(squares).text);
+  if (table.dtype != DType::kFloat64 || table.ndim != 2 || table.shape[0] != kRootRows || table.shape[1] != n ||
+      (n && (table.strides[0] != n || table.strides[1] != 1)) || !table.same_device(squares))
+    return fail({"table"}, "expected a contiguous float64 tensor of shape [%d, %lld] beside squares, got %s %s",
+                kRootRows, static_cast<long long>(n), dtype_name(table.dtype), ShapeText(table).text);
+  const auto* values = static_cast<const double*>(squares.data);
   auto* rows = static_cast<double*>(table.data);
   if (!table.on_cpu()) {
 #if defined(LIPCORE_WITH_CUDA)
-    return n == 0 || cuda::observe_normalized(values, n, table.device, rows);
+    return n == 0 || cuda::observe_squares(values, n, table.device, rows);
 #else
     return fail({"table"},
                 "is on a CUDA device, but this lipcore was built without CUDA; rebuild with LIPCORE_CUDA=ON");
 #endif
   }
-  for (int64_t i = 0; i < n; ++i) observe_normalized(rows, n, i, values[i]);
+  for (int64_t i = 0; i < n; ++i) observe_square(rows, n, i, values[i]);
   return true;
 }
 

@@ -11,22 +11,21 @@ namespace lipcore {
 // A tensor of the list, with what the step's rule needs of the optimizer. Views of tensors that are not there are
 // empty.
 struct UpdateItem {
-  TensorView w, first, second;
-  bool has_first, has_second;
-  bool adaptive;
+  TensorView w, first, second, gradient, previous;
+  bool has_first, has_second, has_gradient, has_previous;
+  bool adaptive, has_momentum;
   UpdateScalars scalars;
   TensorView scalar_at[6];  // those that lie on the tensors' device, in the order of scalars; else without data
 };
 
 UpdateForm form_of(const UpdateItem& item);
 
-// rows float64 [n, 6] (the columns of StepSums), normalized float64 [n]: the mean square of the normalised update, NaN
-// for a rule that normalises nothing. A tensor with a non-finite element of w or of the update has a row of NaN with
-// the number of such elements. All on one device. Returns false with a Python exception set, and nothing written, when
-// an argument is wrong.
-bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& normalized);
+// rows float64 [n, 6] (the columns of StepSums), squares float64 [kUpdateSquares, n] (see UpdateSquare). A tensor with a
+// non-finite element of w or of the update has a row of NaN with the number of such elements. All on one device. Returns
+// false with a Python exception set, and nothing written, when an argument is wrong.
+bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& squares);
 
-// Takes the mean squares of a step, float64 [n], into the table of normalised updates, float64 [kNormalizedRows, n].
-bool observe_normalized(const TensorView& mean_square, const TensorView& table);
+// Takes the squares of a step, float64 [n], into the table of their roots, float64 [kRootRows, n].
+bool observe_squares(const TensorView& squares, const TensorView& table);
 
 }  // namespace lipcore

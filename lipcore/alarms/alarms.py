@@ -18,6 +18,7 @@ from lipcore.alarms.layout import Layout
 from lipcore.alarms.nonfinite import NonFinite
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.signals import checked_signals
+from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
 from lipcore.alarms.waiting import StepNumbers, Waiting
 from lipcore.metric.show import LINES, Showable, Shown, shortened
 from lipcore.trajectory.step_stream import StepArrays
@@ -39,7 +40,11 @@ class Alarms(Showable):
     ``loss``                  what :meth:`Monitor.log` is given as ``loss``                       z > 3
     ``update_norm``           norm of each group's update, over the learning rate                 abs(z) > 6
     ``grad_norm``             norm of each group's gradient, as backward left it                  abs(z) > 6
+    ``rms_t``                 of each group's gradient over the root of Adam's second moment      abs(z) > 8
     ========================  ==================================================================  ============
+
+    ``rms_t`` is looked at where `signals` names it, and comes from a ``Trajectory(source="optimizer", stats=[...,
+    "rms_t"])``.
 
     Beside z a cumulative sum finds smaller changes that last: S = max(0, S + z / limit - 1/2) > 5. Nothing alarms in
     the first 100 steps, nor in the 20 after an alarm. One multiplier of all limits, at least 1, is calibrated on the
@@ -47,7 +52,9 @@ class Alarms(Showable):
     norm stands out, the alarm names that group; of a gradient's fault, the group whose gradient does.
 
     ``nonfinite`` is exact and outside the budget: the step in which a loss, a gradient or a parameter becomes NaN or
-    infinite, and which parameter.
+    infinite, and which parameter. So is ``unexplained_movement``, where `signals` names it: the step in which a
+    parameter moved by what SGD, Adam or AdamW did not do, against the optimizer's state; docs/alarms.md says what it
+    finds. It needs a Trajectory in mode "exact", the default one, and reads the optimizer's state in every step.
 
     Steps come in blocks, so an alarm is heard of 64 to 128 steps later, from a CUDA device about 512;
     :meth:`Monitor.close` hands on all. Each alarm is a warning of the logger "lipcore", an event in the record of
@@ -55,7 +62,7 @@ class Alarms(Showable):
 
     Args:
         budget: alarms per 1000 steps.
-        signals: names of signals, or limits by name; default all of them.
+        signals: names of signals, or limits by name; default the first three.
         on_event: called with every :class:`AlarmEvent`. What it raises is raised by the user's next call of a method of
             the Monitor, and it is not called any more.
         stop: raise :class:`AlarmStop` at the user's next call of a method of the Monitor, or at the end of the with
@@ -88,6 +95,7 @@ class Alarms(Showable):
         self.events: list[AlarmEvent] = []  #: all of them, oldest first
         self._budget, self._on_event, self._stop = Budget(per_1000), on_event, stop
         self._waiting, self._nonfinite = Waiting(), NonFinite()
+        self._unexplained = self._new_unexplained()
         self._columns: Columns | None = None
         self._layout: Layout | None = None
         self._detector: Detector | None = None
@@ -124,6 +132,9 @@ class Alarms(Showable):
         title = f"Alarms: {budget.alarms} in {budget.steps} steps{met}; budget {budget.per_1000:g} per 1000"
         out = Shown(f"{title}; multiplier of the limits {budget.multiplier:.3g}")
         for signal in self.signals.values():
+            if signal.exact:
+                out.rows.append((signal.name, "exact", ""))
+                continue
             ways = "both ways" if signal.two_sided else "upwards"
             out.rows.append((signal.name, f"limit {signal.limit:g}  {ways}", ""))
         out.rows.append(("nonfinite", "exact", ""))
@@ -166,7 +177,7 @@ class Alarms(Showable):
     def _go_behind(self, step: int) -> None:
         """Go on behind this step: a checkpoint was loaded. The next 100 steps are silent."""
         self._waiting.forget(step)
-        self._columns, self._nonfinite = None, NonFinite()
+        self._columns, self._nonfinite, self._unexplained = None, NonFinite(), self._new_unexplained()
         self.events[:] = [event for event in self.events if event.step <= step]
 
     def _end(self) -> None:
@@ -180,7 +191,12 @@ class Alarms(Showable):
             layout = self._layout
             row = {name: array[layout.single] for name, array in one.norms.items()}
             self._tell(self._nonfinite.step(one.step, one.loss, row, layout.names))
+            if self._unexplained is not None and SIGNAL in one.norms:
+                self._tell(self._unexplained.step(one.step, one.norms[SIGNAL][layout.single], layout.names))
             self._tell(self._score(one, layout))
+
+    def _new_unexplained(self) -> UnexplainedMovement | None:
+        return UnexplainedMovement(self.signals[SIGNAL].limit) if SIGNAL in self.signals else None
 
     def _score(self, one: StepNumbers, layout: Layout) -> AlarmEvent | None:
         columns = layout.columns
@@ -193,7 +209,7 @@ class Alarms(Showable):
         logs = np.full(len(columns.signals), np.nan)
         if one.loss is not None and one.loss > 0 and "loss" in self.signals:
             logs[columns.where("loss")] = math.log(one.loss) if math.isfinite(one.loss) else math.nan
-        for name in ("update_norm", "grad_norm"):
+        for name in ("update_norm", "grad_norm", "rms_t"):
             if name in self.signals and name in one.norms:
                 numbers = one.norms[name][groups]
                 numbers = np.where(np.isfinite(numbers), numbers, np.nan)

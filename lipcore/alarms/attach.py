@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Literal
 
 from lipcore.alarms.alarms import Alarms
+from lipcore.alarms.unexplained import SIGNAL
 from lipcore.metric.listener import Listener
 from lipcore.metric.protocol import Metric
 from lipcore.models.arguments import check_choice
@@ -34,12 +35,24 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
             "alarms: update_norm and grad_norm come from a Trajectory, and metrics has none; add lipcore.Trajectory(), "
             'or pass Alarms(signals=["loss"])'
         )
+    if "rms_t" in alarms.signals and not (trajectory is not None and trajectory.knows_rms_t):
+        raise ValueError(
+            "alarms: rms_t comes from a Trajectory that reads the optimizer's state, and metrics has none; add "
+            'lipcore.Trajectory(source="optimizer", stats=["update_norm", "grad_norm", "rms_t"])'
+        )
     if trajectory is not None and trajectory.every_steps != 1:
         raise ValueError(
             f"alarms: they look at every step, and the Trajectory at one of {trajectory.every_steps}; make it with "
             "every_steps=1"
         )
     return alarms
+
+
+def prepare_for(alarms: Alarms | None, metrics: Iterable[Metric]) -> None:
+    """Have the Trajectory, before it is bound, look for what alarms need besides norms."""
+    trajectory = trajectory_of(metrics)
+    if alarms is not None and SIGNAL in alarms.signals and trajectory is not None:
+        trajectory.explain()
 
 
 def trajectory_of(metrics: Iterable[Metric]) -> Trajectory | None:

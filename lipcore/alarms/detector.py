@@ -109,7 +109,7 @@ class Detector:
     def _place(self, signal: str, top: int, shares: NDArray[np.float64]) -> str:
         """Return where: of a gradient's fault where its norm stands out most, of others where an update's does, which
         is the layer that was moved."""
-        if signal == "grad_norm":
+        if signal in ("grad_norm", "rms_t"):
             return self._columns.places[top]
         for name in ("update_norm", "grad_norm"):
             own = np.where(self._of.get(name, False), shares, 0)

@@ -10,8 +10,8 @@ class AlarmEvent:
     """One alarm."""
 
     step: int  #: number of the optimizer step, from 1
-    signal: str  #: "loss", "update_norm", "grad_norm" or "nonfinite"
-    place: str  #: group of parameters; a parameter for "nonfinite"; "total" where none stands out
+    signal: str  #: "loss", "update_norm", "grad_norm", "rms_t", "nonfinite" or "unexplained_movement"
+    place: str  #: group of parameters; a parameter for the exact ones; "total" where none stands out
     score: float  #: what was compared with the signal's limit; infinite for "nonfinite"
     message: str  #: a sentence for people
 

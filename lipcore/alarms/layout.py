@@ -21,7 +21,8 @@ class Layout:
         self.single = _at(levels, "tensor" if "tensor" in levels else "group")
         self.groups = _at(levels, "group" if "group" in levels else "total")
         self.names = [places[i] for i in self.single]
-        self.columns = Columns.of(signals, [places[i] for i in self.groups])
+        scored = {name: signal for name, signal in signals.items() if not signal.exact}
+        self.columns = Columns.of(scored, [places[i] for i in self.groups])
 
     def fits(self, places: tuple[str, ...], levels: tuple[Level, ...]) -> bool:
         """Return whether numbers of these places lie so."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -18,12 +18,16 @@ class Signal:
     limit: float  #: of the score
     two_sided: bool  #: a fall alarms too
     of_groups: bool  #: it has a value in every group
+    by_default: bool = True  #: looked at where no signals are named
+    exact: bool = False  #: compared with its limit itself, without a score and outside the budget
 
 
 _ALL = (
     Signal("loss", "loss", 3.0, two_sided=False, of_groups=False),
     Signal("update_norm", "update norm over learning rate", 6.0, two_sided=True, of_groups=True),
     Signal("grad_norm", "gradient norm", 6.0, two_sided=True, of_groups=True),
+    Signal("rms_t", "RMS_t", 8.0, two_sided=True, of_groups=True, by_default=False),
+    Signal("unexplained_movement", "", 1.0, two_sided=False, of_groups=True, by_default=False, exact=True),
 )
 SIGNALS = {signal.name: signal for signal in _ALL}
 
@@ -36,7 +40,7 @@ def checked_signals(signals: Any) -> dict[str, Signal]:
         ValueError: an unknown name, no name at all, or a limit that is not > 0.
     """
     if signals is None:
-        return dict(SIGNALS)
+        return {name: signal for name, signal in SIGNALS.items() if signal.by_default}
     if isinstance(signals, (str, bytes)) or not isinstance(signals, Iterable):
         raise TypeError(f"signals: expected a list of names, or a dict of limits by name, got {signals!r}")
     limits = dict(signals) if isinstance(signals, Mapping) else dict.fromkeys(signals)
@@ -53,4 +57,4 @@ def _checked(name: Any, limit: Any) -> Signal:
         return signal
     if not isinstance(limit, Real) or isinstance(limit, bool) or not 0 < float(limit) < math.inf:
         raise ValueError(f"signals: expected a limit > 0 of the score of {name!r}, got {limit!r}")
-    return Signal(signal.name, signal.words, float(limit), signal.two_sided, signal.of_groups)
+    return replace(signal, limit=float(limit))

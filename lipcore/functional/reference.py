@@ -102,20 +102,39 @@ def update_sums(
     first: Sequence[Tensor | None],
     second: Sequence[Tensor | None],
     rules: Sequence[UpdateRule],
+    *,
+    gradients: Sequence[Tensor | None] | None = None,
+    previous: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return rows (dw_sq, 0, 0, max_abs_dw, weight_sq, nonfinite) of dw = -(decay w + rate u + mix b), u = a or,
-    adaptive, first_scale a / (second_scale sqrt(b) + eps); and mean u^2 of adaptive rules. NaN but for nonfinite where
-    w or dw is not finite."""
-    rows, mean_squares = [], []
-    for w, a, b, r in zip(params, first, second, rules, strict=True):
+    adaptive, first_scale a / (second_scale sqrt(b) + eps); and mean u^2, mean g^2 / max(v, eps^2) with v =
+    second_scale^2 b, sum m^2 of the momentum, sum b^2, sum ((w - w_prev) - dw)^2, of what there is. NaN but for
+    nonfinite where w or dw is not finite."""
+    rows, squares = [], []
+    nothing = [None] * len(params)
+    asked = gradients or nothing, previous or nothing
+    for w, a, b, r, g, w_prev in zip(params, first, second, rules, *asked, strict=True):
+        has_second, nan = b is not None, torch.tensor(torch.nan).double()
         w, a, b = (torch.zeros_like(w).double() if t is None else t.detach().double() for t in (w, a, b))
         u = r.first_scale * a / (r.second_scale * b.sqrt() + r.eps) if r.adaptive else a
         dw = -(r.decay * w + r.rate * u + (0 if r.adaptive else r.mix * b))
         bad = float((~(w.isfinite() & dw.isfinite())).sum())
         row = [float(dw.square().sum()), 0.0, 0.0, float(dw.abs().sum() and dw.abs().max()), float(w.square().sum())]
         rows.append(torch.tensor([*([torch.nan] * 5 if bad else row), bad], dtype=torch.float64))
-        mean_squares.append(u.square().mean() if r.adaptive and not bad else torch.tensor(torch.nan).double())
-    return torch.stack(rows or [torch.zeros(6).double()])[: len(rows)], torch.tensor(mean_squares).double()
+        momentum = a if r.adaptive or not has_second else b
+        root = (r.second_scale * b.sqrt()).clamp(min=r.eps)
+        known = [
+            u.square().mean() if r.adaptive else nan,
+            (g.double() / root).square().mean() if r.adaptive and g is not None else nan,
+            momentum.square().sum() if r.adaptive or r.momentum else nan,
+            b.square().sum() if r.adaptive else nan,
+            ((w - w_prev.double()) - dw).square().sum() if w_prev is not None else nan,
+        ]
+        squares.append(torch.stack([nan] * 5 if bad else known))
+    all_rows, all_squares = (
+        torch.stack(x or [torch.zeros(k).double()])[: len(x)] for x, k in ((rows, 6), (squares, 5))
+    )
+    return all_rows, all_squares.T
 
 
 def normalized_length(r: Tensor) -> Tensor:

@@ -17,7 +17,8 @@ class UpdateRule(NamedTuple):
     :math:`u = first\_scale \, a \,/\, (second\_scale \sqrt b + eps)`.
 
     A tensor whose coefficient is 0 may be None in a linear rule; the default rule is that of a parameter which was not
-    stepped.
+    stepped. `momentum` says of a linear rule that what it keeps of past gradients is there: b, or a where there is no
+    b. An adaptive rule has its first moment in a.
 
     >>> UpdateRule.of_step(rate=0.1, shrink=0.5).decay  # w = (1 - 0.5) w_prev - 0.1 a has dw = -(1 w + 0.2 a)
     1.0
@@ -30,9 +31,10 @@ class UpdateRule(NamedTuple):
     second_scale: Scalar = 1.0
     eps: Scalar = 0.0
     adaptive: bool = False
+    momentum: bool = False
 
     @classmethod
-    def of_step(cls, rate: Scalar, mix: Scalar = 0.0, shrink: Scalar = 0.0, **scales: Any) -> UpdateRule:
+    def of_step(cls, rate: Scalar, mix: Scalar = 0.0, shrink: Scalar = 0.0, **fields: Any) -> UpdateRule:
         r"""Make the rule of the step :math:`w = (1 - shrink) \, w_{prev} - s`, where shrink is learning rate times
         weight decay: :math:`dw = -(shrink \, w + s) / (1 - shrink)`.
 
@@ -41,14 +43,14 @@ class UpdateRule(NamedTuple):
         """
         if isinstance(shrink, float):
             if shrink == 0:
-                return cls(rate, mix, 0.0, **scales)
+                return cls(rate, mix, 0.0, **fields)
             if abs(1 - shrink) < 0.1:
                 raise ValueError(
                     f"learning rate times weight decay is {shrink:.3g}: a step that leaves less than a tenth of the "
                     "parameter does not tell what it was before; use a smaller learning rate or weight decay"
                 )
         left = 1 - shrink
-        return cls(rate / left, mix / left, shrink / left, **scales)
+        return cls(rate / left, mix / left, shrink / left, **fields)
 
 
 GIVEN = UpdateRule(rate=-1.0)  #: the first tensor is dw itself

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.alarms.alarms import Alarms
-from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, trajectory_of
+from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, prepare_for, trajectory_of
 from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.distributed.group import AUTO
 from lipcore.metric.engine import Engine
@@ -106,6 +106,7 @@ class Monitor(Engine):
             metrics = default_metrics(given, optimizer)
         metrics = list(metrics)
         self.alarms = checked_alarms(alarms, metrics)  #: None without `alarms`
+        prepare_for(self.alarms, metrics)
         self._probes, self._logged = Probes(), Logged()
         self._meets = False  # log() merges the windows of all ranks
         self._flight: Flight | None = None  # of a record
@@ -304,6 +305,8 @@ class Monitor(Engine):
         alarms._begin(optimizers, self._failures.keep, lambda: self._logged.begun, has_norms=trajectory is not None)
         if trajectory is not None:
             trajectory.listen(alarms._norms, prompt=True)
+            if "unexplained_movement" in alarms.signals and not trajectory.checks_movement:
+                self._failures.warn(f"alarms: unexplained_movement checks no parameter: {trajectory.why_unchecked}")
         self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms))
 

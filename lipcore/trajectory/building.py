@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from lipcore.trajectory.describe import GRADIENTS
@@ -14,6 +15,7 @@ from lipcore.trajectory.mode import Choice, choose
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.sketch_tracker import SketchTracker
 from lipcore.trajectory.tracker import Tracker
+from lipcore.trajectory.unexplained import Unexplained
 from lipcore.trajectory.update_tracker import UpdateTracker
 
 #: A quantity that a Trajectory can report.
@@ -31,6 +33,9 @@ Stat = Literal[
     "variance",
     "update_cosine",
     "normalized_update_rms",
+    "rms_t",
+    "momentum_norm",
+    "second_moment_norm",
     "grad_norm",
     "clipped_grad_norm",
     "element_variance",
@@ -47,6 +52,7 @@ class Wanted:
     ring: int
     keep_every: int | None
     keep_limit: int
+    explains: bool = False  #: look for movement that the optimizers did not make
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Built:
     choice: Choice
     trackers: dict[str, Tracker]
     gradients: Gradients | None
+    unexplained: Unexplained | None = None
 
     @property
     def first(self) -> Tracker:
@@ -71,6 +78,17 @@ class Built:
     def of_gradients(self) -> dict[str, GradientTracker]:
         """Trackers of gradients by quantity."""
         return self.gradients.trackers if self.gradients else {}
+
+    @property
+    def step_rings(self) -> dict[str, Tensor]:
+        """Rings beside that of the updates, by quantity, whose entries are of the same steps."""
+        rings = {stage: tracker.table.recent for stage, tracker in self.of_gradients.items()}
+        updates = self.trackers.get("updates")
+        if isinstance(updates, UpdateTracker) and updates.ratios is not None:
+            rings["rms_t"] = updates.ratios.recent
+        if self.unexplained is not None:
+            rings["unexplained_movement"] = self.unexplained.ring.recent
+        return rings
 
     @property
     def all_trackers(self) -> list[Tracker]:
@@ -101,7 +119,8 @@ def build(
         kept: dict[str, Any] = {"keep_every": wanted.keep_every, "keep_limit": wanted.keep_limit}
         trackers["sketch"] = SketchTracker(watched, choice.buckets, choice.seed, **kept, **settings)
     if choice.source != "difference":
-        trackers = {"updates": UpdateTracker(watched, choice.source, optimizers, **settings), **trackers}
+        updates = UpdateTracker(watched, choice.source, optimizers, ratios="rms_t" in stats, **settings)
+        trackers = {"updates": updates, **trackers}
     known = [name for tracker in trackers.values() for name in tracker.quantities]
     for name in stats:
         if name not in known and name not in GRADIENTS:
@@ -113,7 +132,11 @@ def build(
     stages = set(GRADIENTS) & set(stats if by_name else (BEFORE,))
     first = next(iter(trackers.values()))
     gradients = Gradients(watched, wanted.ring, window_blocks, stages, first, by_name=by_name) if stages else None
-    return Built(choice, trackers, gradients)
+    unexplained = None
+    exact = trackers.get("exact")
+    if wanted.explains and exact is not None and exact.copies is not None:
+        unexplained = Unexplained(watched, optimizers, exact.copies.prev, exact.table)
+    return Built(choice, trackers, gradients, unexplained)
 
 
 def checked_stats(stats: Iterable[Stat]) -> tuple[Stat, ...]:

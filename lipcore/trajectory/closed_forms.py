@@ -84,11 +84,11 @@ def _sgd_rule(group: Group) -> tuple[UpdateRule, bool, bool]:
     if group["momentum"] == 0:
         return UpdateRule.of_step(signed, shrink=rate * decay), True, False
     if not group["nesterov"]:
-        return UpdateRule(rate), False, True  # weight decay, sign and dampening are in the buffer
+        return UpdateRule(rate, momentum=True), False, True  # weight decay, sign and dampening are in the buffer
     if decay == 0 and not group["maximize"] and _is_foreach(group):
         # torch._foreach_add_(device_grads, bufs, alpha=momentum): here .grad itself has become g + momentum * buffer.
         return UpdateRule(rate), True, False
-    return UpdateRule.of_step(signed, rate * momentum, rate * decay), True, True
+    return UpdateRule.of_step(signed, rate * momentum, rate * decay, momentum=True), True, True
 
 
 def _is_foreach(group: Group) -> bool:

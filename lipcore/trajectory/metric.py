@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -98,8 +99,13 @@ class Trajectory(Metric):
     * ``unmoved_steps``: steps in which not one element changed; ``nonfinite_steps`` and ``nonfinite_elements`` (sum)
     * ``grad_norm``: the norm of the batch's gradient as the backward pass left it, where a Monitor or
       :meth:`observe_gradients` says when that is
-    * on request, by `stats`: ``clipped_grad_norm``, that of the gradient as the optimizer got it; ``element_variance``
-      (see :meth:`element_variance`)
+    * of an optimizer's state, by tensor, with ``source="optimizer"``: ``normalized_update_rms`` of Adam and AdamW,
+      :math:`\sqrt{\mathrm{mean}(u^2)}` of :math:`u = \hat m / (\sqrt{\hat v} + \epsilon)`; ``momentum_norm``, of the
+      first moment or of the buffer of momentum; ``second_moment_norm`` (last, mean, max)
+    * on request, by `stats`: ``rms_t`` of Adam and AdamW, :math:`\sqrt{\mathrm{mean}(g^2 / \max(\hat v, \epsilon^2))}`
+      of the gradient that the optimizer finds, with the second moment :math:`\hat v` after the step, without its bias
+      (Wortsman et al., NeurIPS 2023), from ``source="optimizer"``; ``clipped_grad_norm``, that of the gradient as the
+      optimizer got it; ``element_variance`` (see :meth:`element_variance`)
 
     The norm of a group is that of its parameters taken together. A parameter with NaN or infinite elements is left out
     of that step and counted, and those elements stand still: they count as what they last were, in the variance of that
@@ -291,12 +297,13 @@ class Trajectory(Metric):
         """Say what it looks at, and when."""
         # Read in each optimizer's own hook: its state and gradients, and a GradScaler's verdict, are there alone.
         each = len(self._optimizers) > 1 or self._scaler is not None
+        reads_state = self._built.choice.source == "optimizer" or self._built.unexplained is not None
         return Needs(
             gradients=self._reads_gradients,
             before_step=self._built.choice.source == "snapshot",
             used_gradients=self._built.gradients is not None,
-            each_optimizer=self._built.choice.source == "optimizer" and each,
-            at_step=self._built.choice.source == "optimizer",
+            each_optimizer=reads_state and each,
+            at_step=reads_state,
         )
 
     @property
@@ -314,6 +321,11 @@ class Trajectory(Metric):
     @property
     def _due(self) -> bool:
         return (self._steps_seen + 1) % self.every_steps == 0
+
+    @property
+    def knows_rms_t(self) -> bool:
+        """True where `stats` asks for rms_t."""
+        return "rms_t" in (self._wanted.stats or ())
 
     def observe_late_move(self) -> None:
         """Count a step that was read before the parameters had come to rest."""
@@ -334,12 +346,16 @@ class Trajectory(Metric):
         tracker = self._built.trackers.get("updates")
         if isinstance(tracker, UpdateTracker) and self._due:
             tracker.after_step_of(optimizer)
+        if self._built.unexplained is not None and self._due:
+            self._built.unexplained.after_step_of(optimizer)
 
     def observe_step(self) -> None:
         """Take the parameters as they are now for the next point of the trajectory."""
         if self._due:
             if not self._links.are_intact():
                 self._follow()
+            if self._built.unexplained is not None:
+                self._built.unexplained.observe()
             for tracker in self._built.trackers.values():
                 if tracker.step():  # raises before anything has changed
                     tracker.settle()
@@ -352,7 +368,7 @@ class Trajectory(Metric):
     def step_call(self) -> Callable[[], object]:
         """A function that does what :meth:`observe_step` does, without a look at the ways that are not taken."""
         self._require_bound()
-        if self.every_steps != 1 or list(self._built.trackers) != ["exact"]:
+        if self.every_steps != 1 or list(self._built.trackers) != ["exact"] or self._built.unexplained is not None:
             return self.observe_step
         tracker, step, gradients = self._tracker, self._tracker.step, self._built.gradients
         intact = self._links.are_intact
@@ -469,9 +485,9 @@ class Trajectory(Metric):
 
         ``first_step`` is the number of the block's first step, from 1; ``arrays`` a dict of float64 arrays [steps,
         places] with "update_norm", "weight_norm" (after the step), "grad_norm" and "clipped_grad_norm", NaN where a
-        step has none; ``arrays.places`` names the columns. The arrays are the callback's to keep. No step waits for a
-        device; the callback itself runs in the training thread. What it raises is kept and raised by your next call, a
-        warning says so, and it is not called any more.
+        step has none, and with "rms_t" where `stats` has it; ``arrays.places`` names the columns. The arrays are the
+        callback's to keep. No step waits for a device; the callback itself runs in the training thread. What it raises
+        is kept and raised by your next call, a warning says so, and it is not called any more.
         """
         return self._single.on_step
 
@@ -491,6 +507,23 @@ class Trajectory(Metric):
         (self._single.prompt if prompt else self._single.listeners).append(listener)
         if self._watched:
             self._single.start(self._built)
+
+    def explain(self) -> None:
+        """Look, once bound and in mode "exact", in every step for movement that the optimizers did not make."""
+        self._wanted = replace(self._wanted, explains=True)
+
+    @property
+    def checks_movement(self) -> bool:
+        """True where some parameter is checked for it."""
+        return self._built.unexplained is not None and self._built.unexplained.checked > 0
+
+    @property
+    def why_unchecked(self) -> str:
+        """Reasons why parameters are not checked for it, each once; "" where all are."""
+        check = self._built.unexplained
+        if check is None:
+            return f"mode {self._built.choice.mode!r} keeps no copies"
+        return "; ".join(dict.fromkeys(check.why_not.values()))
 
     def hurry(self) -> None:
         """Hand what waits to the listeners of :meth:`listen` at the next steps, not only when there is a block."""

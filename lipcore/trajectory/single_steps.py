@@ -24,11 +24,10 @@ class SingleSteps:
         blocks = [*self.listeners, *([] if self.on_step is None else [self.on_step])]
         first = built.first
         groups = [one.group for one in first.watched] if "tensor" in first.places.levels else []
-        tables = {stage: of_stage.table for stage, of_stage in built.of_gradients.items()}
         for calls, seconds in ((blocks, None), (self.prompt, PROMPT)):
             if calls:
                 stream = StepStream(
-                    calls, first.places, first.table, tables, built.align, self._failed,
+                    calls, first.places, first.table, built.step_rings, built.align, self._failed,
                     first=self.before + 1, seconds=seconds, groups=groups,
                 )  # fmt: skip
                 self._streams.append(stream)

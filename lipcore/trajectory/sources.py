@@ -1,27 +1,27 @@
 """Where the update dw of a step comes from: the optimizer's own state, a copy of a moment, or the caller.
 
-All sources give the same: a row of :func:`lipcore.functional.update_sums` per parameter, and the mean square of the
-normalised update where the optimizer normalises. None keeps anything per element between steps.
+All sources give the same: what :func:`lipcore.functional.update_sums` says of every parameter. None keeps anything per
+element between steps.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore import _core, functional
-from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
+from lipcore.functional.update_rules import DIFFERENCE, GIVEN, Scalar, UpdateRule
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
 from lipcore.trajectory.parameters import local_shard
 
 Parameter = tuple[str, dict[str, Any], str]  #: name, owner's dict, key: looked up at every step
-Sums = tuple[Tensor, Tensor]  #: float64 [n, 6], and float64 [n]
+Sums = tuple[Tensor, Tensor]  #: rows, float64 [n, 6], and squares, float64 [5, n]
 
 
 def supported(optimizer: Any) -> str | None:
@@ -67,13 +67,17 @@ class OptimizerSource:
         optimizers: exactly torch.optim.SGD, Adam or AdamW each, in whatever implementation (for-loop, foreach, fused,
             capturable, differentiable).
         parameters: (name, owner, key) with owner[key] the parameter; each tensor once.
+        ratios: read the gradients too, for their ratio to the second moment.
 
     Raises:
         ValueError: an optimizer without a closed form, a parameter in none of the optimizers or in two, one that is
             listed twice.
     """
 
-    def __init__(self, optimizers: Optimizer | Sequence[Optimizer], parameters: Sequence[Parameter]) -> None:
+    def __init__(
+        self, optimizers: Optimizer | Sequence[Optimizer], parameters: Sequence[Parameter], *, ratios: bool = False
+    ) -> None:
+        self._ratios = ratios
         self._optimizers = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
         self._parameters = list(parameters)
         for i, optimizer in enumerate(self._optimizers):
@@ -94,7 +98,8 @@ class OptimizerSource:
         device = tensors[0].device if tensors else None
         self._indices = DeviceIndices()
         self._rows = torch.zeros(len(tensors), _core.STEP_COLUMNS, dtype=torch.float64, device=device)
-        self._normalized = torch.full((len(tensors),), torch.nan, dtype=torch.float64, device=device)
+        self._mixes: list[Scalar] = [0.0] * len(tensors)
+        self._squares = self._rows.new_full((_core.UPDATE_SQUARES, len(tensors)), torch.nan)
 
     def describe(self) -> list[str]:
         """Return, per parameter, the optimizer that moves it, as a plan says it: "AdamW, closed form"."""
@@ -102,12 +107,13 @@ class OptimizerSource:
         tensors = _look_up(self._parameters)
         return [f"{type(places[id(t)][0]).__name__}, closed form" for t in tensors]
 
-    def sums(self, only: Optimizer | None = None) -> Sums:
-        """Return rows and mean squares of the step that was just made; valid until the next call.
+    def sums(self, only: Optimizer | None = None, *, previous: Sequence[Tensor] | None = None) -> Sums:
+        """Return rows and squares of the step that was just made; valid until the next call.
 
         Args:
             only: where several optimizers step one after the other, the one whose hook this is. The rows of the others'
                 parameters keep the values of their own call. Without it, of all.
+            previous: the parameters before the step, for what they did beside it.
 
         Raises:
             ValueError: a parameter was removed, or replaced by one that is not the optimizer's; a shape, device or
@@ -131,23 +137,31 @@ class OptimizerSource:
                 moves.append(HELD if skipped[id(optimizer)] is True else move_of(optimizer, group, w, memo))
             except ValueError as error:
                 raise ValueError(f"trajectory: parameter {self._parameters[i][0]!r}: {error}") from None
+        for i, move in zip(chosen, moves, strict=True):
+            self._mixes[i] = move[2].mix
         names = [self._parameters[i][0] for i in chosen]
         params = [weights[i] for i in chosen]
         # Where only the GPU knows whether a step was skipped, the GPU chooses.
         verdicts = [skipped[id(places[id(w)][0])] for w in params]
         unsure = any(isinstance(verdict, Tensor) for verdict in verdicts)
+        asked = Asked([w.grad for w in params] if self._ratios else None, previous and [previous[i] for i in chosen])
         if len(chosen) == len(weights) and not unsure:
-            return _sums(names, params, moves, (self._rows, self._normalized))
+            return _sums(names, params, moves, (self._rows, self._squares), asked)
         if chosen:
-            found = _sums(names, params, moves)
+            found = _sums(names, params, moves, asked=asked)
             if unsure:
-                held = _sums(names, params, [HELD] * len(params))
+                held = _sums(names, params, [HELD] * len(params), asked=asked)
                 stays = torch.stack([_flag(verdict, self._rows) for verdict in verdicts])
                 found = torch.where(stays.unsqueeze(1), held[0], found[0]), torch.where(stays, held[1], found[1])
             index = self._indices.on(self._rows.device, chosen)
             self._rows.index_copy_(0, index, found[0])
-            self._normalized.index_copy_(0, index, found[1])
-        return self._rows, self._normalized
+            self._squares.index_copy_(1, index, found[1])
+        return self._rows, self._squares
+
+    def mixes(self) -> list[Scalar]:
+        """Return, each once, the factors other than 0 of what the last step read as second tensors of linear rules."""
+        found = {id(mix) if isinstance(mix, Tensor) else mix: mix for mix in self._mixes}
+        return [mix for mix in found.values() if isinstance(mix, Tensor) or mix != 0]
 
     def _refuse_stranger(self, i: int) -> NoReturn:
         raise ValueError(
@@ -180,8 +194,8 @@ class SnapshotSource:
     """Source of updates for any optimizer: a copy of the parameters before the step, gone after it.
 
     Peak memory: the parameters' bytes once more, from :meth:`before` to :meth:`sums`; nothing in between steps. Unlike
-    the optimizer's own numbers this is what the parameters did, their rounding included; nothing is normalised, so the
-    mean squares are NaN.
+    the optimizer's own numbers this is what the parameters did, their rounding included; of the optimizer nothing is
+    known, so the squares are NaN.
 
     Args:
         parameters: (name, owner, key) with owner[key] the parameter; each tensor once.
@@ -207,7 +221,7 @@ class SnapshotSource:
         self._before = [(t, t.detach().clone()) for t in _look_up(self._parameters)]
 
     def sums(self) -> Sums:
-        """Return rows and mean squares of the step since before(); the copies are freed, also when this raises.
+        """Return rows and squares of the step since before(); the copies are freed, also when this raises.
 
         Raises:
             RuntimeError: no before() since the last call.
@@ -241,8 +255,8 @@ class GivenSource:
         return ["updates given"] * len(self._parameters)
 
     def sums(self, updates: Mapping[str, Tensor | None]) -> Sums:
-        """Return rows of the updates w - w_prev by parameter name; None for a parameter that did not move. The mean
-        squares are NaN.
+        """Return rows of the updates w - w_prev by parameter name; None for a parameter that did not move. The squares
+        are NaN.
 
         Raises:
             TypeError, ValueError: names that are not the parameters', or tensors that do not fit them.
@@ -297,32 +311,49 @@ def _flag(verdict: bool | Tensor, like: Tensor) -> Tensor:
     return torch.full((), verdict, device=like.device)
 
 
-def _sums(names: Sequence[str], params: list[Tensor], moves: Sequence[Move], out: Sums | None = None) -> Sums:
+class Asked(NamedTuple):
+    """Tensors that are read for squares which only some ask for."""
+
+    gradients: Sequence[Tensor | None] | None = None
+    previous: Sequence[Tensor] | None = None
+
+
+def _sums(
+    names: Sequence[str],
+    params: list[Tensor],
+    moves: Sequence[Move],
+    out: Sums | None = None,
+    asked: Asked | None = None,
+) -> Sums:
+    gradients, previous = asked or Asked()
     params = [local_shard(tensor) for tensor in params]  # of a sharded parameter, what this rank has of it
     first, second = ([None if m[i] is None else local_shard(m[i]) for m in moves] for i in range(2))
+    if gradients is not None:
+        gradients = [None if g is None else local_shard(g.resolve_neg()) for g in gradients]
     rules: list[UpdateRule] = [move[2] for move in moves]
     if out is not None:
         try:
-            _core.update_sums(params, first, second, rules, *out)
+            _core.update_sums(params, first, second, rules, *out, gradients, previous)
             return out
         except (TypeError, ValueError):
             pass  # a layout that has to be copied; what is wrong for good is said below
     try:
-        rows, normalized = functional.update_sums(params, first, second, rules)
+        rows, squares = functional.update_sums(params, first, second, rules, gradients=gradients, previous=previous)
     except (TypeError, ValueError) as error:
         raise type(error)(_in_words(str(error), names)) from None
     if out is None:
-        return rows, normalized
+        return rows, squares
     out[0].copy_(rows)
-    out[1].copy_(normalized)
+    out[1].copy_(squares)
     return out
 
 
 def _in_words(message: str, names: Sequence[str]) -> str:
     """Turn the message about an argument of the op into one about the parameter."""
-    found = re.match(r"(params|first|second|rules)\[(\d+)\]: ", message)
+    found = re.match(r"(params|first|second|rules|gradients|previous)\[(\d+)\]: ", message)
     if not found:
         return f"trajectory: {message}"
     tensor = {"params": "", "first": ": its gradient, momentum or update", "second": ": its second state", "rules": ""}
+    tensor |= {"gradients": ": its gradient", "previous": ": its value before the step"}
     what = message[found.end() :]
     return f"trajectory: parameter {names[int(found.group(2))]!r}{tensor[found.group(1)]} {what}"

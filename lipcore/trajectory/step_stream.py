@@ -19,13 +19,15 @@ from lipcore.trajectory.table import Table
 
 #: What a ring holds of a step, and the quantities made of it.
 STEP_QUANTITIES = ("update_norm", "weight_norm", "grad_norm", "clipped_grad_norm")
+#: What one holds besides, where it was asked for: a sum of squares, and what its mean is taken over.
+MEANS = ("rms_t", "unexplained_movement")
 BLOCK = 64
 _DEVICE_BLOCK = 256  # a copy from a device is in flight while the next block is made, and a ring has 512 steps
 
 
 class StepArrays(dict[str, NDArray[np.float64]]):
     """Arrays [steps, places] by quantity: update_norm, weight_norm (after the step), grad_norm, clipped_grad_norm. NaN
-    where a step has none."""
+    where a step has none. And rms_t where the Trajectory has it."""
 
     def __init__(self, places: Places, arrays: Mapping[str, NDArray[np.float64]], groups: Sequence[str] = ()) -> None:
         super().__init__(arrays)
@@ -44,7 +46,7 @@ class StepStream:
     Args:
         calls: each gets the number of the first step, and the arrays; they are not to change them.
         places: what the last rows of the tables are of.
-        table: with update and weight norms; `gradients` with those of gradients by quantity, at the same steps.
+        table: with update and weight norms; `rings` with other quantities, at the same steps.
         before: called before rings are read.
         fail: gets a callback and what it raised, after which it is not called any more.
         first: the number of the first step in the rings.
@@ -57,7 +59,7 @@ class StepStream:
         calls: Sequence[OnStep],
         places: Places,
         table: Table,
-        gradients: Mapping[str, Table],
+        rings: Mapping[str, Tensor],
         before: Callable[[], None],
         fail: Callable[[OnStep, Exception], None],
         first: int = 1,
@@ -67,7 +69,7 @@ class StepStream:
         self._calls, self._groups = list(calls), groups
         self._places, self._first, self._before, self._fail = places, first, before, fail
         self._cursor = table.cursor
-        self._rings = {"update_norm": table.recent} | {name: gradients[name].recent for name in gradients}
+        self._rings = {"update_norm": table.recent, **rings}
         self._done = int(self._cursor[0])
         self._waiting = 0
         self._prompt = seconds is not None
@@ -140,11 +142,13 @@ class StepStream:
             return
         shift = 0 if whole else end - length
         found = {name: torch.full((end - begin, len(self._places)), torch.nan, dtype=torch.float64, device="cpu")
-                 for name in STEP_QUANTITIES}  # fmt: skip
+                 for name in (*STEP_QUANTITIES, *(name for name in rings if name in MEANS))}  # fmt: skip
         for name, ring in rings.items():
-            _core.step_norms(
-                ring, begin - shift, end - shift, found[name], found["weight_norm"] if name == "update_norm" else None
-            )
+            terms = torch.empty_like(found[name]) if name in MEANS else None
+            second = found["weight_norm"] if name == "update_norm" else terms
+            _core.step_norms(ring, begin - shift, end - shift, found[name], second)
+            if terms is not None:
+                found[name] /= terms  # 0 / 0 where nothing is known
         arrays = StepArrays(self._places, {name: tensor.numpy() for name, tensor in found.items()}, self._groups)
         for call in list(self._calls):
             try:

@@ -13,16 +13,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lipcore import _core
-from lipcore.metric.columns import Column, Columns, Places, one_if_same, rows_of
+from lipcore.functional.update_sums import MOMENTUM, NORMALIZED, RATIO, SECOND_MOMENT
+from lipcore.metric.columns import Column, Columns, Numbers, Places, one_if_same, rows_of
 from lipcore.metric.host_reads import OnDevice, TensorRead
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
+from lipcore.trajectory.mean_ring import MeanRing
 from lipcore.trajectory.parameters import WatchedParameter
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
 from lipcore.trajectory.tracker import Tracker
 
-#: From the optimizer's state alone.
-NORMALIZED = ("normalized_update_rms",)
+#: From the optimizer's state, by the row of their squares in what update_sums() returns.
+ROOTS = {
+    "normalized_update_rms": NORMALIZED,
+    "rms_t": RATIO,
+    "momentum_norm": MOMENTUM,
+    "second_moment_norm": SECOND_MOMENT,
+}
+_KEPT = 1 + max(ROOTS.values())  # rows of squares
 
 
 def closed_form_everywhere(optimizers: Sequence[Optimizer], watched: list[WatchedParameter]) -> bool:
@@ -34,10 +42,20 @@ def closed_form_everywhere(optimizers: Sequence[Optimizer], watched: list[Watche
 
 
 class UpdateTracker(Tracker):
-    """A Tracker without copies."""
+    """A Tracker without copies.
+
+    Args:
+        ratios: read the gradients as well, for rms_t.
+    """
 
     def __init__(
-        self, watched: list[WatchedParameter], source: str, optimizers: Sequence[Optimizer], **settings: Any
+        self,
+        watched: list[WatchedParameter],
+        source: str,
+        optimizers: Sequence[Optimizer],
+        *,
+        ratios: bool = False,
+        **settings: Any,
     ) -> None:
         super().__init__(watched, copies=False, **settings)
         named = [(parameter.name, parameter.owner, parameter.key) for parameter in watched]
@@ -50,13 +68,16 @@ class UpdateTracker(Tracker):
                     "optimizer: source 'optimizer' needs the torch.optim.SGD, Adam or AdamW that makes the whole step; "
                     "pass it here or to the Monitor. A wrapper changes the step: choose source='snapshot', or none"
                 )
-            self.source = OptimizerSource(list(optimizers), named)
+            self.source = OptimizerSource(list(optimizers), named, ratios=ratios)
         else:
             self.source = SnapshotSource(named) if source == "snapshot" else GivenSource(named)
-        # Root mean square of the normalised update per tensor: last, sum, largest, steps.
-        self._rms = self.table.rows.new_zeros(4, len(watched)) if source == "optimizer" else None
-        self._rms_read = TensorRead(lambda: self._rms)  # type: ignore[arg-type, return-value]
-        self.quantities = (*MOVES, *(NORMALIZED if source == "optimizer" else ()))
+        # Of the roots of each row of squares, tensor by tensor: last, sum, largest, steps.
+        self._roots = self.table.rows.new_zeros(4, _KEPT * len(watched)) if source == "optimizer" else None
+        self._roots_read = TensorRead(lambda: self._roots)  # type: ignore[arg-type, return-value]
+        self.ratios = MeanRing(self.table) if ratios and source == "optimizer" else None
+        self._elements = self.table.rows.new_tensor([parameter.tensor.numel() for parameter in watched])
+        known = [name for name, row in ROOTS.items() if ratios or row != RATIO]
+        self.quantities = (*MOVES, *(known if source == "optimizer" else ()))
 
     def give(self, updates: Mapping[str, Tensor]) -> None:
         """Take what the next step has added to every parameter."""
@@ -77,17 +98,19 @@ class UpdateTracker(Tracker):
         """Take in what the source says; True when settle() is due."""
         if isinstance(self.source, GivenSource):
             given, self._given = self._given, None
-            sums, mean_square = self.source.sums(given)  # type: ignore[arg-type]
+            sums, squares = self.source.sums(given)  # type: ignore[arg-type]
         else:
             each, self._each = self._each, None
-            sums, mean_square = each or self.source.sums()
-        if self._rms is not None:
-            _core.observe_normalized(mean_square, self._rms)
+            sums, squares = each or self.source.sums()
+        if self._roots is not None:
+            _core.observe_squares(squares[:_KEPT].view(-1), self._roots)
+        if self.ratios is not None:
+            self.ratios.take(torch.stack([squares[RATIO] * self._elements, self._elements], dim=1))
         return self.observe(sums)
 
     def on_device(self) -> list[OnDevice]:
         found = super().on_device()
-        return [*found, self._rms_read] if found and self._rms is not None else found
+        return [*found, self._roots_read] if found and self._roots is not None else found
 
     def bytes(self) -> dict[str, int]:
         """Return the bytes of persistent state: nothing per parameter."""
@@ -95,14 +118,20 @@ class UpdateTracker(Tracker):
 
     def reset(self) -> None:
         super().reset()
-        if self._rms is not None:
-            self._rms.zero_()
+        if self._roots is not None:
+            self._roots.zero_()
 
     def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:
         super().describe(result, wanted, length=length)
-        if self._rms is None or NORMALIZED[0] not in wanted:
+        names = [name for name in ROOTS if name in wanted]
+        if self._roots is None or not names:
             return
-        last, total, largest, counts = self._rms_read.on_host().numpy()
+        roots = self._roots_read.on_host().numpy().reshape(4, _KEPT, len(self.watched))
+        for name in names:
+            self._describe_roots(result, name, roots[:, ROOTS[name]])
+
+    def _describe_roots(self, result: MetricResult, quantity: str, roots: Numbers) -> None:
+        last, total, largest, counts = roots
         counted = counts > 0
         with np.errstate(all="ignore"):
             numbers = {"last": last, "mean": total / counts, "max": largest}
@@ -111,33 +140,33 @@ class UpdateTracker(Tracker):
         rows = rows_of(np.where(counted, np.stack(list(numbers.values())), math.nan))
         count, valid = one_if_same(counts.astype(np.int64)), one_if_same(counted)
         columns = {reducer: Column(row, count, "exact", valid) for reducer, row in zip(numbers, rows, strict=True)}
-        result.add_columns(NORMALIZED[0], Columns(self._tensors, columns))
+        result.add_columns(quantity, Columns(self._tensors, columns))
 
     @cached_property
     def _tensors(self) -> Places:
         return self.places.at(range(len(self.watched)))
 
     def _merge_next(self, other: Tracker, continues: bool) -> bool:
-        if self._rms is not None:
+        if self._roots is not None:
             assert isinstance(other, UpdateTracker)
-            assert other._rms is not None
-            mine, theirs = self._rms, other._rms
+            assert other._roots is not None
+            mine, theirs = self._roots, other._roots
             last = torch.where(theirs[3] > 0, theirs[0], mine[0])
             mine.copy_(torch.stack([last, mine[1] + theirs[1], torch.maximum(mine[2], theirs[2]), mine[3] + theirs[3]]))
         return super()._merge_next(other, continues)
 
     def state_dict(self) -> dict[str, Any]:
-        extra = {} if self._rms is None else {"rms": self._rms.clone()}
+        extra = {} if self._roots is None else {"roots": self._roots.clone()}
         return super().state_dict() | extra
 
     def prepare(self, state: Any) -> Any:
-        if self._rms is None:
+        if self._roots is None:
             return super().prepare(state)
-        rms = self._rms
+        roots = self._roots
         load = super().prepare(state)
 
         def load_all() -> None:
             load()
-            rms.copy_(state["rms"])
+            roots.copy_(state["roots"])
 
         return load_all

@@ -91,6 +91,41 @@ def test_a_batch_of_wrong_labels_is_told_in_its_step() -> None:
     assert event.score > 3
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_gradients_that_outgrow_their_second_moment(device: str) -> None:
+    """RMS_t of a group, of those whose elements are known, is that of all its elements."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1)).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999))
+    stats: Any = ["update_norm", "rms_t", "grad_norm"]
+    steps: dict[str, list[float]] = {"0": [], "2": []}
+    heard: list[Any] = []
+    trajectory = lipcore.Trajectory(source="optimizer", stats=stats, on_step=lambda first, arrays: heard.append(arrays))
+    alarms = Alarms(signals=["rms_t"])
+    with lipcore.Monitor(model, optimizer, metrics=[trajectory], alarms=alarms):
+        for step in range(1, 151):
+            x, y = torch.randn(64, 6).to(device), torch.randn(64, 1).to(device)
+            nn.functional.mse_loss(model(x), y).backward()
+            if step == AT:
+                for parameter in model[2].parameters():
+                    parameter.grad *= 100
+            optimizer.step()
+            for name, found in steps.items():
+                terms = []
+                for p in model[int(name)].parameters():
+                    v = optimizer.state[p]["exp_avg_sq"].double() / (1 - 0.999**step)
+                    terms.append((p.grad.double().square() / v.clamp(min=1e-16)).flatten())
+                found.append(float(torch.cat(terms).mean().sqrt()))
+            optimizer.zero_grad()
+    for name, expected in steps.items():
+        column = heard[0].places.index(name)
+        got = [row for arrays in heard for row in arrays["rms_t"][:, column].tolist()]
+        assert got == pytest.approx(expected, rel=1e-5)
+    assert (alarms.events[0].step, alarms.events[0].signal, alarms.events[0].place) == (AT, "rms_t", "2")
+    with pytest.raises(ValueError, match=r"alarms: rms_t comes from a Trajectory .* stats=\["):
+        lipcore.Monitor(model, optimizer, metrics=[lipcore.Trajectory()], alarms=Alarms(signals=["rms_t"]))
+
+
 def test_a_nan_is_told_with_its_parameter() -> None:
     monitor, _ = train(alarms="default", fault=nan_gradient, metrics=metrics())
     event = monitor.alarms.events[0]

@@ -128,13 +128,13 @@ def test_a_small_change_that_lasts_alarms_without_a_single_step_over_the_limit()
 def test_the_place_is_that_of_the_update_and_of_the_gradient_for_gradients() -> None:
     logs = noise(121, 5, scale=0.02)  # loss; updates of a, b; gradients of a, b
     logs[120] = [2.0, 0.0, 0.5, 0.4, 0.0]
-    (event,) = alarms(detector(*SIGNALS)[0], logs)
+    (event,) = alarms(detector("loss", "update_norm", "grad_norm")[0], logs)
     assert (event.signal, event.place) == ("loss", "b")
     logs[120] = [0.0, 0.0, 0.5, 0.9, 0.0]
-    (event,) = alarms(detector(*SIGNALS)[0], logs)
+    (event,) = alarms(detector("loss", "update_norm", "grad_norm")[0], logs)
     assert (event.signal, event.place) == ("grad_norm", "a")
     logs[120] = [2.0, 0.0, 0.0, 0.0, 0.0]
-    (event,) = alarms(detector(*SIGNALS)[0], logs)
+    (event,) = alarms(detector("loss", "update_norm", "grad_norm")[0], logs)
     assert (event.signal, event.place) == ("loss", "total")
 
 

@@ -315,7 +315,8 @@ def misfits() -> list[Any]:
                 (op, f"{name}[1]", torch.zeros(5, dtype=torch.bfloat16), "float32.*bfloat16"),
             ]
     for op in ("update_sums", "core.update_sums"):
-        for name in ("first", "second"):
+        rows.append((op, "gradients[0]", torch.zeros(6, 4), r"\[4, 6\].*\[6, 4\]"))
+        for name in ("first", "second", "previous"):
             rows += [
                 (op, name, [torch.zeros(4, 6)], "2 tensors.*got 1"),
                 (op, f"{name}[0]", torch.zeros(6, 4), r"\[4, 6\].*\[6, 4\]"),
@@ -327,8 +328,8 @@ def misfits() -> list[Any]:
         ("core.update_sums", "rows", torch.zeros(2, 5, dtype=f64), r"\[2, 6\].*\[2, 5\]"),
         ("core.update_sums", "rows", torch.zeros(2, 6), "float64.*float32"),
         ("core.update_sums", "rows", torch.zeros(6, 2, dtype=f64).t(), "contiguous"),
-        ("core.update_sums", "normalized", torch.zeros(3, dtype=f64), r"\[2\].*\[3\]"),
-        ("core.update_sums", "normalized", torch.zeros(2), "float64.*float32"),
+        ("core.update_sums", "squares", torch.zeros(5, 3, dtype=f64), r"\[5, 2\].*\[5, 3\]"),
+        ("core.update_sums", "squares", torch.zeros(5, 2), "float64.*float32"),
     ]
     return [pytest.param(*row, id=f"{row[0]}-{row[1]}-{i}") for i, row in enumerate(rows)]
 
@@ -417,13 +418,13 @@ def test_overlap_in_a_step(op, overlap, transposed):
     assert all(torch.equal(a, b) for a, b in zip(before, snapshot(bad), strict=True))
 
 
-@pytest.mark.parametrize("name", ["params", "first", "second"])
-@pytest.mark.parametrize("result", ["rows", "normalized"])
+@pytest.mark.parametrize("name", ["params", "first", "second", "gradients", "previous"])
+@pytest.mark.parametrize("result", ["rows", "squares"])
 def test_results_of_update_sums_inside_an_argument(result, name):
     good = next(op for op in OPS if op.name == "core.update_sums").arguments()
     memory = torch.zeros(24, dtype=f64)
     good[name][0] = memory.view(f32)[24:].view(4, 6)
-    inside = memory[12:].view(2, 6) if result == "rows" else memory[22:]
+    inside = memory[12:].view(2, 6) if result == "rows" else memory[14:].view(5, 2)
     with pytest.raises(ValueError, match=rf"^{result}: .*memory with {name}\[0\]"):
         next(op for op in OPS if op.name == "core.update_sums").call(good | {result: inside})
 

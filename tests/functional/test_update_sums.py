@@ -14,13 +14,15 @@ from oracle import DTYPES, LAYOUTS, assert_close, eps_of, in_layout, same_bits
 from lipcore import _core, functional
 from lipcore.functional import reference
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, UpdateRule
+from lipcore.functional.update_sums import NORMALIZED, RATIO, UNEXPLAINED
 
 RULES = {
     "held": UpdateRule(),
     "decay_alone": UpdateRule(decay=0.01),
     "sgd": UpdateRule(rate=0.1),
     "sgd_decayed": UpdateRule.of_step(-0.1, shrink=0.001),
-    "nesterov": UpdateRule.of_step(0.1, 0.09, 0.001),
+    "momentum": UpdateRule(rate=0.1, momentum=True),
+    "nesterov": UpdateRule.of_step(0.1, 0.09, 0.001, momentum=True),
     "adam": UpdateRule(1e-3, first_scale=1 / 0.271, second_scale=1 / math.sqrt(0.002997), eps=1e-8, adaptive=True),
     "adamw": UpdateRule.of_step(1e-2, shrink=1e-3, first_scale=10.0, second_scale=31.6, eps=0.0, adaptive=True),
     "given": GIVEN,
@@ -50,22 +52,38 @@ def lists_of(shapes, rule, dtypes, device="cpu"):
     )
 
 
-def assert_right(got, params, first, second, rules, k=8):
+def asked_for(shapes, dtypes, device="cpu"):
+    """What only some ask for: gradients, and the parameters before the step."""
+    names = {"gradients": (40, dtypes[0]), "previous": (50, dtypes[1])}
+    return {
+        name: [values(s, dtype, seed + i).to(device) for i, s in enumerate(shapes)]
+        for name, (seed, dtype) in names.items()
+    }
+
+
+def assert_right(got, params, first, second, rules, k=8, **asked):
     """As exact as float32 arithmetic (float64 with a float64 tensor) on terms that may cancel."""
-    truth, mean_square = reference.update_sums(params, first, second, rules)
-    rows, normalized = got
-    assert rows.dtype == normalized.dtype == torch.float64
+    truth, true_squares = reference.update_sums(params, first, second, rules, **asked)
+    rows, squares = got
+    assert rows.dtype == squares.dtype == torch.float64
     assert rows.shape == (len(params), _core.STEP_COLUMNS)
-    for i, (w, a, b, rule) in enumerate(zip(params, first, second, rules, strict=True)):
-        dtypes = {t.dtype for t in (w, a, b) if t is not None}
+    assert squares.shape == (_core.UPDATE_SQUARES, len(params))
+    nothing = [None] * len(params)
+    others = asked.get("gradients", nothing), asked.get("previous", nothing)
+    for i, (w, a, b, rule, g, w_prev) in enumerate(zip(params, first, second, rules, *others, strict=True)):
+        dtypes = {t.dtype for t in (w, a, b, g if rule.adaptive else None, w_prev) if t is not None}
         eps = eps_of(torch.float64 if torch.float64 in dtypes else torch.float32)
-        sizes = UpdateRule(*(abs(x) for x in rule[:6]), rule.adaptive)  # every term without its sign
+        sizes = rule._replace(**{name: abs(getattr(rule, name)) for name in rule._fields[:6]})  # without signs
         absolute = [None if t is None else t.detach().abs() for t in (w, a, b)]
-        scale = reference.update_sums(*([t] for t in absolute), [sizes])[0][0]
-        scale = torch.where(truth[i].isfinite(), scale, 1.0)
+        before = None if w_prev is None else [-w_prev.abs()]
+        scale, scale_of_squares = reference.update_sums(*([t] for t in absolute), [sizes], previous=before)
+        scale = torch.where(truth[i].isfinite(), scale[0], 1.0)
         # Squares of N terms off by eps each: 2 eps, and float64's own sum.
         assert_close(rows[i], truth[i], scale=scale, eps=eps, k=k)
-        assert_close(normalized[i], mean_square[i], eps=eps, k=2 * k)
+        assert_close(squares[:UNEXPLAINED, i], true_squares[:UNEXPLAINED, i], eps=eps, k=2 * k)
+        known = true_squares[UNEXPLAINED, i].isfinite()
+        scale = scale_of_squares[UNEXPLAINED] if known else None
+        assert_close(squares[UNEXPLAINED:, i], true_squares[UNEXPLAINED:, i], scale=scale, eps=eps, k=k)
 
 
 # One of each form that an update takes, in the dtypes that do not try all rules.
@@ -87,6 +105,65 @@ def test_sizes(shapes, rule, dtype, isa):
     assert_right(functional.update_sums(*lists), *lists)
     after = [t for tensors in lists[:3] for t in tensors if t is not None]
     assert all(same_bits(x, y) for x, y in zip(before, after, strict=True)), "an argument was written to"
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtypes"),
+    [
+        *((rule, (dtype, dtype, dtype)) for rule in FORMS for dtype in ("f32", "bf16")),
+        *(("adamw", (dtype, dtype, dtype)) for dtype in ("f64", "f16")),
+        *(("adamw", dtypes) for dtypes in (("bf16", "f32", "bf16"), ("bf16", "bf16", "f32"), ("f32", "f64", "f32"))),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
+def test_gradients_and_parameters_before_the_step(rule, dtypes, isa):
+    """Both, one of them, and none: what is there already is the same."""
+    shapes = [(), (0, 4), (15,), (16,), (35,), (513,), (CHUNK + 17,)]
+    own, *others = (DTYPES[d] for d in dtypes)
+    lists = lists_of(shapes, RULES[rule], [own] * 3)
+    asked = asked_for(shapes, others)
+    alone = functional.update_sums(*lists)
+    for names in (("gradients", "previous"), ("gradients",), ("previous",)):
+        some = {name: asked[name] for name in names}
+        rows, squares = functional.update_sums(*lists, **some)
+        assert_right((rows, squares), *lists, **some)
+        if len({*dtypes}) == 1:
+            assert same_bits(rows, alone[0])
+            assert same_bits(squares[[0, 2, 3]], alone[1][[0, 2, 3]])
+    some = {name: [None if i % 2 else t for i, t in enumerate(tensors)] for name, tensors in asked.items()}
+    assert_right(functional.update_sums(*lists, **some), *lists, **some)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_of_what_is_asked_for(layout):
+    shapes = [(3, 5), (17,), (2, 3, 5, 7), (2, 3, 2, 3, 3)]
+    lists, asked = lists_of(shapes, RULES["adamw"], [torch.float32] * 3), asked_for(shapes, [torch.float32] * 2)
+    for tensors in asked.values():
+        tensors[:] = [t if (other := in_layout(t, layout)) is None else other for t in tensors]
+    assert_right(functional.update_sums(*lists, **asked), *lists, **asked)
+
+
+def test_a_gradient_that_is_not_finite_spoils_its_ratio_alone(isa):
+    lists, asked = (
+        lists_of([(35,)] * 2, RULES["adamw"], [torch.float32] * 3),
+        asked_for([(35,)] * 2, [torch.float32] * 2),
+    )
+    good = functional.update_sums(*lists, **asked)
+    asked["gradients"][0][3] = math.nan
+    rows, squares = functional.update_sums(*lists, **asked)
+    assert squares[RATIO, 0].isnan()
+    good[1][RATIO, 0] = math.nan
+    assert same_bits(rows, good[0])
+    assert same_bits(squares.nan_to_num(-1), good[1].nan_to_num(-1))
+
+
+def test_the_ratio_of_a_step_by_hand(isa):
+    """g / max(sqrt(v), eps): eps where the second moment has seen nothing, and nothing where eps is 0 too."""
+    g, b = torch.tensor([6.0, 0.5, 0.0]), torch.tensor([4.0, 0.0, 0.0])
+    rule = UpdateRule(0.1, second_scale=1.5, eps=0.25, adaptive=True)
+    squares = functional.update_sums([g], [g], [b], [rule], gradients=[g])[1]
+    assert float(squares[RATIO]) == ((6 / 3) ** 2 + (0.5 / 0.25) ** 2) / 3
+    assert functional.update_sums([g], [g], [b + 1], [GIVEN], gradients=[g])[1].isnan().all()
 
 
 # What is given as third is not read by a rule with one tensor.
@@ -139,12 +216,12 @@ def test_non_finite_elements(size, dtype, where, isa):
     tensor = lists[("params", "first", "second").index(where)][1]
     tensor[-1] = math.inf if where == "params" else math.nan
     tensor[0] = math.nan
-    rows, normalized = functional.update_sums(*lists)
+    rows, squares = functional.update_sums(*lists)
     assert rows[1, :5].isnan().all()
     assert rows[1, 5] == min(*size, 2)
-    assert normalized[1].isnan()
+    assert squares[:, 1].isnan().all()
     assert same_bits(rows[[0, 2]], alone[0])
-    assert same_bits(normalized[[0, 2]], alone[1])
+    assert same_bits(squares[:, [0, 2]], alone[1])
 
 
 def test_an_element_is_counted_once_where_both_are_bad(isa):
@@ -158,9 +235,9 @@ def test_eps_may_be_zero(rows, isa):
     """The padding of the last lanes divides nothing by nothing."""
     rule = UpdateRule(0.5, adaptive=True)
     a = torch.arange(1.0, rows + 1)
-    got, normalized = functional.update_sums([torch.zeros(rows)], [a], [a * a], [rule])
+    got, squares = functional.update_sums([torch.zeros(rows)], [a], [a * a], [rule], gradients=[a])
     assert got[0].tolist() == [0.25 * rows, 0, 0, 0.5, 0, 0]
-    assert normalized[0] == 1
+    assert squares[NORMALIZED, 0] == squares[RATIO, 0] == 1
 
 
 @pytest.mark.parametrize("value", [1e-30, 1e30])
@@ -199,14 +276,13 @@ def moved(lists, device):
     return [[None if t is None else t.to(device) for t in tensors] for tensors in lists[:3]] + [lists[3]]
 
 
-def assert_as_on_the_cpu(got, lists, error):
+def assert_as_on_the_cpu(got, lists, error, **asked):
     """Sums as close as their order allows, largest movements and counts the same, bit for bit."""
-    for mine, theirs in zip(got, functional.update_sums(*moved(lists, "cpu")), strict=True):
-        mine = mine.cpu()
+    (rows, squares), expected = (t.cpu() for t in got), functional.update_sums(*moved(lists, "cpu"), **asked)
+    for mine, theirs in ((rows, expected[0]), (squares, expected[1])):
         assert_close(mine, theirs, eps=error, k=1)
-        if mine.dim() == 2:
-            assert same_bits(mine[:, 3], theirs[:, 3])
-            assert same_bits(mine[:, 5], theirs[:, 5])
+    for column in (3, 5):
+        assert same_bits(rows[:, column], expected[0][:, column])
 
 
 @pytest.mark.gpu
@@ -219,6 +295,41 @@ def test_on_cuda(rule, dtype):
     assert all(tensor.is_cuda for tensor in found)
     assert_right(tuple(tensor.cpu() for tensor in found), *lists)
     assert_as_on_the_cpu(found, lists, 1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("rule", "dtypes"),
+    [
+        *((rule, ("f32", "f32", "f32")) for rule in FORMS),
+        *(("adamw", (dtype, dtype, dtype)) for dtype in ("f64", "bf16", "f16")),
+        *(("adamw", dtypes) for dtypes in (("bf16", "f32", "bf16"), ("bf16", "bf16", "f32"), ("f32", "f64", "f32"))),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
+def test_gradients_and_parameters_before_the_step_on_cuda(rule, dtypes):
+    own, *others = (DTYPES[d] for d in dtypes)
+    lists, asked = lists_of(DEVICE_SIZES, RULES[rule], [own] * 3), asked_for(DEVICE_SIZES, others)
+    asked["gradients"][3] = asked["previous"][4] = None
+    for names in (("gradients", "previous"), ("gradients",), ("previous",)):
+        some = {name: asked[name] for name in names}
+        there = {name: [None if t is None else t.cuda() for t in tensors] for name, tensors in some.items()}
+        found = functional.update_sums(*moved(lists, "cuda"), **there)
+        assert_right(tuple(tensor.cpu() for tensor in found), *lists, **some)
+        assert_as_on_the_cpu(found, lists, 1e-12, **some)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("which", ["gradients", "previous"])
+def test_what_is_asked_for_may_lie_anywhere_on_cuda(which):
+    shapes = [(1030,)] * 60  # of more tensors than a launch takes
+    lists, asked = lists_of(shapes, RULES["adamw"], [torch.float32] * 3), asked_for(shapes, [torch.float32] * 2)
+    there = {name: [t.cuda() for t in tensors] for name, tensors in asked.items()}
+    expected = functional.update_sums(*moved(lists, "cuda"), **there)
+    there[which] = [t.new_empty(t.numel() + 1)[1:].copy_(t) for t in there[which]]
+    for x, y in zip(functional.update_sums(*moved(lists, "cuda"), **there), expected, strict=True):
+        assert same_bits(x, y)
+    assert_as_on_the_cpu(expected, lists, 1e-12, **asked)
 
 
 @pytest.mark.gpu
@@ -273,14 +384,14 @@ def test_numbers_of_a_rule_may_lie_on_cuda(rule, dtype):
     """They are read there, and nothing waits for them."""
     lists = moved(lists_of([(17,), (1030,)], RULES[rule], [torch.float32] * 3), "cuda")
     there = [
-        UpdateRule(*(torch.tensor(x, dtype=dtype, device="cuda") for x in rule[:6]), rule.adaptive) for rule in lists[3]
+        UpdateRule(*(torch.tensor(x, dtype=dtype, device="cuda") for x in rule[:6]), *rule[6:]) for rule in lists[3]
     ]
     torch.cuda.set_sync_debug_mode("error")
     try:
         found = functional.update_sums(*lists[:3], there)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    rounded = [UpdateRule(*(float(x) for x in rule[:6]), rule.adaptive) for rule in there]
+    rounded = [UpdateRule(*(float(x) for x in rule[:6]), *rule[6:]) for rule in there]
     for x, y in zip(found, functional.update_sums(*lists[:3], rounded), strict=True):
         assert same_bits(x, y)
     with pytest.raises(ValueError, match=r"^rules\[0\]: has a number on another device than params\[0\]"):
@@ -296,32 +407,32 @@ def test_update_sums_can_be_captured_in_a_graph():
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        rows, normalized = functional.update_sums(*lists)
-        _core.observe_normalized(normalized, table)
+        rows, squares = functional.update_sums(*lists)
+        _core.observe_squares(squares[NORMALIZED], table)
     for step in range(3):
         for k, first in enumerate(lists[1]):
             first.copy_(values(first.shape, torch.float32, 100 + 10 * step + k))
         if step == 1:
             lists[1][0][3] = math.nan
         graph.replay()
-        assert_as_on_the_cpu((rows, normalized), lists, 1e-12)
-        _core.observe_normalized(normalized.cpu(), expected)
+        assert_as_on_the_cpu((rows, squares), lists, 1e-12)
+        _core.observe_squares(squares[NORMALIZED].cpu(), expected)
     assert same_bits(table, expected)
     assert table[3].tolist() == [2, 3]
-    roots = normalized.cpu().sqrt()
+    roots = squares[NORMALIZED].cpu().sqrt()
     assert same_bits(table[0].cpu(), roots)
     assert bool((table[2].cpu() >= roots).all())
 
 
-def test_a_table_of_normalised_updates():
+def test_a_table_of_roots():
     table = torch.zeros(4, 3, dtype=torch.float64)
     for squares in ([4.0, 1.0, math.nan], [9.0, math.nan, math.inf], [1.0, 0.0, math.nan]):
-        _core.observe_normalized(torch.tensor(squares, dtype=torch.float64), table)
+        _core.observe_squares(torch.tensor(squares, dtype=torch.float64), table)
     assert table.tolist() == [[1, 0, 0], [6, 1, 0], [3, 1, 0], [3, 2, 0]]
-    with pytest.raises(ValueError, match=r"^table: expected .* \[4, 3\] beside mean_square, got float64 \[3, 4\]"):
-        _core.observe_normalized(table[0].clone(), table.t().contiguous())
-    with pytest.raises(ValueError, match=r"^mean_square: expected a float64 tensor of shape \[tensors\], got float32"):
-        _core.observe_normalized(torch.zeros(3), table)
+    with pytest.raises(ValueError, match=r"^table: expected .* \[4, 3\] beside squares, got float64 \[3, 4\]"):
+        _core.observe_squares(table[0].clone(), table.t().contiguous())
+    with pytest.raises(ValueError, match=r"^squares: expected a contiguous float64 tensor .*, got float32"):
+        _core.observe_squares(torch.zeros(3), table)
 
 
 # ---- refusals that the table of operations does not have

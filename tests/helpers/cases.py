@@ -142,11 +142,13 @@ def _update_arguments() -> dict[str, Any]:
         n: [values(s, torch.float32, i).abs() for s in shapes] for i, n in enumerate(("params", "first", "second"))
     }
     rules = [UpdateRule(0.1, eps=1e-8, adaptive=True), UpdateRule(0.1, 0.09)]
-    return lists | {"rules": rules, "rows": _float64(2, 6), "normalized": _float64(2)}
+    asked = {n: [values(s, torch.float32, i) for s in shapes] for i, n in enumerate(("gradients", "previous"))}
+    return lists | asked | {"rules": rules, "rows": _float64(2, 6), "squares": _float64(5, 2)}
 
 
 def _update_sums_of_core(a: dict[str, Any]) -> None:
-    _core.update_sums(a["params"], a["first"], a["second"], a["rules"], a["rows"], a["normalized"])
+    names = "params", "first", "second", "rules", "rows", "squares", "gradients", "previous"
+    _core.update_sums(*(a[name] for name in names))
 
 
 def _step_of_core(a: dict[str, Any]) -> None:
@@ -221,7 +223,9 @@ OPS = [
     Op(
         "update_sums",
         _update_arguments,
-        lambda a: F.update_sums(a["params"], a["first"], a["second"], a["rules"]),
+        lambda a: F.update_sums(
+            a["params"], a["first"], a["second"], a["rules"], gradients=a["gradients"], previous=a["previous"]
+        ),
         lists=("params", "first", "second"),
     ),
     Op(
@@ -325,7 +329,7 @@ OPS = [
         "core.update_sums",
         _update_arguments,
         _update_sums_of_core,
-        tensors=("rows", "normalized"),
+        tensors=("rows", "squares"),
         lists=("params", "first", "second"),
         full_check=False,
     ),

@@ -238,7 +238,7 @@ def expected_of(row: Row, numbers: Numbers, phase: str, off: Iterable[str] = ())
     if "fsdp2" in (cut, row.before):
         gone += ["lipschitz/local_lipschitz", "lipschitz/sandwich"]
     if row.metrics == "updates":
-        gone.append("trajectory/normalized_update_rms")
+        gone += [f"trajectory/{name}" for name in ("normalized_update_rms", "momentum_norm", "second_moment_norm")]
     if "window_blocks" in str(row) and "fsdp2" in (row.before, row.after):
         gone += ["trajectory/path_length.cumulative", "trajectory/directness"]
     return {key: value for key, value in numbers.items() if not key.startswith(tuple(gone))}

@@ -94,6 +94,27 @@ MUTANTS = (
         ("functional/test_update_sums.py::test_eps_may_be_zero",),
     ),
     Mutant(
+        "padding of a root is in the second moment",
+        "csrc/cpu/update_sums.cpp",
+        "observe_16(now, E::read(last[1]), second, E::read(last[2]))",
+        "observe_16(now, E::read(last[1]), second, second)",
+        ("functional/test_update_sums.py::test_sizes",),
+    ),
+    Mutant(
+        "gradients are divided by what is left without eps",
+        "csrc/cpu/update_sums.cpp",
+        "g / max_abs(c.eps, second_root(b, c))",
+        "g / (c.eps + second_root(b, c))",
+        ("functional/test_update_sums.py::test_the_ratio_of_a_step_by_hand",),
+    ),
+    Mutant(
+        "what a parameter did is compared with twice the update",
+        "csrc/cpu/update_sums.cpp",
+        "(w - previous) + moved",
+        "(w - previous) + (moved + moved)",
+        ("functional/test_update_sums.py::test_gradients_and_parameters_before_the_step",),
+    ),
+    Mutant(
         "one instruction set in another's place",
         "csrc/dispatch.cpp",
         "g_kernels = avx512 ? &kAvx512 : &kAvx2;",

@@ -118,7 +118,7 @@ def test_updates_and_gradients(source: str) -> None:
     def made() -> Trajectory:
         stats = ("grad_norm", "clipped_grad_norm", "update_norm", "path_length", "max_abs_update")
         if source == "optimizer":
-            stats += ("normalized_update_rms",)
+            stats += ("normalized_update_rms", "rms_t", "momentum_norm", "second_moment_norm")
         return Trajectory(model, mode="updates", source=source, optimizer=optimizer, stats=stats)
 
     whole, first = made(), made()

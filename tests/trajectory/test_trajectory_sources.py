@@ -201,27 +201,49 @@ def test_nothing_is_kept_per_element(source: str) -> None:
 # ---- the numbers that only an optimizer has
 
 
-def test_normalized_update_rms() -> None:
+def test_numbers_of_the_optimizer() -> None:
     model, step = model_and("adamw")
-    truth: list[float] = []
+    truth: dict[str, list[float]] = {
+        name: [] for name in ("normalized_update_rms", "rms_t", "momentum_norm", "second_moment_norm")
+    }
 
     def look(*_: Any) -> None:
         weight, state = model[0].weight, step.state[model[0].weight]
         count, (beta1, beta2) = int(state["step"]), step.param_groups[0]["betas"]
         first = state["exp_avg"].double() / (1 - beta1**count)
         second = state["exp_avg_sq"].double() / (1 - beta2**count)
-        truth.append(float((first / (second.sqrt() + 1e-8)).square().mean().sqrt()))
+        truth["normalized_update_rms"].append(float((first / (second.sqrt() + 1e-8)).square().mean().sqrt()))
         assert weight.grad is not None
+        truth["rms_t"].append(float((weight.grad.double().square() / second.clamp(min=1e-16)).mean().sqrt()))
+        truth["momentum_norm"].append(float(state["exp_avg"].norm()))
+        truth["second_moment_norm"].append(float(state["exp_avg_sq"].norm()))
 
-    with Monitor(model, step, [Trajectory(source="optimizer")], window_steps=6) as monitor:
+    with Monitor(model, step, [Trajectory(source="optimizer", stats=list(truth))], window_steps=6) as monitor:
         step.register_step_post_hook(look)
         train(model, DATA, step)
         windows = [*monitor.history, monitor.compute()]
-    for window, part in zip(windows, (truth[:6], truth[6:]), strict=True):
-        found = window["trajectory"].normalized_update_rms["0.weight"]
-        assert found.last.value == pytest.approx(part[-1], rel=1e-5)
-        assert found.mean.value == pytest.approx(sum(part) / len(part), rel=1e-5)
-        assert found.max.value == pytest.approx(max(part), rel=1e-5)
+    for name, steps in truth.items():
+        for window, part in zip(windows, (steps[:6], steps[6:]), strict=True):
+            found = window["trajectory"][name]["0.weight"]
+            assert found.last.value == pytest.approx(part[-1], rel=2e-5)
+            assert found.mean.value == pytest.approx(sum(part) / len(part), rel=2e-5)
+            assert found.max.value == pytest.approx(max(part), rel=2e-5)
+
+
+def test_gradients_are_read_for_rms_t_alone() -> None:
+    """By default it is not there; SGD has none; momentum has a norm."""
+    model, step = model_and("adamw")
+    found = Trajectory(model, source="optimizer", optimizer=step).compute()
+    assert "rms_t" not in found
+    assert "momentum_norm" in found
+    model, step = model_and("sgd")
+    trajectory = Trajectory(model, source="optimizer", optimizer=step, stats=["rms_t", "momentum_norm"])
+    mse(model(DATA[0][0]), DATA[0][1]).backward()
+    step.step()
+    trajectory.update()
+    assert not trajectory.compute().rms_t["0.weight"].last.valid
+    with pytest.raises(ValueError, match="stats: 'rms_t' is not known in mode 'exact'"):
+        Trajectory(model, stats=["rms_t"])
 
 
 @pytest.mark.parametrize("source", ["optimizer", "snapshot"])

@@ -18,6 +18,7 @@ from ways import assert_same_in_all_ways
 
 from lipcore.functional import reference
 from lipcore.functional.update_rules import GIVEN
+from lipcore.functional.update_sums import MOMENTUM, NORMALIZED, RATIO, SECOND_MOMENT
 from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, supported
 
 OPTIMIZERS = {
@@ -126,7 +127,8 @@ class Watch:
         self.twin = Twin(self.optimizer)
 
     def after(self, *_):
-        rows, normalized = (t.clone() for t in self.source.sums())
+        rows, squares = (t.clone() for t in self.source.sums())
+        normalized = squares[NORMALIZED]
         truth = self.twin.step()
         places = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         for i, (name, owner, key) in enumerate(self.parts):
@@ -289,16 +291,16 @@ def test_a_skipped_step_that_only_the_device_knows_of() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         made[0].found_inf.fill_(1.0)
-        rows, normalized = source.sums()
-        both = rows.clone(), normalized.clone()
+        rows, squares = source.sums()
+        both = rows.clone(), squares.clone()
         made[0].found_inf.zero_()
-        rows, normalized = source.sums(only=made[0])
+        rows, squares = source.sums(only=made[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert same_bits(rows.cpu(), expected[0])
-    assert same_bits(normalized.cpu(), expected[1])
+    assert same_bits(squares.cpu(), expected[1])
     assert not both[0][:count, [0, 3]].any()
-    assert both[1][:count].isnan().all()
+    assert both[1][:, :count].isnan().all()
     assert same_bits(both[0].cpu()[:, [4, 5]], expected[0][:, [4, 5]])
     assert same_bits(both[0].cpu()[count:], expected[0][count:])
     assert same_bits(both[1].cpu()[count:], expected[1][count:])
@@ -377,6 +379,42 @@ def test_mixed_dtypes_of_parameter_and_state():
     assert float(rows[0, 0]) == pytest.approx(0.01 * float(buffer.double().square().sum()), rel=1e-6)
 
 
+@pytest.mark.parametrize("implementation", ["default", "fused"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_norms_of_what_the_optimizer_keeps(optimizer, implementation):
+    """As torch's own state says them, and RMS_t by its definition; NaN where there is no such thing."""
+    model, made = build(optimizer, implementation)
+    source = OptimizerSource([made], listed(model), ratios=True)
+    for x, y in batches(3, 8):
+        made.zero_grad()
+        mse(model(x), y).backward()
+        gradients = [p.grad.double().clone() for p in model.parameters()]
+        made.step()
+        squares = source.sums()[1]
+        group = made.param_groups[0]
+        for i, (p, g) in enumerate(zip(model.parameters(), gradients, strict=True)):
+            state = made.state[p]
+            if type(made) is SGD:
+                assert squares[[RATIO, SECOND_MOMENT], i].isnan().all()
+                buffer = state.get("momentum_buffer")
+                # Nesterov's foreach implementation leaves its sum with the buffer in .grad, and reads nothing else.
+                if buffer is None or squares[MOMENTUM, i].isnan():
+                    assert buffer is None or (group["nesterov"] and group["weight_decay"] == 0)
+                    assert squares[MOMENTUM, i].isnan()
+                else:
+                    assert float(squares[MOMENTUM, i]) == pytest.approx(float(buffer.double().square().sum()), rel=1e-6)
+                continue
+            second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"].double()
+            v = second / (1 - float(group["betas"][1]) ** float(state["step"]))
+            expected = {
+                MOMENTUM: state["exp_avg"].double().square().sum(),
+                SECOND_MOMENT: second.square().sum(),
+                RATIO: (g.square() / v.clamp(min=float(group["eps"]) ** 2)).mean(),
+            }
+            for row, truth in expected.items():
+                assert float(squares[row, i]) == pytest.approx(float(truth), rel=2e-5)
+
+
 def test_float64_state_of_a_float32_parameter_is_read_in_float64():
     w = torch.randn(100)
     made = Adam([w], lr=1e-3)
@@ -384,9 +422,9 @@ def test_float64_state_of_a_float32_parameter_is_read_in_float64():
     made.step()
     state = made.state[w]
     state["exp_avg"], state["exp_avg_sq"] = state["exp_avg"].double(), state["exp_avg_sq"].double()
-    rows, normalized = OptimizerSource([made], [("w", {"w": w}, "w")]).sums()
+    rows, squares = OptimizerSource([made], [("w", {"w": w}, "w")]).sums()
     u = state["exp_avg"] / 0.1 / ((state["exp_avg_sq"] / (1 - 0.999)).sqrt() + 1e-8)
-    assert float(normalized[0]) == pytest.approx(float(u.square().mean()), rel=1e-12)
+    assert float(squares[NORMALIZED, 0]) == pytest.approx(float(u.square().mean()), rel=1e-12)
     assert float(rows[0, 0]) == pytest.approx(1e-6 * float(u.square().sum()), rel=1e-12)
 
 
@@ -404,13 +442,13 @@ def test_a_bad_gradient_concerns_its_tensor_alone(optimizer):
         mse(m(torch.ones(4, 5)), torch.ones(4, 1)).backward()
     model[2].weight.grad[0, 3] = torch.nan
     made.step()
-    rows, normalized = (t.clone() for t in source.sums())
+    rows, squares = (t.clone() for t in source.sums())
     twin[1].step()
     good, _ = OptimizerSource([twin[1]], listed(twin[0])).sums()
     at = [name for name, _, _ in listed(model)].index("2.weight")
     assert rows[at, :5].isnan().all()
     assert rows[at, 5] == 1
-    assert normalized[at].isnan()
+    assert squares[:, at].isnan().all()
     others = [i for i in range(len(rows)) if i != at]
     assert same_bits(rows[others], good[others])
 
@@ -532,7 +570,7 @@ def test_two_optimizers_each_in_its_own_hook():
 
 
 def test_nothing_is_kept_per_element():
-    """After a step the source holds 56 bytes per tensor."""
+    """After a step the source holds 88 bytes per tensor."""
     model = nn.Linear(500, 500)
     made = AdamW(model.parameters(), lr=0.01)
     source = OptimizerSource([made], listed(model))
@@ -550,7 +588,7 @@ def test_nothing_is_kept_per_element():
     mine = {*made.state[model.weight].values(), *made.state[model.bias].values(), model.weight.grad, model.bias.grad}
     new = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and id(x) not in known]
     assert sum(x.numel() for x in new if not any(x is y for y in mine)) == 0
-    assert sum(t.numel() for t in vars(source).values() if isinstance(t, torch.Tensor)) == 2 * 7
+    assert sum(t.numel() for t in vars(source).values() if isinstance(t, torch.Tensor)) == 2 * 11
     assert snapshots.peak_bytes == 4 * (500 * 500 + 500)
 
 
@@ -654,8 +692,8 @@ def test_snapshots(dtype, isa):
         made.zero_grad()
         mse(model(x.to(DTYPES[dtype])), y.to(DTYPES[dtype])).backward()
         made.step()
-        rows, normalized = source.sums()
-        assert normalized.isnan().all()
+        rows, squares = source.sums()
+        assert squares.isnan().all()
         for row, p, q in zip(rows, model.parameters(), before, strict=True):
             dw = p.detach().double() - q.double()
             rounding = 1e-6 if dtype != "f64" else 1e-12
@@ -680,10 +718,10 @@ def test_given_updates(dtype):
     model = nn.Linear(3, 2).to(DTYPES[dtype])
     source = GivenSource(listed(model))
     dw = torch.randn(3, 2).t().to(DTYPES[dtype])
-    rows, normalized = source.sums({"weight": dw, "bias": None})
+    rows, squares = source.sums({"weight": dw, "bias": None})
     assert float(rows[0, 0]) == pytest.approx(float(dw.double().square().sum()), rel=1e-12)
     assert rows[1, 0] == 0
-    assert normalized.isnan().all()
+    assert squares.isnan().all()
     expected = reference.update_sums([model.weight], [dw], [None], [GIVEN])[0]
     assert float(rows[0, 4]) == pytest.approx(float(expected[0, 4]), rel=1e-13)
     with pytest.raises(ValueError, match=r"^updates: lacks 'bias'"):

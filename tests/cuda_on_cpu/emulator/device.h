@@ -26,7 +26,7 @@ struct Site {
 
 constexpr int kWarp = 32;
 constexpr int kMostThreads = 1024;  // of a block
-constexpr int kMostBytes = 80;      // that a lane hands to a collective
+constexpr int kMostBytes = 96;      // that a lane hands to a collective
 
 // The calling GPU thread takes part: it waits for the others of its block or of `mask`. `in` and `out` hold `bytes`.
 void collective(Collective kind, unsigned mask, int argument, const void* in, void* out, int bytes, Site site);

@@ -1,0 +1,45 @@
+"""Movement that the optimizer did not make: an exact check, outside the budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lipcore.alarms.budget import QUIET
+from lipcore.alarms.event import AlarmEvent
+from lipcore.models.names import listed
+
+SIGNAL = "unexplained_movement"
+
+
+class UnexplainedMovement:
+    """Finder of the steps in which parameters moved by what their optimizer's step does not explain. A parameter of
+    which that was so in one of the 20 steps before is not told again.
+
+    Args:
+        limit: of the difference over what rounding may make of it.
+    """
+
+    def __init__(self, limit: float) -> None:
+        self._limit = limit
+        self._last: dict[str, int] = {}
+
+    def step(self, number: int, scores: NDArray[np.float64], places: Sequence[str]) -> AlarmEvent | None:
+        """Return the alarm of a step, from the scores of its places; NaN where one is not checked."""
+        over = [(float(scores[i]), places[i]) for i in np.flatnonzero(scores > self._limit).tolist()]
+        fresh = sorted((one for one in over if self._is_fresh(one[1], number)), reverse=True)
+        self._last |= {place: number for _, place in over}
+        if not fresh:
+            return None
+        score, place = fresh[0]
+        others = f"; so did {listed([name for _, name in fresh[1:]])}" if fresh[1:] else ""
+        words = (
+            f"alarm in step {number} at {place}: since the step before, {place} moved by what its optimizer's step "
+            f"does not explain, {score:.3g} times what rounding may make of it{others}"
+        )
+        return AlarmEvent(number, SIGNAL, place, score, words)
+
+    def _is_fresh(self, place: str, number: int) -> bool:
+        return number - self._last.get(place, -QUIET - 1) > QUIET

@@ -1,0 +1,373 @@
+"""Movement that the optimizer did not make is told with the parameter and the step, and nothing else is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from few import few
+from torch import Tensor, nn
+
+import lipcore
+from lipcore.alarms import Alarms
+from lipcore.trajectory.unexplained import LIMITS
+
+AT, STEPS = 8, 12
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.01),
+    "momentum": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, foreach=True),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=0.03, momentum=0.9, nesterov=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-3),
+    "fused": lambda p: torch.optim.AdamW(p, lr=1e-3, fused=True),
+    "maximize": lambda p: torch.optim.AdamW(p, lr=1e-5, maximize=True, amsgrad=True),
+}
+
+
+class Tied(nn.Module):
+    """An embedding whose weight is the head's too, a parameter that no loss reaches, two blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 16)
+        self.blocks = nn.Sequential(nn.Linear(16, 32), nn.Tanh(), nn.Linear(32, 16), nn.LayerNorm(16))
+        self.head = nn.Linear(16, 20, bias=False)
+        self.head.weight = self.embedding.weight
+        self.unused = nn.Parameter(torch.ones(3))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.head(self.blocks(self.embedding(ids)))
+        return out
+
+
+class Run:
+    """A training of a Tied model that is watched; faults and harmless things get it."""
+
+    def __init__(
+        self, optimizer: str | Callable[..., Any] = "adamw", dtype: torch.dtype = torch.float32, scaler: Any = None
+    ) -> None:
+        torch.manual_seed(0)
+        self.model = Tied().to(dtype)
+        make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+        made = make(self.model.parameters())
+        self.optimizers = made if isinstance(made, list) else [made]
+        self.scaler = scaler
+        self.alarms = Alarms(signals=["unexplained_movement"])
+        self.monitor = lipcore.Monitor(
+            self.model, made, [lipcore.Trajectory()], window_steps=5, alarms=self.alarms, scaler=scaler
+        )
+
+    @property
+    def weight(self) -> Tensor:
+        return self.model.blocks[0].weight
+
+    def go(self, *, between: Any = None, before_step: Any = None, steps: int = STEPS) -> list[Any]:
+        """Train; `between` is called ahead of step AT's forward pass, `before_step` ahead of every optimizer's step."""
+        with self.monitor:
+            for step in range(1, steps + 1):
+                if step == AT and between is not None:
+                    with torch.no_grad():
+                        between(self)
+                ids = torch.randint(0, 20, (8,))
+                loss = nn.functional.cross_entropy(self.model(ids).float(), ids)
+                for optimizer in self.optimizers:
+                    optimizer.zero_grad()
+                (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+                if before_step is not None:
+                    before_step(self, step)
+                for optimizer in self.optimizers:
+                    optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+                if self.scaler is not None:
+                    self.scaler.update()
+        return self.alarms.events
+
+
+def flip(bit: int) -> Callable[[Run], None]:
+    def fault(run: Run) -> None:
+        row = run.weight.view(-1)
+        (bits,) = struct.unpack("<I", struct.pack("<f", float(row[5])))
+        row[5] = struct.unpack("<f", struct.pack("<I", bits ^ (1 << bit)))[0]
+
+    return fault
+
+
+def noise(run: Run) -> None:
+    run.weight.mul_(1 + 1e-3 * torch.randn(run.weight.shape))
+
+
+def scale(run: Run) -> None:
+    run.weight.mul_(0.999)
+
+
+def stale(run: Run) -> None:
+    """A step of one parameter is lost."""
+    run.weight.copy_(run.kept)  # type: ignore[attr-defined]
+
+
+def keep(run: Run, step: int) -> None:
+    if step == AT - 1:
+        run.kept = run.weight.detach().clone()  # type: ignore[attr-defined]
+
+
+FAULTS = {
+    **{f"bit {bit}": flip(bit) for bit in (22, 21, 20, 23, 24, 26, 31)},
+    "noise": noise,
+    "scaled": scale,
+    "stale": stale,
+}
+
+
+@pytest.mark.parametrize("optimizer", few(list(OPTIMIZERS), 1))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_it_is_told_with_its_parameter_and_step(fault: str, optimizer: str) -> None:
+    events = Run(optimizer).go(between=FAULTS[fault], before_step=keep)
+    assert [(event.step, event.signal, event.place) for event in events] == [
+        (AT, "unexplained_movement", "blocks.0.weight")
+    ]
+    assert events[0].score > 1
+    assert "blocks.0.weight moved by what its optimizer's step does not explain" in events[0].message
+
+
+def test_bfloat16_above_its_ulp() -> None:
+    assert not Run("adamw", torch.bfloat16).go()
+    events = Run("adamw", torch.bfloat16).go(between=lambda run: run.weight.mul_(1.1))
+    assert [(event.step, event.place) for event in events] == [(AT, "blocks.0.weight")]
+
+
+def test_master_copies() -> None:
+    """Those that the optimizer steps, not the half-precision parameters that follow them."""
+    model = Tied().to(torch.bfloat16)
+    masters = {name: nn.Parameter(p.detach().float()) for name, p in model.named_parameters()}
+    optimizer = torch.optim.Adam(masters.values(), lr=1e-3)
+    alarms = Alarms(signals=["unexplained_movement"])
+    with lipcore.Monitor(model, optimizer, [lipcore.Trajectory(masters=masters)], alarms=alarms):
+        for step in range(1, STEPS + 1):
+            if step == AT:
+                masters["blocks.2.bias"].data[3] *= 1.01
+            ids = torch.randint(0, 20, (8,))
+            nn.functional.cross_entropy(model(ids).float(), ids).backward()
+            for name, p in model.named_parameters():
+                masters[name].grad, p.grad = None if p.grad is None else p.grad.float(), None
+            optimizer.step()
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    p.copy_(masters[name])
+    assert [(event.step, event.place) for event in alarms.events] == [(AT, "blocks.2.bias")]
+
+
+@pytest.mark.gpu
+def test_on_a_device_no_step_waits() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 1)).cuda()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1)
+    alarms = Alarms(signals=["unexplained_movement"])
+    x = torch.randn(8, 6).cuda()
+    with lipcore.Monitor(model, optimizer, [lipcore.Trajectory()], alarms=alarms):
+        for step in range(1, STEPS + 1):
+            if step == AT:
+                model[2].weight.data.mul_(1.001)
+            torch.cuda.set_sync_debug_mode("error" if step > 2 else "default")
+            try:
+                model(x).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert [(event.step, event.place) for event in alarms.events] == [(AT, "2.weight")]
+
+
+# ---- what is no such movement
+
+
+def load(run: Run) -> None:
+    state = {name: tensor + 0.1 for name, tensor in run.model.state_dict().items()}
+    run.model.load_state_dict(state)
+
+
+def load_all(run: Run) -> None:
+    run.model.load_state_dict(copy.deepcopy(run.model.state_dict()))
+    run.optimizers[0].load_state_dict(copy.deepcopy(run.optimizers[0].state_dict()))
+
+
+def swap_announced(run: Run) -> None:
+    for parameter in run.model.parameters():
+        parameter.mul_(0.9)
+    run.monitor.metrics["trajectory"].rebase()
+
+
+def rebound(run: Run) -> None:
+    for parameter in run.model.parameters():
+        parameter.mul_(0.9)
+    run.monitor.metrics["trajectory"].rebind()
+
+
+def swap_and_back(run: Run) -> None:
+    """Averaged weights for an evaluation, and the training's again."""
+    kept = [p.detach().clone() for p in run.model.parameters()]
+    for p in run.model.parameters():
+        p.mul_(0.9)
+    run.model(torch.arange(3))
+    for p, own in zip(run.model.parameters(), kept, strict=True):
+        p.copy_(own)
+
+
+def clip(run: Run, step: int) -> None:
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1e-3)
+
+
+def change(run: Run, step: int) -> None:
+    for group in run.optimizers[0].param_groups:
+        group["lr"] *= 1.5 if step % 2 else 0.4
+        group["weight_decay"] = 0.01 * step
+        if "betas" in group:
+            group["betas"] = (0.9 - 0.01 * step, 0.95)
+
+
+def forget_some(run: Run, step: int) -> None:
+    if step % 3 == 0:
+        run.model.blocks[2].weight.grad = None
+
+
+def huge(run: Run, step: int) -> None:
+    if step == AT:
+        for p in run.model.parameters():
+            if p.grad is not None:
+                p.grad *= 1e6
+
+
+def not_finite(run: Run, step: int) -> None:
+    if step == AT:
+        run.weight.grad[0, 0] = torch.nan
+
+
+HARMLESS: dict[str, dict[str, Any]] = {
+    "nothing": {"steps": 40},
+    "load_state_dict": {"between": load},
+    "a checkpoint": {"between": load_all},
+    "an average announced": {"between": swap_announced},
+    "a rebind": {"between": rebound},
+    "an average and back": {"between": swap_and_back},
+    "clipping": {"before_step": clip},
+    "other hyperparameters": {"before_step": change},
+    "no gradient": {"before_step": forget_some},
+    "a huge gradient": {"before_step": huge},
+    "a gradient that is not finite": {"before_step": not_finite},
+}
+
+
+@pytest.mark.parametrize("optimizer", few(list(OPTIMIZERS), 1))
+@pytest.mark.parametrize("what", HARMLESS)
+def test_nothing_else_is_told(what: str, optimizer: str) -> None:
+    run = Run(optimizer)
+    events = run.go(**HARMLESS[what])
+    assert [event for event in events if event.signal == "unexplained_movement"] == []
+    lines = {line.what: line.rule for line in run.monitor.metrics["trajectory"].plan()}
+    assert lines["unexplained movement"] == "8 parameters checked in every step"
+
+
+@pytest.mark.parametrize("optimizer", ["nesterov", pytest.param("sgd", marks=pytest.mark.ci), "adamw"])
+def test_single_elements_that_go_through_zero(optimizer: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(1, 1)
+    made = OPTIMIZERS[optimizer](model.parameters())
+    for group in made.param_groups:
+        group["weight_decay"] = 0.1
+    alarms = Alarms(signals=["unexplained_movement"])
+    with lipcore.Monitor(model, made, [lipcore.Trajectory()], alarms=alarms):
+        for _ in range(200):
+            made.zero_grad()
+            (model(torch.randn(2, 1)) - torch.randn(2, 1)).square().mean().backward()
+            made.step()
+    assert not alarms.events
+
+
+def test_groups_and_several_optimizers() -> None:
+    def groups(parameters: Any) -> Any:
+        all_of_them = list(parameters)
+        slow = {"params": all_of_them[3:], "lr": 1e-5, "weight_decay": 0.0}
+        return torch.optim.AdamW([{"params": all_of_them[:3]}, slow], lr=1e-2, weight_decay=0.3)
+
+    def several(parameters: Any) -> Any:
+        all_of_them = list(parameters)
+        return [torch.optim.SGD(all_of_them[:3], lr=0.1), torch.optim.Adam(all_of_them[3:], lr=1e-3)]
+
+    for make in (groups, several):
+        assert not Run(make).go()
+        assert [event.place for event in Run(make).go(between=scale)] == ["blocks.0.weight"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "fused"])
+def test_steps_that_a_scaler_skips(optimizer: str) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=3)
+
+    def overflow(run: Run, step: int) -> None:
+        if step in (4, AT):
+            run.weight.grad[0, 0] = torch.inf
+
+    assert not Run(optimizer, scaler=scaler).go(before_step=overflow)
+
+
+def test_others_are_not_checked_by_name() -> None:
+    def some(parameters: Any) -> Any:
+        all_of_them = list(parameters)
+        return [torch.optim.RMSprop(all_of_them[:3], lr=1e-3), torch.optim.Adam(all_of_them[3:], lr=1e-3)]
+
+    run = Run(some)
+    assert not run.go(between=lambda run: run.model.embedding.weight.mul_(2))
+    lines = {line.what: line.rule for line in run.monitor.metrics["trajectory"].plan()}
+    assert "RMSprop has no closed form" in lines["embedding.weight"]
+    with pytest.warns(
+        RuntimeWarning, match="unexplained_movement checks no parameter: torch.optim.rmsprop.RMSprop has no"
+    ):
+        Run(torch.optim.RMSprop)
+    model = nn.Linear(2, 1)
+    adam = torch.optim.Adam(model.parameters())
+    with pytest.warns(RuntimeWarning, match="unexplained_movement checks no parameter: mode 'updates' keeps no copies"):
+        lipcore.Monitor(
+            model, adam, [lipcore.Trajectory(mode="updates")], alarms=Alarms(signals=["unexplained_movement"])
+        )
+
+
+def test_a_step_that_cannot_be_read_ends_the_check_with_a_warning() -> None:
+    def replace(run: Run) -> None:
+        run.model.blocks[0].weight = nn.Parameter(run.weight.detach().clone())
+
+    run = Run("adam")
+    with pytest.warns(
+        RuntimeWarning, match="checks nothing from now on: .*'blocks.0.weight' of the model is not the opt"
+    ):
+        assert not run.go(between=replace)
+    assert run.monitor.metrics["trajectory"].why_unchecked.startswith("the optimizer's step could not be read")
+
+
+def test_a_lasting_cause_is_told_once() -> None:
+    events = Run("adam").go(before_step=lambda run, _: run.weight.data.mul_(0.99), steps=50)
+    assert [(event.step, event.place) for event in events] == [(1, "blocks.0.weight")]
+
+
+def test_training_stays_bit_for_bit_the_same() -> None:
+    watched, plain = Run("nesterov"), Run("nesterov")
+    plain.monitor.close()
+    plain.monitor = lipcore.Monitor(plain.model, plain.optimizers[0], [lipcore.Trajectory()])
+    for run in (watched, plain):
+        torch.manual_seed(1)
+        run.go()
+    for one, other in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_limits_are_far_above_what_was_measured() -> None:
+    path = Path(__file__).parents[2] / "bench" / "results" / "movement-floor.json"
+    if not path.exists():
+        pytest.skip("there is no bench folder")
+    rows = json.loads(path.read_text())["rows"]
+    for dtype, limit in LIMITS.items():
+        found = [row["half_ulps"] for row in rows if row["dtype"] == str(dtype)[6:] and row["half_ulps"] is not None]
+        assert len(found) > 20
+        assert 4 * max(found) <= limit
