@@ -57,6 +57,9 @@ class Injector:
         layers = [(name, p) for name, p in layers if name != "position"]
         self.target, self._weight = layers[(seed + number) % len(layers)]
         self._kept: list[Tensor] = []
+        self._k = 0
+        if fault.kind in ("overflow", "lost"):
+            self._weight.register_hook(self._gradient)
 
     def rate(self, k: int, rate: float) -> float:
         """Return the learning rate of a step."""
@@ -104,13 +107,17 @@ class Injector:
         """Return the loss that backward() is called on."""
         return loss * 10 if self.fault.kind == "scale" else loss
 
-    @torch.no_grad()
-    def gradients(self, k: int) -> None:
-        """Change the gradients that the backward pass has left."""
-        gradient = self._weight.grad
-        assert gradient is not None
-        if k == 0 and self.fault.kind == "overflow":
-            some = torch.randperm(gradient.numel(), generator=self._random)[: max(1, gradient.numel() // 1000)]
-            gradient.view(-1)[some] = 100 * gradient.abs().max()
+    def backward(self, k: int) -> None:
+        """Say which step the next backward pass is of."""
+        self._k = k
+
+    def _gradient(self, gradient: Tensor) -> Tensor:
+        """Change the gradient of the layer within the backward pass, so that whoever reads it sees the fault."""
         if self.fault.kind == "lost":
-            gradient.zero_()
+            return torch.zeros_like(gradient)
+        if self._k > 0:
+            return gradient
+        some = torch.randperm(gradient.numel(), generator=self._random)[: max(1, gradient.numel() // 1000)]
+        changed = gradient.clone()
+        changed.view(-1)[some] = 100 * gradient.abs().max()
+        return changed

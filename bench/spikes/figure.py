@@ -40,7 +40,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     """Draw the figure of a results file."""
     tasks = list(found["models"])
     names = sorted(found["totals"], key=lambda name: found["totals"][name]["found"] / found["totals"][name]["runs"])
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(17, 7), width_ratios=(1.2, 1, 1.5), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(17, 7), width_ratios=(1.2, 1, 1.5), layout="constrained"
+    )
     shares = {task: _shares(found["faults"][task]) for task in tasks}
     rates = {
         task: {name: (row["per_1000"], row["low"], row["high"]) for name, row in found["false_alarms"][task].items()}

@@ -76,9 +76,10 @@ def record(
             monitor.log(loss=row["loss"], lr=rate)
             loss = (losses * weights).mean()
             optimizer.zero_grad()
-            (loss if injector is None else injector.loss(loss)).backward()
             if injector is not None:
-                injector.gradients(k)
+                injector.backward(k)
+                loss = injector.loss(loss)
+            loss.backward()
             row |= _of_adamw(optimizer, rate_of_change=False) if isinstance(optimizer, torch.optim.AdamW) else {}
             optimizer.step()
             training.steps += 1

@@ -104,6 +104,23 @@ def test_a_fork_goes_on_as_the_training_would() -> None:
         np.testing.assert_array_equal(both[name], whole[name])
 
 
+@pytest.mark.parametrize("kind", ["overflow", "lost"])
+def test_faults_in_a_gradient_are_there_when_it_is_read(kind: str) -> None:
+    from spikes.faults import FAULTS, Injector
+    from spikes.models import TASKS, Training
+    from spikes.run import record
+
+    (number,) = (i for i, fault in enumerate(FAULTS) if fault.kind == kind)
+    plain = record(Training(TASKS["mlp"], 0), 3)
+    training = Training(TASKS["mlp"], 0)
+    injector = Injector(FAULTS[number], number, training, 0)
+    series = record(training, 3, injector)
+    column = series["places"].tolist().index(injector.target)
+    ratio = series["grad_norm"][:, column] / plain["grad_norm"][:, column]
+    assert ratio[0] > 5 if kind == "overflow" else not ratio.any()
+    assert series["loss"][0] == plain["loss"][0]
+
+
 def test_thresholds_were_frozen_for_every_detector_of_every_model() -> None:
     from spikes.detectors import JOINT, SINGLE
     from spikes.models import TASKS
