@@ -66,6 +66,9 @@ class SketchTracker(Tracker):
         self._row_of = [of_rows.index((p.group, held)) for p, held in zip(watched, holders, strict=True)]
         self.members = [[p.name for p, of in zip(watched, self._row_of, strict=True) if of == row]
                         for row in range(len(of_rows))]  # fmt: skip
+        self._group_index, self._kind_index = (
+            torch.tensor(each, dtype=torch.int64, device=device) for each in (self._group_of, self.kinds)
+        )
         self._first = first_indices(watched)
         self._now = torch.zeros(len(of_rows), buckets, dtype=torch.float64, device=device)
         self._weights = torch.zeros(len(watched), 2, dtype=torch.float64, device=device)
@@ -123,14 +126,13 @@ class SketchTracker(Tracker):
     def _of_groups(self, of_sketches: Tensor) -> Tensor:
         if len(self._group_of) == len(self.groups):
             return of_sketches
-        return sum_by_index(of_sketches, torch.tensor(self._group_of, device=of_sketches.device), len(self.groups))
+        return sum_by_index(of_sketches, self._group_index, len(self.groups))
 
     def _by_kind(self, sketches: Tensor) -> Tensor:
         """Return the sum of all sketches, or the sums by which ranks hold copies where these differ."""
         if not any(self.kinds):
             return sketches.sum(dim=0)
-        kinds = torch.tensor(self.kinds, device=sketches.device)
-        return sketches.new_zeros(max(self.kinds) + 1, self.buckets).index_add_(0, kinds, sketches)
+        return sum_by_index(sketches, self._kind_index, max(self.kinds) + 1)
 
     def _observe_angles(self) -> None:
         usable = self._now.isfinite().all(dim=1, keepdim=True)
