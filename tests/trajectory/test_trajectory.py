@@ -16,7 +16,7 @@ from lipcore.trajectory.building import ALL
 from lipcore.trajectory.describe import GRADIENTS, MOVES, OFFSETS
 from lipcore.trajectory.groups import by_block
 from lipcore.trajectory.sketch_tracker import ANGLES
-from lipcore.trajectory.update_tracker import NORMALIZED
+from lipcore.trajectory.update_tracker import ROOTS
 
 # ---- numbers
 
@@ -492,5 +492,5 @@ def test_public_names():
 
 
 def test_every_quantity_that_can_be_asked_for_is_made_by_a_tracker() -> None:
-    made = {*MOVES, *OFFSETS, *GRADIENTS, *ANGLES, *NORMALIZED, "element_variance"}
+    made = {*MOVES, *OFFSETS, *GRADIENTS, *ANGLES, *ROOTS, "element_variance"}
     assert set(ALL) == made
