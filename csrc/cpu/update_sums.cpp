@@ -62,8 +62,7 @@ struct Sums {
   LIPCORE_MEMBER void observe_gradient_16(typename E::Lanes g, typename E::Lanes b) {
     ratio_sq = add_square(ratio_sq, g / max_abs(c.eps, second_root(b, c)));
   }
-  LIPCORE_MEMBER void observe_previous_16(typename E::Lanes previous, typename E::Lanes w,
-                                          typename E::Lanes moved) {
+  LIPCORE_MEMBER void observe_previous_16(typename E::Lanes previous, typename E::Lanes w, typename E::Lanes moved) {
     unexplained_sq = add_square(unexplained_sq, (w - previous) + moved);
   }
 };
@@ -178,9 +177,9 @@ LIPCORE_OUTLINE void observe_alike(const UpdateChunk& chunk, UpdateSums* out) {
   using Stored = typename E::Stored;
   sums_of<E, kForm>(chunk, out, [&](Sums<E, kForm>* sums) {
     const auto stored = [](const void* data) { return static_cast<const Stored*>(data); };
-    observe_run<E, kForm>({stored(chunk.w), stored(chunk.first), stored(chunk.second), stored(chunk.gradient),
-                           stored(chunk.previous)},
-                          chunk.count, sums);
+    observe_run<E, kForm>(
+        {stored(chunk.w), stored(chunk.first), stored(chunk.second), stored(chunk.gradient), stored(chunk.previous)},
+        chunk.count, sums);
   });
 }
 

@@ -211,7 +211,7 @@ struct UpdateScalar {
   DType dtype;     // of what is there
 };
 struct UpdateTensor {
-  const void *w, *first, *second;    // null where the form reads none
+  const void *w, *first, *second;  // null where the form reads none
   const void *gradient, *previous;
   int64_t count;
   int64_t first_chunk;

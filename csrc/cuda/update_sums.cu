@@ -27,8 +27,8 @@ struct Rule {
   uint8_t form, has_momentum;
 };
 template <class E>
-constexpr int kEntries = static_cast<int>(
-    (kParameterBytes - sizeof(UpdateTables) - sizeof(SliceHead) - kRules * sizeof(Rule)) / sizeof(E));
+constexpr int kEntries =
+    static_cast<int>((kParameterBytes - sizeof(UpdateTables) - sizeof(SliceHead) - kRules * sizeof(Rule)) / sizeof(E));
 template <class E>
 struct Updates {
   SliceHead head;
@@ -362,7 +362,8 @@ Status sum_slices(const UpdateTables& tables, const std::vector<UpdateTensor>& t
 Status update_sums(const UpdateTables& tables, const std::vector<UpdateTensor>& tensors, void* stream) {
   const auto asks = [](const UpdateTensor& tensor) { return tensor.has_gradient || tensor.has_previous; };
   const bool full = std::any_of(tensors.begin(), tensors.end(), asks);
-  const Status status = full ? sum_slices<FullEntry>(tables, tensors, stream) : sum_slices<Entry>(tables, tensors, stream);
+  const Status status =
+      full ? sum_slices<FullEntry>(tables, tensors, stream) : sum_slices<Entry>(tables, tensors, stream);
   if (status.code) return status;
   return launch("adding up the tensors", &finish_updates, static_cast<int64_t>(tensors.size()), stream, tables);
 }

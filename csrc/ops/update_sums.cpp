@@ -49,12 +49,12 @@ bool check_state(const TensorView& state, const TensorView& w, ArgumentName name
 bool check_written(const TensorView& out, ArgumentName name, const std::vector<UpdateItem>& items) {
   for (size_t i = 0; i < items.size(); ++i) {
     const UpdateItem& item = items[i];
-    const char* with = overlap(out, item.w)                           ? "params"
-                       : item.has_first && overlap(out, item.first)   ? "first"
-                       : item.has_second && overlap(out, item.second) ? "second"
+    const char* with = overlap(out, item.w)                               ? "params"
+                       : item.has_first && overlap(out, item.first)       ? "first"
+                       : item.has_second && overlap(out, item.second)     ? "second"
                        : item.has_gradient && overlap(out, item.gradient) ? "gradients"
                        : item.has_previous && overlap(out, item.previous) ? "previous"
-                                                                      : nullptr;
+                                                                          : nullptr;
     if (with) return fail(name, "is written to but shares memory with %s[%zu]; pass separate tensors", with, i);
   }
   return true;

@@ -20,9 +20,9 @@ struct UpdateItem {
 
 UpdateForm form_of(const UpdateItem& item);
 
-// rows float64 [n, 6] (the columns of StepSums), squares float64 [kUpdateSquares, n] (see UpdateSquare). A tensor with a
-// non-finite element of w or of the update has a row of NaN with the number of such elements. All on one device. Returns
-// false with a Python exception set, and nothing written, when an argument is wrong.
+// rows float64 [n, 6] (the columns of StepSums), squares float64 [kUpdateSquares, n] (see UpdateSquare). A tensor with
+// a non-finite element of w or of the update has a row of NaN with the number of such elements. All on one device.
+// Returns false with a Python exception set, and nothing written, when an argument is wrong.
 bool update_sums(const std::vector<UpdateItem>& items, const TensorView& rows, const TensorView& squares);
 
 // Takes the squares of a step, float64 [n], into the table of their roots, float64 [kRootRows, n].
