@@ -82,6 +82,8 @@ LIPCORE_INLINE void observe_run(const Streams<typename E::Stored>& from, int64_t
     __builtin_prefetch(w + i + kPrefetch);
     if (reads_first(kForm)) __builtin_prefetch(a + i + kPrefetch);
     if (reads_second(kForm)) __builtin_prefetch(b + i + kPrefetch);
+    if (kForm == UpdateForm::kAdaptive && gradient) __builtin_prefetch(gradient + i + kPrefetch);
+    if (previous) __builtin_prefetch(previous + i + kPrefetch);
     const auto now = E::read(w + i);
     const auto second = reads_second(kForm) ? E::read(b + i) : zero;
     const auto moved = sums->observe_16(now, reads_first(kForm) ? E::read(a + i) : zero, second, second);
