@@ -126,7 +126,7 @@ def test_nobody_calls(monkeypatch: Any) -> None:
     """Windows wait, not for ever; the warning comes once. Metrics that are not merged say so."""
     monkeypatch.setattr(global_windows, "_MOST", 3)
     model, optimizer, monitor = monitored(window_steps=1, metrics=[Trajectory(), OfOnesOwn()])
-    monkeypatch.setattr(monitor._global._partners, "find", Group)
+    monkeypatch.setattr(monitor._global.partners, "find", Group)
     with pytest.warns(RuntimeWarning, match=r"nobody has called monitor.global_window\(\) for so long") as caught:
         train(model, optimizer, 6)
     assert len(caught) == 1
