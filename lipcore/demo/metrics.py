@@ -25,6 +25,7 @@ _UNITS = {
     "train_loss": "mean over the epoch, each batch before its update",
     "test_loss": "at the end of the epoch",
     "normalized_length": "sum over the epoch of ||dL/du|| / |dL/dyhat|, divided by the number of training samples",
+    "grad_norm": "norm of the batch gradient, mean over the epoch",
     "lipschitz_mean": "||grad_x f|| at the training samples as visited in the epoch, mean",
     "lipschitz_p99": "the same, 99th percentile",
     "skipped": "samples whose dL/dyhat was exactly 0: they add nothing to the length and are left out of the "
@@ -54,6 +55,8 @@ def _task(result: TaskResult) -> dict[str, Any]:
         "settings": result.task.settings(),
         "summary": [asdict(row) for row in summary.rows(result)],
         "in_order": asdict(summary.order(result)),
+        "equal_loss": summary.equal_loss(result),
+        "rank_correlations_with_test_loss": summary.rank_correlations(result),
         "runs": [asdict(run) | {"cumulative_length": run.cumulative_length} for run in result.runs],
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ class Run:
     normalized_length: list[float] = field(
         default_factory=list
     )  #: sum of r over the epoch / number of training samples
+    grad_norm: list[float] = field(default_factory=list)  #: of a batch's gradient, mean over the epoch
     lipschitz_mean: list[float] = field(default_factory=list)
     lipschitz_p99: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)  #: samples whose loss gradient was exactly 0
@@ -56,12 +59,13 @@ def train(task: Task, level: float, seed: int, after_epoch: Callable[[], None], 
     metrics: list[Any] = [lipcore.Lipschitz()] if record is None else [lipcore.Lipschitz(), lipcore.Trajectory()]
     with lipcore.watch(model, optimizer, run=record, metrics=metrics, window_steps=None) as monitor:
         for _ in range(task.epochs):
-            total = 0.0
+            total, norms = 0.0, []
             for batch in torch.from_numpy(problem.random.permutation(count)).split(task.batch_size):
                 optimizer.zero_grad()
                 loss = loss_function(model(problem.x[batch]), problem.y[batch])
                 monitor.log(loss=loss)
                 loss.backward()
+                norms.append(math.sqrt(sum(float(p.grad.square().sum()) for p in parameters if p.grad is not None)))
                 optimizer.step()
                 total += loss.item() * len(batch)
             window = monitor.close_window()
@@ -70,6 +74,7 @@ def train(task: Task, level: float, seed: int, after_epoch: Callable[[], None], 
             (run.place,) = measured["normalized_gradient_norm"]
             run.train_loss.append(total / count)
             run.normalized_length.append(measured["normalized_gradient_norm"][run.place].sum.value / count)
+            run.grad_norm.append(statistics.fmean(norms))
             run.lipschitz_mean.append(measured["local_lipschitz"][run.place].mean.value)
             run.lipschitz_p99.append(measured["local_lipschitz"][run.place].p99.value)
             run.skipped.append(int(measured["skipped"][run.place].sum.value))

@@ -20,7 +20,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 
-CURVES = ("train_loss", "test_loss", "normalized_length", "lipschitz_mean", "lipschitz_p99", "skipped")
+CURVES = ("train_loss", "test_loss", "normalized_length", "grad_norm", "lipschitz_mean", "lipschitz_p99", "skipped")
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +64,8 @@ def test_quick_run_writes_its_files_and_prints_the_table(
         "p99",
         "seeds",
         "Seeds in order: 0.25 < 1 in",
+        "epochs to",
+        "Rank correlation with the test loss over the 8 runs: cumulative length ",
     ):
         assert words in run.stdout
     assert "What to see: " in run.stdout
@@ -85,6 +87,9 @@ def test_metrics_hold_every_epoch_of_every_run(finished: tuple[Path, subprocess.
         assert cells == [(level, seed) for level in settings["levels"] for seed in settings["seeds"]]
         assert len(settings["seeds"]) == task["in_order"]["seeds"] == 2
         assert [row["level"] for row in task["summary"]] == settings["levels"]
+        assert all(min(run["train_loss"]) <= task["equal_loss"] for run in task["runs"])
+        assert all(1 <= row["epochs_to_equal_loss"] <= settings["epochs"] for row in task["summary"])
+        assert len(task["rank_correlations_with_test_loss"]) == 4
         for run in task["runs"]:
             assert run["place"] == place
             for curve in CURVES:
