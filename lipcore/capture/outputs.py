@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lipcore import _core
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
 from lipcore.models.names import named_modules
@@ -84,6 +85,8 @@ class OutputWatch:
             ]
 
     def _begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if _core.paused():  # a pass of lipcore's own, which may be within the training's
+            return
         if self._thread and self._thread != threading.get_ident() and _is_alive(self._thread):
             return
         self._take_off()  # of a pass that was broken off: nothing tells of a KeyboardInterrupt
@@ -95,7 +98,7 @@ class OutputWatch:
         ]
 
     def _end(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or _core.paused():
             return
         self._take_off()
         if self._root and output is not None and is_training_forward():  # None: it has raised
@@ -103,7 +106,7 @@ class OutputWatch:
 
     def _came(self, name: str, module: nn.Module, output: Any) -> None:
         # A checkpoint inside a backward pass of the model's own runs again what has come already.
-        if threading.get_ident() == self._thread and in_backward() == -1:
+        if threading.get_ident() == self._thread and in_backward() == -1 and not _core.paused():
             self._observe(name, module, output)
 
     def _take_off(self) -> None:

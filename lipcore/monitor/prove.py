@@ -158,6 +158,5 @@ def _words(metrics: Sequence[tuple[str, str]]) -> str:
 
 
 def _of_all(name: str, told: Sequence[Mapping[str, Any]], group: Group) -> str:
-    found = [f"rank {rank}: {each['found'][name]}" for rank, each in zip(group.ranks, told, strict=True)
-             if each["found"][name]]  # fmt: skip
-    return "; ".join(found)
+    each = ((rank, header["found"][name]) for rank, header in zip(group.ranks, told, strict=True))
+    return "; ".join(f"rank {rank}: {why}" for rank, why in each if why)

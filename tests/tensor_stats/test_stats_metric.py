@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lipcore
-from lipcore import Monitor, TensorStats, reference
+from lipcore import Monitor, PerSampleGradNorms, TensorStats, reference
 from lipcore.metric import MetricResult
 
 STATISTICS = ("mean", "sd", "min", "max", "kurtosis", "zeros", "nonfinite")
@@ -517,3 +517,22 @@ def test_on_a_device() -> None:
                     reducer,
                 )
                 assert found.count == value.count
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_model_runs_again_for_another_metric_within_its_pass(first: bool) -> None:
+    """A proof of per-sample norms, whose passes are no part of the training's."""
+    model = seeded(lambda: mlp(5, 7, 3))
+    stats, norms = TensorStats(every_steps=1), PerSampleGradNorms(loss_reduction="sum")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with Monitor(model, optimizer, [stats, norms] if first else [norms, stats], window_steps=None):
+        seen: dict[str, list[Tensor]] = {}
+        for _ in range(2):
+            output = model(torch.randn(4, 5))
+            seen.setdefault("(model)", []).append(output)
+            output.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        assert not norms.unproved
+        assert_place(stats.compute(), "output", "(model)", seen["(model)"])
+        assert stats.compute().output["0"]["mean"].count == 2 * 4 * 7
