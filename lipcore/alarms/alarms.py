@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lipcore.alarms.budget import Budget
 from lipcore.alarms.detector import Columns, Detector
@@ -17,6 +18,7 @@ from lipcore.alarms.event import AlarmEvent, AlarmStop
 from lipcore.alarms.layout import Layout
 from lipcore.alarms.nonfinite import NonFinite
 from lipcore.alarms.rates import CommonRate
+from lipcore.alarms.sample_ids import SampleIds
 from lipcore.alarms.signals import checked_signals
 from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
 from lipcore.alarms.waiting import StepNumbers, Waiting
@@ -56,6 +58,10 @@ class Alarms(Showable):
     parameter moved by what SGD, Adam or AdamW did not do, against the optimizer's state; docs/alarms.md says what it
     finds. It needs a Trajectory in mode "exact", the default one, and reads the optimizer's state in every step.
 
+    ``sample_ids`` is exact too, where the loop says the samples and the epoch, ``monitor.log_batch(ids, epoch=...)``:
+    a sample that comes more than once in an epoch, and, on one rank, as many samples as a batch or more that came in
+    an earlier epoch and not in the one that has ended.
+
     Steps come in blocks, so an alarm is heard of 64 to 128 steps later, from a CUDA device about 512;
     :meth:`Monitor.close` hands on all. Each alarm is a warning of the logger "lipcore", an event in the record of
     :func:`lipcore.watch`, and a call of `on_event`. The training is never changed, and nothing is raised in it.
@@ -94,7 +100,7 @@ class Alarms(Showable):
         self.signals = checked_signals(signals)  #: by name
         self.events: list[AlarmEvent] = []  #: all of them, oldest first
         self._budget, self._on_event, self._stop = Budget(per_1000), on_event, stop
-        self._waiting, self._nonfinite = Waiting(), NonFinite()
+        self._waiting, self._nonfinite, self._sample_ids = Waiting(), NonFinite(), SampleIds()
         self._unexplained = self._new_unexplained()
         self._columns: Columns | None = None
         self._layout: Layout | None = None
@@ -174,15 +180,26 @@ class Alarms(Showable):
         self._waiting.add_logged(first, arrays)
         self._go_on()
 
+    def _batch(self, step: int, epoch: int, ids: Tensor) -> None:
+        """Take the samples of a micro-batch."""
+        self._sample_ids.add(step, epoch, ids)
+        self._tell_of_samples()
+
+    def _tell_of_samples(self, *, wait: bool = False) -> None:
+        for event in self._sample_ids.events(wait=wait):
+            self._tell(event)
+
     def _go_behind(self, step: int) -> None:
         """Go on behind this step: a checkpoint was loaded. The next 100 steps are silent."""
         self._waiting.forget(step)
         self._columns, self._nonfinite, self._unexplained = None, NonFinite(), self._new_unexplained()
+        self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
 
     def _end(self) -> None:
         """Look at all that waits: nothing more comes."""
         self._go_on(all_of_them=True)
+        self._tell_of_samples(wait=True)
 
     def _go_on(self, *, all_of_them: bool = False) -> None:
         for one in self._waiting.ready(logs=self._logs(), norms=self._has_norms, all_of_them=all_of_them):

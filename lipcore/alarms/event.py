@@ -10,9 +10,9 @@ class AlarmEvent:
     """One alarm."""
 
     step: int  #: number of the optimizer step, from 1
-    signal: str  #: "loss", "update_norm", "grad_norm", "rms_t", "nonfinite" or "unexplained_movement"
+    signal: str  #: of the table of :class:`Alarms`, or an exact one: "nonfinite", "unexplained_movement", "sample_ids"
     place: str  #: group of parameters; a parameter for the exact ones; "total" where none stands out
-    score: float  #: what was compared with the signal's limit; infinite for "nonfinite"
+    score: float  #: what was compared with the signal's limit; infinite for "nonfinite", samples for "sample_ids"
     message: str  #: a sentence for people
 
 

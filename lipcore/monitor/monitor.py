@@ -18,6 +18,7 @@ from lipcore.metric.engine import Engine
 from lipcore.metric.optimizers import updating
 from lipcore.metric.protocol import Metric
 from lipcore.metric.results import HISTORY_BYTES, MetricResult
+from lipcore.models.arguments import check_count
 from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.logged import Logged, LoggedListener, check_logged
@@ -178,7 +179,14 @@ class Monitor(Engine):
         if self._meets and self._global.waits:
             self._meet()
 
-    def log_batch(self, ids: Any = None, *, losses: Tensor | None = None, rng_state: Tensor | None = None) -> None:
+    def log_batch(
+        self,
+        ids: Any = None,
+        *,
+        losses: Tensor | None = None,
+        rng_state: Tensor | None = None,
+        epoch: int | None = None,
+    ) -> None:
         """Say which samples the next backward pass is of; call it before ``loss.backward()``, in every micro-batch.
 
         Every metric of single samples takes the ids and the losses, as by its ``set_ids()`` and ``set_losses()``: the
@@ -189,18 +197,26 @@ class Monitor(Engine):
             ids: integers [B].
             losses: floating-point numbers [B], each sample's own.
             rng_state: what ``torch.get_rng_state()`` returned before the batch was made, to make it once more.
+            epoch: the number of the pass through the dataset, in which every sample is to come once: alarms tell of
+                samples that come again, or do not come. None: not looked at.
 
         Raises:
-            ValueError, TypeError: one of them is no such thing; losses without ids.
+            ValueError, TypeError: one of them is no such thing; losses or an epoch without ids.
         """
         if losses is not None and ids is None:
             raise ValueError("ids: losses were given without the ids of their samples; pass ids= too")
+        if epoch is not None:
+            check_count("epoch", epoch, least=0)
+            if ids is None:
+                raise ValueError("ids: an epoch was given without the ids of its samples; pass ids= too")
         found = None if ids is None else checked_ids(ids)
         each = None if losses is None or found is None else checked_losses(losses, found)
         generator = checked_generator(rng_state)
         self._failures.raise_kept()
         if found is not None:
             self._call(self.metrics.values(), lambda metric: metric.observe_batch(found, each))
+        if self.alarms is not None and found is not None and epoch is not None:
+            self.alarms._batch(self._windows.step + 1, epoch, found)
         if self._flight is not None:
             self._flight.name_batch(found, each, generator)
 

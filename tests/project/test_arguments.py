@@ -130,6 +130,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
     "Monitor(window_blocks)": (of_monitor("window_blocks"), 1),
     "Monitor(history_limit)": (of_monitor("history_limit"), 1),
     "Monitor(history_bytes)": (of_monitor("history_bytes"), 1),
+    "Monitor.log_batch(epoch)": (lambda v: lipcore.Monitor(linear(), metrics=[]).log_batch([1], epoch=v), 0),
     "Monitor.probe(batch_size)": (lambda v: lipcore.Monitor(linear()).probe(X, "x", batch_size=v), 1),
     "PerSampleGradDots(every_steps)": (of_dots("every_steps"), 1),
     "PerSampleGradDots(batch_dim)": (of_dots("batch_dim"), 0),
