@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Factor
 from lipcore.layers.projections import projected
+from lipcore.models.torch_internals import rounds_products
 
 DIFFER = (
     "the gradient that came to parameter '{0}' is not the sum of the samples' gradients (they differ by {1:.2g} times "
@@ -47,12 +49,12 @@ class GradientSums:
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], on_error: Callable[[Exception], None]) -> None:
-        self.rough = torch.get_float32_matmul_precision() != "highest"
+        self._handles: list[Any] = []
+        self.rough = rounds_products()
         self._on_error = on_error
         self._task = -1
         self._samples: dict[str, Tensor] = {}
         self._came: dict[str, Tensor] = {}
-        self._handles = []
         self._watched: set[str] = set()
         for name, parameter in parameters.items():
             if parameter.is_leaf and parameter.requires_grad:
@@ -80,8 +82,7 @@ class GradientSums:
 
     def add(self, name: str, total: Tensor) -> None:
         """Take in a sum of samples' gradients."""
-        with torch.autocast(total.device.type, enabled=False):
-            _add(self._samples, name, projected(total))
+        _add(self._samples, name, projected(total))
 
     def _at_parameter(self, name: str, gradient: Tensor | None) -> None:
         # What comes in another backward pass (another thread's) is of another forward pass.
@@ -89,8 +90,7 @@ class GradientSums:
             return
         try:
             self.look_at([gradient])
-            with torch.autocast(gradient.device.type, enabled=False):
-                _add(self._came, name, projected(gradient))
+            _add(self._came, name, projected(gradient))
         except Exception as error:
             self._on_error(error)
 

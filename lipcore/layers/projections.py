@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 PROJECTIONS = 4
+_KEPT = 1 << 20  # the longest that are kept: 32 MiB, of a large vocabulary
 LAST = 2  # the number of a tensor's last dimension, whatever its number of dimensions
 
 
@@ -24,6 +25,11 @@ def projected(tensor: Tensor) -> Tensor:
     tensor = tensor.to_dense() if tensor.layout != torch.strided else tensor
     tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     tensor = tensor.flatten(2) if tensor.dim() > 3 else tensor if tensor.dim() else tensor[None]
+    with torch.autocast(tensor.device.type, enabled=False):
+        return _projected(tensor)
+
+
+def _projected(tensor: Tensor) -> Tensor:
     found = projected_rows(tensor, LAST).reshape(PROJECTIONS, *tensor.shape[:-1])
     for axis in reversed(range(tensor.dim() - 1)):
         along = directions(axis, tensor, axis).double()
@@ -49,7 +55,8 @@ def directions(axis: int, like: Tensor, dim: int = -1) -> Tensor:
         dim: the number of that dimension in it.
     """
     dtype = torch.promote_types(like.dtype, torch.float32)
-    return _random(axis, like.shape[dim], like.device, dtype)
+    size = like.shape[dim]
+    return (_random if size <= _KEPT else _random.__wrapped__)(axis, size, like.device, dtype)
 
 
 @functools.lru_cache(maxsize=256)

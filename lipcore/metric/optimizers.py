@@ -10,6 +10,9 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from lipcore.models.chains import is_own
+from lipcore.models.torch_internals import first_step_hook
+
 _DEEPEST = 4  # wrappers around wrappers
 _MOST = 64  # entries of a list in which optimizers are looked for
 # Trainers, whose wrappers pass step() on, or leave it out.
@@ -50,6 +53,13 @@ def _is_optimizer(thing: Any) -> bool:
 def has_hooks(optimizer: Any) -> bool:
     """Return whether torch calls hooks around its step: not where Optimizer.__init__ was never called."""
     return isinstance(optimizer, Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer)
+
+
+def hooked_before(optimizer: Any) -> bool:
+    """Return whether a hook of the user's is called at the end of its step before any of lipcore's: it may have changed
+    gradients or settings that the step was made with."""
+    first = first_step_hook(optimizer) if has_hooks(optimizer) else None
+    return first is not None and not is_own(first)
 
 
 def scaler_inside(optimizers: Sequence[Any]) -> Any:

@@ -16,6 +16,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from lipcore import _core, functional
 from lipcore.functional.update_rules import DIFFERENCE, GIVEN, Scalar, UpdateRule
+from lipcore.metric.optimizers import hooked_before
 from lipcore.models.device_index import DeviceIndices
 from lipcore.trajectory.closed_forms import CLOSED_FORMS, HELD, Move, move_of, why_not_fused
 from lipcore.trajectory.parameters import local_shard
@@ -48,6 +49,18 @@ def supported(optimizer: Any) -> str | None:
                 f"{'requires gradients' if decay.requires_grad else f'lies on {decay.device}'}; pass a number"
             )
     return None
+
+
+def supported_here(optimizer: Any) -> str | None:
+    """Return why the updates of an optimizer cannot be had in lipcore's hook at the end of its step; None when they
+    can."""
+    reason = supported(optimizer)
+    if reason is None and hooked_before(optimizer):
+        return (
+            f"{type(optimizer).__name__} has a step hook that is not lipcore's and is called before it, so that "
+            "gradients and settings may be others than those of the step; register it after the Monitor is made"
+        )
+    return reason
 
 
 class OptimizerSource:

@@ -14,7 +14,7 @@ from lipcore.functional.update_sums import MOMENTUM, UNEXPLAINED
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.trajectory.mean_ring import MeanRing
 from lipcore.trajectory.parameters import WatchedParameter
-from lipcore.trajectory.sources import OptimizerSource, Sums, supported
+from lipcore.trajectory.sources import OptimizerSource, Sums, supported_here
 from lipcore.trajectory.table import Table
 
 #: In half ulps of w and dw together: what a step may differ by from its formula. Measured by bench/movement_floor.py,
@@ -35,7 +35,7 @@ def checkable(watched: Sequence[WatchedParameter], optimizers: Sequence[Any]) ->
     """Tell the parameters whose optimizer's step is known to the last digits."""
     why, owners = {}, {}
     for optimizer in optimizers:
-        reason = supported(optimizer)
+        reason = supported_here(optimizer)
         for group in getattr(optimizer, "param_groups", ()):
             for tensor in group["params"]:
                 if id(tensor) in owners:

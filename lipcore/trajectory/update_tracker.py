@@ -20,7 +20,7 @@ from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
 from lipcore.trajectory.mean_ring import MeanRing
 from lipcore.trajectory.parameters import WatchedParameter
-from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported
+from lipcore.trajectory.sources import GivenSource, OptimizerSource, SnapshotSource, Sums, supported_here
 from lipcore.trajectory.tracker import Tracker
 
 #: From the optimizer's state, by the row of their squares in what update_sums() returns.
@@ -35,7 +35,7 @@ _KEPT = 1 + max(ROOTS.values())  # rows of squares
 
 def closed_form_everywhere(optimizers: Sequence[Optimizer], watched: list[WatchedParameter]) -> bool:
     """Return whether the state of these optimizers gives every watched parameter's update."""
-    if not optimizers or any(supported(optimizer) for optimizer in optimizers):
+    if not optimizers or any(supported_here(optimizer) for optimizer in optimizers):
         return False
     theirs = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return all(id(parameter.tensor) in theirs for parameter in watched)
@@ -68,6 +68,9 @@ class UpdateTracker(Tracker):
                     "optimizer: source 'optimizer' needs the torch.optim.SGD, Adam or AdamW that makes the whole step; "
                     "pass it here or to the Monitor. A wrapper changes the step: choose source='snapshot', or none"
                 )
+            for i, optimizer in enumerate(optimizers):
+                if (reason := supported_here(optimizer)) is not None:
+                    raise ValueError(f"optimizers[{i}]: {reason}; use snapshots or pass the updates yourself")
             self.source = OptimizerSource(list(optimizers), named, ratios=ratios)
         else:
             self.source = SnapshotSource(named) if source == "snapshot" else GivenSource(named)

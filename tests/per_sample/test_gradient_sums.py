@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 
@@ -264,3 +266,30 @@ def test_checkpoints_are_no_difference(reentrant: bool) -> None:
         with PerSampleGradNorms(outer, loss_reduction="sum") as metric:
             outer(torch.randn(3, 4)).square().sum().backward()
             assert "is not the sum" not in metric.unproved
+
+
+SWITCHES = {
+    "cuda": "torch.backends.cuda.matmul.fp32_precision = 'tf32'",
+    "mkldnn": "torch.backends.mkldnn.matmul.fp32_precision = 'bf16'",
+    "all": "torch.backends.fp32_precision = 'bf16'",
+    "old": "torch.set_float32_matmul_precision('medium')",
+}
+
+
+@pytest.mark.ci
+@pytest.mark.parametrize("name", SWITCHES)
+def test_products_of_fewer_digits_are_no_difference(name: str) -> None:
+    """Torch has two sets of switches, and will not sum up the newer ones. In a process of its own: they are global."""
+    code = f"""
+import torch, lipcore
+{SWITCHES[name]}
+torch.manual_seed(0)
+model = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.Tanh(), torch.nn.Linear(256, 8))
+with lipcore.PerSampleGradNorms(model, loss_reduction="sum") as norms:
+    model(torch.randn(64, 64)).square().sum().backward()
+    assert not norms.unproved, norms.unproved
+    assert norms.per_sample.isfinite().all()
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr

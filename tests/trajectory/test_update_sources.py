@@ -16,6 +16,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from ways import assert_same_in_all_ways
 
+from lipcore import Monitor, Trajectory
 from lipcore.functional import reference
 from lipcore.functional.update_rules import GIVEN
 from lipcore.functional.update_sums import MOMENTUM, NORMALIZED, RATIO, SECOND_MOMENT
@@ -734,3 +735,27 @@ def test_given_updates(dtype):
         source.sums({"weight": torch.zeros(3), "bias": None})
     with pytest.raises(TypeError, match=r"parameter 'weight'.* numpy array"):
         source.sums({"weight": dw.float().numpy(), "bias": None})
+
+
+@pytest.mark.parametrize("behind", [True, False])
+def test_a_hook_that_runs_before_lipcores_is_refused(behind: bool) -> None:
+    """It may take the gradient away by which SGD's step is known; behind lipcore's it may."""
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def clear(done: torch.optim.Optimizer, *_: object) -> None:
+        done.zero_grad()
+
+    if not behind:
+        optimizer.register_step_post_hook(clear)
+        with pytest.raises(ValueError, match="has a step hook that is not lipcore's and is called before it"):
+            Monitor(model, optimizer, metrics=[Trajectory(source="optimizer")])
+        return
+    with Monitor(model, optimizer, metrics=[Trajectory(source="optimizer")], window_steps=None) as monitor:
+        optimizer.register_step_post_hook(clear)
+        before = torch.cat([p.detach().flatten().double() for p in model.parameters()])
+        model(torch.randn(4, 3)).square().sum().backward()
+        optimizer.step()
+        moved = torch.cat([p.detach().flatten().double() for p in model.parameters()]) - before
+        found = monitor.compute()["trajectory"].update_norm["total"]["last"].value
+    assert found == pytest.approx(float(moved.norm()), rel=1e-5)

@@ -206,7 +206,8 @@ class Replay:
             if child in self._leaves:
                 sums.add_factors({self._leaves[child]: factor})
             else:
-                self._totals[child] = factor.weighted_sum(torch.ones(factor.samples, dtype=torch.float64))
+                with torch.autocast(next(factor.tensors()).device.type, enabled=False):
+                    self._totals[child] = factor.weighted_sum(torch.ones(factor.samples, dtype=torch.float64))
 
     def _pass_on(self, sums: GradientSums, place: int, node: Any, total: Tensor) -> None:
         """Take a sum of the samples' gradients at a node to what is behind it."""
