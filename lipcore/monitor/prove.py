@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lipcore.capture.layers.asked_proof import AskedProof
 from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.distributed.group import Group
 from lipcore.distributed.partners import Partners
@@ -45,18 +46,18 @@ def prove_together(
     _check_alike(headers, group)
     error: Exception | None = None
     able = {name: capture for name, capture in captures.items() if not state[name]}
-    found = dict(state)
+    found, asked = dict(state), dict[str, AskedProof]()
     try:
         try:
-            _run(model, arguments, keywords, able.values())
+            asked = _run(model, arguments, keywords, able)
         except Exception as raised:  # the other ranks wait for a word of this one
             error = raised
             found |= dict.fromkeys(able, f"the forward pass raised {type(raised).__name__}: {str(raised)[:200]}")
-        waits = {name: error is None and capture.proofs.waits for name, capture in able.items()}
+        waits = {name: name in asked and asked[name].waits for name in able}
         ready = _met(partners, group, step, {"version": 1, "call": f"{_CALL}, its second part", "waits": waits})
-        for name, capture in able.items() if error is None else ():
+        for name, proof in asked.items():
             together = all(other["waits"].get(name) for other in ready)
-            found[name] = capture.finish_proof(together=together)
+            found[name] = able[name].finish_proof(proof, together=together)
     finally:
         _cut_again(model)
     told = _met(partners, group, step, {"version": 1, "call": f"{_CALL}, what it found", "found": found})
@@ -67,17 +68,19 @@ def prove_together(
     return {name: _of_all(name, told, group) for name in captures}
 
 
-def _run(model: nn.Module, arguments: Any, keywords: Any, captures: Iterable[LayerCapture]) -> None:
-    """Run the forward pass, with the proofs in it; what it changes gets its value back."""
+def _run(
+    model: nn.Module, arguments: Any, keywords: Any, captures: Mapping[str, LayerCapture]
+) -> dict[str, AskedProof]:
+    """Run the forward pass, and return the proofs in it; what it changes gets its value back."""
     with ExitStack() as stack:
         stack.enter_context(all_put_back(model, random=True, writes=False))
         stack.enter_context(_unsynchronised(model))
-        for capture in captures:
-            stack.enter_context(capture.proving())
+        asked = {name: stack.enter_context(capture.proving()) for name, capture in captures.items()}
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(without_cached_casts())
         model(*arguments, **keywords)
+    return asked
 
 
 def _cut_again(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from lipcore.per_sample.loss_reduction import LossReduction, Reduction, Terms
 from lipcore.per_sample.metric import PerSampleMetric
 from lipcore.per_sample.pass_dots import PassDots
 from lipcore.per_sample.pass_norms import Norms
-from lipcore.per_sample.rank_dots import DotsPart
+from lipcore.per_sample.rank_dots import DotsPart, UsedReferences
 from lipcore.per_sample.references import Gradient, References
 from lipcore.per_sample.scores.sample_scores import SampleScores
 from lipcore.per_sample.scores.score_columns import ScoreColumns
@@ -103,7 +103,7 @@ class PerSampleGradDots(PerSampleMetric):
             measure=self._measure,
         )
         columns = self._references.columns
-        self._bits: Tensor | None = None  # of all references since it was bound, and of when they were set
+        self._used: UsedReferences | None = None  # from when it is bound
         super().__init__(
             *(model, reduction, options),
             every_steps=every_steps,
@@ -114,13 +114,15 @@ class PerSampleGradDots(PerSampleMetric):
         )
 
     def _measure(self, factors: Any) -> dict[str, Tensor]:
+        if self._used is not None:
+            self._used.used = True
         return self._references(factors)  # those of now: others may be set at any time
 
     def tapped(self, layers: TappedLayers) -> None:
         self._check(self._references, layers)
         super().tapped(layers)
-        if self._bits is None:
-            self._bits = self._references.bits()
+        if self._used is None:
+            self._used = UsedReferences(self._references.bits(), self._blocks)
 
     def _check(self, references: References, layers: TappedLayers) -> None:
         coverage = layers.coverage
@@ -143,8 +145,20 @@ class PerSampleGradDots(PerSampleMetric):
         if self._capture is not None:
             self._check(references, self._capture)
         self._references = references
-        if self._bits is not None:
-            self._bits = 1000003 * self._bits + references.bits().to(self._bits.device) + self._steps
+        if self._used is not None:
+            self._used.change(references.bits(), self._steps)
+
+    def reset(self) -> None:
+        """Start a new window."""
+        super().reset()
+        if self._used is not None:
+            self._used.reset(self._steps, waiting=bool(self._open_step))
+
+    def advance(self) -> None:
+        """Slide the window by a block."""
+        super().advance()
+        if self._used is not None:
+            self._used.advance(self._steps, waiting=bool(self._open_step))
 
     def _numbers_of(self, record: LayerRecord, factor: LossFactor) -> PassDots:
         return PassDots(record, factor, self._layer_index, self._references.columns, self._references.single)
@@ -155,8 +169,8 @@ class PerSampleGradDots(PerSampleMetric):
     def _part_of(self, agreed: dict[str, Any], **found: Any) -> DotsPart:
         names = ",".join(name for name, *_ in self._held())
         agreed |= {"quantities": self._quantities}
-        assert self._bits is not None
-        return DotsPart(agreed, **found, names=hashlib.sha256(names.encode()).hexdigest()[:16], bits=self._bits)
+        assert self._used is not None
+        return DotsPart(agreed, **found, names=hashlib.sha256(names.encode()).hexdigest()[:16], bits=self._used.bits)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
         return shown_dots(self._layers, total_of(self._capture), self._window.merged(), self._quantities)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,50 @@ _OTHERS = (
     "step, so their products are not of one kind; give all ranks the same bits, at the same step: the gradient that "
     "ranks have reduced, full_tensor() of sharded ones, or one rank's by torch.distributed.broadcast()"
 )
+
+
+class UsedReferences:
+    """The bits of the references that the samples of a window were multiplied with, by block: the same on ranks that
+    have set the same ones at the same steps.
+
+    Args:
+        bits: of the first ones, int64.
+        blocks: of the window.
+
+    Attributes:
+        used: samples of the open block were multiplied.
+    """
+
+    def __init__(self, bits: Tensor, blocks: int) -> None:
+        self._now, self._blocks = bits, deque([bits], maxlen=blocks)
+        self.used, self._began = False, 0
+
+    def change(self, bits: Tensor, step: int) -> None:
+        """Note that following samples are multiplied with others."""
+        self._now = bits
+        before = self._blocks.pop().to(bits.device)
+        unused = step == self._began and not self.used
+        self._blocks.append(bits if unused else 1000003 * before + bits + step)
+
+    def advance(self, step: int, *, waiting: bool) -> None:
+        """Start a block, which has the present ones, and those of the last one where samples of it are `waiting`; the
+        oldest one falls out."""
+        self._blocks.append(self._blocks[-1] if waiting else self._now)
+        self.used, self._began = waiting, step
+
+    def reset(self, step: int, *, waiting: bool) -> None:
+        """Start a window."""
+        self.advance(step, waiting=waiting)
+        while len(self._blocks) > 1:
+            self._blocks.popleft()
+
+    @property
+    def bits(self) -> Tensor:
+        """A number that is the same for the same references in all blocks."""
+        found = torch.zeros_like(self._now)
+        for block in self._blocks:
+            found = 1000003 * found + block.to(found.device)
+        return found
 
 
 @dataclass

@@ -49,7 +49,6 @@ class SketchTracker(Tracker):
         keep_limit: int,
         **settings: Any,
     ) -> None:
-        self._sketched = watched
         self.buckets, self.seed, self._keep_every = buckets, seed, keep_every
         groups = list(dict.fromkeys(parameter.group for parameter in watched))
         device = watched[0].tensor.device
@@ -70,6 +69,7 @@ class SketchTracker(Tracker):
             torch.tensor(each, dtype=torch.int64, device=device) for each in (self._group_of, self.kinds)
         )
         self._first = first_indices(watched)
+        self._parts = [(p.name, p.group, tuple(p.tensor.shape), held) for p, held in zip(watched, holders, strict=True)]
         self._now = torch.zeros(len(of_rows), buckets, dtype=torch.float64, device=device)
         self._weights = torch.zeros(len(watched), 2, dtype=torch.float64, device=device)
         entries = [
@@ -164,10 +164,10 @@ class SketchTracker(Tracker):
         self.nonfinite.zero_()
 
     def inherit(self, before: TrackerBase) -> None:
-        """Go on from another tracker, if no parameter has come, gone or changed its size: else the hash of the elements
-        is another one."""
+        """Go on from another tracker, if no parameter has come, gone, changed its size or what ranks hold of it: else
+        the hash of the elements is another one, or a sketch is of others."""
         assert isinstance(before, SketchTracker)
-        if [p.name for p in before._sketched] == [p.name for p in self._sketched] and before._first == self._first:
+        if (before._parts, before._first) == (self._parts, self._first):
             super().inherit(before)
 
     def set_reference(self, reference: list[Tensor]) -> None:
@@ -184,7 +184,7 @@ class SketchTracker(Tracker):
         out = {f"sketches: {kind}": size for kind, size in super().bytes().items()}
         out["sketches: present, and the last two updates'"] = 4 * 8 * self._now.numel()
         if self._keep_every is not None:
-            out["sketches kept, at most"] = 8 * self.buckets * (self.history._rows.maxlen or 0)
+            out["sketches kept, at most"] = 8 * self.buckets * (max(self.kinds) + 1) * (self.history._rows.maxlen or 0)
         return out
 
     def describe(self, result: MetricResult, wanted: frozenset[str], *, length: str) -> None:

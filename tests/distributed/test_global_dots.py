@@ -27,7 +27,7 @@ def found(tmp_path_factory: Any) -> Found:
 
 
 def test_every_situation_is_in_the_table() -> None:
-    assert sorted(name for name, *_ in situations(2)) == sorted([*RIGHT, *LEFT_OUT])
+    assert sorted(name for name, *_ in situations(2)) == sorted([*RIGHT, *LEFT_OUT, "set_alike_later"])
 
 
 @pytest.mark.parametrize("name", RIGHT)
@@ -44,3 +44,9 @@ def test_left_out(found: Found, name: str) -> None:
     for numbers in found[name]:
         assert isinstance(numbers, dict), numbers
         assert re.search(LEFT_OUT[name], numbers["said"]), numbers["said"]
+
+
+def test_windows_after_other_references_are_whole(found: Found) -> None:
+    for numbers in found["set_alike_later"]:
+        assert isinstance(numbers, dict), numbers
+        assert numbers["whole"] == [False, False, True, True]

@@ -79,6 +79,32 @@ def test_products_with_other_references_are_refused() -> None:
         assert part.refused().startswith("reference: rank 1 has multiplied its samples with other references")
 
 
+def bits_after(metric: PerSampleGradDots, calls: str) -> int:
+    """Which references a window had, after (p)asses, optimizer (s)teps, window (r)esets, and (c)hanges to those of seed
+    2."""
+    model = nn.Linear(3, 2).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    other = {name: rows[0] for name, rows in dots(2)._references._rows.items()}
+    with Monitor(model, optimizer, metrics=[metric], window_steps=9):
+        does = {
+            "p": lambda: model(torch.ones(2, 3).double()).sum().backward(),
+            "s": optimizer.step,
+            "r": metric.reset,
+            "c": lambda: metric.set_reference(other),
+        }
+        for call in calls:
+            does[call]()
+        return metric.rank_part().told["reference"][1]  # type: ignore[union-attr]
+
+
+def test_windows_have_the_references_that_were_used_in_them() -> None:
+    for same in ("c", "psrc", "pscr", "pscrps", "psrcps"):
+        assert bits_after(dots(0), same) == bits_after(dots(1), same), same
+    for others in ("", "psc", "psrsc", "psrpc", "pcrs", "prc"):
+        assert bits_after(dots(0), others) != bits_after(dots(1), others), others
+    assert bits_after(dots(0), "psrc") != bits_after(dots(0), "psrpsc")
+
+
 def sketched() -> Trajectory:
     return Trajectory(mode="sketch", buckets=256, stats=["update_norm", "weight_norm", "distance", "grad_norm"])
 

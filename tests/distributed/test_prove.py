@@ -3,15 +3,20 @@ where they would not run the same."""
 
 from __future__ import annotations
 
+import gc
 import re
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from prove_situations import NAME, batch_of, made, monitored, situations
+from prove_situations import NAME, Net, batch_of, made, monitored, situations, train
 from rank_runs import Found, run_situations
+from rank_situations import fsdp
 
 from lipcore import Monitor, Trajectory
+from lipcore.monitor import prove
 
 FLAWS = {
     "ddp_detaches": "samples are exchanged",
@@ -113,3 +118,84 @@ def test_what_is_raised() -> None:
     assert monitor.prove(batch_of(0, 0)) == {NAME: ""}
     with pytest.raises(ValueError, match="metrics: there is none of single samples' gradients"):
         Monitor(made(), metrics=[Trajectory()]).prove(batch_of(0, 0))
+
+
+@pytest.fixture
+def sharded() -> Iterator[tuple[Net, Any, Monitor]]:
+    """A sharded model whose one rank is this process, and that has trained for a window."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model: Any = fsdp(made(drops=False))
+        optimizer, monitor = monitored(model)
+        train(model, optimizer, 0, range(3))
+        yield model, optimizer, monitor
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def proved_windows(sharded: tuple[Net, Any, Monitor], steps: int) -> list[bool]:
+    """Whether each of the next windows is proved."""
+    model, optimizer, monitor = sharded
+    before = monitor.history[-1].index
+    train(model, optimizer, 0, range(steps))
+    return [window[NAME].details["proved"] for window in monitor.history if window.index > before]
+
+
+@pytest.mark.ci
+def test_passes_that_do_something_else_after_a_proof(sharded: Any) -> None:
+    """They detach statistics, which no further proof of a sharded model looks for: neither at once, nor in the passes
+    that are proved again."""
+    model, _, monitor = sharded
+    assert monitor.prove(batch_of(0, 0)) == {NAME: ""}
+    assert proved_windows(sharded, 66) == [True] * 22  # the passes of numbers 64 and 66 are in it
+    model.detaches = True
+    assert not any(proved_windows(sharded, 90))  # and number 128 in it
+
+
+@pytest.mark.ci
+def test_a_proof_of_other_operations_than_those_of_the_training(sharded: Any) -> None:
+    model, _, monitor = sharded
+    model.detaches = True  # as in training mode, say
+    assert not any(proved_windows(sharded, 3))
+    model.detaches = False
+    assert monitor.prove(batch_of(0, 0)) == {NAME: ""}
+    model.detaches = True
+    assert not any(proved_windows(sharded, 6))
+
+
+@pytest.mark.ci
+def test_a_proof_that_is_broken_off_keeps_nothing(sharded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, monitor = sharded
+    graphs = []
+
+    def raises(module: Any, arguments: Any, output: torch.Tensor) -> None:
+        graphs.append(weakref.ref(output.grad_fn))  # type: ignore[arg-type]
+        if broken == "in its pass":
+            raise OSError(broken)
+
+    def met(*arguments: Any) -> Any:
+        if broken == "after its pass" and "second part" in arguments[-1]["call"]:
+            raise OSError("after its pass")
+        return [arguments[-1]]
+
+    monkeypatch.setattr(prove, "_met", met)
+    for broken in ("in its pass", "after its pass"):
+        with model.register_forward_hook(raises), pytest.raises(OSError, match=broken):
+            monitor.prove(batch_of(0, 0))
+        gc.collect()
+        assert graphs.pop()() is None
+        assert not any(proved_windows(sharded, 3))
+    monkeypatch.undo()
+    assert monitor.prove(batch_of(0, 0)) == {NAME: ""}
+    assert all(proved_windows(sharded, 3))
+
+
+def test_a_batch_of_another_size_and_mode() -> None:
+    """A pass of a shape that was proved once, and does something else, is not proved by that."""
+    model = made()
+    optimizer, monitor = monitored(model)
+    train(model, optimizer, 0, range(3))
+    run = monitor.metrics[NAME]._capture.proofs  # type: ignore[attr-defined]
+    model.eval()
+    assert monitor.prove(batch_of(0, 0, 6)) == {NAME: ""}
+    assert run._operations[6, 6]

@@ -127,6 +127,25 @@ def set_elsewhere(rank: int, world: int) -> dict[str, Any]:
         return said_of([monitor.global_window()])
 
 
+def set_alike_later(rank: int, world: int) -> dict[str, Any]:
+    """Ranks have other references in the first of the windows of two blocks, and then the same: those of which no block
+    has the others are whole."""
+    model = DDP(made())
+    metric = PerSampleGradDots(reference=references(model, rank), loss_reduction="mean")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    with Monitor(model, optimizer, metrics=[metric], window_steps=2, window_blocks=2, timeout=20) as monitor:
+        for step, (x, y) in enumerate(data_of(range(world))[rank][:4]):
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(NAME in window)
+            if step == 0:
+                metric.set_reference(references(model, 9))
+    return {"whole": found}
+
+
 def said_of(windows: Sequence[Any]) -> dict[str, Any]:
     """Why the last window lacks the products; the other metric is in it."""
     assert NAME not in windows[-1]
@@ -171,5 +190,5 @@ def pipeline(rank: int, world: int) -> dict[str, Any]:
 
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each."""
-    for work in (ddp, fsdp2, tensor_parallel, other_references, set_elsewhere, pipeline):
+    for work in (ddp, fsdp2, tensor_parallel, other_references, set_elsewhere, set_alike_later, pipeline):
         yield work.__name__, ranks, quiet(work)

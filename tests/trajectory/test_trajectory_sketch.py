@@ -269,3 +269,28 @@ def test_rebind_and_loads():
     train(model, observe, 1, seed=8)
     last = sketch.compute().update_norm["total"].last.value
     assert last == pytest.approx(exact.compute().update_norm["total"].last.value, rel=0.06)
+
+
+@pytest.mark.ci
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed")
+def test_rebind_after_ranks_hold_other_parts():
+    """Where some parameters of a group are shards from now on, sketches are of others, and distances begin anew."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = make()
+        sketch = Trajectory(model, mode="sketch", groups=lambda name: "all", buckets=4096, keep_every=1, keep_limit=6)
+        train(model, sketch.update, 10)
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (1,)))
+        sketch.rebind()
+        exact = Trajectory(model)
+        train(model, lambda: (exact.update(), sketch.update()), 10, seed=7)
+        truth, found = exact.compute(), sketch.compute()
+        expected = truth.distance["total"].last.value
+        assert found.distance["total"].last.value == pytest.approx(expected, rel=0.1)
+        kept = sum(row.nbytes for _, row in sketch.sketches.rows())
+        assert next(line.bytes for line in sketch.plan() if "kept, at most" in line.what) == kept
+    finally:
+        torch.distributed.destroy_process_group()

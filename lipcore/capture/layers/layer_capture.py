@@ -18,6 +18,7 @@ from lipcore.capture.graph.kept_tensors import reading
 from lipcore.capture.graph.orders import Orders
 from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.own_graph import OwnGraph
+from lipcore.capture.layers.asked_proof import AskedProof
 from lipcore.capture.layers.audit import Audit, depends_on, uses_of
 from lipcore.capture.layers.batch_of import batch_of, batch_tensor, check_lists
 from lipcore.capture.layers.batch_of_one import SingleBatches
@@ -54,8 +55,6 @@ FUSED_THEN = (
     "parameter '{0}' is used by others than its own layer, which is fused; in the next passes that layer is not, and "
     "the graph measures it"
 )
-_NO_PASS = "the model was not called in the pass that was to be proved"
-_ONE_SAMPLE = "a batch of one sample has nothing to prove; pass two or more"
 ROOT = "model"  #: what the model itself is called where it is a layer
 
 
@@ -267,23 +266,27 @@ class LayerCapture:
         self.passes.flush()
 
     @contextmanager
-    def proving(self) -> Iterator[None]:
+    def proving(self) -> Iterator[AskedProof]:
         """Prove the pass of the model in the with block, which is none of the training's."""
-        self.proofs.asked, self.proofs.answer = True, _NO_PASS
+        self.proofs.asked = asked = AskedProof()
+        before = self.passes.last
         try:
-            yield
+            yield asked
         finally:
-            self.proofs.asked = False
+            self.proofs.asked = None
+            last = self.passes.last
+            if last is not None and last is not before:  # the block has raised
+                self.passes.drop(last)
 
-    def finish_proof(self, *, together: bool) -> str:
-        """Return what the pass of :meth:`proving` has left unproved, "" for nothing; with passes that all ranks run, if
-        they do it `together`."""
+    def finish_proof(self, asked: AskedProof, *, together: bool) -> str:
+        """Return what a proof has left unproved after its pass, "" for nothing; with passes that all ranks run, if they
+        do it `together`."""
         try:
-            self.proofs.finish(together=together)
+            asked.finish(together=together)
         except Exception as error:
-            self.proofs.answer = self.proofs.answer or str(error)
+            asked.answer = asked.answer or str(error)
             self.passes.fail(error)
-        return self.proofs.answer
+        return asked.answer
 
     def check_that_something_came(self) -> None:
         """Keep an error when, after some steps, no backward pass has come through the hooks."""
@@ -407,8 +410,8 @@ class LayerCapture:
             except Exception as error:
                 passes.fail(error)
             self._follow_graph(run, output)
-        if self.proofs.asked:
-            self.proofs.answer = passes.stopped or run.unproved or (_ONE_SAMPLE if run.batch.size < 2 else "")
+        if self.proofs.asked is not None:
+            self.proofs.close_asked(run, passes.stopped)
             passes.drop(run)
             return None
         if passes.recording and self._options.loss_of is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lipcore.capture.graph.orders import OTHER, WRITES, Orders, order_of
+from lipcore.capture.layers.asked_proof import AskedProof
 from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
@@ -50,6 +51,8 @@ NO_GRADIENTS = "the model's outputs bring no gradient to any layer"
 _MEMORY = "another backward pass needs about {0} MB, and {1} MB are free"
 _NOT_RUN = "statistics over the batch that the model may detach were not looked for: {0}"
 _OTHERS_OPEN = "on another rank the pass left something open before"
+_UNFINISHED = "the proof that was asked for has not come to its end"
+_ONE_SAMPLE = "a batch of one sample has nothing to prove; pass two or more"
 _OFFSETS = "the samples are packed sequences"
 _ALONE = "the model is sharded, and not all of its ranks have this metric"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
@@ -60,6 +63,9 @@ _COMMUNICATES = (
 _PAST = (
     "the loss reaches layer '{0}' past the output that proofs begin at (output=); name the one by which all of it comes"
 )
+
+
+_Done = tuple[tuple[int, ...], int, int, int]  # shape of the input, gradients begun, nodes, calls of tapped layers
 
 
 @dataclass
@@ -75,7 +81,7 @@ class _Known:
     met: set[str] = field(default_factory=set)  # layers that were called in a proof, and that no gradient came to
     left_out: dict[str, int] = field(default_factory=dict)  # of these, the numbers of layers that were not called
     ids: dict[str, list[SampleIds]] = field(default_factory=dict)
-    together: bool = False  # all ranks have looked for detached statistics together, and found none
+    together: set[_Done] = field(default_factory=set)  # of passes that all ranks have looked at together, to no find
 
     def add(self, found: Mapping[str, list[SampleIds]]) -> None:
         """Take in whose rows a further proof has found; where a layer's calls are others than before, they count."""
@@ -102,8 +108,7 @@ class Proofs:
         bytes: the memory that the last proof took beside what the pass itself keeps, roughly.
         sharded: parameters of the model are spread over ranks.
         orders: of the samples, in passes that were proved.
-        asked: the pass under way is the user's prove(), on all ranks.
-        answer: what the last one that was asked for has left unproved; "" for nothing.
+        asked: the user's prove() whose pass is under way, on all ranks; None in the training's.
     """
 
     def __init__(
@@ -118,8 +123,7 @@ class Proofs:
         orders: Orders | None = None,
     ) -> None:
         self.bytes = 0
-        self.asked, self.answer = False, ""
-        self._later: Callable[[bool], str] | None = None  # what is looked at when the pass that was asked for is over
+        self.asked: AskedProof | None = None
         self._model, self._sites = model, sites
         self._wanted, self._skip, self._graph = prove, skip, graph
         self._output = ProofOutput(model, output)
@@ -170,14 +174,14 @@ class Proofs:
         self._begun = None
         run.kind = first.dim(), run.batch.size
         run.shape = tuple(first.shape)
-        due = self.asked or self._schedule.due(tuple(first.shape), run.batch.size)
-        run.adds_up = not self.asked and (due or self._schedule.adds_up)
-        if self._ranks is not None and not self.asked and self._schedule.due_next():
+        due = self.asked is not None or self._schedule.due(tuple(first.shape), run.batch.size)
+        run.adds_up = self.asked is None and (due or self._schedule.adds_up)
+        if self._ranks is not None and self.asked is None and self._schedule.due_next():
             self._ranks.announce(self._schedule.passes + 1)
         if not due or (run.chained and self._ranks is None):
             return
         try:
-            together = self.asked and self.sharded
+            together = self.asked is not None and self.sharded
             run.before = Before(self._model, arguments, keywords, first, run.batch.dim, together=together)
             self._output.listen()
             run.due, self._begun = True, run.kind
@@ -330,7 +334,7 @@ class Proofs:
         reason = graph.refused
         if self._refused:
             reason = f"{self._refused} allows no other backward pass; use fully_shard"
-        elif self._ranks is not None and not self.asked and not self._ranks.agree(self._schedule.passes):
+        elif self._ranks is not None and self.asked is None and not self._ranks.agree(self._schedule.passes):
             reason = _ALONE
         elif not seeds.outputs:
             reason = NO_OUTPUT if output is not None else NOT_RUN_OUTPUT
@@ -364,10 +368,10 @@ class Proofs:
         suspected = {id(tensor) for outputs, _ in run.suspects for tensor in outputs}
         pairs = zip(seeds.outputs, seeds.dims, seeds.samples, strict=True)
         rows = [(places[id(t)], dim, whose) for t, dim, whose in pairs if id(t) not in suspected]
-        if self.asked and self.sharded:  # the pass has to be over on all ranks before another one begins
-            self._later = functools.partial(self._look_together, output, rows, before, known)
+        if self.asked is not None and self.sharded:  # the pass has to be over on all ranks before another one begins
+            self.asked.later = functools.partial(self._look_together, run, output, rows, before, known)
             return
-        if self.sharded and known.together:
+        if self.sharded and _done(run) in known.together:
             return
         why, wrong = before.difference(output, rows, self._run_again)
         if why and not wrong:
@@ -381,32 +385,39 @@ class Proofs:
             run.suspects.append(([tensors[i] for i in wrong], every))
 
     def _look_together(
-        self, output: Any, rows: Sequence[tuple[int, int, Tensor]], before: Before, known: _Known, together: bool
+        self,
+        run: LayerPass,
+        output: Any,
+        rows: Sequence[tuple[int, int, Tensor]],
+        before: Before,
+        known: _Known,
+        together: bool,
     ) -> str:
         why, wrong = before.difference(output, rows, self._run_again) if together else (_OTHERS_OPEN, [])
-        known.together = not why
+        known.together.discard(_done(run))
         if not why:
+            known.together.add(_done(run))
+            known.reason = ""
+            self._note_asked(run)
             return ""
         known.reason = why if wrong else _NOT_RUN.format(why)
         if wrong and not self._skip:
             raise Disproved(f"model: {why}")
         return known.reason
 
-    @property
-    def waits(self) -> bool:
-        """True where :meth:`finish` has passes to run, which speak to other ranks."""
-        return self._later is not None
+    def close_asked(self, run: LayerPass, stopped: str) -> None:
+        """Note what a pass that was asked for, and is over, has left unproved; `stopped`: why nothing is recorded."""
+        assert self.asked is not None
+        self.asked.answer = stopped or run.unproved or (_ONE_SAMPLE if run.batch.size < 2 else "")
+        if not self.asked.waits:
+            self._note_asked(run)
+        elif run.kind is not None:
+            self._known[run.kind].reason = _NOT_RUN.format(_UNFINISHED)  # until it is finished
 
-    def finish(self, *, together: bool) -> None:
-        """Look at what could not be looked at within the pass that was asked for, where all ranks do it `together`.
-
-        Raises:
-            Disproved: samples depend on each other in a way that spoils all norms.
-        """
-        later, self._later = self._later, None
-        if later is not None:
-            found = later(together)
-            self.answer = self.answer or found
+    def _note_asked(self, run: LayerPass) -> None:
+        """Note that following passes are like one that was asked for, or do something else."""
+        if run.proved:
+            self.note_operations(run)
 
     def _run_again(self, call: Callable[[], Any]) -> Any:
         self._output.listen()
@@ -427,6 +438,10 @@ class Proofs:
         when = "proved: every sample, in passes 1, 64, 128, ... and where shapes are new"
         took = f", with about {-(-self.bytes // 1024)} KB beside the pass" if self.bytes else ""
         return f"not proved: {'; '.join(reasons)}" if reasons else when + took
+
+
+def _done(run: LayerPass) -> _Done:
+    return run.shape, run.begun, run.nodes, run.taps
 
 
 def _places(seen: Seen | None) -> OutputPlaces | None:
