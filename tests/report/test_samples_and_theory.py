@@ -18,7 +18,7 @@ from lipcore.report.facts import Facts, facts_of
 from lipcore.report.largest_samples import LargestSamples
 from lipcore.report.source import StepTime
 from lipcore.report.statements import Theory
-from lipcore.theory import sandwich
+from lipcore.theory import lipschitz_bound, sandwich
 
 pytest.importorskip("bokeh", reason="needs the extra `report`")
 from lipcore.report.head import run_facts
@@ -97,6 +97,42 @@ def test_theory_is_said_with_labels_and_what_is_not_valid_is_grey(tmp_path: Path
     assert "lower side: heuristic" in page
     assert [one.where for one in facts.theory].count("Corollary 2") == 0  # single parameters are not in the record
     assert isinstance(theory(Facts("a", "a"), Plots(1, 2)), Missing)
+
+
+def test_a_run_with_nan_says_what_its_windows_in_memory_say(tmp_path: Path) -> None:
+    """A record has null where a singular value is not finite."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    metrics = [lipcore.Lipschitz()]
+    with lipcore.watch(model, optimizer, run=tmp_path / "a", metrics=metrics, window_steps=2) as monitor:
+        for step in range(6):
+            x = torch.full((4, 3), float("nan") if step == 3 else 1.0)
+            model(x).square().mean().backward()
+            optimizer.step()
+    with lipcore.open_run(tmp_path / "a") as run:
+        windows, facts = list(run.windows), facts_of(run)
+    bounds = [lipschitz_bound(history).bound for history in (monitor.history, windows)]
+    assert repr(bounds[0]) == repr(bounds[1])
+    assert "W_1 is not finite" in bounds[1].note
+    assert not facts.unread
+    assert {one.where for one in facts.theory} >= {"Theorem 1", "Definition 1", "Corollary 1"}
+
+
+def test_theory_that_fails_is_not_taken_for_a_metric_that_was_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Theory) -> None:
+        raise TypeError("no number")
+
+    recorded(tmp_path / "a", width=3)
+    monkeypatch.setattr(Theory, "statements", fails)
+    with lipcore.open_run(tmp_path / "a") as run:
+        facts = facts_of(run)
+    assert facts.unread == ["theory: no number"]
+    assert facts.windows.count == 4
+    made = theory(facts, Plots(1, 20))
+    assert isinstance(made, Missing)
+    assert made.remedy == "nothing, though the windows have lipschitz (theory: no number)"
 
 
 @pytest.mark.ci
