@@ -173,6 +173,8 @@ def test_the_facts_say_what_a_step_took() -> None:
     assert "200 steps a second · lipcore&#x27;s call: 0.5 of 5 ms a step" in run_facts(facts)
     assert "(10 %) inside lipcore&#x27;s call" in run_facts(facts)
     assert "a second" not in run_facts(replace(facts, step_time=StepTime()))
+    assert "a second" not in run_facts(replace(facts, step_time=StepTime(63, 0.05, 0.5)))
+    assert "a second" in run_facts(replace(facts, step_time=StepTime(64, 0.05, 0.5)))
 
 
 def test_an_interval_is_drawn_where_some_of_the_middles_are_not_valid() -> None:
