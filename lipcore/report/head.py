@@ -57,7 +57,7 @@ def _alarms(facts: Facts) -> Html:
         )
         for event in worst
     ]
-    return Table(("step", "place", "alarm, by score", "score"), rows, most=_MOST_ALARMS, of_numbers=False).html()
+    return Table(("step", "place", "alarm, the worst first", "score"), rows, most=_MOST_ALARMS, of_numbers=False).html()
 
 
 def _cut(text: str) -> Html:

@@ -49,6 +49,18 @@ def test_each_sample_stands_where_it_was_largest_and_what_is_not_finite_first() 
     assert found.usual == {"gradient norm": 2.0, "loss": 1.5}
 
 
+def test_a_model_that_is_nan_does_not_hide_the_samples_before() -> None:
+    """Of every step after the first NaN all losses are NaN."""
+    after = [batch(step, list(range(20)), None, [np.nan] * 20) for step in range(5, 9)]
+    found = LargestSamples.of([*BATCHES[:2], batch(4, [6], None, [np.inf]), *after])
+    assert [(one.id, one.step, one.times) for one in found.by["loss"]][:3] == [(6, 4, 5), (7, 3, 6), (5, 4, 5)]
+    assert found.later == {"gradient norm": 0, "loss": 80}
+    made = sample_norms(Facts("a", "a", samples=found), Plots(1, 9))
+    assert isinstance(made, Section)
+    assert "Samples with the largest loss, each where it was largest; 80 more not finite later" in made.html()
+    assert "Samples with the largest gradient norm, each where it was largest<" in made.html()
+
+
 def test_samples_without_numbers_are_no_ranking() -> None:
     assert LargestSamples.of([]).by == {}
     assert LargestSamples.of([Batch(1, None, None, None, b"state")]).by == {}
