@@ -175,9 +175,7 @@ def batch(all_results: Results) -> str:
     steps = found["steps_by_batch"]
     cells = [f"{row['steps']:.0f}" for row in steps.values()]
     cells += [f"{found['fitted_critical_batch']:.0f}", f"{found['noise_scale_median']:.0f}"]
-    return table(
-        [*(f"batch {size}" for size in steps), "critical batch fitted", "noise scale, median"], [cells]
-    )
+    return table([*(f"batch {size}" for size in steps), "critical batch fitted", "noise scale, median"], [cells])
 
 
 def equal_loss(all_results: Results) -> str:

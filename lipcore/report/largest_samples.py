@@ -31,8 +31,8 @@ class LargestSamples:
     Attributes:
         first, last: the first and the last step that is known.
         steps: how many are known; those between may not be.
-        by: of "gradient norm" and "loss", where they were recorded: each sample once; first those that are not finite in
-            the first step in which there are such ones, then finite numbers.
+        by: of "gradient norm" and "loss", where they were recorded: each sample once; first those that are not finite
+            in the first step in which there are such ones, then finite numbers.
         usual: medians of all finite ones.
         later: how many more numbers are not finite, in later steps: of a model that is NaN every sample is.
     """

@@ -29,7 +29,9 @@ def spikes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    for name in [name for name in sys.modules if name in ("small_transformer", "report", "evidence") or name.startswith("spikes")]:
+    for name in [
+        name for name in sys.modules if name in ("small_transformer", "report", "evidence") or name.startswith("spikes")
+    ]:
         del sys.modules[name]
 
 
