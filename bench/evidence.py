@@ -1,6 +1,6 @@
 """Measures what docs/evidence.md says besides alarms: python bench/evidence.py writes bench/results/evidence.json
 
-Which score finds wrong labels and outliers, whether local Lipschitz constants tell inputs of another kind, whether the
+Which score finds wrong labels, whether local Lipschitz constants tell inputs of another kind, whether the
 gradient noise scale is the batch size beyond which more samples do not help, and what goes with the test loss at equal
 training loss (from the committed runs of bench/paper). A few minutes of one core.
 """
@@ -206,8 +206,9 @@ def critical_batch(loss: float = 1.6, seeds: int = 2) -> Row:
 
 
 def at_equal_loss(levels: Iterable[float] = (0.4, 0.3, 0.2, 0.1)) -> Row:
-    """Return how each quantity goes with the test loss where the committed runs of Task 2 have the same training loss:
-    the mean rank correlation over levels and groups, of all corruptions of a seed and of all seeds of a corruption."""
+    """Return how each quantity goes with the test loss, and with the label corruption itself, where the committed runs
+    of Task 2 have the same training loss: the mean rank correlation over levels and groups, of all corruptions of a
+    seed and of all seeds of a corruption."""
     runs = json.loads(TASK2.read_text(encoding="utf-8"))["runs"]
     names = (
         "epochs",
@@ -219,14 +220,18 @@ def at_equal_loss(levels: Iterable[float] = (0.4, 0.3, 0.2, 0.1)) -> Row:
         "mean lambda",
     )
     found: Row = {"runs": len(runs), "levels": list(levels)}
-    for words, key in (("across label corruption, same seed", "seed"), ("same corruption, across seeds", "corrupted")):
+    for words, key, against in (
+        ("test loss, across label corruption, same seed", "seed", "test"),
+        ("label corruption, same seed", "seed", "corrupted"),
+        ("test loss, same corruption, across seeds", "corrupted", "test"),
+    ):
         sums: dict[str, list[float]] = {name: [] for name in names}
         for level, group in itertools.product(found["levels"], sorted({run[key] for run in runs})):
             points = [point for run in runs if run[key] == group and (point := _point(run, level)) is not None]
             if len(points) < 3:
                 continue
             for name in names:
-                rho = spearmanr([each[name] for each in points], [each["test"] for each in points])[0]
+                rho = spearmanr([each[name] for each in points], [each[against] for each in points])[0]
                 sums[name] += [float(rho)] if np.isfinite(rho) else []
         found[words] = {
             name: {"rho": float(np.mean(each)), "se": float(np.std(each) / len(each) ** 0.5), "groups": len(each)}
@@ -252,7 +257,8 @@ def _point(run: Row, level: float) -> dict[str, float] | None:
         "mean lambda": run["lipschitz_mean"],
         "test": run["test"],
     }
-    return {name: float(each[at - 1] + share * (each[at] - each[at - 1])) for name, each in series.items()}
+    found = {name: float(each[at - 1] + share * (each[at] - each[at - 1])) for name, each in series.items()}
+    return found | {"corrupted": float(run["corrupted"])}
 
 
 def measure() -> Row:

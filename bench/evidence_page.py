@@ -34,7 +34,6 @@ _LEADS = (
     "normalized_update_rms",
     _SHIPPED,
 )
-_EARLY = ("normalized_update_rms", "activation kurtosis", "global gradient norm", "update norm per group", _SHIPPED)
 
 
 def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
@@ -176,13 +175,11 @@ def batch(all_results: Results) -> str:
     steps = found["steps_by_batch"]
     cells = [f"{row['steps']:.0f}" for row in steps.values()]
     cells += [f"{found['fitted_critical_batch']:.0f}", f"{found['noise_scale_median']:.0f}"]
-    return table(
-        [*(f"batch {size}" for size in steps), "critical batch fitted", "noise scale, median"], [["steps", *cells][1:]]
-    )
+    return table([*(f"batch {size}" for size in steps), "critical batch fitted", "noise scale, median"], [cells])
 
 
 def equal_loss(all_results: Results) -> str:
-    """What goes with the test loss at equal training loss."""
+    """What goes with the test loss, and with the label corruption, at equal training loss."""
     found = {name: rows for name, rows in all_results["evidence"]["at_equal_loss"].items() if isinstance(rows, dict)}
     names = next(iter(found.values()))
     rows = [[name, *(f"{each[name]['rho']:.2f} ± {each[name]['se']:.2f}" for each in found.values())] for name in names]

@@ -1,6 +1,6 @@
 """How far steps of torch's optimizers are from their formulas, for the limits of unexplained movement.
 
-    python bench/movement_floor.py [--steps 200]
+    python bench/movement_floor.py [--steps 300]
 
 Trains a small network with every rule, implementation and dtype, with a schedule, and writes the largest difference of
 a parameter, in half ulps of w and dw together, to results/movement-floor.json. A limit has to be far above it.
@@ -89,7 +89,7 @@ def largest(rule: str, implementation: str, dtype: torch.dtype, steps: int) -> f
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])  # type: ignore[union-attr]
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
     torch.set_num_threads(1)
     rows = []

@@ -56,13 +56,14 @@ class Alarms(Showable):
     ``nonfinite`` is exact and outside the budget: the step in which a loss, a gradient or a parameter becomes NaN or
     infinite, and which parameter. So is ``unexplained_movement``, where `signals` names it: the step in which a
     parameter moved by what SGD, Adam or AdamW did not do, against the optimizer's state; docs/alarms.md says what it
-    finds. It needs a Trajectory in mode "exact", the default one, and reads the optimizer's state in every step.
+    finds. It needs ``metrics=[lipcore.Trajectory()]``, whose mode is "exact" (a Monitor that is given no metrics keeps
+    no copies of a large model), and reads the optimizer's state in every step.
 
     ``sample_ids`` is exact too, where the loop says the samples and the epoch, ``monitor.log_batch(ids, epoch=...)``:
     a sample that comes more than once in an epoch, and, on one rank, as many samples as a batch or more that came in
     an earlier epoch and not in the one that has ended.
 
-    Steps come in blocks, so an alarm is heard of 64 to 128 steps later, from a CUDA device about 512;
+    An alarm is heard of in its step or in one of the next two; where steps are short, within 10 ms.
     :meth:`Monitor.close` hands on all. Each alarm is a warning of the logger "lipcore", an event in the record of
     :func:`lipcore.watch`, and a call of `on_event`. The training is never changed, and nothing is raised in it.
 

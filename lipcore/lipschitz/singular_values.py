@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +29,12 @@ class SingularValues:
     smallest: float | None
     rule: str  #: how they were found, and whether the iteration converged
     upper: float  #: not below sigma_1; `largest` itself where that is exact
+
+    @classmethod
+    def of_details(cls, facts: Mapping[str, Any]) -> SingularValues:
+        """Return those that a window's details hold; of a record, whose JSON has null for what is not finite."""
+        largest, upper = (math.nan if facts[key] is None else facts[key] for key in ("largest", "upper"))
+        return cls(largest, facts["smallest"], facts["rule"], upper)
 
     @property
     def exact(self) -> bool:

@@ -323,6 +323,8 @@ class Monitor(Engine):
             trajectory.listen(alarms._norms, prompt=True)
             if "unexplained_movement" in alarms.signals and not trajectory.checks_movement:
                 self._failures.warn(f"alarms: unexplained_movement checks no parameter: {trajectory.why_unchecked}")
+            if "rms_t" in alarms.signals and trajectory.why_no_rms_t:
+                self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
         self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms))
 

@@ -29,14 +29,14 @@ class Stopwatch(Listener):
         self._begun: float | None = None
         self._own = 0.0  # of the call that was last
         self._steps: list[float] = []  # from step to step
-        self._inside = 0.0  # the calls of these steps
+        self._inside: list[float] = []  # the calls of these steps
 
     def begin(self) -> None:
         """Note that the call at the end of a step begins."""
         now = self._clock()
         if self._begun is not None and self._own:
             self._steps.append(now - self._begun)
-            self._inside += self._own
+            self._inside.append(self._own)
             if len(self._steps) == _BLOCK:
                 self._pass_on()
         self._begun, self._own = now, 0.0
@@ -53,14 +53,16 @@ class Stopwatch(Listener):
         self._begun = None  # who writes a checkpoint makes no step meanwhile
 
     def state_loaded(self, step: int) -> None:
-        self._skip, self._begun, self._steps, self._inside = _BEGIN, None, [], 0.0
+        self._skip, self._begun, self._steps, self._inside = _BEGIN, None, [], []
 
     def closed(self) -> None:
         self._pass_on()
 
     def _pass_on(self) -> None:
         if self._steps:
-            # The median: validation and checkpoints between two steps are no step.
-            usual = statistics.median(self._steps)
-            self._hand_on(StepTime(len(self._steps), self._inside, usual * len(self._steps)))
-        self._steps, self._inside = [], 0.0
+            # Medians: validation and checkpoints between two steps are no step, and what closes a window or proves
+            # something is in one step of many, so that a mean of the calls would be of other steps than these.
+            count = len(self._steps)
+            inside, usual = (statistics.median(each) * count for each in (self._inside, self._steps))
+            self._hand_on(StepTime(count, inside, usual))
+        self._steps, self._inside = [], []

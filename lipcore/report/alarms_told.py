@@ -7,15 +7,25 @@ from collections.abc import Iterable
 
 from lipcore.report.source import Happened
 
+#: Exact alarms, the worst first; their scores are not those of the others.
+_EXACT = ("nonfinite", "unexplained_movement")
+
 
 def worst_first(alarms: Iterable[Happened]) -> list[Happened]:
-    """Return alarms by score, the largest first; one without (a value that is not finite) before all, by step."""
+    """Return alarms by kind: values that are not finite, what the optimizer did not move, others; then by score, the
+    largest first; one without a score before those that have one, by step."""
 
-    def rank(event: Happened) -> tuple[float, int]:
-        score = event.data.get("score")
-        return (-math.inf if score is None else -abs(float(score)), event.step)
+    def rank(event: Happened) -> tuple[int, float, int]:
+        score, signal = event.data.get("score"), event.data.get("signal")
+        kind = _EXACT.index(signal) if signal in _EXACT else len(_EXACT)
+        return (kind, -math.inf if score is None else -abs(float(score)), event.step)
 
     return sorted(alarms, key=rank)
+
+
+def is_unexplained(event: Happened) -> bool:
+    """Say whether an event is the alarm of a parameter that moved by what its optimizer did not do."""
+    return event.kind == "alarm" and event.data.get("signal") == "unexplained_movement"
 
 
 def told(event: Happened) -> str:

@@ -84,7 +84,9 @@ def facts_of(run: Source) -> Facts:
             tried(quantity, lambda quantity=quantity: _read_line(facts, run, quantity))  # type: ignore[misc]
         if _UPDATE in quantities and _WEIGHT in quantities:
             tried("update ratio", lambda: _read_ratios(facts, run))
-        tried("windows", lambda: _read_windows(facts, run))
+        theory = Theory()
+        tried("windows", lambda: _read_windows(facts, run, theory))
+        tried("theory", lambda: setattr(facts, "theory", theory.statements()))
         tried("time of steps", lambda: setattr(facts, "step_time", run.step_time))
         tried("samples", lambda: setattr(facts, "samples", LargestSamples.of(run.batches())))
     return facts
@@ -109,14 +111,12 @@ def _read_line(facts: Facts, run: Source, quantity: str) -> None:
         facts.lines[quantity] = found
 
 
-def _read_windows(facts: Facts, run: Source) -> None:
+def _read_windows(facts: Facts, run: Source, theory: Theory) -> None:
     facts.windows = WindowFacts(facts.first_step, facts.last_step)
-    theory = Theory()
     for window in run.each_window():
         facts.windows.take(window)
         theory.take(window)
     facts.windows.finish()
-    facts.theory = theory.statements()
 
 
 def _read_ratios(facts: Facts, run: Source) -> None:

@@ -7,7 +7,8 @@ from lipcore.report.html import Html, tag
 _WORDS = {
     "alarm": (
         "A step whose loss, update norm or gradient norm was not as in the 100 quiet steps before it, or in which "
-        "a value became NaN or infinite. Its score says how many times the usual scatter it was away."
+        "a value became NaN or infinite. Its score says how many times the usual scatter it was away; that of movement "
+        "that the optimizer did not make, how many times what rounding may do; of samples, how many."
     ),
     "directness": (
         "Distance from the start over the length of the way: near 1 on a straight way, near 0 where parameters go "

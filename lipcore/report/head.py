@@ -15,6 +15,7 @@ from lipcore.report.source import StepTime
 
 _MOST_ALARMS = 5
 _LONG = 130  # characters of an alarm's message
+_FEWEST_TIMED = 64  # steps, of fewer a median says little
 _STATES = {"fired": "▲", "quiet": "✓", "not measured": "–"}
 
 
@@ -56,7 +57,7 @@ def _alarms(facts: Facts) -> Html:
         )
         for event in worst
     ]
-    return Table(("step", "place", "alarm, by score", "score"), rows, most=_MOST_ALARMS, of_numbers=False).html()
+    return Table(("step", "place", "alarm, the worst first", "score"), rows, most=_MOST_ALARMS, of_numbers=False).html()
 
 
 def _cut(text: str) -> Html:
@@ -89,7 +90,7 @@ def run_facts(facts: Facts) -> Html:
     said += [count(again.count(kind), kind) for kind in dict.fromkeys(again)]
     said += ["being written now"] if facts.being_written else []
     timed = None
-    if facts.step_time.usual > 0:
+    if facts.step_time.usual > 0 and facts.step_time.steps >= _FEWEST_TIMED:
         short, timed = _time_of_a_step(facts.step_time)
         said += short
     elif len(facts.starts) == 1 and facts.last_wall > facts.starts[0].wall:
@@ -118,9 +119,10 @@ def _time_of_a_step(time: StepTime) -> tuple[list[str], str]:
     short = [f"{number(time.steps / time.usual)} steps a second", f"lipcore's call: {own} of {step} ms a step"]
     return short, (
         f"{step} ms from step to step (medians of each 64 of {count(time.steps, 'step')}), of which {own} ms "
-        f"({number(100 * time.inside / time.usual, 2)} %) inside lipcore's call at its end, on average. Not in this: "
-        "its hooks in the forward and backward pass, log(), its threads, work on a device. docs/benchmarks.md "
-        "compares whole steps with and without lipcore."
+        f"({number(100 * time.inside / time.usual, 2)} %) inside lipcore's call at its end. Not in this: steps that "
+        "close a window or prove something, where they are fewer than half; lipcore's hooks in the forward and "
+        "backward pass, log(), its threads, work on a device. docs/benchmarks.md compares whole steps with and "
+        "without lipcore."
     )
 
 

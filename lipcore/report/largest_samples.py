@@ -31,8 +31,10 @@ class LargestSamples:
     Attributes:
         first, last: the first and the last step that is known.
         steps: how many are known; those between may not be.
-        by: of "gradient norm" and "loss", where they were recorded: each sample once, those that are not finite first.
+        by: of "gradient norm" and "loss", where they were recorded: each sample once; first those that are not finite
+            in the first step in which there are such ones, then finite numbers.
         usual: medians of all finite ones.
+        later: how many more numbers are not finite, in later steps: of a model that is NaN every sample is.
     """
 
     first: int = 0
@@ -40,6 +42,7 @@ class LargestSamples:
     steps: int = 0
     by: dict[str, list[LargeSample]] = field(default_factory=dict)
     usual: dict[str, float] = field(default_factory=dict)
+    later: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, batches: Sequence[SamplesOfStep]) -> LargestSamples:
@@ -54,15 +57,19 @@ class LargestSamples:
                 ids = np.concatenate([batch.ids for batch in having if batch.ids is not None])
                 values = np.concatenate([getattr(batch, attribute) for batch in having]).astype(np.float64)
                 steps = np.repeat([batch.step for batch in having], [len(getattr(b, attribute)) for b in having])
-                found.by[by] = _largest(ids, values, steps)
-                finite = values[np.isfinite(values)]
+                lost = ~np.isfinite(values)
+                kept = ~lost | (steps == steps[lost].min(initial=np.iinfo(np.int64).max))
+                found.by[by] = _largest(ids, values, steps, kept)
+                found.later[by] = int((~kept).sum())
+                finite = values[~lost]
                 found.usual[by] = float(np.median(finite)) if len(finite) else float("nan")
         return found
 
 
-def _largest(ids: Any, values: Any, steps: Any) -> list[LargeSample]:
+def _largest(ids: Any, values: Any, steps: Any, kept: Any) -> list[LargeSample]:
     found: dict[int, int] = {}
-    for i in np.argsort(np.where(np.isfinite(values), -values, -np.inf), kind="stable").tolist():
+    order = np.argsort(np.where(np.isfinite(values), -values, -np.inf), kind="stable")
+    for i in order[kept[order]].tolist():
         found.setdefault(int(ids[i]), i)
         if len(found) == _SHOWN:
             break

@@ -40,8 +40,8 @@ class StepTime:
 
     Attributes:
         steps: how many.
-        inside: seconds inside lipcore's calls at their ends, in all.
-        usual: seconds from step to step: the median of each 64 steps, times their number.
+        inside: seconds inside lipcore's calls at their ends: the median of each 64 steps, times their number.
+        usual: seconds from step to step, likewise.
     """
 
     steps: int = 0

@@ -22,7 +22,9 @@ class AtLoss(Finding):
     """Result of :func:`at_loss`: the point of a run at which its training loss first came down to a level."""
 
     level: float
-    step: Value  #: interpolated between the last steps of two windows: an estimate; not valid where it was not reached
+    #: Interpolated between the last steps of two windows: an estimate. Not valid where the level was not reached, or is
+    #: above the loss of the first window.
+    step: Value
     before: Window | None  #: the window before it; None where the loss was as low in the first one
     window: Window | None  #: the first window whose loss is at most the level; None where there is none
     share: float  #: how far from `before` to `window` the level lies, from 0 to 1
@@ -35,7 +37,8 @@ class AtLoss(Finding):
             place: default "total", or the only one.
 
         Returns:
-            an estimate at best; not valid, and NaN, where the loss did not come down to the level.
+            an estimate at best; not valid where the loss did not come down to the level, and then NaN, or where it was
+            below it in the first window already, and then that of the window.
 
         Raises:
             ValueError: a window has no such number.
@@ -44,7 +47,8 @@ class AtLoss(Finding):
             return Value(math.nan, 0, "estimate", False, self.step.note)
         last = _number(self.window, name, place)
         if self.before is None:
-            return Value(last.value, last.count, weakest([last.label, "estimate"]), last.valid, self.step.note)
+            label, valid = weakest([last.label, "estimate"]), last.valid and self.step.valid
+            return Value(last.value, last.count, label, valid, joined([last.note, self.step.note]))
         first = _number(self.before, name, place)
         return Value(
             first.value + self.share * (last.value - first.value),
@@ -64,9 +68,8 @@ def at_loss(history: Iterable[Window], level: float) -> AtLoss:
     r"""Find where the training loss of a run first came down to a level: the point at which runs of different speed can
     be compared.
 
-    The loss is that of ``monitor.log(loss=...)``, as its mean over each window, and over a hundredth of the windows
-    where there are more than 100. Between the two windows around the level numbers are interpolated linearly in the
-    loss.
+    The loss is that of ``monitor.log(loss=...)``, as its mean over each window; of 200 windows or more, over a
+    hundredth of them. Between the two windows around the level numbers are interpolated linearly in the loss.
 
     Args:
         history: windows of one Monitor, ``monitor.history`` or ``lipcore.open_run(...).windows``.
@@ -104,8 +107,10 @@ def at_loss(history: Iterable[Window], level: float) -> AtLoss:
         return AtLoss(float(level), missing, windows[-1] if windows else None, None, math.nan)
     last = windows[at]
     if at == 0:
-        note = f"the loss was as low in {span(last)} already, the first that there is"
-        return AtLoss(float(level), Value(float(last.last_step), 1, "estimate", True, note), None, last, 1.0)
+        above = bool(losses[0] < level)
+        how = f"below {float(level):g}" if above else "as low"
+        note = f"the loss was {how} in {span(last)} already, the first that there is"
+        return AtLoss(float(level), Value(float(last.last_step), 1, "estimate", not above, note), None, last, 1.0)
     share = float((losses[at - 1] - level) / (losses[at - 1] - losses[at]))
     first = windows[at - 1]
     step = first.last_step + share * (last.last_step - first.last_step)

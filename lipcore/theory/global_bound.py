@@ -115,7 +115,7 @@ def _beta(windows: list[Window], metric: str) -> Value:
             continue
         if "singular_values" not in details:
             raise ValueError(f"history: {span(window)} has no singular values of the first layer: {NEEDS}")
-        sigma = SingularValues(**details["singular_values"])
+        sigma = SingularValues.of_details(details["singular_values"])
         if math.isfinite(sigma.upper):
             largest = max(largest, sigma.upper)
         else:

@@ -327,6 +327,13 @@ class Trajectory(Metric):
         """True where `stats` asks for rms_t."""
         return "rms_t" in (self._wanted.stats or ())
 
+    @property
+    def why_no_rms_t(self) -> str:
+        """Reason why rms_t has no number of any parameter, once bound; "" where some has one."""
+        updates = self._built.trackers.get("updates")
+        has = isinstance(updates, UpdateTracker) and updates.has_second_moments
+        return "" if has else "no parameter's optimizer keeps a second moment (SGD has none)"
+
     def observe_late_move(self) -> None:
         """Count a step that was read before the parameters had come to rest."""
         self._late_moves += 1
@@ -522,7 +529,10 @@ class Trajectory(Metric):
         """Reasons why parameters are not checked for it, each once; "" where all are."""
         check = self._built.unexplained
         if check is None:
-            return f"mode {self._built.choice.mode!r} keeps no copies"
+            return (
+                f"mode {self._built.choice.mode!r} keeps no copies of all parameters; pass "
+                'metrics=[lipcore.Trajectory()], whose mode is "exact"'
+            )
         return "; ".join(dict.fromkeys(check.why_not.values()))
 
     def hurry(self) -> None:

@@ -120,6 +120,16 @@ class OptimizerSource:
         tensors = _look_up(self._parameters)
         return [f"{type(places[id(t)][0]).__name__}, closed form" for t in tensors]
 
+    def kinds(self) -> list[str]:
+        """Return, per parameter, what its optimizer keeps, by name: "AdamW", "SGD", "SGD without momentum"."""
+        places = self._places()
+        found = []
+        for tensor in _look_up(self._parameters):
+            optimizer, group = places.get(id(tensor), (None, {}))
+            without = " without momentum" if isinstance(optimizer, SGD) and not group["momentum"] else ""
+            found.append(f"{type(optimizer).__name__}{without}")
+        return found
+
     def sums(self, only: Optimizer | None = None, *, previous: Sequence[Tensor] | None = None) -> Sums:
         """Return rows and squares of the step that was just made; valid until the next call.
 

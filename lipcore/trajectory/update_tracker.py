@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lipcore import _core
 from lipcore.functional.update_sums import MOMENTUM, NORMALIZED, RATIO, SECOND_MOMENT
-from lipcore.metric.columns import Column, Columns, Numbers, Places, one_if_same, rows_of
+from lipcore.metric.columns import Column, Columns, Numbers, Places, one_if_same, rows_of, words_of
 from lipcore.metric.host_reads import OnDevice, TensorRead
 from lipcore.metric.results import MetricResult
 from lipcore.trajectory.describe import MOVES
@@ -39,6 +39,25 @@ def closed_form_everywhere(optimizers: Sequence[Optimizer], watched: list[Watche
         return False
     theirs = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
     return all(id(parameter.tensor) in theirs for parameter in watched)
+
+
+def why_no_root(quantity: str, kind: str) -> str:
+    """Return why a window has no number of :data:`ROOTS` of a parameter, given what its optimizer is.
+
+    >>> why_no_root("rms_t", "SGD")
+    'SGD has no second moment'
+    """
+    if quantity != "momentum_norm" and _is_sgd(kind):
+        return "SGD has no second moment"
+    if kind == "SGD without momentum":
+        return "SGD without momentum keeps no past gradients"
+    if kind == "SGD":
+        return "no step in this window, or Nesterov's, which reads no buffer of momentum"
+    return "no step of its optimizer in this window"
+
+
+def _is_sgd(kind: str) -> bool:
+    return kind.partition(" ")[0] == "SGD"
 
 
 class UpdateTracker(Tracker):
@@ -142,8 +161,24 @@ class UpdateTracker(Tracker):
             numbers = {"last": last}
         rows = rows_of(np.where(counted, np.stack(list(numbers.values())), math.nan))
         count, valid = one_if_same(counts.astype(np.int64)), one_if_same(counted)
-        columns = {reducer: Column(row, count, "exact", valid) for reducer, row in zip(numbers, rows, strict=True)}
+        notes = words_of(self._why_none(quantity, counted.tolist()))
+        columns = {
+            reducer: Column(row, count, "exact", valid, notes) for reducer, row in zip(numbers, rows, strict=True)
+        }
         result.add_columns(quantity, Columns(self._tensors, columns))
+
+    def _why_none(self, quantity: str, counted: Sequence[bool]) -> list[str]:
+        """Return, per parameter, why it has no such number; "" where it has."""
+        if all(counted) or not isinstance(self.source, OptimizerSource):
+            return [""] * len(counted)
+        return [
+            "" if has else why_no_root(quantity, kind) for has, kind in zip(counted, self.source.kinds(), strict=True)
+        ]
+
+    @property
+    def has_second_moments(self) -> bool:
+        """True where some parameter's optimizer keeps a second moment."""
+        return isinstance(self.source, OptimizerSource) and not all(map(_is_sgd, self.source.kinds()))
 
     @cached_property
     def _tensors(self) -> Places:

@@ -126,6 +126,18 @@ def test_gradients_that_outgrow_their_second_moment(device: str) -> None:
         lipcore.Monitor(model, optimizer, metrics=[lipcore.Trajectory()], alarms=Alarms(signals=["rms_t"]))
 
 
+def test_a_ratio_that_no_parameter_has_is_told_at_once() -> None:
+    model = nn.Linear(2, 1)
+    stats: Any = ["update_norm", "grad_norm", "rms_t"]
+    with pytest.warns(RuntimeWarning, match=r"rms_t never alarms: .* keeps a second moment \(SGD has none\)"):
+        lipcore.Monitor(
+            model,
+            torch.optim.SGD(model.parameters(), lr=0.1),
+            metrics=[lipcore.Trajectory(source="optimizer", stats=stats)],
+            alarms=Alarms(signals=["rms_t"]),
+        )
+
+
 def test_a_nan_is_told_with_its_parameter() -> None:
     monitor, _ = train(alarms="default", fault=nan_gradient, metrics=metrics())
     event = monitor.alarms.events[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -328,7 +329,11 @@ def test_others_are_not_checked_by_name() -> None:
         Run(torch.optim.RMSprop)
     model = nn.Linear(2, 1)
     adam = torch.optim.Adam(model.parameters())
-    with pytest.warns(RuntimeWarning, match="unexplained_movement checks no parameter: mode 'updates' keeps no copies"):
+    said = (
+        "unexplained_movement checks no parameter: mode 'updates' keeps no copies of all parameters; pass "
+        'metrics=[lipcore.Trajectory()], whose mode is "exact"'
+    )
+    with pytest.warns(RuntimeWarning, match=re.escape(said)):
         lipcore.Monitor(
             model, adam, [lipcore.Trajectory(mode="updates")], alarms=Alarms(signals=["unexplained_movement"])
         )

@@ -30,7 +30,8 @@ def faulty(
     Args:
         fault: "rate" (that of the middle layer is 30 times as large, in one step), "sample" (an input that is 30 times
             too large), "label" (one that is far off), "batch" (all labels of a batch are), "nan" (in one input),
-            "weights" (the middle layer's, written to between two steps), "raise" (an exception); none.
+            "weights" (the middle layer's, written to between two steps), "element" (one of them, by 5 %), "raise" (an
+            exception); none.
         samples: name them, and measure their gradients.
         groups: a group of parameters in the optimizer for each layer.
     """
@@ -65,6 +66,9 @@ def faulty(
             if faulty_step and fault == "weights":
                 with torch.no_grad():
                     model[2].weight.mul_(3.0)
+            if faulty_step and fault == "element":
+                with torch.no_grad():
+                    model[2].weight[3, 5] *= 1.05
             if faulty_step and fault == "raise":
                 raise ValueError("enough of it")
     return monitor

@@ -34,8 +34,7 @@ def test_every_table_stands_on_the_page(module: Any) -> None:
     assert sorted(shown) == sorted(module.TABLES)
 
 
-def test_the_final_runs_are_none_of_those_that_thresholds_come_from(module: Any) -> None:
-    """Faults are counted once per run, and rates lie within their intervals."""
+def test_faults_are_counted_once_per_run_and_rates_lie_within_their_intervals(module: Any) -> None:
     found = module.read()["spikes"]
     for task in found["models"]:
         for rows in found["faults"][task].values():

@@ -29,8 +29,27 @@ def spikes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-    for name in [name for name in sys.modules if name in ("small_transformer", "report") or name.startswith("spikes")]:
+    for name in [
+        name for name in sys.modules if name in ("small_transformer", "report", "evidence") or name.startswith("spikes")
+    ]:
         del sys.modules[name]
+
+
+def test_the_final_runs_are_none_of_those_that_thresholds_come_from() -> None:
+    from spikes.suite import Size, jobs
+
+    chosen, final = ({job[1:3] for job in jobs(Size(), calibration=first)} for first in (True, False))
+    assert (len(chosen), len(final)) == (36, 78)
+    assert not chosen & final
+
+
+@pytest.mark.ci
+def test_what_goes_with_what_at_equal_loss_is_that_of_the_committed_runs() -> None:
+    import evidence
+
+    committed = json.loads(evidence.RESULTS.read_text(encoding="utf-8"))["at_equal_loss"]
+    assert evidence.json_ready(evidence.at_equal_loss(), digits=4) == committed
+    assert committed["label corruption, same seed"]["epochs"]["rho"] == 1.0
 
 
 def test_alarms_of_a_recorded_training_are_those_of_the_monitor() -> None:

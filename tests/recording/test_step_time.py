@@ -57,6 +57,20 @@ def test_a_pause_between_two_steps_is_no_step() -> None:
     assert found == [StepTime(49, 49 * 0.25, 49.0), StepTime(9, 9 * 0.25, 9.0)]
 
 
+def test_steps_that_close_a_window_are_in_neither_of_the_two() -> None:
+    """The call is part of the step: more than all of it cannot be inside."""
+    clock, found = Clock(), list[StepTime]()
+    watch = Stopwatch(found.append, clock)
+    made_steps(watch, clock, 11)
+    for _ in range(4):
+        made_steps(watch, clock, 15)
+        made_steps(watch, clock, 1, inside=100.0)
+    made_steps(watch, clock, 1)
+    watch.closed()
+    assert (found[0].steps, found[0].usual) == (64, 64.0)
+    assert found[0].inside == 16.0
+
+
 def test_a_checkpoint_that_is_loaded_begins_anew() -> None:
     clock, found = Clock(), list[StepTime]()
     watch = Stopwatch(found.append, clock)

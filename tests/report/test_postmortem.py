@@ -13,14 +13,17 @@ from faulty_runs import AT, SAMPLE, faulty
 from few import few
 from recorded_runs import HOSTILE, recorded
 
+from lipcore.alarms import Alarms
 from lipcore.cli import main
 from lipcore.recording import RunRecord, open_run
+from lipcore.recording.run import Event
+from lipcore.report.alarms_told import worst_first
 from lipcore.report.postmortem.account import Account
 from lipcore.report.postmortem.causes import cause_of, checks_of
 from lipcore.report.postmortem.changes import scores
 from lipcore.report.postmortem.reading import account_of
 from lipcore.report.postmortem.samples import samples_of
-from lipcore.report.postmortem.words import text_of
+from lipcore.report.postmortem.words import text_of, told_of
 from lipcore.report.stretch import Stretch
 
 
@@ -110,6 +113,36 @@ def test_weights_that_are_written_to_are_not_blamed_on_the_samples(tmp_path: Pat
         account
     )
     assert not any("whole batch" in check for check in checks_of(account))
+
+
+def test_an_element_that_the_optimizer_did_not_move_is_told_first(tmp_path: Path) -> None:
+    """It shows in no norm; an alarm of another kind with a larger score is not chosen before it."""
+    alarms = Alarms(signals=["loss", "update_norm", "grad_norm", "unexplained_movement"])
+    account, text = of(tmp_path, "element", alarms=alarms, samples=False, steps=150)
+    assert (account.step, [one.step for one in account.unexplained]) == (AT + 1, [AT + 1])
+    (event,) = account.unexplained
+    said = f"In step {AT + 1}, 2.weight moved by what its optimizer did not do, "
+    assert told_of(account)[0].startswith(said)
+    assert told_of(account)[0].endswith(" times what rounding may make of it.")
+    assert said in " ".join(text.split())
+    assert "Code that writes to weights besides the optimizer: callbacks, hooks" in checks_of(account)[0]
+    assert "rebase()" in checks_of(account)[0]
+    assert checks_of(account)[1].startswith("Memory: a flipped bit")
+    assert checks_of(account)[2].startswith("Collectives")
+    events = [
+        Event(step, 0.0, "alarm", "", {"signal": signal, "score": score})
+        for step, signal, score in ((1, "loss", 1e9), (2, "unexplained_movement", 9.0), (3, "nonfinite", None))
+    ]
+    assert [one.step for one in worst_first([*events, event])] == [3, AT + 1, 2, 1]
+
+
+@pytest.mark.ci
+def test_written_weights_explain_what_changed_after_it(tmp_path: Path) -> None:
+    alarms = Alarms(signals=["loss", "update_norm", "grad_norm", "unexplained_movement"])
+    account, _ = of(tmp_path, "weights", alarms=alarms, samples=False)
+    assert account.changes
+    assert "began with it or after it: something else than the optimizer had changed" in cause_of(account)
+    assert not any("state of the layer" in check for check in checks_of(account))
 
 
 @pytest.mark.ci

@@ -18,7 +18,7 @@ from lipcore.report.facts import Facts, facts_of
 from lipcore.report.largest_samples import LargestSamples
 from lipcore.report.source import StepTime
 from lipcore.report.statements import Theory
-from lipcore.theory import sandwich
+from lipcore.theory import lipschitz_bound, sandwich
 
 pytest.importorskip("bokeh", reason="needs the extra `report`")
 from lipcore.report.head import run_facts
@@ -47,6 +47,18 @@ def test_each_sample_stands_where_it_was_largest_and_what_is_not_finite_first() 
     assert norms == [(5, 4, 1), (7, 4, 2), (9, 3, 1), (8, 3, 2)]
     assert [(one.id, one.step) for one in found.by["loss"]] == [(7, 9), (5, 4), (8, 3), (9, 3)]
     assert found.usual == {"gradient norm": 2.0, "loss": 1.5}
+
+
+def test_a_model_that_is_nan_does_not_hide_the_samples_before() -> None:
+    """Of every step after the first NaN all losses are NaN."""
+    after = [batch(step, list(range(20)), None, [np.nan] * 20) for step in range(5, 9)]
+    found = LargestSamples.of([*BATCHES[:2], batch(4, [6], None, [np.inf]), *after])
+    assert [(one.id, one.step, one.times) for one in found.by["loss"]][:3] == [(6, 4, 5), (7, 3, 6), (5, 4, 5)]
+    assert found.later == {"gradient norm": 0, "loss": 80}
+    made = sample_norms(Facts("a", "a", samples=found), Plots(1, 9))
+    assert isinstance(made, Section)
+    assert "Samples with the largest loss, each where it was largest; 80 more not finite later" in made.html()
+    assert "Samples with the largest gradient norm, each where it was largest<" in made.html()
 
 
 def test_samples_without_numbers_are_no_ranking() -> None:
@@ -99,6 +111,42 @@ def test_theory_is_said_with_labels_and_what_is_not_valid_is_grey(tmp_path: Path
     assert isinstance(theory(Facts("a", "a"), Plots(1, 2)), Missing)
 
 
+def test_a_run_with_nan_says_what_its_windows_in_memory_say(tmp_path: Path) -> None:
+    """A record has null where a singular value is not finite."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.ReLU(), nn.Linear(2, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    metrics = [lipcore.Lipschitz()]
+    with lipcore.watch(model, optimizer, run=tmp_path / "a", metrics=metrics, window_steps=2) as monitor:
+        for step in range(6):
+            x = torch.full((4, 3), float("nan") if step == 3 else 1.0)
+            model(x).square().mean().backward()
+            optimizer.step()
+    with lipcore.open_run(tmp_path / "a") as run:
+        windows, facts = list(run.windows), facts_of(run)
+    bounds = [lipschitz_bound(history).bound for history in (monitor.history, windows)]
+    assert repr(bounds[0]) == repr(bounds[1])
+    assert "W_1 is not finite" in bounds[1].note
+    assert not facts.unread
+    assert {one.where for one in facts.theory} >= {"Theorem 1", "Definition 1", "Corollary 1"}
+
+
+def test_theory_that_fails_is_not_taken_for_a_metric_that_was_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(self: Theory) -> None:
+        raise TypeError("no number")
+
+    recorded(tmp_path / "a", width=3)
+    monkeypatch.setattr(Theory, "statements", fails)
+    with lipcore.open_run(tmp_path / "a") as run:
+        facts = facts_of(run)
+    assert facts.unread == ["theory: no number"]
+    assert facts.windows.count == 4
+    made = theory(facts, Plots(1, 20))
+    assert isinstance(made, Missing)
+    assert made.remedy == "nothing, though the windows have lipschitz (theory: no number)"
+
+
 @pytest.mark.ci
 def test_both_sides_and_a_parameter_of_its_own(tmp_path: Path) -> None:
     facts = recorded(tmp_path / "a", width=3, record_level="tensor")
@@ -137,6 +185,8 @@ def test_the_facts_say_what_a_step_took() -> None:
     assert "200 steps a second · lipcore&#x27;s call: 0.5 of 5 ms a step" in run_facts(facts)
     assert "(10 %) inside lipcore&#x27;s call" in run_facts(facts)
     assert "a second" not in run_facts(replace(facts, step_time=StepTime()))
+    assert "a second" not in run_facts(replace(facts, step_time=StepTime(63, 0.05, 0.5)))
+    assert "a second" in run_facts(replace(facts, step_time=StepTime(64, 0.05, 0.5)))
 
 
 def test_an_interval_is_drawn_where_some_of_the_middles_are_not_valid() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 import lipcore
 from lipcore import theory
+from lipcore.metric.results import MetricResult
 from lipcore.theory.falling import first_at, smoothed
 
 
@@ -67,8 +69,13 @@ def test_a_loss_that_is_not_reached_and_one_that_was_there_at_once() -> None:
     assert math.isnan(number.value)
     assert "the loss did not come down to 0.5: its lowest is 4." in number.note
     first = theory.at_loss(history, 100.0)
-    assert (first.step.value, first.before) == (1.0, None)
-    assert "as low in the window of steps 1 to 1 already" in first.number("trajectory/distance.last").note
+    assert (first.step.value, first.step.valid, first.before) == (1.0, False, None)
+    number = first.number("trajectory/distance.last")
+    assert not number.valid
+    assert "the loss was below 100 in the window of steps 1 to 1 already" in number.note
+    at_once = theory.at_loss(history, 9.0)
+    assert (at_once.step.value, at_once.step.valid) == (1.0, True)
+    assert "as low in the window of steps 1 to 1 already" in at_once.number("trajectory/distance.last").note
     assert "not valid: the loss did not come down" in repr(found)
 
 
@@ -82,11 +89,22 @@ def test_a_record_gives_the_same(tmp_path: Path) -> None:
     assert again.number(name).value == pytest.approx(found.number(name).value, rel=1e-6)
 
 
+def test_the_reason_of_a_windows_own_number_is_kept() -> None:
+    history = descent(0.01, 3).history
+    own = replace(history[0]["trajectory"].distance["total"]["last"], valid=False, note="its own reason")
+    window = replace(history[0], results={**history[0].results, "trajectory": MetricResult("trajectory")})
+    window.results["trajectory"].add("distance", "total", "total", last=own)
+    for level, also in ((9.0, "as low"), (20.0, "below 20")):
+        found = replace(theory.at_loss(history, level), window=window).number("trajectory/distance.last")
+        assert not found.valid
+        assert found.note.startswith("its own reason; the loss was")
+        assert also in found.note
+
+
 def test_many_windows_are_smoothed_and_windows_without_a_finite_loss_passed_over() -> None:
     noisy = np.random.default_rng(0).random(1000)
     means = smoothed(noisy)
     assert means[500] == pytest.approx(noisy[491:501].mean())
-    assert smoothed(noisy[:150]) is not None
     assert np.array_equal(smoothed(noisy[:150]), noisy[:150])
     assert first_at(np.array([3.0, 1.0, 2.0]), 2.0) == 1
     assert first_at(np.array([3.0]), 2.0) is None

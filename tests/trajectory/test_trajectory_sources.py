@@ -241,9 +241,27 @@ def test_gradients_are_read_for_rms_t_alone() -> None:
     mse(model(DATA[0][0]), DATA[0][1]).backward()
     step.step()
     trajectory.update()
-    assert not trajectory.compute().rms_t["0.weight"].last.valid
+    last = trajectory.compute().rms_t["0.weight"].last
+    assert (last.valid, last.note) == (False, "SGD has no second moment")
     with pytest.raises(ValueError, match="stats: 'rms_t' is not known in mode 'exact'"):
         Trajectory(model, stats=["rms_t"])
+
+
+def test_a_number_that_an_optimizer_does_not_have_says_why() -> None:
+    """The other optimizer's parameters have it, without a note."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1), nn.Linear(1, 1))
+    optimizers = [torch.optim.SGD(model[0].parameters(), 0.1), torch.optim.AdamW(model[1:].parameters(), 0.1)]
+    names: Any = ["normalized_update_rms", "rms_t", "momentum_norm", "second_moment_norm"]
+    with Monitor(model, optimizers, [Trajectory(source="optimizer", stats=names)]) as monitor:
+        model[:2](torch.ones(3, 2)).sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        found = monitor.compute()["trajectory"]
+    for name in names:
+        why = "SGD without momentum keeps no past gradients" if name == "momentum_norm" else "SGD has no second moment"
+        assert (found[name]["0.weight"].mean.note, found[name]["0.weight"].mean.valid) == (why, False)
+        assert (found[name]["1.weight"].mean.note, found[name]["1.weight"].mean.valid) == ("", True)
+        assert found[name]["2.weight"].max.note == "no step of its optimizer in this window"
 
 
 @pytest.mark.parametrize("source", ["optimizer", "snapshot"])

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from lipcore.report.alarms_told import is_unexplained
 from lipcore.report.postmortem.changes import Change
 from lipcore.report.postmortem.samples import Samples
 from lipcore.report.source import Happened
@@ -102,6 +103,14 @@ class Account:
             if one.place != "total" and (before is None or (sooner and not cause)):
                 found[one.place] = one
         return list(found.values())
+
+    @property
+    def unexplained(self) -> list[Happened]:
+        """Alarms of movement that the optimizer did not make, in the step that is looked at, where it began, or before;
+        by step."""
+        events = [*([] if self.event is None else [self.event]), *self.others]
+        last = max(self.step, self.begin)
+        return sorted((one for one in events if is_unexplained(one) and one.step <= last), key=lambda one: one.step)
 
     @property
     def jumps(self) -> list[Rate]:

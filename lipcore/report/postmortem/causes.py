@@ -9,6 +9,12 @@ import numpy as np
 from lipcore.report.html import number
 from lipcore.report.postmortem.account import Account, Rate
 
+_WRITTEN = (
+    "Code that writes to weights besides the optimizer: callbacks, hooks, averages of weights, a wrapper around the "
+    "optimizer. What is meant to do so is announced by rebase() of the Trajectory.",
+    "Memory: a flipped bit changes one element of one parameter (nvidia-smi -q -d ECC; a memory test of the host).",
+    "Collectives: a broadcast or all-reduce that brings other values; whether all ranks hold the same weights.",
+)
 _FAR = 3.0  # times the usual gradient norm: clipping would have acted
 
 
@@ -21,6 +27,8 @@ def cause_of(account: Account) -> str:
         named = next((one for one in account.samples if one.step == account.begin), None)
         who = f" Of its {named.count} samples, {_few(named.suspects)}." if named is not None and named.suspects else ""
         return _not_finite({one.what for one in lost}) + who
+    if any(one.step <= account.begin for one in account.unexplained):
+        return "What is told above began with it or after it: something else than the optimizer had changed weights."
     if what == {"weight norm"}:
         return "Weights changed without an update of the optimizer: something else wrote to them."
     if by_optimizer(account):
@@ -49,6 +57,8 @@ def checks_of(account: Account) -> list[str]:
     what = {one.what for one in account.at_begin} if account.changes else set()
     lost = {one.what for one in account.at_begin if not one.finite} if account.changes else set()
     named = next((one for one in account.samples if one.step == account.begin), None)
+    if account.unexplained:
+        found += _WRITTEN
     found += [f"Who set the learning rate of {rate.group}: it {_jump(rate)}." for rate in account.jumps[:3]]
     optimizer_only = by_optimizer(account)
     if named is not None and named.verdict == "single" and not optimizer_only:
@@ -60,7 +70,7 @@ def checks_of(account: Account) -> list[str]:
             f"Look at the whole batch of step {account.begin} ({named.count} samples): its labels, its preprocessing, "
             "the shard or file that it is from. No single sample explains it."
         )
-    if optimizer_only and not account.jumps:
+    if optimizer_only and not account.jumps and not account.unexplained:
         found.append(
             "The optimizer's state of the layer that moved first: a second moment near 0 (eps, a layer that was frozen "
             "or just added), a state loaded for other parameters, weights that other code has written to."

@@ -32,7 +32,7 @@ def postmortem_page(run: Source, step: int | None = None) -> str:
 
     Args:
         run: as :func:`lipcore.open_run` returns it.
-        step: default: that of the alarm with the largest score, without alarms that of the exception that ended it.
+        step: default: that of the worst alarm, without alarms that of the exception that ended it.
 
     Raises:
         ValueError: the step is not in the record; there is no alarm, and no step was asked for.

@@ -30,8 +30,8 @@ _PROPORTION = 3.0  # times as many as of the gradient: an update is more than th
 
 
 def account_of(run: Source, step: int | None = None) -> Account:
-    """Return what a record says of a step: by default of the alarm with the largest score, without alarms of the end of
-    the run by an exception.
+    """Return what a record says of a step: by default of the worst alarm, without alarms of the end of the run by an
+    exception.
 
     Raises:
         ValueError: the step is not in the record; there is no alarm, and no step was asked for.

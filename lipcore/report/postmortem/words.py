@@ -17,6 +17,7 @@ from lipcore.report.source import Happened
 _WIDTH = 80
 _ROWS = 12
 _NAME = 28
+_MOST_UNEXPLAINED = 3
 _SHARE = 0.3  # of a batch's loss, that is told of one sample
 
 
@@ -48,7 +49,17 @@ def headline(account: Account) -> str:
 
 
 def told_of(account: Account) -> list[str]:
-    """Return sentences on what moved first, and on the cause."""
+    """Return sentences on what the optimizer did not move, on what moved first, and on the cause."""
+    return [*map(_unexplained, account.unexplained[:_MOST_UNEXPLAINED]), *_moved_first(account)]
+
+
+def _unexplained(event: Happened) -> str:
+    score = event.data.get("score")
+    times = "" if score is None else f", {number(float(score))} times what rounding may make of it"
+    return f"In step {event.step:,}, {event.data.get('place', '?')} moved by what its optimizer did not do{times}."
+
+
+def _moved_first(account: Account) -> list[str]:
     if account.compared == 0:
         nothing = "the steps around are in the record as means of 64 alone" if account.folded else "nothing before it"
         return [f"What moved first cannot be said: there is too little to compare the step with ({nothing})."]

@@ -69,7 +69,8 @@ def _largest(facts: Facts) -> tuple[list[str], list[Table]]:
             for one in samples
         ]
         heads = ("sample", by, "times the median", "in step", "steps it was in")
-        tables.append(Table(heads, rows, f"Samples with the largest {by}, each where it was largest"))
+        later = f"; {found.later[by]:,} more not finite later" if found.later.get(by) else ""
+        tables.append(Table(heads, rows, f"Samples with the largest {by}, each where it was largest{later}"))
     if not tables:
         return [], []
     between = found.last - found.first + 1 > found.steps

@@ -17,6 +17,9 @@ _NOTE = (
 
 def theory(facts: Facts, plots: Plots) -> Made:
     """Show the two sides of Theorem 1 by window, and what holds of the whole run."""
+    if not facts.theory and "lipschitz" in facts.windows.metrics:
+        why = next((why for why in facts.unread if why.startswith("theory: ")), "theory: no window has a ratio r")
+        return Missing("What theory says", f"nothing, though the windows have lipschitz ({why})")
     if not facts.theory:
         return Missing("What theory says", with_metric("Lipschitz()", ", for a model whose first layer is a Linear"))
     valid = sum(one.value.valid for one in facts.theory)
