@@ -11,7 +11,7 @@ from torch import nn
 
 from lipcore import _core
 from lipcore.capture.parameters import WeakCall
-from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
+from lipcore.capture.training_pass import OfTraining, in_backward, is_training_forward
 from lipcore.models.names import named_modules
 from lipcore.models.torch_internals import compiles_its_call, is_compiled, original
 
@@ -80,8 +80,8 @@ class OutputWatch:
         self._handles: list[Any] = []
         if self._modules:
             self._handles = [
-                model.register_forward_pre_hook(Untraced(WeakCall(self._begin))),
-                model.register_forward_hook(Untraced(WeakCall(self._end)), always_call=True),
+                model.register_forward_pre_hook(OfTraining(WeakCall(self._begin))),
+                model.register_forward_hook(OfTraining(WeakCall(self._end)), always_call=True),
             ]
 
     def _begin(self, module: nn.Module, arguments: tuple[Any, ...]) -> None:

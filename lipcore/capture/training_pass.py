@@ -11,6 +11,9 @@ A backward pass is the training's when it accumulates the gradients of all leave
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -37,6 +40,29 @@ GRAPH_OF_GRADIENT = (
 )
 
 
+class _Given(threading.local):
+    runs = False
+
+
+_given = _Given()
+
+
+@contextmanager
+def given_pass() -> Iterator[None]:
+    """Run a forward pass that is as the training's and none of them, in this thread: of a batch that the user gives to
+    be proved. Only what is to prove it looks at it."""
+    _given.runs = True
+    try:
+        yield
+    finally:
+        _given.runs = False
+
+
+def is_given_pass() -> bool:
+    """Return whether this thread runs such a pass."""
+    return _given.runs
+
+
 class Untraced:
     """A compiled hook that torch.compile and torch.export leave out of what they trace; inert in a copied model."""
 
@@ -49,4 +75,11 @@ class Untraced:
         return self._hook(*arguments)
 
     def __reduce__(self) -> tuple[type[Untraced], tuple[()]]:
-        return Untraced, ()
+        return type(self), ()
+
+
+class OfTraining(Untraced):
+    """A hook of that kind which leaves out passes that are given to be proved."""
+
+    def __call__(self, *arguments: Any) -> Any:
+        return None if _given.runs else super().__call__(*arguments)

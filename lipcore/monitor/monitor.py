@@ -223,11 +223,12 @@ class Monitor(Engine):
     def prove(self, batch: Any) -> dict[str, str]:
         """Prove that the rows of a batch's gradients are single samples', by passes that all ranks run together: under
         FSDP2 statistics over the batch that a model may detach are looked for in no other way, and numbers are not
-        labelled exact before. From then on those of passes with as many samples are.
+        labelled exact before. From then on those of passes with as many samples that do the same are.
 
         Every rank of the group calls it at the same step, between two steps (no backward pass is waited for), with a
         batch of its own as the training's are. The model runs forward, and backward to activations alone: no parameter
-        gets a gradient, and buffers, attributes and random numbers get their values back. A few steps' time.
+        gets a gradient, and buffers, attributes and random numbers get their values back; no window has anything of it.
+        A few steps' time.
 
         Args:
             batch: what the model is called with: a tensor, a tuple of arguments, or a dict of keywords.

@@ -11,6 +11,7 @@ from torch import nn
 
 from lipcore.capture.layers.asked_proof import AskedProof
 from lipcore.capture.layers.layer_capture import LayerCapture
+from lipcore.capture.training_pass import given_pass
 from lipcore.distributed.group import Group
 from lipcore.distributed.partners import Partners
 from lipcore.models.ranks import below_ddp, has_dtensors, world_size
@@ -75,6 +76,7 @@ def _run(
     with ExitStack() as stack:
         stack.enter_context(all_put_back(model, random=True, writes=False))
         stack.enter_context(_unsynchronised(model))
+        stack.enter_context(given_pass())
         asked = {name: stack.enter_context(capture.proving()) for name, capture in captures.items()}
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -14,8 +14,9 @@ import torch
 from prove_situations import NAME, Net, batch_of, made, monitored, situations, train
 from rank_runs import Found, run_situations
 from rank_situations import fsdp
+from torch import nn
 
-from lipcore import Monitor, Trajectory
+from lipcore import Lipschitz, Monitor, PerSampleGradDots, PerSampleGradNorms, TensorStats, Trajectory
 from lipcore.monitor import prove
 
 FLAWS = {
@@ -199,3 +200,32 @@ def test_a_batch_of_another_size_and_mode() -> None:
     model.eval()
     assert monitor.prove(batch_of(0, 0, 6)) == {NAME: ""}
     assert run._operations[6, 6]
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_windows_of_other_metrics_do_not_notice(size: int) -> None:
+    """Every window with proofs in it is the one without, with all that results tell beside; batches of one are served
+    in other ways."""
+    found = []
+    for asks in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(0.2), nn.Linear(8, 1)).double()
+        metrics = [PerSampleGradNorms(loss_reduction="mean"), TensorStats(every_steps=1), Lipschitz(), Trajectory(),
+                   PerSampleGradDots(reference={n: torch.ones_like(p) for n, p in model.named_parameters()},
+                                     loss_reduction="mean", every_steps=2)]  # fmt: skip
+        optimizer, monitor = monitored(model, metrics)
+        for step in range(9):
+            if asks and step in (1, 3, 5):
+                assert monitor.prove(batch_of(1, step, 5))[NAME] == ""
+            optimizer.zero_grad()
+            loss = model(batch_of(0, step, size)).square().mean()
+            if asks and step == 6:  # between its forward and its backward pass
+                assert monitor.prove(batch_of(1, step, 5))[NAME] == ""
+            loss.backward()
+            optimizer.step()
+        told = [
+            {name: (str(each), each.details) for name, each in window.results.items()} for window in monitor.history
+        ]
+        found.append((told, [window.flat() for window in monitor.history]))
+    for without, with_proofs in zip(*found, strict=True):
+        assert repr(without) == repr(with_proofs)

@@ -10,7 +10,7 @@ _NO_PASS = "the model was not called in the pass that was to be proved"
 
 @dataclass
 class AskedProof:
-    """What is known of a proof that was asked for. It is thrown away with it: nothing of a pass that was broken off
+    """State of a proof that was asked for. It is thrown away with it: nothing of a pass that was broken off
     stays.
 
     Attributes:

@@ -39,7 +39,7 @@ from lipcore.capture.layers.structure import Structure
 from lipcore.capture.own_nodes import counted, gradients_begun, nodes_of_others
 from lipcore.capture.parameters import WeakCall
 from lipcore.capture.seeds import Begins
-from lipcore.capture.training_pass import Untraced, is_training_forward
+from lipcore.capture.training_pass import Untraced, is_given_pass, is_training_forward
 from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
@@ -298,7 +298,7 @@ class LayerCapture:
     @counted
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         passes = self.passes
-        if torch.compiler.is_compiling() or not is_training_forward():
+        if torch.compiler.is_compiling() or not self._is_meant():
             return
         if self._kept is not None:
             self._kept.release()
@@ -356,6 +356,10 @@ class LayerCapture:
             passes.fail(error)
         run.nodes, run.begun = -1 if self._compiled else nodes_of_others(), gradients_begun()
 
+    def _is_meant(self) -> bool:
+        """Return whether the forward pass that begins or ends now is the training's, or is to be proved here."""
+        return is_training_forward() and (self.proofs.asked is not None or not is_given_pass())
+
     @property
     def _adds_up(self) -> bool:
         """True where the samples' gradients may be added up and compared."""
@@ -390,7 +394,7 @@ class LayerCapture:
 
     @counted
     def _end_forward(self, module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
-        if torch.compiler.is_compiling() or not is_training_forward():
+        if torch.compiler.is_compiling() or not self._is_meant():
             return None
         passes = self.passes
         run = passes.end()

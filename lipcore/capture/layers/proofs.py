@@ -65,7 +65,7 @@ _PAST = (
 )
 
 
-_Done = tuple[tuple[int, ...], int, int, int]  # shape of the input, gradients begun, nodes, calls of tapped layers
+_Done = tuple[tuple[int, ...], int, int]  # shape of the input, nodes, calls of tapped layers
 
 
 @dataclass
@@ -244,7 +244,9 @@ class Proofs:
         done, known = (run.nodes, run.taps), self._operations.get(run.shape)
         if known is not None and run.begun not in known:
             self._schedule.ask_soon(run.kind)
-        if known is not None and done not in known.get(run.begun, {done}):
+        # A proof that was asked for has no other metric's gradients, and brings no other one of a sharded model.
+        others = set[tuple[int, int]]().union(*known.values()) if known and self.sharded else {done}
+        if known is not None and done not in known.get(run.begun, others):
             return OTHER
         if run.order is not None:
             news = orders.news((*run.kind, run.begun), run.order, shape_is_known=known is not None)
@@ -441,7 +443,7 @@ class Proofs:
 
 
 def _done(run: LayerPass) -> _Done:
-    return run.shape, run.begun, run.nodes, run.taps
+    return run.shape, run.nodes, run.taps
 
 
 def _places(seen: Seen | None) -> OutputPlaces | None:

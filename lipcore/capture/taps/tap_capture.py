@@ -17,7 +17,7 @@ from lipcore.capture.taps.forward_hook import ForwardHook
 from lipcore.capture.taps.input_hook import InputHook
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import FIRST_LAYER, InputTap, Record, SingleSample, Tap
-from lipcore.capture.training_pass import Untraced, in_backward, is_training_forward
+from lipcore.capture.training_pass import OfTraining, in_backward, is_given_pass, is_training_forward
 from lipcore.models.chains import first_of_chain
 from lipcore.models.names import find_module, unwrap
 from lipcore.models.torch_internals import compiles_its_call, is_compiled
@@ -88,7 +88,7 @@ class Capture:
             return
         self._shortcut = shortcut_hooks(ends, single_sample, self._collector, self._hook_taps, self._unhook_taps)
         self._handles = [
-            self.model.register_forward_pre_hook(Untraced(self._shortcut.before_forward)),
+            self.model.register_forward_pre_hook(OfTraining(self._shortcut.before_forward)),
             ends[0].bias.register_post_accumulate_grad_hook(self._shortcut.after_backward),
         ]
 
@@ -186,7 +186,7 @@ class Capture:
     def _begin_forward(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or is_given_pass():
             return None
         if not is_training_forward():
             return self._begin_again(arguments, keywords or {})
@@ -219,6 +219,8 @@ class Capture:
         last = None if output is None else self._last  # None: the forward pass raised
         if torch.compiler.is_compiling():
             return last.after_forward(module, arguments, output) if last is not None else None
+        if is_given_pass():
+            return None
         if not is_training_forward():
             for at in self._inputs:
                 at.end_again()
