@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from lipcore.report.alarms_told import told
+from lipcore.report.alarms_told import is_unexplained, told
 from lipcore.report.html import count, number, printable, shortened_name
 from lipcore.report.postmortem.account import Account, Rate
 from lipcore.report.postmortem.causes import cause_of, checks_of
@@ -45,6 +45,8 @@ def headline(account: Account) -> str:
     if event is None:
         first = account.at_begin[0] if account.changes else None
         return f"{said}: {change(first)}" if first is not None and first.step == account.step else f"{said}: no alarm"
+    if is_unexplained(event):  # which the first sentence says in full
+        return f"{said}: movement that the optimizer did not make"
     return f"{said}: {told(event) if event.kind == 'alarm' else f'ended by {event.text}'}"
 
 
