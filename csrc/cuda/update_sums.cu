@@ -249,10 +249,9 @@ __device__ __forceinline__ UpdateSums sum_chunk(const Tensor& tensor, const Rule
 }
 
 // One block per chunk.
+constexpr int kUpdateBlocksPerSm = kBlocksPerSm - 1;  // else registers spill, on sm_80 without more streams too
 template <class Tensor>
-constexpr int kUpdateBlocksPerSm = kBlocksPerSm - (std::is_same_v<Tensor, FullEntry> ? 1 : 0);  // else registers spill
-template <class Tensor>
-__global__ void __launch_bounds__(kThreads, kUpdateBlocksPerSm<Tensor>)
+__global__ void __launch_bounds__(kThreads, kUpdateBlocksPerSm)
     sum_updates(const __grid_constant__ UpdateTables tables, const __grid_constant__ Updates<Tensor> slice) {
   __shared__ typename Reduce::TempStorage storage;
   const SliceChunk chunk(slice.head, slice.tensors);
