@@ -16,6 +16,7 @@ from lipcore.capture.own_nodes import counted
 from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.training_pass import in_backward
+from lipcore.models.gathered import gathered_again
 from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
@@ -92,6 +93,7 @@ def _bare(model: nn.Module) -> nn.Module:
 @contextmanager
 def _unnoticed(model: nn.Module) -> Iterator[None]:
     with (
+        gathered_again(model),
         without_backward_hooks(model),
         all_put_back(model),
         paused(),
