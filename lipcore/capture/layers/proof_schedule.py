@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+from torch import nn
+
 from lipcore.models.ranks import under_process_group
 
 _SECOND, _LONGEST = 64, 4096  # passes; the distance doubles in between
@@ -21,7 +23,7 @@ class ProofSchedule:
     own, sharded models would hang.
 
     What the samples' gradients add up to needs no backward pass more: it is compared with what comes to the parameters
-    in every 32nd pass too.
+    in every 32nd pass too, of models on the CPU.
     """
 
     def __init__(self) -> None:
@@ -60,10 +62,11 @@ class ProofSchedule:
             self._shapes.add(shape)
         return due
 
-    @property
-    def adds_up(self) -> bool:
-        """True where the samples' gradients of the last pass are to be added up and compared, though it is not due."""
-        return self.by_number or self.passes % _COMPARED == 0
+    def adds_up(self, model: nn.Module) -> bool:
+        """Return whether the samples' gradients of the last pass are to be added up and compared, though it is not due.
+        To compare those of a device is to wait for it, which is for proofs alone."""
+        often = self.passes % _COMPARED == 0 and all(parameter.is_cpu for parameter in model.parameters())
+        return self.by_number or often
 
     def due_next(self) -> bool:
         """Return whether the next pass is to be proved by its number, as under a process group."""

@@ -175,7 +175,7 @@ class Proofs:
         run.kind = first.dim(), run.batch.size
         run.shape = tuple(first.shape)
         due = self.asked is not None or self._schedule.due(tuple(first.shape), run.batch.size)
-        run.adds_up = self.asked is None and (due or self._schedule.adds_up)
+        run.adds_up = self.asked is None and (due or self._schedule.adds_up(self._model))
         if self._ranks is not None and self.asked is None and self._schedule.due_next():
             self._ranks.announce(self._schedule.passes + 1)
         if not due or (run.chained and self._ranks is None):
