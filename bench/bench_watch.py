@@ -1,4 +1,4 @@
-"""The default watch() with a record beside the steps of a transformer of about 70 milliseconds."""
+"""The default watch() with a record beside the steps of a transformer of some 50 to 70 milliseconds."""
 
 from __future__ import annotations
 
