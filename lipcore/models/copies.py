@@ -49,6 +49,8 @@ DEPENDS = (
 #: Largest relative difference that rounding explains: experts that get other numbers of rows use other kernels.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}
 _ROUNDING_HALF = 3e-2
+_ANOTHER = "its output is another one when it is run again on the same batch"
+_DRAWS = "how many random numbers it draws depends on the batch"
 _OTHERS = (
     "the output of sample {0} is another one when the other samples are exchanged, and it is called with tensors of "
     "other numbers of rows beside, which may belong to samples by what these hold (pictures in texts)"
@@ -121,28 +123,25 @@ class Before:
             for sample in (0, self._kept.shape[self._dim] - 1):
                 copies = list(tensors_of(run(functools.partial(self._run, self._copies(sample)))))
                 used = self._state.random.now()
-                wrong = [
-                    i
-                    for i, d, whose in rows
-                    if not _same(_of(tensors[i], d, whose, sample), _of(copies[i], d, whose, sample))
-                ]
+                wrong = _differing(rows, tensors, copies, sample)
                 if not wrong:
                     continue
                 again = list(tensors_of(run(lambda: self._run(self._kept))))
                 if not all(_same(tensors[i], again[i]) for i, *_ in rows):
-                    return "its output is another one when it is run again on the same batch", []
+                    return _ANOTHER, []
                 if not self._state.random.are_same(used, self._state.random.now()):
-                    return "how many random numbers it draws depends on the batch", []
+                    return _DRAWS, []
                 if self._draws(self._kept) != self._draws(self._copies(sample)):
                     return "for how many rows it draws random numbers depends on the batch (dropout in experts)", []
-                if self._has_others:
-                    return _OTHERS.format(sample), []
-                return DEPENDS.format(sample), wrong
+                return self._depends(sample, wrong)
         except Exception as error:
             return f"it could not be run again ({type(error).__name__}: {error})", []
         finally:
             after.put_back()
         return "", []
+
+    def _depends(self, sample: int, wrong: list[int]) -> tuple[str, list[int]]:
+        return (_OTHERS.format(sample), []) if self._has_others else (DEPENDS.format(sample), wrong)
 
     def _difference_together(
         self, output: Any, rows: Sequence[tuple[int, int, Tensor]], run: Callable[[Callable[[], Any]], Any]
@@ -161,19 +160,13 @@ class Before:
         again = found.pop()
         tensors = again if _compiles(self._model) else list(tensors_of(output))
         if not all(_same(tensors[i], again[i]) for i, *_ in rows):
-            return "its output is another one when it is run again on the same batch", []
+            return _ANOTHER, []
         for sample, copies in zip(samples, found, strict=True):
-            wrong = [
-                i
-                for i, d, whose in rows
-                if not _same(_of(tensors[i], d, whose, sample), _of(copies[i], d, whose, sample))
-            ]
+            wrong = _differing(rows, tensors, copies, sample)
             if wrong and not all(self._state.random.are_same(each, random[-1]) for each in random):
-                return "how many random numbers it draws depends on the batch", []
-            if wrong and self._has_others:
-                return _OTHERS.format(sample), []
+                return _DRAWS, []
             if wrong:
-                return DEPENDS.format(sample), wrong
+                return self._depends(sample, wrong)
         return "", []
 
     def _copies(self, sample: int) -> Tensor:
@@ -220,6 +213,13 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any, *, together: 
 
 def _of(tensor: Tensor, dim: int, whose: Tensor, sample: int) -> Tensor:
     return tensor.detach().index_select(dim, (whose == sample).nonzero().flatten().to(tensor.device))
+
+
+def _differing(
+    rows: Sequence[tuple[int, int, Tensor]], tensors: Sequence[Tensor], copies: Sequence[Tensor], sample: int
+) -> list[int]:
+    """Return the places of the tensors whose rows of a sample are others than where it stands in every place."""
+    return [i for i, d, whose in rows if not _same(_of(tensors[i], d, whose, sample), _of(copies[i], d, whose, sample))]
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from dot_situations import situations
-from rank_runs import Found, run_situations
+from rank_runs import Found, assert_right, run_situations
 
 pytestmark = pytest.mark.ci
 RIGHT = ("ddp", "fsdp2", "pipeline")
@@ -33,10 +33,7 @@ def test_every_situation_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_right(found: Found, name: str) -> None:
     for numbers in found[name]:
-        assert isinstance(numbers, dict), numbers
-        assert not numbers["absent"]
-        assert set(numbers["scopes"]) == {"global"}
-        assert numbers["error"] <= 1e-7, numbers["where"]
+        assert_right(numbers)
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lipschitz_situations import situations
-from rank_runs import Found, run_situations
+from rank_runs import Found, assert_right, run_situations
 
 pytestmark = pytest.mark.ci
 RIGHT = ("ddp", "unequal_batches", "fsdp2")
@@ -36,10 +36,7 @@ def test_every_situation_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", [*RIGHT, *RIGHT_ON_FOUR])
 def test_right(found: Found, name: str) -> None:
     for numbers in found[name]:
-        assert isinstance(numbers, dict), numbers
-        assert not numbers["absent"]
-        assert set(numbers["scopes"]) == {"global"}
-        assert numbers["error"] <= 1e-7, numbers["where"]
+        assert_right(numbers)
 
 
 @pytest.mark.parametrize("name", LEFT_OUT)

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from rank_runs import Found, run_situations
+from rank_runs import Found, assert_right, run_situations
 from sample_situations import situations
 
 pytestmark = pytest.mark.ci
@@ -72,10 +72,7 @@ def test_every_situation_is_in_the_table(ranks: int) -> None:
 @pytest.mark.parametrize(("ranks", "name"), named(RIGHT))
 def test_right(runs: dict[int, Found], ranks: int, name: str, tmp_path_factory: Any) -> None:
     for numbers in found_of(runs, ranks, name, tmp_path_factory):
-        assert isinstance(numbers, dict), numbers
-        assert not numbers["absent"]
-        assert set(numbers["scopes"]) == {"rank" if "themselves" in name else "global"}
-        assert numbers["error"] <= 1e-7, numbers["where"]
+        assert_right(numbers, "rank" if "themselves" in name else "global")
         assert all(not details.get("noise_scale_skipped") for details in numbers["details"])
 
 

@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 import pytest
-from rank_runs import Found, run_situations
+from rank_runs import Found, assert_right, run_situations
 from sketch_situations import situations
 
 from lipcore.distributed.ownership import Ownership
@@ -43,10 +43,7 @@ def test_every_situation_is_in_the_table() -> None:
 @pytest.mark.parametrize(("ranks", "name"), [(ranks, name) for ranks, names in RIGHT.items() for name in names])
 def test_right(runs: dict[int, Found], ranks: int, name: str, tmp_path_factory: Any) -> None:
     for numbers in found_of(runs, ranks, name, tmp_path_factory):
-        assert isinstance(numbers, dict), numbers
-        assert not numbers["absent"]
-        assert set(numbers["scopes"]) == {"global"}
-        assert numbers["error"] <= 1e-7
+        assert_right(numbers)
         assert numbers.get("sketches", 0.0) <= 1e-12
         assert numbers.get("of one process", 0.0) <= 1e-12
         assert numbers.get("far", 0.0) <= 5  # standard errors

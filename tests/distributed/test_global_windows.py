@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from rank_runs import assert_right
 from rank_situations import situations
 from ranks import run_ranks
 
@@ -88,10 +89,7 @@ def test_every_situation_is_in_the_table() -> None:
 @pytest.mark.parametrize("name", RIGHT)
 def test_right(found: dict[str, list[Any]], name: str) -> None:
     for numbers in found[name]:
-        assert isinstance(numbers, dict), numbers
-        assert not numbers["absent"]
-        assert set(numbers["scopes"]) == {"global"}
-        assert numbers["error"] <= 1e-7
+        assert_right(numbers)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from pipeline import STAGES, run_stage, stage_of
 from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
 from sample_situations import DDP, LAYERS, Truth, compared_numbers, mean_loss, quiet, stopped
 from torch import Tensor, nn
@@ -155,30 +155,20 @@ def said_of(windows: Sequence[Any]) -> dict[str, Any]:
 
 def pipeline(rank: int, world: int) -> dict[str, Any]:
     """Two stages as a schedule runs them; each knows the products of its own layers, with its own references."""
-    whole = made()
-    stage = [nn.Sequential(whole.a, nn.Tanh(), whole.b), nn.Sequential(whole.c)][rank]
+    stage = stage_of(made(), rank)
     data = data_of([0])[0]
-    at = {"a": "stages.0.0", "b": "stages.0.2", "c": "stages.1.0"}
     expected = []
     for numbers in DotsTruth(made()).windows([data]):
         split = {key.rpartition("/"): value for key, value in numbers.items()}
-        expected.append({f"{key}/{at[place]}": v for (key, _, place), v in split.items() if place in at})
-    own = {f"{place}.": f"{of.rpartition('.')[2]}." for place, of in at.items() if of.startswith(f"stages.{rank}")}
+        expected.append({f"{key}/{STAGES[place]}": v for (key, _, place), v in split.items() if place in STAGES})
+    own = {f"{place}.": f"{of.rpartition('.')[2]}." for place, of in STAGES.items() if of.startswith(f"stages.{rank}")}
     given = [{own[n[:2]] + n[2:]: r for n, r in one.items() if n[:2] in own} for one in references(made(), 0)]
     optimizer, _, monitor = dots_of(stage, given, prefix=f"stages.{rank}")
     found = []
     with monitor:
         for x, y in data:
             optimizer.zero_grad()
-            if rank == 0:
-                sent = stage(x)
-                dist.send(sent.detach(), 1)
-                dist.recv(grad := torch.empty_like(sent), 1)
-                sent.backward(grad)
-            else:
-                dist.recv(received := torch.empty(len(x), 5, dtype=torch.float64), 0)
-                mean_loss(stage(torch.tanh(received.requires_grad_())), y).backward()
-                dist.send(received.grad, 0)
+            run_stage(stage, rank, x, y)
             optimizer.step()
             if (window := monitor.global_window()) is not None:
                 found.append(window)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pipeline import run_stage, stage_of
 from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
 from sample_situations import DDP, compared_numbers, mean_loss, quiet
 from torch import Tensor, nn
@@ -148,27 +149,14 @@ def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
     return {"said": window.off[NAME]}
 
 
-def stage_of(rank: int) -> nn.Module:
-    whole = made()
-    return [nn.Sequential(whole.a, nn.Tanh(), whole.b), nn.Sequential(whole.c)][rank]
-
-
 def pipeline(rank: int, world: int) -> dict[str, Any]:
     """A stage's constant is not the model's."""
-    stage = stage_of(rank)
+    stage = stage_of(made(), rank)
     optimizer, monitor = monitored(stage, prefix=f"stages.{rank}")
     with monitor:
         for x, y in data_of([0])[0][:WINDOW]:
             optimizer.zero_grad()
-            if rank == 0:
-                sent = stage(x)
-                dist.send(sent.detach(), 1)
-                dist.recv(grad := torch.empty_like(sent), 1)
-                sent.backward(grad)
-            else:
-                dist.recv(received := torch.empty(len(x), 5, dtype=torch.float64), 0)
-                mean_loss(stage(torch.tanh(received.requires_grad_())), y).backward()
-                dist.send(received.grad, 0)
+            run_stage(stage, rank, x, y)
             optimizer.step()
         window = monitor.global_window()
     assert window is not None

@@ -15,6 +15,14 @@ from ranks import run_ranks
 Found = dict[str, list[Any]]
 
 
+def assert_right(numbers: Any, scope: str = "global", error: float = 1e-7) -> None:
+    """What a rank has found has all numbers that there are to be, of this scope, within the error."""
+    assert isinstance(numbers, dict), numbers
+    assert not numbers["absent"]
+    assert set(numbers["scopes"]) == {scope}
+    assert numbers["error"] <= error, numbers.get("where")
+
+
 def run_situations(folder: Path, module: str, ranks: int) -> Found:
     """Run what `module.situations(ranks)` gives; what a rank raises is its name and message."""
     run_ranks(work_through, str(folder), module, ranks, ranks=ranks)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pipeline import STAGES, run_stage, stage_of
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -294,32 +295,19 @@ def tensor_parallel_and_fsdp2(rank: int, world: int) -> dict[str, Any]:
 
 def pipeline(rank: int, world: int, prefixes: Sequence[str] = ("stages.0", "stages.1")) -> dict[str, Any]:
     """Two stages as a schedule runs them, without clipping, which stages would have to do together."""
-    whole = made()
-    parts = [nn.Sequential(whole.a, nn.Tanh(), whole.b), nn.Sequential(whole.c)]
-    twin = made()
-    layers = {"a": "stages.0.0", "b": "stages.0.2", "c": "stages.1.0"}
-    of_stage = {f"{name}.{kind}": f"{at}.{kind}" for name, at in layers.items() for kind in ("weight", "bias")}
+    stage, twin = stage_of(made(), rank), made()
+    of_stage = {f"{name}.{kind}": f"{at}.{kind}" for name, at in STAGES.items() for kind in ("weight", "bias")}
     global CLIP
     before, CLIP = CLIP, math.inf
     try:
         expected = truth(twin, data_of([0]), of_stage)
-        stage, data = parts[rank], data_of([0])[0]
+        data = data_of([0])[0]
         optimizer, monitor = monitored(stage, prefix=prefixes[rank])
         found = []
         with monitor:
             for x, y in data:
                 optimizer.zero_grad()
-                if rank == 0:
-                    sent = stage(x)
-                    dist.send(sent.detach(), 1)
-                    grad = torch.empty_like(sent)
-                    dist.recv(grad, 1)
-                    sent.backward(grad)
-                else:
-                    received = torch.empty(len(x), 5, dtype=torch.float64)
-                    dist.recv(received, 0)
-                    F.mse_loss(stage(torch.tanh(received.requires_grad_())), y).backward()
-                    dist.send(received.grad, 0)
+                run_stage(stage, rank, x, y)
                 optimizer.step()
                 if (window := monitor.global_window()) is not None:
                     found.append(window)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from pipeline import STAGES, run_stage, stage_of
 from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -442,28 +443,18 @@ def joined(rank: int, world: int) -> Any:
 
 def pipeline(rank: int, world: int) -> dict[str, Any]:
     """Two stages as a schedule runs them; each knows the norms of its own layers."""
-    whole = made()
-    stage = [nn.Sequential(whole.a, nn.Tanh(), whole.b), nn.Sequential(whole.c)][rank]
+    stage = stage_of(made(), rank)
     data = data_of([0])
     expected = []
     for numbers in Truth(made()).windows(data):
-        at = {"a": "stages.0.0", "b": "stages.0.2", "c": "stages.1.0"}
         split = {key.rpartition("/"): value for key, value in numbers.items() if "/norm." in key}
-        expected.append({f"{key}/{at[place]}": v for (key, _, place), v in split.items() if place in at})
+        expected.append({f"{key}/{STAGES[place]}": v for (key, _, place), v in split.items() if place in STAGES})
     optimizer, monitor = monitored(stage, prefix=f"stages.{rank}")
     found = []
     with monitor:
         for x, y in data[0]:
             optimizer.zero_grad()
-            if rank == 0:
-                sent = stage(x)
-                dist.send(sent.detach(), 1)
-                dist.recv(grad := torch.empty_like(sent), 1)
-                sent.backward(grad)
-            else:
-                dist.recv(received := torch.empty(len(x), 5, dtype=torch.float64), 0)
-                mean_loss(stage(torch.tanh(received.requires_grad_())), y).backward()
-                dist.send(received.grad, 0)
+            run_stage(stage, rank, x, y)
             optimizer.step()
             if (window := monitor.global_window()) is not None:
                 found.append(window)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
+from bench_modules import imported
 
 BENCH = Path(__file__).parents[2] / "bench"
 HERE = {"cpu": "a CPU", "cores": 2, "isa": "base", "torch": "2.13.0", "commit": "new", "date": "2026-02-02"}
@@ -14,14 +14,8 @@ HERE = {"cpu": "a CPU", "cores": 2, "isa": "base", "torch": "2.13.0", "commit": 
 
 @pytest.fixture
 def report(monkeypatch):
-    if not BENCH.exists():
-        pytest.skip("there is no bench folder")
-    monkeypatch.syspath_prepend(str(BENCH))
-    import report
-
-    yield report
-    for name in ("report", "plots"):
-        sys.modules.pop(name, None)
+    with imported(monkeypatch, "report", "plots") as found:
+        yield found
 
 
 @pytest.fixture

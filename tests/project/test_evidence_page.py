@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_modules import imported
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    if not (ROOT / "bench").exists():
-        pytest.skip("there is no bench folder")
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import evidence_page
-
-    yield evidence_page
-    sys.modules.pop("evidence_page", None)
+    with imported(monkeypatch, "evidence_page") as found:
+        yield found
 
 
 def test_the_page_shows_the_results(module: Any) -> None:

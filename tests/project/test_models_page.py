@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_modules import imported
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    if not (ROOT / "bench").exists():
-        pytest.skip("there is no bench folder")
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import models_table
-
-    yield models_table
-    sys.modules.pop("models_table", None)
+    with imported(monkeypatch, "models_table") as found:
+        yield found
 
 
 def test_the_page_shows_the_results(table: Any) -> None:
