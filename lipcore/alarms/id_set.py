@@ -43,9 +43,8 @@ class IdSet:
 
     def join(self, other: IdSet) -> None:
         """Take in all ids of the other set."""
-        if len(other._table) > len(self._table):
-            self._table, other_table = other._table.copy(), self._table
-        else:
-            other_table = other._table
-        self._table[: len(other_table)] |= other_table
+        table = np.zeros(max(len(self._table), len(other._table)), bool)
+        for each in (self._table, other._table):
+            table[: len(each)] |= each
+        self._table = table
         self._others |= other._others

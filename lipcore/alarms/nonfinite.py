@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lipcore.alarms.budget import QUIET
 from lipcore.alarms.event import AlarmEvent
+from lipcore.alarms.repeats import Repeats
 from lipcore.models.names import listed
 
 SIGNAL = "nonfinite"
@@ -19,7 +19,7 @@ class NonFinite:
     of the 20 steps before is not told again."""
 
     def __init__(self) -> None:
-        self._last: dict[tuple[str, str], int] = {}
+        self._repeats = Repeats()
 
     def step(
         self, number: int, loss: float | None, row: Mapping[str, NDArray[np.float64]], places: Sequence[str]
@@ -33,9 +33,9 @@ class NonFinite:
             # A step without any gradient has NaN in every place: nothing is known of it.
             if bad.any() and not (what == "gradient" and np.isnan(row[quantity]).all()):
                 found[what] = [places[i] for i in np.flatnonzero(bad).tolist()]
-        fresh = {what: [p for p in where if self._is_fresh(what, p, number)] for what, where in found.items()}
-        self._last |= {(what, place): number for what, where in found.items() for place in where}
-        fresh = {what: where for what, where in fresh.items() if where}
+        fresh: dict[str, list[str]] = {}
+        for what, place in self._repeats.fresh(number, [(what, p) for what, where in found.items() for p in where]):
+            fresh.setdefault(what, []).append(place)
         if not fresh:
             return None
         # A loss that is not finite spoils every gradient, and a gradient its parameter: the first of them is the cause.
@@ -46,6 +46,3 @@ class NonFinite:
         )
         place = "total" if first == "loss" else where
         return AlarmEvent(number, SIGNAL, place, float("inf"), f"alarm in step {number}: not finite: {said}")
-
-    def _is_fresh(self, what: str, place: str, number: int) -> bool:
-        return number - self._last.get((what, place), -QUIET - 1) > QUIET

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from lipcore.alarms.budget import QUIET
 from lipcore.alarms.event import AlarmEvent
+from lipcore.alarms.repeats import Repeats
 from lipcore.models.names import listed
 
 SIGNAL = "unexplained_movement"
@@ -24,13 +24,12 @@ class UnexplainedMovement:
 
     def __init__(self, limit: float) -> None:
         self._limit = limit
-        self._last: dict[str, int] = {}
+        self._repeats = Repeats()
 
     def step(self, number: int, scores: NDArray[np.float64], places: Sequence[str]) -> AlarmEvent | None:
         """Return the alarm of a step, from the scores of its places; NaN where one is not checked."""
-        over = [(float(scores[i]), places[i]) for i in np.flatnonzero(scores > self._limit).tolist()]
-        fresh = sorted((one for one in over if self._is_fresh(one[1], number)), reverse=True)
-        self._last |= {place: number for _, place in over}
+        over = {places[i]: float(scores[i]) for i in np.flatnonzero(scores > self._limit).tolist()}
+        fresh = sorted(((over[place], place) for place in self._repeats.fresh(number, over)), reverse=True)
         if not fresh:
             return None
         score, place = fresh[0]
@@ -40,6 +39,3 @@ class UnexplainedMovement:
             f"does not explain, {score:.3g} times what rounding may make of it{others}"
         )
         return AlarmEvent(number, SIGNAL, place, score, words)
-
-    def _is_fresh(self, place: str, number: int) -> bool:
-        return number - self._last.get(place, -QUIET - 1) > QUIET
