@@ -28,7 +28,7 @@ def verdict(facts: Facts, checks: Sequence[Check], missing: Sequence[Missing]) -
     elif fired:
         state, headline = "fired", fired[0].text
     else:
-        state, headline = "quiet", f"None of {count(len(made), 'check')} fired."
+        state, headline = "quiet", f"Nothing needs attention: none of {count(len(made), 'check')} fired."
     parts: list[object] = [tag("p", tag("span", _mark(state), class_="mark"), headline, class_="headline")]
     parts += [tag("p", f"{check.text}", class_="also") for check in fired[1:]]
     if not any(check.name == "The loss" and check.state == "fired" for check in checks):
@@ -81,7 +81,7 @@ def _not_measured(checks: Sequence[Check], missing: Sequence[Missing]) -> Html:
 def run_facts(facts: Facts) -> Html:
     """Return the line of facts under the title, and the details."""
     config = facts.config
-    said = [str(config["model"])] if "model" in config else []
+    said = [str(config[key]) for key in ("about", "model") if key in config]
     said += [count(facts.last_step, "step"), count(facts.windows.count, "window")]
     if facts.starts:
         begin, end = facts.starts[0].wall, max(facts.last_wall, facts.starts[-1].wall)
