@@ -186,6 +186,29 @@ def equal_loss(all_results: Results) -> str:
     return table(["quantity at equal training loss", *found], rows)
 
 
+def dropout(all_results: Results) -> str:
+    """Numbers of Theorem 3 with and without Dropout at equal training loss."""
+    found = all_results["evidence"]["dropout"]
+    shares = [share for share in next(iter(found["numbers"].values())) if share != "0"]
+    rows = []
+    for name, row in found["numbers"].items():
+        cells = [_between(row["0"])]
+        cells += [f"{_between(row[share])}; lower in {row[share]['below']} of {found['seeds']}" for share in shares]
+        rows.append([name, *cells])
+    return table(["at equal training loss", "without", *(f"Dropout {share}" for share in shares)], rows)
+
+
+def _between(row: Mapping[str, float]) -> str:
+    mean, low, high = (_short(row[key]) for key in ("mean", "low", "high"))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _short(number: float) -> str:
+    if number < 1e4:
+        return f"{number:.2g}" if number < 100 else f"{number:.0f}"
+    return f"{number:.0e}".replace("e+", "e").replace("e0", "e")
+
+
 def exact(all_results: Results) -> str:
     """Largest error of per-sample norms over public architectures."""
     rows = all_results["models"]["rows"]
@@ -216,7 +239,7 @@ def _correlation(row: Mapping[str, float]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     make.__name__: make
     for make in (detectors, by_fault, samples, published_rule, leads, hot, labels, other_inputs, batch, equal_loss)
-} | {make.__name__: make for make in (exact, bound, lengths)}
+} | {make.__name__: make for make in (exact, bound, lengths, dropout)}
 
 
 def read() -> Results:
