@@ -81,7 +81,8 @@ def _moved_first(account: Account) -> list[str]:
         layers = [one for one in layers if one.place != layers[0].place]
     if names := list(dict.fromkeys(one.place for one in layers)):
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        others += f"; in the same step also in {', '.join(map(in_words, names[:4]))}{more}"
+        also = "also" if others else "in the same step also"
+        others += f"; {also} in {', '.join(map(in_words, names[:4]))}{more}"
     parts = [f"First: step {first.step:,}, {change(first)}{others}."]
     if away := account.step - account.begin:
         what = "the alarm" if account.event is not None else "the step that was asked for"
