@@ -114,4 +114,4 @@ def test_a_run_of_adam_that_learns_needs_no_attention(tmp_path: Path) -> None:
 
 def test_a_fault_in_a_run_of_adam_is_told_with_step_and_layer(tmp_path: Path) -> None:
     (fired,) = [check.text for check in trained(tmp_path / "a", 320, fault=300) if "Sudden" in check.name]
-    assert fired.startswith("Step 300, 4: the update over the weight norm is ")
+    assert fired.startswith("Step 300, layer 4: the update over the weight norm is ")
