@@ -49,9 +49,11 @@ class Alarms(Showable):
     "rms_t"])``.
 
     Beside z a cumulative sum finds smaller changes that last: S = max(0, S + z / limit - 1/2) > 5. Nothing alarms in
-    the first 100 steps, nor in the 20 after an alarm. One multiplier of all limits, at least 1, is calibrated on the
-    run, by the last 4000 steps, so that alarms come to keep to the budget, after some thousand steps. Where an update's
-    norm stands out, the alarm names that group; of a gradient's fault, the group whose gradient does.
+    the first 100 steps, nor in the 20 after an alarm. One multiplier of all limits, at least 1, or `least_multiplier`,
+    is calibrated on the run, by the last 4000 steps, so that alarms come to keep to the budget, after some thousand
+    steps. It is 1 at first, and falls below no sooner than after 200 steps. Peaks of the score count in phases of their
+    own kind: where the learning rate rises, where it is constant, where it falls. Where an update's norm stands out,
+    the alarm names that group; of a gradient's fault, the group whose gradient does.
 
     ``nonfinite`` is exact and outside the budget: the step in which a loss, a gradient or a parameter becomes NaN or
     infinite, and which parameter. So is ``unexplained_movement``, where `signals` names it: the step in which a
@@ -74,6 +76,8 @@ class Alarms(Showable):
             the Monitor, and it is not called any more.
         stop: raise :class:`AlarmStop` at the user's next call of a method of the Monitor, or at the end of the with
             block.
+        least_multiplier: what the multiplier of the limits falls to at the lowest, from 0.1 to 1. Below 1, alarms use
+            what the limits leave of the budget.
 
     Raises:
         TypeError, ValueError: an argument is no such thing.
@@ -92,15 +96,17 @@ class Alarms(Showable):
         signals: Mapping[str, float] | Iterable[str] | None = None,
         on_event: Callable[[AlarmEvent], object] | None = None,
         stop: bool = False,
+        least_multiplier: float = 1.0,
     ) -> None:
         per_1000 = _checked_budget(budget)
+        least = _checked_least(least_multiplier)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event: expected a callable (event) or None, got {type(on_event).__name__}")
         if not isinstance(stop, bool):
             raise TypeError(f"stop: expected True or False, got {stop!r}")
         self.signals = checked_signals(signals)  #: by name
         self.events: list[AlarmEvent] = []  #: all of them, oldest first
-        self._budget, self._on_event, self._stop = Budget(per_1000), on_event, stop
+        self._budget, self._on_event, self._stop = Budget(per_1000, least), on_event, stop
         self._waiting, self._nonfinite, self._sample_ids = Waiting(), NonFinite(), SampleIds()
         self._unexplained = self._new_unexplained()
         self._columns: Columns | None = None
@@ -168,8 +174,7 @@ class Alarms(Showable):
 
     def _begin_step(self, step: int) -> None:
         """Look at the learning rate that a step is made with."""
-        if "update_norm" in self.signals:
-            self._waiting.begin_step(step, self._rate.log_factor())
+        self._waiting.begin_step(step, self._rate.log_factor())
 
     def _norms(self, first: int, arrays: StepArrays) -> None:
         """Take a Trajectory's numbers of single steps."""
@@ -221,7 +226,8 @@ class Alarms(Showable):
         if (one.norms and columns != self._columns) or self._detector is None or self._columns is None:
             self._columns = columns  # other places than before begin anew, with silent steps
             self._detector = Detector(columns, self._budget)
-        return self._detector.step(one.step, self._logarithms(one, layout.groups, self._columns))
+        logs = self._logarithms(one, layout.groups, self._columns)
+        return self._detector.step(one.step, logs, self._log_rate(one))
 
     def _logarithms(self, one: StepNumbers, groups: NDArray[np.intp], columns: Columns) -> NDArray[np.float64]:
         logs = np.full(len(columns.signals), np.nan)
@@ -266,3 +272,9 @@ def _checked_budget(budget: Any) -> float:
     if not isinstance(budget, Real) or isinstance(budget, bool) or not 0 < float(budget) < math.inf:
         raise ValueError(f"budget: expected a number > 0 of alarms per 1000 steps, got {budget!r}")
     return float(budget)
+
+
+def _checked_least(least: Any) -> float:
+    if not isinstance(least, Real) or isinstance(least, bool) or not 0.1 <= float(least) <= 1:
+        raise ValueError(f"least_multiplier: expected a number from 0.1 to 1, got {least!r}")
+    return float(least)
