@@ -16,6 +16,7 @@ from lipcore.alarms.budget import Budget
 from lipcore.alarms.detector import Columns, Detector
 from lipcore.alarms.event import AlarmEvent, AlarmStop
 from lipcore.alarms.layout import Layout
+from lipcore.alarms.light import QUANTITY, WarningLight
 from lipcore.alarms.nonfinite import NonFinite
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.sample_ids import SampleIds
@@ -107,12 +108,16 @@ class Alarms(Showable):
         self.signals = checked_signals(signals)  #: by name
         self.events: list[AlarmEvent] = []  #: all of them, oldest first
         self._budget, self._on_event, self._stop = Budget(per_1000, least), on_event, stop
+        #: Larger normalised updates than usual, which go before some spikes of the loss: not an alarm. It needs a
+        #: Trajectory with ``source="optimizer"``, of Adam or AdamW.
+        self.light = WarningLight()
         self._waiting, self._nonfinite, self._sample_ids = Waiting(), NonFinite(), SampleIds()
         self._unexplained = self._new_unexplained()
         self._columns: Columns | None = None
         self._layout: Layout | None = None
         self._detector: Detector | None = None
         self._record: Callable[[AlarmEvent], None] | None = None
+        self._record_light: Callable[[int, str], None] | None = None
         self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
         self._logs: Callable[[], bool] = lambda: False
         self._has_norms = False
@@ -120,7 +125,7 @@ class Alarms(Showable):
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
-        gone = dict.fromkeys(("_on_event", "_record", "_logs", "_rate"))
+        gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_logs", "_rate"))
         return self.__dict__ | gone | {"_keep": None}
 
     @property
@@ -151,6 +156,9 @@ class Alarms(Showable):
             ways = "both ways" if signal.two_sided else "upwards"
             out.rows.append((signal.name, f"limit {signal.limit:g}  {ways}", ""))
         out.rows.append(("nonfinite", "exact", ""))
+        if self.light.is_known:
+            state = f"on since step {self.light.since}" if self.light.is_on else "off"
+            out.rows.append(("warning light", state, f"on in {self.light.steps} steps so far"))
         newest = [(f"step {event.step}", event.signal, event.message) for event in reversed(self.events)]
         out.rows += shortened(newest, LINES - 2 - len(out.rows))
         return out
@@ -168,9 +176,9 @@ class Alarms(Showable):
         """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs."""
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
 
-    def _write_to(self, record: Callable[[AlarmEvent], None]) -> None:
-        """Write events to a record too."""
-        self._record = record
+    def _write_to(self, record: Callable[[AlarmEvent], None], light: Callable[[int, str], None]) -> None:
+        """Write events to a record too, and when the warning light goes on."""
+        self._record, self._record_light = record, light
 
     def _begin_step(self, step: int) -> None:
         """Look at the learning rate that a step is made with."""
@@ -199,6 +207,7 @@ class Alarms(Showable):
         """Go on behind this step: a checkpoint was loaded. The next 100 steps are silent."""
         self._waiting.forget(step)
         self._columns, self._nonfinite, self._unexplained = None, NonFinite(), self._new_unexplained()
+        self.light.forget()
         self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
 
@@ -217,6 +226,15 @@ class Alarms(Showable):
             if self._unexplained is not None and SIGNAL in one.norms:
                 self._tell(self._unexplained.step(one.step, one.norms[SIGNAL][layout.single], layout.names))
             self._tell(self._score(one, layout))
+            if QUANTITY in one.norms:
+                self._look_at_light(one.step, float(one.norms[QUANTITY][layout.total][0]))
+
+    def _look_at_light(self, step: int, rms: float) -> None:
+        words = self.light.step(step, rms)
+        if words:
+            _LOGGER.info("%s", words)
+            if self._record_light is not None:
+                self._record_light(step, words)
 
     def _new_unexplained(self) -> UnexplainedMovement | None:
         return UnexplainedMovement(self.signals[SIGNAL].limit) if SIGNAL in self.signals else None

@@ -292,7 +292,7 @@ class Monitor(Engine):
         # The last closes the file, after what it is given.
         self._listeners += [endings, flight, self._stopwatch, recorder]
         if self.alarms is not None:
-            self.alarms._write_to(recorder.alarm)
+            self.alarms._write_to(recorder.alarm, recorder.light)
             recorder.on_alarm = self._hurry
 
     def _hurry(self) -> None:
