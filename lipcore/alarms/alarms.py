@@ -18,6 +18,7 @@ from lipcore.alarms.event import AlarmEvent, AlarmStop
 from lipcore.alarms.layout import Layout
 from lipcore.alarms.light import QUANTITY, WarningLight
 from lipcore.alarms.nonfinite import NonFinite
+from lipcore.alarms.ranks import EventsOfRanks
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.sample_ids import SampleIds
 from lipcore.alarms.signals import checked_signals
@@ -76,7 +77,7 @@ class Alarms(Showable):
         on_event: called with every :class:`AlarmEvent`. What it raises is raised by the user's next call of a method of
             the Monitor, and it is not called any more.
         stop: raise :class:`AlarmStop` at the user's next call of a method of the Monitor, or at the end of the with
-            block.
+            block. On several ranks all of them raise the same one where they merge windows, once they do so.
         least_multiplier: what the multiplier of the limits falls to at the lowest, from 0.1 to 1. Below 1, alarms use
             what the limits leave of the budget.
 
@@ -120,13 +121,24 @@ class Alarms(Showable):
         self._record_light: Callable[[int, str], None] | None = None
         self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
         self._logs: Callable[[], bool] = lambda: False
+        self._meets: Callable[[], bool] = lambda: False
+        self._of_ranks = EventsOfRanks()
+        self._waits_to_stop: AlarmEvent | None = None
         self._has_norms = False
         self._rate = CommonRate([])
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
-        gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_logs", "_rate"))
+        gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_logs", "_meets", "_rate"))
         return self.__dict__ | gone | {"_keep": None}
+
+    @property
+    def global_events(self) -> list[AlarmEvent]:
+        """Events of all ranks, the same on each, by step: as the ranks have told each other where windows were merged
+        (:meth:`Monitor.global_window`, or :meth:`Monitor.log` under :func:`lipcore.watch`), each with the ``rank`` that
+        told it first. Without other ranks, :attr:`events`."""
+        together = bool(self._of_ranks.all) or (self._meets is not None and self._meets())
+        return self._of_ranks.all if together else self.events
 
     @property
     def rate(self) -> float:
@@ -172,9 +184,12 @@ class Alarms(Showable):
         logs: Callable[[], bool],
         *,
         has_norms: bool,
+        meets: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs."""
+        """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs, `meets`
+        whether there are other ranks that it meets."""
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
+        self._meets = meets
 
     def _write_to(self, record: Callable[[AlarmEvent], None], light: Callable[[int, str], None]) -> None:
         """Write events to a record too, and when the warning light goes on."""
@@ -210,11 +225,33 @@ class Alarms(Showable):
         self.light.forget()
         self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
+        self._of_ranks.forget(step)
+        self._waits_to_stop = None
+
+    def _said(self) -> list[list[Any]]:
+        """Return what the other ranks are to hear of."""
+        return self._of_ranks.said()
+
+    def _heard(self, said: Mapping[int, Any]) -> None:
+        """Take what each rank has said: what this one has not told itself is told here too, and all stop together."""
+        new, of_others = self._of_ranks.heard(said)
+        for event in of_others:
+            self._act(event)
+        self._waits_to_stop = None
+        if self._stop and new:
+            self._keep_error(AlarmStop(new[0]))
+
+    def _part(self) -> None:
+        """Go on without the other ranks, and stop alone where there is something to stop for."""
+        event, self._waits_to_stop = self._waits_to_stop, None
+        if event is not None:
+            self._keep_error(AlarmStop(event))
 
     def _end(self) -> None:
         """Look at all that waits: nothing more comes."""
         self._go_on(all_of_them=True)
         self._tell_of_samples(wait=True)
+        self._part()
 
     def _go_on(self, *, all_of_them: bool = False) -> None:
         for one in self._waiting.ready(logs=self._logs(), norms=self._has_norms, all_of_them=all_of_them):
@@ -270,6 +307,14 @@ class Alarms(Showable):
             return
         self.events.append(event)
         _LOGGER.warning("%s", event.message)
+        self._act(event)
+        self._of_ranks.add(event)
+        if self._stop and self._meets():
+            self._waits_to_stop = self._waits_to_stop or event  # all stop where they meet
+        elif self._stop:
+            self._keep_error(AlarmStop(event))
+
+    def _act(self, event: AlarmEvent) -> None:
         if self._record is not None:
             self._record(event)
         if self._on_event is not None:
@@ -278,8 +323,6 @@ class Alarms(Showable):
             except Exception as error:
                 self._on_event = None
                 self._keep_error(error)
-        if self._stop:
-            self._keep_error(AlarmStop(event))
 
     def _keep_error(self, error: Exception) -> None:
         if self._keep is not None:

@@ -72,5 +72,8 @@ class AlarmsListener(Listener):
     def state_loaded(self, step: int) -> None:
         self._alarms._go_behind(step)
 
+    def ranks_part(self) -> None:
+        self._alarms._part()
+
     def closed(self) -> None:
         self._alarms._end()

@@ -84,8 +84,8 @@ class Recorder(Listener):
             "place": event.place,
             "score": event.score if math.isfinite(event.score) else None,
         }
+        data |= {} if event.rank is None else {"rank": event.rank}
         self.record.add_event(event.step, "alarm", event.message, data)
-
         self.on_alarm()
 
     def light(self, step: int, words: str) -> None:
