@@ -17,7 +17,7 @@ from lipcore.alarms.detector import Columns, Detector
 from lipcore.alarms.event import AlarmEvent, AlarmStop
 from lipcore.alarms.layout import Layout
 from lipcore.alarms.light import QUANTITY, WarningLight
-from lipcore.alarms.nonfinite import NonFinite
+from lipcore.alarms.nonfinite import OF, NonFinite
 from lipcore.alarms.ranks import EventsOfRanks
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.sample_ids import SampleIds
@@ -258,7 +258,7 @@ class Alarms(Showable):
             if self._layout is None or not self._layout.fits(one.places, one.levels):
                 self._layout = Layout(self.signals, one.places, one.levels)
             layout = self._layout
-            row = {name: array[layout.single] for name, array in one.norms.items()}
+            row = {name: one.norms[name][layout.single] for name in OF if name in one.norms}
             self._tell(self._nonfinite.step(one.step, one.loss, row, layout.names))
             if self._unexplained is not None and SIGNAL in one.norms:
                 self._tell(self._unexplained.step(one.step, one.norms[SIGNAL][layout.single], layout.names))

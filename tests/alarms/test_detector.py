@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from lipcore.alarms.baseline import Baseline
+from lipcore.alarms.baseline import Baseline, medians_and_deviations
 from lipcore.alarms.budget import Budget
 from lipcore.alarms.detector import Columns, Detector
 from lipcore.alarms.event import AlarmEvent
@@ -56,6 +56,16 @@ def test_scores_are_those_of_the_specification() -> None:
             kept[i] += [row[i]] * bool(taken[i])
         scored += sum(not math.isnan(value) for value in expected)
     assert scored > 100
+
+
+def test_medians_and_deviations_have_the_bits_of_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    rows = [np.zeros(100), np.arange(100.0), np.r_[np.zeros(50), np.ones(50)], np.r_[np.zeros(99), 7.0]]
+    rows += [np.r_[np.zeros(75), rng.random(25)], np.exp(3 * rng.standard_normal(100)), rng.integers(0, 3, 100) / 3]
+    values = np.sort(np.stack(rows + [-row for row in rows] + list(rng.standard_normal((50, 100)))), axis=1)
+    medians, deviations = medians_and_deviations(values)
+    np.testing.assert_array_equal(medians, np.median(values, axis=1))
+    np.testing.assert_array_equal(deviations, np.median(np.abs(values - medians[:, None]), axis=1))
 
 
 def test_cumulative_sums_are_those_of_the_specification() -> None:
