@@ -18,6 +18,7 @@ from lipcore.models.pause import paused
 from lipcore.models.random_draws import Draws
 from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import all_put_back, without_cached_casts
+from lipcore.models.sparse_rows import rows_at
 from lipcore.models.torch_internals import tree_map
 
 HOOKED = (
@@ -192,12 +193,15 @@ def _longer(leaf: Any, samples: int, dim: int, way: _Longer) -> Any:
         return leaf
     more, rows = leaf.detach(), leaf.shape[dim] if leaf.dim() > dim else 0
     floats = leaf.is_floating_point()
-    has = leaf.layout == torch.strided and (rows == samples or (way.blocks and rows and rows % samples == 0))
-    if has and not (floats and way.only_numbers):
+    strided = leaf.layout == torch.strided
+    has = rows == samples or (strided and way.blocks and rows and rows % samples == 0)
+    if has and not strided:
+        more = rows_at(more, dim, torch.tensor([*range(samples), way.sample], device=more.device))
+    elif has and not (floats and way.only_numbers):
         # Pictures are in the order of their texts: that of the one at the end is the last.
         sample = samples - 1 if floats else way.sample
         more = torch.cat([more, more.narrow(dim, sample * (rows // samples), rows // samples)], dim)
-    elif way.others and leaf.layout == torch.strided and leaf.dim() > 1 and rows >= way.others:
+    elif way.others and strided and leaf.dim() > 1 and rows >= way.others:
         more = torch.cat([more, more.narrow(dim, rows - way.others, way.others)], dim)
     else:
         more = more.clone()
