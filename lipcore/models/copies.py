@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.models.accumulation import without_accumulation
 from lipcore.models.chains import home_of
 from lipcore.models.drawing_operations import DrawingOperations
 from lipcore.models.outputs import tensors_of
@@ -189,7 +190,10 @@ class Before:
         x = x.clone()
         arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
         # Sharded parameters come and go within the pass, which speaks to other ranks.
-        alone = (writes_put_back(self._state.held.watched()), without_communication())
+        alone = (
+            *(writes_put_back(self._state.held.watched()), without_communication()),
+            without_accumulation(self._model),
+        )
         with ExitStack() as stack:
             for context in (torch.no_grad(), paused(), without_cached_casts(), *(() if self._together else alone)):
                 stack.enter_context(context)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.layers import Batch
+from lipcore.models.accumulation import Accumulates, without_accumulation
 from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
 from lipcore.models.random_draws import Draws
@@ -138,6 +139,8 @@ def on_one_more(
                 with draws.again(model, samples) if draws is not None else nullcontext():
                     output = model(*more, **words)
             break
+        except Accumulates as error:
+            raise CannotRun(str(error)) from error
         except Exception as error:
             failure = failure or error
     else:
@@ -178,6 +181,7 @@ def _own_pass(model: nn.Module, batch: Batch | None, shapes: Shapes | None = Non
         paused(),
         without_cached_casts(),
         without_communication(),
+        without_accumulation(model),
         nullcontext() if batch is None else _under_way_now(batch, shapes),
     ):
         yield

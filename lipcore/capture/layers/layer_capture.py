@@ -298,7 +298,7 @@ class LayerCapture:
     @counted
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         passes = self.passes
-        if torch.compiler.is_compiling() or not self._is_meant():
+        if torch.compiler.is_compiling() or not self._is_meant() or passes.goes_on(module):
             return
         if self._kept is not None:
             self._kept.release()
@@ -397,6 +397,8 @@ class LayerCapture:
         if torch.compiler.is_compiling() or not self._is_meant():
             return None
         passes = self.passes
+        if passes.goes_back():
+            return None
         run = passes.end()
         if self._compiled:
             self._probes.disarm()
