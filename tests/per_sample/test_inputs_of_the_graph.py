@@ -95,6 +95,15 @@ def test_weights_computed_for_a_call_in_several_passes_before_one_backward_pass(
         assert any(torch.allclose(norms.per_sample, each, rtol=1e-5) for each in expected)
 
 
+def test_the_first_batch_may_be_empty() -> None:
+    model = Mixed(FIRST["layer"])
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+        for size in (0, B, 0):
+            model(torch.randn(size, T, D)).square().sum().backward()
+            assert norms.per_sample.shape == (size,)
+            assert not norms.coverage().uncovered
+
+
 def test_an_input_with_the_negative_bit_is_the_same_to_the_model() -> None:
     model = nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, 1))
     x = torch.randn(B, D, dtype=torch.cfloat).conj().imag
