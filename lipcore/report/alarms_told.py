@@ -10,6 +10,8 @@ from lipcore.report.source import Happened
 #: Exact alarms, the worst first; their scores are not those of the others.
 _EXACT = ("nonfinite", "unexplained_movement")
 _COUNTS = "sample_ids"  # whose score counts samples, and which says nothing of the model
+#: Kind of the event that the alarms' warning light has gone on, which is no alarm.
+LIGHT = "warning light"
 
 
 def worst_first(alarms: Iterable[Happened]) -> list[Happened]:
