@@ -16,6 +16,9 @@ void emulator_free(void* begin);  // once everything queued has run
 int emulator_is_device(const void* pointer);
 int64_t emulator_allocations();  // so far
 
+// ---- the device
+void emulator_set_capability(int capability);  // major * 10 + minor
+
 // ---- launches
 void emulator_set_order(int kind, uint64_t seed);  // of threads and blocks: 0 ascending, 1 descending, 2 shuffled
 void emulator_set_deferred(int on);                // launches wait for emulator_synchronize()

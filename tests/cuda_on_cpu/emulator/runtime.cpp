@@ -6,7 +6,15 @@ namespace emulator {
 
 bool is_capturing();
 
+namespace {
+int g_capability = 90;
+}  // namespace
+
+int capability() { return g_capability; }
+
 }  // namespace emulator
+
+void emulator_set_capability(int capability) { emulator::g_capability = capability; }
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
