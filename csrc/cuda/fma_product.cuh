@@ -16,7 +16,7 @@ struct FmaProduct {
   static constexpr int kDepth = 16;  // positions that are multiplied at once
   static constexpr int kPad = 4;     // so that threads along the depth write to different banks
   static constexpr int kTile = kSide * kMicro, kRows = kMicro, kColumns = kMicro;
-  static constexpr bool kTwice = kMicro <= 4;          // registers hold two sets of sums
+  static constexpr bool kTwice = kMicro <= 4;  // registers hold two sets of sums
   static constexpr bool kAlwaysPatches = false;
 
   struct Memory {
@@ -27,9 +27,7 @@ struct FmaProduct {
   };
 
   // Which element of a tile's side a thread's j-th is: quads of neighbours, kSide quads after each other.
-  __device__ static int element_of(int thread, int j) {
-    return j / kQuad * kSide * kQuad + thread * kQuad + j % kQuad;
-  }
+  __device__ static int element_of(int thread, int j) { return j / kQuad * kSide * kQuad + thread * kQuad + j % kQuad; }
   __device__ static int row_of(int i) { return element_of(static_cast<int>(threadIdx.x) / kSide, i); }
   __device__ static int column_of(int j) { return element_of(static_cast<int>(threadIdx.x) % kSide, j); }
 

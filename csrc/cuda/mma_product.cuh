@@ -1,5 +1,5 @@
-// The product of two tiles of channels over positions by tensor cores: 16-bit numbers of one dtype, products and sums in
-// float32. Tiles of the next positions are copied while these are multiplied.
+// The product of two tiles of channels over positions by tensor cores: 16-bit numbers of one dtype, products and sums
+// in float32. Tiles of the next positions are copied while these are multiplied.
 #pragma once
 
 #include "cuda/mma.cuh"
@@ -31,7 +31,7 @@ struct MmaProduct {
   using Memory = MmaMemory<kTile_>;
   static_assert(sizeof(Memory) <= 48 << 10, "static shared memory");
   static constexpr int kTile = kTile_, kDepth = Memory::kDepth, kStages = Memory::kStages;
-  static constexpr int kMma = 16;                          // channels of a, and positions, of one product
+  static constexpr int kMma = 16;                               // channels of a, and positions, of one product
   static constexpr int kDown = kTile / 2, kAcross = kTile / 4;  // of a warp
   static constexpr int kRows = kDown / 8, kColumns = kAcross / 4;
   static constexpr int kVector = 8;  // elements that are copied at once

@@ -65,7 +65,7 @@ __device__ double exact_squares(const WeightWork& work, int64_t sample, RowRange
   double mine = 0;
   for (int64_t unit = 0; unit < units; ++unit)
     mine += tile_squares<Exact, true>(work, sample, unit, tokens, ldexp(1.0, x_exponent), ldexp(1.0, grad_exponent),
-                                          memory);
+                                      memory);
   return ldexp(team.sum(mine), -2 * (x_exponent + grad_exponent));
 }
 

@@ -122,12 +122,12 @@ __device__ __forceinline__ void for_each_place(const Side& side, const Channel (
 
 struct WeightWork {
   WeightNorms norms;
-  int64_t columns;       // of a group's gradient: inputs and taps
-  int64_t tile;          // its side
-  int64_t units;         // of one sample: tiles of all groups, or pairs of tiles of tokens
-  int64_t parts;         // float64 per unit
-  bool wide;             // sums are float64
-  bool tensor_cores;     // multiply
+  int64_t columns;    // of a group's gradient: inputs and taps
+  int64_t tile;       // its side
+  int64_t units;      // of one sample: tiles of all groups, or pairs of tiles of tokens
+  int64_t parts;      // float64 per unit
+  bool wide;          // sums are float64
+  bool tensor_cores;  // multiply
   bool x_flat, grad_flat, x_runs, grad_runs, x_vectors, grad_vectors;
 };
 

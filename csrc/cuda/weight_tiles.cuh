@@ -1,5 +1,5 @@
-// The kernels of weight_norms, of whatever multiplies two tiles (fma_product.cuh, mma_product.cuh): a block makes a tile
-// of one sample's gradient, or of both Gram matrices of its tokens, in registers, squares it and adds up.
+// The kernels of weight_norms, of whatever multiplies two tiles (fma_product.cuh, mma_product.cuh): a block makes a
+// tile of one sample's gradient, or of both Gram matrices of its tokens, in registers, squares it and adds up.
 #pragma once
 
 #include "cuda/weight_sides.cuh"

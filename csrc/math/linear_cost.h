@@ -1,13 +1,13 @@
-// Which way of making norms of a Linear layer's per-sample weight gradients is cheapest, from shapes alone: one rule for
-// all devices. A cost is a time in multiplications of float32 numbers without tensor cores.
+// Which way of making norms of a Linear layer's per-sample weight gradients is cheapest, from shapes alone: one rule
+// for all devices. A cost is a time in multiplications of float32 numbers without tensor cores.
 #pragma once
 
 #include <cstdint>
 
 namespace lipcore {
 
-// The Gram form costs this share of the direct one at most where it is taken, since it cancels; short sequences fill its
-// tiles badly.
+// The Gram form costs this share of the direct one at most where it is taken, since it cancels; short sequences fill
+// its tiles badly.
 constexpr double kGramShare = 0.6, kGramShareOfShort = 0.45;
 constexpr int64_t kShortSequence = 64;
 

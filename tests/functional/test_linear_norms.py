@@ -489,7 +489,11 @@ def test_captured_in_a_graph_on_cuda():
 def test_races_on_cuda(monkeypatch):
     """One of each kernel, for the thread sanitizer."""
     monkeypatch.setattr(linear, "_FUSED", 0)
-    for dtype, size in ((torch.bfloat16, (1, 72, 136, 72)), (torch.float32, (2, 17, 66, 65)), (torch.float64, (2, 17, 66, 65))):
+    for dtype, size in (
+        (torch.bfloat16, (1, 72, 136, 72)),
+        (torch.float32, (2, 17, 66, 65)),
+        (torch.float64, (2, 17, 66, 65)),
+    ):
         x, grad = pair(*size, dtype=dtype)
         check_on_cuda(x, grad, 4e-6)
         functional.linear_weight_grad(x.cuda(), grad.cuda())

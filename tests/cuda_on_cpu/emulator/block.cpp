@@ -13,9 +13,9 @@ dim3 blockDim, gridDim;
 namespace emulator {
 
 const char* name_of(Collective kind) {
-  static const char* const kNames[] = {"__syncthreads",   "__syncwarp",       "__ballot_sync", "__shfl_sync",
-                                       "__shfl_xor_sync", "__shfl_down_sync", "__shfl_up_sync", "ldmatrix",
-                                       "ldmatrix.trans",  "mma"};
+  static const char* const kNames[] = {
+      "__syncthreads",    "__syncwarp",     "__ballot_sync", "__shfl_sync",    "__shfl_xor_sync",
+      "__shfl_down_sync", "__shfl_up_sync", "ldmatrix",      "ldmatrix.trans", "mma"};
   return kNames[static_cast<int>(kind)];
 }
 
