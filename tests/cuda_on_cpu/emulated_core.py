@@ -28,6 +28,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "free": (None, (ctypes.c_void_p,)),
     "is_device": (ctypes.c_int, (ctypes.c_void_p,)),
     "set_capability": (None, (ctypes.c_int,)),
+    "capability": (ctypes.c_int, ()),
     "set_order": (None, (ctypes.c_int, ctypes.c_uint64)),
     "set_deferred": (None, (ctypes.c_int,)),
     "synchronize": (None, ()),

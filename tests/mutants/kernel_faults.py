@@ -23,6 +23,8 @@ class KernelMutant(Mutant):
 _CUDA = "project/test_cuda.py"
 _NORMS = (f"{_CUDA}::test_sample_norms_of_every_length", f"{_CUDA}::test_sample_norms_of_long_rows_and_many_rows")
 _SPECIAL = (f"{_CUDA}::test_sample_norms_of_special_values", f"{_CUDA}::test_sample_norms_keep_the_whole_range")
+_GROUPS = (f"{_CUDA}::test_sample_norms_of_16_bit_numbers_in_groups",)
+_SHORT = (f"{_CUDA}::test_sample_norms_of_short_rows_change_no_bit_where_they_lie_apart",)
 _RACES_OF_NORMS = (f"{_CUDA}::test_sample_norms_keep_the_whole_range",)
 _ALIGNMENT = (f"{_CUDA}::test_sample_norms_do_not_depend_on_alignment_or_run",)
 _STEP = (f"{_CUDA}::test_trajectory_step_against_the_specification",)
@@ -158,6 +160,56 @@ KERNEL_MUTANTS = (
         "for (int64_t i = threadIdx.x; i < work.per_row; i += kThreads) sum +=",
         "for (int64_t i = threadIdx.x + 1; i < work.per_row; i += kThreads) sum +=",
         _NORMS,
+    ),
+    KernelMutant(
+        "a group of eight whose squares vanish is believed",
+        "csrc/cuda/sample_norms.cu",
+        "return squares[0] >= kSmallestGroup && squares[0] <= kLargestGroup;",
+        "return squares[0] <= kLargestGroup;",
+        _GROUPS,
+    ),
+    KernelMutant(
+        "a group of eight whose squares overflow is believed",
+        "csrc/cuda/sample_norms.cu",
+        "return squares[0] >= kSmallestGroup && squares[0] <= kLargestGroup;",
+        "return squares[0] >= kSmallestGroup;",
+        _GROUPS,
+    ),
+    KernelMutant(
+        "the last number of a group does not count",
+        "csrc/cuda/sample_norms.cu",
+        "for (int k = 0; k < 8; k += 2 * distance) squares[k] += squares[k + distance];",
+        "for (int k = 0; k < 8 - distance; k += 2 * distance) squares[k] += squares[k + distance - (distance == 4)];",
+        _GROUPS,
+    ),
+    KernelMutant(
+        "float64 is taken for fast everywhere",
+        "csrc/cuda/sample_norms.cu",
+        "return times >= kSlowFloat64;",
+        "return times > 64;",
+        _GROUPS,
+    ),
+    KernelMutant(
+        "the last row of a stage is left out",
+        "csrc/cuda/sample_norms.cu",
+        "for (int row = thread / 4; row < count; row += kThreads / 4)",
+        "for (int row = thread / 4; row < count - 1; row += kThreads / 4)",
+        _NORMS,
+    ),
+    KernelMutant(
+        "what is behind the last 16 bytes of a stage is left out",
+        "csrc/cuda/sample_norms.cu",
+        "for (int i = packs * kPack + thread; i < count * rows.length; i += kThreads) to[i] = from[i];",
+        "if (packs == 0)\n        for (int i = thread; i < count * rows.length; i += kThreads) to[i] = from[i];",
+        _SHORT,
+    ),
+    KernelMutant(
+        "rows are read before their stage is full",
+        "csrc/cuda/sample_norms.cu",
+        "    __syncthreads();\n    for (int row = thread / 4;",
+        "    for (int row = thread / 4;",
+        _SHORT,
+        mode="tsan",
     ),
     # ---- sums of rows
     KernelMutant(

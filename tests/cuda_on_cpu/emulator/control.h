@@ -18,6 +18,7 @@ int64_t emulator_allocations();  // so far
 
 // ---- the device
 void emulator_set_capability(int capability);  // major * 10 + minor
+int emulator_capability();
 
 // ---- launches
 void emulator_set_order(int kind, uint64_t seed);  // of threads and blocks: 0 ascending, 1 descending, 2 shuffled
