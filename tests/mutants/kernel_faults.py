@@ -62,8 +62,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "an element behind the last one is read",
         "csrc/cuda/sample_norms.cu",
-        "i < count; i += team.size()) fold(E::widen(x[i]));",
-        "i <= count; i += team.size()) fold(E::widen(x[i]));",
+        "i < count; i += team.size()) {\n    const typename E::Stored one[1] = {x[i]};",
+        "i <= count; i += team.size()) {\n    const typename E::Stored one[1] = {x[i]};",
         _NORMS,
     ),
     KernelMutant(
@@ -122,8 +122,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "strided rows leave out their last elements",
         "csrc/cuda/sample_norms.cu",
-        "team.rank(); i < count; i += team.size())\n      fold(E::widen(x[strided",
-        "team.rank() + 1; i < count; i += team.size())\n      fold(E::widen(x[strided",
+        "team.rank(); i < count; i += team.size()) {\n      const typename E::Stored one[1] = {x[strided",
+        "team.rank() + 1; i < count; i += team.size()) {\n      const typename E::Stored one[1] = {x[strided",
         _NORMS,
     ),
     KernelMutant(
