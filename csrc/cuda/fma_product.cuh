@@ -16,7 +16,7 @@ struct FmaProduct {
   static constexpr int kDepth = 16;  // positions that are multiplied at once
   static constexpr int kPad = 4;     // so that threads along the depth write to different banks
   static constexpr int kTile = kSide * kMicro, kRows = kMicro, kColumns = kMicro;
-  static constexpr bool kTwice = kMicro <= 4;  // registers hold two sets of sums
+  static constexpr bool kGram = kMicro <= 4, kTotal = kGram;  // registers hold two sets of sums
   static constexpr bool kAlwaysPatches = false;
 
   struct Memory {

@@ -34,8 +34,9 @@ struct MmaProduct {
   static constexpr int kMma = 16;                               // channels of a, and positions, of one product
   static constexpr int kDown = kTile / 2, kAcross = kTile / 4;  // of a warp
   static constexpr int kRows = kDown / 8, kColumns = kAcross / 4;
-  static constexpr int kVector = 8;  // elements that are copied at once
-  static constexpr bool kTwice = true, kAlwaysPatches = true;
+  static constexpr int kVector = 8;                          // elements that are copied at once
+  static constexpr bool kGram = kTile <= 64, kTotal = true;  // registers hold two sets of sums
+  static constexpr bool kAlwaysPatches = true;
 
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
   __device__ static int warp_row() { return static_cast<int>(threadIdx.x) / kWarp / 4 * kDown; }

@@ -124,14 +124,13 @@ bool has_vectors(const Factor& factor, bool flat, bool runs, int64_t groups, int
   return factor.channel == 1 && factor.along[2] % kVector == 0 && (groups == 1 || channels % kVector == 0);
 }
 
-// With few channels, tokens or tiles, tiles of 64 waste less than those of 128 gain. Two sets of sums are too many for
-// large tiles of numbers that are multiplied and added.
+// With few channels or tiles, tiles of 64 waste less than those of 128 gain. Registers do not hold two large sets of
+// sums: both Gram matrices, or on the way without tensor cores a sample's sums and the batch's.
 int64_t tile_of(const WeightWork& work) {
   const ConvShape& shape = work.norms.shape;
-  const bool large = work.norms.gram ? shape.out[2] > 64 : shape.outputs > 64 && work.columns > 64;
-  if (work.norms.total && cut(shape.outputs, 128) * cut(work.columns, 128) < kManyTiles) return 64;
-  if (work.norms.gram || work.norms.total) return large && work.tensor_cores ? 128 : 64;
-  return large && !work.wide ? 128 : 64;
+  if (work.norms.gram || work.wide || shape.outputs <= 64 || work.columns <= 64) return 64;
+  if (!work.norms.total) return 128;
+  return work.tensor_cores && cut(shape.outputs, 128) * cut(work.columns, 128) >= kManyTiles ? 128 : 64;
 }
 
 WeightWork work_of(const WeightNorms& norms) {

@@ -134,12 +134,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
 template <class Product>
 Status launch_tiles(const WeightWork& work, double* partials, void* stream) {
   const int64_t blocks = blocks_for(work.norms.samples * work.units);
-  if constexpr (Product::kTwice) {
+  if constexpr (Product::kGram)
     if (work.norms.gram)
       return launch("multiplying Gram matrices", &gram_tiles<Product>, blocks, stream, work, partials);
+  if constexpr (Product::kTotal)
     if (work.norms.total)
       return launch("making a weight gradient", &total_tiles<Product>, blocks_for(work.units), stream, work, partials);
-  }
   const char* doing = "squaring weight gradients";
   if constexpr (!Product::kAlwaysPatches)
     if (work.x_flat && work.grad_flat) return launch(doing, &tiles<Product, false>, blocks, stream, work, partials);

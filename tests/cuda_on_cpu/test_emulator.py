@@ -127,6 +127,7 @@ def test_a_copy_lands_when_it_is_waited_for(x: Tensor) -> None:
     assert behind.tolist() == [1, 2, 3, 0]
 
 
+@pytest.mark.skipif(MODE == "tsan", reason="nothing orders the threads that all say so")
 def test_tensor_cores_that_are_not_there_are_found() -> None:
     emulator.set_capability(75)
     run("matrix_product", torch.zeros(2, 16, 8, dtype=torch.float64, device="cuda"))
