@@ -38,6 +38,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "launches": (ctypes.c_int64, ()),
     "blocks": (ctypes.c_int64, ()),
     "allocations": (ctypes.c_int64, ()),
+    "driver_allocations": (ctypes.c_int64, ()),
 }
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 

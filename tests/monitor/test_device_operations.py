@@ -39,6 +39,9 @@ def monitor(plain: Plain, *metrics: Any) -> Any:
     return lipcore.Monitor(plain.model, plain.optimizer, list(metrics) or None, window_steps=1000)
 
 
+#: The last step in which torch's allocator, as the emulator has it, asks the driver for memory.
+SETTLED = {"monitor": 3, "trajectory": 2, "updates": 2, "per sample": 2}
+
 WATCHED: dict[str, Callable[[Plain], Any]] = {
     "monitor": monitor,
     "trajectory": lambda plain: monitor(plain, lipcore.Trajectory(stats=["path_length", "grad_norm"])),
@@ -106,3 +109,17 @@ def test_per_sample_norms_of_a_layer(kind: str) -> None:
         assert not counts.from_host
         assert not counts.refused
         assert not counts.unordered
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", WATCHED)
+def test_no_memory_is_asked_of_the_driver_after_the_first_steps(what: str) -> None:
+    """What a step takes of torch's allocator, those before have given back. The default Monitor keeps what taps have
+    found for a step, so that the third one is the last that takes more."""
+    plain, asked = Plain(), list[int]()
+    with WATCHED[what](plain):
+        for _ in range(8):
+            plain.step()
+            asked.append(torch.cuda.memory_stats()["num_device_alloc"])
+    settled = SETTLED[what]
+    assert asked[settled:] == [asked[settled - 1]] * (8 - settled), asked
