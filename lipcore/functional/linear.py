@@ -94,8 +94,8 @@ def linear_method(tokens: int, in_features: int, out_features: int) -> Method:
     """Return how :func:`linear_norms_sq` treats T tokens per sample on the CPU unless told: "gram" or "direct".
 
     The cheaper of both by multiplications and by how well tiles are filled; direct where they are close, because Gram
-    loses digits. A CUDA device does as the CPU, but takes packed sequences directly, and large layers of 16-bit numbers
-    unless their sequences are short: up to some 300 tokens in common layers.
+    loses digits. A CUDA device does as the CPU, but takes packed sequences directly, and may let
+    torch make the products of large layers of 16-bit numbers (:func:`made_by_torch`).
 
     Raises:
         ValueError: a size below 0.
