@@ -39,6 +39,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "blocks": (ctypes.c_int64, ()),
     "allocations": (ctypes.c_int64, ()),
     "driver_allocations": (ctypes.c_int64, ()),
+    "empty_cache": (None, ()),
 }
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 

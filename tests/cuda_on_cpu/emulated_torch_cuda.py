@@ -118,6 +118,7 @@ def stand_in(mode: EmulatedTensors) -> None:
             "allocation.all.allocated": emulator.allocations(),
             "num_device_alloc": emulator.driver_allocations(),
         },
+        "empty_cache": emulator.empty_cache,
         "mem_get_info": lambda device=None: (1 << 36, 1 << 36),
         # Its random numbers come from the CPU's generator.
         "get_rng_state": lambda device=None: torch.get_rng_state(),

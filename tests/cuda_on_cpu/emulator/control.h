@@ -15,6 +15,7 @@ void* emulator_allocate(int64_t bytes);
 void emulator_free(void* begin);  // once everything queued has run
 int emulator_is_device(const void* pointer);
 int64_t emulator_allocations();         // so far
+void emulator_empty_cache();            // torch's allocator has nothing at hand any more
 int64_t emulator_driver_allocations();  // of these, what torch's allocator would not have had at hand
 
 // ---- the device

@@ -100,6 +100,10 @@ void release_memory(void* begin) {
 }  // namespace emulator
 
 int64_t emulator_allocations() { return emulator::g_allocations; }
+void emulator_empty_cache() {
+  const std::lock_guard<std::mutex> lock(emulator::g_mutex);
+  emulator::g_kept.clear();
+}
 int64_t emulator_driver_allocations() { return emulator::g_driver_allocations; }
 
 void* emulator_allocate(int64_t bytes) {
