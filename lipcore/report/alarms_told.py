@@ -9,6 +9,8 @@ from lipcore.report.source import Happened
 
 #: Exact alarms, the worst first; their scores are not those of the others.
 _EXACT = ("nonfinite", "unexplained_movement")
+#: Kind of the event that the alarms' warning light has gone on, which is no alarm.
+LIGHT = "warning light"
 
 
 def worst_first(alarms: Iterable[Happened]) -> list[Happened]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from lipcore.report.alarms_told import told, worst_first
+from lipcore.report.alarms_told import LIGHT, told, worst_first
 from lipcore.report.checks import Check
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, count, html, joined, name_of, number, tag
@@ -35,6 +35,7 @@ def verdict(facts: Facts, checks: Sequence[Check], missing: Sequence[Missing]) -
         parts += [tag("p", check.text, class_="also") for check in checks if check.name == "The loss"]
     if len(facts.alarms) > 1:
         parts.append(_alarms(facts))
+    parts += _light(facts)
     parts.append(_not_measured(checks, missing))
     rows = [(f"{_STATES[check.state]} {check.name}", check.text) for check in checks]
     table = Table(("check", "what came of it"), rows, of_numbers=False)
@@ -58,6 +59,15 @@ def _alarms(facts: Facts) -> Html:
         for event in worst
     ]
     return Table(("step", "place", "alarm, the worst first", "score"), rows, most=_MOST_ALARMS, of_numbers=False).html()
+
+
+def _light(facts: Facts) -> list[Html]:
+    lit = [event for event in facts.events if event.kind == LIGHT]
+    if not lit:
+        return []
+    often = "once" if len(lit) == 1 else f"{len(lit):,} times, last"
+    said = f"Warning light, no alarm: on {often} in step {lit[-1].step:,}: {told(lit[-1])}"
+    return [tag("p", said, class_="also", id="warning-light")]
 
 
 def _cut(text: str) -> Html:
@@ -104,7 +114,7 @@ def run_facts(facts: Facts) -> Html:
         rows.append(("numbers of windows are of", ", ".join(sorted(_SCOPES[s] for s in facts.windows.scopes))))
     rows += [(metric, ", ".join(quantities)) for metric, quantities in facts.windows.metrics.items()]
     rows += [(f"{metric}, last window", _plain(said)) for metric, said in facts.windows.details.items() if said]
-    others = [event for event in facts.events if event.kind != "alarm"]
+    others = [event for event in facts.events if event.kind not in ("alarm", LIGHT)]
     rows += [(f"step {event.step:,}: {event.kind}", event.text) for event in others]
     table = Table(("fact", ""), rows, most=30, of_numbers=False)
     return joined([
