@@ -18,7 +18,7 @@ class Device:
 
     name: str
     bandwidth: float
-    float32: float  #: without tensor cores, in which all products of lipcore's own kernels are made
+    float32: float  #: without tensor cores
     bfloat16: float  #: with tensor cores, dense, sums in float32
 
 
@@ -43,7 +43,7 @@ class Layer:
 
     def microseconds(self, device: Device, operations: float) -> float:
         """Return the longer of both times."""
-        narrow = self.dtype == "bfloat16" and self.way != "direct, FMA" and self.way != "Gram, FMA"
+        narrow = self.dtype == "bfloat16" and not self.way.endswith("FMA")
         rate = device.bfloat16 if narrow else device.float32
         return max(operations / rate, self.read / device.bandwidth) * 1e6
 
@@ -53,17 +53,21 @@ class Layer:
         return max(self.own / rate, 3 * self.read / device.bandwidth) * 1e6
 
 
+def _product_of(dtype: str) -> str:
+    return "mma" if dtype == "bfloat16" else "FMA"
+
+
 def linear(samples: int, tokens: int, inputs: int, outputs: int, dtype: str) -> Layer:
     """Return a Linear layer that sees sequences."""
     direct = 2.0 * samples * tokens * inputs * outputs
     size = 2 if dtype == "bfloat16" else 4
     gram = functional.linear_method(tokens, inputs, outputs) == "gram"
-    by_torch = dtype == "bfloat16" and made_by_torch(samples, tokens, inputs, outputs)
+    by_torch = dtype == "bfloat16" and made_by_torch(samples, tokens, inputs, outputs, tensor_cores=True)
     half = samples * tokens * (tokens + 1.0) * (inputs + outputs)  # a Gram matrix is symmetric
     pieces = -(-samples * inputs * outputs // (1 << 23))
     return Layer(
         f"Linear {inputs} -> {outputs}, {samples} x {tokens}",
-        "torch.bmm" if by_torch else "Gram, FMA" if gram else "direct, FMA",
+        "torch.bmm" if by_torch else f"{'Gram' if gram else 'direct'}, {_product_of(dtype)}",
         dtype,
         direct if by_torch or not gram else half,
         3 * direct,
@@ -78,7 +82,7 @@ def conv(samples: int, channels: int, outputs: int, side: int, kernel: int, dtyp
     size = 2 if dtype == "bfloat16" else 4
     read = samples * side**2 * (channels + outputs) * size
     title = f"Conv2d {channels} -> {outputs}, {kernel} x {kernel}, {samples} x {side} x {side}"
-    return Layer(title, "direct, FMA", dtype, direct, 3 * direct, read, 2)
+    return Layer(title, f"direct, {_product_of(dtype)}", dtype, direct, 3 * direct, read, 2)
 
 
 def rows(samples: int, tokens: int, features: int, dtype: str) -> Layer:

@@ -72,4 +72,12 @@ PYBIND11_MODULE(_core, m) {
   bind_single_batch(m);
   m.attr("cuda_built") = cuda_built();
   m.def("cuda_device_count", &cuda_device_count);
+  m.def(
+      "cuda_multiplies_16_bit",
+      [](int device) {
+        bool does = false;
+        check(cuda_multiplies_16_bit(device, &does));
+        return does;
+      },
+      py::arg("device"));
 }

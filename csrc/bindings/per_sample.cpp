@@ -6,6 +6,7 @@
 
 #include "bindings/bind.h"
 #include "bindings/views.h"
+#include "math/linear_cost.h"
 #include "ops/conv_norms.h"
 #include "ops/embedding_norms.h"
 #include "ops/first_layer_norms.h"
@@ -137,6 +138,8 @@ void bind_per_sample(py::module_& m) {
   m.def(
       "linear_uses_gram", [](int64_t t, int64_t i, int64_t o) { return linear_method(t, i, o) == LinearMethod::kGram; },
       py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
+  m.def("linear_suits_torch", &torch_is_cheaper, py::arg("samples"), py::arg("tokens"), py::arg("inputs"),
+        py::arg("outputs"), py::arg("tensor_cores"));
   m.def("row_sum_norms", &row_sum_norms_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
         py::arg("out"), py::arg("eps") = py::none(), py::arg("center") = true);
   m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("order"), py::arg("grad"),

@@ -71,7 +71,11 @@ struct WeightNorms {
   bool gram;               // by the Gram matrices of tokens: Linear alone, and not packed
   void* total;             // of a Linear the batch's gradient as well, directly: rows of inputs, one per output, in
   int64_t total_stride;    // float32, or in float64 if an input is; null: not wanted
+  bool tensor_cores;       // has_tensor_cores() of the device: they multiply where both factors are of one 16-bit dtype
 };
+
+// Whether this build's kernels use them on the current device.
+bool has_tensor_cores();
 
 // How many float64 of scratch memory the call needs.
 int64_t weight_norms_scratch(const WeightNorms& norms);

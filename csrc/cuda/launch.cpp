@@ -62,9 +62,17 @@ bool row_sum_norms(const RowSums& sums, dlpack::Device device, double* out) {
   return on.check(row_sum_norms(sums, out, scratch ? memory.take<double>(scratch) : nullptr, on.stream()));
 }
 
-bool weight_norms(const WeightNorms& norms, dlpack::Device device, double* out) {
+bool multiplies_16_bit(dlpack::Device device, bool* does) {
   OnDevice on("weight_norms");
   if (!on.enter(device)) return false;
+  *does = has_tensor_cores();
+  return true;
+}
+
+bool weight_norms(WeightNorms norms, dlpack::Device device, double* out) {
+  OnDevice on("weight_norms");
+  if (!on.enter(device)) return false;
+  norms.tensor_cores = has_tensor_cores();
   TorchMemory memory;
   const int64_t scratch = weight_norms_scratch(norms);
   if (scratch && !memory.allocate(device, TorchMemory::size_of<double>(scratch))) return false;

@@ -21,7 +21,12 @@ bool sample_norms(const Rows& rows, dlpack::Device device, double* out);
 
 bool row_sum_norms(const RowSums& sums, dlpack::Device device, double* out);
 
-bool weight_norms(const WeightNorms& norms, dlpack::Device device, double* out);
+// Whether weight_norms multiplies 16-bit numbers on tensor cores there; false with an exception set where it cannot
+// say.
+bool multiplies_16_bit(dlpack::Device device, bool* does);
+
+// Says itself whether tensor cores are there.
+bool weight_norms(WeightNorms norms, dlpack::Device device, double* out);
 bool redo_weight_norms(const WeightNorms& norms, dlpack::Device device, double* out);
 
 bool embedding_norms(const EmbeddingNorms& norms, dlpack::Device device, double* out);

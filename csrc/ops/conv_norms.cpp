@@ -231,7 +231,8 @@ bool on_device(const TensorView& x, const Work& work, const TensorView& out) {
                                 nullptr,
                                 false,
                                 nullptr,
-                                0};
+                                0,
+                                false};
   return cuda::weight_norms(norms, x.device, static_cast<double*>(out.data));
 #else
   (void)x, (void)work, (void)out;

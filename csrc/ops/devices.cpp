@@ -11,9 +11,14 @@ namespace lipcore {
 #if defined(LIPCORE_WITH_CUDA)
 bool cuda_built() { return true; }
 int cuda_device_count() { return cuda::device_count(); }
+bool cuda_multiplies_16_bit(int device, bool* does) { return cuda::multiplies_16_bit({dlpack::kCUDA, device}, does); }
 #else
 bool cuda_built() { return false; }
 int cuda_device_count() { return 0; }
+bool cuda_multiplies_16_bit(int, bool* does) {
+  *does = false;
+  return true;
+}
 #endif
 
 bool refuse_device(const char* name) {

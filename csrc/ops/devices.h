@@ -7,6 +7,10 @@ namespace lipcore {
 bool cuda_built();
 int cuda_device_count();  // 0 without CUDA, without a GPU and without a driver
 
+// Whether per-sample norms multiply 16-bit numbers on this device's tensor cores; false with an exception set where
+// nobody can say.
+bool cuda_multiplies_16_bit(int device, bool* does);
+
 // Raises that this core was built without CUDA; false.
 bool refuse_device(const char* name);
 

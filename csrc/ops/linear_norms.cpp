@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "math/linear_cost.h"
 #include "ops/devices.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
@@ -205,7 +206,8 @@ bool on_device(const TensorView& x, const TensorView& grad, Offsets offsets, Lin
       offsets.begin,
       !packed && !total && chosen == LinearMethod::kGram,
       total ? total->data : nullptr,
-      total ? total->strides[0] : 0};
+      total ? total->strides[0] : 0,
+      false};
   auto* to = static_cast<double*>(out.data);
   return method == LinearMethod::kRedo ? cuda::redo_weight_norms(norms, x.device, to)
                                        : cuda::weight_norms(norms, x.device, to);
@@ -218,10 +220,7 @@ bool on_device(const TensorView& x, const TensorView& grad, Offsets offsets, Lin
 }  // namespace
 
 LinearMethod linear_method(int64_t tokens, int64_t inputs, int64_t outputs) {
-  // Multiplications of Gram over those of direct. Short sequences fill Gram's tiles badly.
-  const double i = static_cast<double>(inputs), o = static_cast<double>(outputs);
-  const double ratio = static_cast<double>(tokens) * (i + o) / (2 * i * o);
-  return ratio < (tokens <= 64 ? 0.45 : 0.6) ? LinearMethod::kGram : LinearMethod::kDirect;
+  return gram_is_cheaper(tokens, inputs, outputs) ? LinearMethod::kGram : LinearMethod::kDirect;
 }
 
 bool linear_norms(const TensorView& x, const TensorView& grad, Offsets offsets, LinearMethod method,

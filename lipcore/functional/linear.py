@@ -18,10 +18,6 @@ METHODS: tuple[Method, ...] = get_args(Method)
 _NUMBER = {None: 0, "gram": 1, "direct": 2}  # in the core
 _REDO = 3
 _FUSED = 128  # tiles, so that there are blocks for the multiprocessors of a large device
-_ON_TENSOR_CORES = 1 << 27  # from as many multiplications of 16-bit numbers on, torch may multiply on a CUDA device
-# On tensor cores a multiplication costs this share of one in float32 without them, and an element of a product that is
-# written and read again as much as so many of those: data sheets say 1/15 (H100) to 1/2 (RTX 4090), and 100 to 130.
-_TENSOR_CORE_SHARE, _PRODUCT_COST = 1 / 8, 100
 _PRODUCTS = 1 << 23  # elements of weight gradients that it makes at a time, in float32: what second-level caches hold
 
 
@@ -98,8 +94,8 @@ def linear_method(tokens: int, in_features: int, out_features: int) -> Method:
     """Return how :func:`linear_norms_sq` treats T tokens per sample on the CPU unless told: "gram" or "direct".
 
     The cheaper of both by multiplications and by how well tiles are filled; direct where they are close, because Gram
-    loses digits. A CUDA device does as the CPU, but takes packed sequences directly, and large layers of 16-bit numbers
-    unless their sequences are short: up to some 300 tokens in common layers.
+    loses digits. A CUDA device does as the CPU, but takes packed sequences directly, and may let
+    torch make the products of large layers of 16-bit numbers (:func:`made_by_torch`).
 
     Raises:
         ValueError: a size below 0.
@@ -197,7 +193,7 @@ def _checked(x: Tensor, grad: Tensor, offsets: Tensor | None) -> tuple[Tensor, T
 def _norms(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | None) -> Tensor:
     out = result_beside(x, _samples(x, offsets))
     x, grad, offsets = _for_the_core(x, grad, offsets)
-    if method is None and offsets is None and not x.is_cpu and _suits_tensor_cores(x, grad):
+    if method is None and offsets is None and not x.is_cpu and _suits_torch(x, grad):
         _norms_of_products(x, grad, out)
     else:
         _core.linear_norms(x, grad, offsets, _NUMBER[method], out)
@@ -206,25 +202,31 @@ def _norms(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | Non
 
 def _suits_the_kernel(x: Tensor, grad: Tensor) -> bool:
     """Return whether one pass for gradient and norms is worth it on a CUDA device: a block makes a tile of 64 x 64."""
-    wide = x.dtype in (torch.float32, torch.float64) or grad.dtype in (torch.float32, torch.float64)
-    return wide and x.shape[-1] * grad.shape[-1] >= _FUSED * 64 * 64
+    narrow = x.itemsize == grad.itemsize == 2
+    multiplies = not narrow or (x.dtype == grad.dtype and _core.cuda_multiplies_16_bit(x.device.index))
+    return multiplies and x.shape[-1] * grad.shape[-1] >= _FUSED * 64 * 64
 
 
-def _suits_tensor_cores(x: Tensor, grad: Tensor) -> bool:
+def _suits_torch(x: Tensor, grad: Tensor) -> bool:
     narrow = x.dtype == grad.dtype and x.dtype in (torch.bfloat16, torch.float16)
     samples, tokens, inputs = x.shape
-    return narrow and made_by_torch(samples, tokens, inputs, grad.shape[-1])
+    return narrow and made_by_torch(
+        samples, tokens, inputs, grad.shape[-1], tensor_cores=_core.cuda_multiplies_16_bit(x.device.index)
+    )
 
 
-def made_by_torch(samples: int, tokens: int, inputs: int, outputs: int) -> bool:
+def made_by_torch(samples: int, tokens: int, inputs: int, outputs: int, *, tensor_cores: bool) -> bool:
     """Return whether products of 16-bit numbers are torch's on a CUDA device: where there are many, and lipcore's
-    kernel, which writes none of them, would take more time all the same. Gram matrices of short sequences take less."""
-    if samples * tokens * inputs * outputs < _ON_TENSOR_CORES:
-        return False
-    cost = 2 * tokens * inputs * outputs
-    if _core.linear_uses_gram(tokens, inputs, outputs):
-        cost = tokens * (tokens + 1) * (inputs + outputs)  # both matrices are symmetric
-    return cost > (2 * tokens * _TENSOR_CORE_SHARE + _PRODUCT_COST) * inputs * outputs
+    kernel, which writes none of them, would take more time all the same (csrc/math/linear_cost.h).
+
+    Args:
+        samples: B.
+        tokens: T, of each.
+        inputs: I.
+        outputs: O.
+        tensor_cores: whether lipcore's kernel uses them: from compute capability 8.0 on.
+    """
+    return bool(_core.linear_suits_torch(samples, tokens, inputs, outputs, tensor_cores))
 
 
 def _norms_of_products(x: Tensor, grad: Tensor, out: Tensor) -> None:

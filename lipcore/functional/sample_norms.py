@@ -14,7 +14,8 @@ def sample_norms(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     r"""Compute the Euclidean norm of every sample, :math:`n_b = \|x_b\|_2`, with x of shape [B, ...].
 
     Squares are taken and summed in float64, so nothing overflows or underflows and the order of threads does not
-    matter.
+    matter; the error is 1e-13 at most. On CUDA devices that take 16 or more times as long in float64, eight 16-bit
+    numbers at a time are squared exactly and added in float32 where their squares fit: the error is 1e-7 at most.
     The number is what x is: of a gradient under a mean-reduced loss it carries that loss's 1/B.
 
     Args:

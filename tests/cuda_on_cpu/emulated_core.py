@@ -27,6 +27,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "allocate": (ctypes.c_void_p, (ctypes.c_int64,)),
     "free": (None, (ctypes.c_void_p,)),
     "is_device": (ctypes.c_int, (ctypes.c_void_p,)),
+    "set_capability": (None, (ctypes.c_int,)),
+    "capability": (ctypes.c_int, ()),
     "set_order": (None, (ctypes.c_int, ctypes.c_uint64)),
     "set_deferred": (None, (ctypes.c_int,)),
     "synchronize": (None, ()),
@@ -36,6 +38,8 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "launches": (ctypes.c_int64, ()),
     "blocks": (ctypes.c_int64, ()),
     "allocations": (ctypes.c_int64, ()),
+    "driver_allocations": (ctypes.c_int64, ()),
+    "empty_cache": (None, ()),
 }
 ORDERS = {"ascending": 0, "descending": 1, "shuffled": 2}
 
@@ -61,6 +65,7 @@ class Emulator:
         """Set what a GPU does: launches come later, blocks and threads in no order."""
         self.set_deferred(1)
         self.set_order(ORDERS["shuffled"], 1)
+        self.set_capability(90)
 
     def take_findings(self) -> list[str]:
         """Return what was found since the last call, in words."""
@@ -75,7 +80,7 @@ class Emulator:
         if not self._names:
             symbols = subprocess.run(["nm", "-C", self._library], capture_output=True, text=True, check=True).stdout
             for line in symbols.splitlines():
-                if match := re.match(r"([0-9a-f]+) t (.*)", line):
+                if match := re.match(r"([0-9a-f]+) [tW] (.*)", line):
                     self._names[int(match[1], 16)] = match[2].replace("(anonymous namespace)::", "").split("(")[0]
         return self._names.get(offset, "a kernel")
 

@@ -114,7 +114,11 @@ def stand_in(mode: EmulatedTensors) -> None:
         "CUDAGraph": CUDAGraph,
         "graph": contextlib.contextmanager(lambda graph: graph.capture(mode)),
         "is_current_stream_capturing": lambda: mode.record is not None,
-        "memory_stats": lambda device=None: {"allocation.all.allocated": emulator.allocations()},
+        "memory_stats": lambda device=None: {
+            "allocation.all.allocated": emulator.allocations(),
+            "num_device_alloc": emulator.driver_allocations(),
+        },
+        "empty_cache": emulator.empty_cache,
         "mem_get_info": lambda device=None: (1 << 36, 1 << 36),
         # Its random numbers come from the CPU's generator.
         "get_rng_state": lambda device=None: torch.get_rng_state(),

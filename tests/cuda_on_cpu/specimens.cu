@@ -4,6 +4,8 @@
 
 #include <cub/block/block_reduce.cuh>
 
+#include "cuda/mma.cuh"
+
 namespace {
 
 constexpr int kThreads = 64;
@@ -74,6 +76,65 @@ __global__ void lanes(double* x, int64_t) {
                    10000 * __shfl_sync(~0u, lane, 7) + 1e6 * (odd >> lane & 1u);
 }
 
+uint16_t bfloat16(int x) {
+  const auto value = static_cast<float>(x);
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return static_cast<uint16_t>(bits >> 16);
+}
+
+// x[block][i][j] = sum_k (i - 2 k) (j + 3 k): block 0 has factors whose rows run along k, block 1 their transposes.
+__global__ void matrix_product(double* x, int64_t) {
+  alignas(16) __shared__ uint16_t a[16][16], b[16][16];
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane >= 32) return;
+  const bool transposed = blockIdx.x == 1;
+  for (int i = lane; i < 256; i += 32) {
+    const int m = i / 16, k = i % 16;
+    (transposed ? a[k][m] : a[m][k]) = bfloat16(m - 2 * k);
+    (transposed ? b[k][m] : b[m][k]) = bfloat16(m + 3 * k);
+  }
+  __syncwarp();
+  const int first = lane / 8 % 2 * 8, second = lane / 16 * 8, row = lane % 8;
+  uint32_t of_a[4], of_b[4];
+  if (transposed) {
+    lipcore::cuda::load_matrices<true>(&a[second + row][first], of_a);
+    lipcore::cuda::load_matrices<true>(&b[first + row][second], of_b);
+  } else {
+    lipcore::cuda::load_matrices<false>(&a[first + row][second], of_a);
+    lipcore::cuda::load_matrices<false>(&b[second + row][first], of_b);
+  }
+  const uint32_t half[2] = {of_b[0], of_b[1]};
+  float c[4] = {};
+  lipcore::cuda::add_matrix_product<lipcore::cuda::Bfloat16>(of_a, half, c[0], c[1], c[2], c[3]);
+  for (int i = 0; i < 4; ++i)
+    x[blockIdx.x * 128 + (lane / 4 + i / 2 * 8) * 8 + lane % 4 * 2 + i % 2] = static_cast<double>(c[i]);
+}
+
+// What is there before the first of two copies is waited for, between both, and behind both.
+__global__ void copies(double* x, int64_t) {
+  alignas(16) __shared__ double shared[4];
+  if (threadIdx.x) return;
+  for (double& one : shared) one = 5;
+  lipcore::cuda::copy_async(shared, x, 16);
+  lipcore::cuda::commit_copies();
+  lipcore::cuda::copy_async(shared + 2, x + 2, 8);
+  lipcore::cuda::commit_copies();
+  double seen[12];
+  memcpy(seen, shared, sizeof shared);
+  lipcore::cuda::wait_for_copies<1>();
+  memcpy(seen + 4, shared, sizeof shared);
+  lipcore::cuda::wait_for_copies<0>();
+  memcpy(seen + 8, shared, sizeof shared);
+  memcpy(x + 4, seen, sizeof seen);
+}
+
+__global__ void copies_for_nobody(double* x, int64_t) {
+  alignas(16) __shared__ double shared[2];
+  lipcore::cuda::copy_async(shared, x, 16);
+  lipcore::cuda::commit_copies();
+}
+
 struct Specimen {
   void (*kernel)(double*, int64_t);
   unsigned blocks, threads;
@@ -90,6 +151,9 @@ constexpr Specimen kSpecimens[] = {
     {&unwritten_shared, 2, kThreads},
     {&number_of_block, 5, kThreads},
     {&lanes, 1, kThreads},
+    {&matrix_product, 2, kThreads},
+    {&copies, 1, kThreads},
+    {&copies_for_nobody, 1, 1},
     {&lanes, 0, kThreads},
     {&lanes, 1, 2048},
 };

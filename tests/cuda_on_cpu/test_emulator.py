@@ -19,7 +19,8 @@ pytestmark = [
 #: In the order of kSpecimens in specimens.cu.
 SPECIMENS = (
     *("read_beyond", "write_beside", "two_barriers", "missing_lane", "lane_that_left", "foreign_mask", "misaligned"),
-    *("result_of_all", "unwritten_shared", "number_of_block", "lanes", "no_blocks", "too_many_threads"),
+    *("result_of_all", "unwritten_shared", "number_of_block", "lanes", "matrix_product", "copies"),
+    *("copies_for_nobody", "no_blocks", "too_many_threads"),
 )
 THREADS = 64
 
@@ -42,6 +43,7 @@ FINDINGS = {
     "lane_that_left": r"__shfl_xor_sync at specimens\.cu:\d+: the mask ffffffff names lane 3, which is not there",
     "foreign_mask": r"__shfl_xor_sync at specimens\.cu:\d+: lane 31 is not in its own mask 7fff0000",
     "misaligned": r"__ldcs of an address that is not a multiple of its 16 bytes",
+    "copies_for_nobody": r"cp\.async: a thread leaves its kernel with copies that it has not waited for",
     "no_blocks": r"no GPU launches lanes with a grid of 0 x 1 x 1",
     "too_many_threads": r"no GPU launches lanes with a grid of 1 x 1 x 1, blocks of 2048 x 1 x 1",
 }
@@ -105,6 +107,31 @@ def test_lanes_exchange_by_the_rules(x: Tensor) -> None:
         lane = thread % 32
         down, up = min(lane + 1, 31), lane - 2 if lane >= 2 else lane
         assert value == down + 100 * up + 10000 * 7 + 1e6 * (lane % 2)
+
+
+def test_matrices_are_multiplied_by_the_documented_layout() -> None:
+    x = torch.zeros(2, 16, 8, dtype=torch.float64, device="cuda")
+    run("matrix_product", x)
+    i, j, k = (torch.arange(n, dtype=torch.float64) for n in (16, 8, 16))
+    expected = (i[:, None] - 2 * k) @ (j[:, None] + 3 * k).T
+    assert (x.cpu() == expected).all()
+
+
+def test_a_copy_lands_when_it_is_waited_for(x: Tensor) -> None:
+    x[:4] = torch.arange(1.0, 5).cuda()
+    run("copies", x)
+    before, between, behind = x[4:16].cpu().view(3, 4)
+    assert before.isnan().all()
+    assert between[:2].tolist() == [1, 2]
+    assert between[2:].isnan().all()
+    assert behind.tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.skipif(MODE == "tsan", reason="nothing orders the threads that all say so")
+def test_tensor_cores_that_are_not_there_are_found() -> None:
+    emulator.set_capability(75)
+    run("matrix_product", torch.zeros(2, 16, 8, dtype=torch.float64, device="cuda"))
+    assert "no tensor cores that take this are on a device of capability 75" in emulator.take_findings()
 
 
 def test_launches_wait_until_somebody_looks(x: Tensor) -> None:

@@ -368,6 +368,19 @@ def test_layouts_and_dtypes_on_cuda():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_tensor_cores_on_cuda(dtype):
+    """Positions, or channels, that are copied eight at a time, and patches that are not."""
+    wide = Case((8, 8), (3, 3), inputs=9, outputs=70, samples=2, options={"padding": (1, 1)})
+    point = Case((8, 8), (1, 1), inputs=16, outputs=24, samples=2)
+    groups = Case((8, 8), (1, 1), inputs=8, outputs=8, samples=2, groups=2)
+    for case in (wide, point, groups):
+        x, grad = case.tensors(DTYPES[dtype])
+        _assert_on_cuda(case, x, grad)
+        _assert_on_cuda(case, *(in_layout(t, "channels_last") for t in (x, grad)))
+
+
+@pytest.mark.gpu
 def test_range_and_special_values_on_cuda():
     x, grad = PLAIN.tensors(torch.float32)
     for x_scale, grad_scale in ((1e-30, 1e-30), (1e30, 1e30), (1e-38, 1e37), (0.0, 1.0)):
@@ -391,3 +404,4 @@ def test_only_direct_or_portable_on_cuda():
 def test_races_on_cuda():
     """For the thread sanitizer."""
     _assert_on_cuda(PLAIN, *PLAIN.tensors(torch.float32))
+    _assert_on_cuda(PLAIN, *PLAIN.tensors(torch.bfloat16))

@@ -10,10 +10,11 @@ import pytest
 import torch
 from cases import FEW_SIZES, thinned
 from devices import placed_as_it_is
+from emulated_core import emulator
 from oracle import DTYPES, in_layout, same_bits
 from torch import Tensor
 
-from lipcore import functional
+from lipcore import _core, functional
 from lipcore.functional import linear, reference
 
 METHODS = (None, "gram", "direct")
@@ -288,7 +289,7 @@ ON_A_DEVICE = [
     *((2, n, 5, 3) for n in (0, 1, 15, 16, 17, 65, 130)),
     *((2, 5, n, 3) for n in (0, 1, 17, 64, 129)),
     *((2, 5, 3, n) for n in (0, 1, 17, 64, 129)),
-    *[(0, 3, 4, 5), (1, 40, 70, 33), (3, 33, 65, 129)],
+    *[(0, 3, 4, 5), (1, 40, 70, 33), (3, 33, 65, 129), (2, 70, 136, 72), (1, 130, 16, 8)],
 ]
 
 
@@ -323,11 +324,77 @@ def test_layouts_and_dtypes_on_cuda():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_layouts_change_no_bit_on_cuda(dtype):
+    """Eight neighbours at a time are copied where they lie on 16 bytes, else one by one."""
+    for size in ((3, 40, 72, 80), (2, 72, 136, 200)):
+        x, grad = pair(*size, dtype=DTYPES[dtype])
+        expected = {method: functional.linear_norms_sq(x.cuda(), grad.cuda(), method=method) for method in METHODS}
+        for layout in ("transposed", "sliced", "offset"):
+            there = [placed_as_it_is(in_layout(t, layout)) for t in (x, grad)]
+            for method in METHODS:
+                assert same_bits(functional.linear_norms_sq(*there, method=method), expected[method])
+        there = [t.mT.contiguous().cuda().mT for t in (x, grad)]
+        for method in METHODS:
+            assert same_bits(functional.linear_norms_sq(*there, method=method), expected[method])
+
+
+@pytest.mark.gpu
+def test_vectors_on_cuda():
+    """Rows of eight elements, where samples or the first element do not lie on 16 bytes."""
+    memory = randn(3 * (40 * 72 + 8) + 8, dtype=torch.bfloat16)
+    grad = randn(3, 40, 16, seed=1, dtype=torch.bfloat16)
+    for gap, offset in ((0, 0), (4, 0), (0, 4), (8, 8)):
+        x = memory.as_strided((3, 40, 72), (40 * 72 + gap, 72, 1), offset)
+        check_on_cuda(x, grad, 4e-6)
+
+
+@pytest.fixture(params=[90, 75], ids=["tensor cores", "none"])
+def capability(request: pytest.FixtureRequest) -> int:
+    if emulator is not None:
+        emulator.set_capability(request.param)
+    elif (torch.cuda.get_device_capability() >= (8, 0)) != (request.param >= 80):
+        pytest.skip("of another device")
+    return request.param
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_16_bit_on_cuda(dtype, capability, monkeypatch):
+    monkeypatch.setattr(linear, "_FUSED", 0)
+    for size in ((2, 33, 72, 70), (1, 20, 130, 9)):
+        x, grad = pair(*size, dtype=DTYPES[dtype])
+        check_on_cuda(x, grad, 4e-6)
+        total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda())
+        assert_near(norms.cpu(), reference.linear_norms_sq(x, grad), 4e-6)
+        expected = reference.linear_weight_grad(x, grad)[0]
+        error = 4 * torch.finfo(x.dtype).eps * float(expected.abs().max())
+        torch.testing.assert_close(total.cpu().double(), expected, rtol=0, atol=error)
+    for scale in (1e-30, 1e30) if dtype == "bf16" else ():
+        check_on_cuda(x * scale, grad * scale, 4e-6)
+    assert _core.cuda_multiplies_16_bit(0) is (capability >= 80)
+
+
+@pytest.mark.gpu
+def test_large_weight_grad_on_cuda():
+    """So many tiles that they are large."""
+    x, grad = pair(2, 3, 1921, 1030, dtype=torch.bfloat16)
+    total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda())
+    assert_near(norms.cpu(), reference.linear_norms_sq(x, grad), 2e-6)
+    expected = reference.linear_weight_grad(x, grad)[0]
+    torch.testing.assert_close(total.cpu().double(), expected, rtol=0, atol=2**-7 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
 def test_packed_documents_on_cuda():
     for dtype in DTYPES:
         for offsets in ([0, 0, 5, 5, 40, 40], [0, 40], [0, 1, 2, 40], [0]):
             x, grad = randn(offsets[-1], 17, dtype=DTYPES[dtype]), randn(offsets[-1], 9, seed=1, dtype=DTYPES[dtype])
             check_on_cuda(x, grad, 4 * EXACT[dtype], torch.tensor(offsets))
+    offsets = torch.tensor([0, 3, 21, 40])
+    x, grad = randn(40, 16, dtype=torch.bfloat16), randn(40, 24, seed=1, dtype=torch.bfloat16)
+    check_on_cuda(x, grad, 2e-6, offsets)
+    check_on_cuda(x.T.contiguous().T, grad, 2e-6, offsets)
     for offsets in ([1, 40], [0, 39], [0, 30, 20, 40], [0, 41, 40]):
         found = functional.linear_norms_sq(
             torch.ones(40, 3).cuda(), torch.ones(40, 2).cuda(), offsets=torch.tensor(offsets)
@@ -422,28 +489,35 @@ def test_captured_in_a_graph_on_cuda():
 def test_races_on_cuda(monkeypatch):
     """One of each kernel, for the thread sanitizer."""
     monkeypatch.setattr(linear, "_FUSED", 0)
-    for dtype in (torch.float32, torch.float64):
-        x, grad = pair(2, 17, 66, 65, dtype=dtype)
-        check_on_cuda(x, grad, 2e-6)
+    for dtype, size in (
+        (torch.bfloat16, (1, 72, 136, 72)),
+        (torch.float32, (2, 17, 66, 65)),
+        (torch.float64, (2, 17, 66, 65)),
+    ):
+        x, grad = pair(*size, dtype=dtype)
+        check_on_cuda(x, grad, 4e-6)
         functional.linear_weight_grad(x.cuda(), grad.cuda())
     check_on_cuda(x * 1e-200, grad, 1e-12)
     check_on_cuda(x[0], grad[0], 2e-6, torch.tensor([0, 1, 17]))
 
 
-@pytest.mark.parametrize(("sizes", "by_torch"), [
-    ((8, 1024, 768, 3072), True), ((8, 2048, 4096, 4096), True), ((256, 128, 64, 64), True),  # (samples, tokens, I, O)
-    ((64, 65, 768, 3072), False), ((64, 197, 768, 768), False), ((64, 197, 1024, 4096), False),  # Gram is less
-    ((64, 8, 64, 64), False), ((1, 1, 768, 3072), False), ((0, 65, 768, 3072), False),  # there is little to do
+@pytest.mark.parametrize(("sizes", "without", "with_tensor_cores"), [  # (samples, tokens, I, O)
+    ((8, 1024, 768, 3072), True, True), ((8, 4096, 4096, 4096), True, True), ((64, 1024, 64, 64), True, True),
+    ((256, 128, 64, 64), True, False), ((64, 512, 768, 768), True, False),  # the kernel writes no products
+    ((8, 2048, 4096, 4096), True, False),  # both matrices are symmetric
+    ((64, 65, 768, 3072), False, False), ((64, 197, 768, 768), False, False), ((64, 197, 1024, 4096), False, False),
+    ((64, 8, 64, 64), False, False), ((1, 1, 768, 3072), False, False), ((0, 65, 768, 3072), False, False),
 ])  # fmt: skip
-def test_which_products_are_torchs_on_cuda(sizes, by_torch):
-    assert linear.made_by_torch(*sizes) is by_torch
+def test_which_products_are_torchs_on_cuda(sizes, without, with_tensor_cores):
+    assert linear.made_by_torch(*sizes, tensor_cores=False) is without
+    assert linear.made_by_torch(*sizes, tensor_cores=True) is with_tensor_cores
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_products_by_torch_on_cuda(dtype, monkeypatch):
     """Large layers of 16-bit numbers, in pieces; what leaves float32's range is made again."""
-    monkeypatch.setattr(linear, "made_by_torch", lambda *sizes: True)
+    monkeypatch.setattr(linear, "made_by_torch", lambda *sizes, tensor_cores: True)
     x, grad = pair(5, 9, 17, 13, dtype=dtype)
     x[3], grad[4] = 0, grad[4] * 1e-6
     truth = reference.linear_norms_sq(x, grad)

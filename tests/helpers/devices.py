@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TypeVar
 
+import pytest
 import torch
 from emulated_core import emulator
 from torch import Tensor
@@ -17,6 +18,23 @@ T = TypeVar("T")
 def sized(on_a_gpu: T, emulated: T) -> T:
     """Return the sizes for the device at hand."""
     return emulated if EMULATED else on_a_gpu
+
+
+_FAST_IN_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
+
+
+def set_capability(capability: int) -> None:
+    """Give the emulated device this one, major * 10 + minor, for the rest of a test; skip where a real one differs."""
+    if emulator is not None:
+        emulator.set_capability(capability)
+    elif torch.cuda.get_device_capability() != divmod(capability, 10):
+        pytest.skip("of another device")
+
+
+def slow_in_float64() -> bool:
+    """Return whether the device takes 16 or more times as long in float64 as in float32."""
+    capability = torch.cuda.get_device_capability() if emulator is None else divmod(emulator.capability(), 10)
+    return capability not in _FAST_IN_FLOAT64
 
 
 @contextlib.contextmanager

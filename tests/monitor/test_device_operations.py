@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -38,6 +39,9 @@ class Plain:
 def monitor(plain: Plain, *metrics: Any) -> Any:
     return lipcore.Monitor(plain.model, plain.optimizer, list(metrics) or None, window_steps=1000)
 
+
+#: The last step in which torch's allocator, as the emulator has it, asks the driver for memory.
+SETTLED = {"monitor": 4, "trajectory": 2, "updates": 2, "per sample": 4}
 
 WATCHED: dict[str, Callable[[Plain], Any]] = {
     "monitor": monitor,
@@ -106,3 +110,19 @@ def test_per_sample_norms_of_a_layer(kind: str) -> None:
         assert not counts.from_host
         assert not counts.refused
         assert not counts.unordered
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("what", WATCHED)
+def test_no_memory_is_asked_of_the_driver_after_the_first_steps(what: str) -> None:
+    """What a step takes of torch's allocator, those before have given back. What taps have found is kept for a step or
+    more, so that it is the fourth at most beside metrics that have some."""
+    gc.collect()
+    torch.cuda.empty_cache()  # what earlier tests have left
+    plain, asked = Plain(), list[int]()
+    with WATCHED[what](plain):
+        for _ in range(8):
+            plain.step()
+            asked.append(torch.cuda.memory_stats()["num_device_alloc"])
+    settled = SETTLED[what]
+    assert asked[settled:] == [asked[settled - 1]] * (8 - settled), asked

@@ -23,6 +23,8 @@ class KernelMutant(Mutant):
 _CUDA = "project/test_cuda.py"
 _NORMS = (f"{_CUDA}::test_sample_norms_of_every_length", f"{_CUDA}::test_sample_norms_of_long_rows_and_many_rows")
 _SPECIAL = (f"{_CUDA}::test_sample_norms_of_special_values", f"{_CUDA}::test_sample_norms_keep_the_whole_range")
+_GROUPS = (f"{_CUDA}::test_sample_norms_of_16_bit_numbers_in_groups",)
+_SHORT = (f"{_CUDA}::test_sample_norms_of_short_rows_change_no_bit_where_they_lie_apart",)
 _RACES_OF_NORMS = (f"{_CUDA}::test_sample_norms_keep_the_whole_range",)
 _ALIGNMENT = (f"{_CUDA}::test_sample_norms_do_not_depend_on_alignment_or_run",)
 _STEP = (f"{_CUDA}::test_trajectory_step_against_the_specification",)
@@ -45,6 +47,8 @@ _OFFSETS = (f"{_ROW_TESTS}::test_offsets_that_do_not_fit_give_nan_on_cuda",)
 _LINEAR_TESTS = "functional/test_linear_norms.py"
 _LINEAR_RANGE = (f"{_LINEAR_TESTS}::test_range_and_special_values_on_cuda",)
 _LINEAR = (f"{_LINEAR_TESTS}::test_sizes_on_cuda", f"{_LINEAR_TESTS}::test_layouts_and_dtypes_on_cuda")
+_NARROW = (f"{_LINEAR_TESTS}::test_16_bit_on_cuda", f"{_LINEAR_TESTS}::test_layouts_change_no_bit_on_cuda")
+_VECTORS = (f"{_LINEAR_TESTS}::test_layouts_change_no_bit_on_cuda", f"{_LINEAR_TESTS}::test_vectors_on_cuda")
 _LINEAR_RACES = (f"{_LINEAR_TESTS}::test_races_on_cuda",)
 _CONV_TESTS = "functional/test_conv_norms.py"
 _CONV = (f"{_CONV_TESTS}::test_geometries_on_cuda",)
@@ -58,8 +62,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "an element behind the last one is read",
         "csrc/cuda/sample_norms.cu",
-        "i < count; i += team.size()) fold(E::widen(x[i]));",
-        "i <= count; i += team.size()) fold(E::widen(x[i]));",
+        "i < count; i += team.size()) {\n    const typename E::Stored one[1] = {x[i]};",
+        "i <= count; i += team.size()) {\n    const typename E::Stored one[1] = {x[i]};",
         _NORMS,
     ),
     KernelMutant(
@@ -118,8 +122,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "strided rows leave out their last elements",
         "csrc/cuda/sample_norms.cu",
-        "team.rank(); i < count; i += team.size())\n      fold(E::widen(x[strided",
-        "team.rank() + 1; i < count; i += team.size())\n      fold(E::widen(x[strided",
+        "team.rank(); i < count; i += team.size()) {\n      const typename E::Stored one[1] = {x[strided",
+        "team.rank() + 1; i < count; i += team.size()) {\n      const typename E::Stored one[1] = {x[strided",
         _NORMS,
     ),
     KernelMutant(
@@ -156,6 +160,56 @@ KERNEL_MUTANTS = (
         "for (int64_t i = threadIdx.x; i < work.per_row; i += kThreads) sum +=",
         "for (int64_t i = threadIdx.x + 1; i < work.per_row; i += kThreads) sum +=",
         _NORMS,
+    ),
+    KernelMutant(
+        "a group of eight whose squares vanish is believed",
+        "csrc/cuda/sample_norms.cu",
+        "return squares[0] >= kSmallestGroup && squares[0] <= kLargestGroup;",
+        "return squares[0] <= kLargestGroup;",
+        _GROUPS,
+    ),
+    KernelMutant(
+        "a group of eight whose squares overflow is believed",
+        "csrc/cuda/sample_norms.cu",
+        "return squares[0] >= kSmallestGroup && squares[0] <= kLargestGroup;",
+        "return squares[0] >= kSmallestGroup;",
+        _GROUPS,
+    ),
+    KernelMutant(
+        "the last number of a group does not count",
+        "csrc/cuda/sample_norms.cu",
+        "for (int k = 0; k < 8; k += 2 * distance) squares[k] += squares[k + distance];",
+        "for (int k = 0; k < 8 - distance; k += 2 * distance) squares[k] += squares[k + distance - (distance == 4)];",
+        _GROUPS,
+    ),
+    KernelMutant(
+        "float64 is taken for fast everywhere",
+        "csrc/cuda/sample_norms.cu",
+        "return times >= kSlowFloat64;",
+        "return times > 64;",
+        _GROUPS,
+    ),
+    KernelMutant(
+        "the last row of a stage is left out",
+        "csrc/cuda/sample_norms.cu",
+        "for (int row = thread / 4; row < count; row += kThreads / 4)",
+        "for (int row = thread / 4; row < count - 1; row += kThreads / 4)",
+        _NORMS,
+    ),
+    KernelMutant(
+        "what is behind the last 16 bytes of a stage is left out",
+        "csrc/cuda/sample_norms.cu",
+        "for (int i = packs * kPack + thread; i < count * rows.length; i += kThreads) to[i] = from[i];",
+        "if (packs == 0)\n        for (int i = thread; i < count * rows.length; i += kThreads) to[i] = from[i];",
+        _SHORT,
+    ),
+    KernelMutant(
+        "rows are read before their stage is full",
+        "csrc/cuda/sample_norms.cu",
+        "    __syncthreads();\n    for (int row = thread / 4;",
+        "    for (int row = thread / 4;",
+        _SHORT,
+        mode="tsan",
     ),
     # ---- sums of rows
     KernelMutant(
@@ -283,51 +337,51 @@ KERNEL_MUTANTS = (
     # ---- weight gradients
     KernelMutant(
         "the last position of a step is left out",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/fma_product.cuh",
         "for (int64_t first = 0; first < a.positions; first += kDepth)",
         "for (int64_t first = 0; first < a.positions - 1; first += kDepth)",
         _LINEAR,
     ),
     KernelMutant(
         "channels beyond the last are read",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_sides.cuh",
         "if (m >= side.channels) return",
         "if (m > side.channels) return",
         _LINEAR,
     ),
     KernelMutant(
         "positions beyond the last are read",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_sides.cuh",
         "if (k >= side.positions) return",
         "if (k > side.positions) return",
         _LINEAR,
     ),
     KernelMutant(
         "a second quad follows the first at once",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/fma_product.cuh",
         "j / kQuad * kSide * kQuad + thread * kQuad",
         "j / kQuad * kQuad + thread * kQuad",
         (f"{_LINEAR_TESTS}::test_range_and_special_values_on_cuda",),
     ),
     KernelMutant(
         "tiles are multiplied before they are filled",
-        "csrc/cuda/weight_norms.cu",
-        "    fill<Sum, kTile, kPatches>(memory.b, memory.b_channels, b, first);\n    __syncthreads();",
-        "    fill<Sum, kTile, kPatches>(memory.b, memory.b_channels, b, first);",
+        "csrc/cuda/fma_product.cuh",
+        "      fill<kPatches>(memory.b, memory.b_channels, b, first);\n      __syncthreads();",
+        "      fill<kPatches>(memory.b, memory.b_channels, b, first);",
         _LINEAR_RACES,
         mode="tsan",
     ),
     KernelMutant(
         "tiles are filled before they are multiplied",
-        "csrc/cuda/weight_norms.cu",
-        "    __syncthreads();  // for the channels, and because the tiles are used again\n",
-        "    if (first == 0) __syncthreads();\n",
+        "csrc/cuda/fma_product.cuh",
+        "      __syncthreads();  // for the channels, and because the tiles are used again\n",
+        "      if (first == 0) __syncthreads();\n",
         _LINEAR_RACES,
         mode="tsan",
     ),
     KernelMutant(
         "a pair of tiles of tokens counts once",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_tiles.cuh",
         "if (row != rest) sums.total *= 2;",
         "",
         (f"{_LINEAR_TESTS}::test_sizes_on_cuda",),
@@ -362,14 +416,14 @@ KERNEL_MUTANTS = (
     ),
     KernelMutant(
         "infinity beside a tile's end makes NaN",
-        "csrc/cuda/weight_norms.cu",
-        "if (element_of(thread / kSide, i) < rows && element_of(thread % kSide, j) < columns) visit(i, j);",
+        "csrc/cuda/weight_tiles.cuh",
+        "if (Product::row_of(i) < rows && Product::column_of(j) < columns) visit(i, j);",
         "visit(i, j);",
         _LINEAR_RANGE,
     ),
     KernelMutant(
         "packed tokens begin at the first row",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_sides.cuh",
         "norms.offsets ? tokens.first * factor.along[2] : sample * factor.sample",
         "norms.offsets ? 0 : sample * factor.sample",
         (f"{_LINEAR_TESTS}::test_packed_documents_on_cuda",),
@@ -383,35 +437,35 @@ KERNEL_MUTANTS = (
     ),
     KernelMutant(
         "the tap's dilation is left out",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_sides.cuh",
         "tap[d] * shape.dilation[d] - shape.padding[d]",
         "tap[d] - shape.padding[d]",
         _CONV,
     ),
     KernelMutant(
         "the position's stride is left out",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_sides.cuh",
         "if (side.patches) at[d] *= side.shape->stride[d];",
         "",
         _CONV,
     ),
     KernelMutant(
         "the image is read beyond its lower end",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_sides.cuh",
         "if (at < 0 || at >= side.shape->size[d]) return false;",
         "if (at >= side.shape->size[d]) return false;",
         _CONV,
     ),
     KernelMutant(
         "the image is read beyond its upper end",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_sides.cuh",
         "if (at < 0 || at >= side.shape->size[d]) return false;",
         "if (at < 0 || at > side.shape->size[d]) return false;",
         _CONV,
     ),
     KernelMutant(
         "every group reads the first one's image",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_sides.cuh",
         "start_of(x, norms, sample, group * shape.inputs, tokens)",
         "start_of(x, norms, sample, 0, tokens)",
         _CONV,
@@ -425,21 +479,21 @@ KERNEL_MUTANTS = (
     ),
     KernelMutant(
         "the batch's gradient is the last sample's",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_tiles.cuh",
         "        total[i][j] += sums[i][j];",
         "        total[i][j] = sums[i][j];",
         (f"{_LINEAR_TESTS}::test_weight_grad_on_cuda",),
     ),
     KernelMutant(
         "the batch's gradient is written transposed",
-        "csrc/cuda/weight_norms.cu",
-        "to[(row + element_of(down, i)) * norms.total_stride + column + element_of(across, j)] =",
-        "to[(row + element_of(across, j)) * norms.total_stride + column + element_of(down, i)] =",
+        "csrc/cuda/weight_tiles.cuh",
+        "to[(row + Product::row_of(i)) * norms.total_stride + column + Product::column_of(j)] =",
+        "to[(row + Product::column_of(j)) * norms.total_stride + column + Product::row_of(i)] =",
         (f"{_LINEAR_TESTS}::test_weight_grad_on_cuda",),
     ),
     KernelMutant(
         "the batch's gradient is believed whatever offsets say",
-        "csrc/cuda/weight_norms.cu",
+        "csrc/cuda/weight_tiles.cuh",
         '          valid ? total[i][j] : static_cast<Sum>(nan(""));',
         "          total[i][j];",
         (f"{_LINEAR_TESTS}::test_weight_grad_on_cuda",),
@@ -450,6 +504,136 @@ KERNEL_MUTANTS = (
         "if (work.units > 0 && (norms.samples > 0 || norms.total)) {",
         "if (work.units > 0 && norms.samples > 0) {",
         (f"{_LINEAR_TESTS}::test_weight_grad_on_cuda",),
+    ),
+    # ---- products on tensor cores
+    KernelMutant(
+        "tiles are multiplied before they are copied",
+        "csrc/cuda/mma_product.cuh",
+        "      wait_for_copies<kStages - 2>();\n",
+        "",
+        _NARROW,
+    ),
+    KernelMutant(
+        "a step too few is waited for",
+        "csrc/cuda/mma_product.cuh",
+        "wait_for_copies<kStages - 2>();",
+        "wait_for_copies<kStages - 1>();",
+        _NARROW,
+    ),
+    KernelMutant(
+        "other threads' copies are read before they are there",
+        "csrc/cuda/mma_product.cuh",
+        "      __syncthreads();  // everybody's copies are there, and the tiles of the step before are read\n",
+        "",
+        _LINEAR_RACES,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "a product begins in tiles that the last one reads",
+        "csrc/cuda/mma_product.cuh",
+        "    __syncthreads();  // for the channels, and because the last call's tiles are used again\n",
+        "",
+        _LINEAR_RACES,
+        mode="tsan",
+    ),
+    KernelMutant(
+        "a stage is filled while it is read",
+        "csrc/cuda/mma_product.cuh",
+        "begin(step + kStages - 1);",
+        "begin(step + kStages);",
+        _NARROW,
+    ),
+    KernelMutant(
+        "the end of a row is copied as a whole",
+        "csrc/cuda/mma_product.cuh",
+        "data + offset, count * 2);",
+        "data + offset, 16);",
+        _NARROW,
+    ),
+    KernelMutant(
+        "b's matrices go down the channels first",
+        "csrc/cuda/mma_product.cuh",
+        "m += kOfA ? first : second;",
+        "m += first;",
+        _NARROW,
+    ),
+    KernelMutant(
+        "b's matrices go along the positions last",
+        "csrc/cuda/mma_product.cuh",
+        "k += kOfA ? second : first;",
+        "k += second;",
+        _NARROW,
+    ),
+    KernelMutant(
+        "rows of positions are not transposed",
+        "csrc/cuda/mma_product.cuh",
+        "load_matrices<true>(tile + place_of(false, m, k + row), to);",
+        "load_matrices<false>(tile + place_of(false, m, k + row), to);",
+        _NARROW,
+    ),
+    KernelMutant(
+        "a thread's sums are of other rows",
+        "csrc/cuda/mma_product.cuh",
+        "return warp_row() + i * 8 + lane() / 4;",
+        "return warp_row() + i * 8 + lane() % 4;",
+        _NARROW,
+    ),
+    KernelMutant(
+        "the second eight columns of b are the first",
+        "csrc/cuda/mma_product.cuh",
+        "of_b[j / 2][j % 2 * 2], of_b[j / 2][j % 2 * 2 + 1]",
+        "of_b[j / 2][0], of_b[j / 2][1]",
+        _NARROW,
+    ),
+    KernelMutant(
+        "warps beyond the end of b work for nothing",
+        "csrc/cuda/mma_product.cuh",
+        "row + warp_row() < a.channels && column + warp_column() < b.channels;",
+        "row + warp_row() < a.channels;",
+        _NARROW,
+        equivalent="what is beyond the end is zeros, and is not squared",
+    ),
+    KernelMutant(
+        "the first element is taken for aligned to 16 bytes",
+        "csrc/cuda/weight_norms.cu",
+        "|| reinterpret_cast<uintptr_t>(factor.data) % 16) return false;",
+        ") return false;",
+        _VECTORS,
+    ),
+    KernelMutant(
+        "samples are taken for aligned to 16 bytes",
+        "csrc/cuda/weight_norms.cu",
+        "  if (factor.sample % kVector) return false;\n",
+        "",
+        _VECTORS,
+    ),
+    KernelMutant(
+        "packed tokens are copied wherever they begin",
+        "csrc/cuda/weight_norms.cu",
+        "if (runs) return !packed && factor.channel % kVector == 0;",
+        "if (runs) return factor.channel % kVector == 0;",
+        (f"{_LINEAR_TESTS}::test_packed_documents_on_cuda",),
+    ),
+    KernelMutant(
+        "groups are taken for aligned to 16 bytes",
+        "csrc/cuda/weight_norms.cu",
+        "&& (groups == 1 || channels % kVector == 0);",
+        ";",
+        (f"{_CONV_TESTS}::test_tensor_cores_on_cuda",),
+    ),
+    KernelMutant(
+        "tensor cores are taken for everywhere",
+        "csrc/cuda/weight_norms_mma.cu",
+        "return attributes.ptxVersion >= kMmaPtx;",
+        "return attributes.ptxVersion > 0;",
+        (f"{_LINEAR_TESTS}::test_16_bit_on_cuda",),
+    ),
+    KernelMutant(
+        "float16 is multiplied as bfloat16",
+        "csrc/cuda/weight_norms_mma.cu",
+        ": launch_mma_of<Float16>(work, partials, stream);",
+        ": launch_mma_of<Bfloat16>(work, partials, stream);",
+        _NARROW,
     ),
     # ---- embeddings
     KernelMutant(

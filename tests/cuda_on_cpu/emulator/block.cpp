@@ -13,8 +13,9 @@ dim3 blockDim, gridDim;
 namespace emulator {
 
 const char* name_of(Collective kind) {
-  static const char* const kNames[] = {"__syncthreads",   "__syncwarp",       "__ballot_sync", "__shfl_sync",
-                                       "__shfl_xor_sync", "__shfl_down_sync", "__shfl_up_sync"};
+  static const char* const kNames[] = {
+      "__syncthreads",    "__syncwarp",     "__ballot_sync", "__shfl_sync",    "__shfl_xor_sync",
+      "__shfl_down_sync", "__shfl_up_sync", "ldmatrix",      "ldmatrix.trans", "mma"};
   return kNames[static_cast<int>(kind)];
 }
 
@@ -31,6 +32,7 @@ void Block::enter() {
   current_launch()->thread();
   after_thread();
   GpuThread& thread = block.threads_[block.current_];
+  if (thread.copies.count) finding("cp.async: a thread leaves its kernel with copies that it has not waited for");
   thread.state = State::kDone;
   --block.live_;
   thread.fiber.leave(true);
@@ -42,6 +44,8 @@ void Block::start() {
     const auto i = static_cast<unsigned>(t);
     threads_[t].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
     threads_[t].state = State::kReady;
+    threads_[t].copies.count = 0;
+    threads_[t].copies.group = 0;
     threads_[t].fiber.prepare(&enter);
   }
 }
@@ -138,6 +142,12 @@ void Block::take_part(Collective kind, unsigned mask, int argument, const void* 
     wait(State::kInWarp);
   if (kind == Collective::kSyncWarp) races::acquire(place);
   for (int i = 0; i < bytes; ++i) static_cast<volatile unsigned char*>(out)[i] = part.out[i];
+}
+
+AsyncCopies& async_copies() {
+  static AsyncCopies nobodys;
+  Block* block = current_block();
+  return block && block->running() >= 0 ? block->copies() : nobodys;
 }
 
 void collective(Collective kind, unsigned mask, int argument, const void* in, void* out, int bytes, Site site) {

@@ -26,6 +26,7 @@ struct GpuThread {
   State state = State::kDone;
   uint3 index{};
   Part part{};
+  AsyncCopies copies{};
 };
 
 // What a barrier orders. Two in turn: a thread that resumes late must not learn of what another one did after this
@@ -49,6 +50,7 @@ class Block {
   void take_part(Collective kind, unsigned mask, int argument, const void* in, void* out, int bytes, Site site);
 
   int running() const { return current_; }  // thread, or -1
+  AsyncCopies& copies() { return threads_[current_].copies; }
 
  private:
   static void enter();

@@ -14,7 +14,13 @@ void emulator_clear_findings();
 void* emulator_allocate(int64_t bytes);
 void emulator_free(void* begin);  // once everything queued has run
 int emulator_is_device(const void* pointer);
-int64_t emulator_allocations();  // so far
+int64_t emulator_allocations();         // so far
+void emulator_empty_cache();            // torch's allocator has nothing at hand any more
+int64_t emulator_driver_allocations();  // of these, what torch's allocator would not have had at hand
+
+// ---- the device
+void emulator_set_capability(int capability);  // major * 10 + minor
+int emulator_capability();
 
 // ---- launches
 void emulator_set_order(int kind, uint64_t seed);  // of threads and blocks: 0 ascending, 1 descending, 2 shuffled

@@ -16,7 +16,39 @@ struct uint3 {
 
 namespace emulator {
 
-enum class Collective { kSyncBlock, kSyncWarp, kBallot, kShuffle, kShuffleXor, kShuffleDown, kShuffleUp };
+enum class Collective {
+  kSyncBlock,
+  kSyncWarp,
+  kBallot,
+  kShuffle,
+  kShuffleXor,
+  kShuffleDown,
+  kShuffleUp,
+  kLoad,
+  kLoadTransposed,
+  kMatrixProduct
+};
+
+// What a lane hands in for a product of matrices, and gets back: words of a and b, numbers of c.
+struct MatrixProduct {
+  uint32_t a[4], b[2];
+  float c[4];
+};
+
+// Copies of one GPU thread that have begun and have not been waited for. They land in wait_for_copies().
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  int bytes;
+  int64_t group;
+};
+struct AsyncCopies {
+  static constexpr int kMost = 64;
+  AsyncCopy all[kMost];
+  int count;
+  int64_t group;  // of the next one
+};
+AsyncCopies& async_copies();  // of the running thread
 
 // Where a kernel's source calls a collective.
 struct Site {
@@ -37,6 +69,9 @@ void finding(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // "kernel+OFFSET" into this library, whose symbols tests look up: a kernel is local to its file, so dladdr() knows no
 // name.
 std::string name_of_kernel(const void* kernel);
+
+// Of the device, major * 10 + minor; kernels are taken for compiled for it.
+int capability();
 
 void check_aligned(const void* pointer, size_t bytes, const char* what);
 

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 
 #include "emulator/control.h"
 #include "emulator/device.h"
@@ -15,6 +16,7 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kAlign = 16;               // of the widest access; a GPU's allocator would align to 256 and hide it
+constexpr size_t kBlock = 512;              // of torch's allocator: a multiple of it serves every size
 constexpr unsigned char kUnwritten = 0xff;  // NaN in every floating dtype: who reads before anybody wrote sees it
 constexpr unsigned char kBeside = 0xcb;     // between the allocation's ends and the guard pages
 
@@ -26,7 +28,8 @@ struct Allocation {
 };
 
 std::mutex g_mutex;
-int64_t g_allocations = 0;
+int64_t g_allocations = 0, g_driver_allocations = 0;
+std::multiset<size_t> g_kept;                       // sizes of what torch's allocator would have at hand
 std::map<const char*, Allocation>& allocations() {  // by begin
   static auto* const all = new std::map<const char*, Allocation>;
   return *all;
@@ -67,6 +70,9 @@ void unmake(const Allocation& allocation) {
 
 }  // namespace
 
+// As torch's allocator does for small sizes, without splitting what is larger.
+size_t block_of(size_t bytes) { return (bytes + kBlock - 1) / kBlock * kBlock; }
+
 std::string describe_address(const void* address) {
   const auto* at = static_cast<const char*>(address);
   const std::lock_guard<std::mutex> lock(g_mutex);
@@ -75,6 +81,12 @@ std::string describe_address(const void* address) {
       return std::to_string(at - begin) + " bytes from the start of " + std::to_string(allocation.bytes) +
              " bytes of device memory";
   return "in no device memory";
+}
+
+void keep_for_the_next(const void* begin) {
+  const std::lock_guard<std::mutex> lock(g_mutex);
+  const auto found = allocations().find(static_cast<const char*>(begin));
+  if (found != allocations().end()) g_kept.insert(block_of(found->second.bytes));
 }
 
 void release_memory(void* begin) {
@@ -88,6 +100,11 @@ void release_memory(void* begin) {
 }  // namespace emulator
 
 int64_t emulator_allocations() { return emulator::g_allocations; }
+void emulator_empty_cache() {
+  const std::lock_guard<std::mutex> lock(emulator::g_mutex);
+  emulator::g_kept.clear();
+}
+int64_t emulator_driver_allocations() { return emulator::g_driver_allocations; }
 
 void* emulator_allocate(int64_t bytes) {
   const emulator::Allocation made = emulator::make(static_cast<size_t>(bytes > 0 ? bytes : 1));
@@ -95,6 +112,11 @@ void* emulator_allocate(int64_t bytes) {
   const std::lock_guard<std::mutex> lock(emulator::g_mutex);
   emulator::allocations()[made.begin] = made;
   ++emulator::g_allocations;
+  const auto kept = emulator::g_kept.find(emulator::block_of(made.bytes));
+  if (kept != emulator::g_kept.end())
+    emulator::g_kept.erase(kept);
+  else
+    ++emulator::g_driver_allocations;
   return made.begin;
 }
 

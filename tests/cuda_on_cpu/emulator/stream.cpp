@@ -72,6 +72,7 @@ void emulator_synchronize() {
 void emulator_free(void* begin) {
   const std::lock_guard<std::recursive_mutex> lock(g_mutex);
   if (emulator::g_capturing) return;
+  emulator::keep_for_the_next(begin);
   emulator::queue().push_back([begin] {
     emulator::release_memory(begin);
     return 0;

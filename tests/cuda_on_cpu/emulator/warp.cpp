@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "emulator/block.h"
+#include "emulator/matrices.h"
 
 namespace emulator {
 
@@ -60,6 +61,10 @@ void Block::exchange(int first, unsigned mask) {
   const auto takes_part = [&](int lane) {
     return lane < kWarp && (mask >> lane & 1u) && first + lane < count_ && threads_[first + lane].state != State::kDone;
   };
+  const Collective kind = threads_[first + __builtin_ctz(mask)].part.kind;
+  if (kind == Collective::kMatrixProduct) return multiply_matrices(threads_ + first);
+  if (kind == Collective::kLoad || kind == Collective::kLoadTransposed)
+    return load_matrices(threads_ + first, kind == Collective::kLoadTransposed);
   unsigned ballot = 0;
   for (int lane = 0; lane < kWarp; ++lane)
     if (takes_part(lane) && threads_[first + lane].part.in[0]) ballot |= 1u << lane;

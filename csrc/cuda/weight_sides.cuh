@@ -1,0 +1,203 @@
+// Both factors of a sum of outer products over positions, wherever they lie: of a Linear layer, a convolution, or Gram
+// matrices of tokens.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/common.cuh"
+#include "cuda/packed_rows.cuh"
+#include "cuda/quads.cuh"
+#include "cuda/teams.cuh"
+
+namespace lipcore::cuda {
+
+// A row of a tile's factor: a channel, or of x a channel at a tap of the kernel.
+struct Channel {
+  int64_t offset;
+  int32_t at[3];  // the tap's place relative to the position's, in the image
+};
+
+struct Position {
+  int64_t offset;
+  int32_t at[3];
+  bool inside;
+};
+
+// One side of a product: elements [channel m, position k] of one sample.
+struct Side {
+  const void* data;  // of the sample and the group
+  DType dtype;
+  int64_t channels, channel;
+  int64_t positions, along[3];
+  int64_t out[3];  // the shape of positions
+  bool flat;       // positions have one stride, the last of `along`
+  bool runs;       // positions are neighbours in memory rather than channels
+  bool vectors;    // eight of these neighbours at a time lie on 16 bytes
+  bool patches;    // of x at the taps of a kernel
+  int64_t inputs;  // of patches: channels are [tap, input]
+  const ConvShape* shape;
+  double scale;  // a power of two
+};
+
+// 64-bit divisions are calls of 70 instructions, and nearly all numbers are small.
+__device__ __forceinline__ int64_t divide(int64_t a, int64_t divisor, int64_t* rest) {
+  if (static_cast<uint64_t>(a) <= 0xffffffffu && static_cast<uint64_t>(divisor) <= 0xffffffffu) {
+    const uint32_t quotient = static_cast<uint32_t>(a) / static_cast<uint32_t>(divisor);
+    *rest = static_cast<uint32_t>(a) - quotient * static_cast<uint32_t>(divisor);
+    return quotient;
+  }
+  const int64_t quotient = a / divisor;
+  *rest = a - quotient * divisor;
+  return quotient;
+}
+
+template <bool kPatches>
+__device__ __forceinline__ Channel channel_of(const Side& side, int64_t m) {
+  if (m >= side.channels) return {0, {INT32_MIN, 0, 0}};
+  if (!kPatches || !side.patches) return {m * side.channel, {0, 0, 0}};
+  const ConvShape& shape = *side.shape;
+  int64_t input, tap[3], rest;
+  rest = divide(m, side.inputs, &input);
+  rest = divide(rest, shape.kernel[2], &tap[2]);
+  tap[0] = divide(rest, shape.kernel[1], &tap[1]);
+  Channel channel{input * side.channel, {}};
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    const int64_t at = tap[d] * shape.dilation[d] - shape.padding[d];
+    channel.offset += at * side.along[d];
+    channel.at[d] = static_cast<int32_t>(at);
+  }
+  return channel;
+}
+
+template <bool kPatches>
+__device__ __forceinline__ Position position_of(const Side& side, int64_t k) {
+  if (k >= side.positions) return {0, {0, 0, 0}, false};
+  if (!kPatches || side.flat) return {k * side.along[2], {0, 0, 0}, true};
+  int64_t at[3], rest;
+  rest = divide(k, side.out[2], &at[2]);
+  at[0] = divide(rest, side.out[1], &at[1]);
+  Position position{0, {}, true};
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    if (side.patches) at[d] *= side.shape->stride[d];
+    position.offset += at[d] * side.along[d];
+    position.at[d] = static_cast<int32_t>(at[d]);
+  }
+  return position;
+}
+
+template <bool kPatches>
+__device__ __forceinline__ bool reads(const Side& side, const Channel& channel, const Position& position) {
+  if (!position.inside || channel.at[0] == INT32_MIN) return false;
+  if constexpr (kPatches) {
+    if (side.patches) {
+      for (int d = 0; d < 3; ++d) {
+        const int64_t at = static_cast<int64_t>(channel.at[d]) + position.at[d];
+        if (at < 0 || at >= side.shape->size[d]) return false;
+      }
+    }
+  }
+  return true;
+}
+
+// Calls put(k, m, inside, offset) for this thread's share of the tile of positions [first, first + kDepth) and all
+// channels; an element that is not inside has no offset.
+template <int kTile, int kDepth, bool kPatches, class Put>
+__device__ __forceinline__ void for_each_place(const Side& side, const Channel (&channels)[kTile], int64_t first,
+                                               const Put& put) {
+  const auto thread = static_cast<int>(threadIdx.x);
+  const auto one = [&](int k, int m, const Position& position) {
+    put(k, m, reads<kPatches>(side, channels[m], position), channels[m].offset + position.offset);
+  };
+  if (side.runs) {
+    const int k = thread % kDepth;
+    const Position position = position_of<kPatches>(side, first + k);
+    for (int m = thread / kDepth; m < kTile; m += kThreads / kDepth) one(k, m, position);
+  } else {
+    const int m = thread % kTile;
+    for (int k = thread / kTile; k < kDepth; k += kThreads / kTile) one(k, m, position_of<kPatches>(side, first + k));
+  }
+}
+
+struct WeightWork {
+  WeightNorms norms;
+  int64_t columns;    // of a group's gradient: inputs and taps
+  int64_t tile;       // its side
+  int64_t units;      // of one sample: tiles of all groups, or pairs of tiles of tokens
+  int64_t parts;      // float64 per unit
+  bool wide;          // sums are float64
+  bool tensor_cores;  // multiply
+  bool x_flat, grad_flat, x_runs, grad_runs, x_vectors, grad_vectors;
+};
+
+__device__ __forceinline__ const void* moved(const void* data, DType dtype, int64_t elements) {
+  return static_cast<const char*>(data) + elements * item_size(dtype);
+}
+
+__device__ __forceinline__ RowRange tokens_of(const WeightNorms& norms, int64_t sample) {
+  return rows_of_sample(sample, norms.shape.out[0] * norms.shape.out[1] * norms.shape.out[2], norms.offsets);
+}
+
+// Where a group of a sample begins. Tokens of packed samples begin somewhere along the width.
+__device__ __forceinline__ const void* start_of(const Factor& factor, const WeightNorms& norms, int64_t sample,
+                                                int64_t channel, RowRange tokens) {
+  const int64_t before = norms.offsets ? tokens.first * factor.along[2] : sample * factor.sample;
+  return moved(factor.data, factor.dtype, before + channel * factor.channel);
+}
+
+__device__ __forceinline__ Side grad_side(const WeightWork& work, int64_t sample, int64_t group, RowRange tokens) {
+  const WeightNorms& norms = work.norms;
+  const ConvShape& shape = norms.shape;
+  const Factor& grad = norms.grad;
+  return {start_of(grad, norms, sample, group * shape.outputs, tokens),
+          grad.dtype,
+          shape.outputs,
+          grad.channel,
+          tokens.count,
+          {grad.along[0], grad.along[1], grad.along[2]},
+          {shape.out[0], shape.out[1], shape.out[2]},
+          work.grad_flat,
+          work.grad_runs,
+          work.grad_vectors,
+          false,
+          0,
+          &shape,
+          1};
+}
+
+__device__ __forceinline__ Side x_side(const WeightWork& work, int64_t sample, int64_t group, RowRange tokens) {
+  const WeightNorms& norms = work.norms;
+  const ConvShape& shape = norms.shape;
+  const Factor& x = norms.x;
+  return {start_of(x, norms, sample, group * shape.inputs, tokens),
+          x.dtype,
+          work.columns,
+          x.channel,
+          tokens.count,
+          {x.along[0], x.along[1], x.along[2]},
+          {shape.out[0], shape.out[1], shape.out[2]},
+          work.x_flat,
+          work.x_runs,
+          work.x_vectors,
+          !work.x_flat,
+          shape.inputs,
+          &shape,
+          1};
+}
+
+// In weight_norms_mma.cu: of 16-bit numbers of one dtype.
+Status launch_mma_tiles(const WeightWork& work, double* partials, void* stream);
+
+// Tokens as channels and features as positions.
+__device__ __forceinline__ Side transposed(Side side) {
+  const int64_t tokens = side.positions, token = side.along[2];
+  side.positions = side.channels;
+  side.along[2] = side.channel;
+  side.channels = tokens;
+  side.channel = token;
+  side.runs = !side.runs;
+  return side;
+}
+
+}  // namespace lipcore::cuda
