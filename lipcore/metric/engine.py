@@ -107,6 +107,7 @@ class Engine:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
             metric.prefix = prefix
             metric.ranks_apart = self._global.none_asked_for
+            metric.partners = self._global.partners
             metric.before_moves = WeakCall(self._moved_by_hand)
             metric.bind(model)
         needs = {metric: metric.needs() for metric in chosen}
@@ -563,7 +564,7 @@ class Engine:
                     results[name] = _checked_result(name, self.metrics[name].finalize())
                 except Exception as error:  # noqa: PERF203
                     self._stop_metric(self.metrics[name], error)
-        scope = self._global.scope(self.model)
+        scope = self._global.scope(self.model, self.metrics.values())
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
         return Window(windows.number, windows.begin + 1, windows.step, False, scope, results, off)
 

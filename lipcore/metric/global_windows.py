@@ -47,11 +47,12 @@ class GlobalWindows:
         self.history = History(maxlen=limit, bytes_limit=bytes_limit)  #: windows of all ranks, oldest first
         self.last_merged: list[Window] = []  #: those that the last merge() has added to it
 
-    def scope(self, model: nn.Module) -> Scope:
+    def scope(self, model: nn.Module, metrics: Iterable[Metric]) -> Scope:
         """Return what this process's own windows cover."""
         if self.stands_alone:
             return "global"
-        return "shard" if is_sharded(model) else "rank"
+        parts = is_sharded(model) or any(metric.keeps_parts for metric in metrics)
+        return "shard" if parts else "rank"
 
     @property
     def none_asked_for(self) -> bool:
