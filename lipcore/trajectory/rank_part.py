@@ -76,7 +76,7 @@ class TrajectoryPart(RankPart):
     def result(self, together: Together) -> MetricResult:
         """Return the numbers of whole parameters."""
         places, wanted = self._places, frozenset(self.agreed["quantities"])
-        sums = ShardSums.of_packed(together, self.agreed["gradients"])
+        (sums,) = ShardSums.of_packed(together, self.agreed["gradients"])
         whole = Whole(sums, places, self.agreed["end"], self.before, self._alone(places))
         after = whole.add_to(self.empty, wanted, self.agreed["length"])
         if not self.open:

@@ -623,8 +623,9 @@ def default_metrics(kind: Callable[[int, int], Any]) -> Callable[[int, int], Any
     return run
 
 
-def situations() -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
-    """Name, ranks and work of each; the last one leaves a rank dead."""
+def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
+    """Name, ranks and work of each that needs no more; the last one leaves a rank dead."""
+    assert ranks == 4
     for work in (ddp, unequal_batches, fsdp2, tensor_parallel, pipeline, pipeline_without_prefix, independent,
                  independent_for_themselves, fsdp1, shifted_windows, other_window_steps, a_rank_that_never_calls,
                  on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
