@@ -21,7 +21,7 @@ from lipcore.trajectory.whole import PathSoFar, Place, Whole, places_of
 
 _GONE = (
     "ring: the window has {0} steps, the ring keeps {1}, and of those before not all are kept beside it ({2} MiB at "
-    "most, and none over a load_state_dict()); path lengths of shards do not add up, only the squares of single steps "
+    "most); path lengths of shards do not add up, only the squares of single steps "
     "do. Use ring={0} or more, or shorter windows"
 )
 

@@ -42,7 +42,7 @@ NAMED = {
     "other_steps": r"at different places: rank \d is at step [45], monitor.*; rank \d is at step [45], monitor",
     "a_rank_that_dies": r"window 0 over steps 1 to 4: rank \d has waited 1 s for rank 3",
 }
-OTHERS = {"counted", "independent_for_themselves"}
+OTHERS = {"counted", "independent_for_themselves", "saved_while_windows_wait"}
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,18 @@ def test_models_that_each_rank_trains_for_itself(found: Found) -> None:
     for numbers in found["independent_for_themselves"]:
         assert numbers["error"] <= 1e-7
         assert numbers["scopes"] == ["rank", "rank"]
+
+
+def test_windows_that_wait_are_in_no_state(found: Found) -> None:
+    for numbers in found["saved_while_windows_wait"]:
+        assert isinstance(numbers, dict), numbers
+        before, saved, loaded = numbers["said"]
+        assert not before  # nobody has merged windows yet
+        (first,) = saved
+        assert "not in a state: after a resume no window of all ranks has steps 5 to 8. Call monitor.global" in first
+        assert loaded[0] == first
+        assert "windows that had closed when this state was saved waited" in loaded[-1]
+        assert "no window of all ranks has steps 5 to 8" in loaded[-1]
 
 
 def test_collectives(found: Found) -> None:
