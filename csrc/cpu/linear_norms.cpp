@@ -200,7 +200,7 @@ LIPCORE_INLINE void weight_grad_of(const LinearSample* samples, int64_t count, c
                                    void* out, double* norms, int64_t norms_stride) {
   constexpr int kRows = Tile<T>::kRows, kWidth = Tile<T>::kWidth;
   const Scratch<T> scratch(memory);
-  memset(scratch.second, 0, sizeof(T) * kPadded * kPadded);
+  bool empty = true;  // no sample is in the running total yet
   Segment segments[kDepth];
   F64x16 sums[kDepth];
   int64_t owners[kDepth];
@@ -231,27 +231,27 @@ LIPCORE_INLINE void weight_grad_of(const LinearSample* samples, int64_t count, c
         block.rows, block.columns, packed, segments, parts, scratch.a, scratch.b,
         [&](int64_t, int64_t j) { return block.columns - j; }, [&](int64_t, int64_t, int64_t, auto& c) { clear(c); },
         [&](int64_t i, int64_t j, int64_t p, auto& c) {
-          constexpr int kVectors = sizeof c[0] / sizeof c[0][0];
           // Sums of panels are added up, which rounds less than one long sum.
           if (resume) add_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
           if (!last) return store_tile(tile_at<T, kRows>(scratch.first, block.rows, i, j), c);
           sums[p] = sums[p] + sum_squares_of<T>(c);
           T* tile = tile_at<T, kRows>(scratch.second, block.rows, i, j);
-          for (int r = 0; r < kRows; ++r)
-            for (int v = 0; v < kVectors; ++v) {
-              T* at = tile + r * kWidth + 16 * v;
-              store(at, load(at) + c[r][v]);
-            }
+          if (!empty || p > 0) add_tile(tile, c);
+          store_tile(tile, c);
         });
-    if (last)
-      for (int64_t p = 0; p < parts; ++p) norms[owners[p] * norms_stride] = sum_lanes(sums[p]);
+    if (!last) continue;
+    for (int64_t p = 0; p < parts; ++p) norms[owners[p] * norms_stride] = sum_lanes(sums[p]);
+    empty = false;
   }
   for (int64_t i = 0; i < block.rows; ++i) {
     T* row = static_cast<T*>(out) + (block.row + i) * block.inputs + block.column;
     for (int64_t j = 0; j < block.columns; j += kWidth) {
-      const int64_t width = block.columns - j < kWidth ? block.columns - j : kWidth;
-      memcpy(row + j, tile_at<T, kRows>(scratch.second, block.rows, i, j) + i % kRows * kWidth,
-             sizeof(T) * static_cast<size_t>(width));
+      const T* from = tile_at<T, kRows>(scratch.second, block.rows, i, j) + i % kRows * kWidth;
+      if (block.columns - j >= kWidth) {  // of a constant size, no call
+        memcpy(row + j, from, sizeof(T) * kWidth);
+      } else {
+        memcpy(row + j, from, sizeof(T) * static_cast<size_t>(block.columns - j));
+      }
     }
   }
 }

@@ -29,9 +29,9 @@ class MultiheadAttentionRule(Rule):
     in_place_after = False  # the output is part of a tuple
     beside = "attention weights that enter the loss, which its rule does not know; call it with need_weights=False, "
 
-    def refuses(self, module: Any) -> str:
+    def leaves(self, module: Any) -> str:
         if module.training and module.dropout > 0:
-            return f"its dropout of {module.dropout} cannot be repeated in the backward pass; use dropout=0 or eval()"
+            return f"its rule cannot repeat its dropout of {module.dropout} in the backward pass"
         return ""
 
     def sample_dim(self, module: Any, grad_output: Tensor, batch: Batch) -> int:
@@ -40,7 +40,7 @@ class MultiheadAttentionRule(Rule):
     def save(
         self, module: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
-        if reason := self.refuses(module):  # the mode may change after coverage was decided
+        if reason := self.leaves(module):  # the mode may change after coverage was decided
             raise ValueError(f"MultiheadAttention: {reason}")
         found = {name: tensor_argument(arguments, keywords, i, name) for i, name in enumerate(_INPUTS)}
         for name, x in found.items():

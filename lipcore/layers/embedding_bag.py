@@ -20,9 +20,10 @@ class EmbeddingBagRule(Rule):
     methods = ()
     how = SUMS_OVER_INDICES
 
+    def leaves(self, module: Any) -> str:
+        return "its rule is for mode='sum' and 'mean'" if module.mode == "max" else ""
+
     def refuses(self, module: Any) -> str:
-        if module.mode == "max":
-            return "mode='max' has a gradient only where an entry is the largest of its bag; use mode='sum' or 'mean'"
         return SCALED_BY_BATCH if module.scale_grad_by_freq else ""
 
     def save(

@@ -77,6 +77,11 @@ class Rule(ABC):
         """Return why this module, configured as it is, has no per-sample gradients that could be measured, or ""."""
         return ""
 
+    def leaves(self, module: nn.Module) -> str:
+        """Return why the rule is not for this module, configured as it is, whose parameters are then measured from the
+        autograd graph, or ""."""
+        return ""
+
     def fuses(self, module: nn.Module) -> bool:
         """Return whether the module is y = x W^T + b, whose weight gradient fused=True may compute itself."""
         return False

@@ -33,7 +33,7 @@ from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
 from lipcore.metric.state import checked_starts, checked_steps
 from lipcore.metric.step_end import StepEnd, StepEndCalls
 from lipcore.metric.windows import Windows
-from lipcore.models.checks import never_called, refuse_script
+from lipcore.models.checks import check_kind, never_called
 from lipcore.models.names import called_inside
 
 Self = TypeVar("Self", bound="Engine")
@@ -106,7 +106,7 @@ class Engine:
         self._listeners: list[Listener] = []
         self._steps_here = 0  # since this object was made, without those of a loaded state
         self._closed, self._needs_steps, self._asked_for_scaler = False, needs_steps, False
-        refuse_script(model)
+        check_kind(model)
         self._optimizers = checked_optimizers(optimizer)
         refuse_strangers(self._optimizers, dict(model.named_parameters()))
         self._step_end = self._make_step_end(self._stepped)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lipcore.models.arguments import check_count
 from lipcore.models.names import named_modules, unwrap
@@ -30,9 +31,9 @@ def mixes_samples(module: nn.Module) -> bool:
     return module.training or not has_statistics(module)
 
 
-def refuse_script(model: nn.Module) -> None:
-    """Raise a ValueError where the model, or a module in it, is a TorchScript module: no hook sees its calls, and its
-    parameters are in no dict of Python's."""
+def check_kind(model: nn.Module) -> None:
+    """Raise a ValueError where the model, or a module in it, is of a kind that cannot be watched: a TorchScript module,
+    whose calls no hook sees and whose parameters are in no dict of Python's, or a lazy one before its first call."""
     for name, module in named_modules(model):
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(
@@ -40,6 +41,12 @@ def refuse_script(model: nn.Module) -> None:
                 "the Python module that it was made of. Without that, local_lipschitz(model, x) and "
                 "Trajectory(model.named_parameters()) take it as it is"
             )
+        for key, parameter in module._parameters.items():
+            if parameter is not None and is_lazy(parameter):
+                raise ValueError(
+                    f"model: parameter '{f'{name}.{key}' if name else key}' is uninitialised, since its module is "
+                    "lazy; run the model on one batch first, and make the optimizer after that"
+                )
 
 
 def never_called(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lipcore.models.accumulation import without_accumulation
 from lipcore.models.chains import home_of
 from lipcore.models.drawing_operations import DrawingOperations
 from lipcore.models.gathered import is_spread
@@ -22,6 +23,7 @@ from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
 from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import PassState, without_cached_casts
+from lipcore.models.sparse_rows import bytes_of, rows_at
 from lipcore.models.torch_internals import (
     ANY_FORWARD_HOOKS,
     ANY_FORWARD_PRE_HOOKS,
@@ -95,7 +97,7 @@ class Before:
         self.bytes = 0
         if not self.refused:
             self._kept = first.detach().clone()
-            self.bytes = _BATCHES * self._kept.nbytes
+            self.bytes = _BATCHES * bytes_of(self._kept)
             self._state = PassState(model)
             leaves = [leaf for leaf in tree_leaves(self._call) if isinstance(leaf, Tensor) and leaf is not first]
             beside = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.dim() > 1]
@@ -171,6 +173,9 @@ class Before:
         return "", []
 
     def _copies(self, sample: int) -> Tensor:
+        if self._kept.layout != torch.strided:
+            places = torch.full((self._kept.shape[self._dim],), sample, device=self._kept.device)
+            return rows_at(self._kept, self._dim, places)
         return self._kept.narrow(self._dim, sample, 1).expand_as(self._kept).clone()
 
     def _draws(self, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
@@ -186,7 +191,10 @@ class Before:
         x = x.clone()
         arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
         # Sharded parameters come and go within the pass, which speaks to other ranks.
-        alone = (writes_put_back(self._state.held.watched()), without_communication())
+        alone = (
+            *(writes_put_back(self._state.held.watched()), without_communication()),
+            without_accumulation(self._model),
+        )
         with ExitStack() as stack:
             for context in (torch.no_grad(), paused(), without_cached_casts(), *(() if self._together else alone)):
                 stack.enter_context(context)

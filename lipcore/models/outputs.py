@@ -6,25 +6,49 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from lipcore.models.torch_internals import tree_leaves
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Find the tensors in tuples, lists, dicts, mappings and dataclasses."""
+    """Find the tensors in tuples, lists, dicts, mappings, dataclasses and distributions; where there are none at all,
+    those that are attributes of objects."""
     if isinstance(output, Tensor):
         yield output
         return
+    none = True
+    for tensor in _packed(output):
+        none = False
+        yield tensor
+    if none:
+        yield from {id(tensor): tensor for leaf in tree_leaves(output) for tensor in _attributes(leaf)}.values()
+
+
+def _packed(output: Any) -> Iterator[Tensor]:
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             yield leaf
         elif is_dataclass(leaf) and not isinstance(leaf, type):
             for field in fields(leaf):
-                yield from tensors_of(getattr(leaf, field.name))
+                yield from _packed(getattr(leaf, field.name))
         elif isinstance(leaf, Mapping):
             for value in leaf.values():
-                yield from tensors_of(value)
+                yield from _packed(value)
+        elif isinstance(leaf, Distribution):
+            yield from {id(tensor): tensor for tensor in _attributes(leaf)}.values()
+
+
+def _attributes(found: Any, deep: int = 3) -> Iterator[Tensor]:
+    """Find the tensors that are attributes of an object, or of objects that are, so deep."""
+    if isinstance(found, (type, nn.Module)) or not hasattr(found, "__dict__"):
+        return
+    for leaf in tree_leaves(list(vars(found).values())):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif deep > 1:
+            yield from _attributes(leaf, deep - 1)
 
 
 def nodes_of(output: Any) -> Iterator[Any]:

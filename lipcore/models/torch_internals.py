@@ -6,6 +6,7 @@ stand in :data:`ATTRIBUTES`. Public names of torch do not answer these questions
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -315,3 +316,12 @@ def rounds_products() -> bool:
 def first_step_hook(optimizer: torch.optim.Optimizer) -> Any:
     """Return the hook that is called first at the end of an optimizer's step; None where there is none."""
     return next(iter(optimizer._optimizer_step_post_hooks.values()), None)
+
+
+def calls_itself(module: nn.Module) -> bool:
+    """Return whether a call of this module is under way inside another one, in this thread."""
+    calls, frame = 0, inspect.currentframe()
+    while frame is not None and calls < 2:
+        calls += frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") is module
+        frame = frame.f_back
+    return calls > 1

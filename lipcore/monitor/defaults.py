@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lipcore.capture.outputs import is_called
 from lipcore.lipschitz.metric import Lipschitz
 from lipcore.metric.protocol import Metric
+from lipcore.models.checks import check_kind
 from lipcore.trajectory.copies import bytes_of
 from lipcore.trajectory.metric import Trajectory
 
@@ -27,6 +28,8 @@ def default_metrics(
 ) -> list[Metric]:
     """Return a Trajectory, and Lipschitz for a model whose own calls the hooks see: no dict or list of modules, and
     none inside a compiled one. `output` is where its output has the tensor."""
+    for part in model.values() if isinstance(model, Mapping) else [model]:
+        check_kind(part)
     if isinstance(model, Mapping) or not has_calls or not is_called(model):
         return [_trajectory(model, optimizer)]
     return [_trajectory(model, optimizer), Lipschitz(output=output, optional=True)]

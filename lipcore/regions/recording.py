@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lipcore.models.checks import finite_rows, refuse_script
+from lipcore.models.checks import check_kind, finite_rows
 from lipcore.models.names import named_modules, unwrap
 from lipcore.models.outputs import one_per_sample
 from lipcore.models.own_pass import fresh, own_pass, run
@@ -53,7 +53,7 @@ class Recording:
 def record_gates(model: nn.Module, x: Tensor, output: Output = None, *, keep_inputs: bool = False) -> Recording:
     """Record the gates of one forward pass, `output` included; ValueError where other operations come before the
     head."""
-    refuse_script(model)
+    check_kind(model)
     model = unwrap(model)
     path: list[str] = []
     recorder = Recorder(path, keep_inputs)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from lipcore.metric.results import Value
 from lipcore.models.chains import altered_modules, modules_in_order
-from lipcore.models.checks import check_input, refuse_script
+from lipcore.models.checks import check_input, check_kind
 from lipcore.models.names import unwrap
 from lipcore.models.own_pass import misfit_in_words, own_pass
 from lipcore.theory.layer_constants import layer_constant
@@ -37,7 +37,7 @@ def spectral_norm_product(model: nn.Module, x: Tensor) -> Value:
     check_input(model, x)
     if not len(x):
         raise ValueError(f"x: expected shape [N, ...] with N >= 1, got {list(x.shape)}")
-    refuse_script(model)
+    check_kind(model)
     for where, by in altered_modules(model).items():
         raise ValueError(
             f"model: {where} has a hook or a forward of its own ({_called(by[0])}) that may change its weight or its "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import _core
-from lipcore.models.checks import refuse_script
+from lipcore.models.checks import check_kind
 from lipcore.models.names import named_modules
 from lipcore.models.torch_internals import WRAPPER_ATTRIBUTES, shard_of
 from lipcore.trajectory.groups import Groups, group_names
@@ -113,7 +113,7 @@ def of_modules(model: Model) -> Model:
 
 def trainable(model: nn.Module) -> list[tuple[dict[str, Tensor], str, str]]:
     """Return owner, key and name of every trainable parameter; a tied one comes once, under its first name."""
-    refuse_script(model)
+    check_kind(model)
     found, seen = [], set()
     for prefix, module in named_modules(model):
         for key, parameter in module._parameters.items():

@@ -65,10 +65,8 @@ def test_example_of_an_own_layer():
 REFUSED = {
     "scale_grad_by_freq": (lambda: nn.Embedding(3, 2, scale_grad_by_freq=True), "whole batch"),
     "bag_scale_grad_by_freq": (lambda: nn.EmbeddingBag(3, 2, scale_grad_by_freq=True), "whole batch"),
-    "bag_max": (lambda: nn.EmbeddingBag(3, 2, mode="max"), "mode='max'"),
     "batch_norm": (lambda: nn.BatchNorm2d(3), "statistics of the batch"),
     "batch_norm_untracked": (lambda: nn.BatchNorm2d(3, track_running_stats=False).eval(), "statistics of the batch"),
-    "dropout": (lambda: nn.MultiheadAttention(4, 2, dropout=0.1), "dropout of 0.1"),
 }
 
 

@@ -97,7 +97,7 @@ def test_frozen_parameters_are_left_out(layer: nn.Module, frozen: str) -> None:
         (nn.BatchNorm1d(5, affine=False), "statistics of the batch"),
         (nn.BatchNorm1d(5, track_running_stats=False).eval(), "statistics of the batch"),
         (nn.Embedding(5, 3, scale_grad_by_freq=True), "scale_grad_by_freq"),
-        (nn.EmbeddingBag(5, 3, mode="max"), "mode='max'"),
+        (nn.EmbeddingBag(5, 3, mode="max"), "mode='sum' and 'mean'"),
         (nn.LSTM(5, 3), "no rule for LSTM"),
         (nn.utils.parametrizations.weight_norm(nn.Linear(5, 3)), "parametrization"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -214,13 +216,58 @@ def test_parameters_that_are_exchanged_in_later_passes() -> None:
     assert all("was called with another tensor in its place" in why for why in found[63:])
 
 
-def test_a_list_of_samples_of_one_row_each_is_refused() -> None:
-    class Pictures(Changing):
-        def forward(self, pictures: list[Tensor]) -> Tensor:  # type: ignore[override]
-            return torch.stack([self.inner(each).mean(0) for each in pictures])
+class Pictures(nn.Module):
+    """Takes samples in other ways than by the first tensor's first dimension."""
 
-    with PerSampleGradNorms(Pictures(lambda _, hidden: hidden), loss_reduction="sum") as norms:
+    def __init__(self, returns: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.inner, self.returns = nn.Linear(5, 3), returns
+
+    def forward(self, time: Any, x: Tensor | None = None) -> Any:
+        given = torch.cat(time) if x is None else x + time
+        return self.returns(self.inner(given))
+
+
+SAMPLES: dict[str, tuple[tuple[Any, ...], str]] = {
+    "a list": (([torch.ones(1, 5)] * 3,), r"shape \[1, 5\], but argument 0 is a list of 3 tensors"),
+    "one number before": ((torch.ones(1), torch.ones(3, 5)), r"shape \[1\], but argument 1 has 3 rows"),
+    "one row before": ((torch.ones(1, 5), torch.ones(3, 5)), r"shape \[1, 5\], but argument 1 has 3 rows"),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_samples_that_are_taken_for_one_are_refused(name: str) -> None:
+    given, why = SAMPLES[name]
+    model = Pictures(lambda rows: rows)
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
         with pytest.warns(RuntimeWarning, match="stopped recording"):
-            norms._capture.model([torch.randn(1, 5) for _ in range(3)]).sum().backward()  # type: ignore[union-attr]
-        with pytest.raises(ValueError, match="called with a list of 3 tensors.*returns 3 rows: these are its samples"):
+            model(*given).sum().backward()
+        with pytest.raises(ValueError, match=f"{why} and 3 rows are returned: these are the samples"):
             _ = norms.per_sample
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+@pytest.mark.parametrize("batch_of_one", ["exact", "fast"])
+def test_samples_that_may_be_taken_for_one_are_not_proved(name: str, batch_of_one: Any) -> None:
+    given, why = SAMPLES[name]
+    model = Pictures(lambda rows: rows.sum())
+    with PerSampleGradNorms(model, loss_reduction="sum", batch_of_one=batch_of_one) as norms:
+        for _ in range(6):
+            model.zero_grad()
+            model(*given).backward()
+            assert re.search(why.split(", but ")[1], norms.unproved)
+
+
+ONE = {
+    "a mask": lambda model: model(torch.ones(1, 4, 5), torch.zeros(4, 1)),
+    "a state": lambda model: model([torch.ones(1, 5)]),
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_one_sample_is_taken_for_one(name: str) -> None:
+    model = Pictures(lambda rows: rows)
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+        ONE[name](model).sum().backward()
+        assert norms.per_sample.shape == (1,)
+        assert not norms.unproved

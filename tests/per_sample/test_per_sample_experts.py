@@ -259,6 +259,9 @@ STEPS: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], int]] = {
     "permute": (lambda x: x.permute(2, 0, 1), [(5, 4, 3)], 1),
     "slice": (lambda x: x[1:4:2], [(5, 3)], 0),
     "slice of features": (lambda x: x[:, 1:], [(5, 3)], 0),
+    "pad of rows": (lambda x: F.pad(x, (1, 0, 2, 1)), [(3, 4)], 0),
+    "pad of features": (lambda x: F.pad(x, (0, 0, 2, 1)), [(5, 3, 2)], 0),
+    "pad that crops": (lambda x: F.pad(x, (0, 0, -1, 1)), [(6, 3)], 0),
     "select": (lambda x: x[2], [(5, 4, 3)], 0),
     "select of features": (lambda x: x[:, 2], [(5, 4, 3)], 0),
     "cat": (lambda x, v: torch.cat([x, v]), [(5, 3), (2, 3)], 0),
@@ -295,6 +298,7 @@ TOLD = {  # that ids go on through these
         "product",
         "cat",
     ),
+    *("pad of rows", "pad of features"),
     *("slice", "select", "index by two", "stack", "softmax", "max", "bmm", "layer norm", "index_copy", "index_select"),
 }
 
@@ -341,6 +345,21 @@ def test_parts_of_a_split(size: Any) -> None:
     assert other is not None
     assert torch.equal(other, torch.cat([ids.expand(4, 3), ids.flip(0).expand(4, 3)], 1))
     assert ids_behind(step._replace(ids=[ids, None])) is None
+
+
+@pytest.mark.parametrize("dim", [0, -1])
+def test_parts_that_are_unbound(dim: int) -> None:
+    x = torch.randn(2, 3, 2, requires_grad=True)
+    node = x.unbind(dim)[0].grad_fn
+    ids = torch.tensor([[2], [0], [1]]) if dim == 0 else torch.tensor([[2, 0, 1]])
+    step = Step(node, 0, [ids, ids], shapes(node), (2, 3, 2), [(2, 3, 2)])
+    found = ids_behind(step)
+    assert found is not None
+    assert torch.equal(found, ids.unsqueeze(dim))
+    other = ids_behind(step._replace(ids=[ids, 2 - ids]))
+    assert other is not None
+    assert torch.equal(other, torch.stack([ids, 2 - ids], dim))
+    assert ids_behind(step._replace(ids=[None, ids])) is None
 
 
 class Dropping(nn.Module):

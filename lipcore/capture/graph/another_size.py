@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lipcore.layers import Batch
+from lipcore.models.accumulation import Accumulates, without_accumulation
 from lipcore.models.copies import why_not_again
 from lipcore.models.pause import paused
 from lipcore.models.random_draws import Draws
 from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import all_put_back, without_cached_casts
+from lipcore.models.sparse_rows import rows_at
 from lipcore.models.torch_internals import tree_map
 
 HOOKED = (
@@ -137,6 +139,8 @@ def on_one_more(
                 with draws.again(model, samples) if draws is not None else nullcontext():
                     output = model(*more, **words)
             break
+        except Accumulates as error:
+            raise CannotRun(str(error)) from error
         except Exception as error:
             failure = failure or error
     else:
@@ -177,6 +181,7 @@ def _own_pass(model: nn.Module, batch: Batch | None, shapes: Shapes | None = Non
         paused(),
         without_cached_casts(),
         without_communication(),
+        without_accumulation(model),
         nullcontext() if batch is None else _under_way_now(batch, shapes),
     ):
         yield
@@ -192,12 +197,15 @@ def _longer(leaf: Any, samples: int, dim: int, way: _Longer) -> Any:
         return leaf
     more, rows = leaf.detach(), leaf.shape[dim] if leaf.dim() > dim else 0
     floats = leaf.is_floating_point()
-    has = leaf.layout == torch.strided and (rows == samples or (way.blocks and rows and rows % samples == 0))
-    if has and not (floats and way.only_numbers):
+    strided = leaf.layout == torch.strided
+    has = rows == samples or (strided and way.blocks and rows and rows % samples == 0)
+    if has and not strided:
+        more = rows_at(more, dim, torch.tensor([*range(samples), way.sample], device=more.device))
+    elif has and not (floats and way.only_numbers):
         # Pictures are in the order of their texts: that of the one at the end is the last.
         sample = samples - 1 if floats else way.sample
         more = torch.cat([more, more.narrow(dim, sample * (rows // samples), rows // samples)], dim)
-    elif way.others and leaf.layout == torch.strided and leaf.dim() > 1 and rows >= way.others:
+    elif way.others and strided and leaf.dim() > 1 and rows >= way.others:
         more = torch.cat([more, more.narrow(dim, rows - way.others, way.others)], dim)
     else:
         more = more.clone()

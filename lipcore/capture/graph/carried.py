@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lipcore.capture.graph.edge_ids import ids_behind
 from lipcore.capture.graph.frontier import Frontier
-from lipcore.capture.graph.ids_step import Step, merged, narrowed
+from lipcore.capture.graph.ids_step import NOBODY, Step, merged, narrowed
 from lipcore.capture.graph.walk import Walk
 
 
@@ -99,7 +99,10 @@ def _ids(
             if place in frontier.leaves or place in stopped or not each or any(v is None for v in each.values()):
                 here = None
             else:
-                here = ids[place] = [each.get(k) for k in range(len(walk.shapes(place)))]
+                here = [each.get(k) for k in range(len(walk.shapes(place)))]
+                here = _with_its_own(here) if place in walk.roots else here
+                if here is not None:
+                    ids[place] = here
         else:
             here = ids.get(place)
         edges = [(i, c) for i, c in enumerate(walk.next[place]) if c in frontier.free and c not in frontier.leaves]
@@ -114,6 +117,13 @@ def _ids(
             before = came.setdefault(child, {})
             before[number] = merged(before[number], found) if number in before else found
     return ids
+
+
+def _with_its_own(ids: list[Tensor | None]) -> list[Tensor | None] | None:
+    """Return the ids at what the model returns too: a loss may bring a gradient to rows that get none from inside. None
+    where it cannot be told of which sample these are."""
+    all_rows = [None if each is None else narrowed(each) for each in ids]
+    return None if any(each is not None and bool((each == NOBODY).any()) for each in all_rows) else all_rows
 
 
 def _shapes_behind(walk: Walk, place: int) -> list[tuple[int, ...] | None]:

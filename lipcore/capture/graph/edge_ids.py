@@ -14,6 +14,8 @@ def ids_behind(step: Step) -> Tensor | None:
     name = step.node.name().partition("Backward")[0]
     if name in ("Split", "SplitWithSizes"):
         return ids_of_shapes.of_split(step)
+    if name == "Unbind":
+        return ids_of_shapes.of_unbind(step)
     rule, first = _RULES.get(name), step.ids[0]
     if rule is None or first is None:
         return None
@@ -68,6 +70,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze"), ids_of_shapes.viewed),
     **dict.fromkeys(("Transpose", "T"), ids_of_shapes.transposed),
     "Permute": ids_of_shapes.permuted,
+    "ConstantPadNd": ids_of_shapes.padded,
     "Slice": ids_of_shapes.sliced,
     "Select": ids_of_shapes.selected,
     "Cat": ids_of_shapes.joined,

@@ -18,7 +18,7 @@ from lipcore.capture.graph.other_graph import Call, OtherGraphs
 from lipcore.capture.graph.replay import Replay, is_sum
 from lipcore.capture.graph.replay_costs import ReplayCosts
 from lipcore.capture.graph.structure import NOT_YET, Structure
-from lipcore.capture.graph.walk import Signature, Walk, shapes
+from lipcore.capture.graph.walk import Signature, Walk
 from lipcore.capture.output_places import places_of
 from lipcore.capture.seeds import Begins
 from lipcore.capture.zero_mixing import BY_ZERO
@@ -235,11 +235,12 @@ class GraphWays:
 
     def _too_large(self, walk: Walk, frontier: Frontier, samples: int) -> dict[str, str]:
         found = {}
+        elements = {place: sum(map(math.prod, walk.shapes(place))) for place in frontier.free}
         for leaf, name in frontier.leaves.items():
             if self._whole and walk.nodes[leaf].variable.is_complex():
                 found[name] = "it is complex, and sums and products of samples' gradients are for real numbers"
             element = walk.nodes[leaf].variable.element_size()
-            held = samples * element * max(_elements(walk.nodes[p]) for p in frontier.behind[name])
+            held = samples * element * max(elements[place] for place in frontier.behind[name])
             if held > self._max_bytes:
                 found[name] = (
                     f"the gradients of {samples} samples take {held:,} bytes, more than max_replay_bytes="
@@ -280,7 +281,3 @@ def _without(frontier: Frontier, refused: Container[str]) -> Frontier:
     leaves = {place: name for place, name in frontier.leaves.items() if name not in refused}
     free = frozenset[int]().union(*(frontier.behind[name] for name in leaves.values()))
     return replace(frontier, leaves=leaves, free=free)
-
-
-def _elements(node: Any) -> int:
-    return sum(map(math.prod, shapes(node)))

@@ -69,6 +69,16 @@ def selected(step: Step, ids: Tensor) -> Tensor | None:
 
 
 def of_split(step: Step) -> Tensor | None:
+    return _of_parts(step, [out[dim_of(step, len(step.shape))] for out in step.outs])
+
+
+def of_unbind(step: Step) -> Tensor | None:
+    dim = dim_of(step, len(step.shape))
+    parts = [None if ids is None else ids.unsqueeze(dim) for ids in step.ids]
+    return _of_parts(step._replace(ids=parts), [1] * len(parts))
+
+
+def _of_parts(step: Step, sizes: list[int]) -> Tensor | None:
     dim = dim_of(step, len(step.shape))
     parts = [ids for ids in step.ids if ids is not None]
     if len(parts) < len(step.ids):
@@ -76,9 +86,19 @@ def of_split(step: Step) -> Tensor | None:
     if all(is_one(ids, [dim]) and torch.equal(ids, parts[0]) for ids in parts):
         return parts[0]
     wide = [max(sizes) for sizes in zip(*([*ids.shape[:dim], 1, *ids.shape[dim + 1 :]] for ids in parts), strict=True)]
-    sizes = [out[dim] for out in step.outs]
     each = [ids.expand(*wide[:dim], n, *wide[dim + 1 :]) for ids, n in zip(parts, sizes, strict=True)]
     return torch.cat(each, dim)
+
+
+def padded(step: Step, ids: Tensor) -> Tensor | None:
+    pads = [integer(pad) for pad in saved(step.node, "pad")]
+    for dim, before, after in zip(range(ids.dim() - 1, -1, -1), pads[::2], pads[1::2], strict=False):
+        if is_one(ids, [dim]):
+            continue
+        if min(before, after) < 0:
+            return None
+        ids = ids.narrow(dim, before, step.shape[dim])
+    return ids
 
 
 def joined(step: Step, ids: Tensor) -> Tensor | None:

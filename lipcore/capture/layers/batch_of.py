@@ -16,6 +16,12 @@ from lipcore.models.torch_internals import tree_leaves
 #: From the model's arguments and keywords to the document boundaries of packed sequences.
 OffsetsOf = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
+_DOUBT = (
+    "the first tensor that the model is called with has shape {0}, which would be one sample, but {1} {2}, and "
+    "nothing that is returned shows how many samples there are; give what has a row for each sample before all other "
+    "tensors"
+)
+
 #: From the model's arguments and keywords to something that the record of the pass is to hold.
 NoteOf = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
@@ -35,18 +41,40 @@ def batch_of(
     )
 
 
-def check_lists(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-    """Raise ValueError where a pass that was taken for one of a single sample was given its samples as a list."""
-    for argument in (*arguments, *keywords.values()):
-        rows = len(argument) if isinstance(argument, (list, tuple)) else 0
-        if rows < 2 or any(not isinstance(each, Tensor) for each in argument):
+def doubt_one(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any, batch_dim: int) -> str:
+    """Return why a pass that was taken for one of a single sample may have more, or "".
+
+    Raises:
+        ValueError: what the model returns shows that it has.
+    """
+    sizes = [_size(tensor, batch_dim) for tensor in tensors_of(output)]
+    if 1 in sizes:
+        return ""
+    first, doubt = batch_tensor(arguments, keywords, batch_dim), ""
+    given = (
+        *((f"argument {i}", each) for i, each in enumerate(arguments)),
+        *((f"'{name}'", each) for name, each in keywords.items()),
+    )
+    for name, argument in given:
+        is_list = isinstance(argument, (list, tuple)) and all(isinstance(each, Tensor) for each in argument)
+        rows = len(argument) if is_list else _size(argument, batch_dim)
+        if first is None or rows < 2 or (not is_list and rows in first.shape):  # which may be a length
             continue
-        if any(tensor.shape[:1] == (rows,) for tensor in tensors_of(output)):
+        what = f"is a {type(argument).__name__} of {rows} tensors" if is_list else f"has {rows} rows"
+        if rows in sizes:
             raise ValueError(
-                f"model: is called with a {type(argument).__name__} of {rows} tensors, the first of which has shape "
-                f"{list(argument[0].shape)}, and returns {rows} rows: these are its samples, and not the first "
-                "dimension of the first tensor; call it with one tensor that has them first (torch.stack, padded)"
+                f"model: the first tensor that it is called with has shape {list(first.shape)}, but {name} {what} "
+                f"and {rows} rows are returned: these are the samples. Give all as one tensor (torch.stack, padded), "
+                "or before all other tensors, or give the other tensors a row for each sample (expand)"
             )
+        if is_list or not any(sizes):
+            doubt = doubt or _DOUBT.format(list(first.shape), name, what)
+    return doubt
+
+
+def _size(argument: Any, batch_dim: int) -> int:
+    """Return how many rows an argument or output has; 0 where it has none."""
+    return int(argument.shape[batch_dim]) if isinstance(argument, Tensor) and argument.dim() > batch_dim else 0
 
 
 def batch_tensor(arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim: int) -> Tensor | None:

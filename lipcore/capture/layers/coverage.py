@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lipcore.layers import Rule, rule_for
 from lipcore.layers.alike import rule_alike
 from lipcore.layers.registry import why_no_rule
-from lipcore.models.checks import refuse_script
+from lipcore.models.checks import check_kind
 from lipcore.models.names import named_modules
 
 _SHOWN = 5  # parameters, and reasons, that an error names
@@ -186,7 +186,7 @@ def cover(model: nn.Module, *, alike: bool = False) -> ParameterCoverage:
     modules of types without a rule compute."""
     coverage = ParameterCoverage()
     names: dict[int, str] = {}
-    refuse_script(model)
+    check_kind(model)
     modules = list(named_modules(model))
     for module_name, module in modules:
         for key, parameter in module._parameters.items():
@@ -204,17 +204,20 @@ def cover(model: nn.Module, *, alike: bool = False) -> ParameterCoverage:
         if rule.may_mix_samples:
             coverage.may_mix.append((module_name, module, rule))
         parametrized = getattr(module, "parametrizations", None) is not None
-        own: dict[str, str] = {}
+        own, left = dict[str, str](), dict[str, str]()  # parameters of the rule, and of the graph with the reason
         for key, parameter in module.named_parameters():
             if parametrized or not parameter.requires_grad:
                 continue
             if parameter.is_complex():
-                coverage.uncovered[names[id(parameter)]] = "is complex, and the rules are for real numbers"
+                left[names[id(parameter)]] = "it is complex, and the rules are for real numbers"
             elif _makes_another(module, key):
-                coverage.uncovered[names[id(parameter)]] = _why(module, key)
-                coverage._without_rule.add(names[id(parameter)])
+                left[names[id(parameter)]] = _why(module, key)
+            elif reason := rule.leaves(module):
+                left[names[id(parameter)]] = reason
             else:
                 own[key] = names[id(parameter)]
+        coverage.uncovered |= left
+        coverage._without_rule |= left.keys()
         if len(list(module.children())) and not parametrized:
             inside_rule.update(id(child) for child in module.modules() if child is not module)
         reason = rule.refuses(module)

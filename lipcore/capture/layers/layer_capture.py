@@ -20,7 +20,7 @@ from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.own_graph import OwnGraph
 from lipcore.capture.layers.asked_proof import AskedProof
 from lipcore.capture.layers.audit import Audit, depends_on, uses_of
-from lipcore.capture.layers.batch_of import batch_of, batch_tensor, check_lists
+from lipcore.capture.layers.batch_of import batch_of, batch_tensor, doubt_one
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.compile_probes import LayerProbes
 from lipcore.capture.layers.compiled_audit import audit_uncompiled
@@ -299,7 +299,7 @@ class LayerCapture:
     @counted
     def _begin_forward(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         passes = self.passes
-        if torch.compiler.is_compiling() or not self._is_meant():
+        if torch.compiler.is_compiling() or not self._is_meant() or passes.goes_on(module):
             return
         if self._kept is not None:
             self._kept.release()
@@ -398,6 +398,8 @@ class LayerCapture:
         if torch.compiler.is_compiling() or not self._is_meant():
             return None
         passes = self.passes
+        if passes.goes_back():
+            return None
         run = passes.end()
         if self._compiled:
             self._probes.disarm()
@@ -407,8 +409,7 @@ class LayerCapture:
             return None
         if passes.recording or (run.before is not None and self.proofs.together):
             try:
-                if run.batch.size == 1 and run.call is not None:
-                    check_lists(run.call.arguments, run.call.keywords, output)
+                self._look_at_one(run, arguments, output)
                 self._audit.after_forward(run, output)
                 if run.sums is None and self._adds_up and self.proofs.is_unknown(run):
                     run.sums = GradientSums(self.coverage.measured(), passes.fail)
@@ -428,6 +429,13 @@ class LayerCapture:
                 passes.fail(error)
         passes.await_backward(run, output)
         return self._tap_output(run, output) if self._options.normalized else None
+
+    def _look_at_one(self, run: LayerPass, arguments: tuple[Any, ...], output: Any) -> None:
+        """Look whether a pass that was taken for one of a single sample may have more."""
+        if run.batch.size == 1 and self._options.offsets_of is None:
+            given = (arguments, {}) if run.call is None else run.call[:2]
+            run.unproved = doubt_one(*given, output, run.batch.dim)
+            run.proves = run.proves and not run.unproved
 
     def _follow_graph(self, run: LayerPass, output: Any) -> None:
         """Put hooks on the graph of a pass, for the parameters without a rule."""

@@ -159,6 +159,7 @@ class LayerPass:
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
         self.begins: Begins | None = None  # where proofs of it begin; None: at all that the model returns
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
+        self.inside = 0  # calls of the model under way inside its own forward pass
         self.adds_up = False  # its samples' gradients are to be added up, and compared with the parameters'
         self.sums: GradientSums | None = None  # where that is done
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved

@@ -234,6 +234,8 @@ class LayerSite:
         if wrong:
             raise TypeError(_SAVED.format(type(self.rule).__name__, wrong))
         saved, extra = returned
+        if any(tensor.layout != torch.strided for tensor in saved):
+            raise ValueError("is called with a sparse tensor")
         # No edges of the graph: a saved parameter would seem to be used once more.
         return [t.detach() for t in saved], extra
 

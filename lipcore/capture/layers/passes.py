@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.coverage import ParameterCoverage
@@ -16,7 +16,7 @@ from lipcore.capture.layers.layer_pass import INNER, LayerPass, Recomputation
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.outputs import on_backward
-from lipcore.models.torch_internals import queue_callback
+from lipcore.models.torch_internals import calls_itself, queue_callback
 
 _MAX_STRAY = 64
 _LOOKS = 8  # backward passes whose gradients before them are looked at
@@ -153,6 +153,21 @@ class Passes:
         if self.tapping:
             self.flush()
         return self.tapping
+
+    def goes_on(self, model: nn.Module) -> bool:
+        """Return whether a call of the model that begins now is made by its own forward pass, and is a part of it."""
+        if self.current is None or not calls_itself(model):
+            return False
+        self.current.inside += 1
+        self.current.proves = False
+        return True
+
+    def goes_back(self) -> bool:
+        """Return whether a call of the model that ends now was one of these."""
+        if self.current is None or not self.current.inside:
+            return False
+        self.current.inside -= 1
+        return True
 
     def begin(self, run: LayerPass) -> None:
         """Make a pass the one under way in this thread."""

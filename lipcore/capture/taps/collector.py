@@ -68,6 +68,7 @@ class _UnderWay(threading.local):
     """The forward pass under way in this thread."""
 
     micro: MicroBatch | None = None
+    inside = 0  # calls of the model under way inside its own forward pass
     checking = False  # a backward pass of lipcore's own runs in this thread
 
 
@@ -104,6 +105,7 @@ class Collector:
         """Return a new micro-batch for the forward pass that begins."""
         self.check = self.returning = None
         micro = self.under_way.micro = MicroBatch()
+        self.under_way.inside = 0
         self._begun[id(micro)] = micro
         return micro
 
