@@ -58,7 +58,8 @@ class KeptSteps:
                 break
             parts.append(block[: begin - first])
             begin = first
-        steps = torch.cat(parts[::-1]).cpu() if parts else torch.empty(0, self._tensors, 2, dtype=torch.float64)
+        nothing = torch.empty(0, self._tensors, 2, dtype=torch.float64, device="cpu")
+        steps = torch.cat(parts[::-1]).cpu() if parts else nothing
         return {"begin": begin if parts else 0, "steps": steps}
 
     def checked(self, state: Any) -> tuple[int, Tensor]:
