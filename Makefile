@@ -67,7 +67,7 @@ bench: $(STAMPS)/bench $(CORE) ## run the benchmarks (half an hour)
 	$(BIN)/pytest bench $(BENCH_FLAGS)
 
 bench-peers: $(STAMPS)/peers $(CORE) ## those against other published tools, which this installs
-	$(BIN)/pytest bench/bench_cockpit.py bench/bench_per_sample.py $(BENCH_FLAGS)
+	$(BIN)/pytest bench/bench_cockpit.py bench/bench_per_sample.py bench/bench_trainscope.py $(BENCH_FLAGS)
 
 test-peers: $(STAMPS)/peers $(CORE) ## Opacus's shipped layer tests against lipcore; counts go to bench/results
 	OPACUS_RESULTS=bench/results/opacus-layer-tests.json $(BIN)/pytest -m slow tests/peers $(PYTEST_FLAGS)

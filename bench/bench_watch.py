@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from measure import interleave, ratios, threads
 from per_sample_models import Gpt
-from torch import nn
+from torch import Tensor, nn
 
 import lipcore
 
@@ -22,15 +22,31 @@ _WAYS: dict[str, dict[str, Any]] = {"plain": {}, "control": {}, "watched": {}, "
 class Training:
     """A training in one of the ways; it begins past the alarms' silent steps and the first window."""
 
-    def __init__(self, way: str, folder: Path) -> None:
+    turn = _STEPS  #: steps of a call
+
+    def __init__(
+        self, way: str, folder: Path, *, samples: int = _SAMPLES, length: int = _LENGTH, steps: int = 110
+    ) -> None:
         torch.manual_seed(0)
         self.model = Gpt(_LENGTH, _VOCABULARY, _WIDTH)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.tokens = torch.randint(_VOCABULARY, (_SAMPLES, _LENGTH + 1))
-        self.monitor = None
+        self.tokens = torch.randint(_VOCABULARY, (samples, length + 1))
+        self.monitor: lipcore.Monitor | None = None
+        self.begin(way, folder)
+        self.steps(steps)
+
+    def begin(self, way: str, folder: Path) -> None:
+        """Have it watched in this way."""
         if way not in ("plain", "control"):
             self.monitor = lipcore.watch(self.model, self.optimizer, run=folder / way, **_WAYS[way])
-        self.steps(110)
+
+    def before_step(self, loss: Tensor) -> None:
+        """Do nothing: another tool is told of a step here."""
+
+    def close(self) -> None:
+        """End the watching."""
+        if self.monitor is not None:
+            self.monitor.close()
 
     def steps(self, count: int = _STEPS) -> None:
         for _ in range(count):
@@ -39,6 +55,7 @@ class Training:
             if self.monitor is not None:
                 self.monitor.log(loss=loss)
             loss.backward()
+            self.before_step(loss)
             self.optimizer.step()
             self.optimizer.zero_grad()
 
@@ -63,8 +80,7 @@ def bench_default_watch(benchmark: Any, report: Any) -> None:
         found = ratios(times, "plain")
         benchmark.pedantic(calls["watched"], rounds=1, iterations=1)
         for training in trainings.values():
-            if training.monitor is not None:
-                training.monitor.close()
+            training.close()
     count = sum(p.numel() for p in trainings["plain"].model.parameters())
     details = {"control": found["control"], "parameters": count, "plain_ms": 1e3 * min(times["plain"]) / _STEPS}
     where = "watch() with a record, transformer of 1 million parameters, 12 x 64 tokens, 1 thread"

@@ -1,14 +1,16 @@
 """Measures what docs/evidence.md says besides alarms: python bench/evidence.py writes bench/results/evidence.json
 
 Which score finds wrong labels, whether local Lipschitz constants tell inputs of another kind, whether the
-gradient noise scale is the batch size beyond which more samples do not help, and what goes with the test loss at equal
-training loss (from the committed runs of bench/paper). A few minutes of one core.
+gradient noise scale is the batch size beyond which more samples do not help, what Dropout does to phi and the factors
+of Theorem 3 at equal training loss, and what goes with the test loss there (from the committed runs of bench/paper).
+A few minutes of one core; python bench/evidence.py dropout measures that part alone.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lipcore
+from lipcore import theory
 from lipcore.metric.results import json_ready
 from lipcore.theory.falling import first_at
 
@@ -202,6 +205,78 @@ def critical_batch(loss: float = 1.6, seeds: int = 2) -> Row:
     }
 
 
+# ---- Dropout
+
+_SHARES = (0.0, 0.2, 0.5)
+_WINDOW = 10  # steps
+
+
+def dropout(share: float, seed: int, begin: float = 0.2, end: float = 0.1) -> dict[str, float]:
+    """Return phi, every factor of Theorem 3 and what they make together, of a training with Dropout from where the loss
+    of its training set, in eval mode, first came down to a level on until it came to another; what it is like there."""
+    inputs, labels, random = _digits(seed)
+    targets = torch.tensor(labels % 2, dtype=torch.float32)[:, None]
+    x, y, x_test, y_test = inputs[:1000], targets[:1000], inputs[1000:], targets[1000:]
+    torch.manual_seed(seed)
+    parts = [nn.Linear(64, 64), nn.ReLU(), nn.Dropout(share), nn.Linear(64, 64), nn.ReLU(), nn.Dropout(share)]
+    model = nn.Sequential(*parts, nn.Linear(64, 1), nn.Sigmoid())
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    order: list[int] = []
+    slopes: list[Tensor] = []
+
+    def loss_of(x: Tensor, y: Tensor) -> float:
+        with torch.no_grad():
+            return float(F.binary_cross_entropy(model(x), y))
+
+    with lipcore.Monitor(model, optimizer, [lipcore.Lipschitz()], window_steps=None) as monitor:
+        loss = np.inf
+        while loss > end:
+            model.train()
+            for _ in range(_WINDOW):
+                order = order or random.permutation(len(x)).tolist()
+                ids, order = order[:20], order[20:]
+                optimizer.zero_grad()
+                F.binary_cross_entropy(model(x[ids]), y[ids]).backward()
+                optimizer.step()
+            model.eval()
+            loss = loss_of(x, y)
+            monitor.log(loss=loss)
+            monitor.close_window()
+            slopes.append(lipcore.local_lipschitz(model, x).detach())
+    first, last = (theory.at_loss(monitor.history, level) for level in (begin, end))
+    assert first.window is not None
+    gamma = theory.slack(slopes[first.window.index :]).gamma.value
+    found = theory.generalization(monitor.history, model, x, gamma=gamma, first_step=first.window.first_step)
+    return {
+        "steps": last.step.value,
+        "test loss": loss_of(x_test, y_test),
+        "mean lambda": float(slopes[-1].mean()),
+        **found.factors,
+        "1 / radius": 1 / found.radius.value,
+        "lambda_steady": found.lambda_steady.value,
+        "log10 of the covering number": found.log10_covering_number.value,
+    }
+
+
+def dropout_study(seeds: int = 2 * SEEDS) -> Row:
+    """Return each number by the share of units that Dropout leaves out: geometric mean, least and greatest of the
+    seeds, and in how many of them it is below that without Dropout."""
+    runs = {share: [dropout(share, seed) for seed in range(seeds)] for share in _SHARES}
+    found: Row = {"seeds": seeds, "numbers": {}}
+    for name in runs[0.0][0]:
+        plain = np.array([run[name] for run in runs[0.0]])
+        row = found["numbers"][name] = {}
+        for share, each in runs.items():
+            values = np.array([run[name] for run in each])
+            row[f"{share:g}"] = {
+                "mean": float(np.exp(np.log(values).mean())),
+                "low": float(values.min()),
+                "high": float(values.max()),
+                "below": int((values < plain).sum()),
+            }
+    return found
+
+
 # ---- at equal training loss
 
 
@@ -263,7 +338,6 @@ def _point(run: Row, level: float) -> dict[str, float] | None:
 
 def measure() -> Row:
     """Return all results."""
-    torch.set_num_threads(1)
     makes = {"digits": _digits_with_wrong_labels, "five classes that overlap": _hard_task_with_wrong_labels}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -275,11 +349,17 @@ def measure() -> Row:
             },
             "other_inputs": over_seeds([other_inputs(seed) for seed in range(SEEDS)]),
             "critical_batch": critical_batch(),
+            "dropout": dropout_study(),
             "at_equal_loss": at_equal_loss(),
         }
 
 
 if __name__ == "__main__":
-    text = json.dumps(json_ready(measure(), digits=4), indent=1, allow_nan=False)
+    torch.set_num_threads(1)
+    if sys.argv[1:] == ["dropout"]:
+        found = json.loads(RESULTS.read_text(encoding="utf-8")) | {"dropout": dropout_study()}
+    else:
+        found = measure()
+    text = json.dumps(json_ready(found, digits=4), indent=1, allow_nan=False)
     RESULTS.write_text(text + "\n", encoding="utf-8")
     print(RESULTS)

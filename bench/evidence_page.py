@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ SOURCES = {
     "models": BENCH / "results" / "models.json",
     "figure6": BENCH / "paper" / "results" / "figure6.json",
     "studies": BENCH / "paper" / "results" / "studies.json",
+    "trainscope": BENCH / "results" / "trainscope.json",
 }
 
 Results = Mapping[str, Any]
@@ -186,6 +187,70 @@ def equal_loss(all_results: Results) -> str:
     return table(["quantity at equal training loss", *found], rows)
 
 
+def dropout(all_results: Results) -> str:
+    """Numbers of Theorem 3 with and without Dropout at equal training loss."""
+    found = all_results["evidence"]["dropout"]
+    shares = [share for share in next(iter(found["numbers"].values())) if share != "0"]
+    rows = []
+    for name, row in found["numbers"].items():
+        cells = [_between(row["0"])]
+        cells += [f"{_between(row[share])}; lower in {row[share]['below']} of {found['seeds']}" for share in shares]
+        rows.append([name, *cells])
+    return table(["at equal training loss", "without", *(f"Dropout {share}" for share in shares)], rows)
+
+
+def _between(row: Mapping[str, float]) -> str:
+    mean, low, high = (_short(row[key]) for key in ("mean", "low", "high"))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _short(number: float) -> str:
+    if number < 1e4:
+        return f"{number:.2g}" if number < 100 else f"{number:.0f}"
+    return f"{number:.0e}".replace("e+", "e").replace("e0", "e")
+
+
+def peer_costs(all_results: Results) -> str:
+    """What a step costs, and its record, beside trainscope."""
+    found = all_results["trainscope"]
+    step, size = found["step"], found["bytes_per_step"]
+    rows = [
+        ["no tool, once more (control)", f"{step['control']:.2f}", ""],
+        ["lipcore, the default `watch()`", f"{step['watched']:.2f}", f"{size['lipcore']:,.0f}"],
+        [f"trainscope {found['version']}, its default", f"{step['trainscope']:.2f}", f"{size['trainscope']:,.0f}"],
+        ["trainscope, activations in every 50th step", f"{step['trainscope, light']:.2f}", ""],
+    ]
+    return table(["", f"CPU time of a step of {step['plain_ms']:.0f} ms", "bytes of a step's record"], rows)
+
+
+def peer_faults(all_results: Results) -> str:
+    """Faults found by trainscope's detectors beside those of lipcore."""
+    ours, theirs = all_results["spikes"], all_results["trainscope"]["detectors"]
+    tasks, control = list(ours["models"]), "none (control)"
+    rows = []
+    for name in (_SHIPPED, _JOINT, "loss"):
+        quiet = [ours["false_alarms"][task][name] for task in tasks]
+        chance = [ours["faults"][task][control][name] for task in tasks]
+        rows.append(_peer(f"lipcore: {_name(name)}", ours["totals"][name], quiet, chance))
+    for name, row in theirs.items():
+        chance = [row["faults"][task][control] for task in tasks]
+        rows.append(_peer(f"trainscope: {name}", row["total"], [row["false_alarms"][task] for task in tasks], chance))
+    heads = ["alarm", "faults found", "95 %", f"false alarms per 1000 steps: {', '.join(tasks)}", "without a fault"]
+    return table(heads, rows)
+
+
+def _peer(
+    name: str,
+    total: Mapping[str, float],
+    quiet: Iterable[Mapping[str, float]],
+    chance: Sequence[Mapping[str, int]],
+) -> list[str]:
+    share = f"{100 * total['found'] / total['runs']:.0f} % ({100 * total['low']:.0f} to {100 * total['high']:.0f})"
+    false = ", ".join(f"{row['per_1000']:.1f}" for row in quiet)
+    control = f"{sum(row['found'] for row in chance)} of {sum(row['runs'] for row in chance)}"
+    return [name, f"{total['found']:.0f} of {total['runs']:.0f}", share, false, control]
+
+
 def exact(all_results: Results) -> str:
     """Largest error of per-sample norms over public architectures."""
     rows = all_results["models"]["rows"]
@@ -216,7 +281,7 @@ def _correlation(row: Mapping[str, float]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     make.__name__: make
     for make in (detectors, by_fault, samples, published_rule, leads, hot, labels, other_inputs, batch, equal_loss)
-} | {make.__name__: make for make in (exact, bound, lengths)}
+} | {make.__name__: make for make in (exact, bound, lengths, dropout, peer_costs, peer_faults)}
 
 
 def read() -> Results:

@@ -11,26 +11,30 @@ import pytest
 import torch
 
 Call = Callable[[], object]
+Clock = Callable[[], float]
 
 
-def _time(call: Call, repeats: int) -> float:
-    start = time.perf_counter()
+def _time(call: Call, repeats: int, clock: Clock = time.perf_counter) -> float:
+    start = clock()
     for _ in range(repeats):
         call()
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
-def interleave(calls: Mapping[str, Call], *, seconds: float = 2.0, rounds: int = 7) -> dict[str, list[float]]:
-    """Seconds per call of each, measured in turns so that a slow spell of the machine hits all of them."""
+def interleave(
+    calls: Mapping[str, Call], *, seconds: float = 2.0, rounds: int = 7, clock: Clock = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds per call of each, measured in turns so that a slow spell of the machine hits all of them. With
+    `clock=time.process_time` those of the processor, of all threads: what else the machine does hardly changes them."""
     repeats: dict[str, int] = {}
     for name, call in calls.items():
         call()
-        once = max(_time(call, 1), 1e-7)
+        once = max(_time(call, 1, clock), 1e-7)
         repeats[name] = max(1, int(seconds / rounds / len(calls) / once))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            times[name].append(_time(call, repeats[name]))
+            times[name].append(_time(call, repeats[name], clock))
     return times
 
 

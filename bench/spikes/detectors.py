@@ -175,6 +175,8 @@ def six_sigma(series: Series) -> Scores:
 
 PRACTICE = "6 sigma of 128 steps, loss and gradient norm"
 SHIPPED = 'alarms="default"'
+#: lipcore's alarms with other arguments, by how they are made.
+OTHERS = {"Alarms(least_multiplier=0.5)": {"least_multiplier": 0.5}}
 
 
 def available(series: Series) -> dict[str, Detector]:

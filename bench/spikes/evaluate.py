@@ -11,6 +11,7 @@ import numpy as np
 import lipcore
 from spikes.detectors import (
     JOINT,
+    OTHERS,
     PRACTICE,
     QUIET,
     SHIPPED,
@@ -73,23 +74,24 @@ class Look:
         self.limits = {name: limits[name] for name in parts}
         fixed = f"{PRACTICE}, as shipped"
         self.scores[fixed], self.limits[fixed] = parts[PRACTICE], 6.0
-        self.events = [event for event in shipped(series) if event.step > USUAL]
+        told = {name: shipped(series, **options) for name, options in {SHIPPED: {}, **OTHERS}.items()}
+        self.events = {name: [one for one in events if one.step > USUAL] for name, events in told.items()}
 
     def names(self) -> list[str]:
         """Return the detectors, lipcore's alarms as they ship first."""
-        return [SHIPPED, *self.scores]
+        return [*self.events, *self.scores]
 
     def steps(self, name: str) -> list[int]:
         """Return the steps, from 0, of a detector's alarms."""
-        if name == SHIPPED:
-            return [event.step - 1 for event in self.events]
+        if name in self.events:
+            return [event.step - 1 for event in self.events[name]]
         return alarms(self.scores[name].most, self.limits[name])
 
     def first(self, name: str, begin: int, end: int) -> tuple[int, str] | None:
         """Return the first step from `begin` on, before `end`, that a detector is over its limit in, and the layer that
         it names ("" for none); None where there is none."""
-        if name == SHIPPED:
-            found = [event for event in self.events if begin < event.step <= end]
+        if name in self.events:
+            found = [event for event in self.events[name] if begin < event.step <= end]
             return (found[0].step - 1, _layer(found[0].place)) if found else None
         over = np.flatnonzero(self.scores[name].most[begin:end] > self.limits[name])
         if not len(over):

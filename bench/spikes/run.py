@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 import lipcore
 from lipcore.alarms import Alarms
@@ -59,31 +60,20 @@ def record(
     each = lipcore.PerSampleGradNorms(loss_reduction="mean") if samples else None
     metrics += [each] if each is not None else []
     rows: list[dict[str, Any]] = []
+
+    def before_backward(losses: Tensor, rate: float) -> None:
+        losses = losses.detach()
+        rows.append({"loss": float(losses.mean()), "rate": rate, "sample_loss": losses.double().numpy()})
+        monitor.log(loss=rows[-1]["loss"], lr=rate)
+
+    def before_update() -> None:
+        if isinstance(optimizer, torch.optim.AdamW):
+            rows[-1] |= _of_adamw(optimizer, rate_of_change=False)
+
     with lipcore.Monitor(model, optimizer, metrics, window_steps=1, history_limit=1, alarms=alarms) as monitor:
         for k in range(steps):
-            rate = training.rate(training.steps)
-            if injector is not None:
-                rate = injector.rate(k, rate)
-                injector.weights(k)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            ids = training.next_ids() if injector is None else injector.ids(k)
-            x, y, weights = training.x[ids], training.y[ids], torch.ones(BATCH)
-            if injector is not None:
-                x, y, weights = injector.batch(k, x, y)
-            losses = task.losses(model(x), y)
-            row = {"loss": float(losses.detach().mean()), "rate": rate, "sample_loss": losses.detach().double().numpy()}
-            monitor.log(loss=row["loss"], lr=rate)
-            loss = (losses * weights).mean()
-            optimizer.zero_grad()
-            if injector is not None:
-                injector.backward(k)
-                loss = injector.loss(loss)
-            loss.backward()
-            row |= _of_adamw(optimizer, rate_of_change=False) if isinstance(optimizer, torch.optim.AdamW) else {}
-            optimizer.step()
-            training.steps += 1
-            window = monitor.pop_window()
+            one_step(training, k, injector, before_backward, before_update)
+            window, row = monitor.pop_window(), rows[-1]
             assert window is not None
             output = window["tensor_stats"].output
             row["kurtosis"] = np.array([output[name].kurtosis.value for name in task.outputs])
@@ -91,10 +81,56 @@ def record(
                 row |= _of_adamw(optimizer, rate_of_change=True)
             if each is not None:
                 row["sample_norm"] = each.per_sample.double().numpy().copy()
-            rows.append(row)
             if not np.isfinite(row["loss"]):
                 break
     return {name: np.array([row[name] for row in rows]) for name in rows[0]} | norms.series()
+
+
+def one_step(
+    training: Training,
+    k: int,
+    injector: Injector | None = None,
+    before_backward: Callable[[Tensor, float], None] | None = None,
+    before_update: Callable[[], None] | None = None,
+) -> float:
+    """Take one step, with a fault that began k steps before, and return the loss that a loop logs.
+
+    Args:
+        before_backward: is called with the samples' losses and the learning rate, before backward().
+        before_update: is called before optimizer.step().
+    """
+    optimizer, task, rate = training.optimizer, training.task, training.rate(training.steps)
+    if injector is not None:
+        rate = injector.rate(k, rate)
+        injector.weights(k)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    ids = training.next_ids() if injector is None else injector.ids(k)
+    x, y, weights = training.x[ids], training.y[ids], torch.ones(BATCH)
+    if injector is not None:
+        x, y, weights = injector.batch(k, x, y)
+    losses = task.losses(training.model(x), y)
+    if before_backward is not None:
+        before_backward(losses, rate)
+    loss = (losses * weights).mean()
+    optimizer.zero_grad()
+    if injector is not None:
+        injector.backward(k)
+        loss = injector.loss(loss)
+    loss.backward()
+    if before_update is not None:
+        before_update()
+    optimizer.step()
+    training.steps += 1
+    return float(losses.detach().mean())
+
+
+def losses_of(training: Training, steps: int, injector: Injector | None = None) -> list[float]:
+    """Train so many steps and return the losses alone; it ends early where one is not finite."""
+    found: list[float] = []
+    while len(found) < steps and (not found or np.isfinite(found[-1])):
+        found.append(one_step(training, len(found), injector))
+    return found
 
 
 def _of_adamw(optimizer: torch.optim.Optimizer, *, rate_of_change: bool) -> dict[str, NDArray[Any]]:

@@ -16,7 +16,9 @@ from lipcore.alarms.budget import Budget
 from lipcore.alarms.detector import Columns, Detector
 from lipcore.alarms.event import AlarmEvent, AlarmStop
 from lipcore.alarms.layout import Layout
-from lipcore.alarms.nonfinite import NonFinite
+from lipcore.alarms.light import QUANTITY, WarningLight
+from lipcore.alarms.nonfinite import OF, NonFinite
+from lipcore.alarms.ranks import EventsOfRanks
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.sample_ids import SampleIds
 from lipcore.alarms.signals import checked_signals
@@ -49,9 +51,11 @@ class Alarms(Showable):
     "rms_t"])``.
 
     Beside z a cumulative sum finds smaller changes that last: S = max(0, S + z / limit - 1/2) > 5. Nothing alarms in
-    the first 100 steps, nor in the 20 after an alarm. One multiplier of all limits, at least 1, is calibrated on the
-    run, by the last 4000 steps, so that alarms come to keep to the budget, after some thousand steps. Where an update's
-    norm stands out, the alarm names that group; of a gradient's fault, the group whose gradient does.
+    the first 100 steps, nor in the 20 after an alarm. One multiplier of all limits, at least 1, or `least_multiplier`,
+    is calibrated on the run, by the last 4000 steps, so that alarms come to keep to the budget, after some thousand
+    steps. It is 1 at first, and falls below no sooner than after 200 steps. Peaks of the score count in phases of their
+    own kind: where the learning rate rises, where it is constant, where it falls. Where an update's norm stands out,
+    the alarm names that group; of a gradient's fault, the group whose gradient does.
 
     ``nonfinite`` is exact and outside the budget: the step in which a loss, a gradient or a parameter becomes NaN or
     infinite, and which parameter. So is ``unexplained_movement``, where `signals` names it: the step in which a
@@ -73,7 +77,9 @@ class Alarms(Showable):
         on_event: called with every :class:`AlarmEvent`. What it raises is raised by the user's next call of a method of
             the Monitor, and it is not called any more.
         stop: raise :class:`AlarmStop` at the user's next call of a method of the Monitor, or at the end of the with
-            block.
+            block. On several ranks all of them raise the same one where they merge windows, once they do so.
+        least_multiplier: what the multiplier of the limits falls to at the lowest, from 0.1 to 1. Below 1, alarms use
+            what the limits leave of the budget.
 
     Raises:
         TypeError, ValueError: an argument is no such thing.
@@ -92,30 +98,47 @@ class Alarms(Showable):
         signals: Mapping[str, float] | Iterable[str] | None = None,
         on_event: Callable[[AlarmEvent], object] | None = None,
         stop: bool = False,
+        least_multiplier: float = 1.0,
     ) -> None:
         per_1000 = _checked_budget(budget)
+        least = _checked_least(least_multiplier)
         if on_event is not None and not callable(on_event):
             raise TypeError(f"on_event: expected a callable (event) or None, got {type(on_event).__name__}")
         if not isinstance(stop, bool):
             raise TypeError(f"stop: expected True or False, got {stop!r}")
         self.signals = checked_signals(signals)  #: by name
         self.events: list[AlarmEvent] = []  #: all of them, oldest first
-        self._budget, self._on_event, self._stop = Budget(per_1000), on_event, stop
+        self._budget, self._on_event, self._stop = Budget(per_1000, least), on_event, stop
+        #: Larger normalised updates than usual, which go before some spikes of the loss: not an alarm. It needs a
+        #: Trajectory with ``source="optimizer"``, of Adam or AdamW.
+        self.light = WarningLight()
         self._waiting, self._nonfinite, self._sample_ids = Waiting(), NonFinite(), SampleIds()
         self._unexplained = self._new_unexplained()
         self._columns: Columns | None = None
         self._layout: Layout | None = None
         self._detector: Detector | None = None
         self._record: Callable[[AlarmEvent], None] | None = None
+        self._record_light: Callable[[int, str], None] | None = None
         self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
         self._logs: Callable[[], bool] = lambda: False
+        self._meets: Callable[[], bool] = lambda: False
+        self._of_ranks = EventsOfRanks()
+        self._waits_to_stop: AlarmEvent | None = None
         self._has_norms = False
         self._rate = CommonRate([])
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
-        gone = dict.fromkeys(("_on_event", "_record", "_logs", "_rate"))
+        gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_logs", "_meets", "_rate"))
         return self.__dict__ | gone | {"_keep": None}
+
+    @property
+    def global_events(self) -> list[AlarmEvent]:
+        """Events of all ranks, the same on each, by step: as the ranks have told each other where windows were merged
+        (:meth:`Monitor.global_window`, or :meth:`Monitor.log` under :func:`lipcore.watch`), each with the ``rank`` that
+        told it first. Without other ranks, :attr:`events`."""
+        together = bool(self._of_ranks.all) or (self._meets is not None and self._meets())
+        return self._of_ranks.all if together else self.events
 
     @property
     def rate(self) -> float:
@@ -145,6 +168,9 @@ class Alarms(Showable):
             ways = "both ways" if signal.two_sided else "upwards"
             out.rows.append((signal.name, f"limit {signal.limit:g}  {ways}", ""))
         out.rows.append(("nonfinite", "exact", ""))
+        if self.light.is_known:
+            state = f"on since step {self.light.since}" if self.light.is_on else "off"
+            out.rows.append(("warning light", state, f"on in {self.light.steps} steps so far"))
         newest = [(f"step {event.step}", event.signal, event.message) for event in reversed(self.events)]
         out.rows += shortened(newest, LINES - 2 - len(out.rows))
         return out
@@ -158,18 +184,20 @@ class Alarms(Showable):
         logs: Callable[[], bool],
         *,
         has_norms: bool,
+        meets: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs."""
+        """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs, `meets`
+        whether there are other ranks that it meets."""
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
+        self._meets = meets
 
-    def _write_to(self, record: Callable[[AlarmEvent], None]) -> None:
-        """Write events to a record too."""
-        self._record = record
+    def _write_to(self, record: Callable[[AlarmEvent], None], light: Callable[[int, str], None]) -> None:
+        """Write events to a record too, and when the warning light goes on."""
+        self._record, self._record_light = record, light
 
     def _begin_step(self, step: int) -> None:
         """Look at the learning rate that a step is made with."""
-        if "update_norm" in self.signals:
-            self._waiting.begin_step(step, self._rate.log_factor())
+        self._waiting.begin_step(step, self._rate.log_factor())
 
     def _norms(self, first: int, arrays: StepArrays) -> None:
         """Take a Trajectory's numbers of single steps."""
@@ -194,24 +222,56 @@ class Alarms(Showable):
         """Go on behind this step: a checkpoint was loaded. The next 100 steps are silent."""
         self._waiting.forget(step)
         self._columns, self._nonfinite, self._unexplained = None, NonFinite(), self._new_unexplained()
+        self.light.forget()
         self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
+        self._of_ranks.forget(step)
+        self._waits_to_stop = None
+
+    def _said(self) -> list[list[Any]]:
+        """Return what the other ranks are to hear of."""
+        return self._of_ranks.said()
+
+    def _heard(self, said: Mapping[int, Any]) -> None:
+        """Take what each rank has said: what this one has not told itself is told here too, and all stop together."""
+        new, of_others = self._of_ranks.heard(said)
+        for event in of_others:
+            self._act(event)
+        self._waits_to_stop = None
+        if self._stop and new:
+            self._keep_error(AlarmStop(new[0]))
+
+    def _part(self) -> None:
+        """Go on without the other ranks, and stop alone where there is something to stop for."""
+        event, self._waits_to_stop = self._waits_to_stop, None
+        if event is not None:
+            self._keep_error(AlarmStop(event))
 
     def _end(self) -> None:
         """Look at all that waits: nothing more comes."""
         self._go_on(all_of_them=True)
         self._tell_of_samples(wait=True)
+        self._part()
 
     def _go_on(self, *, all_of_them: bool = False) -> None:
         for one in self._waiting.ready(logs=self._logs(), norms=self._has_norms, all_of_them=all_of_them):
             if self._layout is None or not self._layout.fits(one.places, one.levels):
                 self._layout = Layout(self.signals, one.places, one.levels)
             layout = self._layout
-            row = {name: array[layout.single] for name, array in one.norms.items()}
+            row = {name: one.norms[name][layout.single] for name in OF if name in one.norms}
             self._tell(self._nonfinite.step(one.step, one.loss, row, layout.names))
             if self._unexplained is not None and SIGNAL in one.norms:
                 self._tell(self._unexplained.step(one.step, one.norms[SIGNAL][layout.single], layout.names))
             self._tell(self._score(one, layout))
+            if QUANTITY in one.norms:
+                self._look_at_light(one.step, float(one.norms[QUANTITY][layout.total][0]))
+
+    def _look_at_light(self, step: int, rms: float) -> None:
+        words = self.light.step(step, rms)
+        if words:
+            _LOGGER.info("%s", words)
+            if self._record_light is not None:
+                self._record_light(step, words)
 
     def _new_unexplained(self) -> UnexplainedMovement | None:
         return UnexplainedMovement(self.signals[SIGNAL].limit) if SIGNAL in self.signals else None
@@ -221,7 +281,8 @@ class Alarms(Showable):
         if (one.norms and columns != self._columns) or self._detector is None or self._columns is None:
             self._columns = columns  # other places than before begin anew, with silent steps
             self._detector = Detector(columns, self._budget)
-        return self._detector.step(one.step, self._logarithms(one, layout.groups, self._columns))
+        logs = self._logarithms(one, layout.groups, self._columns)
+        return self._detector.step(one.step, logs, self._log_rate(one))
 
     def _logarithms(self, one: StepNumbers, groups: NDArray[np.intp], columns: Columns) -> NDArray[np.float64]:
         logs = np.full(len(columns.signals), np.nan)
@@ -246,6 +307,14 @@ class Alarms(Showable):
             return
         self.events.append(event)
         _LOGGER.warning("%s", event.message)
+        self._act(event)
+        self._of_ranks.add(event)
+        if self._stop and self._meets():
+            self._waits_to_stop = self._waits_to_stop or event  # all stop where they meet
+        elif self._stop:
+            self._keep_error(AlarmStop(event))
+
+    def _act(self, event: AlarmEvent) -> None:
         if self._record is not None:
             self._record(event)
         if self._on_event is not None:
@@ -254,8 +323,6 @@ class Alarms(Showable):
             except Exception as error:
                 self._on_event = None
                 self._keep_error(error)
-        if self._stop:
-            self._keep_error(AlarmStop(event))
 
     def _keep_error(self, error: Exception) -> None:
         if self._keep is not None:
@@ -266,3 +333,9 @@ def _checked_budget(budget: Any) -> float:
     if not isinstance(budget, Real) or isinstance(budget, bool) or not 0 < float(budget) < math.inf:
         raise ValueError(f"budget: expected a number > 0 of alarms per 1000 steps, got {budget!r}")
     return float(budget)
+
+
+def _checked_least(least: Any) -> float:
+    if not isinstance(least, Real) or isinstance(least, bool) or not 0.1 <= float(least) <= 1:
+        raise ValueError(f"least_multiplier: expected a number from 0.1 to 1, got {least!r}")
+    return float(least)

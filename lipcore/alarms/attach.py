@@ -51,7 +51,10 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
 def prepare_for(alarms: Alarms | None, metrics: Iterable[Metric]) -> None:
     """Have the Trajectory, before it is bound, look for what alarms need besides norms."""
     trajectory = trajectory_of(metrics)
-    if alarms is not None and SIGNAL in alarms.signals and trajectory is not None:
+    if alarms is None or trajectory is None:
+        return
+    trajectory.normalize()
+    if SIGNAL in alarms.signals:
         trajectory.explain()
 
 
@@ -68,6 +71,9 @@ class AlarmsListener(Listener):
 
     def state_loaded(self, step: int) -> None:
         self._alarms._go_behind(step)
+
+    def ranks_part(self) -> None:
+        self._alarms._part()
 
     def closed(self) -> None:
         self._alarms._end()

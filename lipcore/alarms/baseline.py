@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 #: Quiet steps that a value is compared with; there is no score before there are so many.
 STEPS = 100
+_HALF = STEPS // 2
 _NOISE = 0.01  # added to the spread: a series that hardly varies does not alarm at one percent
 
 
@@ -27,11 +28,10 @@ class Baseline:
         z = np.full(len(x), np.nan)
         full = self._counts >= STEPS
         if full.any():
-            values = self._values if full.all() else self._values[full]
-            medians = _medians(values)
-            spread = 1.4826 * _medians(np.abs(values - medians[:, None])) + _NOISE
+            values = np.sort(self._values if full.all() else self._values[full], axis=1)
+            medians, deviations = medians_and_deviations(values)
             self.medians[full] = medians
-            z[full] = (x[full] - medians) / spread
+            z[full] = (x[full] - medians) / (1.4826 * deviations + _NOISE)
         return z
 
     def take(self, x: NDArray[np.float64], quiet: NDArray[np.bool_]) -> None:
@@ -41,6 +41,16 @@ class Baseline:
         self._counts[where] += 1
 
 
-def _medians(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    middle = STEPS // 2
-    return np.asarray(np.partition(values, (middle - 1, middle), axis=1)[:, middle - 1 : middle + 1].mean(axis=1))
+def medians_and_deviations(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return the medians of rows of 100 sorted values, and their median absolute deviations.
+
+    Sorted, the deviations below the median are m - s[49], m - s[48], ..., those above it s[50] - m, s[51] - m, ... The
+    51st smallest of both together is the least, over j, of the greater one of m - s[j] and s[50 + j] - m, and the 50th
+    that of m - s[j] and s[49 + j] - m, with m - s[0] and s[99] - m: one look at each, where a second sort has many.
+    """
+    medians = (values[:, _HALF - 1] + values[:, _HALF]) / 2
+    below, above = medians[:, None] - values[:, :_HALF], values[:, _HALF:] - medians[:, None]
+    upper = np.maximum(below, above).min(1)
+    lower = np.maximum(below[:, 1:], above[:, :-1]).min(1)
+    lower = np.minimum(lower, np.minimum(below[:, 0], above[:, -1]))
+    return medians, (lower + upper) / 2

@@ -58,8 +58,9 @@ class Detector:
         self._over = np.zeros(len(self._limits), np.int64)  # steps over the limit, less those that were not, since
         self._silent_to = 0  # the last step of an alarm's 20
 
-    def step(self, number: int, logs: NDArray[np.float64]) -> AlarmEvent | None:
-        """Take the logarithms of a step's numbers in, NaN where there is none; return its alarm."""
+    def step(self, number: int, logs: NDArray[np.float64], log_rate: float = 0.0) -> AlarmEvent | None:
+        """Take the logarithms of a step's numbers in, NaN where there is none, and of its learning rate; return its
+        alarm."""
         z = self._baseline.scores(logs)
         unknown = np.isnan(z)
         if unknown.all():
@@ -80,7 +81,7 @@ class Detector:
             self._silent_to = number + QUIET
         self._lasting.clear(np.abs(sums) > multiplier)
         self._baseline.take(logs, ~over | lasting)
-        self._budget.observe(float(shares.max()), alarmed=alarmed)
+        self._budget.observe(float(shares.max()), alarmed=alarmed, log_rate=log_rate)
         return event
 
     def _event(

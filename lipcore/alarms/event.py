@@ -14,6 +14,7 @@ class AlarmEvent:
     place: str  #: group of parameters; a parameter for the exact ones; "total" where none stands out
     score: float  #: what was compared with the signal's limit; infinite for "nonfinite", samples for "sample_ids"
     message: str  #: a sentence for people
+    rank: int | None = None  #: that has told it, of an event of several ranks; None: this one
 
 
 class AlarmStop(RuntimeError):

@@ -20,6 +20,7 @@ class Layout:
         self._key = places, levels
         self.single = _at(levels, "tensor" if "tensor" in levels else "group")
         self.groups = _at(levels, "group" if "group" in levels else "total")
+        self.total = _at(levels, "total")
         self.names = [places[i] for i in self.single]
         scored = {name: signal for name, signal in signals.items() if not signal.exact}
         self.columns = Columns.of(scored, [places[i] for i in self.groups])

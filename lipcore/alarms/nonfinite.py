@@ -12,6 +12,8 @@ from lipcore.alarms.repeats import Repeats
 from lipcore.models.names import listed
 
 SIGNAL = "nonfinite"
+#: Quantities that are looked at, and what each is of.
+OF = {"grad_norm": "gradient", "weight_norm": "parameter"}
 
 
 class NonFinite:
@@ -28,7 +30,7 @@ class NonFinite:
         found: dict[str, list[str]] = {}
         if loss is not None and not np.isfinite(loss):
             found["loss"] = ["total"]
-        for quantity, what in (("grad_norm", "gradient"), ("weight_norm", "parameter")):
+        for quantity, what in OF.items():
             bad = ~np.isfinite(row[quantity]) if quantity in row else np.zeros(0, bool)
             # A step without any gradient has NaN in every place: nothing is known of it.
             if bad.any() and not (what == "gradient" and np.isnan(row[quantity]).all()):

@@ -13,6 +13,14 @@ from lipcore.models.torch_internals import in_selective_checkpoint
 InPlaceAfter = Literal[False, True, "copy"]
 
 
+def same_memory(x: Tensor) -> Tensor:
+    """Return a tensor with the same memory that is no view of x in autograd's eyes; a copy where x is what its memory
+    holds with another sign (the imaginary part of a conjugate)."""
+    if x.is_neg() or x.is_conj():
+        return x.clone().resolve_neg().resolve_conj()
+    return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
+
+
 def passed_on(ctx: Any, output: Tensor, in_place_after: InPlaceAfter) -> Tensor:
     """Return an output as a Function's that autograd takes for a new tensor, where that is needed."""
     if in_place_after == "copy":
@@ -28,8 +36,7 @@ def passed_on(ctx: Any, output: Tensor, in_place_after: InPlaceAfter) -> Tensor:
         if output._is_view():
             # The same memory, but no view in autograd's eyes: what mark_dirty makes of a tensor that is none. Linears
             # of three dimensions return views; copies of them would be a fifth of a transformer's memory.
-            alias = output.new_empty(0)
-            return alias.set_(output.untyped_storage(), output.storage_offset(), output.shape, output.stride())
+            return same_memory(output)
         ctx.mark_dirty(output)
         return output
     return output.view_as(output)
@@ -45,3 +52,20 @@ class PassedOn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
+
+
+class Alias(torch.autograd.Function):
+    """The Function that returns a tensor with the same memory as x, which requires a gradient by way of the anchor; x
+    itself gets the gradient that it would get anyway.
+
+    No view in autograd's eyes, and no leaf: the model may work on it in place. `mark_dirty` would change the user's own
+    tensor, and a detached copy would cut off what made it (a generator before a discriminator).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
+        return same_memory(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        return (grad if ctx.needs_input_grad[0] else None), None

@@ -203,9 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     about = "Say what went wrong in a step: what moved first, how it spread, which samples stand out, what to check."
     postmortem = commands.add_parser("postmortem", help=about, description=about)
     postmortem.add_argument("run", type=Path, metavar="RUN", help="the run's folder, or the file of one rank")
-    postmortem.add_argument(
-        "--step", type=int, metavar="N", help="which (default: that of the alarm with the largest score)"
-    )
+    postmortem.add_argument("--step", type=int, metavar="N", help="which (default: that of the worst alarm)")
     postmortem.add_argument(
         *("-o", "--output"),
         type=Path,

@@ -57,7 +57,9 @@ def train(task: Task, level: float, seed: int, after_epoch: Callable[[], None], 
     optimizer = torch.optim.Adam(parameters, lr=task.learning_rate)
     run = Run(level, seed)
     metrics: list[Any] = [lipcore.Lipschitz()] if record is None else [lipcore.Lipschitz(), lipcore.Trajectory()]
-    with lipcore.watch(model, optimizer, run=record, metrics=metrics, window_steps=None) as monitor:
+    about = f"{task.title.lower()}, {task.difficulty} {level:g}"
+    config = {"about": about, "seed": seed, "optimizer": f"Adam, {task.learning_rate:g}", "batch": task.batch_size}
+    with lipcore.watch(model, optimizer, run=record, metrics=metrics, window_steps=None, config=config) as monitor:
         for _ in range(task.epochs):
             total, norms = 0.0, []
             for batch in torch.from_numpy(problem.random.permutation(count)).split(task.batch_size):

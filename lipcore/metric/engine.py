@@ -510,10 +510,26 @@ class Engine:
                 them. These windows are given up; each rank's own stay in its history.
         """
         self._failures.raise_kept()
-        newest = self._global.merge(self._windows.step)
+        newest = self._merge_windows()
+        self._failures.raise_kept()  # what the ranks have said may end the training, on all of them here
+        return newest
+
+    @ordinary
+    def _merge_windows(self) -> Window | None:
+        """Merge the windows that wait; what the ranks have said beside them is taken in."""
+        newest = self._global.merge(self._windows.step, self._said())
         for window in self._global.last_merged:
             self._tell(lambda listener, window=window: listener.windows_met(window))  # type: ignore[misc]
+        if self._global.heard:
+            self._heard(self._global.heard)
         return newest
+
+    def _said(self) -> Any:
+        """Return what this rank says to the others where windows are merged, JSON-ready."""
+        return None
+
+    def _heard(self, said: Sequence[Any]) -> None:
+        """Take what each rank has said, in their order."""
 
     @property
     def global_history(self) -> History:

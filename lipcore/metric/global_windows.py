@@ -47,6 +47,7 @@ class GlobalWindows:
         self._told: set[Withdrawn] = set()
         self.history = History(maxlen=limit, bytes_limit=bytes_limit)  #: windows of all ranks, oldest first
         self.last_merged: list[Window] = []  #: those that the last merge() has added to it
+        self.heard: list[Any] = []  #: what the ranks have said at the last merge(), in their order
 
     def scope(self, model: nn.Module, metrics: Iterable[Metric]) -> Scope:
         """Return what this process's own windows cover."""
@@ -119,15 +120,20 @@ class GlobalWindows:
     def _bytes(self) -> int:
         return sum(part.nbytes for _, offer in self._waiting for part in offer.parts.values())
 
-    def merge(self, step: int) -> Window | None:
+    @property
+    def is_given_up(self) -> bool:
+        """True where nobody has merged windows for so long that they are kept no longer."""
+        return self._warned
+
+    def merge(self, step: int, said: Any = None) -> Window | None:
         """Merge all windows that wait, add them to the history and return the newest; None where none waits. With other
-        ranks a collective.
+        ranks a collective, at which each hears what the others have said (:attr:`heard`).
 
         Raises:
             RuntimeError: group=None; a rank has not come, or is elsewhere: the windows go on waiting.
             ValueError: what the ranks have does not fit together: the windows are given up.
         """
-        self.last_merged, self._called = [], True
+        self.last_merged, self.heard, self._called = [], [], True
         if self.partners.none_asked_for and world_size() > 1:
             raise RuntimeError(
                 "global_window: this Monitor was made with group=None, so its windows are this rank's; pass "
@@ -145,11 +151,12 @@ class GlobalWindows:
         what = f"monitor.global_window() of window {self._waiting[-1][0].index}"
         try:
             offers, lost = [offer for _, offer in self._waiting], self._withdrawn()
-            found, withdrawn = merge(self.partners, group, what, step, offers, lost)
+            found, withdrawn, heard = merge(self.partners, group, what, step, offers, lost, said)
         except ValueError:
             self._waiting.clear()
             raise
         self._withdraw(withdrawn)
+        self.heard = heard
         windows = {id(offer): window for window, offer in self._waiting}
         self._waiting.clear()
         self.last_merged = [_window_of(windows[id(merged.offer)], merged) for merged in found]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lipcore.distributed.group import Group
 from lipcore.distributed.meeting import Header
@@ -15,7 +15,7 @@ from lipcore.distributed.partners import Partners
 from lipcore.metric.rank_part import Holding, RankPart
 from lipcore.metric.results import MetricResult
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass
@@ -69,15 +69,17 @@ def merge(
     step: int,
     offers: Sequence[Offer],
     withdrawn: Sequence[Withdrawn] = (),
-) -> tuple[list[Merged], list[Withdrawn]]:
-    """Return the windows that all ranks offer, oldest first, the newest among them; and what ranks have to take back of
-    windows that were merged before. A collective: all ranks call it.
+    said: Any = None,
+) -> tuple[list[Merged], list[Withdrawn], list[Any]]:
+    """Return the windows that all ranks offer, oldest first, the newest among them; what ranks have to take back of
+    windows that were merged before; and what the ranks have said, in their order. A collective: all ranks call it.
 
     Args:
         what: for which call, in words.
         step: the number of steps that this rank has made.
         offers: the windows that wait, oldest first.
         withdrawn: what this rank has to take back.
+        said: words of this rank for the others, JSON-ready.
 
     Raises:
         RuntimeError: a rank has not come, or is elsewhere. No collective was started.
@@ -90,7 +92,7 @@ def merge(
     rooms = {name: holding.room for name, holding in holdings.items()}
     header: Header = {"version": _VERSION, "windows": [offer.header() for offer in offers]}
     header |= {"call": what.partition(" ")[0], "unknown": sorted(unknown), "rooms": rooms}
-    header["withdrawn"] = [list(each) for each in withdrawn]
+    header |= {"withdrawn": [list(each) for each in withdrawn], "said": said}
     what = f"{what} over steps {newest.first_step} to {newest.last_step}"
     headers = partners.meet(group, what, step, header)
     _check_same(what, headers, group)
@@ -101,7 +103,8 @@ def merge(
         Merged(offer, {name: offer.parts[name].result(next(together)) for name in names}, left_out)
         for offer, names, left_out in chosen
     ]
-    return merged, list(dict.fromkeys(Withdrawn(*each) for other in headers for each in other["withdrawn"]))
+    taken_back = dict.fromkeys(Withdrawn(*each) for other in headers for each in other["withdrawn"])
+    return merged, list(taken_back), [other["said"] for other in headers]
 
 
 def _find_owners(
@@ -140,7 +143,7 @@ def merge_open(
         name: of the metric.
     """
     offer = Offer(*steps, *(({}, {name: part}) if isinstance(part, str) else ({name: part}, {})))
-    ((merged,), _) = merge(partners, group, what, step, [offer])
+    ((merged,), _, _) = merge(partners, group, what, step, [offer])
     if merged.left_out:
         raise ValueError(merged.left_out[name])
     return merged.results[name]

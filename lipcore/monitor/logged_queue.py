@@ -79,11 +79,14 @@ class LoggedQueue:
             for (step, other, _), number in zip(entries, numbers, strict=True):
                 if other == name:
                     of_name.setdefault(step, []).append(number)
-            steps = np.array(sorted(of_name))
-            means = np.array([np.mean(of_name[step]) for step in steps])
-            for run in np.split(np.arange(len(steps)), np.flatnonzero(np.diff(steps) != 1) + 1):
-                for listener in self.listeners:  # a name that is not logged at every step comes in pieces
-                    listener(int(steps[run[0]]), {name: means[run]})
+            steps = sorted(of_name)
+            found = (of_name[step] for step in steps)
+            means = np.array([each[0] if len(each) == 1 else np.mean(each) for each in found])
+            # A name that is not logged at every step comes in pieces.
+            begins = [i for i, step in enumerate(steps) if i == 0 or step != steps[i - 1] + 1]
+            for begin, end in zip(begins, [*begins[1:], len(steps)], strict=True):
+                for listener in self.listeners:
+                    listener(steps[begin], {name: means[begin:end]})
 
 
 def read_numbers(entries: Sequence[Entry]) -> NDArray[np.float64]:

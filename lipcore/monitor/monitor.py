@@ -110,6 +110,7 @@ class Monitor(Engine):
         prepare_for(self.alarms, metrics)
         self._probes, self._logged = Probes(), Logged()
         self._meets = False  # log() merges the windows of all ranks
+        self._parted = False  # it has, and does so no more
         self._flight: Flight | None = None  # of a record
         self._stopwatch: Stopwatch | None = None  # of one too
         super().__init__(
@@ -178,6 +179,7 @@ class Monitor(Engine):
         self._logged.add(self._windows.step, self._steps_here, numbers)
         if self._meets and self._global.waits:
             self._meet()
+            self._failures.raise_kept()  # an alarm of any rank may end the training, on all of them here
 
     def log_batch(
         self,
@@ -253,14 +255,28 @@ class Monitor(Engine):
     def _meet(self) -> None:
         """Merge the closed windows with those of the other ranks, which log at the same step."""
         try:
-            self.global_window()
+            self._merge_windows()
         except (RuntimeError, ValueError) as error:
-            self._meets = False
+            self._meets, self._parted = False, True
             self._tell(lambda listener: listener.ranks_part())
             self._failures.warn(
                 f"lipcore merges the windows of all ranks no more, and each rank goes on with its own: {error}. Call "
                 "monitor.log() on every rank at the same steps, or pass group=None"
             )
+
+    def _said(self) -> Any:
+        return None if self.alarms is None else self.alarms._said()
+
+    def _heard(self, said: Sequence[Any]) -> None:
+        if self.alarms is not None:
+            group = self._global.partners.find()
+            ranks = group.ranks if group is not None else range(len(said))
+            self.alarms._heard(dict(zip(ranks, said, strict=True)))
+
+    def _meets_ranks(self) -> bool:
+        """Return whether the loop will meet other ranks: where log() does so, or it has merged windows before."""
+        meets = self._meets or (bool(self._global.history) and not self._parted)
+        return meets and self._global.partners.find() is not None and not self._global.is_given_up
 
     def _attach_recorder(self, recorder: Recorder) -> None:
         """Have windows, single steps and what is logged written down from now on; of :func:`lipcore.watch`."""
@@ -292,7 +308,7 @@ class Monitor(Engine):
         # The last closes the file, after what it is given.
         self._listeners += [endings, flight, self._stopwatch, recorder]
         if self.alarms is not None:
-            self.alarms._write_to(recorder.alarm)
+            self.alarms._write_to(recorder.alarm, recorder.light)
             recorder.on_alarm = self._hurry
 
     def _hurry(self) -> None:
@@ -319,7 +335,8 @@ class Monitor(Engine):
         """Have single steps and what is logged looked at from now on."""
         trajectory = trajectory_of(self.metrics.values())
         optimizers = updating(self._optimizers)
-        alarms._begin(optimizers, self._failures.keep, lambda: self._logged.begun, has_norms=trajectory is not None)
+        has_norms, logs = trajectory is not None, lambda: self._logged.begun
+        alarms._begin(optimizers, self._failures.keep, logs, has_norms=has_norms, meets=self._meets_ranks)
         if trajectory is not None:
             trajectory.listen(alarms._norms, prompt=True)
             if "unexplained_movement" in alarms.signals and not trajectory.checks_movement:

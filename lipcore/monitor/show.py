@@ -19,7 +19,9 @@ def shown(monitor: Any) -> Shown:
     for name, metric in monitor.metrics.items():
         out.rows.append((name, "off" if metric.off else "on", metric.off))
     if monitor.alarms is not None:
-        out.rows.append(("alarms", f"{len(monitor.alarms.events)} told", ""))
+        light = monitor.alarms.light
+        lit = f"warning light on since step {light.since}" if light.is_on else ""
+        out.rows.append(("alarms", f"{len(monitor.alarms.events)} told", lit))
     if windows:
         last = windows[-1]._shown()
         out.rows.append((last.title, "", ""))

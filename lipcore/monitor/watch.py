@@ -59,7 +59,8 @@ def watch(
         metrics: as of :class:`Monitor`.
         record_level: the finest places that are written: "group", or "tensor" for every parameter.
         max_bytes: where the file grows beyond, older steps become minimum, mean and maximum of 64 each.
-        config: facts about the run, kept with it: a dict that JSON can hold.
+        config: facts about the run, kept with it: a dict that JSON can hold. A report shows a text of the key "about"
+            beside its title.
         first_step: the number that your loop gives its first step, for the writers.
         monitor: further arguments of :class:`Monitor`.
 

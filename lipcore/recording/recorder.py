@@ -16,6 +16,7 @@ from lipcore.metric.window import Window
 from lipcore.recording.batches import Batch
 from lipcore.recording.endings import told
 from lipcore.recording.record import RunRecord
+from lipcore.report.alarms_told import LIGHT
 from lipcore.report.left_out import NOT_FINITE
 from lipcore.report.source import StepTime
 from lipcore.trajectory.step_stream import StepArrays
@@ -83,9 +84,14 @@ class Recorder(Listener):
             "place": event.place,
             "score": event.score if math.isfinite(event.score) else None,
         }
+        data |= {} if event.rank is None else {"rank": event.rank}
         self.record.add_event(event.step, "alarm", event.message, data)
-
         self.on_alarm()
+
+    def light(self, step: int, words: str) -> None:
+        """Add that the warning light of the alarms has gone on."""
+        self._begin()
+        self.record.add_event(step, LIGHT, words)
 
     def batches(self, batches: Sequence[Batch]) -> None:
         """Add the samples of single steps."""

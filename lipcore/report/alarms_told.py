@@ -9,14 +9,19 @@ from lipcore.report.source import Happened
 
 #: Exact alarms, the worst first; their scores are not those of the others.
 _EXACT = ("nonfinite", "unexplained_movement")
+_COUNTS = "sample_ids"  # whose score counts samples, and which says nothing of the model
+#: Kind of the event that the alarms' warning light has gone on, which is no alarm.
+LIGHT = "warning light"
 
 
 def worst_first(alarms: Iterable[Happened]) -> list[Happened]:
-    """Return alarms by kind: values that are not finite, what the optimizer did not move, others; then by score, the
-    largest first; one without a score before those that have one, by step."""
+    """Return alarms by kind: values that are not finite, what the optimizer did not move, others, the samples' order;
+    then by score, the largest first, but those of samples by step; one without a score before those that have one."""
 
     def rank(event: Happened) -> tuple[int, float, int]:
         score, signal = event.data.get("score"), event.data.get("signal")
+        if signal == _COUNTS:
+            return len(_EXACT) + 1, 0.0, event.step
         kind = _EXACT.index(signal) if signal in _EXACT else len(_EXACT)
         return (kind, -math.inf if score is None else -abs(float(score)), event.step)
 

@@ -6,16 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
 from lipcore.report.alarms_told import told, worst_first
 from lipcore.report.facts import Facts
-from lipcore.report.html import count, number
+from lipcore.report.html import count, in_words, number
 from lipcore.report.ratio_map import RatioMap
 from lipcore.report.section import with_metric
 
 State = Literal["fired", "quiet", "not measured"]
 
 
-_SUDDEN = 10.0
 _TRAJECTORY = with_metric("Trajectory()", ", or no metrics at all")
 
 
@@ -40,7 +41,7 @@ def _alarms(facts: Facts) -> Check:
     if alarms:
         worst = worst_first(alarms)[0]
         place = str(worst.data.get("place", "total"))
-        where = "" if place == "total" or worst.data.get("signal") == "nonfinite" else f", {place}"
+        where = "" if place == "total" or worst.data.get("signal") == "nonfinite" else f", {in_words(place)}"
         more = "; the worst" if len(alarms) > 1 else ""
         return Check(
             "Alarms", "fired", f"{count(len(alarms), 'alarm')}{more} in step {worst.step:,}{where}: {told(worst)}"
@@ -66,7 +67,7 @@ def _not_finite(facts: Facts) -> Check:
         )
     if facts.left_out.first is not None:
         step, place = facts.left_out.first
-        said = f"{place}: a parameter is NaN or infinite in {count(facts.left_out.count, 'step')}"
+        said = f"{in_words(place)}: a parameter is NaN or infinite in {count(facts.left_out.count, 'step')}"
         return Check(name, "fired", f"{said}, for the first time in step {step:,}.")
     if steps:
         return Check(name, "fired", f"Parameters were NaN or infinite after {count(int(steps), 'step')}.")
@@ -77,18 +78,20 @@ def _not_finite(facts: Facts) -> Check:
 
 
 def _sudden(ratios: RatioMap | None) -> Check:
-    """Check that no layer's updates become ten times larger or smaller at once: the ends of the map's colours."""
+    """Check that no layer's updates become ten times larger or smaller at once, beyond what they did before."""
     name = "Sudden changes"
-    found = None if ratios is None else ratios.most_sudden()
-    if ratios is None or found is None:
+    if ratios is None or not np.isfinite(ratios.away).any():
         return Check(name, "not measured", "Nothing says how updates changed.", _TRAJECTORY)
+    found = ratios.sudden
+    if found is None:
+        said = "No layer's update over weight norm became ten times larger at once, or smaller unlike the others."
+        return Check(name, "quiet", said)
+    if np.isinf(found.times):
+        return Check(name, "fired", f"Step {found.step:,}, {in_words(found.place)}: from here on it does not move.")
     times = f"{number(found.times)} times {'larger' if found.larger else 'smaller'}"
-    if found.times >= _SUDDEN and (found.larger or not found.shared):
-        said = f"Step {found.step:,}, {found.place}: the update over the weight norm is {times} than before"
-        shared = ", as in most layers: a new learning rate?" if found.shared else "."
-        return Check(name, "fired", said + shared)
-    said = "No layer's update over weight norm became ten times larger at once, or smaller unlike the others"
-    return Check(name, "quiet", f"{said}; step {found.step:,}, {found.place}: {times}.")
+    said = f"Step {found.step:,}, {in_words(found.place)}: the update over the weight norm is {times} than before"
+    shared = ", as in most layers: the batch, or a new learning rate?" if found.shared else "."
+    return Check(name, "fired", said + shared)
 
 
 def _unmoved(facts: Facts) -> Check:
@@ -100,10 +103,10 @@ def _unmoved(facts: Facts) -> Check:
     still = [place for place, unmoved in sums.items() if place != "total" and steps > 0 and unmoved >= steps]
     if still:
         more = f" and {len(still) - 3} more" if len(still) > 3 else ""
-        return Check(name, "fired", f"{', '.join(still[:3])}{more} did not move in any step.")
+        return Check(name, "fired", f"{', '.join(map(in_words, still[:3]))}{more} did not move in any step.")
     part = max(((unmoved, place) for place, unmoved in sums.items() if place != "total"), default=(0.0, ""))
     if part[0] > 0.5 * steps:
-        return Check(name, "fired", f"{part[1]} did not move in {int(part[0]):,} of {count(steps, 'step')}.")
+        return Check(name, "fired", f"{in_words(part[1])} did not move in {int(part[0]):,} of {count(steps, 'step')}.")
     return Check(name, "quiet", "Every layer moved in most steps.")
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from datetime import datetime, timezone
 
-from lipcore.report.alarms_told import told, worst_first
+from lipcore.report.alarms_told import LIGHT, told, worst_first
 from lipcore.report.checks import Check
 from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, count, html, joined, name_of, number, tag
@@ -28,13 +28,14 @@ def verdict(facts: Facts, checks: Sequence[Check], missing: Sequence[Missing]) -
     elif fired:
         state, headline = "fired", fired[0].text
     else:
-        state, headline = "quiet", f"None of {count(len(made), 'check')} fired."
+        state, headline = "quiet", f"Nothing needs attention: none of {count(len(made), 'check')} fired."
     parts: list[object] = [tag("p", tag("span", _mark(state), class_="mark"), headline, class_="headline")]
     parts += [tag("p", f"{check.text}", class_="also") for check in fired[1:]]
     if not any(check.name == "The loss" and check.state == "fired" for check in checks):
         parts += [tag("p", check.text, class_="also") for check in checks if check.name == "The loss"]
     if len(facts.alarms) > 1:
         parts.append(_alarms(facts))
+    parts += _light(facts)
     parts.append(_not_measured(checks, missing))
     rows = [(f"{_STATES[check.state]} {check.name}", check.text) for check in checks]
     table = Table(("check", "what came of it"), rows, of_numbers=False)
@@ -60,6 +61,15 @@ def _alarms(facts: Facts) -> Html:
     return Table(("step", "place", "alarm, the worst first", "score"), rows, most=_MOST_ALARMS, of_numbers=False).html()
 
 
+def _light(facts: Facts) -> list[Html]:
+    lit = [event for event in facts.events if event.kind == LIGHT]
+    if not lit:
+        return []
+    often = "once" if len(lit) == 1 else f"{len(lit):,} times, last"
+    said = f"Warning light, no alarm: on {often} in step {lit[-1].step:,}: {told(lit[-1])}"
+    return [tag("p", said, class_="also", id="warning-light")]
+
+
 def _cut(text: str) -> Html:
     return html(text) if len(text) <= _LONG else tag("span", text[:_LONG] + "…", title=text)
 
@@ -81,7 +91,7 @@ def _not_measured(checks: Sequence[Check], missing: Sequence[Missing]) -> Html:
 def run_facts(facts: Facts) -> Html:
     """Return the line of facts under the title, and the details."""
     config = facts.config
-    said = [str(config["model"])] if "model" in config else []
+    said = [str(config[key]) for key in ("about", "model") if key in config]
     said += [count(facts.last_step, "step"), count(facts.windows.count, "window")]
     if facts.starts:
         begin, end = facts.starts[0].wall, max(facts.last_wall, facts.starts[-1].wall)
@@ -104,7 +114,7 @@ def run_facts(facts: Facts) -> Html:
         rows.append(("numbers of windows are of", ", ".join(sorted(_SCOPES[s] for s in facts.windows.scopes))))
     rows += [(metric, ", ".join(quantities)) for metric, quantities in facts.windows.metrics.items()]
     rows += [(f"{metric}, last window", _plain(said)) for metric, said in facts.windows.details.items() if said]
-    others = [event for event in facts.events if event.kind != "alarm"]
+    others = [event for event in facts.events if event.kind not in ("alarm", LIGHT)]
     rows += [(f"step {event.step:,}: {event.kind}", event.text) for event in others]
     table = Table(("fact", ""), rows, most=30, of_numbers=False)
     return joined([

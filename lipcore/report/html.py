@@ -56,6 +56,15 @@ def shortened_name(place: str, most: int = NAME) -> str:
     return f"{place[:front]}…{place[len(place) - (most - 1 - front) :]}"
 
 
+def in_words(place: str) -> str:
+    """Return a place as a sentence names it: a number alone, as Sequential names its parts, says nothing.
+
+    >>> in_words("2"), in_words("layers.2")
+    ('layer 2', 'layers.2')
+    """
+    return f"layer {place}" if place.isdigit() else place
+
+
 def printable(text: str) -> str:
     """Return a text of as many characters for a terminal, which those that are not printable would command.
 

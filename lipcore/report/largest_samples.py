@@ -18,10 +18,10 @@ _BY = {"gradient norm": "norms", "loss": "losses"}
 class LargeSample:
     """A sample at the step in which its number was largest."""
 
-    id: int
+    id: int | None  #: None: all samples of the step, none of which was finite
     step: int
     value: float  #: NaN or infinite where it was that
-    times: int  #: how many of the steps it was in
+    times: int  #: how many of the steps it was in; of all samples, how many they are
 
 
 @dataclass
@@ -32,7 +32,7 @@ class LargestSamples:
         first, last: the first and the last step that is known.
         steps: how many are known; those between may not be.
         by: of "gradient norm" and "loss", where they were recorded: each sample once; first those that are not finite
-            in the first step in which there are such ones, then finite numbers.
+            in the first step in which there are such ones, as one where they are the whole batch, then finite numbers.
         usual: medians of all finite ones.
         later: how many more numbers are not finite, in later steps: of a model that is NaN every sample is.
     """
@@ -58,9 +58,16 @@ class LargestSamples:
                 values = np.concatenate([getattr(batch, attribute) for batch in having]).astype(np.float64)
                 steps = np.repeat([batch.step for batch in having], [len(getattr(b, attribute)) for b in having])
                 lost = ~np.isfinite(values)
-                kept = ~lost | (steps == steps[lost].min(initial=np.iinfo(np.int64).max))
-                found.by[by] = _largest(ids, values, steps, kept)
+                first = int(steps[lost].min(initial=np.iinfo(np.int64).max))
+                kept = ~lost | (steps == first)
                 found.later[by] = int((~kept).sum())
+                whole = int((steps == first).sum())
+                if whole > 1 and lost[steps == first].all():
+                    at = int(np.flatnonzero(steps == first)[0])
+                    rest = _largest(ids, values, steps, ~lost)[: _SHOWN - 1]
+                    found.by[by] = [LargeSample(None, first, float(values[at]), whole), *rest]
+                else:
+                    found.by[by] = _largest(ids, values, steps, kept)
                 finite = values[~lost]
                 found.usual[by] = float(np.median(finite)) if len(finite) else float("nan")
         return found

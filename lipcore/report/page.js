@@ -69,6 +69,7 @@
   const text = (x) => Number.isNaN(x) ? "no number" : x === 0 ? "0" : Math.abs(x) >= 1e-4 && Math.abs(x) < 1e6
     ? Number(x.toPrecision(3)).toLocaleString("en", { maximumSignificantDigits: 3 }) : x.toExponential(2);
   const element = (id) => document.getElementById(id);
+  const layer = (name) => /^\d+$/.test(name) ? "layer " : "";
 
   // Colours: by lightness alone they can be told apart, in print and by colour-blind people (cividis, and blue to orange).
   const CIVIDIS = [[0, 32, 81], [18, 53, 112], [60, 77, 110], [87, 100, 110], [112, 123, 117], [138, 147, 119], [168, 172, 112],
@@ -122,7 +123,7 @@
     const name = document.createElement("bdi");
     name.className = "name";
     name.textContent = map.names[cursor.row];
-    element("map-told").append(name, `, ${steps(cursor.bin)}: ${range}${times}`);
+    element("map-told").append(layer(map.names[cursor.row]), name, `, ${steps(cursor.bin)}: ${range}${times}`);
   }
   function mark() { model(`${map.key}-cursor`).data = { x: [(begin(cursor.bin) + end(cursor.bin)) / 2], y: [rows - cursor.row - 0.5] }; }
   function choose() {
@@ -141,7 +142,7 @@
     name.className = "name";
     name.textContent = map.names[cursor.row];
     element("chosen").textContent = "";
-    element("chosen").append(name, `: median ${text(map.usual[cursor.row] ?? NaN)}. Click a cell of the map for another layer.`);
+    element("chosen").append(layer(map.names[cursor.row]), name, `: median ${text(map.usual[cursor.row] ?? NaN)}. Click a cell of the map for another layer.`);
   }
   function mapCsv() {
     const lines = ["layer,first_step,last_step,least,mean,greatest,not_finite"];

@@ -15,12 +15,12 @@ from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, html, joined, name_of, number, shortened_name, tag
 from lipcore.report.plots import Plots
 from lipcore.report.section import Figure
+from lipcore.report.sudden import BEFORE, most_sudden
 
 KEY, CHOSEN = "ratio-map", "ratio-of-one"
 _ROWS = 400  # more would be less than a pixel each
 _LABEL = 22  # characters of a row's name beside the map
 _SCALE = 1000  # of decimal logarithms, which are sent as 16-bit integers
-_BEFORE = 40  # bins that a cell is compared with
 _BEGUN = 0.7  # of a change, in logarithms: it has begun
 _LEAST = 5  # of them; the first bins have none
 _NONE, _ZERO = -32768, -32767
@@ -28,11 +28,11 @@ _NONE, _ZERO = -32768, -32767
 
 @dataclass(frozen=True)
 class Sudden:
-    """A change of a layer's update over weight norm, against the bins before."""
+    """A change of a layer's update over weight norm that needs attention."""
 
     place: str
     step: int  #: in which it began
-    times: float  #: at the most
+    times: float  #: at the most; infinite where the layer stopped moving
     larger: bool
     shared: bool  #: most other layers changed in the same way
 
@@ -61,6 +61,7 @@ class RatioMap:
         #: Decimal logarithm of each cell over what the row was in the bins before: of its greatest or its least value,
         #: whichever is further away.
         self.away = _further(_away(self.high), _away(self.low))
+        self.sudden = self._sudden()
         self.start = self._most_unusual()
 
     def _name(self, group: list[int]) -> str:
@@ -81,42 +82,33 @@ class RatioMap:
         return np.where(counts > 0, sums / np.maximum(counts, 1), np.nan)
 
     def _most_unusual(self) -> tuple[int, int]:
-        """Return bin and row of the cell that is furthest from the bins before; an alarm's where there is one."""
+        """Return bin and row of an alarm, of a sudden change, or of the cell that is furthest from the bins before."""
         for event in worst_first(self._facts.alarms):
             row = self._row(str(event.data.get("place", "")))
             if row is not None:
                 return self._bin(event.step), row
-        begun, _, row = self._furthest()
-        return begun, row
-
-    def _furthest(self) -> tuple[int, int, int]:
-        """Return the bin in which it began, the bin, and the row of what is furthest from the bins before. What all
-        layers share and is smaller comes last: so a learning rate falls."""
+        if self.sudden is not None:
+            return self._bin(self.sudden.step), self.names.index(self.sudden.place)
         away = np.where(np.isfinite(self.away), np.abs(self.away), -1)
-        away[self._shared() & (self.away < 0)] *= 1e-3
         at, row = (int(i) for i in np.unravel_index(int(away.argmax()), away.shape))
-        most = self.away[at, row]
-        begun = at
+        return self._begin(at, row), row
+
+    def _begin(self, at: int, row: int) -> int:
+        """Return the bin in which a cell's distance from the bins before began."""
+        most, begun = self.away[at, row], at
         while begun > 0 and most and self.away[begun - 1, row] / most >= _BEGUN:
             begun -= 1
-        return begun, at, row
+        return begun
 
-    def _shared(self) -> Any:
-        """Return which cells go at least half as far, in logarithms, in most of the other rows; [bins, rows]."""
-        if len(self.names) < 3:
-            return np.zeros(self.away.shape, bool)
-        known = np.where(np.isfinite(self.away), self.away, 0.0)
-        others = np.median(known, axis=1)[:, None]
-        return (np.sign(others) == np.sign(known)) & (np.abs(others) >= 0.5 * np.abs(known)) & (others != 0)
-
-    def most_sudden(self) -> Sudden | None:
-        """Return the change that is furthest from the bins before; None where there is none."""
-        begun, at, row = self._furthest()
-        away = float(self.away[at, row])
-        if not np.isfinite(away):
+    def _sudden(self) -> Sudden | None:
+        """Return the change that needs attention; None where there is none."""
+        change = most_sudden(self.high)
+        if change is None:
             return None
-        step = self._step_away(begun, row)
-        return Sudden(self.names[row], step, _times(away), away > 0, bool(self._shared()[at, row]))
+        name, larger = self.names[change.row], change.log > 0
+        begun = self._begin(change.bin, change.row) if larger else change.bin
+        step = self._step(begun, change.row) if larger else self._binned.first + begun * self._binned.width
+        return Sudden(name, step, float(10 ** abs(change.log)), larger, change.shared)
 
     def _step_away(self, at: int, row: int) -> int:
         return self._step(at, row) if self.away[at, row] > 0 else int(self._binned.ends[at])
@@ -175,7 +167,10 @@ class RatioMap:
             return html(key)
         what = f"{number(_times(away))} times {'larger' if away > 0 else 'smaller'}"
         said = f" at step {self._step_away(at, row):,}, {what} than before."
-        return joined([key, "Most unusual: ", name_of(self.names[row]), said])
+        alone = self.sudden is None and not self.marks()
+        most = "Nothing needs attention; furthest from the steps before: " if alone else "Most unusual: "
+        layer = "layer " if self.names[row].isdigit() else ""
+        return joined([key, most, layer, name_of(self.names[row]), said])
 
     def _step(self, at: int, row: int) -> int:
         own = [(self._binned.high[at, i], int(self._binned.at_high[at, i])) for i in self._groups[row]]
@@ -243,8 +238,8 @@ def _away(values: Any) -> Any:
     positive, or has too few before it."""
     with np.errstate(all="ignore"):
         logs = np.log10(np.where(values > 0, values, np.nan))
-    before = np.pad(logs, ((_BEFORE, 0), (0, 0)), constant_values=np.nan)[:-1]
-    windows = np.lib.stride_tricks.sliding_window_view(before, _BEFORE, axis=0)
+    before = np.pad(logs, ((BEFORE, 0), (0, 0)), constant_values=np.nan)[:-1]
+    windows = np.lib.stride_tricks.sliding_window_view(before, BEFORE, axis=0)
     enough = np.isfinite(windows).sum(-1) >= _LEAST
     usual = np.full(logs.shape, np.nan)
     if enough.any():

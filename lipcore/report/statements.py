@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from lipcore.metric.results import Value, Window
-from lipcore.theory import bias_variance, lipschitz_bound, sandwich, steadiness
+from lipcore.theory import bias_distance, bias_variance, lipschitz_bound, sandwich, steadiness
+from lipcore.theory.recorded_motion import CONTRADICTED
 
 _MOST = 4000  # windows that are kept in memory for it
 _METRIC = "lipschitz"
@@ -48,7 +49,9 @@ class Theory:
         for where, part in parts.items():
             for place in places:
                 found += self._tried(where, part, place, f" ({place})" if len(places) > 1 else "")
-        return found + self._tried("Corollary 2", self._corollary_2)
+        for where, own in (("Corollary 2", self._corollary_2), ("Corollary 3", self._corollary_3)):
+            found += self._tried(where, own)
+        return found
 
     def _tried(self, where: str, part: Callable[..., list[Statement]], *of: str) -> list[Statement]:
         try:
@@ -88,12 +91,41 @@ class Theory:
         first, last = self._windows[0].first_step, self._windows[-1].last_step
         return [Statement("Corollary 1", f"beta phi: at least lambda of every sample visited{of}", bound, first, last)]
 
-    def _corollary_2(self) -> list[Statement]:
+    def _first_bias(self, quantity: str) -> str | None:
+        """Return the name of the first layer's bias, where the last window has its trajectory."""
         window = self._last
         assert window is not None
         parameter = window[_METRIC].details.get("first_bias", {}).get("parameter")
-        if "trajectory" not in window or parameter not in list(window["trajectory"].get("update_norm", ())):
+        there = "trajectory" in window and parameter in list(window["trajectory"].get(quantity, ()))
+        return parameter if there else None
+
+    def _corollary_2(self) -> list[Statement]:
+        parameter = self._first_bias("update_norm")
+        if self._last is None or parameter is None:
             return []
-        one = bias_variance([window], parameter)
+        one = bias_variance([self._last], parameter)
         values = {"lower bound, by the steps' lengths": one.lower, f"variance of {parameter}": one.variance}
         return [Statement("Corollary 2", what, value, one.first_step, one.last_step) for what, value in values.items()]
+
+    def _corollary_3(self) -> list[Statement]:
+        parameter = self._first_bias("distance")
+        if self._last is None or parameter is None:
+            return []
+        trajectory = self._last["trajectory"]  # of the windows before, nothing of it is asked
+        windows = [replace(one, results={**one.results, "trajectory": trajectory}) for one in self._windows]
+        one = bias_distance(windows, parameter, eps_max=1.0)
+        values = {
+            f"distance of {parameter} from its start": one.distance,
+            "upper bound of the distance": _without_eps(one.bound),
+            "length of its way": one.length,
+            "directness: distance over length": one.directness,
+        }
+        last = self._last.last_step
+        return [Statement("Corollary 3", what, value, 1, last) for what, value in values.items()]
+
+
+def _without_eps(bound: Value) -> Value:
+    """Return Corollary 3's bound as a record allows it, from that for eps_max = 1: it has no loss gradients."""
+    against = "" if bound.valid else bound.note.replace(CONTRADICTED, "").strip("; ")
+    note = against or "eps_max is not in a record; theory.bias_distance(history, parameter, eps_max=...) takes it"
+    return Value(math.nan, 0, bound.label, False, note)

@@ -53,6 +53,7 @@ class Wanted:
     keep_every: int | None
     keep_limit: int
     explains: bool = False  #: look for movement that the optimizers did not make
+    normalizes: bool = False  #: have the RMS of normalised updates of each step, where the state is read
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Built:
         updates = self.trackers.get("updates")
         if isinstance(updates, UpdateTracker) and updates.ratios is not None:
             rings["rms_t"] = updates.ratios.recent
+        if isinstance(updates, UpdateTracker) and updates.normalized is not None:
+            rings["normalized_update_rms"] = updates.normalized.recent
         if self.unexplained is not None:
             rings["unexplained_movement"] = self.unexplained.ring.recent
         return rings
@@ -119,7 +122,8 @@ def build(
         kept: dict[str, Any] = {"keep_every": wanted.keep_every, "keep_limit": wanted.keep_limit}
         trackers["sketch"] = SketchTracker(watched, choice.buckets, choice.seed, **kept, **settings)
     if choice.source != "difference":
-        updates = UpdateTracker(watched, choice.source, optimizers, ratios="rms_t" in stats, **settings)
+        asked = {"ratios": "rms_t" in stats, "normalized": wanted.normalizes}
+        updates = UpdateTracker(watched, choice.source, optimizers, **asked, **settings)
         trackers = {"updates": updates, **trackers}
     known = [name for tracker in trackers.values() for name in tracker.quantities]
     for name in stats:

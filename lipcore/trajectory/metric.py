@@ -532,7 +532,8 @@ class Trajectory(Metric):
 
         ``first_step`` is the number of the block's first step, from 1; ``arrays`` a dict of float64 arrays [steps,
         places] with "update_norm", "weight_norm" (after the step), "grad_norm" and "clipped_grad_norm", NaN where a
-        step has none, and with "rms_t" where `stats` has it; ``arrays.places`` names the columns. The arrays are the
+        step has none, with "rms_t" where `stats` has it, and with "normalized_update_rms" where alarms look at an
+        optimizer's state; ``arrays.places`` names the columns. The arrays are the
         callback's to keep. No step waits for a device; the callback itself runs in the training thread. What it raises
         is kept and raised by your next call, a warning says so, and it is not called any more.
         """
@@ -558,6 +559,10 @@ class Trajectory(Metric):
     def explain(self) -> None:
         """Look, once bound and in mode "exact", in every step for movement that the optimizers did not make."""
         self._wanted = replace(self._wanted, explains=True)
+
+    def normalize(self) -> None:
+        """Keep, once bound and with ``source="optimizer"``, the RMS of normalised updates of each step."""
+        self._wanted = replace(self._wanted, normalizes=True)
 
     @property
     def checks_movement(self) -> bool:

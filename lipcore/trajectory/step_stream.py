@@ -20,14 +20,14 @@ from lipcore.trajectory.table import Table
 #: What a ring holds of a step, and the quantities made of it.
 STEP_QUANTITIES = ("update_norm", "weight_norm", "grad_norm", "clipped_grad_norm")
 #: What one holds besides, where it was asked for: a sum of squares, and what its mean is taken over.
-MEANS = ("rms_t", "unexplained_movement")
+MEANS = ("rms_t", "normalized_update_rms", "unexplained_movement")
 BLOCK = 64
 _DEVICE_BLOCK = 256  # a copy from a device is in flight while the next block is made, and a ring has 512 steps
 
 
 class StepArrays(dict[str, NDArray[np.float64]]):
     """Arrays [steps, places] by quantity: update_norm, weight_norm (after the step), grad_norm, clipped_grad_norm. NaN
-    where a step has none. And rms_t where the Trajectory has it."""
+    where a step has none. And rms_t where the Trajectory has it, normalized_update_rms where alarms look at it."""
 
     def __init__(self, places: Places, arrays: Mapping[str, NDArray[np.float64]], groups: Sequence[str] = ()) -> None:
         super().__init__(arrays)

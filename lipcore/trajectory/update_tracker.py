@@ -65,6 +65,7 @@ class UpdateTracker(Tracker):
 
     Args:
         ratios: read the gradients as well, for rms_t.
+        normalized: keep the RMS of normalised updates of each step.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class UpdateTracker(Tracker):
         optimizers: Sequence[Optimizer],
         *,
         ratios: bool = False,
+        normalized: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(watched, copies=False, **settings)
@@ -97,6 +99,7 @@ class UpdateTracker(Tracker):
         self._roots = self.table.rows.new_zeros(4, _KEPT * len(watched)) if source == "optimizer" else None
         self._roots_read = TensorRead(lambda: self._roots)  # type: ignore[arg-type, return-value]
         self.ratios = MeanRing(self.table) if ratios and source == "optimizer" else None
+        self.normalized = MeanRing(self.table) if normalized and source == "optimizer" else None
         self._elements = self.table.rows.new_tensor([parameter.tensor.numel() for parameter in watched])
         known = [name for name, row in ROOTS.items() if ratios or row != RATIO]
         self.quantities = (*MOVES, *(known if source == "optimizer" else ()))
@@ -126,8 +129,9 @@ class UpdateTracker(Tracker):
             sums, squares = each or self.source.sums()
         if self._roots is not None:
             _core.observe_squares(squares[:_KEPT].view(-1), self._roots)
-        if self.ratios is not None:
-            self.ratios.take(torch.stack([squares[RATIO] * self._elements, self._elements], dim=1))
+        for ring, row in ((self.ratios, RATIO), (self.normalized, NORMALIZED)):
+            if ring is not None:
+                ring.take(torch.stack([squares[row] * self._elements, self._elements], dim=1))
         return self.observe(sums)
 
     def on_device(self) -> list[OnDevice]:

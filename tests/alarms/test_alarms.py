@@ -246,7 +246,7 @@ def test_a_rewind_takes_later_events_back() -> None:
 @pytest.mark.parametrize("arguments", [
     {"budget": 0}, {"budget": True}, {"budget": float("nan")}, {"budget": "1"}, {"signals": "loss"}, {"signals": 3},
     {"signals": []}, {"signals": ["los"]}, {"signals": {"loss": 0}}, {"signals": {"loss": True}}, {"on_event": 3},
-    {"stop": 1},
+    {"stop": 1}, {"least_multiplier": 0.0}, {"least_multiplier": 1.5}, {"least_multiplier": True},
 ])  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(arguments: dict[str, Any]) -> None:
     (name,) = arguments

@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from lipcore.alarms.baseline import Baseline
+from lipcore.alarms.baseline import Baseline, medians_and_deviations
 from lipcore.alarms.budget import Budget
 from lipcore.alarms.detector import Columns, Detector
 from lipcore.alarms.event import AlarmEvent
@@ -56,6 +56,16 @@ def test_scores_are_those_of_the_specification() -> None:
             kept[i] += [row[i]] * bool(taken[i])
         scored += sum(not math.isnan(value) for value in expected)
     assert scored > 100
+
+
+def test_medians_and_deviations_have_the_bits_of_their_definitions() -> None:
+    rng = np.random.default_rng(0)
+    rows = [np.zeros(100), np.arange(100.0), np.r_[np.zeros(50), np.ones(50)], np.r_[np.zeros(99), 7.0]]
+    rows += [np.r_[np.zeros(75), rng.random(25)], np.exp(3 * rng.standard_normal(100)), rng.integers(0, 3, 100) / 3]
+    values = np.sort(np.stack(rows + [-row for row in rows] + list(rng.standard_normal((50, 100)))), axis=1)
+    medians, deviations = medians_and_deviations(values)
+    np.testing.assert_array_equal(medians, np.median(values, axis=1))
+    np.testing.assert_array_equal(deviations, np.median(np.abs(values - medians[:, None]), axis=1))
 
 
 def test_cumulative_sums_are_those_of_the_specification() -> None:
@@ -110,15 +120,15 @@ def test_what_alarms_stays_out_of_the_baseline_and_nan_always_does() -> None:
 def test_a_new_level_alarms_once() -> None:
     logs = noise(500, 1)
     logs[200:] += 4
-    assert [event.step for event in alarms(detector("loss", budget=1000.0)[0], logs)] == [201]
+    assert [event.step for event in alarms(detector("loss")[0], logs)] == [201]
 
 
 def test_a_small_change_that_lasts_alarms_without_a_single_step_over_the_limit() -> None:
-    logs = noise(300, 1, scale=0.003)
-    logs[200:] += 0.065
+    logs = noise(200, 1, scale=0.003)
+    logs[140:] += 0.065
     found, _ = detector("update_norm", groups=("a",))
     (first, *_) = alarms(found, logs)
-    assert 205 < first.step < 250
+    assert 145 < first.step < 190
     assert "has been higher than usual" in first.message
     assert first.place == "a"
     quiet = list(logs[: first.step - 1, 0])
@@ -138,16 +148,85 @@ def test_the_place_is_that_of_the_update_and_of_the_gradient_for_gradients() -> 
     assert (event.signal, event.place) == ("loss", "total")
 
 
-def test_the_multiplier_is_that_of_the_specification() -> None:
-    budget, peaks, rng = Budget(2.0), [], np.random.default_rng(0)
-    for stretch in range(60):
-        scores = 3 * rng.random(20)
-        before = budget.multiplier
+def multiplier_of(
+    stretches: list[tuple[float, int]], per_1000: float, least: float, direction: int, before: float
+) -> float:
+    """The multiplier after some stretches of 20 steps, each its peak and the direction of its rate: the
+    specification."""
+    peaks = sorted((peak for peak, own in stretches if own == direction), reverse=True)
+    allowed = per_1000 * 20 * len(peaks) / 1000
+    count = math.ceil(allowed)
+    seen = peaks[count - 1] if count <= len(peaks) else 0.0
+    if len(peaks) < 5:
+        return max(1.0, seen, before)
+    k = max(count, min(math.ceil(len(peaks) / 3), count + 9))
+    if k >= len(peaks):
+        return max(least, seen)
+    mean = (sum(math.log(peak / peaks[k]) for peak in peaks[:k]) + 5 * 0.1) / (k + 5)
+    farther = (k + 5) * mean * ((k / allowed) ** (1 / (k + 5)) - 1)
+    return max(least, seen, min(1.0, peaks[k] * math.exp(farther)))
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.8, 3.0])
+@pytest.mark.parametrize("per_1000", [1.0, 5.0, 1000.0])
+@pytest.mark.parametrize("least", [1.0, 0.5])
+def test_the_multiplier_is_that_of_the_specification(scale: float, per_1000: float, least: float) -> None:
+    budget, stretches, rng = Budget(per_1000, least), [], np.random.default_rng(0)
+    rate = direction = 0
+    for stretch in range(120):
+        own = (0, 1, 0, -1)[stretch // 12 % 4]  # 12 stretches of each kind in turn
+        scores = scale * rng.random(20)
+        before = budget.multiplier if own == direction else max(1.0, budget.multiplier)
+        top = min(scores.max(), 2 * budget.multiplier)
         for value in scores:
-            budget.observe(float(value), alarmed=False)
-        peaks.append(min(scores.max(), 2 * before))
-        allowed = math.ceil(2.0 * 20 * (stretch + 1) / 1000)
-        assert budget.multiplier == max(1.0, sorted(peaks, reverse=True)[allowed - 1])
+            rate += 0.01 * own
+            budget.observe(float(value), alarmed=False, log_rate=rate)
+        direction = own
+        stretches.append((top, own))
+        assert budget.multiplier == pytest.approx(multiplier_of(stretches, per_1000, least, own, before), rel=1e-12)
+
+
+def test_the_multiplier_falls_late_and_slowly_where_nothing_happens() -> None:
+    budget, rng, kept = Budget(1.0, 0.5), np.random.default_rng(0), []
+    for _ in range(3000):
+        budget.observe(0.1 * abs(rng.standard_normal()), alarmed=False)
+        kept.append(budget.multiplier)
+    assert set(kept[:99]) == {1.0}
+    assert kept[99] < 1
+    assert kept[-1] == 0.5
+
+
+def test_peaks_of_another_phase_do_not_count() -> None:
+    """Scores several times as large while the learning rate rises."""
+    budget, rng = Budget(1.0, 0.5), np.random.default_rng(0)
+    for step in range(2000):
+        budget.observe(2 + rng.random(), alarmed=False, log_rate=1e-3 * step)
+    assert budget.multiplier > 1.9
+    stands = budget.multiplier
+    for _ in range(80):
+        budget.observe(rng.random(), alarmed=False, log_rate=1.999)
+    assert budget.multiplier == stands
+    for _ in range(500):
+        budget.observe(0.5 + 0.1 * rng.random(), alarmed=False, log_rate=1.999)
+    assert budget.multiplier < 1
+    for step in range(20):
+        budget.observe(2 + rng.random(), alarmed=False, log_rate=2 + 1e-3 * step)
+    assert budget.multiplier > 1.9  # as in the first phase
+
+
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.ci), pytest.param(2, marks=pytest.mark.ci)])
+def test_quiet_noise_uses_the_budget_and_keeps_to_it(seed: int) -> None:
+    """Normal noise is never over the limits; a score of 0.85 of the limit is told with the lower ones alone."""
+    steps, budget = 1500, 1.0
+    logs = 0.3 * np.random.default_rng(2000 + seed).standard_normal((steps, 4))
+    before = list(logs[:-1, 2])
+    logs[-1, 2] = median(before[-SILENT:]) + 0.85 * 6 / (score(before, 1.0) - score(before, 0.0))
+    columns = Columns.of({name: SIGNALS[name] for name in ("update_norm", "grad_norm")}, ("a", "b"))
+    told = {least: alarms(Detector(columns, Budget(budget, least)), logs) for least in (1.0, 0.5)}
+    assert told[1.0] == []
+    assert told[0.5][-1].step == steps
+    expected = budget * (steps - SILENT) / 1000
+    assert len(told[0.5]) - 1 <= expected + 3 * math.sqrt(expected)
 
 
 @pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.ci), pytest.param(2, marks=pytest.mark.ci)])

@@ -44,6 +44,18 @@ def test_faults_are_counted_once_per_run_and_rates_lie_within_their_intervals(mo
         assert total["low"] <= total["found"] / total["runs"] <= total["high"]
 
 
+def test_trainscope_was_given_the_trainings_of_the_suite(module: Any) -> None:
+    results = module.read()
+    ours, theirs = results["spikes"], results["trainscope"]
+    assert theirs["version"] == "1.8.1"
+    for row in theirs["detectors"].values():
+        assert list(row["faults"]) == list(ours["models"])
+        for task, by_fault in row["faults"].items():
+            assert list(by_fault) == list(ours["faults"][task])
+            assert all(one["found"] <= one["runs"] == ours["size"]["faulty"] for one in by_fault.values())
+            assert row["false_alarms"][task]["steps"] == ours["false_alarms"][task]["loss"]["steps"]
+
+
 def test_the_default_alarm_keeps_to_its_budget(module: Any) -> None:
     found = module.read()["spikes"]
     for rows in found["false_alarms"].values():

@@ -52,6 +52,16 @@ def test_what_goes_with_what_at_equal_loss_is_that_of_the_committed_runs() -> No
     assert committed["label corruption, same seed"]["epochs"]["rho"] == 1.0
 
 
+@pytest.mark.ci
+def test_factors_of_theorem_3_with_dropout() -> None:
+    import evidence
+
+    found = evidence.dropout(0.5, 0, begin=0.66, end=0.6)
+    product = np.prod([found[name] for name in ("beta", "phi", "log(sum n_l)", "1 + gamma", "1 / p_min", "1 / margin")])
+    assert found["1 / radius"] == pytest.approx(product * found["1 / (mu (1 - mu))"])
+    assert 0.5 < found["test loss"] < 0.7
+
+
 def test_alarms_of_a_recorded_training_are_those_of_the_monitor() -> None:
     from spikes.detectors import shipped
     from spikes.faults import FAULTS, Injector
@@ -112,15 +122,17 @@ def test_intervals_of_shares() -> None:
 
 def test_a_fork_goes_on_as_the_training_would() -> None:
     from spikes.models import TASKS, Training
-    from spikes.run import joined, record
+    from spikes.run import joined, losses_of, record
 
     training = Training(TASKS["cnn"], 3)
     before = record(training, 5)
     fork = training.fork()
+    assert losses_of(training.fork(), 3) == losses_of(Training(TASKS["cnn"], 3), 8)[5:]  # without a Monitor
     whole = record(Training(TASKS["cnn"], 3), 8)
     both = joined(before, record(fork, 3))
     for name in ("loss", "rate", "grad_norm", "update_norm", "kurtosis"):
         np.testing.assert_array_equal(both[name], whole[name])
+    assert losses_of(Training(TASKS["cnn"], 3), 8) == whole["loss"].tolist()
 
 
 @pytest.mark.parametrize("kind", ["overflow", "lost"])

@@ -109,7 +109,7 @@ def test_the_map_alone_finds_a_fault_without_alarms(tmp_path: Path) -> None:
 def test_a_quiet_run_says_how_many_checks_were_made_and_what_was_not_measured(tmp_path: Path) -> None:
     with recorded(tmp_path / "a", alarm=True) as run:
         said = verdict(page_of(run))
-    assert "None of 7 checks fired." in said
+    assert "Nothing needs attention: none of 7 checks fired." in said
     assert "The loss fell from" in said
     assert "Gradient noise scale: pass metrics=[..., lipcore.PerSampleGradNorms(" in said
     assert "metrics=[..., lipcore.TensorStats()]" in said
@@ -260,7 +260,7 @@ def test_long_tables_are_cut_and_say_so() -> None:
     [
         ([1e-3, 1e-3, 1e-3], "No layer's update over weight norm became ten times larger at once"),  # a schedule
         ([1e-3, 1, 1], "a: the update over the weight norm is"),
-        ([100, 100, 100], "than before, as in most layers: a new learning rate?"),
+        ([100, 100, 100], "than before, as in most layers: the batch, or a new learning rate?"),
         ([1, 100, 1], "b: the update over the weight norm is"),
     ],
 )
@@ -307,7 +307,7 @@ def test_a_group_of_which_a_parameter_is_not_finite_is_said_to_be_so(tmp_path: P
     assert np.isfinite(facts.ratios.high[[48, 50], row]).all()
     assert facts.lines["trajectory/update_norm"].first_not_finite.tolist() == [50]
     assert RatioMap(facts.ratios, facts).lost[:, row].nonzero()[0].tolist() == [49]
-    assert "0: a parameter is NaN or infinite in 1 step, for the first time in step 50." in verdict(page)
+    assert "layer 0: a parameter is NaN or infinite in 1 step, for the first time in step 50." in verdict(page)
     assert "Most unusual: 0 at step 50" not in Seen(page).text
 
 

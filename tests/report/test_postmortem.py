@@ -57,7 +57,7 @@ def test_a_learning_rate_of_one_layer_in_one_step(tmp_path: Path) -> None:
     assert checks_of(account)[0].startswith("Who set the learning rate of param_groups[1]")
     assert not any("ample" in check or "batch of" in check for check in checks_of(account))
     assert account.places[0].place == "2"
-    assert "First: step 140, update norm of 2" in text
+    assert "First: step 140, update norm of layer 2" in text
 
 
 def test_a_sample_with_a_huge_input(tmp_path: Path) -> None:
@@ -134,6 +134,8 @@ def test_an_element_that_the_optimizer_did_not_move_is_told_first(tmp_path: Path
         for step, signal, score in ((1, "loss", 1e9), (2, "unexplained_movement", 9.0), (3, "nonfinite", None))
     ]
     assert [one.step for one in worst_first([*events, event])] == [3, AT + 1, 2, 1]
+    counted = [Event(step, 0.0, "alarm", "", {"signal": "sample_ids", "score": 10.0 * step}) for step in (5, 4, 6)]
+    assert [one.step for one in worst_first([*counted, events[0]])] == [1, 4, 5, 6]  # scores of samples are counts
 
 
 @pytest.mark.ci

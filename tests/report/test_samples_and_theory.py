@@ -16,9 +16,11 @@ from lipcore.recording.batches import Batch
 from lipcore.report.binned import Binned
 from lipcore.report.facts import Facts, facts_of
 from lipcore.report.largest_samples import LargestSamples
+from lipcore.report.postmortem.samples import samples_of
+from lipcore.report.postmortem.words import of_ranking
 from lipcore.report.source import StepTime
 from lipcore.report.statements import Theory
-from lipcore.theory import lipschitz_bound, sandwich
+from lipcore.theory import bias_distance, lipschitz_bound, sandwich
 
 pytest.importorskip("bokeh", reason="needs the extra `report`")
 from lipcore.report.head import run_facts
@@ -59,6 +61,26 @@ def test_a_model_that_is_nan_does_not_hide_the_samples_before() -> None:
     assert isinstance(made, Section)
     assert "Samples with the largest loss, each where it was largest; 80 more not finite later" in made.html()
     assert "Samples with the largest gradient norm, each where it was largest<" in made.html()
+
+
+def test_a_batch_of_which_nothing_is_finite_is_one_row() -> None:
+    lost = [batch(5, list(range(30, 62)), [np.nan] * 32, [np.inf] * 32), batch(6, [1, 2], None, [np.nan, np.nan])]
+    found = LargestSamples.of([*BATCHES[:2], *lost])
+    assert [(one.id, one.step, one.times) for one in found.by["loss"]][:2] == [(None, 5, 32), (7, 3, 2)]
+    assert found.by["gradient norm"][0].id == 5  # one sample of step 4 was lost before
+    assert found.later["loss"] == 2
+    made = sample_norms(Facts("a", "a", samples=found), Plots(1, 9))
+    assert isinstance(made, Section)
+    assert made.html().count("all 32 samples") == 1
+    first = Batch(5, np.arange(3), np.full(3, np.nan, np.float32), np.array([1, np.nan, 2], np.float32), None)
+    samples = samples_of([batch(4, [7, 8], [1, 2], [1, 2]), first], 5)
+    assert samples is not None
+    norms, losses = samples.rankings
+    assert (list(norms.top), norms.verdict, of_ranking(samples, norms)) == ([], "batch", "all 3 are not finite")
+    assert [one.id for one in losses.top] == [1, 2, 0]
+    one = samples_of([Batch(5, np.arange(1), np.full(1, np.nan, np.float32), None, None)], 5)
+    assert one is not None
+    assert [each.id for each in one.rankings[0].top] == [0]
 
 
 def test_samples_without_numbers_are_no_ranking() -> None:
@@ -108,6 +130,7 @@ def test_theory_is_said_with_labels_and_what_is_not_valid_is_grey(tmp_path: Path
     assert "A side that is not drawn is not valid here; the table says why." in page
     assert "lower side: heuristic" in page
     assert [one.where for one in facts.theory].count("Corollary 2") == 0  # single parameters are not in the record
+    assert "watch(record_level=&quot;tensor&quot;) with a Trajectory records it." in page
     assert isinstance(theory(Facts("a", "a"), Plots(1, 2)), Missing)
 
 
@@ -147,10 +170,47 @@ def test_theory_that_fails_is_not_taken_for_a_metric_that_was_not_passed(
     assert made.remedy == "nothing, though the windows have lipschitz (theory: no number)"
 
 
+def test_what_corollary_3_lacks_in_a_record_is_said(tmp_path: Path) -> None:
+    """Plain SGD at batch 1: all but the loss gradients is there."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    metrics = [lipcore.Trajectory(), lipcore.Lipschitz()]
+    how: dict[str, Any] = {
+        "metrics": metrics,
+        "window_steps": 5,
+        "record_level": "tensor",
+        "config": {"about": "one <b>"},
+    }
+    with lipcore.watch(model, optimizer, run=tmp_path / "a", **how):
+        for _ in range(10):
+            (0.5 * (model(torch.randn(1, 4)) - 1).square().sum()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    with lipcore.open_run(tmp_path / "a") as run:
+        facts = facts_of(run)
+        assert bias_distance(list(run.windows), "0.bias", eps_max=9.0).bound.valid
+    (bound,) = [one.value for one in facts.theory if one.what == "upper bound of the distance"]
+    assert bound.note.startswith("eps_max is not in a record; theory.bias_distance(")
+    made = theory(facts, Plots(1, 10))
+    assert isinstance(made, Section)
+    assert "whose own way" not in made.html()
+    assert '<p class="facts">one &lt;b&gt; · Sequential · 10 steps' in run_facts(facts)
+
+
 @pytest.mark.ci
 def test_both_sides_and_a_parameter_of_its_own(tmp_path: Path) -> None:
     facts = recorded(tmp_path / "a", width=3, record_level="tensor")
-    assert all(one.value.valid for one in facts.theory)
+    bound = "upper bound of the distance"
+    assert [one.what for one in facts.theory if not one.value.valid] == [bound]
+    said = {one.what: one for one in facts.theory if one.where == "Corollary 3"}
+    assert "it takes batch 1" in said[bound].value.note
+    with lipcore.open_run(tmp_path / "a") as run:
+        true = bias_distance(list(run.windows), "0.bias")
+    assert said["distance of 0.bias from its start"].value == true.distance
+    assert said["length of its way"].value == true.length
+    assert said["directness: distance over length"].value == true.directness
+    assert (said[bound].first_step, said[bound].last_step) == (1, 20)
     said = {one.what: one for one in facts.theory if one.where == "Corollary 2"}
     lower = said["lower bound, by the steps' lengths"]
     assert lower.value.value <= said["variance of 0.bias"].value.value

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lipcore.capture.identity import Alias
 from lipcore.layers import Batch
 from lipcore.models.accumulation import Accumulates, without_accumulation
 from lipcore.models.copies import why_not_again
+from lipcore.models.layouts import laid_out_like
 from lipcore.models.pause import paused
 from lipcore.models.random_draws import Draws
 from lipcore.models.ranks import below_ddp, without_communication
@@ -104,6 +106,8 @@ def on_one_more(
     dim: int,
     draws: Draws | None = None,
     shapes: Shapes | None = None,
+    *,
+    begins: bool = False,
 ) -> Any:
     """Return what the model makes of the batch with its last sample a second time; or another one, where it does not
     run so (a text with more than one of as many pictures as there are texts).
@@ -119,6 +123,7 @@ def on_one_more(
         dim: where the batch is.
         draws: the random numbers that the pass on B samples has drawn; the draws here are those.
         shapes: gets those of the tapped layers' outputs.
+        begins: the graph begins at the inputs already, as another metric has it (Lipschitz).
 
     Raises:
         CannotRun: with the reason.
@@ -130,7 +135,7 @@ def on_one_more(
 
     failure = None
     for more_of in _tries(samples):
-        longer = functools.partial(_longer, samples=samples, dim=dim, way=more_of)
+        longer = functools.partial(_longer, samples=samples, dim=dim, way=more_of, begins=begins)
         try:
             if shapes is not None:
                 shapes.clear()
@@ -191,7 +196,7 @@ def _copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
-def _longer(leaf: Any, samples: int, dim: int, way: _Longer) -> Any:
+def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, begins: bool) -> Any:
     """Return an argument with a sample a second time, or a copy of one that has no samples."""
     if not isinstance(leaf, Tensor):
         return leaf
@@ -209,6 +214,9 @@ def _longer(leaf: Any, samples: int, dim: int, way: _Longer) -> Any:
         more = torch.cat([more, more.narrow(dim, rows - way.others, way.others)], dim)
     else:
         more = more.clone()
+    more = more if not strided or leaf.is_contiguous() else laid_out_like(more, leaf)
+    if begins and floats and not leaf.requires_grad:
+        return Alias.apply(more, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
     return more.requires_grad_(leaf.requires_grad)
 
 

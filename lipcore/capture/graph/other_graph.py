@@ -67,22 +67,23 @@ class OtherGraphs:
             GraphsDiffer: the graph is another one, whatever random numbers are drawn.
         """
         if not self._chooses or call.begun is None:
-            found = self._run(call, batch, None)
+            found = self._run(walk, call, batch, None)
             if call.begun is None or _differs(walk, found[0], names, batch) is None:
                 return found
         assert self._random is not None  # which has made call.begun
         assert call.begun is not None
         draws = Draws(self._random, call.begun)
         note_draws(self._model, call.arguments, call.keywords, draws)
-        held = self._run(call, batch, draws)
+        held = self._run(walk, call, batch, draws)
         why = _differs(walk, held[0], names, batch)
         if why is not None:
             raise GraphsDiffer(_DRAWN.format(why) if draws.any else str(why)) from why
         self._chooses = True
         return held
 
-    def _run(self, call: Call, batch: Batch, draws: Draws | None) -> tuple[Walk, Any]:
-        returned = on_one_more(self._model, call.arguments, call.keywords, batch.size, batch.dim, draws)
+    def _run(self, walk: Walk, call: Call, batch: Batch, draws: Draws | None) -> tuple[Walk, Any]:
+        given, begins = (call.arguments, call.keywords), walk.begins_at_an_alias
+        returned = on_one_more(self._model, *given, batch.size, batch.dim, draws, begins=begins)
         return Walk(returned), returned
 
 

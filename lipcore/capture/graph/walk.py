@@ -54,6 +54,14 @@ class Walk:
             self._shapes[place] = shapes(self.nodes[place])
         return self._shapes[place]
 
+    @property
+    def begins_at_an_alias(self) -> bool:
+        """True where an input has a gradient by a metric's wish alone (Lipschitz gives the model an alias of it)."""
+        for node, places in zip(self.nodes, self.next, strict=True):
+            if any(child is not None and p < 0 for (child, _), p in zip(node.next_functions, places, strict=True)):
+                return True
+        return False
+
     def behind(self, places: Iterable[int], stop: Container[int] = ()) -> set[int]:
         """Return these places and those behind them, but for those behind the ones to stop at."""
         todo = [place for place in places if place >= 0]

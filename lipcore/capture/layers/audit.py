@@ -165,7 +165,7 @@ class Audit:
 
     def after_backward(self, record: LayerRecord) -> None:
         """Raise ValueError that names parameters which have got a gradient and are not in the first record."""
-        if not self.done and not record.broken:
+        if not self.done and not record.broken and record.samples:
             self.done = True
             outside = REENTRANT if self._reentrant else OUTSIDE
             audit_gradients(self._coverage, self._grads_before, record.norms_sq, outside, skip=self._skip)

@@ -39,6 +39,7 @@ _PREPENDED = (
     "prepend=True after lipcore's, or by register_module_forward_hook()); register it on the module, before the metric "
     "is attached or without prepend"
 )
+_COMPUTED = "is called with a tensor that is computed from its parameter (functional_call), whose gradient is another"
 _SAVED = (
     "save() of its rule {0} is to return (tensors, extra), a tuple or list of tensors and anything else that factors() "
     "needs, and has returned {1}; put what is no tensor into extra"
@@ -146,6 +147,8 @@ class LayerSite:
             refusal = self.rule.refuses(module)
             if refusal:
                 raise ValueError(refusal)
+            if any(getattr(module._parameters.get(key), "grad_fn", None) is not None for key in self.names):
+                raise ValueError(_COMPUTED)
             if hasattr(tensor, "placements"):
                 raise ValueError("a DTensor (tensor parallel) has no per-sample gradients on one rank")
             call = self._prepared(module, arguments, keywords, tensor, run.batches)

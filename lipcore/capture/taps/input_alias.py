@@ -4,27 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lipcore.capture.identity import Alias
 from lipcore.capture.own_nodes import counted, note_begun
-
-
-class Alias(torch.autograd.Function):
-    """The Function that returns a tensor with the same memory as x, which requires a gradient by way of the anchor; x
-    itself gets the gradient that it would get anyway.
-
-    No view in autograd's eyes, and no leaf: the model may work on it in place. `mark_dirty` would change the user's own
-    tensor, and a detached copy would cut off what made it (a generator before a discriminator).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        return x.new_empty(0).set_(x.untyped_storage(), x.storage_offset(), x.shape, x.stride())
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
-        return (grad if ctx.needs_input_grad[0] else None), None
 
 
 @counted

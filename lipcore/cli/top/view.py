@@ -11,7 +11,7 @@ from rich.text import Text
 
 from lipcore.cli.top.reading import Layer, Line, Seen
 from lipcore.report.alarms_told import told
-from lipcore.report.html import number, printable, shortened_name
+from lipcore.report.html import in_words, number, printable, shortened_name
 
 _BARS, _ASCII = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 _NAME, _NUMBER = 18, 12
@@ -101,7 +101,7 @@ def _events(seen: Seen, width: int) -> list[Text]:
     for event in seen.events:
         place = str(event.data.get("place", "")) if event.kind == "alarm" else event.kind
         text = told(event) if event.kind == "alarm" else event.text
-        where = "" if place in ("", "total") else f"  {shortened_name(place, 24)}"
+        where = "" if place in ("", "total") else f"  {shortened_name(in_words(place), 24)}"
         lines.append(Text(f"step {event.step:,}{where}: {text}"))
     return lines
 

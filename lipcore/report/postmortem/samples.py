@@ -35,7 +35,7 @@ class Ranking:
 
     Attributes:
         by: "gradient norm" or "loss".
-        top: those with the largest one, values that are not finite first.
+        top: those with the largest one, values that are not finite first; none where none of the step is finite.
         median: of the step.
         usual: median of the samples of the steps before; NaN where there are none.
         outstanding: how many are more than twice as large as every sample of the steps before, or not finite.
@@ -96,6 +96,7 @@ def _ranking(by: str, here: SamplesOfStep, own: Any, usual: Any) -> Ranking:
     assert here.ids is not None
     numbers = [[None] * len(own) if a is None else a.tolist() for a in (here.norms, here.losses)]
     top = [Sample(int(here.ids[i]), numbers[0][i], numbers[1][i]) for i in order]
+    top = top if finite.any() or len(own) == 1 else []  # which of them come first would say nothing
     median = float(np.median(own[finite])) if finite.any() else float("nan")
     adds_up = by == "loss" and finite.all() and len(own) > 1 and own.min() >= 0 and own.sum() > 0
     share = float(own.max() / own.sum()) if adds_up else 0.0

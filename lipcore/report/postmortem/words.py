@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 
 from lipcore.report.alarms_told import is_unexplained, told
-from lipcore.report.html import count, number, printable, shortened_name
+from lipcore.report.html import count, in_words, number, printable, shortened_name
 from lipcore.report.postmortem.account import Account, Rate
 from lipcore.report.postmortem.causes import cause_of, checks_of
 from lipcore.report.postmortem.changes import BEFORE, LEAD, Change
@@ -81,7 +81,8 @@ def _moved_first(account: Account) -> list[str]:
         layers = [one for one in layers if one.place != layers[0].place]
     if names := list(dict.fromkeys(one.place for one in layers)):
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-        others += f"; in the same step also in {', '.join(names[:4])}{more}"
+        also = "also" if others else "in the same step also"
+        others += f"; {also} in {', '.join(map(in_words, names[:4]))}{more}"
     parts = [f"First: step {first.step:,}, {change(first)}{others}."]
     if away := account.step - account.begin:
         what = "the alarm" if account.event is not None else "the step that was asked for"
@@ -160,6 +161,8 @@ def value_of(value: float) -> str:
 def of_ranking(samples: Samples, ranking: Ranking) -> str:
     """Return what a ranking says."""
     one = ranking.outstanding == 1
+    if samples.count > 1 and not ranking.top:
+        return f"all {samples.count} are not finite"
     said = {
         "single": f"{ranking.outstanding} of {samples.count} stand{'s' if one else ''} out",
         "batch": "the whole batch is not as usual",
@@ -189,7 +192,8 @@ def _samples(samples: Samples) -> list[str]:
     lines = [f"Samples of step {samples.step:,} ({samples.count})"]
     for ranking in samples.rankings:
         lines.append(_item(f"by {ranking.by}: {of_ranking(samples, ranking)}"))
-        lines += _rows([("id", "gradient norm", "loss"), *map(cells, ranking.top)], "      ")
+        if ranking.top:
+            lines += _rows([("id", "gradient norm", "loss"), *map(cells, ranking.top)], "      ")
     return lines
 
 
@@ -204,7 +208,7 @@ def _rows(rows: Sequence[tuple[str, ...]], before: str = "  ") -> list[str]:
 
 
 def _of(place: str) -> str:
-    return "" if place == "total" else f" of {place}"
+    return "" if place == "total" else f" of {in_words(place)}"
 
 
 def _wrapped(text: str) -> str:

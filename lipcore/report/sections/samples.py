@@ -60,11 +60,11 @@ def _largest(facts: Facts) -> tuple[list[str], list[Table]]:
         usual = found.usual[by]
         rows = [
             (
-                str(one.id),
+                f"all {one.times:,} samples" if one.id is None else str(one.id),
                 number(one.value) if np.isfinite(one.value) else "not finite",
                 number(one.value / usual) if usual > 0 and np.isfinite(one.value) else "",
                 f"{one.step:,}",
-                f"{one.times:,}",
+                "" if one.id is None else f"{one.times:,}",
             )
             for one in samples
         ]

@@ -1,4 +1,4 @@
-"""What theory says of the run: Theorem 1, Definition 1 and Corollaries 1 and 2, each number with its label."""
+"""What theory says of the run: Theorem 1, Definition 1 and Corollaries 1 to 3, each number with its label."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ _SIDES = {"lower": "lower side", "middle": "mean of r", "upper": "upper side"}
 _NOTE = (
     "Loukas, Poiitis, Jegelka, NeurIPS 2021. lambda: the local Lipschitz constant at a sample; r: the norm of the "
     "first layer's gradient over that of the output's; W_1: the first layer's weight, with singular values sigma."
+)
+_NO_BIAS = (
+    "Corollaries 2 and 3 are about the first layer's bias, whose own way this record does not have; "
+    'watch(record_level="tensor") with a Trajectory records it.'
 )
 
 
@@ -27,7 +31,8 @@ def theory(facts: Facts, plots: Plots) -> Made:
     said += "." if valid == len(facts.theory) else "; the others are grey, each with the reason."
     heads = ("statement", "number", "value", "worth", "steps", "note")
     table = Table(heads, [_row(one) for one in facts.theory], "Over the whole run", most=12, of_numbers=False)
-    return Section("theory", "What theory says", [said], _figures(facts, plots), [table], notes=[_NOTE])
+    notes = [_NOTE] if any(one.where == "Corollary 3" for one in facts.theory) else [_NOTE, _NO_BIAS]
+    return Section("theory", "What theory says", [said], _figures(facts, plots), [table], notes=notes)
 
 
 def _figures(facts: Facts, plots: Plots) -> list[Figure]:

@@ -1,0 +1,141 @@
+"""Alarms on two ranks: all hear of all at logging steps, and stop at the same one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import lipcore
+from lipcore.alarms import AlarmEvent, Alarms, AlarmStop
+from lipcore.alarms.ranks import EventsOfRanks
+
+STEPS, WINDOW, AT = 16, 4, 6
+
+
+def event(step: int, place: str, rank: int | None = None) -> AlarmEvent:
+    on = "" if rank is None else f" on rank {rank}"
+    return AlarmEvent(step, "loss", place, 4.0, f"alarm in step {step}{on}: words", rank)
+
+
+def test_ranks_have_the_same_events_each_once() -> None:
+    ranks = [EventsOfRanks(), EventsOfRanks()]
+    ranks[0].add(event(3, "b"))
+    ranks[0].add(event(2, "a"))
+    ranks[1].add(event(2, "a"))
+    ranks[1].add(event(3, "c"))
+    said = json.loads(json.dumps([one.said() for one in ranks]))
+    found = [one.heard({4: said[0], 7: said[1]}) for one in ranks]
+    everything = [event(2, "a", 4), event(3, "b", 4), event(3, "c", 7)]
+    assert [new for new, _ in found] == [everything] * 2
+    assert [of_others for _, of_others in found] == [[event(3, "c", 7)], [event(3, "b", 4)]]
+    ranks[1].add(event(3, "b"))  # late
+    assert ranks[0].heard({4: ranks[0].said(), 7: ranks[1].said()}) == ([], [])
+    assert ranks[0].all == everything
+    ranks[0].forget(2)
+    assert ranks[0].all == everything[:1]
+
+
+def test_many_events_come_in_several_parts() -> None:
+    one = EventsOfRanks()
+    for step in range(20):
+        one.add(event(step, "a"))
+    parts = [[found.step for found in one.heard({0: one.said(), 1: None})[0]] for _ in range(4)]
+    assert [len(part) for part in parts] == [8, 8, 4, 0]
+    assert [step for part in parts for step in part] == list(range(20))
+
+
+@pytest.mark.parametrize("meets", [True, False])
+def test_a_stop_waits_for_the_other_ranks_as_long_as_they_are_met(meets: bool) -> None:
+    kept: list[Exception] = []
+    alarms = Alarms(stop=True)
+    alarms._begin([], kept.append, lambda: False, has_norms=False, meets=lambda: meets)
+    alarms._tell(event(3, "a"))
+    assert len(kept) == (0 if meets else 1)
+    alarms._part()
+    alarms._end()
+    assert [error.event for error in kept] == [event(3, "a")]
+    assert len(alarms.global_events) == (0 if meets else 1)
+
+
+def train(rank: int, folder: str, name: str, *, stop: bool) -> dict[str, Any]:
+    """Train under DDP; on rank 1 the loss that is logged becomes NaN once."""
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    heard: list[AlarmEvent] = []
+    alarms = Alarms(on_event=heard.append, stop=stop)
+    metrics = [lipcore.Trajectory()]
+    made: dict[str, Any] = {"metrics": metrics, "run": f"{folder}/{name}", "window_steps": WINDOW, "alarms": alarms}
+    found: dict[str, Any] = {"steps": 0, "stopped": None}
+    try:
+        with lipcore.watch(model, optimizer, **made) as monitor:
+            for step in range(1, STEPS + 1):
+                found["steps"] = step
+                loss = model(torch.randn(6, 4)).square().mean()
+                monitor.log(loss=loss * (float("nan") if rank == 1 and step == AT else 1))
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    except AlarmStop as error:
+        found["stopped"] = [error.event.step, error.event.rank]
+    run = lipcore.open_run(f"{folder}/{name}", rank)
+    return found | {
+        "own": [one.step for one in alarms.events],
+        "all": [[one.step, one.signal, one.place, one.rank, one.message] for one in alarms.global_events],
+        "heard": [[one.step, one.rank] for one in heard],
+        "recorded": [[one.step, one.data.get("rank")] for one in run.events if one.kind == "alarm"],
+    }
+
+
+def work(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    import lipcore.metric.pace
+    import lipcore.monitor.logged
+    import lipcore.trajectory.single_steps
+
+    for module in (lipcore.trajectory.single_steps, lipcore.monitor.logged):
+        module.PROMPT = 0.0  # every step takes longer than numbers wait
+    for name, stop in (("goes on", False), ("stops", True)):
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/{name}.store", 2), rank=rank, world_size=2)
+        found = train(rank, folder, name, stop=stop)
+        Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found))
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    run_ranks(work, str(folder))
+    return {
+        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
+        for name in ("goes on", "stops")
+    }
+
+
+@pytest.mark.ci
+def test_all_ranks_hear_of_it_where_windows_are_merged(found: dict[str, list[dict[str, Any]]]) -> None:
+    one, other = found["goes on"]
+    assert one["steps"] == other["steps"] == STEPS
+    assert (one["own"], other["own"]) == ([], [AT])
+    assert one["all"] == other["all"]
+    ((step, signal, place, rank, message),) = one["all"]
+    assert (step, signal, place, rank) == (AT, "nonfinite", "total", 1)
+    assert message.startswith(f"alarm in step {AT} on rank 1: not finite")
+    assert (one["heard"], other["heard"]) == ([[AT, 1]], [[AT, None]])
+    assert (one["recorded"], other["recorded"]) == ([[AT, 1]], [[AT, None]])
+
+
+@pytest.mark.ci
+def test_all_ranks_stop_at_the_same_step(found: dict[str, list[dict[str, Any]]]) -> None:
+    one, other = found["stops"]
+    assert one["stopped"] == other["stopped"] == [AT, 1]
+    assert one["steps"] == other["steps"] == 2 * WINDOW + 1  # the call after the window's end
+    assert one["all"] == other["all"]
