@@ -18,11 +18,14 @@ import torch
 from torch import Tensor
 
 from lipcore import Trajectory
+from lipcore.distributed.group import Group
 from lipcore.distributed.ownership import Ownership, describe
+from lipcore.distributed.shares import Shares
 from lipcore.metric.rank_part import RankPart
 
 FILE = Path(__file__).with_suffix(".json")
 RANKS, WINDOW = (64, 1024), 100
+REPLICAS = (8, 64)  # of DDP
 #: Hidden size, width of keys and values, width inside, layers.
 MODELS = {"7B": (4096, 4096, 11008, 32), "70B": (8192, 1024, 28672, 80)}
 _BOTH = ("update_norm", "update_ratio", "path_length", "weight_norm", "grad_norm", "clipped_grad_norm")
@@ -119,6 +122,34 @@ def rows() -> list[dict[str, Any]]:
     return found
 
 
+def split_rows() -> list[dict[str, Any]]:
+    """Return a row for each model under DDP in mode "exact", without and with split_replicas: what a rank keeps, of
+    several the one that keeps most."""
+    found = []
+    for model in MODELS:
+        shapes = shapes_of(model)
+        fixed, slope = kept(list(shapes), MODES['`"exact"`'])
+        with torch.device("meta"):
+            held = [(name, torch.empty(shape)) for name, shape in shapes.items()]
+        row: dict[str, Any] = {"model": model, "whole": round(fixed + slope * sum(t.numel() for _, t in held))}
+        for ranks in REPLICAS:
+            numbers = tuple(range(ranks))
+            of_ranks = [Shares().mine(held, Group(None, numbers, place)) for place in numbers]
+            each = [kept(sorted(share), MODES['`"exact"`'])[0] + slope * sum(math.prod(shapes[n]) for n in share)
+                    for share in of_ranks]  # fmt: skip
+            row[str(ranks)] = round(max(each))
+        found.append(row)
+    return found
+
+
+def split_table(found: list[dict[str, Any]]) -> list[str]:
+    """Return the lines of the table of DDP in docs/distributed.md."""
+    heads = [f"with `split_replicas=True`, {ranks} ranks" for ranks in REPLICAS]
+    lines = [f"| model | DDP | {' | '.join(heads)} |", "|---|---|" + "---|" * len(heads)]
+    keys = "whole", *map(str, REPLICAS)
+    return lines + [f"| {row['model']} | {' | '.join(_mb(row[key]) for key in keys)} |" for row in found]
+
+
 def table(found: list[dict[str, Any]]) -> list[str]:
     """Return the lines of the table in docs/distributed.md."""
     heads = [f"{model}, {ranks} ranks" for model in MODELS for ranks in RANKS]
@@ -139,9 +170,9 @@ def _mb(size: int) -> str:
 
 
 def main() -> None:
-    found = rows()
+    found = {"fsdp2": rows(), "ddp": split_rows()}
     FILE.write_text(json.dumps(found, indent=1) + "\n")
-    print("\n".join(table(found)))
+    print("\n".join([*table(found["fsdp2"]), "", *split_table(found["ddp"])]))
 
 
 if __name__ == "__main__":

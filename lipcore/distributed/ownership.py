@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Piece:
     offset: Shape
     shape: Shape
     bits: str  #: a sum of its elements' bits: replicas have the same
+    kept: bool = True  #: this rank could count it
 
     @property
     def place(self) -> tuple[Shape, Shape]:
@@ -37,11 +38,12 @@ class Piece:
         return math.prod(self.shape)
 
 
-def describe(parameters: Iterable[tuple[str, str, Any]]) -> Description:
+def describe(parameters: Iterable[tuple[str, str, Any]], kept: Collection[str] | None = None) -> Description:
     """Return what this rank holds, for :meth:`Ownership.of`; waits for the device once.
 
     Args:
         parameters: (name, group, tensor) of each; of a DTensor, the tensor itself.
+        kept: names of those that this rank could count; None: of all.
     """
     found = list(parameters)
     local = [getattr(tensor, "_local_tensor", tensor).detach() for _, _, tensor in found]
@@ -55,6 +57,8 @@ def describe(parameters: Iterable[tuple[str, str, Any]]) -> Description:
         out["whole"].append(list(tensor.shape))
         out["offset"].append(list(offset) or [0] * tensor.ndim)
         out["shape"].append(list(part.shape))
+    if kept is not None:
+        out["kept"] = [int(name in kept) for name in out["names"]]
     return out
 
 
@@ -126,10 +130,12 @@ class Ownership:
 
 def _pieces(description: Description) -> dict[str, Piece]:
     keys = ("groups", "whole", "offset", "shape", "bits")
-    rows = zip(*(description[key] for key in keys), strict=True)
+    names = description["names"]
+    kept = description.get("kept", [1] * len(names))
+    rows = zip(*(description[key] for key in keys), kept, strict=True)
     return {
-        name: Piece(group, tuple(whole), tuple(offset), tuple(shape), bits)
-        for name, (group, whole, offset, shape, bits) in zip(description["names"], rows, strict=True)
+        name: Piece(group, tuple(whole), tuple(offset), tuple(shape), bits, bool(keeps))
+        for name, (group, whole, offset, shape, bits, keeps) in zip(names, rows, strict=True)
     }
 
 
@@ -158,8 +164,14 @@ def _owners(name: str, held: Sequence[tuple[int, Piece]], ranks: Sequence[int]) 
                 "be the same. Models that are trained apart: pass group= (or group=None), the ranks that train one "
                 "model; stages of a pipeline: prefix=; weights that ranks average now and then: right after that"
             )
-        if piece.count:
+        if piece.count and piece.kept:
             owners.setdefault(piece.place, i)
+    if nobodys := [i for i, piece in held if piece.count and piece.place not in owners]:
+        raise ValueError(
+            f"parameter '{name}': rank {ranks[nobodys[0]]} leaves it to another rank (split_replicas), and no rank of "
+            "the group keeps it: the ranks that share parameters have to be those of group=, and all of them have to "
+            "hold the same ones (stages of a pipeline do not); leave split_replicas out"
+        )
     covered, total = sum(math.prod(shape) for _, shape in owners), math.prod(reference.whole)
     if covered != total:
         raise ValueError(

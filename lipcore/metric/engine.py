@@ -30,13 +30,22 @@ from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.rank_states import SavedRanks, saved
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
-from lipcore.metric.state import checked_starts
+from lipcore.metric.state import checked_starts, checked_steps
 from lipcore.metric.step_end import StepEnd, StepEndCalls
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import check_kind, never_called
 from lipcore.models.names import called_inside
 
 Self = TypeVar("Self", bound="Engine")
+
+_NOT_SAVED = (
+    "windows that have closed wait for those of the other ranks, and are not in a state: after a resume no window of "
+    "all ranks has steps {0}. Call monitor.global_window() (or monitor.log(), under watch) on all ranks before you save"
+)
+_WERE_WAITING = (
+    "windows that had closed when this state was saved waited for those of the other ranks, and are not in it: no "
+    "window of all ranks has steps {0}"
+)
 
 
 class Engine:
@@ -107,6 +116,7 @@ class Engine:
             metric.prepare(updating(self._optimizers), scaler, window_blocks)
             metric.prefix = prefix
             metric.ranks_apart = self._global.none_asked_for
+            metric.partners = self._global.partners
             metric.before_moves = WeakCall(self._moved_by_hand)
             metric.bind(model)
         needs = {metric: metric.needs() for metric in chosen}
@@ -579,7 +589,7 @@ class Engine:
                     results[name] = _checked_result(name, self.metrics[name].finalize())
                 except Exception as error:  # noqa: PERF203
                     self._stop_metric(self.metrics[name], error)
-        scope = self._global.scope(self.model)
+        scope = self._global.scope(self.model, self.metrics.values())
         off = {name: metric.off for name, metric in self.metrics.items() if metric.off}
         return Window(windows.number, windows.begin + 1, windows.step, False, scope, results, off)
 
@@ -611,7 +621,11 @@ class Engine:
         torch.distributed.checkpoint calls it: ``dcp.save({"lipcore": monitor, ...})`` on all ranks. It is also what
         each rank may write into a file of its own. No rank waits for another."""
         self._step_end.take_waiting()
-        state = saved(self.metrics, self._global.place, self._own_state())
+        waiting = self._global.waiting
+        if waiting:
+            self._failures.warn(_NOT_SAVED.format(_steps_of(waiting)))
+        own = self._own_state() | {"waiting": [list(steps) for steps in waiting]}
+        state = saved(self.metrics, self._global.place, own)
         self._tell(lambda listener: listener.state_taken())
         return {"version": self._version, **self._windows.state(), **state}
 
@@ -630,7 +644,7 @@ class Engine:
         ranks = SavedRanks(state, place)
         if ranks.names != sorted(self.metrics):
             raise ValueError(f"metrics: the state has {ranks.names}, this monitor has {sorted(self.metrics)}")
-        take_own = self._loaded_own(ranks.first)
+        take_own, lost = self._loaded_own(ranks.first), checked_steps(ranks.first.get("waiting", []))
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         lacking: dict[str, str] = {}
         try:
@@ -644,6 +658,8 @@ class Engine:
         take_own()
         self._windows.load(state["step"], state["windows"], starts)
         self._leave_out(lacking)
+        if lost:
+            self._failures.warn(_WERE_WAITING.format(_steps_of(lost)))
         self._tell(lambda listener: listener.state_loaded(self._windows.step))
 
     def _own_state(self) -> dict[str, Any]:
@@ -723,6 +739,10 @@ class Engine:
             metric.flush()
         self._shut()
         self._failures.drop_kept()  # the exception that ends the loop goes first: the user's own, or an alarm's
+
+
+def _steps_of(windows: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{first} to {last}" for first, last in windows)
 
 
 def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:

@@ -42,17 +42,19 @@ class GlobalWindows:
         self._waiting: deque[tuple[Window, Offer]] = deque()
         self._newest: Window | None = None  # of a process that stands alone
         self._warned = False
+        self._called = False  # merge(), by somebody
         self._partial: dict[str, tuple[int, str]] = {}  # metrics whose windows from a step or before lack samples
         self._told: set[Withdrawn] = set()
         self.history = History(maxlen=limit, bytes_limit=bytes_limit)  #: windows of all ranks, oldest first
         self.last_merged: list[Window] = []  #: those that the last merge() has added to it
         self.heard: list[Any] = []  #: what the ranks have said at the last merge(), in their order
 
-    def scope(self, model: nn.Module) -> Scope:
+    def scope(self, model: nn.Module, metrics: Iterable[Metric]) -> Scope:
         """Return what this process's own windows cover."""
         if self.stands_alone:
             return "global"
-        return "shard" if is_sharded(model) else "rank"
+        parts = is_sharded(model) or any(metric.keeps_parts for metric in metrics)
+        return "shard" if parts else "rank"
 
     @property
     def none_asked_for(self) -> bool:
@@ -76,6 +78,11 @@ class GlobalWindows:
     def leave_out(self, names: Iterable[str], step: int, why: str) -> None:
         """Leave some metrics out of windows with steps up to this one."""
         self._partial |= dict.fromkeys(names, (step, why))
+
+    @property
+    def waiting(self) -> list[tuple[int, int]]:
+        """The first and the last step of each closed window that waits, where windows are merged at all."""
+        return [(window.first_step, window.last_step) for window, _ in self._waiting] if self._called else []
 
     @property
     def waits(self) -> bool:
@@ -126,7 +133,7 @@ class GlobalWindows:
             RuntimeError: group=None; a rank has not come, or is elsewhere: the windows go on waiting.
             ValueError: what the ranks have does not fit together: the windows are given up.
         """
-        self.last_merged, self.heard = [], []
+        self.last_merged, self.heard, self._called = [], [], True
         if self.partners.none_asked_for and world_size() > 1:
             raise RuntimeError(
                 "global_window: this Monitor was made with group=None, so its windows are this rank's; pass "

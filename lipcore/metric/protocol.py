@@ -18,6 +18,7 @@ from lipcore.capture.layers.layer_pass import LayerRecord
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.tapped import TappedLayers
 from lipcore.capture.taps.tap import Record, SingleSample, Tap
+from lipcore.distributed.partners import Partners
 from lipcore.distributed.rank_axis import Place
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.ordinary import make_ordinary
@@ -93,6 +94,8 @@ class Metric(ABC):
     prefix: str = ""  #: what stands before the names of parameters; the engine sets it before bind()
     counts_samples: bool = True  #: its windows hold this rank's own samples, and a state of another rank those of that
     ranks_apart: bool = False  #: each rank trains a model of its own (group=None); the engine sets it before bind()
+    partners: Partners | None = None  #: the other ranks; the engine sets them before bind()
+    keeps_parts: bool = False  #: of what it watches, since other ranks keep the others
     off: str = ""  #: why it is off; an off metric observes nothing and has no results
 
     #: For the engine, not for users: left out of dir().

@@ -25,10 +25,16 @@ class Holding:
     Args:
         parameters: returns (name, group, tensor) of each.
         refused: why they cannot be merged; "" where they can.
+        kept: names of those that this rank could count; None: of all.
     """
 
-    def __init__(self, parameters: Callable[[], Iterable[tuple[str, str, Any]]], refused: str = "") -> None:
-        self._parameters, self._refused = parameters, refused
+    def __init__(
+        self,
+        parameters: Callable[[], Iterable[tuple[str, str, Any]]],
+        refused: str = "",
+        kept: Collection[str] | None = None,
+    ) -> None:
+        self._parameters, self._refused, self._kept = parameters, refused, kept
         self._found: dict[tuple[int, ...], Ownership] = {}  # by the ranks of a group
         self._ranks: tuple[int, ...] = ()
         self.room = 1024  #: bytes for the text, once there is one; it is as long at other values of the parameters
@@ -55,7 +61,7 @@ class Holding:
         """Return what this rank holds, as JSON; or why that cannot be said. Waits for the device."""
         found: Description
         try:
-            found = {"refused": self._refused} if self._refused else describe(self._parameters())
+            found = {"refused": self._refused} if self._refused else describe(self._parameters(), self._kept)
         except Exception as error:  # the other ranks wait for a word of this one
             found = {"refused": str(error)[:150]}  # there is room for that at any later time too
         text = json.dumps(found)

@@ -121,6 +121,15 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def checked_steps(state: Any) -> list[tuple[int, int]]:
+    """Return first and last steps of windows; ValueError where they are none."""
+    found = state if isinstance(state, list) else [state]
+    for each in found:
+        if not isinstance(each, (list, tuple)) or len(each) != 2 or not all(map(is_count, each)):
+            raise ValueError(f"waiting: expected the first and the last step of windows, got {state!r:.80}")
+    return [(first, last) for first, last in found]
+
+
 def checked_starts(state: Any, version: int, blocks: int) -> list[int]:
     """Return the step before every block of the open window; ValueError naming the first key that does not fit an
     engine of this version with at most so many blocks a window."""

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lipcore.models.accumulation import without_accumulation
 from lipcore.models.chains import home_of
 from lipcore.models.drawing_operations import DrawingOperations
+from lipcore.models.gathered import is_spread
 from lipcore.models.outputs import tensors_of
 from lipcore.models.pause import paused
-from lipcore.models.ranks import below_ddp, has_dtensors, without_communication
+from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import PassState, without_cached_casts
 from lipcore.models.sparse_rows import bytes_of, rows_at
 from lipcore.models.torch_internals import (
@@ -208,7 +209,7 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any, *, together: 
     odd = [leaf for leaf in tree_leaves((arguments, keywords)) if not isinstance(leaf, (*_PLAIN, Tensor))]
     if odd:
         return f"it is called with a {type(odd[0]).__name__}, which another pass may change"
-    if has_dtensors(model) and not together:
+    if is_spread(model) and not together:
         return "it is sharded"
     if ANY_FORWARD_HOOKS or ANY_FORWARD_PRE_HOOKS:
         return "hooks on all modules would see another forward pass"

@@ -1,43 +1,53 @@
-"""Parameters of fully_shard()ed modules that are gathered while a forward pass is under way."""
+"""Parameters of fully_shard()ed modules that are gathered while a pass is under way, and no DTensors then."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import nn
 
-from lipcore.models.ranks import under_process_group
+from lipcore.models.ranks import has_dtensors
+from lipcore.models.torch_internals import fsdp_groups
+
+
+def fully_sharded(model: nn.Module) -> list[Any]:
+    """Return the fully_shard()ed modules in a model."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return [] if kind is None else [module for module in model.modules() if isinstance(module, kind)]
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Return whether parameters are spread over ranks: DTensors, or gathered from such for the pass under way."""
+    return has_dtensors(model) or bool(fully_sharded(model))
+
+
+def mesh_of(model: nn.Module) -> Any:
+    """Return the mesh that the first parameter of a model that is spread over ranks is on."""
+    of_parameters = (p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
+    of_groups = (group.mesh_info.mesh for module in fully_sharded(model) for group in fsdp_groups(module))
+    return next(of_parameters, None) or next(of_groups)
+
+
+def let_go(model: nn.Module) -> None:
+    """Let fully_shard()ed modules hold their parts again: what they have gathered would be used by the next forward
+    pass, whatever the optimizer has changed since. No collective."""
+    for module in fully_sharded(model):
+        module.reshard()
 
 
 @contextmanager
-def gathered_again(model: nn.Module) -> Iterator[None]:
-    """Have the fully_shard()ed modules that held whole parameters before the with block hold them after it: a backward
-    pass of lipcore's own in it lets go of them, and the user's forward pass goes on with them."""
-    before = _whole(model) if under_process_group() else set()
+def kept_gathered(model: nn.Module) -> Iterator[None]:
+    """Keep what fully_shard()ed modules have gathered through a backward pass of lipcore's own: that would let go of
+    it, and to gather it once more is a collective that the other ranks may not make."""
+    groups = [group for module in fully_sharded(model) for group in fsdp_groups(module)]
+    before = [group.reshard_after_backward for group in groups]
+    for group in groups:
+        group.reshard_after_backward = False
     try:
         yield
     finally:
-        if before:
-            _gather(model, before)
-
-
-def _whole(model: nn.Module) -> set[tuple[int, str]]:
-    """Return where whole parameters are: the module, and the name in it."""
-    return {
-        (id(module), name)
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if parameter is not None and not hasattr(parameter, "placements")
-    }
-
-
-def _gather(model: nn.Module, before: set[tuple[int, str]]) -> None:
-    gone = {module for module, _ in before - _whole(model)}
-    if not gone:
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for sharder in model.modules():
-        if isinstance(sharder, FSDPModule) and any(id(module) in gone for module in sharder.modules()):
-            sharder.unshard()
+        for group, value in zip(groups, before, strict=True):
+            group.reshard_after_backward = value

@@ -108,6 +108,14 @@ def shard_of(tensor: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(shape), tuple(offset)
 
 
+def fsdp_groups(module: Any) -> list[Any]:
+    """Return what a fully_shard()ed module gathers together and lets go of."""
+    state = module._get_fsdp_state()
+    several = getattr(state, "_fsdp_param_groups", None)
+    groups = [state._fsdp_param_group] if several is None else several  # torch 2.11 and before have one
+    return [group for group in groups if group is not None]
+
+
 MKLDNN_LAYOUT = _found("_mkldnn")
 OptimizedModule = _found("_dynamo.OptimizedModule")
 

@@ -14,7 +14,8 @@ from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.capture.training_pass import given_pass
 from lipcore.distributed.group import Group
 from lipcore.distributed.partners import Partners
-from lipcore.models.ranks import below_ddp, has_dtensors, world_size
+from lipcore.models.gathered import let_go
+from lipcore.models.ranks import world_size
 from lipcore.models.restored import all_put_back, without_cached_casts
 
 _CALL = "monitor.prove()"
@@ -60,7 +61,7 @@ def prove_together(
             together = all(other["waits"].get(name) for other in ready)
             found[name] = able[name].finish_proof(proof, together=together)
     finally:
-        _cut_again(model)
+        let_go(model)
     told = _met(partners, group, step, {"version": 1, "call": f"{_CALL}, what it found", "found": found})
     if error is not None:
         raise error
@@ -83,18 +84,6 @@ def _run(
         stack.enter_context(without_cached_casts())
         model(*arguments, **keywords)
     return asked
-
-
-def _cut_again(model: nn.Module) -> None:
-    """Let fully_shard()ed modules hold their parts again: what they have gathered would be used by the next forward
-    pass, whatever the optimizer has changed since."""
-    if not has_dtensors(below_ddp(model)):
-        return
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 @contextmanager

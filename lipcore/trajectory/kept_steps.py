@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from lipcore.metric.state import checked_tensor, is_count
 from lipcore.models.ranks import world_size
 
 #: Bytes that are kept beside the ring at most.
@@ -43,6 +46,34 @@ class KeptSteps:
         """Forget blocks that end before this step."""
         while self._blocks and self._blocks[0][0] + len(self._blocks[0][1]) <= begin:
             self._bytes -= self._blocks.pop(0)[1].nbytes
+
+    def state(self, before: int) -> dict[str, Any]:
+        """Return the last steps without a gap up to the step `before`, which is the first that the ring has, for a
+        checkpoint."""
+        parts, begin = [], before
+        for first, block in reversed(self._blocks):
+            if first >= begin:
+                continue
+            if first + len(block) < begin:
+                break
+            parts.append(block[: begin - first])
+            begin = first
+        nothing = torch.empty(0, self._tensors, 2, dtype=torch.float64, device="cpu")
+        steps = torch.cat(parts[::-1]).cpu() if parts else nothing
+        return {"begin": begin if parts else 0, "steps": steps}
+
+    def checked(self, state: Any) -> tuple[int, Tensor]:
+        """Return what :meth:`state` gave; ValueError naming what is no such thing."""
+        if not isinstance(state, dict) or not is_count(state.get("begin")):
+            raise ValueError(f"expected the number of the first step and the steps, got {state!r:.80}")
+        return state["begin"], checked_tensor("steps", state.get("steps"), torch.float64, (None, self._tensors, 2))
+
+    def load(self, begin: int, steps: Tensor, device: torch.device) -> None:
+        """Keep these steps and no others."""
+        self.clear()
+        if len(steps):
+            self._blocks.append((begin, steps.to(device, copy=True)))
+            self._bytes = steps.nbytes
 
     def window(self, ring: Tensor, begin: int, end: int) -> Tensor | None:
         """Return the steps from `begin` to before `end`, [steps, tensors, 2]; None where some of them are gone."""

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lipcore.distributed.group import AUTO
 from lipcore.distributed.partners import Partners
 from lipcore.distributed.rank_axis import Place
+from lipcore.distributed.shares import Shares
 from lipcore.metric.host_reads import OnDevice
 from lipcore.metric.merging import merge_open
 from lipcore.metric.plan_lines import PlanLines
@@ -23,11 +24,11 @@ from lipcore.metric.rank_states import RankStates
 from lipcore.metric.results import MetricResult
 from lipcore.metric.state import check_same, under_key
 from lipcore.models.arguments import check_count
-from lipcore.models.ranks import is_fsdp1, under_process_group
+from lipcore.models.ranks import is_fsdp1, under_process_group, world_size
 from lipcore.trajectory.building import ALL, Built, Stat, Wanted, build, checked_stats
 from lipcore.trajectory.gradient_norms import BEFORE
 from lipcore.trajectory.groups import Groups, by_block
-from lipcore.trajectory.mode import Choice, Mode, Source
+from lipcore.trajectory.mode import Choice, Mode, Source, check_splits, choose
 from lipcore.trajectory.module_links import ModuleLinks
 from lipcore.trajectory.parameters import (
     Masters,
@@ -72,6 +73,15 @@ _ONLY_NUMBERS = (
     "load_state_dict() of the original"
 )
 
+
+_SPLIT = "split_replicas has each rank keep other parameters"
+_NONE_TO_SHARE = (
+    "split_replicas: with group=None each rank trains a model of its own, which no other rank holds; leave it out"
+)
+_OTHER_SHARES = (
+    "{0}: the state was saved by {1} ranks of which each kept its share of the parameters (split_replicas), or all of "
+    "them, and {2} has another share now. Load it with as many ranks, and with split_replicas as it was{3}"
+)
 
 _NOT_ALL = (
     "ranks: this is what one of {0} ranks has written by itself, and parameters were or are in parts. Load a "
@@ -148,6 +158,10 @@ class Trajectory(Metric):
         keep_every, keep_limit: keep the sketch of every so many steps, and at most so many sketches: see
             :attr:`sketches`.
         memory_budget: bytes, for mode "auto".
+        split_replicas: the ranks that hold parameters alike (DDP, HSDP) share them: each keeps copies of its share and
+            measures that alone, so memory and work fall by their number. Whole parameters go to a rank, so that all
+            have about as many elements. This rank's own window has its share, and no more; the windows of all ranks
+            (:meth:`lipcore.Monitor.global_window`, :meth:`sync`) are as without. For modes "exact" and "updates".
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> trajectory = Trajectory(layer)
@@ -180,6 +194,7 @@ class Trajectory(Metric):
         keep_every: int | None = None,
         keep_limit: int = 1000,
         memory_budget: int | None = None,
+        split_replicas: bool = False,
         on_step: OnStep | None = None,
     ) -> None:
         check_count("every_steps", every_steps)
@@ -192,6 +207,11 @@ class Trajectory(Metric):
         names = None if stats is None else checked_stats(stats)
         choice = Choice(mode, source, buckets, seed, memory_budget)
         choice.check()
+        if not isinstance(split_replicas, bool):
+            raise TypeError(f"split_replicas: expected True or False, got {split_replicas!r}")
+        if split_replicas:
+            check_splits(choice)
+        self._shares = Shares() if split_replicas else None
         self._wanted = Wanted(names, choice, ring, keep_every, keep_limit)
         self._groups, self._masters = groups, masters
         self.reads_masters = masters is not None
@@ -200,6 +220,7 @@ class Trajectory(Metric):
         self._given_optimizer = optimizer
         self._scaler: Any = None
         self._watched: list[WatchedParameter] = []
+        self._all: list[WatchedParameter] = []  # with those that are left to ranks that hold them too
         self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._built = Built(choice, {}, None)  # until it is bound
         self._single = SingleSteps(on_step)
@@ -242,25 +263,44 @@ class Trajectory(Metric):
         self._model = list(model) if isinstance(model, Iterator) else of_modules(model)
         self._build(find_watched(self._model, self._groups, self._masters, self.prefix))
 
-    def _build(self, watched: list[WatchedParameter]) -> None:
-        self._built = build(self._wanted, watched, self._optimizers, self._window_blocks)
-        self._watched, self._links = watched, ModuleLinks(self._model)
-        self._shapes = [one.tensor.shape for one in watched]
+    def _build(self, held: list[WatchedParameter]) -> None:
+        watched, wanted = self._share_of(held), self._wanted
+        if self._shares is not None:  # the same on all ranks, whatever their shares
+            choice = choose(wanted.choice, held, self._optimizers, self._window_blocks)
+            wanted = replace(wanted, choice=choice)
+        self._built = build(wanted, watched, self._optimizers, self._window_blocks)
+        self._all, self._watched, self._links = held, watched, ModuleLinks(self._model)
+        self._shapes = [one.tensor.shape for one in held]
+        self.keeps_parts = len(watched) < len(held)
         self._pieces = [piece_of(one.owner[one.key]) for one in watched]
+        kept = None
+        if self.keeps_parts:
+            self._pieces = [piece or "all, for several ranks" for piece in self._pieces]
+            kept = {one.name for one in watched}
         self._jumps = []
         fsdp1 = isinstance(self._model, nn.Module) and is_fsdp1(self._model)
-        self._holding = Holding(self._held, FSDP1_PIECES if fsdp1 else "")
+        self._holding = Holding(self._held, FSDP1_PIECES if fsdp1 else "", kept)
         self._single.start(self._built)
 
+    def _share_of(self, held: list[WatchedParameter]) -> list[WatchedParameter]:
+        """Return those of the parameters here that this rank keeps, where ranks share them."""
+        if self._shares is None:
+            return held
+        if self.ranks_apart and world_size() > 1:
+            raise ValueError(_NONE_TO_SHARE)
+        group = (self.partners or self._partners_of(AUTO, 60)).find()
+        mine = self._shares.mine([(one.name, one.owner[one.key]) for one in held], group)
+        return [one for one in held if one.name in mine]
+
     def _held(self) -> list[tuple[str, str, Tensor]]:
-        """Return name, group and tensor of all that is watched."""
-        return [(one.name, one.group, one.owner[one.key]) for one in self._watched]
+        """Return name, group and tensor of all that this rank holds of what is watched."""
+        return [(one.name, one.group, one.owner[one.key]) for one in self._all]
 
     def _follow(self) -> None:
         """Go on with the parameters of modules that were replaced, as with replaced parameters: what lies between them
         is an update."""
         watched = find_watched(self._model, self._groups, self._masters, self.prefix)
-        names, shapes = ([one.name for one in members] for members in (watched, self._watched)), self._shapes
+        names, shapes = ([one.name for one in members] for members in (watched, self._all)), self._shapes
         if len({tuple(found) for found in names}) > 1 or [one.tensor.shape for one in watched] != shapes:
             raise ValueError(
                 "trajectory: a module was replaced by one with other parameters, which no state fits; call rebind()"
@@ -470,7 +510,7 @@ class Trajectory(Metric):
         else."""
         if not self._watched:
             return self.__dict__
-        nothing: dict[str, Any] = {"_watched": [], "_model": None, "_masters": None}
+        nothing: dict[str, Any] = {"_watched": [], "_all": [], "_model": None, "_masters": None, "partners": None}
         nothing |= {"_built": Built(self._built.choice, {}, None), "_single": SingleSteps(None)}
         nothing |= {
             "_holding": None,
@@ -580,7 +620,7 @@ class Trajectory(Metric):
         if self._numbers is not None:
             return PlanLines([PlanLine("copy", "holds numbers, and watches nothing")])
         self._require_bound()
-        return PlanLines(plan_lines(self._built, self._watched))
+        return PlanLines(plan_lines(self._built, self._watched, self._all))
 
     def on_device(self) -> list[OnDevice]:
         if self._numbers is not None:
@@ -594,8 +634,10 @@ class Trajectory(Metric):
             return self._numbers
         self._require_bound()
         result = self._empty_result()
+        if self.keeps_parts:
+            result.details["kept_by_other_ranks"] = len(self._all) - len(self._watched)
         add_quantities(result, self._built, self._stats, self.every_steps)
-        self._trouble.look(self._model, self._watched, self._tracker, self._built.gradients)
+        self._trouble.look(self._model, self._all, self._tracker, self._built.gradients)
         return result
 
     @property
@@ -697,6 +739,7 @@ class Trajectory(Metric):
             "every_steps": self.every_steps,
             "window_blocks": self._window_blocks,
             "ring": self._wanted.ring,
+            **({"split_replicas": True} if self.keeps_parts else {}),
         }
 
     @property
@@ -753,7 +796,8 @@ class Trajectory(Metric):
         open window."""
         tensors, rest = split(state, self._watched)
         self._built.align()
-        rest["share"] = shares_of(self._built, self._watched, place, self._carried)
+        share = {"tied": _SPLIT} if self.keeps_parts else None
+        rest["share"] = share or shares_of(self._built, self._watched, place, self._carried)
         steps = self._built.first.window_steps
         missed = {stage: steps - found.window_steps for stage, found in self._built.of_gradients.items()}
         if self._carried is not None:
@@ -790,6 +834,8 @@ class Trajectory(Metric):
         if own is not None and self.continues(own):
             self.load_state_dict(self.joined_state(saved.tensors, own))
             return ""
+        if self.keeps_parts or (isinstance(alike, dict) and "split_replicas" in alike):
+            raise ValueError(_OTHER_SHARES.format(self.name, saved.ranks, saved.place, ANEW))
         check_same(alike, self._settings())
         assert alike is not None
         if alike.get("whole") and not any(self._pieces):
@@ -846,8 +892,9 @@ class Trajectory(Metric):
         twin = Trajectory(
             groups=self._groups, stats=self._wanted.stats, every_steps=self.every_steps, masters=self._masters,
             window_blocks=self._window_blocks, ring=self._wanted.ring, mode=choice.mode, source=choice.source,
-            buckets=choice.buckets, seed=choice.seed,
+            buckets=choice.buckets, seed=choice.seed, split_replicas=self._shares is not None,
         )  # fmt: skip
+        twin._shares, twin.partners = self._shares, self.partners
         twin.prepare(self._optimizers, None, self._window_blocks)
         twin.bind(self._model)
         twin.load_state_dict(state)

@@ -53,6 +53,19 @@ class Choice:
             raise ValueError("source: mode 'updates' keeps no copies to take the difference from")
 
 
+def check_splits(asked: Choice) -> None:
+    """Raise ValueError where ranks that hold parameters alike cannot share what a Trajectory keeps of them."""
+    why = ""
+    if asked.mode == "sketch":
+        why = "mode 'sketch' keeps nothing of single parameters that ranks could share"
+    elif asked.mode == "auto":
+        why = "mode 'auto' may choose another mode on each rank"
+    elif asked.source == "explicit":
+        why = "source 'explicit' is given what has moved, and keeps nothing"
+    if why:
+        raise ValueError(f"split_replicas: {why}; use mode 'exact', or 'updates' with another source")
+
+
 def choose(
     asked: Choice, watched: list[WatchedParameter], optimizers: Sequence[Optimizer], window_blocks: int
 ) -> Choice:

@@ -21,7 +21,7 @@ from lipcore.trajectory.whole import PathSoFar, Place, Whole, places_of
 
 _GONE = (
     "ring: the window has {0} steps, the ring keeps {1}, and of those before not all are kept beside it ({2} MiB at "
-    "most, and none over a load_state_dict()); path lengths of shards do not add up, only the squares of single steps "
+    "most); path lengths of shards do not add up, only the squares of single steps "
     "do. Use ring={0} or more, or shorter windows"
 )
 
@@ -76,7 +76,7 @@ class TrajectoryPart(RankPart):
     def result(self, together: Together) -> MetricResult:
         """Return the numbers of whole parameters."""
         places, wanted = self._places, frozenset(self.agreed["quantities"])
-        sums = ShardSums.of_packed(together, self.agreed["gradients"])
+        (sums,) = ShardSums.of_packed(together, self.agreed["gradients"])
         whole = Whole(sums, places, self.agreed["end"], self.before, self._alone(places))
         after = whole.add_to(self.empty, wanted, self.agreed["length"])
         if not self.open:

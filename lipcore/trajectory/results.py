@@ -24,9 +24,14 @@ def add_quantities(result: MetricResult, built: Built, wanted: Iterable[str], ev
         built.gradients.describe(result, frozenset(left))
 
 
-def plan_lines(built: Built, watched: list[WatchedParameter]) -> list[PlanLine]:
-    """Return what was chosen, the groups, and the bytes of every kind of state."""
+def plan_lines(built: Built, watched: list[WatchedParameter], held: list[WatchedParameter]) -> list[PlanLine]:
+    """Return what was chosen, the groups, and the bytes of every kind of state; `held`: what is watched on this rank
+    and on those that share it."""
     lines = [PlanLine("mode", built.choice.why)]
+    if len(watched) < len(held):
+        mine, all_of_them = (sum(one.tensor.numel() for one in each) for each in (watched, held))
+        said = f"{len(watched)} of {len(held)} parameters, {mine:,} of {all_of_them:,} elements"
+        lines.append(PlanLine("split_replicas", f"{said}; other ranks keep the others"))
     groups: dict[str, list[WatchedParameter]] = {}
     for parameter in watched:
         groups.setdefault(parameter.group, []).append(parameter)

@@ -139,17 +139,24 @@ class ShardSums:
             })  # fmt: skip
         return cls(steps, added, largest, steps.new_zeros(0), *stages)
 
-    def packed(self) -> Packed:
-        """Return them in the order of :meth:`of_packed`."""
-        stages = sorted(self.gradients)
-        sums = [self.steps, self.added, self.paths, *(self.gradients[stage] for stage in stages)]
-        return Packed(sums, [self.largest, *(self.no_gradients[stage] for stage in stages)])
+    def packed(self, *others: ShardSums) -> Packed:
+        """Return them, and others after them, in the order of :meth:`of_packed`."""
+        sums: list[Tensor] = []
+        largest: list[Tensor] = []
+        for each in (self, *others):
+            stages = sorted(each.gradients)
+            sums += [each.steps, each.added, each.paths, *(each.gradients[stage] for stage in stages)]
+            largest += [each.largest, *(each.no_gradients[stage] for stage in stages)]
+        return Packed(sums, largest)
 
     @classmethod
-    def of_packed(cls, together: Together, stages: Sequence[str]) -> ShardSums:
-        """Return what :meth:`packed` of all ranks together says."""
-        steps, added, paths, *squares = together.sums
-        largest, *missing = together.largest
-        stages = sorted(stages)
-        gradients, none = dict(zip(stages, squares, strict=True)), dict(zip(stages, missing, strict=True))
-        return cls(steps, added, largest, paths, gradients, none)
+    def of_packed(cls, together: Together, *stages: Sequence[str]) -> list[ShardSums]:
+        """Return what :meth:`packed` of all ranks together says; `stages`: for each of those that were packed, of which
+        quantities it has gradients."""
+        sums, largest = iter(together.sums), iter(together.largest)
+        found = []
+        for kinds in map(sorted, stages):
+            steps, added, paths, most = next(sums), next(sums), next(sums), next(largest)
+            gradients = {stage: next(sums) for stage in kinds}
+            found.append(cls(steps, added, most, paths, gradients, {stage: next(largest) for stage in kinds}))
+        return found

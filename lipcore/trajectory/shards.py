@@ -44,6 +44,7 @@ def merge_shards(summaries: Sequence[dict[str, Any]]) -> MetricResult:
 
     result = MetricResult("trajectory", every_steps=first["every_steps"], shards=len(summaries))
     length = "path_length" if first["every_steps"] == 1 else "chord_length"
-    whole = Whole(ShardSums.of_packed(folded(parts), []), places, len(first["steps"]))
+    (sums,) = ShardSums.of_packed(folded(parts), [])
+    whole = Whole(sums, places, len(first["steps"]))
     whole.add_to(result, frozenset(first["quantities"]), length)
     return result

@@ -102,18 +102,15 @@ class SketchPart(SketchRankPart):
                 spread.paths[i] = self.own_paths[name, level]
         index = {name: i for i, name in enumerate(owners.names)}
         mine = [i for i, name in enumerate(self.names) if name in owners.mine]
-        gradients = self.gradients.spread([index[name] for name in self.names], mine, len(index)).packed()
-        found = spread.packed()
-        assert isinstance(found.sums, list)
-        assert isinstance(gradients.sums, list)
-        return Packed([*found.sums, *gradients.sums], [*found.largest, *gradients.largest])
+        return spread.packed(self.gradients.spread([index[name] for name in self.names], mine, len(index)))
 
     def result(self, together: Together) -> MetricResult:
         """Return the estimates of all ranks, each with its standard error."""
         owners = self.holding.ownership
         assert owners is not None
         wanted, places = frozenset(self.agreed["quantities"]), self._places
-        sums = ShardSums.of_packed(Together(together.sums[:3], together.largest[:1]), [])
+        stages = self.agreed["gradients"]
+        sums, of_gradients = ShardSums.of_packed(together, [], stages)
         whole = Whole(sums, places, self.agreed["end"], self.before, self._alone(places))
         rows, distributions, after = whole.rows()
         slices = len(self.members) * SPLIT
@@ -124,8 +121,6 @@ class SketchPart(SketchRankPart):
         where = Places([name for name, *_ in places[slices:]], [level for _, level, _ in places[slices:]])
         described = Rows(where, table[slices:], quantiles_of(distributions[2 * slices :]))
         described.add_to(self.empty, wanted, length=self.agreed["length"], relative_errors=errors)
-        stages = self.agreed["gradients"]
-        of_gradients = ShardSums.of_packed(Together(together.sums[3:], together.largest[1:]), stages)
         parameters = places_of(owners.names, owners.groups)
         Whole(of_gradients, parameters, self.agreed["end"]).add_gradients(self.empty, frozenset(stages))
         if not self.open:

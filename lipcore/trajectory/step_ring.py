@@ -14,6 +14,7 @@ from lipcore import _core
 from lipcore.metric.columns import Numbers
 from lipcore.metric.distribution import Distribution, reset_all
 from lipcore.metric.host_copy import HostCopy
+from lipcore.metric.state import under_key
 from lipcore.trajectory.describe import GRADIENTS
 from lipcore.trajectory.kept_steps import KeptSteps
 from lipcore.trajectory.table import Table
@@ -154,11 +155,25 @@ class Recent:
     # ---- state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters and the ring itself."""
-        return {"drained": self._drained, "absorbed": self._absorbed, "ring": self._table.recent.clone()}
+        """Return the counters, the ring itself, and steps of the window before those in it, where they are kept."""
+        before = self._kept.state(int(self._table.cursor[0]) - self._ring)
+        counters = {"drained": self._drained, "absorbed": self._absorbed}
+        return {**counters, "ring": self._table.recent.clone(), "before": before}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over a state that was checked."""
+    def checked_before(self, state: Any) -> tuple[int, Tensor] | None:
+        """Return the steps of a state before those in its ring; None where it has none. ValueError naming what is no
+        such thing."""
+        if not isinstance(state, dict) or "before" not in state:
+            return None
+        with under_key("recent.before"):
+            return self._kept.checked(state["before"])
+
+    def load(self, state: dict[str, Any], before: tuple[int, Tensor] | None) -> None:
+        """Take over a state that was checked, and the steps before its ring."""
         self._drained, self._absorbed, self._pending = state["drained"], state["absorbed"], None
         self._kept.clear()
+        if before is not None:
+            self._kept.load(*before, self._table.recent.device)
         self._table.recent.copy_(state["ring"])
+        # Those in the ring count as taken in, so that nobody would keep them when it goes over them.
+        self._kept.add(self._table.recent, max(0, int(self._table.cursor[0]) - self._ring), self._absorbed)

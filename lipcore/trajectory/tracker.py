@@ -82,6 +82,11 @@ class Tracker(TrackerBase):
         over."""
         mine = self.state_dict()
         theirs = dict(state) if isinstance(state, dict) else state
+        before = None
+        if isinstance(theirs, dict) and isinstance(theirs.get("recent"), dict):
+            before = self.recent.checked_before(theirs["recent"])
+            theirs["recent"] = {key: value for key, value in theirs["recent"].items() if key != "before"}
+        del mine["recent"]["before"]
         loose = ("distributions", "closed", "tensors")  # checked below
         check_like("", {k: v for k, v in theirs.items() if k not in loose} if isinstance(theirs, dict) else theirs,
                    {k: v for k, v in mine.items() if k not in loose})  # fmt: skip
@@ -98,7 +103,7 @@ class Tracker(TrackerBase):
             self.table.rows.copy_(theirs["rows"])
             self.table.cursor.copy_(theirs["cursor"])
             self._settled, self.open_steps = theirs["settled"], theirs["open_steps"]
-            self.recent.load(theirs["recent"])
+            self.recent.load(theirs["recent"], before)
             self.recent.distributions = distributions
             self.closed.clear()
             self.closed.extend(blocks)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from rank_runs import assert_right
+from rank_runs import Found, assert_right, run_situations
 from rank_situations import situations
-from ranks import run_ranks
 
 pytestmark = pytest.mark.ci  # four processes, for 20 s
 
@@ -48,52 +42,30 @@ NAMED = {
     "other_steps": r"at different places: rank \d is at step [45], monitor.*; rank \d is at step [45], monitor",
     "a_rank_that_dies": r"window 0 over steps 1 to 4: rank \d has waited 1 s for rank 3",
 }
-OTHERS = {"counted", "independent_for_themselves"}
-
-
-def work_through(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    patience = datetime.timedelta(seconds=120)
-    for name, world, work in situations():
-        if rank >= world:
-            continue
-        store = dist.FileStore(f"{folder}/{name}", world)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
-        try:
-            found: Any = work(rank, world)
-        except Exception as error:
-            found = f"{type(error).__name__}: {error}"
-        Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found, default=str))
-        dist.destroy_process_group()
+OTHERS = {"counted", "independent_for_themselves", "saved_while_windows_wait"}
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: Any) -> dict[str, list[Any]]:
+def found(tmp_path_factory: Any) -> Found:
     """What every rank has found, by situation; ranks are started once."""
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(work_through, str(folder), ranks=4)
-    out: dict[str, list[Any]] = {}
-    for name, world, _ in situations():
-        files = [folder / f"{name}.{rank}.json" for rank in range(world)]
-        out[name] = [json.loads(file.read_text()) for file in files if file.exists()]
-    return out
+    return run_situations(tmp_path_factory.mktemp("ranks"), "rank_situations", 4)
 
 
 def test_every_situation_is_in_the_table() -> None:
-    names = [name for name, *_ in situations()]
+    names = [name for name, *_ in situations(4)]
     assert len(set(names)) == len(names)
     assert set(names) == {*RIGHT, *REFUSED, *NAMED, *OTHERS}
     assert names[-1] == "a_rank_that_dies"
 
 
 @pytest.mark.parametrize("name", RIGHT)
-def test_right(found: dict[str, list[Any]], name: str) -> None:
+def test_right(found: Found, name: str) -> None:
     for numbers in found[name]:
         assert_right(numbers)
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused(found: dict[str, list[Any]], name: str) -> None:
+def test_refused(found: Found, name: str) -> None:
     errors = found[name]
     assert len(errors) == 2
     for error in errors:
@@ -102,7 +74,7 @@ def test_refused(found: dict[str, list[Any]], name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMED)
-def test_named_and_the_training_goes_on(found: dict[str, list[Any]], name: str) -> None:
+def test_named_and_the_training_goes_on(found: Found, name: str) -> None:
     assert re.search(NAMED[name], found[name][0]["said"]), found[name][0]["said"]
     assert found[name][0]["said"].startswith("lipcore: ")
     for numbers in found[name]:
@@ -111,13 +83,13 @@ def test_named_and_the_training_goes_on(found: dict[str, list[Any]], name: str) 
         assert numbers.get("scope", "rank") == "rank"
 
 
-def test_a_metric_that_has_stopped_is_left_out_with_the_reason(found: dict[str, list[Any]]) -> None:
+def test_a_metric_that_has_stopped_is_left_out_with_the_reason(found: Found) -> None:
     for numbers in found["a_metric_that_stops_on_one_rank"]:
         assert "this one stops" in numbers["off"]["stopping"]
         assert "not merged over ranks" in numbers["off"]["own"]
 
 
-def test_the_samples_of_another_ranks_state_are_left_out(found: dict[str, list[Any]]) -> None:
+def test_the_samples_of_another_ranks_state_are_left_out(found: Found) -> None:
     first, second = found["one_state_for_all"]
     assert not first["said"]
     assert re.match(r"per_sample_grad_norm: rank 1 of 2 goes on from the state of rank 0 of 2", second["said"][0])
@@ -126,13 +98,25 @@ def test_the_samples_of_another_ranks_state_are_left_out(found: dict[str, list[A
         assert numbers["off"][1:] == [""]
 
 
-def test_models_that_each_rank_trains_for_itself(found: dict[str, list[Any]]) -> None:
+def test_models_that_each_rank_trains_for_itself(found: Found) -> None:
     for numbers in found["independent_for_themselves"]:
         assert numbers["error"] <= 1e-7
         assert numbers["scopes"] == ["rank", "rank"]
 
 
-def test_collectives(found: dict[str, list[Any]]) -> None:
+def test_windows_that_wait_are_in_no_state(found: Found) -> None:
+    for numbers in found["saved_while_windows_wait"]:
+        assert isinstance(numbers, dict), numbers
+        before, saved, loaded = numbers["said"]
+        assert not before  # nobody has merged windows yet
+        (first,) = saved
+        assert "not in a state: after a resume no window of all ranks has steps 5 to 8. Call monitor.global" in first
+        assert loaded[0] == first
+        assert "windows that had closed when this state was saved waited" in loaded[-1]
+        assert "no window of all ranks has steps 5 to 8" in loaded[-1]
+
+
+def test_collectives(found: Found) -> None:
     for counts in found["counted"]:
         assert counts["training, watched=True"] == counts["training, watched=False"] > 0
         assert counts["first global_window"] <= 3  # who owns what, sums, maxima

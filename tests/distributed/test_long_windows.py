@@ -19,8 +19,9 @@ def found(tmp_path_factory: Any) -> Found:
 
 
 @pytest.mark.ci
-def test_a_window_longer_than_the_ring(found: Found) -> None:
-    for numbers in found["long_window"]:
+@pytest.mark.parametrize("name", ["long_window", "loaded_in_the_middle"])
+def test_a_window_longer_than_the_ring(found: Found, name: str) -> None:
+    for numbers in found[name]:
         assert isinstance(numbers, dict), numbers
         assert not numbers["absent"]
         assert numbers["error"] <= 1e-7
@@ -53,6 +54,22 @@ def test_steps_come_back_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     kept.clear()
     assert kept.window(ring, 18, 29) is None
     assert torch.equal(kept.window(ring, 19, 29), values[19:, :2])
+
+
+def test_steps_before_the_ring_are_in_a_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_steps, "world_size", lambda: 2)
+    ring, kept = torch.zeros(10, 3, 2, dtype=torch.float64), KeptSteps(2)
+    values = filled(29, ring, kept)
+    state = kept.state(19)
+    assert state["begin"] == 0
+    assert torch.equal(state["steps"], values[:19, :2])
+    other = KeptSteps(2)
+    other.load(*other.checked(state), ring.device)
+    assert torch.equal(other.window(ring, 3, 29), values[3:29, :2])
+    assert not len(KeptSteps(2).state(19)["steps"])
+    for wrong in ({}, {"begin": -1, "steps": values}, {"begin": 0, "steps": values}):
+        with pytest.raises(ValueError, match="expected"):
+            other.checked(wrong)
 
 
 def test_one_process_keeps_nothing_beside_the_ring() -> None:

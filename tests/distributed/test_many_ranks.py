@@ -45,7 +45,8 @@ class World:
 
     def result(self) -> MetricResult:
         found = MetricResult("trajectory")
-        Whole(ShardSums.of_packed(folded(self), []), self.places, STEPS).add_to(found, MOVES, "path_length")
+        (sums,) = ShardSums.of_packed(folded(self), [])
+        Whole(sums, self.places, STEPS).add_to(found, MOVES, "path_length")
         return found
 
 

@@ -71,6 +71,8 @@ ROWS = [
     Row("sliding windows, ddp 2 to 3", "ddp", 2, "ddp", 3, settings=(("window_blocks", 7),)),
     Row("sliding windows, fsdp2 2 to 2", "fsdp2", 2, "fsdp2", 2, settings=(("window_blocks", 7),)),
     Row("sliding windows, fsdp2 2 to 3", "fsdp2", 2, "fsdp2", 3, settings=(("window_blocks", 7),)),
+    Row("split replicas, ddp 2 to 2", "ddp", 2, "ddp", 2, metrics="split"),
+    Row("split replicas, sliding windows", "ddp", 2, "ddp", 2, metrics="split", settings=(("window_blocks", 7),)),
     Row("long windows, fsdp2 2 to 3", "fsdp2", 2, "fsdp2", 3, settings=(("window_steps", 14),)),
 ]
 
@@ -91,7 +93,9 @@ def cut(kind: str, model: Any) -> Any:
 def metrics_of(kind: str) -> list[Any]:
     if kind == "updates":
         return [Trajectory(mode="updates")]
-    trajectory = Trajectory(stats=STATS)
+    trajectory = Trajectory(stats=STATS, split_replicas=kind == "split")
+    if kind == "split":
+        return [trajectory]
     if kind == "trajectory":
         return [trajectory]
     if kind == "tensor_stats":  # by itself: a proof of per-sample norms runs passes in which outputs are not seen
@@ -239,7 +243,7 @@ def expected_of(row: Row, numbers: Numbers, phase: str, off: Iterable[str] = ())
         gone += ["lipschitz/local_lipschitz", "lipschitz/sandwich"]
     if row.metrics == "updates":
         gone += [f"trajectory/{name}" for name in ("normalized_update_rms", "momentum_norm", "second_moment_norm")]
-    if "window_blocks" in str(row) and "fsdp2" in (row.before, row.after):
+    if "window_blocks" in str(row) and ("fsdp2" in (row.before, row.after) or row.metrics == "split"):
         gone += ["trajectory/path_length.cumulative", "trajectory/directness"]
     return {key: value for key, value in numbers.items() if not key.startswith(tuple(gone))}
 
@@ -293,6 +297,10 @@ def one_more(rank: int) -> Any:
 
 def trajectory() -> list[Any]:
     return [Trajectory()]
+
+
+def split() -> list[Any]:
+    return [Trajectory(split_replicas=True)]
 
 
 def sketch() -> list[Any]:
@@ -377,6 +385,15 @@ REFUSED: dict[str, tuple[int, Made, int, Made, str]] = {
     "sketches": (
         *(2, (lambda rank: fsdp(made(Net)), sketch), 3, (lambda rank: fsdp(made(Net)), sketch)),
         r"ValueError: trajectory: .* cannot be cut anew: mode 'sketch' .* leave the monitor out of the load",
+    ),
+    "shares of other ranks": (
+        *(2, (lambda rank: made(Net), split), 3, (lambda rank: made(Net), split)),
+        r"ValueError: trajectory: the state was saved by 2 ranks of which each kept its share of the parameters .* and "
+        r"rank \d of 3 has another share now. Load it with as many ranks, and with split_replicas as it was",
+    ),
+    "shares and none": (
+        *(2, (lambda rank: made(Net), split), 2, (lambda rank: made(Net), trajectory)),
+        r"ValueError: trajectory: .*each kept its share.*|Missing key in checkpoint state_dict",
     ),
     "another parameter": (
         *(2, (lambda rank: stages(0), trajectory), 2, (lambda rank: one_more(0), trajectory)),

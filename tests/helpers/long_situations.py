@@ -8,7 +8,7 @@ from typing import Any
 import rank_situations
 from rank_situations import STATS, data_of, errors, fsdp, made, monitored, train, truth
 
-from lipcore import Trajectory
+from lipcore import Monitor, Trajectory
 from lipcore.trajectory import kept_steps
 
 STEPS = 520  # more than the ring has, which is settled after 512
@@ -38,7 +38,24 @@ def steps_that_are_gone(rank: int, world: int) -> dict[str, Any]:
     return {"said": found.off["trajectory"]}
 
 
+def loaded_in_the_middle(rank: int, world: int) -> dict[str, Any]:
+    """A Monitor goes on from the state of another one, when steps of the window are in the ring no more."""
+    rank_situations.STEPS = rank_situations.WINDOW = STEPS
+    expected = truth(made(), data_of(range(world)))
+    model, data = fsdp(made()), data_of(range(world))[rank]
+    optimizer, monitor = monitored(model, window_steps=STEPS, metrics=[Trajectory(stats=STATS, ring=512)])
+    with monitor:
+        train(model, optimizer, data, steps=range(STEPS - 2))
+        state = monitor.state_dict()
+    resumed = Monitor(model, optimizer, [Trajectory(stats=STATS, ring=512)], window_steps=STEPS, timeout=20)
+    with resumed:
+        resumed.load_state_dict(state)
+        train(model, optimizer, data, steps=range(STEPS - 2, STEPS))
+        found = resumed.global_window()
+    return errors([found], expected)
+
+
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each."""
-    for work in (long_window, steps_that_are_gone):
+    for work in (long_window, loaded_in_the_middle, steps_that_are_gone):  # the last leaves less room
         yield work.__name__, ranks, work

@@ -37,6 +37,8 @@ def work_through(rank: int, folder: str, module: str, ranks: int) -> None:
     torch.set_num_threads(1)
     patience = datetime.timedelta(seconds=120)
     for name, world, work in importlib.import_module(module).situations(ranks):
+        if rank >= world:
+            continue
         store = dist.FileStore(f"{folder}/{name}", world)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=patience)
         try:

@@ -268,6 +268,25 @@ def one_state_for_all(rank: int, world: int) -> dict[str, Any]:
     return errors(found, expected) | {"off": off, "said": said}
 
 
+def saved_while_windows_wait(rank: int, world: int) -> dict[str, Any]:
+    """What a state does not have is said when it is saved and when it is loaded, once windows are merged at all."""
+    model = nn.parallel.DistributedDataParallel(made())
+    optimizer, monitor = monitored(model)
+    data, said = data_of(range(world))[rank], []
+    with monitor, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train(model, optimizer, data, steps=range(WINDOW))
+        monitor.state_dict()
+        said.append([str(warning.message) for warning in caught])
+        monitor.global_window()
+        train(model, optimizer, data, steps=range(WINDOW))
+        state = monitor.state_dict()
+        said.append([str(warning.message) for warning in caught])
+        monitor.load_state_dict(state)
+        said.append([str(warning.message) for warning in caught])
+    return {"said": said}
+
+
 def hsdp(rank: int, world: int) -> dict[str, Any]:
     expected = truth(made(), data_of(range(world)))
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
@@ -623,13 +642,14 @@ def default_metrics(kind: Callable[[int, int], Any]) -> Callable[[int, int], Any
     return run
 
 
-def situations() -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
-    """Name, ranks and work of each; the last one leaves a rank dead."""
+def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
+    """Name, ranks and work of each that needs no more; the last one leaves a rank dead."""
+    assert ranks == 4
     for work in (ddp, unequal_batches, fsdp2, tensor_parallel, pipeline, pipeline_without_prefix, independent,
                  independent_for_themselves, fsdp1, shifted_windows, other_window_steps, a_rank_that_never_calls,
                  on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
                  a_metric_that_stops_on_one_rank, after_rebind, counted, state_of_another_rank,
-                 one_state_for_all):  # fmt: skip
+                 one_state_for_all, saved_while_windows_wait):  # fmt: skip
         yield work.__name__, 2, work
     for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, two_groups, mesh_as_group, a_rank_that_dies):
         yield work.__name__, 4, work

@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "bench" / "rank_costs.py"
-ROWS: list[dict[str, Any]] = json.loads(FILE.with_suffix(".json").read_text())
+FOUND = json.loads(FILE.with_suffix(".json").read_text())
+ROWS: list[dict[str, Any]] = FOUND["fsdp2"]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,9 @@ def script() -> dict[str, Any]:
 
 
 def test_the_table_is_made_of_the_file(script: dict[str, Any]) -> None:
-    assert "\n".join(script["table"](ROWS)) in (ROOT / "docs" / "distributed.md").read_text()
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    assert "\n".join(script["table"](ROWS)) in page
+    assert "\n".join(script["split_table"](FOUND["ddp"])) in page
 
 
 def test_bytes_of_each_element_are_those_of_plan(script: dict[str, Any]) -> None:
@@ -37,3 +40,4 @@ def test_shapes_are_those_of_the_models(script: dict[str, Any]) -> None:
 @pytest.mark.ci
 def test_the_file_is_what_the_script_finds(script: dict[str, Any]) -> None:
     assert script["rows"]() == ROWS
+    assert script["split_rows"]() == FOUND["ddp"]

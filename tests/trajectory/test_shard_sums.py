@@ -32,7 +32,7 @@ def test_a_window_of_a_large_model_is_small(stages: tuple[str, ...], most: float
 def test_packed_and_back() -> None:
     stages = ("grad_norm", "clipped_grad_norm")
     before = sums(5, 3, stages)
-    after = ShardSums.of_packed(before.packed(), stages)
+    (after,) = ShardSums.of_packed(before.packed(), stages)
     for name in ("steps", "added", "largest", "paths"):
         assert torch.equal(getattr(after, name), getattr(before, name))
     for stage in stages:

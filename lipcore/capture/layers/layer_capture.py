@@ -268,11 +268,12 @@ class LayerCapture:
     @contextmanager
     def proving(self) -> Iterator[AskedProof]:
         """Prove the pass of the model in the with block, which is none of the training's."""
-        self.proofs.asked = asked = AskedProof()
+        asked = self.proofs.ask()
         before = self.passes.last
         try:
             yield asked
         finally:
+            self.proofs.miss()
             self.proofs.asked = None
             last = self.passes.last
             if last is not None and last is not before:  # the block has raised
@@ -414,6 +415,8 @@ class LayerCapture:
                     run.sums = GradientSums(self.coverage.measured(), passes.fail)
             except Exception as error:
                 passes.fail(error)
+            if run.before is not None:
+                self.proofs.miss()
             self._follow_graph(run, output)
         if self.proofs.asked is not None:
             self.proofs.close_asked(run, passes.stopped)

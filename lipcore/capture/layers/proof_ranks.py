@@ -1,44 +1,57 @@
-"""Ranks of a sharded model: whether all of them take part in a proof, since one that ran its passes alone would wait
-for ever.
+"""Ranks of a sharded model: whether all of them take part in a proof, and would run the same passes in it, since one
+that ran its passes alone would wait for ever.
 
 A metric may be on one rank only, or have stopped on one. Each rank announces a proof in the store before the forward
 pass in question begins, and looks when it has ended. In between it has gathered parameters from all ranks, so every
 announcement is there, and all ranks see the same numbers. A rank that was once alone stays out.
+
+What the passes are follows from the graph, and that may follow from a rank's own batch: so before any is run all ranks
+say which they would run. That is decided once: by the last that comes, or the first that would run others.
 """
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import weakref
 from collections import Counter
+from contextlib import suppress
+from typing import Any
 
+import torch
 from torch import nn
 
+from lipcore.models.gathered import mesh_of
 from lipcore.models.torch_internals import default_store
 
-_made: Counter[str] = Counter()  # on this rank, per model
+#: How many this rank has made per model, by the default process group, whose store knows of them.
+_made: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
 _WITHDRAWN = -(1 << 20)
+_PATIENCE = datetime.timedelta(seconds=60)  # for the end of a forward pass on the other ranks
 
 
 class Ranks:
     """The ranks that a sharded model is on.
 
     Args:
-        model: the sharded model, with DTensors as parameters.
+        model: the sharded model.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        mesh = next(p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
+        mesh = mesh_of(model)
         what = repr((mesh.mesh.flatten().tolist(), [name for name, _ in model.named_parameters()]))
         self._model = f"lipcore/proof/{hashlib.sha1(what.encode(), usedforsecurity=False).hexdigest()}"
-        self._key = f"{self._model}/{_made[self._model]}"
+        made = _made.setdefault(torch.distributed.group.WORLD, Counter())
+        self._key = f"{self._model}/{made[self._model]}"
         self._size: int = mesh.size()
         self._store = default_store()
         # Of how many each rank has made, the sum and the sum of squares: they tell whether all have made as many.
         self._store.add(f"{self._model}/made", 1)
-        self._store.add(f"{self._model}/made_sq", 2 * _made[self._model] + 1)
-        _made[self._model] += 1
+        self._store.add(f"{self._model}/made_sq", 2 * made[self._model] + 1)
+        made[self._model] += 1
         self._announced: set[int] = set()
         self._out = False
+        self._settled: set[str] = set()
 
     def announce(self, number: int) -> None:
         """Announce that this rank will prove the pass of this number, which has not begun."""
@@ -65,3 +78,37 @@ class Ranks:
         self._store.add(f"{self._key}/{number}", _WITHDRAWN)
         self.withdraw(number)
         return False
+
+    def settle(self, proof: str, passes: str) -> bool:
+        """Return whether all ranks run the passes of a proof, the same on each of them; waits for the others.
+
+        Args:
+            proof: which one, the same on all ranks.
+            passes: words for the passes that this rank would run; "" for none.
+        """
+        key, store = f"{self._key}/{proof}", self._store
+        self._settled.add(proof)
+        decision = f"{key}/decision"
+        if not passes or _told(store.compare_set(f"{key}/passes", "", passes)) != passes:
+            return self._decide(decision, "stay")
+        if store.add(f"{key}/ready", 1) == self._size:
+            return self._decide(decision, "go")
+        try:
+            store.wait([decision], _PATIENCE)
+        except RuntimeError:  # a rank has not come
+            return self._decide(decision, "stay")
+        return bool(_told(store.get(decision)) == "go")
+
+    def miss(self, proof: str) -> None:
+        """Tell the other ranks that this one runs no passes of a proof, where it has not told them anything yet."""
+        if proof not in self._settled:
+            with suppress(RuntimeError):  # the store is gone, and nobody waits
+                self.settle(proof, "")
+
+    def _decide(self, key: str, decision: str) -> bool:
+        """Return whether the proof goes on, which whoever comes first decides."""
+        return bool(_told(self._store.compare_set(key, "", decision)) == "go")
+
+
+def _told(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

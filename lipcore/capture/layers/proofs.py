@@ -29,10 +29,11 @@ from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.capture.training_pass import accumulates_everything
 from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.models.copies import Before
+from lipcore.models.gathered import is_spread
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import nodes_of, on_backward, tensors_of
-from lipcore.models.ranks import Communicates, has_dtensors, under_process_group, without_communication
+from lipcore.models.ranks import Communicates, under_process_group, without_communication
 from lipcore.models.restored import all_put_back
 
 NO_OUTPUT = (
@@ -55,6 +56,7 @@ _UNFINISHED = "the proof that was asked for has not come to its end"
 _ONE_SAMPLE = "a batch of one sample has nothing to prove; pass two or more"
 _OFFSETS = "the samples are packed sequences"
 _ALONE = "the model is sharded, and not all of its ranks have this metric"
+_OTHER_PASSES = "the model is sharded, and on another rank the batch or the graph allows no such passes"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
 _COMMUNICATES = (
     "model: its pass exchanges activations with other ranks (tensor, sequence, context or expert parallelism), so that "
@@ -128,7 +130,7 @@ class Proofs:
         self._wanted, self._skip, self._graph = prove, skip, graph
         self._output = ProofOutput(model, output)
         self._places = BatchPlaces(model, self._output)
-        self.sharded = has_dtensors(model)
+        self.sharded = is_spread(model)
         self._refused = next((type(m).__name__ for m in model.modules() if type(m).__name__ in _WRAPPERS), "")
         self._schedule = ProofSchedule()
         self._begun: tuple[int, int] | None = None  # the kind of a pass that is to be proved, until it has ended
@@ -140,6 +142,7 @@ class Proofs:
         self._ranks = Ranks(model) if self.sharded and prove and under_process_group() else None
         if self._ranks is not None:
             self._ranks.announce(1)
+        self._asked = 0  # proofs
 
     @property
     def together(self) -> bool:
@@ -187,9 +190,27 @@ class Proofs:
             run.due, self._begun = True, run.kind
         except Exception as error:  # no memory for a copy of the batch
             if self._ranks is not None:
+                self.miss()
                 raise
             known = self._known.setdefault(run.kind, _Known())
             known.reason = _FAILED.format(f"{type(error).__name__}: {str(error)[:200]}")
+
+    def ask(self) -> AskedProof:
+        """Begin a proof that the user asks for; the same call on all ranks."""
+        self._asked += 1
+        self.asked = AskedProof()
+        return self.asked
+
+    @property
+    def _proof(self) -> str:
+        """The name of the proof under way, the same on all ranks."""
+        return str(self._schedule.passes) if self.asked is None else f"asked/{self._asked}"
+
+    def miss(self) -> None:
+        """Tell the other ranks of a sharded model that this one runs none of the passes of a proof that is due, where
+        it has not told them what it does."""
+        if self._ranks is not None:
+            self._ranks.miss(self._proof)
 
     def end(self, run: LayerPass, output: Any) -> dict[str, str]:
         """Prove a pass that is to be proved, and note on any pass the findings about its kind; return the parameters
@@ -209,7 +230,10 @@ class Proofs:
         if before is not None:
             known = self._known.setdefault(run.kind, _Known())
             chosen = self._output.of(output)
-            wrong = self._prove(run, chosen, before, known)
+            try:
+                wrong = self._prove(run, chosen, before, known)
+            finally:
+                self.miss()
             if chosen is not None and chosen is not output:
                 self._watch_past(run, output, chosen, known)
         if run.batch.size > 1:
@@ -279,7 +303,9 @@ class Proofs:
             graph = Graph(run, output, self._sites)
             seeds = seeds_of(output, run.batch, _places(seen))
             found = self._weighed(run, output, seeds, graph, before.bytes)
-            if found.wrong and seen is None:  # a tensor of parameters alone may be as large as the batch
+            if (
+                found.wrong and seen is None and not self.sharded
+            ):  # a tensor of parameters alone may be as large as the batch
                 seen = self._places.look(run, output)
                 elsewhere = seeds_of(output, run.batch, _places(seen))
                 if elsewhere.differ(seeds):
@@ -336,8 +362,6 @@ class Proofs:
         reason = graph.refused
         if self._refused:
             reason = f"{self._refused} allows no other backward pass; use fully_shard"
-        elif self._ranks is not None and self.asked is None and not self._ranks.agree(self._schedule.passes):
-            reason = _ALONE
         elif not seeds.outputs:
             reason = NO_OUTPUT if output is not None else NOT_RUN_OUTPUT
         elif not reason and not under_process_group():  # what is free differs by rank
@@ -345,6 +369,9 @@ class Proofs:
             free = free_bytes(seeds.outputs[0].device)
             if free is not None and free < self.bytes:
                 reason = _MEMORY.format(-(-self.bytes >> 20), free >> 20)
+        if self._ranks is not None:
+            passes = f"from {len(seeds.outputs)}, {'some' if graph.tapped or run.probes else 'no'} layers"
+            reason = self._settled(reason, passes)
         if reason:
             return Verdict(reason)
         found = Verdict()
@@ -359,6 +386,14 @@ class Proofs:
             return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))
         return found
 
+    def _settled(self, reason: str, passes: str) -> str:
+        """Return why no passes are run, on all ranks of a sharded model or none; `reason`: why not on this one."""
+        assert self._ranks is not None
+        if self.asked is None and not self._ranks.agree(self._schedule.passes):
+            return reason or _ALONE
+        together = self._ranks.settle(self._proof, "" if reason else passes)
+        return reason if together else reason or _OTHER_PASSES
+
     def _look_at_copies(self, run: LayerPass, output: Any, seeds: Seeds, before: Before, known: _Known) -> None:
         if known.reason:
             return
@@ -370,6 +405,9 @@ class Proofs:
         suspected = {id(tensor) for outputs, _ in run.suspects for tensor in outputs}
         pairs = zip(seeds.outputs, seeds.dims, seeds.samples, strict=True)
         rows = [(places[id(t)], dim, whose) for t, dim, whose in pairs if id(t) not in suspected]
+        if self.asked is not None and self.sharded and before.refused:
+            known.reason = _NOT_RUN.format(before.refused)
+            return
         if self.asked is not None and self.sharded:  # the pass has to be over on all ranks before another one begins
             self.asked.later = functools.partial(self._look_together, run, output, rows, before, known)
             return

@@ -198,11 +198,11 @@ class _Weighed:
 
     def _alone(self, sample: int) -> dict[str, float]:
         weights = torch.zeros(self._seeds.size, device="cpu")
-        weights[sample] = 1
+        weights[sample : sample + 1] = 1  # there is none in an empty batch
         found: dict[str, float] = {}
         squares = squared_norms(self._seeds, [point for _, point in self._points], weights, self._foreign)
         for (site, _), row, rows in zip(self._points, squares, self._rows, strict=True):
-            if row is None or rows is None:
+            if row is None or rows is None or not self._seeds.size:
                 continue
             row, whole = (x.reshape(-1, self._seeds.size).sum(0) for x in (row, rows.squares))
             mine, others = float(row[sample]), float(row.sum() - row[sample])

@@ -16,10 +16,11 @@ from lipcore.capture.own_nodes import counted
 from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.training_pass import in_backward
-from lipcore.models.gathered import gathered_again
+from lipcore.models.gathered import kept_gathered
 from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
+from lipcore.models.ranks import without_communication
 from lipcore.models.restored import RandomPass, all_put_back, without_cached_casts
 from lipcore.models.torch_internals import OptimizedModule, original, without_backward_hooks
 
@@ -93,7 +94,8 @@ def _bare(model: nn.Module) -> nn.Module:
 @contextmanager
 def _unnoticed(model: nn.Module) -> Iterator[None]:
     with (
-        gathered_again(model),
+        kept_gathered(model),
+        without_communication(),
         without_backward_hooks(model),
         all_put_back(model),
         paused(),
