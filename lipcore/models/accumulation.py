@@ -3,6 +3,7 @@ runs the model of its own accord, these would add to the gradients of the traini
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -24,16 +25,20 @@ class Accumulates(RuntimeError):
 
 @contextmanager
 def without_accumulation(model: nn.Module) -> Iterator[None]:
-    """Have a backward pass raise :class:`Accumulates` in this with block where it comes to a parameter of the model."""
+    """Have a backward pass raise :class:`Accumulates` in this with block where it comes to a parameter of the model;
+    not one of another thread, which trains the model meanwhile."""
+    mine = threading.get_ident()
+
+    def refuse(_: Any) -> None:
+        # A device's backward passes run in threads of torch's own, which Python does not list.
+        if all(thread.ident == mine or thread.ident != threading.get_ident() for thread in threading.enumerate()):
+            raise Accumulates
+
     with torch.enable_grad():
         leaves = [get_gradient_edge(p).node for p in model.parameters() if p.requires_grad and p.is_leaf]
-    handles = [node.register_prehook(_refuse) for node in leaves]
+    handles = [node.register_prehook(refuse) for node in leaves]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _refuse(_: Any) -> None:
-    raise Accumulates

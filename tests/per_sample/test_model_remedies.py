@@ -307,11 +307,6 @@ CALLS: dict[str, Remedy] = {
         r"it has no running statistics, so that eval\(\) changes nothing: use GroupNorm",
         lambda: right(net(nn.GroupNorm(2, 6)), X),
     ),
-    "attention with dropout": Remedy(
-        lambda: run(attention(0.1), ROWS),
-        r"use dropout=0 or eval\(\)",
-        lambda: [right(attention(), ROWS), right(attention(0.1).eval(), ROWS)],
-    ),
     "attention weights in the loss, detached": Remedy(
         lambda: run(weights_in_loss(), ROWS), r"detach\(\) that output", lambda: right(weights_in_loss(True), ROWS)
     ),
@@ -337,11 +332,6 @@ CALLS: dict[str, Remedy] = {
         lambda: run(embedded(scale_grad_by_freq=True), IDS),
         "use scale_grad_by_freq=False",
         lambda: right(embedded(scale_grad_by_freq=False), IDS),
-    ),
-    "bags of maxima": Remedy(
-        lambda: run(bagged("max"), IDS),
-        "use mode='sum' or 'mean'",
-        lambda: [right(bagged("sum"), IDS), right(bagged("mean"), IDS)],
     ),
     "a packed sequence, padded": Remedy(
         lambda: run(Steps(), pack_sequence(SEQUENCES, enforce_sorted=False)), "pass padded sequences", padded
