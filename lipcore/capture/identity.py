@@ -55,16 +55,21 @@ class PassedOn(torch.autograd.Function):
 
 
 class Alias(torch.autograd.Function):
-    """The Function that returns a tensor with the same memory as x, which requires a gradient by way of the anchor; x
-    itself gets the gradient that it would get anyway.
+    """The Function that returns :func:`same_memory` of x, which requires a gradient by way of the anchor; x itself gets
+    the gradient that it would get anyway.
 
     No view in autograd's eyes, and no leaf: the model may work on it in place. `mark_dirty` would change the user's own
     tensor, and a detached copy would cut off what made it (a generator before a discriminator).
+
+    Attributes:
+        addresses: of both, by which an argument of a call is known again.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        return same_memory(x)
+        alias = same_memory(x)
+        ctx.addresses = frozenset((x.data_ptr(), alias.data_ptr()))
+        return alias
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:

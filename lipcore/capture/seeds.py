@@ -75,8 +75,9 @@ class Begins:
 def seeds_of(output: Any, batch: Batch, places: OutputPlaces | None = None) -> Seeds:
     """Return the seeds in what a model returned for this batch; no outputs are in them where none has a batch
     dimension. `places`: where that is, where it is known."""
-    if places is not None and batch.offsets is None:
-        pairs = zip(tensors_of(output), places, strict=True)
+    returned = list(tensors_of(output))
+    if places is not None and batch.offsets is None and len(places) == len(returned):  # one for each sample: other ones
+        pairs = zip(returned, places, strict=True)
         told = [(t, at) for t, at in pairs if at is not None and t.grad_fn is not None and t.is_floating_point()]
         if told:  # else the model drops the sample more, as one with a fixed order of its samples
             whose = [at.samples(batch.size) for _, at in told]
@@ -85,7 +86,7 @@ def seeds_of(output: Any, batch: Batch, places: OutputPlaces | None = None) -> S
     if batch.offsets is not None:
         order = order.repeat_interleave(batch.offsets.cpu().diff())
     outputs, dims = [], []
-    for tensor in tensors_of(output):
+    for tensor in returned:
         dim = batch.dim if batch.offsets is None and tensor.dim() > batch.dim else 0
         if tensor.grad_fn is None or not tensor.is_floating_point() or not tensor.dim():
             continue

@@ -31,7 +31,8 @@ class MultiheadAttentionRule(Rule):
 
     def leaves(self, module: Any) -> str:
         if module.training and module.dropout > 0:
-            return f"its rule cannot repeat its dropout of {module.dropout} in the backward pass"
+            how = f"its dropout of {module.dropout} in the backward pass (it can with 0, or eval())"
+            return f"its rule cannot repeat {how}"
         return ""
 
     def sample_dim(self, module: Any, grad_output: Tensor, batch: Batch) -> int:

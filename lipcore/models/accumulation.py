@@ -26,7 +26,8 @@ class Accumulates(RuntimeError):
 @contextmanager
 def without_accumulation(model: nn.Module) -> Iterator[None]:
     """Have a backward pass raise :class:`Accumulates` in this with block where it comes to a parameter of the model;
-    not one of another thread, which trains the model meanwhile."""
+    not one of another thread, which trains the model meanwhile. Gradients that the model takes away (`zero_grad()`) are
+    there again afterwards."""
     mine = threading.get_ident()
 
     def refuse(_: Any) -> None:
@@ -37,8 +38,16 @@ def without_accumulation(model: nn.Module) -> Iterator[None]:
     with torch.enable_grad():
         leaves = [get_gradient_edge(p).node for p in model.parameters() if p.requires_grad and p.is_leaf]
     handles = [node.register_prehook(refuse) for node in leaves]
+    before = [(p, p.grad) for p in model.parameters()]
+    alone = threading.active_count() == 1
+    for parameter, _ in before if alone else ():
+        parameter.grad = None
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+        for parameter, grad in before:
+            # Where other threads run, one may train the model: what was there is put back, what has come may be its.
+            if parameter.grad is not grad and (alone or grad is not None):
+                parameter.grad = grad

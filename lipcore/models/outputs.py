@@ -40,7 +40,7 @@ def _packed(output: Any) -> Iterator[Tensor]:
             yield from {id(tensor): tensor for tensor in _attributes(leaf)}.values()
 
 
-def _attributes(found: Any, deep: int = 3) -> Iterator[Tensor]:
+def _attributes(found: Any, deep: int = 4) -> Iterator[Tensor]:
     """Find the tensors that are attributes of an object, or of objects that are, so deep."""
     if isinstance(found, (type, nn.Module)) or not hasattr(found, "__dict__"):
         return

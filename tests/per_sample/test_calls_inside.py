@@ -104,13 +104,16 @@ def test_lipschitz_constants_of_a_model_that_calls_itself() -> None:
 class Local(nn.Module):
     """Has a loss of its own, whose backward pass its forward pass calls."""
 
-    def __init__(self, *, raw: bool) -> None:
+    def __init__(self, *, raw: bool, clears: bool = False) -> None:
         super().__init__()
+        self.clears = clears
         self.body, self.head = nn.Linear(6, 6), nn.Linear(6, C)
         self.weight = nn.Parameter(torch.randn(6, 6)) if raw else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.body(x).tanh()
+        if self.clears:
+            self.zero_grad()
         with torch.enable_grad():
             h.square().mean().backward()
         h = h.detach() if self.weight is None else h.detach() @ self.weight
@@ -119,10 +122,11 @@ class Local(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:lipcore stopped recording")
+@pytest.mark.parametrize("clears", [False, True])
 @pytest.mark.parametrize("raw", [False, True])
-def test_a_backward_pass_inside_adds_to_the_gradients_once(raw: bool) -> None:
+def test_a_backward_pass_inside_adds_to_the_gradients_once(raw: bool, clears: bool) -> None:
     torch.manual_seed(0)
-    model, x, labels = Local(raw=raw), torch.randn(B, 6), torch.randint(C, (B,))
+    model, x, labels = Local(raw=raw, clears=clears), torch.randn(B, 6), torch.randint(C, (B,))
     plain = copy.deepcopy(model)
     F.cross_entropy(plain(x), labels).backward()
     norms = PerSampleGradNorms(model, loss_reduction="mean")

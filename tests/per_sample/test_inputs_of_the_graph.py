@@ -84,6 +84,31 @@ def test_norms(case: tuple[str, str, bool]) -> None:
             optimizer.zero_grad()
 
 
+class Timed(nn.Module):
+    """Has a second input of real numbers (the time of a diffusion)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.way, self.head = nn.Linear(D, D), nn.Parameter(torch.randn(D, D) * 0.4), nn.Linear(D, 1)
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        y: Tensor = self.head((self.layer(x) * time[:, None]).tanh() @ self.way)
+        return y
+
+
+def test_lipschitz_beside_and_a_second_input() -> None:
+    torch.manual_seed(0)
+    model, norms = Timed(), PerSampleGradNorms(loss_reduction="sum")
+    with Monitor(model, torch.optim.SGD(model.parameters(), 0.1), [Lipschitz(), norms], window_steps=None):
+        x, time = torch.randn(B, D), torch.rand(B)
+        model(x, time).square().sum().backward()
+        found = norms.per_sample
+    for i, norm in enumerate(found):
+        loss = model(x[i : i + 1], time[i : i + 1]).square().sum()
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        assert float(norm) == pytest.approx(sum(float(g.square().sum()) for g in gradients) ** 0.5, rel=1e-5)
+
+
 def test_weights_computed_for_a_call_in_several_passes_before_one_backward_pass() -> None:
     """Sums of samples' gradients tell nothing there."""
     torch.manual_seed(0)

@@ -224,6 +224,8 @@ class Pictures(nn.Module):
         self.inner, self.returns = nn.Linear(5, 3), returns
 
     def forward(self, time: Any, x: Tensor | None = None) -> Any:
+        if isinstance(time, dict):
+            time, x = time["time"], time["x"]
         given = torch.cat(time) if x is None else x + time
         return self.returns(self.inner(given))
 
@@ -232,6 +234,7 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], str]] = {
     "a list": (([torch.ones(1, 5)] * 3,), r"shape \[1, 5\], but argument 0 is a list of 3 tensors"),
     "one number before": ((torch.ones(1), torch.ones(3, 5)), r"shape \[1\], but argument 1 has 3 rows"),
     "one row before": ((torch.ones(1, 5), torch.ones(3, 5)), r"shape \[1, 5\], but argument 1 has 3 rows"),
+    "a dict": (({"time": torch.ones(1), "x": torch.ones(3, 5)},), r"shape \[1\], but 'x' has 3 rows"),
 }
 
 
@@ -256,6 +259,26 @@ def test_samples_that_may_be_taken_for_one_are_not_proved(name: str, batch_of_on
             model.zero_grad()
             model(*given).backward()
             assert re.search(why.split(", but ")[1], norms.unproved)
+
+
+def test_the_last_batch_may_have_one_sample() -> None:
+    """What is returned has as many rows as another argument then, by chance: larger batches have shown whose rows are
+    whose."""
+
+    class Scores(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, 4)
+
+        def forward(self, x: Tensor, table: Tensor) -> Tensor:
+            return (self.inner(x) @ table.T).squeeze()
+
+    model = Scores()
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+        for size in (4, 1, 4):
+            model(torch.randn(size, 5), torch.randn(7, 4)).square().sum().backward()
+            assert norms.per_sample.shape == (size,)
+            assert not norms.unproved
 
 
 ONE = {

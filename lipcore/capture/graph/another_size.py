@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -107,7 +107,7 @@ def on_one_more(
     draws: Draws | None = None,
     shapes: Shapes | None = None,
     *,
-    begins: bool = False,
+    aliased: Collection[int] = (),
 ) -> Any:
     """Return what the model makes of the batch with its last sample a second time; or another one, where it does not
     run so (a text with more than one of as many pictures as there are texts).
@@ -123,7 +123,7 @@ def on_one_more(
         dim: where the batch is.
         draws: the random numbers that the pass on B samples has drawn; the draws here are those.
         shapes: gets those of the tapped layers' outputs.
-        begins: the graph begins at the inputs already, as another metric has it (Lipschitz).
+        aliased: addresses of arguments in whose place the model got an alias, by another metric (Lipschitz).
 
     Raises:
         CannotRun: with the reason.
@@ -135,7 +135,7 @@ def on_one_more(
 
     failure = None
     for more_of in _tries(samples):
-        longer = functools.partial(_longer, samples=samples, dim=dim, way=more_of, begins=begins)
+        longer = functools.partial(_longer, samples=samples, dim=dim, way=more_of, aliased=aliased)
         try:
             if shapes is not None:
                 shapes.clear()
@@ -196,7 +196,7 @@ def _copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
-def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, begins: bool) -> Any:
+def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, aliased: Collection[int]) -> Any:
     """Return an argument with a sample a second time, or a copy of one that has no samples."""
     if not isinstance(leaf, Tensor):
         return leaf
@@ -215,7 +215,7 @@ def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, begins: bool) ->
     else:
         more = more.clone()
     more = more if not strided or leaf.is_contiguous() else laid_out_like(more, leaf)
-    if begins and floats and not leaf.requires_grad:
+    if floats and leaf.data_ptr() in aliased:
         return Alias.apply(more, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
     return more.requires_grad_(leaf.requires_grad)
 

@@ -82,8 +82,8 @@ class OtherGraphs:
         return held
 
     def _run(self, walk: Walk, call: Call, batch: Batch, draws: Draws | None) -> tuple[Walk, Any]:
-        given, begins = (call.arguments, call.keywords), walk.begins_at_an_alias
-        returned = on_one_more(self._model, *given, batch.size, batch.dim, draws, begins=begins)
+        given, aliased = (call.arguments, call.keywords), walk.aliased
+        returned = on_one_more(self._model, *given, batch.size, batch.dim, draws, aliased=aliased)
         return Walk(returned), returned
 
 

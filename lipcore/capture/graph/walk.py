@@ -55,12 +55,15 @@ class Walk:
         return self._shapes[place]
 
     @property
-    def begins_at_an_alias(self) -> bool:
-        """True where an input has a gradient by a metric's wish alone (Lipschitz gives the model an alias of it)."""
+    def aliased(self) -> frozenset[int]:
+        """The addresses of inputs that have a gradient by a metric's wish alone: Lipschitz gives an alias of them."""
+        found = frozenset[int]()
         for node, places in zip(self.nodes, self.next, strict=True):
-            if any(child is not None and p < 0 for (child, _), p in zip(node.next_functions, places, strict=True)):
-                return True
-        return False
+            for (child, _), place in zip(node.next_functions, places, strict=True):
+                while place < 0 and child is not None:  # identities, of which the alias is the last
+                    found |= getattr(child, "addresses", frozenset[int]())
+                    child = child.next_functions[0][0]
+        return found
 
     def behind(self, places: Iterable[int], stop: Container[int] = ()) -> set[int]:
         """Return these places and those behind them, but for those behind the ones to stop at."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -18,7 +18,7 @@ OffsetsOf = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
 _DOUBT = (
     "the first tensor that the model is called with has shape {0}, which would be one sample, but {1} {2}, and "
-    "nothing that is returned shows how many samples there are; give what has a row for each sample before all other "
+    "what is returned does not show that there is one sample; give what has a row for each sample before all other "
     "tensors"
 )
 
@@ -48,28 +48,35 @@ def doubt_one(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any,
         ValueError: what the model returns shows that it has.
     """
     sizes = [_size(tensor, batch_dim) for tensor in tensors_of(output)]
-    if 1 in sizes:
-        return ""
     first, doubt = batch_tensor(arguments, keywords, batch_dim), ""
-    given = (
-        *((f"argument {i}", each) for i, each in enumerate(arguments)),
-        *((f"'{name}'", each) for name, each in keywords.items()),
-    )
-    for name, argument in given:
+    for name, argument in _named(arguments, keywords):
         is_list = isinstance(argument, (list, tuple)) and all(isinstance(each, Tensor) for each in argument)
         rows = len(argument) if is_list else _size(argument, batch_dim)
-        if first is None or rows < 2 or (not is_list and rows in first.shape):  # which may be a length
+        if first is None or rows < 2 or (is_list and 1 in sizes):
             continue
         what = f"is a {type(argument).__name__} of {rows} tensors" if is_list else f"has {rows} rows"
-        if rows in sizes:
+        a_length = not is_list and rows in first.shape
+        if rows in sizes and 1 not in sizes and not a_length:
             raise ValueError(
                 f"model: the first tensor that it is called with has shape {list(first.shape)}, but {name} {what} "
                 f"and {rows} rows are returned: these are the samples. Give all as one tensor (torch.stack, padded), "
                 "or before all other tensors, or give the other tensors a row for each sample (expand)"
             )
-        if is_list or not any(sizes):
+        if rows in sizes or is_list or not (any(sizes) or a_length):
             doubt = doubt or _DOUBT.format(list(first.shape), name, what)
     return doubt
+
+
+def _named(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what a model is given, with names, as also that in dicts."""
+    for i, each in enumerate(arguments):
+        yield from _items(each) if isinstance(each, Mapping) else [(f"argument {i}", each)]
+    for name, each in keywords.items():
+        yield from _items(each) if isinstance(each, Mapping) else [(f"'{name}'", each)]
+
+
+def _items(given: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"'{name}'", each) for name, each in given.items())
 
 
 def _size(argument: Any, batch_dim: int) -> int:

@@ -124,8 +124,9 @@ class Keepers:
         if run is None or in_backward() != -1 or not is_training_forward():
             return
         if run.kept is None:
-            parameters = self._coverage.parameters()
-            run.kept = KeptTensors(self._max_bytes, {p.untyped_storage().data_ptr() for _, p in parameters})
+            # Of sharded parameters the part that is here.
+            here = [getattr(p, "_local_tensor", p) for _, p in self._coverage.parameters()]
+            run.kept = KeptTensors(self._max_bytes, {p.untyped_storage().data_ptr() for p in here})
         (self._outside.discard if under_hooks() else self._outside.add)(at)
         hooks = run.kept.hooks()
         if hooks is not None:

@@ -432,7 +432,7 @@ class LayerCapture:
 
     def _look_at_one(self, run: LayerPass, arguments: tuple[Any, ...], output: Any) -> None:
         """Look whether a pass that was taken for one of a single sample may have more."""
-        if run.batch.size == 1 and self._options.offsets_of is None:
+        if run.batch.size == 1 and self._options.offsets_of is None and not self.proofs.know_larger:
             given = (arguments, {}) if run.call is None else run.call[:2]
             run.unproved = doubt_one(*given, output, run.batch.dim)
             run.proves = run.proves and not run.unproved

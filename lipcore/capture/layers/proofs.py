@@ -249,6 +249,11 @@ class Proofs:
                     self._schedule.ask_soon(run.kind)
         return wrong
 
+    @property
+    def know_larger(self) -> bool:
+        """True where batches of several samples were proved, and so that the first tensor has them."""
+        return any(size > 1 and not known.reason for (_, size), known in self._known.items())
+
     def is_unknown(self, run: LayerPass) -> bool:
         """Return whether a pass of one sample does what those before did not whose input had its shape: its sums show
         all that is to be shown."""
