@@ -16,7 +16,7 @@ class EventsOfRanks:
     that of the first of them.
 
     Attributes:
-        all: what the ranks have said to each other, the same on all of them.
+        all: what the ranks have said to each other, by step, the same on all of them.
     """
 
     def __init__(self) -> None:
@@ -24,10 +24,13 @@ class EventsOfRanks:
         self._waiting: list[AlarmEvent] = []
         self._own: set[tuple[int, str, str]] = set()
 
-    def add(self, event: AlarmEvent) -> None:
-        """Take an event of this rank."""
-        self._waiting = [*self._waiting, event][-_KEPT:]
+    def add(self, event: AlarmEvent) -> bool:
+        """Take an event of this rank; return whether it is new, or another rank has told it already."""
         self._own.add(_key(event))
+        if any(_key(one) == _key(event) for one in self.all):
+            return False
+        self._waiting = [*self._waiting, event][-_KEPT:]
+        return True
 
     def said(self) -> list[list[Any]]:
         """Return what this rank has to say, JSON-ready."""
@@ -45,7 +48,7 @@ class EventsOfRanks:
                 if _key(event) not in known:
                     fresh.setdefault(_key(event), event)
         new = [fresh[key] for key in sorted(fresh)]
-        self.all += new
+        self.all = sorted([*self.all, *new], key=_key)
         self._waiting = self._waiting[_MOST:]
         return new, [event for event in new if _key(event) not in self._own]
 
