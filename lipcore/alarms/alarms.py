@@ -225,7 +225,7 @@ class Alarms(Showable):
         """Go on behind this step: a checkpoint was loaded. The next 100 steps are silent."""
         self._waiting.forget(step)
         self._columns, self._nonfinite, self._unexplained = None, NonFinite(), self._new_unexplained()
-        self.light.forget()
+        self.light.forget(step)
         self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
         self._of_ranks.forget(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from lipcore.alarms.ranks import EventsOfRanks
 
 STEPS, WINDOW, AT = 16, 4, 6
 LATE = STEPS - 2  # in the last window, which closes after the last call of log()
-#: Whether they stop, the step of the alarm, and whether the last window is merged too.
+#: Whether they stop, the step of the alarm, whether the last window is merged too, and whether the loss is logged.
 WAYS = {
-    "goes on": (False, AT, False),
-    "stops": (True, AT, False),
-    "ends": (True, LATE, False),
-    "meets": (True, LATE, True),
+    "goes on": (False, AT, False, True),
+    "stops": (True, AT, False, True),
+    "ends": (True, LATE, False, True),
+    "meets": (True, LATE, True, True),
+    "never logs": (True, AT, False, False),
 }
 
 
@@ -74,6 +76,17 @@ def test_an_event_that_another_rank_has_told_first_is_acted_on_once() -> None:
     assert alarms._waits_to_stop is None
 
 
+def test_what_is_not_finite_waits_for_no_other_alarm() -> None:
+    one = EventsOfRanks()
+    for step in range(20):
+        one.add(event(step, "a"))
+    one.add(AlarmEvent(20, "nonfinite", "a", math.inf, "alarm in step 20: words"))
+    new, _ = one.heard({0: one.said()})
+    assert [each.step for each in new] == [*range(7), 20]
+    new, _ = one.heard({0: one.said()})
+    assert [each.step for each in new] == list(range(7, 15))
+
+
 def test_events_of_all_ranks_are_by_step_whenever_they_were_told() -> None:
     one = EventsOfRanks()
     for step in (9, 4):
@@ -108,8 +121,9 @@ def test_a_stop_waits_for_the_other_ranks_as_long_as_they_are_met(meets: bool) -
     assert len(alarms.global_events) == (0 if meets else 1)
 
 
-def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool) -> dict[str, Any]:
-    """Train under DDP; on rank 1 the loss that is logged becomes NaN in step `at`; windows meet at the `end` too."""
+def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, log: bool) -> dict[str, Any]:
+    """Train under DDP; on rank 1 the loss that is logged becomes NaN in step `at`; windows meet at the `end` too. Without
+    `log` nothing is logged, and the loss itself is NaN on both."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -123,7 +137,11 @@ def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool) 
             for step in range(1, STEPS + 1):
                 found["steps"] = step
                 loss = model(torch.randn(6, 4)).square().mean()
-                monitor.log(loss=loss * (float("nan") if rank == 1 and step == at else 1))
+                if log:
+                    monitor.log(loss=loss * (float("nan") if rank == 1 and step == at else 1))
+                else:
+                    monitor.log_batch(torch.arange(6))
+                    loss = loss * (float("nan") if step == at else 1)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -149,9 +167,9 @@ def work(rank: int, folder: str) -> None:
 
     for module in (lipcore.trajectory.single_steps, lipcore.monitor.logged):
         module.PROMPT = 0.0  # every step takes longer than numbers wait
-    for name, (stop, at, end) in WAYS.items():
+    for name, (stop, at, end, log) in WAYS.items():
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/{name}.store", 2), rank=rank, world_size=2)
-        found = train(rank, folder, name, stop=stop, at=at, end=end)
+        found = train(rank, folder, name, stop=stop, at=at, end=end, log=log)
         Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found))
         dist.destroy_process_group()
 
@@ -192,3 +210,10 @@ def test_no_rank_stops_alone_for_an_alarm_behind_the_last_merged_window(found: d
     assert (one["own"], other["own"]) == ([], [LATE])
     one, other = found["meets"]
     assert one["stopped"] == other["stopped"] == [LATE, 1]
+
+
+@pytest.mark.ci
+def test_ranks_that_never_log_stop_each_for_itself_before_the_end(found: dict[str, list[dict[str, Any]]]) -> None:
+    one, other = found["never logs"]
+    assert one["stopped"] == other["stopped"] == [AT, None]
+    assert max(one["steps"], other["steps"]) <= 2 * WINDOW + 2
