@@ -122,8 +122,9 @@ def test_a_stop_waits_for_the_other_ranks_as_long_as_they_are_met(meets: bool) -
 
 
 def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, log: bool) -> dict[str, Any]:
-    """Train under DDP; on rank 1 the loss that is logged becomes NaN in step `at`; windows meet at the `end` too. Without
-    `log` nothing is logged, and the loss itself is NaN on both."""
+    """Train under DDP; on rank 1 the loss that is logged becomes NaN in step `at`; windows meet at the `end` too.
+
+    Without `log` nothing is logged, and the loss itself is NaN on both."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
