@@ -80,7 +80,7 @@ def _not_finite(facts: Facts) -> Check:
 def _sudden(ratios: RatioMap | None) -> Check:
     """Check that no layer's updates become ten times larger or smaller at once, beyond what they did before."""
     name = "Sudden changes"
-    if ratios is None or not np.isfinite(ratios.away).any():
+    if ratios is None or not np.isfinite(ratios.high).any():
         return Check(name, "not measured", "Nothing says how updates changed.", _TRAJECTORY)
     found, looked = ratios.sudden, ratios.looked
     if found is None and looked.first is None:

@@ -146,6 +146,7 @@ def test_what_was_compared_with_nothing_is_not_said_to_be_quiet() -> None:
     high[11, 1] *= 1000
     check = check_of(high)
     assert (check.state, check.remedy) == ("not measured", "train for more than 20 steps")
+    assert check_of(high[:1]) == check
     high = noise()[:60]
     high[14, 1] *= 1000
     high[:30, 2] = 0.0  # it moves from step 31 on
