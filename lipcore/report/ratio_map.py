@@ -40,7 +40,7 @@ class Sudden:
 
 @dataclass(frozen=True)
 class Looked:
-    """What was looked at for sudden changes."""
+    """Steps and layers that were looked at for sudden changes."""
 
     first: int | None  #: the step from which on every layer that could be was compared; None where none could be
     never: int  #: layers that moved in too few steps
