@@ -18,6 +18,7 @@ SOURCES = {
     "figure6": BENCH / "paper" / "results" / "figure6.json",
     "studies": BENCH / "paper" / "results" / "studies.json",
     "trainscope": BENCH / "results" / "trainscope.json",
+    "speed": BENCH / "results" / "cpu-intel-r-xeon-r-processor-family-6-2-cores.json",
 }
 
 Results = Mapping[str, Any]
@@ -223,6 +224,19 @@ def peer_costs(all_results: Results) -> str:
     return table(["", f"CPU time of a step of {step['plain_ms']:.0f} ms", "bytes of a step's record"], rows)
 
 
+def peer_clock(all_results: Results) -> str:
+    """What a step of the same model costs with alarms, by the clock."""
+    of_watch = [row for row in all_results["speed"]["rows"] if row["benchmark"].startswith("bench_watch.py")]
+    without, alarms = sorted(of_watch, key=lambda row: "with alarms" in row["name"])
+    details = alarms["details"]
+    rows = [
+        ["no tool, once more (control)", f"{details['control']:.2f}"],
+        ["lipcore, the default `watch()`", f"{without['measured']:.2f}"],
+        ['lipcore, `watch(alarms="default")`', f"{alarms['measured']:.2f}"],
+    ]
+    return table(["", f"time of a step of {details['plain_ms']:.0f} ms, by the clock"], rows)
+
+
 def peer_faults(all_results: Results) -> str:
     """Faults found by trainscope's detectors beside those of lipcore."""
     ours, theirs = all_results["spikes"], all_results["trainscope"]["detectors"]
@@ -281,7 +295,7 @@ def _correlation(row: Mapping[str, float]) -> str:
 TABLES: dict[str, Callable[[Results], str]] = {
     make.__name__: make
     for make in (detectors, by_fault, samples, published_rule, leads, hot, labels, other_inputs, batch, equal_loss)
-} | {make.__name__: make for make in (exact, bound, lengths, dropout, peer_costs, peer_faults)}
+} | {make.__name__: make for make in (exact, bound, lengths, dropout, peer_costs, peer_clock, peer_faults)}
 
 
 def read() -> Results:

@@ -77,7 +77,8 @@ class Alarms(Showable):
         on_event: called with every :class:`AlarmEvent`. What it raises is raised by the user's next call of a method of
             the Monitor, and it is not called any more.
         stop: raise :class:`AlarmStop` at the user's next call of a method of the Monitor, or at the end of the with
-            block. On several ranks all of them raise the same one where they merge windows, once they do so.
+            block. On several ranks that merge windows all of them raise the same one where they do so; what comes after
+            the last merged window stops none.
         least_multiplier: what the multiplier of the limits falls to at the lowest, from 0.1 to 1. Below 1, alarms use
             what the limits leave of the budget.
 
@@ -196,7 +197,9 @@ class Alarms(Showable):
         self._record, self._record_light = record, light
 
     def _begin_step(self, step: int) -> None:
-        """Look at the learning rate that a step is made with."""
+        """Look at the learning rate that a step is made with, and at whether the ranks still meet to stop together."""
+        if self._waits_to_stop is not None and not self._meets():
+            self._part()
         self._waiting.begin_step(step, self._rate.log_factor())
 
     def _norms(self, first: int, arrays: StepArrays) -> None:
@@ -222,7 +225,7 @@ class Alarms(Showable):
         """Go on behind this step: a checkpoint was loaded. The next 100 steps are silent."""
         self._waiting.forget(step)
         self._columns, self._nonfinite, self._unexplained = None, NonFinite(), self._new_unexplained()
-        self.light.forget()
+        self.light.forget(step)
         self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
         self._of_ranks.forget(step)
@@ -248,10 +251,12 @@ class Alarms(Showable):
             self._keep_error(AlarmStop(event))
 
     def _end(self) -> None:
-        """Look at all that waits: nothing more comes."""
+        """Look at all that waits: nothing more comes. What the other ranks have not heard of stops this one no more:
+        they would go on alone, and the training is over."""
         self._go_on(all_of_them=True)
         self._tell_of_samples(wait=True)
-        self._part()
+        if not self._meets():
+            self._part()
 
     def _go_on(self, *, all_of_them: bool = False) -> None:
         for one in self._waiting.ready(logs=self._logs(), norms=self._has_norms, all_of_them=all_of_them):
@@ -307,8 +312,9 @@ class Alarms(Showable):
             return
         self.events.append(event)
         _LOGGER.warning("%s", event.message)
+        if not self._of_ranks.add(event):
+            return  # it was heard of from another rank: acted on, and stopped for, then
         self._act(event)
-        self._of_ranks.add(event)
         if self._stop and self._meets():
             self._waits_to_stop = self._waits_to_stop or event  # all stop where they meet
         elif self._stop:

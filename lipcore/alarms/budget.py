@@ -14,6 +14,7 @@ _FEWEST = 5  # stretches of a phase before which the multiplier does not fall
 _TAIL = 10  # peaks at least, beside those that the budget allows, by which the greatest are judged; a third where fewer
 _USUAL = 0.1  # mean of the logarithms of such peaks over the next one, before anything is known of a run
 _WEIGHT = 5  # peaks that this counts as
+_LEAST, _MOST = 1e-300, 700.0  # a chance, and a logarithm, that floating-point numbers can be made of
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,10 @@ class Budget:
 
     def _calibrate(self) -> None:
         own = [stretch for stretch in self._stretches if stretch.direction == self._direction]
-        allowed = self.per_1000 * sum(stretch.steps for stretch in own) / 1000
+        steps = sum(stretch.steps for stretch in own)
+        allowed = min(self.per_1000 * steps / 1000, steps)
         peaks = sorted((stretch.peak for stretch in own), reverse=True)
-        count = math.ceil(allowed)
+        count = max(1, math.ceil(allowed))
         seen = peaks[count - 1] if count <= len(peaks) else 0.0
         if len(peaks) < _FEWEST:
             self.multiplier = max(1.0, seen, self.multiplier)
@@ -105,13 +107,14 @@ def predicted(peaks: Sequence[float], allowed: float) -> float:
     that is not known but for those of 5 more, as they usually are: a + S = S + 0.5, n = k + 5. The next one is then
     over t with the chance (1 + t / (S + 0.5))^-(k + 5), of those that are over the (k + 1)-th peak at all.
     """
-    count = math.ceil(allowed)
+    count = max(1, math.ceil(allowed))
     k = max(count, min(math.ceil(len(peaks) / 3), count + _TAIL - 1))
     if k >= len(peaks):
         return 0.0
     logs = [math.log(max(peak, 1e-3)) for peak in peaks[: k + 1]]
     total = sum(log - logs[k] for log in logs[:k]) + _USUAL * _WEIGHT
-    return math.exp(logs[k] + total * ((allowed / k) ** (-1 / (k + _WEIGHT)) - 1))
+    chance = max(allowed / k, _LEAST)
+    return math.exp(min(logs[k] + total * (chance ** (-1 / (k + _WEIGHT)) - 1), _MOST))
 
 
 def _sign(change: float) -> int:

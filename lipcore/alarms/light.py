@@ -22,12 +22,21 @@ class WarningLight:
     """
 
     def __init__(self) -> None:
-        self.steps = 0  #: in which it was on
-        self.since: int | None = None  #: the step in which it last went on
+        self._spans: list[tuple[int, int]] = []  # first and last step in which it was on
         self.is_known = False  #: the number has been seen
         self._last_over: int | None = None
         self._now = 0
         self._baseline = Baseline(1)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps in which it was on."""
+        return sum(last - first + 1 for first, last in self._spans)
+
+    @property
+    def since(self) -> int | None:
+        """Step in which it last went on; None before."""
+        return self._spans[-1][0] if self._spans else None
 
     @property
     def is_on(self) -> bool:
@@ -43,16 +52,18 @@ class WarningLight:
         self._baseline.take(log, np.ones(1, bool))
         if score > LIMIT:
             self._last_over = number
-        self.steps += self.is_on
+        if self.is_on:
+            begun = self._spans.pop()[0] if was else number
+            self._spans.append((begun, number))
         if not self.is_on or was:
             return ""
-        self.since = number
         times = math.exp(log[0] - self._baseline.medians[0])
         return (
             f"warning light on in step {number}: the normalized update's RMS is {times:.3g} times its usual value "
             f"(score {score:.3g}, limit {LIMIT:g})"
         )
 
-    def forget(self) -> None:
-        """Go off, and know of no step."""
+    def forget(self, step: int) -> None:
+        """Go off, and go on behind a step: those after it are made again."""
         self._last_over, self._baseline = None, Baseline(1)
+        self._spans = [(first, min(last, step)) for first, last in self._spans if first <= step]

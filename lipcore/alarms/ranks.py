@@ -16,22 +16,27 @@ class EventsOfRanks:
     that of the first of them.
 
     Attributes:
-        all: what the ranks have said to each other, the same on all of them.
+        all: what the ranks have said to each other, by step, the same on all of them.
     """
 
     def __init__(self) -> None:
         self.all: list[AlarmEvent] = []
         self._waiting: list[AlarmEvent] = []
+        self._said: list[AlarmEvent] = []
         self._own: set[tuple[int, str, str]] = set()
 
-    def add(self, event: AlarmEvent) -> None:
-        """Take an event of this rank."""
-        self._waiting = [*self._waiting, event][-_KEPT:]
+    def add(self, event: AlarmEvent) -> bool:
+        """Take an event of this rank; return whether it is new, or another rank has told it already."""
         self._own.add(_key(event))
+        if any(_key(one) == _key(event) for one in self.all):
+            return False
+        self._waiting = [*self._waiting, event][-_KEPT:]
+        return True
 
     def said(self) -> list[list[Any]]:
-        """Return what this rank has to say, JSON-ready."""
-        return [[one.step, one.signal, one.place, one.score, one.message] for one in self._waiting[:_MOST]]
+        """Return what this rank has to say, JSON-ready: what is not finite goes first."""
+        self._said = sorted(self._waiting, key=lambda event: event.signal != "nonfinite")[:_MOST]
+        return [[one.step, one.signal, one.place, one.score, one.message] for one in self._said]
 
     def heard(self, said: Mapping[int, Sequence[Sequence[Any]] | None]) -> tuple[list[AlarmEvent], list[AlarmEvent]]:
         """Take what each rank has said, by its number; return what is new, the same on all ranks, and what of it this
@@ -45,8 +50,8 @@ class EventsOfRanks:
                 if _key(event) not in known:
                     fresh.setdefault(_key(event), event)
         new = [fresh[key] for key in sorted(fresh)]
-        self.all += new
-        self._waiting = self._waiting[_MOST:]
+        self.all = sorted([*self.all, *new], key=_key)
+        self._waiting = [event for event in self._waiting if event not in self._said]
         return new, [event for event in new if _key(event) not in self._own]
 
     def forget(self, step: int) -> None:

@@ -117,6 +117,11 @@ class GlobalWindows:
         return _NEVER_CALLED
 
     @property
+    def number_waiting(self) -> int:
+        """Number of closed windows that wait to be merged."""
+        return len(self._waiting)
+
+    @property
     def _bytes(self) -> int:
         return sum(part.nbytes for _, offer in self._waiting for part in offer.parts.values())
 

@@ -274,8 +274,10 @@ class Monitor(Engine):
             self.alarms._heard(dict(zip(ranks, said, strict=True)))
 
     def _meets_ranks(self) -> bool:
-        """Return whether the loop will meet other ranks: where log() does so, or it has merged windows before."""
-        meets = self._meets or (bool(self._global.history) and not self._parted)
+        """Return whether the loop will meet other ranks: where log() does so, or it has merged windows before. A
+        loop that has not called log() when its second window has closed is taken not to."""
+        logs = self._logged.begun or (not self._closed and self._global.number_waiting < 2)
+        meets = (self._meets and logs) or (bool(self._global.history) and not self._parted)
         return meets and self._global.partners.find() is not None and not self._global.is_given_up
 
     def _attach_recorder(self, recorder: Recorder) -> None:

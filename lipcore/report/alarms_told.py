@@ -34,5 +34,12 @@ def is_unexplained(event: Happened) -> bool:
 
 
 def told(event: Happened) -> str:
-    """Return an alarm's message without step, place and score, which stand beside it."""
-    return (event.text.partition(": ")[2] or event.text).partition(" (score ")[0]
+    """Return an alarm's message without step, place and score, which stand beside it, and with the rank that it was
+    heard of from."""
+    return (event.text.partition(": ")[2] or event.text).partition(" (score ")[0] + heard_from(event)
+
+
+def heard_from(event: Happened) -> str:
+    """Return the words by which an alarm is told to be another rank's than the record's; "" where it is not."""
+    rank = event.data.get("rank")
+    return "" if rank is None else f" (told by rank {rank})"

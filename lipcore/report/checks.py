@@ -80,14 +80,23 @@ def _not_finite(facts: Facts) -> Check:
 def _sudden(ratios: RatioMap | None) -> Check:
     """Check that no layer's updates become ten times larger or smaller at once, beyond what they did before."""
     name = "Sudden changes"
-    if ratios is None or not np.isfinite(ratios.away).any():
+    if ratios is None or not np.isfinite(ratios.high).any():
         return Check(name, "not measured", "Nothing says how updates changed.", _TRAJECTORY)
-    found = ratios.sudden
+    found, looked = ratios.sudden, ratios.looked
+    if found is None and looked.first is None:
+        said = f"Updates are compared with {looked.fewest:,} steps before them in which a layer moved: there are fewer."
+        return Check(name, "not measured", said, f"train for more than {count(looked.fewest, 'step')}")
     if found is None:
-        said = "No layer's update over weight norm became ten times larger at once, or smaller unlike the others."
-        return Check(name, "quiet", said)
+        said = (
+            f"From step {looked.first:,} on, no layer's update over weight norm became ten times larger at once, "
+            f"beyond the scatter and all of the {looked.before:,} steps before, or smaller for {looked.lasts:,} steps "
+            "unlike the others."
+        )
+        some = f" {count(looked.never, 'layer')} moved in too few steps to be compared." if looked.never else ""
+        return Check(name, "quiet", said + some)
     if np.isinf(found.times):
-        return Check(name, "fired", f"Step {found.step:,}, {in_words(found.place)}: from here on it does not move.")
+        still = "from here on" if found.still_to is None else f"from here to step {found.still_to:,}"
+        return Check(name, "fired", f"Step {found.step:,}, {in_words(found.place)}: {still} it does not move.")
     times = f"{number(found.times)} times {'larger' if found.larger else 'smaller'}"
     said = f"Step {found.step:,}, {in_words(found.place)}: the update over the weight norm is {times} than before"
     shared = ", as in most layers: the batch, or a new learning rate?" if found.shared else "."
@@ -117,13 +126,17 @@ def _loss(facts: Facts) -> Check:
     means = line.mean[:, 0][line.count[:, 0] > 0]
     if not len(means):
         return Check(name, "fired", "The loss was never finite.")
+    if len(means) == 1:
+        said = f"The loss is {number(float(means[0]))} in all that was logged, which is too little to say more."
+        return Check(name, "not measured", said, "call monitor.log(loss=loss) in more steps than one")
     part = max(1, len(means) // 10)
     begin, end = float(means[:part].mean()), float(means[-part:].mean())
     said = f"from {number(begin)} to {number(end)} (means of the first and the last tenth)"
-    if end >= begin and len(means) > 1:
+    if end >= begin:
         return Check(name, "fired", f"The loss did not fall: it went {said}.")
+    fell = "hardly fell: it went" if number(begin) == number(end) else "fell"
     finite = ", while it was finite" if line.not_finite[0] else ""
-    return Check(name, "quiet", f"The loss fell {said}{finite}.")
+    return Check(name, "quiet", f"The loss {fell} {said}{finite}.")
 
 
 def _metrics_off(facts: Facts) -> Check:

@@ -15,7 +15,7 @@ from lipcore.report.facts import Facts
 from lipcore.report.html import Html, Table, html, joined, name_of, number, shortened_name, tag
 from lipcore.report.plots import Plots
 from lipcore.report.section import Figure
-from lipcore.report.sudden import BEFORE, most_sudden
+from lipcore.report.sudden import BEFORE, FEWEST, LASTS, compared, most_sudden, stopped_to
 
 KEY, CHOSEN = "ratio-map", "ratio-of-one"
 _ROWS = 400  # more would be less than a pixel each
@@ -35,6 +35,18 @@ class Sudden:
     times: float  #: at the most; infinite where the layer stopped moving
     larger: bool
     shared: bool  #: most other layers changed in the same way
+    still_to: int | None = None  #: the last step up to which a layer that stopped does not move; None: to the end
+
+
+@dataclass(frozen=True)
+class Looked:
+    """Steps and layers that were looked at for sudden changes."""
+
+    first: int | None  #: the step from which on every layer that could be was compared; None where none could be
+    never: int  #: layers that moved in too few steps
+    fewest: int  #: steps that have to be before a step
+    before: int  #: steps that a step is compared with
+    lasts: int  #: steps that a fall has to last
 
 
 class RatioMap:
@@ -62,6 +74,7 @@ class RatioMap:
         #: whichever is further away.
         self.away = _further(_away(self.high), _away(self.low))
         self.sudden = self._sudden()
+        self.looked = self._looked()
         self.start = self._most_unusual()
 
     def _name(self, group: list[int]) -> str:
@@ -108,7 +121,16 @@ class RatioMap:
         name, larger = self.names[change.row], change.log > 0
         begun = self._begin(change.bin, change.row) if larger else change.bin
         step = self._step(begun, change.row) if larger else self._binned.first + begun * self._binned.width
-        return Sudden(name, step, float(10 ** abs(change.log)), larger, change.shared)
+        still = stopped_to(self.high, begun, change.row) if np.isinf(change.log) else None
+        still_to = None if still is None else int(self._binned.ends[still])
+        return Sudden(name, step, float(10 ** abs(change.log)), larger, change.shared, still_to)
+
+    def _looked(self) -> Looked:
+        found, width = compared(self.high), self._binned.width
+        known = found.any(0)
+        last = int(found[:, known].argmax(0).max()) if known.any() else None
+        first = None if last is None else self._binned.first + last * width
+        return Looked(first, int((~known).sum()), FEWEST * width, BEFORE * width, LASTS * width)
 
     def _step_away(self, at: int, row: int) -> int:
         return self._step(at, row) if self.away[at, row] > 0 else int(self._binned.ends[at])
@@ -168,7 +190,7 @@ class RatioMap:
         what = f"{number(_times(away))} times {'larger' if away > 0 else 'smaller'}"
         said = f" at step {self._step_away(at, row):,}, {what} than before."
         alone = self.sudden is None and not self.marks()
-        most = "Nothing needs attention; furthest from the steps before: " if alone else "Most unusual: "
+        most = "Furthest from the steps before: " if alone else "Most unusual: "
         layer = "layer " if self.names[row].isdigit() else ""
         return joined([key, most, layer, name_of(self.names[row]), said])
 

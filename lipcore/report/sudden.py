@@ -7,13 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 BEFORE = 40  # bins that a bin is compared with
-_FEWEST = 20  # of them: what training does in its beginning is no change
+FEWEST = 20  # of them: what training does in its beginning is no change
 _TENFOLD = 1.0  # in decimal logarithms
 _SPREADS = 6.0  # robust standard deviations of the bins before, as for the alarms on norms
 _NOISE = 0.005  # added to one
 _BEYOND = 0.5  # in decimal logarithms, of the greatest or least of these bins: spikes that come again are no news
 _AT_ONCE = 5  # bins at most in which it comes about: slow changes are how a model learns
-_LASTS = 5  # bins that a fall has to last: an update may be small by chance
+LASTS = 5  # bins that a fall has to last: an update may be small by chance
 _BEGUN = 0.7  # of a fall, in logarithms
 _STOPPED = -30.0  # logarithm of no update at all
 
@@ -37,8 +37,7 @@ def most_sudden(high: Array) -> Change | None:
     above all of them but the last five. A fall is as far below them for five bins, and unlike the other layers: what
     all share is a learning rate.
     """
-    with np.errstate(all="ignore"):
-        logs = np.where(high > 0, np.log10(high), np.where(high == 0, _STOPPED, np.nan))
+    logs = _logs(high)
     usual, spread, low, top = _before(logs)
     lasting = _lasting(logs)
     rises, falls = logs - usual, lasting - usual
@@ -58,12 +57,38 @@ def most_sudden(high: Array) -> Change | None:
     return Change(at, row, float(rises[at, row]), len(high[0]) > 1 and bool(_alike(rises)[at, row]))
 
 
+def compared(high: Array) -> Array:
+    """Return which of these updates have enough bins before them to be compared with, [bins, rows]."""
+    return _enough(_moving(_logs(high)))
+
+
+def stopped_to(high: Array, at: int, row: int) -> int | None:
+    """Return the last bin of those from this one on in which a row does not move at all; None where that is so to the
+    end."""
+    other = np.flatnonzero(high[at:, row] != 0)
+    return at + int(other[0]) - 1 if len(other) else None
+
+
+def _logs(high: Array) -> Array:
+    with np.errstate(all="ignore"):
+        return np.where(high > 0, np.log10(high), np.where(high == 0, _STOPPED, np.nan))
+
+
+def _moving(logs: Array) -> Array:
+    """Return the bins before each, [bins, rows, bins before], NaN where the row did not move."""
+    return _windows(np.where(logs > _STOPPED, logs, np.nan), BEFORE)
+
+
+def _enough(windows: Array) -> Array:
+    return np.asarray(np.isfinite(windows).sum(-1) >= FEWEST)
+
+
 def _before(logs: Array) -> tuple[Array, Array, Array, Array]:
     """Return median and robust standard deviation of the bins before each, least and greatest of those but the last
     few; NaN where too few have moved."""
-    windows = _windows(np.where(logs > _STOPPED, logs, np.nan), BEFORE)
+    windows = _moving(logs)
     found = np.full((4, *logs.shape), np.nan)
-    enough = np.isfinite(windows).sum(-1) >= _FEWEST
+    enough = _enough(windows)
     if enough.any():
         chosen = windows[enough]
         usual = np.nanmedian(chosen, axis=-1)
@@ -82,8 +107,8 @@ def _windows(logs: Array, count: int) -> Array:
 
 def _lasting(logs: Array) -> Array:
     """Return the greatest number of each bin and the few after it; NaN where one has none, or the run ends before."""
-    after = np.pad(logs, ((0, _LASTS - 1), (0, 0)), constant_values=np.nan)
-    return np.asarray(np.lib.stride_tricks.sliding_window_view(after, _LASTS, axis=0).max(-1))
+    after = np.pad(logs, ((0, LASTS - 1), (0, 0)), constant_values=np.nan)
+    return np.asarray(np.lib.stride_tricks.sliding_window_view(after, LASTS, axis=0).max(-1))
 
 
 def _alike(changes: Array) -> Array:

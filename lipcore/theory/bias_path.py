@@ -15,10 +15,12 @@ from lipcore.theory.literal_steps import LiteralSteps, has_sides, literal_steps,
 from lipcore.theory.recorded_motion import CONTRADICTED, LITERAL, apart, known, unchecked
 from lipcore.theory.training import joined
 from lipcore.theory.virtual_bias import with_virtual_bias
-from lipcore.theory.windows import missing_steps, select, span
+from lipcore.theory.windows import NEEDS, missing_steps, select, span
 
 _ROUNDING = 1 - 1e-4  # of float32 parameters, whose motion is recorded as they are
-_NEEDS = "needs learning_rate (or a recorded one), eps_max and a Lipschitz metric"
+_NO_METRIC = "needs a Lipschitz metric in every window"
+_NO_SIDES = f"needs the sides of Theorem 1, which a window lacks: {NEEDS}"
+_NO_EPS = "needs eps_max"
 
 
 @dataclass(frozen=True, repr=False)
@@ -70,16 +72,23 @@ def bias_distance(
         directness = replace(directness, valid=False, note=elsewhere)
     given = _given_rates(learning_rate, windows)
     largest = None if eps_max is None else positive("eps_max", eps_max)
-    bound = Value(math.nan, 0, "one-sided", False, _NEEDS)
+    bound, missing = None, [] if largest is not None else [_NO_EPS]
     if all(has_sides(window) for window in windows):
         found = [literal_steps(window, parameter, "upper", place) for window in windows]
         rates = [_rate(*row, parameter) for row in zip(windows, found, given, strict=True)]
-        if largest is not None and None not in rates:
+        if None in rates:
+            missing.append(f"needs learning_rate: that of {parameter} was not recorded in every step")
+            missing += [reason for row in found for reason in row.against]
+        elif largest is not None:
             total = math.fsum(
                 (rate or 0.0) * row.side.value * window.steps
                 for rate, row, window in zip(rates, found, windows, strict=True)
             )
             bound = _bound(largest * total, found, windows, length, elsewhere)
+    else:
+        missing.append(_NO_SIDES if all("lipschitz" in window.results for window in windows) else _NO_METRIC)
+    if bound is None:
+        bound = Value(math.nan, 0, "one-sided", False, joined(missing))
     return BiasDistance(distance, length, directness, bound)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ from lipcore.alarms import AlarmEvent, Alarms, AlarmStop
 from lipcore.alarms.ranks import EventsOfRanks
 
 STEPS, WINDOW, AT = 16, 4, 6
+LATE = STEPS - 2  # in the last window, which closes after the last call of log()
+#: Whether they stop, the step of the alarm, whether the last window is merged too, and whether the loss is logged.
+WAYS = {
+    "goes on": (False, AT, False, True),
+    "stops": (True, AT, False, True),
+    "ends": (True, LATE, False, True),
+    "meets": (True, LATE, True, True),
+    "never logs": (True, AT, False, False),
+}
 
 
 def event(step: int, place: str, rank: int | None = None) -> AlarmEvent:
@@ -52,6 +62,51 @@ def test_many_events_come_in_several_parts() -> None:
     assert [step for part in parts for step in part] == list(range(20))
 
 
+def test_an_event_that_another_rank_has_told_first_is_acted_on_once() -> None:
+    heard: list[AlarmEvent] = []
+    kept: list[Exception] = []
+    alarms = Alarms(on_event=heard.append, stop=True)
+    alarms._begin([], kept.append, lambda: True, has_norms=False, meets=lambda: True)
+    alarms._heard({0: [[3, "loss", "a", 4.0, "alarm in step 3: words"]], 1: []})
+    alarms._tell(event(3, "a"))  # the numbers of this rank came later
+    assert heard == alarms.global_events == [event(3, "a", 0)]
+    assert alarms.events == [event(3, "a")]
+    assert alarms._said() == []
+    assert len(kept) == 1
+    assert alarms._waits_to_stop is None
+
+
+def test_what_is_not_finite_waits_for_no_other_alarm() -> None:
+    one = EventsOfRanks()
+    for step in range(20):
+        one.add(event(step, "a"))
+    one.add(AlarmEvent(20, "nonfinite", "a", math.inf, "alarm in step 20: words"))
+    new, _ = one.heard({0: one.said()})
+    assert [each.step for each in new] == [*range(7), 20]
+    new, _ = one.heard({0: one.said()})
+    assert [each.step for each in new] == list(range(7, 15))
+
+
+def test_events_of_all_ranks_are_by_step_whenever_they_were_told() -> None:
+    one = EventsOfRanks()
+    for step in (9, 4):
+        one.add(event(step, "a"))
+        one.heard({0: one.said()})
+    assert [each.step for each in one.all] == [4, 9]
+
+
+def test_a_stop_waits_no_longer_where_the_ranks_meet_no_more() -> None:
+    kept: list[Exception] = []
+    meets = [True, True, False]
+    alarms = Alarms(stop=True)
+    alarms._begin([], kept.append, lambda: False, has_norms=False, meets=lambda: meets.pop(0))
+    alarms._tell(event(3, "a"))
+    alarms._begin_step(5)
+    assert not kept
+    alarms._begin_step(6)
+    assert [error.event for error in kept] == [event(3, "a")]
+
+
 @pytest.mark.parametrize("meets", [True, False])
 def test_a_stop_waits_for_the_other_ranks_as_long_as_they_are_met(meets: bool) -> None:
     kept: list[Exception] = []
@@ -59,14 +114,17 @@ def test_a_stop_waits_for_the_other_ranks_as_long_as_they_are_met(meets: bool) -
     alarms._begin([], kept.append, lambda: False, has_norms=False, meets=lambda: meets)
     alarms._tell(event(3, "a"))
     assert len(kept) == (0 if meets else 1)
+    alarms._end()  # where the ranks meet, none stops alone when all is over
+    assert len(kept) == (0 if meets else 1)
     alarms._part()
-    alarms._end()
     assert [error.event for error in kept] == [event(3, "a")]
     assert len(alarms.global_events) == (0 if meets else 1)
 
 
-def train(rank: int, folder: str, name: str, *, stop: bool) -> dict[str, Any]:
-    """Train under DDP; on rank 1 the loss that is logged becomes NaN once."""
+def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, log: bool) -> dict[str, Any]:
+    """Train under DDP; on rank 1 the loss that is logged becomes NaN in step `at`; windows meet at the `end` too.
+
+    Without `log` nothing is logged, and the loss itself is NaN on both."""
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -80,10 +138,17 @@ def train(rank: int, folder: str, name: str, *, stop: bool) -> dict[str, Any]:
             for step in range(1, STEPS + 1):
                 found["steps"] = step
                 loss = model(torch.randn(6, 4)).square().mean()
-                monitor.log(loss=loss * (float("nan") if rank == 1 and step == AT else 1))
+                if log:
+                    monitor.log(loss=loss * (float("nan") if rank == 1 and step == at else 1))
+                else:
+                    monitor.log_batch(torch.arange(6))
+                    loss = loss * (float("nan") if step == at else 1)
                 loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+            if end:
+                monitor.close_window()
+                monitor.global_window()
     except AlarmStop as error:
         found["stopped"] = [error.event.step, error.event.rank]
     run = lipcore.open_run(f"{folder}/{name}", rank)
@@ -103,9 +168,9 @@ def work(rank: int, folder: str) -> None:
 
     for module in (lipcore.trajectory.single_steps, lipcore.monitor.logged):
         module.PROMPT = 0.0  # every step takes longer than numbers wait
-    for name, stop in (("goes on", False), ("stops", True)):
+    for name, (stop, at, end, log) in WAYS.items():
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/{name}.store", 2), rank=rank, world_size=2)
-        found = train(rank, folder, name, stop=stop)
+        found = train(rank, folder, name, stop=stop, at=at, end=end, log=log)
         Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found))
         dist.destroy_process_group()
 
@@ -114,10 +179,7 @@ def work(rank: int, folder: str) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("ranks")
     run_ranks(work, str(folder))
-    return {
-        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
-        for name in ("goes on", "stops")
-    }
+    return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)] for name in WAYS}
 
 
 @pytest.mark.ci
@@ -139,3 +201,20 @@ def test_all_ranks_stop_at_the_same_step(found: dict[str, list[dict[str, Any]]])
     assert one["stopped"] == other["stopped"] == [AT, 1]
     assert one["steps"] == other["steps"] == 2 * WINDOW + 1  # the call after the window's end
     assert one["all"] == other["all"]
+
+
+@pytest.mark.ci
+def test_no_rank_stops_alone_for_an_alarm_behind_the_last_merged_window(found: dict[str, list[dict[str, Any]]]) -> None:
+    one, other = found["ends"]
+    assert one["stopped"] is other["stopped"] is None
+    assert one["steps"] == other["steps"] == STEPS
+    assert (one["own"], other["own"]) == ([], [LATE])
+    one, other = found["meets"]
+    assert one["stopped"] == other["stopped"] == [LATE, 1]
+
+
+@pytest.mark.ci
+def test_ranks_that_never_log_stop_each_for_itself_before_the_end(found: dict[str, list[dict[str, Any]]]) -> None:
+    one, other = found["never logs"]
+    assert one["stopped"] == other["stopped"] == [AT, None]
+    assert max(one["steps"], other["steps"]) <= 2 * WINDOW + 2

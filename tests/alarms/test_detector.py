@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lipcore.alarms.baseline import Baseline, medians_and_deviations
-from lipcore.alarms.budget import Budget
+from lipcore.alarms.budget import Budget, predicted
 from lipcore.alarms.detector import Columns, Detector
 from lipcore.alarms.event import AlarmEvent
 from lipcore.alarms.lasting import Lasting
@@ -194,6 +194,23 @@ def test_the_multiplier_falls_late_and_slowly_where_nothing_happens() -> None:
     assert set(kept[:99]) == {1.0}
     assert kept[99] < 1
     assert kept[-1] == 0.5
+
+
+@pytest.mark.parametrize("per_1000", [1e-3, 1e-20, 5e-324])
+def test_a_budget_of_next_to_nothing_leaves_the_limits_as_they_are(per_1000: float) -> None:
+    budget, rng = Budget(per_1000, 0.5), np.random.default_rng(0)
+    for _ in range(400):
+        budget.observe(0.5 + 0.2 * rng.random(), alarmed=False)
+    assert budget.multiplier == 1.0
+    assert 1 < predicted([1.0] * 20, per_1000) < math.inf
+
+
+def test_a_budget_of_more_than_every_step_is_one_of_every_step() -> None:
+    budgets = [Budget(per_1000, 0.5) for per_1000 in (1e308, 1e3)]
+    for score in np.random.default_rng(0).random(4000):
+        for budget in budgets:
+            budget.observe(float(score), alarmed=False)
+    assert [budget.multiplier for budget in budgets] == [0.5, 0.5]
 
 
 def test_peaks_of_another_phase_do_not_count() -> None:

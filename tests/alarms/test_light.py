@@ -105,3 +105,18 @@ def test_without_the_state_it_is_not_known(source: str) -> None:
     train(3, alarms, source)
     assert not alarms.light.is_known
     assert "warning light" not in repr(alarms)
+
+
+def test_behind_a_checkpoint_it_was_on_in_the_steps_before_it_alone() -> None:
+    light = WarningLight()
+    numbers = np.exp(0.1 * np.random.default_rng(0).random(300))
+    numbers[[150, 250]] = 2.0
+    for step, number in enumerate(numbers):
+        light.step(step, float(number))
+    assert (light.since, light.steps) == (250, 22)
+    light.forget(252)
+    assert (light.since, light.steps, light.is_on) == (250, 14, False)
+    light.forget(200)
+    assert (light.since, light.steps) == (150, 11)
+    light.forget(20)
+    assert (light.since, light.steps) == (None, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 
 import lipcore
+from lipcore.report.binned import Binned
 from lipcore.report.checks import checks_of
-from lipcore.report.facts import facts_of
+from lipcore.report.facts import Facts, facts_of
 from lipcore.report.ratio_map import RatioMap
 from lipcore.report.sudden import most_sudden
 
@@ -115,3 +117,74 @@ def test_a_run_of_adam_that_learns_needs_no_attention(tmp_path: Path) -> None:
 def test_a_fault_in_a_run_of_adam_is_told_with_step_and_layer(tmp_path: Path) -> None:
     (fired,) = [check.text for check in trained(tmp_path / "a", 320, fault=300) if "Sudden" in check.name]
     assert fired.startswith("Step 300, layer 4: the update over the weight norm is ")
+
+
+def check_of(high: Any, name: str = "Sudden changes") -> Any:
+    """Return a check of updates over weight norms, [steps, layers]."""
+    ratios = Binned(1, len(high), 1000)
+    ratios.add(np.arange(1, len(high) + 1), [f"l{i}" for i in range(high.shape[1])], high)
+    facts = Facts("x", "x")
+    (found,) = [one for one in checks_of(facts, RatioMap(ratios, facts)) if one.name == name]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        (160, "Step 151, l1: from here to step 160 it does not move."),
+        (400, "Step 151, l1: from here on it does not move."),
+    ],
+)
+def test_a_layer_that_stops_is_said_to_do_so_for_as_long_as_it_does(end: int, said: str) -> None:
+    high = noise()
+    high[150:end, 1] = 0.0
+    assert check_of(high).text == said
+
+
+def test_what_was_compared_with_nothing_is_not_said_to_be_quiet() -> None:
+    high = noise()[:20]
+    high[11, 1] *= 1000
+    check = check_of(high)
+    assert (check.state, check.remedy) == ("not measured", "train for more than 20 steps")
+    assert check_of(high[:1]) == check
+    high = noise()[:60]
+    high[14, 1] *= 1000
+    high[:30, 2] = 0.0  # it moves from step 31 on
+    check = check_of(high)
+    assert check.state == "quiet"
+    assert check.text.startswith("From step 51 on, no layer's update over weight norm became ten times larger")
+    high[5:, 2] = 0.0
+    check = check_of(high)
+    assert check.text.startswith("From step 21 on")
+    assert check.text.endswith(" 1 layer moved in too few steps to be compared.")
+
+
+@pytest.mark.parametrize(
+    ("losses", "state", "said"),
+    [
+        ([0.4714], "not measured", "The loss is 0.471 in all that was logged"),
+        ([0.4714, 0.4712], "quiet", "The loss hardly fell: it went from 0.471 to 0.471"),
+        ([0.4714, 0.3], "quiet", "The loss fell from 0.471 to 0.3"),
+    ],
+)
+def test_a_loss_that_did_not_fall_is_not_said_to(losses: list[float], state: str, said: str) -> None:
+    facts, line = Facts("x", "x"), Binned(1, len(losses), 10)
+    line.add(np.arange(1, len(losses) + 1), ["total"], np.array(losses)[:, None])
+    facts.lines["logged/loss"] = line
+    (check,) = [one for one in checks_of(facts, None) if one.name == "The loss"]
+    assert check.state == state
+    assert check.text.startswith(said)
+
+
+def test_the_map_says_of_layers_alone_what_is_furthest() -> None:
+    high = noise()
+    ratios = Binned(1, len(high), 1000)
+    ratios.add(BINS + 1, ["a", "b", "c"], high)
+    facts = Facts("x", "x")
+    data = {"signal": "nonfinite", "rank": 1}
+    facts.events.append(
+        SimpleNamespace(step=200, kind="alarm", text="alarm in step 200: not finite: the loss", data=data)
+    )
+    assert "Furthest from the steps before: " in str(RatioMap(ratios, facts)._sentence())
+    (check,) = [one for one in checks_of(facts, None) if one.name == "Alarms"]
+    assert check.text == "1 alarm in step 200: not finite: the loss (told by rank 1)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,25 @@ def test_the_recorded_rate_is_the_default(run: Run) -> None:
     assert (found.printed, found.variance_over_lr_sq) == (second.printed, second.variance_over_lr_sq)
     # The record is of the first layer's bias, not of any other parameter.
     assert not theory.bias_variance(run.history, "2.bias").variance_over_lr_sq.valid
+
+
+def test_what_the_bound_lacks_is_what_is_named(run: Run) -> None:
+    def note(windows: Any, **given: Any) -> str:
+        return theory.bias_distance(windows, "0.bias", **given).bound.note
+
+    assert note(run.history) == "needs eps_max"
+    bare = [replace(one, results={"trajectory": one["trajectory"]}) for one in run.history]
+    assert note(bare, eps_max=1.0, learning_rate=RATE) == "needs a Lipschitz metric in every window"
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with Monitor(model, optimizer, [Trajectory(), Lipschitz()], window_steps=2) as monitor:
+        for _ in range(2):
+            model(torch.randn(1, 4)).square().mean().backward()
+            optimizer.step()
+    said = note(monitor.history, eps_max=1.0, learning_rate=RATE)
+    assert said.startswith("needs the sides of Theorem 1, which a window lacks: it needs a Linear")
+    other = theory.bias_distance(run.history, "2.bias", eps_max=1.0).bound.note
+    assert other.startswith("needs learning_rate: that of 2.bias was not recorded in every step; '2.bias' is not")
 
 
 class Rows(nn.Module):

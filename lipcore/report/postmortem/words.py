@@ -6,7 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 
-from lipcore.report.alarms_told import is_unexplained, told
+from lipcore.report.alarms_told import heard_from, is_unexplained, told
 from lipcore.report.html import count, in_words, number, printable, shortened_name
 from lipcore.report.postmortem.account import Account, Rate
 from lipcore.report.postmortem.causes import cause_of, checks_of
@@ -58,7 +58,8 @@ def told_of(account: Account) -> list[str]:
 def _unexplained(event: Happened) -> str:
     score = event.data.get("score")
     times = "" if score is None else f", {number(float(score))} times what rounding may make of it"
-    return f"In step {event.step:,}, {event.data.get('place', '?')} moved by what its optimizer did not do{times}."
+    said = f"In step {event.step:,}, {event.data.get('place', '?')} moved by what its optimizer did not do{times}"
+    return f"{said}{heard_from(event)}."
 
 
 def _moved_first(account: Account) -> list[str]:
