@@ -268,7 +268,9 @@ class Trajectory(Metric):
         if self._shares is not None:  # the same on all ranks, whatever their shares
             choice = choose(wanted.choice, held, self._optimizers, self._window_blocks)
             wanted = replace(wanted, choice=choice)
-        self._built = build(wanted, watched, self._optimizers, self._window_blocks)
+        mine = {one.name for one in watched}
+        others = [one for one in held if one.name not in mine]
+        self._built = build(wanted, watched, self._optimizers, self._window_blocks, others)
         self._all, self._watched, self._links = held, watched, ModuleLinks(self._model)
         self._shapes = [one.tensor.shape for one in held]
         self.keeps_parts = len(watched) < len(held)
@@ -276,7 +278,7 @@ class Trajectory(Metric):
         kept = None
         if self.keeps_parts:
             self._pieces = [piece or "all, for several ranks" for piece in self._pieces]
-            kept = {one.name for one in watched}
+            kept = mine
         self._jumps = []
         fsdp1 = isinstance(self._model, nn.Module) and is_fsdp1(self._model)
         self._holding = Holding(self._held, FSDP1_PIECES if fsdp1 else "", kept)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from pipeline import run_stage, stage_of
 from rank_situations import (
     STATS,
@@ -117,6 +118,63 @@ def local_windows(rank: int, world: int) -> dict[str, Any]:
                     "details": own["trajectory"].details["kept_by_other_ranks"]}  # fmt: skip
 
 
+class Unused(nn.Module):
+    """Layers that rarely run, or never, and the largest parameter among them."""
+
+    def __init__(self, every: int = 3) -> None:
+        super().__init__()
+        self.large, self.a, self.b = nn.Linear(6, 60, bias=False), nn.Linear(6, 4), nn.Linear(4, 1)
+        self.c, self.calls, self.every = nn.Linear(60, 1), 0, every
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        y = self.b(self.a(x).tanh())
+        return y if self.calls % self.every else y + self.c(self.large(x))
+
+
+def _without_gradients(rank: int, world: int, every: int) -> dict[str, Any]:
+    data = data_of(range(world))[rank]
+    windows = []
+    for shares in (True, False):
+        torch.manual_seed(0)
+        model = DDP(Unused(every).double(), find_unused_parameters=True)
+        stats = (*STATS, "clipped_grad_norm")
+        windows.append(merged(model, data, metrics=[Trajectory(stats=stats, split_replicas=shares)]))
+    one, other = ([flat_of(window) for window in each] for each in windows)
+    keys = [mine.keys() ^ theirs.keys() for mine, theirs in zip(one, other, strict=True)]
+    apart = [key for mine, theirs in zip(one, other, strict=True) for key in theirs.keys() & mine.keys()
+             if str(mine[key]) != str(theirs[key]) and not math.isclose(mine[key], theirs[key], rel_tol=1e-12)]  # fmt: skip
+    gradients = sum("grad_norm.mean" in key for key in other[0])
+    return {"keys": sorted(set().union(*keys)), "apart": sorted(apart), "gradients": gradients}
+
+
+def sometimes_unused(rank: int, world: int) -> dict[str, Any]:
+    return _without_gradients(rank, world, 3)
+
+
+def unused(rank: int, world: int) -> dict[str, Any]:
+    return _without_gradients(rank, world, 1000)
+
+
+def frozen(rank: int, world: int) -> Any:
+    """All that rank 0 keeps is frozen; what is said then is the remedy, too."""
+    net = nn.Sequential(nn.Linear(6, 50, bias=False), nn.Linear(50, 2, bias=False), nn.Linear(2, 1, bias=False))
+    model = DDP(net.double(), find_unused_parameters=True)
+    data = data_of(range(world))[rank]
+    optimizer, monitor = monitored(model, metrics=[Trajectory(stats=STATS, split_replicas=True)])
+    with monitor:
+        train(model, optimizer, data, lambda step: monitor.global_window(), range(WINDOW))
+        net[0].requires_grad_(False)
+        try:
+            monitor.rebind()
+        except ValueError as error:
+            said = str(error)
+    optimizer, monitor = monitored(model, metrics=[shared := Trajectory(stats=STATS, split_replicas=True)])
+    with monitor:
+        train(model, optimizer, data, lambda step: monitor.global_window(), range(WINDOW))
+        return {"said": said, "kept": _kept(shared), "windows": len(monitor.history)}
+
+
 def independent(rank: int, world: int) -> Any:
     return merged(made(seed=rank), data_of([rank])[0], metrics=[Trajectory(split_replicas=True)])
 
@@ -152,6 +210,9 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
         fsdp2,
         tensor_parallel,
         local_windows,
+        sometimes_unused,
+        unused,
+        frozen,
         independent,
         apart,
         pipeline,
