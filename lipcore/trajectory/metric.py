@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,6 +89,12 @@ _NOT_ALL = (
     "checkpoint that all of them have saved together (torch.distributed.checkpoint), or on each rank the file that it "
     "has written"
 )
+
+
+def _held(parameters: Sequence[WatchedParameter]) -> list[tuple[str, str, Tensor]]:
+    """Return name, group and tensor of parameters that this rank holds. A window that waits has those of its time,
+    whatever is watched by now."""
+    return [(one.name, one.group, one.owner[one.key]) for one in parameters]
 
 
 class Trajectory(Metric):
@@ -281,7 +288,7 @@ class Trajectory(Metric):
             kept = mine
         self._jumps = []
         fsdp1 = isinstance(self._model, nn.Module) and is_fsdp1(self._model)
-        self._holding = Holding(self._held, FSDP1_PIECES if fsdp1 else "", kept)
+        self._holding = Holding(partial(_held, held), FSDP1_PIECES if fsdp1 else "", kept)
         self._single.start(self._built)
 
     def _share_of(self, held: list[WatchedParameter]) -> list[WatchedParameter]:
@@ -293,10 +300,6 @@ class Trajectory(Metric):
         group = (self.partners or self._partners_of(AUTO, 60)).find()
         mine = self._shares.mine([(one.name, one.owner[one.key]) for one in held], group)
         return [one for one in held if one.name in mine]
-
-    def _held(self) -> list[tuple[str, str, Tensor]]:
-        """Return name, group and tensor of all that this rank holds of what is watched."""
-        return [(one.name, one.group, one.owner[one.key]) for one in self._all]
 
     def _follow(self) -> None:
         """Go on with the parameters of modules that were replaced, as with replaced parameters: what lies between them

@@ -142,8 +142,9 @@ def _without_gradients(rank: int, world: int, every: int) -> dict[str, Any]:
         windows.append(merged(model, data, metrics=[Trajectory(stats=stats, split_replicas=shares)]))
     one, other = ([flat_of(window) for window in each] for each in windows)
     keys = [mine.keys() ^ theirs.keys() for mine, theirs in zip(one, other, strict=True)]
-    apart = [key for mine, theirs in zip(one, other, strict=True) for key in theirs.keys() & mine.keys()
-             if str(mine[key]) != str(theirs[key]) and not math.isclose(mine[key], theirs[key], rel_tol=1e-12)]  # fmt: skip
+    pairs = [(key, mine[key], theirs[key]) for mine, theirs in zip(one, other, strict=True)
+             for key in theirs.keys() & mine.keys()]  # fmt: skip
+    apart = [key for key, x, y in pairs if str(x) != str(y) and not math.isclose(x, y, rel_tol=1e-12)]
     gradients = sum("grad_norm.mean" in key for key in other[0])
     return {"keys": sorted(set().union(*keys)), "apart": sorted(apart), "gradients": gradients}
 
