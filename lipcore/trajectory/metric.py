@@ -323,7 +323,12 @@ class Trajectory(Metric):
     def rebind(self) -> None:
         """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
         device. A new window starts; the path since the reference, and the reference and statistics of parameters that
-        kept their shape and dtype, go on; others start from now."""
+        kept their shape and dtype, go on; others start from now. Where ranks hold parts of parameters, or share them
+        (`split_replicas`), windows of all ranks have no path since the reference from then on.
+
+        Raises:
+            ValueError: split_replicas, and nothing of some rank's share is left; on all ranks, and nothing changes.
+        """
         self._require_bound()
         self.flush()
         before = self._built.trackers
@@ -333,6 +338,9 @@ class Trajectory(Metric):
         for key, tracker in self._built.trackers.items():
             if key in before:
                 tracker.inherit(before[key])
+            if self._shares is not None and world_size() > 1:  # a group may have had members on other ranks
+                tracker.forget_path()
+        self._path_so_far = PathSoFar()  # that counts in steps of the trackers before; windows that wait have it
         self._steps_seen, self._rebased = steps, rebased
         self._trouble.forget()
 

@@ -29,7 +29,7 @@ REFUSED = {
     "too_many": r"ValueError: split_replicas: 2 ranks hold the same 1 parameters, and each of them has to keep one",
 }
 
-OTHERS = ("local_windows", "sometimes_unused", "unused", "frozen")
+OTHERS = ("local_windows", "sometimes_unused", "unused", "frozen", "rebinds")
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +105,16 @@ def test_a_share_that_is_frozen(runs: dict[int, Found], tmp_path_factory: Any) -
         assert isinstance(numbers, dict), numbers
         assert "split_replicas: all parameters that one of 2 ranks keeps" in numbers["said"]
     assert sorted(name for numbers in each for name in numbers["kept"]) == ["1.weight", "2.weight"]
+
+
+@pytest.mark.ci
+def test_rebind_before_windows_are_merged(runs: dict[int, Found], tmp_path_factory: Any) -> None:
+    for numbers in found_of(runs, 2, "rebinds", tmp_path_factory):
+        assert isinstance(numbers, dict), numbers
+        assert numbers["windows"] == 3
+        assert not numbers["off"]
+        assert not numbers["apart"]
+        assert set(numbers["missing"]) <= {"path_length.cumulative", "directness.last"}
 
 
 def test_gradients_of_what_other_ranks_watch() -> None:

@@ -27,7 +27,7 @@ from rank_situations import (
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lipcore import Trajectory
+from lipcore import TensorStats, Trajectory
 from lipcore.metric.results import Window
 
 DDP = nn.parallel.DistributedDataParallel
@@ -176,6 +176,32 @@ def frozen(rank: int, world: int) -> Any:
         return {"said": said, "kept": _kept(shared), "windows": len(monitor.history)}
 
 
+def rebinds(rank: int, world: int) -> dict[str, Any]:
+    """Parameters are frozen and thawed between windows, of which none has been merged yet when they are."""
+    data, found = data_of(range(world))[rank], []
+    for shares in (True, False):
+        model = DDP(made(), find_unused_parameters=True)
+        own = [Trajectory(stats=STATS, split_replicas=shares), TensorStats(every_steps=1)]
+        optimizer, monitor = monitored(model, metrics=own)
+        change = list(model.module.parameters())[1]
+        with monitor:
+            train(model, optimizer, data, steps=range(WINDOW - 1))
+            change.requires_grad_(False)
+            monitor.rebind()
+            train(model, optimizer, data, steps=range(WINDOW - 1, WINDOW))
+            change.requires_grad_(True)
+            monitor.rebind()
+            train(model, optimizer, data, steps=range(WINDOW, STEPS))
+            monitor.global_window()
+        found.append([(dict(each.off), flat_of(each)) for each in monitor.global_history])
+    off = [one for each in found for one, _ in each if one]
+    pairs = [(one[1], other[1]) for one, other in zip(*found, strict=True)]
+    missing = {key.split("/")[1] for one, other in pairs for key in one.keys() ^ other.keys()}
+    apart = [key for one, other in pairs for key in one.keys() & other.keys()
+             if str(one[key]) != str(other[key]) and not math.isclose(one[key], other[key], rel_tol=1e-9)]  # fmt: skip
+    return {"windows": len(pairs), "off": off, "missing": sorted(missing), "apart": apart}
+
+
 def independent(rank: int, world: int) -> Any:
     return merged(made(seed=rank), data_of([rank])[0], metrics=[Trajectory(split_replicas=True)])
 
@@ -214,6 +240,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
         sometimes_unused,
         unused,
         frozen,
+        rebinds,
         independent,
         apart,
         pipeline,
