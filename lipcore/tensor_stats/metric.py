@@ -487,14 +487,14 @@ class TensorStats(StandaloneMetric):
     def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return its state with which rows this rank counts: what other ranks hold alike of parameters and gradients
         counts once."""
-        held = {name: tensor for name, _, tensor in self._holds()}
+        held = {name: tensor for name, _, tensor in _holds(self._held)}
         rows = [(quantity, name) for quantity, name, *_ in self._found.rows]
         counted = [i for i, (q, name) in enumerate(rows) if q == "output" or counts_here(held[name], place.rank)]
         tied = next((f"parameter '{n}' {why}" for n, t in held.items() if (why := tied_to(t, place.numbers))), "")
         return {}, state | {"counted": counted, "pieces": self._pieces(), "tied": tied}
 
     def _pieces(self) -> list[str]:
-        return [piece_of(tensor) for _, _, tensor in self._holds()]
+        return [piece_of(tensor) for _, _, tensor in _holds(self._held)]
 
     def _outputs(self) -> list[int]:
         return [i for i, (quantity, *_) in enumerate(self._found.rows) if quantity == "output"]

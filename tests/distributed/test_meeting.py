@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -160,7 +159,7 @@ def test_what_another_monitor_had_last_to_say() -> None:
     both = threading.Barrier(2)
 
     def rank(meeting: Timed, pause: float) -> Any:
-        first, second = SimpleNamespace(), SimpleNamespace()
+        first, second = threading.Event(), threading.Event()
         meeting.pass_by("a call without windows", 6, meeting.number_of(first))
         both.wait()
         time.sleep(pause)
