@@ -195,13 +195,17 @@ def rebinds(rank: int, world: int) -> dict[str, Any]:
             monitor.global_window()
             train(model, optimizer, data, steps=range(WINDOW, STEPS))
             monitor.global_window()
+            own[0].set_reference()
+            train(model, optimizer, data, steps=range(WINDOW))
+            monitor.global_window()
         found.append([(dict(each.off), flat_of(each)) for each in monitor.global_history])
     off = [one for each in found for one, _ in each if one]
     pairs = [(one[1], other[1]) for one, other in zip(*found, strict=True)]
     missing = {key.split("/")[1] for one, other in pairs for key in one.keys() ^ other.keys()}
     apart = [key for one, other in pairs for key in one.keys() & other.keys()
              if str(one[key]) != str(other[key]) and not math.isclose(one[key], other[key], rel_tol=1e-9)]  # fmt: skip
-    return {"windows": len(pairs), "off": off, "missing": sorted(missing), "apart": apart}
+    last = sorted(pairs[-1][0].keys() ^ pairs[-1][1].keys())
+    return {"windows": len(pairs), "last": last, "off": off, "missing": sorted(missing), "apart": apart}
 
 
 def independent(rank: int, world: int) -> Any:
