@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -38,13 +39,22 @@ class Meeting:
         # A store may outlive a process group: what was written for that one is not read again.
         self._name = f"{name}/{store.add(f'{name}/made/{place}', 1)}"
         self._attempts: Counter[int] = Counter()  # by step
+        self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+        self._numbered = 0
         self._old: list[str] = []  # keys of the last meeting that took place, which nobody needs when the next one does
 
-    def pass_by(self, what: str, step: int) -> None:
-        """Tell ranks that wait for this one that it has nothing to meet them for at this step."""
-        self._store.set(self._at(self._place), json.dumps({"key": "", "step": step, "what": what}))
+    def number_of(self, caller: Any) -> int:
+        """Return the number of a Monitor or metric that meets others here, in the order of their first calls: steps of
+        one say nothing of those of another."""
+        if caller not in self._numbers:
+            self._numbers[caller], self._numbered = self._numbered, self._numbered + 1
+        return self._numbers[caller]
 
-    def meet(self, what: str, step: int, header: Header, timeout: float) -> list[Header]:
+    def pass_by(self, what: str, step: int, who: int = 0) -> None:
+        """Tell ranks that wait for this one that it has nothing to meet them for at this step; `who` calls."""
+        self._store.set(self._at(self._place), json.dumps({"key": "", "step": step, "what": what, "who": who}))
+
+    def meet(self, what: str, step: int, header: Header, timeout: float, who: int = 0) -> list[Header]:
         """Return the headers of all ranks, when all of them have come.
 
         Args:
@@ -52,6 +62,7 @@ class Meeting:
             step: of the training; ranks meet for the same step.
             header: what this rank has to say, JSON-ready.
             timeout: seconds to wait for the others.
+            who: the number of the caller, see :meth:`number_of`.
 
         Raises:
             RuntimeError: a rank has not come in time, is waiting for something else, or had given up before this one
@@ -70,7 +81,7 @@ class Meeting:
             if self._store.add(f"{key}/arrived", 1) == len(self._ranks):
                 decision = self._decide(key, _GO)
             else:
-                decision = self._wait(key, what, step, timeout)
+                decision = self._wait(key, what, step, timeout, who)
         finally:
             self._store.set(self._at(self._place), "")
         if decision != _GO:
@@ -103,7 +114,7 @@ class Meeting:
         stands: bytes = self._store.compare_set(f"{key}/decision", "", decision)
         return stands.decode()
 
-    def _wait(self, key: str, what: str, step: int, timeout: float) -> str:
+    def _wait(self, key: str, what: str, step: int, timeout: float, who: int) -> str:
         start = time.monotonic()
         rarer = max(1.0, len(self._ranks) / _MANY)
         look = start if rarer == 1 else start + rarer * _LOOK_AROUND * self._place / len(self._ranks)
@@ -114,7 +125,7 @@ class Meeting:
                 return self._decide(key, _STOP + self._nobody_came(key, what, timeout))
             if now >= look:
                 look = now + rarer * _LOOK_AROUND
-                if elsewhere := self._waiting_elsewhere(key, step):
+                if elsewhere := self._waiting_elsewhere(key, step, who):
                     why = _STOP + self._apart(what, step, elsewhere)
                     decision = self._decide(key, why)
                     if decision == why:  # else a missing rank came meanwhile, and has gone on since
@@ -129,7 +140,7 @@ class Meeting:
         came = self._came(key)
         return [i for i in range(len(self._ranks)) if i != self._place and i not in came]
 
-    def _waiting_elsewhere(self, key: str, step: int) -> dict[int, Mapping[str, Any]]:
+    def _waiting_elsewhere(self, key: str, step: int, who: int) -> dict[int, Mapping[str, Any]]:
         """Return where ranks are that will not come, by their places: waiting for something else, or past this
         step. Of many that are missing it looks at those behind its own place."""
         found = {}
@@ -140,7 +151,8 @@ class Meeting:
                 continue
             place = json.loads(text)
             waits = place["key"] not in ("", key) and not self._store.check([f"{place['key']}/decision"])
-            if waits or (not place["key"] and place["step"] >= step):
+            # What another Monitor had last to say, whose training may be over, is no word of this one.
+            if waits or (not place["key"] and place["step"] >= step and place["who"] == who):
                 found[i] = place
         return found
 

@@ -46,11 +46,13 @@ class Partners:
 
     def meet(self, group: Group, what: str, step: int, header: Header) -> list[Header]:
         """Return the headers of all ranks; what :meth:`Meeting.meet` raises."""
-        return _meeting(group).meet(what, step, header, self._timeout)
+        meeting = _meeting(group)
+        return meeting.meet(what, step, header, self._timeout, meeting.number_of(self))
 
     def pass_by(self, group: Group, what: str, step: int) -> None:
         """Tell the other ranks that this one has nothing to meet them for at this step."""
-        _meeting(group).pass_by(what, step)
+        meeting = _meeting(group)
+        meeting.pass_by(what, step, meeting.number_of(self))
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: no process group."""

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
-
-from torch import Tensor
 
 from lipcore.distributed.group import Group
 
@@ -36,7 +33,8 @@ class Shares:
             group: the ranks that hold alike what is no DTensor; None: this process alone.
 
         Raises:
-            ValueError: there are more ranks than parameters, so some would keep nothing; the same on all ranks.
+            ValueError: some rank would keep nothing: there are more ranks than parameters, or those that it keeps are
+                gone. The same on all ranks, and nothing has changed.
         """
         held = {name: (_replicas_of(tensor, group), _elements(tensor)) for name, tensor in parameters}
         before = {name: found for name, found in self._kept_by.items() if name in held and held[name][0] == found[0]}
@@ -51,19 +49,28 @@ class Shares:
             least = min(range(replicas.copies), key=lambda place: (load[place], place))
             load[least] = _plus(load[least], elements)
             before[name] = replicas, least
-        _check(Counter(replicas.kind for replicas, _ in held.values()), loads)
+        _check(loads, anew=not self._kept_by)
         self._kept_by = before
         return {name for name, (replicas, keeper) in before.items() if keeper == replicas.here}
 
 
-def _check(parameters: Counter[str], loads: dict[str, list[tuple[int, int]]]) -> None:
+def _check(loads: dict[str, list[tuple[int, int]]], *, anew: bool) -> None:
     """Raise ValueError where a rank would keep nothing."""
-    if all(parameters[kind] < len(load) for kind, load in loads.items()):
-        kind, load = next(iter(loads.items()))
+    if not all(any(not parameters for _, parameters in load) for load in loads.values()):
+        return
+    load = next(iter(loads.values()), [])
+    count = sum(parameters for _, parameters in load)
+    if anew or count < len(load):
         raise ValueError(
-            f"split_replicas: {len(load)} ranks hold the same {parameters[kind]} parameters, and each of them has to "
-            "keep one at least; leave it out"
+            f"split_replicas: {len(load)} ranks hold the same {count} parameters, and each of them has to keep one at "
+            "least; leave it out"
         )
+    bare = next(place for place, (_, parameters) in enumerate(load) if not parameters)
+    raise ValueError(
+        f"split_replicas: all parameters that one of {len(load)} ranks keeps (number {bare} of them) were removed or "
+        f"frozen, and what is known of the other {count} does not move between ranks. Leave split_replicas out, or end "
+        "this Monitor and make a new one with a new Trajectory, which shares them anew"
+    )
 
 
 def _replicas_of(tensor: Any, group: Group | None) -> _Replicas:
@@ -78,8 +85,7 @@ def _replicas_of(tensor: Any, group: Group | None) -> _Replicas:
 
 
 def _elements(tensor: Any) -> int:
-    local: Tensor = getattr(tensor, "_local_tensor", tensor)
-    return local.numel()
+    return math.prod(tensor.shape)  # of the whole: shards may be uneven, and all ranks have to find the same
 
 
 def _plus(load: tuple[int, int], elements: int) -> tuple[int, int]:

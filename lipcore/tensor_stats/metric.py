@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ _NO_PASS = (
     "gradients, in a compiled function or inside an activation checkpoint"
 )
 _CAPTURED = "tensors inside a CUDA graph that is captured are left out: its replays tell the host nothing"
+
+
+def _holds(held: Mapping[tuple[str, str], WatchedParameter]) -> list[tuple[str, str, Tensor]]:
+    """Return name, group and tensor of each. A window that waits has those of its time, whatever is watched by now."""
+    return [(name, group, one.owner[one.key]) for (name, group), one in held.items()]
 
 
 class TensorStats(StandaloneMetric):
@@ -180,12 +186,9 @@ class TensorStats(StandaloneMetric):
         self._closed: deque[Block] = deque(maxlen=self._window_blocks - 1)
         self._held = {(p.name, p.group): p for p in (*self._watched.parameters, *self._watched.gradients)}
         fsdp1 = is_fsdp1(self._model)
-        self._holding = Holding(self._holds, FSDP1_PIECES if fsdp1 else "")
+        self._holding = Holding(partial(_holds, self._held), FSDP1_PIECES if fsdp1 else "")
         self._forget_step()
         self._notes = {}
-
-    def _holds(self) -> list[tuple[str, str, Tensor]]:
-        return [(name, group, one.owner[one.key]) for (name, group), one in self._held.items()]
 
     @property
     def _found(self) -> Watched:
@@ -484,14 +487,14 @@ class TensorStats(StandaloneMetric):
     def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return its state with which rows this rank counts: what other ranks hold alike of parameters and gradients
         counts once."""
-        held = {name: tensor for name, _, tensor in self._holds()}
+        held = {name: tensor for name, _, tensor in _holds(self._held)}
         rows = [(quantity, name) for quantity, name, *_ in self._found.rows]
         counted = [i for i, (q, name) in enumerate(rows) if q == "output" or counts_here(held[name], place.rank)]
         tied = next((f"parameter '{n}' {why}" for n, t in held.items() if (why := tied_to(t, place.numbers))), "")
         return {}, state | {"counted": counted, "pieces": self._pieces(), "tied": tied}
 
     def _pieces(self) -> list[str]:
-        return [piece_of(tensor) for _, _, tensor in self._holds()]
+        return [piece_of(tensor) for _, _, tensor in _holds(self._held)]
 
     def _outputs(self) -> list[int]:
         return [i for i, (quantity, *_) in enumerate(self._found.rows) if quantity == "output"]

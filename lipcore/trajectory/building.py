@@ -105,9 +105,14 @@ class Built:
 
 
 def build(
-    wanted: Wanted, watched: list[WatchedParameter], optimizers: Sequence[Optimizer], window_blocks: int
+    wanted: Wanted,
+    watched: list[WatchedParameter],
+    optimizers: Sequence[Optimizer],
+    window_blocks: int,
+    others: Sequence[WatchedParameter] = (),
 ) -> Built:
-    """Make the trackers of these parameters, which start at the values they have now.
+    """Make the trackers of these parameters, which start at the values they have now; `others`: what is here too and
+    other ranks watch.
 
     Raises:
         ValueError: a quantity that the mode and source do not have; what choose() refuses.
@@ -135,7 +140,9 @@ def build(
     by_name = wanted.stats is not None
     stages = set(GRADIENTS) & set(stats if by_name else (BEFORE,))
     first = next(iter(trackers.values()))
-    gradients = Gradients(watched, wanted.ring, window_blocks, stages, first, by_name=by_name) if stages else None
+    gradients = None
+    if stages:
+        gradients = Gradients(watched, wanted.ring, window_blocks, stages, first, by_name=by_name, others=others)
     unexplained = None
     exact = trackers.get("exact")
     if wanted.explains and exact is not None and exact.copies is not None:

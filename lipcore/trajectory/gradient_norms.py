@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -92,6 +92,8 @@ class Gradients:
         stages: those of GRADIENTS that are wanted.
         steps: whose steps they are.
         by_name: whether the user has asked for them.
+        others: parameters that other ranks watch and this one holds too. Whether a step has gradients is asked of them
+            as well: it is to be the same on all ranks, so that a parameter without one counts as 0.
     """
 
     def __init__(
@@ -103,8 +105,12 @@ class Gradients:
         steps: Tracker,
         *,
         by_name: bool,
+        others: Sequence[WatchedParameter] = (),
     ) -> None:
         self._watched, wanted = watched, set(stages)
+        self._held = [*watched, *others]
+        # Alone the gradients of DTensors can be partial.
+        self._left = [parameter for parameter in others if hasattr(parameter.owner[parameter.key], "placements")]
         self.trackers = {
             stage: GradientTracker(watched, ring, window_blocks, steps) for stage in GRADIENTS if stage in wanted
         }
@@ -167,7 +173,7 @@ class Gradients:
             self.missed += 1
 
     def _any(self) -> bool:
-        return any(_gradient(parameter) is not None for parameter in self._watched)
+        return any(_gradient(parameter) is not None for parameter in self._held)
 
     def _new_sums(self) -> Tensor:
         return torch.empty(len(self._watched), _core.STEP_COLUMNS, dtype=torch.float64, device=self._device)
@@ -175,6 +181,8 @@ class Gradients:
     def _sums(self, scale: Tensor | float, out: Tensor) -> Tensor | None:
         """Write the sums of every parameter's gradient to `out` and return it; None where one has no value of its
         own."""
+        if any(_is_partial(_gradient(parameter)) for parameter in self._left):
+            return None
         if not self._list.read(out):
             # The slow way, for those that are sparse, sharded or strided.
             gradients = [_gradient(parameter) for parameter in self._watched]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,6 +89,12 @@ _NOT_ALL = (
     "checkpoint that all of them have saved together (torch.distributed.checkpoint), or on each rank the file that it "
     "has written"
 )
+
+
+def _held(parameters: Sequence[WatchedParameter]) -> list[tuple[str, str, Tensor]]:
+    """Return name, group and tensor of parameters that this rank holds. A window that waits has those of its time,
+    whatever is watched by now."""
+    return [(one.name, one.group, one.owner[one.key]) for one in parameters]
 
 
 class Trajectory(Metric):
@@ -268,7 +275,9 @@ class Trajectory(Metric):
         if self._shares is not None:  # the same on all ranks, whatever their shares
             choice = choose(wanted.choice, held, self._optimizers, self._window_blocks)
             wanted = replace(wanted, choice=choice)
-        self._built = build(wanted, watched, self._optimizers, self._window_blocks)
+        mine = {one.name for one in watched}
+        others = [one for one in held if one.name not in mine]
+        self._built = build(wanted, watched, self._optimizers, self._window_blocks, others)
         self._all, self._watched, self._links = held, watched, ModuleLinks(self._model)
         self._shapes = [one.tensor.shape for one in held]
         self.keeps_parts = len(watched) < len(held)
@@ -276,10 +285,10 @@ class Trajectory(Metric):
         kept = None
         if self.keeps_parts:
             self._pieces = [piece or "all, for several ranks" for piece in self._pieces]
-            kept = {one.name for one in watched}
+            kept = mine
         self._jumps = []
         fsdp1 = isinstance(self._model, nn.Module) and is_fsdp1(self._model)
-        self._holding = Holding(self._held, FSDP1_PIECES if fsdp1 else "", kept)
+        self._holding = Holding(partial(_held, held), FSDP1_PIECES if fsdp1 else "", kept)
         self._single.start(self._built)
 
     def _share_of(self, held: list[WatchedParameter]) -> list[WatchedParameter]:
@@ -291,10 +300,6 @@ class Trajectory(Metric):
         group = (self.partners or self._partners_of(AUTO, 60)).find()
         mine = self._shares.mine([(one.name, one.owner[one.key]) for one in held], group)
         return [one for one in held if one.name in mine]
-
-    def _held(self) -> list[tuple[str, str, Tensor]]:
-        """Return name, group and tensor of all that this rank holds of what is watched."""
-        return [(one.name, one.group, one.owner[one.key]) for one in self._all]
 
     def _follow(self) -> None:
         """Go on with the parameters of modules that were replaced, as with replaced parameters: what lies between them
@@ -318,7 +323,12 @@ class Trajectory(Metric):
     def rebind(self) -> None:
         """Look at the model anew after parameters were added, removed, resized, frozen, unfrozen, or changed dtype or
         device. A new window starts; the path since the reference, and the reference and statistics of parameters that
-        kept their shape and dtype, go on; others start from now."""
+        kept their shape and dtype, go on; others start from now. Where ranks hold parts of parameters, or share them
+        (`split_replicas`), windows of all ranks have no path since the reference from then on.
+
+        Raises:
+            ValueError: split_replicas, and nothing of some rank's share is left; on all ranks, and nothing changes.
+        """
         self._require_bound()
         self.flush()
         before = self._built.trackers
@@ -328,6 +338,9 @@ class Trajectory(Metric):
         for key, tracker in self._built.trackers.items():
             if key in before:
                 tracker.inherit(before[key])
+            if self._shares is not None and world_size() > 1:  # a group may have had members on other ranks
+                tracker.forget_path()
+        self._path_so_far = PathSoFar()  # that counts in steps of the trackers before; windows that wait have it
         self._steps_seen, self._rebased = steps, rebased
         self._trouble.forget()
 

@@ -330,6 +330,10 @@ class TrackerBase:
             self.copies.ref[i].copy_(before.copies.ref[j])
         self._measure_distance()
 
+    def forget_path(self) -> None:
+        """Say that the path of all tensors together since the reference is not known, until there is another one."""
+        self.table.rows[-1, COLUMN["total_path"]] = torch.nan
+
     def measure(self) -> None:
         """Take the norms of the weights, and their distances from the reference, from the copies as they are."""
         assert self.copies

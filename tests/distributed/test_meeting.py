@@ -154,6 +154,20 @@ def test_a_rank_that_has_nothing_to_meet_for_is_told_at_once() -> None:
     assert "for rank 11 and gave up" in str(together(call(8), passing, timeout=0.4)[0])  # it may come yet
 
 
+def test_what_another_monitor_had_last_to_say() -> None:
+    """Its training is over on a rank that comes later to that of the next one."""
+    both = threading.Barrier(2)
+
+    def rank(meeting: Timed, pause: float) -> Any:
+        first, second = threading.Event(), threading.Event()
+        meeting.pass_by("a call without windows", 6, meeting.number_of(first))
+        both.wait()
+        time.sleep(pause)
+        return meeting.meet("the call at 4", 4, {}, 10, meeting.number_of(second))
+
+    assert together(lambda m: rank(m, 0), lambda m: rank(m, 0.4)) == [[{}, {}]] * 2
+
+
 def test_a_store_that_was_used_before() -> None:
     store = dist.HashStore()
     assert together(call(1, a=1), call(1, a=1), store=store) == [[{"a": 1}] * 2] * 2

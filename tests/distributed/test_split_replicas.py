@@ -16,6 +16,10 @@ from lipcore import Monitor, Trajectory
 from lipcore.distributed.group import Group
 from lipcore.distributed.ownership import Ownership, describe
 from lipcore.distributed.shares import Shares
+from lipcore.trajectory.gradient_norms import Gradients
+from lipcore.trajectory.groups import by_block
+from lipcore.trajectory.parameters import find_watched
+from lipcore.trajectory.tracker import Tracker
 
 RIGHT = {2: ("ddp", "ddp_snapshot", "ddp_updates", "fsdp2", "tensor_parallel"), 4: ("hsdp",)}
 REFUSED = {
@@ -24,6 +28,8 @@ REFUSED = {
     "pipeline": r"ValueError: parameter 'stages.\d.*': rank \d leaves it to another rank \(split_replicas\)",
     "too_many": r"ValueError: split_replicas: 2 ranks hold the same 1 parameters, and each of them has to keep one",
 }
+
+OTHERS = ("local_windows", "sometimes_unused", "unused", "frozen", "rebinds")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +45,7 @@ def found_of(runs: dict[int, Found], ranks: int, name: str, tmp_path_factory: An
 
 
 def test_every_situation_is_in_the_table() -> None:
-    assert sorted(name for name, *_ in situations(2)) == sorted([*RIGHT[2], *REFUSED, "local_windows"])
+    assert sorted(name for name, *_ in situations(2)) == sorted([*RIGHT[2], *REFUSED, *OTHERS])
     assert sorted(name for name, *_ in situations(4)) == sorted(RIGHT[4])
 
 
@@ -82,6 +88,49 @@ def test_a_rank_s_own_windows(runs: dict[int, Found], tmp_path_factory: Any) -> 
         assert numbers["details"] == 6 - len(numbers["kept"])
 
 
+@pytest.mark.ci
+@pytest.mark.parametrize("name", ["sometimes_unused", "unused"])
+def test_steps_without_gradients_are_those_without(runs: dict[int, Found], name: str, tmp_path_factory: Any) -> None:
+    for numbers in found_of(runs, 2, name, tmp_path_factory):
+        assert isinstance(numbers, dict), numbers
+        assert numbers["gradients"] > 0
+        assert not numbers["keys"]
+        assert not numbers["apart"]
+
+
+@pytest.mark.ci
+def test_a_share_that_is_frozen(runs: dict[int, Found], tmp_path_factory: Any) -> None:
+    each = found_of(runs, 2, "frozen", tmp_path_factory)
+    for numbers in each:
+        assert isinstance(numbers, dict), numbers
+        assert "split_replicas: all parameters that one of 2 ranks keeps" in numbers["said"]
+    assert sorted(name for numbers in each for name in numbers["kept"]) == ["1.weight", "2.weight"]
+
+
+@pytest.mark.ci
+def test_rebind_before_windows_are_merged(runs: dict[int, Found], tmp_path_factory: Any) -> None:
+    for numbers in found_of(runs, 2, "rebinds", tmp_path_factory):
+        assert isinstance(numbers, dict), numbers
+        assert numbers["windows"] == 4
+        assert not numbers["last"]  # there is another reference
+        assert not numbers["off"]
+        assert not numbers["apart"]
+        assert set(numbers["missing"]) <= {"path_length.cumulative", "directness.last"}
+
+
+def test_gradients_of_what_other_ranks_watch() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(2, 1, bias=False), "b": nn.Linear(2, 1, bias=False)})
+    a, b = find_watched(model, by_block, None)
+    steps = Tracker([a])
+    alone, shared = (Gradients([a], 512, 1, ["grad_norm"], steps, by_name=True, others=others) for others in ([], [b]))
+    model["b"](torch.ones(1, 2)).sum().backward()
+    for gradients in (alone, shared):
+        gradients.observe_before_clipping()
+        gradients.observe_step()
+    assert not alone.trackers["grad_norm"].seen
+    assert shared.trackers["grad_norm"].seen == 1
+
+
 def sizes(*elements: int) -> list[tuple[str, torch.Tensor]]:
     return [(f"p{i}", torch.zeros(size)) for i, size in enumerate(elements)]
 
@@ -109,6 +158,19 @@ def test_each_rank_keeps_something() -> None:
     assert all(len(each) == 1 for each in found)
     with pytest.raises(ValueError, match=r"split_replicas: 4 ranks hold the same 3 parameters"):
         kept_by(sizes(1000, 1, 1), 4, [Shares() for _ in range(4)])
+
+
+def test_a_share_of_which_nothing_is_left() -> None:
+    shares = [Shares() for _ in range(2)]
+    parameters = sizes(100, 10, 10)
+    found = kept_by(parameters, 2, shares)
+    assert {"p0"} in found
+    for place, one in enumerate(shares):
+        with pytest.raises(
+            ValueError, match=r"split_replicas: all parameters that one of 2 ranks keeps .*new Trajectory"
+        ):
+            one.mine(parameters[1:], Group(None, (0, 1), place))
+    assert kept_by(parameters, 2, shares) == found
 
 
 def test_one_process_has_everything() -> None:

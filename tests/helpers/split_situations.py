@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from pipeline import run_stage, stage_of
 from rank_situations import (
     STATS,
@@ -26,7 +27,7 @@ from rank_situations import (
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from lipcore import Trajectory
+from lipcore import TensorStats, Trajectory
 from lipcore.metric.results import Window
 
 DDP = nn.parallel.DistributedDataParallel
@@ -117,6 +118,96 @@ def local_windows(rank: int, world: int) -> dict[str, Any]:
                     "details": own["trajectory"].details["kept_by_other_ranks"]}  # fmt: skip
 
 
+class Unused(nn.Module):
+    """Layers that rarely run, or never, and the largest parameter among them."""
+
+    def __init__(self, every: int = 3) -> None:
+        super().__init__()
+        self.large, self.a, self.b = nn.Linear(6, 60, bias=False), nn.Linear(6, 4), nn.Linear(4, 1)
+        self.c, self.calls, self.every = nn.Linear(60, 1), 0, every
+
+    def forward(self, x: Any) -> Any:
+        self.calls += 1
+        y = self.b(self.a(x).tanh())
+        return y if self.calls % self.every else y + self.c(self.large(x))
+
+
+def _without_gradients(rank: int, world: int, every: int) -> dict[str, Any]:
+    data = data_of(range(world))[rank]
+    windows = []
+    for shares in (True, False):
+        torch.manual_seed(0)
+        model = DDP(Unused(every).double(), find_unused_parameters=True)
+        stats = (*STATS, "clipped_grad_norm")
+        windows.append(merged(model, data, metrics=[Trajectory(stats=stats, split_replicas=shares)]))
+    one, other = ([flat_of(window) for window in each] for each in windows)
+    keys = [mine.keys() ^ theirs.keys() for mine, theirs in zip(one, other, strict=True)]
+    pairs = [(key, mine[key], theirs[key]) for mine, theirs in zip(one, other, strict=True)
+             for key in theirs.keys() & mine.keys()]  # fmt: skip
+    apart = [key for key, x, y in pairs if str(x) != str(y) and not math.isclose(x, y, rel_tol=1e-12)]
+    gradients = sum("grad_norm.mean" in key for key in other[0])
+    return {"keys": sorted(set().union(*keys)), "apart": sorted(apart), "gradients": gradients}
+
+
+def sometimes_unused(rank: int, world: int) -> dict[str, Any]:
+    return _without_gradients(rank, world, 3)
+
+
+def unused(rank: int, world: int) -> dict[str, Any]:
+    return _without_gradients(rank, world, 1000)
+
+
+def frozen(rank: int, world: int) -> Any:
+    """All that rank 0 keeps is frozen; what is said then is the remedy, too."""
+    net = nn.Sequential(nn.Linear(6, 50, bias=False), nn.Linear(50, 2, bias=False), nn.Linear(2, 1, bias=False))
+    model = DDP(net.double(), find_unused_parameters=True)
+    data = data_of(range(world))[rank]
+    optimizer, monitor = monitored(model, metrics=[Trajectory(stats=STATS, split_replicas=True)])
+    with monitor:
+        train(model, optimizer, data, lambda step: monitor.global_window(), range(WINDOW))
+        net[0].requires_grad_(False)
+        try:
+            monitor.rebind()
+        except ValueError as error:
+            said = str(error)
+    optimizer, monitor = monitored(model, metrics=[shared := Trajectory(stats=STATS, split_replicas=True)])
+    with monitor:
+        train(model, optimizer, data, lambda step: monitor.global_window(), range(WINDOW))
+        return {"said": said, "kept": _kept(shared), "windows": len(monitor.history)}
+
+
+def rebinds(rank: int, world: int) -> dict[str, Any]:
+    """Parameters are frozen and thawed between windows, of which none has been merged yet when they are."""
+    data, found = data_of(range(world))[rank], []
+    for shares in (True, False):
+        model = DDP(made(), find_unused_parameters=True)
+        own = [Trajectory(stats=STATS, split_replicas=shares), TensorStats(every_steps=1)]
+        optimizer, monitor = monitored(model, metrics=own)
+        change = list(model.module.parameters())[1]
+        with monitor:
+            train(model, optimizer, data, steps=range(WINDOW - 1))
+            change.requires_grad_(False)
+            monitor.rebind()
+            monitor.global_window()
+            train(model, optimizer, data, steps=range(WINDOW - 1, WINDOW))
+            change.requires_grad_(True)
+            monitor.rebind()
+            monitor.global_window()
+            train(model, optimizer, data, steps=range(WINDOW, STEPS))
+            monitor.global_window()
+            own[0].set_reference()
+            train(model, optimizer, data, steps=range(WINDOW))
+            monitor.global_window()
+        found.append([(dict(each.off), flat_of(each)) for each in monitor.global_history])
+    off = [one for each in found for one, _ in each if one]
+    pairs = [(one[1], other[1]) for one, other in zip(*found, strict=True)]
+    missing = {key.split("/")[1] for one, other in pairs for key in one.keys() ^ other.keys()}
+    apart = [key for one, other in pairs for key in one.keys() & other.keys()
+             if str(one[key]) != str(other[key]) and not math.isclose(one[key], other[key], rel_tol=1e-9)]  # fmt: skip
+    last = sorted(pairs[-1][0].keys() ^ pairs[-1][1].keys())
+    return {"windows": len(pairs), "last": last, "off": off, "missing": sorted(missing), "apart": apart}
+
+
 def independent(rank: int, world: int) -> Any:
     return merged(made(seed=rank), data_of([rank])[0], metrics=[Trajectory(split_replicas=True)])
 
@@ -152,6 +243,10 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
         fsdp2,
         tensor_parallel,
         local_windows,
+        sometimes_unused,
+        unused,
+        frozen,
+        rebinds,
         independent,
         apart,
         pipeline,

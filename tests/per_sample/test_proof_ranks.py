@@ -6,6 +6,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lipcore import PerSampleGradNorms
+from lipcore.capture.layers import proof_ranks
 
 dist = torch.distributed
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
@@ -180,6 +182,54 @@ def work(rank: int, folder: str, name: str) -> None:
         failure = traceback.format_exc()
     Path(folder, f"failure{rank}").write_text(failure)
     dist.destroy_process_group()
+
+
+def work_again(rank: int, folder: str) -> None:
+    """A store outlives a process group, as that of torchrun does."""
+    torch.set_num_threads(1)
+    store, found = dist.FileStore(f"{folder}/store", 2), []
+    for _ in range(2):
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+        model = WRAPS["FSDP"](made(Model))
+        with PerSampleGradNorms(model, loss_reduction="sum") as metric:
+            for _ in range(2):
+                sum_loss(model(torch.randn(5, 5))).backward()
+            found.append(metric.unproved)
+        dist.barrier()
+        dist.destroy_process_group()
+    Path(folder, f"found{rank}").write_text("\n".join(found))
+
+
+@pytest.mark.ci
+def test_a_process_group_that_is_made_again(tmp_path: Path) -> None:
+    run_ranks(work_again, str(tmp_path))
+    for rank in range(2):
+        found = Path(tmp_path, f"found{rank}").read_text().split("\n")
+        assert found == ["statistics over the batch that the model may detach were not looked for: it is sharded"] * 2
+
+
+def test_a_store_that_outlives_a_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, model, here = dist.HashStore(), nn.Linear(2, 2), [0]
+    mesh = SimpleNamespace(mesh=torch.arange(2), size=lambda: 2)
+    for name, stands_in in (
+        ("default_store", lambda: store),
+        ("mesh_of", lambda model: mesh),
+        ("rank", lambda: here[0]),
+    ):
+        monkeypatch.setattr(proof_ranks, name, stands_in)
+
+    def made_on(rank: int) -> proof_ranks.Ranks:
+        here[0] = rank
+        return proof_ranks.Ranks(model)
+
+    for _ in range(3):
+        both = [made_on(rank) for rank in range(2)]
+        for ranks in both:
+            ranks.announce(1)
+        assert [ranks.agree(1) for ranks in both] == [True, True]
+    alone = made_on(0)
+    alone.announce(1)
+    assert not alone.agree(1)
 
 
 @pytest.mark.ci

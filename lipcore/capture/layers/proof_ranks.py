@@ -13,19 +13,15 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import weakref
-from collections import Counter
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import nn
 
 from lipcore.models.gathered import mesh_of
+from lipcore.models.ranks import rank
 from lipcore.models.torch_internals import default_store
 
-#: How many this rank has made per model, by the default process group, whose store knows of them.
-_made: weakref.WeakKeyDictionary[Any, Counter[str]] = weakref.WeakKeyDictionary()
 _WITHDRAWN = -(1 << 20)
 _PATIENCE = datetime.timedelta(seconds=60)  # for the end of a forward pass on the other ranks
 
@@ -41,14 +37,14 @@ class Ranks:
         mesh = mesh_of(model)
         what = repr((mesh.mesh.flatten().tolist(), [name for name, _ in model.named_parameters()]))
         self._model = f"lipcore/proof/{hashlib.sha1(what.encode(), usedforsecurity=False).hexdigest()}"
-        made = _made.setdefault(torch.distributed.group.WORLD, Counter())
-        self._key = f"{self._model}/{made[self._model]}"
         self._size: int = mesh.size()
         self._store = default_store()
+        # How many this rank has made before is in the store, which may outlive a process group and has their keys.
+        made = self._store.add(f"{self._model}/made_by/{rank()}", 1) - 1
+        self._key = f"{self._model}/{made}"
         # Of how many each rank has made, the sum and the sum of squares: they tell whether all have made as many.
         self._store.add(f"{self._model}/made", 1)
-        self._store.add(f"{self._model}/made_sq", 2 * made[self._model] + 1)
-        made[self._model] += 1
+        self._store.add(f"{self._model}/made_sq", 2 * made + 1)
         self._announced: set[int] = set()
         self._out = False
         self._settled: set[str] = set()
