@@ -215,7 +215,7 @@ def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, aliased: Collect
     else:
         more = more.clone()
     more = more if not strided or leaf.is_contiguous() else laid_out_like(more, leaf)
-    if floats and leaf.data_ptr() in aliased:
+    if floats and strided and leaf.data_ptr() in aliased:
         return Alias.apply(more, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
     return more.requires_grad_(leaf.requires_grad)
 
