@@ -82,8 +82,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> list[Ranks]:
     monkeypatch.setattr(proof_ranks, "mesh_of", lambda model: mesh)
     monkeypatch.setattr(proof_ranks, "_PATIENCE", datetime.timedelta(seconds=0.1))
     found = []
-    for _ in range(2):
-        monkeypatch.setattr(proof_ranks, "_made", {})
+    for number in range(2):
+        monkeypatch.setattr(proof_ranks, "rank", lambda number=number: number)
         found.append(Ranks(nn.Linear(1, 1)))
     return found
 

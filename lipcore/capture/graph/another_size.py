@@ -77,19 +77,22 @@ class _Longer(NamedTuple):
         sample: that is there a second time, in arguments of whole numbers; in others the last one is.
         blocks: also what has a block of rows of each sample: patches of all images.
         only_numbers: what is not of whole numbers stays as it is: the pictures of a text that has none.
+        first: what has the samples in its first dimension, and not where the batch is, is longer there (the padding mask
+            [B, T] of a text [T, B]).
         others: so many of the last rows are there again in matrices that have another number: a text's own pictures.
     """
 
     sample: int
     blocks: bool = False
     only_numbers: bool = False
+    first: bool = False
     others: int = 0
 
 
 def _tries(samples: int) -> list[_Longer]:
     last = samples - 1
     some = list(dict.fromkeys([last, 0, samples // 2, samples // 3]))
-    ways = [_Longer(last), _Longer(last, blocks=True), *map(_Longer, some[1:])]
+    ways = [_Longer(last), _Longer(last, first=True), _Longer(last, blocks=True), *map(_Longer, some[1:])]
     ways += [_Longer(sample, only_numbers=True) for sample in some]
     return ways + [_Longer(last, others=count) for count in (1, 2, 3)]
 
@@ -200,6 +203,8 @@ def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, aliased: Collect
     """Return an argument with a sample a second time, or a copy of one that has no samples."""
     if not isinstance(leaf, Tensor):
         return leaf
+    if way.first and leaf.dim() > dim and leaf.shape[0] == samples != leaf.shape[dim]:
+        dim = 0
     more, rows = leaf.detach(), leaf.shape[dim] if leaf.dim() > dim else 0
     floats = leaf.is_floating_point()
     strided = leaf.layout == torch.strided
