@@ -77,8 +77,8 @@ class _Longer(NamedTuple):
         sample: that is there a second time, in arguments of whole numbers; in others the last one is.
         blocks: also what has a block of rows of each sample: patches of all images.
         only_numbers: what is not of whole numbers stays as it is: the pictures of a text that has none.
-        first: what has the samples in its first dimension, and not where the batch is, is longer there (the padding mask
-            [B, T] of a text [T, B]).
+        first: what has the samples in its first dimension, and not where the batch is, is longer there (a padding mask
+            [B, T] beside [T, B]).
         others: so many of the last rows are there again in matrices that have another number: a text's own pictures.
     """
 
