@@ -150,3 +150,30 @@ def test_the_remedy_works() -> None:
     norms = [math.hypot(*(float(g.double().norm()) for g in row)) for row in rows]
     assert found.tolist() == pytest.approx(norms, rel=1e-5)
     assert not unproved
+
+
+class Masked(nn.Module):
+    """Attention with dropout on [T, B], which is given the padding as [B, T]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(N, C), nn.Linear(C, V)
+        layer = nn.TransformerEncoderLayer(C, 2, 8)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor, padding: Tensor) -> Tensor:
+        y: Tensor = self.head(self.encoder(self.embedding(ids), src_key_padding_mask=padding).mean(0))
+        return y
+
+
+def test_a_mask_that_has_the_samples_first() -> None:
+    torch.manual_seed(0)
+    model, padding = Masked(), torch.arange(7).expand(B, 7) > 4
+    with PerSampleGradNorms(model, loss_reduction="mean", batch_dim=1) as norms:
+        losses = F.cross_entropy(model(torch.randint(N, (7, B)), padding), torch.arange(B) % V, reduction="none")
+        losses.mean().backward(retain_graph=True)
+        found = norms.per_sample
+        assert not norms.unproved
+    for loss, norm in zip(losses, found, strict=True):
+        each = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+        assert float(norm) == pytest.approx(sum(float(g.square().sum()) for g in each) ** 0.5, rel=1e-5)
