@@ -185,11 +185,11 @@ def work(rank: int, folder: str, name: str) -> None:
 
 
 def work_again(rank: int, folder: str) -> None:
-    """A store outlives a process group, as that of torchrun does."""
+    """Each group has keys of its own in one store: gloo's of an earlier group would be taken for those of this one."""
     torch.set_num_threads(1)
     store, found = dist.FileStore(f"{folder}/store", 2), []
-    for _ in range(2):
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    for number in range(2):
+        dist.init_process_group("gloo", store=dist.PrefixStore(str(number), store), rank=rank, world_size=2)
         model = WRAPS["FSDP"](made(Model))
         with PerSampleGradNorms(model, loss_reduction="sum") as metric:
             for _ in range(2):
