@@ -69,10 +69,8 @@ def doubt_one(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any,
 
 def _named(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield what a model is given, with names, as also that in dicts."""
-    for i, each in enumerate(arguments):
-        yield from _items(each) if isinstance(each, Mapping) else [(f"argument {i}", each)]
-    for name, each in keywords.items():
-        yield from _items(each) if isinstance(each, Mapping) else [(f"'{name}'", each)]
+    for name, each in (*((f"argument {i}", each) for i, each in enumerate(arguments)), *_items(keywords)):
+        yield from _items(each) if isinstance(each, Mapping) else [(name, each)]
 
 
 def _items(given: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:

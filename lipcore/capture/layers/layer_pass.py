@@ -20,6 +20,7 @@ from lipcore.capture.graph.replay import Replay
 from lipcore.capture.layers.kept_factors import KeptFactors
 from lipcore.capture.proof import NOTHING
 from lipcore.capture.seeds import Begins
+from lipcore.capture.self_calls import SelfCalls
 from lipcore.layers import Batch, Factor, norms_sq_of
 from lipcore.layers.factor import Measure
 from lipcore.layers.factor_estimate import EstimatedOuter
@@ -159,7 +160,7 @@ class LayerPass:
         self.before: Before | None = None  # of a pass that is to be proved: what it begins with
         self.begins: Begins | None = None  # where proofs of it begin; None: at all that the model returns
         self.due = self.mixes = False  # a proof is due in it; the proof has found that its samples are mixed
-        self.inside = 0  # calls of the model under way inside its own forward pass
+        self.self_calls = SelfCalls()
         self.adds_up = False  # its samples' gradients are to be added up, and compared with the parameters'
         self.sums: GradientSums | None = None  # where that is done
         self.kind: tuple[int, int] | None = None  # dimensions of the input and samples, where it may be proved

@@ -16,7 +16,7 @@ from lipcore.capture.layers.layer_pass import INNER, LayerPass, Recomputation
 from lipcore.capture.proof import is_proof
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.outputs import on_backward
-from lipcore.models.torch_internals import calls_itself, queue_callback
+from lipcore.models.torch_internals import queue_callback
 
 _MAX_STRAY = 64
 _LOOKS = 8  # backward passes whose gradients before them are looked at
@@ -156,18 +156,14 @@ class Passes:
 
     def goes_on(self, model: nn.Module) -> bool:
         """Return whether a call of the model that begins now is made by its own forward pass, and is a part of it."""
-        if self.current is None or not calls_itself(model):
+        if self.current is None or not self.current.self_calls.goes_on(model):
             return False
-        self.current.inside += 1
         self.current.proves = False
         return True
 
     def goes_back(self) -> bool:
         """Return whether a call of the model that ends now was one of these."""
-        if self.current is None or not self.current.inside:
-            return False
-        self.current.inside -= 1
-        return True
+        return self.current is not None and self.current.self_calls.goes_back()
 
     def begin(self, run: LayerPass) -> None:
         """Make a pass the one under way in this thread."""

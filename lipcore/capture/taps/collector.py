@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.proof import is_proof
+from lipcore.capture.self_calls import SelfCalls
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap, Record
@@ -68,7 +69,7 @@ class _UnderWay(threading.local):
     """The forward pass under way in this thread."""
 
     micro: MicroBatch | None = None
-    inside = 0  # calls of the model under way inside its own forward pass
+    self_calls = SelfCalls()
     checking = False  # a backward pass of lipcore's own runs in this thread
 
 
@@ -105,7 +106,7 @@ class Collector:
         """Return a new micro-batch for the forward pass that begins."""
         self.check = self.returning = None
         micro = self.under_way.micro = MicroBatch()
-        self.under_way.inside = 0
+        self.under_way.self_calls = SelfCalls()
         self._begun[id(micro)] = micro
         return micro
 

@@ -20,7 +20,7 @@ from lipcore.capture.taps.tap import FIRST_LAYER, InputTap, Record, SingleSample
 from lipcore.capture.training_pass import OfTraining, in_backward, is_given_pass, is_training_forward
 from lipcore.models.chains import first_of_chain
 from lipcore.models.names import find_module, unwrap
-from lipcore.models.torch_internals import calls_itself, compiles_its_call, is_compiled
+from lipcore.models.torch_internals import compiles_its_call, is_compiled
 
 
 class Capture:
@@ -191,8 +191,7 @@ class Capture:
         if not is_training_forward():
             return self._begin_again(arguments, keywords or {})
         collector = self._collector
-        if collector.under_way.micro is not None and calls_itself(module):
-            collector.under_way.inside += 1  # a part of the pass under way
+        if collector.under_way.micro is not None and collector.under_way.self_calls.goes_on(module):
             return None
         micro = collector.begin()
         if self._finder is not None:
@@ -229,8 +228,7 @@ class Capture:
                 at.end_again()
             return None
         under_way = self._collector.under_way
-        if under_way.inside:
-            under_way.inside -= 1
+        if under_way.self_calls.goes_back():
             return None
         result = last.tap(module, arguments, output) if last is not None else None
         if self._compiled:
