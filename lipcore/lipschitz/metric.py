@@ -37,8 +37,8 @@ from lipcore.metric.standalone import StandaloneMetric
 from lipcore.metric.state import check_version
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.checks import has_statistics, mixes_samples
-from lipcore.models.inputs import InputChoice
-from lipcore.models.named_output import find_output
+from lipcore.models.inputs import InputChoice, check_input_choice
+from lipcore.models.named_output import check_output_choice, find_output
 from lipcore.models.names import named_modules, unwrap, with_prefix
 from lipcore.models.ranks import is_fsdp1
 from lipcore.models.torch_internals import AnyBatchNorm
@@ -154,6 +154,8 @@ class Lipschitz(StandaloneMetric):
         batch_of_one: BatchOfOne = "exact",
         virtual_bias: bool = False,
     ) -> None:
+        check_input_choice(input)
+        check_output_choice(output)
         check_choice("quantity", quantity, ("auto", "scalar", "residual"))
         check_count("lambda_every", lambda_every, optional=True)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
@@ -441,11 +443,20 @@ class Lipschitz(StandaloneMetric):
         size += weight.numel() * weight.element_size() if weight is not None else 0
         if self._numerators.first_off:
             first = f"off: {self._numerators.first_off}"
-        by_input = bool(self._at_input.off) or self._at_input.by_product is False
-        lines = [PlanLine("first layer", first if by_input else f"{first}, {self._first.rule}", size)]
-        if by_input:
-            lines.append(PlanLine("lambda", self._at_input.rule))
+        lines = [PlanLine("first layer", first if self._by_input else f"{first}, {self._lambda_rule}", size)]
+        if self._by_input:
+            lines.append(PlanLine("lambda", self._lambda_rule))
         return PlanLines([*lines, PlanLine("output", f"{self._last.place}: {what}")])
+
+    @property
+    def _by_input(self) -> bool:
+        """True where lambda is not taken by W_1."""
+        return bool(self._at_input.off) or self._at_input.by_product is False
+
+    @property
+    def _lambda_rule(self) -> str:
+        """Words for how lambda is taken."""
+        return self._at_input.rule if self._by_input else self._first.rule
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what makes a copy or a pickle: the metric as it is before it is bound, and the open window's
@@ -523,6 +534,7 @@ class Lipschitz(StandaloneMetric):
             first_off=self._numerators.first_off,
             lambda_off=off,
             lambda_note=lambda_note,
+            lambda_seldom="" if self._lambda_rule.endswith("every micro-batch") else self._lambda_rule,
             unproved=self._at_input.unproved or self._doubt,
             theorem=self._theorem() if sandwich else None,
             first_bias=self._first_bias() if self._first.module is not None else None,

@@ -12,6 +12,7 @@ from lipcore.metric.distribution import Distribution
 from lipcore.metric.later import Later
 from lipcore.metric.results import Label, MetricResult, Value, weakest
 
+_SELDOM = "no micro-batch of this window had one: {0}; lambda_every=1 takes one in each"
 MOVED = "W_1 of the window's close, but it moved within the window"
 
 
@@ -39,6 +40,7 @@ class Facts:
         first_off: why there is no r.
         lambda_off: why there is no lambda.
         lambda_note: what stands at lambda in place of the note.
+        lambda_seldom: how lambda is taken, where that is not in every micro-batch; else "".
         unproved: why lambdas are not shown to be right.
         theorem: None where nothing is said of Theorem 1.
         first_bias: what the corollaries ask, but the number of samples; None without a first layer.
@@ -53,6 +55,7 @@ class Facts:
     first_off: str
     lambda_off: str
     lambda_note: str
+    lambda_seldom: str
     unproved: str
     theorem: Theorem | None
     first_bias: dict[str, Any] | None
@@ -81,7 +84,7 @@ class Facts:
         result.add("steadiness", place, "total", max=Value(ratios.max, ratios.count, label, ratios.count > 0, note))
         result.add("skipped", place, "total", sum=Value(float(skipped), count + skipped))
         result.details["infinite_ratios"] = ratios.invalid
-        self._add_constants(result, lambdas)
+        self._add_constants(result, lambdas, self.lambda_seldom if count else "")
         if self.first_bias is not None:
             self._add_sandwich(result, lambdas.mean, paired)
             facts = list(self.first_bias.items())
@@ -91,8 +94,8 @@ class Facts:
             result.details["taken_back"] = self.taken_back
         return result
 
-    def _add_constants(self, result: MetricResult, lambdas: Distribution) -> None:
-        """Add lambda, or the reason why it was not taken."""
+    def _add_constants(self, result: MetricResult, lambdas: Distribution, seldom: str) -> None:
+        """Add lambda, or the reason why it was not taken; `seldom`: why micro-batches that had an r may have none."""
         label, note = self.label, self.lambda_note
         if self.lambda_off:
             result.details["local_lipschitz_off"] = self.lambda_off
@@ -100,8 +103,9 @@ class Facts:
         elif self.unproved and lambdas.count:
             label, note = weakest([label, "heuristic"]), f"{note}; " * bool(note) + self.unproved
         values = lambdas.reduced(label, note=note)
-        if self.lambda_off:
-            values = {reducer: replace(value, note=self.lambda_off) for reducer, value in values.items()}
+        why = self.lambda_off or (_SELDOM.format(seldom) if seldom and not lambdas.count else "")
+        if why:
+            values = {reducer: replace(value, note=why) for reducer, value in values.items()}
         result.add("local_lipschitz", self.place, "total", **values)
 
     def _add_sandwich(self, result: MetricResult, average: float, paired: Distribution) -> None:

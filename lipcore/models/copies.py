@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lipcore.models.accumulation import without_accumulation
 from lipcore.models.chains import home_of
+from lipcore.models.containers import exchanged_leaves, fixed_container, leaves_of
 from lipcore.models.drawing_operations import DrawingOperations
 from lipcore.models.gathered import is_spread
 from lipcore.models.outputs import tensors_of
@@ -28,8 +29,6 @@ from lipcore.models.torch_internals import (
     ANY_FORWARD_HOOKS,
     ANY_FORWARD_PRE_HOOKS,
     is_compiled,
-    tree_leaves,
-    tree_map,
 )
 from lipcore.models.writes import writes_put_back
 
@@ -99,7 +98,7 @@ class Before:
             self._kept = first.detach().clone()
             self.bytes = _BATCHES * bytes_of(self._kept)
             self._state = PassState(model)
-            leaves = [leaf for leaf in tree_leaves(self._call) if isinstance(leaf, Tensor) and leaf is not first]
+            leaves = [leaf for leaf in leaves_of(self._call) if isinstance(leaf, Tensor) and leaf is not first]
             beside = [leaf for leaf in leaves if leaf.is_floating_point() and leaf.dim() > 1]
             self._has_others = any(leaf.shape[min(dim, leaf.dim() - 1)] != first.shape[dim] for leaf in beside)
 
@@ -189,7 +188,7 @@ class Before:
         """Return what the model makes of x in the place of the batch, from the same state as the pass had."""
         self._state.put_back()
         x = x.clone()
-        arguments, keywords = tree_map(lambda leaf: x if leaf is self._first else leaf, self._call)
+        arguments, keywords = exchanged_leaves(lambda leaf: x if leaf is self._first else leaf, self._call)
         # Sharded parameters come and go within the pass, which speaks to other ranks.
         alone = (
             *(writes_put_back(self._state.held.watched()), without_communication()),
@@ -206,7 +205,9 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any, *, together: 
     """Return why a model that was called so cannot be run again without anyone noticing, or ""; `together`: by all
     ranks."""
     known = (*_KNOWN, "torch.distributed") if together else _KNOWN
-    odd = [leaf for leaf in tree_leaves((arguments, keywords)) if not isinstance(leaf, (*_PLAIN, Tensor))]
+    fixed = fixed_container((arguments, keywords))
+    odd = [leaf for leaf in leaves_of((arguments, keywords)) if not isinstance(leaf, (*_PLAIN, Tensor))]
+    odd = odd if fixed is None else [fixed]
     if odd:
         return f"it is called with a {type(odd[0]).__name__}, which another pass may change"
     if is_spread(model) and not together:

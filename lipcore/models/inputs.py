@@ -15,6 +15,15 @@ from torch import Tensor, nn
 InputChoice = str | Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
 
 
+def check_input_choice(choice: Any) -> None:
+    """Raise TypeError where `input=` is no such choice."""
+    if choice is not None and not isinstance(choice, str) and not callable(choice):
+        raise TypeError(
+            "input: expected the name of a module or of an argument of forward, or a function of (arguments, keywords) "
+            f"that returns the tensor, got {choice!r}"
+        )
+
+
 def chosen_input(
     model: nn.Module, choice: InputChoice | None, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> Tensor | None:

@@ -14,6 +14,12 @@ from lipcore.models.names import find_module, unwrap
 OutputChoice = str | Callable[[Any], Any]
 
 
+def check_output_choice(choice: Any) -> None:
+    """Raise TypeError where `output=` is no such choice."""
+    if choice is not None and not isinstance(choice, str) and not callable(choice):
+        raise TypeError(f"output: expected the name of a module, a key or a function, got {choice!r}")
+
+
 def find_output(model: nn.Module, choice: OutputChoice | None) -> tuple[str, OutputChoice | None]:
     """Return the name of the module whose output is meant, "" for the model itself, and the choice of a part of that
     output."""

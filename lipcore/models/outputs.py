@@ -9,44 +9,59 @@ from typing import Any
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from lipcore.models.torch_internals import tree_leaves
+from lipcore.models.containers import WHOLE, attributes_of, leaves_of
+
+#: Attributes of objects are looked into so deep: where they alone are returned, and beside tensors.
+_DEEP, _DEEP_BESIDE = 4, 2
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """Find the tensors in tuples, lists, dicts, mappings, dataclasses and distributions; where there are none at all,
-    those that are attributes of objects."""
+    """Find the tensors in tuples, lists, dicts, mappings, dataclasses and distributions, and those that are attributes
+    of objects; not those of caches that are returned beside others, whose keys and values are behind these."""
     if isinstance(output, Tensor):
         yield output
         return
-    none = True
-    for tensor in _packed(output):
-        none = False
+    objects: list[Any] = []
+    seen: set[int] = set()
+    for tensor in _packed(output, objects):
+        seen.add(id(tensor))
         yield tensor
-    if none:
-        yield from {id(tensor): tensor for leaf in tree_leaves(output) for tensor in _attributes(leaf)}.values()
+    alone = not seen
+    for each in objects:
+        for tensor in _attributes(each, _DEEP) if alone else _beside(each):
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
 
 
-def _packed(output: Any) -> Iterator[Tensor]:
-    for leaf in tree_leaves(output):
+def _packed(output: Any, objects: list[Any]) -> Iterator[Tensor]:
+    """Find the tensors in containers; objects of other kinds are added to `objects`."""
+    for leaf in leaves_of(output):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif is_dataclass(leaf) and not isinstance(leaf, type):
-            for field in fields(leaf):
-                yield from _packed(getattr(leaf, field.name))
-        elif isinstance(leaf, Mapping):
-            for value in leaf.values():
-                yield from _packed(value)
         elif isinstance(leaf, Distribution):
-            yield from {id(tensor): tensor for tensor in _attributes(leaf)}.values()
+            yield from {id(tensor): tensor for tensor in _attributes(leaf, _DEEP)}.values()
+        elif not isinstance(leaf, WHOLE):
+            objects.append(leaf)
 
 
-def _attributes(found: Any, deep: int = 4) -> Iterator[Tensor]:
+def _beside(found: Any) -> Iterator[Tensor]:
+    """Find the tensors of an object that is returned beside other tensors."""
+    if not any(kind.__name__.endswith("Cache") for kind in type(found).__mro__):
+        yield from _attributes(found, _DEEP_BESIDE)
+
+
+def _attributes(found: Any, deep: int) -> Iterator[Tensor]:
     """Find the tensors that are attributes of an object, or of objects that are, so deep."""
-    if isinstance(found, (type, nn.Module)) or not hasattr(found, "__dict__"):
+    if isinstance(found, (type, nn.Module)):
         return
-    for leaf in tree_leaves(list(vars(found).values())):
+    for leaf in leaves_of(attributes_of(found)):
         if isinstance(leaf, Tensor):
             yield leaf
+        elif isinstance(leaf, WHOLE):
+            continue
+        elif isinstance(leaf, Distribution):
+            yield from _attributes(leaf, _DEEP)
         elif deep > 1:
             yield from _attributes(leaf, deep - 1)
 

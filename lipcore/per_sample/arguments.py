@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.models.arguments import check_choice, check_count, is_integer
+from lipcore.models.named_output import check_output_choice
 from lipcore.per_sample.loss_reduction import Reduction
 
 OnUnsupported = Literal["error", "skip"]
@@ -29,8 +30,7 @@ def layer_options(
     **others: Any,
 ) -> LayerOptions:
     """Return how the layers are tapped, from what the user has given; `others` goes there as it is."""
-    if output is not None and not isinstance(output, str) and not callable(output):
-        raise TypeError(f"output: expected the name of a module, a key or a function, got {output!r}")
+    check_output_choice(output)
     max_bytes, max_flops = _whole(max_replay_bytes), _whole(max_replay_flops)
     check_count("max_replay_bytes", max_bytes, least=0)
     check_count("max_replay_flops", max_flops, least=0, optional=True)

@@ -173,7 +173,8 @@ class PerSampleGradDots(PerSampleMetric):
         return DotsPart(agreed, **found, names=hashlib.sha256(names.encode()).hexdigest()[:16], bits=self._used.bits)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
-        return shown_dots(self._layers, total_of(self._capture), self._window.merged(), self._quantities)
+        window = self._window.merged()
+        return shown_dots(self._layers, total_of(self._capture), window, self._quantities, self._measured)
 
     def _own_plan(self) -> list[PlanLine]:
         return [PlanLine("reference", f"copies of {self._references.columns}", self._references.nbytes)]

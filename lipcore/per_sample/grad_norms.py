@@ -205,8 +205,9 @@ class PerSampleGradNorms(PerSampleMetric):
         return PerSamplePart(agreed, **found, noise=noise)
 
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
-        pairs = zip([*self._layers, total_of(self._capture)], self._window.merged(), strict=False)
-        return [(place, distribution.reduced("exact")) for place, distribution in pairs]
+        total, measured = total_of(self._capture), self._measured
+        pairs = zip([*self._layers, total], self._window.merged(), strict=False)
+        return [(p, distribution.reduced("exact")) for p, distribution in pairs if p == total or p in measured]
 
     def _own_plan(self) -> list[PlanLine]:
         if self._options.keep_factors:
@@ -274,9 +275,9 @@ class PerSampleGradNorms(PerSampleMetric):
         ``keep_factors=True``, and to be called before the next forward pass.
 
         Args:
-            coefficients: c, a floating-point tensor [B] on the norms' device; or a function that takes
-                :attr:`per_sample` to them, as ``lambda n: lipcore.clip_factors(n, 1.0)``. They are constants: no
-                gradient flows to them.
+            coefficients: c, a floating-point tensor [B] on the norms' device, or a mask of bool there (1 and 0); or a
+                function that takes :attr:`per_sample` to them, as ``lambda n: lipcore.clip_factors(n, 1.0)``. They are
+                constants: no gradient flows to them.
             into: what this has returned for earlier micro-batches of a step, or an empty dict: the sums are added to it
                 in place.
             set_grad: also make the sums (with what was in `into`) the parameters' ``.grad``, in place of the plain

@@ -25,6 +25,7 @@ def gram_of(norms: PassNorms) -> Norms:
             gram = ((gram + gram.T) / 2).masked_fill(missing | missing[:, None], torch.nan)
             for place in (layer_of[name], norms.total):
                 rows[place] = rows[place] + gram if place in rows else gram
+    rows = {place: rows[place] for place in (*norms.layers, norms.total) if place in rows}  # the order of the norms
     reasons = layer_reasons(norms.layer_index, record, [place for place in rows if place != norms.total])
     if record.broken or norms.total not in rows:
         rows.pop(norms.total, None)

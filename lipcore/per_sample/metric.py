@@ -146,7 +146,7 @@ class PerSampleMetric(StandaloneMetric):
 
     @abstractmethod
     def _shown_rows(self) -> list[tuple[str, dict[str, Value]]]:
-        """Return the window's reducers by place, the total last."""
+        """Return the window's reducers by place, of what is measured, the total last."""
 
     def _own_plan(self) -> list[PlanLine]:
         """Return the lines of plan() on what is kept beside the window."""
@@ -230,6 +230,12 @@ class PerSampleMetric(StandaloneMetric):
     @property
     def _layers(self) -> list[str]:
         return self._layer_index.layers
+
+    @property
+    def _measured(self) -> set[str]:
+        """The layers of which something is measured."""
+        covered = set[str]() if self._capture is None else self._capture.coverage.covered.keys()
+        return {layer for name, layer in self._layer_index.layer_of.items() if name in covered}
 
     def observe_layers(self, record: LayerRecord) -> None:
         """Take in the norms of one backward pass."""
@@ -536,7 +542,8 @@ class PerSampleMetric(StandaloneMetric):
             return PlanLines(lines)
         by_graph = self._capture.coverage.by_graph
         for site in self._capture.sites:
-            keys = [key for key, name in site.names.items() if name not in by_graph]
+            covered = self._capture.coverage.covered.keys() - by_graph.keys()
+            keys = [key for key, name in site.names.items() if name in covered]
             way = how(site, self._methods)
             if keys:
                 rule = f"{type(site.module).__name__}: {', '.join(keys)}" + (f", {way}" if way else "")
@@ -758,6 +765,6 @@ class PerSampleMetric(StandaloneMetric):
     def _shown(self) -> Shown:
         sums = self._open_step.sums
         return shown(
-            *(self, self._shown_rows(), self._layers, self._capture, str(self._reduction), self._doubts.counts()),
+            *(self, self._shown_rows(), self._measured, self._capture, str(self._reduction), self._doubts.counts()),
             {} if sums is None else sums.skipped(),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from lipcore.capture.layers.tapped import TappedLayers
@@ -13,13 +13,14 @@ from lipcore.metric.values import Value
 def shown(
     metric: Any,
     rows: Sequence[tuple[str, Mapping[str, Value]]],
-    layers: Sequence[str],
+    layers: Collection[str],
     capture: TappedLayers | None,
     reduction: str,
     doubts: Mapping[str, int],
     no_noise: Mapping[str, int],
 ) -> Shown:
-    """Return the open window's reducers by place, the total first, and what is not measured and why."""
+    """Return the open window's reducers by place, the total first, and what is not measured and why; `layers`: those
+    that are measured."""
     out = Shown(f"{type(metric).__name__} ({reduction}): {len(layers)} layers")
     if capture is None:
         out.rows.append(("off", "", "it watches no model yet: pass model=, or give it to a Monitor"))

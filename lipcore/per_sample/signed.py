@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -69,12 +69,16 @@ def add_dots(
 
 
 def shown_dots(
-    layers: Sequence[str], total: str, distributions: Sequence[Distribution], names: Sequence[str]
+    layers: Sequence[str],
+    total: str,
+    distributions: Sequence[Distribution],
+    names: Sequence[str],
+    measured: Collection[str],
 ) -> list[tuple[str, dict[str, Value]]]:
-    """Return the reducers by place, and reference where there are several, the total last."""
+    """Return the reducers by place, of measured layers, and reference where there are several, the total last."""
     result = MetricResult("")
     add_dots(result, layers, total, distributions, names, "", "")
-    places = [*layers, total] if distributions else []
+    places = [*(layer for layer in layers if layer in measured), total] if distributions else []
     told = {(place, name): result[name][place] for place in places for name in names}
     rows = [(place if len(names) == 1 else f"{place} {name}", reducers) for (place, name), reducers in told.items()]
     return [(name, {r: v for r, v in reducers.items() if r in _REDUCERS}) for name, reducers in rows]

@@ -41,7 +41,7 @@ def usable_factors(norms: PassNorms, asked: str) -> KeptFactors | None:
 
 
 def coefficients_of(given: Any, norms: PassNorms) -> Tensor:
-    """Return the coefficients of a pass's samples, float64 [B].
+    """Return the coefficients of a pass's samples, float64 [B]; of a mask 1 and 0.
 
     Raises:
         TypeError, ValueError: no tensor, or one of another shape, kind or device.
@@ -49,10 +49,11 @@ def coefficients_of(given: Any, norms: PassNorms) -> Tensor:
     per_sample = norms.per_sample
     found = given(per_sample) if callable(given) and not isinstance(given, Tensor) else given
     said = "coefficients" if found is given else "coefficients: the function's result"
-    expected = f"expected a floating-point tensor of shape [{norms.samples}] on {per_sample.device}"
+    shape, device = [norms.samples], per_sample.device
+    expected = f"expected a floating-point tensor of shape {shape} on {device}, or such a mask of bool"
     if not isinstance(found, Tensor):
         raise TypeError(f"{said}: {expected}, or a function of the norms that returns it; got {type(found).__name__}")
-    if found.shape != per_sample.shape or not found.is_floating_point():
+    if found.shape != per_sample.shape or not (found.is_floating_point() or found.dtype == torch.bool):
         raise ValueError(f"{said}: {expected}, got {found.dtype} {list(found.shape)}; give one number per sample")
     if found.device != per_sample.device:
         raise ValueError(f"{said}: {expected}, got one on {found.device}; move it with .to({str(per_sample.device)!r})")

@@ -28,6 +28,32 @@ def test_per_sample_says_when_it_has_nothing() -> None:
             _ = metric.per_sample
 
 
+@pytest.mark.parametrize("name", ["input", "output"])
+def test_choices_of_another_kind_are_refused_at_once(name: str) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected the name of .*got 0"):
+        Lipschitz(**{name: 0})  # type: ignore[arg-type]
+
+
+def test_a_window_without_a_lambda_says_how_often_there_is_one() -> None:
+    model = seeded(lambda: mlp(5, 7, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    notes = []
+    for every in (3, 1):
+        metric = Lipschitz(lambda_every=every)
+        with Monitor(model, optimizer, [metric], window_steps=1) as monitor:
+            for _ in range(3):
+                model(torch.randn(6, 5)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            found = [window["lipschitz"].local_lipschitz["model:Linear"].mean for window in monitor.history]
+        assert all(value.valid or value.note for value in found)
+        notes.append([value.note for value in found if not value.valid])
+    assert notes[1] == []  # as the note says
+    assert set(notes[0]) == {
+        "no micro-batch of this window had one: lambda every 3 micro-batches; lambda_every=1 takes one in each"
+    }
+
+
 # ---- the metric alone
 
 

@@ -293,6 +293,27 @@ def sum_of_rows(output: Tensor) -> Tensor:
     return output.sin().sum()
 
 
+def behind_batch_norm() -> None:
+    """What stands behind it has norms, which are those at the statistics of this batch."""
+    model = batch_normalised()
+    with PerSampleGradNorms(model, loss_reduction="sum", on_unsupported="skip") as norms:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            sum_loss(model(X)).backward()
+        hidden, head = model[:-1](X).detach(), model[-1]  # type: ignore[index]
+        expected = norms_sq(head, samples_of((hidden,), len(X)), sum_loss)
+        assert norms.per_layer["0"].isnan().all()
+        found: Tensor = norms.per_layer["3"]
+        torch.testing.assert_close(found, (expected["weight"] + expected["bias"]).sqrt(), rtol=1e-4, atol=1e-6)
+        assert norms.unproved
+
+
+def frozen_norm() -> nn.Sequential:
+    model = batch_normalised()
+    model[1].requires_grad_(False)  # type: ignore[index]
+    return model
+
+
 CALLS: dict[str, Remedy] = {
     "BatchNorm in train mode, eval()": Remedy(
         lambda: run(batch_normalised(), X),
@@ -301,6 +322,16 @@ CALLS: dict[str, Remedy] = {
     ),
     "BatchNorm in train mode, replaced": Remedy(
         lambda: run(batch_normalised(), X), "or GroupNorm", lambda: right(net(nn.GroupNorm(2, 6)), X)
+    ),
+    "BatchNorm in train mode, left out": Remedy(
+        lambda: run(batch_normalised(), X),
+        r"Ways out: on_unsupported='skip' measures the other parameters$",
+        lambda: behind_batch_norm(),
+    ),
+    "BatchNorm in train mode, whose weights are frozen": Remedy(
+        lambda: run(frozen_norm(), X),
+        r"'1': normalises by.*Ways out: on_unsupported='skip' measures the other parameters$",
+        lambda: right(eval_of(frozen_norm(), 1), X),
     ),
     "BatchNorm without running statistics": Remedy(
         lambda: run(batch_normalised(track_running_stats=False).eval(), X),

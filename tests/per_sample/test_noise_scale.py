@@ -223,7 +223,18 @@ def test_empty():
             for quantity in ("gradient_sq", "gradient_noise", "noise_scale"):
                 for value in place[quantity].values():
                     assert math.isnan(value.value)
-                    assert (value.count, value.valid, value.note) == (0, False, "nothing recorded")
+                    assert (value.count, value.valid) == (0, False)
+                    assert value.note.startswith("no step of this window had two samples or more")
+
+
+def test_what_has_no_step_says_why():
+    noise = NoiseScale(1)
+    assert noise.finalize()[0]["noise_scale"]["mean"].note == "nothing recorded"
+    noise.observe(torch.tensor([torch.nan]), torch.tensor([1.0]), 4)
+    for reducer in ("mean", "ema"):
+        assert noise.finalize()[0]["noise_scale"][reducer].note.startswith("every step of this window was left out")
+    noise.observe(torch.tensor([5.0]), torch.tensor([2.0]), 4)
+    assert noise.finalize()[0]["noise_scale"]["mean"].note.startswith("no interval")
 
 
 def test_noise_without_a_gradient_has_no_upper_bound():

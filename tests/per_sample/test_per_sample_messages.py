@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -209,6 +213,39 @@ def test_a_refusal_says_each_reason_once() -> None:
         ValueError, match=r"2 trainable parameters .*'scale': there is no rule for Two \(so too 'shift'\)"
     ):
         PerSampleGradNorms(Two(), loss_reduction="sum", max_replay_bytes=0)
+
+
+def test_a_wrong_dimension_of_the_batch_is_said_once_with_the_names() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.Flatten(0, 1), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    with PerSampleGradNorms(model, loss_reduction="sum", max_replay_bytes=0, on_unsupported="skip") as metric:
+        model(torch.randn(7, 2, 4)).sum().backward()
+        assert "[14, 5]" in metric.coverage().uncovered["4.weight"]
+        with pytest.raises(ValueError, match=r"\(so too '2.bias', '4.weight', '4.bias'\)") as told:
+            metric.coverage().check()
+        assert str(told.value).count("pass batch_dim= where the batch is not first") == 1
+
+
+LEFT_OUT = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize("kind", ["norms", "dots"])
+def test_what_shows_names_the_layers_that_are_measured(kind: str) -> None:
+    model = copy.deepcopy(LEFT_OUT)
+    options: Any = {"loss_reduction": "sum", "on_unsupported": "skip"}
+    if kind == "dots":
+        gradient = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+        options["reference"] = [gradient, gradient]
+    metric: Any = (PerSampleGradNorms if kind == "norms" else PerSampleGradDots)(model, **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model(torch.randn(8, 4)).square().sum().backward()
+    shown, planned = [line.split() for line in repr(metric).splitlines()], [line.what for line in metric.plan()]
+    assert {line[0] for line in shown} >= {"3", "5", "total_of_measured"}
+    assert "0" not in {line[0] for line in shown}
+    assert "2 layers" in repr(metric)
+    assert {"3", "5", "0.weight"} <= set(planned)
+    assert "0" not in planned
+    metric.close()
 
 
 @pytest.mark.parametrize("skip", [False, True])

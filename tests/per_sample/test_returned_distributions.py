@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,35 @@ class Answer:
         self.logits, self.name = logits, "answer"
 
 
+class Slots:
+    __slots__ = ("__logits", "name")
+
+    def __init__(self, logits: Tensor) -> None:
+        self.__logits, self.name = logits, "slots"
+
+    @property
+    def logits(self) -> Tensor:
+        return self.__logits
+
+
+class Wider(Slots):
+    __slots__ = ("more",)
+
+
+class Acts:
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    def log_prob(self, chosen: Tensor) -> Tensor:
+        return self.policy.log_prob(chosen)  # type: ignore[no-any-return]
+
+
+@dataclass
+class Answers:
+    policy: Any
+    value: Tensor
+
+
 def of_logits(answer: Any, chosen: Tensor, _: Tensor) -> Tensor:
     return F.cross_entropy(answer.logits, chosen, reduction="none")
 
@@ -57,7 +87,14 @@ def of_both(returned: Any, chosen: Tensor, _: Tensor) -> Tensor:
 
 CASES: dict[str, tuple[Callable[[Tensor, Tensor], Any], Losses]] = {
     "policy and value": (lambda h, _: (distributions.Categorical(logits=h), h.sum(1)), of_both),
+    "object of a policy, and value": (lambda h, _: (Acts(distributions.Categorical(logits=h)), h.sum(1)), of_both),
+    "dataclass of such an object": (
+        lambda h, _: Answers(Acts(distributions.Categorical(logits=h)), h.sum(1)),
+        lambda answers, chosen, point: of_both((answers.policy, answers.value), chosen, point),
+    ),
     "object": (lambda h, _: Answer(h), of_logits),
+    "slots": (lambda h, _: Slots(h), of_logits),
+    "slots of a base class, beside": (lambda h, _: (Wider(h), h.sum(1)), lambda found, *y: of_logits(found[0], *y)),
     "namespace": (lambda h, _: SimpleNamespace(logits=h), of_logits),
     "categorical": (lambda h, _: distributions.Categorical(logits=h), of_action),
     "probabilities": (lambda h, _: distributions.Categorical(probs=h.softmax(-1)), of_action),
@@ -100,9 +137,13 @@ def test_what_is_without_the_batch_is_refused_with_the_remedy() -> None:
             _ = norms.per_sample
 
 
-def test_objects_are_looked_into_only_where_nothing_else_is_returned() -> None:
-    x, cache = torch.ones(2), SimpleNamespace(keys=torch.zeros(3))
+def test_caches_are_looked_into_only_where_nothing_else_is_returned() -> None:
+    class KeyCache(SimpleNamespace):
+        pass
+
+    x, cache, other = torch.ones(2), KeyCache(keys=torch.zeros(3)), SimpleNamespace(keys=torch.zeros(3))
     assert [each.shape for each in tensors_of({"logits": x, "cache": cache})] == [(2,)]
+    assert [each.shape for each in tensors_of({"logits": x, "other": other})] == [(2,), (3,)]
     assert [each.shape for each in tensors_of({"cache": cache})] == [(3,)]
     loop = SimpleNamespace(x=x)
     loop.itself = loop

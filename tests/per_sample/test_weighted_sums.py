@@ -158,6 +158,17 @@ def test_all_ones_are_the_gradient() -> None:
             torch.testing.assert_close(total, model.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
 
 
+def test_a_mask_is_ones_and_zeros() -> None:
+    model = made(MODELS["mlp"][0])
+    with PerSampleGradNorms(model, loss_reduction="sum", keep_factors=True) as norms:
+        sum_loss(model(torch.randn(4, 5))).backward()
+        chosen = torch.tensor([True, False, True, True])
+        found, expected = norms.weighted_sum(chosen), norms.weighted_sum(chosen.double())
+        of_function = norms.weighted_sum(lambda n: n >= n.median())
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert set(of_function) == set(found)
+
+
 def test_micro_batches_and_the_gradient() -> None:
     model, x = made(MODELS["mlp"][0]), torch.randn(6, 5)
     rows = gradients(model, samples_of((x,), 6), sum_loss)

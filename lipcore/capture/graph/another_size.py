@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lipcore.capture.identity import Alias
 from lipcore.layers import Batch
 from lipcore.models.accumulation import Accumulates, without_accumulation
+from lipcore.models.containers import exchanged_leaves
 from lipcore.models.copies import why_not_again
 from lipcore.models.layouts import laid_out_like
 from lipcore.models.pause import paused
@@ -22,7 +23,6 @@ from lipcore.models.random_draws import Draws
 from lipcore.models.ranks import below_ddp, without_communication
 from lipcore.models.restored import all_put_back, without_cached_casts
 from lipcore.models.sparse_rows import rows_at
-from lipcore.models.torch_internals import tree_map
 
 HOOKED = (
     "the forward pass keeps its tensors by hooks (activation checkpointing, saved_tensors_hooks, save_on_cpu), and a "
@@ -143,7 +143,7 @@ def on_one_more(
             if shapes is not None:
                 shapes.clear()
             with _own_pass(model, Batch(samples + 1, dim), shapes):
-                more, words = tree_map(longer, (arguments, keywords))
+                more, words = exchanged_leaves(longer, (arguments, keywords))
                 with draws.again(model, samples) if draws is not None else nullcontext():
                     output = model(*more, **words)
             break
@@ -169,7 +169,7 @@ def note_draws(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str,
     model = below_ddp(model)
     try:
         with _own_pass(model, None):
-            same, words = tree_map(_copied, (arguments, keywords))
+            same, words = exchanged_leaves(_copied, (arguments, keywords))
             with draws.noted(model):
                 model(*same, **words)
     except Exception as error:

@@ -23,7 +23,7 @@ from lipcore.capture.output_places import places_of
 from lipcore.capture.seeds import Begins
 from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.layers import Batch
-from lipcore.models.torch_internals import tree_leaves
+from lipcore.models.containers import leaves_of
 
 _MOST = 32  # structures that are kept: models that loop over a sequence have many
 _MOST_MOVES = 24  # of one structure's frontier: past an expert's matrices, biases, gate and activation
@@ -126,7 +126,7 @@ class GraphWays:
             return Followed(None, {}, "")
         walk = Walk(output)
         names = {id(parameter): name for name, parameter in parameters.items()}
-        leaves = [leaf for leaf in tree_leaves(call[:2]) if isinstance(leaf, Tensor)]
+        leaves = [leaf for leaf in leaves_of(call[:2]) if isinstance(leaf, Tensor)]
         dims = int(batch.size == 1), *(leaf.dim() for leaf in leaves)
         vary = self._orders.vary
         key = (*dims, int(vary)), tuple(walk.parameters(names).items()), walk.signature()

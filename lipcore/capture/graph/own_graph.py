@@ -16,9 +16,9 @@ from lipcore.capture.graph.other_graph import Call
 from lipcore.capture.graph.walk import Walk
 from lipcore.capture.training_pass import in_backward
 from lipcore.layers import Batch, Factor, Rule, norms_sq_of
+from lipcore.models.containers import exchanged_leaves, leaves_of
 from lipcore.models.pause import paused
 from lipcore.models.restored import all_put_back, without_cached_casts
-from lipcore.models.torch_internals import tree_leaves, tree_map
 
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 5e-2  # of a norm, relative
 _REFUSED = "its own graph, in which it is run once more in the backward pass, does not show its parameters: {0}"
@@ -56,12 +56,12 @@ class OwnGraph(Rule):
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch
     ) -> tuple[tuple[Tensor, ...], Any]:
-        tensors = [leaf for leaf in tree_leaves((arguments, keywords)) if isinstance(leaf, Tensor)]
+        tensors = [leaf for leaf in leaves_of((arguments, keywords)) if isinstance(leaf, Tensor)]
         if batch.offsets is not None or not any(_has_batch(tensor, batch) for tensor in tensors):
             raise ValueError(f"expected {batch.size} samples at dimension {batch.dim} of an argument")
         kind = tensors[0].device.type
         autocast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        places = tree_map(lambda leaf: _Place if isinstance(leaf, Tensor) else leaf, (arguments, keywords))
+        places = exchanged_leaves(lambda leaf: _Place if isinstance(leaf, Tensor) else leaf, (arguments, keywords))
         # What is changed in place between the two runs is legal where the module keeps none of it.
         return tuple(tensor.detach().clone() for tensor in tensors), _Call(places, batch, autocast)
 
@@ -141,7 +141,7 @@ def _run_again(
     """Run a module's forward on parameters of the same values, at which nobody's hooks are; within the with block these
     are in the module."""
     tensors = iter(saved)
-    arguments, keywords = tree_map(lambda leaf: next(tensors) if leaf is _Place else leaf, call.arguments)
+    arguments, keywords = exchanged_leaves(lambda leaf: next(tensors) if leaf is _Place else leaf, call.arguments)
     before = {key: module._parameters[key] for key in keys}
     parameters = {key: nn.Parameter(p.detach()) for key, p in before.items() if p is not None}
     enabled, dtype = call.autocast

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from lipcore.capture.foreign_functions import function_of
 from lipcore.capture.once_only import is_ddp_sink
-from lipcore.models.outputs import tensors_of
+from lipcore.models.outputs import nodes_before, tensors_of
 
 #: Names of nodes of views that a reshape chooses among by strides.
 VIEWS = frozenset({"ViewBackward0", "ReshapeAliasBackward0", "UnsafeViewBackward0"})
@@ -30,7 +30,7 @@ class Walk:
     def __init__(self, output: Any) -> None:
         self.nodes: list[Any] = []
         self._places: dict[Any, int] = {}
-        roots = [tensor.grad_fn for tensor in tensors_of(output) if tensor.grad_fn is not None]
+        roots = _without_numbers([tensor for tensor in tensors_of(output) if tensor.grad_fn is not None])
         self.roots = list(dict.fromkeys(self._place(passed(node)) for node in roots))
         self.next: list[tuple[int, ...]] = []
         self.numbers: list[tuple[int, ...]] = []
@@ -89,6 +89,15 @@ class Walk:
             if leaf is not None and id(leaf) in names:
                 found[place] = names[id(leaf)]
         return found
+
+
+def _without_numbers(outputs: Sequence[Tensor]) -> list[Any]:
+    """Return the nodes that have made the outputs, without those of numbers (losses) that are made of the others and of
+    no parameter beside: a loss that is added up sample by sample has another graph for one sample more."""
+    ends = {tensor.grad_fn for tensor in outputs if tensor.dim()}
+    numbers = {tensor.grad_fn for tensor in outputs if not tensor.dim()} - ends if ends else set()
+    spare = {n for n in numbers if not any(hasattr(node, "variable") for node in nodes_before([n], ends))}
+    return [tensor.grad_fn for tensor in outputs if tensor.grad_fn not in spare]
 
 
 def is_identity(function: type) -> bool:

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lipcore.capture.layers.packed import boundaries
 from lipcore.layers import Batch
+from lipcore.models.containers import WHOLE, leaves_of, parts_of
 from lipcore.models.outputs import tensors_of
-from lipcore.models.torch_internals import tree_leaves
 
 #: From the model's arguments and keywords to the document boundaries of packed sequences.
 OffsetsOf = Callable[[tuple[Any, ...], dict[str, Any]], Tensor]
@@ -20,6 +20,10 @@ _DOUBT = (
     "the first tensor that the model is called with has shape {0}, which would be one sample, but {1} {2}, and "
     "what is returned does not show that there is one sample; give what has a row for each sample before all other "
     "tensors"
+)
+
+_CLOSED = (
+    "; a {0} is not looked into: give the model the tensors in it, as arguments of their own or in a dict or dataclass"
 )
 
 #: From the model's arguments and keywords to something that the record of the pass is to hold.
@@ -36,8 +40,10 @@ def batch_of(
     first = batch_tensor(arguments, keywords, batch_dim)
     if first is not None:
         return Batch(first.shape[batch_dim], batch_dim)
+    closed = next((leaf for leaf in leaves_of((arguments, keywords)) if not isinstance(leaf, WHOLE)), None)
+    kind = "" if closed is None else _CLOSED.format(type(closed).__name__)
     raise ValueError(
-        f"model: none of its arguments is a tensor with a dimension {batch_dim}, so there is no batch size"
+        f"model: none of its arguments is a tensor with a dimension {batch_dim}, so there is no batch size{kind}"
     )
 
 
@@ -68,9 +74,10 @@ def doubt_one(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any,
 
 
 def _named(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a model is given, with names, as also that in dicts."""
+    """Yield what a model is given, with names, as also that in dicts and dataclasses."""
     for name, each in (*((f"argument {i}", each) for i, each in enumerate(arguments)), *_items(keywords)):
-        yield from _items(each) if isinstance(each, Mapping) else [(name, each)]
+        parts = parts_of(each)
+        yield from [(name, each)] if parts is None else _items(parts)
 
 
 def _items(given: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -92,7 +99,7 @@ def batch_tensor(arguments: tuple[Any, ...], keywords: dict[str, Any], batch_dim
             "model: is called with a PackedSequence, whose rows are single steps of many samples; pass padded "
             "sequences, or rows with cu_seqlens="
         )
-    for leaf in tree_leaves((arguments, keywords)):
+    for leaf in leaves_of((arguments, keywords)):
         if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
             return leaf
     return None

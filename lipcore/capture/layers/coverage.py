@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ _SKIP, _FREEZE = (
     "on_unsupported='skip' measures the other parameters",
     "requires_grad_(False) freezes what is not trained",
 )
+
+#: What differs where one thing is wrong with several layers: which of them, and shapes.
+_THIS_ONE = re.compile(r"module '[^']*' \([^)]*\): |\[[\d, ]*\]")
 
 _CONTAINER = (
     "is in a {0}, which is never called and so can have no rule; a rule for the module that uses it serves where the "
@@ -56,6 +60,7 @@ class ParameterCoverage:
         self.by_graph: dict[str, str] = {}  #: parameter that is measured from the autograd graph -> why no rule serves
         self.graph_is_off = False  #: the graph might measure parameters, and was not asked to
         self._compiled = False  # there is no graph that might
+        self._mixing: set[str] = set()  # of the uncovered ones, those of layers that mix samples
         self._without_rule: set[str] = set()  # of the uncovered ones, those that the graph may measure
         self._parameters: dict[str, tuple[nn.Module, str]] = {}
         self._trainable: dict[str, bool] = {}  # of these, when the model was looked at
@@ -117,6 +122,8 @@ class ParameterCoverage:
         self.covered.pop(name, None)
         self.by_graph.pop(name, None)
         self.uncovered[name] = reason
+        if self._mixing:  # what a proof finds in a model with such a layer
+            self._mixing.add(name)
 
     def leave_to_graph(self, name: str, why: str) -> None:
         """Have a parameter measured from the autograd graph, whatever rules its layers have."""
@@ -147,18 +154,20 @@ class ParameterCoverage:
             return
         count, by_reason = len(self.uncovered), dict[str, list[str]]()
         for name, reason in self.uncovered.items():
-            by_reason.setdefault(reason, []).append(name)
-        named = [_named(names, reason) for reason, names in by_reason.items()][:_SHOWN]
+            by_reason.setdefault(_THIS_ONE.sub("", reason), []).append(name)
+        named = [_named(names, self.uncovered[names[0]]) for names in by_reason.values()][:_SHOWN]
         left = count - sum(map(len, [*by_reason.values()][:_SHOWN]))
         more = f"; and {left} more" if left else ""
-        ways = [_SKIP, _RULE, _FREEZE] if self.covered else [_RULE]  # beside these there is nothing to measure
+        # Of layers that mix samples no rule measures anything, and they mix them when they are frozen too.
+        others = [] if self.uncovered.keys() <= self._mixing else [_RULE, _FREEZE]
+        ways = [_SKIP, *others] if self.covered else others[:1]  # beside these there is nothing to measure
         if self.graph_is_off and not self._without_rule.isdisjoint(self.uncovered):
             ways.insert(0, _GRAPH)
         if self._compiled and not self._without_rule.isdisjoint(self.uncovered):
             ways.insert(0, _UNCOMPILED)
         raise ValueError(
             f"model: {count} trainable parameter{'s' * (count > 1)} cannot be measured per sample: "
-            f"{'; '.join(named)}{more}. Ways out: {'; '.join(ways)}"
+            f"{'; '.join(named)}{more}" + (f". Ways out: {'; '.join(ways)}" if ways else "")
         )
 
     @property
@@ -225,6 +234,7 @@ def cover(model: nn.Module, *, alike: bool = False) -> ParameterCoverage:
             coverage._mixed_before.add(module_name)
             if not own:
                 coverage.uncovered[module_name] = reason  # it spoils the other parameters' gradients
+            coverage._mixing |= set(own.values()) or {module_name}
         for name in own.values() if reason else ():
             coverage.uncovered.setdefault(name, reason)
         if reason or not own:

@@ -44,8 +44,9 @@ from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.layers.factor import norms_sq_of
 from lipcore.layers.factor_estimate import Signs
 from lipcore.models.checks import never_called
+from lipcore.models.containers import leaves_of
 from lipcore.models.names import listed
-from lipcore.models.torch_internals import compiles_its_call, is_compiled, tree_leaves
+from lipcore.models.torch_internals import compiles_its_call, is_compiled
 
 LATER = (
     "parameter '{0}' is used inside an activation checkpoint, outside of its own module; the next passes keep what is "
@@ -334,7 +335,7 @@ class LayerCapture:
         passes.begin(run)
         self.single.stop()  # where another thread has made it serve meanwhile
         if self._compiled:
-            leaves = tree_leaves((arguments, keywords))
+            leaves = leaves_of((arguments, keywords))
             first = next(leaf for leaf in leaves if isinstance(leaf, Tensor))
             square = list(first.shape[:2]).count(batch.size) == 2
             passes.as_long_as_large = square and not first.is_floating_point()

@@ -21,8 +21,10 @@ _NOTES = (
     "the interval of gradient_sq includes 0: more steps, or a larger batch, are needed for an upper bound",
     "the mean gradient is longer than the mean square of its samples' gradients: rounding, or the loss reduction or "
     "number of samples is not what was declared",
+    "no step of this window had two samples or more, without which their scatter is not known",
+    "every step of this window was left out; details['noise_scale_skipped'] of the metric's result says why",
 )
-_FINE, _NOTHING, _FEW, _NOT_ABOVE, _INCLUDES, _LONGER = range(len(_NOTES))
+_FINE, _NOTHING, _FEW, _NOT_ABOVE, _INCLUDES, _LONGER, _ONE, _LEFT_OUT = range(len(_NOTES))
 
 
 @dataclass
@@ -93,7 +95,8 @@ class Moments:
         """Return the columns of all quantities over a window of so many steps, and of so many of fewer than 2 samples
         beside them."""
         with np.errstate(all="ignore"):
-            out = self._columns(*self._estimates(confidence))
+            nothing = _LEFT_OUT if steps else _ONE if skipped else _NOTHING
+            out = self._columns(*self._estimates(confidence), nothing)
         dropped = (steps - self.count + skipped).astype(np.float64)
         out["skipped_steps"] = {"sum": Column(rows_of(dropped[None])[0], steps + skipped)}
         return out
@@ -114,18 +117,18 @@ class Moments:
         numbers.append(np.stack([ratio, *fieller(self.noise, self.signal, self.covariance, t), average]))
         return numbers, [*errors, error]
 
-    def _columns(self, numbers: list[Numbers], errors: list[Numbers]) -> dict[str, dict[str, Column]]:
-        """Return each number with what it is worth."""
+    def _columns(self, numbers: list[Numbers], errors: list[Numbers], nothing: int) -> dict[str, dict[str, Column]]:
+        """Return each number with what it is worth; `nothing`: the note of places without a step."""
         wrong = self.noise < 0
         few = np.where(self.blocks < FEWEST, _FEW, _FINE)
         wide = np.where(self.signal <= 0, _NOT_ABOVE, np.where(numbers[2][2] == math.inf, _INCLUDES, few))
         count, ema_count = one_if_same(self.count), one_if_same(self.seen)
-        ema_notes = Words.of(np.where(wrong, _LONGER, np.where(self.seen > 0, _FINE, _NOTHING)), _NOTES)
+        ema_notes = Words.of(np.where(wrong, _LONGER, np.where(self.seen > 0, _FINE, nothing)), _NOTES)
         out = {}
         for name, why, (mean, lower, upper, ema), error in zip(
             QUANTITIES, (few, few, wide), numbers, errors, strict=True
         ):
-            notes = Words.of(np.where(wrong, _LONGER, np.where(self.count > 0, why, _NOTHING)), _NOTES)
+            notes = Words.of(np.where(wrong, _LONGER, np.where(self.count > 0, why, nothing)), _NOTES)
             finite, bounded = np.isfinite(mean), one_if_same(~np.isnan(lower) & ~wrong)
             *rows, error_row = rows_of(np.stack([mean, lower, upper, ema, np.where(finite, error, math.nan)]))
             out[name] = {
