@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
+import weakref
+from typing import Any, Generic, TypeVar
+
 from torch import nn
 
+from lipcore.models.outputs import nodes_of, tensors_of
 from lipcore.models.torch_internals import calls_itself
+
+IN_ANOTHER_THREAD = (
+    "the model's forward pass calls the model itself in another thread, and lipcore takes that for a pass of its own; "
+    "make these calls in the thread of the forward pass"
+)
+_MARK = "lipcore: the passes that have returned it"  # in the metadata of a node of the graph
+_numbers = itertools.count()
+Pass = TypeVar("Pass")
 
 
 class SelfCalls:
@@ -26,3 +40,35 @@ class SelfCalls:
             return False
         self._inside -= 1
         return True
+
+
+class OtherThreads(Generic[Pass]):
+    """The forward passes of one model that are under way in all threads, by which those are found that another thread's
+    has called: what they returned is in its graph."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        #: Of each pass under way, those that have ended meanwhile, by number.
+        self._within: weakref.WeakKeyDictionary[Any, dict[int, Pass]] = weakref.WeakKeyDictionary()
+
+    def begin(self, run: Pass) -> None:
+        """Note that a pass begins."""
+        with self._lock:
+            self._within[run] = {}
+
+    def end(self, run: Pass, output: Any) -> list[Pass]:
+        """Note that a pass has returned this, and return those that it has called; None as output: it has raised."""
+        with self._lock:
+            ended = self._within.pop(run, {})
+            number = next(_numbers)
+            others = list(self._within.values()) if output is not None else []
+            for within in others:
+                within[number] = run
+        for tensor in tensors_of(output) if others else ():
+            if tensor.grad_fn is not None:
+                notes: Any = tensor.grad_fn.metadata
+                notes.setdefault(_MARK, []).append(number)
+        if not ended or output is None:
+            return []
+        found = {number for node in nodes_of(output) for number in node.metadata.get(_MARK, ())}
+        return [each for number, each in ended.items() if number in found]

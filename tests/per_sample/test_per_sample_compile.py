@@ -153,6 +153,28 @@ def test_normalized_and_methods(fresh_dynamo: Any) -> None:
         assert torch.allclose(found[0][layer], found[1][layer], rtol=1e-6)
 
 
+def test_other_regions_are_named_until_a_pass_with_them_is_proved(fresh_dynamo: Any) -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.doubles = nn.Linear(5, 4), nn.Linear(4, 2), False
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.head(self.body(x).tanh())
+            return 2 * y if self.doubles else y
+
+    inner = made(Flagged)
+    model = torch.compile(inner, fullgraph=True, backend="aot_eager")
+    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+        found = []
+        for doubles in (False, True, True):
+            inner.doubles = doubles
+            sum_loss(model(torch.ones(4, 5))).backward()
+            found.append(norms.unproved)
+    assert found[0] == found[2] == ""
+    assert found[1].startswith("no pass that ran these compiled regions was proved yet")
+
+
 def test_there_is_no_estimate() -> None:
     with pytest.raises(ValueError, match="methods: a compiled model has no 'estimate'"):
         PerSampleGradNorms(torch.compile(nn.Linear(2, 2)), loss_reduction="sum", methods={"model": "estimate"})

@@ -21,6 +21,10 @@ WRITES = (
 )
 
 OTHER = "no pass that does as many operations was proved yet"
+OTHER_REGIONS = (
+    "no pass that ran these compiled regions was proved yet (torch.compile has compiled anew: for other sizes, for a "
+    "flag that has changed)"
+)
 OTHER_ORDER = "no pass that puts its samples into this order was proved yet"
 
 

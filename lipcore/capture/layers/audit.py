@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lipcore.capture.checkpoints import is_reentrant_checkpoint
 from lipcore.capture.layers.broadcast import spread_layers
-from lipcore.capture.layers.coverage import OUTSIDE, REENTRANT, UNSEEN, ParameterCoverage
+from lipcore.capture.layers.coverage import GIVEN, OUTSIDE, REENTRANT, UNSEEN, ParameterCoverage
 from lipcore.capture.layers.layer_pass import LayerPass, LayerRecord
 from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.proofs import Proofs
@@ -60,6 +60,7 @@ class Audit:
         self._compiled, self._skip, self._graph = compiled, skip, graph
         self._proofs, self._fail, self._disproved = proofs, fail, disproved
         self._grads_before: dict[str, bool] = {}
+        self._given: set[str] = set()  # parameters that have got their gradient in the forward pass
         self._reentrant = False  # the first pass has a checkpoint whose graph is made in the backward pass
 
     def before_forward(self) -> None:
@@ -75,6 +76,9 @@ class Audit:
         """
         if run.chained:
             return
+        if not self.done:
+            before = self._grads_before
+            self._given = {n for n, p in self._coverage.parameters() if p.grad is not None and not before.get(n, True)}
         try:
             if not self.done and not self._compiled:
                 self._reentrant = any(is_reentrant_checkpoint(node) for node in nodes_of(output))
@@ -168,7 +172,8 @@ class Audit:
         if not self.done and not record.broken and record.samples:
             self.done = True
             outside = REENTRANT if self._reentrant else OUTSIDE
-            audit_gradients(self._coverage, self._grads_before, record.norms_sq, outside, skip=self._skip)
+            given = dict.fromkeys(self._given, GIVEN)
+            audit_gradients(self._coverage, self._grads_before, record.norms_sq, outside, given, skip=self._skip)
 
 
 def audit_graph(
@@ -217,14 +222,16 @@ def audit_gradients(
     before: Mapping[str, bool],
     recorded: Container[str],
     outside: str,
+    known: Mapping[str, str],
     *,
     skip: bool,
 ) -> None:
     """Look, after the first record, for a parameter whose gradient was brought by no layer's call. `before` says
-    whether the parameter had a gradient before the pass; `outside`: what is said of one that the graph measures."""
+    whether the parameter had a gradient before the pass; `outside`: what is said of one that the graph measures;
+    `known`: of some where their gradient is from."""
     for name, parameter in coverage.measured().items():
         if parameter.grad is not None and not before.get(name, False) and name not in recorded:
-            coverage.uncover(name, outside if name in coverage.by_graph else UNSEEN)
+            coverage.uncover(name, known.get(name, outside if name in coverage.by_graph else UNSEEN))
     if not skip or not coverage.covered:
         coverage.check()
 

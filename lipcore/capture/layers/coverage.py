@@ -42,6 +42,10 @@ REENTRANT = (
     "has a gradient that no sample's row has brought, and the model has a checkpoint with use_reentrant=True, whose "
     "graph is made in the backward pass alone; use use_reentrant=False"
 )
+GIVEN = (
+    "forward() itself gives it a gradient (.grad = ..., or a backward pass inside), and no sample's row brings one; "
+    "set it after the loss's backward pass"
+)
 UNSEEN = (
     "has a gradient, but none came from its layer's hooks: its call was not seen, or its rule forgets the parameter"
 )

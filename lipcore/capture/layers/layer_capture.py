@@ -401,7 +401,7 @@ class LayerCapture:
         passes = self.passes
         if passes.goes_back():
             return None
-        run = passes.end()
+        run = passes.end(output)
         if self._compiled:
             self._probes.disarm()
         if run is None or output is None:  # None: the forward pass raised

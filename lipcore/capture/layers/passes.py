@@ -14,6 +14,7 @@ from lipcore.capture.layers.batch_of_one import SingleBatches
 from lipcore.capture.layers.coverage import ParameterCoverage
 from lipcore.capture.layers.layer_pass import INNER, LayerPass, Recomputation
 from lipcore.capture.proof import is_proof
+from lipcore.capture.self_calls import IN_ANOTHER_THREAD, OtherThreads
 from lipcore.capture.training_pass import GRAPH_OF_GRADIENT, NOT_ACCUMULATED, accumulates_everything, in_backward
 from lipcore.models.outputs import on_backward
 from lipcore.models.torch_internals import queue_callback
@@ -71,6 +72,7 @@ class Passes:
         self._deliver, self._on_error, self._on_unrecorded = deliver, on_error, on_unrecorded
         self._thread = threading.local()
         self._alive: weakref.WeakValueDictionary[int, LayerPass] = weakref.WeakValueDictionary()
+        self.threads = OtherThreads[LayerPass]()
         self._last: LayerPass | None = None  # whose end no callback may have told
         self._delivered = self._lost = -1  # numbers of backward passes
         self._returning: set[LayerPass] = set()  # passes of the backward pass under way
@@ -169,15 +171,19 @@ class Passes:
         """Make a pass the one under way in this thread."""
         self.current = self._last = run
         self._alive[id(run)] = run
+        self.threads.begin(run)
 
     def drop(self, run: LayerPass) -> None:
         """Forget a pass that no backward pass will come back to."""
         self._alive.pop(id(run), None)
         self._last = None if self._last is run else self._last
 
-    def end(self) -> LayerPass | None:
-        """Return the pass that was under way in this thread, whose forward pass has ended."""
+    def end(self, output: object) -> LayerPass | None:
+        """Return the pass that was under way in this thread, whose forward pass has returned this, None where it has
+        raised; those that it has called in other threads are spoiled with it."""
         run, self.current = self.current, None
+        for inner in () if run is None else self.threads.end(run, output):
+            run.spoiled = inner.spoiled = IN_ANOTHER_THREAD  # type: ignore[union-attr]
         return run
 
     def await_backward(self, run: LayerPass, output: object) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lipcore.capture.graph.orders import OTHER, WRITES, Orders, order_of
+from lipcore.capture.graph.orders import OTHER, OTHER_REGIONS, WRITES, Orders, order_of
 from lipcore.capture.layers.asked_proof import AskedProof
 from lipcore.capture.layers.batch_places import BatchPlaces, Seen, misplaced
 from lipcore.capture.layers.layer_pass import LayerPass
@@ -224,7 +224,8 @@ class Proofs:
             return {}
         before, run.before = run.before, None
         self._begun = None
-        run.nodes = nodes_of_others() - run.nodes if run.nodes >= 0 else _kinds_of_nodes(output)
+        compiled = run.nodes < 0
+        run.nodes = _kinds_of_nodes(output) if compiled else nodes_of_others() - run.nodes
         run.begun = gradients_begun() - run.begun
         wrong: dict[str, str] = {}
         if before is not None:
@@ -242,7 +243,7 @@ class Proofs:
             if found is not None:
                 run.unseen, run.unreached, run.left_out = found.unseen, found.unreached, found.left_out
                 left_out = any(run.tapped.get(number) for number in found.left_out.values())  # has a reason of its own
-                other = self._does_other(run, output, proved=before is not None)
+                other = self._does_other(run, output, proved=before is not None, compiled=compiled)
                 if before is None and other and not (left_out or run.unproved):
                     run.unproved = other
                 if before is None and (other or left_out) and other != WRITES:
@@ -260,7 +261,7 @@ class Proofs:
         done, known = (run.nodes, run.taps), self._operations.get(run.shape, {}).get(run.begun)
         return run.batch.size == 1 and known is not None and done not in known
 
-    def _does_other(self, run: LayerPass, output: Any, *, proved: bool) -> str:
+    def _does_other(self, run: LayerPass, output: Any, *, proved: bool, compiled: bool) -> str:
         """Return what a pass may do that none has done which was proved, or "" where there is nothing."""
         if run.kind is None:
             return ""
@@ -276,7 +277,7 @@ class Proofs:
         # A proof that was asked for has no other metric's gradients, and brings no other one of a sharded model.
         others = set[tuple[int, int]]().union(*known.values()) if known and self.sharded else {done}
         if known is not None and done not in known.get(run.begun, others):
-            return OTHER
+            return OTHER_REGIONS if compiled else OTHER
         if run.order is not None:
             news = orders.news((*run.kind, run.begun), run.order, shape_is_known=known is not None)
             if news:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lipcore.capture.proof import is_proof
-from lipcore.capture.self_calls import SelfCalls
+from lipcore.capture.self_calls import IN_ANOTHER_THREAD, OtherThreads, SelfCalls
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap, Record
@@ -45,7 +45,7 @@ class MicroBatch:
             "generation",
             "nodes",
         ),
-        *("probed", "probes", "sources", "task"),
+        *("probed", "probes", "sources", "spoiled", "task"),
     )
 
     def __init__(self) -> None:
@@ -60,6 +60,7 @@ class MicroBatch:
         self.columns: dict[Site, Tensor] = {}
         self.probes: dict[Site, Tensor] | None = None
         self.generation = 0  # of the probes
+        self.spoiled = False  # it has called the model in another thread, or was called so
         self.task = -1  # the backward pass that the columns came from
         self.delivered = False
         self.differentiated: int | None = None  # the first backward pass with create_graph=True
@@ -88,6 +89,7 @@ class Collector:
         self.check: Check | None = None  # of the last forward pass, until its backward pass has come
         self.compares = False  # the shortcut compares this pass with its own numbers, so the record must not wait
         self.under_way = _UnderWay()
+        self.threads = OtherThreads[MicroBatch]()
         self._begun: weakref.WeakValueDictionary[int, MicroBatch] = weakref.WeakValueDictionary()
         self.returning: MicroBatch | None = None  # the backward pass under way
         self.aliases = False  # an input was aliased in some pass
@@ -107,6 +109,7 @@ class Collector:
         self.check = self.returning = None
         micro = self.under_way.micro = MicroBatch()
         self.under_way.self_calls = SelfCalls()
+        self.threads.begin(micro)
         self._begun[id(micro)] = micro
         return micro
 
@@ -160,6 +163,9 @@ class Collector:
         if not accumulates_everything():
             if not is_proof():  # lipcore's own are nothing to tell the user of
                 self.refused.add(NOT_ACCUMULATED)
+            return False
+        if micro.spoiled:
+            self.refused.add(IN_ANOTHER_THREAD)
             return False
         if micro.differentiated in (None, task):
             return True

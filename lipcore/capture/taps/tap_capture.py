@@ -230,6 +230,9 @@ class Capture:
         under_way = self._collector.under_way
         if under_way.self_calls.goes_back():
             return None
+        micro = under_way.micro
+        for inner in () if micro is None else self._collector.threads.end(micro, output):
+            micro.spoiled = inner.spoiled = True  # type: ignore[union-attr]
         result = last.tap(module, arguments, output) if last is not None else None
         if self._compiled:
             self._probes.disarm()
