@@ -153,6 +153,7 @@ def test_normalized_and_methods(fresh_dynamo: Any) -> None:
         assert torch.allclose(found[0][layer], found[1][layer], rtol=1e-6)
 
 
+@pytest.mark.ci
 def test_other_regions_are_named_until_a_pass_with_them_is_proved(fresh_dynamo: Any) -> None:
     class Flagged(nn.Module):
         def __init__(self) -> None:
@@ -165,7 +166,8 @@ def test_other_regions_are_named_until_a_pass_with_them_is_proved(fresh_dynamo: 
 
     inner = made(Flagged)
     model = torch.compile(inner, fullgraph=True, backend="aot_eager")
-    with PerSampleGradNorms(model, loss_reduction="sum") as norms:
+    keeps = torch._functorch.config.patch(donated_buffer=False)  # else some regions allow no proof
+    with keeps, PerSampleGradNorms(model, loss_reduction="sum") as norms:
         found = []
         for doubles in (False, True, True):
             inner.doubles = doubles
