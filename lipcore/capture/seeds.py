@@ -82,16 +82,19 @@ def seeds_of(output: Any, batch: Batch, places: OutputPlaces | None = None) -> S
         if told:  # else the model drops the sample more, as one with a fixed order of its samples
             whose = [at.samples(batch.size) for _, at in told]
             return Seeds([t for t, _ in told], whose, [at.dim for _, at in told], batch.size)
-    order = torch.arange(batch.size, device="cpu")
-    if batch.offsets is not None:
-        order = order.repeat_interleave(batch.offsets.cpu().diff())
-    outputs, dims = [], []
+    each = torch.arange(batch.size, device="cpu")
+    orders = [each]
+    if batch.offsets is not None:  # rows of documents, or one for each document
+        orders.insert(0, each.repeat_interleave(batch.offsets.cpu().diff()))
+    outputs, dims, whose = [], [], []
     for tensor in returned:
         dim = batch.dim if batch.offsets is None and tensor.dim() > batch.dim else 0
         if tensor.grad_fn is None or not tensor.is_floating_point() or not tensor.dim():
             continue
-        if tensor.shape[dim] != len(order) or (dim and tensor.shape[0] == len(order)):
+        order = next((order for order in orders if tensor.shape[dim] == len(order)), None)
+        if order is None or (dim and tensor.shape[0] == len(order)):
             continue  # [B, B, ...] with the batch second: which of them is it?
         outputs.append(tensor)
         dims.append(dim)
-    return Seeds(outputs, [order] * len(outputs), dims, batch.size)
+        whose.append(order)
+    return Seeds(outputs, whose, dims, batch.size)

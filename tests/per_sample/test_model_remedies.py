@@ -314,6 +314,23 @@ def frozen_norm() -> nn.Sequential:
     return model
 
 
+class Distances(nn.Module):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        self.body, self.codes, self.settings = nn.Linear(4, 6), nn.Parameter(torch.randn(7, 6)), settings
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(self.body(x), self.codes, **self.settings)
+
+
+FIVE_TIMES_FIVE = torch.randn(25, 4, generator=torch.Generator().manual_seed(3))
+
+
+def distances(**settings: Any) -> nn.Module:
+    torch.manual_seed(0)
+    return Distances(**settings)
+
+
 CALLS: dict[str, Remedy] = {
     "BatchNorm in train mode, eval()": Remedy(
         lambda: run(batch_normalised(), X),
@@ -322,6 +339,11 @@ CALLS: dict[str, Remedy] = {
     ),
     "BatchNorm in train mode, replaced": Remedy(
         lambda: run(batch_normalised(), X), "or GroupNorm", lambda: right(net(nn.GroupNorm(2, 6)), X)
+    ),
+    "distances by another formula for one sample more": Remedy(
+        lambda: run(distances(), FIVE_TIMES_FIVE, max_replay_bytes=1 << 30),
+        r"compute_mode='use_mm_for_euclid_dist', or use another batch size",
+        lambda: right(distances(compute_mode="use_mm_for_euclid_dist"), FIVE_TIMES_FIVE),
     ),
     "BatchNorm in train mode, left out": Remedy(
         lambda: run(batch_normalised(), X),

@@ -23,6 +23,12 @@ _ALONE = (
 _OTHER = "the model's graph is another one for one sample more ({0})"
 
 
+_BY_SIZE = (
+    ": torch.cdist has another formula from 26 rows on; give it the same one for all sizes, "
+    "compute_mode='use_mm_for_euclid_dist', or use another batch size"
+)
+
+
 class GraphsDiffer(ValueError):
     """The reason why two graphs of one model are not the same but for shapes."""
 
@@ -209,7 +215,8 @@ def paired(
             continue
         each = len(mine) * (samples + 1) == len(theirs) * samples or kinds[0] in _LISTS
         if kinds[0] != kinds[1] or not (each or len(mine) == len(theirs)):
-            raise GraphsDiffer(_OTHER.format(f"{one.name()} against {two.name()}"))
+            by_size = _BY_SIZE if "CdistBackward0" in kinds else ""
+            raise GraphsDiffer(_OTHER.format(f"{one.name()} against {two.name()}") + by_size)
         for u, v in zip(mine, theirs, strict=False):
             if (u < 0) != (v < 0) and kinds[0] not in _LISTS:  # a loop that ends here, and goes on there
                 behind = walk.nodes[u] if v < 0 else other.nodes[v]

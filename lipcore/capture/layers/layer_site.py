@@ -22,7 +22,7 @@ from lipcore.capture.layers.fused_linear import FusedLinear, can_fuse
 from lipcore.capture.layers.layer_pass import DELTA, TURNS, LayerPass
 from lipcore.capture.layers.options import LayerOptions
 from lipcore.capture.layers.other_outputs import watch, watch_probed, why_not
-from lipcore.capture.layers.packed import check_rows
+from lipcore.capture.layers.packed import batch_of_call, check_rows
 from lipcore.capture.layers.passes import Passes
 from lipcore.capture.layers.site_functions import Probed, Refused, Strayed, Tapped
 from lipcore.capture.own_nodes import counted
@@ -226,6 +226,7 @@ class LayerSite:
                 return self._prepared(module, arguments, keywords, output, [batch])
         if self.broadcast:
             last, arguments, output = self._expanded(last, arguments, output)
+        last = batch_of_call(last, output, self.rule.feature_dims(module))
         saved, extra = self._saved(module, arguments, keywords, last)
         if last.offsets is not None:
             check_rows(output, self.rule.feature_dims(module), last.offsets)
@@ -346,6 +347,7 @@ class LayerSite:
 
     def squares_of(self, grad: Tensor, batch: Batch) -> Tensor:
         """Return the squared norm of every sample's part of a gradient at the output, float64 [B]."""
+        batch = batch_of_call(batch, grad, self.rule.feature_dims(self.module))
         if batch.offsets is None:
             return functional.sample_norms(grad.movedim(self.rule.sample_dim(self.module, grad, batch), 0)).square()
         rows = functional.sample_norms(grad.reshape(-1, grad.shape[-1])).square()

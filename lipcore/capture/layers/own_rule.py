@@ -11,6 +11,7 @@ from torch.autograd.graph import GradientEdge
 from lipcore import functional
 from lipcore.capture.layers.layer_pass import LayerPass
 from lipcore.capture.layers.layer_site import LayerSite
+from lipcore.capture.layers.packed import batch_of_call
 from lipcore.layers import norms_sq_of
 
 _TOLERANCE, _TOLERANCE_HALF = 1e-3, 5e-2  # of a norm, relative
@@ -61,7 +62,8 @@ def wrong_by_rule(site: LayerSite, node: Any, gradient: Tensor, run: LayerPass, 
 
 
 def _of_sample(site: LayerSite, gradient: Tensor, run: LayerPass, sample: int) -> Tensor:
-    batch, dim, begin, length = run.batch, 0, sample, 1
+    batch = batch_of_call(run.batch, gradient, site.rule.feature_dims(site.module))
+    dim, begin, length = 0, sample, 1
     rows = gradient
     if batch.offsets is None:
         dim = site.rule.sample_dim(site.module, gradient, batch)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lipcore.functional.dtypes import INTEGERS
+from lipcore.layers import Batch
 
 
 def boundaries(offsets: Any) -> Tensor:
@@ -21,6 +22,16 @@ def boundaries(offsets: Any) -> Tensor:
     if found.is_cpu and (found[0] != 0 or bool((found.diff() < 0).any())):
         raise ValueError(f"cu_seqlens: expected boundaries from 0 in ascending order, got {found.tolist()[:16]}")
     return found
+
+
+def batch_of_call(batch: Batch, output: Tensor, features: int) -> Batch:
+    """Return the batch of a layer's call that has returned this: of documents, one whose rows are a document's each
+    where there are as many rows as documents (pooled ones), and not as many as the boundaries say."""
+    offsets = batch.offsets
+    if offsets is None or not offsets.is_cpu or output.dim() <= features or output.shape[0] != batch.size:
+        return batch
+    rows = math.prod(output.shape[: output.dim() - features])
+    return batch if rows == int(offsets[-1]) else Batch(batch.size)
 
 
 def check_rows(output: Tensor, features: int, offsets: Tensor) -> None:
