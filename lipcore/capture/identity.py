@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Literal
 
 import torch
@@ -62,14 +63,13 @@ class Alias(torch.autograd.Function):
     tensor, and a detached copy would cut off what made it (a generator before a discriminator).
 
     Attributes:
-        addresses: of both, by which an argument of a call is known again.
+        given: a weak reference to x, by which an argument of a call is known again, as the alias is by its node.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor) -> Tensor:
-        alias = same_memory(x)
-        ctx.addresses = frozenset((x.data_ptr(), alias.data_ptr()))
-        return alias
+        ctx.given = weakref.ref(x)
+        return same_memory(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:

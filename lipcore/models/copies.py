@@ -46,7 +46,8 @@ _KNOWN = (
 DEPENDS = (
     "the output of sample {0} is another one when the other samples are exchanged. Either the model takes statistics "
     "over the batch that it detaches, or it returns its samples in another order, and then there are no gradients per "
-    "sample; take the statistics over features, or call eval() where they are running ones"
+    "sample; take the statistics over features, or call eval() where they are running ones. Or it takes or returns a "
+    "list with a tensor for each sample; pass and return one tensor of all (torch.stack, pad_sequence)"
 )
 #: Largest relative difference that rounding explains: experts that get other numbers of rows use other kernels.
 _ROUNDING = {torch.float64: 1e-10, torch.float32: 1e-5}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from lipcore.capture.identity import Alias
 from lipcore.layers import Batch
 from lipcore.models.accumulation import Accumulates, without_accumulation
-from lipcore.models.containers import exchanged_leaves
+from lipcore.models.containers import exchanged_leaves, leaves_of
 from lipcore.models.copies import why_not_again
 from lipcore.models.layouts import laid_out_like
 from lipcore.models.pause import paused
@@ -80,6 +82,7 @@ class _Longer(NamedTuple):
         first: what has the samples in its first dimension, and not where the batch is, is longer there (a padding mask
             [B, T] beside [T, B]).
         others: so many of the last rows are there again in matrices that have another number: a text's own pictures.
+        alone: by id of an argument, the one dimension of it that is longer, None for none (a mask [T, T] where T = B).
     """
 
     sample: int
@@ -87,14 +90,34 @@ class _Longer(NamedTuple):
     only_numbers: bool = False
     first: bool = False
     others: int = 0
+    alone: Mapping[int, int | None] = MappingProxyType({})
 
 
-def _tries(samples: int) -> list[_Longer]:
+_MOST_UNCLEAR = 64
+
+
+def _unclear(leaves: Sequence[Tensor], first: Tensor | None, samples: int, dim: int) -> Iterator[_Longer]:
+    """Yield ways that differ in where the arguments beside the first have samples, if they have: a state [L, B, H], a
+    padding mask [T, B]; and what is as large as the batch may be so by chance: masks [T, T], positions [T]."""
+    places = {id(leaf): [d for d, size in enumerate(leaf.shape) if size == samples] for leaf in leaves}
+    unclear = {
+        key: (*sorted(dims, key=lambda d: d != dim), None) for key, dims in places.items() if dims and key != id(first)
+    }
+    for chosen in itertools.islice(itertools.product(*unclear.values()), _MOST_UNCLEAR):
+        yield _Longer(samples - 1, alone=dict(zip(unclear, chosen, strict=True)))
+
+
+def _tries(arguments: tuple[Any, ...], keywords: dict[str, Any], samples: int, dim: int) -> Iterator[_Longer]:
+    leaves = [leaf for leaf in leaves_of((arguments, keywords)) if isinstance(leaf, Tensor)]
+    first = next((leaf for leaf in leaves if leaf.dim() > dim), None)
     last = samples - 1
     some = list(dict.fromkeys([last, 0, samples // 2, samples // 3]))
     ways = [_Longer(last), _Longer(last, first=True), _Longer(last, blocks=True), *map(_Longer, some[1:])]
-    ways += [_Longer(sample, only_numbers=True) for sample in some]
-    return ways + [_Longer(last, others=count) for count in (1, 2, 3)]
+    if first is not None and not first.is_floating_point():
+        ways += [_Longer(sample, only_numbers=True) for sample in some]
+    ways += [_Longer(last, others=count) for count in (1, 2, 3)]
+    yield from ways
+    yield from _unclear(leaves, first, samples, dim)
 
 
 class CannotRun(ValueError):
@@ -110,7 +133,7 @@ def on_one_more(
     draws: Draws | None = None,
     shapes: Shapes | None = None,
     *,
-    aliased: Collection[int] = (),
+    aliased: frozenset[int] = frozenset(),
 ) -> Any:
     """Return what the model makes of the batch with its last sample a second time; or another one, where it does not
     run so (a text with more than one of as many pictures as there are texts).
@@ -126,7 +149,8 @@ def on_one_more(
         dim: where the batch is.
         draws: the random numbers that the pass on B samples has drawn; the draws here are those.
         shapes: gets those of the tapped layers' outputs.
-        aliased: addresses of arguments in whose place the model got an alias, by another metric (Lipschitz).
+        aliased: ids of arguments in whose place the model got an alias, by another metric (Lipschitz), and of the nodes
+            of these.
 
     Raises:
         CannotRun: with the reason.
@@ -137,7 +161,7 @@ def on_one_more(
         raise CannotRun(why)
 
     failure = None
-    for more_of in _tries(samples):
+    for more_of in _tries(arguments, keywords, samples, dim):
         longer = functools.partial(_longer, samples=samples, dim=dim, way=more_of, aliased=aliased)
         try:
             if shapes is not None:
@@ -199,11 +223,16 @@ def _copied(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
-def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, aliased: Collection[int]) -> Any:
+def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, aliased: frozenset[int]) -> Any:
     """Return an argument with a sample a second time, or a copy of one that has no samples."""
     if not isinstance(leaf, Tensor):
         return leaf
     if way.first and leaf.dim() > dim and leaf.shape[0] == samples != leaf.shape[dim]:
+        dim = 0
+    if id(leaf) in way.alone:
+        at = way.alone[id(leaf)]
+        dim = leaf.dim() if at is None else at
+    elif leaf.dim() == dim == 1:  # labels, lengths
         dim = 0
     more, rows = leaf.detach(), leaf.shape[dim] if leaf.dim() > dim else 0
     floats = leaf.is_floating_point()
@@ -220,7 +249,7 @@ def _longer(leaf: Any, samples: int, dim: int, way: _Longer, *, aliased: Collect
     else:
         more = more.clone()
     more = more if not strided or leaf.is_contiguous() else laid_out_like(more, leaf)
-    if floats and strided and leaf.data_ptr() in aliased:
+    if floats and strided and not aliased.isdisjoint((id(leaf), id(leaf.grad_fn))):
         return Alias.apply(more, torch.zeros((), requires_grad=True))  # type: ignore[no-untyped-call]
     return more.requires_grad_(leaf.requires_grad)
 

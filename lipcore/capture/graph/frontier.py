@@ -16,6 +16,8 @@ from lipcore.capture.graph.row_views import RowViews
 from lipcore.capture.graph.walk import VIEWS, Walk, shapes
 
 _LISTS = ("CatBackward0", "StackBackward0")  # of samples, or of their pictures
+_MAY_LACK = ("view", "SliceBackward0")  # in one of two graphs
+_WRITE = "torch::autograd::CopySlices"
 _ALONE = (
     "it is used for some of the samples, and the same model on one sample more uses it in another place; call its "
     "layer on all of them, and choose among what it returns (torch.where)"
@@ -193,6 +195,7 @@ def paired(
         x, y = todo.pop()
         if x in pairs:
             continue
+        y = _without_last_writes(walk, x, other, y, samples)
         one, two = walk.nodes[x], other.nodes[y]
         leaf = getattr(two, "variable", None)
         if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
@@ -205,11 +208,12 @@ def paired(
         pairs[x] = two
         mine, theirs = walk.next[x], other.next[y]
         kinds = _kind(one), _kind(two)
-        # Where a single row is written (an expert's only one), python's setitem views it as no row.
-        if kinds[0] == "view" != kinds[1] and mine[0] >= 0:
+        # Where a single row is written (an expert's only one), python's setitem views it as no row; a slice that takes
+        # all rows is none.
+        if kinds[0] in _MAY_LACK and kinds[0] != kinds[1] and mine[0] >= 0:
             todo.append((mine[0], y))
             continue
-        if kinds[1] == "view" != kinds[0] and theirs[0] >= 0:
+        if kinds[1] in _MAY_LACK and kinds[0] != kinds[1] and theirs[0] >= 0:
             del pairs[x]
             todo.append((x, theirs[0]))
             continue
@@ -223,6 +227,23 @@ def paired(
                 raise GraphsDiffer(_OTHER.format(f"{one.name()} has {behind.name()} behind it in one of them alone"))
         todo += [(u, v) for u, v in zip(mine, theirs, strict=False) if u >= 0 and v >= 0]
     return pairs
+
+
+def _without_last_writes(walk: Walk, x: int, other: Walk, y: int, samples: int) -> int:
+    """Return the place in the other graph where a tensor is written sample by sample, as far as it is written in this
+    one: behind the writes of the sample more, which is the last."""
+    mine, theirs = _writes(walk, x), _writes(other, y)
+    more = len(theirs) - len(mine)
+    return theirs[more] if mine and more * samples == len(mine) else y
+
+
+def _writes(walk: Walk, place: int) -> list[int]:
+    """Return the places of writes into the tensor that is made at a place, the last first."""
+    found = []
+    while place >= 0 and walk.nodes[place].name() == _WRITE:
+        found.append(place)
+        place = walk.next[place][0]
+    return found
 
 
 def _kind(node: Any) -> str:

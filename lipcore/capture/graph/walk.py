@@ -56,14 +56,16 @@ class Walk:
 
     @property
     def aliased(self) -> frozenset[int]:
-        """The addresses of inputs that have a gradient by a metric's wish alone: Lipschitz gives an alias of them."""
-        found = frozenset[int]()
+        """The ids of inputs that have a gradient by a metric's wish alone, as Lipschitz gives an alias of them, and of
+        the nodes of these."""
+        found = set[int]()
         for node, places in zip(self.nodes, self.next, strict=True):
             for (child, _), place in zip(node.next_functions, places, strict=True):
                 while place < 0 and child is not None:  # identities, of which the alias is the last
-                    found |= getattr(child, "addresses", frozenset[int]())
+                    if hasattr(child, "given"):
+                        found |= {id(child), id(child.given())}
                     child = child.next_functions[0][0]
-        return found
+        return frozenset(found - {id(None)})
 
     def behind(self, places: Iterable[int], stop: Container[int] = ()) -> set[int]:
         """Return these places and those behind them, but for those behind the ones to stop at."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -53,10 +53,11 @@ def doubt_one(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any,
     Raises:
         ValueError: what the model returns shows that it has.
     """
-    sizes = [_size(tensor, batch_dim) for tensor in tensors_of(output)]
+    shapes = [tensor.shape for tensor in tensors_of(output)]
+    sizes = [shape[batch_dim] if len(shape) > batch_dim else 0 for shape in shapes]
     first, doubt = batch_tensor(arguments, keywords, batch_dim), ""
     for name, argument in _named(arguments, keywords):
-        is_list = isinstance(argument, (list, tuple)) and all(isinstance(each, Tensor) for each in argument)
+        is_list = isinstance(argument, (list, tuple))
         rows = len(argument) if is_list else _size(argument, batch_dim)
         if first is None or rows < 2 or (is_list and 1 in sizes):
             continue
@@ -68,20 +69,32 @@ def doubt_one(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any,
                 f"and {rows} rows are returned: these are the samples. Give all as one tensor (torch.stack, padded), "
                 "or before all other tensors, or give the other tensors a row for each sample (expand)"
             )
-        if rows in sizes or is_list or not (any(sizes) or a_length):
+        # Of one sample a length may be returned as well, and all that is returned of samples may be one row (x[None]).
+        shown = any(sizes) if a_length else 1 in sizes and not any(rows in shape for shape in shapes)
+        if rows in sizes or is_list or not shown:
             doubt = doubt or _DOUBT.format(list(first.shape), name, what)
     return doubt
 
 
 def _named(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what a model is given, with names, as also that in dicts and dataclasses."""
-    for name, each in (*((f"argument {i}", each) for i, each in enumerate(arguments)), *_items(keywords)):
-        parts = parts_of(each)
-        yield from [(name, each)] if parts is None else _items(parts)
+    """Yield what a model is given, with names: tensors, however deep they are packed, and lists of tensors."""
+    for i, each in enumerate(arguments):
+        yield from _inside(f"argument {i}", each)
+    yield from _inside("", keywords)
 
 
-def _items(given: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
-    return ((f"'{name}'", each) for name, each in given.items())
+def _inside(name: str, given: Any) -> Iterator[tuple[str, Any]]:
+    parts = parts_of(given)
+    if parts is not None:
+        for key, each in parts.items():
+            yield from _inside(f"{name}[{key!r}]" if name else f"'{key}'", each)
+    elif isinstance(given, (list, tuple)):
+        if len(given) > 1 and all(isinstance(each, Tensor) for each in given):
+            yield name, given
+        for i, each in enumerate(given):
+            yield from _inside(f"{name}[{i}]", each)
+    else:
+        yield name, given
 
 
 def _size(argument: Any, batch_dim: int) -> int:
