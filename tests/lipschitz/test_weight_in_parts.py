@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lipcore import Lipschitz
 from lipcore.lipschitz.singular_values import SingularValues, singular_values
 from lipcore.lipschitz.weight_in_parts import UNASKED, WeightInParts, numbers_of
 
@@ -98,6 +99,11 @@ def test_samples_of_other_shapes_on_other_ranks() -> None:
     assert "ranks have samples of the shapes [1, 8] and [1, 9]" in part.singular_values(torch.zeros(6)).get().rule
     part.hear([None, None])
     assert "no sample has shown the shape" in part.singular_values(torch.zeros(6)).get().rule
+
+
+def test_an_argument_that_is_none() -> None:
+    with pytest.raises(TypeError, match="sigma: expected True or False, got 512"):
+        Lipschitz(sigma=512)  # type: ignore[arg-type]
 
 
 def test_what_costs_much_is_taken_where_it_is_asked_for() -> None:

@@ -603,7 +603,8 @@ def test_windows_of_a_run_that_is_given_up_go_when_its_monitor_loads_a_state() -
 MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     **{f"without_{key}": ((lambda s, key=key: s.pop(key)), f"{key}: missing from the monitor's state")
        for key in ("version", "step", "windows", "starts")},
-    "version": (lambda s: s.update(version=1), "version: the state has 1, this monitor has 3; an older lipcore has saved it"),
+    "version": (lambda s: s.update(version=1),
+                "version: the state has 1, this monitor has 3; an older lipcore has saved it"),
     "newer_with_other_keys": (lambda s: (s.update(version=4), s.pop("alike")),
                               "version: the state has 4, this monitor has 3; a newer lipcore has saved it"),
     "a_metric_of_another_version": (lambda s: s["metrics"]["trajectory"].update(version=1),
