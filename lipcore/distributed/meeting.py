@@ -66,13 +66,14 @@ class Meeting:
 
         Raises:
             RuntimeError: a rank has not come in time, is waiting for something else, or had given up before this one
-                came. The message names it. No rank goes on then.
+                came. The message names it, and says what is so of this rank. No rank goes on then.
         """
         key = f"{self._name}/{step}/{self._attempts[step]}"
         self._attempts[step] += 1
         text = json.dumps(header, sort_keys=True)
         digest = hashlib.sha256(text.encode()).hexdigest()[:16]
         kind, words = f"{key}/of/{digest}", f"{key}/text/{digest}"
+        start = time.monotonic()
         self._store.set(words, text)
         self._store.append(f"{key}/came", f"{self._place}:{digest};")
         self._store.set(self._at(self._place), json.dumps({"key": key, "step": step, "what": what}))
@@ -85,7 +86,8 @@ class Meeting:
         finally:
             self._store.set(self._at(self._place), "")
         if decision != _GO:
-            raise RuntimeError(f"lipcore: {decision.removeprefix(_STOP)}")
+            stop = json.loads(decision.removeprefix(_STOP))
+            raise RuntimeError(f"lipcore: {self._told(stop, what, time.monotonic() - start)}")
         same = self._store.add(kind, 0) == len(self._ranks)
         self._attempts = Counter({step: self._attempts[step]})
         of_all = [f"{key}/{what}" for what in ("arrived", "decision", "came")]
@@ -122,11 +124,11 @@ class Meeting:
         while not self._store.check([f"{key}/decision"]):
             now = time.monotonic()
             if now - start > timeout:
-                return self._decide(key, _STOP + self._nobody_came(key, what, timeout))
+                return self._decide(key, self._giving_up(key, what, timeout))
             if now >= look:
                 look = now + rarer * _LOOK_AROUND
                 if elsewhere := self._waiting_elsewhere(key, step, who):
-                    why = _STOP + self._apart(what, step, elsewhere)
+                    why = _STOP + json.dumps({"why": self._apart(what, step, elsewhere)})
                     decision = self._decide(key, why)
                     if decision == why:  # else a missing rank came meanwhile, and has gone on since
                         for other in {place["key"] for place in elsewhere.values() if place["key"]}:
@@ -165,14 +167,30 @@ class Meeting:
             "collective was started. All ranks have to make this call at the same step, with the same windows"
         )
 
-    def _nobody_came(self, key: str, what: str, timeout: float) -> str:
+    def _giving_up(self, key: str, what: str, timeout: float) -> str:
+        """Return the decision of a rank that has waited long enough, as all ranks read it."""
         missing = self._missing(key)
         never = [i for i in missing if not self._store.check([self._at(i)])]
-        note = f" ({self._named(never)} never called it)" if never else ""
+        facts = {"by": self._place, "what": what, "waited": timeout, "missing": missing, "never": never}
+        return _STOP + json.dumps(facts)
+
+    def _told(self, stop: Mapping[str, Any], what: str, waited: float) -> str:
+        """Return why the ranks did not meet, as it is for this one: it gave up, waited when another did, or is late."""
+        if "why" in stop:
+            return str(stop["why"])
+        here, other, missing = self._named([self._place]), self._named([stop["by"]]), self._named(stop["missing"])
+        gave_up = f"{stop['waited']:g} s"
+        if self._place in stop["missing"]:
+            at = f" at {stop['what']}" if stop["what"] != what else ""
+            said = f"{here} has come too late: {other} had waited {gave_up}{at} for {missing}, and given up"
+        else:
+            note = f" ({self._named(stop['never'])} never called it)" if stop["never"] else ""
+            mine, end = (gave_up, " and") if stop["by"] == self._place else (f"{waited:.3g} s", f", and {other}")
+            after = f" after {gave_up}" if stop["by"] != self._place else ""
+            said = f"{here} has waited {mine} for {missing}{note}{end} gave up{after}"
         return (
-            f"{what}: {self._named([self._place])} has waited {timeout:g} s for {self._named(missing)}{note} and "
-            "gave up. No collective was started; this rank's own numbers can be read. Every rank of the group has to "
-            "make this call at the same step; where one is slower, pass a longer timeout="
+            f"{what}: {said}. No collective was started; this rank's own numbers can be read. Every rank of the group "
+            "has to make this call at the same step; where one is slower, pass a longer timeout="
         )
 
     def _named(self, places: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lipcore.lipschitz.singular_values import SingularValues, has_singular_values, singular_values
 from lipcore.metric.later import Later
 from lipcore.models.affine import own_class
+from lipcore.models.names import class_before_sharding
 
 
 def singular_values_later(
@@ -28,27 +29,29 @@ def singular_values_later(
         return None
     weight = weight.detach()
     copy = weight.clone() if before is None else before
-    twin = _twin(module, copy)
+    twin = twin_of(module, copy)
 
     def taken() -> SingularValues:
         try:
             found = singular_values(twin, batch_shape)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # who reads a window cannot do anything about it
-            return _unknown(f"singular values of W_1 could not be taken: {error}")
+            return unknown(f"singular values of W_1 could not be taken: {error}")
         assert found is not None
         return found
 
-    return Later(taken, copy.numel() * copy.element_size(), _unknown)
+    return Later(taken, copy.numel() * copy.element_size(), unknown)
 
 
-def _unknown(why: str) -> SingularValues:
+def unknown(why: str) -> SingularValues:
+    """Return singular values that are not known, for this reason."""
     return SingularValues(math.nan, None, why, math.nan)
 
 
-def _twin(module: nn.Module, weight: Tensor) -> nn.Module:
+def twin_of(module: nn.Module, weight: Tensor) -> nn.Module:
     """Return a layer with this weight and the module's settings (stride, padding, ...), without its hooks and
     parameters."""
     kind = own_class(module)
+    kind = class_before_sharding(module) if kind is type(module) else kind
     twin: nn.Module = kind.__new__(kind)
     nn.Module.__init__(twin)
     own = set(twin.__dict__) | {"weight", "forward"}

@@ -22,6 +22,7 @@ from lipcore.lipschitz.rank_part import LipschitzPart
 from lipcore.lipschitz.taps import FirstLayerTap, OutputTap
 from lipcore.lipschitz.targets import begins_with_layer, find_input
 from lipcore.lipschitz.virtual_bias import VirtualBias
+from lipcore.lipschitz.weight_in_parts import WeightInParts, is_in_parts, numbers_of, refusal, way_of
 from lipcore.lipschitz.window_facts import Facts, Theorem
 from lipcore.metric.blocks import Block, BlockWindow, added_blocks, empty_blocks
 from lipcore.metric.distribution import observe_ratios, on_device
@@ -39,7 +40,7 @@ from lipcore.models.arguments import check_choice, check_count
 from lipcore.models.checks import has_statistics, mixes_samples
 from lipcore.models.inputs import InputChoice, check_input_choice
 from lipcore.models.named_output import check_output_choice, find_output
-from lipcore.models.names import named_modules, unwrap, with_prefix
+from lipcore.models.names import class_before_sharding, named_modules, unwrap, with_prefix
 from lipcore.models.ranks import is_fsdp1
 from lipcore.models.torch_internals import AnyBatchNorm
 
@@ -128,6 +129,10 @@ class Lipschitz(StandaloneMetric):
             in a third of the time. What else comes to reach these gradients (a penalty on parameters) is noticed by the
             next comparison only, which takes back the values since the last one (up to 255) and says how many.
         virtual_bias: also follow the bias that the first layer does not have, see above.
+        sigma: where ranks hold parts of W_1, take its singular values (``details["singular_values"]`` of windows of all
+            ranks) whatever it costs. They are taken unasked up to 131,328 numbers in each window's reduce, which is 512
+            inputs where outputs are cut. Under tensor parallelism they are all that can be measured, and without
+            `sigma` the metric stops there.
         optional: where the model has no such output or first layer, turn off with a line in the plan instead of an
             error.
 
@@ -153,14 +158,19 @@ class Lipschitz(StandaloneMetric):
         optional: bool = False,
         batch_of_one: BatchOfOne = "exact",
         virtual_bias: bool = False,
+        sigma: bool = False,
     ) -> None:
         check_input_choice(input)
         check_output_choice(output)
         check_choice("quantity", quantity, ("auto", "scalar", "residual"))
         check_count("lambda_every", lambda_every, optional=True)
         check_choice("batch_of_one", batch_of_one, get_args(BatchOfOne))
+        if not isinstance(sigma, bool):
+            raise TypeError(f"sigma: expected True or False, got {sigma!r}")
         self._settings = {"input": input, "output": output, "quantity": quantity, "lambda_every": lambda_every}
         self._settings |= {"optional": optional, "batch_of_one": batch_of_one, "virtual_bias": virtual_bias}
+        self._settings |= {"sigma": sigma}
+        self._sigma = sigma
         self._numbers: MetricResult | None = None  # of a copy, which has nothing else
         self._input, self._output, self._quantity = input, output, quantity
         self.optional = optional
@@ -175,10 +185,11 @@ class Lipschitz(StandaloneMetric):
         self._first = FirstLayerTap(
             *(f"{self.name}.input", self._at_input, self._remember_weight, self._lose_first, lambda_every),
             self._virtual_bias,
+            stays=sigma,
         )
         self._last = OutputTap(f"{self.name}.output", self._check_output)
         self._at_input.first, self._at_input.last = self._first, self._last
-        self._numerators = Numerators(self._first, self._last, self._at_input, self._warn)
+        self._numerators = Numerators(self._first, self._last, self._at_input, self._warn, self._goes_on)
         self._open = BlockWindow(_PLACES, 1)
         self._cores = self._open.cores  # the same objects all the time: the shortcut holds them
         self._handed_out = HandedOut()  # results with values that the shortcut may have to take back
@@ -429,7 +440,7 @@ class Lipschitz(StandaloneMetric):
         if self.off:
             return PlanLines([PlanLine("off", self.off)])
         first = (
-            f"'{self._first.name}' ({type(self._first.module).__name__})"
+            f"'{self._first.name}' ({class_before_sharding(self._first.module).__name__})"
             if self._first.module is not None
             else "found at the first step"
         )
@@ -446,6 +457,8 @@ class Lipschitz(StandaloneMetric):
         lines = [PlanLine("first layer", first if self._by_input else f"{first}, {self._lambda_rule}", size)]
         if self._by_input:
             lines.append(PlanLine("lambda", self._lambda_rule))
+        if is_in_parts(self._first.module, weight):
+            lines.append(self._plan_of_parts(weight))
         return PlanLines([*lines, PlanLine("output", f"{self._last.place}: {what}")])
 
     @property
@@ -457,6 +470,15 @@ class Lipschitz(StandaloneMetric):
     def _lambda_rule(self) -> str:
         """Words for how lambda is taken."""
         return self._at_input.rule if self._by_input else self._first.rule
+
+    def _plan_of_parts(self, weight: Any) -> PlanLine:
+        """Return a line that says what the singular values of a W_1 in parts cost."""
+        assert self._first.module is not None
+        way, shape = way_of(self._first.module, weight), tuple(weight.shape)
+        off, numbers = refusal(shape, way, asked=self._sigma), numbers_of(shape, way)
+        if off:
+            return PlanLine("sigma of W_1", f"off: {off}")
+        return PlanLine("sigma of W_1", f"ranks add up {numbers:,} numbers ({8e-6 * numbers:.3g} MB) in each window")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Return what makes a copy or a pickle: the metric as it is before it is bound, and the open window's
@@ -553,20 +575,35 @@ class Lipschitz(StandaloneMetric):
         module, weight = self._first.module, self._first.weight()
         if module is None or isinstance(module, nn.Embedding) or self._resolved != "scalar":
             return None
+        if weight is not None and is_in_parts(module, weight):
+            return self._theorem_in_parts(module, weight)
         if weight is None or not self._at_input.by_product:
             return Theorem(None)
         before = self._weight_before if self._weight_is_as_before() else None
         sigma = singular_values_later(module, weight, self._first.batch_shape, before)
         return None if sigma is None else Theorem(sigma, tuple(weight.shape), self._weight_moved())
 
+    def _theorem_in_parts(self, module: nn.Module, weight: Tensor) -> Theorem | None:
+        """Return this rank's part of W_1 as it is now; None where the layer computes W_1 of parameters of its own."""
+        name = next((name for name, _, parameter in self._held() if parameter is weight), None)
+        if name is None:
+            return None
+        parts = WeightInParts.of(name, module, weight, self._first.batch_shape, asked=self._sigma)
+        return Theorem(None, parts.shape, self._weight_moved(), parts)
+
+    def _goes_on(self) -> bool:
+        """Return whether there is something to measure without r and lambda: the singular values of a W_1 in parts."""
+        return self._sigma and is_in_parts(self._first.module, self._first.weight())
+
     def _first_bias(self) -> dict[str, Any]:
         """Return what Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check; without
         the number of samples."""
+        assert self._first.module is not None
         shape = self._first.batch_shape
         own = f"{self._first.name}.bias" if self._first.name else "bias"
         return {
             "parameter": with_prefix(self.prefix, own),
-            "layer": type(self._first.module).__name__,
+            "layer": class_before_sharding(self._first.module).__name__,
             "rows_per_sample": None if shape is None else math.prod(shape[1:-1]),
             **self._bias.details(),
         }

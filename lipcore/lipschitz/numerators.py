@@ -70,13 +70,19 @@ class Numerators:
 
     Args:
         warn: called when lambda is not what it seemed to be.
+        goes_on: says whether a metric without r and lambda has something else to measure.
     """
 
     def __init__(
-        self, first: FirstLayerTap, last: OutputTap, at_input: ModelInputTap, warn: Callable[[str], None]
+        self,
+        first: FirstLayerTap,
+        last: OutputTap,
+        at_input: ModelInputTap,
+        warn: Callable[[str], None],
+        goes_on: Callable[[], bool],
     ) -> None:
         self._first, self._last, self._at_input = first, last, at_input
-        self._warn = warn
+        self._warn, self._goes_on = warn, goes_on
         self._waiting: list[_Comparison] = []
         self.first_off = ""  #: why there is no r
         self.agreed = False  #: a check has found that lambda is right
@@ -115,6 +121,8 @@ class Numerators:
         if not at_input.is_vector and not at_input.off and not isinstance(self._first.module, nn.Embedding):
             at_input.refuse(INTEGERS)
         if self.first_off and at_input.off:
+            if self._goes_on():
+                return None
             raise ValueError(f"{self.first_off}; {at_input.off}")
         if not mixed:
             self._check(record, first, norms, size)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lipcore.distributed.packed import Packed, Together
+from lipcore.lipschitz.weight_in_parts import WeightInParts
 from lipcore.lipschitz.window_facts import Facts
 from lipcore.metric.rank_distributions import RankDistributions, distributions_of
 from lipcore.metric.rank_part import Holding, RankPart
@@ -46,21 +47,26 @@ class LipschitzPart(RankPart):
             "normalized_gradient_norm_off": facts.first_off,
             "local_lipschitz_off": facts.lambda_off,
             "sandwich": None if facts.theorem is None else facts.theorem.sigma is not None,
+            "first_weight": None if (parts := _weight_of(facts)) is None else parts.agreed,
+            "sigma": None if parts is None else parts.asked,
         }
         return cls(agreed, holding, distributions, facts, MetricResult(facts.name))
 
     @property
     def nbytes(self) -> int:
         """Bytes of the histograms, and of W_1 where its singular values are yet to be computed."""
-        theorem = self.facts.theorem
+        theorem, parts = self.facts.theorem, _weight_of(self.facts)
         kept = 0 if theorem is None or theorem.sigma is None else theorem.sigma.nbytes
+        kept += 0 if parts is None else parts.nbytes
         return self.distributions.nbytes + kept
 
     @property
     def told(self) -> dict[str, Any]:
         """Words for what the numbers of this rank are worth."""
         moved = self.facts.theorem is not None and self.facts.theorem.moved
-        return {name: getattr(self.facts, name) for name in _WORTH} | {"moved": moved}
+        parts = _weight_of(self.facts)
+        inputs = None if parts is None else parts.inputs
+        return {name: getattr(self.facts, name) for name in _WORTH} | {"moved": moved, "inputs": inputs}
 
     def hear(self, told: Sequence[dict[str, Any]]) -> None:
         """Take what the numbers of all ranks are worth: as much as the weakest of them."""
@@ -73,6 +79,8 @@ class LipschitzPart(RankPart):
         facts.because = list(dict.fromkeys(why for each in told for why in each["because"]))
         if facts.theorem is not None:
             facts.theorem.moved = any(each["moved"] for each in told)
+        if (parts := _weight_of(facts)) is not None:
+            parts.hear([each["inputs"] for each in told])
 
     def refused(self) -> str:
         """Return why ranks hold no one model."""
@@ -80,21 +88,30 @@ class LipschitzPart(RankPart):
         return "" if owners is None or len(owners.everywhere) == len(owners.names) else STAGES
 
     def packed(self) -> Packed:
-        """Return histograms and counts."""
+        """Return counts, what gives the singular values of a first weight in parts, and histograms."""
         where = range(3)
         counts = [float(self.facts.unrecorded or 0), float(self.facts.taken_back)]
+        parts, owners = _weight_of(self.facts), self.holding.ownership
+        counts_it = parts is not None and owners is not None and parts.name in owners.mine
+        weight = torch.zeros(0, dtype=torch.float64, device="cpu") if parts is None else parts.addend(counts=counts_it)
 
         def sums(most: list[torch.Tensor]) -> list[torch.Tensor]:
             numbers = torch.tensor(counts, dtype=torch.float64, device="cpu")
-            return [numbers, *self.distributions.sums(where, most[0])]
+            return [numbers, weight, *self.distributions.sums(where, most[0])]
 
         return Packed(sums, [self.distributions.largest(where, 3)])
 
     def result(self, together: Together) -> MetricResult:
         """Return the constants at the samples of all ranks."""
-        (counts, *sums), (largest,) = together.sums, together.largest
+        (counts, weight, *sums), (largest,) = together.sums, together.largest
+        if self.facts.theorem is not None and (parts := _weight_of(self.facts)) is not None:
+            self.facts.theorem.sigma = parts.singular_values(weight)
         unrecorded, taken_back = counts.long().tolist()
         self.facts.unrecorded = unrecorded if self.facts.unrecorded is not None else None
         self.facts.taken_back = taken_back
         ratios, lambdas, paired = distributions_of(largest, sums)
         return self.facts.result(ratios, lambdas, paired, into=self.empty)
+
+
+def _weight_of(facts: Facts) -> WeightInParts | None:
+    return None if facts.theorem is None else facts.theorem.in_parts

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lipcore.lipschitz.pullback import pull_back, push_forward
 
-_SVD_LIMIT = 512  # smaller side; above it an SVD per window would be felt
+#: Smaller side of a matrix; above it an SVD per window would be felt.
+SVD_LIMIT = 512
 _STEPS = 100
 _MEMORY = 1 << 25  # numbers that Lanczos may keep
 _SMALL = 1 << 14  # elements of one sample
@@ -65,7 +66,7 @@ def singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> S
         return SingularValues(math.nan, None, "W_1 is not finite", math.nan)
     if isinstance(module, nn.Linear):
         weight = module.weight.detach()
-        if min(weight.shape) <= _SVD_LIMIT:
+        if min(weight.shape) <= SVD_LIMIT:
             values = torch.linalg.svdvals(weight.to(torch.float64))
             # An SVD's smallest values carry an error of eps sigma_1: what is under it is zero.
             smallest = float(values[-1])
@@ -74,7 +75,7 @@ def singular_values(module: nn.Module, batch_shape: tuple[int, ...] | None) -> S
         return _iterated(module, (1, weight.shape[1]))
     if batch_shape is not None:
         shape = (1, *batch_shape[1:])
-        if math.prod(shape) <= _SVD_LIMIT:
+        if math.prod(shape) <= SVD_LIMIT:
             largest = _of_matrix(module, shape)
             return SingularValues(largest, None, "eigenvalues of W_1^T W_1", largest)
         return _iterated(module, shape)

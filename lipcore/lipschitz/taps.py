@@ -18,6 +18,7 @@ from lipcore.lipschitz.pullback import pull_back
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.models.affine import WeightInUse, is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
+from lipcore.models.names import class_before_sharding
 from lipcore.models.outputs import output_names, picked_output
 
 _SMALL = 4096  # multiplications below which one compiled loop beats torch's matrix product and what surrounds it
@@ -44,8 +45,10 @@ class FirstLayerTap(FirstLayer):
         on_lost: Callable[[str], None],
         pull_back_every: int | None,
         virtual_bias: VirtualBias | None = None,
+        *,
+        stays: bool = False,
     ) -> None:
-        self.key = key
+        self.key, self.stays = key, stays
         self._at_input = at_input
         self._on_resolved, self._on_lost = on_resolved, on_lost
         self._every = pull_back_every
@@ -186,7 +189,7 @@ def last_kind(module: nn.Module) -> str:
     last = module
     while isinstance(last, nn.Sequential) and len(last):
         last = last[-1]
-    return "" if list(last.children()) else type(last).__name__
+    return "" if list(last.children()) else class_before_sharding(last).__name__
 
 
 class OutputTap(Tap):

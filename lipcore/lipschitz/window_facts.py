@@ -8,11 +8,16 @@ from typing import Any
 
 from lipcore.lipschitz.sandwich import no_sides, sandwich_sides
 from lipcore.lipschitz.singular_values import SingularValues
+from lipcore.lipschitz.weight_in_parts import WeightInParts
 from lipcore.metric.distribution import Distribution
 from lipcore.metric.later import Later
 from lipcore.metric.results import Label, MetricResult, Value, weakest
 
 _SELDOM = "no micro-batch of this window had one: {0}; lambda_every=1 takes one in each"
+_NOT_ALONE = (
+    "ranks hold parts of the parameters, so nothing has shown that the output depends on the model's input by way of "
+    "W_1 alone"
+)
 MOVED = "W_1 of the window's close, but it moved within the window"
 
 
@@ -24,11 +29,13 @@ class Theorem:
         sigma: its singular values; None where W_1 does not stand on the model's input, and there is no theorem.
         shape: outputs first.
         moved: within the window.
+        in_parts: this rank's, where each rank has one; sigma is there once they have added them up.
     """
 
     sigma: Later[SingularValues] | None
     shape: tuple[int, ...] = ()
     moved: bool = False
+    in_parts: WeightInParts | None = None
 
 
 @dataclass
@@ -110,9 +117,11 @@ class Facts:
 
     def _add_sandwich(self, result: MetricResult, average: float, paired: Distribution) -> None:
         theorem, count, label, note = self.theorem, paired.count, self.label, self.note
-        if theorem is None or not count:
+        if theorem is None or not (count or theorem.in_parts):
             return
         sigma, middle = theorem.sigma, paired.mean
+        if theorem.in_parts is not None:
+            result.details["first_weight_not_alone"] = _NOT_ALONE
         if sigma is None:
             sides = no_sides(middle, count, label, note, self.first_layer)
             result.add("sandwich", self.place, "total", **sides)
@@ -122,6 +131,8 @@ class Facts:
         if theorem.moved:
             label, note = "heuristic", f"{note}; " * bool(note) + MOVED
         result.details["singular_values"] = sigma.then(asdict)
+        if not count:
+            return
         shape = theorem.shape
         later = sigma.then(lambda found: sandwich_sides(found, shape, average, middle, count, label, note))
         result.add_later("sandwich", self.place, "total", sigma, later)

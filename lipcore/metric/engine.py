@@ -634,6 +634,8 @@ class Engine:
         """Continue from the state of a Monitor with the same metrics on the same model. Where the state does not
         fit, raise a ValueError that names the first wrong key, and change nothing.
 
+        Closed windows with steps behind the state's are dropped, popped or not: the run that made them is given up.
+
         From a checkpoint of torch.distributed.checkpoint (``dcp.load({"lipcore": monitor, ...})``) a training goes on
         with any number of ranks. A file that one rank has written by itself is that rank's: it has other samples in its
         open window, so that metrics of samples begin this window anew on another rank, with a warning, and are left
@@ -649,7 +651,7 @@ class Engine:
         lacking: dict[str, str] = {}
         try:
             for name, metric in self.metrics.items():
-                if why := metric.load_ranks(ranks.of(name)):
+                if why := _loaded(name, metric, ranks):
                     lacking[name] = why
         except Exception:
             for name, metric in self.metrics.items():  # all or nothing
@@ -657,6 +659,7 @@ class Engine:
             raise
         take_own()
         self._windows.load(state["step"], state["windows"], starts)
+        self._global.forget(state["step"])
         self._leave_out(lacking)
         if lost:
             self._failures.warn(_WERE_WAITING.format(_steps_of(lost)))
@@ -743,6 +746,14 @@ class Engine:
 
 def _steps_of(windows: Sequence[tuple[int, int]]) -> str:
     return ", ".join(f"{first} to {last}" for first, last in windows)
+
+
+def _loaded(name: str, metric: Metric, ranks: SavedRanks) -> str:
+    """Load a metric's states, and return what its open window lacks then; what it raises names the metric."""
+    try:
+        return metric.load_ranks(ranks.of(name))
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix(f'{name}: ')}") from None
 
 
 def by_name(metrics: Iterable[Metric]) -> dict[str, Metric]:

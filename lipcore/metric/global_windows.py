@@ -79,6 +79,16 @@ class GlobalWindows:
         """Leave some metrics out of windows with steps up to this one."""
         self._partial |= dict.fromkeys(names, (step, why))
 
+    def forget(self, step: int) -> None:
+        """Drop windows with steps behind this one, merged or not, and why such were to lack something: a checkpoint was
+        loaded, and these steps are made again."""
+        self._waiting = deque(each for each in self._waiting if each[0].last_step <= step)
+        self.history.forget(step)
+        self.last_merged = [window for window in self.last_merged if window.last_step <= step]
+        self._newest = self._newest if self._newest is not None and self._newest.last_step <= step else None
+        self._told = {each for each in self._told if each.last_step <= step}
+        self._partial.clear()
+
     @property
     def waiting(self) -> list[tuple[int, int]]:
         """The first and the last step of each closed window that waits, where windows are merged at all."""

@@ -40,6 +40,13 @@ class History(deque[Window]):
         if self._at_most > self.bytes_limit:
             self._make_room(self.bytes_limit)
 
+    def forget(self, step: int) -> None:
+        """Drop windows with steps behind this one, which are made again."""
+        kept = [window for window in self if window.last_step <= step]
+        if len(kept) < len(self):
+            self.clear()
+            self.extend(kept)
+
     def _make_room(self, limit: int) -> None:
         size = self.nbytes
         for window in list(self)[:-1]:

@@ -22,7 +22,10 @@ def check_version(state: Any, version: int, whose: str) -> None:
         raise ValueError(f"state: expected a dict, got {type(state).__name__}")
     found = state.get("version")
     if type(found) is not int or found != version:  # True is no version
-        raise ValueError(f"version: the state has {found!r}, this {whose} has {version!r}")
+        of = ""
+        if type(found) is int:
+            of = f"; a{' newer' if found > version else 'n older'} lipcore has saved it, and that one loads it"
+        raise ValueError(f"version: the state has {found!r}, this {whose} has {version!r}{of}")
 
 
 def is_count(value: Any) -> bool:
@@ -112,6 +115,8 @@ def check_same(state: Any, mine: dict[str, Any]) -> None:
     for key, value in mine.items():
         if key not in state:
             raise ValueError(f"{key}: missing from the metric's state")
+        if key == "version":
+            check_version(state, value, "metric")
         if state[key] != value or isinstance(state[key], bool) != isinstance(value, bool):  # True is not 1
             raise ValueError(f"{key}: the state has {_shorten(state[key])}, this metric has {_shorten(value)}")
 
@@ -135,10 +140,11 @@ def checked_starts(state: Any, version: int, blocks: int) -> list[int]:
     engine of this version with at most so many blocks a window."""
     if not isinstance(state, dict):
         raise ValueError(f"state: expected a dict, got {type(state).__name__}")
+    if "version" in state:  # another one may have other keys
+        check_version(state, version, "monitor")
     for key in ("version", "step", "windows", "starts", "alike", "copies", "ranks"):
         if key not in state:
             raise ValueError(f"{key}: missing from the monitor's state")
-    check_version(state, version, "monitor")
     for key in ("step", "windows"):
         if not is_count(state[key]):
             raise ValueError(f"{key}: expected a count >= 0, got {state[key]!r}")

@@ -86,7 +86,10 @@ class Windows:
         return {"step": self.step, "starts": [list(start) for start in self._starts], "windows": self.number}
 
     def load(self, step: int, number: int, starts: list[int]) -> None:
-        """Go on from the counts of a saved state; `starts`: the step before every block of the open window."""
+        """Go on from the counts of a saved state, without the windows that have steps behind it; `starts`: the step
+        before every block of the open window."""
+        self.history.forget(step)
+        self._unread.forget(step)
         self.step, self.number = step, number
         self._starts.clear()
         self._starts.extend((start, 0) for start in starts)

@@ -46,6 +46,13 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def class_before_sharding(module: nn.Module) -> type[nn.Module]:
+    """Return a module's class, without the one that fully_shard() has made of it."""
+    kind = type(module)
+    bases = kind.__bases__
+    return bases[1] if len(bases) == 2 and bases[0].__name__ == "FSDPModule" else kind
+
+
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Return (canonical name, module) of every module that is not a wrapper, each once, in registration order; the root
     is ''."""

@@ -123,6 +123,9 @@ def _beta(windows: list[Window], metric: str) -> Value:
         if not sigma.exact:
             label.append("one-sided")
             notes.append(f"sigma_1 from above ({sigma.rule})")
+        if "first_weight_not_alone" in details:
+            label.append("heuristic")
+            notes.append(str(details["first_weight_not_alone"]))
         if details["first_weight_moved"]:
             label.append("heuristic")
             notes.append("W_1 moved within a window; beta is from the windows' ends")

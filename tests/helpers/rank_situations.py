@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import warnings
@@ -266,6 +267,29 @@ def one_state_for_all(rank: int, world: int) -> dict[str, Any]:
                 found.append(window)
     off = [window.off.get("per_sample_grad_norm", "") for window in found]
     return errors(found, expected) | {"off": off, "said": said}
+
+
+def loaded_into_the_same_monitor(rank: int, world: int) -> dict[str, Any]:
+    """The training goes back behind a window that has closed, on all ranks: one that was merged, then one that
+    waits."""
+    data = data_of(range(world))[rank]
+    expected = truth(made(), data_of(range(world)))
+    model = nn.parallel.DistributedDataParallel(made())
+    optimizer, monitor = monitored(model)
+    with monitor:
+        train(model, optimizer, data, steps=range(WINDOW))
+        monitor.global_window()
+        saved = monitor.state_dict(), copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+        for merges in (True, False):
+            train(model, optimizer, data, steps=range(WINDOW, STEPS))
+            if merges:
+                monitor.global_window()
+            model.load_state_dict(saved[1])
+            optimizer.load_state_dict(copy.deepcopy(saved[2]))  # it goes on in the tensors that it is given
+            monitor.load_state_dict(saved[0])
+        train(model, optimizer, data, steps=range(WINDOW, STEPS))
+        monitor.global_window()
+    return errors(monitor.global_history, expected)
 
 
 def saved_while_windows_wait(rank: int, world: int) -> dict[str, Any]:
@@ -649,7 +673,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
                  independent_for_themselves, fsdp1, shifted_windows, other_window_steps, a_rank_that_never_calls,
                  on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
                  a_metric_that_stops_on_one_rank, after_rebind, counted, state_of_another_rank,
-                 one_state_for_all, saved_while_windows_wait):  # fmt: skip
+                 one_state_for_all, saved_while_windows_wait, loaded_into_the_same_monitor):  # fmt: skip
         yield work.__name__, 2, work
     for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, two_groups, mesh_as_group, a_rank_that_dies):
         yield work.__name__, 4, work

@@ -579,10 +579,36 @@ def test_a_state_that_does_not_fit_is_refused() -> None:
         assert monitor.compute().to_dict() == before
 
 
+def test_windows_of_a_run_that_is_given_up_go_when_its_monitor_loads_a_state() -> None:
+    model, optimizer, monitor = watched(window_steps=2)
+    inputs = batches(9, 2)
+    train(model, inputs[:5], optimizer)
+    saved = monitor.state_dict(), copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    assert monitor.pop_window().last_step == 2
+    kept = list(monitor.history)
+    train(model, inputs[5:], optimizer)
+    lengths = monitor.history.series("trajectory", "path_length", "total", "sum")
+    model.load_state_dict(saved[1])
+    optimizer.load_state_dict(saved[2])
+    monitor.load_state_dict(saved[0])
+    assert list(monitor.history) == kept
+    assert monitor.global_window() is None  # the newest was one of those
+    train(model, inputs[5:], optimizer)
+    assert [(window.index, window.first_step) for window in monitor.history] == [(0, 1), (1, 3), (2, 5), (3, 7)]
+    assert monitor.history.series("trajectory", "path_length", "total", "sum") == lengths
+    assert [monitor.pop_window().last_step for _ in range(3)] == [4, 6, 8]
+    assert monitor.pop_window() is None
+
+
 MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     **{f"without_{key}": ((lambda s, key=key: s.pop(key)), f"{key}: missing from the monitor's state")
        for key in ("version", "step", "windows", "starts")},
-    "version": (lambda s: s.update(version=1), "version: the state has 1, this monitor has 3"),
+    "version": (lambda s: s.update(version=1),
+                "version: the state has 1, this monitor has 3; an older lipcore has saved it"),
+    "newer_with_other_keys": (lambda s: (s.update(version=4), s.pop("alike")),
+                              "version: the state has 4, this monitor has 3; a newer lipcore has saved it"),
+    "a_metric_of_another_version": (lambda s: s["metrics"]["trajectory"].update(version=1),
+                                    r"trajectory: version: the state has 1, this metric has \d; an older lipcore"),
     "step_text": (lambda s: s.update(step="3"), "step: expected a count >= 0, got '3'"),
     "step_negative": (lambda s: s.update(step=-1), "step: expected a count >= 0, got -1"),
     "windows": (lambda s: s.update(windows=None), "windows: expected a count >= 0, got None"),
@@ -593,7 +619,8 @@ MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "starts_flat": (lambda s: s.update(starts=[0]), "starts: expected"),
     "starts_text": (lambda s: s.update(starts=[["0", 0]]), "starts: expected"),
     "starts_later": (lambda s: s.update(starts=[[9, 0]]), r"starts: blocks begin after steps \[9\], but .* step 3"),
-    "a_metric": (lambda s: s["metrics"]["lipschitz"].update(version=99), "version: the state has 99"),
+    "a_metric": (lambda s: s["metrics"]["lipschitz"].update(version=99),
+                 "lipschitz: version: the state has 99, this metric has 1; a newer lipcore has saved it"),
     **{f"lipschitz_without_{key}": ((lambda s, key=key: s["metrics"]["lipschitz"].pop(key)), f"{key}: expected .*None")
        for key in ("mixed", "weight_moved", "closed")},
     "lipschitz_without_distributions": (lambda s: s["metrics"]["lipschitz"].pop("distributions"),

@@ -553,6 +553,27 @@ MUTANTS = (
         ("distributed/test_global_lipschitz.py::test_left_out",),
     ),
     Mutant(
+        "a first weight that several ranks hold alike counts on each of them",
+        "lipcore/lipschitz/rank_part.py",
+        "parts.addend(counts=counts_it)",
+        "parts.addend(counts=True)",
+        ("distributed/test_global_sigma.py::test_those_of_the_whole_weight",),
+    ),
+    Mutant(
+        "the smallest singular value of a wide matrix is an eigenvalue that none of its has",
+        "lipcore/lipschitz/weight_in_parts.py",
+        "values[size - min(shape)]",
+        "values[0]",
+        ("lipschitz/test_weight_in_parts.py::test_those_of_the_whole_matrix",),
+    ),
+    Mutant(
+        "windows of a run that is given up stay when a state is loaded",
+        "lipcore/metric/windows.py",
+        "self.history.forget(step)",
+        "pass",
+        ("monitor/test_monitor.py::test_windows_of_a_run_that_is_given_up_go_when_its_monitor_loads_a_state",),
+    ),
+    Mutant(
         "steps before the ring come back in the place of later ones",
         "lipcore/trajectory/kept_steps.py",
         "part = block[at - first : end - first]",

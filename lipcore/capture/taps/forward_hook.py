@@ -70,10 +70,14 @@ class ForwardHook:
                     "have different shapes; pad them, or name another module"
                 )
             if hasattr(output, "placements") or any(hasattr(a, "placements") for a in arguments):
-                raise ValueError(
+                reason = (
                     f"module '{site.name}' ({type(module).__name__}): is called on a DTensor or returns one (tensor "
-                    "parallel), of which a rank has a part; leave this metric out, metrics=[Trajectory()]"
+                    "parallel), of which a rank has a part"
                 )
+                if site.stays:
+                    collector.lose(site, reason)
+                    return None
+                raise ValueError(f"{reason}; leave this metric out, metrics=[Trajectory()]")
             for tap in site.taps:
                 tap.check(output)
             leaf = site.leaf(output)

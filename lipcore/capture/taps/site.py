@@ -44,6 +44,11 @@ class Site:
         """True where the other sites go on when this one is lost."""
         return all(tap.optional for tap in self.taps)
 
+    @property
+    def stays(self) -> bool:
+        """True where the taps' metrics have something without it beside tensor parallelism."""
+        return all(tap.stays for tap in self.taps)
+
     def lose(self, reason: str) -> None:
         """Give this site up, and tell its taps why."""
         self.lost = True

@@ -24,6 +24,7 @@ class Tap(ABC):
     optional = False  #: the others go on without it where its module is called twice, or never
     in_place_after = False  #: set directly behind a parametrised leaf module, where an in-place activation may follow
 
+    stays = False  #: its metric has something without it where its module is called on DTensors; else that is an error
     has_leaf = False  #: leaf() may return one
 
     def resolve(self, name: str, module: nn.Module) -> None:  # noqa: B027
