@@ -21,25 +21,6 @@ UpdateCoefficients<typename E::Lanes> coefficients(const UpdateScalars& s) {
   return {E::set(s.rate), E::set(s.mix), E::set(s.decay), E::set(s.first_scale), E::set(s.second_scale), E::set(s.eps)};
 }
 
-template <UpdateForm kForm>
-struct Form {
-  static constexpr UpdateForm value = kForm;
-};
-// Calls body with the run-time form as a type.
-template <class Body>
-LIPCORE_INLINE auto with_form(UpdateForm form, const Body& body) {
-  switch (form) {
-    case UpdateForm::kOne:
-      return body(Form<UpdateForm::kOne>{});
-    case UpdateForm::kTwo:
-      return body(Form<UpdateForm::kTwo>{});
-    case UpdateForm::kAdaptive:
-      return body(Form<UpdateForm::kAdaptive>{});
-    default:
-      return body(Form<UpdateForm::kHeld>{});
-  }
-}
-
 template <class E, UpdateForm kForm>
 struct Sums {
   UpdateCoefficients<typename E::Lanes> c;

@@ -41,24 +41,6 @@ static_assert(sizeof(UpdateTables) + sizeof(Updates<FullEntry>) <= kParameterByt
 
 using Reduce = ReduceBlock<UpdateSums>;
 
-template <UpdateForm kForm>
-struct Form {
-  static constexpr UpdateForm value = kForm;
-};
-template <class Body>
-__device__ __forceinline__ void with_form(UpdateForm form, const Body& body) {
-  switch (form) {
-    case UpdateForm::kOne:
-      return body(Form<UpdateForm::kOne>{});
-    case UpdateForm::kTwo:
-      return body(Form<UpdateForm::kTwo>{});
-    case UpdateForm::kAdaptive:
-      return body(Form<UpdateForm::kAdaptive>{});
-    default:
-      return body(Form<UpdateForm::kHeld>{});
-  }
-}
-
 template <class T>
 __device__ __forceinline__ T element_of(const void* data, DType dtype, int64_t i) {
   T x{};

@@ -64,7 +64,7 @@ __device__ double exact_squares(const WeightWork& work, int64_t sample, RowRange
   const int64_t units = shape.groups * ((shape.outputs + kTile - 1) / kTile) * ((work.columns + kTile - 1) / kTile);
   double mine = 0;
   for (int64_t unit = 0; unit < units; ++unit)
-    mine += tile_squares<Exact, true>(work, sample, unit, tokens, ldexp(1.0, x_exponent), ldexp(1.0, grad_exponent),
+    mine += tile_squares<Exact, true>(work, {sample, unit, tokens}, ldexp(1.0, x_exponent), ldexp(1.0, grad_exponent),
                                       memory);
   return ldexp(team.sum(mine), -2 * (x_exponent + grad_exponent));
 }
@@ -124,6 +124,11 @@ bool has_vectors(const Factor& factor, bool flat, bool runs, int64_t groups, int
   return factor.channel == 1 && factor.along[2] % kVector == 0 && (groups == 1 || channels % kVector == 0);
 }
 
+Layout layout_of(const WeightNorms& norms, const Factor& factor, bool flat, int64_t channels) {
+  const bool runs = factor.along[2] == 1 && factor.channel != 1;
+  return {flat, runs, has_vectors(factor, flat, runs, norms.shape.groups, channels, norms.offsets != nullptr)};
+}
+
 // With few channels or tiles, tiles of 64 waste less than those of 128 gain. Registers do not hold two large sets of
 // sums: both Gram matrices, or on the way without tensor cores a sample's sums and the batch's.
 int64_t tile_of(const WeightWork& work) {
@@ -146,13 +151,8 @@ WeightWork work_of(const WeightNorms& norms) {
   work.columns = shape.inputs * taps;
   work.wide = norms.x.dtype == DType::kFloat64 || norms.grad.dtype == DType::kFloat64;
   work.tensor_cores = norms.tensor_cores && norms.x.dtype == norms.grad.dtype && item_size(norms.x.dtype) == 2;
-  work.x_flat = plain && is_flat(norms.x.along, shape.size);
-  work.grad_flat = is_flat(norms.grad.along, shape.out);
-  work.x_runs = norms.x.along[2] == 1 && norms.x.channel != 1;
-  work.grad_runs = norms.grad.along[2] == 1 && norms.grad.channel != 1;
-  const bool packed = norms.offsets != nullptr;
-  work.x_vectors = has_vectors(norms.x, work.x_flat, work.x_runs, shape.groups, shape.inputs, packed);
-  work.grad_vectors = has_vectors(norms.grad, work.grad_flat, work.grad_runs, shape.groups, shape.outputs, packed);
+  work.x = layout_of(norms, norms.x, plain && is_flat(norms.x.along, shape.size), shape.inputs);
+  work.grad = layout_of(norms, norms.grad, is_flat(norms.grad.along, shape.out), shape.outputs);
   const int64_t tile = work.tile = tile_of(work), tokens = cut(shape.out[2], tile);
   work.units =
       norms.gram ? tokens * (tokens + 1) / 2 : shape.groups * cut(shape.outputs, tile) * cut(work.columns, tile);

@@ -120,6 +120,11 @@ __device__ __forceinline__ void for_each_place(const Side& side, const Channel (
   }
 }
 
+// How a factor's positions and channels lie in memory, as Side says.
+struct Layout {
+  bool flat, runs, vectors;
+};
+
 struct WeightWork {
   WeightNorms norms;
   int64_t columns;    // of a group's gradient: inputs and taps
@@ -128,7 +133,7 @@ struct WeightWork {
   int64_t parts;      // float64 per unit
   bool wide;          // sums are float64
   bool tensor_cores;  // multiply
-  bool x_flat, grad_flat, x_runs, grad_runs, x_vectors, grad_vectors;
+  Layout x, grad;
 };
 
 __device__ __forceinline__ const void* moved(const void* data, DType dtype, int64_t elements) {
@@ -146,44 +151,37 @@ __device__ __forceinline__ const void* start_of(const Factor& factor, const Weig
   return moved(factor.data, factor.dtype, before + channel * factor.channel);
 }
 
-__device__ __forceinline__ Side grad_side(const WeightWork& work, int64_t sample, int64_t group, RowRange tokens) {
-  const WeightNorms& norms = work.norms;
+// A group of a sample of one factor, whose channels begin with `first`; without the taps of a kernel.
+__device__ __forceinline__ Side side_of(const WeightNorms& norms, const Factor& factor, const Layout& layout,
+                                        int64_t sample, RowRange tokens, int64_t first, int64_t channels) {
   const ConvShape& shape = norms.shape;
-  const Factor& grad = norms.grad;
-  return {start_of(grad, norms, sample, group * shape.outputs, tokens),
-          grad.dtype,
-          shape.outputs,
-          grad.channel,
+  return {start_of(factor, norms, sample, first, tokens),
+          factor.dtype,
+          channels,
+          factor.channel,
           tokens.count,
-          {grad.along[0], grad.along[1], grad.along[2]},
+          {factor.along[0], factor.along[1], factor.along[2]},
           {shape.out[0], shape.out[1], shape.out[2]},
-          work.grad_flat,
-          work.grad_runs,
-          work.grad_vectors,
+          layout.flat,
+          layout.runs,
+          layout.vectors,
           false,
           0,
           &shape,
           1};
 }
 
+__device__ __forceinline__ Side grad_side(const WeightWork& work, int64_t sample, int64_t group, RowRange tokens) {
+  const int64_t outputs = work.norms.shape.outputs;
+  return side_of(work.norms, work.norms.grad, work.grad, sample, tokens, group * outputs, outputs);
+}
+
 __device__ __forceinline__ Side x_side(const WeightWork& work, int64_t sample, int64_t group, RowRange tokens) {
-  const WeightNorms& norms = work.norms;
-  const ConvShape& shape = norms.shape;
-  const Factor& x = norms.x;
-  return {start_of(x, norms, sample, group * shape.inputs, tokens),
-          x.dtype,
-          work.columns,
-          x.channel,
-          tokens.count,
-          {x.along[0], x.along[1], x.along[2]},
-          {shape.out[0], shape.out[1], shape.out[2]},
-          work.x_flat,
-          work.x_runs,
-          work.x_vectors,
-          !work.x_flat,
-          shape.inputs,
-          &shape,
-          1};
+  const int64_t inputs = work.norms.shape.inputs;
+  Side side = side_of(work.norms, work.norms.x, work.x, sample, tokens, group * inputs, work.columns);
+  side.patches = !work.x.flat;
+  side.inputs = inputs;
+  return side;
 }
 
 // In weight_norms_mma.cu: of 16-bit numbers of one dtype.

@@ -21,15 +21,28 @@ __device__ __forceinline__ void for_each_element(int64_t rows, int64_t columns, 
       if (Product::row_of(i) < rows && Product::column_of(j) < columns) visit(i, j);
 }
 
+// One unit of one sample, which a block works on at a time.
+struct Task {
+  int64_t sample, unit;
+  RowRange tokens;
+};
+
+__device__ __forceinline__ Task task_at(const WeightWork& work, int64_t place) {
+  Task task;
+  task.sample = divide(place, work.units, &task.unit);
+  task.tokens = tokens_of(work.norms, task.sample);
+  return task;
+}
+
 template <class Product, bool kPatches>
-__device__ __forceinline__ double tile_squares(const WeightWork& work, int64_t sample, int64_t unit, RowRange tokens,
-                                               double x_scale, double grad_scale, typename Product::Memory& memory) {
+__device__ __forceinline__ double tile_squares(const WeightWork& work, const Task& task, double x_scale,
+                                               double grad_scale, typename Product::Memory& memory) {
   constexpr int kTile = Product::kTile;
   const int64_t down = (work.norms.shape.outputs + kTile - 1) / kTile, across = (work.columns + kTile - 1) / kTile;
   int64_t tile, column;
-  const int64_t group = divide(unit, down * across, &tile);
+  const int64_t group = divide(task.unit, down * across, &tile);
   const int64_t row = divide(tile, across, &column);
-  Side grad = grad_side(work, sample, group, tokens), x = x_side(work, sample, group, tokens);
+  Side grad = grad_side(work, task.sample, group, task.tokens), x = x_side(work, task.sample, group, task.tokens);
   grad.scale = grad_scale;
   x.scale = x_scale;
   typename Product::Sum sums[Product::kRows][Product::kColumns] = {};
@@ -46,13 +59,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
     tiles(const __grid_constant__ WeightWork work, double* partials) {
   __shared__ typename Product::Memory memory;
   const Block team{&memory.storage};
-  for (int64_t task = blockIdx.x; task < work.norms.samples * work.units; task += gridDim.x) {
-    int64_t unit;
-    const int64_t sample = divide(task, work.units, &unit);
-    const RowRange tokens = tokens_of(work.norms, sample);
-    const double mine = tile_squares<Product, kPatches>(work, sample, unit, tokens, 1, 1, memory);
+  for (int64_t place = blockIdx.x; place < work.norms.samples * work.units; place += gridDim.x) {
+    const double mine = tile_squares<Product, kPatches>(work, task_at(work, place), 1, 1, memory);
     const double total = team.sum(mine);
-    if (threadIdx.x == 0) partials[task] = total;
+    if (threadIdx.x == 0) partials[place] = total;
   }
 }
 
@@ -101,11 +111,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
   constexpr int kTile = Product::kTile;
   __shared__ typename Product::Memory memory;
   const Block team{&memory.storage};
-  for (int64_t task = blockIdx.x; task < work.norms.samples * work.units; task += gridDim.x) {
-    int64_t rest;
-    const int64_t sample = divide(task, work.units, &rest);
-    const RowRange tokens = tokens_of(work.norms, sample);
-    int64_t row = 0;
+  for (int64_t place = blockIdx.x; place < work.norms.samples * work.units; place += gridDim.x) {
+    const auto [sample, unit, tokens] = task_at(work, place);
+    int64_t row = 0, rest = unit;
     for (; rest > row; ++row) rest -= row + 1;
     const Side x = transposed(x_side(work, sample, 0, tokens)), grad = transposed(grad_side(work, sample, 0, tokens));
     Sum of_x[Product::kRows][Product::kColumns] = {}, of_grad[Product::kRows][Product::kColumns] = {};
@@ -121,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
     };
     for_each_element<Product>(tokens.count - row * kTile, tokens.count - rest * kTile, add);
     if (row != rest) sums.total *= 2;
-    double* to = partials + task * work.parts;
+    double* to = partials + place * work.parts;
     double each[4] = {sums.total, sums.diagonal, sums.x, sums.grad};
     for (int part = 0; part < 4; ++part) {
       const double total = team.sum(each[part]);
@@ -142,7 +150,7 @@ Status launch_tiles(const WeightWork& work, double* partials, void* stream) {
       return launch("making a weight gradient", &total_tiles<Product>, blocks_for(work.units), stream, work, partials);
   const char* doing = "squaring weight gradients";
   if constexpr (!Product::kAlwaysPatches)
-    if (work.x_flat && work.grad_flat) return launch(doing, &tiles<Product, false>, blocks, stream, work, partials);
+    if (work.x.flat && work.grad.flat) return launch(doing, &tiles<Product, false>, blocks, stream, work, partials);
   return launch(doing, &tiles<Product, true>, blocks, stream, work, partials);
 }
 

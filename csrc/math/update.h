@@ -24,6 +24,28 @@ LIPCORE_INLINE constexpr bool reads_second(UpdateForm form) {
   return form == UpdateForm::kTwo || form == UpdateForm::kAdaptive;
 }
 
+template <UpdateForm kForm>
+struct Form {
+  static constexpr UpdateForm value = kForm;
+};
+// Calls body with the run-time form as a type. A body is of the host or of the device, as its caller.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
+template <class Body>
+LIPCORE_INLINE auto with_form(UpdateForm form, const Body& body) {
+  switch (form) {
+    case UpdateForm::kOne:
+      return body(Form<UpdateForm::kOne>{});
+    case UpdateForm::kTwo:
+      return body(Form<UpdateForm::kTwo>{});
+    case UpdateForm::kAdaptive:
+      return body(Form<UpdateForm::kAdaptive>{});
+    default:
+      return body(Form<UpdateForm::kHeld>{});
+  }
+}
+
 template <class V>
 struct UpdateCoefficients {
   V rate, mix, decay, first_scale, second_scale, eps;

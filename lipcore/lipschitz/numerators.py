@@ -28,6 +28,12 @@ class _Comparison(NamedTuple):
     reference: Tensor
     tolerance: float
 
+    def apart(self) -> _Comparison:
+        """Return it with memory of its own: rows of a record would keep all of that until the window closes."""
+        product = None if self.product is None else self.product.clone()
+        norms = product if product is not None and self.norms is self.product else self.norms.clone()
+        return self._replace(product=product, norms=norms)
+
     @property
     def tensors(self) -> list[Tensor]:
         """Those of the norms that are there."""
@@ -165,10 +171,12 @@ class Numerators:
             return
         taken = product if norms is None else norms[0]
         assert taken is not None
-        self._waiting.append(_Comparison(product, taken, reference, at_input.tolerance))
+        comparison = _Comparison(product, taken, reference, at_input.tolerance)
         if reference.is_cpu:
+            self._waiting.append(comparison)
             self.settle()
         else:
+            self._waiting.append(comparison.apart())
             del self._waiting[:-_MOST_WAITING]
 
     def on_device(self) -> list[OnDevice]:

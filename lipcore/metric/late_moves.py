@@ -112,7 +112,7 @@ class LateMoves:
             rows = torch.empty(len(found), _core.STEP_COLUMNS, dtype=torch.float64, device="cpu")
             _core.square_sums(found, rows)
             return Reading(ids, rows[:, 0])
-        return Reading(ids, torch.stack([norm.double() for norm in foreach_norm(found)]))
+        return Reading(ids, torch.stack(foreach_norm(found)).double())
 
 
 @dataclass

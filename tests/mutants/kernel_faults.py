@@ -466,8 +466,15 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "every group reads the first one's image",
         "csrc/cuda/weight_sides.cuh",
-        "start_of(x, norms, sample, group * shape.inputs, tokens)",
-        "start_of(x, norms, sample, 0, tokens)",
+        "tokens, group * inputs, work.columns);",
+        "tokens, 0, work.columns);",
+        _CONV,
+    ),
+    KernelMutant(
+        "every group reads the first one's gradient",
+        "csrc/cuda/weight_sides.cuh",
+        "tokens, group * outputs, outputs);",
+        "tokens, 0, outputs);",
         _CONV,
     ),
     KernelMutant(
@@ -626,6 +633,13 @@ KERNEL_MUTANTS = (
         "csrc/cuda/weight_norms_mma.cu",
         "return attributes.ptxVersion >= kMmaPtx;",
         "return attributes.ptxVersion > 0;",
+        (f"{_LINEAR_TESTS}::test_16_bit_on_cuda",),
+    ),
+    KernelMutant(
+        "tensor cores are taken for those of the generation before",
+        "csrc/cuda/mma.cuh",
+        "constexpr int kMmaPtx = 80;",
+        "constexpr int kMmaPtx = 75;",
         (f"{_LINEAR_TESTS}::test_16_bit_on_cuda",),
     ),
     KernelMutant(
