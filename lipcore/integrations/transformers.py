@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 from weakref import WeakSet
 
@@ -130,7 +129,7 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         """Return whether this one's training goes on: in another thread, which cannot be told, or further up here."""
         if self._thread != threading.get_ident():
             return True
-        frame: FrameType | None = sys._getframe()
+        frame = inspect.currentframe()
         while frame is not None:
             trainer = frame.f_locals.get("self")
             if isinstance(trainer, Trainer) and self in trainer.callback_handler.callbacks:
