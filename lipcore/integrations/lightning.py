@@ -24,7 +24,8 @@ class LightningCallback(Callback):  # type: ignore[misc]
     ``lightning.Trainer(callbacks=[lipcore.integrations.LightningCallback(run="runs/a")])``.
 
     The loss that `training_step` returns is in the record. lipcore's state is in each checkpoint, beside that of other
-    callbacks; ``trainer.fit(ckpt_path=...)`` goes on from it, and the record rewinds with it.
+    callbacks; ``trainer.fit(ckpt_path=...)`` goes on from it, and the record rewinds with it. An exception, an alarm
+    with ``stop=True`` and Ctrl-C close the record.
 
     Args:
         run: folder of the record, as of :func:`lipcore.watch`; None: none is written.
@@ -55,8 +56,8 @@ class LightningCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Begin to watch; go on from the checkpoint that the Trainer goes on from."""
-        if self.monitor is not None:
-            self.monitor.close()
+        if self.monitor is not None and not self.monitor._closed:
+            self.monitor._abandon()
         name = _called_by(pl_module) if self._module is None else self._module
         prefix, model = find_module(pl_module, name, "module") if name else ("", pl_module)
         self.monitor = watch(

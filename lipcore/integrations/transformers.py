@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 try:
-    from transformers import TrainerCallback
+    from transformers import Trainer, TrainerCallback
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
     raise ImportError("HFCallback needs transformers; pip install 'lipcore[hf]'") from error
@@ -24,6 +28,8 @@ from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
 
+_watching: WeakSet[HFCallback] = WeakSet()  # those whose training has begun, and as far as they know not ended
+
 
 class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     """Callback of transformers' Trainer that watches and records its training:
@@ -33,6 +39,11 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     logs, its loss and learning rate, in the record. lipcore's state lies in each checkpoint, as ``lipcore-rank0.pt``,
     before the Trainer has written that checkpoint's ``trainer_state.json``; ``train(resume_from_checkpoint=...)`` goes
     on from it, and the record rewinds with it.
+
+    Alarms with ``stop=True`` end the training by their ``AlarmStop``, at the end of the step in which they are known;
+    the record is closed then. The Trainer tells no callback of another exception, or of Ctrl-C: the record of such a
+    training is closed when the next one in its folder begins, by ``callback.monitor.close()``, or when the process
+    ends.
 
     Args:
         run: folder of the record, as of :func:`lipcore.watch`; None: none is written.
@@ -50,14 +61,16 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     ) -> None:
         self.monitor: Monitor | None = None
         self._run, self._metrics, self._watching = run, metrics, watching
-        self._folder, self._step, self._shown = Path(), 0, -1
+        self._folder, self._step, self._shown, self._thread = Path(), 0, -1, 0
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **_: Any
     ) -> None:
         """Begin to watch; go on from the checkpoint that the Trainer goes on from."""
-        if self.monitor is not None:
-            self.monitor.close()
+        self._abandon()
+        for other in list(_watching):
+            if self._is_of_same_run(other) and not other._is_running():
+                other._abandon()
         if self._metrics is not None:
             metrics = list(self._metrics)
         else:  # hooks on the module inside a compiled one are never called, and a callback is given no other
@@ -65,9 +78,12 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         config = {"training_arguments": args.to_sanitized_dict()} | dict(self._watching.get("config") or {})
         watching = self._watching | {"config": config}
         self.monitor = watch(model, optimizer, run=self._run, metrics=metrics, **watching)
+        self._thread = threading.get_ident()
+        _watching.add(self)
         self._folder = Path(args.output_dir)
         if state.global_step:
-            self._resume(args, state.global_step)
+            with self._ending():
+                self._resume(args, state.global_step)
 
     def _resume(self, args: Any, step: int) -> None:
         given = args.resume_from_checkpoint
@@ -85,6 +101,41 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             return
         assert self.monitor is not None
         self.monitor.load_state_dict(torch.load(path, weights_only=True, map_location="cpu"))
+
+    # ---- the end, of which the Trainer does not always tell
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """End with an exception that is raised here: it ends the training, and nobody tells of it later."""
+        try:
+            yield
+        except BaseException as error:
+            _watching.discard(self)
+            assert self.monitor is not None
+            self.monitor.__exit__(type(error), error, error.__traceback__)
+            raise
+
+    def _abandon(self) -> None:
+        """Close what a training has left open that was ended by an exception which nobody told of."""
+        _watching.discard(self)
+        if self.monitor is not None and not self.monitor._closed:
+            self.monitor._abandon()
+
+    def _is_of_same_run(self, other: HFCallback) -> bool:
+        own, its = self._run, other._run
+        return own is not None and its is not None and Path(own).absolute() == Path(its).absolute()
+
+    def _is_running(self) -> bool:
+        """Return whether this one's training goes on: in another thread, which cannot be told, or further up here."""
+        if self._thread != threading.get_ident():
+            return True
+        frame = inspect.currentframe()
+        while frame is not None:
+            trainer = frame.f_locals.get("self")
+            if isinstance(trainer, Trainer) and self in trainer.callback_handler.callbacks:
+                return True
+            frame = frame.f_back
+        return False
 
     # ---- checkpoints
 
@@ -106,7 +157,8 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def state(self) -> dict[str, Any]:
         """Write lipcore's state into the checkpoint that the Trainer is making, which asks for this before it is done;
         return what its own file keeps."""
-        self._save()
+        with self._ending():
+            self._save()
         kept = {"run": None if self._run is None else str(self._run)} | {
             name: value for name, value in self._watching.items() if _is_json(value)
         }
@@ -114,13 +166,17 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write the state of ranks that the Trainer does not ask for theirs."""
-        self._save()
+        with self._ending():
+            self._save()
 
     # ---- the training
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Keep the number of the step."""
+        """Keep the number of the step, and stop for an alarm that is to stop the training."""
         self._step = state.global_step
+        if self.monitor is not None and self.monitor.alarms is not None and self.monitor.alarms._stop:
+            with self._ending():
+                self.monitor._failures.raise_kept()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         """Record what the Trainer logs, and add the totals of the newest window to its log."""
@@ -128,7 +184,8 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
             return
         numbers = {name: value for name, value in (logs or {}).items() if isinstance(value, (int, float))}
         if "loss" in numbers:  # else it is an evaluation's, or the summary at the end
-            self.monitor.log(**numbers)
+            with self._ending():
+                self.monitor.log(**numbers)
         window = self.monitor.history[-1] if self.monitor.history else None
         if window is not None and window.index != self._shown and state.log_history:
             self._shown = window.index
@@ -136,6 +193,7 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """End: take the hooks off, and close the record."""
+        _watching.discard(self)
         if self.monitor is not None:
             self.monitor.close()
 

@@ -737,11 +737,15 @@ class Engine:
         if kind is None:
             self.close()
             return
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """Close after an exception that has ended the loop, which goes first: errors that were kept are dropped."""
         self._step_end.drop_waiting()  # the loop has raised in the middle of it
         for metric in self.metrics.values():
             metric.flush()
         self._shut()
-        self._failures.drop_kept()  # the exception that ends the loop goes first: the user's own, or an alarm's
+        self._failures.drop_kept()
 
 
 def _steps_of(windows: Sequence[tuple[int, int]]) -> str:

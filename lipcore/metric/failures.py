@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -22,10 +22,11 @@ class Failures:
         self._error: Exception | None = None
         self._stopped: dict[str, int] = {}  # the number of the window in which each was stopped
         self.all_stopped = False  #: nothing is recorded any more
+        self.before_raise: Callable[[Exception], None] | None = None  #: told of a kept error that is being raised
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: it records nothing, and has no error of its own."""
-        return self.__dict__ | {"_error": None, "all_stopped": True}
+        return self.__dict__ | {"_error": None, "all_stopped": True, "before_raise": None}
 
     def stop(self, metrics: Iterable[Metric], error: Exception, step: int, window: int) -> None:
         """Stop metrics in this step of this window, warn, and keep the error, but not where it is about the model and
@@ -67,6 +68,8 @@ class Failures:
         self._error = None
         error = next((error for error in kept if error is not None), None)
         if error is not None:
+            if self.before_raise is not None:
+                self.before_raise(error)
             raise error
 
     def drop_kept(self) -> None:
@@ -74,6 +77,11 @@ class Failures:
         self._error = None
         for metric in self._metrics.values():
             metric.take_error()
+
+    def drop(self, kind: type[Exception]) -> None:
+        """Forget the error that was kept here, where it is of this type."""
+        if isinstance(self._error, kind):
+            self._error = None
 
     def drop_own(self) -> None:
         """Forget the error that was kept here, and go on."""

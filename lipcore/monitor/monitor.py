@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lipcore.alarms.alarms import Alarms
 from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, prepare_for, trajectory_of
+from lipcore.alarms.event import AlarmStop
 from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.distributed.group import AUTO
 from lipcore.metric.engine import Engine
@@ -313,6 +314,14 @@ class Monitor(Engine):
             self.alarms._write_to(recorder.alarm, recorder.light)
             recorder.on_alarm = self._hurry
 
+        def stops(error: Exception) -> None:
+            monitor = here()
+            if monitor is not None and isinstance(error, AlarmStop) and not monitor._closed:
+                monitor._write_all()
+                monitor._failures.drop(AlarmStop)  # of a step that waited: one stops the loop
+
+        self._failures.before_raise = stops
+
     def _hurry(self) -> None:
         """Have the steps around an alarm written soon: it may be the last that there is to see."""
         self._logged.hurry()
@@ -324,14 +333,18 @@ class Monitor(Engine):
 
     def _write_down(self, recorder: Recorder, kind: EndKind, text: str, facts: Mapping[str, Any]) -> None:
         """Write all that waits to the file, and what ends the run, which may yet go on. Waits for a device."""
-        if not self._failures.all_stopped:
-            for metric in self.metrics.values():
-                metric.flush()
-        self._tell(lambda listener: listener.state_taken())
+        self._write_all()
         if self.alarms is not None and kind != "SIGTERM":  # after which the training may go on
             self.alarms._end()
         recorder.ended(self._windows.step, kind, text, facts)
         recorder.record.flush()
+
+    def _write_all(self) -> None:
+        """Write all that waits to the file. Waits for a device."""
+        if not self._failures.all_stopped:
+            for metric in self.metrics.values():
+                metric.flush()
+        self._tell(lambda listener: listener.state_taken())
 
     def _attach_alarms(self, alarms: Alarms) -> None:
         """Have single steps and what is logged looked at from now on."""

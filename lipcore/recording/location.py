@@ -79,7 +79,11 @@ class Hold:
         self._path = path.absolute().with_name(path.name + "-writer")
         self._file: int | None = None
         if self._path in _held:
-            raise RecordError(f"run: {path} cannot be written twice: this process writes it already; close that first")
+            raise RecordError(
+                f"run: {path} cannot be written twice: a Monitor of this process writes it already. Call its close() "
+                "first (a `with` block does so whatever ends the loop; a trainer's callback has it as "
+                "`callback.monitor`), or choose another folder"
+            )
         try:
             import fcntl
         except ImportError:  # a system without such locks

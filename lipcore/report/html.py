@@ -122,7 +122,7 @@ class Table:
             return seen
         beyond = len(self.rows) - self.most - len(rest)
         said = count(len(rest), "more row") + (f", of {len(rest) + beyond:,}" if beyond else "")
-        return joined([seen, tag("details", tag("summary", said), self._table(rest, ""))])
+        return joined([seen, tag("details", tag("summary", said), self._table(rest, ""), class_="more")])
 
     def _table(self, rows: Sequence[Sequence[object]], caption: str) -> Html:
         heads = tag("tr", *(tag("th", head, scope="col") for head in self.heads))

@@ -22,16 +22,28 @@
   const model = (name) => bokeh.get_model_by_name(name);
   if (narrow) for (const root of bokeh.roots()) root.min_border_left = 90;
 
-  // Paper is narrower than the screen, and a printer does not wait until figures have drawn themselves anew.
-  const plots = [...document.querySelectorAll(".plot")], paper = 680;
+  // Paper is narrower than the screen, and a printer does not wait until figures have drawn themselves anew. On paper
+  // there are pictures of them, which are made at once: finer than a screen's, and narrow, so that texts are large.
+  const views = (Bokeh.index[Symbol.iterator] ? [...Bokeh.index] : Object.values(Bokeh.index))
+    .filter((view) => view.el?.parentElement?.matches(".plot"));
+  const places = views.map((view) => view.el.parentElement);
+  const fineness = Object.getOwnPropertyDescriptor(window, "devicePixelRatio");
   window.addEventListener("beforeprint", () => {
-    for (const [plot, width] of plots.map((plot) => [plot, plot.clientWidth])) {
-      plot.style.width = `${width}px`;
-      plot.style.zoom = String(Math.min(1, paper / width));
-    }
+    const fine = Math.max(2, window.devicePixelRatio);
+    if (fineness?.configurable) Object.defineProperty(window, "devicePixelRatio", { value: fine, configurable: true });
+    views.forEach((view, i) => {
+      places[i].style.width = "800px";
+      view.after_resize();
+      const picture = view.export("auto", true).canvas;
+      picture.className = "paper";
+      places[i].style.width = "";
+      places[i].after(picture);
+    });
   });
   window.addEventListener("afterprint", () => {
-    for (const plot of plots) plot.style.width = plot.style.zoom = "";
+    if (fineness?.configurable) Object.defineProperty(window, "devicePixelRatio", fineness);
+    document.querySelectorAll("canvas.paper").forEach((picture) => picture.remove());
+    for (const view of views) view.after_resize();
   });
 
   for (const link of document.querySelectorAll("a.csv")) {
@@ -126,6 +138,9 @@
     element("map-told").append(layer(map.names[cursor.row]), name, `, ${steps(cursor.bin)}: ${range}${times}`);
   }
   function mark() { model(`${map.key}-cursor`).data = { x: [(begin(cursor.bin) + end(cursor.bin)) / 2], y: [rows - cursor.row - 0.5] }; }
+  const told = document.createElement("span");
+  told.className = "screen";
+  told.textContent = " Click a cell of the map for another layer.";
   function choose() {
     const columns = { begin: [], end: [], low: [], mean: [], high: [], floor: [] }, from = cursor.row * bins;
     for (let bin = 0; bin < bins; bin++) {
@@ -142,7 +157,7 @@
     name.className = "name";
     name.textContent = map.names[cursor.row];
     element("chosen").textContent = "";
-    element("chosen").append(layer(map.names[cursor.row]), name, `: median ${text(map.usual[cursor.row] ?? NaN)}. Click a cell of the map for another layer.`);
+    element("chosen").append(layer(map.names[cursor.row]), name, `: median ${text(map.usual[cursor.row] ?? NaN)}.`, told);
   }
   function mapCsv() {
     const lines = ["layer,first_step,last_step,least,mean,greatest,not_finite"];

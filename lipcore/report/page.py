@@ -106,11 +106,12 @@ def framed(page: str, height: int) -> str:
     return f'<iframe title="lipcore report" style="{frame}" srcdoc="{escape(page)}"></iframe>'
 
 
-def footer() -> str:
+def footer() -> Html:
     """Return what stands at the end of a page."""
     from lipcore import __version__
 
-    return f"Made by lipcore {__version__}. Drag in a figure to zoom; the reset button of its toolbar undoes it."
+    how = " Drag in a figure to zoom; the reset button of its toolbar undoes it."
+    return joined([f"Made by lipcore {__version__}.", tag("span", how, class_="screen")])
 
 
 def document(title: str, body: Html, data: dict[str, Any] | None = None) -> str:

@@ -17,6 +17,7 @@ COLORS = ("#0072b2", "#c77c00", "#007a5a", "#a8457d", "#3a3a3a")
 DASHES = ("solid", "dashed", "dotted", "dotdash", "dashdot")
 ALARM = "#d55e00"
 _LEFT = 150  # pixels before the axis, the same everywhere, so that steps stand under each other
+_NAMED = 16  # pixels for the name of the axis of steps
 _MOST_ALARMS = 200
 _DENSE = 600  # points of a line
 
@@ -57,12 +58,14 @@ class Plots:
             label: of the vertical axis.
             log: draw it on a logarithmic axis where all numbers are positive and far apart.
         """
-        from bokeh.models import ColumnDataSource, HoverTool, Range1d
+        from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, Range1d
 
         figure = self._figure(key, label, height, log=log and _wants_log(lines))
         positive = log and _wants_log(lines)
         if not any(numbers.count[:, column].any() for _, numbers, column in lines):
             figure.y_range = Range1d(0, 1)  # bokeh warns of one that it can make of nothing
+        elif not positive and _thousands(lines):
+            figure.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")  # as the axis of steps has them
         if positive:
             ends = [array[:, column] for _, numbers, column in lines for array in (numbers.low, numbers.high)]
             _tick_logarithms(figure, _positive(ends))
@@ -193,7 +196,7 @@ class Plots:
 
         made = figure(
             name=key,
-            height=height,
+            height=height + _NAMED,
             sizing_mode="stretch_width",
             x_range=self._steps,
             y_axis_type="log" if log else "linear",
@@ -206,6 +209,7 @@ class Plots:
         )
         made.toolbar.logo = None
         made.toolbar.autohide = True
+        made.xaxis.axis_label, made.xaxis.axis_label_standoff = "step", 0
         if not log_steps:
             made.xaxis.formatter = NumeralTickFormatter(format="0,0")
         made.yaxis.axis_label = label or None
@@ -306,6 +310,12 @@ def library() -> str:
 
 def _spread(numbers: Binned, column: int) -> bool:
     return bool((numbers.low[:, column] < numbers.high[:, column]).any())
+
+
+def _thousands(lines: Sequence[tuple[str, Binned, int]]) -> bool:
+    ends = [array[:, column] for _, numbers, column in lines for array in (numbers.low, numbers.high)]
+    sizes = np.abs(np.concatenate(ends))
+    return bool(1000 <= sizes[np.isfinite(sizes)].max(initial=0.0) < 1e9)
 
 
 def _wants_log(lines: Sequence[tuple[str, Binned, int]]) -> bool:

@@ -173,10 +173,16 @@ def test_a_comparison_draws_itself_too(chromium: Page, tmp_path: Path) -> None:
 def test_it_prints(chromium: Page, tmp_path: Path) -> None:
     page = opened(chromium, tmp_path, **CASES["usual"])
     assert page.pdf().startswith(b"%PDF")
-    widths = "Math.max(...[...document.querySelectorAll('.plot')].map((p) => p.getBoundingClientRect().width))"
-    before = page.value(widths)
-    assert page.value(f"dispatchEvent(new Event('beforeprint')), {widths}") <= 681
-    assert page.value(f"dispatchEvent(new Event('afterprint')), {widths}") == before > 1000
+    plots = page.value("document.querySelectorAll('.plot').length")
+    colours = "new Set(new Uint32Array(c.getContext('2d').getImageData(0, 0, c.width, c.height).data.buffer)).size"
+    pictures = f"[...document.querySelectorAll('canvas.paper')].map((c) => [c.width, {colours}])"
+    found = page.value(f"dispatchEvent(new Event('beforeprint')), {pictures}")
+    assert len(found) == plots
+    assert all(width >= 1600 and seen > 10 for width, seen in found)  # drawn already, and fine enough for paper
+    after = "[window.devicePixelRatio, document.querySelectorAll('canvas.paper').length]"
+    assert page.value(f"dispatchEvent(new Event('afterprint')), {after}") == [1, 0]
+    widths = "[...document.querySelectorAll('.plot')].map((p) => p.clientWidth)"
+    assert min(page.value(widths)) > 1000
     assert page.troubles == []
 
 

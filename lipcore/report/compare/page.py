@@ -144,10 +144,10 @@ def _verdict(names: Sequence[str], facts: Sequence[Facts], parted: Sequence[Part
     rows = []
     for name, one in zip(names[1:], parted, strict=True):
         rows += [
-            (name_of(name), _words(each.quantity), name_of(each.place), number(each.one, 9), number(each.other, 9))
+            (name_of(name), _words(each.quantity), name_of(each.place), *_apart(each.one, each.other))
             for each in one.differences
         ]
-    heads = ("run", "quantity", "place", f"in {shortened_name(names[0], 20)}", "in the run")
+    heads = ("run", "quantity", "place", f"in {shortened_name(names[0], 20)}", "in that run")
     table = Table(heads, rows, "What differs in the first step in which anything does", most=5, of_numbers=False)
     losses = [_loss(name, one) for name, one in zip(names, facts, strict=True)]
     return tag(
@@ -171,11 +171,16 @@ def _parted(one: str, other: str, found: Parting) -> Html:
     what = _words(worst.quantity)
     where = Html("") if worst.quantity.startswith("logged/") else joined([" of ", name_of(worst.place)])
     same = f"are the same up to step {found.step - 1:,}, and " if found.steps else ""
-    digits = next((n for n in (4, 6) if number(worst.one, n) != number(worst.other, n)), 9)
-    numbers = f": {number(worst.one, digits)} against {number(worst.other, digits)}."
+    numbers = f": {' against '.join(_apart(worst.one, worst.other))}."
     return joined(
         [name_of(one), " and ", name_of(other), f" {same}part in step {found.step:,}: {what}", where, numbers]
     )
+
+
+def _apart(one: float, other: float) -> tuple[str, str]:
+    """Return two numbers with as few digits as tell them apart, 4 at least."""
+    digits = next((n for n in (4, 6) if number(one, n) != number(other, n)), 9)
+    return number(one, digits), number(other, digits)
 
 
 def _words(quantity: str) -> str:

@@ -48,7 +48,7 @@ def postmortem_page(run: Source, step: int | None = None) -> str:
         ratios.look_at(account.places[0].step, account.places[0].place)
     rates = _rates(run, account, plots)
     around, missing = training(facts, plots, ratios)
-    around.title = f"Steps {account.first:,} to {account.last:,}"
+    around.key, around.title = "around", f"Steps {account.first:,} to {account.last:,}"
     around.figures = [*around.figures, *rates]
     shown = [
         _verdict(account),

@@ -38,7 +38,14 @@ def most_changed(facts: Facts, plots: Plots) -> Made:
         (name_of(place), _bar(share, most), number(far), number(first), number(last), f"{at:,}" if at >= 0 else "")
         for share, place, far, first, last, at in rows
     ]
-    heads = ("place", f"{what} over first weight norm", what, "first weight norm", "last", "largest update at step")
+    heads = (
+        "place",
+        f"{what} over first weight norm",
+        what,
+        "first weight norm",
+        "last weight norm",
+        "largest update at step",
+    )
     said: list[object] = []
     if rows and np.isfinite(rows[0][0]):
         top, low = rows[0], rows[-1]

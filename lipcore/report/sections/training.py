@@ -47,7 +47,7 @@ def training(facts: Facts, plots: Plots, ratios: RatioMap | None) -> tuple[Secti
         if not low < high:
             notes.append(joined([name_of(own), f", as logged, was {number(low)} throughout."]))
         elif i < _MOST_LOGGED:
-            plots.lines(f"logged-{i}", [(own, line, 0)], "logged", height=110)
+            plots.lines(f"logged-{i}", [(own, line, 0)], shortened_name(own, 20), height=120)
             title = f"{shortened_name(own)}, as logged"
             figures.append(Figure(f"logged-{i}", title, _sentence(shortened_name(own), line), _table({own: line})))
     if facts.lines:
