@@ -33,6 +33,7 @@ _DETAIL_BLOCK = 64  # steps of a block of which the older ones are forgotten
 _DETAIL_SHARE = 8  # of `max_bytes`, the part that the last steps of single parameters may take
 _LOOK = 16  # blocks between two looks at the size of the file
 _WAITING = 256  # things to write that wait at most; then the training waits
+_TOGETHER = 0.02  # seconds in which more may come that is written with the first
 
 
 class RunRecord:
@@ -91,6 +92,7 @@ class RunRecord:
         self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
         self._blocks, self._begun, self._closed = 0, False, False
         self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(_WAITING)
+        self._hurried = threading.Event()
         self._thread = threading.Thread(target=self._work, name="lipcore record", daemon=True)
         self._process = os.getpid()
         self._thread.start()
@@ -131,11 +133,12 @@ class RunRecord:
         text = layout_text([names[i] for i in where], [levels[i] for i in where])
         if not where:
             return
-        for quantity, array in arrays.items():
-            if not array.size or (not measured and quantity not in self._known and np.isnan(array).all()):
-                continue
-            self._known.add(quantity)
-            self._put(lambda q=quantity, a=array[:, where]: self._add_steps(q, first, a, text))  # type: ignore[misc]
+        found = {
+            quantity: array[:, where]
+            for quantity, array in arrays.items()
+            if array.size and (measured or quantity in self._known or not np.isnan(array).all())
+        }
+        self._put_steps(first, found, text)
 
     def add_details(
         self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], names: Sequence[str], levels: Sequence[Level]
@@ -146,10 +149,19 @@ class RunRecord:
         if "tensor" in self.levels or 4 * KEPT * len(where) * len(arrays) > self._limit // _DETAIL_SHARE or not where:
             return
         text = layout_text([names[i] for i in where], ["tensor"] * len(where))
-        for quantity, array in arrays.items():
-            if quantity in self._known or not np.isnan(array).all():
-                self._known.add(quantity)
-                self._put(lambda q=quantity, a=array[:, where]: self._add_steps(q, first, a, text, detail=True))  # type: ignore[misc]
+        found = {
+            quantity: array[:, where]
+            for quantity, array in arrays.items()
+            if quantity in self._known or not np.isnan(array).all()
+        }
+        self._put_steps(first, found, text, detail=True)
+
+    def _put_steps(
+        self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], text: str, *, detail: bool = False
+    ) -> None:
+        if arrays:
+            self._known.update(arrays)
+            self._put(lambda: self._add_steps(first, arrays, text, detail=detail))
 
     def add_batches(self, batches: Sequence[Batch]) -> None:
         """Add the samples of single steps, of which the last 512 steps and those around an alarm are kept."""
@@ -185,7 +197,10 @@ class RunRecord:
 
         self._put(last)
         self._put(done.set, always=True)
-        return done.wait(timeout) and not self.failed
+        self._hurried.set()
+        there = done.wait(timeout)
+        self._hurried.clear()
+        return there and not self.failed
 
     def close(self) -> None:
         """Write what waits, and close the file."""
@@ -195,6 +210,7 @@ class RunRecord:
         self._closed = True
         atexit.unregister(self.close)
         self._queue.put(None)
+        self._hurried.set()
         self._thread.join(60.0)
         self._connection.close()
         self._hold.close()
@@ -210,12 +226,24 @@ class RunRecord:
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
-            try:
-                work()
-            except Exception as error:  # noqa: PERF203 (it goes on: flush() waits for what it has put)
-                self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
-                if self._connection.in_transaction:
-                    self._connection.rollback()
+            # Whoever puts something where this thread waits wakes it, and then waits for the interpreter's lock: one
+            # wake-up for all that comes in a few short steps, in the place of one each.
+            self._hurried.wait(_TOGETHER)
+            while work is not None:
+                self._do(work)
+                if self._queue.empty():
+                    break
+                work = self._queue.get()
+            else:
+                return
+
+    def _do(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:  # it goes on: flush() waits for what it has put
+            self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
+            if self._connection.in_transaction:
+                self._connection.rollback()
 
     def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(sql, values)
@@ -287,14 +315,25 @@ class RunRecord:
         return self._layouts[text]
 
     def _add_steps(
-        self, quantity: str, first: int, values: np.ndarray[Any, Any], text: str, *, detail: bool = False
+        self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], text: str, *, detail: bool = False
     ) -> None:
         self._execute("begin immediate")
-        layout, last = self._layout(text), first + len(values) - 1
+        layout = self._layout(text)
+        for quantity, values in arrays.items():
+            self._add_block(quantity, first, values, layout, _DETAIL_BLOCK if detail else _BLOCK)
+            if detail:
+                forget_details(self._connection, quantity, first + len(values) - 1)
+        self._execute("commit")
+        looked, self._blocks = self._blocks // _LOOK, self._blocks + len(arrays)
+        if self._blocks // _LOOK > looked and used_bytes(self._connection) > self._limit:
+            self._make_room()
+
+    def _add_block(self, quantity: str, first: int, values: np.ndarray[Any, Any], layout: int, longest: int) -> None:
+        last = first + len(values) - 1
         before = self._execute(
             "select first, data from steps where quantity = ? and layout = ? and last = ? and fold = 1"
             " and first > ? order by first desc limit 1",
-            (quantity, layout, first - 1, first - (_DETAIL_BLOCK if detail else _BLOCK)),
+            (quantity, layout, first - 1, first - longest),
         ).fetchone()
         if before is not None:
             values = np.concatenate([unpacked_steps(before[1], self._places[layout]), values])
@@ -303,12 +342,6 @@ class RunRecord:
             "insert or replace into steps values(?, ?, ?, ?, 1, ?)",
             (quantity, layout, first, last, packed_steps(values)),
         )
-        if detail:
-            forget_details(self._connection, quantity, last)
-        self._execute("commit")
-        self._blocks += 1
-        if self._blocks % _LOOK == 0 and used_bytes(self._connection) > self._limit:
-            self._make_room()
 
     def _make_room(self) -> None:
         self._execute("begin")
