@@ -33,7 +33,6 @@ _DETAIL_BLOCK = 64  # steps of a block of which the older ones are forgotten
 _DETAIL_SHARE = 8  # of `max_bytes`, the part that the last steps of single parameters may take
 _LOOK = 16  # blocks between two looks at the size of the file
 _WAITING = 256  # things to write that wait at most; then the training waits
-_TOGETHER = 0.02  # seconds in which more may come that is written with the first
 
 
 class RunRecord:
@@ -92,7 +91,6 @@ class RunRecord:
         self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
         self._blocks, self._begun, self._closed = 0, False, False
         self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(_WAITING)
-        self._hurried = threading.Event()
         self._thread = threading.Thread(target=self._work, name="lipcore record", daemon=True)
         self._process = os.getpid()
         self._thread.start()
@@ -197,10 +195,7 @@ class RunRecord:
 
         self._put(last)
         self._put(done.set, always=True)
-        self._hurried.set()
-        there = done.wait(timeout)
-        self._hurried.clear()
-        return there and not self.failed
+        return done.wait(timeout) and not self.failed
 
     def close(self) -> None:
         """Write what waits, and close the file."""
@@ -210,7 +205,6 @@ class RunRecord:
         self._closed = True
         atexit.unregister(self.close)
         self._queue.put(None)
-        self._hurried.set()
         self._thread.join(60.0)
         self._connection.close()
         self._hold.close()
@@ -226,24 +220,12 @@ class RunRecord:
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
-            # Whoever puts something where this thread waits wakes it, and then waits for the interpreter's lock: one
-            # wake-up for all that comes in a few short steps, in the place of one each.
-            self._hurried.wait(_TOGETHER)
-            while work is not None:
-                self._do(work)
-                if self._queue.empty():
-                    break
-                work = self._queue.get()
-            else:
-                return
-
-    def _do(self, work: Callable[[], object]) -> None:
-        try:
-            work()
-        except Exception as error:  # it goes on: flush() waits for what it has put
-            self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
-            if self._connection.in_transaction:
-                self._connection.rollback()
+            try:
+                work()
+            except Exception as error:  # noqa: PERF203 (it goes on: flush() waits for what it has put)
+                self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
+                if self._connection.in_transaction:
+                    self._connection.rollback()
 
     def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(sql, values)
