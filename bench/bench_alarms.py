@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import nn
 from watched_models import MODELS, Made
 
 from lipcore import Monitor, Trajectory
+from lipcore.alarms import Alarms
 
 STEPS = 20
 
@@ -27,6 +30,8 @@ class Training:
         self.monitor = None
         if way not in ("plain", "control"):
             alarms: Any = "default" if way == "alarms" else None
+            if way == "movement":
+                alarms = Alarms(signals=["unexplained_movement"])
             self.monitor = Monitor(self.model, self.optimizer, [Trajectory()], window_steps=None, alarms=alarms)
         for _ in range(120):
             self.step()
@@ -58,3 +63,35 @@ def bench_beside_a_step(benchmark: Any, report: Any, name: str) -> None:
     where = f"Monitor(alarms='default'), {title}, 1 thread"
     details = {"control": found["control"], "without_alarms": found["without"]}
     report.add(where, found["alarms"], "x plain", **details)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def bench_movement_that_the_optimizer_did_not_make(benchmark: Any, report: Any, name: str) -> None:
+    """What the check adds to a Monitor with the same copies, as a share of the plain step."""
+    make, title = MODELS[name]
+    with threads(1):
+        trainings = {way: Training(make, way) for way in ("plain", "control", "without", "movement")}
+        calls = {way: training.steps for way, training in trainings.items()}
+        times = interleave(calls, seconds=30, rounds=15, clock=time.process_time)
+        benchmark.pedantic(calls["movement"], rounds=1, iterations=1)
+        _check_movement(trainings["movement"])
+    found = ratios(times, "plain")
+    rounds = zip(times["movement"], times["without"], times["plain"], strict=True)
+    added = 1 + statistics.median((checked - without) / plain for checked, without, plain in rounds)
+    where = f"what the check of movement that AdamW did not make adds, {title}, 1 thread"
+    details = {"control": found["control"], "checked": found["movement"], "without": found["without"]}
+    report.add(where, added, "x plain", target=1.03, better="lower", **details)
+
+
+def _check_movement(training: Training) -> None:
+    """Nothing but the optimizer has moved the weights so far, and what does is found."""
+    monitor = training.monitor
+    assert monitor is not None
+    assert monitor.alarms is not None
+    assert not monitor.alarms.events
+    name, weight = next((name, p) for name, p in training.model.named_parameters() if p.ndim == 2)
+    with torch.no_grad():
+        weight[0] *= 2
+    training.step()
+    monitor.close()
+    assert [event.place for event in monitor.alarms.events] == [name]

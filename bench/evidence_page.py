@@ -23,8 +23,9 @@ SOURCES = {
 
 Results = Mapping[str, Any]
 _SHIPPED, _PRACTICE = 'alarms="default"', "6 sigma of 128 steps, loss and gradient norm, as shipped"
+_LOWER, _LIGHT = "Alarms(least_multiplier=0.5)", "warning light"
 _JOINT, _GLOBAL = "loss + update norm + gradient norm per group", "loss + global gradient norm"
-_BY_FAULT = (_SHIPPED, _JOINT, _GLOBAL, _PRACTICE)
+_BY_FAULT = (_SHIPPED, _LOWER, _JOINT, _GLOBAL, _PRACTICE, _LIGHT)
 _LEADS = (
     "activation kurtosis",
     "loss",
@@ -34,7 +35,9 @@ _LEADS = (
     "update norm per group",
     "RMS_t per parameter",
     "normalized_update_rms",
+    _LIGHT,
     _SHIPPED,
+    _LOWER,
 )
 
 
@@ -46,7 +49,7 @@ def table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def _name(detector: str) -> str:
-    return f"`{detector}`" if detector == _SHIPPED else detector
+    return f"`{detector}`" if detector in (_SHIPPED, _LOWER) else detector
 
 
 def detectors(all_results: Results) -> str:
@@ -80,7 +83,7 @@ def by_fault(all_results: Results) -> str:
     for fault in next(iter(found["faults"].values())):
         cells = []
         for name in _BY_FAULT:
-            each = [faults[fault][name] for faults in found["faults"].values()]
+            each = [faults[fault][name] for faults in found["faults"].values() if name in faults[fault]]
             cells.append(f"{sum(row['found'] for row in each)} of {sum(row['runs'] for row in each)}")
         rows.append([fault, *cells])
     return table(["fault", *map(_name, _BY_FAULT)], rows)
@@ -137,11 +140,13 @@ def hot(all_results: Results) -> str:
     found = all_results["spikes"]["spikes"]
     rows = []
     for name in (
+        _LIGHT,
         "normalized_update_rms",
         "activation kurtosis",
         "global gradient norm",
         "update norm per group",
         _SHIPPED,
+        _LOWER,
     ):
         each = [by_task["detectors"][name] for by_task in found.values() if name in by_task["detectors"]]
         before, spikes, quiet, stretches = (
@@ -242,7 +247,7 @@ def peer_faults(all_results: Results) -> str:
     ours, theirs = all_results["spikes"], all_results["trainscope"]["detectors"]
     tasks, control = list(ours["models"]), "none (control)"
     rows = []
-    for name in (_SHIPPED, _JOINT, "loss"):
+    for name in (_SHIPPED, _LOWER, _JOINT, "loss"):
         quiet = [ours["false_alarms"][task][name] for task in tasks]
         chance = [ours["faults"][task][control][name] for task in tasks]
         rows.append(_peer(f"lipcore: {_name(name)}", ours["totals"][name], quiet, chance))

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 import lipcore
 from lipcore.alarms import AlarmEvent, Alarms
+from lipcore.alarms.light import QUANTITY, WarningLight
 from lipcore.metric.columns import Places
 from lipcore.trajectory.step_stream import StepArrays
 
@@ -177,6 +178,8 @@ PRACTICE = "6 sigma of 128 steps, loss and gradient norm"
 SHIPPED = 'alarms="default"'
 #: lipcore's alarms with other arguments, by how they are made.
 OTHERS = {"Alarms(least_multiplier=0.5)": {"least_multiplier": 0.5}}
+#: It counts in every step in which it is on, which is no alarm: it has no budget.
+LIGHT = "warning light"
 
 
 def available(series: Series) -> dict[str, Detector]:
@@ -213,6 +216,16 @@ def joint(parts: Mapping[str, Scores], names: Sequence[str], limits: Mapping[str
     """Return the scores of several signals, each over its own threshold."""
     values = np.concatenate([parts[name].values / limits[name] for name in names], axis=1)
     return Scores(values, [place for name in names for place in parts[name].places])
+
+
+def light(series: Series) -> Scores:
+    """Return 1 in every step in which the warning light is on, by the class that a Monitor uses."""
+    one = WarningLight()
+    found = np.zeros((len(series[QUANTITY]), 1))
+    for step, rms in enumerate(series[QUANTITY].tolist(), 1):
+        one.step(step, rms)
+        found[step - 1] = one.is_on
+    return Scores(found, [""])
 
 
 def shipped(series: Series, **options: Any) -> list[AlarmEvent]:

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 
 import lipcore
+from lipcore.alarms.light import QUANTITY
 from spikes.detectors import (
     JOINT,
+    LIGHT,
     OTHERS,
     PRACTICE,
     QUIET,
@@ -20,6 +22,7 @@ from spikes.detectors import (
     alarms,
     available,
     joint,
+    light,
     shipped,
     threshold,
 )
@@ -74,6 +77,8 @@ class Look:
         self.limits = {name: limits[name] for name in parts}
         fixed = f"{PRACTICE}, as shipped"
         self.scores[fixed], self.limits[fixed] = parts[PRACTICE], 6.0
+        if QUANTITY in series:
+            self.scores[LIGHT], self.limits[LIGHT] = light(series), 0.5
         told = {name: shipped(series, **options) for name, options in {SHIPPED: {}, **OTHERS}.items()}
         self.events = {name: [one for one in events if one.step > USUAL] for name, events in told.items()}
 

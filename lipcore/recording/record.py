@@ -131,11 +131,12 @@ class RunRecord:
         text = layout_text([names[i] for i in where], [levels[i] for i in where])
         if not where:
             return
-        for quantity, array in arrays.items():
-            if not array.size or (not measured and quantity not in self._known and np.isnan(array).all()):
-                continue
-            self._known.add(quantity)
-            self._put(lambda q=quantity, a=array[:, where]: self._add_steps(q, first, a, text))  # type: ignore[misc]
+        found = {
+            quantity: array[:, where]
+            for quantity, array in arrays.items()
+            if array.size and (measured or quantity in self._known or not np.isnan(array).all())
+        }
+        self._put_steps(first, found, text)
 
     def add_details(
         self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], names: Sequence[str], levels: Sequence[Level]
@@ -146,10 +147,19 @@ class RunRecord:
         if "tensor" in self.levels or 4 * KEPT * len(where) * len(arrays) > self._limit // _DETAIL_SHARE or not where:
             return
         text = layout_text([names[i] for i in where], ["tensor"] * len(where))
-        for quantity, array in arrays.items():
-            if quantity in self._known or not np.isnan(array).all():
-                self._known.add(quantity)
-                self._put(lambda q=quantity, a=array[:, where]: self._add_steps(q, first, a, text, detail=True))  # type: ignore[misc]
+        found = {
+            quantity: array[:, where]
+            for quantity, array in arrays.items()
+            if quantity in self._known or not np.isnan(array).all()
+        }
+        self._put_steps(first, found, text, detail=True)
+
+    def _put_steps(
+        self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], text: str, *, detail: bool = False
+    ) -> None:
+        if arrays:
+            self._known.update(arrays)
+            self._put(lambda: self._add_steps(first, arrays, text, detail=detail))
 
     def add_batches(self, batches: Sequence[Batch]) -> None:
         """Add the samples of single steps, of which the last 512 steps and those around an alarm are kept."""
@@ -287,14 +297,25 @@ class RunRecord:
         return self._layouts[text]
 
     def _add_steps(
-        self, quantity: str, first: int, values: np.ndarray[Any, Any], text: str, *, detail: bool = False
+        self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], text: str, *, detail: bool = False
     ) -> None:
         self._execute("begin immediate")
-        layout, last = self._layout(text), first + len(values) - 1
+        layout = self._layout(text)
+        for quantity, values in arrays.items():
+            self._add_block(quantity, first, values, layout, _DETAIL_BLOCK if detail else _BLOCK)
+            if detail:
+                forget_details(self._connection, quantity, first + len(values) - 1)
+        self._execute("commit")
+        looked, self._blocks = self._blocks // _LOOK, self._blocks + len(arrays)
+        if self._blocks // _LOOK > looked and used_bytes(self._connection) > self._limit:
+            self._make_room()
+
+    def _add_block(self, quantity: str, first: int, values: np.ndarray[Any, Any], layout: int, longest: int) -> None:
+        last = first + len(values) - 1
         before = self._execute(
             "select first, data from steps where quantity = ? and layout = ? and last = ? and fold = 1"
             " and first > ? order by first desc limit 1",
-            (quantity, layout, first - 1, first - (_DETAIL_BLOCK if detail else _BLOCK)),
+            (quantity, layout, first - 1, first - longest),
         ).fetchone()
         if before is not None:
             values = np.concatenate([unpacked_steps(before[1], self._places[layout]), values])
@@ -303,12 +324,6 @@ class RunRecord:
             "insert or replace into steps values(?, ?, ?, ?, 1, ?)",
             (quantity, layout, first, last, packed_steps(values)),
         )
-        if detail:
-            forget_details(self._connection, quantity, last)
-        self._execute("commit")
-        self._blocks += 1
-        if self._blocks % _LOOK == 0 and used_bytes(self._connection) > self._limit:
-            self._make_room()
 
     def _make_room(self) -> None:
         self._execute("begin")

@@ -110,6 +110,15 @@ def test_scores_thresholds_and_alarms_are_those_of_the_definitions() -> None:
     assert Scores(np.array([[1.0, 3.0, 2.0]]), ["a", "", "b"]).place(0) == "b"
 
 
+def test_the_light_is_on_ten_steps_longer_than_it_is_over_its_limit() -> None:
+    from spikes.detectors import light
+
+    rms = np.exp(0.1 * np.random.default_rng(0).standard_normal(140))
+    rms[[99, 120]] = 5.0  # before there are a hundred steps to compare with, and then
+    on = light({"normalized_update_rms": rms}).most
+    assert np.flatnonzero(on).tolist() == list(range(120, 131))
+
+
 def test_intervals_of_shares() -> None:
     from spikes.evaluate import interval, rate
 
@@ -179,6 +188,7 @@ def test_the_suite_in_a_small_size(task: str, tmp_path: Path) -> None:
         assert all(row["runs"] == 1 and 0 <= row["found"] <= 1 for row in by_detector.values())
     assert found["faults"][task]["one weight = 16"]["update norm per group"]["right"] == 1
     assert found["explosions"][task]["explosions"]
+    assert ("warning light" in found["spikes"][task]["detectors"]) == (task != "cnn")  # which has no AdamW
     suite.write(tmp_path / "spikes.json", found)
     figure.draw(json.loads((tmp_path / "spikes.json").read_text()), tmp_path / "spikes.png")
     assert (tmp_path / "spikes.png").stat().st_size > 5_000

@@ -352,3 +352,16 @@ def test_a_forked_child_writes_nothing(tmp_path: Path) -> None:
 
 def test_the_file_system_is_known(tmp_path: Path) -> None:
     assert isinstance(of_a_network(tmp_path), str)
+
+
+def test_all_quantities_of_some_steps_are_one_transaction(tmp_path: Path) -> None:
+    record, said = RunRecord(tmp_path / "a"), list[str]()
+    record.begin(0)
+    record.flush()
+    record._connection.set_trace_callback(said.append)
+    arrays = {name: np.full((64, 2), value) for name, value in (("t/a", 1.0), ("t/b", 2.0), ("t/c", 3.0))}
+    record.add_steps(1, arrays, ["x", "total"], ["group", "total"])
+    record.close()
+    assert said.count("commit") == 1
+    with open_run(tmp_path / "a") as run:
+        assert [run.series(name, "x").values[-1, 0] for name in "abc"] == [1, 2, 3]
