@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from lipcore.models.containers import WHOLE, attributes_of, leaves_of
 
 #: Attributes of objects are looked into so deep: where they alone are returned, and beside tensors.
 _DEEP, _DEEP_BESIDE = 4, 2
+_MOST_OBJECTS = 256
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
@@ -52,18 +55,22 @@ def _beside(found: Any) -> Iterator[Tensor]:
 
 
 def _attributes(found: Any, deep: int) -> Iterator[Tensor]:
-    """Find the tensors that are attributes of an object, or of objects that are, so deep."""
-    if isinstance(found, (type, nn.Module)):
-        return
-    for leaf in leaves_of(attributes_of(found)):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif isinstance(leaf, WHOLE):
+    """Find the tensors that are attributes of an object, or of objects that are, so deep; not of more objects than a
+    model makes in each pass, since this looks at them in each (a data set that one of them holds)."""
+    todo = deque([(found, deep)])
+    for _ in range(_MOST_OBJECTS):
+        if not todo:
+            return
+        each, deep = todo.popleft()
+        if isinstance(each, (type, nn.Module)):
             continue
-        elif isinstance(leaf, Distribution):
-            yield from _attributes(leaf, _DEEP)
-        elif deep > 1:
-            yield from _attributes(leaf, deep - 1)
+        for leaf in islice(leaves_of(attributes_of(each)), _MOST_OBJECTS):
+            if isinstance(leaf, Tensor):
+                yield leaf
+            elif isinstance(leaf, Distribution):
+                todo.append((leaf, _DEEP))
+            elif not isinstance(leaf, WHOLE) and deep > 1:
+                todo.append((leaf, deep - 1))
 
 
 def nodes_of(output: Any) -> Iterator[Any]:

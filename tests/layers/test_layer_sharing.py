@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from few import few
 from rule_cases import CASES
 from rule_factors import factors_of, make
 from rule_oracle import norms_sq
@@ -124,7 +125,7 @@ COMPILED = ["linear", "linear_3d", "conv2d", "conv_circular", "conv_transpose2d"
 COMPILED += ["rms_norm", "group_norm", "instance_norm1d", "batch_norm2d", "prelu", "bilinear", "mha_self", "bag_sum"]
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", few(COMPILED, 4))
 def test_factors_are_traced_whole(name):
     torch._dynamo.reset()
     module, arguments, keywords = make(CASES[name], 3, torch.float32)

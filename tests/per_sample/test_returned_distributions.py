@@ -149,3 +149,5 @@ def test_caches_are_looked_into_only_where_nothing_else_is_returned() -> None:
     loop.itself = loop
     assert [each is x for each in tensors_of(loop)] == [True]
     assert not list(tensors_of([nn.Linear(2, 2), "text", None, int, 3]))
+    many = SimpleNamespace(x=x, data=[SimpleNamespace(y=torch.zeros(1)) for _ in range(10_000)])
+    assert 1 < len(list(tensors_of(many))) < 1000  # this is asked in every pass

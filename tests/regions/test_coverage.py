@@ -88,7 +88,7 @@ MAKERS = {
 }
 
 
-@pytest.mark.parametrize("name", few(MAKERS, 2))
+@pytest.mark.parametrize("name", few(MAKERS, 1))
 def test_bounds_are_never_below_the_truth(name: str) -> None:
     """30 random networks of every kind, 60 points each, near and far."""
     statuses: set[str] = set()
@@ -181,7 +181,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", few(FUNCTIONS, 2))
 def test_bounds_of_functions_and_chosen_outputs(name: str) -> None:
     make, output = FUNCTIONS[name]
     statuses: set[str] = set()
@@ -284,7 +284,7 @@ KINKS = {
 }
 
 
-@pytest.mark.parametrize("name", KINKS)
+@pytest.mark.parametrize("name", few(KINKS, 1))
 def test_bounds_from_points_on_kinks(name: str) -> None:
     """Whole numbers, so that many points lie exactly on one."""
     statuses: set[str] = set()

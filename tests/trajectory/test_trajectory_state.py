@@ -106,7 +106,7 @@ class Loop:
         return through_a_file({key: part.state_dict() for key, part in loop.items()})
 
 
-@pytest.mark.parametrize("case", few(SETTINGS, 2))
+@pytest.mark.parametrize("case", few(SETTINGS, 1))
 def test_a_loop_goes_on_as_if_it_had_not_been_stopped(case: str) -> None:
     """In every mode, before and after the first 512 steps and over the ends of blocks, with and without closed ones."""
     windows = {"window_steps": 1800, "window_blocks": 3} if "sliding" in case else {"window_steps": None}
