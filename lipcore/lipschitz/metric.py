@@ -129,10 +129,10 @@ class Lipschitz(StandaloneMetric):
             in a third of the time. What else comes to reach these gradients (a penalty on parameters) is noticed by the
             next comparison only, which takes back the values since the last one (up to 255) and says how many.
         virtual_bias: also follow the bias that the first layer does not have, see above.
-        sigma: where ranks hold parts of W_1, take its singular values (``details["singular_values"]`` of windows of all
-            ranks) whatever it costs. They are taken unasked up to 131,328 numbers in each window's reduce, which is 512
-            inputs where outputs are cut. Under tensor parallelism they are all that can be measured, and without
-            `sigma` the metric stops there.
+        sigma: where ranks hold parts of W_1 and the model has one output value per sample, take its singular values
+            (``details["singular_values"]`` of windows of all ranks) whatever it costs. They are taken unasked up to
+            131,328 numbers in each window's reduce, which is 512 inputs where outputs are cut. Under tensor parallelism
+            they are all that can be measured, and without `sigma` the metric stops there.
         optional: where the model has no such output or first layer, turn off with a line in the plan instead of an
             error.
 
@@ -457,7 +457,7 @@ class Lipschitz(StandaloneMetric):
         lines = [PlanLine("first layer", first if self._by_input else f"{first}, {self._lambda_rule}", size)]
         if self._by_input:
             lines.append(PlanLine("lambda", self._lambda_rule))
-        if is_in_parts(self._first.module, weight):
+        if is_in_parts(self._first.module, weight) and self._resolved != "residual":
             lines.append(self._plan_of_parts(weight))
         return PlanLines([*lines, PlanLine("output", f"{self._last.place}: {what}")])
 
@@ -593,7 +593,8 @@ class Lipschitz(StandaloneMetric):
 
     def _goes_on(self) -> bool:
         """Return whether there is something to measure without r and lambda: the singular values of a W_1 in parts."""
-        return self._sigma and is_in_parts(self._first.module, self._first.weight())
+        scalar = self._resolved == "scalar"  # what the theorem is about
+        return self._sigma and scalar and is_in_parts(self._first.module, self._first.weight())
 
     def _first_bias(self) -> dict[str, Any]:
         """Return what Corollaries 2 and 3 ask of the first layer and its bias, for lipcore.theory to check; without

@@ -129,7 +129,7 @@ class Numerators:
         if self.first_off and at_input.off:
             if self._goes_on():
                 return None
-            raise ValueError(f"{self.first_off}; {at_input.off}")
+            raise ValueError(f"{self.first_off}; {at_input.off}; leave this metric out (metrics=[Trajectory()])")
         if not mixed:
             self._check(record, first, norms, size)
         return self._rows(first, norms)

@@ -56,9 +56,10 @@ class WeightInParts:
         cls, name: str, layer: nn.Module, weight: Any, batch_shape: tuple[int, ...] | None, *, asked: bool
     ) -> WeightInParts:
         """Return the part of a weight that is a DTensor; no collective."""
-        part = local_of(weight).detach().clone()
-        shape, offset = tuple(weight.shape), shard_of(weight)[1]
-        return cls(name, layer, shape, tuple(offset), part, way_of(layer, weight), asked, batch_shape)
+        shape, offset, way = tuple(weight.shape), shard_of(weight)[1], way_of(layer, weight)
+        part = local_of(weight).detach()
+        part = part.new_empty(0) if refusal(shape, way, asked=asked) else part.clone()
+        return cls(name, layer, shape, tuple(offset), part, way, asked, batch_shape)
 
     @property
     def numbers(self) -> int:
@@ -103,7 +104,8 @@ class WeightInParts:
             return torch.zeros(0, dtype=torch.float64, device="cpu")
         if not counts or not self.part.numel():
             return torch.zeros(self.numbers, dtype=torch.float64, device="cpu")
-        part = self.part.double()
+        # A device that training has filled would raise here, where the other ranks are in the reduce already.
+        part = self.part.cpu().double()
         if self.way == "whole":
             whole = torch.zeros(self.shape, dtype=torch.float64, device="cpu")
             into = whole
@@ -112,21 +114,22 @@ class WeightInParts:
             into.copy_(part)
             return whole.reshape(-1)
         gram = part.T @ part if self.way == "inner" else part @ part.T
-        row, column = torch.tril_indices(*gram.shape, device=gram.device)
-        return gram[row, column].cpu()
+        row, column = torch.tril_indices(*gram.shape, device="cpu")
+        return gram[row, column]
 
     def singular_values(self, total: Tensor) -> Later[SingularValues]:
         """Return the singular values, of what all ranks' addends come to, to be computed when they are read."""
         reason = self.refused or self.off
         if reason:
             return Later(lambda: unknown(reason))
-        layer, batch_shape, shape, way = self.layer, self.batch_shape, self.shape, self.way
+        batch_shape, shape = self.batch_shape, self.shape
+        twin = twin_of(self.layer, total.reshape(shape)) if self.way == "whole" else None  # not the layer: it is kept
 
         def taken() -> SingularValues:
             try:
-                if way != "whole":
+                if twin is None:
                     return _of_gram(total, shape)
-                found = singular_values(twin_of(layer, total.reshape(shape)), batch_shape)
+                found = singular_values(twin, batch_shape)
             except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # who reads a window cannot do anything about it
                 return unknown(f"singular values of W_1 could not be taken: {error}")
             assert found is not None

@@ -661,6 +661,7 @@ class Engine:
         self._windows.load(state["step"], state["windows"], starts)
         self._global.forget(state["step"])
         self._leave_out(lacking)
+        lost = [steps for steps in lost if tuple(steps) not in self._global.waiting]  # of this very run
         if lost:
             self._failures.warn(_WERE_WAITING.format(_steps_of(lost)))
         self._tell(lambda listener: listener.state_loaded(self._windows.step))

@@ -87,7 +87,7 @@ class GlobalWindows:
         self.last_merged = [window for window in self.last_merged if window.last_step <= step]
         self._newest = self._newest if self._newest is not None and self._newest.last_step <= step else None
         self._told = {each for each in self._told if each.last_step <= step}
-        self._partial.clear()
+        self._partial = {name: each for name, each in self._partial.items() if each[0] <= step}
 
     @property
     def waiting(self) -> list[tuple[int, int]]:

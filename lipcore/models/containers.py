@@ -4,7 +4,8 @@ for single things."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections import UserDict
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -29,7 +30,18 @@ def leaves_of(value: Any, within: tuple[int, ...] = ()) -> Iterator[Any]:
 
 
 def exchanged_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Return such containers anew, with what the function returns in the place of everything in them."""
+    """Return such containers anew, with what the function returns in the place of everything in them.
+
+    Raises:
+        ValueError: one of them cannot be made anew (:func:`fixed_container`).
+    """
+    fixed = fixed_container(value)
+    if fixed is not None:
+        raise ValueError(f"it is called with a {type(fixed).__name__}, which cannot be made anew")
+    return _anew(function, value)
+
+
+def _anew(function: Callable[[Any], Any], value: Any) -> Any:
     return tree_map(lambda leaf: _exchanged(function, leaf), value)
 
 
@@ -39,7 +51,7 @@ def _exchanged(function: Callable[[Any], Any], leaf: Any) -> Any:
         return function(leaf)
     made = copy.copy(leaf)
     for name, part in parts.items():
-        part = exchanged_leaves(function, part)
+        part = _anew(function, part)
         if isinstance(leaf, Mapping):
             made[name] = part
         else:
@@ -48,8 +60,9 @@ def _exchanged(function: Callable[[Any], Any], leaf: Any) -> Any:
 
 
 def fixed_container(value: Any) -> Any:
-    """Return the first container that :func:`exchanged_leaves` could not make anew, None where there is none: a mapping
-    that cannot be changed, and what refers to itself."""
+    """Return the first container that :func:`exchanged_leaves` could not make anew, None where there is none: mappings
+    that keep what is in them in a way of their own or make it anew, what refers to itself, and containers with tensors that are no part
+    of them (`self.__dict__ = self`, what `__post_init__` makes), which a copy would share."""
     return next(_fixed(value, ()), None)
 
 
@@ -58,11 +71,21 @@ def _fixed(value: Any, within: tuple[int, ...]) -> Iterator[Any]:
         parts = parts_of(leaf)
         if parts is None:
             continue
-        if id(leaf) in within or (isinstance(leaf, Mapping) and not isinstance(leaf, MutableMapping)):
+        if id(leaf) in within or _is_fixed(leaf, parts):
             yield leaf
             continue
         for part in parts.values():
             yield from _fixed(part, (*within, id(leaf)))
+
+
+def _is_fixed(leaf: Any, parts: Mapping[Any, Any]) -> bool:
+    if isinstance(leaf, Mapping) and not isinstance(leaf, (dict, UserDict)):
+        return True
+    if isinstance(leaf, UserDict) and any(leaf.data.get(key) is not part for key, part in parts.items()):
+        return True
+    mine = [leaf.data] if isinstance(leaf, UserDict) else [] if isinstance(leaf, Mapping) else list(parts.values())
+    beside = [each for each in attributes_of(leaf) if not any(each is part for part in mine)]
+    return any(isinstance(each, Tensor) for each in leaves_of(beside))
 
 
 def parts_of(leaf: Any) -> Mapping[Any, Any] | None:
@@ -70,7 +93,10 @@ def parts_of(leaf: Any) -> Mapping[Any, Any] | None:
     if isinstance(leaf, WHOLE):
         return None
     if isinstance(leaf, Mapping):
-        return leaf
+        try:
+            return dict(leaf.items())
+        except Exception:  # a configuration with values that are missing, say
+            return None
     if is_dataclass(leaf) and not isinstance(leaf, type):
         return {field.name: getattr(leaf, field.name) for field in fields(leaf) if hasattr(leaf, field.name)}
     return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,18 +57,18 @@ def _attributes(found: Any, deep: int) -> Iterator[Tensor]:
     """Find the tensors that are attributes of an object, or of objects that are, so deep; not of more objects than a
     model makes in each pass, since this looks at them in each (a data set that one of them holds)."""
     todo = deque([(found, deep)])
-    for _ in range(_MOST_OBJECTS):
-        if not todo:
-            return
+    looked_at = 0
+    while todo and looked_at < _MOST_OBJECTS:
+        looked_at += 1
         each, deep = todo.popleft()
         if isinstance(each, (type, nn.Module)):
             continue
-        for leaf in islice(leaves_of(attributes_of(each)), _MOST_OBJECTS):
+        for leaf in leaves_of(attributes_of(each)):
             if isinstance(leaf, Tensor):
                 yield leaf
             elif isinstance(leaf, Distribution):
                 todo.append((leaf, _DEEP))
-            elif not isinstance(leaf, WHOLE) and deep > 1:
+            elif not isinstance(leaf, WHOLE) and deep > 1 and len(todo) < _MOST_OBJECTS:
                 todo.append((leaf, deep - 1))
 
 

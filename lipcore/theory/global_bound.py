@@ -23,6 +23,8 @@ from lipcore.theory.windows import NEEDS, select, span, with_samples
 _NOW = "of the model as it is now; phi is of the weights as they were visited"
 _ROUNDING = 1 + 1e-4  # of float32 models, whose r and lambda come from different backward passes
 
+_RANKS = "; where ranks hold parts of the model, pass monitor.global_history"
+
 
 @dataclass(frozen=True, repr=False)
 class GlobalBound(Finding):
@@ -114,7 +116,7 @@ def _beta(windows: list[Window], metric: str) -> Value:
             broken.append(str(details["sandwich_off"]))
             continue
         if "singular_values" not in details:
-            raise ValueError(f"history: {span(window)} has no singular values of the first layer: {NEEDS}")
+            raise ValueError(f"history: {span(window)} has no singular values of the first layer: {NEEDS}{_RANKS}")
         sigma = SingularValues.of_details(details["singular_values"])
         if math.isfinite(sigma.upper):
             largest = max(largest, sigma.upper)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lipcore import Lipschitz
+from lipcore.lipschitz import weight_in_parts
 from lipcore.lipschitz.singular_values import SingularValues, singular_values
 from lipcore.lipschitz.weight_in_parts import UNASKED, WeightInParts, numbers_of
 
@@ -115,3 +118,29 @@ def test_what_costs_much_is_taken_where_it_is_asked_for() -> None:
     assert "pass Lipschitz(sigma=True)" in found.rule
     found = together(layer_of(weight), [(slice(0, 200),), (slice(200, 513),)], "inner", asked=True)
     assert found.largest == pytest.approx(2.0, rel=1e-12)
+
+
+def test_a_window_keeps_no_part_that_is_not_asked_for_and_no_layer() -> None:
+    """Parts count against what may wait for the ranks."""
+
+    class Cut:
+        """What is read of a DTensor."""
+
+        def __init__(self, shape: tuple[int, int]) -> None:
+            self.shape, self.placements, self.here = shape, (), torch.zeros(shape)
+
+    monkey = pytest.MonkeyPatch()
+    with monkey.context() as patch:
+        patch.setattr(weight_in_parts, "local_of", lambda weight: weight.here)
+        patch.setattr(weight_in_parts, "shard_of", lambda weight: (None, (0, 0)))
+        patch.setattr(weight_in_parts, "way_of", lambda layer, weight: "inner")
+        for inputs, kept in ((512, 4 * 512 * 600), (520, 0)):
+            found = WeightInParts.of("w", nn.Linear(inputs, 600), Cut((600, inputs)), None, asked=False)
+            assert found.nbytes == kept
+    layer = layer_of(torch.randn(4, 3).double())
+    unread = WeightInParts("w", layer, (4, 3), (0, 0), layer.weight.detach(), "whole", asked=False, batch_shape=None)
+    later, alive = unread.singular_values(torch.ones(12).double()), weakref.ref(layer)
+    del unread, layer
+    gc.collect()
+    assert alive() is None
+    assert later.get().largest is not None

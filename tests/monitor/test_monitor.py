@@ -606,7 +606,7 @@ MONITOR_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
        for key in ("version", "step", "windows", "starts")},
     "version": (lambda s: s.update(version=1),
                 "version: the state has 1, this monitor has 3; an older lipcore has saved it"),
-    "newer_with_other_keys": (lambda s: (s.update(version=4), s.pop("alike")),
+    "newer_with_other_keys": (lambda s: (s.update(version=4), s.pop("step")),
                               "version: the state has 4, this monitor has 3; a newer lipcore has saved it"),
     "a_metric_of_another_version": (lambda s: s["metrics"]["trajectory"].update(version=1),
                                     r"trajectory: version: the state has 1, this metric has \d; an older lipcore"),

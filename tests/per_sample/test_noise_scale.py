@@ -232,7 +232,7 @@ def test_what_has_no_step_says_why():
     assert noise.finalize()[0]["noise_scale"]["mean"].note == "nothing recorded"
     noise.observe(torch.tensor([torch.nan]), torch.tensor([1.0]), 4)
     for reducer in ("mean", "ema"):
-        assert noise.finalize()[0]["noise_scale"][reducer].note.startswith("every step of this window was left out")
+        assert noise.finalize()[0]["noise_scale"][reducer].note.startswith("no step of this window counts here")
     noise.observe(torch.tensor([5.0]), torch.tensor([2.0]), 4)
     assert noise.finalize()[0]["noise_scale"]["mean"].note.startswith("no interval")
 

@@ -136,7 +136,7 @@ def test_another_compiled_region_in_later_passes() -> None:
     model = Changing(lambda _, hidden: hidden - hidden.mean(0))
     found = unproved(model, 4, lambda number: number >= 3, call=torch.compile(model, dynamic=False))
     assert not any(found[:3])
-    assert found[3] == OTHER
+    assert "no pass that ran these compiled regions was proved yet" in found[3]
 
 
 class Twice(nn.Module):
@@ -234,7 +234,7 @@ SAMPLES: dict[str, tuple[tuple[Any, ...], str]] = {
     "a list": (([torch.ones(1, 5)] * 3,), r"shape \[1, 5\], but argument 0 is a list of 3 tensors"),
     "one number before": ((torch.ones(1), torch.ones(3, 5)), r"shape \[1\], but argument 1 has 3 rows"),
     "one row before": ((torch.ones(1, 5), torch.ones(3, 5)), r"shape \[1, 5\], but argument 1 has 3 rows"),
-    "a dict": (({"time": torch.ones(1), "x": torch.ones(3, 5)},), r"shape \[1\], but 'x' has 3 rows"),
+    "a dict": (({"time": torch.ones(1), "x": torch.ones(3, 5)},), r"shape \[1\], but argument 0\['x'\] has 3 rows"),
 }
 
 

@@ -4,8 +4,9 @@ sample."""
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import UserDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from few import few
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from lipcore import Lipschitz, PerSampleGradNorms
+from lipcore.models.containers import exchanged_leaves
 
 B, C = 6, 3
 X = torch.randn(B, 5, generator=torch.Generator().manual_seed(0))
@@ -96,6 +99,127 @@ def test_the_batch_is_found_in_what_the_model_is_given(name: str) -> None:
         assert not norms.coverage().uncovered
     assert torch.equal(unpacked(given), X)
     assert getattr(given, "names", ["a", "seen"]) == ["a", "seen"]
+
+
+class Attributes(dict[str, Any]):
+    """A dict whose keys are attributes."""
+
+    def __init__(self, **given: Any) -> None:
+        super().__init__(**given)
+        self.__dict__ = self
+
+
+@dataclass
+class Derived:
+    """What the model reads is no field."""
+
+    given: Any
+
+    def __post_init__(self) -> None:
+        self.x = self.given * 2
+
+
+class Store(MutableMapping[str, Any]):
+    """A mapping that keeps its items in an attribute, which a copy of it shares."""
+
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+
+    def __getitem__(self, key: str) -> Any:
+        return self.given[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.given[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.given[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+
+@dataclass
+class Loop:
+    x: Any
+    itself: Any = None
+
+    def __post_init__(self) -> None:
+        self.itself = self
+
+
+class Fresh(UserDict[str, Any]):
+    """Reads its tensors anew each time."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key).clone()
+
+
+NOT_ANEW: dict[str, Callable[[Tensor], Any]] = {
+    "keys that are attributes": lambda x: Attributes(x=x),
+    "an attribute that is no field": Derived,
+    "a store of its own": lambda x: Store(x=x),
+    "itself": Loop,
+    "tensors that are read anew": lambda x: Fresh(x=x),
+}
+
+
+@pytest.mark.parametrize("size", [1, B])
+@pytest.mark.parametrize("name", NOT_ANEW)
+def test_containers_that_cannot_be_made_anew_prove_nothing_and_stay_as_they_are(name: str, size: int) -> None:
+    class Mixing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(5, C)
+
+        def forward(self, given: Any) -> Tensor:
+            rows: Tensor = self.inner(given.x if hasattr(given, "x") else given["x"])
+            return rows - rows.mean(0).detach()
+
+    model, given = Mixing(), NOT_ANEW[name](X[:size].clone())
+    before = {key: each for key, each in vars(given).items() if isinstance(each, Tensor)}
+    with PerSampleGradNorms(model, loss_reduction="mean") as norms:
+        F.cross_entropy(model(given), Y[:size]).backward()
+        assert size == 1 or "which another pass may change" in norms.unproved
+    for key, each in before.items():
+        assert getattr(given, key) is each
+    if isinstance(given, Store):
+        assert torch.equal(given["x"], X[:size])
+    with pytest.raises(ValueError, match=f"a {type(given).__name__}, which cannot be made anew"):
+        exchanged_leaves(lambda leaf: leaf, [given])
+
+
+def test_a_module_in_a_checkpoint_may_be_called_with_any_container() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.way = nn.Parameter(torch.randn(5, C))
+
+        def forward(self, given: Any) -> Tensor:
+            return (given.x if hasattr(given, "x") else given["x"]) @ self.way
+
+    class Outer(nn.Module):
+        def __init__(self, packed: Callable[[Tensor], Any]) -> None:
+            super().__init__()
+            self.first, self.inner, self.packed = nn.Linear(5, 5), Inner(), packed
+
+        def inside(self, x: Tensor) -> Tensor:
+            given = self.packed(x)
+            y: Tensor = self.inner(given)
+            assert (given.x if hasattr(given, "x") else given["x"]) is x or isinstance(given, (Derived, Fresh))
+            return y
+
+        def forward(self, x: Tensor) -> Any:
+            return checkpoint(self.inside, self.first(x), use_reentrant=False)
+
+    for packed in (*NOT_ANEW.values(), lambda x: MappingProxyType({"x": x})):
+        model = Outer(packed)
+        with warnings.catch_warnings(), PerSampleGradNorms(model, loss_reduction="mean", on_unsupported="skip"):
+            warnings.simplefilter("ignore")
+            for _ in range(3):
+                F.cross_entropy(model(X), Y).backward()
 
 
 @pytest.mark.parametrize("kind", [SimpleNamespace, lambda x: MappingProxyType({"x": x})])

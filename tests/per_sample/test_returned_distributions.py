@@ -151,3 +151,12 @@ def test_caches_are_looked_into_only_where_nothing_else_is_returned() -> None:
     assert not list(tensors_of([nn.Linear(2, 2), "text", None, int, 3]))
     many = SimpleNamespace(x=x, data=[SimpleNamespace(y=torch.zeros(1)) for _ in range(10_000)])
     assert 1 < len(list(tensors_of(many))) < 1000  # this is asked in every pass
+
+    class Missing(dict[str, Any]):
+        def items(self) -> Any:
+            raise KeyError("a value that is missing")
+
+    assert list(tensors_of((x, SimpleNamespace(settings=Missing())))) == [x]
+    named = SimpleNamespace(names=["a"] * 1000, logits=x)
+    assert [each is x for each in tensors_of(named)] == [True]
+    assert len(list(tensors_of(SimpleNamespace(found=[x + i for i in range(600)])))) == 600

@@ -113,7 +113,7 @@ def _tries(arguments: tuple[Any, ...], keywords: dict[str, Any], samples: int, d
     last = samples - 1
     some = list(dict.fromkeys([last, 0, samples // 2, samples // 3]))
     ways = [_Longer(last), _Longer(last, first=True), _Longer(last, blocks=True), *map(_Longer, some[1:])]
-    if first is not None and not first.is_floating_point():
+    if samples == 1 or (first is not None and not first.is_floating_point()):  # else nothing is longer
         ways += [_Longer(sample, only_numbers=True) for sample in some]
     ways += [_Longer(last, others=count) for count in (1, 2, 3)]
     yield from ways

@@ -70,7 +70,7 @@ def doubt_one(arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any,
                 "or before all other tensors, or give the other tensors a row for each sample (expand)"
             )
         # Of one sample a length may be returned as well, and all that is returned of samples may be one row (x[None]).
-        shown = any(sizes) if a_length else 1 in sizes and not any(rows in shape for shape in shapes)
+        shown = 1 in sizes and (a_length or not any(rows in shape for shape in shapes))
         if rows in sizes or is_list or not shown:
             doubt = doubt or _DOUBT.format(list(first.shape), name, what)
     return doubt
@@ -83,16 +83,18 @@ def _named(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Iterator[tup
     yield from _inside("", keywords)
 
 
-def _inside(name: str, given: Any) -> Iterator[tuple[str, Any]]:
-    parts = parts_of(given)
+def _inside(name: str, given: Any, within: tuple[int, ...] = ()) -> Iterator[tuple[str, Any]]:
+    if id(given) in within:  # what refers to itself
+        return
+    within, parts = (*within, id(given)), parts_of(given)
     if parts is not None:
         for key, each in parts.items():
-            yield from _inside(f"{name}[{key!r}]" if name else f"'{key}'", each)
+            yield from _inside(f"{name}[{key!r}]" if name else f"'{key}'", each, within)
     elif isinstance(given, (list, tuple)):
         if len(given) > 1 and all(isinstance(each, Tensor) for each in given):
             yield name, given
         for i, each in enumerate(given):
-            yield from _inside(f"{name}[{i}]", each)
+            yield from _inside(f"{name}[{i}]", each, within)
     else:
         yield name, given
 

@@ -22,7 +22,8 @@ _NOTES = (
     "the mean gradient is longer than the mean square of its samples' gradients: rounding, or the loss reduction or "
     "number of samples is not what was declared",
     "no step of this window had two samples or more, without which their scatter is not known",
-    "every step of this window was left out; details['noise_scale_skipped'] of the metric's result says why",
+    "no step of this window counts here: its numbers were NaN or infinite, or it was left out, for what "
+    "details['noise_scale_skipped'] of the metric's result says",
 )
 _FINE, _NOTHING, _FEW, _NOT_ABOVE, _INCLUDES, _LONGER, _ONE, _LEFT_OUT = range(len(_NOTES))
 
