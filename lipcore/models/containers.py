@@ -61,8 +61,8 @@ def _exchanged(function: Callable[[Any], Any], leaf: Any) -> Any:
 
 def fixed_container(value: Any) -> Any:
     """Return the first container that :func:`exchanged_leaves` could not make anew, None where there is none: mappings
-    that keep what is in them in a way of their own or make it anew, what refers to itself, and containers with tensors that are no part
-    of them (`self.__dict__ = self`, what `__post_init__` makes), which a copy would share."""
+    that keep what is in them in a way of their own or make it anew, what refers to itself, and containers with tensors
+    that are no part of them (`self.__dict__ = self`, what `__post_init__` makes), which a copy would share."""
     return next(_fixed(value, ()), None)
 
 
