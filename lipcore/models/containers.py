@@ -84,7 +84,7 @@ def _is_fixed(leaf: Any, parts: Mapping[Any, Any]) -> bool:
     if isinstance(leaf, UserDict) and any(leaf.data.get(key) is not part for key, part in parts.items()):
         return True
     mine = [leaf.data] if isinstance(leaf, UserDict) else [] if isinstance(leaf, Mapping) else list(parts.values())
-    beside = [each for each in attributes_of(leaf) if not any(each is part for part in mine)]
+    beside = [each for each in attributes_of(leaf).values() if not any(each is part for part in mine)]
     return any(isinstance(each, Tensor) for each in leaves_of(beside))
 
 
@@ -102,11 +102,12 @@ def parts_of(leaf: Any) -> Mapping[Any, Any] | None:
     return None
 
 
-def attributes_of(value: Any) -> list[Any]:
+def attributes_of(value: Any) -> dict[str, Any]:
     """Return the attributes that an object has itself, those in `__slots__` too."""
     names = [name for kind in type(value).__mro__ for name in _slots(kind)]
-    found = [getattr(value, name) for name in names if hasattr(value, name)]
-    return [*found, *getattr(value, "__dict__", {}).values()]
+    slots = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    own = getattr(value, "__dict__", None)
+    return slots | own if isinstance(own, dict) else slots
 
 
 def _slots(kind: type) -> list[str]:

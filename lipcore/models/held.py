@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lipcore.models.containers import attributes_of
+
 GENERATORS = (torch.Generator, random.Random, np.random.Generator, np.random.RandomState, np.random.BitGenerator)
 CONTAINERS = (dict, list, set, deque)  # that can change
 ARRAYS = (np.ndarray, bytearray, array)  # of numbers, outside of torch
@@ -123,20 +125,8 @@ def _size(value: Any) -> int:
     return len(value) * (value.itemsize if isinstance(value, array) else 1)
 
 
-def attributes_of(value: Any) -> dict[str, Any]:
-    """Return the attributes that an object has, in slots too."""
-    names = (name for kind in type(value).__mro__ for name in _names(kind.__dict__.get("__slots__", ())))
-    slots = {name: getattr(value, name) for name in names if not name.startswith("__") and hasattr(value, name)}
-    own = getattr(value, "__dict__", None)
-    return slots | own if isinstance(own, dict) else slots
-
-
 def _is_sharded(kind: type) -> bool:
     return not _SHARDED.isdisjoint(base.__name__ for base in kind.__mro__)
-
-
-def _names(slots: Any) -> tuple[str, ...]:
-    return (slots,) if isinstance(slots, str) else tuple(slots)
 
 
 def _is_of_torch(key: str) -> bool:

@@ -9,7 +9,8 @@ import numpy as np
 from torch import Tensor
 
 from lipcore.models.chains import is_own
-from lipcore.models.held import Held, attributes_of
+from lipcore.models.containers import attributes_of
+from lipcore.models.held import Held
 from lipcore.models.writes import Kept
 
 

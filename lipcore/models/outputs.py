@@ -63,7 +63,7 @@ def _attributes(found: Any, deep: int) -> Iterator[Tensor]:
         each, deep = todo.popleft()
         if isinstance(each, (type, nn.Module)):
             continue
-        for leaf in leaves_of(attributes_of(each)):
+        for leaf in leaves_of(list(attributes_of(each).values())):
             if isinstance(leaf, Tensor):
                 yield leaf
             elif isinstance(leaf, Distribution):
