@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import sys
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -137,15 +136,16 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         return own is not None and its is not None and Path(own).absolute() == Path(its).absolute()
 
     def _is_running(self) -> bool:
-        """Return whether this one's training goes on, in its thread: further up here, or beside this one."""
-        frame, last = sys._current_frames().get(self._thread), None
+        """Return whether this one's training goes on: further up here, or in another thread, as long as that lives."""
+        if self._thread != threading.get_ident():
+            return any(thread.ident == self._thread for thread in threading.enumerate())
+        frame = inspect.currentframe()
         while frame is not None:
             trainer = frame.f_locals.get("self")
             if isinstance(trainer, Trainer) and self in trainer.callback_handler.callbacks:
                 return True
-            frame, last = frame.f_back, frame
-        # Nothing calls a generator that another thread has left meanwhile, and what it came from is not known.
-        return last is not None and bool(last.f_code.co_flags & inspect.CO_GENERATOR)
+            frame = frame.f_back
+        return False
 
     # ---- checkpoints
 
