@@ -51,7 +51,9 @@ def watching(end: End) -> dict[str, Any]:
 
 
 def loop(model: nn.Module, optimizer: Any, monitor: lipcore.Monitor) -> None:
-    for x, y in zip(X.split(SIZE), Y.split(SIZE), strict=True):
+    for step, (x, y) in enumerate(zip(X.split(SIZE), Y.split(SIZE), strict=True), 1):
+        if step == AT + 5:
+            monitor.state_dict()  # hands on what waits: of steps as short as these a busy machine is behind
         loss = model(x, y)["loss"]
         monitor.log(loss=loss)
         loss.backward()
@@ -170,8 +172,7 @@ def test_the_next_run_in_the_folder_begins(tmp_path: Path, way: Callable[[Path, 
     with lipcore.open_run(run) as first:
         assert first.being_written == untold
         made = first.last_step
-        late = way in (with_block, accelerated)  # steps so short that a busy machine is behind with its numbers
-        least, most = {"none": (STEPS, STEPS), "alarm": (AT, STEPS - (not late))}.get(end, (AT - 1, AT - 1))
+        least, most = {"none": (STEPS, STEPS), "alarm": (AT, STEPS - 1)}.get(end, (AT - 1, AT - 1))
         assert untold or least <= made <= most
         assert [event.step for event in first.events if event.kind == "alarm"] == [AT] * (end == "alarm")
         told = [event.text.partition(":")[0] for event in first.events if event.kind == "exception"]
