@@ -33,7 +33,8 @@ class LightningCallback(Callback):  # type: ignore[misc]
             itself, as in ``self(x)``. Default: the only module inside that has parameters, or the LightningModule where
             it has a `forward()` of its own.
         metrics: default: those of :func:`lipcore.watch`. Metrics are used for one training.
-        watching: further arguments of :func:`lipcore.watch`: writers, window_steps, record_level.
+        watching: further arguments of :func:`lipcore.watch`: writers, window_steps, record_level. An ``Alarms`` is used
+            for one training too; make a new callback for the next.
 
     Raises:
         ValueError: when the training begins: it cannot be told which module `training_step` calls.
@@ -56,7 +57,7 @@ class LightningCallback(Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Begin to watch; go on from the checkpoint that the Trainer goes on from."""
-        if self.monitor is not None and not self.monitor._closed:
+        if self.monitor is not None:
             self.monitor._abandon()
         name = _called_by(pl_module) if self._module is None else self._module
         prefix, model = find_module(pl_module, name, "module") if name else ("", pl_module)

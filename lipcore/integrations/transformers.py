@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 import torch
 
@@ -28,7 +27,13 @@ from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.monitor import Monitor
 from lipcore.monitor.watch import watch
 
-_watching: WeakSet[HFCallback] = WeakSet()  # those whose training has begun, and as far as they know not ended
+#: Those whose training has begun, and as far as they know not ended. Held: of a Trainer that is gone nobody else could
+#: close the record, which the end of the process keeps open.
+_watching: set[HFCallback] = set()
+
+
+class UntoldEnd(Exception):
+    """An end of a training of which nobody was told why: its record is closed by the next one."""
 
 
 class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -41,16 +46,17 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     on from it, and the record rewinds with it.
 
     Alarms with ``stop=True`` end the training by their ``AlarmStop``, at the end of the step in which they are known;
-    the record is closed then. The Trainer tells no callback of another exception, or of Ctrl-C: the record of such a
-    training is closed when the next one in its folder begins, by ``callback.monitor.close()``, or when the process
-    ends.
+    on several ranks at the Trainer's next log. The record is closed then. The Trainer tells no callback
+    of another exception, or of Ctrl-C: the record of such a training is closed when the next one in its folder begins,
+    by ``callback.monitor.close()``, or when the process ends.
 
     Args:
         run: folder of the record, as of :func:`lipcore.watch`; None: none is written.
         metrics: default: Trajectory, and Lipschitz of the model's `logits` where that applies. Metrics are used for one
             training; of per-sample norms, ``PerSampleGradNorms(loss_reduction="auto")`` reads what the Trainer does to
             the loss.
-        watching: further arguments of :func:`lipcore.watch`: writers, window_steps, record_level.
+        watching: further arguments of :func:`lipcore.watch`: writers, window_steps, record_level. An ``Alarms`` is used
+            for one training too; make a new callback for the next.
 
     Attributes:
         monitor: the Monitor, from the beginning of the training on; None before.
@@ -79,8 +85,9 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
         watching = self._watching | {"config": config}
         self.monitor = watch(model, optimizer, run=self._run, metrics=metrics, **watching)
         self._thread = threading.get_ident()
-        _watching.add(self)
-        self._folder = Path(args.output_dir)
+        if self._run is not None:
+            _watching.add(self)
+        self._folder, self._step, self._shown = Path(args.output_dir), state.global_step, -1
         if state.global_step:
             with self._ending():
                 self._resume(args, state.global_step)
@@ -118,17 +125,20 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def _abandon(self) -> None:
         """Close what a training has left open that was ended by an exception which nobody told of."""
         _watching.discard(self)
-        if self.monitor is not None and not self.monitor._closed:
-            self.monitor._abandon()
+        monitor = self.monitor
+        if monitor is not None and not monitor._closed:
+            error = UntoldEnd("the Trainer told no callback what ended this training")
+            monitor._tell(lambda listener: listener.interrupted(monitor._windows.step, error))
+            monitor._abandon()
 
     def _is_of_same_run(self, other: HFCallback) -> bool:
         own, its = self._run, other._run
         return own is not None and its is not None and Path(own).absolute() == Path(its).absolute()
 
     def _is_running(self) -> bool:
-        """Return whether this one's training goes on: in another thread, which cannot be told, or further up here."""
+        """Return whether this one's training goes on: further up here, or in another thread, as long as that lives."""
         if self._thread != threading.get_ident():
-            return True
+            return any(thread.ident == self._thread for thread in threading.enumerate())
         frame = inspect.currentframe()
         while frame is not None:
             trainer = frame.f_locals.get("self")
@@ -174,7 +184,11 @@ class HFCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Keep the number of the step, and stop for an alarm that is to stop the training."""
         self._step = state.global_step
-        if self.monitor is not None and self.monitor.alarms is not None and self.monitor.alarms._stop:
+        if self.monitor is None or self.monitor.alarms is None or not self.monitor.alarms._stop:
+            return
+        if (
+            self.monitor._global.partners.find() is None
+        ):  # else all ranks stop where they log; others would wait for one
             with self._ending():
                 self.monitor._failures.raise_kept()
 

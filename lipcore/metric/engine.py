@@ -742,10 +742,11 @@ class Engine:
 
     def _abandon(self) -> None:
         """Close after an exception that has ended the loop, which goes first: errors that were kept are dropped."""
-        self._step_end.drop_waiting()  # the loop has raised in the middle of it
-        for metric in self.metrics.values():
-            metric.flush()
-        self._shut()
+        if not self._closed:
+            self._step_end.drop_waiting()  # the loop has raised in the middle of it
+            for metric in self.metrics.values():
+                metric.flush()
+            self._shut()
         self._failures.drop_kept()
 
 

@@ -82,7 +82,7 @@ class Hold:
             raise RecordError(
                 f"run: {path} cannot be written twice: a Monitor of this process writes it already. Call its close() "
                 "first (a `with` block does so whatever ends the loop; a trainer's callback has it as "
-                "`callback.monitor`), or choose another folder"
+                "`callback.monitor`), or, where it is out of reach, end this process; or choose another folder"
             )
         try:
             import fcntl

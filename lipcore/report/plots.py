@@ -314,8 +314,10 @@ def _spread(numbers: Binned, column: int) -> bool:
 
 def _thousands(lines: Sequence[tuple[str, Binned, int]]) -> bool:
     ends = [array[:, column] for _, numbers, column in lines for array in (numbers.low, numbers.high)]
-    sizes = np.abs(np.concatenate(ends))
-    return bool(1000 <= sizes[np.isfinite(sizes)].max(initial=0.0) < 1e9)
+    every = np.concatenate(ends)
+    every = every[np.isfinite(every)]
+    # Closer ones have more decimal places than the format.
+    return bool(1000 <= np.abs(every).max(initial=0.0) < 1e9 and np.ptp(every) >= 1)
 
 
 def _wants_log(lines: Sequence[tuple[str, Binned, int]]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as nnf
 
 import lipcore
-from lipcore.alarms import Alarms, AlarmStop
+from lipcore.alarms import AlarmEvent, Alarms, AlarmStop
 
 End = Literal["alarm", "interrupt", "error", "none"]
 STEPS, AT = 20, 13
@@ -50,7 +51,9 @@ def watching(end: End) -> dict[str, Any]:
 
 
 def loop(model: nn.Module, optimizer: Any, monitor: lipcore.Monitor) -> None:
-    for x, y in zip(X.split(SIZE), Y.split(SIZE), strict=True):
+    for step, (x, y) in enumerate(zip(X.split(SIZE), Y.split(SIZE), strict=True), 1):
+        if step == AT + 5:
+            monitor.state_dict()  # hands on what waits: of steps as short as these a busy machine is behind
         loss = model(x, y)["loss"]
         monitor.log(loss=loss)
         loss.backward()
@@ -98,6 +101,11 @@ def by_transformers(run: Path, end: End) -> None:
     TRAINERS[-1].train()
 
 
+def by_transformers_in_a_function(run: Path, end: End) -> None:
+    gc.collect()  # the Trainer of the last call, which nothing keeps
+    transformers_trainer(run, end).train()
+
+
 def by_lightning(run: Path, end: End) -> None:
     import lightning
     from torch.utils.data import DataLoader, TensorDataset
@@ -136,6 +144,7 @@ WAYS: list[Any] = [
     with_block,
     pytest.param(accelerated, marks=needs("accelerate")),
     pytest.param(by_transformers, marks=[*needs("transformers"), *needs("accelerate")]),
+    pytest.param(by_transformers_in_a_function, marks=[*needs("transformers"), *needs("accelerate")]),
     pytest.param(by_lightning, marks=needs("lightning")),
 ]
 
@@ -158,7 +167,8 @@ def test_the_next_run_in_the_folder_begins(tmp_path: Path, way: Callable[[Path, 
     else:
         with pytest.raises((RAISED[end], *([SystemExit] if end == "interrupt" else []))):  # Lightning exits
             way(run, end)
-    untold = way is by_transformers and end in ("interrupt", "error")  # its Trainer calls nobody
+    by_its_trainer = way in (by_transformers, by_transformers_in_a_function)
+    untold = by_its_trainer and end in ("interrupt", "error")  # it calls nobody
     with lipcore.open_run(run) as first:
         assert first.being_written == untold
         made = first.last_step
@@ -174,6 +184,9 @@ def test_the_next_run_in_the_folder_begins(tmp_path: Path, way: Callable[[Path, 
         assert not second.being_written
     with lipcore.open_run(run / "rank0-before-1.older") as older:  # of one that nobody told of, it is whole by now
         assert older.last_step == (AT - 1 if untold else made)
+        if untold:
+            assert [event.text.partition(":")[0] for event in older.events] == ["UntoldEnd"]
+            assert older.postmortem() is not None
 
 
 @pytest.mark.parametrize("end", ["alarm", "interrupt", "error"])
@@ -205,13 +218,15 @@ def test_a_loop_without_a_with_block_is_told_to_close(tmp_path: Path, end: End) 
 def test_a_trainer_of_transformers_trains_again(tmp_path: Path, end: End) -> None:
     pytest.importorskip("transformers", reason="needs the extra `hf`")
     pytest.importorskip("accelerate", reason="needs the extra `trainers` (make test-ci)")
-    trainer = transformers_trainer(tmp_path / "run", end)
+    trainer = transformers_trainer(tmp_path / "run", end, logging_steps=5)
     if end == "none":
         trainer.train()
     else:
         with pytest.raises(RAISED[end]):
             trainer.train()
     trainer.train()
+    totals = [entry.get("lipcore/trajectory/update_norm.mean/total") for entry in trainer.state.log_history]
+    assert len([total for total in totals if total is not None]) == STEPS // 5
     with lipcore.open_run(tmp_path / "run") as run:
         assert run.last_step == STEPS
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in trainer.model.modules()]
@@ -240,3 +255,53 @@ def test_two_trainings_at_once_do_not_take_each_others_folder(tmp_path: Path) ->
         trainer.train()
     with lipcore.open_run(tmp_path / "run") as run:
         assert run.last_step == STEPS
+
+
+@pytest.mark.ci
+def test_a_training_in_another_thread_goes_on_for_as_long_as_it_does(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the extra `hf`")
+    pytest.importorskip("accelerate", reason="needs the extra `trainers` (make test-ci)")
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Waits(transformers.TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            inside.set()
+            assert go_on.wait(60)
+
+    def work() -> None:
+        trainer = transformers_trainer(tmp_path / "run", "error")
+        trainer.add_callback(Waits())
+        with pytest.raises(ValueError, match="a batch that cannot be read"):
+            trainer.train()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert inside.wait(60)
+    try:
+        with pytest.raises(lipcore.RecordError, match="cannot be written twice"):
+            transformers_trainer(tmp_path / "run", "none").train()
+    finally:
+        go_on.set()
+        thread.join()
+    transformers_trainer(tmp_path / "run", "none").train()
+    with lipcore.open_run(tmp_path / "run") as run:
+        assert run.last_step == STEPS
+
+
+@pytest.mark.ci
+def test_no_rank_stops_at_the_end_of_a_step_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Others would wait for it: it stops where all log."""
+    pytest.importorskip("transformers", reason="needs the extra `hf`")
+    pytest.importorskip("accelerate", reason="needs the extra `trainers` (make test-ci)")
+    trainer = transformers_trainer(tmp_path / "run", "none")
+    callback = lipcore.integrations.HFCallback(metrics=[lipcore.Trajectory()], alarms=Alarms(stop=True))
+    model = Classifier("none")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=model, optimizer=optimizer)
+    assert callback.monitor is not None
+    callback.monitor._failures.keep(AlarmStop(AlarmEvent(1, "nonfinite", "net", torch.inf, "step 1")))
+    with monkeypatch.context() as several:
+        several.setattr(callback.monitor._global.partners, "find", object)
+        callback.on_step_end(trainer.args, trainer.state, trainer.control)
+        with pytest.raises(AlarmStop):
+            callback.on_log(trainer.args, trainer.state, trainer.control, logs={"loss": 1.0})

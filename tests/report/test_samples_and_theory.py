@@ -261,3 +261,13 @@ def test_an_interval_is_drawn_where_some_of_the_middles_are_not_valid() -> None:
         points = [one.data_source.data for one in figure.renderers if type(one.glyph).__name__ == "Scatter"]
         assert [data["end"].tolist() for data in points] == [[10, 30]]
     assert plots.script()["items"][0]["roots"]
+
+
+@pytest.mark.parametrize(("width", "has_commas"), [(50.0, True), (0.05, False)])
+def test_thousands_have_commas_where_ticks_can_be_told_apart(width: float, has_commas: bool) -> None:
+    logged = Binned(1, 30, 30)
+    logged.add(np.array([10, 20]), ["total"], np.array([[1234.0], [1234.0 + width]]))
+    plots = Plots(1, 30)
+    plots.lines("tokens", [("tokens", logged, 0)], "tokens")
+    (figure,) = plots._figures.values()
+    assert (type(figure.yaxis[0].formatter).__name__ == "NumeralTickFormatter") == has_commas
