@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogFormatterSciNotation
 
 from lipcore.demo.runs import TaskResult
 
@@ -48,7 +48,8 @@ def _draw_row(part: Any, result: TaskResult) -> None:
     right.set(title="Test loss", ylabel=task.loss)
     for axis in (left, right):
         axis.set_yscale("log")
-        axis.yaxis.set_minor_formatter(NullFormatter())
+        # Between powers of ten where these are less than two, as a single label tells no scale.
+        axis.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(2, 0.5)))
     middle.set_ylim(bottom=0)
     lines, labels = left.get_legend_handles_labels()
     labels[0] = f"{task.difficulty}:  {labels[0]}"

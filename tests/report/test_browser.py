@@ -89,7 +89,7 @@ def test_a_click_and_keys_choose_a_layer(chromium: Page, tmp_path: Path) -> None
     assert page.value(chosen).startswith("layers.1")
     page.click(box["x"] + box["width"] / 2, box["y"] + 0.15 * box["height"])
     assert page.value(chosen).startswith("layers.0")
-    page.hover(box["x"] + box["width"] / 2, box["y"] + 0.5 * box["height"])
+    page.hover(box["x"] + box["width"] / 2, box["y"] + 0.4 * box["height"])
     assert page.value("document.querySelector('#map-told').innerText").startswith("layers.1, step 1")
     page.value("document.querySelector('#plot-ratio-map').focus()")
     for key in ("ArrowDown", "ArrowDown", "ArrowRight", "Enter"):
