@@ -1,9 +1,9 @@
 """Draws the pictures of docs/gallery.md, each of a small run with a fixed seed.
 
-    .venv/bin/python docs/figures/gallery.py            # all of them, a minute
+    .venv/bin/python docs/figures/gallery.py            # all of them, some minutes
     .venv/bin/python docs/figures/gallery.py spike      # one of them
 
-Those named "spike" and "report" are what a browser shows, and need chromium.
+Those named "spike", "report" and "demo-report" are what a browser shows, and need chromium.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 import lipcore
+from lipcore import demo
 from lipcore.cli import main as command_line
 from lipcore.regions import Coverage, Plane, slice_map
 
@@ -68,10 +69,23 @@ def spike(target: Path, folder: Path) -> None:
 def head_of_report(target: Path, folder: Path) -> None:
     """Draw the head of the report of a transformer, of which one layer had too large a learning rate in one step."""
     run_of_transformer(folder)
-    with lipcore.open_run(folder / "transformer") as run, browser() as page:
-        path = run.report().save(folder / "report.html")
-        page.open(path, width=1100, height=860)
-        page.picture(target)
+    _picture_of_report(folder / "transformer", target)
+
+
+def demo_report(target: Path, folder: Path) -> None:
+    """Draw the head of the report of one of the demo's runs: the hardest sinusoid."""
+    demo.run(folder / "demo", seeds=1)
+    _picture_of_report(folder / "demo" / "runs" / "sinusoid-1", target, height=640)
+
+
+def _picture_of_report(record: Path, target: Path, height: int = 860) -> None:
+    with lipcore.open_run(record) as run, browser() as page:
+        path = run.report().save(target.with_suffix(".html"))
+        try:
+            page.open(path, width=1100, height=height)
+            page.picture(target)
+        finally:
+            path.unlink()
 
 
 def update_ratios(target: Path, folder: Path) -> None:
@@ -201,6 +215,7 @@ def regions(target: Path, _: Path) -> None:
 
 PICTURES: dict[str, Callable[[Path, Path], None]] = {
     "report": head_of_report,
+    "demo-report": demo_report,
     "spike": spike,
     "update-ratios": update_ratios,
     "noise-scale": noise_scale,

@@ -40,7 +40,7 @@ def test_one_command_draws_a_picture(name: str, tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     from browser import CHROMIUM
 
-    if name in ("report", "spike") and CHROMIUM is None:
+    if name in ("report", "demo-report", "spike") and CHROMIUM is None:
         pytest.skip("needs chromium: apt-get install chromium")
     command = [sys.executable, SCRIPT, "--out", tmp_path, name]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
