@@ -262,6 +262,7 @@ def test_another_way_through_the_model_is_refused() -> None:
         coverage.query(x)
 
 
+@pytest.mark.ci
 def test_on_a_border_the_constant_is_that_of_its_region() -> None:
     """Of a batch of one, whose product rounds otherwise than that of several, and exactly on kinks."""
     for seed in range(20):
@@ -356,7 +357,7 @@ ODD_MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", ODD_MODELS)
+@pytest.mark.parametrize("name", few(ODD_MODELS, 3))
 def test_models_at_the_edge(name: str) -> None:
     torch.manual_seed(0)
     make, shape = ODD_MODELS[name]
