@@ -191,11 +191,15 @@ def paired(
     """
     pairs: dict[int, Any] = {}
     todo = list(zip(walk.roots, other.roots, strict=False))
+    writes_here, writes_there = _writes(walk), _writes(other)
     while todo:
         x, y = todo.pop()
         if x in pairs:
             continue
-        y = _without_last_writes(walk, x, other, y, samples)
+        more = writes_there(y) - writes_here(x)
+        if more > 0 and more * samples == writes_here(x):  # sample by sample: behind those of the last, which is more
+            for _ in range(more):
+                y = other.next[y][0]
         one, two = walk.nodes[x], other.nodes[y]
         leaf = getattr(two, "variable", None)
         if leaf is not None and id(leaf) not in names and not isinstance(leaf, nn.Parameter):
@@ -229,21 +233,22 @@ def paired(
     return pairs
 
 
-def _without_last_writes(walk: Walk, x: int, other: Walk, y: int, samples: int) -> int:
-    """Return the place in the other graph where a tensor is written sample by sample, as far as it is written in this
-    one: behind the writes of the sample more, which is the last."""
-    mine, theirs = _writes(walk, x), _writes(other, y)
-    more = len(theirs) - len(mine)
-    return theirs[more] if mine and more * samples == len(mine) else y
+def _writes(walk: Walk) -> Callable[[int], int]:
+    """Return what tells how often the tensor that is made at a place was written into, one write behind the other."""
+    known: dict[int, int] = {}
 
+    def of(place: int) -> int:
+        chain = []
+        while place >= 0 and place not in known and walk.nodes[place].name() == _WRITE:
+            chain.append(place)
+            place = walk.next[place][0]
+        count = known.get(place, 0)
+        for each in reversed(chain):
+            count += 1
+            known[each] = count
+        return count
 
-def _writes(walk: Walk, place: int) -> list[int]:
-    """Return the places of writes into the tensor that is made at a place, the last first."""
-    found = []
-    while place >= 0 and walk.nodes[place].name() == _WRITE:
-        found.append(place)
-        place = walk.next[place][0]
-    return found
+    return of
 
 
 def _kind(node: Any) -> str:
