@@ -60,14 +60,14 @@ class Plots:
         """
         from bokeh.models import ColumnDataSource, HoverTool, NumeralTickFormatter, Range1d
 
-        figure = self._figure(key, label, height, log=log and _wants_log(lines))
         positive = log and _wants_log(lines)
+        ends = [array[:, column] for _, numbers, column in lines for array in (numbers.low, numbers.high)]
+        figure = self._figure(key, label, height, log=positive)
         if not any(numbers.count[:, column].any() for _, numbers, column in lines):
             figure.y_range = Range1d(0, 1)  # bokeh warns of one that it can make of nothing
-        elif not positive and _thousands(lines):
+        elif not positive and _thousands(ends):
             figure.yaxis.formatter = NumeralTickFormatter(format="0,0.[00]")  # as the axis of steps has them
         if positive:
-            ends = [array[:, column] for _, numbers, column in lines for array in (numbers.low, numbers.high)]
             _tick_logarithms(figure, _positive(ends))
         _draw_gaps(figure, lines[0][1], lines[0][2])
         for i, (name, numbers, column) in enumerate(lines):
@@ -312,8 +312,7 @@ def _spread(numbers: Binned, column: int) -> bool:
     return bool((numbers.low[:, column] < numbers.high[:, column]).any())
 
 
-def _thousands(lines: Sequence[tuple[str, Binned, int]]) -> bool:
-    ends = [array[:, column] for _, numbers, column in lines for array in (numbers.low, numbers.high)]
+def _thousands(ends: Sequence[Any]) -> bool:
     every = np.concatenate(ends)
     every = every[np.isfinite(every)]
     # Closer ones have more decimal places than the format.
