@@ -22,6 +22,7 @@ from lipcore.alarms.ranks import EventsOfRanks
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.sample_ids import SampleIds
 from lipcore.alarms.signals import checked_signals
+from lipcore.alarms.snapshot import Snapshot
 from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
 from lipcore.alarms.waiting import StepNumbers, Waiting
 from lipcore.metric.show import LINES, Showable, Shown, shortened
@@ -81,6 +82,7 @@ class Alarms(Showable):
             the last merged window stops none.
         least_multiplier: what the multiplier of the limits falls to at the lowest, from 0.1 to 1. Below 1, alarms use
             what the limits leave of the budget.
+        snapshot: files to write after an alarm.
 
     Raises:
         TypeError, ValueError: an argument is no such thing.
@@ -100,6 +102,7 @@ class Alarms(Showable):
         on_event: Callable[[AlarmEvent], object] | None = None,
         stop: bool = False,
         least_multiplier: float = 1.0,
+        snapshot: Snapshot | None = None,
     ) -> None:
         per_1000 = _checked_budget(budget)
         least = _checked_least(least_multiplier)
@@ -107,6 +110,9 @@ class Alarms(Showable):
             raise TypeError(f"on_event: expected a callable (event) or None, got {type(on_event).__name__}")
         if not isinstance(stop, bool):
             raise TypeError(f"stop: expected True or False, got {stop!r}")
+        if snapshot is not None and not isinstance(snapshot, Snapshot):
+            raise TypeError(f"snapshot: expected a lipcore.alarms.Snapshot or None, got {type(snapshot).__name__}")
+        self.snapshot = snapshot  #: None: no files are written
         self.signals = checked_signals(signals)  #: by name
         self.events: list[AlarmEvent] = []  #: all of them, oldest first
         self._budget, self._on_event, self._stop = Budget(per_1000, least), on_event, stop
@@ -120,6 +126,7 @@ class Alarms(Showable):
         self._detector: Detector | None = None
         self._record: Callable[[AlarmEvent], None] | None = None
         self._record_light: Callable[[int, str], None] | None = None
+        self._hearers: list[Callable[[AlarmEvent], None]] = []  # of every alarm, of other ranks too
         self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
         self._logs: Callable[[], bool] = lambda: False
         self._meets: Callable[[], bool] = lambda: False
@@ -131,7 +138,7 @@ class Alarms(Showable):
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
         gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_logs", "_meets", "_rate"))
-        return self.__dict__ | gone | {"_keep": None}
+        return self.__dict__ | gone | {"_keep": None, "_hearers": []}
 
     @property
     def global_events(self) -> list[AlarmEvent]:
@@ -323,6 +330,8 @@ class Alarms(Showable):
     def _act(self, event: AlarmEvent) -> None:
         if self._record is not None:
             self._record(event)
+        for hear in self._hearers:
+            hear(event)
         if self._on_event is not None:
             try:
                 self._on_event(event)

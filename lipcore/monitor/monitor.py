@@ -14,12 +14,15 @@ from lipcore.alarms.alarms import Alarms
 from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, prepare_for, trajectory_of
 from lipcore.alarms.event import AlarmStop
 from lipcore.capture.layers.layer_capture import LayerCapture
+from lipcore.capture.training_pass import in_backward
 from lipcore.distributed.group import AUTO
 from lipcore.metric.engine import Engine
 from lipcore.metric.optimizers import updating
 from lipcore.metric.protocol import Metric
 from lipcore.metric.results import HISTORY_BYTES, MetricResult
 from lipcore.models.arguments import check_count
+from lipcore.models.capturing import is_captured_here
+from lipcore.models.ranks import rank
 from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.logged import Logged, LoggedListener, check_logged
@@ -32,6 +35,7 @@ from lipcore.per_sample.sample_names import checked_ids, checked_losses
 from lipcore.recording.endings import Endings, EndKind
 from lipcore.recording.flight import Flight, checked_generator
 from lipcore.recording.recorder import Recorder
+from lipcore.recording.snapshots import Snapshots
 from lipcore.recording.stopwatch import Stopwatch
 from lipcore.trajectory.metric import Trajectory
 
@@ -114,6 +118,8 @@ class Monitor(Engine):
         self._parted = False  # it has, and does so no more
         self._flight: Flight | None = None  # of a record
         self._stopwatch: Stopwatch | None = None  # of one too
+        self._recorder: Recorder | None = None  # likewise
+        self._snapshots: Snapshots | None = None  # of alarms that ask for them
         super().__init__(
             model,
             optimizer,
@@ -132,7 +138,8 @@ class Monitor(Engine):
             self._attach_alarms(self.alarms)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged(), "_flight": None, "_stopwatch": None}
+        nothing = dict.fromkeys(("_flight", "_stopwatch", "_recorder", "_snapshots"))
+        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged()} | nothing
 
     def plan(self) -> Plan:
         """Return what is measured, by which rule, for how many bytes."""
@@ -306,7 +313,7 @@ class Monitor(Engine):
         for metric in self.metrics.values():
             if isinstance(metric, PerSampleGradNorms):
                 metric.listen(flight)
-        self._flight = flight
+        self._flight, self._recorder = flight, recorder
         self._stopwatch = Stopwatch(recorder.step_time)
         # The last closes the file, after what it is given.
         self._listeners += [endings, flight, self._stopwatch, recorder]
@@ -360,6 +367,24 @@ class Monitor(Engine):
                 self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
         self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms))
+        if alarms.snapshot is not None:
+            given = (rank(), self.model, self._optimizers, self._scaler)
+            self._snapshots = Snapshots(alarms.snapshot, *given, self._failures.warn)
+            alarms._hearers.append(self._snapshots.hear)
+            self._listeners.append(self._snapshots)
+            self._failures.at_call = self._after_alarms
+
+    def _after_alarms(self) -> None:
+        """Do what waits, after an alarm, for a place outside of the forward and backward passes."""
+        snapshots = self._snapshots
+        if snapshots is None or not snapshots.due or in_backward() != -1 or is_captured_here():
+            return
+        try:
+            if not self._closed:
+                self._write_all()
+        except Exception as error:  # of a device, say, which the user's next call meets too
+            self._failures.warn(f"lipcore could not write down all steps before a snapshot: {error}")
+        snapshots.write(self._windows.step, None if self._recorder is None else self._recorder.record)
 
     def _after_backward(self) -> None:
         super()._after_backward()
@@ -382,6 +407,7 @@ class Monitor(Engine):
         super()._after_step()
         if stopwatch is not None:
             stopwatch.end()
+        self._after_alarms()
 
     def _warn_of_record(self, message: str) -> None:
         """Warn, as of everything that happens in a hook."""
@@ -445,6 +471,14 @@ class Monitor(Engine):
         probe = Probe(self.model, x, name, output, regions, batch_size)
         self._probes.add(probe)
         return probe
+
+    def _step_begins(self) -> None:
+        super()._step_begins()
+        self._after_alarms()  # where steps are read inside of the backward pass
+
+    def _shut(self) -> None:
+        super()._shut()
+        self._after_alarms()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
