@@ -21,11 +21,13 @@ from lipcore.alarms.nonfinite import OF, NonFinite
 from lipcore.alarms.ranks import EventsOfRanks
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.sample_ids import SampleIds
+from lipcore.alarms.samples import SamplesAfter, SamplesAfterAlarm
 from lipcore.alarms.signals import checked_signals
 from lipcore.alarms.snapshot import Snapshot
 from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
 from lipcore.alarms.waiting import StepNumbers, Waiting
 from lipcore.metric.show import LINES, Showable, Shown, shortened
+from lipcore.models.arguments import check_count
 from lipcore.trajectory.step_stream import StepArrays
 
 _LOGGER = logging.getLogger("lipcore")
@@ -83,6 +85,9 @@ class Alarms(Showable):
         least_multiplier: what the multiplier of the limits falls to at the lowest, from 0.1 to 1. Below 1, alarms use
             what the limits leave of the budget.
         snapshot: files to write after an alarm.
+        per_sample: for how many steps after an alarm the gradient norms of single samples are measured, to name those
+            with the largest, in :attr:`samples`, a warning, and the record. It needs a
+            :class:`lipcore.PerSampleGradNorms` among the metrics of the Monitor, whose hooks are off until then.
 
     Raises:
         TypeError, ValueError: an argument is no such thing.
@@ -103,6 +108,7 @@ class Alarms(Showable):
         stop: bool = False,
         least_multiplier: float = 1.0,
         snapshot: Snapshot | None = None,
+        per_sample: int | None = None,
     ) -> None:
         per_1000 = _checked_budget(budget)
         least = _checked_least(least_multiplier)
@@ -112,6 +118,10 @@ class Alarms(Showable):
             raise TypeError(f"stop: expected True or False, got {stop!r}")
         if snapshot is not None and not isinstance(snapshot, Snapshot):
             raise TypeError(f"snapshot: expected a lipcore.alarms.Snapshot or None, got {type(snapshot).__name__}")
+        check_count("per_sample", per_sample, optional=True)
+        self.per_sample = per_sample  #: None: no samples are named
+        self.samples: list[SamplesAfterAlarm] = []  #: with the largest gradient norms after alarms, oldest first
+        self._samples_after: SamplesAfter | None = None
         self.snapshot = snapshot  #: None: no files are written
         self.signals = checked_signals(signals)  #: by name
         self.events: list[AlarmEvent] = []  #: all of them, oldest first
@@ -126,6 +136,7 @@ class Alarms(Showable):
         self._detector: Detector | None = None
         self._record: Callable[[AlarmEvent], None] | None = None
         self._record_light: Callable[[int, str], None] | None = None
+        self._record_samples: Callable[[SamplesAfterAlarm], None] | None = None
         self._hearers: list[Callable[[AlarmEvent], None]] = []  # of every alarm, of other ranks too
         self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
         self._logs: Callable[[], bool] = lambda: False
@@ -137,7 +148,8 @@ class Alarms(Showable):
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
-        gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_logs", "_meets", "_rate"))
+        gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_record_samples", "_logs", "_meets", "_rate"))
+        gone["_samples_after"] = None
         return self.__dict__ | gone | {"_keep": None, "_hearers": []}
 
     @property
@@ -179,6 +191,10 @@ class Alarms(Showable):
         if self.light.is_known:
             state = f"on since step {self.light.since}" if self.light.is_on else "off"
             out.rows.append(("warning light", state, f"on in {self.light.steps} steps so far"))
+        if self.samples:
+            out.rows.append(
+                (f"steps {self.samples[-1].first} to {self.samples[-1].last}", "samples", self.samples[-1].message)
+            )
         newest = [(f"step {event.step}", event.signal, event.message) for event in reversed(self.events)]
         out.rows += shortened(newest, LINES - 2 - len(out.rows))
         return out
@@ -199,15 +215,34 @@ class Alarms(Showable):
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
         self._meets = meets
 
-    def _write_to(self, record: Callable[[AlarmEvent], None], light: Callable[[int, str], None]) -> None:
-        """Write events to a record too, and when the warning light goes on."""
-        self._record, self._record_light = record, light
+    def _write_to(
+        self,
+        record: Callable[[AlarmEvent], None],
+        light: Callable[[int, str], None],
+        samples: Callable[[SamplesAfterAlarm], None],
+    ) -> None:
+        """Write events to a record too, when the warning light goes on, and samples after alarms."""
+        self._record, self._record_light, self._record_samples = record, light, samples
+
+    def _name_samples(self, after: SamplesAfter) -> None:
+        """Have a metric of single samples' gradient norms switched on after alarms."""
+        self._samples_after = after
+        self._hearers.append(after.hear)
+
+    def _tell_samples(self, found: SamplesAfterAlarm) -> None:
+        """Take the samples with the largest gradient norms after an alarm."""
+        self.samples.append(found)
+        _LOGGER.warning("%s", found.message)
+        if self._record_samples is not None:
+            self._record_samples(found)
 
     def _begin_step(self, step: int) -> None:
         """Look at the learning rate that a step is made with, and at whether the ranks still meet to stop together."""
         if self._waits_to_stop is not None and not self._meets():
             self._part()
         self._waiting.begin_step(step, self._rate.log_factor())
+        if self._samples_after is not None:
+            self._samples_after.begin_step(step)
 
     def _norms(self, first: int, arrays: StepArrays) -> None:
         """Take a Trajectory's numbers of single steps."""
@@ -235,6 +270,9 @@ class Alarms(Showable):
         self.light.forget(step)
         self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
+        self.samples[:] = [found for found in self.samples if found.last <= step]
+        if self._samples_after is not None:
+            self._samples_after.forget()
         self._of_ranks.forget(step)
         self._waits_to_stop = None
 
@@ -262,6 +300,8 @@ class Alarms(Showable):
         they would go on alone, and the training is over."""
         self._go_on(all_of_them=True)
         self._tell_of_samples(wait=True)
+        if self._samples_after is not None:
+            self._samples_after.end()
         if not self._meets():
             self._part()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.alarms.alarms import Alarms
-from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, prepare_for, trajectory_of
+from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, norms_of, prepare_for, trajectory_of
 from lipcore.alarms.event import AlarmStop
+from lipcore.alarms.samples import SamplesAfter
 from lipcore.capture.layers.layer_capture import LayerCapture
 from lipcore.capture.training_pass import in_backward
 from lipcore.distributed.group import AUTO
@@ -120,6 +122,8 @@ class Monitor(Engine):
         self._stopwatch: Stopwatch | None = None  # of one too
         self._recorder: Recorder | None = None  # likewise
         self._snapshots: Snapshots | None = None  # of alarms that ask for them
+        self._samples_after: SamplesAfter | None = None  # likewise
+        self._waits_to_begin = False
         super().__init__(
             model,
             optimizer,
@@ -138,7 +142,7 @@ class Monitor(Engine):
             self._attach_alarms(self.alarms)
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = dict.fromkeys(("_flight", "_stopwatch", "_recorder", "_snapshots"))
+        nothing = dict.fromkeys(("_flight", "_stopwatch", "_recorder", "_snapshots", "_samples_after"))
         return super().__getstate__() | {"_probes": Probes(), "_logged": Logged()} | nothing
 
     def plan(self) -> Plan:
@@ -252,7 +256,7 @@ class Monitor(Engine):
                 is no metric of single samples. Nothing was run.
         """
         self._failures.raise_kept()
-        metrics = {name: one for name, one in self.metrics.items() if isinstance(one, PerSampleMetric)}
+        metrics = {n: one for n, one in self.metrics.items() if isinstance(one, PerSampleMetric) and not one.rests}
         captures = {name: one._capture for name, one in metrics.items() if isinstance(one._capture, LayerCapture)}
         if not captures:
             raise ValueError("metrics: there is none of single samples' gradients, and so nothing to prove")
@@ -318,7 +322,7 @@ class Monitor(Engine):
         # The last closes the file, after what it is given.
         self._listeners += [endings, flight, self._stopwatch, recorder]
         if self.alarms is not None:
-            self.alarms._write_to(recorder.alarm, recorder.light)
+            self.alarms._write_to(recorder.alarm, recorder.light, recorder.samples)
             recorder.on_alarm = self._hurry
 
         def stops(error: Exception) -> None:
@@ -372,10 +376,27 @@ class Monitor(Engine):
             self._snapshots = Snapshots(alarms.snapshot, *given, self._failures.warn)
             alarms._hearers.append(self._snapshots.hear)
             self._listeners.append(self._snapshots)
-            self._failures.at_call = self._after_alarms
+            self._failures.at_call = self._write_snapshot
+        norms = norms_of(self.metrics.values())
+        if alarms.per_sample is not None and norms is not None:
+            norms.rest()
+            failed = functools.partial(self._stop_metric, norms)
+            self._samples_after = SamplesAfter(alarms.per_sample, norms, alarms._tell_samples, failed)
+            norms.listen(self._samples_after)
+            alarms._name_samples(self._samples_after)
 
-    def _after_alarms(self) -> None:
-        """Do what waits, after an alarm, for a place outside of the forward and backward passes."""
+    def _after_alarms(self, *, begins: bool = False) -> None:
+        """Do what alarms have asked for between two steps: at the end of one, or, where that lay inside of a backward
+        pass, when the optimizer `begins` the next."""
+        self._write_snapshot()
+        if self._samples_after is None or (begins and not self._waits_to_begin):
+            return
+        self._waits_to_begin = in_backward() != -1 or is_captured_here()
+        if not self._waits_to_begin:
+            self._samples_after.between(self._windows.step, self._windows.step + begins)
+
+    def _write_snapshot(self) -> None:
+        """Write the files of an alarm that wait for a place outside of the forward and backward passes."""
         snapshots = self._snapshots
         if snapshots is None or not snapshots.due or in_backward() != -1 or is_captured_here():
             return
@@ -474,11 +495,11 @@ class Monitor(Engine):
 
     def _step_begins(self) -> None:
         super()._step_begins()
-        self._after_alarms()  # where steps are read inside of the backward pass
+        self._after_alarms(begins=True)
 
     def _shut(self) -> None:
         super()._shut()
-        self._after_alarms()
+        self._write_snapshot()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

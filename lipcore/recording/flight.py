@@ -101,8 +101,9 @@ class Flight(Listener, StepListener):
         self._passed = 0
 
     def step_samples(self, batches: Sequence[MicroBatch]) -> None:
-        if batches:  # in the place of what the loop has said of them
-            self._samples[self._step] = [(b.ids, b.norms.per_sample.detach(), b.losses) for b in batches]
+        named = [batch for batch in batches if batch.ids is not None]
+        if named:  # in the place of what the loop has said of them
+            self._samples[self._step] = [(b.ids, b.norms.per_sample.detach(), b.losses) for b in named]
 
     def samples_proved(self) -> None:
         self._proved = self._step

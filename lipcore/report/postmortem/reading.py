@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lipcore.report.alarms_told import worst_first
+from lipcore.report.alarms_told import SAMPLES, worst_first
 from lipcore.report.postmortem.account import UPDATE, Account, Clipping, Rate
 from lipcore.report.postmortem.changes import (
     AFTER,
@@ -61,7 +61,9 @@ def _account(run: Source, step: int | None) -> Account:
         event = next(iter(worst_first(one for one in events if one.kind == "alarm" and one.step == step)), None)
     first, last = max(extent[0], step - BEFORE - LEAD), min(extent[1], step + AFTER)
     account = Account(run.name, step, event, first, last, step)
-    account.others = [one for one in events if first <= one.step <= last and one is not event]
+    named = [one for one in events if one.kind == SAMPLES]
+    account.named = [one.text for one in named if first <= one.data.get("alarm", 0) <= last]
+    account.others = [one for one in events if first <= one.step <= last and one is not event and one not in named]
     names = list(run.step_quantities)
     stretches = {name: stretch(run, name, first, last) for name in STAGES if name in names}
     account.folded = any(one.folded for one in stretches.values())

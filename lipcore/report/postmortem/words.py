@@ -30,6 +30,7 @@ def text_of(account: Account) -> str:
         parts += ["\n".join([title, *(_item(line) for line in lines)])] if lines else []
     parts += ["\n".join(_samples(one)) for one in account.samples]
     for title, lines in (
+        ("Samples in the steps after", [sentence(said) for said in account.named]),
         ("Near by", [beside(event) for event in account.others[:_ROWS]]),
         ("What to check", checks_of(account)),
         ("Not in this record", [f"{what}: {how}" for what, how in account.missing]),
@@ -121,6 +122,11 @@ def spread(account: Account) -> list[tuple[str, ...]]:
         )
         for one in account.places
     ]
+
+
+def sentence(said: str) -> str:
+    """Return what the alarms have said, with a capital letter."""
+    return said[:1].upper() + said[1:]
 
 
 def settings(account: Account) -> list[str]:
