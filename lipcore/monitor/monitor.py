@@ -313,6 +313,8 @@ class Monitor(Engine):
             recorder.rates,
             recorder.taken_back,
             endings.begin,
+            scaler=self._scaler,
+            on_scales=recorder.scales,
         )
         for metric in self.metrics.values():
             if isinstance(metric, PerSampleGradNorms):
@@ -495,6 +497,8 @@ class Monitor(Engine):
 
     def _step_begins(self) -> None:
         super()._step_begins()
+        if self._flight is not None:
+            self._flight.optimizer_begins()
         self._after_alarms(begins=True)
 
     def _shut(self) -> None:

@@ -111,6 +111,11 @@ class Recorder(Listener):
         self._begin()
         self.record.add_steps(first, {"optimizer/group_lr": rates}, groups, ["group"] * len(groups))
 
+    def scales(self, first: int, scales: NDArray[np.float64]) -> None:
+        """Add the scale of a GradScaler, [steps]."""
+        self._begin()
+        self.record.add_steps(first, {"optimizer/loss_scale": scales[:, None]}, _TOTAL, ["total"])
+
     def step_time(self, time: StepTime) -> None:
         """Add the time of some steps."""
         self._begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ def test_hooks_are_there_in_those_steps_alone_and_windows_have_their_samples(tmp
         said = str(run.postmortem())
         assert "Samples in the steps after" in said
         assert "sample 72 in step" in said
+        if find_spec("bokeh") is not None:
+            from lipcore.report.postmortem.page import postmortem_page
+
+            assert "sample 72 in step 7" in postmortem_page(run)
 
 
 def test_micro_batches_are_one_step() -> None:

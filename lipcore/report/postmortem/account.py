@@ -59,6 +59,7 @@ class Account:
         samples: of the step in which it began, and of `step` where that is another one.
         named: sentences on the samples with the largest gradient norms in the steps after alarms near by.
         rates: of the step in which it began.
+        scale: of a GradScaler, in the step in which it began and in the step before; None where it was not recorded.
         logged: what else was logged: name, value in the step in which it began, in the step before.
         others: other alarms and ends of the run near by.
         missing: what the record does not have, and how it is recorded.
@@ -80,6 +81,7 @@ class Account:
     named: Sequence[str] = ()
     rates: Sequence[Rate] = ()
     clipping: Clipping | None = None
+    scale: tuple[float, float] | None = None
     logged: Sequence[tuple[str, float, float]] = ()
     others: Sequence[Happened] = ()
     missing: Sequence[tuple[str, str]] = field(default_factory=list)

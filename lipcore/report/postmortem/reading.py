@@ -25,7 +25,7 @@ from lipcore.report.postmortem.words import text_of
 from lipcore.report.source import Happened, Source
 from lipcore.report.stretch import Stretch, stretch
 
-LOSS, RATES = "logged/loss", "optimizer/group_lr"
+LOSS, RATES, SCALE = "logged/loss", "optimizer/group_lr", "optimizer/loss_scale"
 _PROPORTION = 3.0  # times as many as of the gradient: an update is more than that explains
 
 
@@ -80,6 +80,7 @@ def _account(run: Source, step: int | None) -> Account:
     account.weakest = None if account.changes else _weakest(every, step)
     account.rates = _rates(run, names, first, account.begin)
     account.clipping = _clipping(run, names, first, last, account.begin)
+    account.scale = _scale(run, names, account.begin)
     account.logged = _logged(run, names, account.begin)
     batches = run.batches(first, last)
     steps = dict.fromkeys([account.begin, step])
@@ -192,6 +193,15 @@ def _clipping(run: Source, names: Sequence[str], first: int, last: int, step: in
         clipped = stretch(run, "trajectory/clipped_grad_norm", first, last)
         after = float(clipped.values[row, clipped.at("total")[0]]) if clipped.at("total") else after
     return Clipping(float(raw.values[row, total[0]]), after, usual)
+
+
+def _scale(run: Source, names: Sequence[str], step: int) -> tuple[float, float] | None:
+    if SCALE not in names:
+        return None
+    one = stretch(run, SCALE, max(1, step - 1), step)
+    if not one.places or not one.there[-1] or not np.isfinite(one.values[-1, 0]):
+        return None
+    return float(one.values[-1, 0]), float(one.values[0, 0]) if len(one.steps) > 1 else float("nan")
 
 
 def _logged(run: Source, names: Sequence[str], step: int) -> list[tuple[str, float, float]]:

@@ -143,6 +143,12 @@ def settings(account: Account) -> list[str]:
         elif not math.isnan(clipping.after):
             said += "; not clipped"
         lines.append(said)
+    if account.scale is not None:
+        here, before = account.scale
+        same = here == before
+        lines.append(
+            f"scale of the GradScaler: {number(here)}{', as in the step before' if same else _step_before(before)}"
+        )
     return lines + [f"{name}: {value_of(here)}{_step_before(before)}" for name, here, before in account.logged]
 
 
