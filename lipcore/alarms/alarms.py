@@ -63,8 +63,8 @@ class Alarms(Showable):
     ``nonfinite`` is exact and outside the budget: the step in which a loss, a gradient or a parameter becomes NaN or
     infinite, and which parameter. So is ``unexplained_movement``, where `signals` names it: the step in which a
     parameter moved by what SGD, Adam or AdamW did not do, against the optimizer's state; docs/alarms.md says what it
-    finds. It needs ``metrics=[lipcore.Trajectory()]``, whose mode is "exact" (a Monitor that is given no metrics keeps
-    no copies of a large model), and reads the optimizer's state in every step.
+    finds. It needs a ``lipcore.Trajectory()``, and reads the optimizer's state in every step; where that is in mode
+    "exact" every parameter is checked in every step, else they take turns, and what lasts is found.
 
     ``sample_ids`` is exact too, where the loop says the samples and the epoch, ``monitor.log_batch(ids, epoch=...)``:
     a sample that comes more than once in an epoch, and, on one rank, as many samples as a batch or more that came in
@@ -130,6 +130,7 @@ class Alarms(Showable):
         #: Trajectory with ``source="optimizer"``, of Adam or AdamW.
         self.light = WarningLight()
         self._waiting, self._nonfinite, self._sample_ids = Waiting(), NonFinite(), SampleIds()
+        self._turns = 1
         self._unexplained = self._new_unexplained()
         self._columns: Columns | None = None
         self._layout: Layout | None = None
@@ -209,9 +210,12 @@ class Alarms(Showable):
         *,
         has_norms: bool,
         meets: Callable[[], bool] = lambda: False,
+        turns: int = 1,
     ) -> None:
         """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs, `meets`
-        whether there are other ranks that it meets."""
+        whether there are other ranks that it meets; in `turns` steps each parameter's movement is checked once."""
+        self._turns = turns
+        self._unexplained = self._new_unexplained()
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
         self._meets = meets
 
@@ -326,7 +330,9 @@ class Alarms(Showable):
                 self._record_light(step, words)
 
     def _new_unexplained(self) -> UnexplainedMovement | None:
-        return UnexplainedMovement(self.signals[SIGNAL].limit) if SIGNAL in self.signals else None
+        if SIGNAL not in self.signals:
+            return None
+        return UnexplainedMovement(self.signals[SIGNAL].limit, self._turns)
 
     def _score(self, one: StepNumbers, layout: Layout) -> AlarmEvent | None:
         columns = layout.columns

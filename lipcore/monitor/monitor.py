@@ -364,7 +364,9 @@ class Monitor(Engine):
         trajectory = trajectory_of(self.metrics.values())
         optimizers = updating(self._optimizers)
         has_norms, logs = trajectory is not None, lambda: self._logged.begun
-        alarms._begin(optimizers, self._failures.keep, logs, has_norms=has_norms, meets=self._meets_ranks)
+        turns = 1 if trajectory is None else trajectory.movement_turns
+        given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks, "turns": turns}
+        alarms._begin(optimizers, self._failures.keep, logs, **given)
         if trajectory is not None:
             trajectory.listen(alarms._norms, prompt=True)
             if "unexplained_movement" in alarms.signals and not trajectory.checks_movement:
@@ -374,8 +376,8 @@ class Monitor(Engine):
         self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms))
         if alarms.snapshot is not None:
-            given = (rank(), self.model, self._optimizers, self._scaler)
-            self._snapshots = Snapshots(alarms.snapshot, *given, self._failures.warn)
+            parts = (rank(), self.model, self._optimizers, self._scaler)
+            self._snapshots = Snapshots(alarms.snapshot, *parts, self._failures.warn)
             alarms._hearers.append(self._snapshots.hear)
             self._listeners.append(self._snapshots)
             self._failures.at_call = self._write_snapshot
