@@ -1,6 +1,6 @@
-"""The default watch(), without and with alarms, beside trainscope 1.8.1, the post-mortem debugger on the package index: a step, bytes, faults.
+"""The default watch() beside trainscope 1.8.1, the post-mortem debugger on the package index: a step, bytes, faults.
 
-Both watch the same transformer in a loop as their pages show it: trainscope is told of a step between backward() and
+The step with alarms is measured too. Both watch the same transformer in a loop as their pages show it: trainscope is told of a step between backward() and
 optimizer.step(). Its detectors look at the loss alone, so for the faults they are given the losses of the trainings of
 bench/spikes (some minutes). Results go to bench/results/trainscope.json too, from which docs/evidence.md is made.
 """

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import run_ranks
+from ranks import run_ways
 from torch import nn
 
 import lipcore
@@ -154,11 +152,7 @@ def test_what_cannot_be_written_is_warned_of_and_the_training_goes_on(
     monkeypatch.undo()
     (tmp_path / "f").write_text("")
     with pytest.warns(RuntimeWarning, match=r"could not be written \((NotADirectory|FileExists)Error"):
-        train(_unchecked(tmp_path / "f" / "s"), run=tmp_path / "b")
-
-
-def _unchecked(folder: Path) -> Snapshot:
-    return Snapshot(folder)
+        train(Snapshot(tmp_path / "f" / "s"), run=tmp_path / "b")
 
 
 def test_nothing_to_write_is_told() -> None:
@@ -189,13 +183,11 @@ def test_what_is_no_snapshot_is_refused(given: dict[str, Any], error: type[Excep
         Alarms(snapshot="a")  # type: ignore[arg-type]
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
+def train_on_ranks(rank: int, folder: str, name: str) -> list[float]:
     model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     alarms = Alarms(signals=["loss"], snapshot=Snapshot(f"{folder}/s", states=True, keep=1))
-    with lipcore.watch(model, optimizer, run=f"{folder}/a", window_steps=4, alarms=alarms) as monitor:
+    with lipcore.watch(model, optimizer, run=f"{folder}/{name}", window_steps=4, alarms=alarms) as monitor:
         for step in range(1, 13):
             loss = model(torch.randn(4, 3)).square().mean()
             monitor.log(loss=loss)
@@ -203,13 +195,14 @@ def work(rank: int, folder: str) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    Path(folder, f"{rank}.json").write_text(json.dumps(model.module.weight.tolist()))
-    dist.destroy_process_group()
+    weight: list[float] = model.module.weight.flatten().tolist()
+    return weight
 
 
 @pytest.mark.ci
 def test_every_rank_writes_its_own(tmp_path: Path) -> None:
-    run_ranks(work, str(tmp_path))
+    weights = run_ways(tmp_path, train_on_ranks, {"a": {}})["a"]
+    assert weights[0] == weights[1]
     (folder,) = (tmp_path / "s").iterdir()
     assert folder.name == "step3"
     names = [f"rank{rank}.{ending}" for rank in range(2) for ending in ("lipcore", "pt")]
@@ -217,5 +210,3 @@ def test_every_rank_writes_its_own(tmp_path: Path) -> None:
     found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert [one["alarm"]["rank"] for one in found] == [1, None]  # the other one has heard of it
     assert found[0]["step"] >= found[1]["step"]
-    weights = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
-    assert weights[0] == weights[1]
