@@ -1,8 +1,9 @@
 """The default watch() beside trainscope 1.8.1, the post-mortem debugger on the package index: a step, bytes, faults.
 
-The step with alarms is measured too. Both watch the same transformer in a loop as their pages show it: trainscope is told of a step between backward() and
-optimizer.step(). Its detectors look at the loss alone, so for the faults they are given the losses of the trainings of
-bench/spikes (some minutes). Results go to bench/results/trainscope.json too, from which docs/evidence.md is made.
+Both watch the same transformer in a loop as their pages show it: trainscope is told of a step between backward() and
+optimizer.step(). A step with alarms is measured too. trainscope's detectors look at the loss alone, so for the faults
+they are given the losses of the trainings of bench/spikes (some minutes). Results go to bench/results/trainscope.json
+too, from which docs/evidence.md is made.
 """
 
 from __future__ import annotations

@@ -162,7 +162,10 @@ class Unexplained:
             for mix in self._sources[self._turn].mixes():
                 sizes = sizes + squares[MOMENTUM].nan_to_num(0) * mix**2  # Nesterov's two terms may cancel
             found = torch.stack([squares[UNEXPLAINED], self._units_sq[self._turn] * sizes], dim=1)
-            self._scores.index_copy_(0, self._index[self._turn], found)
+            if len(found) == len(self._scores):
+                self._scores = found
+            else:
+                self._scores.index_copy_(0, self._index[self._turn], found)
         self.ring.take(self._scores)
         self._turn = (self._turn + 1) % self.turns
         self.begin()
