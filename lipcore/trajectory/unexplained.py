@@ -125,7 +125,7 @@ class Unexplained:
 
     @property
     def rule(self) -> str:
-        """What is checked, as a plan says it."""
+        """Rule of the check, as a plan says it."""
         if self.turns == 1:
             return f"{self.checked} parameters checked in every step"
         turns = f"in turns, each in one step of {self.turns}, against copies that live for that step"

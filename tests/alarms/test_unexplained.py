@@ -397,7 +397,7 @@ def test_in_turns_what_lasts_is_found_once_and_what_does_not_where_its_turn_is(w
 
 @pytest.mark.usefixtures("one_at_a_time")
 @pytest.mark.parametrize("optimizer", few(list(OPTIMIZERS), 1))
-@pytest.mark.parametrize("what", HARMLESS)
+@pytest.mark.parametrize("what", few(list(HARMLESS), 3))
 def test_in_turns_nothing_else_is_told(what: str, optimizer: str) -> None:
     run = Run(optimizer, **IN_TURNS["updates"])
     events = run.go(**HARMLESS[what] | {"steps": 20})
