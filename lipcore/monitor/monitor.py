@@ -173,6 +173,7 @@ class Monitor(Engine):
             ValueError: a tensor of several numbers.
         """
         check_logged(numbers)
+        self._wait_to_stop()
         self._failures.raise_kept()
         loss = numbers.get("loss")
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
@@ -252,6 +253,14 @@ class Monitor(Engine):
         self.flush()
         off = [name for name, metric in metrics.items() if metric.off]
         return prove_together(self.model, captures, batch, self._global.partners, self._windows.step, off)
+
+    def _wait_to_stop(self) -> None:
+        """Let an alarm that was to stop this rank alone, since the loop had logged nothing for two windows, stop all of
+        them: they meet in this very call, in which the others would wait for this one."""
+        stop = self._failures.kept(AlarmStop)
+        meets = self._meets and self._global.waits and self._global.partners.find() is not None
+        if stop is not None and self.alarms is not None and meets and self.alarms._wait_to_stop(stop.event):
+            self._failures.drop(AlarmStop)
 
     def _meet(self) -> None:
         """Merge the closed windows with those of the other ranks, which log at the same step."""
