@@ -589,7 +589,8 @@ class Lipschitz(StandaloneMetric):
         if name is None:
             return None
         parts = WeightInParts.of(name, module, weight, self._first.batch_shape, asked=self._sigma)
-        return Theorem(None, parts.shape, self._weight_moved(), parts)
+        alone = bool(self._at_input.by_product) and not self._at_input.off
+        return Theorem(None, parts.shape, self._weight_moved(), parts, alone)
 
     def _goes_on(self) -> bool:
         """Return whether there is something to measure without r and lambda: the singular values of a W_1 in parts."""

@@ -248,11 +248,14 @@ class Monitor(Engine):
         self._failures.raise_kept()
         metrics = {name: one for name, one in self.metrics.items() if isinstance(one, PerSampleMetric)}
         captures = {name: one._capture for name, one in metrics.items() if isinstance(one._capture, LayerCapture)}
-        if not captures:
+        at_inputs = self._capture.to_prove
+        taps = {name: metric.needs().taps for name, metric in self.metrics.items()}
+        inputs = {name: at.prove for name, mine in taps.items() for tap, at in at_inputs.items() if tap in mine}
+        if not captures and not inputs:
             raise ValueError("metrics: there is none of single samples' gradients, and so nothing to prove")
         self.flush()
-        off = [name for name, metric in metrics.items() if metric.off]
-        return prove_together(self.model, captures, batch, self._global.partners, self._windows.step, off)
+        off = [name for name, metric in self.metrics.items() if metric.off]
+        return prove_together(self.model, captures, batch, self._global.partners, self._windows.step, off, inputs)
 
     def _wait_to_stop(self) -> None:
         """Let an alarm that was to stop this rank alone, since the loop had logged nothing for two windows, stop all of

@@ -18,12 +18,12 @@ from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.pass_graph import Graph
 from lipcore.capture.layers.past_output import past_output
 from lipcore.capture.layers.proof_output import ProofOutput
-from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
 from lipcore.capture.output_places import OutputPlaces, is_clear
 from lipcore.capture.own_nodes import gradients_begun, nodes_of_others
 from lipcore.capture.proof import is_proof
+from lipcore.capture.proof_ranks import Ranks
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.capture.training_pass import accumulates_everything

@@ -21,14 +21,17 @@ from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.graph_check import GraphCheck
 from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
+from lipcore.capture.taps.sharded_check import ShardedCheck
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import Question, Trial, trial
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
-from lipcore.models.chains import modules_in_order
+from lipcore.models.chains import FIRST_LAYER_TYPES, modules_in_order
+from lipcore.models.gathered import gathers_by_part, let_go
 from lipcore.models.inputs import exchanged
-from lipcore.models.ranks import has_dtensors
+from lipcore.models.names import named_modules
+from lipcore.models.ranks import has_dtensors, under_process_group
 from lipcore.models.torch_internals import has_backward_hooks
 
 _OTHER_ROWS = (
@@ -43,6 +46,17 @@ _SHARDED = (
     "the model's parameters are sharded over ranks (fully_shard, tensor parallel), and are there as a whole in the "
     "training's own backward pass only, or never; lipcore.local_lipschitz on a copy that is not sharded gives it at "
     "any points"
+)
+_NOT_PROVED = (
+    "the model's parameters are sharded over ranks (fully_shard), and nothing has shown that the output depends on the "
+    "input by way of the first layer alone, as it does in an nn.Sequential of torch's own layers: call "
+    "monitor.prove(batch) on all ranks, or name the layer that lambda is to be at, input='<module>'"
+)
+_OTHER_RANKS = "another rank was given a batch on which there is nothing to prove"
+_PAST = (
+    "the output depends on the model's input by more ways than W_1 x + b_1 of the first layer that runs, and no rank "
+    "of a sharded model can take the gradient at the input by itself; name a layer, input='<module>', or call "
+    "lipcore.local_lipschitz on a copy that is not sharded"
 )
 
 
@@ -86,6 +100,12 @@ class InputHook:
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
         self._tried = self._hooked = False
         self._now = _UnderWay()
+        self._proofs = 0
+        tap.sharded = gathers_by_part(model) and under_process_group()
+        self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
+        if self._sharded is not None and (at is not model or modules_in_order(model, sharded=True) is not None):
+            tap.allow()
+            self._sharded.start()
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
@@ -100,6 +120,9 @@ class InputHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin a forward pass of the model: return its arguments with the alias among them, or None to leave them."""
         self._now.passing = None
+        if self._sharded is not None:
+            self._begin_sharded(micro, arguments, keywords, compiled=compiled)
+            return None
         if self.tap.off:
             return None
         try:
@@ -127,11 +150,34 @@ class InputHook:
             self._give_up(error)
             return None
 
+    def _begin_sharded(
+        self, micro: MicroBatch, arguments: tuple[Any, ...], keywords: dict[str, Any], *, compiled: bool
+    ) -> None:
+        """Begin a forward pass of a sharded model, and leave its input as it is."""
+        tap, sharded = self.tap, self._sharded
+        assert sharded is not None
+        micro.look = sharded.begin(self.first, self.last)
+        try:
+            tap.prepare()
+            if self.at is self._model and not tap.off:
+                x = tap.choose(arguments, keywords)
+                if x is None:
+                    return
+                micro.sources[tap] = Source(x)
+            if compiled:
+                tap.refuse(_SHARDED)
+            elif not tap.stands_alone:
+                tap.refuse(_NOT_PROVED)
+        except Exception as error:
+            self._give_up(error)
+
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Begin the forward pass of a module inside the model: return its arguments with the alias, or None to leave
         them."""
         if torch.compiler.is_compiling():
             return self._trace(arguments, keywords)
+        if self._sharded is not None:
+            return self._enter_sharded(arguments, keywords)
         under_way = self._now.passing
         if in_backward() != -1:
             return self.begin_again(arguments, keywords)
@@ -145,6 +191,13 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
             return None
+
+    def _enter_sharded(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if in_backward() == -1 and torch.is_grad_enabled() and is_plain_run() and not self.tap.off:
+            try:
+                self.tap.choose(arguments, keywords)  # are these integers?
+            except Exception as error:
+                self._give_up(error)
 
     def _trace(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Put an identity with a probe on the layer's input, in a compiled region and a pass that has a probe."""
@@ -211,7 +264,8 @@ class InputHook:
             return True
         pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
         layer = self.first.module if compiled and self.first is not None else None
-        found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layer))
+        layers = () if layer is None else (layer,)
+        found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layers))
         if found.refusal:
             self.tap.refuse(found.refusal)
             return False
@@ -286,6 +340,9 @@ class InputHook:
     def end(self, *, raised: bool, compiled: bool) -> None:
         """End a forward pass of the model, whether or not it raised: put the user's objects back, and arrange for the
         check."""
+        if self._sharded is not None:
+            self._end_sharded(self._collector.under_way.micro, raised=raised)
+            return
         under_way, self._now.passing = self._now.passing, None
         if under_way is None or under_way.alias is None:
             return
@@ -300,6 +357,75 @@ class InputHook:
                 self._look(under_way)
         except Exception as error:
             self._give_up(error)
+
+    def _end_sharded(self, micro: MicroBatch | None, *, raised: bool) -> None:
+        assert self._sharded is not None
+        try:
+            if micro is not None:
+                self._sharded.end(micro, raised=raised)
+            if not raised and self.tap.by_product is False and self.tap.is_vector:
+                self.tap.refuse(_PAST)
+        except Exception as error:
+            self._give_up(error)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True in a model whose parts gather their parameters when they run."""
+        return self._sharded is not None
+
+    def withdraw(self) -> None:
+        """Take part in no further check of a sharded model."""
+        if self._sharded is not None:
+            self._sharded.withdraw()
+
+    def prove(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+        """Prove, in passes that all ranks of a sharded model run, that the first layer's weight is all that stands
+        between the input and the rest; return why not, or ""."""
+        assert self._sharded is not None
+        tap, sharded = self.tap, self._sharded
+        self._proofs += 1
+        proof = f"asked/{self._proofs}"
+        off, tap.off = tap.off, ""
+        try:
+            x = tap.choose(arguments, keywords) if self.at is self._model else None
+            able = x is not None or self.at is not self._model
+            found = self._tried_together(x, arguments, keywords, proof, able=able)
+        except Exception as error:
+            tap.refuse(str(error))
+            return tap.off
+        finally:
+            sharded.ranks.miss(proof)
+            tap.off = tap.off or off
+            let_go(self._model)
+        if not able:  # integers: lambda is at an Embedding's output, for which there is nothing to prove
+            tap.off = ""
+            return ""
+        why = found.refusal or ("" if not found.past and self._is_plain(found.layer) else _PAST)
+        if why:
+            tap.off = why
+            return why
+        tap.allow()
+        sharded.start()
+        tap.mixing = tap.mixing or found.mixes
+        return "the output of a sample depends on other samples of the batch" if found.mixes else ""
+
+    def _tried_together(
+        self, x: Tensor | None, arguments: tuple[Any, ...], keywords: dict[str, Any], proof: str, *, able: bool
+    ) -> Trial:
+        ranks = self._sharded.ranks  # type: ignore[union-attr]
+        known = None if self.first is None else self.first.module
+        layers = [m for _, m in named_modules(self._model) if isinstance(m, FIRST_LAYER_TYPES)]
+        pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
+        if not ranks.settle(f"{proof}/forward", "forward" if able else ""):
+            return Trial(_OTHER_RANKS)
+        asked = Question(
+            *(self._model, self.at, x, arguments, keywords, pick, (known,) if known is not None else tuple(layers)),
+            agree=lambda passes: ranks.settle(proof, passes),
+        )
+        return trial(asked)
+
+    def _is_plain(self, layer: nn.Module | None) -> bool:
+        return layer is not None and is_affine(layer, sharded=True)
 
     def _look(self, under_way: _Pass) -> None:
         nodes = under_way.micro.nodes
