@@ -107,6 +107,10 @@ class Lipschitz(StandaloneMetric):
     same graph, must be what was taken. Where it is not, or where the model cannot be differentiated by its input,
     ``local_lipschitz`` is NaN with the reason, and one warning says so.
 
+    Where ranks gather parameters as layers run (``fully_shard``), lambda is taken by W_1 alone, in an ``nn.Sequential``
+    of torch's own layers, at a layer that `input` names, and elsewhere from :meth:`Monitor.prove` on. All ranks run the
+    check together, in passes 1, 2, 4, 64, 128, ...; where they do not, lambda is labelled heuristic.
+
     Args:
         model: a module, to use the metric alone (call update() after every optimizer step); leave it out inside a
             Monitor.

@@ -18,6 +18,7 @@ from lipcore.lipschitz.pullback import pull_back
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.models.affine import WeightInUse, is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
+from lipcore.models.gathered import is_there
 from lipcore.models.names import class_before_sharding
 from lipcore.models.outputs import output_names, picked_output
 
@@ -126,12 +127,8 @@ class FirstLayerTap(FirstLayer):
             source = sources.get(self._at_input)
             given = arguments[0] if arguments else None
             own = self.named or (self.begins if source is None else source.holds(given))
-            plain = (
-                own
-                and bool(arguments)
-                and is_affine(module, sharded=self._at_input.sharded)
-                and self.weight() is not None
-            )
+            affine = is_affine(module, sharded=self._at_input.sharded) and self.weight() is not None
+            plain = own and bool(arguments) and affine
             self._at_input.took_input(plain and not (source is not None and source.changed))
         return self.save(module, arguments)
 
@@ -153,9 +150,8 @@ class FirstLayerTap(FirstLayer):
     def _gathered(self) -> Tensor | None:
         """Return the whole W_1, which ranks have gathered for the backward pass under way; None where they have not."""
         weight = self.weight()
-        if weight is not None and not hasattr(weight, "placements"):
-            if weight.untyped_storage().nbytes() >= weight.numel() * weight.element_size():
-                return weight
+        if weight is not None and not hasattr(weight, "placements") and is_there(weight):
+            return weight
         self._at_input.refuse(NOT_GATHERED.format(self.name))
         return None
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lipcore.models.ranks import has_dtensors
 from lipcore.models.torch_internals import fsdp_groups
@@ -27,6 +27,11 @@ def is_spread(model: nn.Module) -> bool:
 def gathers_by_part(model: nn.Module) -> bool:
     """Return whether parts of a model gather their parameters when they run, and not the model as a whole."""
     return any(module is not model for module in fully_sharded(model))
+
+
+def is_there(tensor: Tensor) -> bool:
+    """Return whether a gathered parameter has its memory: fully_shard() keeps the tensor, and lets go of that alone."""
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
 
 
 def mesh_of(model: nn.Module) -> Any:

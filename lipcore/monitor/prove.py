@@ -59,10 +59,8 @@ def prove_together(
             asked = _run(model, arguments, keywords, able) if captures else {}
         except Exception as raised:  # the other ranks wait for a word of this one
             error = raised
-            able_inputs = [name for name in inputs if not state[name]]
-            found |= dict.fromkeys(
-                [*able, *able_inputs], f"the forward pass raised {type(raised).__name__}: {str(raised)[:200]}"
-            )
+            why = f"the forward pass raised {type(raised).__name__}: {str(raised)[:200]}"
+            found |= dict.fromkeys([name for name, off in state.items() if not off], why)
         waits = {name: name in asked and asked[name].waits for name in able}
         second = {"version": 1, "call": f"{_CALL}, its second part", "waits": waits, "raised": error is not None}
         ready = _met(partners, group, step, second)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +28,7 @@ from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.capture.training_pass import accumulates_everything
 from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.models.copies import Before
-from lipcore.models.gathered import is_spread
+from lipcore.models.gathered import is_spread, nothing_reduced
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import nodes_of, on_backward, tensors_of
@@ -383,7 +382,7 @@ class Proofs:
         found = Verdict()
         try:
             # The ranks of a sharded model have agreed to go through it together.
-            silence = nullcontext() if self.sharded else without_communication()
+            silence = nothing_reduced(self._model) if self.sharded else without_communication()
             with all_put_back(self._model, random=True, writes=graph.runs_forward), silence:
                 found = verdict(run, seeds, graph, self._sites, fixed=self.sharded)
         except Communicates:

@@ -1,10 +1,10 @@
 """The check of an input tap in a model whose parts gather their parameters when they run (fully_shard): backward passes
 that all ranks run in the same passes, or none does.
 
-No alias stands in the input there: behind an input that requires gradients fully_shard() reduces a layer at another time,
-and ranks that do not all have one would reduce in different orders. So only the weight of the first layer gives numbers,
-as the backward pass has gathered it; and what the check compares with is made right behind the forward pass, from the
-outputs of two samples alone to the output of that layer.
+No alias stands in for the input there: behind an input that requires gradients fully_shard() reduces a layer at another
+time, and ranks that do not all have one would reduce in different orders. So the weight of the first layer alone gives
+numbers, as the backward pass has gathered it. What the check compares with is made right behind the forward pass, from
+the outputs of two samples to the output of that layer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class ShardedCheck:
     """The checks of one input tap of a sharded model.
 
     Args:
-        sites: gives the first layer's and the output's.
+        model: whose ranks have to run the same passes.
+        tap: on its input, or on that of its first layer.
     """
 
     def __init__(self, model: nn.Module, tap: InputTap, collector: Collector) -> None:

@@ -56,7 +56,7 @@ class Question(NamedTuple):
     pick: Callable[[Any], Any]  #: returns the tensor of the model's output that is meant
     #: Does the output depend on the input by way of the one of these that runs first, and of nothing else?
     layers: tuple[nn.Module, ...] = ()
-    #: Given words for the backward pass, "" for none: whether all ranks of a sharded model run it. None: one runs alone.
+    #: Given words for the backward pass, "" for none: whether all ranks of a sharded model run it. None: not asked.
     agree: Callable[[str], bool] | None = None
 
 
