@@ -227,7 +227,8 @@ class Monitor(Engine):
     def prove(self, batch: Any) -> dict[str, str]:
         """Prove that the rows of a batch's gradients are single samples', by passes that all ranks run together: under
         FSDP2 statistics over the batch that a model may detach are looked for in no other way, and numbers are not
-        labelled exact before. From then on those of passes with as many samples that do the same are.
+        labelled exact before. From then on those of passes with as many samples that do the same are. For Lipschitz of
+        a sharded model it shows that W_1 stands alone on the model's input, without which there is no lambda.
 
         Every rank of the group calls it at the same step, between two steps (no backward pass is waited for), with a
         batch of its own as the training's are. The model runs forward, and backward to activations alone: no parameter

@@ -17,6 +17,9 @@ RIGHT_ON_FOUR = ("hsdp", "subgroups", "group_of_some")
 LEFT_OUT = {
     "pipeline": r"stages of a pipeline\), and the constant of a stage is not that of the model",
     "tensor_parallel": r"\(tensor parallel\), of which a rank has a part",
+    "context_parallel": r"exchanges activations with other ranks",
+    "context_parallel_text": r"exchanges activations with other ranks",
+    "expert_parallel": r"exchanges activations with other ranks",
     "other_settings": r"quantity is 'scalar' on rank 0 and 'residual' on rank 1",
 }
 #: What results or proofs say of lambda, while r is there.

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from pipeline import run_stage, stage_of
 from rank_situations import STEPS, WINDOW, Columns, Data, Net, data_of, fsdp, made, planned
-from sample_situations import DDP, compared_numbers, mean_loss, quiet
+from sample_situations import DDP, Exchanging, compared_numbers, experts, mean_loss, quiet, stopped
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -311,6 +311,35 @@ def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
     return {"said": window.off[NAME]}
 
 
+def context_parallel(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := DDP(Exchanging().double()))
+    data = [(torch.randn(3, 4, 6).double(), torch.randn(3, 1).double()) for _ in range(WINDOW)]
+    return stopped(monitor, model, optimizer, data, NAME)
+
+
+class Tokens(nn.Module):
+    """The same of a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.rest = nn.Embedding(5, 6), Exchanging()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.rest(self.words(ids))
+        return found
+
+
+def context_parallel_text(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := DDP(Tokens().double()))
+    data = [(torch.randint(0, 5, (3, 4)), torch.randn(3, 1).double()) for _ in range(WINDOW)]
+    return stopped(monitor, model, optimizer, data, NAME)
+
+
+def expert_parallel(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := experts(rank, world))
+    return stopped(monitor, model, optimizer, data_of(range(world), dict.fromkeys(range(world), 4))[rank], NAME)
+
+
 def pipeline(rank: int, world: int) -> dict[str, Any]:
     """A stage's constant is not the model's."""
     stage = stage_of(made(), rank)
@@ -341,7 +370,7 @@ def other_settings(rank: int, world: int) -> dict[str, Any]:
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each."""
     two = (ddp, unequal_batches, fsdp2, fsdp2_proved, fsdp2_unequal, fsdp2_chain, fsdp2_past, fsdp2_mixing,
-           fsdp2_penalty, fsdp2_on_one_rank, fsdp2_output_in_another_dtype, tensor_parallel, pipeline, independent,
-           other_settings)  # fmt: skip
+           fsdp2_penalty, fsdp2_on_one_rank, fsdp2_output_in_another_dtype, tensor_parallel, context_parallel,
+           context_parallel_text, expert_parallel, pipeline, independent, other_settings)  # fmt: skip
     for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

@@ -32,7 +32,7 @@ from lipcore.models.gathered import is_spread, nothing_reduced
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import nodes_of, on_backward, tensors_of
-from lipcore.models.ranks import Communicates, under_process_group, without_communication
+from lipcore.models.ranks import EXCHANGES, Communicates, under_process_group, without_communication
 from lipcore.models.restored import all_put_back
 
 NO_OUTPUT = (
@@ -57,10 +57,6 @@ _OFFSETS = "the samples are packed sequences"
 _ALONE = "the model is sharded, and not all of its ranks have this metric"
 _OTHER_PASSES = "the model is sharded, and on another rank the batch or the graph allows no such passes"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
-_COMMUNICATES = (
-    "model: its pass exchanges activations with other ranks (tensor, sequence, context or expert parallelism), so that "
-    "the gradient of a sample lies on several of them, and this rank would measure parts"
-)
 _PAST = (
     "the loss reaches layer '{0}' past the output that proofs begin at (output=); name the one by which all of it comes"
 )
@@ -386,7 +382,7 @@ class Proofs:
             with all_put_back(self._model, random=True, writes=graph.runs_forward), silence:
                 found = verdict(run, seeds, graph, self._sites, fixed=self.sharded)
         except Communicates:
-            raise Disproved(_COMMUNICATES) from None
+            raise Disproved(EXCHANGES) from None
         except Exception as error:
             return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))
         return found

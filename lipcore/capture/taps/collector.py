@@ -30,7 +30,7 @@ class Check(Protocol):
 
 
 class Looks(Protocol):
-    """What looks at the outputs of sites in a pass."""
+    """A look at the outputs of sites in a pass."""
 
     def take(self, site: Site, made: Tensor, output: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> None:
         """Take the output of a site; `made`: the tensor whose node made it."""

@@ -24,14 +24,14 @@ from lipcore.capture.taps.input_alias import Source, alias_of
 from lipcore.capture.taps.sharded_check import ShardedCheck
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
-from lipcore.capture.taps.trial import Question, Trial, trial
+from lipcore.capture.taps.trial import Question, Trial, exchanges, trial
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
 from lipcore.models.chains import FIRST_LAYER_TYPES, modules_in_order
 from lipcore.models.gathered import gathers_by_part, let_go
 from lipcore.models.inputs import exchanged
 from lipcore.models.names import named_modules
-from lipcore.models.ranks import has_dtensors, under_process_group
+from lipcore.models.ranks import EXCHANGES, has_dtensors, under_process_group, world_size
 from lipcore.models.torch_internals import has_backward_hooks
 
 _OTHER_ROWS = (
@@ -131,6 +131,7 @@ class InputHook:
             if self.at is self._model:
                 x = self.tap.choose(arguments, keywords)
                 if x is None:
+                    self._look_for_exchanges(arguments, keywords, compiled=compiled)
                     return None
                 micro.sources[self.tap] = Source(x)
             if self._collector.compares:
@@ -266,6 +267,8 @@ class InputHook:
         layer = self.first.module if compiled and self.first is not None else None
         layers = () if layer is None else (layer,)
         found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layers))
+        if found.exchanges:
+            self._collector.fail(ValueError(EXCHANGES))
         if found.refusal:
             self.tap.refuse(found.refusal)
             return False
@@ -283,6 +286,15 @@ class InputHook:
                 "draws random numbers" if compiled and found.random else "has several values per sample",
             )
         return not self.tap.off
+
+    def _look_for_exchanges(self, arguments: tuple[Any, ...], keywords: dict[str, Any], *, compiled: bool) -> None:
+        """Stop where the pass of a model that is called with integers exchanges activations with other ranks, as a
+        trial finds of others."""
+        if self._tried or compiled or world_size() == 1 or has_dtensors(self._model):
+            return
+        self._tried = True
+        if exchanges(self._model, arguments, keywords):
+            self._collector.fail(ValueError(EXCHANGES))
 
     def _check_rows(self, found: Trial, x: Tensor | None, batch: Tensor | None) -> None:
         """Give up what has other rows than samples in a compiled model, in which probes have room for those alone."""

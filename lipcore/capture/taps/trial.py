@@ -20,7 +20,7 @@ from lipcore.models.gathered import kept_gathered, nothing_reduced
 from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
-from lipcore.models.ranks import without_communication
+from lipcore.models.ranks import EXCHANGES, Communicates, without_communication
 from lipcore.models.restored import RandomPass, all_put_back, without_cached_casts
 from lipcore.models.torch_internals import OptimizedModule, original, without_backward_hooks
 
@@ -38,6 +38,7 @@ class Trial(NamedTuple):
     refusal: str = ""  #: why the user's passes must not be differentiated by the input
     mixes: bool = False  #: the output of a sample depends on other samples
     constants: Tensor | None = None  #: of two samples, where the output has one value per sample; NaN for the others
+    exchanges: bool = False  #: it speaks to other ranks
     random: bool = False  #: it draws random numbers
     rows: int = 0  #: of the input
     layer_rows: int = 0  #: of the output of the layer that was asked about
@@ -81,9 +82,29 @@ def trial(asked: Question) -> Trial:
             found = _run(asked)
     except RandomPass:
         return found._replace(random=True)
+    except Communicates:
+        return Trial(EXCHANGES, exchanges=not _averages(asked.model))
     except Exception as error:
         return Trial(f"a pass that is differentiated by the input raises {type(error).__name__}: {_first_line(error)}")
     return found
+
+
+def exchanges(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Return whether a forward pass speaks to other ranks, which none of them hears of; leave no trace."""
+    try:
+        with warnings.catch_warnings(), _unnoticed(model, together=False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            _bare(model)(*arguments, **keywords)
+    except Communicates:
+        return not _averages(model)
+    except Exception:  # the user's own pass raises it too, or random numbers were drawn
+        return False
+    return False
+
+
+def _averages(model: nn.Module) -> bool:
+    """Return whether what ranks exchange may be statistics over the batch, by which samples are known to mix."""
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
 def _first_line(error: Exception) -> str:
