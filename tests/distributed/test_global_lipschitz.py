@@ -12,13 +12,14 @@ from rank_runs import Found, assert_right, run_situations
 
 pytestmark = pytest.mark.ci
 RIGHT = ("ddp", "unequal_batches", "fsdp2", "fsdp2_proved", "fsdp2_unequal", "fsdp2_chain")
-RIGHT_ON_FOUR = ("hsdp", "subgroups", "group_of_some")
+RIGHT_ON_FOUR = ("hsdp", "hsdp_proved", "subgroups", "group_of_some")
 #: What window.off says on both ranks, while other metrics are merged.
 LEFT_OUT = {
     "pipeline": r"stages of a pipeline\), and the constant of a stage is not that of the model",
     "tensor_parallel": r"\(tensor parallel\), of which a rank has a part",
     "context_parallel": r"exchanges activations with other ranks",
     "context_parallel_text": r"exchanges activations with other ranks",
+    "sequence_parallel": r"\(tensor parallel\), of which a rank has a part",
     "expert_parallel": r"exchanges activations with other ranks",
     "other_settings": r"quantity is 'scalar' on rank 0 and 'residual' on rank 1",
 }

@@ -11,7 +11,17 @@ import torch
 import torch.distributed as dist
 from pipeline import run_stage, stage_of
 from rank_situations import STEPS, WINDOW, Columns, Data, Net, data_of, fsdp, made, planned
-from sample_situations import DDP, Exchanging, compared_numbers, experts, mean_loss, quiet, stopped
+from sample_situations import (
+    DDP,
+    Exchanging,
+    compared_numbers,
+    experts,
+    halves_of_sequences,
+    mean_loss,
+    quiet,
+    sequences,
+    stopped,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -275,6 +285,13 @@ def hsdp(rank: int, world: int) -> dict[str, Any]:
     return compared_numbers(windows, without_lambda(truth(made(), data_of(range(world))), windows))
 
 
+def hsdp_proved(rank: int, world: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+    windows = proved(rank, fsdp(made(), mesh), data_of(range(world))[rank])
+    assert all(window[NAME].local_lipschitz[PLACE].mean.label == "exact" for window in windows)
+    return compared_numbers(windows, truth(made(), data_of(range(world))))
+
+
 def subgroups(rank: int, world: int) -> dict[str, Any]:
     """Two models, each on two ranks with a group of its own."""
     halves = [list(range(world // 2)), list(range(world // 2, world))]
@@ -335,6 +352,11 @@ def context_parallel_text(rank: int, world: int) -> dict[str, Any]:
     return stopped(monitor, model, optimizer, data, NAME)
 
 
+def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := sequences(world))
+    return stopped(monitor, model, optimizer, halves_of_sequences(rank), NAME)
+
+
 def expert_parallel(rank: int, world: int) -> dict[str, Any]:
     optimizer, monitor = monitored(model := experts(rank, world))
     return stopped(monitor, model, optimizer, data_of(range(world), dict.fromkeys(range(world), 4))[rank], NAME)
@@ -371,6 +393,7 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     """Name, ranks and work of each."""
     two = (ddp, unequal_batches, fsdp2, fsdp2_proved, fsdp2_unequal, fsdp2_chain, fsdp2_past, fsdp2_mixing,
            fsdp2_penalty, fsdp2_on_one_rank, fsdp2_output_in_another_dtype, tensor_parallel, context_parallel,
-           context_parallel_text, expert_parallel, pipeline, independent, other_settings)  # fmt: skip
-    for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
+           context_parallel_text, sequence_parallel, expert_parallel, pipeline, independent,
+           other_settings)  # fmt: skip
+    for work in two if ranks == 2 else (hsdp, hsdp_proved, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

@@ -103,9 +103,7 @@ class InputHook:
         self._proofs = 0
         tap.sharded = gathers_by_part(model) and under_process_group()
         self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
-        if self._sharded is not None and (at is not model or modules_in_order(model, sharded=True) is not None):
-            tap.allow()
-            self._sharded.start()
+        self._stands_alone = at is not model or (tap.sharded and modules_in_order(model, sharded=True) is not None)
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
@@ -157,6 +155,9 @@ class InputHook:
         """Begin a forward pass of a sharded model, and leave its input as it is."""
         tap, sharded = self.tap, self._sharded
         assert sharded is not None
+        if self._stands_alone and not tap.stands_alone and not tap.off:
+            tap.allow()
+            sharded.start()
         micro.look = sharded.begin(self.first, self.last)
         try:
             tap.prepare()
