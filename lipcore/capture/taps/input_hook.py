@@ -21,16 +21,15 @@ from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.graph_check import GraphCheck
 from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
-from lipcore.capture.taps.sharded_check import ShardedCheck
+from lipcore.capture.taps.sharded_check import PAST, ShardedCheck
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
 from lipcore.capture.taps.trial import Question, Trial, exchanges, trial
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
-from lipcore.models.chains import FIRST_LAYER_TYPES, modules_in_order
-from lipcore.models.gathered import gathers_by_part, let_go
+from lipcore.models.chains import modules_in_order
+from lipcore.models.gathered import gathers_by_part
 from lipcore.models.inputs import exchanged
-from lipcore.models.names import named_modules
 from lipcore.models.ranks import EXCHANGES, has_dtensors, under_process_group, world_size
 from lipcore.models.torch_internals import has_backward_hooks
 
@@ -51,12 +50,6 @@ _NOT_PROVED = (
     "the model's parameters are sharded over ranks (fully_shard), and nothing has shown that the output depends on the "
     "input by way of the first layer alone, as it does in an nn.Sequential of torch's own layers: call "
     "monitor.prove(batch) on all ranks, or name the layer that lambda is to be at, input='<module>'"
-)
-_OTHER_RANKS = "another rank was given a batch on which there is nothing to prove"
-_PAST = (
-    "the output depends on the model's input by more ways than W_1 x + b_1 of the first layer that runs, and no rank "
-    "of a sharded model can take the gradient at the input by itself; name a layer, input='<module>', or call "
-    "lipcore.local_lipschitz on a copy that is not sharded"
 )
 
 
@@ -100,7 +93,6 @@ class InputHook:
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
         self._tried = self._hooked = False
         self._now = _UnderWay()
-        self._proofs = 0
         tap.sharded = gathers_by_part(model) and under_process_group()
         self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
         self._stands_alone = at is not model or (tap.sharded and modules_in_order(model, sharded=True) is not None)
@@ -377,7 +369,7 @@ class InputHook:
             if micro is not None:
                 self._sharded.end(micro, raised=raised)
             if not raised and self.tap.by_product is False and self.tap.is_vector:
-                self.tap.refuse(_PAST)
+                self.tap.refuse(PAST)
         except Exception as error:
             self._give_up(error)
 
@@ -395,50 +387,9 @@ class InputHook:
         """Prove, in passes that all ranks of a sharded model run, that the first layer's weight is all that stands
         between the input and the rest; return why not, or ""."""
         assert self._sharded is not None
-        tap, sharded = self.tap, self._sharded
-        self._proofs += 1
-        proof = f"asked/{self._proofs}"
-        off, tap.off = tap.off, ""
-        try:
-            x = tap.choose(arguments, keywords) if self.at is self._model else None
-            able = x is not None or self.at is not self._model
-            found = self._tried_together(x, arguments, keywords, proof, able=able)
-        except Exception as error:
-            tap.refuse(str(error))
-            return tap.off
-        finally:
-            sharded.ranks.miss(proof)
-            tap.off = tap.off or off
-            let_go(self._model)
-        if not able:  # integers: lambda is at an Embedding's output, for which there is nothing to prove
-            tap.off = ""
-            return ""
-        why = found.refusal or ("" if not found.past and self._is_plain(found.layer) else _PAST)
-        if why:
-            tap.off = why
-            return why
-        tap.allow()
-        sharded.start()
-        tap.mixing = tap.mixing or found.mixes
-        return "the output of a sample depends on other samples of the batch" if found.mixes else ""
-
-    def _tried_together(
-        self, x: Tensor | None, arguments: tuple[Any, ...], keywords: dict[str, Any], proof: str, *, able: bool
-    ) -> Trial:
-        ranks = self._sharded.ranks  # type: ignore[union-attr]
-        known = None if self.first is None else self.first.module
-        layers = [m for _, m in named_modules(self._model) if isinstance(m, FIRST_LAYER_TYPES)]
+        first = None if self.first is None else self.first.module
         pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
-        if not ranks.settle(f"{proof}/forward", "forward" if able else ""):
-            return Trial(_OTHER_RANKS)
-        asked = Question(
-            *(self._model, self.at, x, arguments, keywords, pick, (known,) if known is not None else tuple(layers)),
-            agree=lambda passes: ranks.settle(proof, passes),
-        )
-        return trial(asked)
-
-    def _is_plain(self, layer: nn.Module | None) -> bool:
-        return layer is not None and is_affine(layer, sharded=True)
+        return self._sharded.prove(self.at, first, pick, arguments, keywords)
 
     def _look(self, under_way: _Pass) -> None:
         nodes = under_way.micro.nodes

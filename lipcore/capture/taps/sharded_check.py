@@ -1,5 +1,5 @@
 """The check of an input tap in a model whose parts gather their parameters when they run (fully_shard): backward passes
-that all ranks run in the same passes, or none does.
+that all ranks run in the same passes, or none does; and the proof that a user asks for.
 
 No alias stands in for the input there: behind an input that requires gradients fully_shard() reduces a layer at another
 time, and ranks that do not all have one would reduce in different orders. So the weight of the first layer alone gives
@@ -9,6 +9,7 @@ the outputs of two samples to the output of that layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +22,11 @@ from lipcore.capture.proof_ranks import Ranks
 from lipcore.capture.taps.collector import Collector, MicroBatch
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
-from lipcore.capture.taps.trial import two_of
-from lipcore.models.gathered import nothing_reduced
+from lipcore.capture.taps.trial import Question, Trial, trial, two_of
+from lipcore.models.affine import is_affine
+from lipcore.models.chains import FIRST_LAYER_TYPES
+from lipcore.models.gathered import let_go, nothing_reduced
+from lipcore.models.names import named_modules
 from lipcore.models.restored import all_put_back
 from lipcore.models.torch_internals import has_backward_hooks
 
@@ -31,6 +35,14 @@ _ALONE = (
     "not compared with the gradients of single samples: the model is sharded, and its ranks have not run that pass "
     "together; every rank needs this metric, and graphs that can be gone through twice"
 )
+#: Why a proof has not shown that the first layer's weight gives the numbers.
+PAST = (
+    "the output depends on the model's input by more ways than W_1 x + b_1 of the first layer that runs, and no rank "
+    "of a sharded model can take the gradient at the input by itself; name a layer, input='<module>', or call "
+    "lipcore.local_lipschitz on a copy that is not sharded"
+)
+_OTHER_RANKS = "another rank was given a batch on which there is nothing to prove"
+_MIXES = "the output of a sample depends on other samples of the batch"
 _VECTOR = "not compared with the gradients of single samples: the output has several values per sample"
 _MIXED = "not compared with the gradients of single samples: the batch mixes them"
 
@@ -47,7 +59,7 @@ class ShardedCheck:
         self._model, self._tap, self._collector = model, tap, collector
         self.ranks = Ranks(model, "input")
         self.passes = 0
-        self._asked = 0
+        self._asked = self._proofs = 0
         self._look: Look | None = None
 
     @staticmethod
@@ -91,6 +103,59 @@ class ShardedCheck:
         finally:
             look.forget()
             self.ranks.miss(number)
+
+    def prove(
+        self,
+        at: nn.Module,
+        first: nn.Module | None,
+        pick: Callable[[Any], Any],
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+    ) -> str:
+        """Prove, in passes that all ranks run, that the first layer's weight is all that stands between the input and
+        the rest; return why not, or "".
+
+        Args:
+            at: the module whose input is meant.
+            first: the layer; None where it is yet to be found.
+            pick: returns the tensor of the model's output that is meant.
+            arguments, keywords: of a call of the model.
+        """
+        tap = self._tap
+        self._proofs += 1
+        proof, off = f"asked/{self._proofs}", tap.off
+        tap.off = ""
+        try:
+            x = tap.choose(arguments, keywords) if at is self._model else None
+            if x is None and at is self._model:  # integers: numbers are those of an Embedding's output, by its gradient
+                return ""
+            layers = [m for _, m in named_modules(self._model) if isinstance(m, FIRST_LAYER_TYPES)]
+            asked = Question(
+                self._model, at, x, arguments, keywords, pick, tuple(layers) if first is None else (first,)
+            )
+            found = self._tried(asked, proof)
+        except Exception as error:
+            tap.off = off
+            tap.refuse(str(error))
+            return str(error)
+        finally:
+            for part in (f"{proof}/forward", proof):
+                self.ranks.miss(part)
+            let_go(self._model)
+        plain = not found.past and found.layer is not None and is_affine(found.layer, sharded=True)
+        tap.off = found.refusal or ("" if plain else PAST)
+        if tap.off:
+            return tap.off
+        tap.allow()
+        self.start()
+        tap.mixing = tap.mixing or found.mixes
+        return _MIXES if found.mixes else ""
+
+    def _tried(self, asked: Question, proof: str) -> Trial:
+        if not self.ranks.settle(f"{proof}/forward", "forward"):
+            return Trial(_OTHER_RANKS)
+        with torch.inference_mode(False), torch.enable_grad():
+            return trial(asked._replace(agree=lambda passes: self.ranks.settle(proof, passes)))
 
     def withdraw(self) -> None:
         """Take part in no further check."""
