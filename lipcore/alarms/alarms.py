@@ -293,6 +293,14 @@ class Alarms(Showable):
         if self._stop and new:
             self._keep_error(AlarmStop(new[0]))
 
+    def _wait_to_stop(self, event: AlarmEvent) -> bool:
+        """Wait for the other ranks with a stop that was to be this one's alone, since they are met after all; return
+        whether they are still to hear of it."""
+        if not self._of_ranks.waits(event):
+            return False
+        self._waits_to_stop = self._waits_to_stop or event
+        return True
+
     def _part(self) -> None:
         """Go on without the other ranks, and stop alone where there is something to stop for."""
         event, self._waits_to_stop = self._waits_to_stop, None

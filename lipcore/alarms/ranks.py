@@ -33,6 +33,10 @@ class EventsOfRanks:
         self._waiting = [*self._waiting, event][-_KEPT:]
         return True
 
+    def waits(self, event: AlarmEvent) -> bool:
+        """Return whether the other ranks are still to hear of an event of this one."""
+        return event in self._waiting
+
     def said(self) -> list[list[Any]]:
         """Return what this rank has to say, JSON-ready: what is not finite goes first."""
         self._said = sorted(self._waiting, key=lambda event: event.signal != "nonfinite")[:_MOST]

@@ -57,6 +57,8 @@ class ModelInputTap(InputTap):
         self.by_product: bool | None = None  #: W_1 stands alone between the input and the rest; None: not known yet
         self._product_refused = False  # it seemed to do, and a check found that it does not
         self.is_vector = True  #: False for integers
+        self.sharded = False  #: parts of the model gather their parameters when they run
+        self.stands_alone = False  #: in a sharded model: W_1 is all that stands between the input and the rest
         self.checks = False  #: in the pass under way
         self.strayed = False  #: lambda was taken by W_1 until the output was seen to depend on the input past it
         self._check_wanted = True
@@ -86,6 +88,7 @@ class ModelInputTap(InputTap):
         self.off = self.suspended = self.unproved = ""
         self.by_product, self.mixing, self.strayed = None, False, False
         self._product_refused, self._check_wanted = False, True
+        self.stands_alone = False
 
     def start_window(self) -> None:
         """Have the next pass checked that may be, since a window begins."""
@@ -101,8 +104,7 @@ class ModelInputTap(InputTap):
             self._timed_until = number + _TIMED
         if self.by_product and number > self._timed_until:
             return False, False
-        half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
-        self.tolerance = 0.1 if half else _TOLERANCE.get(self._dtype, 0.1)
+        self._set_tolerance()
         self._gradients.begin(number)
         self._checks.begin(number)
         self.checks = self._check_wanted and self._checks.is_due
@@ -118,6 +120,20 @@ class ModelInputTap(InputTap):
             self._gradients.done()
             self._checks.disturbed()
         return self.checks or wanted or self.by_product is None, self.checks
+
+    def _set_tolerance(self) -> None:
+        half = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        self.tolerance = 0.1 if half else _TOLERANCE.get(self._dtype, 0.1)
+
+    def begin_sharded(self, *, checks: bool) -> None:
+        """Begin a pass of a sharded model, in which nothing but W_1 gives lambda."""
+        self.checks = checks and not self.off
+        if self.checks:
+            self._set_tolerance()
+
+    def allow(self) -> None:
+        """Take lambda by W_1 of a sharded model from here on: it is proved that W_1 stands alone on the input."""
+        self.off, self.by_product, self.stands_alone, self._product_refused = "", None, True, False
 
     def check_later(self) -> None:
         """Ask for the check again in the next pass."""

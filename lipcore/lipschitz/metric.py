@@ -107,6 +107,10 @@ class Lipschitz(StandaloneMetric):
     same graph, must be what was taken. Where it is not, or where the model cannot be differentiated by its input,
     ``local_lipschitz`` is NaN with the reason, and one warning says so.
 
+    Where ranks gather parameters as layers run (``fully_shard``), lambda is taken by W_1 alone, in an ``nn.Sequential``
+    of torch's own layers, at a layer that `input` names, and elsewhere from :meth:`Monitor.prove` on. All ranks run the
+    check together, in passes 1, 2, 4, 64, 128, ...; where they do not, lambda is labelled heuristic.
+
     Args:
         model: a module, to use the metric alone (call update() after every optimizer step); leave it out inside a
             Monitor.
@@ -589,7 +593,8 @@ class Lipschitz(StandaloneMetric):
         if name is None:
             return None
         parts = WeightInParts.of(name, module, weight, self._first.batch_shape, asked=self._sigma)
-        return Theorem(None, parts.shape, self._weight_moved(), parts)
+        alone = bool(self._at_input.by_product) and not self._at_input.off
+        return Theorem(None, parts.shape, self._weight_moved(), parts, alone)
 
     def _goes_on(self) -> bool:
         """Return whether there is something to measure without r and lambda: the singular values of a W_1 in parts."""

@@ -66,7 +66,9 @@ class LipschitzPart(RankPart):
         moved = self.facts.theorem is not None and self.facts.theorem.moved
         parts = _weight_of(self.facts)
         inputs = None if parts is None else parts.inputs
-        return {name: getattr(self.facts, name) for name in _WORTH} | {"moved": moved, "inputs": inputs}
+        alone = self.facts.theorem is None or self.facts.theorem.alone
+        found = {name: getattr(self.facts, name) for name in _WORTH}
+        return found | {"moved": moved, "inputs": inputs, "alone": alone}
 
     def hear(self, told: Sequence[dict[str, Any]]) -> None:
         """Take what the numbers of all ranks are worth: as much as the weakest of them."""
@@ -79,6 +81,7 @@ class LipschitzPart(RankPart):
         facts.because = list(dict.fromkeys(why for each in told for why in each["because"]))
         if facts.theorem is not None:
             facts.theorem.moved = any(each["moved"] for each in told)
+            facts.theorem.alone = all(each["alone"] for each in told)
         if (parts := _weight_of(facts)) is not None:
             parts.hear([each["inputs"] for each in told])
 

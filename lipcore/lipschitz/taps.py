@@ -18,12 +18,19 @@ from lipcore.lipschitz.pullback import pull_back
 from lipcore.lipschitz.virtual_bias import VirtualBias
 from lipcore.models.affine import WeightInUse, is_affine
 from lipcore.models.chains import FIRST_LAYER_TYPES
+from lipcore.models.gathered import is_there
 from lipcore.models.names import class_before_sharding
 from lipcore.models.outputs import output_names, picked_output
 
 _SMALL = 4096  # multiplications below which one compiled loop beats torch's matrix product and what surrounds it
 _CHEAP = 1 << 20  # multiplications that no training step with a batch worth them would notice
 _SPARSE = 32  # above, W_1^T delta costs what the layer's forward does: once in so many passes, below 1 % of a step
+
+#: Why there is no W_1 in a backward pass of a sharded model.
+NOT_GATHERED = (
+    "the weight of the first layer '{0}' is not there as a whole when the gradient comes to that layer's output "
+    "(fully_shard() gathers it later: MixedPrecisionPolicy(output_dtype=), an operation in place behind it?)"
+)
 
 _SMALLEST = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
 
@@ -102,7 +109,7 @@ class FirstLayerTap(FirstLayer):
         if self.module is None:
             return True
         self.weight.watch(self.module)
-        return is_affine(self.module)
+        return is_affine(self.module, sharded=self._at_input.sharded)
 
     def close(self) -> None:
         """Stop watching the layer's weight."""
@@ -120,7 +127,8 @@ class FirstLayerTap(FirstLayer):
             source = sources.get(self._at_input)
             given = arguments[0] if arguments else None
             own = self.named or (self.begins if source is None else source.holds(given))
-            plain = own and bool(arguments) and is_affine(module) and self.weight() is not None
+            affine = is_affine(module, sharded=self._at_input.sharded) and self.weight() is not None
+            plain = own and bool(arguments) and affine
             self._at_input.took_input(plain and not (source is not None and source.changed))
         return self.save(module, arguments)
 
@@ -135,7 +143,17 @@ class FirstLayerTap(FirstLayer):
         weight = module._parameters.get("weight") if compiling else self.weight()
         if not self._at_input.by_product or shape is None or weight is None:
             return (), None
+        if self._at_input.sharded and isinstance(weight, nn.Parameter):  # let go of until the gradient comes
+            return (), (shape, self._calls, self._at_input.checks)
         return (weight,), (shape, self._calls, not compiling and self._at_input.checks)
+
+    def _gathered(self) -> Tensor | None:
+        """Return the whole W_1, which ranks have gathered for the backward pass under way; None where they have not."""
+        weight = self.weight()
+        if weight is not None and not hasattr(weight, "placements") and is_there(weight):
+            return weight
+        self._at_input.refuse(NOT_GATHERED.format(self.name))
+        return None
 
     @property
     def rule(self) -> str:
@@ -151,14 +169,15 @@ class FirstLayerTap(FirstLayer):
 
     def reduce(self, grad_output: Tensor, extra: Any, *saved: Tensor) -> Tensor:
         compiling = torch.compiler.is_compiling()
-        if not saved:
+        weight = saved[0] if saved else None if extra is None else self._gathered()
+        if weight is None:
             norms = functional.sample_norms(grad_output)
             # Integers are no vector: what depends on them does so by way of the Embedding's output.
             embedded = not self._at_input.is_vector and isinstance(self.module, nn.Embedding)
             if embedded and not compiling:
                 self._work = 0
             return _columns(norms, norms if embedded else None)
-        (weight,), (shape, call, checks) = saved, extra
+        shape, call, checks = extra
         work = grad_output.numel() * weight[0].numel()
         if not compiling:
             self._work = work

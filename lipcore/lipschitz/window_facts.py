@@ -18,6 +18,7 @@ _NOT_ALONE = (
     "ranks hold parts of the parameters, so nothing has shown that the output depends on the model's input by way of "
     "W_1 alone"
 )
+_IN_PARTS = "ranks hold parts of W_1, and add up what gives its singular values: the sides are in windows of all ranks"
 MOVED = "W_1 of the window's close, but it moved within the window"
 
 
@@ -30,12 +31,14 @@ class Theorem:
         shape: outputs first.
         moved: within the window.
         in_parts: this rank's, where each rank has one; sigma is there once they have added them up.
+        alone: it is known of parts that they are all that stands on the model's input.
     """
 
     sigma: Later[SingularValues] | None
     shape: tuple[int, ...] = ()
     moved: bool = False
     in_parts: WeightInParts | None = None
+    alone: bool = True
 
 
 @dataclass
@@ -120,8 +123,11 @@ class Facts:
         if theorem is None or not (count or theorem.in_parts):
             return
         sigma, middle = theorem.sigma, paired.mean
-        if theorem.in_parts is not None:
+        if not theorem.alone:
             result.details["first_weight_not_alone"] = _NOT_ALONE
+        if sigma is None and theorem.in_parts is not None:
+            result.details["sandwich_in_parts"] = _IN_PARTS
+            return
         if sigma is None:
             sides = no_sides(middle, count, label, note, self.first_layer)
             result.add("sandwich", self.place, "total", **sides)

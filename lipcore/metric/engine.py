@@ -30,7 +30,7 @@ from lipcore.metric.ordinary import ordinary
 from lipcore.metric.protocol import Metric, Needs
 from lipcore.metric.rank_states import SavedRanks, saved
 from lipcore.metric.results import HISTORY_BYTES, History, MetricResult, Window
-from lipcore.metric.state import checked_starts, checked_steps
+from lipcore.metric.state import checked_lacking, checked_starts, checked_steps
 from lipcore.metric.step_end import StepEnd, StepEndCalls
 from lipcore.metric.windows import Windows
 from lipcore.models.checks import check_kind, never_called
@@ -624,7 +624,8 @@ class Engine:
         waiting = self._global.waiting
         if waiting:
             self._failures.warn(_NOT_SAVED.format(_steps_of(waiting)))
-        own = self._own_state() | {"waiting": [list(steps) for steps in waiting]}
+        lacking = self._global.lacking(self._windows.begin)
+        own = self._own_state() | {"waiting": [list(steps) for steps in waiting], "lacking": lacking}
         state = saved(self.metrics, self._global.place, own)
         self._tell(lambda listener: listener.state_taken())
         return {"version": self._version, **self._windows.state(), **state}
@@ -647,6 +648,7 @@ class Engine:
         if ranks.names != sorted(self.metrics):
             raise ValueError(f"metrics: the state has {ranks.names}, this monitor has {sorted(self.metrics)}")
         take_own, lost = self._loaded_own(ranks.first), checked_steps(ranks.first.get("waiting", []))
+        lacked = checked_lacking(ranks.taken_over)
         before = {name: metric.state_dict() for name, metric in self.metrics.items()}
         lacking: dict[str, str] = {}
         try:
@@ -660,6 +662,8 @@ class Engine:
         take_own()
         self._windows.load(state["step"], state["windows"], starts)
         self._global.forget(state["step"])
+        if lacked is not None:
+            self._global.go_on_lacking(lacked)
         self._leave_out(lacking)
         lost = [steps for steps in lost if tuple(steps) not in self._global.waiting]  # of this very run
         if lost:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.protocol import Metric
+
+E = TypeVar("E", bound=Exception)
 
 
 class Failures:
@@ -85,6 +87,10 @@ class Failures:
         """Forget the error that was kept here, where it is of this type."""
         if isinstance(self._error, kind):
             self._error = None
+
+    def kept(self, kind: type[E]) -> E | None:
+        """Return the error that was kept here, where it is of this type; it stays."""
+        return self._error if isinstance(self._error, kind) else None
 
     def drop_own(self) -> None:
         """Forget the error that was kept here, and go on."""

@@ -79,6 +79,14 @@ class GlobalWindows:
         """Leave some metrics out of windows with steps up to this one."""
         self._partial |= dict.fromkeys(names, (step, why))
 
+    def lacking(self, begin: int) -> dict[str, list[Any]]:
+        """Return which metrics lack samples in windows with steps up to one behind `begin`: that step, and why."""
+        return {name: [step, why] for name, (step, why) in self._partial.items() if step > begin}
+
+    def go_on_lacking(self, found: Mapping[str, Sequence[Any]]) -> None:
+        """Leave out what was left out where a state was saved, and nothing else that this run has left out before."""
+        self._partial = {name: (step, why) for name, (step, why) in found.items()}
+
     def forget(self, step: int) -> None:
         """Drop windows with steps behind this one, merged or not, and why such were to lack something: a checkpoint was
         loaded, and these steps are made again."""

@@ -87,7 +87,12 @@ class SavedRanks:
     @property
     def first(self) -> State:
         """The entry of the rank of this one's number, or of the lowest that it goes on from; {} for none."""
-        return next((self._by_rank[r] for r in taken_over(self._place, self.ranks) if r in self._by_rank), {})
+        return next(iter(self.taken_over), {})
+
+    @property
+    def taken_over(self) -> list[State]:
+        """Entries of the ranks that this one goes on from."""
+        return [self._by_rank[r] for r in taken_over(self._place, self.ranks) if r in self._by_rank]
 
     def of(self, name: str) -> RankStates:
         """Return the states of one metric."""

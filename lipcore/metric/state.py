@@ -135,6 +135,23 @@ def checked_steps(state: Any) -> list[tuple[int, int]]:
     return [(first, last) for first, last in found]
 
 
+def checked_lacking(entries: list[dict[str, Any]]) -> dict[str, tuple[int, str]] | None:
+    """Return which metrics lack samples up to which step, and why, as the ranks that one goes on from have saved it;
+    None where none of them says so: an earlier lipcore has saved them. ValueError where a value is no such thing."""
+    said = [entry["lacking"] for entry in entries if "lacking" in entry]
+    found: dict[str, tuple[int, str]] = {}
+    for each in said:
+        if not isinstance(each, dict):
+            raise ValueError(f"lacking: expected a step and a reason by metric, got {each!r:.80}")
+        for name, value in each.items():
+            fits = isinstance(value, (list, tuple)) and len(value) == 2
+            if not fits or not is_count(value[0]) or not isinstance(value[1], str):
+                raise ValueError(f"lacking.{name}: expected a step and a reason, got {value!r:.80}")
+            if value[0] > found.get(str(name), (0, ""))[0]:
+                found[str(name)] = value[0], value[1]
+    return found if said else None
+
+
 def checked_starts(state: Any, version: int, blocks: int) -> list[int]:
     """Return the step before every block of the open window; ValueError naming the first key that does not fit an
     engine of this version with at most so many blocks a window."""

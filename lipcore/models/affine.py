@@ -11,31 +11,33 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lipcore import _core
-from lipcore.models.chains import foreign_hooks
+from lipcore.models.chains import foreign_hooks, is_of_sharding
+from lipcore.models.names import class_before_sharding
 
 _AFFINE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 #: Before each forward pass these put the layer's weight into an attribute, and do nothing else.
 _SET_WEIGHT = (WeightNorm.__call__, SpectralNorm.__call__, prune.BasePruningMethod.__call__)
 
 
-def own_class(module: nn.Module) -> type[nn.Module]:
-    """Return the class that computes: that under a parametrization."""
-    kind = type(module)
+def own_class(module: nn.Module, *, sharded: bool = False) -> type[nn.Module]:
+    """Return the class that computes: that under a parametrization, and under that of fully_shard()."""
+    kind = class_before_sharding(module) if sharded else type(module)
     return kind.__bases__[0] if "parametrizations" in module._modules else kind
 
 
-def is_affine(module: nn.Module) -> bool:
-    """Return whether it is a Linear or convolution of torch's own class, and nothing changes what it takes in, computes
-    or gives back: no forward of its own, no hook of others. Asked at every pass."""
+def is_affine(module: nn.Module, *, sharded: bool = False) -> bool:
+    """Return whether it is a Linear or convolution of torch's own class, fully_shard()ed or not where that is asked,
+    and nothing changes what it takes in, computes or gives back: no forward of its own, no hook of others. Asked at
+    every pass."""
     own = module.__dict__
-    if own_class(module) not in _AFFINE or "forward" in own or "_conv_forward" in own:
+    if own_class(module, sharded=sharded) not in _AFFINE or "forward" in own or "_conv_forward" in own:
         return False
     # Looked up in __dict__: this runs in every pass.
     if own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return False
     if not (own["_forward_pre_hooks"] or own["_forward_hooks"]):
         return True
-    return all(_sets_weight(hook) for hook in foreign_hooks(module))
+    return all(_sets_weight(hook) or (sharded and is_of_sharding(hook)) for hook in foreign_hooks(module))
 
 
 def _sets_weight(hook: Any) -> bool:

@@ -8,22 +8,24 @@ from typing import Any
 from torch import nn
 from torch.nn.utils import parametrize
 
-from lipcore.models.names import named_modules, unwrap
+from lipcore.models.names import class_before_sharding, named_modules, unwrap
 from lipcore.models.torch_internals import ANY_FORWARD_HOOKS, ANY_FORWARD_PRE_HOOKS
 
 
-def modules_in_order(model: nn.Module, *, parametrized: bool = False) -> list[nn.Module] | None:
-    """Return the modules of nested nn.Sequentials of torch's own layers, parametrized ones too where they are wanted;
-    None where there is other wiring, or may be: in a hook."""
-    if _global_hooks() or _altered(model):
+def modules_in_order(model: nn.Module, *, parametrized: bool = False, sharded: bool = False) -> list[nn.Module] | None:
+    """Return the modules of nested nn.Sequentials of torch's own layers, parametrized and fully_shard()ed ones too
+    where they are wanted; None where there is other wiring, or may be: in a hook."""
+    if _global_hooks() or _altered(model, sharded=sharded):
         return None
     model = unwrap(model)
-    if _altered(model):
+    if _altered(model, sharded=sharded):
         return None
-    if type(model) is nn.Sequential:
-        parts = [modules_in_order(child, parametrized=parametrized) for child in model]
-        return None if any(part is None for part in parts) else [m for part in parts for m in part or ()]
-    kind, inside = type(model), list(model._modules)
+    kind, inside = class_before_sharding(model) if sharded else type(model), list(model._modules)
+    if kind is nn.Sequential:
+        each = [modules_in_order(m, parametrized=parametrized, sharded=sharded)
+                for m in model._modules.values() if m is not None]  # fmt: skip
+        parts = [part for part in each if part is not None]
+        return None if len(parts) < len(each) else [m for part in parts for m in part]
     if parametrized and parametrize.is_parametrized(model) and inside == ["parametrizations"]:
         kind, inside = kind.__mro__[1], []  # the layer's own class is the first base of the one that torch made
     return [model] if kind.__module__.startswith("torch.nn.modules") and not inside else None
@@ -40,9 +42,9 @@ def altered_modules(model: nn.Module) -> dict[str, list[Any]]:
     return {where: hooks for where, hooks in found.items() if hooks}
 
 
-def _altered(module: nn.Module) -> list[Any]:
+def _altered(module: nn.Module, *, sharded: bool = False) -> list[Any]:
     instead = [vars(module)["forward"]] if "forward" in vars(module) else []
-    return [*instead, *foreign_hooks(module)]
+    return [*instead, *(hook for hook in foreign_hooks(module) if not (sharded and is_of_sharding(hook)))]
 
 
 def foreign_hooks(module: nn.Module) -> list[Any]:
@@ -62,6 +64,12 @@ def home_of(hook: Any) -> str:
         hook = hook.func
     owner = getattr(hook, "__self__", hook)
     return str(getattr(owner, "__module__", None) or type(owner).__module__)
+
+
+def is_of_sharding(hook: Any) -> bool:
+    """Return whether a hook is one of fully_shard()'s, which gathers parameters, casts what comes in and goes out, and
+    changes no more."""
+    return home_of(hook).startswith("torch.distributed.fsdp._fully_shard")
 
 
 def is_own(hook: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lipcore.models.ranks import has_dtensors
 from lipcore.models.torch_internals import fsdp_groups
@@ -24,6 +24,16 @@ def is_spread(model: nn.Module) -> bool:
     return has_dtensors(model) or bool(fully_sharded(model))
 
 
+def gathers_by_part(model: nn.Module) -> bool:
+    """Return whether parts of a model gather their parameters when they run, and not the model as a whole."""
+    return any(module is not model for module in fully_sharded(model))
+
+
+def is_there(tensor: Tensor) -> bool:
+    """Return whether a gathered parameter has its memory: fully_shard() keeps the tensor, and lets go of that alone."""
+    return tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.element_size()
+
+
 def mesh_of(model: nn.Module) -> Any:
     """Return the mesh that the first parameter of a model that is spread over ranks is on."""
     of_parameters = (p.device_mesh for p in model.parameters() if hasattr(p, "device_mesh"))
@@ -36,6 +46,21 @@ def let_go(model: nn.Module) -> None:
     pass, whatever the optimizer has changed since. No collective."""
     for module in fully_sharded(model):
         module.reshard()
+
+
+@contextmanager
+def nothing_reduced(model: nn.Module) -> Iterator[None]:
+    """Keep fully_shard()ed modules from reducing, in a backward pass of lipcore's own, gradients that they have added
+    up for the training's next reduce."""
+    groups = [group for module in fully_sharded(model) for group in fsdp_groups(module)]
+    before = [group.reduce_grads for group in groups]
+    for group in groups:
+        group.reduce_grads = False
+    try:
+        yield
+    finally:
+        for group, value in zip(groups, before, strict=True):
+            group.reduce_grads = value
 
 
 @contextmanager

@@ -53,6 +53,13 @@ def below_ddp(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
+#: Why numbers of single samples cannot be told where a pass speaks to other ranks.
+EXCHANGES = (
+    "model: its pass exchanges activations with other ranks (tensor, sequence, context or expert parallelism), so that "
+    "the gradient of a sample lies on several of them, and this rank would measure parts"
+)
+
+
 class Communicates(RuntimeError):
     """The error that says that other ranks would have been spoken to."""
 

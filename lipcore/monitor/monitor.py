@@ -184,6 +184,7 @@ class Monitor(Engine):
             ValueError: a tensor of several numbers.
         """
         check_logged(numbers)
+        self._wait_to_stop()
         self._failures.raise_kept()
         loss = numbers.get("loss")
         if isinstance(loss, Tensor) and loss.grad_fn is not None:
@@ -237,7 +238,8 @@ class Monitor(Engine):
     def prove(self, batch: Any) -> dict[str, str]:
         """Prove that the rows of a batch's gradients are single samples', by passes that all ranks run together: under
         FSDP2 statistics over the batch that a model may detach are looked for in no other way, and numbers are not
-        labelled exact before. From then on those of passes with as many samples that do the same are.
+        labelled exact before. From then on those of passes with as many samples that do the same are. For Lipschitz of
+        a sharded model it shows that W_1 stands alone on the model's input, without which there is no lambda.
 
         Every rank of the group calls it at the same step, between two steps (no backward pass is waited for), with a
         batch of its own as the training's are. The model runs forward, and backward to activations alone: no parameter
@@ -258,11 +260,22 @@ class Monitor(Engine):
         self._failures.raise_kept()
         metrics = {n: one for n, one in self.metrics.items() if isinstance(one, PerSampleMetric) and not one.rests}
         captures = {name: one._capture for name, one in metrics.items() if isinstance(one._capture, LayerCapture)}
-        if not captures:
+        at_inputs = self._capture.to_prove
+        taps = {name: metric.needs().taps for name, metric in self.metrics.items()}
+        inputs = {name: at.prove for name, mine in taps.items() for tap, at in at_inputs.items() if tap in mine}
+        if not captures and not inputs:
             raise ValueError("metrics: there is none of single samples' gradients, and so nothing to prove")
         self.flush()
-        off = [name for name, metric in metrics.items() if metric.off]
-        return prove_together(self.model, captures, batch, self._global.partners, self._windows.step, off)
+        off = [name for name, metric in self.metrics.items() if metric.off]
+        return prove_together(self.model, captures, batch, self._global.partners, self._windows.step, off, inputs)
+
+    def _wait_to_stop(self) -> None:
+        """Let an alarm that was to stop this rank alone, since the loop had logged nothing for two windows, stop all of
+        them: they meet in this very call, in which the others would wait for this one."""
+        stop = self._failures.kept(AlarmStop)
+        meets = self._meets and self._global.waits and self._global.partners.find() is not None
+        if stop is not None and self.alarms is not None and meets and self.alarms._wait_to_stop(stop.event):
+            self._failures.drop(AlarmStop)
 
     def _meet(self) -> None:
         """Merge the closed windows with those of the other ranks, which log at the same step."""

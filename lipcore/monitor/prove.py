@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from lipcore.models.ranks import world_size
 from lipcore.models.restored import all_put_back, without_cached_casts
 
 _CALL = "monitor.prove()"
+_STOPPED, _RAISED = "it has stopped", "on another rank the forward pass raised an error"
 _INACTIVE = "this step is not recorded (every_steps)"
 
 
@@ -29,6 +30,7 @@ def prove_together(
     partners: Partners,
     step: int,
     off: Iterable[str],
+    inputs: Mapping[str, Callable[[Any, Any], str]],
 ) -> dict[str, str]:
     """Return, by metric, what the proof of a batch has left unproved, and on which rank; the same on all ranks.
 
@@ -38,12 +40,15 @@ def prove_together(
         partners: the other ranks.
         step: the number of steps that this rank has made.
         off: metrics that have stopped.
+        inputs: by metric whose numbers are about the model's input, what proves them of the arguments and keywords of a
+            call, in passes of its own.
     """
     arguments, keywords = _as_call(batch)
     group = partners.find()
     _check_mesh(model, group, partners)
     off = set(off)
     state = {name: _state(capture, stopped=name in off) for name, capture in captures.items()}
+    state |= {name: _STOPPED if name in off else "" for name in inputs}
     headers = _met(partners, group, step, {"version": 1, "call": _CALL, "metrics": list(map(list, state.items()))})
     _check_alike(headers, group)
     error: Exception | None = None
@@ -51,15 +56,21 @@ def prove_together(
     found, asked = dict(state), dict[str, AskedProof]()
     try:
         try:
-            asked = _run(model, arguments, keywords, able)
+            asked = _run(model, arguments, keywords, able) if captures else {}
         except Exception as raised:  # the other ranks wait for a word of this one
             error = raised
-            found |= dict.fromkeys(able, f"the forward pass raised {type(raised).__name__}: {str(raised)[:200]}")
+            why = f"the forward pass raised {type(raised).__name__}: {str(raised)[:200]}"
+            found |= dict.fromkeys([name for name, off in state.items() if not off], why)
         waits = {name: name in asked and asked[name].waits for name in able}
-        ready = _met(partners, group, step, {"version": 1, "call": f"{_CALL}, its second part", "waits": waits})
+        second = {"version": 1, "call": f"{_CALL}, its second part", "waits": waits, "raised": error is not None}
+        ready = _met(partners, group, step, second)
         for name, proof in asked.items():
             together = all(other["waits"].get(name) for other in ready)
             found[name] = able[name].finish_proof(proof, together=together)
+        if not any(other["raised"] for other in ready):
+            found |= {name: prove(arguments, keywords) for name, prove in inputs.items() if not state[name]}
+        elif error is None:
+            found |= {name: _RAISED for name in inputs if not state[name]}
     finally:
         let_go(model)
     told = _met(partners, group, step, {"version": 1, "call": f"{_CALL}, what it found", "found": found})
@@ -67,7 +78,7 @@ def prove_together(
         raise error
     if group is None:
         return found
-    return {name: _of_all(name, told, group) for name in captures}
+    return {name: _of_all(name, told, group) for name in (*captures, *inputs)}
 
 
 def _run(
@@ -107,7 +118,7 @@ def _as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def _state(capture: LayerCapture, *, stopped: bool) -> str:
     """Return why this rank cannot take part in a metric's proof, or ""."""
     if stopped or not capture.watches:
-        return "it has stopped"
+        return _STOPPED
     return "" if capture.active else _INACTIVE
 
 

@@ -27,7 +27,9 @@ WAYS = {
     "ends": {"stop": True, "at": LATE, "end": False, "log": True},
     "meets": {"stop": True, "at": LATE, "end": True, "log": True},
     "never logs": {"stop": True, "at": AT, "end": False, "log": False},
+    "logs late": {"stop": True, "at": 2 * WINDOW + 2, "end": False, "log": True},
 }
+FIRST_LOG = 3 * WINDOW + 2  # of that one
 
 
 def event(step: int, place: str, rank: int | None = None) -> AlarmEvent:
@@ -121,6 +123,18 @@ def test_a_stop_waits_for_the_other_ranks_as_long_as_they_are_met(meets: bool) -
     assert len(alarms.global_events) == (0 if meets else 1)
 
 
+def test_a_stop_that_was_to_be_of_one_rank_waits_where_the_others_have_not_heard_of_it() -> None:
+    alarms = Alarms(stop=True)
+    kept: list[Exception] = []
+    alarms._begin([], kept.append, lambda: False, has_norms=False, meets=lambda: False)
+    alarms._tell(event(3, "a"))
+    assert len(kept) == 1
+    assert alarms._wait_to_stop(event(3, "a"))
+    alarms._heard({0: alarms._said(), 1: []})
+    assert [error.event for error in kept[1:]] == [event(3, "a", 0)]
+    assert not alarms._wait_to_stop(event(3, "a"))  # all know it: it is raised as it is
+
+
 def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, log: bool) -> dict[str, Any]:
     """Train under DDP; on rank 1 the loss that is logged becomes NaN in step `at`; windows meet at the `end` too.
 
@@ -140,7 +154,12 @@ def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, 
             for step in range(1, STEPS + 1):
                 found["steps"] = step
                 loss = model(torch.randn(6, 4)).square().mean()
-                if log:
+                if name == "logs late":
+                    if step == at and rank == 1:
+                        alarms._tell(event(step, "total"))
+                    if step >= FIRST_LOG:
+                        monitor.log(loss=loss)
+                elif log:
                     monitor.log(loss=loss * (float("nan") if rank == 1 and step == at else 1))
                 else:
                     monitor.log_batch(torch.arange(6))
@@ -203,3 +222,11 @@ def test_ranks_that_never_log_stop_each_for_itself_before_the_end(found: dict[st
     one, other = found["never logs"]
     assert one["stopped"] == other["stopped"] == [AT, None]
     assert max(one["steps"], other["steps"]) <= 2 * WINDOW + 2
+
+
+@pytest.mark.ci
+def test_ranks_that_first_log_late_stop_together(found: dict[str, list[dict[str, Any]]]) -> None:
+    """The alarm comes when two windows have closed without a call of log(): as if nothing was ever logged."""
+    for each in found["logs late"]:
+        assert each["stopped"] == [2 * WINDOW + 2, 1]
+        assert each["steps"] == FIRST_LOG

@@ -35,6 +35,8 @@ WITHOUT_NOISE = {
 LEFT_OUT = {
     "tensor_parallel": r"module 'a' \(Linear\): a DTensor \(tensor parallel\) has no per-sample gradients on one rank",
     "context_parallel": r"exchanges activations with other ranks \(tensor, sequence, context or expert parallelism\)",
+    "sequence_parallel": r"a DTensor \(tensor parallel\) has no per-sample gradients on one rank",
+    "expert_parallel": r"exchanges activations with other ranks \(tensor, sequence, context or expert parallelism\)",
 }
 OTHERS = {"scores_by_id", "taken_back", "left_over", "counted"}
 #: What the error says, on both ranks.

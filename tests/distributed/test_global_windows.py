@@ -14,6 +14,7 @@ pytestmark = pytest.mark.ci  # four processes, for 20 s
 RIGHT = (
     *("ddp", "unequal_batches", "fsdp2", "tensor_parallel", "pipeline", "skipped_calls", "open_window"),
     *("a_metric_that_stops_on_one_rank", "after_rebind", "one_state_for_all", "loaded_into_the_same_monitor"),
+    "lacking_saved_again",
     *("hsdp", "tensor_parallel_and_fsdp2", "subgroups", "two_groups", "mesh_as_group"),
 )
 #: What the error says, on all ranks that make the call.
@@ -94,6 +95,12 @@ def test_the_samples_of_another_ranks_state_are_left_out(found: Found) -> None:
     assert not first["said"]
     assert re.match(r"per_sample_grad_norm: rank 1 of 2 goes on from the state of rank 0 of 2", second["said"][0])
     for numbers in (first, second):
+        assert "rank 1 of 2 goes on from the state of rank 0" in numbers["off"][0]
+        assert numbers["off"][1:] == [""]
+
+
+def test_what_a_window_lacks_is_in_its_state(found: Found) -> None:
+    for numbers in found["lacking_saved_again"]:
         assert "rank 1 of 2 goes on from the state of rank 0" in numbers["off"][0]
         assert numbers["off"][1:] == [""]
 

@@ -14,8 +14,8 @@ from rank_runs import Found, run_situations
 from torch import nn
 from uneven_situations import situations
 
-from lipcore.capture.layers import proof_ranks
-from lipcore.capture.layers.proof_ranks import Ranks
+from lipcore.capture import proof_ranks
+from lipcore.capture.proof_ranks import Ranks
 
 _NO_OUTPUT = "none of the model's outputs has a batch dimension"
 _OTHERS = "the model is sharded, and on another rank the batch or the graph allows no such passes"

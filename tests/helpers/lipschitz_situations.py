@@ -3,14 +3,25 @@ sample of every rank by itself."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from pipeline import run_stage, stage_of
-from rank_situations import STEPS, WINDOW, Columns, Data, data_of, fsdp, made, planned
-from sample_situations import DDP, compared_numbers, mean_loss, quiet
+from rank_situations import STEPS, WINDOW, Columns, Data, Net, data_of, fsdp, made, planned
+from sample_situations import (
+    DDP,
+    Exchanging,
+    compared_numbers,
+    experts,
+    halves_of_sequences,
+    mean_loss,
+    quiet,
+    sequences,
+    stopped,
+)
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -111,10 +122,174 @@ def fsdp2(rank: int, world: int) -> dict[str, Any]:
     return compared_numbers(windows, expected)
 
 
+def proved(rank: int, model: Any, data: Data, loss: Any = mean_loss, **settings: Any) -> list[Any]:
+    """Windows of a run that begins with a proof by all ranks, which is to succeed."""
+    optimizer, monitor = monitored(model, **settings)
+    found: list[Any] = []
+    with monitor:
+        assert monitor.prove(data[0][0]) == {NAME: ""}
+        for x, y in data:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+            if (window := monitor.global_window()) is not None:
+                found.append(window)
+    return found
+
+
+def fsdp2_proved(rank: int, world: int) -> dict[str, Any]:
+    windows = proved(rank, fsdp(made()), data_of(range(world))[rank])
+    for window in windows:
+        assert window[NAME].local_lipschitz[PLACE].mean.label == "exact"
+        assert "first_weight_not_alone" not in window[NAME].details
+    return compared_numbers(windows, truth(made(), data_of(range(world))))
+
+
+def fsdp2_unequal(rank: int, world: int) -> dict[str, Any]:
+    sizes = {0: 2, 1: 7}
+    windows = proved(rank, fsdp(made()), data_of(range(world), sizes)[rank])
+    return compared_numbers(windows, truth(made(), data_of(range(world), sizes)))
+
+
+def fsdp2_chain(rank: int, world: int) -> dict[str, Any]:
+    """Layers one after the other need no proof."""
+    chain = nn.Sequential(
+        OrderedDict(a=nn.Linear(6, 8), x=nn.Tanh(), b=nn.Linear(8, 5), y=nn.Tanh(), c=nn.Linear(5, 1))
+    )
+    chain.double().load_state_dict(made().state_dict())
+    windows = merged(fsdp(chain), data_of(range(world))[rank])
+    place = f"{PLACE}:Linear"
+    assert all(window[NAME].local_lipschitz[place].mean.label == "exact" for window in windows)
+    expected = truth(made(), data_of(range(world)))
+    return compared_numbers(windows, [{f"{key}:Linear": value for key, value in each.items()} for each in expected])
+
+
+class Past(Net):
+    """Its output depends on the input past the first layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = super().forward(x) + x[:, :1]
+        return found
+
+
+def fsdp2_past(rank: int, world: int) -> dict[str, Any]:
+    model, data = fsdp(made(Past)), data_of(range(world))[rank]
+    optimizer, monitor = monitored(model)
+    with monitor:
+        (answer,) = monitor.prove(data[0][0]).values()
+        for x, y in data[:WINDOW]:
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+        window = monitor.global_window()
+    assert window is not None
+    assert "rank 1: " in answer
+    assert window[NAME].normalized_gradient_norm[PLACE].mean.valid
+    assert not window[NAME].local_lipschitz[PLACE].mean.valid
+    return {"said": window[NAME].details["local_lipschitz_off"]}
+
+
+class Keeping(Net):
+    """It keeps what its first layer returns."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = self.a(x)
+        found: Tensor = self.c(torch.tanh(self.b(torch.tanh(self.kept))))
+        return found
+
+
+class Mixing(Net):
+    """Samples influence each other behind the first layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.a(x))
+        found: Tensor = self.c(torch.tanh(self.b(hidden - hidden.mean(0))))
+        return found
+
+
+def fsdp2_mixing(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := fsdp(made(Mixing)))
+    data = data_of(range(world))[rank]
+    with monitor:
+        (answer,) = monitor.prove(data[0][0]).values()
+        for x, y in data[:WINDOW]:
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+        window = monitor.global_window()
+    assert window is not None
+    assert window[NAME].normalized_gradient_norm[PLACE].mean.label == "heuristic"
+    assert window[NAME].local_lipschitz[PLACE].mean.label == "heuristic"
+    return {"said": answer}
+
+
+def fsdp2_penalty(rank: int, world: int) -> dict[str, Any]:
+    """The loss reaches the first layer past the output: constants by way of its gradient would be wrong."""
+    model = fsdp(made(Keeping))
+
+    def loss(output: Tensor, y: Tensor) -> Tensor:
+        return mean_loss(output, y) + model.kept.square().sum()
+
+    optimizer, monitor = monitored(model, metrics=[Lipschitz(input="a"), Trajectory()])
+    with monitor:
+        for x, y in data_of(range(world))[rank][:WINDOW]:
+            optimizer.zero_grad()
+            loss(model(x), y).backward()
+            optimizer.step()
+        window = monitor.global_window()
+    assert window is not None
+    assert not window[NAME].local_lipschitz[PLACE].mean.valid
+    return {"said": window[NAME].details["local_lipschitz_off"]}
+
+
+def fsdp2_on_one_rank(rank: int, world: int) -> dict[str, Any]:
+    """No rank waits for one that has no metric, and what was not compared says so."""
+    model = fsdp(made())
+    metrics = [Trajectory(), *([Lipschitz(input="a")] if rank == 0 else [])]
+    optimizer, monitor = monitored(model, metrics=metrics)
+    with monitor:
+        for x, y in data_of(range(world))[rank][:WINDOW]:
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+        if rank:
+            return {"said": ""}
+        value = monitor.history[0][NAME].local_lipschitz[PLACE].mean
+    assert value.label == "heuristic"
+    return {"said": value.note}
+
+
+def fsdp2_output_in_another_dtype(rank: int, world: int) -> dict[str, Any]:
+    """The gradient comes to the first layer's output before fully_shard() has gathered its weight."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model: Any = made()
+    fully_shard(model.a, mp_policy=MixedPrecisionPolicy(output_dtype=torch.float32))
+    fully_shard(model.b, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float64))
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.float64))
+    optimizer, monitor = monitored(model, metrics=[Lipschitz(input="a"), Trajectory()])
+    with monitor:
+        for x, y in data_of(range(world))[rank][:WINDOW]:
+            optimizer.zero_grad()
+            mean_loss(model(x), y).backward()
+            optimizer.step()
+        window = monitor.global_window()
+    assert window is not None
+    assert window[NAME].normalized_gradient_norm[PLACE].mean.valid
+    return {"said": window[NAME].details["local_lipschitz_off"]}
+
+
 def hsdp(rank: int, world: int) -> dict[str, Any]:
     mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
     windows = merged(fsdp(made(), mesh), data_of(range(world))[rank])
     return compared_numbers(windows, without_lambda(truth(made(), data_of(range(world))), windows))
+
+
+def hsdp_proved(rank: int, world: int) -> dict[str, Any]:
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicas", "shards"))
+    windows = proved(rank, fsdp(made(), mesh), data_of(range(world))[rank])
+    assert all(window[NAME].local_lipschitz[PLACE].mean.label == "exact" for window in windows)
+    return compared_numbers(windows, truth(made(), data_of(range(world))))
 
 
 def subgroups(rank: int, world: int) -> dict[str, Any]:
@@ -153,6 +328,40 @@ def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
     return {"said": window.off[NAME]}
 
 
+def context_parallel(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := DDP(Exchanging().double()))
+    data = [(torch.randn(3, 4, 6).double(), torch.randn(3, 1).double()) for _ in range(WINDOW)]
+    return stopped(monitor, model, optimizer, data, NAME)
+
+
+class Tokens(nn.Module):
+    """The same of a text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.rest = nn.Embedding(5, 6), Exchanging()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.rest(self.words(ids))
+        return found
+
+
+def context_parallel_text(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := DDP(Tokens().double()))
+    data = [(torch.randint(0, 5, (3, 4)), torch.randn(3, 1).double()) for _ in range(WINDOW)]
+    return stopped(monitor, model, optimizer, data, NAME)
+
+
+def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := sequences(world))
+    return stopped(monitor, model, optimizer, halves_of_sequences(rank), NAME)
+
+
+def expert_parallel(rank: int, world: int) -> dict[str, Any]:
+    optimizer, monitor = monitored(model := experts(rank, world))
+    return stopped(monitor, model, optimizer, data_of(range(world), dict.fromkeys(range(world), 4))[rank], NAME)
+
+
 def pipeline(rank: int, world: int) -> dict[str, Any]:
     """A stage's constant is not the model's."""
     stage = stage_of(made(), rank)
@@ -182,6 +391,9 @@ def other_settings(rank: int, world: int) -> dict[str, Any]:
 
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each."""
-    two = (ddp, unequal_batches, fsdp2, tensor_parallel, pipeline, independent, other_settings)
-    for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
+    two = (ddp, unequal_batches, fsdp2, fsdp2_proved, fsdp2_unequal, fsdp2_chain, fsdp2_past, fsdp2_mixing,
+           fsdp2_penalty, fsdp2_on_one_rank, fsdp2_output_in_another_dtype, tensor_parallel, context_parallel,
+           context_parallel_text, sequence_parallel, expert_parallel, pipeline, independent,
+           other_settings)  # fmt: skip
+    for work in two if ranks == 2 else (hsdp, hsdp_proved, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

@@ -81,6 +81,49 @@ def trained_alone(model: nn.Module, data: Sequence[Data], optimizer: str) -> lis
     return found
 
 
+def muon(rank: int, world: int, kind: str, mode: str) -> dict[str, Any]:
+    """Beside the movement of the whole parameters of this very run: torch's Muon makes its steps from products in
+    bfloat16, which are others (by some percent) where parameters are in parts. The last layer cannot be cut evenly."""
+    model: Any = made(Columns)
+    model = fsdp(model) if kind == "fsdp2" else planned(model, init_device_mesh("cpu", (world,)))
+    square = [p for name, p in model.named_parameters() if name in ("a.weight", "b.weight")]
+    others = [p for p in model.parameters() if not any(p is one for one in square)]
+    optimizers = [torch.optim.Muon(square, lr=0.02), torch.optim.SGD(others, lr=0.1)]  # type: ignore[attr-defined]
+    settings = {"mode": "exact"} if mode == "exact" else {"mode": "updates", **MODES[mode]}
+    trajectory = Trajectory(stats=("update_norm", "path_length", "weight_norm"), **settings)  # type: ignore[arg-type]
+    expected: list[dict[str, float]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Monitor(model, optimizers, [trajectory], window_steps=WINDOW, timeout=20) as monitor:
+            lengths: dict[str, float] = {}
+            for step in range(2 * WINDOW):
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                x, y = data_of([rank if kind == "fsdp2" else 0])[0][step]
+                (model(x) - y).square().mean().backward()
+                before = whole(model)
+                for optimizer in optimizers:
+                    optimizer.step()
+                after = whole(model)
+                moved = {name: float((after[name] - before[name]).norm()) for name in after}
+                moved["total"] = float(torch.tensor(list(moved.values()), dtype=torch.float64).norm())
+                lengths = {name: lengths.get(name, 0.0) + norm for name, norm in moved.items()}
+                if (step + 1) % WINDOW == 0:
+                    numbers = {f"trajectory/update_norm.last/{name}": norm for name, norm in moved.items()}
+                    numbers |= {f"trajectory/path_length.sum/{name}": length for name, length in lengths.items()}
+                    numbers |= {f"trajectory/weight_norm.last/{name}": float(p.norm()) for name, p in after.items()}
+                    expected.append(numbers)
+                    lengths = {}
+                monitor.global_window()
+            return errors(monitor.global_history, expected)
+
+
+def whole(model: Any) -> dict[str, torch.Tensor]:
+    """All parameters as they are now, put together."""
+    parts = {name: p.detach() for name, p in model.named_parameters()}
+    return {name: (p.full_tensor() if hasattr(p, "full_tensor") else p).clone() for name, p in parts.items()}
+
+
 def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]]]:
     """Name, ranks and work of each. Beside a tensor-parallel plan torch steps what is in parts and what is whole in no
     one call of foreach or fused."""
@@ -89,3 +132,6 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
             for optimizer in OPTIMIZERS if kind == "fsdp2" else ("AdamW",):
                 work = functools.partial(compared, kind=kind, mode=mode, optimizer=optimizer)
                 yield f"{kind}, {mode}, {optimizer}", ranks, work
+        if hasattr(torch.optim, "Muon"):
+            for mode in ("exact", *MODES):
+                yield f"{kind}, {mode}, Muon", ranks, functools.partial(muon, kind=kind, mode=mode)

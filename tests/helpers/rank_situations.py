@@ -269,6 +269,36 @@ def one_state_for_all(rank: int, world: int) -> dict[str, Any]:
     return errors(found, expected) | {"off": off, "said": said}
 
 
+def lacking_saved_again(rank: int, world: int) -> dict[str, Any]:
+    """A window lacks samples of a rank when it is saved once more, and a fresh Monitor goes on with it."""
+    data = data_of(range(world))[rank]
+    expected = truth(made(), data_of(range(world)))
+    model = nn.parallel.DistributedDataParallel(made())
+
+    def metrics() -> list[Any]:
+        return [Trajectory(stats=STATS), PerSampleGradNorms(loss_reduction="mean")]
+
+    optimizer, monitor = monitored(model, metrics=metrics())
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(model, optimizer, data, steps=range(WINDOW - 2))
+        states: list[Any] = [None] * world
+        dist.all_gather_object(states, monitor.state_dict())
+        monitor.load_state_dict(states[0])
+        train(model, optimizer, data, steps=[WINDOW - 2])
+        state = monitor.state_dict()
+        monitor.close()
+        monitor = Monitor(model, optimizer, metrics(), window_steps=WINDOW, timeout=20)
+        monitor.load_state_dict(state)
+        with monitor:
+            for step in range(WINDOW - 1, STEPS):
+                train(model, optimizer, data, steps=[step])
+                if (window := monitor.global_window()) is not None:
+                    found.append(window)
+    return errors(found, expected) | {"off": [window.off.get("per_sample_grad_norm", "") for window in found]}
+
+
 def loaded_into_the_same_monitor(rank: int, world: int) -> dict[str, Any]:
     """The training goes back behind a window that has closed, on all ranks: one that was merged, then one that
     waits."""
@@ -678,7 +708,8 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
                  independent_for_themselves, fsdp1, shifted_windows, other_window_steps, a_rank_that_never_calls,
                  on_rank_0_alone, skipped_calls, open_window, other_steps, other_calls,
                  a_metric_that_stops_on_one_rank, after_rebind, counted, state_of_another_rank,
-                 one_state_for_all, saved_while_windows_wait, loaded_into_the_same_monitor):  # fmt: skip
+                 one_state_for_all, lacking_saved_again, saved_while_windows_wait,
+                 loaded_into_the_same_monitor):  # fmt: skip
         yield work.__name__, 2, work
     for work in (hsdp, tensor_parallel_and_fsdp2, subgroups, two_groups, mesh_as_group, a_rank_that_dies):
         yield work.__name__, 4, work

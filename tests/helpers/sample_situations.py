@@ -493,6 +493,76 @@ def context_parallel(rank: int, world: int) -> dict[str, Any]:
     return stopped(monitor, model, optimizer, data)
 
 
+class Sequences(nn.Module):
+    """Half of each sequence is on each rank before its first linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.LayerNorm(6), nn.Linear(6, 8), nn.Linear(8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.b(torch.tanh(self.a(self.norm(x))))
+        return found.sum(1)
+
+
+def sequences(world: int) -> nn.Module:
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+
+    plan: Any = {"norm": SequenceParallel(), "a": ColwiseParallel(input_layouts=Shard(1)), "b": RowwiseParallel()}
+    return parallelize_module(made(Sequences), init_device_mesh("cpu", (world,)), plan)
+
+
+def halves_of_sequences(rank: int) -> Data:
+    generator = torch.Generator().manual_seed(7)
+    batches = [(torch.randn(3, 4, 6, generator=generator).double(), torch.randn(3, 1, generator=generator).double())
+               for _ in range(WINDOW)]  # fmt: skip
+    return [(x.chunk(2, 1)[rank], y) for x, y in batches]
+
+
+def sequence_parallel(rank: int, world: int) -> dict[str, Any]:
+    metrics = [PerSampleGradNorms(loss_reduction="mean"), Trajectory()]
+    optimizer, monitor = monitored(model := sequences(world), metrics=metrics)
+    return stopped(monitor, model, optimizer, halves_of_sequences(rank))
+
+
+class Experts(nn.Module):
+    """Each rank holds one of two experts, and sends it half of its samples."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 1)
+        self.experts = nn.ModuleDict({str(rank): nn.Linear(8, 8)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.distributed.nn.functional import all_to_all_single
+
+        hidden = torch.tanh(self.a(x))
+        (expert,) = self.experts.values()
+        sent = expert(all_to_all_single(torch.empty_like(hidden), hidden))
+        return self.b(all_to_all_single(torch.empty_like(hidden), sent))
+
+
+def experts(rank: int, world: int) -> nn.Module:
+    torch.manual_seed(0)
+    model = Experts(rank).double()
+
+    def shared(parameter: Tensor) -> None:
+        dist.all_reduce(parameter.grad)
+        parameter.grad /= world  # type: ignore[operator]
+
+    for layer in (model.a, model.b):
+        for parameter in layer.parameters():
+            parameter.register_post_accumulate_grad_hook(shared)
+    return model
+
+
+def expert_parallel(rank: int, world: int) -> dict[str, Any]:
+    model = experts(rank, world)
+    optimizer, monitor = monitored(model, metrics=[PerSampleGradNorms(loss_reduction="mean"), Trajectory()])
+    return stopped(monitor, model, optimizer, data_of(range(world), dict.fromkeys(range(world), 4))[rank])
+
+
 def stopped(monitor: Monitor, model: Any, optimizer: Any, data: Data, name: str = NAME) -> dict[str, Any]:
     """Train on, whatever the metric says, and return why it is not in the window of all ranks."""
     for x, y in data[:WINDOW]:
@@ -584,6 +654,6 @@ def situations(ranks: int) -> Iterator[tuple[str, int, Callable[[int, int], Any]
     two = (ddp, summed_loss, unequal_batches, one_sample_each, empty_rank, accumulated, fsdp2, fsdp2_unequal,
            reduced_by_hand, module_inside, communication_hook, other_divisor, independent, independent_for_themselves,
            joined, every_second_step, late_call, loaded_within, left_over, counted, pipeline, tensor_parallel,
-           context_parallel, scores_by_id, taken_back)  # fmt: skip
+           context_parallel, sequence_parallel, expert_parallel, scores_by_id, taken_back)  # fmt: skip
     for work in two if ranks == 2 else (hsdp, subgroups, group_of_some):
         yield work.__name__, ranks, quiet(work)

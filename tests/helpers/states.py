@@ -18,7 +18,7 @@ def opened(state: dict[str, Any], rank: int = 0) -> dict[str, Any]:
 def sealed(state: dict[str, Any], rank: int = 0, ranks: int = 1) -> dict[str, Any]:
     """The state of :func:`opened`, as of another rank if that is said; its metrics are those of all ranks."""
     state = dict(state)
-    own = {key: state.pop(key) for key in ("metrics", "logged") if key in state}
+    own = {key: state.pop(key) for key in ("metrics", "logged", "waiting", "lacking") if key in state}
     alike, metrics = state["alike"], own.get("metrics")
     if isinstance(metrics, dict):
         metrics = {name: alike["metrics"].get(name) for name in metrics}

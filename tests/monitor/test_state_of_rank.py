@@ -10,6 +10,7 @@ from states import opened, sealed
 from torch import nn
 
 import lipcore
+from lipcore.metric.state import checked_lacking
 
 
 def train(steps: int, state: Any = None) -> lipcore.Monitor:
@@ -70,3 +71,12 @@ def test_ones_own_state_goes_on(recwarn: pytest.WarningsRecorder) -> None:
     recwarn.clear()
     assert train(1, state).compute()["per_sample_grad_norm"].norm["total"].mean.count == 15
     assert not recwarn
+
+
+def test_what_windows_lack_is_that_of_all_ranks_that_one_goes_on_from() -> None:
+    entries = [{"lacking": {"a": [3, "of 3"]}}, {"lacking": {"a": [5, "of 5"], "b": [2, "of 2"]}}, {"metrics": {}}]
+    assert checked_lacking(entries) == {"a": (5, "of 5"), "b": (2, "of 2")}
+    assert checked_lacking(entries[2:]) is None  # of an earlier lipcore
+    for wrong in ([], {"a": 3}, {"a": [3]}, {"a": ["3", "why"]}, {"a": [3, None]}):
+        with pytest.raises(ValueError, match="lacking"):
+            checked_lacking([{"lacking": wrong}])

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lipcore import PerSampleGradNorms
-from lipcore.capture.layers import proof_ranks
+from lipcore.capture import proof_ranks
 
 dist = torch.distributed
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")

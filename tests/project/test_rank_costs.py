@@ -37,6 +37,24 @@ def test_shapes_are_those_of_the_models(script: dict[str, Any]) -> None:
     assert script["part_of"]((1000, 3), 64) == 16 * 3
 
 
+@pytest.mark.parametrize(
+    ("stats", "most"),
+    [(("update_norm", "weight_norm"), 5e6), (("update_norm", "weight_norm", "grad_norm", "clipped_grad_norm"), 10e6)],
+)
+def test_a_logging_step_after_1000_steps_sends_what_was_promised(
+    script: dict[str, Any], stats: tuple[str, ...], most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """7B: by a window's step as counted in some, since each step has as many numbers."""
+    names = list(script["shapes_of"]("7B"))
+    counted = []
+    for steps in (2, 4):
+        monkeypatch.setitem(script["sent"].__globals__, "WINDOW", steps)
+        counted.append(script["sent"](names, {"mode": "updates", "stats": stats}))
+    each_step = (counted[1] - counted[0]) / 2
+    assert each_step > 0
+    assert counted[0] + 998 * each_step <= most
+
+
 @pytest.mark.ci
 def test_the_file_is_what_the_script_finds(script: dict[str, Any]) -> None:
     assert script["rows"]() == ROWS

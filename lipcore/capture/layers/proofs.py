@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,22 +17,22 @@ from lipcore.capture.layers.layer_site import LayerSite
 from lipcore.capture.layers.pass_graph import Graph
 from lipcore.capture.layers.past_output import past_output
 from lipcore.capture.layers.proof_output import ProofOutput
-from lipcore.capture.layers.proof_ranks import Ranks
 from lipcore.capture.layers.proof_schedule import ProofSchedule
 from lipcore.capture.layers.sample_proof import Verdict, unseen_rows, verdict
 from lipcore.capture.output_places import OutputPlaces, is_clear
 from lipcore.capture.own_nodes import gradients_begun, nodes_of_others
 from lipcore.capture.proof import is_proof
+from lipcore.capture.proof_ranks import Ranks
 from lipcore.capture.sample_ids import SampleIds
 from lipcore.capture.seeds import Begins, Seeds, seeds_of
 from lipcore.capture.training_pass import accumulates_everything
 from lipcore.capture.zero_mixing import BY_ZERO
 from lipcore.models.copies import Before
-from lipcore.models.gathered import is_spread
+from lipcore.models.gathered import is_spread, nothing_reduced
 from lipcore.models.memory import free_bytes
 from lipcore.models.named_output import OutputChoice
 from lipcore.models.outputs import nodes_of, on_backward, tensors_of
-from lipcore.models.ranks import Communicates, under_process_group, without_communication
+from lipcore.models.ranks import EXCHANGES, Communicates, under_process_group, without_communication
 from lipcore.models.restored import all_put_back
 
 NO_OUTPUT = (
@@ -58,10 +57,6 @@ _OFFSETS = "the samples are packed sequences"
 _ALONE = "the model is sharded, and not all of its ranks have this metric"
 _OTHER_PASSES = "the model is sharded, and on another rank the batch or the graph allows no such passes"
 _WRAPPERS = ("FullyShardedDataParallel",)  # whose hooks expect one backward pass
-_COMMUNICATES = (
-    "model: its pass exchanges activations with other ranks (tensor, sequence, context or expert parallelism), so that "
-    "the gradient of a sample lies on several of them, and this rank would measure parts"
-)
 _PAST = (
     "the loss reaches layer '{0}' past the output that proofs begin at (output=); name the one by which all of it comes"
 )
@@ -383,11 +378,11 @@ class Proofs:
         found = Verdict()
         try:
             # The ranks of a sharded model have agreed to go through it together.
-            silence = nullcontext() if self.sharded else without_communication()
+            silence = nothing_reduced(self._model) if self.sharded else without_communication()
             with all_put_back(self._model, random=True, writes=graph.runs_forward), silence:
                 found = verdict(run, seeds, graph, self._sites, fixed=self.sharded)
         except Communicates:
-            raise Disproved(_COMMUNICATES) from None
+            raise Disproved(EXCHANGES) from None
         except Exception as error:
             return Verdict(_FAILED.format(f"{type(error).__name__}: {str(error)[:200]}"))
         return found

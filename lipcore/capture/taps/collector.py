@@ -29,6 +29,13 @@ class Check(Protocol):
         """Look at the backward pass, given the gradient at the model's output."""
 
 
+class Looks(Protocol):
+    """A look at the outputs of sites in a pass."""
+
+    def take(self, site: Site, made: Tensor, output: Tensor, extra: Any, saved: tuple[Tensor, ...]) -> None:
+        """Take the output of a site; `made`: the tensor whose node made it."""
+
+
 class MicroBatch:
     """One forward pass: its sites and the numbers that have come back from them."""
 
@@ -45,7 +52,7 @@ class MicroBatch:
             "generation",
             "nodes",
         ),
-        *("probed", "probes", "sources", "spoiled", "task"),
+        *("look", "probed", "probes", "sources", "spoiled", "task"),
     )
 
     def __init__(self) -> None:
@@ -53,6 +60,7 @@ class MicroBatch:
         # While the forward pass lasts: what input taps are on, and the node of the graph that made a site's output.
         self.sources: dict[InputTap, Source] = {}
         self.nodes: dict[Site, tuple[Any, int]] = {}
+        self.look: Looks | None = None  # at this pass, while the forward pass lasts
         self.probed: tuple[Site, ...] = ()  # inputs whose gradient is asked for in this pass
         self.aliased: dict[Site, Any] = {}  # for those, a weak reference to the user's tensor
         self.anchored: set[Site] = set()  # outputs that require a gradient by way of an anchor alone

@@ -100,6 +100,8 @@ class ForwardHook:
         made, inner = output, in_backward() != -1
         if site.in_place_after and output._is_view():
             made = output._base  # an in-place activation would put a node of its own in the place of the view's
+        if micro.look is not None and not inner:
+            micro.look.take(site, made, output, extra, saved)
         index, shape = made.output_nr, None if made is output else output.shape
         # On the node and not on the tensor: a fifth of the cost, and an in-place activation cannot get between.
         if micro.probed:

@@ -21,14 +21,16 @@ from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.graph_check import GraphCheck
 from lipcore.capture.taps.identity import Probed
 from lipcore.capture.taps.input_alias import Source, alias_of
+from lipcore.capture.taps.sharded_check import PAST, ShardedCheck
 from lipcore.capture.taps.site import Site
 from lipcore.capture.taps.tap import InputTap
-from lipcore.capture.taps.trial import Question, Trial, trial
+from lipcore.capture.taps.trial import Question, Trial, exchanges, trial
 from lipcore.capture.training_pass import in_backward, is_plain_run
 from lipcore.models.affine import is_affine, is_parametrized
 from lipcore.models.chains import modules_in_order
+from lipcore.models.gathered import gathers_by_part
 from lipcore.models.inputs import exchanged
-from lipcore.models.ranks import has_dtensors
+from lipcore.models.ranks import EXCHANGES, has_dtensors, under_process_group, world_size
 from lipcore.models.torch_internals import has_backward_hooks
 
 _OTHER_ROWS = (
@@ -43,6 +45,11 @@ _SHARDED = (
     "the model's parameters are sharded over ranks (fully_shard, tensor parallel), and are there as a whole in the "
     "training's own backward pass only, or never; lipcore.local_lipschitz on a copy that is not sharded gives it at "
     "any points"
+)
+_NOT_PROVED = (
+    "the model's parameters are sharded over ranks (fully_shard), and nothing has shown that the output depends on the "
+    "input by way of the first layer alone, as it does in an nn.Sequential of torch's own layers: call "
+    "monitor.prove(batch) on all ranks, or name the layer that lambda is to be at, input='<module>'"
 )
 
 
@@ -86,6 +93,9 @@ class InputHook:
         self._anchor = torch.empty(0, requires_grad=True, device="cpu")
         self._tried = self._hooked = False
         self._now = _UnderWay()
+        tap.sharded = gathers_by_part(model) and under_process_group()
+        self._sharded = ShardedCheck(model, tap, collector) if tap.sharded else None
+        self._stands_alone = at is not model or (tap.sharded and modules_in_order(model, sharded=True) is not None)
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _nothing, ()
@@ -100,6 +110,9 @@ class InputHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Begin a forward pass of the model: return its arguments with the alias among them, or None to leave them."""
         self._now.passing = None
+        if self._sharded is not None:
+            self._begin_sharded(micro, arguments, keywords, compiled=compiled)
+            return None
         if self.tap.off:
             return None
         try:
@@ -108,6 +121,7 @@ class InputHook:
             if self.at is self._model:
                 x = self.tap.choose(arguments, keywords)
                 if x is None:
+                    self._look_for_exchanges(arguments, keywords, compiled=compiled)
                     return None
                 micro.sources[self.tap] = Source(x)
             if self._collector.compares:
@@ -127,11 +141,37 @@ class InputHook:
             self._give_up(error)
             return None
 
+    def _begin_sharded(
+        self, micro: MicroBatch, arguments: tuple[Any, ...], keywords: dict[str, Any], *, compiled: bool
+    ) -> None:
+        """Begin a forward pass of a sharded model, and leave its input as it is."""
+        tap, sharded = self.tap, self._sharded
+        assert sharded is not None
+        if self._stands_alone and not tap.stands_alone and not tap.off:
+            tap.allow()
+            sharded.start()
+        micro.look = sharded.begin(self.first, self.last)
+        try:
+            tap.prepare()
+            if self.at is self._model and not tap.off:
+                x = tap.choose(arguments, keywords)
+                if x is None:
+                    return
+                micro.sources[tap] = Source(x)
+            if compiled:
+                tap.refuse(_SHARDED)
+            elif not tap.stands_alone:
+                tap.refuse(_NOT_PROVED)
+        except Exception as error:
+            self._give_up(error)
+
     def enter(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Begin the forward pass of a module inside the model: return its arguments with the alias, or None to leave
         them."""
         if torch.compiler.is_compiling():
             return self._trace(arguments, keywords)
+        if self._sharded is not None:
+            return self._enter_sharded(arguments, keywords)
         under_way = self._now.passing
         if in_backward() != -1:
             return self.begin_again(arguments, keywords)
@@ -145,6 +185,13 @@ class InputHook:
         except Exception as error:
             self._give_up(error)
             return None
+
+    def _enter_sharded(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if in_backward() == -1 and torch.is_grad_enabled() and is_plain_run() and not self.tap.off:
+            try:
+                self.tap.choose(arguments, keywords)  # are these integers?
+            except Exception as error:
+                self._give_up(error)
 
     def _trace(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         """Put an identity with a probe on the layer's input, in a compiled region and a pass that has a probe."""
@@ -211,7 +258,10 @@ class InputHook:
             return True
         pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
         layer = self.first.module if compiled and self.first is not None else None
-        found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layer))
+        layers = () if layer is None else (layer,)
+        found = trial(Question(self._model, self.at, x, arguments, keywords, pick, layers))
+        if found.exchanges:
+            self._collector.fail(ValueError(EXCHANGES))
         if found.refusal:
             self.tap.refuse(found.refusal)
             return False
@@ -229,6 +279,15 @@ class InputHook:
                 "draws random numbers" if compiled and found.random else "has several values per sample",
             )
         return not self.tap.off
+
+    def _look_for_exchanges(self, arguments: tuple[Any, ...], keywords: dict[str, Any], *, compiled: bool) -> None:
+        """Stop where the pass of a model that is called with integers exchanges activations with other ranks, as a
+        trial finds of others."""
+        if self._tried or compiled or world_size() == 1 or has_dtensors(self._model):
+            return
+        self._tried = True
+        if exchanges(self._model, arguments, keywords):
+            self._collector.fail(ValueError(EXCHANGES))
 
     def _check_rows(self, found: Trial, x: Tensor | None, batch: Tensor | None) -> None:
         """Give up what has other rows than samples in a compiled model, in which probes have room for those alone."""
@@ -286,6 +345,9 @@ class InputHook:
     def end(self, *, raised: bool, compiled: bool) -> None:
         """End a forward pass of the model, whether or not it raised: put the user's objects back, and arrange for the
         check."""
+        if self._sharded is not None:
+            self._end_sharded(self._collector.under_way.micro, raised=raised)
+            return
         under_way, self._now.passing = self._now.passing, None
         if under_way is None or under_way.alias is None:
             return
@@ -300,6 +362,34 @@ class InputHook:
                 self._look(under_way)
         except Exception as error:
             self._give_up(error)
+
+    def _end_sharded(self, micro: MicroBatch | None, *, raised: bool) -> None:
+        assert self._sharded is not None
+        try:
+            if micro is not None:
+                self._sharded.end(micro, raised=raised)
+            if not raised and self.tap.by_product is False and self.tap.is_vector:
+                self.tap.refuse(PAST)
+        except Exception as error:
+            self._give_up(error)
+
+    @property
+    def is_sharded(self) -> bool:
+        """True in a model whose parts gather their parameters when they run."""
+        return self._sharded is not None
+
+    def withdraw(self) -> None:
+        """Take part in no further check of a sharded model."""
+        if self._sharded is not None:
+            self._sharded.withdraw()
+
+    def prove(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str:
+        """Prove, in passes that all ranks of a sharded model run, that the first layer's weight is all that stands
+        between the input and the rest; return why not, or ""."""
+        assert self._sharded is not None
+        first = None if self.first is None else self.first.module
+        pick = self.last.taps[0].pick if self.last is not None and not self.last.target else _as_it_is
+        return self._sharded.prove(self.at, first, pick, arguments, keywords)
 
     def _look(self, under_way: _Pass) -> None:
         nodes = under_way.micro.nodes

@@ -73,6 +73,10 @@ class InputTap(Tap):
     columns = 1
     off: str  #: why there is no gradient at the input, or ""
     unproved: str  #: why nothing has shown that the numbers are right, or ""
+    sharded: bool  #: parts of the model gather their parameters when they run
+    stands_alone: bool  #: in a sharded model: W_1 is all that stands between the input and the rest
+    is_vector: bool  #: False for integers
+    mixing: bool  #: samples influence each other
     by_product: bool | None  #: whether the first layer's weight gives the numbers as well; None: not known yet
     first: Tap  #: on the layer that may be all that the output depends on the input by
     last: Tap  #: on the output that is differentiated
@@ -100,6 +104,14 @@ class InputTap(Tap):
     @abstractmethod
     def asks(self) -> tuple[bool, bool]:
         """Say whether the gradient is wanted in the pass that begins, and whether it is to be checked."""
+
+    @abstractmethod
+    def begin_sharded(self, *, checks: bool) -> None:
+        """Begin a pass of a sharded model, in which only the first layer's weight may give numbers."""
+
+    @abstractmethod
+    def allow(self) -> None:
+        """Take numbers of a sharded model, where its first layer stands alone on the input."""
 
     @abstractmethod
     def check_later(self) -> None:

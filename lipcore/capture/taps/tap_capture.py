@@ -171,6 +171,8 @@ class Capture:
         self.flush()
         self._collector.check = None
         self._collector.recording = self._collector.tapping = False
+        for at in self._inputs:
+            at.withdraw()
         if self._finder is not None:
             self._finder.close()
         for tap in (tap for site in self._sites.values() for tap in site.taps):
@@ -197,6 +199,8 @@ class Capture:
         if self._finder is not None:
             self._finder.begin_forward()
         if not collector.tapping:
+            for at in self._inputs:
+                at.withdraw()
             return None
         changed = None
         for at in self._inputs:
@@ -239,7 +243,7 @@ class Capture:
         for at in self._inputs:
             at.end(raised=output is None, compiled=self._compiled)
         if under_way.micro is not None:
-            under_way.micro.sources, under_way.micro.nodes = {}, {}
+            under_way.micro.sources, under_way.micro.nodes, under_way.micro.look = {}, {}, None
         if self._finder is not None and self._finder.found:
             self._finder.close()
             self._finder = None
@@ -261,6 +265,11 @@ class Capture:
     def fail(self, error: Exception) -> None:
         """Stop capturing and hand the error on; raise nothing."""
         self._collector.fail(error)
+
+    @property
+    def to_prove(self) -> dict[InputTap, InputHook]:
+        """The input taps of a sharded model, for which a proof that all ranks run shows what nothing else does."""
+        return {at.tap: at for at in self._inputs if at.is_sharded}
 
     @property
     def unrecorded(self) -> int:

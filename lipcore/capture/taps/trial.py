@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -16,11 +16,11 @@ from lipcore.capture.own_nodes import counted
 from lipcore.capture.taps.graph import goes_past
 from lipcore.capture.taps.input_alias import Source
 from lipcore.capture.training_pass import in_backward
-from lipcore.models.gathered import kept_gathered
+from lipcore.models.gathered import kept_gathered, nothing_reduced
 from lipcore.models.inputs import exchanged
 from lipcore.models.outputs import nodes_before
 from lipcore.models.pause import paused
-from lipcore.models.ranks import without_communication
+from lipcore.models.ranks import EXCHANGES, Communicates, without_communication
 from lipcore.models.restored import RandomPass, all_put_back, without_cached_casts
 from lipcore.models.torch_internals import OptimizedModule, original, without_backward_hooks
 
@@ -28,6 +28,7 @@ NOT_DIFFERENTIABLE = (
     "the output does not depend on the input through differentiable operations (torch.no_grad, detach or rounding lie "
     "between); name a layer behind them: input='<module>'"
 )
+_OTHERS = "another rank runs no such passes: its batch or its graph does not allow them"
 REENTRANT = "reentrant checkpoints cannot be differentiated by the input; use checkpoint(..., use_reentrant=False)"
 
 
@@ -37,10 +38,12 @@ class Trial(NamedTuple):
     refusal: str = ""  #: why the user's passes must not be differentiated by the input
     mixes: bool = False  #: the output of a sample depends on other samples
     constants: Tensor | None = None  #: of two samples, where the output has one value per sample; NaN for the others
+    exchanges: bool = False  #: it speaks to other ranks
     random: bool = False  #: it draws random numbers
     rows: int = 0  #: of the input
     layer_rows: int = 0  #: of the output of the layer that was asked about
     past: bool = True  #: the layer that was asked about is not all that the output depends on the input by
+    layer: nn.Module | None = None  #: of those that were asked about, the first that ran
 
 
 class Question(NamedTuple):
@@ -52,12 +55,16 @@ class Question(NamedTuple):
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     pick: Callable[[Any], Any]  #: returns the tensor of the model's output that is meant
-    layer: nn.Module | None = None  #: does the output depend on the input by way of this layer alone?
+    #: Does the output depend on the input by way of the one of these that runs first, and of nothing else?
+    layers: tuple[nn.Module, ...] = ()
+    #: Given words for the backward pass, "" for none: whether all ranks of a sharded model run it. None: not asked.
+    agree: Callable[[str], bool] | None = None
 
 
 class _Ran(NamedTuple):
-    """A call of the layer that is asked about."""
+    """A call of a layer that is asked about."""
 
+    layer: nn.Module
     on_input: bool  #: it was given the very input
     node: Any  #: that made its output
     rows: int
@@ -70,14 +77,34 @@ def trial(asked: Question) -> Trial:
     gradients are not called: they may change them, and the function's gradient is asked for."""
     found = Trial()
     try:
-        with warnings.catch_warnings(), _unnoticed(asked.model):
+        with warnings.catch_warnings(), _unnoticed(asked.model, together=asked.agree is not None):
             warnings.simplefilter("ignore")
             found = _run(asked)
     except RandomPass:
         return found._replace(random=True)
+    except Communicates:
+        return Trial(EXCHANGES, exchanges=not _averages(asked.model))
     except Exception as error:
         return Trial(f"a pass that is differentiated by the input raises {type(error).__name__}: {_first_line(error)}")
     return found
+
+
+def exchanges(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    """Return whether a forward pass speaks to other ranks, which none of them hears of; leave no trace."""
+    try:
+        with warnings.catch_warnings(), _unnoticed(model, together=False), torch.no_grad():
+            warnings.simplefilter("ignore")
+            _bare(model)(*arguments, **keywords)
+    except Communicates:
+        return not _averages(model)
+    except Exception:  # the user's own pass raises it too, or random numbers were drawn
+        return False
+    return False
+
+
+def _averages(model: nn.Module) -> bool:
+    """Return whether what ranks exchange may be statistics over the batch, by which samples are known to mix."""
+    return any(isinstance(module, nn.SyncBatchNorm) for module in model.modules())
 
 
 def _first_line(error: Exception) -> str:
@@ -92,10 +119,18 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _unnoticed(model: nn.Module) -> Iterator[None]:
+def _unnoticed(model: nn.Module, *, together: bool) -> Iterator[None]:
+    alone = [nothing_reduced(model)] if together else [kept_gathered(model), without_communication()]
+    with ExitStack() as stack:
+        for each in alone:
+            stack.enter_context(each)
+        stack.enter_context(_no_trace(model))
+        yield
+
+
+@contextmanager
+def _no_trace(model: nn.Module) -> Iterator[None]:
     with (
-        kept_gathered(model),
-        without_communication(),
         without_backward_hooks(model),
         all_put_back(model),
         paused(),
@@ -127,12 +162,11 @@ def _run(asked: Question) -> Trial:
             # An in-place activation would put a node of its own in the place of a view's.
             made = output._base if output._is_view() else output
             on_input = bool(given) and bool(sources) and sources[0].holds(given[0])
-            layers.append(_Ran(on_input, made.grad_fn, len(output) if output.dim() else 1))
+            layers.append(_Ran(module, on_input, made.grad_fn, len(output) if output.dim() else 1))
 
     undo: list[Any] = []
     handles = [_bare(asked.at).register_forward_pre_hook(replace, with_kwargs=True)]
-    if asked.layer is not None:
-        handles.append(asked.layer.register_forward_hook(ran))
+    handles += [layer.register_forward_hook(ran) for layer in asked.layers]
     try:
         returned = _bare(asked.model)(*asked.arguments, **asked.keywords)
         return _found(asked, returned, points, layers)
@@ -144,6 +178,21 @@ def _run(asked: Question) -> Trial:
 
 
 def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[_Ran]) -> Trial:
+    output = _picked(asked, returned, points)
+    if asked.agree is not None and not asked.agree("" if isinstance(output, Trial) else "backward"):
+        return output if isinstance(output, Trial) and output.refusal else Trial(_OTHERS)
+    if isinstance(output, Trial):
+        return output
+    alone = bool(layers) and layers[0].on_input and [ran.layer for ran in layers].count(layers[0].layer) == 1
+    past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0].node)
+    layer_rows = layers[0].rows if layers else 0
+    layer = layers[0].layer if layers else None
+    found = _differentiated(output, points[0])
+    return found._replace(past=past, rows=len(points[0]), layer_rows=layer_rows, layer=layer)
+
+
+def _picked(asked: Question, returned: Any, points: list[Tensor]) -> Any:
+    """Return the output that is differentiated, or the findings where there is none."""
     try:
         output = asked.pick(returned)
     except ValueError:
@@ -154,10 +203,7 @@ def _found(asked: Question, returned: Any, points: list[Tensor], layers: list[_R
         return Trial(NOT_DIFFERENTIABLE)
     if any(map(is_reentrant_checkpoint, nodes_before([output.grad_fn]))):
         return Trial(REENTRANT)
-    alone = len(layers) == 1 and layers[0].on_input
-    past = not alone or goes_past(output.grad_fn, _accumulates(points[0]), layers[0].node)
-    layer_rows = layers[0].rows if layers else 0
-    return _differentiated(output, points[0])._replace(past=past, rows=len(points[0]), layer_rows=layer_rows)
+    return output if output.dim() == 0 or len(output) else Trial()
 
 
 def _accumulates(leaf: Tensor) -> Any:

@@ -31,12 +31,13 @@ class Ranks:
 
     Args:
         model: the sharded model.
+        of: what is proved. Ranks of one kind know nothing of those of another.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, of: str = "proof") -> None:
         mesh = mesh_of(model)
         what = repr((mesh.mesh.flatten().tolist(), [name for name, _ in model.named_parameters()]))
-        self._model = f"lipcore/proof/{hashlib.sha1(what.encode(), usedforsecurity=False).hexdigest()}"
+        self._model = f"lipcore/{of}/{hashlib.sha1(what.encode(), usedforsecurity=False).hexdigest()}"
         self._size: int = mesh.size()
         self._store = default_store()
         # How many this rank has made before is in the store, which may outlive a process group and has their keys.
@@ -51,7 +52,7 @@ class Ranks:
 
     def announce(self, number: int) -> None:
         """Announce that this rank will prove the pass of this number, which has not begun."""
-        if not self._out:
+        if not self._out and number not in self._announced:
             self._store.add(f"{self._key}/{number}", 1)
             self._announced.add(number)
 
