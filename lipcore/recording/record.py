@@ -20,7 +20,7 @@ from lipcore.models.arguments import check_choice, check_count
 from lipcore.recording.batches import KEPT, Batch, add_batches, forget_details, forget_norms, make_table
 from lipcore.recording.folding import fold_oldest, used_bytes
 from lipcore.recording.location import Hold, local_copy, of_a_network, record_path
-from lipcore.recording.pack import PackedWindow, layout_text, packed_steps, places_of, unpacked_steps
+from lipcore.recording.pack import PackedWindow, kept_places, packed_steps, places_of, unpacked_steps
 from lipcore.recording.schema import RecordError, connect
 from lipcore.recording.step_time import add_step_time
 from lipcore.recording.write_thread import WriteThread
@@ -125,12 +125,11 @@ class RunRecord:
     ) -> None:
         """Add numbers of single steps by "metric/quantity", [steps, places], the first of them of step `first`. They
         must not change later. `measured`: NaN alone is a finding too, not a quantity that nobody measures."""
-        where = [i for i, level in enumerate(levels) if level in self.levels]
-        text = layout_text([names[i] for i in where], [levels[i] for i in where])
-        if not where:
+        where, text = kept_places(tuple(names), tuple(levels), self.levels)
+        if not text:
             return
         found = {
-            quantity: array[:, where]
+            quantity: array if where is None else array[:, where]
             for quantity, array in arrays.items()
             if array.size and (measured or quantity in self._known or not np.isnan(array).all())
         }
@@ -141,12 +140,12 @@ class RunRecord:
     ) -> None:
         """Add numbers of single parameters, [steps, places] by quantity, of which the last 512 steps and those around
         an alarm are kept; nothing where the record has every parameter anyway, or where they would be too large."""
-        where = [i for i, level in enumerate(levels) if level == "tensor"]
-        if "tensor" in self.levels or 4 * KEPT * len(where) * len(arrays) > self._limit // _DETAIL_SHARE or not where:
+        where, text = kept_places(tuple(names), tuple(levels), ("tensor",))
+        size = 4 * KEPT * levels.count("tensor") * len(arrays)
+        if "tensor" in self.levels or size > self._limit // _DETAIL_SHARE or not text:
             return
-        text = layout_text([names[i] for i in where], ["tensor"] * len(where))
         found = {
-            quantity: array[:, where]
+            quantity: array if where is None else array[:, where]
             for quantity, array in arrays.items()
             if quantity in self._known or not np.isnan(array).all()
         }
