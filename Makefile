@@ -23,6 +23,7 @@ CPP_SOURCES := $(filter %.h %.cpp %.cu %.cuh,$(CORE_SOURCES) $(shell find tests/
 
 STAMPS := $(VENV)/stamps
 CORE := $(STAMPS)/core
+TRACKIO := $(VENV)/trackio
 BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPCORE_WERROR) cxx=$(CXX)
 
 .DEFAULT_GOAL := help
@@ -30,7 +31,7 @@ BUILD_SETTINGS := cuda=$(LIPCORE_CUDA) archs=$(LIPCORE_CUDA_ARCHS) werror=$(LIPC
 .NOTPARALLEL: # two pips in one .venv
 
 .PHONY: help demo test test-ci test-all test-asan test-tsan test-sanitized test-cuda-on-cpu test-cuda-on-cpu-asan
-.PHONY: wheel test-cuda-on-cpu-tsan test-peers browser mutants bench bench-peers plots gallery spikes clean distclean check FORCE
+.PHONY: wheel test-cuda-on-cpu-tsan test-peers test-trackio browser mutants bench bench-peers plots gallery spikes clean distclean check FORCE
 .PHONY: lint lint-ruff lint-mypy lint-cpp lint-includes lint-spelling
 
 help: ## list the targets
@@ -47,8 +48,12 @@ test: $(STAMPS)/test $(CORE) ## run the tests (some minutes)
 
 test-ci: $(STAMPS)/test $(STAMPS)/trainers $(CORE) browser ## those with the marker ci: whole models, several ranks, trainers, the demo; and sanitizers
 	$(PARALLEL_PYTEST) -m "ci and not slow" $(PYTEST_FLAGS)
+	$(MAKE) --no-print-directory test-trackio
 	$(MAKE) --no-print-directory test-cuda-on-cpu CUDA_TESTS=
 	$(MAKE) --no-print-directory test-sanitized
+
+test-trackio: $(STAMPS)/trackio $(CORE) ## the writer of trackio, with the library in an environment of its own
+	OMP_NUM_THREADS=1 $(TRACKIO)/bin/python -I -m pytest -m ci -k trackio tests/recording/test_writers.py
 
 # Debian's, where this user may install it; without one the tests of the report's page are skipped, and say so.
 browser:
@@ -173,6 +178,15 @@ $(STAMPS)/base: $(STAMPS)/venv constraints.txt
 $(STAMPS)/demo $(STAMPS)/test $(STAMPS)/trainers $(STAMPS)/bench $(STAMPS)/peers $(STAMPS)/wheel $(STAMPS)/dev: $(STAMPS)/%: $(STAMPS)/base pyproject.toml | $(STAMPS)/settings
 	$(INSTALL) ".[$*]"
 	@touch $@ $(CORE)
+
+# It wants an older pillow than the pinned one. All else that its environment lacks comes from the other.
+$(STAMPS)/trackio: $(STAMPS)/test pyproject.toml
+	$(BIN)/python -m venv --clear $(TRACKIO)
+	sed '/^pillow=/d' constraints.txt > $(TRACKIO)/constraints.txt
+	$(TRACKIO)/bin/python -m pip install --disable-pip-version-check --quiet -c $(TRACKIO)/constraints.txt $(PIP_FLAGS) "trackio>=0.20"
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')')" \
+	> "$$($(TRACKIO)/bin/python -c 'import sysconfig; print(sysconfig.get_path("platlib"))')/others.pth"
+	@touch $@
 
 $(CORE): $(STAMPS)/base $(STAMPS)/settings $(CORE_SOURCES)
 	$(INSTALL) . --no-deps

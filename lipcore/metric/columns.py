@@ -15,6 +15,8 @@ from lipcore.metric.values import Label, Level, Value
 Numbers = np.ndarray[Any, np.dtype[np.float64]]
 Counts = np.ndarray[Any, np.dtype[np.int64]]
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
+#: Positions of some places.
+Where = slice | Counts
 
 
 class Places:
@@ -151,18 +153,12 @@ class Column:
             None if error is None else _number(error, i),
         )
 
-    def at(self, where: Counts) -> Column:
+    def at(self, where: Where) -> Column:
         """Return the column of some of the places."""
-
-        def some(items: Any) -> Any:
-            if isinstance(items, Words):
-                return Words.of(items.codes[where], items.words)
-            return items[where] if isinstance(items, np.ndarray) else items
-
         present = None if self.present is None or self.present[where].all() else self.present[where]
         return Column(
-            some(self.numbers), some(self.counts), some(self.labels), some(self.valid), some(self.notes),
-            some(self.errors), present,
+            _some(self.numbers, where), _some(self.counts, where), _some(self.labels, where), _some(self.valid, where),
+            _some(self.notes, where), _some(self.errors, where), present,
         )  # fmt: skip
 
     def array(self, places: int) -> Numbers:
@@ -176,6 +172,12 @@ class Column:
         fields = (self.numbers, self.counts, self.valid, self.errors, self.present)
         words = (field.codes for field in (self.labels, self.notes) if isinstance(field, Words))
         return [*(field for field in fields if isinstance(field, np.ndarray)), *words]
+
+
+def _some(items: Any, where: Where) -> Any:
+    if isinstance(items, np.ndarray):
+        return items[where]
+    return Words.of(items.codes[where], items.words) if isinstance(items, Words) else items
 
 
 def _number(numbers: float | Numbers, i: int) -> float:

@@ -49,12 +49,7 @@ class Logged:
         if self._before is None:
             self._before = steps_here == 0
         number = step + 1 if self._before else step
-        entries: list[Entry] = []
-        for name, value in values.items():
-            kept = value.detach().reshape(()) if isinstance(value, Tensor) else float(value)
-            if isinstance(kept, Tensor):
-                kept = kept.clone()  # the loop may go on with the tensor in place
-            entries.append((number, name, kept))
+        entries = [(number, name, _kept(value)) for name, value in values.items()]
         self._window += entries
         self._blocks.add(entries)
         self._prompt.add(entries)
@@ -125,6 +120,15 @@ class LoggedListener(Listener):
 
     def closed(self) -> None:
         self._logged.hand_on()
+
+
+def _kept(value: Any) -> Any:
+    """Return a number as it is now: the loop may go on with its tensor in place."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if type(value) is Tensor and value.is_cpu:
+        return float(value.item())  # which costs less than a copy, and waits for nothing
+    return value.detach().reshape(()).clone()
 
 
 def check_logged(values: Mapping[str, Any]) -> None:

@@ -54,7 +54,6 @@ def add_batches(connection: sqlite3.Connection, batches: Iterable[Batch]) -> Non
     rows = [batch.row() for batch in batches]
     if not rows:
         return
-    connection.execute("begin immediate")
     connection.executemany("insert or replace into batches values(?, ?, ?, ?, ?)", rows)
     size = max(sum(len(blob) for blob in row[1:] if isinstance(blob, bytes)) for row in rows)
     kept = min(KEPT, max(1, _BYTES // max(size, 1)))
@@ -64,7 +63,6 @@ def add_batches(connection: sqlite3.Connection, batches: Iterable[Batch]) -> Non
         " and events.step between batches.step - ? and batches.step + ?)",
         (rows[-1][0] - kept, after, before),
     )
-    connection.execute("commit")
 
 
 def forget_norms(connection: sqlite3.Connection, after: int) -> None:

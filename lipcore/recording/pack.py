@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from lipcore.metric.columns import Column, Columns, Places, Words
+from lipcore.metric.columns import Column, Columns, Places, Where, Words
 from lipcore.metric.results import MetricResult, Window
 from lipcore.metric.values import Level, json_ready
 
@@ -30,6 +31,20 @@ def unpacked_steps(blob: bytes, places: int) -> Steps:
 def layout_text(names: Sequence[str], levels: Sequence[Level]) -> str:
     """Return places as the text of a layout."""
     return json.dumps([list(names), list(levels)], ensure_ascii=False)
+
+
+@lru_cache(maxsize=32)  # the same places come in every block of steps, and in every window
+def kept_places(names: tuple[str, ...], levels: tuple[Level, ...], kept: tuple[Level, ...]) -> tuple[Where | None, str]:
+    """Return which of some places have one of the levels that are `kept`, None where all have, and the text of their
+    layout, "" where none has."""
+    where = [i for i, level in enumerate(levels) if level in kept]
+    if not where:
+        return slice(0, 0), ""
+    text = layout_text([names[i] for i in where], [levels[i] for i in where])
+    if len(where) == len(names):
+        return None, text
+    begin, end = where[0], where[-1] + 1
+    return slice(begin, end) if end - begin == len(where) else np.array(where), text
 
 
 def places_of(text: str) -> Places:
@@ -66,12 +81,16 @@ class PackedWindow:
         return {"details": details, "quantities": {name: self._quantity(q.parts, levels) for name, q in result.items()}}
 
     def _quantity(self, parts: Iterable[Columns], levels: Sequence[Level]) -> list[dict[str, Any]]:
-        return [self._columns(part) for part in (_of_levels(one, levels) for one in parts) if len(part.places)]
+        found = []
+        for part in parts:
+            where, text = kept_places(part.places.names, part.places.levels, tuple(levels))
+            if text:
+                found.append(self._columns(part.reducers if where is None else _some(part.reducers, where), text))
+        return found
 
-    def _columns(self, columns: Columns) -> dict[str, Any]:
-        text = layout_text(columns.places.names, columns.places.levels)
+    def _columns(self, reducers: Mapping[str, Column], text: str) -> dict[str, Any]:
         number = self.layouts.setdefault(text, len(self.layouts))
-        return {"layout": number, "reducers": {name: self._column(c) for name, c in columns.reducers.items()}}
+        return {"layout": number, "reducers": {name: self._column(column) for name, column in reducers.items()}}
 
     def _column(self, column: Column) -> dict[str, Any]:
         found: dict[str, Any] = {"numbers": self._number(column.numbers), "counts": self._count(column.counts)}
@@ -148,12 +167,8 @@ def _joined(arrays: Sequence[np.ndarray[Any, Any]], dtype: str) -> bytes:
     return np.concatenate(arrays).astype(dtype).tobytes() if arrays else b""
 
 
-def _of_levels(columns: Columns, levels: Sequence[Level]) -> Columns:
-    where = [i for i, level in enumerate(columns.places.levels) if level in levels]
-    if len(where) == len(columns.places):
-        return columns
-    at = np.array(where, dtype=np.int64)
-    return Columns(columns.places.at(where), {name: c.at(at) for name, c in columns.reducers.items()} if where else {})
+def _some(reducers: Mapping[str, Column], where: Where) -> dict[str, Column]:
+    return {name: column.at(where) for name, column in reducers.items()}
 
 
 def _words(words: str | Words) -> Any:
@@ -176,6 +191,8 @@ def _unpacked_flags(packed: Any, places: int) -> bool | np.ndarray[Any, Any]:
 
 def _plain(value: Any) -> Any:
     """Return a detail as JSON has it; what JSON has no word for as text."""
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
     try:
         ready = json_ready(value)
         json.dumps(ready, allow_nan=False)

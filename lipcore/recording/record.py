@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import json
 import os
-import queue
 import sqlite3
 import threading
 import time
@@ -22,9 +21,10 @@ from lipcore.recording.batches import KEPT, Batch, add_batches, forget_details, 
 from lipcore.recording.excerpt import write_excerpt
 from lipcore.recording.folding import fold_oldest, used_bytes
 from lipcore.recording.location import Hold, local_copy, of_a_network, record_path
-from lipcore.recording.pack import PackedWindow, layout_text, packed_steps, places_of, unpacked_steps
+from lipcore.recording.pack import PackedWindow, kept_places, packed_steps, places_of, unpacked_steps
 from lipcore.recording.schema import RecordError, connect
 from lipcore.recording.step_time import add_step_time
+from lipcore.recording.write_thread import WriteThread
 from lipcore.report.source import StepTime
 
 RecordLevel = Literal["group", "tensor"]
@@ -33,7 +33,6 @@ _BLOCK = 256  # steps of a block, about: a later one is joined to one that is sh
 _DETAIL_BLOCK = 64  # steps of a block of which the older ones are forgotten
 _DETAIL_SHARE = 8  # of `max_bytes`, the part that the last steps of single parameters may take
 _LOOK = 16  # blocks between two looks at the size of the file
-_WAITING = 256  # things to write that wait at most; then the training waits
 
 
 class RunRecord:
@@ -91,10 +90,8 @@ class RunRecord:
         self._places = {i: len(places_of(text)) for text, i in self._layouts.items()}
         self._known = {row[0] for row in self._connection.execute("select distinct quantity from steps")}
         self._blocks, self._begun, self._closed = 0, False, False
-        self._queue: queue.Queue[Callable[[], object] | None] = queue.Queue(_WAITING)
-        self._thread = threading.Thread(target=self._work, name="lipcore record", daemon=True)
         self._process = os.getpid()
-        self._thread.start()
+        self._thread = WriteThread(self._connection, self._has_failed)
         atexit.register(self.close)  # a loop that raises ends no Monitor
 
     def _check_model(self, model: str) -> None:
@@ -115,7 +112,8 @@ class RunRecord:
 
         A run that begins anew, at step 0, where the file has an older one, gets a file of its own; the older one is
         kept beside it."""
-        self._put(lambda: self._begin(step))
+        wall = time.time()
+        self._put(lambda: self._begin(step, wall), alone=True)
 
     def add_steps(
         self,
@@ -128,12 +126,11 @@ class RunRecord:
     ) -> None:
         """Add numbers of single steps by "metric/quantity", [steps, places], the first of them of step `first`. They
         must not change later. `measured`: NaN alone is a finding too, not a quantity that nobody measures."""
-        where = [i for i, level in enumerate(levels) if level in self.levels]
-        text = layout_text([names[i] for i in where], [levels[i] for i in where])
-        if not where:
+        where, text = kept_places(tuple(names), tuple(levels), self.levels)
+        if not text:
             return
         found = {
-            quantity: array[:, where]
+            quantity: array if where is None else array[:, where]
             for quantity, array in arrays.items()
             if array.size and (measured or quantity in self._known or not np.isnan(array).all())
         }
@@ -144,12 +141,12 @@ class RunRecord:
     ) -> None:
         """Add numbers of single parameters, [steps, places] by quantity, of which the last 512 steps and those around
         an alarm are kept; nothing where the record has every parameter anyway, or where they would be too large."""
-        where = [i for i, level in enumerate(levels) if level == "tensor"]
-        if "tensor" in self.levels or 4 * KEPT * len(where) * len(arrays) > self._limit // _DETAIL_SHARE or not where:
+        where, text = kept_places(tuple(names), tuple(levels), ("tensor",))
+        size = 4 * KEPT * levels.count("tensor") * len(arrays)
+        if "tensor" in self.levels or size > self._limit // _DETAIL_SHARE or not text:
             return
-        text = layout_text([names[i] for i in where], ["tensor"] * len(where))
         found = {
-            quantity: array[:, where]
+            quantity: array if where is None else array[:, where]
             for quantity, array in arrays.items()
             if quantity in self._known or not np.isnan(array).all()
         }
@@ -172,7 +169,8 @@ class RunRecord:
 
     def add_window(self, window: Window) -> None:
         """Add a closed window."""
-        self._put(lambda: self._add_window(window))
+        wall = time.time()  # of the window, not of when it is written
+        self._put(lambda: self._add_window(window, wall))
 
     def add_step_time(self, time: StepTime) -> None:
         """Add the time of some steps to that of all."""
@@ -181,7 +179,10 @@ class RunRecord:
     def add_event(self, step: int, kind: str, text: str, data: Mapping[str, Any] | None = None) -> None:
         """Add something that happened at a step."""
         row = (step, time.time(), kind, text, json.dumps(dict(data or {}), default=str))
-        self._put(lambda: self._execute("insert into events(step, wall, kind, text, data) values(?, ?, ?, ?, ?)", row))
+        self._put(
+            lambda: self._execute("insert into events(step, wall, kind, text, data) values(?, ?, ?, ?, ?)", row),
+            soon=True,
+        )
 
     def flush(self, timeout: float = 60.0) -> bool:
         """Wait until everything so far is in the file; return False where it is not after so many seconds, or writing
@@ -194,8 +195,8 @@ class RunRecord:
             if self._network:
                 _backup_from(self._connection, self.path)
 
-        self._put(last)
-        self._put(done.set, always=True)
+        self._put(last, alone=True)
+        self._put(done.set, soon=True, alone=True, always=True)
         return done.wait(timeout) and not self.failed
 
     def write_excerpt(self, target: Path, timeout: float = 60.0) -> None:
@@ -231,33 +232,28 @@ class RunRecord:
         self.flush()
         self._closed = True
         atexit.unregister(self.close)
-        self._queue.put(None)
-        self._thread.join(60.0)
+        self._thread.end(60.0)
         self._connection.close()
         self._hold.close()
         if self._network:
             self._file.unlink(missing_ok=True)
 
-    def _put(self, work: Callable[[], object], *, always: bool = False) -> None:
+    def _put(
+        self, work: Callable[[], object], *, soon: bool = False, alone: bool = False, always: bool = False
+    ) -> None:
         if self._closed or (self.failed and not always) or self._process != os.getpid():  # a forked child
             return
-        self._queue.put(work)
+        self._thread.put(work, soon=soon, alone=alone, always=always)
 
     # ---- the thread
 
-    def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
-            try:
-                work()
-            except Exception as error:  # noqa: PERF203 (it goes on: flush() waits for what it has put)
-                self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
-                if self._connection.in_transaction:
-                    self._connection.rollback()
+    def _has_failed(self, error: Exception) -> None:
+        self.failed = self.failed or f"{self.path}: {type(error).__name__}: {error}"
 
     def _execute(self, sql: str, values: Sequence[Any] = ()) -> sqlite3.Cursor:
         return self._connection.execute(sql, values)
 
-    def _begin(self, step: int) -> None:
+    def _begin(self, step: int, wall: float) -> None:
         last = self._last()
         if step == 0 and last and not self._begun:
             self._set_aside()
@@ -268,7 +264,7 @@ class RunRecord:
             self._cut(step)
         self._execute(
             "insert into starts(kind, step, wall, config) values(?, ?, ?, ?)",
-            (kind, step, time.time(), json.dumps(self.config)),
+            (kind, step, wall, json.dumps(self.config)),
         )
         self._execute("commit")
         self._begun = True
@@ -326,13 +322,11 @@ class RunRecord:
     def _add_steps(
         self, first: int, arrays: Mapping[str, np.ndarray[Any, Any]], text: str, *, detail: bool = False
     ) -> None:
-        self._execute("begin immediate")
         layout = self._layout(text)
         for quantity, values in arrays.items():
             self._add_block(quantity, first, values, layout, _DETAIL_BLOCK if detail else _BLOCK)
             if detail:
                 forget_details(self._connection, quantity, first + len(values) - 1)
-        self._execute("commit")
         looked, self._blocks = self._blocks // _LOOK, self._blocks + len(arrays)
         if self._blocks // _LOOK > looked and used_bytes(self._connection) > self._limit:
             self._make_room()
@@ -353,21 +347,17 @@ class RunRecord:
         )
 
     def _make_room(self) -> None:
-        self._execute("begin")
         while used_bytes(self._connection) > 0.8 * self._limit and fold_oldest(self._connection, self._places):
             pass
-        self._execute("commit")
 
-    def _add_window(self, window: Window) -> None:
+    def _add_window(self, window: Window, wall: float) -> None:
         packed = PackedWindow(window, self.levels)
-        self._execute("begin immediate")
         layouts = [self._layout(text) for text in packed.layouts]
         header, floats, counts = packed.blobs(layouts)
         self._execute(
             "insert or replace into windows values(?, ?, ?, ?, ?, ?, ?, ?)",
-            (window.last_step, window.first_step, window.index, window.scope, time.time(), header, floats, counts),
+            (window.last_step, window.first_step, window.index, window.scope, wall, header, floats, counts),
         )
-        self._execute("commit")
 
 
 def checked_config(config: Mapping[str, Any] | None) -> dict[str, Any]:

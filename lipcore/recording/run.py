@@ -5,27 +5,24 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from lipcore.metric.columns import Places
 from lipcore.metric.results import History, Window
 from lipcore.metric.show import LINES, Showable, Shown
 from lipcore.models.arguments import check_count
 from lipcore.models.names import listed
 from lipcore.recording import plots
 from lipcore.recording.batches import Batch, read_batches
-from lipcore.recording.folding import FOLD, unfolded
-from lipcore.recording.location import SUFFIX, being_written
-from lipcore.recording.pack import UnpackedWindow, places_of, unpacked_steps
-from lipcore.recording.schema import RecordError, connect
-from lipcore.recording.series import Series, matching
+from lipcore.recording.location import being_written
+from lipcore.recording.pack import UnpackedWindow
+from lipcore.recording.run_file import ANY, RunFile, file_of
+from lipcore.recording.schema import RecordError
+from lipcore.recording.series import Series
+from lipcore.recording.step_series import blocks_of_steps, series_of_steps
 from lipcore.recording.step_time import read_step_time
 from lipcore.recording.window_series import series_of
 from lipcore.report.source import Block, StepTime
@@ -35,9 +32,6 @@ if TYPE_CHECKING:
 
     from lipcore.report.page import Page
     from lipcore.report.postmortem.account import Account
-
-Numbers = np.ndarray[Any, np.dtype[np.float64]]
-_ANY = 1 << 62  # later than any step
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,8 @@ class Run(Showable):
         check_count("rank", rank, 0)
         if not isinstance(path, (str, os.PathLike)):
             raise TypeError(f"path: expected the path of a run, got {type(path).__name__}")
-        self.path = _file_of(Path(path), rank)
-        self._connection = connect(self.path)
-        self._layouts: dict[int, Places] = {}
+        self.path = file_of(Path(path), rank)
+        self._file = RunFile(self.path)
 
     # ---- what there is
 
@@ -95,44 +88,44 @@ class Run(Showable):
     @property
     def starts(self) -> list[Start]:
         """Every start, resume and rewind, oldest first."""
-        rows = self._rows("select kind, step, wall, config from starts order by id")
+        rows = self._file.rows("select kind, step, wall, config from starts order by id")
         return [Start(kind, step, wall, json.loads(config)) for kind, step, wall, config in rows]
 
     @property
     def events(self) -> list[Event]:
         """Everything that happened, by step."""
-        rows = self._rows("select step, wall, kind, text, data from events order by step, id")
+        rows = self._file.rows("select step, wall, kind, text, data from events order by step, id")
         return [Event(step, wall, kind, text, json.loads(data)) for step, wall, kind, text, data in rows]
 
     @property
     def last_step(self) -> int:
         """Number of the last step that is in the file; 0 where there is none."""
-        rows = [self._rows(f"select max(last) from {table}")[0][0] for table in ("steps", "windows")]
+        rows = [self._file.rows(f"select max(last) from {table}")[0][0] for table in ("steps", "windows")]
         return max(0, *(row or 0 for row in rows))
 
     @property
     def first_step(self) -> int:
         """Number of the first step that is in the file; 0 where there is none."""
-        rows = [self._rows(f"select min(first) from {table}")[0][0] for table in ("steps", "windows")]
+        rows = [self._file.rows(f"select min(first) from {table}")[0][0] for table in ("steps", "windows")]
         return min((row for row in rows if row), default=0)
 
     @property
     def last_wall(self) -> float:
         """Time at which a window was last written, in seconds since 1970; 0 where there is none."""
-        return float(self._rows("select max(wall) from windows")[0][0] or 0.0)
+        return float(self._file.rows("select max(wall) from windows")[0][0] or 0.0)
 
     @property
     def step_time(self) -> StepTime:
         """Time of the steps, and what of it was spent inside lipcore's calls at their ends; the first ten steps after
         each start are left out."""
-        with self._named():
-            return read_step_time(self._connection)
+        with self._file.named() as connection:
+            return read_step_time(connection)
 
     @property
     def steps_per_second(self) -> float:
         """Steps per second between the last two windows that were written since the last start; NaN where there are
         fewer."""
-        rows = self._rows(
+        rows = self._file.rows(
             "select last, wall from windows where wall > (select max(wall) from starts) order by last desc limit 2"
         )
         if len(rows) < 2 or rows[0][1] <= rows[1][1]:
@@ -188,7 +181,7 @@ class Run(Showable):
         found = [full for full in self.step_quantities if name in (full, full.rpartition("/")[2])]
         if len(found) > 1:
             raise ValueError(f"name: several metrics have {name!r}; choose {' or '.join(found)}")
-        return self._of_steps(found[0], places, name) if found else self._of_windows(name, places)
+        return series_of_steps(self._file, found[0], places, name) if found else self._of_windows(name, places)
 
     def report(self) -> Page:
         """Make the page about this run, as it is now: a notebook shows it, ``.save("page.html")`` writes it. It needs
@@ -244,41 +237,12 @@ class Run(Showable):
     @property
     def step_quantities(self) -> list[str]:
         """Full names of the quantities of single steps: "trajectory/update_norm", "logged/loss"."""
-        return [row[0] for row in self._rows("select distinct quantity from steps order by quantity")]
+        return [row[0] for row in self._file.rows("select distinct quantity from steps order by quantity")]
 
     def _step_names(self) -> list[str]:
         full = self.step_quantities
         short = [name.rpartition("/")[2] for name in full]
         return [own if short.count(own) == 1 else name for name, own in zip(full, short, strict=True)]
-
-    def _of_steps(self, quantity: str, pattern: str, name: str) -> Series:
-        columns: dict[str, int] = {}
-        pieces: list[tuple[np.ndarray[Any, Any], list[int], np.ndarray[Any, Any]]] = []
-        rows = self._rows(
-            "select first, last, layout, fold, rowid from steps where quantity = ? order by first", quantity
-        )
-        for first, last, layout, fold, rowid in rows:
-            names = list(self._places(layout).names)
-            where = matching(names, pattern)
-            if not where:
-                continue
-            if fold == 1:
-                steps = np.arange(first, last + 1)
-                found = self._part(rowid, where, len(steps))
-                three = np.stack([found, found, found])
-            else:
-                (blob,) = self._rows("select data from steps where rowid = ?", rowid)[0]
-                three = unfolded(blob, len(names))[:, :, where]
-                steps = np.minimum(first - 1 + FOLD * np.arange(1, three.shape[1] + 1), last)
-            pieces.append((steps, [columns.setdefault(names[i], len(columns)) for i in where], three))
-        total = sum(len(steps) for steps, _, _ in pieces)
-        values = np.full((3, total, len(columns)), np.nan)
-        at, numbers = 0, np.empty(total, np.int64)
-        for steps, where, three in pieces:
-            numbers[at : at + len(steps)] = steps
-            values[:, at : at + len(steps), where] = three
-            at += len(steps)
-        return _joined(name, numbers, values, list(columns))
 
     def blocks(self, quantity: str, first: int = 1, last: int | None = None) -> Iterator[Block]:
         """Yield the single steps of a quantity as they lie in the file, so that a long run is never in memory.
@@ -287,50 +251,22 @@ class Run(Showable):
             quantity: one of :attr:`step_quantities`.
             first, last: blocks without a step between these two are left out.
         """
-        for begin, layout in self._rows(
-            "select first, layout from steps where quantity = ? and last >= ? and first <= ? order by first, layout",
-            *(quantity, first, _ANY if last is None else last),
-        ):
-            rows = self._rows(
-                "select last, fold, data from steps where quantity = ? and first = ? and layout = ?",
-                *(quantity, begin, layout),
-            )
-            if not rows:  # joined to an older block meanwhile, or rewound
-                continue
-            (end, fold, blob), places = rows[0], self._places(layout)
-            if fold == 1:
-                values = unpacked_steps(blob, len(places))
-                yield Block(np.arange(begin, end + 1), places.names, places.levels, values, values, values)
-            else:
-                low, mean, high = unfolded(blob, len(places))
-                steps = np.minimum(begin - 1 + FOLD * np.arange(1, len(mean) + 1), end)
-                yield Block(steps, places.names, places.levels, mean, low, high)
-
-    def _part(self, rowid: int, where: Sequence[int], steps: int) -> Numbers:
-        """Return some places of a block, [steps, places], without reading the others."""
-        size = 4 * steps
-        pieces = []
-        for begin, end in _stretches(where):
-            blob = self._rows(
-                "select substr(data, ?, ?) from steps where rowid = ?", begin * size + 1, (end - begin) * size, rowid
-            )[0][0]
-            pieces.append(np.frombuffer(blob, "<f4").reshape(end - begin, steps))
-        return np.concatenate(pieces).T.astype(np.float64)
+        yield from blocks_of_steps(self._file, quantity, first, ANY if last is None else last)
 
     def batches(self, first: int = 1, last: int | None = None) -> list[Batch]:
         """Return the samples of the steps between two, of those that the flight recorder has: the last 512 of the run,
         and 32 before to 8 after each alarm (docs/postmortem.md)."""
-        with self._named():
-            return list(read_batches(self._connection, first, _ANY if last is None else last))
+        with self._file.named() as connection:
+            return list(read_batches(connection, first, ANY if last is None else last))
 
     # ---- windows
 
     def each_window(self) -> Iterator[Window]:
         """Yield the closed windows, oldest first, one after the other."""
-        steps = self._rows("select last from windows order by last")
-        texts = self._texts() if steps else {}
+        steps = self._file.rows("select last from windows order by last")
+        texts = self._file.texts() if steps else {}
         for (step,) in steps:
-            rows = self._rows(
+            rows = self._file.rows(
                 "select number, first, last, scope, header, floats, counts from windows where last = ?", step
             )
             if not rows:  # a rewind has removed it meanwhile
@@ -378,40 +314,15 @@ class Run(Showable):
             )
         return replace(found[having[0], rest], name=name)
 
-    # ---- the file
-
-    def _places(self, layout: int) -> Places:
-        if layout not in self._layouts:
-            self._layouts |= {number: places_of(text) for number, text in self._texts().items()}
-        return self._layouts[layout]
-
-    def _texts(self) -> dict[int, str]:
-        return dict(self._rows("select id, text from layouts"))
-
-    def _rows(self, sql: str, *values: Any) -> list[Any]:
-        with self._named():
-            return self._connection.execute(sql, values).fetchall()
-
-    @contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except sqlite3.Error as error:
-            raise RecordError(f"{self.path}: cannot be read ({error})") from error
-
     @contextmanager
     def as_of_now(self) -> Iterator[None]:
         """Read the file as it is now, whatever is written meanwhile, in a with block."""
-        with self._named():
-            self._connection.execute("begin")
-        try:
+        with self._file.as_of_now():
             yield
-        finally:
-            self._connection.execute("rollback")
 
     def close(self) -> None:
         """Close the file."""
-        self._connection.close()
+        self._file.close()
 
     def __enter__(self) -> Run:
         return self
@@ -431,8 +342,8 @@ class Run(Showable):
     def _shown(self) -> Shown:
         starts, steps = self.starts, self.step_quantities
         rows = [("steps", f"{self.last_step}", ", ".join(steps))]
-        rows.append(("windows", str(self._rows("select count(*) from windows")[0][0]), ""))
-        older = self._rows("select value from meta where key = 'older'")
+        rows.append(("windows", str(self._file.rows("select count(*) from windows")[0][0]), ""))
+        older = self._file.rows("select value from meta where key = 'older'")
         rows += [("older run", self.path.with_name(older[0][0]).name, "")] if older else []
         rows += [(start.kind, f"at step {start.step}", "") for start in starts[-3:]]
         rows += [(f"step {event.step}", event.kind, event.text) for event in self.events[-(LINES - len(rows)) :]]
@@ -450,41 +361,3 @@ def open_run(path: str | os.PathLike[str], rank: int = 0) -> Run:
         RecordError, ValueError: as :class:`lipcore.recording.Run`.
     """
     return Run(path, rank)
-
-
-def _file_of(path: Path, rank: int) -> Path:
-    if not path.is_dir():
-        if not path.exists():
-            raise RecordError(f"path: there is no run {path}")
-        return path
-    found = sorted(path.glob(f"rank*{SUFFIX}"))
-    wanted = path / f"rank{rank}{SUFFIX}"
-    if wanted in found:
-        return wanted
-    if found:
-        raise ValueError(f"rank: the run has no record of rank {rank}; it has {', '.join(each.name for each in found)}")
-    runs = sorted({each.parent.name for each in path.glob(f"*/rank*{SUFFIX}")})
-    if runs:
-        raise RecordError(f"path: {path} holds several runs, {', '.join(runs)}; open one of them")
-    raise RecordError(f"path: there is no record in {path}")
-
-
-def _stretches(numbers: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of stretches of increasing numbers without gaps."""
-    begin = 0
-    for i in range(1, len(numbers) + 1):
-        if i == len(numbers) or numbers[i] != numbers[i - 1] + 1:
-            yield numbers[begin], numbers[i - 1] + 1
-            begin = i
-
-
-def _joined(name: str, steps: np.ndarray[Any, Any], values: Numbers, places: list[str]) -> Series:
-    """Return a series in which blocks of the same steps, with other places, are one."""
-    order, inverse = np.unique(steps, return_inverse=True)
-    if len(order) == len(steps) and (order == steps).all():
-        return Series(name, steps, values[1], places, values[0], values[2])
-    joined = np.full((3, len(order), len(places)), np.nan)
-    for row in range(len(steps)):
-        there = ~np.isnan(values[1, row])
-        joined[:, inverse[row], there] = values[:, row, there]
-    return Series(name, order, joined[1], places, joined[0], joined[2])

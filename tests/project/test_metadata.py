@@ -14,8 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def project() -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+def file() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    return found
+
+
+@pytest.fixture(scope="module")
+def project(file: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = file["project"]
     return found
 
 
@@ -41,3 +47,14 @@ def test_classifiers_agree_with_the_project(project: dict[str, Any]) -> None:
 def test_the_description_is_a_line(project: dict[str, Any]) -> None:
     assert len(project["description"]) <= 120
     assert len(set(project["keywords"])) == len(project["keywords"])
+
+
+def test_wheels_are_built_for_every_python_that_is_named(file: dict[str, Any]) -> None:
+    settings = file["tool"]["cibuildwheel"]
+    named = [c.rsplit(" ", 1)[1] for c in file["project"]["classifiers"] if ":: Python :: 3." in c]
+    assert settings["build"].split() == [f"cp{version.replace('.', '')}-*" for version in named]
+    assert settings["archs"] == ["x86_64", "aarch64"]
+    assert {settings[f"manylinux-{arch}-image"] for arch in settings["archs"]} == {"manylinux_2_28"}
+    (torch,) = (each for each in file["project"]["dependencies"] if each.startswith("torch"))
+    assert torch in settings["test-requires"]  # a bare user's
+    assert settings["environment"] == {"LIPCORE_CUDA": "OFF"}

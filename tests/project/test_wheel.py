@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -26,12 +27,14 @@ def run(*command: str | Path, **options: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of a copy without git, as from an sdist, built with the tools of this environment."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist of a copy without git, and with what stands beside the sources."""
     if not (ROOT / "pyproject.toml").is_file():
         pytest.skip("no sources beside these tests")
-    folder = tmp_path_factory.mktemp("wheel")
+    folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
+    (source / "bench").mkdir(parents=True)
+    (source / "bench" / "conftest.py").touch()
     for name in ("pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE"):
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         (source / name).write_bytes((ROOT / name).read_bytes())
@@ -41,12 +44,31 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 target = source / path.relative_to(ROOT)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(path.read_bytes())
+    make = "import sys; from scikit_build_core.build import build_sdist; build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", make, folder, cwd=source)
+    (found,) = folder.glob("*.tar.gz")
+    return found
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of the sdist, built with the tools of this environment."""
+    folder = tmp_path_factory.mktemp("wheel")
     tools = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = os.environ | {"LIPCORE_CUDA": "OFF", "PATH": tools}
-    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, source)
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", folder, sdist)
     run(*pip, env=environment)
     (found,) = folder.glob("*.whl")
     return found
+
+
+def test_an_sdist_has_what_a_build_needs(sdist: Path) -> None:
+    with tarfile.open(sdist) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    assert {"pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE", "PKG-INFO", "lipcore/py.typed"} <= names
+    assert any(name.startswith("csrc/") and name.endswith(".cpp") for name in names)
+    assert not [name for name in names if name.startswith("bench") or name.endswith((".so", ".pyc"))]
+    assert sdist.stat().st_size < 1_900_000
 
 
 def test_it_is_small_and_whole(wheel: Path) -> None:

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from windows_of import window_of
 
+from lipcore.metric.columns import Column, Columns, Places, words_of
+from lipcore.metric.results import MetricResult, Window
+from lipcore.metric.values import Level
 from lipcore.recording import RecordError, RunRecord, open_run
 from lipcore.recording.folding import FOLD, folded, unfolded
 from lipcore.recording.location import of_a_network
@@ -73,6 +76,52 @@ def test_windows_come_back(tmp_path: Path) -> None:
         series = run.series("norm.mean")
         assert series.steps.tolist() == [window.last_step for window in windows]
         assert np.array_equal(series["b"], [window["one"].norm["b"].mean.value for window in windows])
+
+
+def test_the_time_of_a_window_is_that_of_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record, clock = RunRecord(tmp_path / "a"), iter([1000.0, 1001.0, 1005.0])
+    with monkeypatch.context() as patched:
+        patched.setattr("lipcore.recording.record.time.time", lambda: next(clock))
+        record.begin(0)
+        first, second = window_of(0), window_of(1)
+        record.add_window(first)
+        record.add_window(second)
+    record.close()
+    with open_run(tmp_path / "a") as run:
+        assert run.last_wall == 1005.0
+        assert run.steps_per_second == (second.last_step - first.last_step) / 4
+
+
+@pytest.mark.parametrize(
+    ("levels", "where"),
+    [
+        (["tensor", "group", "group", "total"], [1, 2, 3]),
+        (["group", "tensor", "total", "tensor"], [0, 2]),
+        (["group", "total", "group", "group"], [0, 1, 2, 3]),
+        (["tensor"] * 4, []),
+    ],
+)
+def test_places_that_are_kept(tmp_path: Path, levels: list[Level], where: list[int]) -> None:
+    record, values = RunRecord(tmp_path / "a"), numbers(1, 5)
+    record.begin(0)
+    record.add_steps(1, {"x": values}, NAMES, levels)
+    results = {"one": MetricResult("one")}
+    counts, flags = np.arange(4), np.array([True, False, True, True])
+    labels = words_of(["exact", "exact", "heuristic", "exact"])
+    column = Column(np.arange(4) / 2, counts, labels, flags, words_of(["", "a", "b", ""]))
+    results["one"].add_columns("norm", Columns(Places(NAMES, levels), {"mean": column}))
+    window = Window(0, 1, 5, True, "rank", results, {})
+    record.add_window(window)
+    record.close()
+    with open_run(tmp_path / "a") as run:
+        found, expected = run.windows[0]["one"], window["one"].norm
+        assert list(found) == (["norm"] if where else [])
+        for i in where:
+            assert found.norm[NAMES[i]].mean == expected[NAMES[i]].mean
+        if where:
+            series = run.series("x")
+            assert series.places == [NAMES[i] for i in where]
+            assert np.array_equal(series.values, values[:, where])
 
 
 def test_a_name_that_two_metrics_have(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.ci
 def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    trackio = pytest.importorskip("trackio", reason="needs the extra `trackio`, with pillow < 13")
+    trackio = pytest.importorskip("trackio", reason="needs the extra `trackio`, with pillow < 13 (make test-trackio)")
     from trackio import context_vars
 
     with pytest.raises(RuntimeError, match=r"call trackio.init\(\) before"):
