@@ -401,6 +401,7 @@ PIXELS = (
     Case((5, 4), (3, 2), inputs=8, outputs=5, samples=2, options={"padding": (2, 1), "dilation": (1, 2)}),
     Case((9, 8), (2, 2), inputs=32, outputs=10, samples=2, groups=2, options={"stride": (2, 1)}),
     Case((9, 9), (1, 1), inputs=24, outputs=9, samples=1, options={"padding": (1, 0)}),
+    Case((4, 5), (2, 2), inputs=16, outputs=8, samples=2, groups=4),  # four of eight channels are another group's
 )
 
 
