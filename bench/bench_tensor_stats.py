@@ -157,7 +157,7 @@ def bench_beside_a_step(benchmark: Any, report: Any, name: str, count: int) -> N
         difference = check(make)
         ways = ("plain", "control", *WISHES, "naive")
         calls = {way: Training(make, way).ten for way in ways}
-        found = ratios(interleave(calls, seconds=40, rounds=15), "plain")
+        found = ratios(interleave(calls, seconds=40, rounds=7), "plain")
         benchmark.pedantic(calls["TensorStats"], rounds=1, iterations=1)
     where = f"TensorStats(every_steps={EVERY}), {title}, {count} thread{'s' * (count > 1)}"
     details = {"control": found["control"], "difference": difference}
