@@ -76,6 +76,7 @@ CASES = {
     ),
     "2d, many channels, small map": Case((4, 4), (3, 3), inputs=65, outputs=63, options={"padding": (1, 1)}),
     "2d, many channels, 1x1 map": Case((1, 1), (1, 1), inputs=64, outputs=65),
+    "2d, positions of two tiles": Case((10, 9), (2, 2), inputs=4, outputs=6, groups=2),
     "2d, fewer positions": Case((8, 9), (3, 3), options={"stride": (2, 2)}, cut=1),
     "2d, one sample: in parts": Case((5, 5), (3, 3), inputs=40, outputs=17, samples=1),
     "3d": Case((3, 4, 5), (2, 3, 3)),
