@@ -500,13 +500,6 @@ KERNEL_MUTANTS = (
         _CONV,
     ),
     KernelMutant(
-        "Gram matrices of one group are enough",
-        "csrc/cuda/weight_norms.cu",
-        "shape.groups * (norms.gram ?",
-        "(norms.gram ? 1 : shape.groups) * (norms.gram ?",
-        _CONV,
-    ),
-    KernelMutant(
         "places of a Gram matrix are taken for channels",
         "csrc/cuda/weight_sides.cuh",
         "    side.swapped = true;",
