@@ -24,7 +24,8 @@ LINEAR = [
 ]
 FUSED = [(8, 1024, 768, 3072, torch.float32), (64, 65, 768, 3072, torch.float32), (256, 1, 4096, 4096, torch.float32)]
 # (samples, channels in, channels out, side, kernel, dtype)
-CONV = [(64, 64, 128, 32, 3, torch.float32), (64, 64, 128, 32, 3, torch.bfloat16), (32, 256, 256, 14, 3, torch.float32)]
+CONV = [(64, 64, 128, 32, 3, torch.float32), (64, 64, 128, 32, 3, torch.bfloat16), (32, 256, 256, 14, 3, torch.float32),
+        (64, 512, 512, 7, 3, torch.float32), (64, 512, 512, 7, 3, torch.bfloat16)]  # fmt: skip
 ROWS = [(8, 1024, 768, torch.bfloat16), (8, 1024, 768, torch.float32), (256, 196, 384, torch.float32)]
 
 

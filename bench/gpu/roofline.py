@@ -78,11 +78,17 @@ def linear(samples: int, tokens: int, inputs: int, outputs: int, dtype: str) -> 
 
 def conv(samples: int, channels: int, outputs: int, side: int, kernel: int, dtype: str) -> Layer:
     """Return a convolution with square images and kernels and outputs as large as its inputs."""
-    direct = 2.0 * samples * side**2 * channels * kernel**2 * outputs
+    positions, patch = side**2, channels * kernel**2
+    direct = 2.0 * samples * positions * patch * outputs
+    half = samples * positions * (positions + 1.0) * (patch + outputs)  # a Gram matrix is symmetric
+    shape = [samples, channels, side, side], [samples, outputs, side, side]
+    padding = [kernel // 2] * 2
+    way = functional.conv_method(*shape, kernel_size=[kernel] * 2, padding=padding, device="cuda")
     size = 2 if dtype == "bfloat16" else 4
-    read = samples * side**2 * (channels + outputs) * size
+    read = samples * positions * (channels + outputs) * size
     title = f"Conv2d {channels} -> {outputs}, {kernel} x {kernel}, {samples} x {side} x {side}"
-    return Layer(title, f"direct, {_product_of(dtype)}", dtype, direct, 3 * direct, read, 2)
+    words = f"{'Gram' if way == 'gram' else 'direct'}, {_product_of(dtype)}"
+    return Layer(title, words, dtype, half if way == "gram" else direct, 3 * direct, read, 2)
 
 
 def rows(samples: int, tokens: int, features: int, dtype: str) -> Layer:
@@ -110,6 +116,8 @@ LAYERS = (
     linear(256, 16, 512, 512, "float32"),
     conv(64, 64, 128, 32, 3, "float32"),
     conv(64, 64, 128, 32, 3, "bfloat16"),
+    conv(64, 512, 512, 7, 3, "float32"),
+    conv(64, 512, 512, 7, 3, "bfloat16"),
     rows(8, 1024, 768, "bfloat16"),
     embedding(8, 1024, 768, "bfloat16"),
 )

@@ -2,11 +2,12 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "bindings/bind.h"
 #include "bindings/views.h"
-#include "math/linear_cost.h"
+#include "math/weight_cost.h"
 #include "ops/conv_norms.h"
 #include "ops/embedding_norms.h"
 #include "ops/first_layer_norms.h"
@@ -116,6 +117,31 @@ void tied_cross_of(py::handle ids, py::handle grad_embedding, py::handle x, py::
                    result_of(out, i.ndim ? i.shape[0] : 0, i)));
 }
 
+// First and last numbers of positions for which Gram matrices are multiplied.
+std::vector<std::pair<int64_t, int64_t>> linear_gram_lengths(int64_t inputs, int64_t outputs) {
+  const GramLengths lengths = gram_lengths(inputs, outputs);
+  if (lengths.of_all < 1) return {};
+  if (lengths.of_short == lengths.of_all || lengths.of_short == kShortSequence) return {{1, lengths.of_all}};
+  return {{1, lengths.of_short}, {kShortSequence + 1, lengths.of_all}};
+}
+
+// Sizes along one to three dimensions.
+bool conv_uses_gram(const std::vector<int64_t>& size, const std::vector<int64_t>& out,
+                    const std::vector<int64_t>& kernel_size, const std::vector<int64_t>& padding, int64_t inputs,
+                    int64_t outputs, bool on_cpu) {
+  ConvShape shape{1, inputs, outputs, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {1, 1, 1}, {0, 0, 0}, {1, 1, 1}};
+  if (size.size() > 3 || out.size() != size.size() || kernel_size.size() != size.size() ||
+      padding.size() != size.size())
+    throw py::value_error("kernel_size: expected as many numbers in it and in padding as there are spatial dimensions");
+  for (size_t d = 0; d < size.size(); ++d) {
+    shape.size[d] = size[d];
+    shape.out[d] = out[d];
+    shape.kernel[d] = kernel_size[d];
+    shape.padding[d] = padding[d];
+  }
+  return gram_is_cheaper(shape, on_cpu);
+}
+
 void first_layer_norms_of(py::handle delta, py::handle weight, py::handle out) {
   check(first_layer_norms(view_of(delta, "delta"), view_of(weight, "weight"), view_of(out, "out", Access::kWrite)));
 }
@@ -140,6 +166,12 @@ void bind_per_sample(py::module_& m) {
       py::arg("tokens"), py::arg("inputs"), py::arg("outputs"));
   m.def("linear_suits_torch", &torch_is_cheaper, py::arg("samples"), py::arg("tokens"), py::arg("inputs"),
         py::arg("outputs"), py::arg("tensor_cores"));
+  m.def("linear_suits_one_pass", &one_pass_is_cheaper, py::arg("inputs"), py::arg("outputs"));
+  m.def("linear_gram_lengths", &linear_gram_lengths, py::arg("inputs"), py::arg("outputs"));
+  m.def("linear_suits_pairs", &pairs_are_cheaper, py::arg("rows"), py::arg("samples"), py::arg("inputs"),
+        py::arg("outputs"));
+  m.def("conv_uses_gram", &conv_uses_gram, py::arg("size"), py::arg("out"), py::arg("kernel_size"), py::arg("padding"),
+        py::arg("inputs"), py::arg("outputs"), py::arg("on_cpu"));
   m.def("row_sum_norms", &row_sum_norms_of, py::arg("grad"), py::arg("x"), py::arg("offsets"), py::arg("terms"),
         py::arg("out"), py::arg("eps") = py::none(), py::arg("center") = true);
   m.def("embedding_norms", &embedding_norms_of, py::arg("indices"), py::arg("order"), py::arg("grad"),

@@ -68,7 +68,7 @@ struct WeightNorms {
   Factor x, grad;
   int64_t samples;
   const int64_t* offsets;  // of packed tokens, [samples + 1], of shape.out[2] rows; null: samples of their own
-  bool gram;               // by the Gram matrices of tokens: Linear alone, and not packed
+  bool gram;               // by the Gram matrices of positions: not of packed tokens
   void* total;             // of a Linear the batch's gradient as well, directly: rows of inputs, one per output, in
   int64_t total_stride;    // float32, or in float64 if an input is; null: not wanted
   bool tensor_cores;       // has_tensor_cores() of the device: they multiply where both factors are of one 16-bit dtype

@@ -66,6 +66,15 @@ struct MmaProduct {
       const int i = turn * kThreads + static_cast<int>(threadIdx.x);
       const int row = i / per_row, begin = i % per_row * kVector;
       const int m = side.runs ? row : begin, k = side.runs ? begin : row;
+      if constexpr (kPatches) {
+        if (side.patches) {  // a pixel's channels, all or none
+          const Position at = position_of<true>(side, first + k);
+          const bool inside = reads<true>(side, channels[m], at);
+          copy_async(tile + place_of(side.runs, m, k), data + (inside ? channels[m].offset + at.offset : 0),
+                     inside ? 2 * kVector : 0);
+          continue;
+        }
+      }
       const int64_t channel = origin + m, position = first + k;
       const int64_t channels_left = side.channels - channel, positions_left = side.positions - position;
       int64_t left = side.runs ? positions_left : channels_left;
@@ -116,8 +125,8 @@ struct MmaProduct {
                                                   Memory& memory, float (&sums)[kRows][kColumns]) {
     const auto thread = static_cast<int>(threadIdx.x);
     if (thread < kTile) {
-      if (!a.vectors) memory.a_channels[thread] = channel_of<kPatches>(a, row + thread);
-      if (!b.vectors) memory.b_channels[thread] = channel_of<kPatches>(b, column + thread);
+      if (!a.vectors || a.patches) memory.a_channels[thread] = channel_of<kPatches>(a, row + thread);
+      if (!b.vectors || b.patches) memory.b_channels[thread] = channel_of<kPatches>(b, column + thread);
     }
     const auto begin = [&](int64_t step) {
       const int64_t first = step * kDepth;

@@ -6,12 +6,12 @@
 
 #include "cuda/fma_product.cuh"
 #include "cuda/weight_tiles.cuh"
+#include "math/weight_cost.h"
 
 namespace lipcore::cuda {
 namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
-constexpr int64_t kManyTiles = 128;  // there are blocks for the multiprocessors of a large device
 
 using Exact = FmaProduct<double, 4>;
 
@@ -97,10 +97,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       sums = {each[0], each[1], each[2], each[3]};
     }
     double total = sums.total;
-    const bool holds = norms.gram
-                           ? gram_holds(sums, static_cast<double>(tokens.count), static_cast<double>(work.columns),
-                                        static_cast<double>(norms.shape.outputs), work.wide)
-                           : isfinite(total) && total >= safe_sum(work);
+    const bool holds =
+        norms.gram ? gram_holds(sums, static_cast<double>(norms.shape.groups * tokens.count),
+                                static_cast<double>(work.columns), static_cast<double>(norms.shape.outputs), work.wide)
+                   : isfinite(total) && total >= safe_sum(work);
     if (tokens.count == 0 || work.columns == 0 || norms.shape.outputs == 0)
       total = 0;
     else if (!holds)
@@ -115,18 +115,30 @@ bool is_flat(const int64_t (&along)[3], const int64_t (&size)[3]) {
   return rows && (size[0] == 1 || along[0] == along[2] * size[2] * size[1]);
 }
 
+constexpr int64_t kVector = 8;
+
 // Whether neighbours of a factor can be copied eight at a time wherever a sample, a group, a row of them begins.
-bool has_vectors(const Factor& factor, bool flat, bool runs, int64_t groups, int64_t channels, bool packed) {
-  constexpr int64_t kVector = 8;
-  if (!flat || item_size(factor.dtype) != 2 || reinterpret_cast<uintptr_t>(factor.data) % 16) return false;
-  if (factor.sample % kVector) return false;
+bool has_vectors(const Factor& factor, bool runs, int64_t groups, int64_t channels, bool packed) {
   if (runs) return !packed && factor.channel % kVector == 0;
   return factor.channel == 1 && factor.along[2] % kVector == 0 && (groups == 1 || channels % kVector == 0);
 }
 
-Layout layout_of(const WeightNorms& norms, const Factor& factor, bool flat, int64_t channels) {
+// Whether channels of patches can be: eight of them belong to one pixel then.
+bool has_pixels(const Factor& factor, const int64_t (&size)[3], int64_t channels) {
+  for (int d = 0; d < 3; ++d)
+    if (size[d] > 1 && factor.along[d] % kVector) return false;
+  return factor.channel == 1 && channels % kVector == 0;
+}
+
+Layout layout_of(const WeightNorms& norms, const Factor& factor, bool flat, int64_t channels, bool patches) {
+  const ConvShape& shape = norms.shape;
   const bool runs = factor.along[2] == 1 && factor.channel != 1;
-  return {flat, runs, has_vectors(factor, flat, runs, norms.shape.groups, channels, norms.offsets != nullptr)};
+  const bool aligned = item_size(factor.dtype) == 2 && reinterpret_cast<uintptr_t>(factor.data) % 16 == 0 &&
+                       factor.sample % kVector == 0;
+  const bool vectors = flat      ? has_vectors(factor, runs, shape.groups, channels, norms.offsets != nullptr)
+                       : patches ? has_pixels(factor, shape.size, channels)
+                                 : false;
+  return {flat, runs, aligned && vectors};
 }
 
 // With few channels or tiles, tiles of 64 waste less than those of 128 gain. Registers do not hold two large sets of
@@ -151,11 +163,11 @@ WeightWork work_of(const WeightNorms& norms) {
   work.columns = shape.inputs * taps;
   work.wide = norms.x.dtype == DType::kFloat64 || norms.grad.dtype == DType::kFloat64;
   work.tensor_cores = norms.tensor_cores && norms.x.dtype == norms.grad.dtype && item_size(norms.x.dtype) == 2;
-  work.x = layout_of(norms, norms.x, plain && is_flat(norms.x.along, shape.size), shape.inputs);
-  work.grad = layout_of(norms, norms.grad, is_flat(norms.grad.along, shape.out), shape.outputs);
-  const int64_t tile = work.tile = tile_of(work), tokens = cut(shape.out[2], tile);
+  work.x = layout_of(norms, norms.x, plain && is_flat(norms.x.along, shape.size), shape.inputs, true);
+  work.grad = layout_of(norms, norms.grad, is_flat(norms.grad.along, shape.out), shape.outputs, false);
+  const int64_t tile = work.tile = tile_of(work), tokens = cut(shape.out[0] * shape.out[1] * shape.out[2], tile);
   work.units =
-      norms.gram ? tokens * (tokens + 1) / 2 : shape.groups * cut(shape.outputs, tile) * cut(work.columns, tile);
+      shape.groups * (norms.gram ? tokens * (tokens + 1) / 2 : cut(shape.outputs, tile) * cut(work.columns, tile));
   work.parts = norms.gram ? 4 : 1;
   return work;
 }

@@ -15,7 +15,7 @@ Status launch_mma_of(const WeightWork& work, double* partials, void* stream) {
 
 bool has_tensor_cores() {
   cudaFuncAttributes attributes{};
-  if (cudaFuncGetAttributes(&attributes, &gram_tiles<MmaProduct<Bfloat16, 64>>) != cudaSuccess) {
+  if (cudaFuncGetAttributes(&attributes, &gram_tiles<MmaProduct<Bfloat16, 64>, true>) != cudaSuccess) {
     cudaGetLastError();  // the launch that follows will say it
     return false;
   }

@@ -11,17 +11,17 @@
 
 namespace lipcore::cuda {
 
-// A row of a tile's factor: a channel, or of x a channel at a tap of the kernel.
-struct Channel {
+// Where an element lies is the sum of a channel's place, of x that of a channel at a tap of the kernel, and a
+// position's.
+struct Place {
   int64_t offset;
-  int32_t at[3];  // the tap's place relative to the position's, in the image
+  int32_t at[3];  // in the image; of a tap relative to the position
 };
 
-struct Position {
-  int64_t offset;
-  int32_t at[3];
-  bool inside;
-};
+constexpr int32_t kNowhere = INT32_MIN;  // at[0] of a place beyond the last
+
+struct Channel : Place {};
+struct Position : Place {};
 
 // One side of a product: elements [channel m, position k] of one sample.
 struct Side {
@@ -30,10 +30,11 @@ struct Side {
   int64_t channels, channel;
   int64_t positions, along[3];
   int64_t out[3];  // the shape of positions
-  bool flat;       // positions have one stride, the last of `along`
+  bool flat;       // places have one stride, the last of `along`
   bool runs;       // positions are neighbours in memory rather than channels
   bool vectors;    // eight of these neighbours at a time lie on 16 bytes
   bool patches;    // of x at the taps of a kernel
+  bool swapped;    // channels are places and positions channels
   int64_t inputs;  // of patches: channels are [tap, input]
   const ConvShape* shape;
   double scale;  // a power of two
@@ -51,45 +52,56 @@ __device__ __forceinline__ int64_t divide(int64_t a, int64_t divisor, int64_t* r
   return quotient;
 }
 
-template <bool kPatches>
-__device__ __forceinline__ Channel channel_of(const Side& side, int64_t m) {
-  if (m >= side.channels) return {0, {INT32_MIN, 0, 0}};
-  if (!kPatches || !side.patches) return {m * side.channel, {0, 0, 0}};
+// The place of channel m, of x of a channel at a tap.
+__device__ __forceinline__ Place place_of_channel(const Side& side, int64_t m) {
+  if (!side.patches) return {m * side.channel, {0, 0, 0}};
   const ConvShape& shape = *side.shape;
   int64_t input, tap[3], rest;
   rest = divide(m, side.inputs, &input);
   rest = divide(rest, shape.kernel[2], &tap[2]);
   tap[0] = divide(rest, shape.kernel[1], &tap[1]);
-  Channel channel{input * side.channel, {}};
+  Place place{input * side.channel, {}};
 #pragma unroll
   for (int d = 0; d < 3; ++d) {
     const int64_t at = tap[d] * shape.dilation[d] - shape.padding[d];
-    channel.offset += at * side.along[d];
-    channel.at[d] = static_cast<int32_t>(at);
+    place.offset += at * side.along[d];
+    place.at[d] = static_cast<int32_t>(at);
   }
-  return channel;
+  return place;
+}
+
+__device__ __forceinline__ Place place_of_position(const Side& side, int64_t k) {
+  if (side.flat) return {k * side.along[2], {0, 0, 0}};
+  int64_t at[3], rest;
+  rest = divide(k, side.out[2], &at[2]);
+  at[0] = divide(rest, side.out[1], &at[1]);
+  Place place{0, {}};
+#pragma unroll
+  for (int d = 0; d < 3; ++d) {
+    if (side.patches) at[d] *= side.shape->stride[d];
+    place.offset += at[d] * side.along[d];
+    place.at[d] = static_cast<int32_t>(at[d]);
+  }
+  return place;
+}
+
+template <bool kPatches>
+__device__ __forceinline__ Channel channel_of(const Side& side, int64_t m) {
+  if (m >= side.channels) return {{0, {kNowhere, 0, 0}}};
+  if (!kPatches) return {{m * side.channel, {0, 0, 0}}};
+  return {side.swapped ? place_of_position(side, m) : place_of_channel(side, m)};
 }
 
 template <bool kPatches>
 __device__ __forceinline__ Position position_of(const Side& side, int64_t k) {
-  if (k >= side.positions) return {0, {0, 0, 0}, false};
-  if (!kPatches || side.flat) return {k * side.along[2], {0, 0, 0}, true};
-  int64_t at[3], rest;
-  rest = divide(k, side.out[2], &at[2]);
-  at[0] = divide(rest, side.out[1], &at[1]);
-  Position position{0, {}, true};
-#pragma unroll
-  for (int d = 0; d < 3; ++d) {
-    if (side.patches) at[d] *= side.shape->stride[d];
-    position.offset += at[d] * side.along[d];
-    position.at[d] = static_cast<int32_t>(at[d]);
-  }
-  return position;
+  if (k >= side.positions) return {{0, {kNowhere, 0, 0}}};
+  if (!kPatches) return {{k * side.along[2], {0, 0, 0}}};
+  return {side.swapped ? place_of_channel(side, k) : place_of_position(side, k)};
 }
 
 template <bool kPatches>
 __device__ __forceinline__ bool reads(const Side& side, const Channel& channel, const Position& position) {
-  if (!position.inside || channel.at[0] == INT32_MIN) return false;
+  if (position.at[0] == kNowhere || channel.at[0] == kNowhere) return false;
   if constexpr (kPatches) {
     if (side.patches) {
       for (int d = 0; d < 3; ++d) {
@@ -166,6 +178,7 @@ __device__ __forceinline__ Side side_of(const WeightNorms& norms, const Factor& 
           layout.runs,
           layout.vectors,
           false,
+          false,
           0,
           &shape,
           1};
@@ -187,14 +200,19 @@ __device__ __forceinline__ Side x_side(const WeightWork& work, int64_t sample, i
 // In weight_norms_mma.cu: of 16-bit numbers of one dtype.
 Status launch_mma_tiles(const WeightWork& work, double* partials, void* stream);
 
-// Tokens as channels and features as positions.
+// Places as channels, whose products with each other are a Gram matrix, and channels as positions.
 __device__ __forceinline__ Side transposed(Side side) {
-  const int64_t tokens = side.positions, token = side.along[2];
+  const int64_t places = side.positions;
   side.positions = side.channels;
-  side.along[2] = side.channel;
-  side.channels = tokens;
-  side.channel = token;
+  side.channels = places;
   side.runs = !side.runs;
+  if (side.flat && !side.patches) {
+    const int64_t place = side.along[2];
+    side.along[2] = side.channel;
+    side.channel = place;
+  } else {
+    side.swapped = true;
+  }
   return side;
 }
 

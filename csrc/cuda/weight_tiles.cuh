@@ -10,6 +10,10 @@ namespace lipcore::cuda {
 template <class Product>
 constexpr int kBlocksOfTiles = Product::kTile > 64 ? 1 : 2;
 
+// Nor are there enough for both Gram matrices in float64 beside the places of patches.
+template <class Product, bool kPatches>
+constexpr int kBlocksOfGram = kPatches && sizeof(typename Product::Sum) == 8 ? 1 : kBlocksOfTiles<Product>;
+
 // Calls visit(i, j) for this thread's elements of a tile with so many rows and columns left: beyond them an infinite
 // factor has met a zero.
 template <class Product, class Visit>
@@ -103,9 +107,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
   }
 }
 
-// A block per sample and pair of tiles of tokens, the second not behind the first.
-template <class Product>
-__global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
+// A block per sample, group and pair of tiles of tokens, the second not behind the first.
+template <class Product, bool kPatches>
+__global__ void __launch_bounds__(kThreads, kBlocksOfGram<Product, kPatches>)
     gram_tiles(const __grid_constant__ WeightWork work, double* partials) {
   using Sum = typename Product::Sum;
   constexpr int kTile = Product::kTile;
@@ -113,12 +117,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
   const Block team{&memory.storage};
   for (int64_t place = blockIdx.x; place < work.norms.samples * work.units; place += gridDim.x) {
     const auto [sample, unit, tokens] = task_at(work, place);
-    int64_t row = 0, rest = unit;
+    int64_t row = 0, rest;
+    const int64_t group = divide(unit, work.units / work.norms.shape.groups, &rest);
     for (; rest > row; ++row) rest -= row + 1;
-    const Side x = transposed(x_side(work, sample, 0, tokens)), grad = transposed(grad_side(work, sample, 0, tokens));
+    const Side x = transposed(x_side(work, sample, group, tokens));
+    const Side grad = transposed(grad_side(work, sample, group, tokens));
     Sum of_x[Product::kRows][Product::kColumns] = {}, of_grad[Product::kRows][Product::kColumns] = {};
-    Product::template multiply<false>(x, x, row * kTile, rest * kTile, memory, of_x);
-    Product::template multiply<false>(grad, grad, row * kTile, rest * kTile, memory, of_grad);
+    Product::template multiply<kPatches>(x, x, row * kTile, rest * kTile, memory, of_x);
+    Product::template multiply<kPatches>(grad, grad, row * kTile, rest * kTile, memory, of_grad);
     GramSums sums{};
     const auto add = [&](int i, int j) {
       sums.total = add_product(sums.total, of_x[i][j], of_grad[i][j]);
@@ -142,15 +148,20 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfTiles<Product>)
 template <class Product>
 Status launch_tiles(const WeightWork& work, double* partials, void* stream) {
   const int64_t blocks = blocks_for(work.norms.samples * work.units);
+  const bool patches = Product::kAlwaysPatches || !work.x.flat || !work.grad.flat;
   if constexpr (Product::kGram)
-    if (work.norms.gram)
-      return launch("multiplying Gram matrices", &gram_tiles<Product>, blocks, stream, work, partials);
+    if (work.norms.gram) {
+      const char* doing = "multiplying Gram matrices";
+      if constexpr (!Product::kAlwaysPatches)
+        if (!patches) return launch(doing, &gram_tiles<Product, false>, blocks, stream, work, partials);
+      return launch(doing, &gram_tiles<Product, true>, blocks, stream, work, partials);
+    }
   if constexpr (Product::kTotal)
     if (work.norms.total)
       return launch("making a weight gradient", &total_tiles<Product>, blocks_for(work.units), stream, work, partials);
   const char* doing = "squaring weight gradients";
   if constexpr (!Product::kAlwaysPatches)
-    if (work.x.flat && work.grad.flat) return launch(doing, &tiles<Product, false>, blocks, stream, work, partials);
+    if (!patches) return launch(doing, &tiles<Product, false>, blocks, stream, work, partials);
   return launch(doing, &tiles<Product, true>, blocks, stream, work, partials);
 }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "math/weight_cost.h"
 #include "ops/devices.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"
@@ -201,14 +202,11 @@ void describe(const TensorView& x, const TensorView& grad, const ConvGeometry& g
   }
 }
 
-// Whether lanes are better filled with groups and samples than with outputs. Rearranging memory for it costs about a
-// third more, and the rearranged images should stay in a core's cache.
+// Whether lanes are filled with groups and samples. The rearranged images should stay in a core's cache.
 bool lanes_pay(const Work& work, int64_t samples) {
   const ConvShape& s = work.shape;
-  const int64_t lanes = work.first.in_float64 ? work.kernel->lanes / 2 : work.kernel->lanes, units = samples * s.groups;
-  const auto vectors = [&](int64_t count) { return static_cast<double>((count + lanes - 1) / lanes); };
-  const double by_lanes = vectors(units) / static_cast<double>(units) * static_cast<double>(s.outputs);
-  return 1.3 * by_lanes < vectors(s.outputs) &&
+  const int64_t lanes = work.first.in_float64 ? work.kernel->lanes / 2 : work.kernel->lanes;
+  return lanes_are_cheaper(s.outputs, samples * s.groups, lanes) &&
          work.kernel->scratch(s, work.first.in_float64, ConvMethod::kLanes) <= kLanesMemory;
 }
 
@@ -218,7 +216,7 @@ int64_t parts_of(int64_t tiles, int64_t samples) {
   return samples >= 8 || most < 2 ? 1 : most < 8 ? most : 8;
 }
 
-bool on_device(const TensorView& x, const Work& work, const TensorView& out) {
+bool on_device(const TensorView& x, const Work& work, bool gram, const TensorView& out) {
 #if defined(LIPCORE_WITH_CUDA)
   const ConvSample& first = work.first;
   const auto factor = [](const void* data, DType dtype, int64_t step, const int64_t* stride) {
@@ -229,13 +227,13 @@ bool on_device(const TensorView& x, const Work& work, const TensorView& out) {
                                 factor(first.grad, first.grad_dtype, first.grad_step, first.grad_stride),
                                 x.shape[0],
                                 nullptr,
-                                false,
+                                gram,
                                 nullptr,
                                 0,
                                 false};
   return cuda::weight_norms(norms, x.device, static_cast<double*>(out.data));
 #else
-  (void)x, (void)work, (void)out;
+  (void)x, (void)work, (void)gram, (void)out;
   return refuse_device("x");
 #endif
 }
@@ -248,7 +246,7 @@ bool conv_norms_sq(const TensorView& x, const TensorView& grad, const ConvGeomet
   Work work;
   work.kernel = kernels().conv_norms;
   describe(x, grad, geometry, &work);
-  if (!x.on_cpu()) return on_device(x, work, out);
+  if (!x.on_cpu()) return on_device(x, work, gram, out);
   auto* norms = static_cast<double*>(out.data);
   const int64_t samples = x.shape[0];
   if (x.numel == 0 || grad.numel == 0) {

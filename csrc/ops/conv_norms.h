@@ -13,7 +13,7 @@ struct ConvGeometry {
 };
 
 // out[b] = squared norm of the weight gradient of sample b; x [B, C, ...], grad [B, O, ...] with at most the output's
-// spatial sizes, out float64 [B]. All on one device, any strides. `gram` is for the CPU to choose.
+// spatial sizes, out float64 [B]. All on one device, any strides. `gram`: of pixels on the CPU, of patches elsewhere.
 bool conv_norms_sq(const TensorView& x, const TensorView& grad, const ConvGeometry& geometry, bool gram,
                    const TensorView& out);
 

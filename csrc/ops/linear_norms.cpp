@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
-#include "math/linear_cost.h"
+#include "math/weight_cost.h"
 #include "ops/devices.h"
 #include "python/parallel.h"
 #include "python/tensor_text.h"

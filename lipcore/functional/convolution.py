@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -19,11 +18,6 @@ from lipcore.models.arguments import check_choice, check_count, is_integer
 ConvMethod = Literal[Method, "portable"]
 _METHODS: tuple[ConvMethod, ...] = get_args(ConvMethod)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-# Multiplications of Gram over those of direct: its tiles are smaller, and it cancels, so it has to be clearly faster.
-_GRAM_PAYS = 0.4
-# A product of a pixel pair is added up from memory, once per tap, and not in registers: its time in multiplications.
-_COMBINE = 3
-_GRAM_ELEMENTS = 1 << 20  # both Gram matrices of one sample should stay in a core's cache
 
 
 def conv_norms_sq(
@@ -56,9 +50,9 @@ def conv_norms_sq(
         dilation: one number per spatial dimension.
         groups: a divisor of C and of O.
         method: "direct" makes every entry of the weight gradient and squares it, "gram" multiplies pixels of the input
-            with each other and gradients with each other (small maps with many channels; float32 samples that cancel
-            are done again directly), "portable" is torch's own operations, None is :func:`conv_method` on the CPU and
-            "direct" on a CUDA device.
+            (on a CUDA device patches) with each other and gradients with each other (small maps with many channels;
+            float32 samples that cancel are done again directly), "portable" is torch's own operations, None is
+            :func:`conv_method`.
 
     Returns:
         float64 [B], detached.
@@ -79,14 +73,12 @@ def conv_norms_sq(
     if _core.check_storage(grad, "grad"):
         grad = grad.resolve_neg()
     _check(x, grad, kernel_size, stride, padding, dilation, groups, method)
-    if not x.is_cpu and method == "gram":
-        raise ValueError(f"method: expected 'direct', 'portable' or None for tensors on {x.device}, got 'gram'")
     if not x.numel() or not grad.numel():
         return x.new_zeros(x.shape[0], dtype=torch.float64)
     if method == "portable":
         return portable.conv_norms_sq(x, grad, kernel_size, stride, padding, dilation, groups)
-    if method is None and x.is_cpu:
-        method = conv_method(x.shape, grad.shape, kernel_size=kernel_size, padding=padding, groups=groups)
+    if method is None:
+        method = chosen(x, grad, kernel_size, padding, groups)
     out = result_beside(x, x.shape[0])
     _core.conv_norms_sq(x, grad, kernel_size, stride, padding, dilation, groups, method == "gram", out)
     return out
@@ -99,21 +91,35 @@ def conv_method(
     kernel_size: Sequence[int],
     padding: Sequence[int],
     groups: int = 1,
+    device: torch.device | str = "cpu",
 ) -> Method:
-    """Return the faster method of :func:`conv_norms_sq` on the CPU, "direct" or "gram", by counting multiplications.
+    """Return the faster method of :func:`conv_norms_sq` on a device, "direct" or "gram", by counting multiplications:
+    those of pixels on the CPU, on a CUDA device those of patches, which it reads in place.
 
     >>> conv_method([64, 512, 4, 4], [64, 512, 4, 4], kernel_size=[3, 3], padding=[1, 1])
     'gram'
     """
     check_count("groups", groups)
+    on_cpu = torch.device(device).type == "cpu"
+    return _cheaper(x_shape, grad_shape, kernel_size, padding, groups, on_cpu)
+
+
+def chosen(x: Tensor, grad: Tensor, kernel_size: Sequence[int], padding: Sequence[int], groups: int) -> Method:
+    """Return :func:`conv_method` of these tensors where they are."""
+    return _cheaper(x.shape, grad.shape, kernel_size, padding, groups, x.is_cpu)
+
+
+def _cheaper(
+    x_shape: Sequence[int],
+    grad_shape: Sequence[int],
+    kernel_size: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    on_cpu: bool,
+) -> Method:
     inputs, outputs = x_shape[1] // groups, grad_shape[1] // groups
-    pixels, positions, taps = math.prod(x_shape[2:]), math.prod(grad_shape[2:]), math.prod(kernel_size)
-    padded = math.prod(n + 2 * p for n, p in zip(x_shape[2:], padding, strict=True))
-    if padded * (padded + positions) > _GRAM_ELEMENTS:
-        return "direct"
-    direct = inputs * taps * outputs * positions
-    gram = (inputs * pixels**2 + outputs * positions**2 + _COMBINE * taps * positions * padded) / 2
-    return "gram" if gram < _GRAM_PAYS * direct else "direct"
+    gram = _core.conv_uses_gram(x_shape[2:], grad_shape[2:], kernel_size, padding, inputs, outputs, on_cpu)
+    return "gram" if gram else "direct"
 
 
 def _check(

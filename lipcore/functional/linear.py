@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +18,6 @@ Method = Literal["gram", "direct"]
 METHODS: tuple[Method, ...] = get_args(Method)
 _NUMBER = {None: 0, "gram": 1, "direct": 2}  # in the core
 _REDO = 3
-_FUSED = 128  # tiles, so that there are blocks for the multiprocessors of a large device
 _PRODUCTS = 1 << 23  # elements of weight gradients that it makes at a time, in float32: what second-level caches hold
 
 
@@ -81,7 +81,7 @@ def linear_weight_grad(x: Tensor, grad: Tensor, *, offsets: Tensor | None = None
         return traced
     x, grad, offsets = _checked(x, grad, offsets)
     dtype = torch.promote_types(x.dtype, grad.dtype)
-    if not x.is_cpu and not _suits_the_kernel(x, grad):
+    if not made_in_one_pass(x, grad):
         return grad.to(dtype).flatten(0, -2).T @ x.to(dtype).flatten(0, -2), _norms(x, grad, offsets, None)
     x, grad, starts = _for_the_core(x, grad, offsets)
     out = result_beside(x, _samples(x, offsets))
@@ -95,7 +95,8 @@ def linear_method(tokens: int, in_features: int, out_features: int) -> Method:
 
     The cheaper of both by multiplications and by how well tiles are filled; direct where they are close, because Gram
     loses digits. A CUDA device does as the CPU, but takes packed sequences directly, and may let
-    torch make the products of large layers of 16-bit numbers (:func:`made_by_torch`).
+    torch make the products of large layers of 16-bit numbers; ``PerSampleGradNorms.plan()`` names the way that was
+    taken.
 
     Raises:
         ValueError: a size below 0.
@@ -200,11 +201,18 @@ def _norms(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | Non
     return out
 
 
-def _suits_the_kernel(x: Tensor, grad: Tensor) -> bool:
-    """Return whether one pass for gradient and norms is worth it on a CUDA device: a block makes a tile of 64 x 64."""
+def made_in_one_pass(x: Tensor, grad: Tensor) -> bool:
+    """Return whether :func:`linear_weight_grad` makes gradient and norms together: always on the CPU."""
+    if x.is_cpu:
+        return True
     narrow = x.itemsize == grad.itemsize == 2
     multiplies = not narrow or (x.dtype == grad.dtype and _core.cuda_multiplies_16_bit(x.device.index))
-    return multiplies and x.shape[-1] * grad.shape[-1] >= _FUSED * 64 * 64
+    return multiplies and fills_a_device(x.shape[-1], grad.shape[-1])
+
+
+def fills_a_device(inputs: int, outputs: int) -> bool:
+    """Return whether a weight has tiles enough for one pass over all samples on a large device."""
+    return bool(_core.linear_suits_one_pass(inputs, outputs))
 
 
 def _suits_torch(x: Tensor, grad: Tensor) -> bool:
@@ -217,7 +225,7 @@ def _suits_torch(x: Tensor, grad: Tensor) -> bool:
 
 def made_by_torch(samples: int, tokens: int, inputs: int, outputs: int, *, tensor_cores: bool) -> bool:
     """Return whether products of 16-bit numbers are torch's on a CUDA device: where there are many, and lipcore's
-    kernel, which writes none of them, would take more time all the same (csrc/math/linear_cost.h).
+    kernel, which writes none of them, would take more time all the same (csrc/math/weight_cost.h).
 
     Args:
         samples: B.
@@ -227,6 +235,41 @@ def made_by_torch(samples: int, tokens: int, inputs: int, outputs: int, *, tenso
         tensor_cores: whether lipcore's kernel uses them: from compute capability 8.0 on.
     """
     return bool(_core.linear_suits_torch(samples, tokens, inputs, outputs, tensor_cores))
+
+
+def lengths_by_gram(in_features: int, out_features: int) -> str:
+    """Return in words for how many positions per sample :func:`linear_method` is "gram".
+
+    >>> lengths_by_gram(64, 64)
+    'Gram up to 28 positions, else direct'
+    """
+    ranges = _core.linear_gram_lengths(in_features, out_features)
+    if not ranges:
+        return "direct"
+    words = [f"up to {ranges[0][1]}", *(f"from {first} to {last}" for first, last in ranges[1:])]
+    return f"Gram {' and '.join(words)} positions, else direct"
+
+
+def way(x: Tensor, grad: Tensor, offsets: Tensor | None, method: Method | None) -> str:
+    """Return how :func:`linear_norms_sq` computes the norms of these tensors: "gram", "direct" or "torch.bmm", and of
+    how many positions; of packed rows on the CPU, that each sample's length decides."""
+    inputs, outputs = x.shape[-1], grad.shape[-1]
+    if offsets is not None:
+        if not x.is_cpu:
+            return "direct (packed rows on a device)"
+        return method or f"each document's length ({lengths_by_gram(inputs, outputs)})"
+    x, grad = (portable.three_dimensional(t) for t in (x, grad))
+    shapes = shapes_in_words(x.shape[1], (outputs, inputs))
+    if method is not None:
+        return f"{method} ({shapes})"
+    if not x.is_cpu and _suits_torch(x, grad):
+        return f"torch.bmm ({shapes})"
+    return f"{linear_method(x.shape[1], inputs, outputs)} ({shapes}; {lengths_by_gram(inputs, outputs)})"
+
+
+def shapes_in_words(positions: int, weight: Sequence[int]) -> str:
+    """Return what a way was chosen by: positions of a sample, and the shape of the weight."""
+    return f"{positions} position{'s' * (positions != 1)}, weight {' x '.join(map(str, weight))}"
 
 
 def _norms_of_products(x: Tensor, grad: Tensor, out: Tensor) -> None:

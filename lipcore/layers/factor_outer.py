@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lipcore import _core
 from lipcore import functional as F
-from lipcore.functional.linear import Method
+from lipcore.functional.linear import Method, way
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_products import CHUNK, alike, collected, gram_of_pairs, gram_of_slices, owners, spread
 from lipcore.layers.factor_rows import concatenate, number_of_samples, rows
@@ -39,15 +40,7 @@ class Outer(Factor):
 
     @property
     def how(self) -> str:
-        if self.offsets is None:
-            tokens = self.x.shape[1]
-            if tokens == 1:
-                return "product of norms"
-        else:
-            tokens = self.x.shape[0] // max(1, self.samples)  # on average
-        if self.offsets is not None and not self.x.is_cpu:
-            return "direct"
-        return self.method or F.linear_method(tokens, self.x.shape[-1], self.grad.shape[-1])
+        return "product of norms" if self._has_one_row() else way(self.x, self.grad, self.offsets, self.method)
 
     def norms_sq(self) -> Tensor:
         if self._has_one_row():
@@ -103,8 +96,7 @@ class Outer(Factor):
         x, grad = (t.flatten(0, -2) for t in alike(self.x, self.grad))
         owner, samples = owners(self.x, self.offsets), self.samples
         count, features, outputs = len(x), x.shape[-1], grad.shape[-1]
-        # Multiplications by pairs of rows, and by slices of the gradients themselves.
-        if count * count * (features + outputs) <= features * outputs * (count + samples * samples):
+        if _core.linear_suits_pairs(count, samples, features, outputs):
             return gram_of_pairs(lambda some: (x[some] @ x.T) * (grad[some] @ grad.T), owner, owner, samples)
         step = max(1, CHUNK // max(1, samples * features))
         parts = (self._slice(x, part, owner) for part in grad.split(step, 1))

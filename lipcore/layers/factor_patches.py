@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from lipcore import functional as F
-from lipcore.functional.convolution import ConvMethod
+from lipcore.functional.convolution import ConvMethod, chosen
+from lipcore.functional.linear import shapes_in_words
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_products import CHUNK, alike, gram_of_slices
 
@@ -43,11 +44,8 @@ class Patches(Factor):
 
     @property
     def how(self) -> str:
-        if not self.x.is_cpu:
-            return self.method or "direct"
-        return self.method or F.conv_method(
-            self.x.shape, self.grad.shape, kernel_size=self.kernel_size, padding=self.padding, groups=self.groups
-        )
+        way = self.method or chosen(self.x, self.grad, self.kernel_size, self.padding, self.groups)
+        return f"{way} ({shapes_in_words(self.grad.shape[2:].numel(), self.shape)})"
 
     def norms_sq(self) -> Tensor:
         return F.conv_norms_sq(

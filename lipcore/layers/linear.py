@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lipcore.functional.linear import lengths_by_gram
 from lipcore.layers.calls import as_autocast, is_trainable, tensor_argument
 from lipcore.layers.factor import Factor
 from lipcore.layers.factor_outer import Outer
@@ -19,6 +20,9 @@ class LinearRule(Rule):
 
     def fuses(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward
+
+    def ways(self, module: Any) -> str:
+        return lengths_by_gram(module.in_features, module.out_features)
 
     def save(
         self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], batch: Batch

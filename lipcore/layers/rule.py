@@ -86,6 +86,11 @@ class Rule(ABC):
         """Return whether the module is y = x W^T + b, whose weight gradient fused=True may compute itself."""
         return False
 
+    def ways(self, module: nn.Module) -> str:
+        """Return in words which of several methods is taken on which shapes, as far as that is known before the first
+        backward pass."""
+        return "Gram or direct, by the sizes: chosen at the first backward pass"
+
     def feature_dims(self, module: nn.Module) -> int:
         """Return how many of the output's last dimensions are features; those before are rows or the batch."""
         return 1

@@ -48,5 +48,5 @@ def how(site: LayerSite, methods: Mapping[str, str]) -> str:
     if site.name in methods:
         return f"method '{methods[site.name]}'"
     if _choice(site):
-        return "Gram or direct: chosen at the first backward pass"
+        return site.rule.ways(site.module)
     return f"by {site.rule.how}" if site.rule.how else ""

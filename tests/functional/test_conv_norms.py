@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from cases import FEW_LAYOUTS, FEW_SIZES, thinned
-from devices import placed_as_it_is
+from devices import nothing_waits, placed_as_it_is
 from oracle import DTYPES, LAYOUTS, assert_close, in_layout, same_bits
 from torch import Tensor
 
@@ -74,6 +76,7 @@ CASES = {
     ),
     "2d, many channels, small map": Case((4, 4), (3, 3), inputs=65, outputs=63, options={"padding": (1, 1)}),
     "2d, many channels, 1x1 map": Case((1, 1), (1, 1), inputs=64, outputs=65),
+    "2d, positions of two tiles": Case((10, 9), (2, 2), inputs=4, outputs=6, groups=2),
     "2d, fewer positions": Case((8, 9), (3, 3), options={"stride": (2, 2)}, cut=1),
     "2d, one sample: in parts": Case((5, 5), (3, 3), inputs=40, outputs=17, samples=1),
     "3d": Case((3, 4, 5), (2, 3, 3)),
@@ -288,10 +291,33 @@ def test_inside_a_compiled_function():
         ((64, 64, 16, 16), (64, 64, 16, 16), (3, 3), "direct"),
         ((64, 3, 32, 32), (64, 64, 32, 32), (3, 3), "direct"),
         ((64, 512, 1, 1), (64, 512, 1, 1), (1, 1), "gram"),
+        ((1, 2, 2**40), (1, 2, 2**40), (2**40,), "direct"),
+        ((1, 0, 4), (1, 3, 4), (3,), "direct"),
     ],
 )
 def test_choice(x, grad, kernel, method):
     assert conv_method(x, grad, kernel_size=kernel, padding=tuple(k // 2 for k in kernel)) == method
+
+
+@pytest.mark.parametrize(
+    ("x", "grad", "kernel", "groups", "method"),
+    [
+        ((64, 512, 7, 7), (64, 512, 7, 7), (3, 3), 1, "gram"),
+        ((64, 64, 32, 32), (64, 128, 32, 32), (3, 3), 1, "direct"),
+        ((64, 64, 8, 8), (64, 256, 8, 8), (1, 1), 1, "direct"),
+        ((64, 64, 6, 6), (64, 256, 6, 6), (1, 1), 1, "gram"),
+        ((64, 64, 6, 6), (64, 256, 6, 6), (1, 1), 4, "direct"),
+        ((64, 32, 2, 2), (64, 32, 2, 2), (3, 3), 32, "direct"),
+        ((64, 512, 1), (64, 512, 1), (1,), 1, "gram"),
+    ],
+)
+def test_choice_on_a_cuda_device(x, grad, kernel, groups, method):
+    """As a Linear layer's that sees patches as tokens."""
+    padding = tuple(k // 2 for k in kernel)
+    found = conv_method(x, grad, kernel_size=kernel, padding=padding, groups=groups, device="cuda:0")
+    assert found == method
+    patch = x[1] // groups * math.prod(kernel)
+    assert found == F.linear_method(math.prod(grad[2:]), patch, grad[1] // groups)
 
 
 @pytest.mark.parametrize("traced", [False, True], ids=["eager", "op"])
@@ -338,10 +364,14 @@ def test_what_is_no_tensor_is_refused():
 # ---- on a CUDA device
 
 
-def _assert_on_cuda(case: Case, x: Tensor, grad: Tensor) -> None:
-    got = F.conv_norms_sq(placed_as_it_is(x), placed_as_it_is(grad), **case.geometry)
-    assert got.is_cuda
-    _assert_right(got.cpu(), case, x.detach(), grad.detach())
+def _assert_on_cuda(case: Case, x: Tensor, grad: Tensor, methods: Sequence[str] = METHODS[:2]) -> None:
+    if grad[0, 0].numel() > 200:  # whose Gram matrices take the emulator half a minute
+        methods = [method for method in methods if method != "gram"]
+    there, truth = (placed_as_it_is(x), placed_as_it_is(grad)), _truth(case, x.detach(), grad.detach())
+    for method in methods:
+        got = F.conv_norms_sq(*there, **case.geometry, method=method)
+        assert got.is_cuda
+        _assert_near(got.cpu(), *truth, torch.float64 in (x.dtype, grad.dtype))
 
 
 @pytest.mark.gpu
@@ -367,6 +397,15 @@ def test_layouts_and_dtypes_on_cuda():
     _assert_on_cuda(strided, x, grad.movedim(2, 3).contiguous().movedim(2, 3))
 
 
+#: Channels of a pixel that may be copied eight at a time.
+PIXELS = (
+    Case((5, 4), (3, 2), inputs=8, outputs=5, samples=2, options={"padding": (2, 1), "dilation": (1, 2)}),
+    Case((9, 8), (2, 2), inputs=32, outputs=10, samples=2, groups=2, options={"stride": (2, 1)}),
+    Case((9, 9), (1, 1), inputs=24, outputs=9, samples=1, options={"padding": (1, 0)}),
+    Case((4, 5), (2, 2), inputs=16, outputs=8, samples=2, groups=4),  # four of eight channels are another group's
+)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_tensor_cores_on_cuda(dtype):
@@ -374,10 +413,26 @@ def test_tensor_cores_on_cuda(dtype):
     wide = Case((8, 8), (3, 3), inputs=9, outputs=70, samples=2, options={"padding": (1, 1)})
     point = Case((8, 8), (1, 1), inputs=16, outputs=24, samples=2)
     groups = Case((8, 8), (1, 1), inputs=8, outputs=8, samples=2, groups=2)
-    for case in (wide, point, groups):
+    for case in (wide, point, groups, *PIXELS):
         x, grad = case.tensors(DTYPES[dtype])
         _assert_on_cuda(case, x, grad)
         _assert_on_cuda(case, *(in_layout(t, "channels_last") for t in (x, grad)))
+
+
+@pytest.mark.gpu
+def test_layouts_change_no_bit_on_cuda():
+    """Eight channels of a pixel at a time where they lie on 16 bytes, else one by one."""
+    for case in PIXELS:
+        x, grad = (t.cuda() for t in case.tensors(torch.bfloat16))
+        pixels = x.to(memory_format=torch.channels_last)
+        memory = torch.zeros(pixels.numel() + 4, dtype=x.dtype, device="cuda")
+        moved = memory[4:].as_strided(x.shape, pixels.stride(), 4).copy_(x)
+        gaps = x.new_zeros(*x.shape[:1], *x.shape[2:], x.shape[1] + 4).movedim(-1, 1)[:, :-4].copy_(x)
+        for method in METHODS[:2]:
+            expected = F.conv_norms_sq(x, grad, **case.geometry, method=method).cpu()
+            for other in (pixels, moved, gaps):
+                found = F.conv_norms_sq(other, grad, **case.geometry, method=method).cpu()
+                assert same_bits(found, expected)
 
 
 @pytest.mark.gpu
@@ -393,11 +448,38 @@ def test_range_and_special_values_on_cuda():
 
 
 @pytest.mark.gpu
-def test_only_direct_or_portable_on_cuda():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_cancels_in_gram_is_done_again_on_cuda(dtype):
+    """All patches alike, gradients of two groups that add up to nothing, or to almost nothing."""
+    case = Case((4, 5), (2, 2), inputs=16, outputs=12, groups=2)
+    x, grad = case.tensors(torch.float32)
+    x = x[:, :, :1, :1].expand_as(x).to(dtype)
+    for kept in (1e-2, 1e-4):
+        _assert_on_cuda(case, x, (grad - (1 - kept) * grad.mean((2, 3), keepdim=True)).to(dtype))
+    opposite = torch.cat([grad[..., :2], -grad[..., :2]], -1).to(dtype)
+    found = F.conv_norms_sq(x.cuda(), opposite.cuda(), **case.geometry, method="gram")
+    direct = F.conv_norms_sq(x.cuda(), opposite.cuda(), **case.geometry, method="direct")
+    torch.testing.assert_close(found, direct, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.gpu
+def test_the_chosen_method_on_cuda():
+    """By the sizes of patches, with or without tensor cores: nothing waits."""
+    for name, method in (("2d, many channels, small map", "gram"), ("1d, depthwise", "direct")):
+        case = CASES[name]
+        x, grad = (t.cuda() for t in case.tensors(torch.float32))
+        g = case.geometry
+        sizes = {key: g[key] for key in ("kernel_size", "padding", "groups")}
+        assert conv_method(x.shape, grad.shape, **sizes, device=x.device) == method
+        with nothing_waits():
+            chosen, named = (F.conv_norms_sq(x, grad, **g, method=m) for m in (None, method))
+        assert same_bits(chosen.cpu(), named.cpu())
+
+
+@pytest.mark.gpu
+def test_portable_on_cuda():
     x, grad = PLAIN.tensors(torch.float32)
-    with pytest.raises(ValueError, match="method: expected 'direct', 'portable' or None for tensors on cuda:0"):
-        F.conv_norms_sq(x.cuda(), grad.cuda(), **PLAIN.geometry, method="gram")
-    _assert_right(F.conv_norms_sq(x.cuda(), grad.cuda(), **PLAIN.geometry, method="portable").cpu(), PLAIN, x, grad)
+    _assert_on_cuda(PLAIN, x, grad, ["portable"])
 
 
 @pytest.mark.gpu
@@ -405,3 +487,5 @@ def test_races_on_cuda():
     """For the thread sanitizer."""
     _assert_on_cuda(PLAIN, *PLAIN.tensors(torch.float32))
     _assert_on_cuda(PLAIN, *PLAIN.tensors(torch.bfloat16))
+    x, grad = PIXELS[0].tensors(torch.bfloat16)
+    _assert_on_cuda(PIXELS[0], x.to(memory_format=torch.channels_last), grad)

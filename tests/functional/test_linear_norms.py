@@ -361,7 +361,7 @@ def capability(request: pytest.FixtureRequest) -> int:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bf16", "f16"])
 def test_16_bit_on_cuda(dtype, capability, monkeypatch):
-    monkeypatch.setattr(linear, "_FUSED", 0)
+    monkeypatch.setattr(linear, "fills_a_device", lambda inputs, outputs: True)
     for size in ((2, 33, 72, 70), (1, 20, 130, 9)):
         x, grad = pair(*size, dtype=DTYPES[dtype])
         check_on_cuda(x, grad, 4e-6)
@@ -403,11 +403,11 @@ def test_packed_documents_on_cuda():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tiles", [0, linear._FUSED])
+@pytest.mark.parametrize("fills", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_weight_grad_on_cuda(dtype, tiles, monkeypatch):
+def test_weight_grad_on_cuda(dtype, fills, monkeypatch):
     """By one kernel for both from so many tiles on, else by torch's product and the norms."""
-    monkeypatch.setattr(linear, "_FUSED", tiles)
+    monkeypatch.setattr(linear, "fills_a_device", lambda inputs, outputs: fills)
     for size in [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (3, 17, 5, 7), (2, 33, 65, 130)]:
         x, grad = pair(*size, dtype=DTYPES[dtype])
         total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda())
@@ -424,7 +424,7 @@ def test_weight_grad_on_cuda(dtype, tiles, monkeypatch):
     expected = reference.linear_weight_grad(x, grad, offsets=starts)[0]
     error = 8 * torch.finfo(x.dtype).eps * float(expected.abs().max())
     torch.testing.assert_close(total.cpu().double(), expected, rtol=0, atol=error)
-    if tiles == 0 and dtype in ("f32", "f64"):
+    if fills and dtype in ("f32", "f64"):
         total, norms = functional.linear_weight_grad(x.cuda(), grad.cuda(), offsets=torch.tensor([0, 8]).cuda())
         assert norms.isnan().all()
         assert total.isnan().all()
@@ -488,7 +488,7 @@ def test_captured_in_a_graph_on_cuda():
 @pytest.mark.gpu
 def test_races_on_cuda(monkeypatch):
     """One of each kernel, for the thread sanitizer."""
-    monkeypatch.setattr(linear, "_FUSED", 0)
+    monkeypatch.setattr(linear, "fills_a_device", lambda inputs, outputs: True)
     for dtype, size in (
         (torch.bfloat16, (1, 72, 136, 72)),
         (torch.float32, (2, 17, 66, 65)),
@@ -499,6 +499,41 @@ def test_races_on_cuda(monkeypatch):
         functional.linear_weight_grad(x.cuda(), grad.cuda())
     check_on_cuda(x * 1e-200, grad, 1e-12)
     check_on_cuda(x[0], grad[0], 2e-6, torch.tensor([0, 1, 17]))
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 64), (768, 3072), (109, 109), (3, 64), (1, 1), (0, 5)])
+def test_the_lengths_that_are_by_gram(inputs, outputs):
+    ranges = _core.linear_gram_lengths(inputs, outputs)
+    for tokens in range(1, 800):
+        inside = any(first <= tokens <= last for first, last in ranges)
+        assert inside == (functional.linear_method(tokens, inputs, outputs) == "gram")
+
+
+def test_the_lengths_that_are_by_gram_in_words():
+    assert linear.lengths_by_gram(1, 1) == "direct"
+    assert linear.lengths_by_gram(109, 109) == "Gram up to 49 and from 65 to 65 positions, else direct"
+    x, grad = randn(2, 9, 64), randn(2, 9, 32)
+    assert linear.way(x, grad, None, "direct") == "direct (9 positions, weight 32 x 64)"
+    lengths = "Gram up to 19 positions, else direct"
+    assert linear.way(x, grad, None, None) == f"gram (9 positions, weight 32 x 64; {lengths})"
+    offsets = torch.tensor([0, 4, 9])
+    assert linear.way(x[0], grad[0], offsets, None) == f"each document's length ({lengths})"
+
+
+@pytest.mark.gpu
+def test_the_way_in_words_on_cuda():
+    x, grad = randn(2, 9, 64, dtype=torch.bfloat16).cuda(), randn(2, 9, 32, dtype=torch.bfloat16).cuda()
+    assert linear.way(x[0], grad[0], torch.tensor([0, 9]), None) == "direct (packed rows on a device)"
+    assert linear.way(x, grad, None, None).startswith("gram (9 positions")
+    x, grad = x[:, :1].expand(-1, 4096, -1), grad[:, :1].expand(-1, 4096, -1)
+    assert linear.way(x, grad, None, None).startswith("direct (4096 positions")
+    many = [t[:1].expand(2**15, -1, -1) for t in (x, grad)]
+    assert linear.way(*many, None, None) == "torch.bmm (4096 positions, weight 32 x 64)"
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "fills"), [(768, 3072, True), (512, 1024, True), (512, 1023, False)])
+def test_whether_one_pass_fills_a_device(inputs, outputs, fills):
+    assert linear.fills_a_device(inputs, outputs) is fills
 
 
 @pytest.mark.parametrize(("sizes", "without", "with_tensor_cores"), [  # (samples, tokens, I, O)

@@ -92,6 +92,11 @@ LAYERS: dict[str, tuple[Callable[[], Plain], int, int]] = {
     "sequences through Linear": (lambda: sequence(nn.Linear(8, 40), nn.GELU(), nn.Linear(40, 8)), 2, 12),
     "LayerNorm": (lambda: sequence(nn.LayerNorm(8), nn.GELU(), nn.LayerNorm(8)), 2, 11),
     "Embedding": (lambda: Plain([nn.Embedding(50, 8)], torch.randint(50, (4, 20))), 1, 10),
+    "Conv2d by Gram matrices": (
+        lambda: Plain([nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 2)], torch.randn(4, 16, 4, 4)),
+        2,
+        13,
+    ),
     "Conv2d": (lambda: Plain([nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)], torch.randn(4, 3, 9, 9)), 2, 13),
 }
 

@@ -52,6 +52,7 @@ _VECTORS = (f"{_LINEAR_TESTS}::test_layouts_change_no_bit_on_cuda", f"{_LINEAR_T
 _LINEAR_RACES = (f"{_LINEAR_TESTS}::test_races_on_cuda",)
 _CONV_TESTS = "functional/test_conv_norms.py"
 _CONV = (f"{_CONV_TESTS}::test_geometries_on_cuda",)
+_PIXELS = (f"{_CONV_TESTS}::test_tensor_cores_on_cuda", f"{_CONV_TESTS}::test_layouts_change_no_bit_on_cuda")
 _TOKEN_TESTS = "functional/test_embedding_norms.py"
 _TOKENS = (f"{_TOKEN_TESTS}::test_packed_documents_on_cuda", f"{_TOKEN_TESTS}::test_sizes_on_cuda")
 _STATS = ("functional/test_tensor_stats.py::test_on_cuda",)
@@ -478,6 +479,84 @@ KERNEL_MUTANTS = (
         _CONV,
     ),
     KernelMutant(
+        "Gram matrices are of the first group alone",
+        "csrc/cuda/weight_tiles.cuh",
+        "const Side x = transposed(x_side(work, sample, group, tokens));",
+        "const Side x = transposed(x_side(work, sample, 0, tokens));",
+        _CONV,
+    ),
+    KernelMutant(
+        "Gram matrices are of one group's gradient alone",
+        "csrc/cuda/weight_tiles.cuh",
+        "const Side grad = transposed(grad_side(work, sample, group, tokens));",
+        "const Side grad = transposed(grad_side(work, sample, 0, tokens));",
+        _CONV,
+    ),
+    KernelMutant(
+        "only the last dimension's positions have Gram matrices",
+        "csrc/cuda/weight_norms.cu",
+        "tokens = cut(shape.out[0] * shape.out[1] * shape.out[2], tile);",
+        "tokens = cut(shape.out[2], tile);",
+        _CONV,
+    ),
+    KernelMutant(
+        "places of a Gram matrix are taken for channels",
+        "csrc/cuda/weight_sides.cuh",
+        "    side.swapped = true;",
+        "    side.swapped = false;",
+        _CONV,
+    ),
+    KernelMutant(
+        "patches of a Gram matrix have one stride",
+        "csrc/cuda/weight_sides.cuh",
+        "if (side.flat && !side.patches) {",
+        "if (true) {",
+        _CONV,
+    ),
+    KernelMutant(
+        "the room for what one group's Gram matrices lost is all groups'",
+        "csrc/cuda/weight_norms.cu",
+        "static_cast<double>(norms.shape.groups * tokens.count)",
+        "static_cast<double>(tokens.count)",
+        (f"{_CONV_TESTS}::test_range_and_special_values_on_cuda",),
+        equivalent="what may be lost to underflow is 1e-37 of something times that, against 1e-7 of the result",
+    ),
+    KernelMutant(
+        "pixels beside the image are copied",
+        "csrc/cuda/mma_product.cuh",
+        "inside ? 2 * kVector : 0);",
+        "2 * kVector);",
+        _PIXELS,
+    ),
+    KernelMutant(
+        "the channels' places are not known where pixels are copied",
+        "csrc/cuda/mma_product.cuh",
+        "if (!b.vectors || b.patches) memory",
+        "if (!b.vectors) memory",
+        _PIXELS,
+    ),
+    KernelMutant(
+        "a Gram matrix's places are not known where pixels are copied",
+        "csrc/cuda/mma_product.cuh",
+        "if (!a.vectors || a.patches) memory",
+        "if (!a.vectors) memory",
+        _PIXELS,
+    ),
+    KernelMutant(
+        "eight channels are taken for one pixel's",
+        "csrc/cuda/weight_norms.cu",
+        "return factor.channel == 1 && channels % kVector == 0;",
+        "return factor.channel == 1;",
+        _PIXELS,
+    ),
+    KernelMutant(
+        "pixels are taken for aligned to 16 bytes",
+        "csrc/cuda/weight_norms.cu",
+        "if (size[d] > 1 && factor.along[d] % kVector) return false;",
+        "",
+        _PIXELS,
+    ),
+    KernelMutant(
         "rows with gaps are taken for one run",
         "csrc/cuda/weight_norms.cu",
         "size[1] == 1 || along[1] == along[2] * size[2]",
@@ -603,15 +682,15 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "the first element is taken for aligned to 16 bytes",
         "csrc/cuda/weight_norms.cu",
-        "|| reinterpret_cast<uintptr_t>(factor.data) % 16) return false;",
-        ") return false;",
+        "item_size(factor.dtype) == 2 && reinterpret_cast<uintptr_t>(factor.data) % 16 == 0 &&",
+        "item_size(factor.dtype) == 2 &&",
         _VECTORS,
     ),
     KernelMutant(
         "samples are taken for aligned to 16 bytes",
         "csrc/cuda/weight_norms.cu",
-        "  if (factor.sample % kVector) return false;\n",
-        "",
+        "factor.sample % kVector == 0;",
+        "true;",
         _VECTORS,
     ),
     KernelMutant(

@@ -17,7 +17,7 @@ from per_sample_oracle import assert_norms, norms_sq, samples_of
 from states import opened, sealed
 from torch import Tensor, nn
 
-from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory, functional
+from lipcore import Lipschitz, Monitor, PerSampleGradNorms, Trajectory
 from lipcore.metric.results import Window
 
 NAME = "per_sample_grad_norm"
@@ -170,11 +170,32 @@ def test_the_plan() -> None:
 def test_the_plan_names_the_way_that_was_chosen() -> None:
     model = nn.Sequential(nn.Linear(5, 64), nn.Linear(64, 64), nn.Flatten(), nn.Linear(64 * 9, 2))
     with PerSampleGradNorms(model, loss_reduction="sum") as metric:
-        assert str(metric.plan()).count("Gram or direct: chosen at the first backward pass") == 3
+        before = [line.rule for line in metric.plan()][1:]
         model(torch.randn(3, 9, 5)).sum().backward()
-        text = [str(line) for line in metric.plan()]
-    ways = [functional.linear_method(9, 5, 64), functional.linear_method(9, 64, 64), "product of norms"]
-    assert [way for way, line in zip(ways, text[1:], strict=True) if f", by {way}" in line] == ways
+        text = [line.rule for line in metric.plan()][1:]
+    lengths = ["Gram up to 4 positions, else direct", "Gram up to 28 positions, else direct"]
+    assert [rule.partition("bias, ")[2] for rule in before[:2]] == lengths
+    assert [rule.partition("bias, ")[2] for rule in text] == [
+        f"by direct (9 positions, weight 64 x 5; {lengths[0]})",
+        f"by gram (9 positions, weight 64 x 64; {lengths[1]})",
+        "by product of norms",
+    ]
+
+
+def test_the_plan_names_the_way_of_convolutions() -> None:
+    model = nn.Sequential(nn.Conv2d(1, 64, 3), nn.Conv2d(64, 64, 3, padding=1), nn.Flatten(), nn.Linear(64, 1))
+    with PerSampleGradNorms(model, loss_reduction="sum", methods={"0": "direct"}) as metric:
+        before = [line.rule for line in metric.plan()][1:3]
+        model(torch.randn(3, 1, 3, 3)).sum().backward()
+        text = [line.rule for line in metric.plan()][1:3]
+    assert before == [
+        "Conv2d: weight, bias, method 'direct'",
+        "Conv2d: weight, bias, Gram or direct, by the sizes: chosen at the first backward pass",
+    ]
+    assert text == [
+        "Conv2d: weight, bias, by direct (1 position, weight 64 x 1 x 3 x 3)",
+        "Conv2d: weight, bias, by gram (1 position, weight 64 x 64 x 3 x 3)",
+    ]
 
 
 def test_the_plan_names_what_needs_no_choice() -> None:
