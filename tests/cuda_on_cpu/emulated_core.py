@@ -29,6 +29,9 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "is_device": (ctypes.c_int, (ctypes.c_void_p,)),
     "set_capability": (None, (ctypes.c_int,)),
     "capability": (ctypes.c_int, ()),
+    "set_oldest": (None, (ctypes.c_int,)),
+    "set_versions": (None, (ctypes.c_int, ctypes.c_int)),
+    "questions": (ctypes.c_int64, ()),
     "set_order": (None, (ctypes.c_int, ctypes.c_uint64)),
     "set_deferred": (None, (ctypes.c_int,)),
     "synchronize": (None, ()),
@@ -66,6 +69,8 @@ class Emulator:
         self.set_deferred(1)
         self.set_order(ORDERS["shuffled"], 1)
         self.set_capability(90)
+        self.set_oldest(0)
+        self.set_versions(13000, 13000)
 
     def take_findings(self) -> list[str]:
         """Return what was found since the last call, in words."""

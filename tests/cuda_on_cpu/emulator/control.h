@@ -21,6 +21,9 @@ int64_t emulator_driver_allocations();  // of these, what torch's allocator woul
 // ---- the device
 void emulator_set_capability(int capability);  // major * 10 + minor
 int emulator_capability();
+void emulator_set_oldest(int capability);             // for which kernels were compiled
+void emulator_set_versions(int toolkit, int driver);  // 1000 * major + 10 * minor; driver 0: there is none
+int64_t emulator_questions();                         // to the runtime so far, that initialise it
 
 // ---- launches
 void emulator_set_order(int kind, uint64_t seed);  // of threads and blocks: 0 ascending, 1 descending, 2 shuffled

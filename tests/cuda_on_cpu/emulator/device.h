@@ -70,8 +70,11 @@ void finding(const char* format, ...) __attribute__((format(printf, 1, 2)));
 // name.
 std::string name_of_kernel(const void* kernel);
 
-// Of the device, major * 10 + minor; kernels are taken for compiled for it.
+// Of the device, major * 10 + minor; kernels are taken for compiled for it where it is no older than a test has said.
 int capability();
+
+// Whether the driver is new enough and there is code for the device; a cudaError_t.
+int find_code();
 
 void check_aligned(const void* pointer, size_t bytes, const char* what);
 

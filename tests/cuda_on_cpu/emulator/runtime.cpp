@@ -7,31 +7,65 @@ namespace emulator {
 bool is_capturing();
 
 namespace {
-int g_capability = 90;
+
+int g_capability = 90, g_oldest = 0;
+int g_toolkit = 13000, g_driver = 13000;
+int64_t g_questions = 0;
+
+// A driver of an older major version refuses everything but its version.
+cudaError_t ready() {
+  ++g_questions;
+  return g_driver / 1000 < g_toolkit / 1000 ? cudaErrorInsufficientDriver : cudaSuccess;
+}
+
 }  // namespace
 
 int capability() { return g_capability; }
+
+int find_code() {
+  const cudaError_t error = ready();
+  return error == cudaSuccess && g_capability < g_oldest ? cudaErrorNoKernelImageForDevice : error;
+}
 
 }  // namespace emulator
 
 void emulator_set_capability(int capability) { emulator::g_capability = capability; }
 int emulator_capability() { return emulator::g_capability; }
+void emulator_set_oldest(int capability) { emulator::g_oldest = capability; }
+void emulator_set_versions(int toolkit, int driver) {
+  emulator::g_toolkit = toolkit;
+  emulator::g_driver = driver;
+}
+int64_t emulator_questions() { return emulator::g_questions; }
+
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = emulator::g_toolkit;
+  return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = emulator::g_driver;
+  return cudaSuccess;
+}
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = 1;
-  return cudaSuccess;
+  return emulator::ready();
 }
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
-  return cudaSuccess;
+  return emulator::ready();
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int device) { return device == 0 ? emulator::ready() : cudaErrorInvalidDevice; }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   const int capability = emulator::capability();
+  if (attribute != cudaDevAttrSingleToDoublePrecisionPerfRatio) {
+    *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
+    return emulator::ready();
+  }
   const bool of_data_centers = capability == 70 || capability == 80 || capability == 90 || capability == 100;
   *value = of_data_centers ? 2 : capability == 75 ? 32 : 64;
-  return cudaSuccess;
+  return emulator::ready();
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
@@ -42,5 +76,14 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status)
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "the emulator's findings say more"; }
 const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "cudaErrorLaunchFailure";
+  switch (error) {
+    case cudaErrorInvalidConfiguration:
+      return "cudaErrorInvalidConfiguration";
+    case cudaErrorInsufficientDriver:
+      return "cudaErrorInsufficientDriver";
+    case cudaErrorNoKernelImageForDevice:
+      return "cudaErrorNoKernelImageForDevice";
+    default:
+      return "cudaErrorLaunchFailure";
+  }
 }

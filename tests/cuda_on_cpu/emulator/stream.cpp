@@ -43,6 +43,7 @@ bool allowed(const Launch& launch) {
 int submit(Launch launch) {
   const std::lock_guard<std::recursive_mutex> lock(g_mutex);
   if (!allowed(launch)) return cudaErrorInvalidConfiguration;
+  if (const int error = find_code()) return error;
   if (!g_capturing && !g_deferred) return run_grid(launch);
   Work work = [launch = std::move(launch)] { return run_grid(launch); };
   (g_capturing ? graphs().back() : queue()).push_back(std::move(work));
