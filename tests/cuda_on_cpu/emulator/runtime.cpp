@@ -1,14 +1,15 @@
 // The few functions of the CUDA runtime that lipcore's launch code calls.
 #include "cuda_runtime_api.h"
 #include "emulator/control.h"
+#include "emulator/grid.h"
 
 namespace emulator {
 
-bool is_capturing();
+bool is_capturing(void* stream);
 
 namespace {
 
-int g_capability = 90, g_oldest = 0;
+int g_capability[kDevices] = {90, 90}, g_oldest = 0;
 int g_toolkit = 13000, g_driver = 13000;
 int64_t g_questions = 0;
 
@@ -20,17 +21,20 @@ cudaError_t ready() {
 
 }  // namespace
 
-int capability() { return g_capability; }
+int capability() { return g_capability[current_launch() ? current_launch()->device : emulator_device()]; }
 
 int find_code() {
   const cudaError_t error = ready();
-  return error == cudaSuccess && g_capability < g_oldest ? cudaErrorNoKernelImageForDevice : error;
+  return error == cudaSuccess && capability() < g_oldest ? cudaErrorNoKernelImageForDevice : error;
 }
 
 }  // namespace emulator
 
-void emulator_set_capability(int capability) { emulator::g_capability = capability; }
-int emulator_capability() { return emulator::g_capability; }
+void emulator_set_capability(int capability) {
+  for (int& one : emulator::g_capability) one = capability;
+}
+void emulator_set_capability_of(int device, int capability) { emulator::g_capability[device] = capability; }
+int emulator_capability() { return emulator::capability(); }
 void emulator_set_oldest(int capability) { emulator::g_oldest = capability; }
 void emulator_set_versions(int toolkit, int driver) {
   emulator::g_toolkit = toolkit;
@@ -48,17 +52,21 @@ cudaError_t cudaDriverGetVersion(int* version) {
 }
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  *count = emulator::kDevices;
   return emulator::ready();
 }
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = emulator_device();
   return emulator::ready();
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? emulator::ready() : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= emulator::kDevices) return cudaErrorInvalidDevice;
+  emulator_set_device(device);
+  return emulator::ready();
+}
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  const int capability = emulator::capability();
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+  const int capability = emulator::g_capability[device];
   if (attribute != cudaDevAttrSingleToDoublePrecisionPerfRatio) {
     *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
     return emulator::ready();
@@ -68,8 +76,8 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   return emulator::ready();
 }
 
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = emulator::is_capturing() ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  *status = emulator::is_capturing(stream) ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 
@@ -79,6 +87,8 @@ const char* cudaGetErrorName(cudaError_t error) {
   switch (error) {
     case cudaErrorInvalidConfiguration:
       return "cudaErrorInvalidConfiguration";
+    case cudaErrorInvalidResourceHandle:
+      return "cudaErrorInvalidResourceHandle";
     case cudaErrorInsufficientDriver:
       return "cudaErrorInsufficientDriver";
     case cudaErrorNoKernelImageForDevice:
