@@ -633,8 +633,8 @@ KERNEL_MUTANTS = (
     KernelMutant(
         "tensor cores are taken for everywhere",
         "csrc/cuda/weight_norms_mma.cu",
-        "return attributes.ptxVersion >= kMmaPtx;",
-        "return attributes.ptxVersion > 0;",
+        "&& attributes.ptxVersion >= kMmaPtx;",
+        "&& attributes.ptxVersion > 0;",
         (f"{_LINEAR_TESTS}::test_16_bit_on_cuda",),
     ),
     KernelMutant(
