@@ -112,8 +112,8 @@ CUDA_SANITIZED_TESTS := cuda_on_cpu project/test_cuda.py functional/test_tensor_
   $(addprefix functional/test_sketch.py::test_,many_tensors_on_cuda plan_on_cuda)
 CUDA_BUILD = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/cuda_on_cpu/build.py
 test-cuda-on-cpu: $(STAMPS)/test $(CORE) ## the GPU tests on the CPU: the .cu files over an emulator
-	core="$$($(CUDA_BUILD) plain)" && LIPCORE_CUDA_ON_CPU="$$core" \
-	$(BIN)/pytest -m gpu $(addprefix tests/,$(CUDA_TESTS)) $(PYTEST_FLAGS) || [ $$? = 5 ]
+	core="$$($(CUDA_BUILD) plain)" && export LIPCORE_CUDA_ON_CPU="$$core" && \
+	$(PARALLEL_PYTEST) -m gpu $(addprefix tests/,$(CUDA_TESTS)) $(PYTEST_FLAGS) || [ $$? = 5 ]
 
 test-cuda-on-cpu-asan test-cuda-on-cpu-tsan: test-cuda-on-cpu-%: $(STAMPS)/test $(CORE)
 	@rm -f build/cuda_on_cpu/$*/report.*

@@ -9,8 +9,7 @@ from lipcore.trajectory.table import Table
 
 
 class MeanRing:
-    """Ring of a numerator and a denominator of each step, in the places of a table's own ring. What is not known of a
-    tensor is not in its group's.
+    """Ring of a numerator and a denominator of each tensor and step, in the places of a table's own ring.
 
     Args:
         table: that of the updates, whose cursor says where a step is.
@@ -18,12 +17,19 @@ class MeanRing:
 
     def __init__(self, table: Table) -> None:
         self._table = table
-        self.recent = torch.full_like(table.recent, torch.nan)
+        ring = len(table.recent)
+        self.recent = table.recent.new_full((ring, table.tensors, 2), torch.nan)
 
     def take(self, of_tensors: Tensor) -> None:
-        """Take the step in that the table counts next, [tensors, 2]. Nothing waits for a device."""
-        known = of_tensors.isfinite().all(dim=1, keepdim=True)
-        sums = torch.where(known, of_tensors, 0)
-        row = torch.stack([self._table.with_groups(sums[:, i]) for i in range(2)], dim=1)
+        """Take the step in that the table counts next, [tensors, 2]. Nothing waits for a device, and groups are summed
+        up where the ring is read: a training step pays for one copy."""
         at = self._table.cursor[:1].long() % len(self.recent)
-        self.recent.index_copy_(0, at, row.unsqueeze(0))
+        self.recent.index_copy_(0, at, of_tensors.unsqueeze(0))
+
+
+def quotients(recent: Tensor, begin: int, end: int, table: Table) -> Tensor:
+    """Return, [steps, places], the root of numerator over denominator of the steps [begin, end) in a copy of a ring on
+    the host. What is not known of a tensor is not in its group's; NaN where nothing is."""
+    sums = recent[torch.arange(begin, end, device="cpu") % len(recent)].transpose(0, 1)  # [tensors, steps, 2]
+    sums = table.with_groups(sums.where(sums.isfinite().all(dim=2, keepdim=True), 0.0))
+    return (sums[..., 0] / sums[..., 1]).sqrt().T.contiguous()

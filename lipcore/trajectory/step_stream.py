@@ -15,6 +15,7 @@ from lipcore.metric.columns import Places
 from lipcore.metric.hook_warnings import warn_in_hook
 from lipcore.metric.host_copy import HostCopy
 from lipcore.metric.pace import Pace
+from lipcore.trajectory.mean_ring import quotients
 from lipcore.trajectory.table import Table
 
 #: What a ring holds of a step, and the quantities made of it.
@@ -68,7 +69,7 @@ class StepStream:
     ) -> None:
         self._calls, self._groups = list(calls), groups
         self._places, self._first, self._before, self._fail = places, first, before, fail
-        self._cursor = table.cursor
+        self._table, self._cursor = table, table.cursor
         self._rings = {"update_norm": table.recent, **rings}
         self._done = int(self._cursor[0])
         self._waiting = 0
@@ -142,13 +143,13 @@ class StepStream:
             return
         shift = 0 if whole else end - length
         found = {name: torch.full((end - begin, len(self._places)), torch.nan, dtype=torch.float64, device="cpu")
-                 for name in (*STEP_QUANTITIES, *(name for name in rings if name in MEANS))}  # fmt: skip
+                 for name in STEP_QUANTITIES}  # fmt: skip
         for name, ring in rings.items():
-            terms = torch.empty_like(found[name]) if name in MEANS else None
-            second = found["weight_norm"] if name == "update_norm" else terms
-            _core.step_norms(ring, begin - shift, end - shift, found[name], second)
-            if terms is not None:
-                found[name] /= terms  # 0 / 0 where nothing is known
+            if name in MEANS:
+                found[name] = quotients(ring, begin - shift, end - shift, self._table)
+            else:
+                second = found["weight_norm"] if name == "update_norm" else None
+                _core.step_norms(ring, begin - shift, end - shift, found[name], second)
         arrays = StepArrays(self._places, {name: tensor.numpy() for name, tensor in found.items()}, self._groups)
         for call in list(self._calls):
             try:

@@ -119,7 +119,10 @@ class Unexplained:
             for mix in self._source.mixes() if self._source is not None else ():
                 sizes = sizes + squares[MOMENTUM].nan_to_num(0) * mix**2  # Nesterov's two terms may cancel
             found = torch.stack([squares[UNEXPLAINED], self._units_sq * sizes], dim=1)
-            self._scores.index_copy_(0, self._index, found)
+            if len(found) == len(self._scores):
+                self._scores = found
+            else:
+                self._scores.index_copy_(0, self._index, found)
         self.ring.take(self._scores)
 
     def _sums(self, only: Optimizer | None) -> Sums | None:

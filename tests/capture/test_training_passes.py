@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from few import spread
 from models import Custom, Graph, batches, mlp, seeded, sgd
 from threads import at_once
 from torch import Tensor, nn
@@ -308,7 +309,7 @@ def rows() -> list[Any]:
                 late |= name in SLOW_CALLS and way != WAYS[0]
                 late |= way[1] == "frozen_first" and way[2] == "between"
                 found.append(pytest.param(name, *way, marks=[pytest.mark.ci] if late else []))
-    return found
+    return spread(found, 3)
 
 
 @pytest.mark.parametrize(("name", "engine", "kind", "when", "size"), rows())

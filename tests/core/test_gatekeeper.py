@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from cases import OPS, Op, get, put, values
+from few import spread
 from oracle import bits
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -242,7 +243,7 @@ def combinations() -> list[Any]:
             slots = [slot for slot in op.slots if _is_refused(op, slot, bad)]
             chosen = slots if bad.name in EVERYWHERE else slots[i % len(slots) :][:1] if slots else []
             found += [pytest.param(op, slot, bad, id=f"{op.name}-{slot}-{bad.name}") for slot in chosen]
-    return found
+    return spread(found, 2)
 
 
 @pytest.mark.parametrize(("op", "slot", "bad"), combinations())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from cases import CHUNK, FEW_SIZES, ODD_SIZES, row_cases, shape_id, thinned, triples, values
 from devices import placed_as_it_is, sized
+from few import few
 from oracle import DTYPES, assert_close, eps_of, in_layout, same_bits
 from torch import Tensor
 
@@ -65,7 +66,7 @@ def test_channels(size, dtype, isa):
 
 
 @pytest.mark.parametrize("size", LARGE, ids=shape_id)
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@pytest.mark.parametrize("layout", few(["contiguous", "transposed", "sliced"], 1))
 def test_large(size, layout, two_threads):
     grad, x = (in_layout(values(size, torch.float32, seed), layout) for seed in (0, 1))
     check_rows(grad, x)

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from cases import CHUNK, FEW_STEP_LISTS, STEP_LISTS, thinned, values
+from few import spread
 from oracle import DTYPES, LAYOUTS, assert_close, eps_of, in_layout, same_bits
 
 from lipcore import _core, functional
@@ -92,12 +93,15 @@ FORMS = ("decay_alone", "sgd", "nesterov", "adamw")
 
 @pytest.mark.parametrize(
     ("rule", "shapes", "dtype"),
-    [
-        pytest.param(rule, *case.values, id=f"{rule}-{case.id}")
-        for rule in RULES
-        for case in thinned(STEP_LISTS, FEW_STEP_LISTS)
-        if rule in FORMS or case.values[1] == "f32"
-    ],
+    spread(
+        [
+            pytest.param(rule, *case.values, id=f"{rule}-{case.id}", marks=case.marks)
+            for rule in RULES
+            for case in thinned(STEP_LISTS, FEW_STEP_LISTS)
+            if rule in FORMS or case.values[1] == "f32"
+        ],
+        3,
+    ),
 )
 def test_sizes(shapes, rule, dtype, isa):
     lists = lists_of(STEP_LISTS[shapes], RULES[rule], [DTYPES[dtype]] * 3)

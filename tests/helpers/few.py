@@ -10,4 +10,15 @@ import pytest
 
 def few(values: Iterable[Any], count: int) -> list[Any]:
     """Return values as parameters of a test, all but the first `count` with the marker ci."""
-    return [pytest.param(value, marks=[pytest.mark.ci] if i >= count else []) for i, value in enumerate(values)]
+    return [_late(value) if i >= count else value for i, value in enumerate(values)]
+
+
+def spread(values: Iterable[Any], step: int) -> list[Any]:
+    """Return values as parameters of a test, all but every `step`-th with the marker ci: for products, whose first rows
+    are alike. Rows of several parameters are `pytest.param`s."""
+    return [_late(value) if i % step else value for i, value in enumerate(values)]
+
+
+def _late(value: Any) -> Any:
+    row = value if hasattr(value, "marks") else pytest.param(value)
+    return row._replace(marks=[*row.marks, pytest.mark.ci])

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from few import few
 from torch import Tensor, nn
 from torch.nn import functional as nnf
 
@@ -159,7 +160,7 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("end", ["alarm", "interrupt", "error", "none"])
+@pytest.mark.parametrize("end", few(["alarm", "interrupt", "error", "none"], 1))
 def test_the_next_run_in_the_folder_begins(tmp_path: Path, way: Callable[[Path, End], object], end: End) -> None:
     run = tmp_path / "run"
     if end == "none":
@@ -189,7 +190,7 @@ def test_the_next_run_in_the_folder_begins(tmp_path: Path, way: Callable[[Path, 
             assert older.postmortem() is not None
 
 
-@pytest.mark.parametrize("end", ["alarm", "interrupt", "error"])
+@pytest.mark.parametrize("end", few(["alarm", "interrupt", "error"], 1))
 def test_a_loop_without_a_with_block_is_told_to_close(tmp_path: Path, end: End) -> None:
     def begun(end: End) -> tuple[nn.Module, Any, lipcore.Monitor]:
         model = Classifier(end)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from few import few
+from few import few, spread
 from torch import nn
 from wrappers import mlp
 
@@ -50,7 +50,7 @@ CALLS: dict[str, Callable[[Monitor, dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("blocks", few([1, 2], 1))
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", spread(CALLS, 3))
 def test_training_goes_on_after_it(name: str, blocks: int) -> None:
     """And all numbers are those of a run that made the call in ordinary mode."""
     seen = []

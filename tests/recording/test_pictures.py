@@ -108,6 +108,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert parquet.read_table(tmp_path / "x.parquet").column_names[:3] == ["quantity", "place", "step"]
 
 
+@pytest.mark.ci
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recorded(tmp_path / "one", steps=20)
     assert main(["export", str(tmp_path / "one"), "--csv", str(tmp_path / "x.csv")]) == 0
