@@ -11,7 +11,7 @@ import pytest
 import torch
 from cases import values
 from devices import EMULATED
-from emulated_core import emulator
+from emulated_core import MODE, emulator
 from oracle import assert_close
 from torch import Tensor, nn
 
@@ -173,6 +173,8 @@ def test_what_a_device_can_do_is_asked_of_the_tensors_device() -> None:
 @pytest.mark.parametrize("waits", [True, False])
 def test_a_trajectory_is_closed_behind_its_steps(waits: bool) -> None:
     """docs/cuda.md: the stream on which it was made has to wait for that of the steps."""
+    if MODE != "plain" and not waits:
+        pytest.skip("the sanitizer ends the process instead")
     model = nn.Linear(5, 3).cuda()
     trajectory = lipcore.Trajectory(model)
     main, side = torch.cuda.current_stream(), torch.cuda.Stream()
