@@ -1,8 +1,9 @@
 """The default watch() beside trainscope 1.8.1, the post-mortem debugger on the package index: a step, bytes, faults.
 
 Both watch the same transformer in a loop as their pages show it: trainscope is told of a step between backward() and
-optimizer.step(). Its detectors look at the loss alone, so for the faults they are given the losses of the trainings of
-bench/spikes (some minutes). Results go to bench/results/trainscope.json too, from which docs/evidence.md is made.
+optimizer.step(). A step with alarms is measured too. trainscope's detectors look at the loss alone, so for the faults
+they are given the losses of the trainings of bench/spikes (some minutes). Results go to bench/results/trainscope.json
+too, from which docs/evidence.md is made.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class Told(Watched):
         super().close()
 
 
-_WAYS = ("plain", "control", "watched", "trainscope", "trainscope, light")
+_WAYS = ("plain", "control", "watched", "alarms", "trainscope", "trainscope, light")
 
 
 @pytest.fixture(scope="module")
@@ -92,9 +93,13 @@ def _version() -> str:
 def bench_step_of_a_transformer(benchmark: Any, report: Any, results: dict[str, Any]) -> None:
     with threads(1), tempfile.TemporaryDirectory() as name:
         trainings = {way: Told(way, Path(name)) for way in _WAYS}
-        watched, scoped = (trainings[way].model.parameters() for way in ("watched", "trainscope"))
-        for mine, theirs in zip(watched, scoped, strict=True):
-            assert torch.equal(mine, theirs)
+        for way in ("watched", "alarms", "trainscope"):
+            parameters = (trainings[one].model.parameters() for one in ("plain", way))
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(*parameters, strict=True)), way
+        monitor = trainings["alarms"].monitor
+        assert monitor is not None
+        assert monitor.alarms is not None
+        assert monitor.alarms.rate == monitor.alarms.rate  # not NaN: steps are scored by now
         calls: dict[str, Callable[[], None]] = {way: training.steps for way, training in trainings.items()}
         times = interleave(calls, seconds=110, rounds=25, clock=time.process_time)  # both have threads that write
         found = ratios(times, "plain")
@@ -104,7 +109,8 @@ def bench_step_of_a_transformer(benchmark: Any, report: Any, results: dict[str, 
     plain = 1e3 * sorted(times["plain"])[len(times["plain"]) // 2] / Told.turn
     results["step"] = {"plain_ms": plain, **{way: found[way] for way in _WAYS if way != "plain"}}
     where = "trainscope, transformer of 1 million parameters, 12 x 64 tokens, 1 thread"
-    details = {"control": found["control"], "lipcore": found["watched"], "plain_ms": plain}
+    lipcore = {"lipcore": found["watched"], "lipcore_with_alarms": found["alarms"]}
+    details = {"control": found["control"], **lipcore, "plain_ms": plain}
     report.add(where, found["trainscope"], "x plain", **details)
     report.add(f"{where}, activations in every 50th step", found["trainscope, light"], "x plain", **details)
 

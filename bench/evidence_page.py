@@ -226,6 +226,8 @@ def peer_costs(all_results: Results) -> str:
         [f"trainscope {found['version']}, its default", f"{step['trainscope']:.2f}", f"{size['trainscope']:,.0f}"],
         ["trainscope, activations in every 50th step", f"{step['trainscope, light']:.2f}", ""],
     ]
+    if "alarms" in step:  # not in results of before it was measured
+        rows.insert(2, ['lipcore, `watch(alarms="default")`', f"{step['alarms']:.2f}", ""])
     return table(["", f"CPU time of a step of {step['plain_ms']:.0f} ms", "bytes of a step's record"], rows)
 
 

@@ -2,5 +2,6 @@
 
 from lipcore.alarms.alarms import Alarms
 from lipcore.alarms.event import AlarmEvent, AlarmStop
+from lipcore.alarms.snapshot import Snapshot
 
-__all__ = ["AlarmEvent", "AlarmStop", "Alarms"]
+__all__ = ["AlarmEvent", "AlarmStop", "Alarms", "Snapshot"]

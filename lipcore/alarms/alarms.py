@@ -21,10 +21,13 @@ from lipcore.alarms.nonfinite import OF, NonFinite
 from lipcore.alarms.ranks import EventsOfRanks
 from lipcore.alarms.rates import CommonRate
 from lipcore.alarms.sample_ids import SampleIds
+from lipcore.alarms.samples import SamplesAfter, SamplesAfterAlarm
 from lipcore.alarms.signals import checked_signals
+from lipcore.alarms.snapshot import Snapshot
 from lipcore.alarms.unexplained import SIGNAL, UnexplainedMovement
 from lipcore.alarms.waiting import StepNumbers, Waiting
 from lipcore.metric.show import LINES, Showable, Shown, shortened
+from lipcore.models.arguments import check_count
 from lipcore.trajectory.step_stream import StepArrays
 
 _LOGGER = logging.getLogger("lipcore")
@@ -60,8 +63,8 @@ class Alarms(Showable):
     ``nonfinite`` is exact and outside the budget: the step in which a loss, a gradient or a parameter becomes NaN or
     infinite, and which parameter. So is ``unexplained_movement``, where `signals` names it: the step in which a
     parameter moved by what SGD, Adam or AdamW did not do, against the optimizer's state; docs/alarms.md says what it
-    finds. It needs ``metrics=[lipcore.Trajectory()]``, whose mode is "exact" (a Monitor that is given no metrics keeps
-    no copies of a large model), and reads the optimizer's state in every step.
+    finds. It needs a ``lipcore.Trajectory()``, and reads the optimizer's state in every step; where that is in mode
+    "exact" every parameter is checked in every step, else they take turns, and what lasts is found.
 
     ``sample_ids`` is exact too, where the loop says the samples and the epoch, ``monitor.log_batch(ids, epoch=...)``:
     a sample that comes more than once in an epoch, and, on one rank, as many samples as a batch or more that came in
@@ -81,6 +84,10 @@ class Alarms(Showable):
             the last merged window stops none.
         least_multiplier: what the multiplier of the limits falls to at the lowest, from 0.1 to 1. Below 1, alarms use
             what the limits leave of the budget.
+        snapshot: files to write after an alarm.
+        per_sample: for how many steps after an alarm the gradient norms of single samples are measured, to name those
+            with the largest, in :attr:`samples`, a warning, and the record. It needs a
+            :class:`lipcore.PerSampleGradNorms` among the metrics of the Monitor, whose hooks are off until then.
 
     Raises:
         TypeError, ValueError: an argument is no such thing.
@@ -100,6 +107,8 @@ class Alarms(Showable):
         on_event: Callable[[AlarmEvent], object] | None = None,
         stop: bool = False,
         least_multiplier: float = 1.0,
+        snapshot: Snapshot | None = None,
+        per_sample: int | None = None,
     ) -> None:
         per_1000 = _checked_budget(budget)
         least = _checked_least(least_multiplier)
@@ -107,6 +116,13 @@ class Alarms(Showable):
             raise TypeError(f"on_event: expected a callable (event) or None, got {type(on_event).__name__}")
         if not isinstance(stop, bool):
             raise TypeError(f"stop: expected True or False, got {stop!r}")
+        if snapshot is not None and not isinstance(snapshot, Snapshot):
+            raise TypeError(f"snapshot: expected a lipcore.alarms.Snapshot or None, got {type(snapshot).__name__}")
+        check_count("per_sample", per_sample, optional=True)
+        self.per_sample = per_sample  #: None: no samples are named
+        self.samples: list[SamplesAfterAlarm] = []  #: with the largest gradient norms after alarms, oldest first
+        self._samples_after: SamplesAfter | None = None
+        self.snapshot = snapshot  #: None: no files are written
         self.signals = checked_signals(signals)  #: by name
         self.events: list[AlarmEvent] = []  #: all of them, oldest first
         self._budget, self._on_event, self._stop = Budget(per_1000, least), on_event, stop
@@ -114,12 +130,15 @@ class Alarms(Showable):
         #: Trajectory with ``source="optimizer"``, of Adam or AdamW.
         self.light = WarningLight()
         self._waiting, self._nonfinite, self._sample_ids = Waiting(), NonFinite(), SampleIds()
+        self._turns = 1
         self._unexplained = self._new_unexplained()
         self._columns: Columns | None = None
         self._layout: Layout | None = None
         self._detector: Detector | None = None
         self._record: Callable[[AlarmEvent], None] | None = None
         self._record_light: Callable[[int, str], None] | None = None
+        self._record_samples: Callable[[SamplesAfterAlarm], None] | None = None
+        self._hearers: list[Callable[[AlarmEvent], None]] = []  # of every alarm, of other ranks too
         self._keep: Callable[[Exception], None] | None = None  # None while it belongs to no Monitor
         self._logs: Callable[[], bool] = lambda: False
         self._meets: Callable[[], bool] = lambda: False
@@ -130,8 +149,9 @@ class Alarms(Showable):
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: the events, and nobody to call."""
-        gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_logs", "_meets", "_rate"))
-        return self.__dict__ | gone | {"_keep": None}
+        gone = dict.fromkeys(("_on_event", "_record", "_record_light", "_record_samples", "_logs", "_meets", "_rate"))
+        gone["_samples_after"] = None
+        return self.__dict__ | gone | {"_keep": None, "_hearers": []}
 
     @property
     def global_events(self) -> list[AlarmEvent]:
@@ -172,6 +192,10 @@ class Alarms(Showable):
         if self.light.is_known:
             state = f"on since step {self.light.since}" if self.light.is_on else "off"
             out.rows.append(("warning light", state, f"on in {self.light.steps} steps so far"))
+        if self.samples:
+            out.rows.append(
+                (f"steps {self.samples[-1].first} to {self.samples[-1].last}", "samples", self.samples[-1].message)
+            )
         newest = [(f"step {event.step}", event.signal, event.message) for event in reversed(self.events)]
         out.rows += shortened(newest, LINES - 2 - len(out.rows))
         return out
@@ -186,21 +210,43 @@ class Alarms(Showable):
         *,
         has_norms: bool,
         meets: Callable[[], bool] = lambda: False,
+        turns: int = 1,
     ) -> None:
         """Belong to a Monitor: `keep` takes errors for the user's next call, `logs` says whether the loop logs, `meets`
-        whether there are other ranks that it meets."""
+        whether there are other ranks that it meets; in `turns` steps each parameter's movement is checked once."""
+        self._turns = turns
+        self._unexplained = self._new_unexplained()
         self._rate, self._keep, self._logs, self._has_norms = CommonRate(optimizers), keep, logs, has_norms
         self._meets = meets
 
-    def _write_to(self, record: Callable[[AlarmEvent], None], light: Callable[[int, str], None]) -> None:
-        """Write events to a record too, and when the warning light goes on."""
-        self._record, self._record_light = record, light
+    def _write_to(
+        self,
+        record: Callable[[AlarmEvent], None],
+        light: Callable[[int, str], None],
+        samples: Callable[[SamplesAfterAlarm], None],
+    ) -> None:
+        """Write events to a record too, when the warning light goes on, and samples after alarms."""
+        self._record, self._record_light, self._record_samples = record, light, samples
+
+    def _name_samples(self, after: SamplesAfter) -> None:
+        """Have a metric of single samples' gradient norms switched on after alarms."""
+        self._samples_after = after
+        self._hearers.append(after.hear)
+
+    def _tell_samples(self, found: SamplesAfterAlarm) -> None:
+        """Take the samples with the largest gradient norms after an alarm."""
+        self.samples.append(found)
+        _LOGGER.warning("%s", found.message)
+        if self._record_samples is not None:
+            self._record_samples(found)
 
     def _begin_step(self, step: int) -> None:
         """Look at the learning rate that a step is made with, and at whether the ranks still meet to stop together."""
         if self._waits_to_stop is not None and not self._meets():
             self._part()
         self._waiting.begin_step(step, self._rate.log_factor())
+        if self._samples_after is not None:
+            self._samples_after.begin_step(step)
 
     def _norms(self, first: int, arrays: StepArrays) -> None:
         """Take a Trajectory's numbers of single steps."""
@@ -228,6 +274,9 @@ class Alarms(Showable):
         self.light.forget(step)
         self._sample_ids = SampleIds()  # which of an epoch have come is not known behind a checkpoint
         self.events[:] = [event for event in self.events if event.step <= step]
+        self.samples[:] = [found for found in self.samples if found.last <= step]
+        if self._samples_after is not None:
+            self._samples_after.forget()
         self._of_ranks.forget(step)
         self._waits_to_stop = None
 
@@ -255,6 +304,8 @@ class Alarms(Showable):
         they would go on alone, and the training is over."""
         self._go_on(all_of_them=True)
         self._tell_of_samples(wait=True)
+        if self._samples_after is not None:
+            self._samples_after.end()
         if not self._meets():
             self._part()
 
@@ -279,7 +330,9 @@ class Alarms(Showable):
                 self._record_light(step, words)
 
     def _new_unexplained(self) -> UnexplainedMovement | None:
-        return UnexplainedMovement(self.signals[SIGNAL].limit) if SIGNAL in self.signals else None
+        if SIGNAL not in self.signals:
+            return None
+        return UnexplainedMovement(self.signals[SIGNAL].limit, self._turns)
 
     def _score(self, one: StepNumbers, layout: Layout) -> AlarmEvent | None:
         columns = layout.columns
@@ -323,6 +376,8 @@ class Alarms(Showable):
     def _act(self, event: AlarmEvent) -> None:
         if self._record is not None:
             self._record(event)
+        for hear in self._hearers:
+            hear(event)
         if self._on_event is not None:
             try:
                 self._on_event(event)

@@ -10,6 +10,7 @@ from lipcore.alarms.unexplained import SIGNAL
 from lipcore.metric.listener import Listener
 from lipcore.metric.protocol import Metric
 from lipcore.models.arguments import check_choice
+from lipcore.per_sample.grad_norms import PerSampleGradNorms
 from lipcore.trajectory.metric import Trajectory
 
 AlarmChoice = Literal["default"]
@@ -20,7 +21,7 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
 
     Raises:
         ValueError: no such choice; these Alarms belong to another Monitor; no Trajectory that looks at every step
-            brings what they need.
+            brings what they need; no metric of single samples where they are to be named.
     """
     if alarms is None:
         return None
@@ -40,6 +41,11 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
             "alarms: rms_t comes from a Trajectory that reads the optimizer's state, and metrics has none; add "
             'lipcore.Trajectory(source="optimizer", stats=["update_norm", "grad_norm", "rms_t"])'
         )
+    if alarms.per_sample is not None and norms_of(metrics) is None:
+        raise ValueError(
+            "alarms: per_sample= switches a metric of single samples' gradient norms on, and metrics has none; add "
+            'lipcore.PerSampleGradNorms(loss_reduction="mean"), or what your loss does over the batch'
+        )
     if trajectory is not None and trajectory.every_steps != 1:
         raise ValueError(
             f"alarms: they look at every step, and the Trajectory at one of {trajectory.every_steps}; make it with "
@@ -49,8 +55,11 @@ def checked_alarms(alarms: Alarms | AlarmChoice | None, metrics: Iterable[Metric
 
 
 def prepare_for(alarms: Alarms | None, metrics: Iterable[Metric]) -> None:
-    """Have the Trajectory, before it is bound, look for what alarms need besides norms."""
-    trajectory = trajectory_of(metrics)
+    """Have the Trajectory, before it is bound, look for what alarms need besides norms, and a metric of single samples
+    rest until an alarm where they are to be named."""
+    trajectory, norms = trajectory_of(metrics), norms_of(metrics)
+    if alarms is not None and alarms.per_sample is not None and norms is not None:
+        norms.on_call()
     if alarms is None or trajectory is None:
         return
     trajectory.normalize()
@@ -61,6 +70,11 @@ def prepare_for(alarms: Alarms | None, metrics: Iterable[Metric]) -> None:
 def trajectory_of(metrics: Iterable[Metric]) -> Trajectory | None:
     """Return the Trajectory among metrics; None where there is none."""
     return next((metric for metric in metrics if isinstance(metric, Trajectory)), None)
+
+
+def norms_of(metrics: Iterable[Metric]) -> PerSampleGradNorms | None:
+    """Return the metric of single samples' gradient norms among metrics; None where there is none."""
+    return next((metric for metric in metrics if isinstance(metric, PerSampleGradNorms)), None)
 
 
 class AlarmsListener(Listener):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from lipcore.alarms.budget import QUIET
 from lipcore.alarms.event import AlarmEvent
 from lipcore.alarms.repeats import Repeats
 from lipcore.models.names import listed
@@ -16,15 +17,16 @@ SIGNAL = "unexplained_movement"
 
 class UnexplainedMovement:
     """Finder of the steps in which parameters moved by what their optimizer's step does not explain. A parameter of
-    which that was so in one of the 20 steps before is not told again.
+    which that was so in one of the 20 steps before, or when its turn was last, is not told again.
 
     Args:
         limit: of the difference over what rounding may make of it.
+        turns: steps in which each parameter is checked once.
     """
 
-    def __init__(self, limit: float) -> None:
-        self._limit = limit
-        self._repeats = Repeats()
+    def __init__(self, limit: float, turns: int = 1) -> None:
+        self._limit, self._turns = limit, turns
+        self._repeats = Repeats(max(QUIET, turns))
 
     def step(self, number: int, scores: NDArray[np.float64], places: Sequence[str]) -> AlarmEvent | None:
         """Return the alarm of a step, from the scores of its places; NaN where one is not checked."""
@@ -34,8 +36,9 @@ class UnexplainedMovement:
             return None
         score, place = fresh[0]
         others = f"; so did {listed([name for _, name in fresh[1:]])}" if fresh[1:] else ""
+        turns = "" if self._turns == 1 else f"; it is checked in one step of {self._turns}, and may have done so before"
         words = (
             f"alarm in step {number} at {place}: since the step before, {place} moved by what its optimizer's step "
-            f"does not explain, {score:.3g} times what rounding may make of it{others}"
+            f"does not explain, {score:.3g} times what rounding may make of it{others}{turns}"
         )
         return AlarmEvent(number, SIGNAL, place, score, words)

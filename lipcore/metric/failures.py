@@ -23,10 +23,11 @@ class Failures:
         self._stopped: dict[str, int] = {}  # the number of the window in which each was stopped
         self.all_stopped = False  #: nothing is recorded any more
         self.before_raise: Callable[[Exception], None] | None = None  #: told of a kept error that is being raised
+        self.at_call: Callable[[], None] | None = None  #: called in every call of the user's, before errors are raised
 
     def __getstate__(self) -> dict[str, Any]:
         """Make what a copy has: it records nothing, and has no error of its own."""
-        return self.__dict__ | {"_error": None, "all_stopped": True, "before_raise": None}
+        return self.__dict__ | {"_error": None, "all_stopped": True, "before_raise": None, "at_call": None}
 
     def stop(self, metrics: Iterable[Metric], error: Exception, step: int, window: int) -> None:
         """Stop metrics in this step of this window, warn, and keep the error, but not where it is about the model and
@@ -64,6 +65,8 @@ class Failures:
 
     def raise_kept(self) -> None:
         """Raise the error that was kept, by this object or by a metric; later calls do not raise it again."""
+        if self.at_call is not None:
+            self.at_call()
         kept = chain([self._error], (metric.take_error() for metric in self._metrics.values()))
         self._error = None
         error = next((error for error in kept if error is not None), None)

@@ -15,3 +15,8 @@ def is_capturing(tensor: Tensor) -> bool:
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(tensor.device):
         return torch.cuda.is_current_stream_capturing()
+
+
+def is_captured_here() -> bool:
+    """Return whether what is done now on the current device is captured into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

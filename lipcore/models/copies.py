@@ -176,6 +176,7 @@ class Before:
         if self._kept.layout != torch.strided:
             places = torch.full((self._kept.shape[self._dim],), sample, device=self._kept.device)
             return rows_at(self._kept, self._dim, places)
+        # In the batch's own memory format, which selected rows would not have: other kernels round in another way.
         return self._kept.narrow(self._dim, sample, 1).expand_as(self._kept).clone()
 
     def _draws(self, x: Tensor) -> list[tuple[str, tuple[int, ...]]]:
@@ -223,7 +224,7 @@ def why_not_again(model: nn.Module, arguments: Any, keywords: Any, *, together: 
 
 
 def _of(tensor: Tensor, dim: int, whose: Tensor, sample: int) -> Tensor:
-    return tensor.detach().index_select(dim, (whose == sample).nonzero().flatten().to(tensor.device))
+    return rows_at(tensor.detach(), dim, (whose == sample).nonzero().flatten().to(tensor.device))
 
 
 def _differing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
@@ -11,15 +12,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lipcore.alarms.alarms import Alarms
-from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, prepare_for, trajectory_of
+from lipcore.alarms.attach import AlarmChoice, AlarmsListener, checked_alarms, norms_of, prepare_for, trajectory_of
 from lipcore.alarms.event import AlarmStop
+from lipcore.alarms.samples import SamplesAfter
 from lipcore.capture.layers.layer_capture import LayerCapture
+from lipcore.capture.training_pass import in_backward
 from lipcore.distributed.group import AUTO
 from lipcore.metric.engine import Engine
 from lipcore.metric.optimizers import updating
 from lipcore.metric.protocol import Metric
 from lipcore.metric.results import HISTORY_BYTES, MetricResult
 from lipcore.models.arguments import check_count
+from lipcore.models.capturing import is_captured_here
+from lipcore.models.ranks import rank
 from lipcore.monitor.defaults import default_metrics
 from lipcore.monitor.fixed_points import Probe, Probes
 from lipcore.monitor.logged import Logged, LoggedListener, check_logged
@@ -32,6 +37,7 @@ from lipcore.per_sample.sample_names import checked_ids, checked_losses
 from lipcore.recording.endings import Endings, EndKind
 from lipcore.recording.flight import Flight, checked_generator
 from lipcore.recording.recorder import Recorder
+from lipcore.recording.snapshots import Snapshots
 from lipcore.recording.stopwatch import Stopwatch
 from lipcore.trajectory.metric import Trajectory
 
@@ -114,6 +120,10 @@ class Monitor(Engine):
         self._parted = False  # it has, and does so no more
         self._flight: Flight | None = None  # of a record
         self._stopwatch: Stopwatch | None = None  # of one too
+        self._recorder: Recorder | None = None  # likewise
+        self._snapshots: Snapshots | None = None  # of alarms that ask for them
+        self._samples_after: SamplesAfter | None = None  # likewise
+        self._waits_to_begin = False
         super().__init__(
             model,
             optimizer,
@@ -132,7 +142,8 @@ class Monitor(Engine):
             self._attach_alarms(self.alarms)
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged(), "_flight": None, "_stopwatch": None}
+        nothing = dict.fromkeys(("_flight", "_stopwatch", "_recorder", "_snapshots", "_samples_after"))
+        return super().__getstate__() | {"_probes": Probes(), "_logged": Logged()} | nothing
 
     def plan(self) -> Plan:
         """Return what is measured, by which rule, for how many bytes."""
@@ -245,7 +256,7 @@ class Monitor(Engine):
                 is no metric of single samples. Nothing was run.
         """
         self._failures.raise_kept()
-        metrics = {name: one for name, one in self.metrics.items() if isinstance(one, PerSampleMetric)}
+        metrics = {n: one for n, one in self.metrics.items() if isinstance(one, PerSampleMetric) and not one.rests}
         captures = {name: one._capture for name, one in metrics.items() if isinstance(one._capture, LayerCapture)}
         if not captures:
             raise ValueError("metrics: there is none of single samples' gradients, and so nothing to prove")
@@ -302,16 +313,18 @@ class Monitor(Engine):
             recorder.rates,
             recorder.taken_back,
             endings.begin,
+            scaler=self._scaler,
+            on_scales=recorder.scales,
         )
         for metric in self.metrics.values():
             if isinstance(metric, PerSampleGradNorms):
                 metric.listen(flight)
-        self._flight = flight
+        self._flight, self._recorder = flight, recorder
         self._stopwatch = Stopwatch(recorder.step_time)
         # The last closes the file, after what it is given.
         self._listeners += [endings, flight, self._stopwatch, recorder]
         if self.alarms is not None:
-            self.alarms._write_to(recorder.alarm, recorder.light)
+            self.alarms._write_to(recorder.alarm, recorder.light, recorder.samples)
             recorder.on_alarm = self._hurry
 
         def stops(error: Exception) -> None:
@@ -351,7 +364,9 @@ class Monitor(Engine):
         trajectory = trajectory_of(self.metrics.values())
         optimizers = updating(self._optimizers)
         has_norms, logs = trajectory is not None, lambda: self._logged.begun
-        alarms._begin(optimizers, self._failures.keep, logs, has_norms=has_norms, meets=self._meets_ranks)
+        turns = 1 if trajectory is None else trajectory.movement_turns
+        given: dict[str, Any] = {"has_norms": has_norms, "meets": self._meets_ranks, "turns": turns}
+        alarms._begin(optimizers, self._failures.keep, logs, **given)
         if trajectory is not None:
             trajectory.listen(alarms._norms, prompt=True)
             if "unexplained_movement" in alarms.signals and not trajectory.checks_movement:
@@ -360,6 +375,41 @@ class Monitor(Engine):
                 self._failures.warn(f"alarms: rms_t never alarms: {trajectory.why_no_rms_t}")
         self._logged.listen(alarms._logged, prompt=True)
         self._listeners.append(AlarmsListener(alarms))
+        if alarms.snapshot is not None:
+            parts = (rank(), self.model, self._optimizers, self._scaler)
+            self._snapshots = Snapshots(alarms.snapshot, *parts, self._failures.warn)
+            alarms._hearers.append(self._snapshots.hear)
+            self._listeners.append(self._snapshots)
+            self._failures.at_call = self._write_snapshot
+        norms = norms_of(self.metrics.values())
+        if alarms.per_sample is not None and norms is not None:
+            norms.rest()
+            failed = functools.partial(self._stop_metric, norms)
+            self._samples_after = SamplesAfter(alarms.per_sample, norms, alarms._tell_samples, failed)
+            norms.listen(self._samples_after)
+            alarms._name_samples(self._samples_after)
+
+    def _after_alarms(self, *, begins: bool = False) -> None:
+        """Do what alarms have asked for between two steps: at the end of one, or, where that lay inside of a backward
+        pass, when the optimizer `begins` the next."""
+        self._write_snapshot()
+        if self._samples_after is None or (begins and not self._waits_to_begin):
+            return
+        self._waits_to_begin = in_backward() != -1 or is_captured_here()
+        if not self._waits_to_begin:
+            self._samples_after.between(self._windows.step, self._windows.step + begins)
+
+    def _write_snapshot(self) -> None:
+        """Write the files of an alarm that wait for a place outside of the forward and backward passes."""
+        snapshots = self._snapshots
+        if snapshots is None or not snapshots.due or in_backward() != -1 or is_captured_here():
+            return
+        try:
+            if not self._closed:
+                self._write_all()
+        except Exception as error:  # of a device, say, which the user's next call meets too
+            self._failures.warn(f"lipcore could not write down all steps before a snapshot: {error}")
+        snapshots.write(self._windows.step, None if self._recorder is None else self._recorder.record)
 
     def _after_backward(self) -> None:
         super()._after_backward()
@@ -382,6 +432,7 @@ class Monitor(Engine):
         super()._after_step()
         if stopwatch is not None:
             stopwatch.end()
+        self._after_alarms()
 
     def _warn_of_record(self, message: str) -> None:
         """Warn, as of everything that happens in a hook."""
@@ -445,6 +496,16 @@ class Monitor(Engine):
         probe = Probe(self.model, x, name, output, regions, batch_size)
         self._probes.add(probe)
         return probe
+
+    def _step_begins(self) -> None:
+        super()._step_begins()
+        if self._flight is not None:
+            self._flight.optimizer_begins()
+        self._after_alarms(begins=True)
+
+    def _shut(self) -> None:
+        super()._shut()
+        self._write_snapshot()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

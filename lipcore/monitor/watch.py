@@ -94,6 +94,12 @@ def watch(
         if here == 0:
             made._listeners += made_writers(writers, run, made._warn_of_record, first_step, of_all_ranks=together)
         if run is None:
+            snapshot = None if made.alarms is None else made.alarms.snapshot
+            if snapshot is not None and not snapshot.states:
+                raise ValueError(
+                    "alarms: their snapshot would have nothing to write: there is no record; pass run=, or states=True "
+                    "to lipcore.alarms.Snapshot"
+                )
             return made
         facts = {"model": type(made.model).__name__, "torch": torch.__version__, "rank": here}
         facts |= {"alarms": "off" if made.alarms is None else [*made.alarms.signals, "nonfinite"], **dict(config or {})}

@@ -56,6 +56,7 @@ from lipcore.per_sample.step_listener import StepListener
 from lipcore.per_sample.total import total_of
 from lipcore.per_sample.unproved import Unproved
 
+_RESTS = "its hooks are off until an alarm (Alarms(per_sample=...))"
 _SILENT = 4  # steps without a number after which the user is told why
 
 
@@ -113,7 +114,8 @@ class PerSampleMetric(StandaloneMetric):
         self._takes_ids = False
         self.scores: Any = make_scores()
         self.loss_scores = SampleScores()
-        self._step_listener: StepListener | None = None
+        self._step_listeners: list[StepListener] = []
+        self._resting = False  # nothing is recorded until wake()
         self._layer_index = LayerIndex({})
         self._open_step = OpenStep(None, make_scores)
         self._blocks = 1
@@ -161,7 +163,7 @@ class PerSampleMetric(StandaloneMetric):
 
     def prepare(self, optimizers: Sequence[Optimizer], scaler: Any, window_blocks: int) -> None:
         # Here and not in tapped(): before anything of it changes, and before the layers are tapped for other metrics.
-        if self._capture is not None and self._capture.watches:
+        if self._capture is not None and (self._capture.watches or self._capture.resting):
             raise ValueError(
                 f"metrics: this {type(self).__name__} watches a model already (alone, or in another Monitor), and "
                 "would count every backward pass twice; close() that one first, or make a metric of its own for this "
@@ -225,6 +227,39 @@ class PerSampleMetric(StandaloneMetric):
         self._take_ids()
         if self._capture is not None:
             self._capture.rebind()
+            self.tapped(self._capture)
+            if self._resting:
+                self._capture.rest()
+
+    # ---- at rest, until something asks for numbers
+
+    def on_call(self) -> None:
+        """Be one that rests until :meth:`wake`; called before bind(). It has no noise scale: windows of ranks of which
+        some rest have no steps in common."""
+        self._wants_noise, self._resting = False, True
+
+    @property
+    def rests(self) -> bool:
+        """True while nothing is recorded, until :meth:`wake`."""
+        return self._resting
+
+    def rest(self) -> None:
+        """Record nothing from the next pass on, with the hooks off; between two steps."""
+        self._resting = True
+        if self._capture is not None:
+            self._capture.rest()
+
+    def wake(self) -> None:
+        """Record again; between two steps.
+
+        Raises:
+            ValueError: a parameter that no rule covers is there now.
+        """
+        self._resting = False
+        if self._capture is not None and not self.off:
+            self._open_step.drop()
+            self._capture.wake()
+            self._capture.active = self._steps % self._every == 0
             self.tapped(self._capture)
 
     @property
@@ -292,16 +327,19 @@ class PerSampleMetric(StandaloneMetric):
             self._open_step.sums.spoil(reason)
 
     def observe_loss(self, loss: Tensor) -> None:
-        self._reduction.look_at(loss)
+        if not self._resting:
+            self._reduction.look_at(loss)
 
     def observe_batch(self, ids: Tensor, losses: Tensor | None) -> None:
+        if self._resting:
+            return
         self.set_ids(ids)
         if losses is not None:
             self.set_losses(losses)
 
     def listen(self, listener: StepListener) -> None:
         """Tell this listener of the samples of every step from now on."""
-        self._step_listener = listener
+        self._step_listeners.append(listener)
 
     def _note_doubt(self, record: LayerRecord) -> None:
         """Note that a pass waits for a proof; a mark is made before the first of them."""
@@ -339,15 +377,15 @@ class PerSampleMetric(StandaloneMetric):
         self._unproved.mark(self._window, self.scores, self._noise)
         if self._shared is not None:
             self._shared.mark()
-        if self._step_listener is not None:
-            self._step_listener.samples_proved()
+        for listener in self._step_listeners:
+            listener.samples_proved()
 
     def _take_back(self, reason: str) -> None:
         count, self._noise = self._unproved.take_back(reason, self._window, self.scores, self._open_step)
         if self._shared is not None:
             self._shared.take_back(f"samples of it were taken back: {reason}")
-        if self._step_listener is not None:
-            self._step_listener.samples_taken_back(reason)
+        for listener in self._step_listeners:
+            listener.samples_taken_back(reason)
         if count:
             message = (
                 f"lipcore took back the gradient norms of {count} samples, all since the last good proof: {reason}; "
@@ -376,8 +414,10 @@ class PerSampleMetric(StandaloneMetric):
         self._take_ids()  # set for a backward pass that did not come, or that was in a step without records
         self._reduction.forget()
         recorded = bool(self._open_step)
-        if recorded and self._step_listener is not None:
-            self._step_listener.step_samples(self._open_step.named())
+        if recorded and self._step_listeners:
+            batches = self._open_step.batches()
+            for listener in self._step_listeners:
+                listener.step_samples(batches)
         self._open_step.take_into(self._window.open, self.scores, self.loss_scores)
         if self._open_step.sums is not None and self._noise is not None and self._shared is not None:
             self._shared.finish(self._noise, recorded, self._steps % self._every == 0)
@@ -387,9 +427,9 @@ class PerSampleMetric(StandaloneMetric):
                 self._raised = warn_in_hook(message, UserWarning) or self._raised
         self._steps += 1
         self._heard = self._heard or recorded
-        if self._steps == _SILENT and not self._heard:
+        if self._steps == _SILENT and not self._heard and not self._resting:
             self._tell_of_silence()
-        if self._capture is not None:
+        if self._capture is not None and not self._resting:
             self._capture.active = self._steps % self._every == 0
 
     def _tell_of_silence(self) -> None:
@@ -422,6 +462,10 @@ class PerSampleMetric(StandaloneMetric):
             self._engine.flush()
         elif self._capture is not None:
             self._capture.flush()
+        if self._resting:
+            if self._last is None:
+                raise RuntimeError(f"no backward pass was recorded yet: {_RESTS}")
+            return self._without(self._last.samples, _RESTS)
         if self._last is None:
             unrecorded = self._watched().unrecorded
             why = "; ".join(f"{count} times: {reason}" for reason, count in unrecorded.items())
@@ -536,6 +580,7 @@ class PerSampleMetric(StandaloneMetric):
         sizes."""
         every = f" in every {self._every}th step" if self._every > 1 else ""
         proofs = f"; {self._capture.proofs}" if self._capture is not None else ""
+        proofs = f"; {_RESTS}{proofs}" if self._resting else proofs
         lines = [PlanLine("all", f"{self._reduction}{every}{proofs}", 2048 * (len(self._layers) + 1) * self._columns)]
         lines += self._own_plan()
         if self._capture is None:
@@ -685,7 +730,7 @@ class PerSampleMetric(StandaloneMetric):
         self._renew_sink()
         if self._shared is not None and self._noise is not None:
             self._shared.load(self._steps, shared, bool(self._noise.steps))
-        if self._capture is not None:
+        if self._capture is not None and not self._resting:
             self._capture.active = self._steps % self._every == 0
 
     def split_state(self, state: dict[str, Any], place: Place) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -752,8 +797,14 @@ class PerSampleMetric(StandaloneMetric):
         stays with the original."""
         if self._last is not None:
             self._last_norms()  # takes in what has not been delivered yet
-        attached = {"_capture": None, "_engine": None, "_scaler": None, "_stands_alone": False, "_ids": None}
-        attached |= {"_model": None, "_holding": None, "_shared": None, "_losses": None, "_step_listener": None}
+        attached: dict[str, Any] = {
+            "_capture": None,
+            "_engine": None,
+            "_scaler": None,
+            "_stands_alone": False,
+            "_ids": None,
+        }
+        attached |= {"_model": None, "_holding": None, "_shared": None, "_losses": None, "_step_listeners": []}
         return self.__dict__ | attached | {"_open_step": OpenStep(None, self._make_scores)}
 
     def __repr__(self) -> str:

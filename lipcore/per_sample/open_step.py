@@ -80,9 +80,9 @@ class OpenStep:
             )
             self._hand_on(*self._held)
 
-    def named(self) -> list[MicroBatch]:
-        """Return the micro-batches whose samples have ids; none where some are summed up already."""
-        return [] if self._held is not None else [batch for batch in self._waiting if batch.ids is not None]
+    def batches(self) -> list[MicroBatch]:
+        """Return the micro-batches; none where some are summed up already."""
+        return [] if self._held is not None else list(self._waiting)
 
     def _hand_on(self, distributions: list[Distribution], scores: Any, losses: SampleScores) -> None:
         waiting, self._waiting = self._waiting, []

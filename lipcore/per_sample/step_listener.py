@@ -11,7 +11,7 @@ class StepListener:
     """Base of what is told which samples a step was made of, with their numbers; nothing is to wait for a device."""
 
     def step_samples(self, batches: Sequence[MicroBatch]) -> None:
-        """Take the micro-batches with ids of a step that was made."""
+        """Take the micro-batches of a step that was made."""
 
     def samples_proved(self) -> None:
         """Note that the numbers of all steps so far are those of single samples."""

@@ -20,12 +20,14 @@ from lipcore.recording.batches import Batch
 _BLOCK = 64  # steps that are handed on together
 #: A micro-batch: ids, norms, losses.
 _Samples = tuple[Tensor | None, Tensor | None, Tensor | None]
+OnScales = Callable[[int, NDArray[np.float64]], None]
 OnRates = Callable[[int, NDArray[np.float64], Sequence[str]], None]
 
 
 class Flight(Listener, StepListener):
-    """Flight recorder: keeps the samples of steps, with their gradient norms and losses, and the learning rate of every
-    group of the optimizers, and hands them to a record in blocks. No device is waited for, until :meth:`hand_on`.
+    """Flight recorder: keeps the samples of steps, with their gradient norms and losses, the learning rate of every
+    group of the optimizers, and a GradScaler's scale, and hands them to a record in blocks. No device is waited for,
+    until :meth:`hand_on`.
 
     Args:
         optimizers: whose rates are read.
@@ -34,6 +36,8 @@ class Flight(Listener, StepListener):
         on_rates: takes the first step, learning rates [steps, groups] and the groups' names.
         on_taken_back: told behind which step the norms of samples were wrong, and why.
         on_first: called at the first step.
+        scaler: a GradScaler, whose scale is read.
+        on_scales: takes the first step, and the scale of each step from there on.
     """
 
     def __init__(
@@ -44,7 +48,14 @@ class Flight(Listener, StepListener):
         on_rates: OnRates,
         on_taken_back: Callable[[int, str], None],
         on_first: Callable[[], None] = lambda: None,
+        *,
+        scaler: Any = None,
+        on_scales: OnScales = lambda first, scales: None,
     ) -> None:
+        self._scaler, self._on_scales = scaler, on_scales
+        self._scale: Tensor | None = None  # with which the step that has begun is made
+        self._scales: list[Tensor] = []
+        self._copied_scales: tuple[int, HostCopy] | None = None
         self._on_first: Callable[[], None] | None = on_first
         self._optimizers, self._parameters = optimizers, parameters
         self._on_batches, self._on_rates, self._on_taken_back = on_batches, on_rates, on_taken_back
@@ -63,6 +74,11 @@ class Flight(Listener, StepListener):
 
     # ---- what it is told; each returns at once
 
+    def optimizer_begins(self) -> None:
+        """Note the scale of the gradients that the optimizer is about to step with; afterwards it may be another."""
+        scale = None if self._scaler is None else self._scaler._scale
+        self._scale = None if scale is None else scale.detach().clone()
+
     def begin_step(self, step: int) -> None:
         """Note that a step is made, before its samples come."""
         if self._on_first is not None:
@@ -75,6 +91,10 @@ class Flight(Listener, StepListener):
         if self._rates and len(rates) != len(self._rates[-1]):
             self._pass_on_rates(step - 1)
         self._rates.append(rates)
+        if self._scaler is not None:
+            nothing = torch.full((1,), torch.nan, device="cpu")
+            self._scales.append(nothing if self._scale is None else self._scale.reshape(1))
+            self._scale = None
         if self._given:
             self._take_given(step)
 
@@ -101,8 +121,9 @@ class Flight(Listener, StepListener):
         self._passed = 0
 
     def step_samples(self, batches: Sequence[MicroBatch]) -> None:
-        if batches:  # in the place of what the loop has said of them
-            self._samples[self._step] = [(b.ids, b.norms.per_sample.detach(), b.losses) for b in batches]
+        named = [batch for batch in batches if batch.ids is not None]
+        if named:  # in the place of what the loop has said of them
+            self._samples[self._step] = [(b.ids, b.norms.per_sample.detach(), b.losses) for b in named]
 
     def samples_proved(self) -> None:
         self._proved = self._step
@@ -132,6 +153,7 @@ class Flight(Listener, StepListener):
         self._step = self._proved = step
         self._samples, self._given, self._generators, self._rates = {}, [], {}, []
         self._passed, self._copied = 0, None
+        self._scale, self._scales, self._copied_scales = None, [], None
 
     def closed(self) -> None:
         self.hand_on()
@@ -141,6 +163,7 @@ class Flight(Listener, StepListener):
     def _pass_on(self) -> None:
         self._take_copied()
         self._pass_on_rates(self._step)
+        self._pass_on_scales()
         samples, self._samples = self._samples, {}
         for step in self._generators.keys() - samples.keys():
             samples[step] = []
@@ -151,7 +174,22 @@ class Flight(Listener, StepListener):
         else:
             self._add(samples, None)
 
+    def _pass_on_scales(self) -> None:
+        scales, self._scales = self._scales, []
+        if not scales:
+            return
+        first = self._step - len(scales) + 1
+        on_device = [scale for scale in scales if scale.is_cuda]
+        if on_device:
+            together = torch.cat([scale.to(on_device[0].device, torch.float64) for scale in scales])
+            self._copied_scales = first, HostCopy(together)
+        else:
+            self._on_scales(first, torch.cat(scales).double().numpy())
+
     def _take_copied(self) -> None:
+        if self._copied_scales is not None:
+            (first, scales), self._copied_scales = self._copied_scales, None
+            self._on_scales(first, scales.tensors()[0].numpy())
         if self._copied is not None:
             (samples, copy), self._copied = self._copied, None
             self._add(samples, copy.tensors()[0])

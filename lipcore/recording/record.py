@@ -19,6 +19,7 @@ from lipcore.metric.results import Window
 from lipcore.metric.values import LEVELS, Level
 from lipcore.models.arguments import check_choice, check_count
 from lipcore.recording.batches import KEPT, Batch, add_batches, forget_details, forget_norms, make_table
+from lipcore.recording.excerpt import write_excerpt
 from lipcore.recording.folding import fold_oldest, used_bytes
 from lipcore.recording.location import Hold, local_copy, of_a_network, record_path
 from lipcore.recording.pack import PackedWindow, layout_text, packed_steps, places_of, unpacked_steps
@@ -196,6 +197,32 @@ class RunRecord:
         self._put(last)
         self._put(done.set, always=True)
         return done.wait(timeout) and not self.failed
+
+    def write_excerpt(self, target: Path, timeout: float = 60.0) -> None:
+        """Write the last 512 steps to another file, and wait until it is there, which may be after close() too.
+
+        Raises:
+            RecordError: it is not there after so many seconds, or cannot be written.
+        """
+        if self._closed:
+            connection = connect(self.path)
+            try:
+                write_excerpt(connection, target)
+            finally:
+                connection.close()
+            return
+        done, errors = threading.Event(), [] if self._process == os.getpid() and not self.failed else [self.failed]
+
+        def write() -> None:
+            try:
+                write_excerpt(self._connection, target)
+            except Exception as error:  # the record itself goes on
+                errors.append(f"{type(error).__name__}: {error}")
+
+        self._put(write)
+        self._put(done.set, always=True)
+        if not done.wait(timeout) or errors:
+            raise RecordError(errors[0] if errors else f"the record has not written it in {timeout:g} seconds")
 
     def close(self) -> None:
         """Write what waits, and close the file."""

@@ -10,13 +10,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lipcore.alarms.event import AlarmEvent
+from lipcore.alarms.samples import SamplesAfterAlarm
 from lipcore.metric.listener import Listener
 from lipcore.metric.values import Level
 from lipcore.metric.window import Window
 from lipcore.recording.batches import Batch
 from lipcore.recording.endings import told
 from lipcore.recording.record import RunRecord
-from lipcore.report.alarms_told import LIGHT
+from lipcore.report.alarms_told import LIGHT, SAMPLES
 from lipcore.report.left_out import NOT_FINITE
 from lipcore.report.source import StepTime
 from lipcore.trajectory.step_stream import StepArrays
@@ -93,6 +94,13 @@ class Recorder(Listener):
         self._begin()
         self.record.add_event(step, LIGHT, words)
 
+    def samples(self, found: SamplesAfterAlarm) -> None:
+        """Add the samples with the largest gradient norms after an alarm."""
+        self._begin()
+        largest = [[one.step, one.row, one.id, one.norm if math.isfinite(one.norm) else None] for one in found.largest]
+        data = {"alarm": found.alarm, "first": found.first, "count": found.count, "largest": largest}
+        self.record.add_event(found.last, SAMPLES, found.message, data)
+
     def batches(self, batches: Sequence[Batch]) -> None:
         """Add the samples of single steps."""
         self._begin()
@@ -102,6 +110,11 @@ class Recorder(Listener):
         """Add the learning rates of the optimizers' groups, [steps, groups]."""
         self._begin()
         self.record.add_steps(first, {"optimizer/group_lr": rates}, groups, ["group"] * len(groups))
+
+    def scales(self, first: int, scales: NDArray[np.float64]) -> None:
+        """Add the scale of a GradScaler, [steps]."""
+        self._begin()
+        self.record.add_steps(first, {"optimizer/loss_scale": scales[:, None]}, _TOTAL, ["total"])
 
     def step_time(self, time: StepTime) -> None:
         """Add the time of some steps."""

@@ -12,6 +12,8 @@ _EXACT = ("nonfinite", "unexplained_movement")
 _COUNTS = "sample_ids"  # whose score counts samples, and which says nothing of the model
 #: Kind of the event that the alarms' warning light has gone on, which is no alarm.
 LIGHT = "warning light"
+#: Kind of the event that names samples after an alarm.
+SAMPLES = "samples after an alarm"
 
 
 def worst_first(alarms: Iterable[Happened]) -> list[Happened]:

@@ -147,6 +147,8 @@ def build(
     exact = trackers.get("exact")
     if wanted.explains and exact is not None and exact.copies is not None:
         unexplained = Unexplained(watched, optimizers, exact.copies.prev, exact.table)
+    elif wanted.explains and "tensor" in first.places.levels:
+        unexplained = Unexplained(watched, optimizers, None, first.table)
     return Built(choice, trackers, gradients, unexplained)
 
 

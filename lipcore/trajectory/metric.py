@@ -494,6 +494,8 @@ class Trajectory(Metric):
         if self.before_moves is not None:
             self.before_moves()
         jumps = [tracker.rebase() for tracker in self._built.trackers.values()]
+        if self._built.unexplained is not None:
+            self._built.unexplained.begin()
         if any(jumps):
             self._apart = self._apart or "rebase"
             self._jumps = sorted({*self._jumps, self._tracker.window_steps})[-2:]
@@ -570,7 +572,7 @@ class Trajectory(Metric):
             self._single.start(self._built)
 
     def explain(self) -> None:
-        """Look, once bound and in mode "exact", in every step for movement that the optimizers did not make."""
+        """Look, once bound, in every step for movement that the optimizers did not make."""
         self._wanted = replace(self._wanted, explains=True)
 
     def normalize(self) -> None:
@@ -583,13 +585,19 @@ class Trajectory(Metric):
         return self._built.unexplained is not None and self._built.unexplained.checked > 0
 
     @property
+    def movement_turns(self) -> int:
+        """Number of steps in which each parameter is checked for it once."""
+        return 1 if self._built.unexplained is None else self._built.unexplained.turns
+
+    @property
     def why_unchecked(self) -> str:
         """Reasons why parameters are not checked for it, each once; "" where all are."""
         check = self._built.unexplained
         if check is None:
+            choice = self._built.choice
             return (
-                f"mode {self._built.choice.mode!r} keeps no copies of all parameters; pass "
-                'metrics=[lipcore.Trajectory()], whose mode is "exact"'
+                f"mode {choice.mode!r} with source {choice.source!r} has numbers of groups, not of "
+                'parameters; pass metrics=[lipcore.Trajectory()], whose mode is "exact", or Trajectory(mode="updates")'
             )
         return "; ".join(dict.fromkeys(check.why_not.values()))
 
@@ -791,6 +799,8 @@ class Trajectory(Metric):
         self._apart, self._jumps = state.get("apart", ""), jumps
         self._path_so_far, self._carried = so_far, carried
         self._single.before = 0  # the state's own numbers
+        if self._built.unexplained is not None:
+            self._built.unexplained.begin()
         self._single.start(self._built)
 
     def _checked_carried(self, state: Any) -> ShardSums | None:

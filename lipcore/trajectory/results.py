@@ -41,9 +41,9 @@ def plan_lines(built: Built, watched: list[WatchedParameter], held: list[Watched
     for tracker in built.trackers.values():
         lines += [PlanLine(kind, "", size) for kind, size in tracker.bytes().items()]
     if built.unexplained is not None:
-        checked, why_not = built.unexplained.checked, built.unexplained.why_not
-        lines.append(PlanLine("unexplained movement", f"{checked} parameters checked in every step"))
-        lines += [PlanLine(name, f"not checked for unexplained movement: {why}") for name, why in why_not.items()]
+        check = built.unexplained
+        lines.append(PlanLine("unexplained movement", check.rule, check.bytes))
+        lines += [PlanLine(name, f"not checked for unexplained movement: {why}") for name, why in check.why_not.items()]
     if built.gradients:
         size = sum(tracker.table.bytes for tracker in built.gradients.trackers.values())
         lines.append(PlanLine("gradient norms", "read after backward and before the step", size))

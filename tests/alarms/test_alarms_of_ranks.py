@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import run_ranks
+from ranks import run_ways
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import lipcore
 from lipcore.alarms import AlarmEvent, Alarms, AlarmStop
 from lipcore.alarms.ranks import EventsOfRanks
+from lipcore.monitor import logged
+from lipcore.trajectory import single_steps
 
 STEPS, WINDOW, AT = 16, 4, 6
 LATE = STEPS - 2  # in the last window, which closes after the last call of log()
 #: Whether they stop, the step of the alarm, whether the last window is merged too, and whether the loss is logged.
 WAYS = {
-    "goes on": (False, AT, False, True),
-    "stops": (True, AT, False, True),
-    "ends": (True, LATE, False, True),
-    "meets": (True, LATE, True, True),
-    "never logs": (True, AT, False, False),
+    "goes on": {"stop": False, "at": AT, "end": False, "log": True},
+    "stops": {"stop": True, "at": AT, "end": False, "log": True},
+    "ends": {"stop": True, "at": LATE, "end": False, "log": True},
+    "meets": {"stop": True, "at": LATE, "end": True, "log": True},
+    "never logs": {"stop": True, "at": AT, "end": False, "log": False},
 }
 
 
@@ -125,6 +125,8 @@ def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, 
     """Train under DDP; on rank 1 the loss that is logged becomes NaN in step `at`; windows meet at the `end` too.
 
     Without `log` nothing is logged, and the loss itself is NaN on both."""
+    for module in (single_steps, logged):
+        module.PROMPT = 0.0  # every step takes longer than numbers wait
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1)))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -160,26 +162,9 @@ def train(rank: int, folder: str, name: str, *, stop: bool, at: int, end: bool, 
     }
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    import lipcore.metric.pace
-    import lipcore.monitor.logged
-    import lipcore.trajectory.single_steps
-
-    for module in (lipcore.trajectory.single_steps, lipcore.monitor.logged):
-        module.PROMPT = 0.0  # every step takes longer than numbers wait
-    for name, (stop, at, end, log) in WAYS.items():
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/{name}.store", 2), rank=rank, world_size=2)
-        found = train(rank, folder, name, stop=stop, at=at, end=end, log=log)
-        Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(work, str(folder))
-    return {name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)] for name in WAYS}
+    return run_ways(tmp_path_factory.mktemp("ranks"), train, WAYS)
 
 
 @pytest.mark.ci

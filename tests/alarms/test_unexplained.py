@@ -51,7 +51,11 @@ class Run:
     """A training of a Tied model that is watched; faults and harmless things get it."""
 
     def __init__(
-        self, optimizer: str | Callable[..., Any] = "adamw", dtype: torch.dtype = torch.float32, scaler: Any = None
+        self,
+        optimizer: str | Callable[..., Any] = "adamw",
+        dtype: torch.dtype = torch.float32,
+        scaler: Any = None,
+        **trajectory: Any,
     ) -> None:
         torch.manual_seed(0)
         self.model = Tied().to(dtype)
@@ -61,7 +65,7 @@ class Run:
         self.scaler = scaler
         self.alarms = Alarms(signals=["unexplained_movement"])
         self.monitor = lipcore.Monitor(
-            self.model, made, [lipcore.Trajectory()], window_steps=5, alarms=self.alarms, scaler=scaler
+            self.model, made, [lipcore.Trajectory(**trajectory)], window_steps=5, alarms=self.alarms, scaler=scaler
         )
 
     @property
@@ -330,12 +334,12 @@ def test_others_are_not_checked_by_name() -> None:
     model = nn.Linear(2, 1)
     adam = torch.optim.Adam(model.parameters())
     said = (
-        "unexplained_movement checks no parameter: mode 'updates' keeps no copies of all parameters; pass "
-        'metrics=[lipcore.Trajectory()], whose mode is "exact"'
+        "unexplained_movement checks no parameter: mode 'sketch' with source 'difference' has numbers of groups, not "
+        'of parameters; pass metrics=[lipcore.Trajectory()], whose mode is "exact", or Trajectory(mode="updates")'
     )
     with pytest.warns(RuntimeWarning, match=re.escape(said)):
         lipcore.Monitor(
-            model, adam, [lipcore.Trajectory(mode="updates")], alarms=Alarms(signals=["unexplained_movement"])
+            model, adam, [lipcore.Trajectory(mode="sketch")], alarms=Alarms(signals=["unexplained_movement"])
         )
 
 
@@ -354,6 +358,76 @@ def test_a_step_that_cannot_be_read_ends_the_check_with_a_warning() -> None:
 def test_a_lasting_cause_is_told_once() -> None:
     events = Run("adam").go(before_step=lambda run, _: run.weight.data.mul_(0.99), steps=50)
     assert [(event.step, event.place) for event in events] == [(1, "blocks.0.weight")]
+
+
+# ---- in turns, where no copies of all parameters are kept
+
+IN_TURNS: dict[str, dict[str, Any]] = {
+    "updates": {"mode": "updates"},
+    "snapshot": {"mode": "updates", "source": "snapshot"},
+    "sketch": {"mode": "sketch", "source": "optimizer", "buckets": 256},
+}
+WEIGHT = 2  # the place of blocks.0.weight among the 8 parameters that are checked
+
+
+@pytest.fixture
+def one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shares of one parameter each."""
+    monkeypatch.setattr("lipcore.trajectory.unexplained._SHARE", 1)
+    monkeypatch.setattr("lipcore.trajectory.unexplained._TURNS", 10**9)
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize("way", few(list(IN_TURNS), 1))
+def test_in_turns_what_lasts_is_found_once_and_what_does_not_where_its_turn_is(way: str) -> None:
+    def lasts(run: Run, step: int) -> None:
+        if step >= AT:
+            run.weight.data.mul_(0.99)
+
+    run = Run("adam", **IN_TURNS[way])
+    ((step, place, message),) = [(e.step, e.place, e.message) for e in run.go(before_step=lasts, steps=60)]
+    assert (step, place) == (AT + (WEIGHT - (AT - 1)) % 8, "blocks.0.weight")
+    assert message.endswith("; it is checked in one step of 8, and may have done so before")
+
+    for at in range(AT, AT + 8):
+        run = Run("adam", **IN_TURNS[way])
+        events = run.go(before_step=lambda run, step, at=at: step == at and run.weight.data.mul_(0.999), steps=AT + 12)  # type: ignore[misc]
+        assert [(e.step, e.place) for e in events] == [(at, "blocks.0.weight")] * ((at - 1) % 8 == WEIGHT)
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+@pytest.mark.parametrize("optimizer", few(list(OPTIMIZERS), 1))
+@pytest.mark.parametrize("what", few(list(HARMLESS), 3))
+def test_in_turns_nothing_else_is_told(what: str, optimizer: str) -> None:
+    run = Run(optimizer, **IN_TURNS["updates"])
+    events = run.go(**HARMLESS[what] | {"steps": 20})
+    assert [event for event in events if event.signal == "unexplained_movement"] == []
+    (line,) = [line for line in run.monitor.metrics["trajectory"].plan() if line.what == "unexplained movement"]
+    said = "8 parameters checked in turns, each in one step of 8, against copies that live for that step"
+    assert line.rule.startswith(said)
+    assert line.bytes == 4 * 32 * 16  # the largest of them
+
+
+@pytest.mark.usefixtures("one_at_a_time")
+def test_in_turns_with_several_optimizers_and_a_scaler_that_skips() -> None:
+    def several(parameters: Any) -> Any:
+        all_of_them = list(parameters)
+        return [torch.optim.SGD(all_of_them[:3], lr=0.1), torch.optim.Adam(all_of_them[3:], lr=1e-3)]
+
+    def overflow(run: Run, step: int) -> None:
+        if step in (4, AT):
+            run.weight.grad[0, 0] = torch.inf
+
+    assert not Run(several, mode="updates", source="snapshot").go()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, growth_interval=3)
+    assert not Run("fused", scaler=scaler, **IN_TURNS["updates"]).go(before_step=overflow, steps=20)
+    events = Run(several, mode="updates").go(before_step=lambda run, _: run.weight.data.mul_(0.99), steps=20)
+    assert [event.place for event in events] == ["blocks.0.weight"]
+
+
+def test_small_models_are_checked_in_every_step_without_lasting_copies() -> None:
+    events = Run("adam", **IN_TURNS["updates"]).go(between=scale)
+    assert [(event.step, event.place) for event in events] == [(AT, "blocks.0.weight")]
 
 
 def test_training_stays_bit_for_bit_the_same() -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from ranks import run_ranks
+from ranks import run_ways
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -62,23 +59,9 @@ def train(rank: int, folder: str, name: str, logs: tuple[int, ...]) -> dict[str,
     }
 
 
-def work(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    for name, logs in (("both", (0, 1)), ("first", (0,))):
-        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/{name}.store", 2), rank=rank, world_size=2)
-        found = train(rank, folder, name, logs)
-        Path(folder, f"{name}.{rank}.json").write_text(json.dumps(found))
-        dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    run_ranks(work, str(folder))
-    return {
-        name: [json.loads((folder / f"{name}.{rank}.json").read_text()) for rank in range(2)]
-        for name in ("both", "first")
-    }
+    return run_ways(tmp_path_factory.mktemp("ranks"), train, {"both": {"logs": (0, 1)}, "first": {"logs": (0,)}})
 
 
 def test_records_and_writers_have_the_windows_of_all_ranks(found: dict[str, list[dict[str, Any]]]) -> None:

@@ -125,6 +125,7 @@ def step_of(count: Any) -> Any:
 
 #: How a value is passed, and the least integer that is taken.
 CALLS: dict[str, tuple[Callable[[Any], Any], int]] = {
+    "Alarms(per_sample)": (lambda v: alarms.Alarms(per_sample=v), 1),
     "Lipschitz(lambda_every)": (lambda v: lipcore.Lipschitz(lambda_every=v), 1),
     "Monitor(window_steps)": (of_monitor("window_steps"), 1),
     "Monitor(window_blocks)": (of_monitor("window_blocks"), 1),

@@ -177,6 +177,41 @@ def test_samples_of_a_step_that_a_scaler_skipped_are_not_those_of_the_next(
         assert [batch.rng_state for batch in run.batches()] == [bytes([10 * s] * 3) for s in (0, 1, 3, 4)]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scale_with_which_each_step_was_made(tmp_path: Path, fused: bool) -> None:
+    """Not that which update() makes afterwards, also where a step is skipped, or read late."""
+    model, _ = parts()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0, growth_interval=2)
+    scales = []
+    metrics = [lipcore.Trajectory(stats=["update_norm", "grad_norm", "clipped_grad_norm"])]
+    with lipcore.watch(model, optimizer, metrics=metrics, run=tmp_path / "a", scaler=scaler) as monitor:
+        for step in range(1, 9):
+            loss = model(torch.randn(2, 3)).square().mean() * (float("inf") if step == 6 else 1.0)
+            scaler.scale(loss).backward()
+            scale = scaler.get_scale()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+            scaler.step(optimizer)
+            scales += [scale] * (step != 6)
+            scaler.update()
+            optimizer.zero_grad()
+            monitor.log(loss=loss if step != 6 else 1.0)
+    assert len(set(scales)) == 3
+    with lipcore.open_run(tmp_path / "a") as run:
+        found = run.series("loss_scale")
+        assert found["total"].tolist() == scales
+        assert found.steps.tolist() == list(range(1, 8))
+        said = str(run.postmortem(6))
+        here, before = found["total"][5], found["total"][4]
+        assert f"scale of the GradScaler: {here:g}, {before:g} in the step before" in said
+        assert "clipped to 0.001, by a factor of" in said.replace("\n    ", " ")
+    plain = lipcore.watch(parts()[0], run=tmp_path / "b")
+    plain.close()
+    with lipcore.open_run(tmp_path / "b") as run:
+        assert "optimizer/loss_scale" not in run.step_quantities
+
+
 def test_samples_by_loss_alone_and_nothing_where_no_batch_is_named(tmp_path: Path) -> None:
     model, optimizer = parts()
     with lipcore.watch(model, optimizer, run=tmp_path / "a") as monitor:

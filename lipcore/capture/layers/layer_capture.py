@@ -94,6 +94,7 @@ class LayerCapture:
         self._kept: KeptFactors | None = None  # of the last record
         self._differs = ""  # what else comes to the parameters, when sums were compared last
         self._added_up = False  # in some pass they were the same
+        self.resting = self._rested = False  # the hooks are off, or record nothing; they were, at some time
         self._look()
 
     # ---- the life cycle
@@ -199,8 +200,30 @@ class LayerCapture:
         if self._hooks is not None:
             self._hooks.tap()
 
+    def rest(self) -> None:
+        """Record nothing until :meth:`wake`, with the hooks off. Those of a compiled model, which are in its graph, and
+        of a sharded one, whose ranks prove passes together, stay, as in a step that is not to be recorded."""
+        self.flush()
+        self.resting = self._rested = True
+        if self._compiled or self.proofs.sharded:
+            self.active = False
+            return
+        self._unhook()
+        self.proofs.withdraw()
+        self.passes.forget()
+        if self._kept is not None:
+            self._kept.release()
+            self._kept = None
+
+    def wake(self) -> None:
+        """Record again, of the model as it is now."""
+        if self._hooks is None:
+            self.rebind()
+        self.resting, self.active = False, True
+
     def rebind(self) -> None:
         """Look at the model's layers and parameters anew, and drop the passes under way."""
+        self.resting = False
         self._unhook()
         self.proofs.withdraw()
         self.passes.forget()
@@ -292,7 +315,7 @@ class LayerCapture:
 
     def check_that_something_came(self) -> None:
         """Keep an error when, after some steps, no backward pass has come through the hooks."""
-        if not self.records and not self.unrecorded:
+        if not self.records and not self.unrecorded and not self._rested:
             self.passes.fail(ValueError(never_called(self.model)))
 
     # ---- the model's hooks, in which nothing may be raised

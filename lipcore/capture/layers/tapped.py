@@ -47,6 +47,10 @@ class TappedLayers(Protocol):
         """True while the hooks are on the model and record."""
 
     @property
+    def resting(self) -> bool:
+        """True where nothing is recorded until :meth:`wake`."""
+
+    @property
     def unrecorded(self) -> Mapping[str, int]:
         """Reasons why backward passes were not recorded, each with how many there were."""
 
@@ -59,6 +63,12 @@ class TappedLayers(Protocol):
 
     def flush(self) -> None:
         """Deliver passes whose end no callback tells."""
+
+    def rest(self) -> None:
+        """Record nothing until :meth:`wake`, with the hooks off where that may be."""
+
+    def wake(self) -> None:
+        """Record again, of the model as it is now."""
 
     def rebind(self) -> None:
         """Look at the model's layers and parameters anew, and drop the passes under way."""

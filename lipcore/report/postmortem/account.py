@@ -57,7 +57,9 @@ class Account:
         beyond: the place whose update is most out of proportion to its gradient where it began, and how many times.
         weakest: the largest score that is no change, where there is no change.
         samples: of the step in which it began, and of `step` where that is another one.
+        named: sentences on the samples with the largest gradient norms in the steps after alarms near by.
         rates: of the step in which it began.
+        scale: of a GradScaler, in the step in which it began and in the step before; None where it was not recorded.
         logged: what else was logged: name, value in the step in which it began, in the step before.
         others: other alarms and ends of the run near by.
         missing: what the record does not have, and how it is recorded.
@@ -76,8 +78,10 @@ class Account:
     beyond: tuple[str, float] | None = None
     weakest: tuple[str, str, int, float] | None = None
     samples: Sequence[Samples] = ()
+    named: Sequence[str] = ()
     rates: Sequence[Rate] = ()
     clipping: Clipping | None = None
+    scale: tuple[float, float] | None = None
     logged: Sequence[tuple[str, float, float]] = ()
     others: Sequence[Happened] = ()
     missing: Sequence[tuple[str, str]] = field(default_factory=list)

@@ -17,7 +17,7 @@ from lipcore.report.postmortem.around import Around
 from lipcore.report.postmortem.causes import checks_of
 from lipcore.report.postmortem.reading import RATES, account_of
 from lipcore.report.postmortem.samples import Samples
-from lipcore.report.postmortem.words import beside, cells, headline, of_ranking, settings, spread, told_of
+from lipcore.report.postmortem.words import beside, cells, headline, of_ranking, sentence, settings, spread, told_of
 from lipcore.report.ratio_map import RatioMap
 from lipcore.report.section import Figure, Missing
 from lipcore.report.sections.training import training
@@ -54,6 +54,7 @@ def postmortem_page(run: Source, step: int | None = None) -> str:
         _verdict(account),
         _spread(account),
         *map(_samples, account.samples),
+        _named(account),
         _settings(account),
         around.html(),
         _near(account, facts),
@@ -106,6 +107,13 @@ def _samples(samples: Samples) -> Html:
     said = f"The largest of {count(samples.count, 'sample')}; those that are not finite come first."
     title = tag("h2", f"Samples of step {samples.step:,}")
     return tag("section", title, tag("p", said), tag("div", *tables, class_="beside"), id=f"samples-{samples.step}")
+
+
+def _named(account: Account) -> Html:
+    if not account.named:
+        return html("")
+    lines = (tag("li", sentence(said)) for said in account.named)
+    return tag("section", tag("h2", "Samples in the steps after"), tag("ul", *lines), id="named")
 
 
 def _settings(account: Account) -> Html:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lipcore.report.alarms_told import worst_first
+from lipcore.report.alarms_told import SAMPLES, worst_first
 from lipcore.report.postmortem.account import UPDATE, Account, Clipping, Rate
 from lipcore.report.postmortem.changes import (
     AFTER,
@@ -25,7 +25,7 @@ from lipcore.report.postmortem.words import text_of
 from lipcore.report.source import Happened, Source
 from lipcore.report.stretch import Stretch, stretch
 
-LOSS, RATES = "logged/loss", "optimizer/group_lr"
+LOSS, RATES, SCALE = "logged/loss", "optimizer/group_lr", "optimizer/loss_scale"
 _PROPORTION = 3.0  # times as many as of the gradient: an update is more than that explains
 
 
@@ -61,7 +61,9 @@ def _account(run: Source, step: int | None) -> Account:
         event = next(iter(worst_first(one for one in events if one.kind == "alarm" and one.step == step)), None)
     first, last = max(extent[0], step - BEFORE - LEAD), min(extent[1], step + AFTER)
     account = Account(run.name, step, event, first, last, step)
-    account.others = [one for one in events if first <= one.step <= last and one is not event]
+    named = [one for one in events if one.kind == SAMPLES]
+    account.named = [one.text for one in named if first <= one.data.get("alarm", 0) <= last]
+    account.others = [one for one in events if first <= one.step <= last and one is not event and one not in named]
     names = list(run.step_quantities)
     stretches = {name: stretch(run, name, first, last) for name in STAGES if name in names}
     account.folded = any(one.folded for one in stretches.values())
@@ -78,6 +80,7 @@ def _account(run: Source, step: int | None) -> Account:
     account.weakest = None if account.changes else _weakest(every, step)
     account.rates = _rates(run, names, first, account.begin)
     account.clipping = _clipping(run, names, first, last, account.begin)
+    account.scale = _scale(run, names, account.begin)
     account.logged = _logged(run, names, account.begin)
     batches = run.batches(first, last)
     steps = dict.fromkeys([account.begin, step])
@@ -190,6 +193,15 @@ def _clipping(run: Source, names: Sequence[str], first: int, last: int, step: in
         clipped = stretch(run, "trajectory/clipped_grad_norm", first, last)
         after = float(clipped.values[row, clipped.at("total")[0]]) if clipped.at("total") else after
     return Clipping(float(raw.values[row, total[0]]), after, usual)
+
+
+def _scale(run: Source, names: Sequence[str], step: int) -> tuple[float, float] | None:
+    if SCALE not in names:
+        return None
+    one = stretch(run, SCALE, max(1, step - 1), step)
+    if not one.places or not one.there[-1] or not np.isfinite(one.values[-1, 0]):
+        return None
+    return float(one.values[-1, 0]), float(one.values[0, 0]) if len(one.steps) > 1 else float("nan")
 
 
 def _logged(run: Source, names: Sequence[str], step: int) -> list[tuple[str, float, float]]:

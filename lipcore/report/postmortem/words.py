@@ -30,6 +30,7 @@ def text_of(account: Account) -> str:
         parts += ["\n".join([title, *(_item(line) for line in lines)])] if lines else []
     parts += ["\n".join(_samples(one)) for one in account.samples]
     for title, lines in (
+        ("Samples in the steps after", [sentence(said) for said in account.named]),
         ("Near by", [beside(event) for event in account.others[:_ROWS]]),
         ("What to check", checks_of(account)),
         ("Not in this record", [f"{what}: {how}" for what, how in account.missing]),
@@ -123,6 +124,11 @@ def spread(account: Account) -> list[tuple[str, ...]]:
     ]
 
 
+def sentence(said: str) -> str:
+    """Return what the alarms have said, with a capital letter."""
+    return said[:1].upper() + said[1:]
+
+
 def settings(account: Account) -> list[str]:
     """Return learning rates, clipping and what was logged in the step in which it began."""
     alike: dict[tuple[float, float, float], list[Rate]] = {}
@@ -137,6 +143,12 @@ def settings(account: Account) -> list[str]:
         elif not math.isnan(clipping.after):
             said += "; not clipped"
         lines.append(said)
+    if account.scale is not None:
+        here, before = account.scale
+        same = here == before
+        lines.append(
+            f"scale of the GradScaler: {number(here)}{', as in the step before' if same else _step_before(before)}"
+        )
     return lines + [f"{name}: {value_of(here)}{_step_before(before)}" for name, here, before in account.logged]
 
 

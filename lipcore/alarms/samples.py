@@ -1,0 +1,223 @@
+"""The samples with the largest gradient norms in the steps after an alarm."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lipcore.alarms.event import AlarmEvent
+from lipcore.metric.host_copy import HostCopy
+from lipcore.per_sample.metric import PerSampleMetric
+from lipcore.per_sample.open_step import MicroBatch
+from lipcore.per_sample.step_listener import StepListener
+
+_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SampleNorm:
+    """Gradient norm of one sample in one step."""
+
+    step: int
+    row: int  #: in the step, over all its micro-batches, from 0
+    id: int | None  #: as monitor.log_batch() was told; None where it was not
+    norm: float
+
+    def __str__(self) -> str:
+        return f"row {self.row}" if self.id is None else f"sample {self.id}"
+
+
+@dataclass(frozen=True)
+class SamplesAfterAlarm:
+    """Samples with the largest gradient norms in the steps after an alarm."""
+
+    alarm: int  #: its step
+    first: int  #: of the steps that were measured
+    last: int
+    count: int  #: of samples that were measured
+    median: float  #: of those that are finite; NaN where there are none
+    largest: tuple[SampleNorm, ...]  #: those that are not finite first; none where all are
+    message: str  #: a sentence for people
+
+
+@dataclass
+class _Step:
+    """Norms of a step that were measured: on the host, or on their way."""
+
+    step: int
+    ids: list[Tensor | None]
+    norms: list[Tensor]
+
+
+#: Steps of the alarm, first and last that were measured, and why norms were taken back, or "".
+_Facts = tuple[int, int, int, str]
+
+
+class SamplesAfter(StepListener):
+    """Switch of a metric of single samples' gradient norms, which is on for some steps after an alarm, and reader of
+    what it measures then. Nothing waits for a device, until :meth:`end`.
+
+    Args:
+        steps: in which it is on.
+        metric: at rest.
+        tell: takes what was found.
+        failed: takes what the metric raises when it is switched on.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        metric: PerSampleMetric,
+        tell: Callable[[SamplesAfterAlarm], None],
+        failed: Callable[[Exception], None],
+    ) -> None:
+        self._steps, self._metric, self._tell, self._failed = steps, metric, tell, failed
+        self._wanted: int | None = None  # the step of the alarm for which it is, or is to be, on
+        self._first: int | None = None  # step in which it is on
+        self._step, self._taken_back = 0, ""
+        self._found: list[_Step] = []
+        self._copied: deque[tuple[_Facts, list[_Step], HostCopy]] = deque()
+
+    def hear(self, event: AlarmEvent) -> None:
+        """Have it switched on, where it is not on for an alarm before."""
+        if self._wanted is None and not self._metric.off:
+            self._wanted = event.step
+
+    def begin_step(self, step: int) -> None:
+        """Note that a step is made, before its samples come."""
+        self._step = step
+
+    def between(self, made: int, begun: int) -> None:
+        """Switch it on or off, outside of the forward and backward passes; tell of what has come to the host.
+
+        Args:
+            made: number of steps that were made.
+            begun: of steps whose backward passes have come; one more where the optimizer is about to step.
+        """
+        if self._wanted is not None and self._first is None:
+            self._first = begun + 1
+            try:
+                self._metric.wake()
+            except Exception as error:
+                self._wanted = self._first = None
+                self._failed(error)
+        elif self._first is not None and made >= self._first + self._steps - 1:
+            self._metric.rest()
+            self._close(made)
+        while self._copied and self._copied[0][-1].is_there:
+            self._tell_of_copied()
+
+    def forget(self) -> None:
+        """Begin anew: a checkpoint was loaded."""
+        self._copied.clear()
+        self._found = []
+        if self._first is not None:
+            self._metric.rest()
+        self._wanted = self._first = None
+
+    def end(self) -> None:
+        """Tell of what there is. Waits for a device."""
+        if self._first is not None and self._found:
+            self._close(self._step)
+        while self._copied:
+            self._tell_of_copied()
+
+    # ---- of the metric
+
+    def step_samples(self, batches: Sequence[MicroBatch]) -> None:
+        if batches and self._first is not None:
+            norms = [batch.norms.per_sample.detach() for batch in batches]
+            self._found.append(_Step(self._step, [batch.ids for batch in batches], norms))
+
+    def samples_taken_back(self, reason: str) -> None:
+        self._found, self._taken_back = [], reason
+
+    # ---- on its way
+
+    def _close(self, last: int) -> None:
+        """Read what the steps up to this one have brought."""
+        assert self._wanted is not None
+        assert self._first is not None
+        facts = (self._wanted, self._first, last, self._taken_back)
+        found, self._found, self._taken_back = self._found, [], ""
+        self._wanted = self._first = None
+        tensors = [tensor for one in found for tensor in (*one.norms, *one.ids) if tensor is not None]
+        if any(tensor.is_cuda for tensor in tensors):
+            # Of numbers that are copied together; what is on the host already is copied from there.
+            device = next(tensor.device for tensor in tensors if tensor.is_cuda)
+            bits = torch.cat([_bits(tensor).to(device, non_blocking=True) for tensor in tensors])
+            self._copied.append((facts, found, HostCopy(bits)))
+        else:
+            self._tell(_largest(facts, found, self._reasons))
+
+    def _tell_of_copied(self) -> None:
+        facts, found, copy = self._copied.popleft()
+        (bits,), at = copy.tensors(), 0
+        for one in found:
+            own: list[Any]
+            for own in (one.norms, one.ids):
+                for i, tensor in enumerate(own):
+                    if tensor is not None:
+                        part = bits[at : at + len(tensor)]
+                        own[i] = part.view(torch.float64) if tensor.is_floating_point() else part
+                        at += len(tensor)
+        self._tell(_largest(facts, found, self._reasons))
+
+    @property
+    def _reasons(self) -> str:
+        capture = self._metric._capture
+        return self._metric.off or ("" if capture is None else "; ".join(capture.unrecorded))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return numbers as int64, those of floating-point ones by their bits."""
+    return tensor.double().view(torch.int64) if tensor.is_floating_point() else tensor.long()
+
+
+def _largest(facts: _Facts, found: Sequence[_Step], reasons: str) -> SamplesAfterAlarm:
+    """Return the samples with the largest norms of all steps."""
+    alarm, first, last, taken_back = facts
+    steps, rows, norms = [], [], []
+    ids: list[int | None] = []
+    for one in found:
+        count = sum(len(part) for part in one.norms)
+        named = all(own is not None for own in one.ids)
+        steps.append(np.full(count, one.step))
+        rows.append(np.arange(count))
+        ids += (
+            [int(number) for own in one.ids if own is not None for number in own.tolist()] if named else [None] * count
+        )
+        norms += [part.double().cpu().numpy() for part in one.norms]
+    when = f"step {first}" if first == last else f"steps {first} to {last}"
+    begin = f"after the alarm in step {alarm}"
+    nothing = np.zeros(0)
+    values = np.concatenate([nothing, *norms])
+    if not len(values):
+        why = taken_back and f"they were taken back: {taken_back}"
+        why = why or reasons or "no step has had a recorded backward pass"
+        words = f"{begin}: no gradient norms of samples in {when} ({why})"
+        return SamplesAfterAlarm(alarm, first, last, 0, float("nan"), (), words)
+    finite = np.isfinite(values)
+    at_step, at_row = np.concatenate(steps), np.concatenate(rows)
+    median = float(np.median(values[finite])) if finite.any() else float("nan")
+    order: NDArray[np.intp] = np.argsort(np.where(finite, -values, -np.inf), kind="stable")[:_SHOWN]
+    chosen = order.tolist() if finite.any() else []
+    largest = tuple(SampleNorm(int(at_step[i]), int(at_row[i]), ids[i], float(values[i])) for i in chosen)
+    said: Any = [f"{one} in step {one.step} ({_size(one.norm, median)})" for one in largest]
+    what = f"the largest gradient norms of {len(values)} samples in {when}: {', '.join(said)}"
+    if not largest:
+        what = f"the gradient norms of all {len(values)} samples in {when} are not finite"
+    return SamplesAfterAlarm(alarm, first, last, len(values), median, largest, f"{begin}: {what}")
+
+
+def _size(norm: float, median: float) -> str:
+    if not np.isfinite(norm):
+        return "not finite"
+    return f"{norm:.3g}" + (f", {norm / median:.3g} times the median" if median > 0 else "")

@@ -1,0 +1,140 @@
+"""Writer of what is kept of alarms: the record's last steps, and states of the training."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lipcore.alarms.budget import QUIET
+from lipcore.alarms.event import AlarmEvent
+from lipcore.alarms.snapshot import Snapshot
+from lipcore.metric.listener import Listener
+from lipcore.models.ranks import has_dtensors, is_fsdp1
+from lipcore.recording.record import RunRecord
+
+_RECORD, _STATES = ".lipcore", ".pt"
+_COLLECTIVE = (
+    "the states are not written: those of FullyShardedDataParallel come from all ranks together, and this one alone "
+    "may have the alarm; fully_shard() has states of each rank"
+)
+
+
+class Snapshots(Listener):
+    """Files of the last alarms of one rank.
+
+    Args:
+        wanted: where, and what.
+        rank: of this process.
+        model: whose state is written.
+        optimizers: likewise.
+        scaler: a GradScaler, or None.
+        warn: told, in words, what could not be written.
+    """
+
+    def __init__(
+        self,
+        wanted: Snapshot,
+        rank: int,
+        model: nn.Module,
+        optimizers: Sequence[Any],
+        scaler: Any,
+        warn: Callable[[str], None],
+    ) -> None:
+        self._wanted, self._name, self._warn = wanted, f"rank{rank}", warn
+        self._model, self._optimizers, self._scaler = model, optimizers, scaler
+        self._event: AlarmEvent | None = None
+        self._last: int | None = None  # the step of the alarm whose files were written
+
+    @property
+    def due(self) -> bool:
+        """True while an alarm's files wait to be written."""
+        return self._event is not None
+
+    def hear(self, event: AlarmEvent) -> None:
+        """Have an alarm's files written, but where they would be those of an alarm shortly before."""
+        if self._event is None and (self._last is None or event.step > self._last + QUIET):
+            self._event = event
+
+    def state_loaded(self, step: int) -> None:
+        self._event = self._event if self._event is not None and self._event.step <= step else None
+        self._last = self._last if self._last is not None and self._last <= step else None
+
+    def write(self, step: int, record: RunRecord | None) -> None:
+        """Write the files of the alarm that waits, after so many steps; `record`: of the run, where there is one.
+        Nothing is raised. Waits for a device."""
+        event, self._event = self._event, None
+        if event is None:
+            return
+        self._last = event.step
+        folder = Path(self._wanted.folder) / f"step{event.step}"
+        parts: list[tuple[str, Callable[[Path], None]]] = []
+        if record is not None:
+            parts.append((_RECORD, record.write_excerpt))
+        if self._wanted.states and is_fsdp1(self._model):
+            self._warn(f"the snapshot of the alarm in step {event.step}: {_COLLECTIVE}")
+        elif self._wanted.states:
+            parts.append((_STATES, lambda target: self._write_states(target, step, event)))
+        elif record is None:
+            self._warn(
+                f"the snapshot of the alarm in step {event.step} has nothing to write: there is no record; pass "
+                "run= to lipcore.watch(), or states=True to Snapshot"
+            )
+        for ending, write in parts:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                write(folder / f"{self._name}{ending}")
+            except Exception as error:  # noqa: PERF203
+                self._warn(
+                    f"the snapshot of the alarm in step {event.step} lacks {folder / (self._name + ending)}, which "
+                    f"could not be written ({type(error).__name__}: {error}); the training goes on"
+                )
+        self._remove_older()
+
+    def _write_states(self, target: Path, step: int, event: AlarmEvent) -> None:
+        found: dict[str, Any] = {
+            "alarm": asdict(event),
+            "step": step,
+            "model": self._model.state_dict(),
+            "optimizers": [one.state_dict() for one in self._optimizers if hasattr(one, "state_dict")],
+            "rng_state": torch.get_rng_state(),
+        }
+        if self._scaler is not None:
+            found["scaler"] = self._scaler.state_dict()
+        half = target.with_name(target.name + "-half")
+        try:
+            torch.save(_of_this_rank(found) if has_dtensors(self._model) else found, half)
+            os.replace(half, target)
+        finally:
+            with contextlib.suppress(OSError):
+                half.unlink(missing_ok=True)
+
+    def _remove_older(self) -> None:
+        """Remove this rank's files of all but the alarms that were written last."""
+        found: dict[Path, float] = {}
+        for ending in (_RECORD, _STATES):
+            for path in Path(self._wanted.folder).glob(f"step*/{self._name}{ending}"):
+                with contextlib.suppress(OSError):
+                    found[path.parent] = max(found.get(path.parent, 0.0), path.stat().st_mtime_ns)
+        for folder in sorted(found, key=lambda folder: found[folder])[: -self._wanted.keep]:
+            with contextlib.suppress(OSError):
+                for ending in (_RECORD, _STATES):
+                    (folder / f"{self._name}{ending}").unlink(missing_ok=True)
+                folder.rmdir()  # not where other ranks have files in it
+
+
+def _of_this_rank(state: Any) -> Any:
+    """Return a state with plain tensors in the place of distributed ones: this rank's part."""
+    if type(state).__name__ == "DTensor":
+        return state.to_local()
+    if isinstance(state, Mapping):
+        return {key: _of_this_rank(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)) and type(state) in (list, tuple):
+        return type(state)(_of_this_rank(value) for value in state)
+    return state

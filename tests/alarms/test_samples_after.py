@@ -1,0 +1,252 @@
+"""Gradient norms of single samples that are switched on after an alarm: right, for so many steps, and free before."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import lipcore
+from lipcore.alarms import AlarmEvent, Alarms, Snapshot
+from lipcore.alarms.samples import SamplesAfter
+
+AT, ON = 5, 3
+
+
+class Training:
+    """A training in which a sample comes twice in step AT, which alarms at once, and one is too large soon after."""
+
+    def __init__(self, *, named: bool = True, micro: int = 1, device: str = "cpu") -> None:
+        torch.manual_seed(0)
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).to(device)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
+        self.norms = lipcore.PerSampleGradNorms(loss_reduction="mean")
+        self.named, self.micro, self.device = named, micro, device
+        self.expected: dict[int, list[float]] = {}  # norms of the steps that are to be measured
+        self.hooks: list[int] = []  # on the first layer, after each step
+
+    def go(self, *, steps: int = 12, per_sample: int | None = ON, **watch: Any) -> Alarms:
+        torch.manual_seed(1)
+        alarms = Alarms(signals=["loss"], per_sample=per_sample)
+        metrics = [lipcore.Trajectory()] + [self.norms] * (per_sample is not None)
+        with lipcore.watch(self.model, self.optimizer, metrics=metrics, alarms=alarms, **watch) as monitor:
+            for step in range(1, steps + 1):
+                for part in range(self.micro):
+                    x = torch.randn(4, 3).to(self.device)
+                    each = self.model(x)[:, 0].square()
+                    if step == AT + 2 and part == self.micro - 1:
+                        each = each * torch.tensor([1, 1, 50, 1]).to(self.device)
+                    own = 10 * step + 4 * part + torch.arange(4)
+                    if step == AT:
+                        own[0] = own[1]
+                    self.expected.setdefault(step, []).extend(self.gradient_norms(each))
+                    if self.named or step == AT:
+                        monitor.log_batch(own.to(self.device), epoch=0)
+                    (each.mean() / self.micro).backward()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                self.hooks.append(len(self.model[0]._forward_hooks))
+        return alarms
+
+    def gradient_norms(self, each: torch.Tensor) -> list[float]:
+        parameters = list(self.model.parameters())
+        grads = [torch.autograd.grad(one, parameters, retain_graph=True) for one in each]
+        return [float(torch.cat([g.flatten() for g in one]).norm()) / self.micro for one in grads]
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_largest_of_the_steps_after_an_alarm_are_named(named: bool, device: str) -> None:
+    training = Training(named=named, device=device)
+    (found,) = training.go().samples
+    assert (found.alarm, found.first, found.last, found.count) == (AT, AT + 1, AT + ON, 4 * ON)
+    steps = range(AT + 1, AT + ON + 1)
+    everything = np.array([norm for step in steps for norm in training.expected[step]])
+    assert found.median == pytest.approx(np.median(everything), rel=1e-5)
+    order = np.argsort(-everything, kind="stable")[:5]
+    assert [one.norm for one in found.largest] == pytest.approx(everything[order], rel=1e-5)
+    assert [(one.step, one.row) for one in found.largest] == [(steps[i // 4], i % 4) for i in order]
+    assert [one.id for one in found.largest] == [10 * steps[i // 4] + i % 4 if named else None for i in order]
+    who = f"sample {10 * (AT + 2) + 2}" if named else "row 2"
+    said = f"after the alarm in step {AT}: the largest gradient norms of 12 samples in steps 6 to 8: {who} in step 7 ("
+    assert found.message.startswith(said)
+
+
+def test_hooks_are_there_in_those_steps_alone_and_windows_have_their_samples(tmp_path: Path) -> None:
+    training = Training()
+    training.go(run=tmp_path / "a", window_steps=4)
+    before = training.hooks[0]
+    assert training.hooks == [before] * (AT - 1) + [before + 1] * ON + [before] * (12 - AT - ON + 1)
+    with lipcore.open_run(tmp_path / "a") as run:
+        counts = [window["per_sample_grad_norm"].norm["total"].mean.count for window in run.windows]
+        assert counts == [0, 4 * ON, 0]
+        assert [batch.step for batch in run.batches() if batch.norms is not None] == [6, 7, 8]
+        (event,) = [event for event in run.events if event.kind == "samples after an alarm"]
+        assert (event.step, event.data["alarm"], event.data["largest"][0][:3]) == (AT + ON, AT, [7, 2, 72])
+        said = str(run.postmortem())
+        assert "Samples in the steps after" in said
+        assert "sample 72 in step" in said
+        if find_spec("bokeh") is not None:
+            from lipcore.report.postmortem.page import postmortem_page
+
+            assert "sample 72 in step 7" in postmortem_page(run)
+
+
+def test_micro_batches_are_one_step() -> None:
+    training = Training(micro=2)
+    (found,) = training.go().samples
+    assert found.count == 8 * ON
+    assert (found.largest[0].step, found.largest[0].row, found.largest[0].id) == (AT + 2, 6, 10 * (AT + 2) + 6)
+
+
+def test_training_stays_bit_for_bit_the_same() -> None:
+    watched, plain = Training(), Training()
+    watched.go()
+    plain.go(per_sample=None)
+    for mine, theirs in zip(watched.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_the_end_of_the_training_tells_of_the_steps_so_far() -> None:
+    training = Training()
+    (found,) = training.go(steps=AT + 2).samples
+    assert (found.first, found.last, found.count) == (AT + 1, AT + 2, 8)
+
+
+@pytest.mark.filterwarnings("ignore:the parameters moved after")
+def test_steps_that_are_read_inside_of_the_next_backward_pass(tmp_path: Path) -> None:
+    """There nothing is switched: it waits until the optimizer is about to step, whose step then has no record."""
+    training = Training()
+    alarms = Alarms(signals=["loss"], per_sample=ON, snapshot=Snapshot(tmp_path, states=True))
+    metrics = [lipcore.Trajectory(), training.norms]
+    hooks = []
+    with lipcore.Monitor(training.model, training.optimizer, metrics, alarms=alarms) as monitor:
+        for step in range(1, 13):
+            each = training.model(torch.randn(4, 3))[:, 0].square()
+            ids = 10 * step + torch.arange(4)
+            monitor.log_batch([51, *ids[1:].tolist()] if step == AT else ids, epoch=0)
+            each.mean().backward()
+            training.optimizer.step()
+            with torch.no_grad():
+                training.model[2].weight.mul_(0.99)
+            training.optimizer.zero_grad()
+            hooks.append(len(training.model[0]._forward_hooks))
+    (found,) = alarms.samples
+    assert found.last - found.first == ON - 1
+    assert found.count in (4 * ON, 4 * (ON - 1))
+    assert sum(hooks) in range(ON, ON + 2)
+    assert [path.parent.name for path in tmp_path.glob("*/rank0.pt")] == [f"step{found.alarm}"]
+
+
+def test_numbers_at_rest_say_why_there_are_none() -> None:
+    training = Training()
+    with lipcore.Monitor(
+        training.model, training.optimizer, [lipcore.Trajectory(), training.norms], alarms=Alarms(per_sample=2)
+    ) as monitor:
+        assert "its hooks are off until an alarm" in str(monitor.plan())
+        training.model(torch.randn(2, 3)).mean().backward()
+        training.optimizer.step()
+        with pytest.raises(RuntimeError, match=r"no backward pass was recorded yet: its hooks are off until an alarm"):
+            print(training.norms.per_sample)
+        monitor.rebind()
+        assert not training.model[0]._forward_hooks
+        with pytest.raises(ValueError, match="watches a model already"):
+            lipcore.Monitor(training.model, metrics=[training.norms])
+        window = monitor.close_window() or monitor.history[-1]
+    assert not window["per_sample_grad_norm"].norm["total"].mean.valid
+
+
+def test_a_checkpoint_ends_it() -> None:
+    training = Training()
+    alarms = Alarms(signals=["loss"], per_sample=50)
+    metrics = [lipcore.Trajectory(), training.norms]
+    with lipcore.Monitor(training.model, training.optimizer, metrics, alarms=alarms) as monitor:
+
+        def step() -> None:
+            training.model(torch.randn(2, 3)).square().mean().backward()
+            training.optimizer.step()
+
+        step()
+        state = monitor.state_dict()
+        monitor.log_batch([1, 1], epoch=0)
+        step()
+        assert training.model[0]._forward_hooks
+        monitor.load_state_dict(state)
+        assert not training.model[0]._forward_hooks
+        step()
+    assert alarms.samples == []
+
+
+def test_a_parameter_that_no_rule_covers_by_then_ends_it_and_not_the_training() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x * self.weight).sum(1, keepdim=True)
+
+    model = nn.Sequential(nn.Linear(3, 3), Own())
+    model[1].requires_grad_(False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    norms = lipcore.PerSampleGradNorms(loss_reduction="mean", max_replay_bytes=0)
+    alarms = Alarms(signals=["loss"], per_sample=2)
+    monitor = lipcore.Monitor(model, optimizer, [lipcore.Trajectory(), norms], alarms=alarms)
+    model[1].requires_grad_(True)
+    monitor.metrics["trajectory"].rebind()
+    monitor.log_batch([1, 1], epoch=0)
+    model(torch.randn(2, 3)).mean().backward()
+    with pytest.warns(RuntimeWarning, match="lipcore stopped recording per_sample_grad_norm"):
+        optimizer.step()
+    with pytest.raises(ValueError, match=r"1\.weight"):
+        monitor.log()
+    monitor.close()
+
+
+class Norms:
+    """What stands for a pass's numbers."""
+
+    def __init__(self, *values: float) -> None:
+        self.per_sample = torch.tensor(values, dtype=torch.float64)
+
+
+def told(*steps: list[float], back: bool = False) -> Any:
+    from lipcore.per_sample.open_step import MicroBatch
+
+    found: list[Any] = []
+    after = SamplesAfter(len(steps), lipcore.PerSampleGradNorms(loss_reduction="mean"), found.append, found.append)
+    after.hear(AlarmEvent(9, "loss", "total", 4.0, ""))
+    after.between(10, 10)
+    for i, values in enumerate(steps):
+        after.begin_step(11 + i)
+        if values:
+            after.step_samples([MicroBatch(Norms(*values), None, None)])  # type: ignore[arg-type]
+        if back:
+            after.samples_taken_back("samples were mixed")
+        after.between(11 + i, 11 + i)
+    (one,) = found
+    return one
+
+
+def test_norms_that_are_not_finite_come_first_and_what_is_missing_is_said() -> None:
+    one = told([1.0, float("nan"), 3.0], [float("inf"), 2.0])
+    assert [(each.step, each.row) for each in one.largest] == [(11, 1), (12, 0), (11, 2), (12, 1), (11, 0)]
+    assert one.median == 2.0
+    assert "row 1 in step 11 (not finite), row 0 in step 12 (not finite), row 2 in step 11 (3, 1.5 times" in one.message
+    assert told([float("nan")] * 2).message.endswith("the gradient norms of all 2 samples in step 11 are not finite")
+    assert told([]).message.endswith(
+        "no gradient norms of samples in step 11 (no step has had a recorded backward pass)"
+    )
+    assert told([1.0], back=True).message.endswith("(they were taken back: samples were mixed)")
+
+
+def test_what_is_no_count_and_metrics_without_norms_are_refused() -> None:
+    with pytest.raises(ValueError, match="^per_sample: expected an integer >= 1 or None, got 0"):
+        Alarms(per_sample=0)
+    with pytest.raises(ValueError, match=r"^alarms: per_sample= switches .* add lipcore.PerSampleGradNorms"):
+        lipcore.Monitor(nn.Linear(2, 1), metrics=[lipcore.Trajectory()], alarms=Alarms(per_sample=2))

@@ -1,0 +1,212 @@
+"""Snapshots: what is written after an alarm is whole, there in time, and bounded; the training stays what it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ways
+from torch import nn
+
+import lipcore
+from lipcore.alarms import Alarms, AlarmStop, Snapshot
+
+AT = 4
+
+
+def train(
+    snapshot: Snapshot | None,
+    *,
+    steps: int = 8,
+    faults: tuple[int, ...] = (AT,),
+    log: bool = True,
+    stop: bool = False,
+    scaler: Any = None,
+    **watch: Any,
+) -> tuple[nn.Module, torch.optim.Optimizer, dict[int, dict[str, torch.Tensor]]]:
+    """Train; in these steps a sample comes twice, which alarms at once and spoils nothing. Return the parameters after
+    each step too."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    alarms = Alarms(signals=["loss"], snapshot=snapshot, stop=stop)
+    after: dict[int, dict[str, torch.Tensor]] = {}
+    with lipcore.watch(
+        model, optimizer, metrics=[lipcore.Trajectory()], alarms=alarms, scaler=scaler, **watch
+    ) as monitor:
+        for step in range(1, steps + 1):
+            each = model(torch.randn(4, 3))[:, 0].square()
+            ids = 10 * step + torch.arange(4)
+            if step in faults:
+                ids[1] = ids[0]
+            if log:
+                monitor.log(loss=each.mean())
+            monitor.log_batch(ids, losses=each, epoch=0)
+            each.mean().backward() if scaler is None else scaler.scale(each.mean()).backward()
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+            after[step] = {name: p.detach().clone() for name, p in model.state_dict().items()}
+            if scaler is not None:
+                scaler.update()
+            optimizer.zero_grad()
+    return model, optimizer, after
+
+
+def test_states_and_the_last_steps_of_the_record(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    _, _, after = train(Snapshot(tmp_path / "s", states=True), run=tmp_path / "a", scaler=scaler)
+    files = sorted(path.relative_to(tmp_path / "s").as_posix() for path in (tmp_path / "s").rglob("*.*"))
+    assert files == [f"step{AT}/rank0.lipcore", f"step{AT}/rank0.pt"]
+    found = torch.load(tmp_path / "s" / f"step{AT}" / "rank0.pt", weights_only=True)
+    assert (found["alarm"]["step"], found["alarm"]["signal"], found["alarm"]["rank"]) == (AT, "sample_ids", None)
+    assert found["step"] in (AT - 1, AT)  # log_batch() tells of it, before the step is made
+    for name, tensor in after[found["step"]].items():
+        assert torch.equal(found["model"][name], tensor)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    model.load_state_dict(found["model"])
+    again = torch.optim.AdamW(model.parameters())
+    again.load_state_dict(found["optimizers"][0])
+    assert float(again.state[model[0].weight]["step"]) == found["step"]
+    assert found["scaler"]["scale"] == 8.0
+    torch.set_rng_state(found["rng_state"])
+    with lipcore.open_run(tmp_path / "s" / f"step{AT}") as run:
+        assert [event.step for event in run.events] == [AT]
+        assert run.series("update_norm").steps.tolist() == list(range(1, found["step"] + 1))
+        assert [batch.step for batch in run.batches()] == list(range(1, found["step"] + 1))
+
+
+def test_training_stays_bit_for_bit_the_same(tmp_path: Path) -> None:
+    watched, *_ = train(Snapshot(tmp_path / "s", states=True), run=tmp_path / "a")
+    state = torch.get_rng_state()
+    plain, *_ = train(None)
+    assert torch.equal(torch.get_rng_state(), state)
+    for mine, theirs in zip(watched.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_as_many_are_kept_as_are_asked_for_and_none_of_alarms_that_follow(tmp_path: Path) -> None:
+    for fault in (4, 2, 3):
+        train(Snapshot(tmp_path / "s", states=True, keep=2), steps=4, faults=(fault,), run=tmp_path / f"a{fault}")
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == ["step2", "step3"]  # those written last
+
+
+def test_a_loop_that_calls_nothing_has_it_at_the_end_of_a_step(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alarms = Alarms(signals=["update_norm"], snapshot=Snapshot(tmp_path, states=True))
+    there = []
+    with lipcore.Monitor(model, optimizer, [lipcore.Trajectory()], alarms=alarms):
+        for step in range(1, 200):
+            model(torch.randn(4, 3)).square().mean().backward()
+            if step == 100:
+                model[2].bias.grad.fill_(torch.inf)
+            optimizer.step()
+            optimizer.zero_grad()
+            there.append(next(tmp_path.glob("*/rank0.pt"), None) is not None)
+    assert not any(there[:99])
+    assert there[-1]
+    assert torch.load(tmp_path / "step100" / "rank0.pt")["alarm"]["signal"] == "nonfinite"
+
+
+def test_an_alarm_shortly_after_another_has_none(tmp_path: Path) -> None:
+    from lipcore.alarms import AlarmEvent
+    from lipcore.recording.snapshots import Snapshots
+
+    model = nn.Linear(1, 1)
+    said: list[str] = []
+    snapshots = Snapshots(Snapshot(tmp_path, states=True, keep=9), 0, model, [], None, said.append)
+
+    def alarm(step: int) -> None:
+        snapshots.hear(AlarmEvent(step, "loss", "total", 4.0, ""))
+        snapshots.write(step, None)
+
+    for step in (100, 101, 120, 121, 130):
+        alarm(step)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step100", "step121"]
+    snapshots.state_loaded(90)
+    alarm(95)
+    assert (tmp_path / "step95" / "rank0.pt").exists()
+    assert not said
+
+
+def test_it_is_written_before_the_training_stops(tmp_path: Path) -> None:
+    with pytest.raises(AlarmStop):
+        train(Snapshot(tmp_path / "s", states=True), stop=True, run=tmp_path / "a")
+    assert (tmp_path / "s" / f"step{AT}" / "rank0.pt").exists()
+    assert lipcore.open_run(tmp_path / "s" / f"step{AT}").postmortem().step <= AT
+
+
+def test_what_cannot_be_written_is_warned_of_and_the_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(state: Any, target: Path) -> None:
+        Path(target).write_bytes(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.warns(RuntimeWarning, match=r"lacks .*rank0.pt, which could not be written \(OSError.*No space"):
+        *_, after = train(Snapshot(tmp_path / "s", states=True), run=tmp_path / "a")
+    assert len(after) == 8
+    assert [path.name for path in (tmp_path / "s").rglob("rank*")] == ["rank0.lipcore"]  # nothing that is half
+    monkeypatch.undo()
+    (tmp_path / "f").write_text("")
+    with pytest.warns(RuntimeWarning, match=r"could not be written \((NotADirectory|FileExists)Error"):
+        train(Snapshot(tmp_path / "f" / "s"), run=tmp_path / "b")
+
+
+def test_nothing_to_write_is_told() -> None:
+    with pytest.raises(ValueError, match=r"^alarms: their snapshot would have nothing to write"):
+        train(Snapshot("nowhere"))
+    model = nn.Linear(2, 1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot("nowhere"))
+    with lipcore.Monitor(model, metrics=[], alarms=alarms) as monitor:
+        monitor.log_batch([1, 1], epoch=0)
+        with pytest.warns(RuntimeWarning, match="has nothing to write: there is no record; pass run="):
+            monitor.log()
+    assert not Path("nowhere").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"folder": ""}, TypeError, "^folder: expected the path of a folder"),
+        ({"folder": __file__}, ValueError, "is a file$"),
+        ({"folder": "a", "states": 1}, TypeError, "^states: expected True or False, got 1"),
+        ({"folder": "a", "keep": 0}, ValueError, "^keep: expected an integer >= 1, got 0"),
+    ],
+)
+def test_what_is_no_snapshot_is_refused(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Snapshot(**given)
+    with pytest.raises(TypeError, match=r"^snapshot: expected a lipcore.alarms.Snapshot or None, got str"):
+        Alarms(snapshot="a")  # type: ignore[arg-type]
+
+
+def train_on_ranks(rank: int, folder: str, name: str) -> list[float]:
+    model = nn.parallel.DistributedDataParallel(nn.Linear(3, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    alarms = Alarms(signals=["loss"], snapshot=Snapshot(f"{folder}/s", states=True, keep=1))
+    with lipcore.watch(model, optimizer, run=f"{folder}/{name}", window_steps=4, alarms=alarms) as monitor:
+        for step in range(1, 13):
+            loss = model(torch.randn(4, 3)).square().mean()
+            monitor.log(loss=loss)
+            monitor.log_batch([1, 1] if rank == 1 and step == 3 else [10 * step, 10 * step + 1], epoch=0)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    weight: list[float] = model.module.weight.flatten().tolist()
+    return weight
+
+
+@pytest.mark.ci
+def test_every_rank_writes_its_own(tmp_path: Path) -> None:
+    weights = run_ways(tmp_path, train_on_ranks, {"a": {}})["a"]
+    assert weights[0] == weights[1]
+    (folder,) = (tmp_path / "s").iterdir()
+    assert folder.name == "step3"
+    names = [f"rank{rank}.{ending}" for rank in range(2) for ending in ("lipcore", "pt")]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    found = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert [one["alarm"]["rank"] for one in found] == [1, None]  # the other one has heard of it
+    assert found[0]["step"] >= found[1]["step"]
